@@ -1,0 +1,57 @@
+# Everything a person does here, as verbs. `make demo` and `make test` work on a fresh machine with Python >= 3.10.
+
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.lexiseg-installed
+
+DEMO_IMAGE   ?= lexiseg/samples/demo.png
+DEMO_CLASSES ?= @lexiseg/samples/demo.txt
+DEMO_OUT     ?= out/demo
+PRETRAINED   := lexiseg/pretrained
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-slow lint weights results benchmark clean
+
+help: ## List the verbs
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 24
+
+install: $(STAMP) ## Build the environment in .venv
+
+# The stamp is newer than pyproject.toml once an installation has finished, so an interrupted one is begun again.
+$(STAMP): pyproject.toml
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check -e '.[dev]'
+	@touch $@
+
+demo: $(STAMP) ## Segment a sample picture with classes the model was trained on and classes it was not
+	$(BIN)/lexiseg predict $(DEMO_IMAGE) $(DEMO_CLASSES) --model zegclip-emoji -o $(DEMO_OUT)
+
+test: $(STAMP) ## Run every test but the slow ones
+	$(BIN)/python -m pytest
+
+test-slow: $(STAMP) ## Run the slow tests as well
+	$(BIN)/python -m pytest -m 'slow or not slow'
+
+lint: $(STAMP) ## Check style and types
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+	$(BIN)/python -m mypy
+
+weights: $(STAMP) ## Train the shipped weights again: the small CLIP, then ZegCLIP on it (hours on two cores)
+	$(BIN)/lexiseg train clip-emoji -o runs/clip-emoji --resume
+	mkdir -p $(PRETRAINED)/clip-emoji $(PRETRAINED)/zegclip-emoji
+	cp runs/clip-emoji/model/* $(PRETRAINED)/clip-emoji/
+	$(BIN)/lexiseg train zegclip-picture-world -o runs/zegclip-emoji --resume
+	cp runs/zegclip-emoji/model/* $(PRETRAINED)/zegclip-emoji/
+
+results: $(STAMP) ## Train and measure every system on picture-world again and write docs/results (hours)
+	$(BIN)/python -m benchmarks.picture_world --runs runs/picture-world
+
+benchmark: $(STAMP) ## Speed and memory, as tables
+	$(BIN)/python -m benchmarks.predict
+	$(BIN)/python -m benchmarks.decode
+	$(BIN)/python -m benchmarks.training
+
+clean: ## Remove what the verbs above wrote, but not the environment
+	rm -rf out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,89 @@
+"""lexiseg segments a picture by words.
+
+>>> import lexiseg
+>>> model = lexiseg.load("zegclip-emoji")  # a name, a folder or a hub id
+>>> result = model.predict("photo.jpg", ["giraffe", "tree, bush", "sky"])  # a comma joins synonyms
+>>> result.overlay().save("out.png")
+
+The names below are imported when they are first used, so that ``import lexiseg`` does not wait for torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from lexiseg.errors import LexisegError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import torch
+
+    from lexiseg.segmentation import Segmentation
+    from lexiseg.segmenter import Segmenter
+    from lexiseg.vocabulary import TemplateSource, Vocabulary
+    from lexiseg.weights import list_models
+
+__version__ = "0.1.0"
+__all__ = ["LexisegError", "Segmentation", "Segmenter", "Vocabulary", "__version__", "list_models", "load"]
+
+_HOMES = {
+    "Segmentation": "lexiseg.segmentation",
+    "Segmenter": "lexiseg.segmenter",
+    "Vocabulary": "lexiseg.vocabulary",
+    "list_models": "lexiseg.weights",
+}
+
+
+def load(
+    name: str | Path,
+    *,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    compile: bool = False,
+    templates: TemplateSource = None,
+    max_pixels: float | None = None,
+) -> Segmenter:
+    """Load a model, ready to segment pictures.
+
+    Args:
+        name: a model that comes with the package (see `list_models`); a folder that ``lexiseg train`` or
+            ``lexiseg convert`` wrote; ``"dense-clip/"`` and an open_clip name such as ``"dense-clip/ViT-B-16/openai"``
+            for the training-free model; or a hub repository ``"owner/name"``.
+        device: where to run it; None takes an accelerator where there is one.
+        dtype: "bf16" or "fp16" run the model in mixed precision; None is float32.
+        compile: compile it with torch.compile.
+        templates: sentences that words are put into; None takes the model's own.
+        max_pixels: larger pictures are refused; None is 200 million.
+
+    Raises:
+        LexisegError: there is no such model or device, or the weights do not fit.
+    """
+    from lexiseg.devices import pick_device
+    from lexiseg.images import DEFAULT_MAX_PIXELS
+    from lexiseg.segmenter import Segmenter
+    from lexiseg.weights import load_model
+
+    # A wrong device is said before gigabytes are read.
+    place = pick_device("auto" if device is None else device)
+    return Segmenter(
+        load_model(name),
+        device=place,
+        dtype=dtype,
+        compile=compile,
+        templates=templates,
+        max_pixels=DEFAULT_MAX_PIXELS if max_pixels is None else max_pixels,
+    )
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'lexiseg' has no attribute '{name}'")
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

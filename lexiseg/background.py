@@ -1,0 +1,85 @@
+"""What counts as background."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias, cast
+
+from lexiseg.errors import LexisegError
+from lexiseg.words import as_number, clean_word, describe, finite, null, refuse_unknown
+
+BackgroundSource: TypeAlias = "Background | str | float | Mapping[str, Any] | None"
+
+
+@dataclass(frozen=True)
+class Background:
+    """What happens to pixels that none of the classes fits.
+
+    Attributes:
+        kind: "none" gives every pixel one of the classes; "class" has a class of its own whose words are scored
+            like any other's; "threshold" leaves pixels out (255) whose winning score is below a value.
+        name: the background class where ``kind`` is "class". A comma joins synonyms.
+        threshold: the lowest winning score that keeps a pixel where ``kind`` is "threshold", in the units of the
+            model's scores.
+
+    Raises:
+        LexisegError: a field that the kind needs is missing, or one it does not use is given.
+    """
+
+    kind: Literal["none", "class", "threshold"] = "none"
+    name: str | None = None
+    threshold: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("none", "class", "threshold"):
+            raise LexisegError(f"Unknown background policy '{describe(self.kind)}'; use none, class or threshold.")
+        if (self.name is not None) != (self.kind == "class"):
+            raise LexisegError("A background of kind 'class' needs a name, and only that kind takes one.")
+        if (self.threshold is not None) != (self.kind == "threshold"):
+            raise LexisegError("A background of kind 'threshold' needs a threshold, and only that kind takes one.")
+        if self.name is not None:
+            object.__setattr__(self, "name", clean_word(self.name, "The background's name"))
+        if self.threshold is not None:
+            object.__setattr__(self, "threshold", finite(self.threshold, "The background threshold"))
+
+    @classmethod
+    def parse(cls, source: BackgroundSource) -> Background:
+        """Read a policy: None or "none"; a number or its text (a threshold); any other text (a class's words).
+
+        A mapping takes the keys kind, name and threshold; without ``kind`` it follows from the other two.
+
+        Raises:
+            LexisegError: the source is none of these.
+        """
+        if isinstance(source, Background):
+            return source
+        if source is None:
+            return cls()
+        if isinstance(source, bool):
+            raise LexisegError("A background is 'none', a class name or a threshold, not true or false.")
+        if isinstance(source, int | float):
+            return cls("threshold", threshold=finite(source, "The background threshold"))
+        if isinstance(source, str):
+            if source.strip().casefold() in ("none", "null", "~", ""):
+                return cls()
+            number = as_number(source)
+            return cls("class", name=source) if number is None else cls("threshold", threshold=number)
+        if isinstance(source, Mapping):
+            refuse_unknown(source, ("kind", "name", "threshold"), "a background")
+            name, threshold = null(source.get("name")), null(source.get("threshold"))
+            guess = "class" if name is not None else "threshold" if threshold is not None else "none"
+            kind = null(source.get("kind")) or guess
+            return cls(
+                cast("Any", kind), name, None if threshold is None else finite(threshold, "The background threshold")
+            )
+        raise LexisegError(f"A background is 'none', a class name or a threshold, not {describe(source)}.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """A mapping that JSON can hold; what is not set is left out."""
+        value: dict[str, Any] = {"kind": self.kind}
+        if self.name is not None:
+            value["name"] = self.name
+        if self.threshold is not None:
+            value["threshold"] = self.threshold
+        return value

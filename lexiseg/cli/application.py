@@ -1,0 +1,104 @@
+"""The typer application and its entry point, :func:`main`."""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import typer
+
+import lexiseg
+from lexiseg.cli import convert, data, doctor, evaluate, models, predict, train
+from lexiseg.cli.console import say_error
+from lexiseg.errors import LexisegError
+
+NOTHING_DONE = 2
+STOPPED = 130
+
+# Older releases of typer stand on click, newer ones carry a copy of it: take the classes from where typer has them.
+_UsageError: Any = typer.BadParameter.__base__
+_ClickException: Any = _UsageError.__base__
+
+app = typer.Typer(
+    name="lexiseg",
+    help="Segment pictures by words: classes in, a label for every pixel out.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("predict")(predict.predict)
+app.command("train")(train.train)
+app.command("evaluate")(evaluate.evaluate)
+app.command("convert")(convert.convert)
+app.command("models")(models.models)
+app.add_typer(data.app, name="data")
+app.command("doctor")(doctor.doctor)
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False,
+) -> None:
+    if version:
+        typer.echo(f"lexiseg {lexiseg.__version__}")
+        raise typer.Exit()
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+def _usage_sentence(error: Any) -> str:
+    """What typer says about a wrong command line, as one sentence that also says where the help is."""
+    message = " ".join(error.format_message().split()).rstrip(".")
+    context = getattr(error, "ctx", None)
+    command = context.command_path if context is not None else "lexiseg"
+    return f"{message}; see '{command} --help'."
+
+
+def _memory_sentence() -> str:
+    return "The memory of the device ran out; use a smaller --window or --batch-size, or --device cpu."
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    # By name: torch must not be imported to report a mistake made before it was needed.
+    return isinstance(error, MemoryError) or any(base.__name__ == "OutOfMemoryError" for base in type(error).__mro__)
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code.
+
+    Args:
+        args: the words after ``lexiseg``; taken from ``sys.argv`` when left out.
+
+    Returns:
+        0, 1, 2 or 130, as the documentation of :mod:`lexiseg.cli` says.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # A class name that the terminal's encoding lacks must not break the command that prints it.
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        code = app(args=None if args is None else list(args), prog_name="lexiseg", standalone_mode=False)
+    except LexisegError as error:
+        say_error(str(error))
+        return NOTHING_DONE
+    except _ClickException as error:
+        say_error(_usage_sentence(error))
+        return NOTHING_DONE
+    except (KeyboardInterrupt, typer.Abort):
+        say_error("Stopped.")
+        return STOPPED
+    except BrokenPipeError:
+        # The reader of our output went away (``lexiseg models | head -1``); nothing more can be said to it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        if not _is_out_of_memory(error):
+            raise
+        say_error(_memory_sentence())
+        return NOTHING_DONE
+    return code if isinstance(code, int) else 0

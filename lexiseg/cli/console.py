@@ -1,0 +1,84 @@
+"""What the commands print: results on stdout, everything about the work itself on stderr.
+
+With ``--json`` stdout carries one JSON value and nothing else, so that a script can read it.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+T = TypeVar("T")
+
+
+def say_error(sentence: str) -> None:
+    """Print ``sentence`` on stderr as one line, whatever line breaks a library put into it."""
+    typer.echo(" ".join(sentence.split()), err=True)
+
+
+def say_note(sentence: str) -> None:
+    """Print something about the work on stderr."""
+    typer.echo(sentence, err=True)
+
+
+def say_written(paths: Sequence[Path]) -> None:
+    """Print one line a file written, on stdout."""
+    for path in paths:
+        typer.echo(f"wrote {path}")
+
+
+def say_json(value: Any) -> None:
+    """Print ``value`` as JSON on stdout, in ASCII so that a pipe of any encoding carries it unharmed."""
+    typer.echo(json.dumps(value, indent=2))
+
+
+def say_table(title: str | None, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a table on stdout; every column but the first is right-aligned where it holds numbers."""
+    if title:
+        # Not as the table's own title, which would be wrapped to the table's width.
+        typer.echo(title)
+    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    for index, column in enumerate(columns):
+        numeric = bool(rows) and all(_is_number(row[index]) for row in rows)
+        table.add_column(column, justify="right" if numeric else "left", no_wrap=not numeric and index == 0)
+    for row in rows:
+        table.add_row(*row)
+    Console(soft_wrap=False, highlight=False, markup=False).print(table)
+
+
+def _is_number(cell: str) -> bool:
+    text = cell.strip().rstrip("%x").strip()
+    return text in {"", "-"} or text.replace(".", "", 1).replace(",", "").lstrip("-").isdigit()
+
+
+@contextmanager
+def waiting(what: str) -> Iterator[None]:
+    """Show a spinner with ``what`` on stderr while the body runs, where stderr is a terminal."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield
+        return
+    with console.status(what):
+        yield
+
+
+def with_progress(items: Iterable[T], total: int, what: str) -> Iterator[T]:
+    """Yield ``items`` and show a bar on stderr meanwhile, where stderr is a terminal and there are several."""
+    console = Console(stderr=True)
+    if total < 2 or not console.is_terminal:
+        yield from items
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    # What is printed meanwhile goes through the bar's console, which is stderr; a file must still get it as stdout.
+    with Progress(*columns, console=console, transient=True, redirect_stdout=sys.stdout.isatty()) as progress:
+        yield from progress.track(items, total=total, description=what)

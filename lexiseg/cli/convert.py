@@ -1,0 +1,95 @@
+"""``lexiseg convert``: checkpoints of other programs become folders that lexiseg loads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lexiseg.cli.console import say_json, say_note, say_written, waiting
+from lexiseg.cli.options import Json, Template, templates_of
+
+
+def convert(
+    weights: Annotated[Path, typer.Argument(help="A .pth, .pt or .safetensors file.", show_default=False)],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.", show_default=False)],
+    seen: Annotated[
+        Path | None,
+        typer.Option(
+            "--seen",
+            help="ZegCLIP: a file of the classes it was trained on, one a line; they are not in the checkpoint.",
+            show_default=False,
+        ),
+    ] = None,
+    template: Template = None,
+    transductive: Annotated[
+        bool,
+        typer.Option("--transductive", help="ZegCLIP: it was trained with self-training; no offset on seen classes."),
+    ] = False,
+    quick_gelu: Annotated[
+        bool | None,
+        typer.Option(
+            "--quick-gelu/--gelu", help="CLIP: its activation. Default: told by the file.", show_default=False
+        ),
+    ] = None,
+    half: Annotated[bool, typer.Option("--half", help="Store the weights in 16 bits.")] = False,
+    json: Json = False,
+) -> None:
+    """Turn a checkpoint into a folder for --model.
+
+    Reads ZegCLIP checkpoints in their authors' layout and CLIPs with a vision transformer. Nothing in a pickle is
+    executed.
+    """
+    import torch
+
+    from lexiseg.vocabulary import Vocabulary
+    from lexiseg.weights import convert as run
+
+    names = None if seen is None else Vocabulary.load(seen).names
+    chosen = templates_of(template)
+    templates = None if chosen is None else Vocabulary.parse("any", templates=chosen).templates
+    with waiting(f"converting {weights}"):
+        report = run(
+            weights,
+            output,
+            class_names=names,
+            templates=templates,
+            transductive=transductive,
+            quick_gelu=quick_gelu,
+            dtype=torch.float16 if half else None,
+        )
+    _warn_of_idle(
+        report.kind,
+        {
+            "clip": {"--seen": seen, "--template": template, "--transductive": transductive or None},
+            "zegclip": {"--quick-gelu": quick_gelu},
+        },
+    )
+    if json:
+        say_json(
+            {
+                "kind": report.kind,
+                "folder": str(report.folder),
+                "tensors": report.num_tensors,
+                "parameters": report.num_parameters,
+                "unused": list(report.unused),
+                "notes": list(report.notes),
+            }
+        )
+        return
+    typer.echo(f"{report.kind}: {report.num_tensors} tensors, {report.num_parameters / 1e6:.1f} M parameters")
+    if report.unused:
+        say_note(f"{len(report.unused)} tensors that no computation uses were left out, {report.unused[0]} first.")
+    for note in report.notes:
+        say_note(note)
+    name = f"dense-clip/{report.folder}" if report.kind == "clip" else str(report.folder)
+    say_written([report.folder])
+    typer.echo(f"use it with --model {name}")
+
+
+def _warn_of_idle(kind: str, options: dict[str, dict[str, object]]) -> None:
+    """Say which of the given options make no difference to this kind of checkpoint."""
+    for name, value in options.get(kind, {}).items():
+        if value is not None and value != []:
+            say_note(f"{name} makes no difference to a checkpoint of the kind {kind}.")

@@ -1,0 +1,220 @@
+"""``lexiseg doctor``: what this machine has, and whether lexiseg works on it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+import lexiseg
+from lexiseg.cli.console import say_json, say_note, say_table, waiting
+from lexiseg.errors import LexisegError
+
+SELF_TEST_SECONDS = 5.0
+SELF_TEST_MODEL = "zegclip-emoji"
+SELF_TEST_SAMPLE = "demo"
+
+_PACKAGES = (
+    "torch",
+    "torchvision",
+    "open_clip_torch",
+    "accelerate",
+    "torchmetrics",
+    "safetensors",
+    "huggingface_hub",
+    "pydantic",
+    "typer",
+    "rich",
+    "Pillow",
+    "numpy",
+    "PyYAML",
+)
+_EXTRAS = {"pycocotools": "coco", "tensorboard": "train"}
+
+
+def doctor(
+    json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
+) -> None:
+    """Say what this machine has and segment a sample picture with the shipped weights.
+
+    Exit code 1 when something is amiss.
+    """
+    with waiting("looking around"):
+        machine = _machine()
+        packages = _packages()
+        torch_facts = _torch()
+        folders = {"hub cache": _hub_cache(), "text cache": _text_cache()}
+        models = [entry.name for entry in lexiseg.list_models()]
+    with waiting("segmenting a sample"):
+        self_test = _self_test()
+    problems = [
+        *(f"The package '{name}' is not installed; run: pip install lexiseg" for name in _missing(packages)),
+        *(
+            f"The {name} '{facts['path']}' cannot be written."
+            for name, facts in folders.items()
+            if not facts["writable"]
+        ),
+        *([] if self_test["ok"] else [f"The self-test failed: {self_test['problem']}"]),
+    ]
+    report = {
+        "lexiseg": {"version": lexiseg.__version__, "path": str(Path(lexiseg.__file__).parent)},
+        "machine": machine,
+        "torch": torch_facts,
+        "packages": packages,
+        "folders": folders,
+        "models": models,
+        "self_test": self_test,
+        "problems": problems,
+    }
+    if json:
+        say_json(report)
+    else:
+        _print(report)
+    if problems:
+        raise typer.Exit(1)
+
+
+def _machine() -> dict[str, Any]:
+    facts: dict[str, Any] = {
+        "python": platform.python_version(),
+        "executable": sys.executable,
+        "system": platform.platform(),
+        "processor": platform.processor() or platform.machine(),
+        "cores": len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count(),
+    }
+    if sys.platform != "win32":
+        facts["memory_gib"] = round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
+    return facts
+
+
+def _packages() -> dict[str, str | None]:
+    """Installed version of every package lexiseg uses, None where it is missing."""
+    return {name: _version(name) for name in (*_PACKAGES, *_EXTRAS)}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _missing(packages: dict[str, str | None]) -> list[str]:
+    return [name for name in _PACKAGES if packages[name] is None]
+
+
+def _torch() -> dict[str, Any]:
+    import torch
+
+    devices = [
+        {
+            "name": torch.cuda.get_device_name(index),
+            "memory_gib": round(torch.cuda.get_device_properties(index).total_memory / 2**30, 1),
+        }
+        for index in range(torch.cuda.device_count())
+    ]
+    return {
+        "version": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "cuda_build": torch.version.cuda,
+        "cuda_devices": devices,
+        "mps": torch.backends.mps.is_available(),
+    }
+
+
+def _hub_cache() -> dict[str, Any]:
+    from huggingface_hub import constants
+
+    return {**_folder(Path(constants.HF_HUB_CACHE)), "offline": bool(constants.HF_HUB_OFFLINE)}
+
+
+def _text_cache() -> dict[str, Any]:
+    from lexiseg.clip.text import default_cache_folder
+
+    return _folder(default_cache_folder())
+
+
+def _folder(path: Path) -> dict[str, Any]:
+    """Whether ``path`` can be written, asked of it or of the nearest folder above it that exists; nothing is kept."""
+    standing = next(parent for parent in (path, *path.parents) if parent.exists())
+    try:
+        with tempfile.TemporaryFile(dir=standing):
+            writable = True
+    except OSError:
+        writable = False
+    return {
+        "path": str(path),
+        "exists": path.is_dir(),
+        "writable": writable,
+        "free_gib": round(shutil.disk_usage(standing).free / 2**30, 1),
+    }
+
+
+def _self_test() -> dict[str, Any]:
+    """Segment a sample picture with the shipped weights and see that what is in it was found."""
+    from lexiseg.samples import sample_classes, sample_path
+
+    facts: dict[str, Any] = {"model": SELF_TEST_MODEL, "sample": SELF_TEST_SAMPLE}
+    start = time.perf_counter()
+    try:
+        segmenter = lexiseg.load(SELF_TEST_MODEL, device="cpu")
+        result = segmenter.predict(sample_path(SELF_TEST_SAMPLE), sample_classes(SELF_TEST_SAMPLE))
+    except LexisegError as error:
+        return {**facts, "ok": False, "problem": str(error)}
+    seconds = time.perf_counter() - start
+    found = [row.name for row in sorted(result.table(), key=lambda row: -row.share) if row.share >= 0.01]
+    facts |= {"seconds": round(seconds, 2), "found": found, "ok": len(found) > 1}
+    if not facts["ok"]:
+        facts["problem"] = f"only {found or 'nothing'} was found in the sample; the weights or this torch are broken."
+    elif seconds > SELF_TEST_SECONDS:
+        facts["note"] = f"it took longer than {SELF_TEST_SECONDS:g} seconds; the machine is slow or busy"
+    return facts
+
+
+def _print(report: dict[str, Any]) -> None:
+    machine, torch_facts, self_test = report["machine"], report["torch"], report["self_test"]
+    devices = ", ".join(f"{device['name']} ({device['memory_gib']} GiB)" for device in torch_facts["cuda_devices"])
+    rows = [
+        ["lexiseg", f"{report['lexiseg']['version']} in {report['lexiseg']['path']}"],
+        ["python", f"{machine['python']} ({machine['executable']})"],
+        ["system", machine["system"]],
+        ["cores, memory", f"{machine['cores']}, {machine.get('memory_gib', '?')} GiB"],
+        ["torch", f"{torch_facts['version']}, {torch_facts['threads']} threads"],
+        ["CUDA", devices or "none"],
+        ["Apple GPU", "yes" if torch_facts["mps"] else "none"],
+        *([f"{name}", _folder_line(facts)] for name, facts in report["folders"].items()),
+        ["models", ", ".join(report["models"]) or "none"],
+    ]
+    say_table(None, ["what", "found"], rows)
+    typer.echo()
+    say_table(
+        None,
+        ["package", "version"],
+        [[name, version or _absent(name)] for name, version in report["packages"].items()],
+    )
+    typer.echo()
+    if self_test["ok"]:
+        found = ", ".join(self_test["found"])
+        typer.echo(f"self-test: ok, {self_test['seconds']} s with {self_test['model']}; found {found}")
+        if "note" in self_test:
+            say_note(f"self-test: {self_test['note']}")
+    for problem in report["problems"]:
+        say_note(problem)
+
+
+def _folder_line(facts: dict[str, Any]) -> str:
+    state = "writable" if facts["writable"] else "NOT writable"
+    offline = ", offline" if facts.get("offline") else ""
+    return f"{facts['path']} ({state}, {facts['free_gib']} GiB free{offline})"
+
+
+def _absent(name: str) -> str:
+    return f"absent; pip install 'lexiseg[{_EXTRAS[name]}]'" if name in _EXTRAS else "absent"

@@ -1,0 +1,101 @@
+"""Options that several commands share, so that they mean and say the same everywhere."""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from lexiseg.errors import LexisegError
+
+if TYPE_CHECKING:
+    from lexiseg.models.base import WindowPolicy
+
+DEFAULT_MODEL = "zegclip-emoji"
+DEFAULT_MAX_PIXELS = 200_000_000
+
+
+class Precision(str, Enum):
+    """Precisions a model can be run in."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+    fp16 = "fp16"
+
+
+Device = Annotated[
+    str, typer.Option("--device", help="cpu, cuda, cuda:1, mps; auto takes an accelerator where there is one.")
+]
+Dtype = Annotated[Precision, typer.Option("--dtype", help="Precision the model is run in.")]
+Compile = Annotated[
+    bool, typer.Option("--compile", help="Compile the model first: minutes once, worth it for many pictures.")
+]
+Window = Annotated[
+    int | None,
+    typer.Option("--window", help="Side of the sliding window in pixels; 0 runs whole pictures. Default: the model's."),
+]
+Stride = Annotated[
+    int | None, typer.Option("--stride", help="Distance of the windows in pixels. Default: the model's.")
+]
+Template = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--template", help="single, paper, or a sentence with one {}; repeat it for several. Default: the model's."
+    ),
+]
+Background = Annotated[
+    str | None,
+    typer.Option(
+        "--background", help="none; a name for one more class; or a score below which pixels are left without a class."
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
+
+
+def templates_of(given: list[str] | None) -> str | list[str] | None:
+    """The ``--template`` values as `lexiseg.Segmenter` takes them: one may be a name such as ``paper``."""
+    if not given:
+        return None
+    return given[0] if len(given) == 1 else given
+
+
+def window_of(default: WindowPolicy, window: int | None, stride: int | None) -> WindowPolicy | None:
+    """What ``--window`` and ``--stride`` make of a model's own way of running over a picture.
+
+    Args:
+        default: the model's.
+        window: side in pixels, 0 for whole pictures, None to keep the model's.
+        stride: in pixels, None to keep the model's, or the window's side where that is smaller.
+
+    Returns:
+        The policy, or None where neither was given.
+
+    Raises:
+        LexisegError: a stride without a window, or numbers that cannot cover a picture.
+    """
+    from dataclasses import replace
+
+    if window is None and stride is None:
+        return None
+    side = default.size if window is None else window or None
+    if side is None:
+        if stride is not None:
+            raise LexisegError("A --stride needs a window, and this model runs whole pictures; give --window as well.")
+        return replace(default, size=None, stride=0)
+    chosen = stride if stride is not None else min(default.stride or side, side)
+    if side < 1 or not 1 <= chosen <= side:
+        raise LexisegError(f"A --window of {side} with a --stride of {chosen} cannot cover a picture; use 1 to {side}.")
+    return replace(default, size=side, stride=chosen)
+
+
+def require_file(path: Path, what: str) -> Path:
+    """Return ``path`` if it is a file.
+
+    Raises:
+        LexisegError: it is not; ``what`` is what the file should be.
+    """
+    if not path.is_file():
+        raise LexisegError(f"There is no {what} '{path}'; check the path.")
+    return path

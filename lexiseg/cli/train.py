@@ -1,0 +1,111 @@
+"""``lexiseg train``: from a recipe to a model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from lexiseg.cli.console import say_json, say_note, say_table, say_written
+from lexiseg.cli.options import Json
+from lexiseg.errors import LexisegError
+
+if TYPE_CHECKING:
+    from lexiseg.training.recipe import Recipe
+
+
+def train(
+    recipe: Annotated[
+        str | None,
+        typer.Argument(help="Name of a recipe that comes with the package, or a YAML file.", show_default=False),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output", "-o", help="Folder of the run. Default: runs/ and the recipe's name.", show_default=False
+        ),
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in the folder.")] = False,
+    seed: Annotated[
+        int | None, typer.Option("--seed", min=0, help="Replace the recipe's seed.", show_default=False)
+    ] = None,
+    set: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", help="Replace a value: KEY=VALUE, such as train.steps=100; may be repeated.", show_default=False
+        ),
+    ] = None,
+    device: Annotated[
+        str | None,
+        typer.Option("--device", help="cpu keeps off an accelerator. Default: what there is.", show_default=False),
+    ] = None,
+    tensorboard: Annotated[bool, typer.Option(help="Write TensorBoard files.")] = True,
+    list_: Annotated[
+        bool, typer.Option("--list", help="List the recipes that come with the package, and stop.")
+    ] = False,
+    json: Json = False,
+) -> None:
+    """Train what a recipe says; --resume goes on where a run was stopped, bit for bit on a CPU."""
+    from lexiseg.training.recipe import list_recipes, load_recipe
+
+    if list_:
+        entries = [(name, load_recipe(name).description) for name in list_recipes()]
+        if json:
+            say_json([{"name": name, "description": description} for name, description in entries])
+        else:
+            say_table(None, ["recipe", "what it trains"], entries)
+        return
+    if recipe is None:
+        raise LexisegError("No recipe is given; name one of `lexiseg train --list`, or a YAML file.")
+    if device not in (None, "cpu"):
+        raise LexisegError(f"Training takes the accelerator there is; --device can only be cpu, not '{device}'.")
+    chosen = read_recipe(recipe, set or [], seed)
+    run_dir = output or Path("runs") / Path(recipe).stem
+    from lexiseg.training.run import train as run
+
+    try:
+        folder = run(chosen, run_dir, resume=resume, device=device, tensorboard=tensorboard)
+    except KeyboardInterrupt:
+        say_note(f"Stopped; the checkpoints are in '{run_dir}', and the same command with --resume goes on from there.")
+        raise
+    if json:
+        say_json({"recipe": recipe, "run": str(run_dir), "model": str(folder)})
+    else:
+        say_written([run_dir, folder])
+
+
+def read_recipe(name: str, overrides: list[str], seed: int | None) -> Recipe:
+    """Read a recipe with some of its values replaced.
+
+    Args:
+        name: of a packaged recipe, or a YAML file.
+        overrides: ``KEY=VALUE`` each; the key is a path such as ``train.steps``, the value is read as YAML.
+        seed: replaces the recipe's seed.
+
+    Raises:
+        LexisegError: the recipe is wrong, or becomes wrong by what is replaced; the sentence names the key.
+    """
+    import yaml
+
+    from lexiseg.training.recipe import load_recipe, parse_recipe
+
+    recipe = load_recipe(name, seed=seed)
+    if not overrides:
+        return recipe
+    values = recipe.model_dump(mode="json")
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key.strip():
+            raise LexisegError(f"--set takes KEY=VALUE, such as train.steps=100, not '{override}'.")
+        *parents, last = key.strip().split(".")
+        place = values
+        for parent in parents:
+            place = place.setdefault(parent, {})
+            if not isinstance(place, dict):
+                raise LexisegError(f"--set cannot reach '{key}' in '{name}': '{parent}' holds a value, not keys.")
+        try:
+            place[last] = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise LexisegError(f"--set cannot read the value of '{key}': '{text}'; quote it.") from error
+    return parse_recipe(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), f"{name} with --set")

@@ -1,0 +1,309 @@
+"""Finding a CLIP by name: shipped with lexiseg, in a folder, a known open_clip tag, a local file, or on the hub."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import socket
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, RepositoryNotFoundError
+from open_clip.factory import convert_state_dict, get_model_config, load_state_dict
+from open_clip.pretrained import get_pretrained_cfg, list_pretrained_tags_by_model
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from lexiseg.clip.image import resize_positions
+from lexiseg.clip.model import CLIP, CONFIG_NAME, WEIGHTS_NAME, build_clip, check_architecture
+from lexiseg.errors import LexisegError
+
+PACKAGED_FOLDER = Path(__file__).resolve().parent.parent / "pretrained"
+_HUB_WEIGHTS = (WEIGHTS_NAME, "open_clip_pytorch_model.bin")
+_HUB_TIMEOUT_SECONDS = 5.0
+
+
+def packaged_clips() -> list[str]:
+    """Names of the CLIPs that come with lexiseg."""
+    return sorted(path.parent.name for path in PACKAGED_FOLDER.glob(f"*/{CONFIG_NAME}"))
+
+
+def load_clip(name: str | Path, *, device: str | torch.device = "cpu") -> CLIP:
+    """Load a CLIP.
+
+    Args:
+        name: one of
+
+            - a CLIP that comes with lexiseg, see `packaged_clips`: ``"clip-emoji"``;
+            - an open_clip architecture and pretrained tag: ``"ViT-B-16/openai"`` (the tag decides on QuickGELU:
+              OpenAI's weights need it);
+            - an architecture and a local file: ``"ViT-B-16/path/to/open_clip_model.safetensors"``. A file does not say
+              which activation it was trained with; for OpenAI's weights write ``"ViT-B-16-quickgelu/..."``;
+            - a folder with ``open_clip_config.json`` and ``open_clip_model.safetensors``;
+            - a hub repository: ``"hf-hub:owner/name"``.
+        device: where to put it.
+
+    Returns:
+        the model in float32 and in evaluation mode.
+
+    Raises:
+        LexisegError: the name is unknown (near names are listed), the weights do not fit, or the hub is out of reach.
+    """
+    text = str(name)
+    folder = Path(text)
+    if text in packaged_clips():
+        clip = _load_folder(PACKAGED_FOLDER / text, text)
+        clip.packaged = True
+    elif text.startswith("hf-hub:"):
+        clip = _load_hub(text)
+    elif folder.is_dir():
+        clip = _load_folder(folder, text)
+    elif "/" in text and get_model_config(text.split("/", 1)[0]) is not None:
+        clip = _load_architecture(text)
+    else:
+        raise LexisegError(_unknown(text))
+    return clip.to(device).eval()
+
+
+def _unknown(name: str) -> str:
+    known = packaged_clips() + [f"{arch}/{tag}" for arch, tag in open_clip.list_pretrained() if "ViT" in arch]
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    if "/" not in name:
+        near = near or [f"{arch}/{tag}" for arch, tag in open_clip.list_pretrained() if arch == name][:3]
+    hint = f"did you mean {' or '.join(repr(item) for item in near)}?" if near else "for example 'ViT-B-16/openai'."
+    if Path(name).suffix or name.startswith((".", "/", "~")):
+        return f"There is no folder '{name}' with a CLIP in it; give a folder with {CONFIG_NAME} and {WEIGHTS_NAME}."
+    return f"No CLIP is called '{name}'; {hint}"
+
+
+def _load_folder(folder: Path, name: str) -> CLIP:
+    config_path, weights_path = folder / CONFIG_NAME, folder / WEIGHTS_NAME
+    for path in (config_path, weights_path):
+        if not path.is_file():
+            raise LexisegError(f"The folder '{folder}' has no {path.name}; a CLIP folder needs both files.")
+    architecture = read_config(config_path)
+    clip = build_clip(architecture, name=name)
+    fill(clip, read_safetensors(weights_path), weights_path)
+    return clip
+
+
+def _load_architecture(name: str) -> CLIP:
+    arch, rest = name.split("/", 1)
+    model_cfg = get_model_config(arch)
+    tag = get_pretrained_cfg(arch, rest)
+    architecture: dict[str, Any] = {"model_cfg": model_cfg}
+    if tag:
+        if "mean" in tag and "std" in tag:
+            architecture["preprocess_cfg"] = {"mean": list(tag["mean"]), "std": list(tag["std"])}
+        # The tag knows which activation its weights were trained with; the architecture name need not repeat it.
+        model_cfg["quick_gelu"] = bool(tag.get("quick_gelu", False))
+        check_architecture(architecture, name)
+        path = _download_tag(name, tag)
+        clip = build_clip(architecture, name=name)
+        state = load_state_dict(str(path), weights_only=True)
+        fill(clip, convert_state_dict(clip.model, state), path)
+        return clip
+    path = Path(rest).expanduser()
+    if not path.is_file():
+        tags = list_pretrained_tags_by_model(arch)
+        near = difflib.get_close_matches(rest, tags, n=3, cutoff=0.3) or tags[:5]
+        known = f"known tags: {', '.join(near)}" if near else "no tag of it is known"
+        raise LexisegError(
+            f"'{rest}' is neither a file nor pretrained weights of {arch}; {known}, or give a .safetensors file."
+        )
+    state = read_safetensors(path)
+    clip = build_clip(architecture, name=name)
+    fill(clip, state, path)
+    return clip
+
+
+def _load_hub(name: str) -> CLIP:
+    repository = name.removeprefix("hf-hub:")
+    if repository.count("/") != 1:
+        raise LexisegError(f"'{name}' is no hub repository; write hf-hub:OWNER/NAME.")
+    architecture = read_config(download(repository, (CONFIG_NAME,), name))
+    check_architecture(architecture, name)
+    path = download(repository, _HUB_WEIGHTS, name)
+    clip = build_clip(architecture, name=name)
+    state = load_state_dict(str(path), weights_only=True)
+    fill(clip, convert_state_dict(clip.model, state), path)
+    return clip
+
+
+def _download_tag(name: str, tag: dict[str, Any]) -> Path:
+    repository = str(tag.get("hf_hub", ""))
+    if not repository:
+        raise LexisegError(
+            f"The weights of '{name}' are not on the Hugging Face hub; download {tag.get('url', 'them')} yourself, "
+            "turn them into a folder with `lexiseg convert`, and give that folder."
+        )
+    repository, filename = repository.rsplit("/", 1)
+    names = (filename,) if filename else _HUB_WEIGHTS
+    if filename.endswith((".bin", ".pt")):
+        names = (f"{filename.rsplit('.', 1)[0]}.safetensors", filename)
+    arch = name.split("/", 1)[0]
+    if tag.get("quick_gelu") and "quickgelu" not in arch:
+        arch = f"{arch}-quickgelu"
+    return download(repository, names, name, instead=f"{arch}/PATH/{names[0]}")
+
+
+def download(
+    repository: str, filenames: tuple[str, ...], name: str, *, instead: str = "the folder with all its files"
+) -> Path:
+    """Fetch the first of ``filenames`` that a hub repository has; a cached copy is used without asking the hub.
+
+    Args:
+        repository: ``owner/name``.
+        filenames: in order of preference.
+        name: what the user asked for, for messages.
+        instead: what the user may give instead of the name once the file is here.
+
+    Raises:
+        LexisegError: the hub is out of reach, the repository is not there, or it has none of the files.
+    """
+    for filename in filenames:
+        cached = try_to_load_from_cache(repository, filename)
+        if isinstance(cached, str):
+            return Path(cached)
+    advice = (
+        f"fetch {filenames[0]} from {constants.ENDPOINT}/{repository} on a machine with a connection, copy it here "
+        f"and give {instead} instead of the name"
+    )
+    if constants.HF_HUB_OFFLINE:
+        raise LexisegError(
+            f"'{name}' is not in the local cache and HF_HUB_OFFLINE is set, so it cannot be downloaded; "
+            f"unset HF_HUB_OFFLINE, or {advice}."
+        )
+    reason = _unreachable(constants.ENDPOINT)
+    if reason:
+        raise LexisegError(
+            f"Cannot download '{name}': {constants.ENDPOINT} is out of reach ({reason}); "
+            f"check the network, or {advice}."
+        )
+    for filename in filenames:
+        path = _fetch(repository, filename, name, advice)
+        if path is not None:
+            return path
+    raise LexisegError(f"The hub repository '{repository}' has no {' or '.join(filenames)}; choose another one.")
+
+
+def _fetch(repository: str, filename: str, name: str, advice: str) -> Path | None:
+    """Download one file; None if the repository does not have it."""
+    try:
+        return Path(hf_hub_download(repository, filename))
+    except EntryNotFoundError:
+        return None
+    except RepositoryNotFoundError as error:
+        raise LexisegError(
+            f"The hub has no repository '{repository}' that you may read; check the name, or log in with "
+            "`hf auth login` if it is private."
+        ) from error
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        raise LexisegError(
+            f"Downloading '{name}' from the hub failed ({_first_line(error)}); try again later, or {advice}."
+        ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _unreachable(endpoint: str) -> str | None:
+    """Say why the hub cannot be reached, or None. Without this the client would retry for most of a minute."""
+    request = urllib.request.Request(endpoint, method="HEAD")
+    try:
+        with urllib.request.urlopen(request, timeout=_HUB_TIMEOUT_SECONDS):
+            return None
+    except urllib.error.HTTPError:
+        return None
+    except urllib.error.URLError as error:
+        reason = error.reason
+        network = isinstance(reason, socket.gaierror | TimeoutError | ConnectionError | OSError)
+        certificate = type(reason).__name__.startswith("SSL")
+        return _first_line(reason) if network and not certificate and isinstance(reason, BaseException) else None
+    except (TimeoutError, OSError) as error:
+        return _first_line(error)
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Read an ``open_clip_config.json``.
+
+    Raises:
+        LexisegError: it is not JSON or has no ``model_cfg``.
+    """
+    try:
+        config = json.loads(path.read_text("utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise LexisegError(f"'{path}' is not a readable JSON file ({_first_line(error)}); write it again.") from error
+    if not isinstance(config, dict) or "model_cfg" not in config:
+        raise LexisegError(f"'{path}' has no model_cfg; take the {CONFIG_NAME} that open_clip writes.")
+    return config
+
+
+def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
+    """Read a safetensors file as float32 tensors.
+
+    Raises:
+        LexisegError: it is another kind of file (a pickle is never opened here) or damaged.
+    """
+    if path.suffix != ".safetensors":
+        raise LexisegError(
+            f"'{path}' is not a .safetensors file; turn a .pt or .pth file into a folder with "
+            f"`lexiseg convert {path} -o FOLDER` first."
+        )
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise LexisegError(
+            f"'{path}' is not a readable safetensors file ({_first_line(error)}); download or convert it again."
+        ) from error
+    return {key: value.float() if value.is_floating_point() else value for key, value in tensors.items()}
+
+
+def fill(clip: CLIP, state: dict[str, torch.Tensor], path: Path) -> None:
+    """Copy a complete state dict into ``clip``; the position table is resized as open_clip does.
+
+    Raises:
+        LexisegError: a tensor is missing, left over or of another shape; the first one is named.
+    """
+    expected = clip.model.state_dict()
+    state = dict(state)
+    key = "visual.positional_embedding"
+    if key in state and key in expected and state[key].shape != expected[key].shape:
+        state[key] = resize_positions(state[key], tuple(clip.visual.grid_size), interpolation="bicubic-antialias")
+    for scalar in ("logit_scale", "logit_bias"):
+        if scalar in state and scalar in expected:
+            state[scalar] = state[scalar].reshape(expected[scalar].shape)
+    check_state(state, {name: tuple(tensor.shape) for name, tensor in expected.items()}, path)
+    clip.model.load_state_dict({name: tensor.float() for name, tensor in state.items()})
+
+
+def check_state(state: dict[str, torch.Tensor], shapes: dict[str, tuple[int, ...]], path: str | Path) -> None:
+    """Compare tensors with the shapes a model expects.
+
+    Raises:
+        LexisegError: a tensor is missing, left over or of another shape.
+    """
+    for key, shape in shapes.items():
+        if key in state and tuple(state[key].shape) != shape:
+            raise LexisegError(
+                f"'{path}' does not fit the model: {key} is {tuple(state[key].shape)} in the file and {shape} in the "
+                "model; use the weights and the configuration that belong together."
+            )
+    missing = sorted(shapes.keys() - state.keys())
+    extra = sorted(state.keys() - shapes.keys())
+    if missing or extra:
+        parts = []
+        if missing:
+            parts.append(f"{len(missing)} tensors are missing, the first is {missing[0]}")
+        if extra:
+            parts.append(f"{len(extra)} are left over, the first is {extra[0]}")
+        raise LexisegError(
+            f"'{path}' does not fit the model: {' and '.join(parts)}; "
+            "use the weights and the configuration that belong together."
+        )

@@ -1,0 +1,277 @@
+"""CLIP: an open_clip model with the few things a segmenter needs of it."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
+from open_clip.transformer import ResidualAttentionBlock, TextTransformer
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from lexiseg.clip.blocks import run_block
+from lexiseg.clip.image import ImageTower
+from lexiseg.errors import LexisegError
+from lexiseg.files import atomic_write, make_folder, write_json
+
+CONFIG_NAME = "open_clip_config.json"
+WEIGHTS_NAME = "open_clip_model.safetensors"
+
+# The mean and standard deviation OpenAI's CLIP was trained with, RGB in 0..1.
+OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
+OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
+
+# Stored in files or in the code of open_clip, but no part of what defines a tower.
+_PREPROCESS_KEYS = ("mean", "std")
+
+
+class CLIP(nn.Module):
+    """An open_clip model: text in, embeddings out; images in, tokens out.
+
+    Args:
+        model: an ``open_clip.CLIP`` or ``open_clip.CustomTextCLIP``.
+        architecture: ``{"model_cfg": ..., "preprocess_cfg": {"mean", "std"}}``, the contents of open_clip's
+            ``open_clip_config.json``: enough to build the same model again with `build_clip`.
+        tokenizer: turns a list of strings into ids (n, context_length).
+        name: what the user called it.
+
+    Attributes:
+        packaged: True when the weights came with lexiseg and were not changed at loading.
+    """
+
+    model: Any  # an open_clip model: its modules are reached by name, which nn.Module's types cannot follow
+
+    def __init__(
+        self, model: nn.Module, architecture: dict[str, Any], tokenizer: Any, name: str, *, packaged: bool = False
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.architecture = architecture
+        self.name = name
+        self.packaged = packaged
+        self._tokenizer = tokenizer
+        self._digests: dict[str, tuple[tuple[tuple[int, int], ...], str]] = {}
+
+    @property
+    def visual(self) -> Any:
+        """The open_clip image tower."""
+        return self.model.visual
+
+    @property
+    def image_tower(self) -> ImageTower:
+        """The image tower as tokens in, tokens out.
+
+        Raises:
+            LexisegError: it is no plain vision transformer.
+        """
+        return ImageTower(self.model.visual)
+
+    @property
+    def embed_dim(self) -> int:
+        """Width D of the joint embedding."""
+        return int(self.architecture["model_cfg"]["embed_dim"])
+
+    @property
+    def context_length(self) -> int:
+        """Number of token places of the text tower."""
+        return int(self.model.context_length)
+
+    @property
+    def patch_size(self) -> int:
+        """Side of a patch in pixels."""
+        return self.image_tower.patch_size
+
+    @property
+    def image_size(self) -> int:
+        """Side of the (square) images the tower was trained on, in pixels."""
+        size = self.model.visual.image_size
+        return int(size if isinstance(size, int) else size[0])
+
+    @property
+    def mean(self) -> tuple[float, float, float]:
+        """Mean of the training images, RGB in 0..1."""
+        red, green, blue = self.architecture["preprocess_cfg"]["mean"]
+        return float(red), float(green), float(blue)
+
+    @property
+    def std(self) -> tuple[float, float, float]:
+        """Standard deviation of the training images, RGB in 0..1."""
+        red, green, blue = self.architecture["preprocess_cfg"]["std"]
+        return float(red), float(green), float(blue)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.parameters()).device
+
+    def tokenize(self, texts: Sequence[str]) -> Tensor:
+        """Turn texts into token ids (n, context_length), long, on the CPU. An over-long text is cut."""
+        return self._tokenizer(list(texts), context_length=self.context_length).long()
+
+    def count_tokens(self, text: str) -> int:
+        """Number of tokens ``text`` needs, the start and the end mark included."""
+        if isinstance(self._tokenizer, SimpleTokenizer):
+            return len(self._tokenizer.encode(text)) + 2
+        if isinstance(self._tokenizer, HFTokenizer):
+            return len(self._tokenizer.tokenizer(text)["input_ids"])
+        return int((self._tokenizer([text], context_length=self.context_length) != 0).sum())
+
+    def encode_text(self, tokens: Tensor) -> Tensor:
+        """Encode token ids.
+
+        The sequence is cut behind the longest text of the batch: in a causal tower no later token can reach an
+        earlier one, so nothing changes but the time.
+
+        Args:
+            tokens: (n, L) ids with L at most the context length.
+
+        Returns:
+            (n, D), not normalised.
+        """
+        text = self.model if isinstance(self.model, open_clip.CLIP) else self.model.text
+        pool = text.text_pool_type if isinstance(text, open_clip.CLIP) else getattr(text, "pool_type", None)
+        plain = (
+            isinstance(text, open_clip.CLIP | TextTransformer)
+            and pool in ("argmax", "eos")
+            and text.attn_mask is not None
+            and getattr(text, "cls_emb", None) is None
+            and all(isinstance(block, ResidualAttentionBlock) for block in text.transformer.resblocks)
+        )
+        if not plain:
+            return self.model.encode_text(tokens)
+        if pool == "argmax":
+            end = tokens.argmax(dim=-1)
+        else:
+            eos = text.text_eos_id if isinstance(text, open_clip.CLIP) else text.eos_id
+            end = tokens.eq(eos).int().argmax(dim=-1)
+        tokens = tokens[:, : int(end.max()) + 1]
+        dtype = text.transformer.get_cast_dtype()
+        x = text.token_embedding(tokens).to(dtype) + text.positional_embedding[: tokens.shape[1]].to(dtype)
+        for block in text.transformer.resblocks:
+            x = run_block(block, x, causal=True)
+        x = text.ln_final(x[torch.arange(len(x), device=x.device), end])
+        projection = text.text_projection
+        if projection is None:
+            return x
+        return projection(x) if isinstance(projection, nn.Linear) else x @ projection
+
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) of all weights as float32: equal exactly when the towers are. Cached until one changes."""
+        return self._digest("all", self.model.state_dict(keep_vars=True).items())
+
+    def text_fingerprint(self) -> str:
+        """SHA-256 (hex) of all weights but the image tower's: the key of cached text embeddings."""
+        tensors = self.model.state_dict(keep_vars=True).items()
+        return self._digest("text", ((key, value) for key, value in tensors if not key.startswith("visual.")))
+
+    def _digest(self, part: str, tensors: Iterable[tuple[str, Tensor]]) -> str:
+        items = sorted(tensors)
+        # A tensor's version counts in-place changes, so a training step makes the cached digest stale.
+        state = tuple((tensor.data_ptr(), tensor._version) for _, tensor in items)
+        known = self._digests.get(part)
+        if known is not None and known[0] == state:
+            return known[1]
+        digest = hashlib.sha256()
+        for key, tensor in items:
+            values = tensor.detach().to("cpu", torch.float32).contiguous()
+            digest.update(f"{key}{tuple(values.shape)}".encode())
+            digest.update(values.numpy().tobytes())
+        self._digests[part] = (state, digest.hexdigest())
+        return digest.hexdigest()
+
+
+@lru_cache(maxsize=4)
+def _tokenizer(arguments: str) -> SimpleTokenizer:
+    """CLIP's byte-pair tokenizer; reading its 49,152 merges takes longer than building a small model."""
+    return SimpleTokenizer(**json.loads(arguments))
+
+
+def check_architecture(architecture: dict[str, Any], name: str) -> None:
+    """Refuse what cannot be run patch by patch, by its configuration alone: before a gigabyte is downloaded.
+
+    Raises:
+        LexisegError: the configuration is incomplete, or one of its towers is not open_clip's own plain transformer.
+    """
+    model_cfg = architecture.get("model_cfg")
+    if not isinstance(model_cfg, dict) or not {"embed_dim", "vision_cfg", "text_cfg"} <= model_cfg.keys():
+        raise LexisegError(
+            f"The architecture of '{name}' has no model_cfg with embed_dim, vision_cfg and text_cfg; "
+            f"take the {CONFIG_NAME} that open_clip writes."
+        )
+    vision, text = model_cfg["vision_cfg"], model_cfg["text_cfg"]
+    other = None
+    if vision.get("timm_model_name"):
+        other = f"an image tower of the timm library ({vision['timm_model_name']})"
+    elif isinstance(vision.get("layers"), list | tuple):
+        other = "a ResNet as its image tower"
+    elif vision.get("attentional_pool"):
+        other = "an image tower that pools with attention"
+    elif text.get("hf_model_name") or "multimodal_cfg" in model_cfg:
+        other = "a text tower that is not open_clip's own"
+    if other:
+        raise LexisegError(
+            f"'{name}' has {other}, which lexiseg does not run; choose a plain ViT such as 'ViT-B-16/openai'."
+        )
+
+
+def build_clip(architecture: dict[str, Any], *, name: str = "clip", tokenizer: Any = None) -> CLIP:
+    """Build a CLIP with random weights from its architecture.
+
+    Args:
+        architecture: ``{"model_cfg": {"embed_dim", "vision_cfg", "text_cfg", ...}, "preprocess_cfg": {...}}`` as in
+            open_clip's ``open_clip_config.json``; ``preprocess_cfg`` may be missing (OpenAI's mean and std).
+        name: what to call it in messages and files.
+        tokenizer: as open_clip's; None takes CLIP's own byte-pair tokenizer.
+
+    Raises:
+        LexisegError: the configuration is not one open_clip can build, or it needs a tower from another library.
+    """
+    check_architecture(architecture, name)
+    config = copy.deepcopy(architecture)
+    model_cfg = config["model_cfg"]
+    text = model_cfg["text_cfg"]
+    arguments = {key: value for key, value in model_cfg.items() if key != "custom_text"}
+    model_class = open_clip.CustomTextCLIP if model_cfg.get("custom_text") else open_clip.CLIP
+    try:
+        model = model_class(**arguments)
+    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
+        raise LexisegError(
+            f"open_clip cannot build the architecture of '{name}' ({error}); check its {CONFIG_NAME}."
+        ) from error
+    if tokenizer is None:
+        tokenizer = _tokenizer(json.dumps(text.get("tokenizer_kwargs") or {}))
+    preprocess = {"mean": list(OPENAI_MEAN), "std": list(OPENAI_STD)}
+    given = config.get("preprocess_cfg") or {}
+    preprocess.update({key: list(given[key]) for key in _PREPROCESS_KEYS if key in given})
+    model.eval()
+    return CLIP(model, {"model_cfg": model_cfg, "preprocess_cfg": preprocess}, tokenizer, name)
+
+
+def save_clip(clip: CLIP, folder: str | Path, *, dtype: torch.dtype | None = None) -> Path:
+    """Write a folder that both lexiseg and open_clip (``local-dir:``) load.
+
+    Args:
+        clip: the model.
+        folder: made if missing; holds ``open_clip_config.json`` and ``open_clip_model.safetensors`` afterwards.
+        dtype: what to store the weights in, for example ``torch.float16``; None keeps them as they are.
+
+    Raises:
+        LexisegError: the folder cannot be written.
+    """
+    folder = make_folder(folder)
+    tensors = {}
+    for key, tensor in clip.model.state_dict().items():
+        value = tensor.detach().cpu()
+        tensors[key] = value.to(dtype).contiguous() if dtype is not None else value.clone().contiguous()
+    with atomic_write(folder / WEIGHTS_NAME) as temporary:
+        save_file(tensors, temporary)
+    write_json(folder / CONFIG_NAME, clip.architecture)
+    return folder

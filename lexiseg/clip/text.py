@@ -1,0 +1,135 @@
+"""Text embeddings of a vocabulary: encoded in chunks, averaged over templates, cached in memory and on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections import OrderedDict
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from lexiseg.clip.model import CLIP
+from lexiseg.errors import LexisegError
+from lexiseg.files import atomic_write, make_folder
+from lexiseg.vocabulary import Vocabulary
+
+_CHUNK = 256
+_MEMORY_ENTRIES = 32
+
+
+def default_cache_folder() -> Path:
+    """Where text embeddings are kept: ``$LEXISEG_CACHE``, or ``~/.cache/lexiseg``."""
+    given = os.environ.get("LEXISEG_CACHE")
+    return Path(given) if given else Path.home() / ".cache" / "lexiseg"
+
+
+class TextEmbedder:
+    """Turns the words of a vocabulary into unit vectors and remembers them.
+
+    Each word is put into each template, encoded and normalised; the mean over the templates is normalised again
+    (CLIP's prompt ensemble; ZegCLIP's released embeddings are made the same way).
+
+    Args:
+        clip: the text tower. Its weights are part of the cache's key, so a changed tower is never served old vectors.
+        cache_dir: folder of the disk cache; None keeps the vectors in memory only.
+        chunk: number of texts encoded at once.
+
+    Attributes:
+        num_forwards: how often the text tower ran; it stays the same when the cache answered.
+    """
+
+    def __init__(self, clip: CLIP, cache_dir: str | Path | None = None, *, chunk: int = _CHUNK) -> None:
+        self.clip = clip
+        self.cache_dir = None if cache_dir is None else Path(cache_dir)
+        self.chunk = chunk
+        self.num_forwards = 0
+        self._memory: OrderedDict[str, Tensor] = OrderedDict()
+
+    def __call__(self, vocabulary: Vocabulary) -> Tensor:
+        """Embed ``vocabulary.words`` with ``vocabulary.templates``: float32 (W, D) of unit length, on clip's device.
+
+        Raises:
+            LexisegError: a word is too long for the text tower.
+        """
+        return self.embed(vocabulary.words, vocabulary.templates)
+
+    def embed(self, words: Sequence[str], templates: Sequence[str]) -> Tensor:
+        """Embed ``words`` with ``templates`` (each with one ``{}``): float32 (W, D) of unit length, on clip's device.
+
+        Raises:
+            LexisegError: a filled template is too long for the text tower.
+        """
+        key = self._key(words, templates)
+        found = self._memory.get(key)
+        if found is None:
+            found = self._read(key, len(words))
+        if found is None:
+            found = self._encode(words, templates)
+            self._write(key, found)
+        self._memory[key] = found
+        self._memory.move_to_end(key)
+        while len(self._memory) > _MEMORY_ENTRIES:
+            self._memory.popitem(last=False)
+        return found.to(self.clip.device)
+
+    def _key(self, words: Sequence[str], templates: Sequence[str]) -> str:
+        content = json.dumps([1, self.clip.text_fingerprint(), list(templates), list(words)], ensure_ascii=False)
+        return hashlib.sha256(content.encode()).hexdigest()
+
+    @torch.no_grad()
+    def _encode(self, words: Sequence[str], templates: Sequence[str]) -> Tensor:
+        texts = [template.replace("{}", word) for word in words for template in templates]
+        tokens = self.clip.tokenize(texts)
+        self._check(texts, tokens)
+        # Sorted by length, each chunk is cut to its own longest text, which saves most of the tower's time.
+        order = (tokens != 0).sum(dim=1).argsort(stable=True)
+        rows = []
+        for part in order.split(self.chunk):
+            vectors = self.clip.encode_text(tokens[part].to(self.clip.device)).float()
+            rows.append((vectors / vectors.norm(dim=-1, keepdim=True)).cpu())
+            self.num_forwards += 1
+        vectors = torch.empty(len(texts), rows[0].shape[1])
+        vectors[order] = torch.cat(rows)
+        mean = vectors.reshape(len(words), len(templates), -1).mean(dim=1)
+        return mean / mean.norm(dim=-1, keepdim=True)
+
+    def _check(self, texts: Sequence[str], tokens: Tensor) -> None:
+        full = (tokens[:, -1] != 0).nonzero().flatten().tolist()
+        for index in full:
+            needed = self.clip.count_tokens(texts[index])
+            if needed > self.clip.context_length:
+                raise LexisegError(
+                    f"'{texts[index][:80]}' needs {needed} tokens and the text tower takes "
+                    f"{self.clip.context_length}; shorten the class name or the template."
+                )
+
+    def _path(self, key: str) -> Path | None:
+        return None if self.cache_dir is None else self.cache_dir / "text" / f"{key}.safetensors"
+
+    def _read(self, key: str, num_words: int) -> Tensor | None:
+        path = self._path(key)
+        if path is None or not path.is_file():
+            return None
+        # A damaged cache file costs a text forward, never an error: it is ignored here and written anew.
+        with suppress(SafetensorError, OSError, KeyError, ValueError):
+            vectors = load_file(path)["text"]
+            if vectors.shape == (num_words, self.clip.embed_dim) and bool(torch.isfinite(vectors).all()):
+                return vectors.float()
+        return None
+
+    def _write(self, key: str, vectors: Tensor) -> None:
+        path = self._path(key)
+        if path is None:
+            return
+        # A full or read-only disk must not stop a prediction.
+        with suppress(LexisegError):
+            make_folder(path.parent)
+            with atomic_write(path) as temporary:
+                save_file({"text": vectors.contiguous()}, temporary)

@@ -1,0 +1,147 @@
+"""The fixed benchmark ``picture-world``: train and val splits made of scenes, and the same written to disk."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from PIL import Image
+
+from lexiseg.data.base import IGNORE_INDEX, Sample
+from lexiseg.data.picture_world.classes import CLASS_IDS, CLASSES, UNSEEN
+from lexiseg.data.picture_world.scene import Scene, render_scene
+from lexiseg.errors import LexisegError
+from lexiseg.files import atomic_write, make_folder, write_text
+from lexiseg.vocabulary import Vocabulary, VocabularyClass
+
+Split = Literal["train", "val"]
+
+# First integer of every scene's seed. The stages of the CLIP training use others, so no val scene is ever trained on.
+SPLIT_SEEDS: dict[str, int] = {"train": 1, "val": 2}
+SPLIT_LENGTHS: dict[str, int] = {"train": 20_000, "val": 200}
+
+_HIDDEN = np.arange(256, dtype=np.int64)
+_HIDDEN[[CLASS_IDS[name] for name in UNSEEN]] = IGNORE_INDEX
+
+
+def vocabulary() -> Vocabulary:
+    """Return the classes of picture-world in the order of their ids, flagged seen or unseen."""
+    return Vocabulary(classes=tuple(VocabularyClass(name, seen=name not in UNSEEN) for name in CLASSES))
+
+
+class PictureWorld:
+    """Scenes with masks, rendered when asked for; the same index gives the same sample in any process.
+
+    The train split hides the unseen classes: their pixels are 255 before a sample leaves this object, so that no stage
+    of any training can see a mask of them. The val split has every class.
+
+    Args:
+        split: ``"train"`` or ``"val"``.
+        size: pixels a side.
+        length: number of scenes; default 20,000 (train) and 200 (val).
+        num_things: smallest and largest number of things a scene.
+        extents: smallest and largest size of a thing as a share of the side.
+
+    Raises:
+        LexisegError: unknown split.
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        *,
+        size: int = 256,
+        length: int | None = None,
+        num_things: tuple[int, int] = (1, 6),
+        extents: tuple[float, float] = (0.36, 0.64),
+    ) -> None:
+        if split not in SPLIT_SEEDS:
+            raise LexisegError(f"picture-world has no split '{split}'; choose 'train' or 'val'.")
+        self.split, self.size = split, size
+        self._num_things, self._extents = num_things, extents
+        self._length = SPLIT_LENGTHS[split] if length is None else length
+
+    @cached_property
+    def vocabulary(self) -> Vocabulary:
+        """The classes the label ids index, with their seen flags."""
+        return vocabulary()
+
+    def __len__(self) -> int:
+        return self._length
+
+    def _scene(self, index: int) -> Scene:
+        if not 0 <= index < self._length:
+            raise IndexError(f"picture-world {self.split} has {self._length} scenes, there is no index {index}")
+        seed = [SPLIT_SEEDS[self.split], index]
+        return render_scene(seed, self.size, num_things=self._num_things, extents=self._extents)
+
+    def __getitem__(self, index: int) -> Sample:
+        """Return the sample: image (3, S, S) uint8, label (S, S) int64 with 255 where a class is hidden."""
+        scene = self._scene(index)
+        label = scene.label.astype(np.int64)
+        if self.split == "train":
+            label = _HIDDEN[label]
+        return Sample(
+            image=torch.from_numpy(scene.image).permute(2, 0, 1).contiguous(),
+            label=torch.from_numpy(label),
+            name=f"picture-world/{self.split}/{index:05d}",
+        )
+
+    def __iter__(self) -> Iterator[Sample]:
+        return (self[index] for index in range(len(self)))
+
+    def caption(self, index: int) -> str:
+        """Return the sentence that names what is visible in a scene."""
+        return self._scene(index).caption
+
+
+def write_voc(folder: str | Path, *, num_train: int = 200, num_val: int = 50, size: int = 256) -> Path:
+    """Write picture-world to disk in the VOC folder layout and return the folder.
+
+    ``JPEGImages/*.jpg``, ``SegmentationClass/*.png`` (palette, 255 = ignored), the lists
+    ``ImageSets/Segmentation/{train,val}.txt``, ``captions.txt`` (name, tab, sentence), ``classes.txt`` and
+    ``unseen.txt``. The masks of the train split have 255 where an unseen class is. Files that exist are written anew.
+
+    Raises:
+        LexisegError: the folder cannot be written.
+    """
+    root = make_folder(folder)
+    images, masks = make_folder(root / "JPEGImages"), make_folder(root / "SegmentationClass")
+    lists = make_folder(root / "ImageSets" / "Segmentation")
+    palette = np.zeros((256, 3), np.uint8)
+    palette[: len(CLASSES)] = vocabulary().palette()
+    captions = []
+    splits: tuple[tuple[Split, int], ...] = (("train", num_train), ("val", num_val))
+    for split, length in splits:
+        dataset = PictureWorld(split, size=size, length=length)
+        names = []
+        for index, sample in enumerate(dataset):
+            name = f"{split}_{index:05d}"
+            with atomic_write(images / f"{name}.jpg") as temporary:
+                Image.fromarray(sample.image.permute(1, 2, 0).numpy()).save(temporary, quality=95, subsampling=0)
+            mask = Image.fromarray(sample.label.numpy().astype(np.uint8), "P")
+            mask.putpalette(palette.tobytes())
+            with atomic_write(masks / f"{name}.png") as temporary:
+                mask.save(temporary, optimize=True)
+            names.append(name)
+            captions.append(f"{name}\t{dataset.caption(index)}")
+        write_text(lists / f"{split}.txt", "".join(f"{name}\n" for name in names))
+    write_text(root / "captions.txt", "".join(f"{line}\n" for line in captions))
+    write_text(root / "classes.txt", "".join(f"{name}\n" for name in CLASSES))
+    write_text(root / "unseen.txt", "".join(f"{name}\n" for name in UNSEEN))
+    return root
+
+
+def contact_sheet(split: Split = "val", *, rows: int = 3, columns: int = 5, size: int = 256) -> Image.Image:
+    """Return the first scenes of a split side by side as one picture."""
+    gap = 4
+    sheet = Image.new("RGB", (columns * (size + gap) - gap, rows * (size + gap) - gap), "white")
+    dataset = PictureWorld(split, size=size)
+    for index in range(rows * columns):
+        picture = Image.fromarray(dataset[index].image.permute(1, 2, 0).numpy())
+        sheet.paste(picture, ((index % columns) * (size + gap), (index // columns) * (size + gap)))
+    return sheet

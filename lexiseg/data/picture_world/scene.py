@@ -1,0 +1,245 @@
+"""Scenes: things over stuff, with exact masks and a caption, a pure function of a seed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image, ImageFilter
+
+from lexiseg.data.picture_world.atlas import CELL, load_atlas
+from lexiseg.data.picture_world.classes import CLASS_IDS, STUFF, THINGS
+from lexiseg.data.picture_world.textures import NUM_VARIANTS, SIZE, texture
+
+# What may lie above and below a horizon, so that a person finds the scene plausible.
+_ABOVE = ("sky", "night", "brick", "leaves", "tiles", "wood", "sky", "snow")
+_GROUNDS = {
+    "sky": ("grass", "water", "sand", "snow", "road", "soil", "gravel", "leaves"),
+    "night": ("grass", "water", "sand", "snow", "road", "soil", "gravel", "leaves"),
+    "brick": ("wood", "carpet", "tiles", "road", "gravel", "grass"),
+    "leaves": ("grass", "soil", "water", "gravel", "road", "brick"),
+    "tiles": ("wood", "carpet", "brick", "water"),
+    "wood": ("carpet", "tiles", "grass", "brick"),
+    "snow": ("water", "road", "leaves", "gravel"),
+}
+_SECOND_GROUNDS = ("water", "sand", "grass", "road", "gravel", "soil", "brick", "leaves")
+_MIN_VISIBLE = 0.55  # a thing keeps at least this share of its pixels when later things cover it
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A picture with exact labels.
+
+    Attributes:
+        image: (H, W, 3) uint8, RGB.
+        label: (H, W) uint8, class ids into ``CLASSES``; every pixel has a class.
+        things: names of the things, in drawing order.
+        stuff: names of the stuff in the background, top to bottom.
+        caption: an English sentence that names them.
+    """
+
+    image: np.ndarray
+    label: np.ndarray
+    things: tuple[str, ...]
+    stuff: tuple[str, ...]
+    caption: str
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Every class name in the caption, things first."""
+        return self.things + self.stuff
+
+
+def _stuff_patch(rng: np.random.Generator, name: str, size: int) -> np.ndarray:
+    """Return (size, size, 3) float32 of a randomly placed, scaled, mirrored and tinted texture."""
+    tile = texture(name, int(rng.integers(NUM_VARIANTS)))
+    span = int(SIZE * rng.uniform(0.45, 0.95))
+    top, left = rng.integers(0, SIZE, 2)
+    crop = tile[top : top + span, left : left + span]
+    if rng.random() < 0.5:
+        crop = crop[:, ::-1]
+    resized = Image.fromarray(crop).resize((size, size), Image.Resampling.BILINEAR, reducing_gap=2.0)
+    tint = rng.uniform(0.85, 1.12, 3).astype(np.float32)
+    return np.asarray(resized, np.float32) * tint * np.float32(rng.uniform(0.88, 1.1))
+
+
+def _horizon(rng: np.random.Generator, size: int, low: float, high: float) -> np.ndarray:
+    """Return the row of a gently waving line for every column, (size,)."""
+    x = np.linspace(0, 1, size)
+    wave = sum(
+        rng.uniform(0, 0.035) * np.sin(2 * np.pi * (frequency * x + rng.random())) for frequency in (0.7, 1.6, 3.1)
+    )
+    return (rng.uniform(low, high) + wave + rng.uniform(-0.05, 0.05) * (x - 0.5)) * size
+
+
+def _background(rng: np.random.Generator, size: int) -> tuple[np.ndarray, np.ndarray, list[str], float]:
+    """Return the picture (float32), its labels, the stuff names from top to bottom and the horizon (0..1)."""
+    layout = rng.random()
+    if layout < 0.2:
+        names = [STUFF[rng.integers(len(STUFF))]]
+        lines: list[np.ndarray] = []
+    else:
+        above = _ABOVE[rng.integers(len(_ABOVE))]
+        grounds = _GROUNDS[above]
+        names = [above, grounds[rng.integers(len(grounds))]]
+        lines = [_horizon(rng, size, 0.25, 0.6)]
+        if layout > 0.7:
+            rest = [name for name in _SECOND_GROUNDS if name not in names]
+            names.append(rest[rng.integers(len(rest))])
+            lines.append(lines[0] + _horizon(rng, size, 0.22, 0.38))
+    image = _stuff_patch(rng, names[0], size)
+    label = np.full((size, size), CLASS_IDS[names[0]], np.uint8)
+    rows = np.arange(size)[:, None]
+    for name, line in zip(names[1:], lines, strict=True):
+        below = rows >= line[None, :]
+        image = np.where(below[..., None], _stuff_patch(rng, name, size), image)
+        label[below] = CLASS_IDS[name]
+    horizon = float(lines[0].mean() / size) if lines else 0.2
+    return image, label, [name for name in names if (label == CLASS_IDS[name]).any()], horizon
+
+
+def _sprite(rng: np.random.Generator, name: str, extent: float) -> np.ndarray:
+    """Return a thing as premultiplied RGBA float32, ``extent`` pixels wide, turned, mirrored and lit at random."""
+    glyph = load_atlas()[THINGS.index(name)]
+    if rng.random() < 0.5:
+        glyph = glyph.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    scale = extent / CELL
+    side = max(6, round(extent * 1.25))
+    angle = np.deg2rad(rng.normal(0, 9))
+    stretch = rng.uniform(0.92, 1.09)
+    cos, sin = np.cos(angle), np.sin(angle)
+    if scale < 0.6:  # an affine transform does not average; shrink first so that small things stay smooth
+        inner = max(4, round(CELL * scale * 1.4))
+        glyph = glyph.resize((inner, inner), Image.Resampling.BOX)
+        scale = extent / inner
+    half, middle = side / 2, glyph.width / 2
+    a, b = cos / (scale * stretch), sin / scale
+    d, e = -sin / (scale * stretch), cos / scale
+    matrix = (a, b, middle - a * half - b * half, d, e, middle - d * half - e * half)
+    turned = glyph.transform((side, side), Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR)
+    sprite = np.asarray(turned, np.float32)
+    light = np.append(rng.uniform(0.9, 1.08, 3) * rng.uniform(0.85, 1.12), 1.0).astype(np.float32)
+    sprite = sprite * light
+    sprite[..., :3] = np.minimum(sprite[..., :3], sprite[..., 3:])
+    return sprite
+
+
+def _box(top: int, left: int, side: int, size: int) -> tuple[slice, slice, slice, slice]:
+    """Return the picture's and the sprite's row and column slices where the two overlap."""
+    y0, x0, y1, x1 = max(0, top), max(0, left), min(size, top + side), min(size, left + side)
+    return slice(y0, y1), slice(x0, x1), slice(y0 - top, y1 - top), slice(x0 - left, x1 - left)
+
+
+def _shadow(image: np.ndarray, sprite: np.ndarray, top: int, left: int) -> None:
+    """Darken the picture a little below and beside a thing, in place."""
+    side, size = sprite.shape[0], image.shape[0]
+    alpha = Image.fromarray(sprite[..., 3].astype(np.uint8)).filter(ImageFilter.BoxBlur(max(1, side // 16)))
+    rows, columns, inner_rows, inner_columns = _box(top + side // 14, left + side // 18, side, size)
+    shade = np.asarray(alpha, np.float32)[inner_rows, inner_columns, None] * (0.3 / 255.0)
+    image[rows, columns] *= 1.0 - shade
+
+
+def _place_things(
+    rng: np.random.Generator,
+    image: np.ndarray,
+    label: np.ndarray,
+    names: list[str],
+    horizon: float,
+    extents: tuple[float, float],
+) -> list[str]:
+    """Draw the things, in place; a thing that finds no free place is left out. Return the names drawn."""
+    size = image.shape[0]
+    owner = np.full((size, size), -1, np.int16)
+    areas: list[int] = []
+    drawn: list[str] = []
+    shrink = 1.0 / (1.0 + 0.09 * max(0, len(names) - 1))
+    for name in names:
+        for attempt in range(8):
+            extent = size * rng.uniform(*extents) * shrink * 0.95**attempt
+            sprite = _sprite(rng, name, extent)
+            side = sprite.shape[0]
+            reach = 0.36 * extent
+            low = max(reach, min(horizon * size, size - reach) - 0.35 * extent)
+            centre_y = rng.uniform(low if rng.random() < 0.7 else reach, size - reach)
+            centre_x = rng.uniform(reach, size - reach)
+            top, left = round(centre_y - side / 2), round(centre_x - side / 2)
+            rows, columns, inner_rows, inner_columns = _box(top, left, side, size)
+            opaque = sprite[inner_rows, inner_columns, 3] > 127
+            area = int(opaque.sum())
+            if area < 0.7 * max(1, int((sprite[..., 3] > 127).sum())) or area == 0:
+                continue
+            counts = np.bincount(owner[rows, columns][opaque] + 1, minlength=len(areas) + 1)[1:]
+            visible = np.bincount(owner.ravel() + 1, minlength=len(areas) + 1)[1:]
+            if any(visible[k] - counts[k] < _MIN_VISIBLE * areas[k] for k in range(len(areas))):
+                continue
+            _shadow(image, sprite, top, left)
+            part = sprite[inner_rows, inner_columns]
+            image[rows, columns] = image[rows, columns] * (1.0 - part[..., 3:] / 255.0) + part[..., :3]
+            label[rows, columns][opaque] = CLASS_IDS[name]
+            owner[rows, columns][opaque] = len(areas)
+            areas.append(area)
+            drawn.append(name)
+            break
+    return drawn
+
+
+def _finish(rng: np.random.Generator, image: np.ndarray) -> np.ndarray:
+    """Apply light, colour temperature, a slant of brightness and sensor noise; return uint8."""
+    size = image.shape[0]
+    slope = np.linspace(-1, 1, size, dtype=np.float32)
+    slant = 1.0 + rng.uniform(-0.1, 0.1) * slope[:, None, None] + rng.uniform(-0.1, 0.1) * slope[None, :, None]
+    warm = rng.uniform(-0.05, 0.05)
+    gain = np.asarray((1 + warm, 1, 1 - warm), np.float32) * np.float32(rng.uniform(0.88, 1.1))
+    noise = rng.standard_normal((size, size, 1), dtype=np.float32) * np.float32(rng.uniform(0, 6))
+    return np.clip(image * (slant * gain).astype(np.float32) + noise, 0, 255).astype(np.uint8)
+
+
+def _article(name: str) -> str:
+    """Return the name with its article, as a caption says it."""
+    if name in ("cherries", "grapes", "broccoli", "corn", "cheese"):
+        return name
+    return ("an " if name[0] in "aeio" else "a ") + name
+
+
+_STUFF_WORDS = ("on", "with", "over", "in front of")
+
+
+def caption(rng: np.random.Generator, things: tuple[str, ...], stuff: tuple[str, ...]) -> str:
+    """Return an English caption naming the given things and stuff (either may be empty, not both)."""
+    parts = [_article(name) for name in things]
+    text = parts[0] if len(parts) == 1 else ", ".join(parts[:-1]) + " and " + parts[-1] if parts else ""
+    ground = " and ".join(stuff)
+    if text and ground:
+        text = f"{text} {_STUFF_WORDS[rng.integers(len(_STUFF_WORDS))]} {ground}"
+    text = text or ground
+    opening = ("a photo of ", "there is ", "this is a photo of ", "", "a picture of ")[rng.integers(5)]
+    return opening + text
+
+
+def render_scene(
+    seed: int | list[int],
+    size: int = 256,
+    *,
+    num_things: tuple[int, int] = (1, 6),
+    extents: tuple[float, float] = (0.36, 0.64),
+    things: tuple[str, ...] | None = None,
+) -> Scene:
+    """Render a scene; the same arguments always give the same pixels.
+
+    Args:
+        seed: seed, or a list of integers that together are one (e.g. ``[stage, index]``).
+        size: pixels a side.
+        num_things: smallest and largest number of things, drawn uniformly.
+        extents: smallest and largest size of a thing as a share of the picture's side, before crowding shrinks it.
+        things: the things to draw; default: drawn at random without repetition.
+    """
+    rng = np.random.default_rng(seed)
+    image, label, stuff, horizon = _background(rng, size)
+    if things is None:
+        count = int(rng.integers(num_things[0], num_things[1] + 1))
+        things = tuple(THINGS[index] for index in rng.choice(len(THINGS), count, replace=False))
+    drawn = _place_things(rng, image, label, list(things), horizon, extents)
+    pixels = _finish(rng, image)
+    visible = tuple(name for name in stuff if np.count_nonzero(label == CLASS_IDS[name]) >= 0.01 * size * size)
+    text = caption(rng, tuple(drawn), visible)
+    return Scene(image=pixels, label=label, things=tuple(drawn), stuff=visible, caption=text)

@@ -1,0 +1,276 @@
+"""The papers' picture pipelines: random resize, crop, flip and colour for training; the test-time size.
+
+Every random choice is drawn from a ``numpy.random.Generator`` handed in by the caller, never from global state: a
+sample is then a pure function of its seed, in any thread or process, which is what makes a resumed training exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchvision import tv_tensors
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2 import functional as F
+
+from lexiseg.data.base import IGNORE_INDEX
+
+TRAIN_SCALE = (2048, 512)
+"""Long and short side of the training resize at ratio 1."""
+
+Step = Callable[[Tensor, Tensor, np.random.Generator], tuple[Tensor, Tensor]]
+"""One step of a pipeline: image ``(3, H, W)``, label ``(H, W)`` and the random generator to image and label."""
+
+
+def _scaled(height: int, width: int, factor: float) -> tuple[int, int]:
+    return max(1, int(height * factor + 0.5)), max(1, int(width * factor + 0.5))
+
+
+def test_size(height: int, width: int, short_side: int = 512) -> tuple[int, int]:
+    """Size of a test picture: aspect kept, the short side exactly ``short_side``, the long side without a limit.
+
+    Args:
+        height: pixels.
+        width: pixels.
+        short_side: wanted length of the shorter side in pixels.
+
+    Returns:
+        ``(new_height, new_width)``, each rounded half up. 100 x 900 becomes 512 x 4608.
+    """
+    return _scaled(height, width, short_side / min(height, width))
+
+
+# A name that starts with "test_" must not be collected when a test module imports it.
+test_size.__test__ = False  # type: ignore[attr-defined]
+
+
+def train_size(height: int, width: int, ratio: float, scale: tuple[int, int] = TRAIN_SCALE) -> tuple[int, int]:
+    """Size of a training picture: aspect kept, fitted into ``scale * ratio``.
+
+    Args:
+        height: pixels.
+        width: pixels.
+        ratio: the random scale, drawn from 0.5..2 by the papers.
+        scale: bounds at ratio 1; the larger bounds the long side, the smaller the short side. Both are truncated to
+            whole pixels after multiplication.
+
+    Returns:
+        ``(new_height, new_width)``, each rounded half up.
+    """
+    bounds = [int(side * ratio) for side in scale]
+    factor = min(max(bounds) / max(height, width), min(bounds) / min(height, width))
+    return _scaled(height, width, factor)
+
+
+def resize(image: Tensor, label: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Resize the picture bilinearly (no antialiasing, as the papers' loader) and the label to the nearest pixel."""
+    image = F.resize(tv_tensors.Image(image), list(size), interpolation=InterpolationMode.BILINEAR, antialias=False)
+    label = F.resize(tv_tensors.Mask(label[None]), list(size), interpolation=InterpolationMode.NEAREST)[0]
+    return image.as_subclass(Tensor), label.as_subclass(Tensor)
+
+
+@dataclass(frozen=True)
+class RandomResize:
+    """Resize to :func:`train_size` with a ratio drawn uniformly from ``low..high``."""
+
+    low: float = 0.5
+    high: float = 2.0
+    scale: tuple[int, int] = TRAIN_SCALE
+
+    def __call__(self, image: Tensor, label: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+        """Resize both to one drawn size."""
+        ratio = float(rng.uniform(self.low, self.high))
+        return resize(image, label, train_size(image.shape[-2], image.shape[-1], ratio, self.scale))
+
+
+@dataclass(frozen=True)
+class RandomCrop:
+    """Crop a window of at most ``size x size``, redrawn while one class fills too much of it.
+
+    A window is accepted when it shows more than one class and the largest takes less than ``max_share`` of its
+    labelled pixels; after ``attempts`` redraws the last window is taken as it is.
+    """
+
+    size: int = 512
+    max_share: float = 0.75
+    attempts: int = 10
+
+    def __call__(self, image: Tensor, label: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+        """Cut the same window from both."""
+        box = self._draw(image, rng)
+        if self.max_share < 1.0:
+            for _ in range(self.attempts):
+                if self._accept(label[box]):
+                    break
+                box = self._draw(image, rng)
+        rows, columns = box
+        return image[:, rows, columns], label[rows, columns]
+
+    def _draw(self, image: Tensor, rng: np.random.Generator) -> tuple[slice, slice]:
+        top, left = (int(rng.integers(0, max(side - self.size, 0) + 1)) for side in image.shape[-2:])
+        return slice(top, top + self.size), slice(left, left + self.size)
+
+    def _accept(self, label: Tensor) -> bool:
+        counts = torch.bincount(label[label != IGNORE_INDEX].reshape(-1))
+        counts = counts[counts > 0]
+        return counts.numel() > 1 and counts.max().item() / counts.sum().item() < self.max_share
+
+
+@dataclass(frozen=True)
+class RandomFlip:
+    """Mirror left and right with the given probability."""
+
+    probability: float = 0.5
+
+    def __call__(self, image: Tensor, label: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+        """Mirror both or neither."""
+        if rng.random() < self.probability:
+            return image.flip(-1), label.flip(-1)
+        return image, label
+
+
+def _to_bytes(image: Tensor) -> Tensor:
+    return image.clamp(0, 255).to(torch.uint8)
+
+
+def _scale_saturation(image: Tensor, factor: float) -> Tensor:
+    # In HSV every channel is V - S * (V - channel) / S, so scaling S scales the distance to V; S stops at 1, where
+    # the smallest channel reaches 0.
+    values = image.float()
+    brightest, darkest = values.amax(0, keepdim=True), values.amin(0, keepdim=True)
+    saturation = (brightest - darkest) / brightest.clamp(min=1e-6)
+    scale = torch.minimum(torch.full_like(saturation, factor), 1.0 / saturation.clamp(min=1e-6))
+    return _to_bytes((brightest - (brightest - values) * scale).round())
+
+
+@dataclass(frozen=True)
+class PhotometricDistortion:
+    """Random brightness, contrast, saturation and hue, each with probability a half.
+
+    Contrast comes before or after saturation and hue, at random. Strengths are in units of 8-bit values (brightness),
+    of OpenCV's half degrees (hue: 18 is a tenth of the circle) and factors 1/2 .. 3/2 (contrast, saturation).
+    """
+
+    brightness: float = 32.0
+    contrast: tuple[float, float] = (0.5, 1.5)
+    saturation: tuple[float, float] = (0.5, 1.5)
+    hue: int = 18
+
+    def __call__(self, image: Tensor, label: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+        """Change the uint8 picture; the label stays."""
+        if rng.random() < 0.5:
+            image = _to_bytes(image.float() + float(rng.uniform(-self.brightness, self.brightness)))
+        contrast_first = rng.random() < 0.5
+        if contrast_first:
+            image = self._change_contrast(image, rng)
+        if rng.random() < 0.5:
+            image = _scale_saturation(image, float(rng.uniform(*self.saturation)))
+        if rng.random() < 0.5:
+            turn = int(rng.integers(-self.hue, self.hue + 1)) / 180.0
+            image = F.adjust_hue(tv_tensors.Image(image), turn).as_subclass(Tensor)
+        if not contrast_first:
+            image = self._change_contrast(image, rng)
+        return image, label
+
+    def _change_contrast(self, image: Tensor, rng: np.random.Generator) -> Tensor:
+        if rng.random() < 0.5:
+            return _to_bytes(image.float() * float(rng.uniform(*self.contrast)))
+        return image
+
+
+@dataclass(frozen=True)
+class Normalize:
+    """Bytes to ``(x / 255 - mean) / std`` in float32; mean and std are in 0..1 units, RGB."""
+
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+    def __call__(self, image: Tensor, label: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+        """Turn picture bytes into floats; the label stays."""
+        return normalize(image, self.mean, self.std), label
+
+
+def normalize(image: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Picture bytes ``(..., 3, H, W)`` to float32 with the mean removed and divided by ``std`` (0..1 units)."""
+    shape = (3, 1, 1)
+    return (image.float() / 255.0 - torch.tensor(mean).view(shape)) / torch.tensor(std).view(shape)
+
+
+@dataclass(frozen=True)
+class Pad:
+    """Fill up to ``size x size`` at the right and the bottom: zeros in the (normalised) picture, 255 in the label."""
+
+    size: int = 512
+
+    def __call__(self, image: Tensor, label: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+        """Fill both up; a side that is long enough stays."""
+        bottom, right = (max(self.size - side, 0) for side in label.shape)
+        if not bottom and not right:
+            return image, label
+        padding = (0, right, 0, bottom)
+        return (
+            torch.nn.functional.pad(image, padding, value=0.0),
+            torch.nn.functional.pad(label, padding, value=IGNORE_INDEX),
+        )
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """Steps applied one after the other with one random generator."""
+
+    steps: tuple[Step, ...]
+
+    def __call__(self, image: Tensor, label: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+        """Run every step; the results are contiguous."""
+        for step in self.steps:
+            image, label = step(image, label, rng)
+        return image.contiguous(), label.contiguous()
+
+
+def paper_pipeline(mean: Sequence[float], std: Sequence[float], *, crop: int = 512) -> Pipeline:
+    """The papers' training pipeline: resize, crop, flip, colour, normalise, pad to ``crop x crop``.
+
+    Args:
+        mean: RGB mean in 0..1 units (the authors use ImageNet's: 0.485, 0.456, 0.406).
+        std: RGB deviation in 0..1 units (0.229, 0.224, 0.225).
+        crop: side of the training crop; the resize bounds scale with it, ``(4 * crop, crop)``.
+
+    Source: ZegCLIP, Sec. 4.2, with the constants of the authors' configuration.
+    """
+    return Pipeline(
+        (
+            RandomResize(scale=(4 * crop, crop)),
+            RandomCrop(crop),
+            RandomFlip(),
+            PhotometricDistortion(),
+            Normalize(_triple(mean), _triple(std)),
+            Pad(crop),
+        )
+    )
+
+
+def light_pipeline(mean: Sequence[float], std: Sequence[float], *, crop: int, flip: float = 0.5) -> Pipeline:
+    """For pictures that are generated at the wanted size: crop, flip, normalise, pad.
+
+    Args:
+        mean: RGB mean in 0..1 units.
+        std: RGB deviation in 0..1 units.
+        crop: side of the training crop; pictures of this size are taken whole.
+        flip: probability of mirroring.
+    """
+    return Pipeline(
+        (
+            RandomCrop(crop, max_share=1.0),
+            RandomFlip(flip),
+            Normalize(_triple(mean), _triple(std)),
+            Pad(crop),
+        )
+    )
+
+
+def _triple(values: Sequence[float]) -> tuple[float, float, float]:
+    red, green, blue = (float(value) for value in values)
+    return red, green, blue

@@ -1,0 +1,51 @@
+"""Which device and which floating-point type a model runs in."""
+
+from __future__ import annotations
+
+import torch
+
+from lexiseg.errors import LexisegError
+
+_DTYPES = {
+    "bf16": torch.bfloat16,
+    "bfloat16": torch.bfloat16,
+    "fp16": torch.float16,
+    "float16": torch.float16,
+    "fp32": torch.float32,
+    "float32": torch.float32,
+}
+
+
+def pick_device(device: str | torch.device) -> torch.device:
+    """Turn a name into a device that is there.
+
+    Args:
+        device: torch's names, or "auto" for CUDA, Apple's MPS or the CPU, whichever comes first.
+
+    Raises:
+        LexisegError: the name is unknown or the machine has no such device.
+    """
+    if device == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+        torch.empty(1, device=found)
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
+        raise LexisegError(f"There is no device '{device}' on this machine; use cpu, or auto to pick one.") from error
+    if found.type == "meta":
+        raise LexisegError("The device 'meta' holds no values; use cpu, cuda or auto.")
+    return found
+
+
+def pick_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    """Turn a name into a floating-point type that models run in; None stays None.
+
+    Raises:
+        LexisegError: it is none of fp32, bf16 and fp16 (or torch's names for them).
+    """
+    found = _DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if dtype is not None and found not in _DTYPES.values():
+        raise LexisegError(f"Unknown dtype '{dtype}'; use fp32, bf16 or fp16.")
+    return found

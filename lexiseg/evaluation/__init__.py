@@ -1,0 +1,1 @@
+"""Measuring segmentation: streaming metrics, the evaluation loop and its report."""

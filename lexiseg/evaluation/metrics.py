@@ -1,0 +1,178 @@
+"""Pixel accuracy and intersection over union, from histograms that are summed picture by picture.
+
+Only three counts a class are kept, so the label maps of a dataset never have to be in memory together.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+IGNORE_INDEX = 255
+
+
+def reduce_zero_label(label: NDArray[np.integer]) -> NDArray[np.uint8]:
+    """Turn labels that count from 1 with 0 = background into ids from 0 with 255 = ignored.
+
+    0 becomes 255, ``v`` becomes ``v - 1``, 255 stays. Apply it once only.
+
+    Args:
+        label: values 0..255 of any shape.
+    """
+    values = np.asarray(label)
+    return np.where((values == 0) | (values == 255), 255, values - 1).astype(np.uint8)
+
+
+def harmonic_mean(seen: float, unseen: float) -> float:
+    """``2 * seen * unseen / (seen + unseen)``: hIoU. NaN if either is NaN, 0 if both are 0."""
+    if math.isnan(seen) or math.isnan(unseen):
+        return math.nan
+    return 0.0 if seen + unseen == 0 else 2.0 * seen * unseen / (seen + unseen)
+
+
+def nanmean(values: NDArray[np.float64]) -> float:
+    """Mean of the values that are not NaN; NaN, without a warning, if there is none."""
+    values = values[~np.isnan(values)]
+    return float(values.mean()) if values.size else math.nan
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """What a confusion amounts to; all fractions are in 0..1, NaN where nothing was there to measure.
+
+    Attributes:
+        iou: ``(C,)`` float64, intersection over union. NaN for a class that neither label nor prediction shows; 0 for
+            one that was predicted but is nowhere in the labels.
+        accuracy: ``(C,)`` float64, share of a class's pixels that were found; NaN for a class without pixels.
+        pacc: share of all labelled pixels that were right.
+        macc: mean of ``accuracy`` without NaN.
+        miou: mean of ``iou`` over all classes, without NaN.
+        miou_seen: the same over the seen classes.
+        miou_unseen: the same over the unseen classes.
+        hiou: harmonic mean of the last two.
+    """
+
+    iou: NDArray[np.float64]
+    accuracy: NDArray[np.float64]
+    pacc: float
+    macc: float
+    miou: float
+    miou_seen: float
+    miou_unseen: float
+    hiou: float
+
+    def summary(self) -> dict[str, float | None]:
+        """The scalars in percent, rounded to two decimals as the papers print them; None instead of NaN."""
+        values = {
+            "pacc": self.pacc,
+            "macc": self.macc,
+            "miou": self.miou,
+            "miou_seen": self.miou_seen,
+            "miou_unseen": self.miou_unseen,
+            "hiou": self.hiou,
+        }
+        return {name: percent(value) for name, value in values.items()}
+
+
+def percent(fraction: float) -> float | None:
+    """A fraction in percent with two decimals, None for NaN."""
+    return None if math.isnan(fraction) else round(100.0 * float(fraction), 2)
+
+
+class Confusion:
+    """Counts of label, prediction and their intersection for each class.
+
+    Pixels whose label is ``ignore_index`` are dropped. A prediction that is no class (a pixel the background rule left
+    without one) misses its label's class and counts for no other.
+
+    Args:
+        num_classes: number of classes C.
+        ignore_index: label of pixels that are not judged.
+
+    Attributes:
+        intersection: ``(C,)`` int64, pixels of a class that were predicted as it.
+        predicted: ``(C,)`` int64, judged pixels predicted as a class.
+        labelled: ``(C,)`` int64, pixels of a class.
+
+    Source: the evaluation of ZegCLIP and Cascade-CLIP, which is mmsegmentation's.
+    """
+
+    def __init__(self, num_classes: int, *, ignore_index: int = IGNORE_INDEX) -> None:
+        if num_classes < 1:
+            raise ValueError(f"num_classes must be positive, got {num_classes}")
+        self.num_classes = num_classes
+        self.ignore_index = ignore_index
+        self.intersection = np.zeros(num_classes, np.int64)
+        self.predicted = np.zeros(num_classes, np.int64)
+        self.labelled = np.zeros(num_classes, np.int64)
+
+    @property
+    def union(self) -> NDArray[np.int64]:
+        """``(C,)`` int64, pixels that label or prediction give to a class."""
+        return self.predicted + self.labelled - self.intersection
+
+    def update(self, pred: ArrayLike, label: ArrayLike) -> None:
+        """Add one picture or a batch.
+
+        Args:
+            pred: integer ids of any shape.
+            label: integer ids of the same shape, 0..C-1 or ``ignore_index``.
+
+        Raises:
+            ValueError: shapes differ, or a label is neither a class nor ``ignore_index``.
+        """
+        pred_ids, label_ids = np.asarray(pred), np.asarray(label)
+        if pred_ids.shape != label_ids.shape:
+            raise ValueError(f"the prediction is {pred_ids.shape} and the label {label_ids.shape}")
+        judged = label_ids != self.ignore_index
+        pred_ids, label_ids = pred_ids[judged].astype(np.int64), label_ids[judged].astype(np.int64)
+        if label_ids.size and (label_ids.min() < 0 or label_ids.max() >= self.num_classes):
+            wrong = label_ids[(label_ids < 0) | (label_ids >= self.num_classes)][0]
+            raise ValueError(f"the label {wrong} is neither one of {self.num_classes} classes nor {self.ignore_index}")
+        is_class = (pred_ids >= 0) & (pred_ids < self.num_classes)
+        self.intersection += self._count(label_ids[pred_ids == label_ids])
+        self.predicted += self._count(pred_ids[is_class])
+        self.labelled += self._count(label_ids)
+
+    def merge(self, other: Confusion) -> None:
+        """Add the counts of another process or part of the dataset.
+
+        Raises:
+            ValueError: it has another number of classes.
+        """
+        if other.num_classes != self.num_classes:
+            raise ValueError(f"cannot add counts of {other.num_classes} classes to {self.num_classes}")
+        self.intersection += other.intersection
+        self.predicted += other.predicted
+        self.labelled += other.labelled
+
+    def compute(self, seen_idx: Sequence[int] = (), unseen_idx: Sequence[int] = ()) -> Metrics:
+        """Metrics of all pictures added so far.
+
+        Args:
+            seen_idx: ids of the classes that had masks in training.
+            unseen_idx: ids of those that had none. Either may be empty: its mean, and hIoU, are then NaN.
+        """
+        with np.errstate(divide="ignore", invalid="ignore"):
+            iou = self.intersection / self.union
+            accuracy = self.intersection / self.labelled
+        total = int(self.labelled.sum())
+        seen = nanmean(iou[np.asarray(seen_idx, np.int64)])
+        unseen = nanmean(iou[np.asarray(unseen_idx, np.int64)])
+        return Metrics(
+            iou=iou,
+            accuracy=accuracy,
+            pacc=float(self.intersection.sum() / total) if total else math.nan,
+            macc=nanmean(accuracy),
+            miou=nanmean(iou),
+            miou_seen=seen,
+            miou_unseen=unseen,
+            hiou=harmonic_mean(seen, unseen),
+        )
+
+    def _count(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
+        return np.bincount(ids, minlength=self.num_classes)

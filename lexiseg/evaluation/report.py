@@ -1,0 +1,165 @@
+"""What an evaluation found, and under which protocol: JSON, table and picture."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import nn
+
+import lexiseg
+from lexiseg.evaluation.grid import Example, draw_grid
+from lexiseg.evaluation.metrics import Confusion, Metrics, percent
+from lexiseg.files import atomic_write, make_folder, write_json
+from lexiseg.vocabulary import Vocabulary
+
+FORMAT = 1
+_PACKAGES = ("open_clip_torch", "numpy", "Pillow")
+_TITLES = {
+    "pacc": "pAcc",
+    "miou": "mIoU",
+    "miou_seen": "mIoU(S)",
+    "miou_unseen": "mIoU(U)",
+    "hiou": "hIoU",
+}
+
+
+@dataclass(frozen=True)
+class ClassRow:
+    """One class of the table.
+
+    Attributes:
+        name: of the class.
+        seen: whether it had masks in training; None where nobody said.
+        iou: intersection over union in percent; None where the class is in neither labels nor predictions.
+        accuracy: share of its pixels found, in percent; None where it has no pixel.
+        labelled: pixels of the class.
+        predicted: judged pixels predicted as it.
+    """
+
+    name: str
+    seen: bool | None
+    iou: float | None
+    accuracy: float | None
+    labelled: int
+    predicted: int
+
+
+@dataclass(frozen=True, eq=False)
+class Report:
+    """The result of an evaluation.
+
+    Attributes:
+        metrics: the numbers, as fractions.
+        confusion: the counts they were made of.
+        vocabulary: the classes in the order of the ids.
+        protocol: everything needed to repeat it: data, resolution, window, templates, background, weights, versions.
+        seconds: time the predictions took.
+        examples: pictures for the grid.
+    """
+
+    metrics: Metrics
+    confusion: Confusion
+    vocabulary: Vocabulary
+    protocol: dict[str, Any]
+    seconds: float
+    examples: Sequence[Example] = field(default_factory=tuple)
+
+    def summary(self) -> dict[str, float | None]:
+        """pacc, macc, miou, miou_seen, miou_unseen and hiou in percent; None where there is nothing to measure."""
+        return self.metrics.summary()
+
+    def class_rows(self) -> list[ClassRow]:
+        """The table by class, in the order of the ids."""
+        counts = self.confusion
+        return [
+            ClassRow(
+                entry.name,
+                entry.seen,
+                percent(self.metrics.iou[index]),
+                percent(self.metrics.accuracy[index]),
+                int(counts.labelled[index]),
+                int(counts.predicted[index]),
+            )
+            for index, entry in enumerate(self.vocabulary.classes)
+        ]
+
+    def summary_line(self) -> str:
+        """The five numbers the papers print, as one line."""
+        summary = self.summary()
+        return "  ".join(f"{title} {_text(summary[key])}" for key, title in _TITLES.items())
+
+    def table(self) -> tuple[list[str], list[list[str]]]:
+        """Column titles and rows of text, by class, for printing."""
+        rows = [
+            [row.name, {True: "seen", False: "unseen", None: "-"}[row.seen], _text(row.iou), _text(row.accuracy),
+             f"{row.labelled:,}"]
+            for row in self.class_rows()
+        ]  # fmt: skip
+        return ["class", "masks in training", "IoU", "Acc", "pixels"], rows
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything but the pictures, as JSON holds it."""
+        return {
+            "format": FORMAT,
+            "metrics": self.summary(),
+            "protocol": self.protocol,
+            "seconds": round(self.seconds, 3),
+            "classes": [vars(row) for row in self.class_rows()],
+        }
+
+    def grid(self) -> Image.Image | None:
+        """Picture, truth and prediction of the examples; None where there are none."""
+        return draw_grid(self.examples, self.vocabulary) if self.examples else None
+
+    def save(self, folder: str | Path) -> list[Path]:
+        """Write ``report.json`` and, with examples, ``grid.png`` into ``folder``; the paths come back.
+
+        Raises:
+            LexisegError: the folder cannot be written.
+        """
+        folder = make_folder(folder)
+        paths = [write_json(folder / "report.json", self.to_dict())]
+        grid = self.grid()
+        if grid is not None:
+            path = folder / "grid.png"
+            with atomic_write(path) as temporary:
+                grid.save(temporary)
+            paths.append(path)
+        return paths
+
+
+def _text(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
+def weights_hash(model: nn.Module) -> str:
+    """SHA-256 of names, types, shapes and values of all parameters and buffers, wherever they are."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        tensor = value.detach().cpu().contiguous()
+        digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+        digest.update(_bytes(tensor))
+    return digest.hexdigest()
+
+
+def _bytes(tensor: torch.Tensor) -> memoryview:
+    # By bytes, because numpy knows no bfloat16.
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages a result depends on."""
+    return {
+        "python": platform.python_version(),
+        "lexiseg": lexiseg.__version__,
+        "torch": torch.__version__,
+        **{package: metadata.version(package) for package in _PACKAGES},
+    }

@@ -1,0 +1,74 @@
+"""Writing files so that a reader never sees half of one."""
+
+from __future__ import annotations
+
+import json
+import os
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from lexiseg.errors import LexisegError
+
+# Read once: the process's mask can only be read by setting it, which is no thing to do while threads write files.
+_UMASK = os.umask(0)
+os.umask(_UMASK)
+
+
+def make_folder(folder: str | Path) -> Path:
+    """Create ``folder`` with its parents and return it.
+
+    Raises:
+        LexisegError: the folder cannot be created or is a file.
+    """
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        raise LexisegError(
+            f"Cannot create the folder '{folder}' ({reason}); choose an output folder you may write to."
+        ) from error
+    return folder
+
+
+@contextmanager
+def atomic_write(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary path beside ``path``; on success it is renamed to ``path``, on failure it is removed.
+
+    The temporary name keeps the suffix of ``path``, so that libraries which choose a format by it choose the same.
+
+    Raises:
+        LexisegError: the file cannot be written (missing folder, no permission, full disk).
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:8]}.tmp{path.suffix}")
+    try:
+        yield temporary
+        temporary.chmod(0o666 & ~_UMASK)  # some writers (safetensors) leave files that only their owner may read
+        os.replace(temporary, path)
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        raise LexisegError(f"Cannot write '{path}' ({reason}); choose a place you may write to.") from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
+
+
+def write_bytes(path: str | Path, data: bytes) -> Path:
+    """Write ``data`` to ``path`` atomically and return the path."""
+    with atomic_write(path) as temporary:
+        temporary.write_bytes(data)
+    return Path(path)
+
+
+def write_text(path: str | Path, text: str) -> Path:
+    """Write ``text`` as UTF-8 to ``path`` atomically and return the path."""
+    return write_bytes(path, text.encode("utf-8"))
+
+
+def write_json(path: str | Path, value: Any) -> Path:
+    """Write ``value`` as indented JSON to ``path`` atomically and return the path."""
+    return write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")

@@ -1,0 +1,217 @@
+"""What every segmentation system is to the rest of lexiseg: images and text embeddings in, factorised scores out."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lexiseg.clip import CLIP
+from lexiseg.errors import LexisegError
+from lexiseg.scores import Scores
+from lexiseg.vocabulary import SINGLE_TEMPLATE
+
+
+class ModelOptions(BaseModel):
+    """Options of a system: immutable, and an unknown key is an error that names it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+@dataclass(frozen=True)
+class WindowPolicy:
+    """How a model is run over a whole picture unless the caller says otherwise.
+
+    Attributes:
+        size: side of the square sliding window in pixels; None runs the whole picture at once.
+        stride: distance between windows in pixels.
+        short_side: the picture is first resized, keeping its aspect, so that its shorter side has this length; None
+            keeps the picture's size.
+    """
+
+    size: int | None = None
+    stride: int = 0
+    short_side: int | None = None
+
+
+@dataclass(frozen=True)
+class ImageFeatures:
+    """What a model keeps of a batch of images, so that many vocabularies can be scored against it.
+
+    Attributes:
+        size: (H, W) of the images the features are of.
+        values: tensors by name; each system says which.
+    """
+
+    size: tuple[int, int]
+    values: dict[str, Tensor]
+
+
+class SegmentationModel(nn.Module, ABC):
+    """A segmentation system.
+
+    A subclass is one file that turns images and text embeddings into `Scores`; pixels, windows, files and training
+    loops are made from those by code that knows no system.
+
+    Args:
+        clip: the towers; the model owns them from here on.
+        options: the system's options.
+        seen_names: names of the classes that had masks in training; empty for a training-free model.
+
+    Attributes:
+        system: name of the system, as in ``config.json``.
+        options_class: the pydantic class of its options.
+        metadata: free notes saved with the model (data, steps, measured results).
+    """
+
+    system: ClassVar[str]
+    options_class: ClassVar[type[ModelOptions]]
+
+    def __init__(self, clip: CLIP, options: ModelOptions, seen_names: tuple[str, ...] = ()) -> None:
+        super().__init__()
+        self.clip = clip
+        self.options = options
+        self.seen_names = tuple(seen_names)
+        self.default_templates: tuple[str, ...] = SINGLE_TEMPLATE
+        self.metadata: dict[str, Any] = {}
+
+    @classmethod
+    def build(cls, clip: CLIP, options: dict[str, Any] | None = None, **fields: Any) -> SegmentationModel:
+        """Build the system with options given as a plain dict.
+
+        Raises:
+            LexisegError: an option is unknown or has a wrong value; the sentence names it.
+        """
+        return cls(clip, cls.parse_options(options or {}), **fields)
+
+    @classmethod
+    def parse_options(cls, options: dict[str, Any]) -> ModelOptions:
+        """Check options given as a plain dict.
+
+        Raises:
+            LexisegError: an option is unknown or has a wrong value; the sentence names it.
+        """
+        try:
+            return cls.options_class(**options)
+        except ValidationError as error:
+            first = error.errors()[0]
+            name = ".".join(str(part) for part in first["loc"]) or "options"
+            if first["type"] == "extra_forbidden":
+                known = ", ".join(cls.options_class.model_fields)
+                raise LexisegError(f"{cls.system} has no option '{name}'; it knows {known}.") from error
+            raise LexisegError(f"The option '{name}' of {cls.system} is wrong: {first['msg']}.") from error
+
+    @property
+    def mean(self) -> tuple[float, float, float]:
+        """Mean the images are normalised with, RGB in 0..1."""
+        return self.clip.mean
+
+    @property
+    def std(self) -> tuple[float, float, float]:
+        """Standard deviation the images are normalised with, RGB in 0..1."""
+        return self.clip.std
+
+    @property
+    def window(self) -> WindowPolicy:
+        """How to run it over a picture by default."""
+        return WindowPolicy()
+
+    @property
+    def patch_size(self) -> int:
+        """Side of a patch in pixels."""
+        return self.clip.patch_size
+
+    def fit_to_patches(self, images: Tensor) -> Tensor:
+        """Resize images (B, 3, H, W) bilinearly so that both sides are multiples of the patch size, at least one."""
+        patch = self.patch_size
+        height, width = images.shape[-2:]
+        target = tuple(max(round(side / patch), 1) * patch for side in (height, width))
+        if target == (height, width):
+            return images
+        return F.interpolate(images, size=target, mode="bilinear", align_corners=False)
+
+    @abstractmethod
+    def encode_images(self, images: Tensor) -> ImageFeatures:
+        """Do everything that does not depend on the words.
+
+        Args:
+            images: (B, 3, H, W) float, normalised with `mean` and `std`; any H and W.
+        """
+
+    @abstractmethod
+    def score(
+        self,
+        features: ImageFeatures,
+        text: Tensor,
+        *,
+        word_to_class: Tensor | None = None,
+        seen_words: Tensor | None = None,
+    ) -> Scores:
+        """Score words against images.
+
+        Args:
+            features: from `encode_images`.
+            text: (W, D) unit vectors, one a word.
+            word_to_class: (W,) class of each word, non-decreasing; None = each word is a class.
+            seen_words: (W,) bool, True for words that had masks in training; None = unknown, treated as not seen.
+        """
+
+    def forward(
+        self,
+        images: Tensor,
+        text: Tensor,
+        *,
+        word_to_class: Tensor | None = None,
+        seen_words: Tensor | None = None,
+    ) -> Scores:
+        """`encode_images`, then `score`; the arguments are theirs."""
+        return self.score(self.encode_images(images), text, word_to_class=word_to_class, seen_words=seen_words)
+
+    def losses(self, images: Tensor, labels: Tensor, text: Tensor, *, seen: Tensor | None = None) -> dict[str, Tensor]:
+        """Training losses.
+
+        Args:
+            images: (B, 3, H, W) float, normalised.
+            labels: (B, h, w) long in 0..C-1 in the order of ``text``, 255 = no class.
+            text: (C, D) unit vectors of the classes trained on.
+            seen: (C,) bool; given for self-training only, see the system.
+
+        Returns:
+            named scalars; ``"loss"`` is the sum to minimise and alone carries the gradient.
+
+        Raises:
+            LexisegError: the system is training-free.
+        """
+        raise LexisegError(f"{self.system} is training-free: it has nothing to train; choose another system.")
+
+    def trainable_names(self) -> tuple[str, ...]:
+        """Names of the parameters that training changes, as in ``named_parameters``; none for a training-free model."""
+        return ()
+
+    def set_trainable(self) -> SegmentationModel:
+        """Let exactly the `trainable_names` require gradients, and return the model."""
+        names = set(self.trainable_names())
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(name in names)
+        return self
+
+    def trainable_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield (name, parameter) of all parameters that training changes."""
+        names = set(self.trainable_names())
+        return ((name, parameter) for name, parameter in self.named_parameters() if name in names)
+
+    def num_parameters(self, *, trainable: bool = False) -> int:
+        """Count parameters, all or only those that training changes."""
+        pairs = self.trainable_parameters() if trainable else self.named_parameters()
+        return sum(parameter.numel() for _, parameter in pairs)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.clip.device

@@ -1,0 +1,204 @@
+"""Drawing a label map over its picture, with a legend."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from lexiseg.errors import LexisegError
+
+_PANEL, _INK, _MUTED, _FRAME = (250, 250, 250), (33, 33, 33), (95, 95, 95), (120, 120, 120)
+_FADED = (228, 228, 228)
+_OUTLINE_STRENGTH = 0.75
+_MIN_FONT, _MAX_FONT = 14, 110
+_MIN_OUTLINED_SIDE = 48
+_WIDEST_NAME = 16  # in font sizes
+_MIN_ROWS = 12
+_WIDE = 1.3
+
+_Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
+
+
+@dataclass(frozen=True)
+class LegendEntry:
+    """A line of the legend.
+
+    Attributes:
+        name: the class.
+        color: its colour.
+        share: its share of the picture, 0..1.
+        note: a word in grey behind the name.
+        hollow: the colour is not painted in the picture.
+    """
+
+    name: str
+    color: tuple[int, ...]
+    share: float
+    note: str = ""
+    hollow: bool = False
+
+    @property
+    def text(self) -> str:
+        """Name and note."""
+        return f"{self.name}  {self.note}" if self.note else self.name
+
+
+def paint_classes(
+    image: np.ndarray | None,
+    labels: np.ndarray,
+    palette: np.ndarray,
+    *,
+    alpha: float,
+    outlines: bool,
+    background: int | None = None,
+) -> Image.Image:
+    """Blend the classes' colours over a picture.
+
+    Args:
+        image: uint8, shape (H, W, 3), or None for the colours alone.
+        labels: ids, shape (H, W); an id that the palette does not hold is ignored and shown faded.
+        palette: uint8, shape (C, 3).
+        alpha: how much the colours cover the picture, 0..1.
+        outlines: draw a light line between classes.
+        background: a class whose pixels keep the picture's own colours.
+
+    Returns:
+        A picture of mode RGB and the size of the label map.
+    """
+    table = np.full((max(256, len(palette) + 1), 3), _FADED, np.uint8)
+    table[: len(palette)] = palette
+    index = labels if labels.dtype == np.uint8 else np.where(labels < len(palette), labels, len(palette))
+    painted = Image.fromarray(table[index])
+    if image is not None:
+        picture = Image.fromarray(np.ascontiguousarray(image))
+        painted = Image.blend(picture, painted, alpha)
+        if background is not None:
+            painted.paste(picture, mask=Image.fromarray(labels == background))
+    if outlines and min(labels.shape) >= _MIN_OUTLINED_SIDE:
+        strength = Image.fromarray(_edges(labels).astype(np.uint8) * np.uint8(round(255 * _OUTLINE_STRENGTH)))
+        painted.paste((255, 255, 255), mask=strength)
+    return painted
+
+
+def _edges(labels: np.ndarray) -> np.ndarray:
+    thin = np.zeros(labels.shape, bool)
+    thin[:, :-1] = labels[:, :-1] != labels[:, 1:]
+    thin[:-1] |= labels[:-1] != labels[1:]
+    thickness = max(1, round(min(labels.shape) / 500))
+    wide = thin.copy()
+    for shift in range(1, thickness):
+        wide[:, shift:] |= thin[:, :-shift]
+    edges = wide.copy()
+    for shift in range(1, thickness):
+        edges[shift:] |= wide[:-shift]
+    return edges
+
+
+def draw_legend(picture: Image.Image, entries: Sequence[LegendEntry], *, font: str | Path | None = None) -> Image.Image:
+    """Put a panel with colours, names and shares beside a picture, or below it where it is wide.
+
+    The lettering grows with the picture. Names that are too long end in an ellipsis; what does not fit is counted in a
+    last line, never dropped silently.
+
+    Args:
+        picture: mode RGB.
+        entries: in the order in which they are listed.
+        font: a TrueType file; None takes the one Pillow carries (Latin letters).
+
+    Returns:
+        A picture of mode RGB that holds ``picture`` unscaled.
+
+    Raises:
+        LexisegError: the font file cannot be read.
+    """
+    if not entries:
+        return picture
+    size = min(max(round(0.024 * math.sqrt(picture.width * picture.height)), _MIN_FONT), _MAX_FONT)
+    face = _load_font(font, size)
+    pad, gap, row = round(0.9 * size), round(0.6 * size), round(1.75 * size)
+    name_width = min(max(math.ceil(face.getlength(entry.text)) for entry in entries), _WIDEST_NAME * size)
+    name_width = max(name_width, math.ceil(face.getlength(_more(len(entries)))) if len(entries) > _MIN_ROWS else 0)
+    share_width = math.ceil(face.getlength("100 %"))
+    column = size + gap + name_width + gap + share_width
+
+    rows_beside = (picture.height - 2 * pad) // row
+    beside = len(entries) <= rows_beside and picture.width <= _WIDE * picture.height
+    if beside:
+        columns, rows = 1, len(entries)
+        canvas_size = (picture.width + column + 2 * pad, picture.height)
+        corner, origin = (0, 0), (picture.width + pad, pad)
+    else:
+        columns = min(len(entries), max(1, (picture.width - 2 * pad + 2 * gap) // (column + 2 * gap)))
+        rows = min(math.ceil(len(entries) / columns), max(_MIN_ROWS, rows_beside))
+        # Shorter columns are better filled; with few entries this also drops empty ones.
+        columns = min(columns, math.ceil(len(entries) / rows))
+        width = max(picture.width, columns * (column + 2 * gap) - 2 * gap + 2 * pad)
+        canvas_size = (width, picture.height + rows * row + 2 * pad)
+        corner, origin = ((width - picture.width) // 2, 0), (pad, picture.height + pad)
+
+    canvas = Image.new("RGB", canvas_size, _PANEL)
+    canvas.paste(picture, corner)
+    draw = ImageDraw.Draw(canvas)
+    places = columns * rows
+    shown = list(entries) if len(entries) <= places else list(entries[: places - 1])
+    for position in range(min(places, len(entries))):
+        left = origin[0] + (position // rows) * (column + 2 * gap)
+        middle = origin[1] + (position % rows) * row + row / 2
+        text_left = left + size + gap
+        if position >= len(shown):
+            draw.text((text_left, middle), _more(len(entries) - len(shown)), fill=_MUTED, font=face, anchor="lm")
+            break
+        entry = shown[position]
+        box = (left, round(middle - size / 2), left + size, round(middle + size / 2))
+        draw.rounded_rectangle(
+            box,
+            radius=size // 5,
+            fill=_PANEL if entry.hollow else entry.color,
+            outline=_FRAME,
+            width=max(1, size // 14),
+        )
+        note = f"  {entry.note}" if entry.note else ""
+        note_width = math.ceil(face.getlength(note))
+        name = _ellipsise(entry.name, face, name_width - note_width)
+        draw.text((text_left, middle), name, fill=_INK, font=face, anchor="lm")
+        if note:
+            draw.text((text_left + face.getlength(name), middle), note, fill=_MUTED, font=face, anchor="lm")
+        right = text_left + name_width + gap + share_width
+        draw.text((right, middle), _percent(entry.share), fill=_MUTED, font=face, anchor="rm")
+    return canvas
+
+
+def _load_font(font: str | Path | None, size: int) -> _Font:
+    if font is None:
+        return ImageFont.load_default(size)
+    try:
+        return ImageFont.truetype(str(font), size)
+    except (OSError, ValueError) as error:
+        raise LexisegError(f"Cannot read the font '{font}'; give a .ttf or .otf file.") from error
+
+
+def _more(count: int) -> str:
+    return f"and {count} more"
+
+
+def _percent(share: float) -> str:
+    percent = 100 * share
+    return "<1 %" if 0 < percent < 1 else f"{percent:.0f} %"
+
+
+def _ellipsise(name: str, face: _Font, width: int) -> str:
+    if face.getlength(name) <= width:
+        return name
+    low, high = 0, len(name)
+    while low < high:
+        middle = (low + high + 1) // 2
+        if face.getlength(name[:middle].rstrip() + "…") <= width:
+            low = middle
+        else:
+            high = middle - 1
+    return name[:low].rstrip() + "…"

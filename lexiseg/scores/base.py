@@ -1,0 +1,210 @@
+"""What all factorised scores can do."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from lexiseg.errors import LexisegError
+from lexiseg.scores import _decode
+from lexiseg.scores._fields import Field
+
+Size = tuple[int, int]
+"""(height, width) in pixels."""
+
+
+class Scores(ABC):
+    """Scores of C classes at every pixel of B pictures, in a form much smaller than (B, C, H, W).
+
+    A class may be described by several words (synonyms); its score at a pixel is that of its best word there.
+
+    The scores of a pixel are defined by ``dense``; they are computed in float32, whatever the type of the inputs, by
+    operations that give the same bits wherever the pixel is computed. So ``label_map(size)`` equals
+    ``dense(size).argmax(1)`` exactly, and so do ``top_k(size, 1)`` and ``label_and_score(size)``: a tie goes to the
+    class with the lowest index. No gradient flows through the decode; losses take the logits.
+
+    All methods raise `LexisegError` if the scores hold NaN or infinite values: such a picture has no meaningful labels.
+
+    Attributes:
+        num_words: W, how many words are scored.
+        num_classes: C, how many classes they belong to.
+        word_to_class: (W,) int64, non-decreasing, or None where each word is a class.
+        batch_size: B.
+        device: where the scores lie and where results are made.
+    """
+
+    def __init__(self, batch_size: int, num_words: int, device: torch.device, word_to_class: Tensor | None) -> None:
+        self.batch_size = batch_size
+        self.num_words = num_words
+        self.device = device
+        self.num_classes = num_words
+        self.word_to_class: Tensor | None = None
+        if word_to_class is not None:
+            self.word_to_class, self.num_classes = _check_words(word_to_class, num_words, device)
+        self._limit: float | None = None
+
+    def label_map(self, size: Size) -> Tensor:
+        """The best class of each pixel.
+
+        Args:
+            size: height and width of the result.
+
+        Returns:
+            (B, H, W) int64, values in [0, num_classes).
+        """
+        return self._decode(size, False)[0]
+
+    def label_and_score(self, size: Size) -> tuple[Tensor, Tensor]:
+        """The best class of each pixel and its score, in one pass.
+
+        Returns:
+            (B, H, W) int64 labels and (B, H, W) float32 scores.
+        """
+        labels, scores = self._decode(size, True)
+        if scores is None:  # not reachable: asked for above
+            raise ValueError("no scores were decoded")
+        return labels, scores
+
+    def max_scores(self, size: Size) -> Tensor:
+        """The best score of each pixel: (B, H, W) float32."""
+        return self.label_and_score(size)[1]
+
+    def top_k(self, size: Size, k: int) -> tuple[Tensor, Tensor]:
+        """The k best classes of each pixel, best first; of equal scores the lower class index comes first.
+
+        Returns:
+            (B, k, H, W) float32 scores and (B, k, H, W) int64 classes.
+
+        Raises:
+            ValueError: k is not between 1 and num_classes.
+        """
+        height, width = _check_size(size)
+        if not 1 <= k <= self.num_classes:
+            raise ValueError(f"k must lie between 1 and the number of classes, {self.num_classes}, not {k}")
+        if k == 1:
+            labels, scores = self.label_and_score(size)
+            return scores[:, None], labels[:, None]
+        values = torch.empty(self.batch_size, k, height, width, device=self.device)
+        indices = torch.empty(values.shape, dtype=torch.long, device=self.device)
+        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+            for picture in range(self.batch_size):
+                _decode.top_k(self._checked(picture, size), self.word_to_class, values[picture], indices[picture])
+        return values, indices
+
+    def dense(self, size: Size) -> Tensor:
+        """The score of every class at every pixel: (B, C, H, W) float32. Its memory grows with the classes."""
+        height, width = _check_size(size)
+        out = torch.empty(self.batch_size, self.num_classes, height, width, device=self.device)
+        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+            for picture in range(self.batch_size):
+                _decode.dense(self._checked(picture, size), self.word_to_class, out[picture])
+        return out
+
+    @abstractmethod
+    def __getitem__(self, picture: int) -> Scores:
+        """The scores of one picture of the batch, as a batch of one that shares memory with this one."""
+
+    @abstractmethod
+    def to(self, device: torch.device | str) -> Scores:
+        """The same scores on another device."""
+
+    @abstractmethod
+    def detach(self) -> Scores:
+        """The same scores, cut off from the graph that made them."""
+
+    @abstractmethod
+    def _field(self, picture: int, size: Size) -> Field:
+        """The virtual (num_words, height, width) array of one picture."""
+
+    @abstractmethod
+    def _magnitude(self) -> float:
+        """The largest magnitude among the numbers that the scores are made of; not finite if one of them is not."""
+
+    def __len__(self) -> int:
+        return self.batch_size
+
+    def __iter__(self) -> Iterator[Scores]:
+        return (self[picture] for picture in range(self.batch_size))
+
+    def _decode(self, size: Size, with_scores: bool) -> tuple[Tensor, Tensor | None]:
+        height, width = _check_size(size)
+        labels = torch.empty(self.batch_size, height, width, dtype=torch.long, device=self.device)
+        scores = torch.empty(labels.shape, device=self.device) if with_scores else None
+        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+            for picture in range(self.batch_size):
+                field = self._checked(picture, size)
+                _decode.best(field, self.word_to_class, labels[picture], None if scores is None else scores[picture])
+        return labels, scores
+
+    def _checked(self, picture: int, size: Size) -> Field:
+        if not math.isfinite(self._largest()):
+            raise LexisegError(_NOT_FINITE)
+        field = self._field(picture, size)
+        if not field.limits()[0] < torch.finfo(torch.float32).max:
+            raise LexisegError(_NOT_FINITE)
+        return field
+
+    def _largest(self) -> float:
+        if self._limit is None:
+            self._limit = self._magnitude()
+        return self._limit
+
+
+_NOT_FINITE = (
+    "The model's scores for this picture hold NaN or infinite values; run it in float32 (dtype) or check its weights."
+)
+
+
+def largest_magnitude(values: Tensor) -> float:
+    """The largest magnitude of a tensor's values, 0 for none, NaN if one is NaN; no copy of the tensor is made."""
+    if not values.numel():
+        return 0.0
+    low, high = torch.aminmax(values.detach())
+    magnitude = torch.maximum(low.abs(), high.abs())
+    return float(magnitude)
+
+
+def check_offsets(offsets: Tensor | None, num_words: int, device: torch.device) -> Tensor | None:
+    """``offsets`` as float32 on ``device``.
+
+    Raises:
+        ValueError: they are not (num_words,) finite numbers.
+    """
+    if offsets is None:
+        return None
+    offsets = offsets.detach().to(device, torch.float32)
+    if offsets.shape != (num_words,) or not bool(offsets.isfinite().all()):
+        raise ValueError(f"offsets must be {num_words} finite numbers, one a word, not {tuple(offsets.shape)}")
+    return offsets
+
+
+def check_pair(size: Size | None, name: str) -> Size | None:
+    """``size`` as two ints of at least 1, or None.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    return None if size is None else _check_size(size, name)
+
+
+def _check_size(size: Size, name: str = "size") -> Size:
+    height, width = (int(n) for n in size)
+    if height < 1 or width < 1:
+        raise ValueError(f"{name} must be (height, width) of at least 1 x 1, not {tuple(size)}")
+    return height, width
+
+
+def _check_words(word_to_class: Tensor, num_words: int, device: torch.device) -> tuple[Tensor | None, int]:
+    """``word_to_class`` on ``device``, or None where it says nothing, and the number of classes."""
+    index = word_to_class.detach().to("cpu", torch.long)
+    if index.shape != (num_words,):
+        raise ValueError(f"word_to_class must be ({num_words},), one class a word, not {tuple(index.shape)}")
+    steps = index.diff(prepend=index.new_zeros(1))
+    if bool(((steps < 0) | (steps > 1)).any()) or int(index[0]) != 0:
+        raise ValueError("word_to_class must go 0, 1, 2 ... without gaps, each class's words side by side")
+    num_classes = int(index[-1]) + 1
+    return (None if num_classes == num_words else index.to(device)), num_classes

@@ -1,0 +1,103 @@
+"""Scores of one-stage systems: a grid of class logits."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lexiseg.scores._fields import Cropped, Field, Source, Squashed
+from lexiseg.scores._resize import resized
+from lexiseg.scores.base import Scores, Size, check_offsets, check_pair, largest_magnitude
+
+
+class GridScores(Scores):
+    """A grid of logits (B, W, h, w), one for each word and patch.
+
+    The score at a pixel is, in this order: the logits interpolated bilinearly to ``resize_to``; cut to ``crop``; their
+    sigmoid; minus the word's offset; interpolated bilinearly to the size asked for. What is not given is left out.
+    Interpolation is that of ``torch.nn.functional.interpolate`` (align_corners=False, no antialiasing).
+
+    ZegCLIP takes all of it: logits to the crop's size, sigmoid, 0.1 off the seen classes, then the size of the picture
+    (ZegCLIP, Sec. 3.4; the constant is in the authors' code only).
+
+    Attributes:
+        logits: (B, W, h, w), any float type and strides; decoded in float32, a tile at a time.
+    """
+
+    def __init__(
+        self,
+        logits: Tensor,
+        *,
+        word_to_class: Tensor | None = None,
+        resize_to: Size | None = None,
+        crop: Size | None = None,
+        sigmoid: bool = False,
+        offsets: Tensor | None = None,
+    ) -> None:
+        """Wrap ``logits``; nothing is computed yet.
+
+        Args:
+            logits: (B, W, h, w) float tensor.
+            word_to_class: (W,) the class of each word, non-decreasing from 0 without gaps; None: each word is a class.
+            resize_to: (height, width) the logits are interpolated to before the sigmoid.
+            crop: (height, width) kept of that, from the top left corner: the part that is not padding.
+            sigmoid: squash the logits into (0, 1).
+            offsets: (W,) subtracted from each word's score.
+
+        Raises:
+            ValueError: shapes do not agree.
+        """
+        if logits.dim() != 4 or 0 in logits.shape[1:] or not logits.is_floating_point():
+            raise ValueError(f"logits must be a float tensor (B, W, h, w), not {logits.dtype} {tuple(logits.shape)}")
+        super().__init__(logits.shape[0], logits.shape[1], logits.device, word_to_class)
+        self.logits = logits
+        self.resize_to = check_pair(resize_to, "resize_to")
+        self.crop = check_crop(crop, self.resize_to or (logits.shape[2], logits.shape[3]))
+        self.sigmoid = sigmoid
+        self.offsets = check_offsets(offsets, self.num_words, self.device)
+
+    def __getitem__(self, picture: int) -> GridScores:
+        return self._with(self.logits[picture][None])
+
+    def to(self, device: torch.device | str) -> GridScores:
+        """The same scores on another device."""
+        return self._with(self.logits.to(device))
+
+    def detach(self) -> GridScores:
+        """The same scores, cut off from the graph that made them."""
+        return self._with(self.logits.detach())
+
+    def _with(self, logits: Tensor) -> GridScores:
+        return GridScores(
+            logits,
+            word_to_class=self.word_to_class,
+            resize_to=self.resize_to,
+            crop=self.crop,
+            sigmoid=self.sigmoid,
+            offsets=self.offsets,
+        )
+
+    def _magnitude(self) -> float:
+        return largest_magnitude(self.logits)
+
+    def _field(self, picture: int, size: Size) -> Field:
+        field: Field = Source(self.logits[picture].detach(), self._largest())
+        if self.resize_to is not None:
+            field = resized(field, self.resize_to)
+        if self.crop is not None:
+            field = Cropped(field, *self.crop)
+        if self.sigmoid or self.offsets is not None:
+            field = Squashed(field, self.sigmoid, self.offsets)
+        return resized(field, size)
+
+
+def check_crop(crop: Size | None, size: Size) -> Size | None:
+    """``crop`` as two ints, or None where nothing is cut off.
+
+    Raises:
+        ValueError: it is larger than ``size``.
+    """
+    crop = check_pair(crop, "crop")
+    if crop is not None and (crop[0] > size[0] or crop[1] > size[1]):
+        raise ValueError(f"crop {crop} is larger than what it is taken from, {size}")
+    return None if crop == size else crop

@@ -1,0 +1,115 @@
+"""Scores of decoupled systems: masks of regions, and class scores for each region."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lexiseg.scores._fields import Cropped, Field, Mixture, Source, Squashed
+from lexiseg.scores._resize import resized
+from lexiseg.scores.base import Scores, Size, check_offsets, check_pair, largest_magnitude
+from lexiseg.scores.grid import check_crop
+
+
+class RegionScores(Scores):
+    """Class scores of N regions and their masks.
+
+    score(pixel, word) = sum over n of class_scores[n, word] * mask_n(pixel). The masks are, in this order: interpolated
+    bilinearly to ``resize_to``; cut to ``crop``; squashed by a sigmoid if they are logits (interpolated to the size
+    asked for first if there is no ``resize_to``). The sum is taken there, offsets are subtracted, and the scores are
+    interpolated bilinearly to the size asked for. Without regions every score is 0.
+
+    Source: MaskFormer's semantic inference, as DeOP and MAFT (ZegFormer, ZSSeg, FreeSeg) use it.
+
+    Attributes:
+        class_scores: (B, N, W).
+        masks: (B, N, h, w), probabilities, or logits with ``sigmoid``.
+    """
+
+    def __init__(
+        self,
+        class_scores: Tensor,
+        masks: Tensor,
+        *,
+        word_to_class: Tensor | None = None,
+        resize_to: Size | None = None,
+        align_corners: bool = False,
+        crop: Size | None = None,
+        sigmoid: bool = False,
+        offsets: Tensor | None = None,
+    ) -> None:
+        """Wrap ``class_scores`` and ``masks``; nothing is computed yet.
+
+        Args:
+            class_scores: (B, N, W) float tensor.
+            masks: (B, N, h, w) float tensor.
+            word_to_class: (W,) the class of each word, non-decreasing from 0 without gaps; None: each word is a class.
+            resize_to: (height, width) the masks are interpolated to before anything else.
+            align_corners: how they are interpolated to ``resize_to`` (FreeSeg: True).
+            crop: (height, width) kept of that, from the top left corner: the part that is not padding.
+            sigmoid: the masks are logits.
+            offsets: (W,) subtracted from each word's score.
+
+        Raises:
+            ValueError: shapes do not agree.
+        """
+        shapes = f"{tuple(class_scores.shape)} and {tuple(masks.shape)}"
+        if class_scores.dim() != 3 or masks.dim() != 4 or class_scores.shape[:2] != masks.shape[:2]:
+            raise ValueError(f"class_scores and masks must be (B, N, W) and (B, N, h, w), not {shapes}")
+        if 0 in (class_scores.shape[2], *masks.shape[2:]):
+            raise ValueError(f"class_scores and masks must have a word and a pixel at least, not {shapes}")
+        if not (class_scores.is_floating_point() and masks.is_floating_point()):
+            raise ValueError(f"class_scores and masks must be float, not {class_scores.dtype} and {masks.dtype}")
+        super().__init__(class_scores.shape[0], class_scores.shape[2], masks.device, word_to_class)
+        self.class_scores = class_scores.to(masks.device)
+        self.masks = masks
+        self.resize_to = check_pair(resize_to, "resize_to")
+        self.align_corners = align_corners
+        self.crop = check_crop(crop, self.resize_to or (masks.shape[2], masks.shape[3]))
+        self.sigmoid = sigmoid
+        self.offsets = check_offsets(offsets, self.num_words, self.device)
+
+    def __getitem__(self, picture: int) -> RegionScores:
+        return self._with(self.class_scores[picture][None], self.masks[picture][None])
+
+    def to(self, device: torch.device | str) -> RegionScores:
+        """The same scores on another device."""
+        return self._with(self.class_scores.to(device), self.masks.to(device))
+
+    def detach(self) -> RegionScores:
+        """The same scores, cut off from the graph that made them."""
+        return self._with(self.class_scores.detach(), self.masks.detach())
+
+    def _with(self, class_scores: Tensor, masks: Tensor) -> RegionScores:
+        return RegionScores(
+            class_scores,
+            masks,
+            word_to_class=self.word_to_class,
+            resize_to=self.resize_to,
+            align_corners=self.align_corners,
+            crop=self.crop,
+            sigmoid=self.sigmoid,
+            offsets=self.offsets,
+        )
+
+    def _magnitude(self) -> float:
+        # Summed, so that one that is not finite shows.
+        return largest_magnitude(self.masks) + largest_magnitude(self.class_scores)
+
+    def _field(self, picture: int, size: Size) -> Field:
+        class_scores, masks = self.class_scores[picture].detach(), self.masks[picture].detach()
+        if not len(masks):
+            class_scores, masks = class_scores.new_zeros(1, self.num_words), masks.new_zeros(1, *masks.shape[1:])
+        field: Field = Source(masks, self._largest())
+        if self.resize_to is not None:
+            field = resized(field, self.resize_to, self.align_corners)
+        if self.crop is not None:
+            field = Cropped(field, *self.crop)
+        if self.sigmoid:
+            if self.resize_to is None:
+                field = resized(field, size)
+            field = Squashed(field, True, None)
+        field = Mixture(field, class_scores)
+        if self.offsets is not None:
+            field = Squashed(field, False, self.offsets)
+        return resized(field, size)

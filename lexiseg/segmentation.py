@@ -1,0 +1,373 @@
+"""The result of a prediction, and every form a person or a program may want it in."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from lexiseg.colors import IGNORED_COLOR
+from lexiseg.errors import LexisegError
+from lexiseg.files import atomic_write, make_folder, write_text
+from lexiseg.overlay import LegendEntry, draw_legend, paint_classes
+from lexiseg.rle import encode_rle
+from lexiseg.vocabulary import Vocabulary
+from lexiseg.words import shorten
+
+_CHUNK = 2**20
+_MAX_ID_OF_INT32 = 2**31 - 1
+SAVE_FORMATS = ("labels", "overlay", "json", "coco")
+
+
+def ignore_index(num_classes: int) -> int:
+    """The id that marks pixels without a class: 255, and 65535 or 2**31 - 1 where that could be a class."""
+    if num_classes <= 255:
+        return 255
+    return 65535 if num_classes <= 65535 else _MAX_ID_OF_INT32
+
+
+@dataclass(frozen=True)
+class TableRow:
+    """One class of a result.
+
+    Attributes:
+        name: the class.
+        seen: whether masks of it were trained on; None where nobody said.
+        share: its share of all pixels, in 0..1.
+        score: the mean over its pixels of the winning score; None where it has no pixel or no scores are kept.
+        index: its id in the label map.
+    """
+
+    name: str
+    seen: bool | None
+    share: float
+    score: float | None
+    index: int
+
+
+@dataclass(frozen=True, eq=False)
+class Segmentation:
+    """A picture's labels.
+
+    Attributes:
+        label_map: the class of each pixel, shape (H, W): uint8 with 255 = ignored; where there are more than 255
+            classes int32 with 65535 = ignored (more than 65,535: 2**31 - 1). Otherwise an index into ``classes``.
+        vocabulary: the classes, with colours, seen flags and the background.
+        scores: the winning score of each pixel, float32, shape (H, W). It is the number the model decides by, in the
+            model's own units (for ZegCLIP a probability in 0..1, less the seen classes' offset), so it compares pixels
+            of one model and is no calibrated confidence. None where scores are not kept.
+        image: the picture, uint8, shape (3, H, W), or None.
+        name: what the picture is called.
+        metadata: what made the result (model, window ...).
+
+    Raises:
+        LexisegError: the shapes do not fit each other, or a label is no class.
+    """
+
+    label_map: torch.Tensor
+    vocabulary: Vocabulary
+    scores: torch.Tensor | None = None
+    image: torch.Tensor | None = None
+    name: str = ""
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        labels = self.label_map
+        if labels.ndim != 2 or labels.is_floating_point() or labels.is_complex() or labels.numel() == 0:
+            raise LexisegError(f"A label map must be whole numbers of shape (H, W), not {tuple(labels.shape)}.")
+        dtype = torch.uint8 if self.num_classes <= 255 else torch.int32
+        object.__setattr__(self, "label_map", labels.detach().to("cpu", dtype))
+        for what, other in (("scores", self.scores), ("image", self.image)):
+            if other is not None and other.shape[-2:] != labels.shape:
+                raise LexisegError(
+                    f"The {what} are of size {tuple(other.shape[-2:])}, the label map of {tuple(labels.shape)}."
+                )
+        if sum(self._counts[0]) + self.num_ignored != self.label_map.numel():
+            raise LexisegError(f"The label map holds ids that are none of the {self.num_classes} classes.")
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The class names, in the user's order; the label map indexes them."""
+        return self.vocabulary.names
+
+    @property
+    def num_classes(self) -> int:
+        """How many classes there are."""
+        return len(self.vocabulary)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width in pixels."""
+        return int(self.label_map.shape[0]), int(self.label_map.shape[1])
+
+    @property
+    def ignore_index(self) -> int:
+        """The id of ignored pixels in this label map."""
+        return ignore_index(self.num_classes)
+
+    @property
+    def num_ignored(self) -> int:
+        """How many pixels have no class."""
+        return int((self.label_map == self.ignore_index).sum())
+
+    @cached_property
+    def _counts(self) -> tuple[list[int], list[float]]:
+        """Pixels and sum of winning scores of each class, computed in pieces so that memory stays small."""
+        labels = self.label_map.reshape(-1)
+        scores = None if self.scores is None else self.scores.reshape(-1)
+        pixels = torch.zeros(self.num_classes, dtype=torch.int64)
+        sums = torch.zeros(self.num_classes, dtype=torch.float64)
+        for start in range(0, labels.numel(), _CHUNK):
+            part = labels[start : start + _CHUNK].long()
+            keep = (part >= 0) & (part < self.num_classes)
+            pixels += torch.bincount(part[keep], minlength=self.num_classes)
+            if scores is not None:
+                values = scores[start : start + _CHUNK].detach().cpu().double()
+                sums += torch.bincount(part[keep], weights=values[keep], minlength=self.num_classes)
+        return pixels.tolist(), sums.tolist()
+
+    def table(self, *, include_absent: bool = False) -> list[TableRow]:
+        """The classes by falling share of the picture; those without a pixel only when asked for, in their order."""
+        pixels, sums = self._counts
+        total = self.label_map.numel()
+        rows = []
+        for index, entry in enumerate(self.vocabulary.classes):
+            if pixels[index] or include_absent:
+                score = sums[index] / pixels[index] if pixels[index] and self.scores is not None else None
+                rows.append(TableRow(entry.name, entry.seen, pixels[index] / total, score, index))
+        return sorted(rows, key=lambda row: -row.share)
+
+    def mask(self, name_or_index: str | int) -> torch.Tensor:
+        """The pixels of one class: bool, shape (H, W).
+
+        Raises:
+            LexisegError: there is no such class.
+        """
+        index = name_or_index
+        if isinstance(index, str):
+            if index not in self.classes:
+                raise LexisegError(f"There is no class '{shorten(index)}' in this result; see its `classes`.")
+            index = self.classes.index(index)
+        if not 0 <= index < self.num_classes:
+            raise LexisegError(f"There is no class {index}; the result has {self.num_classes}.")
+        return self.label_map == index
+
+    @property
+    def segments(self) -> list[dict[str, Any]]:
+        """One entry for each class in the picture, in the classes' order.
+
+        The shape of the Hugging Face ``image-segmentation`` pipeline: ``label``, ``score`` (the mean winning score
+        over the mask) and ``mask`` (a PIL image of mode L, 255 inside and 0 outside).
+        """
+        return [
+            {
+                "label": row.name,
+                "score": row.score,
+                "mask": Image.fromarray(self._mask_array(row.index) * np.uint8(255)),
+            }
+            for row in self._rows_in_order()
+        ]
+
+    def _rows_in_order(self) -> list[TableRow]:
+        return sorted(self.table(), key=lambda row: row.index)
+
+    def _mask_array(self, index: int) -> np.ndarray:
+        return self.label_map.numpy() == index
+
+    def palette(self) -> np.ndarray:
+        """The classes' colours: uint8, shape (C, 3)."""
+        return self.vocabulary.palette()
+
+    def label_image(self) -> Image.Image:
+        """The label map as a picture whose pixel values are the ids.
+
+        Mode P with the classes' colours, 255 = ignored; with more than 255 classes 16-bit grey, 65535 = ignored.
+
+        Raises:
+            LexisegError: there are more than 65,535 classes, which no PNG can number.
+        """
+        labels = self.label_map.numpy()
+        if self.num_classes > 65535:
+            raise LexisegError(
+                f"A PNG cannot number {self.num_classes:,} classes; save the result as JSON with masks instead."
+            )
+        if self.num_classes > 255:
+            return Image.fromarray(labels.astype(np.uint16))
+        image = Image.fromarray(labels)
+        colors = np.zeros((256, 3), np.uint8)
+        colors[: self.num_classes] = self.palette()
+        colors[255] = IGNORED_COLOR
+        image.putpalette(colors.tobytes())
+        return image
+
+    def overlay(
+        self, *, alpha: float = 0.55, legend: bool = True, outlines: bool = True, font: str | Path | None = None
+    ) -> Image.Image:
+        """The picture with its classes painted over it and a legend beside or below it.
+
+        Classes known to have had no masks in training are noted as unseen. Pixels of a background class keep the
+        picture's own colours; ignored pixels are shown faded. Without a picture the colours alone are drawn.
+
+        Args:
+            alpha: how much the colours cover the picture, 0..1.
+            legend: add a panel with the names and shares; without it the result has the picture's size.
+            outlines: draw a thin light line between classes.
+            font: a TrueType file for names that the built-in font (Latin letters) cannot show.
+
+        Raises:
+            LexisegError: ``alpha`` is outside 0..1 or the font cannot be read.
+        """
+        if not 0 <= alpha <= 1:
+            raise LexisegError(f"The overlay's alpha must be in 0..1, not {alpha}.")
+        image = None if self.image is None else self.image.permute(1, 2, 0).numpy()
+        background = self.vocabulary.background_index
+        palette = self.palette()
+        labels = self.label_map.numpy()
+        painted = paint_classes(image, labels, palette, alpha=alpha, outlines=outlines, background=background)
+        if not legend:
+            return painted
+        entries = [
+            LegendEntry(
+                row.name,
+                tuple(palette[row.index].tolist()),
+                row.share,
+                note="unseen" if row.seen is False else "",
+                hollow=row.index == background,
+            )
+            for row in self.table()
+        ]
+        if self.num_ignored:
+            share = self.num_ignored / self.label_map.numel()
+            entries.append(LegendEntry("(no class)", IGNORED_COLOR, share, hollow=True))
+        return draw_legend(painted, entries, font=font)
+
+    def to_coco_rle(self, *, compressed: bool = True) -> list[dict[str, Any]]:
+        """One entry for each class in the picture, in the form of COCO's annotations.
+
+        Args:
+            compressed: see `lexiseg.rle.encode_rle`.
+
+        Returns:
+            Mappings with ``category_id`` (the id in the label map), ``label``, ``score``, ``area`` (pixels), ``bbox``
+            (left, top, width, height in pixels) and ``segmentation`` (run lengths).
+
+        Raises:
+            LexisegError: ``compressed`` without pycocotools installed.
+        """
+        entries = []
+        for row in self._rows_in_order():
+            mask = self._mask_array(row.index)
+            entries.append(
+                {
+                    "category_id": row.index,
+                    "label": row.name,
+                    "score": row.score,
+                    "area": self._counts[0][row.index],
+                    "bbox": _bounding_box(mask),
+                    "segmentation": encode_rle(mask, compressed=compressed),
+                }
+            )
+        return entries
+
+    def to_dict(self, *, masks: bool = False) -> dict[str, Any]:
+        """Everything about the result that JSON can hold.
+
+        Args:
+            masks: add each segment's mask as uncompressed COCO run lengths; without them there are only figures.
+        """
+        palette = self.palette()
+        segments = []
+        for row in self._rows_in_order():
+            mask = self._mask_array(row.index)
+            segment: dict[str, Any] = {
+                "label": row.name,
+                "index": row.index,
+                "seen": row.seen,
+                "share": row.share,
+                "pixels": self._counts[0][row.index],
+                "score": row.score,
+                "bbox": _bounding_box(mask),
+                "color": palette[row.index].tolist(),
+            }
+            if masks:
+                segment["segmentation"] = encode_rle(mask, compressed=False)
+            segments.append(segment)
+        return {
+            "name": self.name,
+            "height": self.size[0],
+            "width": self.size[1],
+            "ignore_index": self.ignore_index,
+            "ignored_share": self.num_ignored / self.label_map.numel(),
+            "segments": segments,
+            "vocabulary": self.vocabulary.to_dict(),
+            "metadata": self.metadata,
+        }
+
+    def to_json(self, *, masks: bool = False) -> str:
+        """``to_dict`` as indented JSON text."""
+        return json.dumps(self.to_dict(masks=masks), indent=2, ensure_ascii=False) + "\n"
+
+    def save_png(self, path: str | Path) -> Path:
+        """Write `label_image` as a PNG, atomically, and return the path.
+
+        Raises:
+            LexisegError: the file cannot be written, or there are more than 65,535 classes.
+        """
+        return _save_image(self.label_image(), Path(path))
+
+    def save(
+        self, folder: str | Path, stem: str, formats: Collection[str] = ("labels", "overlay", "json")
+    ) -> dict[str, Path]:
+        """Write the result into a folder, each file atomically.
+
+        Args:
+            folder: created with its parents where it is missing.
+            stem: the beginning of the file names.
+            formats: any of ``labels`` (STEM_labels.png), ``overlay`` (STEM_overlay.png), ``json`` (STEM.json) and
+                ``coco`` (STEM_coco.json, compressed masks).
+
+        Returns:
+            The path of each format written.
+
+        Raises:
+            LexisegError: a format is unknown, the stem is not a file name, or the folder cannot be written.
+        """
+        for kind in formats:
+            if kind not in SAVE_FORMATS:
+                raise LexisegError(f"Unknown output '{kind}'; known are {', '.join(SAVE_FORMATS)}.")
+        if not stem or stem in (".", "..") or Path(stem).name != stem or "\0" in stem:
+            raise LexisegError(f"'{shorten(stem)}' cannot begin a file name; give a name without folders.")
+        folder = make_folder(folder)
+        paths: dict[str, Path] = {}
+        if "labels" in formats:
+            paths["labels"] = self.save_png(folder / f"{stem}_labels.png")
+        if "overlay" in formats:
+            paths["overlay"] = _save_image(self.overlay(), folder / f"{stem}_overlay.png")
+        if "json" in formats:
+            paths["json"] = write_text(folder / f"{stem}.json", self.to_json())
+        if "coco" in formats:
+            text = json.dumps(self.to_coco_rle(), ensure_ascii=False) + "\n"
+            paths["coco"] = write_text(folder / f"{stem}_coco.json", text)
+        return paths
+
+
+def _save_image(image: Image.Image, path: Path) -> Path:
+    if path.suffix.lower() != ".png":
+        raise LexisegError(f"'{path}' must end in .png, the format that keeps every label.")
+    with atomic_write(path) as temporary:
+        image.save(temporary, "PNG")
+    return path
+
+
+def _bounding_box(mask: np.ndarray) -> list[int]:
+    rows = np.flatnonzero(mask.any(axis=1))
+    columns = np.flatnonzero(mask.any(axis=0))
+    top, left = int(rows[0]), int(columns[0])
+    return [left, top, int(columns[-1]) - left + 1, int(rows[-1]) - top + 1]

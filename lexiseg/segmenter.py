@@ -1,0 +1,422 @@
+"""A model made usable: a picture of any kind and a list of words in, a `Segmentation` out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lexiseg.background import BackgroundSource
+from lexiseg.clip import TextEmbedder
+from lexiseg.clip.text import default_cache_folder
+from lexiseg.devices import pick_device, pick_dtype
+from lexiseg.errors import LexisegError
+from lexiseg.images import DEFAULT_MAX_PIXELS, ImageSource, image_name, list_images, read_image
+from lexiseg.models.base import ImageFeatures, SegmentationModel, WindowPolicy
+from lexiseg.scores import Scores, WindowScores
+from lexiseg.segmentation import Segmentation, ignore_index
+from lexiseg.vocabulary import SINGLE_TEMPLATE, TemplateSource, Vocabulary, VocabularySource
+from lexiseg.windows import Box, check_proportions, cover, working_size
+from lexiseg.words import shorten
+
+_BATCH_SIZE = 4
+
+
+@dataclass
+class _Words:
+    """A vocabulary as the model takes it."""
+
+    vocabulary: Vocabulary
+    text: Tensor
+    word_to_class: Tensor | None
+    seen_words: Tensor | None
+
+
+@dataclass
+class _Picture:
+    """A picture on its way through the model."""
+
+    key: Any
+    name: str
+    image: Tensor
+    canvas: Tensor
+    boxes: list[Box]
+    parts: list[Scores] = field(default_factory=list)
+
+    @property
+    def canvas_size(self) -> tuple[int, int]:
+        return int(self.canvas.shape[1]), int(self.canvas.shape[2])
+
+
+@dataclass
+class _Held:
+    """What `Segmenter.set_image` keeps."""
+
+    picture: _Picture
+    policy: WindowPolicy
+    features: list[tuple[ImageFeatures, int]]
+
+
+class Segmenter:
+    """Segments pictures by words with one model.
+
+    Args:
+        model: any segmentation model. It is moved to ``device`` and run in evaluation mode; its mode is restored
+            afterwards, so a model in training can be looked at.
+        device: such as "cpu", "cuda" or "cuda:1"; "auto" takes an accelerator where there is one; None leaves the model
+            where it is.
+        dtype: "bf16" or "fp16" (or torch's names for them) run the model in mixed precision; scores are decoded in
+            float32 in any case. None is float32.
+        compile: compile the model with torch.compile; worth its minutes only for many pictures of few sizes.
+        templates: the sentences for every vocabulary (a list, one template, "single" or "paper"). None takes the
+            templates a vocabulary states, else the model's own; a ``Vocabulary`` with CLIP's single template counts as
+            stating none.
+        cache_dir: folder for text embeddings; None is ``$LEXISEG_CACHE`` or ``~/.cache/lexiseg``.
+        disk_cache: False keeps text embeddings in memory only.
+        max_pixels: larger pictures are refused before they are decoded.
+
+    Raises:
+        LexisegError: the device or dtype is unknown or not there, or a template is wrong.
+    """
+
+    def __init__(
+        self,
+        model: SegmentationModel,
+        *,
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype | None = None,
+        compile: bool = False,
+        templates: TemplateSource = None,
+        cache_dir: str | Path | None = None,
+        disk_cache: bool = True,
+        max_pixels: float = DEFAULT_MAX_PIXELS,
+    ) -> None:
+        self.model = model if device is None else model.to(pick_device(device))
+        self.dtype = pick_dtype(dtype)
+        self.max_pixels = max_pixels
+        self.templates = None if templates is None else Vocabulary.parse("any", templates=templates).templates
+        folder = (default_cache_folder() if cache_dir is None else Path(cache_dir)) if disk_cache else None
+        self.embedder = TextEmbedder(model.clip, folder)
+        self._forward: Any = torch.compile(model) if compile else model
+        self._held: _Held | None = None
+        self._last: tuple[Any, Any, Vocabulary] | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model runs."""
+        return self.model.device
+
+    def vocabulary(self, classes: VocabularySource, *, background: BackgroundSource = None) -> Vocabulary:
+        """The vocabulary that `predict` makes of ``classes``: templates chosen, seen classes marked, lengths checked.
+
+        Raises:
+            LexisegError: something is wrong with the classes, or a name is too long for the text tower.
+        """
+        if self._last is not None and classes is self._last[0] and background is self._last[1]:
+            return self._last[2]
+        default = self.templates or self.model.default_templates
+        vocabulary = Vocabulary.parse(classes, background=background, default_templates=default)
+        if self.templates is not None or vocabulary.templates == SINGLE_TEMPLATE:
+            vocabulary = replace(vocabulary, templates=default)
+        if self.model.seen_names:
+            vocabulary = vocabulary.with_seen(self.model.seen_names)
+        vocabulary.check_lengths(self.model.clip.count_tokens, self.model.clip.context_length)
+        # Only what cannot change behind our back is remembered; a list could.
+        if isinstance(classes, Vocabulary | str) and not isinstance(background, dict):
+            self._last = classes, background, vocabulary
+        return vocabulary
+
+    @overload
+    def predict(
+        self,
+        image: list[ImageSource] | tuple[ImageSource, ...],
+        classes: VocabularySource,
+        *,
+        window: WindowPolicy | None = ...,
+        batch_size: int = ...,
+        background: BackgroundSource = ...,
+    ) -> list[Segmentation]: ...
+
+    @overload
+    def predict(
+        self,
+        image: ImageSource | None = ...,
+        classes: VocabularySource | None = ...,
+        *,
+        window: WindowPolicy | None = ...,
+        batch_size: int = ...,
+        background: BackgroundSource = ...,
+    ) -> Segmentation: ...
+
+    def predict(
+        self,
+        image: ImageSource | Sequence[ImageSource] | None = None,
+        classes: VocabularySource | None = None,
+        *,
+        window: WindowPolicy | None = None,
+        batch_size: int = _BATCH_SIZE,
+        background: BackgroundSource = None,
+    ) -> Segmentation | list[Segmentation]:
+        """Segment a picture, or several, by words.
+
+        Args:
+            image: anything `lexiseg.images.read_image` takes, or a list of such; None takes the picture of `set_image`.
+            classes: anything ``Vocabulary.parse`` takes, such as ``["giraffe", "tree, bush", "sky"]``.
+            window: how the model is run over the picture; None takes the model's own way.
+            batch_size: windows in one forward pass; those of several pictures share it. The result does not depend on
+                it beyond rounding.
+            background: replaces the vocabulary's background: "none"; a class name; or a score below which pixels are
+                ignored (255).
+
+        Returns:
+            The result at the picture's own size, or a list of results in the pictures' order.
+
+        Raises:
+            LexisegError: a picture or the classes are wrong; one sentence says which and what to do.
+        """
+        if classes is None:
+            raise LexisegError("No classes are given; name at least one, for example ['cat', 'tree, bush'].")
+        _check_batch_size(batch_size)
+        if image is None:
+            return self._predict_held(classes, window, background)
+        if isinstance(image, torch.Tensor) and image.ndim == 4:
+            image = list(image)
+        words = self._words(classes, background)
+        many = isinstance(image, list | tuple)
+        sources: list[Any] = list(image) if isinstance(image, list | tuple) else [image]
+        pictures = (self._read(index, source, window) for index, source in enumerate(sources))
+        results = []
+        for _, result in self._stream(pictures, words, batch_size, window):
+            if isinstance(result, LexisegError):
+                raise result
+            results.append(result)
+        return results if many else results[0]
+
+    def predict_folder(
+        self,
+        target: str | Path | Iterable[str | Path],
+        classes: VocabularySource,
+        *,
+        window: WindowPolicy | None = None,
+        batch_size: int = _BATCH_SIZE,
+        background: BackgroundSource = None,
+    ) -> Iterator[tuple[Path, Segmentation | LexisegError]]:
+        """Segment the pictures of a folder one after the other.
+
+        Args:
+            target: a folder, a pattern, a file (see `lexiseg.images.list_images`), or a list of paths.
+            classes: as in `predict`.
+            window: as in `predict`.
+            batch_size: as in `predict`; pictures of one size share a forward pass.
+            background: as in `predict`.
+
+        Returns:
+            An iterator of the path and its result, in the paths' order. Where a picture is broken, the error that names
+            it stands in the result's place and the rest goes on. At most ``batch_size`` pictures are held at a time.
+
+        Raises:
+            LexisegError: there are no pictures, or the classes are wrong. This is raised at the call, not later.
+        """
+        paths = list_images(target) if isinstance(target, str | Path) else [Path(path) for path in target]
+        _check_batch_size(batch_size)
+        words = self._words(classes, background)
+        return self._stream((self._read(path, path, window) for path in paths), words, batch_size, window)
+
+    def set_image(
+        self, image: ImageSource, *, window: WindowPolicy | None = None, batch_size: int = _BATCH_SIZE
+    ) -> Segmenter:
+        """Look at a picture once, so that `predict` without a picture only has to score words.
+
+        Args:
+            image: as in `predict`.
+            window: as in `predict`.
+            batch_size: as in `predict`.
+
+        Returns:
+            The segmenter itself.
+
+        Raises:
+            LexisegError: the picture is wrong.
+        """
+        _check_batch_size(batch_size)
+        picture = self._read(0, image, window)
+        if isinstance(picture, tuple):
+            raise picture[1]
+        features = []
+        with self._evaluating():
+            for start in range(0, len(picture.boxes), batch_size):
+                boxes = picture.boxes[start : start + batch_size]
+                batch = self._crops([(picture, box) for box in boxes])
+                features.append((self.model.encode_images(batch), len(boxes)))
+        self._held = _Held(picture, window or self.model.window, features)
+        return self
+
+    def _predict_held(
+        self, classes: VocabularySource, window: WindowPolicy | None, background: BackgroundSource
+    ) -> Segmentation:
+        held = self._held
+        if held is None:
+            raise LexisegError("No picture is given; pass one to predict, or call set_image first.")
+        if window is not None and window != held.policy:
+            raise LexisegError("The window was chosen when the picture was set; give it to set_image instead.")
+        words = self._words(classes, background)
+        picture = replace(held.picture, parts=[])
+        with self._evaluating():
+            for features, count in held.features:
+                scores = self.model.score(
+                    features, words.text, word_to_class=words.word_to_class, seen_words=words.seen_words
+                )
+                picture.parts.extend(scores[index] for index in range(count))
+        return self._decode(picture, words, held.policy)
+
+    def _words(self, classes: VocabularySource, background: BackgroundSource) -> _Words:
+        vocabulary = self.vocabulary(classes, background=background)
+        device = self.device
+        text = self.embedder(vocabulary).to(device)
+        joined = len(vocabulary.words) > len(vocabulary)
+        return _Words(
+            vocabulary,
+            text,
+            vocabulary.word_to_class.to(device) if joined else None,
+            vocabulary.seen_words.to(device) if bool(vocabulary.seen_words.any()) else None,
+        )
+
+    def _read(self, key: Any, source: ImageSource, window: WindowPolicy | None) -> _Picture | tuple[Any, LexisegError]:
+        """Read a picture and plan its windows; an error is a value here, so that a folder can go on."""
+        policy = window or self.model.window
+        name = image_name(source)
+        try:
+            image = read_image(source, max_pixels=self.max_pixels)
+            height, width = int(image.shape[1]), int(image.shape[2])
+            try:
+                check_proportions(height, width)
+            except LexisegError as error:
+                raise LexisegError(f"{shorten(name, 200)}: {error}") from error
+            size = working_size(height, width, policy.short_side)
+            boxes = cover(*size, policy.size, policy.stride)
+        except LexisegError as error:
+            return key, error
+        # The picture stays bytes: a float copy of 20 megapixels would take 240 MB. Windows are normalised one by one.
+        canvas = image if size == (height, width) else _resize(image, size)
+        return _Picture(key, name, image, canvas, boxes)
+
+    def _stream(
+        self,
+        pictures: Iterable[_Picture | tuple[Any, LexisegError]],
+        words: _Words,
+        batch_size: int,
+        window: WindowPolicy | None,
+    ) -> Iterator[tuple[Any, Segmentation | LexisegError]]:
+        """Run the windows of all pictures in batches of one shape, and yield the pictures in their order."""
+        policy = window or self.model.window
+        waiting: list[_Picture | tuple[Any, LexisegError]] = []
+        batch: list[tuple[_Picture, Box]] = []
+        for picture in pictures:
+            waiting.append(picture)
+            if isinstance(picture, _Picture):
+                for box in picture.boxes:
+                    if batch and (len(batch) == batch_size or box[2:] != batch[0][1][2:]):
+                        self._run(batch, words)
+                        batch = []
+                    batch.append((picture, box))
+                if len(batch) == batch_size:
+                    self._run(batch, words)
+                    batch = []
+            yield from self._finished(waiting, words, policy)
+        if batch:
+            self._run(batch, words)
+        yield from self._finished(waiting, words, policy)
+
+    def _finished(
+        self, waiting: list[_Picture | tuple[Any, LexisegError]], words: _Words, policy: WindowPolicy
+    ) -> Iterator[tuple[Any, Segmentation | LexisegError]]:
+        """Take the finished pictures off the head of the line."""
+        while waiting:
+            first = waiting[0]
+            if isinstance(first, _Picture):
+                if len(first.parts) < len(first.boxes):
+                    return
+                del waiting[0]
+                try:
+                    result: Segmentation | LexisegError = self._decode(first, words, policy)
+                except LexisegError as error:
+                    result = error
+                yield first.key, result
+            else:
+                yield waiting.pop(0)  # type: ignore[misc]
+
+    def _run(self, batch: list[tuple[_Picture, Box]], words: _Words) -> None:
+        try:
+            with self._evaluating():
+                scores = self._forward(
+                    self._crops(batch), words.text, word_to_class=words.word_to_class, seen_words=words.seen_words
+                )
+        except torch.OutOfMemoryError as error:
+            raise LexisegError(
+                f"The device has too little memory for {len(batch)} windows and {len(words.vocabulary):,} classes at "
+                "once; lower the batch size or use dtype bf16."
+            ) from error
+        for index, (picture, _) in enumerate(batch):
+            picture.parts.append(scores[index])
+
+    def _crops(self, batch: list[tuple[_Picture, Box]]) -> Tensor:
+        """Cut out windows of one shape and normalise them: float32 (B, 3, H, W) on the model's device."""
+        crops = [
+            picture.canvas[:, top : top + height, left : left + width] for picture, (top, left, height, width) in batch
+        ]
+        images = torch.stack(crops).to(self.device).float() / 255
+        mean = torch.tensor(self.model.mean, device=images.device).view(1, 3, 1, 1)
+        std = torch.tensor(self.model.std, device=images.device).view(1, 3, 1, 1)
+        return (images - mean) / std
+
+    def _decode(self, picture: _Picture, words: _Words, policy: WindowPolicy) -> Segmentation:
+        vocabulary = words.vocabulary
+        scores = picture.parts[0]
+        if policy.size is not None:
+            # Also for a single window: the published protocol goes through the working size in every case.
+            scores = WindowScores(picture.parts, picture.boxes, picture.canvas_size)
+        try:
+            found, values = scores.label_and_score((int(picture.image.shape[1]), int(picture.image.shape[2])))
+        except LexisegError as error:
+            raise LexisegError(f"{shorten(picture.name, 200)}: {error}") from error
+        labels, best = found[0].cpu(), values[0].cpu()
+        labels = labels.to(torch.uint8 if len(vocabulary) <= 255 else torch.int32)
+        if vocabulary.background.threshold is not None:
+            labels[best < vocabulary.background.threshold] = ignore_index(len(vocabulary))
+        metadata = {
+            "system": self.model.system,
+            "clip": self.model.clip.name,
+            "window": asdict(policy),
+            "dtype": str(self.dtype or torch.float32).removeprefix("torch."),
+        }
+        return Segmentation(labels, vocabulary, best, picture.image, picture.name, metadata)
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        """Evaluation mode, no gradients, the chosen precision; the modules' own modes come back afterwards."""
+        training = [module for module in self.model.modules() if module.training]
+        for module in training:
+            module.training = False
+        half = self.dtype is not None and self.dtype != torch.float32
+        try:
+            with torch.no_grad(), torch.autocast(self.device.type, self.dtype) if half else nullcontext():
+                yield
+        finally:
+            for module in training:
+                module.training = True
+
+
+def _check_batch_size(batch_size: int) -> None:
+    if batch_size < 1:
+        raise LexisegError(f"The batch size is {batch_size}; it must be at least 1.")
+
+
+def _resize(image: Tensor, size: tuple[int, int]) -> Tensor:
+    """Resize bytes bilinearly; antialiased, because a photograph shrunk without it is noise to a vision tower."""
+    return F.interpolate(image[None], size=size, mode="bilinear", align_corners=False, antialias=True)[0]

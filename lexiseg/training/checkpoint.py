@@ -1,0 +1,225 @@
+"""Checkpoints of a training run: whole folders that appear at once, without pickles.
+
+A checkpoint holds the trainable tensors and buffers of the model, the optimizer's state, every random generator's
+state and the step. Tensors are safetensors, the rest is JSON. The folder is written under a temporary name and renamed
+when it is complete, so a run killed at any moment leaves only whole checkpoints.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import uuid
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from lexiseg.errors import LexisegError
+from lexiseg.files import make_folder
+
+FORMAT = 1
+_PREFIX = "step-"
+_TEMPORARY = ".tmp-"
+
+
+def capture_rng() -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The states of the torch (CPU and every CUDA device), numpy and Python generators: tensors and JSON values."""
+    tensors = {"torch": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        tensors.update({f"cuda.{index}": state for index, state in enumerate(torch.cuda.get_rng_state_all())})
+    _, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
+    tensors["numpy"] = torch.from_numpy(np.asarray(keys, dtype=np.int64))
+    version, words, gauss_next = random.getstate()
+    values = {
+        "numpy": [int(position), int(has_gauss), float(gauss)],
+        "python": [version, list(words), gauss_next],
+    }
+    return tensors, values
+
+
+def restore_rng(tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
+    """Put back what :func:`capture_rng` returned."""
+    torch.set_rng_state(tensors["torch"])
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            if f"cuda.{index}" in tensors:
+                torch.cuda.set_rng_state(tensors[f"cuda.{index}"], index)
+    position, has_gauss, gauss = values["numpy"]
+    np.random.set_state(("MT19937", tensors["numpy"].numpy().astype(np.uint32), position, has_gauss, gauss))
+    version, words, gauss_next = values["python"]
+    random.setstate((version, tuple(words), gauss_next))
+
+
+def model_state(model: nn.Module) -> dict[str, Tensor]:
+    """The tensors a training changes: parameters that need a gradient, and the persistent buffers."""
+    parameters = {name: value for name, value in model.named_parameters() if value.requires_grad}
+    every_parameter = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    buffers = {
+        name: value
+        for name, value in model.state_dict().items()
+        if name not in every_parameter and isinstance(value, Tensor)
+    }
+    return {name: value.detach() for name, value in {**parameters, **buffers}.items()}
+
+
+def find_checkpoints(root: Path) -> list[Path]:
+    """Complete checkpoints below ``root``, oldest first."""
+    if not root.is_dir():
+        return []
+    found = [path for path in root.iterdir() if path.name.startswith(_PREFIX) and (path / "state.json").is_file()]
+    return sorted(found, key=lambda path: path.name)
+
+
+def _save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    # Clones: safetensors refuses tensors that share memory, which views into one buffer do.
+    save_file({name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}, path)
+    _sync(path)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def save_checkpoint(
+    root: Path,
+    *,
+    step: int,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    rng: Sequence[tuple[dict[str, Tensor], dict[str, Any]]],
+    settings: Mapping[str, Any],
+    keep: int = 2,
+) -> Path:
+    """Write the checkpoint of ``step`` and remove all but the newest ``keep``.
+
+    Args:
+        root: folder of the run's checkpoints.
+        step: number of optimizer steps done.
+        model: the module whose trainable tensors are saved.
+        optimizer: made of this model's parameters.
+        rng: each process's :func:`capture_rng`, in the order of their ranks.
+        settings: JSON values that a continuation is compared with.
+        keep: number of checkpoints left.
+
+    Returns:
+        The checkpoint's folder.
+
+    Raises:
+        LexisegError: the folder cannot be written.
+    """
+    make_folder(root)
+    for leftover in root.glob(f"{_TEMPORARY}*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    folder = root / f"{_PREFIX}{step:08d}"
+    temporary = root / f"{_TEMPORARY}{uuid.uuid4().hex[:8]}"
+    try:
+        temporary.mkdir()
+        _save_tensors(temporary / "model.safetensors", model_state(model))
+        moments = {
+            f"{name}/{key}": value
+            for name, parameter in model.named_parameters()
+            for key, value in optimizer.state.get(parameter, {}).items()
+        }
+        _save_tensors(temporary / "optimizer.safetensors", moments)
+        for rank, (tensors, _) in enumerate(rng):
+            _save_tensors(temporary / f"rng-{rank}.safetensors", tensors)
+        state = {"format": FORMAT, "step": step, "settings": dict(settings), "rng": [values for _, values in rng]}
+        (temporary / "state.json").write_text(json.dumps(state), encoding="utf-8")
+        _sync(temporary / "state.json")
+        if folder.exists():
+            shutil.rmtree(folder)
+        os.replace(temporary, folder)
+        _sync(root)
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        raise LexisegError(
+            f"Cannot write the checkpoint '{folder}' ({reason}); free some space or choose another "
+            "output folder, then resume."
+        ) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    for old in find_checkpoints(root)[:-keep]:
+        shutil.rmtree(old, ignore_errors=True)
+    return folder
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """The JSON part of a checkpoint.
+
+    Raises:
+        LexisegError: it is damaged or of another format.
+    """
+    path = folder / "state.json"
+    try:
+        state: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if state["format"] != FORMAT or not isinstance(state["step"], int):
+            raise ValueError("another format")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise _damaged(path) from error
+    return state
+
+
+def _damaged(path: Path) -> LexisegError:
+    return LexisegError(
+        f"'{path}' is damaged or was not written by this version; delete the folder '{path.parent}' to resume from "
+        "the checkpoint before it."
+    )
+
+
+def _load_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise _damaged(path) from error
+
+
+def load_checkpoint(folder: Path, *, model: nn.Module, optimizer: torch.optim.Optimizer, rank: int = 0) -> int:
+    """Put a checkpoint's tensors into ``model`` and ``optimizer`` and set the random generators.
+
+    Args:
+        folder: a checkpoint.
+        model: the module it was made of, with the same trainable parameters.
+        optimizer: made of this model's parameters.
+        rank: whose random state to take.
+
+    Returns:
+        The number of optimizer steps done.
+
+    Raises:
+        LexisegError: a file is damaged, or the tensors do not fit the model.
+    """
+    state = read_state(folder)
+    saved = _load_tensors(folder / "model.safetensors")
+    current = model_state(model)
+    for name in current.keys() | saved.keys():
+        if name not in current or name not in saved or current[name].shape != saved[name].shape:
+            raise LexisegError(
+                f"The checkpoint '{folder}' does not fit this model: '{name}' differs; resume with the recipe that "
+                "started the run, or choose another output folder."
+            )
+    with torch.no_grad():
+        for name, value in current.items():
+            value.copy_(saved[name])
+    parameters = dict(model.named_parameters())
+    for key, value in _load_tensors(folder / "optimizer.safetensors").items():
+        name, _, kind = key.rpartition("/")
+        if name not in parameters:
+            raise _damaged(folder / "optimizer.safetensors")
+        # AdamW counts its steps on the CPU, wherever the moments live.
+        optimizer.state[parameters[name]][kind] = value if kind == "step" else value.to(parameters[name].device)
+    rng = state["rng"]
+    if rank < len(rng):
+        restore_rng(_load_tensors(folder / f"rng-{rank}.safetensors"), rng[rank])
+    return int(state["step"])

@@ -1,0 +1,273 @@
+"""Training the tiny CLIP of the picture world from captions alone.
+
+A picture comes with one sentence that names what is visible in it, and nothing says where. Three terms share the text
+tower, all of them contrasts between pictures and texts:
+
+- *names*: the class token against every noun phrase of the world ("a photo of a cow"), with the phrases of the caption
+  as positives, things and stuff apart (so that recognising the background is not enough);
+- *captions*: CLIP's symmetric contrast between the pictures and the sentences of a batch (Radford et al., ICML 2021);
+- *patches*: the token-wise contrast of FILIP (Yao et al., ICLR 2022) in a multiple-instance form: every patch belongs
+  to some phrase of the caption, and every phrase of the caption to some patches.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from lexiseg.clip import CLIP, load_clip
+from lexiseg.clip.image import resize_positions
+from lexiseg.clip.model import build_clip, save_clip
+from lexiseg.data.picture_world import CLASS_IDS, CLASSES, THINGS, render_scene
+from lexiseg.data.picture_world.scene import Scene
+from lexiseg.training.settings import TrainSettings
+from lexiseg.training.task import Task
+
+TEMPLATES = (
+    "a photo of a {}",
+    "a photo of a {}.",
+    "a photo of the {}",
+    "a picture of a {}",
+    "there is a {}",
+    "this is a photo of a {}.",
+    "a {} in the scene.",
+    "{}",
+)
+HELD_OUT_SEED = 900_001  # first integer of the seeds of the scenes on which zero-shot accuracy is measured
+
+
+class SceneSettings(BaseModel):
+    """Which scenes a training sees.
+
+    Attributes:
+        size: pixels a side, a multiple of the patch size.
+        num_things: smallest and largest number of things.
+        extents: smallest and largest size of a thing as a share of the side.
+        seed: first integer of every scene's seed; trainings with different ones share no scene.
+        repeats: how often a scene is shown, each time mirrored and shifted afresh.
+        lag: steps between two showings of a scene.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    size: int = Field(ge=8)
+    num_things: tuple[int, int]
+    extents: tuple[float, float] = (0.36, 0.64)
+    seed: int = Field(ge=100, lt=HELD_OUT_SEED)
+    repeats: int = Field(default=2, ge=1)
+    lag: int = Field(default=48, ge=1)
+
+
+class ContrastiveSettings(BaseModel):
+    """A CLIP, the scenes it learns from, and the weights of the three terms.
+
+    Attributes:
+        model_cfg: open_clip's description of the architecture.
+        initial: a CLIP to start from: a name, a folder, or a contrastive recipe, which is then trained first; None
+            starts at random. Its position table is resized to the new picture size.
+        scenes: what to look at.
+        patch_dropout: share of the patches left out in training, chosen anew for each picture (FLIP, CVPR 2023).
+        caption_weight: weight of the term between pictures and sentences.
+        patch_weight: weight of the token-wise term.
+        coverage: share of the patches from which on a phrase counts as found.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model_cfg: dict[str, Any]
+    initial: str | None = None
+    scenes: SceneSettings
+    patch_dropout: float = Field(default=0.0, ge=0, lt=1)
+    caption_weight: float = Field(default=0.5, ge=0)
+    patch_weight: float = Field(default=1.0, ge=0)
+    coverage: float = Field(default=0.04, gt=0, le=1)
+
+
+def _multi_positive(logits: Tensor, positives: Tensor) -> Tensor:
+    """Cross entropy of (B, N) logits against the uniform distribution over each row's positives; empty rows count 0."""
+    count = positives.sum(1)
+    per_row = -(logits.log_softmax(1) * positives).sum(1) / count.clamp(min=1)
+    return per_row.sum() / (count > 0).sum().clamp(min=1)
+
+
+def patch_loss(logits: Tensor, positives: Tensor, coverage: float) -> Tensor:
+    """Multiple-instance contrast between patches and phrases.
+
+    Args:
+        logits: (B, P, N) scaled similarities of patches and phrases.
+        positives: (B, N) bool, the phrases of each picture's caption.
+        coverage: the share of patches, in 0..1, from which on a phrase counts as found.
+
+    Returns:
+        The mean over patches of -log p(some phrase of the caption | patch), plus the mean over the captions' phrases of
+        -log(share of the patches / coverage) where that is positive.
+    """
+    log_probabilities = logits.log_softmax(2)
+    inside = log_probabilities.masked_fill(~positives[:, None], float("-inf")).logsumexp(2)
+    share = log_probabilities.exp().mean(1)
+    missing = (-(share.clamp(min=1e-6) / coverage).log()).clamp(min=0) * positives
+    return -inside.mean() + missing.sum() / positives.sum().clamp(min=1)
+
+
+class ContrastiveTask(Task):
+    """The contrastive training of a CLIP in the picture world.
+
+    Args:
+        settings: model, scenes and weights of the terms.
+        train: the run's numbers; the batch size and the seed matter here.
+    """
+
+    def __init__(self, settings: ContrastiveSettings, train: TrainSettings) -> None:
+        torch.manual_seed(train.seed)
+        self.settings, self.batch_size, self.seed = settings, train.batch_size, train.seed
+        self.clip = build_clip({"model_cfg": settings.model_cfg}, name="clip-emoji")
+        if settings.initial is not None:
+            self._start_from(load_clip(settings.initial))
+        self.model = self.clip
+        self._cache: OrderedDict[int, list[Scene]] = OrderedDict()
+
+    def _start_from(self, other: CLIP) -> None:
+        key = "visual.positional_embedding"
+        tensors = other.model.state_dict()
+        side = self.clip.image_size // self.clip.patch_size
+        tensors[key] = resize_positions(tensors[key], (side, side))
+        self.clip.model.load_state_dict(tensors)
+
+    def _block(self, number: int) -> list[Scene]:
+        """Return the scenes first shown at step ``number``; the latest blocks are kept for their later showings."""
+        scenes = self.settings.scenes
+        if number not in self._cache:
+            count = -(-self.batch_size // scenes.repeats)
+            first = (number + scenes.repeats * scenes.lag) * count
+            self._cache[number] = [
+                render_scene([scenes.seed, index], scenes.size, num_things=scenes.num_things, extents=scenes.extents)
+                for index in range(first, first + count)
+            ]
+        self._cache.move_to_end(number)
+        while len(self._cache) > scenes.repeats * scenes.lag:
+            self._cache.popitem(last=False)
+        return self._cache[number]
+
+    def batch(self, index: int) -> dict[str, Any]:
+        """Return the pictures of a step, the names in their captions, and tokens of a phrase a name and of captions."""
+        settings = self.settings.scenes
+        blocks = [self._block(index - turn * settings.lag) for turn in range(settings.repeats)]
+        scenes = [scene for block in blocks for scene in block][: self.batch_size]
+        rng = np.random.default_rng([self.seed, index, 11])
+        shift, size = settings.size // 16, settings.size
+        pixels = np.empty((len(scenes), size, size, 3), np.uint8)
+        present = torch.zeros(len(scenes), len(CLASSES), dtype=torch.bool)
+        for row, scene in enumerate(scenes):
+            picture = scene.image[:, ::-1] if rng.random() < 0.5 else scene.image
+            dy, dx = rng.integers(0, 2 * shift + 1, 2)
+            pixels[row] = np.pad(picture, ((shift, shift), (shift, shift), (0, 0)), mode="edge")[
+                dy : dy + size, dx : dx + size
+            ]
+            present[row, [CLASS_IDS[name] for name in scene.names]] = True
+        template = TEMPLATES[int(rng.integers(len(TEMPLATES)))]
+        texts = [template.format(name) for name in CLASSES] + [scene.caption for scene in scenes]
+        return {
+            "images": self._normalise(pixels),
+            "present": present,
+            "tokens": self.clip.tokenize(texts),
+            "names": [f"scene {settings.seed}/{index}/{row}" for row in range(len(scenes))],
+        }
+
+    def _normalise(self, pixels: np.ndarray) -> Tensor:
+        images = torch.from_numpy(pixels).permute(0, 3, 1, 2).float().div_(255.0)
+        mean, std = torch.tensor(self.clip.mean), torch.tensor(self.clip.std)
+        return (images - mean[:, None, None]) / std[:, None, None]
+
+    def encode_images(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Return unit vectors of the class token (B, D) and of the patches (B, P, D)."""
+        tower = self.clip.image_tower
+        tokens, grid = tower.embed(images)
+        if self.model.training and self.settings.patch_dropout:
+            num_patches = tokens.shape[1] - 1
+            keep = max(1, round(num_patches * (1 - self.settings.patch_dropout)))
+            kept = torch.rand(len(tokens), num_patches, device=tokens.device).argsort(1)[:, :keep] + 1
+            patches = tokens.gather(1, kept[..., None].expand(-1, -1, tokens.shape[2]))
+            tokens = torch.cat([tokens[:, :1], patches], dim=1)
+        tokens = F.normalize(tower.project(tower.run(tokens, grid).tokens), dim=-1)
+        return tokens[:, 0], tokens[:, 1:]
+
+    def encode_text(self, tokens: Tensor) -> Tensor:
+        """Return unit vectors (n, D) of tokens (n, L)."""
+        return F.normalize(self.clip.encode_text(tokens), dim=-1)
+
+    def losses(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Return the three terms and their weighted sum ``loss``."""
+        settings, present = self.settings, batch["present"]
+        image, patches = self.encode_images(batch["images"])
+        text = self.encode_text(batch["tokens"])
+        names, captions = text[: len(CLASSES)], text[len(CLASSES) :]
+        scale = self.clip.model.logit_scale.exp().clamp(max=100)
+        logits, split = scale * image @ names.T, len(THINGS)
+        loss_names = _multi_positive(logits[:, :split], present[:, :split])
+        loss_names = loss_names + 0.5 * _multi_positive(logits[:, split:], present[:, split:])
+        pairs = scale * image @ captions.T
+        same = (present[:, None] == present[None]).all(2)
+        loss_captions = 0.5 * (_multi_positive(pairs, same) + _multi_positive(pairs.T, same))
+        loss_patches = patch_loss(scale * patches @ names.T, present, settings.coverage)
+        loss = loss_names + settings.caption_weight * loss_captions + settings.patch_weight * loss_patches
+        return {
+            "loss": loss,
+            "loss_names": loss_names,
+            "loss_captions": loss_captions,
+            "loss_patches": loss_patches,
+        }
+
+    def sample_names(self, batch: Mapping[str, Any]) -> Sequence[str]:
+        """Name the scenes of a batch."""
+        names: Sequence[str] = batch["names"]
+        return names
+
+    def evaluate(self, step: int) -> dict[str, float]:
+        """Zero-shot top-1 and top-5 accuracy (0..1), see `zero_shot_accuracy`."""
+        extents = self.settings.scenes.extents
+        top1, top5 = zero_shot_accuracy(self.clip, num_rounds=3, size=self.settings.scenes.size, extents=extents)
+        return {"zero_shot_top1": top1, "zero_shot_top5": top5}
+
+    def export(self, folder: Path) -> None:
+        """Write an open_clip folder with the weights in float16."""
+        save_clip(self.clip, folder, dtype=torch.float16)
+
+
+@torch.no_grad()
+def zero_shot_accuracy(
+    clip: CLIP, *, num_rounds: int = 6, size: int | None = None, extents: tuple[float, float] = (0.36, 0.64)
+) -> tuple[float, float]:
+    """Return top-1 and top-5 accuracy (0..1) over all thing names on held-out scenes that show one thing each.
+
+    Args:
+        clip: the model; its class token is compared with "a photo of a {name}" for every thing.
+        num_rounds: number of scenes a thing.
+        size: pixels a side; default: the size the tower was trained on.
+        extents: smallest and largest size of the thing as a share of the side.
+    """
+    size = size or clip.image_size
+    text = F.normalize(clip.encode_text(clip.tokenize([f"a photo of a {name}" for name in THINGS])), dim=-1)
+    mean, std = torch.tensor(clip.mean)[:, None, None], torch.tensor(clip.std)[:, None, None]
+    tower, truth = clip.image_tower, torch.arange(len(THINGS))[:, None]
+    top1 = top5 = 0
+    for turn in range(num_rounds):
+        pictures = [
+            render_scene([HELD_OUT_SEED, turn, index], size, extents=extents, things=(name,)).image
+            for index, name in enumerate(THINGS)
+        ]
+        pixels = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float().div_(255.0)
+        tokens, grid = tower.embed((pixels - mean) / std)
+        image = F.normalize(tower.project(tower.run(tokens, grid).tokens[:, :1])[:, 0], dim=-1)
+        correct = (image @ text.T).topk(5, dim=1).indices == truth
+        top1 += int(correct[:, 0].sum())
+        top5 += int(correct.any(1).sum())
+    total = num_rounds * len(THINGS)
+    return top1 / total, top5 / total

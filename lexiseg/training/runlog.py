@@ -1,0 +1,127 @@
+"""The record of a run: ``metrics.jsonl``, TensorBoard, sample pictures and a progress bar."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TextIO
+
+from PIL import Image
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from lexiseg.files import atomic_write, make_folder, write_text
+
+_log = logging.getLogger("lexiseg")
+
+
+def _tensorboard(folder: Path, first_step: int) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        _log.warning("TensorBoard is not installed, so only metrics.jsonl is written; `pip install tensorboard`.")
+        return None
+    return SummaryWriter(str(folder), purge_step=first_step)
+
+
+def _lines_before(path: Path, step: int) -> str:
+    """The lines of an earlier part of the run; a line cut short by a kill, and what came after ``step``, go."""
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict) and record.get("step", step + 1) <= step:
+            kept.append(line + "\n")
+    return "".join(kept)
+
+
+class RunLog:
+    """Writes what happens in a run; use it as a context manager.
+
+    Args:
+        folder: the run's folder.
+        total_steps: length of the bar.
+        first_step: steps already done; later lines of an older log are removed.
+        tensorboard: whether to write TensorBoard event files.
+        progress: whether to show a bar (a plain line now and then where the output is no terminal).
+        enabled: False makes every method do nothing, for the processes that are not the main one.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        total_steps: int,
+        *,
+        first_step: int = 0,
+        tensorboard: bool = True,
+        progress: bool = True,
+        enabled: bool = True,
+    ) -> None:
+        self._folder = folder
+        self._total_steps = total_steps
+        self._enabled = enabled
+        self._file: TextIO | None = None
+        self._board = None
+        if enabled:
+            path = folder / "metrics.jsonl"
+            if path.exists():
+                write_text(path, _lines_before(path, first_step) if first_step else "")
+            self._file = path.open("a", encoding="utf-8")
+            self._board = _tensorboard(folder / "tensorboard", first_step) if tensorboard else None
+        self._console = Console(stderr=True, quiet=not (progress and enabled))
+        self._bar = Progress(
+            TextColumn("training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[text]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=self._console,
+            disable=not (progress and enabled and self._console.is_terminal),
+        )
+        self._bar_id = self._bar.add_task("training", total=total_steps, completed=first_step, text="")
+
+    def __enter__(self) -> RunLog:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+        if self._file is not None:
+            self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+    def advance(self) -> None:
+        """Move the bar by one step."""
+        self._bar.advance(self._bar_id)
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Add one line to the log: the number of steps done and the values."""
+        if self._file is None:
+            return
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.flush()
+        if self._board is not None:
+            for name, value in values.items():
+                self._board.add_scalar(name, value, step)
+        text = "  ".join(f"{name} {value:.4g}" for name, value in values.items() if not name.startswith("time/"))
+        self._bar.update(self._bar_id, text=text)
+        if not self._console.is_terminal:
+            self._console.print(f"step {step}/{self._total_steps}  {text}", highlight=False, soft_wrap=True)
+
+    def pictures(self, step: int, pictures: Mapping[str, Image.Image]) -> None:
+        """Save sample pictures as ``samples/step-NNNNNNNN-NAME.png``."""
+        if not pictures or not self._enabled:
+            return
+        folder = make_folder(self._folder / "samples")
+        for name, picture in pictures.items():
+            with atomic_write(folder / f"step-{step:08d}-{name}.png") as temporary:
+                picture.save(temporary)

@@ -1,0 +1,185 @@
+"""Training a segmentation system on the seen classes of a dataset."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from lexiseg.clip import TextEmbedder
+from lexiseg.data.base import SegmentationDataset, remap_to_seen, seen_ids
+from lexiseg.data.transforms import Pipeline
+from lexiseg.errors import LexisegError
+from lexiseg.evaluation.evaluate import evaluate
+from lexiseg.evaluation.report import Report
+from lexiseg.models.base import SegmentationModel
+from lexiseg.segmenter import Segmenter
+from lexiseg.training.task import Task
+from lexiseg.vocabulary import TemplateSource, Vocabulary, VocabularyClass
+from lexiseg.weights.folder import save_model
+
+
+@dataclass(frozen=True)
+class SegmentationBatch:
+    """Pictures and labels of one forward pass.
+
+    Attributes:
+        images: ``(B, 3, H, W)`` float32, normalised.
+        labels: ``(B, h, w)`` int64, of the pictures' size or smaller: ranks among the seen classes, 255 = none of them.
+        names: of the samples.
+    """
+
+    images: Tensor
+    labels: Tensor
+    names: tuple[str, ...]
+
+    def to(self, device: torch.device, **options: Any) -> SegmentationBatch:
+        """The batch on ``device``."""
+        return replace(self, images=self.images.to(device, **options), labels=self.labels.to(device, **options))
+
+
+def training_vocabulary(vocabulary: Vocabulary, *, templates: TemplateSource = None) -> Vocabulary:
+    """The classes that are trained on: those flagged as seen, by their names, without synonyms.
+
+    A vocabulary without any flag is fully supervised: all its classes are trained on.
+
+    Args:
+        vocabulary: of the dataset.
+        templates: replace the vocabulary's.
+
+    Raises:
+        LexisegError: every class is flagged as unseen.
+    """
+    chosen = [entry for entry in vocabulary.classes if entry.seen is True]
+    if all(entry.seen is None for entry in vocabulary.classes):
+        chosen = list(vocabulary.classes)
+    if not chosen:
+        raise LexisegError("The dataset has no seen class, so there is nothing to train on; mend its unseen list.")
+    classes = tuple(VocabularyClass(entry.name, seen=True, color=entry.color) for entry in chosen)
+    return Vocabulary.parse(Vocabulary(classes, vocabulary.templates), templates=templates)
+
+
+class SegmentationTask(Task):
+    """A segmentation system, a dataset, and the text of the seen classes.
+
+    Unseen classes take no part: their names are never embedded for training, and their pixels are 255 before the loss,
+    where they are negatives of every seen class, as in the authors' code (ZegCLIP's inductive setting, Sec. 4.1).
+
+    Args:
+        model: the system; its seen names must be the dataset's seen classes, in order.
+        dataset: what to train on.
+        pipeline: from a sample's picture and label to the model's input.
+        batch_size: samples a batch.
+        seed: of the order of the samples and of their augmentation.
+        templates: for the text; None takes the model's.
+        validation: pictures to look at while training; None looks at none.
+        num_pictures: overlays a snapshot.
+        num_scored: validation samples scored at a snapshot.
+        label_stride: distance of the label pixels the loss sees; 2 takes a quarter of them, which makes a step cheaper.
+        cache_dir: of the text embeddings on disk; None keeps them in memory.
+
+    Raises:
+        LexisegError: the dataset is empty or has no seen class.
+        ValueError: the model's seen names are not the dataset's.
+    """
+
+    model: SegmentationModel
+
+    def __init__(
+        self,
+        model: SegmentationModel,
+        dataset: SegmentationDataset,
+        pipeline: Pipeline,
+        *,
+        batch_size: int,
+        seed: int = 0,
+        templates: TemplateSource = None,
+        validation: SegmentationDataset | None = None,
+        num_pictures: int = 4,
+        num_scored: int = 40,
+        label_stride: int = 1,
+        cache_dir: Path | None = None,
+    ) -> None:
+        if len(dataset) == 0:
+            raise LexisegError("The training data is empty; check its list of pictures.")
+        self.model = model
+        self.dataset = dataset
+        self.pipeline = pipeline
+        self.batch_size = batch_size
+        self.seed = seed
+        self.label_stride = label_stride
+        self.validation = validation
+        self.num_pictures, self.num_scored = num_pictures, num_scored
+        self.vocabulary = training_vocabulary(dataset.vocabulary, templates=templates or model.default_templates)
+        if self.vocabulary.names != model.seen_names:
+            raise ValueError("the model was built for other seen classes than the dataset's")
+        self.seen = seen_ids(dataset.vocabulary) or list(range(len(dataset.vocabulary)))
+        self.text = TextEmbedder(model.clip, cache_dir)(self.vocabulary)
+        self._segmenter = Segmenter(
+            model, templates=self.vocabulary.templates, cache_dir=cache_dir, disk_cache=cache_dir is not None
+        )
+        self._order = lru_cache(maxsize=2)(self._epoch_order)
+
+    def batch(self, index: int) -> SegmentationBatch:
+        """Batch ``index``: each epoch shows every sample once, in an order of its own; batches run across epochs."""
+        first = index * self.batch_size
+        samples = [self._sample(position) for position in range(first, first + self.batch_size)]
+        images, labels, names = zip(*samples, strict=True)
+        return SegmentationBatch(torch.stack(images), torch.stack(labels), names)
+
+    def losses(self, batch: SegmentationBatch) -> Mapping[str, Tensor]:
+        """The model's own losses on the seen classes."""
+        return self.model.losses(batch.images, batch.labels, self.text.to(batch.images.device))
+
+    def sample_names(self, batch: SegmentationBatch) -> Sequence[str]:
+        """Names of the samples of ``batch``."""
+        return batch.names
+
+    def snapshot(self, step: int) -> dict[str, Image.Image]:
+        """One grid of validation pictures: picture, truth and prediction with all classes, unseen ones included."""
+        if self.validation is None or not self.num_pictures:
+            return {}
+        grid = self._judge(self.validation, self.num_pictures, self.num_pictures).grid()
+        return {} if grid is None else {"validation": grid}
+
+    def evaluate(self, step: int) -> dict[str, float]:
+        """The metrics on a part of the validation samples, in percent."""
+        if self.validation is None or not self.num_scored:
+            return {}
+        summary = self._judge(self.validation, self.num_scored, 0).summary()
+        return {f"val/{name}": value for name, value in summary.items() if value is not None}
+
+    def export(self, folder: Path) -> None:
+        """Write the model, with the templates it was trained with as its default ones."""
+        self.model.default_templates = self.vocabulary.templates
+        save_model(self.model, folder)
+
+    def _judge(self, dataset: SegmentationDataset, limit: int, num_examples: int) -> Report:
+        return evaluate(
+            self._segmenter,
+            dataset,
+            name="validation",
+            split="val",
+            limit=limit,
+            num_examples=num_examples,
+            progress=False,
+        )
+
+    def _sample(self, position: int) -> tuple[Tensor, Tensor, str]:
+        epoch, place = divmod(position, len(self.dataset))
+        sample = self.dataset[int(self._order(epoch)[place])]
+        rng = np.random.default_rng([self.seed, 1, position])
+        image, label = self.pipeline(sample.image, sample.label, rng)
+        middle, stride = self.label_stride // 2, self.label_stride
+        label = label[middle::stride, middle::stride]
+        return image, remap_to_seen(label, self.seen), sample.name
+
+    def _epoch_order(self, epoch: int) -> np.ndarray:
+        return np.random.default_rng([self.seed, 0, epoch]).permutation(len(self.dataset))

@@ -1,0 +1,391 @@
+"""Names, synonyms, templates, seen and unseen, colours, and what counts as background."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from hashlib import sha256
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+import yaml
+
+from lexiseg.background import Background, BackgroundSource
+from lexiseg.colors import BACKGROUND_COLOR, distinct_colors, parse_color
+from lexiseg.errors import LexisegError
+from lexiseg.files import write_json, write_text
+from lexiseg.vocabulary_reading import read_source, split_words
+from lexiseg.words import clean_word, describe, shorten, word_key
+
+if TYPE_CHECKING:
+    import torch
+
+SINGLE_TEMPLATE: tuple[str, ...] = ("a photo of a {}",)
+"""CLIP's single template as the one-stage papers' code uses it: lower case, no full stop (ZegCLIP, Sec. 4.2)."""
+
+PAPER_TEMPLATES: tuple[str, ...] = (
+    "a photo of a {}.",
+    "a photo of a small {}.",
+    "a photo of a medium {}.",
+    "a photo of a large {}.",
+    "This is a photo of a {}.",
+    "This is a photo of a small {}.",
+    "This is a photo of a medium {}.",
+    "This is a photo of a large {}.",
+    "a {} in the scene.",
+    "a photo of a {} in the scene.",
+    "There is a {} in the scene.",
+    "There is the {} in the scene.",
+    "This is a {} in the scene.",
+    "This is the {} in the scene.",
+    "This is one {} in the scene.",
+)
+"""The 15 templates whose text vectors the papers average on COCO and Context, in their order."""
+
+_NAMED_TEMPLATES = {"single": SINGLE_TEMPLATE, "paper": PAPER_TEMPLATES}
+
+VocabularySource: TypeAlias = "str | Path | Vocabulary | Mapping[str, Any] | Iterable[str | Mapping[str, Any]]"
+TemplateSource: TypeAlias = "str | Sequence[str] | None"
+
+
+@dataclass(frozen=True)
+class VocabularyClass:
+    """One class: its name, other words for it, whether it had masks in training, and its colour.
+
+    Attributes:
+        name: what results call the class.
+        synonyms: further words that are scored; the best-scoring word of a class wins.
+        seen: True or False where it is known whether masks of the class were trained on, else None.
+        color: red, green, blue in 0..255, or None for a colour chosen by the position in the vocabulary.
+
+    Raises:
+        LexisegError: a name is empty, holds control characters, or a colour is not three numbers in 0..255.
+    """
+
+    name: str
+    synonyms: tuple[str, ...] = ()
+    seen: bool | None = None
+    color: tuple[int, int, int] | None = None
+
+    def __post_init__(self) -> None:
+        name = clean_word(self.name, "A class name")
+        if isinstance(self.synonyms, str):
+            raise LexisegError(f"The synonyms of '{shorten(name)}' are one text; give them as a list of texts.")
+        synonyms = tuple(clean_word(word, f"A synonym of the class '{shorten(name)}'") for word in self.synonyms)
+        if self.seen not in (None, True, False):
+            raise LexisegError(f"'seen' of the class '{shorten(name)}' must be true, false or absent.")
+        object.__setattr__(self, "name", name)
+        object.__setattr__(self, "synonyms", synonyms)
+        object.__setattr__(self, "seen", None if self.seen is None else bool(self.seen))
+        if self.color is not None:
+            object.__setattr__(self, "color", parse_color(self.color, f"the class '{shorten(name)}'"))
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """The name followed by the synonyms."""
+        return (self.name, *self.synonyms)
+
+    def to_dict(self) -> dict[str, Any]:
+        """A mapping that JSON can hold; what is not set is left out."""
+        value: dict[str, Any] = {"name": self.name}
+        if self.synonyms:
+            value["synonyms"] = list(self.synonyms)
+        if self.seen is not None:
+            value["seen"] = self.seen
+        if self.color is not None:
+            value["color"] = list(self.color)
+        return value
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The classes a picture is segmented into, in the user's order.
+
+    Attributes:
+        classes: at least one class. A background of kind "class" that is not among them is appended as the last.
+        templates: sentences with one ``{}`` each, into which every word is put.
+        background: what happens to pixels that no class fits.
+
+    Raises:
+        LexisegError: no classes; two words that are the same after NFC, case folding and folding of white space,
+            within one class or across two; a template without exactly one ``{}``.
+    """
+
+    classes: tuple[VocabularyClass, ...]
+    templates: tuple[str, ...] = SINGLE_TEMPLATE
+    background: Background = field(default_factory=Background)
+
+    def __post_init__(self) -> None:
+        classes, background = list(self.classes), self.background
+        if not classes:
+            raise LexisegError("The list of classes is empty; name at least one class, for example 'cat; tree, bush'.")
+        if background.name is not None:
+            classes, background = _with_background_class(classes, background.name)
+        _refuse_duplicates(classes)
+        object.__setattr__(self, "classes", tuple(classes))
+        object.__setattr__(self, "background", background)
+        object.__setattr__(self, "templates", _check_templates(self.templates))
+
+    @classmethod
+    def parse(
+        cls,
+        source: VocabularySource,
+        *,
+        templates: TemplateSource = None,
+        background: BackgroundSource = None,
+        default_templates: TemplateSource = None,
+    ) -> Vocabulary:
+        """Read classes from whatever a user has.
+
+        Args:
+            source: text such as ``"cat; tree, bush"`` (a semicolon or a line break separates classes, a comma joins
+                synonyms); a list of such texts, of mappings with name, synonyms, seen and color, or of
+                ``VocabularyClass``; a mapping with classes, templates and background; a path, or text that is only a
+                file name, ending in .txt, .json, .yaml or .yml; or a vocabulary.
+            templates: replaces the source's templates: a list, one template, "single" or "paper".
+            background: replaces the source's background; see ``Background.parse``.
+            default_templates: used where neither ``templates`` nor the source says anything.
+
+        Returns:
+            The vocabulary, in the order of the source.
+
+        Raises:
+            LexisegError: anything is wrong with the source; the sentence names the class or file.
+        """
+        if isinstance(source, Vocabulary):
+            vocabulary = source
+        else:
+            if not isinstance(source, str | Path | Mapping | bytes | set | frozenset) and isinstance(source, Iterable):
+                source = [entry.to_dict() if isinstance(entry, VocabularyClass) else entry for entry in source]
+            said = read_source(source)
+            chosen = default_templates if said.templates is None else said.templates
+            try:
+                classes = tuple(VocabularyClass(one.name, one.synonyms, one.seen, one.color) for one in said.records)
+                vocabulary = cls(classes, _read_templates(chosen), Background.parse(said.background))
+            except LexisegError as error:
+                if said.path is None:
+                    raise
+                raise LexisegError(f"{said.path}: {error}") from error
+        if templates is not None:
+            vocabulary = replace(vocabulary, templates=_read_templates(templates))
+        if background is not None:
+            vocabulary = replace(vocabulary, background=Background.parse(background))
+        return vocabulary
+
+    @classmethod
+    def load(cls, path: str | Path) -> Vocabulary:
+        """Read a .txt, .json, .yaml or .yml file; any other ending is read as text.
+
+        Raises:
+            LexisegError: the file cannot be read or says something wrong.
+        """
+        return cls.parse(Path(path))
+
+    @classmethod
+    def from_dict(cls, value: Mapping[str, Any]) -> Vocabulary:
+        """The inverse of ``to_dict``."""
+        return cls.parse(value)
+
+    def to_dict(self) -> dict[str, Any]:
+        """A mapping that JSON can hold and ``from_dict`` reads back."""
+        return {
+            "classes": [entry.to_dict() for entry in self.classes],
+            "templates": list(self.templates),
+            "background": self.background.to_dict(),
+        }
+
+    def to_text(self) -> str:
+        """The short form, such as ``cat; tree, bush``: names and synonyms only.
+
+        Raises:
+            LexisegError: a word holds a comma or semicolon, which the short form cannot say.
+        """
+        for word in self.words:
+            if "," in word or ";" in word:
+                raise LexisegError(f"The word '{shorten(word)}' holds a comma or semicolon; save it as JSON instead.")
+        return "; ".join(", ".join(entry.words) for entry in self.classes)
+
+    def save(self, path: str | Path) -> Path:
+        """Write the vocabulary to a .json, .yaml, .yml or .txt file, atomically, and return the path.
+
+        Raises:
+            LexisegError: another ending; a text file that would lose something (templates, background, seen, colours,
+                a word with a comma or semicolon or beginning with #); the file cannot be written.
+        """
+        path = Path(path)
+        suffix = path.suffix.lower()
+        if suffix == ".json":
+            return write_json(path, self.to_dict())
+        if suffix in (".yaml", ".yml"):
+            text = yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
+            return write_text(path, text)
+        if suffix != ".txt":
+            raise LexisegError(f"Cannot save a vocabulary as '{path}'; end the name in .json, .yaml or .txt.")
+        lines = self.to_text().split("; ")
+        if any(line.startswith("#") for line in lines) or self != Vocabulary.parse(lines):
+            raise LexisegError(f"A text file such as '{path}' holds only names and synonyms; save it as .json instead.")
+        return write_text(path, "\n".join(lines) + "\n")
+
+    def hash(self) -> str:
+        """SHA-256, in hexadecimal, of the canonical JSON of everything the vocabulary says."""
+        canonical = json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+        return sha256(canonical.encode("ascii")).hexdigest()
+
+    def __len__(self) -> int:
+        return len(self.classes)
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """The C class names in the user's order."""
+        return tuple(entry.name for entry in self.classes)
+
+    @cached_property
+    def words(self) -> tuple[str, ...]:
+        """The W >= C words that are scored: each class's name followed by its synonyms, class by class."""
+        return tuple(word for entry in self.classes for word in entry.words)
+
+    @cached_property
+    def word_to_class(self) -> torch.Tensor:
+        """The class of each word: int64, shape (W,), non-decreasing, in 0..C-1."""
+        import torch
+
+        return torch.tensor([index for index, entry in enumerate(self.classes) for _ in entry.words])
+
+    @cached_property
+    def seen_words(self) -> torch.Tensor:
+        """True for the words of classes known to be seen in training: bool, shape (W,)."""
+        import torch
+
+        return torch.tensor([entry.seen is True for entry in self.classes for _ in entry.words])
+
+    @cached_property
+    def background_index(self) -> int | None:
+        """The index of the background class, or None where there is none."""
+        if self.background.name is None:
+            return None
+        keys = [word_key(name) for name in self.names]
+        return keys.index(word_key(self.background.name))
+
+    def with_seen(self, names: Iterable[str]) -> Vocabulary:
+        """Say which classes were seen in training, where the vocabulary does not say so itself.
+
+        Args:
+            names: the seen classes. They match a class by its name or a synonym, after NFC, case and white space
+                folding.
+
+        Returns:
+            A vocabulary in which every ``seen`` is True or False.
+        """
+        keys = {word_key(name) for name in names}
+        classes = tuple(
+            entry
+            if entry.seen is not None
+            else replace(entry, seen=any(word_key(word) in keys for word in entry.words))
+            for entry in self.classes
+        )
+        return replace(self, classes=classes)
+
+    def prompts(self, word: str) -> tuple[str, ...]:
+        """The sentences for one word, a template each."""
+        return tuple(template.replace("{}", word) for template in self.templates)
+
+    def palette(self) -> np.ndarray:
+        """A colour for each class: uint8, shape (C, 3), red, green, blue.
+
+        The classes' own colours where given; black for a background class; otherwise distinct colours that depend
+        only on the position in the vocabulary.
+        """
+        given = [entry.color for entry in self.classes]
+        if self.background_index is not None and given[self.background_index] is None:
+            given[self.background_index] = BACKGROUND_COLOR
+        return distinct_colors(given)
+
+    def check_lengths(self, count_tokens: Callable[[str], int], context_length: int) -> None:
+        """Check that the text tower can read every word in every template.
+
+        Args:
+            count_tokens: the number of tokens of a sentence, start and end tokens included.
+            context_length: the most tokens the text tower reads.
+
+        Raises:
+            LexisegError: a sentence is longer; the sentence names the class and the template.
+        """
+        for entry in self.classes:
+            for word in entry.words:
+                for template, prompt in zip(self.templates, self.prompts(word), strict=True):
+                    # A byte-pair token covers at least one byte, so short ASCII sentences need no counting. With
+                    # 100,000 classes that is the difference between minutes and a moment.
+                    if prompt.isascii() and len(prompt) + 4 <= context_length:
+                        continue
+                    count = count_tokens(prompt)
+                    if count > context_length:
+                        what = f"class '{shorten(entry.name)}'"
+                        if word != entry.name:
+                            what = f"synonym '{shorten(word)}' of the {what}"
+                        raise LexisegError(
+                            f"The {what} needs {count} tokens in the template '{shorten(template)}', but the text "
+                            f"tower reads at most {context_length}; use a shorter name."
+                        )
+
+
+def _with_background_class(classes: list[VocabularyClass], name: str) -> tuple[list[VocabularyClass], Background]:
+    """Find the background's class among the classes, or append it."""
+    names = {word_key(entry.name): entry.name for entry in classes}
+    if word_key(name) in names:
+        return classes, Background("class", names[word_key(name)])
+    first, *synonyms = split_words(name)
+    extra = VocabularyClass(first, tuple(synonyms))
+    if word_key(extra.name) in names:
+        raise LexisegError(
+            f"The background '{shorten(extra.name)}' is already among the classes; give its synonyms there."
+        )
+    return [*classes, extra], Background("class", extra.name)
+
+
+def _refuse_duplicates(classes: Sequence[VocabularyClass]) -> None:
+    owners: dict[str, tuple[VocabularyClass, str]] = {}
+    for entry in classes:
+        for word in entry.words:
+            key = word_key(word)
+            if key not in owners:
+                owners[key] = entry, word
+                continue
+            owner, first = owners[key]
+            if owner is not entry and word == entry.name and first == owner.name:
+                detail = f"The class '{shorten(word)}' is given twice"
+                detail += "" if word == first else f" (also as '{shorten(first)}')"
+            elif owner is entry:
+                detail = f"The class '{shorten(entry.name)}' holds the word '{shorten(word)}' twice"
+            else:
+                detail = (
+                    f"The word '{shorten(word)}' of the class '{shorten(entry.name)}' already belongs to the class "
+                )
+                detail += f"'{shorten(owner.name)}'"
+            raise LexisegError(f"{detail}; remove one of them.")
+
+
+def _check_templates(templates: Sequence[str]) -> tuple[str, ...]:
+    if isinstance(templates, str) or not isinstance(templates, Sequence):
+        raise LexisegError(f"The templates must be a list of texts, not {describe(templates)}.")
+    if not templates:
+        raise LexisegError("The list of templates is empty; give at least one, for example 'a photo of a {}'.")
+    for template in templates:
+        if not isinstance(template, str):
+            raise LexisegError(f"A template must be text, not {describe(template)}.")
+        if template.count("{}") != 1:
+            raise LexisegError(f"The template '{shorten(template)}' must hold exactly one {{}}, where the name goes.")
+        clean_word(template, "A template")
+    return tuple(templates)
+
+
+def _read_templates(source: object) -> tuple[str, ...]:
+    if source is None:
+        return SINGLE_TEMPLATE
+    if isinstance(source, str):
+        return _NAMED_TEMPLATES.get(source) or _check_templates((source,))
+    if not isinstance(source, Sequence):
+        raise LexisegError(f"The templates must be a list of texts, not {describe(source)}.")
+    return _check_templates(source)

@@ -1,0 +1,225 @@
+"""A model as a folder: ``config.json`` and ``model.safetensors``; and finding such a folder by name."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from lexiseg.clip import CLIP, build_clip, load_clip, packaged_clips
+from lexiseg.clip.load import PACKAGED_FOLDER, check_state, download, read_safetensors
+from lexiseg.errors import LexisegError
+from lexiseg.files import atomic_write, make_folder, write_json
+from lexiseg.models import SYSTEMS, SegmentationModel
+
+FORMAT = 1
+CONFIG_NAME = "config.json"
+WEIGHTS_NAME = "model.safetensors"
+
+_DENSE = "dense-clip"
+_CLIP_PREFIX = "clip."
+
+
+@dataclass(frozen=True)
+class ModelEntry:
+    """A model that `load_model` knows by name.
+
+    Attributes:
+        name: what to load it by.
+        system: the system it is of.
+        description: one line for people.
+    """
+
+    name: str
+    system: str
+    description: str
+
+
+def _packaged_models() -> dict[str, Path]:
+    return {path.parent.name: path.parent for path in sorted(PACKAGED_FOLDER.glob(f"*/{CONFIG_NAME}"))}
+
+
+def list_models() -> list[ModelEntry]:
+    """All models that come with lexiseg, and the training-free one on each CLIP that comes with it."""
+    entries = []
+    for name, folder in _packaged_models().items():
+        config = _read_config(folder)
+        description = str(config.get("metadata", {}).get("description", ""))
+        entries.append(ModelEntry(name, str(config["system"]), description))
+    entries += [
+        ModelEntry(f"{_DENSE}/{name}", _DENSE, f"Training-free, on the packaged {name}.") for name in packaged_clips()
+    ]
+    return entries
+
+
+def save_model(model: SegmentationModel, folder: str | Path, *, dtype: torch.dtype | None = None) -> Path:
+    """Write a model as a folder that `load_model` reads.
+
+    The CLIP goes into the folder as well, unless it came with lexiseg and is unchanged: then the configuration names
+    it and its fingerprint.
+
+    Args:
+        model: what to save.
+        folder: made if missing.
+        dtype: what to store the weights in, for example ``torch.float16``; None keeps them as they are.
+
+    Raises:
+        LexisegError: the folder cannot be written.
+    """
+    clip = model.clip
+    fingerprint = clip.fingerprint()
+    own_clip = not (clip.packaged and load_clip(clip.name).fingerprint() == fingerprint)
+    tensors = {}
+    for name, tensor in model.state_dict().items():
+        if name.startswith(_CLIP_PREFIX) and not own_clip:
+            continue
+        value = tensor.detach().cpu()
+        if dtype is not None and value.is_floating_point():
+            value = value.to(dtype)
+        tensors[name] = value.clone().contiguous()
+    reference: dict[str, Any] = {"name": clip.name}
+    reference |= {"architecture": clip.architecture} if own_clip else {"fingerprint": fingerprint}
+    config = {
+        "format": FORMAT,
+        "system": model.system,
+        "clip": reference,
+        "options": model.options.model_dump(mode="json"),
+        "seen_names": list(model.seen_names),
+        "templates": list(model.default_templates),
+        "metadata": model.metadata,
+    }
+    folder = make_folder(folder)
+    with atomic_write(folder / WEIGHTS_NAME) as temporary:
+        save_file(tensors, temporary, metadata={"format": "pt", "system": model.system})
+    write_json(folder / CONFIG_NAME, config)
+    return folder
+
+
+def load_model(name: str | Path, *, device: str | torch.device = "cpu") -> SegmentationModel:
+    """Load a model by name.
+
+    Args:
+        name: one of
+
+            - a model that comes with lexiseg, see `list_models`;
+            - a folder written by `save_model`;
+            - ``"dense-clip/NAME"`` with any name `lexiseg.clip.load_clip` takes, for example
+              ``"dense-clip/ViT-B-16/openai"``;
+            - a hub repository ``"owner/name"`` with the two files of such a folder.
+        device: where to put it.
+
+    Returns:
+        the model in evaluation mode.
+
+    Raises:
+        LexisegError: there is no such model (near names are listed), a file is damaged or of another kind, or the
+            weights do not fit the configuration (the first tensor that differs is named with both shapes).
+    """
+    text = str(name)
+    packaged = _packaged_models()
+    if text in packaged:
+        model = _load_folder(packaged[text])
+    elif text == _DENSE or text.startswith(f"{_DENSE}/"):
+        model = _load_dense(text)
+    elif Path(text).expanduser().is_dir():
+        model = _load_folder(Path(text).expanduser())
+    elif Path(text).is_file():
+        raise LexisegError(_not_a_folder(Path(text)))
+    elif re.fullmatch(r"(hf-hub:)?[\w.-]+/[\w.-]+", text) and not text.startswith("."):
+        model = _load_hub(text.removeprefix("hf-hub:"))
+    else:
+        raise LexisegError(_unknown(text))
+    return model.to(device).eval()
+
+
+def _not_a_folder(path: Path) -> str:
+    if path.suffix in (".pth", ".pt", ".bin", ".ckpt"):
+        return f"'{path}' is a checkpoint, not a model folder; run `lexiseg convert {path} -o FOLDER` and load FOLDER."
+    return f"'{path}' is a file, not a model folder; give the folder that holds {CONFIG_NAME} and {WEIGHTS_NAME}."
+
+
+def _unknown(name: str) -> str:
+    known = [entry.name for entry in list_models()] + [f"{_DENSE}/ViT-B-16/openai"]
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
+    hint = f"did you mean {' or '.join(repr(item) for item in near)}?" if near else f"known are {', '.join(known)}."
+    return f"No model is called '{name}' and there is no such folder; {hint}"
+
+
+def _load_dense(name: str) -> SegmentationModel:
+    clip_name = name.removeprefix(_DENSE).removeprefix("/")
+    if not clip_name:
+        raise LexisegError(f"'{name}' lacks a CLIP; write for example '{_DENSE}/ViT-B-16/openai'.")
+    return SYSTEMS[_DENSE].build(load_clip(clip_name))
+
+
+def _load_hub(repository: str) -> SegmentationModel:
+    near = difflib.get_close_matches(repository, [entry.name for entry in list_models()], n=1, cutoff=0.7)
+    if near:
+        raise LexisegError(_unknown(repository))
+    config = download(repository, (CONFIG_NAME,), repository)
+    download(repository, (WEIGHTS_NAME,), repository)
+    return _load_folder(config.parent)
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / CONFIG_NAME
+    try:
+        config = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError as error:
+        other = " It is a CLIP: write 'dense-clip/' before it." if (folder / "open_clip_config.json").exists() else ""
+        raise LexisegError(
+            f"The folder '{folder}' has no {CONFIG_NAME}, so it is not a lexiseg model; give one that "
+            f"`lexiseg train` or `lexiseg convert` wrote.{other}"
+        ) from error
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise LexisegError(f"'{path}' is not readable JSON ({error}); copy the original folder again.") from error
+    if not isinstance(config, dict) or not {"format", "system", "clip", "options"} <= config.keys():
+        raise LexisegError(f"'{path}' is not a lexiseg configuration; give a folder that lexiseg wrote.")
+    if config["format"] != FORMAT:
+        raise LexisegError(f"'{path}' has format {config['format']} and this lexiseg reads {FORMAT}; update lexiseg.")
+    if config["system"] not in SYSTEMS:
+        raise LexisegError(
+            f"'{path}' is of the system '{config['system']}', which this lexiseg does not have; "
+            f"it has {', '.join(SYSTEMS)}."
+        )
+    return config
+
+
+def _load_folder(folder: Path) -> SegmentationModel:
+    config = _read_config(folder)
+    weights = folder / WEIGHTS_NAME
+    if not weights.is_file():
+        raise LexisegError(f"The folder '{folder}' has no {WEIGHTS_NAME}; copy the whole folder.")
+    clip, own_clip = _build_reference(config["clip"], folder)
+    system = SYSTEMS[config["system"]]
+    model = system.build(clip, config["options"], seen_names=tuple(config.get("seen_names", ())))
+    state = read_safetensors(weights)
+    target = {
+        name: tensor for name, tensor in model.state_dict().items() if own_clip or not name.startswith(_CLIP_PREFIX)
+    }
+    check_state(state, {name: tuple(tensor.shape) for name, tensor in target.items()}, weights)
+    model.load_state_dict(state, strict=False)
+    if config.get("templates"):
+        model.default_templates = tuple(config["templates"])
+    model.metadata = dict(config.get("metadata", {}))
+    return model
+
+
+def _build_reference(reference: dict[str, Any], folder: Path) -> tuple[CLIP, bool]:
+    """Make the CLIP a configuration speaks of; True if its weights are in the folder."""
+    name = str(reference.get("name", "clip"))
+    if "architecture" in reference:
+        return build_clip(reference["architecture"], name=name), True
+    clip = load_clip(name)
+    if clip.fingerprint() != reference.get("fingerprint"):
+        raise LexisegError(
+            f"The model in '{folder}' was trained on another version of '{name}' than this lexiseg carries; "
+            "install the lexiseg it was made with, or train it again."
+        )
+    return clip, False

@@ -1,0 +1,80 @@
+"""Where a picture is looked at: its working size and the windows that cover it."""
+
+from __future__ import annotations
+
+from lexiseg.errors import LexisegError
+
+Box = tuple[int, int, int, int]
+"""Top, left, height, width in pixels."""
+
+MIN_SIDE = 2
+MAX_ASPECT = 64
+
+
+def working_size(height: int, width: int, short_side: int | None) -> tuple[int, int]:
+    """The size at which a picture is segmented.
+
+    Args:
+        height: of the picture in pixels.
+        width: of the picture in pixels.
+        short_side: length of the shorter side afterwards; the longer one follows, with no limit (the test-time resize
+            of ZegCLIP's published code). None keeps the size.
+
+    Returns:
+        Height and width, rounded half up.
+    """
+    if short_side is None:
+        return height, width
+    factor = short_side / min(height, width)
+    return max(1, int(height * factor + 0.5)), max(1, int(width * factor + 0.5))
+
+
+def check_proportions(height: int, width: int) -> None:
+    """Refuse pictures in which there is nothing to see.
+
+    Raises:
+        LexisegError: a side has one pixel, or one side is more than 64 times the other. Brought to the short side of
+            512 pixels that models want, such a line would grow to gigapixels.
+    """
+    if min(height, width) < MIN_SIDE:
+        raise LexisegError(
+            f"The picture has {width} x {height} pixels, too few to segment; both sides need at least {MIN_SIDE}."
+        )
+    if max(height, width) > MAX_ASPECT * min(height, width):
+        raise LexisegError(
+            f"The picture has {width} x {height} pixels, too narrow to segment; crop it until one side is at most "
+            f"{MAX_ASPECT} times the other."
+        )
+
+
+def cover(height: int, width: int, size: int | None, stride: int) -> list[Box]:
+    """Windows that cover a canvas, row by row.
+
+    The sliding window of MMSegmentation, with which ZegCLIP evaluates: the i-th window begins at ``i * stride``, the
+    last is shifted back so that it ends at the border.
+
+    Args:
+        height: of the canvas.
+        width: of the canvas.
+        size: side of a window; None covers the canvas with one.
+        stride: distance of neighbouring windows, 1..size.
+
+    Returns:
+        Boxes within the canvas. A side shorter than ``size`` is taken whole.
+
+    Raises:
+        LexisegError: size or stride make no sense.
+    """
+    if size is None:
+        return [(0, 0, height, width)]
+    if size < 1 or not 1 <= stride <= size:
+        raise LexisegError(
+            f"A window of {size} pixels with a stride of {stride} cannot cover a picture; use a stride in 1..size."
+        )
+    rows, columns = _starts(height, size, stride), _starts(width, size, stride)
+    return [(top, left, min(size, height), min(size, width)) for top in rows for left in columns]
+
+
+def _starts(length: int, size: int, stride: int) -> list[int]:
+    count = max(length - size + stride - 1, 0) // stride + 1
+    return [max(min(index * stride, length - size), 0) for index in range(count)]

@@ -1,0 +1,99 @@
+"""Reading the words and small values a user writes: cleaning, comparing, and naming them in errors."""
+
+from __future__ import annotations
+
+import math
+import unicodedata
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lexiseg.errors import LexisegError
+
+# Characters that draw nothing and never change a word's meaning; they would hide a duplicate. The zero-width
+# joiners stay: emoji and several scripts need them.
+_INVISIBLE = dict.fromkeys(map(ord, "\u200b\u2060\ufeff\u00ad"))
+
+
+def shorten(text: str, limit: int = 60) -> str:
+    """Cut a text for an error message, so that one long name cannot fill the screen."""
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def describe(value: object) -> str:
+    """Name a value of any kind in an error message."""
+    # Containers are named by type only: the repr of a YAML file with nested aliases can be exponentially long.
+    if isinstance(value, int) and abs(value) >= 10**30:
+        return "a huge number"
+    if value is None or isinstance(value, bool | int | float | str):
+        return shorten("".join(part if part.isprintable() else "?" for part in str(value)))
+    return f"a {type(value).__name__}"
+
+
+def clean_word(text: object, what: str) -> str:
+    """Bring a name into the form that is kept: NFC, single spaces, no invisible characters. Case stays.
+
+    Raises:
+        LexisegError: the value is not text, is empty, or holds control characters.
+    """
+    if not isinstance(text, str):
+        raise LexisegError(f"{what} must be text, not {describe(text)}; put it in quotes.")
+    cleaned = text
+    if not text.isascii():
+        cleaned = unicodedata.normalize("NFC", text.translate(_INVISIBLE))
+    cleaned = " ".join(cleaned.split())
+    if not any(character.isprintable() and character != " " for character in cleaned):
+        raise LexisegError(f"{what} is empty; write a word or remove it.")
+    if not cleaned.isprintable() and any(unicodedata.category(character) in ("Cc", "Cs") for character in cleaned):
+        raise LexisegError(f"{what} ('{describe(cleaned)}') holds characters that cannot be read; type it again.")
+    return cleaned
+
+
+def word_key(text: str) -> str:
+    """What two spellings of one word share: Unicode's canonical caseless matching, with white space folded."""
+    if text.isascii():
+        return " ".join(text.casefold().split())
+    folded = unicodedata.normalize("NFD", text.translate(_INVISIBLE)).casefold()
+    return " ".join(unicodedata.normalize("NFC", folded).split())
+
+
+def refuse_unknown(value: Mapping[Any, Any], known: Sequence[str], what: str) -> None:
+    """Raise a LexisegError that names the first key that is not known."""
+    for key in value:
+        if key not in known:
+            raise LexisegError(f"Unknown key '{describe(key)}' in {what}; known keys are {', '.join(known)}.")
+
+
+def null(value: Any) -> Any:
+    """None for the ways in which a YAML scalar says nothing, else the value itself."""
+    return None if isinstance(value, str) and value.strip().lower() in ("", "null", "~") else value
+
+
+def flag(value: object, what: str) -> bool | None:
+    """Read true, false or nothing, also from text as a YAML file holds it."""
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, str) and value.lower() in ("true", "false"):
+        return value.lower() == "true"
+    raise LexisegError(f"{what} must be true or false, not {describe(value)}.")
+
+
+def as_number(text: str) -> float | None:
+    """The finite number that a text spells, or None."""
+    try:
+        number = float(text)
+    except ValueError:
+        return None
+    return number if math.isfinite(number) else None
+
+
+def finite(value: object, what: str) -> float:
+    """Read a finite number, also from text as a YAML file holds it."""
+    number: float | None = None
+    if isinstance(value, int | float | str) and not isinstance(value, bool):
+        try:
+            number = float(value)
+        except (ValueError, OverflowError):
+            number = None
+    if number is None or not math.isfinite(number):
+        raise LexisegError(f"{what} must be a finite number, not {describe(value)}.")
+    return number

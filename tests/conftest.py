@@ -1,0 +1,34 @@
+"""What every test starts from: two threads at most, fixed seeds, and a cache folder of its own."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+torch.set_num_threads(max(1, min(2, int(os.environ.get("OMP_NUM_THREADS", "2")))))
+
+
+@pytest.fixture(autouse=True)
+def _same_seeds() -> None:
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Text embeddings are cached in a folder that lives as long as the run, not in the user's."""
+    folder = tmp_path_factory.mktemp("lexiseg-cache")
+    before = os.environ.get("LEXISEG_CACHE")
+    os.environ["LEXISEG_CACHE"] = str(folder)
+    yield folder
+    if before is None:
+        del os.environ["LEXISEG_CACHE"]
+    else:
+        os.environ["LEXISEG_CACHE"] = before

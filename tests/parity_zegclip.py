@@ -1,0 +1,306 @@
+"""Golden cases of ZegCLIP: its image encoder, scores, losses, gradients, optimiser steps and sliding window."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lexiseg.clip import build_clip
+from lexiseg.data.base import remap_to_seen
+from lexiseg.losses import pseudo_labels
+from lexiseg.models import ZegCLIP
+from lexiseg.models.mask_decoder import DecoderTrace
+from lexiseg.scores import WindowScores
+from lexiseg.training.schedule import poly_warmup
+from lexiseg.weights.zegclip_checkpoint import authors_key, read_zegclip
+from lexiseg.windows import Box, cover
+from tests.parity_case import Case, UnsupportedError
+from tests.parity_pieces import architecture
+
+DEAD = "a dead computation of the authors' code, which lexiseg leaves out"
+
+
+def build(case: Case, **options: Any) -> ZegCLIP:
+    """Build the model of a case from its parameters, through the converter, with what only the JSON can tell."""
+    config = case.config["model_config"]
+    head, tower = config["decode_head"], config["backbone"]
+    loss = head.get("loss_decode", {})
+    given: dict[str, Any] = {
+        "decoder_heads": head.get("num_heads", 8),
+        "mask_size": head.get("img_size"),
+        "seen_offset": 0.0 if config.get("self_training") else 0.1,
+        "mask_weight": loss.get("mask_weight", 20.0) * loss.get("loss_weight", 1.0),
+        "dice_weight": loss.get("dice_weight", 1.0) * loss.get("loss_weight", 1.0),
+        "dropout": 0.0,
+        "prompt_dropout": 0.0,
+        **options,
+    }
+    model, unused = read_zegclip(
+        case.params(),
+        heads=tower["heads"],
+        text_heads=config.get("text_encoder", {}).get("transformer_heads"),
+        options=given,
+        name=case.name,
+    )
+    stated = (tower.get("total_d_layer", 11), head.get("num_layers", 3), bool(head.get("use_proj", False)))
+    depth = stated[0] if model.prompts is None else model.prompts.depth
+    found = (depth, model.options.decoder_layers, model.options.project_memory)
+    case.check_that("configuration", stated == found, f"the file gives {found} and the JSON {stated}")
+    if unused:
+        case.notes.append(f"{len(unused)} parameters take part in no computation")
+    return model
+
+
+def compare_blocks(case: Case, model: ZegCLIP, images: Tensor) -> None:
+    """Compare the blocks' outputs, prompts' rows included."""
+    names = case.expected_names("block_")
+    if not names:
+        return
+    with torch.no_grad():
+        result = model.run_tower(images, levels=range(model.clip.image_tower.num_blocks), keep_rows=True)
+    for name in names:
+        case.check(name, result.levels[int(name.split("_")[1])].transpose(0, 1))
+
+
+def compare_forward(case: Case, model: ZegCLIP, images: Tensor, text: Tensor) -> Tensor:
+    """Compare everything up to the mask logits, and return those (B, C, h, w)."""
+    compare_blocks(case, model, images)
+    with torch.no_grad():
+        features = model.encode_images(images)
+        cls, patches = features.values["cls"], features.values["patches"].flatten(1, 2)
+        height, width = features.values["patches"].shape[1:3]
+        case.check("cls", cls)
+        case.check("patch_feature_0", features.values["patches"].permute(0, 3, 1, 2))
+        case.check("relationship_descriptor", model.descriptor(cls, text))
+        queries = model.queries(cls, text)
+        case.check("q_proj_out", queries)
+        trace: list[DecoderTrace] = []
+        logits = model.mask_logits(cls, patches, text, trace)
+        prefixes = sorted({name.split("_query_in")[0] for name in case.expected_names() if "_query_in" in name})
+        for prefix in prefixes or ["decoder_1"]:
+            case.check(f"{prefix}_query_in_LND", queries.transpose(0, 1))
+            case.check(f"{prefix}_memory_LND", model.memory_proj(patches).transpose(0, 1))
+            for index, layer in enumerate(trace):
+                case.check(f"{prefix}_layer{index}_attn_logits", layer.logits)
+                if layer.queries is None:
+                    case.skip(f"{prefix}_layer{index}_query_out", DEAD)
+                else:
+                    case.check(f"{prefix}_layer{index}_query_out", layer.queries.transpose(0, 1))
+        logits = logits.unflatten(2, (height, width))
+        size = model.mask_size(features.size)
+        case.check("pred_masks", F.interpolate(logits, size=size, mode="bilinear", align_corners=False))
+    return logits
+
+
+def _seen(case: Case, num_classes: int) -> Tensor:
+    seen = torch.zeros(num_classes, dtype=torch.bool)
+    seen[case.input("seen_idx").long()] = True
+    return seen
+
+
+def evaluation(case: Case) -> None:
+    """Scores of one image size, with every intermediate result."""
+    model = build(case)
+    images, text = case.input("image"), case.input("text_embeddings")
+    compare_forward(case, model, images, text.float())
+    size = tuple(images.shape[-2:])
+    with torch.no_grad():
+        scores = model(images, text, seen_words=_seen(case, len(text)))
+    case.check("pred", scores.dense(model.mask_size(size)))
+    case.check("scores", scores.dense(size))
+    if case.has("argmax"):
+        case.check_labels("argmax", scores.label_map(size), case.tensors["expected/scores"])
+
+
+def training(case: Case) -> None:
+    """Losses, gradients and the labels they see; inductive, fully supervised or self-training."""
+    config = case.config["model_config"]
+    model = build(case).train()
+    images, text = case.input("image"), case.input("text_embeddings").float()
+    raw = case.input("labels")[:, 0].long()
+    seen = _seen(case, len(text))
+    self_training = bool(config.get("self_training"))
+    used = text if self_training else text[case.input("seen_idx").long()]
+    logits = compare_forward(case, model, images, used)
+    if self_training:
+        large = F.interpolate(logits, size=raw.shape[-2:], mode="bilinear", align_corners=False)
+        case.check("label_used_in_loss", pseudo_labels(large, raw, seen)[:, None])
+        losses = model.losses(images, raw, used, seen=seen, accuracy=True)
+    else:
+        labels = raw if bool(seen.all()) else remap_to_seen(raw, case.input("seen_idx").tolist())
+        case.check("label_used_in_loss", labels[:, None])
+        losses = model.losses(images, labels, used, accuracy=True)
+    case.check("loss/decode.loss_mask", losses["loss_mask"])
+    case.check("loss/decode.loss_dice", losses["loss_dice"])
+    case.check("loss/decode.acc_seg", losses["accuracy"])
+    case.check("loss_total", losses["loss"])
+    losses["loss"].backward()
+    # The bias of attention keys has no gradient in exact arithmetic: it shifts all logits of a softmax alike.
+    magnitudes = [float(case.tensors[f"expected/{name}"].abs().max()) for name in case.expected_names("grad/")]
+    largest = max(magnitudes, default=0.0)
+    with_gradient = set()
+    for name, parameter in model.trainable_parameters():
+        key = authors_key(name)
+        if parameter.grad is not None:
+            with_gradient.add(f"grad/{key}")
+            case.check(f"grad/{key}", parameter.grad, zero_below=1e-7 * largest)
+    wanted = set(case.expected_names("grad/"))
+    difference = sorted(wanted ^ with_gradient)
+    case.check_that("which parameters have gradients", not difference, f"they differ in {difference[:3]}")
+    if case.has("eval_scores"):
+        model.eval()
+        with torch.no_grad():
+            scores = model(images, text, seen_words=seen)
+        case.check("eval_scores", scores.dense(tuple(images.shape[-2:])))
+
+
+def optimizer_steps(case: Case) -> None:
+    """Some AdamW steps with the schedule, on given batches."""
+    config = case.config
+    model = build(case).train()
+    text = case.input("text_embeddings").float()[case.input("seen_idx").long()]
+    optimizer_config, hook = config["optimizer"], config["lr_hook"]
+    keys = optimizer_config["paramwise_cfg"]["custom_keys"]
+    groups = []
+    for name, parameter in model.trainable_parameters():
+        # The longest rule that is part of the name counts, ties in alphabetical order.
+        rule = next((key for key in sorted(sorted(keys), key=len, reverse=True) if key in str(authors_key(name))), None)
+        options = keys.get(rule, {})
+        groups.append(
+            {
+                "params": [parameter],
+                "base": optimizer_config["lr"] * options.get("lr_mult", 1.0),
+                "weight_decay": optimizer_config["weight_decay"] * options.get("decay_mult", 1.0),
+            }
+        )
+    optimizer = torch.optim.AdamW(groups, lr=optimizer_config["lr"])
+    largest = []
+    steps = sorted({int(name.split("/")[0].removeprefix("step")) for name in case.expected_names("step")})
+    for step in steps:
+        for group in optimizer.param_groups:
+            group["lr"] = poly_warmup(
+                step,
+                hook["max_iters"],
+                group["base"],
+                warmup_steps=hook["warmup_iters"],
+                power=hook["power"],
+                min_lr=hook["min_lr"],
+                warmup_ratio=hook["warmup_ratio"],
+            )
+        largest.append(max(group["lr"] for group in optimizer.param_groups))
+        labels = remap_to_seen(case.input(f"step{step}/labels")[:, 0].long(), case.input("seen_idx").tolist())
+        losses = model.losses(case.input(f"step{step}/image"), labels, text)
+        case.check(f"step{step}/loss_total", losses["loss"])
+        optimizer.zero_grad()
+        losses["loss"].backward()
+        optimizer.step()
+    case.check_numbers("rates", largest, config["max_group_lr_per_step"])
+    parameters = {authors_key(name): value for name, value in model.state_dict().items()}
+    for name in case.expected_names("final_param/"):
+        key = name.removeprefix("final_param/")
+        if key in parameters:
+            case.check(name, parameters[key])
+        else:
+            case.skip(name, DEAD)
+
+
+def backbone(case: Case) -> None:
+    """The image encoder alone, in each prompt mode."""
+    config = case.config["backbone_config"]
+    clip = build_clip(
+        architecture(
+            {"vocab_size": 8},
+            image_size=config["input_resolution"],
+            patch_size=config["patch_size"],
+            width=config["width"],
+            layers=config["layers"],
+            head_width=config["width"] // config["heads"],
+            output_dim=config["output_dim"],
+        )
+    )
+    options: dict[str, Any] = {"class_embedding_twice": True, "backbone": "fixed", "decoder_heads": 1}
+    if "num_tokens" in config:
+        options |= {
+            "backbone": "prompt",
+            "num_prompts": config["num_tokens"],
+            "prompt_depth": config.get("total_d_layer", 11),
+        }
+    model = ZegCLIP(clip, ZegCLIP.parse_options(options)).eval()  # type: ignore[arg-type]
+    params = case.params()
+    state, used = model.state_dict(), set()
+    for name in state:
+        key = (authors_key(name) or "").removeprefix("backbone.")
+        if (authors_key(name) or "").startswith("backbone."):
+            state[name] = params[key]
+            used.add(key)
+    left = sorted(params.keys() - used)
+    if config.get("total_d_layer") == 0:
+        left = [key for key in left if not key.startswith("prompt_norm.")]
+    case.check_that("all parameters used", not left, f"left over are {left[:3]}")
+    model.load_state_dict(state)
+    images = case.input("image")
+    compare_blocks(case, model, images)
+    with torch.no_grad():
+        features = model.encode_images(images)
+    case.check("cls", features.values["cls"])
+    case.check("patch_feature", features.values["patches"].permute(0, 3, 1, 2))
+
+
+def text_path(case: Case) -> None:
+    """Text embeddings from token ids, single and averaged over templates, and the scores they give."""
+    model = build(case)
+    ids = case.input("tokens").long()
+    with torch.no_grad():
+        raw = model.clip.encode_text(ids.flatten(0, 1)).reshape(*ids.shape[:2], -1)
+    unit = raw / raw.norm(dim=-1, keepdim=True)
+    mean = unit.mean(dim=1)
+    multi = mean / mean.norm(dim=-1, keepdim=True)
+    case.check("text_raw_single", raw[:, 0])
+    case.check("text_normalised_single", unit[:, 0])
+    case.check("text_multi", multi)
+    images = case.input("image")
+    config = case.config["model_config"]
+    seen = torch.zeros(len(ids), dtype=torch.bool)
+    seen[torch.tensor(config["base_class"])] = True
+    for name, text in (("scores_single", unit[:, 0]), ("scores_multi", multi)):
+        with torch.no_grad():
+            scores = model(images, text, seen_words=seen)
+        case.check(name, scores.dense(tuple(images.shape[-2:])))
+
+
+def _windows(canvas: tuple[int, ...], size: list[int], stride: list[int]) -> list[Box]:
+    if size[0] != size[1]:
+        raise UnsupportedError(f"windows of {size} are not square")
+    tops = sorted({box[0] for box in cover(canvas[0], canvas[1], size[0], stride[0])})
+    lefts = sorted({box[1] for box in cover(canvas[0], canvas[1], size[0], stride[1])})
+    return [(top, left, min(size[0], canvas[0]), min(size[0], canvas[1])) for top in tops for left in lefts]
+
+
+def slide(case: Case) -> None:
+    """The whole test path: windows, their mean, the resize to the original size, the label map."""
+    model = build(case)
+    config = case.config
+    images, text = case.input("image"), case.input("text_embeddings")
+    seen = _seen(case, len(text))
+    canvas = tuple(images.shape[-2:])
+    test = config["model_config"]["test_cfg"]
+    boxes = _windows(canvas, test["crop_size"], test["stride"])
+    shapes = [list(box[2:]) for box in boxes]
+    case.check_that("window shapes", shapes == config["window_shapes"], f"{shapes}")
+    case.check_that("number of windows", len(boxes) == config["n_windows"], f"{len(boxes)}")
+    parts = []
+    with torch.no_grad():
+        for top, left, height, width in boxes:
+            parts.append(model(images[:, :, top : top + height, left : left + width], text, seen_words=seen))
+    for name, index in (("window_scores_first", 0), ("window_scores_last", -1)):
+        case.check(name, parts[index].dense(boxes[index][2:]))
+    scores = WindowScores(parts, boxes, canvas)
+    original = tuple(config["ori_shape"])
+    case.check("slide_scores", scores.dense(canvas))
+    dense = scores.dense(original)
+    case.check("slide_scores_rescaled", dense)
+    case.check("softmax_of_scores", dense.softmax(dim=1))
+    case.check_labels("seg_pred", scores.label_map(original), case.tensors["expected/slide_scores_rescaled"])

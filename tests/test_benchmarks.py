@@ -1,0 +1,40 @@
+"""The benchmarks run; what they find is for a quiet machine."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "rows"),
+    [
+        ("predict", {"tower", "tower, prompts as rows", "predict"}),
+        ("training", {"forward + backward", "training step"}),
+    ],
+)
+def test_benchmark_runs_small(name: str, rows: set[str]) -> None:
+    small = ("--repeats", "1", "--threads", "1", "--side", "64", "--classes", "3", "--prompts", "2", "--json")
+    result = subprocess.run(
+        [sys.executable, "-m", f"benchmarks.{name}", *small],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    found = json.loads(result.stdout)
+    assert {row["what"] for row in found["rows"]} == rows
+    assert all(row["seconds"] > 0 for row in found["rows"])
+    assert found["command"] == f"python -m benchmarks.{name} {' '.join(small)}"
+    assert found["machine"]["threads"] == 1

@@ -1,0 +1,125 @@
+"""The documentation: its Python runs, its command lines are right, its links lead somewhere."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+
+import lexiseg
+from lexiseg.cli import app, main
+from lexiseg.samples import list_samples, sample_classes, sample_path
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+MODEL = "zegclip-emoji"
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+
+
+def command_lines() -> Iterator[tuple[Path, str]]:
+    for page in PAGES:
+        for block in blocks(page, "bash"):
+            for line in block.splitlines():
+                if line.startswith("lexiseg ") and "COMMAND" not in line:
+                    yield page, line
+
+
+def commands() -> dict[str, Any]:
+    """Every command by the words that call it."""
+    found: dict[str, Any] = {}
+    for name, command in typer.main.get_command(app).commands.items():
+        for inner, subcommand in getattr(command, "commands", {"": command}).items():
+            found[f"{name} {inner}".strip()] = subcommand
+    return found
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
+        if not target.startswith("http"):
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_command_lines_are_right() -> None:
+    lines = list(command_lines())
+    assert len(lines) > 15
+    known = commands()
+    for page, line in lines:
+        words = shlex.split(line, comments=True)[1:]
+        name = words[0] if words[0] in known else " ".join(words[:2])
+        assert name in known, f"{page.name}: {line}"
+        # Parsing alone: unknown options, missing arguments and wrong values are errors here.
+        known[name].make_context(name, words[len(name.split()) :])
+
+
+def test_reference_has_every_command_and_option() -> None:
+    text = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
+    for name, command in commands().items():
+        section = text.split(f"## `lexiseg {name}`\n", 1)[1].split("\n## ", 1)[0]
+        for parameter in command.params:
+            if parameter.name != "help" and parameter.param_type_name == "option":
+                for option in parameter.opts:
+                    assert f"{option}`" in section or f"{option}," in section, f"{name} {option}"
+
+
+def test_exit_codes_and_model_in_make_demo() -> None:
+    text = (ROOT / "Makefile").read_text(encoding="utf-8")
+    assert f"--model {MODEL}" in text
+    assert "lexiseg/samples/demo.png" in text and "lexiseg/samples/demo.txt" in text
+
+
+def test_samples_have_seen_and_unseen_classes() -> None:
+    from lexiseg.data.picture_world import vocabulary
+
+    seen = {entry.name: entry.seen for entry in vocabulary().classes}
+    assert "demo" in list_samples()
+    for name in list_samples():
+        names = lexiseg.Vocabulary.load(sample_classes(name)).names
+        assert {seen[word] for word in names} == {True, False}, name
+    with pytest.raises(lexiseg.LexisegError, match="demo"):
+        sample_path("no such sample")
+
+
+def test_readme_example_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (example,) = blocks(ROOT / "README.md", "python")
+    assert len(example.splitlines()) <= 12
+    exec(compile(example, "README.md", "exec"), {})
+    assert (tmp_path / "overlay.png").is_file()
+    assert "unseen" in capsys.readouterr().out
+
+
+def test_other_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.jpg", "b.jpg"):
+        shutil.copy(sample_path(list_samples()[-1]), name)
+    for page in ("quickstart.md", "vocabulary.md"):
+        for example in blocks(ROOT / "docs" / page, "python"):
+            exec(compile(example, page, "exec"), {})
+    assert (tmp_path / "classes.yaml").is_file()
+
+
+def test_demo_and_doctor(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What ``make demo`` runs finds classes of the sample, seen and unseen, and says where the overlay is."""
+    words = ["predict", str(sample_path("demo")), f"@{sample_classes('demo')}", "--model", MODEL, "-o", str(tmp_path)]
+    assert main(words) == 0
+    out = capsys.readouterr().out
+    assert "unseen" in out
+    assert f"wrote {tmp_path / 'demo_overlay.png'}" in out
+    assert main([*words, "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["images"][0]["classes"]
+    assert {row["seen"] for row in rows if row["share"] > 0.01} == {True, False}
+    assert main(["doctor"]) == 0
+    assert "self-test: ok" in capsys.readouterr().out

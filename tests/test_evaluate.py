@@ -1,0 +1,187 @@
+"""The evaluation: what is counted, what the report says, and the grid."""
+
+import json
+from dataclasses import asdict
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from lexiseg.clip import build_clip
+from lexiseg.data.base import Sample
+from lexiseg.errors import LexisegError
+from lexiseg.evaluation.evaluate import evaluate, spread
+from lexiseg.evaluation.grid import Example, draw_grid
+from lexiseg.evaluation.report import weights_hash
+from lexiseg.models import WindowPolicy, ZegCLIP
+from lexiseg.segmentation import Segmentation
+from lexiseg.segmenter import Segmenter
+from lexiseg.vocabulary import PAPER_TEMPLATES, Vocabulary
+
+VISION = {"image_size": 32, "patch_size": 8, "width": 64, "layers": 2, "head_width": 32}
+TEXT = {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}
+NAMES = ["cat, kitten", "dog", "sky"]
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    clip = build_clip({"model_cfg": {"embed_dim": 32, "vision_cfg": VISION, "text_cfg": TEXT}}, name="tiny")
+    return ZegCLIP.build(clip, {"decoder_heads": 2}, seen_names=("cat", "dog"))
+
+
+class Noise:
+    """Random pictures and labels of different sizes."""
+
+    def __init__(self, length=5, flagged=True, bad=None):
+        self.vocabulary = Vocabulary.parse(NAMES)
+        if flagged:
+            self.vocabulary = self.vocabulary.with_seen(["cat", "sky"])
+        self.length, self.bad = length, bad
+        self.read = []
+
+    def __len__(self):
+        return self.length
+
+    def __getitem__(self, index):
+        self.read.append(index)
+        rng = np.random.default_rng(index)
+        height, width = 20 + 3 * index, 30
+        label = rng.choice([0, 1, 2, 255], (height, width))
+        if index == self.bad:
+            label[0, 0] = 9
+        image = rng.integers(0, 256, (3, height, width), np.uint8)
+        return Sample(torch.from_numpy(image), torch.from_numpy(label), f"noise-{index}")
+
+
+class Oracle(Segmenter):
+    """Knows the answer, but gives pixels of class 1 the id `wrong`."""
+
+    def __init__(self, model, dataset, wrong=None):
+        super().__init__(model, disk_cache=False)
+        self.dataset, self.wrong, self.asked = dataset, wrong, 0
+
+    def predict(self, images, classes, *, window=None, batch_size=1, background=None):
+        results = []
+        for image in images:
+            label = self.dataset[self.dataset.read[self.asked]].label
+            self.dataset.read.pop()
+            self.asked += 1
+            label = torch.where(label == 255, 0, label)
+            if self.wrong is not None:
+                label = torch.where(label == 1, self.wrong, label)
+            results.append(Segmentation(label, self.vocabulary(classes, background=background), image=image))
+        return results
+
+
+def run(segmenter, dataset, **options):
+    return evaluate(segmenter, dataset, name="noise", split="val", progress=False, **options)
+
+
+def test_a_perfect_prediction_scores_100(model):
+    data = Noise()
+    report = run(Oracle(model, data), data, batch_size=2)
+    assert set(report.summary().values()) == {100.0}
+    assert report.confusion.labelled.sum() == sum((data[i].label != 255).sum() for i in range(5))
+    assert "hIoU 100.00" in report.summary_line()
+
+
+def test_a_class_that_is_never_found(model):
+    data = Noise()
+    report = run(Oracle(model, data, wrong=255), data)
+    assert report.metrics.iou.tolist() == [1.0, 0.0, 1.0]
+    assert report.summary()["miou_seen"] == 100 and report.summary()["miou_unseen"] == 0
+    assert report.summary()["hiou"] == 0 and 0 < report.summary()["pacc"] < 100
+
+
+def test_seen_comes_from_the_dataset_and_else_from_the_model(model):
+    flagged, plain = Noise(), Noise(flagged=False)
+    rows = run(Oracle(model, flagged), flagged).class_rows()
+    assert [(row.name, row.seen) for row in rows] == [("cat", True), ("dog", False), ("sky", True)]
+    rows = run(Oracle(model, plain), plain).class_rows()
+    assert [row.seen for row in rows] == [True, True, False]
+
+
+def test_the_real_segmenter_and_the_protocol_card(model, tmp_path):
+    data = Noise()
+    segmenter = Segmenter(model, templates="paper", disk_cache=False)
+    window = WindowPolicy(16, 8, 24)
+    report = run(segmenter, data, window=window, batch_size=3, limit=4, num_examples=2, seed=11)
+    expected = np.zeros(3, np.int64)
+    for index in spread(5, 4):
+        sample = data[index]
+        label = segmenter.predict(sample.image, data.vocabulary, window=window).label_map.numpy()
+        judged = sample.label.numpy() != 255
+        expected += np.bincount(label[judged & (label == sample.label.numpy())], minlength=3)
+    assert (report.confusion.intersection == expected).all()
+
+    paths = report.save(tmp_path / "report")
+    assert [path.name for path in paths] == ["report.json", "grid.png"]
+    saved = json.loads(paths[0].read_text())
+    card = saved["protocol"]
+    assert card["dataset"] == "noise" and card["split"] == "val" and card["num_pictures"] == 4
+    assert card["window"] == asdict(window) and card["templates"] == list(PAPER_TEMPLATES)
+    assert card["background"]["kind"] == "none"
+    assert card["picture_sizes"] == {"smallest": [20, 30], "largest": [29, 30]} and card["seed"] == 11
+    assert card["model"]["system"] == "zegclip" and card["model"]["clip"] == "tiny"
+    assert card["model"]["weights_sha256"] == weights_hash(model) and len(weights_hash(model)) == 64
+    assert card["dtype"] == "float32" and card["device"] == "cpu" and card["versions"]["torch"] == torch.__version__
+    assert saved["metrics"] == report.summary() and len(saved["classes"]) == 3
+    assert Image.open(paths[1]).width > 3 * 256
+    titles, rows = report.table()
+    assert len(titles) == len(rows[0]) and rows[1][:2] == ["dog", "unseen"]
+
+
+def test_a_background_class_counts_as_no_class(model):
+    data = Noise(2)
+    segmenter = Segmenter(model, disk_cache=False)
+    report = run(segmenter, data, background="something else entirely")
+    assert len(report.class_rows()) == 3 and report.protocol["background"]["kind"] == "class"
+    threshold = run(segmenter, data, background=2.0)  # no score is that large
+    assert threshold.confusion.predicted.sum() == 0 and threshold.summary()["pacc"] == 0
+
+
+def test_nan_is_null_in_json(model, tmp_path):
+    data = Noise()
+    data.vocabulary = Vocabulary.parse(NAMES).with_seen(["cat", "dog", "sky"])
+    report = run(Oracle(model, data), data, num_examples=0)
+    assert report.grid() is None and report.summary()["hiou"] is None
+    assert [path.name for path in report.save(tmp_path)] == ["report.json"]
+    assert "NaN" not in (tmp_path / "report.json").read_text() and "hIoU -" in report.summary_line()
+
+
+def test_a_label_that_is_no_class_names_the_sample(model):
+    data = Noise(bad=3)
+    with pytest.raises(LexisegError, match=r"'noise-3' cannot be judged: the label 9 "):
+        run(Segmenter(model, disk_cache=False), data)
+    with pytest.raises(LexisegError, match="'val' of 'noise' is empty"):
+        run(Segmenter(model, disk_cache=False), Noise(0))
+
+
+def test_weights_hash_sees_every_bit(model):
+    layer = torch.nn.Linear(3, 2).to(torch.bfloat16)
+    before = weights_hash(layer)
+    assert before == weights_hash(layer)
+    with torch.no_grad():
+        layer.weight[1, 2] += 1
+    assert weights_hash(layer) != before
+
+
+def test_spread():
+    assert spread(5, None) == spread(5, 9) == [0, 1, 2, 3, 4]
+    assert spread(10, 4) == [0, 2, 5, 7] and spread(3, 0) == [] and spread(0, 3) == []
+
+
+def test_grid_holds_rows_of_different_shapes():
+    vocabulary = Vocabulary.parse(NAMES).with_seen(["cat", "dog"])
+    rng = np.random.default_rng(0)
+
+    def example(height, width):
+        image = rng.integers(0, 256, (height, width, 3), np.uint8)
+        return Example(image, rng.integers(0, 3, (height, width)), np.full((height, width), 255, np.uint8), "x")
+
+    grid = draw_grid([example(40, 60), example(60, 40)], vocabulary, width=120)
+    assert grid.mode == "RGB" and grid.width >= 3 * 126 and grid.height > 80 + 180
+    with pytest.raises(ValueError, match="at least one"):
+        draw_grid([], vocabulary)

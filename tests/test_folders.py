@@ -1,0 +1,162 @@
+"""The VOC folder reader: what it reads, and one sentence naming the file for each thing that can be wrong."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from lexiseg.data.base import SegmentationDataset, Subset, remap_to_seen, seen_ids, unseen_ids
+from lexiseg.data.folders import VocFolder, read_label
+from lexiseg.errors import LexisegError
+
+CLASSES = "cat\ntree, bush\nsky\n"
+
+
+def save_label(path, ids, mode="P"):
+    picture = Image.fromarray(np.asarray(ids, np.uint8))
+    if mode == "P":
+        picture.putpalette(bytes(range(255, -1, -1)) * 3)
+    picture.save(path)
+
+
+@pytest.fixture
+def root(tmp_path):
+    for folder in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "classes.txt").write_text(CLASSES)
+    (tmp_path / "unseen.txt").write_text("SKY\n")
+    (tmp_path / "ImageSets/Segmentation/val.txt").write_text("one\n\ntwo\n")
+    rng = np.random.default_rng(0)
+    Image.fromarray(rng.integers(0, 255, (4, 6, 3), np.uint8)).save(tmp_path / "JPEGImages/one.jpg")
+    Image.fromarray(rng.integers(0, 255, (5, 3, 3), np.uint8)).save(tmp_path / "JPEGImages/two.png")
+    save_label(tmp_path / "SegmentationClass/one.png", np.arange(24).reshape(4, 6) % 3)
+    two = np.full((5, 3), 255)
+    two[0] = [0, 1, 2]
+    save_label(tmp_path / "SegmentationClass/two.png", two, mode="L")
+    return tmp_path
+
+
+def test_reads_palette_indices(root):
+    data = VocFolder(root, "val")
+    assert isinstance(data, SegmentationDataset) and len(data) == 2 and data.names == ("one", "two")
+    sample = data[0]
+    assert sample.image.shape == (3, 4, 6) and sample.image.dtype == torch.uint8
+    assert sample.label.dtype == torch.int64 and torch.equal(sample.label, torch.arange(24).reshape(4, 6) % 3)
+    assert data[1].label[0].tolist() == [0, 1, 2] and (data[1].label[1:] == 255).all()
+    assert data.vocabulary.names == ("cat", "tree", "sky")
+    assert seen_ids(data.vocabulary) == [0, 1] and unseen_ids(data.vocabulary) == [2]
+    assert list(data.verify()) == []
+    part = Subset(data, [1])
+    assert len(part) == 1 and part[0].name == "two" and [s.name for s in part] == ["two"]
+
+
+def test_without_unseen_nothing_is_flagged(root):
+    (root / "unseen.txt").unlink()
+    vocabulary = VocFolder(root, "val").vocabulary
+    assert seen_ids(vocabulary) == [] and unseen_ids(vocabulary) == []
+
+
+def test_reduce_zero_label(root):
+    save_label(root / "SegmentationClass/one.png", np.tile([0, 1, 2, 3, 255, 0], (4, 1)))
+    data = VocFolder(root, "val", reduce_zero_label=True)
+    assert data[0].label[0].tolist() == [255, 0, 1, 2, 255, 255]
+    save_label(root / "SegmentationClass/one.png", np.full((4, 6), 4))
+    with pytest.raises(LexisegError, match="the id 4,"):
+        data[0]
+
+
+def _truncate(path):
+    path.write_bytes(path.read_bytes()[:60])
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda r: (r / "classes.txt").unlink(), "classes.txt"),
+        (lambda r: (r / "classes.txt").write_text("cat\nCat\n"), "Cat"),
+        (lambda r: (r / "classes.txt").write_text("\n".join(f"c{i}" for i in range(256))), "256 classes"),
+        (lambda r: (r / "unseen.txt").write_text("dog\n"), "'dog'"),
+        (lambda r: (r / "unseen.txt").write_bytes(b"\xff\xfe\x00"), "unseen.txt"),
+        (lambda r: (r / "ImageSets/Segmentation/val.txt").unlink(), "val.txt"),
+        (lambda r: (r / "ImageSets/Segmentation/val.txt").write_text("\n"), "is empty"),
+        (lambda r: (r / "ImageSets/Segmentation/val.txt").write_text("../one\n"), "outside"),
+        (lambda r: (r / "ImageSets/Segmentation/val.txt").write_text("/etc/passwd\n"), "outside"),
+        (lambda r: (r / "ImageSets/Segmentation/val.txt").write_text("x" * 5000), "val.txt"),
+        (lambda r: (r / "JPEGImages/one.jpg").unlink(), "one"),
+        (lambda r: (r / "SegmentationClass/two.png").unlink(), "two.png"),
+    ],
+)
+def test_missing_pieces_are_named(root, damage, words):
+    damage(root)
+    with pytest.raises(LexisegError) as caught:
+        VocFolder(root, "val")
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda r: Image.new("RGB", (6, 4)).save(r / "SegmentationClass/one.png"), "mode RGB"),
+        (lambda r: Image.new("I;16", (6, 4)).save(r / "SegmentationClass/one.png"), "mode I;16"),
+        (lambda r: save_label(r / "SegmentationClass/one.png", np.zeros((3, 6))), "6 x 3"),
+        (lambda r: save_label(r / "SegmentationClass/one.png", np.full((4, 6), 3)), "the id 3,"),
+        (lambda r: _truncate(r / "SegmentationClass/one.png"), "SegmentationClass/one.png"),
+        (lambda r: (r / "SegmentationClass/one.png").write_text("hello"), "SegmentationClass/one.png"),
+        (lambda r: (r / "SegmentationClass/one.png").unlink(), "SegmentationClass/one.png"),
+        (lambda r: _truncate(r / "JPEGImages/one.jpg"), "one.jpg"),
+    ],
+)
+def test_bad_samples_are_named_and_others_go_on(root, damage, words):
+    data = VocFolder(root, "val")
+    damage(root)
+    with pytest.raises(LexisegError) as caught:
+        data[0]
+    assert words in str(caught.value)
+    assert data[1].name == "two"
+    assert [name for name, _ in data.verify()] == ["one"]
+
+
+def test_no_such_folder(tmp_path):
+    with pytest.raises(LexisegError, match="nowhere"):
+        VocFolder(tmp_path / "nowhere", "val")
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_any_bytes_as_a_label_are_a_label_or_a_sentence(root, data):
+    path = root / "SegmentationClass/two.png"
+    good = bytearray(path.read_bytes())
+    for _ in range(data.draw(st.integers(1, 4))):
+        position = data.draw(st.integers(0, len(good) - 1))
+        good[position] = data.draw(st.integers(0, 255))
+    broken = root / "broken.png"
+    broken.write_bytes(bytes(good[: data.draw(st.integers(0, len(good)))]))
+    try:
+        label = read_label(broken)
+    except LexisegError as error:
+        assert "broken.png" in str(error)
+    else:
+        assert label.ndim == 2
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(content=st.binary(max_size=80))
+def test_any_bytes_as_a_list_are_a_sentence(root, content):
+    for name in ("ImageSets/Segmentation/other.txt", "classes.txt", "unseen.txt"):
+        (root / "classes.txt").write_text(CLASSES)
+        (root / "unseen.txt").write_text("sky\n")
+        (root / "ImageSets/Segmentation/other.txt").write_text("one\n")
+        (root / name).write_bytes(content)
+        try:
+            assert len(VocFolder(root, "other")) >= 1
+        except LexisegError as error:
+            assert str(error)
+
+
+def test_remap_to_seen():
+    label = torch.tensor([[0, 1, 2], [3, 255, 2]])
+    assert remap_to_seen(label, [2, 0]).tolist() == [[1, 255, 0], [255, 255, 0]]
+    with pytest.raises(ValueError, match="255"):
+        remap_to_seen(label, [255])

@@ -1,0 +1,304 @@
+from __future__ import annotations
+
+import io
+import struct
+import warnings
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageFile
+
+from lexiseg.errors import LexisegError
+from lexiseg.images import IMAGE_SUFFIXES, image_name, list_images, read_image
+
+RNG = np.random.default_rng(0)
+PICTURE = RNG.integers(0, 256, (7, 5, 3), dtype=np.uint8)
+EXPECTED = torch.from_numpy(PICTURE).permute(2, 0, 1)
+
+
+def encode(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def png_header(width: int, height: int) -> bytes:
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 100)) + chunk(b"IEND", b"")
+    )
+
+
+def test_every_holder_of_the_same_picture_gives_the_same_pixels(tmp_path: Path) -> None:
+    image = Image.fromarray(PICTURE)
+    path = tmp_path / "a.png"
+    image.save(path)
+    data = path.read_bytes()
+    with path.open("rb") as file:
+        sources = [
+            path,
+            str(path),
+            data,
+            bytearray(data),
+            io.BytesIO(data),
+            file,
+            image,
+            PICTURE,
+            EXPECTED,
+            EXPECTED.float() / 255,
+            EXPECTED.double() / 255,
+            PICTURE.astype(np.float32) / 255,
+            PICTURE.astype(np.uint16) * 257,
+            PICTURE[:, ::-1][:, ::-1],
+            np.dstack([PICTURE, np.full((7, 5), 255, np.uint8)]),
+        ]
+        for source in sources:
+            result = read_image(source)
+            assert result.dtype == torch.uint8 and result.shape == (3, 7, 5)
+            assert torch.equal(result, EXPECTED), type(source)
+
+
+def test_the_result_does_not_share_memory_with_the_source() -> None:
+    array = PICTURE.copy()
+    result = read_image(array)
+    array[:] = 0
+    assert torch.equal(result, EXPECTED)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "WEBP"])
+def test_orientation_is_applied_once(orientation: int, kind: str) -> None:
+    undo = {2: 2, 3: 3, 4: 4, 5: 5, 6: 8, 7: 7, 8: 6}
+    turns = {
+        2: Image.Transpose.FLIP_LEFT_RIGHT,
+        3: Image.Transpose.ROTATE_180,
+        4: Image.Transpose.FLIP_TOP_BOTTOM,
+        5: Image.Transpose.TRANSPOSE,
+        6: Image.Transpose.ROTATE_270,
+        7: Image.Transpose.TRANSVERSE,
+        8: Image.Transpose.ROTATE_90,
+    }
+    image = Image.fromarray(PICTURE)
+    stored = image if orientation == 1 else image.transpose(turns[undo[orientation]])
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    options = {"lossless": True} if kind == "WEBP" else {}
+    data = encode(stored, kind, exif=exif, **options)
+    assert torch.equal(read_image(data), EXPECTED)
+    assert torch.equal(read_image(Image.open(io.BytesIO(data))), EXPECTED)
+
+
+def test_transparency_is_laid_over_white() -> None:
+    layers = np.zeros((2, 2, 4), np.uint8)
+    layers[0, 0] = (200, 100, 50, 255)
+    layers[0, 1] = (200, 100, 50, 0)
+    layers[1, 0] = (0, 0, 0, 127)
+    result = read_image(encode(Image.fromarray(layers)))
+    assert result[:, 0, 0].tolist() == [200, 100, 50]
+    assert result[:, 0, 1].tolist() == [255, 255, 255]
+    assert result[:, 1, 0].tolist() == [128, 128, 128]
+    assert torch.equal(read_image(layers), result)
+    assert torch.equal(read_image(torch.from_numpy(layers).permute(2, 0, 1)), result)
+    grey = read_image(np.dstack([np.full((2, 2), 10, np.uint8), np.array([[0, 255], [0, 255]], np.uint8)]))
+    assert grey[0].tolist() == [[255, 10], [255, 10]]
+
+
+def test_grey_palette_bilevel_and_cmyk() -> None:
+    grey = RNG.integers(0, 256, (4, 3), dtype=np.uint8)
+    assert torch.equal(read_image(grey), torch.from_numpy(grey).expand(3, 4, 3))
+    assert torch.equal(read_image(encode(Image.fromarray(grey))), read_image(grey))
+    assert torch.equal(read_image(torch.from_numpy(grey)), read_image(grey))
+    palette = Image.fromarray(np.array([[0, 1], [1, 0]], np.uint8)).convert("P")
+    palette.putpalette([255, 0, 0, 0, 0, 255])
+    assert read_image(encode(palette))[:, 0].tolist() == [[255, 0], [0, 0], [0, 255]]
+    see_through = encode(palette, transparency=1)
+    assert read_image(see_through)[:, 0].tolist() == [[255, 255], [0, 255], [0, 255]]
+    colour_key = encode(Image.fromarray(PICTURE), transparency=tuple(PICTURE[0, 0].tolist()))
+    assert read_image(colour_key)[:, 0, 0].tolist() == [255, 255, 255]
+    bilevel = np.array([[True, False]])
+    assert read_image(encode(Image.fromarray(bilevel)))[0].tolist() == [[255, 0]]
+    assert read_image(bilevel)[0].tolist() == [[255, 0]]
+    cmyk = read_image(encode(Image.fromarray(PICTURE).convert("CMYK"), "TIFF"))
+    assert torch.equal(cmyk, EXPECTED)
+    assert read_image(encode(Image.fromarray(PICTURE).convert("CMYK"), "JPEG")).shape == (3, 7, 5)
+
+
+def test_sixteen_bits_keep_black_and_white() -> None:
+    deep = np.array([[0, 257, 32896, 65535]], np.uint16)
+    for source in (deep, encode(Image.fromarray(deep)), encode(Image.fromarray(deep), "TIFF"), torch.from_numpy(deep)):
+        assert read_image(source)[1].tolist() == [[0, 1, 128, 255]]
+    assert read_image(Image.fromarray(deep.astype(np.int32)))[0].tolist() == [[0, 1, 128, 255]]
+    assert read_image(Image.fromarray(np.array([[0.0, 1.0]], np.float32)))[0].tolist() == [[0, 255]]
+    assert read_image(Image.fromarray(np.array([[0.0, 200.0]], np.float32)))[0].tolist() == [[0, 200]]
+
+
+def test_the_first_frame_of_an_animation() -> None:
+    frames = [Image.new("RGB", (3, 2), color) for color in ("red", "blue")]
+    data = encode(frames[0], "GIF", save_all=True, append_images=frames[1:])
+    assert read_image(data)[:, 0, 0].tolist() == [255, 0, 0]
+    opened = Image.open(io.BytesIO(data))
+    opened.seek(1)
+    assert read_image(opened)[:, 0, 0].tolist() == [0, 0, 255]
+
+
+def test_pixel_limit_is_checked_before_decoding() -> None:
+    bomb = png_header(60_000, 60_000)
+    limit = Image.MAX_IMAGE_PIXELS
+    with pytest.raises(LexisegError, match=r"3,600.0 megapixels, more than the limit of 200.0"):
+        read_image(bomb)
+    assert limit == Image.MAX_IMAGE_PIXELS
+    with pytest.raises(LexisegError, match="megapixels"):
+        read_image(encode(Image.fromarray(PICTURE)), max_pixels=34)
+    assert read_image(encode(Image.fromarray(PICTURE)), max_pixels=35).shape == (3, 7, 5)
+    with pytest.raises(LexisegError, match="megapixels"):
+        read_image(PICTURE, max_pixels=34)
+    # Larger than Pillow's own limit but allowed here: then the header is believed and the data found short.
+    with pytest.raises(LexisegError, match="truncated"):
+        read_image(png_header(15_000, 12_500))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("missing.png", None, "no picture"),
+        ("text.jpg", b"I am not a picture, really not.", "not a picture that can be read"),
+        ("empty.png", b"", "empty file"),
+        ("short.jpg", "truncate", "truncated or damaged"),
+        ("header.png", encode(Image.fromarray(PICTURE))[:20], "not a picture|truncated"),
+        ("vector.eps", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n", "not a picture that can be read"),
+    ],
+)
+def test_broken_files_are_one_sentence_with_the_name(
+    tmp_path: Path, name: str, content: bytes | str | None, words: str
+) -> None:
+    path = tmp_path / name
+    if content == "truncate":
+        noise = RNG.integers(0, 256, (64, 64, 3), dtype=np.uint8)
+        path.write_bytes(encode(Image.fromarray(noise), "JPEG")[:1500])
+    elif isinstance(content, bytes):
+        path.write_bytes(content)
+    with pytest.raises(LexisegError, match=words) as caught:
+        read_image(path)
+    assert name in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ("https://example.org/cat.jpg", "URL"),
+        ("data:image/png;base64,AAAA", "URL"),
+        ("bad\0name.png", "null character"),
+        (".", "is a folder"),
+        ("x" * 5000, "Cannot read"),
+        (b"", "not a picture"),
+        (3, "must be a path"),
+        (None, "must be a path"),
+        (io.StringIO("text"), "binary mode"),
+        (np.zeros((2, 2, 5), np.uint8), "shape"),
+        (np.zeros((3, 20, 20), np.uint8), "shape"),
+        (np.zeros((0, 2, 3), np.uint8), "no pixels"),
+        (np.zeros((2, 2, 3), np.int64), "int64"),
+        (np.full((2, 2, 3), 2.0), "outside 0..1"),
+        (np.full((2, 2, 3), np.nan), "outside 0..1"),
+        (np.zeros((2, 2, 3), complex), "complex128"),
+        (torch.zeros(1, 3, 4, 4), "list"),
+        (torch.zeros(3, 4, 4, dtype=torch.int64), "int64"),
+        (torch.full((3, 4, 4), -1.0), "outside 0..1"),
+        (Image.fromarray(np.array([[70000]], np.int32)), "outside 0..65535"),
+        (Image.fromarray(np.array([[float("nan")]], np.float32)), "outside 0..255"),
+    ],
+)
+def test_other_mistakes(source: object, words: str) -> None:
+    with pytest.raises(LexisegError, match=words) as caught:
+        read_image(source)  # type: ignore[arg-type]
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
+
+
+def test_damaged_metadata_does_not_spoil_the_picture() -> None:
+    data = encode(Image.fromarray(PICTURE), "JPEG", exif=b"Exif\0\0II*\0\xff\xff\xff\xff")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert read_image(data).shape == (3, 7, 5)
+
+
+def test_listing(tmp_path: Path) -> None:
+    for name in ("img10.png", "img2.PNG", "Img1.jpg", "notes.txt", ".hidden.png"):
+        (tmp_path / name).touch()
+    (tmp_path / "sub.png").mkdir()
+    (tmp_path / "sub.png" / "deep.webp").touch()
+    assert [path.name for path in list_images(tmp_path)] == ["Img1.jpg", "img2.PNG", "img10.png"]
+    assert list_images(str(tmp_path / "notes.txt")) == [tmp_path / "notes.txt"]
+    assert [path.name for path in list_images(str(tmp_path / "img*"))] == ["img2.PNG", "img10.png"]
+    assert [path.name for path in list_images(str(tmp_path / "**" / "*.webp"))] == ["deep.webp"]
+    (tmp_path / "odd[1].png").touch()
+    assert list_images(tmp_path / "odd[1].png") == [tmp_path / "odd[1].png"]
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    for target, words in (
+        (empty, "no picture"),
+        (tmp_path / "nothing", "no file or folder"),
+        (str(tmp_path / "*.bmp"), "no picture"),
+        ("https://example.org/*.png", "URL"),
+        ("bad\0*", "Cannot list|no file|no picture"),
+        ("bad\0", "Cannot list|no file"),
+    ):
+        with pytest.raises(LexisegError, match=words):
+            list_images(target)
+    assert ".jpg" in IMAGE_SUFFIXES
+
+
+def test_names(tmp_path: Path) -> None:
+    assert image_name(tmp_path / "a.png") == str(tmp_path / "a.png")
+    assert image_name(b"abc") == "a bytes"
+
+
+SEEDS = [
+    encode(Image.fromarray(RNG.integers(0, 256, (24, 24, 3), dtype=np.uint8)), kind)
+    for kind in ("PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP")
+] + [encode(Image.fromarray(PICTURE).convert("P"), transparency=0)]
+
+
+def survives(data: bytes) -> None:
+    try:
+        result = read_image(data, max_pixels=1e6)
+    except LexisegError as error:
+        assert "\n" not in str(error)
+    else:
+        assert result.dtype == torch.uint8 and result.shape[0] == 3
+
+
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.binary(max_size=300))
+def test_random_bytes_never_crash(data: bytes) -> None:
+    survives(data)
+
+
+@settings(max_examples=250, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    st.sampled_from(SEEDS),
+    st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), max_size=12),
+    st.floats(0.05, 1),
+)
+def test_mutated_pictures_never_crash(seed: bytes, changes: list[tuple[float, int]], keep: float) -> None:
+    data = bytearray(seed)
+    for place, value in changes:
+        # Half of the changes hit the first bytes, where the structure is.
+        position = int(place * 2 * len(data)) if place < 0.5 else int((place - 0.5) * 2 * min(64, len(data)))
+        data[position] = value
+    survives(bytes(data[: max(1, int(keep * len(data)))]))
+
+
+def test_truncated_files_are_refused_whatever_other_code_asked_of_pillow(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert ImageFile.LOAD_TRUNCATED_IMAGES is False
+    noise = encode(Image.fromarray(RNG.integers(0, 256, (64, 64, 3), dtype=np.uint8)))
+    with pytest.raises(LexisegError, match="truncated"):
+        read_image(noise[: len(noise) // 2])

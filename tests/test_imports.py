@@ -1,0 +1,106 @@
+"""The parts of the package know each other one way only; this reads every import statement, lazy ones included."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lexiseg.models import SYSTEMS
+
+PACKAGE = Path(__file__).parents[1] / "lexiseg"
+
+# A part may import from the parts named here and from itself. `weights` sits above `models`: it builds them from files.
+WORDS = {"errors", "files", "words", "colors", "background", "vocabulary_reading", "vocabulary"}
+PICTURES = {"images", "rle", "overlay", "segmentation"}
+MODELS = {"clip", "scores", "losses", "models", "weights"}
+ALLOWED: dict[str, set[str]] = {
+    "errors": set(),
+    "files": {"errors"},
+    "words": {"errors"},
+    "colors": {"errors", "words"},
+    "background": {"errors", "words"},
+    "vocabulary_reading": {"errors", "words"},
+    "vocabulary": WORDS,
+    "images": {"errors", "words"},
+    "rle": {"errors"},
+    "overlay": {"errors"},
+    "segmentation": WORDS | PICTURES,
+    "samples": {"errors", "files", "data"},
+    "windows": {"errors"},
+    "devices": {"errors"},
+    "scores": {"errors"},
+    "losses": {"errors"},
+    "clip": WORDS,
+    "models": WORDS | {"clip", "scores", "losses"},
+    "weights": WORDS | {"clip", "models"},
+    "data": WORDS | {"images"},
+    "segmenter": WORDS | PICTURES | MODELS | {"devices", "windows"},
+    "evaluation": WORDS | PICTURES | MODELS | {"data", "segmenter"},
+    "training": WORDS | PICTURES | MODELS | {"data", "segmenter", "evaluation"},
+}
+# What faces the user may use everything.
+FACES = {"cli", "__main__", "__init__"}
+
+
+def _part(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def _modules(path: Path) -> set[str]:
+    """Every module of ours that the file at ``path`` imports, as a dotted name without ``lexiseg.``."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} imports relatively; write the whole name"
+            names.add(node.module or "")
+            # `from lexiseg import files` names a part as well
+            names.update(f"{node.module}.{alias.name}" for alias in node.names if node.module == "lexiseg")
+    return {name.removeprefix("lexiseg.") for name in names if name.startswith("lexiseg.")}
+
+
+SOURCES = sorted(PACKAGE.rglob("*.py"))
+
+
+def test_every_part_is_in_the_table() -> None:
+    assert {_part(path) for path in SOURCES} - FACES <= set(ALLOWED)
+
+
+@pytest.mark.parametrize("part", sorted(ALLOWED))
+def test_part_imports_only_what_lies_below_it(part: str) -> None:
+    wrong = [
+        f"{path.relative_to(PACKAGE)} imports lexiseg.{module}"
+        for path in SOURCES
+        if _part(path) == part
+        for module in _modules(path)
+        if module.split(".")[0] not in ALLOWED[part] | {part}
+    ]
+    assert not wrong
+
+
+def test_data_and_models_do_not_know_each_other() -> None:
+    assert "models" not in ALLOWED["data"]
+    assert "data" not in ALLOWED["models"]
+
+
+def test_no_system_imports_another() -> None:
+    systems = {Path(inspect.getfile(system)).stem for system in SYSTEMS.values()}
+    assert len(systems) == len(SYSTEMS)
+    for name in systems:
+        others = {f"models.{other}" for other in systems - {name}}
+        assert not _modules(PACKAGE / "models" / f"{name}.py") & others
+    # What systems share knows none of them; only the package's __init__ names them all.
+    for path in (PACKAGE / "models").glob("*.py"):
+        if path.stem not in systems | {"__init__"}:
+            assert not _modules(path) & {f"models.{name}" for name in systems}
+
+
+def test_import_and_help_do_not_load_torch() -> None:
+    code = "import sys, lexiseg, lexiseg.cli; sys.exit(any(name.split('.')[0] == 'torch' for name in sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

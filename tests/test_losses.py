@@ -1,0 +1,104 @@
+"""Focal and dice against their definitions, written out plainly."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lexiseg.errors import LexisegError
+from lexiseg.losses import count_masks, mask_losses, pixel_accuracy, pseudo_labels
+
+
+def plain_losses(logits: Tensor, labels: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
+    """The two losses as the formulas say, with one-hot targets."""
+    if logits.shape[-2:] != labels.shape[-2:]:
+        logits = F.interpolate(logits, size=labels.shape[-2:], mode="bilinear", align_corners=False)
+    count = logits.shape[1]
+    target = F.one_hot(torch.where(labels == 255, count, labels), count + 1)[..., :count].permute(0, 3, 1, 2).float()
+    p = logits.sigmoid()
+    p_t = p * target + (1 - p) * (1 - target)
+    alpha_t = alpha * target + (1 - alpha) * (1 - target)
+    bce = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
+    focal = (alpha_t * (1 - p_t) ** 2 * bce).flatten(2).mean(-1).sum()
+    top, bottom = 2 * (p * target).sum((2, 3)) + 1, p.sum((2, 3)) + target.sum((2, 3)) + 1
+    dice = ((1 - top / bottom) * (target.sum((2, 3)) > 0)).sum()
+    masks = max(float((target.sum((2, 3)) > 0).sum()), 1.0)
+    return focal / masks, dice / masks
+
+
+@pytest.mark.parametrize(("grid", "size"), [((6, 7), (6, 7)), ((5, 4), (13, 21)), ((9, 9), (4, 4)), ((1, 1), (8, 8))])
+@pytest.mark.parametrize("classes", [1, 7])
+def test_equal_to_the_definition(grid: tuple[int, int], size: tuple[int, int], classes: int) -> None:
+    logits = (3 * torch.randn(3, classes, *grid)).requires_grad_()
+    labels = torch.randint(0, classes, (3, *size))
+    labels[torch.rand(3, *size) < 0.2] = 255
+    labels[1] = 255
+    ours = mask_losses(logits, labels, focal_weight=20.0, dice_weight=3.0, alpha=0.3)
+    (gradient,) = torch.autograd.grad(2.0 * ours.total, logits)
+    focal, dice = plain_losses(logits, labels, 0.3)
+    torch.testing.assert_close(ours.focal, 20 * focal.detach(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(ours.dice, 3 * dice.detach(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(ours.total, ours.focal + ours.dice)
+    (expected,) = torch.autograd.grad(2.0 * (20 * focal + 3 * dice), logits)
+    torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
+
+
+def test_finite_for_huge_logits() -> None:
+    logits = torch.tensor([1e4, -1e4, 200.0, -200.0]).reshape(1, 4, 1, 1).requires_grad_()
+    losses = mask_losses(logits, torch.ones(1, 3, 3, dtype=torch.long))
+    losses.total.backward()
+    assert torch.isfinite(losses.total)
+    assert logits.grad is not None
+    assert torch.isfinite(logits.grad).all()
+
+
+def test_no_gradient_is_kept_without_need() -> None:
+    losses = mask_losses(torch.randn(1, 2, 3, 3), torch.zeros(1, 3, 3, dtype=torch.long))
+    assert not losses.total.requires_grad
+
+
+def test_half_precision_logits_give_half_precision_gradients() -> None:
+    logits = torch.randn(1, 2, 3, 3, dtype=torch.bfloat16, requires_grad=True)
+    mask_losses(logits, torch.zeros(1, 6, 6, dtype=torch.long)).total.backward()
+    assert logits.grad is not None
+    assert logits.grad.dtype == torch.bfloat16
+
+
+def test_autocast_changes_nothing() -> None:
+    logits, labels = torch.randn(2, 5, 4, 4, requires_grad=True), torch.randint(0, 5, (2, 16, 16))
+    plain = mask_losses(logits, labels).total
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = mask_losses(logits, labels).total
+    assert torch.equal(plain, mixed)
+    assert torch.equal(torch.autograd.grad(plain, logits)[0], torch.autograd.grad(mixed, logits)[0])
+
+
+def test_wrong_labels_are_refused() -> None:
+    with pytest.raises(LexisegError, match="label is 5 but there are 3 classes"):
+        mask_losses(torch.zeros(1, 3, 2, 2), torch.full((1, 2, 2), 5))
+    with pytest.raises(LexisegError, match="do not belong together"):
+        mask_losses(torch.zeros(1, 3, 2, 2), torch.zeros(2, 2, 2, dtype=torch.long))
+
+
+def test_counting_masks() -> None:
+    labels = torch.tensor([[[0, 0, 255]], [[255, 255, 255]], [[1, 2, 0]]])
+    assert count_masks(labels) == 4
+    assert count_masks(labels[1:2]) == 1
+
+
+def test_pseudo_labels_keep_seen_and_ignored_pixels() -> None:
+    logits = torch.zeros(1, 4, 1, 5)
+    logits[0, 0] = 9.0
+    logits[0, 3, 0, :3] = 1.0
+    labels = torch.tensor([[[2, -1, 255, 3, 0]]])
+    seen = torch.tensor([True, True, False, False])
+    assert pseudo_labels(logits, labels, seen).tolist() == [[[3, 3, 255, 2, 0]]]
+
+
+def test_pixel_accuracy() -> None:
+    logits = torch.tensor([[[[1.0, 0.0, 1.0, 1.0]], [[0.0, 1.0, 0.0, 0.0]]]])
+    labels = torch.tensor([[[0, 1, 1, 255]]])
+    assert float(pixel_accuracy(logits, labels)) == pytest.approx(200 / 3)
+    assert float(pixel_accuracy(logits, torch.full((1, 1, 4), 255))) == 0.0

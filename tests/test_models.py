@@ -1,0 +1,157 @@
+"""The systems: each inherits the one tester, and adds what is its own."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from lexiseg.errors import LexisegError
+from lexiseg.models import DenseCLIP, SegmentationModel, ZegCLIP
+from tests.system_tester import DIM, SystemTester
+from tests.towers import small_clip, unit_rows
+
+
+class TestZegCLIP(SystemTester):
+    system = "zegclip"
+    options: ClassVar = {"num_prompts": 3, "decoder_heads": 4}
+
+    def test_the_seen_offset(self, model: SegmentationModel) -> None:
+        text, images = unit_rows(3, DIM), self.images()
+        plain = self.dense(model, images, text)
+        offset = self.dense(model, images, text, seen_words=torch.tensor([True, False, True]))
+        expected = plain - torch.tensor([0.1, 0.0, 0.1])[:, None, None]
+        torch.testing.assert_close(offset, expected, rtol=0, atol=1e-6)
+        assert float(plain.min()) >= 0.0
+        assert float(plain.max()) <= 1.0
+
+    def test_many_classes_are_decoded_in_parts(self, model: SegmentationModel, monkeypatch: pytest.MonkeyPatch) -> None:
+        text, images = unit_rows(50, DIM), self.images()
+        whole = self.dense(model, images, text)
+        monkeypatch.setattr("lexiseg.models.zegclip._CLASS_CHUNK", 7)
+        torch.testing.assert_close(self.dense(model, images, text), whole, rtol=1e-5, atol=1e-6)
+
+    def test_mask_size_applies_to_square_images_only(self) -> None:
+        model = ZegCLIP.build(small_clip(), {**self.options, "mask_size": 16}).eval()
+        assert isinstance(model, ZegCLIP)
+        assert model.mask_size((64, 64)) == (16, 16)
+        assert model.mask_size((64, 48)) == (64, 48)
+
+    @pytest.mark.parametrize("depth", [3, 1, 0, -2])
+    def test_prompts_as_context_equal_prompts_as_rows(self, depth: int) -> None:
+        model = ZegCLIP.build(small_clip(), {**self.options, "prompt_depth": depth}).eval()
+        assert isinstance(model, ZegCLIP)
+        with torch.no_grad():
+            fast = model.finish(model.run_tower(self.images(), levels=[1]))
+            rows = model.finish(model.run_tower(self.images(), levels=[1], keep_rows=True))
+        for ours, theirs in zip(fast, rows, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+    def test_prompts_must_fit_the_tower(self) -> None:
+        with pytest.raises(LexisegError, match="depth 4"):
+            ZegCLIP.build(small_clip(), {**self.options, "prompt_depth": 4})
+        with pytest.raises(LexisegError, match="7 heads"):
+            ZegCLIP.build(small_clip(), {"decoder_heads": 7})
+
+    def test_self_training_labels_unseen_pixels_with_the_best_unseen_class(self, model: SegmentationModel) -> None:
+        assert isinstance(model, ZegCLIP)
+        text, images, labels = unit_rows(5, DIM), self.images(), self.labels()
+        seen = torch.tensor([True, True, False, False, True])
+        marked = torch.where(labels == 2, -1, labels)
+        marked[marked == 3] = 4
+        once = model.losses(images, marked, text, seen=seen)
+        again = model.losses(images, torch.where(marked == -1, 3, marked), text, seen=seen)
+        assert torch.equal(once["loss"], again["loss"])  # where unseen pixels are matters, not what they are
+        with torch.no_grad():
+            logits = model.grid_logits(model.encode_images(images), text)
+        large = F.interpolate(logits, size=(40, 48), mode="bilinear", align_corners=False)
+        best = torch.tensor([2, 3])[large[:, 2:4].argmax(dim=1)]
+        by_hand = model.losses(images, torch.where(marked == -1, best, marked), text)
+        torch.testing.assert_close(once["loss"], by_hand["loss"])
+        with pytest.raises(LexisegError, match="unseen class"):
+            model.losses(images, marked, text, seen=torch.ones(5, dtype=torch.bool))
+
+    def test_dropout_is_off_in_evaluation(self, model: SegmentationModel) -> None:
+        text, images = unit_rows(4, DIM), self.images()
+        assert torch.equal(self.dense(model, images, text), self.dense(model, images, text))
+        model.train()
+        assert not torch.equal(self.dense(model, images, text), self.dense(model, images, text))
+
+
+class TestZegCLIPWithoutDescriptor(SystemTester):
+    system = "zegclip"
+    options: ClassVar = {"num_prompts": 3, "decoder_heads": 4, "descriptor": False}
+
+    def test_the_query_does_not_depend_on_the_image(self, model: SegmentationModel) -> None:
+        assert isinstance(model, ZegCLIP)
+        queries = model.queries(unit_rows(2, DIM, seed=5), unit_rows(3, DIM))
+        assert torch.equal(queries[0], queries[1])
+
+
+class TestZegCLIPShallowWithProjectedMemory(SystemTester):
+    system = "zegclip"
+    options: ClassVar = {
+        "num_prompts": 2,
+        "prompt_depth": 0,
+        "project_memory": True,
+        "decoder_dim": 32,
+        "decoder_layers": 1,
+        "mask_size": 24,
+        "class_embedding_twice": True,
+    }
+
+    def test_another_width_needs_a_projection(self) -> None:
+        with pytest.raises(LexisegError, match="project_memory"):
+            ZegCLIP.build(small_clip(), {"decoder_dim": 32})
+
+
+class TestCLIPFixed(SystemTester):
+    system = "zegclip"
+    options: ClassVar = {"backbone": "fixed", "decoder_heads": 4}
+
+    def test_the_tower_is_frozen_and_without_prompts(self, model: SegmentationModel) -> None:
+        assert not any(name.startswith(("clip.", "prompts.")) for name in model.trainable_names())
+
+
+class TestCLIPFineTuned(SystemTester):
+    system = "zegclip"
+    options: ClassVar = {"backbone": "finetune", "decoder_heads": 4}
+
+    def test_the_image_tower_trains(self, model: SegmentationModel) -> None:
+        assert any(name.startswith("clip.model.visual.transformer") for name in model.trainable_names())
+
+
+class TestDenseCLIP(SystemTester):
+    system = "dense-clip"
+    trainable = False
+
+    def test_scores_are_cosines(self, model: SegmentationModel) -> None:
+        dense = self.dense(model, self.images(), unit_rows(6, DIM))
+        assert float(dense.abs().max()) <= 1.0 + 1e-6
+
+    def test_with_severance_a_patch_keeps_to_itself_in_the_last_block(self) -> None:
+        clip = small_clip(vision_cfg={"layers": 1})
+        severed = DenseCLIP.build(clip, {"severance": 1.0}).eval()
+        plain = DenseCLIP.build(clip, {"severance": 0.0}).eval()
+        images = self.images(32, 32, 1)
+        changed = images.clone()
+        changed[:, :, :8, :8] += 1.0
+        text = unit_rows(3, DIM)
+        for model, touched in ((severed, False), (plain, True)):
+            with torch.no_grad():
+                a, b = model(images, text).logits, model(changed, text).logits
+            difference = (a - b).abs().amax(dim=1)[0]
+            assert difference[0, 0] > 1e-4
+            assert bool((difference.flatten()[1:] > 1e-6).any()) == touched
+
+    def test_the_short_side_follows_the_tower(self) -> None:
+        assert DenseCLIP.build(small_clip()).window.short_side == 64
+        assert DenseCLIP.build(small_clip(), {"short_side": 0}).window.short_side is None
+
+
+class TestPlainDenseCLIP(SystemTester):
+    system = "dense-clip"
+    options: ClassVar = {"severance": 0.0, "residual": 0.5, "position_interpolation": "bilinear"}
+    trainable = False

@@ -1,0 +1,135 @@
+"""The picture world: same seed same pixels, exact masks, and no mask of an unseen class in anything trained on."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from lexiseg.data.picture_world import (
+    CLASS_IDS,
+    CLASSES,
+    SEEN,
+    STUFF,
+    THINGS,
+    UNSEEN,
+    PictureWorld,
+    contact_sheet,
+    render_scene,
+    vocabulary,
+    write_voc,
+)
+from lexiseg.data.picture_world.atlas import CELL, load_atlas
+from lexiseg.data.picture_world.dataset import SPLIT_SEEDS
+from lexiseg.data.picture_world.scene import caption
+from lexiseg.errors import LexisegError
+
+UNSEEN_IDS = [CLASS_IDS[name] for name in UNSEEN]
+
+
+def test_the_benchmark_has_the_promised_size() -> None:
+    assert len(THINGS) >= 80 and len(STUFF) >= 12
+    assert sum(name in THINGS for name in UNSEEN) >= 12 and sum(name in STUFF for name in UNSEEN) >= 3
+    assert len(set(CLASSES)) == len(CLASSES) == len(SEEN) + len(UNSEEN)
+    assert vocabulary().names == CLASSES
+    assert [entry.name for entry in vocabulary().classes if entry.seen is False] == [
+        name for name in CLASSES if name in UNSEEN
+    ]
+
+
+def test_every_thing_has_a_glyph_of_its_own() -> None:
+    glyphs = [np.asarray(glyph, np.float32) for glyph in load_atlas()]
+    assert len(glyphs) == len(THINGS)
+    for index, glyph in enumerate(glyphs):
+        assert glyph.shape == (CELL, CELL, 4)
+        assert (glyph[..., 3] > 127).mean() > 0.1, THINGS[index]
+        assert (glyph[..., :3] <= glyph[..., 3:] + 1).all(), "premultiplied"
+    small = np.stack([glyph.reshape(16, 8, 16, 8, 4).mean((1, 3)).ravel() for glyph in glyphs])
+    distance = np.abs(small[:, None] - small[None]).mean(2) + 1000 * np.eye(len(small))
+    first, second = np.unravel_index(distance.argmin(), distance.shape)
+    assert distance.min() > 10, f"{THINGS[first]} looks like {THINGS[second]}"
+
+
+@pytest.mark.parametrize("size", [64, 97, 256])
+def test_a_scene_is_a_pure_function_of_its_seed(size: int) -> None:
+    one, two, other = render_scene([5, 1], size), render_scene([5, 1], size), render_scene([5, 2], size)
+    assert one.image.shape == (size, size, 3) and one.label.shape == (size, size)
+    assert (one.image == two.image).all() and (one.label == two.label).all() and one.caption == two.caption
+    assert (one.image != other.image).any()
+
+
+def test_the_caption_names_what_is_visible_and_nothing_else() -> None:
+    for seed in range(12):
+        scene = render_scene([7, seed], 96)
+        ids = set(np.unique(scene.label).tolist())
+        for name in scene.things:
+            assert CLASS_IDS[name] in ids and name in scene.caption
+        large = {index for index in ids if (scene.label == index).mean() >= 0.01}
+        assert large <= {CLASS_IDS[name] for name in scene.names}
+        assert 1 <= len(scene.things) <= 6
+        assert set(scene.stuff) <= set(STUFF)
+
+
+def test_a_label_is_where_the_thing_is() -> None:
+    with_thing = render_scene([11, 3], 128, things=("apple",))
+    mask = with_thing.label == CLASS_IDS["apple"]
+    assert 0.02 < mask.mean() < 0.6
+    inside = with_thing.image[mask].astype(float).mean(0)
+    assert inside[0] > inside[1] + 40 and inside[0] > inside[2] + 40, "an apple is red where its mask says it is"
+
+
+def test_captions_of_one_part_alone() -> None:
+    rng = np.random.default_rng(0)
+    assert "owl" in caption(rng, ("owl",), ())
+    assert "brick" in caption(rng, (), ("brick",))
+    assert "owl" in (text := caption(rng, ("owl",), ("brick",))) and "brick" in text
+
+
+def test_the_train_split_never_shows_a_mask_of_an_unseen_class() -> None:
+    train = PictureWorld("train", size=64, length=60)
+    hidden = 0
+    for index, sample in enumerate(train):
+        assert not np.isin(sample.label.numpy(), UNSEEN_IDS).any()
+        truth = render_scene([SPLIT_SEEDS["train"], index], 64).label
+        unseen = np.isin(truth, UNSEEN_IDS)
+        hidden += int(unseen.sum())
+        assert (sample.label.numpy()[unseen] == 255).all() and (sample.label.numpy()[~unseen] == truth[~unseen]).all()
+    assert hidden > 0, "the scenes must contain unseen classes for this to mean anything"
+
+
+def test_the_val_split_shows_every_kind_of_class_exactly() -> None:
+    val = PictureWorld("val", size=64, length=60)
+    ids = torch.cat([sample.label.flatten() for sample in val]).unique().tolist()
+    assert set(ids) & set(UNSEEN_IDS) and max(ids) < len(CLASSES)
+    assert len(val) == 60 and val[3].image.dtype == torch.uint8 and val[3].image.shape == (3, 64, 64)
+    with pytest.raises(IndexError):
+        val[60]
+
+
+def test_an_unknown_split_is_one_sentence() -> None:
+    with pytest.raises(LexisegError, match=r"no split 'test'"):
+        PictureWorld("test")  # type: ignore[arg-type]
+
+
+def test_written_to_disk_it_is_a_voc_folder(tmp_path) -> None:
+    root = write_voc(tmp_path / "world", num_train=6, num_val=4, size=64)
+    for split, count in (("train", 6), ("val", 4)):
+        names = (root / "ImageSets" / "Segmentation" / f"{split}.txt").read_text().split()
+        assert len(names) == count
+        data = PictureWorld(split, size=64, length=count)
+        for index, name in enumerate(names):
+            mask = Image.open(root / "SegmentationClass" / f"{name}.png")
+            assert mask.mode == "P"
+            assert (np.asarray(mask) == data[index].label.numpy()).all()
+            image = np.asarray(Image.open(root / "JPEGImages" / f"{name}.jpg").convert("RGB"), float)
+            assert np.abs(image - data[index].image.permute(1, 2, 0).numpy()).mean() < 8
+            if split == "train":
+                assert not np.isin(np.asarray(mask), UNSEEN_IDS).any()
+    assert (root / "classes.txt").read_text().splitlines() == list(CLASSES)
+    assert (root / "unseen.txt").read_text().splitlines() == list(UNSEEN)
+    assert len((root / "captions.txt").read_text().splitlines()) == 10
+
+
+def test_the_contact_sheet_is_one_picture() -> None:
+    assert contact_sheet(rows=1, columns=2, size=32).size == (68, 32)

@@ -1,0 +1,218 @@
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from PIL import Image, ImageFont
+
+from lexiseg.errors import LexisegError
+from lexiseg.overlay import LegendEntry, draw_legend
+from lexiseg.rle import decode_rle, encode_rle
+from lexiseg.segmentation import Segmentation, ignore_index
+from lexiseg.vocabulary import Vocabulary
+
+LABELS = torch.tensor([[0, 0, 2, 2], [0, 0, 2, 255]])
+
+
+def small(**options: object) -> Segmentation:
+    fields: dict = {
+        "label_map": LABELS,
+        "vocabulary": Vocabulary.parse("cat; tree, bush; sky").with_seen(["cat", "tree"]),
+        "scores": torch.tensor([[1.0, 0.5, 0.25, 0.25], [0.5, 0.0, 0.25, -3.0]]),
+        "image": torch.arange(24, dtype=torch.uint8).view(3, 2, 4),
+        "name": "a.png",
+        "metadata": {"model": "test"},
+    }
+    return Segmentation(**(fields | options))
+
+
+def test_facts() -> None:
+    result = small()
+    assert result.label_map.dtype == torch.uint8
+    assert result.classes == ("cat", "tree", "sky")
+    assert result.size == (2, 4) and result.ignore_index == 255 and result.num_ignored == 1
+    assert result.mask("sky").tolist() == (LABELS == 2).tolist()
+    assert result.mask(1).sum() == 0
+    for wrong in ("dog", 3, -1):
+        with pytest.raises(LexisegError, match="no class"):
+            result.mask(wrong)
+
+
+def test_table() -> None:
+    rows = small().table()
+    assert [(row.name, row.seen, row.share, row.score, row.index) for row in rows] == [
+        ("cat", True, 0.5, 0.5, 0),
+        ("sky", False, 0.375, 0.25, 2),
+    ]
+    everything = small(scores=None).table(include_absent=True)
+    assert [(row.name, row.share, row.score) for row in everything] == [
+        ("cat", 0.5, None),
+        ("sky", 0.375, None),
+        ("tree", 0.0, None),
+    ]
+
+
+def test_segments_have_the_shape_of_the_hugging_face_pipeline() -> None:
+    segments = small().segments
+    assert [(segment["label"], segment["score"]) for segment in segments] == [("cat", 0.5), ("sky", 0.25)]
+    mask = segments[0]["mask"]
+    assert isinstance(mask, Image.Image) and mask.mode == "L" and mask.size == (4, 2)
+    assert np.asarray(mask).tolist() == [[255, 255, 0, 0], [255, 255, 0, 0]]
+
+
+def test_wrong_parts_are_refused() -> None:
+    with pytest.raises(LexisegError, match="none of the 3 classes"):
+        small(label_map=torch.full((2, 4), 7))
+    with pytest.raises(LexisegError, match="scores are of size"):
+        small(scores=torch.zeros(3, 3))
+    with pytest.raises(LexisegError, match="image are of size"):
+        small(image=torch.zeros(3, 3, 3, dtype=torch.uint8))
+    for wrong in (torch.zeros(2, 4), torch.zeros(1, 2, 4, dtype=torch.int64), torch.zeros(0, 4, dtype=torch.int64)):
+        with pytest.raises(LexisegError, match="label map"):
+            small(label_map=wrong)
+
+
+@pytest.mark.parametrize("num_classes", [1, 255, 256, 65_535, 65_536])
+def test_ids_and_ignored_pixels_never_meet(num_classes: int, tmp_path: Path) -> None:
+    ignored = ignore_index(num_classes)
+    assert ignored >= num_classes
+    vocabulary = Vocabulary.parse([f"c{index}" for index in range(num_classes)])
+    labels = torch.tensor([[0, num_classes - 1, ignored]])
+    result = Segmentation(labels, vocabulary)
+    assert result.label_map.tolist() == labels.tolist()
+    assert result.num_ignored == 1
+    if num_classes > 65_535:
+        with pytest.raises(LexisegError, match="PNG"):
+            result.save_png(tmp_path / "a.png")
+        return
+    with Image.open(result.save_png(tmp_path / "a.png")) as saved:
+        assert saved.mode == ("P" if num_classes <= 255 else "I;16")
+        assert np.asarray(saved).tolist() == labels.tolist()
+        if num_classes == 255:
+            palette = np.array(saved.getpalette()).reshape(-1, 3)
+            assert palette[:255].tolist() == result.palette().tolist()
+    assert result.overlay().mode == "RGB"
+
+
+def test_overlay_without_a_legend_has_the_pictures_pixels() -> None:
+    result = small(vocabulary=Vocabulary.parse("cat; tree", background="sky"))
+    plain = result.overlay(alpha=0, legend=False)
+    assert np.array_equal(np.asarray(plain), result.image.permute(1, 2, 0).numpy())  # type: ignore[union-attr]
+    covered = np.asarray(result.overlay(alpha=1, legend=False))
+    assert covered[0, 0].tolist() == result.palette()[0].tolist()
+    assert covered[0, 2].tolist() == result.image[:, 0, 2].tolist()  # type: ignore[index]
+    assert small(image=None).overlay(legend=False).size == (4, 2)
+    with pytest.raises(LexisegError, match="alpha"):
+        result.overlay(alpha=2)
+    with pytest.raises(LexisegError, match="font"):
+        result.overlay(font="missing.ttf")
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 700), (700, 1), (60, 80), (200, 90), (90, 200)])
+@pytest.mark.parametrize("num_classes", [1, 3, 200])
+def test_overlay_with_a_legend_holds_the_picture(size: tuple[int, int], num_classes: int) -> None:
+    names = [f"class {index} " + "long " * (index % 30) for index in range(num_classes)]
+    labels = torch.arange(size[0] * size[1]).view(size) % num_classes
+    image = torch.randint(0, 256, (3, *size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    drawn = Segmentation(labels, Vocabulary.parse(names).with_seen(names[::2]), image=image).overlay(outlines=False)
+    height, width = size
+    assert drawn.width > width or drawn.height > height
+    bare = Segmentation(labels, Vocabulary.parse(names), image=image).overlay(legend=False, outlines=False)
+    left = (drawn.width - width) // 2 if drawn.height > height else 0
+    assert np.array_equal(np.asarray(drawn)[:height, left : left + width], np.asarray(bare))
+    assert drawn.width <= max(width, 2000) + 700 and drawn.height <= max(height, 700) + 700
+
+
+def test_the_legend_can_be_read() -> None:
+    face = ImageFont.load_default(14)
+    drawn = draw_legend(Image.new("RGB", (300, 300)), [LegendEntry("cat", (255, 255, 255), 0.5)])
+    panel = np.asarray(drawn)[:, 300:].astype(int).sum(axis=2)
+    assert panel.min() < 200 and panel.max() > 740  # dark ink on a light panel
+    assert drawn.width - 300 > face.getlength("cat")
+
+
+def test_a_large_picture_gets_large_letters() -> None:
+    labels = torch.zeros(1500, 2500, dtype=torch.uint8)
+    labels[:, 1200:] = 1
+    result = Segmentation(labels, Vocabulary.parse("cat; dog"))
+    drawn = result.overlay()
+    assert drawn.height - 1500 > 80
+    outline = np.asarray(drawn)[750, 1195:1203].astype(int).sum(axis=1)
+    assert (outline > 620).sum() >= 2
+
+
+@settings(max_examples=60, deadline=None)
+@given(hnp.arrays(bool, st.tuples(st.integers(1, 9), st.integers(1, 9))))
+@pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning")
+def test_run_lengths_agree_with_pycocotools(mask: np.ndarray) -> None:
+    coco = pytest.importorskip("pycocotools.mask")
+    plain = encode_rle(mask, compressed=False)
+    assert np.array_equal(decode_rle(plain), mask)
+    height, width = mask.shape
+    packed = encode_rle(mask)
+    assert packed["size"] == [height, width] and isinstance(packed["counts"], str)
+    assert np.array_equal(coco.decode(packed).astype(bool), mask)
+    assert coco.frPyObjects(plain, height, width)["counts"].decode() == packed["counts"]
+
+
+def test_wrong_run_lengths() -> None:
+    with pytest.raises(LexisegError, match="do not fit"):
+        decode_rle({"size": [2, 2], "counts": [1, 2]})
+    with pytest.raises(LexisegError, match="do not fit"):
+        decode_rle({"size": [2, 2], "counts": "abc"})
+
+
+def test_coco_entries(monkeypatch: pytest.MonkeyPatch) -> None:
+    entries = small().to_coco_rle(compressed=False)
+    assert [(entry["category_id"], entry["label"], entry["area"], entry["bbox"]) for entry in entries] == [
+        (0, "cat", 4, [0, 0, 2, 2]),
+        (2, "sky", 3, [2, 0, 2, 2]),
+    ]
+    assert entries[1]["segmentation"]["counts"] == [4, 3, 1]
+    monkeypatch.setitem(sys.modules, "pycocotools", None)
+    with pytest.raises(LexisegError, match=r"lexiseg\[coco\]"):
+        small().to_coco_rle()
+
+
+def test_json() -> None:
+    value = json.loads(small().to_json(masks=True))
+    assert value["height"] == 2 and value["width"] == 4
+    assert value["metadata"] == {"model": "test"} and value["name"] == "a.png"
+    assert value["ignored_share"] == 0.125
+    assert [segment["label"] for segment in value["segments"]] == ["cat", "sky"]
+    assert np.array_equal(decode_rle(value["segments"][0]["segmentation"]), LABELS.numpy() == 0)
+    assert Vocabulary.from_dict(value["vocabulary"]) == small().vocabulary
+    assert "segmentation" not in small().to_dict()["segments"][0]
+
+
+def test_save(tmp_path: Path) -> None:
+    pytest.importorskip("pycocotools")
+    paths = small().save(tmp_path / "new" / "folder", "photo", ("labels", "overlay", "json", "coco"))
+    assert sorted(path.name for path in (tmp_path / "new" / "folder").iterdir()) == [
+        "photo.json",
+        "photo_coco.json",
+        "photo_labels.png",
+        "photo_overlay.png",
+    ]
+    with Image.open(paths["labels"]) as saved:
+        assert np.array_equal(np.asarray(saved), LABELS.numpy())
+    assert json.loads(paths["coco"].read_text())[0]["label"] == "cat"
+    for stem in ("", "..", "a/b", "a\0"):
+        with pytest.raises(LexisegError, match="file name"):
+            small().save(tmp_path, stem)
+    with pytest.raises(LexisegError, match="Unknown output 'pdf'"):
+        small().save(tmp_path, "a", ("pdf",))
+    (tmp_path / "file").touch()
+    with pytest.raises(LexisegError, match="folder"):
+        small().save(tmp_path / "file", "a")
+    with pytest.raises(LexisegError, match=r"\.png"):
+        small().save_png(tmp_path / "a.jpg")
+    with pytest.raises(LexisegError, match="Cannot write"):
+        small().save_png(tmp_path / "missing" / "a.png")

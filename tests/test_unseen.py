@@ -1,0 +1,76 @@
+"""The unseen classes get captions and never a mask, in any stage of any shipped recipe."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from lexiseg.data.picture_world import CLASS_IDS, CLASSES, SEEN, UNSEEN, render_scene
+from lexiseg.data.picture_world.dataset import SPLIT_SEEDS
+from lexiseg.training.contrastive import HELD_OUT_SEED, ContrastiveTask
+from lexiseg.training.recipe import ContrastiveRecipe, SegmentationRecipe, list_recipes, load_recipe
+from lexiseg.training.run import dataset_of, pipeline_of
+from lexiseg.training.segmentation import SegmentationTask, training_vocabulary
+from tests.towers import small_clip
+
+RECIPES = {name: load_recipe(name) for name in list_recipes()}
+SEGMENTATION = [
+    name
+    for name, recipe in RECIPES.items()
+    if isinstance(recipe, SegmentationRecipe) and recipe.data.source == "picture-world"
+]
+CONTRASTIVE = [name for name, recipe in RECIPES.items() if isinstance(recipe, ContrastiveRecipe)]
+UNSEEN_IDS = [CLASS_IDS[name] for name in UNSEEN]
+
+
+def test_both_kinds_of_recipe_are_shipped() -> None:
+    assert SEGMENTATION and CONTRASTIVE
+
+
+@pytest.mark.parametrize("name", SEGMENTATION)
+def test_segmentation_never_meets_an_unseen_class(name: str) -> None:
+    recipe = RECIPES[name]
+    assert isinstance(recipe, SegmentationRecipe)
+    dataset = dataset_of(recipe.data, "train")
+    vocabulary = training_vocabulary(dataset.vocabulary)
+    assert vocabulary.names == SEEN, "no text of an unseen class reaches the loss"
+    truths = [render_scene([SPLIT_SEEDS["train"], index], recipe.data.size).label for index in range(8)]
+    assert any(np.isin(truth, UNSEEN_IDS).any() for truth in truths), "otherwise this shows nothing"
+    for index, truth in enumerate(truths):
+        label = dataset[index].label.numpy()
+        assert (label[np.isin(truth, UNSEEN_IDS)] == 255).all()
+
+
+def test_a_batch_of_labels_holds_ranks_of_seen_classes_only() -> None:
+    from lexiseg.models import ZegCLIP
+
+    recipe = RECIPES[SEGMENTATION[0]]
+    dataset = dataset_of(recipe.data, "train")
+    model = ZegCLIP.build(small_clip(), {"num_prompts": 1, "decoder_layers": 1, "decoder_heads": 1}, seen_names=SEEN)
+    task = SegmentationTask(
+        model,
+        dataset,
+        pipeline_of(recipe.data, model.mean, model.std),
+        batch_size=4,
+        label_stride=recipe.data.label_stride,
+    )
+    assert task.text.shape[0] == len(SEEN)
+    labels = task.batch(0).labels
+    assert labels[labels != 255].max() < len(SEEN)
+
+
+@pytest.mark.parametrize("name", CONTRASTIVE)
+def test_the_clip_sees_captions_and_no_mask(name: str) -> None:
+    recipe = RECIPES[name]
+    assert isinstance(recipe, ContrastiveRecipe)
+    scenes = recipe.model.scenes
+    assert scenes.seed not in (*SPLIT_SEEDS.values(), HELD_OUT_SEED), "no val or held-out scene is trained on"
+    train = recipe.train.model_copy(update={"batch_size": 2})
+    small = {**recipe.model.model_cfg, "vision_cfg": {**recipe.model.model_cfg["vision_cfg"], "layers": 1}}
+    task = ContrastiveTask(recipe.model.model_copy(update={"initial": None, "model_cfg": small}), train)
+    batch = task.batch(0)
+    assert set(batch) == {"images", "present", "tokens", "names"}
+    assert batch["present"].shape == (2, len(CLASSES)), "one flag a picture and name: nothing says where"
+    assert batch["images"].shape == (2, 3, scenes.size, scenes.size)
+    assert torch.equal(batch["images"], task.batch(0)["images"]), "a pure function of the step"

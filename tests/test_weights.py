@@ -1,0 +1,364 @@
+"""Folders of models, names, and converting checkpoints of the authors' layout."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from lexiseg.clip import build_clip, load_clip, save_clip
+from lexiseg.errors import LexisegError
+from lexiseg.models import DenseCLIP, SegmentationModel, ZegCLIP
+from lexiseg.vocabulary import PAPER_TEMPLATES, SINGLE_TEMPLATE
+from lexiseg.weights import convert, list_models, load_model, save_model
+from lexiseg.weights.zegclip_checkpoint import authors_key
+from tests.towers import small_architecture, small_clip, unit_rows
+
+
+def zegclip(**options: Any) -> ZegCLIP:
+    """A ZegCLIP as the authors' code would build it, small: heads of 64 channels as in all released models."""
+    changes = {
+        "embed_dim": 64,
+        "quick_gelu": True,
+        "vision_cfg": {"image_size": 32, "patch_size": 8, "width": 128, "layers": 3, "head_width": 64},
+        "text_cfg": {"context_length": 20, "vocab_size": 300, "width": 64, "heads": 1, "layers": 1},
+    }
+    model = ZegCLIP.build(small_clip(**changes), {"num_prompts": 4, "class_embedding_twice": True, **options})
+    assert isinstance(model, ZegCLIP)
+    return model.eval()
+
+
+def authors_state(model: ZegCLIP) -> dict[str, Tensor]:
+    """The same weights in the authors' layout, with the tensors that take part in no computation."""
+    state = {str(authors_key(name)): tensor for name, tensor in model.state_dict().items() if authors_key(name)}
+    dim, layers = model.query_proj.out_features, model.options.decoder_layers
+    hidden = int(dim * model.options.ffn_ratio)
+    unused: dict[str, tuple[int, ...]] = {}
+    for index in range(layers):
+        prefix = f"decode_head.decoder_1.layers.{index}."
+        unused |= {
+            f"{prefix}self_attn.in_proj_weight": (3 * dim, dim),
+            f"{prefix}self_attn.in_proj_bias": (3 * dim,),
+            f"{prefix}self_attn.out_proj.weight": (dim, dim),
+            f"{prefix}self_attn.out_proj.bias": (dim,),
+            f"{prefix}norm1.weight": (dim,),
+            f"{prefix}norm1.bias": (dim,),
+        }
+    for part, shape in (("v", (dim, dim)), ("proj", (dim, dim))):
+        unused[f"{prefix}multihead_attn.{part}.weight"] = shape
+        unused[f"{prefix}multihead_attn.{part}.bias"] = (dim,)
+    unused |= {f"{prefix}linear1.weight": (hidden, dim), f"{prefix}linear1.bias": (hidden,)}
+    unused |= {f"{prefix}linear2.weight": (dim, hidden), f"{prefix}linear2.bias": (dim,)}
+    unused |= {f"{prefix}norm{index}.{part}": (dim,) for index in (2, 3) for part in ("weight", "bias")}
+    unused["decode_head.loss_decode.criterion.empty_weight"] = (16,)
+    if model.prompts is not None and model.prompts.depth == 0:
+        width = model.clip.image_tower.width
+        unused |= {"backbone.prompt_norm.weight": (width,), "backbone.prompt_norm.bias": (width,)}
+    return {**state, **{key: torch.randn(shape) for key, shape in unused.items()}}
+
+
+def write_checkpoint(path: Path, state: dict[str, Tensor]) -> Path:
+    """A file as mmcv writes it."""
+    content = {
+        "meta": {
+            "epoch": 1,
+            "iter": 20000,
+            "mmcv_version": "1.4.4",
+            "CLASSES": ("aeroplane", "bicycle"),
+            "hook_msgs": {},
+        },
+        "state_dict": state,
+        "optimizer": {
+            "state": {0: {"step": 5, "exp_avg": torch.zeros(2)}},
+            "param_groups": [{"lr": 1e-6, "params": [0]}],
+        },
+    }
+    torch.save(content, path)
+    return path
+
+
+def same(a: SegmentationModel, b: SegmentationModel, size: tuple[int, int] = (32, 32)) -> None:
+    images, text = torch.randn(1, 3, *size), unit_rows(5, a.clip.embed_dim)
+    seen = torch.tensor([True, False, True, True, False])
+    with torch.no_grad():
+        ours, theirs = (model(images, text, seen_words=seen).dense(size) for model in (a, b))
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+# ---- converting ----
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"prompt_depth": 1, "decoder_layers": 2, "ffn_ratio": 2.0},
+        {"prompt_depth": 0},
+        {"prompt_depth": -2, "decoder_layers": 1, "ffn_ratio": 4.0},
+        {"backbone": "fixed", "descriptor": False},
+        {"project_memory": True},
+    ],
+)
+def test_convert_the_authors_checkpoint(options: dict[str, Any], tmp_path: Path) -> None:
+    model = zegclip(**options)
+    state = authors_state(model)
+    path = write_checkpoint(tmp_path / "iter_20000.pth", state)
+    report = convert(path, tmp_path / "model", class_names=["cat", "sky"])
+    assert report.kind == "zegclip"
+    assert report.num_tensors == len(state)
+    assert set(report.unused) == state.keys() - {authors_key(name) for name in model.state_dict()}
+    assert "Found a ZegCLIP model" in str(report)
+    again = load_model(tmp_path / "model")
+    assert isinstance(again, ZegCLIP)
+    for key in ("backbone", "num_prompts", "descriptor", "decoder_layers", "project_memory", "class_embedding_twice"):
+        if key != "num_prompts" or again.prompts is not None:
+            assert getattr(again.options, key) == getattr(model.options, key), key
+    assert again.seen_names == ("cat", "sky")
+    assert again.default_templates == SINGLE_TEMPLATE
+    assert again.options.seen_offset == 0.1
+    assert again.window.size == again.options.mask_size == 32
+    assert again.mean == pytest.approx((0.485, 0.456, 0.406))
+    same(again, model)
+
+
+def test_what_a_file_does_not_say_can_be_given(tmp_path: Path) -> None:
+    model = zegclip(num_prompts=100)
+    path = write_checkpoint(tmp_path / "model.pth", {key: value.half() for key, value in authors_state(model).items()})
+    report = convert(path, tmp_path / "a", transductive=True, heads=8, dtype=torch.float16)
+    again = load_model(tmp_path / "a")
+    assert isinstance(again, ZegCLIP)
+    assert again.options.seen_offset == 0.0
+    assert again.default_templates == PAPER_TEMPLATES
+    assert again.clip.architecture["model_cfg"]["vision_cfg"]["head_width"] == 16
+    assert next(again.parameters()).dtype == torch.float32
+    assert len(report.notes) == 1
+    assert len(convert(path, tmp_path / "b", templates=["{}"]).notes) == 2
+    assert load_model(tmp_path / "b").default_templates == ("{}",)
+
+
+@pytest.mark.slow
+def test_convert_a_full_size_checkpoint(tmp_path: Path) -> None:
+    architecture = {
+        "embed_dim": 512,
+        "quick_gelu": True,
+        "vision_cfg": {"image_size": 512, "patch_size": 16, "width": 768, "layers": 12, "head_width": 64},
+        "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 512, "heads": 8, "layers": 12},
+    }
+    model = ZegCLIP.build(build_clip({"model_cfg": architecture}), {"num_prompts": 100, "class_embedding_twice": True})
+    assert isinstance(model, ZegCLIP)
+    state = authors_state(model)
+    assert len(state) == 376  # as the released files
+    # Released: 164,907,264 parameters with the 171-class buffer aside, of which lexiseg leaves the unused ones out.
+    unused = sum(
+        value.numel() for key, value in state.items() if key not in {authors_key(n) for n in model.state_dict()}
+    )
+    assert model.num_parameters() - 1 + unused - 16 == 164_907_264
+    report = convert(write_checkpoint(tmp_path / "coco.pth", state), tmp_path / "model")
+    again = load_model(report.folder)
+    assert again.window.size == 512
+    assert again.window.stride == 426
+    same(again, model.eval(), (64, 64))
+
+
+def test_a_checkpoint_that_does_not_fit_is_refused_with_the_keys(tmp_path: Path) -> None:
+    state = authors_state(zegclip())
+    del state["decode_head.q_proj.bias"], state["backbone.ln_post.weight"]
+    state["decode_head.extra"] = torch.ones(1)
+    with pytest.raises(LexisegError) as error:
+        convert(write_checkpoint(tmp_path / "a.pth", state), tmp_path / "out")
+    sentence = str(error.value)
+    assert "missing: backbone.ln_post.weight, decode_head.q_proj.bias" in sentence
+    assert "left over: decode_head.extra" in sentence
+    assert not (tmp_path / "out").exists()
+    state = authors_state(zegclip())
+    state["decode_head.q_proj.bias"] = torch.ones(3)
+    with pytest.raises(LexisegError, match=r"decode_head.q_proj.bias is \(3,\) instead of \(64,\)"):
+        convert(write_checkpoint(tmp_path / "b.pth", state), tmp_path / "out")
+    state = {key: value for key, value in authors_state(zegclip()).items() if not key.startswith("text_encoder.")}
+    with pytest.raises(LexisegError, match=r"lacks text_encoder\.\S+; take a complete file"):
+        convert(write_checkpoint(tmp_path / "c.pth", state), tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("key", "name"), [("decode_head.q_projs.0.weight", "cascade-clip"), ("backbone.complex_weight", "spt-seg")]
+)
+def test_checkpoints_of_other_systems_are_named(key: str, name: str, tmp_path: Path) -> None:
+    path = write_checkpoint(tmp_path / "a.pth", {key: torch.ones(1)})
+    with pytest.raises(LexisegError, match=f"a checkpoint of {name}"):
+        convert(path, tmp_path / "out")
+
+
+class Bomb:
+    """A pickle that would run code."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Path.touch, (Path("exploded"),))
+
+
+def test_nothing_in_a_pickle_is_executed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save({"state_dict": {"a": torch.ones(1)}, "meta": Bomb()}, tmp_path / "a.pth")
+    (tmp_path / "b.pth").write_bytes(pickle.dumps(Bomb()))
+    (tmp_path / "c.pth").write_text("not a checkpoint")
+    (tmp_path / "d.pth").write_bytes(b"")
+    (tmp_path / "e.safetensors").write_bytes(b"nothing")
+    for name in ("a.pth", "b.pth", "c.pth", "d.pth", "e.safetensors"):
+        with pytest.raises(LexisegError, match="cannot be read as weights only"):
+            convert(tmp_path / name, tmp_path / "out")
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_files_that_are_no_checkpoints(tmp_path: Path) -> None:
+    with pytest.raises(LexisegError, match="There is no file"):
+        convert(tmp_path / "nothing.pth", tmp_path / "out")
+    for content, sentence in (
+        ([1, 2], "holds a list"),
+        ({"a": 1}, "holds no tensors"),
+        ({"a": torch.ones(1)}, "neither"),
+    ):
+        torch.save(content, tmp_path / "a.pth")
+        with pytest.raises(LexisegError, match=sentence):
+            convert(tmp_path / "a.pth", tmp_path / "out")
+    program = torch.jit.trace(torch.nn.Linear(1, 1), torch.ones(1))
+    torch.jit.save(program, tmp_path / "b.pt")
+    with pytest.raises(LexisegError, match="TorchScript"):
+        convert(tmp_path / "b.pt", tmp_path / "out")
+
+
+@pytest.mark.parametrize("openai", [True, False])
+def test_convert_a_clip(openai: bool, tmp_path: Path) -> None:
+    clip = small_clip(quick_gelu=openai, vision_cfg={"width": 64, "head_width": 64}, text_cfg={"width": 64, "heads": 1})
+    state = {f"module.{key}": value for key, value in clip.model.state_dict().items()}
+    if openai:
+        state = {key.removeprefix("module."): value.half() for key, value in state.items()}
+        state |= {
+            "input_resolution": torch.tensor(32),
+            "context_length": torch.tensor(77),
+            "vocab_size": torch.tensor(9),
+        }
+    torch.save(state if openai else {"state_dict": state, "epoch": 3}, tmp_path / "clip.pt")
+    report = convert(tmp_path / "clip.pt", tmp_path / "clip")
+    assert report.kind == "clip"
+    assert len(report.unused) == (3 if openai else 0)
+    again = load_clip(tmp_path / "clip")
+    assert again.architecture["model_cfg"]["quick_gelu"] is openai
+    images = torch.randn(1, 3, 32, 32)
+    with torch.no_grad():
+        ours, theirs = again.model.encode_image(images), clip.model.encode_image(images)
+    torch.testing.assert_close(ours, theirs, rtol=1e-2 if openai else 1e-6, atol=1e-2 if openai else 1e-6)
+    assert isinstance(load_model(f"dense-clip/{tmp_path / 'clip'}"), DenseCLIP)
+
+
+# ---- folders and names ----
+
+
+def test_wrong_folders(tmp_path: Path) -> None:
+    with pytest.raises(LexisegError, match=r"has no config.json"):
+        load_model(tmp_path)
+    folder = save_model(zegclip(), tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+
+    def changed(**changes: Any) -> Path:
+        (folder / "config.json").write_text(json.dumps({**config, **changes}))
+        return folder
+
+    for changes, sentence in (
+        ({"format": 2}, "has format 2 and this lexiseg reads 1"),
+        ({"system": "segnext"}, "of the system 'segnext'.* it has zegclip, dense-clip"),
+        ({"options": {**config["options"], "colour": 1}}, "no option 'colour'"),
+        ({"options": {**config["options"], "num_prompts": 0}}, "'num_prompts' of zegclip is wrong"),
+        (
+            {"options": {**config["options"], "num_prompts": 5}},
+            r"prompts.embeddings is \(1, 4, 128\) in the file and \(1, 5",
+        ),
+        ({"clip": {"name": "clip-nowhere", "fingerprint": "0"}}, "No CLIP is called 'clip-nowhere'"),
+    ):
+        with pytest.raises(LexisegError, match=sentence):
+            load_model(changed(**changes))
+    (folder / "config.json").write_text("[]")
+    with pytest.raises(LexisegError, match="not a lexiseg configuration"):
+        load_model(folder)
+    (folder / "config.json").write_text("{")
+    with pytest.raises(LexisegError, match="not readable JSON"):
+        load_model(folder)
+    changed()
+    (folder / "model.safetensors").write_bytes(b"x")
+    with pytest.raises(LexisegError, match="not a readable safetensors file"):
+        load_model(folder)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(LexisegError, match=r"has no model.safetensors"):
+        load_model(folder)
+    save_clip(small_clip(), tmp_path / "clip")
+    with pytest.raises(LexisegError, match="write 'dense-clip/' before it"):
+        load_model(tmp_path / "clip")
+
+
+def test_wrong_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lexiseg.weights.folder.PACKAGED_FOLDER", tmp_path)
+    monkeypatch.setattr("lexiseg.clip.load.PACKAGED_FOLDER", tmp_path)
+    save_model(zegclip(), tmp_path / "zegclip-test")
+    (tmp_path / "a.pth").touch()
+    for name, sentence in (
+        ("zegclip-tset", "did you mean 'zegclip-test'"),
+        ("dense-clip", "lacks a CLIP"),
+        ("dense-clip/ViT-B-16/opnai", "known tags: openai"),
+        (str(tmp_path / "a.pth"), "run `lexiseg convert"),
+        (str(tmp_path / "nowhere"), "No model is called"),
+        ("qqqq", "known are zegclip-test"),
+    ):
+        with pytest.raises(LexisegError, match=sentence):
+            load_model(name)
+
+
+def test_a_packaged_clip_is_named_and_not_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lexiseg.weights.folder.PACKAGED_FOLDER", tmp_path)
+    monkeypatch.setattr("lexiseg.clip.load.PACKAGED_FOLDER", tmp_path)
+    save_clip(small_clip(), tmp_path / "clip-test", dtype=torch.float16)
+    model = ZegCLIP.build(load_clip("clip-test"), {"decoder_heads": 4}).eval()
+    model.metadata = {"description": "a test"}
+    folder = save_model(model, tmp_path / "zegclip-test")
+    assert not any(key.startswith("clip.") for key in load_file(folder / "model.safetensors"))
+    same(load_model("zegclip-test"), model)
+    assert [(entry.name, entry.system) for entry in list_models()] == [
+        ("zegclip-test", "zegclip"),
+        ("dense-clip/clip-test", "dense-clip"),
+    ]
+    assert list_models()[0].description == "a test"
+    assert isinstance(load_model("dense-clip/clip-test"), DenseCLIP)
+    # A tower that training changed goes into the folder.
+    with torch.no_grad():
+        model.clip.visual.conv1.weight.mul_(1.5)
+    save_model(model, tmp_path / "changed")
+    assert any(key.startswith("clip.") for key in load_file(tmp_path / "changed" / "model.safetensors"))
+    same(load_model(tmp_path / "changed"), model)
+    # Another CLIP under the same name is noticed.
+    save_clip(small_clip(seed=9), tmp_path / "clip-test")
+    with pytest.raises(LexisegError, match="another version of 'clip-test'"):
+        load_model("zegclip-test")
+
+
+def test_a_model_from_the_hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = zegclip()
+    folder = save_model(model, tmp_path / "model")
+    monkeypatch.setattr("lexiseg.clip.load.try_to_load_from_cache", lambda _, name: str(folder / name))
+    same(load_model("somebody/zegclip"), model)
+
+
+def test_half_precision_on_disk(tmp_path: Path) -> None:
+    folder = save_model(zegclip(), tmp_path / "model", dtype=torch.float16)
+    state = load_file(folder / "model.safetensors")
+    assert {value.dtype for value in state.values()} == {torch.float16}
+    assert next(load_model(folder).parameters()).dtype == torch.float32
+    save_file({**state, "extra": torch.ones(1)}, folder / "model.safetensors")
+    with pytest.raises(LexisegError, match="1 are left over, the first is extra"):
+        load_model(folder)
+
+
+def test_the_small_architecture_builds() -> None:
+    assert build_clip(small_architecture()).embed_dim == 16

@@ -11,7 +11,6 @@ from torch.nn import functional as F
 
 from lexiseg.errors import LexisegError
 
-
 _KEY_BIAS = 4.0
 
 

@@ -1,0 +1,102 @@
+"""The contrastive training of the tiny CLIP, and what the shipped one has learnt."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from lexiseg.clip import load_clip
+from lexiseg.training.contrastive import (
+    ContrastiveSettings,
+    ContrastiveTask,
+    SceneSettings,
+    patch_loss,
+    zero_shot_accuracy,
+)
+from lexiseg.training.recipe import ContrastiveRecipe, load_recipe
+from lexiseg.training.run import train
+from lexiseg.training.settings import TrainSettings
+from lexiseg.weights import load_model
+
+TOWERS = {
+    "embed_dim": 16,
+    "vision_cfg": {"layers": 2, "width": 24, "head_width": 12, "patch_size": 8, "image_size": 32},
+    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
+}
+
+
+def settings(**changes: object) -> ContrastiveSettings:
+    scenes = SceneSettings(size=32, num_things=(1, 2), seed=150, lag=2)
+    return ContrastiveSettings(model_cfg=TOWERS, scenes=scenes).model_copy(update=changes)
+
+
+def test_the_patch_loss_by_hand() -> None:
+    logits = torch.tensor([[[0.0, 0.0], [0.0, 0.0]]])
+    positives = torch.tensor([[True, False]])
+    # Every patch gives the phrase half of its probability; half of the patches is more than a quarter.
+    assert patch_loss(logits, positives, 0.25).item() == pytest.approx(math.log(2))
+    # With the whole picture asked for, half of it is missing as well.
+    assert patch_loss(logits, positives, 1.0).item() == pytest.approx(2 * math.log(2))
+    sure = torch.tensor([[[50.0, 0.0], [50.0, 0.0]]])
+    assert patch_loss(sure, positives, 1.0).item() == pytest.approx(0.0, abs=1e-5)
+
+
+@pytest.mark.parametrize("patch_dropout", [0.0, 0.5])
+def test_training_lowers_the_loss(patch_dropout: float) -> None:
+    task = ContrastiveTask(settings(patch_dropout=patch_dropout), TrainSettings(steps=10, batch_size=4, lr=1e-2))
+    task.model.train()
+    optimizer = torch.optim.AdamW(task.model.parameters(), lr=1e-2)
+    batch, values = task.batch(0), []
+    for _ in range(12):
+        losses = task.losses(batch)
+        assert set(losses) == {"loss", "loss_names", "loss_captions", "loss_patches"}
+        optimizer.zero_grad()
+        losses["loss"].backward()
+        optimizer.step()
+        values.append(losses["loss"].item())
+    assert values[-1] < 0.8 * values[0]
+
+
+def test_a_scene_comes_again_after_the_lag_and_batches_are_pure() -> None:
+    train_settings = TrainSettings(steps=10, batch_size=4, lr=1e-3)
+    task, other = (ContrastiveTask(settings(), train_settings) for _ in range(2))
+    first, later = task.batch(0), task.batch(2)
+    assert torch.equal(first["present"][:2], later["present"][2:]), "the two new ones of step 0 are shown again"
+    assert not torch.equal(first["images"][:2], later["images"][2:]), "shifted or mirrored afresh"
+    assert torch.equal(later["images"], other.batch(2)["images"])
+
+
+def test_a_run_exports_a_clip_that_a_larger_one_starts_from(tmp_path: Path) -> None:
+    numbers = TrainSettings(steps=2, batch_size=2, lr=1e-3, workers=0)
+    small = train(
+        ContrastiveRecipe(kind="contrastive", model=settings(), train=numbers), tmp_path / "small", progress=False
+    )
+    assert load_clip(small).image_size == 32
+    towers = {**TOWERS, "vision_cfg": {**TOWERS["vision_cfg"], "image_size": 48}}
+    task = ContrastiveTask(settings(model_cfg=towers, initial=str(small)), numbers)
+    assert task.clip.visual.positional_embedding.shape[0] == 1 + 6 * 6
+    same = load_clip(small).model.state_dict()["visual.conv1.weight"]
+    assert torch.equal(task.clip.model.state_dict()["visual.conv1.weight"], same)
+
+
+def test_the_shipped_clip_names_what_it_sees() -> None:
+    recipe = load_recipe("clip-emoji")
+    clip = load_clip("clip-emoji")
+    assert isinstance(recipe, ContrastiveRecipe)
+    assert clip.image_tower.num_blocks == 12
+    assert clip.architecture["model_cfg"] == recipe.model.model_cfg, "the recipe is what made the weights"
+    top1, top5 = zero_shot_accuracy(clip, num_rounds=1)
+    assert top1 >= 0.75 and top5 >= 0.90
+
+
+def test_the_shipped_zegclip_is_what_its_recipe_builds() -> None:
+    from lexiseg.data.picture_world import SEEN
+
+    model = load_model("zegclip-emoji")
+    recipe = load_recipe("zegclip-picture-world")
+    assert model.seen_names == SEEN
+    assert recipe.kind == "segmentation"
+    assert {key: getattr(model.options, key) for key in recipe.model.options} == recipe.model.options

@@ -16,7 +16,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lexiseg.errors import LexisegError
-from lexiseg.scores import GridScores, RegionScores, Scores, WindowScores, _contest, _decode, _fields
+from lexiseg.scores import (
+    GridScores,
+    RegionScores,
+    Scores,
+    WindowScores,
+    _contest,
+    _decode,
+    _fields,
+    _threads,
+)
 from lexiseg.scores._arithmetic import sigmoid
 
 Size = tuple[int, int]
@@ -342,3 +351,30 @@ def test_memory_does_not_grow_with_classes() -> None:
     run = subprocess.run([sys.executable, "-c", MEMORY], cwd=root, capture_output=True, text=True, check=True)
     few, some, many = json.loads(run.stdout)
     assert max(few, some, many) < 200, (few, some, many)
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_rows_shared_among_threads_give_the_same_bits(monkeypatch: pytest.MonkeyPatch, inference: bool) -> None:
+    logits = torch.randn(2, 30, 8, 8, generator=torch.Generator().manual_seed(5))
+    scores = GridScores(logits, resize_to=(64, 64), sigmoid=True)
+    alone = scores.label_and_score((150, 130))
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        monkeypatch.setattr(_threads, "_LEAST_WORK", 1)
+        rows = torch.arange(14).view(2, 7)
+        assert [piece.shape[1] for piece in _threads.shares(rows, logits.device, 1)] == [3, 2, 2]
+        with torch.inference_mode(inference):
+            shared = scores.label_and_score((150, 130))
+        assert torch.get_num_threads() == 3
+        assert all(torch.equal(a, b) for a, b in zip(alone, shared, strict=True))
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_an_error_in_a_thread_is_the_callers() -> None:
+    def wrong() -> None:
+        raise LexisegError("no")
+
+    with pytest.raises(LexisegError, match="no"):
+        _threads.run_all([lambda: None, wrong])

@@ -7,6 +7,7 @@ do not pay, and all words are streamed over in tiles.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from lexiseg.scores._contest import Writer, branch_and_bound, budget, first_equal, margin_of, tile_ranges
 from lexiseg.scores._fields import BLOCK_COLUMNS, BLOCK_ROWS, BLOCK_WORDS, Field, Words
+from lexiseg.scores._threads import run_all, shares
 
 
 def best(field: Field, word_to_class: Tensor | None, labels: Tensor, scores: Tensor | None) -> None:
@@ -22,8 +24,13 @@ def best(field: Field, word_to_class: Tensor | None, labels: Tensor, scores: Ten
     rows, columns = tile_ranges(field.cells(0)), tile_ranges(field.cells(1))
     if _worth_pruning(field, rows, columns):
         margin = margin_of(field)
-        for part, block_rows, block_columns in _tile_blocks(field, rows, columns):
-            branch_and_bound(part, block_rows, block_columns, margin, writer)
+
+        def decide(some_rows: Tensor) -> None:
+            for part, block_rows, block_columns in _tile_blocks(field, some_rows, columns):
+                branch_and_bound(part, block_rows, block_columns, margin, writer)
+
+        work = field.num_words * field.height * field.width
+        run_all([partial(decide, some) for some in shares(rows, field.device, work)])
         return
     for top, bottom, left, right in _rectangles(field):
         winner = torch.zeros(bottom - top, right - left, dtype=torch.long, device=field.device)

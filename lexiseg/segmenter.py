@@ -257,6 +257,47 @@ class Segmenter:
         self._held = _Held(picture, window or self.model.window, features)
         return self
 
+    def scores(
+        self,
+        image: ImageSource,
+        classes: VocabularySource,
+        *,
+        window: WindowPolicy | None = None,
+        batch_size: int = _BATCH_SIZE,
+        background: BackgroundSource = None,
+    ) -> Scores:
+        """The scores of one picture that `predict` makes its labels of, in factorised form.
+
+        Args:
+            image: as in `predict`.
+            classes: as in `predict`.
+            window: as in `predict`.
+            batch_size: as in `predict`.
+            background: as in `predict`.
+
+        Raises:
+            LexisegError: the picture or the classes are wrong.
+        """
+        _check_batch_size(batch_size)
+        words = self._words(classes, background)
+        picture = self._read(0, image, window)
+        if isinstance(picture, tuple):
+            raise picture[1]
+        for start in range(0, len(picture.boxes), batch_size):
+            self._run([(picture, box) for box in picture.boxes[start : start + batch_size]], words)
+        return self._joined(picture, window or self.model.window)
+
+    def pixels(self, image: ImageSource) -> Tensor:
+        """A whole picture as the model sees it when it is run without windows: float32 (1, 3, h, w), normalised.
+
+        Raises:
+            LexisegError: the picture is wrong.
+        """
+        picture = self._read(0, image, replace(self.model.window, size=None, stride=0))
+        if isinstance(picture, tuple):
+            raise picture[1]
+        return self._crops([(picture, picture.boxes[0])])
+
     def _predict_held(
         self, classes: VocabularySource, window: WindowPolicy | None, background: BackgroundSource
     ) -> Segmentation:
@@ -278,7 +319,7 @@ class Segmenter:
     def _words(self, classes: VocabularySource, background: BackgroundSource) -> _Words:
         vocabulary = self.vocabulary(classes, background=background)
         device = self.device
-        text = self.embedder(vocabulary).to(device)
+        text = self.model.embed_text(self.embedder, vocabulary).to(device)
         joined = len(vocabulary.words) > len(vocabulary)
         return _Words(
             vocabulary,
@@ -298,12 +339,12 @@ class Segmenter:
                 check_proportions(height, width)
             except LexisegError as error:
                 raise LexisegError(f"{shorten(name, 200)}: {error}") from error
-            size = working_size(height, width, policy.short_side)
+            size = working_size(height, width, policy.short_side, policy.long_side)
             boxes = cover(*size, policy.size, policy.stride)
         except LexisegError as error:
             return key, error
         # The picture stays bytes: a float copy of 20 megapixels would take 240 MB. Windows are normalised one by one.
-        canvas = image if size == (height, width) else _resize(image, size)
+        canvas = image if size == (height, width) else _resize(image, size, policy.antialias)
         return _Picture(key, name, image, canvas, boxes)
 
     def _stream(
@@ -375,12 +416,16 @@ class Segmenter:
         std = torch.tensor(self.model.std, device=images.device).view(1, 3, 1, 1)
         return (images - mean) / std
 
+    def _joined(self, picture: _Picture, policy: WindowPolicy) -> Scores:
+        """The scores of a picture whose windows were all run."""
+        if policy.size is None:
+            return picture.parts[0]
+        # Also for a single window: the published protocol goes through the working size in every case.
+        return WindowScores(picture.parts, picture.boxes, picture.canvas_size)
+
     def _decode(self, picture: _Picture, words: _Words, policy: WindowPolicy) -> Segmentation:
         vocabulary = words.vocabulary
-        scores = picture.parts[0]
-        if policy.size is not None:
-            # Also for a single window: the published protocol goes through the working size in every case.
-            scores = WindowScores(picture.parts, picture.boxes, picture.canvas_size)
+        scores = self._joined(picture, policy)
         try:
             found, values = scores.label_and_score((int(picture.image.shape[1]), int(picture.image.shape[2])))
         except LexisegError as error:
@@ -417,6 +462,6 @@ def _check_batch_size(batch_size: int) -> None:
         raise LexisegError(f"The batch size is {batch_size}; it must be at least 1.")
 
 
-def _resize(image: Tensor, size: tuple[int, int]) -> Tensor:
-    """Resize bytes bilinearly; antialiased, because a photograph shrunk without it is noise to a vision tower."""
-    return F.interpolate(image[None], size=size, mode="bilinear", align_corners=False, antialias=True)[0]
+def _resize(image: Tensor, size: tuple[int, int], antialias: bool) -> Tensor:
+    """Resize bytes bilinearly; usually antialiased, because a photograph shrunk without it is noise to a tower."""
+    return F.interpolate(image[None], size=size, mode="bilinear", align_corners=False, antialias=antialias)[0]

@@ -11,7 +11,7 @@ MIN_SIDE = 2
 MAX_ASPECT = 64
 
 
-def working_size(height: int, width: int, short_side: int | None) -> tuple[int, int]:
+def working_size(height: int, width: int, short_side: int | None, long_side: int | None = None) -> tuple[int, int]:
     """The size at which a picture is segmented.
 
     Args:
@@ -19,6 +19,8 @@ def working_size(height: int, width: int, short_side: int | None) -> tuple[int, 
         width: of the picture in pixels.
         short_side: length of the shorter side afterwards; the longer one follows, with no limit (the test-time resize
             of ZegCLIP's published code). None keeps the size.
+        long_side: the longer side becomes no longer than this, and the shorter one follows (detectron2's largest test
+            size); None sets no limit.
 
     Returns:
         Height and width, rounded half up.
@@ -26,6 +28,8 @@ def working_size(height: int, width: int, short_side: int | None) -> tuple[int, 
     if short_side is None:
         return height, width
     factor = short_side / min(height, width)
+    if long_side is not None:
+        factor = min(factor, long_side / max(height, width))
     return max(1, int(height * factor + 0.5)), max(1, int(width * factor + 0.5))
 
 

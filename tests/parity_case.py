@@ -45,8 +45,16 @@ class Case:
     touched: set[str] = field(default_factory=set)
 
     def params(self) -> dict[str, Tensor]:
-        """The ``param/`` tensors by the authors' keys."""
-        return {key.removeprefix("param/"): value for key, value in self.tensors.items() if key.startswith("param/")}
+        """The ``param/`` tensors by the authors' keys; tables kept as ``param_rows/`` are filled up with zero rows."""
+        found = {key.removeprefix("param/"): value for key, value in self.tensors.items() if key.startswith("param/")}
+        for key in self.tensors:
+            if key.startswith("param_rows/") and key.endswith("/ids"):
+                stem = key.removesuffix("/ids")
+                values = self.tensors[f"{stem}/values"]
+                table = values.new_zeros(int(self.tensors[f"{stem}/num_rows"]), *values.shape[1:])
+                table[self.tensors[key]] = values
+                found[stem.removeprefix("param_rows/")] = table
+        return found
 
     def input(self, name: str) -> Tensor:
         """The tensor ``input/name``."""

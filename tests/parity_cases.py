@@ -2,30 +2,52 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
+from pathlib import Path
 
 from tests.parity_case import Case, UnsupportedError
+from tests.parity_one_stage import backbone, evaluation, optimizer_steps, slide, text_path, training
 from tests.parity_pieces import learning_rates, loss_only, metric, positions, sizes, tokens
-from tests.parity_zegclip import backbone, evaluation, optimizer_steps, slide, text_path, training
+
+Kinds = list[tuple[Callable[[Case], bool], Callable[[Case], None]]]
+
+# Each of these has KINDS: a test on what a case contains, and what compares such a case.
+FAMILIES = ("parity_decoupled_clip", "parity_proposals", "parity_deop", "parity_maft")
+
+
+def _present(case: Case, *keys: str) -> bool:
+    return all(key in case.config for key in keys)
+
+
+KINDS: Kinds = [
+    (lambda case: _present(case, "table", "base_lr"), learning_rates),
+    (lambda case: _present(case, "test_columns"), sizes),
+    (lambda case: _present(case, "grid_from"), positions),
+    (lambda case: any(key.endswith("_texts") for key in case.config), tokens),
+    (lambda case: "input/raw_labels" in case.tensors, metric),
+    (lambda case: _present(case, "backbone_config"), backbone),
+]
+
+
+def families() -> Kinds:
+    """The kinds of the other families' files, as far as they are there."""
+    found: Kinds = []
+    for name in FAMILIES:
+        if (Path(__file__).parent / f"{name}.py").is_file():
+            found += importlib.import_module(f"tests.{name}").KINDS
+    return found
 
 
 def compare(case: Case) -> None:
     """Find out what kind of case this is and compare it."""
     config = case.config
-    kinds: list[tuple[bool, Callable[[Case], None]]] = [
-        ("table" in config and "base_lr" in config, learning_rates),
-        ("test_columns" in config, sizes),
-        ("grid_from" in config, positions),
-        (any(key.endswith("_texts") for key in config), tokens),
-        ("input/raw_labels" in case.tensors, metric),
-        ("backbone_config" in config, backbone),
-    ]
-    for matches, function in kinds:
-        if matches:
+    one_stage = "repo" in config
+    for matches, function in KINDS if one_stage else families() + KINDS:
+        if matches(case):
             return function(case)
-    system = config.get("model_config", {}).get("type", config.get("repo"))
-    if system != "ZegCLIP":
-        raise UnsupportedError(f"cases of {config.get('repo', system) or 'an unnamed system'} are not supported yet")
+    if not one_stage:
+        raise UnsupportedError(f"cases of {config.get('repo') or 'an unnamed system'} are not supported yet")
     if "model_config" not in config:
         if "input/pred_masks" in case.tensors:
             return loss_only(case)

@@ -10,9 +10,9 @@ from torch import Tensor
 from lexiseg.clip import build_clip, resize_positions
 from lexiseg.data.transforms import test_size, train_size
 from lexiseg.evaluation.metrics import Confusion, reduce_zero_label
-from lexiseg.losses import count_masks, mask_losses
+from lexiseg.losses import count_masks, mask_losses, ssim_loss
 from lexiseg.training.schedule import poly_warmup
-from lexiseg.weights.zegclip_checkpoint import IMAGENET_MEAN, IMAGENET_STD
+from lexiseg.weights.one_stage_checkpoint import IMAGENET_MEAN, IMAGENET_STD
 from tests.parity_case import Case
 
 
@@ -106,16 +106,19 @@ def loss_only(case: Case) -> None:
     grads: dict[str, Tensor] = {}
     for name in names:
         logits = case.input(f"aux_pred_masks{name}" if name else "pred_masks").clone().requires_grad_()
-        losses = mask_losses(
-            logits,
-            labels,
-            focal_weight=weights["mask_weight"] * weights["loss_weight"],
-            dice_weight=weights["dice_weight"] * weights["loss_weight"],
-        )
-        losses.total.backward()
-        total = total + losses.total.detach()
-        case.check(f"loss/loss_mask{name}", losses.focal)
-        case.check(f"loss/loss_dice{name}", losses.dice)
+        rate = weights.get("loss_weight", 1.0)
+        focal_weight, second_weight = weights["mask_weight"] * rate, weights["dice_weight"] * rate
+        if case.has("loss/loss_ssim"):
+            focal = mask_losses(logits, labels, focal_weight=focal_weight, dice_weight=0.0)
+            ssim = ssim_loss(logits, labels, weight=second_weight)
+            loss, parts = focal.total + ssim, {"loss_mask": focal.focal, "loss_ssim": ssim}
+        else:
+            losses = mask_losses(logits, labels, focal_weight=focal_weight, dice_weight=second_weight)
+            loss, parts = losses.total, {"loss_mask": losses.focal, "loss_dice": losses.dice}
+        loss.backward()
+        total = total + loss.detach()
+        for part, value in parts.items():
+            case.check(f"loss/{part}{name}", value)
         grads[f"grad_aux{name}" if name else "grad_pred_masks"] = logits.grad if logits.grad is not None else logits
     case.check("loss_total", torch.as_tensor(total))
     for key, gradient in grads.items():

@@ -364,6 +364,19 @@ def test_train_mistakes(call: Call, tiny_clip: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "runs").exists()
 
 
+def test_dry_run_and_until(call: Call, tiny_clip: Path, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path / "small.yaml", tiny_clip)
+    code, out, _ = call("train", recipe, "--dry-run")
+    assert code == 0 and "trainable" in out and "picture-world" in out and not (tmp_path / "runs").exists()
+    code, out, _ = call("train", recipe, "--dry-run", "--json", "--set", "train.steps=7")
+    found = json.loads(out)
+    assert found["system"] == "zegclip" and found["train"]["steps"] == 7 and len(found["unseen"]) == 17
+    code, _, _ = call("train", recipe, "-o", "half", "--until", 1, "--device", "cpu", "--no-tensorboard")
+    assert code == 0 and json.loads((Path("half") / "model" / "config.json").read_text())["metadata"]["steps"] == 1
+    assert_sentence(*call("train", recipe, "-o", "new", "--until", 5, "--device", "cpu"), "2 steps", "5")
+    assert_sentence(*call("train", recipe, "--dry-run", "--set", "model.clip=nonsense"), "nonsense")
+
+
 def test_train_lists_recipes(call: Call) -> None:
     code, out, _ = call("train", "--list", "--json")
     assert code == 0
@@ -372,13 +385,13 @@ def test_train_lists_recipes(call: Call) -> None:
 
 def test_evaluate_mistakes(call: Call, tiny_model: Path, tmp_path: Path) -> None:
     assert_sentence(*call("evaluate", "no-such-recipe", "-w", tiny_model), "no-such-recipe")
-    assert_sentence(*call("evaluate", "picture-world", "-w", tiny_model, "--split", "train"), "val split")
+    assert_sentence(*call("evaluate", "picture-world", "-w", tiny_model, "--split", "train"), "test split")
     assert_sentence(*call("evaluate", "picture-world"), "--weights")
     assert_sentence(*call("evaluate", "tiny", "-w", tiny_model, "--size", 32), "--size")
     assert_sentence(*call("evaluate", "tiny", "-w", tiny_model, "--split", "train"), "--split")
     assert_sentence(*call("evaluate", "clip-emoji", "-w", tiny_model), "captions")
     (tmp_path / "empty").mkdir()
-    assert_sentence(*call("evaluate", "empty", "-w", tiny_model), "classes.txt")
+    assert_sentence(*call("evaluate", "empty", "-w", tiny_model), "no folder of pictures")
 
 
 def test_convert(call: Call, tiny_clip: Path, picture: Path, tmp_path: Path) -> None:
@@ -412,7 +425,8 @@ def test_data(call: Call, tiny_model: Path, tmp_path: Path) -> None:
     label.write_bytes(b"")
     code, out, _ = call("data", "verify", "world", "--json")
     assert code == 1
-    assert json.loads(out)["problems"][0]["sample"] == label.stem
+    errors = [entry for entry in json.loads(out)["findings"] if entry["severity"] == "error"]
+    assert [(entry["kind"], entry["sample"]) for entry in errors] == [("empty-file", label.stem)]
     code, out, _ = call("data", "show", "-o", "sheet.png", "--rows", 1, "--columns", 2, "--size", 32)
     assert code == 0 and "wrote sheet.png" in out
     assert Image.open(tmp_path / "sheet.png").width > 64

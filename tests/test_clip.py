@@ -187,7 +187,6 @@ def test_fingerprints_follow_the_weights(clip: CLIP) -> None:
         ("VitB16/openai", "did you mean 'ViT-B-16/openai'"),
         ("ViT-B-16", "did you mean 'ViT-B-16/"),
         ("nothing/like/this", "for example 'ViT-B-16/openai'"),
-        ("RN50/openai", "a ResNet as its image tower"),
         ("./nowhere", "no folder './nowhere'"),
         ("hf-hub:alone", "write hf-hub:OWNER/NAME"),
         ("ViT-B-16-SigLIP/webli", "timm library"),

@@ -17,7 +17,7 @@ PACKAGE = Path(__file__).parents[1] / "lexiseg"
 # A part may import from the parts named here and from itself. `weights` sits above `models`: it builds them from files.
 WORDS = {"errors", "files", "words", "colors", "background", "vocabulary_reading", "vocabulary"}
 PICTURES = {"images", "rle", "overlay", "segmentation"}
-MODELS = {"clip", "scores", "losses", "models", "weights"}
+MODELS = {"clip", "scores", "proposals", "regions", "losses", "models", "weights"}
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "files": {"errors"},
@@ -34,13 +34,16 @@ ALLOWED: dict[str, set[str]] = {
     "windows": {"errors"},
     "devices": {"errors"},
     "scores": {"errors"},
-    "losses": {"errors"},
+    "proposals": {"errors"},
+    "regions": {"errors", "clip"},
+    "losses": {"errors", "proposals"},
     "clip": WORDS,
-    "models": WORDS | {"clip", "scores", "losses"},
-    "weights": WORDS | {"clip", "models"},
-    "data": WORDS | {"images"},
+    "models": WORDS | {"clip", "scores", "proposals", "regions", "losses"},
+    "weights": WORDS | {"clip", "proposals", "models"},
+    "data": WORDS | {"images", "windows"},
     "segmenter": WORDS | PICTURES | MODELS | {"devices", "windows"},
     "evaluation": WORDS | PICTURES | MODELS | {"data", "segmenter"},
+    "analysis": WORDS | PICTURES | MODELS | {"segmenter"},
     "training": WORDS | PICTURES | MODELS | {"data", "segmenter", "evaluation"},
 }
 # What faces the user may use everything.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import numpy as np
 import pytest
 import torch
@@ -98,8 +100,9 @@ def test_the_train_split_never_shows_a_mask_of_an_unseen_class() -> None:
     assert hidden > 0, "the scenes must contain unseen classes for this to mean anything"
 
 
-def test_the_val_split_shows_every_kind_of_class_exactly() -> None:
-    val = PictureWorld("val", size=64, length=60)
+@pytest.mark.parametrize("split", ["val", "test"])
+def test_val_and_test_show_every_kind_of_class_exactly(split: Literal["val", "test"]) -> None:
+    val = PictureWorld(split, size=64, length=60)
     ids = torch.cat([sample.label.flatten() for sample in val]).unique().tolist()
     assert set(ids) & set(UNSEEN_IDS) and max(ids) < len(CLASSES)
     assert len(val) == 60 and val[3].image.dtype == torch.uint8 and val[3].image.shape == (3, 64, 64)
@@ -108,8 +111,8 @@ def test_the_val_split_shows_every_kind_of_class_exactly() -> None:
 
 
 def test_an_unknown_split_is_one_sentence() -> None:
-    with pytest.raises(LexisegError, match=r"no split 'test'"):
-        PictureWorld("test")  # type: ignore[arg-type]
+    with pytest.raises(LexisegError, match=r"no split 'dev'"):
+        PictureWorld("dev")  # type: ignore[arg-type]
 
 
 def test_written_to_disk_it_is_a_voc_folder(tmp_path) -> None:

@@ -24,7 +24,7 @@ FOLDER = {"source": "voc-folder", "root": "data/voc", "reduce_zero_label": True}
 @pytest.mark.parametrize("name", list_recipes())
 def test_shipped_recipes_are_right(name):
     recipe = load_recipe(name)
-    assert recipe.description and recipe.train.steps > 0
+    assert recipe.description
     if isinstance(recipe, SegmentationRecipe):
         SYSTEMS[recipe.model.system].parse_options(recipe.model.options)
     assert parse_recipe(as_yaml(recipe), "again") == recipe
@@ -80,7 +80,7 @@ def test_folder_data():
         ("lr: 1.0e-3", "lr: 1.0e-3\n  betas: [0.9, 1.5]", "betas must be in 0..1"),
         ("templates: single", "templates: 3", "wrong value for 'templates'"),
         ("source: picture-world", "source: moon", "wrong value for 'data'"),
-        ("kind: segmentation", "kind: sculpture", "needs 'kind', one of contrastive, segmentation"),
+        ("kind: segmentation", "kind: sculpture", "needs 'kind', one of contrastive, evaluation, segmentation"),
         ("  size: 64", "  size: 64\n  size: 3", "the key 'size' is given twice"),
         ("train:", "train: [", "not right YAML in line"),
         ("model:", "? [1]\n: 2\nmodel:", "not right YAML"),

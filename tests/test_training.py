@@ -19,9 +19,10 @@ from lexiseg.data.transforms import light_pipeline
 from lexiseg.errors import LexisegError
 from lexiseg.models import ZegCLIP
 from lexiseg.training.checkpoint import find_checkpoints
+from lexiseg.training.labels import training_vocabulary
 from lexiseg.training.recipe import parse_recipe
 from lexiseg.training.run import build_task, dataset_of, name_of, train
-from lexiseg.training.segmentation import SegmentationTask, training_vocabulary
+from lexiseg.training.segmentation import SegmentationTask
 from lexiseg.vocabulary import Vocabulary
 from lexiseg.weights import load_model
 

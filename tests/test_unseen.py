@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 
+from lexiseg.cli.train import read_recipe
 from lexiseg.data.picture_world import CLASS_IDS, CLASSES, SEEN, UNSEEN, render_scene
 from lexiseg.data.picture_world.dataset import SPLIT_SEEDS
+from lexiseg.data.picture_world.scene import Scene
+from lexiseg.errors import LexisegError
 from lexiseg.training.contrastive import HELD_OUT_SEED, ContrastiveTask
+from lexiseg.training.labels import UNLABELLED, masked_names, training_vocabulary
 from lexiseg.training.recipe import ContrastiveRecipe, SegmentationRecipe, list_recipes, load_recipe
-from lexiseg.training.run import dataset_of, pipeline_of
-from lexiseg.training.segmentation import SegmentationTask, training_vocabulary
+from lexiseg.training.run import build_task, dataset_of, pipeline_of
+from lexiseg.training.segmentation import SegmentationTask
 from tests.towers import small_clip
 
 RECIPES = {name: load_recipe(name) for name in list_recipes()}
@@ -33,8 +40,11 @@ def test_segmentation_never_meets_an_unseen_class(name: str) -> None:
     recipe = RECIPES[name]
     assert isinstance(recipe, SegmentationRecipe)
     dataset = dataset_of(recipe.data, "train")
-    vocabulary = training_vocabulary(dataset.vocabulary)
-    assert vocabulary.names == SEEN, "no text of an unseen class reaches the loss"
+    assert recipe.setting in ("inductive", "transductive"), "supervised training would need masks of unseen classes"
+    vocabulary = training_vocabulary(dataset.vocabulary, setting=recipe.setting)
+    assert masked_names(vocabulary) == SEEN
+    if recipe.setting == "inductive":
+        assert vocabulary.names == SEEN, "no text of an unseen class reaches the loss"
     truths = [render_scene([SPLIT_SEEDS["train"], index], recipe.data.size).label for index in range(8)]
     assert any(np.isin(truth, UNSEEN_IDS).any() for truth in truths), "otherwise this shows nothing"
     for index, truth in enumerate(truths):
@@ -45,7 +55,7 @@ def test_segmentation_never_meets_an_unseen_class(name: str) -> None:
 def test_a_batch_of_labels_holds_ranks_of_seen_classes_only() -> None:
     from lexiseg.models import ZegCLIP
 
-    recipe = RECIPES[SEGMENTATION[0]]
+    recipe = RECIPES["zegclip-picture-world"]
     dataset = dataset_of(recipe.data, "train")
     model = ZegCLIP.build(small_clip(), {"num_prompts": 1, "decoder_layers": 1, "decoder_heads": 1}, seen_names=SEEN)
     task = SegmentationTask(
@@ -58,6 +68,52 @@ def test_a_batch_of_labels_holds_ranks_of_seen_classes_only() -> None:
     assert task.text.shape[0] == len(SEEN)
     labels = task.batch(0).labels
     assert labels[labels != 255].max() < len(SEEN)
+
+
+@pytest.mark.parametrize("unlabelled", ["marked", "ignored"])
+def test_self_training_learns_the_place_of_unseen_classes_and_nothing_else(
+    unlabelled: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Labels hold seen ids and "no label"; with other unseen classes in the same places they are the same labels."""
+    recipe = small_self_training(unlabelled)
+    task = build_task(recipe)
+    assert isinstance(task, SegmentationTask)
+    assert task.vocabulary.names == CLASSES and task.model.seen_names == SEEN
+    labels = [task.batch(index).labels for index in range(3)]
+    seen_ids = {CLASS_IDS[name] for name in SEEN}
+    for batch in labels:
+        assert set(batch.unique().tolist()) <= seen_ids | {UNLABELLED}
+    assert any((batch == UNLABELLED).any() for batch in labels), "otherwise this shows nothing"
+
+    turned = np.arange(256)
+    turned[UNSEEN_IDS] = np.roll(UNSEEN_IDS, 1)
+    changed = []
+
+    def other_scene(*arguments: Any, **options: Any) -> Scene:
+        scene = render_scene(*arguments, **options)
+        changed.append(np.isin(scene.label, UNSEEN_IDS).any())
+        return replace(scene, label=turned[scene.label].astype(scene.label.dtype))
+
+    monkeypatch.setattr("lexiseg.data.picture_world.dataset.render_scene", other_scene)
+    assert all(torch.equal(task.batch(index).labels, batch) for index, batch in enumerate(labels))
+    assert any(changed)
+
+
+def small_self_training(unlabelled: str) -> SegmentationRecipe:
+    """A shipped recipe with the setting changed, and everything that takes time made small."""
+    recipe = RECIPES["zegclip-picture-world"]
+    assert isinstance(recipe, SegmentationRecipe)
+    values = recipe.model_dump(mode="json") | {"setting": "transductive", "unlabelled": unlabelled}
+    values["model"]["options"] |= {"num_prompts": 1, "decoder_layers": 1, "start": "random"}
+    values["data"] |= {"size": 64, "length": 12}
+    values["train"] |= {"batch_size": 4, "snapshot_every": 0}
+    return SegmentationRecipe.model_validate(values)
+
+
+@pytest.mark.parametrize("name", SEGMENTATION)
+def test_no_recipe_can_be_turned_into_a_supervised_one(name: str) -> None:
+    with pytest.raises(LexisegError, match="picture-world has no masks"):
+        read_recipe(name, ["setting=supervised"], None)
 
 
 @pytest.mark.parametrize("name", CONTRASTIVE)

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 import lexiseg
-from lexiseg.cli import convert, data, doctor, evaluate, models, predict, train
+from lexiseg.cli import benchmark, convert, data, doctor, draw, evaluate, models, predict, train
 from lexiseg.cli.console import say_error
 from lexiseg.errors import LexisegError
 
@@ -34,6 +34,8 @@ app.command("predict")(predict.predict)
 app.command("train")(train.train)
 app.command("evaluate")(evaluate.evaluate)
 app.command("convert")(convert.convert)
+app.add_typer(draw.app, name="draw")
+app.add_typer(benchmark.app, name="benchmark")
 app.command("models")(models.models)
 app.add_typer(data.app, name="data")
 app.command("doctor")(doctor.doctor)

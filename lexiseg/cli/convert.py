@@ -18,14 +18,16 @@ def convert(
         Path | None,
         typer.Option(
             "--seen",
-            help="ZegCLIP: a file of the classes it was trained on, one a line; they are not in the checkpoint.",
+            help="Segmenters: a file of the classes it was trained on, one a line; they are not in the checkpoint.",
             show_default=False,
         ),
     ] = None,
     template: Template = None,
     transductive: Annotated[
         bool,
-        typer.Option("--transductive", help="ZegCLIP: it was trained with self-training; no offset on seen classes."),
+        typer.Option(
+            "--transductive", help="Segmenters: it was trained with self-training; no offset on seen classes."
+        ),
     ] = False,
     quick_gelu: Annotated[
         bool | None,
@@ -33,13 +35,21 @@ def convert(
             "--quick-gelu/--gelu", help="CLIP: its activation. Default: told by the file.", show_default=False
         ),
     ] = None,
+    clip: Annotated[
+        str | None,
+        typer.Option(
+            "--clip",
+            help="Decoupled systems without a CLIP in their file (ZegFormer): the CLIP, such as ViT-B-16/openai.",
+            show_default=False,
+        ),
+    ] = None,
     half: Annotated[bool, typer.Option("--half", help="Store the weights in 16 bits.")] = False,
     json: Json = False,
 ) -> None:
     """Turn a checkpoint into a folder for --model.
 
-    Reads ZegCLIP checkpoints in their authors' layout and CLIPs with a vision transformer. Nothing in a pickle is
-    executed.
+    Reads checkpoints of ZegCLIP, Cascade-CLIP, SPT-SEG, DeOP, ZSSeg, ZegFormer, FreeSeg and MAFT in their authors'
+    layout, and CLIPs with a vision transformer. Nothing in a pickle is executed.
     """
     import torch
 
@@ -57,13 +67,14 @@ def convert(
             templates=templates,
             transductive=transductive,
             quick_gelu=quick_gelu,
+            clip=clip,
             dtype=torch.float16 if half else None,
         )
     _warn_of_idle(
         report.kind,
         {
             "clip": {"--seen": seen, "--template": template, "--transductive": transductive or None},
-            "zegclip": {"--quick-gelu": quick_gelu},
+            **{kind: {"--quick-gelu": quick_gelu} for kind in ("zegclip", "cascade-clip", "spt-seg")},
         },
     )
     if json:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lexiseg.cli.console import say_json, say_written, waiting
+from lexiseg.cli.console import say_json, say_note, say_table, say_written, waiting, with_progress
 from lexiseg.errors import LexisegError
 
+if TYPE_CHECKING:
+    from lexiseg.data.sets.verify import SampleCheck
+
 app = typer.Typer(
-    help="Write the picture world to disk, look at it, and check a dataset folder.", no_args_is_help=False
+    help="Write the picture world to disk, look at it; prepare and check a data set.", no_args_is_help=False
 )
 
 
@@ -21,6 +25,7 @@ class Split(str, Enum):
 
     train = "train"
     val = "val"
+    test = "test"
 
 
 @app.callback(invoke_without_command=True)
@@ -71,26 +76,96 @@ def show(
     say_written([output])
 
 
+_NAME = "voc2012, coco-stuff-164k, pascal-context-59, pascal-context-459, ade20k-150, ade20k-847, or own"
+
+Classes = Annotated[
+    Path | None,
+    typer.Option("--classes", help="A list of the classes, where the data carries none.", show_default=False),
+]
+
+
 @app.command("verify")
 def verify(
-    folder: Annotated[Path, typer.Argument(help="A dataset in the layout of PASCAL VOC.")],
-    split: Annotated[str, typer.Option(help="Name of the list in ImageSets/Segmentation.")] = "val",
+    name: Annotated[
+        str, typer.Argument(metavar="NAME", help=f"{_NAME}; or the folder of your own data.", show_default=False)
+    ],
+    root: Annotated[
+        Path | None,
+        typer.Argument(metavar="[ROOT]", help="The folder the data set was unpacked in.", show_default=False),
+    ] = None,
+    split: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--split", help="A split to look at; may be repeated. Default: training and val.", show_default=False
+        ),
+    ] = None,
+    classes: Classes = None,
+    workers: Annotated[
+        int | None, typer.Option("--workers", min=1, help="Threads that read. Default: one a processor.")
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
 ) -> None:
-    """Read every sample of a dataset folder and report those that cannot be used.
+    """Read every file of a data set and report what is wrong: missing, damaged, of another size, unknown ids and more.
 
-    Exit code 1 when there are any.
+    Exit code 1 when something would make training or evaluation fail or go wrong; warnings alone are 0.
     """
-    from lexiseg.data.folders import VocFolder
+    from lexiseg.data.sets.verify import verify as run
 
-    dataset = VocFolder(folder, split)
-    with waiting(f"reading {len(dataset)} samples"):
-        problems = [{"sample": name, "problem": problem} for name, problem in dataset.verify()]
+    chosen, folder = _name_and_root(name, root)
+    found = run(chosen, folder, splits=split, classes=classes, workers=workers, progress=_progress)
     if json:
-        say_json({"folder": str(folder), "split": split, "samples": len(dataset), "problems": problems})
+        say_json(found.to_dict())
     else:
-        for entry in problems:
-            typer.echo(f"{entry['sample']}: {entry['problem']}")
-        typer.echo(f"{len(dataset)} samples of {len(dataset.vocabulary)} classes, {len(problems)} unusable")
-    if problems:
+        for finding in found.findings:
+            where = ": ".join(part for part in (finding.split, finding.sample) if part)
+            typer.echo(f"{finding.severity}  {finding.kind}  {where + ': ' if where else ''}{finding.problem}")
+        rows = [
+            [check.split, f"{check.samples:,}", f"{sum(count > 0 for count in check.class_pixels)}",
+             f"{100 * check.ignored / max(1, check.labelled + check.ignored):.1f} %"]
+            for check in found.splits
+        ]  # fmt: skip
+        say_table(f"{chosen}, {len(found.classes)} classes", ["split", "samples", "classes there", "no class"], rows)
+        warnings = len(found.findings) - len(found.errors)
+        typer.echo(f"{len(found.errors)} errors, {warnings} warnings")
+    if found.errors:
         raise typer.Exit(1)
+
+
+@app.command("prepare")
+def prepare(
+    name: Annotated[str, typer.Argument(metavar="NAME", help=f"{_NAME}.", show_default=False)],
+    root: Annotated[Path, typer.Argument(metavar="ROOT", help="The folder of the archives.", show_default=False)],
+    json: Annotated[bool, typer.Option("--json", help="Print what was done as JSON.")] = False,
+) -> None:
+    """Unpack the archives in a folder and write the lists that are missing; needs no network.
+
+    A run that was stopped goes on where it was, and one on a folder that is ready does nothing. Archives are kept.
+    """
+    from dataclasses import asdict
+
+    from lexiseg.data.sets.prepare import prepare as run
+
+    steps = run(name, root, say=say_note)
+    if json:
+        say_json({"data_set": name, "root": str(root), "steps": [asdict(step) for step in steps]})
+        return
+    for step in steps:
+        typer.echo(f"{step.what}: {step.path}")
+    typer.echo(f"{name} in '{root}' is prepared; `lexiseg data verify {name} {root}` looks at every file.")
+
+
+def _name_and_root(name: str, root: Path | None) -> tuple[str, Path]:
+    """A folder alone is one's own data."""
+    if root is not None:
+        return name, root
+    from lexiseg.data.sets.catalog import NAMES
+
+    if name in NAMES:
+        raise LexisegError(f"Where is {name}? Give its folder as well: lexiseg data verify {name} FOLDER.")
+    if not Path(name).is_dir():
+        raise LexisegError(f"'{name}' is neither a folder nor a data set; there are {', '.join(NAMES)}.")
+    return "own", Path(name)
+
+
+def _progress(checks: Iterable[SampleCheck], total: int, split: str) -> Iterator[SampleCheck]:
+    return with_progress(checks, total, f"reading {split}")

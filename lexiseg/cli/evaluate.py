@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -26,6 +26,8 @@ from lexiseg.errors import LexisegError
 
 if TYPE_CHECKING:
     from lexiseg.data.base import SegmentationDataset
+    from lexiseg.evaluation.protocols import Protocol
+    from lexiseg.training.recipe import EvaluationRecipe
 
 PICTURE_WORLD = "picture-world"
 DEFAULT_SIZE = 256
@@ -36,7 +38,7 @@ def evaluate(
         str,
         typer.Argument(
             metavar="RECIPE|DATASET",
-            help="A recipe (its validation data), picture-world, or a folder in the layout of PASCAL VOC.",
+            help="A recipe (its validation data), picture-world, or a folder: your own data, or a protocol's.",
             show_default=False,
         ),
     ],
@@ -47,6 +49,19 @@ def evaluate(
         ),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the report.")] = Path("out/evaluation"),
+    protocol: Annotated[
+        str | None,
+        typer.Option(
+            "--protocol",
+            help="Judge a folder as the papers do: gzs-voc, gzs-coco, gzs-context, gzs-context-papers (seen and unseen "
+            "classes); voc-20, pc-59, pc-459, a-150, a-847 (across data sets).",
+            show_default=False,
+        ),
+    ] = None,
+    classes: Annotated[
+        Path | None,
+        typer.Option("--classes", help="A list of the classes, where the folder carries none.", show_default=False),
+    ] = None,
     split: Annotated[
         str | None, typer.Option("--split", help="Split of a folder. Default: val.", show_default=False)
     ] = None,
@@ -62,6 +77,12 @@ def evaluate(
     window: Window = None,
     stride: Stride = None,
     batch_size: Annotated[int, typer.Option("--batch-size", "-b", min=1, help="Pictures predicted together.")] = 1,
+    proposals: Annotated[
+        bool,
+        typer.Option(
+            "--proposals", help="Decoupled models: judge the proposals too, their recall and the best they allow."
+        ),
+    ] = False,
     device: Device = "auto",
     dtype: Dtype = Precision.fp32,
     compile: Compile = False,
@@ -76,7 +97,9 @@ def evaluate(
     from lexiseg.files import make_folder
 
     make_folder(output)
-    data, name, shown = _dataset(dataset, split, size)
+    chosen = _protocol(protocol, dataset, split, size)
+    found = _dataset(dataset, split, size, classes) if chosen is None else None
+    recipe = found[3] if found else None
     from lexiseg.evaluation.evaluate import evaluate as run
 
     with waiting(f"loading {weights}"):
@@ -85,55 +108,103 @@ def evaluate(
             device=device,
             dtype=dtype.value,
             compile=compile,
-            templates=templates_of(template),
+            templates=templates_of(template) or (recipe.templates if recipe else None),
         )
+    system = segmenter.model.system
+    data: SegmentationDataset
+    if chosen is not None:
+        data, name, shown = chosen.open(dataset, system=system, classes=classes), chosen.data_set, "val"
+    elif found is not None:
+        data, name, shown, _ = found
+    policy = segmenter.model.window
+    if recipe is not None and recipe.window is not None:
+        from lexiseg.models.base import WindowPolicy
+
+        policy = WindowPolicy(**recipe.window.model_dump())
+    given = chosen.window_for(system) if chosen else policy if recipe else None
     report = run(
         segmenter,
         data,
         name=name,
         split=shown,
         background=background,
-        window=window_of(segmenter.model.window, window, stride),
+        window=window_of(given or policy, window, stride) or given,
         batch_size=batch_size,
         limit=limit,
+        offsets=recipe.offsets if recipe else chosen.offsets if chosen else None,
+        card=chosen.card() if chosen else None,
         seed=segmenter.model.metadata.get("seed"),
     )
     paths = report.save(output)
+    judged = None
+    if proposals:
+        from lexiseg.evaluation.proposal_report import evaluate_proposals
+        from lexiseg.files import write_json
+
+        with waiting("judging the proposals"):
+            judged = evaluate_proposals(segmenter, data, limit=limit)
+        paths.append(write_json(output / "proposals.json", judged.to_dict()))
     if json:
-        say_json({"metrics": report.summary(), "protocol": report.protocol, "files": [str(path) for path in paths]})
+        more = {} if judged is None else {"proposals": judged.to_dict()}
+        files = [str(path) for path in paths]
+        say_json({"metrics": report.summary(), "protocol": report.protocol, **more, "files": files})
         return
     titles, rows = report.table()
     say_table(f"{name}, {shown}, {report.protocol['num_pictures']} pictures", titles, rows)
     typer.echo(report.summary_line())
+    if judged is not None:
+        say_table("proposals", *judged.table())
     say_written(paths)
 
 
-def _dataset(text: str, split: str | None, size: int | None) -> tuple[SegmentationDataset, str, str]:
-    """The dataset a recipe's name, a dataset's name or a folder stands for, its name and its split."""
+def _protocol(name: str | None, folder: str, split: str | None, size: int | None) -> Protocol | None:
+    """The protocol that is asked for; it says itself which data, split and size."""
+    if name is None:
+        return None
+    from lexiseg.evaluation.protocols import find_protocol
+
+    chosen = find_protocol(name)
+    for option, value in (("--split", split), ("--size", size)):
+        if value is not None:
+            raise LexisegError(f"The protocol {name} says itself what is judged; leave out {option} {value}.")
+    if not Path(folder).is_dir():
+        raise LexisegError(f"'{folder}' is no folder; with --protocol {name} give the one {chosen.data_set} is in.")
+    return chosen
+
+
+def _dataset(
+    text: str, split: str | None, size: int | None, classes: Path | None
+) -> tuple[SegmentationDataset, str, str, EvaluationRecipe | None]:
+    """What a recipe's name, a dataset's name or a folder stands for: the data, its name, its split, and a recipe."""
     if text == PICTURE_WORLD:
         from lexiseg.data.picture_world import PictureWorld
 
-        if split not in (None, "val"):
+        if split not in (None, "val", "test"):
             # Its train split hides the unseen classes, so a number made there would look like a result and be none.
-            raise LexisegError(f"{PICTURE_WORLD} is evaluated on its val split; leave out --split {split}.")
-        return PictureWorld("val", size=size or DEFAULT_SIZE), PICTURE_WORLD, "val"
+            raise LexisegError(f"{PICTURE_WORLD} is evaluated on its val or its test split; leave out --split {split}.")
+        chosen: Literal["val", "test"] = "test" if split == "test" else "val"
+        return PictureWorld(chosen, size=size or DEFAULT_SIZE), PICTURE_WORLD, chosen, None
     if size is not None:
         raise LexisegError(
             f"--size is for {PICTURE_WORLD}, which is drawn at any size, not for '{text}'; leave it out."
         )
     if Path(text).is_dir():
-        from lexiseg.data.folders import VocFolder
+        from lexiseg.data.sets.open import OWN, open_data_set
 
-        return VocFolder(text, split or "val"), Path(text).resolve().name, split or "val"
-    from lexiseg.training.recipe import SegmentationRecipe, load_recipe
+        data = open_data_set(OWN, text, split or "val", classes=classes)
+        return data, Path(text).resolve().name, split or "val", None
+    if classes is not None:
+        raise LexisegError(f"--classes is for folders, not for '{text}'; leave it out.")
+    from lexiseg.training.recipe import ContrastiveRecipe, EvaluationRecipe, load_recipe
     from lexiseg.training.run import dataset_of, name_of
 
     recipe = load_recipe(text)
-    if not isinstance(recipe, SegmentationRecipe):
+    if isinstance(recipe, ContrastiveRecipe):
         raise LexisegError(f"The recipe '{text}' trains a CLIP on captions and has no labels to evaluate with.")
     if split is not None:
         raise LexisegError(f"The recipe '{text}' says itself what it is evaluated on; leave out --split.")
-    return dataset_of(recipe.data, "val"), name_of(recipe.data), "val"
+    told = recipe if isinstance(recipe, EvaluationRecipe) else None
+    return dataset_of(recipe.data, "val"), name_of(recipe.data), "val", told
 
 
 def _model_of(weights: str) -> str:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lexiseg.cli.console import say_json, say_note, say_table, say_written
+from lexiseg.cli.console import say_json, say_note, say_table, say_written, waiting
 from lexiseg.cli.options import Json
 from lexiseg.errors import LexisegError
 
@@ -27,6 +27,19 @@ def train(
         ),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in the folder.")] = False,
+    until: Annotated[
+        int | None,
+        typer.Option(
+            "--until", min=1, help="Stop after this step and write the model; --resume goes on.", show_default=False
+        ),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Build the model, say what would be trained, and stop; needs no data.")
+    ] = False,
+    data: Annotated[
+        Path | None,
+        typer.Option("--data", help="Train on a folder of your own instead of the recipe's data.", show_default=False),
+    ] = None,
     seed: Annotated[
         int | None, typer.Option("--seed", min=0, help="Replace the recipe's seed.", show_default=False)
     ] = None,
@@ -54,18 +67,21 @@ def train(
         if json:
             say_json([{"name": name, "description": description} for name, description in entries])
         else:
-            say_table(None, ["recipe", "what it trains"], entries)
+            say_table(None, ["recipe", "what it is"], entries)
         return
     if recipe is None:
         raise LexisegError("No recipe is given; name one of `lexiseg train --list`, or a YAML file.")
     if device not in (None, "cpu"):
         raise LexisegError(f"Training takes the accelerator there is; --device can only be cpu, not '{device}'.")
-    chosen = read_recipe(recipe, set or [], seed)
+    chosen = read_recipe(recipe, set or [], seed, data)
+    if dry_run:
+        _say_dry_run(chosen, recipe, json)
+        return
     run_dir = output or Path("runs") / Path(recipe).stem
     from lexiseg.training.run import train as run
 
     try:
-        folder = run(chosen, run_dir, resume=resume, device=device, tensorboard=tensorboard)
+        folder = run(chosen, run_dir, resume=resume, until=until, device=device, tensorboard=tensorboard)
     except KeyboardInterrupt:
         say_note(f"Stopped; the checkpoints are in '{run_dir}', and the same command with --resume goes on from there.")
         raise
@@ -75,13 +91,25 @@ def train(
         say_written([run_dir, folder])
 
 
-def read_recipe(name: str, overrides: list[str], seed: int | None) -> Recipe:
+def _say_dry_run(recipe: Recipe, name: str, json: bool) -> None:
+    from lexiseg.training.dry_run import dry_run
+
+    with waiting(f"building what {name} trains"):
+        result = dry_run(recipe)
+    if json:
+        say_json({"recipe": name, **result.to_dict()})
+    else:
+        say_table(f"{name}: {recipe.description}", ["what", "value"], result.rows())
+
+
+def read_recipe(name: str, overrides: list[str], seed: int | None, data: Path | None = None) -> Recipe:
     """Read a recipe with some of its values replaced.
 
     Args:
         name: of a packaged recipe, or a YAML file.
         overrides: ``KEY=VALUE`` each; the key is a path such as ``train.steps``, the value is read as YAML.
         seed: replaces the recipe's seed.
+        data: a folder of one's own that replaces the recipe's data; the crop and the augmentation stay the recipe's.
 
     Raises:
         LexisegError: the recipe is wrong, or becomes wrong by what is replaced; the sentence names the key.
@@ -91,9 +119,11 @@ def read_recipe(name: str, overrides: list[str], seed: int | None) -> Recipe:
     from lexiseg.training.recipe import load_recipe, parse_recipe
 
     recipe = load_recipe(name, seed=seed)
-    if not overrides:
+    if not overrides and data is None:
         return recipe
     values = recipe.model_dump(mode="json")
+    if data is not None:
+        values["data"] = _own_data(name, values.get("data"), data)
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not key.strip():
@@ -109,3 +139,14 @@ def read_recipe(name: str, overrides: list[str], seed: int | None) -> Recipe:
         except yaml.YAMLError as error:
             raise LexisegError(f"--set cannot read the value of '{key}': '{text}'; quote it.") from error
     return parse_recipe(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), f"{name} with --set")
+
+
+def _own_data(name: str, said: dict[str, Any] | None, folder: Path) -> dict[str, Any]:
+    """The recipe's data replaced by a folder: how pictures are cropped and augmented stays."""
+    if said is None:
+        raise LexisegError(f"The recipe '{name}' trains a CLIP on captions, so --data has nothing to replace.")
+    if not folder.is_dir():
+        raise LexisegError(f"The data folder '{folder}' does not exist; check the path.")
+    crop = said.get("crop") or said.get("size")
+    own = {"source": "own", "root": str(folder), "augment": said.get("augment", "light"), "crop": crop}
+    return own | {"label_stride": said["label_stride"]}

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lexiseg.clip.severance import Severance, as_severance
+
 
 def _split_heads(x: Tensor, num_heads: int) -> Tensor:
     batch, length, width = x.shape
@@ -26,7 +28,8 @@ def block_attention(
     *,
     mask: Tensor | None = None,
     causal: bool = False,
-    severance: float = 0.0,
+    severance: float | Severance = 0.0,
+    weights: Tensor | None = None,
 ) -> Tensor:
     """Multi-head self-attention with open_clip's packed weights.
 
@@ -37,18 +40,24 @@ def block_attention(
             values only.
         mask: added to the attention logits, or boolean with True = may attend; broadcast to (B, heads, L, L + P).
         causal: token i attends to tokens 0..i only; not together with ``mask`` or ``context``.
-        severance: the share alpha of the identity in the token mixing, o = alpha v + (1 - alpha) softmax(qk/sqrt(d)) v.
-            0 is ordinary attention; 1 is the value path, where each token keeps to itself (DeOP, Sec. 3.3: patch
-            severance GPS).
+        severance: what replaces the token mixing, see `Severance`; a number is the share alpha of the identity,
+            o = alpha v + (1 - alpha) softmax(qk/sqrt(d)) v, so that 0 is ordinary attention and 1 the value path. The
+            kinds that read masks, and alpha 1, do not see the ``context``.
+        weights: (B, N, L), weight of each token in each region, for the kinds of severance that read masks.
 
     Returns:
         (B, L, W), after the output projection.
+
+    Raises:
+        LexisegError: the severance needs weights and there are none.
     """
     width, num_heads = attention.embed_dim, attention.num_heads
     weight, bias = attention.in_proj_weight, attention.in_proj_bias
-    if severance == 1.0:
+    severance = as_severance(severance)
+    alpha = severance.alpha
+    if severance.needs_masks or alpha == 1.0:
         value = F.linear(x, weight[2 * width :], None if bias is None else bias[2 * width :])
-        return attention.out_proj(value)
+        return attention.out_proj(severance.mix(value, weights) if severance.needs_masks else value)
     query, key, value = F.linear(x, weight, bias).chunk(3, dim=-1)
     own_value = value
     if context is not None:
@@ -63,8 +72,8 @@ def block_attention(
         is_causal=causal,
     )
     mixed = mixed.transpose(1, 2).reshape(x.shape)
-    if severance:
-        mixed = severance * own_value + (1.0 - severance) * mixed
+    if alpha:
+        mixed = alpha * own_value + (1.0 - alpha) * mixed
     return attention.out_proj(mixed)
 
 
@@ -75,7 +84,8 @@ def run_block(
     *,
     mask: Tensor | None = None,
     causal: bool = False,
-    severance: float = 0.0,
+    severance: float | Severance = 0.0,
+    weights: Tensor | None = None,
     residual: float = 1.0,
 ) -> Tensor:
     """Run one pre-norm residual block of an open_clip tower.
@@ -88,6 +98,7 @@ def run_block(
         mask: see `block_attention`.
         causal: see `block_attention`.
         severance: see `block_attention`.
+        weights: see `block_attention`.
         residual: factor on the shortcut around the attention; 1 everywhere but in DeOP's plain encoder, whose severed
             last block uses 0.2.
 
@@ -97,6 +108,8 @@ def run_block(
     normalised = block.ln_1(x)
     if context is not None:
         context = block.ln_1(context)
-    mixed = block_attention(block.attn, normalised, context, mask=mask, causal=causal, severance=severance)
+    mixed = block_attention(
+        block.attn, normalised, context, mask=mask, causal=causal, severance=severance, weights=weights
+    )
     x = (x if residual == 1.0 else residual * x) + block.ls_1(mixed)
     return x + block.ls_2(block.mlp(block.ln_2(x)))

@@ -8,17 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from lexiseg.clip.blocks import run_block
+from lexiseg.clip.positions import Interpolation, resize_positions
+from lexiseg.clip.severance import Severance, as_severance, token_weights
 from lexiseg.errors import LexisegError
-
-Interpolation = Literal["bilinear", "bicubic", "bicubic-antialias"]
 
 # Called before block i with the tokens (B, L, W); returns the tokens that enter the block and, or None, tokens
 # (B or 1, P, W) that are attended to in this block only. Deep prompts, added tables and filters all have this form.
@@ -45,45 +43,6 @@ class ImageTokens:
         return self.grid[0] * self.grid[1]
 
 
-def resize_positions(
-    table: Tensor,
-    grid: tuple[int, int],
-    source: tuple[int, int] | None = None,
-    interpolation: Interpolation = "bilinear",
-) -> Tensor:
-    """Resize a position table to another patch grid; row 0, the class token's, is copied.
-
-    Args:
-        table: (1 + h0 * w0, W).
-        grid: the target (h, w).
-        source: (h0, w0); None means a square grid.
-        interpolation: "bilinear" is what ZegCLIP does at every forward (align_corners False, no antialias);
-            "bicubic" is DeOP's; "bicubic-antialias" is open_clip's when it loads weights.
-
-    Returns:
-        (1 + h * w, W); the table itself when the grids agree.
-
-    Raises:
-        LexisegError: the rows do not form the source grid.
-    """
-    rows = table.shape[0] - 1
-    if source is None:
-        side = round(rows**0.5)
-        source = (side, side)
-    if source[0] * source[1] != rows:
-        raise LexisegError(
-            f"A position table of {table.shape[0]} rows is not 1 + {source[0]} x {source[1]}; "
-            "check the image size and the patch size of the tower."
-        )
-    if source == grid:
-        return table
-    patches = table[1:].reshape(1, source[0], source[1], -1).permute(0, 3, 1, 2)
-    mode, antialias = ("bicubic", True) if interpolation == "bicubic-antialias" else (interpolation, False)
-    patches = F.interpolate(patches.float(), size=grid, mode=mode, align_corners=False, antialias=antialias)
-    patches = patches.permute(0, 2, 3, 1).reshape(grid[0] * grid[1], -1).to(table.dtype)
-    return torch.cat([table[:1], patches])
-
-
 class ImageTower:
     """An open_clip VisionTransformer seen as tokens in, tokens out. Holds no weights of its own.
 
@@ -98,8 +57,8 @@ class ImageTower:
     def __init__(self, visual: nn.Module) -> None:
         if not isinstance(visual, VisionTransformer):
             raise LexisegError(
-                f"The image tower is a {type(visual).__name__}, not an open_clip vision transformer; "
-                "choose a ViT such as 'ViT-B-16/openai'."
+                f"The image tower is a {type(visual).__name__}, not an open_clip vision transformer, and has no "
+                "patches; choose a ViT such as 'ViT-B-16/openai'."
             )
         blocks = visual.transformer.resblocks
         plain = all(isinstance(block, ResidualAttentionBlock) for block in blocks) and visual.attn_pool is None
@@ -126,13 +85,21 @@ class ImageTower:
         return int(self.visual.patch_size[0])
 
     def embed(
-        self, images: Tensor, *, interpolation: Interpolation = "bilinear", class_embedding_twice: bool = False
+        self,
+        images: Tensor,
+        *,
+        interpolation: Interpolation = "bilinear",
+        by_count: bool = False,
+        added: Tensor | None = None,
+        class_embedding_twice: bool = False,
     ) -> tuple[Tensor, tuple[int, int]]:
         """Turn images into the tokens that enter the first block.
 
         Args:
             images: (B, 3, H, W) normalised; H and W multiples of the patch size, any aspect.
             interpolation: how the position table is resized to the grid, see `resize_positions`.
+            by_count: see `resize_positions`.
+            added: (1 + h * w, W), added to the tokens together with the positions, before the first norm.
             class_embedding_twice: add the class embedding to its position once more, so that 2 e + p_0 enters. The
                 released ZegCLIP code does this and its checkpoints were trained with it; CLIP itself does not.
 
@@ -151,7 +118,10 @@ class ImageTower:
             )
         grid = (height // patch, width // patch)
         patches = visual.conv1(images.to(visual.conv1.weight.dtype)).flatten(2).transpose(1, 2)
-        positions = resize_positions(visual.positional_embedding, grid, tuple(visual.grid_size), interpolation)
+        table, source = visual.positional_embedding, tuple(visual.grid_size)
+        positions = resize_positions(table, grid, source, interpolation, by_count=by_count)
+        if added is not None:
+            positions = positions + added
         positions = positions.to(patches.dtype)
         class_embedding = visual.class_embedding.to(patches.dtype)
         first = class_embedding + positions[0]
@@ -168,32 +138,47 @@ class ImageTower:
         before_block: BeforeBlock | None = None,
         levels: Collection[int] = (),
         masks: Mapping[int, Tensor] | None = None,
-        severance: Mapping[int, float] | None = None,
+        severance: Mapping[int, float | Severance] | None = None,
         residual: Mapping[int, float] | None = None,
+        region_masks: Tensor | None = None,
+        first: int = 0,
+        stop: int | None = None,
     ) -> ImageTokens:
-        """Run all blocks.
+        """Run all blocks, or those from ``first`` up to and without ``stop``.
 
         Args:
-            tokens: from `embed`.
+            tokens: from `embed`, or what an earlier run of the blocks before ``first`` left behind.
             grid: from `embed`.
             before_block: see `BeforeBlock`.
             levels: indices (0-based) of the blocks whose outputs are wanted.
             masks: attention mask per block index, see `blocks.block_attention`.
-            severance: alpha per block index, see `blocks.block_attention`.
+            severance: patch severance per block index, see `Severance`; a number is the alpha of GPS.
             residual: shortcut factor per block index, see `blocks.run_block`.
+            region_masks: (B, N, h, w) in 0..1 on the patch grid, for the kinds of severance that read masks; see
+                `severance.severance_masks`.
+            first: index of the first block to run.
+            stop: index of the block to stop before; None runs to the end.
+
+        Raises:
+            LexisegError: a severance needs masks and there are none.
         """
         kept: dict[int, Tensor] = {}
         wanted = set(levels)
-        for index, block in enumerate(self.visual.transformer.resblocks):
-            context = None
+        severed = {index: as_severance(value) for index, value in (severance or {}).items()}
+        blocks = self.visual.transformer.resblocks
+        for index in range(first, len(blocks) if stop is None else stop):
+            block, context, weights = blocks[index], None, None
             if before_block is not None:
                 tokens, context = before_block(index, tokens)
+            if index in severed and severed[index].needs_masks and region_masks is not None:
+                weights = token_weights(region_masks, tokens.shape[1])
             tokens = run_block(
                 block,
                 tokens,
                 context,
                 mask=None if masks is None else masks.get(index),
-                severance=0.0 if severance is None else severance.get(index, 0.0),
+                severance=severed.get(index, 0.0),
+                weights=weights,
                 residual=1.0 if residual is None else residual.get(index, 1.0),
             )
             if index in wanted:

@@ -19,8 +19,8 @@ from open_clip.pretrained import get_pretrained_cfg, list_pretrained_tags_by_mod
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from lexiseg.clip.image import resize_positions
 from lexiseg.clip.model import CLIP, CONFIG_NAME, WEIGHTS_NAME, build_clip, check_architecture
+from lexiseg.clip.positions import resize_positions
 from lexiseg.errors import LexisegError
 
 PACKAGED_FOLDER = Path(__file__).resolve().parent.parent / "pretrained"
@@ -120,6 +120,28 @@ def _load_architecture(name: str) -> CLIP:
     clip = build_clip(architecture, name=name)
     fill(clip, state, path)
     return clip
+
+
+def random_clip(name: str) -> CLIP:
+    """What `load_clip` would give for a known name, with random weights: for counting and timing, not for predicting.
+
+    Args:
+        name: an open_clip architecture and pretrained tag, such as ``"ViT-B-16/openai"``.
+
+    Raises:
+        LexisegError: it is none, so that its architecture is not known.
+    """
+    arch, _, rest = str(name).partition("/")
+    # Asked first, because open_clip looks for an unknown name on the hub.
+    known = arch in open_clip.list_models()
+    model_cfg = get_model_config(arch) if known else None
+    tag = get_pretrained_cfg(arch, rest) if model_cfg is not None and rest else {}
+    if model_cfg is None or not tag:
+        raise LexisegError(
+            f"The architecture of '{name}' is not known without its weights; give a name such as 'ViT-B-16/openai'."
+        )
+    model_cfg["quick_gelu"] = bool(tag.get("quick_gelu", False))
+    return build_clip({"model_cfg": model_cfg}, name=str(name)).eval()
 
 
 def _load_hub(name: str) -> CLIP:
@@ -279,6 +301,10 @@ def fill(clip: CLIP, state: dict[str, torch.Tensor], path: Path) -> None:
     for scalar in ("logit_scale", "logit_bias"):
         if scalar in state and scalar in expected:
             state[scalar] = state[scalar].reshape(expected[scalar].shape)
+    # How many batches a norm has seen means nothing to a tower that is not trained on; not every file has it.
+    for name, tensor in expected.items():
+        if name.endswith("num_batches_tracked"):
+            state.setdefault(name, tensor)
     check_state(state, {name: tuple(tensor.shape) for name, tensor in expected.items()}, path)
     clip.model.load_state_dict({name: tensor.float() for name, tensor in state.items()})
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import open_clip
 import torch
+from open_clip.modified_resnet import ModifiedResNet
 from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
 from open_clip.transformer import ResidualAttentionBlock, TextTransformer
 from safetensors.torch import save_file
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from lexiseg.clip.blocks import run_block
 from lexiseg.clip.image import ImageTower
+from lexiseg.clip.resnet import RESNET_STRIDE
 from lexiseg.errors import LexisegError
 from lexiseg.files import atomic_write, make_folder, write_json
 
@@ -58,6 +60,7 @@ class CLIP(nn.Module):
         self.name = name
         self.packaged = packaged
         self._tokenizer = tokenizer
+        self._name_tokens: dict[str, tuple[int, ...]] = {}
         self._digests: dict[str, tuple[tuple[tuple[int, int], ...], str]] = {}
 
     @property
@@ -86,8 +89,9 @@ class CLIP(nn.Module):
 
     @property
     def patch_size(self) -> int:
-        """Side of a patch in pixels."""
-        return self.image_tower.patch_size
+        """Side of a patch in pixels; of a ResNet, the pixels per side of one place in its last feature map."""
+        visual = self.model.visual
+        return RESNET_STRIDE if isinstance(visual, ModifiedResNet) else self.image_tower.patch_size
 
     @property
     def image_size(self) -> int:
@@ -124,6 +128,62 @@ class CLIP(nn.Module):
             return len(self._tokenizer.tokenizer(text)["input_ids"])
         return int((self._tokenizer([text], context_length=self.context_length) != 0).sum())
 
+    @property
+    def text_width(self) -> int:
+        """Width of the tokens of the text tower."""
+        return int(self._text.token_embedding.weight.shape[1])
+
+    @property
+    def _text(self) -> Any:
+        return self.model if isinstance(self.model, open_clip.CLIP) else self.model.text
+
+    @property
+    def _text_pool(self) -> str | None:
+        text = self._text
+        return text.text_pool_type if isinstance(text, open_clip.CLIP) else getattr(text, "pool_type", None)
+
+    @property
+    def plain_text(self) -> bool:
+        """Whether the text tower is open_clip's causal one that is read at the end mark, which our own forward runs."""
+        text = self._text
+        return (
+            isinstance(text, open_clip.CLIP | TextTransformer)
+            and self._text_pool in ("argmax", "eos")
+            and text.attn_mask is not None
+            and getattr(text, "cls_emb", None) is None
+            and all(isinstance(block, ResidualAttentionBlock) for block in text.transformer.resblocks)
+        )
+
+    def text_end(self, tokens: Tensor) -> Tensor:
+        """Positions (n,) of the end marks in token ids (n, L)."""
+        if self._text_pool == "argmax":
+            return tokens.argmax(dim=-1)
+        text = self._text
+        eos = text.text_eos_id if isinstance(text, open_clip.CLIP) else text.eos_id
+        return tokens.eq(eos).int().argmax(dim=-1)
+
+    def name_tokens(self, text: str) -> tuple[int, ...]:
+        """Token ids of a text without the start and the end mark; remembered, since training asks again and again.
+
+        Raises:
+            LexisegError: the text is too long for the text tower.
+        """
+        known = self._name_tokens.get(text)
+        if known is None:
+            ids = self.tokenize([text])
+            if int(ids[0, -1]) and self.count_tokens(text) > self.context_length:
+                raise LexisegError(
+                    f"'{text[:80]}' does not fit the text tower, which takes {self.context_length} tokens; shorten it."
+                )
+            known = self._name_tokens[text] = tuple(ids[0, 1 : int(self.text_end(ids)[0])].tolist())
+        return known
+
+    def mark_tokens(self) -> tuple[int, int, int]:
+        """Token ids of the start mark, the full stop and the end mark."""
+        ids = self.tokenize(["X."])
+        end = int(self.text_end(ids)[0])
+        return int(ids[0, 0]), int(ids[0, end - 1]), int(ids[0, end])
+
     def encode_text(self, tokens: Tensor) -> Tensor:
         """Encode token ids.
 
@@ -136,25 +196,37 @@ class CLIP(nn.Module):
         Returns:
             (n, D), not normalised.
         """
-        text = self.model if isinstance(self.model, open_clip.CLIP) else self.model.text
-        pool = text.text_pool_type if isinstance(text, open_clip.CLIP) else getattr(text, "pool_type", None)
-        plain = (
-            isinstance(text, open_clip.CLIP | TextTransformer)
-            and pool in ("argmax", "eos")
-            and text.attn_mask is not None
-            and getattr(text, "cls_emb", None) is None
-            and all(isinstance(block, ResidualAttentionBlock) for block in text.transformer.resblocks)
-        )
-        if not plain:
+        if not self.plain_text:
             return self.model.encode_text(tokens)
-        if pool == "argmax":
-            end = tokens.argmax(dim=-1)
-        else:
-            eos = text.text_eos_id if isinstance(text, open_clip.CLIP) else text.eos_id
-            end = tokens.eq(eos).int().argmax(dim=-1)
-        tokens = tokens[:, : int(end.max()) + 1]
+        end = self.text_end(tokens)
+        return self.encode_embeddings(self.embed_tokens(tokens[:, : int(end.max()) + 1]), end)
+
+    def embed_tokens(self, tokens: Tensor) -> Tensor:
+        """Look up token ids (n, L) in the text tower's table: (n, L, W), without positions."""
+        return self._text.token_embedding(tokens)
+
+    def encode_embeddings(self, embeddings: Tensor, end: Tensor) -> Tensor:
+        """Encode texts given as token embeddings, so that some of them can be learnt.
+
+        Args:
+            embeddings: (n, L, W) without positions, L at most the context length; what lies behind a text's end mark
+                does not matter.
+            end: (n,) positions of the end marks.
+
+        Returns:
+            (n, D), not normalised.
+
+        Raises:
+            LexisegError: the text tower is not the causal one of CLIP.
+        """
+        if not self.plain_text:
+            raise LexisegError(
+                f"The text tower of '{self.name}' is not CLIP's causal one, which learned prompts need; "
+                "choose a CLIP such as 'ViT-B-16/openai'."
+            )
+        text = self._text
         dtype = text.transformer.get_cast_dtype()
-        x = text.token_embedding(tokens).to(dtype) + text.positional_embedding[: tokens.shape[1]].to(dtype)
+        x = embeddings.to(dtype) + text.positional_embedding[: embeddings.shape[1]].to(dtype)
         for block in text.transformer.resblocks:
             x = run_block(block, x, causal=True)
         x = text.ln_final(x[torch.arange(len(x), device=x.device), end])
@@ -195,10 +267,13 @@ def _tokenizer(arguments: str) -> SimpleTokenizer:
 
 
 def check_architecture(architecture: dict[str, Any], name: str) -> None:
-    """Refuse what cannot be run patch by patch, by its configuration alone: before a gigabyte is downloaded.
+    """Refuse towers that are never run here, by the configuration alone: before a gigabyte is downloaded.
+
+    CLIP's own ResNets pass: mask attention runs them. What needs patches refuses them with `CLIP.image_tower`.
 
     Raises:
-        LexisegError: the configuration is incomplete, or one of its towers is not open_clip's own plain transformer.
+        LexisegError: the configuration is incomplete, or a tower is neither open_clip's own plain transformer nor its
+            ResNet.
     """
     model_cfg = architecture.get("model_cfg")
     if not isinstance(model_cfg, dict) or not {"embed_dim", "vision_cfg", "text_cfg"} <= model_cfg.keys():
@@ -210,8 +285,6 @@ def check_architecture(architecture: dict[str, Any], name: str) -> None:
     other = None
     if vision.get("timm_model_name"):
         other = f"an image tower of the timm library ({vision['timm_model_name']})"
-    elif isinstance(vision.get("layers"), list | tuple):
-        other = "a ResNet as its image tower"
     elif vision.get("attentional_pool"):
         other = "an image tower that pools with attention"
     elif text.get("hf_model_name") or "multimodal_cfg" in model_cfg:
@@ -270,7 +343,8 @@ def save_clip(clip: CLIP, folder: str | Path, *, dtype: torch.dtype | None = Non
     tensors = {}
     for key, tensor in clip.model.state_dict().items():
         value = tensor.detach().cpu()
-        tensors[key] = value.to(dtype).contiguous() if dtype is not None else value.clone().contiguous()
+        narrow = dtype is not None and value.is_floating_point()
+        tensors[key] = value.to(dtype).contiguous() if narrow else value.clone().contiguous()
     with atomic_write(folder / WEIGHTS_NAME) as temporary:
         save_file(tensors, temporary)
     write_json(folder / CONFIG_NAME, clip.architecture)

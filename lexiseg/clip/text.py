@@ -6,9 +6,10 @@ import hashlib
 import json
 import os
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -16,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lexiseg.clip.model import CLIP
+from lexiseg.clip.prompt_learner import PromptLearner
 from lexiseg.errors import LexisegError
 from lexiseg.files import atomic_write, make_folder
 from lexiseg.vocabulary import Vocabulary
@@ -66,26 +68,79 @@ class TextEmbedder:
         Raises:
             LexisegError: a filled template is too long for the text tower.
         """
-        key = self._key(words, templates)
+        return self._remembered(
+            [1, list(templates), list(words)], len(words), lambda: self._encode_words(words, templates)
+        )
+
+    def embed_joined(self, groups: Sequence[Sequence[str]], templates: Sequence[str]) -> Tensor:
+        """Embed groups of synonyms, a vector a group: the unit features of all its words in all templates, averaged.
+
+        ZegFormer's rule for a class name such as "grass, lawn".
+
+        Args:
+            groups: C groups of at least one word each.
+            templates: each with one ``{}``.
+
+        Returns:
+            float32 (C, D) of unit length, on clip's device.
+
+        Raises:
+            LexisegError: a filled template is too long for the text tower.
+        """
+        content = ["joined", list(templates), [list(group) for group in groups]]
+        return self._remembered(content, len(groups), lambda: self._encode(groups, templates))
+
+    def embed_prompted(
+        self, learner: PromptLearner, words: Sequence[str], task: str | None = None, *, disk: bool = True
+    ) -> Tensor:
+        """Embed ``words`` with learned prompts, which are part of the cache's key: float32 (W, D) of unit length.
+
+        There is no gradient; training calls the `PromptLearner` itself.
+
+        Args:
+            learner: the prompts.
+            words: the words.
+            task: for prompts with a task part, see `PromptLearner`.
+            disk: False remembers them in memory only, for prompts that are still being trained.
+
+        Raises:
+            LexisegError: a word is too long, or a task is given to prompts without one.
+        """
+
+        @torch.no_grad()
+        def encode() -> Tensor:
+            self.num_forwards += 1
+            return learner(self.clip, words, task, chunk=self.chunk).cpu()
+
+        return self._remembered(["prompted", learner.fingerprint(), task, list(words)], len(words), encode, disk=disk)
+
+    def _remembered(
+        self, content: Sequence[Any], count: int, encode: Callable[[], Tensor], *, disk: bool = True
+    ) -> Tensor:
+        """Answer from memory or disk, or encode and remember; the text tower is part of the key."""
+        kind, *rest = content
+        text = json.dumps([kind, self.clip.text_fingerprint(), *rest], ensure_ascii=False)
+        key = hashlib.sha256(text.encode()).hexdigest()
         found = self._memory.get(key)
+        if found is None and disk:
+            found = self._read(key, count)
         if found is None:
-            found = self._read(key, len(words))
-        if found is None:
-            found = self._encode(words, templates)
-            self._write(key, found)
+            found = encode()
+            if disk:
+                self._write(key, found)
         self._memory[key] = found
         self._memory.move_to_end(key)
         while len(self._memory) > _MEMORY_ENTRIES:
             self._memory.popitem(last=False)
         return found.to(self.clip.device)
 
-    def _key(self, words: Sequence[str], templates: Sequence[str]) -> str:
-        content = json.dumps([1, self.clip.text_fingerprint(), list(templates), list(words)], ensure_ascii=False)
-        return hashlib.sha256(content.encode()).hexdigest()
+    def _encode_words(self, words: Sequence[str], templates: Sequence[str]) -> Tensor:
+        return self._encode([(word,) for word in words], templates)
 
     @torch.no_grad()
-    def _encode(self, words: Sequence[str], templates: Sequence[str]) -> Tensor:
-        texts = [template.replace("{}", word) for word in words for template in templates]
+    def _encode(self, groups: Sequence[Sequence[str]], templates: Sequence[str]) -> Tensor:
+        texts = [template.replace("{}", word) for group in groups for word in group for template in templates]
+        sizes = torch.tensor([len(group) * len(templates) for group in groups])
         tokens = self.clip.tokenize(texts)
         self._check(texts, tokens)
         # Sorted by length, each chunk is cut to its own longest text, which saves most of the tower's time.
@@ -97,7 +152,9 @@ class TextEmbedder:
             self.num_forwards += 1
         vectors = torch.empty(len(texts), rows[0].shape[1])
         vectors[order] = torch.cat(rows)
-        mean = vectors.reshape(len(words), len(templates), -1).mean(dim=1)
+        group_of = torch.arange(len(groups)).repeat_interleave(sizes)
+        total = torch.zeros(len(groups), vectors.shape[1]).index_add_(0, group_of, vectors)
+        mean = total / sizes[:, None]
         return mean / mean.norm(dim=-1, keepdim=True)
 
     def _check(self, texts: Sequence[str], tokens: Tensor) -> None:

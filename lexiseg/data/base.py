@@ -22,7 +22,8 @@ class Sample:
 
     Attributes:
         image: ``(3, H, W)`` uint8, RGB, 0..255.
-        label: ``(H, W)`` int64, 0-based ids into the dataset's vocabulary, 255 = ignored.
+        label: ``(H, W)`` int64, 0-based ids into the dataset's vocabulary, 255 = ignored; 65535 = ignored where the
+            dataset has more than 255 classes.
         name: what to call it in reports and error messages, usually the file's stem.
     """
 

@@ -11,24 +11,20 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 
 from lexiseg.data.base import IGNORE_INDEX, Sample
+from lexiseg.data.sets.labels import LabelKind, read_values
 from lexiseg.errors import LexisegError
 from lexiseg.images import read_image
 from lexiseg.vocabulary import Vocabulary
 from lexiseg.words import word_key
 
 _SUFFIXES = (".jpg", ".jpeg", ".png")
-_MAX_PIXELS = 200_000_000
 
 
 def read_label(path: str | Path) -> Tensor:
@@ -37,32 +33,7 @@ def read_label(path: str | Path) -> Tensor:
     Raises:
         LexisegError: the file is missing, damaged, larger than 200 megapixels, or holds colours instead of ids.
     """
-    path = Path(path)
-    try:
-        with warnings.catch_warnings():
-            # Pillow warns of large pictures and damaged metadata; the first is checked here, the second is harmless.
-            warnings.simplefilter("ignore")
-            with Image.open(path, formats=("PNG",)) as picture:
-                ids = _ids(picture, path)
-    except LexisegError:
-        raise
-    except FileNotFoundError as error:
-        raise LexisegError(f"The label '{path}' does not exist; every picture of a split needs one.") from error
-    except Exception as error:  # decoders of hostile bytes raise nearly anything
-        raise LexisegError(f"The label '{path}' cannot be read as a PNG; is the file complete?") from error
-    return torch.from_numpy(ids).long()
-
-
-def _ids(picture: Image.Image, path: Path) -> NDArray[np.uint8]:
-    if picture.mode not in ("P", "L", "1"):
-        raise LexisegError(
-            f"The label '{path}' holds colours or wide values (mode {picture.mode}) instead of class ids; save it as "
-            "an 8-bit palette or grey PNG."
-        )
-    if picture.width * picture.height > _MAX_PIXELS:
-        raise LexisegError(f"The label '{path}' has more than {_MAX_PIXELS // 1_000_000} megapixels; shrink it.")
-    # Not convert("L"): that would turn palette indices into the brightness of their colours.
-    return np.array(picture, dtype=np.uint8)
+    return torch.from_numpy(read_values(path, LabelKind.index))
 
 
 def _read_lines(path: Path, what: str) -> list[str]:

@@ -201,9 +201,13 @@ def normalize(image: Tensor, mean: Sequence[float], std: Sequence[float]) -> Ten
 
 @dataclass(frozen=True)
 class Pad:
-    """Fill up to ``size x size`` at the right and the bottom: zeros in the (normalised) picture, 255 in the label."""
+    """Fill up to ``size x size`` at the right and the bottom: zeros in the (normalised) picture, ``label`` in the mask.
+
+    The filled pixels are 255 unless padding must be told from other pixels without a class.
+    """
 
     size: int = 512
+    label: int = IGNORE_INDEX
 
     def __call__(self, image: Tensor, label: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
         """Fill both up; a side that is long enough stays."""
@@ -213,7 +217,7 @@ class Pad:
         padding = (0, right, 0, bottom)
         return (
             torch.nn.functional.pad(image, padding, value=0.0),
-            torch.nn.functional.pad(label, padding, value=IGNORE_INDEX),
+            torch.nn.functional.pad(label, padding, value=self.label),
         )
 
 
@@ -230,13 +234,16 @@ class Pipeline:
         return image.contiguous(), label.contiguous()
 
 
-def paper_pipeline(mean: Sequence[float], std: Sequence[float], *, crop: int = 512) -> Pipeline:
+def paper_pipeline(
+    mean: Sequence[float], std: Sequence[float], *, crop: int = 512, pad_label: int = IGNORE_INDEX
+) -> Pipeline:
     """The papers' training pipeline: resize, crop, flip, colour, normalise, pad to ``crop x crop``.
 
     Args:
         mean: RGB mean in 0..1 units (the authors use ImageNet's: 0.485, 0.456, 0.406).
         std: RGB deviation in 0..1 units (0.229, 0.224, 0.225).
         crop: side of the training crop; the resize bounds scale with it, ``(4 * crop, crop)``.
+        pad_label: label of the pixels that fill a picture up.
 
     Source: ZegCLIP, Sec. 4.2, with the constants of the authors' configuration.
     """
@@ -247,12 +254,14 @@ def paper_pipeline(mean: Sequence[float], std: Sequence[float], *, crop: int = 5
             RandomFlip(),
             PhotometricDistortion(),
             Normalize(_triple(mean), _triple(std)),
-            Pad(crop),
+            Pad(crop, pad_label),
         )
     )
 
 
-def light_pipeline(mean: Sequence[float], std: Sequence[float], *, crop: int, flip: float = 0.5) -> Pipeline:
+def light_pipeline(
+    mean: Sequence[float], std: Sequence[float], *, crop: int, flip: float = 0.5, pad_label: int = IGNORE_INDEX
+) -> Pipeline:
     """For pictures that are generated at the wanted size: crop, flip, normalise, pad.
 
     Args:
@@ -260,13 +269,14 @@ def light_pipeline(mean: Sequence[float], std: Sequence[float], *, crop: int, fl
         std: RGB deviation in 0..1 units.
         crop: side of the training crop; pictures of this size are taken whole.
         flip: probability of mirroring.
+        pad_label: label of the pixels that fill a picture up.
     """
     return Pipeline(
         (
             RandomCrop(crop, max_share=1.0),
             RandomFlip(flip),
             Normalize(_triple(mean), _triple(std)),
-            Pad(crop),
+            Pad(crop, pad_label),
         )
     )
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -12,16 +13,19 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from lexiseg.background import BackgroundSource
-from lexiseg.data.base import IGNORE_INDEX, Sample, SegmentationDataset, seen_ids, unseen_ids
+from lexiseg.data.base import Sample, SegmentationDataset, seen_ids, unseen_ids
 from lexiseg.errors import LexisegError
 from lexiseg.evaluation.grid import Example
 from lexiseg.evaluation.metrics import Confusion
 from lexiseg.evaluation.report import Report, versions, weights_hash
 from lexiseg.images import ImageSource
 from lexiseg.models.base import WindowPolicy
-from lexiseg.segmentation import Segmentation
+from lexiseg.segmentation import Segmentation, ignore_index
 from lexiseg.segmenter import Segmenter
 from lexiseg.vocabulary import Vocabulary
+from lexiseg.words import word_key
+
+Offsets: TypeAlias = Literal["data", "all", "none"]
 
 
 def evaluate(
@@ -34,8 +38,10 @@ def evaluate(
     window: WindowPolicy | None = None,
     batch_size: int = 1,
     limit: int | None = None,
+    offsets: Offsets | None = None,
     num_examples: int = 6,
     seed: int | None = None,
+    card: Mapping[str, Any] | None = None,
     progress: bool = True,
 ) -> Report:
     """Predict every picture of ``dataset`` and compare with its labels.
@@ -53,8 +59,13 @@ def evaluate(
         window: how the model is run over a picture; None takes the model's own.
         batch_size: pictures predicted together.
         limit: take only this many, spread evenly; None takes all.
+        offsets: which classes lose the score that a model takes off those it had masks of: "data" those that count as
+            seen, "all" every class alike, "none" no class; the tables of seen and unseen classes stay the dataset's.
+            None is "data", but "all" for a model that had masks of every class, as the authors' code does it for fully
+            supervised models.
         num_examples: pictures shown in the report's grid, spread evenly.
         seed: the training's seed, for the report.
+        card: more to say in the report's protocol, such as its name.
         progress: whether to show a bar.
 
     Returns:
@@ -64,8 +75,11 @@ def evaluate(
         LexisegError: a sample cannot be read, or its label does not fit the classes; the sentence names it.
     """
     vocabulary = segmenter.vocabulary(dataset.vocabulary, background=background)
+    offsets = offsets or ("all" if _had_every_mask(segmenter, dataset.vocabulary) else "data")
+    asked = dataset.vocabulary if offsets == "data" else _flagged(dataset.vocabulary, offsets == "all")
     num_classes = len(dataset.vocabulary)
-    confusion = Confusion(num_classes, ignore_index=IGNORE_INDEX)
+    ignored = ignore_index(num_classes)
+    confusion = Confusion(num_classes, ignore_index=ignored)
     indices = spread(len(dataset), limit)
     if not indices:
         raise LexisegError(f"The split '{split}' of '{name}' is empty, so there is nothing to evaluate.")
@@ -80,9 +94,7 @@ def evaluate(
             samples = [dataset[index] for index in chosen]
             since = time.perf_counter()
             images: list[ImageSource] = [sample.image for sample in samples]
-            results = segmenter.predict(
-                images, dataset.vocabulary, background=background, window=window, batch_size=batch_size
-            )
+            results = segmenter.predict(images, asked, background=background, window=window, batch_size=batch_size)
             seconds += time.perf_counter() - since
             for index, sample, result in zip(chosen, samples, results, strict=True):
                 prediction = _count(confusion, sample, result)
@@ -106,13 +118,25 @@ def evaluate(
         "window": asdict(window or segmenter.model.window),
         "templates": list(vocabulary.templates),
         "background": vocabulary.background.to_dict(),
-        "ignore_index": IGNORE_INDEX,
+        "offsets": offsets,
+        "ignore_index": ignored,
         "batch_size": batch_size,
         "seed": seed,
+        **(card or {}),
         **_describe(segmenter),
         "versions": versions(),
     }
     return Report(confusion.compute(seen, unseen), confusion, judged, protocol, seconds, tuple(examples))
+
+
+def _had_every_mask(segmenter: Segmenter, vocabulary: Vocabulary) -> bool:
+    keys = {word_key(name) for name in segmenter.model.seen_names}
+    return all(word_key(name) in keys for name in vocabulary.names)
+
+
+def _flagged(vocabulary: Vocabulary, seen: bool) -> Vocabulary:
+    """The vocabulary with every class flagged as seen, or every class as unseen."""
+    return replace(vocabulary, classes=tuple(replace(entry, seen=seen) for entry in vocabulary.classes))
 
 
 def spread(length: int, limit: int | None) -> list[int]:

@@ -1,19 +1,40 @@
 """The segmentation systems, one file each."""
 
 from lexiseg.models.base import ImageFeatures, ModelOptions, SegmentationModel, WindowPolicy
+from lexiseg.models.cascade_clip import CascadeCLIP, CascadeCLIPOptions
 from lexiseg.models.dense_clip import DenseCLIP, DenseCLIPOptions
+from lexiseg.models.deop import DeOP
+from lexiseg.models.deop_options import DeOPOptions
+from lexiseg.models.freeseg import FreeSeg, FreeSegOptions
+from lexiseg.models.spt_seg import SPTSeg, SPTSegOptions
 from lexiseg.models.zegclip import ZegCLIP, ZegCLIPOptions
+from lexiseg.models.zegformer import ZegFormer, ZegFormerOptions
+from lexiseg.models.zsseg import ZSSeg, ZSSegOptions
 
-SYSTEMS: dict[str, type[SegmentationModel]] = {ZegCLIP.system: ZegCLIP, DenseCLIP.system: DenseCLIP}
+SYSTEMS: dict[str, type[SegmentationModel]] = {
+    system.system: system for system in (ZegCLIP, DenseCLIP, CascadeCLIP, SPTSeg, ZSSeg, ZegFormer, FreeSeg, DeOP)
+}
 
 __all__ = [
     "SYSTEMS",
+    "CascadeCLIP",
+    "CascadeCLIPOptions",
+    "DeOP",
+    "DeOPOptions",
     "DenseCLIP",
     "DenseCLIPOptions",
+    "FreeSeg",
+    "FreeSegOptions",
     "ImageFeatures",
     "ModelOptions",
+    "SPTSeg",
+    "SPTSegOptions",
     "SegmentationModel",
     "WindowPolicy",
+    "ZSSeg",
+    "ZSSegOptions",
     "ZegCLIP",
     "ZegCLIPOptions",
+    "ZegFormer",
+    "ZegFormerOptions",
 ]

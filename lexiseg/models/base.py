@@ -12,10 +12,10 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lexiseg.clip import CLIP
+from lexiseg.clip import CLIP, TextEmbedder
 from lexiseg.errors import LexisegError
 from lexiseg.scores import Scores
-from lexiseg.vocabulary import SINGLE_TEMPLATE
+from lexiseg.vocabulary import SINGLE_TEMPLATE, Vocabulary
 
 
 class ModelOptions(BaseModel):
@@ -33,11 +33,16 @@ class WindowPolicy:
         stride: distance between windows in pixels.
         short_side: the picture is first resized, keeping its aspect, so that its shorter side has this length; None
             keeps the picture's size.
+        long_side: a limit to the longer side, at which the shorter one becomes shorter than ``short_side``; None sets
+            none.
+        antialias: whether that resize smooths what it shrinks. mmcv's does not, detectron2's (Pillow's) does.
     """
 
     size: int | None = None
     stride: int = 0
     short_side: int | None = None
+    long_side: int | None = None
+    antialias: bool = True
 
 
 @dataclass(frozen=True)
@@ -105,7 +110,8 @@ class SegmentationModel(nn.Module, ABC):
             if first["type"] == "extra_forbidden":
                 known = ", ".join(cls.options_class.model_fields)
                 raise LexisegError(f"{cls.system} has no option '{name}'; it knows {known}.") from error
-            raise LexisegError(f"The option '{name}' of {cls.system} is wrong: {first['msg']}.") from error
+            message = first["msg"].removeprefix("Value error, ")
+            raise LexisegError(f"The option '{name}' of {cls.system} is wrong: {message}.") from error
 
     @property
     def mean(self) -> tuple[float, float, float]:
@@ -135,6 +141,36 @@ class SegmentationModel(nn.Module, ABC):
         if target == (height, width):
             return images
         return F.interpolate(images, size=target, mode="bilinear", align_corners=False)
+
+    def embed_text(self, embedder: TextEmbedder, vocabulary: Vocabulary) -> Tensor:
+        """Embed the words of a vocabulary as this system does it; the result is what `score` and `losses` take as text.
+
+        By default the vocabulary's templates are encoded and averaged. A system with learned prompts, templates of its
+        own or several sources of text overrides it, and asks the embedder, which remembers the vectors.
+
+        Args:
+            embedder: the cache in front of this model's text tower.
+            vocabulary: words and templates.
+
+        Returns:
+            (W, D) unit vectors, one a word; or (W, S, D) of a system with S sources of text.
+
+        Raises:
+            LexisegError: a word is too long for the text tower.
+        """
+        return embedder(vocabulary)
+
+    def training_text(self, vocabulary: Vocabulary, text: Tensor) -> Tensor:
+        """The text of one training step: the same in every step, unless the system trains what makes it.
+
+        Args:
+            vocabulary: the classes trained on.
+            text: what `embed_text` gave for them before the training.
+
+        Returns:
+            text for `losses`, with gradients where it is trained.
+        """
+        return text
 
     @abstractmethod
     def encode_images(self, images: Tensor) -> ImageFeatures:

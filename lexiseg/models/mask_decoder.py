@@ -12,6 +12,8 @@ from torch.nn import functional as F
 from lexiseg.errors import LexisegError
 
 _KEY_BIAS = 4.0
+PICTURE_SHARE = 0.25
+"""Weight of a word's cosine with the whole picture beside that with a patch, where a decoder starts as matching."""
 
 
 @dataclass(frozen=True)
@@ -45,14 +47,18 @@ class MatchingLayer(nn.Module):
             self.ffn_in, self.ffn_out = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
             self.dropout = nn.Dropout(dropout)
 
-    def mask_logits(self, queries: Tensor, keys: Tensor) -> Tensor:
-        """Mean over the heads of the scaled attention logits, (B, C, N).
+    def mask_logits(self, queries: Tensor, memory: Tensor) -> Tensor:
+        """Mean over the heads of the scaled attention logits, (B, C, N), of patches (B, N, D) as they are.
 
         The sum over heads of products of D / heads numbers each is one product of D numbers: one matrix product, and
-        no logits per head.
+        no logits per head. The map to keys goes to whichever side is shorter, the queries or the patches: q (m K)^T
+        and (q K^T) m^T are the same.
         """
         scale = (queries.shape[-1] // self.num_heads) ** -0.5 / self.num_heads
-        return (self.query(queries) * scale) @ keys.transpose(1, 2)
+        mapped = self.query(queries) * scale
+        if mapped.shape[1] >= memory.shape[1]:
+            return mapped @ self.key(memory).transpose(1, 2)
+        return (mapped @ self.key.weight) @ memory.transpose(1, 2) + (mapped @ self.key.bias)[..., None]
 
     def forward(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """Update queries (B, C, D) with mapped keys and values (B, N, D) of the patches."""
@@ -71,6 +77,21 @@ class MatchingLayer(nn.Module):
         queries = self.norm_attention(queries + self.dropout(mixed))
         hidden = self.ffn_out(self.dropout(F.relu(self.ffn_in(queries))))
         return self.norm_ffn(queries + self.dropout(hidden))
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Patches as a `MaskDecoder` attends to them.
+
+    Attributes:
+        patches: (B, N, D), unmapped.
+        keys: (B, N, D) for each layer but the last.
+        values: likewise.
+    """
+
+    patches: Tensor
+    keys: list[Tensor]
+    values: list[Tensor]
 
 
 class MaskDecoder(nn.Module):
@@ -102,30 +123,33 @@ class MaskDecoder(nn.Module):
             MatchingLayer(dim, num_heads, ffn_ratio, dropout, logits_only=index == num_layers - 1)
             for index in range(num_layers)
         )
-        # As released: the layers start as copies of one prototype.
-        prototype = self.layers[0].state_dict()
-        for layer in self.layers:
-            layer.load_state_dict({key: prototype[key] for key in layer.state_dict()})
+        copy_first_layer(self.layers)
 
     def _stack(self) -> list[MatchingLayer]:
         return cast("list[MatchingLayer]", list(self.layers))
 
     @torch.no_grad()
-    def start_as_matching(self, gain: float, offset: float, direction: Tensor) -> None:
+    def start_as_matching(
+        self, query_proj: nn.Linear, gain: float, offset: float, basis: Tensor, *, silent: bool = False
+    ) -> None:
         """Set the weights so that the mask logits are those of queries and patches compared directly.
 
-        The layers' updates start at zero and only their norms remain, and the last layer's query and key maps are
-        multiples of the identity. For unit queries and patches a logit is then about ``gain * cosine - offset``: the
-        biases of queries and keys are opposite along one direction, and their product is the offset.
+        Queries are the text embeddings, the layers' updates start at zero and only their norms remain, and the last
+        layer's query and key maps are multiples of the identity. For unit queries and patches a logit is then about
+        ``gain * cosine - offset``: the biases of queries and keys are opposite along one direction, and their product
+        is the offset. Where there is a relationship descriptor, it adds the words' comparison with the whole picture.
 
         Args:
+            query_proj: makes the queries of [t * cls, t] or t; its weights are set as well.
             gain: factor on the cosine.
             offset: what is subtracted, so that most classes start as absent.
-            direction: unit vector (D,) along which patches differ least, so that the biases shift all alike.
+            basis: orthonormal rows (D, D), the directions along which patches differ most first; along the last the
+                biases shift all patches alike.
+            silent: start with logits of zero instead, from which gradients reach the last layer's keys.
         """
-        for layer in self.layers:
-            if not isinstance(layer, MatchingLayer):
-                continue
+        pass_text(query_proj)
+        direction = basis[-1]
+        for layer in self._stack():
             if not layer.logits_only:
                 for linear in (layer.out, layer.ffn_out):
                     nn.init.zeros_(linear.weight)
@@ -140,35 +164,61 @@ class MaskDecoder(nn.Module):
                 linear.weight.mul_(factor)
             # A short bias on the keys, because its product with the queries differs from class to class.
             layer.key.bias.copy_(_KEY_BIAS * direction)
+            compare_picture(query_proj, direction, PICTURE_SHARE * gain / (scale * factor * length * _KEY_BIAS))
             layer.query.bias.copy_(-offset / (scale * _KEY_BIAS) * direction)
+            if silent:
+                for parameter in (layer.key.weight, layer.key.bias, layer.query.bias):
+                    nn.init.zeros_(parameter)
 
-    def project_memory(self, memory: Tensor) -> list[tuple[Tensor, Tensor | None]]:
-        """Map patches (B, N, D) to each layer's keys and values, once for all classes."""
-        return [(layer.key(memory), None if layer.logits_only else layer.value(memory)) for layer in self._stack()]
+    def project_memory(self, memory: Tensor, grid: tuple[int, int] | None = None) -> Memory:
+        """Map patches (B, N, D) to each layer's keys and values, once for all classes; ``grid`` makes no difference."""
+        inner = self._stack()[:-1]
+        return Memory(memory, [layer.key(memory) for layer in inner], [layer.value(memory) for layer in inner])
 
-    def forward(
-        self,
-        queries: Tensor,
-        projected: list[tuple[Tensor, Tensor | None]],
-        trace: list[DecoderTrace] | None = None,
-    ) -> Tensor:
+    def forward(self, queries: Tensor, memory: Memory, trace: list[DecoderTrace] | None = None) -> Tensor:
         """Mask logits (B, C, N) of class queries (B, C, D) over patches.
 
         Args:
             queries: (B, C, D).
-            projected: from `project_memory`.
+            memory: from `project_memory`.
             trace: a list that receives what each layer computed, for comparisons.
         """
-        logits = queries.new_empty(0)
-        for layer, (keys, values) in zip(self._stack(), projected, strict=True):
-            last = values is None
-            if last or trace is not None:
-                logits = layer.mask_logits(queries, keys)
-            if not last:
-                queries = layer(queries, keys, values)
+        *inner, last = self._stack()
+        for layer, keys, values in zip(inner, memory.keys, memory.values, strict=True):
+            updated = layer(queries, keys, values)
             if trace is not None:
-                trace.append(DecoderTrace(None if last else queries, logits))
+                trace.append(DecoderTrace(updated, layer.mask_logits(queries, memory.patches)))
+            queries = updated
+        logits = last.mask_logits(queries, memory.patches)
+        if trace is not None:
+            trace.append(DecoderTrace(None, logits))
         return logits
+
+
+@torch.no_grad()
+def compare_picture(query_proj: nn.Linear, direction: Tensor, amount: float) -> None:
+    """Shift queries along ``direction`` by ``amount`` times the cosine of word and picture, the sum of t * cls.
+
+    Without a relationship descriptor there is no t * cls, and nothing is done.
+    """
+    dim = query_proj.out_features
+    if query_proj.in_features == 2 * dim:
+        query_proj.weight[:, :dim] = amount * direction[:, None]
+
+
+@torch.no_grad()
+def pass_text(query_proj: nn.Linear) -> None:
+    """Let queries be the text embeddings t, which come last in what ``query_proj`` maps."""
+    nn.init.zeros_(query_proj.weight)
+    nn.init.eye_(query_proj.weight[:, -query_proj.out_features :])
+    nn.init.zeros_(query_proj.bias)
+
+
+def copy_first_layer(layers: nn.ModuleList) -> None:
+    """Give all layers the first one's weights, as far as they have them: released decoders start as copies."""
+    prototype = layers[0].state_dict()
+    for layer in layers:
+        layer.load_state_dict({key: prototype[key] for key in layer.state_dict()})
 
 
 def unit(x: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
 """Recipes: a training run as a YAML file, checked before anything is loaded.
 
-A recipe names what is trained, on what, and with which numbers. An unknown key is an error that names the key, the file
-and the nearest key there is, because a misspelt option that is silently ignored costs a night of training.
+A recipe names what is trained, on what, and with which numbers; :mod:`lexiseg.training.recipe_schema` has the keys. An
+unknown key is an error that names the key, the file and the nearest key there is, because a misspelt option that is
+silently ignored costs a night of training.
 """
 
 from __future__ import annotations
@@ -9,146 +10,42 @@ from __future__ import annotations
 import difflib
 import types
 from collections.abc import Mapping, Sequence
-from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeAlias, Union, get_args, get_origin
+from typing import Annotated, Any, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ValidationError
 
 from lexiseg.errors import LexisegError
-from lexiseg.training.contrastive import ContrastiveSettings
-from lexiseg.training.settings import TrainSettings
+from lexiseg.training.recipe_schema import (
+    KINDS,
+    CatalogData,
+    ContrastiveRecipe,
+    Data,
+    EvaluationRecipe,
+    FolderData,
+    PictureWorldData,
+    Recipe,
+    SegmentationRecipe,
+)
 
+__all__ = [
+    "CatalogData",
+    "ContrastiveRecipe",
+    "Data",
+    "EvaluationRecipe",
+    "FolderData",
+    "PictureWorldData",
+    "Recipe",
+    "SegmentationRecipe",
+    "as_yaml",
+    "find_recipe",
+    "list_recipes",
+    "load_recipe",
+    "parse_recipe",
+]
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class PictureWorldData(_Strict):
-    """Scenes of the picture world, rendered while training.
-
-    Attributes:
-        source: names this kind of data.
-        size: side of a training picture in pixels.
-        crop: side of the crop that is trained on; None takes the whole picture.
-        flip: probability of mirroring a picture.
-        label_stride: distance of the label pixels the loss sees; more than 1 makes a step cheaper.
-        length: number of training scenes; None takes the benchmark's.
-        val_size: side of a validation picture.
-        val_length: number of validation scenes.
-    """
-
-    source: Literal["picture-world"]
-    size: int = Field(default=256, ge=16)
-    crop: int | None = Field(default=None, ge=16)
-    flip: float = Field(default=0.5, ge=0, le=1)
-    label_stride: int = Field(default=1, ge=1, le=8)
-    length: int | None = Field(default=None, ge=1)
-    val_size: int = Field(default=256, ge=16)
-    val_length: int = Field(default=200, ge=1)
-
-
-class FolderData(_Strict):
-    """A dataset on disk in the VOC layout; see :class:`lexiseg.data.folders.VocFolder`.
-
-    Attributes:
-        source: names this kind of data.
-        root: the dataset's folder; a relative path starts at the working directory.
-        train: name of the training list.
-        val: name of the validation list.
-        labels: folder of the labels.
-        splits: folder of the lists.
-        reduce_zero_label: ids count from 1 and 0 is background.
-        augment: "paper" for the papers' pipeline, "light" for crop and flip only.
-        crop: side of the crop that is trained on.
-        label_stride: distance of the label pixels the loss sees.
-    """
-
-    source: Literal["voc-folder"]
-    root: Path
-    train: str = "train"
-    val: str = "val"
-    labels: str = "SegmentationClass"
-    splits: str = "ImageSets/Segmentation"
-    reduce_zero_label: bool = False
-    augment: Literal["paper", "light"] = "paper"
-    crop: int = Field(default=512, ge=16)
-    label_stride: int = Field(default=1, ge=1, le=8)
-
-
-Data: TypeAlias = Annotated[PictureWorldData | FolderData, Field(discriminator="source")]
-
-
-class ModelRecipe(_Strict):
-    """What is built.
-
-    Attributes:
-        system: a segmentation system, such as "zegclip".
-        clip: name of the towers, as ``load_clip`` takes it.
-        options: of the system; the system checks them.
-    """
-
-    system: str
-    clip: str
-    options: dict[str, Any] = Field(default_factory=dict)
-
-
-class EvaluationRecipe(_Strict):
-    """How the trained model is judged while training; the full evaluation is the ``evaluate`` command's.
-
-    Attributes:
-        pictures: number of overlays at each snapshot.
-        scored: number of validation samples scored at each snapshot; 0 scores none.
-    """
-
-    pictures: int = Field(default=4, ge=0)
-    scored: int = Field(default=40, ge=0)
-
-
-class SegmentationRecipe(_Strict):
-    """Training of a segmentation system on seen classes.
-
-    Attributes:
-        kind: names this kind of recipe.
-        description: one line for people.
-        model: what is built.
-        templates: "single", "paper", a sentence with one ``{}``, or a list of such sentences.
-        data: what it is trained on.
-        evaluation: how it is judged while training.
-        train: the numbers of the loop.
-    """
-
-    kind: Literal["segmentation"]
-    description: str = ""
-    model: ModelRecipe
-    templates: str | list[str] = "single"
-    data: Data
-    evaluation: EvaluationRecipe = Field(default_factory=EvaluationRecipe)
-    train: TrainSettings
-
-
-class ContrastiveRecipe(_Strict):
-    """Training of a CLIP on captions.
-
-    Attributes:
-        kind: names this kind of recipe.
-        description: one line for people.
-        model: the towers, the scenes and the weights of the loss.
-        train: the numbers of the loop.
-    """
-
-    kind: Literal["contrastive"]
-    description: str = ""
-    model: ContrastiveSettings
-    train: TrainSettings
-
-
-Recipe: TypeAlias = SegmentationRecipe | ContrastiveRecipe
-_KINDS: dict[str, type[SegmentationRecipe] | type[ContrastiveRecipe]] = {
-    "contrastive": ContrastiveRecipe,
-    "segmentation": SegmentationRecipe,
-}
+_FOLDER = Path(__file__).resolve().parent.parent / "recipes"
 
 
 class _Loader(yaml.SafeLoader):
@@ -170,10 +67,14 @@ def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
 _Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
 
 
+def _packaged() -> dict[str, Path]:
+    """The recipes in the package by name, which says nothing of the folder they are in."""
+    return {path.stem: path for path in sorted(_FOLDER.rglob("*.yaml"), key=lambda path: path.stem)}
+
+
 def list_recipes() -> list[str]:
     """Names of the recipes that come with the package."""
-    folder = resources.files("lexiseg") / "recipes"
-    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+    return list(_packaged())
 
 
 def find_recipe(name: str | Path) -> tuple[str, str]:
@@ -185,15 +86,15 @@ def find_recipe(name: str | Path) -> tuple[str, str]:
     Raises:
         LexisegError: there is neither.
     """
-    if str(name) in list_recipes():
-        text = (resources.files("lexiseg") / "recipes" / f"{name}.yaml").read_text(encoding="utf-8")
-        return text, f"{name}.yaml"
+    packaged = _packaged().get(str(name))
+    if packaged is not None:
+        return packaged.read_text(encoding="utf-8"), f"{name}.yaml"
     path = Path(name)
     try:
         return path.read_text(encoding="utf-8"), str(path)
     except FileNotFoundError as error:
         near = difflib.get_close_matches(str(name), list_recipes(), n=3)
-        hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(list_recipes())}."
+        hint = f"did you mean {' or '.join(near)}?" if near else "`lexiseg train --list` shows those there are."
         raise LexisegError(f"There is no recipe or file '{name}'; {hint}") from error
     except (OSError, UnicodeDecodeError, ValueError) as error:
         raise LexisegError(f"The recipe '{name}' cannot be read as text; give a YAML file.") from error
@@ -228,14 +129,14 @@ def parse_recipe(text: str, where: str, *, seed: int | None = None) -> Recipe:
     if not isinstance(content, dict):
         raise LexisegError(f"The recipe '{where}' must be a list of 'key: value' lines.")
     kind = content.get("kind")
-    if not isinstance(kind, str) or kind not in _KINDS:
-        raise LexisegError(f"The recipe '{where}' needs 'kind', one of {', '.join(sorted(_KINDS))}.")
+    if not isinstance(kind, str) or kind not in KINDS:
+        raise LexisegError(f"The recipe '{where}' needs 'kind', one of {', '.join(sorted(KINDS))}.")
     if seed is not None and isinstance(content.get("train"), dict):
         content["train"]["seed"] = seed
     try:
-        return _KINDS[kind].model_validate(content)
+        return KINDS[kind].model_validate(content)
     except ValidationError as error:
-        raise LexisegError(_sentence(error, _KINDS[kind], where)) from error
+        raise LexisegError(_sentence(error, KINDS[kind], where)) from error
 
 
 def _sentence(error: ValidationError, schema: type[BaseModel], where: str) -> str:
@@ -252,6 +153,8 @@ def _sentence(error: ValidationError, schema: type[BaseModel], where: str) -> st
     if problem["type"] == "missing":
         return f"The recipe '{where}' lacks the key '{key}'."
     message = problem["msg"].removeprefix("Value error, ").rstrip(".")
+    if not key:  # a check of the whole, which its own sentence explains
+        return f"The recipe '{where}' contradicts itself: {message}."
     return f"The recipe '{where}' has a wrong value for '{key}': {message[:1].lower()}{message[1:]}."
 
 
@@ -265,9 +168,9 @@ def _choices(annotation: Any) -> list[type[BaseModel]]:
     return [model for part in parts for model in _choices(part)]
 
 
-def _tag(model: type[BaseModel]) -> str | None:
+def _tags(model: type[BaseModel]) -> Sequence[Any]:
     source = model.model_fields.get("source")
-    return get_args(source.annotation)[0] if source is not None else None
+    return get_args(source.annotation) if source is not None else ()
 
 
 def _walk(schema: type[BaseModel], loc: Sequence[str | int]) -> tuple[list[str | int], list[str]]:
@@ -276,7 +179,7 @@ def _walk(schema: type[BaseModel], loc: Sequence[str | int]) -> tuple[list[str |
     written: list[str | int] = []
     for part in loc:
         models = _choices(annotation)
-        tagged = [model for model in models if len(models) > 1 and _tag(model) == part]
+        tagged = [model for model in models if len(models) > 1 and part in _tags(model)]
         if tagged:
             annotation = tagged[0]
             continue

@@ -1,4 +1,4 @@
-"""Training a segmentation system on the seen classes of a dataset."""
+"""Training a segmentation system on a dataset, inductively, transductively or fully supervised."""
 
 from __future__ import annotations
 
@@ -21,8 +21,16 @@ from lexiseg.evaluation.evaluate import evaluate
 from lexiseg.evaluation.report import Report
 from lexiseg.models.base import SegmentationModel
 from lexiseg.segmenter import Segmenter
+from lexiseg.training.labels import (
+    UNLABELLED,
+    Setting,
+    Unlabelled,
+    masked_names,
+    self_training_labels,
+    training_vocabulary,
+)
 from lexiseg.training.task import Task
-from lexiseg.vocabulary import TemplateSource, Vocabulary, VocabularyClass
+from lexiseg.vocabulary import TemplateSource
 from lexiseg.weights.folder import save_model
 
 
@@ -32,7 +40,8 @@ class SegmentationBatch:
 
     Attributes:
         images: ``(B, 3, H, W)`` float32, normalised.
-        labels: ``(B, h, w)`` int64, of the pictures' size or smaller: ranks among the seen classes, 255 = none of them.
+        labels: ``(B, h, w)`` int64, of the pictures' size or smaller: ranks among the classes whose text is trained on,
+            255 = none of them, and in self-training -1 = to be chosen by the model.
         names: of the samples.
     """
 
@@ -45,35 +54,19 @@ class SegmentationBatch:
         return replace(self, images=self.images.to(device, **options), labels=self.labels.to(device, **options))
 
 
-def training_vocabulary(vocabulary: Vocabulary, *, templates: TemplateSource = None) -> Vocabulary:
-    """The classes that are trained on: those flagged as seen, by their names, without synonyms.
-
-    A vocabulary without any flag is fully supervised: all its classes are trained on.
-
-    Args:
-        vocabulary: of the dataset.
-        templates: replace the vocabulary's.
-
-    Raises:
-        LexisegError: every class is flagged as unseen.
-    """
-    chosen = [entry for entry in vocabulary.classes if entry.seen is True]
-    if all(entry.seen is None for entry in vocabulary.classes):
-        chosen = list(vocabulary.classes)
-    if not chosen:
-        raise LexisegError("The dataset has no seen class, so there is nothing to train on; mend its unseen list.")
-    classes = tuple(VocabularyClass(entry.name, seen=True, color=entry.color) for entry in chosen)
-    return Vocabulary.parse(Vocabulary(classes, vocabulary.templates), templates=templates)
-
-
 class SegmentationTask(Task):
-    """A segmentation system, a dataset, and the text of the seen classes.
+    """A segmentation system, a dataset, and the text of the classes that take part.
 
-    Unseen classes take no part: their names are never embedded for training, and their pixels are 255 before the loss,
-    where they are negatives of every seen class, as in the authors' code (ZegCLIP's inductive setting, Sec. 4.1).
+    - "inductive": unseen classes take no part. Their names are never embedded for training, and their pixels are 255
+      before the loss, where they are negatives of every seen class, as in the authors' code (ZegCLIP, Sec. 4.1).
+    - "transductive": the text of all classes takes part. Pixels without a label get the model's own best unseen class,
+      chosen anew in every step from the masks that step computes (dropout on, no teacher, no threshold; ZegCLIP's
+      self-training as its code does it). ``"unlabelled"`` in the log is the share of such pixels in percent: at 0 the
+      data marks none, and there is nothing to learn about unseen classes.
+    - "supervised": every class of the dataset has masks.
 
     Args:
-        model: the system; its seen names must be the dataset's seen classes, in order.
+        model: the system; its seen names must be the classes with masks in training, in the dataset's order.
         dataset: what to train on.
         pipeline: from a sample's picture and label to the model's input.
         batch_size: samples a batch.
@@ -83,10 +76,14 @@ class SegmentationTask(Task):
         num_pictures: overlays a snapshot.
         num_scored: validation samples scored at a snapshot.
         label_stride: distance of the label pixels the loss sees; 2 takes a quarter of them, which makes a step cheaper.
+        setting: see above.
+        unlabelled: where self-training finds pixels without a label; see
+            :func:`lexiseg.training.labels.self_training_labels`. With "ignored" the pipeline must fill up pictures with
+            :data:`lexiseg.training.labels.PADDING`, or padding is unlabelled as well.
         cache_dir: of the text embeddings on disk; None keeps them in memory.
 
     Raises:
-        LexisegError: the dataset is empty or has no seen class.
+        LexisegError: the dataset is empty, or its classes do not suit the setting.
         ValueError: the model's seen names are not the dataset's.
     """
 
@@ -105,6 +102,8 @@ class SegmentationTask(Task):
         num_pictures: int = 4,
         num_scored: int = 40,
         label_stride: int = 1,
+        setting: Setting = "inductive",
+        unlabelled: Unlabelled = "marked",
         cache_dir: Path | None = None,
     ) -> None:
         if len(dataset) == 0:
@@ -117,11 +116,16 @@ class SegmentationTask(Task):
         self.label_stride = label_stride
         self.validation = validation
         self.num_pictures, self.num_scored = num_pictures, num_scored
-        self.vocabulary = training_vocabulary(dataset.vocabulary, templates=templates or model.default_templates)
-        if self.vocabulary.names != model.seen_names:
+        self.setting, self.unlabelled = setting, unlabelled
+        self.vocabulary = training_vocabulary(
+            dataset.vocabulary, setting=setting, templates=templates or model.default_templates
+        )
+        if masked_names(self.vocabulary) != model.seen_names:
             raise ValueError("the model was built for other seen classes than the dataset's")
-        self.seen = seen_ids(dataset.vocabulary) or list(range(len(dataset.vocabulary)))
-        self.text = TextEmbedder(model.clip, cache_dir)(self.vocabulary)
+        everything = list(range(len(dataset.vocabulary)))
+        self.seen = everything if setting == "supervised" else seen_ids(dataset.vocabulary) or everything
+        self.seen_classes = torch.tensor([entry.seen is True for entry in self.vocabulary.classes])
+        self.text = model.embed_text(TextEmbedder(model.clip, cache_dir), self.vocabulary)
         self._segmenter = Segmenter(
             model, templates=self.vocabulary.templates, cache_dir=cache_dir, disk_cache=cache_dir is not None
         )
@@ -135,8 +139,13 @@ class SegmentationTask(Task):
         return SegmentationBatch(torch.stack(images), torch.stack(labels), names)
 
     def losses(self, batch: SegmentationBatch) -> Mapping[str, Tensor]:
-        """The model's own losses on the seen classes."""
-        return self.model.losses(batch.images, batch.labels, self.text.to(batch.images.device))
+        """The model's own losses, and in self-training the share of pixels without a label, in percent."""
+        device = batch.images.device
+        text = self.model.training_text(self.vocabulary, self.text.to(device))
+        if self.setting != "transductive":
+            return self.model.losses(batch.images, batch.labels, text)
+        losses = self.model.losses(batch.images, batch.labels, text, seen=self.seen_classes.to(device))
+        return {**losses, "unlabelled": 100.0 * (batch.labels == UNLABELLED).float().mean()}
 
     def sample_names(self, batch: SegmentationBatch) -> Sequence[str]:
         """Names of the samples of ``batch``."""
@@ -179,6 +188,8 @@ class SegmentationTask(Task):
         image, label = self.pipeline(sample.image, sample.label, rng)
         middle, stride = self.label_stride // 2, self.label_stride
         label = label[middle::stride, middle::stride]
+        if self.setting == "transductive":
+            return image, self_training_labels(label, self.seen, unlabelled=self.unlabelled), sample.name
         return image, remap_to_seen(label, self.seen), sample.name
 
     def _epoch_order(self, epoch: int) -> np.ndarray:

@@ -141,27 +141,39 @@ class Trainer:
         device: torch.device = self._accelerator.device
         return device
 
-    def run(self, *, resume: bool = False) -> Path:
-        """Train to the end.
+    def run(self, *, resume: bool = False, until: int | None = None) -> Path:
+        """Train to the end, or to some step before it.
 
         Args:
             resume: continue from the newest checkpoint in ``run_dir``; without one, start.
+            until: stop after this many steps in all and export what is there; the schedule stays that of the whole run,
+                which can be resumed. None trains to the end.
 
         Returns:
             The folder the task exported its model to.
 
         Raises:
             LexisegError: ``run_dir`` holds checkpoints and ``resume`` is not asked for; the checkpoint does not fit;
-                or the loss or a gradient is not finite (the message names step and samples, nothing is saved of it).
+                or the loss or a gradient is not finite (the message names step and samples, nothing is saved of it);
+                or ``until`` lies behind the run or behind its checkpoint.
         """
         settings, task, main = self.settings, self.task, self._accelerator.is_main_process
+        end = settings.steps if until is None else until
+        if not 1 <= end <= settings.steps:
+            raise LexisegError(
+                f"The run has {settings.steps} steps, so it cannot stop after {end}; choose one of them."
+            )
         first = self._start(resume)
-        indices = self._batch_indices(first)
+        if first > end:
+            raise LexisegError(
+                f"'{self.run_dir}' is at step {first} already, past {end}; choose another output folder."
+            )
+        indices = self._batch_indices(first, end)
         batches = iter(prefetch(task.batch, indices, workers=settings.workers))
         task.model.train()
         log = RunLog(
             self.run_dir,
-            settings.steps,
+            end,
             first_step=first,
             tensorboard=self._tensorboard,
             progress=self._progress,
@@ -170,11 +182,11 @@ class Trainer:
         sums: dict[str, float] = defaultdict(float)
         since, logged = time.perf_counter(), first
         with log:
-            for step in range(first, settings.steps):
+            for step in range(first, end):
                 for name, value in self._step(step, batches).items():
                     sums[name] += value
                 done = step + 1
-                last = done == settings.steps
+                last = done == end
                 log.advance()
                 if done % settings.log_every == 0 or last:
                     count, now = done - logged, time.perf_counter()
@@ -251,11 +263,11 @@ class Trainer:
             rank=self._accelerator.process_index,
         )
 
-    def _batch_indices(self, first: int) -> range:
-        """Numbers of this process's batches from step ``first`` on; the processes take turns."""
+    def _batch_indices(self, first: int, end: int) -> range:
+        """Numbers of this process's batches of the steps ``first`` to ``end``; the processes take turns."""
         processes, accumulate = self._accelerator.num_processes, self.settings.accumulate
-        begin, end = first * accumulate * processes, self.settings.steps * accumulate * processes
-        return range(begin + self._accelerator.process_index, end, processes)
+        per_step = accumulate * processes
+        return range(first * per_step + self._accelerator.process_index, end * per_step, processes)
 
     def _step(self, step: int, batches: Iterator[Any]) -> dict[str, float]:
         settings = self.settings

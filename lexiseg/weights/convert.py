@@ -15,13 +15,18 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lexiseg.clip import build_clip, save_clip
+from lexiseg.clip import build_clip, load_clip, save_clip
 from lexiseg.clip.load import fill
 from lexiseg.errors import LexisegError
+from lexiseg.models import CascadeCLIP
 from lexiseg.vocabulary import PAPER_TEMPLATES, SINGLE_TEMPLATE
+from lexiseg.weights.decoupled_checkpoints import DECOUPLED_NAMES, read_decoupled
+from lexiseg.weights.detectron_checkpoint import System, recognise_detectron
 from lexiseg.weights.folder import save_model
-from lexiseg.weights.zegclip_checkpoint import read_zegclip, recognise
+from lexiseg.weights.one_stage_checkpoint import NAMES, read_one_stage, recognise
 
+# Prompts a block of the papers' VOC and Context models.
+_VOC_PROMPTS, _CONTEXT_PROMPTS = 10, 35
 # What OpenAI's own state dict holds beside its tensors; their presence also tells that it is OpenAI's.
 _OPENAI_NOTES = frozenset({"input_resolution", "context_length", "vocab_size"})
 
@@ -31,7 +36,7 @@ class ConversionReport:
     """What `convert` found and wrote.
 
     Attributes:
-        kind: "zegclip" or "clip".
+        kind: "zegclip", "cascade-clip", "spt-seg", a decoupled system's name, or "clip".
         folder: where the result is.
         num_tensors: tensors read from the checkpoint.
         num_parameters: parameters of the result.
@@ -47,8 +52,9 @@ class ConversionReport:
     notes: tuple[str, ...] = field(default=())
 
     def __str__(self) -> str:
+        names = {**NAMES, **DECOUPLED_NAMES}
         lines = [
-            f"Found {'a ZegCLIP model' if self.kind == 'zegclip' else 'a CLIP'}: {self.num_tensors} tensors, "
+            f"Found a {f'{names[self.kind]} model' if self.kind in names else 'CLIP'}: {self.num_tensors} tensors, "
             f"{self.num_parameters / 1e6:.1f} M parameters.",
         ]
         if self.unused:
@@ -103,25 +109,30 @@ def convert(
     quick_gelu: bool | None = None,
     heads: int | None = None,
     text_heads: int | None = None,
+    clip: str | Path | None = None,
     dtype: torch.dtype | None = None,
 ) -> ConversionReport:
     """Convert a checkpoint into a folder.
 
-    A ZegCLIP checkpoint in its authors' layout becomes a model folder for `lexiseg.load`; the state dict of an OpenAI
-    or open_clip ViT becomes a CLIP folder for ``dense-clip/FOLDER``. Which it is shows in the keys.
+    A checkpoint of ZegCLIP, Cascade-CLIP, SPT-SEG or of a decoupled system (see
+    `lexiseg.weights.decoupled_checkpoints`) in its authors' layout becomes a model folder for `lexiseg.load`; the state
+    dict of an OpenAI or open_clip ViT becomes a CLIP folder for ``dense-clip/FOLDER``. Which it is shows in the keys.
 
     Args:
         path: the checkpoint.
         folder: where to write; made if missing.
-        class_names: ZegCLIP: names of the classes it was trained on, which the file does not hold. Without them no
-            class counts as seen and the score offset of seen classes is not applied.
-        templates: ZegCLIP: the templates its text embeddings were made with; None takes the paper's 15 when the
-            checkpoint has as many prompts as the COCO-Stuff model (100), else the single one.
-        transductive: ZegCLIP: it was trained with self-training, so that seen classes have no score offset.
+        class_names: segmentation systems: names of the classes it was trained on, which the file does not hold.
+            Without them no class counts as seen and the score offset of seen classes is not applied.
+        templates: segmentation systems: the templates its text embeddings were made with; None takes the single one
+            when the checkpoint has as many prompts as the papers' VOC models (10) or fewer, else the papers' 15.
+        transductive: segmentation systems: it was trained with self-training, so that seen classes have no score
+            offset.
         quick_gelu: CLIP: which activation the towers use; None is True for OpenAI's own files and False for others.
-            (ZegCLIP's are always OpenAI's.)
+            (Those of the segmentation systems are always OpenAI's.)
         heads: attention heads of the image tower; None is one a 64 channels, as in all released CLIPs.
         text_heads: attention heads of the text tower; None likewise.
+        clip: decoupled systems whose file has no CLIP in it (ZegFormer's training checkpoints): the one they were
+            trained with, by any name `load_clip` takes.
         dtype: what to store the weights in; None is float32.
 
     Raises:
@@ -130,21 +141,26 @@ def convert(
     """
     state = read_checkpoint(path)
     kind = recognise(state)
-    if kind == "zegclip":
-        return _convert_zegclip(state, path, folder, class_names, templates, transductive, heads, text_heads, dtype)
     if kind is not None:
-        raise LexisegError(f"'{path}' is a checkpoint of {kind}, which this version of lexiseg does not have.")
+        return _convert_one_stage(
+            state, kind, path, folder, class_names, templates, transductive, heads, text_heads, dtype
+        )
+    system = recognise_detectron(state)
+    if system is not None:
+        return _convert_decoupled(state, system, path, folder, class_names, templates, heads, text_heads, clip, dtype)
     if "visual.conv1.weight" in state and "token_embedding.weight" in state:
         return _convert_clip(state, path, folder, quick_gelu, heads, text_heads, dtype)
     first = ", ".join(sorted(state)[:3])
+    known = ", ".join([*NAMES.values(), *DECOUPLED_NAMES.values()])
     raise LexisegError(
-        f"'{path}' is neither a ZegCLIP checkpoint nor a CLIP with a vision transformer (its keys begin with {first}); "
-        "lexiseg converts those two."
+        f"'{path}' is neither a checkpoint of {known} nor a CLIP with a vision transformer (its keys begin with "
+        f"{first}); lexiseg converts only those."
     )
 
 
-def _convert_zegclip(
+def _convert_one_stage(
     state: dict[str, Tensor],
+    kind: str,
     path: str | Path,
     folder: str | Path,
     class_names: Sequence[str] | None,
@@ -155,18 +171,57 @@ def _convert_zegclip(
     dtype: torch.dtype | None,
 ) -> ConversionReport:
     options = {"seen_offset": 0.0} if transductive else {}
-    model, unused = read_zegclip(state, heads=heads, text_heads=text_heads, options=options, name=f"'{path}'")
+    model, unused = read_one_stage(state, heads=heads, text_heads=text_heads, options=options, name=f"'{path}'")
     model.seen_names = tuple(class_names or ())
     if templates is None:
-        many = model.options.num_prompts >= 100
-        templates = PAPER_TEMPLATES if many else SINGLE_TEMPLATE
+        templates = SINGLE_TEMPLATE if model.options.num_prompts <= _VOC_PROMPTS else PAPER_TEMPLATES
     model.default_templates = tuple(templates)
-    model.metadata = {"description": "ZegCLIP converted from the authors' checkpoint", "source": Path(path).name}
+    model.metadata = {
+        "description": f"{NAMES[kind]} converted from the authors' checkpoint",
+        "source": Path(path).name,
+    }
     notes = ["logit_scale is not in such a checkpoint and nothing here uses it; it has its initial value."]
+    if isinstance(model, CascadeCLIP):
+        notes.append(
+            f"Which blocks its groups hold is not in the file; {model.options.groups} fits its shapes and is what the "
+            "released models have."
+        )
+        if model.options.num_prompts == _CONTEXT_PROMPTS:
+            # The ids in the authors' configuration belong to another order of the classes than their labels'.
+            notes.append(
+                "With 35 prompts it looks like the PASCAL Context model, whose unseen classes in the authors' "
+                "configuration are aeroplane, bed, bedclothes, boat, bottle, car, cloth, cow, keyboard and plate, not "
+                "the papers' ten."
+            )
     if not class_names and not transductive:
         notes.append("The classes it was trained on are not in the file: none counts as seen, no score offset applies.")
     save_model(model, folder, dtype=dtype)
-    return ConversionReport("zegclip", Path(folder), len(state), model.num_parameters(), tuple(unused), tuple(notes))
+    return ConversionReport(kind, Path(folder), len(state), model.num_parameters(), tuple(unused), tuple(notes))
+
+
+def _convert_decoupled(
+    state: dict[str, Tensor],
+    system: System,
+    path: str | Path,
+    folder: str | Path,
+    class_names: Sequence[str] | None,
+    templates: Sequence[str] | None,
+    heads: int | None,
+    text_heads: int | None,
+    clip: str | Path | None,
+    dtype: torch.dtype | None,
+) -> ConversionReport:
+    given = None if clip is None else load_clip(str(clip))
+    found = read_decoupled(system, state, heads=heads, text_heads=text_heads, clip=given, name=f"'{path}'")
+    model = found.model
+    model.seen_names = tuple(class_names or ())
+    if templates is not None:
+        model.default_templates = tuple(templates)
+    description = f"{DECOUPLED_NAMES[system]} converted from the authors' checkpoint"
+    model.metadata = {"description": description, "source": Path(path).name}
+    save_model(model, folder, dtype=dtype)
+    parameters = model.num_parameters()
+    return ConversionReport(system, Path(folder), len(state), parameters, tuple(found.unused), found.notes)
 
 
 def _convert_clip(

@@ -1,4 +1,4 @@
-"""The fixed benchmark ``picture-world``: train and val splits made of scenes, and the same written to disk."""
+"""The fixed benchmark ``picture-world``: train, val and test splits made of scenes, and the same written to disk."""
 
 from __future__ import annotations
 
@@ -18,11 +18,12 @@ from lexiseg.errors import LexisegError
 from lexiseg.files import atomic_write, make_folder, write_text
 from lexiseg.vocabulary import Vocabulary, VocabularyClass
 
-Split = Literal["train", "val"]
+Split = Literal["train", "val", "test"]
 
 # First integer of every scene's seed. The stages of the CLIP training use others, so no val scene is ever trained on.
-SPLIT_SEEDS: dict[str, int] = {"train": 1, "val": 2}
-SPLIT_LENGTHS: dict[str, int] = {"train": 20_000, "val": 200}
+# (3 is the sample pictures'.) Settings are chosen on val; test is for judging what was chosen.
+SPLIT_SEEDS: dict[str, int] = {"train": 1, "val": 2, "test": 4}
+SPLIT_LENGTHS: dict[str, int] = {"train": 20_000, "val": 200, "test": 200}
 
 _HIDDEN = np.arange(256, dtype=np.int64)
 _HIDDEN[[CLASS_IDS[name] for name in UNSEEN]] = IGNORE_INDEX
@@ -37,12 +38,12 @@ class PictureWorld:
     """Scenes with masks, rendered when asked for; the same index gives the same sample in any process.
 
     The train split hides the unseen classes: their pixels are 255 before a sample leaves this object, so that no stage
-    of any training can see a mask of them. The val split has every class.
+    of any training can see a mask of them. The val and test splits have every class.
 
     Args:
-        split: ``"train"`` or ``"val"``.
+        split: ``"train"``, ``"val"`` or ``"test"``.
         size: pixels a side.
-        length: number of scenes; default 20,000 (train) and 200 (val).
+        length: number of scenes; default 20,000 (train) and 200 (val, test).
         num_things: smallest and largest number of things a scene.
         extents: smallest and largest size of a thing as a share of the side.
 
@@ -60,7 +61,7 @@ class PictureWorld:
         extents: tuple[float, float] = (0.36, 0.64),
     ) -> None:
         if split not in SPLIT_SEEDS:
-            raise LexisegError(f"picture-world has no split '{split}'; choose 'train' or 'val'.")
+            raise LexisegError(f"picture-world has no split '{split}'; choose 'train', 'val' or 'test'.")
         self.split, self.size = split, size
         self._num_things, self._extents = num_things, extents
         self._length = SPLIT_LENGTHS[split] if length is None else length

@@ -1,0 +1,84 @@
+"""The patches of every block of an image tower, as a system runs it and as CLIP alone does."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lexiseg.clip.image import ImageTokens, ImageTower
+from lexiseg.models import SegmentationModel
+from lexiseg.models.decoupled import DecoupledModel
+from lexiseg.models.one_stage import OneStageModel
+from lexiseg.models.region_host import RegionHost
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """What each block made of one picture's patches.
+
+    Attributes:
+        patches: (L, N, W), block by block, before any final norm.
+        grid: (h, w), the patches per side; N = h * w in rows.
+    """
+
+    patches: Tensor
+    grid: tuple[int, int]
+
+
+def plain_blocks(model: SegmentationModel, images: Tensor) -> Blocks:
+    """Run the model's CLIP without anything that was learnt beside it: no prompts, no severance.
+
+    Args:
+        model: any system with a vision transformer.
+        images: (1, 3, H, W) normalised.
+
+    Raises:
+        LexisegError: the image tower is no vision transformer.
+    """
+    return _run_plain(model, model.clip.image_tower, images)
+
+
+def system_blocks(model: SegmentationModel, images: Tensor) -> Blocks:
+    """Run the tower as the system does: with its prompts, or the tuned copy of MAFT; else as `plain_blocks`.
+
+    Args:
+        model: any system with a vision transformer.
+        images: (1, 3, H, W) normalised.
+
+    Raises:
+        LexisegError: the image tower is no vision transformer.
+    """
+    if isinstance(model, OneStageModel):
+        tower = model.clip.image_tower
+        return _blocks(model.run_tower(model.fit_to_patches(images), levels=range(tower.num_blocks)), tower)
+    student = _student(model)
+    return plain_blocks(model, images) if student is None else _run_plain(model, ImageTower(student), images)
+
+
+def learnt_in_tower(model: SegmentationModel) -> bool:
+    """Whether the system learns something that acts inside the image tower, so that its blocks differ from CLIP's."""
+    prompted = isinstance(model, OneStageModel) and model.backbone != "fixed"
+    return prompted or _student(model) is not None
+
+
+def has_own_clip(model: SegmentationModel) -> bool:
+    """Whether training changed CLIP's image tower itself, so that the CLIP it started from is not inside the model."""
+    return any(name.startswith("clip.model.visual.") for name in model.trainable_names())
+
+
+def _student(model: SegmentationModel) -> nn.Module | None:
+    return model.student if isinstance(model, RegionHost) else None
+
+
+def _run_plain(model: SegmentationModel, tower: ImageTower, images: Tensor) -> Blocks:
+    if isinstance(model, DecoupledModel):
+        images = model.clip_normalise(model.pixels(images))  # they come as the generator wants them
+    tokens, grid = tower.embed(model.fit_to_patches(images))
+    return _blocks(tower.run(tokens, grid, levels=range(tower.num_blocks)), tower)
+
+
+def _blocks(result: ImageTokens, tower: ImageTower) -> Blocks:
+    rows = [result.levels[index][0, -result.num_patches :] for index in range(tower.num_blocks)]
+    return Blocks(torch.stack(rows).detach().float(), result.grid)

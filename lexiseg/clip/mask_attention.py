@@ -1,0 +1,273 @@
+"""Mask attention: one class token for each region, in one run of CLIP's image tower (MAFT's IP-CLIP encoder).
+
+Up to a block L the tower is CLIP itself. There its class token becomes N copies, one for each region mask, and from
+there on a class token attends to itself and to the patches inside its mask, while the patches attend to each other
+only. So the patches do not depend on the masks: they run once, and a region costs one query a block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import torch
+from open_clip.modified_resnet import ModifiedResNet
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lexiseg.clip.blocks import run_block
+from lexiseg.clip.image import ImageTower
+from lexiseg.clip.positions import Interpolation
+from lexiseg.clip.resnet import attention_pool, resnet_features
+from lexiseg.errors import LexisegError
+
+INSIDE = 0.5
+"""A patch belongs to a region if the mask is at least this on the patch grid."""
+
+FROZEN_UNITS = ("conv", "cls", "pos", "ln_pre", "mlp", "proj")
+"""What the authors' code keeps of CLIP, by the names of the paper's ablation (MAFT, Table 4d; ln_pre is not in it)."""
+
+
+@dataclass(frozen=True)
+class RegionTokens:
+    """What the blocks leave behind, before the final norm.
+
+    Attributes:
+        regions: class tokens (B, N, W).
+        patches: (B, gh * gw, W), or None if nobody asked for them: no region needs those of the last block.
+        grid: (gh, gw).
+        levels: outputs of the blocks asked for, by block index: (B, N + gh * gw, W), or (B, 1 + gh * gw, W) before the
+            class token is copied.
+    """
+
+    regions: Tensor
+    patches: Tensor | None
+    grid: tuple[int, int]
+    levels: dict[int, Tensor]
+
+
+def masks_on_grid(masks: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Resize masks (B, N, h, w) in 0..1 to the patch grid: bilinear, align_corners False, no antialias.
+
+    Where the grid is much smaller only the pixels next to each patch's middle count, as in the authors' code.
+
+    Returns:
+        (B, N, gh, gw).
+    """
+    if masks.shape[1] == 0:
+        return masks.new_zeros(len(masks), 0, *grid)
+    return F.interpolate(masks, size=grid, mode="bilinear", align_corners=False)
+
+
+def attention_mask(inside: Tensor) -> Tensor:
+    """Say what each region's class token may attend to: itself and the patches inside its region.
+
+    Args:
+        inside: (B, N, gh, gw) boolean.
+
+    Returns:
+        (B, 1, N, N + gh * gw) boolean, True = may attend; equal for all heads. No row is empty.
+    """
+    count = inside.shape[1]
+    own = torch.eye(count, dtype=torch.bool, device=inside.device).expand(len(inside), -1, -1)
+    return torch.cat([own, inside.flatten(2)], dim=2)[:, None]
+
+
+def attend_regions(
+    tower: ImageTower,
+    tokens: Tensor,
+    grid: tuple[int, int],
+    inside: Tensor,
+    *,
+    start_block: int,
+    patches: bool = False,
+    levels: Collection[int] = (),
+) -> RegionTokens:
+    """Run the blocks from ``start_block`` on with a class token for each region.
+
+    Args:
+        tower: the image tower.
+        tokens: (B, L, W), what enters block ``start_block``: class token first, the gh * gw patches last. Tokens
+            between them (prompts) are dropped.
+        grid: (gh, gw).
+        inside: (B, N, gh, gw) boolean, the patches of each region; any N, and a region may be empty: its token sees
+            itself only.
+        start_block: index (0-based) of the first block with masks, L in the paper.
+        patches: whether the patches of the last block are wanted.
+        levels: indices of the blocks whose outputs are wanted.
+
+    Raises:
+        LexisegError: there is no such block.
+    """
+    check_start_block(tower, start_block)
+    blocks = tower.visual.transformer.resblocks
+    num_regions, num_patches = inside.shape[1], grid[0] * grid[1]
+    regions = tokens[:, :1].expand(-1, num_regions, -1)
+    rows = tokens[:, -num_patches:]
+    allowed = attention_mask(inside)
+    kept: dict[int, Tensor] = {}
+    for index in range(start_block, len(blocks)):
+        # The patches' keys and values are computed here and in their own run again: a sixth of a block more, and worth
+        # one function for every kind of block. The last block's patches are not computed unless they are wanted.
+        context = rows
+        if patches or levels or index + 1 < len(blocks):
+            rows = run_block(blocks[index], rows)
+        if num_regions:
+            regions = run_block(blocks[index], regions, context, mask=allowed)
+        if index in levels:
+            kept[index] = torch.cat([regions, rows], dim=1)
+    return RegionTokens(regions, rows if patches else None, grid, kept)
+
+
+def encode_regions(
+    tower: ImageTower,
+    images: Tensor,
+    masks: Tensor,
+    *,
+    start_block: int,
+    position_interpolation: Interpolation = "bicubic-corners",
+    patches: bool = False,
+    levels: Collection[int] = (),
+) -> RegionTokens:
+    """Run a vision transformer with a class token for each region (MAFT, Sec. 4.1).
+
+    Args:
+        tower: the image tower.
+        images: (B, 3, H, W) normalised; what is left over at the right and lower edge of whole patches is cut off, as
+            the patch convolution does (480 pixels are 34 patches of 14).
+        masks: (B, N, h, w) in 0..1, over the same frame as the images, any h and w.
+        start_block: see `attend_regions`.
+        position_interpolation: "bicubic-corners" as MAFT and FreeSeg, "bicubic" as ZSSeg.
+        patches: whether the patches of the last block are wanted.
+        levels: indices of the blocks whose outputs are wanted.
+
+    Raises:
+        LexisegError: there is no block ``start_block``, or an image is smaller than a patch.
+    """
+    check_start_block(tower, start_block)
+    tokens, grid = tower.embed(whole_patches(images, tower.patch_size), interpolation=position_interpolation)
+    early = tower.run(tokens, grid, stop=start_block, levels=levels)
+    result = attend_regions(
+        tower,
+        early.tokens,
+        grid,
+        masks_on_grid(masks, grid) >= INSIDE,
+        start_block=start_block,
+        patches=patches,
+        levels=levels,
+    )
+    return RegionTokens(result.regions, result.patches, grid, {**early.levels, **result.levels})
+
+
+def region_embeddings(
+    visual: nn.Module,
+    images: Tensor,
+    masks: Tensor,
+    *,
+    start_block: int,
+    position_interpolation: Interpolation = "bicubic-corners",
+) -> Tensor:
+    """CLIP embeddings of regions, in one run of the image tower for any number of them.
+
+    Args:
+        visual: ``model.visual`` of an open_clip model: a vision transformer or a CLIP ResNet. A tower fine-tuned with
+            masks and the plain one it came from are two such modules.
+        images: (B, 3, H, W) normalised, any size from one patch on and any aspect.
+        masks: (B, N, h, w) in 0..1 over the same frame, any h and w; N may be 0.
+        start_block: first block (0-based) with masks, L in the paper: 8 for ViT-B/16, 16 for ViT-L/14. A ResNet has
+            none: there the masks act in the attention pool.
+        position_interpolation: "bicubic-corners" as MAFT and FreeSeg, "bicubic" as ZSSeg.
+
+    Returns:
+        (B, N, D), not normalised.
+
+    Raises:
+        LexisegError: the tower is of another kind, there is no block ``start_block``, or an image is too small.
+    """
+    if isinstance(visual, ModifiedResNet):
+        features = resnet_features(visual, images)
+        inside = masks_on_grid(masks, (features.shape[-2], features.shape[-1])) >= INSIDE
+        return attention_pool(visual.attnpool, features, inside, position_interpolation=position_interpolation)
+    tower = ImageTower(visual)
+    result = encode_regions(
+        tower, images, masks, start_block=start_block, position_interpolation=position_interpolation
+    )
+    return tower.project(result.regions)
+
+
+def image_embeddings(
+    visual: nn.Module, images: Tensor, *, position_interpolation: Interpolation = "bicubic-corners"
+) -> Tensor:
+    """CLIP embeddings of whole images: the tower as it is, at any resolution; (B, D), not normalised.
+
+    Args:
+        visual: see `region_embeddings`.
+        images: see `region_embeddings`.
+        position_interpolation: see `region_embeddings`.
+
+    Raises:
+        LexisegError: the tower is of another kind, or an image is smaller than a patch.
+    """
+    if isinstance(visual, ModifiedResNet):
+        features = resnet_features(visual, images)
+        return attention_pool(visual.attnpool, features, position_interpolation=position_interpolation)
+    tower = ImageTower(visual)
+    tokens, grid = tower.embed(whole_patches(images, tower.patch_size), interpolation=position_interpolation)
+    return tower.project(tower.run(tokens, grid).tokens[:, :1])[:, 0]
+
+
+def whole_patches(images: Tensor, patch_size: int) -> Tensor:
+    """Cut off what does not fill a whole patch at the right and lower edge of images (B, 3, H, W)."""
+    height, width = (side // patch_size * patch_size for side in images.shape[-2:])
+    return images[..., :height, :width]
+
+
+def check_start_block(tower: ImageTower, start_block: int) -> None:
+    """Refuse a block from which no mask could act.
+
+    Raises:
+        LexisegError: there is no block ``start_block``.
+    """
+    if not 0 <= start_block < tower.num_blocks:
+        raise LexisegError(
+            f"Mask attention cannot start at block {start_block} of a tower of {tower.num_blocks} blocks; "
+            f"choose one from 0 to {tower.num_blocks - 1}, for example {tower.num_blocks * 2 // 3}."
+        )
+
+
+def trainable_names(visual: nn.Module, frozen: Collection[str] = FROZEN_UNITS) -> tuple[str, ...]:
+    """Names of the parameters that mask-aware fine-tuning changes, as in ``visual.named_parameters()``.
+
+    By default those of the authors' code: the attention and both norms of every block, those before the first masked
+    block included, and the norm behind the last. The paper's default trains the projection as well: leave ``"proj"``
+    out of ``frozen`` for that.
+
+    Args:
+        visual: a vision transformer of open_clip, or a CLIP ResNet, of which the pool's four maps are trained (our
+            choice: nobody says what the authors trained there); its position table if ``"pos"`` is not frozen, its
+            stages if ``"conv"`` is not.
+        frozen: units that keep their weights, out of `FROZEN_UNITS`.
+
+    Raises:
+        LexisegError: there is no such unit.
+    """
+    unknown = sorted(set(frozen) - set(FROZEN_UNITS))
+    if unknown:
+        raise LexisegError(f"There is no unit '{unknown[0]}' to freeze; the units are {', '.join(FROZEN_UNITS)}.")
+    resnet = isinstance(visual, ModifiedResNet)
+    unit_of = _resnet_unit if resnet else _transformer_unit
+    return tuple(name for name, _ in visual.named_parameters() if unit_of(name) not in frozen)
+
+
+def _transformer_unit(name: str) -> str:
+    first = name.split(".", 1)[0]
+    if ".mlp." in name:
+        return "mlp"
+    units = {"conv1": "conv", "class_embedding": "cls", "positional_embedding": "pos"}
+    return units.get(first, first)
+
+
+def _resnet_unit(name: str) -> str:
+    if not name.startswith("attnpool."):
+        return "conv"
+    return "pos" if "positional" in name else "attention"

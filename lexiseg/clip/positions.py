@@ -1,0 +1,58 @@
+"""Position tables of the image towers, resized to other grids: every system has its own way of doing it."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lexiseg.errors import LexisegError
+
+Interpolation = Literal["bilinear", "bicubic", "bicubic-corners", "bicubic-antialias"]
+
+
+def resize_positions(
+    table: Tensor,
+    grid: tuple[int, int],
+    source: tuple[int, int] | None = None,
+    interpolation: Interpolation = "bilinear",
+    *,
+    by_count: bool = False,
+) -> Tensor:
+    """Resize a position table to another patch grid; row 0, the class token's, is copied.
+
+    Args:
+        table: (1 + h0 * w0, W).
+        grid: the target (h, w).
+        source: (h0, w0); None means a square grid.
+        interpolation: "bilinear" is what ZegCLIP does at every forward (align_corners False, no antialias);
+            "bicubic" is DeOP's and ZSSeg's; "bicubic-corners" (align_corners True) is MAFT's and FreeSeg's;
+            "bicubic-antialias" is open_clip's when it loads weights.
+        by_count: take the table as it is whenever it has 1 + h * w rows, even if its own grid has another shape. DeOP's
+            released code asks for the number of rows only.
+
+    Returns:
+        (1 + h * w, W); the table itself when the grids agree.
+
+    Raises:
+        LexisegError: the rows do not form the source grid.
+    """
+    rows = table.shape[0] - 1
+    if source is None:
+        side = round(rows**0.5)
+        source = (side, side)
+    if source[0] * source[1] != rows:
+        raise LexisegError(
+            f"A position table of {table.shape[0]} rows is not 1 + {source[0]} x {source[1]}; "
+            "check the image size and the patch size of the tower."
+        )
+    if source == grid or (by_count and source[0] * source[1] == grid[0] * grid[1]):
+        return table
+    patches = table[1:].reshape(1, source[0], source[1], -1).permute(0, 3, 1, 2)
+    mode, _, variant = interpolation.partition("-")
+    corners, antialias = variant == "corners", variant == "antialias"
+    patches = F.interpolate(patches.float(), size=grid, mode=mode, align_corners=corners, antialias=antialias)
+    patches = patches.permute(0, 2, 3, 1).reshape(grid[0] * grid[1], -1).to(table.dtype)
+    return torch.cat([table[:1], patches])

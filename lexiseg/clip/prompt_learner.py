@@ -1,0 +1,225 @@
+"""Learnt prompts for the text tower (CoOp): vectors around the class name that are trained instead of written."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lexiseg.clip.mask_attention import image_embeddings
+from lexiseg.clip.model import CLIP
+from lexiseg.errors import LexisegError
+from lexiseg.files import atomic_write, make_folder
+
+SEMANTIC_TASK = "semantic segmentation."
+"""FreeSeg's name of our task; the full stop is a token of it."""
+
+PROMPTS_NAME = "prompts.safetensors"
+
+_CHUNK = 256
+_COUNTS = ("prefix", "suffix", "task")
+_PARTS = tuple(f"{part}_prompt" for part in _COUNTS)
+
+
+def hide_background(images: Tensor, masks: Tensor, clip: CLIP) -> Tensor:
+    """Prepare masked crops for learning prompts offline: only the object's pixels stay.
+
+    Outside the mask the normalised image takes the numbers of CLIP's mean, (0.48, 0.46, 0.41). The authors of ZSSeg,
+    FreeSeg and DeOP fill after normalising, so this is not the mean colour, which would be 0 there; their published
+    prompts were learnt so.
+
+    Args:
+        images: (B, 3, H, W) in 0..1.
+        masks: (B, H, W), true or above 0 on the object.
+        clip: whose mean and standard deviation are meant.
+
+    Returns:
+        (B, 3, H, W), normalised.
+    """
+    mean = images.new_tensor(clip.mean)[:, None, None]
+    std = images.new_tensor(clip.std)[:, None, None]
+    return torch.where((masks > 0)[:, None], (images - mean) / std, mean)
+
+
+class PromptLearner(nn.Module):
+    """Prompts of the form ``[start][prefix ...] name [suffix ...][.][end]``, shared by all classes.
+
+    DeOP and ZSSeg learn a prefix of 16 vectors; FreeSeg puts its task in front of the start mark:
+    ``[task name][task prompt ...][start][prefix ...] name ...``. The start mark, the full stop and the end mark are
+    CLIP's own tokens, and the feature is read at the end mark.
+
+    Args:
+        width: width of the text tower's tokens, `CLIP.text_width`.
+        prefix: number of vectors in front of the name.
+        suffix: number of vectors behind it.
+        task: number of vectors behind the task's name; 0 means no task part at all.
+
+    Attributes:
+        prefix_prompt: (prefix, width), or None. `suffix_prompt` and `task_prompt` likewise.
+
+    Raises:
+        LexisegError: there would be nothing to learn, or a count is negative.
+    """
+
+    def __init__(self, width: int, prefix: int = 16, suffix: int = 0, task: int = 0) -> None:
+        super().__init__()
+        if min(prefix, suffix, task) < 0 or not prefix + suffix + task:
+            raise LexisegError(
+                f"A learned prompt of {prefix} + {suffix} vectors and {task} for the task has nothing to learn; "
+                "take for example 16 in front of the name."
+            )
+        self.prefix_prompt = nn.Parameter(torch.randn(prefix, width) * 0.02) if prefix else None
+        self.suffix_prompt = nn.Parameter(torch.randn(suffix, width) * 0.02) if suffix else None
+        self.task_prompt = nn.Parameter(torch.empty(task, width)) if task else None
+        if self.task_prompt is not None:
+            nn.init.kaiming_normal_(self.task_prompt)
+
+    def forward(self, clip: CLIP, names: Sequence[str], task: str | None = None, *, chunk: int = _CHUNK) -> Tensor:
+        """Encode class names with the prompts, with gradients for them.
+
+        Args:
+            clip: the text tower.
+            names: C class names, any number of tokens each.
+            task: name of the task, only for prompts with a task part; None means `SEMANTIC_TASK`.
+            chunk: number of names encoded at once.
+
+        Returns:
+            (C, D) unit vectors.
+
+        Raises:
+            LexisegError: a name is too long, a task is given to prompts without one, or the text tower is not CLIP's.
+        """
+        parts = []
+        for start in range(0, len(names), chunk):
+            embeddings, end = self.assemble(clip, names[start : start + chunk], task)
+            parts.append(F.normalize(clip.encode_embeddings(embeddings, end).float(), dim=-1))
+        return torch.cat(parts) if parts else torch.zeros(0, clip.embed_dim, device=clip.device)
+
+    def assemble(
+        self, clip: CLIP, names: Sequence[str], task: str | None = None, *, length: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Put token embeddings and prompts in a row.
+
+        Args:
+            clip: the text tower.
+            names: C class names.
+            task: see `forward`.
+            length: L; None means just long enough, and the text tower's context length is what the authors' code has.
+
+        Returns:
+            (C, L, W) embeddings without positions, padded with those of token 0, and the end marks' positions (C,).
+
+        Raises:
+            LexisegError: see `forward`.
+        """
+        if task is not None and self.task_prompt is None:
+            raise LexisegError(f"This learned prompt has no task part, so it cannot be asked for '{task}'.")
+        device = clip.device
+        start, stop, end_mark = clip.mark_tokens()
+        head = self._head(clip, start, task)
+        num_suffix = 0 if self.suffix_prompt is None else len(self.suffix_prompt)
+        name_ids = [clip.name_tokens(name) for name in names]
+        name_lengths = torch.tensor([len(ids) for ids in name_ids], device=device)
+        end = len(head) + name_lengths + num_suffix + 1
+        self._check(clip, names, end)
+        length = int(end.max()) + 1 if length is None else length
+        tail_length = length - len(head)
+        rows = [[*ids, *[0] * num_suffix, stop, end_mark] for ids in name_ids]
+        tail_ids = torch.tensor([row + [0] * (tail_length - len(row)) for row in rows], device=device)
+        tail = clip.embed_tokens(tail_ids)
+        if self.suffix_prompt is not None:
+            place = torch.arange(tail_length, device=device) - name_lengths[:, None]
+            inside = (place >= 0) & (place < num_suffix)
+            suffix = self.suffix_prompt[place.clamp(0, num_suffix - 1)].to(tail.dtype)
+            tail = torch.where(inside[..., None], suffix, tail)
+        return torch.cat([head.to(tail.dtype).expand(len(names), -1, -1), tail], dim=1), end
+
+    def logits(
+        self, clip: CLIP, images: Tensor, names: Sequence[str], task: str | None = None, *, temperature: float = 100.0
+    ) -> Tensor:
+        """Class scores of whole crops, whose cross entropy is what prompts are learnt with offline.
+
+        Args:
+            clip: both towers; the image tower gets no gradient.
+            images: (B, 3, H, W) from `hide_background`.
+            names: C class names.
+            task: see `forward`.
+            temperature: factor on the cosines.
+
+        Returns:
+            (B, C), temperature times the cosine.
+        """
+        with torch.no_grad():
+            embeddings = image_embeddings(clip.visual, images, position_interpolation="bicubic")
+        return temperature * F.normalize(embeddings.float(), dim=-1) @ self(clip, names, task).T
+
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) of the prompts: what text features made with them are remembered by."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.state_dict().items()):
+            values = tensor.detach().to("cpu", torch.float32).contiguous()
+            digest.update(f"{name}{tuple(values.shape)}".encode())
+            digest.update(values.numpy().tobytes())
+        return digest.hexdigest()
+
+    def _head(self, clip: CLIP, start: int, task: str | None) -> Tensor:
+        """What stands in front of the name, the same for every class: (L, W)."""
+        parts = []
+        if self.task_prompt is not None:
+            task_ids = clip.name_tokens(SEMANTIC_TASK if task is None else task)
+            parts += [clip.embed_tokens(torch.tensor(task_ids, device=clip.device)), self.task_prompt]
+        parts.append(clip.embed_tokens(torch.tensor([start], device=clip.device)))
+        if self.prefix_prompt is not None:
+            parts.append(self.prefix_prompt)
+        return torch.cat(parts)
+
+    @staticmethod
+    def _check(clip: CLIP, names: Sequence[str], end: Tensor) -> None:
+        longest = int(end.argmax())
+        needed = int(end[longest]) + 1
+        if needed > clip.context_length:
+            raise LexisegError(
+                f"'{names[longest][:80]}' needs {needed} tokens with its learned prompt and the text tower takes "
+                f"{clip.context_length}; shorten the class name."
+            )
+
+
+def save_prompts(learner: PromptLearner, folder: str | Path) -> Path:
+    """Write prompts into ``folder/prompts.safetensors``.
+
+    Raises:
+        LexisegError: the folder cannot be written.
+    """
+    path = make_folder(folder) / PROMPTS_NAME
+    with atomic_write(path) as temporary:
+        save_file({name: value.detach().cpu().contiguous() for name, value in learner.state_dict().items()}, temporary)
+    return path
+
+
+def load_prompts(folder: str | Path) -> PromptLearner:
+    """Read what `save_prompts` wrote; how many vectors there are shows in the file.
+
+    Raises:
+        LexisegError: there is no such file, or it holds something else.
+    """
+    path = Path(folder) / PROMPTS_NAME
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise LexisegError(
+            f"'{path}' is not a readable file of prompts; give the folder they were trained in."
+        ) from error
+    if not tensors or set(tensors) - set(_PARTS) or len({value.shape[-1] for value in tensors.values()}) != 1:
+        raise LexisegError(
+            f"'{path}' holds no prompts but {', '.join(sorted(tensors)) or 'nothing'}; give another folder."
+        )
+    counts = {part: len(tensors[f"{part}_prompt"]) if f"{part}_prompt" in tensors else 0 for part in _COUNTS}
+    learner = PromptLearner(next(iter(tensors.values())).shape[-1], **counts)
+    learner.load_state_dict(tensors)
+    return learner

@@ -1,0 +1,115 @@
+"""Patch severance: less or no exchange between the tokens of a block, so that patches keep to what they show (DeOP)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lexiseg.errors import LexisegError
+
+SeveranceKind = Literal["gps", "mps", "mps-sum", "released"]
+_KINDS = ("gps", "mps", "mps-sum", "released")
+
+
+@dataclass(frozen=True)
+class Severance:
+    """What replaces the token mixing softmax(q k^T / sqrt(d)) v of a block; everything else in the block stays.
+
+    With v the values of the tokens and G (N, T) the weight of each token in each of N region masks, 1 for the class
+    token, the token mixing becomes
+
+    - ``"gps"``: alpha v + (1 - alpha) softmax(q k^T / sqrt(d)) v. Needs no masks (DeOP, Eq. 2). alpha 0 is ordinary
+      attention, alpha 1 the value path, where each token keeps to itself.
+    - ``"mps"``: softmax(G^T G) v, the mask-guided form as the authors' code has it, the same for all heads.
+    - ``"mps-sum"``: (G^T G) v, the mask-guided form as the paper prints it (DeOP, Eq. 1), a plain sum.
+    - ``"released"``: the sum over the masks of G at a token, times its value. This is what the authors' published
+      checkpoint was trained with; it is neither of the paper's forms.
+
+    Attributes:
+        kind: one of the four.
+        alpha: in 0..1, of ``"gps"`` only.
+
+    Raises:
+        LexisegError: the kind is unknown or alpha is not in 0..1.
+    """
+
+    kind: SeveranceKind = "gps"
+    alpha: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.kind not in _KINDS:
+            raise LexisegError(f"There is no severance '{self.kind}'; choose one of {', '.join(_KINDS)}.")
+        if not 0.0 <= self.alpha <= 1.0:
+            raise LexisegError(f"The alpha of a severance is {self.alpha:g}; choose a number from 0 to 1.")
+
+    @property
+    def needs_masks(self) -> bool:
+        """Whether the kind reads region masks."""
+        return self.kind != "gps"
+
+    def mix(self, value: Tensor, weights: Tensor | None) -> Tensor:
+        """Mix the values of the kinds that read masks.
+
+        Args:
+            value: (B, T, W), all heads side by side.
+            weights: G (B, N, T) as `token_weights` makes it; any N, 0 included.
+
+        Raises:
+            LexisegError: there are no weights.
+        """
+        if weights is None:
+            raise LexisegError(f"Severance '{self.kind}' needs region masks; give the tower region_masks.")
+        weights = weights.to(value.dtype)
+        if self.kind == "released":
+            return weights.sum(dim=1).unsqueeze(-1) * value
+        affinity = weights.transpose(1, 2) @ weights
+        return (affinity.softmax(dim=-1) if self.kind == "mps" else affinity) @ value
+
+
+def as_severance(value: float | Severance) -> Severance:
+    """Return a `Severance`; a number is the alpha of GPS."""
+    return value if isinstance(value, Severance) else Severance("gps", float(value))
+
+
+def token_weights(region_masks: Tensor, num_tokens: int) -> Tensor:
+    """Flatten masks on the patch grid to weights of tokens; tokens in front of the patches have weight 1 in each mask.
+
+    Args:
+        region_masks: (B, N, gh, gw) in 0..1.
+        num_tokens: T, the class token, prompts if they are rows, and gh * gw patches.
+
+    Returns:
+        (B, N, T).
+    """
+    patches = region_masks.flatten(2)
+    return F.pad(patches, (num_tokens - patches.shape[-1], 0), value=1.0)
+
+
+def severance_masks(mask_logits: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Bring mask logits (B, N, h, w) to the patch grid as severance reads them: resized first, sigmoid after.
+
+    Bilinear, align_corners False. (The masks that DeOP pools with are made in the other order.)
+
+    Returns:
+        (B, N, gh, gw) in 0..1.
+    """
+    if mask_logits.shape[1] == 0:
+        return mask_logits.new_zeros(len(mask_logits), 0, *grid)
+    return torch.sigmoid(F.interpolate(mask_logits, size=grid, mode="bilinear", align_corners=False))
+
+
+def released_residual(severed: Iterable[int]) -> dict[int, float]:
+    """Factors on the shortcut around the attention that the authors' encoder without added tables uses, by block.
+
+    There a severed block has the factor 0.2 if its index is 11, whatever the depth of the tower, and 1 otherwise; the
+    paper does not mention it. The encoder with added tables has no such factor.
+
+    Args:
+        severed: indices (0-based) of the severed blocks.
+    """
+    return {11: 0.2} if 11 in set(severed) else {}

@@ -1,0 +1,227 @@
+"""What is known of each data set before a file of it is opened: classes, splits into seen and unseen, label values.
+
+The lists are YAML files beside this module, each with its source. Where a list cannot be known for certain
+(PASCAL Context 459, ADE20K 847) it is read from the distribution's own file; see
+:func:`lexiseg.data.sets.class_list.read_class_list`.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cache
+from importlib import resources
+from typing import Any
+
+import yaml
+
+from lexiseg.errors import LexisegError
+from lexiseg.vocabulary import Vocabulary, VocabularyClass
+from lexiseg.words import word_key
+
+NAMES = ("voc2012", "coco-stuff-164k", "pascal-context-59", "pascal-context-459", "ade20k-150", "ade20k-847")
+"""The data sets there are."""
+
+NARROW_IGNORE = 255
+"""Label of pixels without a class where class ids fit 8 bits beside it."""
+
+WIDE_IGNORE = 65535
+"""The same for data sets of more than 255 classes, whose labels are 16 bits wide."""
+
+
+@dataclass(frozen=True)
+class DataSetInfo:
+    """One data set.
+
+    Attributes:
+        name: as a user writes it, such as "voc2012".
+        title: as a report writes it.
+        source: where the lists come from.
+        classes: the names in the papers' order, which is the order of the class ids. Empty where the distribution
+            carries the list, until :meth:`with_classes` puts it in.
+        num_classes: their number, known even where the names are not.
+        unseen_lists: by name, the classes that have no masks in zero-shot training. The first is the default.
+        synonyms: by class, further words that the distribution gives.
+        renamed: by paper, the classes which that paper's text embeddings name otherwise.
+        palette: a colour for each class, or None where the distribution has none.
+        ignore: label of pixels without a class: 255, or 65535 where there are more than 255 classes.
+        id_map: the values of the distribution's label files and the class id each stands for.
+        void: the values of the label files that stand for no class; they become ``ignore``. Any value that is in
+            neither is a fault of the file.
+        splits: the splits there are.
+    """
+
+    name: str
+    title: str
+    source: str
+    num_classes: int
+    classes: tuple[str, ...] = ()
+    unseen_lists: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    synonyms: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    renamed: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    palette: tuple[tuple[int, int, int], ...] | None = None
+    ignore: int = NARROW_IGNORE
+    id_map: Mapping[int, int] = field(default_factory=dict)
+    void: tuple[int, ...] = (NARROW_IGNORE,)
+    splits: tuple[str, ...] = ("train", "val")
+
+    @property
+    def train_split(self) -> str:
+        """The split the papers train on."""
+        return "trainaug" if "trainaug" in self.splits else "train"
+
+    @property
+    def unseen(self) -> tuple[str, ...]:
+        """The default list of unseen classes; empty where the papers have none."""
+        return next(iter(self.unseen_lists.values()), ())
+
+    @property
+    def seen(self) -> tuple[str, ...]:
+        """All classes that are not in :attr:`unseen`, in order; empty where the papers split nothing."""
+        return tuple(name for name in self.classes if name not in self.unseen) if self.unseen_lists else ()
+
+    def unseen_names(self, which: str | None = None) -> tuple[str, ...]:
+        """The list of unseen classes called ``which``; None takes the default.
+
+        Raises:
+            LexisegError: there is no such list.
+        """
+        if which is None:
+            return self.unseen
+        if which not in self.unseen_lists:
+            known = ", ".join(self.unseen_lists) or "none"
+            raise LexisegError(f"{self.name} has no list of unseen classes called '{which}'; there are: {known}.")
+        return self.unseen_lists[which]
+
+    def ids(self, names: tuple[str, ...]) -> list[int]:
+        """The class ids of ``names``, ascending.
+
+        Raises:
+            LexisegError: one of them is no class of this data set.
+        """
+        known = {word_key(name): index for index, name in enumerate(self.classes)}
+        for name in names:
+            if word_key(name) not in known:
+                raise LexisegError(f"{self.name} has no class '{name}'; see its list of classes.")
+        return sorted(known[word_key(name)] for name in names)
+
+    def with_classes(self, classes: tuple[str, ...]) -> DataSetInfo:
+        """The same data set with the list of classes that its distribution carries.
+
+        Raises:
+            LexisegError: the list has another length than the data set has classes.
+        """
+        if len(classes) != self.num_classes:
+            raise LexisegError(
+                f"{self.name} has {self.num_classes} classes, but the list holds {len(classes)}; name another list."
+            )
+        return replace(self, classes=classes)
+
+    def vocabulary(
+        self, *, unseen: str | None = None, synonyms: bool = False, names_of: str | None = None
+    ) -> Vocabulary:
+        """The classes with their seen and unseen flags.
+
+        Args:
+            unseen: which list of unseen classes; None takes the default, "none" flags no class at all.
+            synonyms: whether to add the distribution's synonyms. One that belongs to two classes is left out, because
+                it could not say which of them it means.
+            names_of: a paper in :attr:`renamed`, whose names to use.
+
+        Raises:
+            LexisegError: the names are not known without the distribution's list, or there is no such unseen list or
+                paper.
+        """
+        if not self.classes:
+            raise LexisegError(
+                f"The class names of {self.name} come from a file beside its pictures; open the data set to read them."
+            )
+        if names_of is not None and names_of not in self.renamed:
+            known = ", ".join(self.renamed) or "none"
+            raise LexisegError(f"{self.name} has no names of '{names_of}'; there are: {known}.")
+        renamed = self.renamed[names_of] if names_of else {}
+        hidden = () if unseen == "none" else self.unseen_names(unseen)
+        split = bool(hidden)
+        words = self._own_synonyms() if synonyms else {}
+        return Vocabulary(
+            tuple(
+                VocabularyClass(
+                    renamed.get(name, name),
+                    words.get(name, ()),
+                    name not in hidden if split else None,
+                    self.palette[index] if self.palette else None,
+                )
+                for index, name in enumerate(self.classes)
+            )
+        )
+
+    def _own_synonyms(self) -> dict[str, tuple[str, ...]]:
+        count: dict[str, int] = {}
+        for name in self.classes:
+            for word in {word_key(word) for word in (name, *self.synonyms.get(name, ()))}:
+                count[word] = count.get(word, 0) + 1
+        return {
+            name: tuple(word for word in words if count[word_key(word)] == 1) for name, words in self.synonyms.items()
+        }
+
+
+@cache
+def data_set(name: str) -> DataSetInfo:
+    """What is known of the data set called ``name``.
+
+    Raises:
+        LexisegError: there is none of that name.
+    """
+    if name not in NAMES:
+        near = difflib.get_close_matches(name, NAMES, n=1)
+        hint = f"did you mean '{near[0]}'?" if near else f"there are {', '.join(NAMES)}."
+        raise LexisegError(f"There is no data set '{name}'; {hint}")
+    text = (resources.files("lexiseg") / "data" / "sets" / f"{name}.yaml").read_text(encoding="utf-8")
+    return _read(name, yaml.safe_load(text))
+
+
+def _read(name: str, said: Mapping[str, Any]) -> DataSetInfo:
+    # "floor, flooring" is a name and its synonyms, as in the distributions' own lists.
+    words = [tuple(part.strip() for part in entry.split(",")) for entry in said.get("classes", ())]
+    classes = tuple(entry[0] for entry in words)
+    num_classes = len(classes) or int(said["num_classes"])
+    ignore = NARROW_IGNORE if num_classes <= NARROW_IGNORE else WIDE_IGNORE
+    if said.get("reduce_zero"):
+        id_map = {index + 1: index for index in range(num_classes)}
+        void: tuple[int, ...] = (0, ignore)
+    else:
+        missing = set(said.get("missing_ids", ()))
+        values = [value for value in range(num_classes + len(missing)) if value not in missing]
+        id_map = {value: index for index, value in enumerate(values)}
+        void = (ignore,)
+    return DataSetInfo(
+        name=name,
+        title=said["title"],
+        source=said["source"],
+        num_classes=num_classes,
+        classes=classes,
+        unseen_lists={key: tuple(names) for key, names in said.get("unseen", {}).items()},
+        synonyms={entry[0]: entry[1:] for entry in words if len(entry) > 1},
+        renamed=said.get("renamed", {}),
+        palette=tuple(voc_color(index + 1) for index in range(num_classes)) if said.get("palette") == "voc" else None,
+        ignore=ignore,
+        id_map=id_map,
+        void=void,
+        splits=tuple(said.get("splits", ("train", "val"))),
+    )
+
+
+def voc_color(value: int) -> tuple[int, int, int]:
+    """Red, green, blue that PASCAL VOC's palette gives the label ``value``, 0..255; 0 is black, 255 nearly white.
+
+    Source: the colour map of the VOC development kit: the bits of the value go round the three channels, each time one
+    place lower, from the highest bit on.
+    """
+    red = green = blue = 0
+    for place in range(8):
+        bits = value >> (3 * place)
+        red |= (bits & 1) << (7 - place)
+        green |= ((bits >> 1) & 1) << (7 - place)
+        blue |= ((bits >> 2) & 1) << (7 - place)
+    return red, green, blue

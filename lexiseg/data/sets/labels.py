@@ -1,0 +1,176 @@
+"""Label files of every kind the data sets are distributed with, and the step from a file's values to class ids.
+
+Two steps, each in one place: :func:`read_values` gives the numbers as they stand in the file, and :class:`ValueTable`
+says what each of them is: a class, no class, or a fault of the file.
+"""
+
+from __future__ import annotations
+
+import struct
+import warnings
+import zlib
+from collections.abc import Iterable, Mapping
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from lexiseg.errors import LexisegError
+
+_MAX_PIXELS = 200_000_000
+_PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+UNKNOWN = -1
+"""What :meth:`ValueTable.look_up` gives a value that is neither a class nor known to have none."""
+
+
+class LabelKind(Enum):
+    """How a label file holds its numbers.
+
+    Attributes:
+        index: PNG, 8 bits: palette indices or grey values.
+        wide: TIFF or PNG of one channel, 16 bits (8 are read as well).
+        ade_full: colour PNG of ADE20K's full set: ``R // 10 * 256 + G``.
+        color: colour PNG with one class a colour; the value is ``R * 65536 + G * 256 + B``.
+        context_mat: MATLAB file of PASCAL Context, variable ``LabelMap``.
+        sbd_mat: MATLAB file of the Semantic Boundaries Dataset, ``GTcls.Segmentation``.
+    """
+
+    index = "index"
+    wide = "wide"
+    ade_full = "ade_full"
+    color = "color"
+    context_mat = "context_mat"
+    sbd_mat = "sbd_mat"
+
+
+def read_values(path: str | Path, kind: LabelKind) -> NDArray[np.int64]:
+    """The numbers of a label file as they stand in it: ``(H, W)`` int64.
+
+    Raises:
+        LexisegError: the file is missing, damaged or of another kind than ``kind``; one sentence says which.
+    """
+    path = Path(path)
+    try:
+        if kind in (LabelKind.context_mat, LabelKind.sbd_mat):
+            return _mat(path, kind)
+        with warnings.catch_warnings():
+            # Pillow warns of large pictures and damaged metadata; the first is checked here, the second is harmless.
+            warnings.simplefilter("ignore")
+            with Image.open(path, formats=("TIFF", "PNG") if kind is LabelKind.wide else ("PNG",)) as picture:
+                if picture.width * picture.height > _MAX_PIXELS:
+                    raise LexisegError(
+                        f"The label '{path}' has more than {_MAX_PIXELS // 1_000_000} megapixels; shrink it."
+                    )
+                return _picture(picture, path, kind)
+    except LexisegError:
+        raise
+    except FileNotFoundError as error:
+        raise LexisegError(f"The label '{path}' does not exist; every picture of a split needs one.") from error
+    except Exception as error:  # decoders of hostile bytes raise nearly anything
+        what = "a MATLAB file" if kind in (LabelKind.context_mat, LabelKind.sbd_mat) else "a label picture"
+        raise LexisegError(f"The label '{path}' cannot be read as {what}; is the file complete?") from error
+
+
+def _picture(picture: Image.Image, path: Path, kind: LabelKind) -> NDArray[np.int64]:
+    mode = picture.mode
+    if kind in (LabelKind.ade_full, LabelKind.color):
+        if mode not in ("RGB", "RGBA"):
+            raise LexisegError(
+                f"The label '{path}' holds single numbers (mode {mode}), but classes are told by colours here; save it "
+                "as an RGB PNG."
+            )
+        pixels = np.asarray(picture)[..., :3].astype(np.int64)
+        red, green, blue = pixels[..., 0], pixels[..., 1], pixels[..., 2]
+        return red // 10 * 256 + green if kind is LabelKind.ade_full else red * 65536 + green * 256 + blue
+    if mode in ("RGB", "RGBA", "LA", "CMYK", "YCbCr"):
+        raise LexisegError(
+            f"The label '{path}' holds colours (mode {mode}) instead of class ids; save it as an 8-bit palette or grey "
+            "PNG."
+        )
+    if kind is LabelKind.index and mode not in ("P", "L", "1"):
+        raise LexisegError(
+            f"The label '{path}' is a 16-bit picture (mode {mode}), but this data set's ids fit 8 bits; save it as an "
+            "8-bit palette or grey PNG."
+        )
+    if mode.startswith("F"):
+        raise LexisegError(
+            f"The label '{path}' holds fractions (mode {mode}) instead of class ids; save whole numbers."
+        )
+    # Not convert("L"): that would turn palette indices into the brightness of their colours.
+    return np.array(picture).astype(np.int64)
+
+
+def _mat(path: Path, kind: LabelKind) -> NDArray[np.int64]:
+    if not path.is_file():
+        raise FileNotFoundError(path)
+    try:
+        from scipy.io import loadmat
+    except ImportError as error:
+        raise LexisegError(f"Reading '{path}' needs scipy; install it with: pip install scipy.") from error
+    content: dict[str, Any] = loadmat(str(path))
+    name = "LabelMap" if kind is LabelKind.context_mat else "GTcls"
+    if name not in content:
+        raise LexisegError(f"The label '{path}' holds no variable '{name}'; it belongs to another data set.")
+    values = content[name] if kind is LabelKind.context_mat else content[name][0]["Segmentation"][0]
+    if values.ndim != 2 or not np.issubdtype(values.dtype, np.integer):
+        raise LexisegError(f"The label '{path}' holds {values.dtype} of shape {values.shape} instead of class ids.")
+    return np.asarray(values).astype(np.int64)
+
+
+def png_fault(path: Path) -> str | None:
+    """What is wrong with the blocks of a PNG file: a checksum that does not fit, or an end that is missing.
+
+    Decoders are lenient: a PNG that lacks its last bytes may decode without a word, with black in place of what is
+    lost. None where the file is whole, or is no PNG at all.
+    """
+    data = path.read_bytes()
+    if not data.startswith(_PNG_SIGNATURE):
+        return None
+    place = len(_PNG_SIGNATURE)
+    while place + 12 <= len(data):
+        (length,) = struct.unpack(">I", data[place : place + 4])
+        end = place + 12 + length
+        if end > len(data):
+            break
+        if zlib.crc32(data[place + 4 : end - 4]) != struct.unpack(">I", data[end - 4 : end])[0]:
+            return "a block's checksum is wrong"
+        if data[place + 4 : place + 8] == b"IEND":
+            return None
+        place = end
+    return "the file ends early"
+
+
+class ValueTable:
+    """What the values of a label file stand for.
+
+    Args:
+        id_map: value to class id.
+        void: values that stand for no class; they become ``ignore``.
+        ignore: label of pixels without a class.
+        rest_is_void: whether every other value has no class either. Else it is a fault of the file.
+    """
+
+    def __init__(
+        self, id_map: Mapping[int, int], void: Iterable[int], ignore: int, *, rest_is_void: bool = False
+    ) -> None:
+        self.ignore = ignore
+        self._other = ignore if rest_is_void else UNKNOWN
+        pairs = sorted({**dict.fromkeys(void, ignore), **id_map}.items())
+        self._values = np.array([value for value, _ in pairs], np.int64)
+        self._ids = np.array([index for _, index in pairs], np.int64)
+        # Values are small numbers but for colours, which are up to 2**24 and few: those are searched for.
+        self._direct: NDArray[np.int64] | None = None
+        if self._values[-1] < 1 << 16:
+            self._direct = np.full(int(self._values[-1]) + 2, self._other, np.int64)
+            self._direct[self._values] = self._ids
+
+    def look_up(self, values: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Class ids, ``ignore``, or :data:`UNKNOWN` for ``values`` of any shape; the same shape comes back."""
+        if self._direct is not None:
+            last = len(self._direct) - 1
+            return self._direct[np.where((values < 0) | (values > last), last, values)]
+        places = np.minimum(np.searchsorted(self._values, values), len(self._values) - 1)
+        return np.where(self._values[places] == values, self._ids[places], self._other)

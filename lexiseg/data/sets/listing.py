@@ -1,0 +1,113 @@
+"""Finding files: the folder a data set is in, its lists, and what stands beside what."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path, PurePosixPath
+
+from lexiseg.data.sets.dataset import DataSetError, Finding
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
+
+
+def find_home(root: str | Path, inside: Sequence[str], marks: Sequence[str], what: str) -> Path:
+    """The folder a data set's own folders are in: ``root`` itself or a place below it.
+
+    Args:
+        root: what the user names.
+        inside: places below it to look at as well, such as "VOCdevkit/VOC2012".
+        marks: the folder is right where one of these is in it.
+        what: the data set, for the sentence.
+
+    Raises:
+        DataSetError: there is none.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        raise DataSetError(f"The data set folder '{root}' does not exist; give the folder that {what} was unpacked in.")
+    for place in (".", *inside):
+        home = root / place if place != "." else root
+        if any((home / mark).exists() for mark in marks):
+            return home
+    raise DataSetError(
+        f"'{root}' holds no {what}: none of {', '.join(marks)} is in it; give the folder it was unpacked in, or run "
+        "`lexiseg data prepare` on the folder of its archives."
+    )
+
+
+def first_folder(candidates: Iterable[Path], suffixes: Sequence[str] = ()) -> Path | None:
+    """The first of ``candidates`` that is a folder, and holds a file with one of ``suffixes`` where any are given."""
+    for folder in candidates:
+        if folder.is_dir() and (
+            not suffixes or any(name.lower().endswith(tuple(suffixes)) for name in entries(folder))
+        ):
+            return folder
+    return None
+
+
+def entries(folder: Path) -> list[str]:
+    """Names of the files in ``folder``, sorted; hidden ones are left out. Empty where there is no such folder."""
+    try:
+        with os.scandir(folder) as found:
+            return sorted(entry.name for entry in found if not entry.name.startswith(".") and not entry.is_dir())
+    except FileNotFoundError:
+        return []
+
+
+def by_stem(folder: Path, suffixes: Sequence[str]) -> dict[str, Path]:
+    """The files of ``folder`` that end in one of ``suffixes``, by their names without it, sorted."""
+    found: dict[str, Path] = {}
+    for name in entries(folder):
+        for suffix in suffixes:
+            if name.lower().endswith(suffix.lower()):
+                found.setdefault(name[: -len(suffix)], folder / name)
+                break
+    return found
+
+
+def read_list(path: Path, split: str) -> tuple[list[str], list[Finding]]:
+    """The names in a list, in order and once each, and what is wrong with it.
+
+    A second column, as the class lists of PASCAL VOC have it, is left out.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        return [], [_missing_list(path, split)]
+    except (OSError, UnicodeDecodeError):
+        problem = f"The list '{path}' cannot be read as text; it must name a picture a line."
+        return [], [Finding("missing-list", problem, str(path), split=split)]
+    names: dict[str, None] = {}
+    findings: list[Finding] = []
+    for line in text.splitlines():
+        if not line.strip():
+            continue
+        name = line.split("\t")[0].strip()
+        if name in names:
+            problem = f"The list '{path}' names '{name}' twice; remove one line."
+            findings.append(Finding("duplicate-entry", problem, str(path), name, split))
+        elif not is_safe(name):
+            problem = (
+                f"The list '{path}' names '{name[:80]}', which leads outside the data set's folder; mend the line."
+            )
+            findings.append(Finding("wrong-name", problem, str(path), name[:80], split))
+        else:
+            names[name] = None
+    if not names and not findings:
+        problem = f"The list '{path}' is empty; it must name a picture a line, without the ending."
+        findings.append(Finding("empty-list", problem, str(path), split=split))
+    return list(names), findings
+
+
+def _missing_list(path: Path, split: str) -> Finding:
+    there = [name for name in entries(path.parent) if name.endswith(".txt")]
+    hint = f"there are {', '.join(there[:6])}" if there else "the folder holds no list at all"
+    problem = f"The list '{path}' of the split '{split}' does not exist; {hint}."
+    return Finding("missing-list", problem, str(path), split=split)
+
+
+def is_safe(name: str) -> bool:
+    """Whether a name from a list or an archive stays inside the folder it is read from."""
+    path = PurePosixPath(name)
+    return not (path.is_absolute() or ".." in path.parts or "\x00" in name or "\\" in name)

@@ -1,0 +1,210 @@
+"""A folder of one's own: pictures and masks in two folders with a class file, or COCO-style JSON.
+
+::
+
+    ROOT/images/NAME.jpg       pictures (.jpg, .jpeg or .png); JPEGImages/ is taken as well
+    ROOT/masks/NAME.png        labels (or .tif); labels/, annotations/ and SegmentationClass/ are taken as well
+    ROOT/classes.txt           the classes (.yaml, .json and .csv as well), in the order of their ids
+    ROOT/unseen.txt            optional: the classes without masks in training
+    ROOT/train.txt, val.txt    optional: a NAME a line; ImageSets/Segmentation/ is looked in as well
+
+Masks hold class ids from 0, with 255 (65535 where there are more than 255 classes) for no class. Where the class file
+numbers the classes ("1: cat"), masks hold those numbers, and 0 is no class unless it is one of them. Where it gives
+every class a colour and the masks are colour pictures, a class is a colour, and black is no class unless it is one.
+
+Without lists, ``images/train`` and ``images/val`` are the splits; without those, every fifth picture by name is ``val``
+and the others are ``train``.
+
+COCO-style JSON: ``ROOT/annotations/*SPLIT*.json`` or ``ROOT/SPLIT.json`` with images, annotations and categories.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import Image
+
+from lexiseg.data.sets.catalog import NARROW_IGNORE, WIDE_IGNORE
+from lexiseg.data.sets.class_list import ListedClass, read_class_list, vocabulary_of
+from lexiseg.data.sets.coco_json import list_coco_json
+from lexiseg.data.sets.dataset import DataSetError, Finding, SplitFiles
+from lexiseg.data.sets.labels import LabelKind, ValueTable
+from lexiseg.data.sets.listing import IMAGE_SUFFIXES, by_stem, entries, first_folder, read_list
+from lexiseg.data.sets.pairing import LabelFolder, orphans, pair
+from lexiseg.errors import LexisegError
+from lexiseg.words import word_key
+
+IMAGE_FOLDERS = ("images", "JPEGImages")
+MASK_FOLDERS = ("masks", "labels", "SegmentationClass", "annotations")
+CLASS_FILES = ("classes.txt", "classes.yaml", "classes.yml", "classes.json", "classes.csv")
+_LIST_FOLDERS = (".", "ImageSets/Segmentation", "splits")
+_MASK_SUFFIXES = (".png", ".tif", ".tiff")
+_EVERY = 5
+
+
+def list_own(root: Path, split: str, unseen: str | None, classes: Path | None) -> SplitFiles:
+    """The files of a split of a folder of one's own; see the module.
+
+    Args:
+        root: the folder.
+        split: usually "train" or "val".
+        unseen: "none" leaves unseen.txt aside.
+        classes: the class file; None looks for one in the folder.
+
+    Raises:
+        LexisegError: the folder, its pictures, masks or class file cannot be found, or unseen.txt names no class.
+    """
+    if not root.is_dir():
+        raise DataSetError(f"The data folder '{root}' does not exist; check the path.")
+    annotations = _json_of(root, split)
+    if annotations is not None:
+        return list_coco_json(root, annotations, split, _unseen_names(root, unseen))
+    images, masks = first_folder(root / name for name in IMAGE_FOLDERS), _mask_folder(root)
+    if images is None or masks is None:
+        lacks = f"no folder of pictures ({' or '.join(IMAGE_FOLDERS)})"
+        if images is not None:
+            lacks = f"no folder of masks ({', '.join(MASK_FOLDERS)})"
+        raise DataSetError(
+            f"'{root}' has {lacks} and no JSON of annotations for '{split}'; see docs/own-data.md for the layouts."
+        )
+    listed = read_class_list(classes or find_class_file(root))
+    hidden = _unseen_names(root, unseen)
+    _check_unseen(root, listed, hidden)
+    vocabulary = vocabulary_of(listed, hidden)
+    parts = (images / split).is_dir() and (masks / split).is_dir()
+    image_folder, mask_folder = (images / split, masks / split) if parts else (images, masks)
+    pictures = by_stem(image_folder, IMAGE_SUFFIXES)
+    files = by_stem(mask_folder, _MASK_SUFFIXES)
+    ignore = NARROW_IGNORE if len(listed) <= NARROW_IGNORE else WIDE_IGNORE
+    kind, table = _reading(listed, files, ignore)
+    labels = [LabelFolder(files, mask_folder, kind, table)]
+    findings: list[Finding] = []
+    list_path = own_list(root, split)
+    if list_path is not None:
+        names, findings = read_list(list_path, split)
+    elif _has_lists(root):
+        names, findings = read_list(root / f"{split}.txt", split)
+    elif parts:
+        names = list(pictures)
+    elif split not in ("train", "val"):
+        raise DataSetError(
+            f"'{root}' has no list '{split}.txt' and no pictures for it in a folder, so there is no such split.",
+            "missing-list",
+        )
+    else:
+        names = every_fifth(list(pictures), split)
+    items, missing = pair(names, split, pictures, image_folder, labels)
+    findings += missing
+    if list_path is None:
+        findings += orphans(labels, pictures, split)
+        if not pictures:
+            problem = f"The folder '{image_folder}' holds no pictures; put .jpg or .png files into it."
+            findings.append(Finding("missing-folder", problem, str(image_folder), split=split))
+    return SplitFiles(split, tuple(items), vocabulary, ignore, tuple(findings))
+
+
+def find_class_file(root: Path) -> Path:
+    """The class file of a folder.
+
+    Raises:
+        LexisegError: there is none.
+    """
+    for name in CLASS_FILES:
+        if (root / name).is_file():
+            return root / name
+    raise LexisegError(
+        f"'{root / CLASS_FILES[0]}' does not exist; it must list the classes, one a line, in the order of their ids."
+    )
+
+
+def own_splits(root: Path) -> tuple[str, ...]:
+    """Which of "train" and "val" a folder says anything about; both where it says nothing."""
+    found = tuple(
+        split
+        for split in ("train", "val")
+        if own_list(root, split) is not None
+        or _json_of(root, split) is not None
+        or any((root / name / split).is_dir() for name in IMAGE_FOLDERS)
+    )
+    return found or ("train", "val")
+
+
+def _mask_folder(root: Path) -> Path | None:
+    places = [root / name for name in MASK_FOLDERS]
+    inside = [root / name / part for name in MASK_FOLDERS for part in ("train", "val")]
+    holds = first_folder([*places, *inside], _MASK_SUFFIXES)
+    if holds is None:
+        return first_folder(places)
+    return holds if holds in places else holds.parent
+
+
+def _json_of(root: Path, split: str) -> Path | None:
+    inside = [root / "annotations" / name for name in entries(root / "annotations")]
+    beside = [root / name for name in entries(root) if name == f"{split}.json" or name.startswith("instances_")]
+    found = (path for path in (*inside, *beside) if path.suffix == ".json" and not path.name.startswith("captions"))
+    return next((path for path in found if split in path.stem), None)
+
+
+def own_list(root: Path, split: str) -> Path | None:
+    """The list of a split's pictures; None where there is none."""
+    return next((path for place in _LIST_FOLDERS if (path := root / place / f"{split}.txt").is_file()), None)
+
+
+def _has_lists(root: Path) -> bool:
+    return any(own_list(root, split) is not None for split in ("train", "val"))
+
+
+def every_fifth(names: Sequence[str], split: str) -> list[str]:
+    """The part of ``names`` that is in a split where no list says so; of fewer than five the last one is "val"."""
+    if len(names) < _EVERY:
+        return list(names[-1:] if split == "val" else names[:-1])
+    return [name for index, name in enumerate(names) if (index % _EVERY == _EVERY - 1) == (split == "val")]
+
+
+def _unseen_names(root: Path, unseen: str | None) -> tuple[str, ...]:
+    path = root / "unseen.txt"
+    if unseen == "none" or not path.is_file():
+        return ()
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise LexisegError(f"'{path}' cannot be read as text; it must name the unseen classes, one a line.") from error
+    return tuple(line.strip() for line in text.splitlines() if line.strip())
+
+
+def _check_unseen(root: Path, listed: Sequence[ListedClass], hidden: Sequence[str]) -> None:
+    known = {word_key(entry.name) for entry in listed}
+    for name in hidden:
+        if word_key(name) not in known:
+            raise LexisegError(
+                f"'{root / 'unseen.txt'}' names '{name}', which the class file does not; mend one of them."
+            )
+
+
+def _reading(listed: Sequence[ListedClass], files: dict[str, Path], ignore: int) -> tuple[LabelKind, ValueTable]:
+    """How the masks hold their values, and what those stand for."""
+    if all(entry.color is not None for entry in listed) and _are_colored(list(files.values())[: 2 * _EVERY - 1]):
+        colors = {red * 65536 + green * 256 + blue: index for index, entry in enumerate(listed)
+                  for red, green, blue in [entry.color or (0, 0, 0)]}  # fmt: skip
+        if len(colors) < len(listed):
+            raise LexisegError("Two classes of the class file have the same colour, so masks cannot tell them apart.")
+        return LabelKind.color, ValueTable(colors, (0,), ignore)
+    kind = LabelKind.index if ignore == NARROW_IGNORE else LabelKind.wide
+    if all(entry.value is not None for entry in listed):
+        id_map = {entry.value: index for index, entry in enumerate(listed) if entry.value is not None}
+        return kind, ValueTable(id_map, (0, ignore), ignore)
+    return kind, ValueTable({index: index for index in range(len(listed))}, (ignore,), ignore)
+
+
+def _are_colored(paths: Sequence[Path]) -> bool:
+    """Whether at least half of the pictures hold colours; one that cannot be opened counts for neither side."""
+    return sum(_mode(path) in ("RGB", "RGBA") for path in paths) * 2 >= len(paths)
+
+
+def _mode(path: Path) -> str:
+    try:
+        with Image.open(path) as picture:
+            return picture.mode
+    except (OSError, ValueError, SyntaxError):
+        return ""

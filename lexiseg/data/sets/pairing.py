@@ -1,0 +1,103 @@
+"""Pictures and their labels, side by side: what the layouts of all data sets share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from lexiseg.data.sets.catalog import DataSetInfo
+from lexiseg.data.sets.dataset import Finding, Item, SplitFiles
+from lexiseg.data.sets.labels import LabelKind, ValueTable
+from lexiseg.data.sets.listing import by_stem
+
+
+@dataclass(frozen=True)
+class LabelFolder:
+    """Label files of one kind, by the name of their sample."""
+
+    files: Mapping[str, Path]
+    folder: Path
+    kind: LabelKind
+    table: ValueTable
+
+
+def table_of(info: DataSetInfo) -> ValueTable:
+    """What the values of the distribution's label files stand for."""
+    return ValueTable(info.id_map, info.void, info.ignore)
+
+
+def plain_table(info: DataSetInfo) -> ValueTable:
+    """For label files that were converted already: class ids as they are, and the ignored value."""
+    return ValueTable({index: index for index in range(info.num_classes)}, (info.ignore,), info.ignore)
+
+
+def pair(
+    names: Iterable[str], split: str, images: Mapping[str, Path], image_folder: Path, labels: Sequence[LabelFolder]
+) -> tuple[list[Item], list[Finding]]:
+    """The items of ``names``, and a finding for each that lacks its picture or its label.
+
+    The first of ``labels`` that has a name gives its label.
+    """
+    items, findings = [], []
+    for name in names:
+        image = images.get(name)
+        source = next((source for source in labels if name in source.files), None)
+        if image is None:
+            problem = f"The picture '{image_folder / name}.jpg' (or .png) of the split '{split}' is missing."
+            findings.append(Finding("missing-picture", problem, str(image_folder), name, split))
+        if source is None:
+            ending = ".mat" if labels[0].kind in (LabelKind.context_mat, LabelKind.sbd_mat) else ".png"
+            ending = ".tif" if labels[0].kind is LabelKind.wide else ending
+            problem = f"The label '{labels[0].folder / name}{ending}' of the split '{split}' is missing."
+            findings.append(Finding("missing-label", problem, str(labels[0].folder), name, split))
+        if image is not None and source is not None:
+            items.append(Item(name, image, source.files[name], source.kind, source.table))
+    return items, findings
+
+
+def orphans(labels: Sequence[LabelFolder], images: Mapping[str, Path], split: str) -> list[Finding]:
+    """A warning for each label without a picture, in data sets that have no lists."""
+    return [
+        Finding(
+            "label-without-picture",
+            f"The label '{path}' has no picture, so it is never used; add the picture or remove the label.",
+            str(path),
+            name,
+            split,
+            "warning",
+        )
+        for source in labels
+        for name, path in source.files.items()
+        if name not in images
+    ]
+
+
+def label_folder(
+    folder: Path, suffixes: Sequence[str], kind: LabelKind, table: ValueTable, without: str = ""
+) -> LabelFolder:
+    """The label files of a folder that end in one of ``suffixes``, but for names that end in ``without``."""
+    files = by_stem(folder, suffixes)
+    if without:
+        files = {name: path for name, path in files.items() if not name.endswith(without)}
+    return LabelFolder(files, folder, kind, table)
+
+
+def by_folder(
+    info: DataSetInfo,
+    split: str,
+    unseen: str | None,
+    images: Mapping[str, Path],
+    image_folder: Path,
+    labels: Sequence[LabelFolder],
+) -> SplitFiles:
+    """A split that is every picture of a folder."""
+    if not images:
+        problem = (
+            f"The folder '{image_folder}' of the split '{split}' is missing or holds no pictures; unpack them there."
+        )
+        findings = [Finding("missing-folder", problem, str(image_folder), split=split)]
+        return SplitFiles(split, (), info.vocabulary(unseen=unseen), info.ignore, tuple(findings))
+    items, findings = pair(images, split, images, image_folder, labels)
+    findings += orphans(labels, images, split)
+    return SplitFiles(split, tuple(items), info.vocabulary(unseen=unseen), info.ignore, tuple(findings))

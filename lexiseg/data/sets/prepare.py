@@ -1,0 +1,165 @@
+"""Making a folder of downloaded archives into a data set that can be opened, without a network."""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from lexiseg.data.sets.catalog import data_set
+from lexiseg.data.sets.listing import IMAGE_SUFFIXES, by_stem, entries, first_folder
+from lexiseg.data.sets.open import OWN, list_split
+from lexiseg.data.sets.own import IMAGE_FOLDERS, every_fifth, own_list
+from lexiseg.data.sets.unpack import find_archives, unpack
+from lexiseg.data.sets.voc import aug_names, find_sbd, voc_list
+from lexiseg.errors import LexisegError
+from lexiseg.files import write_json, write_text
+
+JOURNAL = ".lexiseg-prepare.json"
+"""Which archives are unpacked already, in the data set's folder."""
+
+# Where an archive belongs, below the root, by the names they are distributed under; all others are unpacked into the
+# root, because they bring their own top folder (VOCdevkit, benchmark_RELEASE, ADEChallengeData2016 ...).
+_PLACES: dict[str, tuple[tuple[str, str], ...]] = {
+    "coco-stuff-164k": (
+        ("stuffthingmaps*", "stuffthingmaps"),
+        ("train2017.*", "images"),
+        ("val2017.*", "images"),
+    ),
+    "voc2012": (("SegmentationClassAug*", "VOCdevkit/VOC2012"),),
+    "pascal-context-59": (("SegmentationClassContext*", "VOCdevkit/VOC2010"), ("trainval.*", "VOCdevkit/VOC2010")),
+    "pascal-context-459": (("trainval.*", "VOCdevkit/VOC2010"),),
+}
+
+
+@dataclass(frozen=True)
+class Step:
+    """Something that was done.
+
+    Attributes:
+        what: one line for people.
+        path: what it was done to, or what was written.
+    """
+
+    what: str
+    path: str
+
+
+def prepare(name: str, root: str | Path, *, say: Callable[[str], None] = lambda _: None) -> list[Step]:
+    """Unpack the archives that lie in ``root`` and write the lists that the reader needs.
+
+    A run that was stopped goes on where it was; a run on a folder that is ready does nothing. Archives are kept.
+
+    Args:
+        name: as in :func:`lexiseg.data.sets.open.open_data_set`.
+        root: the folder with the archives, which becomes the data set's folder.
+        say: told what is being done.
+
+    Returns:
+        What was done, in order; empty where there was nothing to do.
+
+    Raises:
+        LexisegError: there is no such data set or folder, or an archive is damaged or unsafe.
+    """
+    root = Path(root)
+    if name != OWN:
+        data_set(name)
+    if not root.is_dir():
+        raise LexisegError(f"The folder '{root}' does not exist; put the archives of {name} into it first.")
+    steps = [*_unpack_all(name, root, say)]
+    if name == "voc2012":
+        steps += _voc_lists(root)
+    elif name == OWN:
+        steps += _own_lists(root)
+    elif name.startswith("pascal-context"):
+        steps += _context_lists(name, root)
+    return steps
+
+
+def _unpack_all(name: str, root: Path, say: Callable[[str], None]) -> list[Step]:
+    steps = []
+    journal = _read_journal(root)
+    for archive in find_archives(root):
+        facts = archive.stat()
+        mark = [facts.st_size, facts.st_mtime_ns]
+        if journal.get(archive.name) == mark:
+            continue
+        target = root / _place(name, archive.name)
+        say(f"unpacking {archive.name}")
+        done = unpack(archive, target)
+        journal[archive.name] = mark
+        write_json(root / JOURNAL, journal)
+        links = f", {len(done.skipped)} links left out" if done.skipped else ""
+        steps.append(
+            Step(f"unpacked {archive.name}: {done.written} files, {done.kept} there already{links}", str(target))
+        )
+    return steps
+
+
+def _place(name: str, archive: str) -> str:
+    return next((place for pattern, place in _PLACES.get(name, ()) if fnmatch.fnmatch(archive, pattern)), ".")
+
+
+def _read_journal(root: Path) -> dict[str, list[int]]:
+    try:
+        content = json.loads((root / JOURNAL).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _voc_lists(root: Path) -> list[Step]:
+    home = first_folder((root / "VOCdevkit" / "VOC2012", root / "VOC2012", root))
+    if home is None or not voc_list(home, "train").is_file():
+        return []
+    path = voc_list(home, "aug")
+    if path.is_file():
+        return []
+    names, findings = aug_names(home, find_sbd(root, home))
+    if findings or not names:
+        return []
+    write_text(path, "".join(f"{name}\n" for name in names))
+    return [Step(f"listed {len(names)} augmented pictures", str(path))]
+
+
+def _context_lists(name: str, root: Path) -> list[Step]:
+    """Lists of the pictures that Context annotates, out of those of VOC 2010's detection task."""
+    home = first_folder((root / "VOCdevkit" / "VOC2010", root / "VOC2010", root))
+    steps: list[Step] = []
+    if home is None:
+        return steps
+    for split in ("train", "val"):
+        path = home / "ImageSets" / "SegmentationContext" / f"{split}.txt"
+        if path.is_file() or not (home / "ImageSets" / "Main" / f"{split}.txt").is_file():
+            continue
+        try:
+            names = [item.name for item in list_split(name, root, split).items]
+        except LexisegError:
+            continue  # labels or names are not there yet; verify says which
+        if names:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_text(path, "".join(f"{name}\n" for name in names))
+            steps.append(Step(f"listed {len(names)} pictures", str(path)))
+    return steps
+
+
+def _own_lists(root: Path) -> list[Step]:
+    """train.txt and val.txt for a folder without splits: what the reader would take without them, said explicitly."""
+    if any(name.endswith(".json") for name in (*entries(root), *entries(root / "annotations"))):
+        return []
+    images = first_folder(root / name for name in IMAGE_FOLDERS)
+    if images is None or any((images / split).is_dir() for split in ("train", "val")):
+        return []
+    names = list(by_stem(images, IMAGE_SUFFIXES))
+    lists = {split: "".join(f"{name}\n" for name in every_fifth(names, split)) for split in ("train", "val")}
+    written = {split: path for split in lists if (path := own_list(root, split)) is not None}
+    if not names or any(path.read_text(encoding="utf-8") != lists[split] for split, path in written.items()):
+        return []  # the lists that are there are somebody's own
+    steps = []
+    for split, text in lists.items():
+        if split not in written:
+            path = write_text(root / f"{split}.txt", text)
+            steps.append(Step(f"listed {text.count(chr(10))} pictures", str(path)))
+    return steps

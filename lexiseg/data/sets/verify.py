@@ -1,0 +1,309 @@
+"""Finding what is wrong with a data set before anything trains on it."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from lexiseg.data.sets.catalog import NAMES, data_set
+from lexiseg.data.sets.dataset import DataSetError, Finding, Item, SplitFiles, size_mismatch, unknown_value
+from lexiseg.data.sets.labels import UNKNOWN, LabelKind, png_fault
+from lexiseg.data.sets.open import list_split, splits_of
+from lexiseg.errors import LexisegError
+from lexiseg.images import read_image
+from lexiseg.windows import check_proportions
+
+_SHOWN = 12
+Progress = Callable[[Iterable["SampleCheck"], int, str], Iterable["SampleCheck"]]
+"""Shows that the samples of a split pass by: the checks, their number, and the split's name."""
+
+
+@dataclass(frozen=True)
+class SplitCheck:
+    """What was counted in one split.
+
+    Attributes:
+        split: its name.
+        samples: pictures that have a label.
+        labelled: pixels with a class.
+        ignored: pixels without one.
+        class_pixels: pixels of each class, in the order of the ids.
+    """
+
+    split: str
+    samples: int
+    labelled: int
+    ignored: int
+    class_pixels: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Verification:
+    """The result of :func:`verify`.
+
+    Attributes:
+        name: of the data set.
+        root: its folder.
+        classes: names of the classes; empty where they could not be read.
+        splits: what was counted.
+        findings: what is wrong; empty for a data set that can be used.
+    """
+
+    name: str
+    root: str
+    classes: tuple[str, ...] = ()
+    splits: tuple[SplitCheck, ...] = ()
+    findings: tuple[Finding, ...] = ()
+
+    @property
+    def errors(self) -> tuple[Finding, ...]:
+        """The findings that make training or evaluation fail or go wrong."""
+        return tuple(finding for finding in self.findings if finding.severity == "error")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, as JSON holds it."""
+        return {
+            "data_set": self.name,
+            "root": self.root,
+            "classes": list(self.classes),
+            "splits": [asdict(split) for split in self.splits],
+            "kinds": dict(Counter(finding.kind for finding in self.findings)),
+            "findings": [asdict(finding) for finding in self.findings],
+        }
+
+
+@dataclass(frozen=True)
+class SampleCheck:
+    """What one sample amounts to.
+
+    Attributes:
+        findings: what is wrong with it.
+        counts: pixels of each class.
+        ignored: pixels without one.
+    """
+
+    findings: tuple[Finding, ...]
+    counts: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
+    ignored: int = 0
+
+
+def verify(
+    name: str,
+    root: str | Path,
+    *,
+    splits: Sequence[str] | None = None,
+    classes: str | Path | None = None,
+    workers: int | None = None,
+    progress: Progress | None = None,
+) -> Verification:
+    """Read every file of a data set and say what is wrong with it.
+
+    Args:
+        name: as in :func:`lexiseg.data.sets.open.open_data_set`.
+        root: its folder.
+        splits: which to look at; None takes the one the papers train on and "val".
+        classes: the class list, where the distribution does not carry one.
+        workers: threads that read; None takes one a processor.
+        progress: shows how far it is.
+
+    Returns:
+        The findings: those of lists and folders first, then sample by sample in their order, then those of a whole
+        split. A fault of one file never hides those of another.
+
+    Raises:
+        LexisegError: there is no data set of that name. Everything that is wrong on disk is a finding.
+    """
+    root = Path(root)
+    given = splits is not None
+    chosen, findings = _splits(name, root, splits)
+    checks: list[SplitCheck] = []
+    names: tuple[str, ...] = ()
+    members: dict[str, dict[str, Path]] = {}
+    for split in chosen:
+        try:
+            files = list_split(name, root, split, classes=classes)
+        except LexisegError as error:
+            # Lists of classes and folders are shared by the splits; what is wrong with them is said once.
+            kind = error.kind if isinstance(error, DataSetError) else "class-list"
+            if not any(finding.problem == str(error) for finding in findings):
+                findings.append(Finding(kind, str(error), str(root), split="" if not given else split))
+            continue
+        names = files.vocabulary.names
+        findings += [replace(finding, split=finding.split or split) for finding in files.findings]
+        check, wrong = _check_split(files, workers or os.cpu_count() or 1, progress)
+        findings += wrong
+        checks.append(check)
+        members[split] = {item.name: item.image for item in files.items}
+    findings += _overlaps(members)
+    return Verification(name, str(root), names, tuple(checks), tuple(findings))
+
+
+def _splits(name: str, root: Path, splits: Sequence[str] | None) -> tuple[Sequence[str], list[Finding]]:
+    if splits is not None:
+        return splits, []
+    chosen = splits_of(name, root)
+    if name not in NAMES or "aug" not in data_set(name).splits:
+        return chosen, []
+    found = any(next(root.glob(f"{place}{mark}"), None) is not None
+                for place in ("", "*/", "*/*/")
+                for mark in ("SegmentationClassAug", "benchmark_RELEASE"))  # fmt: skip
+    if found:
+        return chosen, []
+    problem = (
+        f"'{root}' has no augmented training labels (SegmentationClassAug or SBD's benchmark_RELEASE), on which the "
+        "papers train; only VOC's own train split can be used."
+    )
+    return ("train", "val"), [Finding("no-augmented-labels", problem, str(root), severity="warning")]
+
+
+def _check_split(files: SplitFiles, workers: int, progress: Progress | None) -> tuple[SplitCheck, list[Finding]]:
+    num_classes = len(files.vocabulary)
+    counts: NDArray[np.int64] = np.zeros(num_classes, np.int64)
+    ignored = 0
+    findings: list[Finding] = []
+    checks: Iterable[SampleCheck] = _map(lambda item: check_sample(item, num_classes), files.items, workers)
+    if progress is not None:
+        checks = progress(checks, len(files.items), files.split)
+    for check in checks:
+        findings += [replace(finding, split=files.split) for finding in check.findings]
+        if check.counts.size:
+            counts += check.counts
+        ignored += check.ignored
+    where = str(files.items[0].label.parent) if files.items else ""
+    if counts.any():
+        classes = files.vocabulary.classes
+        # Masks of unseen classes are left out of training on purpose.
+        hidden = {entry.name for entry in classes if entry.seen is False} if files.split != "val" else set()
+        empty = [name for index in np.flatnonzero(counts == 0) if (name := classes[int(index)].name) not in hidden]
+        if empty:
+            shown = ", ".join(f"'{name}'" for name in empty[:_SHOWN])
+            more = f" and {len(empty) - _SHOWN} more" if len(empty) > _SHOWN else ""
+            problem = f"No label of the split '{files.split}' has a pixel of {len(empty)} classes: {shown}{more}."
+            findings.append(Finding("empty-class", problem, where, split=files.split, severity="warning"))
+    total = tuple(int(count) for count in counts)
+    return SplitCheck(files.split, len(files.items), sum(total), ignored, total), findings
+
+
+def check_sample(item: Item, num_classes: int) -> SampleCheck:
+    """Read a picture and its label wholly and say what is wrong with them."""
+    findings: list[Finding] = []
+    size = _check_picture(item, findings)
+    values = _check_label(item, findings)
+    if values is None:
+        return SampleCheck(tuple(findings))
+    label = item.table.look_up(values)
+    if size is not None and size != values.shape:
+        findings.append(_finding(item, "size-mismatch", size_mismatch(item, size, values.shape), item.label))
+    unknown = label == UNKNOWN
+    if unknown.any():
+        kind = "unknown-color" if item.kind is LabelKind.color else "unknown-id"
+        findings.append(_finding(item, kind, unknown_value(item, values[unknown]), item.label))
+    is_class = (label >= 0) & (label < num_classes)
+    counts = np.bincount(label[is_class], minlength=num_classes).astype(np.int64)
+    if not counts.any() and not findings:
+        problem = f"The label '{item.label}' has no pixel of any class; '{item.name}' can teach and judge nothing."
+        findings.append(replace(_finding(item, "empty-label", problem, item.label), severity="warning"))
+    return SampleCheck(tuple(findings), counts, int((label == item.table.ignore).sum()))
+
+
+def _check_picture(item: Item, findings: list[Finding]) -> tuple[int, int] | None:
+    try:
+        if item.image.stat().st_size == 0:
+            problem = f"The picture '{item.image}' is an empty file; copy it again."
+            findings.append(_finding(item, "empty-file", problem, item.image))
+            return None
+        image = read_image(item.image)
+    except (OSError, LexisegError) as error:
+        findings.append(_finding(item, "damaged-picture", str(error), item.image))
+        return None
+    fault = png_fault(item.image)
+    if fault is not None:
+        problem = f"The picture '{item.image}' is damaged: {fault}; copy it again."
+        findings.append(_finding(item, "damaged-picture", problem, item.image))
+    height, width = int(image.shape[1]), int(image.shape[2])
+    try:
+        check_proportions(height, width)
+    except LexisegError as error:
+        findings.append(_finding(item, "odd-proportions", f"'{item.image}': {error}", item.image))
+    return height, width
+
+
+def _check_label(item: Item, findings: list[Finding]) -> NDArray[np.int64] | None:
+    if item.draw is None:
+        try:
+            if item.label.stat().st_size == 0:
+                problem = f"The label '{item.label}' is an empty file; copy it again."
+                findings.append(_finding(item, "empty-file", problem, item.label))
+                return None
+        except OSError:
+            pass  # reading it says what is wrong
+    try:
+        values = item.values()
+    except LexisegError as error:
+        findings.append(_finding(item, _label_fault(item), str(error), item.label))
+        return None
+    fault = png_fault(item.label) if item.draw is None else None
+    if fault is not None:
+        problem = f"The label '{item.label}' is damaged: {fault}; copy it again."
+        findings.append(_finding(item, "damaged-label", problem, item.label))
+        return None
+    return values
+
+
+def _label_fault(item: Item) -> str:
+    """The kind of fault of a label that cannot be read as what it should be."""
+    if item.kind in (LabelKind.context_mat, LabelKind.sbd_mat) or item.draw is not None:
+        return "damaged-label"
+    try:
+        with Image.open(item.label) as picture:
+            picture.load()
+            mode = picture.mode
+    except Exception:  # decoders of hostile bytes raise nearly anything
+        return "damaged-label"
+    if mode in ("RGB", "RGBA", "LA", "CMYK", "YCbCr"):
+        return "color-label"
+    if mode.startswith(("I", "F")):
+        return "wide-label"
+    return "index-label" if item.kind in (LabelKind.color, LabelKind.ade_full) else "damaged-label"
+
+
+def _finding(item: Item, kind: str, problem: str, path: Path) -> Finding:
+    return Finding(kind, problem, str(path), item.name)
+
+
+def _overlaps(members: dict[str, dict[str, Path]]) -> list[Finding]:
+    """Pictures that are both trained on and judged on."""
+    findings: list[Finding] = []
+    if "val" not in members:
+        return findings
+    for split, names in members.items():
+        if split in ("val", "trainval"):
+            continue
+        for name, path in names.items():
+            if members["val"].get(name) == path:
+                problem = f"'{name}' is in both '{split}' and 'val', so it would be judged after being trained on."
+                findings.append(Finding("split-overlap", problem, str(path), name, split))
+    return findings
+
+
+def _map(check: Callable[[Item], SampleCheck], items: Sequence[Item], workers: int) -> Iterator[SampleCheck]:
+    """``check`` of each item, in their order, a few ahead of the one that is taken."""
+    if workers < 2:
+        yield from map(check, items)
+        return
+    with ThreadPoolExecutor(workers) as pool:
+        remaining = iter(items)
+        pending: list[Future[SampleCheck]] = [pool.submit(check, item) for item in islice(remaining, 4 * workers)]
+        while pending:
+            yield pending.pop(0).result()
+            pending += [pool.submit(check, item) for item in islice(remaining, 1)]

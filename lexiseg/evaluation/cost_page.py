@@ -1,0 +1,124 @@
+"""The cost table as text: for a terminal and as a page."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from lexiseg.evaluation.cost import CostRow, CostTable
+
+COLUMNS = {
+    "system": "system",
+    "parameters_m": "parameters",
+    "trainable_m": "trainable",
+    "live_parameters_m": "held",
+    "live_trainable_m": "held, trainable",
+    "gmac": "GMAC",
+    "frames_per_s": "frames/s",
+    "paper_parameters_m": "paper: parameters",
+    "paper_trainable_m": "paper: trainable",
+    "paper_gmac": "paper: G",
+    "convention_gmac": "counted its way",
+}
+_DECIMALS = {"gmac": 1, "paper_gmac": 1, "convention_gmac": 1, "paper_parameters_m": 1, "paper_trainable_m": 1}
+
+
+def cells(row: CostRow) -> list[str]:
+    """The row's text for each of the `COLUMNS`; a dash where there is no number."""
+    return [row.system, *(_number(getattr(row, name), _DECIMALS.get(name, 2)) for name in list(COLUMNS)[1:])]
+
+
+def short_table(table: CostTable) -> tuple[list[str], list[list[str]]]:
+    """Columns and rows for a terminal: pairs are parameters in all and those trained."""
+    columns = ["system", "parameters", "GMAC", "frames/s", "paper", "paper: G", "its way"]
+    rows = []
+    for row in table.rows:
+        whole = dict(zip(COLUMNS, cells(row), strict=True))
+        pairs = [f"{whole[f'{start}parameters_m']} / {whole[f'{start}trainable_m']}" for start in ("", "paper_")]
+        ours, paper = (pair if pair != "- / -" else "-" for pair in pairs)
+        numbers = [whole[name] for name in ("gmac", "frames_per_s", "paper_gmac", "convention_gmac")]
+        rows.append([row.system, ours, numbers[0], numbers[1], paper, numbers[2], numbers[3]])
+    return columns, rows
+
+
+def explanation(row: CostRow) -> list[str]:
+    """How lexiseg's count becomes the paper's, line by line."""
+    lines = [f"{row.system}: {row.convention}"] if row.convention else []
+    lines += [f"  {step.macs / 1e9:+9.3f} G  {step.what}" for step in row.steps]
+    if row.convention_gmac is not None:
+        ends = [
+            f"{what} {value:.1f} G" if what == "paper" else f"{what} {value:.2f} G"
+            for what, value in (("authors' code", row.code_gmac), ("paper", row.paper_gmac))
+            if value is not None
+        ]
+        lines.append(f"  {row.convention_gmac:9.3f} G  in all; {', '.join(ends)}")
+    return lines
+
+
+def speed_ratios(rows: Sequence[CostRow]) -> list[str]:
+    """How much faster the faster of each pair that the papers compare is; measured in one run."""
+    frames = {row.system: row.frames_per_s for row in rows if row.frames_per_s}
+    lines = []
+    for fast, slow, claim in PAIRS:
+        if fast in frames and slow in frames:
+            ratio = (frames[fast] or 0) / (frames[slow] or 1)
+            lines.append(f"{fast} against {slow}: {ratio:.2f} times as fast ({claim}).")
+    return lines
+
+
+PAIRS = (
+    ("zegclip", "zegformer", "ZegCLIP's paper: one stage is about 5 times as fast as two"),
+    ("cascade-clip", "zegclip", "Cascade-CLIP's Table 12: 18.4 against 20.9 frames a second"),
+    ("deop", "zsseg", "DeOP's paper: 4 to 7 times"),
+    ("zegformer+maft", "zegformer", "MAFT's Table 4a counts 21 times fewer operations in CLIP"),
+    ("zsseg+maft", "zsseg", "the same"),
+    ("freeseg+maft", "freeseg", "the same"),
+)
+
+
+def page(table: CostTable, command: str) -> str:
+    """The table as Markdown."""
+    machine = table.machine
+    place = machine.get("device") or f"{machine['processor']}, {machine['threads']} threads"
+    lines = [
+        "# Cost",
+        "",
+        "Made by `lexiseg benchmark cost`; do not edit by hand. ViT-B/16 with random weights, one picture of "
+        f"{table.side} x {table.side} pixels, {table.classes} classes, text embeddings cached.",
+        "",
+        f"- machine: {place}, torch {machine['torch']}, Python {machine['python']}",
+        f"- load average when the run ended: {machine['load']}",
+        f"- command: `{command}`",
+        f"- speed: {f'median of {table.repeats} runs of each system, in turn' if table.repeats else 'not measured'}",
+        "",
+        "*parameters* and *trainable* (millions) are counted as the authors do, with weights in their modules that no "
+        "output depends on; *held* is what lexiseg has. *GMAC* is every multiply-add of one prediction, attention "
+        "products included, from a picture in memory to its label map. *paper: G* is what the papers call GFLOPs, and "
+        "*counted its way* is lexiseg's own count brought to that convention, term by term below.",
+        "",
+        f"| {' | '.join(COLUMNS.values())} |",
+        f"|{'---|' * len(COLUMNS)}",
+        *(f"| {' | '.join(cells(row))} |" for row in table.rows),
+        "",
+    ]
+    ratios = speed_ratios(table.rows)
+    if table.repeats and machine["load"] and max(machine["load"][:2]) > machine["cores"]:
+        lines += ["The machine did other work meanwhile: frames a second are too low and their ratios rough.", ""]
+    if ratios:
+        lines += ["Speed in this run:", "", *(f"- {line}" for line in ratios), ""]
+    lines += ["## How the papers count", ""]
+    for row in table.rows:
+        lines += [f"### {row.system}", "", row.convention, ""]
+        if row.steps:
+            lines += ["| G | term |", "|---|---|"]
+            lines += [f"| {step.macs / 1e9:+.3f} | {step.what} |" for step in row.steps]
+            lines.append(f"| {row.convention_gmac:.3f} | in all |")
+            if row.code_gmac is not None:
+                lines.append(f"| {row.code_gmac:.2f} | the authors' code, counted in this convention |")
+            if row.paper_gmac is not None:
+                lines.append(f"| {row.paper_gmac:.1f} | printed ({row.paper_source}) |")
+            lines.append("")
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _number(value: float | None, decimals: int) -> str:
+    return "-" if value is None else f"{value:.{decimals}f}"

@@ -1,0 +1,162 @@
+"""Judging a decoupled model's proposals on a dataset: recall, and the best that they allow."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lexiseg.data.base import IGNORE_INDEX, SegmentationDataset, seen_ids, unseen_ids
+from lexiseg.errors import LexisegError
+from lexiseg.evaluation.evaluate import spread
+from lexiseg.evaluation.metrics import Confusion, Metrics
+from lexiseg.evaluation.proposals import ProposalRecall, Recall, ReleasedRecall, upper_bound_scores
+from lexiseg.models.base import ImageFeatures
+from lexiseg.models.decoupled import DecoupledModel
+from lexiseg.proposals import Proposals
+from lexiseg.regions.pooling import resize_masks
+from lexiseg.segmenter import Segmenter
+
+_CHUNK = 16
+
+
+@dataclass(frozen=True)
+class ProposalReport:
+    """How good a model's proposals are.
+
+    Attributes:
+        recall: the share of labelled regions covered, by IoU; see `ProposalRecall`.
+        upper_bound: of the label map that the proposals give with the labels' IoU as class scores (MAFT, Table 7).
+        released: the counters of DeOP's Table 8, by IoU, of the model's own label maps; {} unless asked for.
+        num_pictures: how many were judged.
+        num_proposals: how many there were, all together; those that the generator marks as no region are not counted.
+    """
+
+    recall: dict[float, Recall]
+    upper_bound: Metrics
+    released: dict[float, Recall]
+    num_pictures: int
+    num_proposals: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as JSON holds it: recalls as fractions, the upper bound in percent, None for what is missing."""
+        return {
+            "recall": {f"{threshold:g}": _shares(value) for threshold, value in self.recall.items()},
+            "upper_bound": self.upper_bound.summary(),
+            "released": {f"{threshold:g}": _shares(value) for threshold, value in self.released.items()},
+            "num_pictures": self.num_pictures,
+            "num_proposals": self.num_proposals,
+        }
+
+    def table(self) -> tuple[list[str], list[list[str]]]:
+        """Column titles and rows of text, in percent, for printing."""
+        rows = [
+            [f"recall at IoU {threshold:g}", *(_text(100 * part) for part in (found.all, found.seen, found.unseen))]
+            for threshold, found in self.recall.items()
+        ]
+        best = self.upper_bound
+        means = (best.miou, best.miou_seen, best.miou_unseen)
+        return ["", "all", "seen", "unseen"], [*rows, ["mIoU they allow", *(_text(100 * part) for part in means)]]
+
+
+def _shares(recall: Recall) -> dict[str, float | None]:
+    return {name: None if math.isnan(value) else value for name, value in asdict(recall).items()}
+
+
+def _text(value: float) -> str:
+    return "-" if math.isnan(value) else f"{value:.2f}"
+
+
+@torch.no_grad()
+def evaluate_proposals(
+    segmenter: Segmenter,
+    dataset: SegmentationDataset,
+    *,
+    thresholds: tuple[float, ...] = (0.3, 0.5),
+    released: bool = False,
+    limit: int | None = None,
+) -> ProposalReport:
+    """Compare the proposals for every picture with its labels, at the labels' size.
+
+    A proposal is binarised at 0.5. Pictures are run whole, at the model's own working size.
+
+    Args:
+        segmenter: with a decoupled model.
+        dataset: pictures with labels; its seen and unseen flags decide what counts as which.
+        thresholds: IoUs.
+        released: also predict the pictures and count as DeOP's released code does.
+        limit: take only this many pictures, spread evenly; None takes all.
+
+    Raises:
+        LexisegError: the model has no proposals, the dataset is empty, or a picture is wrong.
+    """
+    model = segmenter.model
+    if not isinstance(model, DecoupledModel):
+        raise LexisegError(f"{model.system} has no proposals to judge; choose zsseg, zegformer, freeseg or deop.")
+    indices = spread(len(dataset), limit)
+    if not indices:
+        raise LexisegError("There is no picture to judge proposals on; check the data's list of pictures.")
+    vocabulary = dataset.vocabulary
+    num_classes = len(vocabulary)
+    ignore = IGNORE_INDEX if num_classes <= IGNORE_INDEX else 65535
+    seen, unseen = seen_ids(vocabulary), unseen_ids(vocabulary)
+    recall = ProposalRecall(seen, unseen, thresholds, ignore_index=ignore)
+    counters = {threshold: ReleasedRecall(frozenset(unseen), threshold) for threshold in thresholds}
+    confusion = Confusion(num_classes, ignore_index=ignore)
+    text = model.embed_text(segmenter.embedder, segmenter.vocabulary(vocabulary)).to(segmenter.device)
+    words = text[:, 0] if text.dim() == 3 else text  # with several sources of text the first one is the generator's
+    total = 0
+    training = model.training
+    model.eval()
+    try:
+        for index in indices:
+            sample = dataset[index]
+            images = segmenter.pixels(sample.image)
+            frame = (int(images.shape[-2]), int(images.shape[-1]))
+            size = (int(sample.label.shape[0]), int(sample.label.shape[1]))
+            padded = model.pad(images)
+            proposals = _valid(model.propose(padded, words))
+            masks = _binary(model, proposals, padded, frame, size)
+            total += len(masks)
+            recall.update(masks, sample.label)
+            try:
+                scores = upper_bound_scores(masks, sample.label, num_classes, ignore_index=ignore)
+            except ValueError as error:
+                raise LexisegError(f"The sample '{sample.name}' cannot be judged: {error}.") from error
+            features = ImageFeatures(frame, {"images": padded})
+            best = model.pixel_scores(scores[None].to(segmenter.device), proposals, features)
+            confusion.update(best.label_map(size)[0].cpu().numpy(), sample.label.numpy())
+            if released:
+                prediction = segmenter.predict(sample.image, vocabulary).label_map.long()
+                for counter in counters.values():
+                    counter.update_map(prediction, sample.label)
+    finally:
+        model.train(training)
+    return ProposalReport(
+        recall.compute(),
+        confusion.compute(seen, unseen),
+        {threshold: counter.compute() for threshold, counter in counters.items()} if released else {},
+        len(indices),
+        total,
+    )
+
+
+def _valid(proposals: Proposals) -> Proposals:
+    """The proposals of one picture without the slots that hold no region."""
+    if proposals.valid is None:
+        return Proposals(proposals.mask_logits)
+    return Proposals(proposals.mask_logits[:, proposals.valid[0]])
+
+
+def _binary(
+    model: DecoupledModel, proposals: Proposals, padded: Tensor, frame: tuple[int, int], size: tuple[int, int]
+) -> Tensor:
+    """Masks (N, H, W), bool, on the CPU: upsampled, cut out of the padding, brought to ``size``, and halved at 0.5."""
+    parts = []
+    for logits in proposals.mask_logits.float().split(_CHUNK, dim=1):
+        masks = model.upsampled(logits, padded)[..., : frame[0], : frame[1]].sigmoid()
+        parts.append((resize_masks(masks, size)[0] > 0.5).cpu())
+    return torch.cat(parts) if parts else torch.zeros(0, *size, dtype=torch.bool)

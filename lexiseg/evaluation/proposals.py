@@ -1,0 +1,254 @@
+"""How good proposals are, whatever the classifier says of them: recall, the best that they allow, and pseudo labels."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from lexiseg.data.base import IGNORE_INDEX
+
+_CHUNK = 1 << 24
+
+
+def overlap(masks: Tensor, label: Tensor, ids: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+    """Count the pixels that masks and labelled regions share.
+
+    Args:
+        masks: (N, H, W) bool.
+        label: (H, W) integer ids.
+        ids: the K ids whose regions are meant.
+
+    Returns:
+        pixels shared (N, K), pixels of the masks (N,) and of the regions (K,), all int64.
+    """
+    wanted = torch.as_tensor(list(ids), device=label.device)
+    shared = torch.zeros(len(masks), len(wanted), dtype=torch.int64, device=label.device)
+    height, width = label.shape
+    step = max(1, _CHUNK // max(1, len(masks) * width))
+    for top in range(0, height, step):
+        part = masks[:, top : top + step].flatten(1).float()
+        regions = (label[top : top + step].flatten()[:, None] == wanted).float()
+        shared += (part @ regions).long()  # a chunk has fewer pixels than float32 has exact integers
+    sizes = (label[..., None] == wanted).sum(dim=(0, 1)) if len(wanted) else wanted.long()
+    return shared, masks.sum(dim=(1, 2)), sizes
+
+
+def region_ious(masks: Tensor, label: Tensor, ids: Sequence[int]) -> Tensor:
+    """Intersection over union of each mask with each labelled region.
+
+    Args:
+        masks: (N, H, W) bool.
+        label: (H, W) integer ids.
+        ids: the K ids.
+
+    Returns:
+        (N, K) float64; 0 where both are empty.
+    """
+    shared, of_masks, of_regions = overlap(masks, label, ids)
+    union = of_masks[:, None] + of_regions - shared
+    return shared.double() / union.clamp(min=1).double()
+
+
+def upper_bound_scores(masks: Tensor, label: Tensor, num_classes: int, *, ignore_index: int = IGNORE_INDEX) -> Tensor:
+    """Class scores of regions as a perfect classifier would give them: the IoU with each class's labelled pixels.
+
+    Put into `lexiseg.scores.RegionScores` instead of the model's own, they give the best that these proposals allow.
+
+    Args:
+        masks: (N, H, W) bool, the proposals binarised.
+        label: (H, W), 0..C-1 or ``ignore_index``.
+        num_classes: C.
+        ignore_index: label of pixels that are not judged; they are left out of the masks too.
+
+    Returns:
+        (N, C) float32; 0 for classes that are not in the picture.
+
+    Raises:
+        ValueError: a label is no class.
+
+    Source: MAFT (NeurIPS 2023), appendix C.1 and Table 7, which does not say how the proposals are binarised.
+    """
+    present = _ids(label, ignore_index)
+    if present and not 0 <= present[0] <= present[-1] < num_classes:
+        raise ValueError(f"the label {present[-1]} is neither one of {num_classes} classes nor {ignore_index}")
+    scores = torch.zeros(len(masks), num_classes, device=label.device)
+    if present:
+        scores[:, present] = region_ious(masks & (label != ignore_index), label, present).float()
+    return scores
+
+
+@dataclass(frozen=True)
+class Recall:
+    """Shares in 0..1; NaN where there was nothing to find."""
+
+    all: float
+    seen: float
+    unseen: float
+
+
+class ProposalRecall:
+    """The share of labelled regions that the proposals cover.
+
+    A region is all pixels of one class in one picture. A proposal covers it if their intersection over union is larger
+    than the threshold; ignored pixels are left out of both and are no region. Each region counts once, however
+    many proposals cover it, and proposals that cover nothing cost nothing: this is recall. DeOP's Table 8 counts
+    otherwise, see `ReleasedRecall`.
+
+    Args:
+        seen: ids of the classes that had masks in training.
+        unseen: ids of those that had none.
+        thresholds: IoUs.
+        ignore_index: label of pixels that are not judged.
+
+    Attributes:
+        best: for every region so far, its class and the largest IoU that a proposal has with it.
+    """
+
+    def __init__(
+        self,
+        seen: Collection[int],
+        unseen: Collection[int],
+        thresholds: Sequence[float] = (0.3, 0.5),
+        *,
+        ignore_index: int = IGNORE_INDEX,
+    ) -> None:
+        self.seen, self.unseen = frozenset(seen), frozenset(unseen)
+        self.ignore_index = ignore_index
+        self.thresholds = tuple(thresholds)
+        self.best: list[tuple[int, float]] = []
+
+    def update(self, masks: Tensor, label: Tensor) -> None:
+        """Add a picture.
+
+        Args:
+            masks: (N, H, W) bool, the proposals binarised at 0.5.
+            label: (H, W), class ids or ``ignore_index``.
+        """
+        present = _ids(label, self.ignore_index)
+        if not len(masks):
+            self.best += [(index, 0.0) for index in present]
+        elif present:
+            best = region_ious(masks & (label != self.ignore_index), label, present).amax(dim=0)
+            self.best += list(zip(present, best.tolist(), strict=True))
+
+    def compute(self) -> dict[float, Recall]:
+        """The recall of all, seen and unseen regions at each threshold."""
+
+        def share(threshold: float, classes: frozenset[int] | None) -> float:
+            found = [iou > threshold for index, iou in self.best if classes is None or index in classes]
+            return sum(found) / len(found) if found else math.nan
+
+        return {
+            threshold: Recall(share(threshold, None), share(threshold, self.seen), share(threshold, self.unseen))
+            for threshold in self.thresholds
+        }
+
+
+@dataclass
+class ReleasedRecall:
+    """The counters behind DeOP's Table 8, as its released code has them. They are no recall of proposals.
+
+    What is counted are the regions of the *final* label map (`update_map`); the code has a second evaluator that counts
+    raw proposals in the same way (`update_proposals`). Each predicted region takes the first labelled region, in the
+    order of the ids, the ignored pixels among them by their label, whose IoU with it is over the threshold. The
+    denominators are of different kinds: predicted regions for "all", labelled regions for "seen" and "unseen", and the
+    ignored pixels of a picture count as one seen region. `ProposalRecall` is the recall that the table's title speaks
+    of.
+
+    Attributes:
+        unseen: ids of the unseen classes; every other id is seen.
+        threshold: IoU.
+        matched_seen: predicted regions whose labelled region is seen.
+        matched_unseen: the same, unseen.
+        predicted: predicted regions.
+        labelled_seen: labelled regions that are seen.
+        labelled_unseen: the same, unseen.
+    """
+
+    unseen: frozenset[int]
+    threshold: float = 0.3
+    matched_seen: int = field(default=0, init=False)
+    matched_unseen: int = field(default=0, init=False)
+    predicted: int = field(default=0, init=False)
+    labelled_seen: int = field(default=0, init=False)
+    labelled_unseen: int = field(default=0, init=False)
+
+    @property
+    def matched(self) -> int:
+        """Predicted regions that have a labelled region."""
+        return self.matched_seen + self.matched_unseen
+
+    def update_map(self, prediction: Tensor, label: Tensor) -> None:
+        """Add a picture's final label map and its labels, (H, W) both."""
+        self._add(prediction[None] == prediction.unique()[:, None, None], label)
+
+    def update_proposals(self, masks: Tensor, label: Tensor) -> None:
+        """Add a picture's proposals (N, H, W), bool; empty ones do not count."""
+        self._add(masks[masks.any(dim=2).any(dim=1)], label)
+
+    def _add(self, masks: Tensor, label: Tensor) -> None:
+        ids = _ids(label)
+        unseen = [index in self.unseen for index in ids]
+        self.labelled_unseen += sum(unseen)
+        self.labelled_seen += len(ids) - sum(unseen)
+        self.predicted += len(masks)
+        for row in (region_ious(masks, label, ids) > self.threshold).tolist():
+            first = next((place for place, over in enumerate(row) if over), None)
+            if first is not None:
+                self.matched_unseen += unseen[first]
+                self.matched_seen += not unseen[first]
+
+    def compute(self) -> Recall:
+        """The table's three numbers."""
+        return Recall(
+            _ratio(self.matched, self.predicted),
+            _ratio(self.matched_seen, self.labelled_seen),
+            _ratio(self.matched_unseen, self.labelled_unseen),
+        )
+
+
+def pseudo_label(
+    scores: Tensor,
+    label: Tensor,
+    seen: Sequence[int],
+    *,
+    reject: float = 0.0,
+    prior: bool = True,
+    ignore_index: int = IGNORE_INDEX,
+) -> Tensor:
+    """Labels for self-training, by the rule of ZSSeg's released code (which MAFT's and DeOP's authors inherit).
+
+    Pixels labelled with a seen class keep that label. All others, the ignored ones included, get the class of the
+    largest probability: the softmax over the classes of the pixel's scores, with those of the seen classes set to 0 if
+    there is a ``prior``. A probability below ``reject`` gives ``ignore_index``.
+
+    Args:
+        scores: (C, H, W) scores of all classes.
+        label: (H, W), ids into the C classes; of pixels of unseen classes it may say anything but a seen class.
+        seen: ids of the classes that had masks in training.
+        reject: see above, 0..1.
+        prior: see above.
+        ignore_index: what rejected pixels get.
+
+    Returns:
+        (H, W) int64.
+    """
+    seen_ids = torch.as_tensor(list(seen), device=scores.device, dtype=torch.long)
+    probabilities = scores.float().softmax(dim=0)
+    if prior:
+        probabilities[seen_ids] = 0.0
+    best, found = probabilities.max(dim=0)
+    found = found.masked_fill(best < reject, ignore_index)
+    return torch.where(torch.isin(label, seen_ids), label.long(), found)
+
+
+def _ids(label: Tensor, ignored: int | None = None) -> list[int]:
+    return [int(index) for index in label.unique().tolist() if index != ignored]
+
+
+def _ratio(part: int, whole: int) -> float:
+    return part / whole if whole else math.nan

@@ -1,0 +1,121 @@
+"""MAFT's two losses: CLIP's score of a region shall follow how well its mask fits, and CLIP shall stay itself.
+
+Jiao et al., "Learning Mask-aware CLIP Representations for Zero-Shot Segmentation", NeurIPS 2023, Sec. 4.2. The released
+code and the paper differ in what the target is; both are options, and the released form is the default.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+from torch.nn import functional as F
+
+from lexiseg.losses.masks import IGNORE_INDEX, check_labels
+
+Distance = Literal["smooth-l1", "l1", "l2", "kl"]
+Normalisation = Literal["row", "matrix"]
+
+_EPS_IOU = 1e-7
+_EPS_RANGE = 1e-8
+
+
+class MaskAwareOptions(BaseModel):
+    """Options of `mask_aware_loss` and `distillation_loss`.
+
+    Attributes:
+        distance: between score and target: "smooth-l1" (Eq. 7), or the others of Table 4b. The paper does not define
+            its KL; here it is the divergence of the scores from the targets over the proposals, each made a
+            distribution by dividing by its sum.
+        normalise: min-max of the target over the proposals of one class ("row", as released) or over all classes of a
+            picture together ("matrix", as Eq. 5 is written).
+        binary: take the IoU of masks cut at 0.5 instead of soft ones.
+        distillation: weight of the self-distillation (released: 0.1; paper: 1; 0 leaves it out).
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    distance: Distance = "smooth-l1"
+    normalise: Normalisation = "row"
+    binary: bool = False
+    distillation: Annotated[float, Field(ge=0)] = 0.1
+
+
+def mask_ious(masks: Tensor, labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
+    """IoU of each proposal with each class that is present, for one picture.
+
+    Args:
+        masks: (N, H, W) in [0, 1]; soft masks give soft IoUs.
+        labels: (H, W) long in 0..C-1, or 255.
+        num_classes: C.
+
+    Returns:
+        (k, N) IoUs and (k,) the ids of the k classes that are present, ascending.
+
+    Raises:
+        LexisegError: a label is neither in 0..C-1 nor 255.
+    """
+    check_labels(labels, num_classes)
+    present = labels.unique()
+    present = present[present != IGNORE_INDEX]
+    truth = (labels.flatten()[None] == present[:, None]).to(masks.dtype)
+    flat = masks.flatten(1)
+    common = truth @ flat.T
+    union = truth.sum(dim=1)[:, None] + flat.sum(dim=1)[None] - common
+    return common / (union + _EPS_IOU), present
+
+
+def iou_targets(ious: Tensor, normalise: Normalisation = "row") -> Tensor:
+    """Min-max normalisation of the IoUs (k, N) of one picture (Eq. 5).
+
+    CLIP's best score is near 1 and a proposal's best IoU is not, so the IoUs are stretched to 0..1. Where all are equal
+    the target is 0.
+    """
+    if not ious.numel():
+        return ious
+    low, high = (
+        (ious.amin(dim=1, keepdim=True), ious.amax(dim=1, keepdim=True))
+        if normalise == "row"
+        else (ious.min(), ious.max())
+    )
+    return (ious - low) / (high - low + _EPS_RANGE)
+
+
+def mask_aware_loss(scores: Tensor, targets: Tensor, distance: Distance = "smooth-l1") -> Tensor:
+    """How far the scores of the proposals are from the quality of their masks (Eq. 6 and Table 4b).
+
+    Args:
+        scores: (R, N) CLIP's probability of a class for each proposal, one row for each class of each picture. The mean
+            is over all rows, so that pictures with more classes weigh more, as in the released code.
+        targets: (R, N) from `iou_targets`, without gradient.
+        distance: see `MaskAwareOptions`.
+
+    Returns:
+        a scalar; 0, with a gradient of 0, where there is nothing to compare.
+    """
+    if not scores.numel():
+        return scores.sum() * 0.0
+    targets = targets.detach()
+    if distance == "smooth-l1":
+        return F.smooth_l1_loss(scores, targets)
+    if distance == "l1":
+        return F.l1_loss(scores, targets)
+    if distance == "l2":
+        return F.mse_loss(scores, targets)
+    total = targets.sum(dim=1, keepdim=True)
+    share = targets / total.clamp(min=_EPS_RANGE)
+    ours = scores / scores.sum(dim=1, keepdim=True).clamp(min=_EPS_RANGE)
+    divergence = torch.xlogy(share, share) - share * ours.clamp(min=_EPS_RANGE).log()
+    return divergence.sum(dim=1).mean()
+
+
+def distillation_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """Distance between what student and teacher say of whole pictures (Eq. 8).
+
+    Args:
+        student: (B, C) probabilities of the tower that is trained, run without masks.
+        teacher: (B, C) those of the frozen CLIP.
+    """
+    return F.smooth_l1_loss(student, teacher.detach())

@@ -1,0 +1,246 @@
+"""Losses on class masks: focal and dice, without a matching, as ZegCLIP trains with them.
+
+Channel c of the prediction is class c. Pixels labelled 255 are not left out: they are negatives of every class, as in
+the authors' code (the papers do not say). Both losses are divided by the number of masks in the batch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from lexiseg.errors import LexisegError
+
+IGNORE_INDEX = 255
+
+
+@dataclass(frozen=True)
+class MaskLosses:
+    """The losses of `mask_losses`, each a scalar.
+
+    Attributes:
+        total: ``focal + dice``, weighted; carries the gradient.
+        focal: the weighted focal term, detached.
+        dice: the weighted dice term, detached.
+    """
+
+    total: Tensor
+    focal: Tensor
+    dice: Tensor
+
+
+def count_masks(labels: Tensor) -> float:
+    """Number of (image, class) pairs that are present, averaged over the processes of a distributed run, at least 1.
+
+    Args:
+        labels: (B, H, W) class ids, 255 = no class.
+    """
+    count = float(sum(int((image.unique() != IGNORE_INDEX).sum()) for image in labels))
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        total = torch.tensor(count, device=labels.device)
+        torch.distributed.all_reduce(total)
+        count = float(total) / torch.distributed.get_world_size()
+    return max(count, 1.0)
+
+
+def check_labels(labels: Tensor, num_classes: int) -> None:
+    """See that labels are classes.
+
+    Args:
+        labels: long, any shape.
+        num_classes: C.
+
+    Raises:
+        LexisegError: one is neither in 0..C-1 nor 255.
+    """
+    wrong = (labels != IGNORE_INDEX) & ((labels >= num_classes) | (labels < 0))
+    if bool(wrong.any()):
+        raise LexisegError(
+            f"A label is {int(labels[wrong][0])} but there are {num_classes} classes (0 to {num_classes - 1}, "
+            "255 = no class); check the class list of the data."
+        )
+
+
+def mask_losses(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    focal_weight: float = 100.0,
+    dice_weight: float = 1.0,
+    alpha: float = 0.25,
+    num_masks: float | None = None,
+) -> MaskLosses:
+    """Focal and dice loss of class masks (ZegCLIP, Sec. 3.2 and its released code).
+
+    The focal term is ``alpha_t (1 - p_t)^2 BCE`` averaged over all pixels of a mask and summed over images and
+    classes, with every pixel that is not of the class a negative, 255 included. The dice term
+    ``1 - (2 sum(p t) + 1) / (sum p + sum t + 1)`` is taken for the classes present in an image only. Both are divided
+    by the number of masks.
+
+    The prediction is upsampled to the labels' size one image at a time, and the gradient is computed on the way, so
+    that neither the upsampled masks of a batch nor one-hot labels are ever held in memory.
+
+    Args:
+        logits: (B, C, h, w) mask logits, before the sigmoid; upsampled bilinearly where the labels are larger.
+        labels: (B, H, W) long in 0..C-1, or 255.
+        focal_weight: factor on the focal term.
+        dice_weight: factor on the dice term.
+        alpha: weight of positives; negatives have 1 - alpha.
+        num_masks: what to divide by; None counts the masks of ``labels``.
+
+    Raises:
+        LexisegError: a label is neither in 0..C-1 nor 255, or the batch sizes differ.
+    """
+    if labels.ndim != 3 or logits.ndim != 4 or len(labels) != len(logits):
+        raise LexisegError(
+            f"Mask logits {tuple(logits.shape)} and labels {tuple(labels.shape)} do not belong together; "
+            "give (B, C, h, w) and (B, H, W)."
+        )
+    check_labels(labels, logits.shape[1])
+    masks = count_masks(labels) if num_masks is None else num_masks
+    # The loss is computed in float32 whatever the model runs in: sums over so many pixels do not survive bfloat16.
+    with torch.autocast(logits.device.type, enabled=False):
+        total, focal, dice = _MaskLoss.apply(logits, labels.long(), focal_weight / masks, dice_weight / masks, alpha)
+    return MaskLosses(total, focal.detach(), dice.detach())
+
+
+class _MaskLoss(torch.autograd.Function):
+    """Focal plus dice, with the gradient with respect to the logits computed in the forward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Tensor, labels: Tensor, focal_weight: float, dice_weight: float, alpha: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        focal = logits.new_zeros((), dtype=torch.float32)
+        dice = torch.zeros_like(focal)
+        needed = ctx.needs_input_grad[0]
+        gradient = torch.empty_like(logits, dtype=torch.float32) if needed else None
+        height, width = labels.shape[-2:]
+        rows = bilinear_matrix(logits.shape[-2], height, logits.device)
+        columns = bilinear_matrix(logits.shape[-1], width, logits.device)
+        # One set of buffers serves all images: fresh memory of this size costs more than the arithmetic done in it.
+        buffers = logits.new_empty((4, logits.shape[1], height * width), dtype=torch.float32)
+        flat_labels = labels.flatten(1)
+        for index, image in enumerate(logits.detach().float()):
+            if image.shape[-2:] != (height, width):
+                image = rows @ image @ columns.T
+            image_focal, image_dice, upstream = _image_losses(
+                image.reshape(len(image), -1), flat_labels[index], focal_weight, dice_weight, alpha, needed, buffers
+            )
+            focal += image_focal
+            dice += image_dice
+            if gradient is not None and upstream is not None:
+                upstream = upstream.view(-1, height, width)
+                if gradient.shape[-2:] != (height, width):
+                    upstream = rows.T @ upstream @ columns
+                gradient[index] = upstream
+        if gradient is not None:
+            ctx.save_for_backward(gradient.to(logits.dtype))
+        ctx.mark_non_differentiable(focal, dice)
+        return focal + dice, focal, dice
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor, None, None, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * outputs[0].to(gradient.dtype), None, None, None, None
+
+
+def bilinear_matrix(source: int, target: int, device: torch.device) -> Tensor:
+    """The (target, source) matrix whose product with a signal is its bilinear resize (align_corners False).
+
+    A resize by two matrix products, and its transpose by two more, is several times faster on a CPU than the
+    library's interpolation and its backward.
+    """
+    identity = torch.eye(source, device=device)[None]
+    return F.interpolate(identity, size=target, mode="linear", align_corners=False)[0].T
+
+
+def _image_losses(
+    x: Tensor, labels: Tensor, focal_weight: float, dice_weight: float, alpha: float, needed: bool, buffers: Tensor
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Weighted focal and dice of one image and, if ``needed``, their gradient.
+
+    Args:
+        x: logits (C, P) over P pixels.
+        labels: (P,) class ids or 255.
+        focal_weight: factor on the focal sum, before the division by P.
+        dice_weight: factor on the dice sum.
+        alpha: weight of positives.
+        needed: compute the gradient (C, P); it lies in ``buffers`` and is overwritten by the next call.
+        buffers: scratch memory (4, C, P).
+    """
+    scale = focal_weight / x.shape[1]
+    p, q, softplus, squared = buffers
+    torch.sigmoid(x, out=p)
+    torch.sigmoid(torch.neg(x, out=q), out=q)  # 1 - p, without the rounding of a difference
+    torch.log(q.clamp_(min=1e-38), out=softplus).neg_()  # -log(1 - p)
+    torch.mul(p, p, out=squared)
+    # Everything is a negative first; the few positives (at most one a pixel) are corrected afterwards.
+    focal = torch.dot(squared.flatten(), softplus.flatten()) * ((1.0 - alpha) * scale)
+    place = (labels != IGNORE_INDEX).nonzero().flatten()
+    label = labels[place]
+    x_t, p_t, q_t, softplus_t = (values[label, place] for values in (x, p, q, softplus))
+    log_t = softplus_t - x_t  # -log p
+    focal = focal + scale * (alpha * q_t.square() * log_t - (1.0 - alpha) * p_t.square() * softplus_t).sum()
+
+    present, slot = label.unique(return_inverse=True)
+    p_present = p[present]
+    counts = torch.bincount(slot, minlength=len(present)).to(x.dtype)
+    inside = torch.zeros_like(counts).index_add_(0, slot, p_t)
+    top, bottom = 2.0 * inside + 1.0, p_present.sum(dim=1) + counts + 1.0
+    dice = dice_weight * (1.0 - top / bottom).sum()
+    if not needed:
+        return focal, dice, None
+
+    # d/dx of (1 - a) p^2 softplus(x) is (1 - a) p^2 (2 (1 - p) softplus(x) + p).
+    gradient = softplus.mul_(q).mul_(2.0).add_(p).mul_(squared).mul_((1.0 - alpha) * scale)
+    # d/dx of a (1 - p)^2 (-log p) is -a (1 - p)^2 (2 p (-log p) + 1 - p).
+    gradient[label, place] = (-alpha * scale) * q_t.square() * (2.0 * p_t * log_t + q_t)
+    # d/dp of 1 - top / bottom is (top - 2 t bottom) / bottom^2, and dp/dx is p (1 - p).
+    slope = p_present * (1.0 - p_present)
+    gradient.index_add_(0, present, slope * (dice_weight * top / bottom.square())[:, None])
+    gradient[label, place] -= slope[slot, place] * (2.0 * dice_weight / bottom)[slot]
+    return focal, dice, gradient
+
+
+def pseudo_labels(logits: Tensor, labels: Tensor, seen: Tensor) -> Tensor:
+    """Fill in pixels of unseen classes with the model's own best unseen class (ZegCLIP's transductive setting).
+
+    Args:
+        logits: (B, C, H, W) mask logits of all classes.
+        labels: (B, H, W) long; ids of seen classes and 255 are kept, all others (ids of unseen classes, or -1 where
+            only the place of unseen pixels is known) are replaced.
+        seen: (C,) bool, at least one of them False.
+
+    Returns:
+        (B, H, W) long.
+
+    Raises:
+        LexisegError: every class is seen, so that there is nothing to choose from.
+    """
+    if bool(seen.all()):
+        raise LexisegError("Self-training needs at least one unseen class; give the text of all classes.")
+    unseen = (~seen).nonzero().flatten()
+    best = unseen[logits.detach()[:, unseen].argmax(dim=1)]
+    known = (labels >= 0) & (labels != IGNORE_INDEX)
+    kept = torch.zeros_like(known)
+    kept[known] = seen[labels[known].clamp(max=len(seen) - 1)] & (labels[known] < len(seen))
+    return torch.where(kept | (labels == IGNORE_INDEX), labels, best)
+
+
+def pixel_accuracy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Share of the labelled pixels whose class has the largest logit, in percent; 0 if no pixel is labelled.
+
+    Args:
+        logits: (B, C, H, W).
+        labels: (B, H, W) long, 255 = not counted.
+    """
+    counted = labels != IGNORE_INDEX
+    right = (logits.argmax(dim=1) == labels) & counted
+    return 100.0 * right.sum() / counted.sum().clamp(min=1)

@@ -1,0 +1,209 @@
+"""The criterion that proposal generators are trained with: queries are matched to masks, then compared.
+
+MaskFormer's criterion (Cheng et al., NeurIPS 2021, Sec. 3.3), which the first stage of DeOP, ZSSeg, ZegFormer and
+FreeSeg uses; the matcher and the losses are those of `transformers`. Class weights and mask weights are the systems'.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from pydantic import ConfigDict
+from pydantic.dataclasses import dataclass as checked_dataclass
+from torch import Tensor
+
+from lexiseg.errors import LexisegError
+from lexiseg.losses.masks import IGNORE_INDEX
+
+if TYPE_CHECKING:
+    from lexiseg.proposals.base import Proposals
+
+
+@checked_dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+class ProposalWeights:
+    """Weights of the criterion. The defaults are ZSSeg's and ZegFormer's; DeOP's proposal stage has ``cost_class`` 0.
+
+    Attributes:
+        cost_class: weight of the class in the matching; its loss is not affected.
+        class_weight: factor on the cross entropy.
+        mask_weight: factor on the focal loss, in the matching too.
+        dice_weight: factor on the dice loss, in the matching too (FreeSeg: 5).
+        no_object: weight of the class "no object" in the cross entropy.
+        skip_level_before_last: leave out the level right before the last one, as FreeSeg's released code does.
+    """
+
+    cost_class: float = 1.0
+    class_weight: float = 1.0
+    mask_weight: float = 20.0
+    dice_weight: float = 1.0
+    no_object: float = 0.1
+    skip_level_before_last: bool = False
+
+
+_WEIGHTS = ProposalWeights()
+
+
+@dataclass(frozen=True)
+class MaskTargets:
+    """What the queries of one image are to find.
+
+    Attributes:
+        classes: (M,) long, ascending.
+        masks: (M, H, W) float, 0 or 1.
+    """
+
+    classes: Tensor
+    masks: Tensor
+
+
+Match = tuple[Tensor, Tensor]
+
+
+def mask_targets(
+    labels: Tensor, size: tuple[int, int] | None = None, *, ignore_index: int = IGNORE_INDEX
+) -> list[MaskTargets]:
+    """One binary mask for each class that occurs in an image.
+
+    Args:
+        labels: (B, H, W) long; pixels labelled ``ignore_index`` belong to no mask.
+        size: (height, width) that the images were padded to, at the right and the bottom; None: not padded.
+        ignore_index: the label of no class.
+    """
+    height, width = size or (labels.shape[1], labels.shape[2])
+    targets = []
+    for image in labels:
+        classes = image.unique()
+        classes = classes[classes != ignore_index].long()
+        masks = image.new_zeros((len(classes), height, width), dtype=torch.float32)
+        masks[:, : image.shape[0], : image.shape[1]] = (image[None] == classes[:, None, None]).float()
+        targets.append(MaskTargets(classes, masks))
+    return targets
+
+
+def match(
+    mask_logits: Tensor, class_logits: Tensor | None, targets: Sequence[MaskTargets], weights: ProposalWeights
+) -> list[Match]:
+    """Give each target its own query, at the least total cost.
+
+    Args:
+        mask_logits: (B, N, h, w).
+        class_logits: (B, N, C + 1), the last one "no object"; None matches by the masks alone.
+        targets: one an image. Their masks are resized to h x w, taking the nearest pixel.
+        weights: of the costs.
+
+    Returns:
+        for each image the indices of queries and of the targets they are matched to, min(N, M) of them.
+    """
+    modules = _transformers()
+    mask_logits, class_logits = _full(mask_logits), None if class_logits is None else _full(class_logits)
+    cost_class = 0.0 if class_logits is None else weights.cost_class
+    matcher = modules.MaskFormerHungarianMatcher(cost_class, weights.mask_weight, weights.dice_weight)
+    scores = _scores(mask_logits, class_logits, targets)
+    found: list[Match] = []
+    for logits, score, target in zip(mask_logits, scores, targets, strict=True):
+        if len(target.classes):
+            with torch.autocast(logits.device.type, enabled=False):
+                found += matcher(logits[None], score[None], [target.masks], [target.classes])
+        else:
+            nothing = torch.zeros(0, dtype=torch.int64)
+            found.append((nothing, nothing))
+    return found
+
+
+def proposal_losses(
+    proposals: Proposals,
+    class_logits: Sequence[Tensor] | None,
+    targets: Tensor | Sequence[MaskTargets],
+    weights: ProposalWeights = _WEIGHTS,
+    *,
+    size: tuple[int, int] | None = None,
+) -> dict[str, Tensor]:
+    """Match and compare every level of the proposals.
+
+    Args:
+        proposals: with their earlier levels in ``aux``.
+        class_logits: (B, N, C + 1) for each of ``proposals.levels``, the last column "no object"; None for proposals
+            without classes: masks alone are matched and compared.
+        targets: labels (B, H, W) in 0..C-1, 255 = no class; or the targets themselves. Predictions are resized to
+            their masks bilinearly.
+        weights: the system's.
+        size: (height, width) the images were padded to, if ``targets`` are labels of the images before that.
+
+    Returns:
+        weighted scalars: ``loss_ce``, ``loss_mask`` (focal) and ``loss_dice`` of the last level, the same with ``_i``
+        of level i, and ``loss``, their sum. Each is divided by the number of masks in the batch (at least 1), averaged
+        over processes; the cross entropy by its weights.
+
+    Raises:
+        LexisegError: transformers or scipy is not installed.
+        ValueError: there are not as many ``class_logits`` as levels.
+    """
+    if isinstance(targets, Tensor):
+        targets = mask_targets(targets, size)
+    levels = proposals.levels
+    if class_logits is not None and len(class_logits) != len(levels):
+        raise ValueError(f"there are {len(levels)} levels and class logits for {len(class_logits)}")
+    result: dict[str, Tensor] = {}
+    last = len(levels) - 1
+    for index, level in enumerate(levels):
+        if weights.skip_level_before_last and index == last - 1:
+            continue
+        suffix = "" if index == last else f"_{index}"
+        logits = None if class_logits is None else class_logits[index]
+        for name, value in level_losses(level.mask_logits, logits, targets, weights).items():
+            result[name + suffix] = value
+    result["loss"] = torch.stack(list(result.values())).sum()
+    return result
+
+
+def level_losses(
+    mask_logits: Tensor, class_logits: Tensor | None, targets: Sequence[MaskTargets], weights: ProposalWeights
+) -> dict[str, Tensor]:
+    """Match and compare one level; arguments as for `match`, the result as for `proposal_losses` without a sum."""
+    modules = _transformers()
+    mask_logits, class_logits = _full(mask_logits), None if class_logits is None else _full(class_logits)
+    scores = _scores(mask_logits, class_logits, targets)
+    criterion = modules.MaskFormerLoss(scores.shape[-1] - 1, None, {}, weights.no_object).to(mask_logits.device)
+    classes = [target.classes for target in targets]
+    matched = match(mask_logits, class_logits, targets, weights)
+    result: dict[str, Tensor] = {}
+    if class_logits is not None:
+        loss = criterion.loss_labels(class_logits, classes, matched)["loss_cross_entropy"]
+        result["loss_ce"] = weights.class_weight * loss
+    num_masks = criterion.get_num_masks(classes, device=mask_logits.device)
+    if any(len(queries) for queries, _ in matched):
+        losses = criterion.loss_masks(mask_logits, [target.masks for target in targets], matched, num_masks)
+    else:
+        # No mask to compare with; the graph stays whole, so that every process has gradients to share.
+        losses = dict.fromkeys(("loss_mask", "loss_dice"), mask_logits.sum() * 0.0)
+    result["loss_mask"] = weights.mask_weight * losses["loss_mask"]
+    result["loss_dice"] = weights.dice_weight * losses["loss_dice"]
+    return result
+
+
+def _full(logits: Tensor) -> Tensor:
+    """In full precision, whatever the network was run in: costs are compared, and sums run over a whole image."""
+    return logits.float()
+
+
+def _scores(mask_logits: Tensor, class_logits: Tensor | None, targets: Sequence[MaskTargets]) -> Tensor:
+    """The class logits; all alike if there are none, for `transformers` always wants some."""
+    if class_logits is not None:
+        return class_logits
+    most = max((int(target.classes.max()) for target in targets if len(target.classes)), default=0)
+    return mask_logits.new_zeros((*mask_logits.shape[:2], most + 2))
+
+
+def _transformers() -> Any:
+    try:
+        import scipy  # noqa: F401
+        from transformers.models.maskformer import modeling_maskformer
+    except ImportError as error:
+        raise LexisegError(
+            f"Training mask proposals needs the package {error.name}, which is not installed; run: pip install "
+            "transformers scipy"
+        ) from error
+    return modeling_maskformer

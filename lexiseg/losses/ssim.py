@@ -1,0 +1,114 @@
+"""Structural similarity of mask logits and class masks, the second loss of SPT-SEG.
+
+The released code takes the logits as they are, without a sigmoid, and does not divide by the number of masks.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from lexiseg.losses.masks import IGNORE_INDEX, bilinear_matrix, check_labels
+
+_SIDE, _SIGMA = 11, 1.5
+_C1, _C2 = 0.01**2, 0.03**2
+# Classes whose maps at the labels' size are in memory at once.
+_CHUNK = 32
+_Sides = tuple[Tensor, Tensor]
+
+
+def ssim_loss(logits: Tensor, labels: Tensor, *, weight: float = 1.0) -> Tensor:
+    """``weight * (1 - SSIM)`` of mask logits and binary masks, a scalar.
+
+    The statistics are those of a Gaussian window of 11 x 11 and sigma 1.5, with zeros around the map; the mean is over
+    images, all classes and pixels. A class that is absent from an image, and a pixel labelled 255, have the target 0.
+    The prediction is upsampled a few classes at a time and the gradient computed on the way, as in `mask_losses`.
+
+    Args:
+        logits: (B, C, h, w) mask logits, upsampled bilinearly where the labels are larger.
+        labels: (B, H, W) long in 0..C-1, or 255.
+        weight: factor.
+
+    Raises:
+        LexisegError: a label is neither in 0..C-1 nor 255.
+    """
+    check_labels(labels, logits.shape[1])
+    with torch.autocast(logits.device.type, enabled=False):
+        return cast(Tensor, _SSIMLoss.apply(logits, labels.long(), weight))
+
+
+class _SSIMLoss(torch.autograd.Function):
+    """One minus the mean structural similarity, with the gradient computed in the forward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, labels: Tensor, weight: float) -> Tensor:
+        needed = ctx.needs_input_grad[0]
+        gradient = torch.empty_like(logits, dtype=torch.float32) if needed else None
+        height, width = labels.shape[-2:]
+        rows = bilinear_matrix(logits.shape[-2], height, logits.device)
+        columns = bilinear_matrix(logits.shape[-1], width, logits.device)
+        window = (_window_matrix(height, logits.device), _window_matrix(width, logits.device))
+        total = logits.new_zeros((), dtype=torch.float32)
+        scale = weight / (logits.shape[0] * logits.shape[1] * height * width)
+        for index, image in enumerate(logits.detach().float()):
+            present = labels[index].unique()
+            present = present[present != IGNORE_INDEX]
+            absent = torch.ones(len(image), dtype=torch.bool, device=image.device)
+            absent[present] = False
+            for classes, are_present in ((present, True), (absent.nonzero().flatten(), False)):
+                for chunk in classes.split(_CHUNK):
+                    with torch.set_grad_enabled(needed):
+                        part = image[chunk].requires_grad_(needed)
+                        target = (labels[index] == chunk[:, None, None]).float() if are_present else None
+                        similarity = _ssim(part, (rows, columns), window, target).sum()
+                        if gradient is not None:
+                            gradient[index, chunk] = -scale * torch.autograd.grad(similarity, part)[0]
+                    total += similarity.detach()
+        if gradient is not None:
+            ctx.save_for_backward(gradient.to(logits.dtype))
+        return weight - scale * total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * outputs[0].to(gradient.dtype), None, None
+
+
+def _ssim(x: Tensor, resize: _Sides, window: _Sides, target: Tensor | None) -> Tensor:
+    """Similarity map (C, H, W) of maps (C, h, w), which are upsampled first, and masks (C, H, W) of zeros and ones.
+
+    Resizing and smoothing are matrix products along each axis, so a mean of the upsampled map is one product too.
+
+    Args:
+        x: mask logits.
+        resize: matrices (H, h) and (W, w).
+        window: matrices (H, H) and (W, W).
+        target: the masks; None where all are zero.
+    """
+
+    def apply(sides: _Sides, maps: Tensor) -> Tensor:
+        return sides[0] @ maps @ sides[1].T
+
+    large = x if x.shape[-2:] == (len(resize[0]), len(resize[1])) else apply(resize, x)
+    mean = apply((window[0] @ resize[0], window[1] @ resize[1]), x)
+    variance = apply(window, large * large) - mean * mean
+    if target is None:
+        return _C1 * _C2 / ((mean * mean + _C1) * (variance + _C2))
+    share = apply(window, target)  # also the mean of the squares, which are the masks themselves
+    covariance = apply(window, large * target) - mean * share
+    top = (2 * mean * share + _C1) * (2 * covariance + _C2)
+    return top / ((mean * mean + share * share + _C1) * (variance + share - share * share + _C2))
+
+
+def _window_matrix(size: int, device: torch.device) -> Tensor:
+    """The (size, size) matrix that filters a signal with the Gaussian window, with zeros around it."""
+    place = torch.arange(_SIDE, device=device, dtype=torch.float32) - _SIDE // 2
+    window = torch.exp(-(place**2) / (2 * _SIGMA**2))
+    window = window / window.sum()
+    identity = torch.eye(size, device=device)[:, None]
+    return F.conv1d(identity, window[None, None], padding=_SIDE // 2)[:, 0]

@@ -1,0 +1,308 @@
+"""DeOP: proposals beside one pass of CLIP, whose patches are severed from each other and pooled under heatmaps.
+
+Han et al., "Open-Vocabulary Semantic Segmentation with Decoupled One-Pass Network", ICCV 2023. The baseline, baseline+
+and every ablation of Tables 3, 4, 5, 7 and 9 are options of the same class. Where the released code and the paper
+differ both are there: the paper's form under the paper's name, the other one with "released" in its name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from lexiseg.clip import CLIP, TextEmbedder
+from lexiseg.clip.prompt_learner import PromptLearner
+from lexiseg.clip.severance import Severance, released_residual, severance_masks
+from lexiseg.clip.templates import SCULPTURE
+from lexiseg.clip.visual_prompts import AddedTables, PrependedPrompts
+from lexiseg.errors import LexisegError
+from lexiseg.losses.masks import check_labels, pseudo_labels
+from lexiseg.losses.proposals import ProposalWeights, proposal_losses
+from lexiseg.losses.regions import region_map_losses
+from lexiseg.models.base import ImageFeatures, ModelOptions
+from lexiseg.models.decoupled import DecoupledModel
+from lexiseg.models.deop_options import DeOPOptions
+from lexiseg.proposals import Proposals, QueryOptions
+from lexiseg.regions.anchors import Anchored, ConvAnchors, QueryAnchors, StackedConvAnchors
+from lexiseg.regions.pooling import mask_pool, patch_masks, resize_masks, unit_or_zero
+from lexiseg.scores import RegionScores
+from lexiseg.vocabulary import Vocabulary
+
+_ADDED_BLOCKS = (1, 2, 3, 4, 5)
+_QUERIES = 100
+
+Anchors = QueryAnchors | ConvAnchors | StackedConvAnchors
+
+
+class DeOP(DecoupledModel):
+    """DeOP, its baseline and what lies between.
+
+    Features hold, beside those of `DecoupledModel`, ``regions`` (B, N, D), the embeddings of the proposals: they do not
+    depend on the words. With a generator that reads the words they are made when the words are scored.
+
+    Args:
+        clip: the towers; both stay frozen.
+        options: see `DeOPOptions`.
+        seen_names: classes that had masks in training.
+
+    Attributes:
+        tables: the visual prompts, or None.
+        prompt: the learned text prompt, or None.
+        anchors: the heatmap decoder, or None.
+
+    Raises:
+        LexisegError: the options do not fit the tower or each other.
+    """
+
+    system: ClassVar[str] = "deop"
+    options_class: ClassVar[type[ModelOptions]] = DeOPOptions
+    options: DeOPOptions
+
+    def __init__(self, clip: CLIP, options: DeOPOptions | None = None, seen_names: Sequence[str] = ()) -> None:
+        options = options or DeOPOptions()
+        super().__init__(clip, options, tuple(seen_names))
+        self.default_templates = SCULPTURE
+        self.severed = self._severed_blocks()
+        self.tables = self._make_visual_prompts()
+        self.prompt: PromptLearner | None = None
+        if options.text_prompts != "templates":
+            self.prompt = PromptLearner(clip.text_width, options.prompt_prefix, options.prompt_suffix)
+        self.anchors: Anchors | None = self._make_anchors()
+        self.set_trainable()
+
+    def _severed_blocks(self) -> dict[int, Severance]:
+        options, count = self.options, self.clip.image_tower.num_blocks
+        if options.severance == "none":
+            return {}
+        blocks = [index + count if index < 0 else index for index in options.severed_blocks]
+        if len(set(blocks)) != len(blocks) or not all(0 <= index < count for index in blocks):
+            raise LexisegError(
+                f"severed_blocks {list(options.severed_blocks)} do not fit a tower of {count} blocks; list each once, "
+                f"from 0 to {count - 1}, or from the end with -1 to -{count}."
+            )
+        alphas = options.alpha if isinstance(options.alpha, tuple) else (options.alpha,) * len(blocks)
+        if len(alphas) != len(blocks):
+            raise LexisegError(
+                f"There are {len(alphas)} numbers alpha for {len(blocks)} severed blocks; give one for each, or one."
+            )
+        return {block: Severance(options.severance, alpha) for block, alpha in zip(blocks, alphas, strict=True)}
+
+    def _make_visual_prompts(self) -> AddedTables | PrependedPrompts | None:
+        options, tower = self.options, self.clip.image_tower
+        blocks = options.prompt_blocks
+        if blocks is None:
+            blocks = tuple(index for index in _ADDED_BLOCKS if index < tower.num_blocks)
+        if options.visual_prompts == "added":
+            tables = AddedTables(tower.width, tower.num_blocks, blocks, side=options.table_side)
+            if options.table_start == "zero":
+                for table in tables.parameters():
+                    torch.nn.init.zeros_(table)
+            return tables
+        if options.visual_prompts == "prepended":
+            return PrependedPrompts(
+                options.num_prompts, tower.width, tower.num_blocks, tower.patch_size, blocks, options.prompt_dropout
+            )
+        return None
+
+    def _make_anchors(self) -> Anchors | None:
+        options, dim = self.options, self.clip.embed_dim
+        if options.anchors == "query":
+            proposals = options.proposals
+            given = proposals.num_queries if isinstance(proposals, QueryOptions) else _QUERIES
+            return QueryAnchors(
+                dim,
+                options.anchor_queries or given,
+                options.anchor_layers,
+                options.anchor_heads,
+                options.anchor_hidden,
+                options.anchor_dropout,
+            )
+        if options.anchors == "conv":
+            return StackedConvAnchors(dim, options.anchor_layers, options.anchor_hidden)
+        return ConvAnchors(dim, options.anchor_activation) if options.anchors == "conv-released" else None
+
+    def trainable_names(self) -> tuple[str, ...]:
+        """Of the last stage: prompts, anchors and "no object". Of the one before: the generator and "no object"."""
+        parts = ["tables.", "anchors."] if self.options.train == "regions" else ["generator."]
+        # A row or a prompt that no score depends on has nothing to learn from.
+        if self.options.train == "regions" or self.generator.embed_dim is not None:
+            parts.append("no_object")
+            if self.options.text_prompts == "end-to-end":
+                parts.append("prompt.")
+        return tuple(name for name, _ in self.named_parameters() if name.startswith(tuple(parts)))
+
+    def embed_text(self, embedder: TextEmbedder, vocabulary: Vocabulary) -> Tensor:
+        """Text (W, D) of a vocabulary's words, with the learned prompt if there is one; remembered by ``embedder``.
+
+        (The released code encodes the words anew for every picture, which is three quarters of its work.)
+        """
+        if self.prompt is None:
+            return embedder(vocabulary)
+        return embedder.embed_prompted(self.prompt, vocabulary.words, disk=not self.training)
+
+    def training_text(self, vocabulary: Vocabulary, text: Tensor) -> Tensor:
+        """Text (W, D) for a training step: with gradients where the prompt is trained, else the given one."""
+        if self.prompt is None or self.options.text_prompts != "end-to-end":
+            return text
+        return self.prompt(self.clip, vocabulary.words)
+
+    def grid(self, padded: Tensor) -> tuple[int, int]:
+        """Patches (gh, gw) of the padded frame; a part of a patch at the right or the bottom is not seen by CLIP."""
+        patch = self.clip.patch_size
+        return int(padded.shape[-2]) // patch, int(padded.shape[-1]) // patch
+
+    def patches(self, padded: Tensor, mask_logits: Tensor, size: tuple[int, int]) -> Tensor:
+        """CLIP's patches (B, gh, gw, D), projected and not normalised.
+
+        Args:
+            padded: (B, 3, H', W'), normalised for the generator.
+            mask_logits: (B, N, h, w), for the kinds of severance that read them.
+            size: (H, W) of the pictures in the frame.
+        """
+        options, tower, grid = self.options, self.clip.image_tower, self.grid(padded)
+        images = padded if options.clip_images == "shared" else self.clip_frame(padded, size)
+        images = images[..., : grid[0] * tower.patch_size, : grid[1] * tower.patch_size]
+        added, hook, residual = None, None, None
+        if isinstance(self.tables, AddedTables):
+            added, hook = self.tables.at_input(grid), self.tables.hook(grid)
+        elif isinstance(self.tables, PrependedPrompts):
+            hook = self.tables.hook(grid[0] * grid[1], severed=self.severed)
+        elif options.released_residual:
+            residual = released_residual(self.severed)
+        tokens, _ = tower.embed(images, interpolation=options.position_interpolation, by_count=True, added=added)
+        needed = any(severance.needs_masks for severance in self.severed.values())
+        result = tower.run(
+            tokens,
+            grid,
+            before_block=hook,
+            severance=self.severed,
+            residual=residual,
+            region_masks=severance_masks(mask_logits, grid) if needed else None,
+        )
+        return tower.project(result.tokens[:, -result.num_patches :]).unflatten(1, grid)
+
+    def pool(self, patches: Tensor, mask_logits: Tensor) -> Anchored:
+        """Embed regions.
+
+        Args:
+            patches: (B, gh, gw, D), from `patches`.
+            mask_logits: (B, N, h, w).
+        """
+        features = unit_or_zero(patches.float())
+        masks = patch_masks(mask_logits.float(), (int(patches.shape[1]), int(patches.shape[2])))
+        if self.anchors is not None:
+            return self.anchors(features, masks)
+        pooled = mask_pool(features, masks, normalise=False)
+        return Anchored(unit_or_zero(pooled), pooled, masks[:, None])
+
+    def encode_padded(self, padded: Tensor, size: tuple[int, int]) -> ImageFeatures:
+        """Propose regions and embed them; see `DecoupledModel.encode_padded`."""
+        features = super().encode_padded(padded, size)
+        if self.generator.needs_text:
+            return features
+        mask_logits = features.values["mask_logits"]
+        regions = self.pool(self.patches(padded, mask_logits, size), mask_logits).embeddings
+        return replace(features, values={**features.values, "regions": regions})
+
+    def regions_of(self, features: ImageFeatures, text: Tensor) -> tuple[Proposals, Tensor]:
+        """The proposals and their embeddings (B, N, D), made now from the words ``text`` if not kept."""
+        proposals = self.proposals_of(features, text)
+        regions = features.values.get("regions")
+        if regions is None:
+            padded = features.values["images"]
+            patches = self.patches(padded, proposals.mask_logits, features.size)
+            regions = self.pool(patches, proposals.mask_logits).embeddings
+        return proposals, regions
+
+    def class_logits(self, regions: Tensor, text: Tensor) -> Tensor:
+        """Logits (B, N, C + 1) of region embeddings (B, N, D) over the text (C, D) and, last, "no object"."""
+        return self.options.temperature * (regions.float() @ self.text_rows(text).float().T)
+
+    def score(
+        self,
+        features: ImageFeatures,
+        text: Tensor,
+        *,
+        word_to_class: Tensor | None = None,
+        seen_words: Tensor | None = None,
+    ) -> RegionScores:
+        """Score words against images; see `SegmentationModel.score`. Seen words are treated like all others.
+
+        A score is sum_n softmax(logits_n)_word * sigmoid(mask_n), see `DeOPOptions` for other forms. "No object" takes
+        its share of the softmax and no more: every pixel gets a class.
+        """
+        options = self.options
+        proposals, regions = self.regions_of(features, text)
+        logits = self.class_logits(regions, text)
+        scores = (logits.softmax(dim=-1) if options.class_scores == "softmax" else logits)[..., :-1]
+        if options.masks == "sigmoid":
+            return self.pixel_scores(scores, proposals, features, word_to_class=word_to_class)
+        if proposals.valid is not None:
+            scores = scores * proposals.valid[..., None].to(scores.dtype)
+        padded, masks = features.values["images"], proposals.mask_logits.float()
+        return RegionScores(
+            scores,
+            masks if options.masks == "logits" else patch_masks(masks, self.grid(padded)),
+            word_to_class=word_to_class,
+            resize_to=(int(padded.shape[-2]), int(padded.shape[-1])),
+            align_corners=options.align_corners,
+            crop=features.size,
+            sigmoid=options.masks == "patches-twice",
+        )
+
+    def losses(self, images: Tensor, labels: Tensor, text: Tensor, *, seen: Tensor | None = None) -> dict[str, Tensor]:
+        """The loss of the stage that ``train`` names; see `SegmentationModel.losses`.
+
+        "regions": focal and dice of the map of class scores, see `lexiseg.losses.regions`. In self-training, pixels
+        without a label first get the unseen class with the largest score in that map. "proposals": matching and mask
+        losses, and the class loss of the generator's own embeddings.
+
+        Returns:
+            "loss", "loss_mask" (focal) and "loss_dice", weighted; of the proposals those of every level.
+        """
+        if not self.trainable_names():
+            return super().losses(images, labels, text, seen=seen)
+        padded, size = self.pad(images), (int(images.shape[-2]), int(images.shape[-1]))
+        if self.options.train == "proposals":
+            return self._proposal_losses(padded, size, labels, text)
+        features = self.encode_padded(padded, size)
+        proposals, regions = self.regions_of(features, text)
+        probabilities = self.class_logits(regions, text).softmax(dim=-1)
+        if proposals.valid is not None:
+            probabilities = probabilities * proposals.valid[..., None]
+        masks = proposals.mask_logits
+        if padded.shape != images.shape:
+            masks = self.upsampled(masks, padded)[..., : size[0], : size[1]]
+        if seen is not None:
+            labels = pseudo_labels(_score_map(probabilities, masks, labels), labels, seen)
+        parts = region_map_losses(
+            probabilities,
+            masks,
+            labels,
+            scale=self.options.squash,
+            focal_weight=self.options.focal_weight,
+            dice_weight=self.options.dice_weight,
+        )
+        return {"loss": parts.total, "loss_mask": parts.focal, "loss_dice": parts.dice}
+
+    def _proposal_losses(
+        self, padded: Tensor, size: tuple[int, int], labels: Tensor, text: Tensor
+    ) -> dict[str, Tensor]:
+        check_labels(labels, len(text))
+        proposals = self.propose(padded, text)
+        logits = [self.proposal_logits(x.embeddings, text) for x in proposals.levels if x.embeddings is not None]
+        frame = self.label_frame(padded, size, labels)
+        weights = ProposalWeights(cost_class=0.0)
+        return proposal_losses(proposals, logits or None, labels, weights, size=frame)
+
+
+@torch.no_grad()
+def _score_map(probabilities: Tensor, mask_logits: Tensor, labels: Tensor) -> Tensor:
+    """The map (B, C, H, W) of class scores at the labels' size."""
+    size = (int(labels.shape[-2]), int(labels.shape[-1]))
+    masks = resize_masks(mask_logits.float(), size).sigmoid()
+    return (probabilities[..., :-1].transpose(1, 2) @ masks.flatten(2)).unflatten(2, size)

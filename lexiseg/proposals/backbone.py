@@ -1,0 +1,199 @@
+"""Backbones of the proposal generators: images in, features at strides 4, 8, 16 and 32 out."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+from torchvision.ops import FrozenBatchNorm2d
+
+from lexiseg.errors import LexisegError
+
+if TYPE_CHECKING:
+    from lexiseg.proposals.base import Backbone, QueryOptions
+
+RESNET_WIDTHS = (64, 128, 256, 512)
+TINY_WIDTHS = (32, 48, 64, 96)
+_DEPTHS = {"r50": (3, 4, 6, 3), "r101": (3, 4, 23, 3)}
+_EXPANSION = 4
+_BATCH_NORM_EPS = 1e-5
+# Dilations of the last stage's 3x3 convolutions in the "c" variants, which keep its stride of 2.
+_MULTI_GRID = (1, 2, 4)
+_PRETRAINED = {"r50": "resnet50", "r101": "resnet101", "r50c": "resnet50s", "r101c": "resnet101s"}
+
+
+class FeatureBackbone(nn.Module):
+    """Images (B, 3, H, W) in, four features at strides 4, 8, 16, 32 out.
+
+    Attributes:
+        channels: widths of the four features.
+    """
+
+    channels: tuple[int, int, int, int]
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """Return features (B, channels[i], H / 2^(i+2), W / 2^(i+2)), i = 0..3; H and W are multiples of 32."""
+        raise NotImplementedError
+
+
+class ResNetBackbone(FeatureBackbone):
+    """timm's ResNet with frozen batch norms, stride in the 3x3 convolution.
+
+    The variants with "c" are detectron2's DeepLab ResNets as the released DeOP, ZSSeg and FreeSeg configure them: a
+    stem of three 3x3 convolutions, and dilations 1, 2, 4 in the last stage. Frozen batch norms use given statistics,
+    and all four of their tensors are buffers: the optimiser never sees them.
+
+    Args:
+        kind: "r50", "r101", "r50c" or "r101c".
+        widths: inner widths of the four stages; the features are four times as wide.
+        stem_width: width of the stem's output; even.
+
+    Raises:
+        LexisegError: timm is not installed, or the stem's width is odd.
+    """
+
+    def __init__(self, kind: Backbone, widths: tuple[int, int, int, int], stem_width: int) -> None:
+        super().__init__()
+        try:
+            from timm.models.resnet import Bottleneck, ResNet
+        except ImportError as error:
+            raise LexisegError(
+                f"The backbone {kind} needs the package timm, which is not installed; run: pip install timm"
+            ) from error
+        if stem_width % 2:
+            raise LexisegError(f"The stem width of {kind} must be even, not {stem_width}; change stem_width.")
+        deep = kind.endswith("c")
+        # The deep stem's last convolution is twice as wide as its others. No last norm starts at zero: frozen, it would
+        # stay there and silence its block.
+        body = ResNet(
+            Bottleneck,
+            _DEPTHS[kind.removesuffix("c")],
+            num_classes=0,
+            global_pool="",
+            stem_type="deep",
+            stem_width=stem_width // 2,
+            channels=widths,
+            zero_init_last=False,
+        )
+        if deep:
+            for block, dilation in zip(body.layer4, _MULTI_GRID, strict=True):
+                block.conv2.dilation = block.conv2.padding = (dilation, dilation)
+        else:
+            body.conv1 = nn.Conv2d(3, stem_width, 7, stride=2, padding=3, bias=False)
+            nn.init.kaiming_normal_(body.conv1.weight, mode="fan_out", nonlinearity="relu")
+        self.body = _frozen(body)
+        self.channels = (
+            widths[0] * _EXPANSION,
+            widths[1] * _EXPANSION,
+            widths[2] * _EXPANSION,
+            widths[3] * _EXPANSION,
+        )
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """Return the features of `FeatureBackbone`."""
+        body: Any = self.body
+        x = body.maxpool(body.act1(body.bn1(body.conv1(images))))
+        features = []
+        for stage in (body.layer1, body.layer2, body.layer3, body.layer4):
+            x = stage(x)
+            features.append(x)
+        return features
+
+
+def _frozen(module: nn.Module) -> nn.Module:
+    """Replace every batch norm under ``module`` by a frozen one."""
+    for name, child in module.named_children():
+        if isinstance(child, nn.BatchNorm2d):
+            setattr(module, name, FrozenBatchNorm2d(child.num_features, eps=_BATCH_NORM_EPS))
+        else:
+            _frozen(child)
+    return module
+
+
+class TinyBackbone(FeatureBackbone):
+    """A light residual network with group norms: it trains from scratch, with any batch, and has no statistics.
+
+    Two strided 3x3 convolutions, then a residual block of two 3x3 convolutions a stage, strided in all but the first.
+    About 50 million multiply-adds for 128 x 128 pixels at its usual widths.
+
+    Args:
+        widths: widths of the four features.
+        stem_width: width after the first convolution.
+    """
+
+    def __init__(self, widths: tuple[int, int, int, int] = TINY_WIDTHS, stem_width: int = 16) -> None:
+        super().__init__()
+        self.channels = widths
+        self.stem = nn.Sequential(*_unit(3, stem_width, 2), *_unit(stem_width, widths[0], 2))
+        inputs = (widths[0], *widths[:3])
+        strides = (1, 2, 2, 2)
+        self.stages = nn.ModuleList(
+            _Residual(before, after, stride) for before, after, stride in zip(inputs, widths, strides, strict=True)
+        )
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """Return the features of `FeatureBackbone`."""
+        x = self.stem(images)
+        features = []
+        for stage in self.stages:
+            x = stage(x)
+            features.append(x)
+        return features
+
+
+def _unit(before: int, after: int, stride: int) -> tuple[nn.Module, nn.Module, nn.Module]:
+    return nn.Conv2d(before, after, 3, stride=stride, padding=1, bias=False), _norm(after), nn.ReLU()
+
+
+def _norm(width: int) -> nn.GroupNorm:
+    return nn.GroupNorm(next(groups for groups in (8, 4, 2, 1) if width % groups == 0), width)
+
+
+class _Residual(nn.Module):
+    def __init__(self, before: int, after: int, stride: int) -> None:
+        super().__init__()
+        second = _norm(after)
+        self.body = nn.Sequential(
+            *_unit(before, after, stride), nn.Conv2d(after, after, 3, padding=1, bias=False), second
+        )
+        self.shortcut: nn.Module = nn.Identity()
+        if stride != 1 or before != after:
+            self.shortcut = nn.Sequential(nn.Conv2d(before, after, 1, stride=stride, bias=False), _norm(after))
+        self.activation = nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.activation(self.shortcut(x) + self.body(x))
+
+
+def build_backbone(options: QueryOptions) -> FeatureBackbone:
+    """Build the backbone that the options name, with random weights."""
+    if options.backbone == "tiny":
+        return TinyBackbone(options.widths or TINY_WIDTHS, options.stem_width or 16)
+    usual = 128 if options.backbone.endswith("c") else 64
+    return ResNetBackbone(options.backbone, options.widths or RESNET_WIDTHS, options.stem_width or usual)
+
+
+def load_imagenet_weights(backbone: FeatureBackbone, kind: Backbone) -> None:
+    """Fill a full-size ResNet with timm's ImageNet weights from the hub, batch statistics included.
+
+    They stand in for the detectron2 files that the papers start from; the structure is the same.
+
+    Raises:
+        LexisegError: there are no such weights for this backbone, or they cannot be downloaded.
+    """
+    name = _PRETRAINED.get(kind)
+    usual = tuple(width * _EXPANSION for width in RESNET_WIDTHS)
+    if name is None or not isinstance(backbone, ResNetBackbone) or backbone.channels != usual:
+        raise LexisegError(f"There are no ImageNet weights for {kind} with these widths; train it from scratch.")
+    import timm
+
+    try:
+        source = timm.create_model(name, pretrained=True)
+    except Exception as error:  # the hub's client raises errors of many kinds
+        raise LexisegError(
+            f"The ImageNet weights '{name}' could not be downloaded ({type(error).__name__}); check the network, or "
+            "start without them."
+        ) from error
+    wanted = backbone.body.state_dict()
+    found = source.state_dict()
+    backbone.body.load_state_dict({key: found[key] for key in wanted})

@@ -1,0 +1,234 @@
+"""Mask2Former with context interaction as FreeSeg and MAFT use it, from the parts in `transformers`.
+
+Cheng et al., "Masked-attention Mask Transformer for Universal Image Segmentation", CVPR 2022, with the module that
+FreeSeg (Qin et al., CVPR 2023) puts between its two halves: the image features look at the words. `transformers` has
+the halves; the whole model there has no room for that module.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lexiseg.errors import LexisegError
+from lexiseg.proposals.backbone import build_backbone
+from lexiseg.proposals.base import Mask2FormerOptions, ProposalGenerator, Proposals, check_images
+from lexiseg.proposals.heads import (
+    accept_any_size,
+    build_class_head,
+    check_query_options,
+    need_transformers,
+    start_convolutions,
+    start_matrices,
+)
+
+# Levels that the deformable encoder works on: strides 32, 16 and 8, in this order.
+_LEVELS = 3
+_GAMMA = 0.1
+
+
+class ContextInteraction(nn.Module):
+    """Image features attend to words, level after level (FreeSeg's released code).
+
+    The residual starts from the normalised feature, and the words are normalised once more at every level: both are as
+    the released checkpoints were trained.
+
+    Args:
+        width: width of the features.
+        text_dim: width of the words' embeddings.
+        inner: width of the attention.
+        heads: its heads.
+        dropout: dropout on its weights.
+    """
+
+    def __init__(self, width: int, text_dim: int, inner: int, heads: int, dropout: float) -> None:
+        super().__init__()
+        if inner % heads:
+            raise LexisegError(f"interaction_dim {inner} cannot be split into {heads} heads; change interaction_heads.")
+        self.heads = heads
+        self.dropout = dropout
+        self.norm_features = nn.LayerNorm(width)
+        self.norm_text = nn.LayerNorm(text_dim)
+        self.query = nn.Linear(width, inner)
+        self.key = nn.Linear(text_dim, inner)
+        self.value = nn.Linear(text_dim, inner)
+        self.out = nn.Linear(inner, width)
+        self.gamma = nn.Parameter(torch.full((width,), _GAMMA))
+        for layer in (self.query, self.key, self.value, self.out):
+            nn.init.xavier_uniform_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, features: Sequence[Tensor], text: Tensor) -> list[Tensor]:
+        """Let the features look at the words, in the order given.
+
+        Args:
+            features: each (B, C, h, w).
+            text: (B, K, T).
+        """
+        result = []
+        for feature in features:
+            text = self.norm_text(text)
+            pixels = self.norm_features(feature.flatten(2).transpose(1, 2))
+            attended = F.scaled_dot_product_attention(
+                self._split(self.query(pixels)),
+                self._split(self.key(text)),
+                self._split(self.value(text)),
+                dropout_p=self.dropout if self.training else 0.0,
+            )
+            pixels = pixels + self.gamma * self.out(attended.transpose(1, 2).flatten(2))
+            result.append(pixels.transpose(1, 2).reshape(feature.shape))
+        return result
+
+    def _split(self, x: Tensor) -> Tensor:
+        return x.unflatten(2, (self.heads, -1)).transpose(1, 2)
+
+
+class Mask2Former(ProposalGenerator):
+    """Queries that become masks through masked attention; N masks at a quarter of the image's size.
+
+    Args:
+        options: see `Mask2FormerOptions`.
+
+    Raises:
+        LexisegError: transformers or timm is missing, or widths do not fit together.
+    """
+
+    def __init__(self, options: Mask2FormerOptions) -> None:
+        super().__init__(frozen_dropout=options.frozen_dropout)
+        check_query_options(options)
+        if options.interaction and options.pixel_dim != options.mask_dim:
+            raise LexisegError(
+                f"The context interaction treats all features alike: mask_dim {options.mask_dim} must equal pixel_dim "
+                f"{options.pixel_dim}."
+            )
+        encoder_heads = options.encoder_heads or options.heads
+        if options.pixel_dim % encoder_heads:
+            raise LexisegError(
+                f"pixel_dim {options.pixel_dim} cannot be split into {encoder_heads} heads; change encoder_heads."
+            )
+        need_transformers()
+        from transformers import Mask2FormerConfig
+        from transformers.models.mask2former.modeling_mask2former import (
+            Mask2FormerPixelDecoder,
+            Mask2FormerPixelDecoderEncoderMultiscaleDeformableAttention,
+            Mask2FormerTransformerModule,
+        )
+
+        self.options = options
+        self.backbone = build_backbone(options)
+        shared = {
+            "feature_size": options.pixel_dim,
+            "mask_feature_size": options.mask_dim,
+            "hidden_dim": options.hidden_dim,
+            "encoder_feedforward_dim": options.encoder_ffn_dim,
+            "encoder_layers": options.encoder_layers,
+            "dim_feedforward": options.ffn_dim,
+            "num_queries": options.num_queries,
+            # transformers counts the prediction before the first layer as a layer.
+            "decoder_layers": options.decoder_layers + 1,
+            # Its one dropout would also skip whole decoder layers; the encoder's own is set below.
+            "dropout": 0.0,
+        }
+        self.pixel_decoder = Mask2FormerPixelDecoder(
+            Mask2FormerConfig(**shared, num_attention_heads=encoder_heads), list(self.backbone.channels)
+        )
+        start_convolutions(self.pixel_decoder)
+        nn.init.normal_(self.pixel_decoder.level_embed)
+        for layer in self.pixel_decoder.encoder.layers:
+            layer.self_attn = Mask2FormerPixelDecoderEncoderMultiscaleDeformableAttention(
+                options.pixel_dim, encoder_heads, _LEVELS, options.encoder_points
+            )
+            layer.dropout = layer.activation_dropout = options.dropout
+            start_matrices(layer)
+            _start_deformable(layer.self_attn)
+        self.transformer = Mask2FormerTransformerModule(
+            options.pixel_dim, Mask2FormerConfig(**shared, num_attention_heads=options.heads)
+        )
+        start_convolutions(self.transformer.input_projections)
+        start_matrices(self.transformer.decoder.layers)
+        self.interaction: ContextInteraction | None = None
+        if options.interaction:
+            self.interaction = ContextInteraction(
+                options.pixel_dim,
+                options.text_dim or options.embed_dim,
+                options.interaction_dim,
+                options.interaction_heads or options.heads,
+                options.dropout,
+            )
+        self.needs_text = options.interaction
+        self.class_embed = build_class_head(options)
+        self.embed_dim = None if self.class_embed is None else options.embed_dim
+        accept_any_size(self)
+
+    def forward(self, images: Tensor, text: Tensor | None = None) -> Proposals:
+        """Propose regions. See `ProposalGenerator.forward`."""
+        check_images(images, self.stride)
+        return self.propose(self.backbone(images), text)
+
+    def propose(self, features: list[Tensor], text: Tensor | None = None) -> Proposals:
+        """Propose regions from the backbone's features, at strides 4, 8, 16, 32; ``text`` as in `forward`."""
+        levels, pixels = self.pixel_features(features)
+        return self.decode(*self.interact(levels, pixels, text))
+
+    def pixel_features(self, features: list[Tensor]) -> tuple[list[Tensor], Tensor]:
+        """Run the deformable encoder.
+
+        Returns:
+            features (B, C, h, w) of strides 32, 16 and 8, and the mask features of stride 4.
+        """
+        found = self.pixel_decoder(features)
+        return list(found.multi_scale_features), found.mask_features
+
+    def interact(self, levels: list[Tensor], pixels: Tensor, text: Tensor | None) -> tuple[list[Tensor], Tensor]:
+        """Let what `pixel_features` gave look at the words.
+
+        Raises:
+            LexisegError: there are no words, or they have another width.
+        """
+        if self.interaction is None:
+            return levels, pixels
+        if text is None:
+            raise LexisegError(
+                "This proposal generator looks at the words (interaction) and was given none; pass the text embeddings."
+            )
+        width = self.options.text_dim or self.options.embed_dim
+        if text.shape[-1] != width:
+            raise LexisegError(
+                f"This proposal generator looks at words of width {width}, and was given {text.shape[-1]}; use the "
+                "CLIP model it was trained with, or set text_dim."
+            )
+        if text.dim() == 2:
+            text = text.expand(len(pixels), -1, -1)
+        *levels, pixels = self.interaction([*levels, pixels], text)
+        return levels, pixels
+
+    def decode(self, levels: list[Tensor], pixels: Tensor) -> Proposals:
+        """Run the masked decoder on what `interact` gave."""
+        found = self.transformer(levels, pixels)
+        proposals = []
+        for state, masks in zip(found.intermediate_hidden_states, found.masks_queries_logits, strict=True):
+            embeddings = None if self.class_embed is None else self.class_embed(state.transpose(0, 1))
+            proposals.append(Proposals(masks, embeddings))
+        last = proposals[-1]
+        return Proposals(last.mask_logits, last.embeddings, aux=tuple(proposals[:-1]))
+
+
+def _start_deformable(attention: Any) -> None:
+    """Start deformable attention as Deformable DETR does: head i looks in direction i, point j at distance j + 1."""
+    heads, levels, points = attention.n_heads, attention.n_levels, attention.n_points
+    angles = torch.arange(heads, dtype=torch.float32) * (2 * torch.pi / heads)
+    directions = torch.stack([angles.cos(), angles.sin()], dim=-1)
+    directions = directions / directions.abs().max(dim=-1, keepdim=True).values
+    distances = torch.arange(1, points + 1, dtype=torch.float32)
+    offsets = directions[:, None, None, :] * distances[None, None, :, None]
+    with torch.no_grad():
+        attention.sampling_offsets.weight.zero_()
+        attention.sampling_offsets.bias.copy_(offsets.expand(heads, levels, points, 2).flatten())
+        attention.attention_weights.weight.zero_()
+        attention.attention_weights.bias.zero_()
+        attention.value_proj.bias.zero_()
+        attention.output_proj.bias.zero_()

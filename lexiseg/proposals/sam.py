@@ -1,0 +1,136 @@
+"""Segment Anything's automatic masks as proposals: no training, no classes.
+
+Kirillov et al., "Segment Anything", ICCV 2023, through `transformers`' mask generation, which also runs SAM 2. MAFT and
+DeOP show it as a generator; neither says more than "automatic masks", so the settings are SAM's own.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lexiseg.errors import LexisegError
+from lexiseg.proposals.base import ProposalGenerator, Proposals, SamOptions, check_images
+from lexiseg.proposals.given import hard_logits
+from lexiseg.proposals.heads import need_transformers
+
+# ImageNet's, which the images are normalised with; SAM gets pixels.
+_MEAN = (0.485, 0.456, 0.406)
+_STD = (0.229, 0.224, 0.225)
+
+
+class Sam(ProposalGenerator):
+    """Automatic masks of SAM or SAM 2.
+
+    The model is loaded when it is first run. It is not a part of this module: it is not saved with the system, has no
+    parameters here, and is never trained.
+
+    Args:
+        options: see `SamOptions`.
+
+    Raises:
+        LexisegError: transformers is not installed.
+    """
+
+    def __init__(self, options: SamOptions) -> None:
+        super().__init__()
+        need_transformers()
+        self.options = options
+        self._pipeline: Any = None
+        # Follows the module to its device.
+        self.register_buffer("where", torch.zeros(()), persistent=False)
+
+    def use(self, model: Any, image_processor: Any) -> Sam:
+        """Run this SAM of `transformers` instead of the one the options name, and return the generator."""
+        from transformers.pipelines.mask_generation import MaskGenerationPipeline
+
+        self._pipeline = MaskGenerationPipeline(
+            model=model.eval(), image_processor=image_processor, device=self.where.device
+        )
+        return self
+
+    def _load(self) -> Any:
+        if self._pipeline is None:
+            name = self.options.weights
+            try:
+                from transformers import AutoImageProcessor, AutoModelForMaskGeneration
+
+                self.use(AutoModelForMaskGeneration.from_pretrained(name), AutoImageProcessor.from_pretrained(name))
+            except Exception as error:  # the hub's client raises errors of many kinds
+                raise LexisegError(
+                    f"The SAM model '{name}' could not be loaded ({type(error).__name__}); give a local folder "
+                    "of it, or the name of a SAM on the Hugging Face hub with the network on."
+                ) from error
+        pipeline = self._pipeline
+        if pipeline.device != self.where.device:
+            pipeline.device = self.where.device
+            pipeline.model.to(self.where.device)
+        return pipeline
+
+    @torch.no_grad()
+    def forward(self, images: Tensor, text: Tensor | None = None) -> Proposals:
+        """Propose the masks that SAM finds, the best first; ``text`` is not looked at.
+
+        Returns:
+            binary masks; N is the largest number found in an image, at least 1, ``valid`` says which slots hold one.
+
+        Raises:
+            LexisegError: the model cannot be loaded.
+        """
+        check_images(images, self.stride)
+        found = [self._masks(image) for image in images]
+        num = max(1, *(len(masks) for masks in found))
+        stride = self.options.mask_stride
+        size = tuple(-(-side // stride) for side in images.shape[-2:])
+        masks = images.new_zeros((len(found), num, *size))
+        valid = torch.zeros((len(found), num), dtype=torch.bool, device=images.device)
+        for index, kept in enumerate(found):
+            masks[index, : len(kept)] = F.avg_pool2d(kept[None], stride, ceil_mode=True)[0] if len(kept) else 0.0
+            valid[index, : len(kept)] = True
+        return Proposals(hard_logits(masks), valid=valid)
+
+    def _masks(self, image: Tensor) -> Tensor:
+        """Masks (N, H, W) of 0 and 1, of one normalised image (3, H, W)."""
+        from PIL import Image
+
+        mean, std = (image.new_tensor(values)[:, None, None] for values in (_MEAN, _STD))
+        pixels = ((image * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
+        picture = Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
+        options = self.options
+        pipeline = self._load()
+        found = pipeline(
+            picture,
+            points_per_batch=options.points_per_batch,
+            points_per_crop=options.points_per_side,
+            pred_iou_thresh=options.pred_iou,
+            stability_score_thresh=options.stability,
+            crops_nms_thresh=options.nms,
+        )
+        masks = [torch.as_tensor(mask, device=image.device).bool() for mask in found["masks"]]
+        if not masks:
+            return image.new_zeros((0, *image.shape[1:]))
+        kept = torch.stack(masks)[: options.max_masks]
+        kept = without_overlaps(kept, options.overlaps)
+        return kept[kept.flatten(1).any(1)].to(image.dtype)
+
+
+def without_overlaps(masks: Tensor, keeper: str) -> Tensor:
+    """Give every pixel to one mask at most.
+
+    Args:
+        masks: (N, H, W) bool.
+        keeper: "largest" or "smallest", the mask that keeps a pixel that lies in several (the first of equals);
+            "all": nothing changes.
+    """
+    if keeper == "all" or len(masks) < 2:
+        return masks
+    areas = masks.flatten(1).sum(1)
+    order = areas.argsort(descending=keeper == "largest", stable=True)
+    # Rank 0 is the mask that keeps; where no mask lies, every rank is the last one and the mask says no anyway.
+    first = masks[order].to(torch.uint8).argmax(0)
+    ranks = torch.empty_like(order)
+    ranks[order] = torch.arange(len(order), device=order.device)
+    return masks & (first[None] == ranks[:, None, None])

@@ -1,0 +1,1 @@
+"""Region classifiers: what proposed regions show, from one pass of CLIP or from crops."""

@@ -1,0 +1,243 @@
+"""Regions as pictures of their own, for a CLIP that knows whole pictures only (MAFT, App. A, "merge operation").
+
+The papers name three ways to make a sub-image of a region: *mask* (the whole picture, what is outside painted over),
+*crop* (the box around the region) and *mask & crop*. Two conventions are in use, and they differ in the box, the paint
+and the resize:
+
+- ``tight`` (ZSSeg, FreeSeg): the box around the pixels above the threshold, its right and lower edge excluded, in the
+  picture without its padding; outside is CLIP's mean colour; a bicubic resize that does not keep the aspect. A mask
+  without such a pixel is skipped.
+- ``roi-align`` (ZegFormer): a box that ends *at* the last pixel, the whole padded frame if it has no area, cut out by
+  RoIAlign; outside is 0 after normalisation. Every mask gives a sub-image, an empty one a blank picture.
+
+Source: methods as released by the authors of ZSSeg, ZegFormer and FreeSeg; neither pads a crop to a square, though
+MAFT's figure 6 shows it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+from torch.nn import functional as F
+
+# Masks are brought to full resolution this many pixels at a time: a hundred of them at once take gigabytes.
+_PIXELS = 1 << 23
+_CHUNK = 32
+
+
+class CropOptions(BaseModel):
+    """How sub-images are made of regions.
+
+    Attributes:
+        convention: "tight" or "roi-align", see the module.
+        merge: the paper's three operations.
+        size: side of the sub-images; None is the size CLIP was trained at (released: 224, which it is there).
+        threshold: mask probability above which a pixel is inside (released: 0.5; ZSSeg across data sets 0.4 or 0.3).
+        fill: what is outside in the tight convention: "mean" is CLIP's mean colour, "zero" black.
+        matting: paint over by the soft mask instead of the binary one (tight only).
+        expand: factor on the box's sides about its centre (tight only).
+        align_corners: how the bicubic resize places its corners (FreeSeg: True; tight only).
+        duplicates: a region whose mask has at least this IoU with an earlier one takes over that one's embedding
+            instead of another run of the tower; None runs it for each, as the released code does.
+        min_score: regions whose best class, by the generator's own scores, has less than this probability are not
+            shown to CLIP and take no part; 0 shows all, as the released code does.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    convention: Literal["tight", "roi-align"] = "tight"
+    merge: Literal["mask-crop", "crop", "mask"] = "mask-crop"
+    size: Annotated[int, Field(ge=1)] | None = None
+    threshold: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    fill: Literal["mean", "zero"] = "mean"
+    matting: bool = False
+    expand: Annotated[float, Field(gt=0)] = 1.0
+    align_corners: bool = False
+    duplicates: Annotated[float, Field(gt=0, le=1)] | None = None
+    min_score: Annotated[float, Field(ge=0, lt=1)] = 0.0
+
+
+@dataclass(frozen=True)
+class Crops:
+    """Sub-images of the regions of one picture.
+
+    Attributes:
+        images: (M, 3, S, S) normalised for CLIP.
+        valid: (N,) bool, which of the N regions they are of, in order; M of them are True.
+        boxes: (M, 4) float, x1, y1, x2, y2 of the boxes as found, before they were expanded.
+    """
+
+    images: Tensor
+    valid: Tensor
+    boxes: Tensor
+
+
+def boxes_of(inside: Tensor) -> tuple[Tensor, Tensor]:
+    """The first and last row and column that hold a True.
+
+    Args:
+        inside: (N, H, W) bool.
+
+    Returns:
+        (N, 4) long x1, y1, x2, y2, all of them included, and (N,) bool, False where there is no True (the box is 0).
+    """
+    found = []
+    for axis in (1, 2):
+        line = inside.any(dim=axis)
+        last = line.shape[1] - 1 - line.flip(1).to(torch.uint8).argmax(dim=1)
+        found.append((line.to(torch.uint8).argmax(dim=1), last))
+    valid = inside.flatten(1).any(dim=1) if inside.shape[0] else inside.new_zeros(0)
+    (left, right), (top, bottom) = found
+    return torch.stack([left, top, right, bottom], dim=1) * valid[:, None], valid
+
+
+def tight_crops(
+    image: Tensor,
+    masks: Callable[[int, int], Tensor],
+    num_masks: int,
+    options: CropOptions,
+    *,
+    size: int,
+    black: Tensor,
+) -> Crops:
+    """Sub-images in the convention of ZSSeg and FreeSeg.
+
+    Args:
+        image: (3, H, W), normalised for CLIP, so that its mean colour is 0; without padding.
+        masks: gives the mask probabilities (stop - start, H, W) of regions start to stop.
+        num_masks: N.
+        options: see `CropOptions`.
+        size: side S of the sub-images.
+        black: (3,), black after normalisation.
+    """
+
+    def resize(part: Tensor) -> Tensor:
+        return F.interpolate(part[None], size=(size, size), mode="bicubic", align_corners=options.align_corners)[0]
+
+    images, valid, boxes = cut_tight(image, masks, num_masks, options, black=black, finish=resize)
+    return Crops(torch.stack(images) if images else image.new_zeros(0, 3, size, size), valid, boxes)
+
+
+def cut_tight(
+    image: Tensor,
+    masks: Callable[[int, int], Tensor],
+    num_masks: int,
+    options: CropOptions,
+    *,
+    black: Tensor,
+    finish: Callable[[Tensor], Tensor],
+) -> tuple[list[Tensor], Tensor, Tensor]:
+    """What ``finish`` makes of each painted box (3, h, w) of `tight_crops`, then ``valid`` and the boxes."""
+    height, width = image.shape[-2:]
+    paint = (black if options.fill == "zero" else torch.zeros_like(black))[:, None, None]
+    step = max(_PIXELS // (height * width), 1)
+    images, valid, boxes = [], [], []
+    for start in range(0, num_masks, step):
+        soft = masks(start, min(start + step, num_masks))
+        inside = soft > options.threshold
+        found, there = boxes_of(inside)
+        valid.append(there)
+        found = found + found.new_tensor([0, 0, 1, 1])
+        # One transfer for all boxes: their corners are Python numbers from here on.
+        kept = there.nonzero().flatten().tolist()
+        boxes.append(found[there])
+        for index, box in zip(kept, found[there].tolist(), strict=True):
+            left, top, right, bottom = (
+                (0, 0, width, height) if options.merge == "mask" else _expand(box, options.expand, width, height)
+            )
+            part = image[:, top:bottom, left:right]
+            if options.merge != "crop":
+                mask = (soft if options.matting else inside)[index, top:bottom, left:right].to(part.dtype)
+                part = part * mask + paint * (1 - mask)
+            images.append(finish(part))
+    all_valid = torch.cat(valid) if valid else torch.zeros(0, dtype=torch.bool, device=image.device)
+    all_boxes = torch.cat(boxes).float() if boxes else image.new_zeros(0, 4)
+    return images, all_valid, all_boxes
+
+
+def _expand(box: list[int], ratio: float, width: int, height: int) -> tuple[int, int, int, int]:
+    """A box (right and bottom excluded) grown about its centre, cut to the picture; at least one pixel."""
+    left, top, right, bottom = box
+    x, y = 0.5 * (left + right), 0.5 * (top + bottom)
+    half_width, half_height = 0.5 * (right - left) * ratio, 0.5 * (bottom - top) * ratio
+    left = min(max(int(x - half_width), 0), width - 1)
+    top = min(max(int(y - half_height), 0), height - 1)
+    return left, top, max(min(int(x + half_width), width), left + 1), max(min(int(y + half_height), height), top + 1)
+
+
+def aligned_crops(
+    frame: Tensor, masks: Callable[[int, int], Tensor], num_masks: int, options: CropOptions, *, size: int
+) -> Crops:
+    """Sub-images in ZegFormer's convention; all N of them.
+
+    Args:
+        frame: (3, H', W'), the padded frame, normalised for CLIP, its padding 0.
+        masks: gives mask *logits* (stop - start, H', W') of regions start to stop.
+        num_masks: N.
+        options: see `CropOptions`; ``matting``, ``expand`` and ``fill`` have no meaning here.
+        size: side S of the sub-images.
+    """
+    from torchvision.ops import roi_align
+
+    height, width = frame.shape[-2:]
+    step = max(_PIXELS // (height * width), 1)
+    images, boxes = [], []
+    small = F.interpolate(frame[None], size=(size, size), mode="bilinear", align_corners=False)
+    for start in range(0, num_masks, step):
+        logits = masks(start, min(start + step, num_masks))
+        inside = logits.sigmoid() > options.threshold
+        box = boxes_of(inside)[0].float()
+        flat = (box[:, 2] - box[:, 0]) * (box[:, 3] - box[:, 1]) == 0
+        box = torch.where(flat[:, None], box.new_tensor([0, 0, width, height]), box)
+        boxes.append(box)
+        if options.merge == "mask":
+            mask = F.interpolate(logits[None], size=(size, size), mode="bilinear", align_corners=False)[0]
+            images.append(small * (mask.sigmoid() > options.threshold)[:, None])
+            continue
+        if options.merge == "crop":
+            places = torch.cat([torch.zeros_like(box[:, :1]), box], dim=1)
+            images.append(roi_align(frame[None], places, (size, size), 1.0, -1, aligned=True))
+            continue
+        for index, one in enumerate(inside):
+            place = torch.cat([box.new_zeros(1, 1), box[index : index + 1]], dim=1)
+            images.append(roi_align((frame * one)[None], place, (size, size), 1.0, -1, aligned=True))
+    valid = torch.ones(num_masks, dtype=torch.bool, device=frame.device)
+    stacked = torch.cat(images) if images else frame.new_zeros(0, 3, size, size)
+    return Crops(stacked, valid, torch.cat(boxes) if boxes else frame.new_zeros(0, 4))
+
+
+def in_chunks(function: Callable[[Tensor], Tensor], images: Tensor, width: int, chunk: int = _CHUNK) -> Tensor:
+    """Run ``function`` over images (M, ...) some at a time: (M, width), also where M is 0."""
+    if not len(images):
+        return images.new_zeros(0, width)
+    return torch.cat([function(part) for part in images.split(chunk)])
+
+
+def near_duplicates(mask_logits: Tensor, threshold: float) -> Tensor:
+    """For each region the first one whose mask it nearly repeats.
+
+    Args:
+        mask_logits: (N, h, w), as coarse as they come.
+        threshold: IoU of two binary masks from which on they count as one.
+
+    Returns:
+        (N,) long, itself for a region that repeats none before it. A region is never mapped to one that is itself
+        mapped to another.
+    """
+    inside = (mask_logits > 0).flatten(1).float()
+    common = inside @ inside.T
+    area = inside.sum(dim=1)
+    iou = common / (area[:, None] + area[None] - common).clamp(min=1.0)
+    alike = (iou >= threshold).tolist()
+    first = list(range(len(alike)))
+    kept: list[int] = []
+    for index, row in enumerate(alike):
+        first[index] = next((other for other in kept if row[other]), index)
+        if first[index] == index:
+            kept.append(index)
+    return torch.tensor(first, dtype=torch.long, device=mask_logits.device)

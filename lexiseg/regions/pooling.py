@@ -1,0 +1,60 @@
+"""Mask pooling: a region is the sum of its patches, each weighted by the region's mask there.
+
+This is the classification stream of DeOP's baseline (Han et al., ICCV 2023, Sec. 3.1, after OpenSeg): CLIP sees the
+picture once, and any number of masks are pooled from its patches.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def patch_masks(mask_logits: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Masks on the patch grid: the sigmoid first, then the bilinear resize (the order of the released code).
+
+    Args:
+        mask_logits: (B, N, h, w), any real values.
+        grid: patches (gh, gw) of the picture.
+
+    Returns:
+        (B, N, gh, gw) in [0, 1].
+    """
+    return resize_masks(mask_logits.sigmoid(), grid)
+
+
+def resize_masks(masks: Tensor, size: tuple[int, int]) -> Tensor:
+    """Resize (B, N, h, w) bilinearly to ``size``, also where there is no mask at all, which torch refuses."""
+    if masks.shape[-2:] == size:
+        return masks
+    if not masks.shape[0] * masks.shape[1]:
+        return masks.new_zeros((*masks.shape[:2], *size))
+    return F.interpolate(masks, size=size, mode="bilinear", align_corners=False)
+
+
+def unit_or_zero(x: Tensor) -> Tensor:
+    """Divide by the length along the last axis; a vector of zeros, from an empty mask, stays zero.
+
+    The released code adds 1e-10 to every length of a batch once one of them is zero. That changes a vector by less
+    than rounding does, unless it is nearly zero itself, and would let one picture touch the results of another.
+    """
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return x / torch.where(length > 0, length, torch.ones_like(length))
+
+
+def mask_pool(features: Tensor, masks: Tensor, *, normalise: bool = True) -> Tensor:
+    """Sum the patches of each mask.
+
+    Args:
+        features: (B, gh, gw, E), one vector a patch, of unit length in the papers' use.
+        masks: (B, N, gh, gw), weights of the patches; they are not divided by their sum.
+        normalise: divide the result by its length (the released code; the paper does not say).
+
+    Returns:
+        (B, N, E).
+
+    Source: DeOP, Sec. 3.1.
+    """
+    pooled = masks.flatten(2).to(features.dtype) @ features.flatten(1, 2)
+    return unit_or_zero(pooled) if normalise else pooled

@@ -1,0 +1,209 @@
+"""What a recipe would train, without data and without a step: the model at its full size, the classes, the schedule."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lexiseg.clip import CLIP, load_clip
+from lexiseg.clip.load import random_clip
+from lexiseg.clip.model import build_clip
+from lexiseg.errors import LexisegError
+from lexiseg.models.base import ModelOptions
+from lexiseg.training.initial import start_from
+from lexiseg.training.labels import masked_names, training_vocabulary
+from lexiseg.training.recipe import ContrastiveRecipe, EvaluationRecipe, Recipe, SegmentationRecipe, list_recipes
+from lexiseg.training.run import first_stage, name_of, system_of, vocabulary_of
+from lexiseg.training.settings import TrainSettings, group_parameters
+from lexiseg.training.trainer import learning_rate
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """What :func:`dry_run` found.
+
+    Attributes:
+        system: what is trained.
+        clip: the towers, by name.
+        random_weights: why the towers have random weights; None where they are the named ones.
+        setting: of the training; None for a CLIP.
+        data: name of the data; None for a CLIP.
+        seen: names of the classes with masks in training.
+        unseen: names of the others.
+        text: number of classes whose text takes part in training.
+        parameters: of the model, its text tower included.
+        trainable: those that training changes.
+        starts_from: the model or recipe whose weights the run starts from.
+        options: of the system, defaults included.
+        train: the numbers of the loop.
+        rates: peak learning rate and weight decay of each group of parameters, with its number of parameters.
+    """
+
+    system: str
+    clip: str
+    random_weights: str | None
+    setting: str | None
+    data: str | None
+    seen: tuple[str, ...]
+    unseen: tuple[str, ...]
+    text: int
+    parameters: int
+    trainable: int
+    starts_from: str | None
+    options: dict[str, Any]
+    train: TrainSettings
+    rates: tuple[dict[str, Any], ...] = field(default=())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, as JSON holds it."""
+        return {**asdict(self), "train": self.train.model_dump(mode="json")}
+
+    def rows(self) -> list[tuple[str, str]]:
+        """Title and text of each line that people are shown."""
+        train = self.train
+        rows = [("system", self.system), ("CLIP", self.clip)]
+        if self.random_weights:
+            rows.append(("weights", f"random: {self.random_weights}"))
+        if self.data is not None:
+            rows += [
+                ("data", self.data),
+                ("setting", f"{self.setting}, the text of {self.text} classes"),
+                ("classes with masks", f"{len(self.seen)}: {_shortened(self.seen)}"),
+                ("classes without", f"{len(self.unseen)}: {', '.join(self.unseen)}" if self.unseen else "none"),
+            ]
+        if self.starts_from:
+            rows.append(("starts from", self.starts_from))
+        rows += [
+            ("parameters", f"{self.parameters:,}"),
+            ("trainable", f"{self.trainable:,}"),
+            ("options", ", ".join(f"{key} {value}" for key, value in self.options.items())),
+            ("steps", f"{train.steps:,}, batches of {train.batch_size * train.accumulate} on one process"),
+            ("schedule", _schedule(train)),
+        ]
+        for rate in self.rates:
+            name = f"AdamW, {rate['key']}" if rate["key"] else "AdamW"
+            peak = f"peak rate {rate['lr']:g}, decay {rate['weight_decay']:g}"
+            rows.append(
+                (name, f"{peak}, betas {train.betas[0]:g} and {train.betas[1]:g}, {rate['parameters']:,} values")
+            )
+        return rows
+
+
+def _shortened(names: tuple[str, ...], limit: int = 8) -> str:
+    return ", ".join(names[:limit]) + (", ..." if len(names) > limit else "")
+
+
+def _schedule(train: TrainSettings) -> str:
+    first, last = (learning_rate(step, train.lr, train) for step in (0, train.steps - 1))
+    warmup = f"linear warm-up over {train.warmup_steps:,} steps, then " if train.warmup_steps else ""
+    shape = "constant" if train.schedule == "constant" else f"(1 - t/T)^{train.power:g} to {train.min_lr:g}"
+    return f"{warmup}{shape}; rate {first:.3g} at the first step, {last:.3g} at the last"
+
+
+def dry_run(recipe: Recipe) -> DryRun:
+    """Build what a recipe trains at its full size and say what it is; the data need not be on disk.
+
+    Where the named CLIP cannot be had, the model gets random weights of the same architecture.
+
+    Raises:
+        LexisegError: the recipe only evaluates; its system, options, data or initial model are wrong.
+    """
+    if isinstance(recipe, EvaluationRecipe):
+        raise LexisegError("This recipe only evaluates, so there is nothing to train; give it to `lexiseg evaluate`.")
+    if isinstance(recipe, ContrastiveRecipe):
+        return _contrastive(recipe)
+    return _segmentation(recipe)
+
+
+def _segmentation(recipe: SegmentationRecipe) -> DryRun:
+    system, options = system_of(recipe)
+    vocabulary = vocabulary_of(recipe.data)
+    trained = training_vocabulary(vocabulary, setting=recipe.setting)
+    seen = masked_names(trained)
+    reason = None
+    if recipe.initial is not None and recipe.initial not in list_recipes():
+        model = start_from(recipe.initial, system, options, seen, vocabulary, steps=recipe.initial_steps)
+    else:
+        clip, reason = clip_or_random(recipe.model.clip)
+        model = system(clip, options, seen)
+    model.set_trainable()
+    return DryRun(
+        system=system.system,
+        clip=recipe.model.clip,
+        random_weights=reason,
+        setting=recipe.setting,
+        data=name_of(recipe.data),
+        seen=seen,
+        unseen=tuple(name for name in vocabulary.names if name not in seen),
+        text=len(trained),
+        parameters=model.num_parameters(),
+        trainable=model.num_parameters(trainable=True),
+        starts_from=_initial(recipe),
+        options=_options(options),
+        train=recipe.train,
+        rates=_rates(model.named_parameters(), recipe.train),
+    )
+
+
+def _initial(recipe: SegmentationRecipe) -> str | None:
+    if recipe.initial is None or recipe.initial not in list_recipes():
+        return recipe.initial
+    first = first_stage(recipe)
+    return f"{recipe.initial}, {recipe.initial_steps or first.train.steps:,} of its {first.train.steps:,} steps"
+
+
+def _contrastive(recipe: ContrastiveRecipe) -> DryRun:
+    clip = build_clip({"model_cfg": recipe.model.model_cfg})
+    count = sum(parameter.numel() for parameter in clip.parameters())
+    trainable = sum(parameter.numel() for parameter in clip.parameters() if parameter.requires_grad)
+    return DryRun(
+        system="CLIP",
+        clip="from the recipe",
+        random_weights=None,
+        setting=None,
+        data=None,
+        seen=(),
+        unseen=(),
+        text=0,
+        parameters=count,
+        trainable=trainable,
+        starts_from=recipe.model.initial,
+        options=recipe.model.model_dump(mode="json", exclude={"model_cfg", "initial"}),
+        train=recipe.train,
+        rates=_rates(clip.named_parameters(), recipe.train),
+    )
+
+
+def clip_or_random(name: str) -> tuple[CLIP, str | None]:
+    """The named CLIP; or its architecture with random weights, and why.
+
+    Raises:
+        LexisegError: the name is unknown, or its files are damaged.
+    """
+    try:
+        return load_clip(name), None
+    except LexisegError as error:
+        if Path(name).exists():
+            raise
+        try:
+            return random_clip(name), str(error).partition(";")[0].rstrip(".")  # the advice after it is for a training
+        except LexisegError:
+            raise error from None
+
+
+def _options(options: ModelOptions) -> dict[str, Any]:
+    values: dict[str, Any] = options.model_dump(mode="json")
+    return values
+
+
+def _rates(named_parameters: Any, train: TrainSettings) -> tuple[dict[str, Any], ...]:
+    return tuple(
+        {
+            "key": group.key,
+            "lr": group.lr,
+            "weight_decay": group.weight_decay,
+            "parameters": sum(parameter.numel() for parameter in group.parameters),
+        }
+        for group in group_parameters(named_parameters, train)
+    )

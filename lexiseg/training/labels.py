@@ -1,0 +1,111 @@
+"""Labels of the three training settings: which classes take part, and what an id means to the loss.
+
+ZegCLIP (Sec. 4.1) and Cascade-CLIP (Sec. 4.3) train inductively, transductively (self-training) and fully supervised:
+
+============= =========================== ====================================================================
+setting       text of                     labels
+============= =========================== ====================================================================
+inductive     the seen classes            ranks among the seen classes; everything else is 255
+transductive  all classes                 ids of seen classes; 255; -1 = no label, filled in by the model itself
+supervised    all classes                 ids of all classes; 255
+============= =========================== ====================================================================
+
+In every setting the losses treat 255 as a negative of every class, as the authors' code does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from lexiseg.data.base import IGNORE_INDEX
+from lexiseg.errors import LexisegError
+from lexiseg.vocabulary import TemplateSource, Vocabulary, VocabularyClass
+
+Setting: TypeAlias = Literal["inductive", "transductive", "supervised"]
+"""What is known of the unseen classes in training: nothing, their names, or their masks as well."""
+
+Unlabelled: TypeAlias = Literal["marked", "ignored"]
+"""How self-training learns where pixels without a label are; see :func:`self_training_labels`."""
+
+UNLABELLED = -1
+"""Label of a pixel whose class self-training chooses itself."""
+
+PADDING = -2
+"""Label of the pixels that fill a picture up, where they must be told from void ones."""
+
+
+def training_vocabulary(
+    vocabulary: Vocabulary, *, setting: Setting = "inductive", templates: TemplateSource = None
+) -> Vocabulary:
+    """The classes whose text takes part in training, by their names, without synonyms.
+
+    Inductive training takes those flagged as seen, and all of a vocabulary without any flag. The other settings take
+    all, in the vocabulary's order; each class is flagged as seen if its masks are trained on.
+
+    Args:
+        vocabulary: of the dataset.
+        setting: see the module.
+        templates: replace the vocabulary's.
+
+    Raises:
+        LexisegError: every class is flagged as unseen, self-training has none to find, or there are more classes than
+            8-bit labels can hold.
+    """
+    if len(vocabulary) > IGNORE_INDEX:
+        raise LexisegError(
+            f"The dataset has {len(vocabulary)} classes and training takes at most {IGNORE_INDEX}; only evaluate on it."
+        )
+    unflagged = all(entry.seen is None for entry in vocabulary.classes)
+    seen = [entry.seen is True or unflagged for entry in vocabulary.classes]
+    if setting != "supervised" and not any(seen):
+        raise LexisegError("The dataset has no seen class, so there is nothing to train on; mend its unseen list.")
+    if setting == "transductive" and all(seen):
+        raise LexisegError(
+            "The dataset has no unseen class, so self-training has none to find; name some in its unseen list, or "
+            "take the setting 'supervised'."
+        )
+    classes = tuple(
+        VocabularyClass(entry.name, seen=masks or setting == "supervised", color=entry.color)
+        for entry, masks in zip(vocabulary.classes, seen, strict=True)
+        if masks or setting != "inductive"
+    )
+    return Vocabulary.parse(Vocabulary(classes, vocabulary.templates), templates=templates)
+
+
+def masked_names(vocabulary: Vocabulary) -> tuple[str, ...]:
+    """The classes of a :func:`training_vocabulary` with masks in training, which a model keeps as its seen names."""
+    return tuple(entry.name for entry in vocabulary.classes if entry.seen)
+
+
+def self_training_labels(label: Tensor, seen: Sequence[int], *, unlabelled: Unlabelled = "marked") -> Tensor:
+    """Labels of self-training: ids of seen classes stay, -1 is where the model has to choose an unseen class.
+
+    Only the place of an unlabelled pixel goes into the result, never its class: whatever is neither a seen id nor void
+    becomes the same -1.
+
+    Args:
+        label: integer tensor of any shape with dataset ids 0..254, 255 = void, :data:`PADDING` = filled up.
+        seen: the seen ids.
+        unlabelled: "marked" is what the authors' code does (ZegCLIP, and Cascade-CLIP after it): a pixel is unlabelled
+            where the dataset's own label names an unseen class, so that the ground truth tells where unseen classes
+            are, though not which; 255 stays void. The papers do not mention it. "ignored" takes no such help: every
+            pixel without a seen label that is not padding is unlabelled, void and background included.
+
+    Returns:
+        int64 tensor of the same shape with seen ids, 255 and :data:`UNLABELLED`.
+
+    Raises:
+        ValueError: an id in ``seen`` is not in 0..254.
+    """
+    if any(not 0 <= index < IGNORE_INDEX for index in seen):
+        raise ValueError(f"seen ids must be in 0..{IGNORE_INDEX - 1}, got {list(seen)}")
+    label = label.long()
+    result = torch.where(torch.isin(label, torch.tensor(list(seen), dtype=torch.long)), label, UNLABELLED)
+    void = label == PADDING
+    if unlabelled == "marked":
+        void |= label == IGNORE_INDEX
+    return result.masked_fill(void, IGNORE_INDEX)

@@ -1,0 +1,180 @@
+"""Learning text prompts offline: a CLIP classifies masked crops of the seen classes, and only the prompts change.
+
+This is the stage before the proposals in ZSSeg, FreeSeg and DeOP. Each example is one class of one picture: the box of
+its mask, a random crop of that box, everything outside the mask hidden. The released code makes crops of 244 x 224,
+which its settings write as 224 x 244 and which no tower was trained at; ours are squares.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lexiseg.clip import CLIP, PromptLearner
+from lexiseg.clip.prompt_learner import hide_background, save_prompts
+from lexiseg.data.base import SegmentationDataset, seen_ids
+from lexiseg.errors import LexisegError
+from lexiseg.training.task import Task
+
+AREA = (0.08, 1.0)
+"""Share of the box that a crop takes."""
+
+ASPECT = (3 / 4, 4 / 3)
+"""Width by height of a crop, before it becomes a square."""
+
+_ATTEMPTS = 10
+
+
+class Prompted(nn.Module):
+    """A frozen CLIP and the prompts that are learnt for it.
+
+    Args:
+        clip: the towers; they lose their gradients and stay in evaluation mode.
+        learner: the prompts.
+    """
+
+    def __init__(self, clip: CLIP, learner: PromptLearner) -> None:
+        super().__init__()
+        self.clip = clip.requires_grad_(False)
+        self.learner = learner
+
+    def train(self, mode: bool = True) -> Prompted:
+        """Set the mode of the prompts; CLIP's batch norms, where it has any, must not follow the crops."""
+        super().train(mode)
+        self.clip.eval()
+        return self
+
+
+class PromptTask(Task):
+    """Cross entropy of 100 x cosine between masked crops and the seen classes.
+
+    Args:
+        clip: the towers.
+        learner: the prompts.
+        dataset: pictures with masks; unseen classes take no part.
+        batch_size: crops a step.
+        per_class: at most so many pictures of each class (the authors': 32 on COCO-Stuff, 128 on VOC).
+        size: side of a crop; None takes the side CLIP was trained at.
+        seed: decides which pictures, which crops and in which order.
+        task: see `PromptLearner`.
+
+    Raises:
+        LexisegError: no picture shows a seen class.
+    """
+
+    model: Prompted
+
+    def __init__(
+        self,
+        clip: CLIP,
+        learner: PromptLearner,
+        dataset: SegmentationDataset,
+        *,
+        batch_size: int,
+        per_class: int = 32,
+        size: int | None = None,
+        seed: int = 0,
+        task: str | None = None,
+    ) -> None:
+        self.model = Prompted(clip, learner)
+        self.dataset, self.batch_size, self.seed, self.task = dataset, batch_size, seed, task
+        self.size = clip.image_size if size is None else size
+        self.classes = seen_ids(dataset.vocabulary) or list(range(len(dataset.vocabulary)))
+        self.names = [dataset.vocabulary.names[index] for index in self.classes]
+        self.examples = _choose_examples(dataset, self.classes, per_class, seed)
+        if not self.examples:
+            raise LexisegError("No training picture shows a seen class; check the labels and the list of classes.")
+        self._order = lru_cache(maxsize=2)(self._epoch_order)
+
+    def batch(self, index: int) -> dict[str, Tensor]:
+        """Crops (B, 3, S, S) in 0..1, masks (B, S, S) and ranks (B,) of classes; an epoch shows each example once."""
+        first = index * self.batch_size
+        crops, masks, ranks = zip(
+            *(self._example(place) for place in range(first, first + self.batch_size)), strict=True
+        )
+        return {"images": torch.stack(crops), "masks": torch.stack(masks), "labels": torch.tensor(ranks)}
+
+    def losses(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The cross entropy, and the share of crops that get their class, in percent."""
+        clip = self.model.clip
+        crops = hide_background(batch["images"], batch["masks"], clip)
+        logits = self.model.learner.logits(clip, crops, self.names, self.task)
+        correct = (logits.detach().argmax(dim=1) == batch["labels"]).float().mean()
+        return {"loss": F.cross_entropy(logits, batch["labels"]), "accuracy": 100.0 * correct}
+
+    def export(self, folder: Path) -> None:
+        """Write the prompts; `lexiseg.clip.prompt_learner.load_prompts` reads them."""
+        save_prompts(self.model.learner, folder)
+
+    def _example(self, place: int) -> tuple[Tensor, Tensor, int]:
+        epoch, position = divmod(place, len(self.examples))
+        sample_index, rank = self.examples[int(self._order(epoch)[position])]
+        rng = np.random.default_rng([self.seed, 3, place])
+        sample = self.dataset[sample_index]
+        image, mask = crop_object(sample.image, sample.label == self.classes[rank], self.size, rng)
+        return image, mask, rank
+
+    def _epoch_order(self, epoch: int) -> np.ndarray:
+        return np.random.default_rng([self.seed, 4, epoch]).permutation(len(self.examples))
+
+
+def _choose_examples(
+    dataset: SegmentationDataset, classes: Sequence[int], per_class: int, seed: int
+) -> list[tuple[int, int]]:
+    """Go through the pictures in a random order until every class has enough: (picture, rank of the class)."""
+    wanted = dict.fromkeys(range(len(classes)), per_class)
+    rank_of = {index: rank for rank, index in enumerate(classes)}
+    found: list[tuple[int, int]] = []
+    for index in np.random.default_rng([seed, 2]).permutation(len(dataset)).tolist():
+        if not wanted:
+            break
+        for class_id in dataset[index].label.unique().tolist():
+            rank = rank_of.get(class_id)
+            if rank in wanted:
+                found.append((index, rank))
+                wanted[rank] -= 1
+                if not wanted[rank]:
+                    del wanted[rank]
+    return found
+
+
+def crop_object(image: Tensor, mask: Tensor, size: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+    """Cut a random part of an object's box and make it a square.
+
+    Args:
+        image: (3, H, W) uint8.
+        mask: (H, W) bool with at least one pixel.
+        size: side S of the result.
+        rng: draws the part and whether it is mirrored.
+
+    Returns:
+        image (3, S, S) float in 0..1, mask (S, S) bool that is empty only if resizing lost the object.
+    """
+    rows, columns = mask.any(dim=1).nonzero().flatten(), mask.any(dim=0).nonzero().flatten()
+    top, left = int(rows[0]), int(columns[0])
+    height, width = int(rows[-1]) + 1 - top, int(columns[-1]) + 1 - left
+    part = slice(top, top + height), slice(left, left + width)
+    for _ in range(_ATTEMPTS):
+        area = height * width * rng.uniform(*AREA)
+        aspect = math.exp(rng.uniform(math.log(ASPECT[0]), math.log(ASPECT[1])))
+        h, w = round(math.sqrt(area / aspect)), round(math.sqrt(area * aspect))
+        if not (0 < h <= height and 0 < w <= width):
+            continue
+        y, x = top + int(rng.integers(height - h + 1)), left + int(rng.integers(width - w + 1))
+        if bool(mask[y : y + h, x : x + w].any()):
+            part = slice(y, y + h), slice(x, x + w)
+            break
+    crop = F.interpolate(
+        image[:, part[0], part[1]][None].float() / 255, size=(size, size), mode="bilinear", antialias=True
+    )[0]
+    inside = F.interpolate(mask[part][None, None].float(), size=(size, size), mode="nearest")[0, 0] > 0
+    if rng.random() < 0.5:
+        crop, inside = crop.flip(-1), inside.flip(-1)
+    return crop, inside

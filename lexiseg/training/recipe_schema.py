@@ -1,0 +1,238 @@
+"""What a recipe may say: the keys, their values and their defaults.
+
+:mod:`lexiseg.training.recipe` reads recipes and turns mistakes into sentences.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeAlias
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from lexiseg.training.contrastive import ContrastiveSettings
+from lexiseg.training.labels import Setting, Unlabelled
+from lexiseg.training.settings import TrainSettings
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class PictureWorldData(_Strict):
+    """Scenes of the picture world, rendered while training.
+
+    Attributes:
+        source: names this kind of data.
+        size: side of a training picture in pixels.
+        crop: side of the crop that is trained on; None takes the whole picture.
+        flip: probability of mirroring a picture.
+        label_stride: distance of the label pixels the loss sees; more than 1 makes a step cheaper.
+        length: number of training scenes; None takes the benchmark's.
+        val_size: side of a validation picture.
+        val_length: number of validation scenes.
+    """
+
+    source: Literal["picture-world"]
+    size: int = Field(default=256, ge=16)
+    crop: int | None = Field(default=None, ge=16)
+    flip: float = Field(default=0.5, ge=0, le=1)
+    label_stride: int = Field(default=1, ge=1, le=8)
+    length: int | None = Field(default=None, ge=1)
+    val_size: int = Field(default=256, ge=16)
+    val_length: int = Field(default=200, ge=1)
+
+
+class FolderData(_Strict):
+    """A dataset on disk in the VOC layout; see :class:`lexiseg.data.folders.VocFolder`.
+
+    Attributes:
+        source: names this kind of data.
+        root: the dataset's folder; a relative path starts at the working directory.
+        train: name of the training list.
+        val: name of the validation list.
+        labels: folder of the labels.
+        splits: folder of the lists.
+        reduce_zero_label: ids count from 1 and 0 is background.
+        augment: "paper" for the papers' pipeline, "light" for crop and flip only.
+        crop: side of the crop that is trained on.
+        label_stride: distance of the label pixels the loss sees.
+    """
+
+    source: Literal["voc-folder"]
+    root: Path
+    train: str = "train"
+    val: str = "val"
+    labels: str = "SegmentationClass"
+    splits: str = "ImageSets/Segmentation"
+    reduce_zero_label: bool = False
+    augment: Literal["paper", "light"] = "paper"
+    crop: int = Field(default=512, ge=16)
+    label_stride: int = Field(default=1, ge=1, le=8)
+
+
+class CatalogData(_Strict):
+    """A data set of the papers, as it is distributed, or a folder of one's own; see :mod:`lexiseg.data.sets`.
+
+    Attributes:
+        source: which; it says the classes, their order and the meaning of label values. "own" is a folder in one of
+            the layouts of :mod:`lexiseg.data.sets.own`.
+        root: its folder; a relative path starts at the working directory.
+        unseen: which of its lists of unseen classes, "none" for no split; None takes its first. PASCAL Context has
+            two: "released" is what Cascade-CLIP's released configuration amounts to, "papers" the names its paper and
+            ZegCLIP's print.
+        train: the split that is trained on; None takes the papers' (of VOC 2012 "trainaug", the augmented set).
+        classes: the class list, of a data set whose distribution carries it in a file of its own.
+        augment: "paper" for the papers' pipeline, "light" for crop and flip only.
+        crop: side of the crop that is trained on.
+        label_stride: distance of the label pixels the loss sees.
+    """
+
+    source: Literal[
+        "voc2012", "coco-stuff-164k", "pascal-context-59", "pascal-context-459", "ade20k-150", "ade20k-847", "own"
+    ]
+    root: Path
+    unseen: str | None = None
+    train: str | None = None
+    classes: Path | None = None
+    augment: Literal["paper", "light"] = "paper"
+    crop: int = Field(default=512, ge=16)
+    label_stride: int = Field(default=1, ge=1, le=8)
+
+
+Data: TypeAlias = Annotated[PictureWorldData | FolderData | CatalogData, Field(discriminator="source")]
+
+
+class ModelRecipe(_Strict):
+    """What is built.
+
+    Attributes:
+        system: a segmentation system, such as "zegclip".
+        clip: name of the towers, as ``load_clip`` takes it.
+        options: of the system; the system checks them.
+    """
+
+    system: str
+    clip: str
+    options: dict[str, Any] = Field(default_factory=dict)
+
+
+class SnapshotRecipe(_Strict):
+    """How the trained model is judged while training; the full evaluation is the ``evaluate`` command's.
+
+    Attributes:
+        pictures: number of overlays at each snapshot.
+        scored: number of validation samples scored at each snapshot; 0 scores none.
+    """
+
+    pictures: int = Field(default=4, ge=0)
+    scored: int = Field(default=40, ge=0)
+
+
+class SegmentationRecipe(_Strict):
+    """Training of a segmentation system.
+
+    Attributes:
+        kind: names this kind of recipe.
+        description: one line for people.
+        setting: what is known of the unseen classes: "inductive" nothing, "transductive" their names (self-training),
+            "supervised" their masks. The picture world is never supervised.
+        unlabelled: for self-training, how it learns where pixels without a label are: "marked" as the authors' code,
+            which takes the place of unseen classes, though not their names, from the ground truth; "ignored" takes
+            every pixel that has no seen label and is no padding. In the picture world, which hides the unseen classes
+            and has no void, both are the same. See :func:`lexiseg.training.labels.self_training_labels`.
+        initial: a trained model whose weights, CLIP's included, the run starts from, with a fresh optimizer and
+            schedule: its folder, or the name of a recipe, which is then trained first, in the run's folder, on this
+            recipe's data and ``model.clip``.
+        initial_steps: stop the training of ``initial`` after this many steps of its schedule; None trains it to its
+            end. The authors start self-training from half of the inductive training.
+        model: what is built.
+        templates: "single", "paper", a sentence with one ``{}``, or a list of such sentences.
+        data: what it is trained on.
+        evaluation: how it is judged while training.
+        train: the numbers of the loop.
+    """
+
+    kind: Literal["segmentation"]
+    description: str = ""
+    setting: Setting = "inductive"
+    unlabelled: Unlabelled = "marked"
+    initial: str | None = None
+    initial_steps: int | None = Field(default=None, ge=1)
+    model: ModelRecipe
+    templates: str | list[str] = "single"
+    data: Data
+    evaluation: SnapshotRecipe = Field(default_factory=SnapshotRecipe)
+    train: TrainSettings
+
+    @model_validator(mode="after")
+    def _check(self) -> SegmentationRecipe:
+        if self.setting == "supervised" and isinstance(self.data, PictureWorldData):
+            raise ValueError(
+                "picture-world has no masks of its unseen classes to train on, so its setting cannot be 'supervised'; "
+                "choose 'inductive' or 'transductive'"
+            )
+        if self.initial_steps is not None and self.initial is None:
+            raise ValueError("'initial_steps' says how long 'initial' is trained, which is missing; name it")
+        return self
+
+
+class WindowRecipe(_Strict):
+    """How a model is run over a picture.
+
+    Attributes:
+        size: side of the sliding window in pixels; None runs whole pictures.
+        stride: distance of the windows; 0 is their side.
+        short_side: what the shorter side of a picture is resized to first; None keeps it.
+    """
+
+    size: int | None = Field(default=None, ge=1)
+    stride: int = Field(default=0, ge=0)
+    short_side: int | None = Field(default=None, ge=1)
+
+
+class EvaluationRecipe(_Strict):
+    """An evaluation without a training, such as that of a model on another dataset than its own.
+
+    Attributes:
+        kind: names this kind of recipe.
+        description: one line for people.
+        templates: as in :class:`SegmentationRecipe`; None takes the model's.
+        data: what it is judged on: the validation part.
+        window: how the model is run over a picture; None takes the model's own way.
+        offsets: which classes lose the score that a model takes off those it had masks of: "data" those the data
+            flags as seen, "all" every class alike, "none" no class. On another dataset the authors' code takes it off
+            all, which changes no label map.
+    """
+
+    kind: Literal["evaluation"]
+    description: str = ""
+    templates: str | list[str] | None = None
+    data: Data
+    window: WindowRecipe | None = None
+    offsets: Literal["data", "all", "none"] = "data"
+
+
+class ContrastiveRecipe(_Strict):
+    """Training of a CLIP on captions.
+
+    Attributes:
+        kind: names this kind of recipe.
+        description: one line for people.
+        model: the towers, the scenes and the weights of the loss.
+        train: the numbers of the loop.
+    """
+
+    kind: Literal["contrastive"]
+    description: str = ""
+    model: ContrastiveSettings
+    train: TrainSettings
+
+
+Recipe: TypeAlias = SegmentationRecipe | ContrastiveRecipe | EvaluationRecipe
+KINDS: dict[str, type[SegmentationRecipe] | type[ContrastiveRecipe] | type[EvaluationRecipe]] = {
+    "contrastive": ContrastiveRecipe,
+    "evaluation": EvaluationRecipe,
+    "segmentation": SegmentationRecipe,
+}
+"""The kinds of recipe, by the value of their key ``kind``."""

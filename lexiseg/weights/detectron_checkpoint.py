@@ -1,0 +1,229 @@
+"""The authors' checkpoints of DeOP, ZSSeg, ZegFormer, FreeSeg and MAFT: recognised by their keys and taken apart.
+
+They have detectron2's layout: ``backbone.`` and ``sem_seg_head.`` are the proposal generator, ``clip_adapter.`` is CLIP
+with OpenAI's names and what was learnt around it. The parts a system adds of its own are handed on as they are; its
+own file knows them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from torch import Tensor
+
+from lexiseg.errors import LexisegError
+from lexiseg.proposals.base import Mask2FormerOptions, ProposalGenerator, build_generator
+from lexiseg.weights.detectron_keys import HEAD, generator_tensors, infer_generator_options
+
+System = Literal["deop", "zsseg", "zegformer", "freeseg", "maft", "prompts"]
+
+_ADAPTER = "clip_adapter."
+_REGION_ADAPTER = "_region_clip_adapter."
+_PREDICTOR = HEAD + "predictor."
+_ZEGFORMER_CLIP = _PREDICTOR + "clip_model."
+_ZEGFORMER_SCORES = ("bg_feature", "logit_scale")
+# DeOP's own modules beside the generator and the adapter.
+_DEOP = ("decoder.", "query_embedding.", "decoderConv.", "decoderConvs.")
+# Tables that DeOP adds to the tokens of CLIP's image tower, or prompts it prepends.
+_TABLES = re.compile(
+    r"visual\.(?:transformer\.resblocks\.\d+\.)?learned_position|visual\.transformer\.deep_prompt_embeddings"
+)
+# Tensors that take part in no computation of ours: class weights of a loss, constants, and embeddings of fixed tokens
+# ("X." and so on), which the text tower holds anyway.
+_UNUSED = re.compile(
+    r"criterion\.empty_weight|pixel_(?:mean|std)"
+    r"|_?(?:region_)?clip_adapter\.(?:pixel_(?:mean|std)|prompt_learner\.(?:start|dot|end|pad)_signal)"
+    r"|T\..+"
+)
+
+
+@dataclass
+class AdapterParts:
+    """A CLIP and what was learnt around it.
+
+    Attributes:
+        clip: tensors by OpenAI's names; {} where the file has none.
+        tables: tables and prompts of the image tower (DeOP), by OpenAI-like names from ``visual.`` on.
+        prompt: "prefix_prompt", "suffix_prompt", "task_prompt", as far as they were learnt.
+        non_object: (1, D), the row of no class; None where the file has none.
+    """
+
+    clip: dict[str, Tensor] = field(default_factory=dict)
+    tables: dict[str, Tensor] = field(default_factory=dict)
+    prompt: dict[str, Tensor] = field(default_factory=dict)
+    non_object: Tensor | None = None
+
+
+@dataclass
+class CheckpointParts:
+    """A checkpoint taken apart. Nothing is copied.
+
+    Attributes:
+        system: what it is a checkpoint of; "prompts" is a file of the prompt stage, CLIP and prompts alone. DeOP's
+            proposal stage cannot be told from ZSSeg, which is the same network: it says "zsseg".
+        generator: the proposal generator's tensors by the authors' keys, in the newest layout.
+        adapter: CLIP and what was learnt around it. ZegFormer's training checkpoints have no CLIP.
+        region_adapter: the second adapter that some of ZSSeg's files hold, which classifies the crops.
+        image_tower: MAFT's fine-tuned image tower, OpenAI's names from ``visual.`` on.
+        own: tensors of the system's own modules by the authors' keys: DeOP's decoder and queries, ZegFormer's
+            ``bg_feature`` and ``logit_scale``.
+        unused: keys that were recognised and take part in no computation.
+        left_over: keys that nothing here knows.
+    """
+
+    system: System
+    generator: dict[str, Tensor] = field(default_factory=dict)
+    adapter: AdapterParts = field(default_factory=AdapterParts)
+    region_adapter: AdapterParts | None = None
+    image_tower: dict[str, Tensor] = field(default_factory=dict)
+    own: dict[str, Tensor] = field(default_factory=dict)
+    unused: list[str] = field(default_factory=list)
+    left_over: list[str] = field(default_factory=list)
+
+
+def recognise_detectron(state: Mapping[str, Tensor]) -> System | None:
+    """Tell by its keys what a checkpoint is of; None if it is none of these."""
+
+    def has(*prefixes: str) -> bool:
+        return any(key.startswith(prefixes) for key in state)
+
+    if not has("backbone.stem.", HEAD):
+        learnt = has(_ADAPTER + "prompt_learner.") and has(_ADAPTER + "clip_model.")
+        return "prompts" if learnt and not has(*_DEOP) else None
+    if has("IPCLIP."):
+        return "maft"
+    if has(*_DEOP) or any(_TABLES.fullmatch(key.removeprefix(_ADAPTER + "clip_model.")) for key in state):
+        return "deop"
+    if has(_PREDICTOR + "projection_layer.", _PREDICTOR + "bg_feature"):
+        return "zegformer"
+    if has(HEAD + "interaction."):
+        return "freeseg"
+    return "zsseg" if has(_PREDICTOR + "class_embed.") and has(_ADAPTER) else None
+
+
+def newest_key(key: str) -> str:
+    """Bring a key to the newest layout.
+
+    Old MaskFormer files have the pixel decoder's tensors directly under ``sem_seg_head.``; files that were saved again
+    without their version note may have its prefix twice.
+    """
+    rest = key.removeprefix(HEAD)
+    if rest == key:
+        return key
+    if rest.startswith("pixel_decoder."):
+        while rest.startswith("pixel_decoder.pixel_decoder."):
+            rest = rest.removeprefix("pixel_decoder.")
+        return HEAD + rest
+    if rest.startswith(("predictor.", "interaction.")):
+        return key
+    return f"{HEAD}pixel_decoder.{rest}"
+
+
+def split_checkpoint(state: Mapping[str, Tensor]) -> CheckpointParts:
+    """Take a checkpoint apart.
+
+    Args:
+        state: a flat state dict, as `read_checkpoint` gives it.
+
+    Raises:
+        LexisegError: it is none of these systems' checkpoints.
+    """
+    system = recognise_detectron(state)
+    if system is None:
+        first = ", ".join(sorted(state)[:3])
+        raise LexisegError(
+            f"The checkpoint is of none of DeOP, ZSSeg, ZegFormer, FreeSeg and MAFT (its keys begin with {first}); "
+            "give a file as their authors published it."
+        )
+    parts = CheckpointParts(system)
+    for old, tensor in state.items():
+        key = newest_key(old)
+        if _UNUSED.fullmatch(key):
+            parts.unused.append(old)
+        elif key.startswith(_ZEGFORMER_CLIP):
+            _put_clip(parts.adapter, key.removeprefix(_ZEGFORMER_CLIP), tensor)
+        elif key.removeprefix(_PREDICTOR) in _ZEGFORMER_SCORES or key.startswith(_DEOP):
+            parts.own[key.removeprefix(_PREDICTOR)] = tensor
+        elif key.startswith(("backbone.", HEAD)):
+            parts.generator[key] = tensor
+        elif key.startswith("IPCLIP."):
+            parts.image_tower["visual." + key.removeprefix("IPCLIP.")] = tensor
+        elif key.startswith(_ADAPTER) and _put(parts.adapter, key.removeprefix(_ADAPTER), tensor):
+            continue
+        elif key.startswith(_REGION_ADAPTER):
+            parts.region_adapter = parts.region_adapter or AdapterParts()
+            if not _put(parts.region_adapter, key.removeprefix(_REGION_ADAPTER), tensor):
+                parts.left_over.append(old)
+        else:
+            parts.left_over.append(old)
+    return parts
+
+
+def _put(parts: AdapterParts, key: str, tensor: Tensor) -> bool:
+    if key.startswith("clip_model."):
+        _put_clip(parts, key.removeprefix("clip_model."), tensor)
+    elif re.fullmatch(r"prompt_learner\.(prefix|suffix|task)_prompt", key):
+        parts.prompt[key.removeprefix("prompt_learner.")] = tensor
+    elif key == "non_object_embedding":
+        parts.non_object = tensor
+    else:
+        return False
+    return True
+
+
+def _put_clip(parts: AdapterParts, key: str, tensor: Tensor) -> None:
+    (parts.tables if _TABLES.fullmatch(key) else parts.clip)[key] = tensor
+
+
+def build_generator_from(
+    parts: CheckpointParts,
+    *,
+    heads: int | None = None,
+    encoder_heads: int | None = None,
+    interaction_heads: int | None = None,
+    name: str = "the checkpoint",
+) -> ProposalGenerator:
+    """Build the proposal generator of a checkpoint, filled; every tensor of ours must be there, and none left over.
+
+    Args:
+        parts: from `split_checkpoint`.
+        heads: see `infer_generator_options`.
+        encoder_heads: see there.
+        interaction_heads: see there.
+        name: how errors call the file.
+
+    Raises:
+        LexisegError: tensors are missing, left over or of another shape; they are listed.
+    """
+    options = infer_generator_options(
+        parts.generator, heads=heads, encoder_heads=encoder_heads, interaction_heads=interaction_heads
+    )
+    generator = build_generator(options)
+    fill_generator(generator, parts.generator, masked=isinstance(options, Mask2FormerOptions), name=name)
+    return generator.eval()
+
+
+def fill_generator(generator: ProposalGenerator, state: Mapping[str, Tensor], *, masked: bool, name: str) -> None:
+    """Fill a generator from the authors' tensors.
+
+    Args:
+        generator: MaskFormer or Mask2Former.
+        state: the authors' tensors, keys ``backbone.`` and ``sem_seg_head.``.
+        masked: the generator is Mask2Former.
+        name: how errors call the file.
+
+    Raises:
+        LexisegError: tensors are missing, left over or of another shape; they are listed.
+    """
+    tensors, missing, left_over, wrong = generator_tensors(generator.state_dict(), state, masked=masked)
+    if missing or left_over or wrong:
+        said = [
+            f"{label} {', '.join(items)}"
+            for label, items in (("missing:", missing), ("left over:", left_over), ("of another shape:", wrong))
+            if items
+        ]
+        raise LexisegError(f"The proposal generator of {name} does not fit; {'; '.join(said)}.")
+    generator.load_state_dict(tensors)

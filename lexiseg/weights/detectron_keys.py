@@ -1,0 +1,298 @@
+"""Where the tensors of our proposal generators lie in the authors' checkpoints, which have detectron2's layout.
+
+The keys hold for DeOP, ZSSeg and ZegFormer (MaskFormer) and for FreeSeg and MAFT (Mask2Former with interaction).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lexiseg.errors import LexisegError
+from lexiseg.proposals.base import Mask2FormerOptions, MaskFormerOptions
+
+HEAD = "sem_seg_head."
+_PIXEL = HEAD + "pixel_decoder."
+_PREDICTOR = HEAD + "predictor."
+# The heads of the released models; no tensor's shape tells them.
+_HEADS = 8
+_POINTS = 4
+_LEVELS = 3
+# The third stage's blocks tell the depth.
+_BACKBONES = {23: "r101", 6: "r50"}
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where one of our tensors lies in the authors' file.
+
+    Attributes:
+        key: the authors' key.
+        block: which third of its rows it is (query, key or value); None: all of it.
+    """
+
+    key: str
+    block: int | None = None
+
+    def read(self, state: Mapping[str, Tensor]) -> Tensor:
+        """Take the tensor from the authors' state dict."""
+        tensor = state[self.key]
+        return tensor if self.block is None else tensor.chunk(3)[self.block]
+
+
+_BACKBONE = (
+    (r"layer(\d)\.(\d+)\.conv(\d)\.(.+)", r"res{stage}.\2.conv\3.\4"),
+    (r"layer(\d)\.(\d+)\.bn(\d)\.(.+)", r"res{stage}.\2.conv\3.norm.\4"),
+    (r"layer(\d)\.(\d+)\.downsample\.0\.(.+)", r"res{stage}.\2.shortcut.\3"),
+    (r"layer(\d)\.(\d+)\.downsample\.1\.(.+)", r"res{stage}.\2.shortcut.norm.\3"),
+    (r"conv1\.0\.(.+)", r"stem.conv1.\1"),
+    (r"conv1\.1\.(.+)", r"stem.conv1.norm.\1"),
+    (r"conv1\.3\.(.+)", r"stem.conv2.\1"),
+    (r"conv1\.4\.(.+)", r"stem.conv2.norm.\1"),
+    (r"conv1\.6\.(.+)", r"stem.conv3.\1"),
+    (r"conv1\.(.+)", r"stem.conv1.\1"),
+)
+_NORM_OR_ITSELF = {"0": "", "1": "norm."}
+_ATTENTION = {"q_proj": 0, "k_proj": 1, "v_proj": 2}
+_LAYER = r"transformer\.decoder\.layers\.(\d+)\."
+_THEIR_LAYER = _PREDICTOR + r"transformer.decoder.layers.\1."
+_MASKFORMER = (
+    (r"pixel_decoder\.mask_projection\.(.+)", _PIXEL + r"mask_features.\1"),
+    (r"transformer\.queries_embedder\.(.+)", _PREDICTOR + r"query_embed.\1"),
+    (r"transformer\.input_projection\.(.+)", _PREDICTOR + r"input_proj.\1"),
+    (r"transformer\.decoder\.layernorm\.(.+)", _PREDICTOR + r"transformer.decoder.norm.\1"),
+    (_LAYER + r"mlp\.fc(\d)\.(.+)", _THEIR_LAYER + r"linear\2.\3"),
+    (_LAYER + r"self_attn_layer_norm\.(.+)", _THEIR_LAYER + r"norm1.\2"),
+    (_LAYER + r"encoder_attn_layer_norm\.(.+)", _THEIR_LAYER + r"norm2.\2"),
+    (_LAYER + r"final_layer_norm\.(.+)", _THEIR_LAYER + r"norm3.\2"),
+    (_LAYER + r"self_attn\.o_proj\.(.+)", _THEIR_LAYER + r"self_attn.out_proj.\2"),
+    (_LAYER + r"encoder_attn\.o_proj\.(.+)", _THEIR_LAYER + r"multihead_attn.out_proj.\2"),
+    (r"mask_embed\.(\d)\.0\.(.+)", _PREDICTOR + r"mask_embed.layers.\1.\2"),
+)
+_CLASS_HEAD = (
+    (r"class_embed\.layers\.(\d)\.(.+)", _PREDICTOR + r"class_embed.layers.\1.\2"),
+    (r"class_embed\.(weight|bias)", _PREDICTOR + r"projection_layer.\1"),
+)
+_OUR_ENCODER = r"pixel_decoder\.encoder\.layers\.(\d+)\."
+_ENCODER = _PIXEL + r"transformer.encoder.layers.\1."
+_SELF = _PREDICTOR + r"transformer_self_attention_layers.\1."
+_CROSS = _PREDICTOR + r"transformer_cross_attention_layers.\1."
+_FFN = _PREDICTOR + r"transformer_ffn_layers.\1."
+_INTERACTION = HEAD + "interaction."
+_MASK2FORMER = (
+    (r"pixel_decoder\.mask_projection\.(.+)", _PIXEL + r"mask_features.\1"),
+    (r"pixel_decoder\.input_projections\.(.+)", _PIXEL + r"input_proj.\1"),
+    (r"pixel_decoder\.level_embed", _PIXEL + "transformer.level_embed"),
+    (_OUR_ENCODER + r"self_attn_layer_norm\.(.+)", _ENCODER + r"norm1.\2"),
+    (_OUR_ENCODER + r"final_layer_norm\.(.+)", _ENCODER + r"norm2.\2"),
+    (_OUR_ENCODER + r"fc(\d)\.(.+)", _ENCODER + r"linear\2.\3"),
+    (_OUR_ENCODER + r"(self_attn\..+)", _ENCODER + r"\2"),
+    (r"transformer\.queries_features\.(.+)", _PREDICTOR + r"query_feat.\1"),
+    (r"transformer\.queries_embedder\.(.+)", _PREDICTOR + r"query_embed.\1"),
+    (r"transformer\.level_embed\.(.+)", _PREDICTOR + r"level_embed.\1"),
+    (r"transformer\.input_projections\.(.+)", _PREDICTOR + r"input_proj.\1"),
+    (r"transformer\.decoder\.layernorm\.(.+)", _PREDICTOR + r"decoder_norm.\1"),
+    (r"transformer\.decoder\.mask_predictor\.mask_embedder\.(\d)\.0\.(.+)", _PREDICTOR + r"mask_embed.layers.\1.\2"),
+    (_LAYER + r"self_attn\.out_proj\.(.+)", _SELF + r"self_attn.out_proj.\2"),
+    (_LAYER + r"self_attn_layer_norm\.(.+)", _SELF + r"norm.\2"),
+    (_LAYER + r"cross_attn\.(.+)", _CROSS + r"multihead_attn.\2"),
+    (_LAYER + r"cross_attn_layer_norm\.(.+)", _CROSS + r"norm.\2"),
+    (_LAYER + r"fc(\d)\.(.+)", _FFN + r"linear\2.\3"),
+    (_LAYER + r"final_layer_norm\.(.+)", _FFN + r"norm.\2"),
+    (r"interaction\.norm_features\.(.+)", _INTERACTION + r"layer_norm_q_1.\1"),
+    (r"interaction\.norm_text\.(.+)", _INTERACTION + r"layer_norm_k_1.\1"),
+    (r"interaction\.query\.(.+)", _INTERACTION + r"attn.q_proj.\1"),
+    (r"interaction\.key\.(.+)", _INTERACTION + r"attn.k_proj.\1"),
+    (r"interaction\.value\.(.+)", _INTERACTION + r"attn.v_proj.\1"),
+    (r"interaction\.out\.(.+)", _INTERACTION + r"attn.out_proj.\1"),
+    (r"interaction\.gamma", _INTERACTION + "gamma"),
+)
+
+
+def source_of(name: str, *, deep_stem: bool, masked: bool) -> Source:
+    """Where a tensor of a generator lies in the authors' file.
+
+    Args:
+        name: its name in our generator's state dict.
+        deep_stem: the backbone has a stem of three convolutions.
+        masked: the generator is Mask2Former, not MaskFormer.
+
+    Raises:
+        KeyError: no generator has such a tensor.
+    """
+    if name.startswith("backbone.body."):
+        return Source("backbone." + _backbone_key(name.removeprefix("backbone.body."), deep_stem))
+    if (attention := _query_key_value(name, masked)) is not None:
+        return attention
+    if not masked and (found := re.fullmatch(r"pixel_decoder\.fpn\.(.+)", name)):
+        return Source(_PIXEL + _fpn_key(found[1]))
+    if masked and (found := re.fullmatch(r"pixel_decoder\.((?:adapter|layer)_\d)\.(\d)\.(.+)", name)):
+        return Source(f"{_PIXEL}{found[1]}.{_NORM_OR_ITSELF[found[2]]}{found[3]}")
+    for pattern, replacement in (*(_MASK2FORMER if masked else _MASKFORMER), *_CLASS_HEAD):
+        if found := re.fullmatch(pattern, name):
+            return Source(found.expand(replacement))
+    raise KeyError(name)
+
+
+def _backbone_key(name: str, deep_stem: bool) -> str:
+    if found := re.fullmatch(r"bn1\.(.+)", name):
+        return f"stem.conv{3 if deep_stem else 1}.norm.{found[1]}"
+    for pattern, replacement in _BACKBONE:
+        if found := re.fullmatch(pattern, name):
+            stage = int(found[1]) + 1 if "{stage}" in replacement else 0
+            return found.expand(replacement.replace("{stage}", str(stage)))
+    raise KeyError(name)
+
+
+def _query_key_value(name: str, masked: bool) -> Source | None:
+    """Our separate query, key and value projections are one tensor in the authors' attention."""
+    found = re.fullmatch(_LAYER + r"(self|encoder)_attn\.([qkv]_proj)\.(weight|bias)", name)
+    if found is None:
+        return None
+    layer, attention, part, kind = found.groups()
+    if masked:
+        where = f"{_PREDICTOR}transformer_self_attention_layers.{layer}.self_attn"
+    else:
+        where = f"{_PREDICTOR}transformer.decoder.layers.{layer}."
+        where += "self_attn" if attention == "self" else "multihead_attn"
+    return Source(f"{where}.in_proj_{kind}", _ATTENTION[part])
+
+
+def _fpn_key(name: str) -> str:
+    # Ours count from the coarsest: stem is their layer 4, layers.0 their layer 3 and adapter 3.
+    if found := re.fullmatch(r"stem\.(\d)\.(.+)", name):
+        return f"layer_4.{_NORM_OR_ITSELF[found[1]]}{found[2]}"
+    if found := re.fullmatch(r"layers\.(\d)\.(proj|block)\.(\d)\.(.+)", name):
+        part = "adapter" if found[2] == "proj" else "layer"
+        return f"{part}_{3 - int(found[1])}.{_NORM_OR_ITSELF[found[3]]}{found[4]}"
+    raise KeyError(name)
+
+
+def _count(state: Mapping[str, Tensor], prefix: str) -> int:
+    return 1 + max((int(key[len(prefix) :].split(".", 1)[0]) for key in state if key.startswith(prefix)), default=-1)
+
+
+def infer_generator_options(
+    state: Mapping[str, Tensor],
+    *,
+    heads: int | None = None,
+    encoder_heads: int | None = None,
+    interaction_heads: int | None = None,
+) -> MaskFormerOptions | Mask2FormerOptions:
+    """Read a generator's options off the shapes of the authors' tensors.
+
+    Args:
+        state: the authors' tensors, keys ``backbone.`` and ``sem_seg_head.``.
+        heads: attention heads of the query decoder; None: 8, as in all released models. No shape tells.
+        encoder_heads: heads of Mask2Former's deformable encoder; None: as many as its tensors say with 4 points each.
+        interaction_heads: heads of the context interaction; None: as ``heads``.
+
+    Raises:
+        LexisegError: tensors that every such file has are missing, or the backbone is of an unknown depth.
+    """
+    try:
+        return _infer(state, heads or _HEADS, encoder_heads, interaction_heads)
+    except KeyError as error:
+        raise LexisegError(
+            f"The checkpoint has no {error.args[0]}, without which its proposal generator cannot be rebuilt; it may be "
+            "of another stage of training."
+        ) from error
+
+
+def _infer(
+    state: Mapping[str, Tensor], heads: int, encoder_heads: int | None, interaction_heads: int | None
+) -> MaskFormerOptions | Mask2FormerOptions:
+    deep = "backbone.stem.conv3.weight" in state
+    blocks = _count(state, "backbone.res4.")
+    depth = _BACKBONES.get(blocks)
+    if depth is None:
+        raise LexisegError(
+            f"The checkpoint's backbone has {blocks} blocks in res4; lexiseg knows ResNet-50 (6) and 101 (23)."
+        )
+    widths = [state[f"backbone.res{stage}.0.conv1.weight"].shape[0] for stage in (2, 3, 4, 5)]
+    queries = state[_PREDICTOR + "query_embed.weight"]
+    masks = _PREDICTOR + f"mask_embed.layers.{_count(state, _PREDICTOR + 'mask_embed.layers.') - 1}.weight"
+    common: dict[str, Any] = {
+        "backbone": depth + ("c" if deep else ""),
+        "widths": tuple(widths),
+        "stem_width": state[f"backbone.stem.conv{3 if deep else 1}.weight"].shape[0],
+        "num_queries": queries.shape[0],
+        "hidden_dim": queries.shape[1],
+        "pixel_dim": state[_PIXEL + "adapter_1.weight"].shape[0],
+        "mask_dim": state[masks].shape[0],
+        "heads": heads,
+        **_infer_class_head(state),
+    }
+    layers = _PREDICTOR + "transformer.decoder.layers."
+    if any(key.startswith(layers) for key in state):
+        return MaskFormerOptions(
+            **common,
+            decoder_layers=_count(state, layers),
+            ffn_dim=state[f"{layers}0.linear1.weight"].shape[0],
+        )
+    encoder = _PIXEL + "transformer.encoder.layers."
+    pairs = state[f"{encoder}0.self_attn.attention_weights.weight"].shape[0] // _LEVELS
+    encoder_heads = encoder_heads or pairs // _POINTS
+    interaction = _INTERACTION + "gamma" in state
+    extra: dict[str, Any] = {}
+    if interaction:
+        inner, text = state[_INTERACTION + "attn.k_proj.weight"].shape
+        extra = {"interaction_dim": inner, "text_dim": text, "interaction_heads": interaction_heads or heads}
+    ffn = _PREDICTOR + "transformer_ffn_layers."
+    return Mask2FormerOptions(
+        **common,
+        **extra,
+        decoder_layers=_count(state, ffn),
+        ffn_dim=state[f"{ffn}0.linear1.weight"].shape[0],
+        encoder_layers=_count(state, encoder),
+        encoder_ffn_dim=state[f"{encoder}0.linear1.weight"].shape[0],
+        encoder_heads=encoder_heads,
+        encoder_points=pairs // encoder_heads,
+        interaction=interaction,
+    )
+
+
+def _infer_class_head(state: Mapping[str, Tensor]) -> dict[str, Any]:
+    if (key := _PREDICTOR + "projection_layer.weight") in state:
+        return {"class_head": "linear", "embed_dim": state[key].shape[0]}
+    if (key := _PREDICTOR + "class_embed.layers.0.weight") in state:
+        embed_dim = state[_PREDICTOR + "class_embed.layers.1.weight"].shape[0]
+        return {"class_head": "cosine-mlp", "class_hidden": state[key].shape[0], "embed_dim": embed_dim}
+    return {"class_head": "none"}
+
+
+def generator_tensors(
+    target: Mapping[str, Tensor], state: Mapping[str, Tensor], *, masked: bool
+) -> tuple[dict[str, Tensor], list[str], list[str], list[str]]:
+    """Gather a generator's tensors from the authors' file.
+
+    Args:
+        target: our generator's state dict, for names and shapes.
+        state: the authors' tensors, keys ``backbone.`` and ``sem_seg_head.``.
+        masked: the generator is Mask2Former.
+
+    Returns:
+        tensors by our names, in float32; the authors' keys that are missing; those that nothing asked for; and a
+        sentence about each that has another shape.
+    """
+    deep = "backbone.body.conv1.0.weight" in target
+    found: dict[str, Tensor] = {}
+    asked: set[str] = set()
+    wrong: list[str] = []
+    for name, ours in target.items():
+        source = source_of(name, deep_stem=deep, masked=masked)
+        asked.add(source.key)
+        if source.key not in state:
+            continue
+        theirs = source.read(state)
+        if theirs.shape != ours.shape:
+            thirds = "" if source.block is None else f", a third of {tuple(state[source.key].shape)},"
+            wrong.append(f"{source.key}{thirds} is {tuple(theirs.shape)} instead of {tuple(ours.shape)}")
+            continue
+        found[name] = theirs.to(torch.float32)
+    return found, sorted(asked - state.keys()), sorted(state.keys() - asked), wrong

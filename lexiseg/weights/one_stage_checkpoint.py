@@ -1,0 +1,253 @@
+"""The key layout of the authors' one-stage checkpoints, and how it maps to our modules.
+
+ZegCLIP's, Cascade-CLIP's and SPT-SEG's files hold three parts, ``backbone.``, ``text_encoder.`` and ``decode_head.``.
+Some of their tensors never take part in any computation: the decoder layers' self-attention and first norm, the value
+path of the last layer, the loss's class weights, and in SPT-SEG the attention that the spectral guide replaced. They
+are recognised, not needed, and reported. Of SPT-SEG no checkpoint was published; its layout is that of its code.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any, cast
+
+from torch import Tensor
+
+from lexiseg.clip import build_clip
+from lexiseg.errors import LexisegError
+from lexiseg.models import SYSTEMS
+from lexiseg.models.levels import format_groups
+from lexiseg.models.one_stage import OneStageModel
+from lexiseg.weights.clip_state import infer_vit_architecture
+
+IMAGENET_MEAN = (123.675 / 255, 116.28 / 255, 103.53 / 255)
+IMAGENET_STD = (58.395 / 255, 57.12 / 255, 57.375 / 255)
+
+NAMES = {"zegclip": "ZegCLIP", "cascade-clip": "Cascade-CLIP", "spt-seg": "SPT-SEG"}
+
+_PAIRS = (
+    ("clip.model.visual.", "backbone."),
+    ("prompts.embeddings", "backbone.prompt_embeddings"),
+    ("prompts.deep_embeddings", "backbone.deep_prompt_embeddings"),
+    ("prompts.proj.", "backbone.prompt_proj."),
+    ("prompts.norm.", "backbone.prompt_norm."),
+    ("spectral.weight", "backbone.complex_weight"),
+    ("levels.norms.", "backbone.ln_layers."),
+    ("levels.projections", "backbone.proj_layers"),
+    ("query_proj.", "decode_head.q_proj."),
+    ("query_projs.", "decode_head.q_projs."),
+    ("memory_proj.0.", "decode_head.input_proj_1."),
+    ("memory_proj.1.", "decode_head.proj_norm_1."),
+    ("decoder.layers.", "decode_head.decoder_1.layers."),
+    ("decoders.", "decode_head.cascade_decoders."),
+    ("clip.model.", "text_encoder."),
+)
+_LAYER_PARTS = {
+    "query": "multihead_attn.q",
+    "key": "multihead_attn.k",
+    "value": "multihead_attn.v",
+    "out": "multihead_attn.proj",
+    "ffn_in": "linear1",
+    "ffn_out": "linear2",
+    "norm_attention": "norm2",
+    "norm_ffn": "norm3",
+}
+_SPECTRAL_PARTS = {
+    "guide.prompt": "hlfs.prompt",
+    "guide.transform": "hlfs.top_down_transform",
+    "guide.low_query": "hlfs.l_q",
+    "guide.low_key_value": "hlfs.l_kv",
+    "guide.low_out": "hlfs.l_proj",
+    "guide.high": "hlfs.h_qkv",
+    "out": "hlfs.proj",
+}
+_LAYER = re.compile(r"(decode_head\.(?:decoder_1|cascade_decoders\.\d+)\.layers)\.(\d+)\.(.+)")
+_NOT_STORED = frozenset({"clip.model.logit_scale"})
+
+
+def authors_key(name: str, system: str = "zegclip") -> str | None:
+    """The authors' key of one of our state dict's names, or None where their file has no such tensor."""
+    if name in _NOT_STORED:
+        return None
+    aggregation = re.fullmatch(r"aggregations\.(\d+)\.weights", name)
+    if aggregation is not None:
+        return f"decode_head.weights_s{int(aggregation[1]) + 1}"
+    for ours, theirs in _PAIRS:
+        if name.startswith(ours):
+            key = theirs + name[len(ours) :]
+            break
+    else:
+        return None
+    layer = _LAYER.fullmatch(key)
+    if layer is None:
+        return key
+    parts = {**_LAYER_PARTS, **_SPECTRAL_PARTS} if system == "spt-seg" else _LAYER_PARTS
+    part = next(part for part in parts if layer[3] == part or layer[3].startswith(f"{part}."))
+    return f"{layer[1]}.{layer[2]}.{parts[part]}{layer[3][len(part) :]}"
+
+
+def is_unused(key: str, model: OneStageModel) -> bool:
+    """Say whether a tensor of the authors' file takes no part in any computation of ``model``."""
+    if key == "decode_head.loss_decode.criterion.empty_weight":
+        return True
+    depth = None if model.prompts is None else model.prompts.depth
+    spectral = model.spectral_options is not None
+    dead = [".prompt_norm."] * (depth == 0) + [".proj_fre."] * spectral
+    if key.startswith(tuple(f"backbone{part}" for part in dead)):
+        return True
+    layer = _LAYER.fullmatch(key)
+    if layer is None:
+        return False
+    index, rest = int(layer[2]), layer[3]
+    always = ("self_attn.", "norm1.", "multihead_attn.", "hlfs.h_proj.") if spectral else ("self_attn.", "norm1.")
+    if rest.startswith(always):
+        return True
+    mixing = ("hlfs.proj.",) if spectral else ("multihead_attn.v.", "multihead_attn.proj.")
+    last = (*mixing, "linear1.", "linear2.", "norm2.", "norm3.")
+    return index == model.options.decoder_layers - 1 and rest.startswith(last)
+
+
+def recognise(state: Mapping[str, Tensor]) -> str | None:
+    """Name the system whose checkpoint this is by its keys: "zegclip", "cascade-clip", "spt-seg", or None."""
+    if any(key.startswith("decode_head.q_projs.") for key in state):
+        return "cascade-clip"
+    if "backbone.complex_weight" in state:
+        return "spt-seg"
+    if "backbone.class_embedding" in state and "decode_head.q_proj.weight" in state:
+        return "zegclip"
+    return None
+
+
+def _count(state: Mapping[str, Tensor], prefix: str) -> int:
+    found = {int(key[len(prefix) :].split(".", 1)[0]) for key in state if key.startswith(prefix)}
+    return max(found) + 1 if found else 0
+
+
+def _get(state: Mapping[str, Tensor], key: str, name: str) -> Tensor:
+    if key not in state:
+        raise LexisegError(f"{name} lacks {key}; take a complete file with the text encoder in it.")
+    return state[key]
+
+
+def infer_architecture(
+    state: Mapping[str, Tensor],
+    *,
+    heads: int | None = None,
+    text_heads: int | None = None,
+    name: str = "the checkpoint",
+) -> dict[str, Any]:
+    """Read the CLIP architecture off the shapes of a checkpoint; see `infer_vit_architecture`."""
+    towers = {f"visual.{key[9:]}": value for key, value in state.items() if key.startswith("backbone.")}
+    towers |= {key[13:]: value for key, value in state.items() if key.startswith("text_encoder.")}
+    return infer_vit_architecture(towers, heads=heads, text_heads=text_heads, name=name)
+
+
+def infer_options(state: Mapping[str, Tensor], system: str, name: str = "the checkpoint") -> dict[str, Any]:
+    """Read a system's options off a checkpoint; what shapes cannot tell is as in the authors' configurations."""
+    cascade = system == "cascade-clip"
+    embed_dim = _get(state, "backbone.proj", name).shape[1]
+    dim, inputs = _get(state, f"decode_head.{'q_projs.0' if cascade else 'q_proj'}.weight", name).shape
+    patch = _get(state, "backbone.conv1.weight", name).shape[-1]
+    side = math.isqrt(_get(state, "backbone.positional_embedding", name).shape[0] - 1) * patch
+    layers = f"decode_head.{'cascade_decoders.0' if cascade else 'decoder_1'}.layers."
+    options: dict[str, Any] = {
+        "descriptor": inputs == 2 * embed_dim,
+        "decoder_layers": _count(state, layers),
+        "class_embedding_twice": True,
+        "mask_size": side,
+        "mean": IMAGENET_MEAN,
+        "std": IMAGENET_STD,
+        "window_size": side,
+        "window_stride": side * 426 // 512,
+        "short_side": side,
+    }
+    first = state.get(f"{layers}0.linear1.weight")
+    if first is not None:
+        options["ffn_ratio"] = first.shape[0] / dim
+    shallow, deep = state.get("backbone.prompt_embeddings"), state.get("backbone.deep_prompt_embeddings")
+    prompts = shallow if deep is None else deep
+    if prompts is not None:
+        depth = 0 if deep is None else len(deep)
+        options |= {"prompt_depth": depth if shallow is not None else -depth, "num_prompts": prompts.shape[1]}
+    if system == "zegclip":
+        options |= {
+            "backbone": "fixed" if prompts is None else "prompt",
+            "decoder_dim": dim,
+            "project_memory": "decode_head.input_proj_1.weight" in state,
+        }
+    elif cascade:
+        options |= {"host": "frozen" if prompts is None else "zegclip", "groups": _infer_groups(state)}
+    else:
+        options["filter_grid"] = len(_get(state, "backbone.complex_weight", name))
+    return options
+
+
+def _infer_groups(state: Mapping[str, Tensor]) -> str:
+    """The groups of a Cascade-CLIP checkpoint, for which shapes give the sizes only.
+
+    As in the released models the last group is the last block, and the others are the blocks before it.
+    """
+    sizes: list[int] = []
+    while f"decode_head.weights_s{len(sizes) + 1}" in state:
+        sizes.append(len(state[f"decode_head.weights_s{len(sizes) + 1}"]))
+    last = _count(state, "backbone.transformer.resblocks.")
+    block = last
+    groups: list[tuple[int, ...]] = [(last,)]
+    for size in reversed(sizes):
+        block -= size
+        groups.insert(0, tuple(range(block, block + size)))
+    return format_groups(tuple(groups))
+
+
+def read_one_stage(
+    state: Mapping[str, Tensor],
+    *,
+    heads: int | None = None,
+    text_heads: int | None = None,
+    options: Mapping[str, Any] | None = None,
+    name: str = "The checkpoint",
+) -> tuple[OneStageModel, list[str]]:
+    """Build a one-stage model from the authors' tensors.
+
+    Args:
+        state: tensors by the authors' keys.
+        heads: attention heads of the image tower, which no shape tells; None is one a 64 channels, as in all CLIPs.
+        text_heads: the same for the text tower.
+        options: replace what `infer_options` finds.
+        name: what to call the file in messages.
+
+    Returns:
+        the model, and the keys that take part in no computation and were left out.
+
+    Raises:
+        LexisegError: it is of none of the systems, or tensors are missing, left over or of the wrong shape; all of
+            them are listed.
+    """
+    system = recognise(state)
+    if system is None:
+        raise LexisegError(f"{name} is no checkpoint of {', '.join(NAMES.values())}.")
+    found = {**infer_options(state, system, name), **(options or {})}
+    clip = build_clip(infer_architecture(state, heads=heads, text_heads=text_heads, name=name), name="clip")
+    model = cast(OneStageModel, SYSTEMS[system].build(clip, found))
+    target = model.state_dict()
+    keys = {ours: authors_key(ours, system) for ours in target}
+    wanted = {theirs: ours for ours, theirs in keys.items() if theirs is not None}
+    missing = sorted(wanted.keys() - state.keys())
+    unused = [key for key in state if key not in wanted and is_unused(key, model)]
+    extra = sorted(state.keys() - wanted.keys() - set(unused))
+    wrong = [
+        f"{key} is {tuple(state[key].shape)} instead of {tuple(target[ours].shape)}"
+        for key, ours in wanted.items()
+        if key in state and state[key].shape != target[ours].shape
+    ]
+    if missing or extra or wrong:
+        parts = [
+            f"{label} {', '.join(items)}"
+            for label, items in (("missing:", missing), ("left over:", extra), ("of another shape:", wrong))
+            if items
+        ]
+        raise LexisegError(f"{name} looks like {NAMES[system]} but does not fit it; {'; '.join(parts)}.")
+    model.load_state_dict({**target, **{ours: state[theirs].float() for theirs, ours in wanted.items()}})
+    return model.eval(), unused

@@ -1,0 +1,237 @@
+"""Readers, class lists and label values of the real data sets, on their miniatures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from lexiseg.data.base import SegmentationDataset, unseen_ids
+from lexiseg.data.sets.catalog import NAMES, data_set, voc_color
+from lexiseg.data.sets.class_list import read_class_list
+from lexiseg.data.sets.open import open_data_set, splits_of
+from lexiseg.data.sets.verify import verify
+from lexiseg.errors import LexisegError
+from tests.miniatures import ADE_847, CONTEXT_459, MINIATURES, SIZE, WIDE, values_in
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Each miniature, written once; tests that change one write their own."""
+    written: dict[str, Path] = {}
+
+    def of(name: str) -> Path:
+        if name not in written:
+            written[name] = tmp_path_factory.mktemp(name)
+            MINIATURES[name][1](written[name])
+        return written[name]
+
+    return of
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_catalog(name):
+    info = data_set(name)
+    assert info.num_classes == {"voc2012": 20, "coco-stuff-164k": 171, "pascal-context-59": 59,
+                                "pascal-context-459": 459, "ade20k-150": 150, "ade20k-847": 847}[name]  # fmt: skip
+    assert info.ignore == (255 if info.num_classes <= 255 else WIDE) and info.ignore in info.void
+    assert sorted(info.id_map.values()) == list(range(info.num_classes))
+    assert not set(info.void) & set(info.id_map)
+    if info.classes:
+        assert len(info.classes) == info.num_classes
+        vocabulary = info.vocabulary(synonyms=True)
+        assert vocabulary.names == info.classes
+        assert unseen_ids(vocabulary) == info.ids(info.unseen)
+        assert info.vocabulary(unseen="none").classes[0].seen is None
+    else:
+        with pytest.raises(LexisegError, match="beside its pictures"):
+            info.vocabulary()
+
+
+def test_unseen_ids_of_the_papers():
+    coco = [19, 23, 28, 29, 36, 51, 76, 88, 94, 112, 133, 136, 137, 157, 160]
+    assert data_set("coco-stuff-164k").ids(data_set("coco-stuff-164k").unseen) == coco
+    # MAFT's list by COCO's category ids, which the stuffthingmaps hold less 1.
+    raw = [21, 25, 33, 34, 41, 57, 87, 100, 106, 124, 145, 148, 149, 169, 172]
+    assert [data_set("coco-stuff-164k").id_map[value - 1] for value in raw] == coco
+    context = data_set("pascal-context-59")
+    assert context.ids(context.unseen) == [0, 2, 3, 7, 9, 13, 17, 19, 31, 37]
+    assert context.ids(context.unseen_names("papers")) == [0, 6, 7, 14, 19, 24, 31, 33, 48, 54]
+    assert data_set("voc2012").ids(data_set("voc2012").unseen) == [15, 16, 17, 18, 19]
+    assert len(context.seen) == 49 and len(data_set("coco-stuff-164k").seen) == 156
+    with pytest.raises(LexisegError, match="released, papers"):
+        context.unseen_names("other")
+
+
+def test_names_of_single_papers_and_colors():
+    voc = data_set("voc2012")
+    assert "potted plant" in voc.vocabulary(names_of="zegformer").names
+    assert voc.vocabulary(names_of="maft").names[19] == "tv"
+    assert voc.vocabulary().classes[0].color == voc_color(1) == (128, 0, 0)
+    assert [voc_color(value) for value in (0, 15, 255)] == [(0, 0, 0), (192, 128, 128), (224, 224, 192)]
+    words = data_set("ade20k-150").vocabulary(synonyms=True).words
+    assert len(set(words)) == len(words) and "someone" in words
+    with pytest.raises(LexisegError, match="did you mean 'voc2012'"):
+        data_set("voc2021")
+
+
+# What each miniature's first validation sample must be, from the values that were written.
+def _expected(name: str) -> np.ndarray:
+    reduced = {"voc2012": [*range(21), 255], "voc2012-aug": [*range(21), 255], "context59": range(60),
+               "ade150": range(151)}  # fmt: skip
+    if name in reduced:
+        values = values_in(list(reduced[name]), 0)
+        return np.where((values == 0) | (values == 255), 255, values - 1)
+    if name.startswith("coco-stuff"):
+        info = data_set("coco-stuff-164k")
+        values = values_in([*info.id_map, 255], 0)
+        return np.vectorize({**info.id_map, 255: 255}.get)(values)
+    if name in ("context459", "context59-mat"):
+        values = values_in(range(CONTEXT_459 + 1), 0)
+        if name == "context459":
+            return np.where(values == 0, WIDE, values - 1)
+        from tests.miniatures import _context_names
+
+        names, known = _context_names(), data_set("pascal-context-59").classes
+        table = {0: 255, **{k + 1: known.index(n) if n in known else 255 for k, n in enumerate(names)}}
+        return np.vectorize(table.get)(values)
+    if name == "context459-tiff":
+        return values_in([*range(CONTEXT_459), WIDE], 0)
+    if name == "ade847":
+        return values_in([*range(ADE_847), WIDE], 0)
+    if name == "ade847-full":
+        values = values_in([*(3 * number + 1 for number in range(ADE_847)), 0, 2], 0)
+        return np.where(values % 3 == 1, values // 3, WIDE)
+    if name == "own-folders":
+        return values_in([0, 1, 2, 255], 4)
+    if name == "own-colors":
+        values = values_in(range(4), 0)
+        return np.where(values == 3, 255, values)
+    label = np.full(SIZE, 0)  # own-json: classes by category id: tree 3, cat 7, sky 9
+    label[4:20, 4:20] = 1
+    label[:, 44:47] = 2
+    return label
+
+
+@pytest.mark.parametrize("name", MINIATURES)
+def test_readers(folder, name):
+    data_name = MINIATURES[name][0]
+    data = open_data_set(data_name, folder(name), "val")
+    assert isinstance(data, SegmentationDataset) and len(data) == (1 if name == "own-folders" else 2)
+    sample = data[0]
+    assert sample.image.shape == (3, *SIZE) and sample.image.dtype == torch.uint8
+    assert sample.label.dtype == torch.int64
+    np.testing.assert_array_equal(sample.label.numpy(), _expected(name))
+    train, _ = splits_of(data_name, folder(name))
+    other = open_data_set(data_name, folder(name), train)
+    assert not set(other.names) & set(data.names)
+    assert [sample.name for sample in other] == list(other.names)
+    assert other.vocabulary == data.vocabulary
+
+
+def test_voc_training_is_train_and_aug(folder):
+    for name in ("voc2012", "voc2012-aug"):
+        assert open_data_set("voc2012", folder(name), "aug").names == ("2008_000002", "2008_000003")
+        names = open_data_set("voc2012", folder(name), "trainaug").names
+        assert names == ("2007_000032", "2007_000039", "2008_000002", "2008_000003")
+    assert len(open_data_set("voc2012", folder("voc2012"), "trainval")) == 4
+    # SBD's own picture of VOC's val split must not be trained on.
+    assert "2007_000033" not in names
+
+
+def test_the_home_may_be_given_itself(folder):
+    root = folder("voc2012") / "VOCdevkit" / "VOC2012"
+    assert len(open_data_set("voc2012", root, "trainaug")) == 4
+    assert len(open_data_set("ade20k-150", folder("ade150") / "ADEChallengeData2016", "val")) == 2
+
+
+def test_coco_as_its_archives_unpack(tmp_path):
+    """train2017.zip and stuffthingmaps_trainval2017.zip both hold train2017/: pictures and maps side by side."""
+    MINIATURES["coco-stuff"][1](tmp_path)
+    for split in ("train2017", "val2017"):
+        (tmp_path / "images" / split).rename(tmp_path / split)
+        for path in (tmp_path / "stuffthingmaps" / split).iterdir():
+            path.rename(tmp_path / split / path.name)
+    (tmp_path / "stuffthingmaps" / "train2017").rmdir()
+    (tmp_path / "stuffthingmaps" / "val2017").rmdir()
+    data = open_data_set("coco-stuff-164k", tmp_path, "train")
+    assert len(data) == 2 and not verify("coco-stuff-164k", tmp_path).findings
+
+
+def test_unseen_lists_reach_the_vocabulary(folder):
+    root = folder("context59")
+    assert unseen_ids(open_data_set("pascal-context-59", root, "val", unseen="papers").vocabulary)[1] == 6
+    assert unseen_ids(open_data_set("pascal-context-59", root, "val", unseen="none").vocabulary) == []
+    assert unseen_ids(open_data_set("own", folder("own-folders"), "val").vocabulary) == [2]
+    assert unseen_ids(open_data_set("own", folder("own-folders"), "val", unseen="none").vocabulary) == []
+
+
+def test_seen_classes_of_ade847(tmp_path):
+    """ZegFormer's list of the 572 seen classes, where it lies beside the data, says which are unseen."""
+    import json
+
+    MINIATURES["ade847"][1](tmp_path)
+    names = [f"object {number}, thing {number}" for number in range(572)]
+    (tmp_path / "ADE20K_2021_17_01" / "ADE20K_572_pure_class.json").write_text(json.dumps(names))
+    data = open_data_set("ade20k-847", tmp_path, "val")
+    assert unseen_ids(data.vocabulary) == list(range(572, 847))
+    assert data.vocabulary.names[0] == "object 0, thing 0"
+
+
+def test_palette_indices_not_colors(folder):
+    """The palette PNGs of VOC must not be read by their colours: 15 stays 15 and is no brightness."""
+    path = next((folder("voc2012") / "VOCdevkit/VOC2012/SegmentationClass").glob("*.png"))
+    with Image.open(path) as picture:
+        assert picture.mode == "P" and np.array(picture.convert("L")).max() > 100
+    label = open_data_set("voc2012", folder("voc2012"), "val")[0].label
+    assert set(label.unique().tolist()) == {*range(20), 255}
+
+
+def test_class_lists(tmp_path):
+    path = tmp_path / "labels.txt"
+    path.write_text("1: accordion\n 2: aeroplane\n")
+    assert [(entry.name, entry.value) for entry in read_class_list(path)] == [("accordion", 1), ("aeroplane", 2)]
+    path = tmp_path / "classes.yaml"
+    path.write_text("- {name: cat, color: '#ff8000', synonyms: [kitten]}\n- dog, puppy\n")
+    cat, dog = read_class_list(path)
+    assert cat.color == (255, 128, 0) and cat.synonyms == ("kitten",) and dog.synonyms == ("puppy",)
+    path = tmp_path / "order.json"
+    path.write_text('[{"name": "b", "id": 5, "trainId": 1}, {"name": "a", "id": 9, "trainId": 0}]')
+    assert [(entry.name, entry.value) for entry in read_class_list(path)] == [("a", 9), ("b", 5)]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "is empty"),
+        ("cat\nCat\n", "'Cat' twice"),
+        ("1: cat\n1: dog\n", "number 1"),
+        ("name,r,g,b\ncat,1,2\n", "name,r,g,b"),
+        ("Idx\tName\nx\tcat\n", "Idx and Name"),
+    ],
+)
+def test_wrong_class_lists(tmp_path, text, words):
+    path = tmp_path / "classes.txt"
+    path.write_text(text)
+    with pytest.raises(LexisegError, match=words):
+        read_class_list(path)
+
+
+def test_wrong_requests(tmp_path, folder):
+    cases = [
+        ("voc2021", tmp_path, "val", {}, "did you mean 'voc2012'"),
+        ("voc2012", tmp_path / "none", "val", {}, "does not exist"),
+        ("voc2012", tmp_path, "val", {}, "holds no PASCAL VOC 2012"),
+        ("voc2012", folder("voc2012"), "test", {}, "no split 'test'"),
+        ("voc2012", folder("voc2012"), "val", {"classes": "x.txt"}, "are known"),
+        ("own", tmp_path, "val", {}, "no folder of pictures"),
+        ("own", folder("own-folders"), "test", {}, "no such split"),
+        ("own", folder("own-folders"), "val", {"classes": tmp_path / "no.txt"}, "does not exist"),
+        ("pascal-context-59", folder("context59"), "val", {"unseen": "all"}, "released, papers"),
+    ]
+    for name, root, split, options, words in cases:
+        with pytest.raises(LexisegError, match=words):
+            open_data_set(name, root, split, **options)

@@ -1,0 +1,381 @@
+"""``verify`` finds every planted fault and nothing on clean data; ``prepare`` unpacks safely, resumes and repeats."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import tarfile
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from scipy.io import savemat
+
+from lexiseg.cli import main
+from lexiseg.data.sets.labels import png_fault
+from lexiseg.data.sets.open import open_data_set
+from lexiseg.data.sets.prepare import prepare
+from lexiseg.data.sets.unpack import unpack
+from lexiseg.data.sets.verify import verify
+from lexiseg.errors import LexisegError
+from tests.miniatures import MINIATURES, SIZE, save_index, save_picture, save_wide, values_in
+
+VOC = "VOCdevkit/VOC2012"
+NAME = "2007_000032"
+
+
+@pytest.fixture(scope="module")
+def clean(tmp_path_factory):
+    """A clean miniature of each kind, to copy and break."""
+    written: dict[str, Path] = {}
+
+    def of(name: str) -> Path:
+        if name not in written:
+            written[name] = tmp_path_factory.mktemp(name)
+            MINIATURES[name][1](written[name])
+        return written[name]
+
+    return of
+
+
+@pytest.mark.parametrize("name", MINIATURES)
+def test_nothing_on_clean_data(clean, name):
+    found = verify(MINIATURES[name][0], clean(name), workers=1)
+    assert found.findings == ()
+    assert len(found.splits) == 2 and all(split.samples and split.labelled for split in found.splits)
+    assert all(all(split.class_pixels) for split in found.splits) or name == "context59-mat"
+
+
+def _cut(path: Path, keep: int) -> None:
+    path.write_bytes(path.read_bytes()[:keep])
+
+
+def _change(path: Path, old: str, new: str) -> None:
+    path.write_text(path.read_text().replace(old, new))
+
+
+def _edit_json(path: Path, change) -> None:
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+def _png(root: Path) -> Path:
+    return root / VOC / "SegmentationClass" / f"{NAME}.png"
+
+
+def _voc_list(root: Path, split: str = "train") -> Path:
+    return root / VOC / "ImageSets" / "Segmentation" / f"{split}.txt"
+
+
+def _flip_byte(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-20] ^= 255
+    path.write_bytes(bytes(data))
+
+
+def _without_class(root: Path) -> None:
+    for path in (root / "ADEChallengeData2016/annotations/validation").glob("*.png"):
+        values = np.array(Image.open(path))
+        save_index(path, np.where(values == 7, 8, values), palette=False)
+
+
+# Each fault: the miniature, what breaks it, the kind `verify` must call it, and words of its sentence.
+FAULTS = {
+    "a picture is missing": ("voc2012", lambda r: (r / VOC / f"JPEGImages/{NAME}.jpg").unlink(),
+                             "missing-picture", NAME),
+    "a label is missing": ("voc2012", lambda r: _png(r).unlink(), "missing-label", NAME),
+    "another size": ("voc2012", lambda r: save_index(_png(r), values_in(range(21), 0, (48, 36))),
+                     "size-mismatch", NAME),
+    "an unknown id": ("voc2012", lambda r: save_index(_png(r), values_in(range(22), 0)), "unknown-id", "the value 21"),
+    "a colour mask": ("voc2012", lambda r: Image.open(_png(r)).convert("RGB").save(_png(r)), "color-label", "mode RGB"),
+    "a 16-bit mask": ("voc2012", lambda r: save_wide(_png(r), values_in(range(21), 0)), "wide-label", "16-bit"),
+    "a class without a pixel": ("ade150", _without_class, "empty-class", "'road'"),
+    "a corrupt picture": ("voc2012", lambda r: _cut(r / VOC / f"JPEGImages/{NAME}.jpg", 300), "damaged-picture", NAME),
+    "a picture that is text": (
+        "coco-stuff",
+        lambda r: (r / "images/val2017/000000000101.jpg").write_text("<html>not found</html>"),
+        "damaged-picture",
+        "000000000101",
+    ),
+    "a name listed twice": ("voc2012", lambda r: _voc_list(r).write_text(f"{NAME}\n{NAME}\n2007_000039\n"),
+                            "duplicate-entry", "twice"),
+    "a truncated PNG": ("voc2012", lambda r: _cut(_png(r), 200), "damaged-label", NAME),
+    "a PNG without its end": ("coco-stuff", lambda r: _cut(p := r / "stuffthingmaps/val2017/000000000101.png",
+                                                            p.stat().st_size - 12), "damaged-label", "ends early"),
+    "a flipped byte": ("coco-stuff", lambda r: _flip_byte(r / "stuffthingmaps/val2017/000000000101.png"),
+                       "damaged-label", "000000000101"),
+    "a list of another name": ("voc2012", lambda r: _voc_list(r, "val").rename(_voc_list(r, "validation")),
+                               "missing-list", "validation.txt"),
+    "an empty list": ("voc2012", lambda r: _voc_list(r, "val").write_text("\n"), "empty-list", "val.txt"),
+    "a name that leads outside": ("voc2012", lambda r: _voc_list(r).write_text(f"../{NAME}\n2007_000039\n"),
+                                  "wrong-name", "leads outside"),
+    "judged and trained on": ("voc2012", lambda r: _voc_list(r).write_text(f"{NAME}\n2007_000033\n"),
+                              "split-overlap", "2007_000033"),
+    "an empty file": ("ade150", lambda r: (r / "ADEChallengeData2016/annotations/validation/ADE_val_00000001.png")
+                      .write_bytes(b""), "empty-file", "ADE_val_00000001"),
+    "a label without a picture": ("ade150", lambda r: (
+        r / "ADEChallengeData2016/images/training/ADE_train_00000002.jpg").unlink(),
+                                  "label-without-picture", "ADE_train_00000002"),
+    "a missing folder": ("ade150", lambda r: shutil.rmtree(r / "ADEChallengeData2016/images/validation"),
+                         "missing-folder", "validation"),
+    "another list of objects": ("ade150", lambda r: _change(r / "ADEChallengeData2016/objectInfo150.txt", "building",
+                                                            "castle"), "class-list", "'castle' where 'building'"),
+    "a label with nothing": ("coco-stuff", lambda r: save_index(r / "stuffthingmaps/val2017/000000000101.png",
+                                                                np.full(SIZE, 255)), "empty-label", "000000000101"),
+    "an id of COCO's gaps": ("coco-stuff", lambda r: save_index(r / "stuffthingmaps/train2017/000000000001.png",
+                                                                values_in([0, 11], 0)), "unknown-id", "the value 11"),
+    "another MATLAB file": ("context459", lambda r: savemat(r / "VOCdevkit/VOC2010/trainval/2008_000003.mat",
+                                                            {"Other": np.zeros((3, 3), np.uint8)}),
+                            "damaged-label", "'LabelMap'"),
+    "no list of classes": ("context459", lambda r: (r / "VOCdevkit/VOC2010/labels.txt").unlink(), "class-list",
+                           "labels.txt"),
+    "too few classes": ("ade847", lambda r: (r / "ADE20K_2021_17_01/classes.json").write_text('["a", "b"]'),
+                        "class-list", "847 classes"),
+    "a class named twice": ("own-folders", lambda r: (r / "classes.txt").write_text("cat\ntree\nsky\nCat\n"),
+                            "class-list", "twice"),
+    "an unseen class that is none": ("own-folders", lambda r: (r / "unseen.txt").write_text("dog\n"), "class-list",
+                                     "'dog'"),
+    "an unknown colour": ("own-colors", lambda r: Image.new("RGB", SIZE[::-1], (1, 2, 3))
+                          .save(r / "masks/val/val0.png"), "unknown-color", "#010203"),
+    "ids instead of colours": ("own-colors", lambda r: save_index(r / "masks/val/val0.png", values_in(range(3), 0)),
+                               "index-label", "single numbers"),
+    "a category that is none": ("own-json", lambda r: _edit_json(r / "annotations/instances_val.json",
+                                lambda c: c["annotations"][0].update(category_id=5)), "unknown-id", "category_id 5"),
+    "an outline that is none": ("own-json", lambda r: _edit_json(r / "annotations/instances_val.json",
+                                lambda c: c["annotations"][0].update(segmentation=[[1, 2]])),
+                                "damaged-label", "outline"),
+    "no outline": ("own-json", lambda r: _edit_json(r / "annotations/instances_val.json",
+                   lambda c: c["annotations"][0].pop("segmentation")), "wrong-record", "annotation 0"),
+    "an image listed twice": ("own-json", lambda r: _edit_json(r / "annotations/instances_val.json",
+                              lambda c: c["images"].append(c["images"][0])), "duplicate-entry", "val0.jpg"),
+    "a turned picture": ("ade150", lambda r: _turned(r / "ADEChallengeData2016/images/validation/ADE_val_00000001.jpg"),
+                         "size-mismatch", "ADE_val_00000001"),
+    "a picture too narrow": ("own-folders", lambda r: _narrow(r), "odd-proportions", "photo 0"),
+}  # fmt: skip
+
+
+def _turned(path: Path) -> None:
+    """Programs that ignore the camera's orientation draw the label for the picture on its side."""
+    with Image.open(path) as picture:
+        exif = picture.getexif()
+        exif[0x0112] = 6
+        picture.copy().save(path, exif=exif)
+
+
+def _narrow(root: Path) -> None:
+    save_picture(root / "images/photo 0.jpg", 0, (1, 40))
+    save_index(root / "masks/photo 0.png", values_in([0, 1], 0, (1, 40)))
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_planted_faults(clean, tmp_path, fault):
+    name, plant, kind, words = FAULTS[fault]
+    root = tmp_path / "data"
+    shutil.copytree(clean(name), root)
+    plant(root)
+    found = verify(MINIATURES[name][0], root, workers=1)
+    kinds = {finding.kind for finding in found.findings}
+    assert kind in kinds, found.findings
+    finding = next(finding for finding in found.findings if finding.kind == kind)
+    assert words in f"{finding.sample} {finding.problem}"
+    assert "\n" not in finding.problem and finding.problem.rstrip().endswith((".", "?"))
+    # Nothing is called wrong that is not; a fault may leave a class without a pixel or a sample without its partner.
+    follows = {"missing-list": {"split-overlap"}, "label-without-picture": {"missing-label"}}
+    assert kinds - {kind} <= follows.get(kind, set()) | {"empty-class"}, found.findings
+
+
+def test_there_are_twenty_kinds():
+    assert len(FAULTS) >= 20 and len({kind for _, _, kind, _ in FAULTS.values()}) >= 20
+
+
+def test_twenty_faults_at_once(clean, tmp_path):
+    """Many faults in one folder hide none of each other."""
+    root = tmp_path / "data"
+    shutil.copytree(clean("voc2012"), root)
+    (root / VOC / "JPEGImages/2008_000002.jpg").write_bytes(b"")
+    save_index(_png(root), values_in(range(30), 0))
+    save_index(root / VOC / "SegmentationClass/2007_000039.png", values_in(range(21), 0, (10, 10)))
+    Image.open(p := root / VOC / "SegmentationClass/2007_000033.png").convert("RGB").save(p)
+    _cut(root / VOC / "SegmentationClass/2007_000042.png", 100)
+    found = verify("voc2012", root, workers=3)
+    assert [(f.kind, f.sample) for f in found.errors] == [
+        ("unknown-id", NAME),
+        ("size-mismatch", "2007_000039"),
+        ("empty-file", "2008_000002"),
+        ("color-label", "2007_000033"),
+        ("damaged-label", "2007_000042"),
+    ]
+    with pytest.raises(LexisegError, match="colours"):
+        open_data_set("voc2012", root, "val")[0]
+
+
+def test_voc_without_augmentation_is_a_warning(clean, tmp_path):
+    shutil.copytree(clean("voc2012") / "VOCdevkit", tmp_path / "VOCdevkit")
+    found = verify("voc2012", tmp_path, workers=1)
+    assert [(f.kind, f.severity) for f in found.findings] == [("no-augmented-labels", "warning")]
+    assert [split.split for split in found.splits] == ["train", "val"]
+
+
+def test_png_fault(tmp_path):
+    path = tmp_path / "a.png"
+    save_index(path, values_in(range(5), 0))
+    assert png_fault(path) is None
+    for keep in (9, 40, path.stat().st_size - 1):
+        (tmp_path / "b.png").write_bytes(path.read_bytes()[:keep])
+        assert png_fault(tmp_path / "b.png") == "the file ends early"
+    (tmp_path / "c.jpg").write_bytes(b"no PNG")
+    assert png_fault(tmp_path / "c.jpg") is None
+
+
+def test_command(clean, tmp_path, capsys):
+    root = tmp_path / "my"
+    shutil.copytree(clean("own-folders"), root)
+    assert main(["data", "verify", str(root)]) == 0
+    out = capsys.readouterr().out
+    assert "0 errors, 0 warnings" in out and "own, 3 classes" in out
+    (root / "masks" / "photo 1.png").unlink()
+    assert main(["data", "verify", "own", str(root), "--json"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert found["kinds"] == {"missing-label": 1} and found["findings"][0]["sample"] == "photo 1"
+    assert found["splits"][1]["class_pixels"] and found["classes"] == ["cat", "tree", "sky"]
+    assert main(["data", "verify", "own", str(root), "--split", "val"]) == 0
+    assert main(["data", "verify", "voc2012"]) == 2
+    assert "Give its folder" in capsys.readouterr().err
+    assert main(["data", "verify", "voc2112", str(root)]) == 2
+
+
+# prepare
+
+
+def _zip(path: Path, source: Path) -> None:
+    with zipfile.ZipFile(path, "w") as packed:
+        for file in sorted(source.rglob("*")):
+            packed.write(file, file.relative_to(source))
+
+
+def _tar(path: Path, source: Path, mode: str = "w:gz") -> None:
+    with tarfile.open(path, mode) as packed:
+        for entry in sorted(source.iterdir()):
+            packed.add(entry, entry.name)
+
+
+def _snapshot(root: Path) -> dict[str, int]:
+    return {str(path): path.stat().st_mtime_ns for path in root.rglob("*") if path.is_file()}
+
+
+def test_prepare_voc(clean, tmp_path):
+    (tmp_path / "benchmark").mkdir()
+    shutil.copytree(clean("voc2012") / "benchmark_RELEASE", tmp_path / "benchmark" / "benchmark_RELEASE")
+    (tmp_path / "kit").mkdir()
+    shutil.copytree(clean("voc2012") / "VOCdevkit", tmp_path / "kit" / "VOCdevkit")
+    root = tmp_path / "root"
+    root.mkdir()
+    _tar(root / "VOCtrainval_11-May-2012.tar", tmp_path / "kit", "w")
+    _tar(root / "benchmark.tgz", tmp_path / "benchmark")
+    steps = prepare("voc2012", root)
+    assert [step.what.split()[0] for step in steps] == ["unpacked", "unpacked", "listed"]
+    assert (root / VOC / "ImageSets/Segmentation/aug.txt").read_text() == "2008_000002\n2008_000003\n"
+    assert verify("voc2012", root, workers=1).findings == ()
+    before = _snapshot(root)
+    assert prepare("voc2012", root) == [] and _snapshot(root) == before
+
+
+def test_prepare_coco(clean, tmp_path):
+    source = clean("coco-stuff")
+    for split in ("train2017", "val2017"):
+        (tmp_path / "pack" / split).mkdir(parents=True)
+        shutil.copytree(source / "images" / split, tmp_path / "pack" / split / split)
+    root = tmp_path / "root"
+    root.mkdir()
+    _zip(root / "train2017.zip", tmp_path / "pack" / "train2017")
+    _zip(root / "val2017.zip", tmp_path / "pack" / "val2017")
+    _zip(root / "stuffthingmaps_trainval2017.zip", source / "stuffthingmaps")
+    assert len(prepare("coco-stuff-164k", root)) == 3
+    assert verify("coco-stuff-164k", root, workers=1).findings == ()
+
+
+@pytest.mark.parametrize("name", ["context59", "context459", "ade150", "ade847", "ade847-full", "own-folders"])
+def test_prepare_others(clean, tmp_path, name):
+    root = tmp_path / "root"
+    root.mkdir()
+    _zip(root / "all.zip", clean(name))
+    data_name = MINIATURES[name][0]
+    steps = prepare(data_name, root)
+    assert len(steps) == (3 if name in ("context459", "own-folders") else 1)
+    assert verify(data_name, root, workers=1).findings == ()
+    assert open_data_set(data_name, root, "val").names == open_data_set(data_name, clean(name), "val").names
+    assert prepare(data_name, root) == []
+
+
+def test_unpacking_goes_on_where_it_was(clean, tmp_path):
+    archive = tmp_path / "all.zip"
+    _zip(archive, clean("own-folders"))
+    first = unpack(archive, tmp_path / "out")
+    (tmp_path / "out/images/photo 2.jpg").unlink()
+    (tmp_path / "out/masks/photo 3.png").write_bytes(b"half")
+    second = unpack(archive, tmp_path / "out")
+    assert first.kept == 0 and (second.written, second.kept) == (2, first.written - 2)
+    assert not list((tmp_path / "out").rglob("*.tmp*"))
+
+
+def _tar_of(path: Path, *members: tarfile.TarInfo) -> Path:
+    with tarfile.open(path, "w") as packed:
+        for member in members:
+            packed.addfile(member, io.BytesIO(b"x" * member.size))
+    return path
+
+
+def _member(name: str, kind: bytes = tarfile.REGTYPE, link: str = "", size: int = 1) -> tarfile.TarInfo:
+    member = tarfile.TarInfo(name)
+    member.type, member.linkname, member.size = kind, link, size if kind == tarfile.REGTYPE else 0
+    return member
+
+
+@pytest.mark.parametrize("name", ["../evil", "/tmp/evil", "a/../../evil"])
+def test_nothing_leads_outside(tmp_path, name):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as packed:
+        packed.writestr("good", "x")
+        packed.writestr(name, "x")
+    _tar_of(tmp_path / "a.tar", _member("good"), _member(name))
+    for archive in ("a.zip", "a.tar"):
+        with pytest.raises(LexisegError, match="leads outside"):
+            unpack(tmp_path / archive, tmp_path / "in" / "out")
+    assert not (tmp_path / "in" / "out" / "good").exists() and not list(tmp_path.glob("**/evil"))
+
+
+def test_links_are_not_followed(tmp_path):
+    archive = _tar_of(tmp_path / "a.tar", _member("link", tarfile.SYMTYPE, "/tmp"), _member("b"))
+    done = unpack(archive, tmp_path / "out")
+    assert done.skipped == ("link",) and done.written == 1 and not (tmp_path / "out" / "link").exists()
+    (tmp_path / "out" / "link").symlink_to(tmp_path)
+    with pytest.raises(LexisegError, match="through the link"):
+        unpack(_tar_of(tmp_path / "b.tar", _member("link/c")), tmp_path / "out")
+
+
+def test_damaged_archives(clean, tmp_path):
+    archive = tmp_path / "all.zip"
+    _zip(archive, clean("own-folders"))
+    data = bytearray(archive.read_bytes())
+    data[len(data) // 2] ^= 255
+    (tmp_path / "bad.zip").write_bytes(bytes(data))
+    _tar(tmp_path / "all.tgz", clean("own-folders"))
+    _cut(tmp_path / "all.tgz", 3000)
+    (tmp_path / "text.zip").write_text("<html>not found</html>")
+    for name in ("bad.zip", "all.tgz", "text.zip"):
+        with pytest.raises(LexisegError, match=name):
+            unpack(tmp_path / name, tmp_path / "out")
+    with pytest.raises(LexisegError, match="does not exist"):
+        prepare("voc2012", tmp_path / "none")
+
+
+def test_prepare_command(clean, tmp_path, capsys):
+    shutil.copytree(clean("own-folders"), tmp_path / "my")
+    assert main(["data", "prepare", "own", str(tmp_path / "my"), "--json"]) == 0
+    steps = json.loads(capsys.readouterr().out)["steps"]
+    assert [Path(step["path"]).name for step in steps] == ["train.txt", "val.txt"]
+    assert main(["data", "prepare", "own", str(tmp_path / "my")]) == 0
+    assert "is prepared" in capsys.readouterr().out

@@ -1,0 +1,375 @@
+"""Inductive, transductive and supervised training: which text, which labels, and where a run starts from."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from safetensors.torch import load_file
+
+from lexiseg.cli import main
+from lexiseg.clip import load_clip, save_clip
+from lexiseg.data.base import Sample
+from lexiseg.data.picture_world import CLASSES, SEEN, write_voc
+from lexiseg.data.transforms import light_pipeline, paper_pipeline
+from lexiseg.errors import LexisegError
+from lexiseg.evaluation.evaluate import evaluate
+from lexiseg.losses import pseudo_labels
+from lexiseg.models import SYSTEMS
+from lexiseg.segmenter import Segmenter
+from lexiseg.training.checkpoint import find_checkpoints
+from lexiseg.training.labels import PADDING, UNLABELLED, masked_names, self_training_labels, training_vocabulary
+from lexiseg.training.recipe import find_recipe, parse_recipe
+from lexiseg.training.run import build_task, train
+from lexiseg.training.segmentation import SegmentationTask
+from lexiseg.training.trainer import Trainer
+from lexiseg.vocabulary import Vocabulary
+from lexiseg.weights import load_model
+from tests.towers import small_clip
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "zegclip": {"num_prompts": 1, "decoder_layers": 1, "decoder_heads": 2},
+    "cascade-clip": {"num_prompts": 1, "decoder_layers": 1, "decoder_heads": 2, "groups": "{2-3},{4}"},
+    "spt-seg": {"num_prompts": 1, "decoder_layers": 1},
+}
+
+
+@pytest.fixture(scope="module")
+def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_clip(small_clip(), tmp_path_factory.mktemp("clip"))
+
+
+def recipe_of(clip: Path, system: str = "zegclip", **changes: Any) -> Any:
+    train_changes = changes.pop("train", {})
+    values = {
+        "kind": "segmentation",
+        "model": {"system": system, "clip": str(clip), "options": OPTIONS[system]},
+        "data": {"source": "picture-world", "size": 32, "length": 6, "val_size": 32, "val_length": 2},
+        "train": {"steps": 4, "batch_size": 2, "lr": 1e-3, "workers": 0, "checkpoint_every": 2, **train_changes},
+        **changes,
+    }
+    return parse_recipe(yaml.safe_dump(values), "test.yaml")
+
+
+def quietly(recipe: Any, folder: Path, **options: Any) -> Path:
+    return train(recipe, folder, device="cpu", tensorboard=False, progress=False, **options)
+
+
+# --- which text and which labels --------------------------------------------------------------------------------
+
+
+def test_vocabulary_of_each_setting() -> None:
+    data = Vocabulary.parse("cat, kitten; dog; sky").with_seen(["cat", "sky"])
+    assert training_vocabulary(data).words == ("cat", "sky")
+    every = training_vocabulary(data, setting="transductive")
+    assert every.words == ("cat", "dog", "sky") and masked_names(every) == ("cat", "sky")
+    assert masked_names(training_vocabulary(data, setting="supervised")) == ("cat", "dog", "sky")
+    with pytest.raises(LexisegError, match="no unseen class"):
+        training_vocabulary(Vocabulary.parse("cat; dog"), setting="transductive")
+    with pytest.raises(LexisegError, match="300 classes"):
+        training_vocabulary(Vocabulary.parse([f"c{index}" for index in range(300)]))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.sampled_from([0, 1, 2, 3, 254, 255, PADDING]), min_size=1, max_size=30), st.sets(st.integers(0, 3)))
+def test_self_training_labels(values: list[int], seen: set[int]) -> None:
+    label = torch.tensor(values)
+    marked = self_training_labels(label, sorted(seen))
+    ignored = self_training_labels(label, sorted(seen), unlabelled="ignored")
+    for value, one, other in zip(values, marked.tolist(), ignored.tolist(), strict=True):
+        if value in seen:
+            assert one == other == value
+        elif value == PADDING:
+            assert one == other == 255
+        else:
+            assert other == UNLABELLED
+            assert one == (255 if value == 255 else UNLABELLED)
+
+
+def test_seen_ids_are_checked() -> None:
+    with pytest.raises(ValueError, match="seen ids"):
+        self_training_labels(torch.zeros(2), [255])
+
+
+@pytest.mark.parametrize("pad_label", [255, PADDING])
+def test_both_pipelines_fill_up_with_the_label_they_are_told(pad_label: int) -> None:
+    image, label = torch.zeros(3, 20, 24, dtype=torch.uint8), torch.zeros(20, 24, dtype=torch.long)
+    for pipeline in (light_pipeline, paper_pipeline):
+        steps = pipeline((0.0,) * 3, (1.0,) * 3, crop=64, pad_label=pad_label)
+        found = {value for seed in range(4) for value in steps(image, label, np.random.default_rng(seed))[1].unique()}
+        assert {int(value) for value in found} == {0, pad_label}
+
+
+class Flat:
+    """12 x 12 pictures: cat left, the unseen sky right, dog in the last row, void in the first."""
+
+    vocabulary = Vocabulary.parse(["cat", "sky", "dog"]).with_seen(["cat", "dog"])
+
+    def __len__(self) -> int:
+        return 3
+
+    def __getitem__(self, index: int) -> Sample:
+        label = torch.zeros(12, 12, dtype=torch.long)
+        label[:, 6:] = 1
+        label[-1] = 2
+        label[0] = 255
+        return Sample(torch.full((3, 12, 12), 40 * index, dtype=torch.uint8), label, f"flat-{index}")
+
+
+def flat_task(clip_folder: Path, setting: str, unlabelled: str = "marked") -> SegmentationTask:
+    seen = ("cat", "sky", "dog") if setting == "supervised" else ("cat", "dog")
+    model = SYSTEMS["zegclip"].build(load_clip(clip_folder), OPTIONS["zegclip"], seen_names=seen)
+    pad = PADDING if setting == "transductive" else 255
+    pipeline = light_pipeline((0.0,) * 3, (1.0,) * 3, crop=16, flip=0, pad_label=pad)
+    return SegmentationTask(model, Flat(), pipeline, batch_size=2, setting=setting, unlabelled=unlabelled)
+
+
+@pytest.mark.parametrize(
+    ("setting", "unlabelled", "void", "cat", "sky", "dog", "classes", "seen"),
+    [
+        ("inductive", "marked", 255, 0, 255, 1, 2, None),
+        ("transductive", "marked", 255, 0, -1, 2, 3, [True, False, True]),
+        ("transductive", "ignored", -1, 0, -1, 2, 3, [True, False, True]),
+        ("supervised", "marked", 255, 0, 1, 2, 3, None),
+    ],
+)
+def test_what_the_loss_is_given(
+    clip_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    setting: str,
+    unlabelled: str,
+    void: int,
+    cat: int,
+    sky: int,
+    dog: int,
+    classes: int,
+    seen: list[bool] | None,
+) -> None:
+    task = flat_task(clip_folder, setting, unlabelled)
+    given: dict[str, Any] = {}
+    losses = type(task.model).losses
+
+    def spy(self: Any, images: Any, labels: Any, text: Any, **more: Any) -> Any:
+        given.update(labels=labels, text=text, **more)
+        return losses(self, images, labels, text, **more)
+
+    monkeypatch.setattr(type(task.model), "losses", spy)
+    result = task.losses(task.batch(0))
+    assert result["loss"].isfinite()
+    expected = torch.full((16, 16), 255)  # padding is void in every setting
+    expected[:12, :6], expected[:12, 6:12], expected[11, :12], expected[0, :12] = cat, sky, dog, void
+    assert all(torch.equal(label, expected) for label in given["labels"])
+    assert len(given["text"]) == classes
+    assert (given["seen"].tolist() if "seen" in given else None) == seen
+    if seen:
+        assert result["unlabelled"] == pytest.approx(100 * (expected == -1).float().mean())
+
+
+def test_pixels_without_a_label_get_unseen_classes_only(clip_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    task = flat_task(clip_folder, "transductive", "ignored")
+    found = {}
+
+    def spy(*arguments: Any) -> Any:
+        found["labels"] = pseudo_labels(*arguments)
+        return found["labels"]
+
+    monkeypatch.setattr("lexiseg.models.one_stage.pseudo_labels", spy)
+    task.losses(task.batch(0))
+    label = found["labels"][0]
+    assert set(label.unique().tolist()) == {0, 1, 2, 255}
+    assert (label[1:11, 6:12] == 1).all() and (label[0, :12] == 1).all() and (label[12:] == 255).all()
+
+
+# --- where a run starts from ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("system", sorted(OPTIONS))
+def test_self_training_from_a_recipe_or_a_folder(tmp_path: Path, clip_folder: Path, system: str) -> None:
+    first = quietly(recipe_of(clip_folder, system), tmp_path / "first", until=2)
+    start = load_model(first)
+    assert start.metadata["steps"] == 2 and start.seen_names == SEEN
+    recipe = recipe_of(clip_folder, system, setting="transductive", initial=str(tmp_path / "first"), initial_steps=2)
+    task = build_task(recipe)
+    assert isinstance(task, SegmentationTask)
+    before = start.state_dict()
+    assert all(torch.equal(value, before[name]) for name, value in task.model.state_dict().items())
+    assert task.vocabulary.names == CLASSES and task.model.seen_names == SEEN
+    folder = quietly(recipe, tmp_path / "second")
+    model = load_model(folder)
+    assert model.options.seen_offset == 0 and model.seen_names == SEEN
+    assert model.metadata["setting"] == "transductive" and model.metadata["initial"]["steps"] == 2
+    assert any(not torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    record = json.loads((tmp_path / "second" / "metrics.jsonl").read_text().splitlines()[0])
+    assert 0 < record["unlabelled"] < 100
+
+
+def test_the_first_stage_is_trained_with_this_data_and_clip(tmp_path: Path, clip_folder: Path) -> None:
+    options = {"num_prompts": 2, "decoder_layers": 1, "decoder_heads": 2}
+    recipe = recipe_of(clip_folder, setting="transductive", initial="tiny", initial_steps=2)
+    recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"options": options})})
+    folder = quietly(recipe, tmp_path)
+    first = load_model(tmp_path / "initial" / "model")
+    assert first.metadata["steps"] == 2 and first.metadata["data"]["length"] == 6
+    assert [path.name for path in find_checkpoints(tmp_path / "initial" / "checkpoints")] == ["step-00000002"]
+    assert load_model(folder).metadata["initial"]["model"] == str(tmp_path / "initial" / "model")
+    quietly(recipe, tmp_path, resume=True)  # both are finished: nothing is trained again
+    wrong = recipe.model_copy(update={"initial_steps": 5})
+    with pytest.raises(LexisegError, match="only 4 steps"):
+        quietly(wrong, tmp_path / "other")
+    with pytest.raises(LexisegError, match="no segmentation system"):
+        quietly(recipe.model_copy(update={"initial": "clip-emoji"}), tmp_path / "other")
+
+
+class StopError(Exception):
+    pass
+
+
+def test_resume_of_self_training_is_bit_for_bit(
+    tmp_path: Path, clip_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quietly(recipe_of(clip_folder), tmp_path / "first")
+    recipe = recipe_of(clip_folder, setting="transductive", initial=str(tmp_path / "first"))
+    whole = quietly(recipe, tmp_path / "whole")
+    step = Trainer._step
+
+    def stopping(self: Trainer, number: int, batches: Any) -> Any:
+        if number == 3:
+            raise StopError
+        return step(self, number, batches)
+
+    with monkeypatch.context() as patch, pytest.raises(StopError):
+        patch.setattr(Trainer, "_step", stopping)
+        quietly(recipe, tmp_path / "broken")
+    torch.rand(3)
+    resumed = quietly(recipe, tmp_path / "broken", resume=True)
+    before, after = (load_file(folder / "model.safetensors") for folder in (whole, resumed))
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    with pytest.raises(LexisegError, match="'setting' was transductive"):
+        quietly(recipe_of(clip_folder, initial=str(tmp_path / "first")), tmp_path / "whole", resume=True)
+
+
+def test_stopping_and_going_on_is_the_same_run(tmp_path: Path, clip_folder: Path) -> None:
+    recipe = recipe_of(clip_folder)
+    whole = quietly(recipe, tmp_path / "whole")
+    half = quietly(recipe, tmp_path / "half", until=3)
+    assert load_model(half).metadata["steps"] == 3
+    with pytest.raises(LexisegError, match="step 3 already"):
+        quietly(recipe, tmp_path / "half", resume=True, until=1)
+    rest = quietly(recipe, tmp_path / "half", resume=True)
+    before, after = (load_file(folder / "model.safetensors") for folder in (whole, rest))
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    with pytest.raises(LexisegError, match="cannot stop after 9"):
+        quietly(recipe, tmp_path / "new", until=9)
+
+
+def test_what_cannot_be_started_from(tmp_path: Path, clip_folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = quietly(recipe_of(clip_folder), tmp_path / "first", until=1)
+    start = str(folder)
+    with pytest.raises(LexisegError, match="'zegclip', but the recipe trains 'spt-seg'"):
+        build_task(recipe_of(clip_folder, "spt-seg", initial=start))
+    other = recipe_of(clip_folder, initial=start)
+    other.model.options["num_prompts"] = 3
+    with pytest.raises(LexisegError, match=r"prompts.* is \(.*\) in the file"):
+        build_task(other)
+    with pytest.raises(LexisegError, match="nowhere"):
+        build_task(recipe_of(clip_folder, initial="nowhere"))
+    with caplog.at_level(logging.WARNING, "lexiseg"):
+        build_task(recipe_of(clip_folder, setting="transductive", initial=start, initial_steps=2))
+    assert "trained for 1 steps" in caplog.text
+    config = json.loads((folder / "config.json").read_text())
+    config["seen_names"] = [*CLASSES]
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(LexisegError, match="masks of 'cow', which is unseen"):
+        build_task(recipe_of(clip_folder, setting="transductive", initial=start))
+
+
+# --- supervised -------------------------------------------------------------------------------------------------
+
+
+def test_picture_world_is_never_supervised(clip_folder: Path) -> None:
+    with pytest.raises(LexisegError, match=r"'test\.yaml' contradicts itself: picture-world has no masks"):
+        recipe_of(clip_folder, setting="supervised")
+    with pytest.raises(LexisegError, match="'initial' is trained, which is missing"):
+        recipe_of(clip_folder, initial_steps=3)
+
+
+def test_supervised_training_and_its_evaluation(tmp_path: Path, clip_folder: Path) -> None:
+    root = write_voc(tmp_path / "data", num_train=2, num_val=1, size=32)
+    data = {"source": "voc-folder", "root": str(root), "augment": "light", "crop": 32}
+    folder = quietly(recipe_of(clip_folder, setting="supervised", data=data, train={"steps": 1}), tmp_path / "run")
+    model = load_model(folder)
+    assert model.seen_names == CLASSES and model.options.seen_offset == 0.1
+    dataset = build_task(recipe_of(clip_folder, data=data)).dataset
+    reports = {
+        offsets: evaluate(Segmenter(model, disk_cache=False), dataset, name="x", split="train", progress=False, **more)
+        for offsets, more in {"auto": {}, "all": {"offsets": "all"}, "data": {"offsets": "data"}}.items()
+    }
+    # A constant off every class changes nothing; off the data's seen classes only it does.
+    assert reports["auto"].protocol["offsets"] == "all" and reports["auto"].protocol["num_unseen"] == 17
+    predicted = {offsets: report.confusion.predicted.tolist() for offsets, report in reports.items()}
+    assert predicted["auto"] == predicted["all"] != predicted["data"]
+
+
+# --- a data set of the papers -----------------------------------------------------------------------------------
+
+
+def write_mini_voc(root: Path) -> Path:
+    """VOC 2012 with one picture each in train, aug and val: background, aeroplane, the unseen sofa, and a border."""
+    home = root / "VOCdevkit" / "VOC2012"
+    for folder in ("JPEGImages", "SegmentationClass", "SegmentationClassAug", "ImageSets/Segmentation"):
+        (home / folder).mkdir(parents=True)
+    values = np.zeros((20, 24), np.uint8)
+    values[:, 8:16], values[:, 16:], values[9:11] = 1, 18, 255
+    for split, folder in {"train": "", "aug": "Aug", "val": ""}.items():
+        Image.fromarray(np.full((20, 24, 3), 90, np.uint8)).save(home / "JPEGImages" / f"{split}.jpg")
+        mask = Image.fromarray(values, "P")
+        mask.putpalette([index for index in range(256) for _ in range(3)])
+        mask.save(home / f"SegmentationClass{folder}" / f"{split}.png")
+        (home / "ImageSets" / "Segmentation" / f"{split}.txt").write_text(f"{split}\n")
+    return root
+
+
+@pytest.mark.parametrize(
+    ("setting", "unlabelled", "expected"),
+    [
+        ("inductive", "marked", {0, 255}),
+        ("transductive", "marked", {0, -1, 255}),
+        ("transductive", "ignored", {0, -1}),
+        ("supervised", "marked", {0, 17, 255}),
+    ],
+)
+def test_settings_on_voc(tmp_path: Path, clip_folder: Path, setting: str, unlabelled: str, expected: set[int]) -> None:
+    data = {"source": "voc2012", "root": str(write_mini_voc(tmp_path)), "augment": "light", "crop": 16}
+    task = build_task(recipe_of(clip_folder, data=data, setting=setting, unlabelled=unlabelled))
+    assert isinstance(task, SegmentationTask)
+    assert sorted(task.batch(0).names) == ["aug", "train"]
+    found = {value for index in range(8) for value in task.batch(index).labels.unique().tolist()}
+    assert found == expected
+    assert len(task.vocabulary) == (15 if setting == "inductive" else 20)
+    assert task.losses(task.batch(0))["loss"].isfinite()
+
+
+def test_evaluation_on_another_data_set(tmp_path: Path, clip_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = write_mini_voc(tmp_path)
+    quietly(recipe_of(clip_folder), tmp_path / "run", until=1)
+    values = yaml.safe_load(find_recipe("coco-to-voc2012")[0])
+    values["data"]["root"] = str(root)
+    values["window"] = {"size": 32, "stride": 16, "short_side": 32}
+    (tmp_path / "cross.yaml").write_text(yaml.safe_dump(values))
+    arguments = ["evaluate", tmp_path / "cross.yaml", "-w", tmp_path / "run", "-o", tmp_path / "out", "--json"]
+    assert main([str(word) for word in arguments]) == 0
+    protocol = json.loads(capsys.readouterr().out)["protocol"]
+    assert (protocol["dataset"], protocol["num_pictures"], protocol["offsets"]) == ("voc2012", 1, "all")
+    assert protocol["window"]["size"] == 32 and protocol["window"]["stride"] == 16
+    assert protocol["templates"] == ["a photo of a {}"]
+    assert main(["train", str(tmp_path / "cross.yaml")]) == 2
+    assert "only evaluates" in capsys.readouterr().err

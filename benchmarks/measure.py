@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import gc
 import json
-import os
-import platform
 import statistics
 import sys
-import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +14,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-VIT_B_16 = {
-    "embed_dim": 512,
-    "quick_gelu": True,
-    "vision_cfg": {"image_size": 224, "layers": 12, "width": 768, "patch_size": 16},
-    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 512, "heads": 8, "layers": 12},
-}
-"""The size of the papers' tower. The benchmarks fill it with random weights: speed does not depend on their values."""
+from lexiseg.evaluation.cost_case import VIT_B_16
+from lexiseg.evaluation.timing import Timing, alternate, machine
+
+__all__ = ["VIT_B_16", "Timing", "alternate", "machine", "parser", "report", "set_up", "summary"]
 
 
 def parser(description: str) -> argparse.ArgumentParser:
@@ -43,35 +35,6 @@ def set_up(options: argparse.Namespace) -> None:
     """Set threads and seed."""
     torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)
-
-
-@dataclass(frozen=True)
-class Timing:
-    """One measurement: seconds on the wall, and seconds of all the process's threads together."""
-
-    wall: float
-    cpu: float
-
-
-def alternate(
-    candidates: Mapping[str, Callable[[], Any]], repeats: int, device: str, warmup: int = 1
-) -> dict[str, list[Timing]]:
-    """Time the candidates in turn, so that a busy minute of the machine falls on all of them alike.
-
-    Returns:
-        The measurements of each candidate.
-    """
-    timings: dict[str, list[Timing]] = {name: [] for name in candidates}
-    for turn in range(warmup + repeats):
-        for name, run in candidates.items():
-            gc.collect()
-            _synchronize(device)
-            wall, cpu = time.perf_counter(), time.process_time()
-            run()
-            _synchronize(device)
-            if turn >= warmup:
-                timings[name].append(Timing(time.perf_counter() - wall, time.process_time() - cpu))
-    return timings
 
 
 def summary(timings: Mapping[str, Sequence[Timing]], base: str) -> list[dict[str, Any]]:
@@ -93,22 +56,6 @@ def summary(timings: Mapping[str, Sequence[Timing]], base: str) -> list[dict[str
     ]
 
 
-def machine(device: str) -> dict[str, Any]:
-    """Name the machine, without its host name."""
-    facts: dict[str, Any] = {
-        "processor": _processor(),
-        "cores": len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "load": [round(value, 2) for value in os.getloadavg()] if hasattr(os, "getloadavg") else None,
-        "system": platform.system(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-    }
-    if device.startswith("cuda"):
-        facts["device"] = torch.cuda.get_device_name(device)
-    return facts
-
-
 def report(title: str, rows: Sequence[Mapping[str, Any]], options: argparse.Namespace, **facts: Any) -> None:
     """Print the rows as a table, or everything as JSON."""
     command = " ".join(["python -m", f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]])
@@ -127,17 +74,3 @@ def report(title: str, rows: Sequence[Mapping[str, Any]], options: argparse.Name
         if name != "title":
             text = ", ".join(f"{key} {item}" for key, item in value.items()) if isinstance(value, dict) else value
             console.print(f"{name}: {text}", soft_wrap=True, markup=False)
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
-
-
-def _synchronize(device: str) -> None:
-    if device.startswith("cuda"):
-        torch.cuda.synchronize(device)

@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.lexiseg-installed
+RAY    := $(VENV)/.lexiseg-ray
 
 DEMO_IMAGE   ?= lexiseg/samples/demo.png
 DEMO_CLASSES ?= @lexiseg/samples/demo.txt
@@ -30,7 +31,12 @@ demo: $(STAMP) ## Segment a sample picture with classes the model was trained on
 test: $(STAMP) ## Run every test but the slow ones
 	$(BIN)/python -m pytest
 
-test-slow: $(STAMP) ## Run the slow tests as well
+# Ray is large and only these tests need it, so `make install` leaves it out.
+$(RAY): $(STAMP)
+	$(BIN)/python -m pip install --disable-pip-version-check -e '.[dev,ray]'
+	@touch $@
+
+test-slow: $(STAMP) $(RAY) ## Run the slow tests as well, those on a local Ray cluster among them
 	$(BIN)/python -m pytest -m 'slow or not slow'
 
 lint: $(STAMP) ## Check style and types
@@ -52,6 +58,8 @@ benchmark: $(STAMP) ## Speed and memory, as tables
 	$(BIN)/python -m benchmarks.predict
 	$(BIN)/python -m benchmarks.decode
 	$(BIN)/python -m benchmarks.training
+	$(BIN)/python -m benchmarks.data --step
+	$(BIN)/python -m benchmarks.evaluation
 
 clean: ## Remove what the verbs above wrote, but not the environment
 	rm -rf out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -4,25 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, overload
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from lexiseg.background import BackgroundSource
 from lexiseg.clip import TextEmbedder
 from lexiseg.clip.text import default_cache_folder
 from lexiseg.devices import pick_device, pick_dtype
 from lexiseg.errors import LexisegError
-from lexiseg.images import DEFAULT_MAX_PIXELS, ImageSource, image_name, list_images, read_image
+from lexiseg.images import DEFAULT_MAX_PIXELS, ImageSource, list_images
 from lexiseg.models.base import ImageFeatures, SegmentationModel, WindowPolicy
-from lexiseg.scores import Scores, WindowScores
+from lexiseg.pictures import Failure, Picture, cut_windows, read_picture, run_in_batches
+from lexiseg.scores import Scores
 from lexiseg.segmentation import Segmentation, ignore_index
 from lexiseg.vocabulary import SINGLE_TEMPLATE, TemplateSource, Vocabulary, VocabularySource
-from lexiseg.windows import Box, check_proportions, cover, working_size
+from lexiseg.windows import Box
 from lexiseg.words import shorten
 
 _BATCH_SIZE = 4
@@ -39,26 +39,10 @@ class _Words:
 
 
 @dataclass
-class _Picture:
-    """A picture on its way through the model."""
-
-    key: Any
-    name: str
-    image: Tensor
-    canvas: Tensor
-    boxes: list[Box]
-    parts: list[Scores] = field(default_factory=list)
-
-    @property
-    def canvas_size(self) -> tuple[int, int]:
-        return int(self.canvas.shape[1]), int(self.canvas.shape[2])
-
-
-@dataclass
 class _Held:
     """What `Segmenter.set_image` keeps."""
 
-    picture: _Picture
+    picture: Picture
     policy: WindowPolicy
     features: list[tuple[ImageFeatures, int]]
 
@@ -285,7 +269,7 @@ class Segmenter:
             raise picture[1]
         for start in range(0, len(picture.boxes), batch_size):
             self._run([(picture, box) for box in picture.boxes[start : start + batch_size]], words)
-        return self._joined(picture, window or self.model.window)
+        return picture.joined(window or self.model.window)
 
     def pixels(self, image: ImageSource) -> Tensor:
         """A whole picture as the model sees it when it is run without windows: float32 (1, 3, h, w), normalised.
@@ -328,71 +312,33 @@ class Segmenter:
             vocabulary.seen_words.to(device) if bool(vocabulary.seen_words.any()) else None,
         )
 
-    def _read(self, key: Any, source: ImageSource, window: WindowPolicy | None) -> _Picture | tuple[Any, LexisegError]:
-        """Read a picture and plan its windows; an error is a value here, so that a folder can go on."""
-        policy = window or self.model.window
-        name = image_name(source)
+    def _read(self, key: Any, source: ImageSource, window: WindowPolicy | None) -> Picture | Failure:
+        """Read a picture; an error is a value here, so that a folder can go on."""
         try:
-            image = read_image(source, max_pixels=self.max_pixels)
-            height, width = int(image.shape[1]), int(image.shape[2])
-            try:
-                check_proportions(height, width)
-            except LexisegError as error:
-                raise LexisegError(f"{shorten(name, 200)}: {error}") from error
-            size = working_size(height, width, policy.short_side, policy.long_side)
-            boxes = cover(*size, policy.size, policy.stride)
+            return read_picture(key, source, window or self.model.window, self.max_pixels)
         except LexisegError as error:
             return key, error
-        # The picture stays bytes: a float copy of 20 megapixels would take 240 MB. Windows are normalised one by one.
-        canvas = image if size == (height, width) else _resize(image, size, policy.antialias)
-        return _Picture(key, name, image, canvas, boxes)
 
     def _stream(
         self,
-        pictures: Iterable[_Picture | tuple[Any, LexisegError]],
+        pictures: Iterable[Picture | Failure],
         words: _Words,
         batch_size: int,
         window: WindowPolicy | None,
     ) -> Iterator[tuple[Any, Segmentation | LexisegError]]:
-        """Run the windows of all pictures in batches of one shape, and yield the pictures in their order."""
+        """Run the pictures in batches and yield their results in their order."""
         policy = window or self.model.window
-        waiting: list[_Picture | tuple[Any, LexisegError]] = []
-        batch: list[tuple[_Picture, Box]] = []
-        for picture in pictures:
-            waiting.append(picture)
-            if isinstance(picture, _Picture):
-                for box in picture.boxes:
-                    if batch and (len(batch) == batch_size or box[2:] != batch[0][1][2:]):
-                        self._run(batch, words)
-                        batch = []
-                    batch.append((picture, box))
-                if len(batch) == batch_size:
-                    self._run(batch, words)
-                    batch = []
-            yield from self._finished(waiting, words, policy)
-        if batch:
-            self._run(batch, words)
-        yield from self._finished(waiting, words, policy)
+        for picture in run_in_batches(pictures, batch_size, lambda batch: self._run(batch, words)):
+            if not isinstance(picture, Picture):
+                yield picture
+                continue
+            try:
+                result: Segmentation | LexisegError = self._decode(picture, words, policy)
+            except LexisegError as error:
+                result = error
+            yield picture.key, result
 
-    def _finished(
-        self, waiting: list[_Picture | tuple[Any, LexisegError]], words: _Words, policy: WindowPolicy
-    ) -> Iterator[tuple[Any, Segmentation | LexisegError]]:
-        """Take the finished pictures off the head of the line."""
-        while waiting:
-            first = waiting[0]
-            if isinstance(first, _Picture):
-                if len(first.parts) < len(first.boxes):
-                    return
-                del waiting[0]
-                try:
-                    result: Segmentation | LexisegError = self._decode(first, words, policy)
-                except LexisegError as error:
-                    result = error
-                yield first.key, result
-            else:
-                yield waiting.pop(0)  # type: ignore[misc]
-
-    def _run(self, batch: list[tuple[_Picture, Box]], words: _Words) -> None:
+    def _run(self, batch: list[tuple[Picture, Box]], words: _Words) -> None:
         try:
             with self._evaluating():
                 scores = self._forward(
@@ -406,26 +352,13 @@ class Segmenter:
         for index, (picture, _) in enumerate(batch):
             picture.parts.append(scores[index])
 
-    def _crops(self, batch: list[tuple[_Picture, Box]]) -> Tensor:
-        """Cut out windows of one shape and normalise them: float32 (B, 3, H, W) on the model's device."""
-        crops = [
-            picture.canvas[:, top : top + height, left : left + width] for picture, (top, left, height, width) in batch
-        ]
-        images = torch.stack(crops).to(self.device).float() / 255
-        mean = torch.tensor(self.model.mean, device=images.device).view(1, 3, 1, 1)
-        std = torch.tensor(self.model.std, device=images.device).view(1, 3, 1, 1)
-        return (images - mean) / std
+    def _crops(self, batch: list[tuple[Picture, Box]]) -> Tensor:
+        """Windows of one shape as the model takes them: float32 (B, 3, H, W) on its device."""
+        return cut_windows(batch, self.model.mean, self.model.std, self.device)
 
-    def _joined(self, picture: _Picture, policy: WindowPolicy) -> Scores:
-        """The scores of a picture whose windows were all run."""
-        if policy.size is None:
-            return picture.parts[0]
-        # Also for a single window: the published protocol goes through the working size in every case.
-        return WindowScores(picture.parts, picture.boxes, picture.canvas_size)
-
-    def _decode(self, picture: _Picture, words: _Words, policy: WindowPolicy) -> Segmentation:
+    def _decode(self, picture: Picture, words: _Words, policy: WindowPolicy) -> Segmentation:
         vocabulary = words.vocabulary
-        scores = self._joined(picture, policy)
+        scores = picture.joined(policy)
         try:
             found, values = scores.label_and_score((int(picture.image.shape[1]), int(picture.image.shape[2])))
         except LexisegError as error:
@@ -460,8 +393,3 @@ class Segmenter:
 def _check_batch_size(batch_size: int) -> None:
     if batch_size < 1:
         raise LexisegError(f"The batch size is {batch_size}; it must be at least 1.")
-
-
-def _resize(image: Tensor, size: tuple[int, int], antialias: bool) -> Tensor:
-    """Resize bytes bilinearly; usually antialiased, because a photograph shrunk without it is noise to a tower."""
-    return F.interpolate(image[None], size=size, mode="bilinear", align_corners=False, antialias=antialias)[0]

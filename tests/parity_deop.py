@@ -93,7 +93,7 @@ def map_loss(case: Case) -> None:
             dice_weight=weights["loss_decoder_dice"],
         )
         parts.total.backward()
-        case.check(f"sig{scale}/loss_ce", parts.focal / weights["loss_ce"])
+        case.check(f"sig{scale}/loss_ce", parts.mask / weights["loss_ce"])
         case.check(f"sig{scale}/loss_decoder_dice", parts.dice / weights["loss_decoder_dice"])
         case.check(f"sig{scale}/total", parts.total)
         for name, given in (("grad_logits", logits), ("grad_masks", masks)):

@@ -111,10 +111,10 @@ def loss_only(case: Case) -> None:
         if case.has("loss/loss_ssim"):
             focal = mask_losses(logits, labels, focal_weight=focal_weight, dice_weight=0.0)
             ssim = ssim_loss(logits, labels, weight=second_weight)
-            loss, parts = focal.total + ssim, {"loss_mask": focal.focal, "loss_ssim": ssim}
+            loss, parts = focal.total + ssim, {"loss_mask": focal.mask, "loss_ssim": ssim}
         else:
             losses = mask_losses(logits, labels, focal_weight=focal_weight, dice_weight=second_weight)
-            loss, parts = losses.total, {"loss_mask": losses.focal, "loss_dice": losses.dice}
+            loss, parts = losses.total, {"loss_mask": losses.mask, "loss_dice": losses.dice}
         loss.backward()
         total = total + loss.detach()
         for part, value in parts.items():

@@ -38,3 +38,31 @@ def test_benchmark_runs_small(name: str, rows: set[str]) -> None:
     assert all(row["seconds"] > 0 for row in found["rows"])
     assert found["command"] == f"python -m benchmarks.{name} {' '.join(small)}"
     assert found["machine"]["threads"] == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "small", "columns"),
+    [
+        ("data", ("--samples", "2"), {"decode", "read", "augment", "per s"}),
+        (
+            "evaluation",
+            ("--pictures", "1", "--classes", "300", "--size", "64x48", "--tower", "clip-emoji"),
+            {"decode", "counting", "peak MiB", "dense MiB"},
+        ),
+    ],
+)
+def test_benchmarks_of_the_data_path_and_of_evaluation(name: str, small: tuple[str, ...], columns: set[str]) -> None:
+    words = (*small, "--repeats", "1", "--threads", "1", "--json")
+    result = subprocess.run(
+        [sys.executable, "-m", f"benchmarks.{name}", *words],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    rows = json.loads(result.stdout)["rows"]
+    assert rows and all(columns <= set(row) for row in rows)

@@ -9,11 +9,11 @@ import torch
 from torch.nn import functional as F
 
 from lexiseg.errors import LexisegError
-from lexiseg.evaluation.cost import _CASES, CostRow, CostTable, cost_systems, measure_cost
+from lexiseg.evaluation.cost import _CASES, CostRow, CostTable, cost_systems, measure_cost, speed_ratios
 from lexiseg.evaluation.cost_case import VIT_B_16, CostCase, Published, Step, shapes_of, shared_clip, text_pass
 from lexiseg.evaluation.cost_decoupled import DeOPCase, FreeSegCase, FreeSegMaftCase, ZegFormerCase, ZSSegCase
 from lexiseg.evaluation.cost_one_stage import CascadeCLIPCase, SPTSegCase, ZegCLIPCase
-from lexiseg.evaluation.cost_page import explanation, page, short_table, speed_ratios
+from lexiseg.evaluation.cost_page import explanation, page, short_table
 from lexiseg.evaluation.counting import count
 from lexiseg.models import SYSTEMS, ZegCLIP, ZegCLIPOptions
 from lexiseg.segmenter import Segmenter
@@ -242,6 +242,8 @@ def test_page_and_terminal_say_the_same() -> None:
         CostTable(table.rows, 512, 171, {**machine, "load": [9.0]}, 3), ""
     )
     assert speed_ratios([row("zegclip", None), row("zegformer", 1.0)]) == []
+    (ratio,) = table.to_dict()["speed_ratios"]
+    assert (ratio["fast"], ratio["slow"], ratio["ratio"]) == ("zegclip", "zegformer", 5.0)
     columns, rows = short_table(table)
     assert all(len(cells) == len(columns) for cells in rows)
     assert rows[0][4] == "-"

@@ -207,8 +207,10 @@ def test_one_training_of_proposals_serves_all(tmp_path: Path) -> None:
         assert ("part" in model.metadata["initial"]) == bool(changes)
     host = start("zsseg", proposals=OPTIONS["proposals"])
     assert host.metadata["initial"]["part"] == "proposals"
-    with pytest.raises(LexisegError, match="start from a model of that system"):
+    with pytest.raises(LexisegError, match="'num_queries' is 6 in the model and 5 in the recipe"):
         start("zsseg", proposals={**OPTIONS["proposals"], "num_queries": 5})
+    with pytest.raises(LexisegError, match="start from a model of that system"):
+        start("dense-clip")
 
 
 @pytest.mark.parametrize(

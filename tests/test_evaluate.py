@@ -13,6 +13,7 @@ from lexiseg.data.base import Sample
 from lexiseg.errors import LexisegError
 from lexiseg.evaluation.evaluate import evaluate, spread
 from lexiseg.evaluation.grid import Example, draw_grid
+from lexiseg.evaluation.parts import clear
 from lexiseg.evaluation.report import weights_hash
 from lexiseg.models import WindowPolicy, ZegCLIP
 from lexiseg.segmentation import Segmentation
@@ -185,3 +186,51 @@ def test_grid_holds_rows_of_different_shapes():
     assert grid.mode == "RGB" and grid.width >= 3 * 126 and grid.height > 80 + 180
     with pytest.raises(ValueError, match="at least one"):
         draw_grid([], vocabulary)
+
+
+def counts(report):
+    return [getattr(report.confusion, name).tolist() for name in ("intersection", "predicted", "labelled")]
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_an_evaluation_goes_on_from_its_parts(model, tmp_path, batch_size):
+    segmenter, parts = Segmenter(model, disk_cache=False), tmp_path / "parts"
+    options = {"parts": parts, "save_every": 0.0, "batch_size": batch_size, "num_examples": 3}
+    whole = run(segmenter, Noise(), batch_size=batch_size, num_examples=3)
+    with pytest.raises(LexisegError, match="noise-3"):
+        run(segmenter, Noise(bad=3), **options)
+    (parts / ".half.tmp.json").write_text('{"batches": [')  # what a kill in the middle of a write leaves
+    (path,) = parts.glob("[!.]*.json")
+    counted = json.loads(path.read_text())["batches"]
+    assert counted == list(range(3 // batch_size))
+    left = Noise()
+    resumed = run(segmenter, left, resume=True, **options)
+    assert counts(resumed) == counts(whole) and resumed.summary() == whole.summary()
+    assert resumed.protocol["picture_sizes"] == whole.protocol["picture_sizes"]
+    assert [example.name for example in resumed.examples] == [example.name for example in whole.examples]
+    # What was counted is not predicted again, but for the pictures that are shown.
+    shown = {int(example.name.split("-")[1]) for example in whole.examples}
+    assert left.read[: 5 - 3 // batch_size * batch_size] == list(range(3 // batch_size * batch_size, 5))
+    assert shown <= set(left.read)
+
+    finished = Noise()
+    again = run(segmenter, finished, resume=True, **{**options, "num_examples": 0})
+    assert counts(again) == counts(whole) and finished.read == []
+    anew = Noise()
+    assert counts(run(segmenter, anew, **options)) == counts(whole) and len(anew.read) == 5
+    clear(parts)
+    assert not parts.exists()
+
+
+def test_parts_that_do_not_fit_are_named(model, tmp_path):
+    segmenter, options = Segmenter(model, disk_cache=False), {"parts": tmp_path, "save_every": 0.0, "num_examples": 0}
+    run(segmenter, Noise(3), **options)
+    with pytest.raises(LexisegError, match="another evaluation: 'length' was 3 and is now 4"):
+        run(segmenter, Noise(4), resume=True, **options)
+    (path,) = tmp_path.glob("*.json")
+    (tmp_path / "copy.json").write_bytes(path.read_bytes())
+    with pytest.raises(LexisegError, match="counted twice"):
+        run(segmenter, Noise(3), resume=True, **options)
+    (tmp_path / "copy.json").write_bytes(path.read_bytes()[:40])
+    with pytest.raises(LexisegError, match=r"copy\.json' is damaged"):
+        run(segmenter, Noise(3), resume=True, **options)

@@ -32,6 +32,7 @@ ALLOWED: dict[str, set[str]] = {
     "segmentation": WORDS | PICTURES,
     "samples": {"errors", "files", "data"},
     "windows": {"errors"},
+    "processes": {"errors"},
     "devices": {"errors"},
     "scores": {"errors"},
     "proposals": {"errors"},
@@ -41,10 +42,12 @@ ALLOWED: dict[str, set[str]] = {
     "models": WORDS | {"clip", "scores", "proposals", "regions", "losses"},
     "weights": WORDS | {"clip", "proposals", "models"},
     "data": WORDS | {"images", "windows"},
-    "segmenter": WORDS | PICTURES | MODELS | {"devices", "windows"},
-    "evaluation": WORDS | PICTURES | MODELS | {"data", "segmenter"},
+    "pictures": {"errors", "words", "images", "models", "scores", "windows"},
+    "segmenter": WORDS | PICTURES | MODELS | {"devices", "pictures", "windows"},
+    "labelling": WORDS | PICTURES | MODELS | {"segmenter"},
+    "evaluation": WORDS | PICTURES | MODELS | {"data", "segmenter", "processes"},
     "analysis": WORDS | PICTURES | MODELS | {"segmenter"},
-    "training": WORDS | PICTURES | MODELS | {"data", "segmenter", "evaluation"},
+    "training": WORDS | PICTURES | MODELS | {"data", "segmenter", "evaluation", "processes"},
 }
 # What faces the user may use everything.
 FACES = {"cli", "__main__", "__init__"}

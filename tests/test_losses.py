@@ -8,7 +8,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lexiseg.errors import LexisegError
-from lexiseg.losses import count_masks, mask_losses, pixel_accuracy, pseudo_labels
+from lexiseg.losses import (
+    count_masks,
+    exclusive_logits,
+    exclusive_losses,
+    mask_losses,
+    pixel_accuracy,
+    pseudo_labels,
+)
 
 
 def plain_losses(logits: Tensor, labels: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
@@ -38,9 +45,9 @@ def test_equal_to_the_definition(grid: tuple[int, int], size: tuple[int, int], c
     ours = mask_losses(logits, labels, focal_weight=20.0, dice_weight=3.0, alpha=0.3)
     (gradient,) = torch.autograd.grad(2.0 * ours.total, logits)
     focal, dice = plain_losses(logits, labels, 0.3)
-    torch.testing.assert_close(ours.focal, 20 * focal.detach(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(ours.mask, 20 * focal.detach(), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(ours.dice, 3 * dice.detach(), rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(ours.total, ours.focal + ours.dice)
+    torch.testing.assert_close(ours.total, ours.mask + ours.dice)
     (expected,) = torch.autograd.grad(2.0 * (20 * focal + 3 * dice), logits)
     torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
 
@@ -102,3 +109,44 @@ def test_pixel_accuracy() -> None:
     labels = torch.tensor([[[0, 1, 1, 255]]])
     assert float(pixel_accuracy(logits, labels)) == pytest.approx(200 / 3)
     assert float(pixel_accuracy(logits, torch.full((1, 1, 4), 255))) == 0.0
+
+
+@pytest.mark.parametrize("size", [(6, 7), (13, 21), (3, 3)])
+def test_exclusive_losses_are_those_of_a_softmax(size: tuple[int, int]) -> None:
+    logits = (3 * torch.randn(3, 5, 6, 7)).requires_grad_()
+    labels = torch.randint(0, 4, (3, *size))  # class 4 is nowhere
+    labels[torch.rand(3, *size) < 0.2] = 255
+    labels[1] = 255
+    ours = exclusive_losses(logits, labels, entropy_weight=2.0, dice_weight=3.0)
+    p = F.interpolate(logits, size=size, mode="bilinear", align_corners=False).softmax(1)
+    entropies, dices = [], []
+    for b in range(3):
+        counted = labels[b] != 255
+        entropies += [-p[b, label, y, x].log() for y, x in counted.nonzero() for label in [labels[b, y, x]]]
+        for label in labels[b][counted].unique():
+            inside, total = p[b, label][labels[b] == label].sum(), p[b, label][counted].sum()
+            dices.append(1 - (2 * inside + 1) / (total + (labels[b] == label).sum() + 1))
+    torch.testing.assert_close(ours.mask, 2 * torch.stack(entropies).mean().detach())
+    torch.testing.assert_close(ours.dice, 3 * torch.stack(dices).mean().detach())
+    (gradient,) = torch.autograd.grad(ours.total, logits)
+    assert float(gradient[1].abs().max()) == 0.0
+    torch.testing.assert_close(gradient.sum(1), torch.zeros(3, 6, 7), rtol=0, atol=1e-6)  # what one gains others lose
+
+
+def test_exclusive_losses_without_labels_are_zero() -> None:
+    logits = torch.randn(1, 3, 2, 2, requires_grad=True)
+    losses = exclusive_losses(logits, torch.full((1, 4, 4), 255), dice_weight=1.0)
+    losses.total.backward()
+    assert losses.total == losses.mask == losses.dice == 0.0
+    assert logits.grad is not None and not logits.grad.any()
+    with pytest.raises(LexisegError, match="label is 5 but there are 3 classes"):
+        exclusive_losses(logits, torch.full((1, 2, 2), 5))
+
+
+def test_the_sigmoid_of_exclusive_logits_is_the_softmax() -> None:
+    logits = 10 * torch.randn(2, 6, 4, 5)
+    logits[0, 2, 0, 0] = 300.0
+    result = exclusive_logits(logits)
+    assert torch.isfinite(result).all()
+    torch.testing.assert_close(result.sigmoid(), logits.softmax(1), rtol=1e-4, atol=1e-7)
+    assert torch.isfinite(exclusive_logits(logits[:, :1])).all()

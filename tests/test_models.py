@@ -6,10 +6,12 @@ from typing import ClassVar
 
 import pytest
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from lexiseg.errors import LexisegError
 from lexiseg.models import DenseCLIP, SegmentationModel, ZegCLIP
+from lexiseg.scores import GridScores
 from tests.system_tester import DIM, SystemTester
 from tests.towers import small_clip, unit_rows
 
@@ -88,6 +90,39 @@ class TestZegCLIPWithoutDescriptor(SystemTester):
         assert isinstance(model, ZegCLIP)
         (queries,) = model.queries(unit_rows(2, DIM, seed=5), unit_rows(3, DIM))
         assert torch.equal(queries[0], queries[1])
+
+
+class TestZegCLIPWithExclusiveClasses(SystemTester):
+    system = "zegclip"
+    options: ClassVar = {
+        "num_prompts": 3,
+        "decoder_heads": 4,
+        "mask_loss": "cross-entropy",
+        "mask_weight": 1.0,
+        "start": "matching",
+    }
+
+    def test_classes_and_images_do_not_touch_each_other(self, model: SegmentationModel) -> None:
+        """Images do not, and classes share the probability of one."""
+        text, images = unit_rows(9, DIM), self.images(32, 48, count=3)
+        grid = self.grid(model, images, text)
+        torch.testing.assert_close(grid.sum(1), torch.ones(3, 4, 6))
+        torch.testing.assert_close(self.grid(model, images[1:2], text), grid[1:2], rtol=1e-4, atol=1e-5)
+        fewer = self.grid(model, images, text[:4])
+        torch.testing.assert_close(fewer, grid[:, :4] / grid[:, :4].sum(1, keepdim=True), rtol=1e-4, atol=1e-5)
+
+    def grid(self, model: SegmentationModel, images: Tensor, text: Tensor) -> Tensor:
+        """Scores at the patches."""
+        with torch.no_grad():
+            scores = model(images, text)
+        assert isinstance(scores, GridScores)
+        return scores.logits.sigmoid()
+
+    def test_labels_may_be_smaller_and_must_be_classes(self, model: SegmentationModel) -> None:
+        text, images = unit_rows(4, DIM), self.images()
+        assert torch.isfinite(model.losses(images, self.labels(20, 24), text)["loss"])
+        nothing = model.losses(images, torch.full((2, 40, 48), 255), text)
+        assert nothing["loss"].item() == 0.0  # here void is left out, not negative
 
 
 class TestZegCLIPShallowWithProjectedMemory(SystemTester):

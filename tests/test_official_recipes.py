@@ -161,7 +161,8 @@ def test_cross_dataset_evaluation(name: str, source: str, templates: str) -> Non
     recipe = load_recipe(name)
     assert isinstance(recipe, EvaluationRecipe) and recipe.window is not None
     assert (recipe.data.source, recipe.templates, recipe.offsets) == (source, templates, "all")
-    assert recipe.window.model_dump() == {"size": 512, "stride": 426, "short_side": 512}
+    window = recipe.window
+    assert (window.size, window.stride, window.short_side, window.long_side) == (512, 426, 512, None)
     assert all(entry.seen is None for entry in vocabulary_of(recipe.data).classes)
     with pytest.raises(LexisegError, match="only evaluates"):
         dry_run(recipe)

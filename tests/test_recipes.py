@@ -18,6 +18,7 @@ from lexiseg.training.recipe import (
 )
 
 TINY = find_recipe("tiny")[0]
+EXCLUSIVE = {"mask_loss": "cross-entropy", "mask_weight": 1.0, "dice_weight": 0.0}
 FOLDER = {"source": "voc-folder", "root": "data/voc", "reduce_zero_label": True}
 
 
@@ -41,6 +42,11 @@ def test_the_ablations_differ_in_the_model_only():
     options = main.model.options
     for name, changed in {
         "zegclip-picture-world-no-descriptor": {"descriptor": False},
+        "zegclip-picture-world-no-prompts": {"backbone": "fixed"},
+        "zegclip-picture-world-exclusive": EXCLUSIVE,
+        "zegclip-picture-world-prompts": {**EXCLUSIVE, "descriptor": False},
+        "clip-fixed-picture-world-exclusive": {**EXCLUSIVE, "backbone": "fixed", "descriptor": False},
+        "clip-finetune-picture-world-exclusive": {**EXCLUSIVE, "backbone": "finetune", "descriptor": False},
         "clip-fixed-picture-world": {"backbone": "fixed", "descriptor": False},
         "clip-finetune-picture-world": {"backbone": "finetune", "descriptor": False},
     }.items():
@@ -80,7 +86,11 @@ def test_folder_data():
         ("lr: 1.0e-3", "lr: 1.0e-3\n  betas: [0.9, 1.5]", "betas must be in 0..1"),
         ("templates: single", "templates: 3", "wrong value for 'templates'"),
         ("source: picture-world", "source: moon", "wrong value for 'data'"),
-        ("kind: segmentation", "kind: sculpture", "needs 'kind', one of contrastive, evaluation, segmentation"),
+        (
+            "kind: segmentation",
+            "kind: sculpture",
+            "needs 'kind', one of contrastive, evaluation, prompts, segmentation",
+        ),
         ("  size: 64", "  size: 64\n  size: 3", "the key 'size' is given twice"),
         ("train:", "train: [", "not right YAML in line"),
         ("model:", "? [1]\n: 2\nmodel:", "not right YAML"),
@@ -122,3 +132,15 @@ def test_any_text_is_a_recipe_or_a_sentence(data):
 def test_odd_documents(text):
     with pytest.raises(LexisegError, match=r"x\.yaml"):
         parse_recipe(text, "x.yaml")
+
+
+def test_a_window_says_all_that_a_policy_does():
+    from lexiseg.models.base import WindowPolicy
+    from lexiseg.training.recipe_schema import WindowRecipe
+
+    assert WindowRecipe().policy() == WindowPolicy()
+    given = {"size": 512, "stride": 426, "short_side": 512, "long_side": 2048, "antialias": False}
+    assert WindowRecipe(**given).policy() == WindowPolicy(**given)
+    assert WindowRecipe(size=64).policy().stride == 64
+    with pytest.raises(ValueError, match="long_side"):
+        WindowRecipe(long_side=640)

@@ -29,6 +29,7 @@ from lexiseg.scores import (
 from lexiseg.scores._arithmetic import sigmoid
 
 Size = tuple[int, int]
+SHARED = {"shared": 1e-2, "hairs": 1e-6}
 
 
 def resize(values: Tensor, size: Size) -> Tensor:
@@ -68,6 +69,8 @@ def numbers(seed: int, kind: str, *shape: int) -> Tensor:
     if kind == "equal":
         return torch.full(shape, 0.7)
     values = torch.randn(shape, generator=generator)
+    if kind in SHARED:  # what the words have in common is far larger than their differences
+        return 4 * torch.randn(shape[0], 1, *shape[2:], generator=generator) + SHARED[kind] * values
     return values * 30 if kind == "steep" else values
 
 
@@ -82,7 +85,7 @@ def word_lists(draw: st.DrawFn, num_words: int) -> Tensor | None:
 @st.composite
 def grids(draw: st.DrawFn, num_words: int, word_to_class: Tensor | None) -> GridScores:
     shape = draw(st.integers(1, 9)), draw(st.integers(1, 9))
-    kind = draw(st.sampled_from(["ties", "equal", "normal", "steep"]))
+    kind = draw(st.sampled_from(["ties", "equal", "normal", "steep", *SHARED]))
     resize_to = draw(st.none() | sizes)
     height, width = resize_to or shape
     offsets = numbers(draw(st.integers(0, 99)), draw(st.sampled_from(["ties", "normal"])), num_words) * 0.1
@@ -135,13 +138,14 @@ def test_decoding_is_exact(case: Case) -> None:
     with pytest.MonkeyPatch.context() as patch:
         for module in (_contest, _decode):
             patch.setattr(module, "budget", lambda field: case.budget)
+        patch.setattr(_contest, "FEW", 0 if case.budget == 1 << 10 else 8)
         if case.budget == 1 << 10:
             for module in (_fields, _decode):
                 patch.setattr(module, "BLOCK_WORDS", 4)
         check_agreement(case.scores, case.size)
 
 
-@pytest.mark.parametrize("kind", ["normal", "steep", "ties", "equal"])
+@pytest.mark.parametrize("kind", ["normal", "steep", "ties", "equal", *SHARED])
 @pytest.mark.parametrize("nested", [False, True])
 def test_pruning_is_exact(kind: str, nested: bool) -> None:
     """Magnified as patches are, so that branch and bound decides."""
@@ -149,6 +153,36 @@ def test_pruning_is_exact(kind: str, nested: bool) -> None:
     scores = GridScores(numbers(0, kind, 1, 60, 7, 8), **options)
     for size in ((112, 128), (90, 133)):
         check_agreement(scores, size)
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@given(case=cases(), seed=st.integers(0, 999))
+def test_gaps_are_certain(case: Case, seed: int) -> None:
+    """In each tile a word is at least its gap below the other, but for rounding."""
+    field = case.scores._field(0, case.size)
+    generator = torch.Generator().manual_seed(seed)
+
+    def some(count: int, top: int) -> Tensor:
+        return torch.randint(0, top, (count,), generator=generator)
+
+    words, tiles, others = some(30, field.num_words), some(30, 5), some(5, field.num_words)
+    rows, columns = (torch.stack((some(5, n), some(5, n))).sort(0).values for n in case.size)
+    gaps = field.gaps(words, tiles, others, rows, columns)
+    dense = field.block(slice(None), 0, case.size[0], 0, case.size[1])
+    slack = 2 * field.limits()[1] + 1e-6
+    for word, tile, gap in zip(words.tolist(), tiles.tolist(), gaps.tolist(), strict=True):
+        (top, bottom), (left, right) = rows[:, tile].tolist(), columns[:, tile].tolist()
+        place = dense[:, top : bottom + 1, left : right + 1]
+        assert float((place[int(others[tile])] - place[word]).min()) >= gap - slack
+
+
+def test_words_that_rise_and_fall_together_are_told_apart() -> None:
+    """Few candidates are left where bounds alone would keep them all."""
+    logits = torch.randn(1, 1, 7, 8) + 0.1 * torch.randn(1, 60, 1, 1) + 0.01 * torch.randn(1, 60, 7, 8)
+    field = GridScores(logits, resize_to=(112, 128), sigmoid=True)._field(0, (112, 128))
+    rows, columns = (_contest.tile_ranges(field.cells(axis)) for axis in (0, 1))
+    left = _contest._candidates(field, rows, columns, _contest.margin_of(field))
+    assert len(left.words) < 5 * left.rows.shape[1]
 
 
 @pytest.mark.parametrize("size", [(1, 1), (5, 7), (13, 40), (64, 64), (31, 100)])

@@ -8,7 +8,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torchvision.transforms.v2.functional import adjust_hue
+from torchvision.tv_tensors import Image
 
+from lexiseg.data.photometric import scale_saturation, turn_hue
 from lexiseg.data.transforms import (
     Normalize,
     Pad,
@@ -16,7 +19,6 @@ from lexiseg.data.transforms import (
     RandomCrop,
     RandomFlip,
     RandomResize,
-    _scale_saturation,
     light_pipeline,
     normalize,
     paper_pipeline,
@@ -112,7 +114,7 @@ def test_saturation_is_that_of_hsv():
 
     image, _ = sample(6, 6)
     for factor in (0.5, 0.8, 1.0, 1.5):
-        found = _scale_saturation(image, factor).permute(1, 2, 0).reshape(-1, 3).tolist()
+        found = scale_saturation(image, factor).permute(1, 2, 0).reshape(-1, 3).tolist()
         for before, after in zip(image.permute(1, 2, 0).reshape(-1, 3).tolist(), found, strict=True):
             hue, saturation, value = colorsys.rgb_to_hsv(*(channel / 255 for channel in before))
             expected = colorsys.hsv_to_rgb(hue, min(1.0, saturation * factor), value)
@@ -125,6 +127,18 @@ def test_distortion_changes_colours_only_and_half_of_the_time_each():
     assert all(torch.equal(after, label) and picture.dtype == torch.uint8 for picture, after in found)
     unchanged = sum(torch.equal(picture, image) for picture, _ in found)
     assert 0 < unchanged < 15  # expected 1/16, a little more for small draws
+
+
+def test_turning_the_hue_is_what_torchvision_does():
+    image = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (3, 40, 60), np.uint8))
+    image[:, :5] = image[:1, :5]  # greys have no hue
+    image[:, 5], image[:, 6] = 0, 255
+    for turn in (-0.5, -0.1, 0.0, 0.05, 0.1):
+        expected = adjust_hue(Image(image), turn).as_subclass(torch.Tensor)
+        found = turn_hue(image, turn)
+        difference = (found.int() - expected.int()).abs()
+        assert difference.max() <= 1 and (difference > 0).float().mean() < 1e-3
+    assert torch.equal(turn_hue(image, 0.0), image)
 
 
 def test_normalise_then_pad():

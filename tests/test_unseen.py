@@ -14,6 +14,7 @@ from lexiseg.data.picture_world import CLASS_IDS, CLASSES, SEEN, UNSEEN, render_
 from lexiseg.data.picture_world.dataset import SPLIT_SEEDS
 from lexiseg.data.picture_world.scene import Scene
 from lexiseg.errors import LexisegError
+from lexiseg.losses.proposals import mask_targets
 from lexiseg.training.contrastive import HELD_OUT_SEED, ContrastiveTask
 from lexiseg.training.labels import UNLABELLED, masked_names, training_vocabulary
 from lexiseg.training.recipe import ContrastiveRecipe, SegmentationRecipe, list_recipes, load_recipe
@@ -108,6 +109,58 @@ def small_self_training(unlabelled: str) -> SegmentationRecipe:
     values["data"] |= {"size": 64, "length": 12}
     values["train"] |= {"batch_size": 4, "snapshot_every": 0}
     return SegmentationRecipe.model_validate(values)
+
+
+DECOUPLED = [name for name in SEGMENTATION if RECIPES[name].model.system in ("zsseg", "zegformer", "freeseg", "deop")]
+
+
+def test_every_stage_of_the_decoupled_systems_is_among_these_recipes() -> None:
+    assert "proposals-picture-world" in DECOUPLED
+    for name in DECOUPLED:
+        recipe = RECIPES[name]
+        assert isinstance(recipe, SegmentationRecipe)
+        assert recipe.setting == "inductive" and recipe.initial in (None, *DECOUPLED)
+
+
+@pytest.mark.parametrize("name", DECOUPLED)
+def test_no_stage_of_a_decoupled_system_is_given_an_unseen_mask(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the loss gets is the text of seen classes and their ranks, whichever unseen classes are in the picture."""
+    recipe = RECIPES[name]
+    assert isinstance(recipe, SegmentationRecipe)
+    values = recipe.model_dump(mode="json") | {"initial": None}
+    values["data"] |= {"size": 64, "length": 12}
+    values["train"] |= {"batch_size": 4, "snapshot_every": 0}
+    task = build_task(SegmentationRecipe.model_validate(values))
+    assert isinstance(task, SegmentationTask)
+    assert task.vocabulary.names == SEEN == task.model.seen_names and len(task.text) == len(SEEN)
+    given: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def spy(images: torch.Tensor, labels: torch.Tensor, text: torch.Tensor) -> dict[str, torch.Tensor]:
+        given.append((labels, text))
+        return {}
+
+    monkeypatch.setattr(task.model, "losses", spy)
+    for index in range(3):
+        task.losses(task.batch(index))
+    hidden, there = False, False
+    for labels, text in given:
+        ranks = labels[labels != 255]
+        assert len(text) == len(SEEN) and ranks.min() >= 0 and ranks.max() < len(SEEN)
+        # Matching makes a mask of each label there is, so what is hidden can be nobody's target.
+        assert {int(rank) for target in mask_targets(labels) for rank in target.classes} <= set(range(len(SEEN)))
+        hidden, there = hidden or bool((labels == 255).any()), there or bool(len(ranks))
+    assert hidden and there, "otherwise this shows nothing"
+
+    turned = np.arange(256)
+    turned[UNSEEN_IDS] = np.roll(UNSEEN_IDS, 1)
+
+    def other_scene(*arguments: Any, **options: Any) -> Scene:
+        scene = render_scene(*arguments, **options)
+        return replace(scene, label=turned[scene.label].astype(scene.label.dtype))
+
+    monkeypatch.setattr("lexiseg.data.picture_world.dataset.render_scene", other_scene)
+    for index, (labels, _) in enumerate(given):
+        assert torch.equal(task.batch(index).labels, labels)
 
 
 @pytest.mark.parametrize("name", SEGMENTATION)

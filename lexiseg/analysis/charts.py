@@ -11,6 +11,7 @@ from lexiseg.analysis.canvas import CAPTION, GRID, INK, MUTED, PAPER, SMALL, Col
 
 _SERIES: tuple[Color, ...] = ((176, 186, 197), (44, 113, 142), (200, 30, 40))
 _LEFT, _TOP, _BELOW, _HEIGHT = 78, 56, 70, 360
+_APART = 10
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ def bar_chart(groups: Sequence[Group], *, series: Sequence[str], y_label: str, w
         groups: from left to right; at least one.
         series: names for the legend, in the order of the values.
         y_label: what the height means.
-        width: of the picture in pixels.
+        width: of the picture in pixels; it grows where the labels need more.
 
     Raises:
         ValueError: there is no group.
@@ -46,9 +47,12 @@ def bar_chart(groups: Sequence[Group], *, series: Sequence[str], y_label: str, w
     low, high = min(0.0, *values), max(0.0, *values)
     high, low = high + 0.12 * (high - low or 1.0), low - (0.12 * (high - low) if low < 0 else 0.0)
     marks = ticks(low, high, 6)
+    small, face = font(SMALL), font(CAPTION)
+    places = sum(len(group.labels) for group in groups) + len(groups)
+    longest = max(small.getlength(text) for group in groups for text in group.labels)
+    width = max(width, _LEFT + round(places * (longest + _APART)))
     canvas = Image.new("RGB", (width, _TOP + _HEIGHT + _BELOW), PAPER)
     draw = ImageDraw.Draw(canvas)
-    small, face = font(SMALL), font(CAPTION)
 
     def y_of(value: float) -> float:
         return _TOP + _HEIGHT * (1 - (value - low) / (high - low))
@@ -65,7 +69,6 @@ def bar_chart(groups: Sequence[Group], *, series: Sequence[str], y_label: str, w
         draw.rectangle((x, 12, x + 18, 30), fill=_SERIES[index % len(_SERIES)])
         draw.text((x + 26, 21), name, INK, small, anchor="lm")
         x += 26 + small.getlength(name) + 30
-    places = sum(len(group.labels) for group in groups) + len(groups)
     step = (width - _LEFT) / places
     bar = step * 0.8 / len(series)
     number_face = font(max(11, min(SMALL, int(bar / 2.4))))
@@ -77,7 +80,8 @@ def bar_chart(groups: Sequence[Group], *, series: Sequence[str], y_label: str, w
                 left = x + step * 0.1 + index * bar
                 top, bottom = sorted((y_of(row[place]), y_of(0.0)))
                 draw.rectangle((left, top, left + bar - 2, bottom), fill=_SERIES[index % len(_SERIES)])
-                draw.text((left + bar / 2 - 1, top - 3), f"{row[place]:.2f}", INK, number_face, anchor="md")
+                end, anchor = (top - 3, "md") if row[place] >= 0 else (bottom + 3, "ma")
+                draw.text((left + bar / 2 - 1, end), f"{row[place]:.2f}", INK, number_face, anchor=anchor)
             draw.text((x + step / 2, _TOP + _HEIGHT + 8), text, INK, small, anchor="ma")
             x += step
         draw.text(((start + x) / 2, _TOP + _HEIGHT + 36), group.name, INK, face, anchor="ma")

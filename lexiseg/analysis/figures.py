@@ -29,6 +29,7 @@ from lexiseg.analysis.canvas import (
 )
 from lexiseg.analysis.charts import Group, bar_chart
 from lexiseg.analysis.measures import linear_cka, patch_similarity
+from lexiseg.analysis.points import Point, chosen_points
 from lexiseg.analysis.towers import Blocks, has_own_clip, learnt_in_tower, plain_blocks, system_blocks
 from lexiseg.errors import LexisegError
 from lexiseg.images import image_name, read_image
@@ -36,12 +37,7 @@ from lexiseg.models import CascadeCLIP, SegmentationModel
 from lexiseg.models.levels import WeightedSum, format_groups
 from lexiseg.segmenter import Segmenter
 from lexiseg.vocabulary import VocabularySource
-from lexiseg.words import shorten
 
-Point = tuple[int, int]
-"""Column and row of a pixel."""
-
-_MAX_POINTS = 6
 _MAX_CLASSES = 48
 _CELL, _CELL_WITH_NUMBER = 24, 46
 
@@ -64,15 +60,7 @@ def similarity_figure(
     """
     picture = _picture(read_image(image, max_pixels=segmenter.max_pixels))
     width, height = picture.size
-    chosen = list(points) or [(width // 2, height // 2)]
-    if len(chosen) > _MAX_POINTS:
-        raise LexisegError(f"{len(chosen)} points are too many for one figure; choose at most {_MAX_POINTS}.")
-    for column, row in chosen:
-        if not (0 <= column < width and 0 <= row < height):
-            raise LexisegError(
-                f"The point {column},{row} lies outside '{shorten(image_name(image), 200)}', which has {width} x "
-                f"{height} pixels; columns go from 0 to {width - 1} and rows from 0 to {height - 1}."
-            )
+    chosen = chosen_points(points, picture.size, image)
     found = _run(segmenter, image)
     shown = _blocks_to_show(blocks, len(found.patches))
     rows, columns = found.grid

@@ -28,6 +28,7 @@ from lexiseg.analysis.canvas import (
     mark,
     shorten,
 )
+from lexiseg.analysis.points import Point, chosen_points
 from lexiseg.errors import LexisegError
 from lexiseg.images import image_name, read_image
 from lexiseg.models import DeOP
@@ -37,10 +38,7 @@ from lexiseg.scores import RegionScores
 from lexiseg.segmenter import Segmenter
 from lexiseg.vocabulary import VocabularySource
 
-Point = tuple[int, int]
-"""Column and row of a pixel."""
-
-_MAX_POINTS, _MAX_PROPOSALS = 6, 24
+_MAX_PROPOSALS = 24
 _LINE, _BAR = 24, 6
 
 
@@ -96,7 +94,7 @@ def anchor_figure(segmenter: Segmenter, image: str | Path, points: Sequence[Poin
     if not isinstance(model, DeOP):
         raise LexisegError(f"{model.system} has no anchors to draw; choose a deop model.")
     picture = Image.fromarray(read_image(image, max_pixels=segmenter.max_pixels).permute(1, 2, 0).numpy())
-    chosen = _points(points, picture, image)
+    chosen = chosen_points(points, picture.size, image)
     images = segmenter.pixels(image)
     height, width = images.shape[-2:]
     training = model.training
@@ -224,19 +222,6 @@ def region_masks(scores: RegionScores, size: tuple[int, int], picture: int = 0) 
     if scores.crop is not None:
         masks = masks[..., : scores.crop[0], : scores.crop[1]]
     return resize_masks(masks.sigmoid() if scores.sigmoid else masks, size)[0]
-
-
-def _points(points: Sequence[Point], picture: Image.Image, image: str | Path) -> list[Point]:
-    width, height = picture.size
-    chosen = list(points) or [(width // 2, height // 2)]
-    if len(chosen) > _MAX_POINTS:
-        raise LexisegError(f"{len(chosen)} points are too many for one figure; choose at most {_MAX_POINTS}.")
-    for column, row in chosen:
-        if not (0 <= column < width and 0 <= row < height):
-            raise LexisegError(
-                f"The point {column},{row} lies outside '{image_name(image)}', which has {width} x {height} pixels."
-            )
-    return chosen
 
 
 def _box(

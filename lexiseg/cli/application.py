@@ -6,6 +6,7 @@ import io
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Annotated, Any
 
 import typer
@@ -61,6 +62,20 @@ def _usage_sentence(error: Any) -> str:
     return f"{message}; see '{command} --help'."
 
 
+def _say(error: LexisegError) -> None:
+    """Print a mistake; of the processes of a launcher one does, where all know of it."""
+    from lexiseg import processes
+
+    # Before the processes have met, what is wrong is the command line, and all have the same.
+    own = processes.count() > 1 and not isinstance(error, processes.SharedError | processes.PeerError)
+    if own or processes.is_first_of_launch():
+        say_error(str(error))
+    if isinstance(error, processes.SharedError):
+        # A launcher ends all processes as soon as one has ended, so wait until the sentence is out.
+        with suppress(LexisegError):
+            processes.meet()
+
+
 def _memory_sentence() -> str:
     return "The memory of the device ran out; use a smaller --window or --batch-size, or --device cpu."
 
@@ -86,7 +101,7 @@ def main(args: Sequence[str] | None = None) -> int:
     try:
         code = app(args=None if args is None else list(args), prog_name="lexiseg", standalone_mode=False)
     except LexisegError as error:
-        say_error(str(error))
+        _say(error)
         return NOTHING_DONE
     except _ClickException as error:
         say_error(_usage_sentence(error))

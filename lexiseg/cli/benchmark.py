@@ -57,7 +57,7 @@ def cost(
     import torch
 
     from lexiseg.evaluation.cost import measure_cost
-    from lexiseg.evaluation.cost_page import explanation, page, short_table, speed_ratios
+    from lexiseg.evaluation.cost_page import explanation, page, short_table, speed_lines
     from lexiseg.files import make_folder, write_text
 
     place = str(pick_device(device))
@@ -79,7 +79,7 @@ def cost(
         f"{side} x {side}, {classes} classes, {threads_used} threads; parameters in millions, all / trained",
         *short_table(table),
     )
-    for line in speed_ratios(table.rows):
+    for line in speed_lines(table.rows):
         say_note(line)
     for row in table.rows:
         for line in explanation(row):

@@ -23,6 +23,13 @@ app = typer.Typer(
 )
 
 Model = Annotated[str, typer.Argument(help="A name that `lexiseg models` lists, or a folder.", show_default=False)]
+Picture = Annotated[Path, typer.Argument(metavar="IMAGE", help="A picture.", show_default=False)]
+At = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--at", help="Pixel of the patch as COLUMN,ROW; repeat it for several. Default: the middle.", show_default=False
+    ),
+]
 Output = Annotated[Path, typer.Option("--output", "-o", help="The picture to write, a .png.")]
 
 
@@ -35,15 +42,8 @@ def _draw(context: typer.Context) -> None:
 @app.command("similarity")
 def similarity(
     model: Model,
-    image: Annotated[Path, typer.Argument(help="A picture.", show_default=False)],
-    at: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--at",
-            help="Pixel of the patch as COLUMN,ROW; repeat it for several. Default: the middle.",
-            show_default=False,
-        ),
-    ] = None,
+    image: Picture,
+    at: At = None,
     blocks: Annotated[
         str | None,
         typer.Option(
@@ -68,7 +68,7 @@ def similarity(
 @app.command("scores")
 def scores(
     model: Model,
-    image: Annotated[Path, typer.Argument(help="A picture.", show_default=False)],
+    image: Picture,
     classes: Annotated[
         str,
         typer.Argument(
@@ -122,15 +122,8 @@ def cka(
 @app.command("anchors")
 def anchors(
     model: Model,
-    image: Annotated[Path, typer.Argument(help="A picture.", show_default=False)],
-    at: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--at",
-            help="Pixel of the patch as COLUMN,ROW; repeat it for several. Default: the middle.",
-            show_default=False,
-        ),
-    ] = None,
+    image: Picture,
+    at: At = None,
     output: Output = Path("out/anchors.png"),
     device: Device = "auto",
 ) -> None:
@@ -148,7 +141,7 @@ def anchors(
 @app.command("proposals")
 def proposals(
     model: Model,
-    image: Annotated[Path, typer.Argument(help="A picture.", show_default=False)],
+    image: Picture,
     classes: Annotated[str, typer.Argument(help="The classes, as for `lexiseg draw scores`.", show_default=False)],
     count: Annotated[int, typer.Option("--count", help="Proposals to show at most.")] = 8,
     output: Output = Path("out/proposals.png"),

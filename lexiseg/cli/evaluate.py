@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -31,6 +32,9 @@ if TYPE_CHECKING:
 
 PICTURE_WORLD = "picture-world"
 DEFAULT_SIZE = 256
+PARTS = "evaluation-parts"
+# Processes that are done wait for the slowest one.
+PATIENCE = timedelta(hours=12)
 
 
 def evaluate(
@@ -83,6 +87,9 @@ def evaluate(
             "--proposals", help="Decoupled models: judge the proposals too, their recall and the best they allow."
         ),
     ] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with an evaluation into the same folder that was stopped.")
+    ] = False,
     device: Device = "auto",
     dtype: Dtype = Precision.fp32,
     compile: Compile = False,
@@ -92,50 +99,64 @@ def evaluate(
 ) -> None:
     """Predict a dataset, compare with its labels, and write a report: pAcc, mIoU, seen, unseen, hIoU.
 
-    The report says by which protocol it was made, down to the hash of the weights.
+    The report says by which protocol it was made, down to the hash of the weights. Under a launcher (torchrun,
+    accelerate) the processes share the pictures; the numbers are the same.
     """
+    from lexiseg import processes
     from lexiseg.files import make_folder
 
-    make_folder(output)
-    chosen = _protocol(protocol, dataset, split, size)
-    found = _dataset(dataset, split, size, classes) if chosen is None else None
-    recipe = found[3] if found else None
-    from lexiseg.evaluation.evaluate import evaluate as run
+    if proposals and processes.launched():
+        raise LexisegError("--proposals is judged in one process; leave it out, or start without a launcher.")
+    processes.join(device, patience=PATIENCE)
+    with processes.together():
+        make_folder(output)
+        chosen = _protocol(protocol, dataset, split, size)
+        found = _dataset(dataset, split, size, classes) if chosen is None else None
+        recipe = found[3] if found else None
+        from lexiseg.evaluation.evaluate import evaluate as run
+        from lexiseg.evaluation.parts import clear
 
-    with waiting(f"loading {weights}"):
-        segmenter = lexiseg.load(
-            _model_of(weights),
-            device=device,
-            dtype=dtype.value,
-            compile=compile,
-            templates=templates_of(template) or (recipe.templates if recipe else None),
-        )
-    system = segmenter.model.system
-    data: SegmentationDataset
-    if chosen is not None:
-        data, name, shown = chosen.open(dataset, system=system, classes=classes), chosen.data_set, "val"
-    elif found is not None:
-        data, name, shown, _ = found
-    policy = segmenter.model.window
-    if recipe is not None and recipe.window is not None:
-        from lexiseg.models.base import WindowPolicy
-
-        policy = WindowPolicy(**recipe.window.model_dump())
-    given = chosen.window_for(system) if chosen else policy if recipe else None
+        with waiting(f"loading {weights}"):
+            segmenter = lexiseg.load(
+                _model_of(weights),
+                device=processes.device_name(device),
+                dtype=dtype.value,
+                compile=compile,
+                templates=templates_of(template) or (recipe.templates if recipe else None),
+            )
+        system = segmenter.model.system
+        data: SegmentationDataset
+        if chosen is not None:
+            data, name, shown = chosen.open(dataset, system=system, classes=classes), chosen.data_set, "val"
+        elif found is not None:
+            data, name, shown, _ = found
+        policy = segmenter.model.window
+        if recipe is not None and recipe.window is not None:
+            policy = recipe.window.policy()
+        given = chosen.window_for(system) if chosen else policy if recipe else None
+        given = window_of(given or policy, window, stride) or given
     report = run(
         segmenter,
         data,
         name=name,
         split=shown,
         background=background,
-        window=window_of(given or policy, window, stride) or given,
+        window=given,
         batch_size=batch_size,
         limit=limit,
         offsets=recipe.offsets if recipe else chosen.offsets if chosen else None,
         card=chosen.card() if chosen else None,
         seed=segmenter.model.metadata.get("seed"),
+        shared=True,
+        parts=output / PARTS,
+        resume=resume,
     )
+    if not processes.is_main():
+        processes.leave()
+        return
     paths = report.save(output)
+    clear(output / PARTS)
+    processes.leave()
     judged = None
     if proposals:
         from lexiseg.evaluation.proposal_report import evaluate_proposals

@@ -40,6 +40,12 @@ def train(
         Path | None,
         typer.Option("--data", help="Train on a folder of your own instead of the recipe's data.", show_default=False),
     ] = None,
+    initial: Annotated[
+        str | None,
+        typer.Option(
+            "--initial", help="Start from this run, model or recipe, not the recipe's `initial`.", show_default=False
+        ),
+    ] = None,
     seed: Annotated[
         int | None, typer.Option("--seed", min=0, help="Replace the recipe's seed.", show_default=False)
     ] = None,
@@ -60,6 +66,8 @@ def train(
     json: Json = False,
 ) -> None:
     """Train what a recipe says; --resume goes on where a run was stopped, bit for bit on a CPU."""
+    from json import dumps as quoted  # a JSON string is YAML
+
     from lexiseg.training.recipe import list_recipes, load_recipe
 
     if list_:
@@ -73,11 +81,17 @@ def train(
         raise LexisegError("No recipe is given; name one of `lexiseg train --list`, or a YAML file.")
     if device not in (None, "cpu"):
         raise LexisegError(f"Training takes the accelerator there is; --device can only be cpu, not '{device}'.")
-    chosen = read_recipe(recipe, set or [], seed, data)
+    from lexiseg import processes
+
+    if not dry_run:
+        processes.join(device)
+    with processes.together():
+        start = [] if initial is None else [f"initial={quoted(initial)}"]
+    chosen = read_recipe(recipe, [*start, *(set or [])], seed, data)
     if dry_run:
         _say_dry_run(chosen, recipe, json)
         return
-    run_dir = output or Path("runs") / Path(recipe).stem
+    run_dir = output or Path("runs") / _run_name(recipe)
     from lexiseg.training.run import train as run
 
     try:
@@ -85,10 +99,20 @@ def train(
     except KeyboardInterrupt:
         say_note(f"Stopped; the checkpoints are in '{run_dir}', and the same command with --resume goes on from there.")
         raise
+    speaks = processes.is_main()
+    processes.leave()
+    if not speaks:
+        return
     if json:
         say_json({"recipe": recipe, "run": str(run_dir), "model": str(folder)})
     else:
         say_written([run_dir, folder])
+
+
+def _run_name(recipe: str) -> str:
+    """The folder of a run: the recipe's name, its variant behind a hyphen."""
+    file, _, variant = Path(recipe).name.partition(":")
+    return "-".join(part for part in (Path(file).stem, variant) if part)
 
 
 def _say_dry_run(recipe: Recipe, name: str, json: bool) -> None:
@@ -149,4 +173,4 @@ def _own_data(name: str, said: dict[str, Any] | None, folder: Path) -> dict[str,
         raise LexisegError(f"The data folder '{folder}' does not exist; check the path.")
     crop = said.get("crop") or said.get("size")
     own = {"source": "own", "root": str(folder), "augment": said.get("augment", "light"), "crop": crop}
-    return own | {"label_stride": said["label_stride"]}
+    return own | {key: said[key] for key in ("label_stride", "short_sides", "longest", "cut") if key in said}

@@ -7,6 +7,8 @@ a copy of the tower for each system.
 
 from __future__ import annotations
 
+from functools import partial
+from types import MethodType
 from typing import Any
 
 import torch
@@ -105,6 +107,27 @@ def run_block(
     Returns:
         tokens (B, L, W).
     """
+    run = block if "forward" in vars(block) else partial(_run, block)
+    tokens: Tensor = run(x, context, mask=mask, causal=causal, severance=severance, weights=weights, residual=residual)
+    return tokens
+
+
+def run_as_module(block: nn.Module) -> None:
+    """Let `run_block` go through the block's ``__call__``, so that its forward hooks are called, as sharding needs."""
+    block.forward = MethodType(_run, block)
+
+
+def _run(
+    block: Any,
+    x: Tensor,
+    context: Tensor | None,
+    *,
+    mask: Tensor | None,
+    causal: bool,
+    severance: float | Severance,
+    weights: Tensor | None,
+    residual: float,
+) -> Tensor:
     normalised = block.ln_1(x)
     if context is not None:
         context = block.ln_1(context)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -15,12 +17,13 @@ from torch.nn import functional as F
 from lexiseg.clip.mask_attention import image_embeddings
 from lexiseg.clip.model import CLIP
 from lexiseg.errors import LexisegError
-from lexiseg.files import atomic_write, make_folder
+from lexiseg.files import atomic_write, make_folder, write_json
 
 SEMANTIC_TASK = "semantic segmentation."
 """FreeSeg's name of our task; the full stop is a token of it."""
 
 PROMPTS_NAME = "prompts.safetensors"
+_CARD_NAME = "prompts.json"
 
 _CHUNK = 256
 _COUNTS = ("prefix", "suffix", "task")
@@ -190,8 +193,13 @@ class PromptLearner(nn.Module):
             )
 
 
-def save_prompts(learner: PromptLearner, folder: str | Path) -> Path:
+def save_prompts(learner: PromptLearner, folder: str | Path, card: Mapping[str, Any] | None = None) -> Path:
     """Write prompts into ``folder/prompts.safetensors``.
+
+    Args:
+        learner: the prompts.
+        folder: made if missing.
+        card: JSON values that say how they were learned, for ``prompts.json``; `read_card` reads it.
 
     Raises:
         LexisegError: the folder cannot be written.
@@ -199,7 +207,33 @@ def save_prompts(learner: PromptLearner, folder: str | Path) -> Path:
     path = make_folder(folder) / PROMPTS_NAME
     with atomic_write(path) as temporary:
         save_file({name: value.detach().cpu().contiguous() for name, value in learner.state_dict().items()}, temporary)
+    if card is not None:
+        write_json(path.with_name(_CARD_NAME), dict(card))
     return path
+
+
+def prompts_folder(name: str | Path) -> Path:
+    """The folder with the prompts in the folder of a run; a folder that has them itself stays."""
+    inside = Path(name) / "model"
+    return inside if (inside / PROMPTS_NAME).is_file() else Path(name)
+
+
+def read_card(folder: str | Path) -> dict[str, Any]:
+    """What `save_prompts` was told of how prompts were learned; {} where it was told nothing.
+
+    Raises:
+        LexisegError: the file is damaged.
+    """
+    path = Path(folder) / _CARD_NAME
+    if not path.is_file():
+        return {}
+    try:
+        card = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise LexisegError(f"'{path}' is damaged; train the prompts again or remove the file.") from error
+    if not isinstance(card, dict):
+        raise LexisegError(f"'{path}' holds something else than it should; train the prompts again or remove the file.")
+    return card
 
 
 def load_prompts(folder: str | Path) -> PromptLearner:

@@ -15,6 +15,14 @@ if TYPE_CHECKING:
 IGNORE_INDEX = 255
 """Label id of pixels that have no class: void, border, padding, and in training the unseen classes."""
 
+WIDE_IGNORE_INDEX = 65535
+"""The same where there are more than 255 classes, so that 255 is the id of one."""
+
+
+def ignore_index(num_classes: int) -> int:
+    """The label of pixels without a class among ``num_classes``: 255, or 65535 where there are more than 255."""
+    return IGNORE_INDEX if num_classes <= IGNORE_INDEX else WIDE_IGNORE_INDEX
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -87,22 +95,23 @@ def unseen_ids(vocabulary: Vocabulary) -> list[int]:
     return [index for index, entry in enumerate(vocabulary.classes) if entry.seen is False]
 
 
-def remap_to_seen(label: Tensor, seen: Sequence[int]) -> Tensor:
+def remap_to_seen(label: Tensor, seen: Sequence[int], *, void: int = IGNORE_INDEX) -> Tensor:
     """Number the seen classes by their rank and ignore all other ids: the labels of inductive training.
 
     Args:
-        label: integer tensor of any shape with dataset ids 0..255.
+        label: integer tensor of any shape with dataset ids 0..void.
         seen: the seen ids; the id at position k becomes k.
+        void: the dataset's own label of pixels without a class, which is its largest.
 
     Returns:
-        int64 tensor of the same shape with values 0..len(seen)-1 and 255. Ids outside ``seen`` become 255, so that
-        pixels of unseen classes never carry a label into training.
+        int64 tensor of the same shape with values 0..len(seen)-1 and :func:`ignore_index` of so many classes. Ids
+        outside ``seen`` become the latter, so that pixels of unseen classes never carry a label into training.
 
     Raises:
-        ValueError: an id in ``seen`` is not in 0..254.
+        ValueError: an id in ``seen`` is not in 0..void-1.
     """
-    if any(not 0 <= index < IGNORE_INDEX for index in seen):
-        raise ValueError(f"seen ids must be in 0..{IGNORE_INDEX - 1}, got {list(seen)}")
-    table = torch.full((IGNORE_INDEX + 1,), IGNORE_INDEX, dtype=torch.long)
+    if any(not 0 <= index < void for index in seen):
+        raise ValueError(f"seen ids must be in 0..{void - 1}, got {list(seen)}")
+    table = torch.full((void + 1,), ignore_index(len(seen)), dtype=torch.long)
     table[torch.tensor(list(seen), dtype=torch.long)] = torch.arange(len(seen))
     return table[label.long()]

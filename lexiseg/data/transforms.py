@@ -1,5 +1,7 @@
 """The papers' picture pipelines: random resize, crop, flip and colour for training; the test-time size.
 
+There are two: the one-stage papers' (mmsegmentation) and the decoupled papers' (detectron2).
+
 Every random choice is drawn from a ``numpy.random.Generator`` handed in by the caller, never from global state: a
 sample is then a pure function of its seed, in any thread or process, which is what makes a resumed training exact.
 """
@@ -17,6 +19,8 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
 from lexiseg.data.base import IGNORE_INDEX
+from lexiseg.data.photometric import scale_contrast, scale_saturation, shift_brightness, turn_hue
+from lexiseg.windows import working_size
 
 TRAIN_SCALE = (2048, 512)
 """Long and short side of the training resize at ratio 1."""
@@ -65,9 +69,12 @@ def train_size(height: int, width: int, ratio: float, scale: tuple[int, int] = T
     return _scaled(height, width, factor)
 
 
-def resize(image: Tensor, label: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """Resize the picture bilinearly (no antialiasing, as the papers' loader) and the label to the nearest pixel."""
-    image = F.resize(tv_tensors.Image(image), list(size), interpolation=InterpolationMode.BILINEAR, antialias=False)
+def resize(image: Tensor, label: Tensor, size: tuple[int, int], *, antialias: bool = False) -> tuple[Tensor, Tensor]:
+    """Resize the picture bilinearly and the label to the nearest pixel.
+
+    The one-stage papers' loader does not antialias, the decoupled papers' (Pillow) does.
+    """
+    image = F.resize(tv_tensors.Image(image), list(size), interpolation=InterpolationMode.BILINEAR, antialias=antialias)
     label = F.resize(tv_tensors.Mask(label[None]), list(size), interpolation=InterpolationMode.NEAREST)[0]
     return image.as_subclass(Tensor), label.as_subclass(Tensor)
 
@@ -87,16 +94,49 @@ class RandomResize:
 
 
 @dataclass(frozen=True)
+class RandomShortEdge:
+    """Resize so that the shorter side gets one of several lengths, the longer one no more than ``longest``.
+
+    The decoupled papers' resize (detectron2's): antialiased, the aspect kept, one length drawn uniformly.
+    """
+
+    sides: tuple[int, ...]
+    longest: int | None = None
+
+    def __call__(self, image: Tensor, label: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+        """Resize both to one drawn size."""
+        side = self.sides[int(rng.integers(len(self.sides)))]
+        size = working_size(image.shape[-2], image.shape[-1], side, self.longest)
+        return resize(image, label, size, antialias=True)
+
+
+@dataclass(frozen=True)
+class TopLeft:
+    """Keep the ``size x size`` pixels at the top left, or what there is of them.
+
+    DeOP's last stage crops 640 pixels and then pads to 512: the released padding is negative there and cuts.
+    """
+
+    size: int
+
+    def __call__(self, image: Tensor, label: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+        """Cut both."""
+        return image[:, : self.size, : self.size], label[: self.size, : self.size]
+
+
+@dataclass(frozen=True)
 class RandomCrop:
     """Crop a window of at most ``size x size``, redrawn while one class fills too much of it.
 
     A window is accepted when it shows more than one class and the largest takes less than ``max_share`` of its
-    labelled pixels; after ``attempts`` redraws the last window is taken as it is.
+    labelled pixels; after ``attempts`` redraws the last window is taken as it is. Pixels labelled ``ignored`` do not
+    count.
     """
 
     size: int = 512
     max_share: float = 0.75
     attempts: int = 10
+    ignored: int = IGNORE_INDEX
 
     def __call__(self, image: Tensor, label: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
         """Cut the same window from both."""
@@ -114,7 +154,8 @@ class RandomCrop:
         return slice(top, top + self.size), slice(left, left + self.size)
 
     def _accept(self, label: Tensor) -> bool:
-        counts = torch.bincount(label[label != IGNORE_INDEX].reshape(-1))
+        counts = torch.bincount(label.reshape(-1), minlength=self.ignored + 1)
+        counts[self.ignored] = 0
         counts = counts[counts > 0]
         return counts.numel() > 1 and counts.max().item() / counts.sum().item() < self.max_share
 
@@ -132,20 +173,6 @@ class RandomFlip:
         return image, label
 
 
-def _to_bytes(image: Tensor) -> Tensor:
-    return image.clamp(0, 255).to(torch.uint8)
-
-
-def _scale_saturation(image: Tensor, factor: float) -> Tensor:
-    # In HSV every channel is V - S * (V - channel) / S, so scaling S scales the distance to V; S stops at 1, where
-    # the smallest channel reaches 0.
-    values = image.float()
-    brightest, darkest = values.amax(0, keepdim=True), values.amin(0, keepdim=True)
-    saturation = (brightest - darkest) / brightest.clamp(min=1e-6)
-    scale = torch.minimum(torch.full_like(saturation, factor), 1.0 / saturation.clamp(min=1e-6))
-    return _to_bytes((brightest - (brightest - values) * scale).round())
-
-
 @dataclass(frozen=True)
 class PhotometricDistortion:
     """Random brightness, contrast, saturation and hue, each with probability a half.
@@ -161,23 +188,24 @@ class PhotometricDistortion:
 
     def __call__(self, image: Tensor, label: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
         """Change the uint8 picture; the label stays."""
+        # A crop of a decoded picture is neither in planes nor in one piece, and everything below is slow on such.
+        image = image.contiguous()
         if rng.random() < 0.5:
-            image = _to_bytes(image.float() + float(rng.uniform(-self.brightness, self.brightness)))
+            image = shift_brightness(image, float(rng.uniform(-self.brightness, self.brightness)))
         contrast_first = rng.random() < 0.5
         if contrast_first:
             image = self._change_contrast(image, rng)
         if rng.random() < 0.5:
-            image = _scale_saturation(image, float(rng.uniform(*self.saturation)))
+            image = scale_saturation(image, float(rng.uniform(*self.saturation)))
         if rng.random() < 0.5:
-            turn = int(rng.integers(-self.hue, self.hue + 1)) / 180.0
-            image = F.adjust_hue(tv_tensors.Image(image), turn).as_subclass(Tensor)
+            image = turn_hue(image, int(rng.integers(-self.hue, self.hue + 1)) / 180.0)
         if not contrast_first:
             image = self._change_contrast(image, rng)
         return image, label
 
     def _change_contrast(self, image: Tensor, rng: np.random.Generator) -> Tensor:
         if rng.random() < 0.5:
-            return _to_bytes(image.float() * float(rng.uniform(*self.contrast)))
+            return scale_contrast(image, float(rng.uniform(*self.contrast)))
         return image
 
 
@@ -196,18 +224,20 @@ class Normalize:
 def normalize(image: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """Picture bytes ``(..., 3, H, W)`` to float32 with the mean removed and divided by ``std`` (0..1 units)."""
     shape = (3, 1, 1)
-    return (image.float() / 255.0 - torch.tensor(mean).view(shape)) / torch.tensor(std).view(shape)
+    values = image.to(torch.float32, copy=True).div_(255.0)
+    return values.sub_(torch.tensor(mean).view(shape)).div_(torch.tensor(std).view(shape))
 
 
 @dataclass(frozen=True)
 class Pad:
-    """Fill up to ``size x size`` at the right and the bottom: zeros in the (normalised) picture, ``label`` in the mask.
+    """Fill up to ``size x size`` at the right and the bottom: ``value`` in the picture, ``label`` in the mask.
 
     The filled pixels are 255 unless padding must be told from other pixels without a class.
     """
 
     size: int = 512
     label: int = IGNORE_INDEX
+    value: int = 0
 
     def __call__(self, image: Tensor, label: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
         """Fill both up; a side that is long enough stays."""
@@ -216,7 +246,7 @@ class Pad:
             return image, label
         padding = (0, right, 0, bottom)
         return (
-            torch.nn.functional.pad(image, padding, value=0.0),
+            torch.nn.functional.pad(image, padding, value=self.value),
             torch.nn.functional.pad(label, padding, value=self.label),
         )
 
@@ -235,7 +265,12 @@ class Pipeline:
 
 
 def paper_pipeline(
-    mean: Sequence[float], std: Sequence[float], *, crop: int = 512, pad_label: int = IGNORE_INDEX
+    mean: Sequence[float],
+    std: Sequence[float],
+    *,
+    crop: int = 512,
+    pad_label: int = IGNORE_INDEX,
+    ignored: int = IGNORE_INDEX,
 ) -> Pipeline:
     """The papers' training pipeline: resize, crop, flip, colour, normalise, pad to ``crop x crop``.
 
@@ -244,19 +279,51 @@ def paper_pipeline(
         std: RGB deviation in 0..1 units (0.229, 0.224, 0.225).
         crop: side of the training crop; the resize bounds scale with it, ``(4 * crop, crop)``.
         pad_label: label of the pixels that fill a picture up.
+        ignored: label of pixels without a class, which do not count for what a crop shows.
 
     Source: ZegCLIP, Sec. 4.2, with the constants of the authors' configuration.
     """
     return Pipeline(
         (
             RandomResize(scale=(4 * crop, crop)),
-            RandomCrop(crop),
+            RandomCrop(crop, ignored=ignored),
             RandomFlip(),
             PhotometricDistortion(),
             Normalize(_triple(mean), _triple(std)),
             Pad(crop, pad_label),
         )
     )
+
+
+def short_edge_pipeline(
+    mean: Sequence[float],
+    std: Sequence[float],
+    *,
+    crop: int,
+    sides: Sequence[int] | None = None,
+    longest: int | None = None,
+    cut: int | None = None,
+    pad_label: int = IGNORE_INDEX,
+) -> Pipeline:
+    """The decoupled papers' training pipeline: resize, crop, colour, flip, pad with grey (128), normalise.
+
+    Args:
+        mean: RGB mean in 0..1 units.
+        std: RGB deviation in 0..1 units.
+        crop: side of the random crop, which may show a single class.
+        sides: lengths of the shorter side, one of which is drawn; None is 0.5 to 1.5 times ``crop`` in steps of 0.1.
+        longest: the longer side becomes no longer than this.
+        cut: keep so many pixels a side of the crop, see :class:`TopLeft`; None keeps it whole.
+        pad_label: label of the pixels that fill a picture up.
+
+    Source: the released settings of ZSSeg, ZegFormer, FreeSeg, DeOP and MAFT (detectron2's mapper of MaskFormer).
+    """
+    lengths = tuple(sides) if sides else tuple(int(tenth * 0.1 * crop) for tenth in range(5, 16))
+    steps: list[Step] = [RandomShortEdge(lengths, longest), RandomCrop(crop, max_share=1.0)]
+    steps += [PhotometricDistortion(), RandomFlip()]
+    if cut is not None:
+        steps.append(TopLeft(cut))
+    return Pipeline((*steps, Pad(cut or crop, pad_label, value=128), Normalize(_triple(mean), _triple(std))))
 
 
 def light_pipeline(

@@ -15,13 +15,20 @@ import torch
 from lexiseg.errors import LexisegError
 from lexiseg.evaluation.cost_case import CLASSES, SIDE, CostCase, Step
 from lexiseg.evaluation.cost_decoupled import DECOUPLED
-from lexiseg.evaluation.cost_one_stage import CascadeCLIPCase, DenseCLIPCase, SPTSegCase, ZegCLIPCase
+from lexiseg.evaluation.cost_one_stage import CascadeCLIPCase, DenseCLIPCase, SecondLookCase, SPTSegCase, ZegCLIPCase
 from lexiseg.evaluation.counting import Count, count
 from lexiseg.evaluation.timing import alternate, machine
 from lexiseg.models import SegmentationModel
 from lexiseg.segmenter import Segmenter
 
-_CASES: tuple[type[CostCase], ...] = (DenseCLIPCase, ZegCLIPCase, CascadeCLIPCase, SPTSegCase, *DECOUPLED)
+_CASES: tuple[type[CostCase], ...] = (
+    DenseCLIPCase,
+    ZegCLIPCase,
+    CascadeCLIPCase,
+    SPTSegCase,
+    SecondLookCase,
+    *DECOUPLED,
+)
 _GIGA, _MEGA = 1e9, 1e6
 
 
@@ -80,6 +87,45 @@ class CostRow:
 
 
 @dataclass(frozen=True)
+class SpeedRatio:
+    """How two systems that a paper compares do in one run.
+
+    Attributes:
+        fast: the system that the paper calls faster.
+        slow: what it compares it with.
+        ratio: frames a second of the one over those of the other.
+        claim: the paper's own words or figures.
+    """
+
+    fast: str
+    slow: str
+    ratio: float
+    claim: str
+
+
+_COMPARED = (
+    ("zegclip", "zegformer", "ZegCLIP's paper: one stage is about 5 times as fast as two"),
+    ("zegclip", "zsseg", "the same"),
+    ("cascade-clip", "zegclip", "Cascade-CLIP's Table 12: 18.4 against 20.9 frames a second"),
+    ("second-look", "zegclip", "lexiseg's own combination; half as fast is its limit"),
+    ("deop", "zsseg", "DeOP's paper: 4 to 7 times"),
+    ("zegformer+maft", "zegformer", "MAFT's Table 4a counts 21 times fewer operations in CLIP"),
+    ("zsseg+maft", "zsseg", "the same"),
+    ("freeseg+maft", "freeseg", "the same"),
+)
+
+
+def speed_ratios(rows: Sequence[CostRow]) -> list[SpeedRatio]:
+    """The pairs that the papers compare, as far as both are among the rows and were timed."""
+    frames = {row.system: row.frames_per_s for row in rows if row.frames_per_s}
+    return [
+        SpeedRatio(fast, slow, frames[fast] / frames[slow], claim)
+        for fast, slow, claim in _COMPARED
+        if fast in frames and slow in frames
+    ]
+
+
+@dataclass(frozen=True)
 class CostTable:
     """The table and how it was made.
 
@@ -106,6 +152,7 @@ class CostTable:
             "repeats": self.repeats,
             "machine": self.machine,
             "rows": [row.to_dict() for row in self.rows],
+            "speed_ratios": [asdict(ratio) for ratio in speed_ratios(self.rows)],
         }
 
 

@@ -22,7 +22,7 @@ from lexiseg.models import (
 )
 from lexiseg.models.decoupled import DecoupledModel
 from lexiseg.models.maft import MaftOptions
-from lexiseg.models.region_host import PromptOptions
+from lexiseg.models.region_host_options import PromptOptions
 
 _TABLE_12 = "Cascade-CLIP, Table 12"
 _TABLE_4A = "MAFT, Table 4a, CLIP's image tower alone"

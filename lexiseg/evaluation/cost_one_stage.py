@@ -13,6 +13,8 @@ from lexiseg.models import (
     CascadeCLIPOptions,
     DenseCLIP,
     DenseCLIPOptions,
+    SecondLook,
+    SecondLookOptions,
     SegmentationModel,
     SPTSeg,
     SPTSegOptions,
@@ -83,6 +85,22 @@ class ZegCLIPCase(CostCase):
     def steps(self, model: SegmentationModel) -> list[Step]:
         """See `CostCase.steps`."""
         return prompt_steps(model, keys_in_queries=1)
+
+
+class SecondLookCase(CostCase):
+    """lexiseg's own combination, at the size of ZegCLIP's row."""
+
+    name: ClassVar[str] = "second-look"
+    convention: ClassVar[str] = (
+        "No paper's system: ZegCLIP's weights run twice, and smoothing, which is no matrix product. Its parameters are "
+        "those of ZegCLIP that lexiseg holds."
+    )
+
+    def build(self, side: int) -> SegmentationModel:
+        """See `CostCase.build`."""
+        return SecondLook(
+            shared_clip(SIDE), SecondLookOptions(num_prompts=ZegCLIPCase.num_prompts, **window_options(side))
+        )
 
 
 class CascadeCLIPCase(CostCase):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lexiseg.evaluation.cost import CostRow, CostTable
+from lexiseg.evaluation.cost import CostRow, CostTable, speed_ratios
 
 COLUMNS = {
     "system": "system",
@@ -54,25 +54,9 @@ def explanation(row: CostRow) -> list[str]:
     return lines
 
 
-def speed_ratios(rows: Sequence[CostRow]) -> list[str]:
+def speed_lines(rows: Sequence[CostRow]) -> list[str]:
     """How much faster the faster of each pair that the papers compare is; measured in one run."""
-    frames = {row.system: row.frames_per_s for row in rows if row.frames_per_s}
-    lines = []
-    for fast, slow, claim in PAIRS:
-        if fast in frames and slow in frames:
-            ratio = (frames[fast] or 0) / (frames[slow] or 1)
-            lines.append(f"{fast} against {slow}: {ratio:.2f} times as fast ({claim}).")
-    return lines
-
-
-PAIRS = (
-    ("zegclip", "zegformer", "ZegCLIP's paper: one stage is about 5 times as fast as two"),
-    ("cascade-clip", "zegclip", "Cascade-CLIP's Table 12: 18.4 against 20.9 frames a second"),
-    ("deop", "zsseg", "DeOP's paper: 4 to 7 times"),
-    ("zegformer+maft", "zegformer", "MAFT's Table 4a counts 21 times fewer operations in CLIP"),
-    ("zsseg+maft", "zsseg", "the same"),
-    ("freeseg+maft", "freeseg", "the same"),
-)
+    return [f"{r.fast} against {r.slow}: {r.ratio:.2f} times as fast ({r.claim})." for r in speed_ratios(rows)]
 
 
 def page(table: CostTable, command: str) -> str:
@@ -100,7 +84,7 @@ def page(table: CostTable, command: str) -> str:
         *(f"| {' | '.join(cells(row))} |" for row in table.rows),
         "",
     ]
-    ratios = speed_ratios(table.rows)
+    ratios = speed_lines(table.rows)
     if table.repeats and machine["load"] and max(machine["load"][:2]) > machine["cores"]:
         lines += ["The machine did other work meanwhile: frames a second are too low and their ratios rough.", ""]
     if ratios:

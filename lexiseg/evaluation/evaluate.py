@@ -1,10 +1,12 @@
-"""Running a segmenter over a dataset and counting."""
+"""Running a segmenter over a dataset and counting, in one process or several, at a stretch or in parts."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -12,15 +14,17 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from lexiseg import processes
 from lexiseg.background import BackgroundSource
 from lexiseg.data.base import Sample, SegmentationDataset, seen_ids, unseen_ids
 from lexiseg.errors import LexisegError
 from lexiseg.evaluation.grid import Example
 from lexiseg.evaluation.metrics import Confusion
+from lexiseg.evaluation.parts import Parts, Tally, missing
 from lexiseg.evaluation.report import Report, versions, weights_hash
 from lexiseg.images import ImageSource
 from lexiseg.models.base import WindowPolicy
-from lexiseg.segmentation import Segmentation, ignore_index
+from lexiseg.segmentation import ignore_index
 from lexiseg.segmenter import Segmenter
 from lexiseg.vocabulary import Vocabulary
 from lexiseg.words import word_key
@@ -43,6 +47,10 @@ def evaluate(
     seed: int | None = None,
     card: Mapping[str, Any] | None = None,
     progress: bool = True,
+    shared: bool = False,
+    parts: Path | None = None,
+    resume: bool = False,
+    save_every: float = 5.0,
 ) -> Report:
     """Predict every picture of ``dataset`` and compare with its labels.
 
@@ -67,66 +75,117 @@ def evaluate(
         seed: the training's seed, for the report.
         card: more to say in the report's protocol, such as its name.
         progress: whether to show a bar.
+        shared: divide the pictures among the processes of a launcher, all of which call this; each gets the whole
+            report, whose numbers are those of one process.
+        parts: a folder for what has been counted so far; the caller removes it (`lexiseg.evaluation.parts.clear`) when
+            the report is written. None keeps nothing.
+        resume: go on from the ``parts``, which any number of processes may have written, instead of removing them.
+        save_every: seconds between two writes of a part.
 
     Returns:
         The report.
 
     Raises:
-        LexisegError: a sample cannot be read, or its label does not fit the classes; the sentence names it.
+        LexisegError: a sample cannot be read, or its label does not fit the classes; the sentence names it. Or the
+            parts are of another evaluation.
     """
-    vocabulary = segmenter.vocabulary(dataset.vocabulary, background=background)
-    offsets = offsets or ("all" if _had_every_mask(segmenter, dataset.vocabulary) else "data")
-    asked = dataset.vocabulary if offsets == "data" else _flagged(dataset.vocabulary, offsets == "all")
-    num_classes = len(dataset.vocabulary)
-    ignored = ignore_index(num_classes)
-    confusion = Confusion(num_classes, ignore_index=ignored)
-    indices = spread(len(dataset), limit)
-    if not indices:
-        raise LexisegError(f"The split '{split}' of '{name}' is empty, so there is nothing to evaluate.")
-    shown = {indices[position] for position in spread(len(indices), num_examples)}
-    examples: list[Example] = []
-    sizes: list[tuple[int, int]] = []
-    seconds = 0.0
-    with _bar(len(indices), progress) as bar:
-        task = bar.add_task("evaluating", total=len(indices))
-        for start in range(0, len(indices), batch_size):
-            chosen = indices[start : start + batch_size]
-            samples = [dataset[index] for index in chosen]
-            since = time.perf_counter()
-            images: list[ImageSource] = [sample.image for sample in samples]
-            results = segmenter.predict(images, asked, background=background, window=window, batch_size=batch_size)
-            seconds += time.perf_counter() - since
-            for index, sample, result in zip(chosen, samples, results, strict=True):
-                prediction = _count(confusion, sample, result)
-                sizes.append((int(sample.label.shape[0]), int(sample.label.shape[1])))
-                if index in shown:
-                    image = sample.image.permute(1, 2, 0).numpy()
-                    examples.append(Example(image, sample.label.numpy(), prediction, sample.name))
-            bar.advance(task, len(chosen))
-    # A background class the dataset does not have is dropped again: it is judged as no class.
-    judged = Vocabulary(vocabulary.classes[:num_classes], vocabulary.templates)
-    seen, unseen = seen_ids(judged), unseen_ids(judged)
-    protocol = {
-        "dataset": name,
-        "split": split,
-        "num_pictures": len(indices),
-        "num_classes": num_classes,
-        "num_seen": len(seen),
-        "num_unseen": len(unseen),
-        "vocabulary_sha256": vocabulary.hash(),
-        "picture_sizes": {"smallest": list(min(sizes)), "largest": list(max(sizes))},
-        "window": asdict(window or segmenter.model.window),
-        "templates": list(vocabulary.templates),
-        "background": vocabulary.background.to_dict(),
-        "offsets": offsets,
-        "ignore_index": ignored,
-        "batch_size": batch_size,
-        "seed": seed,
-        **(card or {}),
-        **_describe(segmenter),
-        "versions": versions(),
-    }
-    return Report(confusion.compute(seen, unseen), confusion, judged, protocol, seconds, tuple(examples))
+    with processes.together() if shared else nullcontext():
+        vocabulary = segmenter.vocabulary(dataset.vocabulary, background=background)
+        offsets = offsets or ("all" if _had_every_mask(segmenter, dataset.vocabulary) else "data")
+        asked = dataset.vocabulary if offsets == "data" else _flagged(dataset.vocabulary, offsets == "all")
+        num_classes = len(dataset.vocabulary)
+        ignored = ignore_index(num_classes)
+        indices = spread(len(dataset), limit)
+        if not indices:
+            raise LexisegError(f"The split '{split}' of '{name}' is empty, so there is nothing to evaluate.")
+        # A background class the dataset does not have is dropped again: it is judged as no class.
+        judged = Vocabulary(vocabulary.classes[:num_classes], vocabulary.templates)
+        seen, unseen = seen_ids(judged), unseen_ids(judged)
+        protocol = {
+            "dataset": name,
+            "split": split,
+            "num_pictures": len(indices),
+            "num_classes": num_classes,
+            "num_seen": len(seen),
+            "num_unseen": len(unseen),
+            "vocabulary_sha256": vocabulary.hash(),
+            "window": asdict(window or segmenter.model.window),
+            "templates": list(vocabulary.templates),
+            "background": vocabulary.background.to_dict(),
+            "offsets": offsets,
+            "ignore_index": ignored,
+            "batch_size": batch_size,
+            "seed": seed,
+            **(card or {}),
+            **_describe(segmenter),
+            "versions": versions(),
+        }
+        # Whole batches are divided, not pictures, so that each is predicted exactly as in one process.
+        batches = [indices[start : start + batch_size] for start in range(0, len(indices), batch_size)]
+        identity = {**protocol, "device": segmenter.device.type, "length": len(dataset)}
+        store = None if parts is None else Parts(parts, identity, num_classes, ignored, save_every)
+    before = _before(store, resume, Tally(Confusion(num_classes, ignore_index=ignored)), shared)
+    rank, count = (processes.rank(), processes.count()) if shared else (0, 1)
+    # In turns, not in runs as accelerate's split_between_processes does it: data sets are sorted, and so are sizes.
+    mine = missing(before, range(len(batches)))[rank::count]
+    wanted = {indices[position] for position in spread(len(indices), num_examples)}
+    examples: dict[int, Example] = {}
+
+    def predict(chosen: list[int], tally: Tally | None) -> None:
+        samples = [dataset[index] for index in chosen]
+        since = time.perf_counter()
+        images: list[ImageSource] = [sample.image for sample in samples]
+        results = segmenter.predict(images, asked, background=background, window=window, batch_size=batch_size)
+        if tally is not None:
+            tally.seconds += time.perf_counter() - since
+        for index, sample, result in zip(chosen, samples, results, strict=True):
+            prediction = result.label_map.numpy()
+            if prediction.dtype != np.uint8:
+                prediction = prediction.astype(np.int64)
+            if tally is not None:
+                _count(tally.confusion, sample, prediction)
+                tally.saw((int(sample.label.shape[0]), int(sample.label.shape[1])))
+            if index in wanted:
+                image = sample.image.permute(1, 2, 0).numpy()
+                examples[index] = Example(image, sample.label.numpy(), prediction, sample.name)
+
+    tally = Tally(Confusion(num_classes, ignore_index=ignored))
+    done = sum(len(batches[number]) for number in before.batches)
+    with _bar(progress and rank == 0) as bar:
+        task = bar.add_task("evaluating", total=len(indices), completed=done)
+        for number in mine:
+            predict(batches[number], tally)
+            tally.batches.add(number)
+            if store is not None:
+                store.write(tally, now=number == mine[-1])
+            # The others are about as far as this one.
+            bar.update(task, completed=min(len(indices), done + len(tally.batches) * batch_size * count))
+    for other, shown in processes.gather((tally, examples)) if shared else [(tally, examples)]:
+        before.merge(other)
+        examples.update(shown)
+    if len(before.batches) != len(batches):
+        raise RuntimeError(f"{len(before.batches)} of {len(batches)} batches were counted")
+    for chosen in batches:  # pictures to show that were counted before a kill
+        if any(index in wanted and index not in examples for index in chosen):
+            predict(chosen, None)
+    protocol |= {"picture_sizes": {"smallest": list(before.smallest or ()), "largest": list(before.largest or ())}}
+    protocol |= {"processes": count}
+    metrics = before.confusion.compute(seen, unseen)
+    pictures = tuple(examples[index] for index in sorted(wanted))
+    return Report(metrics, before.confusion, judged, protocol, before.seconds, pictures)
+
+
+def _before(store: Parts | None, resume: bool, nothing: Tally, shared: bool) -> Tally:
+    """What earlier runs have counted; one process reads it, for all."""
+    if store is None:
+        return nothing
+    if not shared:
+        return store.resume() if resume else store.begin()
+    found = nothing
+    with processes.together():
+        if processes.is_main():
+            found = store.resume() if resume else store.begin()
+    return processes.gather(found)[0]
 
 
 def _had_every_mask(segmenter: Segmenter, vocabulary: Vocabulary) -> bool:
@@ -146,15 +205,11 @@ def spread(length: int, limit: int | None) -> list[int]:
     return [index * length // limit for index in range(limit)]
 
 
-def _count(confusion: Confusion, sample: Sample, result: Segmentation) -> np.ndarray:
-    prediction = result.label_map.numpy()
-    if prediction.dtype != np.uint8:
-        prediction = prediction.astype(np.int64)
+def _count(confusion: Confusion, sample: Sample, prediction: np.ndarray) -> None:
     try:
         confusion.update(prediction, sample.label.numpy())
     except ValueError as error:
         raise LexisegError(f"The sample '{sample.name}' cannot be judged: {error}.") from error
-    return prediction
 
 
 def _describe(segmenter: Segmenter) -> dict[str, Any]:
@@ -173,7 +228,7 @@ def _describe(segmenter: Segmenter) -> dict[str, Any]:
     }
 
 
-def _bar(total: int, show: bool) -> Progress:
+def _bar(show: bool) -> Progress:
     console = Console(stderr=True)
     return Progress(
         TextColumn("{task.description}"),

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 IGNORE_INDEX = 255
+_CHUNK = 1 << 16  # pixels counted at a time: their numbers then stay in the processor's cache
 
 
 def reduce_zero_label(label: NDArray[np.integer]) -> NDArray[np.uint8]:
@@ -128,15 +129,14 @@ class Confusion:
         pred_ids, label_ids = np.asarray(pred), np.asarray(label)
         if pred_ids.shape != label_ids.shape:
             raise ValueError(f"the prediction is {pred_ids.shape} and the label {label_ids.shape}")
-        judged = label_ids != self.ignore_index
-        pred_ids, label_ids = pred_ids[judged].astype(np.int64), label_ids[judged].astype(np.int64)
-        if label_ids.size and (label_ids.min() < 0 or label_ids.max() >= self.num_classes):
-            wrong = label_ids[(label_ids < 0) | (label_ids >= self.num_classes)][0]
-            raise ValueError(f"the label {wrong} is neither one of {self.num_classes} classes nor {self.ignore_index}")
-        is_class = (pred_ids >= 0) & (pred_ids < self.num_classes)
-        self.intersection += self._count(label_ids[pred_ids == label_ids])
-        self.predicted += self._count(pred_ids[is_class])
-        self.labelled += self._count(label_ids)
+        pred_ids, label_ids = pred_ids.reshape(-1), label_ids.reshape(-1)
+        counts = np.zeros((3, self.num_classes), np.int64)
+        for start in range(0, label_ids.size, _CHUNK):
+            part = slice(start, start + _CHUNK)
+            counts += self._count_part(pred_ids[part], label_ids[part])
+        self.intersection += counts[0]
+        self.predicted += counts[1]
+        self.labelled += counts[2]
 
     def merge(self, other: Confusion) -> None:
         """Add the counts of another process or part of the dataset.
@@ -174,5 +174,13 @@ class Confusion:
             hiou=harmonic_mean(seen, unseen),
         )
 
-    def _count(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
-        return np.bincount(ids, minlength=self.num_classes)
+    def _count_part(self, pred: NDArray[np.integer], label: NDArray[np.integer]) -> NDArray[np.int64]:
+        """Intersection, predicted and labelled pixels of each class, ``(3, C)``, of some pixels in a row."""
+        judged = label != self.ignore_index
+        pred, label = pred[judged].astype(np.int64), label[judged].astype(np.int64)
+        if label.size and (label.min() < 0 or label.max() >= self.num_classes):
+            wrong = label[(label < 0) | (label >= self.num_classes)][0]
+            raise ValueError(f"the label {wrong} is neither one of {self.num_classes} classes nor {self.ignore_index}")
+        classes = pred[(pred >= 0) & (pred < self.num_classes)]
+        found = (label[pred == label], classes, label)
+        return np.stack([np.bincount(ids, minlength=self.num_classes) for ids in found])

@@ -118,7 +118,7 @@ def evaluate_proposals(
             frame = (int(images.shape[-2]), int(images.shape[-1]))
             size = (int(sample.label.shape[0]), int(sample.label.shape[1]))
             padded = model.pad(images)
-            proposals = _valid(model.propose(padded, words))
+            proposals = _valid(model.propose(padded, words, frame))
             masks = _binary(model, proposals, padded, frame, size)
             total += len(masks)
             recall.update(masks, sample.label)

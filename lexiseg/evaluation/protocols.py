@@ -50,7 +50,7 @@ WHOLE_512_COCO = WindowPolicy(short_side=512, long_side=2560)
 WHOLE_640 = WindowPolicy(short_side=640, long_side=2560)
 """Whole pictures, the shorter side 640, the longer at most 2560: MAFT on all data sets; its hosts on COCO-Stuff."""
 
-_ONE_STAGE = dict.fromkeys(("zegclip", "cascade-clip", "spt-seg"), ONE_STAGE)
+_ONE_STAGE = dict.fromkeys(("zegclip", "cascade-clip", "spt-seg", "second-look"), ONE_STAGE)
 
 
 @dataclass(frozen=True)

@@ -61,7 +61,7 @@ class Report:
         confusion: the counts they were made of.
         vocabulary: the classes in the order of the ids.
         protocol: everything needed to repeat it: data, resolution, window, templates, background, weights, versions.
-        seconds: time the predictions took.
+        seconds: time the predictions took, added up over processes and parts.
         examples: pictures for the grid.
     """
 
@@ -126,13 +126,15 @@ class Report:
             LexisegError: the folder cannot be written.
         """
         folder = make_folder(folder)
-        paths = [write_json(folder / "report.json", self.to_dict())]
+        paths = []
         grid = self.grid()
         if grid is not None:
             path = folder / "grid.png"
             with atomic_write(path) as temporary:
                 grid.save(temporary)
             paths.append(path)
+        # Last, so that where there is a new report there is everything.
+        paths.insert(0, write_json(folder / "report.json", self.to_dict()))
         return paths
 
 

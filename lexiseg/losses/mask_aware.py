@@ -13,7 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 from torch.nn import functional as F
 
-from lexiseg.losses.masks import IGNORE_INDEX, check_labels
+from lexiseg.losses.masks import check_labels, ignore_index
+from lexiseg.losses.shares import share_weight
 
 Distance = Literal["smooth-l1", "l1", "l2", "kl"]
 Normalisation = Literal["row", "matrix"]
@@ -59,7 +60,7 @@ def mask_ious(masks: Tensor, labels: Tensor, num_classes: int) -> tuple[Tensor, 
     """
     check_labels(labels, num_classes)
     present = labels.unique()
-    present = present[present != IGNORE_INDEX]
+    present = present[present != ignore_index(num_classes)]
     truth = (labels.flatten()[None] == present[:, None]).to(masks.dtype)
     flat = masks.flatten(1)
     common = truth @ flat.T
@@ -95,20 +96,21 @@ def mask_aware_loss(scores: Tensor, targets: Tensor, distance: Distance = "smoot
     Returns:
         a scalar; 0, with a gradient of 0, where there is nothing to compare.
     """
+    weight = share_weight(len(scores) if distance == "kl" else scores.numel(), scores.device)
     if not scores.numel():
         return scores.sum() * 0.0
     targets = targets.detach()
     if distance == "smooth-l1":
-        return F.smooth_l1_loss(scores, targets)
+        return F.smooth_l1_loss(scores, targets) * weight
     if distance == "l1":
-        return F.l1_loss(scores, targets)
+        return F.l1_loss(scores, targets) * weight
     if distance == "l2":
-        return F.mse_loss(scores, targets)
+        return F.mse_loss(scores, targets) * weight
     total = targets.sum(dim=1, keepdim=True)
     share = targets / total.clamp(min=_EPS_RANGE)
     ours = scores / scores.sum(dim=1, keepdim=True).clamp(min=_EPS_RANGE)
     divergence = torch.xlogy(share, share) - share * ours.clamp(min=_EPS_RANGE).log()
-    return divergence.sum(dim=1).mean()
+    return divergence.sum(dim=1).mean() * weight
 
 
 def distillation_loss(student: Tensor, teacher: Tensor) -> Tensor:
@@ -118,4 +120,4 @@ def distillation_loss(student: Tensor, teacher: Tensor) -> Tensor:
         student: (B, C) probabilities of the tower that is trained, run without masks.
         teacher: (B, C) those of the frozen CLIP.
     """
-    return F.smooth_l1_loss(student, teacher.detach())
+    return F.smooth_l1_loss(student, teacher.detach()) * share_weight(len(student), student.device)

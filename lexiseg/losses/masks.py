@@ -1,7 +1,8 @@
 """Losses on class masks: focal and dice, without a matching, as ZegCLIP trains with them.
 
-Channel c of the prediction is class c. Pixels labelled 255 are not left out: they are negatives of every class, as in
-the authors' code (the papers do not say). Both losses are divided by the number of masks in the batch.
+Channel c of the prediction is class c. Pixels labelled 255 (65535 where there are more than 255 classes) are not left
+out: they are negatives of every class, as in the authors' code (the papers do not say). Both losses are divided by the
+number of masks in the batch.
 """
 
 from __future__ import annotations
@@ -15,37 +16,43 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from lexiseg.errors import LexisegError
+from lexiseg.losses.shares import mean_count, share_of_one
 
 IGNORE_INDEX = 255
+_WIDE_IGNORE_INDEX = 65535
+
+
+def ignore_index(num_classes: int) -> int:
+    """The label of pixels without a class among ``num_classes``: 255, or 65535 where 255 is the id of a class."""
+    return IGNORE_INDEX if num_classes <= IGNORE_INDEX else _WIDE_IGNORE_INDEX
 
 
 @dataclass(frozen=True)
 class MaskLosses:
-    """The losses of `mask_losses`, each a scalar.
+    """Losses of class masks, each a scalar.
 
     Attributes:
-        total: ``focal + dice``, weighted; carries the gradient.
-        focal: the weighted focal term, detached.
+        total: ``mask + dice``, weighted; carries the gradient.
+        mask: the weighted term that is summed over pixels, focal loss or cross entropy, detached.
         dice: the weighted dice term, detached.
     """
 
     total: Tensor
-    focal: Tensor
+    mask: Tensor
     dice: Tensor
 
 
-def count_masks(labels: Tensor) -> float:
-    """Number of (image, class) pairs that are present, averaged over the processes of a distributed run, at least 1.
+def count_masks(labels: Tensor, num_classes: int = IGNORE_INDEX) -> float:
+    """Number of (image, class) pairs that are present, averaged over the processes; at least 1 in all.
 
     Args:
-        labels: (B, H, W) class ids, 255 = no class.
+        labels: (B, H, W) class ids, or `ignore_index`.
+        num_classes: C, which says what that is.
     """
-    count = float(sum(int((image.unique() != IGNORE_INDEX).sum()) for image in labels))
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        total = torch.tensor(count, device=labels.device)
-        torch.distributed.all_reduce(total)
-        count = float(total) / torch.distributed.get_world_size()
-    return max(count, 1.0)
+    ignored = ignore_index(num_classes)
+    count = float(sum(int((image.unique() != ignored).sum()) for image in labels))
+    # At least 1 in the whole batch, so that several processes divide by what one would.
+    return mean_count(count, labels.device) or share_of_one()
 
 
 def check_labels(labels: Tensor, num_classes: int) -> None:
@@ -56,13 +63,14 @@ def check_labels(labels: Tensor, num_classes: int) -> None:
         num_classes: C.
 
     Raises:
-        LexisegError: one is neither in 0..C-1 nor 255.
+        LexisegError: one is neither in 0..C-1 nor `ignore_index`.
     """
-    wrong = (labels != IGNORE_INDEX) & ((labels >= num_classes) | (labels < 0))
+    ignored = ignore_index(num_classes)
+    wrong = (labels != ignored) & ((labels >= num_classes) | (labels < 0))
     if bool(wrong.any()):
         raise LexisegError(
             f"A label is {int(labels[wrong][0])} but there are {num_classes} classes (0 to {num_classes - 1}, "
-            "255 = no class); check the class list of the data."
+            f"{ignored} = no class); check the class list of the data."
         )
 
 
@@ -102,7 +110,7 @@ def mask_losses(
             "give (B, C, h, w) and (B, H, W)."
         )
     check_labels(labels, logits.shape[1])
-    masks = count_masks(labels) if num_masks is None else num_masks
+    masks = count_masks(labels, logits.shape[1]) if num_masks is None else num_masks
     # The loss is computed in float32 whatever the model runs in: sums over so many pixels do not survive bfloat16.
     with torch.autocast(logits.device.type, enabled=False):
         total, focal, dice = _MaskLoss.apply(logits, labels.long(), focal_weight / masks, dice_weight / masks, alpha)
@@ -183,7 +191,7 @@ def _image_losses(
     torch.mul(p, p, out=squared)
     # Everything is a negative first; the few positives (at most one a pixel) are corrected afterwards.
     focal = torch.dot(squared.flatten(), softplus.flatten()) * ((1.0 - alpha) * scale)
-    place = (labels != IGNORE_INDEX).nonzero().flatten()
+    place = (labels != ignore_index(len(x))).nonzero().flatten()
     label = labels[place]
     x_t, p_t, q_t, softplus_t = (values[label, place] for values in (x, p, q, softplus))
     log_t = softplus_t - x_t  # -log p
@@ -228,10 +236,11 @@ def pseudo_labels(logits: Tensor, labels: Tensor, seen: Tensor) -> Tensor:
         raise LexisegError("Self-training needs at least one unseen class; give the text of all classes.")
     unseen = (~seen).nonzero().flatten()
     best = unseen[logits.detach()[:, unseen].argmax(dim=1)]
-    known = (labels >= 0) & (labels != IGNORE_INDEX)
+    ignored = ignore_index(len(seen))
+    known = (labels >= 0) & (labels != ignored)
     kept = torch.zeros_like(known)
     kept[known] = seen[labels[known].clamp(max=len(seen) - 1)] & (labels[known] < len(seen))
-    return torch.where(kept | (labels == IGNORE_INDEX), labels, best)
+    return torch.where(kept | (labels == ignored), labels, best)
 
 
 def pixel_accuracy(logits: Tensor, labels: Tensor) -> Tensor:
@@ -241,6 +250,6 @@ def pixel_accuracy(logits: Tensor, labels: Tensor) -> Tensor:
         logits: (B, C, H, W).
         labels: (B, H, W) long, 255 = not counted.
     """
-    counted = labels != IGNORE_INDEX
+    counted = labels != ignore_index(logits.shape[1])
     right = (logits.argmax(dim=1) == labels) & counted
     return 100.0 * right.sum() / counted.sum().clamp(min=1)

@@ -17,6 +17,8 @@ from torch import Tensor
 
 from lexiseg.errors import LexisegError
 from lexiseg.losses.masks import IGNORE_INDEX
+from lexiseg.losses.masks import ignore_index as ignored_among
+from lexiseg.losses.shares import mean_count, share_of_one, share_weight
 
 if TYPE_CHECKING:
     from lexiseg.proposals.base import Proposals
@@ -120,6 +122,7 @@ def proposal_losses(
     weights: ProposalWeights = _WEIGHTS,
     *,
     size: tuple[int, int] | None = None,
+    num_classes: int | None = None,
 ) -> dict[str, Tensor]:
     """Match and compare every level of the proposals.
 
@@ -131,6 +134,8 @@ def proposal_losses(
             their masks bilinearly.
         weights: the system's.
         size: (height, width) the images were padded to, if ``targets`` are labels of the images before that.
+        num_classes: C, if ``targets`` are labels and there are no ``class_logits`` to tell: with more than 255 classes
+            the label of no class is 65535.
 
     Returns:
         weighted scalars: ``loss_ce``, ``loss_mask`` (focal) and ``loss_dice`` of the last level, the same with ``_i``
@@ -142,7 +147,9 @@ def proposal_losses(
         ValueError: there are not as many ``class_logits`` as levels.
     """
     if isinstance(targets, Tensor):
-        targets = mask_targets(targets, size)
+        if num_classes is None and class_logits:
+            num_classes = class_logits[0].shape[-1] - 1
+        targets = mask_targets(targets, size, ignore_index=ignored_among(num_classes or IGNORE_INDEX))
     levels = proposals.levels
     if class_logits is not None and len(class_logits) != len(levels):
         raise ValueError(f"there are {len(levels)} levels and class logits for {len(class_logits)}")
@@ -172,8 +179,11 @@ def level_losses(
     result: dict[str, Tensor] = {}
     if class_logits is not None:
         loss = criterion.loss_labels(class_logits, classes, matched)["loss_cross_entropy"]
-        result["loss_ce"] = weights.class_weight * loss
-    num_masks = criterion.get_num_masks(classes, device=mask_logits.device)
+        # The cross entropy is a mean weighted by 1 for a matched query and less for the others.
+        num_matched = sum(len(queries) for queries, _ in matched)
+        weight = num_matched + weights.no_object * (class_logits.shape[0] * class_logits.shape[1] - num_matched)
+        result["loss_ce"] = weights.class_weight * loss * share_weight(weight, mask_logits.device)
+    num_masks = mean_count(float(sum(map(len, classes))), mask_logits.device) or share_of_one()
     if any(len(queries) for queries, _ in matched):
         losses = criterion.loss_masks(mask_logits, [target.masks for target in targets], matched, num_masks)
     else:

@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lexiseg.errors import LexisegError
-from lexiseg.losses.masks import IGNORE_INDEX, MaskLosses, bilinear_matrix, check_labels
+from lexiseg.losses.masks import MaskLosses, bilinear_matrix, check_labels, ignore_index
+from lexiseg.losses.shares import share_weight
 
 _ALPHA = 0.25
 _CLAMP = 1e-4
@@ -73,7 +74,8 @@ def region_map_losses(
         total, focal, dice = _RegionMapLoss.apply(
             class_probabilities, mask_logits, labels.long(), scale, focal_weight, dice_weight
         )
-    return MaskLosses(total, focal.detach(), dice.detach())
+    share = share_weight(len(labels), labels.device)
+    return MaskLosses(total * share, focal.detach() * share, dice.detach() * share)
 
 
 class _RegionMapLoss(torch.autograd.Function):
@@ -103,7 +105,7 @@ class _RegionMapLoss(torch.autograd.Function):
             image = _Image(probabilities[index].detach(), mask_logits[index].detach(), labels[index], scale)
             inside, predicted, focal_sum = image.sums()
             top = 2.0 * inside + 1.0
-            bottom = predicted + (labels[index] != IGNORE_INDEX).sum() + 1.0
+            bottom = predicted + (labels[index] != ignore_index(channels - 1)).sum() + 1.0
             focal += focal_scale * focal_sum
             dice += dice_weight / batch * (1.0 - top / bottom)
             if needs_probabilities or needs_masks:
@@ -146,7 +148,7 @@ class _Image:
     def __init__(self, probabilities: Tensor, mask_logits: Tensor, labels: Tensor, scale: float) -> None:
         self.probabilities, self.mask_logits = probabilities.float(), mask_logits.float()
         self.channels = probabilities.shape[1]
-        self.target = labels.where(labels != IGNORE_INDEX, self.channels - 1)
+        self.target = labels.where(labels != ignore_index(self.channels - 1), self.channels - 1)
         self.scale = scale
         height, width = labels.shape
         # A resize by two matrix products has a transpose, which is its gradient, and can be done row by row.

@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from lexiseg.losses.masks import IGNORE_INDEX, bilinear_matrix, check_labels
+from lexiseg.losses.masks import bilinear_matrix, check_labels, ignore_index
+from lexiseg.losses.shares import share_weight
 
 _SIDE, _SIGMA = 11, 1.5
 _C1, _C2 = 0.01**2, 0.03**2
@@ -38,7 +39,8 @@ def ssim_loss(logits: Tensor, labels: Tensor, *, weight: float = 1.0) -> Tensor:
     """
     check_labels(labels, logits.shape[1])
     with torch.autocast(logits.device.type, enabled=False):
-        return cast(Tensor, _SSIMLoss.apply(logits, labels.long(), weight))
+        loss = cast(Tensor, _SSIMLoss.apply(logits, labels.long(), weight))
+        return loss * share_weight(len(logits), logits.device)
 
 
 class _SSIMLoss(torch.autograd.Function):
@@ -56,7 +58,7 @@ class _SSIMLoss(torch.autograd.Function):
         scale = weight / (logits.shape[0] * logits.shape[1] * height * width)
         for index, image in enumerate(logits.detach().float()):
             present = labels[index].unique()
-            present = present[present != IGNORE_INDEX]
+            present = present[present != ignore_index(logits.shape[1])]
             absent = torch.ones(len(image), dtype=torch.bool, device=image.device)
             absent[present] = False
             for classes, are_present in ((present, True), (absent.nonzero().flatten(), False)):

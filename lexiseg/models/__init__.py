@@ -6,13 +6,15 @@ from lexiseg.models.dense_clip import DenseCLIP, DenseCLIPOptions
 from lexiseg.models.deop import DeOP
 from lexiseg.models.deop_options import DeOPOptions
 from lexiseg.models.freeseg import FreeSeg, FreeSegOptions
+from lexiseg.models.second_look import SecondLook, SecondLookOptions
 from lexiseg.models.spt_seg import SPTSeg, SPTSegOptions
 from lexiseg.models.zegclip import ZegCLIP, ZegCLIPOptions
 from lexiseg.models.zegformer import ZegFormer, ZegFormerOptions
 from lexiseg.models.zsseg import ZSSeg, ZSSegOptions
 
 SYSTEMS: dict[str, type[SegmentationModel]] = {
-    system.system: system for system in (ZegCLIP, DenseCLIP, CascadeCLIP, SPTSeg, ZSSeg, ZegFormer, FreeSeg, DeOP)
+    system.system: system
+    for system in (ZegCLIP, DenseCLIP, CascadeCLIP, SPTSeg, SecondLook, ZSSeg, ZegFormer, FreeSeg, DeOP)
 }
 
 __all__ = [
@@ -29,6 +31,8 @@ __all__ = [
     "ModelOptions",
     "SPTSeg",
     "SPTSegOptions",
+    "SecondLook",
+    "SecondLookOptions",
     "SegmentationModel",
     "WindowPolicy",
     "ZSSeg",

@@ -22,6 +22,8 @@ from lexiseg.errors import LexisegError
 from lexiseg.models.base import ImageFeatures, ModelOptions, SegmentationModel, WindowPolicy
 from lexiseg.models.mask_decoder import unit
 from lexiseg.proposals import GeneratorOptions, MaskFormerOptions, ProposalGenerator, Proposals, build_generator
+from lexiseg.proposals.remainder import RemainderOptions, add_remainder
+from lexiseg.regions.pooling import unit_or_zero
 from lexiseg.scores import RegionScores
 
 Size = tuple[int, int]
@@ -36,6 +38,8 @@ class DecoupledOptions(ModelOptions):
 
     Attributes:
         proposals: which generator proposes the regions, and how it is built.
+        remainder: what no proposal claims as proposals of its own, see `lexiseg.proposals.remainder`; the default adds
+            none. They are there at prediction, and take no part in any training.
         temperature: factor on cosines before a softmax over classes. The released code has 100 in it and does not look
             at CLIP's own scale.
         align_corners: how mask logits are interpolated to the padded frame (FreeSeg and MAFT: True).
@@ -43,16 +47,19 @@ class DecoupledOptions(ModelOptions):
         std: their standard deviation.
         short_side: length that pictures' shorter side is resized to at prediction (released: 640 or 512); None keeps
             the picture's size.
+        long_side: then the longer side becomes no longer than this (released: 2560 on COCO-Stuff, else 2048).
         window_size: side of a sliding window at prediction; None runs whole pictures, as all released systems do.
         window_stride: its stride.
     """
 
     proposals: GeneratorOptions = MaskFormerOptions()
+    remainder: RemainderOptions = RemainderOptions()
     temperature: Annotated[float, Field(gt=0)] = 100.0
     align_corners: bool = False
     mean: Triple = IMAGENET_MEAN
     std: Triple = IMAGENET_STD
     short_side: int | None = None
+    long_side: int | None = None
     window_size: int | None = None
     window_stride: int = 0
 
@@ -108,7 +115,7 @@ class DecoupledModel(SegmentationModel):
         """How to run it over a picture by default."""
         options = self.options
         stride = options.window_stride or options.window_size or 0
-        return WindowPolicy(options.window_size, stride, options.short_side)
+        return WindowPolicy(options.window_size, stride, options.short_side, options.long_side)
 
     def pad(self, images: Tensor) -> Tensor:
         """Put normalised images (B, 3, H, W) into the padded frame: zeros at the right and the bottom."""
@@ -153,14 +160,25 @@ class DecoupledModel(SegmentationModel):
     def proposal_logits(self, embeddings: Tensor, text: Tensor) -> Tensor:
         """What the generator itself says of its regions: embeddings (B, N, D), text (C, D), logits (B, N, C + 1).
 
-        The last column is "no object".
+        The last column is "no object". An embedding of 0 says nothing: all its logits are 0.
         """
-        return self.proposal_scale() * (unit(embeddings.float()) @ self.text_rows(text).float().T)
+        return self.proposal_scale() * (unit_or_zero(embeddings.float()) @ self.text_rows(text).float().T)
 
-    def propose(self, padded: Tensor, text: Tensor | None = None) -> Proposals:
-        """Run the generator on the padded frame; ``text`` (C, D) is what a generator that reads words is shown."""
+    def propose(self, padded: Tensor, text: Tensor | None = None, size: Size | None = None) -> Proposals:
+        """Run the generator on the padded frame, and outside training add what it leaves over, if that is asked for.
+
+        Args:
+            padded: (B, 3, H', W').
+            text: (C, D), what a generator that reads words is shown.
+            size: (H, W) of the pictures in the frame; None: they fill it.
+        """
         rows = self.text_rows(text) if self.generator.needs_text and text is not None else None
-        return self.generator(padded, rows)
+        proposals: Proposals = self.generator(padded, rows)
+        if self.training:
+            return proposals
+        height, width = size or (int(padded.shape[-2]), int(padded.shape[-1]))
+        inside = (height / padded.shape[-2], width / padded.shape[-1])
+        return add_remainder(proposals, self.options.remainder, inside)
 
     def encode_images(self, images: Tensor) -> ImageFeatures:
         """Pad the images and, if the words do not matter for that, propose regions; see the class."""
@@ -176,7 +194,7 @@ class DecoupledModel(SegmentationModel):
         """
         values = {"images": padded}
         if not self.generator.needs_text:
-            values |= self.kept(self.propose(padded))
+            values |= self.kept(self.propose(padded, None, size))
         return ImageFeatures(size, values)
 
     @staticmethod
@@ -193,7 +211,7 @@ class DecoupledModel(SegmentationModel):
         """The proposals kept in ``features``; made now, from the words ``text`` (C, D), if they are not."""
         values = features.values
         if "mask_logits" not in values:
-            return self.propose(values["images"], text)
+            return self.propose(values["images"], text, features.size)
         return Proposals(values["mask_logits"], values.get("embeddings"), values.get("valid"))
 
     def upsampled(self, mask_logits: Tensor, padded: Tensor) -> Tensor:

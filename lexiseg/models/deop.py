@@ -287,7 +287,7 @@ class DeOP(DecoupledModel):
             focal_weight=self.options.focal_weight,
             dice_weight=self.options.dice_weight,
         )
-        return {"loss": parts.total, "loss_mask": parts.focal, "loss_dice": parts.dice}
+        return {"loss": parts.total, "loss_mask": parts.mask, "loss_dice": parts.dice}
 
     def _proposal_losses(
         self, padded: Tensor, size: tuple[int, int], labels: Tensor, text: Tensor
@@ -297,7 +297,7 @@ class DeOP(DecoupledModel):
         logits = [self.proposal_logits(x.embeddings, text) for x in proposals.levels if x.embeddings is not None]
         frame = self.label_frame(padded, size, labels)
         weights = ProposalWeights(cost_class=0.0)
-        return proposal_losses(proposals, logits or None, labels, weights, size=frame)
+        return proposal_losses(proposals, logits or None, labels, weights, size=frame, num_classes=len(text))
 
 
 @torch.no_grad()

@@ -14,7 +14,8 @@ from lexiseg.clip import CLIP
 from lexiseg.clip.positions import Interpolation
 from lexiseg.losses.proposals import ProposalWeights
 from lexiseg.models.base import ModelOptions
-from lexiseg.models.region_host import RegionHost, RegionHostOptions
+from lexiseg.models.region_host import RegionHost
+from lexiseg.models.region_host_options import RegionHostOptions
 from lexiseg.proposals import GeneratorOptions, Mask2FormerOptions
 from lexiseg.regions.crops import CropOptions
 

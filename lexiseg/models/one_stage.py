@@ -1,29 +1,32 @@
 """What the one-stage systems share: a CLIP tower with prompts, class queries, decoders, and a grid of mask logits.
 
-A place is a patch. The tower runs once; one or more decoders, each with a projection of the queries of its own, turn
-patches and words into mask logits, which are summed. A system is a file that says which patches each decoder sees.
-Where the authors' code and the papers differ the code is followed, and said so at that line, because the published
-checkpoints need it.
+A place is a patch. The tower runs once (`lexiseg.models.one_stage_tower`); one or more decoders, each with a projection
+of the queries of its own, turn patches and words into mask logits, which are summed. A system is a file that says which
+patches each decoder sees. Where the authors' code and the papers differ the code is followed, and said so at that
+line, because the published checkpoints need it.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lexiseg.clip import CLIP, ImageTokens
 from lexiseg.errors import LexisegError
-from lexiseg.losses import mask_losses, pixel_accuracy, pseudo_labels, ssim_loss
-from lexiseg.models.base import ImageFeatures, SegmentationModel, WindowPolicy
-from lexiseg.models.mask_decoder import DecoderTrace, MaskDecoder, unit
-from lexiseg.models.one_stage_options import Backbone, OneStageOptions, Triple
-from lexiseg.models.prompts import VisualPrompts
-from lexiseg.models.spectral import SpectralFilter, SpectralOptions
+from lexiseg.losses import (
+    exclusive_logits,
+    exclusive_losses,
+    mask_losses,
+    pixel_accuracy,
+    pseudo_labels,
+    ssim_loss,
+)
+from lexiseg.models.base import ImageFeatures
+from lexiseg.models.mask_decoder import DecoderTrace, MaskDecoder
+from lexiseg.models.one_stage_tower import OneStageTower
 from lexiseg.models.spectral_decoder import SpectralDecoder
 from lexiseg.scores import GridScores
 
@@ -43,49 +46,12 @@ class Head:
     decoder: Decoder
 
 
-class OneStageModel(SegmentationModel):
-    """The one-stage systems.
+class OneStageModel(OneStageTower):
+    """The one-stage systems: a tower, and heads whose mask logits are summed.
 
-    Shapes: images (B, 3, H, W) give h x w = N patches; text is (C, D); mask logits are (B, C, h, w).
-
-    Args:
-        clip: the towers. The text tower is frozen always, the image tower unless ``backbone`` is "finetune".
-        options: see `OneStageOptions`.
-        seen_names: classes that had masks in training.
-        backbone: "prompt" keeps CLIP frozen and learns prompts; "fixed" is a frozen tower without prompts, "finetune"
-            a tower that is trained.
-        spectral: add spectral prompts with these options, decode with spectral guidance, and train with the structural
-            similarity in place of the dice loss: all three of SPT-SEG. None has none of them.
-
-    Raises:
-        LexisegError: the options do not fit the tower.
+    Shapes: images (B, 3, H, W) give h x w = N patches; text is (C, D); mask logits are (B, C, h, w). It is built as
+    `OneStageTower` says.
     """
-
-    options: OneStageOptions
-
-    def __init__(
-        self,
-        clip: CLIP,
-        options: OneStageOptions,
-        seen_names: Sequence[str] = (),
-        *,
-        backbone: Backbone = "prompt",
-        spectral: SpectralOptions | None = None,
-    ) -> None:
-        super().__init__(clip, options, tuple(seen_names))
-        tower = clip.image_tower
-        self.backbone: Backbone = backbone
-        self.spectral_options = spectral
-        self.prompts: VisualPrompts | None = None
-        if backbone == "prompt":
-            depth = tower.num_blocks - 1 if options.prompt_depth is None else options.prompt_depth
-            self.prompts = VisualPrompts(
-                options.num_prompts, tower.width, tower.num_blocks, tower.patch_size, depth, options.prompt_dropout
-            )
-        self.spectral: SpectralFilter | None = None
-        if spectral is not None:
-            side = spectral.filter_grid or max((options.window_size or clip.image_size) // tower.patch_size, 1)
-            self.spectral = SpectralFilter((side, side), tower.width)
 
     def build_head(self, dim: int | None = None) -> tuple[nn.Linear, Decoder]:
         """Make the modules of a `Head`; ``dim`` is the decoder's width, None that of the joint embedding."""
@@ -113,93 +79,6 @@ class OneStageModel(SegmentationModel):
         for index, head in enumerate(self.heads()):
             silent = index != loud
             head.decoder.start_as_matching(head.query_proj, _MATCHING_GAIN, _MATCHING_OFFSET, basis, silent=silent)
-
-    @property
-    def mean(self) -> Triple:
-        """Mean the images are normalised with, RGB in 0..1."""
-        return self.options.mean or self.clip.mean
-
-    @property
-    def std(self) -> Triple:
-        """Standard deviation the images are normalised with, RGB in 0..1."""
-        return self.options.std or self.clip.std
-
-    @property
-    def window(self) -> WindowPolicy:
-        """How to run it over a picture by default."""
-        options = self.options
-        stride = options.window_stride or options.window_size or 0
-        return WindowPolicy(options.window_size, stride, options.short_side)
-
-    def frozen_names(self) -> tuple[str, ...]:
-        """Beginnings of the names of parameters outside CLIP that do not train."""
-        return ("spectral.",) if self.spectral_options is not None and not self.spectral_options.train_filter else ()
-
-    def trainable_names(self) -> tuple[str, ...]:
-        """Everything outside CLIP but the `frozen_names`; with a fine-tuned backbone the image tower as well."""
-        tower = ("clip.model.visual.",) if self.backbone == "finetune" else ()
-        frozen = self.frozen_names()
-        return tuple(
-            name
-            for name, _ in self.named_parameters()
-            if name.startswith(tower) or not name.startswith(("clip.", *frozen))
-        )
-
-    def run_tower(self, images: Tensor, *, levels: Sequence[int] = (), keep_rows: bool = False) -> ImageTokens:
-        """Run the image tower with the prompts.
-
-        Args:
-            images: (B, 3, H, W), sides multiples of the patch size.
-            levels: blocks (0-based) whose outputs are wanted.
-            keep_rows: see `VisualPrompts.hook`.
-        """
-        tower, options = self.clip.image_tower, self.options
-        tokens, grid = tower.embed(
-            images,
-            interpolation=options.position_interpolation,
-            class_embedding_twice=options.class_embedding_twice,
-        )
-        hook = None if self.prompts is None else self.prompts.hook(grid[0] * grid[1], keep_rows=keep_rows)
-        if self.spectral is not None and self.spectral_options is not None:
-            hook = self.spectral.hook(grid, self.spectral_options.filter_blocks, hook)
-        return tower.run(tokens, grid, before_block=hook, levels=levels)
-
-    def finish(self, result: ImageTokens) -> tuple[Tensor, Tensor]:
-        """Turn the tower's last tokens into unit vectors: class embedding (B, D) and patches (B, N, D)."""
-        tokens = result.tokens
-        if tokens.shape[1] > 1 + result.num_patches:
-            tokens = torch.cat([tokens[:, :1], tokens[:, -result.num_patches :]], dim=1)
-        if self.prompts is not None:
-            tokens = self.prompts.norm(tokens)
-        tokens = unit(self.clip.image_tower.project(tokens))
-        return tokens[:, 0], tokens[:, 1:]
-
-    @property
-    def level_blocks(self) -> tuple[int, ...]:
-        """Blocks (0-based) whose outputs `collect` needs."""
-        return ()
-
-    def collect(self, result: ImageTokens, patches: Tensor) -> dict[str, Tensor]:
-        """What `encode_images` keeps beside the class embedding.
-
-        Args:
-            result: of the tower, with the `level_blocks`.
-            patches: final patches (B, N, D) of unit length.
-        """
-        return {"patches": patches.unflatten(1, result.grid)}
-
-    def encode_images(self, images: Tensor) -> ImageFeatures:
-        """Run the image tower; see `SegmentationModel.encode_images`.
-
-        Returns:
-            features with ``cls`` (B, D), of unit length, and what `collect` adds: for ZegCLIP and SPT-SEG ``patches``
-            (B, h, w, D), of unit length.
-        """
-        size = (int(images.shape[-2]), int(images.shape[-1]))
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.backbone != "fixed"):
-            result = self.run_tower(self.fit_to_patches(images), levels=self.level_blocks)
-        cls, patches = self.finish(result)
-        return ImageFeatures(size, {"cls": cls, **self.collect(result, patches)})
 
     def descriptor(self, cls: Tensor, text: Tensor) -> Tensor:
         """Relationship descriptor [t * cls, t] of class embeddings (B, D) and text (C, D): (B, C, 2 D).
@@ -276,13 +155,15 @@ class OneStageModel(SegmentationModel):
         """Score words against images; see `SegmentationModel.score`.
 
         A score is sigmoid(mask logit), less `OneStageOptions.seen_offset` for seen words. The papers write a softmax
-        over the logits and do not mention the offset; the published numbers were measured as here.
+        over the logits and do not mention the offset; the published numbers were measured as here. A model trained with
+        ``mask_loss`` "cross-entropy" has the softmax: at each patch a score is its probability among the words.
         """
         offsets = None
         if seen_words is not None and self.options.seen_offset:
             offsets = seen_words.to(text.device).float() * self.options.seen_offset
+        logits = self.grid_logits(features, text)
         return GridScores(
-            self.grid_logits(features, text),
+            logits if self.options.mask_loss == "focal" else exclusive_logits(logits),
             word_to_class=word_to_class,
             resize_to=self.mask_size(features.size),
             sigmoid=True,
@@ -299,6 +180,8 @@ class OneStageModel(SegmentationModel):
         accuracy: bool = False,
     ) -> dict[str, Tensor]:
         """Focal and dice loss of the class masks (ZegCLIP, Sec. 3.2; Cascade-CLIP, Eq. 3), for SPT-SEG focal and SSIM.
+
+        With ``mask_loss`` "cross-entropy" the cross entropy of a softmax stands in the focal loss's place.
 
         Inductive training: ``text`` holds the seen classes, ``labels`` their ranks, and pixels of unseen classes are
         255 before they get here, which makes them negatives of every class. Transductive training
@@ -329,14 +212,20 @@ class OneStageModel(SegmentationModel):
             full = F.interpolate(logits.detach(), size=size, mode="bilinear", align_corners=False)
         if full is not None and seen is not None:
             labels = pseudo_labels(full, labels, seen)
-        options = self.options
-        if self.spectral_options is None:
-            parts = mask_losses(logits, labels, focal_weight=options.mask_weight, dice_weight=options.dice_weight)
-            losses = {"loss": parts.total, "loss_mask": parts.focal, "loss_dice": parts.dice}
-        else:
-            parts = mask_losses(logits, labels, focal_weight=options.mask_weight, dice_weight=0.0)
-            ssim = ssim_loss(logits, labels, weight=options.dice_weight)
-            losses = {"loss": parts.total + ssim, "loss_mask": parts.focal, "loss_ssim": ssim.detach()}
+        losses = self._class_losses(logits, labels)
         if accuracy and full is not None:
             losses["accuracy"] = pixel_accuracy(full, labels)
         return losses
+
+    def _class_losses(self, logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """The terms of `losses` for mask logits (B, C, h, w) and labels (B, H, W)."""
+        options, spectral = self.options, self.spectral_options is not None
+        dice_weight = 0.0 if spectral else options.dice_weight
+        if options.mask_loss == "focal":
+            parts = mask_losses(logits, labels, focal_weight=options.mask_weight, dice_weight=dice_weight)
+        else:
+            parts = exclusive_losses(logits, labels, entropy_weight=options.mask_weight, dice_weight=dice_weight)
+        if not spectral:
+            return {"loss": parts.total, "loss_mask": parts.mask, "loss_dice": parts.dice}
+        ssim = ssim_loss(logits, labels, weight=options.dice_weight)
+        return {"loss": parts.total + ssim, "loss_mask": parts.mask, "loss_ssim": ssim.detach()}

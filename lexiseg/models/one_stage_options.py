@@ -37,7 +37,11 @@ class OneStageOptions(ModelOptions):
             models trained transductively.
         mask_size: side that masks of square images are upsampled to before the sigmoid (released: 512); None is the
             images' own size, which is also what images of other shapes use.
-        mask_weight: factor on the focal loss (Cascade-CLIP's Table 18 compares 10, 50, 100 and 150).
+        mask_loss: "focal" judges each class by itself (ZegCLIP's non-mutually exclusive loss, Sec. 3.2): focal loss,
+            sigmoid. "cross-entropy" lets the classes exclude each other, as segmentation is usually trained and as
+            ZegCLIP's ablation has it: softmax over the classes, in the loss and in the scores; see
+            `lexiseg.losses.exclusive`.
+        mask_weight: factor on the mask loss (focal: Cascade-CLIP's Table 18 compares 10, 50, 100 and 150).
         dice_weight: factor on the dice loss; on the loss in its place for SPT-SEG.
         mean: mean of the images, RGB in 0..1; None is CLIP's. (Released: ImageNet's.)
         std: standard deviation of the images, RGB in 0..1; None is CLIP's.
@@ -59,6 +63,7 @@ class OneStageOptions(ModelOptions):
     position_interpolation: Interpolation = "bilinear"
     seen_offset: float = 0.1
     mask_size: int | None = None
+    mask_loss: Literal["focal", "cross-entropy"] = "focal"
     mask_weight: float = 100.0
     dice_weight: float = 1.0
     mean: Triple | None = None

@@ -7,87 +7,28 @@ all three; the systems' own files say what their defaults are and what they do d
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from lexiseg.clip import CLIP, TextEmbedder
 from lexiseg.clip.mask_attention import trainable_names
-from lexiseg.clip.positions import Interpolation
 from lexiseg.clip.prompt_learner import PromptLearner
 from lexiseg.errors import LexisegError
 from lexiseg.losses.mask_aware import distillation_loss
-from lexiseg.losses.masks import IGNORE_INDEX, check_labels
-from lexiseg.losses.proposals import ProposalWeights, proposal_losses
+from lexiseg.losses.masks import check_labels, ignore_index
+from lexiseg.losses.proposals import proposal_losses
 from lexiseg.models.base import ImageFeatures
-from lexiseg.models.decoupled import DecoupledModel, DecoupledOptions, Size
-from lexiseg.models.maft import MaftOptions, mask_aware_step, student_of
+from lexiseg.models.decoupled import DecoupledModel, Size
+from lexiseg.models.maft import mask_aware_step, student_of
+from lexiseg.models.region_host_options import RegionHostOptions, Regions
 from lexiseg.proposals import Proposals
-from lexiseg.regions.crops import CropOptions
-from lexiseg.regions.ensemble import EnsembleOptions, class_probabilities, ensemble
+from lexiseg.regions.ensemble import class_probabilities, ensemble
 from lexiseg.regions.pooling import resize_masks, unit_or_zero
-from lexiseg.regions.viewer import AttentionOptions, RegionViewer, Views
+from lexiseg.regions.viewer import RegionViewer, Views
 from lexiseg.scores import RegionScores
 from lexiseg.vocabulary import Vocabulary
-
-Regions = Literal["crops", "mask-attention", "pooled", "none"]
-
-
-class PromptOptions(BaseModel):
-    """Learned words around the class names (CoOp).
-
-    Attributes:
-        prefix: vectors in front of a name.
-        suffix: vectors behind it.
-        task: vectors behind the name of the task (FreeSeg); 0 leaves the task out.
-        proposals: False leaves the generator's own scores to the templates: only CLIP's words are learned prompts
-            (ZSSeg's separate adapter on VOC).
-        frozen: keep the prompts as they are while the proposals are trained.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    prefix: Annotated[int, Field(ge=0)] = 16
-    suffix: Annotated[int, Field(ge=0)] = 0
-    task: Annotated[int, Field(ge=0)] = 0
-    proposals: bool = True
-    frozen: bool = False
-
-
-class RegionHostOptions(DecoupledOptions):
-    """Options of ZSSeg, ZegFormer and FreeSeg.
-
-    Attributes:
-        regions: how a region is shown to CLIP: "crops" (one run a region), "mask-attention" (one run for all), "pooled"
-            (the patches of one plain run whose last block keeps them apart, pooled by the mask) or "none" (the
-            generator decides alone). None is "mask-attention" with ``maft``, else "crops".
-        crops: how crops are made.
-        attention: how mask attention runs.
-        positions: how CLIP's position table follows another size than it was trained at, where crops or patches are
-            looked at.
-        ensemble: how the generator's and CLIP's scores become one.
-        seen_offset: subtracted from the scores of seen classes (ZegFormer: 0.1).
-        prompts: learned prompts; None uses templates.
-        maft: tune a copy of CLIP's image tower to masks; None leaves it out.
-        stage: what training trains: "proposals" the generator with its class head, the no-object row and the prompts;
-            "maft" the tower's copy. "auto" is "maft" where ``maft`` is given, else "proposals".
-        criterion: weights of the losses of the stage "proposals".
-        label_void: in self-training, label pixels without any label as well, as ZSSeg's released rule does.
-    """
-
-    regions: Regions | None = None
-    crops: CropOptions = CropOptions()
-    attention: AttentionOptions = AttentionOptions()
-    positions: Interpolation = "bicubic"
-    ensemble: EnsembleOptions = EnsembleOptions()
-    seen_offset: Annotated[float, Field(ge=0)] = 0.0
-    prompts: PromptOptions | None = None
-    maft: MaftOptions | None = None
-    stage: Literal["auto", "proposals", "maft"] = "auto"
-    criterion: ProposalWeights = ProposalWeights()
-    label_void: bool = False
 
 
 class RegionHost(DecoupledModel):
@@ -228,7 +169,7 @@ class RegionHost(DecoupledModel):
             proposal_logits: (..., C + 1), what the generator says, or None.
         """
         cosines = unit_or_zero(regions.float()) @ text.float().T
-        return (self.options.temperature * cosines).softmax(dim=-1)
+        return ((self.options.region_temperature or self.options.temperature) * cosines).softmax(dim=-1)
 
     def class_scores(
         self, features: ImageFeatures, proposals: Proposals, text: Tensor, seen: Tensor | None = None
@@ -377,7 +318,7 @@ class RegionHost(DecoupledModel):
         proposals = self.proposals_of(features, self.texts(text)[0])
         scores = self.class_scores(features, proposals, text, seen)[..., unseen]
         best = self.pixel_scores(scores, proposals, features).label_map((labels.shape[-2], labels.shape[-1]))
-        void = labels == IGNORE_INDEX
+        void = labels == ignore_index(len(seen))
         kept = torch.zeros_like(void) if self.options.label_void else void.clone()
         known = (labels >= 0) & (labels < len(seen)) & ~void
         kept[known] = seen[labels[known]]

@@ -18,7 +18,8 @@ from lexiseg.clip import CLIP, TextEmbedder
 from lexiseg.clip.templates import ZEGFORMER_32
 from lexiseg.models.base import ImageFeatures, ModelOptions
 from lexiseg.models.mask_decoder import unit
-from lexiseg.models.region_host import RegionHost, RegionHostOptions
+from lexiseg.models.region_host import RegionHost
+from lexiseg.models.region_host_options import RegionHostOptions
 from lexiseg.proposals import GeneratorOptions, MaskFormerOptions
 from lexiseg.regions.crops import CropOptions
 from lexiseg.regions.ensemble import EnsembleOptions

@@ -11,7 +11,8 @@ from typing import ClassVar
 
 from lexiseg.clip import CLIP
 from lexiseg.models.base import ModelOptions
-from lexiseg.models.region_host import RegionHost, RegionHostOptions
+from lexiseg.models.region_host import RegionHost
+from lexiseg.models.region_host_options import RegionHostOptions
 
 
 class ZSSegOptions(RegionHostOptions):

@@ -19,6 +19,8 @@ from lexiseg.scores._indexing import spread
 LONGEST_TILE = 32
 LEAF = 4
 """Tiles of at most this side are compared pixel by pixel."""
+FEW = 8
+"""Candidates a tile up to which it does not pay to compare them with the best one by one."""
 
 
 class Writer:
@@ -109,17 +111,39 @@ def _candidates(field: Field, rows: Tensor, columns: Tensor, margin: float) -> _
     keep = (upper >= largest - margin).flatten(1)
     tiles, words = keep.t().contiguous().nonzero().unbind(1)
     contest = _Contest(words, tiles, rows.repeat_interleave(columns.shape[1], 1), columns.repeat(1, rows.shape[1]))
-    if len(words) > max(32 * keep.shape[1], keep.numel() // 2):
-        # So many are a sign of ties: a word that starts from the same numbers as an earlier one cannot win.
-        first = first_equal(lower, largest).view(-1)
-        del lower, upper, keep
+    del lower, upper
+    if len(words) <= FEW * keep.shape[1]:
+        return contest
+    contest, leaders = _sift(field, contest, margin)
+    if len(contest.words) > max(32 * keep.shape[1], keep.numel() // 2):
+        # Still so many are a sign of ties: a word that starts from the same numbers as an earlier one cannot win.
         size = budget(field) // 4
         distinct = [
-            (first[some_tiles] >= some) | ~field.same(some, some_tiles, first, contest.rows, contest.columns)
-            for some, some_tiles in zip(words.split(size), tiles.split(size), strict=True)
+            (leaders[tiles] >= words) | ~field.same(words, tiles, leaders, contest.rows, contest.columns)
+            for words, tiles in zip(contest.words.split(size), contest.tiles.split(size), strict=True)
         ]
         contest = contest.part(torch.cat(distinct).nonzero().view(-1))
     return contest
+
+
+def _sift(field: Field, contest: _Contest, margin: float) -> tuple[_Contest, Tensor]:
+    """Drop the words that score less than their tile's leader in all of it; also the leaders (T,).
+
+    Bounds cannot tell words apart whose scores go up and down together; in their differences that cancels. The leader
+    is the best word in the middle of the tile, the first of equal ones.
+    """
+    words, tiles, rows, columns = contest.words, contest.tiles, contest.rows, contest.columns
+    size = budget(field) // 4
+    y, x = rows.sum(0, keepdim=True) // 2, columns.sum(0, keepdim=True) // 2
+    chunks = list(zip(words.split(size), tiles.split(size), strict=True))
+    middle = torch.cat([field.points(some, some_tiles, y, x)[0, 0] for some, some_tiles in chunks])
+    largest = torch.full(rows.shape[1:], -torch.inf, device=field.device).scatter_reduce_(0, tiles, middle, "amax")
+    best = (middle == largest.index_select(0, tiles)).nonzero().view(-1)
+    leaders = torch.full(rows.shape[1:], field.num_words, dtype=torch.long, device=field.device)
+    leaders.scatter_reduce_(0, tiles.index_select(0, best), words.index_select(0, best), "amin")
+    gaps = torch.cat([field.gaps(some, some_tiles, leaders, rows, columns) for some, some_tiles in chunks])
+    kept = ((gaps <= margin) | (words == leaders.index_select(0, tiles))).nonzero().view(-1)
+    return contest.part(kept), leaders
 
 
 def _quarter(field: Field, contest: _Contest, margin: float) -> _Contest:
@@ -134,12 +158,13 @@ def _quarter(field: Field, contest: _Contest, margin: float) -> _Contest:
     tiles = (contest.tiles + num_tiles * torch.arange(4, device=field.device)[:, None]).flatten()
     largest = torch.full((4 * num_tiles,), -torch.inf, device=field.device).scatter_reduce_(0, tiles, lower, "amax")
     kept = (upper >= largest.index_select(0, tiles) - margin).nonzero().view(-1)
-    return _Contest(
+    quarters = _Contest(
         contest.words.index_select(0, kept % len(contest.words)),
         tiles.index_select(0, kept),
         rows[:, None].expand(2, 2, 2, -1).permute(2, 0, 1, 3).reshape(2, -1),
         columns[None].expand(2, 2, 2, -1).permute(2, 0, 1, 3).reshape(2, -1),
     )
+    return _sift(field, quarters, margin)[0] if len(kept) > 4 * FEW * num_tiles else quarters
 
 
 def _settle(field: Field, contest: _Contest, writer: Writer) -> None:

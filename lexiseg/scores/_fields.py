@@ -1,11 +1,12 @@
 """A field is a (words, height, width) array of scores that is never built: it yields the parts that are asked for.
 
 Fields are composed: a grid of logits is resized, squashed, resized again, averaged with its neighbours. Each one
-answers four questions, and answers them through the field below it.
+answers five questions, and answers them through the field below it.
 
 - ``block``: the values in a rectangle, for some words.
 - ``points``: the values at scattered places, each for one word.
 - ``interval`` and ``extremes``: between which bounds do the values in a rectangle lie?
+- ``gaps``: by how much does one word at least exceed another in all of a rectangle? What words have in common cancels.
 - ``same``: has one word at least the value of another in all of a rectangle, because they start from equal numbers?
 
 Bilinear interpolation takes convex combinations and the sigmoid is monotone, so bounds cost no more than the values at
@@ -72,6 +73,13 @@ class Field(ABC):
         """
 
     @abstractmethod
+    def gaps(self, words: Tensor, tiles: Tensor, others: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+        """(P,) by how much, in tile t = ``tiles[p]``, ``others[t]`` scores more than ``words[p]`` at least.
+
+        ``rows`` and ``columns`` (2, T) are inclusive ranges. A negative number proves nothing.
+        """
+
+    @abstractmethod
     def same(self, words: Tensor, tiles: Tensor, others: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
         """(P,) bool: in tile t = ``tiles[p]``, ``others[t]`` certainly scores at least as much as ``words[p]``.
 
@@ -125,6 +133,11 @@ class Source(Field):
     def extremes(self, words: Tensor, tiles: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
         y, x = every(rows), every(columns)
         return bounds_of(self.points(words, tiles, y.flatten(0, 1), x.flatten(0, 1)), len(y), len(x))
+
+    def gaps(self, words: Tensor, tiles: Tensor, others: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+        y, x = every(rows), every(columns)
+        other = self.points(others, torch.arange(len(others), device=self.device), y, x)
+        return (spread(other, tiles) - self.points(words, tiles, y, x)).flatten(0, 1).amin(0)
 
     def same(self, words: Tensor, tiles: Tensor, others: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
         y, x = every(rows), every(columns)
@@ -186,6 +199,9 @@ class Mixture(Field):
     def extremes(self, words: Tensor, tiles: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
         return self._around(rows, columns).extremes(words, tiles, rows, columns)
 
+    def gaps(self, words: Tensor, tiles: Tensor, others: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+        return self._around(rows, columns).gaps(words, tiles, others, rows, columns)
+
     def same(self, words: Tensor, tiles: Tensor, others: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
         return self._around(rows, columns).same(words, tiles, others, rows, columns)
 
@@ -231,6 +247,20 @@ class Squashed(Field):
         low, high = self.child.extremes(words, tiles, rows, columns)
         return self._apply(low, words, -1), self._apply(high, words, -1)
 
+    def gaps(self, words: Tensor, tiles: Tensor, others: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+        gap = self.child.gaps(words, tiles, others, rows, columns)
+        if self.squash:
+            # The sigmoid of x exceeds that of x - d by at least min(d, 1) times its least slope in [x - 1, x]; where it
+            # falls short, then by d / 4 at most. A thousandth less makes up for the rounding of the slope itself.
+            every_tile = torch.arange(len(others), device=self.device)
+            low, high = self.child.extremes(others, every_tile, rows[None], columns[None])
+            decay = torch.maximum((low[0, 0] - 1.0).abs(), high[0, 0].abs()).neg_().exp_()
+            slope = 0.999 * decay / (1.0 + decay).square_()
+            gap = torch.where(gap > 0, gap.clamp(max=1.0) * slope.index_select(0, tiles), 0.25 * gap)
+        if self.offsets is not None:
+            gap = gap - (self.offsets[others][tiles] - self.offsets[words])
+        return gap
+
     def same(self, words: Tensor, tiles: Tensor, others: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
         same = self.child.same(words, tiles, others, rows, columns)
         return same if self.offsets is None else same & (self.offsets[others][tiles] <= self.offsets[words])
@@ -273,6 +303,9 @@ class Cropped(Field):
 
     def extremes(self, words: Tensor, tiles: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
         return self.child.extremes(words, tiles, rows, columns)
+
+    def gaps(self, words: Tensor, tiles: Tensor, others: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+        return self.child.gaps(words, tiles, others, rows, columns)
 
     def same(self, words: Tensor, tiles: Tensor, others: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
         return self.child.same(words, tiles, others, rows, columns)

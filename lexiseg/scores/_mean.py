@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -108,16 +108,30 @@ class Mean(Field):
                 bounds.add((slice(None), slice(None), pairs), low, high, touch, whole)
         return bounds.result()
 
+    def gaps(self, words: Tensor, tiles: Tensor, others: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+        # The smallest gap of any part bounds their mean, whichever parts cover a place.
+        gap = torch.full(words.shape, torch.inf, device=self.device)
+        for part, pairs, *place in self._shares(tiles, others, rows, columns):
+            gap[pairs] = torch.minimum(gap[pairs], part.gaps(words[pairs], *place))
+        return gap
+
     def same(self, words: Tensor, tiles: Tensor, others: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
         same = torch.ones(words.shape, dtype=torch.bool, device=self.device)
+        for part, pairs, *place in self._shares(tiles, others, rows, columns):
+            same[pairs] &= part.same(words[pairs], *place)
+        return same
+
+    def _shares(
+        self, tiles: Tensor, others: Tensor, rows: Tensor, columns: Tensor
+    ) -> Iterator[tuple[Field, Tensor, Tensor, Tensor, Tensor, Tensor]]:
+        """Each part with a share in the tiles, which pairs it concerns, and their tiles, others, rows and columns."""
         for part, (y, x, height, width) in self.parts:
             touch = (rows[1] >= y) & (rows[0] < y + height) & (columns[1] >= x) & (columns[0] < x + width)
             pairs, part_tiles, touched = _touched(touch, tiles)
             if len(pairs):
                 part_rows = (rows[:, touched] - y).clamp_(0, height - 1)
                 part_columns = (columns[:, touched] - x).clamp_(0, width - 1)
-                same[pairs] &= part.same(words[pairs], part_tiles, others[touched], part_rows, part_columns)
-        return same
+                yield part, pairs, part_tiles, others[touched], part_rows, part_columns
 
     def local(self, top: int, bottom: int, left: int, right: int) -> Field:
         parts: list[Field] = []

@@ -47,6 +47,13 @@ class Resized(Field):
             return self.child.extremes(words, tiles, _support(self.rows, rows), _support(self.columns, columns))
         return bounds_of(self._at(words, tiles, y, x), len(rows), len(columns))
 
+    def gaps(self, words: Tensor, tiles: Tensor, others: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+        y, x = _turning_points(self.rows, rows[None]), _turning_points(self.columns, columns[None])
+        if y is None or x is None:
+            return self.child.gaps(words, tiles, others, _support(self.rows, rows), _support(self.columns, columns))
+        other = self._at(others, torch.arange(len(others), device=self.device), y, x)
+        return (spread(other, tiles) - self._at(words, tiles, y, x)).flatten(0, 1).amin(0)
+
     def same(self, words: Tensor, tiles: Tensor, others: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
         return self.child.same(words, tiles, others, _support(self.rows, rows), _support(self.columns, columns))
 

@@ -69,10 +69,6 @@ class Scores(ABC):
             raise ValueError("no scores were decoded")
         return labels, scores
 
-    def max_scores(self, size: Size) -> Tensor:
-        """The best score of each pixel: (B, H, W) float32."""
-        return self.label_and_score(size)[1]
-
     def top_k(self, size: Size, k: int) -> tuple[Tensor, Tensor]:
         """The k best classes of each pixel, best first; of equal scores the lower class index comes first.
 

@@ -21,6 +21,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from lexiseg.errors import LexisegError
 from lexiseg.files import make_folder
@@ -70,6 +71,28 @@ def model_state(model: nn.Module) -> dict[str, Tensor]:
     return {name: value.detach() for name, value in {**parameters, **buffers}.items()}
 
 
+def whole(tensor: Tensor) -> Tensor:
+    """The tensor itself, or, where each process keeps a part of it, all of it; every process must ask then."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _like(value: Tensor, current: Tensor) -> Tensor:
+    """``value`` where ``current`` is: on its device, and the same part of it."""
+    value = value.to(current.device)
+    if not isinstance(current, DTensor):
+        return value
+    # Every process has read the whole tensor, so each takes its own part and nothing is sent.
+    return distribute_tensor(value, current.device_mesh, current.placements, src_data_rank=None)
+
+
+def put(state: Mapping[str, Tensor], model: nn.Module) -> None:
+    """Copy what `model_state` gave into ``model``, which has the same names and shapes."""
+    current = model_state(model)
+    with torch.no_grad():
+        for name, value in state.items():
+            current[name].copy_(_like(value, current[name]))
+
+
 def find_checkpoints(root: Path) -> list[Path]:
     """Complete checkpoints below ``root``, oldest first."""
     if not root.is_dir():
@@ -82,6 +105,16 @@ def _save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     # Clones: safetensors refuses tensors that share memory, which views into one buffer do.
     save_file({name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}, path)
     _sync(path)
+
+
+def _on_cpu(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
+    """Whole tensors on the CPU, one after another; where they are not to be kept this process only gives its parts."""
+    found = {}
+    for name, value in tensors.items():
+        complete = whole(value)
+        if keep:
+            found[name] = complete.detach().cpu()
+    return found
 
 
 def _sync(path: Path) -> None:
@@ -101,8 +134,12 @@ def save_checkpoint(
     rng: Sequence[tuple[dict[str, Tensor], dict[str, Any]]],
     settings: Mapping[str, Any],
     keep: int = 2,
+    write: bool = True,
 ) -> Path:
     """Write the checkpoint of ``step`` and remove all but the newest ``keep``.
+
+    The files are the same whether the model lies in one process or in parts in several. In the latter case every
+    process must call this, and one of them writes.
 
     Args:
         root: folder of the run's checkpoints.
@@ -112,6 +149,7 @@ def save_checkpoint(
         rng: each process's :func:`capture_rng`, in the order of their ranks.
         settings: JSON values that a continuation is compared with.
         keep: number of checkpoints left.
+        write: False in the processes that only contribute their parts.
 
     Returns:
         The checkpoint's folder.
@@ -119,22 +157,25 @@ def save_checkpoint(
     Raises:
         LexisegError: the folder cannot be written.
     """
+    moments = {
+        f"{name}/{key}": value
+        for name, parameter in model.named_parameters()
+        for key, value in optimizer.state.get(parameter, {}).items()
+    }
+    tensors, moments = _on_cpu(model_state(model), write), _on_cpu(moments, write)
+    folder = root / f"{_PREFIX}{step:08d}"
+    if not write:
+        return folder
     make_folder(root)
     for leftover in root.glob(f"{_TEMPORARY}*"):
         shutil.rmtree(leftover, ignore_errors=True)
-    folder = root / f"{_PREFIX}{step:08d}"
     temporary = root / f"{_TEMPORARY}{uuid.uuid4().hex[:8]}"
     try:
         temporary.mkdir()
-        _save_tensors(temporary / "model.safetensors", model_state(model))
-        moments = {
-            f"{name}/{key}": value
-            for name, parameter in model.named_parameters()
-            for key, value in optimizer.state.get(parameter, {}).items()
-        }
+        _save_tensors(temporary / "model.safetensors", tensors)
         _save_tensors(temporary / "optimizer.safetensors", moments)
-        for rank, (tensors, _) in enumerate(rng):
-            _save_tensors(temporary / f"rng-{rank}.safetensors", tensors)
+        for rank, (generators, _) in enumerate(rng):
+            _save_tensors(temporary / f"rng-{rank}.safetensors", generators)
         state = {"format": FORMAT, "step": step, "settings": dict(settings), "rng": [values for _, values in rng]}
         (temporary / "state.json").write_text(json.dumps(state), encoding="utf-8")
         _sync(temporary / "state.json")
@@ -209,16 +250,14 @@ def load_checkpoint(folder: Path, *, model: nn.Module, optimizer: torch.optim.Op
                 f"The checkpoint '{folder}' does not fit this model: '{name}' differs; resume with the recipe that "
                 "started the run, or choose another output folder."
             )
-    with torch.no_grad():
-        for name, value in current.items():
-            value.copy_(saved[name])
+    put(saved, model)
     parameters = dict(model.named_parameters())
     for key, value in _load_tensors(folder / "optimizer.safetensors").items():
         name, _, kind = key.rpartition("/")
         if name not in parameters:
             raise _damaged(folder / "optimizer.safetensors")
         # AdamW counts its steps on the CPU, wherever the moments live.
-        optimizer.state[parameters[name]][kind] = value if kind == "step" else value.to(parameters[name].device)
+        optimizer.state[parameters[name]][kind] = value if kind == "step" else _like(value, parameters[name])
     rng = state["rng"]
     if rank < len(rng):
         restore_rng(_load_tensors(folder / f"rng-{rank}.safetensors"), rng[rank])

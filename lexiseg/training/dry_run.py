@@ -6,16 +6,20 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lexiseg.clip import CLIP, load_clip
+from torch import nn
+
+from lexiseg.clip import CLIP, PromptLearner, load_clip
 from lexiseg.clip.load import random_clip
 from lexiseg.clip.model import build_clip
 from lexiseg.errors import LexisegError
 from lexiseg.models.base import ModelOptions
-from lexiseg.training.initial import start_from
+from lexiseg.training.building import build_model
 from lexiseg.training.labels import masked_names, training_vocabulary
-from lexiseg.training.recipe import ContrastiveRecipe, EvaluationRecipe, Recipe, SegmentationRecipe, list_recipes
-from lexiseg.training.run import first_stage, name_of, system_of, vocabulary_of
+from lexiseg.training.prompts import Prompted
+from lexiseg.training.recipe import ContrastiveRecipe, EvaluationRecipe, PromptRecipe, Recipe, SegmentationRecipe
+from lexiseg.training.run import name_of, vocabulary_of
 from lexiseg.training.settings import TrainSettings, group_parameters
+from lexiseg.training.stages import first_stage, is_recipe
 from lexiseg.training.trainer import learning_rate
 
 
@@ -35,6 +39,8 @@ class DryRun:
         parameters: of the model, its text tower included.
         trainable: those that training changes.
         starts_from: the model or recipe whose weights the run starts from.
+        prompts_from: the folder or recipe whose learned text prompts it takes over.
+        teacher: the model or recipe that labels pixels in self-training.
         options: of the system, defaults included.
         train: the numbers of the loop.
         rates: peak learning rate and weight decay of each group of parameters, with its number of parameters.
@@ -54,6 +60,8 @@ class DryRun:
     options: dict[str, Any]
     train: TrainSettings
     rates: tuple[dict[str, Any], ...] = field(default=())
+    prompts_from: str | None = None
+    teacher: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, as JSON holds it."""
@@ -74,19 +82,28 @@ class DryRun:
             ]
         if self.starts_from:
             rows.append(("starts from", self.starts_from))
+        if self.prompts_from:
+            rows.append(("prompts from", self.prompts_from))
+        if self.teacher:
+            rows.append(("teacher", self.teacher))
         rows += [
             ("parameters", f"{self.parameters:,}"),
             ("trainable", f"{self.trainable:,}"),
             ("options", ", ".join(f"{key} {value}" for key, value in self.options.items())),
+        ]
+        if not train.steps:
+            return [*rows, ("steps", "0: the model is put together and written")]
+        rows += [
             ("steps", f"{train.steps:,}, batches of {train.batch_size * train.accumulate} on one process"),
             ("schedule", _schedule(train)),
         ]
         for rate in self.rates:
-            name = f"AdamW, {rate['key']}" if rate["key"] else "AdamW"
+            name = "SGD" if train.optimizer == "sgd" else "AdamW"
+            name = f"{name}, {rate['key']}" if rate["key"] else name
             peak = f"peak rate {rate['lr']:g}, decay {rate['weight_decay']:g}"
-            rows.append(
-                (name, f"{peak}, betas {train.betas[0]:g} and {train.betas[1]:g}, {rate['parameters']:,} values")
-            )
+            betas = f"betas {train.betas[0]:g} and {train.betas[1]:g}"
+            how = f"momentum {train.momentum:g}" if train.optimizer == "sgd" else betas
+            rows.append((name, f"{peak}, {how}, {rate['parameters']:,} values"))
         return rows
 
 
@@ -96,8 +113,9 @@ def _shortened(names: tuple[str, ...], limit: int = 8) -> str:
 
 def _schedule(train: TrainSettings) -> str:
     first, last = (learning_rate(step, train.lr, train) for step in (0, train.steps - 1))
-    warmup = f"linear warm-up over {train.warmup_steps:,} steps, then " if train.warmup_steps else ""
-    shape = "constant" if train.schedule == "constant" else f"(1 - t/T)^{train.power:g} to {train.min_lr:g}"
+    warmup = f"{train.warmup} warm-up over {train.warmup_steps:,} steps, then " if train.warmup_steps else ""
+    shapes = {"constant": "constant", "cosine": f"half a cosine to {train.min_lr:g}"}
+    shape = shapes.get(train.schedule, f"(1 - t/T)^{train.power:g} to {train.min_lr:g}")
     return f"{warmup}{shape}; rate {first:.3g} at the first step, {last:.3g} at the last"
 
 
@@ -113,23 +131,23 @@ def dry_run(recipe: Recipe) -> DryRun:
         raise LexisegError("This recipe only evaluates, so there is nothing to train; give it to `lexiseg evaluate`.")
     if isinstance(recipe, ContrastiveRecipe):
         return _contrastive(recipe)
-    return _segmentation(recipe)
+    return _prompts(recipe) if isinstance(recipe, PromptRecipe) else _segmentation(recipe)
 
 
 def _segmentation(recipe: SegmentationRecipe) -> DryRun:
-    system, options = system_of(recipe)
     vocabulary = vocabulary_of(recipe.data)
     trained = training_vocabulary(vocabulary, setting=recipe.setting)
     seen = masked_names(trained)
     reason = None
-    if recipe.initial is not None and recipe.initial not in list_recipes():
-        model = start_from(recipe.initial, system, options, seen, vocabulary, steps=recipe.initial_steps)
+    # What is still to be trained cannot be started from, and what is there already should be.
+    later = {key: None for key in ("initial", "prompts_from") if is_recipe(getattr(recipe, key))}
+    if recipe.initial is not None and "initial" not in later:
+        model = build_model(recipe.model_copy(update=later), vocabulary)
     else:
         clip, reason = clip_or_random(recipe.model.clip)
-        model = system(clip, options, seen)
-    model.set_trainable()
+        model = build_model(recipe, vocabulary, clip=clip)
     return DryRun(
-        system=system.system,
+        system=model.system,
         clip=recipe.model.clip,
         random_weights=reason,
         setting=recipe.setting,
@@ -140,14 +158,39 @@ def _segmentation(recipe: SegmentationRecipe) -> DryRun:
         parameters=model.num_parameters(),
         trainable=model.num_parameters(trainable=True),
         starts_from=_initial(recipe),
-        options=_options(options),
+        prompts_from=recipe.prompts_from,
+        teacher=recipe.teacher,
+        options=_options(model.options),
         train=recipe.train,
-        rates=_rates(model.named_parameters(), recipe.train),
+        rates=_rates(model, recipe.train),
+    )
+
+
+def _prompts(recipe: PromptRecipe) -> DryRun:
+    said, vocabulary = recipe.model, vocabulary_of(recipe.data)
+    trained = training_vocabulary(vocabulary, setting=recipe.setting)
+    clip, reason = clip_or_random(said.clip)
+    model = Prompted(clip, PromptLearner(clip.text_width, said.prefix, said.suffix, said.task))
+    return DryRun(
+        system="text prompts",
+        clip=said.clip,
+        random_weights=reason,
+        setting=recipe.setting,
+        data=name_of(recipe.data),
+        seen=trained.names,
+        unseen=tuple(name for name in vocabulary.names if name not in trained.names),
+        text=len(trained),
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        trainable=sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
+        starts_from=None,
+        options=said.model_dump(mode="json", exclude={"clip"}),
+        train=recipe.train,
+        rates=_rates(model, recipe.train),
     )
 
 
 def _initial(recipe: SegmentationRecipe) -> str | None:
-    if recipe.initial is None or recipe.initial not in list_recipes():
+    if not is_recipe(recipe.initial):
         return recipe.initial
     first = first_stage(recipe)
     return f"{recipe.initial}, {recipe.initial_steps or first.train.steps:,} of its {first.train.steps:,} steps"
@@ -171,7 +214,7 @@ def _contrastive(recipe: ContrastiveRecipe) -> DryRun:
         starts_from=recipe.model.initial,
         options=recipe.model.model_dump(mode="json", exclude={"model_cfg", "initial"}),
         train=recipe.train,
-        rates=_rates(clip.named_parameters(), recipe.train),
+        rates=_rates(clip, recipe.train),
     )
 
 
@@ -197,7 +240,7 @@ def _options(options: ModelOptions) -> dict[str, Any]:
     return values
 
 
-def _rates(named_parameters: Any, train: TrainSettings) -> tuple[dict[str, Any], ...]:
+def _rates(model: nn.Module, train: TrainSettings) -> tuple[dict[str, Any], ...]:
     return tuple(
         {
             "key": group.key,
@@ -205,5 +248,5 @@ def _rates(named_parameters: Any, train: TrainSettings) -> tuple[dict[str, Any],
             "weight_decay": group.weight_decay,
             "parameters": sum(parameter.numel() for parameter in group.parameters),
         }
-        for group in group_parameters(named_parameters, train)
+        for group in group_parameters(model, train)
     )

@@ -6,17 +6,25 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
+from torch import nn
+
 from lexiseg.clip.load import check_state
+from lexiseg.clip.prompt_learner import PromptLearner, load_prompts, prompts_folder, read_card
 from lexiseg.errors import LexisegError
 from lexiseg.evaluation.report import weights_hash
 from lexiseg.models.base import ModelOptions, SegmentationModel
 from lexiseg.models.decoupled import DecoupledModel
+from lexiseg.models.deop import DeOP
+from lexiseg.models.one_stage import OneStageModel
 from lexiseg.models.region_host import RegionHost
 from lexiseg.vocabulary import Vocabulary
 from lexiseg.weights import load_model
 from lexiseg.words import word_key
 
 _log = logging.getLogger("lexiseg")
+
+# Options of a generator that its weights do not depend on.
+_NO_WEIGHTS = {"dropout", "frozen_dropout"}
 
 
 def start_from(
@@ -31,8 +39,10 @@ def start_from(
     """Build a model with the weights, CLIP's included, of a trained one.
 
     Only weights are taken: options are those given, so that one that changes no tensor's shape, such as the score
-    offset of seen classes, may differ from the trained model's. Of two decoupled systems with the same generator the
-    proposals are taken where the rest does not fit, so that one training of proposals serves them all.
+    offset of seen classes, may differ from the trained model's. A one-stage system may start from another one with the
+    same tensors (the second look from ZegCLIP). Of another decoupled system, or another form of the
+    same, the parts are taken that both have: the proposals where their generators are equal, so that one training of
+    proposals serves all, learned text prompts, and MAFT's tuned image tower.
 
     Args:
         initial: folder of a run or of a model, or any name :func:`lexiseg.weights.load_model` takes.
@@ -49,23 +59,18 @@ def start_from(
         LexisegError: there is no such model, it is of another system or of other shapes, or it had masks of a class
             that is unseen in the training to come.
     """
-    inside = Path(initial) / "model"
-    start = load_model(inside if (inside / "config.json").is_file() else initial)
-    before, now = ({word_key(name) for name in names} for names in (start.seen_names, seen_names))
-    leaked = [name for name in vocabulary.names if word_key(name) in before - now]
-    if leaked:
-        raise LexisegError(
-            f"The initial model '{initial}' was trained on masks of '{leaked[0]}', which is unseen in this training; "
-            "start from a model that never had them."
-        )
+    start = load_trained(initial)
+    refuse_leaks(f"The initial model '{initial}'", start.seen_names, seen_names, vocabulary)
     model = system(start.clip, options, tuple(seen_names))
     state = start.state_dict()
     shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    alike = type(start) is system and {name: tuple(value.shape) for name, value in state.items()} == shapes
-    only_proposals = not alike and _same_proposals(start, model)
-    if only_proposals:
-        _log.info("Of '%s' only the proposals are taken: the rest is of another form.", initial)
-    elif type(start) is not system:
+    # The second look is ZegCLIP's model with another way to predict: what has the same tensors may be taken over.
+    related = type(start) is system or (isinstance(start, OneStageModel) and issubclass(system, OneStageModel))
+    alike = related and {name: tuple(value.shape) for name, value in state.items()} == shapes
+    parts = [] if alike else _take_parts(start, model, initial)
+    if parts:
+        _log.info("Of '%s' the %s are taken: the rest is of another form.", initial, " and ".join(parts))
+    elif not alike and type(start) is not system:
         raise LexisegError(
             f"The initial model '{initial}' is of the system '{start.system}', but the recipe trains "
             f"'{system.system}'; start from a model of that system."
@@ -82,24 +87,126 @@ def start_from(
             steps,
         )
     model.metadata = {"initial": {"model": str(initial), "steps": done, "weights_sha256": weights_hash(start)}}
-    if only_proposals:
-        model.metadata["initial"]["part"] = "proposals"
+    if parts:
+        model.metadata["initial"]["part"] = ", ".join(parts)
     return model
 
 
-def _same_proposals(start: SegmentationModel, model: SegmentationModel) -> bool:
-    """Give ``model`` the proposals of ``start``, "no object" included, if both have the same generator."""
+def load_trained(name: str) -> SegmentationModel:
+    """The model in the folder of a run or of a model, or of any name `load_model` takes.
+
+    Raises:
+        LexisegError: there is no such model.
+    """
+    inside = Path(name) / "model"
+    return load_model(inside if (inside / "config.json").is_file() else name)
+
+
+def refuse_leaks(what: str, before: Sequence[str], now: Sequence[str], vocabulary: Vocabulary) -> None:
+    """See that nothing that had masks of a class goes into a training in which that class is unseen.
+
+    Args:
+        what: begins the sentence.
+        before: classes that had masks then.
+        now: classes that have masks in the training to come.
+        vocabulary: all its classes.
+
+    Raises:
+        LexisegError: a class had masks before and has none now.
+    """
+    known = {word_key(name) for name in before} - {word_key(name) for name in now}
+    leaked = [name for name in vocabulary.names if word_key(name) in known]
+    if leaked:
+        raise LexisegError(
+            f"{what} was trained on masks of '{leaked[0]}', which is unseen in this training; take one that never had "
+            "them."
+        )
+
+
+def learned_prompts(model: SegmentationModel) -> PromptLearner | None:
+    """The learned text prompts of a model; None where it has none."""
+    if isinstance(model, RegionHost):
+        return model.prompts
+    return model.prompt if isinstance(model, DeOP) else None
+
+
+def take_prompts(model: SegmentationModel, source: str, vocabulary: Vocabulary) -> None:
+    """Put text prompts that were learned offline into a model.
+
+    Args:
+        model: gets the prompts.
+        source: folder of a run of the kind "prompts", or of the model in it.
+        vocabulary: of the data; a class that has no masks in the training to come must have had none before.
+
+    Raises:
+        LexisegError: there are no prompts, the model has no place for them or one of another size, or they were learned
+            with another CLIP, or with a class that is unseen now.
+    """
+    folder = prompts_folder(source)
+    learner, card = load_prompts(folder), read_card(folder)
+    target = learned_prompts(model)
+    if target is None:
+        raise LexisegError(
+            f"'prompts_from' is '{source}', but this {model.system} has no learned prompts; set its options to have "
+            "some, or leave the key out."
+        )
+    found, wanted = (
+        {name: tuple(value.shape) for name, value in prompts.state_dict().items()} for prompts in (learner, target)
+    )
+    if found != wanted:
+        raise LexisegError(
+            f"The prompts in '{source}' are {_shapes(found)} and the recipe's model wants {_shapes(wanted)}; give both "
+            "the same numbers of vectors, and the same CLIP."
+        )
+    if card.get("clip_fingerprint") not in (None, model.clip.fingerprint()):
+        raise LexisegError(
+            f"The prompts in '{source}' were learned with another CLIP, {card.get('clip')}; learn them with this one."
+        )
+    refuse_leaks(f"What made the prompts in '{source}'", card.get("seen_names", ()), model.seen_names, vocabulary)
+    target.load_state_dict(learner.state_dict())
+    model.metadata["prompts"] = {"from": str(source), "sha256": learner.fingerprint()}
+
+
+def _shapes(shapes: dict[str, tuple[int, ...]]) -> str:
+    return ", ".join(f"{name} {' x '.join(map(str, shape))}" for name, shape in shapes.items())
+
+
+def _take_parts(start: SegmentationModel, model: SegmentationModel, initial: str) -> list[str]:
+    """Give ``model`` the parts of ``start`` that fit, and say which.
+
+    Raises:
+        LexisegError: both propose regions, and not in the same way.
+    """
     if not isinstance(start, DecoupledModel) or not isinstance(model, DecoupledModel):
+        return []
+    parts = []
+    # SAM comes trained: there is nothing to take over, and the rest may still be of use.
+    if any(True for _ in model.generator.parameters()):
+        before, now = (one.options.proposals.model_dump(exclude=_NO_WEIGHTS) for one in (start, model))
+        if before != now:
+            key = next(key for key in (*now, *before) if now.get(key) != before.get(key))
+            raise LexisegError(
+                f"The initial model '{initial}' has other proposals than the recipe: '{key}' is {before.get(key)} in "
+                f"the model and {now.get(key)} in the recipe; give both the same."
+            )
+        model.generator.load_state_dict(start.generator.state_dict())
+        model.no_object.data.copy_(start.no_object.data)
+        parts.append("proposals")
+    if _copy(learned_prompts(start), learned_prompts(model)):
+        parts.append("prompts")
+    if isinstance(start, RegionHost) and isinstance(model, RegionHost) and _copy(start.student, model.student):
+        parts.append("tuned tower")
+    return parts
+
+
+def _copy(source: nn.Module | None, target: nn.Module | None) -> bool:
+    """Copy weights if both modules are there and of one form; whether that was so."""
+    if source is None or target is None:
         return False
-    if start.options.proposals != model.options.proposals:
-        return False
-    model.generator.load_state_dict(start.generator.state_dict())
-    model.no_object.data.copy_(start.no_object.data)
-    if (
-        isinstance(start, RegionHost)
-        and isinstance(model, RegionHost)
-        and start.options.prompts == model.options.prompts
-    ):
-        own = {name: value for name, value in start.state_dict().items() if name.startswith("prompts.")}
-        model.load_state_dict(own, strict=False)
-    return True
+    found = source.state_dict()
+    same = {name: value.shape for name, value in found.items()} == {
+        name: value.shape for name, value in target.state_dict().items()
+    }
+    if same:
+        target.load_state_dict(found)
+    return same

@@ -10,7 +10,8 @@ transductive  all classes                 ids of seen classes; 255; -1 = no labe
 supervised    all classes                 ids of all classes; 255
 ============= =========================== ====================================================================
 
-In every setting the losses treat 255 as a negative of every class, as the authors' code does.
+In every setting the losses treat 255 as a negative of every class, as the authors' code does. Where there are more than
+255 classes, 65535 stands in its place.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from lexiseg.data.base import IGNORE_INDEX
+from lexiseg.data.base import IGNORE_INDEX, WIDE_IGNORE_INDEX
 from lexiseg.errors import LexisegError
 from lexiseg.vocabulary import TemplateSource, Vocabulary, VocabularyClass
 
@@ -53,11 +54,11 @@ def training_vocabulary(
 
     Raises:
         LexisegError: every class is flagged as unseen, self-training has none to find, or there are more classes than
-            8-bit labels can hold.
+            16-bit labels can hold.
     """
-    if len(vocabulary) > IGNORE_INDEX:
+    if len(vocabulary) > WIDE_IGNORE_INDEX:
         raise LexisegError(
-            f"The dataset has {len(vocabulary)} classes and training takes at most {IGNORE_INDEX}; only evaluate on it."
+            f"The dataset has {len(vocabulary)} classes and labels have room for {WIDE_IGNORE_INDEX}; shorten its list."
         )
     unflagged = all(entry.seen is None for entry in vocabulary.classes)
     seen = [entry.seen is True or unflagged for entry in vocabulary.classes]
@@ -81,31 +82,34 @@ def masked_names(vocabulary: Vocabulary) -> tuple[str, ...]:
     return tuple(entry.name for entry in vocabulary.classes if entry.seen)
 
 
-def self_training_labels(label: Tensor, seen: Sequence[int], *, unlabelled: Unlabelled = "marked") -> Tensor:
+def self_training_labels(
+    label: Tensor, seen: Sequence[int], *, unlabelled: Unlabelled = "marked", void: int = IGNORE_INDEX
+) -> Tensor:
     """Labels of self-training: ids of seen classes stay, -1 is where the model has to choose an unseen class.
 
     Only the place of an unlabelled pixel goes into the result, never its class: whatever is neither a seen id nor void
     becomes the same -1.
 
     Args:
-        label: integer tensor of any shape with dataset ids 0..254, 255 = void, :data:`PADDING` = filled up.
+        label: integer tensor of any shape with dataset ids, ``void``, and :data:`PADDING` where it was filled up.
         seen: the seen ids.
         unlabelled: "marked" is what the authors' code does (ZegCLIP, and Cascade-CLIP after it): a pixel is unlabelled
             where the dataset's own label names an unseen class, so that the ground truth tells where unseen classes
-            are, though not which; 255 stays void. The papers do not mention it. "ignored" takes no such help: every
+            are, though not which; void stays void. The papers do not mention it. "ignored" takes no such help: every
             pixel without a seen label that is not padding is unlabelled, void and background included.
+        void: the dataset's label of pixels without a class.
 
     Returns:
-        int64 tensor of the same shape with seen ids, 255 and :data:`UNLABELLED`.
+        int64 tensor of the same shape with seen ids, ``void`` and :data:`UNLABELLED`.
 
     Raises:
-        ValueError: an id in ``seen`` is not in 0..254.
+        ValueError: an id in ``seen`` is not in 0..void-1.
     """
-    if any(not 0 <= index < IGNORE_INDEX for index in seen):
-        raise ValueError(f"seen ids must be in 0..{IGNORE_INDEX - 1}, got {list(seen)}")
+    if any(not 0 <= index < void for index in seen):
+        raise ValueError(f"seen ids must be in 0..{void - 1}, got {list(seen)}")
     label = label.long()
     result = torch.where(torch.isin(label, torch.tensor(list(seen), dtype=torch.long)), label, UNLABELLED)
-    void = label == PADDING
+    nothing = label == PADDING
     if unlabelled == "marked":
-        void |= label == IGNORE_INDEX
-    return result.masked_fill(void, IGNORE_INDEX)
+        nothing |= label == void
+    return result.masked_fill(nothing, void)

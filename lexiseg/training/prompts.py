@@ -11,6 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -20,8 +21,10 @@ from torch.nn import functional as F
 from lexiseg.clip import CLIP, PromptLearner
 from lexiseg.clip.prompt_learner import hide_background, save_prompts
 from lexiseg.data.base import SegmentationDataset, seen_ids
+from lexiseg.data.sets.dataset import FileDataset
 from lexiseg.errors import LexisegError
-from lexiseg.training.task import Task
+from lexiseg.losses.shares import share_weight
+from lexiseg.training.task import Task, share_of
 
 AREA = (0.08, 1.0)
 """Share of the box that a crop takes."""
@@ -64,6 +67,7 @@ class PromptTask(Task):
         size: side of a crop; None takes the side CLIP was trained at.
         seed: decides which pictures, which crops and in which order.
         task: see `PromptLearner`.
+        setting: "inductive" leaves unseen classes out, "supervised" takes all.
 
     Raises:
         LexisegError: no picture shows a seen class.
@@ -82,11 +86,13 @@ class PromptTask(Task):
         size: int | None = None,
         seed: int = 0,
         task: str | None = None,
+        setting: Literal["inductive", "supervised"] = "inductive",
     ) -> None:
         self.model = Prompted(clip, learner)
         self.dataset, self.batch_size, self.seed, self.task = dataset, batch_size, seed, task
         self.size = clip.image_size if size is None else size
-        self.classes = seen_ids(dataset.vocabulary) or list(range(len(dataset.vocabulary)))
+        everything = list(range(len(dataset.vocabulary)))
+        self.classes = everything if setting == "supervised" else seen_ids(dataset.vocabulary) or everything
         self.names = [dataset.vocabulary.names[index] for index in self.classes]
         self.examples = _choose_examples(dataset, self.classes, per_class, seed)
         if not self.examples:
@@ -95,10 +101,13 @@ class PromptTask(Task):
 
     def batch(self, index: int) -> dict[str, Tensor]:
         """Crops (B, 3, S, S) in 0..1, masks (B, S, S) and ranks (B,) of classes; an epoch shows each example once."""
+        return self.share(index, 0, 1)
+
+    def share(self, index: int, rank: int, processes: int) -> dict[str, Tensor]:
+        """A process's crops of batch ``index``."""
         first = index * self.batch_size
-        crops, masks, ranks = zip(
-            *(self._example(place) for place in range(first, first + self.batch_size)), strict=True
-        )
+        places = [first + place for place in share_of(self.batch_size, rank, processes)]
+        crops, masks, ranks = zip(*(self._example(place) for place in places), strict=True)
         return {"images": torch.stack(crops), "masks": torch.stack(masks), "labels": torch.tensor(ranks)}
 
     def losses(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -107,11 +116,14 @@ class PromptTask(Task):
         crops = hide_background(batch["images"], batch["masks"], clip)
         logits = self.model.learner.logits(clip, crops, self.names, self.task)
         correct = (logits.detach().argmax(dim=1) == batch["labels"]).float().mean()
-        return {"loss": F.cross_entropy(logits, batch["labels"]), "accuracy": 100.0 * correct}
+        share = share_weight(len(logits), logits.device)
+        return {"loss": F.cross_entropy(logits, batch["labels"]) * share, "accuracy": 100.0 * correct * share}
 
     def export(self, folder: Path) -> None:
         """Write the prompts; `lexiseg.clip.prompt_learner.load_prompts` reads them."""
-        save_prompts(self.model.learner, folder)
+        clip = self.model.clip
+        card = {"clip": clip.name, "clip_fingerprint": clip.fingerprint(), "seen_names": self.names}
+        save_prompts(self.model.learner, folder, card | {"pictures": len(self.examples), "seed": self.seed})
 
     def _example(self, place: int) -> tuple[Tensor, Tensor, int]:
         epoch, position = divmod(place, len(self.examples))
@@ -135,7 +147,9 @@ def _choose_examples(
     for index in np.random.default_rng([seed, 2]).permutation(len(dataset)).tolist():
         if not wanted:
             break
-        for class_id in dataset[index].label.unique().tolist():
+        # Rare classes make this go through the whole set, and reading pictures would be most of the work.
+        label = dataset.label(index) if isinstance(dataset, FileDataset) else dataset[index].label
+        for class_id in label.unique().tolist():
             rank = rank_of.get(class_id)
             if rank in wanted:
                 found.append((index, rank))

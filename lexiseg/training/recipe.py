@@ -2,7 +2,7 @@
 
 A recipe names what is trained, on what, and with which numbers; :mod:`lexiseg.training.recipe_schema` has the keys. An
 unknown key is an error that names the key, the file and the nearest key there is, because a misspelt option that is
-silently ignored costs a night of training.
+silently ignored costs a night of training. A recipe may build on another one; see :mod:`lexiseg.training.inherit`.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import types
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Union, get_args, get_origin
 
@@ -17,6 +18,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from lexiseg.errors import LexisegError
+from lexiseg.training.inherit import Content, choose_variant, variants_of, with_base
 from lexiseg.training.recipe_schema import (
     KINDS,
     CatalogData,
@@ -25,6 +27,7 @@ from lexiseg.training.recipe_schema import (
     EvaluationRecipe,
     FolderData,
     PictureWorldData,
+    PromptRecipe,
     Recipe,
     SegmentationRecipe,
 )
@@ -36,6 +39,7 @@ __all__ = [
     "EvaluationRecipe",
     "FolderData",
     "PictureWorldData",
+    "PromptRecipe",
     "Recipe",
     "SegmentationRecipe",
     "as_yaml",
@@ -67,31 +71,58 @@ def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
 _Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
 
 
-def _packaged() -> dict[str, Path]:
-    """The recipes in the package by name, which says nothing of the folder they are in."""
+def _files() -> dict[str, Path]:
+    """The files of the recipes in the package by name, which says nothing of the folder they are in."""
     return {path.stem: path for path in sorted(_FOLDER.rglob("*.yaml"), key=lambda path: path.stem)}
+
+
+@lru_cache(maxsize=4)
+def _packaged(files: tuple[Path, ...]) -> tuple[str, ...]:
+    """Names of the recipes in these files, variants included."""
+    names: list[str] = []
+    for path in files:
+        text = path.read_text(encoding="utf-8")
+        # Only a file that has variants is parsed to list its recipes.
+        variants = variants_of(_read(text, path.name), path.name) if "\nvariants:" in text else {}
+        names += [f"{path.stem}:{variant}" for variant in variants] or [path.stem]
+    return tuple(names)
 
 
 def list_recipes() -> list[str]:
     """Names of the recipes that come with the package."""
-    return list(_packaged())
+    return list(_packaged(tuple(_files().values())))
 
 
 def find_recipe(name: str | Path) -> tuple[str, str]:
-    """The text of a recipe and what to call it in messages.
+    """The text of the file a recipe is in and what to call that in messages.
 
     Args:
-        name: of a recipe in the package, or the path of a YAML file.
+        name: of a recipe in the package, or the path of a YAML file; behind a colon a variant in it.
 
     Raises:
         LexisegError: there is neither.
     """
-    packaged = _packaged().get(str(name))
-    if packaged is not None:
-        return packaged.read_text(encoding="utf-8"), f"{name}.yaml"
-    path = Path(name)
+    path, where, _ = _find(str(name))
+    return _text(path, str(name)), where
+
+
+def _find(name: str) -> tuple[Path, str, str | None]:
+    """The file of a recipe, what to call it in messages, and which variant in it is meant."""
+    files = _files()
+    if name in files:
+        return files[name], files[name].name, None
+    stem, _, variant = name.rpartition(":")
+    if stem and not Path(name).exists():  # a path may hold colons itself
+        if stem in files:
+            return files[stem], files[stem].name, variant
+        if Path(stem).is_file():
+            return Path(stem), stem, variant
+    return Path(name), name, None
+
+
+def _text(path: Path, name: str) -> str:
     try:
-        return path.read_text(encoding="utf-8"), str(path)
+        return path.read_text(encoding="utf-8")
     except FileNotFoundError as error:
         near = difflib.get_close_matches(str(name), list_recipes(), n=3)
         hint = f"did you mean {' or '.join(near)}?" if near else "`lexiseg train --list` shows those there are."
@@ -104,19 +135,36 @@ def load_recipe(name: str | Path, *, seed: int | None = None) -> Recipe:
     """Read and check a recipe.
 
     Args:
-        name: of a recipe in the package, or the path of a YAML file.
+        name: of a recipe in the package, or the path of a YAML file; behind a colon a variant in it.
         seed: replaces the recipe's seed.
 
     Raises:
         LexisegError: it does not exist, is not YAML, or has an unknown, missing or wrong key; the sentence names the
             file and the key.
     """
-    text, where = find_recipe(name)
-    return parse_recipe(text, where, seed=seed)
+    return _checked(*_content(str(name)), seed)
 
 
 def parse_recipe(text: str, where: str, *, seed: int | None = None) -> Recipe:
     """Check a recipe's text; ``where`` is what to call it in messages. See :func:`load_recipe`."""
+    return _checked(choose_variant(_read(text, where), None, where), where, seed)
+
+
+def _content(name: str) -> tuple[Content, str]:
+    """A recipe's own keys, without those of its base, and what to call it in messages."""
+    path, where, variant = _find(name)
+    content = choose_variant(_read(_text(path, name), where), variant, where)
+    return content, where if variant is None else f"{where}:{variant}"
+
+
+def _base(name: str, child: str) -> tuple[Content, str]:
+    """`_content` of the base that ``child`` names: in the package, else a file beside the child's."""
+    beside = Path(child.rpartition(":")[0] or child).parent / name
+    return _content(name if name.partition(":")[0] in _files() else str(beside))
+
+
+def _read(text: str, where: str) -> Content:
+    """YAML as keys and values."""
     try:
         content = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
@@ -128,6 +176,12 @@ def parse_recipe(text: str, where: str, *, seed: int | None = None) -> Recipe:
         raise LexisegError(f"The recipe '{where}' is not right YAML: a value cannot be read.") from error
     if not isinstance(content, dict):
         raise LexisegError(f"The recipe '{where}' must be a list of 'key: value' lines.")
+    return content
+
+
+def _checked(content: Content, where: str, seed: int | None) -> Recipe:
+    """A recipe of its own keys and its base's."""
+    content = with_base(content, where, _base)
     kind = content.get("kind")
     if not isinstance(kind, str) or kind not in KINDS:
         raise LexisegError(f"The recipe '{where}' needs 'kind', one of {', '.join(sorted(KINDS))}.")

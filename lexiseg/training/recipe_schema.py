@@ -8,8 +8,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from lexiseg.clip.templates import TEMPLATE_SETS
+from lexiseg.models.base import WindowPolicy
 from lexiseg.training.contrastive import ContrastiveSettings
 from lexiseg.training.labels import Setting, Unlabelled
 from lexiseg.training.settings import TrainSettings
@@ -43,8 +45,41 @@ class PictureWorldData(_Strict):
     val_length: int = Field(default=200, ge=1)
 
 
-class FolderData(_Strict):
-    """A dataset on disk in the VOC layout; see :class:`lexiseg.data.folders.VocFolder`.
+class _Augmented(_Strict):
+    """How pictures on disk become crops.
+
+    Attributes:
+        augment: "paper" for the one-stage papers' pipeline, "short-edge" for the decoupled papers', "light" for crop
+            and flip only; see :mod:`lexiseg.data.transforms`.
+        crop: side of the crop that is trained on.
+        label_stride: distance of the label pixels the loss sees.
+        short_sides: of "short-edge": lengths of the shorter side, one of which is drawn for a picture; None is 0.5 to
+            1.5 times ``crop`` in tenths.
+        longest: of "short-edge": the longer side becomes no longer than this.
+        cut: of "short-edge": so many pixels a side of the crop are kept, from the top left (DeOP's last stage).
+    """
+
+    augment: Literal["paper", "short-edge", "light"] = "paper"
+    crop: int = Field(default=512, ge=16)
+    label_stride: int = Field(default=1, ge=1, le=8)
+    short_sides: tuple[Annotated[int, Field(ge=1)], ...] | None = None
+    longest: int | None = Field(default=None, ge=16)
+    cut: int | None = Field(default=None, ge=16)
+
+    @model_validator(mode="after")
+    def _check(self) -> _Augmented:
+        for key in ("short_sides", "longest", "cut"):
+            if getattr(self, key) is not None and self.augment != "short-edge":
+                raise ValueError(f"'{key}' belongs to augment 'short-edge', not to '{self.augment}'")
+        return self
+
+
+AUGMENTATION = tuple(_Augmented.model_fields)
+"""The keys of data on disk that say how it is augmented."""
+
+
+class FolderData(_Augmented):
+    """A dataset on disk in the VOC layout; see :class:`lexiseg.data.folders.VocFolder`. See :class:`_Augmented`, too.
 
     Attributes:
         source: names this kind of data.
@@ -54,9 +89,6 @@ class FolderData(_Strict):
         labels: folder of the labels.
         splits: folder of the lists.
         reduce_zero_label: ids count from 1 and 0 is background.
-        augment: "paper" for the papers' pipeline, "light" for crop and flip only.
-        crop: side of the crop that is trained on.
-        label_stride: distance of the label pixels the loss sees.
     """
 
     source: Literal["voc-folder"]
@@ -66,13 +98,12 @@ class FolderData(_Strict):
     labels: str = "SegmentationClass"
     splits: str = "ImageSets/Segmentation"
     reduce_zero_label: bool = False
-    augment: Literal["paper", "light"] = "paper"
-    crop: int = Field(default=512, ge=16)
-    label_stride: int = Field(default=1, ge=1, le=8)
 
 
-class CatalogData(_Strict):
+class CatalogData(_Augmented):
     """A data set of the papers, as it is distributed, or a folder of one's own; see :mod:`lexiseg.data.sets`.
+
+    See :class:`_Augmented`, too.
 
     Attributes:
         source: which; it says the classes, their order and the meaning of label values. "own" is a folder in one of
@@ -83,9 +114,8 @@ class CatalogData(_Strict):
             ZegCLIP's print.
         train: the split that is trained on; None takes the papers' (of VOC 2012 "trainaug", the augmented set).
         classes: the class list, of a data set whose distribution carries it in a file of its own.
-        augment: "paper" for the papers' pipeline, "light" for crop and flip only.
-        crop: side of the crop that is trained on.
-        label_stride: distance of the label pixels the loss sees.
+        names_of: the paper whose names of the classes are used, where it calls some otherwise (VOC: "zegformer",
+            "maft").
     """
 
     source: Literal[
@@ -95,9 +125,7 @@ class CatalogData(_Strict):
     unseen: str | None = None
     train: str | None = None
     classes: Path | None = None
-    augment: Literal["paper", "light"] = "paper"
-    crop: int = Field(default=512, ge=16)
-    label_stride: int = Field(default=1, ge=1, le=8)
+    names_of: str | None = None
 
 
 Data: TypeAlias = Annotated[PictureWorldData | FolderData | CatalogData, Field(discriminator="source")]
@@ -129,6 +157,14 @@ class SnapshotRecipe(_Strict):
     scored: int = Field(default=40, ge=0)
 
 
+def _known_set(templates: Any) -> Any:
+    named = TEMPLATE_SETS.get(templates) if isinstance(templates, str) else None
+    return templates if named is None else list(named)
+
+
+Templates: TypeAlias = Annotated[str | list[str], BeforeValidator(_known_set)]
+
+
 class SegmentationRecipe(_Strict):
     """Training of a segmentation system.
 
@@ -146,8 +182,13 @@ class SegmentationRecipe(_Strict):
             recipe's data and ``model.clip``.
         initial_steps: stop the training of ``initial`` after this many steps of its schedule; None trains it to its
             end. The authors start self-training from half of the inductive training.
+        prompts_from: learned text prompts that the model takes over: the folder of a run of the kind "prompts", or the
+            name of such a recipe, which is then trained first, in the run's folder, on this recipe's data and CLIP.
+        teacher: for self-training, a trained model that labels the pixels without a label; None lets the model itself
+            do so. Its folder, or the name of a recipe, which is then trained first like ``initial``.
         model: what is built.
-        templates: "single", "paper", a sentence with one ``{}``, or a list of such sentences.
+        templates: "single", "paper", the name of a set in :mod:`lexiseg.clip.templates`, a sentence with one ``{}``, or
+            a list of such sentences.
         data: what it is trained on.
         evaluation: how it is judged while training.
         train: the numbers of the loop.
@@ -159,8 +200,10 @@ class SegmentationRecipe(_Strict):
     unlabelled: Unlabelled = "marked"
     initial: str | None = None
     initial_steps: int | None = Field(default=None, ge=1)
+    prompts_from: str | None = None
+    teacher: str | None = None
     model: ModelRecipe
-    templates: str | list[str] = "single"
+    templates: Templates = "single"
     data: Data
     evaluation: SnapshotRecipe = Field(default_factory=SnapshotRecipe)
     train: TrainSettings
@@ -174,7 +217,59 @@ class SegmentationRecipe(_Strict):
             )
         if self.initial_steps is not None and self.initial is None:
             raise ValueError("'initial_steps' says how long 'initial' is trained, which is missing; name it")
+        if self.teacher is not None and self.setting != "transductive":
+            raise ValueError("'teacher' labels pixels for self-training, whose setting is 'transductive'")
         return self
+
+
+class PromptSettings(_Strict):
+    """Learned text prompts.
+
+    Attributes:
+        clip: name of the towers, as ``load_clip`` takes it.
+        prefix: vectors in front of a class name.
+        suffix: vectors behind it.
+        task: vectors behind the name of the task (FreeSeg); 0 leaves the task out.
+        size: side of a crop; None takes the side CLIP was trained at.
+        per_class: at most so many pictures of each class.
+    """
+
+    clip: str
+    prefix: int = Field(default=16, ge=0)
+    suffix: int = Field(default=0, ge=0)
+    task: int = Field(default=0, ge=0)
+    size: int | None = Field(default=None, ge=16)
+    per_class: int = Field(default=32, ge=1)
+
+
+class PromptRecipe(_Strict):
+    """Learning text prompts offline: CLIP classifies masked crops of the classes with masks.
+
+    Attributes:
+        kind: names this kind of recipe.
+        description: one line for people.
+        setting: "inductive" learns from seen classes alone, "supervised" from all.
+        model: the prompts.
+        data: whose masks are cropped; its augmentation is not used.
+        train: the numbers of the loop.
+    """
+
+    kind: Literal["prompts"]
+    description: str = ""
+    setting: Literal["inductive", "supervised"] = "inductive"
+    model: PromptSettings
+    data: Data
+    train: TrainSettings
+
+    @model_validator(mode="after")
+    def _check(self) -> PromptRecipe:
+        _require_steps(self.train)
+        return self
+
+
+def _require_steps(train: TrainSettings) -> None:
+    if not train.steps:
+        raise ValueError("'train.steps' is 0, which only a recipe of the kind 'segmentation' can have")
 
 
 class WindowRecipe(_Strict):
@@ -184,11 +279,26 @@ class WindowRecipe(_Strict):
         size: side of the sliding window in pixels; None runs whole pictures.
         stride: distance of the windows; 0 is their side.
         short_side: what the shorter side of a picture is resized to first; None keeps it.
+        long_side: a limit to the longer side, at which the shorter one becomes shorter than ``short_side``; None sets
+            none.
+        antialias: whether that resize smooths what it shrinks.
     """
 
     size: int | None = Field(default=None, ge=1)
     stride: int = Field(default=0, ge=0)
     short_side: int | None = Field(default=None, ge=1)
+    long_side: int | None = Field(default=None, ge=1)
+    antialias: bool = True
+
+    @model_validator(mode="after")
+    def _check(self) -> WindowRecipe:
+        if self.long_side is not None and self.short_side is None:
+            raise ValueError("'long_side' limits the resize to 'short_side', which is missing; name it")
+        return self
+
+    def policy(self) -> WindowPolicy:
+        """The same as the model takes it."""
+        return WindowPolicy(self.size, self.stride or self.size or 0, self.short_side, self.long_side, self.antialias)
 
 
 class EvaluationRecipe(_Strict):
@@ -207,7 +317,7 @@ class EvaluationRecipe(_Strict):
 
     kind: Literal["evaluation"]
     description: str = ""
-    templates: str | list[str] | None = None
+    templates: Annotated[str | list[str] | None, BeforeValidator(_known_set)] = None
     data: Data
     window: WindowRecipe | None = None
     offsets: Literal["data", "all", "none"] = "data"
@@ -228,11 +338,17 @@ class ContrastiveRecipe(_Strict):
     model: ContrastiveSettings
     train: TrainSettings
 
+    @model_validator(mode="after")
+    def _check(self) -> ContrastiveRecipe:
+        _require_steps(self.train)
+        return self
 
-Recipe: TypeAlias = SegmentationRecipe | ContrastiveRecipe | EvaluationRecipe
-KINDS: dict[str, type[SegmentationRecipe] | type[ContrastiveRecipe] | type[EvaluationRecipe]] = {
+
+Recipe: TypeAlias = SegmentationRecipe | PromptRecipe | ContrastiveRecipe | EvaluationRecipe
+KINDS: dict[str, type[SegmentationRecipe] | type[PromptRecipe] | type[ContrastiveRecipe] | type[EvaluationRecipe]] = {
     "contrastive": ContrastiveRecipe,
     "evaluation": EvaluationRecipe,
+    "prompts": PromptRecipe,
     "segmentation": SegmentationRecipe,
 }
 """The kinds of recipe, by the value of their key ``kind``."""

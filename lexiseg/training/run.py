@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lexiseg.clip import load_clip
+from lexiseg import processes
+from lexiseg.clip import PromptLearner, load_clip
 from lexiseg.clip.text import default_cache_folder
-from lexiseg.data.base import IGNORE_INDEX, SegmentationDataset
+from lexiseg.data.base import IGNORE_INDEX, SegmentationDataset, ignore_index
 from lexiseg.data.folders import VocFolder
 from lexiseg.data.picture_world import PictureWorld
 from lexiseg.data.picture_world import vocabulary as picture_world_vocabulary
 from lexiseg.data.sets.catalog import data_set
 from lexiseg.data.sets.open import OWN, open_data_set, train_split
-from lexiseg.data.transforms import Pipeline, light_pipeline, paper_pipeline
+from lexiseg.data.transforms import Pipeline, light_pipeline, paper_pipeline, short_edge_pipeline
 from lexiseg.errors import LexisegError
 from lexiseg.files import make_folder, write_text
-from lexiseg.models import SYSTEMS
-from lexiseg.models.base import ModelOptions, SegmentationModel
+from lexiseg.training.building import build_model, system_of
 from lexiseg.training.checkpoint import find_checkpoints
 from lexiseg.training.contrastive import ContrastiveTask
-from lexiseg.training.initial import start_from
-from lexiseg.training.labels import PADDING, masked_names, training_vocabulary
+from lexiseg.training.labels import PADDING, training_vocabulary
+from lexiseg.training.prompts import PromptTask
 from lexiseg.training.recipe import (
     CatalogData,
     ContrastiveRecipe,
@@ -29,16 +30,29 @@ from lexiseg.training.recipe import (
     EvaluationRecipe,
     FolderData,
     PictureWorldData,
+    PromptRecipe,
     Recipe,
     SegmentationRecipe,
     as_yaml,
-    list_recipes,
-    load_recipe,
 )
 from lexiseg.training.segmentation import SegmentationTask
+from lexiseg.training.stages import first_stage, with_stages
 from lexiseg.training.task import Task
+from lexiseg.training.teacher import load_teacher
 from lexiseg.training.trainer import Trainer, seed_everything
 from lexiseg.vocabulary import Vocabulary
+from lexiseg.weights.folder import save_model
+
+__all__ = [
+    "build_task",
+    "dataset_of",
+    "first_stage",
+    "name_of",
+    "pipeline_of",
+    "system_of",
+    "train",
+    "vocabulary_of",
+]
 
 
 def train(
@@ -71,22 +85,30 @@ def train(
     """
     if isinstance(recipe, EvaluationRecipe):
         raise LexisegError("This recipe only evaluates, so there is nothing to train; give it to `lexiseg evaluate`.")
-    run_dir = make_folder(run_dir)
-    settings = {"resume": resume, "device": device, "tensorboard": tensorboard, "progress": progress}
-    task = build_task(_with_first_stage(recipe, run_dir, settings))
+    processes.join(device)
+    with processes.together():
+        run_dir = make_folder(run_dir)
+    stage = partial(train, resume=resume, device=device, tensorboard=tensorboard, progress=progress)
+    built = with_stages(recipe, run_dir, stage)
+    if isinstance(built, SegmentationRecipe) and not built.train.steps:
+        return _put_together(recipe, built, run_dir, until)
+    with processes.together():
+        task = build_task(built)
     if until is not None and isinstance(task, SegmentationTask):
         task.model.metadata["steps"] = until
-    trainer = Trainer(
-        task,
-        recipe.train,
-        run_dir,
-        identity=_identity(recipe, task),
-        device=device,
-        tensorboard=tensorboard,
-        progress=progress,
-    )
-    if not find_checkpoints(trainer.checkpoint_dir):
-        write_text(run_dir / "recipe.yaml", as_yaml(recipe))
+    with processes.together():
+        trainer = Trainer(
+            task,
+            recipe.train,
+            run_dir,
+            identity=_identity(recipe, task),
+            device=device,
+            tensorboard=tensorboard,
+            progress=progress,
+        )
+    with processes.together():
+        if processes.is_main() and not find_checkpoints(trainer.checkpoint_dir):
+            write_text(run_dir / "recipe.yaml", as_yaml(recipe))
     return trainer.run(resume=resume, until=until)
 
 
@@ -95,58 +117,34 @@ def _identity(recipe: Recipe, task: Task) -> dict[str, Any]:
     values = recipe.model_dump(mode="json", exclude={"train", "description", "evaluation"})
     if isinstance(recipe, SegmentationRecipe):
         # Left out where they say nothing new, so that a run begun before there were such keys can be resumed.
-        for key in ("setting", "unlabelled", "initial", "initial_steps"):
+        for key in ("setting", "unlabelled", "initial", "initial_steps", "prompts_from", "teacher"):
             if values[key] == SegmentationRecipe.model_fields[key].default:
                 del values[key]
     if isinstance(task, SegmentationTask) and "initial" in task.model.metadata:
         values["initial_weights"] = task.model.metadata["initial"]["weights_sha256"]
+    if isinstance(task, SegmentationTask) and "prompts" in task.model.metadata:
+        values["prompts"] = task.model.metadata["prompts"]["sha256"]
     return values
 
 
-def _with_first_stage(recipe: Recipe, run_dir: Path, settings: dict[str, Any]) -> Recipe:
-    """Train the recipe that another one starts from, in ``run_dir/initial``, and name its model instead."""
-    if isinstance(recipe, ContrastiveRecipe) and recipe.model.initial in list_recipes():
-        first = load_recipe(recipe.model.initial, seed=recipe.train.seed)
-        model = train(first, run_dir / "initial", **settings)  # a finished run that is resumed only exports again
-        return recipe.model_copy(update={"model": recipe.model.model_copy(update={"initial": str(model)})})
-    if isinstance(recipe, SegmentationRecipe) and recipe.initial in list_recipes():
-        model = train(first_stage(recipe), run_dir / "initial", until=recipe.initial_steps, **settings)
-        return recipe.model_copy(update={"initial": str(model)})
-    return recipe
-
-
-def first_stage(recipe: SegmentationRecipe) -> SegmentationRecipe:
-    """The packaged recipe that ``recipe.initial`` names, on the data and the CLIP of ``recipe`` and with its seed.
-
-    Raises:
-        LexisegError: it trains no segmentation system, or for fewer steps than ``initial_steps``.
-    """
-    first = load_recipe(str(recipe.initial), seed=recipe.train.seed)
-    if not isinstance(first, SegmentationRecipe):
-        raise LexisegError(f"'initial' names '{recipe.initial}', which trains no segmentation system; name one.")
-    if recipe.initial_steps is not None and recipe.initial_steps > first.train.steps:
-        raise LexisegError(
-            f"'initial_steps' is {recipe.initial_steps}, but '{recipe.initial}' has only {first.train.steps} steps."
-        )
-    model = first.model.model_copy(update={"clip": recipe.model.clip})
-    return first.model_copy(update={"data": recipe.data, "model": model})
-
-
-def system_of(recipe: SegmentationRecipe) -> tuple[type[SegmentationModel], ModelOptions]:
-    """The system a recipe trains and its options.
-
-    A model trained transductively takes nothing off the scores of seen classes unless the recipe says so.
-
-    Raises:
-        LexisegError: there is no such system, or an option is unknown or wrong.
-    """
-    system = SYSTEMS.get(recipe.model.system)
-    if system is None:
-        raise LexisegError(f"There is no system '{recipe.model.system}' to train; there are {', '.join(SYSTEMS)}.")
-    options = dict(recipe.model.options)
-    if recipe.setting == "transductive" and "seen_offset" in system.options_class.model_fields:
-        options.setdefault("seen_offset", 0.0)
-    return system, system.parse_options(options)
+def _put_together(recipe: Recipe, built: SegmentationRecipe, run_dir: Path, until: int | None) -> Path:
+    """Write the model of a recipe of 0 steps: nothing is trained, and no picture is needed."""
+    if until is not None:
+        raise LexisegError(f"The recipe has 0 steps, so it cannot stop after {until}; leave out --until.")
+    folder = run_dir / "model"
+    with processes.together():
+        if find_checkpoints(run_dir / "checkpoints"):
+            raise LexisegError(f"'{run_dir}' already holds a run; choose another output folder.")
+        seed_everything(built.train.seed)
+        vocabulary = vocabulary_of(built.data)
+        model = build_model(built, vocabulary).eval()
+        model.default_templates = training_vocabulary(
+            vocabulary, setting=built.setting, templates=built.templates or model.default_templates
+        ).templates
+        if processes.is_main():
+            write_text(run_dir / "recipe.yaml", as_yaml(recipe))
+            save_model(model, folder)
+    return folder
 
 
 def build_task(recipe: Recipe) -> Task:
@@ -160,30 +158,25 @@ def build_task(recipe: Recipe) -> Task:
     seed_everything(recipe.train.seed)
     if isinstance(recipe, ContrastiveRecipe):
         return ContrastiveTask(recipe.model, recipe.train)
-    system, options = system_of(recipe)
     dataset = dataset_of(recipe.data, "train")
-    seen = masked_names(training_vocabulary(dataset.vocabulary, setting=recipe.setting))
-    if recipe.initial is None:
-        model = system(load_clip(recipe.model.clip), options, seen)
-    else:
-        model = start_from(recipe.initial, system, options, seen, dataset.vocabulary, steps=recipe.initial_steps)
-    model.set_trainable()
-    model.metadata |= {
-        "description": recipe.description,
-        "data": recipe.data.model_dump(mode="json"),
-        "setting": recipe.setting,
-        "steps": recipe.train.steps,
-        "batch_size": recipe.train.batch_size * recipe.train.accumulate,
-        "seed": recipe.train.seed,
-    }
+    if isinstance(recipe, PromptRecipe):
+        return _prompt_task(recipe, dataset)
+    model = build_model(recipe, dataset.vocabulary)
+    trained = training_vocabulary(dataset.vocabulary, setting=recipe.setting)
+    teacher = None
+    if recipe.teacher is not None:
+        teacher = load_teacher(recipe.teacher, trained, cache_dir=default_cache_folder())
+        model.metadata["teacher"] = recipe.teacher
     looks = recipe.train.snapshot_every > 0
-    self_training = recipe.setting == "transductive"
+    self_training, ignored = recipe.setting == "transductive", ignore_index(len(dataset.vocabulary))
     # In the picture world the unseen classes are void before they leave the dataset, and nothing else is.
     hidden = isinstance(recipe.data, PictureWorldData)
     return SegmentationTask(
         model,
         dataset,
-        pipeline_of(recipe.data, model.mean, model.std, pad_label=PADDING if self_training else IGNORE_INDEX),
+        pipeline_of(
+            recipe.data, model.mean, model.std, pad_label=PADDING if self_training else ignored, ignored=ignored
+        ),
         batch_size=recipe.train.batch_size,
         seed=recipe.train.seed,
         templates=recipe.templates,
@@ -194,6 +187,22 @@ def build_task(recipe: Recipe) -> Task:
         setting=recipe.setting,
         unlabelled="ignored" if hidden else recipe.unlabelled,
         cache_dir=default_cache_folder(),
+        teacher=teacher,
+    )
+
+
+def _prompt_task(recipe: PromptRecipe, dataset: SegmentationDataset) -> PromptTask:
+    said = recipe.model
+    clip = load_clip(said.clip)
+    return PromptTask(
+        clip,
+        PromptLearner(clip.text_width, said.prefix, said.suffix, said.task),
+        dataset,
+        batch_size=recipe.train.batch_size,
+        per_class=said.per_class,
+        size=said.size,
+        seed=recipe.train.seed,
+        setting=recipe.setting,
     )
 
 
@@ -209,7 +218,9 @@ def dataset_of(data: Data, split: str) -> SegmentationDataset:
         return PictureWorld("val", size=data.val_size, length=data.val_length)
     if isinstance(data, CatalogData):
         chosen = data.train or train_split(data.source) if split == "train" else "val"
-        return open_data_set(data.source, data.root, chosen, unseen=data.unseen, classes=data.classes)
+        return open_data_set(
+            data.source, data.root, chosen, unseen=data.unseen, classes=data.classes, names_of=data.names_of
+        )
     return VocFolder(
         data.root,
         data.train if split == "train" else data.val,
@@ -228,12 +239,17 @@ def vocabulary_of(data: Data) -> Vocabulary:
     if isinstance(data, PictureWorldData):
         return picture_world_vocabulary()
     if isinstance(data, CatalogData) and data.source != OWN and data_set(data.source).classes:
-        return data_set(data.source).vocabulary(unseen=data.unseen)
+        return data_set(data.source).vocabulary(unseen=data.unseen, names_of=data.names_of)
     return dataset_of(data, "train").vocabulary
 
 
 def pipeline_of(
-    data: Data, mean: tuple[float, float, float], std: tuple[float, float, float], *, pad_label: int = IGNORE_INDEX
+    data: Data,
+    mean: tuple[float, float, float],
+    std: tuple[float, float, float],
+    *,
+    pad_label: int = IGNORE_INDEX,
+    ignored: int = IGNORE_INDEX,
 ) -> Pipeline:
     """The augmentation of a recipe's data, ending in the model's normalisation (``mean`` and ``std`` in 0..1).
 
@@ -242,11 +258,22 @@ def pipeline_of(
         mean: of the model's images.
         std: of the model's images.
         pad_label: label of the pixels that fill a picture up.
+        ignored: label of pixels without a class.
     """
     if isinstance(data, PictureWorldData):
         return light_pipeline(mean, std, crop=data.crop or data.size, flip=data.flip, pad_label=pad_label)
     if data.augment == "paper":
-        return paper_pipeline(mean, std, crop=data.crop, pad_label=pad_label)
+        return paper_pipeline(mean, std, crop=data.crop, pad_label=pad_label, ignored=ignored)
+    if data.augment == "short-edge":
+        return short_edge_pipeline(
+            mean,
+            std,
+            crop=data.crop,
+            sides=data.short_sides,
+            longest=data.longest,
+            cut=data.cut,
+            pad_label=pad_label,
+        )
     return light_pipeline(mean, std, crop=data.crop, pad_label=pad_label)
 
 

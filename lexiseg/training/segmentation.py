@@ -14,11 +14,12 @@ from PIL import Image
 from torch import Tensor
 
 from lexiseg.clip import TextEmbedder
-from lexiseg.data.base import SegmentationDataset, remap_to_seen, seen_ids
+from lexiseg.data.base import SegmentationDataset, ignore_index, remap_to_seen, seen_ids
 from lexiseg.data.transforms import Pipeline
 from lexiseg.errors import LexisegError
 from lexiseg.evaluation.evaluate import evaluate
 from lexiseg.evaluation.report import Report
+from lexiseg.losses.shares import share_weight
 from lexiseg.models.base import SegmentationModel
 from lexiseg.segmenter import Segmenter
 from lexiseg.training.labels import (
@@ -29,7 +30,8 @@ from lexiseg.training.labels import (
     self_training_labels,
     training_vocabulary,
 )
-from lexiseg.training.task import Task
+from lexiseg.training.task import Task, share_of
+from lexiseg.training.teacher import Teacher
 from lexiseg.vocabulary import TemplateSource
 from lexiseg.weights.folder import save_model
 
@@ -41,7 +43,7 @@ class SegmentationBatch:
     Attributes:
         images: ``(B, 3, H, W)`` float32, normalised.
         labels: ``(B, h, w)`` int64, of the pictures' size or smaller: ranks among the classes whose text is trained on,
-            255 = none of them, and in self-training -1 = to be chosen by the model.
+            255 (or 65535) = none of them, and in self-training -1 = to be chosen by the model.
         names: of the samples.
     """
 
@@ -81,6 +83,7 @@ class SegmentationTask(Task):
             :func:`lexiseg.training.labels.self_training_labels`. With "ignored" the pipeline must fill up pictures with
             :data:`lexiseg.training.labels.PADDING`, or padding is unlabelled as well.
         cache_dir: of the text embeddings on disk; None keeps them in memory.
+        teacher: in self-training, what labels the pixels without a label; None is the model itself.
 
     Raises:
         LexisegError: the dataset is empty, or its classes do not suit the setting.
@@ -105,6 +108,7 @@ class SegmentationTask(Task):
         setting: Setting = "inductive",
         unlabelled: Unlabelled = "marked",
         cache_dir: Path | None = None,
+        teacher: Teacher | None = None,
     ) -> None:
         if len(dataset) == 0:
             raise LexisegError("The training data is empty; check its list of pictures.")
@@ -116,12 +120,13 @@ class SegmentationTask(Task):
         self.label_stride = label_stride
         self.validation = validation
         self.num_pictures, self.num_scored = num_pictures, num_scored
-        self.setting, self.unlabelled = setting, unlabelled
+        self.setting, self.unlabelled, self.teacher = setting, unlabelled, teacher
         self.vocabulary = training_vocabulary(
             dataset.vocabulary, setting=setting, templates=templates or model.default_templates
         )
         if masked_names(self.vocabulary) != model.seen_names:
             raise ValueError("the model was built for other seen classes than the dataset's")
+        self.void = ignore_index(len(dataset.vocabulary))
         everything = list(range(len(dataset.vocabulary)))
         self.seen = everything if setting == "supervised" else seen_ids(dataset.vocabulary) or everything
         self.seen_classes = torch.tensor([entry.seen is True for entry in self.vocabulary.classes])
@@ -133,8 +138,12 @@ class SegmentationTask(Task):
 
     def batch(self, index: int) -> SegmentationBatch:
         """Batch ``index``: each epoch shows every sample once, in an order of its own; batches run across epochs."""
+        return self.share(index, 0, 1)
+
+    def share(self, index: int, rank: int, processes: int) -> SegmentationBatch:
+        """A process's samples of batch ``index``, the same ones whatever the number of processes."""
         first = index * self.batch_size
-        samples = [self._sample(position) for position in range(first, first + self.batch_size)]
+        samples = [self._sample(first + place) for place in share_of(self.batch_size, rank, processes)]
         images, labels, names = zip(*samples, strict=True)
         return SegmentationBatch(torch.stack(images), torch.stack(labels), names)
 
@@ -144,8 +153,13 @@ class SegmentationTask(Task):
         text = self.model.training_text(self.vocabulary, self.text.to(device))
         if self.setting != "transductive":
             return self.model.losses(batch.images, batch.labels, text)
-        losses = self.model.losses(batch.images, batch.labels, text, seen=self.seen_classes.to(device))
-        return {**losses, "unlabelled": 100.0 * (batch.labels == UNLABELLED).float().mean()}
+        if self.teacher is None:
+            losses = self.model.losses(batch.images, batch.labels, text, seen=self.seen_classes.to(device))
+        else:
+            labels = self.teacher.label(batch.images, batch.labels, self.model.mean, self.model.std)
+            losses = self.model.losses(batch.images, labels, text)
+        share = share_weight(len(batch.labels), device)
+        return {**losses, "unlabelled": 100.0 * (batch.labels == UNLABELLED).float().mean() * share}
 
     def sample_names(self, batch: SegmentationBatch) -> Sequence[str]:
         """Names of the samples of ``batch``."""
@@ -189,8 +203,9 @@ class SegmentationTask(Task):
         middle, stride = self.label_stride // 2, self.label_stride
         label = label[middle::stride, middle::stride]
         if self.setting == "transductive":
-            return image, self_training_labels(label, self.seen, unlabelled=self.unlabelled), sample.name
-        return image, remap_to_seen(label, self.seen), sample.name
+            label = self_training_labels(label, self.seen, unlabelled=self.unlabelled, void=self.void)
+            return image, label, sample.name
+        return image, remap_to_seen(label, self.seen, void=self.void), sample.name
 
     def _epoch_order(self, epoch: int) -> np.ndarray:
         return np.random.default_rng([self.seed, 0, epoch]).permutation(len(self.dataset))

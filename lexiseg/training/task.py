@@ -10,7 +10,13 @@ from typing import Any
 from PIL import Image
 from torch import Tensor, nn
 
+from lexiseg.errors import LexisegError
 from lexiseg.training.settings import ParameterGroup, TrainSettings, group_parameters
+
+
+def share_of(batch_size: int, rank: int, processes: int) -> range:
+    """The places in a batch that process ``rank`` of ``processes`` takes; their numbers differ by one at most."""
+    return range(batch_size * rank // processes, batch_size * (rank + 1) // processes)
 
 
 class Task(ABC):
@@ -28,15 +34,35 @@ class Task(ABC):
 
         It must be a pure function of the task's seed and ``index`` and must not touch global random state or the
         model: it runs in background processes, and a resumed run continues by calling it with the next index. With
-        accumulation or several processes there are several batches a step.
+        accumulation there are several batches a step.
 
         Returns:
             Tensors in dicts, lists or tuples, or an object with a method ``to(device)``.
         """
 
+    def share(self, index: int, rank: int, processes: int) -> Any:
+        """What process ``rank`` of ``processes`` takes of batch ``index``; under the conditions of `batch`.
+
+        The shares of all processes together are the batch, see `share_of`; there are at least as many samples as
+        processes.
+
+        Raises:
+            LexisegError: the loss compares the samples of a batch with each other, so it cannot be shared.
+        """
+        if processes == 1:
+            return self.batch(index)
+        raise LexisegError(
+            f"This training ({type(self).__name__}) compares the samples of a batch with each other, so it runs in one "
+            "process; start it without a launcher."
+        )
+
     @abstractmethod
     def losses(self, batch: Any) -> Mapping[str, Tensor]:
-        """Scalar losses of a batch on the model's device; ``"loss"`` is the one that is minimised."""
+        """Scalar losses of a batch on the model's device; ``"loss"`` is the one that is minimised.
+
+        Of a share, they must be such that their mean over the processes is the loss of the batch; see
+        :mod:`lexiseg.losses.shares`.
+        """
 
     def sample_names(self, batch: Any) -> Sequence[str]:
         """Names of the batch's samples, for the message that stops a run whose loss is not finite."""
@@ -44,7 +70,7 @@ class Task(ABC):
 
     def parameter_groups(self, settings: TrainSettings) -> list[ParameterGroup]:
         """The trainable parameters in groups of equal learning rate and decay."""
-        return group_parameters(self.model.named_parameters(), settings)
+        return group_parameters(self.model, settings)
 
     def after_step(self, step: int) -> None:  # noqa: B027 - most tasks have nothing to do here
         """Called without gradients after each optimizer step, for example to clamp a temperature."""

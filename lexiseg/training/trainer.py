@@ -2,48 +2,40 @@
 
 On a CPU a run that was killed and resumed ends with the same bits as one that was not: batches are numbered and pure
 functions of their number, the rate is a function of the step, and everything else is in the checkpoint.
+
+Several processes share each batch, so a recipe's numbers mean the same whatever their number. The first one writes.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import math
 import random
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedDataParallelKwargs, gather_object, send_to_device
-from torch import Tensor, nn
+from accelerate.utils import send_to_device
 
+from lexiseg import processes
 from lexiseg.errors import LexisegError
 from lexiseg.files import make_folder, write_json
 from lexiseg.training.checkpoint import capture_rng, find_checkpoints, load_checkpoint, read_state, restore_rng
 from lexiseg.training.checkpoint import save_checkpoint as write_checkpoint
+from lexiseg.training.engine import Engine
 from lexiseg.training.prefetch import prefetch
 from lexiseg.training.runlog import RunLog
-from lexiseg.training.schedule import constant_warmup, poly_warmup
-from lexiseg.training.settings import RESUMABLE, TrainSettings
+from lexiseg.training.schedule import cosine, poly_warmup, warmup_factor
+from lexiseg.training.settings import TrainSettings, build_optimizer, identity_of
 from lexiseg.training.task import Task
 
-
-class _Losses(nn.Module):
-    """The task's loss as a module, so that accelerate can wrap its forward in autocast and gradient exchange."""
-
-    def __init__(self, task: Task) -> None:
-        super().__init__()
-        self.model = task.model
-        self._losses = task.losses
-
-    def forward(self, batch: Any) -> dict[str, Tensor]:
-        return dict(self._losses(batch))
+_log = logging.getLogger("lexiseg")
 
 
 def seed_everything(seed: int) -> None:
@@ -58,28 +50,13 @@ def learning_rate(step: int, base_lr: float, settings: TrainSettings) -> float:
     if base_lr == 0.0:
         return 0.0
     if settings.schedule == "constant":
-        return constant_warmup(step, base_lr, warmup_steps=settings.warmup_steps, warmup_ratio=settings.warmup_ratio)
-    return poly_warmup(
-        step,
-        settings.steps,
-        base_lr,
-        warmup_steps=settings.warmup_steps,
-        power=settings.power,
-        min_lr=settings.min_lr,
-        warmup_ratio=settings.warmup_ratio,
-    )
-
-
-def _accelerator(settings: TrainSettings, device: str | None) -> Accelerator:
-    if AcceleratorState._shared_state and not AcceleratorState().use_distributed:
-        # Accelerate keeps one global state a process and refuses a second run with another precision or device.
-        AcceleratorState._reset_state(reset_partial_state=True)
-    return Accelerator(
-        mixed_precision="bf16" if settings.precision == "bf16" else "no",
-        cpu=device == "cpu",
-        # Decoder layers whose masks are not used get no gradient.
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
-    )
+        rate = base_lr
+    elif settings.schedule == "cosine":
+        rate = cosine(step, settings.steps, base_lr, min_lr=settings.min_lr)
+    else:
+        rate = poly_warmup(step, settings.steps, base_lr, warmup_steps=0, power=settings.power, min_lr=settings.min_lr)
+    constant = settings.warmup == "constant"
+    return rate * warmup_factor(step, settings.warmup_steps, settings.warmup_ratio, constant=constant)
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -125,21 +102,15 @@ class Trainer:
         self._given_identity = dict(identity or {})
         self._tensorboard = tensorboard
         self._progress = progress
-        self._accelerator = _accelerator(settings, device)
-        self._module = self._accelerator.prepare(_Losses(task))
+        self._engine = Engine(task, settings, device)
         self._groups = task.parameter_groups(settings)
         self._check_groups()
-        self.optimizer = torch.optim.AdamW(
-            [{"params": group.parameters, "weight_decay": group.weight_decay} for group in self._groups],
-            lr=settings.lr,
-            betas=settings.betas,
-        )
+        self.optimizer = build_optimizer(self._groups, settings)
 
     @property
     def device(self) -> torch.device:
         """Where the model is trained."""
-        device: torch.device = self._accelerator.device
-        return device
+        return self._engine.device
 
     def run(self, *, resume: bool = False, until: int | None = None) -> Path:
         """Train to the end, or to some step before it.
@@ -157,19 +128,22 @@ class Trainer:
                 or the loss or a gradient is not finite (the message names step and samples, nothing is saved of it);
                 or ``until`` lies behind the run or behind its checkpoint.
         """
-        settings, task, main = self.settings, self.task, self._accelerator.is_main_process
+        settings, task, main = self.settings, self.task, processes.is_main()
         end = settings.steps if until is None else until
-        if not 1 <= end <= settings.steps:
-            raise LexisegError(
-                f"The run has {settings.steps} steps, so it cannot stop after {end}; choose one of them."
-            )
-        first = self._start(resume)
-        if first > end:
-            raise LexisegError(
-                f"'{self.run_dir}' is at step {first} already, past {end}; choose another output folder."
-            )
+        newest = self._newest()
+        with processes.together():
+            if not 1 <= end <= settings.steps:
+                raise LexisegError(
+                    f"The run has {settings.steps} steps, so it cannot stop after {end}; choose one of them."
+                )
+            first = self._start(resume, newest)
+            if first > end:
+                raise LexisegError(
+                    f"'{self.run_dir}' is at step {first} already, past {end}; choose another output folder."
+                )
         indices = self._batch_indices(first, end)
-        batches = iter(prefetch(task.batch, indices, workers=settings.workers))
+        share = partial(task.share, rank=processes.rank(), processes=processes.count())
+        batches = iter(prefetch(share, indices, workers=settings.workers))
         task.model.train()
         log = RunLog(
             self.run_dir,
@@ -181,7 +155,7 @@ class Trainer:
         )
         sums: dict[str, float] = defaultdict(float)
         since, logged = time.perf_counter(), first
-        with log:
+        with log, processes.watching():
             for step in range(first, end):
                 for name, value in self._step(step, batches).items():
                     sums[name] += value
@@ -195,21 +169,21 @@ class Trainer:
                     sums.clear()
                     since, logged = now, done
                     log.write(done, record)
-                if settings.snapshot_every and (done % settings.snapshot_every == 0 or last) and main:
-                    self._look(done, log)
+                if settings.snapshot_every and (done % settings.snapshot_every == 0 or last):
+                    with processes.together():
+                        if main and not self._engine.sharded:
+                            self._look(done, log)
                 if done % settings.checkpoint_every == 0 or last:
                     self.save_checkpoint(done)
         folder = self.run_dir / "model"
-        if main:
-            task.model.eval()
-            task.export(folder)
-        self._accelerator.wait_for_everyone()
+        with processes.together():
+            self._engine.export(folder)
         return folder
 
     def save_checkpoint(self, step: int) -> None:
         """Write the checkpoint of ``step`` finished steps and remove old ones."""
-        rng = gather_object([capture_rng()])
-        if self._accelerator.is_main_process:
+        rng = processes.gather(capture_rng())
+        with processes.together():
             write_checkpoint(
                 self.checkpoint_dir,
                 step=step,
@@ -218,8 +192,8 @@ class Trainer:
                 rng=rng,
                 settings=self._identity(),
                 keep=self.settings.keep_checkpoints,
+                write=processes.is_main(),
             )
-        self._accelerator.wait_for_everyone()
 
     def _check_groups(self) -> None:
         if not self._groups:
@@ -232,86 +206,96 @@ class Trainer:
                 )
 
     def _identity(self) -> dict[str, Any]:
-        values = self.settings.model_dump(mode="json", exclude=set(RESUMABLE))
+        values = identity_of(self.settings)
         # Through JSON, because that is what the checkpoint's values have been through.
-        everything = {**self._given_identity, **values, "processes": self._accelerator.num_processes}
+        everything = {**self._given_identity, **values, "processes": processes.count()}
         return _flat(json.loads(json.dumps(everything)))
 
-    def _start(self, resume: bool) -> int:
-        make_folder(self.run_dir)
+    def _newest(self) -> Path | None:
+        """The newest checkpoint that the first process sees."""
         found = find_checkpoints(self.checkpoint_dir)
-        if found and not resume:
+        name = processes.gather(found[-1].name if found else None)[0]
+        return None if name is None else self.checkpoint_dir / name
+
+    def _start(self, resume: bool, newest: Path | None) -> int:
+        make_folder(self.run_dir)
+        if newest is not None and not resume:
             raise LexisegError(
                 f"'{self.run_dir}' already holds a run; continue it with --resume or choose another output folder."
             )
-        if not found:
-            seed_everything(self.settings.seed + self._accelerator.process_index)
-            if self._accelerator.is_main_process:
+        rank, seed = processes.rank(), self.settings.seed
+        if self._engine.sharded and self.settings.snapshot_every and processes.is_main():
+            _log.warning("The model is sharded, so no sample pictures are made while it trains.")
+        if newest is None:
+            seed_everything(seed + rank)
+            if processes.is_main():
                 write_json(self.run_dir / "settings.json", self.settings.model_dump(mode="json"))
             return 0
-        before, now = read_state(found[-1])["settings"], self._identity()
+        if not newest.is_dir():
+            raise LexisegError(
+                f"Process {rank} does not see the checkpoint '{newest}' that process 0 wrote; put the output folder on "
+                "a file system that all machines share."
+            )
+        before, now = dict(read_state(newest)["settings"]), self._identity()
+        was, count = before.pop("processes", 1), now.pop("processes")
         for key in sorted(before.keys() | now.keys()):
             if before.get(key) != now.get(key):
                 raise LexisegError(
                     f"Cannot resume '{self.run_dir}': '{key}' was {before.get(key)} and is now {now.get(key)}; use "
                     "the settings that started the run or choose another output folder."
                 )
-        return load_checkpoint(
-            found[-1],
-            model=self.task.model,
-            optimizer=self.optimizer,
-            rank=self._accelerator.process_index,
-        )
+        step = load_checkpoint(newest, model=self.task.model, optimizer=self.optimizer, rank=rank)
+        if was != count and processes.is_main():
+            _log.warning("The run began with %s processes and goes on with %s, so its bits may differ.", was, count)
+        if rank >= was:  # a process that was not there before has no random state to take up
+            seed_everything(1_000_003 * (seed + step) + rank)
+        return step
 
     def _batch_indices(self, first: int, end: int) -> range:
-        """Numbers of this process's batches of the steps ``first`` to ``end``; the processes take turns."""
-        processes, accumulate = self._accelerator.num_processes, self.settings.accumulate
-        per_step = accumulate * processes
-        return range(first * per_step + self._accelerator.process_index, end * per_step, processes)
+        """Numbers of the batches of the steps ``first`` to ``end``."""
+        return range(first * self.settings.accumulate, end * self.settings.accumulate)
 
     def _step(self, step: int, batches: Iterator[Any]) -> dict[str, float]:
         settings = self.settings
         for group, options in zip(self._groups, self.optimizer.param_groups, strict=True):
             options["lr"] = learning_rate(step, group.lr, settings)
         self.optimizer.zero_grad(set_to_none=True)
-        record: dict[str, float] = defaultdict(float)
+        sums: dict[str, float] = defaultdict(float)
         names: list[str] = []
+        bad: list[str] = []
         waited = 0.0
         for part in range(settings.accumulate):
             since = time.perf_counter()
-            batch = next(batches)
+            with processes.together():
+                batch = next(batches)
             waited += time.perf_counter() - since
             names.extend(self.task.sample_names(batch))
-            batch = send_to_device(batch, self.device)
-            is_last = part == settings.accumulate - 1
-            with nullcontext() if is_last else self._accelerator.no_sync(self._module):
-                losses: Mapping[str, Tensor] = self._module(batch)
-                loss = losses["loss"] / settings.accumulate
+            with self._engine.exchanging(part == settings.accumulate - 1):
+                losses = self._engine.losses(send_to_device(batch, self.device))
                 for name, value in losses.items():
-                    record[name] += float(value.detach()) / settings.accumulate
-                self._require_finite("loss", record["loss"], step, names)
-                self._accelerator.backward(loss)
+                    sums[name] += float(value.detach()) / settings.accumulate
+                if not math.isfinite(float(losses["loss"].detach())):
+                    bad.extend(self.task.sample_names(batch))
+                self._engine.backward(losses["loss"] / settings.accumulate)
+        record = processes.mean({**sums, "time/data_seconds": waited})
+        self._require_finite("loss", record["loss"], step, bad)
         parameters = [parameter for group in self._groups for parameter in group.parameters]
-        if settings.clip_norm is None:
-            norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        else:
-            norm = nn.utils.clip_grad_norm_(parameters, settings.clip_norm)
-        record["grad_norm"] = float(norm)
+        record["grad_norm"] = self._engine.gradient_norm(parameters, settings.clip_norm)
         self._require_finite("gradient", record["grad_norm"], step, names)
         self.optimizer.step()
         with torch.no_grad():
             self.task.after_step(step)
         record["lr"] = max(options["lr"] for options in self.optimizer.param_groups)
-        record["time/data_seconds"] = waited
         return record
 
     def _require_finite(self, what: str, value: float, step: int, names: list[str]) -> None:
+        """Stop in all processes, for all have the same ``value``; ``names`` are the samples each has."""
         if math.isfinite(value):
             return
         found = find_checkpoints(self.checkpoint_dir)
         kept = f"the last checkpoint, '{found[-1]}', is untouched" if found else "there is no checkpoint yet"
-        samples = ", ".join(names) or "unnamed"
-        raise LexisegError(
+        samples = ", ".join(name for part in processes.gather(names) for name in part) or "unnamed"
+        raise processes.SharedError(
             f"The {what} is {value} at step {step} (samples: {samples}); {kept}; lower the learning rate or look at "
             "these samples."
         )

@@ -2,27 +2,40 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
+from lexiseg.data.sets.archive import Place, zipped
 from lexiseg.data.sets.catalog import data_set
 from lexiseg.data.sets.class_list import read_class_list
 from lexiseg.data.sets.dataset import Finding, SplitFiles
 from lexiseg.data.sets.labels import LabelKind, ValueTable
 from lexiseg.data.sets.listing import by_stem, entries, find_home, first_folder
-from lexiseg.data.sets.pairing import LabelFolder, by_folder, label_folder, plain_table, table_of
+from lexiseg.data.sets.pairing import LabelFolder, by_folder, label_folder, plain_table, table_of, zipped_labels
 from lexiseg.errors import LexisegError
 from lexiseg.words import word_key
 
+_ADE_150 = "ADEChallengeData2016.zip"
+
 
 def list_ade150(root: Path, split: str, unseen: str | None) -> SplitFiles:
-    """ADE20K 150 (ADEChallengeData2016): ``train`` or ``val``; label values 1..150, 0 = no class."""
+    """ADE20K 150 (ADEChallengeData2016): ``train`` or ``val``; label values 1..150, 0 = no class.
+
+    Where it is not unpacked, it is read out of ADEChallengeData2016.zip.
+    """
     info = data_set("ade20k-150")
-    home = find_home(root, ("ADEChallengeData2016",), ("images", "annotations"), "ADEChallengeData2016")
+    marks = ("images", "annotations")
+    home = find_home(root, ("ADEChallengeData2016",), marks, "ADEChallengeData2016", (_ADE_150,))
     part = {"train": "training", "val": "validation"}.get(split, split)
     image_folder = home / "images" / part
-    labels = [label_folder(home / "annotations" / part, (".png",), LabelKind.index, table_of(info))]
-    files = by_folder(info, split, unseen, by_stem(image_folder, (".jpg",)), image_folder, labels)
+    images: Mapping[str, Place] = by_stem(image_folder, (".jpg",))
+    labels = label_folder(home / "annotations" / part, (".png",), LabelKind.index, table_of(info))
+    packed, inner = [root / _ADE_150, home / _ADE_150], "ADEChallengeData2016"
+    images = images or zipped(packed, f"{inner}/images/{part}", (".jpg",))
+    if not labels.files:
+        labels = zipped_labels(packed, f"{inner}/annotations/{part}", LabelKind.index, table_of(info))
+    files = by_folder(info, split, unseen, images, image_folder, [labels])
     listed = home / "objectInfo150.txt"
     if not listed.is_file():
         return files

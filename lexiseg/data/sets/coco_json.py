@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 
 from lexiseg.data.sets.catalog import NARROW_IGNORE, WIDE_IGNORE
 from lexiseg.data.sets.class_list import ListedClass, vocabulary_of
-from lexiseg.data.sets.dataset import DataSetError, Finding, Item, SplitFiles
+from lexiseg.data.sets.dataset import Finding, Item, SplitFiles
+from lexiseg.data.sets.errors import DataSetError
 from lexiseg.data.sets.labels import LabelKind, ValueTable
 from lexiseg.data.sets.listing import is_safe
 from lexiseg.errors import LexisegError

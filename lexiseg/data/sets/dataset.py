@@ -9,25 +9,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from lexiseg.data.base import Sample
+from lexiseg.data.sets.archive import Place, readable
 from lexiseg.data.sets.labels import UNKNOWN, LabelKind, ValueTable, read_values
 from lexiseg.errors import LexisegError
 from lexiseg.images import read_image
 from lexiseg.vocabulary import Vocabulary
-
-
-class DataSetError(LexisegError):
-    """What keeps a whole split from being listed: a folder, a class list, or a file of annotations.
-
-    Args:
-        problem: the sentence.
-        kind: of the finding it amounts to; see :class:`Finding`.
-    """
-
-    def __init__(self, problem: str, kind: str = "missing-folder") -> None:
-        super().__init__(problem)
-        self.kind = kind
 
 
 @dataclass(frozen=True)
@@ -65,8 +54,8 @@ class Item:
     """
 
     name: str
-    image: Path
-    label: Path
+    image: Place
+    label: Place
     kind: LabelKind
     table: ValueTable
     draw: Callable[[], NDArray[np.int64]] | None = None
@@ -128,6 +117,11 @@ class FileDataset:
         return self._vocabulary
 
     @property
+    def items(self) -> Sequence[Item]:
+        """Where the samples are, in order."""
+        return self._items
+
+    @property
     def names(self) -> tuple[str, ...]:
         """Names of the samples, in order."""
         return tuple(item.name for item in self._items)
@@ -146,14 +140,24 @@ class FileDataset:
             LexisegError: a file is damaged, the sizes differ, or the label holds a value that stands for nothing.
         """
         item = self._items[index]
-        image = read_image(item.image)
+        image, label = read_image(readable(item.image)), self.label(index)
+        if image.shape[-2:] != label.shape:
+            raise LexisegError(size_mismatch(item, (int(image.shape[1]), int(image.shape[2])), tuple(label.shape)))
+        return Sample(image, label, item.name)
+
+    def label(self, index: int) -> Tensor:
+        """Read one label (H, W) without its picture.
+
+        Raises:
+            IndexError: there are fewer samples.
+            LexisegError: the file is damaged, or holds a value that stands for nothing.
+        """
+        item = self._items[index]
         label = item.table.look_up(item.values())
-        if tuple(image.shape[-2:]) != label.shape:
-            raise LexisegError(size_mismatch(item, (int(image.shape[1]), int(image.shape[2])), label.shape))
         unknown = label == UNKNOWN
         if unknown.any():
             raise LexisegError(unknown_value(item, item.values()[unknown]))
-        return Sample(image, torch.from_numpy(label), item.name)
+        return torch.from_numpy(label)
 
 
 def size_mismatch(item: Item, image: tuple[int, int], label: tuple[int, ...]) -> str:

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from lexiseg.data.sets.archive import Place, readable
 from lexiseg.errors import LexisegError
 
 _MAX_PIXELS = 200_000_000
@@ -46,20 +47,20 @@ class LabelKind(Enum):
     sbd_mat = "sbd_mat"
 
 
-def read_values(path: str | Path, kind: LabelKind) -> NDArray[np.int64]:
+def read_values(path: str | Place, kind: LabelKind) -> NDArray[np.int64]:
     """The numbers of a label file as they stand in it: ``(H, W)`` int64.
 
     Raises:
         LexisegError: the file is missing, damaged or of another kind than ``kind``; one sentence says which.
     """
-    path = Path(path)
+    path = Path(path) if isinstance(path, str) else path
     try:
         if kind in (LabelKind.context_mat, LabelKind.sbd_mat):
             return _mat(path, kind)
         with warnings.catch_warnings():
             # Pillow warns of large pictures and damaged metadata; the first is checked here, the second is harmless.
             warnings.simplefilter("ignore")
-            with Image.open(path, formats=("TIFF", "PNG") if kind is LabelKind.wide else ("PNG",)) as picture:
+            with Image.open(readable(path), formats=("TIFF", "PNG") if kind is LabelKind.wide else ("PNG",)) as picture:
                 if picture.width * picture.height > _MAX_PIXELS:
                     raise LexisegError(
                         f"The label '{path}' has more than {_MAX_PIXELS // 1_000_000} megapixels; shrink it."
@@ -74,7 +75,7 @@ def read_values(path: str | Path, kind: LabelKind) -> NDArray[np.int64]:
         raise LexisegError(f"The label '{path}' cannot be read as {what}; is the file complete?") from error
 
 
-def _picture(picture: Image.Image, path: Path, kind: LabelKind) -> NDArray[np.int64]:
+def _picture(picture: Image.Image, path: Place, kind: LabelKind) -> NDArray[np.int64]:
     mode = picture.mode
     if kind in (LabelKind.ade_full, LabelKind.color):
         if mode not in ("RGB", "RGBA"):
@@ -103,14 +104,14 @@ def _picture(picture: Image.Image, path: Path, kind: LabelKind) -> NDArray[np.in
     return np.array(picture).astype(np.int64)
 
 
-def _mat(path: Path, kind: LabelKind) -> NDArray[np.int64]:
-    if not path.is_file():
+def _mat(path: Place, kind: LabelKind) -> NDArray[np.int64]:
+    if isinstance(path, Path) and not path.is_file():
         raise FileNotFoundError(path)
     try:
         from scipy.io import loadmat
     except ImportError as error:
         raise LexisegError(f"Reading '{path}' needs scipy; install it with: pip install scipy.") from error
-    content: dict[str, Any] = loadmat(str(path))
+    content: dict[str, Any] = loadmat(str(path) if isinstance(path, Path) else path.open())
     name = "LabelMap" if kind is LabelKind.context_mat else "GTcls"
     if name not in content:
         raise LexisegError(f"The label '{path}' holds no variable '{name}'; it belongs to another data set.")
@@ -120,7 +121,7 @@ def _mat(path: Path, kind: LabelKind) -> NDArray[np.int64]:
     return np.asarray(values).astype(np.int64)
 
 
-def png_fault(path: Path) -> str | None:
+def png_fault(path: Place) -> str | None:
     """What is wrong with the blocks of a PNG file: a checksum that does not fit, or an end that is missing.
 
     Decoders are lenient: a PNG that lacks its last bytes may decode without a word, with black in place of what is
@@ -171,6 +172,8 @@ class ValueTable:
         """Class ids, ``ignore``, or :data:`UNKNOWN` for ``values`` of any shape; the same shape comes back."""
         if self._direct is not None:
             last = len(self._direct) - 1
-            return self._direct[np.where((values < 0) | (values > last), last, values)]
+            if values.size and (int(values.min()) < 0 or int(values.max()) > last):
+                values = np.where((values < 0) | (values > last), last, values)
+            return self._direct.take(values)
         places = np.minimum(np.searchsorted(self._values, values), len(self._values) - 1)
         return np.where(self._values[places] == values, self._ids[places], self._other)

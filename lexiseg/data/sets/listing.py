@@ -6,12 +6,15 @@ import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath
 
-from lexiseg.data.sets.dataset import DataSetError, Finding
+from lexiseg.data.sets.dataset import Finding
+from lexiseg.data.sets.errors import DataSetError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 
 
-def find_home(root: str | Path, inside: Sequence[str], marks: Sequence[str], what: str) -> Path:
+def find_home(
+    root: str | Path, inside: Sequence[str], marks: Sequence[str], what: str, archives: Sequence[str] = ()
+) -> Path:
     """The folder a data set's own folders are in: ``root`` itself or a place below it.
 
     Args:
@@ -19,6 +22,7 @@ def find_home(root: str | Path, inside: Sequence[str], marks: Sequence[str], wha
         inside: places below it to look at as well, such as "VOCdevkit/VOC2012".
         marks: the folder is right where one of these is in it.
         what: the data set, for the sentence.
+        archives: where nothing is unpacked, the folder is right that has one of these.
 
     Raises:
         DataSetError: there is none.
@@ -26,10 +30,11 @@ def find_home(root: str | Path, inside: Sequence[str], marks: Sequence[str], wha
     root = Path(root)
     if not root.is_dir():
         raise DataSetError(f"The data set folder '{root}' does not exist; give the folder that {what} was unpacked in.")
-    for place in (".", *inside):
-        home = root / place if place != "." else root
-        if any((home / mark).exists() for mark in marks):
-            return home
+    homes = [root, *(root / place for place in inside)]
+    for wanted in (marks, archives):
+        for home in homes:
+            if any((home / mark).exists() for mark in wanted):
+                return home
     raise DataSetError(
         f"'{root}' holds no {what}: none of {', '.join(marks)} is in it; give the folder it was unpacked in, or run "
         "`lexiseg data prepare` on the folder of its archives."

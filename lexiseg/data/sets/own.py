@@ -28,7 +28,8 @@ from PIL import Image
 from lexiseg.data.sets.catalog import NARROW_IGNORE, WIDE_IGNORE
 from lexiseg.data.sets.class_list import ListedClass, read_class_list, vocabulary_of
 from lexiseg.data.sets.coco_json import list_coco_json
-from lexiseg.data.sets.dataset import DataSetError, Finding, SplitFiles
+from lexiseg.data.sets.dataset import Finding, SplitFiles
+from lexiseg.data.sets.errors import DataSetError
 from lexiseg.data.sets.labels import LabelKind, ValueTable
 from lexiseg.data.sets.listing import IMAGE_SUFFIXES, by_stem, entries, first_folder, read_list
 from lexiseg.data.sets.pairing import LabelFolder, orphans, pair

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from lexiseg.data.sets.archive import Place, zipped
 from lexiseg.data.sets.catalog import DataSetInfo
 from lexiseg.data.sets.dataset import Finding, Item, SplitFiles
 from lexiseg.data.sets.labels import LabelKind, ValueTable
@@ -16,7 +17,7 @@ from lexiseg.data.sets.listing import by_stem
 class LabelFolder:
     """Label files of one kind, by the name of their sample."""
 
-    files: Mapping[str, Path]
+    files: Mapping[str, Place]
     folder: Path
     kind: LabelKind
     table: ValueTable
@@ -33,7 +34,7 @@ def plain_table(info: DataSetInfo) -> ValueTable:
 
 
 def pair(
-    names: Iterable[str], split: str, images: Mapping[str, Path], image_folder: Path, labels: Sequence[LabelFolder]
+    names: Iterable[str], split: str, images: Mapping[str, Place], image_folder: Path, labels: Sequence[LabelFolder]
 ) -> tuple[list[Item], list[Finding]]:
     """The items of ``names``, and a finding for each that lacks its picture or its label.
 
@@ -56,7 +57,7 @@ def pair(
     return items, findings
 
 
-def orphans(labels: Sequence[LabelFolder], images: Mapping[str, Path], split: str) -> list[Finding]:
+def orphans(labels: Sequence[LabelFolder], images: Mapping[str, Place], split: str) -> list[Finding]:
     """A warning for each label without a picture, in data sets that have no lists."""
     return [
         Finding(
@@ -83,11 +84,19 @@ def label_folder(
     return LabelFolder(files, folder, kind, table)
 
 
+def zipped_labels(
+    archives: Sequence[Path], inner: str, kind: LabelKind, table: ValueTable, ending: str = ".png", without: str = ""
+) -> LabelFolder:
+    """The same in the folder ``inner`` of a zip archive, which may be at any of ``archives``."""
+    files = zipped(archives, inner, (ending,), without)
+    return LabelFolder(files, archives[0] / inner, kind, table)
+
+
 def by_folder(
     info: DataSetInfo,
     split: str,
     unseen: str | None,
-    images: Mapping[str, Path],
+    images: Mapping[str, Place],
     image_folder: Path,
     labels: Sequence[LabelFolder],
 ) -> SplitFiles:

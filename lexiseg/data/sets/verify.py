@@ -15,8 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from lexiseg.data.sets.archive import Place, place_size, readable
 from lexiseg.data.sets.catalog import NAMES, data_set
-from lexiseg.data.sets.dataset import DataSetError, Finding, Item, SplitFiles, size_mismatch, unknown_value
+from lexiseg.data.sets.dataset import Finding, Item, SplitFiles, size_mismatch, unknown_value
+from lexiseg.data.sets.errors import DataSetError
 from lexiseg.data.sets.labels import UNKNOWN, LabelKind, png_fault
 from lexiseg.data.sets.open import list_split, splits_of
 from lexiseg.errors import LexisegError
@@ -128,7 +130,7 @@ def verify(
     chosen, findings = _splits(name, root, splits)
     checks: list[SplitCheck] = []
     names: tuple[str, ...] = ()
-    members: dict[str, dict[str, Path]] = {}
+    members: dict[str, dict[str, Place]] = {}
     for split in chosen:
         try:
             files = list_split(name, root, split, classes=classes)
@@ -218,11 +220,11 @@ def check_sample(item: Item, num_classes: int) -> SampleCheck:
 
 def _check_picture(item: Item, findings: list[Finding]) -> tuple[int, int] | None:
     try:
-        if item.image.stat().st_size == 0:
+        if place_size(item.image) == 0:
             problem = f"The picture '{item.image}' is an empty file; copy it again."
             findings.append(_finding(item, "empty-file", problem, item.image))
             return None
-        image = read_image(item.image)
+        image = read_image(readable(item.image))
     except (OSError, LexisegError) as error:
         findings.append(_finding(item, "damaged-picture", str(error), item.image))
         return None
@@ -241,7 +243,7 @@ def _check_picture(item: Item, findings: list[Finding]) -> tuple[int, int] | Non
 def _check_label(item: Item, findings: list[Finding]) -> NDArray[np.int64] | None:
     if item.draw is None:
         try:
-            if item.label.stat().st_size == 0:
+            if place_size(item.label) == 0:
                 problem = f"The label '{item.label}' is an empty file; copy it again."
                 findings.append(_finding(item, "empty-file", problem, item.label))
                 return None
@@ -265,7 +267,7 @@ def _label_fault(item: Item) -> str:
     if item.kind in (LabelKind.context_mat, LabelKind.sbd_mat) or item.draw is not None:
         return "damaged-label"
     try:
-        with Image.open(item.label) as picture:
+        with Image.open(readable(item.label)) as picture:
             picture.load()
             mode = picture.mode
     except Exception:  # decoders of hostile bytes raise nearly anything
@@ -277,11 +279,11 @@ def _label_fault(item: Item) -> str:
     return "index-label" if item.kind in (LabelKind.color, LabelKind.ade_full) else "damaged-label"
 
 
-def _finding(item: Item, kind: str, problem: str, path: Path) -> Finding:
+def _finding(item: Item, kind: str, problem: str, path: Place) -> Finding:
     return Finding(kind, problem, str(path), item.name)
 
 
-def _overlaps(members: dict[str, dict[str, Path]]) -> list[Finding]:
+def _overlaps(members: dict[str, dict[str, Place]]) -> list[Finding]:
     """Pictures that are both trained on and judged on."""
     findings: list[Finding] = []
     if "val" not in members:

@@ -1,0 +1,159 @@
+"""Files inside zip archives, read where they are: nothing is unpacked, so no name can lead anywhere.
+
+Zip archives have an index, so any member can be read by itself. Tar archives have none, and compressed ones can only be
+read from the beginning: those are unpacked (`lexiseg data prepare`).
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import stat
+import threading
+import zipfile
+import zlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import IO, TypeAlias
+
+from lexiseg.data.sets.errors import DataSetError
+from lexiseg.errors import LexisegError
+
+MAX_BYTES = 256 << 20
+"""Members that unpack to more than this are refused before a byte is unpacked; a picture has a few megabytes."""
+
+_DAMAGE = (zipfile.BadZipFile, zlib.error, EOFError, ValueError, RuntimeError, NotImplementedError, OSError)
+_handles: dict[tuple[int, Path], zipfile.ZipFile] = {}
+_lock = threading.Lock()
+
+
+class _Named(io.BytesIO):
+    """Bytes of a file that says what it is called."""
+
+    def __init__(self, data: bytes, name: str) -> None:
+        super().__init__(data)
+        self.name = name
+
+
+@dataclass(frozen=True)
+class Member:
+    """A file in a zip archive; it offers what the readers ask of a path.
+
+    Attributes:
+        archive: the zip file.
+        name: of the file in it.
+        size: in bytes, unpacked, as the archive's index says.
+    """
+
+    archive: Path
+    name: str
+    size: int
+
+    def __str__(self) -> str:
+        return f"{self.archive}/{self.name}"
+
+    @property
+    def parent(self) -> Path:
+        """The folder it would be in if the archive were one."""
+        return self.archive / self.name.rpartition("/")[0]
+
+    def read_bytes(self) -> bytes:
+        """The file's contents, whose checksum is looked at.
+
+        Raises:
+            LexisegError: it is damaged, encrypted, or too large to be a picture.
+        """
+        if self.size > MAX_BYTES:
+            raise LexisegError(
+                f"'{self}' unpacks to {self.size / 1e6:,.0f} MB, more than the {MAX_BYTES / 1e6:,.0f} MB that a "
+                "picture may have; do not use this archive."
+            )
+        try:
+            with _opened(self.archive).open(self.name) as file:
+                # Not more than the index says, whatever the file holds.
+                data = file.read(self.size + 1)
+        except KeyError as error:
+            raise LexisegError(f"'{self}' is no longer in the archive; look at the data set again.") from error
+        except _DAMAGE as error:
+            raise LexisegError(f"'{self}' cannot be read ({error}); fetch the archive again.") from error
+        if len(data) != self.size:
+            raise LexisegError(f"'{self}' has another size than the archive says; fetch the archive again.")
+        return data
+
+    def open(self) -> IO[bytes]:
+        """The file's contents as a file object."""
+        return _Named(self.read_bytes(), str(self))
+
+
+Place: TypeAlias = "Path | Member"
+"""Where a picture or a label is."""
+
+
+def place_size(place: Place) -> int:
+    """Size in bytes.
+
+    Raises:
+        OSError: there is no such file.
+    """
+    return place.size if isinstance(place, Member) else place.stat().st_size
+
+
+def readable(place: Place) -> Path | IO[bytes]:
+    """What Pillow and `lexiseg.images.read_image` read."""
+    return place.open() if isinstance(place, Member) else place
+
+
+def zipped(archives: Iterable[Path], folder: str, suffixes: Sequence[str], without: str = "") -> dict[str, Place]:
+    """The files directly in ``folder`` of the first archive that is there, by their names without the suffix.
+
+    Args:
+        archives: where the archive may be.
+        folder: in the archive, with ``/``.
+        suffixes: the files that count end in one of them, whatever the case.
+        without: files whose names end in this (before the suffix) do not count.
+
+    Raises:
+        DataSetError: the archive's index cannot be read.
+    """
+    archive = next((path for path in archives if path.is_file()), None)
+    if archive is None:
+        return {}
+    facts = archive.stat()
+    found: dict[str, Place] = {}
+    for member in _index(archive, facts.st_size, facts.st_mtime_ns).get(folder, ()):
+        name = member.name.rpartition("/")[2]
+        ending = next((suffix for suffix in suffixes if name.lower().endswith(suffix)), None)
+        if ending is not None and not name.startswith("."):
+            stem = name[: -len(ending)]
+            if not (without and stem.endswith(without)):
+                found.setdefault(stem, member)
+    return dict(sorted(found.items()))
+
+
+@lru_cache(maxsize=8)
+def _index(archive: Path, size: int, changed: int) -> dict[str, tuple[Member, ...]]:
+    """The files of an archive by their folder. Size and time of change are there to make a new archive a new entry."""
+    folders: dict[str, list[Member]] = {}
+    try:
+        with zipfile.ZipFile(archive) as packed:
+            for entry in packed.infolist():
+                if not entry.is_dir() and not stat.S_ISLNK(entry.external_attr >> 16):
+                    folder = entry.filename.rpartition("/")[0]
+                    folders.setdefault(folder, []).append(Member(archive, entry.filename, entry.file_size))
+    except _DAMAGE as error:
+        problem = f"The archive '{archive}' cannot be read ({error}); fetch it again."
+        raise DataSetError(problem, "damaged-archive") from error
+    return {folder: tuple(members) for folder, members in folders.items()}
+
+
+def _opened(archive: Path) -> zipfile.ZipFile:
+    """The archive, opened once a process: a forked loader process must not share the place in the file with others."""
+    key = os.getpid(), archive
+    with _lock:
+        if key not in _handles:
+            for other in [other for other in _handles if other[0] != key[0]]:
+                del _handles[other]  # inherited; closing it is its owner's business
+            _handles[key] = zipfile.ZipFile(archive)
+        return _handles[key]

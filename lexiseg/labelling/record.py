@@ -1,0 +1,318 @@
+"""What a run over many pictures has done, kept so that no stop of any kind loses a picture or has one done twice.
+
+The record is a hidden folder among the results::
+
+    OUTPUT/.lexiseg-predict/run.json             what the results were made with
+    OUTPUT/.lexiseg-predict/000012.jsonl         a finished shard: a line a picture
+    OUTPUT/.lexiseg-predict/000012.HEX.part      a shard somebody is at, or was when he was killed
+
+A finished shard appears at once and whole. The parts grow line by line, each line written when the picture's files are
+complete; every attempt at a shard has a part of its own, so that two of them (a worker that is only thought to be dead)
+never write into one file.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import uuid
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from lexiseg.errors import LexisegError
+from lexiseg.files import make_folder, write_json, write_text
+
+FOLDER = ".lexiseg-predict"
+RUN, FINISHED, PART = "run.json", ".jsonl", ".part"
+MANIFEST = "manifest.jsonl"
+_FORMAT = 1
+_SHARD = re.compile(r"\d+(\.[0-9a-f]+\.part|\.jsonl)")
+_TEMPORARY = re.compile(r"\.(?P<stem>.+)\.[0-9a-f]{8}\.tmp\.(png|json)")
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture to be done.
+
+    Attributes:
+        path: where to read it; on a cluster absolute, so that it means the same everywhere.
+        stem: what the names of its results begin with.
+        name: what to call it, usually its path as the user gave it.
+    """
+
+    path: str
+    stem: str
+    name: str
+
+    @property
+    def image(self) -> str:
+        """What the record calls it: its absolute path."""
+        return absolute(self.path)
+
+
+def absolute(path: str | Path) -> str:
+    """``path`` from the root of the file system; links are left as they are."""
+    return str(Path(path).absolute())
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What became of a picture.
+
+    Attributes:
+        image: the picture's path, absolute.
+        stem: what the names of its results begin with.
+        error: the sentence that says why it could not be done; empty where it was.
+        files: names of the files written, by kind.
+        size: height and width in pixels.
+        ignored: share of its pixels without a class, 0..1.
+        classes: its classes by falling share: name, whether masks of it were trained on, share, mean score.
+        state: size in bytes and time of the last change of the picture's file when it was read.
+    """
+
+    image: str
+    stem: str
+    error: str = ""
+    files: Mapping[str, str] = field(default_factory=dict)
+    size: tuple[int, int] = (0, 0)
+    ignored: float = 0.0
+    classes: Sequence[Mapping[str, Any]] = ()
+    state: tuple[int, int] = (0, 0)
+
+    def to_line(self) -> str:
+        """One line of JSON."""
+        return json.dumps(asdict(self), ensure_ascii=False, separators=(",", ":")) + "\n"
+
+    def to_manifest(self) -> dict[str, Any]:
+        """The line of the manifest, for people and other programs."""
+        if self.error:
+            return {"image": self.image, "error": self.error}
+        height, width = self.size
+        facts = {"image": self.image, "files": dict(self.files), "height": height, "width": width}
+        return {**facts, "ignored_share": self.ignored, "classes": [dict(row) for row in self.classes]}
+
+    @staticmethod
+    def from_dict(content: Mapping[str, Any]) -> Entry:
+        """Read what :meth:`to_line` wrote."""
+        entry = Entry(**content)
+        return replace(entry, size=_pair(entry.size), state=_pair(entry.state))
+
+
+def _pair(values: Sequence[int]) -> tuple[int, int]:
+    first, second = values
+    return int(first), int(second)
+
+
+def file_state(path: str | Path) -> tuple[int, int]:
+    """Size in bytes and time of the last change in nanoseconds; zeros where there is no such file."""
+    try:
+        facts = Path(path).stat()
+    except (OSError, ValueError):
+        return 0, 0
+    return facts.st_size, facts.st_mtime_ns
+
+
+class Record:
+    """The record of one run.
+
+    Args:
+        output: the folder of the results.
+
+    Attributes:
+        folder: where the record is.
+    """
+
+    def __init__(self, output: str | Path) -> None:
+        self.output = Path(output)
+        self.folder = self.output / FOLDER
+
+    def begin(self, settings: Mapping[str, Any], *, resume: bool) -> dict[str, Entry]:
+        """Start a run, or go on with the one that is recorded.
+
+        Args:
+            settings: everything that decides what the results look like.
+            resume: False forgets what is recorded.
+
+        Returns:
+            The pictures that are done, by path: those without an error, whose files are all there, and which have not
+            changed since.
+
+        Raises:
+            LexisegError: the results that are there were made with other settings, or the folder cannot be written.
+        """
+        make_folder(self.folder)
+        run = {"format": _FORMAT, "settings": dict(settings)}
+        before = self._read_run()
+        if not resume or before is None:
+            for path in self._shards():
+                path.unlink(missing_ok=True)
+            (self.output / MANIFEST).unlink(missing_ok=True)
+            write_json(self.folder / RUN, run)
+            return {}
+        if before != run:
+            raise LexisegError(
+                f"'{self.output}' holds results of other settings ({_difference(before, run)}), so they cannot be gone "
+                "on with; choose another --output, or leave --resume out to make them anew."
+            )
+        return self._done()
+
+    @property
+    def is_there(self) -> bool:
+        """Whether this machine sees the record."""
+        return self._read_run() is not None
+
+    def next_shard(self) -> int:
+        """The lowest number that no shard has."""
+        return 1 + max((int(path.name.split(".")[0]) for path in self._shards()), default=-1)
+
+    def open_shard(self, number: int) -> Attempt:
+        """An attempt at a shard, with what earlier ones have done."""
+        return Attempt(self, number)
+
+    def clean(self, stems: Iterable[str]) -> None:
+        """Remove files that a killed process was writing; nobody may be writing results of ``stems`` meanwhile."""
+        beginnings = set(stems)
+        with os.scandir(self.output) as found:
+            names = [entry.name for entry in found if entry.name.startswith(".")]
+        for name in names:
+            match = _TEMPORARY.fullmatch(name)
+            if match and any(match["stem"] == f"{start}{end}" for start, end in _splits(match["stem"], beginnings)):
+                (self.output / name).unlink(missing_ok=True)
+        for path in self.folder.glob(".*.tmp.json*"):
+            path.unlink(missing_ok=True)
+
+    def write_manifest(self, entries: Iterable[Entry]) -> Path:
+        """Write a line a picture, in the order of ``entries``, with the paths of files relative to the folder."""
+        lines = (json.dumps(entry.to_manifest(), ensure_ascii=False) + "\n" for entry in entries)
+        return write_text(self.output / MANIFEST, "".join(lines))
+
+    def _shards(self) -> list[Path]:
+        return [path for path in sorted(self.folder.iterdir()) if _SHARD.fullmatch(path.name)]
+
+    def _read_run(self) -> Any:
+        try:
+            return json.loads((self.folder / RUN).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+
+    def _done(self) -> dict[str, Entry]:
+        """Everything recorded that still holds; parts are made whole, so that nobody adds to them any more."""
+        found: dict[str, Entry] = {}
+        shards = self._shards()
+        for path in shards:
+            entries, _ = _read(path)
+            found.update((entry.image, entry) for entry in entries if not entry.error)
+        parts = [path for path in shards if path.suffix == PART]
+        if parts:
+            number = self.next_shard()
+            kept = [entry for path in parts for entry in _read(path)[0]]
+            write_text(self.folder / f"{number:06d}{FINISHED}", "".join(entry.to_line() for entry in kept))
+            for path in parts:
+                path.unlink(missing_ok=True)
+        with os.scandir(self.output) as listing:
+            names = {entry.name for entry in listing}
+        return {
+            image: entry
+            for image, entry in found.items()
+            if names.issuperset(entry.files.values()) and entry.state == file_state(image)
+        }
+
+
+class Attempt:
+    """One worker's attempt at one shard.
+
+    Attributes:
+        done: what earlier attempts have finished, by path.
+        begun: how often earlier attempts began a picture that they did not finish and said so.
+        number: how many attempts there have been, with this one.
+    """
+
+    def __init__(self, record: Record, shard: int) -> None:
+        self._folder = record.folder
+        self._shard = f"{shard:06d}"
+        self.done: dict[str, Entry] = {}
+        self.begun: dict[str, int] = {}
+        before = sorted(self._folder.glob(f"{self._shard}.*{PART}"))
+        finished = self._folder / f"{self._shard}{FINISHED}"
+        for path in [*before, *([finished] if finished.is_file() else [])]:
+            entries, begun = _read(path)
+            self.done.update((entry.image, entry) for entry in entries)
+            for image in begun:
+                self.begun[image] = self.begun.get(image, 0) + 1
+        self.number = len(before) + 1
+        try:
+            self._file = (self._folder / f"{self._shard}.{uuid.uuid4().hex[:12]}{PART}").open("a", encoding="utf-8")
+        except OSError as error:
+            raise _unwritable(self._folder, error) from error
+        # Which process this is helps to find out what happened to it.
+        self._write(json.dumps({"process": os.getpid(), "machine": platform.node()}))
+
+    def begin(self, image: str) -> None:
+        """Say that a picture is next, so that the next attempt knows what this one was at."""
+        self._write(json.dumps({"begin": image}))
+
+    def finish(self, entry: Entry) -> None:
+        """Say that a picture's files are complete, or why there are none."""
+        self.done[entry.image] = entry
+        self._write(entry.to_line().rstrip("\n"))
+
+    def close(self, images: Sequence[str]) -> None:
+        """Make the shard whole: ``images`` are its pictures, all of them done."""
+        text = "".join(self.done[image].to_line() for image in images)
+        write_text(self._folder / f"{self._shard}{FINISHED}", text)
+        self._file.close()
+        for path in self._folder.glob(f"{self._shard}.*{PART}"):
+            path.unlink(missing_ok=True)
+
+    def stop(self) -> None:
+        """Leave the shard unfinished; what is done is recorded."""
+        self._file.close()
+
+    def _write(self, line: str) -> None:
+        try:
+            self._file.write(line + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise _unwritable(self._folder, error) from error
+
+
+def _read(path: Path) -> tuple[list[Entry], list[str]]:
+    """The entries of a shard or part, and the pictures begun but not finished; a line that was cut off is no line."""
+    entries: dict[str, Entry] = {}
+    begun: dict[str, None] = {}
+    text = ""
+    with suppress(OSError, UnicodeDecodeError):
+        text = path.read_bytes().decode("utf-8", errors="replace")
+    for line in text.split("\n")[:-1]:
+        with suppress(ValueError, TypeError):
+            content = json.loads(line)
+            if "begin" in content:
+                begun[content["begin"]] = None
+            elif "image" in content:
+                entry = Entry.from_dict(content)
+                entries[entry.image] = entry
+    return list(entries.values()), [image for image in begun if image not in entries]
+
+
+def _splits(stem: str, beginnings: set[str]) -> Iterable[tuple[str, str]]:
+    for ending in ("_labels", "_overlay", "_coco", ""):
+        if stem.endswith(ending) and stem[: len(stem) - len(ending)] in beginnings:
+            yield stem[: len(stem) - len(ending)], ending
+
+
+def _difference(before: Any, now: Mapping[str, Any]) -> str:
+    old = before.get("settings") if isinstance(before, dict) else None
+    if not isinstance(old, dict):
+        return "of another version"
+    new = now["settings"]
+    return ", ".join(sorted(key for key in {*old, *new} if old.get(key) != new.get(key))) or "of another version"
+
+
+def _unwritable(folder: Path, error: OSError) -> LexisegError:
+    reason = error.strerror or type(error).__name__
+    return LexisegError(f"Cannot write into '{folder}' ({reason}); choose an output folder you may write to.")

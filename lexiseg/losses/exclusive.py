@@ -1,0 +1,65 @@
+"""Cross entropy over classes that exclude each other: what ZegCLIP's non-mutually exclusive loss takes the place of.
+
+A pixel's logits go through a softmax over the classes, so a class gains only what others lose; `lexiseg.losses.masks`
+judges every class by itself. A pixel labelled 255 has no class that could exclude the others and is left out here,
+whereas there it is a negative of every class.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lexiseg.losses.masks import MaskLosses, check_labels, count_masks, ignore_index
+from lexiseg.losses.shares import mean_count
+
+
+def exclusive_losses(
+    logits: Tensor, labels: Tensor, *, entropy_weight: float = 1.0, dice_weight: float = 0.0
+) -> MaskLosses:
+    """Cross entropy of the softmax over classes, and dice of the same probabilities.
+
+    The cross entropy is the mean over labelled pixels of the batch. The dice term is that of
+    `lexiseg.losses.mask_losses` with the softmax for the sigmoid, on labelled pixels.
+
+    Args:
+        logits: (B, C, h, w); upsampled bilinearly to the labels' size.
+        labels: (B, H, W) long in 0..C-1, or 255.
+        entropy_weight: factor on the cross entropy.
+        dice_weight: factor on the dice term; it is not computed for 0.
+
+    Raises:
+        LexisegError: a label is neither in 0..C-1 nor 255.
+    """
+    check_labels(labels, logits.shape[1])
+    size = (int(labels.shape[-2]), int(labels.shape[-1]))
+    with torch.autocast(logits.device.type, enabled=False):
+        logits = F.interpolate(logits.float(), size=size, mode="bilinear", align_corners=False)
+        ignored = ignore_index(logits.shape[1])
+        counted = labels != ignored
+        summed = F.cross_entropy(logits, labels, ignore_index=ignored, reduction="sum")
+        labelled = mean_count(float(counted.sum()), labels.device) or 1.0
+        entropy = entropy_weight * summed / labelled
+        dice = entropy.new_zeros(())
+        if dice_weight:
+            probabilities = logits.softmax(dim=1) * counted[:, None]
+            target = torch.zeros_like(probabilities).scatter_(
+                1, labels.where(counted, 0)[:, None], counted[:, None].to(probabilities.dtype)
+            )
+            sizes = target.sum((2, 3))
+            inside = (probabilities * target).sum((2, 3))
+            terms = 1.0 - (2.0 * inside + 1.0) / (probabilities.sum((2, 3)) + sizes + 1.0)
+            dice = dice_weight * terms[sizes > 0].sum() / count_masks(labels, logits.shape[1])
+    return MaskLosses(entropy + dice, entropy.detach(), dice.detach())
+
+
+def exclusive_logits(logits: Tensor) -> Tensor:
+    """Logits whose sigmoid is the softmax of ``logits`` over the classes: ``log p - log(1 - p)``, float32.
+
+    Args:
+        logits: (B, C, ...); with one class, p is 1 and the result large.
+    """
+    log_p = logits.float().log_softmax(dim=1)
+    # 1 - p without the rounding of a difference, and no infinity where p rounds to 1.
+    return log_p - torch.expm1(log_p).neg().clamp(min=1e-30).log()

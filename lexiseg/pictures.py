@@ -1,0 +1,136 @@
+"""A picture on its way through a model: read, brought to its working size, cut into windows, and put together again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lexiseg.errors import LexisegError
+from lexiseg.images import ImageSource, image_name, read_image
+from lexiseg.models.base import WindowPolicy
+from lexiseg.scores import Scores, WindowScores
+from lexiseg.windows import Box, check_proportions, cover, working_size
+from lexiseg.words import shorten
+
+
+@dataclass
+class Picture:
+    """A picture and its windows.
+
+    Attributes:
+        key: whose it is, for whoever reads the results.
+        name: for error messages.
+        image: (3, H, W) bytes.
+        canvas: (3, h, w) bytes, at the size the model works at.
+        boxes: (top, left, height, width) of the windows on the canvas.
+        parts: the scores of the windows that were run, in the boxes' order.
+    """
+
+    key: Any
+    name: str
+    image: Tensor
+    canvas: Tensor
+    boxes: list[Box]
+    parts: list[Scores] = field(default_factory=list)
+
+    def joined(self, policy: WindowPolicy) -> Scores:
+        """The scores of the whole canvas, when all windows were run."""
+        if policy.size is None:
+            return self.parts[0]
+        # Also for a single window: the published protocol goes through the working size in every case.
+        return WindowScores(self.parts, self.boxes, (int(self.canvas.shape[1]), int(self.canvas.shape[2])))
+
+
+Failure = tuple[Any, LexisegError]
+"""The key of a picture that could not be read, and why."""
+
+
+def read_picture(key: Any, source: ImageSource, policy: WindowPolicy, max_pixels: float) -> Picture:
+    """Read a picture and plan its windows.
+
+    Args:
+        key: see `Picture`.
+        source: anything `lexiseg.images.read_image` takes.
+        policy: how the model is run over it.
+        max_pixels: larger pictures are refused.
+
+    Raises:
+        LexisegError: the picture is broken, too large or too long and thin.
+    """
+    name = image_name(source)
+    image = read_image(source, max_pixels=max_pixels)
+    height, width = int(image.shape[1]), int(image.shape[2])
+    try:
+        check_proportions(height, width)
+    except LexisegError as error:
+        raise LexisegError(f"{shorten(name, 200)}: {error}") from error
+    size = working_size(height, width, policy.short_side, policy.long_side)
+    # The picture stays bytes: a float copy of 20 megapixels would take 240 MB. Windows are normalised one by one.
+    canvas = image if size == (height, width) else _resize(image, size, policy.antialias)
+    return Picture(key, name, image, canvas, cover(*size, policy.size, policy.stride))
+
+
+def run_in_batches(
+    pictures: Iterable[Picture | Failure], batch_size: int, run: Callable[[list[tuple[Picture, Box]]], None]
+) -> Iterator[Picture | Failure]:
+    """Run the windows of all pictures in batches of one shape, and yield the pictures in their order as they are done.
+
+    Args:
+        pictures: read one after the other as they are needed; a failure is handed on in its place.
+        batch_size: windows in a batch at most; pictures share batches.
+        run: adds the scores of each window to its picture's parts.
+    """
+    waiting: list[Picture | Failure] = []
+    batch: list[tuple[Picture, Box]] = []
+    for picture in pictures:
+        waiting.append(picture)
+        if isinstance(picture, Picture):
+            for box in picture.boxes:
+                if batch and (len(batch) == batch_size or box[2:] != batch[0][1][2:]):
+                    run(batch)
+                    batch = []
+                batch.append((picture, box))
+            if len(batch) == batch_size:
+                run(batch)
+                batch = []
+        yield from _finished(waiting)
+    if batch:
+        run(batch)
+    yield from _finished(waiting)
+
+
+def _finished(waiting: list[Picture | Failure]) -> Iterator[Picture | Failure]:
+    """Take what is finished off the head of the line."""
+    while waiting:
+        first = waiting[0]
+        if isinstance(first, Picture) and len(first.parts) < len(first.boxes):
+            return
+        yield waiting.pop(0)
+
+
+def cut_windows(
+    windows: Sequence[tuple[Picture, Box]],
+    mean: tuple[float, float, float],
+    std: tuple[float, float, float],
+    device: torch.device,
+) -> Tensor:
+    """Cut out windows of one shape and normalise them: float32 (B, 3, H, W) on ``device``."""
+    crops = [
+        picture.canvas[:, top : top + height, left : left + width] for picture, (top, left, height, width) in windows
+    ]
+    images = torch.stack(crops).to(device).float() / 255
+    return (images - _channels(mean, device)) / _channels(std, device)
+
+
+def _channels(values: tuple[float, float, float], device: torch.device) -> Tensor:
+    return torch.tensor(values, device=device).view(1, 3, 1, 1)
+
+
+def _resize(image: Tensor, size: tuple[int, int], antialias: bool) -> Tensor:
+    """Resize bytes bilinearly; usually antialiased, because a photograph shrunk without it is noise to a tower."""
+    return F.interpolate(image[None], size=size, mode="bilinear", align_corners=False, antialias=antialias)[0]

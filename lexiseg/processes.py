@@ -1,0 +1,211 @@
+"""The processes of a run that a launcher started (torchrun, accelerate, SLURM): how they begin, agree and end.
+
+Without a launcher there is one process, and everything here does nothing. The processes must meet in the same places in
+the same order, or they wait for each other for ever; so what can fail in one of them alone runs inside `together`, and
+what waits for the others runs inside `watching`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from typing import Any, TypeVar
+
+from lexiseg.errors import LexisegError
+
+T = TypeVar("T")
+
+
+class SharedError(LexisegError):
+    """A mistake that every process raises in the same place, whichever found it; the first process reports it."""
+
+
+class PeerError(LexisegError):
+    """Another process ended, so that this one cannot go on."""
+
+
+def launched() -> bool:
+    """Whether a launcher started several processes."""
+    try:
+        return int(os.environ.get("WORLD_SIZE", "1")) > 1
+    except ValueError:
+        return False
+
+
+def join(device: str | None = None, *, patience: timedelta = timedelta(minutes=30)) -> None:
+    """Meet the other processes; without a launcher, or a second time, this does nothing.
+
+    Args:
+        device: "cpu" to stay off accelerators; None or "auto" takes one accelerator a process where there are any.
+        patience: how long a process waits for the others wherever they meet.
+
+    Raises:
+        LexisegError: the processes do not find each other.
+    """
+    if not launched() or _initialised():
+        return
+    if device not in (None, "auto", "cpu"):
+        raise LexisegError(
+            f"Each of the {os.environ['WORLD_SIZE']} processes takes an accelerator of its own; --device can only be "
+            f"auto or cpu with a launcher, not '{device}'."
+        )
+    from accelerate import PartialState
+
+    try:
+        PartialState(cpu=device == "cpu", timeout=patience)
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise LexisegError(
+            f"The {os.environ['WORLD_SIZE']} processes did not find each other ({reason}); check the launcher's "
+            "address, port and number of machines."
+        ) from error
+
+
+def leave() -> None:
+    """Part from the other processes at the end of the work."""
+    if _initialised():
+        from accelerate import PartialState
+
+        with suppress(RuntimeError):
+            PartialState().destroy_process_group()
+
+
+def count() -> int:
+    """Number of processes."""
+    if not _initialised():
+        return 1
+    import torch.distributed
+
+    return torch.distributed.get_world_size()
+
+
+def rank() -> int:
+    """Number of this process, from 0."""
+    if not _initialised():
+        return 0
+    import torch.distributed
+
+    return torch.distributed.get_rank()
+
+
+def is_main() -> bool:
+    """Whether this process is the one that writes and speaks."""
+    return rank() == 0
+
+
+def is_first_of_launch() -> bool:
+    """The same, told from the environment alone, for the time before `join` and after a failure."""
+    return not launched() or os.environ.get("RANK", "0") == "0"
+
+
+def device_name(device: str) -> str:
+    """The device of this process: its own accelerator where a launcher started several and ``device`` is "auto"."""
+    if device != "auto" or not _initialised():
+        return device
+    from accelerate import PartialState
+
+    return str(PartialState().device)
+
+
+def gather(value: T) -> list[T]:
+    """What each process gives, in the order of the ranks; every process gets the list."""
+    if count() == 1:
+        return [value]
+    from accelerate.utils import gather_object
+
+    with watching():
+        found: list[T] = gather_object([value])
+    return found
+
+
+def mean(values: Mapping[str, float]) -> dict[str, float]:
+    """The mean over the processes of each of ``values``, whose keys are the same everywhere."""
+    if count() == 1:
+        return dict(values)
+    import torch
+
+    with watching():
+        total = torch.tensor(list(values.values()), dtype=torch.float64, device=_device())
+        torch.distributed.all_reduce(total)
+    return dict(zip(values, (total / count()).tolist(), strict=True))
+
+
+def meet() -> None:
+    """Wait until all processes are here."""
+    if count() > 1:
+        from accelerate import PartialState
+
+        with watching():
+            PartialState().wait_for_everyone()
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """Run the body in every process and wait for the others; a `LexisegError` in one of them is raised in all.
+
+    The processes must not meet within the body, unless inside another `together`.
+
+    Raises:
+        SharedError: what the first process that failed has to say.
+        PeerError: another process ended.
+    """
+    if count() == 1:
+        yield
+        return
+    said: str | None = None
+    try:
+        yield
+    except PeerError:
+        raise
+    except LexisegError as error:
+        said = str(error)
+    if _any(said is not None):
+        sentences = [sentence for sentence in gather(said) if sentence is not None]
+        raise SharedError(sentences[0])
+
+
+@contextmanager
+def watching() -> Iterator[None]:
+    """Turn what the communication library raises when another process has ended into a sentence.
+
+    Raises:
+        PeerError: see above.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        text = str(error)
+        if count() == 1 or not any(word in text for word in ("gloo", "NCCL", "onnection", "Socket")):
+            raise
+        raise PeerError(
+            "Another process of this run ended or did not answer, so this one stops as well; what it said is above, "
+            "and --resume goes on."
+        ) from error
+
+
+def _any(mine: bool) -> bool:
+    import torch
+
+    with watching():
+        failed = torch.tensor(float(mine), device=_device())
+        torch.distributed.all_reduce(failed)
+    return bool(failed.item() > 0)
+
+
+def _device() -> Any:
+    from accelerate import PartialState
+
+    return PartialState().device
+
+
+def _initialised() -> bool:
+    import sys
+
+    # Whoever has not imported torch has no processes to meet, and `lexiseg --help` must not import it.
+    if "torch" not in sys.modules:
+        return False
+    import torch.distributed
+
+    return torch.distributed.is_available() and torch.distributed.is_initialized()

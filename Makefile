@@ -44,12 +44,23 @@ lint: $(STAMP) ## Check style and types
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m mypy
 
-weights: $(STAMP) ## Train the shipped weights again: the small CLIP, then ZegCLIP on it (hours on two cores)
+# Each is trained as its recipe says. DeOP starts from the proposals; second-look has ZegCLIP's training.
+WEIGHTS := clip-emoji zegclip-emoji cascade-clip-emoji second-look-emoji deop-emoji
+
+weights: $(STAMP) ## Train the shipped weights again: the small CLIP, then the systems on it (hours on two cores)
 	$(BIN)/lexiseg train clip-emoji -o runs/clip-emoji --resume
-	mkdir -p $(PRETRAINED)/clip-emoji $(PRETRAINED)/zegclip-emoji
+	mkdir -p $(addprefix $(PRETRAINED)/,$(WEIGHTS))
 	cp runs/clip-emoji/model/* $(PRETRAINED)/clip-emoji/
 	$(BIN)/lexiseg train zegclip-picture-world -o runs/zegclip-emoji --resume
 	cp runs/zegclip-emoji/model/* $(PRETRAINED)/zegclip-emoji/
+	$(BIN)/lexiseg train cascade-clip-picture-world -o runs/cascade-clip-emoji --resume
+	$(BIN)/lexiseg train second-look-picture-world --initial zegclip-emoji --set train.steps=0 \
+		-o runs/second-look-emoji --resume
+	$(BIN)/lexiseg train proposals-picture-world -o runs/proposals --resume
+	$(BIN)/lexiseg train deop-picture-world --initial runs/proposals -o runs/deop --resume
+	$(BIN)/lexiseg train deop-picture-world --initial runs/deop --set train.steps=0 \
+		--set 'model.options.remainder={count: 8}' -o runs/deop-emoji --resume
+	for name in cascade-clip-emoji second-look-emoji deop-emoji; do cp runs/$$name/model/* $(PRETRAINED)/$$name/; done
 
 results: $(STAMP) ## Train and measure every system on picture-world again and write docs/results (hours)
 	$(BIN)/python -m benchmarks.picture_world --runs runs/picture-world

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, cast
 
 from lexiseg.errors import LexisegError
-from lexiseg.words import as_number, clean_word, describe, finite, null, refuse_unknown
+from lexiseg.words import clean_word, describe, finite, null, refuse_unknown
 
 BackgroundSource: TypeAlias = "Background | str | float | Mapping[str, Any] | None"
 
@@ -24,7 +24,7 @@ class Background:
             model's scores.
 
     Raises:
-        LexisegError: a field that the kind needs is missing, or one it does not use is given.
+        LexisegError: a field that the kind needs is missing, one it does not use is given, or the name is no class's.
     """
 
     kind: Literal["none", "class", "threshold"] = "none"
@@ -40,6 +40,11 @@ class Background:
             raise LexisegError("A background of kind 'threshold' needs a threshold, and only that kind takes one.")
         if self.name is not None:
             object.__setattr__(self, "name", clean_word(self.name, "The background's name"))
+            if ";" in str(self.name):
+                raise LexisegError(
+                    f"The background is one class, so '{describe(self.name)}' cannot be its name; join its words by "
+                    "commas."
+                )
         if self.threshold is not None:
             object.__setattr__(self, "threshold", finite(self.threshold, "The background threshold"))
 
@@ -63,8 +68,11 @@ class Background:
         if isinstance(source, str):
             if source.strip().casefold() in ("none", "null", "~", ""):
                 return cls()
-            number = as_number(source)
-            return cls("class", name=source) if number is None else cls("threshold", threshold=number)
+            try:
+                float(source)
+            except ValueError:
+                return cls("class", name=source)
+            return cls("threshold", threshold=finite(source, "The background threshold"))
         if isinstance(source, Mapping):
             refuse_unknown(source, ("kind", "name", "threshold"), "a background")
             name, threshold = null(source.get("name")), null(source.get("threshold"))

@@ -39,7 +39,11 @@ class Source:
 
 
 def split_words(text: str) -> list[str]:
-    """Split words joined by commas; none may be empty."""
+    """Split words joined by commas.
+
+    Raises:
+        LexisegError: one of them is empty.
+    """
     words = text.split(",")
     for word in words:
         if not word.strip():
@@ -50,7 +54,11 @@ def split_words(text: str) -> list[str]:
 
 
 def split_classes(text: str) -> list[Record]:
-    """Split ``"cat; tree, bush"``: semicolons and line breaks separate classes, commas join synonyms."""
+    """Split ``"cat; tree, bush"``: semicolons and line breaks separate classes, commas join synonyms.
+
+    Raises:
+        LexisegError: a class or a word of it is empty.
+    """
     # NFC first: it turns the Greek question mark into a semicolon, which must then separate classes as it looks.
     text = unicodedata.normalize("NFC", text)
     records: list[Record] = []

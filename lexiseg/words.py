@@ -57,7 +57,11 @@ def word_key(text: str) -> str:
 
 
 def refuse_unknown(value: Mapping[Any, Any], known: Sequence[str], what: str) -> None:
-    """Raise a LexisegError that names the first key that is not known."""
+    """See that ``value`` has no keys but the ``known`` ones.
+
+    Raises:
+        LexisegError: it has; the sentence names the first.
+    """
     for key in value:
         if key not in known:
             raise LexisegError(f"Unknown key '{describe(key)}' in {what}; known keys are {', '.join(known)}.")
@@ -69,7 +73,11 @@ def null(value: Any) -> Any:
 
 
 def flag(value: object, what: str) -> bool | None:
-    """Read true, false or nothing, also from text as a YAML file holds it."""
+    """Read true, false or nothing, also from text as a YAML file holds it.
+
+    Raises:
+        LexisegError: it is something else; ``what`` begins the sentence.
+    """
     if value is None or isinstance(value, bool):
         return value
     if isinstance(value, str) and value.lower() in ("true", "false"):
@@ -77,17 +85,12 @@ def flag(value: object, what: str) -> bool | None:
     raise LexisegError(f"{what} must be true or false, not {describe(value)}.")
 
 
-def as_number(text: str) -> float | None:
-    """The finite number that a text spells, or None."""
-    try:
-        number = float(text)
-    except ValueError:
-        return None
-    return number if math.isfinite(number) else None
-
-
 def finite(value: object, what: str) -> float:
-    """Read a finite number, also from text as a YAML file holds it."""
+    """Read a finite number, also from text as a YAML file holds it.
+
+    Raises:
+        LexisegError: it is none; ``what`` begins the sentence.
+    """
     number: float | None = None
     if isinstance(value, int | float | str) and not isinstance(value, bool):
         try:

@@ -42,10 +42,12 @@ def families() -> Kinds:
 def compare(case: Case) -> None:
     """Find out what kind of case this is and compare it."""
     config = case.config
-    one_stage = "repo" in config
+    one_stage, read = "repo" in config, set(case.read)
     for matches, function in KINDS if one_stage else families() + KINDS:
         if matches(case):
+            case.read.intersection_update(read)  # looking what kind it is compares nothing
             return function(case)
+    case.read.intersection_update(read)
     if not one_stage:
         raise UnsupportedError(f"cases of {config.get('repo') or 'an unnamed system'} are not supported yet")
     if "model_config" not in config:

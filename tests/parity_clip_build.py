@@ -66,3 +66,49 @@ def make_clip(
             raise UnsupportedError(f"the case lacks {missing[0]}")
     clip.model.load_state_dict(found, strict=False)
     return clip
+
+
+def text_sizes(clip: CLIP) -> dict[str, Any]:
+    """Sizes of the text tower under the names that the cases' JSON has for them."""
+    tower = clip.model
+    count, width = tower.token_embedding.weight.shape
+    return {
+        "vocab": count,
+        "width": width,
+        "text_width": width,
+        "layers": len(tower.transformer.resblocks),
+        "text_layers": len(tower.transformer.resblocks),
+        "embed_dim": clip.embed_dim,
+        "embed": clip.embed_dim,
+        "context_length": clip.context_length,
+        "context": clip.context_length,
+    }
+
+
+def toy_sizes(clip: CLIP, *, vision: bool = True) -> dict[str, Any]:
+    """Both towers' sizes under the short names of the cases of DeOP and SimBaseline."""
+    text = text_sizes(clip)
+    sizes = {"tw": text["width"], "tl": text["layers"], "V": text["vocab"], "E": clip.embed_dim}
+    if vision:
+        seen = vision_sizes(clip)
+        sizes |= {"vw": seen["width"], "vl": seen["layers"], "res": seen["native"]}
+    return sizes
+
+
+def vision_sizes(clip: CLIP) -> dict[str, Any]:
+    """The same for the image tower, a transformer."""
+    tower = clip.image_tower
+    native = tower.patch_size * round((len(clip.visual.positional_embedding) - 1) ** 0.5)
+    return {
+        "native": native,
+        "input_resolution": native,
+        "width": tower.width,
+        "vision_width": tower.width,
+        "layers": tower.num_blocks,
+        "vision_layers": tower.num_blocks,
+        "patch": tower.patch_size,
+        "patch_size": tower.patch_size,
+        "output_dim": clip.embed_dim,
+        "out": clip.embed_dim,
+        "embed": clip.embed_dim,
+    }

@@ -8,15 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lexiseg.clip import AddedTables, ImageTower, PrependedPrompts, Severance, image_embeddings, region_embeddings
+from lexiseg.clip import CLIP, AddedTables, ImageTower, PrependedPrompts, Severance, image_embeddings, region_embeddings
 from lexiseg.clip.mask_attention import INSIDE, attention_mask, encode_regions, masks_on_grid, whole_patches
 from lexiseg.clip.resnet import attention_pool, resnet_features
 from lexiseg.clip.severance import released_residual, severance_masks
 from tests.parity_case import Case
-from tests.parity_clip_build import make_clip
+from tests.parity_clip_build import make_clip, vision_sizes
 from tests.parity_clip_texts import deop_text, learned_text, stage1_prompt, template_text, zegformer_text
-
-LEGACY = "a mask argument that no system of theirs uses; it hides the wrong tokens, being off by one"
 
 
 def deop_visual(case: Case) -> None:
@@ -29,6 +27,7 @@ def deop_visual(case: Case) -> None:
     )
     tower = clip.image_tower
     images = whole_patches(case.input("image"), tower.patch_size)
+    case.check_stated("sizes", config, {**vision_sizes(clip), "image_size": list(case.input("image").shape[-2:])})
     grid = (images.shape[-2] // tower.patch_size, images.shape[-1] // tower.patch_size)
     region_masks = severance_masks(case.input("mask_logits"), grid)
     modes = config.get("modes", {"": config})
@@ -39,9 +38,15 @@ def deop_visual(case: Case) -> None:
         hooks: list[Any] = [None]
         residual: dict[int, float] = {}
         if config["cls"] == "VisionTransformerLearnPosition":
+            side = round((len(params["learned_position"]) - 1) ** 0.5)
+            case.check_stated(f"{start}table", config, {"input_resolution_run": tower.patch_size * side})
             tables = added_tables(params, tower, config["position_layers"])
             added, hooks = tables.at_input(grid), [tables.hook(grid)]
         elif config["cls"] == "VisionTransformerLearnToken":
+            rows = params["transformer.deep_prompt_embeddings"]
+            case.check_stated("prompts", config, {"num_prompt_tokens": rows.shape[1]})
+            used = min(len(rows), len(mode.get("prompt_layers", config.get("prompt_layers", []))))
+            case.check_stated(f"{start}prompts", mode, {"deep_prompt_rows_used": used})
             prompts = prepended(params, tower, mode.get("prompt_layers", config.get("prompt_layers", [])))
             num_patches = grid[0] * grid[1]
             hooks = [prompts.hook(num_patches, severed=severed, keep_rows=keep) for keep in (True, False)]
@@ -69,12 +74,13 @@ def deop_visual(case: Case) -> None:
 
 
 def severances(mode: dict[str, Any]) -> dict[int, Severance]:
-    if not mode.get("maskselfattn"):
-        return {index: Severance("released") for index in mode["layermaskvit"]}
-    if mode.get("maskselfattnsoftmax"):
-        return {index: Severance("mps") for index in mode["layermaskvit"]}
-    alphas = mode.get("gps_alpha_paper") or {}
-    return {index: Severance("gps", float(alphas.get(str(index), 1.0))) for index in mode["layermaskvit"]}
+    blocks, alphas = mode["layermaskvit"], mode.get("gps_alpha_paper") or {}
+    severed, softmax = mode.get("maskselfattn"), mode.get("maskselfattnsoftmax")
+    if not severed:
+        return {index: Severance("released") for index in blocks}
+    if softmax:
+        return {index: Severance("mps") for index in blocks}
+    return {index: Severance("gps", float(alphas.get(str(index), 1.0))) for index in blocks}
 
 
 def added_tables(params: dict[str, Tensor], tower: ImageTower, blocks: list[int]) -> AddedTables:
@@ -107,6 +113,17 @@ def ip_clip(case: Case) -> None:
     grid = tuple(side // tower.patch_size for side in images.shape[-2:])
     on_grid = masks_on_grid(masks, (grid[0], grid[1]))
     case.check("mask_on_grid", on_grid)
+    check_visual_sizes(case, clip, images, masks)
+    inside = (on_grid >= INSIDE).flatten(2)
+    empty = [(~rows.any(dim=1)).nonzero().flatten().tolist() for rows in inside]
+    full = [rows.all(dim=1).nonzero().flatten().tolist() for rows in inside]
+    case.check_stated("masks", config, {"masks_empty_on_grid": empty, "masks_full_on_grid": full})
+    for key, end in (("trace_L", "/attn_blocked"), ("single", "/single_mask_cls")):
+        found = [int(name.split("/")[0].removeprefix("L")) for name in case.expected_names() if name.endswith(end)]
+        if config.get(key) is not None and found:
+            case.check_stated(key, config, {key: found[0]})
+    dense_kept = any(name.startswith("L") and name.endswith("/dense") for name in case.expected_names())
+    case.check_stated("dense", config, {"dense": dense_kept})
     for start in config["L"]:
         name = f"L{start}"
         run = encode_regions(tower, images, masks, start_block=start, patches=True, levels=range(tower.num_blocks))
@@ -129,6 +146,16 @@ def ip_clip(case: Case) -> None:
     case.check("no_mask/dense", dense(tower, images, "bicubic-corners"))
 
 
+def check_visual_sizes(case: Case, clip: CLIP, images: Tensor, masks: Tensor | None) -> None:
+    """Compare the JSON's sizes with the tower, the picture and the masks."""
+    patch = clip.image_tower.patch_size if hasattr(clip.visual, "transformer") else None
+    found: dict[str, Any] = {"B": len(images), "res": images.shape[-2]}
+    found |= {} if patch is None else {**vision_sizes(clip), "grid": images.shape[-2] // patch}
+    if masks is not None:
+        found |= {"N": masks.shape[1], "mh": masks.shape[-2], "mw": masks.shape[-1]}
+    case.check_stated("sizes", case.config, found)
+
+
 def blocked(on_grid: Tensor, heads: int) -> Tensor:
     """The whole block mask of the authors' code (B * heads, N + P, N + P), True = blocked, from our rows of it."""
     allowed = attention_mask(on_grid >= INSIDE)[:, 0]
@@ -149,11 +176,16 @@ def ip_resnet(case: Case) -> None:
     config, params = case.config, case.params()
     clip = make_clip(params, heads=config["heads"], native=config["native"])
     images, masks = case.input("image"), case.input("masks")
+    check_visual_sizes(case, clip, images, masks)
+    layers = [len(getattr(clip.visual, f"layer{stage}")) for stage in (1, 2, 3, 4)]
+    width = clip.visual.layer1[0].conv1.weight.shape[0]
+    case.check_stated("tower", config, {"layers": layers, "width": width, "out": clip.embed_dim})
     features = resnet_features(clip.visual, images)
     case.check("layer4", features)
     case.check("no_mask/cls", image_embeddings(clip.visual, images))
     case.check("no_mask/dense", attention_pool(clip.visual.attnpool, features, patches=True))
-    case.skip("released_key_padding/cls", LEGACY)
+    for name in case.expected_names("released_key_padding/"):
+        case.skip(name)
     case.check("paper_masked/cls", region_embeddings(clip.visual, images, masks, start_block=0))
 
 
@@ -163,8 +195,19 @@ def plain_vit(case: Case) -> None:
     clip = make_clip(params, heads=config["heads"], native=config["native"])
     for key in case.expected_names("native/"):
         case.check(key, image_embeddings(clip.visual, case.input("image_native")))
-    case.skip("legacy_key_padding/freeseg", LEGACY)
+    for name in case.expected_names("legacy_key_padding/"):
+        case.skip(name)
     other = case.input("image_other")
+    check_visual_sizes(case, clip, other, None)
+    case.check_stated("second size", config, {"res2": other.shape[-1]})
+    if "maxdiff_align_corners" in config:
+        corners = image_embeddings(clip.visual, other, position_interpolation="bicubic-corners")
+        difference = float(
+            (corners - image_embeddings(clip.visual, other, position_interpolation="bicubic")).detach().abs().max()
+        )
+        stated = config["maxdiff_align_corners"]
+        fine = abs(difference - stated) <= 1e-3 * stated
+        case.check_that("maxdiff_align_corners", fine, f"{difference} instead of {stated}")
     ways: dict[str, Any] = {"maft": "bicubic-corners", "freeseg": "bicubic-corners", "zsseg": "bicubic"}
     for key in case.expected_names("other/"):
         way = ways[key.removeprefix("other/").split("_")[0]]

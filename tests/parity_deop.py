@@ -16,13 +16,15 @@ from lexiseg.losses.regions import region_map_losses
 from lexiseg.models.decoupled import IMAGENET_MEAN, IMAGENET_STD
 from lexiseg.models.deop import DeOP
 from lexiseg.proposals import Proposals
+from lexiseg.proposals.maskformer import MaskFormer
 from lexiseg.regions.anchors import ConvAnchors, QueryAnchors, sine_positions
 from lexiseg.regions.pooling import patch_masks, unit_or_zero
 from lexiseg.weights.deop_checkpoint import anchor_key, authors_key, infer_anchor_options, read_deop
 from tests.parity_case import Case, UnsupportedError
-from tests.parity_clip_build import IdTokenizer, under
+from tests.parity_clip_build import IdTokenizer, toy_sizes, under
 from tests.parity_clip_texts import x_dot
 from tests.parity_decoupled_clip import inputs
+from tests.parity_proposals import generator_sizes
 
 Options = dict[str, Any]
 
@@ -41,6 +43,7 @@ def query_anchors(case: Case) -> None:
     ).eval()
     anchors.load_state_dict({name: params[anchor_key(name)] for name in anchors.state_dict()})
     case.check_that("K", options["anchor_layers"] == config["K"], f"the file has {options['anchor_layers']}")
+    case.check_stated("queries", config, {"num_queries": options["anchor_queries"]})
     features = case.input("features").permute(0, 2, 3, 1)
     grid = (int(features.shape[1]), int(features.shape[2]))
     masks = patch_masks(case.input("mask_logits"), grid)
@@ -66,7 +69,10 @@ def query_anchors(case: Case) -> None:
 def conv_anchors(case: Case) -> None:
     """The convolutional heatmap decoder as released."""
     params = case.params()
+    sizes = {"d_model": params["decoderConv.weight"].shape[1]}
     for mode in case.config["modes"]:
+        sizes["num_queries"] = case.input(f"{mode}/mask_logits").shape[1]
+        case.check_stated(f"{mode}: sizes", case.config, sizes)
         features = unit_or_zero(case.input(f"{mode}/features"))
         masks = patch_masks(case.input(f"{mode}/mask_logits"), (int(features.shape[1]), int(features.shape[2])))
         anchors = ConvAnchors(features.shape[-1], "sigmoid" if mode.endswith("sigmoid") else "softmax")
@@ -80,6 +86,7 @@ def conv_anchors(case: Case) -> None:
 def map_loss(case: Case) -> None:
     """The loss of the last stage and its gradients, at each steepness."""
     weights = case.config["weights"]
+    case.check_stated("classes", case.config, {"num_classes": case.input("pred_logits").shape[-1] - 1})
     for scale in case.config["output_sig"]:
         logits, masks = (case.input(name).clone().requires_grad_() for name in ("pred_logits", "pred_masks"))
         labels = case.input("sem_seg").long()
@@ -103,12 +110,14 @@ def map_loss(case: Case) -> None:
 
 def severance_options(mode: dict[str, Any], blocks: list[int]) -> Options:
     """Options of the severance that a mode of a case asks for."""
+    severed, softmax, alphas = (mode.get(key) for key in ("maskselfattn", "maskselfattnsoftmax", "gps_alpha_paper"))
     if not blocks:
         return {"severance": "none"}
-    kind = "released"
-    if mode.get("maskselfattn"):
-        kind = "mps" if mode.get("maskselfattnsoftmax") else "gps"
-    return {"severance": kind, "severed_blocks": tuple(blocks)}
+    kind = "released" if not severed else "mps" if softmax else "gps"
+    options: Options = {"severance": kind, "severed_blocks": tuple(blocks)}
+    if kind == "gps" and alphas:
+        options["alpha"] = tuple(float(alphas.get(str(index), 1.0)) for index in blocks)
+    return options
 
 
 def build(case: Case, names: list[str], options: Options) -> DeOP:
@@ -129,8 +138,29 @@ def build(case: Case, names: list[str], options: Options) -> DeOP:
     )
     if unused:
         case.notes.append(f"{len(unused)} parameters take part in no computation")
+    check_sizes(case, model)
     in_double(model)
     return model
+
+
+def check_sizes(case: Case, model: DeOP) -> None:
+    """Compare the sizes of the JSON with the model's."""
+    config, params = case.config["config"], case.params()
+    options = infer_anchor_options(params)
+    generator = model.generator
+    assert isinstance(generator, MaskFormer)
+    sizes = {**toy_sizes(model.clip), **generator_sizes(generator), "n_train": len(config["train_names"])}
+    sizes["npre"] = len(params["clip_adapter.prompt_learner.prefix_prompt"])
+    if options["anchors"] == "query":
+        sizes["K"] = options["anchor_layers"]
+        sizes |= {"dff": options["anchor_hidden"]} if "anchor_hidden" in options else {}
+    tables = [key for key in params if key.endswith("learned_position")]
+    if tables:
+        rows = len(params["clip_adapter.clip_model.visual.learned_position"])
+        sizes["run"] = model.clip.image_tower.patch_size * round((rows - 1) ** 0.5)
+        blocks = {int(key.split("resblocks.")[1].split(".")[0]) for key in tables if "resblocks" in key}
+        case.check_that("pl", set(config["pl"]) == blocks, f"the file has tables in {sorted(blocks)}")
+    case.check_stated("sizes", config, sizes)
 
 
 def in_double(model: DeOP) -> None:
@@ -159,7 +189,7 @@ def normalised(image: Tensor) -> Tensor:
 def inference(case: Case) -> None:
     """One picture through the whole system, padded, cut and resized, with every intermediate result."""
     config, names = case.config["config"], case.config["config"]["test_names"]
-    model = build(case, names, severance_options({}, config["lm"]))
+    model = build(case, names, severance_options(case.config, config["lm"]))
     image = normalised(case.input("image"))[None]
     size = (int(image.shape[-2]), int(image.shape[-1]))
     padded = model.pad(image)
@@ -243,7 +273,7 @@ def training(case: Case) -> None:
     config, names = case.config["config"], case.config["config"]["train_names"]
     weights = case.config["loss_weights"]
     options = {
-        **severance_options({}, config["lm"]),
+        **severance_options(case.config, config["lm"]),
         "squash": case.config["output_sig"],
         "focal_weight": weights["loss_ce"],
         "dice_weight": weights["loss_decoder_dice"],
@@ -337,7 +367,7 @@ def measure(case: Case, predictions: list[Tensor], labels: list[Tensor]) -> Conf
 def counts_of_confusion(case: Case, confusion: Confusion) -> None:
     """Compare with the authors' matrix (prediction x label, the ignored last), of which we keep three sums."""
     matrix, classes = case.tensors["expected/confusion"], case.config["num_classes"]
-    case.skip("confusion", "lexiseg keeps three sums of it, which are compared")
+    case.skip("confusion")
     for name, ours, theirs in (
         ("intersection", confusion.intersection, matrix.diagonal()[:classes]),
         ("predicted", confusion.predicted, matrix[:classes, :classes].sum(dim=1)),

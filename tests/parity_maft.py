@@ -12,16 +12,19 @@ from torch.nn import functional as F
 
 from lexiseg.clip import TextEmbedder
 from lexiseg.clip.templates import IMAGENET_SELECT, IN_THE_SCENE
+from lexiseg.models.freeseg import FreeSeg
 from lexiseg.models.region_host import RegionHost
 from lexiseg.models.zegformer import ZegFormer
 from lexiseg.models.zsseg import ZSSeg
 from lexiseg.proposals import Proposals
+from lexiseg.proposals.mask2former import Mask2Former
+from lexiseg.proposals.maskformer import MaskFormer
 from lexiseg.regions.ensemble import EnsembleOptions, class_probabilities, ensemble
 from lexiseg.weights.region_host_checkpoint import read_region_host
-from tests.parity_case import Case
-from tests.parity_clip_build import under
+from tests.parity_case import Case, UnsupportedError
+from tests.parity_clip_build import text_sizes, under, vision_sizes
 from tests.parity_decoupled_clip import inputs
-from tests.parity_proposals import generator_gradients
+from tests.parity_proposals import generator_gradients, generator_sizes, interaction_sizes, mask2former_sizes
 from tests.parity_region_parts import (
     GIVEN,
     SOFTMAX,
@@ -76,16 +79,28 @@ def full(case: Case) -> None:
     config = case.config
     weight = config["ensemble_lambda"]
     if "clip_cls_style" in config:
-        model = read(case, seen_offset=config["gzero_calibrate"])
+        merges = {"cropmask": "mask-crop", "crop": "crop", "mask": "mask"}
+        model = read(
+            case,
+            seen_offset=max(config["gzero_calibrate"], 0.0),
+            ensemble={"rule": "zegformer", "weight": weight},
+            crops={"convention": "roi-align", "merge": merges[config["clip_cls_style"]]},
+        )
         names = {"train": config["seen"], "test": [*config["seen"], *config["unseen"]]}
         seen = torch.arange(len(names["test"])) < len(config["seen"])
-        single = config["prompt_ensemble_type"] == "single"
-        model.default_templates = IN_THE_SCENE if single else IMAGENET_SELECT
+        model.default_templates = {"single": IN_THE_SCENE, "imagenet_select": IMAGENET_SELECT}[
+            config["prompt_ensemble_type"]
+        ]
     else:
         crops = {"align_corners": config["interaction"] is not None, "size": config.get("crop", 224)}
-        model = read(case, crops=crops, ensemble={"weight": weight})
+        system = ZSSeg if config["interaction"] is None else FreeSeg
+        stated = {"mask_weight": "mask_weight", "dice_weight": "dice_weight", "no_object_weight": "no_object"}
+        criterion = system.options_class().model_dump()["criterion"]  # type: ignore[call-arg]
+        criterion |= {ours: config[key] for key, ours in stated.items() if key in config}
+        model = read(case, crops=crops, ensemble={"weight": weight}, criterion=criterion)
         names = {"train": config["class_names_train"], "test": config["class_names_test"]}
         seen = torch.tensor(config["trainable_flag"]).bool()
+    check_sizes(case, model)
     images = whole_images(case)
     frame = frame_of(images)
     batch = torch.stack([padded(normalised(image), frame) for image in images])
@@ -108,21 +123,69 @@ def full(case: Case) -> None:
     labels = torch.stack([padded(case.input(f"labels.{index}").long(), frame, 255) for index in range(len(images))])
     result = model.losses(batch, labels, text)
     expected = {name.removeprefix("train/") for name in case.expected_names("train/")}
+    case.check_stated("loss_keys", config, {"loss_keys": sorted(expected)})
     case.check_that("losses", expected == result.keys() - {"loss"}, f"{sorted(result)} instead of {sorted(expected)}")
     for name, value in result.items():
         case.check(f"train/{name}", value)
     result["loss"].backward()
-    check_gradients(case, model)
+    trained = {".".join(key.split(".")[:2]) for key in check_gradients(case, model)}
+    case.check_stated("trainable_top", config, {"trainable_top": sorted(trained)})
+
+
+def check_sizes(case: Case, model: RegionHost) -> None:
+    """Compare the JSON's sizes and counts with the model and the pictures."""
+    config, generator = case.config, model.generator
+    assert isinstance(generator, (MaskFormer, Mask2Former))
+    found: dict[str, Any] = {**text_sizes(model.clip), **vision_sizes(model.clip), **generator_sizes(generator)}
+    layers = generator.options.decoder_layers
+    found |= {"decoder_layers": layers, "decoder_layers_cfg": layers, "deform_encoder_layers": None}
+    if isinstance(generator, Mask2Former):
+        found |= mask2former_sizes(generator, case.params())
+        case.check_stated("interaction", config.get("interaction") or {}, interaction_sizes(case.params()))
+    if model.prompts is not None:
+        parts = (model.prompts.prefix_prompt, model.prompts.suffix_prompt, model.prompts.task_prompt)
+        counts = [0 if part is None else len(part) for part in parts]
+        found |= {"prompt_shape": counts[:2], "task_prompt_len": counts[2] or None}
+    found["sizes"] = [list(image.shape[-2:]) for image in whole_images(case)]
+    if "class_names" in config:
+        found["C"] = len(config["class_names"])
+    if "class_names_train" in config:
+        found["C_train"] = len(config["class_names_train"])
+    found.pop("stem", None)  # here it is said in words
+    case.check_stated("sizes", config, found)
+    dilations = re.findall(r"dilation ([\d,]+)", config.get("resnet", ""))
+    if dilations:
+        body: Any = generator.backbone.body
+        ours = [block.conv2.dilation[0] for block in body.layer4]
+        case.check_that("dilations", ours == [int(one) for one in dilations[0].strip(",").split(",")], f"{ours}")
 
 
 def check_backbone(case: Case, model: RegionHost, images: Tensor) -> None:
-    """Compare feature maps. The cases keep those of all images, or of one of them, without saying which."""
+    """Compare feature maps."""
     for name, actual in zip(("res2", "res3", "res4", "res5"), model.generator.backbone(images), strict=True):
-        if case.has(name) and len(expected := case.tensors[f"expected/{name}"]) < len(actual):
-            actual = actual[(actual - expected).abs().flatten(1).amax(dim=1).argmin()][None]
-        case.check(name, actual)
-    if case.has("mask_features"):
-        case.skip("mask_features", "compared in the cases of the generator alone; here the masks made of them are")
+        check_some(case, name, actual)
+    check_mask_features(case, model, images)
+
+
+def check_mask_features(case: Case, model: RegionHost, images: Tensor) -> None:
+    """Compare what the masks are made of; of Mask2Former before it has looked at the words."""
+    if not case.has("mask_features"):
+        return
+    generator = model.generator
+    assert isinstance(generator, (MaskFormer, Mask2Former))
+    features = generator.backbone(images)
+    if isinstance(generator, Mask2Former):
+        actual = generator.pixel_features(features)[1]
+    else:
+        actual = generator.pixel_decoder(features).last_hidden_state
+    check_some(case, "mask_features", actual)
+
+
+def check_some(case: Case, name: str, actual: Tensor) -> None:
+    """Compare with all images, or with the one that the case keeps without saying which it is."""
+    if case.has(name) and len(expected := case.tensors[f"expected/{name}"]) < len(actual):
+        actual = actual[(actual - expected).abs().flatten(1).amax(dim=1).argmin()][None]
+    case.check(name, actual)
 
 
 def check_proposals(case: Case, model: RegionHost, found: Proposals, text: Tensor) -> None:
@@ -132,7 +195,8 @@ def check_proposals(case: Case, model: RegionHost, found: Proposals, text: Tenso
         case.check("pred_logits", model.proposal_logits(found.embeddings, model.texts(text)[0]))
 
 
-def check_gradients(case: Case, model: RegionHost) -> None:
+def check_gradients(case: Case, model: RegionHost) -> list[str]:
+    """Compare gradients; returns the authors' keys of all that have one."""
     row = "sem_seg_head.predictor.bg_feature" if isinstance(model, ZegFormer) else "clip_adapter.non_object_embedding"
     gradients = {row: model.no_object.grad, **generator_gradients(model.generator)}
     if model.prompts is not None:
@@ -147,6 +211,7 @@ def check_gradients(case: Case, model: RegionHost) -> None:
             case.problems.append(f"{name}: there is no such gradient")
         else:
             case.check(name, gradient)
+    return [key for key, gradient in gradients.items() if gradient is not None]
 
 
 def maft_step(case: Case) -> None:
@@ -159,6 +224,7 @@ def maft_step(case: Case) -> None:
     case.check_that(
         "templates", tuple(config["templates"]) == model.default_templates, "the model has others by default"
     )
+    check_sizes(case, model)
     images = whole_images(case)
     frame = frame_of(images)
     batch = torch.stack([padded(normalised(image), frame) for image in images])
@@ -196,13 +262,17 @@ def simple_baseline(case: Case) -> None:
     clip, rows = toy_clip(case, under(case.params(), "clip_adapter."), config["test_names"])
     image = case.input("image")
     size = (int(image.shape[-2]), int(image.shape[-1]))
+    crops = {"size": case.config.get("crop", 224)}  # what the authors' code resizes to, whatever the tower
     first = True
     for mode, given in case.config["modes"].items():
         seen = flags(given, mode)
         if mode == "direct":
-            _given_masks(case, ZSSeg.build(clip, {**GIVEN, "crops": {"size": 224}}), rows, seen, given["weight"])
+            _given_masks(case, ZSSeg.build(clip, {**GIVEN, "crops": crops}), rows, seen, given["weight"])
             continue
         opts = dict(zip(given["opts"][::2], given["opts"][1::2], strict=True))
+        unknown = opts.keys() - {"MODEL.CLIP_ADAPTER.CLIP_ENSEMBLE_WEIGHT", "MODEL.CLIP_ADAPTER.CLIP_ENSEMBLE"}
+        if unknown:
+            raise UnsupportedError(f"mode {mode} sets {sorted(unknown)[0]}, which is not known")
         options: dict[str, Any] = {"weight": opts.get("MODEL.CLIP_ADAPTER.CLIP_ENSEMBLE_WEIGHT", 0.8)}
         if not opts.get("MODEL.CLIP_ADAPTER.CLIP_ENSEMBLE", True):
             options["rule"] = "proposal"
@@ -211,13 +281,15 @@ def simple_baseline(case: Case) -> None:
             heads=config["vh"],
             text_heads=config["th"],
             generator_heads=config["nh"],
-            options={"crops": {"size": 224}, "ensemble": options},
+            options={"crops": crops, "ensemble": options},
             tokenizer=clip._tokenizer,
             name=case.name,
         )
         features = model.encode_images(normalised(image)[None])
         if first:
             first = False
+            assert isinstance(model.generator, MaskFormer)
+            case.check_stated("sizes of the generator", config, generator_sizes(model.generator))
             assert model.prompts is not None
             proposals = model.proposals_of(features, rows[:-1])
             large = model.upsampled(proposals.mask_logits, features.values["images"])

@@ -21,9 +21,10 @@ from lexiseg.training.schedule import poly_warmup
 from lexiseg.weights.one_stage_checkpoint import authors_key, read_one_stage
 from lexiseg.windows import Box, cover
 from tests.parity_case import Case, UnsupportedError
+from tests.parity_clip_build import text_sizes, vision_sizes
 from tests.parity_pieces import architecture
 
-DEAD = "a dead computation of the authors' code, which lexiseg leaves out"
+_AUTHORS_LOSSES = {"accuracy": "decode.acc_seg"}
 
 
 def groups_of(tower: dict[str, Any]) -> str:
@@ -69,9 +70,50 @@ def build(case: Case, **options: Any) -> OneStageModel:
     if isinstance(model, ZegCLIP):
         projected = bool(head.get("use_proj", False))
         case.check_that("projected memory", model.options.project_memory == projected, f"the JSON says {projected}")
+    check_stated_sizes(case, model)
     if unused:
         case.notes.append(f"{len(unused)} parameters take part in no computation")
     return model
+
+
+def check_stated_sizes(case: Case, model: OneStageModel) -> None:
+    """Compare the sizes and the classes of the JSON with the model and the inputs."""
+    config, clip = case.config["model_config"], model.clip
+    tower, head, text = config["backbone"], config["decode_head"], config.get("text_encoder", {})
+    seen = vision_sizes(clip)
+    prompts = case.tensors.get("param/backbone.prompt_embeddings")
+    seen |= {} if prompts is None else {"num_tokens": prompts.shape[1], "prompt_dim": prompts.shape[2]}
+    seen["input_resolution"] = clip.image_tower.patch_size * stored_side(case)
+    case.check_stated("sizes of the tower", tower, seen)
+    dim = clip.embed_dim
+    levels = len(tower.get("out_indices", [0]))
+    widths = dict.fromkeys(("in_channels", "channels", "embed_dims"), dim)
+    case.check_stated("sizes of the head", head, {**widths, "use_stages": levels})
+    if "param/text_encoder.token_embedding.weight" in case.tensors:
+        sizes = {**text_sizes(clip), "embed_dim": dim, "vocab_size": text_sizes(clip)["vocab"]}
+        sizes |= {f"transformer_{key}": sizes[key] for key in ("width", "layers")}
+        case.check_stated("sizes of the text tower", text, sizes)
+    weights = case.tensors.get("param/decode_head.loss_decode.criterion.empty_weight")
+    if weights is not None:
+        case.check_stated("classes of the loss", head, {"num_classes": len(weights) - 1})
+        loss = {"num_classes": len(weights) - 1, "dec_layers": model.options.decoder_layers}
+        case.check_stated("classes of the loss", head.get("loss_decode", {}), loss)
+    if config.get("ft_backbone"):
+        raise UnsupportedError("a case whose backbone is tuned as a whole is not known")
+    if {"input/seen_idx", "input/unseen_idx"} <= case.tensors.keys():
+        ids = case.input("seen_idx").tolist()
+        every = sorted({*ids, *case.input("unseen_idx").tolist()})
+        case.check_stated("classes of the head", head, {"seen_idx": ids, "all_idx": every})
+        unseen = [index for index in every if index not in ids]
+        stated = {"base_class": ids, "novel_class": unseen, "both_class": every}
+        case.check_stated("classes", config, stated)
+        names = {"number": len(config.get("class_names", every))}
+        case.check_stated("class names", names, {"number": len(every)})
+
+
+def stored_side(case: Case) -> int:
+    """Patches a side of the position table in the file."""
+    return round((len(case.tensors["param/backbone.positional_embedding"]) - 1) ** 0.5)
 
 
 def compare_blocks(case: Case, model: OneStageModel, images: Tensor) -> None:
@@ -140,7 +182,7 @@ def compare_forward(case: Case, model: OneStageModel, images: Tensor, text: Tens
             for index, layer in enumerate(trace):
                 case.check(f"{prefix}_layer{index}_attn_logits", layer.logits)
                 if layer.queries is None:
-                    case.skip(f"{prefix}_layer{index}_query_out", DEAD)
+                    case.skip(f"{prefix}_layer{index}_query_out")
                 else:
                     case.check(f"{prefix}_layer{index}_query_out", layer.queries.transpose(0, 1))
         size = model.mask_size(features.size)
@@ -211,6 +253,8 @@ def training(case: Case) -> None:
             case.check(f"loss/decode.{name}", losses[name])
     compare_accuracy(case, losses["accuracy"], logits)
     case.check("loss_total", losses["loss"])
+    keys = [_AUTHORS_LOSSES.get(name, f"decode.{name}") for name in losses if name != "loss"]
+    case.check_stated("losses", case.config, {"loss_keys": keys})
     losses["loss"].backward()
     # The bias of attention keys has no gradient in exact arithmetic: it shifts all logits of a softmax alike.
     magnitudes = [float(case.tensors[f"expected/{name}"].abs().max()) for name in case.expected_names("grad/")]
@@ -224,11 +268,50 @@ def training(case: Case) -> None:
     wanted = set(case.expected_names("grad/"))
     difference = sorted(wanted ^ with_gradient)
     case.check_that("which parameters have gradients", not difference, f"they differ in {difference[:3]}")
+    trained = {name.removeprefix("grad/") for name in with_gradient}
+    for key, sentence in (
+        ("trainable_without_grad", "has a gradient here"),
+        ("frozen_examples", "is trained here"),
+    ):
+        wrong = sorted(trained & set(case.config.get(key, [])))
+        case.check_that(key, not wrong, f"{wrong[:1]} {sentence}")
+    check_frozen_count(case, trained)
     if case.has("eval_scores"):
         model.eval()
         with torch.no_grad():
             scores = model(images, text, seen_words=seen)
         case.check("eval_scores", scores.dense(tuple(images.shape[-2:])))
+
+
+def check_frozen_count(case: Case, trained: set[str]) -> None:
+    """Compare the number of frozen parameters; the file does not tell buffers apart."""
+    stated = case.config.get("frozen_parameters_count")
+    if stated is not None:
+        buffers = ("running_mean", "running_var", "num_batches_tracked", "criterion.empty_weight")
+        every = [key for key in case.params() if not key.endswith(buffers)]
+        found = len(every) - len(trained) - len(case.config.get("trainable_without_grad", []))
+        case.check_that("frozen_parameters_count", found == stated, f"{found} instead of {stated}")
+
+
+def check_groups(case: Case, model: OneStageModel, groups: list[dict[str, Any]], names: list[str], base: float) -> None:
+    """Compare rate and decay of every parameter that lexiseg trains with the authors' optimizer.
+
+    What they train beside it has to be what lexiseg does not have at all: weights that no output depends on.
+    """
+    frozen = {str(authors_key(name, model.system)) for name, _ in model.named_parameters()} - set(names)
+    stated = {group["name"]: group for group in case.config.get("param_groups", [])}
+    if not stated:
+        return
+    wrong = []
+    for name, group in zip(names, groups, strict=True):
+        theirs = stated.get(name, {})
+        found = {"lr_mult": group["base"] / base, "weight_decay": group["weight_decay"], "requires_grad": True}
+        if any(abs(float(theirs.get(key, -1)) - float(value)) > 1e-9 for key, value in found.items()):
+            wrong.append(name)
+    case.check_that("param_groups", not wrong, f"{wrong[:3]} have another rate or decay")
+    trained = {name for name, group in stated.items() if group["requires_grad"]} - set(names)
+    alive = sorted(trained & frozen)
+    case.check_that("param_groups: frozen", not alive, f"{alive[:3]} are not trained here")
 
 
 def optimizer_steps(case: Case) -> None:
@@ -238,12 +321,13 @@ def optimizer_steps(case: Case) -> None:
     text = case.input("text_embeddings").float()[case.input("seen_idx").long()]
     optimizer_config, hook = config["optimizer"], config["lr_hook"]
     keys = optimizer_config["paramwise_cfg"]["custom_keys"]
-    groups = []
+    groups, names = [], []
     for name, parameter in model.trainable_parameters():
         # The longest rule that is part of the name counts, ties in alphabetical order.
         theirs = str(authors_key(name, model.system))
         rule = next((key for key in sorted(sorted(keys), key=len, reverse=True) if key in theirs), None)
         options = keys.get(rule, {})
+        names.append(theirs)
         groups.append(
             {
                 "params": [parameter],
@@ -251,6 +335,7 @@ def optimizer_steps(case: Case) -> None:
                 "weight_decay": optimizer_config["weight_decay"] * options.get("decay_mult", 1.0),
             }
         )
+    check_groups(case, model, groups, names, optimizer_config["lr"])
     optimizer = torch.optim.AdamW(groups, lr=optimizer_config["lr"])
     largest = []
     steps = sorted({int(name.split("/")[0].removeprefix("step")) for name in case.expected_names("step")})
@@ -279,7 +364,7 @@ def optimizer_steps(case: Case) -> None:
         if key in parameters:
             case.check(name, parameters[key])
         else:
-            case.skip(name, DEAD)
+            case.skip(name)
 
 
 def backbone(case: Case) -> None:
@@ -347,11 +432,10 @@ def text_path(case: Case) -> None:
 
 
 def _windows(canvas: tuple[int, ...], size: list[int], stride: list[int]) -> list[Box]:
-    if size[0] != size[1]:
-        raise UnsupportedError(f"windows of {size} are not square")
+    # Rows and columns apart: lexiseg's own windows are square, those of a case need not be.
     tops = sorted({box[0] for box in cover(canvas[0], canvas[1], size[0], stride[0])})
-    lefts = sorted({box[1] for box in cover(canvas[0], canvas[1], size[0], stride[1])})
-    return [(top, left, min(size[0], canvas[0]), min(size[0], canvas[1])) for top in tops for left in lefts]
+    lefts = sorted({box[1] for box in cover(canvas[0], canvas[1], size[1], stride[1])})
+    return [(top, left, min(size[0], canvas[0]), min(size[1], canvas[1])) for top in tops for left in lefts]
 
 
 def slide(case: Case) -> None:
@@ -361,6 +445,7 @@ def slide(case: Case) -> None:
     images, text = case.input("image"), case.input("text_embeddings")
     seen = _seen(case, len(text))
     canvas = tuple(images.shape[-2:])
+    case.check_stated("canvas", config, {"image_hw": list(canvas)})
     test = config["model_config"]["test_cfg"]
     boxes = _windows(canvas, test["crop_size"], test["stride"])
     shapes = [list(box[2:]) for box in boxes]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from lexiseg.clip import build_clip, resize_positions
 from lexiseg.data.transforms import test_size, train_size
-from lexiseg.evaluation.metrics import Confusion, reduce_zero_label
+from lexiseg.evaluation.metrics import Confusion, Metrics, nanmean, percent, reduce_zero_label
 from lexiseg.losses import count_masks, mask_losses, ssim_loss
 from lexiseg.training.schedule import poly_warmup
 from lexiseg.weights.one_stage_checkpoint import IMAGENET_MEAN, IMAGENET_STD
@@ -85,13 +86,48 @@ def metric(case: Case) -> None:
     }
     for name, value in found.items():
         case.check(name, torch.as_tensor(value, dtype=torch.float64))
-    printed = config.get("printed_by_authors_code", {})
+    check_printed(case, result)
+    check_unlabelled(case, confusion, result)
+    case.check_stated(
+        "number of names", {"n": len(config.get("class_names", result.iou))}, {"n": config["num_classes"]}
+    )
+
+
+def check_unlabelled(case: Case, confusion: Confusion, result: Metrics) -> None:
+    """Compare the classes without an IoU, and those that only predictions show; the cases may name a few of them."""
+    iou, labelled = result.iou, confusion.labelled
+    unlabelled = [int(index) for index in range(len(iou)) if iou[index] == 0 and labelled[index] == 0]
+    found_ids = {
+        "nan_iou_classes": [int(index) for index in range(len(iou)) if math.isnan(iou[index])],
+        "zero_label_but_predicted": unlabelled,
+    }
+    for key, ids in found_ids.items():
+        stated = case.config.get(key)
+        if stated is not None:
+            case.check_that(key, set(stated) <= set(ids), f"{ids} instead of {stated}")
+
+
+def check_printed(case: Case, result: Metrics) -> None:
+    """Compare what the authors' code printed and returned, of all, the seen and the unseen classes."""
+    printed = case.config.get("printed_by_authors_code", {})
     summary = result.summary()
-    for title, ours in (("Summary:", "miou"), ("Seen Summary:", "miou_seen"), ("Unseen Summary:", "miou_unseen")):
-        if title in printed:
-            given, value = printed[title]["mIoU"], summary[ours]
+    everything = list(range(len(result.iou)))
+    seen, unseen = (case.input(name).tolist() for name in ("seen_idx", "unseen_idx"))
+    parts = {"Summary:": everything, "Seen Summary:": seen, "Unseen Summary:": unseen}
+    for (title, ids), ours in zip(parts.items(), ("miou", "miou_seen", "miou_unseen"), strict=True):
+        if title not in printed:
+            continue
+        accuracy = result.accuracy[ids]
+        for key, value in (("mIoU", summary[ours]), ("mAcc", percent(nanmean(accuracy))), ("aAcc", summary["pacc"])):
+            given = printed[title].get(key)
             text = "nan" if value is None else f"{value:.2f}"
-            case.check_that(f"printed {ours}", float(given) == float(text) or given == text, f"{text}, not {given}")
+            fine = given is None or given == text or float(given) == float(text)
+            case.check_that(f"{title} {key}", fine, f"{text}, not {given}")
+    returned = case.config.get("returned_summary", {})
+    for key, name in (("aAcc", "pacc"), ("mIoU", "miou"), ("mAcc", "macc")):
+        value = summary[name]
+        if key in returned and value is not None:
+            case.check_that(f"returned {key}", abs(100 * returned[key] - value) < 1e-6, f"{value}, not {returned[key]}")
 
 
 def loss_only(case: Case) -> None:
@@ -99,6 +135,7 @@ def loss_only(case: Case) -> None:
     config = case.config
     weights = config["weights"]
     labels = case.input("labels").long()
+    case.check_stated("classes", config, {"num_classes": case.input("pred_masks").shape[1]})
     if "num_masks" in config:
         case.check_numbers("num_masks", [count_masks(labels)], [config["num_masks"]])
     names = ["", *(f"_{index}" for index in range(config.get("n_aux", 0)))]

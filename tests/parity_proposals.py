@@ -23,13 +23,41 @@ from lexiseg.proposals.maskformer import MaskFormer
 from lexiseg.weights.detectron_checkpoint import fill_generator
 from lexiseg.weights.detectron_keys import infer_generator_options, source_of
 from tests.parity_case import Case
-from tests.parity_clip_build import IdTokenizer, make_clip, under
+from tests.parity_clip_build import IdTokenizer, make_clip, toy_sizes, under
 from tests.parity_clip_texts import prompt_learner, x_dot
 
 # Of pixels 0..255.
 _MEAN = torch.tensor([123.675, 116.28, 103.53])[:, None, None]
 _STD = torch.tensor([58.395, 57.12, 57.375])[:, None, None]
 _GENERATOR = ("backbone.", "sem_seg_head.")
+
+
+def generator_sizes(model: MaskFormer | Mask2Former) -> dict[str, Any]:
+    """Sizes of a generator under the names that the cases' JSON has for them."""
+    options = model.options
+    sizes = {
+        "conv": options.pixel_dim,
+        "conv_dim": options.pixel_dim,
+        "mask": options.mask_dim,
+        "mask_dim": options.mask_dim,
+        "hid": options.hidden_dim,
+        "hidden": options.hidden_dim,
+        "nh": options.heads,
+        "nheads": options.heads,
+        "ff": options.ffn_dim,
+        "ffn": options.ffn_dim,
+        "dec": options.decoder_layers,
+        "Q": options.num_queries,
+        "N": options.num_queries,
+    }
+    if options.class_head == "cosine-mlp":
+        sizes |= {"ehid": options.class_hidden, "class_embed_hidden": options.class_hidden}
+    if options.widths is not None and options.backbone != "tiny":
+        layers = [len(getattr(model.backbone.body, f"layer{stage}")) for stage in (1, 2, 3, 4)]
+        depth = {"r50": 50, "r101": 101}[options.backbone.removesuffix("c")]
+        sizes |= {"wpg": options.widths[0], "res2": 4 * options.widths[0], "depth": depth, "blocks": layers}
+        sizes |= {} if options.stem_width is None else {"stem": options.stem_width}
+    return sizes
 
 
 def generator_params(case: Case) -> dict[str, Tensor]:
@@ -47,7 +75,7 @@ def maskformer(case: Case, heads: int, *, dropout: float | None = None) -> MaskF
     model = MaskFormer(options)
     fill_generator(model, params, masked=False, name=case.name)
     body: Any = model.backbone.body
-    for block, dilation in zip(body.layer4, case.config.get("res5_dilations", ()), strict=False):
+    for block, dilation in zip(body.layer4, case.config.get("res5_dilations", [1, 2, 4]), strict=True):
         block.conv2.dilation = block.conv2.padding = (dilation, dilation)
     return model.eval()
 
@@ -56,6 +84,9 @@ def maskformer(case: Case, heads: int, *, dropout: float | None = None) -> MaskF
 def maskformer_small(case: Case) -> None:
     """MaskFormer alone, from the backbone's features to the masks of every layer."""
     model = maskformer(case, case.config["config"]["nh"])
+    case.check_stated("sizes", case.config["config"], generator_sizes(model))
+    sizes = {key: value for key, value in generator_sizes(model).items() if key in ("depth", "blocks")}
+    case.check_stated("backbone", case.config, sizes)
     images = case.input("image_normalised")
     features = model.backbone(images)
     for index, name in enumerate(("res2", "res3", "res4", "res5")):
@@ -95,6 +126,11 @@ def mask2former_head(case: Case) -> None:
     """Mask2Former's head with context interaction, from given features."""
     config, params = case.config, generator_params(case)
     model = _head_only(config, params)
+    channels = {f"res{stage}": case.input(f"res{stage}").shape[1] for stage in (2, 3, 4, 5)}
+    case.check_stated("channels", config["channels"], channels)
+    case.check_stated("words", config, {"C": len(case.input("text_features")) - 1})  # "no object" is the last
+    case.check_stated("sizes", config, {**generator_sizes(model), **mask2former_sizes(model, params)})
+    case.check_stated("interaction", config["interaction"], interaction_sizes(params))
     features = [case.input(f"res{stage}") for stage in (2, 3, 4, 5)]
     text = case.input("text_features")
     levels, pixels = model.pixel_features(features)
@@ -112,6 +148,29 @@ def mask2former_head(case: Case) -> None:
     case.check("pred_masks", found.mask_logits)
     if found.embeddings is not None:
         case.check("pred_embed", found.embeddings)
+
+
+def mask2former_sizes(model: Mask2Former, params: dict[str, Tensor]) -> dict[str, Any]:
+    """Sizes that Mask2Former alone has, under the names of the JSON."""
+    encoder = "sem_seg_head.pixel_decoder.transformer.encoder.layers."
+    layers = {key.removeprefix(encoder).split(".")[0] for key in params if key.startswith(encoder)}
+    heads = model.options.encoder_heads
+    weights = params[f"{encoder}0.self_attn.attention_weights.weight"].shape[0]
+    return {
+        "embed": model.options.embed_dim,
+        "deform_points": weights // (3 * heads),  # three levels
+        "DEC_LAYERS": model.options.decoder_layers,
+        "actual_decoder_layers": model.options.decoder_layers,
+        "encoder_layers": len(layers),
+        "deform_encoder_layers": len(layers),
+        "encoder_ffn": params[f"{encoder}0.linear1.weight"].shape[0],
+    }
+
+
+def interaction_sizes(params: dict[str, Tensor]) -> dict[str, Any]:
+    """The width inside the context interaction."""
+    keys = [key for key in params if key.startswith("sem_seg_head.interaction.") and key.endswith("v_proj.weight")]
+    return {"embed_dim": params[keys[0]].shape[0]} if keys else {}
 
 
 def _head_only(config: dict[str, Any], params: dict[str, Tensor]) -> Mask2Former:
@@ -150,6 +209,9 @@ def stage_loss(case: Case) -> None:
         dice_weight=config["cost_dice"],
         no_object=config["eos_coef"],
     )
+    # lexiseg's losses have these numbers in them.
+    case.check_stated("focal loss", config.get("focal", {}), {"alpha": 0.25, "gamma": 2})
+    case.check_stated("classes", config, {"num_classes": case.input("final/pred_logits").shape[-1] - 1})
     targets = []
     while f"input/target_{len(targets)}/labels" in case.tensors:
         start = f"target_{len(targets)}/"
@@ -188,7 +250,9 @@ def zsseg_training(case: Case) -> None:
     clip = make_clip(under(adapter, "clip_model."), text_heads=config["th"], tokenizer=IdTokenizer(texts))
     learner = prompt_learner(under(adapter, "prompt_learner."))
     no_object = adapter["non_object_embedding"].clone().requires_grad_()
+    case.check_stated("sizes of the text tower", config, {**toy_sizes(clip, vision=False), "n_train": len(names)})
     model = maskformer(case, config["nh"], dropout=0.0).train()
+    case.check_stated("sizes", config, generator_sizes(model))
     indices = range(sum(key.startswith("input/image_") for key in case.tensors))
     images = [(case.input(f"image_{index}") - _MEAN) / _STD for index in indices]
     labels = [case.input(f"sem_seg_{index}").long() for index in indices]

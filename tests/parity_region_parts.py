@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from lexiseg.clip import CLIP, TextEmbedder
 from lexiseg.clip.model import OPENAI_MEAN, OPENAI_STD
+from lexiseg.losses import mask_aware
 from lexiseg.losses.mask_aware import distillation_loss, iou_targets, mask_aware_loss, mask_ious
 from lexiseg.models.base import ImageFeatures
 from lexiseg.models.decoupled import IMAGENET_MEAN, IMAGENET_STD
@@ -24,10 +25,11 @@ from lexiseg.regions.crops import CropOptions, cut_tight, tight_crops
 from lexiseg.regions.ensemble import EnsembleOptions, class_probabilities, ensemble
 from lexiseg.scores import RegionScores
 from lexiseg.vocabulary import Vocabulary, VocabularyClass
-from tests.parity_case import Case
-from tests.parity_clip_build import IdTokenizer, make_clip, under
+from tests.parity_case import Case, UnsupportedError
+from tests.parity_clip_build import IdTokenizer, make_clip, text_sizes, toy_sizes, under, vision_sizes
 from tests.parity_clip_texts import prompt_learner, x_dot
 
+_CLIP_NUMBERS = {"clip_pixel_mean": OPENAI_MEAN, "clip_pixel_std": OPENAI_STD}
 # What is behind CLIP's softmax at temperature 100 multiplies its rounding.
 SOFTMAX = 1e-3
 LABELS = 0.005
@@ -42,12 +44,19 @@ _CROP_MODES: dict[str, Callable[[str], dict[str, Any]]] = {
 
 
 def crop_options(mode: str, **more: Any) -> CropOptions:
-    """Options of a crop mode, read off its name."""
-    for pattern, make in _CROP_MODES.items():
-        found = re.fullmatch(pattern, mode)
-        if found:
-            return CropOptions(**{**make("".join(found.groups())), **more})
-    raise ValueError(f"there is no crop mode '{mode}'")
+    """Options of a crop mode, read off its name; several are joined by an underscore."""
+    options: dict[str, Any] = {}
+    rest = mode
+    while rest:
+        for pattern, make in _CROP_MODES.items():
+            found = re.match(rf"{pattern}(?:_|$)", rest)
+            if found:
+                options |= make("".join(found.groups()))
+                rest = rest[found.end() :]
+                break
+        else:
+            raise UnsupportedError(f"there is no crop mode '{mode}'")
+    return CropOptions(**{**options, **more})
 
 
 def channels(values: Sequence[float]) -> Tensor:
@@ -74,14 +83,24 @@ def frame_of(images: list[Tensor]) -> tuple[int, int]:
 
 
 def check_sub(case: Case, name: str, actual: Tensor, tolerance: float | None = None) -> None:
-    """Compare with a tensor stored at every k-th pixel: k shows in its size."""
+    """Compare with a tensor stored at every k-th pixel. Where its size allows several k, values tell them apart."""
     if not case.has(name):
         return
-    height, width = actual.shape[-2:]
-    sub = tuple(case.tensors[f"expected/{name}"].shape[-2:])
-    steps = [k for k in range(1, 64) if (-(-height // k), -(-width // k)) == sub]
-    step = steps[0] if steps else 1
-    case.check(name, actual[..., ::step, ::step], tolerance=tolerance)
+    expected = case.tensors[f"expected/{name}"]
+    sizes = actual.shape[-2:]
+    steps = [k for k in range(1, max(sizes) + 1) if tuple(-(-size // k) for size in sizes) == expected.shape[-2:]]
+    found = [actual[..., ::k, ::k] for k in steps if actual[..., ::k, ::k].shape == expected.shape]
+    best = min(found, key=lambda part: float((part - expected).abs().max()), default=actual)
+    case.check(name, best, tolerance=tolerance)
+
+
+def stated_sub(case: Case) -> tuple[slice, slice]:
+    """Rows and columns of the crops that a case keeps, as its JSON has it: "[:, :, 3::7, 3::7]"."""
+    found = re.findall(r"(\d*)::(\d+)", case.config["sub"])
+    if len(found) != 2:
+        raise UnsupportedError(f"'{case.config['sub']}' does not say which pixels are kept")
+    rows, columns = (slice(int(offset or 0), None, int(step)) for offset, step in found)
+    return rows, columns
 
 
 def check_map(case: Case, name: str, scores: Tensor) -> None:
@@ -107,6 +126,9 @@ def losses(case: Case) -> None:
     """Mask-aware loss and self-distillation, with gradients."""
     config = case.config
     text, labels = case.input("text_features")[:-1], case.input("labels").long()
+    shape = dict(zip("BNDHW", (*case.input("feat_masked").shape, *labels.shape[-2:]), strict=True))
+    constants = {"eps_iou": mask_aware._EPS_IOU, "eps_norm": mask_aware._EPS_RANGE}
+    case.check_stated("stated sizes and constants", config, {**shape, "C": len(text), **constants})
     regions, plain = (case.input(name).clone().requires_grad_() for name in ("feat_masked", "feat_plain_student"))
 
     def probabilities(x: Tensor) -> Tensor:
@@ -122,12 +144,12 @@ def losses(case: Case) -> None:
     case.check("iou", ious)
     case.check("iou_norm", targets)
     rows = torch.cat([score[:, present].T for score, (_, present) in zip(scores, found, strict=True)])
-    mask_aware = mask_aware_loss(rows, targets)
+    loss = mask_aware_loss(rows, targets)
     teacher = probabilities(case.input("feat_plain_teacher"))
     distillation = config["dis_weight"] * distillation_loss(probabilities(plain), teacher)
-    total = mask_aware + distillation
+    total = loss + distillation
     total.backward()
-    case.check("ma_loss", mask_aware)
+    case.check("ma_loss", loss)
     case.check("dis_loss_weighted", distillation)
     case.check("total", total)
     for name, tensor in (("feat_masked", regions), ("feat_plain_student", plain)):
@@ -143,20 +165,22 @@ def merge(case: Case) -> None:
     config = case.config
     image, masks = clip_normalised(case.input("image")), case.input("mask_probs")
     black = clip_normalised(torch.zeros(3, 1, 1)).flatten()
-    offset, step = (int(number) for number in re.findall(r"(\d+)::(\d+)", config["sub"])[0])
+    rows, columns = stated_sub(case)
+    sizes = dict(zip("NHW", masks.shape, strict=True))
+    case.check_stated("sizes and fill", config, {**sizes, "fill_mean": [255 * value for value in OPENAI_MEAN]})
     for mode in sorted({name.split("/")[0] for name in case.expected_names()}):
         options = crop_options(mode, align_corners="align_corners=True" in config["resize"])
         crops = tight_crops(image, _slices(masks), len(masks), options, size=config["out"], black=black)
         case.check(f"{mode}/valid", crops.valid)
         case.check(f"{mode}/boxes", crops.boxes)
-        case.check(f"{mode}/crops_sub", crops.images[..., offset::step, offset::step])
+        case.check(f"{mode}/crops_sub", crops.images[..., rows, columns])
         case.check(f"{mode}/crops_mean", crops.images.mean(dim=(2, 3)), zero_below=1e-6)
         case.check(f"{mode}/crops_std", crops.images.std(dim=(2, 3)))
         raw, _, _ = cut_tight(image, _slices(masks), len(masks), options, black=black, finish=lambda part: part)
         for name in case.expected_names(f"{mode}/"):
             stem, _, index = name.rpartition("_")
             if stem == f"{mode}/full_crop":
-                case.check(name, crops.images[int(index)][None, :, ::2, ::2])
+                check_sub(case, name, crops.images[int(index)][None])
             elif stem == f"{mode}/unresized":
                 case.check(name, raw[int(index)][None])
             elif stem == f"{mode}/unnormalised":
@@ -173,6 +197,7 @@ def region_crops(case: Case) -> None:
     clip, rows = toy_clip(case, params, case.config["config"]["test_names"])
     case.check("text_rows", rows)
     image, masks = clip_normalised(case.input("image")), case.input("masks")
+    size = case.config.get("crop", 224)  # what the authors' code resizes to, whatever the tower
     names = {
         "mask_matting": "matting",
         "mask_fill": "fill",
@@ -182,13 +207,14 @@ def region_crops(case: Case) -> None:
     model = ZSSeg.build(clip, GIVEN)
     assert isinstance(model, ZSSeg) and model.viewer is not None
     for mode, given in case.config["modes"].items():
-        options = CropOptions(size=224, **{names[key]: value for key, value in given.items()})
+        options = CropOptions(size=size, **{names[key]: value for key, value in given.items()})
         black = clip_normalised(torch.zeros(3, 1, 1)).flatten()
-        crops = tight_crops(image, _slices(masks), len(masks), options, size=224, black=black)
+        crops = tight_crops(image, _slices(masks), len(masks), options, size=size, black=black)
         case.check(f"{mode}/valid", crops.valid)
         case.check(f"{mode}/boxes", crops.boxes)
-        # The authors' network input of 224 is stored at every eighth pixel.
-        case.check(f"{mode}/regions_every8", crops.images[..., ::8, ::8])
+        for name in case.expected_names(f"{mode}/regions_every"):
+            step = int(name.rpartition("every")[2])
+            case.check(name, crops.images[..., ::step, ::step])
         moments = torch.stack([crops.images.mean(dim=(2, 3)), crops.images.std(dim=(2, 3))], dim=-1)
         case.check(f"{mode}/regions_mean_std", moments)
         features = F.normalize(model.viewer.embed_crops(clip.visual, crops.images, clip.embed_dim), dim=-1)
@@ -208,8 +234,10 @@ def check_ensembles(
     case: Case, opinion: Tensor, said: Tensor, masks: Tensor, shown: Tensor, drops: Callable[[str], bool]
 ) -> None:
     """Every ensemble of a case, by the weight and the flags in its name."""
+    weights = set()
     for name in sorted({key.rsplit("/", 1)[0] for key in case.expected_names() if "lambda" in key}):
-        weight = float(re.findall(r"lambda([\d.]+)_", name)[0])
+        weight = float(re.findall(r"lambda(-?[\d.]+(?:e-?\d+)?)_", name)[0])
+        weights.add(weight)
         options = EnsembleOptions(weight=weight)
         alone = weight <= 0 and not drops(name)
         scores = ensemble(opinion, said, options, seen=flags(case.config, name), shown=None if alone else shown)
@@ -219,6 +247,9 @@ def check_ensembles(
         for key in (f"{name}/sem_seg", f"{name}/sem_seg_sub"):
             check_sub(case, key, pixels, SOFTMAX)
         check_map(case, f"{name}/label_map", pixels)
+    stated = case.config.get("lambdas")
+    if stated is not None:
+        case.check_stated("lambdas", {"lambdas": sorted(stated)}, {"lambdas": sorted(weights)})
 
 
 def ensembles(case: Case) -> None:
@@ -226,6 +257,8 @@ def ensembles(case: Case) -> None:
     masks = case.input("mask_logits").sigmoid()
     shown = (masks > 0.5).flatten(1).any(dim=1)
     case.check("valid", shown)
+    sizes = dict(zip("NHW", masks.shape, strict=True))
+    case.check_stated("sizes", case.config, {**sizes, "C": case.input("class_logits").shape[-1] - 1})
     opinion = class_probabilities(case.input("class_logits"))
     said = class_probabilities(case.input("clip_logits"), drop_first=True)
     check_ensembles(case, opinion, said, masks, shown, lambda name: "maft" not in name)
@@ -250,6 +283,7 @@ def toy_clip(case: Case, adapter: dict[str, Tensor], names: list[str]) -> tuple[
         text_heads=config["th"],
         tokenizer=IdTokenizer(texts),
     )
+    case.check_stated("sizes of the towers", config, toy_sizes(clip))
     rows = prompt_learner(under(adapter, "prompt_learner."))(clip, names).detach()
     return clip, torch.cat([rows, F.normalize(adapter["non_object_embedding"], dim=-1)])
 
@@ -264,7 +298,8 @@ def classify(case: Case) -> None:
         native=config["native"],
         text_heads=config["text_heads"],
     )
-    rows = prompt_learner(under(adapter, "prompt_learner."))(clip, config["class_names"])
+    learner, task = prompt_learner(under(adapter, "prompt_learner.")), config.get("task")
+    rows = learner(clip, config["class_names"], task) if task else learner(clip, config["class_names"])
     rows = torch.cat([rows, F.normalize(adapter["non_object_embedding"], dim=-1)])
     case.check("text_features", rows)
     system = FreeSeg if config.get("task") else ZSSeg
@@ -274,6 +309,10 @@ def classify(case: Case) -> None:
     assert isinstance(model, RegionHost)
     image, logits = case.input("image"), case.input("mask_logits")
     size = (int(image.shape[-2]), int(image.shape[-1]))
+    prompt = [len(adapter.get(f"prompt_learner.{part}_prompt", ())) for part in ("prefix", "suffix", "task")]
+    stated = {"prompt_shape": prompt[:2], "task_prompt_len": prompt[2] or None, "N": len(logits), "H": size[0]}
+    stated |= {"W": size[1], "C": len(config["class_names"])}
+    case.check_stated("sizes", config, {**text_sizes(clip), **vision_sizes(clip), **stated})
     views = model.look(normalised(image)[None], size, logits[None])
     shown = views.shown[0]
     case.check("valid", shown)
@@ -295,7 +334,12 @@ def classify_zegformer(case: Case) -> None:
         text_heads=config["text_heads"],
     )
     names = [*config["seen"], *config["unseen"]]
+    numbers = {name: [255 * value for value in values] for name, values in _CLIP_NUMBERS.items()}
+    sizes = {"N": case.input("pred_logits").shape[1], **text_sizes(clip), **vision_sizes(clip)}
+    case.check_stated("sizes and normalisation", config, {**sizes, **numbers})
+    rows, columns = stated_sub(case)
     images = [case.input(f"image.{index}") for index in range(len(config["sizes"]))]
+    case.check_stated("sizes of pictures", config, {"sizes": [list(image.shape[-2:]) for image in images]})
     frame = tuple(config["padded"])
     batch = torch.stack([padded(normalised(image), frame) for image in images])
     seen = torch.arange(len(names)) < len(config["seen"])
@@ -323,10 +367,10 @@ def classify_zegformer(case: Case) -> None:
             scores.append(ensemble(opinion, said, model.options.ensemble, seen=seen))
         crops = torch.stack([one.images for one in cut])
         case.check("boxes", torch.stack([one.boxes for one in cut]))
-        case.check(f"{style}/crops_sub", crops[..., 3::7, 3::7])
+        case.check(f"{style}/crops_sub", crops[..., rows, columns])
         case.check(f"{style}/crops_mean", crops.mean(dim=(3, 4)), zero_below=1e-6)
         case.check(f"{style}/clip_feat", torch.stack(found))
-        _check_some_crop(case, f"{style}/full_crop", crops.flatten(0, 1)[..., ::2, ::2])
+        _check_some_crop(case, f"{style}/full_crop", crops.flatten(0, 1))
         name = f"{style}_{'ens' if joined else 'all' if for_all else 'cliponly'}_gz{offset}"
         class_scores = torch.stack(scores)
         key = f"expected/{name}/class_scores"
@@ -345,8 +389,9 @@ def _check_some_crop(case: Case, name: str, crops: Tensor) -> None:
     """Compare with a crop that is stored without saying which it is."""
     if case.has(name):
         expected = case.tensors[f"expected/{name}"]
-        best = int((crops - expected).abs().flatten(1).amax(dim=1).argmin())
-        case.check(name, crops[best])
+        step = round(crops.shape[-1] / expected.shape[-1])
+        best = int((crops[..., ::step, ::step] - expected).abs().flatten(1).amax(dim=1).argmin())
+        check_sub(case, name, crops[best])
 
 
 def check_output(case: Case, start: str, end: str, scores: RegionScores, size: Sequence[int]) -> None:

@@ -23,8 +23,11 @@ from safetensors.torch import load_file, save_file
 import lexiseg
 import lexiseg.training.run
 from lexiseg.cli import main
+from lexiseg.cli.train import read_recipe
 from lexiseg.clip import build_clip, save_clip
-from lexiseg.models import ZegCLIP, ZegCLIPOptions
+from lexiseg.models import CascadeCLIPOptions, ZegCLIP, ZegCLIPOptions
+from lexiseg.training.building import system_of
+from lexiseg.training.recipe import SegmentationRecipe
 from lexiseg.weights import save_model
 
 ARCHITECTURE = {
@@ -249,6 +252,32 @@ def test_predict_many_pictures_and_equal_names(call: Call, tiny_model: Path, pic
     assert out.count("wrote") == 2
 
 
+def test_a_clusters_manifest_is_kept_up_by_one_machine(
+    call: Call, tiny_model: Path, picture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lexiseg.labelling import ray_data
+
+    def stopped(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    Image.open(picture).save(tmp_path / "photo.jpg")
+    words = ("predict", "photo.jpg", "photo.png", WORDS, "-m", tiny_model, "--save", "labels")
+    manifest = tmp_path / "out" / "manifest.jsonl"
+    with monkeypatch.context() as patch:
+        patch.setattr(ray_data, "label_on_ray", stopped)
+        assert call(*words, "--cluster", "ray")[0] == 130
+    assert not manifest.exists()
+    for _ in range(2):  # the run that was stopped, and one more
+        assert call(*words, "--resume")[0] == 0
+        lines = [json.loads(line) for line in manifest.read_text().splitlines()]
+        assert [Path(line["image"]).name for line in lines] == ["photo.jpg", "photo.png"]
+        manifest.unlink()
+    assert call(*words)[0] == 0  # a run of its own has none
+    assert not manifest.exists()
+    assert call(*words, "--resume")[0] == 0
+    assert not manifest.exists()
+
+
 def test_predict_options(call: Call, tiny_model: Path, picture: Path) -> None:
     options = ("-m", tiny_model, "--save", "json", "--json", "--device", "cpu")
     windows = ("--window", 32, "--stride", 16, "-b", 2)
@@ -259,6 +288,8 @@ def test_predict_options(call: Call, tiny_model: Path, picture: Path) -> None:
     assert call("predict", picture, WORDS, *options, "--dtype", "bf16")[0] == 0
     assert_sentence(*call("predict", picture, WORDS, *options, "--window", 16, "--stride", 17), "--stride of 17")
     assert_sentence(*call("predict", picture, WORDS, *options, "--stride", 17), "--window")
+    assert_sentence(*call("predict", picture, WORDS, *options, "--window", -5), "--window", "equal to 0")
+    assert_sentence(*call("predict", picture, WORDS, *options, "--window", 16, "--stride", 0), "--stride", "equal to 1")
     assert_sentence(*call("predict", picture, WORDS, *options, "--template", "no place"), "no place")
     assert_sentence(*call("predict", picture, WORDS, *options, "--save", "gif"), "gif", "overlay")
     assert_sentence(*call("predict", picture, WORDS, *options[:-1], "warp"), "device", "warp")
@@ -380,6 +411,20 @@ def test_dry_run_and_until(call: Call, tiny_clip: Path, tmp_path: Path) -> None:
     assert code == 0 and json.loads((Path("half") / "model" / "config.json").read_text())["metadata"]["steps"] == 1
     assert_sentence(*call("train", recipe, "-o", "new", "--until", 5, "--device", "cpu"), "2 steps", "5")
     assert_sentence(*call("train", recipe, "--dry-run", "--set", "model.clip=nonsense"), "nonsense")
+
+
+@pytest.mark.parametrize("groups", ["{6-8},{9-11},{12}", "{12}", "{6-8}", '"{9-11},{12}"', "[[6, 7], [12]]"])
+def test_groups_of_blocks_can_be_typed(groups: str) -> None:
+    recipe = read_recipe("cascade-clip-voc2012", [f"model.options.groups={groups}"], None)
+    assert isinstance(recipe, SegmentationRecipe)
+    options = system_of(recipe)[1]
+    assert isinstance(options, CascadeCLIPOptions)
+    assert options.groups == ("{6-7},{12}" if groups[0] == "[" else groups.strip('"'))
+
+
+@pytest.mark.parametrize("value", ["[1", "{6-8},{12}", "'"])
+def test_what_is_no_yaml_is_text_and_judged_as_such(call: Call, value: str) -> None:
+    assert_sentence(*call("train", "tiny", "--dry-run", "--set", f"train.lr={value}"), "train.lr", "number")
 
 
 def test_train_lists_recipes(call: Call) -> None:

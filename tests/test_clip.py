@@ -12,6 +12,7 @@ from open_clip.model import resize_pos_embed
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
+import lexiseg.clip.text
 from lexiseg.clip import CLIP, ImageTower, TextEmbedder, load_clip, packaged_clips, resize_positions, save_clip
 from lexiseg.clip.blocks import block_attention, run_block
 from lexiseg.errors import LexisegError
@@ -202,12 +203,12 @@ def test_unknown_names(name: str, sentence: str) -> None:
 
 
 def test_offline(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lexiseg.clip.load.try_to_load_from_cache", lambda *_: None)
-    monkeypatch.setattr("lexiseg.clip.load.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("lexiseg.hub.try_to_load_from_cache", lambda *_: None)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(LexisegError, match=r"HF_HUB_OFFLINE is set.*give the folder with all its files instead"):
         load_clip("hf-hub:somebody/something")
-    monkeypatch.setattr("lexiseg.clip.load.constants.HF_HUB_OFFLINE", False)
-    monkeypatch.setattr("lexiseg.clip.load.constants.ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(LexisegError, match=r"127.0.0.1:9 is out of reach .*refused"):
         load_clip("hf-hub:somebody/something")
 
@@ -215,7 +216,7 @@ def test_offline(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_cached_hub_file_is_used_without_the_hub(clip: CLIP, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = save_clip(clip, tmp_path)
     monkeypatch.setattr(
-        "lexiseg.clip.load.try_to_load_from_cache",
+        "lexiseg.hub.try_to_load_from_cache",
         lambda _, name: str(folder / name) if (folder / name).exists() else None,
     )
     assert load_clip("hf-hub:somebody/something").fingerprint() == clip.fingerprint()
@@ -277,6 +278,24 @@ def test_text_embeddings_are_the_normalised_mean_over_templates(clip: CLIP) -> N
             texts = [template.replace("{}", word) for template in PAPER_TEMPLATES]
             vectors = F.normalize(clip.model.encode_text(clip.tokenize(texts)), dim=-1)
             torch.testing.assert_close(row, F.normalize(vectors.mean(0), dim=0), rtol=1e-4, atol=1e-5)
+
+
+def test_many_texts_are_never_held_at_once(clip: CLIP, monkeypatch: pytest.MonkeyPatch) -> None:
+    words, templates = [f"thing {index}" + " more" * (index % 5) for index in range(12)], PAPER_TEMPLATES[:3]
+    whole = TextEmbedder(clip, chunk=4).embed(words, templates)
+    joined = TextEmbedder(clip).embed_joined([words[:7], words[7:]], templates)
+    sizes: list[int] = []
+    tokenize = clip.tokenize
+    monkeypatch.setattr(lexiseg.clip.text, "_BLOCK", 10)
+    monkeypatch.setattr(clip, "tokenize", lambda texts: sizes.append(len(texts)) or tokenize(texts))
+    embedder = TextEmbedder(clip, chunk=4)
+    torch.testing.assert_close(embedder.embed(words, templates), whole)
+    assert sizes == [9] * 4
+    torch.testing.assert_close(embedder.embed_joined([words[:7], words[7:]], templates), joined)
+    before = embedder.num_forwards
+    with pytest.raises(LexisegError, match="needs"):  # the last one, and nothing was encoded for the others
+        embedder.embed([*words, "cat " * 90], templates)
+    assert embedder.num_forwards == before
 
 
 def test_the_second_call_runs_no_text_tower(clip: CLIP, tmp_path: Path) -> None:

@@ -11,7 +11,19 @@ from torch.nn import functional as F
 from lexiseg.errors import LexisegError
 from lexiseg.evaluation.cost import _CASES, CostRow, CostTable, cost_systems, measure_cost, speed_ratios
 from lexiseg.evaluation.cost_case import VIT_B_16, CostCase, Published, Step, shapes_of, shared_clip, text_pass
-from lexiseg.evaluation.cost_decoupled import DeOPCase, FreeSegCase, FreeSegMaftCase, ZegFormerCase, ZSSegCase
+from lexiseg.evaluation.cost_decoupled import (
+    DeOPBaselineCase,
+    DeOPBaselinePlusCase,
+    DeOPCase,
+    FreeSegCase,
+    FreeSegMaftCase,
+    SamCase,
+    SamMaftCase,
+    ZegFormerCase,
+    ZSSegCase,
+    ZSSegMaftCase,
+    sam_steps,
+)
 from lexiseg.evaluation.cost_one_stage import CascadeCLIPCase, SPTSegCase, ZegCLIPCase
 from lexiseg.evaluation.cost_page import explanation, page, short_table
 from lexiseg.evaluation.counting import count
@@ -115,6 +127,9 @@ def test_counting_leaves_threads_and_fast_path_as_they_were() -> None:
         (ZegFormerCase(), 209_910_000, 60_290_000, 1875.19),
         (ZSSegCase(), 210_700_000, 61_080_000, None),
         (FreeSegCase(), 218_170_000, 68_550_000, 1127.04),
+        # By parts: without heatmap decoder and queries (5.046 M), and without tables (2.659 M) too, proposals trained.
+        (DeOPBaselineCase(), 210_696_000, 61_070_000, None),
+        (DeOPBaselinePlusCase(), 213_355_000, 2_668_000, None),
         (DeOPCase(), 218_400_000, 7_714_000, 669.91),
         (FreeSegMaftCase(), 390_540_000, 28_387_000, 53.417),
     ],
@@ -135,6 +150,37 @@ def test_figures_of_the_authors_code(
         counted = sum(step.macs for step in case.steps(model)) / 1e9
         assert counted == pytest.approx(code, rel=0.002)
         assert code == case.published.code_gmac
+
+
+# Figures that the conventions name, from the methods page: every operation counted, in 1e9.
+@pytest.mark.parametrize(
+    ("case", "named"),
+    [
+        (FreeSegCase(), (1756.3,)),
+        (FreeSegMaftCase(), (92.1, 96.0, 1756.3)),
+        (ZSSegMaftCase(), (92.1, 96.0, 1756.3)),
+        (DeOPCase(), (190.2, 699.8)),
+    ],
+    ids=lambda value: value.name if isinstance(value, CostCase) else "",
+)
+def test_further_figures_are_counted(case: CostCase, named: tuple[float, ...], shapes_only: None) -> None:
+    counted = [step.macs / 1e9 for step in case.further(case.build(512))]
+    assert [round(value, 1) for value in counted] == list(named)
+    if not isinstance(case, FreeSegMaftCase):  # whose text gives some of them
+        assert all(f"{value:.1f}" in case.convention for value in counted)
+
+
+def test_segment_anything_is_counted_on_shapes(shapes_only: None) -> None:
+    encoder, decoder = sam_steps()
+    patches, width, window = 64 * 64, 1280, 14
+    padded = (-(-64 // window) * window) ** 2  # windows of 14 patches cover 70 x 70
+    linear = 32 * 8 * patches * width**2 + (28 * padded + 4 * patches) * 4 * width**2
+    attention = 2 * width * (28 * padded * window**2 + 4 * patches**2)
+    assert encoder.macs == pytest.approx(linear + attention, rel=0.03)  # its neck and relative positions come on top
+    assert decoder.macs > 0.5 * encoder.macs
+    steps = SamMaftCase().further(SamMaftCase().build(512))
+    assert steps[:2] == [encoder, decoder] and len(steps) == 3
+    assert not SamCase.runs and SamCase().build(512).num_parameters() > 0
 
 
 @pytest.mark.parametrize("system", ["zsseg", "freeseg"])
@@ -223,6 +269,28 @@ def test_table_in_one_run(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found["rows"][0]["steps"][1] == {"what": "two", "gmac": 1.0}
     assert found["machine"]["torch"] == torch.__version__
     assert measure_cost(["other"], side=32, classes=3, speed=False).rows[0].frames_per_s is None
+    assert [row.timed for row in table.rows] == [2, 2]
+
+
+def test_slow_systems_are_timed_once_and_some_are_only_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Counted(SmallCase):
+        name = "counted"
+        runs = False
+
+        def further(self, model: object) -> list[Step]:
+            return [Step("three", 3 * 10**9)]
+
+    monkeypatch.setattr("lexiseg.evaluation.cost._CASES", (SmallCase, Counted))
+    monkeypatch.setattr("lexiseg.evaluation.cost.SLOW", 0.0)
+    table = measure_cost(side=32, classes=3, repeats=3)
+    small, counted = table.rows
+    assert (small.timed, small.frames_per_s is None) == (1, False)
+    assert (counted.timed, counted.frames_per_s, counted.gmac, counted.attention_gmac) == (0, None, 3.0, None)
+    assert counted.to_dict()["further"] == [{"what": "three", "gmac": 3.0}]
+    text = page(table, "")
+    assert "one run of those that take more than" in text and "(small)" in text
+    assert "| 3.000 | three |" in text
+    assert "three, every operation counted" in explanation(counted)[-1]
 
 
 def row(system: str, frames: float | None) -> CostRow:
@@ -254,5 +322,9 @@ def test_page_and_terminal_say_the_same() -> None:
 
 def test_every_row_says_how_its_paper_counts() -> None:
     assert len(set(cost_systems())) == len(_CASES)
-    assert {case.name.split("+")[0] for case in _CASES} == set(SYSTEMS)
+    bases = {"deop-baseline": "deop"}
+    assert {bases.get(base := case.name.split("+")[0], base) for case in _CASES} == set(SYSTEMS)
+    variants = {"deop-baseline", "deop-baseline+", "deop+sam", "zsseg+sam+maft"}
+    assert variants <= set(cost_systems())
+    assert {f"{host}+maft" for host in ("zegformer", "zsseg", "freeseg")} <= set(cost_systems())
     assert all(case.convention.endswith(".") for case in _CASES)

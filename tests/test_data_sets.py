@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,8 @@ from lexiseg.data.sets.class_list import read_class_list
 from lexiseg.data.sets.open import open_data_set, splits_of
 from lexiseg.data.sets.verify import verify
 from lexiseg.errors import LexisegError
-from tests.miniatures import ADE_847, CONTEXT_459, MINIATURES, SIZE, WIDE, values_in
+from tests import miniatures
+from tests.miniatures import ADE_847, CONTEXT_459, MINIATURES, SIZE, WIDE, save_index, values_in
 
 
 @pytest.fixture(scope="module")
@@ -197,6 +199,7 @@ def test_class_lists(tmp_path):
     path = tmp_path / "classes.yaml"
     path.write_text("- {name: cat, color: '#ff8000', synonyms: [kitten]}\n- dog, puppy\n")
     cat, dog = read_class_list(path)
+    assert [(entry.name, entry.value) for entry in (cat, dog)] == [("cat", None), ("dog", None)]
     assert cat.color == (255, 128, 0) and cat.synonyms == ("kitten",) and dog.synonyms == ("puppy",)
     path = tmp_path / "order.json"
     path.write_text('[{"name": "b", "id": 5, "trainId": 1}, {"name": "a", "id": 9, "trainId": 0}]')
@@ -209,6 +212,10 @@ def test_class_lists(tmp_path):
         ("", "is empty"),
         ("cat\nCat\n", "'Cat' twice"),
         ("1: cat\n1: dog\n", "number 1"),
+        ("0: cat\ndog\n2: sky\n", "numbers 'cat' and not 'dog'"),
+        ("0: cat\n70000: dog\n", "no label file can hold"),
+        (f"0: cat\n{'9' * 5000}: dog\n", "no label file can hold"),
+        ("Idx\tName\n-1\tcat\n", "no label file can hold"),
         ("name,r,g,b\ncat,1,2\n", "name,r,g,b"),
         ("Idx\tName\nx\tcat\n", "Idx and Name"),
     ],
@@ -218,6 +225,59 @@ def test_wrong_class_lists(tmp_path, text, words):
     path.write_text(text)
     with pytest.raises(LexisegError, match=words):
         read_class_list(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("- {name: cat, synonyms: kitty}", "no list of texts"),
+        ("- {name: cat, synonyms: [4]}", "no list of texts"),
+        ("- {name: cat, id: 3}\n- dog", "numbers 'cat' and not 'dog'"),
+        ("- {name: cat, id: -1}", "no label file can hold"),
+        (f"- {{name: cat, id: {10**40}}}", "no label file can hold"),
+        ("- {name: cat, trainId: 0}\n- {name: dog}", "trainId"),
+        ("!!int ''", "not right YAML"),
+        ("!!timestamp x", "not right YAML"),
+    ],
+)
+def test_wrong_structured_class_lists(tmp_path, text, words):
+    path = tmp_path / "classes.yaml"
+    path.write_text(text)
+    with pytest.raises(LexisegError, match=words):
+        read_class_list(path)
+
+
+def test_comments_are_no_lines_of_a_class_list(tmp_path):
+    path = tmp_path / "classes.txt"
+    path.write_text("# what the robot sees\n0: cat\n# and\n4: dog, hound\n")
+    assert [(entry.name, entry.value) for entry in read_class_list(path)] == [("cat", 0), ("dog", 4)]
+    path.write_text("# colours\nname,r,g,b\ncat,1,2,3\n")
+    assert read_class_list(path)[0].color == (1, 2, 3)
+
+
+def test_numbers_of_a_class_list_are_those_of_the_masks(tmp_path):
+    """They may start anywhere; 0 has no class where no line has it."""
+    root = tmp_path / "my"
+    for index in range(2):
+        miniatures.save_picture(root / "images" / f"{index}.png", index)
+        save_index(root / "masks" / f"{index}.png", values_in([0, 1, 3, 255], index))
+    (root / "classes.txt").write_text("3: sky\n1: cat\n")
+    label = open_data_set("own", root, "val")[0].label.numpy()
+    values = values_in([0, 1, 3, 255], 1)
+    np.testing.assert_array_equal(label, np.select([values == 3, values == 1], [0, 1], 255))
+
+
+@pytest.mark.parametrize("name", ["own-folders", "own-colors"])
+def test_masks_may_be_tiff(folder, tmp_path, name):
+    root = tmp_path / "data"
+    shutil.copytree(folder(name), root)
+    for path in (root / "masks").rglob("*.png"):
+        with Image.open(path) as picture:
+            picture.save(path.with_suffix(".tif"))
+        path.unlink()
+    assert verify("own", root, workers=1).findings == ()
+    for ours, theirs in zip(open_data_set("own", root, "val"), open_data_set("own", folder(name), "val"), strict=True):
+        assert torch.equal(ours.label, theirs.label)
 
 
 def test_wrong_requests(tmp_path, folder):

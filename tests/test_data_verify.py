@@ -152,6 +152,48 @@ FAULTS = {
                    lambda c: c["annotations"][0].pop("segmentation")), "wrong-record", "annotation 0"),
     "an image listed twice": ("own-json", lambda r: _edit_json(r / "annotations/instances_val.json",
                               lambda c: c["images"].append(c["images"][0])), "duplicate-entry", "val0.jpg"),
+    "images that are no list": ("own-json", lambda r: _edit_json(r / "annotations/instances_val.json",
+                                lambda c: c.update(images=3)), "wrong-record", "no COCO-style JSON"),
+    "annotations that are no list": ("own-json", lambda r: _edit_json(r / "annotations/instances_val.json",
+                                     lambda c: c.update(annotations=5)), "wrong-record", "no COCO-style JSON"),
+    "a category_id that is a list": ("own-json", lambda r: _edit_json(r / "annotations/instances_val.json",
+                                     lambda c: c["annotations"][0].update(category_id=[7])), "unknown-id", "a list"),
+    "an image_id that is a list": ("own-json", lambda r: _edit_json(r / "annotations/instances_val.json",
+                                   lambda c: c["annotations"][0].update(image_id=[0])), "wrong-record", "annotation 0"),
+    "an id that is a list": ("own-json", lambda r: _edit_json(r / "annotations/instances_val.json",
+                             lambda c: c["images"][0].update(id=[0])), "wrong-record", "entry 0 of images"),
+    "a picture of a billion pixels": ("own-json", lambda r: _edit_json(r / "annotations/instances_val.json",
+                                      lambda c: c["images"][0].update(height=10**6, width=10**6)), "wrong-record",
+                                      "entry 0 of images"),
+    "an outline of another size": ("own-json", lambda r: _edit_json(r / "annotations/instances_val.json",
+                                   lambda c: c["annotations"][2]["segmentation"].update(size=[10**6, 10**6])),
+                                   "damaged-label", "outline"),
+    "an outline without end": ("own-json", lambda r: _edit_json(r / "annotations/instances_val.json",
+                               lambda c: c["annotations"][0].update(segmentation=[[0, 0, 1e300, 0, 0, 1e300]])),
+                               "damaged-label", "outline"),
+    "an outline of no picture": ("own-json", lambda r: _edit_json(r / "annotations/instances_val.json",
+                                 lambda c: c["annotations"].append({**c["annotations"][0], "image_id": 12})),
+                                 "wrong-record", "such as 12, belong to no image"),
+    "other categories": ("own-json", lambda r: _edit_json(r / "annotations/instances_val.json", _without_tree),
+                         "class-list", "class 0 is 'tree' in one and 'cat' in the other"),
+    "a JSON of no split": ("own-json", lambda r: _unnamed(r), "missing-list", "annotations.json' says no split"),
+    "synonyms that are a number": ("own-folders", lambda r: _classes(r, "- {name: cat, synonyms: 4}\n- tree\n- sky"),
+                                   "class-list", "no list of texts"),
+    "a link to itself": ("own-folders", lambda r: _loop(r / "images/photo 1.jpg"), "damaged-picture", "photo 1"),
+    "a file for a folder": ("voc2012", lambda r: _file_for(r / VOC / "JPEGImages"), "missing-folder", "is a file"),
+    "two pictures of a name": ("own-folders", lambda r: save_picture(r / "images/photo 1.png", 1), "duplicate-entry",
+                               "photo 1.jpg and photo 1.png"),
+    "two masks of a name": ("own-folders", lambda r: save_index(r / "masks/photo 1.tif", values_in([0, 1], 1)),
+                            "duplicate-entry", "photo 1.png and photo 1.tif"),
+    "no seen class": ("own-folders", lambda r: (r / "unseen.txt").write_text("sky\ntree\ncat\n"), "class-list",
+                      "every class"),
+    "a synonym that is a class": ("own-folders", lambda r: (r / "classes.txt").write_text("cat\ntree, cat\nsky\n"),
+                                  "class-list", "the word 'cat' to 'tree'"),
+    "a mask that is a JPEG": ("own-folders", lambda r: (r / "masks/photo 1.png").rename(r / "masks/photo 1.jpg"),
+                              "missing-label", "'photo 1.jpg' is there, but JPEG"),
+    "a list with endings": ("own-folders", lambda r: _lists(r, ".jpg"), "wrong-name", "write 'photo 0'"),
+    "a label beside its picture": ("ade847-full", lambda r: next(r.rglob("ADE_val_00000001_seg.png")).unlink(),
+                                   "missing-label", "urban/street0/ADE_val_00000001_seg.png"),
     "a turned picture": ("ade150", lambda r: _turned(r / "ADEChallengeData2016/images/validation/ADE_val_00000001.jpg"),
                          "size-mismatch", "ADE_val_00000001"),
     "a picture too narrow": ("own-folders", lambda r: _narrow(r), "odd-proportions", "photo 0"),
@@ -169,6 +211,36 @@ def _turned(path: Path) -> None:
 def _narrow(root: Path) -> None:
     save_picture(root / "images/photo 0.jpg", 0, (1, 40))
     save_index(root / "masks/photo 0.png", values_in([0, 1], 0, (1, 40)))
+
+
+def _without_tree(content) -> None:
+    content["categories"] = [entry for entry in content["categories"] if entry["name"] != "tree"]
+    content["annotations"] = [entry for entry in content["annotations"] if entry["category_id"] != 3]
+
+
+def _unnamed(root: Path) -> None:
+    (root / "annotations/instances_val.json").unlink()
+    (root / "annotations/instances_train.json").rename(root / "annotations/annotations.json")
+
+
+def _classes(root: Path, text: str) -> None:
+    (root / "classes.txt").unlink()
+    (root / "classes.yaml").write_text(text)
+
+
+def _loop(path: Path) -> None:
+    path.unlink()
+    path.symlink_to(path)
+
+
+def _file_for(folder: Path) -> None:
+    shutil.rmtree(folder)
+    folder.write_text("")
+
+
+def _lists(root: Path, ending: str) -> None:
+    (root / "train.txt").write_text(f"photo 0{ending}\nphoto 1\n")
+    (root / "val.txt").write_text("photo 2\n")
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -192,7 +264,7 @@ def test_there_are_twenty_kinds():
     assert len(FAULTS) >= 20 and len({kind for _, _, kind, _ in FAULTS.values()}) >= 20
 
 
-def test_twenty_faults_at_once(clean, tmp_path):
+def test_several_faults_at_once(clean, tmp_path):
     """Many faults in one folder hide none of each other."""
     root = tmp_path / "data"
     shutil.copytree(clean("voc2012"), root)
@@ -218,6 +290,54 @@ def test_voc_without_augmentation_is_a_warning(clean, tmp_path):
     found = verify("voc2012", tmp_path, workers=1)
     assert [(f.kind, f.severity) for f in found.findings] == [("no-augmented-labels", "warning")]
     assert [split.split for split in found.splits] == ["train", "val"]
+
+
+def test_a_folder_that_may_not_be_read_is_a_finding(clean, monkeypatch):
+    def refused(folder):
+        raise PermissionError(13, "Permission denied", str(folder))
+
+    roots = {name: clean(name) for name in ("voc2012", "coco-stuff", "ade847-full", "own-folders", "own-json")}
+    monkeypatch.setattr("os.scandir", refused)
+    for name, root in roots.items():
+        findings = verify(MINIATURES[name][0], root, workers=1).findings
+        assert findings and all("Permission denied" in finding.problem for finding in findings), findings
+        with pytest.raises(LexisegError, match="Permission denied"):
+            open_data_set(MINIATURES[name][0], root, "val")
+
+
+def test_splits_share_what_is_said_once(clean, tmp_path):
+    root = tmp_path / "my"
+    shutil.copytree(clean("own-folders"), root)
+    (root / "classes.txt").write_text("cat\ntree, cat\nsky\n")
+    found = verify("own", root, workers=1).findings
+    assert [(finding.kind, finding.severity) for finding in found] == [("class-list", "warning")]
+    assert open_data_set("own", root, "val").vocabulary.classes[1].synonyms == ()
+
+
+def test_no_outline_belongs_to_any_picture(clean, tmp_path):
+    """Some pictures may be left out on purpose; ids of which none fits are a fault."""
+    for chosen, severity in (([0], "warning"), ([0, 1], "error")):
+        root = tmp_path / severity
+        shutil.copytree(clean("own-json"), root)
+        _edit_json(
+            root / "annotations/instances_val.json",
+            lambda c: [entry.update(image_id="x") for entry in c["annotations"] if entry["image_id"] in chosen],  # noqa: B023
+        )
+        found = {finding.kind: finding.severity for finding in verify("own", root, splits=["val"], workers=1).findings}
+        assert found == {"wrong-record": severity, "empty-label": "warning"}
+
+
+def test_ids_as_programs_write_them(clean, tmp_path):
+    """The same ids as text and as fractions without a remainder."""
+    root = tmp_path / "my"
+    shutil.copytree(clean("own-json"), root)
+
+    def change(content) -> None:
+        for entry in content["annotations"]:
+            entry.update(image_id=str(entry["image_id"]), category_id=float(entry["category_id"]))
+
+    _edit_json(root / "annotations/instances_val.json", change)
+    assert verify("own", root, workers=1).findings == ()
 
 
 def test_png_fault(tmp_path):
@@ -284,6 +404,45 @@ def test_prepare_voc(clean, tmp_path):
     assert prepare("voc2012", root) == [] and _snapshot(root) == before
 
 
+def test_prepare_unpacks_again_what_was_removed(clean, tmp_path):
+    root = tmp_path / "root"
+    root.mkdir()
+    _zip(root / "all.zip", clean("voc2012"))
+    prepare("voc2012", root)
+    shutil.rmtree(root / "VOCdevkit")
+    (step, _) = prepare("voc2012", root)
+    assert step.what.startswith("unpacked all.zip") and verify("voc2012", root, workers=1).findings == ()
+    (root / VOC / f"JPEGImages/{NAME}.jpg").unlink()
+    (step,) = prepare("voc2012", root)
+    assert "1 files, " in step.what
+    # The journal of another version, or one that was edited, is no reason to stop.
+    for text in ('{"all.zip": [1, 2]}', '{"all.zip": {"mark": 3, "folders": []}}', "[]", "{"):
+        (root / ".lexiseg-prepare.json").write_text(text)
+        assert prepare("voc2012", root)[0].what.startswith("unpacked all.zip: 0 files")
+    assert prepare("voc2012", root) == []
+
+
+def test_prepare_says_what_is_missing(clean, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    assert main(["data", "prepare", "voc2012", str(tmp_path / "empty")]) == 2
+    assert "holds no archives" in capsys.readouterr().err
+    root = tmp_path / "half"
+    shutil.copytree(clean("ade150"), tmp_path / "pack")
+    shutil.rmtree(tmp_path / "pack/ADEChallengeData2016/images/training")
+    root.mkdir()
+    _zip(root / "all.zip", tmp_path / "pack")
+    assert main(["data", "prepare", "ade20k-150", str(root)]) == 2
+    said = capsys.readouterr()
+    assert "is prepared" not in said.out and "unpacked all.zip" in said.err
+    assert "is not complete (the split 'val' is)" in said.err and "training" in said.err
+    root = tmp_path / "ade847"
+    shutil.copytree(clean("ade847"), root)
+    classes = (root / "ADE20K_2021_17_01/classes.json").rename(tmp_path / "list.json")
+    with pytest.raises(LexisegError, match="list of ADE20K's 847 classes is missing"):
+        prepare("ade20k-847", root)
+    assert main(["data", "prepare", "ade20k-847", str(root), "--classes", str(classes)]) == 0
+
+
 def test_prepare_coco(clean, tmp_path):
     source = clean("coco-stuff")
     for split in ("train2017", "val2017"):
@@ -345,6 +504,19 @@ def test_nothing_leads_outside(tmp_path, name):
         with pytest.raises(LexisegError, match="leads outside"):
             unpack(tmp_path / archive, tmp_path / "in" / "out")
     assert not (tmp_path / "in" / "out" / "good").exists() and not list(tmp_path.glob("**/evil"))
+
+
+def test_what_a_killed_run_left_is_removed(clean, tmp_path):
+    archive = tmp_path / "all.zip"
+    _zip(archive, clean("own-folders"))
+    unpack(archive, tmp_path / "out")
+    (tmp_path / "out/images/photo 2.jpg").unlink()
+    left = tmp_path / "out/images/.photo 2.0123abcd.tmp.jpg"
+    other = tmp_path / "out/images/.mine.0123abcd.tmp.jpg"
+    for path in (left, other):
+        path.write_bytes(b"half")
+    assert unpack(archive, tmp_path / "out").written == 1
+    assert not left.exists() and other.exists()
 
 
 def test_links_are_not_followed(tmp_path):

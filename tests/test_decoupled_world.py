@@ -12,12 +12,14 @@ from benchmarks.picture_world import SYSTEMS as BENCHMARKED
 from benchmarks.picture_world import has_seeds
 from lexiseg.clip import load_clip
 from lexiseg.data.picture_world import SEEN, PictureWorld
+from lexiseg.errors import LexisegError
 from lexiseg.models.decoupled import DecoupledModel
 from lexiseg.models.region_host import RegionHost
 from lexiseg.proposals.given import GroundTruth
 from lexiseg.segmenter import Segmenter
+from lexiseg.training.building import build_model
 from lexiseg.training.recipe import SegmentationRecipe, list_recipes, load_recipe
-from lexiseg.training.run import build_task, first_stage, system_of
+from lexiseg.training.run import build_task, first_stage, system_of, vocabulary_of
 from lexiseg.training.segmentation import SegmentationTask
 from lexiseg.weights import load_model, save_model
 
@@ -84,7 +86,25 @@ def test_maft_is_one_key_and_what_goes_with_it(name: str) -> None:
     assert plain.data == tuned.data and plain.templates == tuned.templates
     added = {"maft", "attention"}
     kept = {key: value for key, value in tuned.model.options.items() if key not in added}
-    assert kept == {key: value for key, value in plain.model.options.items() if key != "regions"}
+    assert kept == plain.model.options
+
+
+@pytest.mark.parametrize("name", ["zsseg", "zegformer", "freeseg"])
+def test_maft_plugs_into_a_host(name: str, proposals: Path, tmp_path: Path) -> None:
+    """The host's recipe and one key, and steps to train for, where the host has none."""
+    given = recipe(f"{name}-picture-world").model_copy(update={"initial": str(proposals)})
+    model = given.model.model_copy(update={"options": {**given.model.options, "maft": {}}})
+    tuned = given.model_copy(update={"model": model})
+    with pytest.raises(LexisegError, match=r"nothing would be tuned; set train\.steps"):
+        build_model(tuned, vocabulary_of(given.data))
+    trains = tuned.model_copy(update={"train": given.train.model_copy(update={"steps": 1})})
+    built = build_model(trains, vocabulary_of(given.data))
+    assert isinstance(built, RegionHost) and built.viewer is not None and built.student is not None
+    assert built.viewer.kind == "mask-attention" and built.stage == "maft"
+    # A tower that is tuned already needs no steps.
+    built.student.state_dict()["proj"].mul_(2.0)
+    folder = save_model(built, tmp_path / "model")
+    build_model(tuned.model_copy(update={"initial": str(folder)}), vocabulary_of(given.data))
 
 
 @pytest.mark.parametrize("system", DECOUPLED)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ from lexiseg.training.initial import start_from
 from lexiseg.vocabulary import Vocabulary
 from lexiseg.weights import load_model, save_model
 from tests.parity import run_case
-from tests.system_tester import DIM, SystemTester
+from tests.system_tester import DIM, DecoupledTester, SystemTester
 from tests.towers import small_clip, unit_rows
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -57,9 +57,9 @@ def make(**changes: Any) -> DeOP:
     return model
 
 
-class TestDeOP(SystemTester):
+class TestDeOP(DecoupledTester):
     system = "deop"
-    options = OPTIONS
+    options: ClassVar = OPTIONS
 
     # The classes share a softmax here, so only the images are apart.
     def test_classes_and_images_do_not_touch_each_other(self, model: SegmentationModel) -> None:
@@ -86,7 +86,7 @@ class TestDeOP(SystemTester):
 
     @pytest.mark.parametrize("count", [0, 1, 300])
     @pytest.mark.parametrize("anchors", ["query", "conv", "conv-released", "none"])
-    def test_any_number_of_proposals(self, count: int, anchors: str) -> None:
+    def test_any_number_of_proposals_under_any_anchors(self, count: int, anchors: str) -> None:
         model = make(anchors=anchors, severance="released")
         with torch.no_grad():
             scores = with_masks(model, torch.randn(1, count, 8, 12), unit_rows(3, DIM))
@@ -96,12 +96,41 @@ class TestDeOP(SystemTester):
 
     @pytest.mark.parametrize("severance", ["gps", "mps", "mps-sum", "released", "none"])
     @pytest.mark.parametrize("value", [-1000.0, -HARD_LOGIT, HARD_LOGIT])
-    def test_masks_that_cover_nothing_or_everything(self, severance: str, value: float) -> None:
+    def test_severance_by_masks_of_nothing_or_everything(self, severance: str, value: float) -> None:
         model = make(severance=severance)
         with torch.no_grad():
             scores = with_masks(model, torch.full((1, 6, 8, 12), value), unit_rows(3, DIM))
         assert torch.isfinite(scores.dense((40, 48))).all()
         assert torch.isfinite(scores.class_scores).all()
+
+
+class TestDeOPBaseline(DecoupledTester):
+    """Patches of the plain tower pooled under the masks, and the stage that trains the masks."""
+
+    system = "deop"
+    options: ClassVar = {
+        **OPTIONS,
+        "severance": "none",
+        "anchors": "none",
+        "visual_prompts": "none",
+        "train": "proposals",
+    }
+    test_classes_and_images_do_not_touch_each_other = TestDeOP.test_classes_and_images_do_not_touch_each_other
+
+    def test_labels_may_be_smaller_and_must_be_classes(self, model: SegmentationModel) -> None:
+        text, images = unit_rows(4, DIM), self.images()
+        assert torch.isfinite(model.losses(images, self.labels(20, 24), text)["loss"])
+        with pytest.raises(LexisegError, match="label is 9 but there are 4 classes"):
+            model.losses(images, torch.full((2, 40, 48), 9), text)
+        assert torch.isfinite(model.losses(images, torch.full((2, 40, 48), 255), text)["loss"])
+
+    def test_a_checkpoint_of_other_shapes_is_refused(self, model: SegmentationModel, tmp_path: Path) -> None:
+        folder = save_model(model, tmp_path / "model")
+        config = json.loads((folder / "config.json").read_text())
+        config["options"]["proposals"]["num_queries"] = 4
+        (folder / "config.json").write_text(json.dumps(config))
+        with pytest.raises(LexisegError, match=r"is \(6, 16\) in the file and \(4, 16\) in the"):
+            load_model(folder)
 
 
 def with_masks(model: DeOP, mask_logits: Tensor, text: Tensor) -> RegionScores:
@@ -164,13 +193,21 @@ def test_the_proposal_stage_trains_the_generator() -> None:
         model.losses(SystemTester.images(), torch.full((2, 40, 48), 7), unit_rows(4, DIM))
 
 
-def test_self_training_labels_pixels_with_the_best_unseen_class() -> None:
-    model = make()
+@pytest.mark.parametrize("stage", ["regions", "proposals"])
+def test_self_training_labels_pixels_with_the_best_unseen_class(stage: str) -> None:
+    model = make(train=stage)
     images, text = SystemTester.images(), unit_rows(3, DIM)
     seen = torch.tensor([True, False, True])
-    loss = model.losses(images, torch.full((2, 40, 48), -1), text, seen=seen)["loss"]
-    same = model.losses(images, torch.full((2, 40, 48), 1), text)["loss"]
-    torch.testing.assert_close(loss, same)  # there is one unseen class only
+    given = torch.full((2, 40, 48), -1)
+    given[:, :8], given[:, 8:16] = 255, 2
+    losses = model.losses(images, given, text, seen=seen)
+    same = model.losses(images, torch.where(given == -1, 1, given), text)  # there is one unseen class only
+    torch.testing.assert_close(losses, same)
+    losses["loss"].backward()
+    missing = [name for name, parameter in model.trainable_parameters() if parameter.grad is None]
+    assert not missing
+    with pytest.raises(LexisegError, match="unseen class"):
+        model.losses(images, given, text, seen=torch.ones(3, dtype=torch.bool))
 
 
 def test_learned_text_is_encoded_once(tmp_path: Path) -> None:

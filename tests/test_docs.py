@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import re
 import shlex
@@ -123,3 +124,27 @@ def test_demo_and_doctor(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert {row["seen"] for row in rows if row["share"] > 0.01} == {True, False}
     assert main(["doctor"]) == 0
     assert "self-test: ok" in capsys.readouterr().out
+
+
+def test_doctor_asks_for_what_the_package_asks_for(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = ["torch>=2.6", "no-such.package>=5", 'ray-of-no-kind[data]>=2; extra == "ray"', 'ruff; extra == "dev"']
+    monkeypatch.setattr(importlib.metadata, "requires", lambda name: lines)
+    assert main(["doctor", "--json"]) == 1
+    report = json.loads(capsys.readouterr().out)
+    assert list(report["packages"]) == ["torch", "no-such.package", "ray-of-no-kind"]
+    said = "The package 'no-such.package' is not installed; run: pip install 'no-such.package>=5'"
+    assert report["problems"] == [said]
+    assert main(["doctor"]) == 1
+    assert "ray-of-no-kind[data]>=2" in capsys.readouterr().out
+
+
+def test_every_package_that_is_asked_for_is_imported() -> None:
+    text = (ROOT / "pyproject.toml").read_text()
+    asked = re.findall(r'^    "([\w-]+)', text.partition("\ndependencies = [")[2].partition("]\n")[0], re.MULTILINE)
+    modules = {"open_clip_torch": "open_clip", "Pillow": "PIL", "PyYAML": "yaml"}
+    sources = "\n".join(path.read_text() for path in (ROOT / "lexiseg").rglob("*.py"))
+    assert len(asked) > 10
+    for name in asked:
+        assert re.search(rf"^\s*(import|from) {modules.get(name, name)}\b", sources, re.MULTILINE), name

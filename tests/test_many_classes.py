@@ -18,10 +18,12 @@ from lexiseg.errors import LexisegError
 from lexiseg.losses import count_masks, mask_losses, pixel_accuracy, pseudo_labels, ssim_loss
 from lexiseg.losses.mask_aware import mask_ious
 from lexiseg.losses.regions import region_map_losses
+from lexiseg.models import SYSTEMS as KINDS
 from lexiseg.training.labels import PADDING, UNLABELLED, self_training_labels
 from lexiseg.training.recipe import parse_recipe
 from lexiseg.training.run import build_task, train
 from lexiseg.training.segmentation import SegmentationTask
+from lexiseg.weights import save_model
 from tests.miniatures import ade847
 from tests.test_deop import OPTIONS as DEOP
 from tests.test_region_hosts import MASKFORMER
@@ -47,6 +49,9 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     listed = json.loads((folder / "classes.json").read_text())
     (folder / "ADE20K_572_pure_class.json").write_text(json.dumps(listed[:572]))
     save_clip(small_clip(), root / "clip")
+    for name in ("maft", "deop"):  # they build on proposals that are there already
+        kind, options = SYSTEMS[name]
+        save_model(KINDS[kind].build(small_clip(), options), root / name)
     return root
 
 
@@ -57,6 +62,7 @@ def recipe_of(home: Path, system: str, **changes: Any) -> Any:
         "model": {"system": name, "clip": str(home / "clip"), "options": options},
         "data": {"source": "ade20k-847", "root": str(home), "augment": "paper", "crop": 32, "label_stride": 2},
         "train": {"steps": 1, "batch_size": 1, "lr": 1e-3, "workers": 0},
+        **({"initial": str(home / system)} if system in ("maft", "deop") else {}),
         **changes,
     }
     return parse_recipe(yaml.safe_dump(json.loads(json.dumps(values))), "test.yaml")

@@ -12,11 +12,12 @@ from torch import Tensor
 
 from lexiseg.errors import LexisegError
 from lexiseg.losses import ssim_loss
-from lexiseg.models import CascadeCLIP, CascadeCLIPOptions, SegmentationModel, SPTSeg, ZegCLIP
+from lexiseg.models import SYSTEMS, CascadeCLIP, CascadeCLIPOptions, SegmentationModel, SPTSeg, ZegCLIP
 from lexiseg.models.levels import WeightedSum, format_groups, parse_groups
 from lexiseg.models.one_stage import OneStageModel
 from lexiseg.models.spectral import SpectralFilter
 from lexiseg.models.spectral_decoder import SpectralGuide
+from lexiseg.training.settings import TrainSettings
 from tests.system_tester import DIM, SystemTester
 from tests.towers import small_clip, unit_rows
 
@@ -88,6 +89,49 @@ class TestSPTSeg(SystemTester):
         losses = model.losses(self.images(), self.labels(), unit_rows(4, DIM))
         assert set(losses) == {"loss", "loss_mask", "loss_ssim"}
         torch.testing.assert_close(losses["loss"].detach(), losses["loss_mask"] + losses["loss_ssim"])
+
+
+# ---- options ----
+
+
+@pytest.mark.parametrize(
+    ("system", "options", "words"),
+    [
+        ("zegclip", {"seen_offset": float("nan")}, "'seen_offset' of zegclip .* finite"),
+        ("zegclip", {"mask_size": 0}, "'mask_size'"),
+        ("zegclip", {"short_side": -5}, "'short_side'"),
+        ("zegclip", {"window_size": 0}, "'window_size'"),
+        ("zegclip", {"window_size": 8, "window_stride": -1}, "'window_stride'"),
+        ("zegclip", {"window_size": 8, "window_stride": 9}, "do not fit each other: a window_stride of 9"),
+        ("zegclip", {"mask_weight": -5}, "'mask_weight'"),
+        ("cascade-clip", {"std": [0, 0, 0]}, r"'std\.0'"),
+        ("cascade-clip", {"mean": [0.5, 0.5]}, r"'mean\.2'"),
+        ("cascade-clip", {"aggregation": "mean"}, "'aggregation' of cascade-clip is wrong: Input should be 'nga'"),
+        ("cascade-clip", {"aggregation": ["nga", "mean"]}, r"'aggregation\.1'"),
+        ("dense-clip", {"window_size": 8, "window_stride": 9}, "do not fit"),
+        ("deop", {"std": [1, 0, 1]}, r"'std\.1'"),
+        ("deop", {"short_side": 0}, "'short_side'"),
+        ("deop", {"long_side": 0}, "'long_side'"),
+        ("deop", {"alpha": [0.5, 3]}, r"'alpha\.1' .* less than or equal to 1"),
+        ("deop", {"dice_weight": -1}, "'dice_weight'"),
+        ("zsseg", {"proposals": {"kind": "sam", "foo": 1}}, r"no option 'proposals\.foo'"),
+        ("zsseg", {"criterion": {"mask_weight": -1}}, r"'criterion\.mask_weight'"),
+        ("zsseg", {"ensemble": {"weight": float("nan")}}, r"'ensemble\.weight' .* finite"),
+    ],
+)
+def test_values_that_make_no_sense(system: str, options: dict[str, Any], words: str) -> None:
+    with pytest.raises(LexisegError, match=words):
+        SYSTEMS[system].parse_options(options)
+
+
+@pytest.mark.parametrize("key", ["lr", "weight_decay", "clip_norm", "min_lr"])
+def test_numbers_of_the_loop_are_finite(key: str) -> None:
+    with pytest.raises(ValueError, match="finite"):
+        TrainSettings.model_validate({"steps": 1, "batch_size": 1, "lr": 1.0, key: float("inf")})
+
+
+def test_the_resize_before_the_windows_is_an_option() -> None:
+    assert cascade().window.antialias and not cascade(antialias=False).window.antialias
 
 
 # ---- groups ----

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from lexiseg.analysis.regions import anchor_figure, attention_maps, region_masks, top_classes, top_classes_figure
+from lexiseg.cli import main
 from lexiseg.data.base import Sample
 from lexiseg.errors import LexisegError
 from lexiseg.evaluation.proposal_report import evaluate_proposals
@@ -22,6 +25,7 @@ from lexiseg.segmenter import Segmenter
 from lexiseg.vocabulary import Vocabulary
 from tests.system_tester import SystemTester
 from tests.test_deop import make
+from tests.test_region_hosts import make as host
 from tests.towers import small_clip
 
 # Left half class 0, right half class 2, and a column that is ignored.
@@ -123,12 +127,20 @@ def test_proposals_of_a_dataset_are_judged(segmenter: Segmenter) -> None:
     assert report.to_dict()["upper_bound"]["miou"] is not None
     titles, rows = report.table()
     assert titles[1:] == ["all", "seen", "unseen"]
-    assert [row[0] for row in rows] == ["recall at IoU 0.3", "recall at IoU 0.5", "mIoU they allow"]
+    counted = [f"{what} at IoU {iou}" for what in ("recall", "released counters") for iou in (0.3, 0.5)]
+    assert [row[0] for row in rows] == [*counted, "mIoU they allow"]
     dataset.odd = 3
     with pytest.raises(LexisegError, match="'p0' cannot be judged: the label 3"):
         evaluate_proposals(segmenter, dataset)
     with pytest.raises(LexisegError, match="has no proposals to judge"):
         evaluate_proposals(Segmenter(DenseCLIP(small_clip()), disk_cache=False), dataset)
+
+
+def test_the_command_prints_what_the_released_code_counts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ["evaluate", "picture-world", "-w", "deop-emoji", "--limit", "1", "--size", "64", "--device", "cpu"]
+    assert main([*asked, "--proposals", "-o", str(tmp_path)]) == 0
+    assert "released counters at IoU 0.3" in capsys.readouterr().out
+    assert json.loads((tmp_path / "proposals.json").read_text())["released"].keys() == {"0.3", "0.5"}
 
 
 @pytest.fixture
@@ -162,6 +174,50 @@ def test_figures(segmenter: Segmenter, picture: Path) -> None:
         top_classes_figure(Segmenter(DenseCLIP(small_clip()), disk_cache=False), picture, "cat")
     with pytest.raises(LexisegError, match="25 proposals"):
         top_classes_figure(segmenter, picture, "cat", proposals=25)
+
+
+def test_anchors_are_drawn_of_the_proposals_of_the_prediction(picture: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make(remainder={"count": 4, "threshold": 0.95, "min_share": 0.0})
+    segmenter = Segmenter(model, disk_cache=False)
+    seen: list[Tensor] = []
+    propose = DeOP.propose
+
+    def kept(self: DeOP, *arguments: Any) -> Any:
+        found = propose(self, *arguments)
+        assert found.valid is not None
+        seen.append(torch.cat([found.mask_logits.sigmoid().flatten(), found.valid.flatten()]))
+        return found
+
+    monkeypatch.setattr(DeOP, "propose", kept)
+    anchor_figure(segmenter, picture)
+    segmenter.predict(picture, "cat; sky")
+    torch.testing.assert_close(seen[0], seen[1])
+
+
+def test_top_classes_of_a_host_are_clip_s_own(picture: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = host("zsseg")
+    drawn: list[Tensor] = []
+
+    def kept(scores: RegionScores, index: int, k: int) -> tuple[Tensor, Tensor]:
+        drawn.append(scores.class_scores)
+        return top_classes(scores, index, k)
+
+    monkeypatch.setattr("lexiseg.analysis.regions.top_classes", kept)
+    segmenter = Segmenter(model, disk_cache=False)
+    asked = "cat; sky, heaven; sea"
+    top_classes_figure(segmenter, picture, asked)
+    by_clip = drawn[-1]
+    top_classes_figure(segmenter, picture, asked, by="ensemble")
+    predicted = drawn[-1]
+    alone = Segmenter(host("zsseg", ensemble={"rule": "region"}), disk_cache=False).scores(picture, asked)
+    assert isinstance(alone, RegionScores)
+    torch.testing.assert_close(by_clip, alone.class_scores)
+    again = segmenter.scores(picture, asked)
+    assert isinstance(again, RegionScores)
+    torch.testing.assert_close(predicted, again.class_scores)
+    assert not torch.allclose(by_clip, predicted)
+    with pytest.raises(LexisegError, match="CLIP is shown none; draw by 'ensemble'"):
+        top_classes_figure(Segmenter(host("zsseg", regions="none"), disk_cache=False), picture, asked)
 
 
 def test_top_classes_join_synonyms() -> None:

@@ -21,7 +21,6 @@ from lexiseg.proposals import (
     Proposals,
     build_generator,
 )
-from lexiseg.proposals.backbone import build_backbone, load_imagenet_weights
 from lexiseg.proposals.given import GroundTruth, ground_truth_proposals
 from tests.parity_case import load_case
 from tests.parity_proposals import KINDS as CASES
@@ -213,32 +212,6 @@ def test_resnets(backbone: str) -> None:
         features = generator.backbone(torch.randn(1, 3, 64, 64))
     assert [feature.shape[1:] for feature in features] == [(16, 16, 16), (16, 8, 8), (32, 4, 4), (32, 2, 2)]
     assert torch.equal(before, body.bn1.running_mean)
-
-
-@pytest.mark.parametrize("kind", ["r50", "r101", "r50c", "r101c"])
-def test_imagenet_weights_have_our_names(kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    import timm
-
-    create = timm.create_model
-    monkeypatch.setattr(timm, "create_model", lambda name, pretrained: create(name, pretrained=False))
-    with torch.device("meta"):
-        backbone = build_backbone(MaskFormerOptions(backbone=kind))
-        load_imagenet_weights(backbone, kind)
-
-
-def test_imagenet_weights_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
-    import timm
-
-    def offline(name: str, pretrained: bool) -> None:
-        raise OSError("no network")
-
-    monkeypatch.setattr(timm, "create_model", offline)
-    with torch.device("meta"):
-        backbone = build_backbone(MaskFormerOptions())
-    with pytest.raises(LexisegError, match=r"'resnet101s' could not be downloaded \(OSError\)"):
-        load_imagenet_weights(backbone, "r101c")
-    with pytest.raises(LexisegError, match="no ImageNet weights for tiny"):
-        load_imagenet_weights(build_backbone(MaskFormerOptions(backbone="tiny")), "tiny")
 
 
 def test_sizes_of_the_published_generators() -> None:

@@ -18,14 +18,18 @@ from lexiseg.data.transforms import light_pipeline
 from lexiseg.errors import LexisegError
 from lexiseg.evaluation.evaluate import evaluate
 from lexiseg.evaluation.protocols import PROTOCOLS, find_protocol
-from lexiseg.models import DenseCLIP, ZegCLIP
+from lexiseg.models import DenseCLIP, WindowPolicy, ZegCLIP
 from lexiseg.segmentation import Segmentation
 from lexiseg.segmenter import Segmenter
+from lexiseg.training.recipe import CatalogData, load_recipe
+from lexiseg.training.run import _identity, dataset_of, vocabulary_of
 from lexiseg.training.segmentation import SegmentationTask
 from lexiseg.training.settings import TrainSettings
 from lexiseg.training.trainer import Trainer
+from lexiseg.vocabulary import PAPER_TEMPLATES, SINGLE_TEMPLATE
 from lexiseg.weights.folder import save_model
 from tests.miniatures import MINIATURES, SIZE, WIDE, save_index, save_list, save_picture, save_wide
+from tests.test_region_hosts import make
 from tests.towers import small_clip
 
 
@@ -64,7 +68,8 @@ def judge(protocol, root, answers, **options):
     segmenter = Fixed(answers)
     return evaluate(
         segmenter, data, name=protocol.data_set, split="val", offsets=protocol.offsets,
-        window=protocol.window_for("zegclip"), card=protocol.card(), progress=False, num_examples=1,
+        window=protocol.window_for("zegclip"), card=protocol.card(), seen_split=protocol.seen_split, progress=False,
+        num_examples=1,
     ), segmenter  # fmt: skip
 
 
@@ -110,6 +115,7 @@ def _ade847(root, label):
     save_picture(home / "images_detectron2/validation/a.jpg", 0, label.shape)
     save_wide(home / "annotations_detectron2/validation/a.tif", label)
     (home / "classes.json").write_text(json.dumps([f"object {number}" for number in range(847)]))
+    (home / "ADE20K_572_pure_class.json").write_text(json.dumps([f"object {number}" for number in range(572)]))
 
 
 # protocol: what writes the set, the label file's values, the prediction, and by class id (pixels that are judged,
@@ -121,13 +127,15 @@ BY_HAND = {
                 {0: (2, 2, 1), 3: (0, 1, 0), 19: (2, 1, 1)}),
     "gzs-coco": (_coco, [[0, 12, 255], [181, 20, 255]], [[0, 11, 5], [170, 0, 170]],
                  {0: (1, 2, 1), 11: (1, 1, 1), 19: (1, 0, 0), 170: (1, 1, 1)}),
-    "pc-59": (_context59, [[1, 59, 0], [59, 59, 0]], [[0, 58, 0], [0, 58, 58]], {0: (1, 2, 1), 58: (3, 2, 2)}),
+    "pc-59": (_context59, [[1, 59, 0], [59, 59, 255]], [[0, 58, 0], [0, 58, 58]], {0: (1, 2, 1), 58: (3, 2, 2)}),
     "gzs-context": (_context59, [[1, 59, 0], [59, 59, 255]], [[0, 58, 0], [0, 58, 58]], {0: (1, 2, 1), 58: (3, 2, 2)}),
-    "pc-459": (_context459, [[1, 256, 0], [459, 257, 0]], [[0, 255, 255], [458, 255, 0]],
+    "pc-459": (_context459, [[1, 256, 0], [459, 257, WIDE]], [[0, 255, 255], [458, 255, 0]],
                {0: (1, 1, 1), 255: (1, 2, 1), 256: (1, 0, 0), 458: (1, 1, 1)}),
-    "a-150": (_ade150, [[1, 150, 0], [150, 150, 0]], [[0, 149, 0], [0, 149, 149]], {0: (1, 2, 1), 149: (3, 2, 2)}),
+    "a-150": (_ade150, [[1, 150, 0], [150, 150, 255]], [[0, 149, 0], [0, 149, 149]], {0: (1, 2, 1), 149: (3, 2, 2)}),
     "a-847": (_ade847, [[0, 255, WIDE], [846, 256, WIDE]], [[0, 255, 255], [846, 255, 0]],
               {0: (1, 1, 1), 255: (1, 2, 1), 256: (1, 0, 0), 846: (1, 1, 1)}),
+    "gzs-ade": (_ade847, [[0, 255, WIDE], [846, 256, WIDE]], [[0, 255, 255], [846, 255, 0]],
+                {0: (1, 1, 1), 255: (1, 2, 1), 256: (1, 0, 0), 846: (1, 1, 1)}),
 }  # fmt: skip
 
 
@@ -163,9 +171,56 @@ def test_seen_and_unseen_lists(tmp_path):
         report, _ = judge(find_protocol(name), tmp_path, [[[0, 58, 0]]])
         rows = {row.name: row.seen for row in report.class_rows()}
         assert rows[unseen] is False and sum(seen is False for seen in rows.values()) == 10
-    # Across data sets every class is treated alike, whatever its name.
+    # Across data sets no class counts as seen to the model, whatever its name.
     _, segmenter = judge(find_protocol("pc-59"), tmp_path, [[[0, 58, 0]]])
-    assert {entry.seen for entry in segmenter.asked[0][0].classes} == {True}
+    assert {entry.seen for entry in segmenter.asked[0][0].classes} == {False}
+
+
+def test_ade_with_seen_and_unseen_classes(tmp_path):
+    _ade847(tmp_path, np.array([[0, 571, 572]]))
+    report, _ = judge(find_protocol("gzs-ade"), tmp_path, [[[0, 571, 0]]])
+    assert (report.protocol["num_seen"], report.protocol["num_unseen"]) == (572, 275)
+    assert report.summary()["miou_seen"] == 75.0 and report.summary()["miou_unseen"] == 0.0
+    (tmp_path / "ADE20K_2021_17_01/classes.json").write_text(json.dumps(["bar", "bar", *map(str, range(845))]))
+    with pytest.raises(LexisegError, match="names the class 'bar' twice"):
+        find_protocol("gzs-ade").open(tmp_path)
+    (tmp_path / "ADE20K_2021_17_01/ADE20K_572_pure_class.json").unlink()
+    (tmp_path / "ADE20K_2021_17_01/classes.json").write_text(json.dumps([str(number) for number in range(847)]))
+    with pytest.raises(LexisegError, match="572 seen classes is missing"):
+        find_protocol("gzs-ade").open(tmp_path)
+
+
+def test_nothing_is_seen_or_unseen_across_data_sets(folder, tmp_path):
+    """Names that the model was trained on by accident make no class a seen one."""
+    model = ZegCLIP.build(small_clip(), {"decoder_heads": 2}, seen_names=("person", "cat"))
+    protocol = find_protocol("voc-20")
+    data = protocol.open(folder("voc2012"), system="zegclip")
+    options = {"name": "voc2012", "split": "val", "limit": 1, "progress": False, "num_examples": 0,
+               "window": WindowPolicy(32, 32)}  # fmt: skip
+    across = evaluate(Segmenter(model, disk_cache=False), data, offsets=protocol.offsets,
+                      seen_split=protocol.seen_split, **options)  # fmt: skip
+    found = across.to_dict()
+    for key in ("miou_seen", "miou_unseen", "hiou"):
+        assert found["metrics"][key] is None
+    assert found["protocol"]["num_seen"] is None and found["protocol"]["num_unseen"] is None
+    assert {row["seen"] for row in found["classes"]} == {None}
+    assert "mIoU(U)" not in across.summary_line() and "hIoU" not in across.summary_line()
+    titles, rows = across.table()
+    assert "masks in training" not in titles and {len(row) for row in rows} == {len(titles)}
+    assert find_protocol("gzs-voc").seen_split
+
+
+@pytest.mark.parametrize("name", PROTOCOLS)
+def test_every_system_of_the_papers_has_a_window(name):
+    protocol = PROTOCOLS[name]
+    for system in ("zegclip", "cascade-clip", "spt-seg", "deop", "zsseg", "zegformer", "freeseg"):
+        window = protocol.window_for(system)
+        assert window is not None and window.short_side in (512, 640), system
+    for system in ("deop", "zsseg", "zegformer"):
+        side = 640 if name == "gzs-coco" and system != "deop" else 512
+        window = protocol.window_for(system)
+        assert (window.size, window.short_side) == (None, side)
+        assert window.long_side == (2560 if name == "gzs-coco" else 2048)
 
 
 def test_windows_of_the_authors():
@@ -191,11 +246,160 @@ def test_names_of_the_authors(folder):
     assert find_protocol("gzs-voc").open(folder("voc2012"), system="zegformer").vocabulary.names[15] == "potted plant"
 
 
+def test_words_of_the_authors(folder):
+    """ADE20K's synonyms are scored where somebody asks for them, and the card says what was done."""
+    protocol, root = find_protocol("a-150"), folder("ade150")
+    own, more = protocol.open(root).vocabulary, protocol.open(root, synonyms=True).vocabulary
+    assert own.names == more.names and own.words == own.names
+    assert more.classes[1].words == ("building", "edifice") and len(more.words) > 250
+    card = protocol.card()["protocol"]
+    assert card["synonyms"] is False and "objectInfo150.txt" in card["words"] and "not known" in card["words"]
+    card = protocol.card(synonyms=True)["protocol"]
+    assert card["synonyms"] is True and "chosen by the user" in card["words"]
+    for protocol in PROTOCOLS.values():
+        assert ("as one name" in protocol.card()["protocol"]["words"]) == (protocol.data_set == "ade20k-847")
+    with pytest.raises(LexisegError, match="voc2012 gives its classes no synonyms"):
+        find_protocol("voc-20").open(folder("voc2012"), synonyms=True)
+
+
+def test_words_of_the_847_classes(tmp_path):
+    _ade847(tmp_path, np.array([[0, 1, 2]]))
+    names = ["door, gate", "gate, barrier", "wall", *(f"object {number}" for number in range(844))]
+    (tmp_path / "ADE20K_2021_17_01/classes.json").write_text(json.dumps(names))
+    (tmp_path / "ADE20K_2021_17_01/ADE20K_572_pure_class.json").write_text(json.dumps(names[:572]))
+    protocol = find_protocol("gzs-ade")
+    assert protocol.open(tmp_path).vocabulary.words == tuple(names)
+    more = protocol.open(tmp_path, synonyms=True).vocabulary
+    # "gate" belongs to two classes.
+    assert [entry.words for entry in more.classes[:3]] == [("door, gate", "door"), ("gate, barrier", "barrier"),
+                                                           ("wall",)]  # fmt: skip
+    assert more.names == tuple(names) and more.classes[571].seen and more.classes[572].seen is False
+
+
+def test_synonyms_of_a_recipe(folder, tmp_path):
+    root = str(folder("ade150"))
+    for synonyms, count in ((None, 1), (False, 1), (True, 2)):
+        data = CatalogData(source="ade20k-150", root=root, synonyms=synonyms)
+        for vocabulary in (vocabulary_of(data), dataset_of(data, "val").vocabulary):
+            assert len(vocabulary.classes[1].words) == count
+    # A run that was begun when there was no such key can be gone on with.
+    assert "synonyms" not in _identity(load_recipe("zegclip-voc2012"), None)["data"]
+    MINIATURES["own-folders"][1](tmp_path)
+    (tmp_path / "classes.txt").write_text("road\ncar, auto\nsky, heaven\n")
+    words = [len(dataset_of(CatalogData(source="own", root=tmp_path, synonyms=told), "val").vocabulary.words)
+             for told in (None, True, False)]  # fmt: skip
+    assert words == [5, 5, 3]
+
+
+def test_templates_of_the_authors():
+    for name, templates in {"gzs-voc": SINGLE_TEMPLATE, "voc-20": SINGLE_TEMPLATE, "gzs-coco": PAPER_TEMPLATES,
+                            "gzs-context": PAPER_TEMPLATES, "pc-59": PAPER_TEMPLATES, "pc-459": None, "a-150": None,
+                            "a-847": None}.items():  # fmt: skip
+        assert find_protocol(name).templates_for("cascade-clip") == templates, name
+        assert find_protocol(name).templates_for("deop") is None
+    assert find_protocol("gzs-coco").templates_for("zegformer") == ("A photo of a {} in the scene",)
+
+
+@pytest.mark.parametrize(
+    ("system", "name", "rule", "weight", "threshold"),
+    [
+        ("zsseg", "a-847", "geometric", 0.7, 0.3),
+        ("zsseg", "a-150", "geometric", 0.5, 0.4),
+        ("zsseg", "pc-59", "geometric", 0.4, 0.5),
+        ("zsseg", "voc-20", "geometric", 0.8, 0.5),
+        ("zsseg", "gzs-coco", "geometric", 0.8, 0.5),
+        ("freeseg", "a-847", "region", 0.8, 0.5),
+        ("freeseg", "gzs-ade", "geometric", 0.8, 0.5),
+        ("zegformer", "a-847", "zegformer", 2 / 3, 0.5),
+    ],
+)
+def test_how_authors_join_the_two_opinions(system, name, rule, weight, threshold):
+    model = make(system)
+    protocol = find_protocol(name)
+    changes = protocol.set_up(model)
+    assert (model.options.ensemble.rule, model.options.ensemble.weight) == (rule, weight)
+    assert model.options.crops.threshold == model.viewer.crops.threshold == threshold
+    assert protocol.card(settings=changes)["protocol"]["settings"] == changes
+    assert bool(changes) == (name in ("a-847", "a-150", "pc-59") and system != "zegformer")
+
+
+def test_maft_keeps_its_own_settings_on_other_hosts():
+    model = make("zsseg", maft={})
+    assert find_protocol("a-847").set_up(model) == {} and model.options.ensemble.weight == 0.8
+    assert find_protocol("a-847").set_up(DenseCLIP.build(small_clip())) == {}
+    model = make("freeseg", maft={})
+    assert find_protocol("a-847").set_up(model) == {"ensemble": {"rule": "region"}}
+
+
+def test_an_ensemble_knows_of_no_seen_class_across_data_sets(folder):
+    """ZSSeg's two opinions are joined as for unseen classes, though the model was trained on some of the names."""
+    model, protocol = make("zsseg"), find_protocol("voc-20")
+    data, window = protocol.open(folder("voc2012"), system="zsseg"), WindowPolicy()
+    told: list[object] = []
+    real = model.score
+    model.score = lambda *args, seen_words=None, **more: (
+        told.append(seen_words), real(*args, seen_words=seen_words, **more))[1]  # fmt: skip
+    evaluate(Segmenter(model, disk_cache=False), data, name="voc2012", split="val", offsets=protocol.offsets,
+             seen_split=protocol.seen_split, limit=1, progress=False, num_examples=0, window=window)  # fmt: skip
+    assert told == [None]
+
+
+def test_the_authors_size_for_real(folder, tmp_path, capsys, monkeypatch):
+    """The shorter side of 512, windows and all, under --protocol; in the other tests pictures stay small."""
+    monkeypatch.chdir(tmp_path)
+    clip = small_clip(vision_cfg={"patch_size": 32})
+    model = ZegCLIP.build(clip, {"decoder_heads": 2}, seen_names=("person", "cat"))
+    model.default_templates = PAPER_TEMPLATES
+    save_model(model, tmp_path / "model")
+    shapes: list[tuple[int, ...]] = []
+    real = ZegCLIP.encode_images
+    monkeypatch.setattr(
+        ZegCLIP, "encode_images", lambda self, images: (shapes.append(tuple(images.shape)), real(self, images))[1]
+    )
+    words = ["--protocol", "voc-20", "-w", "model", "--limit", "1", "--json"]
+    assert main(["evaluate", str(folder("voc2012")), *words]) == 0
+    card = json.loads(capsys.readouterr().out)["protocol"]
+    assert card["window"]["size"] == card["window"]["short_side"] == 512 and card["templates"] == list(SINGLE_TEMPLATE)
+    # 36 x 48 becomes 512 x 683, which two windows cover.
+    assert shapes == [(1, 3, 512, 512)] * 2
+    # Somebody's own templates come first.
+    words = [*words, "--window", "64", "--stride", "64", "--template", "the {}"]
+    monkeypatch.setattr("lexiseg.windows.working_size", lambda *sizes: sizes[:2])
+    monkeypatch.setattr("lexiseg.pictures.working_size", lambda *sizes: sizes[:2])
+    assert main(["evaluate", str(folder("voc2012")), *words]) == 0
+    assert json.loads(capsys.readouterr().out)["protocol"]["templates"] == ["the {}"]
+
+
+def test_command_without_an_ensemble(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save_model(make("freeseg", regions="mask-attention"), tmp_path / "model")
+    words = ["--protocol", "voc-20", "-w", "model", "--limit", "1", "--json"]
+    assert main(["evaluate", str(folder("voc2012")), *words]) == 0
+    card = json.loads(capsys.readouterr().out)["protocol"]
+    assert card["protocol"]["settings"] == {"ensemble": {"rule": "region"}}
+    assert card["model"]["options"]["ensemble"]["rule"] == "region" and card["window"]["short_side"] == 640
+
+
+def test_command_with_synonyms(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save_model(DenseCLIP.build(small_clip(), {"short_side": 32}), tmp_path / "model")
+    words = ["-w", "model", "--limit", "1", "--json"]
+    root = str(folder("ade150"))
+    counts = {}
+    for option in ((), ("--synonyms",), ("--no-synonyms",)):
+        assert main(["evaluate", root, "--protocol", "a-150", *words, *option]) == 0
+        card = json.loads(capsys.readouterr().out)["protocol"]
+        counts[option] = card["num_words"], card["protocol"]["synonyms"]
+    assert counts[()] == counts["--no-synonyms",] == (150, False)
+    assert counts["--synonyms",][0] > 250 and counts["--synonyms",][1] is True
+    assert main(["evaluate", "picture-world", *words, "--synonyms"]) == 2
+    assert "leave it out" in capsys.readouterr().err
+
+
 def test_command(folder, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     model = ZegCLIP.build(small_clip(), {"decoder_heads": 2}, seen_names=("person", "cat"))
     save_model(model, tmp_path / "model")
-    monkeypatch.setattr("lexiseg.evaluation.protocols.ONE_STAGE", None)
     small = ["--window", "64", "--stride", "64", "--limit", "1", "-w", "model", "--json"]
     monkeypatch.setattr("lexiseg.windows.working_size", lambda *sizes: sizes[:2])
     monkeypatch.setattr("lexiseg.pictures.working_size", lambda *sizes: sizes[:2])
@@ -206,7 +410,8 @@ def test_command(folder, tmp_path, capsys, monkeypatch):
     assert card["window"]["size"] == 64 and card["window"]["short_side"] == 512 and not card["window"]["antialias"]
     assert main(["evaluate", str(folder("ade847")), "--protocol", "a-847", *small]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["protocol"]["num_classes"] == 847 and found["protocol"]["offsets"] == "all"
+    assert found["protocol"]["num_classes"] == 847 and found["protocol"]["offsets"] == "none"
+    assert found["metrics"]["hiou"] is None and "one name" in found["protocol"]["protocol"]["words"]
     assert main(["evaluate", root, "--protocol", "voc-20", "--split", "train", *small]) == 2
     assert "leave out --split" in capsys.readouterr().err
     assert main(["evaluate", "nowhere", "--protocol", "voc-20", *small]) == 2

@@ -144,3 +144,5 @@ def test_a_window_says_all_that_a_policy_does():
     assert WindowRecipe(size=64).policy().stride == 64
     with pytest.raises(ValueError, match="long_side"):
         WindowRecipe(long_side=640)
+    with pytest.raises(ValueError, match="stride of 9 leaves pixels"):
+        WindowRecipe(size=8, stride=9)

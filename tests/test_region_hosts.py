@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -12,14 +13,16 @@ from torch import Tensor
 
 from lexiseg.clip import TextEmbedder
 from lexiseg.errors import LexisegError
+from lexiseg.evaluation.proposals import pseudo_label
 from lexiseg.models import SYSTEMS, SegmentationModel
 from lexiseg.models.region_host import RegionHost
 from lexiseg.proposals import HARD_LOGIT
 from lexiseg.scores import RegionScores
 from lexiseg.training.initial import start_from
-from lexiseg.vocabulary import Vocabulary
+from lexiseg.vocabulary import Vocabulary, VocabularyClass
 from lexiseg.weights import load_model, save_model
-from tests.system_tester import DIM, SystemTester
+from tests.system_tester import DIM, DecoupledTester, SystemTester
+from tests.test_sam_proposals import tiny_sam
 from tests.towers import small_clip, unit_rows
 
 QUERIES: dict[str, Any] = {
@@ -51,7 +54,7 @@ def make(system: str = "zsseg", **changes: Any) -> RegionHost:
     return model
 
 
-class HostTester(SystemTester):
+class HostTester(DecoupledTester):
     """What differs for systems that compare the words of a region with each other."""
 
     # The classes share a softmax, so that only the images are apart.
@@ -113,6 +116,16 @@ class TestZegFormer(HostTester):
         mean = words.mean(dim=0)
         torch.testing.assert_close(text[0, 0], mean / mean.norm())
 
+    def test_a_name_of_several_words_is_their_mean(self, model: SegmentationModel) -> None:
+        embedder = TextEmbedder(model.clip)
+        whole = Vocabulary((VocabularyClass("building, edifice"), VocabularyClass("sky")))
+        apart = Vocabulary.parse("building, edifice; sky")
+        both = Vocabulary((VocabularyClass("building, edifice", ("edifice",)), VocabularyClass("sky")))
+        rows = model.embed_text(embedder, whole)
+        assert rows.shape == (2, 2, DIM)
+        torch.testing.assert_close(rows, model.embed_text(embedder, apart)[[0, 2]])
+        torch.testing.assert_close(rows, model.embed_text(embedder, both)[[0, 2]])
+
     def test_the_no_object_row_is_not_of_unit_length(self, model: SegmentationModel) -> None:
         assert isinstance(model, RegionHost)
         model.no_object.data *= 3.0
@@ -124,13 +137,57 @@ class TestFreeSeg(HostTester):
     options: ClassVar = {"proposals": MASK2FORMER}
 
 
-class TestFreeSegWithMaft(HostTester):
-    system = "freeseg"
-    options: ClassVar = {"proposals": MASK2FORMER, "maft": {}, "attention": ATTENTION, "ensemble": {"rule": "region"}}
-
+class WithMaft(HostTester):
     # What is trained is a quarter of a CLIP; its scores move slowly.
     def test_training_lowers_the_loss(self, model: SegmentationModel) -> None:
         train_a_little(model)
+
+
+class TestZSSegWithMaft(WithMaft):
+    system = "zsseg"
+    options: ClassVar = {"proposals": MASKFORMER, "maft": {}, "attention": ATTENTION, "ensemble": {"rule": "paper"}}
+
+
+class TestZegFormerWithMaft(WithMaft, TestZegFormer):
+    options: ClassVar = {"proposals": LINEAR, "maft": {}, "attention": ATTENTION}
+
+
+class TestFreeSegWithMaft(WithMaft):
+    system = "freeseg"
+    options: ClassVar = {"proposals": MASK2FORMER, "maft": {}, "attention": ATTENTION, "ensemble": {"rule": "region"}}
+
+
+@pytest.fixture(scope="session")
+def sam_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("sam")
+    for part in tiny_sam():
+        part.save_pretrained(folder)
+    return str(folder)
+
+
+class WithSam(HostTester):
+    """SAM in the generator's place: other masks in every picture, and no classes."""
+
+    @pytest.fixture
+    def model(self, sam_folder: str) -> SegmentationModel:
+        torch.manual_seed(1)
+        sam = {"kind": "sam", "weights": sam_folder, "points_per_side": 2, "pred_iou": -10.0, "stability": -1.0}
+        options = {**self.options, "proposals": {**sam, "nms": 1.0, "overlaps": "all"}}
+        return SYSTEMS[self.system].build(small_clip(), options, seen_names=("cat", "sky")).eval()
+
+    # There are no queries to count.
+    test_a_checkpoint_of_other_shapes_is_refused = SystemTester.test_a_checkpoint_of_other_shapes_is_refused
+
+
+class TestSam(WithSam):
+    system, trainable = "zsseg", False
+    options: ClassVar = {"ensemble": {"rule": "region"}}
+    test_labels_may_be_smaller_and_must_be_classes = SystemTester.test_labels_may_be_smaller_and_must_be_classes
+
+
+class TestSamWithMaft(WithMaft, WithSam):
+    system = "zsseg"
+    options: ClassVar = {"ensemble": {"rule": "region"}, "maft": {}, "attention": ATTENTION}
 
 
 def train_a_little(model: SegmentationModel) -> None:
@@ -154,7 +211,8 @@ def train_a_little(model: SegmentationModel) -> None:
 @pytest.mark.parametrize("system", sorted(GENERATORS))
 def test_maft_is_one_key(system: str, tmp_path: Path) -> None:
     """The same host with one more option: it looks at all regions at once, and trains a copy of CLIP's tower."""
-    plain, tuned = make(system), make(system, maft={})
+    # Recipes of hosts say that they look at crops, and so the key has to be enough where they do.
+    plain, tuned = make(system, regions="crops"), make(system, regions="crops", maft={})
     assert plain.viewer is not None and plain.viewer.kind == "crops"
     assert tuned.viewer is not None and tuned.viewer.kind == "mask-attention"
     assert all(name.startswith("student.") for name in tuned.trainable_names())
@@ -193,17 +251,13 @@ def test_a_second_stage_starts_from_the_first(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("count", [0, 1, 300])
-@pytest.mark.parametrize("regions", ["crops", "mask-attention", "pooled", "none"])
+@pytest.mark.parametrize("regions", ["mask-attention", "pooled", "none"])
 @pytest.mark.parametrize("system", ["zsseg", "zegformer"])
-def test_any_number_of_proposals(system: str, regions: str, count: int) -> None:
-    model = make(system, regions=regions, crops={**make_crops(system), "size": 8})
+def test_any_number_of_proposals_shown_otherwise(system: str, regions: str, count: int) -> None:
+    model = make(system, regions=regions)
     dense = with_masks(model, torch.randn(1, count, 8, 12)).dense((32, 48))
     assert torch.isfinite(dense).all()
     assert bool((dense > 0).any()) == bool(count)
-
-
-def make_crops(system: str) -> dict[str, Any]:
-    return {"convention": "roi-align"} if system == "zegformer" else {}
 
 
 def with_masks(model: RegionHost, mask_logits: Tensor, **more: Any) -> RegionScores:
@@ -218,14 +272,24 @@ def with_masks(model: RegionHost, mask_logits: Tensor, **more: Any) -> RegionSco
         return model.score(features, unit_rows(3, DIM), **more)
 
 
-@pytest.mark.parametrize("regions", ["crops", "mask-attention", "pooled"])
+@pytest.mark.parametrize("regions", ["mask-attention", "pooled"])
 @pytest.mark.parametrize("system", ["zsseg", "zegformer"])
-def test_masks_that_cover_nothing_or_everything(system: str, regions: str) -> None:
+def test_masks_of_nothing_or_everything_shown_otherwise(system: str, regions: str) -> None:
     model = make(system, regions=regions)
     for value in (-1000.0, -HARD_LOGIT, HARD_LOGIT, 1000.0):
         scores = with_masks(model, torch.full((1, 4, 8, 12), value))
         assert torch.isfinite(scores.class_scores).all()
         assert torch.isfinite(scores.dense((32, 48))).all()
+
+
+def test_the_papers_ensemble_takes_what_clip_says_of_empty_masks() -> None:
+    """With A^c = 1 for them, as released, Eq. 9 would give every unseen class more than any region that is there."""
+    empty = torch.full((1, 4, 8, 12), -1000.0)
+    paper, alone = (
+        with_masks(make(maft={}, ensemble={"rule": rule}), empty).class_scores for rule in ("paper", "region")
+    )
+    torch.testing.assert_close(paper, alone**0.8)
+    assert bool((with_masks(make(ensemble={"rule": "paper"}), empty).class_scores == 1).all())  # nothing was shown
 
 
 def test_regions_without_classes_are_classified_by_clip_alone() -> None:
@@ -246,9 +310,27 @@ def test_regions_without_classes_are_classified_by_clip_alone() -> None:
                 model.losses(SystemTester.images(), labels, unit_rows(4, DIM))
 
 
+@pytest.mark.parametrize("system", sorted(GENERATORS))
+def test_a_generator_without_classes_is_trained_by_its_masks(system: str) -> None:
+    model = make(system, proposals={**GENERATORS[system], "class_head": "none"}, prompts={"prefix": 2})
+    vocabulary, images, labels = Vocabulary.parse("cat; sky; sea; road"), SystemTester.images(), SystemTester().labels()
+    # FreeSeg's features look at the words, so that masks depend on prompts and "no object"; the others' do not.
+    parts = {name.split(".")[0] for name in model.trainable_names()}
+    assert parts == ({"generator", "no_object", "prompts"} if system == "freeseg" else {"generator"})
+    assert model.generator.trainable
+    text = model.training_text(vocabulary, unit_rows(4, DIM))
+    assert text.requires_grad == ("prompts" in parts)
+    losses = model.losses(images, labels, text)
+    assert {"loss_mask", "loss_dice"} <= losses.keys() and "loss_ce" not in losses
+    losses["loss"].backward()
+    missing = [name for name, parameter in model.trainable_parameters() if parameter.grad is None]
+    assert not missing
+
+
 def test_options_that_contradict_each_other_are_refused() -> None:
-    with pytest.raises(LexisegError, match="leave the option regions out"):
-        make(maft={}, regions="crops")
+    for regions in ("pooled", "none"):
+        with pytest.raises(LexisegError, match=f"not regions '{regions}'; leave out one of the two"):
+            make(maft={}, regions=regions)
     with pytest.raises(LexisegError, match="give maft"):
         make(stage="maft")
     with pytest.raises(LexisegError, match="know no classes"):
@@ -289,6 +371,28 @@ def test_self_training_labels_pixels_with_the_best_unseen_class() -> None:
     assert torch.equal(void, torch.where(expected == 255, 1, expected))  # as ZSSeg's released rule does
     with pytest.raises(LexisegError, match="unseen class"):
         model.pseudo_labels(*args, given, text, torch.ones(3, dtype=torch.bool))
+
+
+def test_self_training_in_steps_is_the_rule_that_the_released_code_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`pseudo_label` needs all scores at once, and is compared with the authors'; the model looks at unseen ones."""
+    images, text = SystemTester.images(), unit_rows(5, DIM)
+    seen = torch.tensor([True, False, True, False, False])
+    given = torch.full((2, 40, 48), -1)
+    given[:, :8], given[:, 8:16], given[:, 16:20] = 255, 2, 3
+    model = make(label_void=True)
+    padded, size = model.pad(images), (40, 48)
+    with torch.no_grad():
+        features = model.encode_padded(padded, size)
+        proposals = model.proposals_of(features, text)
+    # So untrained a model would say the same everywhere.
+    proposals = replace(proposals, mask_logits=5 * torch.randn_like(proposals.mask_logits))
+    scores = torch.rand(*proposals.mask_logits.shape[:2], 5)
+    monkeypatch.setattr(model, "proposals_of", lambda *_: proposals)
+    monkeypatch.setattr(model, "class_scores", lambda *_: scores)
+    dense = model.pixel_scores(scores, proposals, features).dense(size)
+    expected = torch.stack([pseudo_label(one, label, [0, 2]) for one, label in zip(dense, given, strict=True)])
+    assert set(expected.unique().tolist()) == {1, 2, 3, 4}
+    assert torch.equal(model.pseudo_labels(padded, size, given, text, seen), expected)
 
 
 def test_near_duplicates_and_poor_regions_are_not_shown() -> None:

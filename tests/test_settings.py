@@ -27,10 +27,12 @@ from lexiseg.losses import pseudo_labels
 from lexiseg.models import SYSTEMS
 from lexiseg.segmenter import Segmenter
 from lexiseg.training.checkpoint import find_checkpoints
+from lexiseg.training.dry_run import dry_run
 from lexiseg.training.labels import PADDING, UNLABELLED, masked_names, self_training_labels, training_vocabulary
-from lexiseg.training.recipe import find_recipe, parse_recipe
+from lexiseg.training.recipe import SegmentationRecipe, find_recipe, load_recipe, parse_recipe
 from lexiseg.training.run import build_task, train
 from lexiseg.training.segmentation import SegmentationTask
+from lexiseg.training.stages import first_stage, prompt_stage, with_stages
 from lexiseg.training.trainer import Trainer
 from lexiseg.vocabulary import Vocabulary
 from lexiseg.weights import load_model
@@ -228,6 +230,51 @@ def test_the_first_stage_is_trained_with_this_data_and_clip(tmp_path: Path, clip
         quietly(recipe.model_copy(update={"initial": "clip-emoji"}), tmp_path / "other")
 
 
+def changed(name: str, **options: Any) -> SegmentationRecipe:
+    recipe = load_recipe(name)
+    assert isinstance(recipe, SegmentationRecipe)
+    model = recipe.model.model_copy(update={"options": recipe.model.options | options})
+    return recipe.model_copy(update={"model": model})
+
+
+def test_the_first_stage_has_the_options_that_weights_depend_on() -> None:
+    own = changed("zegclip-picture-world").model.options
+    assert first_stage(changed("zegclip-picture-world-transductive")).model.options == own
+    recipe = changed("zegclip-picture-world-transductive", num_prompts=3, mask_weight=5.0, seen_offset=0.2)
+    assert first_stage(recipe).model.options == own | {"num_prompts": 3}
+    assert "3" in dict(dry_run(recipe).rows())["options"]
+    look = changed("second-look-picture-world", decoder_layers=1).model_copy(
+        update={"initial": "zegclip-picture-world"}
+    )
+    assert first_stage(look).model.options["decoder_layers"] == 1 and dry_run(look).starts_from
+
+
+def test_the_stages_of_a_decoupled_system_fit_each_other() -> None:
+    recipe = changed("zsseg-picture-world")
+    own = first_stage(recipe).model.options["proposals"]
+    proposals = recipe.model.options["proposals"]
+    more = changed("zsseg-picture-world", proposals={**proposals, "num_queries": 7, "frozen_dropout": True})
+    assert first_stage(more).model.options["proposals"] == {**own, "num_queries": 7}
+    with pytest.raises(LexisegError, match="proposals of the kind 'mask2former'"):
+        first_stage(changed("zsseg-picture-world", proposals={"kind": "maskformer", "embed_dim": 64}))
+    first = prompt_stage(changed("zsseg-voc2012", prompts={"prefix": 3, "suffix": 2}))
+    assert (first.model.prefix, first.model.suffix, first.model.task) == (3, 2, 0)
+    with pytest.raises(LexisegError, match="has no learned prompts"):
+        prompt_stage(changed("zsseg-voc2012", prompts=None))
+
+
+@pytest.mark.parametrize(("initial", "words"), [("zegclip-picture-world", "trains the system 'zegclip'"),
+                                                ("zsseg-picture-world", "trains the system 'zsseg'")])  # fmt: skip
+def test_a_first_stage_that_cannot_fit_is_not_trained(tmp_path: Path, initial: str, words: str) -> None:
+    recipe = changed("cascade-clip-picture-world-transductive").model_copy(
+        update={"initial": initial, "initial_steps": None}
+    )
+    with pytest.raises(LexisegError, match=words):
+        dry_run(recipe)
+    with pytest.raises(LexisegError, match=words):
+        with_stages(recipe, tmp_path, lambda *args, **named: pytest.fail("it was trained"))
+
+
 class StopError(Exception):
     pass
 
@@ -367,7 +414,7 @@ def test_evaluation_on_another_data_set(tmp_path: Path, clip_folder: Path, capsy
     arguments = ["evaluate", tmp_path / "cross.yaml", "-w", tmp_path / "run", "-o", tmp_path / "out", "--json"]
     assert main([str(word) for word in arguments]) == 0
     protocol = json.loads(capsys.readouterr().out)["protocol"]
-    assert (protocol["dataset"], protocol["num_pictures"], protocol["offsets"]) == ("voc2012", 1, "all")
+    assert (protocol["dataset"], protocol["num_pictures"], protocol["offsets"]) == ("voc2012", 1, "none")
     assert protocol["window"]["size"] == 32 and protocol["window"]["stride"] == 16
     assert protocol["templates"] == ["a photo of a {}"]
     assert main(["train", str(tmp_path / "cross.yaml")]) == 2

@@ -198,6 +198,12 @@ def test_background_policies() -> None:
         Vocabulary.parse("sky; dog", background="sky, heaven")
     with pytest.raises(LexisegError, match="finite"):
         Vocabulary.parse("cat", background=float("nan"))
+    for number in ("nan", "inf", "-1e999"):
+        with pytest.raises(LexisegError, match="must be a finite number"):
+            Vocabulary.parse("cat", background=number)
+    for words in ("1.5x; yes", {"name": "wall; floor"}):
+        with pytest.raises(LexisegError, match=r"one class, so '.*;.*' cannot be its name"):
+            Vocabulary.parse("cat", background=words)
     with pytest.raises(LexisegError, match="needs a name"):
         Background("class")
     with pytest.raises(LexisegError, match="Unknown background policy"):

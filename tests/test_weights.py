@@ -185,6 +185,7 @@ def test_convert_cascade_clip_and_spt(system: str, layers: int, options: dict[st
     assert type(again) is type(model)
     for key in options:
         assert getattr(again.options, key) == getattr(model.options, key), key
+    assert not again.window.antialias  # mmcv's resize
     same(again, model)
     del state["decode_head.loss_decode.criterion.empty_weight"]  # its size differs between files, and some lack it
     state["backbone.moon"] = state.pop("backbone.proj")
@@ -197,8 +198,8 @@ def test_convert_cascade_clip_and_spt(system: str, layers: int, options: dict[st
 
 def test_the_order_of_the_context_classes_is_pointed_out(tmp_path: Path) -> None:
     model = one_stage("cascade-clip", 2, groups="{1},{2}", num_prompts=35)
-    # one block a group has no weights in the authors' layout, so that only the last group is found
-    with pytest.raises(LexisegError, match=r"left over: backbone\.ln_layers"):
+    # A group of one block has no weights in the authors' layout, and the files' first groups have more blocks.
+    with pytest.raises(LexisegError, match=r"lacks decode_head\.weights_s1"):
         convert(write_checkpoint(tmp_path / "a.pth", authors_state(model)), tmp_path / "out")
     model = one_stage("cascade-clip", 3, groups="{1-2},{3}", num_prompts=35)
     report = convert(write_checkpoint(tmp_path / "b.pth", authors_state(model)), tmp_path / "model")
@@ -259,14 +260,31 @@ def test_a_checkpoint_that_does_not_fit_is_refused_with_the_keys(tmp_path: Path)
     with pytest.raises(LexisegError, match=r"decode_head.q_proj.bias is \(3,\) instead of \(64,\)"):
         convert(write_checkpoint(tmp_path / "b.pth", state), tmp_path / "out")
     state = {key: value for key, value in authors_state(zegclip()).items() if not key.startswith("text_encoder.")}
-    with pytest.raises(LexisegError, match=r"lacks ln_final\.weight; take a complete file"):
+    with pytest.raises(LexisegError, match=r"lacks text_encoder\.token_.* text_encoder\.ln_final\.weight, .*; take a"):
         convert(write_checkpoint(tmp_path / "c.pth", state), tmp_path / "out")
+
+
+def test_all_tensors_that_tell_the_shape_are_listed(tmp_path: Path) -> None:
+    state = authors_state(zegclip())
+    lost = ("backbone.conv1.weight", "backbone.proj", "text_encoder.ln_final.weight")
+    for key in lost:
+        del state[key]
+    with pytest.raises(LexisegError, match=rf"lacks {', '.join(lost)}; take a complete file"):
+        convert(write_checkpoint(tmp_path / "a.pth", state), tmp_path / "out")
+    cascade = authors_state(one_stage("cascade-clip", 6, groups="{2-3},{4-5},{6}"))
+    del cascade["decode_head.weights_s1"], cascade["backbone.proj"]
+    with pytest.raises(LexisegError, match=r"lacks decode_head\.weights_s1, backbone\.proj; take a complete file"):
+        convert(write_checkpoint(tmp_path / "b.pth", cascade), tmp_path / "out")
+    clip = dict(small_clip().model.state_dict())
+    del clip["ln_final.weight"], clip["visual.proj"]
+    with pytest.raises(LexisegError, match=r"lacks visual\.proj, ln_final\.weight; take a complete file"):
+        convert(write_checkpoint(tmp_path / "c.pth", clip), tmp_path / "out")
 
 
 @pytest.mark.parametrize("key", ["decode_head.q_projs.0.weight", "backbone.complex_weight"])
 def test_a_file_with_hardly_anything_in_it_is_refused(key: str, tmp_path: Path) -> None:
     path = write_checkpoint(tmp_path / "a.pth", {key: torch.ones(1)})
-    with pytest.raises(LexisegError, match=r"lacks backbone\.proj; take a complete file"):
+    with pytest.raises(LexisegError, match=r"lacks .*backbone\.proj, .*; take a complete file"):
         convert(path, tmp_path / "out")
 
 
@@ -284,7 +302,9 @@ def test_nothing_in_a_pickle_is_executed(tmp_path: Path, monkeypatch: pytest.Mon
     (tmp_path / "c.pth").write_text("not a checkpoint")
     (tmp_path / "d.pth").write_bytes(b"")
     (tmp_path / "e.safetensors").write_bytes(b"nothing")
-    for name in ("a.pth", "b.pth", "c.pth", "d.pth", "e.safetensors"):
+    (tmp_path / "f.pth").write_bytes(b"junk")
+    (tmp_path / "g.pth").write_bytes(b"\x80")
+    for name in ("a.pth", "b.pth", "c.pth", "d.pth", "e.safetensors", "f.pth", "g.pth"):
         with pytest.raises(LexisegError, match="cannot be read as weights only"):
             convert(tmp_path / name, tmp_path / "out")
     assert not (tmp_path / "exploded").exists()
@@ -305,6 +325,9 @@ def test_files_that_are_no_checkpoints(tmp_path: Path) -> None:
     torch.jit.save(program, tmp_path / "b.pt")
     with pytest.raises(LexisegError, match="TorchScript"):
         convert(tmp_path / "b.pt", tmp_path / "out")
+    folder = save_model(zegclip(), tmp_path / "model")
+    with pytest.raises(LexisegError, match=rf"lexiseg model already \(zegclip\); give its folder '{folder}'"):
+        convert(folder / "model.safetensors", tmp_path / "out")
 
 
 @pytest.mark.parametrize("openai", [True, False])
@@ -340,6 +363,10 @@ def test_wrong_folders(tmp_path: Path) -> None:
     folder = save_model(zegclip(), tmp_path / "model")
     config = json.loads((folder / "config.json").read_text())
 
+    def architecture(preprocess_cfg: Any = None, **changes: Any) -> dict[str, Any]:
+        model_cfg = {**config["clip"]["architecture"]["model_cfg"], **changes}
+        return {"architecture": {"model_cfg": model_cfg, "preprocess_cfg": preprocess_cfg}}
+
     def changed(**changes: Any) -> Path:
         (folder / "config.json").write_text(json.dumps({**config, **changes}))
         return folder
@@ -354,6 +381,21 @@ def test_wrong_folders(tmp_path: Path) -> None:
             r"prompts.embeddings is \(1, 4, 128\) in the file and \(1, 5",
         ),
         ({"clip": {"name": "clip-nowhere", "fingerprint": "0"}}, "No CLIP is called 'clip-nowhere'"),
+        ({"system": ["a"]}, "of the system"),
+        *(({"options": value}, "its options should be a mapping") for value in (5, [1])),
+        *(({"metadata": value}, "its metadata should be a mapping") for value in ("x", [1])),
+        ({"clip": "foo"}, "its clip should be a mapping"),
+        ({"clip": {"architecture": 5}}, "has no model_cfg"),
+        ({"clip": architecture(vision_cfg=5)}, "a vision_cfg that is no mapping"),
+        ({"clip": architecture(embed_dim=[])}, "open_clip cannot build"),
+        ({"clip": architecture(text_cfg={"tokenizer_kwargs": 5})}, "open_clip cannot build"),
+        ({"clip": architecture(preprocess_cfg=5)}, "a preprocess_cfg that is no mapping"),
+        ({"clip": architecture(preprocess_cfg={"mean": [0, 1, None]})}, "write three numbers"),
+        *(
+            ({key: value}, f"its {key} should be a list of texts")
+            for key in ("seen_names", "templates")
+            for value in (5, None, [5], "x")
+        ),
     ):
         with pytest.raises(LexisegError, match=sentence):
             load_model(changed(**changes))
@@ -422,7 +464,7 @@ def test_a_packaged_clip_is_named_and_not_copied(tmp_path: Path, monkeypatch: py
 def test_a_model_from_the_hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = zegclip()
     folder = save_model(model, tmp_path / "model")
-    monkeypatch.setattr("lexiseg.clip.load.try_to_load_from_cache", lambda _, name: str(folder / name))
+    monkeypatch.setattr("lexiseg.hub.try_to_load_from_cache", lambda _, name: str(folder / name))
     same(load_model("somebody/zegclip"), model)
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal, cast
 
 import numpy as np
 import torch
@@ -33,6 +35,8 @@ from lexiseg.errors import LexisegError
 from lexiseg.images import image_name, read_image
 from lexiseg.models import DeOP
 from lexiseg.models.decoupled import DecoupledModel
+from lexiseg.models.region_host import RegionHost
+from lexiseg.regions.ensemble import EnsembleOptions
 from lexiseg.regions.pooling import resize_masks
 from lexiseg.scores import RegionScores
 from lexiseg.segmenter import Segmenter
@@ -40,6 +44,9 @@ from lexiseg.vocabulary import VocabularySource
 
 _MAX_PROPOSALS = 24
 _LINE, _BAR = 24, 6
+
+ScoresBy = Literal["clip", "ensemble"]
+_SCORES_OF = {"clip": "by CLIP alone", "ensemble": "as predicted"}
 
 
 def attention_maps(model: DeOP, padded: Tensor, block: int = -1) -> Tensor:
@@ -80,7 +87,8 @@ def anchor_figure(segmenter: Segmenter, image: str | Path, points: Sequence[Poin
 
     DeOP, Fig. 5 and 8: the picture with the patch, CLIP's self-attention from it in the last block, the proposal whose
     mask is largest there, and the heatmap that pools this proposal (averaged over the heads). The proposals are those
-    of the whole picture at once. Each map has a scale of its own.
+    of the whole picture at once; a generator that reads words (Mask2Former with context interaction) is shown none but
+    the row "no object", so that its proposals are not quite those of any prediction. Each map has a scale of its own.
 
     Args:
         segmenter: with a DeOP.
@@ -101,7 +109,8 @@ def anchor_figure(segmenter: Segmenter, image: str | Path, points: Sequence[Poin
     model.eval()
     try:
         padded = model.pad(images)
-        proposals = model.propose(padded, model.no_object_row() if model.generator.needs_text else None)
+        text = model.no_object_row() if model.generator.needs_text else None
+        proposals = model.propose(padded, text, (int(height), int(width)))
         mask_logits = proposals.mask_logits
         if not mask_logits.shape[1]:
             raise LexisegError(f"The model proposes no region in '{image_name(image)}', so there is nothing to draw.")
@@ -159,11 +168,17 @@ def top_classes(scores: RegionScores, picture: int = 0, k: int = 5) -> tuple[Ten
 
 
 def top_classes_figure(
-    segmenter: Segmenter, image: str | Path, classes: VocabularySource, *, proposals: int = 8, k: int = 5
+    segmenter: Segmenter,
+    image: str | Path,
+    classes: VocabularySource,
+    *,
+    proposals: int = 8,
+    k: int = 5,
+    by: ScoresBy = "clip",
 ) -> Image.Image:
     """The proposals that decide most of a picture, and the best classes of each (MAFT, Fig. 3 and 7).
 
-    A proposal decides a pixel if its mask there times the score of its best class is the largest.
+    A proposal decides a pixel if its mask there times the score of its best class is the largest in the prediction.
 
     Args:
         segmenter: with a decoupled model.
@@ -171,13 +186,18 @@ def top_classes_figure(
         classes: the words, as `Segmenter.predict` takes them; names of unseen classes are red.
         proposals: how many are shown at most.
         k: classes a proposal.
+        by: whose scores: "clip" is what CLIP, or MAFT's tuned copy of it, says of a region by itself (the paper's A^c);
+            "ensemble" what the model predicts from, in which the generator may have a say. DeOP's are CLIP's in both.
 
     Raises:
-        LexisegError: the model has no proposals, or proposes none here; the picture or the classes are wrong.
+        LexisegError: the model has no proposals, proposes none here, or CLIP is not asked about them; the picture or
+            the classes are wrong.
     """
     model = segmenter.model
     if not isinstance(model, DecoupledModel):
         raise LexisegError(f"{model.system} has no proposals; choose zsseg, zegformer, freeseg or deop.")
+    if by == "clip" and isinstance(model, RegionHost) and model.viewer is None:
+        raise LexisegError("In this model the proposals decide alone and CLIP is shown none; draw by 'ensemble'.")
     if not 1 <= proposals <= _MAX_PROPOSALS:
         raise LexisegError(f"{proposals} proposals do not fit a figure; choose from 1 to {_MAX_PROPOSALS}.")
     vocabulary = segmenter.vocabulary(classes)
@@ -193,6 +213,10 @@ def top_classes_figure(
     masks = region_masks(scores, (size[1], size[0]))
     values, indices = (found.cpu() for found in top_classes(scores, 0, k))
     owner = (masks * values[:, :1, None]).argmax(dim=0)
+    if by == "clip" and isinstance(model, RegionHost):
+        with _clip_alone(model):
+            said = segmenter.scores(image, vocabulary)
+        values, indices = (found.cpu() for found in top_classes(cast(RegionScores, said), 0, k))
     pixels = torch.bincount(owner.flatten(), minlength=len(masks))
     order = [int(index) for index in pixels.argsort(descending=True, stable=True)[:proposals] if pixels[index]]
     names = [*vocabulary.names, "background"]
@@ -210,8 +234,20 @@ def top_classes_figure(
     return compose(
         f"Best classes of the proposals: {model.system}",
         [panels[start : start + columns] for start in range(0, len(panels), columns)],
-        subtitle=f"{Path(image_name(image)).name}; {scores.masks.shape[1]} proposals; red: unseen in training",
+        subtitle=f"{Path(image_name(image)).name}; {scores.masks.shape[1]} proposals; "
+        f"scores {_SCORES_OF[by]}; red: unseen in training",
     )
+
+
+@contextmanager
+def _clip_alone(model: RegionHost) -> Iterator[None]:
+    """Let CLIP's opinion be the score of a region, for as long as this lasts."""
+    options = model.options
+    model.options = options.model_copy(update={"ensemble": EnsembleOptions(rule="region")})
+    try:
+        yield
+    finally:
+        model.options = options
 
 
 def region_masks(scores: RegionScores, size: tuple[int, int], picture: int = 0) -> Tensor:

@@ -34,7 +34,10 @@ def cost(
         typer.Option("--threads", min=1, help="Threads of torch. Default: its own choice.", show_default=False),
     ] = None,
     repeats: Annotated[
-        int, typer.Option("--repeats", min=1, help="Measurements of each system's speed; the median counts.")
+        int,
+        typer.Option(
+            "--repeats", min=1, help="Measurements of each system's speed; the median counts. Slow ones have one."
+        ),
     ] = 3,
     no_speed: Annotated[bool, typer.Option("--no-speed", help="Count only; frames a second stay empty.")] = False,
     device: Annotated[str, typer.Option("--device", help="cpu, or an accelerator such as cuda.")] = "cpu",

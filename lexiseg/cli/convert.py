@@ -10,6 +10,16 @@ import typer
 from lexiseg.cli.console import say_json, say_note, say_written, waiting
 from lexiseg.cli.options import Json, Template, templates_of
 
+# What the arguments of `lexiseg.weights.convert` are called here.
+_OPTIONS = {
+    "class_names": "--seen",
+    "templates": "--template",
+    "transductive": "--transductive",
+    "quick_gelu": "--quick-gelu or --gelu",
+    "clip": "--clip",
+    "dtype": "--half",
+}
+
 
 def convert(
     weights: Annotated[Path, typer.Argument(help="A .pth, .pt or .safetensors file.", show_default=False)],
@@ -26,7 +36,8 @@ def convert(
     transductive: Annotated[
         bool,
         typer.Option(
-            "--transductive", help="Segmenters: it was trained with self-training; no offset on seen classes."
+            "--transductive",
+            help="One-stage systems and ZegFormer: it was trained with self-training; no offset on seen classes.",
         ),
     ] = False,
     quick_gelu: Annotated[
@@ -49,7 +60,7 @@ def convert(
     """Turn a checkpoint into a folder for --model.
 
     Reads checkpoints of ZegCLIP, Cascade-CLIP, SPT-SEG, DeOP, ZSSeg, ZegFormer, FreeSeg and MAFT in their authors'
-    layout, and CLIPs with a vision transformer. Nothing in a pickle is executed.
+    layout, CLIPs with a vision transformer, and Segment Anything. Nothing in a pickle is executed.
     """
     import torch
 
@@ -70,13 +81,8 @@ def convert(
             clip=clip,
             dtype=torch.float16 if half else None,
         )
-    _warn_of_idle(
-        report.kind,
-        {
-            "clip": {"--seen": seen, "--template": template, "--transductive": transductive or None},
-            **{kind: {"--quick-gelu": quick_gelu} for kind in ("zegclip", "cascade-clip", "spt-seg")},
-        },
-    )
+    for argument in report.ignored:
+        say_note(f"{_OPTIONS[argument]} makes no difference to a checkpoint of the kind {report.kind}.")
     if json:
         say_json(
             {
@@ -94,13 +100,9 @@ def convert(
         say_note(f"{len(report.unused)} tensors that no computation uses were left out, {report.unused[0]} first.")
     for note in report.notes:
         say_note(note)
-    name = f"dense-clip/{report.folder}" if report.kind == "clip" else str(report.folder)
+    uses = {
+        "clip": f"--model dense-clip/{report.folder}",
+        "sam": f"--set model.options.proposals.weights={report.folder}",
+    }
     say_written([report.folder])
-    typer.echo(f"use it with --model {name}")
-
-
-def _warn_of_idle(kind: str, options: dict[str, dict[str, object]]) -> None:
-    """Say which of the given options make no difference to this kind of checkpoint."""
-    for name, value in options.get(kind, {}).items():
-        if value is not None and value != []:
-            say_note(f"{name} makes no difference to a checkpoint of the kind {kind}.")
+    typer.echo(f"use it with {uses.get(report.kind, f'--model {report.folder}')}")

@@ -135,17 +135,19 @@ def verify(
 def prepare(
     name: Annotated[str, typer.Argument(metavar="NAME", help=f"{_NAME}.", show_default=False)],
     root: Annotated[Path, typer.Argument(metavar="ROOT", help="The folder of the archives.", show_default=False)],
+    classes: Classes = None,
     json: Annotated[bool, typer.Option("--json", help="Print what was done as JSON.")] = False,
 ) -> None:
     """Unpack the archives in a folder and write the lists that are missing; needs no network.
 
     A run that was stopped goes on where it was, and one on a folder that is ready does nothing. Archives are kept.
+    Exit code 2 when something of the data set is missing afterwards.
     """
     from dataclasses import asdict
 
     from lexiseg.data.sets.prepare import prepare as run
 
-    steps = run(name, root, say=say_note)
+    steps = run(name, root, classes=classes, say=say_note)
     if json:
         say_json({"data_set": name, "root": str(root), "steps": [asdict(step) for step in steps]})
         return

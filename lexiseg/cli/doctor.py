@@ -5,10 +5,12 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import re
 import shutil
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,22 +24,16 @@ SELF_TEST_SECONDS = 5.0
 SELF_TEST_MODEL = "zegclip-emoji"
 SELF_TEST_SAMPLE = "demo"
 
-_PACKAGES = (
-    "torch",
-    "torchvision",
-    "open_clip_torch",
-    "accelerate",
-    "torchmetrics",
-    "safetensors",
-    "huggingface_hub",
-    "pydantic",
-    "typer",
-    "rich",
-    "Pillow",
-    "numpy",
-    "PyYAML",
-)
-_EXTRAS = {"pycocotools": "coco", "tensorboard": "train"}
+_DEVELOPMENT = "dev"
+
+
+@dataclass(frozen=True)
+class _Requirement:
+    """A package that lexiseg asks for: its name, what to give pip, and the extra that asks for it, None for all."""
+
+    name: str
+    text: str
+    extra: str | None
 
 
 def doctor(
@@ -49,14 +45,19 @@ def doctor(
     """
     with waiting("looking around"):
         machine = _machine()
-        packages = _packages()
+        requirements = _requirements()
+        packages = {requirement.name: _version(requirement.name) for requirement in requirements}
         torch_facts = _torch()
         folders = {"hub cache": _hub_cache(), "text cache": _text_cache()}
         models = [entry.name for entry in lexiseg.list_models()]
     with waiting("segmenting a sample"):
         self_test = _self_test()
     problems = [
-        *(f"The package '{name}' is not installed; run: pip install lexiseg" for name in _missing(packages)),
+        *(
+            f"The package '{requirement.name}' is not installed; run: pip install '{requirement.text}'"
+            for requirement in requirements
+            if requirement.extra is None and packages[requirement.name] is None
+        ),
         *(
             f"The {name} '{facts['path']}' cannot be written."
             for name, facts in folders.items()
@@ -77,7 +78,7 @@ def doctor(
     if json:
         say_json(report)
     else:
-        _print(report)
+        _print(report, requirements)
     if problems:
         raise typer.Exit(1)
 
@@ -95,9 +96,20 @@ def _machine() -> dict[str, Any]:
     return facts
 
 
-def _packages() -> dict[str, str | None]:
-    """Installed version of every package lexiseg uses, None where it is missing."""
-    return {name: _version(name) for name in (*_PACKAGES, *_EXTRAS)}
+def _requirements() -> list[_Requirement]:
+    """What lexiseg asks for, as its own metadata have it; nothing where it is run without having been installed."""
+    try:
+        lines = importlib.metadata.requires("lexiseg") or []
+    except importlib.metadata.PackageNotFoundError:
+        return []
+    found: list[_Requirement] = []
+    for line in lines:
+        text, _, marker = line.partition(";")
+        name = re.match(r"[\w.-]+", text)
+        extra = re.search(r"""extra\s*==\s*["']([^"']+)""", marker)
+        if name is not None and (extra is None or extra[1] != _DEVELOPMENT):
+            found.append(_Requirement(name[0], text.strip(), extra and extra[1]))
+    return found
 
 
 def _version(package: str) -> str | None:
@@ -105,10 +117,6 @@ def _version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def _missing(packages: dict[str, str | None]) -> list[str]:
-    return [name for name in _PACKAGES if packages[name] is None]
 
 
 def _torch() -> dict[str, Any]:
@@ -179,7 +187,7 @@ def _self_test() -> dict[str, Any]:
     return facts
 
 
-def _print(report: dict[str, Any]) -> None:
+def _print(report: dict[str, Any], requirements: list[_Requirement]) -> None:
     machine, torch_facts, self_test = report["machine"], report["torch"], report["self_test"]
     devices = ", ".join(f"{device['name']} ({device['memory_gib']} GiB)" for device in torch_facts["cuda_devices"])
     rows = [
@@ -198,8 +206,10 @@ def _print(report: dict[str, Any]) -> None:
     say_table(
         None,
         ["package", "version"],
-        [[name, version or _absent(name)] for name, version in report["packages"].items()],
+        [[asked.name, report["packages"][asked.name] or _absent(asked)] for asked in requirements],
     )
+    if not requirements:
+        say_note("lexiseg is run without having been installed, so what it needs is not known; run: pip install -e .")
     typer.echo()
     if self_test["ok"]:
         found = ", ".join(self_test["found"])
@@ -216,5 +226,5 @@ def _folder_line(facts: dict[str, Any]) -> str:
     return f"{facts['path']} ({state}, {facts['free_gib']} GiB free{offline})"
 
 
-def _absent(name: str) -> str:
-    return f"absent; pip install 'lexiseg[{_EXTRAS[name]}]'" if name in _EXTRAS else "absent"
+def _absent(asked: _Requirement) -> str:
+    return "absent" if asked.extra is None else f"absent, for '{asked.extra}'; pip install '{asked.text}'"

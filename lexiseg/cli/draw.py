@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -31,6 +32,13 @@ At = Annotated[
     ),
 ]
 Output = Annotated[Path, typer.Option("--output", "-o", help="The picture to write, a .png.")]
+
+
+class By(str, Enum):
+    """Whose scores of a proposal are drawn."""
+
+    clip = "clip"
+    ensemble = "ensemble"
 
 
 @app.callback(invoke_without_command=True)
@@ -144,6 +152,12 @@ def proposals(
     image: Picture,
     classes: Annotated[str, typer.Argument(help="The classes, as for `lexiseg draw scores`.", show_default=False)],
     count: Annotated[int, typer.Option("--count", help="Proposals to show at most.")] = 8,
+    by: Annotated[
+        By,
+        typer.Option(
+            "--by", help="Whose scores: clip's of the region alone, as in the paper, or the prediction's (ensemble)."
+        ),
+    ] = By.clip,
     output: Output = Path("out/proposals.png"),
     device: Device = "auto",
 ) -> None:
@@ -154,7 +168,7 @@ def proposals(
 
     segmenter = _load(model, device)
     with waiting("drawing"):
-        figure = top_classes_figure(segmenter, image, vocabulary, proposals=count)
+        figure = top_classes_figure(segmenter, image, vocabulary, proposals=count, by=by.value)
     _write(figure, output)
 
 

@@ -57,14 +57,23 @@ def evaluate(
         str | None,
         typer.Option(
             "--protocol",
-            help="Judge a folder as the papers do: gzs-voc, gzs-coco, gzs-context, gzs-context-papers (seen and unseen "
-            "classes); voc-20, pc-59, pc-459, a-150, a-847 (across data sets).",
+            help="Judge a folder as the papers do: gzs-voc, gzs-coco, gzs-context, gzs-context-papers, gzs-ade (seen "
+            "and unseen classes); voc-20, pc-59, pc-459, a-150, a-847 (across data sets).",
             show_default=False,
         ),
     ] = None,
     classes: Annotated[
         Path | None,
         typer.Option("--classes", help="A list of the classes, where the folder carries none.", show_default=False),
+    ] = None,
+    synonyms: Annotated[
+        bool | None,
+        typer.Option(
+            "--synonyms/--no-synonyms",
+            help="Score the further words of the data set's list as well, or names alone. Default: the recipe's or the "
+            "protocol's choice; of your own data all words.",
+            show_default=False,
+        ),
     ] = None,
     split: Annotated[
         str | None, typer.Option("--split", help="Split of a folder. Default: val.", show_default=False)
@@ -84,7 +93,8 @@ def evaluate(
     proposals: Annotated[
         bool,
         typer.Option(
-            "--proposals", help="Decoupled models: judge the proposals too, their recall and the best they allow."
+            "--proposals",
+            help="Decoupled models: judge the proposals too: recall, DeOP's Table 8, the best they allow.",
         ),
     ] = False,
     resume: Annotated[
@@ -111,7 +121,7 @@ def evaluate(
     with processes.together():
         make_folder(output)
         chosen = _protocol(protocol, dataset, split, size)
-        found = _dataset(dataset, split, size, classes) if chosen is None else None
+        found = _dataset(dataset, split, size, classes, synonyms) if chosen is None else None
         recipe = found[3] if found else None
         from lexiseg.evaluation.evaluate import evaluate as run
         from lexiseg.evaluation.parts import clear
@@ -126,8 +136,12 @@ def evaluate(
             )
         system = segmenter.model.system
         data: SegmentationDataset
+        seen_split, card = not _across(recipe), None
         if chosen is not None:
-            data, name, shown = chosen.open(dataset, system=system, classes=classes), chosen.data_set, "val"
+            data = chosen.open(dataset, system=system, classes=classes, synonyms=synonyms)
+            name, shown, seen_split = chosen.data_set, "val", chosen.seen_split
+            segmenter.templates = segmenter.templates or chosen.templates_for(system)
+            card = chosen.card(synonyms=synonyms, settings=chosen.set_up(segmenter.model))
         elif found is not None:
             data, name, shown, _ = found
         policy = segmenter.model.window
@@ -145,7 +159,8 @@ def evaluate(
         batch_size=batch_size,
         limit=limit,
         offsets=recipe.offsets if recipe else chosen.offsets if chosen else None,
-        card=chosen.card() if chosen else None,
+        seen_split=seen_split,
+        card=card,
         seed=segmenter.model.metadata.get("seed"),
         shared=True,
         parts=output / PARTS,
@@ -163,7 +178,7 @@ def evaluate(
         from lexiseg.files import write_json
 
         with waiting("judging the proposals"):
-            judged = evaluate_proposals(segmenter, data, limit=limit)
+            judged = evaluate_proposals(segmenter, data, released=True, limit=limit)
         paths.append(write_json(output / "proposals.json", judged.to_dict()))
     if json:
         more = {} if judged is None else {"proposals": judged.to_dict()}
@@ -193,11 +208,19 @@ def _protocol(name: str | None, folder: str, split: str | None, size: int | None
     return chosen
 
 
+def _across(recipe: EvaluationRecipe | None) -> bool:
+    """Whether a recipe judges on another data set than the training's, where no class counts as seen or unseen."""
+    from lexiseg.training.recipe import CatalogData
+
+    return recipe is not None and isinstance(recipe.data, CatalogData) and recipe.data.unseen == "none"
+
+
 def _dataset(
-    text: str, split: str | None, size: int | None, classes: Path | None
+    text: str, split: str | None, size: int | None, classes: Path | None, synonyms: bool | None
 ) -> tuple[SegmentationDataset, str, str, EvaluationRecipe | None]:
     """What a recipe's name, a dataset's name or a folder stands for: the data, its name, its split, and a recipe."""
     if text == PICTURE_WORLD:
+        _refuse_synonyms(synonyms, text)
         from lexiseg.data.picture_world import PictureWorld
 
         if split not in (None, "val", "test"):
@@ -212,11 +235,11 @@ def _dataset(
     if Path(text).is_dir():
         from lexiseg.data.sets.open import OWN, open_data_set
 
-        data = open_data_set(OWN, text, split or "val", classes=classes)
+        data = open_data_set(OWN, text, split or "val", classes=classes, synonyms=synonyms)
         return data, Path(text).resolve().name, split or "val", None
     if classes is not None:
         raise LexisegError(f"--classes is for folders, not for '{text}'; leave it out.")
-    from lexiseg.training.recipe import ContrastiveRecipe, EvaluationRecipe, load_recipe
+    from lexiseg.training.recipe import CatalogData, ContrastiveRecipe, EvaluationRecipe, load_recipe
     from lexiseg.training.run import dataset_of, name_of
 
     recipe = load_recipe(text)
@@ -225,7 +248,18 @@ def _dataset(
     if split is not None:
         raise LexisegError(f"The recipe '{text}' says itself what it is evaluated on; leave out --split.")
     told = recipe if isinstance(recipe, EvaluationRecipe) else None
-    return dataset_of(recipe.data, "val"), name_of(recipe.data), "val", told
+    chosen_data = recipe.data
+    if synonyms is not None:
+        if not isinstance(chosen_data, CatalogData):
+            _refuse_synonyms(synonyms, text)
+        chosen_data = chosen_data.model_copy(update={"synonyms": synonyms})
+    return dataset_of(chosen_data, "val"), name_of(chosen_data), "val", told
+
+
+def _refuse_synonyms(synonyms: bool | None, text: str) -> None:
+    if synonyms is not None:
+        option = "--synonyms" if synonyms else "--no-synonyms"
+        raise LexisegError(f"{option} is for data sets with a list of classes, not for '{text}'; leave it out.")
 
 
 def _model_of(weights: str) -> str:

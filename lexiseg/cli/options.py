@@ -34,10 +34,12 @@ Compile = Annotated[
 ]
 Window = Annotated[
     int | None,
-    typer.Option("--window", help="Side of the sliding window in pixels; 0 runs whole pictures. Default: the model's."),
+    typer.Option(
+        "--window", min=0, help="Side of the sliding window in pixels; 0 runs whole pictures. Default: the model's."
+    ),
 ]
 Stride = Annotated[
-    int | None, typer.Option("--stride", help="Distance of the windows in pixels. Default: the model's.")
+    int | None, typer.Option("--stride", min=1, help="Distance of the windows in pixels. Default: the model's.")
 ]
 Template = Annotated[
     list[str] | None,
@@ -85,8 +87,10 @@ def window_of(default: WindowPolicy, window: int | None, stride: int | None) -> 
             raise LexisegError("A --stride needs a window, and this model runs whole pictures; give --window as well.")
         return replace(default, size=None, stride=0)
     chosen = stride if stride is not None else min(default.stride or side, side)
-    if side < 1 or not 1 <= chosen <= side:
-        raise LexisegError(f"A --window of {side} with a --stride of {chosen} cannot cover a picture; use 1 to {side}.")
+    if chosen > side:
+        raise LexisegError(
+            f"A --window of {side} with a --stride of {chosen} cannot cover a picture; give a stride of 1 to {side}."
+        )
     return replace(default, size=side, stride=chosen)
 
 

@@ -138,7 +138,7 @@ def predict(
 
     record = Record(output) if len(paths) > 1 or resume or cluster else None
     settings = {} if record is None else _settings(segmenter, checked, policy, dtype.value)
-    done, todo = _plan(paths, kinds, record, settings, resume)
+    done, todo = _plan(paths, kinds, record, settings, resume, manifest=cluster is not None)
     wanted = Wanted(vocabulary, tuple(kinds), policy, batch_size, background)
     start = time.perf_counter()
     entries: Iterable[Entry]
@@ -168,6 +168,7 @@ def predict(
     manifest: list[Path] = []
     if record is not None and cluster is not None:
         record.clean(picture.stem for picture in todo)  # what workers left that were killed
+    if record is not None and record.has_manifest:
         manifest.append(record.write_manifest(ordered))
     if json:
         images = [_listed(entry, given[entry.image], output, checked) for entry in ordered]
@@ -181,12 +182,18 @@ def predict(
 
 
 def _plan(
-    paths: Sequence[Path], kinds: Sequence[str], record: Record | None, settings: Mapping[str, Any], resume: bool
+    paths: Sequence[Path],
+    kinds: Sequence[str],
+    record: Record | None,
+    settings: Mapping[str, Any],
+    resume: bool,
+    *,
+    manifest: bool,
 ) -> tuple[dict[str, Entry], list[Picture]]:
     """What an earlier run has done, by absolute path, and what there is to do; the record is begun."""
     from lexiseg.labelling.record import Picture, absolute
 
-    before = {} if record is None else record.begin(settings, resume=resume)
+    before = {} if record is None else record.begin(settings, resume=resume, manifest=manifest)
     stems = _stems(paths, {image: entry.stem for image, entry in before.items()})
     done = {image: entry for image, entry in before.items() if set(kinds) <= set(entry.files)}
     todo = [Picture(str(path), stems[path], str(path)) for path in paths if absolute(path) not in done]

@@ -131,7 +131,8 @@ def read_recipe(name: str, overrides: list[str], seed: int | None, data: Path | 
 
     Args:
         name: of a packaged recipe, or a YAML file.
-        overrides: ``KEY=VALUE`` each; the key is a path such as ``train.steps``, the value is read as YAML.
+        overrides: ``KEY=VALUE`` each; the key is a path such as ``train.steps``, the value is read as YAML,
+            or as text where it is none.
         seed: replaces the recipe's seed.
         data: a folder of one's own that replaces the recipe's data; the crop and the augmentation stay the recipe's.
 
@@ -158,11 +159,31 @@ def read_recipe(name: str, overrides: list[str], seed: int | None, data: Path | 
             place = place.setdefault(parent, {})
             if not isinstance(place, dict):
                 raise LexisegError(f"--set cannot reach '{key}' in '{name}': '{parent}' holds a value, not keys.")
-        try:
-            place[last] = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise LexisegError(f"--set cannot read the value of '{key}': '{text}'; quote it.") from error
+        place[last] = _value(text, parents, last, values)
+        if key.strip() == "initial" and place[last] is not None and "proposals_from" in values:
+            values["proposals_from"] = None  # the initial model brings its own
     return parse_recipe(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), f"{name} with --set")
+
+
+def _value(text: str, parents: list[str], key: str, recipe: dict[str, Any]) -> Any:
+    """What a value given by ``--set`` says: YAML, or else the text itself.
+
+    The shell has taken the quotes that YAML needs around such values as ``{6-8},{12}``; ``{12}`` is a mapping to it.
+    """
+    import yaml
+
+    from lexiseg.models import SYSTEMS
+
+    try:
+        value = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError):
+        return text
+    if parents == ["model", "options"] and isinstance(value, dict | int | float):
+        system = SYSTEMS.get(str(recipe["model"].get("system")))
+        option = None if system is None else system.options_class.model_fields.get(key)
+        if option is not None and option.annotation is str:
+            return text
+    return value
 
 
 def _own_data(name: str, said: dict[str, Any] | None, folder: Path) -> dict[str, Any]:

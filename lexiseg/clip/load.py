@@ -4,16 +4,11 @@ from __future__ import annotations
 
 import difflib
 import json
-import socket
-import urllib.error
-import urllib.request
 from pathlib import Path
 from typing import Any
 
 import open_clip
 import torch
-from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, RepositoryNotFoundError
 from open_clip.factory import convert_state_dict, get_model_config, load_state_dict
 from open_clip.pretrained import get_pretrained_cfg, list_pretrained_tags_by_model
 from safetensors import SafetensorError
@@ -22,10 +17,10 @@ from safetensors.torch import load_file
 from lexiseg.clip.model import CLIP, CONFIG_NAME, WEIGHTS_NAME, build_clip, check_architecture
 from lexiseg.clip.positions import resize_positions
 from lexiseg.errors import LexisegError
+from lexiseg.hub import download, first_line
 
 PACKAGED_FOLDER = Path(__file__).resolve().parent.parent / "pretrained"
 _HUB_WEIGHTS = (WEIGHTS_NAME, "open_clip_pytorch_model.bin")
-_HUB_TIMEOUT_SECONDS = 5.0
 
 
 def packaged_clips() -> list[str]:
@@ -174,84 +169,6 @@ def _download_tag(name: str, tag: dict[str, Any]) -> Path:
     return download(repository, names, name, instead=f"{arch}/PATH/{names[0]}")
 
 
-def download(
-    repository: str, filenames: tuple[str, ...], name: str, *, instead: str = "the folder with all its files"
-) -> Path:
-    """Fetch the first of ``filenames`` that a hub repository has; a cached copy is used without asking the hub.
-
-    Args:
-        repository: ``owner/name``.
-        filenames: in order of preference.
-        name: what the user asked for, for messages.
-        instead: what the user may give instead of the name once the file is here.
-
-    Raises:
-        LexisegError: the hub is out of reach, the repository is not there, or it has none of the files.
-    """
-    for filename in filenames:
-        cached = try_to_load_from_cache(repository, filename)
-        if isinstance(cached, str):
-            return Path(cached)
-    advice = (
-        f"fetch {filenames[0]} from {constants.ENDPOINT}/{repository} on a machine with a connection, copy it here "
-        f"and give {instead} instead of the name"
-    )
-    if constants.HF_HUB_OFFLINE:
-        raise LexisegError(
-            f"'{name}' is not in the local cache and HF_HUB_OFFLINE is set, so it cannot be downloaded; "
-            f"unset HF_HUB_OFFLINE, or {advice}."
-        )
-    reason = _unreachable(constants.ENDPOINT)
-    if reason:
-        raise LexisegError(
-            f"Cannot download '{name}': {constants.ENDPOINT} is out of reach ({reason}); "
-            f"check the network, or {advice}."
-        )
-    for filename in filenames:
-        path = _fetch(repository, filename, name, advice)
-        if path is not None:
-            return path
-    raise LexisegError(f"The hub repository '{repository}' has no {' or '.join(filenames)}; choose another one.")
-
-
-def _fetch(repository: str, filename: str, name: str, advice: str) -> Path | None:
-    """Download one file; None if the repository does not have it."""
-    try:
-        return Path(hf_hub_download(repository, filename))
-    except EntryNotFoundError:
-        return None
-    except RepositoryNotFoundError as error:
-        raise LexisegError(
-            f"The hub has no repository '{repository}' that you may read; check the name, or log in with "
-            "`hf auth login` if it is private."
-        ) from error
-    except (HfHubHTTPError, OSError, ValueError) as error:
-        raise LexisegError(
-            f"Downloading '{name}' from the hub failed ({_first_line(error)}); try again later, or {advice}."
-        ) from error
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def _unreachable(endpoint: str) -> str | None:
-    """Say why the hub cannot be reached, or None. Without this the client would retry for most of a minute."""
-    request = urllib.request.Request(endpoint, method="HEAD")
-    try:
-        with urllib.request.urlopen(request, timeout=_HUB_TIMEOUT_SECONDS):
-            return None
-    except urllib.error.HTTPError:
-        return None
-    except urllib.error.URLError as error:
-        reason = error.reason
-        network = isinstance(reason, socket.gaierror | TimeoutError | ConnectionError | OSError)
-        certificate = type(reason).__name__.startswith("SSL")
-        return _first_line(reason) if network and not certificate and isinstance(reason, BaseException) else None
-    except (TimeoutError, OSError) as error:
-        return _first_line(error)
-
-
 def read_config(path: Path) -> dict[str, Any]:
     """Read an ``open_clip_config.json``.
 
@@ -261,7 +178,7 @@ def read_config(path: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text("utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise LexisegError(f"'{path}' is not a readable JSON file ({_first_line(error)}); write it again.") from error
+        raise LexisegError(f"'{path}' is not a readable JSON file ({first_line(error)}); write it again.") from error
     if not isinstance(config, dict) or "model_cfg" not in config:
         raise LexisegError(f"'{path}' has no model_cfg; take the {CONFIG_NAME} that open_clip writes.")
     return config
@@ -282,7 +199,7 @@ def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
         tensors = load_file(path)
     except (SafetensorError, OSError) as error:
         raise LexisegError(
-            f"'{path}' is not a readable safetensors file ({_first_line(error)}); download or convert it again."
+            f"'{path}' is not a readable safetensors file ({first_line(error)}); download or convert it again."
         ) from error
     return {key: value.float() if value.is_floating_point() else value for key, value in tensors.items()}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -275,13 +276,27 @@ def check_architecture(architecture: dict[str, Any], name: str) -> None:
         LexisegError: the configuration is incomplete, or a tower is neither open_clip's own plain transformer nor its
             ResNet.
     """
-    model_cfg = architecture.get("model_cfg")
+    model_cfg = architecture.get("model_cfg") if isinstance(architecture, dict) else None
     if not isinstance(model_cfg, dict) or not {"embed_dim", "vision_cfg", "text_cfg"} <= model_cfg.keys():
         raise LexisegError(
             f"The architecture of '{name}' has no model_cfg with embed_dim, vision_cfg and text_cfg; "
             f"take the {CONFIG_NAME} that open_clip writes."
         )
     vision, text = model_cfg["vision_cfg"], model_cfg["text_cfg"]
+    preprocess = architecture.get("preprocess_cfg") or {}
+    for key, value in (("vision_cfg", vision), ("text_cfg", text), ("preprocess_cfg", preprocess)):
+        if not isinstance(value, dict):
+            raise LexisegError(
+                f"The architecture of '{name}' has a {key} that is no mapping; take the {CONFIG_NAME} that open_clip "
+                "writes."
+            )
+    for key in _PREPROCESS_KEYS:
+        value = preprocess.get(key, list(OPENAI_MEAN))
+        if not (isinstance(value, list | tuple) and len(value) == 3 and all(map(_is_number, value))):
+            raise LexisegError(
+                f"The architecture of '{name}' has {value!r} as preprocess_cfg.{key}; write three numbers, red, green "
+                "and blue."
+            )
     other = None
     if vision.get("timm_model_name"):
         other = f"an image tower of the timm library ({vision['timm_model_name']})"
@@ -293,6 +308,10 @@ def check_architecture(architecture: dict[str, Any], name: str) -> None:
         raise LexisegError(
             f"'{name}' has {other}, which lexiseg does not run; choose a plain ViT such as 'ViT-B-16/openai'."
         )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def build_clip(architecture: dict[str, Any], *, name: str = "clip", tokenizer: Any = None) -> CLIP:
@@ -315,12 +334,12 @@ def build_clip(architecture: dict[str, Any], *, name: str = "clip", tokenizer: A
     model_class = open_clip.CustomTextCLIP if model_cfg.get("custom_text") else open_clip.CLIP
     try:
         model = model_class(**arguments)
-    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
+        if tokenizer is None:
+            tokenizer = _tokenizer(json.dumps(text.get("tokenizer_kwargs") or {}))
+    except Exception as error:  # a value of a wrong type or size fails wherever open_clip first computes with it
         raise LexisegError(
             f"open_clip cannot build the architecture of '{name}' ({error}); check its {CONFIG_NAME}."
         ) from error
-    if tokenizer is None:
-        tokenizer = _tokenizer(json.dumps(text.get("tokenizer_kwargs") or {}))
     preprocess = {"mean": list(OPENAI_MEAN), "std": list(OPENAI_STD)}
     given = config.get("preprocess_cfg") or {}
     preprocess.update({key: list(given[key]) for key in _PREPROCESS_KEYS if key in given})

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.nn import functional as F
 
 from lexiseg.clip.model import CLIP
 from lexiseg.clip.prompt_learner import PromptLearner
@@ -23,6 +24,9 @@ from lexiseg.files import atomic_write, make_folder
 from lexiseg.vocabulary import Vocabulary
 
 _CHUNK = 256
+# Texts that are put together at once: a hundred thousand words in fifteen templates are gigabytes of vectors, of which
+# only the means are wanted.
+_BLOCK = 16_384
 _MEMORY_ENTRIES = 32
 
 
@@ -30,6 +34,19 @@ def default_cache_folder() -> Path:
     """Where text embeddings are kept: ``$LEXISEG_CACHE``, or ``~/.cache/lexiseg``."""
     given = os.environ.get("LEXISEG_CACHE")
     return Path(given) if given else Path.home() / ".cache" / "lexiseg"
+
+
+def _blocks(groups: Sequence[Sequence[str]], num_templates: int) -> Iterator[list[Sequence[str]]]:
+    """The groups in their order, in parts of about `_BLOCK` texts."""
+    block: list[Sequence[str]] = []
+    count = 0
+    for group in groups:
+        if block and count + len(group) * num_templates > _BLOCK:
+            yield block
+            block, count = [], 0
+        block.append(group)
+        count += len(group) * num_templates
+    yield block
 
 
 class TextEmbedder:
@@ -137,12 +154,22 @@ class TextEmbedder:
     def _encode_words(self, words: Sequence[str], templates: Sequence[str]) -> Tensor:
         return self._encode([(word,) for word in words], templates)
 
-    @torch.no_grad()
     def _encode(self, groups: Sequence[Sequence[str]], templates: Sequence[str]) -> Tensor:
-        texts = [template.replace("{}", word) for group in groups for word in group for template in templates]
-        sizes = torch.tensor([len(group) * len(templates) for group in groups])
-        tokens = self.clip.tokenize(texts)
-        self._check(texts, tokens)
+        parts = []
+        # All texts are looked at before the first is encoded; of their tokens what is not padding is kept.
+        for block in _blocks(groups, len(templates)):
+            texts = [template.replace("{}", word) for group in block for word in group for template in templates]
+            tokens = self.clip.tokenize(texts)
+            self._check(texts, tokens)
+            width = int((tokens != 0).any(dim=0).nonzero().max()) + 1
+            sizes = torch.tensor([len(group) * len(templates) for group in block])
+            parts.append((tokens[:, :width].int(), sizes))
+        return torch.cat([self._means(tokens, sizes) for tokens, sizes in parts])
+
+    @torch.no_grad()
+    def _means(self, tokens: Tensor, sizes: Tensor) -> Tensor:
+        """Unit vectors (G, D) of groups of ``sizes`` (G,) texts each, whose token ids (n, L) may lack padding."""
+        tokens = F.pad(tokens.long(), (0, self.clip.context_length - tokens.shape[1]))
         # Sorted by length, each chunk is cut to its own longest text, which saves most of the tower's time.
         order = (tokens != 0).sum(dim=1).argsort(stable=True)
         rows = []
@@ -150,10 +177,10 @@ class TextEmbedder:
             vectors = self.clip.encode_text(tokens[part].to(self.clip.device)).float()
             rows.append((vectors / vectors.norm(dim=-1, keepdim=True)).cpu())
             self.num_forwards += 1
-        vectors = torch.empty(len(texts), rows[0].shape[1])
+        vectors = torch.empty(len(tokens), rows[0].shape[1])
         vectors[order] = torch.cat(rows)
-        group_of = torch.arange(len(groups)).repeat_interleave(sizes)
-        total = torch.zeros(len(groups), vectors.shape[1]).index_add_(0, group_of, vectors)
+        group_of = torch.arange(len(sizes)).repeat_interleave(sizes)
+        total = torch.zeros(len(sizes), vectors.shape[1]).index_add_(0, group_of, vectors)
         mean = total / sizes[:, None]
         return mean / mean.norm(dim=-1, keepdim=True)
 

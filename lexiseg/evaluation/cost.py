@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
@@ -30,6 +30,7 @@ _CASES: tuple[type[CostCase], ...] = (
     *DECOUPLED,
 )
 _GIGA, _MEGA = 1e9, 1e6
+SLOW = 10.0
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class CostRow:
         frames_per_s: predictions a second, from a picture in memory to its label map; None if not measured.
         live_parameters_m: parameters that lexiseg holds.
         live_trainable_m: of them trained.
-        attention_gmac: the part of ``gmac`` inside attention products.
+        attention_gmac: the part of ``gmac`` inside fused attention products; None if nothing was run.
         paper_parameters_m: what the paper prints; None if nothing.
         paper_trainable_m: the same for the trained ones.
         paper_gmac: what the paper calls GFLOPs.
@@ -57,6 +58,8 @@ class CostRow:
         convention_gmac: lexiseg's own count brought to that convention; None where there is no figure to explain.
         convention: how the paper's figure comes about.
         steps: the terms that ``convention_gmac`` is the sum of.
+        further: other counts that ``convention`` names.
+        timed: how often its speed was measured.
     """
 
     system: str
@@ -66,7 +69,7 @@ class CostRow:
     frames_per_s: float | None
     live_parameters_m: float
     live_trainable_m: float
-    attention_gmac: float
+    attention_gmac: float | None
     paper_parameters_m: float | None
     paper_trainable_m: float | None
     paper_gmac: float | None
@@ -78,11 +81,14 @@ class CostRow:
     convention_gmac: float | None
     convention: str
     steps: tuple[Step, ...] = ()
+    further: tuple[Step, ...] = ()
+    timed: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """The row as JSON holds it; multiply-adds of the steps in 1e9 as well."""
         row = asdict(self)
-        row["steps"] = [{"what": step.what, "gmac": round(step.macs / _GIGA, 4)} for step in self.steps]
+        for name, steps in (("steps", self.steps), ("further", self.further)):
+            row[name] = [{"what": step.what, "gmac": round(step.macs / _GIGA, 4)} for step in steps]
         return row
 
 
@@ -134,7 +140,7 @@ class CostTable:
         side: of the picture in pixels.
         classes: how many.
         machine: what it was measured on.
-        repeats: measurements of each system's speed; 0 if none.
+        repeats: measurements of each system's speed; 0 if none. Those that take more than `SLOW` seconds have one.
     """
 
     rows: tuple[CostRow, ...]
@@ -177,7 +183,8 @@ def measure_cost(
         side: side of the picture in pixels.
         classes: number of classes.
         speed: measure the speed too. All systems are timed in turn, in one run.
-        repeats: measurements of each; the median counts.
+        repeats: measurements of each; the median counts. A system whose first takes more than `SLOW` seconds is not
+            measured again: what disturbs a run of a second hardly moves one of a minute.
         device: where to run.
 
     Raises:
@@ -192,21 +199,29 @@ def measure_cost(
     picture = np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8)
     words = [f"class {index}" for index in range(classes)]
     runs: dict[str, Callable[[], object]] = {}
-    measured: list[tuple[CostCase, SegmentationModel, Count]] = []
+    measured: list[tuple[CostCase, SegmentationModel, Count | None]] = []
     for case in cases:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             model = case.build(side).eval()
         segmenter = Segmenter(model, device=device, disk_cache=False)
+        if not case.runs:
+            measured.append((case, model, None))
+            continue
         model.embed_text(segmenter.embedder, segmenter.vocabulary(words))  # from here on the words are remembered
         runs[case.name] = partial(segmenter.predict, picture, words)
         measured.append((case, model, count(runs[case.name], model)))
-    timings = alternate(runs, repeats, device, warmup=0) if speed else {}
-    rows = []
-    for case, model, counted in measured:
-        frames = 1 / statistics.median(timing.wall for timing in timings[case.name]) if speed else None
-        rows.append(_row(case, model, counted, frames))
+    seconds = _seconds(runs, repeats, device) if speed else {}
+    rows = [_row(case, model, counted, seconds.get(case.name, [])) for case, model, counted in measured]
     return CostTable(tuple(rows), side, classes, machine(device), repeats if speed else 0)
+
+
+def _seconds(runs: Mapping[str, Callable[[], object]], repeats: int, device: str) -> dict[str, list[float]]:
+    found = {name: [timing.wall for timing in timings] for name, timings in alternate(runs, 1, device, 0).items()}
+    again = {name: run for name, run in runs.items() if found[name][0] <= SLOW}
+    for name, timings in alternate(again, repeats - 1, device, 0).items():
+        found[name] += [timing.wall for timing in timings]
+    return found
 
 
 def _case(name: str) -> CostCase:
@@ -218,19 +233,21 @@ def _case(name: str) -> CostCase:
     raise LexisegError(f"The cost table has no system '{name}'; {hint}")
 
 
-def _row(case: CostCase, model: SegmentationModel, counted: Count, frames: float | None) -> CostRow:
+def _row(case: CostCase, model: SegmentationModel, counted: Count | None, seconds: Sequence[float]) -> CostRow:
     parameters, trainable = case.authors_parameters(model)
     steps = tuple(case.steps(model))
+    further = tuple(case.further(model))
+    macs = counted.macs if counted else sum(step.macs for step in further)
     published = case.published
     return CostRow(
         system=case.name,
         parameters_m=parameters / _MEGA,
         trainable_m=trainable / _MEGA,
-        gmac=counted.macs / _GIGA,
-        frames_per_s=frames,
+        gmac=macs / _GIGA,
+        frames_per_s=1 / statistics.median(seconds) if seconds else None,
         live_parameters_m=model.num_parameters() / _MEGA,
         live_trainable_m=model.num_parameters(trainable=True) / _MEGA,
-        attention_gmac=counted.attention / _GIGA,
+        attention_gmac=counted.attention / _GIGA if counted else None,
         paper_parameters_m=published.parameters_m,
         paper_trainable_m=published.trainable_m,
         paper_gmac=published.gmac,
@@ -242,4 +259,6 @@ def _row(case: CostCase, model: SegmentationModel, counted: Count, frames: float
         convention_gmac=sum(step.macs for step in steps) / _GIGA if steps else None,
         convention=case.convention,
         steps=steps,
+        further=further,
+        timed=len(seconds),
     )

@@ -75,11 +75,13 @@ class CostCase(ABC):
         name: of the row.
         published: the paper's figures.
         convention: how they come about, in a sentence.
+        runs: whether a prediction is run, to be counted and timed; otherwise the terms of `further` are its count.
     """
 
     name: ClassVar[str]
     published: ClassVar[Published] = Published()
     convention: ClassVar[str] = ""
+    runs: ClassVar[bool] = True
 
     @abstractmethod
     def build(self, side: int) -> SegmentationModel:
@@ -91,6 +93,10 @@ class CostCase(ABC):
 
     def steps(self, model: SegmentationModel) -> list[Step]:
         """From lexiseg's count of the paper's setting to the paper's figure; empty where the paper has none."""
+        return []
+
+    def further(self, model: SegmentationModel) -> list[Step]:
+        """Other counts of lexiseg's modules that `convention` names, every operation counted."""
         return []
 
 

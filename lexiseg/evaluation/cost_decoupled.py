@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import ClassVar
 
 import torch
 
 from lexiseg.clip import CLIP
-from lexiseg.clip.mask_attention import image_embeddings
+from lexiseg.clip.mask_attention import image_embeddings, region_embeddings
 from lexiseg.evaluation.cost_case import CLASSES, SIDE, CostCase, Published, Step, shapes_of, shared_clip, text_pass
-from lexiseg.evaluation.counting import FVCORE_NORM, count, fvcore_resize
+from lexiseg.evaluation.counting import FVCORE_NORM, Count, count, fvcore_resize
 from lexiseg.models import (
     DeOP,
     FreeSeg,
@@ -21,8 +22,10 @@ from lexiseg.models import (
     ZSSegOptions,
 )
 from lexiseg.models.decoupled import DecoupledModel
+from lexiseg.models.deop_options import DeOPOptions
 from lexiseg.models.maft import MaftOptions
 from lexiseg.models.region_host_options import PromptOptions
+from lexiseg.proposals import SamOptions
 
 _TABLE_12 = "Cascade-CLIP, Table 12"
 _TABLE_4A = "MAFT, Table 4a, CLIP's image tower alone"
@@ -114,6 +117,10 @@ class FreeSegCase(CostCase):
             Step(f"MLPs of {_BLOCKS} blocks on {patches + 1} tokens a crop", _QUERIES * _BLOCKS * (patches + 1) * _MLP),
         ]
 
+    def further(self, model: SegmentationModel) -> list[Step]:
+        """See `CostCase.further`."""
+        return [_crops(shapes_of(_decoupled(model)).clip)]
+
 
 class DeOPCase(CostCase):
     """DeOP: MaskFormer on ResNet-101c, one pass of CLIP, one layer of anchor queries."""
@@ -133,27 +140,74 @@ class DeOPCase(CostCase):
 
     def steps(self, model: SegmentationModel) -> list[Step]:
         """See `CostCase.steps`."""
-        if not isinstance(model, DeOP):
-            raise TypeError(f"{model.system} is not DeOP")
-        host = shapes_of(model)
-        images, text = (torch.empty(*shape, device="meta") for shape in ((1, 3, SIDE, SIDE), (CLASSES, 512)))
-        ours = count(lambda: host.class_logits(host.encode_images(images).values["regions"], text))
-        words = count(text_pass(host.clip, CLASSES))
+        host, ours, words, parts = self._counted(model)
         tokens, text_tokens = (SIDE // _PATCH) ** 2 + 1, host.clip.context_length
-        # The value path alone in lexiseg; the released block also makes queries, keys and a mix of the values.
-        severed = 2 * tokens * _WIDTH**2 + tokens**2 * _WIDTH
         unseen = (_BLOCKS - 1) * 2 * tokens**2 * _WIDTH + CLASSES * 12 * 2 * text_tokens**2 * 512
         norms = ours.norms + FVCORE_NORM * words.norm_elements
         resizes = ours.resizes + fvcore_resize(_QUERIES, SIDE, SIDE)
         return [
-            Step(f"lexiseg's proposals, regions and class scores at {SIDE} x {SIDE}, text cached", ours.macs),
-            Step("attention of the severed block, of which lexiseg computes the value path only", severed),
-            Step("class scores times masks at every pixel", _QUERIES * CLASSES * SIDE**2),
+            *parts,
             Step(f"text tower on {CLASSES} classes of {text_tokens} tokens", words.macs),
             Step("fused attention products in both towers, which fvcore does not see", -unseen),
             Step("layer norms, five for each number", norms),
             Step("bilinear resizes, four for each number", resizes),
         ]
+
+    def further(self, model: SegmentationModel) -> list[Step]:
+        """See `CostCase.further`."""
+        _, _, words, parts = self._counted(model)
+        cached = sum(step.macs for step in parts)
+        return [
+            Step("a forward of the authors' with the text cached", cached),
+            Step("with the text", cached + words.macs),
+        ]
+
+    def _counted(self, model: SegmentationModel) -> tuple[DeOP, Count, Count, list[Step]]:
+        """The model without values, its forward, the text's, and the terms of the authors' forward without the text."""
+        if not isinstance(model, DeOP):
+            raise TypeError(f"{model.system} is not DeOP")
+        host = shapes_of(model)
+        images, text = (torch.empty(*shape, device="meta") for shape in ((1, 3, SIDE, SIDE), (CLASSES, 512)))
+        ours = count(lambda: host.class_logits(host.encode_images(images).values["regions"], text))
+        tokens = (SIDE // _PATCH) ** 2 + 1
+        # The value path alone in lexiseg; the released block also makes queries, keys and a mix of the values.
+        severed = 2 * tokens * _WIDTH**2 + tokens**2 * _WIDTH
+        parts = [
+            Step(f"lexiseg's proposals, regions and class scores at {SIDE} x {SIDE}, text cached", ours.macs),
+            Step("attention of the severed block, of which lexiseg computes the value path only", severed),
+            Step("class scores times masks at every pixel", _QUERIES * CLASSES * SIDE**2),
+        ]
+        return host, ours, count(text_pass(host.clip, CLASSES)), parts
+
+
+class DeOPBaselineCase(CostCase):
+    """DeOP's baseline: the proposals, and the patches of one plain run of CLIP pooled under them."""
+
+    name: ClassVar[str] = "deop-baseline"
+    convention: ClassVar[str] = "No table prints its cost. It is DeOP without prompts, severance and heatmap decoder."
+
+    def build(self, side: int) -> SegmentationModel:
+        """See `CostCase.build`."""
+        options = DeOPOptions(
+            severance="none",
+            anchors="none",
+            visual_prompts="none",
+            text_prompts="offline",
+            class_scores="cosine",
+            train="proposals",
+        )
+        return DeOP(shared_clip(_TRAINED_AT), options)
+
+
+class DeOPBaselinePlusCase(CostCase):
+    """Its baseline+: the same with prompts that are trained, added tables and a learned text prompt."""
+
+    name: ClassVar[str] = "deop-baseline+"
+    convention: ClassVar[str] = "No table prints its cost. It is DeOP without severance and heatmap decoder."
+
+    def build(self, side: int) -> SegmentationModel:
+        """See `CostCase.build`."""
+        return DeOP(shared_clip(_TRAINED_AT), DeOPOptions(severance="none", anchors="none"))
 
 
 class _MaftCase(CostCase):
@@ -161,8 +215,14 @@ class _MaftCase(CostCase):
 
     convention: ClassVar[str] = (
         "No table prints it for this host. One pass of the tuned tower at 480 x 480 takes the place of 100 crops, "
-        "96.0 G instead of 1756.3 with every operation counted in the authors' code."
+        "96.0 G instead of 1756.3 with every operation counted in the authors' code, and 92.1 G in lexiseg, whose "
+        "patches do not look at the regions."
     )
+
+    def further(self, model: SegmentationModel) -> list[Step]:
+        """See `CostCase.further`."""
+        clip = shapes_of(_decoupled(model)).clip
+        return [_attention(clip), _released_attention(clip), _crops(clip)]
 
 
 class ZegFormerMaftCase(_MaftCase):
@@ -222,6 +282,71 @@ class FreeSegMaftCase(_MaftCase):
         ]
 
 
+class SamCase(CostCase):
+    """Segment Anything's masks and a severed CLIP, as DeOP's demonstration has it."""
+
+    name: ClassVar[str] = "deop+sam"
+    runs: ClassVar[bool] = False
+    convention: ClassVar[str] = (
+        "No table prints its cost. Counted on shapes and not run: the number of masks that SAM keeps depends on its "
+        "weights, and with random ones there is none to keep. SAM (ViT-H, 1024 x 1024 pixels whatever the picture's "
+        "size, 32 x 32 points) is not a part of the model, and its 641.1 M parameters are not in this row's. Class "
+        "scores times masks come on top, which is small beside it."
+    )
+
+    def build(self, side: int) -> SegmentationModel:
+        """See `CostCase.build`."""
+        options = DeOPOptions(proposals=SamOptions(), anchors="none", visual_prompts="none", text_prompts="templates")
+        return DeOP(shared_clip(_TRAINED_AT), options)
+
+    def further(self, model: SegmentationModel) -> list[Step]:
+        """See `CostCase.further`."""
+        clip = shapes_of(_decoupled(model)).clip
+        seen = count(lambda: _whole_picture(clip, SIDE)).macs
+        return [*sam_steps(), Step(f"one pass of CLIP at {SIDE} x {SIDE}", seen)]
+
+
+class SamMaftCase(CostCase):
+    """Segment Anything's masks and MAFT's tower; no class head, so CLIP's scores alone."""
+
+    name: ClassVar[str] = "zsseg+sam+maft"
+    runs: ClassVar[bool] = False
+    convention: ClassVar[str] = "No table prints its cost. Counted as deop+sam is, with 100 masks."
+
+    def build(self, side: int) -> SegmentationModel:
+        """See `CostCase.build`."""
+        return ZSSeg(shared_clip(_TRAINED_AT), ZSSegOptions(proposals=SamOptions(), maft=MaftOptions()))
+
+    def further(self, model: SegmentationModel) -> list[Step]:
+        """See `CostCase.further`."""
+        return [*sam_steps(), _attention(shapes_of(_decoupled(model)).clip)]
+
+
+@lru_cache(maxsize=1)
+def sam_steps() -> tuple[Step, ...]:
+    """Segment Anything's ViT-H with automatic masks: its image encoder, and its decoder on a grid of points."""
+    from transformers import SamConfig, SamModel, SamVisionConfig
+
+    layers, whole = 32, [7, 15, 23, 31]
+    vision = SamVisionConfig(
+        hidden_size=1280, num_hidden_layers=layers, num_attention_heads=16, global_attn_indexes=whole, mlp_dim=5120
+    )
+    with torch.device("meta"):
+        sam = SamModel(SamConfig(vision_config=vision.to_dict())).eval()
+        picture = torch.empty(1, 3, vision.image_size, vision.image_size)
+        grid = vision.image_size // vision.patch_size
+        seen = torch.empty(1, vision.output_channels, grid, grid)
+        batch = SamOptions().points_per_batch
+        points = {"input_points": torch.empty(1, batch, 1, 2), "input_labels": torch.ones(1, batch, 1).long()}
+        encoder = count(lambda: sam.get_image_embeddings(picture), sam)
+        decoder = count(lambda: sam(image_embeddings=seen, **points), sam)
+    total = SamOptions().points_per_side ** 2
+    return (
+        Step(f"SAM's image encoder at {vision.image_size} x {vision.image_size}", encoder.macs),
+        Step(f"SAM's decoder on {total} points, {batch} at once", total // batch * decoder.macs),
+    )
+
+
 DECOUPLED: tuple[type[CostCase], ...] = (
     ZegFormerCase,
     ZegFormerMaftCase,
@@ -229,8 +354,37 @@ DECOUPLED: tuple[type[CostCase], ...] = (
     ZSSegMaftCase,
     FreeSegCase,
     FreeSegMaftCase,
+    DeOPBaselineCase,
+    DeOPBaselinePlusCase,
     DeOPCase,
+    SamCase,
+    SamMaftCase,
 )
+
+
+def _crops(clip: CLIP) -> Step:
+    """CLIP on a hundred crops; the tower has no values."""
+    crop = count(lambda: _whole_picture(clip, _TRAINED_AT))
+    return Step(f"{_QUERIES} crops of {_TRAINED_AT} x {_TRAINED_AT} by CLIP", _QUERIES * crop.macs)
+
+
+def _attention(clip: CLIP) -> Step:
+    """The tower with mask attention on one picture."""
+    side, start = _ATTENTION_SIDE, _ATTENTION_START
+    images = torch.empty(1, 3, side, side, device=clip.device)
+    masks = torch.empty(1, _QUERIES, side // 4, side // 4, device=clip.device)
+    seen = count(lambda: region_embeddings(clip.visual, images, masks, start_block=start))
+    return Step(f"the tower at {side} x {side} with {_QUERIES} regions from block {start} on", seen.macs)
+
+
+def _released_attention(clip: CLIP) -> Step:
+    """The same as the authors' code runs it: one sequence of regions and patches, which attend to the regions too."""
+    plain = count(lambda: _whole_picture(clip, _ATTENTION_SIDE)).macs
+    tokens = (_ATTENTION_SIDE // _PATCH) ** 2 + 1
+    more = _QUERIES - 1  # one class token is in the plain run
+    late = more * 12 * _WIDTH**2 + 2 * _WIDTH * ((tokens + more) ** 2 - tokens**2)
+    added = (_BLOCKS - _ATTENTION_START) * late + more * _WIDTH * clip.embed_dim
+    return Step("the same in the authors' code, where patches attend to regions as well", plain + added)
 
 
 def _decoupled(model: SegmentationModel) -> DecoupledModel:

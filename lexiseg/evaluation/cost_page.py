@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lexiseg.evaluation.cost import CostRow, CostTable, speed_ratios
+from lexiseg.evaluation.cost import SLOW, CostRow, CostTable, speed_ratios
 
 COLUMNS = {
     "system": "system",
@@ -51,6 +51,7 @@ def explanation(row: CostRow) -> list[str]:
             if value is not None
         ]
         lines.append(f"  {row.convention_gmac:9.3f} G  in all; {', '.join(ends)}")
+    lines += [f"  {step.macs / 1e9:9.3f} G  {step.what}, every operation counted" for step in row.further]
     return lines
 
 
@@ -72,7 +73,7 @@ def page(table: CostTable, command: str) -> str:
         f"- machine: {place}, torch {machine['torch']}, Python {machine['python']}",
         f"- load average when the run ended: {machine['load']}",
         f"- command: `{command}`",
-        f"- speed: {f'median of {table.repeats} runs of each system, in turn' if table.repeats else 'not measured'}",
+        f"- speed: {_speed(table)}",
         "",
         "*parameters* and *trainable* (millions) are counted as the authors do, with weights in their modules that no "
         "output depends on; *held* is what lexiseg has. *GMAC* is every multiply-add of one prediction, attention "
@@ -101,7 +102,18 @@ def page(table: CostTable, command: str) -> str:
             if row.paper_gmac is not None:
                 lines.append(f"| {row.paper_gmac:.1f} | printed ({row.paper_source}) |")
             lines.append("")
+        if row.further:
+            lines += ["| G | every operation counted |", "|---|---|"]
+            lines += [*(f"| {step.macs / 1e9:.3f} | {step.what} |" for step in row.further), ""]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _speed(table: CostTable) -> str:
+    if not table.repeats:
+        return "not measured"
+    once = [row.system for row in table.rows if 0 < row.timed < table.repeats]
+    rule = f"median of {table.repeats} runs of each system, in turn"
+    return f"{rule}; one run of those that take more than {SLOW:.0f} seconds ({', '.join(once)})" if once else rule
 
 
 def _number(value: float | None, decimals: int) -> str:

@@ -43,6 +43,7 @@ def evaluate(
     batch_size: int = 1,
     limit: int | None = None,
     offsets: Offsets | None = None,
+    seen_split: bool = True,
     num_examples: int = 6,
     seed: int | None = None,
     card: Mapping[str, Any] | None = None,
@@ -71,6 +72,8 @@ def evaluate(
             seen, "all" every class alike, "none" no class; the tables of seen and unseen classes stay the dataset's.
             None is "data", but "all" for a model that had masks of every class, as the authors' code does it for fully
             supervised models.
+        seen_split: whether classes count as seen and unseen. False, across data sets, where a name that the training
+            had as well does not make the class a seen one: nothing is said of seen and unseen classes then.
         num_examples: pictures shown in the report's grid, spread evenly.
         seed: the training's seed, for the report.
         card: more to say in the report's protocol, such as its name.
@@ -100,14 +103,17 @@ def evaluate(
             raise LexisegError(f"The split '{split}' of '{name}' is empty, so there is nothing to evaluate.")
         # A background class the dataset does not have is dropped again: it is judged as no class.
         judged = Vocabulary(vocabulary.classes[:num_classes], vocabulary.templates)
+        if not seen_split:
+            judged = _flagged(judged, None)
         seen, unseen = seen_ids(judged), unseen_ids(judged)
         protocol = {
             "dataset": name,
             "split": split,
             "num_pictures": len(indices),
             "num_classes": num_classes,
-            "num_seen": len(seen),
-            "num_unseen": len(unseen),
+            "num_seen": len(seen) if seen_split else None,
+            "num_unseen": len(unseen) if seen_split else None,
+            "num_words": len(judged.words),
             "vocabulary_sha256": vocabulary.hash(),
             "window": asdict(window or segmenter.model.window),
             "templates": list(vocabulary.templates),
@@ -193,8 +199,8 @@ def _had_every_mask(segmenter: Segmenter, vocabulary: Vocabulary) -> bool:
     return all(word_key(name) in keys for name in vocabulary.names)
 
 
-def _flagged(vocabulary: Vocabulary, seen: bool) -> Vocabulary:
-    """The vocabulary with every class flagged as seen, or every class as unseen."""
+def _flagged(vocabulary: Vocabulary, seen: bool | None) -> Vocabulary:
+    """The vocabulary with every class flagged as seen, every class as unseen, or none flagged."""
     return replace(vocabulary, classes=tuple(replace(entry, seen=seen) for entry in vocabulary.classes))
 
 

@@ -53,9 +53,11 @@ class ProposalReport:
 
     def table(self) -> tuple[list[str], list[list[str]]]:
         """Column titles and rows of text, in percent, for printing."""
+        counted = [("recall", self.recall), ("released counters", self.released)]
         rows = [
-            [f"recall at IoU {threshold:g}", *(_text(100 * part) for part in (found.all, found.seen, found.unseen))]
-            for threshold, found in self.recall.items()
+            [f"{what} at IoU {threshold:g}", *(_text(100 * part) for part in (found.all, found.seen, found.unseen))]
+            for what, shares in counted
+            for threshold, found in shares.items()
         ]
         best = self.upper_bound
         means = (best.miou, best.miou_seen, best.miou_unseen)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lexiseg.data.base import IGNORE_INDEX
+from lexiseg.losses.masks import fill_unseen
 
 _CHUNK = 1 << 24
 
@@ -226,6 +227,10 @@ def pseudo_label(
     largest probability: the softmax over the classes of the pixel's scores, with those of the seen classes set to 0 if
     there is a ``prior``. A probability below ``reject`` gives ``ignore_index``.
 
+    This is the rule in full, for analysis. Training needs only its default, the best unseen class, which no softmax
+    changes: `lexiseg.models.region_host.RegionHost.pseudo_labels` finds it without building all scores, and both end in
+    `lexiseg.losses.masks.fill_unseen`.
+
     Args:
         scores: (C, H, W) scores of all classes.
         label: (H, W), ids into the C classes; of pixels of unseen classes it may say anything but a seen class.
@@ -243,7 +248,9 @@ def pseudo_label(
         probabilities[seen_ids] = 0.0
     best, found = probabilities.max(dim=0)
     found = found.masked_fill(best < reject, ignore_index)
-    return torch.where(torch.isin(label, seen_ids), label.long(), found)
+    trained = torch.zeros(len(scores), dtype=torch.bool, device=scores.device)
+    trained[seen_ids] = True
+    return fill_unseen(label.long(), found, trained, label_void=True)
 
 
 def _ids(label: Tensor, ignored: int | None = None) -> list[int]:

@@ -12,10 +12,11 @@ data set                  values of the label file that are not judged
 ========================  =============================================================================================
 voc2012                   0, the background, and 255, the border of objects
 coco-stuff-164k           255, unlabelled
-pascal-context-59         0, everything outside the 59 classes (of .mat files: the other 400 classes and 0)
-pascal-context-459        0 of the .mat files; 65535 of 16-bit TIFFs made of them
-ade20k-150                0, everything outside the 150 classes
-ade20k-847                65535 of 16-bit TIFFs; in the full set's PNGs every class outside the 847
+pascal-context-59         0, everything outside the 59 classes, and 255; of .mat files 0 and the other 400 classes
+pascal-context-459        0 and 65535 of the .mat files; 65535 of 16-bit TIFFs; in both 255 is a class like any other
+ade20k-150                0, everything outside the 150 classes, and 255
+ade20k-847                65535 of 16-bit TIFFs, where 255 is a class like any other; in the full set's PNGs every class
+                          outside the 847
 ========================  =============================================================================================
 
 :mod:`lexiseg.data.sets.catalog` holds these values, :class:`lexiseg.data.sets.labels.ValueTable` turns them into the
@@ -31,12 +32,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lexiseg.clip.templates import IN_THE_SCENE
 from lexiseg.data.sets.catalog import data_set
 from lexiseg.data.sets.dataset import FileDataset
 from lexiseg.data.sets.open import open_data_set
 from lexiseg.errors import LexisegError
 from lexiseg.evaluation.evaluate import Offsets
-from lexiseg.models.base import WindowPolicy
+from lexiseg.models.base import SegmentationModel, WindowPolicy
+from lexiseg.models.region_host import RegionHost
+from lexiseg.vocabulary import PAPER_TEMPLATES, SINGLE_TEMPLATE
 
 ONE_STAGE = WindowPolicy(size=512, stride=426, short_side=512, antialias=False)
 """ZegCLIP's and Cascade-CLIP's code (mmsegmentation): sliding windows on a picture whose shorter side is 512."""
@@ -50,7 +54,35 @@ WHOLE_512_COCO = WindowPolicy(short_side=512, long_side=2560)
 WHOLE_640 = WindowPolicy(short_side=640, long_side=2560)
 """Whole pictures, the shorter side 640, the longer at most 2560: MAFT on all data sets; its hosts on COCO-Stuff."""
 
-_ONE_STAGE = dict.fromkeys(("zegclip", "cascade-clip", "spt-seg", "second-look"), ONE_STAGE)
+_ONE_STAGE = ("zegclip", "cascade-clip", "spt-seg", "second-look")
+_HOSTS_512: Mapping[str, WindowPolicy] = dict.fromkeys(("deop", "zsseg", "zegformer"), WHOLE_512)
+
+_BARE = "the names alone, as the authors' code puts them into sentences; this data set has no synonyms"
+_OWN_LIST = "the names as labels.txt has them; what the authors used is not known"
+_FIRST = (
+    "the first word of each line of objectInfo150.txt; whether the authors used its synonyms is not known, and "
+    "synonyms adds them"
+)
+_WHOLE = (
+    "all words of a class as one name, such as 'building, edifice', as in the code of DeOP and ZSSeg; ZegFormer splits "
+    "it at the commas and takes the mean of the words' vectors"
+)
+_WORDS = {"pascal-context-459": _OWN_LIST, "ade20k-150": _FIRST, "ade20k-847": _WHOLE}
+
+# ZegCLIP and Cascade-CLIP print their templates for these three data sets; no paper does for the others.
+_ONE_STAGE_TEMPLATES: Mapping[str, tuple[str, ...]] = {
+    "voc2012": SINGLE_TEMPLATE,
+    "coco-stuff-164k": PAPER_TEMPLATES,
+    "pascal-context-59": PAPER_TEMPLATES,
+}
+
+# ZSSeg across data sets: the weight of the ensemble and the threshold of masks that are cropped, as its release has
+# them. It has none for the others.
+_ZSSEG_ACROSS: Mapping[str, tuple[float, float]] = {
+    "pascal-context-59": (0.4, 0.5),
+    "ade20k-150": (0.5, 0.4),
+    "ade20k-847": (0.7, 0.3),
+}
 
 
 @dataclass(frozen=True)
@@ -64,11 +96,19 @@ class Protocol:
         data_set: what is judged on, always its val split.
         unseen: which list of unseen classes; "none" for cross-dataset evaluations.
         offsets: which classes lose the score that a model takes off seen ones; see
-            :func:`lexiseg.evaluation.evaluate.evaluate`. Across data sets all do, so that none is favoured for its
-            name being among those of the training.
+            :func:`lexiseg.evaluation.evaluate.evaluate`. Across data sets none does, and none counts as seen in an
+            ensemble of two opinions, so that none is favoured for its name being among those of the training: there
+            the authors' code knows of no seen class either (ZSSeg, FreeSeg, MAFT), or takes the score off all, which
+            changes no label (ZegCLIP, Cascade-CLIP).
         windows: by system, how its authors run it over a picture. A system that is not there is run its own way.
         names: by system, whose names of the classes its authors use; see
             :attr:`lexiseg.data.sets.catalog.DataSetInfo.renamed`.
+        templates: by system, the sentences its authors put the words into here. A system that is not there has its
+            own, and one with learned prompts uses none.
+        settings: by system, how regions are shown and scored here where its authors do it otherwise than in training;
+            see :meth:`lexiseg.models.region_host.RegionHost.judge_with`.
+        synonyms: whether classes have further words; see :func:`lexiseg.data.sets.open.synonyms_of`.
+        words: what a class is called, and on whose word.
     """
 
     name: str
@@ -79,29 +119,74 @@ class Protocol:
     offsets: Offsets
     windows: Mapping[str, WindowPolicy]
     names: Mapping[str, str] = field(default_factory=dict)
+    templates: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    settings: Mapping[str, Mapping[str, Mapping[str, Any]]] = field(default_factory=dict)
+    synonyms: bool = False
+    words: str = _BARE
+
+    @property
+    def seen_split(self) -> bool:
+        """Whether classes count as seen and unseen; across data sets they do not."""
+        return self.unseen != "none"
 
     def window_for(self, system: str) -> WindowPolicy | None:
         """How the authors of ``system`` run it in this protocol; None where no paper says."""
         return self.windows.get(system)
 
-    def open(self, root: str | Path, *, system: str = "", classes: str | Path | None = None) -> FileDataset:
+    def templates_for(self, system: str) -> tuple[str, ...] | None:
+        """The sentences of the authors of ``system`` in this protocol; None where no paper says, or it learns them."""
+        return self.templates.get(system)
+
+    def set_up(self, model: SegmentationModel) -> dict[str, Any]:
+        """Let ``model`` show and score regions as its authors do in this protocol; the changes come back.
+
+        MAFT's Table 3 is without an ensemble. ZSSeg's weights and thresholds are those of its crops, so that with MAFT,
+        which makes none, its own stay.
+        """
+        changes = self.settings.get(model.system, {})
+        if not isinstance(model, RegionHost) or (model.system == "zsseg" and model.options.maft is not None):
+            return {}
+        if changes:
+            model.judge_with(**changes)
+        return {key: dict(values) for key, values in changes.items()}
+
+    def open(
+        self, root: str | Path, *, system: str = "", classes: str | Path | None = None, synonyms: bool | None = None
+    ) -> FileDataset:
         """The pictures that are judged.
 
         Args:
             root: the data set's folder.
             system: the system that is judged, whose authors may call a class otherwise.
             classes: the class list, where the distribution does not carry one.
+            synonyms: whether classes have further words; None takes the protocol's choice.
 
         Raises:
-            LexisegError: files are missing; the sentence names the first.
+            LexisegError: files are missing; the sentence names the first. Or synonyms are asked for and there are none.
         """
         return open_data_set(
-            self.data_set, root, "val", unseen=self.unseen, classes=classes, names_of=self.names.get(system)
+            self.data_set,
+            root,
+            "val",
+            unseen=self.unseen,
+            classes=classes,
+            names_of=self.names.get(system),
+            synonyms=self.synonyms if synonyms is None else synonyms,
         )
 
-    def card(self) -> dict[str, Any]:
-        """What a report says of the protocol."""
+    def card(self, *, synonyms: bool | None = None, settings: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """What a report says of the protocol.
+
+        Args:
+            synonyms: the choice, where it is not the protocol's.
+            settings: what :meth:`set_up` changed.
+        """
         info = data_set(self.data_set)
+        outside = {
+            "pascal-context-59": "; of .mat files all outside the 59 classes",
+            "ade20k-847": " in TIFFs; all outside the class list",
+        }
+        changed = synonyms is not None and synonyms != self.synonyms
         return {
             "protocol": {
                 "name": self.name,
@@ -109,21 +194,56 @@ class Protocol:
                 "source": self.source,
                 "unseen_list": self.unseen,
                 "not_judged": f"values {', '.join(map(str, info.void))} of the label files"
-                + (" and all outside the class list" if self.data_set == "ade20k-847" else ""),
+                + outside.get(self.data_set, ""),
+                "synonyms": synonyms if changed else self.synonyms,
+                "words": f"chosen by the user; the protocol has {self.words}" if changed else self.words,
+                "settings": {key: dict(values) for key, values in (settings or {}).items()},
             }
         }
 
 
 def _generalised(name: str, title: str, data: str, unseen: str, source: str, **windows: WindowPolicy) -> Protocol:
-    return Protocol(name, f"generalised zero-shot on {title}", source, data, unseen, "data", {**_ONE_STAGE, **windows},
-                    {"zegformer": "zegformer"} if data == "voc2012" else {})  # fmt: skip
+    templates = _one_stage_templates(data)
+    if data == "coco-stuff-164k":
+        # The released evaluation has one sentence where the training had eight.
+        templates["zegformer"] = IN_THE_SCENE
+    return Protocol(
+        name,
+        f"generalised zero-shot on {title}",
+        source,
+        data,
+        unseen,
+        "data",
+        {**dict.fromkeys(_ONE_STAGE, ONE_STAGE), **windows},
+        names={"zegformer": "zegformer"} if data == "voc2012" else {},
+        templates=templates,
+        words=_WORDS.get(data, _BARE),
+    )
 
 
 def _across(name: str, title: str, data: str) -> Protocol:
-    windows = {**_ONE_STAGE, "deop": WHOLE_512, "zsseg": WHOLE_512, "freeseg": WHOLE_640}
-    names = {"freeseg": "maft", "zegformer": "zegformer"} if data == "voc2012" else {}
-    source = "MAFT, Table 3; DeOP, Table 2; Cascade-CLIP, Table 13"
-    return Protocol(name, f"cross-dataset on {title}", source, data, "none", "all", windows, names)
+    # MAFT's released configurations have a shorter side of 640 on every data set, and its Table 3 is by CLIP alone.
+    settings: dict[str, Mapping[str, Mapping[str, Any]]] = {"freeseg": {"ensemble": {"rule": "region"}}}
+    if data in _ZSSEG_ACROSS:
+        weight, threshold = _ZSSEG_ACROSS[data]
+        settings["zsseg"] = {"ensemble": {"weight": weight}, "crops": {"threshold": threshold}}
+    return Protocol(
+        name,
+        f"cross-dataset on {title}",
+        "MAFT, Table 3; DeOP, Table 2; Cascade-CLIP, Table 13",
+        data,
+        "none",
+        "none",
+        {**dict.fromkeys(_ONE_STAGE, ONE_STAGE), **_HOSTS_512, "freeseg": WHOLE_640},
+        names={"freeseg": "maft", "zegformer": "zegformer"} if data == "voc2012" else {},
+        templates=_one_stage_templates(data),
+        settings=settings,
+        words=_WORDS.get(data, _BARE),
+    )
+
+
+def _one_stage_templates(data: str) -> dict[str, tuple[str, ...]]:
+    return dict.fromkeys(_ONE_STAGE, _ONE_STAGE_TEMPLATES[data]) if data in _ONE_STAGE_TEMPLATES else {}
 
 
 _PAPERS = "ZegCLIP and Cascade-CLIP (Sec. 4); DeOP, MAFT"
@@ -131,13 +251,18 @@ PROTOCOLS: Mapping[str, Protocol] = {
     protocol.name: protocol
     for protocol in (
         _generalised("gzs-voc", "PASCAL VOC 2012, 15 seen and 5 unseen classes", "voc2012", "papers", _PAPERS,
-                     deop=WHOLE_512, zsseg=WHOLE_512, zegformer=WHOLE_512, freeseg=WHOLE_512),
+                     **_HOSTS_512, freeseg=WHOLE_512),
         _generalised("gzs-coco", "COCO-Stuff 164K, 156 seen and 15 unseen classes", "coco-stuff-164k", "papers",
                      _PAPERS, deop=WHOLE_512_COCO, zsseg=WHOLE_640, zegformer=WHOLE_640, freeseg=WHOLE_640),
+        # No paper judges a decoupled system here; the sizes are those of the same pictures across data sets.
         _generalised("gzs-context", "PASCAL Context, unseen classes of Cascade-CLIP's released settings",
-                     "pascal-context-59", "released", "Cascade-CLIP's released settings"),
+                     "pascal-context-59", "released", "Cascade-CLIP's released settings",
+                     **_HOSTS_512, freeseg=WHOLE_640),
         _generalised("gzs-context-papers", "PASCAL Context, unseen classes as the papers name them",
-                     "pascal-context-59", "papers", "ZegCLIP, appendix E, Table 10"),
+                     "pascal-context-59", "papers", "ZegCLIP, appendix E, Table 10", **_HOSTS_512, freeseg=WHOLE_640),
+        # ZegFormer's sizes for all: the others' were not released.
+        _generalised("gzs-ade", "ADE20K, 572 seen and 275 unseen classes", "ade20k-847", "papers",
+                     "MAFT, Tables 1 and 2; the classes are ZegFormer's", **_HOSTS_512, freeseg=WHOLE_512),
         _across("voc-20", "PASCAL VOC 2012, 20 classes", "voc2012"),
         _across("pc-59", "PASCAL Context, 59 classes", "pascal-context-59"),
         _across("pc-459", "PASCAL Context, 459 classes", "pascal-context-459"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -29,6 +29,7 @@ _TITLES = {
     "miou_unseen": "mIoU(U)",
     "hiou": "hIoU",
 }
+_OF_SEEN = ("miou_seen", "miou_unseen", "hiou")
 
 
 @dataclass(frozen=True)
@@ -91,19 +92,31 @@ class Report:
             for index, entry in enumerate(self.vocabulary.classes)
         ]
 
+    @property
+    def has_seen(self) -> bool:
+        """Whether classes count as seen and unseen; across data sets they do not."""
+        return any(entry.seen is not None for entry in self.vocabulary.classes)
+
     def summary_line(self) -> str:
-        """The five numbers the papers print, as one line."""
+        """The numbers the papers print, as one line: five, or across data sets the first two."""
         summary = self.summary()
-        return "  ".join(f"{title} {_text(summary[key])}" for key, title in _TITLES.items())
+        keys = [key for key in _TITLES if self.has_seen or key not in _OF_SEEN]
+        return "  ".join(f"{_TITLES[key]} {_text(summary[key])}" for key in keys)
 
     def table(self) -> tuple[list[str], list[list[str]]]:
-        """Column titles and rows of text, by class, for printing."""
-        rows = [
-            [row.name, {True: "seen", False: "unseen", None: "-"}[row.seen], _text(row.iou), _text(row.accuracy),
-             f"{row.labelled:,}"]
-            for row in self.class_rows()
-        ]  # fmt: skip
-        return ["class", "masks in training", "IoU", "Acc", "pixels"], rows
+        """Column titles and rows of text, by class, for printing.
+
+        Across data sets, where no class counts as seen or unseen, there is no column for it.
+        """
+        words = {True: "seen", False: "unseen", None: "-"}
+        titles, rows = ["class", "IoU", "Acc", "pixels"], []
+        for row in self.class_rows():
+            rows.append([row.name, _text(row.iou), _text(row.accuracy), f"{row.labelled:,}"])
+            if self.has_seen:
+                rows[-1].insert(1, words[row.seen])
+        if self.has_seen:
+            titles.insert(1, "masks in training")
+        return titles, rows
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the pictures, as JSON holds it."""
@@ -144,8 +157,13 @@ def _text(value: float | None) -> str:
 
 def weights_hash(model: nn.Module) -> str:
     """SHA-256 of names, types, shapes and values of all parameters and buffers, wherever they are."""
+    return tensors_hash(model.state_dict())
+
+
+def tensors_hash(tensors: Mapping[str, torch.Tensor]) -> str:
+    """SHA-256 of names, types, shapes and values of tensors, wherever they are."""
     digest = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
+    for name, value in sorted(tensors.items()):
         tensor = value.detach().cpu().contiguous()
         digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
         digest.update(_bytes(tensor))

@@ -3,6 +3,7 @@
 The record is a hidden folder among the results::
 
     OUTPUT/.lexiseg-predict/run.json             what the results were made with
+    OUTPUT/.lexiseg-predict/manifest             there where the results have a manifest, which a cluster writes
     OUTPUT/.lexiseg-predict/000012.jsonl         a finished shard: a line a picture
     OUTPUT/.lexiseg-predict/000012.HEX.part      a shard somebody is at, or was when he was killed
 
@@ -30,6 +31,7 @@ from lexiseg.files import make_folder, write_json, write_text
 FOLDER = ".lexiseg-predict"
 RUN, FINISHED, PART = "run.json", ".jsonl", ".part"
 MANIFEST = "manifest.jsonl"
+WITH_MANIFEST = "manifest"
 _FORMAT = 1
 _SHARD = re.compile(r"\d+(\.[0-9a-f]+\.part|\.jsonl)")
 _TEMPORARY = re.compile(r"\.(?P<stem>.+)\.[0-9a-f]{8}\.tmp\.(png|json)")
@@ -131,12 +133,14 @@ class Record:
         self.output = Path(output)
         self.folder = self.output / FOLDER
 
-    def begin(self, settings: Mapping[str, Any], *, resume: bool) -> dict[str, Entry]:
+    def begin(self, settings: Mapping[str, Any], *, resume: bool, manifest: bool = False) -> dict[str, Entry]:
         """Start a run, or go on with the one that is recorded.
 
         Args:
             settings: everything that decides what the results look like.
             resume: False forgets what is recorded.
+            manifest: the run will write a manifest; every run that goes on with it then has to as well, because the
+                old one would not say what it did.
 
         Returns:
             The pictures that are done, by path: those without an error, whose files are all there, and which have not
@@ -151,15 +155,28 @@ class Record:
         if not resume or before is None:
             for path in self._shards():
                 path.unlink(missing_ok=True)
-            (self.output / MANIFEST).unlink(missing_ok=True)
+            for path in (self.output / MANIFEST, self.folder / WITH_MANIFEST):
+                path.unlink(missing_ok=True)
             write_json(self.folder / RUN, run)
+            self._mark(manifest)
             return {}
         if before != run:
             raise LexisegError(
                 f"'{self.output}' holds results of other settings ({_difference(before, run)}), so they cannot be gone "
                 "on with; choose another --output, or leave --resume out to make them anew."
             )
+        self._mark(manifest)
         return self._done()
+
+    @property
+    def has_manifest(self) -> bool:
+        """Whether the results have a manifest, or will have one when the run that was stopped is at its end."""
+        return (self.folder / WITH_MANIFEST).is_file() or (self.output / MANIFEST).is_file()
+
+    def _mark(self, manifest: bool) -> None:
+        if manifest:
+            # Before the first picture: the run may be stopped long before there is a manifest.
+            write_text(self.folder / WITH_MANIFEST, "")
 
     @property
     def is_there(self) -> bool:

@@ -36,7 +36,7 @@ class MaskAwareOptions(BaseModel):
         distillation: weight of the self-distillation (released: 0.1; paper: 1; 0 leaves it out).
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     distance: Distance = "smooth-l1"
     normalise: Normalisation = "row"

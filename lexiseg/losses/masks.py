@@ -236,11 +236,27 @@ def pseudo_labels(logits: Tensor, labels: Tensor, seen: Tensor) -> Tensor:
         raise LexisegError("Self-training needs at least one unseen class; give the text of all classes.")
     unseen = (~seen).nonzero().flatten()
     best = unseen[logits.detach()[:, unseen].argmax(dim=1)]
-    ignored = ignore_index(len(seen))
-    known = (labels >= 0) & (labels != ignored)
-    kept = torch.zeros_like(known)
-    kept[known] = seen[labels[known].clamp(max=len(seen) - 1)] & (labels[known] < len(seen))
-    return torch.where(kept | (labels == ignored), labels, best)
+    return fill_unseen(labels, best, seen)
+
+
+def fill_unseen(labels: Tensor, best: Tensor, seen: Tensor, *, label_void: bool = False) -> Tensor:
+    """The rule of every self-training here: labels of seen classes stay, and pixels of unseen ones get another.
+
+    Args:
+        labels: (..., H, W) long; ids of seen classes are kept, and 255 unless ``label_void``; all others (ids of unseen
+            classes, or -1 where only the place of unseen pixels is known) are replaced.
+        best: (..., H, W) long, what they get.
+        seen: (C,) bool.
+        label_void: whether 255 is replaced too, as in ZSSeg's released code.
+
+    Returns:
+        (..., H, W) long.
+    """
+    void = labels == ignore_index(len(seen))
+    kept = torch.zeros_like(void) if label_void else void.clone()
+    known = (labels >= 0) & (labels < len(seen)) & ~void
+    kept[known] = seen[labels[known]]
+    return torch.where(kept, labels, best)
 
 
 def pixel_accuracy(logits: Tensor, labels: Tensor) -> Tensor:

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
-from pydantic import ConfigDict
+from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass as checked_dataclass
 from torch import Tensor
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from lexiseg.proposals.base import Proposals
 
 
-@checked_dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+@checked_dataclass(frozen=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
 class ProposalWeights:
     """Weights of the criterion. The defaults are ZSSeg's and ZegFormer's; DeOP's proposal stage has ``cost_class`` 0.
 
@@ -37,11 +37,11 @@ class ProposalWeights:
         skip_level_before_last: leave out the level right before the last one, as FreeSeg's released code does.
     """
 
-    cost_class: float = 1.0
-    class_weight: float = 1.0
-    mask_weight: float = 20.0
-    dice_weight: float = 1.0
-    no_object: float = 0.1
+    cost_class: Annotated[float, Field(ge=0)] = 1.0
+    class_weight: Annotated[float, Field(ge=0)] = 1.0
+    mask_weight: Annotated[float, Field(ge=0)] = 20.0
+    dice_weight: Annotated[float, Field(ge=0)] = 1.0
+    no_object: Annotated[float, Field(ge=0)] = 0.1
     skip_level_before_last: bool = False
 
 

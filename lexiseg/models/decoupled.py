@@ -19,7 +19,16 @@ from torch.nn import functional as F
 
 from lexiseg.clip import CLIP
 from lexiseg.errors import LexisegError
-from lexiseg.models.base import ImageFeatures, ModelOptions, SegmentationModel, WindowPolicy
+from lexiseg.models.base import (
+    Deviations,
+    ImageFeatures,
+    ModelOptions,
+    Pixels,
+    SegmentationModel,
+    Triple,
+    WindowOptions,
+    WindowPolicy,
+)
 from lexiseg.models.mask_decoder import unit
 from lexiseg.proposals import GeneratorOptions, MaskFormerOptions, ProposalGenerator, Proposals, build_generator
 from lexiseg.proposals.remainder import RemainderOptions, add_remainder
@@ -27,13 +36,12 @@ from lexiseg.regions.pooling import unit_or_zero
 from lexiseg.scores import RegionScores
 
 Size = tuple[int, int]
-Triple = tuple[float, float, float]
 
 IMAGENET_MEAN: Triple = (0.485, 0.456, 0.406)
 IMAGENET_STD: Triple = (0.229, 0.224, 0.225)
 
 
-class DecoupledOptions(ModelOptions):
+class DecoupledOptions(WindowOptions):
     """Options that every decoupled system has.
 
     Attributes:
@@ -57,11 +65,8 @@ class DecoupledOptions(ModelOptions):
     temperature: Annotated[float, Field(gt=0)] = 100.0
     align_corners: bool = False
     mean: Triple = IMAGENET_MEAN
-    std: Triple = IMAGENET_STD
-    short_side: int | None = None
-    long_side: int | None = None
-    window_size: int | None = None
-    window_stride: int = 0
+    std: Deviations = IMAGENET_STD
+    long_side: Pixels | None = None
 
 
 class DecoupledModel(SegmentationModel):

@@ -16,12 +16,12 @@ from torch import Tensor
 
 from lexiseg.clip import CLIP
 from lexiseg.clip.image import Interpolation
-from lexiseg.models.base import ImageFeatures, ModelOptions, SegmentationModel, WindowPolicy
+from lexiseg.models.base import ImageFeatures, ModelOptions, SegmentationModel, WindowOptions, WindowPolicy
 from lexiseg.models.mask_decoder import unit
 from lexiseg.scores import GridScores
 
 
-class DenseCLIPOptions(ModelOptions):
+class DenseCLIPOptions(WindowOptions):
     """Options of `DenseCLIP`.
 
     Attributes:
@@ -38,8 +38,6 @@ class DenseCLIPOptions(ModelOptions):
     severance: Annotated[float, Field(ge=0, le=1)] = 1.0
     residual: Annotated[float, Field(ge=0)] = 1.0
     position_interpolation: Interpolation = "bicubic-antialias"
-    window_size: int | None = None
-    window_stride: int = 0
     short_side: Annotated[int, Field(ge=0)] | None = None
 
 

@@ -257,26 +257,25 @@ class DeOP(DecoupledModel):
     def losses(self, images: Tensor, labels: Tensor, text: Tensor, *, seen: Tensor | None = None) -> dict[str, Tensor]:
         """The loss of the stage that ``train`` names; see `SegmentationModel.losses`.
 
-        "regions": focal and dice of the map of class scores, see `lexiseg.losses.regions`. In self-training, pixels
-        without a label first get the unseen class with the largest score in that map. "proposals": matching and mask
-        losses, and the class loss of the generator's own embeddings.
+        "regions": focal and dice of the map of class scores, see `lexiseg.losses.regions`. "proposals": matching and
+        mask losses, and the class loss of the generator's own embeddings. In self-training, in both, pixels without a
+        label first get the unseen class with the largest score in the map.
 
         Returns:
             "loss", "loss_mask" (focal) and "loss_dice", weighted; of the proposals those of every level.
+
+        Raises:
+            LexisegError: there is nothing to train, a label is out of range, or in self-training every class is seen.
         """
         if not self.trainable_names():
             return super().losses(images, labels, text, seen=seen)
         padded, size = self.pad(images), (int(images.shape[-2]), int(images.shape[-1]))
         if self.options.train == "proposals":
+            if seen is not None:
+                with torch.no_grad():
+                    labels = pseudo_labels(_score_map(*self._region_map(padded, size, text), labels), labels, seen)
             return self._proposal_losses(padded, size, labels, text)
-        features = self.encode_padded(padded, size)
-        proposals, regions = self.regions_of(features, text)
-        probabilities = self.class_logits(regions, text).softmax(dim=-1)
-        if proposals.valid is not None:
-            probabilities = probabilities * proposals.valid[..., None]
-        masks = proposals.mask_logits
-        if padded.shape != images.shape:
-            masks = self.upsampled(masks, padded)[..., : size[0], : size[1]]
+        probabilities, masks = self._region_map(padded, size, text)
         if seen is not None:
             labels = pseudo_labels(_score_map(probabilities, masks, labels), labels, seen)
         parts = region_map_losses(
@@ -288,6 +287,18 @@ class DeOP(DecoupledModel):
             dice_weight=self.options.dice_weight,
         )
         return {"loss": parts.total, "loss_mask": parts.mask, "loss_dice": parts.dice}
+
+    def _region_map(self, padded: Tensor, size: tuple[int, int], text: Tensor) -> tuple[Tensor, Tensor]:
+        """Class probabilities (B, N, C + 1) of proposals and their mask logits (B, N, h, w), without the padding."""
+        features = self.encode_padded(padded, size)
+        proposals, regions = self.regions_of(features, text)
+        probabilities = self.class_logits(regions, text).softmax(dim=-1)
+        if proposals.valid is not None:
+            probabilities = probabilities * proposals.valid[..., None]
+        masks = proposals.mask_logits
+        if tuple(padded.shape[-2:]) != size:
+            masks = self.upsampled(masks, padded)[..., : size[0], : size[1]]
+        return probabilities, masks
 
     def _proposal_losses(
         self, padded: Tensor, size: tuple[int, int], labels: Tensor, text: Tensor

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from lexiseg.clip.positions import Interpolation
+from lexiseg.models.base import LossWeight
 from lexiseg.models.decoupled import DecoupledOptions
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -83,5 +84,5 @@ class DeOPOptions(DecoupledOptions):
     position_interpolation: Interpolation = "bicubic"
     train: Literal["regions", "proposals"] = "regions"
     squash: Annotated[float, Field(gt=0)] = 3.0
-    focal_weight: float = 2.0
-    dice_weight: float = 0.8
+    focal_weight: LossWeight = 2.0
+    dice_weight: LossWeight = 0.8

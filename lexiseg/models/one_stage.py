@@ -106,6 +106,9 @@ class OneStageModel(OneStageTower):
             features: from `encode_images`.
             text: (C, D).
             traces: a list that receives the trace of each head, for comparisons.
+
+        Raises:
+            LexisegError: the system has no heads.
         """
         cls, heads, memories = features.values["cls"], self.heads(), self.memories(features)
         grid = (int(memories[0].shape[1]), int(memories[0].shape[2]))

@@ -7,13 +7,22 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from lexiseg.clip.image import Interpolation
-from lexiseg.models.base import ModelOptions
+from lexiseg.models.base import Deviations, LossWeight, Pixels, Triple, WindowOptions
 
-Triple = tuple[float, float, float]
 Backbone = Literal["prompt", "fixed", "finetune"]
 
+# fmt: off
+WEIGHTS_DEPEND_ON = frozenset({
+    "backbone", "host", "num_prompts", "prompt_depth", "descriptor", "decoder_layers", "decoder_heads", "decoder_dim",
+    "project_memory", "ffn_ratio", "class_embedding_twice", "position_interpolation", "mean", "std",
+    "groups", "aggregation", "sigma", "text_projection", "level_projection", "filter_blocks", "filter_grid",
+})
+# fmt: on
+"""Options of one-stage systems that must be the same in a training and in the one that it starts from; not every system
+has each of them."""
 
-class OneStageOptions(ModelOptions):
+
+class OneStageOptions(WindowOptions):
     """Options of every one-stage system. The defaults are the papers', for any tower.
 
     Attributes:
@@ -48,6 +57,7 @@ class OneStageOptions(ModelOptions):
         window_size: side of the sliding window at prediction; None runs whole pictures (released: 512).
         window_stride: its stride (released: 426).
         short_side: the length pictures' shorter side is resized to at prediction; None keeps it (released: 512).
+        antialias: whether that resize smooths what it shrinks; the authors' (mmcv's) does not.
     """
 
     num_prompts: Annotated[int, Field(ge=1)] = 10
@@ -62,12 +72,10 @@ class OneStageOptions(ModelOptions):
     class_embedding_twice: bool = False
     position_interpolation: Interpolation = "bilinear"
     seen_offset: float = 0.1
-    mask_size: int | None = None
+    mask_size: Pixels | None = None
     mask_loss: Literal["focal", "cross-entropy"] = "focal"
-    mask_weight: float = 100.0
-    dice_weight: float = 1.0
+    mask_weight: LossWeight = 100.0
+    dice_weight: LossWeight = 1.0
     mean: Triple | None = None
-    std: Triple | None = None
-    window_size: int | None = None
-    window_stride: int = 0
-    short_side: int | None = None
+    std: Deviations | None = None
+    antialias: bool = True

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from lexiseg.clip import CLIP, ImageTokens
-from lexiseg.models.base import ImageFeatures, SegmentationModel, WindowPolicy
+from lexiseg.models.base import ImageFeatures, SegmentationModel, Triple, WindowPolicy
 from lexiseg.models.mask_decoder import unit
-from lexiseg.models.one_stage_options import Backbone, OneStageOptions, Triple
+from lexiseg.models.one_stage_options import Backbone, OneStageOptions
 from lexiseg.models.prompts import VisualPrompts
 from lexiseg.models.spectral import SpectralFilter, SpectralOptions
 
@@ -78,7 +78,7 @@ class OneStageTower(SegmentationModel):
         """How to run it over a picture by default."""
         options = self.options
         stride = options.window_stride or options.window_size or 0
-        return WindowPolicy(options.window_size, stride, options.short_side)
+        return WindowPolicy(options.window_size, stride, options.short_side, antialias=options.antialias)
 
     def frozen_names(self) -> tuple[str, ...]:
         """Beginnings of the names of parameters outside CLIP that do not train."""

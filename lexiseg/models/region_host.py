@@ -6,8 +6,9 @@ all three; the systems' own files say what their defaults are and what they do d
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ from lexiseg.clip.mask_attention import trainable_names
 from lexiseg.clip.prompt_learner import PromptLearner
 from lexiseg.errors import LexisegError
 from lexiseg.losses.mask_aware import distillation_loss
-from lexiseg.losses.masks import check_labels, ignore_index
+from lexiseg.losses.masks import check_labels, fill_unseen
 from lexiseg.losses.proposals import proposal_losses
 from lexiseg.models.base import ImageFeatures
 from lexiseg.models.decoupled import DecoupledModel, Size
@@ -58,7 +59,11 @@ class RegionHost(DecoupledModel):
 
     def __init__(self, clip: CLIP, options: RegionHostOptions, seen_names: Sequence[str] = ()) -> None:
         super().__init__(clip, options, seen_names)
-        kind: Regions = options.regions or ("mask-attention" if options.maft else "crops")
+        kind: Regions = options.regions or "crops"
+        # Crops are what a host does without MAFT, and MAFT takes their place: the one key has to be enough where a
+        # recipe of the host says so in words.
+        if options.maft is not None and kind == "crops":
+            kind = "mask-attention"
         self._check(kind)
         self.viewer: RegionViewer | None = None
         if kind != "none":
@@ -73,7 +78,7 @@ class RegionHost(DecoupledModel):
     def _check(self, kind: Regions) -> None:
         options, classes = self.options, self.generator.embed_dim is not None
         if options.maft is not None and kind != "mask-attention":
-            raise LexisegError(f"maft tunes mask attention, not regions '{kind}'; leave the option regions out.")
+            raise LexisegError(f"maft tunes mask attention, not regions '{kind}'; leave out one of the two.")
         if options.stage == "maft" and options.maft is None:
             raise LexisegError("The stage 'maft' trains what the option maft adds; give maft (it may be empty).")
         if not classes and (kind == "none" or options.ensemble.rule == "proposal"):
@@ -98,9 +103,9 @@ class RegionHost(DecoupledModel):
         """The parameters of the stage, see `RegionHostOptions`; none for a generator that comes trained."""
         if self.stage == "maft" and self.student is not None and self.options.maft is not None:
             return tuple(f"student.{name}" for name in trainable_names(self.student, self.options.maft.frozen))
-        if self.generator.embed_dim is None:
-            return ()
-        prefixes = ["generator.", *self.own_parts()]
+        prefixes = ["generator."]
+        if self._words_matter:
+            prefixes += self.own_parts()
         if self._prompts_train():
             prefixes.append("prompts.")
         return tuple(name for name, _ in self.named_parameters() if name.startswith(tuple(prefixes)))
@@ -109,9 +114,14 @@ class RegionHost(DecoupledModel):
         """Parameters outside the generator that are trained with it."""
         return ("no_object",)
 
+    @property
+    def _words_matter(self) -> bool:
+        """Whether the proposals depend on words, so that "no object" and the prompts have something to learn from."""
+        return self.generator.embed_dim is not None or self.generator.needs_text
+
     def _prompts_train(self) -> bool:
         given = self.options.prompts
-        return given is not None and given.proposals and not given.frozen
+        return given is not None and given.proposals and not given.frozen and self._words_matter
 
     def train(self, mode: bool = True) -> RegionHost:
         """Set the training mode; the tuned tower has no dropout, and a ResNet's batch norms stay as they are."""
@@ -160,6 +170,22 @@ class RegionHost(DecoupledModel):
 
     # Scoring.
 
+    def judge_with(self, *, crops: Mapping[str, Any] | None = None, ensemble: Mapping[str, Any] | None = None) -> None:
+        """Change how regions are shown and how the two opinions are joined; no weight depends on either.
+
+        Args:
+            crops: options of `CropOptions` to replace.
+            ensemble: options of `EnsembleOptions` to replace.
+        """
+        told = self.options
+        changed = {
+            key: type(old).model_validate({**old.model_dump(), **new})
+            for key, old, new in (("crops", told.crops, crops or {}), ("ensemble", told.ensemble, ensemble or {}))
+        }
+        self.options = told.model_copy(update=changed)
+        if self.viewer is not None:
+            self.viewer = replace(self.viewer, crops=self.options.crops)
+
     def region_probabilities(self, regions: Tensor, text: Tensor, proposal_logits: Tensor | None) -> Tensor:
         """A^c (..., C): the softmax over the classes of what CLIP says of regions.
 
@@ -196,9 +222,10 @@ class RegionHost(DecoupledModel):
         else:
             views = self.look(values["images"], features.size, proposals.mask_logits, chosen)
         probabilities = self.region_probabilities(views.regions, clips, logits)
-        # Mask attention says something of every region, of one without a pixel too, and MAFT's final model keeps it.
-        alone = opinion is None or self.options.ensemble.rule == "region" or self.options.ensemble.weight <= 0
-        shown = None if alone and self.viewer.kind == "mask-attention" else views.shown
+        # Mask attention says something of every region, of one without a pixel too. MAFT's final model keeps it, and so
+        # does Eq. 9, where A^c = 1 for such regions would give every unseen class the largest score there is.
+        kept = opinion is None or self.options.ensemble.rule in ("region", "paper") or self.options.ensemble.weight <= 0
+        shown = None if kept and self.viewer.kind == "mask-attention" else views.shown
         scores = ensemble(opinion, probabilities, self.options.ensemble, seen=seen, shown=shown)
         return scores if chosen is None else scores * chosen[..., None]
 
@@ -233,8 +260,8 @@ class RegionHost(DecoupledModel):
             seen: (C,) bool for self-training: pixels of other classes get the model's own best unseen class.
 
         Returns:
-            "loss" and its parts: "loss_ce", "loss_mask" and "loss_dice", and those of earlier decoder layers with their
-            number behind; or "loss_mask_aware" and "loss_distillation", weighted.
+            "loss" and its parts: "loss_ce", if the proposals know classes, "loss_mask" and "loss_dice", and those of
+            earlier decoder layers with their number behind; or "loss_mask_aware" and "loss_distillation", weighted.
 
         Raises:
             LexisegError: there is nothing to train, or a label is out of range.
@@ -252,9 +279,9 @@ class RegionHost(DecoupledModel):
         logits = [
             self.proposal_logits(level.embeddings, own) for level in proposals.levels if level.embeddings is not None
         ]
-        return proposal_losses(
-            proposals, logits, labels, self.options.criterion, size=self.label_frame(padded, size, labels)
-        )
+        frame = self.label_frame(padded, size, labels)
+        weights = self.options.criterion
+        return proposal_losses(proposals, logits or None, labels, weights, size=frame, num_classes=len(own))
 
     def mask_aware_losses(self, padded: Tensor, size: Size, labels: Tensor, text: Tensor) -> dict[str, Tensor]:
         """MAFT's losses (Sec. 4.2), on the masks of the frozen generator.
@@ -264,6 +291,10 @@ class RegionHost(DecoupledModel):
             size: (H, W) of the pictures in it.
             labels: (B, h, w) long in 0..C-1, or 255.
             text: (C, D) or (C, 2, D).
+
+        Raises:
+            LexisegError: a label is out of range.
+            ValueError: the option ``maft`` is not given, so that there is no tower to tune.
         """
         options = self.options.maft
         if options is None or self.student is None or self.viewer is None:
@@ -318,8 +349,4 @@ class RegionHost(DecoupledModel):
         proposals = self.proposals_of(features, self.texts(text)[0])
         scores = self.class_scores(features, proposals, text, seen)[..., unseen]
         best = self.pixel_scores(scores, proposals, features).label_map((labels.shape[-2], labels.shape[-1]))
-        void = labels == ignore_index(len(seen))
-        kept = torch.zeros_like(void) if self.options.label_void else void.clone()
-        known = (labels >= 0) & (labels < len(seen)) & ~void
-        kept[known] = seen[labels[known]]
-        return torch.where(kept, labels, unseen[best])
+        return fill_unseen(labels, unseen[best], seen, label_void=self.options.label_void)

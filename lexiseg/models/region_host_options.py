@@ -29,7 +29,7 @@ class PromptOptions(BaseModel):
         frozen: keep the prompts as they are while the proposals are trained.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     prefix: Annotated[int, Field(ge=0)] = 16
     suffix: Annotated[int, Field(ge=0)] = 0
@@ -44,7 +44,8 @@ class RegionHostOptions(DecoupledOptions):
     Attributes:
         regions: how a region is shown to CLIP: "crops" (one run a region), "mask-attention" (one run for all), "pooled"
             (the patches of one plain run whose last block keeps them apart, pooled by the mask) or "none" (the
-            generator decides alone). None is "mask-attention" with ``maft``, else "crops".
+            generator decides alone). None is "crops". With ``maft`` both become "mask-attention", which takes their
+            place, and the last two are refused.
         crops: how crops are made.
         attention: how mask attention runs.
         positions: how CLIP's position table follows another size than it was trained at, where crops or patches are

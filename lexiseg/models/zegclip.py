@@ -8,8 +8,9 @@ fixed and CLIP fine-tuned, are options of the same class.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
+from pydantic import Field
 from torch import Tensor, nn
 
 from lexiseg.clip import CLIP
@@ -30,7 +31,7 @@ class ZegCLIPOptions(OneStageOptions):
     """
 
     backbone: Backbone = "prompt"
-    decoder_dim: int | None = None
+    decoder_dim: Annotated[int, Field(ge=1)] | None = None
     project_memory: bool = False
 
 

@@ -85,9 +85,14 @@ class ZegFormer(RegionHost):
     def embed_text(self, embedder: TextEmbedder, vocabulary: Vocabulary) -> Tensor:
         """Text rows (W, 2, D), the generator's and CLIP's: the words of one class have the same rows, their mean.
 
-        A class's row is the mean over all its synonyms in all templates, normalised.
+        A class's row is the mean over all its synonyms in all templates, normalised. A name such as "building, edifice"
+        is two synonyms, as in the released code.
         """
-        groups = [entry.words for entry in vocabulary.classes]
+        groups = [
+            # A class whose words are in its name and beside it as well has each once.
+            tuple(dict.fromkeys(part for word in entry.words for part in word.split(", ")))
+            for entry in vocabulary.classes
+        ]
         own, clips = (
             embedder.embed_joined(groups, templates)
             for templates in (vocabulary.templates, self.options.region_templates)

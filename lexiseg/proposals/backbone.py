@@ -19,7 +19,6 @@ _EXPANSION = 4
 _BATCH_NORM_EPS = 1e-5
 # Dilations of the last stage's 3x3 convolutions in the "c" variants, which keep its stride of 2.
 _MULTI_GRID = (1, 2, 4)
-_PRETRAINED = {"r50": "resnet50", "r101": "resnet101", "r50c": "resnet50s", "r101c": "resnet101s"}
 
 
 class FeatureBackbone(nn.Module):
@@ -171,29 +170,3 @@ def build_backbone(options: QueryOptions) -> FeatureBackbone:
         return TinyBackbone(options.widths or TINY_WIDTHS, options.stem_width or 16)
     usual = 128 if options.backbone.endswith("c") else 64
     return ResNetBackbone(options.backbone, options.widths or RESNET_WIDTHS, options.stem_width or usual)
-
-
-def load_imagenet_weights(backbone: FeatureBackbone, kind: Backbone) -> None:
-    """Fill a full-size ResNet with timm's ImageNet weights from the hub, batch statistics included.
-
-    They stand in for the detectron2 files that the papers start from; the structure is the same.
-
-    Raises:
-        LexisegError: there are no such weights for this backbone, or they cannot be downloaded.
-    """
-    name = _PRETRAINED.get(kind)
-    usual = tuple(width * _EXPANSION for width in RESNET_WIDTHS)
-    if name is None or not isinstance(backbone, ResNetBackbone) or backbone.channels != usual:
-        raise LexisegError(f"There are no ImageNet weights for {kind} with these widths; train it from scratch.")
-    import timm
-
-    try:
-        source = timm.create_model(name, pretrained=True)
-    except Exception as error:  # the hub's client raises errors of many kinds
-        raise LexisegError(
-            f"The ImageNet weights '{name}' could not be downloaded ({type(error).__name__}); check the network, or "
-            "start without them."
-        ) from error
-    wanted = backbone.body.state_dict()
-    found = source.state_dict()
-    backbone.body.load_state_dict({key: found[key] for key in wanted})

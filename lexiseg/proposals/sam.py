@@ -6,6 +6,7 @@ DeOP show it as a generator; neither says more than "automatic masks", so the se
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -55,6 +56,11 @@ class Sam(ProposalGenerator):
     def _load(self) -> Any:
         if self._pipeline is None:
             name = self.options.weights
+            if Path(name).is_file():
+                raise LexisegError(
+                    f"The SAM '{name}' is a file; run `lexiseg convert {name} -o FOLDER` and give that folder as "
+                    "proposals.weights."
+                )
             try:
                 from transformers import AutoImageProcessor, AutoModelForMaskGeneration
 

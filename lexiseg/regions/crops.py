@@ -48,7 +48,7 @@ class CropOptions(BaseModel):
             shown to CLIP and take no part; 0 shows all, as the released code does.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     convention: Literal["tight", "roi-align"] = "tight"
     merge: Literal["mask-crop", "crop", "mask"] = "mask-crop"

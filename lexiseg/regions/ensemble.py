@@ -35,10 +35,11 @@ class EnsembleOptions(BaseModel):
         rule: the row of the table.
         weight: w. 0 is the rule "region", as in the released code, and not the limit of the formula.
         empty: what is said of a region that had no sub-image, where both opinions are joined: "one" gives it A^c = 1
-            for every class, as the released code does; "drop" lets it take no part.
+            for every class, as the released code does; "drop" lets it take no part. The rule "paper" takes what mask
+            attention says of such a region as it is.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     rule: Rule = "geometric"
     weight: Annotated[float, Field(le=1)] = 0.8

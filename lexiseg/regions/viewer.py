@@ -40,7 +40,7 @@ class AttentionOptions(BaseModel):
         positions: how the position table follows that size (released: "bicubic-corners").
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     start_block: Annotated[int, Field(ge=0)] | None = None
     image_size: Annotated[int, Field(ge=1)] | None = None

@@ -56,7 +56,7 @@ class SceneSettings(BaseModel):
         lag: steps between two showings of a scene.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     size: int = Field(ge=8)
     num_things: tuple[int, int]
@@ -80,7 +80,7 @@ class ContrastiveSettings(BaseModel):
         coverage: share of the patches from which on a phrase counts as found.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     model_cfg: dict[str, Any]
     initial: str | None = None

@@ -13,13 +13,15 @@ from lexiseg.clip.load import random_clip
 from lexiseg.clip.model import build_clip
 from lexiseg.errors import LexisegError
 from lexiseg.models.base import ModelOptions
+from lexiseg.proposals.pretrained import describe_start
 from lexiseg.training.building import build_model
+from lexiseg.training.initial import proposals_of
 from lexiseg.training.labels import masked_names, training_vocabulary
 from lexiseg.training.prompts import Prompted
 from lexiseg.training.recipe import ContrastiveRecipe, EvaluationRecipe, PromptRecipe, Recipe, SegmentationRecipe
 from lexiseg.training.run import name_of, vocabulary_of
 from lexiseg.training.settings import TrainSettings, group_parameters
-from lexiseg.training.stages import first_stage, is_recipe
+from lexiseg.training.stages import first_stage, is_recipe, refuse_misfit
 from lexiseg.training.trainer import learning_rate
 
 
@@ -40,6 +42,7 @@ class DryRun:
         trainable: those that training changes.
         starts_from: the model or recipe whose weights the run starts from.
         prompts_from: the folder or recipe whose learned text prompts it takes over.
+        proposals_from: what its proposals start from, and whether that is on this machine.
         teacher: the model or recipe that labels pixels in self-training.
         options: of the system, defaults included.
         train: the numbers of the loop.
@@ -61,6 +64,7 @@ class DryRun:
     train: TrainSettings
     rates: tuple[dict[str, Any], ...] = field(default=())
     prompts_from: str | None = None
+    proposals_from: str | None = None
     teacher: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
@@ -84,6 +88,8 @@ class DryRun:
             rows.append(("starts from", self.starts_from))
         if self.prompts_from:
             rows.append(("prompts from", self.prompts_from))
+        if self.proposals_from:
+            rows.append(("proposals from", self.proposals_from))
         if self.teacher:
             rows.append(("teacher", self.teacher))
         rows += [
@@ -122,7 +128,8 @@ def _schedule(train: TrainSettings) -> str:
 def dry_run(recipe: Recipe) -> DryRun:
     """Build what a recipe trains at its full size and say what it is; the data need not be on disk.
 
-    Where the named CLIP cannot be had, the model gets random weights of the same architecture.
+    Where the named CLIP cannot be had, the model gets random weights of the same architecture. What its proposals start
+    from is not downloaded; what is on this machine is seen to fit.
 
     Raises:
         LexisegError: the recipe only evaluates; its system, options, data or initial model are wrong.
@@ -136,7 +143,7 @@ def dry_run(recipe: Recipe) -> DryRun:
 
 def _segmentation(recipe: SegmentationRecipe) -> DryRun:
     vocabulary = vocabulary_of(recipe.data)
-    trained = training_vocabulary(vocabulary, setting=recipe.setting)
+    trained = training_vocabulary(vocabulary, setting=recipe.setting, templates=recipe.templates)
     seen = masked_names(trained)
     reason = None
     # What is still to be trained cannot be started from, and what is there already should be.
@@ -145,7 +152,10 @@ def _segmentation(recipe: SegmentationRecipe) -> DryRun:
         model = build_model(recipe.model_copy(update=later), vocabulary)
     else:
         clip, reason = clip_or_random(recipe.model.clip)
+        if "initial" in later:
+            refuse_misfit(first_stage(recipe), recipe, clip)
         model = build_model(recipe, vocabulary, clip=clip)
+    start = recipe.proposals_from
     return DryRun(
         system=model.system,
         clip=recipe.model.clip,
@@ -159,6 +169,7 @@ def _segmentation(recipe: SegmentationRecipe) -> DryRun:
         trainable=model.num_parameters(trainable=True),
         starts_from=_initial(recipe),
         prompts_from=recipe.prompts_from,
+        proposals_from=None if start is None else describe_start(proposals_of(model, start), start),
         teacher=recipe.teacher,
         options=_options(model.options),
         train=recipe.train,

@@ -11,12 +11,14 @@ from torch import nn
 from lexiseg.clip.load import check_state
 from lexiseg.clip.prompt_learner import PromptLearner, load_prompts, prompts_folder, read_card
 from lexiseg.errors import LexisegError
-from lexiseg.evaluation.report import weights_hash
+from lexiseg.evaluation.report import tensors_hash, weights_hash
 from lexiseg.models.base import ModelOptions, SegmentationModel
 from lexiseg.models.decoupled import DecoupledModel
 from lexiseg.models.deop import DeOP
 from lexiseg.models.one_stage import OneStageModel
 from lexiseg.models.region_host import RegionHost
+from lexiseg.proposals import ProposalGenerator
+from lexiseg.proposals.pretrained import start_proposals
 from lexiseg.vocabulary import Vocabulary
 from lexiseg.weights import load_model
 from lexiseg.words import word_key
@@ -24,7 +26,7 @@ from lexiseg.words import word_key
 _log = logging.getLogger("lexiseg")
 
 # Options of a generator that its weights do not depend on.
-_NO_WEIGHTS = {"dropout", "frozen_dropout"}
+NO_WEIGHTS = {"dropout", "frozen_dropout"}
 
 
 def start_from(
@@ -167,6 +169,36 @@ def take_prompts(model: SegmentationModel, source: str, vocabulary: Vocabulary) 
     model.metadata["prompts"] = {"from": str(source), "sha256": learner.fingerprint()}
 
 
+def take_proposals(model: SegmentationModel, source: str) -> None:
+    """Fill a model's proposals with weights that others trained.
+
+    Args:
+        model: a decoupled one, new.
+        source: see `lexiseg.proposals.pretrained.start_proposals`.
+
+    Raises:
+        LexisegError: the model proposes no regions, or the weights are not there or do not fit.
+    """
+    generator = proposals_of(model, source)
+    state, names = generator.state_dict(), start_proposals(generator, source)
+    # A continued run asks whether these are still the weights it began with.
+    digest = tensors_hash({name: state[name] for name in names})
+    model.metadata["proposals"] = {"from": source, "sha256": digest}
+
+
+def proposals_of(model: SegmentationModel, source: str) -> ProposalGenerator:
+    """The generator that ``proposals_from``, which is ``source``, is meant for.
+
+    Raises:
+        LexisegError: the model proposes no regions.
+    """
+    if not isinstance(model, DecoupledModel):
+        raise LexisegError(
+            f"'proposals_from' is '{source}', but {model.system} proposes no regions; leave the key out."
+        )
+    return model.generator
+
+
 def _shapes(shapes: dict[str, tuple[int, ...]]) -> str:
     return ", ".join(f"{name} {' x '.join(map(str, shape))}" for name, shape in shapes.items())
 
@@ -182,7 +214,7 @@ def _take_parts(start: SegmentationModel, model: SegmentationModel, initial: str
     parts = []
     # SAM comes trained: there is nothing to take over, and the rest may still be of use.
     if any(True for _ in model.generator.parameters()):
-        before, now = (one.options.proposals.model_dump(exclude=_NO_WEIGHTS) for one in (start, model))
+        before, now = (one.options.proposals.model_dump(exclude=NO_WEIGHTS) for one in (start, model))
         if before != now:
             key = next(key for key in (*now, *before) if now.get(key) != before.get(key))
             raise LexisegError(

@@ -5,20 +5,22 @@
 
 from __future__ import annotations
 
+import difflib
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from lexiseg.clip.templates import TEMPLATE_SETS
 from lexiseg.models.base import WindowPolicy
+from lexiseg.proposals.pretrained import IMAGENET, WEIGHT_FILES
 from lexiseg.training.contrastive import ContrastiveSettings
 from lexiseg.training.labels import Setting, Unlabelled
 from lexiseg.training.settings import TrainSettings
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class PictureWorldData(_Strict):
@@ -116,6 +118,8 @@ class CatalogData(_Augmented):
         classes: the class list, of a data set whose distribution carries it in a file of its own.
         names_of: the paper whose names of the classes are used, where it calls some otherwise (VOC: "zegformer",
             "maft").
+        synonyms: whether a class has the further words of the data set's list beside its name, where it is judged;
+            training takes names alone. None: of the papers' data sets the names, of one's own data all words.
     """
 
     source: Literal[
@@ -126,6 +130,7 @@ class CatalogData(_Augmented):
     train: str | None = None
     classes: Path | None = None
     names_of: str | None = None
+    synonyms: bool | None = None
 
 
 Data: TypeAlias = Annotated[PictureWorldData | FolderData | CatalogData, Field(discriminator="source")]
@@ -165,6 +170,16 @@ def _known_set(templates: Any) -> Any:
 Templates: TypeAlias = Annotated[str | list[str], BeforeValidator(_known_set)]
 
 
+def _known_start(source: str) -> str:
+    if source == IMAGENET or "/" in source or source.endswith(WEIGHT_FILES) or Path(source).is_dir():
+        return source
+    near = difflib.get_close_matches(source.lower(), [IMAGENET], cutoff=0.5)
+    hint = (
+        f"; did you mean '{IMAGENET}'?" if near else f"; give '{IMAGENET}', a file, a folder or OWNER/NAME on the hub"
+    )
+    raise ValueError(f"'{source}' is nothing that proposals can start from{hint}")
+
+
 class SegmentationRecipe(_Strict):
     """Training of a segmentation system.
 
@@ -184,6 +199,11 @@ class SegmentationRecipe(_Strict):
             end. The authors start self-training from half of the inductive training.
         prompts_from: learned text prompts that the model takes over: the folder of a run of the kind "prompts", or the
             name of such a recipe, which is then trained first, in the run's folder, on this recipe's data and CLIP.
+        proposals_from: what the proposals of a decoupled system start from when a training begins: "imagenet" for a
+            ResNet's ImageNet weights from the hub, a file of such weights, or a MaskFormer or Mask2Former of
+            `transformers`, a folder or ``OWNER/NAME`` on the hub; see
+            :func:`lexiseg.proposals.pretrained.start_proposals`. None starts from random weights. A model that
+            ``initial`` names brings its own proposals, so both cannot be given.
         teacher: for self-training, a trained model that labels the pixels without a label; None lets the model itself
             do so. Its folder, or the name of a recipe, which is then trained first like ``initial``.
         model: what is built.
@@ -201,6 +221,7 @@ class SegmentationRecipe(_Strict):
     initial: str | None = None
     initial_steps: int | None = Field(default=None, ge=1)
     prompts_from: str | None = None
+    proposals_from: Annotated[str, AfterValidator(_known_start)] | None = None
     teacher: str | None = None
     model: ModelRecipe
     templates: Templates = "single"
@@ -217,6 +238,10 @@ class SegmentationRecipe(_Strict):
             )
         if self.initial_steps is not None and self.initial is None:
             raise ValueError("'initial_steps' says how long 'initial' is trained, which is missing; name it")
+        if self.proposals_from is not None and self.initial is not None:
+            raise ValueError(
+                "'initial' brings its proposals, so 'proposals_from' would do nothing; set one of the two to null"
+            )
         if self.teacher is not None and self.setting != "transductive":
             raise ValueError("'teacher' labels pixels for self-training, whose setting is 'transductive'")
         return self
@@ -294,6 +319,8 @@ class WindowRecipe(_Strict):
     def _check(self) -> WindowRecipe:
         if self.long_side is not None and self.short_side is None:
             raise ValueError("'long_side' limits the resize to 'short_side', which is missing; name it")
+        if self.size is not None and self.stride > self.size:
+            raise ValueError(f"a stride of {self.stride} leaves pixels between windows of {self.size} out; shorten it")
         return self
 
     def policy(self) -> WindowPolicy:
@@ -311,8 +338,8 @@ class EvaluationRecipe(_Strict):
         data: what it is judged on: the validation part.
         window: how the model is run over a picture; None takes the model's own way.
         offsets: which classes lose the score that a model takes off those it had masks of: "data" those the data
-            flags as seen, "all" every class alike, "none" no class. On another dataset the authors' code takes it off
-            all, which changes no label map.
+            flags as seen, "all" every class alike, "none" no class. On another dataset the one-stage papers' code takes
+            it off all, which changes no label map; but an ensemble must count no class as seen there, so take "none".
     """
 
     kind: Literal["evaluation"]

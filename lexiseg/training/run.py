@@ -14,7 +14,7 @@ from lexiseg.data.folders import VocFolder
 from lexiseg.data.picture_world import PictureWorld
 from lexiseg.data.picture_world import vocabulary as picture_world_vocabulary
 from lexiseg.data.sets.catalog import data_set
-from lexiseg.data.sets.open import OWN, open_data_set, train_split
+from lexiseg.data.sets.open import OWN, open_data_set, synonyms_of, train_split
 from lexiseg.data.transforms import Pipeline, light_pipeline, paper_pipeline, short_edge_pipeline
 from lexiseg.errors import LexisegError
 from lexiseg.files import make_folder, write_text
@@ -117,13 +117,17 @@ def _identity(recipe: Recipe, task: Task) -> dict[str, Any]:
     values = recipe.model_dump(mode="json", exclude={"train", "description", "evaluation"})
     if isinstance(recipe, SegmentationRecipe):
         # Left out where they say nothing new, so that a run begun before there were such keys can be resumed.
-        for key in ("setting", "unlabelled", "initial", "initial_steps", "prompts_from", "teacher"):
+        for key in ("setting", "unlabelled", "initial", "initial_steps", "prompts_from", "proposals_from", "teacher"):
             if values[key] == SegmentationRecipe.model_fields[key].default:
                 del values[key]
+    if values.get("data", {}).get("synonyms") is None:
+        values.get("data", {}).pop("synonyms", None)
     if isinstance(task, SegmentationTask) and "initial" in task.model.metadata:
         values["initial_weights"] = task.model.metadata["initial"]["weights_sha256"]
     if isinstance(task, SegmentationTask) and "prompts" in task.model.metadata:
         values["prompts"] = task.model.metadata["prompts"]["sha256"]
+    if isinstance(task, SegmentationTask) and "proposals" in task.model.metadata:
+        values["proposals"] = task.model.metadata["proposals"]["sha256"]
     return values
 
 
@@ -148,7 +152,7 @@ def _put_together(recipe: Recipe, built: SegmentationRecipe, run_dir: Path, unti
 
 
 def build_task(recipe: Recipe) -> Task:
-    """Model, data and loss of a recipe; the initial weights depend on its seed, and on ``initial``, only.
+    """Model, data and loss of a recipe; the initial weights depend on its seed, and on what it starts from, only.
 
     Raises:
         LexisegError: as :func:`train`.
@@ -219,7 +223,13 @@ def dataset_of(data: Data, split: str) -> SegmentationDataset:
     if isinstance(data, CatalogData):
         chosen = data.train or train_split(data.source) if split == "train" else "val"
         return open_data_set(
-            data.source, data.root, chosen, unseen=data.unseen, classes=data.classes, names_of=data.names_of
+            data.source,
+            data.root,
+            chosen,
+            unseen=data.unseen,
+            classes=data.classes,
+            names_of=data.names_of,
+            synonyms=data.synonyms,
         )
     return VocFolder(
         data.root,
@@ -239,7 +249,8 @@ def vocabulary_of(data: Data) -> Vocabulary:
     if isinstance(data, PictureWorldData):
         return picture_world_vocabulary()
     if isinstance(data, CatalogData) and data.source != OWN and data_set(data.source).classes:
-        return data_set(data.source).vocabulary(unseen=data.unseen, names_of=data.names_of)
+        known = data_set(data.source).vocabulary(unseen=data.unseen, names_of=data.names_of)
+        return synonyms_of(data.source, known, data.synonyms)
     return dataset_of(data, "train").vocabulary
 
 

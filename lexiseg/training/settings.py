@@ -19,7 +19,7 @@ class Multiplier(BaseModel):
         decay: factor on the weight decay.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     lr: float = Field(default=1.0, ge=0)
     decay: float = Field(default=1.0, ge=0)
@@ -60,7 +60,7 @@ class TrainSettings(BaseModel):
         snapshot_every: steps between two sets of sample pictures; 0 makes none.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     steps: int = Field(ge=0)
     batch_size: int = Field(ge=1)

@@ -54,6 +54,9 @@ class Teacher:
 
         Returns:
             (B, h, w), -1 replaced by the unseen class with the largest score.
+
+        Raises:
+            LexisegError: the model's scores cannot be told to leave classes out.
         """
         missing = labels == UNLABELLED
         if not bool(missing.any()):

@@ -14,6 +14,22 @@ from lexiseg.errors import LexisegError
 
 _HEAD_WIDTH = 64
 _SCALE = "logit_scale"
+# The tensors whose shapes tell the architecture.
+_SHAPE_KEYS = (
+    "visual.conv1.weight",
+    "visual.positional_embedding",
+    "visual.proj",
+    "visual.transformer.resblocks.0.mlp.c_fc.weight",
+    "token_embedding.weight",
+    "positional_embedding",
+    "ln_final.weight",
+    "transformer.resblocks.0.mlp.c_fc.weight",
+)
+
+
+def missing_shape_keys(state: Mapping[str, Tensor]) -> list[str]:
+    """The tensors, by OpenAI's names, without which `infer_vit_architecture` cannot do and ``state`` is."""
+    return [key for key in _SHAPE_KEYS if key not in state]
 
 
 def infer_vit_architecture(
@@ -37,23 +53,22 @@ def infer_vit_architecture(
         what `lexiseg.clip.build_clip` takes.
 
     Raises:
-        LexisegError: a tensor that is needed is missing, or the position table is of no square grid.
+        LexisegError: tensors that are needed are missing (all are listed), or the position table is of no square grid.
     """
-
-    def get(key: str) -> Tensor:
-        if key not in state:
-            raise LexisegError(f"The CLIP in {name} lacks {key}; take a complete file, with both towers in it.")
-        return state[key]
-
-    conv, text_width = get("visual.conv1.weight"), get("ln_final.weight").shape[0]
+    missing = missing_shape_keys(state)
+    if missing:
+        raise LexisegError(
+            f"The CLIP in {name} lacks {', '.join(missing)}; take a complete file, with both towers in it."
+        )
+    conv, text_width = state["visual.conv1.weight"], state["ln_final.weight"].shape[0]
     width, patch = conv.shape[0], conv.shape[-1]
-    rows = get("visual.positional_embedding").shape[0] - 1
+    rows = state["visual.positional_embedding"].shape[0] - 1
     side = math.isqrt(rows)
     if side * side != rows:
         raise LexisegError(f"The position table of the CLIP in {name} has {rows} rows of patches, no square grid.")
     return {
         "model_cfg": {
-            "embed_dim": get("visual.proj").shape[1],
+            "embed_dim": state["visual.proj"].shape[1],
             "quick_gelu": quick_gelu,
             "vision_cfg": {
                 "image_size": side * patch,
@@ -61,15 +76,15 @@ def infer_vit_architecture(
                 "width": width,
                 "layers": _count(state, "visual.transformer.resblocks."),
                 "head_width": width // heads if heads else min(_HEAD_WIDTH, width),
-                "mlp_ratio": get("visual.transformer.resblocks.0.mlp.c_fc.weight").shape[0] / width,
+                "mlp_ratio": state["visual.transformer.resblocks.0.mlp.c_fc.weight"].shape[0] / width,
             },
             "text_cfg": {
-                "context_length": get("positional_embedding").shape[0],
-                "vocab_size": get("token_embedding.weight").shape[0],
+                "context_length": state["positional_embedding"].shape[0],
+                "vocab_size": state["token_embedding.weight"].shape[0],
                 "width": text_width,
                 "heads": text_heads or max(text_width // _HEAD_WIDTH, 1),
                 "layers": _count(state, "transformer.resblocks."),
-                "mlp_ratio": get("transformer.resblocks.0.mlp.c_fc.weight").shape[0] / text_width,
+                "mlp_ratio": state["transformer.resblocks.0.mlp.c_fc.weight"].shape[0] / text_width,
             },
         }
     }

@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
-import math
-import pickle
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
 from lexiseg.clip import build_clip, load_clip, save_clip
 from lexiseg.clip.load import fill
 from lexiseg.errors import LexisegError
-from lexiseg.models import CascadeCLIP
+from lexiseg.models import SYSTEMS, CascadeCLIP
 from lexiseg.vocabulary import PAPER_TEMPLATES, SINGLE_TEMPLATE
+from lexiseg.weights.clip_state import infer_vit_architecture
 from lexiseg.weights.decoupled_checkpoints import DECOUPLED_NAMES, read_decoupled
 from lexiseg.weights.detectron_checkpoint import System, recognise_detectron
 from lexiseg.weights.folder import save_model
 from lexiseg.weights.one_stage_checkpoint import NAMES, read_one_stage, recognise
+from lexiseg.weights.sam_checkpoint import convert_sam, recognise_sam
 
 # Prompts a block of the papers' VOC and Context models.
 _VOC_PROMPTS, _CONTEXT_PROMPTS = 10, 35
@@ -36,12 +36,13 @@ class ConversionReport:
     """What `convert` found and wrote.
 
     Attributes:
-        kind: "zegclip", "cascade-clip", "spt-seg", a decoupled system's name, or "clip".
+        kind: "zegclip", "cascade-clip", "spt-seg", a decoupled system's name, "sam", or "clip".
         folder: where the result is.
         num_tensors: tensors read from the checkpoint.
         num_parameters: parameters of the result.
         unused: keys that were recognised but take part in no computation, and were left out.
         notes: what could not be read off the file and was assumed, a sentence each.
+        ignored: arguments of `convert` that were given and make no difference to a file of this kind.
     """
 
     kind: str
@@ -49,10 +50,11 @@ class ConversionReport:
     num_tensors: int
     num_parameters: int
     unused: tuple[str, ...] = ()
-    notes: tuple[str, ...] = field(default=())
+    notes: tuple[str, ...] = ()
+    ignored: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        names = {**NAMES, **DECOUPLED_NAMES}
+        names = {**NAMES, **DECOUPLED_NAMES, "sam": "Segment Anything"}
         lines = [
             f"Found a {f'{names[self.kind]} model' if self.kind in names else 'CLIP'}: {self.num_tensors} tensors, "
             f"{self.num_parameters / 1e6:.1f} M parameters.",
@@ -66,18 +68,23 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
     """Read the tensors of a .pth, .pt or .safetensors file; nothing in a pickle is ever executed.
 
     Raises:
-        LexisegError: the file is missing, damaged, or holds more than tensors and plain values.
+        LexisegError: the file is missing, damaged, holds more than tensors and plain values, or is a part of a model
+            folder of lexiseg's own.
     """
     path = Path(path)
     if not path.is_file():
         raise LexisegError(f"There is no file '{path}' to convert; check the path.")
+    own = ""
+    content: Any = None
     try:
-        content: Any = load_file(path) if path.suffix == ".safetensors" else None
-        if content is None:
+        if path.suffix == ".safetensors":
+            own = _own_system(path)
+            content = {} if own else load_file(path)
+        else:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # it warns of TorchScript files, which the error below speaks of
                 content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, SafetensorError, RuntimeError, EOFError, ValueError, OSError, KeyError) as error:
+    except Exception as error:  # a file of noise makes the unpickler raise almost anything
         if "torchscript" in str(error).lower():
             raise LexisegError(
                 f"'{path}' is a TorchScript program, which lexiseg does not run; take the same weights as "
@@ -87,6 +94,11 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
             f"'{path}' cannot be read as weights only (it is damaged, no checkpoint, or holds other objects than "
             "tensors); download it again, or save its state dict alone."
         ) from error
+    if own:
+        raise LexisegError(
+            f"'{path}' is a part of a lexiseg model already ({own}); give its folder '{path.parent}' to --model or "
+            "lexiseg.load."
+        )
     for key in ("state_dict", "model"):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
@@ -97,6 +109,13 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
     if not tensors:
         raise LexisegError(f"'{path}' holds no tensors; give a checkpoint.")
     return tensors
+
+
+def _own_system(path: Path) -> str:
+    """The system that `lexiseg.weights.save_model` noted in a safetensors file; "" in files of others."""
+    with safe_open(path, framework="pt") as file:
+        noted = str((file.metadata() or {}).get("system", ""))
+    return noted if noted in SYSTEMS else ""
 
 
 def convert(
@@ -116,7 +135,8 @@ def convert(
 
     A checkpoint of ZegCLIP, Cascade-CLIP, SPT-SEG or of a decoupled system (see
     `lexiseg.weights.decoupled_checkpoints`) in its authors' layout becomes a model folder for `lexiseg.load`; the state
-    dict of an OpenAI or open_clip ViT becomes a CLIP folder for ``dense-clip/FOLDER``. Which it is shows in the keys.
+    dict of an OpenAI or open_clip ViT becomes a CLIP folder for ``dense-clip/FOLDER``; a Segment Anything becomes a
+    folder of `transformers` for the option ``proposals.weights``. Which it is shows in the keys.
 
     Args:
         path: the checkpoint.
@@ -125,36 +145,65 @@ def convert(
             Without them no class counts as seen and the score offset of seen classes is not applied.
         templates: segmentation systems: the templates its text embeddings were made with; None takes the single one
             when the checkpoint has as many prompts as the papers' VOC models (10) or fewer, else the papers' 15.
-        transductive: segmentation systems: it was trained with self-training, so that seen classes have no score
-            offset.
+        transductive: one-stage systems and ZegFormer, which lower the scores of seen classes: it was trained with
+            self-training, where they do not.
         quick_gelu: CLIP: which activation the towers use; None is True for OpenAI's own files and False for others.
             (Those of the segmentation systems are always OpenAI's.)
         heads: attention heads of the image tower; None is one a 64 channels, as in all released CLIPs.
         text_heads: attention heads of the text tower; None likewise.
         clip: decoupled systems whose file has no CLIP in it (ZegFormer's training checkpoints): the one they were
             trained with, by any name `load_clip` takes.
-        dtype: what to store the weights in; None is float32.
+        dtype: what to store the weights in; None is float32. (A Segment Anything is always stored in it.)
 
     Raises:
         LexisegError: the file cannot be read, is of no known kind, or lacks tensors or has some left over; they are
             listed.
     """
     state = read_checkpoint(path)
+    given = {
+        "class_names": bool(class_names),
+        "templates": bool(templates),
+        "transductive": transductive,
+        "quick_gelu": quick_gelu is not None,
+        "clip": clip is not None,
+        "dtype": dtype is not None,
+    }
     kind = recognise(state)
+    system = recognise_detectron(state)
     if kind is not None:
-        return _convert_one_stage(
+        report = _convert_one_stage(
             state, kind, path, folder, class_names, templates, transductive, heads, text_heads, dtype
         )
-    system = recognise_detectron(state)
-    if system is not None:
-        return _convert_decoupled(state, system, path, folder, class_names, templates, heads, text_heads, clip, dtype)
-    if "visual.conv1.weight" in state and "token_embedding.weight" in state:
-        return _convert_clip(state, path, folder, quick_gelu, heads, text_heads, dtype)
+        idle = {"quick_gelu", "clip"}
+    elif system is not None:
+        idle = {"quick_gelu"}
+        if any(".clip_model." in key for key in state):
+            clip = None
+            idle.add("clip")
+        if system != "zegformer":
+            idle.add("transductive")
+        report = _convert_decoupled(
+            state, system, path, folder, class_names, templates, transductive, heads, text_heads, clip, dtype
+        )
+    elif "visual.conv1.weight" in state and "token_embedding.weight" in state:
+        report = _convert_clip(state, path, folder, quick_gelu, heads, text_heads, dtype)
+        idle = {"class_names", "templates", "transductive", "clip"}
+    elif recognise_sam(state):
+        parameters = convert_sam(state, folder, name=f"'{path}'")
+        note = "It makes proposals and is no model by itself: give the folder as the option proposals.weights."
+        report = ConversionReport("sam", Path(folder), len(state), parameters, notes=(note,))
+        idle = set(given)
+    else:
+        raise _unknown(state, path)
+    return replace(report, ignored=tuple(name for name, there in given.items() if there and name in idle))
+
+
+def _unknown(state: Mapping[str, Tensor], path: str | Path) -> LexisegError:
     first = ", ".join(sorted(state)[:3])
     known = ", ".join([*NAMES.values(), *DECOUPLED_NAMES.values()])
-    raise LexisegError(
-        f"'{path}' is neither a checkpoint of {known} nor a CLIP with a vision transformer (its keys begin with "
-        f"{first}); lexiseg converts only those."
+    return LexisegError(
+        f"'{path}' is neither a checkpoint of {known} or Segment Anything nor a CLIP with a vision transformer (its "
+        f"keys begin with {first}); lexiseg converts only those."
     )
 
 
@@ -206,13 +255,23 @@ def _convert_decoupled(
     folder: str | Path,
     class_names: Sequence[str] | None,
     templates: Sequence[str] | None,
+    transductive: bool,
     heads: int | None,
     text_heads: int | None,
     clip: str | Path | None,
     dtype: torch.dtype | None,
 ) -> ConversionReport:
     given = None if clip is None else load_clip(str(clip))
-    found = read_decoupled(system, state, heads=heads, text_heads=text_heads, clip=given, name=f"'{path}'")
+    found = read_decoupled(
+        system,
+        state,
+        heads=heads,
+        text_heads=text_heads,
+        clip=given,
+        seen_known=bool(class_names),
+        transductive=transductive,
+        name=f"'{path}'",
+    )
     model = found.model
     model.seen_names = tuple(class_names or ())
     if templates is not None:
@@ -238,38 +297,10 @@ def _convert_clip(
     quick = openai if quick_gelu is None else quick_gelu
     num_tensors = len(state)
     state = {key: value for key, value in state.items() if key not in unused}
-    conv, positions = state["visual.conv1.weight"], state["visual.positional_embedding"]
-    width, patch = conv.shape[0], conv.shape[-1]
-    text_width = state["ln_final.weight"].shape[0]
-    architecture = {
-        "model_cfg": {
-            "embed_dim": state["text_projection"].shape[1],
-            "quick_gelu": quick,
-            "vision_cfg": {
-                "image_size": math.isqrt(positions.shape[0] - 1) * patch,
-                "patch_size": patch,
-                "width": width,
-                "layers": _count(state, "visual.transformer.resblocks."),
-                "head_width": width // heads if heads else min(64, width),
-                "mlp_ratio": state["visual.transformer.resblocks.0.mlp.c_fc.weight"].shape[0] / width,
-            },
-            "text_cfg": {
-                "context_length": state["positional_embedding"].shape[0],
-                "vocab_size": state["token_embedding.weight"].shape[0],
-                "width": text_width,
-                "heads": text_heads or max(text_width // 64, 1),
-                "layers": _count(state, "transformer.resblocks."),
-                "mlp_ratio": state["transformer.resblocks.0.mlp.c_fc.weight"].shape[0] / text_width,
-            },
-        }
-    }
+    architecture = infer_vit_architecture(state, heads=heads, text_heads=text_heads, quick_gelu=quick, name=f"'{path}'")
     clip = build_clip(architecture, name=str(path))
     fill(clip, state, Path(path))
     save_clip(clip, folder, dtype=dtype)
     note = f"Its activation is taken to be {'QuickGELU, as in OpenAI files' if quick else 'GELU'}."
     parameters = sum(parameter.numel() for parameter in clip.parameters())
     return ConversionReport("clip", Path(folder), num_tensors, parameters, unused, (note,))
-
-
-def _count(state: Mapping[str, Tensor], prefix: str) -> int:
-    return max(int(key[len(prefix) :].split(".", 1)[0]) for key in state if key.startswith(prefix)) + 1

@@ -10,6 +10,7 @@ from torch import Tensor
 from lexiseg.clip import CLIP
 from lexiseg.errors import LexisegError
 from lexiseg.models import SegmentationModel
+from lexiseg.models.region_host import RegionHost
 from lexiseg.weights.deop_checkpoint import read_deop
 from lexiseg.weights.detectron_checkpoint import System
 from lexiseg.weights.region_host_checkpoint import read_region_host
@@ -46,6 +47,8 @@ def read_decoupled(
     heads: int | None = None,
     text_heads: int | None = None,
     clip: CLIP | None = None,
+    seen_known: bool = False,
+    transductive: bool = False,
     name: str = "the checkpoint",
 ) -> DecoupledReport:
     """Build the model of a checkpoint in detectron2's layout.
@@ -56,6 +59,8 @@ def read_decoupled(
         heads: attention heads of CLIP's image tower; None is one a 64 channels.
         text_heads: of its text tower; None likewise.
         clip: for a file without one (ZegFormer's training checkpoints): the CLIP it was trained with.
+        seen_known: somebody says which classes it was trained on.
+        transductive: it was trained with self-training, where seen classes have no score offset.
         name: how errors call the file.
 
     Raises:
@@ -75,5 +80,35 @@ def read_decoupled(
             f"{name} holds a learned text prompt and CLIP but no proposals; convert a checkpoint of a later stage, "
             "which has the prompt in it."
         )
-    host, unused = read_region_host(state, clip=clip, heads=heads, text_heads=text_heads, name=name)
-    return DecoupledReport(host, unused, ())
+    options = {"seen_offset": 0.0} if transductive else {}
+    host, unused = read_region_host(state, clip=clip, heads=heads, text_heads=text_heads, options=options, name=name)
+    return DecoupledReport(host, unused, _host_notes(system, host, seen_known, transductive))
+
+
+def _host_notes(system: System, host: RegionHost, seen_known: bool, transductive: bool) -> tuple[str, ...]:
+    """What the file of a region host does not say, and what was assumed."""
+    options, notes = host.options, []
+    if options.ensemble.rule == "region":
+        notes.append(
+            "CLIP alone scores, as in the released code, which the file does not say; the paper has an ensemble."
+        )
+    elif system != "zegformer":
+        notes.append(
+            f"The ensemble's weight is {options.ensemble.weight:g}, as for COCO-Stuff, which the file does not say; "
+            "most of VOC's models have 0.7."
+        )
+    notes.append(
+        f"Pictures' shorter side is {options.short_side}, as for COCO-Stuff, which the file does not say; VOC's models "
+        "have 512."
+    )
+    if system == "zsseg":
+        notes.append("The proposal stage of DeOP is the same network, so that it may be one: the keys do not tell.")
+    if system == "freeseg" and options.prompts is None:
+        notes.append("There are no learned prompts in the file: words are put into templates.")
+    if not seen_known and options.ensemble.rule != "region":
+        offset = " and no score offset applies" if system == "zegformer" and not transductive else ""
+        notes.append(
+            "The classes it was trained on are not in the file: none counts as seen, so that the ensemble treats all "
+            f"as unseen{offset}."
+        )
+    return tuple(notes)

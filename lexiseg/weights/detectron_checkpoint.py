@@ -15,14 +15,17 @@ from typing import Literal
 from torch import Tensor
 
 from lexiseg.errors import LexisegError
-from lexiseg.proposals.base import Mask2FormerOptions, ProposalGenerator, build_generator
-from lexiseg.weights.detectron_keys import HEAD, generator_tensors, infer_generator_options
+from lexiseg.proposals.base import ProposalGenerator
+from lexiseg.weights.detectron_keys import HEAD, generator_tensors
 
 System = Literal["deop", "zsseg", "zegformer", "freeseg", "maft", "prompts"]
 
 _ADAPTER = "clip_adapter."
 _REGION_ADAPTER = "_region_clip_adapter."
 _PREDICTOR = HEAD + "predictor."
+_INTERACTION = HEAD + "interaction."
+# The query decoders: MaskFormer's, and Mask2Former's masked one.
+_DECODER, _MASKED_DECODER = _PREDICTOR + "transformer.decoder.", _PREDICTOR + "transformer_ffn_layers."
 _ZEGFORMER_CLIP = _PREDICTOR + "clip_model."
 _ZEGFORMER_SCORES = ("bg_feature", "logit_scale")
 # DeOP's own modules beside the generator and the adapter.
@@ -99,9 +102,12 @@ def recognise_detectron(state: Mapping[str, Tensor]) -> System | None:
         return "deop"
     if has(_PREDICTOR + "projection_layer.", _PREDICTOR + "bg_feature"):
         return "zegformer"
-    if has(HEAD + "interaction."):
+    if has(_INTERACTION):
         return "freeseg"
-    return "zsseg" if has(_PREDICTOR + "class_embed.") and has(_ADAPTER) else None
+    if not (has(_PREDICTOR + "class_embed.") and has(_ADAPTER)):
+        return None
+    # Of the systems with such a class head the decoder tells which: a FreeSeg that has lost its interaction is damaged.
+    return "freeseg" if has(_MASKED_DECODER) else "zsseg" if has(_DECODER) else None
 
 
 def newest_key(key: str) -> str:
@@ -129,7 +135,8 @@ def split_checkpoint(state: Mapping[str, Tensor]) -> CheckpointParts:
         state: a flat state dict, as `read_checkpoint` gives it.
 
     Raises:
-        LexisegError: it is none of these systems' checkpoints.
+        LexisegError: it is none of these systems' checkpoints, or FreeSeg's or MAFT's without the context interaction,
+            which shapes its proposals.
     """
     system = recognise_detectron(state)
     if system is None:
@@ -137,6 +144,11 @@ def split_checkpoint(state: Mapping[str, Tensor]) -> CheckpointParts:
         raise LexisegError(
             f"The checkpoint is of none of DeOP, ZSSeg, ZegFormer, FreeSeg and MAFT (its keys begin with {first}); "
             "give a file as their authors published it."
+        )
+    if system in ("freeseg", "maft") and not any(key.startswith(_INTERACTION) for key in state):
+        raise LexisegError(
+            f"The checkpoint has the proposals of FreeSeg but lacks {_INTERACTION}*, the context interaction; take the "
+            "complete file."
         )
     parts = CheckpointParts(system)
     for old, tensor in state.items():
@@ -176,34 +188,6 @@ def _put(parts: AdapterParts, key: str, tensor: Tensor) -> bool:
 
 def _put_clip(parts: AdapterParts, key: str, tensor: Tensor) -> None:
     (parts.tables if _TABLES.fullmatch(key) else parts.clip)[key] = tensor
-
-
-def build_generator_from(
-    parts: CheckpointParts,
-    *,
-    heads: int | None = None,
-    encoder_heads: int | None = None,
-    interaction_heads: int | None = None,
-    name: str = "the checkpoint",
-) -> ProposalGenerator:
-    """Build the proposal generator of a checkpoint, filled; every tensor of ours must be there, and none left over.
-
-    Args:
-        parts: from `split_checkpoint`.
-        heads: see `infer_generator_options`.
-        encoder_heads: see there.
-        interaction_heads: see there.
-        name: how errors call the file.
-
-    Raises:
-        LexisegError: tensors are missing, left over or of another shape; they are listed.
-    """
-    options = infer_generator_options(
-        parts.generator, heads=heads, encoder_heads=encoder_heads, interaction_heads=interaction_heads
-    )
-    generator = build_generator(options)
-    fill_generator(generator, parts.generator, masked=isinstance(options, Mask2FormerOptions), name=name)
-    return generator.eval()
 
 
 def fill_generator(generator: ProposalGenerator, state: Mapping[str, Tensor], *, masked: bool, name: str) -> None:

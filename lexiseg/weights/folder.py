@@ -13,9 +13,10 @@ import torch
 from safetensors.torch import save_file
 
 from lexiseg.clip import CLIP, build_clip, load_clip, packaged_clips
-from lexiseg.clip.load import PACKAGED_FOLDER, check_state, download, read_safetensors
+from lexiseg.clip.load import PACKAGED_FOLDER, check_state, read_safetensors
 from lexiseg.errors import LexisegError
 from lexiseg.files import atomic_write, make_folder, write_json
+from lexiseg.hub import download
 from lexiseg.models import SYSTEMS, SegmentationModel
 
 FORMAT = 1
@@ -24,6 +25,7 @@ WEIGHTS_NAME = "model.safetensors"
 
 _DENSE = "dense-clip"
 _CLIP_PREFIX = "clip."
+_COPY_AGAIN = "copy the original folder again"
 
 
 @dataclass(frozen=True)
@@ -177,17 +179,24 @@ def _read_config(folder: Path) -> dict[str, Any]:
             f"The folder '{folder}' has no {CONFIG_NAME}, so it is not a lexiseg model; give one that "
             f"`lexiseg train` or `lexiseg convert` wrote.{other}"
         ) from error
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise LexisegError(f"'{path}' is not readable JSON ({error}); copy the original folder again.") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise LexisegError(f"'{path}' is not readable JSON ({error}); {_COPY_AGAIN}.") from error
     if not isinstance(config, dict) or not {"format", "system", "clip", "options"} <= config.keys():
         raise LexisegError(f"'{path}' is not a lexiseg configuration; give a folder that lexiseg wrote.")
     if config["format"] != FORMAT:
         raise LexisegError(f"'{path}' has format {config['format']} and this lexiseg reads {FORMAT}; update lexiseg.")
-    if config["system"] not in SYSTEMS:
+    if not isinstance(config["system"], str) or config["system"] not in SYSTEMS:
         raise LexisegError(
             f"'{path}' is of the system '{config['system']}', which this lexiseg does not have; "
             f"it has {', '.join(SYSTEMS)}."
         )
+    for key in ("clip", "options", "metadata"):
+        if not isinstance(config.get(key, {}), dict):
+            raise LexisegError(f"'{path}' is damaged: its {key} should be a mapping; {_COPY_AGAIN}.")
+    for key in ("seen_names", "templates"):
+        names = config.get(key, [])
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise LexisegError(f"'{path}' is damaged: its {key} should be a list of texts; {_COPY_AGAIN}.")
     return config
 
 

@@ -20,7 +20,7 @@ from lexiseg.errors import LexisegError
 from lexiseg.models import SYSTEMS
 from lexiseg.models.levels import format_groups
 from lexiseg.models.one_stage import OneStageModel
-from lexiseg.weights.clip_state import infer_vit_architecture
+from lexiseg.weights.clip_state import infer_vit_architecture, missing_shape_keys
 
 IMAGENET_MEAN = (123.675 / 255, 116.28 / 255, 103.53 / 255)
 IMAGENET_STD = (58.395 / 255, 57.12 / 255, 57.375 / 255)
@@ -125,12 +125,6 @@ def _count(state: Mapping[str, Tensor], prefix: str) -> int:
     return max(found) + 1 if found else 0
 
 
-def _get(state: Mapping[str, Tensor], key: str, name: str) -> Tensor:
-    if key not in state:
-        raise LexisegError(f"{name} lacks {key}; take a complete file with the text encoder in it.")
-    return state[key]
-
-
 def infer_architecture(
     state: Mapping[str, Tensor],
     *,
@@ -139,18 +133,42 @@ def infer_architecture(
     name: str = "the checkpoint",
 ) -> dict[str, Any]:
     """Read the CLIP architecture off the shapes of a checkpoint; see `infer_vit_architecture`."""
+    return infer_vit_architecture(_towers(state), heads=heads, text_heads=text_heads, name=name)
+
+
+def _towers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The CLIP of a checkpoint, by OpenAI's names."""
     towers = {f"visual.{key[9:]}": value for key, value in state.items() if key.startswith("backbone.")}
-    towers |= {key[13:]: value for key, value in state.items() if key.startswith("text_encoder.")}
-    return infer_vit_architecture(towers, heads=heads, text_heads=text_heads, name=name)
+    return towers | {key[13:]: value for key, value in state.items() if key.startswith("text_encoder.")}
+
+
+def _check_shapes(state: Mapping[str, Tensor], system: str, name: str) -> None:
+    """See that every tensor is there whose shape tells how the model is built; without it no other can be judged."""
+    wanted = ["decode_head.q_proj.weight"]
+    if system == "cascade-clip":
+        # The last group is one block and has no weights.
+        groups = _count(state, "decode_head.q_projs.")
+        wanted = ["decode_head.q_projs.0.weight", *(f"decode_head.weights_s{index}" for index in range(1, groups))]
+    missing = [key for key in wanted if key not in state]
+    for key in missing_shape_keys(_towers(state)):
+        visual = key.removeprefix("visual.")
+        missing.append(f"text_encoder.{key}" if visual == key else f"backbone.{visual}")
+    if missing:
+        raise LexisegError(f"{name} lacks {', '.join(missing)}; take a complete file with the text encoder in it.")
 
 
 def infer_options(state: Mapping[str, Tensor], system: str, name: str = "the checkpoint") -> dict[str, Any]:
-    """Read a system's options off a checkpoint; what shapes cannot tell is as in the authors' configurations."""
+    """Read a system's options off a checkpoint; what shapes cannot tell is as in the authors' configurations.
+
+    Raises:
+        LexisegError: tensors are missing whose shapes are needed; all are listed.
+    """
+    _check_shapes(state, system, name)
     cascade = system == "cascade-clip"
-    embed_dim = _get(state, "backbone.proj", name).shape[1]
-    dim, inputs = _get(state, f"decode_head.{'q_projs.0' if cascade else 'q_proj'}.weight", name).shape
-    patch = _get(state, "backbone.conv1.weight", name).shape[-1]
-    side = math.isqrt(_get(state, "backbone.positional_embedding", name).shape[0] - 1) * patch
+    embed_dim = state["backbone.proj"].shape[1]
+    dim, inputs = state[f"decode_head.{'q_projs.0' if cascade else 'q_proj'}.weight"].shape
+    patch = state["backbone.conv1.weight"].shape[-1]
+    side = math.isqrt(state["backbone.positional_embedding"].shape[0] - 1) * patch
     layers = f"decode_head.{'cascade_decoders.0' if cascade else 'decoder_1'}.layers."
     options: dict[str, Any] = {
         "descriptor": inputs == 2 * embed_dim,
@@ -162,6 +180,7 @@ def infer_options(state: Mapping[str, Tensor], system: str, name: str = "the che
         "window_size": side,
         "window_stride": side * 426 // 512,
         "short_side": side,
+        "antialias": False,
     }
     first = state.get(f"{layers}0.linear1.weight")
     if first is not None:
@@ -180,7 +199,7 @@ def infer_options(state: Mapping[str, Tensor], system: str, name: str = "the che
     elif cascade:
         options |= {"host": "frozen" if prompts is None else "zegclip", "groups": _infer_groups(state)}
     else:
-        options["filter_grid"] = len(_get(state, "backbone.complex_weight", name))
+        options["filter_grid"] = len(state["backbone.complex_weight"])
     return options
 
 

@@ -23,6 +23,9 @@ def list_ade150(root: Path, split: str, unseen: str | None) -> SplitFiles:
     """ADE20K 150 (ADEChallengeData2016): ``train`` or ``val``; label values 1..150, 0 = no class.
 
     Where it is not unpacked, it is read out of ADEChallengeData2016.zip.
+
+    Raises:
+        LexisegError: ``root`` holds no such data set, or there is no list ``unseen`` of unseen classes.
     """
     info = data_set("ade20k-150")
     marks = ("images", "annotations")
@@ -65,6 +68,10 @@ def list_ade847(root: Path, split: str, unseen: str | None, classes: Path | None
     whole text into its sentences. The list is read from ``classes``, or from classes.txt, classes.json, classes.yaml
     or ADE20K_847_pure_class.json in the data set's folder. Where ADE20K_572_pure_class.json lies beside it, the
     classes that it lacks are unseen.
+
+    Raises:
+        LexisegError: ``root`` holds no such data set; the class list is missing, wrong, not of 847 classes, or without
+            the ids that colour PNGs need; or there is no list ``unseen`` of unseen classes.
     """
     marks = ("images_detectron2", "images/ADE", "images")
     home = find_home(root, ("ADE20K_2021_17_01",), marks, "ADE20K's full set")
@@ -83,6 +90,10 @@ def list_ade847(root: Path, split: str, unseen: str | None, classes: Path | None
     if seen is not None:
         keys = {word_key(entry.text) for entry in read_class_list(seen)}
         info = replace(info, unseen_lists={"papers": tuple(n for n in info.classes if word_key(n) not in keys)})
+    elif unseen == "papers":
+        raise LexisegError(
+            f"The list of ADE20K's 572 seen classes is missing: put ADE20K_572_pure_class.json into '{home}'."
+        )
     part = {"train": "training", "val": "validation"}.get(split, split)
     made = home / "images_detectron2" / part
     if made.is_dir():

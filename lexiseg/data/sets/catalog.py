@@ -157,13 +157,36 @@ class DataSetInfo:
         )
 
     def _own_synonyms(self) -> dict[str, tuple[str, ...]]:
-        count: dict[str, int] = {}
-        for name in self.classes:
-            for word in {word_key(word) for word in (name, *self.synonyms.get(name, ()))}:
-                count[word] = count.get(word, 0) + 1
-        return {
-            name: tuple(word for word in words if count[word_key(word)] == 1) for name, words in self.synonyms.items()
-        }
+        return _unshared({name: self.synonyms.get(name, ()) for name in self.classes})
+
+
+def split_names(vocabulary: Vocabulary) -> Vocabulary:
+    """Classes that are called by all their words ("building, edifice") with those words as synonyms.
+
+    The name stays whole, because many classes share their first word. A word that belongs to two classes is left out,
+    because it could not say which of them it means.
+    """
+    words = _unshared({name: tuple(name.split(", ")) if ", " in name else () for name in vocabulary.names})
+    return replace(
+        vocabulary,
+        classes=tuple(
+            replace(entry, synonyms=entry.synonyms or words.get(entry.name, ())) for entry in vocabulary.classes
+        ),
+    )
+
+
+def _unshared(words: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
+    """Further words by class, each word once, without those that two classes have."""
+    count: dict[str, int] = {}
+    for name, further in words.items():
+        for key in {word_key(word) for word in (name, *further)}:
+            count[key] = count.get(key, 0) + 1
+    found = {}
+    for name, further in words.items():
+        once = {word_key(word): word for word in reversed(further) if count[word_key(word)] == 1}
+        once.pop(word_key(name), None)
+        found[name] = tuple(reversed(once.values()))
+    return found
 
 
 @cache

@@ -12,13 +12,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lexiseg.data.sets.catalog import NARROW_IGNORE, WIDE_IGNORE
-from lexiseg.data.sets.class_list import ListedClass, vocabulary_of
+from lexiseg.data.sets.class_list import ListedClass, check_unseen, vocabulary_of
 from lexiseg.data.sets.dataset import Finding, Item, SplitFiles
 from lexiseg.data.sets.errors import DataSetError
-from lexiseg.data.sets.labels import LabelKind, ValueTable
+from lexiseg.data.sets.labels import MAX_PIXELS, LabelKind, ValueTable
 from lexiseg.data.sets.listing import is_safe
 from lexiseg.errors import LexisegError
-from lexiseg.words import word_key
+from lexiseg.words import describe, word_key
+
+_FAR = 1_000_000.0  # pycocotools walks along an outline pixel by pixel: one that leads farther would fill the memory
 
 
 def list_coco_json(root: Path, path: Path, split: str, unseen: Sequence[str] = ()) -> SplitFiles:
@@ -37,11 +39,12 @@ def list_coco_json(root: Path, path: Path, split: str, unseen: Sequence[str] = (
         LexisegError: the file is not JSON of this kind.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        records, annotations, categories = content["images"], content["annotations"], content["categories"]
-        numbers = {int(entry["id"]): str(entry["name"]) for entry in categories}
-        listed = [ListedClass(numbers[number]) for number in sorted(numbers)]
-        order = {number: index for index, number in enumerate(sorted(numbers))}
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+        records, annotations, categories = (_list_in(content, key) for key in ("images", "annotations", "categories"))
+        numbers = {_id(entry["id"]): _name(entry["name"]) for entry in categories}
+        in_order = sorted(numbers, key=lambda number: (isinstance(number, str), number))
+        listed = [ListedClass(numbers[number]) for number in in_order]
+        order = {number: index for index, number in enumerate(in_order)}
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataSetError(
             f"'{path}' is no COCO-style JSON; it must hold images, annotations and categories with ids and names.",
@@ -51,28 +54,29 @@ def list_coco_json(root: Path, path: Path, split: str, unseen: Sequence[str] = (
         raise LexisegError(f"'{path}' has no categories; it must name the classes.")
     if len({word_key(entry.name) for entry in listed}) < len(categories):
         raise LexisegError(f"'{path}' gives two categories the same name or id; mend one of them.")
-    known = {word_key(entry.name) for entry in listed}
-    for name in unseen:
-        if word_key(name) not in known:
-            raise LexisegError(f"'{root / 'unseen.txt'}' names '{name}', which '{path}' does not; mend one of them.")
+    check_unseen(root / "unseen.txt", unseen, [entry.name for entry in listed], f"'{path}'")
     ignore = NARROW_IGNORE if len(listed) <= NARROW_IGNORE else WIDE_IGNORE
     table = ValueTable({index: index for index in range(len(listed))}, (ignore,), ignore)
     outlines, findings = _by_image(annotations, order, path, split)
     items: list[Item] = []
-    taken: set[Any] = set()
-    for record in records:
+    ids: set[int | str] = set()
+    taken: set[str] = set()
+    for index, record in enumerate(records):
         try:
-            number, name = record["id"], str(record["file_name"])
-            size = int(record["height"]), int(record["width"])
-        except (KeyError, TypeError, ValueError):
-            problem = f"'{path}' has an image without id, file_name, height or width; complete it."
+            number, name = _id(record["id"]), _name(record["file_name"])
+            size = _side(record["height"]), _side(record["width"])
+            if size[0] * size[1] > MAX_PIXELS:
+                raise ValueError
+        except (KeyError, TypeError, ValueError, OverflowError):
+            problem = f"'{path}': entry {index} of images has no right id, file_name, height or width; complete it."
             findings.append(Finding("wrong-record", problem, str(path), split=split))
             continue
-        if number in taken or name in taken:
+        if number in ids or name in taken:
             problem = f"'{path}' lists the image '{name}' twice; remove one."
             findings.append(Finding("duplicate-entry", problem, str(path), name, split))
             continue
-        taken |= {number, name}
+        ids.add(number)
+        taken.add(name)
         if not is_safe(name):
             problem = f"'{path}' names '{name[:80]}', which leads outside the data folder; mend it."
             findings.append(Finding("wrong-name", problem, str(path), name[:80], split))
@@ -87,10 +91,56 @@ def list_coco_json(root: Path, path: Path, split: str, unseen: Sequence[str] = (
             continue
         draw = _drawer(outlines.get(number, []), size, ignore, path, name)
         items.append(Item(Path(name).stem, image, path, LabelKind.index, table, draw))
+    strangers = [number for number in outlines if number not in ids]
+    if strangers:
+        problem = (
+            f"'{path}': {len(strangers)} image_ids of annotations, such as {describe(strangers[0])}, belong to no "
+            "image, so these outlines are never drawn; mend the ids or remove the annotations."
+        )
+        # Pictures may be left out on purpose; where not a single id fits, the two lists count differently.
+        severity = "warning" if len(strangers) < len(outlines) else "error"
+        findings.append(Finding("wrong-record", problem, str(path), split=split, severity=severity))
     if not records:
         problem = f"'{path}' lists no images."
         findings.append(Finding("empty-list", problem, str(path), split=split))
     return SplitFiles(split, tuple(items), vocabulary_of(listed, unseen), ignore, tuple(findings))
+
+
+def _list_in(content: Any, key: str) -> list[Any]:
+    found = content[key]
+    if not isinstance(found, list):
+        raise TypeError
+    return found
+
+
+def _id(value: Any) -> int | str:
+    """An id in one form, however it was written: 3, 3.0 and "3" are the same.
+
+    Raises:
+        TypeError: it is neither a whole number nor text.
+    """
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) < 19 and str(int(value)) == value:
+        return int(value)
+    if isinstance(value, bool) or not isinstance(value, int | str):
+        raise TypeError
+    return value
+
+
+def _name(value: Any) -> str:
+    if isinstance(value, bool) or not isinstance(value, int | str):
+        raise TypeError
+    name = str(value)
+    name.encode()  # JSON can hold half a character, which no file is called and no terminal can print
+    return name
+
+
+def _side(value: Any) -> int:
+    side = int(value)
+    if side < 1:
+        raise ValueError
+    return side
 
 
 def _first_file(places: Sequence[Path]) -> Path | None:
@@ -101,23 +151,32 @@ def _first_file(places: Sequence[Path]) -> Path | None:
 
 
 def _by_image(
-    annotations: Any, order: Mapping[int, int], path: Path, split: str
-) -> tuple[dict[Any, list[tuple[int, Any]]], list[Finding]]:
+    annotations: Sequence[Any], order: Mapping[int | str, int], path: Path, split: str
+) -> tuple[dict[int | str, list[tuple[int, Any]]], list[Finding]]:
     """For each image the class and outline of its annotations, and what is wrong with them."""
-    found: dict[Any, list[tuple[int, Any]]] = defaultdict(list)
+    found: dict[int | str, list[tuple[int, Any]]] = defaultdict(list)
     findings: list[Finding] = []
     for entry in annotations:
-        where = f"annotation {entry.get('id', '?')}" if isinstance(entry, dict) else "an annotation"
-        if not isinstance(entry, dict) or "image_id" not in entry or not entry.get("segmentation"):
+        where = f"annotation {describe(entry.get('id', '?'))}" if isinstance(entry, dict) else "an annotation"
+        image = _id_in(entry, "image_id")
+        category = _id_in(entry, "category_id")
+        if image is None or not entry.get("segmentation"):
             problem = f"'{path}': {where} has no image_id or no segmentation; draw its outline or remove it."
             findings.append(Finding("wrong-record", problem, str(path), split=split))
-        elif entry.get("category_id") not in order:
-            number = entry.get("category_id")
+        elif category is None or category not in order:
+            number = describe(entry.get("category_id"))
             problem = f"'{path}': {where} has the category_id {number}, which is no category; mend one of them."
             findings.append(Finding("unknown-id", problem, str(path), split=split))
         else:
-            found[entry["image_id"]].append((order[entry["category_id"]], entry["segmentation"]))
+            found[image].append((order[category], entry["segmentation"]))
     return found, findings
+
+
+def _id_in(entry: Any, key: str) -> int | str | None:
+    try:
+        return _id(entry[key])
+    except (KeyError, TypeError):
+        return None
 
 
 def _drawer(
@@ -134,7 +193,8 @@ def _drawer(
         masks = []
         for index, outline in outlines:
             try:
-                if isinstance(outline, dict) and isinstance(outline.get("counts"), str):
+                _check_outline(outline, size)
+                if isinstance(outline, dict) and isinstance(outline["counts"], str):
                     code: Any = {"size": outline["size"], "counts": outline["counts"].encode("ascii")}
                 elif isinstance(outline, dict):
                     code = rle.frPyObjects(outline, *size)
@@ -153,3 +213,25 @@ def _drawer(
         return label
 
     return draw
+
+
+def _check_outline(outline: Any, size: tuple[int, int]) -> None:
+    """Refuse what pycocotools would not: it is written in C and reads and writes where an outline tells it to.
+
+    Raises:
+        ValueError, TypeError, KeyError: the outline is no polygons or run lengths of a picture of this size.
+    """
+    if isinstance(outline, dict):
+        counts = outline["counts"]
+        if tuple(outline["size"]) != size:
+            raise ValueError
+        if isinstance(counts, list) and (min(counts, default=-1) < 0 or sum(counts) != size[0] * size[1]):
+            raise ValueError
+        return
+    for polygon in outline:
+        if isinstance(polygon, dict):
+            _check_outline(polygon, size)
+            continue
+        corners = np.asarray(polygon, np.float64)
+        if corners.ndim != 1 or not corners.size or not np.abs(corners).max() <= _FAR:
+            raise ValueError

@@ -22,6 +22,9 @@ def list_coco(root: Path, split: str, unseen: str | None) -> SplitFiles:
     mmsegmentation's ``*_labelTrainIds.png`` (0..170). They may lie in stuffthingmaps/, stuffthingmaps_trainval2017/,
     annotations/ or, as the archives unpack, beside the pictures in train2017/ and val2017/. Where pictures or labels
     are not unpacked, they are read out of the archives (train2017.zip, val2017.zip, stuffthingmaps_trainval2017.zip).
+
+    Raises:
+        LexisegError: ``root`` holds no such data set, or there is no list ``unseen`` of unseen classes.
     """
     info = data_set("coco-stuff-164k")
     year = {"train": "train2017", "val": "val2017"}.get(split, split)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -75,7 +74,6 @@ class SplitFiles:
         vocabulary: the classes.
         ignore: label of pixels without a class.
         findings: what is wrong with lists, folders and names.
-        missing: names, of pictures or labels, that are listed but not on disk.
     """
 
     split: str
@@ -83,7 +81,6 @@ class SplitFiles:
     vocabulary: Vocabulary
     ignore: int
     findings: tuple[Finding, ...] = ()
-    missing: frozenset[Path] = field(default_factory=frozenset)
 
 
 class FileDataset:

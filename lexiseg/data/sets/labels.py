@@ -21,7 +21,9 @@ from PIL import Image
 from lexiseg.data.sets.archive import Place, readable
 from lexiseg.errors import LexisegError
 
-_MAX_PIXELS = 200_000_000
+MAX_PIXELS = 200_000_000
+"""Labels of more pixels are refused before one is decoded."""
+
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 UNKNOWN = -1
 """What :meth:`ValueTable.look_up` gives a value that is neither a class nor known to have none."""
@@ -31,10 +33,10 @@ class LabelKind(Enum):
     """How a label file holds its numbers.
 
     Attributes:
-        index: PNG, 8 bits: palette indices or grey values.
+        index: PNG or TIFF, 8 bits: palette indices or grey values.
         wide: TIFF or PNG of one channel, 16 bits (8 are read as well).
         ade_full: colour PNG of ADE20K's full set: ``R // 10 * 256 + G``.
-        color: colour PNG with one class a colour; the value is ``R * 65536 + G * 256 + B``.
+        color: colour PNG or TIFF with one class a colour; the value is ``R * 65536 + G * 256 + B``.
         context_mat: MATLAB file of PASCAL Context, variable ``LabelMap``.
         sbd_mat: MATLAB file of the Semantic Boundaries Dataset, ``GTcls.Segmentation``.
     """
@@ -60,10 +62,10 @@ def read_values(path: str | Place, kind: LabelKind) -> NDArray[np.int64]:
         with warnings.catch_warnings():
             # Pillow warns of large pictures and damaged metadata; the first is checked here, the second is harmless.
             warnings.simplefilter("ignore")
-            with Image.open(readable(path), formats=("TIFF", "PNG") if kind is LabelKind.wide else ("PNG",)) as picture:
-                if picture.width * picture.height > _MAX_PIXELS:
+            with Image.open(readable(path), formats=("PNG", "TIFF")) as picture:
+                if picture.width * picture.height > MAX_PIXELS:
                     raise LexisegError(
-                        f"The label '{path}' has more than {_MAX_PIXELS // 1_000_000} megapixels; shrink it."
+                        f"The label '{path}' has more than {MAX_PIXELS // 1_000_000} megapixels; shrink it."
                     )
                 return _picture(picture, path, kind)
     except LexisegError:

@@ -36,8 +36,8 @@ def find_home(
             if any((home / mark).exists() for mark in wanted):
                 return home
     raise DataSetError(
-        f"'{root}' holds no {what}: none of {', '.join(marks)} is in it; give the folder it was unpacked in, or run "
-        "`lexiseg data prepare` on the folder of its archives."
+        f"'{root}' holds no {what}: none of {', '.join(marks)} is in it; give the folder it was unpacked in, or put "
+        "its archives there and run `lexiseg data prepare`."
     )
 
 
@@ -52,12 +52,33 @@ def first_folder(candidates: Iterable[Path], suffixes: Sequence[str] = ()) -> Pa
 
 
 def entries(folder: Path) -> list[str]:
-    """Names of the files in ``folder``, sorted; hidden ones are left out. Empty where there is no such folder."""
+    """Names of the files in ``folder``, sorted; hidden ones are left out. Empty where there is no such folder.
+
+    Raises:
+        DataSetError: it is a file, or may not be read.
+    """
     try:
         with os.scandir(folder) as found:
-            return sorted(entry.name for entry in found if not entry.name.startswith(".") and not entry.is_dir())
+            return sorted(entry.name for entry in found if not entry.name.startswith(".") and not _is_folder(entry))
     except FileNotFoundError:
         return []
+    except NotADirectoryError as error:
+        raise DataSetError(f"'{folder}' is a file, but must be a folder; move the file away.") from error
+    except OSError as error:
+        raise unreadable(folder, error) from error
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link that leads to itself: whoever opens the file says so
+        return False
+
+
+def unreadable(place: Path, error: OSError) -> DataSetError:
+    """The error for a file or folder that the system does not let us look at; ``place`` is said where it names none."""
+    where = error.filename if isinstance(error.filename, str) else place
+    return DataSetError(f"'{where}' cannot be read ({error.strerror or error}); check its name and its permissions.")
 
 
 def by_stem(folder: Path, suffixes: Sequence[str]) -> dict[str, Path]:
@@ -69,6 +90,27 @@ def by_stem(folder: Path, suffixes: Sequence[str]) -> dict[str, Path]:
                 found.setdefault(name[: -len(suffix)], folder / name)
                 break
     return found
+
+
+def same_stems(names: Iterable[str], folder: Path, suffixes: Sequence[str], split: str) -> list[Finding]:
+    """A finding for each of ``names`` that several files of ``folder`` have, of which :func:`by_stem` takes one."""
+    found: dict[str, list[str]] = {}
+    for name in entries(folder):
+        suffix = next((suffix for suffix in suffixes if name.lower().endswith(suffix)), None)
+        if suffix is not None:
+            found.setdefault(name[: -len(suffix)], []).append(name)
+    return [
+        Finding(
+            "duplicate-entry",
+            f"{' and '.join(found[name])} in '{folder}' differ in their ending alone, so it is "
+            f"open which of them belongs to '{name}'; remove or rename the others.",
+            str(folder),
+            name,
+            split,
+        )
+        for name in names
+        if len(found.get(name, ())) > 1
+    ]
 
 
 def read_list(path: Path, split: str) -> tuple[list[str], list[Finding]]:

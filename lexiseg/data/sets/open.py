@@ -8,13 +8,15 @@ from dataclasses import replace
 from pathlib import Path
 
 from lexiseg.data.sets.ade20k import list_ade150, list_ade847
-from lexiseg.data.sets.catalog import NAMES, data_set
+from lexiseg.data.sets.catalog import NAMES, data_set, split_names
 from lexiseg.data.sets.coco_stuff import list_coco
 from lexiseg.data.sets.context import list_context59, list_context459
 from lexiseg.data.sets.dataset import FileDataset, SplitFiles
+from lexiseg.data.sets.listing import unreadable
 from lexiseg.data.sets.own import list_own, own_splits
 from lexiseg.data.sets.voc import list_voc
 from lexiseg.errors import LexisegError
+from lexiseg.vocabulary import Vocabulary
 
 OWN = "own"
 """Name of a folder of one's own among the data sets."""
@@ -39,6 +41,7 @@ def open_data_set(
     unseen: str | None = None,
     classes: str | Path | None = None,
     names_of: str | None = None,
+    synonyms: bool | None = None,
 ) -> FileDataset:
     """Open a split of a data set.
 
@@ -51,15 +54,50 @@ def open_data_set(
         classes: the class list, where the distribution does not carry one.
         names_of: the paper whose names to use for the classes it calls otherwise; see
             :attr:`lexiseg.data.sets.catalog.DataSetInfo.renamed`.
+        synonyms: whether a class has the further words of the data set's list beside its name; see
+            :func:`synonyms_of`.
 
     Raises:
-        LexisegError: there is no such data set, split, list or paper, or files are missing; the sentence names the
-            first.
+        LexisegError: there is no such data set, split, list or paper, synonyms are asked for where there are none, or
+            files are missing; the sentence names the first.
     """
     files = list_split(name, root, split, unseen=unseen, classes=classes)
     if names_of is not None:
         files = replace(files, vocabulary=data_set(name).vocabulary(unseen=unseen, names_of=names_of))
-    return FileDataset(files)
+    return FileDataset(replace(files, vocabulary=synonyms_of(name, files.vocabulary, synonyms)))
+
+
+def synonyms_of(name: str, vocabulary: Vocabulary, wanted: bool | None) -> Vocabulary:
+    """The vocabulary with, or without, the further words of the data set's list.
+
+    A word that belongs to two classes is left out, because it could not say which of them it means.
+
+    Args:
+        name: of the data set.
+        vocabulary: its classes.
+        wanted: None leaves the vocabulary as it is: of the papers' data sets the names alone, of one's own data all
+            words of its list.
+
+    Raises:
+        LexisegError: synonyms are asked for and the data set gives none.
+    """
+    if wanted is None:
+        return vocabulary
+    if not wanted:
+        return replace(vocabulary, classes=tuple(replace(entry, synonyms=()) for entry in vocabulary.classes))
+    if name in NAMES:
+        info = data_set(name)
+        if info.classes:
+            known = {entry.name: entry.synonyms for entry in info.vocabulary(unseen="none", synonyms=True).classes}
+            vocabulary = replace(
+                vocabulary,
+                classes=tuple(replace(entry, synonyms=known.get(entry.name, ())) for entry in vocabulary.classes),
+            )
+        else:
+            vocabulary = split_names(vocabulary)
+    if not any(entry.synonyms for entry in vocabulary.classes):
+        raise LexisegError(f"{name} gives its classes no synonyms, so there are none to use; leave synonyms out.")
+    return vocabulary
 
 
 def list_split(
@@ -68,7 +106,8 @@ def list_split(
     """Find the files of a split without opening a picture; the arguments are those of :func:`open_data_set`.
 
     Raises:
-        LexisegError: the folder is not there, or the classes cannot be known. Files that are missing are findings.
+        LexisegError: the folder is not there or may not be read, or the classes cannot be known. Files that are
+            missing are findings.
     """
     if name not in _LAYOUTS:
         near = difflib.get_close_matches(name, _LAYOUTS, n=1)
@@ -78,7 +117,10 @@ def list_split(
         raise LexisegError(f"The classes of {name} are known, so a list of them cannot be given; leave it out.")
     if name in NAMES and split not in data_set(name).splits:
         raise LexisegError(f"{name} has no split '{split}'; there are {', '.join(data_set(name).splits)}.")
-    return _LAYOUTS[name](Path(root), split, unseen, None if classes is None else Path(classes))
+    try:
+        return _LAYOUTS[name](Path(root), split, unseen, None if classes is None else Path(classes))
+    except OSError as error:  # any look at a folder may fail: no permission, a name too long, a disk that is gone
+        raise unreadable(Path(root), error) from error
 
 
 def train_split(name: str) -> str:
@@ -87,5 +129,12 @@ def train_split(name: str) -> str:
 
 
 def splits_of(name: str, root: str | Path) -> tuple[str, ...]:
-    """The splits that are trained and judged on: the papers' training split and "val"."""
-    return own_splits(Path(root)) if name == OWN else (train_split(name), "val")
+    """The splits that are trained and judged on: the papers' training split and "val".
+
+    Raises:
+        LexisegError: there is no such data set, or a folder of one's own may not be read.
+    """
+    try:
+        return own_splits(Path(root)) if name == OWN else (train_split(name), "val")
+    except OSError as error:
+        raise unreadable(Path(root), error) from error

@@ -26,21 +26,21 @@ from pathlib import Path
 from PIL import Image
 
 from lexiseg.data.sets.catalog import NARROW_IGNORE, WIDE_IGNORE
-from lexiseg.data.sets.class_list import ListedClass, read_class_list, vocabulary_of
+from lexiseg.data.sets.class_list import ListedClass, check_unseen, read_class_list, shared_words, vocabulary_of
 from lexiseg.data.sets.coco_json import list_coco_json
 from lexiseg.data.sets.dataset import Finding, SplitFiles
 from lexiseg.data.sets.errors import DataSetError
 from lexiseg.data.sets.labels import LabelKind, ValueTable
-from lexiseg.data.sets.listing import IMAGE_SUFFIXES, by_stem, entries, first_folder, read_list
+from lexiseg.data.sets.listing import IMAGE_SUFFIXES, by_stem, entries, first_folder, read_list, same_stems
 from lexiseg.data.sets.pairing import LabelFolder, orphans, pair
 from lexiseg.errors import LexisegError
-from lexiseg.words import word_key
 
 IMAGE_FOLDERS = ("images", "JPEGImages")
 MASK_FOLDERS = ("masks", "labels", "SegmentationClass", "annotations")
 CLASS_FILES = ("classes.txt", "classes.yaml", "classes.yml", "classes.json", "classes.csv")
 _LIST_FOLDERS = (".", "ImageSets/Segmentation", "splits")
 _MASK_SUFFIXES = (".png", ".tif", ".tiff")
+_SPLITS = ("train", "val")
 _EVERY = 5
 
 
@@ -54,7 +54,8 @@ def list_own(root: Path, split: str, unseen: str | None, classes: Path | None) -
         classes: the class file; None looks for one in the folder.
 
     Raises:
-        LexisegError: the folder, its pictures, masks or class file cannot be found, or unseen.txt names no class.
+        LexisegError: the folder, its pictures, masks or class file cannot be found or read, or unseen.txt names a class
+            that there is not, or all.
     """
     if not root.is_dir():
         raise DataSetError(f"The data folder '{root}' does not exist; check the path.")
@@ -62,6 +63,13 @@ def list_own(root: Path, split: str, unseen: str | None, classes: Path | None) -
     if annotations is not None:
         return list_coco_json(root, annotations, split, _unseen_names(root, unseen))
     images, masks = first_folder(root / name for name in IMAGE_FOLDERS), _mask_folder(root)
+    unnamed = _unnamed_json(root)
+    if unnamed is not None and (masks is None or (masks.name == "annotations" and not _holds_masks(masks))):
+        raise DataSetError(
+            f"The name of '{unnamed}' says no split; if it is COCO-style JSON, call it "
+            f"'{root / 'annotations'}/instances_train.json', or instances_val.json.",
+            "missing-list",
+        )
     if images is None or masks is None:
         lacks = f"no folder of pictures ({' or '.join(IMAGE_FOLDERS)})"
         if images is not None:
@@ -69,9 +77,10 @@ def list_own(root: Path, split: str, unseen: str | None, classes: Path | None) -
         raise DataSetError(
             f"'{root}' has {lacks} and no JSON of annotations for '{split}'; see docs/own-data.md for the layouts."
         )
-    listed = read_class_list(classes or find_class_file(root))
+    class_file = classes or find_class_file(root)
+    listed = read_class_list(class_file)
     hidden = _unseen_names(root, unseen)
-    _check_unseen(root, listed, hidden)
+    check_unseen(root / "unseen.txt", hidden, [entry.name for entry in listed], "the class file")
     vocabulary = vocabulary_of(listed, hidden)
     parts = (images / split).is_dir() and (masks / split).is_dir()
     image_folder, mask_folder = (images / split, masks / split) if parts else (images, masks)
@@ -88,7 +97,7 @@ def list_own(root: Path, split: str, unseen: str | None, classes: Path | None) -
         names, findings = read_list(root / f"{split}.txt", split)
     elif parts:
         names = list(pictures)
-    elif split not in ("train", "val"):
+    elif split not in _SPLITS:
         raise DataSetError(
             f"'{root}' has no list '{split}.txt' and no pictures for it in a folder, so there is no such split.",
             "missing-list",
@@ -97,6 +106,9 @@ def list_own(root: Path, split: str, unseen: str | None, classes: Path | None) -
         names = every_fifth(list(pictures), split)
     items, missing = pair(names, split, pictures, image_folder, labels)
     findings += missing
+    findings += same_stems(names, image_folder, IMAGE_SUFFIXES, split)
+    findings += same_stems(names, mask_folder, _MASK_SUFFIXES, split)
+    findings += _left_out(listed, class_file)
     if list_path is None:
         findings += orphans(labels, pictures, split)
         if not pictures:
@@ -123,28 +135,43 @@ def own_splits(root: Path) -> tuple[str, ...]:
     """Which of "train" and "val" a folder says anything about; both where it says nothing."""
     found = tuple(
         split
-        for split in ("train", "val")
+        for split in _SPLITS
         if own_list(root, split) is not None
         or _json_of(root, split) is not None
         or any((root / name / split).is_dir() for name in IMAGE_FOLDERS)
     )
-    return found or ("train", "val")
+    return found or _SPLITS
 
 
 def _mask_folder(root: Path) -> Path | None:
     places = [root / name for name in MASK_FOLDERS]
-    inside = [root / name / part for name in MASK_FOLDERS for part in ("train", "val")]
+    inside = [root / name / part for name in MASK_FOLDERS for part in _SPLITS]
     holds = first_folder([*places, *inside], _MASK_SUFFIXES)
     if holds is None:
         return first_folder(places)
     return holds if holds in places else holds.parent
 
 
+def _holds_masks(folder: Path) -> bool:
+    return first_folder([folder, *(folder / split for split in _SPLITS)], _MASK_SUFFIXES) is not None
+
+
 def _json_of(root: Path, split: str) -> Path | None:
-    inside = [root / "annotations" / name for name in entries(root / "annotations")]
     beside = [root / name for name in entries(root) if name == f"{split}.json" or name.startswith("instances_")]
-    found = (path for path in (*inside, *beside) if path.suffix == ".json" and not path.name.startswith("captions"))
+    found = (path for path in (*_annotations(root), *beside) if path.suffix == ".json")
     return next((path for path in found if split in path.stem), None)
+
+
+def _annotations(root: Path) -> list[Path]:
+    folder = root / "annotations"
+    return [folder / name for name in entries(folder) if name.endswith(".json") and not name.startswith("captions")]
+
+
+def _unnamed_json(root: Path) -> Path | None:
+    """A JSON file that may hold outlines but belongs to no split by its name."""
+    beside = [root / name for name in entries(root) if name.endswith(".json") and name not in CLASS_FILES]
+    found = (path for path in (*_annotations(root), *beside) if not any(split in path.stem for split in _SPLITS))
+    return next(found, None)
 
 
 def own_list(root: Path, split: str) -> Path | None:
@@ -153,7 +180,7 @@ def own_list(root: Path, split: str) -> Path | None:
 
 
 def _has_lists(root: Path) -> bool:
-    return any(own_list(root, split) is not None for split in ("train", "val"))
+    return any(own_list(root, split) is not None for split in _SPLITS)
 
 
 def every_fifth(names: Sequence[str], split: str) -> list[str]:
@@ -174,13 +201,17 @@ def _unseen_names(root: Path, unseen: str | None) -> tuple[str, ...]:
     return tuple(line.strip() for line in text.splitlines() if line.strip())
 
 
-def _check_unseen(root: Path, listed: Sequence[ListedClass], hidden: Sequence[str]) -> None:
-    known = {word_key(entry.name) for entry in listed}
-    for name in hidden:
-        if word_key(name) not in known:
-            raise LexisegError(
-                f"'{root / 'unseen.txt'}' names '{name}', which the class file does not; mend one of them."
-            )
+def _left_out(listed: Sequence[ListedClass], class_file: Path) -> list[Finding]:
+    return [
+        Finding(
+            "class-list",
+            f"The class list '{class_file}' gives the word '{word}' to '{name}' and to another class, so it is no "
+            "synonym of either; take it out of one.",
+            str(class_file),
+            severity="warning",
+        )
+        for name, word in dict.fromkeys(shared_words(listed))
+    ]
 
 
 def _reading(listed: Sequence[ListedClass], files: dict[str, Path], ignore: int) -> tuple[LabelKind, ValueTable]:

@@ -10,7 +10,14 @@ from lexiseg.data.sets.archive import Place, zipped
 from lexiseg.data.sets.catalog import DataSetInfo
 from lexiseg.data.sets.dataset import Finding, Item, SplitFiles
 from lexiseg.data.sets.labels import LabelKind, ValueTable
-from lexiseg.data.sets.listing import by_stem
+from lexiseg.data.sets.listing import IMAGE_SUFFIXES, by_stem, entries
+
+_ENDINGS = {
+    LabelKind.context_mat: ".mat",
+    LabelKind.sbd_mat: ".mat",
+    LabelKind.wide: ".tif",
+    LabelKind.ade_full: "_seg.png",
+}
 
 
 @dataclass(frozen=True)
@@ -40,21 +47,43 @@ def pair(
 
     The first of ``labels`` that has a name gives its label.
     """
-    items, findings = [], []
+    items: list[Item] = []
+    findings: list[Finding] = []
+    others: dict[str, str] | None = None
     for name in names:
         image = images.get(name)
+        bare = next((name[: -len(end)] for end in IMAGE_SUFFIXES if name.lower().endswith(end)), name)
+        if image is None and bare in images:
+            problem = f"The list of the split '{split}' names '{name}' with its ending; write '{bare}'."
+            findings.append(Finding("wrong-name", problem, str(images[bare]), name, split))
+            continue
         source = next((source for source in labels if name in source.files), None)
         if image is None:
             problem = f"The picture '{image_folder / name}.jpg' (or .png) of the split '{split}' is missing."
             findings.append(Finding("missing-picture", problem, str(image_folder), name, split))
         if source is None:
-            ending = ".mat" if labels[0].kind in (LabelKind.context_mat, LabelKind.sbd_mat) else ".png"
-            ending = ".tif" if labels[0].kind is LabelKind.wide else ending
-            problem = f"The label '{labels[0].folder / name}{ending}' of the split '{split}' is missing."
+            # The full ADE20K keeps a label beside its picture, in a folder of the scene.
+            kind = labels[0].kind
+            folder = image.parent if image is not None and kind is LabelKind.ade_full else labels[0].folder
+            problem = f"The label '{folder / name}{_ENDINGS.get(kind, '.png')}' of the split '{split}' is missing"
+            others = _unread(labels[0].folder) if others is None else others
+            problem += f"; {others[name]}." if name in others else "."
             findings.append(Finding("missing-label", problem, str(labels[0].folder), name, split))
         if image is not None and source is not None:
             items.append(Item(name, image, source.files[name], source.kind, source.table))
     return items, findings
+
+
+def _unread(folder: Path) -> dict[str, str]:
+    """What to say of the files of a folder of labels whose ending no reader takes, by the name of their sample."""
+    said = {}
+    for file in entries(folder) if folder.is_dir() else ():
+        stem, _, ending = file.rpartition(".")
+        if stem and ending.lower() in ("jpg", "jpeg"):
+            said[stem] = f"'{file}' is there, but JPEG changes the numbers of a label; save it anew as PNG"
+        elif stem and ending.lower() in ("bmp", "gif", "npy", "webp"):
+            said[stem] = f"'{file}' is there, but labels of this kind are not read; save it as PNG"
+    return said
 
 
 def orphans(labels: Sequence[LabelFolder], images: Mapping[str, Place], split: str) -> list[Finding]:

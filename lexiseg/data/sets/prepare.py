@@ -7,18 +7,21 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from lexiseg.data.sets.catalog import data_set
+from lexiseg.data.sets.errors import DataSetError
 from lexiseg.data.sets.listing import IMAGE_SUFFIXES, by_stem, entries, first_folder
 from lexiseg.data.sets.open import OWN, list_split
 from lexiseg.data.sets.own import IMAGE_FOLDERS, every_fifth, own_list
-from lexiseg.data.sets.unpack import find_archives, unpack
+from lexiseg.data.sets.unpack import find_archives, is_unpacked, unpack
+from lexiseg.data.sets.verify import usable_splits
 from lexiseg.data.sets.voc import aug_names, find_sbd, voc_list
 from lexiseg.errors import LexisegError
-from lexiseg.files import write_json, write_text
+from lexiseg.files import make_folder, write_json, write_text
 
 JOURNAL = ".lexiseg-prepare.json"
-"""Which archives are unpacked already, in the data set's folder."""
+"""Which archives are unpacked already and what into, in the data set's folder."""
 
 # Where an archive belongs, below the root, by the names they are distributed under; all others are unpacked into the
 # root, because they bring their own top folder (VOCdevkit, benchmark_RELEASE, ADEChallengeData2016 ...).
@@ -47,21 +50,26 @@ class Step:
     path: str
 
 
-def prepare(name: str, root: str | Path, *, say: Callable[[str], None] = lambda _: None) -> list[Step]:
+def prepare(
+    name: str, root: str | Path, *, classes: str | Path | None = None, say: Callable[[str], None] = lambda _: None
+) -> list[Step]:
     """Unpack the archives that lie in ``root`` and write the lists that the reader needs.
 
-    A run that was stopped goes on where it was; a run on a folder that is ready does nothing. Archives are kept.
+    A run that was stopped goes on where it was; a run on a folder that is ready does nothing. Archives are kept. At the
+    end the splits are listed, without opening a picture, so that what is missing is said here.
 
     Args:
         name: as in :func:`lexiseg.data.sets.open.open_data_set`.
         root: the folder with the archives, which becomes the data set's folder.
+        classes: the class list, where the distribution does not carry one.
         say: told what is being done.
 
     Returns:
         What was done, in order; empty where there was nothing to do.
 
     Raises:
-        LexisegError: there is no such data set or folder, or an archive is damaged or unsafe.
+        LexisegError: there is no such data set or folder, an archive is damaged or unsafe, or something of the data
+            set is missing after all; what was done stays and ``say`` was told of it.
     """
     root = Path(root)
     if name != OWN:
@@ -75,7 +83,35 @@ def prepare(name: str, root: str | Path, *, say: Callable[[str], None] = lambda 
         steps += _own_lists(root)
     elif name.startswith("pascal-context"):
         steps += _context_lists(name, root)
+    _check(name, root, classes, steps, say)
     return steps
+
+
+def _check(name: str, root: Path, classes: str | Path | None, steps: list[Step], say: Callable[[str], None]) -> None:
+    complete: list[str] = []
+    problems: list[str] = []
+    for split in usable_splits(name, root)[0]:
+        try:
+            files = list_split(name, root, split, classes=classes)
+            found = [finding.problem for finding in files.findings if finding.severity == "error"]
+            if not (found or files.items):
+                found = [f"The split '{split}' has no pictures; check the data set's folder."]
+        except LexisegError as error:
+            if isinstance(error, DataSetError) and not find_archives(root) and not any(entries(root)):
+                raise LexisegError(f"'{root}' holds no archives; put those of {name} into it first.") from error
+            found = [str(error)]
+        problems += [problem for problem in found if problem not in problems]
+        if not found:
+            complete.append(split)
+    if not problems:
+        return
+    for step in steps:
+        say(f"{step.what}: {step.path}")
+    notes = [f"the split '{split}' is" for split in complete]
+    if len(problems) > 1:
+        notes.append(f"the first of {len(problems)} faults that `lexiseg data verify` lists")
+    note = f" ({'; '.join(notes)})" if notes else ""
+    raise LexisegError(f"{name} in '{root}' is not complete{note}: {problems[0]}")
 
 
 def _unpack_all(name: str, root: Path, say: Callable[[str], None]) -> list[Step]:
@@ -84,12 +120,12 @@ def _unpack_all(name: str, root: Path, say: Callable[[str], None]) -> list[Step]
     for archive in find_archives(root):
         facts = archive.stat()
         mark = [facts.st_size, facts.st_mtime_ns]
-        if journal.get(archive.name) == mark:
-            continue
         target = root / _place(name, archive.name)
+        if _is_done(journal.get(archive.name), mark, target):
+            continue
         say(f"unpacking {archive.name}")
         done = unpack(archive, target)
-        journal[archive.name] = mark
+        journal[archive.name] = {"mark": mark, "folders": done.folders}
         write_json(root / JOURNAL, journal)
         links = f", {len(done.skipped)} links left out" if done.skipped else ""
         steps.append(
@@ -102,7 +138,17 @@ def _place(name: str, archive: str) -> str:
     return next((place for pattern, place in _PLACES.get(name, ()) if fnmatch.fnmatch(archive, pattern)), ".")
 
 
-def _read_journal(root: Path) -> dict[str, list[int]]:
+def _is_done(entry: Any, mark: list[int], target: Path) -> bool:
+    """Whether this very archive was unpacked and lies there still; folders may be removed to be unpacked again."""
+    if not isinstance(entry, dict) or entry.get("mark") != mark:
+        return False
+    folders = entry.get("folders")
+    if not isinstance(folders, dict) or not all(isinstance(number, int) for number in folders.values()):
+        return False
+    return is_unpacked(folders, target)
+
+
+def _read_journal(root: Path) -> dict[str, Any]:
     try:
         content = json.loads((root / JOURNAL).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -139,7 +185,7 @@ def _context_lists(name: str, root: Path) -> list[Step]:
         except LexisegError:
             continue  # labels or names are not there yet; verify says which
         if names:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(path.parent)
             write_text(path, "".join(f"{name}\n" for name in names))
             steps.append(Step(f"listed {len(names)} pictures", str(path)))
     return steps
@@ -155,7 +201,7 @@ def _own_lists(root: Path) -> list[Step]:
     names = list(by_stem(images, IMAGE_SUFFIXES))
     lists = {split: "".join(f"{name}\n" for name in every_fifth(names, split)) for split in ("train", "val")}
     written = {split: path for split in lists if (path := own_list(root, split)) is not None}
-    if not names or any(path.read_text(encoding="utf-8") != lists[split] for split, path in written.items()):
+    if not names or any(path.read_bytes() != lists[split].encode() for split, path in written.items()):
         return []  # the lists that are there are somebody's own
     steps = []
     for split, text in lists.items():

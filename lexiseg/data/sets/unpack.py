@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import lzma
+import os
+import re
 import shutil
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
@@ -20,6 +23,7 @@ from lexiseg.files import atomic_write
 ARCHIVE_SUFFIXES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 
 _DAMAGE = (zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, EOFError, ValueError, RuntimeError)
+_LEFTOVER = re.compile(r"\.(.+)\.[0-9a-f]{8}\.tmp(\.[^.]*)?")  # the names of :func:`lexiseg.files.atomic_write`
 _Open = Callable[[], IO[bytes]]
 
 
@@ -32,12 +36,14 @@ class Unpacked:
         written: number of files written.
         kept: number of files that were there already, complete.
         skipped: names of members that are no files (links, devices); they are not made.
+        folders: how many files the archive has in each folder, by its place below the target.
     """
 
     archive: Path
     written: int
     kept: int
     skipped: tuple[str, ...] = ()
+    folders: Mapping[str, int] = field(default_factory=dict)
 
 
 def find_archives(folder: Path) -> list[Path]:
@@ -49,7 +55,8 @@ def unpack(archive: Path, target: Path) -> Unpacked:
     """Unpack a zip or tar archive into a folder.
 
     Every file is written under a temporary name and renamed when it is complete. A file that is there with the size it
-    has in the archive is left alone, so that an interrupted run goes on where it was stopped.
+    has in the archive is left alone, so that an interrupted run goes on where it was stopped; what such a run left half
+    written is removed.
 
     Args:
         archive: the file.
@@ -61,6 +68,8 @@ def unpack(archive: Path, target: Path) -> Unpacked:
     """
     written = kept = 0
     skipped: list[str] = []
+    members: set[str] = set()
+    swept: set[Path] = set()
     with _members(archive) as (listing, walk):
         names = [name for name, _ in listing()]
         for name in names:
@@ -68,6 +77,7 @@ def unpack(archive: Path, target: Path) -> Unpacked:
                 raise LexisegError(
                     f"The archive '{archive}' holds '{name[:80]}', which leads outside its folder; do not use it."
                 )
+        known = {os.path.normpath(target / name) for name in names}
         needed = sum(size for name, size in listing() if not _is_there(target / name, size))
         _check_space(archive, target, needed)
         for name, size, opened in walk():
@@ -75,17 +85,45 @@ def unpack(archive: Path, target: Path) -> Unpacked:
                 skipped.append(name)
                 continue
             path = target / name
+            members.add(name)
             _refuse_links(archive, target, path)
             if _is_there(path, size):
                 kept += 1
                 continue
             path.parent.mkdir(parents=True, exist_ok=True)
+            if path.parent not in swept:
+                swept.add(path.parent)
+                _sweep(path.parent, known)
             with atomic_write(path) as temporary, opened() as source, temporary.open("wb") as file:
                 shutil.copyfileobj(source, file, 1 << 20)
                 if file.tell() != size:
                     raise LexisegError(f"The archive '{archive}' ends early in '{name}'; fetch it again.")
             written += 1
-    return Unpacked(archive, written, kept, tuple(skipped))
+    return Unpacked(archive, written, kept, tuple(skipped), Counter(name.rpartition("/")[0] for name in members))
+
+
+def is_unpacked(folders: Mapping[str, int], target: Path) -> bool:
+    """Whether ``target`` still has as many files in each folder as an archive put there (:attr:`Unpacked.folders`)."""
+    return all(_num_files(target / folder) >= number for folder, number in folders.items())
+
+
+def _num_files(folder: Path) -> int:
+    try:
+        with os.scandir(folder) as found:
+            return sum(not entry.is_dir() for entry in found)
+    except OSError:
+        return 0
+
+
+def _sweep(folder: Path, known: set[str]) -> None:
+    """Remove the half-written members of this archive that a killed run left in ``folder``."""
+    with os.scandir(folder) as found:
+        names = [entry.name for entry in found]
+    for name in names:
+        match = _LEFTOVER.fullmatch(name)
+        if match and os.path.normpath(folder / f"{match[1]}{match[2] or ''}") in known:
+            with suppress(OSError):
+                (folder / name).unlink()
 
 
 _Listing = Callable[[], Iterator[tuple[str, int]]]

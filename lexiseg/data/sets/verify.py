@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
-from itertools import islice
+from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from lexiseg.data.sets.catalog import NAMES, data_set
 from lexiseg.data.sets.dataset import Finding, Item, SplitFiles, size_mismatch, unknown_value
 from lexiseg.data.sets.errors import DataSetError
 from lexiseg.data.sets.labels import UNKNOWN, LabelKind, png_fault
+from lexiseg.data.sets.listing import unreadable
 from lexiseg.data.sets.open import list_split, splits_of
 from lexiseg.errors import LexisegError
 from lexiseg.images import read_image
@@ -127,9 +128,12 @@ def verify(
     """
     root = Path(root)
     given = splits is not None
-    chosen, findings = _splits(name, root, splits)
+    try:
+        chosen, findings = (splits, []) if splits is not None else usable_splits(name, root)
+    except DataSetError as error:
+        return Verification(name, str(root), findings=(Finding(error.kind, str(error), str(root)),))
     checks: list[SplitCheck] = []
-    names: tuple[str, ...] = ()
+    classes_of: dict[str, tuple[str, ...]] = {}
     members: dict[str, dict[str, Place]] = {}
     for split in chosen:
         try:
@@ -140,19 +144,25 @@ def verify(
             if not any(finding.problem == str(error) for finding in findings):
                 findings.append(Finding(kind, str(error), str(root), split="" if not given else split))
             continue
-        names = files.vocabulary.names
-        findings += [replace(finding, split=finding.split or split) for finding in files.findings]
+        classes_of[split] = files.vocabulary.names
+        said = {finding.problem for finding in findings}
+        findings += [replace(one, split=one.split or split) for one in files.findings if one.problem not in said]
         check, wrong = _check_split(files, workers or os.cpu_count() or 1, progress)
         findings += wrong
         checks.append(check)
         members[split] = {item.name: item.image for item in files.items}
     findings += _overlaps(members)
+    findings += _other_classes(classes_of, root)
+    names = next(iter(classes_of.values()), ())
     return Verification(name, str(root), names, tuple(checks), tuple(findings))
 
 
-def _splits(name: str, root: Path, splits: Sequence[str] | None) -> tuple[Sequence[str], list[Finding]]:
-    if splits is not None:
-        return splits, []
+def usable_splits(name: str, root: Path) -> tuple[Sequence[str], list[Finding]]:
+    """The splits to look at where nobody names any, and a warning where that is not all the papers train on.
+
+    Raises:
+        LexisegError: there is no data set of that name, or its folder may not be read.
+    """
     chosen = splits_of(name, root)
     if name not in NAMES or "aug" not in data_set(name).splits:
         return chosen, []
@@ -226,7 +236,8 @@ def _check_picture(item: Item, findings: list[Finding]) -> tuple[int, int] | Non
             return None
         image = read_image(readable(item.image))
     except (OSError, LexisegError) as error:
-        findings.append(_finding(item, "damaged-picture", str(error), item.image))
+        said = unreadable(Path(str(item.image)), error) if isinstance(error, OSError) else error
+        findings.append(_finding(item, "damaged-picture", str(said), item.image))
         return None
     fault = png_fault(item.image)
     if fault is not None:
@@ -295,6 +306,24 @@ def _overlaps(members: dict[str, dict[str, Place]]) -> list[Finding]:
             if members["val"].get(name) == path:
                 problem = f"'{name}' is in both '{split}' and 'val', so it would be judged after being trained on."
                 findings.append(Finding("split-overlap", problem, str(path), name, split))
+    return findings
+
+
+def _other_classes(classes_of: Mapping[str, tuple[str, ...]], root: Path) -> list[Finding]:
+    """Splits that each bring their classes (COCO-style JSON) must bring the same: an id means one thing only."""
+    findings: list[Finding] = []
+    first = next(iter(classes_of), "")
+    for split, names in classes_of.items():
+        ours = classes_of[first]
+        if names == ours:
+            continue
+        index, ones = next((i, both) for i, both in enumerate(zip_longest(ours, names)) if both[0] != both[1])
+        told = ["none" if one is None else f"'{one}'" for one in ones]
+        problem = (
+            f"The classes of '{first}' and '{split}' differ: class {index} is {told[0]} in one and {told[1]} in the "
+            "other; list the same categories in both."
+        )
+        findings.append(Finding("class-list", problem, str(root), split=split))
     return findings
 
 

@@ -1,0 +1,102 @@
+"""Files of the Hugging Face hub, and what to tell people where it is out of reach."""
+
+from __future__ import annotations
+
+import socket
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, RepositoryNotFoundError
+
+from lexiseg.errors import LexisegError
+
+_TIMEOUT_SECONDS = 5.0
+
+
+def cached(repository: str, filenames: tuple[str, ...]) -> Path | None:
+    """The first of ``filenames`` that the local cache has of a hub repository; None if it has none. Asks no one."""
+    for filename in filenames:
+        path = try_to_load_from_cache(repository, filename)
+        if isinstance(path, str):
+            return Path(path)
+    return None
+
+
+def download(
+    repository: str, filenames: tuple[str, ...], name: str, *, instead: str = "the folder with all its files"
+) -> Path:
+    """Fetch the first of ``filenames`` that a hub repository has; a cached copy is used without asking the hub.
+
+    Args:
+        repository: ``owner/name``.
+        filenames: in order of preference.
+        name: what the user asked for, for messages.
+        instead: what the user may give instead of the name once the file is here.
+
+    Raises:
+        LexisegError: the hub is out of reach, the repository is not there, or it has none of the files.
+    """
+    found = cached(repository, filenames)
+    if found is not None:
+        return found
+    advice = (
+        f"fetch {filenames[0]} from {constants.ENDPOINT}/{repository} on a machine with a connection, copy it here "
+        f"and give {instead} instead of the name"
+    )
+    if constants.HF_HUB_OFFLINE:
+        raise LexisegError(
+            f"'{name}' is not in the local cache and HF_HUB_OFFLINE is set, so it cannot be downloaded; "
+            f"unset HF_HUB_OFFLINE, or {advice}."
+        )
+    reason = _unreachable(constants.ENDPOINT)
+    if reason:
+        raise LexisegError(
+            f"Cannot download '{name}': {constants.ENDPOINT} is out of reach ({reason}); "
+            f"check the network, or {advice}."
+        )
+    for filename in filenames:
+        path = _fetch(repository, filename, name, advice)
+        if path is not None:
+            return path
+    raise LexisegError(f"The hub repository '{repository}' has no {' or '.join(filenames)}; choose another one.")
+
+
+def _fetch(repository: str, filename: str, name: str, advice: str) -> Path | None:
+    """Download one file; None if the repository does not have it."""
+    try:
+        return Path(hf_hub_download(repository, filename))
+    except EntryNotFoundError:
+        return None
+    except RepositoryNotFoundError as error:
+        raise LexisegError(
+            f"The hub has no repository '{repository}' that you may read; check the name, or log in with "
+            "`hf auth login` if it is private."
+        ) from error
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        raise LexisegError(
+            f"Downloading '{name}' from the hub failed ({first_line(error)}); try again later, or {advice}."
+        ) from error
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says in its first line; its type's name where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _unreachable(endpoint: str) -> str | None:
+    """Say why the hub cannot be reached, or None. Without this the client would retry for most of a minute."""
+    request = urllib.request.Request(endpoint, method="HEAD")
+    try:
+        with urllib.request.urlopen(request, timeout=_TIMEOUT_SECONDS):
+            return None
+    except urllib.error.HTTPError:
+        return None
+    except urllib.error.URLError as error:
+        reason = error.reason
+        network = isinstance(reason, socket.gaierror | TimeoutError | ConnectionError | OSError)
+        certificate = type(reason).__name__.startswith("SSL")
+        return first_line(reason) if network and not certificate and isinstance(reason, BaseException) else None
+    except (TimeoutError, OSError) as error:
+        return first_line(error)

@@ -1,0 +1,187 @@
+"""Segment Anything's own checkpoints (``sam_vit_h_4b8939.pth`` ...) as folders of `transformers`, for proposals.
+
+The network of `transformers` is the same under other names. SAM 2, and networks that replace its image encoder
+(MobileSAM) or add to its decoder (SAM-HQ), are not read.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lexiseg.errors import LexisegError
+from lexiseg.files import make_folder
+from lexiseg.proposals.heads import need_transformers
+from lexiseg.weights.clip_state import check_fit
+
+_BLOCKS = "image_encoder.blocks."
+_DECODER = "mask_decoder.transformer.layers."
+_IOU_HEAD = "mask_decoder.iou_prediction_head.layers."
+_POSITIONS = "prompt_encoder.pe_layer.positional_encoding_gaussian_matrix"
+# Of the decoder; no shape tells it, and all released files have the same.
+_DECODER_HEADS = 8
+# Layers of the small networks that make a mask of a token.
+_MASK_LAYERS = 3
+# The tensors whose shapes tell the configuration.
+_SHAPE_KEYS = (
+    "image_encoder.pos_embed",
+    "image_encoder.patch_embed.proj.weight",
+    f"{_BLOCKS}0.attn.rel_pos_h",
+    f"{_BLOCKS}0.mlp.lin1.weight",
+    "image_encoder.neck.0.weight",
+    _POSITIONS,
+    "prompt_encoder.mask_downscaling.3.weight",
+    f"{_DECODER}0.mlp.lin1.weight",
+    f"{_DECODER}0.cross_attn_token_to_image.q_proj.weight",
+    "mask_decoder.mask_tokens.weight",
+    f"{_IOU_HEAD}0.weight",
+)
+_RENAMES = (
+    (r"^vision_encoder\.layers\.", _BLOCKS),
+    (r"^vision_encoder\.", "image_encoder."),
+    (r"\.patch_embed\.projection\.", ".patch_embed.proj."),
+    (r"\.neck\.conv1\.", ".neck.0."),
+    (r"\.neck\.layer_norm1\.", ".neck.1."),
+    (r"\.neck\.conv2\.", ".neck.2."),
+    (r"\.neck\.layer_norm2\.", ".neck.3."),
+    (r"\.mask_embed\.conv1\.", ".mask_downscaling.0."),
+    (r"\.mask_embed\.layer_norm1\.", ".mask_downscaling.1."),
+    (r"\.mask_embed\.conv2\.", ".mask_downscaling.3."),
+    (r"\.mask_embed\.layer_norm2\.", ".mask_downscaling.4."),
+    (r"\.mask_embed\.conv3\.", ".mask_downscaling.6."),
+    (r"\.point_embed\.", ".point_embeddings."),
+    (r"\.upscale_conv1\.", ".output_upscaling.0."),
+    (r"\.upscale_layer_norm\.", ".output_upscaling.1."),
+    (r"\.upscale_conv2\.", ".output_upscaling.3."),
+    (r"\.layer_norm(\d|_final_attn)\.", r".norm\1."),
+)
+_MLP = re.compile(
+    r"(mask_decoder\.(output_hypernetworks_mlps\.\d+|iou_prediction_head))\.(proj_in|layers\.\d+|proj_out)"
+)
+
+
+def recognise_sam(state: Mapping[str, Tensor]) -> bool:
+    """Say whether a checkpoint is a Segment Anything, by its keys."""
+    return "mask_decoder.iou_token.weight" in state and any(key.startswith("image_encoder.") for key in state)
+
+
+def authors_key(name: str, iou_layers: int = 3) -> str:
+    """The authors' key of a tensor of `transformers`' ``SamModel``.
+
+    Args:
+        name: in its state dict.
+        iou_layers: layers of the network that predicts the IoU.
+    """
+    if name.endswith("_embedding.positional_embedding"):
+        return _POSITIONS  # the picture's and the points' table are one
+    for ours, theirs in _RENAMES:
+        name = re.sub(ours, theirs, name)
+    found = _MLP.match(name)
+    if found is None:
+        return name
+    last = (iou_layers if found[2] == "iou_prediction_head" else _MASK_LAYERS) - 1
+    part = found[3]
+    index = 0 if part == "proj_in" else last if part == "proj_out" else int(part.removeprefix("layers.")) + 1
+    return f"{found[1]}.layers.{index}{name[found.end() :]}"
+
+
+def infer_config(state: Mapping[str, Tensor], name: str = "the checkpoint") -> dict[str, dict[str, Any]]:
+    """Read the configuration of ``SamConfig`` off the shapes of a checkpoint.
+
+    Raises:
+        LexisegError: tensors are missing whose shapes are needed; all are listed.
+    """
+    missing = [key for key in _SHAPE_KEYS if key not in state]
+    if missing:
+        raise LexisegError(f"The SAM in {name} lacks {', '.join(missing)}; take a file as its authors published it.")
+
+    def shape(key: str) -> torch.Size:
+        return state[key].shape
+
+    width, _, patch, _ = shape("image_encoder.patch_embed.proj.weight")
+    grid = shape("image_encoder.pos_embed")[1]
+    layers = _count(state, _BLOCKS)
+    # A table of relative positions has 2 n - 1 rows for a window of n patches; the whole picture is a window as well.
+    tables = [state.get(f"{_BLOCKS}{index}.attn.rel_pos_h") for index in range(layers)]
+    windows = [grid if table is None else (len(table) + 1) // 2 for table in tables]
+    channels = shape("image_encoder.neck.0.weight")[0]
+    num_tokens, decoder_width = shape("mask_decoder.mask_tokens.weight")
+    cross = shape(f"{_DECODER}0.cross_attn_token_to_image.q_proj.weight")[0]
+    return {
+        "vision_config": {
+            "hidden_size": width,
+            "output_channels": channels,
+            "num_hidden_layers": layers,
+            "num_attention_heads": width // shape(f"{_BLOCKS}0.attn.rel_pos_h")[1],
+            "image_size": grid * patch,
+            "patch_size": patch,
+            "mlp_dim": shape(f"{_BLOCKS}0.mlp.lin1.weight")[0],
+            "window_size": min(windows),
+            "global_attn_indexes": [index for index, window in enumerate(windows) if window == grid],
+            "num_pos_feats": shape(_POSITIONS)[1],
+        },
+        "prompt_encoder_config": {
+            "hidden_size": channels,
+            "image_size": grid * patch,
+            "patch_size": patch,
+            "mask_input_channels": shape("prompt_encoder.mask_downscaling.3.weight")[0],
+        },
+        "mask_decoder_config": {
+            "hidden_size": decoder_width,
+            "mlp_dim": shape(f"{_DECODER}0.mlp.lin1.weight")[0],
+            "num_hidden_layers": _count(state, _DECODER),
+            "num_attention_heads": _DECODER_HEADS,
+            "attention_downsample_rate": decoder_width // cross,
+            "num_multimask_outputs": num_tokens - 1,
+            "iou_head_depth": _count(state, _IOU_HEAD),
+            "iou_head_hidden_dim": shape(f"{_IOU_HEAD}0.weight")[0],
+        },
+    }
+
+
+def _count(state: Mapping[str, Tensor], prefix: str) -> int:
+    return 1 + max(int(key[len(prefix) :].split(".", 1)[0]) for key in state if key.startswith(prefix))
+
+
+def convert_sam(state: Mapping[str, Tensor], folder: str | Path, *, name: str = "the checkpoint") -> int:
+    """Write a SAM as a folder that ``proposals.weights`` takes.
+
+    Args:
+        state: tensors by the authors' keys.
+        folder: made if missing.
+        name: how errors call the file.
+
+    Returns:
+        the number of its parameters.
+
+    Raises:
+        LexisegError: transformers is not installed, tensors are missing, left over or of another shape (all are
+            listed), or the folder cannot be written.
+    """
+    need_transformers()
+    from transformers import SamConfig, SamImageProcessor, SamModel
+
+    config = infer_config(state, name)
+    with torch.device("meta"):
+        model = SamModel(SamConfig(**config))
+    target = model.state_dict()
+    keys = {ours: authors_key(ours, config["mask_decoder_config"]["iou_head_depth"]) for ours in target}
+    check_fit({theirs: target[ours] for ours, theirs in keys.items()}, state, f"The SAM in {name}")
+    model.load_state_dict({ours: state[theirs].float() for ours, theirs in keys.items()}, assign=True)
+    folder = make_folder(folder)
+    model.save_pretrained(folder)
+    side = config["vision_config"]["image_size"]
+    low = side // 4  # the masks that the decoder makes
+    processor = SamImageProcessor(
+        size={"longest_edge": side},
+        pad_size={"height": side, "width": side},
+        mask_size={"longest_edge": low},
+        mask_pad_size={"height": low, "width": low},
+    )
+    processor.save_pretrained(folder)
+    return sum(parameter.numel() for parameter in model.parameters())

@@ -130,7 +130,10 @@ def decoupled_segmenter(system: str, seed: int, runs: Path) -> Segmenter:
     kind, options = system_of(recipe)
     vocabulary = dataset_of(recipe.data, "train").vocabulary
     seen = tuple(entry.name for entry in vocabulary.classes if entry.seen)
-    return Segmenter(kind(load_clip(recipe.model.clip), options, seen).eval(), disk_cache=False)
+    segmenter = Segmenter(kind(load_clip(recipe.model.clip), options, seen).eval(), disk_cache=False)
+    if recipe.templates is not None:
+        segmenter.model.default_templates = Vocabulary.parse("any", templates=recipe.templates).templates
+    return segmenter
 
 
 class WithMasks:

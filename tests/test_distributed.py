@@ -394,7 +394,7 @@ def judged(out):
 @pytest.mark.slow
 def test_evaluate_command_killed_resumed_and_shared(tmp_path):
     """kill -9 leaves parts and no report; what goes on, with any number of processes, ends with the same report."""
-    words = ["--limit", "60", "--json"]
+    words = ["--limit", "180", "--json"]
     whole = launch(tmp_path, evaluate_words("zegclip-emoji", tmp_path / "whole", *words), count=1)
     parts = tmp_path / "broken" / "evaluation-parts"
     for count in (1, 2):
@@ -405,9 +405,9 @@ def test_evaluate_command_killed_resumed_and_shared(tmp_path):
         assert broken.wait(120) != 0
         assert not (tmp_path / "broken" / "report.json").exists()
     refused = launch(tmp_path, evaluate_words("zegclip-emoji", tmp_path / "broken", "--resume"), expect=1)
-    assert refused.count("holds parts of another evaluation: 'num_pictures' was 60") == 1
+    assert refused.count("holds parts of another evaluation: 'num_pictures' was 180") == 1
     counted = sum(len(json.loads(path.read_text())["batches"]) for path in parts.glob("[!.]*.json"))
-    assert 0 < counted < 60
+    assert 0 < counted < 180
     said = launch(tmp_path, evaluate_words("zegclip-emoji", tmp_path / "broken", *words, "--resume"), count=2)
     assert said.count('"metrics"') == whole.count('"metrics"') == 1
     assert judged(tmp_path / "broken") == judged(tmp_path / "whole")

@@ -1,0 +1,170 @@
+"""The record of a run over many pictures: what is done stays done, whatever stops the run."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from lexiseg.clip import build_clip
+from lexiseg.errors import LexisegError
+from lexiseg.files import write_text
+from lexiseg.labelling.record import MANIFEST, Entry, Picture, Record, absolute, file_state
+from lexiseg.labelling.shards import TRIES, Labeller, Wanted, shards_of
+from lexiseg.models import DenseCLIP
+from lexiseg.models.dense_clip import DenseCLIPOptions
+from lexiseg.segmenter import Segmenter
+from lexiseg.vocabulary import Vocabulary
+from tests.cli.test_cli import ARCHITECTURE
+
+SETTINGS = {"classes": "abc", "window": {"size": None}}
+
+
+def pictures(folder: Path, count: int = 4) -> list[Picture]:
+    folder.mkdir(parents=True, exist_ok=True)
+    made = []
+    for index in range(count):
+        path = folder / f"p{index}.png"
+        pixels = np.random.default_rng(index).integers(0, 256, (20, 24, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(path)
+        made.append(Picture(str(path), f"p{index}", path.name))
+    return made
+
+
+@pytest.fixture
+def labeller(tmp_path: Path) -> Labeller:
+    torch.manual_seed(0)
+    model = DenseCLIP(build_clip(ARCHITECTURE), DenseCLIPOptions(short_side=0))
+    (tmp_path / "out").mkdir()
+    wanted = Wanted(Vocabulary.parse("dog; grass"), ("labels", "json"))
+    return Labeller(Segmenter(model, disk_cache=False), wanted, tmp_path / "out")
+
+
+class Killed(BaseException):
+    """Stands for kill -9: nothing handles it."""
+
+
+def stop_at(labeller: Labeller, monkeypatch: pytest.MonkeyPatch, fatal: str) -> list[str]:
+    """Make reading ``fatal`` end everything; returns the list of the pictures that were really segmented."""
+    real = Labeller.label
+    seen: list[str] = []
+
+    def label(self: Labeller, todo: Sequence[Picture]) -> Iterator[Entry]:
+        for picture in todo:
+            if picture.stem == fatal:
+                raise Killed
+            seen.append(picture.stem)
+            yield from real(self, [picture])
+
+    monkeypatch.setattr(Labeller, "label", label)
+    return seen
+
+
+def test_a_shard_goes_on_where_it_was_stopped(
+    tmp_path: Path, labeller: Labeller, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    todo = pictures(tmp_path / "in")
+    record = Record(tmp_path / "out")
+    assert record.begin(SETTINGS, resume=False) == {}
+    ((number, shard),) = shards_of(record, todo).items()
+    with monkeypatch.context() as patch:
+        seen = stop_at(labeller, patch, "p2")
+        with pytest.raises(Killed):
+            list(labeller.label_shard(record, number, shard))
+        assert seen == ["p0", "p1"]
+    (part,) = record.folder.glob("*.part")
+    with part.open("a") as file:
+        file.write('{"image": "half a li')  # what a killed process may leave
+    with monkeypatch.context() as patch:
+        seen = stop_at(labeller, patch, "nothing")
+        entries = list(labeller.label_shard(record, number, shard))
+    assert seen == ["p2", "p3"]
+    assert [entry.stem for entry in entries] == ["p0", "p1", "p2", "p3"]
+    assert not list(record.folder.glob("*.part"))
+    assert len((record.folder / "000000.jsonl").read_text().splitlines()) == 4
+    # A shard that is given out once more, because its result was lost, is not done once more.
+    with monkeypatch.context() as patch:
+        assert stop_at(labeller, patch, "p0") == []
+        assert list(labeller.label_shard(record, number, shard)) == entries
+    assert record.begin(SETTINGS, resume=True) == {entry.image: entry for entry in entries}
+    assert record.next_shard() == 1
+
+
+def test_a_picture_that_kills_its_worker_is_left_out(
+    tmp_path: Path, labeller: Labeller, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    todo = pictures(tmp_path / "in")
+    record = Record(tmp_path / "out")
+    record.begin(SETTINGS, resume=False)
+    stop_at(labeller, monkeypatch, "p1")
+    for _ in range(1 + TRIES):
+        with pytest.raises(Killed):
+            list(labeller.label_shard(record, 0, todo))
+    entries = list(labeller.label_shard(record, 0, todo))
+    assert [bool(entry.error) for entry in entries] == [False, True, False, False]
+    assert "p1.png" in entries[1].error and "killed" in entries[1].error
+
+
+def test_what_counts_as_done(tmp_path: Path, labeller: Labeller) -> None:
+    todo = pictures(tmp_path / "in")
+    bad = tmp_path / "in" / "bad.png"
+    bad.write_text("no picture")
+    todo.append(Picture(str(bad), "bad", "bad.png"))
+    out = tmp_path / "out"
+    record = Record(out)
+    record.begin(SETTINGS, resume=False)
+    for number, shard in shards_of(record, todo, 2).items():
+        list(labeller.label_shard(record, number, shard))
+    done = Record(out).begin(SETTINGS, resume=True)
+    assert [entry.stem for entry in done.values()] == ["p0", "p1", "p2", "p3"]  # the bad one is tried again
+    (out / "p1.json").unlink()
+    os.utime(todo[2].path, ns=(1, 1))
+    assert [entry.stem for entry in Record(out).begin(SETTINGS, resume=True).values()] == ["p0", "p3"]
+    with pytest.raises(LexisegError, match=r"other settings \(classes\).*--output"):
+        record.begin({**SETTINGS, "classes": "other"}, resume=True)
+    assert record.begin({**SETTINGS, "classes": "other"}, resume=False) == {}
+    assert record.begin({**SETTINGS, "classes": "other"}, resume=True) == {}
+
+
+def test_what_is_left_of_a_killed_process_is_removed(tmp_path: Path) -> None:
+    record = Record(tmp_path)
+    record.begin(SETTINGS, resume=False)
+    gone = [".p0_labels.0123abcd.tmp.png", ".p0.0123abcd.tmp.json", ".p0_overlay.ffffffff.tmp.png"]
+    kept = [".other_labels.0123abcd.tmp.png", ".p0.txt", "p0.json"]
+    for name in (*gone, *kept):
+        (tmp_path / name).touch()
+    record.clean(["p0"])
+    assert {path.name for path in tmp_path.iterdir() if path.is_file()} == set(kept)
+
+
+def test_attempts_do_not_write_into_each_other(tmp_path: Path) -> None:
+    record = Record(tmp_path)
+    record.begin(SETTINGS, resume=False)
+    first, second = record.open_shard(3), record.open_shard(3)
+    entry = Entry("/a.png", "a", files={"labels": "a.png"}, size=(2, 3), classes=({"class": "dog", "share": 1.0},))
+    first.finish(entry)
+    second.finish(replace(entry, image="/b.png", stem="b"))
+    third = record.open_shard(3)
+    assert third.number == 3 and set(third.done) == {"/a.png", "/b.png"}
+    assert third.done["/a.png"] == replace(entry, classes=[{"class": "dog", "share": 1.0}])
+    third.close(["/a.png", "/b.png"])
+    assert [path.name for path in record.folder.iterdir() if path.name != "run.json"] == ["000003.jsonl"]
+    first.finish(entry)  # somebody thought to be dead goes on; nobody reads it
+    assert [path.name for path in record.folder.iterdir() if path.name != "run.json"] == ["000003.jsonl"]
+
+
+def test_manifest_has_a_line_a_picture(tmp_path: Path) -> None:
+    entries = [Entry("/a.png", "a", files={"json": "a.json"}, size=(2, 3)), Entry("/b.png", "b", error="It is bad.")]
+    write_text(tmp_path / MANIFEST, "old")
+    lines = Record(tmp_path).write_manifest(entries).read_text().splitlines()
+    assert json.loads(lines[1]) == {"image": "/b.png", "error": "It is bad."}
+    assert json.loads(lines[0])["files"] == {"json": "a.json"}
+    assert file_state(tmp_path / "nowhere") == (0, 0)
+    assert absolute(tmp_path) == str(tmp_path)

@@ -1,0 +1,331 @@
+"""Golden cases of MAFT, its three hosts and SimBaseline: crops, ensembles, losses, whole models."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lexiseg.clip import TextEmbedder
+from lexiseg.clip.templates import IMAGENET_SELECT, IN_THE_SCENE
+from lexiseg.models.freeseg import FreeSeg
+from lexiseg.models.region_host import RegionHost
+from lexiseg.models.zegformer import ZegFormer
+from lexiseg.models.zsseg import ZSSeg
+from lexiseg.proposals import Proposals
+from lexiseg.proposals.mask2former import Mask2Former
+from lexiseg.proposals.maskformer import MaskFormer
+from lexiseg.regions.ensemble import EnsembleOptions, class_probabilities, ensemble
+from lexiseg.weights.region_host_checkpoint import read_region_host
+from tests.parity.case import Case, UnsupportedError
+from tests.parity.clip_build import text_sizes, under, vision_sizes
+from tests.parity.decoupled_clip import inputs
+from tests.parity.proposals import generator_gradients, generator_sizes, interaction_sizes, mask2former_sizes
+from tests.parity.region_parts import (
+    GIVEN,
+    SOFTMAX,
+    check_output,
+    classify,
+    classify_zegformer,
+    ensembles,
+    flags,
+    frame_of,
+    losses,
+    merge,
+    normalised,
+    padded,
+    region_crops,
+    toy_clip,
+    vocabulary,
+)
+
+# Whole models.
+
+
+def read(case: Case, **options: Any) -> RegionHost:
+    """The model of a case, through the converter, with what only the JSON can tell."""
+    config = case.config
+    small = config.get("config", config)
+    interaction = config.get("interaction") or {}
+    model, _ = read_region_host(
+        case.params(),
+        heads=small.get("vision_heads", small.get("vh")),
+        text_heads=small.get("text_heads", small.get("th")),
+        generator_heads=small.get("nheads", small.get("nh")),
+        interaction_heads=interaction.get("heads"),
+        options=options,
+        name=case.name,
+    )
+    return model
+
+
+def whole_images(case: Case) -> list[Tensor]:
+    return [case.input(f"image.{index}") for index in range(len(case.config["sizes"]))]
+
+
+def words(model: RegionHost, names: list[str]) -> Tensor:
+    """Text rows of names: of learned prompts with a gradient."""
+    if model.prompts is not None:
+        return model.prompts(model.clip, names)
+    return model.embed_text(TextEmbedder(model.clip), vocabulary(names, model.default_templates))
+
+
+def full(case: Case) -> None:
+    """A whole host: proposals, crops, ensemble and label map; then the losses of its first stage and gradients."""
+    config = case.config
+    weight = config["ensemble_lambda"]
+    if "clip_cls_style" in config:
+        merges = {"cropmask": "mask-crop", "crop": "crop", "mask": "mask"}
+        model = read(
+            case,
+            seen_offset=max(config["gzero_calibrate"], 0.0),
+            ensemble={"rule": "zegformer", "weight": weight},
+            crops={"convention": "roi-align", "merge": merges[config["clip_cls_style"]]},
+        )
+        names = {"train": config["seen"], "test": [*config["seen"], *config["unseen"]]}
+        seen = torch.arange(len(names["test"])) < len(config["seen"])
+        model.default_templates = {"single": IN_THE_SCENE, "imagenet_select": IMAGENET_SELECT}[
+            config["prompt_ensemble_type"]
+        ]
+    else:
+        crops = {"align_corners": config["interaction"] is not None, "size": config.get("crop", 224)}
+        system = ZSSeg if config["interaction"] is None else FreeSeg
+        stated = {"mask_weight": "mask_weight", "dice_weight": "dice_weight", "no_object_weight": "no_object"}
+        criterion = system.options_class().model_dump()["criterion"]  # type: ignore[call-arg]
+        criterion |= {ours: config[key] for key, ours in stated.items() if key in config}
+        model = read(case, crops=crops, ensemble={"weight": weight}, criterion=criterion)
+        names = {"train": config["class_names_train"], "test": config["class_names_test"]}
+        seen = torch.tensor(config["trainable_flag"]).bool()
+    check_sizes(case, model)
+    images = whole_images(case)
+    frame = frame_of(images)
+    batch = torch.stack([padded(normalised(image), frame) for image in images])
+    with torch.no_grad():
+        text = words(model, names["test"])
+        if isinstance(model, ZegFormer):
+            case.check("text_features_test", text[:, 0])
+            case.check("text_features_test_clip", text[:, 1])
+        check_backbone(case, model, batch)
+        found = model.propose(batch, model.texts(text)[0])
+        check_proposals(case, model, found, text)
+        for index, image in enumerate(images):
+            size = (int(image.shape[-2]), int(image.shape[-1]))
+            features = model.encode_padded(batch[index][None], size)
+            scores = model.score(features, text, seen_words=seen)
+            check_output(case, "", f".{index}", scores, config["output_sizes"][index])
+    text = words(model, names["train"])
+    if isinstance(model, ZegFormer):
+        case.check("text_features", text[:, 0])
+    labels = torch.stack([padded(case.input(f"labels.{index}").long(), frame, 255) for index in range(len(images))])
+    result = model.losses(batch, labels, text)
+    expected = {name.removeprefix("train/") for name in case.expected_names("train/")}
+    case.check_stated("loss_keys", config, {"loss_keys": sorted(expected)})
+    case.check_that("losses", expected == result.keys() - {"loss"}, f"{sorted(result)} instead of {sorted(expected)}")
+    for name, value in result.items():
+        case.check(f"train/{name}", value)
+    result["loss"].backward()
+    trained = {".".join(key.split(".")[:2]) for key in check_gradients(case, model)}
+    case.check_stated("trainable_top", config, {"trainable_top": sorted(trained)})
+
+
+def check_sizes(case: Case, model: RegionHost) -> None:
+    """Compare the JSON's sizes and counts with the model and the pictures."""
+    config, generator = case.config, model.generator
+    assert isinstance(generator, (MaskFormer, Mask2Former))
+    found: dict[str, Any] = {**text_sizes(model.clip), **vision_sizes(model.clip), **generator_sizes(generator)}
+    layers = generator.options.decoder_layers
+    found |= {"decoder_layers": layers, "decoder_layers_cfg": layers, "deform_encoder_layers": None}
+    if isinstance(generator, Mask2Former):
+        found |= mask2former_sizes(generator, case.params())
+        case.check_stated("interaction", config.get("interaction") or {}, interaction_sizes(case.params()))
+    if model.prompts is not None:
+        parts = (model.prompts.prefix_prompt, model.prompts.suffix_prompt, model.prompts.task_prompt)
+        counts = [0 if part is None else len(part) for part in parts]
+        found |= {"prompt_shape": counts[:2], "task_prompt_len": counts[2] or None}
+    found["sizes"] = [list(image.shape[-2:]) for image in whole_images(case)]
+    if "class_names" in config:
+        found["C"] = len(config["class_names"])
+    if "class_names_train" in config:
+        found["C_train"] = len(config["class_names_train"])
+    found.pop("stem", None)  # here it is said in words
+    case.check_stated("sizes", config, found)
+    dilations = re.findall(r"dilation ([\d,]+)", config.get("resnet", ""))
+    if dilations:
+        body: Any = generator.backbone.body
+        ours = [block.conv2.dilation[0] for block in body.layer4]
+        case.check_that("dilations", ours == [int(one) for one in dilations[0].strip(",").split(",")], f"{ours}")
+
+
+def check_backbone(case: Case, model: RegionHost, images: Tensor) -> None:
+    """Compare feature maps."""
+    for name, actual in zip(("res2", "res3", "res4", "res5"), model.generator.backbone(images), strict=True):
+        check_some(case, name, actual)
+    check_mask_features(case, model, images)
+
+
+def check_mask_features(case: Case, model: RegionHost, images: Tensor) -> None:
+    """Compare what the masks are made of; of Mask2Former before it has looked at the words."""
+    if not case.has("mask_features"):
+        return
+    generator = model.generator
+    assert isinstance(generator, (MaskFormer, Mask2Former))
+    features = generator.backbone(images)
+    if isinstance(generator, Mask2Former):
+        actual = generator.pixel_features(features)[1]
+    else:
+        actual = generator.pixel_decoder(features).last_hidden_state
+    check_some(case, "mask_features", actual)
+
+
+def check_some(case: Case, name: str, actual: Tensor) -> None:
+    """Compare with all images, or with the one that the case keeps without saying which it is."""
+    if case.has(name) and len(expected := case.tensors[f"expected/{name}"]) < len(actual):
+        actual = actual[(actual - expected).abs().flatten(1).amax(dim=1).argmin()][None]
+    case.check(name, actual)
+
+
+def check_proposals(case: Case, model: RegionHost, found: Proposals, text: Tensor) -> None:
+    case.check("pred_masks", found.mask_logits)
+    if found.embeddings is not None:
+        case.check("pred_embed", found.embeddings)
+        case.check("pred_logits", model.proposal_logits(found.embeddings, model.texts(text)[0]))
+
+
+def check_gradients(case: Case, model: RegionHost) -> list[str]:
+    """Compare gradients; returns the authors' keys of all that have one."""
+    row = "sem_seg_head.predictor.bg_feature" if isinstance(model, ZegFormer) else "clip_adapter.non_object_embedding"
+    gradients = {row: model.no_object.grad, **generator_gradients(model.generator)}
+    if model.prompts is not None:
+        own = model.prompts.named_parameters()
+        gradients |= {f"clip_adapter.prompt_learner.{name}": parameter.grad for name, parameter in own}
+    if model.student is not None:
+        own = model.student.named_parameters()
+        gradients |= {f"IPCLIP.{name}": parameter.grad for name, parameter in own}
+    for name in case.expected_names("grad/"):
+        gradient = gradients.get(name.removeprefix("grad/"))
+        if gradient is None:
+            case.problems.append(f"{name}: there is no such gradient")
+        else:
+            case.check(name, gradient)
+    return [key for key, gradient in gradients.items() if gradient is not None]
+
+
+def maft_step(case: Case) -> None:
+    """FreeSeg + MAFT: a training step, and what the same weights say of a picture."""
+    config = case.config
+    attention = {"start_block": config["start_layer"], "image_size": config["clip_size"]}
+    model = read(case, attention=attention)
+    assert model.student is not None and model.viewer is not None
+    names = config["class_names"]
+    case.check_that(
+        "templates", tuple(config["templates"]) == model.default_templates, "the model has others by default"
+    )
+    check_sizes(case, model)
+    images = whole_images(case)
+    frame = frame_of(images)
+    batch = torch.stack([padded(normalised(image), frame) for image in images])
+    with torch.no_grad():
+        text = words(model, names)
+        case.check("text_features", model.text_rows(text))
+        check_backbone(case, model, batch)
+        found = model.propose(batch, text)
+        check_proposals(case, model, found, text)
+        own = torch.cat(
+            [model.clip_frame(one[None], tuple(image.shape[-2:])) for one, image in zip(batch, images, strict=True)]
+        )
+        square = model.viewer.square(model.clip, own)
+        masks = model.viewer.square_masks(model.student, square, own, found.mask_logits)
+        case.check("ip_masked", model.viewer.attend(model.student, square, masks))
+        case.check("ip_plain", model.viewer.whole(model.student, square))
+        for index, image in enumerate(images):
+            features = model.encode_padded(batch[index][None], tuple(image.shape[-2:]))
+            check_output(case, "", f".{index}", model.score(features, text), config["output_sizes"][index])
+    names_trained = {f"IPCLIP.{name.removeprefix('student.')}" for name in model.trainable_names()}
+    stated = {re.sub(r"\.\d+\.", ".*.", name) for name in names_trained}
+    case.check_that("trainable", stated == set(config["trainable"]), f"{sorted(stated)}")
+    labels = torch.stack([padded(case.input(f"labels.{index}").long(), frame, 255) for index in range(len(images))])
+    result = model.losses(batch, labels, text)
+    case.check("ma_loss", result["loss_mask_aware"])
+    case.check("dis_loss_weighted", result["loss_distillation"])
+    result["loss"].backward()
+    check_gradients(case, model)
+
+
+@torch.no_grad()
+def simple_baseline(case: Case) -> None:
+    """SimBaseline end to end, in each mode of its ensemble, and its classifier on given masks."""
+    config = case.config["config"]
+    clip, rows = toy_clip(case, under(case.params(), "clip_adapter."), config["test_names"])
+    image = case.input("image")
+    size = (int(image.shape[-2]), int(image.shape[-1]))
+    crops = {"size": case.config.get("crop", 224)}  # what the authors' code resizes to, whatever the tower
+    first = True
+    for mode, given in case.config["modes"].items():
+        seen = flags(given, mode)
+        if mode == "direct":
+            _given_masks(case, ZSSeg.build(clip, {**GIVEN, "crops": crops}), rows, seen, given["weight"])
+            continue
+        opts = dict(zip(given["opts"][::2], given["opts"][1::2], strict=True))
+        unknown = opts.keys() - {"MODEL.CLIP_ADAPTER.CLIP_ENSEMBLE_WEIGHT", "MODEL.CLIP_ADAPTER.CLIP_ENSEMBLE"}
+        if unknown:
+            raise UnsupportedError(f"mode {mode} sets {sorted(unknown)[0]}, which is not known")
+        options: dict[str, Any] = {"weight": opts.get("MODEL.CLIP_ADAPTER.CLIP_ENSEMBLE_WEIGHT", 0.8)}
+        if not opts.get("MODEL.CLIP_ADAPTER.CLIP_ENSEMBLE", True):
+            options["rule"] = "proposal"
+        model, _ = read_region_host(
+            case.params(),
+            heads=config["vh"],
+            text_heads=config["th"],
+            generator_heads=config["nh"],
+            options={"crops": crops, "ensemble": options},
+            tokenizer=clip._tokenizer,
+            name=case.name,
+        )
+        features = model.encode_images(normalised(image)[None])
+        if first:
+            first = False
+            assert isinstance(model.generator, MaskFormer)
+            case.check_stated("sizes of the generator", config, generator_sizes(model.generator))
+            assert model.prompts is not None
+            proposals = model.proposals_of(features, rows[:-1])
+            large = model.upsampled(proposals.mask_logits, features.values["images"])
+            case.check("mask_logits", large[0, :, : size[0], : size[1]])
+            assert proposals.embeddings is not None
+            case.check("proposal_logits", model.proposal_logits(proposals.embeddings, rows[:-1])[0])
+            shown = features.values["shown"][0]
+            case.check("valid", shown)
+            regions = F.normalize(features.values["regions"][0], dim=-1)
+            case.check("region_logits", (100 * regions @ rows.T)[shown])
+        text = words(model, config["test_names"])
+        scores = model.score(features, text, seen_words=seen)
+        output = case.config["output_size"]
+        case.check(f"{mode}/sem_seg", scores.dense((output[0], output[1]))[0], tolerance=SOFTMAX)
+
+
+def _given_masks(case: Case, model: Any, rows: Tensor, seen: Tensor | None, weight: float) -> None:
+    image, logits = case.input("image"), case.input("direct/mask_logits")
+    views = model.look(normalised(image)[None], tuple(image.shape[-2:]), logits[None])
+    shown = views.shown[0]
+    case.check("direct/valid", shown)
+    case.check("direct/region_logits", (100 * F.normalize(views.regions[0], dim=-1) @ rows.T)[shown])
+    said = model.region_probabilities(views.regions, rows[:-1], None)[0]
+    opinion = class_probabilities(case.input("direct/cls_logits"))
+    scores = ensemble(opinion, said, EnsembleOptions(weight=weight), seen=seen, shown=shown)
+    case.check("direct/sem_seg", torch.einsum("nc,nhw->chw", scores, logits.sigmoid()), tolerance=SOFTMAX)
+
+
+KINDS: list[tuple[Callable[[Case], bool], Callable[[Case], None]]] = [
+    (lambda case: {"feat_masked", "feat_plain_teacher"} <= inputs(case), losses),
+    (lambda case: "start_layer" in case.config and case.has("ma_loss"), maft_step),
+    (lambda case: {"image", "mask_probs"} == inputs(case), merge),
+    (lambda case: {"class_logits", "clip_logits", "mask_logits"} == inputs(case), ensembles),
+    (lambda case: {"class_logits", "mask_logits", "image"} == inputs(case), classify),
+    (lambda case: {"pred_logits", "pred_masks_stride4"} <= inputs(case), classify_zegformer),
+    (lambda case: "ensemble_lambda" in case.config and case.has("train/loss_ce"), full),
+    (lambda case: {"image", "masks", "name_token_ids"} <= inputs(case), region_crops),
+    (lambda case: "modes" in case.config and case.has("region_logits"), simple_baseline),
+]

@@ -1,0 +1,364 @@
+"""The decoupled family's trainings one after the other: prompts, proposals, the last stage, self-training, and SAM."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from lexiseg.cli import main
+from lexiseg.clip import load_clip, save_clip
+from lexiseg.clip.prompt_learner import load_prompts, read_card
+from lexiseg.errors import LexisegError
+from lexiseg.models.deop import DeOP
+from lexiseg.models.region_host import RegionHost
+from lexiseg.segmenter import Segmenter
+from lexiseg.training.labels import UNLABELLED
+from lexiseg.training.recipe import load_recipe
+from lexiseg.training.run import build_task, train
+from lexiseg.training.segmentation import SegmentationTask
+from lexiseg.training.stages import is_recipe
+from lexiseg.training.teacher import Teacher
+from lexiseg.vocabulary import Vocabulary
+from lexiseg.weights import load_model
+from tests.models.test_region_hosts import LINEAR, MASKFORMER
+from tests.proposals.test_sam_proposals import tiny_sam
+from tests.towers import small_clip
+
+DATA = {"source": "picture-world", "size": 32, "length": 2, "val_size": 32, "val_length": 1}
+TRAIN = {"steps": 1, "batch_size": 2, "lr": 1e-3, "workers": 0, "checkpoint_every": 1, "min_lr": 0.0}
+TRAIN |= {"no_decay": ["norm", "embedding"], "clip_norm": 0.01}
+
+
+@pytest.fixture(scope="module")
+def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_clip(small_clip(), tmp_path_factory.mktemp("clip"))
+
+
+def write(folder: Path, clip: Path) -> None:
+    """The recipes of a chain: each names the one before it, by its file."""
+    sgd = {"optimizer": "sgd", "schedule": "cosine", "warmup": "constant", "warmup_steps": 1, "warmup_ratio": 0.005}
+    own = {"steps": 1, "batch_size": 2, "lr": 0.02, "workers": 0, "min_lr": 0.0, **sgd}
+    recipes: dict[str, dict[str, Any]] = {
+        "prompts": {"kind": "prompts", "model": {"clip": str(clip), "prefix": 2}, "data": DATA, "train": own},
+        "baseline": {
+            "kind": "segmentation",
+            "prompts_from": str(folder / "prompts.yaml"),
+            "model": {
+                "system": "deop",
+                "clip": str(clip),
+                "options": {
+                    "proposals": MASKFORMER,
+                    **{"train": "proposals", "severance": "none", "anchors": "none", "visual_prompts": "none"},
+                    **{"text_prompts": "offline", "prompt_prefix": 2, "class_scores": "cosine"},
+                },
+            },
+            "data": DATA,
+            "train": {**TRAIN, "multipliers": {"backbone": {"lr": 0.1}}},
+        },
+        "deop": {
+            "base": "baseline.yaml",
+            "initial": str(folder / "baseline.yaml"),
+            "prompts_from": None,
+            "model": {
+                "options": {
+                    **{"train": "regions", "severance": "gps", "anchors": "query", "visual_prompts": "added"},
+                    **{"text_prompts": "end-to-end", "class_scores": "softmax", "anchor_heads": 2, "table_side": 2},
+                    "prompt_blocks": [1],
+                }
+            },
+            "train": {"multipliers": {"backbone": None}},
+        },
+        "table": {
+            "base": "baseline.yaml",
+            "initial": str(folder / "baseline.yaml"),
+            "prompts_from": None,
+            "train": {"steps": 0},
+            "variants": {
+                "gps": {"model": {"options": {"severance": "gps", "alpha": 0.5}}},
+                "mps": {"model": {"options": {"severance": "mps"}}},
+            },
+        },
+        "zsseg": {
+            "base": "baseline.yaml",
+            "model": {
+                "system": "zsseg",
+                "options": {
+                    **dict.fromkeys(("train", "severance", "anchors", "visual_prompts", "text_prompts")),
+                    **dict.fromkeys(("prompt_prefix", "class_scores")),
+                    **{"prompts": {"prefix": 2, "frozen": True}, "attention": {"image_size": 32}},
+                },
+            },
+        },
+        "maft": {
+            "base": "zsseg.yaml",
+            "initial": str(folder / "zsseg.yaml"),
+            "prompts_from": None,
+            "model": {"options": {"maft": {"normalise": "matrix", "distillation": 1.0}}},
+            "train": {"multipliers": {"backbone": None}},
+        },
+        "self-training": {
+            "base": "zsseg.yaml",
+            "setting": "transductive",
+            "prompts_from": None,
+            "initial": None,
+            "teacher": str(folder / "zsseg.yaml"),
+        },
+    }
+    for name, content in recipes.items():
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(content))
+
+
+def run(folder: Path, name: str, **changes: Any) -> Path:
+    recipe = load_recipe(folder / f"{name}.yaml")
+    return train(
+        recipe.model_copy(update=changes), folder / "runs" / name, device="cpu", tensorboard=False, progress=False
+    )
+
+
+def test_deop_stage_by_stage(tmp_path: Path, clip_folder: Path) -> None:
+    write(tmp_path, clip_folder)
+    assert is_recipe(str(tmp_path / "prompts.yaml")) and not is_recipe(str(tmp_path)) and is_recipe("tiny")
+
+    prompts = run(tmp_path, "prompts")
+    learned, card = load_prompts(prompts), read_card(prompts)
+    assert learned.prefix_prompt is not None and learned.prefix_prompt.shape == (2, 16)
+    assert "giraffe" not in card["seen_names"] and len(card["seen_names"]) == 81
+    assert card["clip_fingerprint"] == load_clip(clip_folder).fingerprint()
+
+    baseline = run(tmp_path, "baseline", prompts_from=str(tmp_path / "runs" / "prompts"))
+    first = load_model(baseline)
+    assert isinstance(first, DeOP) and first.prompt is not None
+    assert torch.equal(first.prompt.state_dict()["prefix_prompt"], learned.prefix_prompt)
+    assert first.metadata["prompts"]["sha256"] == learned.fingerprint()
+
+    last = load_model(run(tmp_path, "deop", initial=str(tmp_path / "runs" / "baseline")))
+    assert isinstance(last, DeOP) and last.prompt is not None
+    assert last.metadata["initial"]["part"] == "proposals, prompts"
+    for name, value in first.generator.state_dict().items():
+        assert torch.equal(last.generator.state_dict()[name], value)
+    assert not torch.equal(last.prompt.state_dict()["prefix_prompt"], learned.prefix_prompt)  # trained on
+
+    # A row of a table runs the same weights otherwise.
+    gps = train(
+        load_recipe(f"{tmp_path / 'table.yaml'}:gps").model_copy(update={"initial": str(baseline)}),
+        tmp_path / "gps",
+    )
+    row = load_model(gps)
+    assert isinstance(row, DeOP) and (row.options.severance, row.options.alpha) == ("gps", 0.5)
+    assert all(torch.equal(row.state_dict()[name], value) for name, value in first.state_dict().items())
+    assert row.default_templates == first.default_templates
+    assert not (tmp_path / "gps" / "checkpoints").exists() and (tmp_path / "gps" / "recipe.yaml").is_file()
+    with pytest.raises(LexisegError, match="consists of variants; name one behind a colon: gps, mps"):
+        load_recipe(tmp_path / "table.yaml")
+    with pytest.raises(LexisegError, match="has no variant 'gsp'"):
+        load_recipe(f"{tmp_path / 'table.yaml'}:gsp")
+
+
+def test_stages_that_are_named_are_trained_first_and_resumed(tmp_path: Path, clip_folder: Path) -> None:
+    write(tmp_path, clip_folder)
+    folder = run(tmp_path, "maft")
+    runs = tmp_path / "runs" / "maft"
+    assert (runs / "initial" / "prompts" / "model" / "prompts.safetensors").is_file()
+    tuned, host = load_model(folder), load_model(runs / "initial" / "model")
+    assert isinstance(tuned, RegionHost) and isinstance(host, RegionHost)
+    assert tuned.prompts is not None and host.prompts is not None
+    assert tuned.prompts.fingerprint() == host.prompts.fingerprint()
+    assert yaml.safe_load((runs / "recipe.yaml").read_text())["initial"].endswith("zsseg.yaml")
+    before = tuned.state_dict()
+    train(load_recipe(tmp_path / "maft.yaml"), runs, resume=True, device="cpu", tensorboard=False, progress=False)
+    after = load_model(folder).state_dict()
+    assert all(torch.equal(before[name], value) for name, value in after.items())
+
+
+def test_a_teacher_labels_what_has_no_label(tmp_path: Path, clip_folder: Path) -> None:
+    write(tmp_path, clip_folder)
+    host = run(tmp_path, "zsseg")
+    recipe = load_recipe(tmp_path / "self-training.yaml").model_copy(update={"teacher": str(host)})
+    task = build_task(recipe)
+    assert isinstance(task, SegmentationTask) and task.teacher is not None
+    batch = task.batch(0)
+    assert bool((batch.labels == UNLABELLED).any())
+    labels = task.teacher.label(batch.images, batch.labels, task.model.mean, task.model.std)
+    filled = labels[batch.labels == UNLABELLED]
+    assert bool((filled >= 0).all()) and not bool(task.seen_classes[filled].any())
+    assert torch.equal(labels[batch.labels != UNLABELLED], batch.labels[batch.labels != UNLABELLED])
+    # It looks at the pictures as it was trained to, however they are normalised for the other model.
+    white = [(0.0,) * 3, (1.0,) * 3]
+    pixels = task.model.pixels(batch.images)  # type: ignore[operator]
+    assert torch.equal(task.teacher.label(pixels, batch.labels, *white), labels)
+    assert torch.isfinite(task.losses(batch)["loss"])
+    with pytest.raises(LexisegError, match="a teacher has nothing to say"):
+        build_task(recipe.model_copy(update={"setting": "supervised", "data": recipe.data}))
+
+
+def test_prompts_that_do_not_fit(tmp_path: Path, clip_folder: Path) -> None:
+    write(tmp_path, clip_folder)
+    folder = run(tmp_path, "prompts")
+
+    def baseline(**options: Any) -> None:
+        recipe = load_recipe(tmp_path / "baseline.yaml")
+        model = recipe.model.model_copy(update={"options": {**recipe.model.options, **options}})
+        build_task(recipe.model_copy(update={"prompts_from": str(folder), "model": model}))
+
+    baseline()
+    with pytest.raises(
+        LexisegError, match="are prefix_prompt 2 x 16 and the recipe's model wants prefix_prompt 3 x 16"
+    ):
+        baseline(prompt_prefix=3)
+    with pytest.raises(LexisegError, match="this deop has no learned prompts"):
+        baseline(text_prompts="templates")
+    card = json.loads((folder / "prompts.json").read_text())
+    (folder / "prompts.json").write_text(json.dumps({**card, "seen_names": ["giraffe", "cat"]}))
+    with pytest.raises(LexisegError, match="was trained on masks of 'giraffe', which is unseen"):
+        baseline()
+    (folder / "prompts.json").write_text(json.dumps({**card, "clip_fingerprint": "0"}))
+    with pytest.raises(LexisegError, match="learned with another CLIP"):
+        baseline()
+    (folder / "prompts.json").write_text("[")
+    with pytest.raises(LexisegError, match="is damaged"):
+        baseline()
+
+
+def test_teacher_of_any_system(clip_folder: Path) -> None:
+    """One-stage models teach as well: their scores are a grid."""
+    from lexiseg.models import SYSTEMS
+
+    vocabulary = Vocabulary.parse("cat; dog; sky").with_seen(["cat"])
+    options = {"num_prompts": 1, "decoder_layers": 1, "decoder_heads": 2}
+    model = SYSTEMS["zegclip"].build(small_clip(), options, seen_names=("cat",))
+    labels = torch.full((1, 8, 8), UNLABELLED)
+    labels[0, 0] = 0
+    found = Teacher(model, vocabulary).label(torch.randn(1, 3, 32, 32), labels, model.mean, model.std)
+    assert set(found[0, 1:].unique().tolist()) <= {1, 2} and bool((found[0, 0] == 0).all())
+
+
+def sam_recipe(folder: Path, clip: Path) -> Path:
+    model, processor = tiny_sam()
+    model.save_pretrained(folder / "sam")
+    processor.save_pretrained(folder / "sam")
+    options = {
+        "proposals": {
+            **{"kind": "sam", "weights": str(folder / "sam"), "points_per_side": 2},
+            **{"pred_iou": -10.0, "stability": -1.0, "nms": 1.0, "overlaps": "largest"},
+        },
+        "ensemble": {"rule": "region"},
+        "regions": "mask-attention",
+        "attention": {"image_size": 32},
+    }
+    path = folder / "sam.yaml"
+    path.write_text(
+        yaml.safe_dump(
+            {
+                "kind": "segmentation",
+                "model": {"system": "zsseg", "clip": str(clip), "options": options},
+                "templates": "vild",
+                "data": DATA,
+                "train": {"steps": 0, "batch_size": 1, "lr": 1.0},
+            }
+        )
+    )
+    return path
+
+
+def test_sam_from_a_folder_segments_pictures(
+    tmp_path: Path, clip_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`lexiseg train` puts CLIP and SAM together, `lexiseg predict` runs them; nothing is trained."""
+    recipe = sam_recipe(tmp_path, clip_folder)
+    picture = tmp_path / "picture.png"
+    from PIL import Image
+
+    Image.radial_gradient("L").convert("RGB").resize((64, 48)).save(picture)
+    assert main(["train", str(recipe), "-o", str(tmp_path / "run")]) == 0
+    assert len(load_model(tmp_path / "run" / "model").default_templates) == 14
+    words = ["predict", str(picture), "cat; sky", "--model", str(tmp_path / "run"), "-o", str(tmp_path / "out")]
+    assert main([*words[:4], str(tmp_path / "run" / "model"), *words[5:]]) == 0
+    assert (tmp_path / "out" / "picture_labels.png").is_file()
+    capsys.readouterr()
+    # Its weights are not in the model's folder; where they are gone, one sentence says what to do.
+    (tmp_path / "sam" / "config.json").unlink()
+    assert main([*words[:4], str(tmp_path / "run" / "model"), *words[5:]]) == 2
+    told = capsys.readouterr()
+    assert "The SAM model" in told.out + told.err and "give a local folder" in told.out + told.err
+
+
+def test_the_tuned_tower_serves_sam(tmp_path: Path, clip_folder: Path) -> None:
+    write(tmp_path, clip_folder)
+    tuned = load_model(run(tmp_path, "maft"))
+    recipe = load_recipe(sam_recipe(tmp_path, clip_folder))
+    options = {**recipe.model.options, "maft": {}, "prompts": {"prefix": 2, "frozen": True}}
+    model = recipe.model.model_copy(update={"options": options})
+    changes = {"model": model, "initial": str(tmp_path / "runs" / "maft")}
+    folder = train(recipe.model_copy(update=changes), tmp_path / "sam-maft")
+    joined = load_model(folder)
+    assert joined.metadata["initial"]["part"] == "prompts, tuned tower"
+    assert isinstance(joined, RegionHost) and isinstance(tuned, RegionHost)
+    assert joined.student is not None and tuned.student is not None
+    for name, value in tuned.student.state_dict().items():
+        assert torch.equal(joined.student.state_dict()[name], value)
+
+
+def test_deop_takes_sam_as_well(tmp_path: Path, clip_folder: Path) -> None:
+    """Training-free, as in the demonstration of its authors: what no score depends on does not matter."""
+    host = load_recipe(sam_recipe(tmp_path, clip_folder))
+    options = {
+        **{"proposals": host.model.options["proposals"], "text_prompts": "templates", "released_residual": True},
+        **{"anchors": "none", "visual_prompts": "none", "class_scores": "cosine"},
+    }
+    model = host.model.model_copy(update={"system": "deop", "options": options})
+    segmenter = Segmenter(load_model(train(host.model_copy(update={"model": model}), tmp_path / "run")))
+    picture = torch.randint(0, 255, (3, 48, 64), dtype=torch.uint8)
+    found = segmenter.predict(picture, "cat; sky")
+    assert found.label_map.shape == (48, 64)
+    segmenter.model.no_object.data.fill_(7.0)  # type: ignore[operator, union-attr]
+    assert torch.equal(segmenter.predict(picture, "cat; sky").label_map, found.label_map)
+
+
+@pytest.mark.slow
+def test_the_whole_chain_by_the_command_line(tmp_path: Path, clip_folder: Path) -> None:
+    write(tmp_path, clip_folder)
+
+    def lexiseg(*words: str) -> None:
+        done = subprocess.run([sys.executable, "-m", "lexiseg", *words], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr + done.stdout
+
+    for name, more in (
+        ("prompts", []),
+        ("baseline", ["--set", "prompts_from=runs/prompts"]),
+        ("deop", ["--initial", "runs/baseline"]),
+        ("table.yaml:mps", ["--initial", "runs/baseline"]),
+        ("zsseg", ["--set", "prompts_from=runs/prompts"]),
+        ("maft", ["--initial", "runs/zsseg"]),
+        ("self-training", ["--set", "teacher=runs/maft"]),
+    ):
+        file = name if ":" in name else f"{name}.yaml"
+        lexiseg("train", file, "--device", "cpu", "--no-tensorboard", *more)
+    assert (tmp_path / "runs" / "table-mps" / "model" / "config.json").is_file()
+    lexiseg("train", "deop.yaml", "--dry-run", "--initial", "runs/baseline")
+    lexiseg("evaluate", "picture-world", "--size", "32", "--limit", "1", "--weights", "runs/deop", "-o", "report")
+    assert (tmp_path / "report" / "report.json").is_file()
+
+
+def test_zegformer_has_maft_too(clip_folder: Path, tmp_path: Path) -> None:
+    """The host without learned prompts: both stages, the second from the first."""
+    options = {"proposals": LINEAR, "attention": {"image_size": 32}}
+    content = {
+        "kind": "segmentation",
+        "model": {"system": "zegformer", "clip": str(clip_folder), "options": options},
+        "templates": "in-the-scene",
+        "data": DATA,
+        "train": {**TRAIN, "steps": 1},
+    }
+    (tmp_path / "host.yaml").write_text(yaml.safe_dump(content))
+    tuned = {"base": "host.yaml", "initial": str(tmp_path / "host.yaml"), "model": {"options": {"maft": {}}}}
+    (tmp_path / "tuned.yaml").write_text(yaml.safe_dump(tuned))
+    model = load_model(run(tmp_path, "tuned"))
+    assert isinstance(model, RegionHost) and model.stage == "maft"
+    assert model.default_templates == ("A photo of a {} in the scene",)

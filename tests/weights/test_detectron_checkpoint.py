@@ -1,0 +1,230 @@
+"""The authors' decoupled checkpoints: recognised, taken apart, and put into our generators, at the published sizes."""
+
+from __future__ import annotations
+
+import ast
+import gzip
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lexiseg.errors import LexisegError
+from lexiseg.proposals import Mask2FormerOptions, MaskFormerOptions, ProposalGenerator, build_generator
+from lexiseg.weights.detectron_checkpoint import CheckpointParts, fill_generator, recognise_detectron, split_checkpoint
+from lexiseg.weights.detectron_keys import generator_tensors, infer_generator_options, source_of
+from tests.proposals.test_proposals import MASKED, SMALL
+
+LAYOUTS = Path(__file__).parents[1] / "golden" / "layouts"
+SYSTEMS = ("zsseg", "zegformer", "freeseg", "maft", "deop")
+RESNET: dict[str, Any] = {"backbone": "r50c", "widths": (4, 4, 8, 8), "stem_width": 8}
+
+
+def layout(system: str) -> dict[str, tuple[int, ...]]:
+    """Keys and shapes of a published checkpoint."""
+    if system == "deop":
+        return deop_layout()
+    lines = gzip.decompress((LAYOUTS / f"{system}.txt.gz").read_bytes()).decode().splitlines()
+    return {key: ast.literal_eval(shape) for key, shape in (line.split(" ", 1) for line in lines)}
+
+
+def deop_layout() -> dict[str, tuple[int, ...]]:
+    """ZSSeg's, with what DeOP adds (one anchor layer); 1020 tensors."""
+    shapes = {key: shape for key, shape in layout("zsseg").items() if "pixel_" not in key or "pixel_decoder" in key}
+    visual = "clip_adapter.clip_model.visual."
+    tables = ["learned_position", *(f"transformer.resblocks.{block}.learned_position" for block in range(1, 6))]
+    shapes |= {visual + table: (577, 768) for table in tables}
+    shapes["query_embedding.weight"] = (100, 512)
+    attention = {"in_proj_weight": (1536, 512), "in_proj_bias": (1536,)}
+    out = {"out_proj.weight": (512, 512), "out_proj.bias": (512,)}
+    layer = "decoder.layers.0."
+    for name in ("self_attn", "multihead_attn_my"):
+        shapes |= {f"{layer}{name}.{key}": shape for key, shape in (attention | out).items()}
+    shapes |= {layer + "linear1.weight": (1024, 512), layer + "linear1.bias": (1024,)}
+    shapes |= {layer + "linear2.weight": (512, 1024), layer + "linear2.bias": (512,)}
+    shapes |= {f"decoder.outlayer.self_attn.{key}": shape for key, shape in (attention | out).items()}
+    shapes |= {f"decoder.outlayer.multihead_attn_my.{key}": shape for key, shape in attention.items()}
+    norms = [f"{layer}norm{index}" for index in (1, 2, 3)] + ["decoder.outlayer.norm1", "decoder.norm"]
+    return shapes | {f"{norm}.{kind}": (512,) for norm in norms for kind in ("weight", "bias")}
+
+
+def on_meta(system: str) -> dict[str, Tensor]:
+    return {key: torch.empty(shape, device="meta") for key, shape in layout(system).items()}
+
+
+def rebuild(parts: CheckpointParts, heads: int | None = None, name: str = "the checkpoint") -> ProposalGenerator:
+    """The generator of a checkpoint, as the readers of whole models make it."""
+    options = infer_generator_options(parts.generator, heads=heads)
+    generator = build_generator(options)
+    fill_generator(generator, parts.generator, masked=isinstance(options, Mask2FormerOptions), name=name)
+    return generator
+
+
+def authors_state(generator: ProposalGenerator) -> dict[str, Tensor]:
+    """A generator's tensors as the authors would save them."""
+    names = generator.state_dict()
+    masked = isinstance(generator.options, Mask2FormerOptions)  # type: ignore[union-attr]
+    deep = "backbone.body.conv1.0.weight" in names
+    blocks: dict[str, dict[int, Tensor]] = {}
+    for name, tensor in names.items():
+        source = source_of(name, deep_stem=deep, masked=masked)
+        blocks.setdefault(source.key, {})[source.block or 0] = tensor
+    return {key: torch.cat([found[index] for index in sorted(found)]) for key, found in blocks.items()}
+
+
+def make(kind: str, **changes: Any) -> ProposalGenerator:
+    torch.manual_seed(1)
+    if kind == "mask2former":
+        generator = build_generator(Mask2FormerOptions(**{**SMALL, **MASKED, **RESNET, **changes}))
+    else:
+        generator = build_generator(MaskFormerOptions(**{**SMALL, **RESNET, **changes}))
+    state = {name: torch.rand_like(tensor) for name, tensor in generator.state_dict().items()}
+    generator.load_state_dict(state)
+    return generator
+
+
+def whole_file(generator: ProposalGenerator) -> dict[str, Tensor]:
+    """The generator and the least that a file of ZSSeg's has beside it."""
+    return {**authors_state(generator), "clip_adapter.non_object_embedding": torch.rand(1, 12)}
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_published_layouts_fit(system: str) -> None:
+    state = on_meta(system)
+    assert len(state) == {"deop": 1020, "zsseg": 987, "zegformer": 969, "freeseg": 1167, "maft": 1465}[system]
+    assert recognise_detectron(state) == system
+    parts = split_checkpoint(state)
+    assert parts.system == system
+    assert not parts.left_over
+    options = infer_generator_options(parts.generator)
+    with torch.device("meta"):
+        target = build_generator(options).state_dict()
+    found, *problems = generator_tensors(target, parts.generator, masked=isinstance(options, Mask2FormerOptions))
+    assert problems == [[], [], []]
+    assert found.keys() == target.keys()
+    assert options.num_queries == 100 and options.embed_dim == 512 and options.hidden_dim == 256
+    if system in ("freeseg", "maft"):
+        expected: MaskFormerOptions | Mask2FormerOptions = Mask2FormerOptions(interaction_heads=8, encoder_heads=8)
+        expected = expected.model_copy(update={"text_dim": 512})
+    elif system == "zegformer":
+        expected = MaskFormerOptions(backbone="r101", class_head="linear")
+    else:
+        expected = MaskFormerOptions()
+    usual = {"widths": (64, 128, 256, 512), "stem_width": 64 if system == "zegformer" else 128}
+    assert options == expected.model_copy(update=usual)
+
+
+def test_parts_of_the_files() -> None:
+    deop = split_checkpoint(on_meta("deop"))
+    assert len(deop.adapter.tables) == 6 and len(deop.own) == 29
+    assert deop.adapter.prompt.keys() == {"prefix_prompt"} and deop.adapter.non_object is not None
+    assert len(deop.adapter.clip) == 302
+    zegformer = split_checkpoint(on_meta("zegformer"))
+    assert zegformer.own.keys() == {"bg_feature", "logit_scale"}
+    assert len(zegformer.adapter.clip) == 302 and zegformer.adapter.non_object is None
+    freeseg = split_checkpoint(on_meta("freeseg"))
+    assert freeseg.adapter.prompt.keys() == {"prefix_prompt", "task_prompt"}
+    maft = split_checkpoint(on_meta("maft"))
+    visual = {key for key in maft.adapter.clip if key.startswith("visual.")}
+    assert maft.image_tower.keys() == visual
+    assert sum(key.startswith("T.") for key in maft.unused) == len(visual)
+    without = {key: value for key, value in on_meta("zegformer").items() if ".clip_model." not in key}
+    assert split_checkpoint(without).adapter.clip == {}
+
+
+def test_a_second_adapter() -> None:
+    state = on_meta("zsseg")
+    second = {f"_region_{key}": value for key, value in state.items() if key.startswith("clip_adapter.")}
+    parts = split_checkpoint({**state, **second, "something.else": torch.zeros(1)})
+    assert parts.region_adapter is not None
+    assert parts.region_adapter.clip.keys() == parts.adapter.clip.keys()
+    assert parts.region_adapter.prompt.keys() == {"prefix_prompt"}
+    assert parts.left_over == ["something.else"]
+    assert "_region_clip_adapter.pixel_mean" in parts.unused
+
+
+def test_other_files_are_not_recognised() -> None:
+    assert recognise_detectron({"backbone.patch_embed.weight": torch.zeros(1)}) is None
+    prompts = ("clip_adapter.prompt_learner.prefix_prompt", "clip_adapter.clip_model.ln_final.weight")
+    assert recognise_detectron(dict.fromkeys(prompts, torch.zeros(1))) == "prompts"
+    with pytest.raises(LexisegError, match="none of DeOP, ZSSeg, ZegFormer, FreeSeg and MAFT"):
+        split_checkpoint({"head.weight": torch.zeros(1)})
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("maskformer", {}),
+        ("maskformer", {"backbone": "r50", "stem_width": 6, "class_head": "linear"}),
+        ("mask2former", {"encoder_heads": 4}),
+        ("mask2former", {"interaction": False, "class_head": "none", "encoder_points": 2, "encoder_heads": 4}),
+    ],
+)
+def test_round_trip(kind: str, changes: dict[str, Any]) -> None:
+    generator = make(kind, **changes)
+    state = authors_state(generator)
+    options = infer_generator_options(state, heads=2, encoder_heads=changes.get("encoder_heads"))
+    expected = generator.options.model_dump()  # type: ignore[union-attr]
+    unseen = {"frozen_dropout", "dropout", "text_dim"}
+    unseen |= {"class_hidden"} if options.class_head != "cosine-mlp" else set()
+    unseen |= {"embed_dim"} if options.class_head == "none" else set()
+    if not expected.get("interaction", True):
+        unseen |= {"interaction_dim", "interaction_heads"}
+    assert {key: value for key, value in options.model_dump().items() if key not in unseen} == {
+        key: value for key, value in expected.items() if key not in unseen
+    }
+    found, *problems = generator_tensors(generator.state_dict(), state, masked=kind == "mask2former")
+    assert problems == [[], [], []]
+    assert all(torch.equal(found[name], tensor) for name, tensor in generator.state_dict().items())
+
+
+def test_older_layouts() -> None:
+    generator = make("maskformer")
+    state = whole_file(generator)
+    pixel = "sem_seg_head.pixel_decoder."
+    old = {key.replace(pixel, "sem_seg_head."): value for key, value in state.items()}
+    doubled = {key.replace(pixel, pixel + "pixel_decoder."): value for key, value in state.items()}
+    assert old.keys() != state.keys() != doubled.keys()
+    for variant in (state, old, doubled):
+        rebuilt = rebuild(split_checkpoint(variant), heads=2)
+        ours = generator.state_dict()
+        assert all(torch.equal(tensor, ours[name]) for name, tensor in rebuilt.state_dict().items())
+
+
+def test_what_does_not_fit_is_listed() -> None:
+    state = whole_file(make("maskformer"))
+    layer = "sem_seg_head.predictor.transformer.decoder.layers.1."
+    missing = {key: value for key, value in state.items() if key != layer + "norm2.bias"}
+    with pytest.raises(LexisegError, match=r"of 'x.pth' does not fit; missing: .*layers\.1\.norm2\.bias"):
+        rebuild(split_checkpoint(missing), heads=2, name="'x.pth'")
+    extra = {**state, "sem_seg_head.predictor.second_opinion": torch.zeros(1)}
+    with pytest.raises(LexisegError, match=r"left over: sem_seg_head\.predictor\.second_opinion"):
+        rebuild(split_checkpoint(extra), heads=2)
+    wrong = {**state, layer + "self_attn.in_proj_weight": torch.zeros(45, 16)}
+    with pytest.raises(LexisegError, match=r"a third of \(45, 16\), is \(15, 16\) instead of \(16, 16\)"):
+        rebuild(split_checkpoint(wrong), heads=2)
+    for key, sentence in (
+        ("backbone.res2.0.conv1.weight", "has no backbone.res2.0.conv1.weight"),
+        ("backbone.res4.5.conv1.weight", "missing: backbone.res4.5.conv1.weight"),
+    ):
+        with pytest.raises(LexisegError, match=sentence):
+            rebuild(split_checkpoint({k: v for k, v in state.items() if k != key}), heads=2)
+    shallow = {key: value for key, value in state.items() if not key.startswith("backbone.res4.5.")}
+    with pytest.raises(LexisegError, match="5 blocks in res4"):
+        rebuild(split_checkpoint(shallow), heads=2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_full_size_round_trip(system: str) -> None:
+    state: dict[str, Tensor] = {}
+    for key, shape in layout(system).items():
+        real = key.startswith(("backbone.", "sem_seg_head.")) and ".clip_model." not in key
+        state[key] = torch.randn(shape) if real else torch.zeros(()).expand(shape)
+    generator = rebuild(split_checkpoint(state))
+    there = authors_state(generator)
+    parts = split_checkpoint(state)
+    assert there.keys() == parts.generator.keys()
+    assert all(torch.equal(there[key], tensor) for key, tensor in parts.generator.items())

@@ -24,10 +24,10 @@ import torch
 from torch import Tensor
 
 from benchmarks.combination_rows import CELLS, COMBINATION, MAIN, NEEDS, OTHERS, Parts, Row, Scene, second_look_of
+from benchmarks.cost.counting import count
 from benchmarks.measure import alternate, machine, summary
 from lexiseg.data.base import seen_ids, unseen_ids
 from lexiseg.data.picture_world import PictureWorld
-from lexiseg.evaluation.counting import count
 from lexiseg.evaluation.evaluate import spread
 from lexiseg.evaluation.metrics import Confusion
 from lexiseg.files import make_folder, write_json, write_text

@@ -20,12 +20,12 @@ from statistics import median
 import torch
 
 import lexiseg
+from benchmarks.timing import alternate, machine
 from lexiseg.cli.train import read_recipe
 from lexiseg.clip import load_clip
 from lexiseg.data.base import Sample
 from lexiseg.data.picture_world import PictureWorld
 from lexiseg.errors import LexisegError
-from lexiseg.evaluation.timing import alternate, machine
 from lexiseg.models.decoupled import DecoupledModel
 from lexiseg.proposals.given import GroundTruth
 from lexiseg.segmenter import Segmenter

@@ -14,8 +14,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from lexiseg.evaluation.cost_case import VIT_B_16
-from lexiseg.evaluation.timing import Timing, alternate, machine
+from benchmarks.cost.case import VIT_B_16
+from benchmarks.timing import Timing, alternate, machine
 
 __all__ = ["VIT_B_16", "Timing", "alternate", "machine", "parser", "report", "set_up", "summary"]
 

@@ -1,91 +1,34 @@
-"""``lexiseg benchmark``: what the systems cost."""
+"""``lexiseg benchmark``: the door to what lies in ``benchmarks/`` of the repository."""
 
 from __future__ import annotations
 
-import shlex
+import importlib
 import sys
 from pathlib import Path
-from typing import Annotated
 
 import typer
 
-from lexiseg.cli.console import say_json, say_note, say_table, say_written, waiting
-from lexiseg.cli.options import Json
+import lexiseg
+from lexiseg.errors import LexisegError
 
-app = typer.Typer(help="Measure what the systems cost.", no_args_is_help=False)
-
-
-@app.callback(invoke_without_command=True)
-def _benchmark(context: typer.Context) -> None:
-    if context.invoked_subcommand is None:
-        typer.echo(context.get_help())
+app = typer.Typer(help="Measure what the systems cost.", no_args_is_help=True)
 
 
-@app.command("cost")
-def cost(
-    system: Annotated[
-        list[str] | None,
-        typer.Option("--system", "-s", help="A row; repeat it for several. Default: all.", show_default=False),
-    ] = None,
-    side: Annotated[int, typer.Option("--side", help="Side of the picture in pixels.")] = 512,
-    classes: Annotated[int, typer.Option("--classes", help="Number of classes; COCO-Stuff has 171.")] = 171,
-    threads: Annotated[
-        int | None,
-        typer.Option("--threads", min=1, help="Threads of torch. Default: its own choice.", show_default=False),
-    ] = None,
-    repeats: Annotated[
-        int,
-        typer.Option(
-            "--repeats", min=1, help="Measurements of each system's speed; the median counts. Slow ones have one."
-        ),
-    ] = 3,
-    no_speed: Annotated[bool, typer.Option("--no-speed", help="Count only; frames a second stay empty.")] = False,
-    device: Annotated[str, typer.Option("--device", help="cpu, or an accelerator such as cuda.")] = "cpu",
-    output: Annotated[
-        Path | None,
-        typer.Option("--output", "-o", help="Also write the table as a page, a .md.", show_default=False),
-    ] = None,
-    json: Json = False,
-) -> None:
-    """Count parameters and multiply-adds of every system at its paper's size, and time it.
+@app.command("cost", context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False)
+def cost(context: typer.Context) -> None:
+    """Parameters, multiply-adds and speed of every system beside its paper's figures; ``--help`` lists the options.
 
-    ViT-B/16 with random weights, for cost does not depend on their values. Beside lexiseg's own count stands the
-    paper's figure with the convention that gives it.
+    Raises:
+        LexisegError: lexiseg was not installed from its repository, where the benchmarks are.
     """
-    from lexiseg.devices import pick_device
-    from lexiseg.errors import LexisegError
-
-    if output is not None and output.suffix.lower() != ".md":
-        raise LexisegError(f"'{output}' must end in .md.")
-    import torch
-
-    from lexiseg.evaluation.cost import measure_cost
-    from lexiseg.evaluation.cost_page import explanation, page, short_table, speed_lines
-    from lexiseg.files import make_folder, write_text
-
-    place = str(pick_device(device))
-    if threads is not None:
-        torch.set_num_threads(threads)
-    command = shlex.join(["lexiseg", *sys.argv[1:]])
-    with waiting("measuring"):
-        table = measure_cost(
-            system or (), side=side, classes=classes, speed=not no_speed, repeats=repeats, device=place
+    root = Path(lexiseg.__file__).resolve().parents[1]
+    if not (root / "benchmarks" / "cost").is_dir():
+        raise LexisegError(
+            "The cost table is in the folder 'benchmarks' of lexiseg's repository, which an installed package lacks; "
+            "clone the repository and run 'pip install -e .' there."
         )
-    if output is not None:
-        make_folder(output.parent)
-        write_text(output, page(table, command))
-    if json:
-        say_json({"command": command, **table.to_dict()})
-        return
-    threads_used = table.machine["threads"]
-    say_table(
-        f"{side} x {side}, {classes} classes, {threads_used} threads; parameters in millions, all / trained",
-        *short_table(table),
+    if str(root) not in sys.path:
+        sys.path.insert(0, str(root))
+    importlib.import_module("benchmarks.cost.__main__").app(
+        args=context.args, prog_name="lexiseg benchmark cost", standalone_mode=False
     )
-    for line in speed_lines(table.rows):
-        say_note(line)
-    for row in table.rows:
-        for line in explanation(row):
-            say_note(line)
-    if output is not None:
-        say_written([output])

@@ -8,10 +8,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from lexiseg.errors import LexisegError
-from lexiseg.evaluation.cost import _CASES, CostRow, CostTable, cost_systems, measure_cost, speed_ratios
-from lexiseg.evaluation.cost_case import VIT_B_16, CostCase, Published, Step, shapes_of, shared_clip, text_pass
-from lexiseg.evaluation.cost_decoupled import (
+from benchmarks.cost.case import VIT_B_16, CostCase, Published, Step, shapes_of, shared_clip, text_pass
+from benchmarks.cost.counting import count
+from benchmarks.cost.decoupled import (
     DeOPBaselineCase,
     DeOPBaselinePlusCase,
     DeOPCase,
@@ -24,9 +23,10 @@ from lexiseg.evaluation.cost_decoupled import (
     ZSSegMaftCase,
     sam_steps,
 )
-from lexiseg.evaluation.cost_one_stage import CascadeCLIPCase, SPTSegCase, ZegCLIPCase
-from lexiseg.evaluation.cost_page import explanation, page, short_table
-from lexiseg.evaluation.counting import count
+from benchmarks.cost.one_stage import CascadeCLIPCase, SPTSegCase, ZegCLIPCase
+from benchmarks.cost.page import explanation, page, short_table
+from benchmarks.cost.table import _CASES, CostRow, CostTable, cost_systems, measure_cost, speed_ratios
+from lexiseg.errors import LexisegError
 from lexiseg.models import SYSTEMS, ZegCLIP, ZegCLIPOptions
 from lexiseg.segmenter import Segmenter
 from tests.towers import small_clip
@@ -256,7 +256,7 @@ def test_table_in_one_run(monkeypatch: pytest.MonkeyPatch) -> None:
     class Other(SmallCase):
         name = "other"
 
-    monkeypatch.setattr("lexiseg.evaluation.cost._CASES", (SmallCase, Other))
+    monkeypatch.setattr("benchmarks.cost.table._CASES", (SmallCase, Other))
     table = measure_cost(side=32, classes=3, repeats=2)
     assert [row.system for row in table.rows] == ["small", "other"] == list(cost_systems())
     for row in table.rows:
@@ -280,8 +280,8 @@ def test_slow_systems_are_timed_once_and_some_are_only_counted(monkeypatch: pyte
         def further(self, model: object) -> list[Step]:
             return [Step("three", 3 * 10**9)]
 
-    monkeypatch.setattr("lexiseg.evaluation.cost._CASES", (SmallCase, Counted))
-    monkeypatch.setattr("lexiseg.evaluation.cost.SLOW", 0.0)
+    monkeypatch.setattr("benchmarks.cost.table._CASES", (SmallCase, Counted))
+    monkeypatch.setattr("benchmarks.cost.table.SLOW", 0.0)
     table = measure_cost(side=32, classes=3, repeats=3)
     small, counted = table.rows
     assert (small.timed, small.frames_per_s is None) == (1, False)

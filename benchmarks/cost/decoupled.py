@@ -7,10 +7,10 @@ from typing import ClassVar
 
 import torch
 
+from benchmarks.cost.case import CLASSES, SIDE, CostCase, Published, Step, shapes_of, shared_clip, text_pass
+from benchmarks.cost.counting import FVCORE_NORM, Count, count, fvcore_resize
 from lexiseg.clip import CLIP
 from lexiseg.clip.mask_attention import image_embeddings, region_embeddings
-from lexiseg.evaluation.cost_case import CLASSES, SIDE, CostCase, Published, Step, shapes_of, shared_clip, text_pass
-from lexiseg.evaluation.counting import FVCORE_NORM, Count, count, fvcore_resize
 from lexiseg.models import (
     DeOP,
     FreeSeg,

@@ -6,8 +6,8 @@ from typing import Any, ClassVar
 
 import torch
 
-from lexiseg.evaluation.cost_case import CLASSES, SIDE, CostCase, Published, Step, shapes_of, shared_clip
-from lexiseg.evaluation.counting import FVCORE_NORM, count, fvcore_resize
+from benchmarks.cost.case import CLASSES, SIDE, CostCase, Published, Step, shapes_of, shared_clip
+from benchmarks.cost.counting import FVCORE_NORM, count, fvcore_resize
 from lexiseg.models import (
     CascadeCLIP,
     CascadeCLIPOptions,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lexiseg.evaluation.cost import SLOW, CostRow, CostTable, speed_ratios
+from benchmarks.cost.table import SLOW, CostRow, CostTable, speed_ratios
 
 COLUMNS = {
     "system": "system",

@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.cost.case import CLASSES, SIDE, CostCase, Step
+from benchmarks.cost.counting import Count, count
+from benchmarks.cost.decoupled import DECOUPLED
+from benchmarks.cost.one_stage import CascadeCLIPCase, DenseCLIPCase, SecondLookCase, SPTSegCase, ZegCLIPCase
+from benchmarks.timing import alternate, machine
 from lexiseg.errors import LexisegError
-from lexiseg.evaluation.cost_case import CLASSES, SIDE, CostCase, Step
-from lexiseg.evaluation.cost_decoupled import DECOUPLED
-from lexiseg.evaluation.cost_one_stage import CascadeCLIPCase, DenseCLIPCase, SecondLookCase, SPTSegCase, ZegCLIPCase
-from lexiseg.evaluation.counting import Count, count
-from lexiseg.evaluation.timing import alternate, machine
 from lexiseg.models import SegmentationModel
 from lexiseg.segmenter import Segmenter
 

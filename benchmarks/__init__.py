@@ -1,0 +1,1 @@
+"""Speed, memory and scale of lexiseg, measured as ratios in one run."""

@@ -21,7 +21,8 @@ import torch
 from PIL import Image
 
 from benchmarks.measure import VIT_B_16, parser, report, set_up
-from lexiseg.clip import build_clip, load_clip
+from lexiseg.clip.load import load_clip
+from lexiseg.clip.model import build_clip
 from lexiseg.data.base import Sample, SegmentationDataset
 from lexiseg.data.picture_world import PictureWorld
 from lexiseg.data.sets.catalog import data_set

@@ -22,7 +22,7 @@ import torch
 import lexiseg
 from benchmarks.timing import alternate, machine
 from lexiseg.cli.train import read_recipe
-from lexiseg.clip import load_clip
+from lexiseg.clip.load import load_clip
 from lexiseg.data.base import Sample
 from lexiseg.data.picture_world import PictureWorld
 from lexiseg.errors import LexisegError

@@ -23,7 +23,9 @@ import numpy as np
 import torch
 
 from benchmarks.measure import VIT_B_16, parser, report, set_up
-from lexiseg.clip import TextEmbedder, build_clip, load_clip
+from lexiseg.clip.load import load_clip
+from lexiseg.clip.model import build_clip
+from lexiseg.clip.text import TextEmbedder
 from lexiseg.data.base import Sample, ignore_index
 from lexiseg.evaluation.evaluate import evaluate
 from lexiseg.evaluation.metrics import Confusion

@@ -25,7 +25,7 @@ import torch
 
 import lexiseg
 from benchmarks.decoupled_world import DECOUPLED, Variant, decoupled_segmenter, folder_of, judged_on
-from lexiseg.clip import load_clip
+from lexiseg.clip.load import load_clip
 from lexiseg.data.picture_world import PictureWorld
 from lexiseg.evaluation.evaluate import evaluate
 from lexiseg.files import make_folder, write_json, write_text

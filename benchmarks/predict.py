@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from benchmarks.measure import VIT_B_16, alternate, parser, report, set_up, summary
-from lexiseg.clip import build_clip
+from lexiseg.clip.model import build_clip
 from lexiseg.errors import LexisegError
 from lexiseg.models import SYSTEMS
 from lexiseg.models.one_stage import OneStageModel

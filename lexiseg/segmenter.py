@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from lexiseg.background import BackgroundSource
-from lexiseg.clip import TextEmbedder
-from lexiseg.clip.text import default_cache_folder
+from lexiseg.clip.text import TextEmbedder, default_cache_folder
 from lexiseg.devices import pick_device, pick_dtype
 from lexiseg.errors import LexisegError
 from lexiseg.images import DEFAULT_MAX_PIXELS, ImageSource, list_images

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from lexiseg.clip import CLIP, build_clip
+from lexiseg.clip.model import CLIP, build_clip
 from lexiseg.errors import LexisegError
 from lexiseg.models.base import ImageFeatures, ModelOptions, SegmentationModel, WindowPolicy
 from lexiseg.models.dense_clip import DenseCLIP

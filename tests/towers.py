@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from lexiseg.clip import CLIP, build_clip
+from lexiseg.clip.model import CLIP, build_clip
 
 
 def small_architecture(**changes: Any) -> dict[str, Any]:

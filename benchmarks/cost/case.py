@@ -12,8 +12,8 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor
 
-from lexiseg.clip import CLIP, build_clip
 from lexiseg.clip.blocks import run_block
+from lexiseg.clip.model import CLIP, build_clip
 from lexiseg.models import SegmentationModel
 
 Model = TypeVar("Model", bound=SegmentationModel)

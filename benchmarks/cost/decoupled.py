@@ -9,8 +9,8 @@ import torch
 
 from benchmarks.cost.case import CLASSES, SIDE, CostCase, Published, Step, shapes_of, shared_clip, text_pass
 from benchmarks.cost.counting import FVCORE_NORM, Count, count, fvcore_resize
-from lexiseg.clip import CLIP
 from lexiseg.clip.mask_attention import image_embeddings, region_embeddings
+from lexiseg.clip.model import CLIP
 from lexiseg.models import (
     DeOP,
     FreeSeg,

@@ -12,7 +12,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lexiseg.clip import CLIP, TextEmbedder
+from lexiseg.clip.model import CLIP
+from lexiseg.clip.text import TextEmbedder
 from lexiseg.errors import LexisegError
 from lexiseg.scores import Scores
 from lexiseg.vocabulary import SINGLE_TEMPLATE, Vocabulary

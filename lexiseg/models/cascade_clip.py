@@ -17,7 +17,8 @@ from typing import Annotated, Any, ClassVar, Literal, cast
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 
-from lexiseg.clip import CLIP, ImageTokens
+from lexiseg.clip.image import ImageTokens
+from lexiseg.clip.model import CLIP
 from lexiseg.errors import LexisegError
 from lexiseg.models.base import ImageFeatures, ModelOptions
 from lexiseg.models.levels import (

@@ -14,8 +14,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from lexiseg.clip import CLIP
 from lexiseg.clip.image import Interpolation
+from lexiseg.clip.model import CLIP
 from lexiseg.models.base import ImageFeatures, ModelOptions, SegmentationModel, WindowOptions, WindowPolicy
 from lexiseg.models.mask_decoder import unit
 from lexiseg.scores import GridScores

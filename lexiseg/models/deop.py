@@ -14,10 +14,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lexiseg.clip import CLIP, TextEmbedder
+from lexiseg.clip.model import CLIP
 from lexiseg.clip.prompt_learner import PromptLearner
 from lexiseg.clip.severance import Severance, released_residual, severance_masks
 from lexiseg.clip.templates import SCULPTURE
+from lexiseg.clip.text import TextEmbedder
 from lexiseg.clip.visual_prompts import AddedTables, PrependedPrompts
 from lexiseg.errors import LexisegError
 from lexiseg.losses.masks import check_labels, pseudo_labels

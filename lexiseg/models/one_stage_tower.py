@@ -11,7 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lexiseg.clip import CLIP, ImageTokens
+from lexiseg.clip.image import ImageTokens
+from lexiseg.clip.model import CLIP
 from lexiseg.models.base import ImageFeatures, SegmentationModel, Triple, WindowPolicy
 from lexiseg.models.mask_decoder import unit
 from lexiseg.models.one_stage_options import Backbone, OneStageOptions

@@ -13,9 +13,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lexiseg.clip import CLIP, TextEmbedder
 from lexiseg.clip.mask_attention import trainable_names
+from lexiseg.clip.model import CLIP
 from lexiseg.clip.prompt_learner import PromptLearner
+from lexiseg.clip.text import TextEmbedder
 from lexiseg.errors import LexisegError
 from lexiseg.losses.mask_aware import distillation_loss
 from lexiseg.losses.masks import check_labels, fill_unseen

@@ -17,7 +17,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
-from lexiseg.clip import CLIP
+from lexiseg.clip.model import CLIP
 from lexiseg.losses import exclusive_logits
 from lexiseg.models.base import ImageFeatures, ModelOptions
 from lexiseg.models.edge_aware import smooth

@@ -14,7 +14,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from lexiseg.clip import CLIP
+from lexiseg.clip.model import CLIP
 from lexiseg.models.base import ImageFeatures, ModelOptions
 from lexiseg.models.one_stage import Head, OneStageModel
 from lexiseg.models.one_stage_options import OneStageOptions

@@ -13,7 +13,7 @@ from typing import Annotated, ClassVar
 from pydantic import Field
 from torch import Tensor, nn
 
-from lexiseg.clip import CLIP
+from lexiseg.clip.model import CLIP
 from lexiseg.errors import LexisegError
 from lexiseg.models.base import ImageFeatures, ModelOptions
 from lexiseg.models.one_stage import Head, OneStageModel

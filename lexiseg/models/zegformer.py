@@ -14,8 +14,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from lexiseg.clip import CLIP, TextEmbedder
+from lexiseg.clip.model import CLIP
 from lexiseg.clip.templates import ZEGFORMER_32
+from lexiseg.clip.text import TextEmbedder
 from lexiseg.models.base import ImageFeatures, ModelOptions
 from lexiseg.models.mask_decoder import unit
 from lexiseg.models.region_host import RegionHost

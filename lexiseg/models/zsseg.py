@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import ClassVar
 
-from lexiseg.clip import CLIP
+from lexiseg.clip.model import CLIP
 from lexiseg.models.base import ModelOptions
 from lexiseg.models.region_host import RegionHost
 from lexiseg.models.region_host_options import RegionHostOptions

@@ -12,9 +12,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lexiseg.clip import CLIP
 from lexiseg.clip.image import ImageTower
 from lexiseg.clip.mask_attention import image_embeddings, region_embeddings, whole_patches
+from lexiseg.clip.model import CLIP
 from lexiseg.clip.positions import Interpolation
 from lexiseg.regions.crops import CropOptions, Crops, aligned_crops, in_chunks, near_duplicates, tight_crops
 from lexiseg.regions.pooling import mask_pool, resize_masks, unit_or_zero

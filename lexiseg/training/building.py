@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from lexiseg.clip import CLIP, load_clip
+from lexiseg.clip.load import load_clip
+from lexiseg.clip.model import CLIP
 from lexiseg.errors import LexisegError
 from lexiseg.models import SYSTEMS
 from lexiseg.models.base import ModelOptions, SegmentationModel

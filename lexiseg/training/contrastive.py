@@ -23,9 +23,9 @@ import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from lexiseg.clip import CLIP, load_clip
 from lexiseg.clip.image import resize_positions
-from lexiseg.clip.model import build_clip, save_clip
+from lexiseg.clip.load import load_clip
+from lexiseg.clip.model import CLIP, build_clip, save_clip
 from lexiseg.data.picture_world import CLASS_IDS, CLASSES, THINGS, render_scene
 from lexiseg.data.picture_world.scene import Scene
 from lexiseg.training.settings import TrainSettings

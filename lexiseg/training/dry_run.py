@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import nn
 
-from lexiseg.clip import CLIP, PromptLearner, load_clip
-from lexiseg.clip.load import random_clip
-from lexiseg.clip.model import build_clip
+from lexiseg.clip.load import load_clip, random_clip
+from lexiseg.clip.model import CLIP, build_clip
+from lexiseg.clip.prompt_learner import PromptLearner
 from lexiseg.errors import LexisegError
 from lexiseg.models.base import ModelOptions
 from lexiseg.proposals.pretrained import describe_start

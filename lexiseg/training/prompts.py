@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lexiseg.clip import CLIP, PromptLearner
-from lexiseg.clip.prompt_learner import hide_background, save_prompts
+from lexiseg.clip.model import CLIP
+from lexiseg.clip.prompt_learner import PromptLearner, hide_background, save_prompts
 from lexiseg.data.base import SegmentationDataset, seen_ids
 from lexiseg.data.sets.dataset import FileDataset
 from lexiseg.errors import LexisegError

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from lexiseg import processes
-from lexiseg.clip import PromptLearner, load_clip
+from lexiseg.clip.load import load_clip
+from lexiseg.clip.prompt_learner import PromptLearner
 from lexiseg.clip.text import default_cache_folder
 from lexiseg.data.base import IGNORE_INDEX, SegmentationDataset, ignore_index
 from lexiseg.data.folders import VocFolder

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lexiseg.clip import TextEmbedder
+from lexiseg.clip.text import TextEmbedder
 from lexiseg.data.base import SegmentationDataset, ignore_index, remap_to_seen, seen_ids
 from lexiseg.data.transforms import Pipeline
 from lexiseg.errors import LexisegError

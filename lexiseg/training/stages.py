@@ -9,7 +9,8 @@ from typing import Any, TypeVar
 
 import torch
 
-from lexiseg.clip import CLIP, load_clip
+from lexiseg.clip.load import load_clip
+from lexiseg.clip.model import CLIP
 from lexiseg.errors import LexisegError
 from lexiseg.models.base import ModelOptions
 from lexiseg.models.decoupled import DecoupledOptions

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lexiseg.clip import TextEmbedder
+from lexiseg.clip.text import TextEmbedder
 from lexiseg.errors import LexisegError
 from lexiseg.models.base import SegmentationModel
 from lexiseg.scores import GridScores, RegionScores

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lexiseg.clip import CLIP, build_clip
+from lexiseg.clip.model import CLIP, build_clip
 from lexiseg.errors import LexisegError
 
 _HEAD_WIDTH = 64
@@ -50,7 +50,7 @@ def infer_vit_architecture(
         name: how errors call the file.
 
     Returns:
-        what `lexiseg.clip.build_clip` takes.
+        what `lexiseg.clip.model.build_clip` takes.
 
     Raises:
         LexisegError: tensors that are needed are missing (all are listed), or the position table is of no square grid.
@@ -104,7 +104,7 @@ def clip_from_state(
         state: tensors by OpenAI's names; ``logit_scale`` may be missing, since nothing that is converted uses it.
         heads: see `infer_vit_architecture`.
         text_heads: see there.
-        tokenizer: see `lexiseg.clip.build_clip`.
+        tokenizer: see `lexiseg.clip.model.build_clip`.
         name: how errors call the file.
 
     Raises:

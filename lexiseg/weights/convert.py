@@ -13,8 +13,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lexiseg.clip import build_clip, load_clip, save_clip
-from lexiseg.clip.load import fill
+from lexiseg.clip.load import fill, load_clip
+from lexiseg.clip.model import build_clip, save_clip
 from lexiseg.errors import LexisegError
 from lexiseg.models import SYSTEMS, CascadeCLIP
 from lexiseg.vocabulary import PAPER_TEMPLATES, SINGLE_TEMPLATE

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from lexiseg.clip import CLIP
+from lexiseg.clip.model import CLIP
 from lexiseg.errors import LexisegError
 from lexiseg.models import SegmentationModel
 from lexiseg.models.region_host import RegionHost

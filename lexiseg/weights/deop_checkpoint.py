@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lexiseg.clip import build_clip
+from lexiseg.clip.model import build_clip
 from lexiseg.errors import LexisegError
 from lexiseg.models.decoupled import IMAGENET_MEAN, IMAGENET_STD
 from lexiseg.models.deop import DeOP
@@ -156,7 +156,7 @@ def read_deop(
         text_heads: of the text tower, see there.
         generator_heads: of the generator, see `infer_generator_options`.
         options: replace what `infer_options` finds.
-        tokenizer: see `lexiseg.clip.build_clip`.
+        tokenizer: see `lexiseg.clip.model.build_clip`.
         name: how errors call the file.
 
     Returns:

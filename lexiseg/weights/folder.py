@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from lexiseg.clip import CLIP, build_clip, load_clip, packaged_clips
-from lexiseg.clip.load import PACKAGED_FOLDER, check_state, read_safetensors
+from lexiseg.clip.load import PACKAGED_FOLDER, check_state, load_clip, packaged_clips, read_safetensors
+from lexiseg.clip.model import CLIP, build_clip
 from lexiseg.errors import LexisegError
 from lexiseg.files import atomic_write, make_folder, write_json
 from lexiseg.hub import download
@@ -111,7 +111,7 @@ def load_model(name: str | Path, *, device: str | torch.device = "cpu") -> Segme
 
             - a model that comes with lexiseg, see `list_models`;
             - a folder written by `save_model`;
-            - ``"dense-clip/NAME"`` with any name `lexiseg.clip.load_clip` takes, for example
+            - ``"dense-clip/NAME"`` with any name `lexiseg.clip.load.load_clip` takes, for example
               ``"dense-clip/ViT-B-16/openai"``;
             - a hub repository ``"owner/name"`` with the two files of such a folder.
         device: where to put it.

@@ -15,7 +15,7 @@ from typing import Any, cast
 
 from torch import Tensor
 
-from lexiseg.clip import build_clip
+from lexiseg.clip.model import build_clip
 from lexiseg.errors import LexisegError
 from lexiseg.models import SYSTEMS
 from lexiseg.models.levels import format_groups

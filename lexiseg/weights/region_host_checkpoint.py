@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lexiseg.clip import CLIP
+from lexiseg.clip.model import CLIP
 from lexiseg.clip.templates import IN_THE_SCENE, SCULPTURE, VILD_14
 from lexiseg.errors import LexisegError
 from lexiseg.models.freeseg import FreeSeg
@@ -68,7 +68,7 @@ def read_region_host(
         encoder_heads: see there.
         interaction_heads: see there.
         options: replace what `infer_options` finds.
-        tokenizer: see `lexiseg.clip.build_clip`.
+        tokenizer: see `lexiseg.clip.model.build_clip`.
         name: how errors call the file.
 
     Returns:

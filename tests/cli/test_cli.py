@@ -24,7 +24,7 @@ import lexiseg
 import lexiseg.training.run
 from lexiseg.cli import main
 from lexiseg.cli.train import read_recipe
-from lexiseg.clip import build_clip, save_clip
+from lexiseg.clip.model import build_clip, save_clip
 from lexiseg.models import CascadeCLIPOptions, ZegCLIP, ZegCLIPOptions
 from lexiseg.training.building import system_of
 from lexiseg.training.recipe import SegmentationRecipe

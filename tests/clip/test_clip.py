@@ -13,8 +13,12 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 import lexiseg.clip.text
-from lexiseg.clip import CLIP, ImageTower, TextEmbedder, load_clip, packaged_clips, resize_positions, save_clip
 from lexiseg.clip.blocks import block_attention, run_block
+from lexiseg.clip.image import ImageTower
+from lexiseg.clip.load import load_clip, packaged_clips
+from lexiseg.clip.model import CLIP, save_clip
+from lexiseg.clip.positions import resize_positions
+from lexiseg.clip.text import TextEmbedder
 from lexiseg.errors import LexisegError
 from lexiseg.vocabulary import PAPER_TEMPLATES, Vocabulary
 from tests.towers import small_architecture, small_clip
@@ -342,7 +346,7 @@ def test_a_long_name_is_refused(clip: CLIP) -> None:
 
 
 def test_architectures_that_open_clip_cannot_build() -> None:
-    from lexiseg.clip import build_clip
+    from lexiseg.clip.model import build_clip
 
     with pytest.raises(LexisegError, match="cannot build"):
         build_clip(small_architecture(vision_cfg={"colour": 1}))

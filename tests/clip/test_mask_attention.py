@@ -10,15 +10,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lexiseg.clip import CLIP, build_clip, image_embeddings, load_clip, region_embeddings, save_clip
+from lexiseg.clip.load import load_clip
 from lexiseg.clip.mask_attention import (
     FROZEN_UNITS,
     attend_regions,
     attention_mask,
     encode_regions,
+    image_embeddings,
     masks_on_grid,
+    region_embeddings,
     trainable_names,
 )
+from lexiseg.clip.model import CLIP, build_clip, save_clip
 from lexiseg.errors import LexisegError
 from lexiseg.models import DenseCLIP
 from tests.towers import small_clip

@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from lexiseg.clip import CLIP, PromptLearner, TextEmbedder
-from lexiseg.clip.prompt_learner import hide_background, load_prompts
+from lexiseg.clip.model import CLIP
+from lexiseg.clip.prompt_learner import PromptLearner, hide_background, load_prompts
 from lexiseg.clip.templates import TEMPLATE_SETS
+from lexiseg.clip.text import TextEmbedder
 from lexiseg.data.base import Sample
 from lexiseg.errors import LexisegError
 from lexiseg.models import DenseCLIP

@@ -8,8 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lexiseg.clip import CLIP, AddedTables, PrependedPrompts, Severance, resize_positions
-from lexiseg.clip.severance import SeveranceKind, released_residual, severance_masks, token_weights
+from lexiseg.clip.model import CLIP
+from lexiseg.clip.positions import resize_positions
+from lexiseg.clip.severance import Severance, SeveranceKind, released_residual, severance_masks, token_weights
+from lexiseg.clip.visual_prompts import AddedTables, PrependedPrompts
 from lexiseg.errors import LexisegError
 from tests.towers import small_clip
 

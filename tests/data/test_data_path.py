@@ -10,8 +10,7 @@ import pytest
 import torch
 
 import lexiseg.data.sets.dataset as reading
-from lexiseg.clip import build_clip
-from lexiseg.clip.model import CLIP
+from lexiseg.clip.model import CLIP, build_clip
 from lexiseg.data.sets.open import open_data_set
 from lexiseg.data.transforms import paper_pipeline
 from lexiseg.models import ZegCLIP, ZegCLIPOptions

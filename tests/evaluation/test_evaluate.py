@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from lexiseg.clip import build_clip
+from lexiseg.clip.model import build_clip
 from lexiseg.data.base import Sample
 from lexiseg.errors import LexisegError
 from lexiseg.evaluation.evaluate import evaluate, spread

@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from lexiseg.clip import build_clip
+from lexiseg.clip.model import build_clip
 from lexiseg.errors import LexisegError
 from lexiseg.files import write_text
 from lexiseg.labelling.record import MANIFEST, Entry, Picture, Record, absolute, file_state

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lexiseg.clip import TextEmbedder
+from lexiseg.clip.text import TextEmbedder
 from lexiseg.errors import LexisegError
 from lexiseg.losses.regions import region_map_losses
 from lexiseg.models import SYSTEMS, DeOP, SegmentationModel

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lexiseg.clip import TextEmbedder
+from lexiseg.clip.text import TextEmbedder
 from lexiseg.errors import LexisegError
 from lexiseg.evaluation.proposals import pseudo_label
 from lexiseg.models import SYSTEMS, SegmentationModel

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lexiseg.clip import CLIP, build_clip
+from lexiseg.clip.model import CLIP, build_clip
 from tests.parity.case import UnsupportedError
 
 

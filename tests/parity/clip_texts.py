@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lexiseg.clip import CLIP, PromptLearner, TextEmbedder, build_clip
-from lexiseg.clip.prompt_learner import hide_background
+from lexiseg.clip.model import CLIP, build_clip
+from lexiseg.clip.prompt_learner import PromptLearner, hide_background
 from lexiseg.clip.templates import IMAGENET_80, IMAGENET_SELECT, IN_THE_SCENE, VILD_14, ZEGFORMER_32
+from lexiseg.clip.text import TextEmbedder
 from tests.parity.case import Case
 from tests.parity.clip_build import IdTokenizer, make_clip, text_sizes, toy_sizes, under
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lexiseg.clip import TextEmbedder
 from lexiseg.clip.templates import IMAGENET_SELECT, IN_THE_SCENE
+from lexiseg.clip.text import TextEmbedder
 from lexiseg.models.freeseg import FreeSeg
 from lexiseg.models.region_host import RegionHost
 from lexiseg.models.zegformer import ZegFormer

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lexiseg.clip import build_clip
+from lexiseg.clip.model import build_clip
 from lexiseg.data.base import remap_to_seen
 from lexiseg.losses import pseudo_labels
 from lexiseg.models import CascadeCLIP, ZegCLIP

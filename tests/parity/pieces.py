@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lexiseg.clip import build_clip, resize_positions
+from lexiseg.clip.model import build_clip
+from lexiseg.clip.positions import resize_positions
 from lexiseg.data.transforms import test_size, train_size
 from lexiseg.evaluation.metrics import Confusion, Metrics, nanmean, percent, reduce_zero_label
 from lexiseg.losses import count_masks, mask_losses, ssim_loss

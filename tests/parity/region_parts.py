@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lexiseg.clip import CLIP, TextEmbedder
-from lexiseg.clip.model import OPENAI_MEAN, OPENAI_STD
+from lexiseg.clip.model import CLIP, OPENAI_MEAN, OPENAI_STD
+from lexiseg.clip.text import TextEmbedder
 from lexiseg.losses import mask_aware
 from lexiseg.losses.mask_aware import distillation_loss, iou_targets, mask_aware_loss, mask_ious
 from lexiseg.models.base import ImageFeatures

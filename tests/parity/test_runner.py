@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lexiseg.clip import TextEmbedder
+from lexiseg.clip.text import TextEmbedder
 from lexiseg.regions.crops import tight_crops
 from tests.parity.case import Case, UnsupportedError, Watched, load_case
 from tests.parity.clip_build import make_clip, under

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lexiseg.cli import main
-from lexiseg.clip import save_clip
+from lexiseg.clip.model import save_clip
 from lexiseg.errors import LexisegError
 from lexiseg.proposals import Mask2FormerOptions, MaskFormerOptions, ProposalGenerator, SamOptions, build_generator
 from lexiseg.proposals.pretrained import IMAGENET_WEIGHTS, _fit_resnet, describe_start, start_proposals

@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 
-from lexiseg.clip import save_clip
+from lexiseg.clip.model import save_clip
 from lexiseg.data.base import ignore_index, remap_to_seen
 from lexiseg.data.transforms import RandomCrop
 from lexiseg.errors import LexisegError

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import lexiseg
-from lexiseg.clip import load_clip
+from lexiseg.clip.load import load_clip
 from lexiseg.data.picture_world import SEEN
 from lexiseg.training.contrastive import (
     ContrastiveSettings,

@@ -10,7 +10,7 @@ import torch
 from benchmarks.decoupled_world import DECOUPLED, Variant, WithMasks, folder_of, recipe_of
 from benchmarks.picture_world import SYSTEMS as BENCHMARKED
 from benchmarks.picture_world import has_seeds
-from lexiseg.clip import load_clip
+from lexiseg.clip.load import load_clip
 from lexiseg.data.picture_world import SEEN, PictureWorld
 from lexiseg.errors import LexisegError
 from lexiseg.models.decoupled import DecoupledModel

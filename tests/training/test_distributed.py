@@ -16,8 +16,9 @@ from torch.distributed.tensor import DTensor
 
 import lexiseg
 from lexiseg import processes
-from lexiseg.clip import build_clip, load_clip, save_clip
+from lexiseg.clip.load import load_clip
 from lexiseg.clip.mask_attention import region_embeddings
+from lexiseg.clip.model import build_clip, save_clip
 from lexiseg.data.picture_world import PictureWorld, write_voc
 from lexiseg.data.transforms import light_pipeline
 from lexiseg.errors import LexisegError

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 import lexiseg.training.dry_run
-from lexiseg.clip import CLIP
 from lexiseg.clip.load import random_clip
+from lexiseg.clip.model import CLIP
 from lexiseg.errors import LexisegError
 from lexiseg.evaluation.protocols import ONE_STAGE
 from lexiseg.models import SYSTEMS

@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 
-from lexiseg.clip import save_clip
+from lexiseg.clip.model import save_clip
 from lexiseg.clip.prompt_learner import load_prompts, prompts_folder, read_card
 from lexiseg.data.sets.open import open_data_set
 from lexiseg.data.transforms import RandomShortEdge, TopLeft, short_edge_pipeline

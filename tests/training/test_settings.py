@@ -17,7 +17,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from lexiseg.cli import main
-from lexiseg.clip import load_clip, save_clip
+from lexiseg.clip.load import load_clip
+from lexiseg.clip.model import save_clip
 from lexiseg.data.base import Sample
 from lexiseg.data.picture_world import CLASSES, SEEN, write_voc
 from lexiseg.data.transforms import light_pipeline, paper_pipeline

@@ -12,7 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lexiseg.clip import build_clip, load_clip, save_clip
+from lexiseg.clip.load import load_clip
+from lexiseg.clip.model import build_clip, save_clip
 from lexiseg.data.base import Sample
 from lexiseg.data.picture_world import write_voc
 from lexiseg.data.transforms import light_pipeline

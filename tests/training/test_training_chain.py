@@ -13,7 +13,8 @@ import torch
 import yaml
 
 from lexiseg.cli import main
-from lexiseg.clip import load_clip, save_clip
+from lexiseg.clip.load import load_clip
+from lexiseg.clip.model import save_clip
 from lexiseg.clip.prompt_learner import load_prompts, read_card
 from lexiseg.errors import LexisegError
 from lexiseg.models.deop import DeOP

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lexiseg.clip import save_clip
+from lexiseg.clip.model import save_clip
 from lexiseg.errors import LexisegError
 from lexiseg.weights import ConversionReport, convert, load_model
 from lexiseg.weights.detectron_checkpoint import recognise_detectron, split_checkpoint

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lexiseg.clip import build_clip
+from lexiseg.clip.model import build_clip
 from lexiseg.errors import LexisegError
 from lexiseg.models import DeOP
 from lexiseg.models.decoupled import DecoupledModel

@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lexiseg.clip import build_clip, load_clip, save_clip
+from lexiseg.clip.load import load_clip
+from lexiseg.clip.model import build_clip, save_clip
 from lexiseg.errors import LexisegError
 from lexiseg.models import SYSTEMS, DenseCLIP, SegmentationModel, ZegCLIP
 from lexiseg.models.one_stage import OneStageModel

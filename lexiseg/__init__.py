@@ -13,7 +13,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from lexiseg.errors import LexisegError
+from lexiseg.errors import LexisegError, LexisegWarning
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -26,7 +26,16 @@ if TYPE_CHECKING:
     from lexiseg.weights import list_models
 
 __version__ = "0.1.0"
-__all__ = ["LexisegError", "Segmentation", "Segmenter", "Vocabulary", "__version__", "list_models", "load"]
+__all__ = [
+    "LexisegError",
+    "LexisegWarning",
+    "Segmentation",
+    "Segmenter",
+    "Vocabulary",
+    "__version__",
+    "list_models",
+    "load",
+]
 
 _HOMES = {
     "Segmentation": "lexiseg.segmentation",

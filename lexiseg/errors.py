@@ -1,9 +1,17 @@
-"""The one exception that means: the user can mend this."""
+"""The one exception that means: the user can fix this; and the warning that means: probably not what you meant."""
 
 
 class LexisegError(Exception):
-    """A mistake the user can mend, said in one sentence: what is wrong, where, and what to do.
+    """A mistake the user can fix, said in one sentence: what is wrong, where, and what to do.
 
     The command line prints the sentence without a traceback and exits with code 2; in Python it is an ordinary
     exception, so that a script can catch it.
+    """
+
+
+class LexisegWarning(UserWarning):
+    """A result that is probably not what the user meant, said in one sentence with what to do.
+
+    The command line prints each distinct sentence once, as ``note: ...`` on stderr; ``--quiet`` silences it. In Python
+    it is an ordinary warning, so that ``warnings.simplefilter("ignore", LexisegWarning)`` silences it.
     """

@@ -12,11 +12,33 @@ from lexiseg.errors import LexisegError
 # Characters that draw nothing and never change a word's meaning; they would hide a duplicate. The zero-width
 # joiners stay: emoji and several scripts need them.
 _INVISIBLE = dict.fromkeys(map(ord, "\u200b\u2060\ufeff\u00ad"))
+_JOINERS = "\u200c\u200d"
 
 
 def shorten(text: str, limit: int = 60) -> str:
     """Cut a text for an error message, so that one long name cannot fill the screen."""
     return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def printable(text: object) -> str:
+    r"""A text from a file, a path or a user as it may be shown on a terminal: on one line, without any power over it.
+
+    Control characters (escape sequences begin with one), line breaks, bidirectional marks and other characters that
+    draw nothing become ``\x1b`` or ``\u202e``. The bytes of a file name that is not UTF-8, which Python holds as
+    lone surrogates, become the bytes they are, ``\xe9``. Everything that draws stays, joined emoji too.
+    """
+    shown = str(text)
+    if shown.isascii() and shown.isprintable():
+        return shown
+    return "".join(map(_shown, shown))
+
+
+def _shown(character: str) -> str:
+    code = ord(character)
+    if 0xDC80 <= code <= 0xDCFF:
+        return f"\\x{code - 0xDC00:02x}"
+    hidden = unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp") and character not in _JOINERS
+    return character.encode("unicode_escape", "surrogatepass").decode("ascii") if hidden else character
 
 
 def describe(value: object) -> str:
@@ -25,7 +47,7 @@ def describe(value: object) -> str:
     if isinstance(value, int) and abs(value) >= 10**30:
         return "a huge number"
     if value is None or isinstance(value, bool | int | float | str):
-        return shorten("".join(part if part.isprintable() else "?" for part in str(value)))
+        return shorten(printable(value))
     return f"a {type(value).__name__}"
 
 

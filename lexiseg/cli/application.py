@@ -10,10 +10,11 @@ from contextlib import suppress
 from typing import Annotated, Any
 
 import typer
+import typer.main
 
 import lexiseg
 from lexiseg.cli import benchmark, convert, data, doctor, draw, evaluate, models, predict, train
-from lexiseg.cli.console import say_error
+from lexiseg.cli.console import notes, say_error
 from lexiseg.errors import LexisegError
 
 NOTHING_DONE = 2
@@ -52,6 +53,39 @@ def _root(
         raise typer.Exit()
     if context.invoked_subcommand is None:
         typer.echo(context.get_help())
+
+
+def _command() -> Any:
+    """The application as a command of click's, with ``--quiet`` among every verb's options."""
+    command: Any = typer.main.get_command(app)
+    # Made by typer from a function, since the class of an option and what it takes change with typer's releases.
+    maker = typer.Typer(add_completion=False)
+    maker.command()(_quiet)
+    option = typer.main.get_command(maker).params[0]
+    groups = [command]
+    while groups:
+        group = groups.pop()
+        group.params.append(option)
+        groups.extend(getattr(group, "commands", {}).values())
+    return command
+
+
+def _silence(value: bool) -> None:
+    notes.quiet = notes.quiet or value
+
+
+def _quiet(
+    quiet: Annotated[
+        bool,
+        typer.Option(
+            "--quiet",
+            help="Leave out the notes about results that are probably not meant.",
+            callback=_silence,
+            is_eager=True,
+            expose_value=False,
+        ),
+    ] = False,
+) -> None: ...
 
 
 def _usage_sentence(error: Any) -> str:
@@ -99,7 +133,8 @@ def main(args: Sequence[str] | None = None) -> int:
             # A class name that the terminal's encoding lacks must not break the command that prints it.
             stream.reconfigure(errors="backslashreplace")
     try:
-        code = app(args=None if args is None else list(args), prog_name="lexiseg", standalone_mode=False)
+        with notes.printed():
+            code = _command()(args=None if args is None else list(args), prog_name="lexiseg", standalone_mode=False)
     except LexisegError as error:
         _say(error)
         return NOTHING_DONE

@@ -1,15 +1,16 @@
 """What the commands print: results on stdout, everything about the work itself on stderr.
 
-With ``--json`` stdout carries one JSON value and nothing else, so that a script can read it.
+With ``--json`` stdout carries one JSON value and nothing else, so that a script can read it. Whatever is printed here
+may hold text from a stranger's file, so all of it goes through `lexiseg.words.printable`.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, TypeVar
 
 import typer
@@ -17,24 +18,64 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
+
+from lexiseg.errors import LexisegWarning
+from lexiseg.words import printable
 
 T = TypeVar("T")
 
 
+class Notes:
+    """What becomes of each `LexisegWarning` while a command runs.
+
+    Attributes:
+        quiet: leave them all out.
+    """
+
+    quiet = False
+
+    @contextmanager
+    def printed(self) -> Iterator[None]:
+        """Print each distinct one once, as ``note: ...`` on stderr, while the body runs."""
+        said: set[str] = set()
+        self.quiet = False
+
+        def show(message: Warning | str, category: type[Warning], *rest: Any, **more: Any) -> None:
+            if not issubclass(category, LexisegWarning):
+                others(message, category, *rest, **more)
+            elif not self.quiet and str(message) not in said:
+                said.add(str(message))
+                say_error(f"note: {message}")
+
+        with warnings.catch_warnings():
+            others, warnings.showwarning = warnings.showwarning, show
+            warnings.simplefilter("always", LexisegWarning)
+            yield
+
+
+notes = Notes()
+
+
+def say(line: str = "") -> None:
+    """Print a line of the result on stdout."""
+    typer.echo(printable(line))
+
+
 def say_error(sentence: str) -> None:
     """Print ``sentence`` on stderr as one line, whatever line breaks a library put into it."""
-    typer.echo(" ".join(sentence.split()), err=True)
+    say_note(" ".join(sentence.split()))
 
 
 def say_note(sentence: str) -> None:
-    """Print something about the work on stderr."""
-    typer.echo(sentence, err=True)
+    """Print a line about the work on stderr."""
+    typer.echo(printable(sentence), err=True)
 
 
-def say_written(paths: Sequence[Path]) -> None:
+def say_written(paths: Iterable[object]) -> None:
     """Print one line a file written, on stdout."""
     for path in paths:
-        typer.echo(f"wrote {path}")
+        say(f"wrote {path}")
 
 
 def say_json(value: Any) -> None:
@@ -46,13 +87,13 @@ def say_table(title: str | None, columns: Sequence[str], rows: Sequence[Sequence
     """Print a table on stdout; every column but the first is right-aligned where it holds numbers."""
     if title:
         # Not as the table's own title, which would be wrapped to the table's width.
-        typer.echo(title)
+        say(title)
     table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
     for index, column in enumerate(columns):
         numeric = bool(rows) and all(_is_number(row[index]) for row in rows)
-        table.add_column(column, justify="right" if numeric else "left", no_wrap=not numeric and index == 0)
+        table.add_column(printable(column), justify="right" if numeric else "left", no_wrap=not numeric and index == 0)
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(printable, row))
     Console(soft_wrap=False, highlight=False, markup=False).print(table)
 
 
@@ -68,7 +109,7 @@ def waiting(what: str) -> Iterator[None]:
     if not console.is_terminal:
         yield
         return
-    with console.status(what):
+    with console.status(Text(printable(what))):
         yield
 
 

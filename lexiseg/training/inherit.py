@@ -1,4 +1,4 @@
-"""Recipes made of others: ``base`` takes another recipe's keys over, ``variants`` puts several recipes into one file.
+"""Recipes made of others: ``base`` takes a flat recipe's keys over, ``variants`` puts several recipes into one file.
 
 An ablation then says what it changes and nothing else, and a table of a paper is one file. Merging is all there is: the
 result is checked like any recipe, so a misspelt key is an error wherever it stands.
@@ -76,7 +76,7 @@ def choose_variant(content: Content, variant: str | None, where: str) -> Content
 
 
 def with_base(content: Content, where: str, read: Reader) -> Content:
-    """Merge a recipe with its base, that base's base, and so on.
+    """Merge a recipe with its base, which is flat: it has no base itself, so that two files say everything.
 
     Args:
         content: the recipe's own keys.
@@ -84,24 +84,20 @@ def with_base(content: Content, where: str, read: Reader) -> Content:
         read: finds a base.
 
     Raises:
-        LexisegError: a base cannot be read, is of another kind, or leads back to itself.
+        LexisegError: the base cannot be read, is of another kind, or has a base itself.
     """
-    chain, names = [content], [where]
-    while (base := chain[-1].get("base")) is not None:
-        if not isinstance(base, str):
-            raise LexisegError(f"'base' of the recipe '{names[-1]}' must be the name of a recipe.")
-        found, name = read(base, names[-1])
-        if name in names:
-            raise LexisegError(f"The recipe '{names[-1]}' has the base '{name}', which is built on it; name another.")
-        chain.append(found)
-        names.append(name)
-    merged: Content = {}
-    for part, name in zip(reversed(chain), reversed(names), strict=True):
-        kind = part.get("kind", merged.get("kind"))
-        if merged and kind != merged.get("kind"):
-            raise LexisegError(f"The recipe '{name}' is of the kind '{kind}' and its base '{merged['kind']}'.")
-        # What a recipe is in one line, nobody inherits.
-        merged.pop("description", None)
-        own = {key: value for key, value in part.items() if key != "base"}
-        merged = merge(merged, own) if merged else own
-    return merged
+    own = {key: value for key, value in content.items() if key != "base"}
+    if "base" not in content:
+        return own
+    if not isinstance(content["base"], str):
+        raise LexisegError(f"'base' of the recipe '{where}' must be the name of a recipe.")
+    base, name = read(content["base"], where)
+    if "base" in base:
+        raise LexisegError(
+            f"The base '{name}' of the recipe '{where}' has a base itself, '{base['base']}'; write '{name}' out in "
+            "full, or take its base and the keys it changes over."
+        )
+    if own.get("kind", base.get("kind")) != base.get("kind"):
+        raise LexisegError(f"The recipe '{where}' is of the kind '{own['kind']}' and its base '{base.get('kind')}'.")
+    base.pop("description", None)  # what a recipe is in one line, nobody inherits
+    return merge(base, own)

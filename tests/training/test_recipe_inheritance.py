@@ -36,8 +36,9 @@ def test_merge() -> None:
     assert base["b"] == {"c": 2, "d": 3}
 
 
-def test_a_chain_of_bases(tmp_path: Path) -> None:
-    write(tmp_path, "first", base="tiny", description="first", train={"steps": 9, "clip_norm": 1.0})
+def test_a_base(tmp_path: Path) -> None:
+    flat = yaml.safe_load(as_yaml(load_recipe("tiny")))
+    write(tmp_path, "first", **{**flat, "description": "first", "train": {**flat["train"], "steps": 9, "clip_norm": 1}})
     second = write(tmp_path, "second", base="first.yaml", description="second", train={"clip_norm": None})
     recipe, tiny = load_recipe(second), load_recipe("tiny")
     assert isinstance(recipe, SegmentationRecipe) and isinstance(tiny, SegmentationRecipe)
@@ -66,7 +67,8 @@ def test_variants(tmp_path: Path) -> None:
     [
         ({"base": "tiny", "train": {"stepss": 3}}, "'mine.yaml' has the unknown key 'train.stepss'; did you mean"),
         ({"base": "zegclip-picture-word"}, "no recipe or file"),
-        ({"base": "mine.yaml"}, "has the base"),
+        ({"base": "mine.yaml"}, "has a base itself"),
+        ({"base": "deop-table-4:mps"}, "has a base itself, 'deop-baseline-coco-stuff'"),
         ({"base": 3}, "'base' of the recipe"),
         ({"base": "tiny", "kind": "prompts"}, "is of the kind 'prompts' and its base 'segmentation'"),
         ({"base": "tiny", "variants": {"a": {}}}, "consists of variants; name one behind a colon: a"),

@@ -18,6 +18,7 @@ from lexiseg.errors import LexisegError
 from lexiseg.files import atomic_write, make_folder, write_json
 from lexiseg.hub import download
 from lexiseg.models import SYSTEMS, SegmentationModel
+from lexiseg.weights.renames import renamed_options, renamed_tensor
 
 FORMAT = 1
 CONFIG_NAME = "config.json"
@@ -207,8 +208,9 @@ def _load_folder(folder: Path) -> SegmentationModel:
         raise LexisegError(f"The folder '{folder}' has no {WEIGHTS_NAME}; copy the whole folder.")
     clip, own_clip = _build_reference(config["clip"], folder)
     system = SYSTEMS[config["system"]]
-    model = system.build(clip, config["options"], seen_names=tuple(config.get("seen_names", ())))
-    state = read_safetensors(weights)
+    options = renamed_options(system.system, config["options"], f"'{folder / CONFIG_NAME}'")
+    model = system.build(clip, options, seen_names=tuple(config.get("seen_names", ())))
+    state = {renamed_tensor(system.system, name): value for name, value in read_safetensors(weights).items()}
     target = {
         name: tensor for name, tensor in model.state_dict().items() if own_clip or not name.startswith(_CLIP_PREFIX)
     }

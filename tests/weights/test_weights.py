@@ -14,11 +14,11 @@ from torch import Tensor
 
 from lexiseg.clip.load import load_clip
 from lexiseg.clip.model import build_clip, save_clip
-from lexiseg.errors import LexisegError
+from lexiseg.errors import LexisegError, LexisegWarning
 from lexiseg.models import SYSTEMS, DenseCLIP, SegmentationModel, ZegCLIP
 from lexiseg.models.one_stage import OneStageModel
 from lexiseg.vocabulary import PAPER_TEMPLATES, SINGLE_TEMPLATE
-from lexiseg.weights import convert, list_models, load_model, save_model
+from lexiseg.weights import convert, list_models, load_model, renames, save_model
 from lexiseg.weights.one_stage_checkpoint import NAMES, authors_key
 from tests.towers import small_architecture, small_clip, unit_rows
 
@@ -477,6 +477,26 @@ def test_half_precision_on_disk(tmp_path: Path) -> None:
     save_file({**state, "extra": torch.ones(1)}, folder / "model.safetensors")
     with pytest.raises(LexisegError, match="1 are left over, the first is extra"):
         load_model(folder)
+
+
+def test_old_names_are_read_and_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = zegclip()
+    folder = save_model(model, tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    options = {"prompts": config["options"].pop("num_prompts"), "old": {"a": 1}, "gone": 7, **config["options"]}
+    del options["dropout"]
+    (folder / "config.json").write_text(json.dumps({**config, "options": options}))
+    state = load_file(folder / "model.safetensors")
+    save_file(
+        {key.replace("prompts.", "prompt_tokens."): value for key, value in state.items()}, folder / "model.safetensors"
+    )
+    changes = {"prompts": "num_prompts", "old.a": lambda value: {"dropout": value / 2}, "gone": lambda _: {}}
+    monkeypatch.setitem(renames.RENAMED_OPTIONS, "zegclip", {**changes, "old": lambda _: {}})
+    monkeypatch.setitem(renames.RENAMED_TENSORS, "zegclip", {"prompt_tokens.": "prompts."})
+    with pytest.warns(LexisegWarning, match=r"'prompts' is 'num_prompts'; 'old.a' is 'dropout'; 'gone' is gone"):
+        again = load_model(folder)
+    assert again.options.dropout == 0.5  # type: ignore[attr-defined]
+    same(again, model)
 
 
 def test_the_small_architecture_builds() -> None:

@@ -1,0 +1,66 @@
+"""Options and tensors that have another name now: model folders of the release before are still read, and say so.
+
+Whoever renames an option or a module of a shipped system notes it here; what has stood here for a release can go.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from lexiseg.errors import LexisegWarning
+
+Change = str | Callable[[Any], dict[str, Any]]
+
+RENAMED_OPTIONS: dict[str, dict[str, Change]] = {}
+"""Of each system, what became of an old option: its new name (``"proposals.new"`` for one inside ``proposals``), or a
+function from its value to the new options, which gives ``{}`` where there is nothing left to say. An old name inside
+another option is written ``"proposals.old"``."""
+
+RENAMED_TENSORS: dict[str, dict[str, str]] = {}
+"""Of each system, what the names of old tensors began with, and what they begin with now."""
+
+
+def renamed_options(system: str, options: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Bring the options of a model folder to today's names.
+
+    Args:
+        system: the system's name.
+        options: as its ``config.json`` has them.
+        where: what the note calls the file.
+
+    Returns:
+        a copy under the new names; where both are given the new one stands. A `LexisegWarning` names what was old.
+    """
+    found = {key: dict(value) if isinstance(value, dict) else value for key, value in options.items()}
+    said = []
+    for old, change in RENAMED_OPTIONS.get(system, {}).items():
+        inside, _, key = old.rpartition(".")
+        place = found.get(inside) if inside else found
+        if not isinstance(place, dict) or key not in place:
+            continue
+        value = place.pop(key)
+        fresh = {change: value} if isinstance(change, str) else change(value)
+        for name, new in fresh.items():
+            part, _, last = name.rpartition(".")
+            home = found.setdefault(part, {}) if part else found
+            if isinstance(home, dict):
+                home.setdefault(last, new)
+        said.append(f"'{old}' is {' and '.join(repr(name) for name in fresh) or 'gone'}")
+    if said:
+        warnings.warn(
+            f"{where} has old names of options, which the next release will not read ({'; '.join(said)}); load the "
+            "model and save it again.",
+            LexisegWarning,
+            stacklevel=2,
+        )
+    return found
+
+
+def renamed_tensor(system: str, name: str) -> str:
+    """Today's name of a tensor in a model folder of ``system``."""
+    for old, new in RENAMED_TENSORS.get(system, {}).items():
+        if name.startswith(old):
+            return new + name[len(old) :]
+    return name

@@ -6,13 +6,13 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
 
-from lexiseg.clip.blocks import run_block
+from lexiseg.clip.blocks import block_attention, run_block
 from lexiseg.clip.model import CLIP, build_clip
 from lexiseg.models import SegmentationModel
 
@@ -127,7 +127,7 @@ def text_pass(clip: CLIP, classes: int) -> Callable[[], Tensor]:
         width = tower.token_embedding.embedding_dim
         tokens = torch.empty(classes, clip.context_length, width, device=clip.device)
         for block in tower.transformer.resblocks:
-            tokens = run_block(block, tokens, causal=True)
+            tokens = run_block(block, tokens, attention=partial(block_attention, causal=True))
         return tower.ln_final(tokens)[:, -1] @ tower.text_projection
 
     return run

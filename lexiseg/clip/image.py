@@ -1,4 +1,4 @@
-"""The image tower: an open_clip VisionTransformer's weights, run at any resolution, with prompts, levels and severance.
+"""The image tower: an open_clip VisionTransformer's weights, run at any resolution, with prompts and levels.
 
 Tokens are laid out ``[class, prompts ..., patches ...]``: the class token is always first and the patches are always
 the last h x w tokens, so that nobody needs to know how many prompts there are to find either.
@@ -13,9 +13,8 @@ import torch
 from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
 from torch import Tensor, nn
 
-from lexiseg.clip.blocks import run_block
+from lexiseg.clip.blocks import Attention, block_attention, run_block
 from lexiseg.clip.positions import Interpolation, resize_positions
-from lexiseg.clip.severance import Severance, as_severance, token_weights
 from lexiseg.errors import LexisegError
 
 # Called before block i with the tokens (B, L, W); returns the tokens that enter the block and, or None, tokens
@@ -137,10 +136,8 @@ class ImageTower:
         *,
         before_block: BeforeBlock | None = None,
         levels: Collection[int] = (),
-        masks: Mapping[int, Tensor] | None = None,
-        severance: Mapping[int, float | Severance] | None = None,
+        attention: Mapping[int, Attention] | None = None,
         residual: Mapping[int, float] | None = None,
-        region_masks: Tensor | None = None,
         first: int = 0,
         stop: int | None = None,
     ) -> ImageTokens:
@@ -151,37 +148,21 @@ class ImageTower:
             grid: from `embed`.
             before_block: see `BeforeBlock`.
             levels: indices (0-based) of the blocks whose outputs are wanted.
-            masks: attention mask per block index, see `blocks.block_attention`.
-            severance: patch severance per block index, see `Severance`; a number is the alpha of GPS.
-            residual: shortcut factor per block index, see `blocks.run_block`.
-            region_masks: (B, N, h, w) in 0..1 on the patch grid, for the kinds of severance that read masks; see
-                `severance.severance_masks`.
+            attention: what mixes the tokens, by the index of each block where that is not CLIP's own attention.
+            residual: factor on the shortcut around the attention, by the index of each block where that is not 1.
             first: index of the first block to run.
             stop: index of the block to stop before; None runs to the end.
-
-        Raises:
-            LexisegError: a severance needs masks and there are none.
         """
         kept: dict[int, Tensor] = {}
-        wanted = set(levels)
-        severed = {index: as_severance(value) for index, value in (severance or {}).items()}
+        attention, residual = attention or {}, residual or {}
         blocks = self.visual.transformer.resblocks
         for index in range(first, len(blocks) if stop is None else stop):
-            block, context, weights = blocks[index], None, None
+            context = None
             if before_block is not None:
                 tokens, context = before_block(index, tokens)
-            if index in severed and severed[index].needs_masks and region_masks is not None:
-                weights = token_weights(region_masks, tokens.shape[1])
-            tokens = run_block(
-                block,
-                tokens,
-                context,
-                mask=None if masks is None else masks.get(index),
-                severance=severed.get(index, 0.0),
-                weights=weights,
-                residual=1.0 if residual is None else residual.get(index, 1.0),
-            )
-            if index in wanted:
+            mixing = attention.get(index, block_attention)
+            tokens = run_block(blocks[index], tokens, context, attention=mixing, residual=residual.get(index, 1.0))
+            if index in levels:
                 kept[index] = tokens
         return ImageTokens(tokens, kept, grid)
 

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from open_clip.modified_resnet import ModifiedResNet
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lexiseg.clip.blocks import run_block
+from lexiseg.clip.blocks import block_attention, run_block
 from lexiseg.clip.image import ImageTower
 from lexiseg.clip.positions import Interpolation
 from lexiseg.clip.resnet import attention_pool, resnet_features
@@ -104,7 +105,7 @@ def attend_regions(
     num_regions, num_patches = inside.shape[1], grid[0] * grid[1]
     regions = tokens[:, :1].expand(-1, num_regions, -1)
     rows = tokens[:, -num_patches:]
-    allowed = attention_mask(inside)
+    inside_only = partial(block_attention, mask=attention_mask(inside))
     kept: dict[int, Tensor] = {}
     for index in range(start_block, len(blocks)):
         # The patches' keys and values are computed here and in their own run again: a sixth of a block more, and worth
@@ -113,7 +114,7 @@ def attend_regions(
         if patches or levels or index + 1 < len(blocks):
             rows = run_block(blocks[index], rows)
         if num_regions:
-            regions = run_block(blocks[index], regions, context, mask=allowed)
+            regions = run_block(blocks[index], regions, context, attention=inside_only)
         if index in levels:
             kept[index] = torch.cat([regions, rows], dim=1)
     return RegionTokens(regions, rows if patches else None, grid, kept)

@@ -7,7 +7,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterable, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from open_clip.transformer import ResidualAttentionBlock, TextTransformer
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lexiseg.clip.blocks import run_block
+from lexiseg.clip.blocks import block_attention, run_block
 from lexiseg.clip.image import ImageTower
 from lexiseg.clip.resnet import RESNET_STRIDE
 from lexiseg.errors import LexisegError
@@ -229,7 +229,7 @@ class CLIP(nn.Module):
         dtype = text.transformer.get_cast_dtype()
         x = embeddings.to(dtype) + text.positional_embedding[: embeddings.shape[1]].to(dtype)
         for block in text.transformer.resblocks:
-            x = run_block(block, x, causal=True)
+            x = run_block(block, x, attention=partial(block_attention, causal=True))
         x = text.ln_final(x[torch.arange(len(x), device=x.device), end])
         projection = text.text_projection
         if projection is None:

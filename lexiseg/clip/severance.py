@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lexiseg.clip.blocks import Attention, block_attention, token_values
 from lexiseg.errors import LexisegError
 
 SeveranceKind = Literal["gps", "mps", "mps-sum", "released"]
@@ -70,10 +71,34 @@ class Severance:
         affinity = weights.transpose(1, 2) @ weights
         return (affinity.softmax(dim=-1) if self.kind == "mps" else affinity) @ value
 
+    def attention(self, region_masks: Tensor | None = None) -> Attention:
+        """Make what mixes the tokens of a severed block, see `lexiseg.clip.blocks.run_block`.
 
-def as_severance(value: float | Severance) -> Severance:
-    """Return a `Severance`; a number is the alpha of GPS."""
-    return value if isinstance(value, Severance) else Severance("gps", float(value))
+        Args:
+            region_masks: (B, N, h, w) in 0..1 on the patch grid, see `severance_masks`; for the kinds that read masks.
+        """
+
+        def mix(attention: nn.MultiheadAttention, x: Tensor, context: Tensor | None) -> Tensor:
+            value = token_values(attention, x)
+            if self.needs_masks:
+                value = self.mix(value, None if region_masks is None else token_weights(region_masks, x.shape[1]))
+            own: Tensor = attention.out_proj(value)
+            if self.needs_masks or self.alpha == 1.0:
+                return own
+            return self.alpha * own + (1.0 - self.alpha) * block_attention(attention, x, context)
+
+        return mix
+
+
+def severed_attention(
+    severance: Mapping[int, float | Severance], region_masks: Tensor | None = None
+) -> dict[int, Attention]:
+    """What `ImageTower.run` takes as ``attention``: severance by block index; a number is the alpha of GPS."""
+    kinds = {
+        index: kind if isinstance(kind, Severance) else Severance("gps", float(kind))
+        for index, kind in severance.items()
+    }
+    return {index: kind.attention(region_masks) for index, kind in kinds.items() if kind.needs_masks or kind.alpha}
 
 
 def token_weights(region_masks: Tensor, num_tokens: int) -> Tensor:

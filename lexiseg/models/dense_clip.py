@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lexiseg.clip.image import Interpolation
 from lexiseg.clip.model import CLIP
+from lexiseg.clip.severance import severed_attention
 from lexiseg.models.base import ImageFeatures, ModelOptions, SegmentationModel, WindowOptions, WindowPolicy
 from lexiseg.models.mask_decoder import unit
 from lexiseg.scores import GridScores
@@ -81,7 +82,8 @@ class DenseCLIP(SegmentationModel):
         tower, options = self.clip.image_tower, self.options
         tokens, grid = tower.embed(self.fit_to_patches(images), interpolation=options.position_interpolation)
         last = tower.num_blocks - 1
-        result = tower.run(tokens, grid, severance={last: options.severance}, residual={last: options.residual})
+        attention = severed_attention({last: options.severance})
+        result = tower.run(tokens, grid, attention=attention, residual={last: options.residual})
         patches = unit(tower.project(result.tokens[:, -result.num_patches :]))
         return ImageFeatures(size, {"patches": patches.unflatten(1, grid)})
 

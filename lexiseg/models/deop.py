@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lexiseg.clip.model import CLIP
 from lexiseg.clip.prompt_learner import PromptLearner
-from lexiseg.clip.severance import Severance, released_residual, severance_masks
+from lexiseg.clip.severance import Severance, released_residual, severance_masks, severed_attention
 from lexiseg.clip.templates import SCULPTURE
 from lexiseg.clip.text import TextEmbedder
 from lexiseg.clip.visual_prompts import AddedTables, PrependedPrompts
@@ -180,9 +180,8 @@ class DeOP(DecoupledModel):
             tokens,
             grid,
             before_block=hook,
-            severance=self.severed,
+            attention=severed_attention(self.severed, severance_masks(mask_logits, grid) if needed else None),
             residual=residual,
-            region_masks=severance_masks(mask_logits, grid) if needed else None,
         )
         return tower.project(result.tokens[:, -result.num_patches :]).unflatten(1, grid)
 

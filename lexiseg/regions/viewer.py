@@ -16,6 +16,7 @@ from lexiseg.clip.image import ImageTower
 from lexiseg.clip.mask_attention import image_embeddings, region_embeddings, whole_patches
 from lexiseg.clip.model import CLIP
 from lexiseg.clip.positions import Interpolation
+from lexiseg.clip.severance import severed_attention
 from lexiseg.regions.crops import CropOptions, Crops, aligned_crops, in_chunks, near_duplicates, tight_crops
 from lexiseg.regions.pooling import mask_pool, resize_masks, unit_or_zero
 
@@ -232,6 +233,6 @@ class RegionViewer:
         image = whole_patches(F.pad(frame, (0, -frame.shape[-1] % patch, 0, -frame.shape[-2] % patch)), patch)
         tokens, grid = tower.embed(image, interpolation=self.positions)
         last = tower.num_blocks - 1
-        result = tower.run(tokens, grid, severance={last: 1.0})
+        result = tower.run(tokens, grid, attention=severed_attention({last: 1.0}))
         patches = unit_or_zero(tower.project(result.tokens[:, -result.num_patches :])).unflatten(1, grid)
         return mask_pool(patches, self.small_masks(mask_logits, frame, grid), normalise=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import open_clip
@@ -18,6 +19,7 @@ from lexiseg.clip.image import ImageTower
 from lexiseg.clip.load import load_clip, packaged_clips
 from lexiseg.clip.model import CLIP, save_clip
 from lexiseg.clip.positions import resize_positions
+from lexiseg.clip.severance import Severance
 from lexiseg.clip.text import TextEmbedder
 from lexiseg.errors import LexisegError
 from lexiseg.vocabulary import PAPER_TEMPLATES, Vocabulary
@@ -97,7 +99,7 @@ def test_levels_hooks_and_masks(clip: CLIP) -> None:
     assert torch.equal(plain.levels[3], plain.tokens)
     assert plain.num_patches == 12
     everything = torch.ones(13, 13, dtype=torch.bool)
-    masked = tower.run(tokens, grid, masks={1: everything})
+    masked = tower.run(tokens, grid, attention={1: partial(block_attention, mask=everything)})
     torch.testing.assert_close(masked.tokens, plain.tokens)
     extra = torch.randn(1, 2, 24)
     as_context = tower.run(tokens, grid, before_block=lambda index, x: (x, extra if index == 0 else None))
@@ -116,8 +118,8 @@ def test_severance_is_a_mixture_of_value_and_attention(clip: CLIP) -> None:
     expected = attention(x, x, x, need_weights=False)[0]
     torch.testing.assert_close(plain, expected, rtol=1e-4, atol=1e-5)
     value = attention.out_proj(F.linear(x, attention.in_proj_weight[48:], attention.in_proj_bias[48:]))
-    torch.testing.assert_close(block_attention(attention, x, severance=1.0), value)
-    mixed = block_attention(attention, x, severance=0.3)
+    torch.testing.assert_close(Severance("gps", 1.0).attention()(attention, x, None), value)
+    mixed = Severance("gps", 0.3).attention()(attention, x, None)
     torch.testing.assert_close(mixed, 0.3 * value + 0.7 * plain, rtol=1e-4, atol=1e-5)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import pytest
 import torch
@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from lexiseg.clip.blocks import block_attention
 from lexiseg.clip.load import load_clip
 from lexiseg.clip.mask_attention import (
     FROZEN_UNITS,
@@ -148,7 +149,8 @@ def test_one_run_equals_the_definition() -> None:
     regions = attention_mask(masks_on_grid(masks, grid) >= 0.5)
     patches = (torch.arange(20) >= 5).expand(2, 1, 15, -1)
     allowed = torch.cat([regions, patches], dim=2)
-    whole = tower.run(tokens, grid, first=start, masks=dict.fromkeys(range(DEPTH), allowed), levels=range(DEPTH))
+    masked = dict.fromkeys(range(DEPTH), partial(block_attention, mask=allowed))
+    whole = tower.run(tokens, grid, first=start, attention=masked, levels=range(DEPTH))
     assert result.patches is not None
     close(torch.cat([result.regions, result.patches], dim=1), whole.tokens)
     for index in range(start, DEPTH):

@@ -10,7 +10,14 @@ from torch import Tensor
 
 from lexiseg.clip.model import CLIP
 from lexiseg.clip.positions import resize_positions
-from lexiseg.clip.severance import Severance, SeveranceKind, released_residual, severance_masks, token_weights
+from lexiseg.clip.severance import (
+    Severance,
+    SeveranceKind,
+    released_residual,
+    severance_masks,
+    severed_attention,
+    token_weights,
+)
 from lexiseg.clip.visual_prompts import AddedTables, PrependedPrompts
 from lexiseg.errors import LexisegError
 from tests.towers import small_clip
@@ -47,7 +54,7 @@ def test_any_grid_any_block_any_number_of_masks(
     tokens, grid = embedded(clip, rows * 8, columns * 8)
     masks = severance_masks(torch.randn(2, count, 13, 9), grid)
     assert masks.shape == (2, count, rows, columns)
-    result = clip.image_tower.run(tokens, grid, severance={block: Severance(kind)}, region_masks=masks)
+    result = clip.image_tower.run(tokens, grid, attention=severed_attention({block: Severance(kind)}, masks))
     assert result.tokens.shape == tokens.shape
     assert bool(torch.isfinite(result.tokens).all())
 
@@ -57,10 +64,11 @@ def test_alpha_0_is_the_tower_itself_and_a_number_is_the_alpha_of_gps(clip: CLIP
     tokens, grid = embedded(clip)
     tower = clip.image_tower
     plain = tower.run(tokens, grid).tokens
-    assert torch.equal(tower.run(tokens, grid, severance={3: Severance("gps", 0.0)}).tokens, plain)
+    assert torch.equal(tower.run(tokens, grid, attention=severed_attention({3: Severance("gps", 0.0)})).tokens, plain)
     for alpha in (0.3, 1.0):
-        given_as_number = tower.run(tokens, grid, severance={2: alpha, 3: alpha}).tokens
-        given_as_object = tower.run(tokens, grid, severance={i: Severance("gps", alpha) for i in (2, 3)}).tokens
+        given_as_number = tower.run(tokens, grid, attention=severed_attention({2: alpha, 3: alpha})).tokens
+        objects = severed_attention({index: Severance("gps", alpha) for index in (2, 3)})
+        given_as_object = tower.run(tokens, grid, attention=objects).tokens
         assert torch.equal(given_as_number, given_as_object)
         assert not torch.allclose(given_as_number, plain)
 
@@ -88,7 +96,8 @@ def test_severed_patches_keep_to_themselves(clip: CLIP) -> None:
     other = images.clone()
     other[..., :8, :8] += 1.0
     tower = clip.image_tower
-    runs = [tower.run(*tower.embed(x), severance=dict.fromkeys(range(DEPTH), 1.0)).tokens for x in (images, other)]
+    severed = severed_attention(dict.fromkeys(range(DEPTH), 1.0))
+    runs = [tower.run(*tower.embed(x), attention=severed).tokens for x in (images, other)]
     same = (runs[0] == runs[1]).all(dim=-1)[0]
     assert same.tolist() == [True, False, *[True] * 15]
 
@@ -118,7 +127,7 @@ def test_wrong_severances_are_refused(clip: CLIP) -> None:
     with pytest.raises(LexisegError, match="from 0 to 1"):
         Severance("gps", 1.5)
     with pytest.raises(LexisegError, match="needs region masks"):
-        clip.image_tower.run(*embedded(clip), severance={0: Severance("mps")})
+        clip.image_tower.run(*embedded(clip), attention=severed_attention({0: Severance("mps")}))
 
 
 @torch.no_grad()
@@ -196,7 +205,7 @@ def test_dead_rows_change_nothing_but_the_time(clip: CLIP, blocks: tuple[int, ..
             tokens,
             grid,
             before_block=prompts.hook(15, severed=severed, keep_rows=keep),
-            severance=dict.fromkeys(severed, Severance("released")),
+            attention=severed_attention(dict.fromkeys(severed, Severance("released"))),
             region_masks=masks,
         )
         results.append(torch.cat([run.tokens[:, :1], run.tokens[:, -15:]], dim=1))

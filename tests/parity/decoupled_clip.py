@@ -20,7 +20,7 @@ from lexiseg.clip.mask_attention import (
 )
 from lexiseg.clip.model import CLIP
 from lexiseg.clip.resnet import attention_pool, resnet_features
-from lexiseg.clip.severance import Severance, released_residual, severance_masks
+from lexiseg.clip.severance import Severance, released_residual, severance_masks, severed_attention
 from lexiseg.clip.visual_prompts import AddedTables, PrependedPrompts
 from tests.parity.case import Case
 from tests.parity.clip_build import make_clip, vision_sizes
@@ -69,9 +69,8 @@ def deop_visual(case: Case) -> None:
                 grid,
                 before_block=hook,
                 levels=range(tower.num_blocks),
-                severance=severed,
+                attention=severed_attention(severed, region_masks),
                 residual=residual,
-                region_masks=region_masks,
             )
             features = tower.project(run.tokens[:, -run.num_patches :]).unflatten(1, grid)
             case.check(f"{start}features", features)

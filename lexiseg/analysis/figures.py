@@ -1,34 +1,19 @@
-"""The papers' figures of what a model does, for any model and picture."""
+"""The papers' figures of what a model does, for any model and picture; each is a matplotlib figure."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from numpy.typing import NDArray
 from torch import Tensor
 
-from lexiseg.analysis.canvas import (
-    ACCENT,
-    CAPTION,
-    INK,
-    MUTED,
-    PANEL,
-    Panel,
-    Scale,
-    colors,
-    columns_for,
-    compose,
-    fit,
-    font,
-    heat_map,
-    mark,
-    ticks,
-)
-from lexiseg.analysis.charts import Group, bar_chart
 from lexiseg.analysis.measures import linear_cka, patch_similarity
+from lexiseg.analysis.panels import ACCENT, INK, Panel, Scale, compose, new_figure, set_title
 from lexiseg.analysis.points import Point, chosen_points
 from lexiseg.analysis.towers import Blocks, has_own_clip, learnt_in_tower, plain_blocks, system_blocks
 from lexiseg.errors import LexisegError
@@ -38,13 +23,19 @@ from lexiseg.models.levels import WeightedSum, format_groups
 from lexiseg.segmenter import Segmenter
 from lexiseg.vocabulary import VocabularySource
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.image import AxesImage
+
 _MAX_CLASSES = 48
-_CELL, _CELL_WITH_NUMBER = 24, 46
+_SCORE_SIDE = 256
+_MAX_COLUMNS = 7
 
 
 def similarity_figure(
     segmenter: Segmenter, image: str | Path, points: Sequence[Point] = (), blocks: Sequence[int] = ()
-) -> Image.Image:
+) -> Figure:
     """How similar every patch is to a chosen one, block by block (Cascade-CLIP, Fig. 1 and 6).
 
     The tower runs as the model runs it, with its prompts; the whole picture at once.
@@ -58,32 +49,25 @@ def similarity_figure(
     Raises:
         LexisegError: the picture is wrong, a point lies outside it, or a block does not exist.
     """
-    picture = _picture(read_image(image, max_pixels=segmenter.max_pixels))
-    width, height = picture.size
-    chosen = chosen_points(points, picture.size, image)
+    picture = read_picture(segmenter, image)
+    height, width = picture.shape[:2]
+    chosen = chosen_points(points, (width, height), image)
     found = _run(segmenter, image)
     shown = _blocks_to_show(blocks, len(found.patches))
     rows, columns = found.grid
-    size = fit(width, height)
-    maps = []
-    for column, row in chosen:
-        index = (row * rows // height) * columns + column * columns // width
-        maps.append(patch_similarity(found.patches, index).unflatten(1, found.grid).cpu().numpy())
+    places = [(row * rows // height, column * columns // width) for column, row in chosen]
+    maps = [
+        patch_similarity(found.patches, row * columns + column).unflatten(1, found.grid).cpu().numpy()
+        for row, column in places
+    ]
     low = min(float(values[block - 1].min()) for values in maps for block in shown)
     scale = Scale(min(0.0, np.floor(low * 10) / 10) if low < 0.3 else np.floor(low * 10) / 10, 1.0, "cosine similarity")
     panels: list[list[Panel]] = []
-    for (column, row), values in zip(chosen, maps, strict=True):
-        patch = (column * columns // width, row * rows // height)
-        box = (
-            patch[0] * size[0] / columns,
-            patch[1] * size[1] / rows,
-            (patch[0] + 1) * size[0] / columns,
-            (patch[1] + 1) * size[1] / rows,
-        )
-        small = picture.resize(size, Image.Resampling.LANCZOS)
-        group = [Panel(mark(small, box), f"patch at {column}, {row}")]
-        group += [Panel(mark(heat_map(values[block - 1], size, scale), box), f"block {block}") for block in shown]
-        panels += _in_rows(group)
+    for point, (row, column), values in zip(chosen, places, maps, strict=True):
+        box = (column / columns, row / rows, (column + 1) / columns, (row + 1) / rows)
+        group = [Panel(picture, f"patch at {point[0]}, {point[1]}", box=box)]
+        group += [Panel(values[block - 1], f"block {block}", box=box, extent=height / width) for block in shown]
+        panels += in_rows(group)
     return compose(
         f"Similarity of one patch with all others: {segmenter.model.system}",
         panels,
@@ -92,7 +76,7 @@ def similarity_figure(
     )
 
 
-def scores_figure(segmenter: Segmenter, image: str | Path, classes: VocabularySource) -> Image.Image:
+def scores_figure(segmenter: Segmenter, image: str | Path, classes: VocabularySource) -> Figure:
     """The score of each class at every pixel (ZegCLIP, Fig. 8: semantic masks of different text queries).
 
     Args:
@@ -108,34 +92,59 @@ def scores_figure(segmenter: Segmenter, image: str | Path, classes: VocabularySo
         raise LexisegError(
             f"{len(vocabulary)} classes are too many for one figure; choose at most {_MAX_CLASSES} of them."
         )
-    picture = _picture(read_image(image, max_pixels=segmenter.max_pixels))
-    size = fit(*picture.size)
-    scores = segmenter.scores(image, vocabulary).dense((size[1], size[0]))[0].cpu().numpy()
+    picture = read_picture(segmenter, image)
+    height, width = picture.shape[:2]
+    factor = _SCORE_SIDE / max(height, width)
+    size = (max(1, round(height * factor)), max(1, round(width * factor)))
+    scores = segmenter.scores(image, vocabulary).dense(size)[0].cpu().numpy()
     names = [*vocabulary.names, "background"][: len(scores)]
     low, high = float(scores.min()), float(scores.max())
     best = scores.argmax(0)
     # Scores of a sigmoid, seen classes' offset included, are best read from 0; cosines as they are.
     scale = Scale(0.0 if low >= -0.2 and high > 0.35 else low, max(high, low + 1e-6), "score")
-    group = [Panel(picture.resize(size, Image.Resampling.LANCZOS), "picture")]
+    group = [Panel(picture, "picture")]
     for index, name in enumerate(names):
         unseen = index < len(vocabulary.classes) and vocabulary.classes[index].seen is False
         group.append(
             Panel(
-                heat_map(scores[index], size, scale),
+                scores[index],
                 f"{name} (unseen)" if unseen else name,
-                f"highest {scores[index].max():.2f}, wins {_share(float((best == index).mean()))}",
+                f"highest {scores[index].max():.2f}, wins {_percent(float((best == index).mean()))}",
                 ACCENT if unseen else INK,
+                extent=height / width,
             )
         )
     return compose(
         f"Scores of the classes: {segmenter.model.system}",
-        _in_rows(group),
+        in_rows(group),
         scale=scale,
         subtitle=f"{Path(image_name(image)).name}; the class with the highest score at a pixel wins it",
     )
 
 
-def cka_figure(segmenter: Segmenter, images: Sequence[str | Path], before: Segmenter | None = None) -> Image.Image:
+def compare_figure(segmenters: Sequence[Segmenter], image: str | Path, classes: VocabularySource) -> Figure:
+    """What several models make of one picture, side by side (Cascade-CLIP, Fig. 5 and 8; MAFT, Fig. 4).
+
+    Args:
+        segmenters: one or more models, in the order of the panels.
+        image: the picture.
+        classes: the words, as `Segmenter.predict` takes them.
+
+    Raises:
+        LexisegError: the picture or the classes are wrong, or no model is given.
+    """
+    if not segmenters:
+        raise LexisegError("A comparison needs at least one model; name one or more.")
+    group = [Panel(read_picture(segmenters[0], image), "picture")]
+    for segmenter in segmenters:
+        result = segmenter.predict(image, classes)
+        overlay = np.asarray(result.overlay(legend=False))
+        largest = ", ".join(f"{row.name} {_percent(row.share)}" for row in result.table()[:3])
+        group.append(Panel(overlay, segmenter.model.system, largest))
+    return compose("The same picture by several models", in_rows(group), subtitle=Path(image_name(image)).name)
+
+
+def cka_figure(segmenter: Segmenter, images: Sequence[str | Path], before: Segmenter | None = None) -> Figure:
     """Alignment of the blocks of a tower with each other, before and after training (Cascade-CLIP, Fig. 4).
 
     Linear CKA of the patches of all pictures. "Before" is the CLIP inside the model without what was learnt beside it,
@@ -166,39 +175,67 @@ def cka_figure(segmenter: Segmenter, images: Sequence[str | Path], before: Segme
         plain = linear_cka(_samples([_run(segmenter, image, plain=True) for image in images]))
         found.append((f"before: {model.clip.name} alone", plain))
     found.append((f"after: {model.system}" if found else f"{model.system}: {model.clip.name}", after))
-    scale = Scale(0.0, 1.0, "linear CKA")
-    panels = []
-    for caption, matrix in found:
+    figure = new_figure(4.2 * len(found) + 0.8, 4.8)
+    all_axes = figure.subplots(1, len(found), squeeze=False)[0]
+    for axes, (caption, matrix) in zip(all_axes, found, strict=True):
+        shown = _draw_matrix(axes, matrix.cpu().numpy())
         last = float(matrix[-1, :-1].mean()) if len(matrix) > 1 else 1.0
-        panels.append(Panel(_matrix(matrix.cpu().numpy(), scale), caption, f"last block with the others: {last:.2f}"))
+        axes.set_title(f"{caption}\nlast block with the others: {last:.2f}", fontsize=9, parse_math=False)
+    figure.colorbar(shown, ax=list(all_axes), label="linear CKA", fraction=0.04)
     pictures = f"{len(images)} pictures" if len(images) > 1 else Path(image_name(images[0])).name
-    return compose(
+    set_title(
+        figure,
         "How alike the blocks of the image tower are",
-        [panels],
-        scale=scale,
-        subtitle=f"linear CKA of the patches of {pictures}; the last block is framed in red",
+        f"linear CKA of the patches of {pictures}; the last block is framed in red",
     )
+    return figure
 
 
-def nga_figure(segmenter: Segmenter) -> Image.Image:
+def nga_figure(segmenter: Segmenter) -> Figure:
     """Weights of the neighbourhood Gaussian aggregation before and after training (Cascade-CLIP, Table 17).
 
     Raises:
         LexisegError: the model has no such weights.
     """
     groups = nga_weights(segmenter.model)
-    chart = bar_chart(
-        groups, series=("before training", "after training"), y_label="weight", width=max(560, 250 * len(groups))
-    )
-    return compose(
+    figure = new_figure(max(4.0, 2.2 * len(groups)), 4.0)
+    for index, (axes, group) in enumerate(zip(figure.subplots(1, len(groups), squeeze=False)[0], groups, strict=True)):
+        places = np.arange(len(group.blocks))
+        for shift, values, color in ((-0.2, group.before, "#b0bac5"), (0.2, group.after, "#2c718e")):
+            label = "before training" if shift < 0 else "after training"
+            bars = axes.bar(places + shift, values, 0.4, label=label, color=color)
+            axes.bar_label(bars, fmt="%.2f", fontsize=7)
+        axes.set_xticks(places, [f"block {block}" for block in group.blocks], fontsize=8)
+        axes.axhline(0, color=INK, linewidth=0.8)
+        axes.set_xlabel(format_groups((group.blocks,)))
+        if not index:
+            axes.set_ylabel("weight")
+            axes.legend(fontsize=7)
+    set_title(
+        figure,
         f"Weights of the blocks in each group: {segmenter.model.system}",
-        [[Panel(chart, "")]],
-        subtitle="neighbourhood Gaussian aggregation; a group of one block has no weights",
+        "neighbourhood Gaussian aggregation; a group of one block has no weights",
     )
+    return figure
 
 
-def nga_weights(model: SegmentationModel) -> list[Group]:
-    """The weights as `nga_figure` draws them: one group of bars for each group of several blocks.
+@dataclass(frozen=True)
+class GroupWeights:
+    """Aggregation weights of a group of blocks.
+
+    Attributes:
+        blocks: of the group, counted from 1.
+        before: a weight a block, as training starts.
+        after: the same, as the model has them.
+    """
+
+    blocks: tuple[int, ...]
+    before: tuple[float, ...]
+    after: tuple[float, ...]
+
+
+def nga_weights(model: SegmentationModel) -> list[GroupWeights]:
+    """The weights as `nga_figure` draws them, for each group of several blocks.
 
     Raises:
         LexisegError: the model has no such weights.
@@ -210,8 +247,8 @@ def nga_weights(model: SegmentationModel) -> list[Group]:
     for module, kind, blocks in zip(model.aggregations, options.aggregations, options.blocks, strict=True):
         if isinstance(module, WeightedSum):
             start = WeightedSum(len(blocks), options.sigma if kind in ("nga", "nga-fixed") else None)
-            values = [part.weights.detach().cpu().tolist() for part in (start, module)]
-            groups.append(Group(format_groups((blocks,)), [f"block {block}" for block in blocks], values))
+            before, after = (tuple(part.weights.detach().cpu().tolist()) for part in (start, module))
+            groups.append(GroupWeights(tuple(blocks), before, after))
     if not groups:
         raise LexisegError(
             f"This cascade-clip joins its groups {options.groups} without weights; choose one whose aggregation is nga."
@@ -219,12 +256,20 @@ def nga_weights(model: SegmentationModel) -> list[Group]:
     return groups
 
 
-def _share(value: float) -> str:
-    return "<1 %" if 0 < value < 0.005 else f"{100 * value:.0f} %"
+def read_picture(segmenter: Segmenter, image: str | Path) -> NDArray[np.uint8]:
+    """The picture at ``image``, (H, W, 3) uint8."""
+    return read_image(image, max_pixels=segmenter.max_pixels).permute(1, 2, 0).numpy()
 
 
-def _picture(image: Tensor) -> Image.Image:
-    return Image.fromarray(image.permute(1, 2, 0).numpy())
+def in_rows(panels: Sequence[Panel]) -> list[list[Panel]]:
+    """Panels in rows of about equal length, no longer than a page is wide."""
+    rows = -(-len(panels) // _MAX_COLUMNS)
+    columns = -(-len(panels) // rows)
+    return [list(panels[start : start + columns]) for start in range(0, len(panels), columns)]
+
+
+def _percent(fraction: float) -> str:
+    return "<1 %" if 0 < fraction < 0.005 else f"{100 * fraction:.0f} %"
 
 
 def _run(segmenter: Segmenter, image: str | Path, *, plain: bool = False) -> Blocks:
@@ -255,39 +300,20 @@ def _blocks_to_show(blocks: Sequence[int], count: int) -> list[int]:
     return list(dict.fromkeys(blocks)) or list(range(1, count + 1))
 
 
-def _in_rows(panels: Sequence[Panel]) -> list[list[Panel]]:
-    columns = columns_for(len(panels))
-    return [list(panels[start : start + columns]) for start in range(0, len(panels), columns)]
+def _draw_matrix(axes: Axes, values: NDArray[np.floating]) -> AxesImage:
+    """A square matrix with its block numbers, its values where they fit, and its last row framed."""
+    from matplotlib.patches import Rectangle
 
-
-def _matrix(values: np.ndarray, scale: Scale) -> Image.Image:
-    """A square matrix with its block numbers, its numbers where they fit, and its last row framed."""
     count = len(values)
-    with_numbers = count <= 16
-    cell = _CELL_WITH_NUMBER if with_numbers else _CELL
-    side, left, below = count * cell, 58, 58
-    canvas = Image.new("RGB", (left + side + 4, side + below), (255, 255, 255))
-    blocks = Image.fromarray(colors(values, scale)).resize((side, side), Image.Resampling.NEAREST)
-    canvas.paste(blocks, (left, 0))
-    draw = ImageDraw.Draw(canvas)
-    small, caption = font(14), font(CAPTION - 2)
-    every = max(1, len(ticks(0, count, count)) // 13 + 1) if count > 16 else 1
-    for index in range(count):
-        middle = (index + 0.5) * cell
-        if index % every == 0 or index == count - 1:
-            draw.text((left - 8, middle), str(index + 1), INK, small, anchor="rm")
-            draw.text((left + middle, side + 8), str(index + 1), INK, small, anchor="ma")
-        for other in range(count if with_numbers else 0):
-            value = float(values[index, other])
-            ink = (255, 255, 255) if value < 0.62 else (25, 25, 25)
-            draw.text((left + (other + 0.5) * cell, middle), f"{value:.2f}", ink, font(13), anchor="mm")
-    draw.rectangle((left, side - cell, left + side - 1, side - 1), outline=ACCENT, width=3)
-    draw.text((left + side / 2, side + below - 4), "block", MUTED, caption, anchor="md")
-    label = Image.new("RGB", (round(caption.getlength("block")) + 4, 26), (255, 255, 255))
-    ImageDraw.Draw(label).text((2, 0), "block", MUTED, caption)
-    upright = label.rotate(90, expand=True)
-    canvas.paste(upright, (0, round(side / 2 - upright.height / 2)))
-    if side < PANEL:
-        factor = PANEL / side
-        return canvas.resize((round(canvas.width * factor), round(canvas.height * factor)), Image.Resampling.LANCZOS)
-    return canvas
+    shown = axes.imshow(values, vmin=0, vmax=1)
+    every = range(0, count, 1 if count <= 16 else 4)
+    axes.set_xticks(every, [str(index + 1) for index in every], fontsize=7)
+    axes.set_yticks(every, [str(index + 1) for index in every], fontsize=7)
+    axes.set_xlabel("block")
+    axes.set_ylabel("block")
+    for row, column in np.ndindex(count, count) if count <= 16 else ():
+        value = float(values[row, column])
+        ink = "white" if value < 0.62 else INK
+        axes.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=5, color=ink)
+    axes.add_patch(Rectangle((-0.5, count - 1.5), count, 1, fill=False, edgecolor=ACCENT, linewidth=2))
+    return shown

@@ -4,35 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Literal, cast
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw
 from torch import Tensor
 from torch.nn import functional as F
 
-from lexiseg.analysis.canvas import (
-    ACCENT,
-    GRID,
-    INK,
-    PAPER,
-    SMALL,
-    Panel,
-    Scale,
-    columns_for,
-    compose,
-    fit,
-    font,
-    heat_map,
-    mark,
-    shorten,
-)
+from lexiseg.analysis.figures import in_rows, read_picture
+from lexiseg.analysis.panels import Bar, Panel, Scale, compose
 from lexiseg.analysis.points import Point, chosen_points
 from lexiseg.errors import LexisegError
-from lexiseg.images import image_name, read_image
+from lexiseg.images import image_name
 from lexiseg.models import DeOP
 from lexiseg.models.decoupled import DecoupledModel
 from lexiseg.models.region_host import RegionHost
@@ -40,10 +26,13 @@ from lexiseg.regions.ensemble import EnsembleOptions
 from lexiseg.regions.pooling import resize_masks
 from lexiseg.scores import RegionScores
 from lexiseg.segmenter import Segmenter
-from lexiseg.vocabulary import VocabularySource
+from lexiseg.vocabulary import Vocabulary, VocabularySource
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _MAX_PROPOSALS = 24
-_LINE, _BAR = 24, 6
+_MASK_SIDE = 256
 
 ScoresBy = Literal["clip", "ensemble"]
 _SCORES_OF = {"clip": "by CLIP alone", "ensemble": "as predicted"}
@@ -82,7 +71,7 @@ def attention_maps(model: DeOP, padded: Tensor, block: int = -1) -> Tensor:
 
 
 @torch.no_grad()
-def anchor_figure(segmenter: Segmenter, image: str | Path, points: Sequence[Point] = ()) -> Image.Image:
+def anchor_figure(segmenter: Segmenter, image: str | Path, points: Sequence[Point] = ()) -> Figure:
     """What surrounds a patch for CLIP's attention, for the proposal it lies in, and for that proposal's anchors.
 
     DeOP, Fig. 5 and 8: the picture with the patch, CLIP's self-attention from it in the last block, the proposal whose
@@ -101,8 +90,8 @@ def anchor_figure(segmenter: Segmenter, image: str | Path, points: Sequence[Poin
     model = segmenter.model
     if not isinstance(model, DeOP):
         raise LexisegError(f"{model.system} has no anchors to draw; choose a deop model.")
-    picture = Image.fromarray(read_image(image, max_pixels=segmenter.max_pixels).permute(1, 2, 0).numpy())
-    chosen = chosen_points(points, picture.size, image)
+    picture = read_picture(segmenter, image)
+    chosen = chosen_points(points, (picture.shape[1], picture.shape[0]), image)
     images = segmenter.pixels(image)
     height, width = images.shape[-2:]
     training = model.training
@@ -120,29 +109,30 @@ def anchor_figure(segmenter: Segmenter, image: str | Path, points: Sequence[Poin
     finally:
         model.train(training)
     rows, columns = model.grid(padded)
-    patch, size = model.clip.patch_size, fit(*picture.size)
-    shown = (min(rows * patch, height), min(columns * patch, width))
-    scale = Scale(0.0, 1.0, "share of the largest value")
-    small = picture.resize(size, Image.Resampling.LANCZOS)
+    patch = model.clip.patch_size
+    shown = (-(-min(rows * patch, height) // patch), -(-min(columns * patch, width) // patch))
+    extent = picture.shape[0] / picture.shape[1]
     panels = []
     for column, row in chosen:
-        y, x = row * height // picture.height, column * width // picture.width
+        y, x = row * height // picture.shape[0], column * width // picture.shape[1]
         place = min(y // patch, rows - 1), min(x // patch, columns - 1)
         best = int(masks[:, y, x].argmax())
-        box = _box(place, patch, (height, width), size)
+        top, left = place[0] * patch / height, place[1] * patch / width
+        box = (left, top, left + patch / width, top + patch / height)
         around = attention[place[0] * columns + place[1]].unflatten(0, (rows, columns))
+        first = Panel(picture, f"patch at {column}, {row}", box=box, extent=extent)
         panels.append(
             [
-                Panel(mark(small, box), f"patch at {column}, {row}"),
-                Panel(mark(_map(around, patch, shown, size, scale), box), "self-attention", "CLIP, last block"),
-                Panel(mark(heat_map(masks[best].numpy(), size, scale), box), f"proposal {best + 1}", "mask"),
-                Panel(mark(_map(heat[best], patch, shown, size, scale), box), "anchors", "heatmap"),
+                first,
+                replace(first, image=_map(around, shown), caption="self-attention", note="CLIP, last block"),
+                replace(first, image=masks[best].numpy(), caption=f"proposal {best + 1}", note="mask"),
+                replace(first, image=_map(heat[best], shown), caption="anchors", note="heatmap"),
             ]
         )
     return compose(
         "Self-attention and classification anchors",
         panels,
-        scale=scale,
+        scale=Scale(0.0, 1.0, "fraction of the largest value"),
         subtitle=f"{Path(image_name(image)).name}; patches {columns} x {rows}; {model.options.anchors} anchors",
     )
 
@@ -168,20 +158,21 @@ def top_classes(scores: RegionScores, picture: int = 0, k: int = 5) -> tuple[Ten
 
 
 def top_classes_figure(
-    segmenter: Segmenter,
+    segmenters: Segmenter | Sequence[Segmenter],
     image: str | Path,
     classes: VocabularySource,
     *,
     proposals: int = 8,
     k: int = 5,
     by: ScoresBy = "clip",
-) -> Image.Image:
-    """The proposals that decide most of a picture, and the best classes of each (MAFT, Fig. 3 and 7).
+) -> Figure:
+    """The proposals that decide most of a picture, and the best classes of each (MAFT, Fig. 1, 3 and 7).
 
     A proposal decides a pixel if its mask there times the score of its best class is the largest in the prediction.
+    Of several models all judge the first one's proposals, so that what differs is their classifiers alone.
 
     Args:
-        segmenter: with a decoupled model.
+        segmenters: one or several, each with a decoupled model; a row of panels each.
         image: the picture.
         classes: the words, as `Segmenter.predict` takes them; names of unseen classes are red.
         proposals: how many are shown at most.
@@ -190,58 +181,99 @@ def top_classes_figure(
             "ensemble" what the model predicts from, in which the generator may have a say. DeOP's are CLIP's in both.
 
     Raises:
-        LexisegError: the model has no proposals, proposes none here, or CLIP is not asked about them; the picture or
-            the classes are wrong.
+        LexisegError: a model has no proposals, proposes none here, or CLIP is not asked about them; the picture or
+            the classes are wrong; several models are to be compared by their ensembles.
     """
-    model = segmenter.model
-    if not isinstance(model, DecoupledModel):
-        raise LexisegError(f"{model.system} has no proposals; choose zsseg, zegformer, freeseg or deop.")
-    if by == "clip" and isinstance(model, RegionHost) and model.viewer is None:
-        raise LexisegError("In this model the proposals decide alone and CLIP is shown none; draw by 'ensemble'.")
+    several = [segmenters] if isinstance(segmenters, Segmenter) else list(segmenters)
+    models = [_checked(segmenter, by) for segmenter in several]
+    if len(several) > 1 and by != "clip":
+        raise LexisegError("Several models share the first one's proposals only by 'clip'; draw ensembles one by one.")
     if not 1 <= proposals <= _MAX_PROPOSALS:
         raise LexisegError(f"{proposals} proposals do not fit a figure; choose from 1 to {_MAX_PROPOSALS}.")
-    vocabulary = segmenter.vocabulary(classes)
-    picture = Image.fromarray(read_image(image, max_pixels=segmenter.max_pixels).permute(1, 2, 0).numpy())
-    scores = segmenter.scores(image, vocabulary)
-    if not isinstance(scores, RegionScores):
-        raise LexisegError(
-            "Proposals are drawn of whole pictures; this model runs in windows, take its window_size out."
-        )
+    first = several[0]
+    vocabulary = first.vocabulary(classes)
+    picture = read_picture(first, image)
+    scores = _region_scores(first, image, vocabulary)
     if not scores.masks.shape[1]:
         raise LexisegError(f"The model proposes no region in '{image_name(image)}', so there is nothing to draw.")
-    size = fit(*picture.size)
-    masks = region_masks(scores, (size[1], size[0]))
-    values, indices = (found.cpu() for found in top_classes(scores, 0, k))
-    owner = (masks * values[:, :1, None]).argmax(dim=0)
-    if by == "clip" and isinstance(model, RegionHost):
-        with _clip_alone(model):
-            said = segmenter.scores(image, vocabulary)
-        values, indices = (found.cpu() for found in top_classes(cast(RegionScores, said), 0, k))
+    factor = min(1.0, _MASK_SIDE / max(picture.shape[:2]))
+    size = (max(1, round(picture.shape[0] * factor)), max(1, round(picture.shape[1] * factor)))
+    masks = region_masks(scores, size)
+    deciding = top_classes(scores, 0, 1)[0].cpu()
+    owner = (masks * deciding[:, :, None]).argmax(dim=0)
     pixels = torch.bincount(owner.flatten(), minlength=len(masks))
     order = [int(index) for index in pixels.argsort(descending=True, stable=True)[:proposals] if pixels[index]]
     names = [*vocabulary.names, "background"]
-    red = {index for index, entry in enumerate(vocabulary.classes) if entry.seen is False}
-    small = np.asarray(picture.resize(size, Image.Resampling.LANCZOS))
-    panels = [
-        Panel(
-            _stacked(_lit(small, masks[index].numpy()), names, red, values[index].tolist(), indices[index].tolist()),
-            f"proposal {index + 1}",
-            f"decides {100 * float(pixels[index]) / owner.numel():.0f} % of the picture",
-        )
-        for index in order
-    ]
-    columns = columns_for(len(panels))
+    unseen = {index for index, entry in enumerate(vocabulary.classes) if entry.seen is False}
+    rows: list[list[Panel]] = []
+    for segmenter, model in zip(several, models, strict=True):
+        shared = None if segmenter is first else (first, models[0])
+        judged = scores if by == "ensemble" else _judged(segmenter, model, image, vocabulary, shared)
+        values, indices = (found.cpu() for found in top_classes(judged, 0, k))
+        panels = []
+        for index in order:
+            fraction = float(pixels[index]) / owner.numel()
+            bars = tuple(
+                Bar(names[which], value, which in unseen)
+                for value, which in zip(values[index].tolist(), indices[index].tolist(), strict=True)
+            )
+            note = f"decides {100 * fraction:.0f} % of the picture" if shared is None else "the same region"
+            caption = f"proposal {index + 1}" + (f": {model.system}" if len(several) > 1 else "")
+            panels.append(Panel(_lit(picture, masks[index]), caption, note, bars=bars))
+        rows += in_rows(panels)
     return compose(
-        f"Best classes of the proposals: {model.system}",
-        [panels[start : start + columns] for start in range(0, len(panels), columns)],
+        f"Best classes of the proposals: {', '.join(model.system for model in models)}",
+        rows,
         subtitle=f"{Path(image_name(image)).name}; {scores.masks.shape[1]} proposals; "
         f"scores {_SCORES_OF[by]}; red: unseen in training",
     )
 
 
+def _checked(segmenter: Segmenter, by: ScoresBy) -> DecoupledModel:
+    model = segmenter.model
+    if not isinstance(model, DecoupledModel):
+        raise LexisegError(f"{model.system} has no proposals; choose zsseg, zegformer, freeseg or deop.")
+    if by == "clip" and isinstance(model, RegionHost) and model.viewer is None:
+        raise LexisegError("In this model the proposals decide alone and CLIP is shown none; draw by 'ensemble'.")
+    return model
+
+
+def _region_scores(segmenter: Segmenter, image: str | Path, vocabulary: Vocabulary) -> RegionScores:
+    scores = segmenter.scores(image, vocabulary)
+    if not isinstance(scores, RegionScores):
+        raise LexisegError(
+            "Proposals are drawn of whole pictures; this model runs in windows, take its window_size out."
+        )
+    return scores
+
+
+def _judged(
+    segmenter: Segmenter,
+    model: DecoupledModel,
+    image: str | Path,
+    vocabulary: Vocabulary,
+    shared: tuple[Segmenter, DecoupledModel] | None,
+) -> RegionScores:
+    """CLIP's own scores of the model's proposals, or of those of another model."""
+    with _clip_alone(model):
+        if shared is None:
+            return _region_scores(segmenter, image, vocabulary)
+        owner, other = shared
+        with torch.no_grad():
+            text = [one.model.embed_text(one.embedder, vocabulary) for one in (owner, segmenter)]
+            theirs = other.encode_images(owner.pixels(image))
+            kept = other.kept(other.proposals_of(theirs, text[0]))
+            mine = model.encode_images(segmenter.pixels(image))
+            mine = replace(mine, values={"images": mine.values["images"], **kept})
+            return model.score(mine, text[1], word_to_class=vocabulary.word_to_class)
+
+
 @contextmanager
-def _clip_alone(model: RegionHost) -> Iterator[None]:
+def _clip_alone(model: DecoupledModel) -> Iterator[None]:
     """Let CLIP's opinion be the score of a region, for as long as this lasts."""
+    if not isinstance(model, RegionHost):
+        yield
+        return
     options = model.options
     model.options = options.model_copy(update={"ensemble": EnsembleOptions(rule="region")})
     try:
@@ -260,46 +292,17 @@ def region_masks(scores: RegionScores, size: tuple[int, int], picture: int = 0) 
     return resize_masks(masks.sigmoid() if scores.sigmoid else masks, size)[0]
 
 
-def _box(
-    place: tuple[int, int], patch: int, frame: tuple[int, int], size: tuple[int, int]
-) -> tuple[float, float, float, float]:
-    """The patch at ``place`` (row, column) of a frame (height, width), in pixels of a panel of ``size``."""
-    top, left = place[0] * patch * size[1] / frame[0], place[1] * patch * size[0] / frame[1]
-    return left, top, left + patch * size[0] / frame[1], top + patch * size[1] / frame[0]
-
-
-def _map(values: Tensor, patch: int, shown: tuple[int, int], size: tuple[int, int], scale: Scale) -> Image.Image:
-    """A map over patches as a panel: without the padding, brightest at its largest value."""
-    rows, columns = -(-shown[0] // patch), -(-shown[1] // patch)
-    inside = values[:rows, :columns]
+def _map(values: Tensor, shown: tuple[int, int]) -> NDArray[np.floating]:
+    """A map over patches without the padding, 1 at its largest value."""
+    inside = values[: shown[0], : shown[1]]
     largest = float(inside.max())
-    return heat_map((inside / largest if largest > 0 else inside).numpy(), size, scale)
+    return (inside / largest if largest > 0 else inside).numpy()
 
 
-def _lit(picture: NDArray[np.uint8], mask: NDArray[np.floating]) -> Image.Image:
+def _lit(picture: NDArray[np.uint8], mask: Tensor) -> NDArray[np.uint8]:
     """The picture, dark and grey outside the mask."""
-    weight = np.clip(mask, 0, 1)[..., None]
+    weight = (
+        F.interpolate(mask[None, None], size=picture.shape[:2], mode="bilinear")[0, 0].clamp(0, 1).numpy()[..., None]
+    )
     grey = picture.mean(axis=2, keepdims=True) * 0.3
-    return Image.fromarray(np.round(picture * weight + grey * (1 - weight)).astype(np.uint8))
-
-
-def _stacked(
-    picture: Image.Image, names: Sequence[str], red: set[int], values: Sequence[float], indices: Sequence[int]
-) -> Image.Image:
-    """A picture with a list of classes below it, each over a bar as long as its share of the best score."""
-    canvas = Image.new("RGB", (picture.width, picture.height + 8 + len(indices) * (_LINE + _BAR)), PAPER)
-    canvas.paste(picture, (0, 0))
-    draw, face = ImageDraw.Draw(canvas), font(SMALL)
-    low, high = min([0.0, *values]), max([*values, 1e-9])
-    y = picture.height + 8
-    for value, index in zip(values, indices, strict=True):
-        color = ACCENT if index in red else INK
-        text = f"{value:.2f}"
-        draw.text((0, y), shorten(names[index], face, picture.width - 52), color, face)
-        draw.text((picture.width, y), text, color, face, anchor="ra")
-        draw.rectangle((0, y + _LINE - 4, picture.width - 1, y + _LINE - 2), fill=GRID)
-        draw.rectangle(
-            (0, y + _LINE - 4, (picture.width - 1) * (value - low) / (high - low), y + _LINE - 2), fill=color
-        )
-        y += _LINE + _BAR
-    return canvas
+    return np.round(picture * weight + grey * (1 - weight)).astype(np.uint8)

@@ -14,7 +14,7 @@ from lexiseg.cli.options import DEFAULT_MAX_PIXELS, Device
 from lexiseg.errors import LexisegError
 
 if TYPE_CHECKING:
-    from PIL import Image
+    from matplotlib.figure import Figure
 
     from lexiseg.segmenter import Segmenter
 
@@ -99,6 +99,27 @@ def scores(
     _write(figure, output)
 
 
+@app.command("compare")
+def compare(
+    image: Picture,
+    classes: Annotated[str, typer.Argument(help="The classes, as for `lexiseg draw scores`.", show_default=False)],
+    model: Annotated[
+        list[str], typer.Option("--model", "-m", help="A model; repeat it for several.", show_default=False)
+    ],
+    output: Output = Path("out/compare.png"),
+    device: Device = "auto",
+) -> None:
+    """Draw what several models make of one picture, side by side (Cascade-CLIP, Fig. 5 and 8; MAFT, Fig. 4)."""
+    _check(output)
+    vocabulary = lexiseg.Vocabulary.parse(Path(classes[1:]) if classes.startswith("@") else classes)
+    from lexiseg.analysis import compare_figure
+
+    segmenters = [_load(name, device) for name in model]
+    with waiting("drawing"):
+        figure = compare_figure(segmenters, image, vocabulary)
+    _write(figure, output)
+
+
 @app.command("cka")
 def cka(
     model: Model,
@@ -158,17 +179,23 @@ def proposals(
             "--by", help="Whose scores: clip's of the region alone, as in the paper, or the prediction's (ensemble)."
         ),
     ] = By.clip,
+    against: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--against", help="Another model that judges the same proposals; repeat it for several.", show_default=False
+        ),
+    ] = None,
     output: Output = Path("out/proposals.png"),
     device: Device = "auto",
 ) -> None:
-    """Draw the proposals that decide most of a picture and their five best classes (MAFT, Fig. 3)."""
+    """Draw the proposals that decide most of a picture and their five best classes (MAFT, Fig. 1 and 3)."""
     _check(output)
     vocabulary = lexiseg.Vocabulary.parse(Path(classes[1:]) if classes.startswith("@") else classes)
     from lexiseg.analysis.regions import top_classes_figure
 
-    segmenter = _load(model, device)
+    segmenters = [_load(name, device) for name in (model, *(against or ()))]
     with waiting("drawing"):
-        figure = top_classes_figure(segmenter, image, vocabulary, proposals=count, by=by.value)
+        figure = top_classes_figure(segmenters, image, vocabulary, proposals=count, by=by.value)
     _write(figure, output)
 
 
@@ -220,10 +247,10 @@ def _check(output: Path) -> None:
         raise LexisegError(f"'{output}' must end in .png.")
 
 
-def _write(figure: Image.Image, output: Path) -> None:
+def _write(figure: Figure, output: Path) -> None:
     from lexiseg.files import atomic_write, make_folder
 
     make_folder(output.parent)
     with atomic_write(output) as temporary:
-        figure.save(temporary)
+        figure.savefig(temporary, format="png")
     say_written([output])

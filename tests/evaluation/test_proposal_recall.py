@@ -162,10 +162,17 @@ def test_attention_maps_are_shares(segmenter: Segmenter) -> None:
 
 def test_figures(segmenter: Segmenter, picture: Path) -> None:
     figure = anchor_figure(segmenter, picture, [(3, 4), (69, 49)])
-    assert figure.mode == "RGB"
-    assert figure.width > 4 * 256
+    assert sum(bool(axes.images) for axes in figure.axes) >= 8
     figure = top_classes_figure(segmenter, picture, "cat; sky, heaven; sea", proposals=3, k=2)
-    assert figure.width > 256
+    assert figure.axes
+    figure = top_classes_figure(
+        [segmenter, Segmenter(host("zsseg"), disk_cache=False)], picture, "cat; sky", proposals=1
+    )
+    panels = [axes for axes in figure.axes if axes.images]
+    assert len(panels) == 2
+    assert np.array_equal(panels[0].images[0].get_array(), panels[1].images[0].get_array())  # the same region
+    with pytest.raises(LexisegError, match="only by 'clip'"):
+        top_classes_figure([segmenter, segmenter], picture, "cat", by="ensemble")
     with pytest.raises(LexisegError, match="70,0 lies outside"):
         anchor_figure(segmenter, picture, [(70, 0)])
     with pytest.raises(LexisegError, match="has no anchors"):

@@ -1,0 +1,172 @@
+"""Figures of panels in rows, drawn by matplotlib."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lexiseg.errors import LexisegError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.image import AxesImage
+
+ACCENT, INK, MUTED = "#c81e28", "#212121", "#6e6e6e"
+_PANEL, _WIDE = 2.6, 4.2
+_BAR = 0.34
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A class and its score, below a panel.
+
+    Attributes:
+        name: of the class.
+        value: its score.
+        unseen: whether it is drawn red.
+    """
+
+    name: str
+    value: float
+    unseen: bool = False
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One picture of a figure.
+
+    Attributes:
+        image: (H, W, 3) uint8 for a picture, (H, W) float for a heat map in the colours of the figure's scale.
+        caption: above it.
+        note: a smaller line under the caption.
+        color: of the caption.
+        box: (left, top, right, bottom) as fractions of the panel, framed in red.
+        extent: height over width it is shown with; None is the image's own.
+        bars: scores of classes, listed below it.
+    """
+
+    image: NDArray[np.generic]
+    caption: str
+    note: str = ""
+    color: str = INK
+    box: tuple[float, float, float, float] | None = None
+    extent: float | None = None
+    bars: tuple[Bar, ...] = ()
+
+    @property
+    def aspect(self) -> float:
+        """Height over width."""
+        return self.image.shape[0] / self.image.shape[1] if self.extent is None else self.extent
+
+
+@dataclass(frozen=True)
+class Scale:
+    """What the colours of heat maps mean.
+
+    Attributes:
+        low: value of the darkest colour.
+        high: value of the brightest.
+        label: what the values are.
+    """
+
+    low: float
+    high: float
+    label: str
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure of a size in inches.
+
+    Raises:
+        LexisegError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise LexisegError("Figures need matplotlib; install it with pip install 'lexiseg[plots]'.") from error
+    return Figure(figsize=(width, height), dpi=110, layout="constrained", facecolor="white")
+
+
+def set_title(figure: Figure, title: str, subtitle: str) -> None:
+    """Write title and subtitle; text is taken as it is, never as mathematics."""
+    figure.suptitle(f"{title}\n{subtitle}" if subtitle else title, fontsize=11, color=INK, parse_math=False)
+
+
+def compose(title: str, rows: Sequence[Sequence[Panel]], *, scale: Scale | None = None, subtitle: str = "") -> Figure:
+    """Put panels into a figure.
+
+    Args:
+        title: above everything.
+        rows: panels row by row.
+        scale: of the heat maps, drawn as a colour bar on the right.
+        subtitle: under the title.
+
+    Raises:
+        LexisegError: matplotlib is not installed.
+        ValueError: there is no panel.
+    """
+    if not rows or not all(rows):
+        raise ValueError("a figure needs at least one panel in each row")
+    columns = max(map(len, rows))
+    width = _PANEL if max(panel.aspect for row in rows for panel in row) >= 0.25 else _WIDE
+    heights: list[float] = []
+    for row in rows:
+        heights.append(min(max(width * max(panel.aspect for panel in row), 0.5), 3 * width) + 0.5)
+        heights.append(_BAR * max(len(panel.bars) for panel in row))
+    figure = new_figure(columns * width + (1.0 if scale else 0.2), sum(heights) + 0.8)
+    grid = figure.add_gridspec(len(heights), columns, height_ratios=[max(height, 1e-3) for height in heights])
+    shown = None
+    drawn: list[Axes] = []
+    for index, row in enumerate(rows):
+        for column, panel in enumerate(row):
+            axes = figure.add_subplot(grid[2 * index, column])
+            drawn.append(axes)
+            mapped = _draw(axes, panel, scale)
+            shown = shown or mapped
+            if panel.bars:
+                _draw_bars(figure.add_subplot(grid[2 * index + 1, column]), panel.bars)
+    if scale is not None and shown is not None:
+        figure.colorbar(shown, ax=drawn, label=scale.label, fraction=0.04, pad=0.01)
+    set_title(figure, title, subtitle)
+    return figure
+
+
+def _draw(axes: Axes, panel: Panel, scale: Scale | None) -> AxesImage | None:
+    rows, columns = panel.image.shape[:2]
+    mapped = scale is not None and panel.image.ndim == 2
+    low, high = (scale.low, scale.high) if scale is not None and mapped else (None, None)
+    shown = axes.imshow(panel.image, vmin=low, vmax=high, interpolation="bilinear" if mapped else "antialiased")
+    axes.set_aspect(panel.aspect * columns / rows)
+    axes.set_axis_off()
+    caption = f"{panel.caption}\n{panel.note}" if panel.note else panel.caption
+    axes.set_title(caption, fontsize=8, color=panel.color, parse_math=False, wrap=True)
+    if panel.box is not None:
+        from matplotlib.patches import Rectangle
+
+        left, top, right, bottom = panel.box
+        # A patch may be a pixel or two of a small panel: the frame around it stays visible.
+        grow_x, grow_y = (max(0.0, (0.03 - span) / 2) for span in (right - left, bottom - top))
+        corner = ((left - grow_x) * columns - 0.5, (top - grow_y) * rows - 0.5)
+        size = (right - left + 2 * grow_x) * columns, (bottom - top + 2 * grow_y) * rows
+        axes.add_patch(Rectangle(corner, *size, fill=False, edgecolor="white", linewidth=3))
+        axes.add_patch(Rectangle(corner, *size, fill=False, edgecolor=ACCENT, linewidth=1.5))
+    return shown if mapped else None
+
+
+def _draw_bars(axes: Axes, bars: Sequence[Bar]) -> None:
+    places = range(len(bars))
+    colors = [ACCENT if bar.unseen else MUTED for bar in bars]
+    axes.barh(places, [bar.value for bar in bars], color=colors, height=0.25)
+    axes.set_xlim(min(0.0, *(bar.value for bar in bars)), max(1e-9, *(bar.value for bar in bars)))
+    axes.set_ylim(len(bars) - 0.2, -0.8)
+    axes.set_axis_off()
+    left, right = axes.get_xlim()
+    for place, bar in zip(places, bars, strict=True):
+        ink = ACCENT if bar.unseen else INK
+        axes.text(left, place - 0.2, bar.name, fontsize=8, color=ink, clip_on=True, parse_math=False)
+        axes.text(right, place - 0.2, f"{bar.value:.2f}", fontsize=8, color=ink, ha="right")

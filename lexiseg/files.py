@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import unicodedata
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -32,6 +33,21 @@ def make_folder(folder: str | Path) -> Path:
             f"Cannot create the folder '{folder}' ({reason}); choose an output folder you may write to."
         ) from error
     return folder
+
+
+def spelled(path: str | Path) -> Path:
+    """``path`` as the disk spells it: where there is no such name, its composed or decomposed form if that is there.
+
+    Accented letters have two spellings (NFC and NFD) that look the same; disks, archives and keyboards differ in which
+    they give.
+    """
+    path = Path(path)
+    if not str(path).isascii() and not os.path.lexists(path):
+        for form in ("NFC", "NFD"):
+            other = Path(unicodedata.normalize(form, str(path)))
+            if os.path.lexists(other):
+                return other
+    return path
 
 
 @contextmanager
@@ -65,8 +81,12 @@ def write_bytes(path: str | Path, data: bytes) -> Path:
 
 
 def write_text(path: str | Path, text: str) -> Path:
-    """Write ``text`` as UTF-8 to ``path`` atomically and return the path."""
-    return write_bytes(path, text.encode("utf-8"))
+    r"""Write ``text`` as UTF-8 to ``path`` atomically and return the path.
+
+    What UTF-8 has no bytes for, such as the rest of a file name that is not UTF-8, is written as ``\udce9``, which
+    JSON and YAML read back.
+    """
+    return write_bytes(path, text.encode("utf-8", "backslashreplace"))
 
 
 def write_json(path: str | Path, value: Any) -> Path:

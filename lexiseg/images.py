@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import glob
 import io
+import os
 import re
+import sys
 import threading
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, TypeAlias
+from typing import IO, TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
-import torch
 from PIL import ExifTags, Image
 from PIL.Image import Transpose
 
 from lexiseg.errors import LexisegError
-from lexiseg.words import shorten
+from lexiseg.files import spelled
+from lexiseg.words import describe, shorten
+
+if TYPE_CHECKING:
+    import torch
 
 ImageSource: TypeAlias = "str | Path | bytes | IO[bytes] | Image.Image | np.ndarray | torch.Tensor"
 
@@ -24,11 +31,18 @@ DEFAULT_MAX_PIXELS = 200_000_000
 IMAGE_SUFFIXES = frozenset(
     (
         *(".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".mpo", ".pbm", ".pgm"),
-        *(".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp"),
+        *(".png", ".pnm", ".ppm", ".tga", ".tif", ".tiff", ".webp"),
+    )
+)
+# Photographs that Pillow does not read. A folder's listing names them, so that they are reported and not passed over.
+_FOREIGN_SUFFIXES = frozenset(
+    (
+        *(".heic", ".heif", ".hif", ".jxl", ".psd"),
+        *(".arw", ".cr2", ".cr3", ".dng", ".nef", ".orf", ".pef", ".raf", ".rw2", ".srw"),
     )
 )
 # Formats that are pictures and decode in this process. Left out on purpose: EPS starts Ghostscript, and formats
-# without a signature (TGA) take any bytes for a picture.
+# without a signature (TGA) take any bytes for a picture; the latter is allowed to files that end so.
 _FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "JPEG2000", "AVIF", "ICO", "HEIF")
 _TURNS = {
     2: Transpose.FLIP_LEFT_RIGHT,
@@ -43,49 +57,60 @@ _PIXEL_LIMIT_LOCK = threading.Lock()
 
 
 def read_image(source: ImageSource, *, max_pixels: float = DEFAULT_MAX_PIXELS) -> torch.Tensor:
-    """Read a picture, whatever holds it.
-
-    Files: the EXIF orientation is applied; of an animation the first frame is taken; 16-bit values keep their upper
-    byte's precision (v / 257, rounded). Transparency is laid over white, because cut-outs and logos are drawn for a
-    white page and the colours hidden under transparent pixels are arbitrary.
-
-    Args:
-        source: a path; the bytes of a file; a binary file object; a PIL image; a numpy array (H, W) or (H, W, C) with
-            1 to 4 channels (grey, grey and alpha, colour, colour and alpha) of type uint8, uint16, bool, or float in
-            0..1; a torch tensor of those types, (H, W) or (C, H, W).
-        max_pixels: refuse pictures with more pixels than this. For files the size is read from the header before
-            anything is decoded, so that a small file cannot fill the memory.
+    """Read a picture as a tensor: `read_pixels` with the channels first.
 
     Returns:
         uint8, shape (3, H, W): red, green, blue.
 
     Raises:
+        LexisegError: as `read_pixels`.
+    """
+    import torch
+
+    return torch.from_numpy(read_pixels(source, max_pixels=max_pixels)).permute(2, 0, 1)
+
+
+def read_pixels(source: ImageSource, *, max_pixels: float = DEFAULT_MAX_PIXELS, orient: bool = True) -> np.ndarray:
+    """Read a picture, whatever holds it.
+
+    Of an animation the first frame is taken. Transparency is laid over white, because cut-outs and logos are drawn for
+    a white page and the colours hidden under transparent pixels are arbitrary.
+
+    Numbers that are not bytes are read by their depth, the same for files, arrays and tensors: floats in 0..1 run from
+    black to white; other numbers are of the depth of 8, 10, 12, 14, 16 ... bits that just holds the largest of them, so
+    that 12 bits in a 16-bit file run from 0 to 4095. Numbers below 0, and floats whose largest is between 1 and 2 (most
+    likely 0..1 with overshoot), are refused.
+
+    Args:
+        source: a path; the bytes of a file; a binary file object; a PIL image; a numpy array (H, W) or (H, W, C) with
+            1 to 4 channels (grey, grey and alpha, colour, colour and alpha); a torch tensor, (H, W) or (C, H, W).
+        max_pixels: refuse pictures with more pixels than this. For files the size is read from the header before
+            anything is decoded, so that a small file cannot fill the memory.
+        orient: turn the picture as its EXIF orientation says.
+
+    Returns:
+        uint8, shape (H, W, 3): red, green, blue; memory of its own.
+
+    Raises:
         LexisegError: the picture is missing, broken, too large, or of another kind. One sentence, with the name.
     """
-    if isinstance(source, torch.Tensor):
-        return _from_tensor(source, max_pixels)
     if isinstance(source, np.ndarray):
-        return _from_array(source, max_pixels)
+        return _from_array(source, "the array", max_pixels)
+    if "torch" in sys.modules and isinstance(source, sys.modules["torch"].Tensor):
+        return _from_tensor(source, max_pixels)
     if isinstance(source, Image.Image):
-        return _from_pil(source, "the given picture", max_pixels)
+        return _from_pil(source, "the given picture", max_pixels, orient)
     if isinstance(source, bytes | bytearray | memoryview):
-        return _from_file(io.BytesIO(source), "the given data", max_pixels)
-    if isinstance(source, str | Path):
-        return _from_path(source, max_pixels)
-    read = getattr(source, "read", None)
-    if not callable(read):
+        return _from_file(io.BytesIO(source), "the given data", max_pixels, orient)
+    if isinstance(source, str | os.PathLike):
+        return _from_path(source, max_pixels, orient)
+    if not callable(getattr(source, "read", None)):
         raise LexisegError(
-            f"A picture must be a path, bytes, a file object, a PIL image, a numpy array or a tensor, not a "
-            f"{type(source).__name__}."
+            f"A picture must be a path, bytes, a file object, a PIL image, a numpy array or a tensor, not "
+            f"{describe(source) if source is None else f'a {type(source).__name__}'}."
         )
-    name = f"the file '{source.name}'" if isinstance(getattr(source, "name", None), str) else "the given file object"
-    try:
-        data = read()
-    except (OSError, ValueError) as error:
-        raise LexisegError(f"Cannot read {name} ({error}); open it again in binary mode.") from error
-    if not isinstance(data, bytes):
-        raise LexisegError(f"Reading {name} gives text, not bytes; open it in binary mode.")
-    return _from_file(io.BytesIO(data), name, max_pixels)
+    name = f"the file '{shorten(image_name(source), 200)}'" if _own_name(source) else "the given file object"
+    return _from_file(io.BytesIO(_all_bytes(source, name)), name, max_pixels, orient)
 
 
 def list_images(target: str | Path) -> list[Path]:
@@ -96,23 +121,26 @@ def list_images(target: str | Path) -> list[Path]:
             subfolders left out); or a pattern with ``*``, ``?``, ``[]`` or ``**`` (files with a picture's ending).
 
     Returns:
-        The paths, in natural order: img2 comes before img10.
+        The paths, in natural order: img2 comes before img10. Broken links and formats of cameras that cannot be read
+        here (.heic ...) are among them, so that whoever reads them reports them.
 
     Raises:
         LexisegError: there is nothing of that name, or no picture in it.
     """
-    path, text = Path(target), str(target)
+    text = os.fsdecode(target)
     _refuse_url(text)
+    path = spelled(text)
     try:
         if path.is_dir():
             found = [entry for entry in path.iterdir() if not entry.name.startswith(".")]
-        elif path.exists() or not glob.has_magic(text):
-            if not path.exists():
+        elif os.path.lexists(path) or not glob.has_magic(text):
+            if not os.path.lexists(path):
                 raise LexisegError(f"There is no file or folder '{path}'; check the path.")
             return [path]
         else:
             found = [Path(name) for name in glob.glob(text, recursive=True)]  # noqa: PTH207 (patterns may be absolute)
-        found = [entry for entry in found if entry.suffix.lower() in IMAGE_SUFFIXES and entry.is_file()]
+        endings = IMAGE_SUFFIXES | _FOREIGN_SUFFIXES
+        found = [entry for entry in found if entry.suffix.lower() in endings and (entry.is_file() or _is_broken(entry))]
     except (OSError, ValueError, re.error) as error:
         raise LexisegError(f"Cannot list '{shorten(text, 200)}' ({_reason(error)}); check the path.") from error
     if not found:
@@ -120,6 +148,11 @@ def list_images(target: str | Path) -> list[Path]:
             f"There is no picture in '{path}'; endings that count are {', '.join(sorted(IMAGE_SUFFIXES))}."
         )
     return sorted(found, key=_natural_key)
+
+
+def _is_broken(path: Path) -> bool:
+    """Whether it is a link to nothing."""
+    return path.is_symlink() and not path.exists()
 
 
 def _natural_key(path: Path) -> tuple[list[tuple[int, int, str]], str]:
@@ -139,40 +172,86 @@ def _reason(error: Exception) -> str:
     return getattr(error, "strerror", None) or "not a usable path"
 
 
-def _from_path(source: str | Path, max_pixels: float) -> torch.Tensor:
-    _refuse_url(str(source))
-    path = Path(source)
-    name = f"'{shorten(str(source), 200)}'"
-    if "\0" in str(source):
+def _from_path(source: str | os.PathLike[Any], max_pixels: float, orient: bool) -> np.ndarray:
+    text = os.fsdecode(source)
+    _refuse_url(text)
+    if "\0" in text:
         raise LexisegError("The picture's path holds a null character; check the path.")
+    name = f"'{shorten(text, 200)}'"
+    path = spelled(text)
     try:
         if path.is_dir():
             raise LexisegError(f"{name} is a folder, not a picture; give a file, or run on the folder's pictures.")
+        if _is_broken(path):
+            raise LexisegError(f"{name} is a link to a file that is not there; restore the file or remove the link.")
         with path.open("rb") as file:
             if path.is_file() and path.stat().st_size == 0:
                 raise LexisegError(f"The picture {name} is an empty file; copy it again.")
-            return _from_file(file, name, max_pixels)
+            return _from_file(file, name, max_pixels, orient, path.suffix.lower())
     except FileNotFoundError as error:
         raise LexisegError(f"There is no picture {name}; check the path.") from error
     except (OSError, ValueError) as error:
         raise LexisegError(f"Cannot read the picture {name} ({_reason(error)}); check the path.") from error
 
 
-def _from_file(file: IO[bytes], name: str, max_pixels: float) -> torch.Tensor:
-    with warnings.catch_warnings():
-        # Pillow warns of large pictures and of damaged metadata; the first is checked here, the second is harmless.
-        warnings.simplefilter("ignore")
-        image = _open(file, name)
+def _all_bytes(source: Any, name: str) -> bytes:
+    """What a file object holds from where it stands, or all of it where it stands at its end."""
+    try:
+        data = source.read()
+        if not data and source.seekable():
+            source.seek(0)
+            data = source.read()
+    except Exception as error:  # the object is the caller's and may raise anything
+        raise LexisegError(f"Cannot read {name} ({shorten(str(error))}); open it again in binary mode.") from error
+    if not isinstance(data, bytes | bytearray | memoryview):
+        raise LexisegError(f"Reading {name} gives a {type(data).__name__}, not bytes; open it in binary mode.")
+    return bytes(data)
+
+
+class _PillowWarnings:
+    """Pillow's warnings of large pictures and damaged metadata, silenced while any thread decodes.
+
+    The first is checked here, the second is harmless. ``warnings.catch_warnings`` alone restores the process's filters
+    in the order in which threads happen to end, and can leave another thread's in place for ever.
+    """
+
+    def __init__(self) -> None:
+        self._lock, self._depth = threading.Lock(), 0
+        self._filters = warnings.catch_warnings()
+
+    @contextmanager
+    def silenced(self) -> Iterator[None]:
+        with self._lock:
+            self._depth += 1
+            if self._depth == 1:
+                self._filters = warnings.catch_warnings()
+                self._filters.__enter__()
+                warnings.filterwarnings("ignore", module=r"PIL\b")
         try:
-            return _from_pil(image, name, max_pixels)
+            yield
+        finally:
+            with self._lock:
+                self._depth -= 1
+                if self._depth == 0:
+                    self._filters.__exit__(None, None, None)
+
+
+_pillow_warnings = _PillowWarnings()
+
+
+def _from_file(file: IO[bytes], name: str, max_pixels: float, orient: bool, suffix: str = "") -> np.ndarray:
+    with _pillow_warnings.silenced():
+        image = _open(file, name, suffix)
+        try:
+            return _from_pil(image, name, max_pixels, orient)
         finally:
             image.close()
 
 
-def _open(file: IO[bytes], name: str) -> Image.Image:
+def _open(file: IO[bytes], name: str, suffix: str) -> Image.Image:
     """Read the header only."""
     Image.init()
-    formats = [kind for kind in _FORMATS if kind in Image.OPEN]
+    formats = [kind for kind in _FORMATS if kind in Image.OPEN] + (["TGA"] if suffix == ".tga" else [])
     try:
         try:
             return Image.open(file, formats=formats)
@@ -187,18 +266,22 @@ def _open(file: IO[bytes], name: str) -> Image.Image:
                 finally:
                     Image.MAX_IMAGE_PIXELS = limit
     except Exception as error:  # decoders of hostile bytes raise nearly anything
+        if suffix in _FOREIGN_SUFFIXES:
+            raise LexisegError(
+                f"{_capital(name)} is of a format that is not read here ({suffix}); convert it to JPEG, PNG or TIFF."
+            ) from error
         raise LexisegError(
             f"{_capital(name)} is not a picture that can be read (PNG, JPEG, WebP, TIFF, GIF, BMP ...); convert it or "
             "give another file."
         ) from error
 
 
-def _from_pil(image: Image.Image, name: str, max_pixels: float) -> torch.Tensor:
+def _from_pil(image: Image.Image, name: str, max_pixels: float, orient: bool) -> np.ndarray:
     _check_size(image.width, image.height, name, max_pixels)
     try:
         image.load()
         try:
-            orientation = image.getexif().get(ExifTags.Base.Orientation)
+            orientation = image.getexif().get(ExifTags.Base.Orientation) if orient else None
         except Exception:  # damaged metadata does not spoil the picture
             orientation = None
         # A file may announce one size and hold another; what counts is what was decoded.
@@ -210,7 +293,7 @@ def _from_pil(image: Image.Image, name: str, max_pixels: float) -> torch.Tensor:
         raise _broken(name) from error
     if orientation in _TURNS:
         pixels = pixels.transpose(_TURNS[orientation])
-    return torch.from_numpy(np.array(pixels)).permute(2, 0, 1)
+    return np.array(pixels)
 
 
 def _broken(name: str) -> LexisegError:
@@ -221,7 +304,7 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
     if image.mode.startswith("I") or image.mode == "F":
-        return Image.fromarray(_grey_bytes(np.asarray(image), name)).convert("RGB")
+        return Image.fromarray(_to_bytes(np.asarray(image), name)).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         layers = image.convert("RGBA") if image.mode != "La" else image.convert("LA").convert("RGBA")
         page = Image.new("RGBA", image.size, (255, 255, 255, 255))
@@ -229,66 +312,62 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
     return image.convert("RGB")
 
 
-def _grey_bytes(values: np.ndarray, name: str) -> np.ndarray:
-    """Bring 16-bit, 32-bit integer and float grey values into 0..255."""
-    if values.dtype.kind == "f":
-        low, high = float(values.min()), float(values.max())
-        if not (low >= 0 and high <= 255):
-            raise LexisegError(f"{_capital(name)} holds numbers outside 0..255; save it with 8 or 16 bits.")
-        return np.round(values * (255.0 if high <= 1 else 1.0)).astype(np.uint8)
-    if int(values.min()) < 0 or int(values.max()) > 65535:
-        raise LexisegError(f"{_capital(name)} holds numbers outside 0..65535; save it with 8 or 16 bits.")
-    return _upper_byte(values)
+def _to_bytes(values: np.ndarray, name: str) -> np.ndarray:
+    """Numbers of any depth as bytes; see `read_pixels` for the rule."""
+    if values.dtype == np.uint8:
+        return values
+    if values.dtype == np.bool_:
+        return values.astype(np.uint8) * np.uint8(255)
+    if values.dtype.kind not in "iuf":
+        raise LexisegError(f"{_capital(name)} is of type {values.dtype}; give whole numbers, bool or float in 0..1.")
+    low, high = float(values.min()), float(values.max())
+    if not 0 <= low <= high < float(2**64):
+        raise LexisegError(f"{_capital(name)} holds numbers below 0 or none at all (NaN, infinite); scale it to 0..1.")
+    whole = values.dtype.kind != "f"
+    if not whole and 1 < high < 2:
+        raise LexisegError(f"{_capital(name)} holds floats up to {high:.4g}, outside 0..1; clip or scale it.")
+    bits = int(high).bit_length()
+    top = 2 ** max(8, bits + bits % 2) - 1 if whole or high > 1 else 1
+    if whole and top == 255:
+        return values.astype(np.uint8)
+    if values.dtype == np.uint16:
+        return np.rint(np.arange(65536) * (255 / top)).clip(0, 255).astype(np.uint8)[values]
+    return np.rint(values * (255 / top)).clip(0, 255).astype(np.uint8)
 
 
-def _upper_byte(values: np.ndarray) -> np.ndarray:
-    return ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
+def _from_tensor(tensor: torch.Tensor, max_pixels: float) -> np.ndarray:
+    import torch
 
-
-def _from_tensor(tensor: torch.Tensor, max_pixels: float) -> torch.Tensor:
-    tensor = tensor.detach().cpu()
-    if tensor.ndim == 2:
-        tensor = tensor[None]
-    if tensor.ndim != 3 or tensor.shape[0] not in (1, 2, 3, 4):
+    usable = not (tensor.is_nested or tensor.is_quantized or tensor.is_meta) and tensor.layout == torch.strided
+    if not usable or tensor.ndim not in (2, 3) or (tensor.ndim == 3 and tensor.shape[0] not in (1, 2, 3, 4)):
+        kind = f"the shape {tuple(tensor.shape)}" if usable else "other storage (nested, sparse, quantised or meta)"
         raise LexisegError(
-            f"A picture as a tensor must have the shape (3, height, width), not {tuple(tensor.shape)}; for several "
+            f"A picture as a tensor must be dense with the shape (3, height, width), not of {kind}; for several "
             "pictures give a list."
         )
-    if tensor.is_floating_point():
-        tensor = tensor.float()
-    return _from_channels(tensor.permute(1, 2, 0).numpy(), "the tensor", max_pixels)
+    try:
+        tensor = tensor.detach().cpu().resolve_conj().resolve_neg()
+        array = (tensor.float() if tensor.is_floating_point() else tensor).numpy()
+    except (RuntimeError, TypeError, ValueError, NotImplementedError) as error:
+        raise LexisegError(f"The tensor ({tensor.dtype}) cannot be read; give uint8 or float in 0..1.") from error
+    return _from_array(array if array.ndim == 2 else array.transpose(1, 2, 0), "the tensor", max_pixels)
 
 
-def _from_array(array: np.ndarray, max_pixels: float) -> torch.Tensor:
+def _from_array(array: np.ndarray, name: str, max_pixels: float) -> np.ndarray:
     if array.ndim == 2:
-        array = array[:, :, None]
+        array = np.asarray(array)[:, :, None]
     if array.ndim != 3 or array.shape[2] not in (1, 2, 3, 4):
         raise LexisegError(
             f"A picture as an array must have the shape (height, width, 3), not {array.shape}; for several pictures "
             "give a list."
         )
-    return _from_channels(array, "the array", max_pixels)
-
-
-def _from_channels(array: np.ndarray, name: str, max_pixels: float) -> torch.Tensor:
     _check_size(array.shape[1], array.shape[0], name, max_pixels)
-    if array.dtype == np.bool_:
-        array = array.astype(np.uint8) * np.uint8(255)
-    elif array.dtype == np.uint16:
-        array = _upper_byte(array)
-    elif array.dtype.kind == "f":
-        if not (float(array.min()) >= 0 and float(array.max()) <= 1):
-            raise LexisegError(f"{_capital(name)} holds floats outside 0..1; scale it, or give uint8 values in 0..255.")
-        array = np.round(array * 255).astype(np.uint8)
-    elif array.dtype != np.uint8:
-        raise LexisegError(f"{_capital(name)} is of type {array.dtype}; give uint8, uint16, bool or float in 0..1.")
+    array = _to_bytes(np.asarray(array), name)
     channels = array.shape[2]
     if channels in (2, 4):
-        mode_array = np.ascontiguousarray(array)
-        return _from_pil(Image.fromarray(mode_array, "LA" if channels == 2 else "RGBA"), name, max_pixels)
-    if channels == 1:
-        array = np.repeat(array, 3, axis=2)
-    return torch.from_numpy(np.array(array)).permute(2, 0, 1)
+        layers = Image.fromarray(np.ascontiguousarray(array), "LA" if channels == 2 else "RGBA")
+        return _from_pil(layers, name, max_pixels, False)
+    return np.array(np.repeat(array, 3, axis=2) if channels == 1 else array)
 
 
 def _check_size(width: int, height: int, name: str, max_pixels: float) -> None:
@@ -307,7 +386,14 @@ def _capital(name: str) -> str:
 
 def image_name(source: Any) -> str:
     """What to call a picture in messages and reports: its path or file name where it has one, else its kind."""
-    if isinstance(source, str | Path):
-        return str(source)
-    name = getattr(source, "filename", None) or getattr(source, "name", None)
-    return name if isinstance(name, str) and name else f"a {type(source).__name__}"
+    return _own_name(source) or f"a {type(source).__name__}"
+
+
+def _own_name(source: Any) -> str:
+    if isinstance(source, str | os.PathLike):
+        return os.fsdecode(source)
+    try:
+        name = getattr(source, "filename", None) or getattr(source, "name", None)
+    except Exception:  # the object is the caller's and may raise anything
+        name = None
+    return name if isinstance(name, str) else ""

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
 import io
+import os
 import struct
+import unicodedata
 import warnings
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageFile
 
 from lexiseg.errors import LexisegError
-from lexiseg.images import IMAGE_SUFFIXES, image_name, list_images, read_image
+from lexiseg.images import IMAGE_SUFFIXES, image_name, list_images, read_image, read_pixels
 
 RNG = np.random.default_rng(0)
 PICTURE = RNG.integers(0, 256, (7, 5, 3), dtype=np.uint8)
@@ -36,6 +39,13 @@ def png_header(width: int, height: int) -> bytes:
     return (
         b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 100)) + chunk(b"IEND", b"")
     )
+
+
+class Raising(io.RawIOBase):
+    """A file object of somebody's own that is broken."""
+
+    def read(self, size: int = -1) -> bytes:
+        raise KeyError("no such blob")
 
 
 def test_every_holder_of_the_same_picture_gives_the_same_pixels(tmp_path: Path) -> None:
@@ -132,13 +142,86 @@ def test_grey_palette_bilevel_and_cmyk() -> None:
     assert read_image(encode(Image.fromarray(PICTURE).convert("CMYK"), "JPEG")).shape == (3, 7, 5)
 
 
-def test_sixteen_bits_keep_black_and_white() -> None:
+@pytest.mark.parametrize("bits", [8, 10, 12, 14, 16])
+def test_numbers_are_read_by_their_depth_whatever_holds_them(bits: int) -> None:
+    top = 2**bits - 1
+    deep = np.array([[0, top // 2, top]], np.uint16)
+    expected = [0, round(top // 2 * 255 / top), 255]
+    holders: list[Any] = [
+        *(deep.astype(kind) for kind in (np.uint16, ">u2", np.int32, np.uint64, np.float32, np.float64)),
+        *(encode(Image.fromarray(deep), kind) for kind in ("PNG", "TIFF")),
+        *(encode(Image.fromarray(deep.astype(kind)), "TIFF") for kind in (np.int32, np.float32)),
+        *(Image.fromarray(deep.astype(kind)) for kind in (np.uint16, np.int32, np.float32)),
+        *(torch.from_numpy(deep).to(kind) for kind in (torch.uint16, torch.int32, torch.int64, torch.float32)),
+    ]
+    for holder in holders:
+        assert read_image(holder)[1].tolist() == [expected], holder
+
+
+def test_depth_is_that_of_the_largest_number() -> None:
     deep = np.array([[0, 257, 32896, 65535]], np.uint16)
-    for source in (deep, encode(Image.fromarray(deep)), encode(Image.fromarray(deep), "TIFF"), torch.from_numpy(deep)):
-        assert read_image(source)[1].tolist() == [[0, 1, 128, 255]]
-    assert read_image(Image.fromarray(deep.astype(np.int32)))[0].tolist() == [[0, 1, 128, 255]]
-    assert read_image(Image.fromarray(np.array([[0.0, 1.0]], np.float32)))[0].tolist() == [[0, 255]]
-    assert read_image(Image.fromarray(np.array([[0.0, 200.0]], np.float32)))[0].tolist() == [[0, 200]]
+    assert read_image(deep)[1].tolist() == [[0, 1, 128, 255]]
+    assert read_image(np.array([[0, 70000, 2**18 - 1]]))[0].tolist() == [[0, 68, 255]]
+    assert read_image(np.array([[7, 3, 1]]))[0].tolist() == [[7, 3, 1]]  # never below 8 bits
+    assert read_image(np.array([[0.0, 0.5, 1.0]], np.float16))[0].tolist() == [[0, 128, 255]]
+    assert read_image(torch.tensor([[0.0, 0.5, 1.0]], dtype=torch.bfloat16))[0].tolist() == [[0, 128, 255]]
+    layers = np.array([[[4095, 4095], [4095, 0], [0, 4095]]], np.uint16)
+    assert read_image(layers)[0].tolist() == [[255, 255, 0]]
+
+
+def test_a_file_object_that_stands_at_its_end_is_read_from_its_beginning() -> None:
+    file = io.BytesIO()
+    Image.fromarray(PICTURE).save(file, "PNG")
+    assert torch.equal(read_image(file), EXPECTED)
+    assert torch.equal(read_image(file), EXPECTED)
+    tail = io.BytesIO(b"head" + encode(Image.fromarray(PICTURE)))
+    tail.seek(4)
+    assert torch.equal(read_image(tail), EXPECTED)
+
+
+def test_pixels_can_be_had_as_they_are_stored() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = encode(Image.fromarray(PICTURE), exif=exif)
+    assert read_pixels(data).shape == (5, 7, 3)
+    assert np.array_equal(read_pixels(data, orient=False), PICTURE)
+
+
+def test_names_of_any_spelling(tmp_path: Path) -> None:
+    (tmp_path / unicodedata.normalize("NFD", "café.png")).write_bytes(encode(Image.fromarray(PICTURE)))
+    (tmp_path / "caf\udce9.png").write_bytes(encode(Image.fromarray(PICTURE)))
+    typed = tmp_path / unicodedata.normalize("NFC", "café.png")
+    assert torch.equal(read_image(typed), EXPECTED)
+    assert len(list_images(typed)) == 1
+    listed = list_images(tmp_path)
+    assert len(listed) == 2
+    for path in listed:
+        assert torch.equal(read_image(path), EXPECTED)
+        assert torch.equal(read_image(os.fspath(path)), EXPECTED)
+
+
+def test_nothing_of_a_folder_is_passed_over(tmp_path: Path) -> None:
+    (tmp_path / "phone.heic").write_bytes(b"\0\0\0\x18ftypheic")
+    (tmp_path / "gone.png").symlink_to(tmp_path / "nothing.png")
+    (tmp_path / "old.tga").write_bytes(encode(Image.fromarray(PICTURE), "TGA"))
+    (tmp_path / "notes.md").touch()
+    listed = {path.name: path for path in list_images(tmp_path)}
+    assert sorted(listed) == ["gone.png", "old.tga", "phone.heic"]
+    assert torch.equal(read_image(listed["old.tga"]), EXPECTED)
+    with pytest.raises(LexisegError, match=r"phone.heic.*\.heic.*convert it"):
+        read_image(listed["phone.heic"])
+    with pytest.raises(LexisegError, match=r"gone.png.*link to a file that is not there"):
+        read_image(listed["gone.png"])
+    with pytest.raises(LexisegError, match="not a picture that can be read"):
+        read_image(encode(Image.fromarray(PICTURE), "TGA"))
+
+
+def test_threads_leave_the_warning_filters_as_they_were(tmp_path: Path) -> None:
+    data = encode(Image.fromarray(RNG.integers(0, 256, (200, 200, 3), dtype=np.uint8)))
+    before = list(warnings.filters)
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(read_image, [data] * 64))
+    assert warnings.filters == before
 
 
 def test_the_first_frame_of_an_animation() -> None:
@@ -206,15 +289,24 @@ def test_broken_files_are_one_sentence_with_the_name(
         (np.zeros((2, 2, 5), np.uint8), "shape"),
         (np.zeros((3, 20, 20), np.uint8), "shape"),
         (np.zeros((0, 2, 3), np.uint8), "no pixels"),
-        (np.zeros((2, 2, 3), np.int64), "int64"),
-        (np.full((2, 2, 3), 2.0), "outside 0..1"),
-        (np.full((2, 2, 3), np.nan), "outside 0..1"),
+        (np.full((2, 2, 3), -1), "below 0"),
+        (np.full((2, 2, 3), 1.5), "outside 0..1"),
+        (np.full((2, 2, 3), np.nan), "NaN"),
+        (np.full((2, 2, 3), np.inf), "infinite"),
         (np.zeros((2, 2, 3), complex), "complex128"),
         (torch.zeros(1, 3, 4, 4), "list"),
-        (torch.zeros(3, 4, 4, dtype=torch.int64), "int64"),
-        (torch.full((3, 4, 4), -1.0), "outside 0..1"),
-        (Image.fromarray(np.array([[70000]], np.int32)), "outside 0..65535"),
-        (Image.fromarray(np.array([[float("nan")]], np.float32)), "outside 0..255"),
+        (torch.zeros(0, 3), "no pixels"),
+        (torch.full((3, 4, 4), -1.0), "below 0"),
+        (torch.zeros(3, 4, 4, dtype=torch.complex64), "complex64"),
+        (torch.zeros(3, 4, 4).to_sparse(), "sparse"),
+        (torch.zeros(3, 4, 4, device="meta"), "meta"),
+        (torch.nested.nested_tensor([torch.zeros(3, 4, 4)]), "nested"),
+        (torch.quantize_per_tensor(torch.zeros(3, 4, 4), 1.0, 0, torch.quint8), "quantised"),
+        (np.array([[None, None]]), "object"),
+        (np.zeros((2, 2), "M8[s]"), "datetime64"),
+        (Image.fromarray(np.array([[-7]], np.int32)), "below 0"),
+        (Image.fromarray(np.array([[float("nan")]], np.float32)), "NaN"),
+        (Raising(), "Cannot read"),
     ],
 )
 def test_other_mistakes(source: object, words: str) -> None:

@@ -26,7 +26,7 @@ ALLOWED: dict[str, set[str]] = {
     "background": {"errors", "words"},
     "vocabulary_reading": {"errors", "words"},
     "vocabulary": WORDS,
-    "images": {"errors", "words"},
+    "images": {"errors", "files", "words"},
     "rle": {"errors"},
     "overlay": {"errors"},
     "segmentation": WORDS | PICTURES,

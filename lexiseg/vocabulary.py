@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from hashlib import sha256
@@ -14,10 +16,10 @@ import numpy as np
 import yaml
 
 from lexiseg.background import Background, BackgroundSource
+from lexiseg.class_list import ClassList, read_class_text, read_classes, split_words
 from lexiseg.colors import BACKGROUND_COLOR, distinct_colors, parse_color
-from lexiseg.errors import LexisegError
+from lexiseg.errors import LexisegError, LexisegWarning
 from lexiseg.files import write_json, write_text
-from lexiseg.vocabulary_reading import read_source, split_words
 from lexiseg.words import clean_word, describe, shorten, word_key
 
 if TYPE_CHECKING:
@@ -47,7 +49,9 @@ PAPER_TEMPLATES: tuple[str, ...] = (
 
 _NAMED_TEMPLATES = {"single": SINGLE_TEMPLATE, "paper": PAPER_TEMPLATES}
 
-VocabularySource: TypeAlias = "str | Path | Vocabulary | Mapping[str, Any] | Iterable[str | Mapping[str, Any]]"
+VocabularySource: TypeAlias = (
+    "str | Path | Vocabulary | ClassList | Mapping[str, Any] | Iterable[str | Mapping[str, Any]]"
+)
 TemplateSource: TypeAlias = "str | Sequence[str] | None"
 
 
@@ -143,8 +147,10 @@ class Vocabulary:
         Args:
             source: text such as ``"cat; tree, bush"`` (a semicolon or a line break separates classes, a comma joins
                 synonyms); a list of such texts, of mappings with name, synonyms, seen and color, or of
-                ``VocabularyClass``; a mapping with classes, templates and background; a path, or text that is only a
-                file name, ending in .txt, .json, .yaml or .yml; or a vocabulary.
+                ``VocabularyClass``; a mapping with classes, templates and background; a path, or text that is an
+                existing file or looks like a path (:func:`lexiseg.class_list.class_source`); what
+                :func:`lexiseg.class_list.read_class_list` gives; or a vocabulary. Of a file, a synonym that belongs to
+                two classes is left out.
             templates: replaces the source's templates: a list, one template, "single" or "paper".
             background: replaces the source's background; see ``Background.parse``.
             default_templates: used where neither ``templates`` nor the source says anything.
@@ -158,12 +164,18 @@ class Vocabulary:
         if isinstance(source, Vocabulary):
             vocabulary = source
         else:
-            if not isinstance(source, str | Path | Mapping | bytes | set | frozenset) and isinstance(source, Iterable):
+            plain = str | Path | Mapping | bytes | set | frozenset | ClassList
+            if not isinstance(source, plain) and isinstance(source, Iterable):
                 source = [entry.to_dict() if isinstance(entry, VocabularyClass) else entry for entry in source]
-            said = read_source(source)
+            said = source if isinstance(source, ClassList) else read_classes(source)
             chosen = default_templates if said.templates is None else said.templates
+            kept = said if said.path is None else said.without_shared()
+            if kept is not said:
+                name, word = said.shared_words()[0]
+                text = f"{said.path}: the word '{word}' of the class '{name}' belongs to another class too, so it is "
+                warnings.warn(f"{text}left out; take it out of one.", LexisegWarning, stacklevel=2)
             try:
-                classes = tuple(VocabularyClass(one.name, one.synonyms, one.seen, one.color) for one in said.records)
+                classes = tuple(VocabularyClass(one.name, one.synonyms, one.seen, one.color) for one in kept.classes)
                 vocabulary = cls(classes, _read_templates(chosen), Background.parse(said.background))
             except LexisegError as error:
                 if said.path is None:
@@ -177,7 +189,7 @@ class Vocabulary:
 
     @classmethod
     def load(cls, path: str | Path) -> Vocabulary:
-        """Read a .txt, .json, .yaml or .yml file; any other ending is read as text.
+        """Read a file of classes in any of the forms of :mod:`lexiseg.class_list`.
 
         Raises:
             LexisegError: the file cannot be read or says something wrong.
@@ -224,10 +236,11 @@ class Vocabulary:
             return write_text(path, text)
         if suffix != ".txt":
             raise LexisegError(f"Cannot save a vocabulary as '{path}'; end the name in .json, .yaml or .txt.")
-        lines = self.to_text().split("; ")
-        if any(line.startswith("#") for line in lines) or self != Vocabulary.parse(lines):
-            raise LexisegError(f"A text file such as '{path}' holds only names and synonyms; save it as .json instead.")
-        return write_text(path, "\n".join(lines) + "\n")
+        text = "\n".join(self.to_text().split("; ")) + "\n"
+        with suppress(LexisegError):  # a class called "[" or "0: a" is something else in a file
+            if self == Vocabulary.parse(read_class_text(text)):
+                return write_text(path, text)
+        raise LexisegError(f"A text file such as '{path}' holds only names and synonyms; save it as .json instead.")
 
     def hash(self) -> str:
         """SHA-256, in hexadecimal, of the canonical JSON of everything the vocabulary says."""

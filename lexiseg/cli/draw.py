@@ -81,7 +81,7 @@ def scores(
         str,
         typer.Argument(
             help="The classes: 'giraffe; tree, bush; sky' (a semicolon separates classes, a comma joins synonyms) or "
-            "a .txt, .json or .yaml file of them.",
+            "a file of them.",
             show_default=False,
         ),
     ],
@@ -90,7 +90,7 @@ def scores(
 ) -> None:
     """Draw the score of each class at every pixel (ZegCLIP, Fig. 8); unseen classes are red."""
     _check(output)
-    vocabulary = lexiseg.Vocabulary.parse(Path(classes[1:]) if classes.startswith("@") else classes)
+    vocabulary = lexiseg.Vocabulary.parse(classes)
     from lexiseg.analysis import scores_figure
 
     segmenter = _load(model, device)
@@ -190,7 +190,7 @@ def proposals(
 ) -> None:
     """Draw the proposals that decide most of a picture and their five best classes (MAFT, Fig. 1 and 3)."""
     _check(output)
-    vocabulary = lexiseg.Vocabulary.parse(Path(classes[1:]) if classes.startswith("@") else classes)
+    vocabulary = lexiseg.Vocabulary.parse(classes)
     from lexiseg.analysis.regions import top_classes_figure
 
     segmenters = [_load(name, device) for name in (model, *(against or ()))]

@@ -53,7 +53,7 @@ def predict(
         typer.Argument(
             metavar="IMAGE... CLASSES",
             help="Pictures, folders or patterns, and at the end the classes: 'giraffe; tree, bush; sky' (a semicolon "
-            "separates classes, a comma joins synonyms) or a .txt, .json or .yaml file of them.",
+            "separates classes, a comma joins synonyms) or a file of them.",
             show_default=False,
         ),
     ],
@@ -242,8 +242,6 @@ def _split(words: Sequence[str], classes_file: Path | None) -> tuple[list[str], 
             "lexiseg predict photo.jpg 'giraffe; tree, bush'."
         )
     last = words[-1]
-    if last.startswith("@"):
-        return list(words[:-1]), Path(last[1:])
     from lexiseg.images import IMAGE_SUFFIXES
 
     if Path(last).suffix.lower() in IMAGE_SUFFIXES:

@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lexiseg.data.sets.class_list import read_class_list, vocabulary_of
 from lexiseg.data.sets.verify import verify
 from lexiseg.errors import LexisegError
+from lexiseg.vocabulary import Vocabulary
 from tests import miniatures
 
 WORDS = st.sampled_from(
@@ -60,7 +60,7 @@ def test_structured_class_lists(root: Path, value: Any) -> None:
 
 def _read(path: Path) -> None:
     try:
-        vocabulary_of(read_class_list(path))
+        Vocabulary.load(path)
     except LexisegError as error:
         assert "\n" not in str(error)
 

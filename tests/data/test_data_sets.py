@@ -12,7 +12,6 @@ from PIL import Image
 
 from lexiseg.data.base import SegmentationDataset, unseen_ids
 from lexiseg.data.sets.catalog import NAMES, data_set, voc_color
-from lexiseg.data.sets.class_list import read_class_list
 from lexiseg.data.sets.open import open_data_set, splits_of
 from lexiseg.data.sets.verify import verify
 from lexiseg.errors import LexisegError
@@ -190,69 +189,6 @@ def test_palette_indices_not_colors(folder):
         assert picture.mode == "P" and np.array(picture.convert("L")).max() > 100
     label = open_data_set("voc2012", folder("voc2012"), "val")[0].label
     assert set(label.unique().tolist()) == {*range(20), 255}
-
-
-def test_class_lists(tmp_path):
-    path = tmp_path / "labels.txt"
-    path.write_text("1: accordion\n 2: aeroplane\n")
-    assert [(entry.name, entry.value) for entry in read_class_list(path)] == [("accordion", 1), ("aeroplane", 2)]
-    path = tmp_path / "classes.yaml"
-    path.write_text("- {name: cat, color: '#ff8000', synonyms: [kitten]}\n- dog, puppy\n")
-    cat, dog = read_class_list(path)
-    assert [(entry.name, entry.value) for entry in (cat, dog)] == [("cat", None), ("dog", None)]
-    assert cat.color == (255, 128, 0) and cat.synonyms == ("kitten",) and dog.synonyms == ("puppy",)
-    path = tmp_path / "order.json"
-    path.write_text('[{"name": "b", "id": 5, "trainId": 1}, {"name": "a", "id": 9, "trainId": 0}]')
-    assert [(entry.name, entry.value) for entry in read_class_list(path)] == [("a", 9), ("b", 5)]
-
-
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        ("", "is empty"),
-        ("cat\nCat\n", "'Cat' twice"),
-        ("1: cat\n1: dog\n", "number 1"),
-        ("0: cat\ndog\n2: sky\n", "numbers 'cat' and not 'dog'"),
-        ("0: cat\n70000: dog\n", "no label file can hold"),
-        (f"0: cat\n{'9' * 5000}: dog\n", "no label file can hold"),
-        ("Idx\tName\n-1\tcat\n", "no label file can hold"),
-        ("name,r,g,b\ncat,1,2\n", "name,r,g,b"),
-        ("Idx\tName\nx\tcat\n", "Idx and Name"),
-    ],
-)
-def test_wrong_class_lists(tmp_path, text, words):
-    path = tmp_path / "classes.txt"
-    path.write_text(text)
-    with pytest.raises(LexisegError, match=words):
-        read_class_list(path)
-
-
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        ("- {name: cat, synonyms: kitty}", "no list of texts"),
-        ("- {name: cat, synonyms: [4]}", "no list of texts"),
-        ("- {name: cat, id: 3}\n- dog", "numbers 'cat' and not 'dog'"),
-        ("- {name: cat, id: -1}", "no label file can hold"),
-        (f"- {{name: cat, id: {10**40}}}", "no label file can hold"),
-        ("- {name: cat, trainId: 0}\n- {name: dog}", "trainId"),
-        ("!!int ''", "not right YAML"),
-        ("!!timestamp x", "not right YAML"),
-    ],
-)
-def test_wrong_structured_class_lists(tmp_path, text, words):
-    path = tmp_path / "classes.yaml"
-    path.write_text(text)
-    with pytest.raises(LexisegError, match=words):
-        read_class_list(path)
-
-
-def test_comments_are_no_lines_of_a_class_list(tmp_path):
-    path = tmp_path / "classes.txt"
-    path.write_text("# what the robot sees\n0: cat\n# and\n4: dog, hound\n")
-    assert [(entry.name, entry.value) for entry in read_class_list(path)] == [("cat", 0), ("dog", 4)]
-    path.write_text("# colours\nname,r,g,b\ncat,1,2,3\n")
-    assert read_class_list(path)[0].color == (1, 2, 3)
 
 
 def test_numbers_of_a_class_list_are_those_of_the_masks(tmp_path):

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
+from lexiseg.class_list import read_class_list
 from lexiseg.data.sets.archive import Place, zipped
 from lexiseg.data.sets.catalog import data_set
-from lexiseg.data.sets.class_list import read_class_list
 from lexiseg.data.sets.dataset import Finding, SplitFiles
 from lexiseg.data.sets.labels import LabelKind, ValueTable
 from lexiseg.data.sets.listing import by_stem, entries, find_home, first_folder
@@ -43,7 +43,7 @@ def list_ade150(root: Path, split: str, unseen: str | None) -> SplitFiles:
     if not listed.is_file():
         return files
     try:
-        names = [word_key(entry.name) for entry in read_class_list(listed)]
+        names = [word_key(entry.name) for entry in read_class_list(listed).classes]
         expected = [word_key(name) for name in info.classes]
         differ = [(ours, found) for ours, found in zip(expected, names, strict=False) if ours != found]
         if len(names) == len(expected) and not differ:
@@ -84,11 +84,11 @@ def list_ade847(root: Path, split: str, unseen: str | None, classes: Path | None
             f"The list of ADE20K's 847 classes is missing: put it into '{home}' as classes.txt or classes.json, or "
             "name it with --classes."
         )
-    listed = read_class_list(found)
+    listed = read_class_list(found).classes
     info = data_set("ade20k-847").with_classes(tuple(entry.text for entry in listed))
     seen = next((path for place in (home, root) if (path := place / "ADE20K_572_pure_class.json").is_file()), None)
     if seen is not None:
-        keys = {word_key(entry.text) for entry in read_class_list(seen)}
+        keys = {word_key(entry.text) for entry in read_class_list(seen).classes}
         info = replace(info, unseen_lists={"papers": tuple(n for n in info.classes if word_key(n) not in keys)})
     elif unseen == "papers":
         raise LexisegError(

@@ -2,7 +2,7 @@
 
 The lists are YAML files beside this module, each with its source. Where a list cannot be known for certain
 (PASCAL Context 459, ADE20K 847) it is read from the distribution's own file; see
-:func:`lexiseg.data.sets.class_list.read_class_list`.
+:func:`lexiseg.class_list.read_class_list`.
 """
 
 from __future__ import annotations

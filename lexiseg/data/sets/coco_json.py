@@ -11,19 +11,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lexiseg.data.sets.catalog import NARROW_IGNORE, WIDE_IGNORE
-from lexiseg.data.sets.class_list import ListedClass, check_unseen, vocabulary_of
+from lexiseg.data.base import ignore_index
 from lexiseg.data.sets.dataset import Finding, Item, SplitFiles
 from lexiseg.data.sets.errors import DataSetError
 from lexiseg.data.sets.labels import MAX_PIXELS, LabelKind, ValueTable
-from lexiseg.data.sets.listing import is_safe
+from lexiseg.data.sets.listing import is_safe, with_unseen
 from lexiseg.errors import LexisegError
+from lexiseg.vocabulary import Vocabulary, VocabularyClass
 from lexiseg.words import describe, word_key
 
 _FAR = 1_000_000.0  # pycocotools walks along an outline pixel by pixel: one that leads farther would fill the memory
 
 
-def list_coco_json(root: Path, path: Path, split: str, unseen: Sequence[str] = ()) -> SplitFiles:
+def list_coco_json(root: Path, path: Path, split: str, unseen: str | None = None) -> SplitFiles:
     """The pictures of a JSON file with images, annotations and categories.
 
     Classes are the categories by their id. A label map is drawn from polygons and run lengths, larger outlines first
@@ -33,7 +33,7 @@ def list_coco_json(root: Path, path: Path, split: str, unseen: Sequence[str] = (
         root: pictures are looked for below it: as their file_name says, in images/, in images/SPLIT and in SPLIT/.
         path: the JSON file.
         split: its name.
-        unseen: names of the classes without masks in training.
+        unseen: "none" leaves unseen.txt aside.
 
     Raises:
         LexisegError: the file is not JSON of this kind.
@@ -43,20 +43,20 @@ def list_coco_json(root: Path, path: Path, split: str, unseen: Sequence[str] = (
         records, annotations, categories = (_list_in(content, key) for key in ("images", "annotations", "categories"))
         numbers = {_id(entry["id"]): _name(entry["name"]) for entry in categories}
         in_order = sorted(numbers, key=lambda number: (isinstance(number, str), number))
-        listed = [ListedClass(numbers[number]) for number in in_order]
+        names = [numbers[number] for number in in_order]
         order = {number: index for index, number in enumerate(in_order)}
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataSetError(
             f"'{path}' is no COCO-style JSON; it must hold images, annotations and categories with ids and names.",
             "wrong-record",
         ) from error
-    if not listed:
+    if not names:
         raise LexisegError(f"'{path}' has no categories; it must name the classes.")
-    if len({word_key(entry.name) for entry in listed}) < len(categories):
+    if len({word_key(name) for name in names}) < len(categories):
         raise LexisegError(f"'{path}' gives two categories the same name or id; mend one of them.")
-    check_unseen(root / "unseen.txt", unseen, [entry.name for entry in listed], f"'{path}'")
-    ignore = NARROW_IGNORE if len(listed) <= NARROW_IGNORE else WIDE_IGNORE
-    table = ValueTable({index: index for index in range(len(listed))}, (ignore,), ignore)
+    vocabulary = with_unseen(Vocabulary(tuple(map(VocabularyClass, names))), root, unseen, f"'{path}'")
+    ignore = ignore_index(len(names))
+    table = ValueTable({index: index for index in range(len(names))}, (ignore,), ignore)
     outlines, findings = _by_image(annotations, order, path, split)
     items: list[Item] = []
     ids: set[int | str] = set()
@@ -103,7 +103,7 @@ def list_coco_json(root: Path, path: Path, split: str, unseen: Sequence[str] = (
     if not records:
         problem = f"'{path}' lists no images."
         findings.append(Finding("empty-list", problem, str(path), split=split))
-    return SplitFiles(split, tuple(items), vocabulary_of(listed, unseen), ignore, tuple(findings))
+    return SplitFiles(split, tuple(items), vocabulary, ignore, tuple(findings))
 
 
 def _list_in(content: Any, key: str) -> list[Any]:

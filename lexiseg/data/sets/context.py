@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from lexiseg.class_list import ListedClass, read_class_list
 from lexiseg.data.sets.catalog import DataSetInfo, data_set
-from lexiseg.data.sets.class_list import ListedClass, read_class_list
 from lexiseg.data.sets.dataset import SplitFiles
 from lexiseg.data.sets.labels import LabelKind, ValueTable
 from lexiseg.data.sets.listing import IMAGE_SUFFIXES, by_stem, find_home, first_folder, read_list
@@ -58,7 +58,7 @@ def list_context459(root: Path, split: str, unseen: str | None, classes: Path | 
             is no list ``unseen`` of unseen classes.
     """
     home = _context_home(root)
-    listed = read_class_list(classes) if classes else _context_labels(root, home)
+    listed = list(read_class_list(classes).classes) if classes else _context_labels(root, home)
     listed.sort(key=lambda entry: -1 if entry.value is None else entry.value)
     info = data_set("pascal-context-459").with_classes(tuple(entry.text for entry in listed))
     made = home / "annotations_detectron2" / f"pc459_{split}"
@@ -95,7 +95,7 @@ def _context_labels(root: Path, home: Path) -> list[ListedClass]:
         raise LexisegError(
             f"PASCAL Context's list of 459 classes is missing: put the distribution's labels.txt into '{home}'."
         )
-    return read_class_list(found)
+    return list(read_class_list(found).classes)
 
 
 def _context_split(

@@ -8,6 +8,9 @@ from pathlib import Path, PurePosixPath
 
 from lexiseg.data.sets.dataset import Finding
 from lexiseg.data.sets.errors import DataSetError
+from lexiseg.errors import LexisegError
+from lexiseg.vocabulary import Vocabulary
+from lexiseg.words import shorten, word_key
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 
@@ -158,3 +161,36 @@ def is_safe(name: str) -> bool:
     """Whether a name from a list or an archive stays inside the folder it is read from."""
     path = PurePosixPath(name)
     return not (path.is_absolute() or ".." in path.parts or "\x00" in name or "\\" in name)
+
+
+def with_unseen(vocabulary: Vocabulary, root: Path, unseen: str | None, source: str) -> Vocabulary:
+    """The classes with the flags that unseen.txt gives them.
+
+    Args:
+        vocabulary: the classes.
+        root: the folder that may hold unseen.txt, with the name of an unseen class a line.
+        unseen: "none" leaves the file aside.
+        source: where the classes come from, for the sentence.
+
+    Raises:
+        LexisegError: the file cannot be read, or names a class that there is not, or every one there is.
+    """
+    path = root / "unseen.txt"
+    if unseen == "none" or not path.is_file():
+        return vocabulary
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise LexisegError(f"'{path}' cannot be read as text; it must name the unseen classes, one a line.") from error
+    hidden = {word_key(line): line.strip() for line in lines if line.strip()}
+    known = {word_key(name) for name in vocabulary.names}
+    stranger = next((name for key, name in hidden.items() if key not in known), None)
+    if stranger is not None:
+        raise LexisegError(f"'{path}' names '{shorten(stranger)}', which {source} does not; fix one of them.")
+    if len(hidden) == len(known):
+        raise LexisegError(f"'{path}' names every class, which leaves none to train on; name only the unseen ones.")
+    return (
+        vocabulary.with_seen(name for name in vocabulary.names if word_key(name) not in hidden)
+        if hidden
+        else vocabulary
+    )

@@ -25,15 +25,16 @@ from pathlib import Path
 
 from PIL import Image
 
-from lexiseg.data.sets.catalog import NARROW_IGNORE, WIDE_IGNORE
-from lexiseg.data.sets.class_list import ListedClass, check_unseen, read_class_list, shared_words, vocabulary_of
+from lexiseg.class_list import ClassList, read_class_list
+from lexiseg.data.base import IGNORE_INDEX, ignore_index
 from lexiseg.data.sets.coco_json import list_coco_json
 from lexiseg.data.sets.dataset import Finding, SplitFiles
 from lexiseg.data.sets.errors import DataSetError
 from lexiseg.data.sets.labels import LabelKind, ValueTable
-from lexiseg.data.sets.listing import IMAGE_SUFFIXES, by_stem, entries, first_folder, read_list, same_stems
+from lexiseg.data.sets.listing import IMAGE_SUFFIXES, by_stem, entries, first_folder, read_list, same_stems, with_unseen
 from lexiseg.data.sets.pairing import LabelFolder, orphans, pair
 from lexiseg.errors import LexisegError
+from lexiseg.vocabulary import Vocabulary
 
 IMAGE_FOLDERS = ("images", "JPEGImages")
 MASK_FOLDERS = ("masks", "labels", "SegmentationClass", "annotations")
@@ -61,7 +62,7 @@ def list_own(root: Path, split: str, unseen: str | None, classes: Path | None) -
         raise DataSetError(f"The data folder '{root}' does not exist; check the path.")
     annotations = _json_of(root, split)
     if annotations is not None:
-        return list_coco_json(root, annotations, split, _unseen_names(root, unseen))
+        return list_coco_json(root, annotations, split, unseen)
     images, masks = first_folder(root / name for name in IMAGE_FOLDERS), _mask_folder(root)
     unnamed = _unnamed_json(root)
     if unnamed is not None and (masks is None or (masks.name == "annotations" and not _holds_masks(masks))):
@@ -79,14 +80,12 @@ def list_own(root: Path, split: str, unseen: str | None, classes: Path | None) -
         )
     class_file = classes or find_class_file(root)
     listed = read_class_list(class_file)
-    hidden = _unseen_names(root, unseen)
-    check_unseen(root / "unseen.txt", hidden, [entry.name for entry in listed], "the class file")
-    vocabulary = vocabulary_of(listed, hidden)
+    vocabulary = with_unseen(Vocabulary.parse(listed.without_shared()), root, unseen, "the class file")
     parts = (images / split).is_dir() and (masks / split).is_dir()
     image_folder, mask_folder = (images / split, masks / split) if parts else (images, masks)
     pictures = by_stem(image_folder, IMAGE_SUFFIXES)
     files = by_stem(mask_folder, _MASK_SUFFIXES)
-    ignore = NARROW_IGNORE if len(listed) <= NARROW_IGNORE else WIDE_IGNORE
+    ignore = ignore_index(len(vocabulary))
     kind, table = _reading(listed, files, ignore)
     labels = [LabelFolder(files, mask_folder, kind, table)]
     findings: list[Finding] = []
@@ -190,18 +189,7 @@ def every_fifth(names: Sequence[str], split: str) -> list[str]:
     return [name for index, name in enumerate(names) if (index % _EVERY == _EVERY - 1) == (split == "val")]
 
 
-def _unseen_names(root: Path, unseen: str | None) -> tuple[str, ...]:
-    path = root / "unseen.txt"
-    if unseen == "none" or not path.is_file():
-        return ()
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise LexisegError(f"'{path}' cannot be read as text; it must name the unseen classes, one a line.") from error
-    return tuple(line.strip() for line in text.splitlines() if line.strip())
-
-
-def _left_out(listed: Sequence[ListedClass], class_file: Path) -> list[Finding]:
+def _left_out(listed: ClassList, class_file: Path) -> list[Finding]:
     return [
         Finding(
             "class-list",
@@ -210,23 +198,28 @@ def _left_out(listed: Sequence[ListedClass], class_file: Path) -> list[Finding]:
             str(class_file),
             severity="warning",
         )
-        for name, word in dict.fromkeys(shared_words(listed))
+        for name, word in dict.fromkeys(listed.shared_words())
     ]
 
 
-def _reading(listed: Sequence[ListedClass], files: dict[str, Path], ignore: int) -> tuple[LabelKind, ValueTable]:
+def _reading(listed: ClassList, files: dict[str, Path], ignore: int) -> tuple[LabelKind, ValueTable]:
     """How the masks hold their values, and what those stand for."""
-    if all(entry.color is not None for entry in listed) and _are_colored(list(files.values())[: 2 * _EVERY - 1]):
-        colors = {red * 65536 + green * 256 + blue: index for index, entry in enumerate(listed)
-                  for red, green, blue in [entry.color or (0, 0, 0)]}  # fmt: skip
-        if len(colors) < len(listed):
+    classes = listed.classes
+    if all(entry.color is not None for entry in classes) and _are_colored(list(files.values())[: 2 * _EVERY - 1]):
+        colors = {_packed(entry.color or (0, 0, 0)): index for index, entry in enumerate(classes)}
+        if len(colors) < len(classes):
             raise LexisegError("Two classes of the class file have the same colour, so masks cannot tell them apart.")
-        return LabelKind.color, ValueTable(colors, (0,), ignore)
-    kind = LabelKind.index if ignore == NARROW_IGNORE else LabelKind.wide
-    if all(entry.value is not None for entry in listed):
-        id_map = {entry.value: index for index, entry in enumerate(listed) if entry.value is not None}
-        return kind, ValueTable(id_map, (0, ignore), ignore)
-    return kind, ValueTable({index: index for index in range(len(listed))}, (ignore,), ignore)
+        return LabelKind.color, ValueTable(colors, (0, *map(_packed, listed.ignored_colors)), ignore)
+    kind = LabelKind.index if ignore == IGNORE_INDEX else LabelKind.wide
+    if all(entry.value is not None for entry in classes):
+        id_map = {entry.value: index for index, entry in enumerate(classes) if entry.value is not None}
+        return kind, ValueTable(id_map, (0, ignore, *listed.ignored), ignore)
+    return kind, ValueTable({index: index for index in range(len(classes))}, (ignore, *listed.ignored), ignore)
+
+
+def _packed(color: tuple[int, int, int]) -> int:
+    red, green, blue = color
+    return red * 65536 + green * 256 + blue
 
 
 def _are_colored(paths: Sequence[Path]) -> bool:

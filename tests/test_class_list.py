@@ -1,0 +1,134 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from lexiseg.class_list import class_source, read_class_list
+from lexiseg.errors import LexisegError, LexisegWarning
+from lexiseg.vocabulary import Vocabulary
+
+PLAIN = [("cat", None, None), ("dog", None, None)]
+NUMBERED = [("cat", 1, None), ("dog", 12, None)]
+COLORED = [("cat", None, (255, 128, 0)), ("dog", None, (0, 0, 255))]
+FORMS = {
+    "cat\n\n# no class\ndog\n": PLAIN,
+    "cat; dog": PLAIN,
+    "- cat\n- dog\n": PLAIN,
+    '["cat", "dog"]': PLAIN,
+    "path: /data\ntrain: images/train\nnc: 2\nnames: [cat, dog]\n": PLAIN,
+    "classes:\n- cat\n- name: dog\n": PLAIN,
+    "1: cat\n12: dog\n": NUMBERED,
+    "1\tcat\n12\tdog\n": NUMBERED,
+    "1 cat\n12 dog\n": NUMBERED,
+    "1,cat\n12,dog\n": NUMBERED,
+    "cat: 1\ndog: 12\n": NUMBERED,
+    "id,name\n1,cat\n12,dog\n": NUMBERED,
+    "Idx\tRatio\tTrain\tVal\tStuff\tName\n1\t.1\t5\t5\t0\tcat\n12\t.1\t5\t5\t0\tdog\n": NUMBERED,
+    '{"1": "cat", "12": "dog"}': NUMBERED,
+    '{"id2label": {"12": "dog", "1": "cat"}, "model": "x"}': NUMBERED,
+    '{"cat": 1, "dog": 12}': NUMBERED,
+    "names:\n  1: cat\n  12: dog\n": NUMBERED,
+    '{"images": [], "categories": [{"id": 12, "name": "dog", "isthing": 1}, {"id": 1, "name": "cat"}]}': NUMBERED,
+    '[{"name": "dog", "id": 12, "trainId": 1}, {"name": "cat", "id": 1, "trainId": 0}]': NUMBERED,
+    "name,r,g,b\ncat,255,128,0\ndog,0,0,255\n": COLORED,
+    " name; r; g; b\ncat;255;128;0\ndog;0;0;255\n": COLORED,
+    "cat,255,128,0\ndog,0,0,255\n": COLORED,
+    "255 128 0\tcat\n0 0 255\tdog\n": COLORED,
+    "# label:color_rgb:parts:actions\ncat:255,128,0::\ndog:0,0,255::\n": COLORED,
+    "- {name: cat, color: '#ff8000'}\n- {name: dog, color: [0, 0, 255]}\n": COLORED,
+    '{"cat": [255, 128, 0], "dog": [0, 0, 255]}': COLORED,
+}
+
+
+@pytest.mark.parametrize("text", FORMS)
+def test_forms_are_told_by_their_content(tmp_path: Path, text: str) -> None:
+    endings = {".txt", ".names", ".csv", ""} | ({".json"} if text[0] in "[{" else {".yaml"})
+    for ending in endings if FORMS[text] != COLORED else {".txt", ".csv"}:
+        path = tmp_path / f"list{ending}"
+        path.write_text(text)
+        assert [(one.name, one.value, one.color) for one in read_class_list(path).classes] == FORMS[text]
+        assert Vocabulary.parse(str(path)).names == ("cat", "dog")
+
+
+@pytest.mark.parametrize(
+    ("text", "ignored"),
+    [
+        ("0: cat\n11: (ignore)\n1: dog\n", (11,)),
+        ("cat\n(void)\ndog\n", (1,)),
+        ("classes: [cat, dog]\nignore: [11, 255]\n", (11, 255)),
+        ("names: {0: cat, 1: dog}\nignore: 11\n", (11,)),
+        ('[{"id": 7, "name": "cat", "trainId": 0}, {"id": 1, "name": "egg", "trainId": 255}, '
+         '{"id": 8, "name": "dog", "trainId": 1}]', (1,)),
+    ],
+)  # fmt: skip
+def test_values_that_are_no_class(tmp_path: Path, text: str, ignored: tuple[int, ...]) -> None:
+    path = tmp_path / "classes"
+    path.write_text(text)
+    found = read_class_list(path)
+    assert [one.name for one in found.classes] == ["cat", "dog"] and found.ignored == ignored
+
+
+def test_colors_that_are_no_class_and_how_masks_lie(tmp_path: Path) -> None:
+    path = tmp_path / "classes.yaml"
+    path.write_text("classes: [cat]\nignore: ['#0a0b0c', 3]\nmasks: NAME_mask\nexif: raw\n")
+    found = read_class_list(path)
+    assert found.ignored_colors == ((10, 11, 12),) and found.ignored == (3,)
+    assert (found.masks, found.exif) == ("NAME_mask", "raw")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "is empty"),
+        ("cat\nCat\n", "'Cat' twice"),
+        ("1: cat\n1: dog\n", "number 1"),
+        ("0: cat\ndog\n2: sky\n", "numbers 'cat' and not 'dog'"),
+        ("0: cat\n70000: dog\n", "no label file can hold"),
+        (f"0: cat\n{'9' * 5000}: dog\n", "no label file can hold"),
+        ("Idx\tName\n-1\tcat\n", "no label file can hold"),
+        ("name,r,g,b\ncat,1,2\n", "columns name, r, g, b"),
+        ("Idx\tName\nx\tcat\n", "ids are whole numbers"),
+        ("name,r\tg\ncat,1", "no class|three whole numbers"),
+        ("- {name: cat, synonyms: [[4]]}", "list of texts"),
+        ("- {name: cat, id: 3}\n- dog", "numbers 'cat' and not 'dog'"),
+        ("- {name: cat, id: -1}", "no label file can hold"),
+        (f"- {{name: cat, id: {10**40}}}", "no label file can hold"),
+        ("- {name: cat, trainId: 0}\n- {name: dog}", "trainId"),
+        ("- 'cat", "not valid YAML"),
+        ("- [cat]", "must be text"),
+        ("classes: [cat]\nmasks: x", "'masks'"),
+        ("classes: [cat]\nexif: yes", "'exif'"),
+        ("classes: [cat]\nignore: none at all", "whole numbers"),
+        ("classes: [cat]\ncolours: [red]", "Unknown key 'colours'"),
+        ("ignore: [3]", "is empty"),
+        ('["cat", "dog"', "not valid JSON"),
+    ],
+)
+def test_mistakes_name_the_file(tmp_path: Path, text: str, words: str) -> None:
+    path = tmp_path / "classes.txt"
+    path.write_text(text)
+    with pytest.raises(LexisegError, match=words) as caught:
+        read_class_list(path)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_word_of_two_classes_is_left_out_of_a_file_and_said(tmp_path: Path) -> None:
+    path = tmp_path / "classes.txt"
+    path.write_text("tree, cat, oak\ncat\n")
+    with pytest.warns(LexisegWarning, match="'cat' of the class 'tree'"):
+        assert Vocabulary.load(path).words == ("tree", "oak", "cat")
+
+
+def test_files_and_paths_are_never_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("my.names", "cat", "a, b"):
+        Path(name).write_text("giraffe\n")
+        assert class_source(name) == Path(name)
+        assert Vocabulary.parse(name).names == ("giraffe",)
+    for name in ("missing.list", "lists/missing.x", "/none", "./none", "C:\\data\\classes.csv", "@none"):
+        assert class_source(name) == Path(name.removeprefix("@"))
+        with pytest.raises(LexisegError, match="does not exist"):
+            Vocabulary.parse(name)
+    for text in ("dog", "tree/bush", "Mt. Fuji", "cat; dog.txt", "x" * 5000, "St.Bernard", "a\nb.txt", "@"):
+        assert class_source(text) == text

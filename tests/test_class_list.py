@@ -89,7 +89,6 @@ def test_colors_that_are_no_class_and_how_masks_lie(tmp_path: Path) -> None:
         ("Idx\tName\n-1\tcat\n", "no label file can hold"),
         ("name,r,g,b\ncat,1,2\n", "columns name, r, g, b"),
         ("Idx\tName\nx\tcat\n", "ids are whole numbers"),
-        ("name,r\tg\ncat,1", "no class|three whole numbers"),
         ("- {name: cat, synonyms: [[4]]}", "list of texts"),
         ("- {name: cat, id: 3}\n- dog", "numbers 'cat' and not 'dog'"),
         ("- {name: cat, id: -1}", "no label file can hold"),

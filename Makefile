@@ -5,6 +5,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.lexiseg-installed
 RAY    := $(VENV)/.lexiseg-ray
+DOCS   := $(VENV)/.lexiseg-docs
 
 DEMO_IMAGE   ?= lexiseg/samples/demo.png
 DEMO_CLASSES ?= @lexiseg/samples/demo.txt
@@ -12,7 +13,7 @@ DEMO_OUT     ?= out/demo
 PRETRAINED   := lexiseg/pretrained
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow lint weights results benchmark clean
+.PHONY: help install demo test test-slow lint docs weights results benchmark clean
 
 help: ## List the verbs
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 24
@@ -31,9 +32,9 @@ demo: $(STAMP) ## Segment a sample picture with classes the model was trained on
 test: $(STAMP) ## Run every test but the slow ones
 	$(BIN)/python -m pytest
 
-# Ray is large and only these tests need it, so `make install` leaves it out.
+# Ray and Jupyter are large and only these tests need them, so `make install` leaves them out.
 $(RAY): $(STAMP)
-	$(BIN)/python -m pip install --disable-pip-version-check -e '.[dev,ray]'
+	$(BIN)/python -m pip install --disable-pip-version-check -e '.[dev,ray,notebooks]'
 	@touch $@
 
 test-slow: $(STAMP) $(RAY) ## Run the slow tests as well, those on a local Ray cluster among them
@@ -43,6 +44,13 @@ lint: $(STAMP) ## Check style and types
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m mypy
+
+$(DOCS): $(STAMP)
+	$(BIN)/python -m pip install --disable-pip-version-check -e '.[dev,docs]'
+	@touch $@
+
+docs: $(DOCS) ## Build the pages and the Python reference into build/site; warnings are errors
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
 
 # Each is trained as its recipe says. DeOP starts from the proposals; second-look has ZegCLIP's training.
 WEIGHTS := clip-emoji zegclip-emoji cascade-clip-emoji second-look-emoji deop-emoji

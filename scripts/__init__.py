@@ -1,0 +1,1 @@
+"""Small programs that write pages or look at the code."""

@@ -1,0 +1,107 @@
+"""Write docs/models.md, the page of every packaged and convertible model: ``python -m scripts.model_page``.
+
+What was measured comes from docs/results/picture-world.json, hashes and training from the packaged folders.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import statistics
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "docs" / "models.md"
+PACKAGED = ROOT / "lexiseg" / "pretrained"
+
+ROWS = {
+    "clip-emoji": "dense-clip (value path)",
+    "zegclip-emoji": "zegclip",
+    "cascade-clip-emoji": "cascade-clip",
+    "second-look-emoji": "second-look",
+    "deop-emoji": "deop with remainder",
+}
+"""The row of the results that a packaged model belongs to."""
+
+CONVERTIBLE = (
+    ("ZegCLIP", "`zegclip`", "CVPR 2023, mmsegmentation's layout; VOC 2012, Context, COCO-Stuff"),
+    ("SPT-SEG", "`spt-seg`", "AAAI 2024, mmsegmentation's layout"),
+    ("Cascade-CLIP", "`cascade-clip`", "ICML 2024, mmsegmentation's layout"),
+    ("ZSSeg, SimBaseline", "`zsseg`", "ECCV 2022 and DeOP's first stage, detectron2's layout"),
+    ("ZegFormer", "`zegformer`", "CVPR 2022, detectron2's layout; holds no CLIP, `--clip` names it"),
+    ("FreeSeg", "`freeseg`", "CVPR 2023, detectron2's layout"),
+    ("MAFT on the three above", "`zsseg`, `zegformer`, `freeseg` with `maft`", "NeurIPS 2023, detectron2's layout"),
+    ("DeOP", "`deop`", "ICCV 2023, detectron2's layout"),
+    (
+        "OpenAI's CLIP and open_clip's, vision transformers",
+        "a CLIP",
+        "state dicts; transformers' CLIP folders and files",
+    ),
+    ("Segment Anything (ViT-B, L, H)", "proposals", "the authors' files, to the format of transformers"),
+)
+
+LICENCE = (
+    "All packaged weights are under the Apache License 2.0 like the code; the glyphs they were trained on come from "
+    "the font Noto Color Emoji, SIL Open Font License 1.1. Weights you convert or download keep their authors' "
+    "licences, which lexiseg does not change; read them before you use them."
+)
+
+
+def sha256(path: Path) -> str:
+    """The file's hash in hexadecimal digits."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _packaged_row(folder: Path, results: list[dict[str, object]]) -> str:
+    weights = next(folder.glob("*.safetensors"))
+    config = folder / "config.json"
+    if config.is_file():
+        content = json.loads(config.read_text(encoding="utf-8"))
+        about = content["metadata"]
+        trained = f"`{content['system']}`, {about['steps'] or about['initial']['steps']} steps, seed {about['seed']}"
+    else:
+        trained = "a CLIP; scenes and captions alone, `lexiseg train clip-emoji`"
+    scores = [row["test_hiou"] for row in results if row["system"] == ROWS[folder.name]]
+    measured = f"{statistics.mean(float(str(score)) for score in scores):.1f}"
+    size = f"{weights.stat().st_size / 1e6:.1f} MB"
+    return f"| `{folder.name}` | {trained} | {measured} ({len(scores)}) | {size} | `{sha256(weights)}` |"
+
+
+def page() -> str:
+    """The page as Markdown."""
+    results = json.loads((ROOT / "docs" / "results" / "picture-world.json").read_text(encoding="utf-8"))["rows"]
+    folders = sorted(path for path in PACKAGED.iterdir() if any(path.glob("*.safetensors")))
+    lines = [
+        "# Models",
+        "",
+        "Made by `python -m scripts.model_page`; do not edit by hand.",
+        "",
+        "## In the package",
+        "",
+        "Trained in [the picture world](picture-world.md) by `make weights`; they know its words and drawings, not "
+        "photographs. *hIoU* is that of the recipe on 200 test scenes, the mean over the number of seeds in brackets "
+        "([all results](results/picture-world.md)); the hash is SHA-256 of the safetensors file.",
+        "",
+        "| name | how trained | hIoU | size | hash |",
+        "|---|---|---|---|---|",
+        *(_packaged_row(folder, results) for folder in folders),
+        "",
+        LICENCE,
+        "",
+        "## Convertible",
+        "",
+        "`lexiseg convert FILE -o FOLDER` reads these ([how](weights.md#converting)). The authors' files were not at "
+        "hand here: the converter is tested on files of full size with random weights in their layout, and the systems "
+        "are compared with numbers that the authors' code gave ([parity](weights.md#parity-with-the-authors-code)).",
+        "",
+        "| checkpoint | becomes | layout |",
+        "|---|---|---|",
+        *(f"| {name} | {system} | {layout} |" for name, system, layout in CONVERTIBLE),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")
+    print(f"wrote {PAGE.relative_to(ROOT)}")

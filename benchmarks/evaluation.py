@@ -26,9 +26,10 @@ from benchmarks.measure import VIT_B_16, parser, report, set_up
 from lexiseg.clip.load import load_clip
 from lexiseg.clip.model import build_clip
 from lexiseg.clip.text import TextEmbedder
-from lexiseg.data.base import Sample, ignore_index
+from lexiseg.data.base import Sample
 from lexiseg.evaluation.evaluate import evaluate
 from lexiseg.evaluation.metrics import Confusion
+from lexiseg.label_ids import ignore_index
 from lexiseg.models import ZegCLIP, ZegCLIPOptions
 from lexiseg.scores import Scores
 from lexiseg.segmenter import Segmenter

@@ -16,21 +16,14 @@ from PIL import Image
 from lexiseg.colors import IGNORED_COLOR
 from lexiseg.errors import LexisegError
 from lexiseg.files import atomic_write, make_folder, write_text
+from lexiseg.label_ids import ignore_index
 from lexiseg.overlay import LegendEntry, draw_legend, paint_classes
 from lexiseg.rle import encode_rle
 from lexiseg.vocabulary import Vocabulary
 from lexiseg.words import shorten
 
 _CHUNK = 2**20
-_MAX_ID_OF_INT32 = 2**31 - 1
 SAVE_FORMATS = ("labels", "overlay", "json", "coco")
-
-
-def ignore_index(num_classes: int) -> int:
-    """The id that marks pixels without a class: 255, and 65535 or 2**31 - 1 where that could be a class."""
-    if num_classes <= 255:
-        return 255
-    return 65535 if num_classes <= 65535 else _MAX_ID_OF_INT32
 
 
 @dataclass(frozen=True)

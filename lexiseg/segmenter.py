@@ -16,10 +16,11 @@ from lexiseg.clip.text import TextEmbedder, default_cache_folder
 from lexiseg.devices import pick_device, pick_dtype
 from lexiseg.errors import LexisegError
 from lexiseg.images import DEFAULT_MAX_PIXELS, ImageSource, list_images
+from lexiseg.label_ids import ignore_index
 from lexiseg.models.base import ImageFeatures, SegmentationModel, WindowPolicy
 from lexiseg.pictures import Failure, Picture, cut_windows, read_picture, run_in_batches
 from lexiseg.scores import Scores
-from lexiseg.segmentation import Segmentation, ignore_index
+from lexiseg.segmentation import Segmentation
 from lexiseg.vocabulary import SINGLE_TEMPLATE, TemplateSource, Vocabulary, VocabularySource
 from lexiseg.windows import Box
 from lexiseg.words import shorten

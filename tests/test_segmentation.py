@@ -13,9 +13,10 @@ from hypothesis.extra import numpy as hnp
 from PIL import Image, ImageFont
 
 from lexiseg.errors import LexisegError
+from lexiseg.label_ids import ignore_index
 from lexiseg.overlay import LegendEntry, draw_legend
 from lexiseg.rle import decode_rle, encode_rle
-from lexiseg.segmentation import Segmentation, ignore_index
+from lexiseg.segmentation import Segmentation
 from lexiseg.vocabulary import Vocabulary
 
 LABELS = torch.tensor([[0, 0, 2, 2], [0, 0, 2, 255]])

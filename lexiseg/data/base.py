@@ -6,22 +6,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
-import torch
-from torch import Tensor
+from lexiseg.errors import LexisegError
+from lexiseg.label_ids import IGNORE_INDEX, ignore_index
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from lexiseg.vocabulary import Vocabulary
-
-IGNORE_INDEX = 255
-"""Label id of pixels that have no class: void, border, padding, and in training the unseen classes."""
-
-WIDE_IGNORE_INDEX = 65535
-"""The same where there are more than 255 classes, so that 255 is the id of one."""
-
-
-def ignore_index(num_classes: int) -> int:
-    """The label of pixels without a class among ``num_classes``: 255, or 65535 where there are more than 255."""
-    return IGNORE_INDEX if num_classes <= IGNORE_INDEX else WIDE_IGNORE_INDEX
 
 
 @dataclass(frozen=True)
@@ -85,6 +76,30 @@ class Subset:
         return (self._dataset[index] for index in self._indices)
 
 
+def without_unseen(dataset: SegmentationDataset) -> Subset:
+    """The samples without a pixel of an unseen class: training data in the strict inductive setting.
+
+    The usual inductive setting keeps such pictures and hides those pixels; here whole pictures are left out (DeOP, Sec.
+    5.1; Cascade-CLIP, Table 2). Labels are read once each, without their pictures where the dataset offers ``label``.
+
+    Raises:
+        LexisegError: none is left, or a label cannot be read.
+    """
+    hidden = unseen_ids(dataset.vocabulary)
+    label_of = getattr(dataset, "label", None) or (lambda index: dataset[index].label)
+    kept = []
+    for index in range(len(dataset)):
+        found = label_of(index).unique().tolist()
+        if not set(found) & set(hidden):
+            kept.append(index)
+    if not kept:
+        raise LexisegError(
+            f"All {len(dataset)} training pictures show an unseen class, so nothing is left to train on; hide their "
+            "pixels instead."
+        )
+    return Subset(dataset, kept)
+
+
 def seen_ids(vocabulary: Vocabulary) -> list[int]:
     """Ids of the classes flagged as seen, ascending; classes without a flag do not count as seen."""
     return [index for index, entry in enumerate(vocabulary.classes) if entry.seen is True]
@@ -110,6 +125,8 @@ def remap_to_seen(label: Tensor, seen: Sequence[int], *, void: int = IGNORE_INDE
     Raises:
         ValueError: an id in ``seen`` is not in 0..void-1.
     """
+    import torch
+
     if any(not 0 <= index < void for index in seen):
         raise ValueError(f"seen ids must be in 0..{void - 1}, got {list(seen)}")
     table = torch.full((void + 1,), ignore_index(len(seen)), dtype=torch.long)

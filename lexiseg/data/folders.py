@@ -17,10 +17,11 @@ from pathlib import Path, PurePosixPath
 import torch
 from torch import Tensor
 
-from lexiseg.data.base import IGNORE_INDEX, Sample
+from lexiseg.data.base import Sample
 from lexiseg.data.sets.labels import LabelKind, read_values
 from lexiseg.errors import LexisegError
 from lexiseg.images import read_image
+from lexiseg.label_ids import IGNORE_INDEX
 from lexiseg.vocabulary import Vocabulary
 from lexiseg.words import word_key
 

@@ -18,8 +18,8 @@ from torchvision import tv_tensors
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
-from lexiseg.data.base import IGNORE_INDEX
 from lexiseg.data.photometric import scale_contrast, scale_saturation, shift_brightness, turn_hue
+from lexiseg.label_ids import IGNORE_INDEX
 from lexiseg.windows import working_size
 
 TRAIN_SCALE = (2048, 512)

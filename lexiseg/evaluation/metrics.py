@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-IGNORE_INDEX = 255
+from lexiseg.label_ids import IGNORE_INDEX
+
 _CHUNK = 1 << 16  # pixels counted at a time: their numbers then stay in the processor's cache
 
 

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lexiseg.data.base import IGNORE_INDEX, SegmentationDataset, seen_ids, unseen_ids
+from lexiseg.data.base import SegmentationDataset, seen_ids, unseen_ids
 from lexiseg.errors import LexisegError
 from lexiseg.evaluation.evaluate import spread
 from lexiseg.evaluation.metrics import Confusion, Metrics
 from lexiseg.evaluation.proposals import ProposalRecall, Recall, ReleasedRecall, upper_bound_scores
+from lexiseg.label_ids import ignore_index
 from lexiseg.models.base import ImageFeatures
 from lexiseg.models.decoupled import DecoupledModel
 from lexiseg.proposals import Proposals
@@ -103,7 +104,7 @@ def evaluate_proposals(
         raise LexisegError("There is no picture to judge proposals on; check the data's list of pictures.")
     vocabulary = dataset.vocabulary
     num_classes = len(vocabulary)
-    ignore = IGNORE_INDEX if num_classes <= IGNORE_INDEX else 65535
+    ignore = ignore_index(num_classes)
     seen, unseen = seen_ids(vocabulary), unseen_ids(vocabulary)
     recall = ProposalRecall(seen, unseen, thresholds, ignore_index=ignore)
     counters = {threshold: ReleasedRecall(frozenset(unseen), threshold) for threshold in thresholds}

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from lexiseg.data.base import IGNORE_INDEX
+from lexiseg.label_ids import IGNORE_INDEX
 from lexiseg.losses.masks import fill_unseen
 
 _CHUNK = 1 << 24

@@ -16,15 +16,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from lexiseg.errors import LexisegError
+from lexiseg.label_ids import IGNORE_INDEX, ignore_index
 from lexiseg.losses.shares import mean_count, share_of_one
-
-IGNORE_INDEX = 255
-_WIDE_IGNORE_INDEX = 65535
-
-
-def ignore_index(num_classes: int) -> int:
-    """The label of pixels without a class among ``num_classes``: 255, or 65535 where 255 is the id of a class."""
-    return IGNORE_INDEX if num_classes <= IGNORE_INDEX else _WIDE_IGNORE_INDEX
 
 
 @dataclass(frozen=True)

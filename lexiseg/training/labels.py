@@ -22,8 +22,8 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from lexiseg.data.base import IGNORE_INDEX, WIDE_IGNORE_INDEX
 from lexiseg.errors import LexisegError
+from lexiseg.label_ids import IGNORE_INDEX, WIDE_IGNORE_INDEX
 from lexiseg.vocabulary import TemplateSource, Vocabulary, VocabularyClass
 
 Setting: TypeAlias = Literal["inductive", "transductive", "supervised"]

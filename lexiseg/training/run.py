@@ -10,7 +10,7 @@ from lexiseg import processes
 from lexiseg.clip.load import load_clip
 from lexiseg.clip.prompt_learner import PromptLearner
 from lexiseg.clip.text import default_cache_folder
-from lexiseg.data.base import IGNORE_INDEX, SegmentationDataset, ignore_index
+from lexiseg.data.base import SegmentationDataset
 from lexiseg.data.folders import VocFolder
 from lexiseg.data.picture_world import PictureWorld
 from lexiseg.data.picture_world import vocabulary as picture_world_vocabulary
@@ -19,6 +19,7 @@ from lexiseg.data.sets.open import OWN, open_data_set, synonyms_of, train_split
 from lexiseg.data.transforms import Pipeline, light_pipeline, paper_pipeline, short_edge_pipeline
 from lexiseg.errors import LexisegError
 from lexiseg.files import make_folder, write_text
+from lexiseg.label_ids import IGNORE_INDEX, ignore_index
 from lexiseg.training.building import build_model, system_of
 from lexiseg.training.checkpoint import find_checkpoints
 from lexiseg.training.contrastive import ContrastiveTask

@@ -14,11 +14,12 @@ from PIL import Image
 from torch import Tensor
 
 from lexiseg.clip.text import TextEmbedder
-from lexiseg.data.base import SegmentationDataset, ignore_index, remap_to_seen, seen_ids
+from lexiseg.data.base import SegmentationDataset, remap_to_seen, seen_ids
 from lexiseg.data.transforms import Pipeline
 from lexiseg.errors import LexisegError
 from lexiseg.evaluation.evaluate import evaluate
 from lexiseg.evaluation.report import Report
+from lexiseg.label_ids import ignore_index
 from lexiseg.losses.shares import share_weight
 from lexiseg.models.base import SegmentationModel
 from lexiseg.segmenter import Segmenter

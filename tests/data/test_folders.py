@@ -7,9 +7,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from lexiseg.data.base import SegmentationDataset, Subset, remap_to_seen, seen_ids, unseen_ids
+from lexiseg.data.base import SegmentationDataset, Subset, remap_to_seen, seen_ids, unseen_ids, without_unseen
 from lexiseg.data.folders import VocFolder, read_label
+from lexiseg.data.sets.open import open_data_set
 from lexiseg.errors import LexisegError
+from tests import miniatures
 
 CLASSES = "cat\ntree, bush\nsky\n"
 
@@ -160,3 +162,17 @@ def test_remap_to_seen():
     assert remap_to_seen(label, [2, 0]).tolist() == [[1, 255, 0], [255, 255, 0]]
     with pytest.raises(ValueError, match="255"):
         remap_to_seen(label, [255])
+
+
+def test_without_unseen_leaves_whole_pictures_out(tmp_path: Path) -> None:
+    root = tmp_path / "my"
+    for index, values in enumerate(([0, 1], [0, 2], [1, 255], [2])):
+        miniatures.save_picture(root / "images" / f"{index}.png", index)
+        miniatures.save_index(root / "masks" / f"{index}.png", miniatures.values_in(values, index))
+    (root / "classes.txt").write_text("cat\ntree\nsky\n")
+    (root / "train.txt").write_text("0\n1\n2\n3\n")
+    with pytest.raises(LexisegError, match="nothing is left"):
+        (root / "unseen.txt").write_text("cat\nsky\n")
+        without_unseen(Subset(open_data_set("own", root, "train"), [0, 1, 3]))
+    (root / "unseen.txt").write_text("sky\n")
+    assert [sample.name for sample in without_unseen(open_data_set("own", root, "train"))] == ["0", "2"]

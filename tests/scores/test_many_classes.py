@@ -12,9 +12,10 @@ import torch
 import yaml
 
 from lexiseg.clip.model import save_clip
-from lexiseg.data.base import ignore_index, remap_to_seen
+from lexiseg.data.base import remap_to_seen
 from lexiseg.data.transforms import RandomCrop
 from lexiseg.errors import LexisegError
+from lexiseg.label_ids import ignore_index
 from lexiseg.losses import count_masks, mask_losses, pixel_accuracy, pseudo_labels, ssim_loss
 from lexiseg.losses.mask_aware import mask_ious
 from lexiseg.losses.regions import region_map_losses

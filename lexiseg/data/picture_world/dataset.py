@@ -11,11 +11,12 @@ import numpy as np
 import torch
 from PIL import Image
 
-from lexiseg.data.base import IGNORE_INDEX, Sample
+from lexiseg.data.base import Sample
 from lexiseg.data.picture_world.classes import CLASS_IDS, CLASSES, UNSEEN
 from lexiseg.data.picture_world.scene import Scene, render_scene
 from lexiseg.errors import LexisegError
 from lexiseg.files import atomic_write, make_folder, write_text
+from lexiseg.label_ids import IGNORE_INDEX
 from lexiseg.vocabulary import Vocabulary, VocabularyClass
 
 Split = Literal["train", "val", "test"]

@@ -17,17 +17,12 @@ from typing import Any
 import yaml
 
 from lexiseg.errors import LexisegError
+from lexiseg.label_ids import IGNORE_INDEX, ignore_index
 from lexiseg.vocabulary import Vocabulary, VocabularyClass
 from lexiseg.words import word_key
 
 NAMES = ("voc2012", "coco-stuff-164k", "pascal-context-59", "pascal-context-459", "ade20k-150", "ade20k-847")
 """The data sets there are."""
-
-NARROW_IGNORE = 255
-"""Label of pixels without a class where class ids fit 8 bits beside it."""
-
-WIDE_IGNORE = 65535
-"""The same for data sets of more than 255 classes, whose labels are 16 bits wide."""
 
 
 @dataclass(frozen=True)
@@ -61,9 +56,9 @@ class DataSetInfo:
     synonyms: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     renamed: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     palette: tuple[tuple[int, int, int], ...] | None = None
-    ignore: int = NARROW_IGNORE
+    ignore: int = IGNORE_INDEX
     id_map: Mapping[int, int] = field(default_factory=dict)
-    void: tuple[int, ...] = (NARROW_IGNORE,)
+    void: tuple[int, ...] = (IGNORE_INDEX,)
     splits: tuple[str, ...] = ("train", "val")
 
     @property
@@ -209,7 +204,7 @@ def _read(name: str, said: Mapping[str, Any]) -> DataSetInfo:
     words = [tuple(part.strip() for part in entry.split(",")) for entry in said.get("classes", ())]
     classes = tuple(entry[0] for entry in words)
     num_classes = len(classes) or int(said["num_classes"])
-    ignore = NARROW_IGNORE if num_classes <= NARROW_IGNORE else WIDE_IGNORE
+    ignore = ignore_index(num_classes)
     if said.get("reduce_zero"):
         id_map = {index + 1: index for index in range(num_classes)}
         void: tuple[int, ...] = (0, ignore)

@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lexiseg.data.base import ignore_index
 from lexiseg.data.sets.dataset import Finding, Item, SplitFiles
 from lexiseg.data.sets.errors import DataSetError
 from lexiseg.data.sets.labels import MAX_PIXELS, LabelKind, ValueTable
 from lexiseg.data.sets.listing import is_safe, with_unseen
 from lexiseg.errors import LexisegError
+from lexiseg.label_ids import ignore_index
 from lexiseg.vocabulary import Vocabulary, VocabularyClass
 from lexiseg.words import describe, word_key
 

@@ -26,7 +26,6 @@ from pathlib import Path
 from PIL import Image
 
 from lexiseg.class_list import ClassList, read_class_list
-from lexiseg.data.base import IGNORE_INDEX, ignore_index
 from lexiseg.data.sets.coco_json import list_coco_json
 from lexiseg.data.sets.dataset import Finding, SplitFiles
 from lexiseg.data.sets.errors import DataSetError
@@ -34,6 +33,7 @@ from lexiseg.data.sets.labels import LabelKind, ValueTable
 from lexiseg.data.sets.listing import IMAGE_SUFFIXES, by_stem, entries, first_folder, read_list, same_stems, with_unseen
 from lexiseg.data.sets.pairing import LabelFolder, orphans, pair
 from lexiseg.errors import LexisegError
+from lexiseg.label_ids import IGNORE_INDEX, ignore_index
 from lexiseg.vocabulary import Vocabulary
 
 IMAGE_FOLDERS = ("images", "JPEGImages")

@@ -164,7 +164,7 @@ def test_remap_to_seen():
         remap_to_seen(label, [255])
 
 
-def test_without_unseen_leaves_whole_pictures_out(tmp_path: Path) -> None:
+def test_without_unseen_leaves_whole_pictures_out(tmp_path):
     root = tmp_path / "my"
     for index, values in enumerate(([0, 1], [0, 2], [1, 255], [2])):
         miniatures.save_picture(root / "images" / f"{index}.png", index)

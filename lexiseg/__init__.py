@@ -69,15 +69,17 @@ def load(
     Raises:
         LexisegError: there is no such model or device, or the weights do not fit.
     """
-    from lexiseg.devices import pick_device
+    from lexiseg.devices import float32_default, pick_device
     from lexiseg.images import DEFAULT_MAX_PIXELS
     from lexiseg.segmenter import Segmenter
     from lexiseg.weights import load_model
 
     # A wrong device is said before gigabytes are read.
     place = pick_device("auto" if device is None else device)
+    with float32_default():
+        model = load_model(name)
     return Segmenter(
-        load_model(name),
+        model,
         device=place,
         dtype=dtype,
         compile=compile,

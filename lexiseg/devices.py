@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
 from lexiseg.errors import LexisegError
@@ -49,3 +53,30 @@ def pick_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
     if dtype is not None and found not in _DTYPES.values():
         raise LexisegError(f"Unknown dtype '{dtype}'; use fp32, bf16 or fp16.")
     return found
+
+
+_lock = threading.Lock()
+_inside = 0
+_outside = torch.float32
+
+
+@contextmanager
+def float32_default() -> Iterator[None]:
+    """Run the body under torch's own default of float32, whatever the program around it has set.
+
+    Models are built from tensors made without a type. The default is one of the whole process, so it is given back when
+    the last thread has left.
+    """
+    global _inside, _outside
+    with _lock:
+        if not _inside:
+            _outside = torch.get_default_dtype()
+            torch.set_default_dtype(torch.float32)
+        _inside += 1
+    try:
+        yield
+    finally:
+        with _lock:
+            _inside -= 1
+            if not _inside:
+                torch.set_default_dtype(_outside)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -15,7 +15,10 @@ from lexiseg.images import ImageSource, image_name, read_image
 from lexiseg.models.base import WindowPolicy
 from lexiseg.scores import Scores, WindowScores
 from lexiseg.windows import Box, check_proportions, cover, working_size
-from lexiseg.words import shorten
+from lexiseg.words import describe, shorten, whole_number
+
+WindowSource: TypeAlias = "WindowPolicy | int | Sequence[int] | None"
+_MIN_WINDOW = 8
 
 
 @dataclass
@@ -44,6 +47,38 @@ class Picture:
             return self.parts[0]
         # Also for a single window: the published protocol goes through the working size in every case.
         return WindowScores(self.parts, self.boxes, (int(self.canvas.shape[1]), int(self.canvas.shape[2])))
+
+
+def window_policy(default: WindowPolicy, window: WindowSource = None) -> WindowPolicy:
+    """How a model is run over a picture: its own way, changed by what a user gives.
+
+    Args:
+        default: the model's.
+        window: a policy; the side of the window in pixels; its side and stride; 0 for whole pictures; None for the
+            model's own way. Without a stride it is the model's, or the window's side where that is smaller.
+
+    Raises:
+        LexisegError: it is none of these, or numbers that cannot cover a picture.
+    """
+    if window is None or isinstance(window, WindowPolicy):
+        return window or default
+    if isinstance(window, Sequence) and not isinstance(window, str | bytes) and len(window) == 2:
+        side, stride = (whole_number(number, "A window's side or stride") for number in window)
+    elif isinstance(window, Sequence):
+        raise LexisegError(f"A window is its side, or its side and stride, in pixels, not {describe(window)}.")
+    else:
+        side, stride = whole_number(window, "A window's side"), None
+    if side == 0:
+        if stride:
+            raise LexisegError("A stride needs a window, and 0 stands for whole pictures; give the window's side.")
+        return replace(default, size=None, stride=0)
+    stride = min(default.stride or side, side) if stride is None else stride
+    if side < _MIN_WINDOW or not 1 <= stride <= side:
+        raise LexisegError(
+            f"A window of {side} with a stride of {stride} cannot cover a picture; give a window of at least "
+            f"{_MIN_WINDOW} pixels and a stride of 1 to {max(side, _MIN_WINDOW)}."
+        )
+    return replace(default, size=side, stride=stride)
 
 
 Failure = tuple[Any, LexisegError]
@@ -128,7 +163,7 @@ def cut_windows(
 
 
 def _channels(values: tuple[float, float, float], device: torch.device) -> Tensor:
-    return torch.tensor(values, device=device).view(1, 3, 1, 1)
+    return torch.tensor(values, dtype=torch.float32, device=device).view(1, 3, 1, 1)
 
 
 def _resize(image: Tensor, size: tuple[int, int], antialias: bool) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -11,19 +12,28 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
+from lexiseg import notes
 from lexiseg.background import BackgroundSource
 from lexiseg.clip.text import TextEmbedder, default_cache_folder
-from lexiseg.devices import pick_device, pick_dtype
+from lexiseg.devices import float32_default, pick_device, pick_dtype
 from lexiseg.errors import LexisegError
 from lexiseg.images import DEFAULT_MAX_PIXELS, ImageSource, list_images
 from lexiseg.label_ids import ignore_index
 from lexiseg.models.base import ImageFeatures, SegmentationModel, WindowPolicy
-from lexiseg.pictures import Failure, Picture, cut_windows, read_picture, run_in_batches
+from lexiseg.pictures import (
+    Failure,
+    Picture,
+    WindowSource,
+    cut_windows,
+    read_picture,
+    run_in_batches,
+    window_policy,
+)
 from lexiseg.scores import Scores
 from lexiseg.segmentation import Segmentation
 from lexiseg.vocabulary import SINGLE_TEMPLATE, TemplateSource, Vocabulary, VocabularySource
 from lexiseg.windows import Box
-from lexiseg.words import shorten
+from lexiseg.words import describe, shorten, whole_number
 
 _BATCH_SIZE = 4
 
@@ -38,17 +48,38 @@ class _Words:
     seen_words: Tensor | None
 
 
-@dataclass
-class _Held:
-    """What `Segmenter.set_image` keeps."""
+class HeldPicture:
+    """A picture that `Segmenter.set_image` looked at once: every `predict` only has to score words.
 
-    picture: Picture
-    policy: WindowPolicy
-    features: list[tuple[ImageFeatures, int]]
+    It belongs to whoever asked for it, so that threads which share a segmenter each hold their own.
+
+    Attributes:
+        window: how the model was run over it.
+    """
+
+    def __init__(
+        self,
+        segmenter: Segmenter,
+        picture: Picture,
+        window: WindowPolicy,
+        features: Sequence[tuple[ImageFeatures, int]],
+    ) -> None:
+        self.window = window
+        self._segmenter = segmenter
+        self._picture = picture
+        self._features = tuple(features)
+
+    def predict(self, classes: VocabularySource, *, background: BackgroundSource = None) -> Segmentation:
+        """Segment the picture by words; as `Segmenter.predict`.
+
+        Raises:
+            LexisegError: the classes are wrong.
+        """
+        return self._segmenter._predict_held(self._picture, self._features, self.window, classes, background)
 
 
 class Segmenter:
-    """Segments pictures by words with one model.
+    """Segments pictures by words with one model; threads may share it.
 
     Args:
         model: any segmentation model. It is moved to ``device`` and run in evaluation mode; its mode is restored
@@ -81,14 +112,20 @@ class Segmenter:
         disk_cache: bool = True,
         max_pixels: float = DEFAULT_MAX_PIXELS,
     ) -> None:
+        if not isinstance(model, SegmentationModel):
+            raise LexisegError(f"A segmenter is made of a model, not {describe(model)}; lexiseg.load(name) makes one.")
         self.model = model if device is None else model.to(pick_device(device))
         self.dtype = pick_dtype(dtype)
+        if isinstance(max_pixels, bool) or not isinstance(max_pixels, int | float) or not max_pixels > 0:
+            raise LexisegError(f"The limit of pixels must be a number above 0, not {describe(max_pixels)}.")
         self.max_pixels = max_pixels
         self.templates = None if templates is None else Vocabulary.parse("any", templates=templates).templates
         folder = (default_cache_folder() if cache_dir is None else Path(cache_dir)) if disk_cache else None
         self.embedder = TextEmbedder(model.clip, folder)
         self._forward: Any = torch.compile(model) if compile else model
-        self._held: _Held | None = None
+        self._held = threading.local()  # one picture a thread
+        self._lock, self._running, self._were_training = threading.Lock(), 0, list[torch.nn.Module]()
+        self._note_photographs = "emoji" in model.clip.name
         self._last: tuple[Any, Any, Vocabulary] | None = None
 
     @property
@@ -102,8 +139,9 @@ class Segmenter:
         Raises:
             LexisegError: something is wrong with the classes, or a name is too long for the text tower.
         """
-        if self._last is not None and classes is self._last[0] and background is self._last[1]:
-            return self._last[2]
+        last = self._last
+        if last is not None and classes is last[0] and background is last[1]:
+            return last[2]
         default = self.templates or self.model.default_templates
         vocabulary = Vocabulary.parse(classes, background=background, default_templates=default)
         if self.templates is not None or vocabulary.templates == SINGLE_TEMPLATE:
@@ -122,7 +160,7 @@ class Segmenter:
         image: list[ImageSource] | tuple[ImageSource, ...],
         classes: VocabularySource,
         *,
-        window: WindowPolicy | None = ...,
+        window: WindowSource = ...,
         batch_size: int = ...,
         background: BackgroundSource = ...,
     ) -> list[Segmentation]: ...
@@ -133,7 +171,7 @@ class Segmenter:
         image: ImageSource | None = ...,
         classes: VocabularySource | None = ...,
         *,
-        window: WindowPolicy | None = ...,
+        window: WindowSource = ...,
         batch_size: int = ...,
         background: BackgroundSource = ...,
     ) -> Segmentation: ...
@@ -143,7 +181,7 @@ class Segmenter:
         image: ImageSource | Sequence[ImageSource] | None = None,
         classes: VocabularySource | None = None,
         *,
-        window: WindowPolicy | None = None,
+        window: WindowSource = None,
         batch_size: int = _BATCH_SIZE,
         background: BackgroundSource = None,
     ) -> Segmentation | list[Segmentation]:
@@ -152,7 +190,8 @@ class Segmenter:
         Args:
             image: anything `lexiseg.images.read_image` takes, or a list of such; None takes the picture of `set_image`.
             classes: anything ``Vocabulary.parse`` takes, such as ``["giraffe", "tree, bush", "sky"]``.
-            window: how the model is run over the picture; None takes the model's own way.
+            window: how the model is run over the picture: the side of a sliding window in pixels, its side and stride,
+                0 for whole pictures, or a `WindowPolicy`; None takes the model's own way.
             batch_size: windows in one forward pass; those of several pictures share it. The result does not depend on
                 it beyond rounding.
             background: replaces the vocabulary's background: "none"; a class name; or a score below which pixels are
@@ -166,17 +205,22 @@ class Segmenter:
         """
         if classes is None:
             raise LexisegError("No classes are given; name at least one, for example ['cat', 'tree, bush'].")
-        _check_batch_size(batch_size)
         if image is None:
-            return self._predict_held(classes, window, background)
+            held: HeldPicture | None = getattr(self._held, "picture", None)
+            if held is None:
+                raise LexisegError("No picture is given; pass one to predict, or call set_image first, in this thread.")
+            if window is not None and window_policy(self.model.window, window) != held.window:
+                raise LexisegError("The window was chosen when the picture was set; give it to set_image instead.")
+            return held.predict(classes, background=background)
+        batch_size, policy = whole_number(batch_size, "The batch size", 1), window_policy(self.model.window, window)
         if isinstance(image, torch.Tensor) and image.ndim == 4:
             image = list(image)
         words = self._words(classes, background)
         many = isinstance(image, list | tuple)
         sources: list[Any] = list(image) if isinstance(image, list | tuple) else [image]
-        pictures = (self._read(index, source, window) for index, source in enumerate(sources))
+        pictures = (self._read(index, source, policy) for index, source in enumerate(sources))
         results = []
-        for _, result in self._stream(pictures, words, batch_size, window):
+        for _, result in self._stream(pictures, words, batch_size, policy):
             if isinstance(result, LexisegError):
                 raise result
             results.append(result)
@@ -187,7 +231,7 @@ class Segmenter:
         target: str | Path | Iterable[str | Path],
         classes: VocabularySource,
         *,
-        window: WindowPolicy | None = None,
+        window: WindowSource = None,
         batch_size: int = _BATCH_SIZE,
         background: BackgroundSource = None,
     ) -> Iterator[tuple[Path, Segmentation | LexisegError]]:
@@ -208,14 +252,14 @@ class Segmenter:
             LexisegError: there are no pictures, or the classes are wrong. This is raised at the call, not later.
         """
         paths = list_images(target) if isinstance(target, str | Path) else [Path(path) for path in target]
-        _check_batch_size(batch_size)
+        batch_size, policy = whole_number(batch_size, "The batch size", 1), window_policy(self.model.window, window)
         words = self._words(classes, background)
-        return self._stream((self._read(path, path, window) for path in paths), words, batch_size, window)
+        return self._stream((self._read(path, path, policy) for path in paths), words, batch_size, policy)
 
     def set_image(
-        self, image: ImageSource, *, window: WindowPolicy | None = None, batch_size: int = _BATCH_SIZE
-    ) -> Segmenter:
-        """Look at a picture once, so that `predict` without a picture only has to score words.
+        self, image: ImageSource, *, window: WindowSource = None, batch_size: int = _BATCH_SIZE
+    ) -> HeldPicture:
+        """Look at a picture once, so that predicting it again only has to score words.
 
         Args:
             image: as in `predict`.
@@ -223,30 +267,29 @@ class Segmenter:
             batch_size: as in `predict`.
 
         Returns:
-            The segmenter itself.
+            The held picture, whose `HeldPicture.predict` takes words. `predict` without a picture takes the one that
+            was set last in the same thread.
 
         Raises:
             LexisegError: the picture is wrong.
         """
-        _check_batch_size(batch_size)
-        picture = self._read(0, image, window)
-        if isinstance(picture, tuple):
-            raise picture[1]
+        batch_size, policy = whole_number(batch_size, "The batch size", 1), window_policy(self.model.window, window)
+        picture = self._read_one(image, policy)
         features = []
         with self._evaluating():
             for start in range(0, len(picture.boxes), batch_size):
                 boxes = picture.boxes[start : start + batch_size]
                 batch = self._crops([(picture, box) for box in boxes])
                 features.append((self.model.encode_images(batch), len(boxes)))
-        self._held = _Held(picture, window or self.model.window, features)
-        return self
+        self._held.picture = HeldPicture(self, picture, policy, features)
+        return self._held.picture
 
     def scores(
         self,
         image: ImageSource,
         classes: VocabularySource,
         *,
-        window: WindowPolicy | None = None,
+        window: WindowSource = None,
         batch_size: int = _BATCH_SIZE,
         background: BackgroundSource = None,
     ) -> Scores:
@@ -262,14 +305,12 @@ class Segmenter:
         Raises:
             LexisegError: the picture or the classes are wrong.
         """
-        _check_batch_size(batch_size)
+        batch_size, policy = whole_number(batch_size, "The batch size", 1), window_policy(self.model.window, window)
         words = self._words(classes, background)
-        picture = self._read(0, image, window)
-        if isinstance(picture, tuple):
-            raise picture[1]
+        picture = self._read_one(image, policy)
         for start in range(0, len(picture.boxes), batch_size):
             self._run([(picture, box) for box in picture.boxes[start : start + batch_size]], words)
-        return picture.joined(window or self.model.window)
+        return picture.joined(policy)
 
     def pixels(self, image: ImageSource) -> Tensor:
         """A whole picture as the model sees it when it is run without windows: float32 (1, 3, h, w), normalised.
@@ -277,33 +318,33 @@ class Segmenter:
         Raises:
             LexisegError: the picture is wrong.
         """
-        picture = self._read(0, image, replace(self.model.window, size=None, stride=0))
-        if isinstance(picture, tuple):
-            raise picture[1]
+        picture = self._read_one(image, window_policy(self.model.window, 0))
         return self._crops([(picture, picture.boxes[0])])
 
     def _predict_held(
-        self, classes: VocabularySource, window: WindowPolicy | None, background: BackgroundSource
+        self,
+        picture: Picture,
+        held: Sequence[tuple[ImageFeatures, int]],
+        policy: WindowPolicy,
+        classes: VocabularySource,
+        background: BackgroundSource,
     ) -> Segmentation:
-        held = self._held
-        if held is None:
-            raise LexisegError("No picture is given; pass one to predict, or call set_image first.")
-        if window is not None and window != held.policy:
-            raise LexisegError("The window was chosen when the picture was set; give it to set_image instead.")
         words = self._words(classes, background)
-        picture = replace(held.picture, parts=[])
+        picture = replace(picture, parts=[])
         with self._evaluating():
-            for features, count in held.features:
+            for features, count in held:
                 scores = self.model.score(
                     features, words.text, word_to_class=words.word_to_class, seen_words=words.seen_words
                 )
                 picture.parts.extend(scores[index] for index in range(count))
-        return self._decode(picture, words, held.policy)
+        return self._decode(picture, words, policy)
 
     def _words(self, classes: VocabularySource, background: BackgroundSource) -> _Words:
         vocabulary = self.vocabulary(classes, background=background)
+        notes.one_class(vocabulary)
         device = self.device
-        text = self.model.embed_text(self.embedder, vocabulary).to(device)
+        with float32_default():
+            text = self.model.embed_text(self.embedder, vocabulary).to(device)
         joined = len(vocabulary.words) > len(vocabulary)
         return _Words(
             vocabulary,
@@ -312,22 +353,29 @@ class Segmenter:
             vocabulary.seen_words.to(device) if bool(vocabulary.seen_words.any()) else None,
         )
 
-    def _read(self, key: Any, source: ImageSource, window: WindowPolicy | None) -> Picture | Failure:
+    def _read(self, key: Any, source: ImageSource, policy: WindowPolicy) -> Picture | Failure:
         """Read a picture; an error is a value here, so that a folder can go on."""
+        if self._note_photographs and notes.picture_world_model(source):
+            self._note_photographs = False  # once is enough
         try:
-            return read_picture(key, source, window or self.model.window, self.max_pixels)
+            return read_picture(key, source, policy, self.max_pixels)
         except LexisegError as error:
             return key, error
+
+    def _read_one(self, source: ImageSource, policy: WindowPolicy) -> Picture:
+        picture = self._read(0, source, policy)
+        if isinstance(picture, tuple):
+            raise picture[1]
+        return picture
 
     def _stream(
         self,
         pictures: Iterable[Picture | Failure],
         words: _Words,
         batch_size: int,
-        window: WindowPolicy | None,
+        policy: WindowPolicy,
     ) -> Iterator[tuple[Any, Segmentation | LexisegError]]:
         """Run the pictures in batches and yield their results in their order."""
-        policy = window or self.model.window
         for picture in run_in_batches(pictures, batch_size, lambda batch: self._run(batch, words)):
             if not isinstance(picture, Picture):
                 yield picture
@@ -360,7 +408,8 @@ class Segmenter:
         vocabulary = words.vocabulary
         scores = picture.joined(policy)
         try:
-            found, values = scores.label_and_score((int(picture.image.shape[1]), int(picture.image.shape[2])))
+            with float32_default():
+                found, values = scores.label_and_score((int(picture.image.shape[1]), int(picture.image.shape[2])))
         except LexisegError as error:
             raise LexisegError(f"{shorten(picture.name, 200)}: {error}") from error
         labels, best = found[0].cpu(), values[0].cpu()
@@ -377,19 +426,24 @@ class Segmenter:
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
-        """Evaluation mode, no gradients, the chosen precision; the modules' own modes come back afterwards."""
-        training = [module for module in self.model.modules() if module.training]
-        for module in training:
-            module.training = False
+        """Evaluation mode, no gradients, the chosen precision; modes come back when the last thread has left."""
+        with self._lock:
+            if not self._running:
+                self._were_training = [module for module in self.model.modules() if module.training]
+                for module in self._were_training:
+                    module.training = False
+            self._running += 1
         half = self.dtype is not None and self.dtype != torch.float32
         try:
-            with torch.no_grad(), torch.autocast(self.device.type, self.dtype) if half else nullcontext():
+            with (
+                float32_default(),
+                torch.no_grad(),
+                torch.autocast(self.device.type, self.dtype) if half else nullcontext(),
+            ):
                 yield
         finally:
-            for module in training:
-                module.training = True
-
-
-def _check_batch_size(batch_size: int) -> None:
-    if batch_size < 1:
-        raise LexisegError(f"The batch size is {batch_size}; it must be at least 1.")
+            with self._lock:
+                self._running -= 1
+                if not self._running:
+                    for module in self._were_training:
+                        module.training = True

@@ -9,6 +9,8 @@ Box = tuple[int, int, int, int]
 
 MIN_SIDE = 2
 MAX_ASPECT = 64
+_ENLARGED_ASPECT = 4
+_MAX_WINDOWS = 10_000
 
 
 def working_size(height: int, width: int, short_side: int | None, long_side: int | None = None) -> tuple[int, int]:
@@ -17,8 +19,9 @@ def working_size(height: int, width: int, short_side: int | None, long_side: int
     Args:
         height: of the picture in pixels.
         width: of the picture in pixels.
-        short_side: length of the shorter side afterwards; the longer one follows, with no limit (the test-time resize
-            of ZegCLIP's published code). None keeps the size.
+        short_side: length of the shorter side afterwards; the longer one follows. A picture is enlarged no further than
+            to a longer side of 4 times this (MMSegmentation's scale of 2048 x 512), so that a strip of a few pixels
+            costs no more than a picture. None keeps the size.
         long_side: the longer side becomes no longer than this, and the shorter one follows (detectron2's largest test
             size); None sets no limit.
 
@@ -27,9 +30,10 @@ def working_size(height: int, width: int, short_side: int | None, long_side: int
     """
     if short_side is None:
         return height, width
-    factor = short_side / min(height, width)
+    longest = max(height, width)
+    factor = min(short_side / min(height, width), max(1.0, _ENLARGED_ASPECT * short_side / longest))
     if long_side is not None:
-        factor = min(factor, long_side / max(height, width))
+        factor = min(factor, long_side / longest)
     return max(1, int(height * factor + 0.5)), max(1, int(width * factor + 0.5))
 
 
@@ -67,7 +71,7 @@ def cover(height: int, width: int, size: int | None, stride: int) -> list[Box]:
         Boxes within the canvas. A side shorter than ``size`` is taken whole.
 
     Raises:
-        LexisegError: size or stride make no sense.
+        LexisegError: size or stride make no sense, or the windows would be more than 10,000.
     """
     if size is None:
         return [(0, 0, height, width)]
@@ -76,6 +80,11 @@ def cover(height: int, width: int, size: int | None, stride: int) -> list[Box]:
             f"A window of {size} pixels with a stride of {stride} cannot cover a picture; use a stride in 1..size."
         )
     rows, columns = _starts(height, size, stride), _starts(width, size, stride)
+    if len(rows) * len(columns) > _MAX_WINDOWS:
+        raise LexisegError(
+            f"Windows of {size} pixels with a stride of {stride} would be {len(rows) * len(columns):,} of {width} x "
+            f"{height} pixels, more than {_MAX_WINDOWS:,}; use larger ones."
+        )
     return [(top, left, min(size, height), min(size, width)) for top in rows for left in columns]
 
 

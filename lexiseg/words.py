@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -105,6 +106,21 @@ def flag(value: object, what: str) -> bool | None:
     if isinstance(value, str) and value.lower() in ("true", "false"):
         return value.lower() == "true"
     raise LexisegError(f"{what} must be true or false, not {describe(value)}.")
+
+
+def whole_number(value: object, what: str, low: int = 0) -> int:
+    """Read a whole number of any integer type.
+
+    Raises:
+        LexisegError: it is none, or below ``low``; ``what`` begins the sentence.
+    """
+    try:
+        number = None if isinstance(value, bool) else operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        number = None
+    if number is None or number < low:
+        raise LexisegError(f"{what} must be a whole number of at least {low}, not {describe(value)}.")
+    return number
 
 
 def finite(value: object, what: str) -> float:

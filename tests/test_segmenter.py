@@ -1,7 +1,10 @@
 from __future__ import annotations
 
 import io
+import threading
+import warnings
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -13,10 +16,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lexiseg.clip.model import CLIP, build_clip
-from lexiseg.errors import LexisegError
+from lexiseg.errors import LexisegError, LexisegWarning
 from lexiseg.models.base import ImageFeatures, ModelOptions, SegmentationModel, WindowPolicy
 from lexiseg.models.dense_clip import DenseCLIP
 from lexiseg.models.zegclip import ZegCLIP
+from lexiseg.notes import mark_drawn
+from lexiseg.pictures import window_policy
+from lexiseg.samples import sample_path
 from lexiseg.scores import GridScores
 from lexiseg.segmentation import Segmentation
 from lexiseg.segmenter import Segmenter, pick_device
@@ -117,7 +123,9 @@ def same(a: Segmentation, b: Segmentation) -> None:
 
 
 def test_the_windows_of_the_published_protocol() -> None:
-    assert working_size(100, 900, 512) == (512, 4608)
+    assert working_size(100, 400, 512) == (512, 2048)
+    assert working_size(100, 900, 512) == (228, 2048)  # a strip is not blown up
+    assert working_size(600, 5400, 512) == (512, 4608)
     assert working_size(375, 500, 512) == (512, 683)
     assert working_size(375, 500, None) == (375, 500)
     boxes = cover(512, 1000, 512, 426)
@@ -426,3 +434,142 @@ def test_twenty_megapixels_in_bounded_memory(clip: CLIP) -> None:
     assert model.num_encoded > 100
     # All classes at all pixels would take 8 GB; labels, scores and the picture take 0.4.
     assert grown < 1500, grown
+
+
+def test_threads_that_share_a_segmenter_get_their_own_pictures(zegclip: SegmentationModel) -> None:
+    zegclip.train()
+    run, pictures = segmenter(zegclip), [picture(40 + index, 50, seed=index) for index in range(4)]
+    expected = [run.predict(image, WORDS) for image in pictures]
+    start = threading.Barrier(4)
+
+    def work(index: int) -> tuple[Segmentation, Segmentation]:
+        held = run.set_image(pictures[index % 4])
+        start.wait(30)  # every thread has set its picture before any predicts
+        return held.predict(WORDS), run.predict(classes=WORDS)
+
+    with ThreadPoolExecutor(4) as threads:
+        for index, results in enumerate(threads.map(work, range(16))):
+            for result in results:
+                assert torch.equal(result.label_map, expected[index % 4].label_map)
+    assert zegclip.training and all(module.training for module in zegclip.modules())
+    zegclip.eval()
+    with ThreadPoolExecutor(1) as threads, pytest.raises(LexisegError, match="set_image first, in this thread"):
+        threads.submit(run.predict, classes=WORDS).result()
+
+
+@pytest.mark.parametrize("name", ["zegclip", "dense"])
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16, torch.float16])
+def test_any_default_dtype(name: str, default: torch.dtype, request: pytest.FixtureRequest) -> None:
+    model, image = request.getfixturevalue(name), picture(40, 50)
+    expected = segmenter(model).predict(image, WORDS)
+    torch.set_default_dtype(default)
+    try:
+        run = segmenter(model)
+        same(run.predict(image, WORDS), expected)
+        same(run.set_image(image).predict(WORDS), expected)
+        assert torch.get_default_dtype() == default
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("window", "policy"),
+    [
+        (None, WindowPolicy(32, 24, 20)),
+        (16, WindowPolicy(16, 16, 20)),
+        (np.int64(48), WindowPolicy(48, 24, 20)),
+        ((16, 8), WindowPolicy(16, 8, 20)),
+        ([16, 8], WindowPolicy(16, 8, 20)),
+        (0, WindowPolicy(None, 0, 20)),
+        (WindowPolicy(9, 7), WindowPolicy(9, 7)),
+    ],
+)
+def test_windows_in_every_form(window: Any, policy: WindowPolicy) -> None:
+    assert window_policy(WindowPolicy(32, 24, 20), window) == policy
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"window": 1}, "at least 8 pixels"),
+        ({"window": -3}, "whole number"),
+        ({"window": 512.0}, "whole number"),
+        ({"window": "512"}, "its side and stride"),
+        ({"window": True}, "whole number"),
+        ({"window": (16, 17)}, "stride of 1 to 16"),
+        ({"window": (0, 8)}, "give the window's side"),
+        ({"window": (1, 2, 3)}, "its side and stride"),
+        ({"window": (8, 1)}, "more than 10,000"),
+        ({"batch_size": 0}, "at least 1"),
+        ({"batch_size": 2.5}, "whole number"),
+        ({"batch_size": None}, "whole number"),
+    ],
+)
+def test_wrong_options_are_one_sentence(clip: CLIP, options: dict[str, Any], words: str) -> None:
+    run, image = segmenter(Patchwork(clip)), picture(120, 130)
+    for call in (run.predict, run.scores, lambda image, classes, **more: run.set_image(image, **more)):
+        with pytest.raises(LexisegError, match=words) as caught:
+            call(image, WORDS, **options)
+        assert "\n" not in str(caught.value)
+
+
+def test_wrong_segmenters_are_one_sentence(clip: CLIP) -> None:
+    for model in ("zegclip-emoji", None, clip):
+        with pytest.raises(LexisegError, match=r"lexiseg.load"):
+            Segmenter(model)  # type: ignore[arg-type]
+    for limit in (0, -1, float("nan"), "many", True, None):
+        with pytest.raises(LexisegError, match="limit of pixels"):
+            Segmenter(Patchwork(clip), max_pixels=limit)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("classes", "advice"),
+    [
+        ("giraffe, elephant, grass", "'giraffe; elephant; grass'"),
+        ("giraffe. elephant. grass.", "'giraffe; elephant; grass'"),
+        ("giraffe | elephant|grass", "'giraffe; elephant; grass'"),
+        (["giraffe"], "'giraffe; grass; sky'"),
+        ({"classes": [{"name": "giraffe", "synonyms": ["elephant"]}]}, "'giraffe; elephant'"),
+    ],
+)
+def test_one_class_comes_with_a_note_and_any_other_rule_without(clip: CLIP, classes: Any, advice: str) -> None:
+    run, image = segmenter(Patchwork(clip)), picture(16, 16)
+    with pytest.warns(LexisegWarning, match="every pixel") as caught:
+        run.predict(image, classes)
+    assert len(caught) == 1 and advice in str(caught[0].message)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run.predict(image, classes, background="background")
+        run.predict(image, classes, background=0.1)
+        run.predict(image, "giraffe. elephant; sky")
+
+
+def test_a_model_of_the_picture_world_notes_other_pictures_once(tmp_path: Path) -> None:
+    scene, photo = tmp_path / "scene.png", tmp_path / "photo.png"
+    drawn, taken = Image.fromarray(picture(40, 40)), Image.fromarray(picture(40, 40, seed=1))
+    drawn.save(scene, **mark_drawn(".png"))
+    drawn.save(tmp_path / "scene.jpg", **mark_drawn(".jpg"))
+    taken.save(photo)
+    model = Patchwork(build_clip(ARCHITECTURE, name="clip-emoji"))
+    own = [sample_path("demo"), scene, tmp_path / "scene.jpg", scene.read_bytes(), Image.open(scene), picture(40, 40)]
+    with warnings.catch_warnings(), scene.open("rb") as file:
+        warnings.simplefilter("error")
+        for source in (*own, file, torch.zeros(3, 40, 40)):
+            segmenter(model).predict(source, WORDS)
+        segmenter(Patchwork(build_clip(ARCHITECTURE))).predict(photo, WORDS)
+    for source in (photo, photo.read_bytes(), taken, io.BytesIO(photo.read_bytes()), picture(40, 50)):
+        run = segmenter(model)
+        with pytest.warns(LexisegWarning, match="real weights") as caught:
+            run.predict([scene, source, source], WORDS)
+            run.predict(source, WORDS)
+        assert len(caught) == 1
+
+
+def test_a_strip_costs_no_more_than_a_picture(clip: CLIP) -> None:
+    policy = WindowPolicy(512, 341, 512)
+
+    def pixels(height: int, width: int) -> int:
+        size = working_size(height, width, policy.short_side, policy.long_side)
+        return sum(box[2] * box[3] for box in cover(*size, policy.size, policy.stride))
+
+    assert max(pixels(3, 100), pixels(100, 3), pixels(2, 128)) <= pixels(512, 512)

@@ -77,21 +77,12 @@ def window_of(default: WindowPolicy, window: int | None, stride: int | None) -> 
     Raises:
         LexisegError: a stride without a window, or numbers that cannot cover a picture.
     """
-    from dataclasses import replace
+    from lexiseg.pictures import window_policy
 
     if window is None and stride is None:
         return None
-    side = default.size if window is None else window or None
-    if side is None:
-        if stride is not None:
-            raise LexisegError("A --stride needs a window, and this model runs whole pictures; give --window as well.")
-        return replace(default, size=None, stride=0)
-    chosen = stride if stride is not None else min(default.stride or side, side)
-    if chosen > side:
-        raise LexisegError(
-            f"A --window of {side} with a --stride of {chosen} cannot cover a picture; give a stride of 1 to {side}."
-        )
-    return replace(default, size=side, stride=chosen)
+    side = default.size or 0 if window is None else window
+    return window_policy(default, side if stride is None else (side, stride))
 
 
 def require_file(path: Path, what: str) -> Path:

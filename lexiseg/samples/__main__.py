@@ -9,6 +9,7 @@ from PIL import Image
 
 from lexiseg.data.picture_world import render_scene
 from lexiseg.files import atomic_write, make_folder, write_text
+from lexiseg.notes import mark_drawn
 
 SEED = 3  # neither of the train split nor of the val split
 SIZE = 512
@@ -31,7 +32,7 @@ def write_samples(folder: Path) -> list[Path]:
         path = folder / f"{name}{suffix}"
         options = {"quality": 92, "subsampling": 0} if suffix == ".jpg" else {"optimize": True}
         with atomic_write(path) as temporary:
-            Image.fromarray(scene.image).save(temporary, **options)
+            Image.fromarray(scene.image).save(temporary, **options, **mark_drawn(suffix))
         write_text(path.with_suffix(".txt"), "".join(f"{word}\n" for word in scene.names))
         paths.append(path)
     return paths

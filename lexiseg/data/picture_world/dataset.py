@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from lexiseg.data.picture_world.scene import Scene, render_scene
 from lexiseg.errors import LexisegError
 from lexiseg.files import atomic_write, make_folder, write_text
 from lexiseg.label_ids import IGNORE_INDEX
+from lexiseg.notes import mark_drawn
 from lexiseg.vocabulary import Vocabulary, VocabularyClass
 
 Split = Literal["train", "val", "test"]
@@ -117,6 +118,7 @@ def write_voc(folder: str | Path, *, num_train: int = 200, num_val: int = 50, si
     palette = np.zeros((256, 3), np.uint8)
     palette[: len(CLASSES)] = vocabulary().palette()
     captions = []
+    options: dict[str, Any] = {"quality": 95, "subsampling": 0, **mark_drawn(".jpg")}
     splits: tuple[tuple[Split, int], ...] = (("train", num_train), ("val", num_val))
     for split, length in splits:
         dataset = PictureWorld(split, size=size, length=length)
@@ -124,7 +126,7 @@ def write_voc(folder: str | Path, *, num_train: int = 200, num_val: int = 50, si
         for index, sample in enumerate(dataset):
             name = f"{split}_{index:05d}"
             with atomic_write(images / f"{name}.jpg") as temporary:
-                Image.fromarray(sample.image.permute(1, 2, 0).numpy()).save(temporary, quality=95, subsampling=0)
+                Image.fromarray(sample.image.permute(1, 2, 0).numpy()).save(temporary, **options)
             mask = Image.fromarray(sample.label.numpy().astype(np.uint8), "P")
             mask.putpalette(palette.tobytes())
             with atomic_write(masks / f"{name}.png") as temporary:

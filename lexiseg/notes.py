@@ -1,0 +1,88 @@
+"""Notes about results that are probably not what the user meant; see `lexiseg.errors.LexisegWarning`."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import warnings
+from typing import Any
+
+from PIL import Image, PngImagePlugin
+
+from lexiseg.errors import LexisegWarning
+from lexiseg.vocabulary import Vocabulary
+from lexiseg.words import shorten
+
+_MARK = "lexiseg picture world"
+_LARGEST_SCENE = 1024
+
+
+def one_class(vocabulary: Vocabulary) -> None:
+    """Say that one class takes every pixel, which nobody wants, and what was most likely meant."""
+    if len(vocabulary) > 1 or vocabulary.background.kind != "none":
+        return
+    (only,) = vocabulary.classes
+    words = only.words if only.synonyms else [word for word in re.split(r"\s*[|/]\s*|\.(?:\s+|$)", only.name) if word]
+    if len(words) > 1:
+        text = f"'{shorten(', '.join(words))}' is one class, which takes every pixel; separate classes by semicolons, "
+        text += f"'{shorten('; '.join(words))}', or as the items of a list."
+    else:
+        text = f"The only class, '{shorten(only.name)}', takes every pixel; name what else is in the picture, "
+        text += f"'{shorten(only.name)}; grass; sky', or give a background, such as the word 'background'."
+    warnings.warn(text, LexisegWarning, stacklevel=2)
+
+
+def picture_world_model(source: object) -> bool:
+    """Say that a model of the picture world means nothing on a picture that is not of it.
+
+    Drawn scenes and photographs have the same statistics of colour and texture, so files of the picture world carry a
+    mark; arrays and tensors cannot, and are taken for scenes where they are square and small.
+
+    Args:
+        source: as `lexiseg.images.read_image` takes it.
+
+    Returns:
+        Whether it was said.
+    """
+    if _is_drawn(source):
+        return False
+    warnings.warn(
+        "This model knows nothing but the drawn scenes that lexiseg carries (its picture world), so its labels of "
+        "other pictures mean little; use a model with real weights, as `lexiseg models` lists.",
+        LexisegWarning,
+        stacklevel=2,
+    )
+    return True
+
+
+def mark_drawn(suffix: str) -> dict[str, Any]:
+    """Options of Pillow's ``save`` that mark a .png or .jpg as a scene of the picture world."""
+    if suffix != ".png":
+        return {"comment": _MARK.encode("ascii")}
+    info = PngImagePlugin.PngInfo()
+    info.add_text("comment", _MARK)
+    return {"pnginfo": info}
+
+
+def _is_drawn(source: Any) -> bool:
+    shape = getattr(source, "shape", None)
+    if shape is not None and not isinstance(source, Image.Image):
+        sides = sorted(shape)[-2:]
+        return len(sides) == 2 and sides[0] == sides[1] <= _LARGEST_SCENE
+    if isinstance(source, Image.Image):
+        return _has_mark(source)
+    file = io.BytesIO(source) if isinstance(source, bytes | bytearray | memoryview) else source
+    try:
+        place = None if isinstance(file, str | os.PathLike) else file.tell()
+        with Image.open(file) as image:
+            marked = _has_mark(image)
+        if place is not None:
+            file.seek(place)
+    except Exception:  # what is wrong with the file is said by whoever reads it
+        return True
+    return marked
+
+
+def _has_mark(image: Image.Image) -> bool:
+    return image.info.get("comment") in (_MARK, _MARK.encode("ascii"))

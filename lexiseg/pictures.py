@@ -29,9 +29,11 @@ class Picture:
         key: whose it is, for whoever reads the results.
         name: for error messages.
         image: (3, H, W) bytes.
-        canvas: (3, h, w) bytes, at the size the model works at.
-        boxes: (top, left, height, width) of the windows on the canvas.
+        canvas: (3, h, w) bytes, at the size the model works at; stretched to a size of its own, floats in 0..255.
+        boxes: (top, left, height, width) of the windows on the canvas; one with `WHOLE` as its place is the whole
+            picture.
         parts: the scores of the windows that were run, in the boxes' order.
+        whole: (3, s, s), the whole picture as one window, floats in 0..255; None where it is not run.
     """
 
     key: Any
@@ -40,13 +42,28 @@ class Picture:
     canvas: Tensor
     boxes: list[Box]
     parts: list[Scores] = field(default_factory=list)
+    whole: Tensor | None = None
 
     def joined(self, policy: WindowPolicy) -> Scores:
         """The scores of the whole canvas, when all windows were run."""
         if policy.size is None:
             return self.parts[0]
+        size = (int(self.canvas.shape[1]), int(self.canvas.shape[2]))
+        count = len(self.boxes) - (self.whole is not None)
         # Also for a single window: the published protocol goes through the working size in every case.
-        return WindowScores(self.parts, self.boxes, (int(self.canvas.shape[1]), int(self.canvas.shape[2])))
+        windows = WindowScores(self.parts[:count], self.boxes[:count], size)
+        return WindowScores([windows, self.parts[-1]], [(0, 0, *size)] * 2, size) if self.whole is not None else windows
+
+    def crop(self, box: Box) -> Tensor:
+        """The pixels of one of the boxes, (3, h, w)."""
+        top, left, height, width = box
+        if box[:2] == WHOLE and self.whole is not None:
+            return self.whole
+        return self.canvas[:, top : top + height, left : left + width]
+
+
+WHOLE = (-1, -1)
+"""The place of the box that is the whole picture."""
 
 
 def window_policy(default: WindowPolicy, window: WindowSource = None) -> WindowPolicy:
@@ -107,7 +124,13 @@ def read_picture(key: Any, source: ImageSource, policy: WindowPolicy, max_pixels
     size = working_size(height, width, policy.short_side, policy.long_side)
     # The picture stays bytes: a float copy of 20 megapixels would take 240 MB. Windows are normalised one by one.
     canvas = image if size == (height, width) else _resize(image, size, policy.antialias)
-    return Picture(key, name, image, canvas, cover(*size, policy.size, policy.stride))
+    whole = _stretch(canvas, (policy.size, policy.size)) if policy.whole and policy.size is not None else None
+    if policy.canvas is not None:
+        canvas = _stretch(canvas, policy.canvas)
+    boxes = cover(int(canvas.shape[1]), int(canvas.shape[2]), policy.size, policy.stride)
+    if whole is not None:
+        boxes.append((*WHOLE, int(whole.shape[1]), int(whole.shape[2])))
+    return Picture(key, name, image, canvas, boxes, whole=whole)
 
 
 def run_in_batches(
@@ -155,15 +178,17 @@ def cut_windows(
     device: torch.device,
 ) -> Tensor:
     """Cut out windows of one shape and normalise them: float32 (B, 3, H, W) on ``device``."""
-    crops = [
-        picture.canvas[:, top : top + height, left : left + width] for picture, (top, left, height, width) in windows
-    ]
-    images = torch.stack(crops).to(device).float() / 255
+    images = torch.stack([picture.crop(box).to(device).float() for picture, box in windows]) / 255
     return (images - _channels(mean, device)) / _channels(std, device)
 
 
 def _channels(values: tuple[float, float, float], device: torch.device) -> Tensor:
     return torch.tensor(values, dtype=torch.float32, device=device).view(1, 3, 1, 1)
+
+
+def _stretch(image: Tensor, size: tuple[int, int]) -> Tensor:
+    """Resize to floats, whatever the aspect, bilinearly and without smoothing."""
+    return F.interpolate(image[None].float(), size=size, mode="bilinear", align_corners=False)[0]
 
 
 def _resize(image: Tensor, size: tuple[int, int], antialias: bool) -> Tensor:

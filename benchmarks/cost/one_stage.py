@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any, ClassVar
 
 import torch
@@ -11,6 +12,8 @@ from benchmarks.cost.counting import FVCORE_NORM, count, fvcore_resize
 from lexiseg.models import (
     CascadeCLIP,
     CascadeCLIPOptions,
+    CATSeg,
+    CATSegOptions,
     DenseCLIP,
     DenseCLIPOptions,
     SecondLook,
@@ -168,6 +171,48 @@ class SPTSegCase(CostCase):
         mapped = extra * (3 * (width // 8) * width + low * width + low * low)
         attended = extra * pooled * low * 2
         return [*prompt_steps(model), Step("padding of the decoder's windows carried along", 3 * (mapped + attended))]
+
+
+class CATSegCase(CostCase):
+    """CAT-Seg (base) as released: four windows of 384 pixels and the whole picture."""
+
+    name: ClassVar[str] = "cat-seg"
+    convention: ClassVar[str] = (
+        "Its paper's table is not at hand, and the code was not run: the last figure is what its code computes beyond "
+        "lexiseg, worked out from its shapes. lexiseg lets one padding token stand for all 85, and computes what the "
+        "guidance adds to queries, keys and the decoder's first convolutions once and not for each class."
+    )
+
+    def build(self, side: int) -> SegmentationModel:
+        """See `CostCase.build`; the windows are the released ones whatever the picture's side."""
+        options = CATSegOptions(
+            resolution=384, window_size=384, window_stride=256, short_side=640, canvas=(640, 640), whole=True
+        )
+        return CATSeg(copy.deepcopy(shared_clip(224)), options)  # its towers are changed and trained
+
+    def steps(self, model: SegmentationModel) -> list[Step]:
+        """See `CostCase.steps`."""
+        if not isinstance(model, CATSeg):
+            raise TypeError(f"{model.system} is not CAT-Seg")
+        options, dim = model.options, model.options.hidden_dim
+        shape, windows = shapes_of(model), 5
+        images = torch.empty(1, 3, 384, 384, device="meta")
+        ours = count(lambda: shape(images, torch.empty(CLASSES, model.clip.embed_dim, device="meta")))
+        places, classes, missing = (384 // model.patch_size) ** 2, CLASSES, options.padding - CLASSES
+        per_token = 2 * (dim + options.text_dim) * dim + 9 * dim * dim + 2 * dim * dim // options.heads
+        # Two blocks a layer over space; queries and keys each.
+        space = 2 * 2 * (classes - 1) * places * options.appearance_dim * dim
+        words = 2 * classes * (places - 1) * options.text_dim * dim
+        decoder = sum(
+            (classes - 1) * places * scale**2 * guidance * out * 9
+            for scale, guidance, out in zip((2, 4), options.decoder_guidance_dims, options.decoder_dims, strict=True)
+        )
+        return [
+            Step(f"lexiseg's forward of {windows} windows of 384 x 384 with {classes} classes", windows * ours.macs),
+            Step(f"{missing} padding tokens carried along", windows * options.layers * places * missing * per_token),
+            Step("guidance mapped for each class, and each place", windows * options.layers * (space + words)),
+            Step("guidance convolved for each class in the decoder", windows * decoder),
+        ]
 
 
 def dead_spectral_parameters(dim: int, layers: int, hidden: int) -> int:

@@ -15,7 +15,14 @@ import torch
 from benchmarks.cost.case import CLASSES, SIDE, CostCase, Step
 from benchmarks.cost.counting import Count, count
 from benchmarks.cost.decoupled import DECOUPLED
-from benchmarks.cost.one_stage import CascadeCLIPCase, DenseCLIPCase, SecondLookCase, SPTSegCase, ZegCLIPCase
+from benchmarks.cost.one_stage import (
+    CascadeCLIPCase,
+    CATSegCase,
+    DenseCLIPCase,
+    SecondLookCase,
+    SPTSegCase,
+    ZegCLIPCase,
+)
 from benchmarks.timing import alternate, machine
 from lexiseg.errors import LexisegError
 from lexiseg.models import SegmentationModel
@@ -27,6 +34,7 @@ _CASES: tuple[type[CostCase], ...] = (
     CascadeCLIPCase,
     SPTSegCase,
     SecondLookCase,
+    CATSegCase,
     *DECOUPLED,
 )
 _GIGA, _MEGA = 1e9, 1e6
@@ -114,6 +122,7 @@ _COMPARED = (
     ("zegclip", "zsseg", "the same"),
     ("cascade-clip", "zegclip", "Cascade-CLIP's Table 12: 18.4 against 20.9 frames a second"),
     ("second-look", "zegclip", "lexiseg's own combination; half as fast is its limit"),
+    ("cat-seg", "zegclip", "five windows, and a map of features for each class"),
     ("deop", "zsseg", "DeOP's paper: 4 to 7 times"),
     ("zegformer+maft", "zegformer", "MAFT's Table 4a counts 21 times fewer operations in CLIP"),
     ("zsseg+maft", "zsseg", "the same"),

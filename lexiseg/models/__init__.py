@@ -2,6 +2,7 @@
 
 from lexiseg.models.base import ImageFeatures, ModelOptions, SegmentationModel, WindowPolicy
 from lexiseg.models.cascade_clip import CascadeCLIP, CascadeCLIPOptions
+from lexiseg.models.cat_seg import CATSeg, CATSegOptions
 from lexiseg.models.dense_clip import DenseCLIP, DenseCLIPOptions
 from lexiseg.models.deop import DeOP
 from lexiseg.models.deop_options import DeOPOptions
@@ -14,11 +15,13 @@ from lexiseg.models.zsseg import ZSSeg, ZSSegOptions
 
 SYSTEMS: dict[str, type[SegmentationModel]] = {
     system.system: system
-    for system in (ZegCLIP, DenseCLIP, CascadeCLIP, SPTSeg, SecondLook, ZSSeg, ZegFormer, FreeSeg, DeOP)
+    for system in (ZegCLIP, DenseCLIP, CascadeCLIP, SPTSeg, CATSeg, SecondLook, ZSSeg, ZegFormer, FreeSeg, DeOP)
 }
 
 __all__ = [
     "SYSTEMS",
+    "CATSeg",
+    "CATSegOptions",
     "CascadeCLIP",
     "CascadeCLIPOptions",
     "DeOP",

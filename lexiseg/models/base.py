@@ -80,6 +80,9 @@ class WindowPolicy:
         long_side: a limit to the longer side, at which the shorter one becomes shorter than ``short_side``; None sets
             none.
         antialias: whether that resize smooths what it shrinks. mmcv's does not, detectron2's (Pillow's) does.
+        canvas: the picture is then stretched to this (height, width), on which the windows lie; None keeps its size.
+        whole: the whole picture, stretched to one window, is run as well, and a score is the mean of it and of what the
+            windows say.
     """
 
     size: int | None = None
@@ -87,6 +90,8 @@ class WindowPolicy:
     short_side: int | None = None
     long_side: int | None = None
     antialias: bool = True
+    canvas: tuple[int, int] | None = None
+    whole: bool = False
 
 
 @dataclass(frozen=True)

@@ -18,10 +18,11 @@ from lexiseg.clip.model import build_clip, save_clip
 from lexiseg.errors import LexisegError
 from lexiseg.models import SYSTEMS, CascadeCLIP
 from lexiseg.vocabulary import PAPER_TEMPLATES, SINGLE_TEMPLATE
+from lexiseg.weights.cat_seg_checkpoint import is_cat_seg, read_cat_seg
 from lexiseg.weights.clip_state import infer_vit_architecture
 from lexiseg.weights.decoupled_checkpoints import DECOUPLED_NAMES, read_decoupled
 from lexiseg.weights.detectron_checkpoint import System, recognise_detectron
-from lexiseg.weights.folder import save_model
+from lexiseg.weights.folder import CONFIG_NAME, save_model
 from lexiseg.weights.one_stage_checkpoint import NAMES, read_one_stage, recognise
 from lexiseg.weights.sam_checkpoint import convert_sam, recognise_sam
 
@@ -36,7 +37,7 @@ class ConversionReport:
     """What `convert` found and wrote.
 
     Attributes:
-        kind: "zegclip", "cascade-clip", "spt-seg", a decoupled system's name, "sam", or "clip".
+        kind: "zegclip", "cascade-clip", "spt-seg", "cat-seg", a decoupled system's name, "sam", or "clip".
         folder: where the result is.
         num_tensors: tensors read from the checkpoint.
         num_parameters: parameters of the result.
@@ -54,7 +55,7 @@ class ConversionReport:
     ignored: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        names = {**NAMES, **DECOUPLED_NAMES, "sam": "Segment Anything"}
+        names = {**NAMES, **DECOUPLED_NAMES, "cat-seg": "CAT-Seg", "sam": "Segment Anything"}
         lines = [
             f"Found a {f'{names[self.kind]} model' if self.kind in names else 'CLIP'}: {self.num_tensors} tensors, "
             f"{self.num_parameters / 1e6:.1f} M parameters.",
@@ -133,7 +134,7 @@ def convert(
 ) -> ConversionReport:
     """Convert a checkpoint into a folder.
 
-    A checkpoint of ZegCLIP, Cascade-CLIP, SPT-SEG or of a decoupled system (see
+    A checkpoint of ZegCLIP, Cascade-CLIP, SPT-SEG, CAT-Seg or of a decoupled system (see
     `lexiseg.weights.decoupled_checkpoints`) in its authors' layout becomes a model folder for `lexiseg.load`; the state
     dict of an OpenAI or open_clip ViT becomes a CLIP folder for ``dense-clip/FOLDER``; a Segment Anything becomes a
     folder of `transformers` for the option ``proposals.weights``. Which it is shows in the keys.
@@ -170,7 +171,10 @@ def convert(
     }
     kind = recognise(state)
     system = recognise_detectron(state)
-    if kind is not None:
+    if is_cat_seg(state):
+        report = _convert_cat_seg(state, path, folder, class_names, templates, heads, text_heads, dtype)
+        idle = {"transductive", "quick_gelu", "clip"}
+    elif kind is not None:
         report = _convert_one_stage(
             state, kind, path, folder, class_names, templates, transductive, heads, text_heads, dtype
         )
@@ -200,7 +204,7 @@ def convert(
 
 def _unknown(state: Mapping[str, Tensor], path: str | Path) -> LexisegError:
     first = ", ".join(sorted(state)[:3])
-    known = ", ".join([*NAMES.values(), *DECOUPLED_NAMES.values()])
+    known = ", ".join([*NAMES.values(), "CAT-Seg", *DECOUPLED_NAMES.values()])
     return LexisegError(
         f"'{path}' is neither a checkpoint of {known} or Segment Anything nor a CLIP with a vision transformer (its "
         f"keys begin with {first}); lexiseg converts only those."
@@ -246,6 +250,31 @@ def _convert_one_stage(
         notes.append("The classes it was trained on are not in the file: none counts as seen, no score offset applies.")
     save_model(model, folder, dtype=dtype)
     return ConversionReport(kind, Path(folder), len(state), model.num_parameters(), tuple(unused), tuple(notes))
+
+
+def _convert_cat_seg(
+    state: dict[str, Tensor],
+    path: str | Path,
+    folder: str | Path,
+    class_names: Sequence[str] | None,
+    templates: Sequence[str] | None,
+    heads: int | None,
+    text_heads: int | None,
+    dtype: torch.dtype | None,
+) -> ConversionReport:
+    model, unused = read_cat_seg(state, heads=heads, text_heads=text_heads, name=f"'{path}'")
+    model.seen_names = tuple(class_names or ())
+    model.default_templates = tuple(templates or model.default_templates)
+    model.metadata = {"description": "CAT-Seg converted from the authors' checkpoint", "source": Path(path).name}
+    notes = [
+        "It predicts as the released code does, for the published figures: of more than "
+        f"{model.options.padding} classes a window sees that many, and of a class's words the first; the option "
+        f"released: false in {CONFIG_NAME} lifts both limits."
+    ]
+    if not any(key.endswith("attn_mask") for key in state):
+        notes.append("The side of its attention windows is not in the file; it is taken to be 12 patches, as released.")
+    save_model(model, folder, dtype=dtype)
+    return ConversionReport(model.system, Path(folder), len(state), model.num_parameters(), tuple(unused), tuple(notes))
 
 
 def _convert_decoupled(

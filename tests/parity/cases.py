@@ -12,7 +12,7 @@ from tests.parity.pieces import learning_rates, loss_only, metric, positions, si
 Kinds = list[tuple[Callable[[Case], bool], Callable[[Case], None]]]
 
 # Each of these has KINDS: a test on what a case contains, and what compares such a case.
-FAMILIES = ("decoupled_clip", "proposals", "deop", "maft")
+FAMILIES = ("cat_seg", "decoupled_clip", "proposals", "deop", "maft")
 
 
 def _present(case: Case, *keys: str) -> bool:

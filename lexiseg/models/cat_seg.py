@@ -1,0 +1,312 @@
+"""CAT-Seg: the similarity of every patch with every word as a cost volume, which a small network aggregates.
+
+Cho, Shin et al., "CAT-Seg: Cost Aggregation for Open-Vocabulary Semantic Segmentation", CVPR 2024. CLIP's patches are
+made dense by the value path of its last block; their cosines with the words are aggregated over space, guided by
+CLIP's features, and over classes, guided by the text, and upsampled four times (`lexiseg.models.cost_aggregation`).
+Where paper and released code differ the code is followed.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Annotated, Any, ClassVar, Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lexiseg.clip.model import CLIP
+from lexiseg.clip.text import TextEmbedder
+from lexiseg.errors import LexisegError, LexisegWarning
+from lexiseg.losses.masks import check_labels
+from lexiseg.losses.shares import share_weight
+from lexiseg.models.base import ImageFeatures, ModelOptions, Pixels, SegmentationModel, WindowPolicy
+from lexiseg.models.cost_aggregation import AggregationOptions, CostAggregator, Count
+from lexiseg.scores import GridScores
+from lexiseg.vocabulary import Vocabulary
+
+CAT_SEG_TEMPLATE = "A photo of a {} in the scene"
+"""The template of the released models."""
+
+_MAPS_AT_ONCE = 512
+
+
+class CATSegOptions(AggregationOptions):
+    """Options of `CATSeg`, with those of `AggregationOptions`.
+
+    Attributes:
+        finetune: what of CLIP is trained: "attention" the query and value projections of both towers (the released
+            setting), "full" all of their blocks, "prompt" deep visual prompts, "none" nothing.
+        prompt_length: visual prompts a block; 0 has none.
+        prompt_depth: blocks with prompts, from the first on; None is all.
+        resolution: side that images are resized to for CLIP, whatever their aspect (released: 384 with patches of 16,
+            336 with patches of 14); None keeps their size, rounded to whole patches.
+        guidance_blocks: blocks (0-based) whose outputs guide the decoder; None is a third and two thirds of the way (3
+            and 7 of 12, 7 and 15 of 24).
+        window_size: side of the sliding window at prediction; None runs whole pictures (released: 384).
+        window_stride: its stride (released: 256).
+        short_side: pictures' shorter side is first resized to this; None keeps it (released: 640).
+        long_side: limit of the longer side in that (released: 2560).
+        canvas: sides (height, width) to which the picture is stretched then, on which the windows lie (released: 640).
+        whole: average the windows with the whole picture, stretched to one window (released: True).
+    """
+
+    finetune: Literal["attention", "full", "prompt", "none"] = "attention"
+    prompt_length: Annotated[int, Field(ge=0)] = 0
+    prompt_depth: Count | None = None
+    resolution: Pixels | None = None
+    guidance_blocks: tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)]] | None = None
+    long_side: Pixels | None = None
+    canvas: tuple[Pixels, Pixels] | None = None
+    whole: bool = False
+
+    @model_validator(mode="after")
+    def _check_whole(self) -> CATSegOptions:
+        if self.whole and self.window_size is None:
+            raise ValueError("whole averages windows with the whole picture, so it needs a window_size")
+        return self
+
+
+class SplitAttention(nn.Module):
+    """The weights of an attention with query, key and value projections of their own, so that two can be trained.
+
+    It takes the place of a block's ``nn.MultiheadAttention``; `lexiseg.clip.blocks.block_attention` runs it.
+    """
+
+    def __init__(self, attention: nn.MultiheadAttention) -> None:
+        super().__init__()
+        self.embed_dim, self.num_heads = attention.embed_dim, attention.num_heads
+        query, key, value = (nn.Parameter(part.clone()) for part in attention.in_proj_weight.detach().chunk(3))
+        self.q_proj_weight, self.k_proj_weight, self.v_proj_weight = query, key, value
+        self.in_proj_bias, self.out_proj = attention.in_proj_bias, attention.out_proj
+
+    @property
+    def in_proj_weight(self) -> Tensor:
+        """The three projections as one, (3 W, W)."""
+        return torch.cat([self.q_proj_weight, self.k_proj_weight, self.v_proj_weight])
+
+
+def _split(blocks: Any) -> None:
+    for block in blocks:
+        if isinstance(block.attn, nn.MultiheadAttention):
+            block.attn = SplitAttention(block.attn)
+
+
+class CATSeg(SegmentationModel):
+    """CAT-Seg.
+
+    Args:
+        clip: the towers; the text tower must be CLIP's causal one, since it is trained as well.
+        options: see `CATSegOptions`.
+        seen_names: classes that had masks in training.
+
+    Raises:
+        LexisegError: the options do not fit the tower.
+    """
+
+    system: ClassVar[str] = "cat-seg"
+    options_class: ClassVar[type[ModelOptions]] = CATSegOptions
+    options: CATSegOptions
+
+    def __init__(self, clip: CLIP, options: CATSegOptions | None = None, seen_names: Sequence[str] = ()) -> None:
+        options = options or CATSegOptions()
+        super().__init__(clip, options, tuple(seen_names))
+        tower = clip.image_tower
+        depth = tower.num_blocks
+        self.guidance_blocks = options.guidance_blocks or (max(depth // 3, 1) - 1, max(2 * depth // 3, 1) - 1)
+        if max(self.guidance_blocks) >= depth or (options.prompt_depth or 0) > depth:
+            raise LexisegError(
+                f"The guidance_blocks {list(self.guidance_blocks)} or a prompt_depth of {options.prompt_depth} do not "
+                f"fit an image tower of {depth} blocks; choose smaller numbers."
+            )
+        if not clip.plain_text:
+            raise LexisegError(
+                f"The text tower of '{clip.name}' is not CLIP's causal one, which CAT-Seg needs; "
+                "choose a CLIP such as 'ViT-B-16/openai'."
+            )
+        if options.finetune == "prompt" and not options.prompt_length:
+            raise LexisegError("There are no prompts to tune; set prompt_length, or choose another finetune.")
+        _split(clip.visual.transformer.resblocks)
+        _split(clip.model.transformer.resblocks)
+        self.prompt_tokens: nn.Parameter | None = None
+        if options.prompt_length:
+            prompts = torch.empty(options.prompt_depth or depth, options.prompt_length, tower.width)
+            self.prompt_tokens = nn.Parameter(nn.init.trunc_normal_(prompts, std=0.02))
+        self.upsample1 = nn.ConvTranspose2d(tower.width, options.guidance_dims[0], 2, 2)
+        self.upsample2 = nn.ConvTranspose2d(tower.width, options.guidance_dims[1], 4, 4)
+        self.aggregator = CostAggregator(clip.embed_dim, options)
+        self.default_templates = (CAT_SEG_TEMPLATE,)
+        self.set_trainable()
+
+    @property
+    def window(self) -> WindowPolicy:
+        """How to run it over a picture by default."""
+        options = self.options
+        return WindowPolicy(
+            options.window_size,
+            options.window_stride or options.window_size or 0,
+            options.short_side,
+            options.long_side,
+            canvas=options.canvas,
+            whole=options.whole,
+        )
+
+    def trainable_names(self) -> tuple[str, ...]:
+        """Everything outside CLIP, and what ``finetune`` says of it."""
+        parts = {"attention": (".attn.q_proj", ".attn.v_proj"), "full": (".resblocks.",)}.get(self.options.finetune, ())
+        prompts = self.options.finetune in ("prompt", "full")
+        return tuple(
+            name
+            for name, _ in self.named_parameters()
+            if (any(part in name for part in parts) if name.startswith("clip.") else prompts or name != "prompt_tokens")
+        )
+
+    def run_tower(self, images: Tensor) -> tuple[Tensor, dict[int, Tensor], tuple[int, int]]:
+        """Run the image tower up to the last block, which only its value path goes through.
+
+        Args:
+            images: (B, 3, H, W), sides multiples of the patch size.
+
+        Returns:
+            tokens (B, 1 + h * w, W) of the last block, the outputs of the `guidance_blocks` in the same layout, and the
+            grid (h, w).
+        """
+        tower = self.clip.image_tower
+        tokens, grid = tower.embed(images, interpolation="bicubic", by_count=True)
+        last, prompts = tower.num_blocks - 1, self.prompt_tokens
+
+        def before_block(index: int, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
+            # What becomes of a prompt is thrown away after each block, so it is only attended to.
+            return tokens, prompts[index][None] if prompts is not None and index < len(prompts) else None
+
+        result = tower.run(tokens, grid, before_block=before_block, levels=self.guidance_blocks, stop=last)
+        block = tower.visual.transformer.resblocks[last]
+        # The shortcut around the attention is the class token's, for every token (released code).
+        # The weights are taken from all three projections so that the idle query projection has a gradient of zero and
+        # decays, as theirs does.
+        attention, rows = block.attn, slice(2 * tower.width, None)
+        values = F.linear(block.ln_1(result.tokens), attention.in_proj_weight[rows], attention.in_proj_bias[rows])
+        x = result.tokens[:, :1] + attention.out_proj(values)
+        tokens = x + block.mlp(block.ln_2(x))
+        return tokens, {**result.levels, **({last: tokens} if last in self.guidance_blocks else {})}, grid
+
+    def encode_images(self, images: Tensor) -> ImageFeatures:
+        """Run the image tower; see `SegmentationModel.encode_images`.
+
+        Returns:
+            features with ``dense`` (B, D, h, w), ``middle`` (B, G1, 2 h, 2 w) and ``fine`` (B, G2, 4 h, 4 w).
+        """
+        size, side = (int(images.shape[-2]), int(images.shape[-1])), self.options.resolution
+        if side is None:
+            images = self.fit_to_patches(images)
+        elif size != (side, side):
+            images = F.interpolate(images, size=(side, side), mode="bilinear", align_corners=False)
+        tokens, levels, grid = self.run_tower(images)
+
+        def as_map(x: Tensor) -> Tensor:
+            return x[:, 1:].transpose(1, 2).unflatten(2, grid)
+
+        middle, fine = (as_map(levels[index]) for index in self.guidance_blocks)
+        dense = as_map(self.clip.image_tower.project(tokens))
+        return ImageFeatures(size, {"dense": dense, "middle": self.upsample1(middle), "fine": self.upsample2(fine)})
+
+    def embed_text(self, embedder: TextEmbedder, vocabulary: Vocabulary) -> Tensor:
+        """Embed the words; see `SegmentationModel.embed_text`.
+
+        Returns:
+            (W, D) unit vectors; with the option ``templates`` over 1, (W, P, D), one a template.
+
+        Raises:
+            LexisegError: there are more or fewer templates than the option says.
+        """
+        wanted, given = self.options.templates, vocabulary.templates
+        if wanted == 1:
+            return embedder(vocabulary)
+        if len(given) != wanted:
+            raise LexisegError(f"This CAT-Seg has {wanted} templates and {len(given)} are given; give {wanted}.")
+        return torch.stack([embedder.embed(vocabulary.words, (template,)) for template in given], dim=1)
+
+    def training_text(self, vocabulary: Vocabulary, text: Tensor) -> Tensor:
+        """The text encoded anew, with gradients, where the text tower is trained."""
+        if self.options.finetune not in ("attention", "full"):
+            return text
+        parts = []
+        for template in vocabulary.templates:
+            tokens = self.clip.tokenize([template.replace("{}", word) for word in vocabulary.words])
+            parts.append(F.normalize(self.clip.encode_text(tokens.to(self.device)), dim=-1))
+        stacked = torch.stack(parts, dim=1)
+        return F.normalize(stacked.mean(1), dim=-1) if self.options.templates == 1 else stacked
+
+    def grid_logits(self, features: ImageFeatures, text: Tensor) -> Tensor:
+        """Logits (B, W, 4 h, 4 w) of words (W, D) or (W, P, D), before any resize."""
+        text = (text[:, None] if text.ndim == 2 else text)[None]
+        values = (features.values["dense"], features.values["middle"], features.values["fine"])
+        pooling = self.options.pooling if self.training else (1, 1)
+
+        def run(dense: Tensor, *finer: Tensor) -> Tensor:
+            return self.aggregator(dense, text.expand(len(dense), -1, -1, -1), (dense, *finer), pooling)
+
+        count = len(values[0]) if torch.is_grad_enabled() else max(_MAPS_AT_ONCE // text.shape[1], 1)
+        parts = zip(*(value.split(count) for value in values), strict=True)
+        return torch.cat([run(*part) for part in parts]).float()
+
+    def score(
+        self,
+        features: ImageFeatures,
+        text: Tensor,
+        *,
+        word_to_class: Tensor | None = None,
+        seen_words: Tensor | None = None,
+    ) -> GridScores:
+        """Score words against images; see `SegmentationModel.score`. Whether a word was seen makes no difference."""
+        if self.options.released:
+            if word_to_class is not None:
+                first = word_to_class.diff(prepend=word_to_class.new_full((1,), -1)) > 0
+                if not bool(first.all()):
+                    _note(
+                        f"CAT-Seg as released reads only the first word of a class: {int((~first).sum())} are left out."
+                    )
+                text, word_to_class = text[first], None
+            limit = self.options.padding
+            if limit and len(text) > limit:
+                _note(
+                    f"CAT-Seg as released tells {limit} classes apart: in each window the others of {len(text)} are "
+                    "left out; the option released: false scores all."
+                )
+        logits = self.grid_logits(features, text)
+        return GridScores(logits, word_to_class=word_to_class, resize_to=features.size, sigmoid=True)
+
+    def losses(self, images: Tensor, labels: Tensor, text: Tensor, *, seen: Tensor | None = None) -> dict[str, Tensor]:
+        """Binary cross entropy of every class at every pixel (released code).
+
+        Pixels without a class are in the mean as negatives of all classes.
+
+        Args:
+            images: (B, 3, H, W), normalised.
+            labels: (B, h, w) long; any size, the logits are resized to it.
+            text: (C, D) or (C, P, D).
+            seen: self-training, which CAT-Seg does not have.
+
+        Returns:
+            "loss" and "loss_mask", which are equal.
+
+        Raises:
+            LexisegError: a label is out of range, or ``seen`` is given.
+        """
+        if seen is not None:
+            raise LexisegError("CAT-Seg has no self-training; choose the setting 'inductive' or 'supervised'.")
+        check_labels(labels, len(text))
+        logits = self.grid_logits(self.encode_images(images), text)
+        logits = F.interpolate(logits, size=tuple(labels.shape[-2:]), mode="bilinear", align_corners=False)
+        # The sum over the classes of softplus(x) - x * target, without targets of C x h x w.
+        named = (labels >= 0) & (labels < len(text))
+        own = logits.gather(1, torch.where(named, labels, 0)[:, None])[:, 0]
+        loss = (F.softplus(logits).sum() - (own * named).sum()) / logits.numel()
+        loss = loss * share_weight(len(labels), labels.device)
+        return {"loss": loss, "loss_mask": loss.detach()}
+
+
+def _note(sentence: str) -> None:
+    warnings.warn(sentence, LexisegWarning, stacklevel=3)

@@ -21,16 +21,16 @@ import torch
 
 import lexiseg
 from benchmarks.timing import alternate, machine
-from lexiseg.cli.train import read_recipe
 from lexiseg.clip.load import load_clip
 from lexiseg.data.base import Sample
 from lexiseg.data.picture_world import PictureWorld
 from lexiseg.errors import LexisegError
 from lexiseg.models.decoupled import DecoupledModel
 from lexiseg.proposals.given import GroundTruth
+from lexiseg.recipes import SegmentationRecipe, load_recipe
 from lexiseg.segmenter import Segmenter
-from lexiseg.training.recipe import SegmentationRecipe
-from lexiseg.training.run import dataset_of, system_of, train
+from lexiseg.training.building import system_of
+from lexiseg.training.run import train
 from lexiseg.vocabulary import Vocabulary
 
 
@@ -103,7 +103,7 @@ def folder_of(system: str, seed: int, runs: Path) -> Path:
 
 def recipe_of(variant: Variant, seed: int) -> SegmentationRecipe:
     """The recipe of a system, with its changes and a seed."""
-    recipe = read_recipe(variant.recipe, list(variant.changes), seed)
+    recipe = load_recipe(variant.recipe, list(variant.changes), seed=seed)
     if not isinstance(recipe, SegmentationRecipe):
         raise LexisegError(f"The recipe '{variant.recipe}' trains no segmentation system.")
     return recipe
@@ -128,7 +128,7 @@ def decoupled_segmenter(system: str, seed: int, runs: Path) -> Segmenter:
         return lexiseg.load(str(trained(system, seed, runs)), device="cpu")
     recipe = recipe_of(variant, seed)
     kind, options = system_of(recipe)
-    vocabulary = dataset_of(recipe.data, "train").vocabulary
+    vocabulary = recipe.data.open("train").vocabulary
     seen = tuple(entry.name for entry in vocabulary.classes if entry.seen)
     segmenter = Segmenter(kind(load_clip(recipe.model.clip), options, seen).eval(), disk_cache=False)
     if recipe.templates is not None:

@@ -30,9 +30,9 @@ from lexiseg.data.picture_world import PictureWorld
 from lexiseg.evaluation.evaluate import evaluate
 from lexiseg.files import make_folder, write_json, write_text
 from lexiseg.models.dense_clip import DenseCLIP
+from lexiseg.recipes import load_recipe
 from lexiseg.segmenter import Segmenter
 from lexiseg.training.contrastive import zero_shot_accuracy
-from lexiseg.training.recipe import load_recipe
 from lexiseg.training.run import train
 
 RESULTS = Path(__file__).resolve().parent.parent / "docs" / "results"

@@ -19,7 +19,7 @@ from torch import Tensor
 from benchmarks.measure import VIT_B_16, Timing, parser, report, set_up, summary
 from lexiseg.clip.model import build_clip
 from lexiseg.models.zegclip import ZegCLIP, ZegCLIPOptions
-from lexiseg.training.settings import TrainSettings
+from lexiseg.recipes import TrainSettings
 from lexiseg.training.task import Task
 from lexiseg.training.trainer import Trainer
 

@@ -12,9 +12,8 @@ from torch.nn import functional as F
 
 from lexiseg.errors import LexisegError
 from lexiseg.images import ImageSource, image_name, read_image
-from lexiseg.models.base import WindowPolicy
 from lexiseg.scores import Scores, WindowScores
-from lexiseg.windows import Box, check_proportions, cover, working_size
+from lexiseg.windows import Box, WindowPolicy, check_proportions, cover, working_size
 from lexiseg.words import describe, shorten, whole_number
 
 WindowSource: TypeAlias = "WindowPolicy | int | Sequence[int] | None"

@@ -19,7 +19,7 @@ from lexiseg.devices import float32_default, pick_device, pick_dtype
 from lexiseg.errors import LexisegError
 from lexiseg.images import DEFAULT_MAX_PIXELS, ImageSource, list_images
 from lexiseg.label_ids import ignore_index
-from lexiseg.models.base import ImageFeatures, SegmentationModel, WindowPolicy
+from lexiseg.models.base import ImageFeatures, SegmentationModel
 from lexiseg.pictures import (
     Failure,
     Picture,
@@ -32,7 +32,7 @@ from lexiseg.pictures import (
 from lexiseg.scores import Scores
 from lexiseg.segmentation import Segmentation
 from lexiseg.vocabulary import SINGLE_TEMPLATE, TemplateSource, Vocabulary, VocabularySource
-from lexiseg.windows import Box
+from lexiseg.windows import Box, WindowPolicy
 from lexiseg.words import describe, shorten, whole_number
 
 _BATCH_SIZE = 4

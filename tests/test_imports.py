@@ -34,6 +34,7 @@ ALLOWED: dict[str, set[str]] = {
     "segmentation": WORDS | PICTURES,
     "samples": {"errors", "files", "data", "notes"},
     "windows": {"errors"},
+    "checking": {"errors"},
     "processes": {"errors"},
     "devices": {"errors"},
     "hub": {"errors"},
@@ -42,15 +43,16 @@ ALLOWED: dict[str, set[str]] = {
     "regions": {"errors", "clip"},
     "losses": {"errors", "label_ids", "proposals"},
     "clip": WORDS | {"hub"},
-    "models": WORDS | {"clip", "scores", "proposals", "regions", "losses"},
+    "models": WORDS | {"clip", "scores", "proposals", "regions", "losses", "windows"},
     "weights": WORDS | {"hub", "clip", "proposals", "models"},
     "data": WORDS | {"images", "notes", "windows"},
     "pictures": {"errors", "words", "images", "models", "scores", "windows"},
     "segmenter": WORDS | PICTURES | MODELS | {"devices", "notes", "pictures", "windows"},
-    "labelling": WORDS | PICTURES | MODELS | {"segmenter"},
-    "evaluation": WORDS | PICTURES | MODELS | {"data", "segmenter", "processes"},
+    "recipes": WORDS | {"checking", "clip", "proposals", "models", "data", "windows"},
+    "labelling": WORDS | PICTURES | MODELS | {"segmenter", "windows"},
+    "evaluation": WORDS | PICTURES | MODELS | {"data", "recipes", "segmenter", "processes", "windows"},
     "analysis": WORDS | PICTURES | MODELS | {"segmenter"},
-    "training": WORDS | PICTURES | MODELS | {"data", "segmenter", "evaluation", "processes"},
+    "training": WORDS | PICTURES | MODELS | {"data", "recipes", "segmenter", "evaluation", "processes"},
 }
 # What faces the user may use everything.
 FACES = {"cli", "__main__", "__init__"}

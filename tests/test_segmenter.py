@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from lexiseg.clip.model import CLIP, build_clip
 from lexiseg.errors import LexisegError, LexisegWarning
-from lexiseg.models.base import ImageFeatures, ModelOptions, SegmentationModel, WindowPolicy
+from lexiseg.models.base import ImageFeatures, ModelOptions, SegmentationModel
 from lexiseg.models.dense_clip import DenseCLIP
 from lexiseg.models.zegclip import ZegCLIP
 from lexiseg.notes import mark_drawn
@@ -27,7 +27,7 @@ from lexiseg.scores import GridScores
 from lexiseg.segmentation import Segmentation
 from lexiseg.segmenter import Segmenter, pick_device
 from lexiseg.vocabulary import PAPER_TEMPLATES, SINGLE_TEMPLATE, Vocabulary
-from lexiseg.windows import check_proportions, cover, working_size
+from lexiseg.windows import WindowPolicy, check_proportions, cover, working_size
 
 ARCHITECTURE = {
     "model_cfg": {

@@ -28,7 +28,7 @@ from lexiseg.errors import LexisegError
 if TYPE_CHECKING:
     from lexiseg.data.base import SegmentationDataset
     from lexiseg.evaluation.protocols import Protocol
-    from lexiseg.training.recipe import EvaluationRecipe
+    from lexiseg.recipes import EvaluationRecipe
 
 PICTURE_WORLD = "picture-world"
 DEFAULT_SIZE = 256
@@ -146,7 +146,7 @@ def evaluate(
             data, name, shown, _ = found
         policy = segmenter.model.window
         if recipe is not None and recipe.window is not None:
-            policy = recipe.window.policy()
+            policy = recipe.window
         given = chosen.window_for(system) if chosen else policy if recipe else None
         given = window_of(given or policy, window, stride) or given
     report = run(
@@ -210,7 +210,7 @@ def _protocol(name: str | None, folder: str, split: str | None, size: int | None
 
 def _across(recipe: EvaluationRecipe | None) -> bool:
     """Whether a recipe judges on another data set than the training's, where no class counts as seen or unseen."""
-    from lexiseg.training.recipe import CatalogData
+    from lexiseg.recipes import CatalogData
 
     return recipe is not None and isinstance(recipe.data, CatalogData) and recipe.data.unseen == "none"
 
@@ -239,8 +239,7 @@ def _dataset(
         return data, Path(text).resolve().name, split or "val", None
     if classes is not None:
         raise LexisegError(f"--classes is for folders, not for '{text}'; leave it out.")
-    from lexiseg.training.recipe import CatalogData, ContrastiveRecipe, EvaluationRecipe, load_recipe
-    from lexiseg.training.run import dataset_of, name_of
+    from lexiseg.recipes import CatalogData, ContrastiveRecipe, EvaluationRecipe, load_recipe
 
     recipe = load_recipe(text)
     if isinstance(recipe, ContrastiveRecipe):
@@ -253,7 +252,7 @@ def _dataset(
         if not isinstance(chosen_data, CatalogData):
             _refuse_synonyms(synonyms, text)
         chosen_data = chosen_data.model_copy(update={"synonyms": synonyms})
-    return dataset_of(chosen_data, "val"), name_of(chosen_data), "val", told
+    return chosen_data.open("val"), chosen_data.title, "val", told
 
 
 def _refuse_synonyms(synonyms: bool | None, text: str) -> None:

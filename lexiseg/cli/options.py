@@ -11,7 +11,7 @@ import typer
 from lexiseg.errors import LexisegError
 
 if TYPE_CHECKING:
-    from lexiseg.models.base import WindowPolicy
+    from lexiseg.windows import WindowPolicy
 
 DEFAULT_MODEL = "zegclip-emoji"
 DEFAULT_MAX_PIXELS = 200_000_000

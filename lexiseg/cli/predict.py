@@ -33,9 +33,9 @@ from lexiseg.errors import LexisegError
 
 if TYPE_CHECKING:
     from lexiseg.labelling.record import Entry, Picture, Record
-    from lexiseg.models.base import WindowPolicy
     from lexiseg.segmenter import Segmenter
     from lexiseg.vocabulary import Vocabulary
+    from lexiseg.windows import WindowPolicy
 
 SOME_FAILED, ALL_FAILED = 1, 2
 _KINDS = {"overlay": "overlay", "labels": "labels", "png": "labels", "json": "json", "coco": "coco", "rle": "coco"}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -12,7 +12,7 @@ from lexiseg.cli.options import Json
 from lexiseg.errors import LexisegError
 
 if TYPE_CHECKING:
-    from lexiseg.training.recipe import Recipe
+    from lexiseg.recipes import Recipe
 
 
 def train(
@@ -68,10 +68,10 @@ def train(
     """Train what a recipe says; --resume goes on where a run was stopped, bit for bit on a CPU."""
     from json import dumps as quoted  # a JSON string is YAML
 
-    from lexiseg.training.recipe import list_recipes, load_recipe
+    from lexiseg.recipes import describe_recipes, load_recipe
 
     if list_:
-        entries = [(name, load_recipe(name).description) for name in list_recipes()]
+        entries = list(describe_recipes().items())
         if json:
             say_json([{"name": name, "description": description} for name, description in entries])
         else:
@@ -87,11 +87,11 @@ def train(
         processes.join(device)
     with processes.together():
         start = [] if initial is None else [f"initial={quoted(initial)}"]
-    chosen = read_recipe(recipe, [*start, *(set or [])], seed, data)
+        chosen = load_recipe(recipe, [*start, *(set or [])], seed=seed, data=data)
     if dry_run:
         _say_dry_run(chosen, recipe, json)
         return
-    run_dir = output or Path("runs") / _run_name(recipe)
+    run_dir = output or Path("runs") / run_name(recipe)
     from lexiseg.training.run import train as run
 
     try:
@@ -109,7 +109,7 @@ def train(
         say_written([run_dir, folder])
 
 
-def _run_name(recipe: str) -> str:
+def run_name(recipe: str) -> str:
     """The folder of a run: the recipe's name, its variant behind a hyphen."""
     file, _, variant = Path(recipe).name.partition(":")
     return "-".join(part for part in (Path(file).stem, variant) if part)
@@ -124,74 +124,3 @@ def _say_dry_run(recipe: Recipe, name: str, json: bool) -> None:
         say_json({"recipe": name, **result.to_dict()})
     else:
         say_table(f"{name}: {recipe.description}", ["what", "value"], result.rows())
-
-
-def read_recipe(name: str, overrides: list[str], seed: int | None, data: Path | None = None) -> Recipe:
-    """Read a recipe with some of its values replaced.
-
-    Args:
-        name: of a packaged recipe, or a YAML file.
-        overrides: ``KEY=VALUE`` each; the key is a path such as ``train.steps``, the value is read as YAML,
-            or as text where it is none.
-        seed: replaces the recipe's seed.
-        data: a folder of one's own that replaces the recipe's data; the crop and the augmentation stay the recipe's.
-
-    Raises:
-        LexisegError: the recipe is wrong, or becomes wrong by what is replaced; the sentence names the key.
-    """
-    import yaml
-
-    from lexiseg.training.recipe import load_recipe, parse_recipe
-
-    recipe = load_recipe(name, seed=seed)
-    if not overrides and data is None:
-        return recipe
-    values = recipe.model_dump(mode="json")
-    if data is not None:
-        values["data"] = _own_data(name, values.get("data"), data)
-    for override in overrides:
-        key, equals, text = override.partition("=")
-        if not equals or not key.strip():
-            raise LexisegError(f"--set takes KEY=VALUE, such as train.steps=100, not '{override}'.")
-        *parents, last = key.strip().split(".")
-        place = values
-        for parent in parents:
-            place = place.setdefault(parent, {})
-            if not isinstance(place, dict):
-                raise LexisegError(f"--set cannot reach '{key}' in '{name}': '{parent}' holds a value, not keys.")
-        place[last] = _value(text, parents, last, values)
-        if key.strip() == "initial" and place[last] is not None and "proposals_from" in values:
-            values["proposals_from"] = None  # the initial model brings its own
-    return parse_recipe(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), f"{name} with --set")
-
-
-def _value(text: str, parents: list[str], key: str, recipe: dict[str, Any]) -> Any:
-    """What a value given by ``--set`` says: YAML, or else the text itself.
-
-    The shell has taken the quotes that YAML needs around such values as ``{6-8},{12}``; ``{12}`` is a mapping to it.
-    """
-    import yaml
-
-    from lexiseg.models import SYSTEMS
-
-    try:
-        value = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError):
-        return text
-    if parents == ["model", "options"] and isinstance(value, dict | int | float):
-        system = SYSTEMS.get(str(recipe["model"].get("system")))
-        option = None if system is None else system.options_class.model_fields.get(key)
-        if option is not None and option.annotation is str:
-            return text
-    return value
-
-
-def _own_data(name: str, said: dict[str, Any] | None, folder: Path) -> dict[str, Any]:
-    """The recipe's data replaced by a folder: how pictures are cropped and augmented stays."""
-    if said is None:
-        raise LexisegError(f"The recipe '{name}' trains a CLIP on captions, so --data has nothing to replace.")
-    if not folder.is_dir():
-        raise LexisegError(f"The data folder '{folder}' does not exist; check the path.")
-    crop = said.get("crop") or said.get("size")
-    own = {"source": "own", "root": str(folder), "augment": said.get("augment", "light"), "crop": crop}
-    return own | {key: said[key] for key in ("label_stride", "short_sides", "longest", "cut") if key in said}

@@ -24,9 +24,9 @@ from lexiseg.evaluation.parts import Parts, Tally, missing
 from lexiseg.evaluation.report import Report, versions, weights_hash
 from lexiseg.images import ImageSource
 from lexiseg.label_ids import ignore_index
-from lexiseg.models.base import WindowPolicy
 from lexiseg.segmenter import Segmenter
 from lexiseg.vocabulary import Vocabulary
+from lexiseg.windows import WindowPolicy
 from lexiseg.words import word_key
 
 Offsets: TypeAlias = Literal["data", "all", "none"]

@@ -38,9 +38,10 @@ from lexiseg.data.sets.dataset import FileDataset
 from lexiseg.data.sets.open import open_data_set
 from lexiseg.errors import LexisegError
 from lexiseg.evaluation.evaluate import Offsets
-from lexiseg.models.base import SegmentationModel, WindowPolicy
+from lexiseg.models.base import SegmentationModel
 from lexiseg.models.region_host import RegionHost
 from lexiseg.vocabulary import PAPER_TEMPLATES, SINGLE_TEMPLATE
+from lexiseg.windows import WindowPolicy
 
 ONE_STAGE = WindowPolicy(size=512, stride=426, short_side=512, antialias=False)
 """ZegCLIP's and Cascade-CLIP's code (mmsegmentation): sliding windows on a picture whose shorter side is 512."""

@@ -13,9 +13,9 @@ from lexiseg.segmenter import Segmenter
 
 if TYPE_CHECKING:
     from lexiseg.background import BackgroundSource
-    from lexiseg.models.base import WindowPolicy
     from lexiseg.segmentation import Segmentation
     from lexiseg.vocabulary import Vocabulary
+    from lexiseg.windows import WindowPolicy
 
 TRIES = 2
 """How often a picture may take its worker down before it is left out."""

@@ -1,6 +1,6 @@
 """The segmentation systems, one file each."""
 
-from lexiseg.models.base import ImageFeatures, ModelOptions, SegmentationModel, WindowPolicy
+from lexiseg.models.base import ImageFeatures, ModelOptions, SegmentationModel
 from lexiseg.models.cascade_clip import CascadeCLIP, CascadeCLIPOptions
 from lexiseg.models.cat_seg import CATSeg, CATSegOptions
 from lexiseg.models.dense_clip import DenseCLIP, DenseCLIPOptions
@@ -12,6 +12,7 @@ from lexiseg.models.spt_seg import SPTSeg, SPTSegOptions
 from lexiseg.models.zegclip import ZegCLIP, ZegCLIPOptions
 from lexiseg.models.zegformer import ZegFormer, ZegFormerOptions
 from lexiseg.models.zsseg import ZSSeg, ZSSegOptions
+from lexiseg.windows import WindowPolicy
 
 SYSTEMS: dict[str, type[SegmentationModel]] = {
     system.system: system

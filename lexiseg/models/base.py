@@ -17,6 +17,7 @@ from lexiseg.clip.text import TextEmbedder
 from lexiseg.errors import LexisegError
 from lexiseg.scores import Scores
 from lexiseg.vocabulary import SINGLE_TEMPLATE, Vocabulary
+from lexiseg.windows import WindowPolicy
 
 _Deviation = Annotated[float, Field(gt=0)]
 Triple = tuple[float, float, float]
@@ -66,32 +67,6 @@ def _as_written(loc: Sequence[str | int], options: object) -> list[str]:
             continue
         written.append(str(part))
     return written
-
-
-@dataclass(frozen=True)
-class WindowPolicy:
-    """How a model is run over a whole picture unless the caller says otherwise.
-
-    Attributes:
-        size: side of the square sliding window in pixels; None runs the whole picture at once.
-        stride: distance between windows in pixels.
-        short_side: the picture is first resized, keeping its aspect, so that its shorter side has this length; None
-            keeps the picture's size.
-        long_side: a limit to the longer side, at which the shorter one becomes shorter than ``short_side``; None sets
-            none.
-        antialias: whether that resize smooths what it shrinks. mmcv's does not, detectron2's (Pillow's) does.
-        canvas: the picture is then stretched to this (height, width), on which the windows lie; None keeps its size.
-        whole: the whole picture, stretched to one window, is run as well, and a score is the mean of it and of what the
-            windows say.
-    """
-
-    size: int | None = None
-    stride: int = 0
-    short_side: int | None = None
-    long_side: int | None = None
-    antialias: bool = True
-    canvas: tuple[int, int] | None = None
-    whole: bool = False
 
 
 @dataclass(frozen=True)

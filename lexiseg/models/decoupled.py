@@ -27,13 +27,13 @@ from lexiseg.models.base import (
     SegmentationModel,
     Triple,
     WindowOptions,
-    WindowPolicy,
 )
 from lexiseg.models.mask_decoder import unit
 from lexiseg.proposals import GeneratorOptions, MaskFormerOptions, ProposalGenerator, Proposals, build_generator
 from lexiseg.proposals.remainder import RemainderOptions, add_remainder
 from lexiseg.regions.pooling import unit_or_zero
 from lexiseg.scores import RegionScores
+from lexiseg.windows import WindowPolicy
 
 Size = tuple[int, int]
 

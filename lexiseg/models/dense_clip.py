@@ -17,9 +17,10 @@ from torch import Tensor
 from lexiseg.clip.image import Interpolation
 from lexiseg.clip.model import CLIP
 from lexiseg.clip.severance import severed_attention
-from lexiseg.models.base import ImageFeatures, ModelOptions, SegmentationModel, WindowOptions, WindowPolicy
+from lexiseg.models.base import ImageFeatures, ModelOptions, SegmentationModel, WindowOptions
 from lexiseg.models.mask_decoder import unit
 from lexiseg.scores import GridScores
+from lexiseg.windows import WindowPolicy
 
 
 class DenseCLIPOptions(WindowOptions):

@@ -13,11 +13,12 @@ from torch import Tensor
 
 from lexiseg.clip.image import ImageTokens
 from lexiseg.clip.model import CLIP
-from lexiseg.models.base import ImageFeatures, SegmentationModel, Triple, WindowPolicy
+from lexiseg.models.base import ImageFeatures, SegmentationModel, Triple
 from lexiseg.models.mask_decoder import unit
 from lexiseg.models.one_stage_options import Backbone, OneStageOptions
 from lexiseg.models.prompts import VisualPrompts
 from lexiseg.models.spectral import SpectralFilter, SpectralOptions
+from lexiseg.windows import WindowPolicy
 
 
 class OneStageTower(SegmentationModel):

@@ -12,9 +12,9 @@ from lexiseg.models.base import ModelOptions, SegmentationModel
 from lexiseg.models.decoupled import DecoupledModel
 from lexiseg.models.region_host import RegionHost
 from lexiseg.proposals.pretrained import IMAGENET, WEIGHT_FILES
+from lexiseg.recipes import SegmentationRecipe
 from lexiseg.training.initial import start_from, take_prompts, take_proposals
 from lexiseg.training.labels import masked_names, training_vocabulary
-from lexiseg.training.recipe import SegmentationRecipe
 from lexiseg.vocabulary import Vocabulary
 
 

@@ -20,7 +20,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from lexiseg.clip.image import resize_positions
@@ -28,7 +27,7 @@ from lexiseg.clip.load import load_clip
 from lexiseg.clip.model import CLIP, build_clip, save_clip
 from lexiseg.data.picture_world import CLASS_IDS, CLASSES, THINGS, render_scene
 from lexiseg.data.picture_world.scene import Scene
-from lexiseg.training.settings import TrainSettings
+from lexiseg.recipes.schema import HELD_OUT_SEED, ContrastiveSettings, TrainSettings
 from lexiseg.training.task import Task
 
 TEMPLATES = (
@@ -41,54 +40,6 @@ TEMPLATES = (
     "a {} in the scene.",
     "{}",
 )
-HELD_OUT_SEED = 900_001  # first integer of the seeds of the scenes on which zero-shot accuracy is measured
-
-
-class SceneSettings(BaseModel):
-    """Which scenes a training sees.
-
-    Attributes:
-        size: pixels a side, a multiple of the patch size.
-        num_things: smallest and largest number of things.
-        extents: smallest and largest size of a thing as a share of the side.
-        seed: first integer of every scene's seed; trainings with different ones share no scene.
-        repeats: how often a scene is shown, each time mirrored and shifted afresh.
-        lag: steps between two showings of a scene.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-    size: int = Field(ge=8)
-    num_things: tuple[int, int]
-    extents: tuple[float, float] = (0.36, 0.64)
-    seed: int = Field(ge=100, lt=HELD_OUT_SEED)
-    repeats: int = Field(default=2, ge=1)
-    lag: int = Field(default=48, ge=1)
-
-
-class ContrastiveSettings(BaseModel):
-    """A CLIP, the scenes it learns from, and the weights of the three terms.
-
-    Attributes:
-        model_cfg: open_clip's description of the architecture.
-        initial: a CLIP to start from: a name, a folder, or a contrastive recipe, which is then trained first; None
-            starts at random. Its position table is resized to the new picture size.
-        scenes: what to look at.
-        patch_dropout: share of the patches left out in training, chosen anew for each picture (FLIP, CVPR 2023).
-        caption_weight: weight of the term between pictures and sentences.
-        patch_weight: weight of the token-wise term.
-        coverage: share of the patches from which on a phrase counts as found.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-    model_cfg: dict[str, Any]
-    initial: str | None = None
-    scenes: SceneSettings
-    patch_dropout: float = Field(default=0.0, ge=0, lt=1)
-    caption_weight: float = Field(default=0.5, ge=0)
-    patch_weight: float = Field(default=1.0, ge=0)
-    coverage: float = Field(default=0.04, gt=0, le=1)
 
 
 def _multi_positive(logits: Tensor, positives: Tensor) -> Tensor:

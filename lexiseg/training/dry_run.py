@@ -14,13 +14,12 @@ from lexiseg.clip.prompt_learner import PromptLearner
 from lexiseg.errors import LexisegError
 from lexiseg.models.base import ModelOptions
 from lexiseg.proposals.pretrained import describe_start
+from lexiseg.recipes import ContrastiveRecipe, EvaluationRecipe, PromptRecipe, Recipe, SegmentationRecipe, TrainSettings
 from lexiseg.training.building import build_model
 from lexiseg.training.initial import proposals_of
 from lexiseg.training.labels import masked_names, training_vocabulary
 from lexiseg.training.prompts import Prompted
-from lexiseg.training.recipe import ContrastiveRecipe, EvaluationRecipe, PromptRecipe, Recipe, SegmentationRecipe
-from lexiseg.training.run import name_of, vocabulary_of
-from lexiseg.training.settings import TrainSettings, group_parameters
+from lexiseg.training.settings import group_parameters
 from lexiseg.training.stages import first_stage, is_recipe, refuse_misfit
 from lexiseg.training.trainer import learning_rate
 
@@ -142,7 +141,7 @@ def dry_run(recipe: Recipe) -> DryRun:
 
 
 def _segmentation(recipe: SegmentationRecipe) -> DryRun:
-    vocabulary = vocabulary_of(recipe.data)
+    vocabulary = recipe.data.vocabulary()
     trained = training_vocabulary(vocabulary, setting=recipe.setting, templates=recipe.templates)
     seen = masked_names(trained)
     reason = None
@@ -161,7 +160,7 @@ def _segmentation(recipe: SegmentationRecipe) -> DryRun:
         clip=recipe.model.clip,
         random_weights=reason,
         setting=recipe.setting,
-        data=name_of(recipe.data),
+        data=recipe.data.title,
         seen=seen,
         unseen=tuple(name for name in vocabulary.names if name not in seen),
         text=len(trained),
@@ -178,7 +177,7 @@ def _segmentation(recipe: SegmentationRecipe) -> DryRun:
 
 
 def _prompts(recipe: PromptRecipe) -> DryRun:
-    said, vocabulary = recipe.model, vocabulary_of(recipe.data)
+    said, vocabulary = recipe.model, recipe.data.vocabulary()
     trained = training_vocabulary(vocabulary, setting=recipe.setting)
     clip, reason = clip_or_random(said.clip)
     model = Prompted(clip, PromptLearner(clip.text_width, said.prefix, said.suffix, said.task))
@@ -187,7 +186,7 @@ def _prompts(recipe: PromptRecipe) -> DryRun:
         clip=said.clip,
         random_weights=reason,
         setting=recipe.setting,
-        data=name_of(recipe.data),
+        data=recipe.data.title,
         seen=trained.names,
         unseen=tuple(name for name in vocabulary.names if name not in trained.names),
         text=len(trained),

@@ -27,8 +27,8 @@ from torch.torch_version import TorchVersion
 from lexiseg import processes
 from lexiseg.clip.blocks import run_as_module
 from lexiseg.errors import LexisegError
+from lexiseg.recipes import TrainSettings
 from lexiseg.training.checkpoint import model_state, put, whole
-from lexiseg.training.settings import TrainSettings
 from lexiseg.training.task import Task
 
 _log = logging.getLogger("lexiseg")

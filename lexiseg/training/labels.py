@@ -17,20 +17,14 @@ In every setting the losses treat 255 as a negative of every class, as the autho
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
 from lexiseg.errors import LexisegError
 from lexiseg.label_ids import IGNORE_INDEX, WIDE_IGNORE_INDEX
+from lexiseg.recipes.schema import Setting, Unlabelled
 from lexiseg.vocabulary import TemplateSource, Vocabulary, VocabularyClass
-
-Setting: TypeAlias = Literal["inductive", "transductive", "supervised"]
-"""What is known of the unseen classes in training: nothing, their names, or their masks as well."""
-
-Unlabelled: TypeAlias = Literal["marked", "ignored"]
-"""How self-training learns where pixels without a label are; see :func:`self_training_labels`."""
 
 UNLABELLED = -1
 """Label of a pixel whose class self-training chooses itself."""
@@ -63,7 +57,7 @@ def training_vocabulary(
     unflagged = all(entry.seen is None for entry in vocabulary.classes)
     seen = [entry.seen is True or unflagged for entry in vocabulary.classes]
     if setting != "supervised" and not any(seen):
-        raise LexisegError("The dataset has no seen class, so there is nothing to train on; mend its unseen list.")
+        raise LexisegError("The dataset has no seen class, so there is nothing to train on; fix its unseen list.")
     if setting == "transductive" and all(seen):
         raise LexisegError(
             "The dataset has no unseen class, so self-training has none to find; name some in its unseen list, or "

@@ -11,50 +11,29 @@ from lexiseg.clip.load import load_clip
 from lexiseg.clip.prompt_learner import PromptLearner
 from lexiseg.clip.text import default_cache_folder
 from lexiseg.data.base import SegmentationDataset
-from lexiseg.data.folders import VocFolder
-from lexiseg.data.picture_world import PictureWorld
-from lexiseg.data.picture_world import vocabulary as picture_world_vocabulary
-from lexiseg.data.sets.catalog import data_set
-from lexiseg.data.sets.open import OWN, open_data_set, synonyms_of, train_split
-from lexiseg.data.transforms import Pipeline, light_pipeline, paper_pipeline, short_edge_pipeline
 from lexiseg.errors import LexisegError
 from lexiseg.files import make_folder, write_text
-from lexiseg.label_ids import IGNORE_INDEX, ignore_index
-from lexiseg.training.building import build_model, system_of
-from lexiseg.training.checkpoint import find_checkpoints
-from lexiseg.training.contrastive import ContrastiveTask
-from lexiseg.training.labels import PADDING, training_vocabulary
-from lexiseg.training.prompts import PromptTask
-from lexiseg.training.recipe import (
-    CatalogData,
+from lexiseg.label_ids import ignore_index
+from lexiseg.recipes import (
     ContrastiveRecipe,
-    Data,
     EvaluationRecipe,
-    FolderData,
     PictureWorldData,
     PromptRecipe,
     Recipe,
     SegmentationRecipe,
     as_yaml,
 )
+from lexiseg.training.building import build_model
+from lexiseg.training.checkpoint import find_checkpoints
+from lexiseg.training.contrastive import ContrastiveTask
+from lexiseg.training.labels import PADDING, training_vocabulary
+from lexiseg.training.prompts import PromptTask
 from lexiseg.training.segmentation import SegmentationTask
-from lexiseg.training.stages import first_stage, with_stages
+from lexiseg.training.stages import with_stages
 from lexiseg.training.task import Task
 from lexiseg.training.teacher import load_teacher
 from lexiseg.training.trainer import Trainer, seed_everything
-from lexiseg.vocabulary import Vocabulary
 from lexiseg.weights.folder import save_model
-
-__all__ = [
-    "build_task",
-    "dataset_of",
-    "first_stage",
-    "name_of",
-    "pipeline_of",
-    "system_of",
-    "train",
-    "vocabulary_of",
-]
 
 
 def train(
@@ -70,7 +49,7 @@ def train(
     """Train what ``recipe`` says.
 
     Args:
-        recipe: see :func:`lexiseg.training.recipe.load_recipe`.
+        recipe: see :func:`lexiseg.recipes.load_recipe`.
         run_dir: folder of the run; see :class:`lexiseg.training.trainer.Trainer`.
         resume: continue from the newest checkpoint in ``run_dir``.
         until: stop after this many steps, as :meth:`lexiseg.training.trainer.Trainer.run` does; None trains to the end.
@@ -142,7 +121,7 @@ def _put_together(recipe: Recipe, built: SegmentationRecipe, run_dir: Path, unti
         if find_checkpoints(run_dir / "checkpoints"):
             raise LexisegError(f"'{run_dir}' already holds a run; choose another output folder.")
         seed_everything(built.train.seed)
-        vocabulary = vocabulary_of(built.data)
+        vocabulary = built.data.vocabulary()
         model = build_model(built, vocabulary).eval()
         model.default_templates = training_vocabulary(
             vocabulary, setting=built.setting, templates=built.templates or model.default_templates
@@ -164,7 +143,7 @@ def build_task(recipe: Recipe) -> Task:
     seed_everything(recipe.train.seed)
     if isinstance(recipe, ContrastiveRecipe):
         return ContrastiveTask(recipe.model, recipe.train)
-    dataset = dataset_of(recipe.data, "train")
+    dataset = recipe.data.open("train")
     if isinstance(recipe, PromptRecipe):
         return _prompt_task(recipe, dataset)
     model = build_model(recipe, dataset.vocabulary)
@@ -180,13 +159,11 @@ def build_task(recipe: Recipe) -> Task:
     return SegmentationTask(
         model,
         dataset,
-        pipeline_of(
-            recipe.data, model.mean, model.std, pad_label=PADDING if self_training else ignored, ignored=ignored
-        ),
+        recipe.data.pipeline(model.mean, model.std, pad_label=PADDING if self_training else ignored, ignored=ignored),
         batch_size=recipe.train.batch_size,
         seed=recipe.train.seed,
         templates=recipe.templates,
-        validation=dataset_of(recipe.data, "val") if looks else None,
+        validation=recipe.data.open("val") if looks else None,
         num_pictures=recipe.evaluation.pictures,
         num_scored=recipe.evaluation.scored,
         label_stride=recipe.data.label_stride,
@@ -210,88 +187,3 @@ def _prompt_task(recipe: PromptRecipe, dataset: SegmentationDataset) -> PromptTa
         seed=recipe.train.seed,
         setting=recipe.setting,
     )
-
-
-def dataset_of(data: Data, split: str) -> SegmentationDataset:
-    """The "train" or the "val" split of a recipe's data.
-
-    Raises:
-        LexisegError: a file of it is missing or wrong.
-    """
-    if isinstance(data, PictureWorldData):
-        if split == "train":
-            return PictureWorld("train", size=data.size, length=data.length)
-        return PictureWorld("val", size=data.val_size, length=data.val_length)
-    if isinstance(data, CatalogData):
-        chosen = data.train or train_split(data.source) if split == "train" else "val"
-        return open_data_set(
-            data.source,
-            data.root,
-            chosen,
-            unseen=data.unseen,
-            classes=data.classes,
-            names_of=data.names_of,
-            synonyms=data.synonyms,
-        )
-    return VocFolder(
-        data.root,
-        data.train if split == "train" else data.val,
-        labels=data.labels,
-        splits=data.splits,
-        reduce_zero_label=data.reduce_zero_label,
-    )
-
-
-def vocabulary_of(data: Data) -> Vocabulary:
-    """The classes of a recipe's data; the data need not be on disk where the package knows them.
-
-    Raises:
-        LexisegError: the list of classes is on disk and cannot be read.
-    """
-    if isinstance(data, PictureWorldData):
-        return picture_world_vocabulary()
-    if isinstance(data, CatalogData) and data.source != OWN and data_set(data.source).classes:
-        known = data_set(data.source).vocabulary(unseen=data.unseen, names_of=data.names_of)
-        return synonyms_of(data.source, known, data.synonyms)
-    return dataset_of(data, "train").vocabulary
-
-
-def pipeline_of(
-    data: Data,
-    mean: tuple[float, float, float],
-    std: tuple[float, float, float],
-    *,
-    pad_label: int = IGNORE_INDEX,
-    ignored: int = IGNORE_INDEX,
-) -> Pipeline:
-    """The augmentation of a recipe's data, ending in the model's normalisation (``mean`` and ``std`` in 0..1).
-
-    Args:
-        data: of the recipe.
-        mean: of the model's images.
-        std: of the model's images.
-        pad_label: label of the pixels that fill a picture up.
-        ignored: label of pixels without a class.
-    """
-    if isinstance(data, PictureWorldData):
-        return light_pipeline(mean, std, crop=data.crop or data.size, flip=data.flip, pad_label=pad_label)
-    if data.augment == "paper":
-        return paper_pipeline(mean, std, crop=data.crop, pad_label=pad_label, ignored=ignored)
-    if data.augment == "short-edge":
-        return short_edge_pipeline(
-            mean,
-            std,
-            crop=data.crop,
-            sides=data.short_sides,
-            longest=data.longest,
-            cut=data.cut,
-            pad_label=pad_label,
-        )
-    return light_pipeline(mean, std, crop=data.crop, pad_label=pad_label)
-
-
-def name_of(data: Data) -> str:
-    """What reports call a recipe's data."""
-    if isinstance(data, FolderData) or (isinstance(data, CatalogData) and data.source == OWN):
-        return data.root.resolve().name
-    return data.source

@@ -18,9 +18,7 @@ from lexiseg.models.deop_options import DeOPOptions
 from lexiseg.models.one_stage_options import WEIGHTS_DEPEND_ON, OneStageOptions
 from lexiseg.models.region_host_options import RegionHostOptions
 from lexiseg.proposals import QueryOptions
-from lexiseg.training.building import system_of
-from lexiseg.training.initial import NO_WEIGHTS
-from lexiseg.training.recipe import (
+from lexiseg.recipes import (
     ContrastiveRecipe,
     Data,
     PictureWorldData,
@@ -30,7 +28,9 @@ from lexiseg.training.recipe import (
     list_recipes,
     load_recipe,
 )
-from lexiseg.training.recipe_schema import AUGMENTATION
+from lexiseg.recipes.data import AUGMENTATION
+from lexiseg.training.building import system_of
+from lexiseg.training.initial import NO_WEIGHTS
 
 _Stage = TypeVar("_Stage", SegmentationRecipe, PromptRecipe)
 

@@ -11,7 +11,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from lexiseg.errors import LexisegError
-from lexiseg.training.settings import ParameterGroup, TrainSettings, group_parameters
+from lexiseg.recipes import TrainSettings
+from lexiseg.training.settings import ParameterGroup, group_parameters
 
 
 def share_of(batch_size: int, rank: int, processes: int) -> range:

@@ -26,13 +26,14 @@ from accelerate.utils import send_to_device
 from lexiseg import processes
 from lexiseg.errors import LexisegError
 from lexiseg.files import make_folder, write_json
+from lexiseg.recipes import TrainSettings
 from lexiseg.training.checkpoint import capture_rng, find_checkpoints, load_checkpoint, read_state, restore_rng
 from lexiseg.training.checkpoint import save_checkpoint as write_checkpoint
 from lexiseg.training.engine import Engine
 from lexiseg.training.prefetch import prefetch
 from lexiseg.training.runlog import RunLog
 from lexiseg.training.schedule import cosine, poly_warmup, warmup_factor
-from lexiseg.training.settings import TrainSettings, build_optimizer, identity_of
+from lexiseg.training.settings import build_optimizer, identity_of
 from lexiseg.training.task import Task
 
 _log = logging.getLogger("lexiseg")

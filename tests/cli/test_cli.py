@@ -23,11 +23,10 @@ from safetensors.torch import load_file, save_file
 import lexiseg
 import lexiseg.training.run
 from lexiseg.cli import main
-from lexiseg.cli.train import read_recipe
 from lexiseg.clip.model import build_clip, save_clip
 from lexiseg.models import CascadeCLIPOptions, ZegCLIP, ZegCLIPOptions
+from lexiseg.recipes import SegmentationRecipe, load_recipe
 from lexiseg.training.building import system_of
-from lexiseg.training.recipe import SegmentationRecipe
 from lexiseg.weights import save_model
 
 ARCHITECTURE = {
@@ -415,7 +414,7 @@ def test_dry_run_and_until(call: Call, tiny_clip: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("groups", ["{6-8},{9-11},{12}", "{12}", "{6-8}", '"{9-11},{12}"', "[[6, 7], [12]]"])
 def test_groups_of_blocks_can_be_typed(groups: str) -> None:
-    recipe = read_recipe("cascade-clip-voc2012", [f"model.options.groups={groups}"], None)
+    recipe = load_recipe("cascade-clip-voc2012", [f"model.options.groups={groups}"])
     assert isinstance(recipe, SegmentationRecipe)
     options = system_of(recipe)[1]
     assert isinstance(options, CascadeCLIPOptions)

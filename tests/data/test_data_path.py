@@ -14,8 +14,8 @@ from lexiseg.clip.model import CLIP, build_clip
 from lexiseg.data.sets.open import open_data_set
 from lexiseg.data.transforms import paper_pipeline
 from lexiseg.models import ZegCLIP, ZegCLIPOptions
+from lexiseg.recipes import TrainSettings
 from lexiseg.training.segmentation import SegmentationTask
-from lexiseg.training.settings import TrainSettings
 from lexiseg.training.trainer import Trainer
 from tests import miniatures
 from tests.cli.test_cli import ARCHITECTURE

@@ -15,10 +15,11 @@ from lexiseg.evaluation.evaluate import evaluate, spread
 from lexiseg.evaluation.grid import Example, draw_grid
 from lexiseg.evaluation.parts import clear
 from lexiseg.evaluation.report import weights_hash
-from lexiseg.models import WindowPolicy, ZegCLIP
+from lexiseg.models import ZegCLIP
 from lexiseg.segmentation import Segmentation
 from lexiseg.segmenter import Segmenter
 from lexiseg.vocabulary import PAPER_TEMPLATES, Vocabulary
+from lexiseg.windows import WindowPolicy
 
 VISION = {"image_size": 32, "patch_size": 8, "width": 64, "layers": 2, "head_width": 32}
 TEXT = {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}

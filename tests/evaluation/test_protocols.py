@@ -18,16 +18,16 @@ from lexiseg.data.transforms import light_pipeline
 from lexiseg.errors import LexisegError
 from lexiseg.evaluation.evaluate import evaluate
 from lexiseg.evaluation.protocols import PROTOCOLS, find_protocol
-from lexiseg.models import DenseCLIP, WindowPolicy, ZegCLIP
+from lexiseg.models import DenseCLIP, ZegCLIP
+from lexiseg.recipes import CatalogData, TrainSettings, load_recipe
 from lexiseg.segmentation import Segmentation
 from lexiseg.segmenter import Segmenter
-from lexiseg.training.recipe import CatalogData, load_recipe
-from lexiseg.training.run import _identity, dataset_of, vocabulary_of
+from lexiseg.training.run import _identity
 from lexiseg.training.segmentation import SegmentationTask
-from lexiseg.training.settings import TrainSettings
 from lexiseg.training.trainer import Trainer
 from lexiseg.vocabulary import PAPER_TEMPLATES, SINGLE_TEMPLATE
 from lexiseg.weights.folder import save_model
+from lexiseg.windows import WindowPolicy
 from tests.miniatures import MINIATURES, SIZE, WIDE, save_index, save_list, save_picture, save_wide
 from tests.models.test_region_hosts import make
 from tests.towers import small_clip
@@ -280,13 +280,13 @@ def test_synonyms_of_a_recipe(folder, tmp_path):
     root = str(folder("ade150"))
     for synonyms, count in ((None, 1), (False, 1), (True, 2)):
         data = CatalogData(source="ade20k-150", root=root, synonyms=synonyms)
-        for vocabulary in (vocabulary_of(data), dataset_of(data, "val").vocabulary):
+        for vocabulary in (data.vocabulary(), data.open("val").vocabulary):
             assert len(vocabulary.classes[1].words) == count
     # A run that was begun when there was no such key can be gone on with.
     assert "synonyms" not in _identity(load_recipe("zegclip-voc2012"), None)["data"]
     MINIATURES["own-folders"][1](tmp_path)
     (tmp_path / "classes.txt").write_text("road\ncar, auto\nsky, heaven\n")
-    words = [len(dataset_of(CatalogData(source="own", root=tmp_path, synonyms=told), "val").vocabulary.words)
+    words = [len(CatalogData(source="own", root=tmp_path, synonyms=told).open("val").vocabulary.words)
              for told in (None, True, False)]  # fmt: skip
     assert words == [5, 5, 3]
 
@@ -500,15 +500,14 @@ def test_training_on_many_classes(folder, tmp_path):
 
 def test_own_data_with_the_recipe_option(tmp_path, capsys, monkeypatch):
     """``train RECIPE --data``: the recipe's crop and augmentation stay, its data are the folder's."""
-    from lexiseg.cli.train import read_recipe
 
     MINIATURES["own-folders"][1](tmp_path / "my")
-    recipe = read_recipe("zegclip-voc2012", ["train.steps=3"], None, tmp_path / "my")
+    recipe = load_recipe("zegclip-voc2012", ["train.steps=3"], data=tmp_path / "my")
     assert recipe.data.source == "own" and recipe.data.crop == 512 and recipe.data.augment == "paper"
     assert recipe.train.steps == 3
-    recipe = read_recipe("zegclip-picture-world", [], None, tmp_path / "my")
+    recipe = load_recipe("zegclip-picture-world", [], data=tmp_path / "my")
     assert recipe.data.source == "own" and recipe.data.crop == 128 and recipe.data.label_stride == 2
     for wrong, words in ((["clip-emoji", tmp_path / "my"], "captions"), (["tiny", tmp_path / "no"], "does not exist")):
         with pytest.raises(LexisegError, match=words):
-            read_recipe(wrong[0], [], None, wrong[1])
+            load_recipe(wrong[0], [], data=wrong[1])
     shutil.rmtree(tmp_path / "my")

@@ -17,7 +17,7 @@ from lexiseg.models.levels import WeightedSum, format_groups, parse_groups
 from lexiseg.models.one_stage import OneStageModel
 from lexiseg.models.spectral import SpectralFilter
 from lexiseg.models.spectral_decoder import SpectralGuide
-from lexiseg.training.settings import TrainSettings
+from lexiseg.recipes import TrainSettings
 from tests.system_tester import DIM, SystemTester
 from tests.towers import small_clip, unit_rows
 

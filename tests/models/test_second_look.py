@@ -13,9 +13,9 @@ from torch.nn import functional as F
 from lexiseg.errors import LexisegError
 from lexiseg.models import CascadeCLIP, SecondLook, SegmentationModel, ZegCLIP
 from lexiseg.models.edge_aware import edge_weights, smooth
+from lexiseg.recipes import load_recipe
 from lexiseg.scores import GridScores
 from lexiseg.training.initial import start_from
-from lexiseg.training.recipe import load_recipe
 from lexiseg.vocabulary import Vocabulary
 from lexiseg.weights import save_model
 from tests.system_tester import DIM, SystemTester

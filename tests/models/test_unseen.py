@@ -9,16 +9,15 @@ import numpy as np
 import pytest
 import torch
 
-from lexiseg.cli.train import read_recipe
 from lexiseg.data.picture_world import CLASS_IDS, CLASSES, SEEN, UNSEEN, render_scene
 from lexiseg.data.picture_world.dataset import SPLIT_SEEDS
 from lexiseg.data.picture_world.scene import Scene
 from lexiseg.errors import LexisegError
 from lexiseg.losses.proposals import mask_targets
+from lexiseg.recipes import ContrastiveRecipe, SegmentationRecipe, list_recipes, load_recipe
 from lexiseg.training.contrastive import HELD_OUT_SEED, ContrastiveTask
 from lexiseg.training.labels import UNLABELLED, masked_names, training_vocabulary
-from lexiseg.training.recipe import ContrastiveRecipe, SegmentationRecipe, list_recipes, load_recipe
-from lexiseg.training.run import build_task, dataset_of, pipeline_of
+from lexiseg.training.run import build_task
 from lexiseg.training.segmentation import SegmentationTask
 from tests.towers import small_clip
 
@@ -40,7 +39,7 @@ def test_both_kinds_of_recipe_are_shipped() -> None:
 def test_segmentation_never_meets_an_unseen_class(name: str) -> None:
     recipe = RECIPES[name]
     assert isinstance(recipe, SegmentationRecipe)
-    dataset = dataset_of(recipe.data, "train")
+    dataset = recipe.data.open("train")
     assert recipe.setting in ("inductive", "transductive"), "supervised training would need masks of unseen classes"
     vocabulary = training_vocabulary(dataset.vocabulary, setting=recipe.setting)
     assert masked_names(vocabulary) == SEEN
@@ -57,12 +56,12 @@ def test_a_batch_of_labels_holds_ranks_of_seen_classes_only() -> None:
     from lexiseg.models import ZegCLIP
 
     recipe = RECIPES["zegclip-picture-world"]
-    dataset = dataset_of(recipe.data, "train")
+    dataset = recipe.data.open("train")
     model = ZegCLIP.build(small_clip(), {"num_prompts": 1, "decoder_layers": 1, "decoder_heads": 1}, seen_names=SEEN)
     task = SegmentationTask(
         model,
         dataset,
-        pipeline_of(recipe.data, model.mean, model.std),
+        recipe.data.pipeline(model.mean, model.std),
         batch_size=4,
         label_stride=recipe.data.label_stride,
     )
@@ -167,7 +166,7 @@ def test_no_stage_of_a_decoupled_system_is_given_an_unseen_mask(name: str, monke
 @pytest.mark.parametrize("name", SEGMENTATION)
 def test_no_recipe_can_be_turned_into_a_supervised_one(name: str) -> None:
     with pytest.raises(LexisegError, match="picture-world has no masks"):
-        read_recipe(name, ["setting=supervised"], None)
+        load_recipe(name, ["setting=supervised"])
 
 
 @pytest.mark.parametrize("name", CONTRASTIVE)

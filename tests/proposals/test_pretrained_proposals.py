@@ -17,8 +17,8 @@ from lexiseg.clip.model import save_clip
 from lexiseg.errors import LexisegError
 from lexiseg.proposals import Mask2FormerOptions, MaskFormerOptions, ProposalGenerator, SamOptions, build_generator
 from lexiseg.proposals.pretrained import IMAGENET_WEIGHTS, _fit_resnet, describe_start, start_proposals
+from lexiseg.recipes import SegmentationRecipe, load_recipe
 from lexiseg.training.dry_run import dry_run
-from lexiseg.training.recipe import SegmentationRecipe, load_recipe
 from lexiseg.training.run import build_task, train
 from lexiseg.training.segmentation import SegmentationTask
 from lexiseg.weights import load_model

@@ -20,8 +20,8 @@ from lexiseg.losses import count_masks, mask_losses, pixel_accuracy, pseudo_labe
 from lexiseg.losses.mask_aware import mask_ious
 from lexiseg.losses.regions import region_map_losses
 from lexiseg.models import SYSTEMS as KINDS
+from lexiseg.recipes import parse_recipe
 from lexiseg.training.labels import PADDING, UNLABELLED, self_training_labels
-from lexiseg.training.recipe import parse_recipe
 from lexiseg.training.run import build_task, train
 from lexiseg.training.segmentation import SegmentationTask
 from lexiseg.weights import save_model

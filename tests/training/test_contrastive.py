@@ -11,16 +11,10 @@ import torch
 import lexiseg
 from lexiseg.clip.load import load_clip
 from lexiseg.data.picture_world import SEEN
-from lexiseg.training.contrastive import (
-    ContrastiveSettings,
-    ContrastiveTask,
-    SceneSettings,
-    patch_loss,
-    zero_shot_accuracy,
-)
-from lexiseg.training.recipe import ContrastiveRecipe, load_recipe
+from lexiseg.recipes import ContrastiveRecipe, TrainSettings, load_recipe
+from lexiseg.recipes.schema import ContrastiveSettings, SceneSettings
+from lexiseg.training.contrastive import ContrastiveTask, patch_loss, zero_shot_accuracy
 from lexiseg.training.run import train
-from lexiseg.training.settings import TrainSettings
 from lexiseg.weights import load_model
 
 TOWERS = {

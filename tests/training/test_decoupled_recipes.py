@@ -16,10 +16,7 @@ from lexiseg.errors import LexisegError
 from lexiseg.models.deop_options import DeOPOptions
 from lexiseg.models.region_host_options import RegionHostOptions
 from lexiseg.proposals import QueryOptions, SamOptions
-from lexiseg.training.building import build_model, system_of
-from lexiseg.training.dry_run import dry_run
-from lexiseg.training.initial import NO_WEIGHTS
-from lexiseg.training.recipe import (
+from lexiseg.recipes import (
     PromptRecipe,
     SegmentationRecipe,
     find_recipe,
@@ -27,7 +24,9 @@ from lexiseg.training.recipe import (
     load_recipe,
     parse_recipe,
 )
-from lexiseg.training.run import vocabulary_of
+from lexiseg.training.building import build_model, system_of
+from lexiseg.training.dry_run import dry_run
+from lexiseg.training.initial import NO_WEIGHTS
 from lexiseg.training.stages import first_stage, prompt_stage
 from lexiseg.training.trainer import learning_rate
 from tests.miniatures import ade847
@@ -277,7 +276,7 @@ def test_random_proposals_are_nothing_to_build_on(name: str, key: str | None) ->
         update={"model": given.model.model_copy(update={"options": options}), "initial": None, "prompts_from": None}
     )
     with torch.device("meta"):
-        clip, vocabulary = random_clip(given.model.clip), vocabulary_of(given.data)
+        clip, vocabulary = random_clip(given.model.clip), given.data.vocabulary()
         # ImageNet weights are the backbone's alone.
         for source in (None, "imagenet", "resnet.pth"):
             with pytest.raises(LexisegError, match="builds on proposals that it does not train itself"):
@@ -312,7 +311,7 @@ def test_every_model_at_its_full_size(tmp_path: Path) -> None:
         with torch.device("meta"):
             clip = clips.setdefault(recipe.model.clip, None) or random_clip(recipe.model.clip)
             clips[recipe.model.clip] = clip
-            model = build_model(recipe, vocabulary_of(recipe.data), clip=clip)
+            model = build_model(recipe, recipe.data.vocabulary(), clip=clip)
         counts[name] = (model.num_parameters() / 1e6, model.num_parameters(trainable=True) / 1e6)
         generator = system_of(recipe)[1].proposals
         assert not isinstance(generator, QueryOptions) or generator.embed_dim == clip.embed_dim

@@ -16,11 +16,12 @@ from lexiseg.errors import LexisegError
 from lexiseg.models.decoupled import DecoupledModel
 from lexiseg.models.region_host import RegionHost
 from lexiseg.proposals.given import GroundTruth
+from lexiseg.recipes import SegmentationRecipe, list_recipes, load_recipe
 from lexiseg.segmenter import Segmenter
-from lexiseg.training.building import build_model
-from lexiseg.training.recipe import SegmentationRecipe, list_recipes, load_recipe
-from lexiseg.training.run import build_task, first_stage, system_of, vocabulary_of
+from lexiseg.training.building import build_model, system_of
+from lexiseg.training.run import build_task
 from lexiseg.training.segmentation import SegmentationTask
+from lexiseg.training.stages import first_stage
 from lexiseg.weights import load_model, save_model
 
 PARTS = ("proposals", "zsseg", "zegformer", "freeseg", "deop")
@@ -96,15 +97,15 @@ def test_maft_plugs_into_a_host(name: str, proposals: Path, tmp_path: Path) -> N
     model = given.model.model_copy(update={"options": {**given.model.options, "maft": {}}})
     tuned = given.model_copy(update={"model": model})
     with pytest.raises(LexisegError, match=r"nothing would be tuned; set train\.steps"):
-        build_model(tuned, vocabulary_of(given.data))
+        build_model(tuned, given.data.vocabulary())
     trains = tuned.model_copy(update={"train": given.train.model_copy(update={"steps": 1})})
-    built = build_model(trains, vocabulary_of(given.data))
+    built = build_model(trains, given.data.vocabulary())
     assert isinstance(built, RegionHost) and built.viewer is not None and built.student is not None
     assert built.viewer.kind == "mask-attention" and built.stage == "maft"
     # A tower that is tuned already needs no steps.
     built.student.state_dict()["proj"].mul_(2.0)
     folder = save_model(built, tmp_path / "model")
-    build_model(tuned.model_copy(update={"initial": str(folder)}), vocabulary_of(given.data))
+    build_model(tuned.model_copy(update={"initial": str(folder)}), given.data.vocabulary())
 
 
 @pytest.mark.parametrize("system", DECOUPLED)

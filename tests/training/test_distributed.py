@@ -30,11 +30,11 @@ from lexiseg.losses.proposals import MaskTargets, ProposalWeights, level_losses
 from lexiseg.losses.regions import region_map_losses
 from lexiseg.losses.ssim import ssim_loss
 from lexiseg.models import ZegCLIP
+from lexiseg.recipes import TrainSettings
 from lexiseg.segmenter import Segmenter
 from lexiseg.training.checkpoint import find_checkpoints, whole
 from lexiseg.training.engine import shard
 from lexiseg.training.segmentation import SegmentationTask
-from lexiseg.training.settings import TrainSettings
 from lexiseg.training.task import Task, share_of
 from lexiseg.training.trainer import Trainer, seed_everything
 from tests.launching import Launch, free_port, in_processes, launch

@@ -17,9 +17,10 @@ from lexiseg.clip.model import CLIP
 from lexiseg.errors import LexisegError
 from lexiseg.evaluation.protocols import ONE_STAGE
 from lexiseg.models import SYSTEMS
+from lexiseg.recipes import ContrastiveRecipe, EvaluationRecipe, SegmentationRecipe, find_recipe, load_recipe
+from lexiseg.training.building import system_of
 from lexiseg.training.dry_run import clip_or_random, dry_run
-from lexiseg.training.recipe import ContrastiveRecipe, EvaluationRecipe, SegmentationRecipe, find_recipe, load_recipe
-from lexiseg.training.run import first_stage, system_of, vocabulary_of
+from lexiseg.training.stages import first_stage
 from lexiseg.training.trainer import learning_rate
 from tests.towers import small_clip
 
@@ -119,7 +120,7 @@ def test_numbers(name: str, system: str, data: str, setting: str) -> None:
     assert values["mean"] == pytest.approx([123.675 / 255, 116.28 / 255, 103.53 / 255])
     assert values["std"] == pytest.approx([58.395 / 255, 57.12 / 255, 57.375 / 255])
 
-    vocabulary = vocabulary_of(recipe.data)
+    vocabulary = recipe.data.vocabulary()
     assert len(vocabulary) == classes and sum(entry.seen is True for entry in vocabulary.classes) == seen
     if half:
         assert (recipe.initial, recipe.initial_steps) == (name.removesuffix("-transductive"), steps // 2)
@@ -141,7 +142,7 @@ def test_context_has_both_lists_of_unseen_classes() -> None:
     recipe = load_recipe("zegclip-pascal-context")
     assert isinstance(recipe, SegmentationRecipe) and recipe.data.source == "pascal-context-59"
     names = {
-        which: {entry.name for entry in vocabulary_of(recipe.data.model_copy(update={"unseen": which})).classes
+        which: {entry.name for entry in recipe.data.model_copy(update={"unseen": which}).vocabulary().classes
                 if not entry.seen}
         for which in ("released", "papers")
     }  # fmt: skip
@@ -153,7 +154,7 @@ def test_context_has_both_lists_of_unseen_classes() -> None:
     }
     assert recipe.data.unseen == "released"
     with pytest.raises(LexisegError, match="no list of unseen classes"):
-        vocabulary_of(recipe.data.model_copy(update={"unseen": "mine"}))
+        recipe.data.model_copy(update={"unseen": "mine"}).vocabulary()
 
 
 @pytest.mark.parametrize(
@@ -166,7 +167,7 @@ def test_cross_dataset_evaluation(name: str, source: str, templates: str) -> Non
     assert (recipe.data.source, recipe.templates, recipe.offsets) == (source, templates, "none")
     window = recipe.window
     assert window.policy() == ONE_STAGE  # what `lexiseg evaluate --protocol` does
-    assert all(entry.seen is None for entry in vocabulary_of(recipe.data).classes)
+    assert all(entry.seen is None for entry in recipe.data.vocabulary().classes)
     with pytest.raises(LexisegError, match="only evaluates"):
         dry_run(recipe)
 

@@ -10,11 +10,11 @@ import torch
 import yaml
 from torch import nn
 
-from lexiseg.cli.train import _run_name, read_recipe
+from lexiseg.cli.train import run_name
 from lexiseg.errors import LexisegError
-from lexiseg.training.inherit import merge
-from lexiseg.training.recipe import SegmentationRecipe, as_yaml, find_recipe, load_recipe, parse_recipe
-from lexiseg.training.settings import TrainSettings, build_optimizer, group_parameters, identity_of
+from lexiseg.recipes import SegmentationRecipe, TrainSettings, as_yaml, find_recipe, load_recipe, parse_recipe
+from lexiseg.recipes.reading import merge
+from lexiseg.training.settings import build_optimizer, group_parameters, identity_of
 from lexiseg.training.trainer import learning_rate
 
 
@@ -47,7 +47,7 @@ def test_a_base(tmp_path: Path) -> None:
     assert "base" not in yaml.safe_load(as_yaml(recipe)) and parse_recipe(as_yaml(recipe), "again") == recipe
     assert load_recipe(write(tmp_path, "third", base="tiny"), seed=4).train.seed == 4
     assert load_recipe(tmp_path / "third.yaml").description == ""
-    assert read_recipe(str(second), ["train.steps=3"], None).train.steps == 3
+    assert load_recipe(str(second), ["train.steps=3"]).train.steps == 3
 
 
 def test_variants(tmp_path: Path) -> None:
@@ -58,8 +58,8 @@ def test_variants(tmp_path: Path) -> None:
     assert first.train.steps == 1 and len(first.templates) == 14 and isinstance(first.templates, list)
     assert second.model.options["num_prompts"] == 2 and second.train == load_recipe("tiny").train
     assert find_recipe("deop-table-4:mps")[1] == "deop-table-4.yaml"
-    assert _run_name("deop-table-4:gps-0.5-1") == "deop-table-4-gps-0.5-1" and _run_name("a/my.yaml:x") == "my-x"
-    assert _run_name("a/my.yaml") == "my" and _run_name("tiny") == "tiny"
+    assert run_name("deop-table-4:gps-0.5-1") == "deop-table-4-gps-0.5-1" and run_name("a/my.yaml:x") == "my-x"
+    assert run_name("a/my.yaml") == "my" and run_name("tiny") == "tiny"
 
 
 @pytest.mark.parametrize(
@@ -73,7 +73,7 @@ def test_variants(tmp_path: Path) -> None:
         ({"base": "tiny", "kind": "prompts"}, "is of the kind 'prompts' and its base 'segmentation'"),
         ({"base": "tiny", "variants": {"a": {}}}, "consists of variants; name one behind a colon: a"),
         ({"base": "tiny", "variants": [1]}, "'variants' of the recipe"),
-        ({"base": "tiny", "variants": {"a": 1}}, "The variant 'a' of the recipe"),
+        ({"base": "tiny", "variants": {"a": 1}}, "consists of variants; name one behind a colon: a"),
         ({"base": "deop-table-4"}, "consists of variants"),
         ({"base": "tiny", "teacher": "x"}, "'teacher' labels pixels for self-training"),
         ({"base": "tiny", "data": {"crop": 8}}, "wrong value for 'data.crop'"),

@@ -1,5 +1,7 @@
 """Recipes: the shipped ones are right, and every mistake is one sentence that names the key and the file."""
 
+from pathlib import Path
+
 import pytest
 import yaml
 from hypothesis import given, settings
@@ -7,15 +9,17 @@ from hypothesis import strategies as st
 
 from lexiseg.errors import LexisegError
 from lexiseg.models import SYSTEMS
-from lexiseg.training.recipe import (
+from lexiseg.recipes import (
     FolderData,
     SegmentationRecipe,
     as_yaml,
+    describe_recipes,
     find_recipe,
     list_recipes,
     load_recipe,
     parse_recipe,
 )
+from lexiseg.windows import WindowPolicy
 
 TINY = find_recipe("tiny")[0]
 EXCLUSIVE = {"mask_loss": "cross-entropy", "mask_weight": 1.0, "dice_weight": 0.0}
@@ -134,15 +138,31 @@ def test_odd_documents(text):
         parse_recipe(text, "x.yaml")
 
 
-def test_a_window_says_all_that_a_policy_does():
-    from lexiseg.models.base import WindowPolicy
-    from lexiseg.training.recipe_schema import WindowRecipe
+def test_the_window_of_an_evaluation():
+    def window(**values):
+        data = {"source": "picture-world"}
+        return parse_recipe(yaml.safe_dump({"kind": "evaluation", "data": data, "window": values}), "x.yaml").window
 
-    assert WindowRecipe().policy() == WindowPolicy()
+    assert window(size=64) == WindowPolicy(64, 64) and window() == WindowPolicy()
     given = {"size": 512, "stride": 426, "short_side": 512, "long_side": 2048, "antialias": False}
-    assert WindowRecipe(**given).policy() == WindowPolicy(**given)
-    assert WindowRecipe(size=64).policy().stride == 64
-    with pytest.raises(ValueError, match="long_side"):
-        WindowRecipe(long_side=640)
-    with pytest.raises(ValueError, match="stride of 9 leaves pixels"):
-        WindowRecipe(size=8, stride=9)
+    assert window(**given) == WindowPolicy(**given)
+    for wrong, words in (
+        ({"long_side": 640}, "'long_side' limits the resize"),
+        ({"size": 8, "stride": 9}, "a stride of 9 leaves pixels"),
+        ({"size": 0}, "'size' must be at least 1"),
+        ({"sise": 8}, "unknown key 'window.sise'; did you mean 'size'"),
+    ):
+        with pytest.raises(LexisegError, match=words):
+            window(**wrong)
+
+
+def test_the_list_of_recipes_is_what_the_files_say():
+    assert describe_recipes() == {name: load_recipe(name).description for name in list_recipes()}
+    names = {path.stem for path in Path("lexiseg/recipes").rglob("*.yaml")}
+    assert {name.partition(":")[0] for name in list_recipes()} == names
+
+
+def test_overrides_by_mapping_and_by_text():
+    given = load_recipe("tiny", {"train.steps": 7, "model.options.num_prompts": 2})
+    assert given == load_recipe("tiny", ["train.steps=7", "model.options.num_prompts=2"])
+    assert given.train.steps == 7 and load_recipe("tiny").train.steps == 4

@@ -26,11 +26,11 @@ from lexiseg.errors import LexisegError
 from lexiseg.evaluation.evaluate import evaluate
 from lexiseg.losses import pseudo_labels
 from lexiseg.models import SYSTEMS
+from lexiseg.recipes import SegmentationRecipe, find_recipe, load_recipe, parse_recipe
 from lexiseg.segmenter import Segmenter
 from lexiseg.training.checkpoint import find_checkpoints
 from lexiseg.training.dry_run import dry_run
 from lexiseg.training.labels import PADDING, UNLABELLED, masked_names, self_training_labels, training_vocabulary
-from lexiseg.training.recipe import SegmentationRecipe, find_recipe, load_recipe, parse_recipe
 from lexiseg.training.run import build_task, train
 from lexiseg.training.segmentation import SegmentationTask
 from lexiseg.training.stages import first_stage, prompt_stage, with_stages

@@ -14,10 +14,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lexiseg.errors import LexisegError
+from lexiseg.recipes import TrainSettings
 from lexiseg.training.checkpoint import find_checkpoints
 from lexiseg.training.prefetch import prefetch
 from lexiseg.training.schedule import constant_warmup, poly_warmup
-from lexiseg.training.settings import Multiplier, TrainSettings, rule_for
+from lexiseg.training.settings import Multiplier, rule_for
 from lexiseg.training.task import Task
 from lexiseg.training.trainer import Trainer, seed_everything
 

@@ -19,10 +19,10 @@ from lexiseg.data.picture_world import write_voc
 from lexiseg.data.transforms import light_pipeline
 from lexiseg.errors import LexisegError
 from lexiseg.models import ZegCLIP
+from lexiseg.recipes import parse_recipe
 from lexiseg.training.checkpoint import find_checkpoints
 from lexiseg.training.labels import training_vocabulary
-from lexiseg.training.recipe import parse_recipe
-from lexiseg.training.run import build_task, dataset_of, name_of, train
+from lexiseg.training.run import build_task, train
 from lexiseg.training.segmentation import SegmentationTask
 from lexiseg.vocabulary import Vocabulary
 from lexiseg.weights import load_model
@@ -134,7 +134,7 @@ SCRIPT = """
 import sys, time, torch
 torch.set_num_threads(int(sys.argv[3]))
 from lexiseg.training.trainer import Trainer
-from lexiseg.training.recipe import load_recipe
+from lexiseg.recipes import load_recipe
 from lexiseg.training.run import train
 step = Trainer._step
 def slow(*arguments):
@@ -174,11 +174,11 @@ def test_exports_a_model_that_loads_and_knows_its_classes(tmp_path, clip_folder)
     recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"snapshot_every": 2})})
     folder = quietly(recipe, tmp_path)
     model = load_model(folder)
-    data = dataset_of(recipe.data, "val")
+    data = recipe.data.open("val")
     assert model.seen_names == tuple(entry.name for entry in data.vocabulary.classes if entry.seen)
     assert model.metadata["steps"] == 2 and model.metadata["batch_size"] == 4
     assert (tmp_path / "samples" / "step-00000002-validation.png").stat().st_size > 1000
-    assert '"val/hiou"' in (tmp_path / "metrics.jsonl").read_text() and name_of(recipe.data) == "picture-world"
+    assert '"val/hiou"' in (tmp_path / "metrics.jsonl").read_text() and recipe.data.title == "picture-world"
     assert "prompts:" in (tmp_path / "recipe.yaml").read_text()
 
 
@@ -189,10 +189,10 @@ def test_trains_from_a_folder_with_the_papers_pipeline(tmp_path, clip_folder):
     text = f"{text[:start]}data: {{source: voc-folder, root: '{root}', crop: 32}}\n{text[end:]}"
     recipe = parse_recipe(text, "x.yaml")
     folder = quietly(recipe, tmp_path / "run")
-    assert load_model(folder).seen_names and name_of(recipe.data) == "voc"
+    assert load_model(folder).seen_names and recipe.data.title == "voc"
     batch = build_task(recipe).batch(0)
     assert batch.images.shape == (2, 3, 32, 32) and batch.labels.shape == (2, 32, 32)
-    assert len(dataset_of(recipe.data, "val")) == 1
+    assert len(recipe.data.open("val")) == 1
 
 
 def test_resume_with_another_recipe_names_the_difference(tmp_path, clip_folder):

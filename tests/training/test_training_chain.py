@@ -19,9 +19,9 @@ from lexiseg.clip.prompt_learner import load_prompts, read_card
 from lexiseg.errors import LexisegError
 from lexiseg.models.deop import DeOP
 from lexiseg.models.region_host import RegionHost
+from lexiseg.recipes import load_recipe
 from lexiseg.segmenter import Segmenter
 from lexiseg.training.labels import UNLABELLED
-from lexiseg.training.recipe import load_recipe
 from lexiseg.training.run import build_task, train
 from lexiseg.training.segmentation import SegmentationTask
 from lexiseg.training.stages import is_recipe

@@ -1,142 +1,126 @@
 """What a recipe may say: the keys, their values and their defaults.
 
-:mod:`lexiseg.training.recipe` reads recipes and turns mistakes into sentences.
+:mod:`lexiseg.recipes.reading` reads recipes; nothing here needs torch.
 """
 
 from __future__ import annotations
 
 import difflib
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from lexiseg.clip.templates import TEMPLATE_SETS
-from lexiseg.models.base import WindowPolicy
-from lexiseg.proposals.pretrained import IMAGENET, WEIGHT_FILES
-from lexiseg.training.contrastive import ContrastiveSettings
-from lexiseg.training.labels import Setting, Unlabelled
-from lexiseg.training.settings import TrainSettings
+from lexiseg.recipes.data import Data, PictureWorldData, Strict
+from lexiseg.windows import WindowPolicy
+
+HELD_OUT_SEED = 900_001
+"""First integer of the seeds of the scenes on which zero-shot accuracy is measured."""
+
+Setting: TypeAlias = Literal["inductive", "transductive", "supervised"]
+"""What is known of the unseen classes in training: nothing, their names, or their masks as well."""
+
+Unlabelled: TypeAlias = Literal["marked", "ignored"]
+"""How self-training learns where pixels without a label are; see `lexiseg.training.labels.self_training_labels`."""
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class PictureWorldData(_Strict):
-    """Scenes of the picture world, rendered while training.
-
-    Attributes:
-        source: names this kind of data.
-        size: side of a training picture in pixels.
-        crop: side of the crop that is trained on; None takes the whole picture.
-        flip: probability of mirroring a picture.
-        label_stride: distance of the label pixels the loss sees; more than 1 makes a step cheaper.
-        length: number of training scenes; None takes the benchmark's.
-        val_size: side of a validation picture.
-        val_length: number of validation scenes.
-    """
-
-    source: Literal["picture-world"]
-    size: int = Field(default=256, ge=16)
-    crop: int | None = Field(default=None, ge=16)
-    flip: float = Field(default=0.5, ge=0, le=1)
-    label_stride: int = Field(default=1, ge=1, le=8)
-    length: int | None = Field(default=None, ge=1)
-    val_size: int = Field(default=256, ge=16)
-    val_length: int = Field(default=200, ge=1)
-
-
-class _Augmented(_Strict):
-    """How pictures on disk become crops.
+class Multiplier(Strict):
+    """Factors on learning rate and weight decay for the parameters whose name contains the rule's key.
 
     Attributes:
-        augment: "paper" for the one-stage papers' pipeline, "short-edge" for the decoupled papers', "light" for crop
-            and flip only; see :mod:`lexiseg.data.transforms`.
-        crop: side of the crop that is trained on.
-        label_stride: distance of the label pixels the loss sees.
-        short_sides: of "short-edge": lengths of the shorter side, one of which is drawn for a picture; None is 0.5 to
-            1.5 times ``crop`` in tenths.
-        longest: of "short-edge": the longer side becomes no longer than this.
-        cut: of "short-edge": so many pixels a side of the crop are kept, from the top left (DeOP's last stage).
+        lr: factor on the base learning rate; 0 keeps the parameters where they are.
+        decay: factor on the weight decay.
     """
 
-    augment: Literal["paper", "short-edge", "light"] = "paper"
-    crop: int = Field(default=512, ge=16)
-    label_stride: int = Field(default=1, ge=1, le=8)
-    short_sides: tuple[Annotated[int, Field(ge=1)], ...] | None = None
-    longest: int | None = Field(default=None, ge=16)
-    cut: int | None = Field(default=None, ge=16)
+    lr: float = Field(default=1.0, ge=0)
+    decay: float = Field(default=1.0, ge=0)
+
+
+class TrainSettings(Strict):
+    """Everything the loop needs to know, apart from the task.
+
+    Attributes:
+        steps: number of optimizer steps. 0 trains nothing: the model is put together, from CLIP and what it starts
+            from, and written.
+        batch_size: samples in one forward pass of all processes together; each takes its part of them.
+        accumulate: forward passes whose mean gradient makes one optimizer step.
+        lr: base learning rate, before multipliers.
+        weight_decay: decoupled decay of AdamW; of SGD the usual one, added to the gradient.
+        optimizer: "adamw" or "sgd".
+        betas: AdamW's averaging factors.
+        momentum: of SGD.
+        no_decay: kinds of layers whose parameters do not decay, whatever rule applies to them: "norm" layers and
+            tables of "embedding" (the decoupled papers' rule).
+        multipliers: rules by name; the longest key contained in a parameter's name wins, then the alphabetically
+            first, and only that one applies.
+        schedule: "poly" decays by ``power`` to ``min_lr``, "cosine" follows half a cosine to it, "constant" stays.
+        warmup_steps: length of the warm-up.
+        warmup_ratio: fraction of the rate at step 0.
+        warmup: "linear" climbs from that fraction; "constant" keeps it to the end of the warm-up.
+        power: exponent of the polynomial decay.
+        min_lr: rate at the end.
+        clip_norm: largest gradient norm; None leaves gradients alone.
+        precision: "fp32", or "bf16" for autocast.
+        sharding: "fsdp" spreads weights, gradients and optimizer over the processes instead of giving each a copy, for
+            towers that are too large; with one process it does nothing. Does not change results.
+        seed: of the initial weights, data and dropout.
+        workers: background processes that prepare batches; 0 prepares them in the loop. Does not change results.
+        log_every: steps between two lines of the log.
+        checkpoint_every: steps between two checkpoints; the end always makes one.
+        keep_checkpoints: number of checkpoints kept.
+        snapshot_every: steps between two evaluations on a sample of the validation data, with sample pictures; 0 makes
+            none.
+        keep_best: a metric of these evaluations, such as "val/hiou"; the model at its largest value is kept in the
+            run's folder ``best``, beside the last one in ``model``. None keeps the last one only.
+        patience: stop after so many evaluations in a row without a larger value of ``keep_best``; None never does.
+        class_weights: factors on the losses of the classes, by name (classes that are not named have 1), or
+            "frequency": 1 over the square root of a class's fraction of the labelled pixels of up to 2,000 training
+            pictures, scaled to a mean of 1 and cut at 10. None treats all alike.
+    """
+
+    steps: int = Field(ge=0)
+    batch_size: int = Field(ge=1)
+    accumulate: int = Field(default=1, ge=1)
+    lr: float = Field(gt=0)
+    weight_decay: float = Field(default=0.01, ge=0)
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    betas: tuple[float, float] = (0.9, 0.999)
+    momentum: float = Field(default=0.9, ge=0, lt=1)
+    no_decay: tuple[Literal["norm", "embedding"], ...] = ()
+    multipliers: dict[str, Multiplier] = Field(default_factory=dict)
+    schedule: Literal["poly", "cosine", "constant"] = "poly"
+    warmup_steps: int = Field(default=0, ge=0)
+    warmup_ratio: float = Field(default=1e-6, ge=0, le=1)
+    warmup: Literal["linear", "constant"] = "linear"
+    power: float = Field(default=0.9, ge=0)
+    min_lr: float = Field(default=1e-6, ge=0)
+    clip_norm: float | None = Field(default=None, gt=0)
+    precision: Literal["fp32", "bf16"] = "fp32"
+    sharding: Literal["none", "fsdp"] = "none"
+    seed: int = Field(default=0, ge=0)
+    workers: int = Field(default=1, ge=0)
+    log_every: int = Field(default=10, ge=1)
+    checkpoint_every: int = Field(default=500, ge=1)
+    keep_checkpoints: int = Field(default=2, ge=1)
+    snapshot_every: int = Field(default=0, ge=0)
+    keep_best: str | None = None
+    patience: int | None = Field(default=None, ge=1)
+    class_weights: Literal["frequency"] | dict[str, Annotated[float, Field(gt=0)]] | None = None
 
     @model_validator(mode="after")
-    def _check(self) -> _Augmented:
-        for key in ("short_sides", "longest", "cut"):
-            if getattr(self, key) is not None and self.augment != "short-edge":
-                raise ValueError(f"'{key}' belongs to augment 'short-edge', not to '{self.augment}'")
+    def _check(self) -> TrainSettings:
+        if self.keep_best is not None and not self.snapshot_every:
+            raise ValueError("'keep_best' needs evaluations to choose by; set 'snapshot_every'")
+        if self.patience is not None and self.keep_best is None:
+            raise ValueError("'patience' waits for a better value of 'keep_best', which is missing; name a metric")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError("betas must be in 0..1")
         return self
 
 
-AUGMENTATION = tuple(_Augmented.model_fields)
-"""The keys of data on disk that say how it is augmented."""
-
-
-class FolderData(_Augmented):
-    """A dataset on disk in the VOC layout; see :class:`lexiseg.data.folders.VocFolder`. See :class:`_Augmented`, too.
-
-    Attributes:
-        source: names this kind of data.
-        root: the dataset's folder; a relative path starts at the working directory.
-        train: name of the training list.
-        val: name of the validation list.
-        labels: folder of the labels.
-        splits: folder of the lists.
-        reduce_zero_label: ids count from 1 and 0 is background.
-    """
-
-    source: Literal["voc-folder"]
-    root: Path
-    train: str = "train"
-    val: str = "val"
-    labels: str = "SegmentationClass"
-    splits: str = "ImageSets/Segmentation"
-    reduce_zero_label: bool = False
-
-
-class CatalogData(_Augmented):
-    """A data set of the papers, as it is distributed, or a folder of one's own; see :mod:`lexiseg.data.sets`.
-
-    See :class:`_Augmented`, too.
-
-    Attributes:
-        source: which; it says the classes, their order and the meaning of label values. "own" is a folder in one of
-            the layouts of :mod:`lexiseg.data.sets.own`.
-        root: its folder; a relative path starts at the working directory.
-        unseen: which of its lists of unseen classes, "none" for no split; None takes its first. PASCAL Context has
-            two: "released" is what Cascade-CLIP's released configuration amounts to, "papers" the names its paper and
-            ZegCLIP's print.
-        train: the split that is trained on; None takes the papers' (of VOC 2012 "trainaug", the augmented set).
-        classes: the class list, of a data set whose distribution carries it in a file of its own.
-        names_of: the paper whose names of the classes are used, where it calls some otherwise (VOC: "zegformer",
-            "maft").
-        synonyms: whether a class has the further words of the data set's list beside its name, where it is judged;
-            training takes names alone. None: of the papers' data sets the names, of one's own data all words.
-    """
-
-    source: Literal[
-        "voc2012", "coco-stuff-164k", "pascal-context-59", "pascal-context-459", "ade20k-150", "ade20k-847", "own"
-    ]
-    root: Path
-    unseen: str | None = None
-    train: str | None = None
-    classes: Path | None = None
-    names_of: str | None = None
-    synonyms: bool | None = None
-
-
-Data: TypeAlias = Annotated[PictureWorldData | FolderData | CatalogData, Field(discriminator="source")]
-
-
-class ModelRecipe(_Strict):
+class ModelRecipe(Strict):
     """What is built.
 
     Attributes:
@@ -150,7 +134,7 @@ class ModelRecipe(_Strict):
     options: dict[str, Any] = Field(default_factory=dict)
 
 
-class SnapshotRecipe(_Strict):
+class SnapshotRecipe(Strict):
     """How the trained model is judged while training; the full evaluation is the ``evaluate`` command's.
 
     Attributes:
@@ -171,6 +155,8 @@ Templates: TypeAlias = Annotated[str | list[str], BeforeValidator(_known_set)]
 
 
 def _known_start(source: str) -> str:
+    from lexiseg.proposals.pretrained import IMAGENET, WEIGHT_FILES
+
     if source == IMAGENET or "/" in source or source.endswith(WEIGHT_FILES) or Path(source).is_dir():
         return source
     near = difflib.get_close_matches(source.lower(), [IMAGENET], cutoff=0.5)
@@ -180,7 +166,7 @@ def _known_start(source: str) -> str:
     raise ValueError(f"'{source}' is nothing that proposals can start from{hint}")
 
 
-class SegmentationRecipe(_Strict):
+class SegmentationRecipe(Strict):
     """Training of a segmentation system.
 
     Attributes:
@@ -244,10 +230,12 @@ class SegmentationRecipe(_Strict):
             )
         if self.teacher is not None and self.setting != "transductive":
             raise ValueError("'teacher' labels pixels for self-training, whose setting is 'transductive'")
+        if self.setting != "inductive" and getattr(self.data, "unseen_pictures", "hide") == "drop":
+            raise ValueError(f"'data.unseen_pictures' is 'drop', which the setting '{self.setting}' contradicts")
         return self
 
 
-class PromptSettings(_Strict):
+class PromptSettings(Strict):
     """Learned text prompts.
 
     Attributes:
@@ -267,7 +255,7 @@ class PromptSettings(_Strict):
     per_class: int = Field(default=32, ge=1)
 
 
-class PromptRecipe(_Strict):
+class PromptRecipe(Strict):
     """Learning text prompts offline: CLIP classifies masked crops of the classes with masks.
 
     Attributes:
@@ -292,43 +280,68 @@ class PromptRecipe(_Strict):
         return self
 
 
+class SceneSettings(Strict):
+    """Which scenes a training sees.
+
+    Attributes:
+        size: pixels a side, a multiple of the patch size.
+        num_things: smallest and largest number of things.
+        extents: smallest and largest size of a thing as a share of the side.
+        seed: first integer of every scene's seed; trainings with different ones share no scene.
+        repeats: how often a scene is shown, each time mirrored and shifted afresh.
+        lag: steps between two showings of a scene.
+    """
+
+    size: int = Field(ge=8)
+    num_things: tuple[int, int]
+    extents: tuple[float, float] = (0.36, 0.64)
+    seed: int = Field(ge=100, lt=HELD_OUT_SEED)
+    repeats: int = Field(default=2, ge=1)
+    lag: int = Field(default=48, ge=1)
+
+
+class ContrastiveSettings(Strict):
+    """A CLIP, the scenes it learns from, and the weights of the three terms.
+
+    Attributes:
+        model_cfg: open_clip's description of the architecture.
+        initial: a CLIP to start from: a name, a folder, or a contrastive recipe, which is then trained first; None
+            starts at random. Its position table is resized to the new picture size.
+        scenes: what to look at.
+        patch_dropout: share of the patches left out in training, chosen anew for each picture (FLIP, CVPR 2023).
+        caption_weight: weight of the term between pictures and sentences.
+        patch_weight: weight of the token-wise term.
+        coverage: share of the patches from which on a phrase counts as found.
+    """
+
+    model_cfg: dict[str, Any]
+    initial: str | None = None
+    scenes: SceneSettings
+    patch_dropout: float = Field(default=0.0, ge=0, lt=1)
+    caption_weight: float = Field(default=0.5, ge=0)
+    patch_weight: float = Field(default=1.0, ge=0)
+    coverage: float = Field(default=0.04, gt=0, le=1)
+
+
 def _require_steps(train: TrainSettings) -> None:
     if not train.steps:
         raise ValueError("'train.steps' is 0, which only a recipe of the kind 'segmentation' can have")
 
 
-class WindowRecipe(_Strict):
-    """How a model is run over a picture.
-
-    Attributes:
-        size: side of the sliding window in pixels; None runs whole pictures.
-        stride: distance of the windows; 0 is their side.
-        short_side: what the shorter side of a picture is resized to first; None keeps it.
-        long_side: a limit to the longer side, at which the shorter one becomes shorter than ``short_side``; None sets
-            none.
-        antialias: whether that resize smooths what it shrinks.
-    """
-
-    size: int | None = Field(default=None, ge=1)
-    stride: int = Field(default=0, ge=0)
-    short_side: int | None = Field(default=None, ge=1)
-    long_side: int | None = Field(default=None, ge=1)
-    antialias: bool = True
-
-    @model_validator(mode="after")
-    def _check(self) -> WindowRecipe:
-        if self.long_side is not None and self.short_side is None:
-            raise ValueError("'long_side' limits the resize to 'short_side', which is missing; name it")
-        if self.size is not None and self.stride > self.size:
-            raise ValueError(f"a stride of {self.stride} leaves pixels between windows of {self.size} out; shorten it")
-        return self
-
-    def policy(self) -> WindowPolicy:
-        """The same as the model takes it."""
-        return WindowPolicy(self.size, self.stride or self.size or 0, self.short_side, self.long_side, self.antialias)
+def _window(window: WindowPolicy) -> WindowPolicy:
+    for key in ("size", "short_side", "long_side"):
+        if getattr(window, key) is not None and getattr(window, key) < 1:
+            raise ValueError(f"'{key}' must be at least 1")
+    if window.long_side is not None and window.short_side is None:
+        raise ValueError("'long_side' limits the resize to 'short_side', which is missing; name it")
+    if window.size is not None and not 0 <= window.stride <= window.size:
+        raise ValueError(
+            f"a stride of {window.stride} leaves pixels between windows of {window.size} out; use 1 to {window.size}"
+        )
+    return replace(window, stride=window.stride or window.size or 0)
 
 
-class EvaluationRecipe(_Strict):
+class EvaluationRecipe(Strict):
     """An evaluation without a training, such as that of a model on another dataset than its own.
 
     Attributes:
@@ -346,11 +359,11 @@ class EvaluationRecipe(_Strict):
     description: str = ""
     templates: Annotated[str | list[str] | None, BeforeValidator(_known_set)] = None
     data: Data
-    window: WindowRecipe | None = None
+    window: Annotated[WindowPolicy, AfterValidator(_window)] | None = None
     offsets: Literal["data", "all", "none"] = "data"
 
 
-class ContrastiveRecipe(_Strict):
+class ContrastiveRecipe(Strict):
     """Training of a CLIP on captions.
 
     Attributes:

@@ -1,0 +1,34 @@
+"""Recipes: a training, or an evaluation, as a YAML file that is checked before anything is loaded.
+
+Training and evaluation both read them, so they lie below both. The files beside this one come with the package.
+"""
+
+from lexiseg.recipes.data import CatalogData, Data, FolderData, PictureWorldData
+from lexiseg.recipes.reading import as_yaml, describe_recipes, find_recipe, list_recipes, load_recipe, parse_recipe
+from lexiseg.recipes.schema import (
+    ContrastiveRecipe,
+    EvaluationRecipe,
+    PromptRecipe,
+    Recipe,
+    SegmentationRecipe,
+    TrainSettings,
+)
+
+__all__ = [
+    "CatalogData",
+    "ContrastiveRecipe",
+    "Data",
+    "EvaluationRecipe",
+    "FolderData",
+    "PictureWorldData",
+    "PromptRecipe",
+    "Recipe",
+    "SegmentationRecipe",
+    "TrainSettings",
+    "as_yaml",
+    "describe_recipes",
+    "find_recipe",
+    "list_recipes",
+    "load_recipe",
+    "parse_recipe",
+]

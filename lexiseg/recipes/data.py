@@ -1,0 +1,254 @@
+"""What a recipe's data are: the keys, and how they are opened and augmented.
+
+Torch is imported where pictures are, so that recipes can be read and listed without it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+if TYPE_CHECKING:
+    from lexiseg.data.base import SegmentationDataset
+    from lexiseg.data.transforms import Pipeline
+    from lexiseg.vocabulary import Vocabulary
+
+Triple: TypeAlias = tuple[float, float, float]
+
+
+class Strict(BaseModel):
+    """Keys that must be known, with finite numbers."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class PictureWorldData(Strict):
+    """Scenes of the picture world, rendered while training.
+
+    Attributes:
+        source: names this kind of data.
+        size: side of a training picture in pixels.
+        crop: side of the crop that is trained on; None takes the whole picture.
+        flip: probability of mirroring a picture.
+        label_stride: distance of the label pixels the loss sees; more than 1 makes a step cheaper.
+        length: number of training scenes; None takes the benchmark's.
+        val_size: side of a validation picture.
+        val_length: number of validation scenes.
+    """
+
+    source: Literal["picture-world"]
+    size: int = Field(default=256, ge=16)
+    crop: int | None = Field(default=None, ge=16)
+    flip: float = Field(default=0.5, ge=0, le=1)
+    label_stride: int = Field(default=1, ge=1, le=8)
+    length: int | None = Field(default=None, ge=1)
+    val_size: int = Field(default=256, ge=16)
+    val_length: int = Field(default=200, ge=1)
+
+    @property
+    def title(self) -> str:
+        """What reports call it."""
+        return self.source
+
+    def open(self, split: str) -> SegmentationDataset:
+        """The "train" or the "val" split."""
+        from lexiseg.data.picture_world import PictureWorld
+
+        if split == "train":
+            return PictureWorld("train", size=self.size, length=self.length)
+        return PictureWorld("val", size=self.val_size, length=self.val_length)
+
+    def vocabulary(self) -> Vocabulary:
+        """The classes."""
+        from lexiseg.data.picture_world import vocabulary
+
+        return vocabulary()
+
+    def pipeline(self, mean: Triple, std: Triple, *, pad_label: int = 255, ignored: int = 255) -> Pipeline:
+        """The augmentation, ending in normalisation; see `_Augmented.pipeline`."""
+        from lexiseg.data.transforms import light_pipeline
+
+        return light_pipeline(mean, std, crop=self.crop or self.size, flip=self.flip, pad_label=pad_label)
+
+
+class _Augmented(Strict):
+    """How pictures on disk become crops, and which are left out.
+
+    Attributes:
+        augment: "paper" for the one-stage papers' pipeline, "short-edge" for the decoupled papers', "light" for crop
+            and flip only; see :mod:`lexiseg.data.transforms`.
+        crop: side of the crop that is trained on.
+        label_stride: distance of the label pixels the loss sees.
+        short_sides: of "short-edge": lengths of the shorter side, one of which is drawn for a picture; None is 0.5 to
+            1.5 times ``crop`` in tenths.
+        longest: of "short-edge": the longer side becomes no longer than this.
+        cut: of "short-edge": so many pixels a side of the crop are kept, from the top left (DeOP's last stage).
+    """
+
+    augment: Literal["paper", "short-edge", "light"] = "paper"
+    crop: int = Field(default=512, ge=16)
+    label_stride: int = Field(default=1, ge=1, le=8)
+    short_sides: tuple[Annotated[int, Field(ge=1)], ...] | None = None
+    longest: int | None = Field(default=None, ge=16)
+    cut: int | None = Field(default=None, ge=16)
+
+    @model_validator(mode="after")
+    def _check(self) -> _Augmented:
+        for key in ("short_sides", "longest", "cut"):
+            if getattr(self, key) is not None and self.augment != "short-edge":
+                raise ValueError(f"'{key}' belongs to augment 'short-edge', not to '{self.augment}'")
+        return self
+
+    def pipeline(self, mean: Triple, std: Triple, *, pad_label: int = 255, ignored: int = 255) -> Pipeline:
+        """The augmentation, ending in the model's normalisation.
+
+        Args:
+            mean: of the model's images, in 0..1.
+            std: of the model's images, in 0..1.
+            pad_label: label of the pixels that fill a picture up.
+            ignored: label of pixels without a class.
+        """
+        from lexiseg.data.transforms import light_pipeline, paper_pipeline, short_edge_pipeline
+
+        if self.augment == "paper":
+            return paper_pipeline(mean, std, crop=self.crop, pad_label=pad_label, ignored=ignored)
+        if self.augment == "light":
+            return light_pipeline(mean, std, crop=self.crop, pad_label=pad_label)
+        sides, longest, cut = self.short_sides, self.longest, self.cut
+        return short_edge_pipeline(
+            mean, std, crop=self.crop, sides=sides, longest=longest, cut=cut, pad_label=pad_label
+        )
+
+
+AUGMENTATION = tuple(_Augmented.model_fields)
+"""The keys of data on disk that say how it is augmented."""
+
+
+class _OnDisk(_Augmented):
+    """Data on disk.
+
+    Attributes:
+        root: the folder; a relative path starts at the working directory.
+        unseen_pictures: what becomes of training pictures that show an unseen class: "hide" its pixels, as the papers'
+            code does, or "drop" the pictures (the strict inductive setting of Cascade-CLIP's Table 2 and DeOP's
+            Sec. 5.1). To drop them, every training label is read once when a run begins.
+    """
+
+    root: Path
+    unseen_pictures: Literal["hide", "drop"] = "hide"
+
+    def open(self, split: str) -> SegmentationDataset:
+        """The "train" or the "val" split.
+
+        Raises:
+            LexisegError: a file of it is missing or wrong.
+        """
+        dataset = self._open(split)
+        if split != "train" or self.unseen_pictures == "hide":
+            return dataset
+        from lexiseg.data.base import without_unseen
+
+        return without_unseen(dataset)
+
+    def _open(self, split: str) -> SegmentationDataset:
+        raise NotImplementedError
+
+    def vocabulary(self) -> Vocabulary:
+        """The classes; the data need not be on disk where the package knows them.
+
+        Raises:
+            LexisegError: the list of classes is on disk and cannot be read.
+        """
+        return self._open("train").vocabulary
+
+    @property
+    def title(self) -> str:
+        """What reports call it."""
+        return self.root.resolve().name
+
+
+class FolderData(_OnDisk):
+    """A dataset on disk in the VOC layout; see :class:`lexiseg.data.folders.VocFolder`, `_OnDisk` and `_Augmented`.
+
+    Attributes:
+        source: names this kind of data.
+        train: name of the training list.
+        val: name of the validation list.
+        labels: folder of the labels.
+        splits: folder of the lists.
+        reduce_zero_label: ids count from 1 and 0 is background.
+    """
+
+    source: Literal["voc-folder"]
+    train: str = "train"
+    val: str = "val"
+    labels: str = "SegmentationClass"
+    splits: str = "ImageSets/Segmentation"
+    reduce_zero_label: bool = False
+
+    def _open(self, split: str) -> SegmentationDataset:
+        from lexiseg.data.folders import VocFolder
+
+        chosen = self.train if split == "train" else self.val
+        folders = {"labels": self.labels, "splits": self.splits}
+        return VocFolder(self.root, chosen, reduce_zero_label=self.reduce_zero_label, **folders)
+
+
+class CatalogData(_OnDisk):
+    """A data set of the papers, as it is distributed, or a folder of one's own; see :mod:`lexiseg.data.sets`.
+
+    See `_OnDisk` and `_Augmented`, too.
+
+    Attributes:
+        source: which; it says the classes, their order and the meaning of label values. "own" is a folder in one of
+            the layouts of :mod:`lexiseg.data.sets.own`.
+        unseen: which of its lists of unseen classes, "none" for no split; None takes its first. PASCAL Context has
+            two: "released" is what Cascade-CLIP's released configuration amounts to, "papers" the names its paper and
+            ZegCLIP's print.
+        train: the split that is trained on; None takes the papers' (of VOC 2012 "trainaug", the augmented set).
+        classes: the class list, of a data set whose distribution carries it in a file of its own.
+        names_of: the paper whose names of the classes are used, where it calls some otherwise (VOC: "zegformer",
+            "maft").
+        synonyms: whether a class has the further words of the data set's list beside its name, where it is judged;
+            training takes names alone. None: of the papers' data sets the names, of one's own data all words.
+    """
+
+    source: Literal[
+        "voc2012", "coco-stuff-164k", "pascal-context-59", "pascal-context-459", "ade20k-150", "ade20k-847", "own"
+    ]
+    unseen: str | None = None
+    train: str | None = None
+    classes: Path | None = None
+    names_of: str | None = None
+    synonyms: bool | None = None
+
+    @property
+    def title(self) -> str:
+        """What reports call it."""
+        return super().title if self.source == "own" else self.source
+
+    def _open(self, split: str) -> SegmentationDataset:
+        from lexiseg.data.sets.open import open_data_set, train_split
+
+        chosen = self.train or train_split(self.source) if split == "train" else "val"
+        kept = self.model_dump(include={"unseen", "classes", "names_of", "synonyms"})
+        return open_data_set(self.source, self.root, chosen, **kept)
+
+    def vocabulary(self) -> Vocabulary:
+        """The classes; the data need not be on disk where the package knows them.
+
+        Raises:
+            LexisegError: the list of classes is on disk and cannot be read.
+        """
+        from lexiseg.data.sets.catalog import data_set
+        from lexiseg.data.sets.open import synonyms_of
+
+        if self.source == "own" or not data_set(self.source).classes:
+            return super().vocabulary()
+        known = data_set(self.source).vocabulary(unseen=self.unseen, names_of=self.names_of)
+        return synonyms_of(self.source, known, self.synonyms)
+
+
+Data: TypeAlias = Annotated[PictureWorldData | FolderData | CatalogData, Field(discriminator="source")]

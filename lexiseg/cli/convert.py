@@ -22,7 +22,13 @@ _OPTIONS = {
 
 
 def convert(
-    weights: Annotated[Path, typer.Argument(help="A .pth, .pt or .safetensors file.", show_default=False)],
+    weights: Annotated[
+        Path,
+        typer.Argument(
+            help="A .pth, .pt, .ckpt, .bin, .pkl or .safetensors file, or a CLIPModel folder of transformers.",
+            show_default=False,
+        ),
+    ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.", show_default=False)],
     seen: Annotated[
         Path | None,
@@ -54,13 +60,22 @@ def convert(
             show_default=False,
         ),
     ] = None,
+    ema: Annotated[
+        bool | None,
+        typer.Option(
+            "--ema/--no-ema",
+            help="Take the moving average of the weights, or not. Default: not, where a file has both.",
+            show_default=False,
+        ),
+    ] = None,
     half: Annotated[bool, typer.Option("--half", help="Store the weights in 16 bits.")] = False,
     json: Json = False,
 ) -> None:
     """Turn a checkpoint into a folder for --model.
 
     Reads checkpoints of ZegCLIP, Cascade-CLIP, SPT-SEG, DeOP, ZSSeg, ZegFormer, FreeSeg and MAFT in their authors'
-    layout, CLIPs with a vision transformer, and Segment Anything. Nothing in a pickle is executed.
+    layout, CLIPs with a vision transformer (OpenAI's, open_clip's and transformers'), and Segment Anything. Nothing in
+    a pickle is executed.
     """
     import torch
 
@@ -79,6 +94,7 @@ def convert(
             transductive=transductive,
             quick_gelu=quick_gelu,
             clip=clip,
+            ema=ema,
             dtype=torch.float16 if half else None,
         )
     for argument in report.ignored:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import difflib
 import json
+import threading
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import open_clip
 import torch
@@ -13,11 +15,13 @@ from open_clip.factory import convert_state_dict, get_model_config, load_state_d
 from open_clip.pretrained import get_pretrained_cfg, list_pretrained_tags_by_model
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from lexiseg.clip.model import CLIP, CONFIG_NAME, WEIGHTS_NAME, build_clip, check_architecture
 from lexiseg.clip.positions import resize_positions
 from lexiseg.errors import LexisegError
 from lexiseg.hub import download, first_line
+from lexiseg.words import printable, shorten
 
 PACKAGED_FOLDER = Path(__file__).resolve().parent.parent / "pretrained"
 _HUB_WEIGHTS = (WEIGHTS_NAME, "open_clip_pytorch_model.bin")
@@ -222,31 +226,95 @@ def fill(clip: CLIP, state: dict[str, torch.Tensor], path: Path) -> None:
     for name, tensor in expected.items():
         if name.endswith("num_batches_tracked"):
             state.setdefault(name, tensor)
-    check_state(state, {name: tuple(tensor.shape) for name, tensor in expected.items()}, path)
+    check_state(state, shapes_of(clip.model), f"'{path}'")
     clip.model.load_state_dict({name: tensor.float() for name, tensor in state.items()})
 
 
-def check_state(state: dict[str, torch.Tensor], shapes: dict[str, tuple[int, ...]], path: str | Path) -> None:
-    """Compare tensors with the shapes a model expects.
+M = TypeVar("M", bound=torch.nn.Module)
+
+
+def sketch(build: Callable[[], M], num_tensors: int, what: str) -> M:
+    """Build a module without memory for its values, to see whether a file's tensors fit before it is built in earnest.
+
+    Args:
+        build: builds it.
+        num_tensors: how many tensors the file has; a module of many more is given up early, since a configuration may
+            ask for a million blocks.
+        what: whose configuration it is, for the message.
 
     Raises:
-        LexisegError: a tensor is missing, left over or of another shape.
+        LexisegError: it has many more tensors than the file, or ``build`` says so.
     """
-    for key, shape in shapes.items():
-        if key in state and tuple(state[key].shape) != shape:
+    thread, made = threading.get_ident(), 0
+
+    def count(*_: Any) -> None:
+        nonlocal made
+        made += threading.get_ident() == thread
+        if made > 4 * num_tensors + 1000:
+            raise LexisegError(f"{what} is of a model with far more tensors than the {num_tensors} that there are.")
+
+    hook = register_module_parameter_registration_hook(count)
+    try:
+        with torch.device("meta"):
+            return build()
+    finally:
+        hook.remove()
+
+
+def shapes_of(module: torch.nn.Module) -> dict[str, tuple[int, ...]]:
+    """The shapes of a module's tensors by their names."""
+    return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+
+
+def check_state(
+    state: Mapping[str, torch.Tensor],
+    shapes: Mapping[str, tuple[int, ...]],
+    what: str,
+    *,
+    optional: Collection[str] = (),
+) -> None:
+    """See that tensors are those a model expects, and numbers.
+
+    Args:
+        state: what there is.
+        shapes: what is to be filled, by the same names.
+        what: whose tensors they are, for the message.
+        optional: names that may be missing.
+
+    Raises:
+        LexisegError: tensors are missing, left over, of another shape (the first of them are listed) or of a kind that
+            is no plain number, or hold values that are not finite.
+    """
+    odd = next((key for key, value in state.items() if not _plain(value)), None)
+    if odd is not None:
+        raise LexisegError(f"{what} has a tensor that is no plain array of real numbers: {_listed([odd])}.")
+    wrong = [
+        f"{key} is {tuple(value.shape)} instead of {shapes[key]}"
+        for key, value in state.items()
+        if key in shapes and tuple(value.shape) != shapes[key]
+    ]
+    problems = (
+        ("missing", sorted(shapes.keys() - state.keys() - set(optional))),
+        ("left over", sorted(state.keys() - shapes.keys())),
+        ("of another shape", wrong),
+    )
+    said = "; ".join(f"{label}: {_listed(items)}" for label, items in problems if items)
+    if said:
+        raise LexisegError(f"{what} does not fit; {said}.")
+    # A sum is cheap and holds whatever is not finite; it may overflow by itself, so that it only points.
+    for key, value in state.items():
+        if value.is_floating_point() and not value.sum().isfinite() and not value.isfinite().all():
             raise LexisegError(
-                f"'{path}' does not fit the model: {key} is {tuple(state[key].shape)} in the file and {shape} in the "
-                "model; use the weights and the configuration that belong together."
+                f"{what} has values that are not finite in {_listed([key])}; take an earlier checkpoint."
             )
-    missing = sorted(shapes.keys() - state.keys())
-    extra = sorted(state.keys() - shapes.keys())
-    if missing or extra:
-        parts = []
-        if missing:
-            parts.append(f"{len(missing)} tensors are missing, the first is {missing[0]}")
-        if extra:
-            parts.append(f"{len(extra)} are left over, the first is {extra[0]}")
-        raise LexisegError(
-            f"'{path}' does not fit the model: {' and '.join(parts)}; "
-            "use the weights and the configuration that belong together."
-        )
+
+
+def _plain(value: torch.Tensor) -> bool:
+    return not (value.is_meta or value.is_nested or value.is_quantized or value.is_complex()) and (
+        value.layout is torch.strided
+    )
+
+
+def _listed(items: Sequence[str], most: int = 8) -> str:
+    more = f" and {len(items) - most} more" if len(items) > most else ""
+    return ", ".join(printable(shorten(item, 120)) for item in items[:most]) + more

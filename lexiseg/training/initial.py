@@ -78,7 +78,7 @@ def start_from(
             f"'{system.system}'; start from a model of that system."
         )
     else:
-        check_state(state, shapes, initial)
+        check_state(state, shapes, f"The initial model '{initial}'")
         model.load_state_dict(state)
     done = start.metadata.get("steps")
     if steps is not None and done is not None and done != steps:

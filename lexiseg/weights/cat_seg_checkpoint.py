@@ -8,10 +8,12 @@ from typing import Any
 
 from torch import Tensor
 
+from lexiseg.clip.load import shapes_of, sketch
 from lexiseg.clip.model import build_clip
 from lexiseg.errors import LexisegError
 from lexiseg.models.cat_seg import CATSeg, CATSegOptions
-from lexiseg.weights.clip_state import check_fit, infer_vit_architecture, missing_shape_keys
+from lexiseg.weights.clip_state import count_blocks, infer_vit_architecture, missing_shape_keys, shape_of
+from lexiseg.weights.filling import Source, take_tensors
 
 CLIP_PREFIX = "sem_seg_head.predictor.clip_model."
 AGGREGATOR = "sem_seg_head.predictor.transformer."
@@ -62,14 +64,13 @@ def infer_options(state: Mapping[str, Tensor], name: str = "the checkpoint") -> 
     missing = [key for key in _SHAPES if key not in state]
     if missing:
         raise LexisegError(f"{name} looks like CAT-Seg but lacks {', '.join(missing)}; take a complete file.")
-    shape = {key.removeprefix(AGGREGATOR): state[key].shape for key in _SHAPES}
-    masks = [value for key, value in state.items() if _MASK.fullmatch(key)]
-    prompts = state.get(_PROMPTS)
+    shape = {key.removeprefix(AGGREGATOR): shape_of(state, key, 2 if "text_g" in key else 4, name) for key in _SHAPES}
+    masks = [key for key in state if _MASK.fullmatch(key)]
     options: dict[str, Any] = {
         "templates": shape["conv1.weight"][1],
         "hidden_dim": shape["conv1.weight"][0],
-        "layers": len({key.split(".")[4] for key in state if key.startswith(f"{AGGREGATOR}layers.")}),
-        "attention_window": round(masks[0].shape[-1] ** 0.5) if masks else 12,
+        "layers": count_blocks(state, f"{AGGREGATOR}layers.", name),
+        "attention_window": round(shape_of(state, masks[0], 3, name)[-1] ** 0.5) if masks else 12,
         "padding": 256 if f"{AGGREGATOR}layers.0.attention.padding_tokens" in state else 0,
         "appearance_dim": shape["guidance_projection.0.weight"][0],
         "text_dim": shape["text_guidance_projection.0.weight"][0],
@@ -77,8 +78,9 @@ def infer_options(state: Mapping[str, Tensor], name: str = "the checkpoint") -> 
         "decoder_guidance_dims": tuple(shape[f"decoder_guidance_projection.{i}.0.weight"][0] for i in (0, 1)),
         "decoder_dims": tuple(shape[f"decoder{i}.conv.double_conv.0.weight"][0] for i in (1, 2)),
     }
-    if prompts is not None:
-        options |= {"finetune": "prompt", "prompt_depth": prompts.shape[0], "prompt_length": prompts.shape[1]}
+    if _PROMPTS in state:
+        depth, length, _ = shape_of(state, _PROMPTS, 3, name)
+        options |= {"finetune": "prompt", "prompt_depth": depth, "prompt_length": length}
     return options
 
 
@@ -105,18 +107,24 @@ def read_cat_seg(
     Raises:
         LexisegError: tensors are missing, left over or of another shape; all of them are listed.
     """
-    towers = {key.removeprefix(CLIP_PREFIX): value for key, value in state.items() if key.startswith(CLIP_PREFIX)}
-    lacking = [CLIP_PREFIX + key for key in missing_shape_keys(towers)]
-    if lacking:
+    if lacking := missing_shape_keys(state, _clip_source):
         raise LexisegError(f"{name} looks like CAT-Seg but lacks {', '.join(lacking)}; take a complete file.")
-    architecture = infer_vit_architecture(towers, heads=heads, text_heads=text_heads, name=name)
-    found = {**_RELEASED, "resolution": _GRID * towers["visual.conv1.weight"].shape[-1], **infer_options(state, name)}
-    clip = build_clip(architecture, name="clip")
-    model = CATSeg(clip, CATSegOptions.model_validate(CATSeg.parse_options({**found, **(options or {})})))
+    architecture = infer_vit_architecture(state, _clip_source, heads=heads, text_heads=text_heads, name=name)
+    patch = architecture["model_cfg"]["vision_cfg"]["patch_size"]
+    found = {**_RELEASED, "resolution": _GRID * patch, **infer_options(state, name), **(options or {})}
+
+    def build() -> CATSeg:
+        return CATSeg(build_clip(architecture, name="clip"), CATSegOptions.model_validate(CATSeg.parse_options(found)))
+
+    said = f"{name}, which looks like CAT-Seg,"
+    shapes = shapes_of(sketch(build, len(state), said))
     unused = [key for key in state if _MASK.fullmatch(key)]
-    ours = {authors_key(own): own for own in model.state_dict()}
-    target = {authors_key(own): value for own, value in model.state_dict().items()}
     given = {key: value for key, value in state.items() if key not in unused}
-    check_fit(target, given, f"{name}, which looks like CAT-Seg,")
-    model.load_state_dict({ours[key]: value.float() for key, value in given.items()})
+    tensors = take_tensors(shapes, lambda own: Source((authors_key(own),)), given, said)
+    model = build()
+    model.load_state_dict(tensors)
     return model.eval(), unused
+
+
+def _clip_source(name: str) -> Source:
+    return Source((CLIP_PREFIX + name,))

@@ -1,39 +1,117 @@
-"""A CLIP built from nothing but its tensors, by OpenAI's names: the part of it that every published checkpoint has."""
+"""A CLIP built from nothing but its tensors, which every checkpoint of the field holds under names of its own."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from lexiseg.clip.load import shapes_of, sketch
 from lexiseg.clip.model import CLIP, build_clip
 from lexiseg.errors import LexisegError
+from lexiseg.weights.filling import Source, SourceOf, take_tensors
+from lexiseg.words import printable, shorten
 
 _HEAD_WIDTH = 64
+_MOST_BLOCKS = 400
 _SCALE = "logit_scale"
-# The tensors whose shapes tell the architecture.
-_SHAPE_KEYS = (
-    "visual.conv1.weight",
-    "visual.positional_embedding",
-    "visual.proj",
-    "visual.transformer.resblocks.0.mlp.c_fc.weight",
-    "token_embedding.weight",
-    "positional_embedding",
-    "ln_final.weight",
-    "transformer.resblocks.0.mlp.c_fc.weight",
+# The tensors whose shapes tell the architecture, with their number of dimensions.
+_SHAPE_KEYS = {
+    "visual.conv1.weight": 4,
+    "visual.positional_embedding": 2,
+    "visual.proj": 2,
+    "visual.transformer.resblocks.0.mlp.c_fc.weight": 2,
+    "token_embedding.weight": 2,
+    "positional_embedding": 2,
+    "ln_final.weight": 1,
+    "transformer.resblocks.0.mlp.c_fc.weight": 2,
+}
+_HF_BLOCK = (
+    ("attn.out_proj", "self_attn.out_proj"),
+    ("mlp.c_fc", "mlp.fc1"),
+    ("mlp.c_proj", "mlp.fc2"),
+    ("ln_1", "layer_norm1"),
+    ("ln_2", "layer_norm2"),
 )
+_HF_NAMES = {
+    "visual.class_embedding": "vision_model.embeddings.class_embedding",
+    "visual.conv1.weight": "vision_model.embeddings.patch_embedding.weight",
+    "visual.positional_embedding": "vision_model.embeddings.position_embedding.weight",
+    "token_embedding.weight": "text_model.embeddings.token_embedding.weight",
+    "positional_embedding": "text_model.embeddings.position_embedding.weight",
+    **{f"visual.ln_pre.{kind}": f"vision_model.pre_layrnorm.{kind}" for kind in ("weight", "bias")},
+    **{f"visual.ln_post.{kind}": f"vision_model.post_layernorm.{kind}" for kind in ("weight", "bias")},
+    **{f"ln_final.{kind}": f"text_model.final_layer_norm.{kind}" for kind in ("weight", "bias")},
+    _SCALE: _SCALE,
+}
 
 
-def missing_shape_keys(state: Mapping[str, Tensor]) -> list[str]:
-    """The tensors, by OpenAI's names, without which `infer_vit_architecture` cannot do and ``state`` is."""
-    return [key for key in _SHAPE_KEYS if key not in state]
+def openai_source(name: str) -> Source:
+    """The key map of OpenAI's and open_clip's own files, whose names are ours."""
+    return Source((name,))
+
+
+def transformers_source(name: str) -> Source | None:
+    """The key map of the ``CLIPModel`` of `transformers`: the source of a tensor by OpenAI's name."""
+    if name in _HF_NAMES:
+        return Source((_HF_NAMES[name],))
+    if name in ("visual.proj", "text_projection"):
+        return Source(("visual_projection.weight" if "visual" in name else "text_projection.weight",), transposed=True)
+    found = re.fullmatch(r"(visual\.)?transformer\.resblocks\.(\d+)\.(.+)", name)
+    if found is None:
+        return None
+    layer = f"{'vision' if found[1] else 'text'}_model.encoder.layers.{found[2]}."
+    if found[3].startswith("attn.in_proj_"):
+        kind = found[3].removeprefix("attn.in_proj_")
+        return Source(tuple(f"{layer}self_attn.{part}_proj.{kind}" for part in "qkv"))
+    rest = found[3]
+    for ours, theirs in _HF_BLOCK:
+        rest = rest.replace(ours, theirs)
+    return Source((layer + rest,))
+
+
+def count_blocks(state: Mapping[str, Any], prefix: str, what: str = "the checkpoint") -> int:
+    """How many blocks a file has whose keys begin with ``prefix`` and a number.
+
+    Raises:
+        LexisegError: numbers are left out, or there are more than any model has.
+    """
+    rests = (key[len(prefix) :].split(".", 1)[0] for key in state if key.startswith(prefix))
+    numbers = {int(rest) for rest in rests if rest.isdecimal() and len(rest) < 9}
+    last = max(numbers, default=-1)
+    if last >= _MOST_BLOCKS or last + 1 != len(numbers):
+        raise LexisegError(f"{what} has {len(numbers)} of the tensors {prefix}0 to {prefix}{last}; it is damaged.")
+    return len(numbers)
+
+
+def shape_of(state: Mapping[str, Tensor], key: str, dimensions: int, what: str = "the checkpoint") -> tuple[int, ...]:
+    """The shape of a tensor that tells how a model is built.
+
+    Raises:
+        LexisegError: the tensor is missing, has another number of dimensions, or an empty one.
+    """
+    if key not in state:
+        raise LexisegError(f"{what} lacks {key}, without which the model cannot be rebuilt; take a complete file.")
+    shape = tuple(state[key].shape)
+    if len(shape) != dimensions or 0 in shape:
+        raise LexisegError(
+            f"{printable(shorten(key))} in {what} has the shape {shape}, not {dimensions} sizes above 0."
+        )
+    return shape
+
+
+def missing_shape_keys(state: Mapping[str, Any], source_of: SourceOf = openai_source) -> list[str]:
+    """The tensors, by the file's keys, without which `infer_vit_architecture` cannot do and ``state`` is."""
+    sources = (source_of(key) for key in _SHAPE_KEYS)
+    return [source.keys[0] for source in sources if source is not None and source.keys[0] not in state]
 
 
 def infer_vit_architecture(
     state: Mapping[str, Tensor],
+    source_of: SourceOf = openai_source,
     *,
     heads: int | None = None,
     text_heads: int | None = None,
@@ -43,7 +121,8 @@ def infer_vit_architecture(
     """Read the architecture of a CLIP with a vision transformer off its shapes.
 
     Args:
-        state: tensors by OpenAI's names (``visual.conv1.weight``, ``token_embedding.weight`` ...).
+        state: the file's tensors.
+        source_of: where a tensor by OpenAI's name (``visual.conv1.weight``, ``token_embedding.weight`` ...) lies there.
         heads: attention heads of the image tower, which no shape tells; None is one a 64 channels, as in all CLIPs.
         text_heads: the same for the text tower.
         quick_gelu: which activation the towers use; OpenAI's is QuickGELU.
@@ -53,38 +132,48 @@ def infer_vit_architecture(
         what `lexiseg.clip.model.build_clip` takes.
 
     Raises:
-        LexisegError: tensors that are needed are missing (all are listed), or the position table is of no square grid.
+        LexisegError: tensors that are needed are missing (all are listed) or of no sensible shape.
     """
-    missing = missing_shape_keys(state)
-    if missing:
-        raise LexisegError(
-            f"The CLIP in {name} lacks {', '.join(missing)}; take a complete file, with both towers in it."
-        )
-    conv, text_width = state["visual.conv1.weight"], state["ln_final.weight"].shape[0]
-    width, patch = conv.shape[0], conv.shape[-1]
-    rows = state["visual.positional_embedding"].shape[0] - 1
+    if missing := missing_shape_keys(state, source_of):
+        raise LexisegError(f"The CLIP in {name} lacks {', '.join(missing)}; take a complete file, with both towers.")
+    sizes: dict[str, tuple[int, ...]] = {}
+    layers: dict[str, int] = {}
+    for ours, dimensions in _SHAPE_KEYS.items():
+        source = source_of(ours)
+        key = ours if source is None else source.keys[0]
+        shape = shape_of(state, key, dimensions, name)
+        sizes[ours] = shape[::-1] if source is not None and source.transposed else shape
+        if ".resblocks.0." in ours:
+            layers[ours] = count_blocks(state, key.split(".0.")[0] + ".", name)
+    width, _, _, patch = sizes["visual.conv1.weight"]
+    text_width = sizes["ln_final.weight"][0]
+    rows = sizes["visual.positional_embedding"][0] - 1
     side = math.isqrt(rows)
-    if side * side != rows:
+    if side * side != rows or not side:
         raise LexisegError(f"The position table of the CLIP in {name} has {rows} rows of patches, no square grid.")
+    for channels, number in ((width, heads), (text_width, text_heads)):
+        if number is not None and (number < 1 or channels % number):
+            raise LexisegError(f"The CLIP in {name} has {channels} channels, which do not make {number} heads.")
+    block, text_block = layers
     return {
         "model_cfg": {
-            "embed_dim": state["visual.proj"].shape[1],
+            "embed_dim": sizes["visual.proj"][1],
             "quick_gelu": quick_gelu,
             "vision_cfg": {
                 "image_size": side * patch,
                 "patch_size": patch,
                 "width": width,
-                "layers": _count(state, "visual.transformer.resblocks."),
+                "layers": layers[block],
                 "head_width": width // heads if heads else min(_HEAD_WIDTH, width),
-                "mlp_ratio": state["visual.transformer.resblocks.0.mlp.c_fc.weight"].shape[0] / width,
+                "mlp_ratio": sizes[block][0] / width,
             },
             "text_cfg": {
-                "context_length": state["positional_embedding"].shape[0],
-                "vocab_size": state["token_embedding.weight"].shape[0],
+                "context_length": sizes["positional_embedding"][0],
+                "vocab_size": sizes["token_embedding.weight"][0],
                 "width": text_width,
                 "heads": text_heads or max(text_width // _HEAD_WIDTH, 1),
-                "layers": _count(state, "transformer.resblocks."),
-                "mlp_ratio": state["transformer.resblocks.0.mlp.c_fc.weight"].shape[0] / text_width,
+                "layers": layers[text_block],
+                "mlp_ratio": sizes[text_block][0] / text_width,
             },
         }
     }
@@ -92,61 +181,93 @@ def infer_vit_architecture(
 
 def clip_from_state(
     state: Mapping[str, Tensor],
+    source_of: SourceOf = openai_source,
     *,
-    heads: int | None = None,
-    text_heads: int | None = None,
+    architecture: dict[str, Any] | None = None,
+    optional: Collection[str] = (_SCALE,),
+    quick_gelu: bool | None = None,
     tokenizer: Any = None,
     name: str = "the checkpoint",
+    **sizes: Any,
 ) -> CLIP:
-    """Build an OpenAI CLIP with a vision transformer from its tensors alone, in float32.
+    """Build a CLIP with a vision transformer from its tensors alone, in float32.
 
     Args:
-        state: tensors by OpenAI's names; ``logit_scale`` may be missing, since nothing that is converted uses it.
-        heads: see `infer_vit_architecture`.
-        text_heads: see there.
+        state: the file's tensors of it, no others.
+        source_of: see `infer_vit_architecture`.
+        architecture: what is known of it; None infers it.
+        optional: keys that may be missing; nothing that is converted uses ``logit_scale``.
+        quick_gelu: replaces what the architecture says; None leaves it.
         tokenizer: see `lexiseg.clip.model.build_clip`.
         name: how errors call the file.
+        sizes: ``heads`` and ``text_heads`` of `infer_vit_architecture`.
 
     Raises:
-        LexisegError: tensors are missing, left over or of another shape; they are listed.
+        LexisegError: tensors are missing, left over, of another shape or not finite.
     """
-    architecture = infer_vit_architecture(state, heads=heads, text_heads=text_heads, name=name)
-    clip = build_clip(architecture, name="clip", tokenizer=tokenizer)
-    target = clip.model.state_dict()
-    check_fit(target, state, f"The CLIP in {name}", optional={_SCALE})
-    clip.model.load_state_dict({**target, **{key: value.to(torch.float32) for key, value in state.items()}})
+    if architecture is None:
+        architecture = infer_vit_architecture(state, source_of, name=name, **sizes)
+    if quick_gelu is not None:
+        architecture["model_cfg"]["quick_gelu"] = quick_gelu
+    known = architecture
+    said = f"The CLIP in {name}"
+
+    def build() -> CLIP:
+        return build_clip(known, name="clip", tokenizer=tokenizer)
+
+    shapes = shapes_of(sketch(build, len(state), said).model)
+    found = take_tensors(shapes, source_of, state, said, optional=optional)
+    clip = build()
+    clip.model.load_state_dict({**clip.model.state_dict(), **found})
     return clip
 
 
-def check_fit(
-    target: Mapping[str, Tensor], state: Mapping[str, Tensor], what: str, *, optional: set[str] | None = None
-) -> None:
-    """See that tensors have exactly the names and shapes of a state dict.
+def transformers_architecture(state: Mapping[str, Tensor], config: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """The architecture of a ``CLIPModel``: its shapes, and of its ``config.json`` what no shape tells.
 
     Args:
-        target: what is to be filled.
-        state: what there is, by the same names.
-        what: whose tensors they are, for the message.
-        optional: names that may be missing.
+        state: its tensors by its own keys.
+        config: of the folder; {} where it is not known, which is taken for OpenAI's.
+        name: how errors call the file.
 
     Raises:
-        LexisegError: tensors are missing, left over or of another shape; all are listed.
+        LexisegError: see `infer_vit_architecture`; or its activation is neither QuickGELU nor GELU.
     """
-    missing = sorted(target.keys() - state.keys() - (optional or set()))
-    extra = sorted(state.keys() - target.keys())
-    wrong = [
-        f"{key} is {tuple(value.shape)} instead of {tuple(target[key].shape)}"
-        for key, value in state.items()
-        if key in target and value.shape != target[key].shape
-    ]
-    if missing or extra or wrong:
-        parts = [
-            f"{label} {', '.join(items)}"
-            for label, items in (("missing:", missing), ("left over:", extra), ("of another shape:", wrong))
-            if items
-        ]
-        raise LexisegError(f"{what} does not fit; {'; '.join(parts)}.")
+    parts: list[dict[str, Any]] = []
+    for key in ("vision_config", "text_config"):
+        part = config.get(key)
+        parts.append(part if isinstance(part, dict) else {})
+    activations = {part.get("hidden_act", "quick_gelu") for part in parts}
+    if not activations <= {"quick_gelu", "gelu"} or len(activations) > 1:
+        raise LexisegError(
+            f"{name} has other activations than QuickGELU or GELU in its config.json; give another CLIP."
+        )
+    heads = [part.get("num_attention_heads") for part in parts]
+    if any(type(number) not in (int, type(None)) for number in heads):
+        raise LexisegError(f"The config.json beside {name} has no numbers of heads; copy the original again.")
+    return infer_vit_architecture(
+        state,
+        transformers_source,
+        heads=heads[0],
+        text_heads=heads[1],
+        quick_gelu=activations == {"quick_gelu"},
+        name=name,
+    )
 
 
-def _count(state: Mapping[str, Tensor], prefix: str) -> int:
-    return 1 + max((int(key[len(prefix) :].split(".", 1)[0]) for key in state if key.startswith(prefix)), default=-1)
+def is_transformers(state: Mapping[str, Any]) -> bool:
+    """Say by its keys whether a state dict is a ``CLIPModel`` of `transformers`."""
+    return "vision_model.embeddings.patch_embedding.weight" in state and any(
+        key.startswith("text_model.encoder.") for key in state
+    )
+
+
+def is_openai(state: Mapping[str, Any]) -> bool:
+    """Say by its keys whether a state dict is OpenAI's or open_clip's."""
+    return "visual.conv1.weight" in state and "token_embedding.weight" in state
+
+
+def drop_constants(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+    """Leave out what files of `transformers` hold beside learnt tensors; its keys are the second value."""
+    constants = [key for key in state if key.endswith("embeddings.position_ids")]
+    return {key: value for key, value in state.items() if key not in constants}, constants

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -25,21 +24,6 @@ DECOUPLED_NAMES = {
 }
 
 
-@dataclass(frozen=True)
-class DecoupledReport:
-    """A model read from a checkpoint.
-
-    Attributes:
-        model: filled, in evaluation mode.
-        unused: keys that take part in no computation and were left out.
-        notes: what no shape tells and was assumed, a sentence each.
-    """
-
-    model: SegmentationModel
-    unused: list[str]
-    notes: tuple[str, ...]
-
-
 def read_decoupled(
     system: System,
     state: Mapping[str, Tensor],
@@ -50,7 +34,7 @@ def read_decoupled(
     seen_known: bool = False,
     transductive: bool = False,
     name: str = "the checkpoint",
-) -> DecoupledReport:
+) -> tuple[SegmentationModel, list[str], list[str]]:
     """Build the model of a checkpoint in detectron2's layout.
 
     Args:
@@ -63,6 +47,10 @@ def read_decoupled(
         transductive: it was trained with self-training, where seen classes have no score offset.
         name: how errors call the file.
 
+    Returns:
+        the model in evaluation mode; the keys that take part in no computation and were left out; and what no shape
+        tells and was assumed, a sentence each.
+
     Raises:
         LexisegError: the checkpoint has no model in it, it has no CLIP and none is given, or tensors are missing, left
             over or of another shape.
@@ -74,7 +62,7 @@ def read_decoupled(
         ]
         if model.options.visual_prompts == "prepended":
             notes.append(f"The prepended prompts are taken to belong to the blocks {model.options.prompt_blocks}.")
-        return DecoupledReport(model, unused, tuple(notes))
+        return model, unused, notes
     if system == "prompts":
         raise LexisegError(
             f"{name} holds a learned text prompt and CLIP but no proposals; convert a checkpoint of a later stage, "
@@ -82,10 +70,10 @@ def read_decoupled(
         )
     options = {"seen_offset": 0.0} if transductive else {}
     host, unused = read_region_host(state, clip=clip, heads=heads, text_heads=text_heads, options=options, name=name)
-    return DecoupledReport(host, unused, _host_notes(system, host, seen_known, transductive))
+    return host, unused, _host_notes(system, host, seen_known, transductive)
 
 
-def _host_notes(system: System, host: RegionHost, seen_known: bool, transductive: bool) -> tuple[str, ...]:
+def _host_notes(system: System, host: RegionHost, seen_known: bool, transductive: bool) -> list[str]:
     """What the file of a region host does not say, and what was assumed."""
     options, notes = host.options, []
     if options.ensemble.rule == "region":
@@ -111,4 +99,4 @@ def _host_notes(system: System, host: RegionHost, seen_known: bool, transductive
             "The classes it was trained on are not in the file: none counts as seen, so that the ensemble treats all "
             f"as unseen{offset}."
         )
-    return tuple(notes)
+    return notes

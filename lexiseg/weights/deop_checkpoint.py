@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lexiseg.clip.load import check_state, shapes_of, sketch
 from lexiseg.clip.model import build_clip
 from lexiseg.errors import LexisegError
 from lexiseg.models.decoupled import IMAGENET_MEAN, IMAGENET_STD
 from lexiseg.models.deop import DeOP
-from lexiseg.proposals import Mask2FormerOptions
-from lexiseg.weights.clip_state import check_fit, infer_vit_architecture
-from lexiseg.weights.detectron_checkpoint import CheckpointParts, fill_generator, split_checkpoint
+from lexiseg.weights.clip_state import count_blocks, infer_vit_architecture, shape_of
+from lexiseg.weights.detectron_checkpoint import CheckpointParts, generator_tensors, split_checkpoint
 from lexiseg.weights.detectron_keys import infer_generator_options
 
 _LAYER_PARTS = {
@@ -96,15 +96,14 @@ def infer_anchor_options(own: Mapping[str, Tensor]) -> dict[str, Any]:
         return {"anchors": "conv-released"}
     if "query_embedding.weight" not in own:
         return {"anchors": "none"}
-    layers = {int(key.split(".")[2]) for key in own if key.startswith("decoder.layers.")}
     options: dict[str, Any] = {
         "anchors": "query",
-        "anchor_layers": len(layers),
-        "anchor_queries": own["query_embedding.weight"].shape[0],
+        "anchor_layers": count_blocks(own, "decoder.layers."),
+        "anchor_queries": shape_of(own, "query_embedding.weight", 2)[0],
         "anchor_heads": _HEADS,
     }
-    first = own.get("decoder.layers.0.linear1.weight")
-    return options if first is None else {**options, "anchor_hidden": first.shape[0]}
+    first = "decoder.layers.0.linear1.weight"
+    return {**options, "anchor_hidden": shape_of(own, first, 2)[0]} if first in own else options
 
 
 def infer_options(parts: CheckpointParts) -> dict[str, Any]:
@@ -120,21 +119,24 @@ def infer_options(parts: CheckpointParts) -> dict[str, Any]:
         "std": IMAGENET_STD,
         "short_side": 512,
     }
+    deep_key = "visual.transformer.deep_prompt_embeddings"
     if "visual.learned_position" in tables:
         blocks = [int(key.split(".")[3]) for key in tables if key.startswith("visual.transformer.resblocks.")]
-        side = math.isqrt(tables["visual.learned_position"].shape[0] - 1)
+        side = math.isqrt(shape_of(tables, "visual.learned_position", 2)[0] - 1)
         options |= {"visual_prompts": "added", "prompt_blocks": tuple(sorted(blocks)), "table_side": side}
-    elif (deep := tables.get("visual.transformer.deep_prompt_embeddings")) is not None:
+    elif deep_key in tables:
+        depth, count, _ = shape_of(tables, deep_key, 3)
         # Which blocks they belong to is not in the file; the scripts list 1, 2, ...
         options |= {
             "visual_prompts": "prepended",
-            "num_prompts": deep.shape[1],
-            "prompt_blocks": tuple(range(1, 1 + len(deep))),
+            "num_prompts": count,
+            "prompt_blocks": tuple(range(1, 1 + depth)),
         }
     if prompt:
         options["text_prompts"] = "end-to-end"
         for name in ("prefix", "suffix"):
-            options[f"prompt_{name}"] = len(prompt.get(f"{name}_prompt", ()))
+            key = f"{name}_prompt"
+            options[f"prompt_{name}"] = shape_of(prompt, key, 2)[0] if key in prompt else 0
     return options
 
 
@@ -171,13 +173,19 @@ def read_deop(
         raise LexisegError(f"{name} looks like DeOP but has tensors that DeOP has not: {', '.join(odd[:5])}.")
     proposals = infer_generator_options(parts.generator, heads=generator_heads)
     architecture = infer_vit_architecture(parts.adapter.clip, heads=heads, text_heads=text_heads, name=name)
-    clip = build_clip(architecture, name="clip", tokenizer=tokenizer)
     chosen = {"proposals": proposals, **infer_options(parts), **(options or {})}
-    model = DeOP(clip, DeOP.parse_options(chosen))  # type: ignore[arg-type]
-    fill_generator(model.generator, parts.generator, masked=isinstance(proposals, Mask2FormerOptions), name=name)
-    found, unused = _own_tensors(model, parts)
-    target = {key: value for key, value in model.state_dict().items() if not key.startswith("generator.")}
-    check_fit(target, found, name, optional={"clip.model.logit_scale", "no_object"})
+
+    def build() -> DeOP:
+        clip = build_clip(architecture, name="clip", tokenizer=tokenizer)
+        return DeOP(clip, DeOP.parse_options(chosen))  # type: ignore[arg-type]
+
+    plan = sketch(build, len(state), name)
+    tensors = generator_tensors(plan.generator, parts.generator, name=name)
+    found, unused = _own_tensors(plan, parts)
+    shapes = {key: shape for key, shape in shapes_of(plan).items() if not key.startswith("generator.")}
+    check_state(found, shapes, name, optional={"clip.model.logit_scale", "no_object"})
+    model = build()
+    model.generator.load_state_dict(tensors)
     model.load_state_dict({key: value.to(torch.float32) for key, value in found.items()}, strict=False)
     return model.eval(), [*parts.unused, *unused]
 

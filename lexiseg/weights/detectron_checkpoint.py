@@ -10,13 +10,16 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal
 
 from torch import Tensor
 
+from lexiseg.clip.load import shapes_of
 from lexiseg.errors import LexisegError
-from lexiseg.proposals.base import ProposalGenerator
-from lexiseg.weights.detectron_keys import HEAD, generator_tensors
+from lexiseg.proposals.base import Mask2FormerOptions, ProposalGenerator
+from lexiseg.weights.detectron_keys import HEAD, source_of
+from lexiseg.weights.filling import SourceOf, take_tensors
 
 System = Literal["deop", "zsseg", "zegformer", "freeseg", "maft", "prompts"]
 
@@ -190,24 +193,24 @@ def _put_clip(parts: AdapterParts, key: str, tensor: Tensor) -> None:
     (parts.tables if _TABLES.fullmatch(key) else parts.clip)[key] = tensor
 
 
-def fill_generator(generator: ProposalGenerator, state: Mapping[str, Tensor], *, masked: bool, name: str) -> None:
-    """Fill a generator from the authors' tensors.
+def generator_tensors(
+    generator: ProposalGenerator, state: Mapping[str, Tensor], *, name: str = "the checkpoint"
+) -> dict[str, Tensor]:
+    """The tensors of a generator, by our names and in float32, from the authors'.
 
     Args:
-        generator: MaskFormer or Mask2Former.
+        generator: MaskFormer or Mask2Former; its values are not looked at.
         state: the authors' tensors, keys ``backbone.`` and ``sem_seg_head.``.
-        masked: the generator is Mask2Former.
         name: how errors call the file.
 
     Raises:
         LexisegError: tensors are missing, left over or of another shape; they are listed.
     """
-    tensors, missing, left_over, wrong = generator_tensors(generator.state_dict(), state, masked=masked)
-    if missing or left_over or wrong:
-        said = [
-            f"{label} {', '.join(items)}"
-            for label, items in (("missing:", missing), ("left over:", left_over), ("of another shape:", wrong))
-            if items
-        ]
-        raise LexisegError(f"The proposal generator of {name} does not fit; {'; '.join(said)}.")
-    generator.load_state_dict(tensors)
+    source = generator_source(generator)
+    return take_tensors(shapes_of(generator), source, state, f"The proposal generator of {name}")
+
+
+def generator_source(generator: ProposalGenerator) -> SourceOf:
+    """The key map of a generator: where its tensors lie in the authors' files."""
+    deep = "backbone.body.conv1.0.weight" in dict(generator.named_parameters())
+    return partial(source_of, deep_stem=deep, masked=isinstance(generator.options, Mask2FormerOptions))

@@ -6,15 +6,15 @@ The keys hold for DeOP, ZSSeg and ZegFormer (MaskFormer) and for FreeSeg and MAF
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from lexiseg.errors import LexisegError
 from lexiseg.proposals.base import Mask2FormerOptions, MaskFormerOptions
+from lexiseg.weights.clip_state import count_blocks, shape_of
+from lexiseg.weights.filling import Source
 
 HEAD = "sem_seg_head."
 _PIXEL = HEAD + "pixel_decoder."
@@ -25,24 +25,6 @@ _POINTS = 4
 _LEVELS = 3
 # The third stage's blocks tell the depth.
 _BACKBONES = {23: "r101", 6: "r50"}
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where one of our tensors lies in the authors' file.
-
-    Attributes:
-        key: the authors' key.
-        block: which third of its rows it is (query, key or value); None: all of it.
-    """
-
-    key: str
-    block: int | None = None
-
-    def read(self, state: Mapping[str, Tensor]) -> Tensor:
-        """Take the tensor from the authors' state dict."""
-        tensor = state[self.key]
-        return tensor if self.block is None else tensor.chunk(3)[self.block]
 
 
 _BACKBONE = (
@@ -126,16 +108,16 @@ def source_of(name: str, *, deep_stem: bool, masked: bool) -> Source:
         KeyError: no generator has such a tensor.
     """
     if name.startswith("backbone.body."):
-        return Source("backbone." + _backbone_key(name.removeprefix("backbone.body."), deep_stem))
+        return Source(("backbone." + _backbone_key(name.removeprefix("backbone.body."), deep_stem),))
     if (attention := _query_key_value(name, masked)) is not None:
         return attention
     if not masked and (found := re.fullmatch(r"pixel_decoder\.fpn\.(.+)", name)):
-        return Source(_PIXEL + _fpn_key(found[1]))
+        return Source((_PIXEL + _fpn_key(found[1]),))
     if masked and (found := re.fullmatch(r"pixel_decoder\.((?:adapter|layer)_\d)\.(\d)\.(.+)", name)):
-        return Source(f"{_PIXEL}{found[1]}.{_NORM_OR_ITSELF[found[2]]}{found[3]}")
+        return Source((f"{_PIXEL}{found[1]}.{_NORM_OR_ITSELF[found[2]]}{found[3]}",))
     for pattern, replacement in (*(_MASK2FORMER if masked else _MASKFORMER), *_CLASS_HEAD):
         if found := re.fullmatch(pattern, name):
-            return Source(found.expand(replacement))
+            return Source((found.expand(replacement),))
     raise KeyError(name)
 
 
@@ -160,7 +142,7 @@ def _query_key_value(name: str, masked: bool) -> Source | None:
     else:
         where = f"{_PREDICTOR}transformer.decoder.layers.{layer}."
         where += "self_attn" if attention == "self" else "multihead_attn"
-    return Source(f"{where}.in_proj_{kind}", _ATTENTION[part])
+    return Source((f"{where}.in_proj_{kind}",), _ATTENTION[part])
 
 
 def _fpn_key(name: str) -> str:
@@ -171,10 +153,6 @@ def _fpn_key(name: str) -> str:
         part = "adapter" if found[2] == "proj" else "layer"
         return f"{part}_{3 - int(found[1])}.{_NORM_OR_ITSELF[found[3]]}{found[4]}"
     raise KeyError(name)
-
-
-def _count(state: Mapping[str, Tensor], prefix: str) -> int:
-    return 1 + max((int(key[len(prefix) :].split(".", 1)[0]) for key in state if key.startswith(prefix)), default=-1)
 
 
 def infer_generator_options(
@@ -195,104 +173,59 @@ def infer_generator_options(
     Raises:
         LexisegError: tensors that every such file has are missing, or the backbone is of an unknown depth.
     """
-    try:
-        return _infer(state, heads or _HEADS, encoder_heads, interaction_heads)
-    except KeyError as error:
-        raise LexisegError(
-            f"The checkpoint has no {error.args[0]}, without which its proposal generator cannot be rebuilt; it may be "
-            "of another stage of training."
-        ) from error
+    heads = heads or _HEADS
 
+    def shape(key: str, dimensions: int = 2) -> tuple[int, ...]:
+        return shape_of(state, key, dimensions, "The proposal generator")
 
-def _infer(
-    state: Mapping[str, Tensor], heads: int, encoder_heads: int | None, interaction_heads: int | None
-) -> MaskFormerOptions | Mask2FormerOptions:
     deep = "backbone.stem.conv3.weight" in state
-    blocks = _count(state, "backbone.res4.")
+    blocks = count_blocks(state, "backbone.res4.")
     depth = _BACKBONES.get(blocks)
     if depth is None:
         raise LexisegError(
             f"The checkpoint's backbone has {blocks} blocks in res4; lexiseg knows ResNet-50 (6) and 101 (23)."
         )
-    widths = [state[f"backbone.res{stage}.0.conv1.weight"].shape[0] for stage in (2, 3, 4, 5)]
-    queries = state[_PREDICTOR + "query_embed.weight"]
-    masks = _PREDICTOR + f"mask_embed.layers.{_count(state, _PREDICTOR + 'mask_embed.layers.') - 1}.weight"
+    queries = shape(_PREDICTOR + "query_embed.weight")
+    masks = max(count_blocks(state, _PREDICTOR + "mask_embed.layers."), 1) - 1
     common: dict[str, Any] = {
         "backbone": depth + ("c" if deep else ""),
-        "widths": tuple(widths),
-        "stem_width": state[f"backbone.stem.conv{3 if deep else 1}.weight"].shape[0],
-        "num_queries": queries.shape[0],
-        "hidden_dim": queries.shape[1],
-        "pixel_dim": state[_PIXEL + "adapter_1.weight"].shape[0],
-        "mask_dim": state[masks].shape[0],
+        "widths": tuple(shape(f"backbone.res{stage}.0.conv1.weight", 4)[0] for stage in (2, 3, 4, 5)),
+        "stem_width": shape(f"backbone.stem.conv{3 if deep else 1}.weight", 4)[0],
+        "num_queries": queries[0],
+        "hidden_dim": queries[1],
+        "pixel_dim": shape(_PIXEL + "adapter_1.weight", 4)[0],
+        "mask_dim": shape(f"{_PREDICTOR}mask_embed.layers.{masks}.weight")[0],
         "heads": heads,
-        **_infer_class_head(state),
+        **_infer_class_head(state, shape),
     }
     layers = _PREDICTOR + "transformer.decoder.layers."
     if any(key.startswith(layers) for key in state):
-        return MaskFormerOptions(
-            **common,
-            decoder_layers=_count(state, layers),
-            ffn_dim=state[f"{layers}0.linear1.weight"].shape[0],
-        )
+        ffn_dim = shape(f"{layers}0.linear1.weight")[0]
+        return MaskFormerOptions(**common, decoder_layers=count_blocks(state, layers), ffn_dim=ffn_dim)
     encoder = _PIXEL + "transformer.encoder.layers."
-    pairs = state[f"{encoder}0.self_attn.attention_weights.weight"].shape[0] // _LEVELS
-    encoder_heads = encoder_heads or pairs // _POINTS
+    pairs = shape(f"{encoder}0.self_attn.attention_weights.weight")[0] // _LEVELS
+    encoder_heads = encoder_heads or max(pairs // _POINTS, 1)
     interaction = _INTERACTION + "gamma" in state
-    extra: dict[str, Any] = {}
     if interaction:
-        inner, text = state[_INTERACTION + "attn.k_proj.weight"].shape
-        extra = {"interaction_dim": inner, "text_dim": text, "interaction_heads": interaction_heads or heads}
+        inner, text = shape(_INTERACTION + "attn.k_proj.weight")
+        common |= {"interaction_dim": inner, "text_dim": text, "interaction_heads": interaction_heads or heads}
     ffn = _PREDICTOR + "transformer_ffn_layers."
     return Mask2FormerOptions(
         **common,
-        **extra,
-        decoder_layers=_count(state, ffn),
-        ffn_dim=state[f"{ffn}0.linear1.weight"].shape[0],
-        encoder_layers=_count(state, encoder),
-        encoder_ffn_dim=state[f"{encoder}0.linear1.weight"].shape[0],
+        decoder_layers=count_blocks(state, ffn),
+        ffn_dim=shape(f"{ffn}0.linear1.weight")[0],
+        encoder_layers=count_blocks(state, encoder),
+        encoder_ffn_dim=shape(f"{encoder}0.linear1.weight")[0],
         encoder_heads=encoder_heads,
         encoder_points=pairs // encoder_heads,
         interaction=interaction,
     )
 
 
-def _infer_class_head(state: Mapping[str, Tensor]) -> dict[str, Any]:
+def _infer_class_head(state: Mapping[str, Tensor], shape: Callable[[str], tuple[int, ...]]) -> dict[str, Any]:
     if (key := _PREDICTOR + "projection_layer.weight") in state:
-        return {"class_head": "linear", "embed_dim": state[key].shape[0]}
+        return {"class_head": "linear", "embed_dim": shape(key)[0]}
     if (key := _PREDICTOR + "class_embed.layers.0.weight") in state:
-        embed_dim = state[_PREDICTOR + "class_embed.layers.1.weight"].shape[0]
-        return {"class_head": "cosine-mlp", "class_hidden": state[key].shape[0], "embed_dim": embed_dim}
+        embed_dim = shape(_PREDICTOR + "class_embed.layers.1.weight")[0]
+        return {"class_head": "cosine-mlp", "class_hidden": shape(key)[0], "embed_dim": embed_dim}
     return {"class_head": "none"}
-
-
-def generator_tensors(
-    target: Mapping[str, Tensor], state: Mapping[str, Tensor], *, masked: bool
-) -> tuple[dict[str, Tensor], list[str], list[str], list[str]]:
-    """Gather a generator's tensors from the authors' file.
-
-    Args:
-        target: our generator's state dict, for names and shapes.
-        state: the authors' tensors, keys ``backbone.`` and ``sem_seg_head.``.
-        masked: the generator is Mask2Former.
-
-    Returns:
-        tensors by our names, in float32; the authors' keys that are missing; those that nothing asked for; and a
-        sentence about each that has another shape.
-    """
-    deep = "backbone.body.conv1.0.weight" in target
-    found: dict[str, Tensor] = {}
-    asked: set[str] = set()
-    wrong: list[str] = []
-    for name, ours in target.items():
-        source = source_of(name, deep_stem=deep, masked=masked)
-        asked.add(source.key)
-        if source.key not in state:
-            continue
-        theirs = source.read(state)
-        if theirs.shape != ours.shape:
-            thirds = "" if source.block is None else f", a third of {tuple(state[source.key].shape)},"
-            wrong.append(f"{source.key}{thirds} is {tuple(theirs.shape)} instead of {tuple(ours.shape)}")
-            continue
-        found[name] = theirs.to(torch.float32)
-    return found, sorted(asked - state.keys()), sorted(state.keys() - asked), wrong

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import json
 import re
@@ -12,13 +13,22 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from lexiseg.clip.load import PACKAGED_FOLDER, check_state, load_clip, packaged_clips, read_safetensors
+from lexiseg.clip.load import (
+    PACKAGED_FOLDER,
+    check_state,
+    load_clip,
+    packaged_clips,
+    read_safetensors,
+    shapes_of,
+    sketch,
+)
 from lexiseg.clip.model import CLIP, build_clip
 from lexiseg.errors import LexisegError
 from lexiseg.files import atomic_write, make_folder, write_json
 from lexiseg.hub import download
 from lexiseg.models import SYSTEMS, SegmentationModel
 from lexiseg.weights.renames import renamed_options, renamed_tensor
+from lexiseg.words import shorten
 
 FORMAT = 1
 CONFIG_NAME = "config.json"
@@ -206,15 +216,27 @@ def _load_folder(folder: Path) -> SegmentationModel:
     weights = folder / WEIGHTS_NAME
     if not weights.is_file():
         raise LexisegError(f"The folder '{folder}' has no {WEIGHTS_NAME}; copy the whole folder.")
-    clip, own_clip = _build_reference(config["clip"], folder)
     system = SYSTEMS[config["system"]]
-    options = renamed_options(system.system, config["options"], f"'{folder / CONFIG_NAME}'")
-    model = system.build(clip, options, seen_names=tuple(config.get("seen_names", ())))
+    where = f"'{folder / CONFIG_NAME}'"
+    options = renamed_options(system.system, config["options"], where)
+    reference = config["clip"]
+    own_clip = "architecture" in reference
+    clip = None if own_clip else _packaged_clip(reference, folder)
     state = {renamed_tensor(system.system, name): value for name, value in read_safetensors(weights).items()}
-    target = {
-        name: tensor for name, tensor in model.state_dict().items() if own_clip or not name.startswith(_CLIP_PREFIX)
-    }
-    check_state(state, {name: tuple(tensor.shape) for name, tensor in target.items()}, weights)
+
+    def build(clip: CLIP | None) -> SegmentationModel:
+        if clip is None:
+            clip = build_clip(reference["architecture"], name=str(reference.get("name", "clip")))
+        return system.build(clip, options, seen_names=tuple(config.get("seen_names", ())))
+
+    def check(model: SegmentationModel) -> None:
+        wanted = {key: shape for key, shape in shapes_of(model).items() if own_clip or not key.startswith(_CLIP_PREFIX)}
+        check_state(state, wanted, f"'{weights}'")
+
+    if folder.parent != PACKAGED_FOLDER:  # a stranger's configuration may ask for a model of any size
+        check(sketch(lambda: build(clip if clip is None else copy.deepcopy(clip).to("meta")), len(state), where))
+    model = build(clip)
+    check(model)
     model.load_state_dict(state, strict=False)
     if config.get("templates"):
         model.default_templates = tuple(config["templates"])
@@ -222,15 +244,18 @@ def _load_folder(folder: Path) -> SegmentationModel:
     return model
 
 
-def _build_reference(reference: dict[str, Any], folder: Path) -> tuple[CLIP, bool]:
-    """Make the CLIP a configuration speaks of; True if its weights are in the folder."""
+def _packaged_clip(reference: dict[str, Any], folder: Path) -> CLIP:
+    """The CLIP of this package that a configuration names instead of holding it."""
     name = str(reference.get("name", "clip"))
-    if "architecture" in reference:
-        return build_clip(reference["architecture"], name=name), True
+    if name not in packaged_clips():
+        raise LexisegError(
+            f"No CLIP is called '{shorten(name)}' of lexiseg's own, which the model in '{folder}' asks "
+            f"for; {_COPY_AGAIN}."
+        )
     clip = load_clip(name)
     if clip.fingerprint() != reference.get("fingerprint"):
         raise LexisegError(
             f"The model in '{folder}' was trained on another version of '{name}' than this lexiseg carries; "
             "install the lexiseg it was made with, or train it again."
         )
-    return clip, False
+    return clip

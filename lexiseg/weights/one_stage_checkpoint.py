@@ -15,12 +15,14 @@ from typing import Any, cast
 
 from torch import Tensor
 
+from lexiseg.clip.load import shapes_of, sketch
 from lexiseg.clip.model import build_clip
 from lexiseg.errors import LexisegError
 from lexiseg.models import SYSTEMS
 from lexiseg.models.levels import format_groups
 from lexiseg.models.one_stage import OneStageModel
-from lexiseg.weights.clip_state import infer_vit_architecture, missing_shape_keys
+from lexiseg.weights.clip_state import count_blocks, infer_vit_architecture, missing_shape_keys, shape_of
+from lexiseg.weights.filling import Source, take_tensors
 
 IMAGENET_MEAN = (123.675 / 255, 116.28 / 255, 103.53 / 255)
 IMAGENET_STD = (58.395 / 255, 57.12 / 255, 57.375 / 255)
@@ -120,9 +122,10 @@ def recognise(state: Mapping[str, Tensor]) -> str | None:
     return None
 
 
-def _count(state: Mapping[str, Tensor], prefix: str) -> int:
-    found = {int(key[len(prefix) :].split(".", 1)[0]) for key in state if key.startswith(prefix)}
-    return max(found) + 1 if found else 0
+def _clip_source(name: str) -> Source:
+    """Where a tensor of CLIP by OpenAI's name lies."""
+    visual = name.removeprefix("visual.")
+    return Source((f"text_encoder.{name}" if visual == name else f"backbone.{visual}",))
 
 
 def infer_architecture(
@@ -133,13 +136,7 @@ def infer_architecture(
     name: str = "the checkpoint",
 ) -> dict[str, Any]:
     """Read the CLIP architecture off the shapes of a checkpoint; see `infer_vit_architecture`."""
-    return infer_vit_architecture(_towers(state), heads=heads, text_heads=text_heads, name=name)
-
-
-def _towers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The CLIP of a checkpoint, by OpenAI's names."""
-    towers = {f"visual.{key[9:]}": value for key, value in state.items() if key.startswith("backbone.")}
-    return towers | {key[13:]: value for key, value in state.items() if key.startswith("text_encoder.")}
+    return infer_vit_architecture(state, _clip_source, heads=heads, text_heads=text_heads, name=name)
 
 
 def _check_shapes(state: Mapping[str, Tensor], system: str, name: str) -> None:
@@ -147,12 +144,9 @@ def _check_shapes(state: Mapping[str, Tensor], system: str, name: str) -> None:
     wanted = ["decode_head.q_proj.weight"]
     if system == "cascade-clip":
         # The last group is one block and has no weights.
-        groups = _count(state, "decode_head.q_projs.")
+        groups = count_blocks(state, "decode_head.q_projs.", name)
         wanted = ["decode_head.q_projs.0.weight", *(f"decode_head.weights_s{index}" for index in range(1, groups))]
-    missing = [key for key in wanted if key not in state]
-    for key in missing_shape_keys(_towers(state)):
-        visual = key.removeprefix("visual.")
-        missing.append(f"text_encoder.{key}" if visual == key else f"backbone.{visual}")
+    missing = [key for key in wanted if key not in state] + missing_shape_keys(state, _clip_source)
     if missing:
         raise LexisegError(f"{name} lacks {', '.join(missing)}; take a complete file with the text encoder in it.")
 
@@ -165,14 +159,14 @@ def infer_options(state: Mapping[str, Tensor], system: str, name: str = "the che
     """
     _check_shapes(state, system, name)
     cascade = system == "cascade-clip"
-    embed_dim = state["backbone.proj"].shape[1]
-    dim, inputs = state[f"decode_head.{'q_projs.0' if cascade else 'q_proj'}.weight"].shape
-    patch = state["backbone.conv1.weight"].shape[-1]
-    side = math.isqrt(state["backbone.positional_embedding"].shape[0] - 1) * patch
+    embed_dim = shape_of(state, "backbone.proj", 2, name)[1]
+    dim, inputs = shape_of(state, f"decode_head.{'q_projs.0' if cascade else 'q_proj'}.weight", 2, name)
+    patch = shape_of(state, "backbone.conv1.weight", 4, name)[-1]
+    side = math.isqrt(shape_of(state, "backbone.positional_embedding", 2, name)[0] - 1) * patch
     layers = f"decode_head.{'cascade_decoders.0' if cascade else 'decoder_1'}.layers."
     options: dict[str, Any] = {
         "descriptor": inputs == 2 * embed_dim,
-        "decoder_layers": _count(state, layers),
+        "decoder_layers": count_blocks(state, layers, name),
         "class_embedding_twice": True,
         "mask_size": side,
         "mean": IMAGENET_MEAN,
@@ -182,14 +176,16 @@ def infer_options(state: Mapping[str, Tensor], system: str, name: str = "the che
         "short_side": side,
         "antialias": False,
     }
-    first = state.get(f"{layers}0.linear1.weight")
-    if first is not None:
-        options["ffn_ratio"] = first.shape[0] / dim
-    shallow, deep = state.get("backbone.prompt_embeddings"), state.get("backbone.deep_prompt_embeddings")
+    if (first := f"{layers}0.linear1.weight") in state:
+        options["ffn_ratio"] = shape_of(state, first, 2, name)[0] / dim
+    shallow, deep = (
+        shape_of(state, key, 3, name) if key in state else None
+        for key in ("backbone.prompt_embeddings", "backbone.deep_prompt_embeddings")
+    )
     prompts = shallow if deep is None else deep
     if prompts is not None:
-        depth = 0 if deep is None else len(deep)
-        options |= {"prompt_depth": depth if shallow is not None else -depth, "num_prompts": prompts.shape[1]}
+        depth = 0 if deep is None else deep[0]
+        options |= {"prompt_depth": depth if shallow is not None else -depth, "num_prompts": prompts[1]}
     if system == "zegclip":
         options |= {
             "backbone": "fixed" if prompts is None else "prompt",
@@ -197,21 +193,21 @@ def infer_options(state: Mapping[str, Tensor], system: str, name: str = "the che
             "project_memory": "decode_head.input_proj_1.weight" in state,
         }
     elif cascade:
-        options |= {"host": "frozen" if prompts is None else "zegclip", "groups": _infer_groups(state)}
+        options |= {"host": "frozen" if prompts is None else "zegclip", "groups": _infer_groups(state, name)}
     else:
-        options["filter_grid"] = len(state["backbone.complex_weight"])
+        options["filter_grid"] = shape_of(state, "backbone.complex_weight", 4, name)[0]
     return options
 
 
-def _infer_groups(state: Mapping[str, Tensor]) -> str:
+def _infer_groups(state: Mapping[str, Tensor], name: str) -> str:
     """The groups of a Cascade-CLIP checkpoint, for which shapes give the sizes only.
 
     As in the released models the last group is the last block, and the others are the blocks before it.
     """
     sizes: list[int] = []
     while f"decode_head.weights_s{len(sizes) + 1}" in state:
-        sizes.append(len(state[f"decode_head.weights_s{len(sizes) + 1}"]))
-    last = _count(state, "backbone.transformer.resblocks.")
+        sizes.append(state[f"decode_head.weights_s{len(sizes) + 1}"].numel())
+    last = count_blocks(state, "backbone.transformer.resblocks.", name)
     block = last
     groups: list[tuple[int, ...]] = [(last,)]
     for size in reversed(sizes):
@@ -248,25 +244,21 @@ def read_one_stage(
     if system is None:
         raise LexisegError(f"{name} is no checkpoint of {', '.join(NAMES.values())}.")
     found = {**infer_options(state, system, name), **(options or {})}
-    clip = build_clip(infer_architecture(state, heads=heads, text_heads=text_heads, name=name), name="clip")
-    model = cast(OneStageModel, SYSTEMS[system].build(clip, found))
-    target = model.state_dict()
-    keys = {ours: authors_key(ours, system) for ours in target}
-    wanted = {theirs: ours for ours, theirs in keys.items() if theirs is not None}
-    missing = sorted(wanted.keys() - state.keys())
-    unused = [key for key in state if key not in wanted and is_unused(key, model)]
-    extra = sorted(state.keys() - wanted.keys() - set(unused))
-    wrong = [
-        f"{key} is {tuple(state[key].shape)} instead of {tuple(target[ours].shape)}"
-        for key, ours in wanted.items()
-        if key in state and state[key].shape != target[ours].shape
-    ]
-    if missing or extra or wrong:
-        parts = [
-            f"{label} {', '.join(items)}"
-            for label, items in (("missing:", missing), ("left over:", extra), ("of another shape:", wrong))
-            if items
-        ]
-        raise LexisegError(f"{name} looks like {NAMES[system]} but does not fit it; {'; '.join(parts)}.")
-    model.load_state_dict({**target, **{ours: state[theirs].float() for theirs, ours in wanted.items()}})
+    architecture = infer_architecture(state, heads=heads, text_heads=text_heads, name=name)
+
+    def build() -> OneStageModel:
+        return cast(OneStageModel, SYSTEMS[system].build(build_clip(architecture, name="clip"), found))
+
+    def source_of(ours: str) -> Source | None:
+        key = authors_key(ours, system)
+        return None if key is None else Source((key,))
+
+    said = f"{name} looks like {NAMES[system]} but"
+    plan = sketch(build, len(state), said)
+    wanted = {authors_key(ours, system) for ours in shapes_of(plan)}
+    unused = [key for key in state if key not in wanted and is_unused(key, plan)]
+    used = {key: value for key, value in state.items() if key not in unused}
+    tensors = take_tensors(shapes_of(plan), source_of, used, said)
+    model = build()
+    model.load_state_dict({**model.state_dict(), **tensors})
     return model.eval(), unused

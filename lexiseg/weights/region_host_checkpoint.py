@@ -6,12 +6,14 @@ sizes of pictures and how scores are joined, is taken as the authors' released c
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from lexiseg.clip.load import check_state, shapes_of, sketch
 from lexiseg.clip.model import CLIP
 from lexiseg.clip.templates import IN_THE_SCENE, SCULPTURE, VILD_14
 from lexiseg.errors import LexisegError
@@ -19,9 +21,8 @@ from lexiseg.models.freeseg import FreeSeg
 from lexiseg.models.region_host import RegionHost
 from lexiseg.models.zegformer import ZegFormer
 from lexiseg.models.zsseg import ZSSeg
-from lexiseg.proposals import Mask2FormerOptions
-from lexiseg.weights.clip_state import check_fit, clip_from_state
-from lexiseg.weights.detectron_checkpoint import AdapterParts, CheckpointParts, fill_generator, split_checkpoint
+from lexiseg.weights.clip_state import clip_from_state, shape_of
+from lexiseg.weights.detectron_checkpoint import AdapterParts, CheckpointParts, generator_tensors, split_checkpoint
 from lexiseg.weights.detectron_keys import infer_generator_options
 
 HOSTS: dict[str, type[RegionHost]] = {"zsseg": ZSSeg, "zegformer": ZegFormer, "freeseg": FreeSeg, "maft": FreeSeg}
@@ -39,7 +40,10 @@ def infer_options(parts: CheckpointParts) -> dict[str, Any]:
         options |= {"maft": {}, "ensemble": {"rule": "region"}}
     prompts = parts.region_adapter.prompt if parts.region_adapter is not None else parts.adapter.prompt
     if prompts:
-        counts = {name: len(prompts.get(f"{name}_prompt", ())) for name in ("prefix", "suffix", "task")}
+        counts = {
+            name: shape_of(prompts, f"{name}_prompt", 2)[0] if f"{name}_prompt" in prompts else 0
+            for name in ("prefix", "suffix", "task")
+        }
         options["prompts"] = {**counts, "proposals": parts.region_adapter is None}
     return options
 
@@ -91,13 +95,17 @@ def read_region_host(
     )
     host = HOSTS[parts.system]
     chosen = {"proposals": proposals, **infer_options(parts), **(options or {})}
-    model = host.build(clip, chosen)
-    if not isinstance(model, RegionHost):
-        raise TypeError(f"{host.__name__} is no region host")
-    fill_generator(model.generator, parts.generator, masked=isinstance(proposals, Mask2FormerOptions), name=name)
+
+    def build(clip: CLIP) -> RegionHost:
+        return cast(RegionHost, host.build(clip, chosen))
+
     found = _own_tensors(parts)
-    target = {key: value for key, value in model.state_dict().items() if not key.startswith(("generator.", "clip."))}
-    check_fit(target, found, name)
+    plan = sketch(lambda: build(copy.deepcopy(clip).to("meta")), len(state), name)
+    shapes = {key: shape for key, shape in shapes_of(plan).items() if not key.startswith(("generator.", "clip."))}
+    check_state(found, shapes, name)
+    tensors = generator_tensors(plan.generator, parts.generator, name=name)
+    model = build(clip)
+    model.generator.load_state_dict(tensors)
     model.load_state_dict({key: value.to(torch.float32) for key, value in found.items()}, strict=False)
     model.default_templates = _TEMPLATES[parts.system]
     return model.eval(), [*unused, *dropped]

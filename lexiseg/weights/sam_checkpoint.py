@@ -11,13 +11,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from lexiseg.clip.load import shapes_of, sketch
 from lexiseg.errors import LexisegError
 from lexiseg.files import make_folder
 from lexiseg.proposals.heads import need_transformers
-from lexiseg.weights.clip_state import check_fit
+from lexiseg.weights.clip_state import count_blocks, shape_of
+from lexiseg.weights.filling import Source, take_tensors
 
 _BLOCKS = "image_encoder.blocks."
 _DECODER = "mask_decoder.transformer.layers."
@@ -100,16 +101,16 @@ def infer_config(state: Mapping[str, Tensor], name: str = "the checkpoint") -> d
     if missing:
         raise LexisegError(f"The SAM in {name} lacks {', '.join(missing)}; take a file as its authors published it.")
 
-    def shape(key: str) -> torch.Size:
-        return state[key].shape
+    def shape(key: str, dimensions: int = 2) -> tuple[int, ...]:
+        return shape_of(state, key, dimensions, f"The SAM in {name}")
 
-    width, _, patch, _ = shape("image_encoder.patch_embed.proj.weight")
-    grid = shape("image_encoder.pos_embed")[1]
-    layers = _count(state, _BLOCKS)
+    width, _, patch, _ = shape("image_encoder.patch_embed.proj.weight", 4)
+    grid = shape("image_encoder.pos_embed", 4)[1]
+    layers = count_blocks(state, _BLOCKS, name)
     # A table of relative positions has 2 n - 1 rows for a window of n patches; the whole picture is a window as well.
-    tables = [state.get(f"{_BLOCKS}{index}.attn.rel_pos_h") for index in range(layers)]
-    windows = [grid if table is None else (len(table) + 1) // 2 for table in tables]
-    channels = shape("image_encoder.neck.0.weight")[0]
+    tables = [f"{_BLOCKS}{index}.attn.rel_pos_h" for index in range(layers)]
+    windows = [(shape(table)[0] + 1) // 2 if table in state else grid for table in tables]
+    channels = shape("image_encoder.neck.0.weight", 4)[0]
     num_tokens, decoder_width = shape("mask_decoder.mask_tokens.weight")
     cross = shape(f"{_DECODER}0.cross_attn_token_to_image.q_proj.weight")[0]
     return {
@@ -129,23 +130,19 @@ def infer_config(state: Mapping[str, Tensor], name: str = "the checkpoint") -> d
             "hidden_size": channels,
             "image_size": grid * patch,
             "patch_size": patch,
-            "mask_input_channels": shape("prompt_encoder.mask_downscaling.3.weight")[0],
+            "mask_input_channels": shape("prompt_encoder.mask_downscaling.3.weight", 4)[0],
         },
         "mask_decoder_config": {
             "hidden_size": decoder_width,
             "mlp_dim": shape(f"{_DECODER}0.mlp.lin1.weight")[0],
-            "num_hidden_layers": _count(state, _DECODER),
+            "num_hidden_layers": count_blocks(state, _DECODER, name),
             "num_attention_heads": _DECODER_HEADS,
             "attention_downsample_rate": decoder_width // cross,
             "num_multimask_outputs": num_tokens - 1,
-            "iou_head_depth": _count(state, _IOU_HEAD),
+            "iou_head_depth": count_blocks(state, _IOU_HEAD, name),
             "iou_head_hidden_dim": shape(f"{_IOU_HEAD}0.weight")[0],
         },
     }
-
-
-def _count(state: Mapping[str, Tensor], prefix: str) -> int:
-    return 1 + max(int(key[len(prefix) :].split(".", 1)[0]) for key in state if key.startswith(prefix))
 
 
 def convert_sam(state: Mapping[str, Tensor], folder: str | Path, *, name: str = "the checkpoint") -> int:
@@ -167,12 +164,17 @@ def convert_sam(state: Mapping[str, Tensor], folder: str | Path, *, name: str = 
     from transformers import SamConfig, SamImageProcessor, SamModel
 
     config = infer_config(state, name)
-    with torch.device("meta"):
-        model = SamModel(SamConfig(**config))
-    target = model.state_dict()
-    keys = {ours: authors_key(ours, config["mask_decoder_config"]["iou_head_depth"]) for ours in target}
-    check_fit({theirs: target[ours] for ours, theirs in keys.items()}, state, f"The SAM in {name}")
-    model.load_state_dict({ours: state[theirs].float() for ours, theirs in keys.items()}, assign=True)
+    layers = config["mask_decoder_config"]["iou_head_depth"]
+    try:
+        model = sketch(lambda: SamModel(SamConfig(**config)), len(state), f"The SAM in {name}")
+    except (ValueError, TypeError, ZeroDivisionError, RuntimeError) as error:  # wherever sizes first disagree
+        raise LexisegError(f"The SAM in {name} has shapes that do not go together; download it again.") from error
+
+    def source_of(ours: str) -> Source:
+        return Source((authors_key(ours, layers),))
+
+    tensors = take_tensors(shapes_of(model), source_of, state, f"The SAM in {name}")
+    model.load_state_dict(tensors, assign=True)
     folder = make_folder(folder)
     model.save_pretrained(folder)
     side = config["vision_config"]["image_size"]

@@ -20,8 +20,9 @@ from lexiseg.losses.proposals import (
 from lexiseg.proposals import Mask2FormerOptions, MaskFormerOptions, Proposals
 from lexiseg.proposals.mask2former import Mask2Former
 from lexiseg.proposals.maskformer import MaskFormer
-from lexiseg.weights.detectron_checkpoint import fill_generator
-from lexiseg.weights.detectron_keys import infer_generator_options, source_of
+from lexiseg.weights.detectron_checkpoint import generator_source, generator_tensors
+from lexiseg.weights.detectron_keys import infer_generator_options
+from lexiseg.weights.filling import put_tensors
 from tests.parity.case import Case
 from tests.parity.clip_build import IdTokenizer, make_clip, toy_sizes, under
 from tests.parity.clip_texts import prompt_learner, x_dot
@@ -73,7 +74,7 @@ def maskformer(case: Case, heads: int, *, dropout: float | None = None) -> MaskF
     if dropout is not None:
         options = options.model_copy(update={"dropout": dropout})
     model = MaskFormer(options)
-    fill_generator(model, params, masked=False, name=case.name)
+    model.load_state_dict(generator_tensors(model, params, name=case.name))
     body: Any = model.backbone.body
     for block, dilation in zip(body.layer4, case.config.get("res5_dilations", [1, 2, 4]), strict=True):
         block.conv2.dilation = block.conv2.padding = (dilation, dilation)
@@ -195,7 +196,7 @@ def _head_only(config: dict[str, Any], params: dict[str, Tensor]) -> Mask2Former
     assert isinstance(options, Mask2FormerOptions)
     model = Mask2Former(options.model_copy(update={"backbone": "tiny"}))
     model.backbone = nn.Module()
-    fill_generator(model, params, masked=True, name="the case")
+    model.load_state_dict(generator_tensors(model, params))
     return model.eval()
 
 
@@ -281,14 +282,8 @@ def _padded(image: Tensor, size: tuple[int, ...], value: float) -> Tensor:
 
 def generator_gradients(model: MaskFormer | Mask2Former) -> dict[str, Tensor]:
     """Gradients of a generator by the authors' keys."""
-    masked = isinstance(model, Mask2Former)
-    deep = "backbone.body.conv1.0.weight" in dict(model.named_parameters())
-    blocks: dict[str, dict[int | None, Tensor]] = {}
-    for name, parameter in model.named_parameters():
-        if parameter.grad is not None:
-            source = source_of(name, deep_stem=deep, masked=masked)
-            blocks.setdefault(source.key, {})[source.block] = parameter.grad
-    return {key: torch.cat([found[b] for b in sorted(found, key=str)]) for key, found in blocks.items()}
+    found = {name: value.grad for name, value in model.named_parameters() if value.grad is not None}
+    return put_tensors(found, generator_source(model))
 
 
 def _is_maskformer(case: Case) -> bool:

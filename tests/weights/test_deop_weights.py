@@ -15,8 +15,8 @@ from lexiseg.models.decoupled import DecoupledModel
 from lexiseg.weights import load_model
 from lexiseg.weights.convert import convert
 from lexiseg.weights.deop_checkpoint import authors_key, read_deop
-from lexiseg.weights.detectron_checkpoint import recognise_detectron
-from lexiseg.weights.detectron_keys import source_of
+from lexiseg.weights.detectron_checkpoint import generator_source, recognise_detectron
+from lexiseg.weights.filling import put_tensors
 from tests.parity.case import load_case
 from tests.system_tester import SystemTester
 from tests.towers import unit_rows
@@ -65,20 +65,8 @@ def test_what_does_not_fit_is_named(small: dict[str, Tensor]) -> None:
 
 def authors_tensors(model: DecoupledModel) -> dict[str, Tensor]:
     """A model's tensors by the authors' keys, with those that their files have beside."""
-    state = model.state_dict()
-    deep = "generator.backbone.body.conv1.0.weight" in state
-    found: dict[str, Tensor] = {}
-    thirds: dict[str, list[Tensor | None]] = {}
-    for name, value in state.items():
-        if not name.startswith("generator."):
-            found[str(authors_key(name))] = value
-            continue
-        source = source_of(name.removeprefix("generator."), deep_stem=deep, masked=False)
-        if source.block is None:
-            found[source.key] = value
-        else:
-            thirds.setdefault(source.key, [None, None, None])[source.block] = value
-    found |= {key: torch.cat([part for part in parts if part is not None]) for key, parts in thirds.items()}
+    own = {str(authors_key(name)): value for name, value in model.state_dict().items() if "generator." not in name}
+    found = own | put_tensors(model.generator.state_dict(), generator_source(model.generator))
     width = found["query_embedding.weight"].shape[1]
     text_width = found["clip_adapter.clip_model.ln_final.weight"].shape[0]
     found |= {f"decoder.norm.{kind}": torch.randn(width) for kind in ("weight", "bias")}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import pickle
 from pathlib import Path
 from typing import Any, cast
 
@@ -193,7 +192,7 @@ def test_convert_cascade_clip_and_spt(system: str, layers: int, options: dict[st
     with pytest.raises(LexisegError):
         convert(write_checkpoint(tmp_path / "b.pth", state), tmp_path / "out")
     state["backbone.proj"] = state["backbone.moon"]
-    with pytest.raises(LexisegError, match=f"looks like {NAMES[system]} but does not fit it; left over: backbone.moon"):
+    with pytest.raises(LexisegError, match=f"looks like {NAMES[system]} but does not fit; left over: backbone.moon"):
         convert(write_checkpoint(tmp_path / "b.pth", state), tmp_path / "out")
 
 
@@ -289,28 +288,6 @@ def test_a_file_with_hardly_anything_in_it_is_refused(key: str, tmp_path: Path) 
         convert(path, tmp_path / "out")
 
 
-class Bomb:
-    """A pickle that would run code."""
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (Path.touch, (Path("exploded"),))
-
-
-def test_nothing_in_a_pickle_is_executed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    torch.save({"state_dict": {"a": torch.ones(1)}, "meta": Bomb()}, tmp_path / "a.pth")
-    (tmp_path / "b.pth").write_bytes(pickle.dumps(Bomb()))
-    (tmp_path / "c.pth").write_text("not a checkpoint")
-    (tmp_path / "d.pth").write_bytes(b"")
-    (tmp_path / "e.safetensors").write_bytes(b"nothing")
-    (tmp_path / "f.pth").write_bytes(b"junk")
-    (tmp_path / "g.pth").write_bytes(b"\x80")
-    for name in ("a.pth", "b.pth", "c.pth", "d.pth", "e.safetensors", "f.pth", "g.pth"):
-        with pytest.raises(LexisegError, match="cannot be read as weights only"):
-            convert(tmp_path / name, tmp_path / "out")
-    assert not (tmp_path / "exploded").exists()
-
-
 def test_files_that_are_no_checkpoints(tmp_path: Path) -> None:
     with pytest.raises(LexisegError, match="There is no file"):
         convert(tmp_path / "nothing.pth", tmp_path / "out")
@@ -322,10 +299,6 @@ def test_files_that_are_no_checkpoints(tmp_path: Path) -> None:
         torch.save(content, tmp_path / "a.pth")
         with pytest.raises(LexisegError, match=sentence):
             convert(tmp_path / "a.pth", tmp_path / "out")
-    program = torch.jit.trace(torch.nn.Linear(1, 1), torch.ones(1))
-    torch.jit.save(program, tmp_path / "b.pt")
-    with pytest.raises(LexisegError, match="TorchScript"):
-        convert(tmp_path / "b.pt", tmp_path / "out")
     folder = save_model(zegclip(), tmp_path / "model")
     with pytest.raises(LexisegError, match=rf"lexiseg model already \(zegclip\); give its folder '{folder}'"):
         convert(folder / "model.safetensors", tmp_path / "out")
@@ -379,7 +352,7 @@ def test_wrong_folders(tmp_path: Path) -> None:
         ({"options": {**config["options"], "num_prompts": 0}}, "'num_prompts' of zegclip is wrong"),
         (
             {"options": {**config["options"], "num_prompts": 5}},
-            r"prompts.embeddings is \(1, 4, 128\) in the file and \(1, 5",
+            r"prompts.embeddings is \(1, 4, 128\) instead of \(1, 5",
         ),
         ({"clip": {"name": "clip-nowhere", "fingerprint": "0"}}, "No CLIP is called 'clip-nowhere'"),
         ({"system": ["a"]}, "of the system"),
@@ -475,7 +448,7 @@ def test_half_precision_on_disk(tmp_path: Path) -> None:
     assert {value.dtype for value in state.values()} == {torch.float16}
     assert next(load_model(folder).parameters()).dtype == torch.float32
     save_file({**state, "extra": torch.ones(1)}, folder / "model.safetensors")
-    with pytest.raises(LexisegError, match="1 are left over, the first is extra"):
+    with pytest.raises(LexisegError, match="does not fit; left over: extra"):
         load_model(folder)
 
 

@@ -1,0 +1,257 @@
+"""Finding the weights in a checkpoint: how the file is read, which of its entries they are, and what their keys carry.
+
+Programs wrap a state dict in their own ways: under ``state_dict``, ``model`` or ``net``, beside an optimizer and a
+moving average, with ``module.``, ``model.`` or ``_orig_mod.`` in front of every key. All of that is undone here.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from torch import Tensor
+
+from lexiseg.errors import LexisegError
+from lexiseg.weights.pickles import PickledFile, entries, is_tensor
+from lexiseg.words import shorten
+
+Reader = Callable[[], Tensor]
+"""Reads one tensor of a file, which is not done before it is wanted: optimizers are twice as large as models."""
+
+# Entries and prefixes that hold weights, and such that hold their moving average.
+_PLAIN = (
+    "state_dict",
+    "model",
+    "model_state_dict",
+    "model_state",
+    "net",
+    "network",
+    "module",
+    "weights",
+    "params",
+    "student",
+    "clip",
+    "clip_model",
+    "segmentor",
+)
+_AVERAGE = (
+    "state_dict_ema",
+    "model_ema",
+    "ema_state_dict",
+    "ema",
+    "ema_model",
+    "model_ema_state_dict",
+    "params_ema",
+    "ema_model_state_dict",
+    "teacher",
+)
+# What compilers and sharding put into keys, at any place.
+_WRAPPERS = re.compile(r"(?<![^.])(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)\.")
+_DEPTH = 4
+_MAX_TENSORS = 50_000
+_WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The weights of a file.
+
+    Attributes:
+        path: the file, or the folder that was given.
+        state: tensors by the keys of the format that was recognised.
+        config: the ``config.json`` beside the weights, {} where there is none.
+        metadata: what a safetensors file notes of itself.
+        notes: what was chosen and what was left out, a sentence each.
+    """
+
+    path: Path
+    state: dict[str, Tensor]
+    config: dict[str, Any]
+    metadata: dict[str, str]
+    notes: tuple[str, ...]
+
+
+def read_checkpoint(
+    path: str | Path, known: Callable[[Mapping[str, Any]], bool], *, ema: bool | None = None
+) -> Checkpoint:
+    """Read the weights of a checkpoint; nothing in a pickle is ever executed.
+
+    Args:
+        path: a .pth, .pt, .ckpt, .bin, .pkl or .safetensors file, or a folder of `transformers`.
+        known: says of a state dict, by its keys, whether it is of a format that can be converted.
+        ema: take the moving average of the weights, or not; None takes the weights where a file has both.
+
+    Raises:
+        LexisegError: the file is missing or damaged, holds objects that are not read, holds no weights, or has no
+            moving average (or only that) where the other is asked for.
+    """
+    path = Path(path)
+    try:
+        files, beside = (_folder_files(path), path) if path.is_dir() else ([path], path.parent)
+        missing = next((file for file in files if not file.is_file()), None)
+        config = read_json(beside / "config.json") if (beside / "config.json").is_file() else {}
+    except OSError as error:  # an over-long name, for one
+        raise LexisegError(f"'{shorten(str(path), 200)}' cannot be read ({error.strerror}); check the path.") from error
+    if missing is not None:
+        raise LexisegError(f"There is no file '{missing}' to convert; check the path.")
+    choice = _Choice(path, ema)
+    found: dict[str, Reader] = {}
+    metadata: dict[str, str] = {}
+    for file in files:
+        if _is_safetensors(file):
+            readers, metadata = _safetensors(file)
+        else:
+            readers = _pickled(file, choice)
+        found |= readers
+    if len(found) > _MAX_TENSORS:
+        raise LexisegError(f"'{path}' holds {len(found)} tensors, more than any model; give another file.")
+    keys = _unwrapped(list(found), known, choice)
+    if ema and not choice.seen:
+        raise LexisegError(f"'{path}' holds no moving average (EMA) of its weights; leave --ema out.")
+    state = {key: found[old]() for key, old in keys.items()}
+    return Checkpoint(path, state, config, metadata, tuple(choice.notes))
+
+
+@dataclass
+class _Choice:
+    """The choice between weights and their moving average, wherever a file offers it.
+
+    Attributes:
+        path: the file.
+        ema: what was asked for.
+        seen: whether there was an average at all.
+        notes: what was chosen, a sentence each.
+    """
+
+    path: Path
+    ema: bool | None
+    seen: bool = False
+    notes: list[str] = field(default_factory=list)
+
+    def of(self, plain: list[str], averages: list[str]) -> str:
+        """The name that is meant; each list's first counts, and one may be empty."""
+        if not averages:
+            return plain[0]
+        self.seen = True
+        name, other = (names[0].rstrip(".") or "the others" if names else "" for names in (averages, plain))
+        if not plain:
+            if self.ema is False:
+                raise LexisegError(f"'{self.path}' holds only a moving average of weights ('{name}'); take that.")
+            self.notes.append(f"The weights are a moving average (EMA), '{name}'; the file holds no others.")
+        elif self.ema:
+            self.notes.append(f"The moving average (EMA) of the weights, '{name}', was taken, not '{other}'.")
+        else:
+            self.notes.append(
+                f"The file holds a moving average (EMA) of the weights, '{name}', as well; '{other}' was "
+                "taken, --ema takes the average."
+            )
+        return averages[0] if self.ema or not plain else plain[0]
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON file that holds a mapping.
+
+    Raises:
+        LexisegError: it is missing, damaged or holds something else.
+    """
+    try:
+        value = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError as error:
+        raise LexisegError(f"There is no '{path}'; give the whole folder.") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise LexisegError(f"'{path}' is not readable JSON ({error}); copy the original again.") from error
+    if not isinstance(value, dict):
+        raise LexisegError(f"'{path}' should hold a mapping; copy the original again.")
+    return value
+
+
+def _folder_files(folder: Path) -> list[Path]:
+    for name in _WEIGHT_FILES:
+        if (folder / name).is_file():
+            return [folder / name]
+        index = folder / f"{name}.index.json"
+        if index.is_file():
+            shards = read_json(index).get("weight_map")
+            if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
+                raise LexisegError(f"'{index}' has no weight_map; copy the original again.")
+            return sorted({folder / Path(shard).name for shard in shards.values()})
+    raise LexisegError(f"The folder '{folder}' has neither {' nor '.join(_WEIGHT_FILES)}; give a checkpoint file.")
+
+
+def _is_safetensors(path: Path) -> bool:
+    with path.open("rb") as file:
+        return path.suffix == ".safetensors" or file.read(10)[8:] == b'{"'
+
+
+def _safetensors(path: Path) -> tuple[dict[str, Reader], dict[str, str]]:
+    try:
+        file = safe_open(path, framework="pt")
+    except Exception as error:
+        raise LexisegError(
+            f"'{path}' cannot be read as weights (it is damaged or no checkpoint); download it again."
+        ) from error
+    return {key: partial(file.get_tensor, key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
+
+
+def _pickled(path: Path, choice: _Choice) -> dict[str, Reader]:
+    file = PickledFile(path)
+    content, where = file.content, ""
+    for _ in range(_DEPTH):
+        inside = entries(content)
+        if inside is None:
+            kind = type(content).__name__ if isinstance(content, list | tuple | str | int | None) else "single object"
+            raise LexisegError(f"'{path}' holds a {kind}, not a state dict; save its state dict alone.")
+        holders = [key for key, value in inside.items() if _has_tensors(value, 2)]
+        plain = [key for key in _PLAIN if key in holders]
+        averages = [key for key in _AVERAGE if key in holders]
+        if not plain and not averages and not any(map(is_tensor, inside.values())):
+            plain = [key for key in holders if "optim" not in key.lower()]
+        if not plain and not averages:
+            break
+        where = choice.of(plain, averages)
+        content = inside[where]
+    state = {key: value for key, value in (entries(content) or {}).items() if is_tensor(value)}
+    if not state:
+        inside_what = f" under '{where}'" if where else ""
+        raise LexisegError(f"'{path}' holds no tensors by name{inside_what}; give a checkpoint.")
+    return {key: partial(file.tensor, value, key) for key, value in state.items()}
+
+
+def _has_tensors(value: Any, depth: int, seen: set[int] | None = None) -> bool:
+    seen = set() if seen is None else seen  # an entry may lie at a million places
+    inside = [item for item in (entries(value) or {}).values() if id(item) not in seen]
+    seen.update(map(id, inside))
+    return any(map(is_tensor, inside)) or bool(depth and any(_has_tensors(item, depth - 1, seen) for item in inside))
+
+
+def _unwrapped(keys: list[str], known: Callable[[Mapping[str, Any]], bool], choice: _Choice) -> dict[str, str]:
+    """The keys of a known format, and what each is in the file; all keys where no format is known."""
+    clean = {_WRAPPERS.sub("", key): key for key in keys}
+    if len(clean) < len(keys):
+        raise LexisegError(
+            f"'{choice.path}' has tensors whose keys differ only in what a compiler adds; save it again."
+        )
+    found: dict[str, dict[str, str]] = {}
+    level = {"": clean}
+    for _ in range(_DEPTH + 1):
+        found |= {prefix: state for prefix, state in level.items() if known(state)}
+        level = {
+            f"{prefix}{part}.": inner
+            for prefix, state in level.items()
+            if prefix not in found
+            for part in (*_PLAIN, *_AVERAGE)
+            if (inner := {key[len(part) + 1 :]: old for key, old in state.items() if key.startswith(f"{part}.")})
+        }
+    if not found:
+        return clean
+    averages = [prefix for prefix in found if any(part in _AVERAGE for part in prefix.split("."))]
+    prefix = choice.of([prefix for prefix in found if prefix not in averages], averages)
+    if left := len(clean) - sum(map(len, found.values())):
+        choice.notes.append(f"{left} tensors whose keys do not begin with {prefix} were left out.")
+    return found[prefix]

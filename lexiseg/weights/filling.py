@@ -1,0 +1,96 @@
+"""Where tensors lie in another program's file, whether they fit, and how they are taken from it and put back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lexiseg.clip.load import check_state
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where one of our tensors lies in another program's file.
+
+    Attributes:
+        keys: its key there; several are parts whose rows follow each other in ours.
+        block: which third of its rows it is (query, key or value); None: all of it.
+        transposed: rows there are columns here.
+    """
+
+    keys: tuple[str, ...]
+    block: int | None = None
+    transposed: bool = False
+
+
+SourceOf = Callable[[str], Source | None]
+"""The key map of a format: the source of a tensor by our name, None where its files have no such tensor."""
+
+
+def expected_shapes(shapes: Mapping[str, tuple[int, ...]], source_of: SourceOf) -> dict[str, tuple[int, ...]]:
+    """The shapes that another program's tensors should have, by its keys, for ours of ``shapes``."""
+    found: dict[str, tuple[int, ...]] = {}
+    for name, shape in shapes.items():
+        source = source_of(name)
+        if source is None:
+            continue
+        shape = shape[::-1] if source.transposed else shape
+        rows = shape[:1] if source.block is None else (3 * shape[0],)
+        if len(source.keys) > 1:
+            rows = (shape[0] // len(source.keys),)
+        found |= dict.fromkeys(source.keys, (*rows, *shape[1:]))
+    return found
+
+
+def take_tensors(
+    shapes: Mapping[str, tuple[int, ...]],
+    source_of: SourceOf,
+    state: Mapping[str, Tensor],
+    what: str,
+    *,
+    optional: Collection[str] = (),
+) -> dict[str, Tensor]:
+    """Take our tensors from another program's.
+
+    Args:
+        shapes: of our tensors, by our names.
+        source_of: the format's key map.
+        state: its tensors by its keys, none beside those that are wanted.
+        what: whose tensors they are, for messages.
+        optional: keys that may be missing; what lies there is left out.
+
+    Returns:
+        tensors by our names, in float32.
+
+    Raises:
+        LexisegError: tensors are missing, left over, of another shape or not finite, see `check_state`.
+    """
+    check_state(state, expected_shapes(shapes, source_of), what, optional=optional)
+    found: dict[str, Tensor] = {}
+    for name in shapes:
+        source = source_of(name)
+        if source is None or any(key not in state for key in source.keys):
+            continue
+        tensor = torch.cat([state[key] for key in source.keys]) if len(source.keys) > 1 else state[source.keys[0]]
+        tensor = tensor if source.block is None else tensor.chunk(3)[source.block]
+        found[name] = (tensor.T if source.transposed else tensor).to(torch.float32)
+    return found
+
+
+def put_tensors(ours: Mapping[str, Tensor], source_of: SourceOf) -> dict[str, Tensor]:
+    """The way back: another program's tensors by its keys, from ours; what its files do not have is left out."""
+    found: dict[str, dict[int, Tensor]] = {}
+    for name, tensor in ours.items():
+        if (source := source_of(name)) is None:
+            continue
+        tensor = tensor.T if source.transposed else tensor
+        parts = tensor.chunk(len(source.keys)) if len(source.keys) > 1 else (tensor,)
+        for key, part in zip(source.keys, parts, strict=True):
+            found.setdefault(key, {})[source.block or 0] = part
+    return {
+        key: torch.cat([parts[index] for index in sorted(parts)]) if len(parts) > 1 else parts[0]
+        for key, parts in found.items()
+    }

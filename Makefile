@@ -6,6 +6,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.lexiseg-installed
 RAY    := $(VENV)/.lexiseg-ray
 DOCS   := $(VENV)/.lexiseg-docs
+CHROME := $(VENV)/.lexiseg-browser
 
 DEMO_IMAGE   ?= lexiseg/samples/demo.png
 DEMO_CLASSES ?= @lexiseg/samples/demo.txt
@@ -13,7 +14,7 @@ DEMO_OUT     ?= out/demo
 PRETRAINED   := lexiseg/pretrained
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow lint docs weights results benchmark clean
+.PHONY: help install demo test test-slow test-browser lint docs weights results benchmark clean
 
 help: ## List the verbs
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 24
@@ -38,7 +39,17 @@ $(RAY): $(STAMP)
 	@touch $@
 
 test-slow: $(STAMP) $(RAY) ## Run the slow tests as well, those on a local Ray cluster among them
-	$(BIN)/python -m pytest -m 'slow or not slow'
+	$(BIN)/python -m pytest -m 'not browser'
+
+# Debian's Chromium; elsewhere install one and its driver by hand.
+$(CHROME): $(STAMP)
+	$(BIN)/python -m pip install --disable-pip-version-check -e '.[dev,browser]'
+	command -v chromium >/dev/null && command -v chromedriver >/dev/null \
+		|| { apt-get update -qq && apt-get install -y -qq chromium chromium-driver; }
+	@touch $@
+
+test-browser: $(CHROME) ## Drive the web page in a headless Chromium; screenshots go to build/screenshots
+	$(BIN)/python -m pytest -m browser tests/browser
 
 lint: $(STAMP) ## Check style and types
 	$(BIN)/python -m ruff check .

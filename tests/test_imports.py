@@ -30,6 +30,7 @@ ALLOWED: dict[str, set[str]] = {
     "notes": WORDS,
     "images": {"errors", "files", "words"},
     "rle": {"errors"},
+    "formats": {"errors"},
     "overlay": {"errors"},
     "segmentation": WORDS | PICTURES,
     "samples": {"errors", "files", "data", "notes"},
@@ -55,7 +56,7 @@ ALLOWED: dict[str, set[str]] = {
     "training": WORDS | PICTURES | MODELS | {"data", "recipes", "segmenter", "evaluation", "processes"},
 }
 # What faces the user may use everything.
-FACES = {"cli", "__main__", "__init__"}
+FACES = {"app", "cli", "__main__", "__init__"}
 
 
 def _part(path: Path) -> str:

@@ -13,7 +13,7 @@ import typer
 import typer.main
 
 import lexiseg
-from lexiseg.cli import benchmark, convert, data, doctor, draw, evaluate, models, predict, train
+from lexiseg.cli import benchmark, convert, data, doctor, draw, evaluate, models, predict, serve, train
 from lexiseg.cli.console import notes, say_error
 from lexiseg.errors import LexisegError
 
@@ -38,6 +38,7 @@ app.command("evaluate")(evaluate.evaluate)
 app.command("convert")(convert.convert)
 app.add_typer(draw.app, name="draw")
 app.add_typer(benchmark.app, name="benchmark")
+app.command("serve")(serve.serve)
 app.command("models")(models.models)
 app.add_typer(data.app, name="data")
 app.command("doctor")(doctor.doctor)

@@ -1,0 +1,199 @@
+"""What annotation tools ask for: Label Studio's ML backend and CVAT's serverless functions."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import parse_qs, urlsplit
+from xml.etree import ElementTree
+
+import numpy as np
+from fastapi import FastAPI, Request
+from pydantic import BaseModel, ConfigDict, Field
+
+from lexiseg.app.brush import encode_brush
+from lexiseg.app.queue import Answer
+from lexiseg.app.requests import Question, ServiceError, decode_picture
+from lexiseg.app.results import outlines
+from lexiseg.errors import LexisegError
+
+if TYPE_CHECKING:
+    from lexiseg.app.service import Service
+    from lexiseg.vocabulary import Vocabulary
+
+_LOCAL_FILES = "/data/local-files/"
+_MAX_CONFIG = 1 << 20
+
+
+class LabelStudioRequest(BaseModel):
+    """What Label Studio sends to ``/predict``; keys it adds are ignored.
+
+    Attributes:
+        tasks: each with ``data``, whose value under the image's key is the picture.
+        label_config: the project's labelling interface, as XML.
+        params: for example ``context``; not used.
+    """
+
+    model_config = ConfigDict(extra="ignore")
+
+    tasks: list[dict[str, Any]] = Field(min_length=1)
+    label_config: str = Field(max_length=_MAX_CONFIG)
+    params: dict[str, Any] | None = None
+
+
+class CvatRequest(BaseModel):
+    """What CVAT sends to a serverless detector.
+
+    Attributes:
+        image: the picture in base64.
+        threshold: segments of a lower mean score are left out.
+    """
+
+    model_config = ConfigDict(extra="ignore")
+
+    image: str
+    threshold: float | None = None
+
+
+class Interface:
+    """The part of a Label Studio project that lexiseg fills.
+
+    Args:
+        label_config: XML with an ``Image`` and ``BrushLabels`` or ``PolygonLabels``.
+
+    Raises:
+        LexisegError: it has none.
+    """
+
+    def __init__(self, label_config: str) -> None:
+        # A document type can define entities that expand without bound; the interface needs none.
+        if "<!" in label_config.replace("<!--", ""):
+            raise LexisegError("The labelling interface declares a document type or entities; take them out.")
+        try:
+            root = ElementTree.fromstring(label_config)
+        except ElementTree.ParseError as error:
+            raise LexisegError(f"The labelling interface is not XML that can be read ({error}).") from error
+        tags = {tag.tag: tag for tag in root.iter() if tag.tag in ("BrushLabels", "PolygonLabels")}
+        control = next(iter(tags.values()), None)
+        image = next(root.iter("Image"), None)
+        if control is None or image is None:
+            raise LexisegError("The labelling interface needs an Image and BrushLabels or PolygonLabels; add them.")
+        self.brush = control.tag == "BrushLabels"
+        self.from_name = control.get("name", "tag")
+        self.to_name = control.get("toName") or image.get("name", "image")
+        self.key = image.get("value", "$image").lstrip("$")
+        # A label's alias is what results carry; its value is what people read.
+        self.labels: dict[str, str] = {}
+        for label in control.iter("Label"):
+            value = label.get("value") or ""
+            self.labels[value] = label.get("alias") or value
+        if not self.labels or "" in self.labels:
+            raise LexisegError("The labelling interface has no Label with a value; add one for each class.")
+
+
+def _picture(task: dict[str, Any], key: str, folder: Path | None) -> bytes:
+    """The picture of a task: in the task itself, or a file below the folder that the service was given."""
+    source = (task.get("data") or {}).get(key)
+    if not isinstance(source, str):
+        raise ServiceError(422, f"The task has no picture under '{key[:40]}'; check the value of the Image tag.")
+    parts = urlsplit(source) if not source.startswith("data:") else None
+    if parts is None or not parts.path.startswith(_LOCAL_FILES):
+        return decode_picture(source)
+    name = parse_qs(parts.query).get("d", [""])[0]
+    if folder is None:
+        raise ServiceError(422, "Local files need the folder they lie in; start the service with --files FOLDER.")
+    root = folder.resolve()
+    path = (root / name.lstrip("/")).resolve()
+    if not path.is_relative_to(root) or not path.is_file():
+        raise ServiceError(422, "There is no such file in the folder of local files.")
+    return path.read_bytes()
+
+
+def _brush_results(answer: Answer, interface: Interface) -> dict[str, Any]:
+    result = answer.result
+    height, width = result.size
+    found = []
+    for row in result.table():
+        label = interface.labels.get(row.name)
+        if label is None:
+            continue
+        common = {
+            "from_name": interface.from_name,
+            "to_name": interface.to_name,
+            "original_width": width,
+            "original_height": height,
+            "image_rotation": 0,
+            "score": row.score,
+        }
+        if interface.brush:
+            value: dict[str, Any] = {"format": "rle", "rle": encode_brush(result.mask(row.index).numpy())}
+            value["brushlabels"] = [label]
+            found.append({"id": uuid.uuid4().hex[:10], "type": "brushlabels", **common, "value": value})
+            continue
+        for polygon in outlines(result, row.index):
+            # A polygon of Label Studio has no holes, and its numbers are percentages.
+            points = [[100 * x / width, 100 * y / height] for x, y in polygon[0]]
+            value = {"points": points, "closed": True, "polygonlabels": [label]}
+            found.append({"id": uuid.uuid4().hex[:10], "type": "polygonlabels", **common, "value": value})
+    scores = [row.score for row in result.table() if row.score is not None]
+    return {"result": found, "score": float(np.mean(scores)) if scores else 0.0}
+
+
+def _cvat_results(answer: Answer, threshold: float) -> list[dict[str, Any]]:
+    result = answer.result
+    found = []
+    for row in result.table():
+        if row.score is not None and row.score < threshold:
+            continue
+        mask = result.mask(row.index).numpy()
+        rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+        top, bottom, left, right = int(rows[0]), int(rows[-1]), int(columns[0]), int(columns[-1])
+        inside = mask[top : bottom + 1, left : right + 1]
+        polygons = outlines(result, row.index)
+        largest = max((polygon[0] for polygon in polygons), key=len, default=[])
+        found.append(
+            {
+                "confidence": None if row.score is None else str(row.score),
+                "label": row.name,
+                "points": [number for point in largest for number in point],
+                # Run by rows inside the box, then the box itself.
+                "mask": [*inside.astype(int).reshape(-1).tolist(), left, top, right, bottom],
+                "type": "mask",
+            }
+        )
+    return found
+
+
+def add_annotation_routes(app: FastAPI, service: Service) -> None:
+    """Add what annotation tools call."""
+
+    @app.post("/setup")
+    async def setup(content: dict[str, Any]) -> dict[str, str]:
+        """Label Studio asks this when a project is connected: whether its interface fits."""
+        schema = content.get("schema")
+        if isinstance(schema, str) and schema:
+            Interface(schema)
+        return {"model_version": next(iter(service.segmenters))}
+
+    @app.post("/predict")
+    async def predict(request: Request, content: LabelStudioRequest) -> dict[str, Any]:
+        """Label Studio's tasks, answered with brush labels or polygons of the project's own labels."""
+        interface = Interface(content.label_config)
+        words = service.vocabulary([value.replace(";", " ") for value in interface.labels])
+        pictures = [
+            await asyncio.to_thread(_picture, task, interface.key, service.settings.files) for task in content.tasks
+        ]
+        name, answers = await service.answer(request, Question(classes=""), pictures, words)
+        results = [await asyncio.to_thread(_brush_results, answer, interface) for answer in answers]
+        return {"results": [{**result, "model_version": name} for result in results]}
+
+    @app.post("/cvat")
+    async def cvat(request: Request, content: CvatRequest) -> list[dict[str, Any]]:
+        """A picture as CVAT sends it, segmented by the classes that the service was started with."""
+        if service.settings.classes is None:
+            raise ServiceError(422, "CVAT sends no words; start the service with --classes 'cat; dog'.")
+        words: Vocabulary = service.vocabulary(service.settings.classes)
+        _, answers = await service.answer(request, Question(classes=""), [decode_picture(content.image)], words)
+        return await asyncio.to_thread(_cvat_results, answers[0], content.threshold or 0.0)

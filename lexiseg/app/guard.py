@@ -1,0 +1,98 @@
+"""What stands in front of every request: its size, its time, and the token."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import time
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse
+
+from lexiseg.app.settings import ServiceSettings
+
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+_OPEN = ("/health",)
+
+
+Count = Callable[[str, int, float], None]
+"""Takes the route, the status and the seconds of a request that was answered."""
+
+
+class Guard:
+    """ASGI middleware that refuses bodies that are too large or too slow, and clients without the token.
+
+    Args:
+        app: what is guarded.
+        settings: the limits.
+        count: told of every answer.
+    """
+
+    def __init__(self, app: Callable[..., Awaitable[None]], settings: ServiceSettings, count: Count) -> None:
+        self.app = app
+        self.settings = settings
+        self.count = count
+
+    async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+        """Pass a request on, or answer 401, 408 or 413."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        start, status = time.monotonic(), 500
+
+        async def answer(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            try:
+                self._check_headers(scope)
+            except HTTPException as error:
+                await JSONResponse({"error": error.detail}, error.status_code)(scope, receive, answer)
+            else:
+                await self.app(scope, self._limited(receive), answer)
+        finally:
+            self.count(getattr(scope.get("route"), "path", "other"), status, time.monotonic() - start)
+
+    def _check_headers(self, scope: MutableMapping[str, Any]) -> None:
+        headers = {key.lower(): value for key, value in scope["headers"]}
+        token = self.settings.token
+        if token is not None and scope["path"] not in _OPEN:
+            expected, given = f"Bearer {token}".encode(), headers.get(b"authorization", b"")
+            if not hmac.compare_digest(expected, given):
+                raise HTTPException(401, "This service asks for its token; send it as 'Authorization: Bearer TOKEN'.")
+        length = headers.get(b"content-length", b"0")
+        if length.isdigit() and int(length) > self.settings.max_bytes:
+            raise self._too_large()
+
+    def _limited(self, receive: Receive) -> Receive:
+        loop = asyncio.get_running_loop()
+        deadline, total, whole = loop.time() + self.settings.seconds, 0, False
+
+        async def limited() -> Message:
+            nonlocal total, whole
+            if whole:  # what comes now is the client leaving, for which there is no hurry
+                return await receive()
+            try:
+                message = await asyncio.wait_for(receive(), max(0.0, deadline - loop.time()))
+            except asyncio.TimeoutError as error:
+                sentence = f"The request did not arrive within {self.settings.seconds:g} seconds; send it faster."
+                raise HTTPException(408, sentence) from error
+            if message["type"] == "http.request":
+                total += len(message.get("body", b""))
+                whole = not message.get("more_body", False)
+            if total > self.settings.max_bytes:
+                raise self._too_large()
+            return message
+
+        return limited
+
+    def _too_large(self) -> HTTPException:
+        limit = self.settings.max_bytes / 2**20
+        return HTTPException(413, f"The request is larger than {limit:g} MiB; send smaller or fewer pictures.")

@@ -1,0 +1,177 @@
+"""A bounded queue in front of the models: requests that come together and ask the same share forward passes."""
+
+from __future__ import annotations
+
+import threading
+import time
+import warnings
+from collections import deque
+from collections.abc import Hashable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from lexiseg.errors import LexisegError, LexisegWarning
+
+if TYPE_CHECKING:
+    from lexiseg.scores.base import Scores
+    from lexiseg.segmentation import Segmentation
+    from lexiseg.segmenter import Segmenter
+
+# Requests that arrive within this time of each other can share a pass.
+_GATHER_SECONDS = 0.005
+
+
+class BusyError(Exception):
+    """The queue is full, or the service is stopping.
+
+    Attributes:
+        retry_after: whole seconds after which there may be room.
+    """
+
+    def __init__(self, retry_after: int) -> None:
+        super().__init__("busy")
+        self.retry_after = retry_after
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What came of a picture.
+
+    Attributes:
+        result: the segmentation.
+        scores: factorised scores, where they were asked for.
+        notes: what is probably not meant.
+    """
+
+    result: Segmentation
+    scores: Scores | None
+    notes: tuple[str, ...]
+
+
+@dataclass
+class Job:
+    """A picture to segment.
+
+    Attributes:
+        picture: the bytes of its file.
+        key: jobs of one key may run in one call.
+        segmenter: that runs it.
+        arguments: of `Segmenter.predict`, the picture apart.
+        scores: whether scores are asked for as well; such a job runs alone.
+        future: of the answer; cancelling it takes a waiting job out of the queue.
+    """
+
+    picture: bytes
+    key: Hashable
+    segmenter: Segmenter
+    arguments: dict[str, Any]
+    scores: bool = False
+    future: Future[Answer] = field(default_factory=Future)
+
+
+class Queue:
+    """One worker thread that takes jobs in their order.
+
+    Args:
+        size: jobs that wait at most.
+        batch: jobs that run together at most.
+    """
+
+    def __init__(self, size: int, batch: int) -> None:
+        self.size = size
+        self.batch = batch
+        self.waiting: deque[Job] = deque()
+        self.seconds_a_job = 1.0
+        self._changed = threading.Condition()
+        self._open = True
+        self._worker = threading.Thread(target=self._work, name="lexiseg-queue", daemon=True)
+        self._worker.start()
+
+    def submit(self, jobs: list[Job]) -> None:
+        """Put jobs into the queue, all or none.
+
+        Raises:
+            BusyError: there is no room for them.
+        """
+        with self._changed:
+            self.waiting = deque(job for job in self.waiting if not job.future.cancelled())
+            # A batch that is larger than the queue would never fit, so an empty queue takes any.
+            if not self._open or (self.waiting and len(self.waiting) + len(jobs) > self.size):
+                raise BusyError(self.retry_after())
+            self.waiting.extend(jobs)
+            self._changed.notify()
+
+    def retry_after(self) -> int:
+        """Whole seconds that the waiting jobs will take, as far as can be told."""
+        return max(1, round(len(self.waiting) * self.seconds_a_job))
+
+    def close(self) -> None:
+        """Take no more jobs, and return when those that wait are done."""
+        with self._changed:
+            self._open = False
+            self._changed.notify()
+        self._worker.join()
+
+    def _take(self) -> list[Job]:
+        with self._changed:
+            while not self.waiting:
+                if not self._open:
+                    return []
+                self._changed.wait()
+        time.sleep(_GATHER_SECONDS)
+        with self._changed:
+            taken: list[Job] = []
+            kept: deque[Job] = deque()
+            for job in self.waiting:
+                alike = not taken or (job.key == taken[0].key and not job.scores and not taken[0].scores)
+                if alike and len(taken) < self.batch:
+                    if job.future.set_running_or_notify_cancel():
+                        taken.append(job)
+                else:
+                    kept.append(job)
+            self.waiting = kept
+        return taken
+
+    def _work(self) -> None:
+        while True:
+            jobs = self._take()
+            if not jobs:
+                with self._changed:
+                    if not self._open and not self.waiting:
+                        return
+                continue
+            start = time.monotonic()
+            self._run(jobs)
+            self.seconds_a_job += 0.2 * ((time.monotonic() - start) / len(jobs) - self.seconds_a_job)
+
+    def _run(self, jobs: list[Job]) -> None:
+        try:
+            for job, answer in zip(jobs, _answers(jobs), strict=True):
+                job.future.set_result(answer)
+        except Exception as error:
+            if len(jobs) > 1:
+                # One of them is wrong; alone each gets its own answer.
+                for job in jobs:
+                    self._run([job])
+            else:
+                jobs[0].future.set_exception(error)
+
+
+def _answers(jobs: list[Job]) -> list[Answer]:
+    first = jobs[0]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", LexisegWarning)
+        pictures: Any = [job.picture for job in jobs]
+        results = first.segmenter.predict(pictures, **first.arguments)
+        scores = None
+        if first.scores:
+            arguments = {key: value for key, value in first.arguments.items() if key != "refine"}
+            scores = first.segmenter.scores(first.picture, **arguments)
+    notes = tuple(dict.fromkeys(str(one.message) for one in caught if issubclass(one.category, LexisegWarning)))
+    return [Answer(result, scores, notes) for result in results]
+
+
+def sentence_of(error: BaseException) -> str | None:
+    """The sentence of a mistake of the client's, or None for a fault of ours."""
+    return str(error) if isinstance(error, LexisegError) else None

@@ -1,0 +1,151 @@
+"""Requests: what they may say, and how they are read."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from collections.abc import Sequence
+from typing import Any
+
+from fastapi import Request
+from pydantic import BaseModel, ConfigDict, Field
+from starlette.datastructures import UploadFile
+
+from lexiseg.app.results import Output
+
+
+class ServiceError(Exception):
+    """A request that is answered with a sentence.
+
+    Attributes:
+        status: of the answer.
+        headers: of the answer.
+    """
+
+    def __init__(self, status: int, sentence: str, headers: dict[str, str] | None = None) -> None:
+        super().__init__(sentence)
+        self.status = status
+        self.headers = headers or {}
+
+
+class Question(BaseModel):
+    """What is asked of a picture.
+
+    Attributes:
+        classes: a semicolon or a line break separates classes, a comma joins synonyms; or a list of such texts.
+        background: "none", a class name, or a score below which pixels are ignored.
+        window: side of the sliding window in pixels; 0 runs whole pictures; None is the model's own way.
+        refine: how masks are cleaned up; None is the model's own way.
+        output: form of the masks; see `lexiseg.app.results.describe_result`.
+        model: one of those that ``GET /v1/models`` lists; None is the first.
+    """
+
+    model_config = ConfigDict(
+        extra="forbid", json_schema_extra={"examples": [{"classes": "giraffe; tree, bush; sky", "output": "rle"}]}
+    )
+
+    classes: str | list[str]
+    background: str | float | None = None
+    window: int | None = Field(default=None, ge=0)
+    refine: str | None = None
+    output: Output = "rle"
+    model: str | None = None
+
+
+class SegmentRequest(Question):
+    """A question and its picture.
+
+    Attributes:
+        image: the picture's file in base64, with or without a ``data:`` prefix. Addresses are not fetched.
+    """
+
+    image: str
+
+
+class BatchRequest(Question):
+    """A question and its pictures.
+
+    Attributes:
+        images: as in `SegmentRequest`.
+    """
+
+    images: list[str] = Field(min_length=1)
+
+
+class ClassesRequest(BaseModel):
+    """Classes to check before a picture is sent.
+
+    Attributes:
+        classes: as in `Question`.
+        model: as in `Question`.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    classes: str | list[str]
+    model: str | None = None
+
+
+def decode_picture(text: str) -> bytes:
+    """The bytes of a picture in base64.
+
+    Raises:
+        ServiceError: it is none.
+    """
+    if text.lstrip()[:8].lower().startswith(("http:", "https:", "ftp:", "file:", "s3:", "gs:")):
+        raise ServiceError(422, "This service fetches no addresses; send the picture itself, in base64.")
+    if text.startswith("data:"):
+        text = text.partition(",")[2]
+    try:
+        return base64.b64decode("".join(text.split()), validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise ServiceError(422, "The picture is not valid base64; encode the bytes of its file.") from error
+
+
+async def _form_question(request: Request) -> tuple[Question, list[bytes]]:
+    """A multipart request: fields of `Question`, and one or several files."""
+    pictures: list[bytes] = []
+    fields: dict[str, Any] = {}
+    async with request.form(max_files=1000, max_fields=1000) as form:
+        for key, value in form.multi_items():
+            if isinstance(value, UploadFile):
+                pictures.append(await value.read())
+            elif key in fields:
+                raise ServiceError(422, f"The field '{key[:40]}' is given twice; send it once.")
+            else:
+                fields[key] = value
+    if not pictures:
+        raise ServiceError(422, "There is no picture; send one as the file 'image'.")
+    return Question.model_validate(fields), pictures
+
+
+async def read_question(request: Request, shape: type[BaseModel]) -> tuple[Any, list[bytes]]:
+    """The question of a JSON or multipart request, and its pictures."""
+    if request.headers.get("content-type", "").startswith("multipart/form-data"):
+        return await _form_question(request)
+    content = shape.model_validate_json(await request.body())
+    images = content.images if isinstance(content, BatchRequest) else [content.image]  # type: ignore[attr-defined]
+    return content, [decode_picture(text) for text in images]
+
+
+def first_complaint(errors: Sequence[Any]) -> str:
+    """Pydantic's first complaint as a sentence."""
+    first = errors[0]
+    place = ".".join(str(part) for part in first["loc"] if part not in ("body", "str", "list[str]")) or "the request"
+    return f"'{place[:80]}': {first['msg'][:200]}; see /docs for what the service takes."
+
+
+def describe_body(shape: type[BaseModel], *, file: str) -> dict[str, Any]:
+    """OpenAPI's description of a request that is JSON or multipart."""
+    fields = {name: {"type": "string"} for name in Question.model_fields}
+    many: dict[str, Any] = {"type": "string", "format": "binary"}
+    if file == "images":
+        many = {"type": "array", "items": many}
+    form = {"type": "object", "required": [file, "classes"], "properties": {file: many, **fields}}
+    schema = shape.model_json_schema()
+    return {
+        "requestBody": {
+            "required": True,
+            "content": {"application/json": {"schema": schema}, "multipart/form-data": {"schema": form}},
+        }
+    }

@@ -1,0 +1,111 @@
+"""A segmentation in the forms that clients ask for."""
+
+from __future__ import annotations
+
+import base64
+import io
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+import numpy as np
+from PIL import Image
+
+from lexiseg.app.queue import Answer
+
+if TYPE_CHECKING:
+    from lexiseg.segmentation import Segmentation
+
+Output: TypeAlias = Literal["rle", "png", "polygons", "geojson", "scores"]
+OUTPUTS: tuple[Output, ...] = ("rle", "png", "polygons", "geojson", "scores")
+SCORE_SIDE = 128
+"""Longer side of a map of scores."""
+
+
+def encode_png(image: Image.Image) -> str:
+    """The picture as PNG in base64."""
+    stream = io.BytesIO()
+    image.save(stream, format="PNG")
+    return base64.b64encode(stream.getvalue()).decode()
+
+
+def describe_result(answer: Answer, model: str, output: Output) -> dict[str, Any]:
+    """The answer as JSON holds it.
+
+    Args:
+        answer: from the queue.
+        model: name of the model.
+        output: "rle" gives each class COCO's compressed run lengths, area and box; "png" one PNG of ids in base64;
+            "polygons" each class's outlines in pixels with holes; "geojson" a FeatureCollection; "scores" each class's
+            map of scores as a grey PNG in base64, 255 at the picture's highest score, 0 at its lowest.
+    """
+    result = answer.result
+    height, width = result.size
+    palette = result.palette()
+    rows: list[dict[str, Any]] = [
+        {
+            "id": row.index,
+            "name": row.name,
+            "seen": row.seen,
+            "fraction": row.share,
+            "score": row.score,
+            "color": [int(part) for part in palette[row.index]],
+        }
+        for row in result.table()
+    ]
+    found: dict[str, Any] = {
+        "model": model,
+        "width": width,
+        "height": height,
+        "names": list(result.classes),
+        "ignored_fraction": result.num_ignored / max(1, height * width),
+        "classes": rows,
+        "notes": list(answer.notes),
+    }
+    if output == "png":
+        found |= {"png": encode_png(result.label_image()), "ignore_index": result.ignore_index}
+    elif output == "rle":
+        entries = {entry["category_id"]: entry for entry in result.to_coco_rle()}
+        for row in rows:
+            entry = entries[row["id"]]
+            row |= {"rle": entry["segmentation"], "area": entry["area"], "bbox": entry["bbox"]}
+    elif output == "polygons":
+        for row in rows:
+            row["polygons"] = outlines(result, int(row["id"]))
+    elif output == "geojson":
+        found["geojson"] = _geojson(result, rows)
+    elif answer.scores is not None:
+        found["scores"] = _score_maps(answer, (height, width))
+    return found
+
+
+def outlines(result: Segmentation, index: int) -> list[list[list[list[float]]]]:
+    """Outlines of a class: polygons of rings of (x, y) in pixels, the first ring outside and the others holes."""
+    from lexiseg.formats import polygons_of
+
+    return polygons_of(result.mask(index).numpy())
+
+
+def _geojson(result: Segmentation, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    features = []
+    for row in rows:
+        coordinates = [[[*ring, ring[0]] for ring in polygon] for polygon in outlines(result, int(row["id"]))]
+        features.append(
+            {
+                "type": "Feature",
+                "properties": {key: row[key] for key in ("id", "name", "score", "fraction")},
+                "geometry": {"type": "MultiPolygon", "coordinates": coordinates},
+            }
+        )
+    return {"type": "FeatureCollection", "features": features}
+
+
+def _score_maps(answer: Answer, size: tuple[int, int]) -> dict[str, Any]:
+    scores, names = answer.scores, answer.result.classes
+    if scores is None:
+        return {}
+    factor = min(1.0, SCORE_SIDE / max(size))
+    small = (max(1, round(size[0] * factor)), max(1, round(size[1] * factor)))
+    values = scores.dense(small)[0].float().cpu().numpy()
+    low, high = float(values.min()), float(values.max())
+    grey = np.round((values - low) / max(high - low, 1e-12) * 255).astype(np.uint8)
+    maps = {name: encode_png(Image.fromarray(values)) for name, values in zip(names, grey, strict=False)}
+    return {"low": low, "high": high, "maps": maps}

@@ -1,0 +1,280 @@
+"""The HTTP service: ``POST /v1/segment`` and its siblings, over one queue in front of the models."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from importlib import resources
+from typing import TYPE_CHECKING, Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import HTMLResponse, JSONResponse, Response
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from pydantic import ValidationError
+from starlette.exceptions import HTTPException
+
+import lexiseg
+from lexiseg.app.annotation import add_annotation_routes
+from lexiseg.app.guard import Guard
+from lexiseg.app.queue import Answer, BusyError, Job, Queue
+from lexiseg.app.requests import (
+    BatchRequest,
+    ClassesRequest,
+    Question,
+    SegmentRequest,
+    ServiceError,
+    describe_body,
+    first_complaint,
+    read_question,
+)
+from lexiseg.app.results import OUTPUTS, describe_result
+from lexiseg.app.settings import ServiceSettings
+from lexiseg.class_list import split_classes
+from lexiseg.errors import LexisegError
+from lexiseg.vocabulary import Vocabulary, VocabularyClass
+
+if TYPE_CHECKING:
+    from lexiseg.segmenter import Segmenter
+
+_GONE = 499  # nginx's code for a client that left; nobody reads it
+_POLL_SECONDS = 0.25
+
+
+_ERROR: dict[int | str, dict[str, Any]] = {
+    code: {"description": what, "content": {"application/json": {"schema": {"type": "object"}}}}
+    for code, what in (
+        (400, "The body cannot be read."),
+        (401, "The token is missing or wrong."),
+        (404, "There is no such model."),
+        (408, "The request arrived too slowly."),
+        (413, "The request is too large."),
+        (422, "Something in the request is wrong; the sentence says what."),
+        (503, "The service is busy; Retry-After says when to try again."),
+        (504, "It took too long."),
+    )
+}
+
+
+class Service:
+    """The models, the queue before them, and the counters.
+
+    Args:
+        segmenters: the models by name; the first is the default.
+        settings: the limits.
+    """
+
+    def __init__(self, segmenters: dict[str, Segmenter], settings: ServiceSettings) -> None:
+        if not segmenters:
+            raise LexisegError("A service needs at least one model; name one.")
+        self.segmenters = segmenters
+        self.settings = settings
+        self.queue = Queue(settings.queue, settings.batch)
+        self.registry = CollectorRegistry()
+        labels = ["path", "status"]
+        self.requests = Counter("lexiseg_requests", "Requests answered.", labels, registry=self.registry)
+        self.seconds = Histogram("lexiseg_request_seconds", "Seconds a request.", ["path"], registry=self.registry)
+        waiting = Gauge("lexiseg_queue_waiting", "Pictures that wait.", registry=self.registry)
+        waiting.set_function(lambda: len(self.queue.waiting))
+
+    def count(self, path: str, status: int, seconds: float) -> None:
+        """Count an answer."""
+        self.requests.labels(path, str(status)).inc()
+        self.seconds.labels(path).observe(seconds)
+
+    def segmenter(self, name: str | None) -> tuple[str, Segmenter]:
+        """A model by its name, or the first.
+
+        Raises:
+            ServiceError: it is not served.
+        """
+        name = next(iter(self.segmenters)) if name is None else name
+        if name not in self.segmenters:
+            raise ServiceError(404, f"The model is not served here; choose {' or '.join(self.segmenters)}.")
+        return name, self.segmenters[name]
+
+    def vocabulary(self, classes: str | Sequence[str]) -> Vocabulary:
+        """The classes of a client: words alone; nothing in them is ever taken for a file.
+
+        Raises:
+            LexisegError: they are wrong.
+            ServiceError: they are too many.
+        """
+        texts = [classes] if isinstance(classes, str) else list(classes)
+        if sum(text.count(";") + text.count("\n") + 1 for text in texts) > 4 * self.settings.max_classes:
+            raise self._too_many()
+        listed = [one for text in texts for one in split_classes(text)]
+        if len(listed) > self.settings.max_classes:
+            raise self._too_many()
+        return Vocabulary(tuple(VocabularyClass(one.name, tuple(one.synonyms)) for one in listed))
+
+    def _too_many(self) -> ServiceError:
+        return ServiceError(422, f"There are more than {self.settings.max_classes} classes; send fewer.")
+
+    async def answer(
+        self, request: Request, question: Question, pictures: list[bytes], vocabulary: Vocabulary | None = None
+    ) -> tuple[str, list[Answer]]:
+        """Put pictures into the queue and wait for them, as long as the client does.
+
+        Raises:
+            ServiceError: there is no room, it takes too long, or the client has gone.
+            LexisegError: a picture or the classes are wrong.
+        """
+        if len(pictures) > self.settings.max_pictures:
+            raise ServiceError(422, f"There are more than {self.settings.max_pictures} pictures; send fewer at a time.")
+        name, segmenter = self.segmenter(question.model)
+        words = self.vocabulary(question.classes) if vocabulary is None else vocabulary
+        arguments: dict[str, Any] = {"classes": words}
+        for key in ("background", "window", "refine"):
+            if (value := getattr(question, key)) is not None:
+                arguments[key] = value
+        alike = (name, words.hash(), question.background, question.window, question.refine)
+        jobs = [Job(picture, alike, segmenter, arguments, question.output == "scores") for picture in pictures]
+        try:
+            self.queue.submit(jobs)
+        except BusyError as error:
+            sentence = f"The service is busy; try again in {error.retry_after} seconds."
+            raise ServiceError(503, sentence, {"Retry-After": str(error.retry_after)}) from error
+        futures = [asyncio.wrap_future(job.future) for job in jobs]
+        try:
+            await self._wait(request, futures)
+        finally:
+            for job, future in zip(jobs, futures, strict=True):
+                job.future.cancel()
+                if future.done() and not future.cancelled():
+                    future.exception()  # seen, so that asyncio does not report it
+        return name, [future.result() for future in futures]
+
+    async def _wait(self, request: Request, futures: list[asyncio.Future[Answer]]) -> None:
+        deadline = time.monotonic() + self.settings.seconds
+        pending: set[asyncio.Future[Answer]] = set(futures)
+        while pending:
+            _, pending = await asyncio.wait(pending, timeout=_POLL_SECONDS, return_when=asyncio.FIRST_EXCEPTION)
+            if any(future.done() and future.exception() for future in futures):
+                return
+            if pending and await request.is_disconnected():
+                raise ServiceError(_GONE, "The client has gone.")
+            if pending and time.monotonic() > deadline:
+                raise ServiceError(
+                    504, f"It took longer than {self.settings.seconds:g} seconds; send a smaller picture."
+                )
+
+
+def create_app(segmenters: dict[str, Segmenter], settings: ServiceSettings | None = None) -> FastAPI:
+    """The service as an ASGI application.
+
+    Args:
+        segmenters: the models by name; the first is the default.
+        settings: the limits; None takes the defaults.
+
+    Raises:
+        LexisegError: there is no model.
+    """
+    settings = settings or ServiceSettings()
+    service = Service(segmenters, settings)
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        await asyncio.to_thread(service.queue.close)
+
+    app = FastAPI(title="lexiseg", version=lexiseg.__version__, lifespan=lifespan, redoc_url=None)
+    app.state.service = service
+    app.add_middleware(Guard, settings=settings, count=service.count)
+    _handle_errors(app, service)
+    _add_routes(app, service)
+    add_annotation_routes(app, service)
+    return app
+
+
+def _handle_errors(app: FastAPI, service: Service) -> None:
+    @app.exception_handler(ServiceError)
+    async def _(_: Request, error: ServiceError) -> JSONResponse:
+        return JSONResponse({"error": str(error)}, error.status, error.headers)
+
+    @app.exception_handler(LexisegError)
+    async def _(_: Request, error: LexisegError) -> JSONResponse:
+        return JSONResponse({"error": str(error)}, 422)
+
+    @app.exception_handler(HTTPException)
+    async def _(_: Request, error: HTTPException) -> JSONResponse:
+        sentence = error.detail if error.detail.endswith(".") else f"{error.detail}."
+        return JSONResponse({"error": sentence}, error.status_code, error.headers)
+
+    @app.exception_handler(RequestValidationError)
+    async def _(_: Request, error: RequestValidationError) -> JSONResponse:
+        return JSONResponse({"error": first_complaint(error.errors())}, 422)
+
+    @app.exception_handler(ValidationError)
+    async def _(_: Request, error: ValidationError) -> JSONResponse:
+        return JSONResponse({"error": first_complaint(error.errors())}, 422)
+
+
+def _add_routes(app: FastAPI, service: Service) -> None:
+    @app.post("/v1/segment", responses=_ERROR, openapi_extra=describe_body(SegmentRequest, file="image"))
+    async def segment(request: Request) -> dict[str, Any]:
+        """Segment one picture; JSON with the picture in base64, or multipart with it as the file ``image``."""
+        question, pictures = await read_question(request, SegmentRequest)
+        if len(pictures) > 1:
+            raise ServiceError(422, "This takes one picture; send several to /v1/batch.")
+        name, answers = await service.answer(request, question, pictures)
+        return await asyncio.to_thread(describe_result, answers[0], name, question.output)
+
+    @app.post("/v1/batch", responses=_ERROR, openapi_extra=describe_body(BatchRequest, file="images"))
+    async def batch(request: Request) -> dict[str, Any]:
+        """Segment several pictures by the same classes; the results are in the pictures' order."""
+        question, pictures = await read_question(request, BatchRequest)
+        name, answers = await service.answer(request, question, pictures)
+        found = [await asyncio.to_thread(describe_result, answer, name, question.output) for answer in answers]
+        return {"results": found}
+
+    @app.post("/v1/classes", responses=_ERROR)
+    async def classes(content: ClassesRequest) -> dict[str, Any]:
+        """Check classes: their names, synonyms, and which a model has seen masks of."""
+        _, segmenter = service.segmenter(content.model)
+        vocabulary = await asyncio.to_thread(segmenter.vocabulary, service.vocabulary(content.classes))
+        return {
+            "classes": [
+                {"name": one.name, "synonyms": list(one.synonyms), "seen": one.seen} for one in vocabulary.classes
+            ]
+        }
+
+    @app.get("/v1/models", responses={401: _ERROR[401]})
+    async def models() -> dict[str, Any]:
+        """The models that are served; the first is the default."""
+        return {
+            "models": [
+                {"name": name, "system": one.model.system, "seen": len(one.model.seen_names)}
+                for name, one in service.segmenters.items()
+            ],
+            "outputs": list(OUTPUTS),
+        }
+
+    @app.get("/health")
+    async def health() -> dict[str, Any]:
+        """Whether the service answers."""
+        return {"status": "UP", "version": lexiseg.__version__, "waiting": len(service.queue.waiting)}
+
+    @app.get("/metrics", responses={401: _ERROR[401]}, response_class=Response)
+    async def metrics() -> Response:
+        """Counters in the format of Prometheus."""
+        return Response(generate_latest(service.registry), media_type=CONTENT_TYPE_LATEST)
+
+    @app.get("/", response_class=HTMLResponse, include_in_schema=False)
+    async def page() -> HTMLResponse:
+        return HTMLResponse((resources.files("lexiseg.app") / "page.html").read_text(encoding="utf-8"))
+
+    @app.get("/samples", include_in_schema=False)
+    async def samples() -> list[dict[str, str]]:
+        from lexiseg.samples import list_samples
+
+        return [{"name": name} for name in list_samples()]
+
+    @app.get("/samples/{name}", include_in_schema=False)
+    async def sample(name: str) -> Response:
+        from lexiseg.samples import sample_path
+
+        path = sample_path(name)
+        return Response(path.read_bytes(), media_type="image/png" if path.suffix == ".png" else "image/jpeg")

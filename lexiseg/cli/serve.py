@@ -1,0 +1,92 @@
+"""``lexiseg serve``: the web page and the HTTP service."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lexiseg.cli.console import say, say_note, waiting
+from lexiseg.errors import LexisegError
+
+_LOOPBACK = ("127.0.0.1", "localhost", "::1")
+_TOKEN = "LEXISEG_TOKEN"
+
+
+def serve(
+    model: Annotated[
+        list[str] | None,
+        typer.Option("--model", "-m", help="A model; repeat it for several, the first is the default."),
+    ] = None,
+    host: Annotated[str, typer.Option("--host", help="Address to listen at; 0.0.0.0 is every network.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="Port; 0 takes a free one.")] = 8080,
+    device: Annotated[str, typer.Option("--device", help="cpu, cuda, mps; auto takes an accelerator.")] = "auto",
+    classes: Annotated[
+        str | None,
+        typer.Option("--classes", help="Classes for tools that send none (CVAT).", show_default=False),
+    ] = None,
+    files: Annotated[
+        Path | None,
+        typer.Option("--files", help="Folder of Label Studio's local files.", file_okay=False, show_default=False),
+    ] = None,
+    max_megabytes: Annotated[int, typer.Option("--max-megabytes", min=1, help="Largest request in MiB.")] = 32,
+    max_megapixels: Annotated[float, typer.Option("--max-megapixels", min=0.001, help="Largest picture.")] = 40,
+    max_classes: Annotated[int, typer.Option("--max-classes", min=1, help="Most classes in a request.")] = 1000,
+    seconds: Annotated[float, typer.Option("--seconds", min=0.1, help="Longest time for a request.")] = 120,
+    queue: Annotated[int, typer.Option("--queue", min=1, help="Pictures that wait at most; more get 503.")] = 32,
+    batch: Annotated[int, typer.Option("--batch", min=1, help="Pictures in one forward pass at most.")] = 8,
+) -> None:
+    """Serve a web page and an HTTP service that segment pictures by words.
+
+    Clients must send the token in the environment variable LEXISEG_TOKEN, if there is one.
+    """
+    if host not in _LOOPBACK and not os.environ.get(_TOKEN):
+        say_note(
+            f"Everyone who reaches {host} can use this service; set {_TOKEN} to ask for a token, and put a proxy with "
+            "TLS in front of it."
+        )
+    if files is not None and not files.is_dir():
+        raise LexisegError(f"'{files}' is not a folder; name the folder of Label Studio's local files.")
+    try:
+        import fastapi
+        import prometheus_client
+        import uvicorn
+
+        del fastapi, prometheus_client
+    except ImportError as error:
+        raise LexisegError("Serving needs more packages; install them with pip install 'lexiseg[app]'.") from error
+    import lexiseg
+    from lexiseg.app.service import create_app
+    from lexiseg.app.settings import ServiceSettings
+
+    settings = ServiceSettings(
+        token=os.environ.get(_TOKEN) or None,
+        max_bytes=max_megabytes * 2**20,
+        max_pixels=int(max_megapixels * 1e6),
+        max_classes=max_classes,
+        seconds=seconds,
+        queue=queue,
+        batch=batch,
+        classes=classes,
+        files=files,
+    )
+    segmenters = {}
+    for name in model or ["auto"]:
+        with waiting(f"loading {name}"):
+            segmenters[name] = lexiseg.load(name, device=device, max_pixels=settings.max_pixels)
+    config = uvicorn.Config(
+        create_app(segmenters, settings),
+        host=host,
+        port=port,
+        log_level="warning",
+        timeout_graceful_shutdown=int(seconds) + 1,
+        limit_concurrency=1000,
+        server_header=False,
+    )
+    server = uvicorn.Server(config)
+    sockets = [config.bind_socket()]
+    address, bound = sockets[0].getsockname()[:2]
+    say(f"serving {', '.join(segmenters)} at http://{'[' + address + ']' if ':' in address else address}:{bound}/")
+    server.run(sockets=sockets)

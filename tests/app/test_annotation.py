@@ -1,0 +1,123 @@
+"""Label Studio's and CVAT's requests, as these tools send them."""
+
+from __future__ import annotations
+
+import base64
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from fastapi.testclient import TestClient
+
+import lexiseg
+from lexiseg.app.brush import decode_brush, encode_brush
+from lexiseg.app.service import create_app
+from lexiseg.app.settings import ServiceSettings
+from lexiseg.samples import sample_path
+
+INTERFACE = """<View><!-- people's comments stay -->
+  <Image name="img" value="$photo"/>
+  <BrushLabels name="tag" toName="img"><Label value="elephant"/>
+  <Label value="leaves" alias="foliage"/><Label value="grass"/>
+  </BrushLabels></View>"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    found = tmp_path_factory.mktemp("files")
+    (found / "sub").mkdir()
+    (found / "sub" / "demo.png").write_bytes(sample_path("demo").read_bytes())
+    (found.parent / "outside.png").write_bytes(b"secret")
+    return found
+
+
+@pytest.fixture(scope="module")
+def segmenter() -> Any:
+    return lexiseg.load("zegclip-emoji", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def client(segmenter: Any, folder: Path) -> Any:
+    settings = ServiceSettings(classes="elephant; leaves; grass", files=folder)
+    with TestClient(create_app({"zegclip-emoji": segmenter}, settings), raise_server_exceptions=False) as found:
+        yield found
+
+
+def test_brush_labels_survive_a_round_trip() -> None:
+    rng = np.random.default_rng(0)
+    masks = [rng.random((7, 9)) > 0.5, np.zeros((300, 260), bool), np.ones((300, 260), bool), np.eye(40, dtype=bool)]
+    for mask in masks:
+        assert np.array_equal(decode_brush(encode_brush(mask), mask.shape), mask)
+    with pytest.raises(ValueError, match="values"):
+        decode_brush(encode_brush(masks[0]), (7, 8))
+    with pytest.raises(ValueError, match="too early"):
+        decode_brush(encode_brush(masks[0])[:9], (7, 9))
+
+
+def test_label_studio_connects_and_predicts(client: TestClient, segmenter: Any) -> None:
+    assert client.post("/setup", json={"project": "1", "schema": INTERFACE}).json() == {
+        "model_version": "zegclip-emoji"
+    }
+    data = sample_path("demo").read_bytes()
+    expected = segmenter.predict(data, "elephant; leaves; grass")
+    embedded = "data:image/png;base64," + base64.b64encode(data).decode()
+    for source in (embedded, "/data/local-files/?d=sub/demo.png"):
+        request = {
+            "tasks": [{"id": 7, "data": {"photo": source}}],
+            "label_config": INTERFACE,
+            "params": {"context": None},
+        }
+        reply = client.post("/predict", json=request)
+        assert reply.status_code == 200, reply.text
+        (found,) = reply.json()["results"]
+        assert found["model_version"] == "zegclip-emoji" and 0 < found["score"] <= 1
+        labels = {}
+        for one in found["result"]:
+            assert (one["from_name"], one["to_name"], one["type"]) == ("tag", "img", "brushlabels")
+            size = (one["original_height"], one["original_width"])
+            labels[one["value"]["brushlabels"][0]] = decode_brush(one["value"]["rle"], size)
+        assert set(labels) == {"elephant", "foliage", "grass"}
+        assert np.array_equal(labels["foliage"], expected.mask("leaves").numpy())
+
+
+def test_label_studio_polygons(client: TestClient) -> None:
+    interface = INTERFACE.replace("BrushLabels", "PolygonLabels")
+    request = {"tasks": [{"data": {"photo": "/data/local-files/?d=sub/demo.png"}}], "label_config": interface}
+    (found,) = client.post("/predict", json=request).json()["results"]
+    points = [point for one in found["result"] for point in one["value"]["points"]]
+    assert found["result"][0]["type"] == "polygonlabels"
+    assert all(0 <= number <= 100 for point in points for number in point)
+
+
+@pytest.mark.parametrize(
+    ("source", "interface", "says"),
+    [
+        ("/data/local-files/?d=../outside.png", INTERFACE, "no such file"),
+        ("/data/local-files/?d=/etc/passwd", INTERFACE, "no such file"),
+        ("http://example.org/a.png", INTERFACE, "fetches no addresses"),
+        (None, INTERFACE, "no picture under 'photo'"),
+        ("x", "<View>", "not XML"),
+        ("x", "<View/>", "needs an Image"),
+        ("x", '<!DOCTYPE a [<!ENTITY b "c">]>' + INTERFACE, "document type"),
+        ("x", INTERFACE.replace("<Label ", "<Other "), "no Label"),
+    ],
+)
+def test_label_studio_s_mistakes(client: TestClient, source: str | None, interface: str, says: str) -> None:
+    reply = client.post("/predict", json={"tasks": [{"data": {"photo": source}}], "label_config": interface})
+    assert reply.status_code == 422 and says in reply.json()["error"], reply.text
+
+
+def test_cvat_s_shape(client: TestClient, segmenter: Any) -> None:
+    data = sample_path("demo").read_bytes()
+    found = client.post("/cvat", json={"image": base64.b64encode(data).decode(), "threshold": 0.0}).json()
+    expected = segmenter.predict(data, "elephant; leaves; grass")
+    assert {one["label"] for one in found} == {row.name for row in expected.table()}
+    for one in found:
+        *inside, left, top, right, bottom = one["mask"]
+        mask = np.zeros(tuple(expected.size), bool)
+        shape = (bottom - top + 1, right - left + 1)
+        mask[top : bottom + 1, left : right + 1] = np.reshape(inside, shape)
+        assert np.array_equal(mask, expected.mask(one["label"]).numpy())
+        assert one["type"] == "mask" and len(one["points"]) >= 6 and float(one["confidence"]) > 0
+    assert client.post("/cvat", json={"image": base64.b64encode(data).decode(), "threshold": 2.0}).json() == []

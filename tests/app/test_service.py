@@ -1,0 +1,269 @@
+"""The service over loopback, as clients use and misuse it."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+import uvicorn
+from PIL import Image
+from pycocotools import mask as coco
+
+import lexiseg
+from lexiseg.app.service import create_app
+from lexiseg.app.settings import ServiceSettings
+from lexiseg.samples import sample_path
+
+WORDS = "giraffe; elephant; butterfly; tree; leaves, bush; grass"
+SMALL = ServiceSettings(max_bytes=2 * 2**20, max_pixels=1_000_000, max_classes=50, seconds=20, queue=4, max_pictures=3)
+
+
+class Running:
+    """A service in a thread, at a free port of the loopback address."""
+
+    def __init__(self, settings: ServiceSettings) -> None:
+        self.segmenter = lexiseg.load("zegclip-emoji", device="cpu", max_pixels=settings.max_pixels)
+        config = uvicorn.Config(create_app({"zegclip-emoji": self.segmenter}, settings), port=0, log_level="error")
+        self.server = uvicorn.Server(config)
+        listening = config.bind_socket()
+        self.port: int = listening.getsockname()[1]
+        self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [listening]}, daemon=True)
+        self.thread.start()
+        while not self.server.started:
+            time.sleep(0.01)
+        self.client = httpx.Client(base_url=f"http://127.0.0.1:{self.port}", timeout=60)
+
+    def stop(self) -> None:
+        self.client.close()
+        self.server.should_exit = True
+        self.thread.join(30)
+
+
+@pytest.fixture(scope="module")
+def running() -> Iterator[Running]:
+    found = Running(SMALL)
+    yield found
+    found.stop()
+
+
+def png(size: tuple[int, int] = (64, 48), seed: int = 0) -> bytes:
+    stream = io.BytesIO()
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def head(length: int) -> bytes:
+    lines = (
+        "POST /v1/segment HTTP/1.1",
+        "Host: x",
+        "Content-Type: application/json",
+        f"Content-Length: {length}",
+        "",
+        "",
+    )
+    return "\r\n".join(lines).encode()
+
+
+def b64(data: bytes) -> str:
+    return base64.b64encode(data).decode()
+
+
+def assert_sentence(reply: httpx.Response, status: int, says: str) -> None:
+    assert reply.status_code == status, reply.text
+    sentence = reply.json()["error"]
+    assert says in sentence and sentence.endswith(".") and "\n" not in sentence, sentence
+
+
+def test_a_picture_in_every_form(running: Running) -> None:
+    data = sample_path("demo").read_bytes()
+    expected = running.segmenter.predict(data, WORDS)
+    labels = np.asarray(expected.label_map)
+    found = {}
+    for output in ("rle", "png", "polygons", "geojson", "scores"):
+        reply = running.client.post(
+            "/v1/segment", files={"image": ("demo.png", data)}, data={"classes": WORDS, "output": output}
+        )
+        assert reply.status_code == 200, reply.text
+        found[output] = reply.json()
+    again = running.client.post("/v1/segment", json={"image": b64(data), "classes": WORDS.split("; ")})
+    assert again.json() == found["rle"]
+    for row in found["rle"]["classes"]:
+        mask = coco.decode(row["rle"]).astype(bool)
+        assert np.array_equal(mask, labels == row["id"])
+        assert row["area"] == mask.sum() and row["name"] == found["rle"]["names"][row["id"]]
+    picture = Image.open(io.BytesIO(base64.b64decode(found["png"]["png"])))
+    assert np.array_equal(np.asarray(picture), labels)
+    assert all(polygon[0] for row in found["polygons"]["classes"] for polygon in row["polygons"])
+    features = found["geojson"]["geojson"]["features"]
+    assert {one["properties"]["name"] for one in features} == {row["name"] for row in found["rle"]["classes"]}
+    assert all(ring[0] == ring[-1] for one in features for part in one["geometry"]["coordinates"] for ring in part)
+    assert set(found["scores"]["scores"]["maps"]) == set(expected.classes)
+
+
+def test_a_batch_keeps_the_order(running: Running) -> None:
+    pictures = [png((40 + 8 * index, 32), index) for index in range(3)]
+    reply = running.client.post(
+        "/v1/batch",
+        files=[("images", (f"{i}.png", one)) for i, one in enumerate(pictures)],
+        data={"classes": "cat; dog"},
+    )
+    assert [one["width"] for one in reply.json()["results"]] == [40, 48, 56]
+    reply = running.client.post("/v1/batch", json={"images": [b64(pictures[2])], "classes": "cat; dog"})
+    assert [one["width"] for one in reply.json()["results"]] == [56]
+
+
+def test_what_is_wrong_is_a_sentence_with_its_status(running: Running) -> None:
+    client, good = running.client, {"image": b64(png()), "classes": "cat; dog"}
+    huge = io.BytesIO()
+    Image.new("L", (3000, 3000)).save(huge, "PNG")
+    for change, status, says in (
+        ({"image": "http://example.org/a.png"}, 422, "fetches no addresses"),
+        ({"image": "%%%"}, 422, "base64"),
+        ({"image": b64(b"not a picture")}, 422, "picture"),
+        ({"image": b64(huge.getvalue())}, 422, "pixels"),
+        ({"image": b64(png()[:60])}, 422, "picture"),
+        ({"classes": ""}, 422, "class"),
+        ({"classes": "cat; cat"}, 422, "twice"),
+        ({"classes": "cat; " + "very " * 100 + "long"}, 422, "shorter name"),
+        ({"classes": "; ".join(f"c{i}" for i in range(60))}, 422, "more than 50 classes"),
+        ({"classes": 5}, 422, "classes"),
+        ({"model": "other"}, 404, "not served"),
+        ({"window": -3}, 422, "window"),
+        ({"output": "bitmap"}, 422, "output"),
+        ({"colour": "red"}, 422, "colour"),
+    ):
+        reply = client.post("/v1/segment", json={**good, **change})
+        assert_sentence(reply, status, says)
+    assert_sentence(client.post("/v1/segment", content=b"{", headers={"content-type": "application/json"}), 422, "JSON")
+    assert_sentence(client.post("/v1/segment", data={"classes": "a"}, files={"x": ("", b"")}), 422, "picture")
+    assert_sentence(
+        client.post("/v1/batch", json={"images": [good["image"]] * 4, "classes": "a; b"}), 422, "more than 3"
+    )
+    assert_sentence(client.get("/nothing"), 404, "Not Found")
+    assert_sentence(client.get("/v1/segment"), 405, "Method")
+
+
+def test_words_of_clients_are_never_files(running: Running, tmp_path: Path) -> None:
+    secret = tmp_path / "secret.txt"
+    secret.write_text("hunter2\n")
+    for text in (f"@{secret}", str(secret), f"mug = cup, photo:{secret}"):
+        reply = running.client.post("/v1/classes", json={"classes": text})
+        assert "hunter2" not in reply.text
+        if reply.status_code == 200:
+            assert secret.name in reply.text  # the words themselves
+
+
+def test_classes_are_checked_as_they_are_typed(running: Running) -> None:
+    found = running.client.post("/v1/classes", json={"classes": "giraffe; elephant; tree, bush"}).json()["classes"]
+    assert [(one["name"], one["seen"]) for one in found] == [("giraffe", False), ("elephant", True), ("tree", True)]
+    assert_sentence(running.client.post("/v1/classes", json={"classes": "a; a"}), 422, "twice")
+
+
+def test_health_models_metrics_and_openapi(running: Running) -> None:
+    client = running.client
+    assert client.get("/health").json()["status"] == "UP"
+    assert client.get("/v1/models").json()["models"][0]["name"] == "zegclip-emoji"
+    client.post("/v1/segment", json={"image": b64(png()), "classes": "cat; dog"})
+    assert 'lexiseg_requests_total{path="/v1/segment",status="200"}' in client.get("/metrics").text
+    paths = client.get("/openapi.json").json()["paths"]
+    assert "example" in json.dumps(paths["/v1/segment"])
+    assert "<title>lexiseg</title>" in client.get("/").text
+    assert client.get("/samples/demo").headers["content-type"] == "image/png"
+    assert_sentence(client.get("/samples/..%2Fsecret"), 404, "Not Found")
+    assert_sentence(client.get("/samples/nothing"), 422, "no sample")
+
+
+def test_bodies_that_are_too_large_are_refused_early(running: Running) -> None:
+    started = time.monotonic()
+    with socket.create_connection(("127.0.0.1", running.port)) as line:
+        line.sendall(head(314572800) + b"x" * 1000)
+        assert b" 413 " in line.recv(100)
+    assert time.monotonic() - started < 5
+
+    def endless() -> Iterator[bytes]:
+        for _ in range(300):
+            yield b"x" * 2**16
+
+    try:
+        reply = running.client.post("/v1/segment", content=endless(), headers={"content-type": "application/json"})
+        assert_sentence(reply, 413, "larger than 2 MiB")
+    except (httpx.WriteError, httpx.ReadError, httpx.RemoteProtocolError):
+        pass  # the service hung up while we were still sending, which is its right
+
+
+def test_the_token_is_asked_for() -> None:
+    guarded = Running(SMALL.model_copy(update={"token": "open sesame"}))
+    try:
+        assert guarded.client.get("/health").status_code == 200
+        assert_sentence(guarded.client.get("/v1/models"), 401, "token")
+        headers = {"Authorization": "Bearer open sesame"}
+        assert guarded.client.get("/v1/models", headers=headers).status_code == 200
+    finally:
+        guarded.stop()
+
+
+def test_a_slow_client_and_one_that_leaves() -> None:
+    impatient = Running(SMALL.model_copy(update={"seconds": 1.0}))
+    try:
+        with socket.create_connection(("127.0.0.1", impatient.port)) as line:
+            head = (
+                "POST /v1/segment HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 1000\r\n\r\n"
+            )
+            line.sendall(head.encode())
+            assert b" 408 " in line.recv(100)
+        body = json.dumps({"image": b64(png((900, 900))), "classes": "cat; dog"}).encode()
+        with socket.create_connection(("127.0.0.1", impatient.port)) as line:
+            head = (
+                f"POST /v1/segment HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
+            )
+            line.sendall(head.encode() + b"\r\n\r\n" + body)
+        assert impatient.client.get("/health").status_code == 200
+    finally:
+        impatient.stop()
+
+
+def test_a_full_queue_says_when_to_come_back(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    release = threading.Event()
+    predict = running.segmenter.predict
+    sizes: list[int] = []
+
+    def slow(pictures: list[bytes], **arguments: object) -> object:
+        sizes.append(len(pictures))
+        release.wait(20)
+        return predict(pictures, **arguments)  # type: ignore[call-overload]
+
+    monkeypatch.setattr(running.segmenter, "predict", slow)
+    body = {"image": b64(png()), "classes": "cat; dog"}
+    with ThreadPoolExecutor(12) as clients:
+        waiting = [clients.submit(running.client.post, "/v1/segment", json=body) for _ in range(12)]
+        time.sleep(1.0)
+        release.set()
+        replies = [one.result() for one in waiting]
+    codes = [reply.status_code for reply in replies]
+    assert set(codes) == {200, 503} and codes.count(200) >= SMALL.queue
+    busy = next(reply for reply in replies if reply.status_code == 503)
+    assert int(busy.headers["retry-after"]) >= 1
+    assert_sentence(busy, 503, "busy")
+    assert max(sizes) > 1, "requests that waited together did not share a pass"
+
+
+def test_stopping_drains_what_waits() -> None:
+    stopping = Running(SMALL)
+    body = {"image": b64(png((512, 512))), "classes": "cat; dog"}
+    with ThreadPoolExecutor(3) as clients:
+        waiting = [clients.submit(stopping.client.post, "/v1/segment", json=body) for _ in range(3)]
+        time.sleep(0.3)
+        stopping.server.should_exit = True
+        assert [one.result().status_code for one in waiting] == [200] * 3
+    stopping.stop()

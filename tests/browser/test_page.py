@@ -1,0 +1,191 @@
+"""The web page in a real, headless Chromium; run by ``make test-browser``, which installs what it needs.
+
+Screenshots go to ``build/screenshots``.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lexiseg.samples import sample_path
+
+webdriver = pytest.importorskip("selenium.webdriver")
+from selenium.webdriver.common.by import By  # noqa: E402
+from selenium.webdriver.common.keys import Keys  # noqa: E402
+from selenium.webdriver.support.ui import Select  # noqa: E402
+
+from tests.app.test_service import SMALL, Running  # noqa: E402
+
+pytestmark = pytest.mark.browser
+SHOTS = Path(__file__).parents[2] / "build" / "screenshots"
+WORDS = "giraffe; elephant; butterfly; tree; leaves, bush; grass"
+
+
+@pytest.fixture(scope="module")
+def running() -> Iterator[Running]:
+    found = Running(SMALL)
+    yield found
+    found.stop()
+
+
+@pytest.fixture
+def browser(tmp_path: Path) -> Iterator[Any]:
+    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    assert chromium and driver, "install Debian's chromium and chromium-driver"
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    quiet = ("background-networking", "component-update", "sync", "gpu", "quic", "dev-shm-usage")
+    for argument in ("--headless=new", "--no-sandbox", "--no-first-run", *(f"--disable-{name}" for name in quiet)):
+        options.add_argument(argument)
+    options.add_argument(f"--user-data-dir={tmp_path / 'profile'}")
+    options.add_argument("--window-size=1280,1000")
+    options.add_experimental_option("prefs", {"download.default_directory": str(tmp_path)})
+    found = webdriver.Chrome(options=options, service=webdriver.ChromeService(executable_path=driver))
+    yield found
+    found.quit()
+
+
+def until(check: Callable[[], Any], seconds: float = 60) -> Any:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if found := check():
+            return found
+        time.sleep(0.1)
+    raise AssertionError("it did not happen in time")
+
+
+class Page:
+    """The page as a person sees it."""
+
+    def __init__(self, browser: Any, port: int) -> None:
+        self.browser = browser
+        browser.get(f"http://127.0.0.1:{port}/")
+        until(lambda: len(Select(self.by("model")).options) == 1)
+
+    def by(self, name: str) -> Any:
+        return self.browser.find_element(By.ID, name)
+
+    def text(self, name: str) -> str:
+        return str(self.by(name).text)
+
+    def shoot(self, name: str) -> None:
+        SHOTS.mkdir(parents=True, exist_ok=True)
+        self.browser.save_screenshot(str(SHOTS / f"{name}.png"))
+
+    def pixels(self) -> Any:
+        script = (
+            "const c = document.getElementById('canvas'), p = c.getContext('2d');"
+            "const d = p.getImageData(0, 0, c.width, c.height).data;"
+            "let s = 0; for (let i = 0; i < d.length; i++) s = (s * 31 + d[i]) % 1000003; return s;"
+        )
+        return self.browser.execute_script(script)
+
+    def segment(self, path: Path | None = None, words: str = WORDS) -> None:
+        if path is not None:
+            self.by("files").send_keys(str(path))
+        self.by("classes").clear()
+        self.by("classes").send_keys(words)
+        self.by("run").click()
+        until(lambda: self.by("result").is_displayed() or self.text("error"))
+        until(lambda: self.by("run").is_enabled())
+
+
+def test_upload_classes_result_toggle_and_downloads(browser: Any, running: Running, tmp_path: Path) -> None:
+    page = Page(browser, running.port)
+    page.segment(sample_path("demo"))
+    legend = [item.text for item in page.by("legend").find_elements(By.TAG_NAME, "li")]
+    assert any("giraffe" in line and "(unseen)" in line for line in legend) and any(
+        "elephant" in line for line in legend
+    )
+    page.shoot("result")
+    before = page.pixels()
+    page.by("legend").find_elements(By.TAG_NAME, "input")[0].click()
+    assert page.pixels() != before
+    page.by("legend").find_elements(By.TAG_NAME, "input")[0].click()
+    assert page.pixels() == before
+    webdriver.ActionChains(browser).move_to_element(page.by("canvas")).perform()
+    assert page.text("hover") in {*(name.split(",")[0] for name in WORDS.split("; ")), "no class"}
+    for kind, name in (
+        ("labels", "demo_labels.png"), ("overlay", "demo_overlay.png"), ("coco", "demo_coco.json"),
+        ("geojson", "demo.geojson"), ("json", "demo.json"),
+    ):  # fmt: skip
+        browser.find_element(By.CSS_SELECTOR, f"[data-kind={kind}]").click()
+        until(lambda name=name: (tmp_path / name).is_file())
+    until(lambda: (tmp_path / "demo_coco.json").stat().st_size)
+    annotations = json.loads((tmp_path / "demo_coco.json").read_text())
+    assert {"images", "annotations", "categories"} <= annotations.keys()
+    browser.find_element(By.CSS_SELECTOR, "[data-kind=scores]").click()
+    until(lambda: len(page.by("maps").find_elements(By.TAG_NAME, "figure")) == 6)
+    page.shoot("scores")
+
+
+def test_classes_are_checked_as_they_are_typed(browser: Any, running: Running) -> None:
+    page = Page(browser, running.port)
+    page.by("classes").send_keys("giraffe; elephant")
+    until(lambda: "2 classes" in page.text("check") and "giraffe (unseen)" in page.text("check"))
+    page.by("classes").send_keys("; giraffe")
+    until(lambda: "twice" in page.text("check"))
+
+
+def test_mistakes_are_the_service_s_sentences(browser: Any, running: Running, tmp_path: Path) -> None:
+    page = Page(browser, running.port)
+    page.by("run").click()
+    until(lambda: "No picture is chosen" in page.text("error"))
+    wrong = tmp_path / "wrong.png"
+    wrong.write_bytes(b"no picture")
+    page.segment(wrong, "cat; dog")
+    assert "picture" in page.text("error") and not page.by("result").is_displayed()
+    page.shoot("error")
+
+
+def test_several_pictures_and_a_sample(browser: Any, running: Running) -> None:
+    page = Page(browser, running.port)
+    page.by("files").send_keys("\n".join(str(sample_path(name)) for name in ("harbour", "street")))
+    Select(page.by("sample")).select_by_value("demo")
+    page.segment(words="water; road; grass")
+    assert len(Select(page.by("which")).options) == 3
+
+
+def test_with_the_keyboard_alone(browser: Any, running: Running) -> None:
+    page = Page(browser, running.port)
+
+    def focused() -> str:
+        return str(browser.switch_to.active_element.get_attribute("id"))
+
+    def tab_to(name: str) -> None:
+        for _ in range(20):
+            webdriver.ActionChains(browser).send_keys(Keys.TAB).perform()
+            if focused() == name:
+                return
+        raise AssertionError(f"the tabulator does not reach {name}")
+
+    tab_to("sample")
+    browser.switch_to.active_element.send_keys("demo")
+    tab_to("classes")
+    browser.switch_to.active_element.send_keys("elephant; grass; leaves")
+    tab_to("run")
+    webdriver.ActionChains(browser).send_keys(Keys.ENTER).perform()
+    until(lambda: page.by("result").is_displayed())
+    tab_to("opacity")
+    before = page.pixels()
+    webdriver.ActionChains(browser).send_keys(Keys.ARROW_LEFT * 20).perform()
+    assert page.pixels() != before
+
+
+def test_on_a_narrow_screen(browser: Any, running: Running) -> None:
+    browser.set_window_size(500, 900)
+    browser.execute_cdp_cmd(
+        "Emulation.setDeviceMetricsOverride", {"width": 360, "height": 740, "deviceScaleFactor": 2, "mobile": True}
+    )
+    page = Page(browser, running.port)
+    Select(page.by("sample")).select_by_value("demo")
+    page.segment(words="elephant; grass")
+    assert browser.execute_script("return document.documentElement.scrollWidth <= window.innerWidth")
+    page.shoot("narrow")

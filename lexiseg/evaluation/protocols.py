@@ -5,7 +5,8 @@ them; mIoU over seen, over unseen, and their harmonic mean. *Cross-dataset* (``v
 COCO-Stuff chooses among another data set's classes; one mIoU.
 
 In all of them every pixel gets one of the data set's classes: there is no background class and no score threshold
-(ZegCLIP, Cascade-CLIP, DeOP, MAFT). Pixels whose truth is no class are not judged, whatever is predicted there:
+(ZegCLIP, Cascade-CLIP, DeOP, MAFT), but for ``voc-20b``, in which VOC's background is a class. Pixels whose truth is no
+class are not judged, whatever is predicted there:
 
 ========================  =============================================================================================
 data set                  values of the label file that are not judged
@@ -28,19 +29,20 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from lexiseg.clip.templates import IN_THE_SCENE
-from lexiseg.data.sets.catalog import data_set
-from lexiseg.data.sets.dataset import FileDataset
+from lexiseg.data.sets.catalog import DataSetInfo, data_set
+from lexiseg.data.sets.dataset import FileDataset, SplitFiles
+from lexiseg.data.sets.labels import ValueTable
 from lexiseg.data.sets.open import open_data_set
 from lexiseg.errors import LexisegError
 from lexiseg.evaluation.evaluate import Offsets
 from lexiseg.models.base import SegmentationModel
 from lexiseg.models.region_host import RegionHost
-from lexiseg.vocabulary import PAPER_TEMPLATES, SINGLE_TEMPLATE
+from lexiseg.vocabulary import PAPER_TEMPLATES, SINGLE_TEMPLATE, VocabularyClass
 from lexiseg.windows import WindowPolicy
 
 ONE_STAGE = WindowPolicy(size=512, stride=426, short_side=512, antialias=False)
@@ -67,6 +69,10 @@ _FIRST = (
 _WHOLE = (
     "all words of a class as one name, such as 'building, edifice', as in the code of DeOP and ZSSeg; ZegFormer splits "
     "it at the commas and takes the mean of the words' vectors"
+)
+_BACKGROUND = (
+    "the names alone; 'background' is also what PASCAL Context's 59 classes have beyond these 20, as CAT-Seg's paper "
+    "says, whose own list of words is not at hand"
 )
 _WORDS = {"pascal-context-459": _OWN_LIST, "ade20k-150": _FIRST, "ade20k-847": _WHOLE}
 
@@ -110,6 +116,7 @@ class Protocol:
             see :meth:`lexiseg.models.region_host.RegionHost.judge_with`.
         synonyms: whether classes have further words; see :func:`lexiseg.data.sets.open.synonyms_of`.
         words: what a class is called, and on whose word.
+        rest: words of one more class, "background", which is the label files' 0; none where that is not judged.
     """
 
     name: str
@@ -124,6 +131,7 @@ class Protocol:
     settings: Mapping[str, Mapping[str, Mapping[str, Any]]] = field(default_factory=dict)
     synonyms: bool = False
     words: str = _BARE
+    rest: tuple[str, ...] = ()
 
     @property
     def seen_split(self) -> bool:
@@ -165,7 +173,7 @@ class Protocol:
         Raises:
             LexisegError: files are missing; the sentence names the first. Or synonyms are asked for and there are none.
         """
-        return open_data_set(
+        data = open_data_set(
             self.data_set,
             root,
             "val",
@@ -174,6 +182,7 @@ class Protocol:
             names_of=self.names.get(system),
             synonyms=self.synonyms if synonyms is None else synonyms,
         )
+        return _with_rest(data, data_set(self.data_set), self.rest) if self.rest else data
 
     def card(self, *, synonyms: bool | None = None, settings: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """What a report says of the protocol.
@@ -183,6 +192,7 @@ class Protocol:
             settings: what :meth:`set_up` changed.
         """
         info = data_set(self.data_set)
+        void = [value for value in info.void if value or not self.rest]
         outside = {
             "pascal-context-59": "; of .mat files all outside the 59 classes",
             "ade20k-847": " in TIFFs; all outside the class list",
@@ -194,13 +204,22 @@ class Protocol:
                 "title": self.title,
                 "source": self.source,
                 "unseen_list": self.unseen,
-                "not_judged": f"values {', '.join(map(str, info.void))} of the label files"
-                + outside.get(self.data_set, ""),
+                "not_judged": f"values {', '.join(map(str, void))} of the label files" + outside.get(self.data_set, ""),
                 "synonyms": synonyms if changed else self.synonyms,
                 "words": f"chosen by the user; the protocol has {self.words}" if changed else self.words,
                 "settings": {key: dict(values) for key, values in (settings or {}).items()},
             }
         }
+
+
+def _with_rest(data: FileDataset, info: DataSetInfo, words: tuple[str, ...]) -> FileDataset:
+    """The same pictures with one more class, "background" and further words for it, where the label files have 0."""
+    last = len(data.vocabulary)
+    table = ValueTable({**info.id_map, 0: last}, [value for value in info.void if value], info.ignore)
+    items = tuple(replace(item, table=table) for item in data.items)
+    classes = (*data.vocabulary.classes, VocabularyClass("background", words))
+    vocabulary = replace(data.vocabulary, classes=classes)
+    return FileDataset(SplitFiles(data.split, items, vocabulary, info.ignore))
 
 
 def _generalised(name: str, title: str, data: str, unseen: str, source: str, **windows: WindowPolicy) -> Protocol:
@@ -222,7 +241,7 @@ def _generalised(name: str, title: str, data: str, unseen: str, source: str, **w
     )
 
 
-def _across(name: str, title: str, data: str) -> Protocol:
+def _across(name: str, title: str, data: str, rest: tuple[str, ...] = ()) -> Protocol:
     # MAFT's released configurations have a shorter side of 640 on every data set, and its Table 3 is by CLIP alone.
     settings: dict[str, Mapping[str, Mapping[str, Any]]] = {"freeseg": {"ensemble": {"rule": "region"}}}
     if data in _ZSSEG_ACROSS:
@@ -231,7 +250,7 @@ def _across(name: str, title: str, data: str) -> Protocol:
     return Protocol(
         name,
         f"cross-dataset on {title}",
-        "MAFT, Table 3; DeOP, Table 2; Cascade-CLIP, Table 13",
+        "CAT-Seg, Table 1" if rest else "MAFT, Table 3; DeOP, Table 2; Cascade-CLIP, Table 13; CAT-Seg, Table 1",
         data,
         "none",
         "none",
@@ -239,7 +258,8 @@ def _across(name: str, title: str, data: str) -> Protocol:
         names={"freeseg": "maft", "zegformer": "zegformer"} if data == "voc2012" else {},
         templates=_one_stage_templates(data),
         settings=settings,
-        words=_WORDS.get(data, _BARE),
+        words=_BACKGROUND if rest else _WORDS.get(data, _BARE),
+        rest=rest,
     )
 
 
@@ -247,6 +267,10 @@ def _one_stage_templates(data: str) -> dict[str, tuple[str, ...]]:
     return dict.fromkeys(_ONE_STAGE, _ONE_STAGE_TEMPLATES[data]) if data in _ONE_STAGE_TEMPLATES else {}
 
 
+# What Context calls a table is VOC's dining table.
+_BEYOND_VOC = tuple(
+    name for name in data_set("pascal-context-59").classes if name not in {*data_set("voc2012").classes, "table"}
+)
 _PAPERS = "ZegCLIP and Cascade-CLIP (Sec. 4); DeOP, MAFT"
 PROTOCOLS: Mapping[str, Protocol] = {
     protocol.name: protocol
@@ -265,6 +289,7 @@ PROTOCOLS: Mapping[str, Protocol] = {
         _generalised("gzs-ade", "ADE20K, 572 seen and 275 unseen classes", "ade20k-847", "papers",
                      "MAFT, Tables 1 and 2; the classes are ZegFormer's", **_HOSTS_512, freeseg=WHOLE_512),
         _across("voc-20", "PASCAL VOC 2012, 20 classes", "voc2012"),
+        _across("voc-20b", "PASCAL VOC 2012, 20 classes and background", "voc2012", _BEYOND_VOC),
         _across("pc-59", "PASCAL Context, 59 classes", "pascal-context-59"),
         _across("pc-459", "PASCAL Context, 459 classes", "pascal-context-459"),
         _across("a-150", "ADE20K, 150 classes", "ade20k-150"),

@@ -221,12 +221,12 @@ class CATSeg(SegmentationModel):
         Raises:
             LexisegError: there are more or fewer templates than the option says.
         """
-        wanted, given = self.options.templates, vocabulary.templates
+        wanted, given, words = self.options.templates, vocabulary.templates, self._words(vocabulary)
         if wanted == 1:
-            return embedder(vocabulary)
+            return embedder.embed(words, given)
         if len(given) != wanted:
             raise LexisegError(f"This CAT-Seg has {wanted} templates and {len(given)} are given; give {wanted}.")
-        return torch.stack([embedder.embed(vocabulary.words, (template,)) for template in given], dim=1)
+        return torch.stack([embedder.embed(words, (template,)) for template in given], dim=1)
 
     def training_text(self, vocabulary: Vocabulary, text: Tensor) -> Tensor:
         """The text encoded anew, with gradients, where the text tower is trained."""
@@ -234,10 +234,14 @@ class CATSeg(SegmentationModel):
             return text
         parts = []
         for template in vocabulary.templates:
-            tokens = self.clip.tokenize([template.replace("{}", word) for word in vocabulary.words])
+            tokens = self.clip.tokenize([template.replace("{}", word) for word in self._words(vocabulary)])
             parts.append(F.normalize(self.clip.encode_text(tokens.to(self.device)), dim=-1))
         stacked = torch.stack(parts, dim=1)
         return F.normalize(stacked.mean(1), dim=-1) if self.options.templates == 1 else stacked
+
+    def _words(self, vocabulary: Vocabulary) -> list[str]:
+        """The words that are embedded: as released, of a name such as "building, edifice" what is before the comma."""
+        return [word.split(", ")[0] if self.options.released else word for word in vocabulary.words]
 
     def grid_logits(self, features: ImageFeatures, text: Tensor) -> Tensor:
         """Logits (B, W, 4 h, 4 w) of words (W, D) or (W, P, D), before any resize."""
@@ -261,20 +265,14 @@ class CATSeg(SegmentationModel):
         seen_words: Tensor | None = None,
     ) -> GridScores:
         """Score words against images; see `SegmentationModel.score`. Whether a word was seen makes no difference."""
-        if self.options.released:
-            if word_to_class is not None:
-                first = word_to_class.diff(prepend=word_to_class.new_full((1,), -1)) > 0
-                if not bool(first.all()):
-                    _note(
-                        f"CAT-Seg as released reads only the first word of a class: {int((~first).sum())} are left out."
-                    )
-                text, word_to_class = text[first], None
-            limit = self.options.padding
-            if limit and len(text) > limit:
-                _note(
-                    f"CAT-Seg as released tells {limit} classes apart: in each window the others of {len(text)} are "
-                    "left out; the option released: false scores all."
-                )
+        limit = self.options.padding
+        if self.options.released and 0 < limit < len(text):
+            warnings.warn(
+                f"CAT-Seg as released tells {limit} classes apart: in each window the others of {len(text)} are left "
+                "out; the option released: false scores all.",
+                LexisegWarning,
+                stacklevel=2,
+            )
         logits = self.grid_logits(features, text)
         return GridScores(logits, word_to_class=word_to_class, resize_to=features.size, sigmoid=True)
 
@@ -306,7 +304,3 @@ class CATSeg(SegmentationModel):
         loss = (F.softplus(logits).sum() - (own * named).sum()) / logits.numel()
         loss = loss * share_weight(len(labels), labels.device)
         return {"loss": loss, "loss_mask": loss.detach()}
-
-
-def _note(sentence: str) -> None:
-    warnings.warn(sentence, LexisegWarning, stacklevel=3)

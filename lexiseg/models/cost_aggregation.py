@@ -43,7 +43,8 @@ class AggregationOptions(WindowOptions):
         decoder_guidance_dims: widths to which the decoder projects them.
         decoder_dims: widths of the decoder.
         released: limits of the released code: of more classes than ``padding`` those with the largest cosine anywhere
-            in the picture are kept and all others get the logit -100, and of a class's words the first alone counts.
+            in the picture are kept and all others get the logit -100, and of a name with commas in it the first part is
+            embedded.
     """
 
     templates: Count = 1

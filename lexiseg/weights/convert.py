@@ -228,8 +228,8 @@ def _read_cat_seg(
     model, unused = read_cat_seg(state, **sizes, name=name)
     notes = [
         "It predicts as the released code does, for the published figures: of more than "
-        f"{model.options.padding} classes a window sees that many, and of a class's words the first; the option "
-        f"released: false in {CONFIG_NAME} lifts both limits."
+        f"{model.options.padding} classes a window sees that many; the option released: false in {CONFIG_NAME} lifts "
+        "that limit."
     ]
     if not any(key.endswith("attn_mask") for key in state):
         notes.append("The side of its attention windows is not in the file; it is taken to be 12 patches, as released.")

@@ -123,6 +123,8 @@ def _ade847(root, label):
 BY_HAND = {
     "voc-20": (_voc, [[1, 1, 0], [20, 20, 255]], [[0, 3, 0], [19, 19, 19]],
                {0: (2, 1, 1), 3: (0, 1, 0), 19: (2, 2, 2)}),
+    "voc-20b": (_voc, [[1, 1, 0], [20, 20, 255]], [[0, 20, 20], [19, 19, 19]],
+                {0: (2, 1, 1), 19: (2, 2, 2), 20: (1, 2, 1)}),
     "gzs-voc": (_voc, [[1, 1, 0], [20, 20, 255]], [[0, 3, 0], [19, 0, 19]],
                 {0: (2, 2, 1), 3: (0, 1, 0), 19: (2, 1, 1)}),
     "gzs-coco": (_coco, [[0, 12, 255], [181, 20, 255]], [[0, 11, 5], [170, 0, 170]],
@@ -155,6 +157,15 @@ def test_what_is_not_judged(tmp_path, name):
     # IoU of a class that is only predicted is 0 and counts; one that is in neither is left out.
     ious = [right / (pixels + seen - right) for pixels, seen, right in counts.values()]
     assert report.summary()["miou"] == round(100 * float(np.mean(ious)), 2)
+
+
+def test_background_is_what_context_has_beyond_voc(folder):
+    protocol = find_protocol("voc-20b")
+    classes = protocol.open(folder("voc2012")).vocabulary.classes
+    assert [entry.name for entry in classes[:20]] == list(data_set("voc2012").classes)
+    assert classes[20].name == "background" and {"sky", "grass", "wall"} < set(classes[20].words)
+    assert not set(classes[20].words) & {*data_set("voc2012").classes, "table"} and len(classes[20].words) == 40
+    assert protocol.card()["protocol"]["not_judged"] == "values 255 of the label files"
 
 
 def test_labels_stay_at_their_size(tmp_path):

@@ -15,7 +15,7 @@ from lexiseg.models.base import WindowPolicy
 from lexiseg.models.cost_aggregation import WindowBlock
 from lexiseg.scores import GridScores
 from lexiseg.segmenter import Segmenter
-from lexiseg.vocabulary import Vocabulary
+from lexiseg.vocabulary import Vocabulary, VocabularyClass
 from tests.parity.runner import run_case
 from tests.system_tester import DIM, SystemTester
 from tests.towers import small_clip, unit_rows
@@ -152,13 +152,15 @@ def test_beyond_the_padding_nothing_is_left_out_unless_as_released() -> None:
         torch.testing.assert_close(scores.logits[:, kept], released(images, text[kept]).logits)
 
 
-def test_as_released_only_the_first_word_of_a_class_counts() -> None:
-    released, images = build(released=True), torch.randn(1, 3, 40, 48)
-    text, classes = unit_rows(5, DIM), torch.tensor([0, 0, 1, 2, 2])
-    with torch.no_grad(), pytest.warns(LexisegWarning, match="first word of a class: 2 are left out"):
-        scores = released(images, text, word_to_class=classes)
-        expected = released(images, text[[0, 2, 3]])
-    assert torch.equal(scores.dense((40, 48)), expected.dense((40, 48)))
+def test_as_released_a_name_ends_at_its_comma() -> None:
+    names = (VocabularyClass("building, edifice"), VocabularyClass("sky"))
+    for released in (False, True):
+        model = build(released=released)
+        embedder = Segmenter(model, disk_cache=False).embedder
+        text = model.embed_text(embedder, Vocabulary(names, ("a {}",)))
+        expected = embedder.embed(["building" if released else "building, edifice", "sky"], ["a {}"])
+        assert torch.equal(text, expected)
+        torch.testing.assert_close(model.training_text(Vocabulary(names, ("a {}",)), text), text, rtol=1e-4, atol=1e-5)
 
 
 # ---- windows ----

@@ -220,6 +220,29 @@ def test_every_model_at_its_full_size(monkeypatch: pytest.MonkeyPatch) -> None:
         count_every_model()
 
 
+def test_cat_seg_as_released(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its rates, decays and what of CLIP is tuned; see the golden case of its groups for every name."""
+    with torch.device("meta"):
+        monkeypatch.setattr(
+            lexiseg.training.dry_run, "clip_or_random", lambda name: (random_clip(name), "it is a test")
+        )
+        base, large, full = (
+            dry_run(load_recipe(f"cat-seg-{name}"))
+            for name in ("coco-stuff", "large-coco-stuff", "finetune-coco-stuff:full")
+        )
+    assert (base.setting, base.text, len(base.seen), len(base.unseen)) == ("supervised", 171, 171, 0)
+    rates = {(rate["key"], rate["lr"], rate["weight_decay"]): rate["parameters"] for rate in base.rates}
+    assert rates == {("clip.", 2e-6, 1e-4): 20_447_232, ("", 2e-4, 1e-4): 4_664_673, ("", 2e-4, 0.0): 3_968}
+    assert (base.parameters, base.trainable) == (154_289_378, 25_115_873)
+    assert base.trainable < full.trainable < full.parameters < large.parameters
+    recipe = load_recipe("cat-seg-large-coco-stuff")
+    assert isinstance(recipe, SegmentationRecipe)
+    assert (recipe.model.options["resolution"], recipe.model.options["window_size"]) == (336, 384)
+    assert (recipe.train.schedule, recipe.train.clip_norm, recipe.templates) == (
+        "cosine", 0.01, "A photo of a {} in the scene",
+    )  # fmt: skip
+
+
 def count_every_model() -> None:
     counts = {}
     for name, system, data, setting in OFFICIAL:

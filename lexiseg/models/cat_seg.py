@@ -22,10 +22,11 @@ from lexiseg.clip.text import TextEmbedder
 from lexiseg.errors import LexisegError, LexisegWarning
 from lexiseg.losses.masks import check_labels
 from lexiseg.losses.shares import share_weight
-from lexiseg.models.base import ImageFeatures, ModelOptions, Pixels, SegmentationModel, WindowPolicy
+from lexiseg.models.base import ImageFeatures, ModelOptions, Pixels, SegmentationModel
 from lexiseg.models.cost_aggregation import AggregationOptions, CostAggregator, Count
 from lexiseg.scores import GridScores
 from lexiseg.vocabulary import Vocabulary
+from lexiseg.windows import WindowPolicy
 
 CAT_SEG_TEMPLATE = "A photo of a {} in the scene"
 """The template of the released models."""

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from lexiseg.errors import LexisegError, LexisegWarning
 from lexiseg.models import SYSTEMS, CATSeg, SegmentationModel
-from lexiseg.models.base import WindowPolicy
 from lexiseg.models.cost_aggregation import WindowBlock
 from lexiseg.scores import GridScores
 from lexiseg.segmenter import Segmenter
 from lexiseg.vocabulary import Vocabulary, VocabularyClass
+from lexiseg.windows import WindowPolicy
 from tests.parity.runner import run_case
 from tests.system_tester import DIM, SystemTester
 from tests.towers import small_clip, unit_rows

@@ -10,13 +10,13 @@ from torch.nn import functional as F
 
 from lexiseg.clip.model import CLIP, OPENAI_MEAN, OPENAI_STD, build_clip
 from lexiseg.clip.text import TextEmbedder
-from lexiseg.models.base import WindowPolicy
 from lexiseg.models.cat_seg import CATSeg
 from lexiseg.pictures import cut_windows, read_picture
 from lexiseg.scores import GridScores
 from lexiseg.training.schedule import cosine
 from lexiseg.training.settings import ParameterGroup, TrainSettings, build_optimizer, group_parameters
 from lexiseg.weights.cat_seg_checkpoint import CLIP_PREFIX, authors_key, read_cat_seg
+from lexiseg.windows import WindowPolicy
 from tests.parity.case import Case
 from tests.parity.clip_build import make_clip, text_sizes, under, vision_sizes
 

@@ -13,10 +13,10 @@ from torch import Tensor
 from lexiseg.clip.model import build_clip
 from lexiseg.errors import LexisegError
 from lexiseg.models import CATSeg
-from lexiseg.models.base import WindowPolicy
 from lexiseg.weights import load_model
 from lexiseg.weights.cat_seg_checkpoint import AGGREGATOR, authors_key
 from lexiseg.weights.convert import convert
+from lexiseg.windows import WindowPolicy
 from tests.towers import small_clip, unit_rows
 
 KEYS = Path(__file__).parents[3] / "shared" / "methods" / "keys" / "cat-seg.txt"

@@ -58,7 +58,7 @@ class Variant:
 
 _LABELS = ("model.options.proposals={kind: ground-truth}", "model.options.ensemble={rule: region}")
 _UNTUNED = ("train.steps=0", "model.options.maft=null", "model.options.regions=mask-attention")
-_REMAINDER = "model.options.remainder={count: 8}"
+_REMAINDER = "model.options.leftover={count: 8}"
 _DEOP = "deop-picture-world"
 _BARE = "deop-baseline-picture-world"
 
@@ -77,17 +77,17 @@ DECOUPLED: dict[str, Variant] = {
     "deop without severance": Variant(_DEOP, ("model.options.severance=none",)),
     "deop with mps": Variant(_DEOP, ("model.options.severance=mps",)),
     "deop with released severance": Variant(_DEOP, ("model.options.severance=released",)),
-    "deop without anchors": Variant(_DEOP, ("model.options.anchors=none",)),
-    "deop with conv anchors": Variant(_DEOP, ("model.options.anchors=conv",)),
+    "deop without anchors": Variant(_DEOP, ("model.options.heatmaps=none",)),
+    "deop with conv anchors": Variant(_DEOP, ("model.options.heatmaps=conv",)),
     "deop with 0 layers": Variant(_DEOP, ("model.options.anchor_layers=0",)),
     "deop with 2 layers": Variant(_DEOP, ("model.options.anchor_layers=2",)),
     "deop without visual prompts": Variant(_DEOP, ("model.options.visual_prompts=none",)),
     "deop": Variant(_DEOP),
-    "zsseg + maft with remainder": Variant(
+    "zsseg + maft with leftover proposals": Variant(
         "zsseg-maft-picture-world", (_REMAINDER, "train.steps=0"), start="zsseg + maft"
     ),
-    "deop baseline with gps and remainder": Variant(_BARE, ("model.options.severance=gps", _REMAINDER)),
-    "deop with remainder": Variant(_DEOP, (_REMAINDER, "train.steps=0"), start="deop"),
+    "deop baseline with gps and leftover proposals": Variant(_BARE, ("model.options.severance=gps", _REMAINDER)),
+    "deop with leftover proposals": Variant(_DEOP, (_REMAINDER, "train.steps=0"), start="deop"),
     "ground truth, crops": Variant("zsseg-picture-world", _LABELS, "", True),
     "ground truth, mask attention": Variant("zsseg-maft-picture-world", (*_LABELS, *_UNTUNED), "", True),
     "ground truth, pooled": Variant(_BARE, _LABELS[:1], "", True),

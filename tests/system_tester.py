@@ -13,7 +13,7 @@ from torch import Tensor
 from lexiseg.errors import LexisegError
 from lexiseg.models import SYSTEMS, SegmentationModel
 from lexiseg.models.decoupled import DecoupledModel
-from lexiseg.proposals import HARD_LOGIT, ProposalGenerator, Proposals
+from lexiseg.proposals.base import HARD_LOGIT, ProposalGenerator, Proposals
 from lexiseg.scores import RegionScores, Scores
 from lexiseg.weights import load_model, save_model
 from tests.towers import small_clip, unit_rows

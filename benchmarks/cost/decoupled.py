@@ -9,7 +9,7 @@ import torch
 
 from benchmarks.cost.case import CLASSES, SIDE, CostCase, Published, Step, shapes_of, shared_clip, text_pass
 from benchmarks.cost.counting import FVCORE_NORM, Count, count, fvcore_resize
-from lexiseg.clip.mask_attention import image_embeddings, region_embeddings
+from lexiseg.clip.embeddings import image_embeddings
 from lexiseg.clip.model import CLIP
 from lexiseg.models import (
     DeOP,
@@ -22,10 +22,11 @@ from lexiseg.models import (
     ZSSegOptions,
 )
 from lexiseg.models.decoupled import DecoupledModel
-from lexiseg.models.deop_options import DeOPOptions
+from lexiseg.models.deop import DeOPOptions
 from lexiseg.models.maft import MaftOptions
-from lexiseg.models.region_host_options import PromptOptions
-from lexiseg.proposals import SamOptions
+from lexiseg.models.region_base import PromptOptions
+from lexiseg.proposals.options import SamOptions
+from lexiseg.regions.mask_attention import region_embeddings
 
 _TABLE_12 = "Cascade-CLIP, Table 12"
 _TABLE_4A = "MAFT, Table 4a, CLIP's image tower alone"
@@ -190,7 +191,7 @@ class DeOPBaselineCase(CostCase):
         """See `CostCase.build`."""
         options = DeOPOptions(
             severance="none",
-            anchors="none",
+            heatmaps="none",
             visual_prompts="none",
             text_prompts="offline",
             class_scores="cosine",
@@ -207,7 +208,7 @@ class DeOPBaselinePlusCase(CostCase):
 
     def build(self, side: int) -> SegmentationModel:
         """See `CostCase.build`."""
-        return DeOP(shared_clip(_TRAINED_AT), DeOPOptions(severance="none", anchors="none"))
+        return DeOP(shared_clip(_TRAINED_AT), DeOPOptions(severance="none", heatmaps="none"))
 
 
 class _MaftCase(CostCase):
@@ -296,7 +297,7 @@ class SamCase(CostCase):
 
     def build(self, side: int) -> SegmentationModel:
         """See `CostCase.build`."""
-        options = DeOPOptions(proposals=SamOptions(), anchors="none", visual_prompts="none", text_prompts="templates")
+        options = DeOPOptions(proposals=SamOptions(), heatmaps="none", visual_prompts="none", text_prompts="templates")
         return DeOP(shared_clip(_TRAINED_AT), options)
 
     def further(self, model: SegmentationModel) -> list[Step]:

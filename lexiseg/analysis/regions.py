@@ -21,7 +21,7 @@ from lexiseg.errors import LexisegError
 from lexiseg.images import image_name
 from lexiseg.models import DeOP
 from lexiseg.models.decoupled import DecoupledModel
-from lexiseg.models.region_host import RegionHost
+from lexiseg.models.region_base import RegionModel
 from lexiseg.regions.ensemble import EnsembleOptions
 from lexiseg.regions.pooling import resize_masks
 from lexiseg.scores import RegionScores
@@ -133,7 +133,7 @@ def anchor_figure(segmenter: Segmenter, image: str | Path, points: Sequence[Poin
         "Self-attention and classification anchors",
         panels,
         scale=Scale(0.0, 1.0, "fraction of the largest value"),
-        subtitle=f"{Path(image_name(image)).name}; patches {columns} x {rows}; {model.options.anchors} anchors",
+        subtitle=f"{Path(image_name(image)).name}; patches {columns} x {rows}; {model.options.heatmaps} anchors",
     )
 
 
@@ -233,7 +233,7 @@ def _checked(segmenter: Segmenter, by: ScoresBy) -> DecoupledModel:
     model = segmenter.model
     if not isinstance(model, DecoupledModel):
         raise LexisegError(f"{model.system} has no proposals; choose zsseg, zegformer, freeseg or deop.")
-    if by == "clip" and isinstance(model, RegionHost) and model.viewer is None:
+    if by == "clip" and isinstance(model, RegionModel) and model.region_encoder is None:
         raise LexisegError("In this model the proposals decide alone and CLIP is shown none; draw by 'ensemble'.")
     return model
 
@@ -271,7 +271,7 @@ def _judged(
 @contextmanager
 def _clip_alone(model: DecoupledModel) -> Iterator[None]:
     """Let CLIP's opinion be the score of a region, for as long as this lasts."""
-    if not isinstance(model, RegionHost):
+    if not isinstance(model, RegionModel):
         yield
         return
     options = model.options

@@ -11,7 +11,7 @@ from lexiseg.clip.image import ImageTokens, ImageTower
 from lexiseg.models import SegmentationModel
 from lexiseg.models.decoupled import DecoupledModel
 from lexiseg.models.one_stage import OneStageModel
-from lexiseg.models.region_host import RegionHost
+from lexiseg.models.region_base import RegionModel
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def has_own_clip(model: SegmentationModel) -> bool:
 
 
 def _student(model: SegmentationModel) -> nn.Module | None:
-    return model.student if isinstance(model, RegionHost) else None
+    return model.student if isinstance(model, RegionModel) else None
 
 
 def _run_plain(model: SegmentationModel, tower: ImageTower, images: Tensor) -> Blocks:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lexiseg.clip.mask_attention import image_embeddings
+from lexiseg.clip.embeddings import image_embeddings
 from lexiseg.clip.model import CLIP
 from lexiseg.errors import LexisegError
 from lexiseg.files import atomic_write, make_folder, write_json

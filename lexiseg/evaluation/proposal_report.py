@@ -17,7 +17,7 @@ from lexiseg.evaluation.proposals import ProposalRecall, Recall, ReleasedRecall,
 from lexiseg.label_ids import ignore_index
 from lexiseg.models.base import ImageFeatures
 from lexiseg.models.decoupled import DecoupledModel
-from lexiseg.proposals import Proposals
+from lexiseg.proposals.base import Proposals
 from lexiseg.regions.pooling import resize_masks
 from lexiseg.segmenter import Segmenter
 

@@ -228,8 +228,8 @@ def pseudo_label(
     there is a ``prior``. A probability below ``reject`` gives ``ignore_index``.
 
     This is the rule in full, for analysis. Training needs only its default, the best unseen class, which no softmax
-    changes: `lexiseg.models.region_host.RegionHost.pseudo_labels` finds it without building all scores, and both end in
-    `lexiseg.losses.masks.fill_unseen`.
+    changes: `lexiseg.models.region_base.RegionModel.pseudo_labels` finds it without building all scores, and both end
+    in `lexiseg.losses.masks.fill_unseen`.
 
     Args:
         scores: (C, H, W) scores of all classes.

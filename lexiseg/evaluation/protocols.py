@@ -41,7 +41,7 @@ from lexiseg.data.sets.open import open_data_set
 from lexiseg.errors import LexisegError
 from lexiseg.evaluation.evaluate import Offsets
 from lexiseg.models.base import SegmentationModel
-from lexiseg.models.region_host import RegionHost
+from lexiseg.models.region_base import RegionModel
 from lexiseg.vocabulary import PAPER_TEMPLATES, SINGLE_TEMPLATE, VocabularyClass
 from lexiseg.windows import WindowPolicy
 
@@ -113,7 +113,7 @@ class Protocol:
         templates: by system, the sentences its authors put the words into here. A system that is not there has its
             own, and one with learned prompts uses none.
         settings: by system, how regions are shown and scored here where its authors do it otherwise than in training;
-            see :meth:`lexiseg.models.region_host.RegionHost.judge_with`.
+            see :meth:`lexiseg.models.region_models.RegionModel.judge_with`.
         synonyms: whether classes have further words; see :func:`lexiseg.data.sets.open.synonyms_of`.
         words: what a class is called, and on whose word.
         rest: words of one more class, "background", which is the label files' 0; none where that is not judged.
@@ -153,7 +153,7 @@ class Protocol:
         which makes none, its own stay.
         """
         changes = self.settings.get(model.system, {})
-        if not isinstance(model, RegionHost) or (model.system == "zsseg" and model.options.maft is not None):
+        if not isinstance(model, RegionModel) or (model.system == "zsseg" and model.options.maft is not None):
             return {}
         if changes:
             model.judge_with(**changes)

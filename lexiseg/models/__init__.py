@@ -4,14 +4,11 @@ from lexiseg.models.base import ImageFeatures, ModelOptions, SegmentationModel
 from lexiseg.models.cascade_clip import CascadeCLIP, CascadeCLIPOptions
 from lexiseg.models.cat_seg import CATSeg, CATSegOptions
 from lexiseg.models.dense_clip import DenseCLIP, DenseCLIPOptions
-from lexiseg.models.deop import DeOP
-from lexiseg.models.deop_options import DeOPOptions
-from lexiseg.models.freeseg import FreeSeg, FreeSegOptions
+from lexiseg.models.deop import DeOP, DeOPOptions
+from lexiseg.models.region_models import FreeSeg, FreeSegOptions, ZegFormer, ZegFormerOptions, ZSSeg, ZSSegOptions
 from lexiseg.models.second_look import SecondLook, SecondLookOptions
 from lexiseg.models.spt_seg import SPTSeg, SPTSegOptions
 from lexiseg.models.zegclip import ZegCLIP, ZegCLIPOptions
-from lexiseg.models.zegformer import ZegFormer, ZegFormerOptions
-from lexiseg.models.zsseg import ZSSeg, ZSSegOptions
 from lexiseg.windows import WindowPolicy
 
 SYSTEMS: dict[str, type[SegmentationModel]] = {

@@ -29,8 +29,10 @@ from lexiseg.models.base import (
     WindowOptions,
 )
 from lexiseg.models.mask_decoder import unit
-from lexiseg.proposals import GeneratorOptions, MaskFormerOptions, ProposalGenerator, Proposals, build_generator
-from lexiseg.proposals.remainder import RemainderOptions, add_remainder
+from lexiseg.proposals.base import ProposalGenerator, Proposals
+from lexiseg.proposals.build import build_generator
+from lexiseg.proposals.leftover import LeftoverOptions, add_leftover
+from lexiseg.proposals.options import GeneratorOptions, MaskFormerOptions
 from lexiseg.regions.pooling import unit_or_zero
 from lexiseg.scores import RegionScores
 from lexiseg.windows import WindowPolicy
@@ -46,7 +48,7 @@ class DecoupledOptions(WindowOptions):
 
     Attributes:
         proposals: which generator proposes the regions, and how it is built.
-        remainder: what no proposal claims as proposals of its own, see `lexiseg.proposals.remainder`; the default adds
+        leftover: what no proposal claims as proposals of their own, see `lexiseg.proposals.leftover`; the default adds
             none. They are there at prediction, and take no part in any training.
         temperature: factor on cosines before a softmax over classes. The released code has 100 in it and does not look
             at CLIP's own scale.
@@ -61,7 +63,7 @@ class DecoupledOptions(WindowOptions):
     """
 
     proposals: GeneratorOptions = MaskFormerOptions()
-    remainder: RemainderOptions = RemainderOptions()
+    leftover: LeftoverOptions = LeftoverOptions()
     temperature: Annotated[float, Field(gt=0)] = 100.0
     align_corners: bool = False
     mean: Triple = IMAGENET_MEAN
@@ -183,7 +185,7 @@ class DecoupledModel(SegmentationModel):
             return proposals
         height, width = size or (int(padded.shape[-2]), int(padded.shape[-1]))
         inside = (height / padded.shape[-2], width / padded.shape[-1])
-        return add_remainder(proposals, self.options.remainder, inside)
+        return add_leftover(proposals, self.options.leftover, inside)
 
     def encode_images(self, images: Tensor) -> ImageFeatures:
         """Pad the images and, if the words do not matter for that, propose regions; see the class."""

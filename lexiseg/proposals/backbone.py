@@ -10,7 +10,7 @@ from torchvision.ops import FrozenBatchNorm2d
 from lexiseg.errors import LexisegError
 
 if TYPE_CHECKING:
-    from lexiseg.proposals.base import Backbone, QueryOptions
+    from lexiseg.proposals.options import Backbone, QueryOptions
 
 RESNET_WIDTHS = (64, 128, 256, 512)
 TINY_WIDTHS = (32, 48, 64, 96)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from lexiseg.errors import LexisegError
-from lexiseg.proposals.base import QueryOptions
+from lexiseg.proposals.options import QueryOptions
 
 # The groups of every group norm in the pixel decoders of `transformers`.
 _GROUPS = 32

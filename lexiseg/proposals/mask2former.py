@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from lexiseg.errors import LexisegError
 from lexiseg.proposals.backbone import build_backbone
-from lexiseg.proposals.base import Mask2FormerOptions, ProposalGenerator, Proposals, check_images
+from lexiseg.proposals.base import ProposalGenerator, Proposals, check_images
 from lexiseg.proposals.heads import (
     accept_any_size,
     build_class_head,
@@ -25,6 +25,7 @@ from lexiseg.proposals.heads import (
     start_convolutions,
     start_matrices,
 )
+from lexiseg.proposals.options import Mask2FormerOptions
 
 # Levels that the deformable encoder works on: strides 32, 16 and 8, in this order.
 _LEVELS = 3

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lexiseg.proposals.backbone import build_backbone
-from lexiseg.proposals.base import MaskFormerOptions, ProposalGenerator, Proposals, check_images
+from lexiseg.proposals.base import ProposalGenerator, Proposals, check_images
 from lexiseg.proposals.heads import (
     accept_any_size,
     build_class_head,
@@ -20,6 +20,7 @@ from lexiseg.proposals.heads import (
     start_convolutions,
     start_matrices,
 )
+from lexiseg.proposals.options import MaskFormerOptions
 
 
 class MaskFormer(ProposalGenerator):

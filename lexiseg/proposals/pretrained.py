@@ -20,10 +20,11 @@ from torch import Tensor
 from lexiseg.errors import LexisegError
 from lexiseg.hub import cached, download, first_line
 from lexiseg.proposals.backbone import RESNET_WIDTHS, ResNetBackbone
-from lexiseg.proposals.base import Mask2FormerOptions, ProposalGenerator, QueryOptions
+from lexiseg.proposals.base import ProposalGenerator
 from lexiseg.proposals.heads import need_transformers
 from lexiseg.proposals.mask2former import Mask2Former
 from lexiseg.proposals.maskformer import MaskFormer
+from lexiseg.proposals.options import Mask2FormerOptions, QueryOptions
 
 IMAGENET = "imagenet"
 WEIGHT_FILES = (".safetensors", ".pth", ".pt", ".bin")

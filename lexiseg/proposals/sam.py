@@ -14,9 +14,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lexiseg.errors import LexisegError
-from lexiseg.proposals.base import ProposalGenerator, Proposals, SamOptions, check_images
+from lexiseg.proposals.base import ProposalGenerator, Proposals, check_images
 from lexiseg.proposals.given import hard_logits
 from lexiseg.proposals.heads import need_transformers
+from lexiseg.proposals.options import SamOptions
 
 # ImageNet's, which the images are normalised with; SAM gets pixels.
 _MEAN = (0.485, 0.456, 0.406)

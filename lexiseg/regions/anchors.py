@@ -102,49 +102,12 @@ class AnchorLayer(nn.Module):
         return self.norm_ffn(state + self.dropout(hidden))
 
 
-class HeatmapLayer(nn.Module):
-    """The heatmap output layer (DeOP, Eq. 3): queries attend to each other, then ask the patches, head by head.
-
-    Eq. 3 is softmax(q F / sqrt(d)) * M. The released layer has eight heads with learnt projections and sine positions,
-    and each head pools its own E / 8 channels of the patches, which it takes as they are.
-
-    Args:
-        dim: E.
-        num_heads: heads.
-        dropout: on the attentions and the output of the self-attention.
-    """
-
-    def __init__(self, dim: int, num_heads: int, dropout: float) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        self.self_attn = nn.MultiheadAttention(dim, num_heads, dropout=dropout, batch_first=True)
-        self.norm = nn.LayerNorm(dim)
-        self.dropout = nn.Dropout(dropout)
-        # As released, with a third of rows for values that nothing reads: the papers' parameter counts include them.
-        self.in_proj_weight = nn.Parameter(torch.empty(3 * dim, dim))
-        self.in_proj_bias = nn.Parameter(torch.zeros(3 * dim))
-
-    def update(self, state: Tensor, queries: Tensor) -> Tensor:
-        """The self-attention half: (B, Q, E) to (B, Q, E)."""
-        asking = state + queries
-        mixed = self.self_attn(asking, asking, state, need_weights=False)[0]
-        return self.norm(state + self.dropout(mixed))
-
-    def forward(self, asking: Tensor, keys: Tensor) -> Tensor:
-        """Attention maps (B, heads, Q, P), each a distribution over the patches, of queries and keys (B, P, E)."""
-        dim = asking.shape[-1]
-        weight, bias = self.in_proj_weight, self.in_proj_bias
-
-        def split(x: Tensor) -> Tensor:
-            return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-
-        query = split(F.linear(asking, weight[:dim], bias[:dim])) * (dim // self.num_heads) ** -0.5
-        key = split(F.linear(keys, weight[dim : 2 * dim], bias[dim : 2 * dim]))
-        return self.dropout((query @ key.transpose(-1, -2)).softmax(dim=-1))
-
-
 class QueryAnchors(nn.Module):
-    """The query-based heatmap decoder (DeOP, Sec. 4.2.1, in its released form).
+    """The query-based heatmap decoder (DeOP, Sec. 4.2.1), its output layer to the letter of Eq. 3.
+
+    H = softmax(q F / sqrt(d)) * M: the queries, once more through self-attention, are multiplied with the patches as
+    they are, and the heatmap of a proposal pools whole patches. The patches have unit length, as in the released code;
+    the paper does not say.
 
     Query i makes the heatmap of proposal i. Queries never see the masks before the product in Eq. 3, so the attention
     maps are made once for the Q queries; with more than Q proposals, proposal n takes query n mod Q.
@@ -153,7 +116,7 @@ class QueryAnchors(nn.Module):
         dim: E, a multiple of 4 and of the heads.
         num_queries: Q, the number of proposals it is trained with.
         num_layers: K, 0 included; each costs 3.15 M parameters at E = 512.
-        num_heads: heads (released: 8).
+        num_heads: heads of the attentions (released: 8).
         hidden: width of the feed-forward parts (released: 1024); None is 2 E.
         dropout: see `AnchorLayer` (released: 0.1).
 
@@ -180,10 +143,14 @@ class QueryAnchors(nn.Module):
         self.layers = nn.ModuleList(
             AnchorLayer(dim, num_heads, 2 * dim if hidden is None else hidden, dropout) for _ in range(num_layers)
         )
-        self.heatmap = HeatmapLayer(dim, num_heads, dropout)
+        self.heatmap = self.output_layer(dim, num_heads, dropout)
         for name, parameter in self.named_parameters():
             if parameter.ndim > 1 and name != "queries":
                 nn.init.xavier_uniform_(parameter)
+
+    def output_layer(self, dim: int, num_heads: int, dropout: float) -> OutputLayer:
+        """The layer that makes the heatmaps."""
+        return OutputLayer(dim, num_heads, dropout)
 
     def states(self, features: Tensor) -> list[Tensor]:
         """What the queries become: the output of each of the K layers, then that of the self-attention of Eq. 3.
@@ -205,13 +172,13 @@ class QueryAnchors(nn.Module):
         return [*found, self.heatmap.update(state, queries)]
 
     def attention(self, features: Tensor) -> Tensor:
-        """Attention maps (B, heads, Q, gh, gw) before the masks, each a distribution over the patches."""
-        keys = features.flatten(1, 2) + self._positions(features)
-        maps = self.heatmap(self.states(features)[-1] + self.queries, keys)
-        return maps.unflatten(-1, features.shape[1:3])
+        """Attention maps (B, heads, Q, gh, gw) before the masks, distributions over the patches; one head here."""
+        memory, state = features.flatten(1, 2), self.states(features)[-1]
+        maps = (state @ memory.transpose(1, 2) * memory.shape[-1] ** -0.5).softmax(dim=-1)
+        return maps[:, None].unflatten(-1, features.shape[1:3])
 
     def forward(self, features: Tensor, masks: Tensor) -> Anchored:
-        """Pool N regions.
+        """Pool N regions; of several heads each pools its own channels.
 
         Args:
             features: (B, gh, gw, E) of unit length.
@@ -229,6 +196,71 @@ class QueryAnchors(nn.Module):
     def _positions(self, features: Tensor) -> Tensor:
         grid = (int(features.shape[1]), int(features.shape[2]))
         return sine_positions(grid, features.shape[-1], device=features.device).to(features.dtype)
+
+
+class OutputLayer(nn.Module):
+    """The self-attention among the queries that Eq. 3 begins with.
+
+    Args:
+        dim: E.
+        num_heads: heads.
+        dropout: on the attention and on its output.
+    """
+
+    def __init__(self, dim: int, num_heads: int, dropout: float) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.self_attn = nn.MultiheadAttention(dim, num_heads, dropout=dropout, batch_first=True)
+        self.norm = nn.LayerNorm(dim)
+        self.dropout = nn.Dropout(dropout)
+
+    def update(self, state: Tensor, queries: Tensor) -> Tensor:
+        """The state of the queries (B, Q, E), to which the learnt ``queries`` are added where logits are made."""
+        asking = state + queries
+        mixed = self.self_attn(asking, asking, state, need_weights=False)[0]
+        return self.norm(state + self.dropout(mixed))
+
+
+class ReleasedOutputLayer(OutputLayer):
+    """The output layer as released: queries ask the patches head by head, with learnt projections."""
+
+    def __init__(self, dim: int, num_heads: int, dropout: float) -> None:
+        super().__init__(dim, num_heads, dropout)
+        # As released, with a third of rows for values that nothing reads: the papers' parameter counts include them.
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * dim, dim))
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * dim))
+
+    def forward(self, asking: Tensor, keys: Tensor) -> Tensor:
+        """Attention maps (B, heads, Q, P), each a distribution over the patches, of queries and keys (B, P, E)."""
+        dim = asking.shape[-1]
+        weight, bias = self.in_proj_weight, self.in_proj_bias
+
+        def split(x: Tensor) -> Tensor:
+            return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+
+        query = split(F.linear(asking, weight[:dim], bias[:dim])) * (dim // self.num_heads) ** -0.5
+        key = split(F.linear(keys, weight[dim : 2 * dim], bias[dim : 2 * dim]))
+        return self.dropout((query @ key.transpose(-1, -2)).softmax(dim=-1))
+
+
+class ReleasedQueryAnchors(QueryAnchors):
+    """The query-based heatmap decoder as released.
+
+    Eq. 3 has eight heads with learnt projections, the learnt queries and sine positions are added before it, and each
+    head pools its own E / 8 channels of the patches, which it takes as they are.
+    """
+
+    heatmap: ReleasedOutputLayer
+
+    def output_layer(self, dim: int, num_heads: int, dropout: float) -> OutputLayer:
+        """The layer that makes the heatmaps."""
+        return ReleasedOutputLayer(dim, num_heads, dropout)
+
+    def attention(self, features: Tensor) -> Tensor:
+        """Attention maps (B, heads, Q, gh, gw) before the masks, each a distribution over the patches."""
+        keys = features.flatten(1, 2) + self._positions(features)
+        maps = self.heatmap(self.states(features)[-1] + self.queries, keys)
+        return maps.unflatten(-1, features.shape[1:3])
 
 
 class ConvAnchors(nn.Module):
@@ -266,7 +298,7 @@ class ConvAnchors(nn.Module):
         return scores
 
     def forward(self, features: Tensor, masks: Tensor) -> Anchored:
-        """Pool N regions; the arguments are those of `QueryAnchors.forward`."""
+        """Pool N regions; the arguments are those of `ReleasedQueryAnchors.forward`."""
         scores = self.scores(features, masks)
         heat = scores.sigmoid() if self.activation == "sigmoid" else scores.flatten(2).softmax(-1).view_as(scores)
         pooled = heat.flatten(2) @ features.flatten(1, 2).to(heat.dtype)
@@ -301,7 +333,7 @@ class StackedConvAnchors(nn.Module):
         self.layers = nn.Sequential(*layers, nn.Conv2d(given, 1, 3, padding=1, padding_mode="replicate"))
 
     def forward(self, features: Tensor, masks: Tensor) -> Anchored:
-        """Pool N regions; the arguments are those of `QueryAnchors.forward`."""
+        """Pool N regions; the arguments are those of `ReleasedQueryAnchors.forward`."""
         channels = features.permute(0, 3, 1, 2)
         if not masks.shape[1]:
             scores = masks.to(features.dtype)

@@ -12,7 +12,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-Rule = Literal["geometric", "zegformer", "zegformer-all", "paper", "proposal", "region"]
+Rule = Literal["released", "paper", "proposal", "region"]
 
 
 class EnsembleOptions(BaseModel):
@@ -20,28 +20,36 @@ class EnsembleOptions(BaseModel):
 
     With w the weight, for seen and for unseen classes:
 
-    ============== ============================ ======================== =====================================
-    rule           seen                         unseen                   used by
-    ============== ============================ ======================== =====================================
-    geometric      A^p ^ w * A^c ^ (1-w)        A^p ^ (1-w) * A^c ^ w    ZSSeg, FreeSeg, MAFT, as released
-    zegformer      A^p ^ w * mean ^ (1-w)       A^p ^ (1-w) * A^c ^ w    ZegFormer; mean is A^c over the seen
-    zegformer-all  A^p ^ (1-w) * A^c ^ w        the same                 ZegFormer where no class was seen
-    paper          A^p ^ w * A^c ^ (1-w)        A^c ^ w                  MAFT, Eq. 9
-    proposal       A^p                          A^p                      no CLIP
-    region         A^c                          A^c                      no ensemble: MAFT's final model
-    ============== ============================ ======================== =====================================
+    ======== ======================== ======================== =======================================================
+    rule     seen                     unseen                   what it is
+    ======== ======================== ======================== =======================================================
+    released A^p ^ w * A^c ^ (1-w)    A^p ^ (1-w) * A^c ^ w    the base models' code, what Eq. 9 of MAFT speaks of
+    paper    A^p ^ w * A^c ^ (1-w)    A^c ^ w                  Eq. 9 of MAFT to the letter
+    proposal A^p                      A^p                      no CLIP
+    region   A^c                      A^c                      no ensemble: MAFT's Table 2 to 6, and its final model
+    ======== ======================== ======================== =======================================================
+
+    In ZegFormer's released form A^c of a seen class is its mean over all seen classes.
+
+    What Eq. 9 can mean: MAFT prints A^p with a column for each seen class and none for the others, so that an unseen
+    class has no A^p to be multiplied with. But it prints the equation as what ZegFormer, ZSSeg and FreeSeg do, and all
+    three compare the generator's embedding with every class's words: their A^p has a column for each class, and the
+    factor A^p ^ (1-w) that Eq. 9 leaves out. It is not idle: with it a region that the generator takes for no object
+    counts for little, without it each such region speaks for some unseen class at full weight. So "released" is what
+    the tables can have been made with, and what the recipes take on both sides; `docs/methods.md` has what the other
+    readings cost.
 
     Attributes:
         rule: the row of the table.
         weight: w. 0 is the rule "region", as in the released code, and not the limit of the formula.
-        empty: what is said of a region that had no sub-image, where both opinions are joined: "one" gives it A^c = 1
+        empty: what is said of a region that CLIP saw nothing of, where both opinions are joined: "one" gives it A^c = 1
             for every class, as the released code does; "drop" lets it take no part. The rule "paper" takes what mask
             attention says of such a region as it is.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    rule: Rule = "geometric"
+    rule: Rule = "released"
     weight: Annotated[float, Field(le=1)] = 0.8
     empty: Literal["one", "drop"] = "one"
 
@@ -63,16 +71,18 @@ def ensemble(
     options: EnsembleOptions,
     *,
     seen: Tensor | None = None,
-    shown: Tensor | None = None,
+    encoded: Tensor | None = None,
+    seen_mean: bool = False,
 ) -> Tensor:
     """Join the scores of regions.
 
     Args:
         proposal: A^p (B, N, C), probabilities; None where the generator knows no classes.
-        region: A^c (B, N, C), probabilities; None where no region classifier runs.
+        region: A^c (B, N, C), probabilities; None where CLIP is not asked.
         options: see `EnsembleOptions`. With one of the two missing the other decides alone.
         seen: (C,) bool; None treats every class as unseen.
-        shown: (B, N) bool, False where CLIP was shown nothing of a region; None: it saw all of them.
+        encoded: (B, N) bool, False where CLIP saw nothing of a region; None: it saw all of them.
+        seen_mean: with the rule "released", give each seen class the mean of A^c over the seen ones.
 
     Returns:
         (B, N, C), not normalised: no logarithm is taken, nothing is divided.
@@ -86,22 +96,15 @@ def ensemble(
         if proposal is None:
             raise ValueError("there is no proposal's score")
         return proposal
-    present = None if shown is None else shown[..., None].to(region.dtype)
+    present = None if encoded is None else encoded[..., None].to(region.dtype)
     if proposal is None or options.rule == "region" or options.weight <= 0:
         return region if present is None else region * present
     if present is not None:
         region = region * present + (1 - present) if options.empty == "one" else region * present
     weight = options.weight
-    unseen_scores = proposal ** (1 - weight) * region**weight
-    if options.rule == "zegformer-all":
-        return unseen_scores
+    unseen_scores = region**weight if options.rule == "paper" else proposal ** (1 - weight) * region**weight
     if seen is None or not bool(seen.any()):
-        return region**weight if options.rule == "paper" else unseen_scores
-    if options.rule == "zegformer":
-        average = region[..., seen].mean(dim=-1, keepdim=True)
-        seen_scores = proposal**weight * average ** (1 - weight)
-    else:
-        seen_scores = proposal**weight * region ** (1 - weight)
-        if options.rule == "paper":
-            unseen_scores = region**weight
-    return torch.where(seen, seen_scores, unseen_scores)
+        return unseen_scores
+    if seen_mean and options.rule == "released":
+        region = region[..., seen].mean(dim=-1, keepdim=True)
+    return torch.where(seen, proposal**weight * region ** (1 - weight), unseen_scores)

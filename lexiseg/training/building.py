@@ -10,7 +10,7 @@ from lexiseg.errors import LexisegError
 from lexiseg.models import SYSTEMS
 from lexiseg.models.base import ModelOptions, SegmentationModel
 from lexiseg.models.decoupled import DecoupledModel
-from lexiseg.models.region_host import RegionHost
+from lexiseg.models.region_base import RegionModel
 from lexiseg.proposals.pretrained import IMAGENET, WEIGHT_FILES
 from lexiseg.recipes import SegmentationRecipe
 from lexiseg.training.initial import start_from, take_prompts, take_proposals
@@ -100,7 +100,7 @@ def _refuse_untrained_proposals(model: SegmentationModel, recipe: SegmentationRe
 
 def _refuse_untuned_tower(model: SegmentationModel, recipe: SegmentationRecipe) -> None:
     """See that a recipe of 0 steps with MAFT has a tuned tower from somewhere."""
-    if recipe.train.steps or not isinstance(model, RegionHost) or model.student is None:
+    if recipe.train.steps or not isinstance(model, RegionModel) or model.student is None:
         return
     plain = model.clip.visual.state_dict()
     if all(torch.equal(value, plain[name]) for name, value in model.student.state_dict().items()):

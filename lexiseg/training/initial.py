@@ -16,8 +16,8 @@ from lexiseg.models.base import ModelOptions, SegmentationModel
 from lexiseg.models.decoupled import DecoupledModel
 from lexiseg.models.deop import DeOP
 from lexiseg.models.one_stage import OneStageModel
-from lexiseg.models.region_host import RegionHost
-from lexiseg.proposals import ProposalGenerator
+from lexiseg.models.region_base import RegionModel
+from lexiseg.proposals.base import ProposalGenerator
 from lexiseg.proposals.pretrained import start_proposals
 from lexiseg.vocabulary import Vocabulary
 from lexiseg.weights import load_model
@@ -127,7 +127,7 @@ def refuse_leaks(what: str, before: Sequence[str], now: Sequence[str], vocabular
 
 def learned_prompts(model: SegmentationModel) -> PromptLearner | None:
     """The learned text prompts of a model; None where it has none."""
-    if isinstance(model, RegionHost):
+    if isinstance(model, RegionModel):
         return model.prompts
     return model.prompt if isinstance(model, DeOP) else None
 
@@ -226,7 +226,7 @@ def _take_parts(start: SegmentationModel, model: SegmentationModel, initial: str
         parts.append("proposals")
     if _copy(learned_prompts(start), learned_prompts(model)):
         parts.append("prompts")
-    if isinstance(start, RegionHost) and isinstance(model, RegionHost) and _copy(start.student, model.student):
+    if isinstance(start, RegionModel) and isinstance(model, RegionModel) and _copy(start.student, model.student):
         parts.append("tuned tower")
     return parts
 

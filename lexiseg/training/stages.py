@@ -14,10 +14,10 @@ from lexiseg.clip.model import CLIP
 from lexiseg.errors import LexisegError
 from lexiseg.models.base import ModelOptions
 from lexiseg.models.decoupled import DecoupledOptions
-from lexiseg.models.deop_options import DeOPOptions
+from lexiseg.models.deop import DeOPOptions
 from lexiseg.models.one_stage_options import WEIGHTS_DEPEND_ON, OneStageOptions
-from lexiseg.models.region_host_options import RegionHostOptions
-from lexiseg.proposals import QueryOptions
+from lexiseg.models.region_base import RegionModelOptions
+from lexiseg.proposals.options import QueryOptions
 from lexiseg.recipes import (
     ContrastiveRecipe,
     Data,
@@ -180,7 +180,7 @@ def _places(options: ModelOptions) -> dict[str, int] | None:
     """How many vectors a model's learned prompts have; None where it has none."""
     if isinstance(options, DeOPOptions) and options.text_prompts != "templates":
         return {"prefix": options.prompt_prefix, "suffix": options.prompt_suffix, "task": 0}
-    prompts = options.prompts if isinstance(options, RegionHostOptions) else None
+    prompts = options.prompts if isinstance(options, RegionModelOptions) else None
     return None if prompts is None else {"prefix": prompts.prefix, "suffix": prompts.suffix, "task": prompts.task}
 
 

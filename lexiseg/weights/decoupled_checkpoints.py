@@ -9,7 +9,7 @@ from torch import Tensor
 from lexiseg.clip.model import CLIP
 from lexiseg.errors import LexisegError
 from lexiseg.models import SegmentationModel
-from lexiseg.models.region_host import RegionHost
+from lexiseg.models.region_base import RegionModel
 from lexiseg.weights.deop_checkpoint import read_deop
 from lexiseg.weights.detectron_checkpoint import System
 from lexiseg.weights.region_host_checkpoint import read_region_host
@@ -73,7 +73,7 @@ def read_decoupled(
     return host, unused, _host_notes(system, host, seen_known, transductive)
 
 
-def _host_notes(system: System, host: RegionHost, seen_known: bool, transductive: bool) -> list[str]:
+def _host_notes(system: System, host: RegionModel, seen_known: bool, transductive: bool) -> list[str]:
     """What the file of a region host does not say, and what was assumed."""
     options, notes = host.options, []
     if options.ensemble.rule == "region":

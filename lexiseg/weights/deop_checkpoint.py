@@ -41,7 +41,7 @@ def anchor_key(name: str) -> str:
     """The authors' key of a tensor of our heatmap decoder (``anchors.`` in `DeOP`).
 
     Args:
-        name: in the state dict of `QueryAnchors` or `ConvAnchors`.
+        name: in the state dict of `ReleasedQueryAnchors` or `ConvAnchors`.
 
     Raises:
         KeyError: no released decoder has such a tensor.
@@ -93,11 +93,11 @@ def authors_key(name: str) -> str | None:
 def infer_anchor_options(own: Mapping[str, Tensor]) -> dict[str, Any]:
     """Read the options of the heatmap decoder off DeOP's own tensors, by the authors' keys."""
     if "decoderConv.weight" in own:
-        return {"anchors": "conv-released"}
+        return {"heatmaps": "conv-released"}
     if "query_embedding.weight" not in own:
-        return {"anchors": "none"}
+        return {"heatmaps": "none"}
     options: dict[str, Any] = {
-        "anchors": "query",
+        "heatmaps": "query-released",
         "anchor_layers": count_blocks(own, "decoder.layers."),
         "anchor_queries": shape_of(own, "query_embedding.weight", 2)[0],
         "anchor_heads": _HEADS,

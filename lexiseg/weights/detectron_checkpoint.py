@@ -17,7 +17,8 @@ from torch import Tensor
 
 from lexiseg.clip.load import shapes_of
 from lexiseg.errors import LexisegError
-from lexiseg.proposals.base import Mask2FormerOptions, ProposalGenerator
+from lexiseg.proposals.base import ProposalGenerator
+from lexiseg.proposals.options import Mask2FormerOptions
 from lexiseg.weights.detectron_keys import HEAD, source_of
 from lexiseg.weights.filling import SourceOf, take_tensors
 

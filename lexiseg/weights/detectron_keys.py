@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from lexiseg.errors import LexisegError
-from lexiseg.proposals.base import Mask2FormerOptions, MaskFormerOptions
+from lexiseg.proposals.options import Mask2FormerOptions, MaskFormerOptions
 from lexiseg.weights.clip_state import count_blocks, shape_of
 from lexiseg.weights.filling import Source
 

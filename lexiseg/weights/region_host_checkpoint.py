@@ -17,15 +17,13 @@ from lexiseg.clip.load import check_state, shapes_of, sketch
 from lexiseg.clip.model import CLIP
 from lexiseg.clip.templates import IN_THE_SCENE, SCULPTURE, VILD_14
 from lexiseg.errors import LexisegError
-from lexiseg.models.freeseg import FreeSeg
-from lexiseg.models.region_host import RegionHost
-from lexiseg.models.zegformer import ZegFormer
-from lexiseg.models.zsseg import ZSSeg
+from lexiseg.models.region_base import RegionModel
+from lexiseg.models.region_models import FreeSeg, ZegFormer, ZSSeg
 from lexiseg.weights.clip_state import clip_from_state, shape_of
 from lexiseg.weights.detectron_checkpoint import AdapterParts, CheckpointParts, generator_tensors, split_checkpoint
 from lexiseg.weights.detectron_keys import infer_generator_options
 
-HOSTS: dict[str, type[RegionHost]] = {"zsseg": ZSSeg, "zegformer": ZegFormer, "freeseg": FreeSeg, "maft": FreeSeg}
+HOSTS: dict[str, type[RegionModel]] = {"zsseg": ZSSeg, "zegformer": ZegFormer, "freeseg": FreeSeg, "maft": FreeSeg}
 
 # The side that the released configurations for COCO-Stuff resize pictures' shorter side to.
 _SHORT_SIDE = 640
@@ -60,7 +58,7 @@ def read_region_host(
     options: Mapping[str, Any] | None = None,
     tokenizer: Any = None,
     name: str = "the checkpoint",
-) -> tuple[RegionHost, list[str]]:
+) -> tuple[RegionModel, list[str]]:
     """Build ZSSeg, ZegFormer, FreeSeg or FreeSeg + MAFT from the authors' tensors.
 
     Args:
@@ -96,8 +94,8 @@ def read_region_host(
     host = HOSTS[parts.system]
     chosen = {"proposals": proposals, **infer_options(parts), **(options or {})}
 
-    def build(clip: CLIP) -> RegionHost:
-        return cast(RegionHost, host.build(clip, chosen))
+    def build(clip: CLIP) -> RegionModel:
+        return cast(RegionModel, host.build(clip, chosen))
 
     found = _own_tensors(parts)
     plan = sketch(lambda: build(copy.deepcopy(clip).to("meta")), len(state), name)

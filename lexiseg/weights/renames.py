@@ -13,7 +13,20 @@ from lexiseg.errors import LexisegWarning
 
 Change = str | Callable[[Any], dict[str, Any]]
 
-RENAMED_OPTIONS: dict[str, dict[str, Change]] = {}
+
+def _leftover(value: Any) -> dict[str, Any]:
+    """The option ``leftover`` of an old ``remainder``."""
+    known = value if isinstance(value, dict) else {}
+    return {"leftover": {"min_fraction" if key == "min_share" else key: each for key, each in known.items()}}
+
+
+RENAMED_OPTIONS: dict[str, dict[str, Change]] = {
+    "deop": {
+        "remainder": _leftover,
+        # "query" was the released form, and is the paper's now.
+        "anchors": lambda value: {"heatmaps": "query-released" if value == "query" else value},
+    },
+}
 """Of each system, what became of an old option: its new name (``"proposals.new"`` for one inside ``proposals``), or a
 function from its value to the new options, which gives ``{}`` where there is nothing left to say. An old name inside
 another option is written ``"proposals.old"``."""

@@ -184,7 +184,7 @@ def test_figures(segmenter: Segmenter, picture: Path) -> None:
 
 
 def test_anchors_are_drawn_of_the_proposals_of_the_prediction(picture: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = make(remainder={"count": 4, "threshold": 0.95, "min_share": 0.0})
+    model = make(leftover={"count": 4, "threshold": 0.95, "min_fraction": 0.0})
     segmenter = Segmenter(model, disk_cache=False)
     seen: list[Tensor] = []
     propose = DeOP.propose

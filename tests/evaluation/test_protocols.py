@@ -314,13 +314,13 @@ def test_templates_of_the_authors():
 @pytest.mark.parametrize(
     ("system", "name", "rule", "weight", "threshold"),
     [
-        ("zsseg", "a-847", "geometric", 0.7, 0.3),
-        ("zsseg", "a-150", "geometric", 0.5, 0.4),
-        ("zsseg", "pc-59", "geometric", 0.4, 0.5),
-        ("zsseg", "voc-20", "geometric", 0.8, 0.5),
-        ("zsseg", "gzs-coco", "geometric", 0.8, 0.5),
+        ("zsseg", "a-847", "released", 0.7, 0.3),
+        ("zsseg", "a-150", "released", 0.5, 0.4),
+        ("zsseg", "pc-59", "released", 0.4, 0.5),
+        ("zsseg", "voc-20", "released", 0.8, 0.5),
+        ("zsseg", "gzs-coco", "released", 0.8, 0.5),
         ("freeseg", "a-847", "region", 0.8, 0.5),
-        ("freeseg", "gzs-ade", "geometric", 0.8, 0.5),
+        ("freeseg", "gzs-ade", "released", 0.8, 0.5),
         ("zegformer", "a-847", "zegformer", 2 / 3, 0.5),
     ],
 )
@@ -329,7 +329,7 @@ def test_how_authors_join_the_two_opinions(system, name, rule, weight, threshold
     protocol = find_protocol(name)
     changes = protocol.set_up(model)
     assert (model.options.ensemble.rule, model.options.ensemble.weight) == (rule, weight)
-    assert model.options.crops.threshold == model.viewer.crops.threshold == threshold
+    assert model.options.crops.threshold == model.region_encoder.crops.threshold == threshold
     assert protocol.card(settings=changes)["protocol"]["settings"] == changes
     assert bool(changes) == (name in ("a-847", "a-150", "pc-59") and system != "zegformer")
 

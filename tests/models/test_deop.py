@@ -16,8 +16,8 @@ from lexiseg.errors import LexisegError
 from lexiseg.losses.regions import region_map_losses
 from lexiseg.models import SYSTEMS, DeOP, SegmentationModel
 from lexiseg.models.decoupled import DecoupledModel
-from lexiseg.proposals import HARD_LOGIT
-from lexiseg.regions.anchors import ConvAnchors, QueryAnchors, StackedConvAnchors
+from lexiseg.proposals.base import HARD_LOGIT
+from lexiseg.regions.anchors import ConvAnchors, ReleasedQueryAnchors, StackedConvAnchors
 from lexiseg.regions.pooling import mask_pool, unit_or_zero
 from lexiseg.scores import RegionScores
 from lexiseg.training.initial import start_from
@@ -85,9 +85,9 @@ class TestDeOP(DecoupledTester):
             load_model(folder)
 
     @pytest.mark.parametrize("count", [0, 1, 300])
-    @pytest.mark.parametrize("anchors", ["query", "conv", "conv-released", "none"])
+    @pytest.mark.parametrize("anchors", ["query", "query-released", "conv", "conv-released", "none"])
     def test_any_number_of_proposals_under_any_anchors(self, count: int, anchors: str) -> None:
-        model = make(anchors=anchors, severance="released")
+        model = make(heatmaps=anchors, severance="released")
         with torch.no_grad():
             scores = with_masks(model, torch.randn(1, count, 8, 12), unit_rows(3, DIM))
         dense = scores.dense((40, 48))
@@ -111,7 +111,7 @@ class TestDeOPBaseline(DecoupledTester):
     options: ClassVar = {
         **OPTIONS,
         "severance": "none",
-        "anchors": "none",
+        "heatmaps": "none",
         "visual_prompts": "none",
         "train": "proposals",
     }
@@ -143,18 +143,18 @@ def with_masks(model: DeOP, mask_logits: Tensor, text: Tensor) -> RegionScores:
 
 
 VARIANTS: dict[str, dict[str, Any]] = {
-    "baseline": {"severance": "none", "anchors": "none", "visual_prompts": "none"},
-    "baseline+": {"severance": "none", "anchors": "none", "text_prompts": "end-to-end"},
-    "Table 3: severance only": {"anchors": "none"},
+    "baseline": {"severance": "none", "heatmaps": "none", "visual_prompts": "none"},
+    "baseline+": {"severance": "none", "heatmaps": "none", "text_prompts": "end-to-end"},
+    "Table 3: severance only": {"heatmaps": "none"},
     "Table 3: anchors only": {"severance": "none"},
     "Table 4: two blocks": {"severed_blocks": (-2, -1), "alpha": (0.5, 1.0), "visual_prompts": "none"},
-    "Table 4: masks": {"severance": "mps", "anchors": "none"},
-    "Table 5: convolutions": {"anchors": "conv", "anchor_layers": 2, "anchor_hidden": 8},
+    "Table 4: masks": {"severance": "mps", "heatmaps": "none"},
+    "Table 5: convolutions": {"heatmaps": "conv", "anchor_layers": 2, "anchor_hidden": 8},
     "Table 5: K = 0": {"anchor_layers": 0},
     "Table 7: prepended": {"visual_prompts": "prepended", "num_prompts": 2},
     "Table 9: three blocks": {"severed_blocks": (-3, -2, -1)},
     "released": {"severance": "released", "released_residual": True, "visual_prompts": "none", "masks": "patches"},
-    "released convolution": {"anchors": "conv-released", "class_scores": "cosine", "masks": "logits"},
+    "released convolution": {"heatmaps": "conv-released", "class_scores": "cosine", "masks": "logits"},
     "CLIP's own statistics": {"clip_images": "own"},
     "words before masks": {"proposals": {"kind": "mask2former", **SMALL, "hidden_dim": 32, "encoder_layers": 1,
                                          "encoder_ffn_dim": 32, "interaction_dim": 16, "interaction_heads": 2}},
@@ -234,7 +234,7 @@ def test_one_training_of_proposals_serves_all(tmp_path: Path) -> None:
         kind = SYSTEMS[system]
         return start_from(folder, kind, kind.parse_options(changes), ("cat", "sky"), vocabulary)
 
-    for changes in ({}, {"anchors": "conv-released"}):
+    for changes in ({}, {"heatmaps": "conv-released"}):
         model = start("deop", **{**OPTIONS, **changes})
         assert isinstance(model, DecoupledModel)
         assert all(
@@ -294,7 +294,7 @@ def test_tables_of_zeros_leave_clip_as_it_is() -> None:
 def test_heatmaps_lie_inside_the_masks() -> None:
     features, masks = unit_or_zero(torch.randn(2, 3, 5, 16)), torch.rand(2, 7, 3, 5)
     masks[:, 3] = 0.0
-    anchors = QueryAnchors(16, 4, 1).eval()
+    anchors = ReleasedQueryAnchors(16, 4, 1).eval()
     found = anchors(features, masks)
     assert found.heatmaps.shape == (2, 8, 7, 3, 5)
     assert bool((found.heatmaps <= masks[:, None] + 1e-6).all())

@@ -15,8 +15,8 @@ from lexiseg.clip.text import TextEmbedder
 from lexiseg.errors import LexisegError
 from lexiseg.evaluation.proposals import pseudo_label
 from lexiseg.models import SYSTEMS, SegmentationModel
-from lexiseg.models.region_host import RegionHost
-from lexiseg.proposals import HARD_LOGIT
+from lexiseg.models.region_base import RegionModel
+from lexiseg.proposals.base import HARD_LOGIT
 from lexiseg.scores import RegionScores
 from lexiseg.training.initial import start_from
 from lexiseg.vocabulary import Vocabulary, VocabularyClass
@@ -46,11 +46,11 @@ GENERATORS = {"zsseg": MASKFORMER, "zegformer": LINEAR, "freeseg": MASK2FORMER}
 ATTENTION = {"image_size": 48}
 
 
-def make(system: str = "zsseg", **changes: Any) -> RegionHost:
+def make(system: str = "zsseg", **changes: Any) -> RegionModel:
     torch.manual_seed(1)
     options = {"proposals": GENERATORS[system], "attention": ATTENTION, **changes}
     model = SYSTEMS[system].build(small_clip(), options, seen_names=("cat", "sky")).eval()
-    assert isinstance(model, RegionHost)
+    assert isinstance(model, RegionModel)
     return model
 
 
@@ -127,7 +127,7 @@ class TestZegFormer(HostTester):
         torch.testing.assert_close(rows, model.embed_text(embedder, both)[[0, 2]])
 
     def test_the_no_object_row_is_not_of_unit_length(self, model: SegmentationModel) -> None:
-        assert isinstance(model, RegionHost)
+        assert isinstance(model, RegionModel)
         model.no_object.data *= 3.0
         assert torch.equal(model.text_rows(unit_rows(2, DIM))[-1:], model.no_object)
 
@@ -213,8 +213,8 @@ def test_maft_is_one_key(system: str, tmp_path: Path) -> None:
     """The same host with one more option: it looks at all regions at once, and trains a copy of CLIP's tower."""
     # Recipes of hosts say that they look at crops, and so the key has to be enough where they do.
     plain, tuned = make(system, regions="crops"), make(system, regions="crops", maft={})
-    assert plain.viewer is not None and plain.viewer.kind == "crops"
-    assert tuned.viewer is not None and tuned.viewer.kind == "mask-attention"
+    assert plain.region_encoder is not None and plain.region_encoder.kind == "crops"
+    assert tuned.region_encoder is not None and tuned.region_encoder.kind == "mask-attention"
     assert all(name.startswith("student.") for name in tuned.trainable_names())
     assert not any(".mlp." in name or "conv1" in name for name in tuned.trainable_names())
     assert tuned.generator.trainable is False and plain.generator.trainable is True
@@ -242,7 +242,7 @@ def test_a_second_stage_starts_from_the_first(tmp_path: Path) -> None:
     kind, vocabulary = SYSTEMS["zsseg"], Vocabulary.parse("cat; sky")
     options = kind.parse_options({**first.options.model_dump(), "maft": {}})
     second = start_from(folder, kind, options, ("cat", "sky"), vocabulary)
-    assert isinstance(second, RegionHost) and second.prompts is not None and second.student is not None
+    assert isinstance(second, RegionModel) and second.prompts is not None and second.student is not None
     assert torch.equal(second.no_object, first.no_object)
     assert torch.equal(second.prompts.state_dict()["prefix_prompt"], first.prompts.state_dict()["prefix_prompt"])
     for name, value in first.generator.state_dict().items():
@@ -253,19 +253,19 @@ def test_a_second_stage_starts_from_the_first(tmp_path: Path) -> None:
 @pytest.mark.parametrize("count", [0, 1, 300])
 @pytest.mark.parametrize("regions", ["mask-attention", "pooled", "none"])
 @pytest.mark.parametrize("system", ["zsseg", "zegformer"])
-def test_any_number_of_proposals_shown_otherwise(system: str, regions: str, count: int) -> None:
+def test_any_number_of_proposals_encoded_otherwise(system: str, regions: str, count: int) -> None:
     model = make(system, regions=regions)
     dense = with_masks(model, torch.randn(1, count, 8, 12)).dense((32, 48))
     assert torch.isfinite(dense).all()
     assert bool((dense > 0).any()) == bool(count)
 
 
-def with_masks(model: RegionHost, mask_logits: Tensor, **more: Any) -> RegionScores:
+def with_masks(model: RegionModel, mask_logits: Tensor, **more: Any) -> RegionScores:
     """Score an image of 32 x 48 with the given masks instead of proposed ones."""
     images, count = SystemTester.images(32, 48, 1), mask_logits.shape[1]
     with torch.no_grad():
         features = model.encode_images(images)
-        for name in ("regions", "shown", "embeddings"):
+        for name in ("regions", "encoded", "embeddings"):
             features.values.pop(name, None)
         features.values["mask_logits"] = mask_logits
         features.values["embeddings"] = torch.randn(1, count, DIM, generator=torch.Generator().manual_seed(0))
@@ -274,7 +274,7 @@ def with_masks(model: RegionHost, mask_logits: Tensor, **more: Any) -> RegionSco
 
 @pytest.mark.parametrize("regions", ["mask-attention", "pooled"])
 @pytest.mark.parametrize("system", ["zsseg", "zegformer"])
-def test_masks_of_nothing_or_everything_shown_otherwise(system: str, regions: str) -> None:
+def test_masks_of_nothing_or_everything_encoded_otherwise(system: str, regions: str) -> None:
     model = make(system, regions=regions)
     for value in (-1000.0, -HARD_LOGIT, HARD_LOGIT, 1000.0):
         scores = with_masks(model, torch.full((1, 4, 8, 12), value))
@@ -401,9 +401,9 @@ def test_near_duplicates_and_poor_regions_are_not_shown() -> None:
     runs: list[int] = []
     for duplicates in (None, 0.95):
         model = make(crops={"duplicates": duplicates})
-        assert model.viewer is not None
+        assert model.region_encoder is not None
         frame = model.clip_frame(SystemTester.images(32, 48, 1), (32, 48))
-        views = model.viewer.look(model.clip, model.clip.visual, frame, (32, 48), masks)
+        views = model.region_encoder.encode(model.clip, model.clip.visual, frame, (32, 48), masks)
         runs.append(len(views.regions[0].unique(dim=0)))
         torch.testing.assert_close(views.regions[:, :3], views.regions[:, 3:], rtol=0.1, atol=0.1)
     assert runs[1] == 3

@@ -8,20 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lexiseg.clip.embeddings import image_embeddings, whole_patches
 from lexiseg.clip.image import ImageTower
-from lexiseg.clip.mask_attention import (
-    INSIDE,
-    attention_mask,
-    encode_regions,
-    image_embeddings,
-    masks_on_grid,
-    region_embeddings,
-    whole_patches,
-)
 from lexiseg.clip.model import CLIP
 from lexiseg.clip.resnet import attention_pool, resnet_features
 from lexiseg.clip.severance import Severance, released_residual, severance_masks, severed_attention
 from lexiseg.clip.visual_prompts import AddedTables, PrependedPrompts
+from lexiseg.regions.mask_attention import INSIDE, attention_mask, encode_regions, masks_on_grid, region_embeddings
 from tests.parity.case import Case
 from tests.parity.clip_build import make_clip, vision_sizes
 from tests.parity.clip_texts import deop_text, learned_text, stage1_prompt, template_text, zegformer_text

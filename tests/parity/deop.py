@@ -15,9 +15,9 @@ from lexiseg.evaluation.proposals import ReleasedRecall, pseudo_label
 from lexiseg.losses.regions import region_map_losses
 from lexiseg.models.decoupled import IMAGENET_MEAN, IMAGENET_STD
 from lexiseg.models.deop import DeOP
-from lexiseg.proposals import Proposals
+from lexiseg.proposals.base import Proposals
 from lexiseg.proposals.maskformer import MaskFormer
-from lexiseg.regions.anchors import ConvAnchors, QueryAnchors, sine_positions
+from lexiseg.regions.anchors import ConvAnchors, ReleasedQueryAnchors, sine_positions
 from lexiseg.regions.pooling import patch_masks, unit_or_zero
 from lexiseg.weights.deop_checkpoint import anchor_key, authors_key, infer_anchor_options, read_deop
 from tests.parity.case import Case, UnsupportedError
@@ -34,7 +34,7 @@ def query_anchors(case: Case) -> None:
     """The query-based heatmap decoder, with every intermediate result."""
     params, config = case.params(), case.config
     options = infer_anchor_options(params)
-    anchors = QueryAnchors(
+    anchors = ReleasedQueryAnchors(
         config["d_model"],
         options["anchor_queries"],
         options["anchor_layers"],
@@ -151,7 +151,7 @@ def check_sizes(case: Case, model: DeOP) -> None:
     assert isinstance(generator, MaskFormer)
     sizes = {**toy_sizes(model.clip), **generator_sizes(generator), "n_train": len(config["train_names"])}
     sizes["npre"] = len(params["clip_adapter.prompt_learner.prefix_prompt"])
-    if options["anchors"] == "query":
+    if options["heatmaps"] == "query-released":
         sizes["K"] = options["anchor_layers"]
         sizes |= {"dff": options["anchor_hidden"]} if "anchor_hidden" in options else {}
     tables = [key for key in params if key.endswith("learned_position")]

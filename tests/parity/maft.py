@@ -12,11 +12,9 @@ from torch.nn import functional as F
 
 from lexiseg.clip.templates import IMAGENET_SELECT, IN_THE_SCENE
 from lexiseg.clip.text import TextEmbedder
-from lexiseg.models.freeseg import FreeSeg
-from lexiseg.models.region_host import RegionHost
-from lexiseg.models.zegformer import ZegFormer
-from lexiseg.models.zsseg import ZSSeg
-from lexiseg.proposals import Proposals
+from lexiseg.models.region_base import RegionModel
+from lexiseg.models.region_models import FreeSeg, ZegFormer, ZSSeg
+from lexiseg.proposals.base import Proposals
 from lexiseg.proposals.mask2former import Mask2Former
 from lexiseg.proposals.maskformer import MaskFormer
 from lexiseg.regions.ensemble import EnsembleOptions, class_probabilities, ensemble
@@ -46,7 +44,7 @@ from tests.parity.region_parts import (
 # Whole models.
 
 
-def read(case: Case, **options: Any) -> RegionHost:
+def read(case: Case, **options: Any) -> RegionModel:
     """The model of a case, through the converter, with what only the JSON can tell."""
     config = case.config
     small = config.get("config", config)
@@ -67,7 +65,7 @@ def whole_images(case: Case) -> list[Tensor]:
     return [case.input(f"image.{index}") for index in range(len(case.config["sizes"]))]
 
 
-def words(model: RegionHost, names: list[str]) -> Tensor:
+def words(model: RegionModel, names: list[str]) -> Tensor:
     """Text rows of names: of learned prompts with a gradient."""
     if model.prompts is not None:
         return model.prompts(model.clip, names)
@@ -83,7 +81,7 @@ def full(case: Case) -> None:
         model = read(
             case,
             seen_offset=max(config["gzero_calibrate"], 0.0),
-            ensemble={"rule": "zegformer", "weight": weight},
+            ensemble={"weight": weight},
             crops={"convention": "roi-align", "merge": merges[config["clip_cls_style"]]},
         )
         names = {"train": config["seen"], "test": [*config["seen"], *config["unseen"]]}
@@ -132,7 +130,7 @@ def full(case: Case) -> None:
     case.check_stated("trainable_top", config, {"trainable_top": sorted(trained)})
 
 
-def check_sizes(case: Case, model: RegionHost) -> None:
+def check_sizes(case: Case, model: RegionModel) -> None:
     """Compare the JSON's sizes and counts with the model and the pictures."""
     config, generator = case.config, model.generator
     assert isinstance(generator, (MaskFormer, Mask2Former))
@@ -160,14 +158,14 @@ def check_sizes(case: Case, model: RegionHost) -> None:
         case.check_that("dilations", ours == [int(one) for one in dilations[0].strip(",").split(",")], f"{ours}")
 
 
-def check_backbone(case: Case, model: RegionHost, images: Tensor) -> None:
+def check_backbone(case: Case, model: RegionModel, images: Tensor) -> None:
     """Compare feature maps."""
     for name, actual in zip(("res2", "res3", "res4", "res5"), model.generator.backbone(images), strict=True):
         check_some(case, name, actual)
     check_mask_features(case, model, images)
 
 
-def check_mask_features(case: Case, model: RegionHost, images: Tensor) -> None:
+def check_mask_features(case: Case, model: RegionModel, images: Tensor) -> None:
     """Compare what the masks are made of; of Mask2Former before it has looked at the words."""
     if not case.has("mask_features"):
         return
@@ -188,14 +186,14 @@ def check_some(case: Case, name: str, actual: Tensor) -> None:
     case.check(name, actual)
 
 
-def check_proposals(case: Case, model: RegionHost, found: Proposals, text: Tensor) -> None:
+def check_proposals(case: Case, model: RegionModel, found: Proposals, text: Tensor) -> None:
     case.check("pred_masks", found.mask_logits)
     if found.embeddings is not None:
         case.check("pred_embed", found.embeddings)
         case.check("pred_logits", model.proposal_logits(found.embeddings, model.texts(text)[0]))
 
 
-def check_gradients(case: Case, model: RegionHost) -> list[str]:
+def check_gradients(case: Case, model: RegionModel) -> list[str]:
     """Compare gradients; returns the authors' keys of all that have one."""
     row = "sem_seg_head.predictor.bg_feature" if isinstance(model, ZegFormer) else "clip_adapter.non_object_embedding"
     gradients = {row: model.no_object.grad, **generator_gradients(model.generator)}
@@ -219,7 +217,7 @@ def maft_step(case: Case) -> None:
     config = case.config
     attention = {"start_block": config["start_layer"], "image_size": config["clip_size"]}
     model = read(case, attention=attention)
-    assert model.student is not None and model.viewer is not None
+    assert model.student is not None and model.region_encoder is not None
     names = config["class_names"]
     case.check_that(
         "templates", tuple(config["templates"]) == model.default_templates, "the model has others by default"
@@ -237,10 +235,10 @@ def maft_step(case: Case) -> None:
         own = torch.cat(
             [model.clip_frame(one[None], tuple(image.shape[-2:])) for one, image in zip(batch, images, strict=True)]
         )
-        square = model.viewer.square(model.clip, own)
-        masks = model.viewer.square_masks(model.student, square, own, found.mask_logits)
-        case.check("ip_masked", model.viewer.attend(model.student, square, masks))
-        case.check("ip_plain", model.viewer.whole(model.student, square))
+        square = model.region_encoder.square(model.clip, own)
+        masks = model.region_encoder.square_masks(model.student, square, own, found.mask_logits)
+        case.check("ip_masked", model.region_encoder.attend(model.student, square, masks))
+        case.check("ip_plain", model.region_encoder.whole(model.student, square))
         for index, image in enumerate(images):
             features = model.encode_padded(batch[index][None], tuple(image.shape[-2:]))
             check_output(case, "", f".{index}", model.score(features, text), config["output_sizes"][index])
@@ -296,10 +294,10 @@ def simple_baseline(case: Case) -> None:
             case.check("mask_logits", large[0, :, : size[0], : size[1]])
             assert proposals.embeddings is not None
             case.check("proposal_logits", model.proposal_logits(proposals.embeddings, rows[:-1])[0])
-            shown = features.values["shown"][0]
-            case.check("valid", shown)
+            encoded = features.values["encoded"][0]
+            case.check("valid", encoded)
             regions = F.normalize(features.values["regions"][0], dim=-1)
-            case.check("region_logits", (100 * regions @ rows.T)[shown])
+            case.check("region_logits", (100 * regions @ rows.T)[encoded])
         text = words(model, config["test_names"])
         scores = model.score(features, text, seen_words=seen)
         output = case.config["output_size"]
@@ -308,13 +306,13 @@ def simple_baseline(case: Case) -> None:
 
 def _given_masks(case: Case, model: Any, rows: Tensor, seen: Tensor | None, weight: float) -> None:
     image, logits = case.input("image"), case.input("direct/mask_logits")
-    views = model.look(normalised(image)[None], tuple(image.shape[-2:]), logits[None])
-    shown = views.shown[0]
-    case.check("direct/valid", shown)
-    case.check("direct/region_logits", (100 * F.normalize(views.regions[0], dim=-1) @ rows.T)[shown])
+    views = model.encode_regions(normalised(image)[None], tuple(image.shape[-2:]), logits[None])
+    encoded = views.encoded[0]
+    case.check("direct/valid", encoded)
+    case.check("direct/region_logits", (100 * F.normalize(views.regions[0], dim=-1) @ rows.T)[encoded])
     said = model.region_probabilities(views.regions, rows[:-1], None)[0]
     opinion = class_probabilities(case.input("direct/cls_logits"))
-    scores = ensemble(opinion, said, EnsembleOptions(weight=weight), seen=seen, shown=shown)
+    scores = ensemble(opinion, said, EnsembleOptions(weight=weight), seen=seen, encoded=encoded)
     case.check("direct/sem_seg", torch.einsum("nc,nhw->chw", scores, logits.sigmoid()), tolerance=SOFTMAX)
 
 

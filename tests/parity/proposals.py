@@ -17,9 +17,10 @@ from lexiseg.losses.proposals import (
     match,
     proposal_losses,
 )
-from lexiseg.proposals import Mask2FormerOptions, MaskFormerOptions, Proposals
+from lexiseg.proposals.base import Proposals
 from lexiseg.proposals.mask2former import Mask2Former
 from lexiseg.proposals.maskformer import MaskFormer
+from lexiseg.proposals.options import Mask2FormerOptions, MaskFormerOptions
 from lexiseg.weights.detectron_checkpoint import generator_source, generator_tensors
 from lexiseg.weights.detectron_keys import infer_generator_options
 from lexiseg.weights.filling import put_tensors

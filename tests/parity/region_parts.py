@@ -16,11 +16,9 @@ from lexiseg.losses import mask_aware
 from lexiseg.losses.mask_aware import distillation_loss, iou_targets, mask_aware_loss, mask_ious
 from lexiseg.models.base import ImageFeatures
 from lexiseg.models.decoupled import IMAGENET_MEAN, IMAGENET_STD
-from lexiseg.models.freeseg import FreeSeg
-from lexiseg.models.region_host import RegionHost
-from lexiseg.models.zegformer import ZegFormer
-from lexiseg.models.zsseg import ZSSeg
-from lexiseg.proposals import Proposals
+from lexiseg.models.region_base import RegionModel
+from lexiseg.models.region_models import FreeSeg, ZegFormer, ZSSeg
+from lexiseg.proposals.base import Proposals
 from lexiseg.regions.crops import CropOptions, cut_tight, tight_crops
 from lexiseg.regions.ensemble import EnsembleOptions, class_probabilities, ensemble
 from lexiseg.scores import RegionScores
@@ -205,7 +203,7 @@ def region_crops(case: Case) -> None:
         "mask_thr": "threshold",
     }
     model = ZSSeg.build(clip, GIVEN)
-    assert isinstance(model, ZSSeg) and model.viewer is not None
+    assert isinstance(model, ZSSeg) and model.region_encoder is not None
     for mode, given in case.config["modes"].items():
         options = CropOptions(size=size, **{names[key]: value for key, value in given.items()})
         black = clip_normalised(torch.zeros(3, 1, 1)).flatten()
@@ -217,7 +215,7 @@ def region_crops(case: Case) -> None:
             case.check(name, crops.images[..., ::step, ::step])
         moments = torch.stack([crops.images.mean(dim=(2, 3)), crops.images.std(dim=(2, 3))], dim=-1)
         case.check(f"{mode}/regions_mean_std", moments)
-        features = F.normalize(model.viewer.embed_crops(clip.visual, crops.images, clip.embed_dim), dim=-1)
+        features = F.normalize(model.region_encoder.embed_crops(clip.visual, crops.images, clip.embed_dim), dim=-1)
         case.check(f"{mode}/region_features", features)
         case.check(f"{mode}/logits", 100 * features @ rows.T)
 
@@ -231,7 +229,7 @@ def flags(config: dict[str, Any], name: str) -> Tensor | None:
 
 
 def check_ensembles(
-    case: Case, opinion: Tensor, said: Tensor, masks: Tensor, shown: Tensor, drops: Callable[[str], bool]
+    case: Case, opinion: Tensor, said: Tensor, masks: Tensor, encoded: Tensor, drops: Callable[[str], bool]
 ) -> None:
     """Every ensemble of a case, by the weight and the flags in its name."""
     weights = set()
@@ -240,8 +238,8 @@ def check_ensembles(
         weights.add(weight)
         options = EnsembleOptions(weight=weight)
         alone = weight <= 0 and not drops(name)
-        scores = ensemble(opinion, said, options, seen=flags(case.config, name), shown=None if alone else shown)
-        kept = scores[shown] if weight <= 0 and not alone else scores
+        scores = ensemble(opinion, said, options, seen=flags(case.config, name), encoded=None if alone else encoded)
+        kept = scores[encoded] if weight <= 0 and not alone else scores
         case.check(f"{name}/class_scores", kept, tolerance=SOFTMAX)
         pixels = torch.einsum("nc,nhw->chw", scores, masks)
         for key in (f"{name}/sem_seg", f"{name}/sem_seg_sub"):
@@ -255,13 +253,13 @@ def check_ensembles(
 def ensembles(case: Case) -> None:
     """The ensemble and the final combination, alone."""
     masks = case.input("mask_logits").sigmoid()
-    shown = (masks > 0.5).flatten(1).any(dim=1)
-    case.check("valid", shown)
+    encoded = (masks > 0.5).flatten(1).any(dim=1)
+    case.check("valid", encoded)
     sizes = dict(zip("NHW", masks.shape, strict=True))
     case.check_stated("sizes", case.config, {**sizes, "C": case.input("class_logits").shape[-1] - 1})
     opinion = class_probabilities(case.input("class_logits"))
     said = class_probabilities(case.input("clip_logits"), drop_first=True)
-    check_ensembles(case, opinion, said, masks, shown, lambda name: "maft" not in name)
+    check_ensembles(case, opinion, said, masks, encoded, lambda name: "maft" not in name)
     pixels = torch.einsum("nc,nhw->chw", opinion, masks)
     check_sub(case, "proposal_only/sem_seg", pixels)
     check_map(case, "proposal_only/label_map", pixels)
@@ -306,21 +304,21 @@ def classify(case: Case) -> None:
     crops = system.options_class().model_dump()["crops"]  # type: ignore[call-arg]
     crops |= {"size": config["crop"], "threshold": config["mask_thr"], "fill": config["mask_fill"]}
     model = system.build(clip, {**GIVEN, "crops": crops})
-    assert isinstance(model, RegionHost)
+    assert isinstance(model, RegionModel)
     image, logits = case.input("image"), case.input("mask_logits")
     size = (int(image.shape[-2]), int(image.shape[-1]))
     prompt = [len(adapter.get(f"prompt_learner.{part}_prompt", ())) for part in ("prefix", "suffix", "task")]
     stated = {"prompt_shape": prompt[:2], "task_prompt_len": prompt[2] or None, "N": len(logits), "H": size[0]}
     stated |= {"W": size[1], "C": len(config["class_names"])}
     case.check_stated("sizes", config, {**text_sizes(clip), **vision_sizes(clip), **stated})
-    views = model.look(normalised(image)[None], size, logits[None])
-    shown = views.shown[0]
-    case.check("valid", shown)
-    case.check("clip_logits", (100 * F.normalize(views.regions[0], dim=-1) @ rows.T)[shown])
+    views = model.encode_regions(normalised(image)[None], size, logits[None])
+    encoded = views.encoded[0]
+    case.check("valid", encoded)
+    case.check("clip_logits", (100 * F.normalize(views.regions[0], dim=-1) @ rows.T)[encoded])
     said = model.region_probabilities(views.regions, rows[:-1], None)[0]
-    case.check("clip_probs", said[shown], tolerance=SOFTMAX)
+    case.check("clip_probs", said[encoded], tolerance=SOFTMAX)
     opinion = class_probabilities(case.input("class_logits"))
-    check_ensembles(case, opinion, said, logits.sigmoid(), shown, lambda name: True)
+    check_ensembles(case, opinion, said, logits.sigmoid(), encoded, lambda name: True)
 
 
 @torch.no_grad()
@@ -346,25 +344,26 @@ def classify_zegformer(case: Case) -> None:
     mask_logits, class_logits = case.input("pred_masks_stride4"), case.input("pred_logits")
     merges = {"cropmask": "mask-crop", "crop": "crop", "mask": "mask"}
     for style, joined, for_all, offset in config["modes"]:
-        rule = "zegformer" if joined else "zegformer-all" if for_all else "region"
+        # Where it is joined for all classes, none counts as seen.
+        rule, flagged = "released" if joined or for_all else "region", seen if joined else None
         options = {
             "crops": {"convention": "roi-align", "merge": merges[style]},
             "ensemble": {"rule": rule, "weight": config["ensemble_lambda"]},
             "seen_offset": max(offset, 0.0),
         }
         model = ZegFormer.build(clip, {**GIVEN, **options})
-        assert isinstance(model, ZegFormer) and model.viewer is not None
+        assert isinstance(model, ZegFormer) and model.region_encoder is not None
         text = model.embed_text(TextEmbedder(clip), vocabulary(names))
         case.check("text_features_test_clip", text[:, 1])
         cut, found, scores = [], [], []
         for index, image in enumerate(images):
             size = (int(image.shape[-2]), int(image.shape[-1]))
             own = model.clip_frame(batch[index][None], size)
-            cut.append(model.viewer.cut(clip, own[0], size, mask_logits[index]))
-            found.append(model.viewer.embed_crops(clip.visual, cut[-1].images, clip.embed_dim))
+            cut.append(model.region_encoder.cut(clip, own[0], size, mask_logits[index]))
+            found.append(model.region_encoder.embed_crops(clip.visual, cut[-1].images, clip.embed_dim))
             said = model.region_probabilities(found[-1], text[:, 1], class_logits[index])
             opinion = class_probabilities(class_logits[index])
-            scores.append(ensemble(opinion, said, model.options.ensemble, seen=seen))
+            scores.append(ensemble(opinion, said, model.options.ensemble, seen=flagged, seen_mean=model.seen_mean))
         crops = torch.stack([one.images for one in cut])
         case.check("boxes", torch.stack([one.boxes for one in cut]))
         case.check(f"{style}/crops_sub", crops[..., rows, columns])

@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from lexiseg.cli import main
 from lexiseg.clip.model import save_clip
 from lexiseg.errors import LexisegError
-from lexiseg.proposals import Mask2FormerOptions, MaskFormerOptions, ProposalGenerator, SamOptions, build_generator
+from lexiseg.proposals.base import ProposalGenerator
+from lexiseg.proposals.build import build_generator
+from lexiseg.proposals.options import Mask2FormerOptions, MaskFormerOptions, SamOptions
 from lexiseg.proposals.pretrained import IMAGENET_WEIGHTS, _fit_resnet, describe_start, start_proposals
 from lexiseg.recipes import SegmentationRecipe, load_recipe
 from lexiseg.training.dry_run import dry_run

@@ -12,16 +12,10 @@ from torch import Tensor, nn
 
 from lexiseg.errors import LexisegError
 from lexiseg.losses.proposals import MaskTargets, ProposalWeights, mask_targets, match, proposal_losses
-from lexiseg.proposals import (
-    HARD_LOGIT,
-    GroundTruthOptions,
-    Mask2FormerOptions,
-    MaskFormerOptions,
-    ProposalGenerator,
-    Proposals,
-    build_generator,
-)
+from lexiseg.proposals.base import HARD_LOGIT, ProposalGenerator, Proposals
+from lexiseg.proposals.build import build_generator
 from lexiseg.proposals.given import GroundTruth, ground_truth_proposals
+from lexiseg.proposals.options import GroundTruthOptions, Mask2FormerOptions, MaskFormerOptions
 from tests.parity.case import load_case
 from tests.parity.proposals import KINDS as CASES
 

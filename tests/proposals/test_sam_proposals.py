@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from lexiseg.errors import LexisegError
-from lexiseg.proposals import SamOptions, build_generator
+from lexiseg.proposals.build import build_generator
+from lexiseg.proposals.options import SamOptions
 from lexiseg.proposals.sam import Sam, without_overlaps
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from lexiseg.errors import LexisegError
 from lexiseg.losses.mask_aware import distillation_loss, iou_targets, mask_aware_loss, mask_ious
 from lexiseg.models.maft import MaftOptions, mask_aware_step
-from lexiseg.models.region_host import RegionHost
+from lexiseg.models.region_base import RegionModel
 from lexiseg.regions.crops import CropOptions, aligned_crops, boxes_of, near_duplicates, tight_crops
 from lexiseg.regions.ensemble import EnsembleOptions, class_probabilities, ensemble
 from lexiseg.weights.region_host_checkpoint import read_region_host
@@ -94,26 +94,25 @@ def test_near_duplicates_point_at_the_first() -> None:
 def test_the_rules_of_the_ensemble() -> None:
     own, clips = torch.rand(1, 4, 3), torch.rand(1, 4, 3)
     seen = torch.tensor([True, True, False])
-    shown = torch.tensor([[True, True, True, False]])
+    encoded = torch.tensor([[True, True, True, False]])
 
     def by(rule: str, weight: float = 0.8, **more: Any) -> Tensor:
         return ensemble(own, clips, EnsembleOptions(rule=rule, weight=weight), **more)  # type: ignore[arg-type]
 
     assert torch.equal(by("proposal", seen=seen), own)
     assert torch.equal(by("region", seen=seen), clips)
-    assert torch.equal(by("geometric", 0.0, seen=seen), clips)  # not the limit of the formula
-    both = by("geometric", seen=seen)
+    assert torch.equal(by("released", 0.0, seen=seen), clips)  # not the limit of the formula
+    both = by("released", seen=seen)
     torch.testing.assert_close(both[..., 0], own[..., 0] ** 0.8 * clips[..., 0] ** 0.2)
     torch.testing.assert_close(both[..., 2], own[..., 2] ** 0.2 * clips[..., 2] ** 0.8)
     torch.testing.assert_close(by("paper", seen=seen)[..., 2], clips[..., 2] ** 0.8)
     mean = clips[..., :2].mean(dim=-1)
-    torch.testing.assert_close(by("zegformer", seen=seen)[..., 1], own[..., 1] ** 0.8 * mean**0.2)
-    torch.testing.assert_close(by("zegformer-all", seen=seen), own**0.2 * clips**0.8)
-    torch.testing.assert_close(by("geometric"), own**0.2 * clips**0.8)  # no flags: all count as unseen
-    one = by("geometric", seen=seen, shown=shown)
+    torch.testing.assert_close(by("released", seen=seen, seen_mean=True)[..., 1], own[..., 1] ** 0.8 * mean**0.2)
+    torch.testing.assert_close(by("released"), own**0.2 * clips**0.8)  # no flags: all count as unseen
+    one = by("released", seen=seen, encoded=encoded)
     torch.testing.assert_close(one[0, 3, :2], own[0, 3, :2] ** 0.8)
     assert torch.equal(one[0, :3], both[0, :3])
-    assert not by("region", shown=shown)[0, 3].any()
+    assert not by("region", encoded=encoded)[0, 3].any()
     assert torch.equal(ensemble(None, clips, EnsembleOptions()), clips)
     with pytest.raises(ValueError, match="neither"):
         ensemble(None, None, EnsembleOptions())
@@ -173,7 +172,7 @@ def test_maft_tunes_a_resnet() -> None:
     vision = {"layers": [1, 1, 1, 1], "width": 8, "image_size": 64, "head_width": 64}
     clip = small_clip(vision_cfg={**vision, "patch_size": None})
     model = type(make()).build(clip, {**make().options.model_dump(), "maft": {}, "attention": {"image_size": 96}})
-    assert isinstance(model, RegionHost)
+    assert isinstance(model, RegionModel)
     model.train()
     images = torch.randn(1, 3, 40, 48)
     labels = torch.arange(4).repeat(1, 40, 12)

@@ -92,7 +92,7 @@ SHIPPED = {
     "zegclip-emoji": ("zegclip-picture-world", {}),
     "cascade-clip-emoji": ("cascade-clip-picture-world", {}),
     "second-look-emoji": ("second-look-picture-world", {}),
-    "deop-emoji": ("deop-picture-world", {"remainder": {"count": 8}}),
+    "deop-emoji": ("deop-picture-world", {"leftover": {"count": 8}}),
 }
 
 

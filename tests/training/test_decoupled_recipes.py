@@ -13,9 +13,9 @@ import torch
 
 from lexiseg.clip.load import random_clip
 from lexiseg.errors import LexisegError
-from lexiseg.models.deop_options import DeOPOptions
-from lexiseg.models.region_host_options import RegionHostOptions
-from lexiseg.proposals import QueryOptions, SamOptions
+from lexiseg.models.deop import DeOPOptions
+from lexiseg.models.region_base import RegionModelOptions
+from lexiseg.proposals.options import QueryOptions, SamOptions
 from lexiseg.recipes import (
     PromptRecipe,
     SegmentationRecipe,
@@ -93,9 +93,9 @@ def test_numbers_of_the_proposals(name: str) -> None:
     assert (data.augment, data.crop, data.short_sides, data.cut) == ("short-edge", crop, TENTHS[sides], None)
     assert data.longest == (2560 if coco else 2048)
     options = system_of(recipe)[1]
-    assert isinstance(options, DeOPOptions | RegionHostOptions)
+    assert isinstance(options, DeOPOptions | RegionModelOptions)
     assert (options.short_side, options.long_side) == (short_side, 2560 if coco else 2048)
-    if isinstance(options, RegionHostOptions):
+    if isinstance(options, RegionModelOptions):
         weights = options.criterion
         assert (weights.mask_weight, weights.dice_weight) == (20.0, 5.0 if "freeseg" in name else 1.0)
 
@@ -138,11 +138,11 @@ def test_numbers_of_the_other_stages() -> None:
 @pytest.mark.parametrize(
     ("name", "rule", "weight"),
     [
-        ("zsseg-coco-stuff", "geometric", 0.8),
-        ("zsseg-voc2012", "geometric", 0.7),
-        ("freeseg-coco-stuff", "geometric", 0.8),
-        ("freeseg-voc2012", "geometric", 0.8),
-        ("zegformer-coco-stuff", "zegformer", 2 / 3),
+        ("zsseg-coco-stuff", "released", 0.8),
+        ("zsseg-voc2012", "released", 0.7),
+        ("freeseg-coco-stuff", "released", 0.8),
+        ("freeseg-voc2012", "released", 0.8),
+        ("zegformer-coco-stuff", "released", 2 / 3),
         ("zsseg-maft-coco-stuff", "paper", 0.8),
         ("zsseg-maft-voc2012", "paper", 0.7),
         ("zsseg-maft-ade20k-847", "paper", 0.7),
@@ -202,7 +202,7 @@ def learned_counts(options: Any) -> tuple[int, int, int] | None:
     """Numbers of learned vectors in front of a name, behind it and behind the task."""
     if isinstance(options, DeOPOptions):
         return None if options.text_prompts == "templates" else (options.prompt_prefix, options.prompt_suffix, 0)
-    assert isinstance(options, RegionHostOptions)
+    assert isinstance(options, RegionModelOptions)
     return options.prompts and (options.prompts.prefix, options.prompts.suffix, options.prompts.task)
 
 
@@ -247,7 +247,7 @@ def test_every_row_of_the_ablations_is_there() -> None:
 def test_sam_takes_the_generators_place() -> None:
     for name in ("maft-table-5-coco-stuff:sam", "maft-table-5-voc2012:sam-maft", "maft-table-5-coco-stuff:sam-ip-clip"):
         options = system_of(recipe_of(name))[1]
-        assert isinstance(options, RegionHostOptions)
+        assert isinstance(options, RegionModelOptions)
         sam = options.proposals
         assert isinstance(sam, SamOptions)
         assert (sam.points_per_side, sam.pred_iou, sam.stability, sam.nms) == (32, 0.88, 0.95, 0.7)

@@ -14,7 +14,7 @@ from lexiseg.clip.load import load_clip
 from lexiseg.data.picture_world import SEEN, PictureWorld
 from lexiseg.errors import LexisegError
 from lexiseg.models.decoupled import DecoupledModel
-from lexiseg.models.region_host import RegionHost
+from lexiseg.models.region_base import RegionModel
 from lexiseg.proposals.given import GroundTruth
 from lexiseg.recipes import SegmentationRecipe, list_recipes, load_recipe
 from lexiseg.segmenter import Segmenter
@@ -42,9 +42,9 @@ def proposals(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_model(task.model, tmp_path_factory.mktemp("proposals") / "model")
 
 
-def host(name: str, proposals: Path) -> RegionHost:
+def host(name: str, proposals: Path) -> RegionModel:
     task = build_task(recipe(name).model_copy(update={"initial": str(proposals)}))
-    assert isinstance(task, SegmentationTask) and isinstance(task.model, RegionHost)
+    assert isinstance(task, SegmentationTask) and isinstance(task.model, RegionModel)
     return task.model
 
 
@@ -100,8 +100,8 @@ def test_maft_plugs_into_a_host(name: str, proposals: Path, tmp_path: Path) -> N
         build_model(tuned, given.data.vocabulary())
     trains = tuned.model_copy(update={"train": given.train.model_copy(update={"steps": 1})})
     built = build_model(trains, given.data.vocabulary())
-    assert isinstance(built, RegionHost) and built.viewer is not None and built.student is not None
-    assert built.viewer.kind == "mask-attention" and built.stage == "maft"
+    assert isinstance(built, RegionModel) and built.region_encoder is not None and built.student is not None
+    assert built.region_encoder.kind == "mask-attention" and built.stage == "maft"
     # A tower that is tuned already needs no steps.
     built.student.state_dict()["proj"].mul_(2.0)
     folder = save_model(built, tmp_path / "model")
@@ -125,7 +125,7 @@ def test_variants_are_right(system: str) -> None:
 
 def test_a_host_takes_the_proposals_over(proposals: Path) -> None:
     model, shared = host("freeseg-picture-world", proposals), load_model(proposals)
-    assert isinstance(shared, RegionHost) and model.seen_names == SEEN
+    assert isinstance(shared, RegionModel) and model.seen_names == SEEN
     assert torch.equal(model.no_object, shared.no_object)
     assert model.metadata["initial"]["model"] == str(proposals)
 

@@ -17,7 +17,6 @@ from torch.distributed.tensor import DTensor
 import lexiseg
 from lexiseg import processes
 from lexiseg.clip.load import load_clip
-from lexiseg.clip.mask_attention import region_embeddings
 from lexiseg.clip.model import build_clip, save_clip
 from lexiseg.data.picture_world import PictureWorld, write_voc
 from lexiseg.data.transforms import light_pipeline
@@ -31,6 +30,7 @@ from lexiseg.losses.regions import region_map_losses
 from lexiseg.losses.ssim import ssim_loss
 from lexiseg.models import ZegCLIP
 from lexiseg.recipes import TrainSettings
+from lexiseg.regions.mask_attention import region_embeddings
 from lexiseg.segmenter import Segmenter
 from lexiseg.training.checkpoint import find_checkpoints, whole
 from lexiseg.training.engine import shard

@@ -18,7 +18,7 @@ from lexiseg.clip.model import save_clip
 from lexiseg.clip.prompt_learner import load_prompts, read_card
 from lexiseg.errors import LexisegError
 from lexiseg.models.deop import DeOP
-from lexiseg.models.region_host import RegionHost
+from lexiseg.models.region_base import RegionModel
 from lexiseg.recipes import load_recipe
 from lexiseg.segmenter import Segmenter
 from lexiseg.training.labels import UNLABELLED
@@ -56,7 +56,7 @@ def write(folder: Path, clip: Path) -> None:
                 "clip": str(clip),
                 "options": {
                     "proposals": MASKFORMER,
-                    **{"train": "proposals", "severance": "none", "anchors": "none", "visual_prompts": "none"},
+                    **{"train": "proposals", "severance": "none", "heatmaps": "none", "visual_prompts": "none"},
                     **{"text_prompts": "offline", "prompt_prefix": 2, "class_scores": "cosine"},
                 },
             },
@@ -69,7 +69,7 @@ def write(folder: Path, clip: Path) -> None:
             "prompts_from": None,
             "model": {
                 "options": {
-                    **{"train": "regions", "severance": "gps", "anchors": "query", "visual_prompts": "added"},
+                    **{"train": "regions", "severance": "gps", "heatmaps": "query", "visual_prompts": "added"},
                     **{"text_prompts": "end-to-end", "class_scores": "softmax", "anchor_heads": 2, "table_side": 2},
                     "prompt_blocks": [1],
                 }
@@ -91,7 +91,7 @@ def write(folder: Path, clip: Path) -> None:
             "model": {
                 "system": "zsseg",
                 "options": {
-                    **dict.fromkeys(("train", "severance", "anchors", "visual_prompts", "text_prompts")),
+                    **dict.fromkeys(("train", "severance", "heatmaps", "visual_prompts", "text_prompts")),
                     **dict.fromkeys(("prompt_prefix", "class_scores")),
                     **{"prompts": {"prefix": 2, "frozen": True}, "attention": {"image_size": 32}},
                 },
@@ -168,7 +168,7 @@ def test_stages_that_are_named_are_trained_first_and_resumed(tmp_path: Path, cli
     runs = tmp_path / "runs" / "maft"
     assert (runs / "initial" / "prompts" / "model" / "prompts.safetensors").is_file()
     tuned, host = load_model(folder), load_model(runs / "initial" / "model")
-    assert isinstance(tuned, RegionHost) and isinstance(host, RegionHost)
+    assert isinstance(tuned, RegionModel) and isinstance(host, RegionModel)
     assert tuned.prompts is not None and host.prompts is not None
     assert tuned.prompts.fingerprint() == host.prompts.fingerprint()
     assert yaml.safe_load((runs / "recipe.yaml").read_text())["initial"].endswith("zsseg.yaml")
@@ -300,7 +300,7 @@ def test_the_tuned_tower_serves_sam(tmp_path: Path, clip_folder: Path) -> None:
     folder = train(recipe.model_copy(update=changes), tmp_path / "sam-maft")
     joined = load_model(folder)
     assert joined.metadata["initial"]["part"] == "prompts, tuned tower"
-    assert isinstance(joined, RegionHost) and isinstance(tuned, RegionHost)
+    assert isinstance(joined, RegionModel) and isinstance(tuned, RegionModel)
     assert joined.student is not None and tuned.student is not None
     for name, value in tuned.student.state_dict().items():
         assert torch.equal(joined.student.state_dict()[name], value)
@@ -311,7 +311,7 @@ def test_deop_takes_sam_as_well(tmp_path: Path, clip_folder: Path) -> None:
     host = load_recipe(sam_recipe(tmp_path, clip_folder))
     options = {
         **{"proposals": host.model.options["proposals"], "text_prompts": "templates", "released_residual": True},
-        **{"anchors": "none", "visual_prompts": "none", "class_scores": "cosine"},
+        **{"heatmaps": "none", "visual_prompts": "none", "class_scores": "cosine"},
     }
     model = host.model.model_copy(update={"system": "deop", "options": options})
     segmenter = Segmenter(load_model(train(host.model_copy(update={"model": model}), tmp_path / "run")))
@@ -361,5 +361,5 @@ def test_zegformer_has_maft_too(clip_folder: Path, tmp_path: Path) -> None:
     tuned = {"base": "host.yaml", "initial": str(tmp_path / "host.yaml"), "model": {"options": {"maft": {}}}}
     (tmp_path / "tuned.yaml").write_text(yaml.safe_dump(tuned))
     model = load_model(run(tmp_path, "tuned"))
-    assert isinstance(model, RegionHost) and model.stage == "maft"
+    assert isinstance(model, RegionModel) and model.stage == "maft"
     assert model.default_templates == ("A photo of a {} in the scene",)

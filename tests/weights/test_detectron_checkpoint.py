@@ -13,7 +13,9 @@ from torch import Tensor
 
 from lexiseg.clip.load import shapes_of
 from lexiseg.errors import LexisegError
-from lexiseg.proposals import Mask2FormerOptions, MaskFormerOptions, ProposalGenerator, build_generator
+from lexiseg.proposals.base import ProposalGenerator
+from lexiseg.proposals.build import build_generator
+from lexiseg.proposals.options import Mask2FormerOptions, MaskFormerOptions
 from lexiseg.weights.detectron_checkpoint import (
     CheckpointParts,
     generator_source,

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lexiseg.clip.blocks import block_attention, run_block
+from lexiseg.clip.embeddings import whole_patches
 from lexiseg.clip.image import ImageTower
 from lexiseg.clip.positions import Interpolation
 from lexiseg.clip.resnet import attention_pool, resnet_features
@@ -194,33 +195,6 @@ def region_embeddings(
         tower, images, masks, start_block=start_block, position_interpolation=position_interpolation
     )
     return tower.project(result.regions)
-
-
-def image_embeddings(
-    visual: nn.Module, images: Tensor, *, position_interpolation: Interpolation = "bicubic-corners"
-) -> Tensor:
-    """CLIP embeddings of whole images: the tower as it is, at any resolution; (B, D), not normalised.
-
-    Args:
-        visual: see `region_embeddings`.
-        images: see `region_embeddings`.
-        position_interpolation: see `region_embeddings`.
-
-    Raises:
-        LexisegError: the tower is of another kind, or an image is smaller than a patch.
-    """
-    if isinstance(visual, ModifiedResNet):
-        features = resnet_features(visual, images)
-        return attention_pool(visual.attnpool, features, position_interpolation=position_interpolation)
-    tower = ImageTower(visual)
-    tokens, grid = tower.embed(whole_patches(images, tower.patch_size), interpolation=position_interpolation)
-    return tower.project(tower.run(tokens, grid).tokens[:, :1])[:, 0]
-
-
-def whole_patches(images: Tensor, patch_size: int) -> Tensor:
-    """Cut off what does not fill a whole patch at the right and lower edge of images (B, 3, H, W)."""
-    height, width = (side // patch_size * patch_size for side in images.shape[-2:])
-    return images[..., :height, :width]
 
 
 def check_start_block(tower: ImageTower, start_block: int) -> None:

@@ -20,26 +20,24 @@ from lexiseg.errors import LexisegError
 from lexiseg.proposals.base import HARD_LOGIT, Proposals
 
 
-class RemainderOptions(BaseModel):
-    """Options of `add_remainder`.
+class LeftoverOptions(BaseModel):
+    """Options of `add_leftover`.
 
     Attributes:
         count: at most this many regions, the largest ones; 0 adds none.
         threshold: a place is left over where every mask has a smaller probability than this.
-        min_share: smallest region, as a share of the area of the masks.
+        min_fraction: smallest region, as a share of the area of the masks.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     count: Annotated[int, Field(ge=0)] = 0
     threshold: Annotated[float, Field(gt=0, lt=1)] = 0.85
-    min_share: Annotated[float, Field(ge=0, lt=1)] = 0.0025
+    min_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0025
 
 
 @torch.no_grad()
-def add_remainder(
-    proposals: Proposals, options: RemainderOptions, inside: tuple[float, float] = (1.0, 1.0)
-) -> Proposals:
+def add_leftover(proposals: Proposals, options: LeftoverOptions, inside: tuple[float, float] = (1.0, 1.0)) -> Proposals:
     """Append the connected parts of what no proposal claims.
 
     Their mask logits say how far below the threshold the best of the proposals is there, so that their borders lie
@@ -48,7 +46,7 @@ def add_remainder(
 
     Args:
         proposals: (B, N, h, w); slots that are not valid claim nothing.
-        options: see `RemainderOptions`.
+        options: see `LeftoverOptions`.
         inside: share of the masks' height and width that shows the picture; the rest is padding, and never left over.
 
     Returns:
@@ -70,7 +68,7 @@ def add_remainder(
     lacking[:, rows:], lacking[:, :, columns:] = -HARD_LOGIT, -HARD_LOGIT
     added = logits.new_full((batch, options.count, height, width), -HARD_LOGIT)
     there = torch.zeros(batch, options.count, dtype=torch.bool, device=logits.device)
-    smallest = max(options.min_share * rows * columns, 1.0)
+    smallest = max(options.min_fraction * rows * columns, 1.0)
     for index, image in enumerate(lacking):
         parts = _parts(image > 0, smallest, options.count)
         if len(parts):

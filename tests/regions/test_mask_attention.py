@@ -11,20 +11,20 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lexiseg.clip.blocks import block_attention
+from lexiseg.clip.embeddings import image_embeddings
 from lexiseg.clip.load import load_clip
-from lexiseg.clip.mask_attention import (
+from lexiseg.clip.model import CLIP, build_clip, save_clip
+from lexiseg.errors import LexisegError
+from lexiseg.models import DenseCLIP
+from lexiseg.regions.mask_attention import (
     FROZEN_UNITS,
     attend_regions,
     attention_mask,
     encode_regions,
-    image_embeddings,
     masks_on_grid,
     region_embeddings,
     trainable_names,
 )
-from lexiseg.clip.model import CLIP, build_clip, save_clip
-from lexiseg.errors import LexisegError
-from lexiseg.models import DenseCLIP
 from tests.towers import small_clip
 
 DEPTH = 4

@@ -1,7 +1,7 @@
-"""ZegFormer: MaskFormer proposes, CLIP looks at crops of the padded frame, and seen classes share one CLIP score.
+"""ZSSeg, ZegFormer and FreeSeg, three base models that ask a frozen CLIP about each proposed region.
 
-Ding et al., "Decoupling Zero-Shot Semantic Segmentation", CVPR 2022. The form here is that of the released code. With
-the option ``maft`` it is ZegFormer + MAFT.
+They differ in their proposals, in how regions are cut out for CLIP and in the rule of the ensemble; what they share is
+in `lexiseg.models.region_base`. With the option ``maft`` each becomes itself + MAFT (`lexiseg.models.maft`).
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ from pydantic import Field
 from torch import Tensor
 
 from lexiseg.clip.model import CLIP
+from lexiseg.clip.positions import Interpolation
 from lexiseg.clip.templates import ZEGFORMER_32
 from lexiseg.clip.text import TextEmbedder
+from lexiseg.losses.proposals import ProposalWeights
 from lexiseg.models.base import ImageFeatures, ModelOptions
 from lexiseg.models.mask_decoder import unit
-from lexiseg.models.region_host import RegionHost
-from lexiseg.models.region_host_options import RegionHostOptions
-from lexiseg.proposals import GeneratorOptions, MaskFormerOptions
+from lexiseg.models.region_base import RegionModel, RegionModelOptions
+from lexiseg.proposals.options import GeneratorOptions, Mask2FormerOptions, MaskFormerOptions
 from lexiseg.regions.crops import CropOptions
 from lexiseg.regions.ensemble import EnsembleOptions
 from lexiseg.regions.pooling import unit_or_zero
@@ -29,7 +30,54 @@ from lexiseg.scores import RegionScores
 from lexiseg.vocabulary import Vocabulary
 
 
-class ZegFormerOptions(RegionHostOptions):
+class ZSSegOptions(RegionModelOptions):
+    """Options of `ZSSeg`. The defaults are those of its release for COCO-Stuff, but for the learned prompts.
+
+    Those are the option ``prompts`` (16 vectors in front of the name); without it the words are put into templates. The
+    weight of the ensemble is 0.8 on COCO-Stuff, 0.7 on VOC and ADE20K-847, 0.5 on ADE20K-150 and 0.4 on Pascal Context.
+    """
+
+
+class ZSSeg(RegionModel):
+    """ZSSeg, which is DeOP's SimBaseline: MaskFormer proposes, CLIP sees crops, a geometric mean joins the two.
+
+    Xu et al., "A Simple Baseline for Open-Vocabulary Semantic Segmentation with Pre-trained Vision-language Model",
+    ECCV 2022, in the form of its release. The proposals come from a ResNet-101 and have a two-layer class head; crops
+    are *mask & crop*: the tight box around the mask, CLIP's mean colour outside, resized to a square.
+    """
+
+    system: ClassVar[str] = "zsseg"
+    options_class: ClassVar[type[ModelOptions]] = ZSSegOptions
+    options: ZSSegOptions
+
+
+class FreeSegOptions(RegionModelOptions):
+    """Options of `FreeSeg`. The defaults are those of its release for COCO-Stuff, but for the learned prompts.
+
+    Those are ``prompts: {prefix: 16, task: 8}``; without them the words are put into templates, as MAFT does.
+    """
+
+    proposals: GeneratorOptions = Mask2FormerOptions()
+    align_corners: bool = True
+    crops: CropOptions = CropOptions(align_corners=True)
+    positions: Interpolation = "bicubic-corners"
+    criterion: ProposalWeights = ProposalWeights(dice_weight=5.0, skip_level_before_last=True)
+
+
+class FreeSeg(RegionModel):
+    """FreeSeg: a Mask2Former whose features attend to the words; crops and ensemble as ZSSeg, corners on corners.
+
+    Qin et al., "FreeSeg: Unified, Universal and Open-Vocabulary Image Segmentation", CVPR 2023; semantic segmentation
+    only, in the form of its release. The regions depend on what is asked for, so nothing of them can be kept from one
+    vocabulary to the next. It is the one base model for which MAFT was released.
+    """
+
+    system: ClassVar[str] = "freeseg"
+    options_class: ClassVar[type[ModelOptions]] = FreeSegOptions
+    options: FreeSegOptions
+
+
+class ZegFormerOptions(RegionModelOptions):
     """Options of `ZegFormer`. The defaults are those of its release.
 
     Attributes:
@@ -40,26 +88,19 @@ class ZegFormerOptions(RegionHostOptions):
 
     proposals: GeneratorOptions = MaskFormerOptions(backbone="r101", class_head="linear")
     crops: CropOptions = CropOptions(convention="roi-align")
-    ensemble: EnsembleOptions = EnsembleOptions(rule="zegformer", weight=2 / 3)
+    ensemble: EnsembleOptions = EnsembleOptions(weight=2 / 3)
     seen_offset: Annotated[float, Field(ge=0)] = 0.1
     region_templates: tuple[str, ...] = ZEGFORMER_32
     region_no_object: bool = True
 
 
-class ZegFormer(RegionHost):
-    """ZegFormer.
+class ZegFormer(RegionModel):
+    """ZegFormer: MaskFormer proposes, CLIP sees crops of the padded frame, and seen classes share one CLIP score.
 
-    - Proposals: MaskFormer on a ResNet-101; its class head is one layer, compared with text and with a "no object" row
-      that is not of unit length.
-    - Regions: RoIAlign of the padded frame, 0 outside the mask; every mask is shown, an empty one as a blank picture.
-    - Words: the synonyms of a class are one vector, their mean; the generator's words and CLIP's have templates of
-      their own.
-    - Ensemble: see `EnsembleOptions`, rule "zegformer"; then 0.1 is taken from seen classes.
-
-    Args:
-        clip: the towers, frozen.
-        options: see `ZegFormerOptions`.
-        seen_names: classes that had masks in training.
+    Ding et al., "Decoupling Zero-Shot Semantic Segmentation", CVPR 2022, in the form of its release. The class head is
+    one layer, compared with text and with a "no object" row that is not of unit length; crops come from RoIAlign, an
+    empty mask gives a blank one; the synonyms of a class are one vector, their mean; the generator's words and CLIP's
+    have templates of their own; in the end 0.1 is taken from seen classes.
 
     Attributes:
         logit_scale: (1,), logarithm of the factor on the generator's cosines; fixed.
@@ -68,12 +109,12 @@ class ZegFormer(RegionHost):
     system: ClassVar[str] = "zegformer"
     options_class: ClassVar[type[ModelOptions]] = ZegFormerOptions
     options: ZegFormerOptions
+    seen_mean: ClassVar[bool] = True
     logit_scale: Tensor
 
     def __init__(self, clip: CLIP, options: ZegFormerOptions | None = None, seen_names: Sequence[str] = ()) -> None:
-        options = options or ZegFormerOptions()
         super().__init__(clip, options, seen_names)
-        self.register_buffer("logit_scale", torch.full((1,), math.log(options.temperature)))
+        self.register_buffer("logit_scale", torch.full((1,), math.log(self.options.temperature)))
 
     def no_object_row(self) -> Tensor:
         """The row (1, D) that stands for "no object", as it is."""
@@ -94,10 +135,8 @@ class ZegFormer(RegionHost):
             tuple(dict.fromkeys(part for word in entry.words for part in word.split(", ")))
             for entry in vocabulary.classes
         ]
-        own, clips = (
-            embedder.embed_joined(groups, templates)
-            for templates in (vocabulary.templates, self.options.region_templates)
-        )
+        templates = (vocabulary.templates, self.options.region_templates)
+        own, clips = (embedder.embed_joined(groups, each) for each in templates)
         return torch.stack([own, clips], dim=1)[vocabulary.word_to_class.to(own.device)]
 
     def region_probabilities(self, regions: Tensor, text: Tensor, proposal_logits: Tensor | None) -> Tensor:

@@ -1,82 +1,147 @@
-"""What ZSSeg, ZegFormer and FreeSeg share: a frozen CLIP is shown the proposed regions, and has a say in their class.
+"""Regions are proposed, a frozen CLIP is asked about each, and two opinions become one: what such systems share.
 
-How regions are shown to CLIP, how the two opinions become one, and whether CLIP is tuned to masks (MAFT) are options of
-all three; the systems' own files say what their defaults are and what they do differently.
+How CLIP sees regions, how the two opinions are joined, and whether CLIP is tuned to masks (`lexiseg.models.maft`) are
+options of all of them; the systems themselves are in `lexiseg.models.region_models`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Annotated, Any, ClassVar, Literal, cast
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch import Tensor, nn
 
-from lexiseg.clip.mask_attention import trainable_names
 from lexiseg.clip.model import CLIP
+from lexiseg.clip.positions import Interpolation
 from lexiseg.clip.prompt_learner import PromptLearner
 from lexiseg.clip.text import TextEmbedder
 from lexiseg.errors import LexisegError
-from lexiseg.losses.mask_aware import distillation_loss
 from lexiseg.losses.masks import check_labels, fill_unseen
-from lexiseg.losses.proposals import proposal_losses
+from lexiseg.losses.proposals import ProposalWeights, proposal_losses
 from lexiseg.models.base import ImageFeatures
-from lexiseg.models.decoupled import DecoupledModel, Size
-from lexiseg.models.maft import mask_aware_step, student_of
-from lexiseg.models.region_host_options import RegionHostOptions, Regions
-from lexiseg.proposals import Proposals
-from lexiseg.regions.ensemble import class_probabilities, ensemble
+from lexiseg.models.decoupled import DecoupledModel, DecoupledOptions, Size
+from lexiseg.models.maft import MaftOptions, maft_losses, student_of
+from lexiseg.proposals.base import Proposals
+from lexiseg.regions.crops import CropOptions
+from lexiseg.regions.encoder import AttentionOptions, RegionEncoder, RegionFeatures
+from lexiseg.regions.ensemble import EnsembleOptions, class_probabilities, ensemble
+from lexiseg.regions.mask_attention import trainable_names
 from lexiseg.regions.pooling import resize_masks, unit_or_zero
-from lexiseg.regions.viewer import RegionViewer, Views
 from lexiseg.scores import RegionScores
 from lexiseg.vocabulary import Vocabulary
 
 
-class RegionHost(DecoupledModel):
-    """Proposals, a region classifier on CLIP, and an ensemble of the two.
+class PromptOptions(BaseModel):
+    """Learned words around the class names (CoOp).
 
-    Features hold, beside those of `DecoupledModel`, ``regions`` (B, N, D), what CLIP makes of each region, not
-    normalised, and ``shown`` (B, N) bool, see `Views`: unless the words decide which regions there are, or which of
-    them are looked at.
+    Attributes:
+        prefix: vectors in front of a name.
+        suffix: vectors behind it.
+        task: vectors behind the name of the task; 0 leaves the task out.
+        proposals: False leaves the generator's own scores to the templates: only CLIP's words are learned prompts.
+        frozen: keep the prompts as they are while the proposals are trained.
+    """
 
-    Text is (W, D), or (W, 2, D) where the generator's words (first) differ from CLIP's.
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    prefix: Annotated[int, Field(ge=0)] = 16
+    suffix: Annotated[int, Field(ge=0)] = 0
+    task: Annotated[int, Field(ge=0)] = 0
+    proposals: bool = True
+    frozen: bool = False
+
+
+class RegionModelOptions(DecoupledOptions):
+    """Options of systems that ask CLIP about each region.
+
+    Attributes:
+        regions: how CLIP sees a region: "crops" (one run a region), "mask-attention" (one run for all), "pooled" (the
+            patches of one plain run whose last block keeps them apart, pooled by the mask) or "none" (the generator
+            decides alone). None is "crops". With ``maft`` both become "mask-attention", which takes their place, and
+            the last two are refused.
+        crops: how crops are made.
+        attention: how mask attention runs.
+        positions: how CLIP's position table follows another size than it was trained at, for crops or patches.
+        ensemble: how the generator's and CLIP's scores become one; a rule's name alone keeps the system's weight.
+        region_temperature: factor on CLIP's cosines; None is ``temperature``, which is the generator's factor as well.
+
+        seen_offset: subtracted from the scores of seen classes.
+        prompts: learned prompts; None uses templates.
+        maft: tune a copy of CLIP's image tower to masks; None leaves it out.
+        stage: what training trains: "proposals" the generator with its class head, the no-object row and the prompts;
+            "maft" the tower's copy. "auto" is "maft" where ``maft`` is given, else "proposals".
+        criterion: weights of the losses of the stage "proposals".
+        label_void: in self-training, label pixels without any label as well.
+    """
+
+    regions: Literal["crops", "mask-attention", "pooled", "none"] | None = None
+    crops: CropOptions = CropOptions()
+    attention: AttentionOptions = AttentionOptions()
+    positions: Interpolation = "bicubic"
+    ensemble: EnsembleOptions = EnsembleOptions()
+    region_temperature: Annotated[float, Field(gt=0)] | None = None
+    seen_offset: Annotated[float, Field(ge=0)] = 0.0
+    prompts: PromptOptions | None = None
+    maft: MaftOptions | None = None
+    stage: Literal["auto", "proposals", "maft"] = "auto"
+    criterion: ProposalWeights = ProposalWeights()
+    label_void: bool = False
+
+    @field_validator("ensemble", mode="before")
+    @classmethod
+    def _rule_by_name(cls, value: Any) -> Any:
+        usual: EnsembleOptions = cls.model_fields["ensemble"].default
+        return {**usual.model_dump(), "rule": value} if isinstance(value, str) else value
+
+
+class RegionModel(DecoupledModel):
+    """Proposals, CLIP's opinion of each region, and an ensemble of the two; what such systems share.
+
+    Features hold, beside those of `DecoupledModel`, ``regions`` (B, N, D) and ``encoded`` (B, N), see `RegionFeatures`:
+    unless the words decide which regions there are, or which of them CLIP sees. Text is (W, D), or (W, 2, D) where the
+    generator's words (first) differ from CLIP's.
 
     Args:
         clip: the towers, frozen.
-        options: see `RegionHostOptions`.
+        options: see `RegionModelOptions`.
         seen_names: classes that had masks in training.
 
     Attributes:
         student: the copy of CLIP's image tower that MAFT tunes, or None.
         prompts: learned prompts, or None.
-        viewer: how regions are shown to CLIP, or None.
+        region_encoder: how CLIP sees regions, or None.
 
     Raises:
         LexisegError: options contradict each other.
     """
 
-    options: RegionHostOptions
+    options: RegionModelOptions
+    seen_mean: ClassVar[bool] = False
+    """Whether the released ensemble gives all seen classes the mean of what CLIP says of them."""
 
-    def __init__(self, clip: CLIP, options: RegionHostOptions, seen_names: Sequence[str] = ()) -> None:
+    def __init__(self, clip: CLIP, options: RegionModelOptions | None = None, seen_names: Sequence[str] = ()) -> None:
+        options = options or cast(RegionModelOptions, self.options_class())
         super().__init__(clip, options, seen_names)
-        kind: Regions = options.regions or "crops"
-        # Crops are what a host does without MAFT, and MAFT takes their place: the one key has to be enough where a
-        # recipe of the host says so in words.
+        kind = options.regions or "crops"
+        # MAFT takes the place of crops: the one key has to be enough where a base model's recipe says so in words.
         if options.maft is not None and kind == "crops":
             kind = "mask-attention"
         self._check(kind)
-        self.viewer: RegionViewer | None = None
+        self.region_encoder: RegionEncoder | None = None
         if kind != "none":
-            self.viewer = RegionViewer(kind, options.crops, options.attention, options.positions, options.align_corners)
+            self.region_encoder = RegionEncoder(
+                kind, options.crops, options.attention, options.positions, options.align_corners
+            )
         self.student: nn.Module | None = None if options.maft is None else student_of(clip.visual)
         self.prompts: PromptLearner | None = None
-        if options.prompts is not None:
-            given = options.prompts
+        if (given := options.prompts) is not None:
             self.prompts = PromptLearner(clip.text_width, given.prefix, given.suffix, given.task)
         self.set_trainable()
 
-    def _check(self, kind: Regions) -> None:
+    def _check(self, kind: str) -> None:
         options, classes = self.options, self.generator.embed_dim is not None
         if options.maft is not None and kind != "mask-attention":
             raise LexisegError(f"maft tunes mask attention, not regions '{kind}'; leave out one of the two.")
@@ -84,7 +149,7 @@ class RegionHost(DecoupledModel):
             raise LexisegError("The stage 'maft' trains what the option maft adds; give maft (it may be empty).")
         if not classes and (kind == "none" or options.ensemble.rule == "proposal"):
             raise LexisegError(
-                "These proposals know no classes, so CLIP has to look at the regions; set regions to 'crops' or "
+                "These proposals know no classes, so CLIP has to judge the regions; set regions to 'crops' or "
                 "'mask-attention', and the ensemble's rule to 'region'."
             )
         if options.crops.min_score and not (classes and kind == "crops"):
@@ -101,19 +166,15 @@ class RegionHost(DecoupledModel):
         return self.options.stage
 
     def trainable_names(self) -> tuple[str, ...]:
-        """The parameters of the stage, see `RegionHostOptions`; none for a generator that comes trained."""
+        """The parameters of the stage, see `RegionModelOptions`; none for a generator that comes trained."""
         if self.stage == "maft" and self.student is not None and self.options.maft is not None:
             return tuple(f"student.{name}" for name in trainable_names(self.student, self.options.maft.frozen))
         prefixes = ["generator."]
         if self._words_matter:
-            prefixes += self.own_parts()
+            prefixes.append("no_object")
         if self._prompts_train():
             prefixes.append("prompts.")
         return tuple(name for name, _ in self.named_parameters() if name.startswith(tuple(prefixes)))
-
-    def own_parts(self) -> tuple[str, ...]:
-        """Parameters outside the generator that are trained with it."""
-        return ("no_object",)
 
     @property
     def _words_matter(self) -> bool:
@@ -124,7 +185,7 @@ class RegionHost(DecoupledModel):
         given = self.options.prompts
         return given is not None and given.proposals and not given.frozen and self._words_matter
 
-    def train(self, mode: bool = True) -> RegionHost:
+    def train(self, mode: bool = True) -> RegionModel:
         """Set the training mode; the tuned tower has no dropout, and a ResNet's batch norms stay as they are."""
         super().train(mode)
         if self.student is not None:
@@ -132,6 +193,11 @@ class RegionHost(DecoupledModel):
         return self
 
     # Words.
+
+    @property
+    def learned_prompts(self) -> PromptLearner | None:
+        """The learned text prompts, or None."""
+        return self.prompts
 
     def embed_text(self, embedder: TextEmbedder, vocabulary: Vocabulary) -> Tensor:
         """Text rows of a vocabulary: (W, D), or (W, 2, D) where only CLIP's words are learned prompts."""
@@ -151,28 +217,31 @@ class RegionHost(DecoupledModel):
         """The generator's words (W, D) and CLIP's, of what `embed_text` gives."""
         return (text[:, 0], text[:, -1]) if text.dim() == 3 else (text, text)
 
-    # Looking.
+    # Regions.
 
     def encode_padded(self, padded: Tensor, size: Size) -> ImageFeatures:
-        """Propose regions and look at them, as far as that does not depend on words; see the class."""
+        """Propose regions and encode them, as far as that does not depend on words; see the class."""
         features = super().encode_padded(padded, size)
-        if "mask_logits" in features.values and self.viewer is not None and not self.options.crops.min_score:
+        if "mask_logits" in features.values and self.region_encoder is not None and not self.options.crops.min_score:
             values = features.values
-            views = self.look(padded, size, values["mask_logits"], values.get("valid"))
-            values.update(regions=views.regions, shown=views.shown)
+            found = self.encode_regions(padded, size, values["mask_logits"], values.get("valid"))
+            values.update(regions=found.regions, encoded=found.encoded)
         return features
 
-    def look(self, padded: Tensor, size: Size, mask_logits: Tensor, chosen: Tensor | None = None) -> Views:
-        """Let CLIP, or its tuned copy, look at regions; see `RegionViewer.look`."""
-        if self.viewer is None:
-            raise ValueError("regions are 'none': CLIP is shown nothing")
+    def encode_regions(
+        self, padded: Tensor, size: Size, mask_logits: Tensor, chosen: Tensor | None = None
+    ) -> RegionFeatures:
+        """What CLIP, or its tuned copy, makes of regions; see `RegionEncoder.encode`."""
+        if self.region_encoder is None:
+            raise ValueError("regions are 'none': CLIP sees none")
         visual = self.clip.visual if self.student is None else self.student
-        return self.viewer.look(self.clip, visual, self.clip_frame(padded, size), size, mask_logits, chosen)
+        frame = self.clip_frame(padded, size)
+        return self.region_encoder.encode(self.clip, visual, frame, size, mask_logits, chosen)
 
-    # Scoring.
+    # Scores.
 
     def judge_with(self, *, crops: Mapping[str, Any] | None = None, ensemble: Mapping[str, Any] | None = None) -> None:
-        """Change how regions are shown and how the two opinions are joined; no weight depends on either.
+        """Change how regions are cut out and how the two opinions are joined; no weight depends on either.
 
         Args:
             crops: options of `CropOptions` to replace.
@@ -184,8 +253,8 @@ class RegionHost(DecoupledModel):
             for key, old, new in (("crops", told.crops, crops or {}), ("ensemble", told.ensemble, ensemble or {}))
         }
         self.options = told.model_copy(update=changed)
-        if self.viewer is not None:
-            self.viewer = replace(self.viewer, crops=self.options.crops)
+        if self.region_encoder is not None:
+            self.region_encoder = replace(self.region_encoder, crops=self.options.crops)
 
     def region_probabilities(self, regions: Tensor, text: Tensor, proposal_logits: Tensor | None) -> Tensor:
         """A^c (..., C): the softmax over the classes of what CLIP says of regions.
@@ -209,25 +278,27 @@ class RegionHost(DecoupledModel):
             text: (C, D) or (C, 2, D).
             seen: (C,) bool or None.
         """
-        own, clips = self.texts(text)
+        options, (own, clips) = self.options, self.texts(text)
         logits = None if proposals.embeddings is None else self.proposal_logits(proposals.embeddings, own)
         opinion = None if logits is None else class_probabilities(logits)
-        if self.viewer is None:
-            return ensemble(opinion, None, self.options.ensemble, seen=seen)
-        values, chosen, floor = features.values, proposals.valid, self.options.crops.min_score
+        if self.region_encoder is None:
+            return ensemble(opinion, None, options.ensemble, seen=seen)
+        values, chosen, floor = features.values, proposals.valid, options.crops.min_score
         if floor and opinion is not None:
             good = opinion.amax(dim=-1) >= floor
             chosen = good if chosen is None else good & chosen
         if "regions" in values:
-            views = Views(values["regions"], values["shown"])
+            found = RegionFeatures(values["regions"], values["encoded"])
         else:
-            views = self.look(values["images"], features.size, proposals.mask_logits, chosen)
-        probabilities = self.region_probabilities(views.regions, clips, logits)
+            found = self.encode_regions(values["images"], features.size, proposals.mask_logits, chosen)
+        probabilities = self.region_probabilities(found.regions, clips, logits)
         # Mask attention says something of every region, of one without a pixel too. MAFT's final model keeps it, and so
         # does Eq. 9, where A^c = 1 for such regions would give every unseen class the largest score there is.
-        kept = opinion is None or self.options.ensemble.rule in ("region", "paper") or self.options.ensemble.weight <= 0
-        shown = None if kept and self.viewer.kind == "mask-attention" else views.shown
-        scores = ensemble(opinion, probabilities, self.options.ensemble, seen=seen, shown=shown)
+        kept = opinion is None or options.ensemble.rule in ("region", "paper") or options.ensemble.weight <= 0
+        encoded = None if kept and self.region_encoder.kind == "mask-attention" else found.encoded
+        scores = ensemble(
+            opinion, probabilities, options.ensemble, seen=seen, encoded=encoded, seen_mean=self.seen_mean
+        )
         return scores if chosen is None else scores * chosen[..., None]
 
     def score(
@@ -273,23 +344,24 @@ class RegionHost(DecoupledModel):
         if seen is not None:
             labels = self.pseudo_labels(padded, size, labels, text, seen)
         if self.stage == "maft":
-            return self.mask_aware_losses(padded, size, labels, text)
+            return self.mask_aware_losses(padded, self.clip_frame(padded, size), size, labels, text)
         own = self.texts(text)[0]
         check_labels(labels, len(own))
         proposals = self.propose(padded, own)
-        logits = [
-            self.proposal_logits(level.embeddings, own) for level in proposals.levels if level.embeddings is not None
-        ]
+        logits = [self.proposal_logits(x.embeddings, own) for x in proposals.levels if x.embeddings is not None]
         frame = self.label_frame(padded, size, labels)
         weights = self.options.criterion
         return proposal_losses(proposals, logits or None, labels, weights, size=frame, num_classes=len(own))
 
-    def mask_aware_losses(self, padded: Tensor, size: Size, labels: Tensor, text: Tensor) -> dict[str, Tensor]:
-        """MAFT's losses (Sec. 4.2), on the masks of the frozen generator.
+    def mask_aware_losses(
+        self, padded: Tensor, frame: Tensor, size: Size, labels: Tensor, text: Tensor
+    ) -> dict[str, Tensor]:
+        """MAFT's losses, see `maft_losses`.
 
         Args:
             padded: (B, 3, H', W'), the padded frame.
-            size: (H, W) of the pictures in it.
+            frame: the same as CLIP wants it, see `clip_frame`.
+            size: (H, W) that the labels cover.
             labels: (B, h, w) long in 0..C-1, or 255.
             text: (C, D) or (C, 2, D).
 
@@ -297,37 +369,37 @@ class RegionHost(DecoupledModel):
             LexisegError: a label is out of range.
             ValueError: the option ``maft`` is not given, so that there is no tower to tune.
         """
-        options = self.options.maft
-        if options is None or self.student is None or self.viewer is None:
+        encoder, options = self.region_encoder, self.options.maft
+        if options is None or self.student is None or encoder is None:
             raise ValueError("there is no tower to tune")
         own, clips = self.texts(text)
         with torch.no_grad():
             proposals = self.propose(padded, own).detach()
             logits = None if proposals.embeddings is None else self.proposal_logits(proposals.embeddings, own)
-            frame = self.clip_frame(padded, size)
-            image = self.viewer.square(self.clip, frame)
-            masks = self.viewer.square_masks(self.student, image, frame, proposals.mask_logits)
-        regions = self.viewer.attend(self.student, image, masks)
-        probabilities = self.region_probabilities(regions, clips, logits)
-        full = (self._masks_for(one, frame, size, labels) for one in proposals.mask_logits)
-        mask_aware = mask_aware_step(probabilities, full, labels, proposals.valid, options)
-        losses = {"loss": mask_aware, "loss_mask_aware": mask_aware.detach()}
-        if options.distillation:
-            with torch.no_grad():
-                teacher = self.region_probabilities(self.viewer.whole(self.clip.visual, image), clips, None)
-            student = self.region_probabilities(self.viewer.whole(self.student, image), clips, None)
-            distillation = options.distillation * distillation_loss(student, teacher)
-            losses |= {"loss": mask_aware + distillation, "loss_distillation": distillation.detach()}
-        return losses
-
-    def _masks_for(self, mask_logits: Tensor, frame: Tensor, size: Size, labels: Tensor) -> Tensor:
-        """Masks (N, h, w) of one picture in [0, 1] at the size of its labels."""
-        masks = self.upsampled(mask_logits[None], frame)[..., : size[0], : size[1]].sigmoid()
-        return resize_masks(masks, (int(labels.shape[-2]), int(labels.shape[-1])))[0]
+            image = encoder.square(self.clip, frame)
+            grid_masks = encoder.square_masks(self.student, image, frame, proposals.mask_logits)
+        label_size = (int(labels.shape[-2]), int(labels.shape[-1]))
+        masks = (
+            resize_masks(self.upsampled(one[None], padded)[..., : size[0], : size[1]].sigmoid(), label_size)[0]
+            for one in proposals.mask_logits
+        )
+        return maft_losses(
+            encoder,
+            self.student,
+            self.clip.visual,
+            image,
+            grid_masks,
+            masks,
+            labels,
+            proposals.valid,
+            options,
+            region_probabilities=lambda regions: self.region_probabilities(regions, clips, logits),
+            image_probabilities=lambda whole: self.region_probabilities(whole, clips, None),
+        )
 
     @torch.no_grad()
     def pseudo_labels(self, padded: Tensor, size: Size, labels: Tensor, text: Tensor, seen: Tensor) -> Tensor:
-        """Fill in pixels of unseen classes with the model's own best unseen class, as ZSSeg's self-training does.
+        """Fill in pixels of unseen classes with the model's own best unseen class (self-training).
 
         The released code does this once, with a trained model, for the whole training set; here it is done in every
         step with the model as it is.

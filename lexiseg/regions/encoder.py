@@ -1,4 +1,4 @@
-"""Showing proposed regions to CLIP: as crops, by mask attention, or by pooling its patches."""
+"""Region features: what CLIP makes of proposed regions, from crops, by mask attention, or by pooling its patches."""
 
 from __future__ import annotations
 
@@ -12,18 +12,19 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lexiseg.clip.embeddings import image_embeddings, whole_patches
 from lexiseg.clip.image import ImageTower
-from lexiseg.clip.mask_attention import image_embeddings, region_embeddings, whole_patches
 from lexiseg.clip.model import CLIP
 from lexiseg.clip.positions import Interpolation
 from lexiseg.clip.severance import severed_attention
 from lexiseg.regions.crops import CropOptions, Crops, aligned_crops, in_chunks, near_duplicates, tight_crops
+from lexiseg.regions.mask_attention import region_embeddings
 from lexiseg.regions.pooling import mask_pool, resize_masks, unit_or_zero
 
 Size = tuple[int, int]
 RegionKind = Literal["crops", "mask-attention", "pooled"]
 
-# MAFT shows ViT-B/16 and ViT-L/14, trained at 224, pictures of 480, and starts masking after two thirds of the blocks.
+# MAFT gives ViT-B/16 and ViT-L/14, trained at 224, pictures of 480, and starts masking after two thirds of the blocks.
 _ATTENTION_SIDE = 480 / 224
 _ATTENTION_START = 2 / 3
 # Masks are brought to full resolution this many pixels at a time: a hundred of them at once take gigabytes.
@@ -49,22 +50,22 @@ class AttentionOptions(BaseModel):
 
 
 @dataclass(frozen=True)
-class Views:
+class RegionFeatures:
     """What CLIP made of regions.
 
     Attributes:
-        regions: (B, N, D), not normalised; arbitrary where nothing was shown.
-        shown: (B, N) bool, False where CLIP was shown nothing of a region: its mask has no pixel above the threshold in
-            the picture, or it was not to be looked at.
+        regions: (B, N, D), not normalised; arbitrary where a region was not encoded.
+        encoded: (B, N) bool, False where CLIP saw nothing of a region: its mask has no pixel above the threshold in the
+            picture, or it was left out.
     """
 
     regions: Tensor
-    shown: Tensor
+    encoded: Tensor
 
 
 @dataclass(frozen=True)
-class RegionViewer:
-    """How regions are shown to CLIP. Holds options only, no weights.
+class RegionEncoder:
+    """How CLIP encodes regions. Holds options only, no weights.
 
     The *frame* is the padded picture, normalised for CLIP, with the padding 0; mask logits cover it.
 
@@ -83,7 +84,7 @@ class RegionViewer:
     positions: Interpolation
     align_corners: bool
 
-    def look(
+    def encode(
         self,
         clip: CLIP,
         visual: nn.Module,
@@ -91,8 +92,8 @@ class RegionViewer:
         size: Size,
         mask_logits: Tensor,
         chosen: Tensor | None = None,
-    ) -> Views:
-        """Let CLIP look at regions.
+    ) -> RegionFeatures:
+        """Encode regions.
 
         Args:
             clip: says what size and colours the tower wants.
@@ -100,17 +101,17 @@ class RegionViewer:
             frame: (B, 3, H', W').
             size: (H, W) of the pictures in it.
             mask_logits: (B, N, h, w).
-            chosen: (B, N) bool, the only regions it may look at; None: all of them.
+            chosen: (B, N) bool, the only regions that are encoded; None: all of them.
         """
         if self.kind == "crops":
-            return self._look_at_crops(clip, visual, frame, size, mask_logits, chosen)
+            return self._encode_crops(clip, visual, frame, size, mask_logits, chosen)
         if self.kind == "pooled":
             regions = self._pool(visual, frame, mask_logits)
         else:
             image = self.square(clip, frame)
             regions = self.attend(visual, image, self.square_masks(visual, image, frame, mask_logits))
-        shown = self.inside(mask_logits, frame, size)
-        return Views(regions, shown if chosen is None else shown & chosen)
+        encoded = self.inside(mask_logits, frame, size)
+        return RegionFeatures(regions, encoded if chosen is None else encoded & chosen)
 
     def upsampled(self, mask_logits: Tensor, frame: Tensor) -> Tensor:
         """Mask logits (B, N, h, w) at every pixel of the frame."""
@@ -159,12 +160,12 @@ class RegionViewer:
 
         return in_chunks(embed, crops, dim)
 
-    def _look_at_crops(
+    def _encode_crops(
         self, clip: CLIP, visual: nn.Module, frame: Tensor, size: Size, mask_logits: Tensor, chosen: Tensor | None
-    ) -> Views:
+    ) -> RegionFeatures:
         batch, count = mask_logits.shape[:2]
         regions = frame.new_ones(batch, count, clip.embed_dim)
-        shown = torch.zeros(batch, count, dtype=torch.bool, device=frame.device)
+        encoded = torch.zeros(batch, count, dtype=torch.bool, device=frame.device)
         for index in range(batch):
             places = torch.arange(count, device=frame.device)
             if chosen is not None:
@@ -178,13 +179,13 @@ class RegionViewer:
             there = torch.zeros(len(places), dtype=torch.bool, device=frame.device)
             found[originals[crops.valid]] = self.embed_crops(visual, crops.images, clip.embed_dim).to(found.dtype)
             there[originals[crops.valid]] = True
-            regions[index, places], shown[index, places] = found[first], there[first]
-        return Views(regions, shown)
+            regions[index, places], encoded[index, places] = found[first], there[first]
+        return RegionFeatures(regions, encoded)
 
     # Mask attention.
 
     def square(self, clip: CLIP, frame: Tensor) -> Tensor:
-        """The frame as the square picture that mask attention looks at."""
+        """The frame as the square picture that mask attention sees."""
         side = self.attention.image_size or max(round(clip.image_size * _ATTENTION_SIDE), clip.patch_size)
         return F.interpolate(frame, size=(side, side), mode="bilinear", align_corners=False)
 

@@ -10,14 +10,14 @@ import torch
 from lexiseg.errors import LexisegError
 from lexiseg.models import SYSTEMS
 from lexiseg.models.decoupled import DecoupledModel
-from lexiseg.proposals import HARD_LOGIT, Proposals
+from lexiseg.proposals.base import HARD_LOGIT, Proposals
 from lexiseg.proposals.given import hard_logits
-from lexiseg.proposals.remainder import RemainderOptions, add_remainder
+from lexiseg.proposals.leftover import LeftoverOptions, add_leftover
 from tests.models.test_region_hosts import ATTENTION, MASKFORMER
 from tests.system_tester import DIM
 from tests.towers import small_clip, unit_rows
 
-TWO = RemainderOptions(count=2, min_share=0.0)
+TWO = LeftoverOptions(count=2, min_fraction=0.0)
 
 
 def left_half(batch: int = 1) -> Proposals:
@@ -28,7 +28,7 @@ def left_half(batch: int = 1) -> Proposals:
 
 
 def test_the_other_half_is_left_over() -> None:
-    found = add_remainder(left_half(), TWO)
+    found = add_leftover(left_half(), TWO)
     assert found.mask_logits.shape == (1, 3, 8, 8) and found.valid is not None and found.embeddings is not None
     assert found.valid.tolist() == [[True, True, False]]
     assert ((found.mask_logits[0, 1] > 0) == (torch.arange(8) >= 4)).all()
@@ -38,9 +38,9 @@ def test_the_other_half_is_left_over() -> None:
 
 def test_none_are_added_unless_asked_for_and_where_nothing_is_left() -> None:
     given = left_half()
-    assert add_remainder(given, RemainderOptions()) is given
+    assert add_leftover(given, LeftoverOptions()) is given
     full = Proposals(torch.full((2, 1, 8, 8), HARD_LOGIT))
-    found = add_remainder(full, TWO)
+    found = add_leftover(full, TWO)
     assert found.valid is not None and found.valid.tolist() == [[True, False, False]] * 2 and found.embeddings is None
     assert torch.equal(found.mask_logits[:, :1], full.mask_logits)
 
@@ -51,17 +51,17 @@ def test_parts_are_apart_largest_first_and_small_ones_dropped() -> None:
     masks[..., 8:12, 8:14] = 0
     masks[..., 0, 15] = 0
     given = Proposals(hard_logits(masks))
-    found = add_remainder(given, RemainderOptions(count=4, min_share=2 / 256))
+    found = add_leftover(given, LeftoverOptions(count=4, min_fraction=2 / 256))
     assert found.valid is not None and found.valid[0].tolist() == [True, True, True, False, False]
     inside = found.mask_logits[0, 1:3] > 0
     assert inside.sum(dim=(1, 2)).tolist() == [24, 4]
     assert inside[0, 8:12, 8:14].all() and inside[1, 1:3, 1:3].all()
-    assert int((add_remainder(given, RemainderOptions(count=1)).mask_logits > 0)[0, 1].sum()) == 24
+    assert int((add_leftover(given, LeftoverOptions(count=1)).mask_logits > 0)[0, 1].sum()) == 24
 
 
 def test_borders_lie_where_the_threshold_is() -> None:
     logits = torch.linspace(-4, 4, 8).expand(1, 1, 8, 8)
-    found = add_remainder(Proposals(logits), RemainderOptions(count=1, threshold=0.5, min_share=0.0))
+    found = add_leftover(Proposals(logits), LeftoverOptions(count=1, threshold=0.5, min_fraction=0.0))
     torch.testing.assert_close(found.mask_logits[0, 1, :, :5], -logits[0, 0, :, :5])
     assert (found.mask_logits[0, 1, :, 5:] == -HARD_LOGIT).all()
 
@@ -69,18 +69,18 @@ def test_borders_lie_where_the_threshold_is() -> None:
 def test_invalid_slots_claim_nothing_and_padding_is_not_left_over() -> None:
     given = left_half()
     hidden = Proposals(given.mask_logits, valid=torch.tensor([[False]]))
-    found = add_remainder(hidden, TWO, inside=(0.5, 1.0))
+    found = add_leftover(hidden, TWO, inside=(0.5, 1.0))
     assert found.valid is not None and found.valid.tolist() == [[False, True, False]]
     assert (found.mask_logits[0, 1, :4] > 0).all() and (found.mask_logits[0, 1, 4:] < 0).all()
-    nothing = add_remainder(Proposals(torch.zeros(2, 0, 8, 8)), TWO)
+    nothing = add_leftover(Proposals(torch.zeros(2, 0, 8, 8)), TWO)
     assert nothing.mask_logits.shape == (2, 2, 8, 8) and (nothing.mask_logits[:, 0] > 0).all()
 
 
 def test_images_do_not_touch_each_other() -> None:
     torch.manual_seed(0)
     logits = torch.randn(3, 4, 16, 16) * 3
-    together = add_remainder(Proposals(logits), TWO)
-    alone = add_remainder(Proposals(logits[1:2]), TWO)
+    together = add_leftover(Proposals(logits), TWO)
+    alone = add_leftover(Proposals(logits[1:2]), TWO)
     assert torch.equal(together.mask_logits[1:2], alone.mask_logits)
 
 
@@ -96,7 +96,7 @@ def test_images_do_not_touch_each_other() -> None:
 def test_systems_take_it_at_prediction_only(system: str, more: dict[str, Any]) -> None:
     torch.manual_seed(0)
     attention = {} if system == "deop" else {"attention": ATTENTION}
-    options = {"proposals": MASKFORMER, "remainder": {"count": 3, "threshold": 0.9}, **attention, **more}
+    options = {"proposals": MASKFORMER, "leftover": {"count": 3, "threshold": 0.9}, **attention, **more}
     model = SYSTEMS[system].build(small_clip(), options, seen_names=("cat",)).eval()
     assert isinstance(model, DecoupledModel)
     images, text = torch.randn(2, 3, 64, 80), unit_rows(5, DIM)
@@ -105,7 +105,7 @@ def test_systems_take_it_at_prediction_only(system: str, more: dict[str, Any]) -
     seen = torch.tensor([True, False, False, True, False])
     dense = model.score(features, text, seen_words=seen).dense((64, 80))
     assert dense.shape == (2, 5, 64, 80) and torch.isfinite(dense).all()
-    plain = SYSTEMS[system].build(small_clip(), {**options, "remainder": {}}, seen_names=("cat",)).eval()
+    plain = SYSTEMS[system].build(small_clip(), {**options, "leftover": {}}, seen_names=("cat",)).eval()
     assert isinstance(plain, DecoupledModel)
     plain.load_state_dict(model.state_dict())
     assert plain.encode_images(images).values["mask_logits"].shape[1] == 5
@@ -115,5 +115,5 @@ def test_systems_take_it_at_prediction_only(system: str, more: dict[str, Any]) -
 
 
 def test_wrong_options_are_one_sentence() -> None:
-    with pytest.raises(LexisegError, match="remainder"):
-        SYSTEMS["zsseg"].parse_options({"remainder": {"cuont": 3}})
+    with pytest.raises(LexisegError, match="leftover"):
+        SYSTEMS["zsseg"].parse_options({"leftover": {"cuont": 3}})

@@ -1,0 +1,37 @@
+"""What CLIP says of whole images: the image tower as it is, a transformer's or a ResNet's, at any resolution."""
+
+from __future__ import annotations
+
+from open_clip.modified_resnet import ModifiedResNet
+from torch import Tensor, nn
+
+from lexiseg.clip.image import ImageTower
+from lexiseg.clip.positions import Interpolation
+from lexiseg.clip.resnet import attention_pool, resnet_features
+
+
+def image_embeddings(
+    visual: nn.Module, images: Tensor, *, position_interpolation: Interpolation = "bicubic-corners"
+) -> Tensor:
+    """CLIP embeddings of whole images: (B, D), not normalised.
+
+    Args:
+        visual: ``model.visual`` of an open_clip model: a vision transformer or a CLIP ResNet.
+        images: (B, 3, H, W) normalised, any size from one patch on and any aspect.
+        position_interpolation: "bicubic-corners" as MAFT and FreeSeg, "bicubic" as ZSSeg.
+
+    Raises:
+        LexisegError: the tower is of another kind, or an image is smaller than a patch.
+    """
+    if isinstance(visual, ModifiedResNet):
+        features = resnet_features(visual, images)
+        return attention_pool(visual.attnpool, features, position_interpolation=position_interpolation)
+    tower = ImageTower(visual)
+    tokens, grid = tower.embed(whole_patches(images, tower.patch_size), interpolation=position_interpolation)
+    return tower.project(tower.run(tokens, grid).tokens[:, :1])[:, 0]
+
+
+def whole_patches(images: Tensor, patch_size: int) -> Tensor:
+    """Cut off what does not fill a whole patch at the right and lower edge of images (B, 3, H, W)."""
+    height, width = (side // patch_size * patch_size for side in images.shape[-2:])
+    return images[..., :height, :width]

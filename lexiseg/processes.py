@@ -34,8 +34,8 @@ def launched() -> bool:
         return False
 
 
-def join(device: str | None = None, *, patience: timedelta = timedelta(minutes=30)) -> None:
-    """Meet the other processes; without a launcher, or a second time, this does nothing.
+def init(device: str | None = None, *, patience: timedelta = timedelta(minutes=30)) -> None:
+    """Join the other processes; without a launcher, or a second time, this does nothing.
 
     Args:
         device: "cpu" to stay off accelerators; None or "auto" takes one accelerator a process where there are any.
@@ -63,8 +63,8 @@ def join(device: str | None = None, *, patience: timedelta = timedelta(minutes=3
         ) from error
 
 
-def leave() -> None:
-    """Part from the other processes at the end of the work."""
+def destroy() -> None:
+    """Leave the other processes at the end of the work."""
     if _initialised():
         from accelerate import PartialState
 
@@ -96,7 +96,7 @@ def is_main() -> bool:
 
 
 def is_first_of_launch() -> bool:
-    """The same, told from the environment alone, for the time before `join` and after a failure."""
+    """The same, told from the environment alone, for the time before `init` and after a failure."""
     return not launched() or os.environ.get("RANK", "0") == "0"
 
 
@@ -132,7 +132,7 @@ def mean(values: Mapping[str, float]) -> dict[str, float]:
     return dict(zip(values, (total / count()).tolist(), strict=True))
 
 
-def meet() -> None:
+def barrier() -> None:
     """Wait until all processes are here."""
     if count() > 1:
         from accelerate import PartialState

@@ -108,7 +108,7 @@ def _say(error: LexisegError) -> None:
     if isinstance(error, processes.SharedError):
         # A launcher ends all processes as soon as one has ended, so wait until the sentence is out.
         with suppress(LexisegError):
-            processes.meet()
+            processes.barrier()
 
 
 def _memory_sentence() -> str:

@@ -117,7 +117,7 @@ def evaluate(
 
     if proposals and processes.launched():
         raise LexisegError("--proposals is judged in one process; leave it out, or start without a launcher.")
-    processes.join(device, patience=PATIENCE)
+    processes.init(device, patience=PATIENCE)
     with processes.together():
         make_folder(output)
         chosen = _protocol(protocol, dataset, split, size)
@@ -128,7 +128,7 @@ def evaluate(
 
         with waiting(f"loading {weights}"):
             segmenter = lexiseg.load(
-                _model_of(weights),
+                weights,
                 device=processes.device_name(device),
                 dtype=dtype.value,
                 compile=compile,
@@ -167,11 +167,11 @@ def evaluate(
         resume=resume,
     )
     if not processes.is_main():
-        processes.leave()
+        processes.destroy()
         return
     paths = report.save(output)
     clear(output / PARTS)
-    processes.leave()
+    processes.destroy()
     judged = None
     if proposals:
         from lexiseg.evaluation.proposal_report import evaluate_proposals
@@ -259,9 +259,3 @@ def _refuse_synonyms(synonyms: bool | None, text: str) -> None:
     if synonyms is not None:
         option = "--synonyms" if synonyms else "--no-synonyms"
         raise LexisegError(f"{option} is for data sets with a list of classes, not for '{text}'; leave it out.")
-
-
-def _model_of(weights: str) -> str:
-    """A run folder stands for the model inside it."""
-    inside = Path(weights) / "model"
-    return str(inside) if (inside / "config.json").is_file() else weights

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lexiseg.cli.console import say_json, say_note, say_table, say_written, waiting
+from lexiseg.cli.console import say_json, say_table, say_written, waiting
 from lexiseg.cli.options import Json
 from lexiseg.errors import LexisegError
 
@@ -84,7 +84,7 @@ def train(
     from lexiseg import processes
 
     if not dry_run:
-        processes.join(device)
+        processes.init(device)
     with processes.together():
         start = [] if initial is None else [f"initial={quoted(initial)}"]
         chosen = load_recipe(recipe, [*start, *(set or [])], seed=seed, data=data)
@@ -94,13 +94,9 @@ def train(
     run_dir = output or Path("runs") / run_name(recipe)
     from lexiseg.training.run import train as run
 
-    try:
-        folder = run(chosen, run_dir, resume=resume, until=until, device=device, tensorboard=tensorboard)
-    except KeyboardInterrupt:
-        say_note(f"Stopped; the checkpoints are in '{run_dir}', and the same command with --resume goes on from there.")
-        raise
+    folder = run(chosen, run_dir, resume=resume, until=until, device=device, tensorboard=tensorboard)
     speaks = processes.is_main()
-    processes.leave()
+    processes.destroy()
     if not speaks:
         return
     if json:

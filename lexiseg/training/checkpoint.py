@@ -1,13 +1,13 @@
 """Checkpoints of a training run: whole folders that appear at once, without pickles.
 
 A checkpoint holds the trainable tensors and buffers of the model, the optimizer's state, every random generator's
-state and the step. Tensors are safetensors, the rest is JSON. The folder is written under a temporary name and renamed
-when it is complete, so a run killed at any moment leaves only whole checkpoints.
+state and the step. Tensors are safetensors, the rest is JSON with the checksums of all of it, so that a run never goes
+on with other weights than were saved. The folder is written under a temporary name and renamed when it is complete: a
+run killed at any moment leaves only whole checkpoints.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import shutil
@@ -19,15 +19,14 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from lexiseg.errors import LexisegError
 from lexiseg.files import make_folder
+from lexiseg.weights.runs import STEP, TENSORS, damaged, find_checkpoints, read_state, read_tensors, seal
 
-FORMAT = 1
-_PREFIX = "step-"
 _TEMPORARY = ".tmp-"
 
 
@@ -93,14 +92,6 @@ def put(state: Mapping[str, Tensor], model: nn.Module) -> None:
             current[name].copy_(_like(value, current[name]))
 
 
-def find_checkpoints(root: Path) -> list[Path]:
-    """Complete checkpoints below ``root``, oldest first."""
-    if not root.is_dir():
-        return []
-    found = [path for path in root.iterdir() if path.name.startswith(_PREFIX) and (path / "state.json").is_file()]
-    return sorted(found, key=lambda path: path.name)
-
-
 def _save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     # Clones: safetensors refuses tensors that share memory, which views into one buffer do.
     save_file({name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}, path)
@@ -163,7 +154,7 @@ def save_checkpoint(
         for key, value in optimizer.state.get(parameter, {}).items()
     }
     tensors, moments = _on_cpu(model_state(model), write), _on_cpu(moments, write)
-    folder = root / f"{_PREFIX}{step:08d}"
+    folder = root / f"{STEP}{step:08d}"
     if not write:
         return folder
     make_folder(root)
@@ -172,19 +163,17 @@ def save_checkpoint(
     temporary = root / f"{_TEMPORARY}{uuid.uuid4().hex[:8]}"
     try:
         temporary.mkdir()
-        _save_tensors(temporary / "model.safetensors", tensors)
+        _save_tensors(temporary / TENSORS, tensors)
         _save_tensors(temporary / "optimizer.safetensors", moments)
         for rank, (generators, _) in enumerate(rng):
             _save_tensors(temporary / f"rng-{rank}.safetensors", generators)
-        state = {"format": FORMAT, "step": step, "settings": dict(settings), "rng": [values for _, values in rng]}
-        (temporary / "state.json").write_text(json.dumps(state), encoding="utf-8")
-        _sync(temporary / "state.json")
+        seal(temporary, {"step": step, "settings": dict(settings), "rng": [values for _, values in rng]})
         if folder.exists():
             shutil.rmtree(folder)
         os.replace(temporary, folder)
         _sync(root)
-    except OSError as error:
-        reason = error.strerror or type(error).__name__
+    except (OSError, SafetensorError) as error:  # a full disk is the latter
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise LexisegError(
             f"Cannot write the checkpoint '{folder}' ({reason}); free some space or choose another "
             "output folder, then resume."
@@ -194,36 +183,6 @@ def save_checkpoint(
     for old in find_checkpoints(root)[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
     return folder
-
-
-def read_state(folder: Path) -> dict[str, Any]:
-    """The JSON part of a checkpoint.
-
-    Raises:
-        LexisegError: it is damaged or of another format.
-    """
-    path = folder / "state.json"
-    try:
-        state: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        if state["format"] != FORMAT or not isinstance(state["step"], int):
-            raise ValueError("another format")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise _damaged(path) from error
-    return state
-
-
-def _damaged(path: Path) -> LexisegError:
-    return LexisegError(
-        f"'{path}' is damaged or was not written by this version; delete the folder '{path.parent}' to resume from "
-        "the checkpoint before it."
-    )
-
-
-def _load_tensors(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise _damaged(path) from error
 
 
 def load_checkpoint(folder: Path, *, model: nn.Module, optimizer: torch.optim.Optimizer, rank: int = 0) -> int:
@@ -242,7 +201,7 @@ def load_checkpoint(folder: Path, *, model: nn.Module, optimizer: torch.optim.Op
         LexisegError: a file is damaged, or the tensors do not fit the model.
     """
     state = read_state(folder)
-    saved = _load_tensors(folder / "model.safetensors")
+    saved = read_tensors(folder / TENSORS)
     current = model_state(model)
     for name in current.keys() | saved.keys():
         if name not in current or name not in saved or current[name].shape != saved[name].shape:
@@ -252,13 +211,16 @@ def load_checkpoint(folder: Path, *, model: nn.Module, optimizer: torch.optim.Op
             )
     put(saved, model)
     parameters = dict(model.named_parameters())
-    for key, value in _load_tensors(folder / "optimizer.safetensors").items():
+    for key, value in read_tensors(folder / "optimizer.safetensors").items():
         name, _, kind = key.rpartition("/")
         if name not in parameters:
-            raise _damaged(folder / "optimizer.safetensors")
+            raise damaged(folder / "optimizer.safetensors")
         # AdamW counts its steps on the CPU, wherever the moments live.
         optimizer.state[parameters[name]][kind] = value if kind == "step" else _like(value, parameters[name])
-    rng = state["rng"]
-    if rank < len(rng):
-        restore_rng(_load_tensors(folder / f"rng-{rank}.safetensors"), rng[rank])
-    return int(state["step"])
+    try:
+        rng = state["rng"]
+        if rank < len(rng):
+            restore_rng(read_tensors(folder / f"rng-{rank}.safetensors"), rng[rank])
+        return int(state["step"])
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise damaged(folder / "state.json") from error

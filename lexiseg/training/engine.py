@@ -47,7 +47,7 @@ class _Losses(nn.Module):
 
 
 def _accelerator(settings: TrainSettings, device: str | None) -> Accelerator:
-    processes.join(device)
+    processes.init(device)
     if AcceleratorState._shared_state:
         # Accelerate keeps one global state a process and refuses a second run with another precision or device; the
         # processes, once met, stay together.

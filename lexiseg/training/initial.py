@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from pathlib import Path
 
 from torch import nn
 
@@ -61,7 +60,7 @@ def start_from(
         LexisegError: there is no such model, it is of another system or of other shapes, or it had masks of a class
             that is unseen in the training to come.
     """
-    start = load_trained(initial)
+    start = load_model(initial)
     refuse_leaks(f"The initial model '{initial}'", start.seen_names, seen_names, vocabulary)
     model = system(start.clip, options, tuple(seen_names))
     state = start.state_dict()
@@ -92,16 +91,6 @@ def start_from(
     if parts:
         model.metadata["initial"]["part"] = ", ".join(parts)
     return model
-
-
-def load_trained(name: str) -> SegmentationModel:
-    """The model in the folder of a run or of a model, or of any name `load_model` takes.
-
-    Raises:
-        LexisegError: there is no such model.
-    """
-    inside = Path(name) / "model"
-    return load_model(inside if (inside / "config.json").is_file() else name)
 
 
 def refuse_leaks(what: str, before: Sequence[str], now: Sequence[str], vocabulary: Vocabulary) -> None:

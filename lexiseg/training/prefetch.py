@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import multiprocessing
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -31,6 +32,12 @@ class _Batches(Dataset[Any]):
             return self._make(index)
         except LexisegError as error:
             return _Failure(str(error))
+
+
+def _deaf(worker: int) -> None:
+    """Let the main process alone be stopped by Ctrl-C; it ends the workers, and says what was done."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _as_is(batch: Any) -> Any:
@@ -63,6 +70,7 @@ def prefetch(make: Callable[[int], Any], indices: Sequence[int], *, workers: int
         num_workers=workers,
         prefetch_factor=2,
         collate_fn=_as_is,
+        worker_init_fn=_deaf,
         multiprocessing_context="fork",
         # Its own generator: the loader's default would draw from the global one and so change the dropout.
         generator=torch.Generator(),

@@ -24,7 +24,7 @@ from lexiseg.data.base import SegmentationDataset, seen_ids
 from lexiseg.data.sets.dataset import FileDataset
 from lexiseg.errors import LexisegError
 from lexiseg.losses.shares import share_weight
-from lexiseg.training.task import Task, share_of
+from lexiseg.training.task import Task, part_of
 
 AREA = (0.08, 1.0)
 """Share of the box that a crop takes."""
@@ -101,12 +101,12 @@ class PromptTask(Task):
 
     def batch(self, index: int) -> dict[str, Tensor]:
         """Crops (B, 3, S, S) in 0..1, masks (B, S, S) and ranks (B,) of classes; an epoch shows each example once."""
-        return self.share(index, 0, 1)
+        return self.part(index, 0, 1)
 
-    def share(self, index: int, rank: int, processes: int) -> dict[str, Tensor]:
+    def part(self, index: int, rank: int, processes: int) -> dict[str, Tensor]:
         """A process's crops of batch ``index``."""
         first = index * self.batch_size
-        places = [first + place for place in share_of(self.batch_size, rank, processes)]
+        places = [first + place for place in part_of(self.batch_size, rank, processes)]
         crops, masks, ranks = zip(*(self._example(place) for place in places), strict=True)
         return {"images": torch.stack(crops), "masks": torch.stack(masks), "labels": torch.tensor(ranks)}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from lexiseg.clip.prompt_learner import PromptLearner
 from lexiseg.clip.text import default_cache_folder
 from lexiseg.data.base import SegmentationDataset
 from lexiseg.errors import LexisegError
+from lexiseg.evaluation.report import weights_hash
 from lexiseg.files import make_folder, write_text
 from lexiseg.label_ids import ignore_index
 from lexiseg.recipes import (
@@ -24,7 +26,6 @@ from lexiseg.recipes import (
     as_yaml,
 )
 from lexiseg.training.building import build_model
-from lexiseg.training.checkpoint import find_checkpoints
 from lexiseg.training.contrastive import ContrastiveTask
 from lexiseg.training.labels import PADDING, training_vocabulary
 from lexiseg.training.prompts import PromptTask
@@ -34,6 +35,7 @@ from lexiseg.training.task import Task
 from lexiseg.training.teacher import load_teacher
 from lexiseg.training.trainer import Trainer, seed_everything
 from lexiseg.weights.folder import save_model
+from lexiseg.weights.runs import find_checkpoints
 
 
 def train(
@@ -66,7 +68,7 @@ def train(
     """
     if isinstance(recipe, EvaluationRecipe):
         raise LexisegError("This recipe only evaluates, so there is nothing to train; give it to `lexiseg evaluate`.")
-    processes.join(device)
+    processes.init(device)
     with processes.together():
         run_dir = make_folder(run_dir)
     stage = partial(train, resume=resume, device=device, tensorboard=tensorboard, progress=progress)
@@ -75,41 +77,48 @@ def train(
         return _put_together(recipe, built, run_dir, until)
     with processes.together():
         task = build_task(built)
-    if until is not None and isinstance(task, SegmentationTask):
-        task.model.metadata["steps"] = until
     with processes.together():
         trainer = Trainer(
             task,
             recipe.train,
             run_dir,
             identity=_identity(recipe, task),
+            recipe=as_yaml(recipe),
             device=device,
             tensorboard=tensorboard,
             progress=progress,
         )
-    with processes.together():
-        if processes.is_main() and not find_checkpoints(trainer.checkpoint_dir):
-            write_text(run_dir / "recipe.yaml", as_yaml(recipe))
     return trainer.run(resume=resume, until=until)
 
 
 def _identity(recipe: Recipe, task: Task) -> dict[str, Any]:
-    """What must be the same when a run is resumed, beside the numbers of the loop."""
-    values = recipe.model_dump(mode="json", exclude={"train", "description", "evaluation"})
-    if isinstance(recipe, SegmentationRecipe):
-        # Left out where they say nothing new, so that a run begun before there were such keys can be resumed.
-        for key in ("setting", "unlabelled", "initial", "initial_steps", "prompts_from", "proposals_from", "teacher"):
-            if values[key] == SegmentationRecipe.model_fields[key].default:
-                del values[key]
-    if values.get("data", {}).get("synonyms") is None:
-        values.get("data", {}).pop("synonyms", None)
-    if isinstance(task, SegmentationTask) and "initial" in task.model.metadata:
-        values["initial_weights"] = task.model.metadata["initial"]["weights_sha256"]
-    if isinstance(task, SegmentationTask) and "prompts" in task.model.metadata:
-        values["prompts"] = task.model.metadata["prompts"]["sha256"]
-    if isinstance(task, SegmentationTask) and "proposals" in task.model.metadata:
-        values["proposals"] = task.model.metadata["proposals"]["sha256"]
+    """What must be the same when a run is resumed, beside the numbers of the loop: contents, not how paths are written.
+
+    Defaults are left out, so that a run begun before there was a key can be resumed.
+    """
+    values = recipe.model_dump(mode="json", exclude={"train", "description", "evaluation"}, exclude_defaults=True)
+    for key in ("initial", "prompts_from", "proposals_from", "teacher"):
+        if Path(str(values.get(key, ""))).exists():
+            values.pop(key, None)  # what it holds is told by its hash
+    for key in ("root", "classes"):
+        values.get("data", {}).pop(key, None)
+    if isinstance(task, SegmentationTask | PromptTask):
+        values["pictures"] = _fingerprint(task.dataset)
+    if isinstance(task, SegmentationTask):
+        notes = task.model.metadata
+        values |= {"initial_weights": notes["initial"]["weights_sha256"]} if "initial" in notes else {}
+        values |= {key: notes[key]["sha256"] for key in ("prompts", "proposals") if key in notes}
+        values |= {} if task.teacher is None else {"teacher_weights": weights_hash(task.teacher.model)}
+        if Path(task.model.clip.name).exists():
+            values["model"]["clip"] = task.model.clip.fingerprint()
     return values
+
+
+def _fingerprint(dataset: SegmentationDataset) -> str:
+    """How many pictures a data set has, and a hash of their names and of its classes."""
+    names = "\n".join(getattr(dataset, "names", ()))
+    digest = hashlib.sha256(f"{dataset.vocabulary.hash()}\n{names}".encode("utf-8", "surrogateescape")).hexdigest()
+    return f"{len(dataset)} ({digest[:16]})"
 
 
 def _put_together(recipe: Recipe, built: SegmentationRecipe, run_dir: Path, until: int | None) -> Path:

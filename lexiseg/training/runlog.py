@@ -13,6 +13,7 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from lexiseg.errors import LexisegError
 from lexiseg.files import atomic_write, make_folder, write_text
 
 _log = logging.getLogger("lexiseg")
@@ -27,17 +28,17 @@ def _tensorboard(folder: Path, first_step: int) -> Any:
     return SummaryWriter(str(folder), purge_step=first_step)
 
 
-def _lines_before(path: Path, step: int) -> str:
+def _lines_before(path: Path, step: int) -> list[dict[str, Any]]:
     """The lines of an earlier part of the run; a line cut short by a kill, and what came after ``step``, go."""
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             record = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
-        if isinstance(record, dict) and record.get("step", step + 1) <= step:
-            kept.append(line + "\n")
-    return "".join(kept)
+        if isinstance(record, dict) and isinstance(record.get("step"), int) and record["step"] <= step:
+            kept.append(record)
+    return kept
 
 
 class RunLog:
@@ -50,6 +51,13 @@ class RunLog:
         tensorboard: whether to write TensorBoard event files.
         progress: whether to show a bar (a plain line now and then where the output is no terminal).
         enabled: False makes every method do nothing, for the processes that are not the main one.
+
+    Attributes:
+        records: the lines so far; none where it is not enabled.
+        step: steps done.
+
+    Raises:
+        LexisegError: the log of an earlier part cannot be read, or none can be written.
     """
 
     def __init__(
@@ -66,12 +74,20 @@ class RunLog:
         self._total_steps = total_steps
         self._enabled = enabled
         self._file: TextIO | None = None
+        self.records: list[dict[str, Any]] = []
+        self.step = first_step
         self._board = None
         if enabled:
             path = folder / "metrics.jsonl"
-            if path.exists():
-                write_text(path, _lines_before(path, first_step) if first_step else "")
-            self._file = path.open("a", encoding="utf-8")
+            try:
+                self.records = _lines_before(path, first_step) if first_step and path.exists() else []
+                write_text(path, "".join(json.dumps(record) + "\n" for record in self.records))
+                self._file = path.open("a", encoding="utf-8")
+            except OSError as error:
+                raise LexisegError(
+                    f"The run's log '{path}' cannot be read or written ({error.strerror}); remove it, or choose "
+                    "another output folder."
+                ) from error
             self._board = _tensorboard(folder / "tensorboard", first_step) if tensorboard else None
         self._console = Console(stderr=True, quiet=not (progress and enabled))
         self._bar = Progress(
@@ -101,14 +117,22 @@ class RunLog:
 
     def advance(self) -> None:
         """Move the bar by one step."""
+        self.step += 1
         self._bar.advance(self._bar_id)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Add one line to the log: the number of steps done and the values."""
         if self._file is None:
             return
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        self._file.flush()
+        self.records.append({"step": step, **values})
+        try:
+            self._file.write(json.dumps(self.records[-1]) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise LexisegError(
+                f"Cannot write the run's log '{self._folder / 'metrics.jsonl'}' ({error.strerror}); free some space, "
+                "then go on with --resume."
+            ) from error
         if self._board is not None:
             for name, value in values.items():
                 self._board.add_scalar(name, value, step)
@@ -125,3 +149,47 @@ class RunLog:
         for name, picture in pictures.items():
             with atomic_write(folder / f"step-{step:08d}-{name}.png") as temporary:
                 picture.save(temporary)
+
+
+class Best:
+    """The largest value of a metric so far, and how long ago that was; what the log says is all it remembers.
+
+    Args:
+        metric: its name in the log; None follows none.
+        patience: so many evaluations in a row without a larger value are enough; None waits for ever.
+        log: of the run.
+    """
+
+    def __init__(self, metric: str | None, patience: int | None, log: RunLog) -> None:
+        self.metric, self.patience, self._log = metric, patience, log
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether patience ran out."""
+        if self.patience is None or self.metric is None:
+            return False
+        values = [value for _, value in self._values()]
+        return bool(values) and len(values) - 1 - values.index(max(values)) >= self.patience
+
+    def improved_by(self, step: int, values: Mapping[str, float]) -> bool:
+        """Whether the evaluation at ``step``, which is in the log, has the largest value so far.
+
+        Raises:
+            LexisegError: it does not measure the metric.
+        """
+        if self.metric is None:
+            return False
+        if self.metric not in values:
+            known = ", ".join(values) or "nothing"
+            raise LexisegError(
+                f"'train.keep_best' is '{self.metric}', but what is measured is {known}; name one of it."
+            )
+        return all(value < values[self.metric] for before, value in self._values() if before < step)
+
+    def __str__(self) -> str:
+        step, value = max(self._values(), key=lambda pair: (pair[1], -pair[0]))
+        return f"{self.metric} has been below its {value:g} of step {step} for {self.patience} evaluations."
+
+    def _values(self) -> list[tuple[int, float]]:
+        found = [(record["step"], record.get(self.metric)) for record in self._log.records if self.metric in record]
+        return [(step, float(value)) for step, value in found if isinstance(value, int | float)]

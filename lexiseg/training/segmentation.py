@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -31,7 +31,7 @@ from lexiseg.training.labels import (
     self_training_labels,
     training_vocabulary,
 )
-from lexiseg.training.task import Task, share_of
+from lexiseg.training.task import Task, part_of
 from lexiseg.training.teacher import Teacher
 from lexiseg.vocabulary import TemplateSource
 from lexiseg.weights.folder import save_model
@@ -92,6 +92,7 @@ class SegmentationTask(Task):
     """
 
     model: SegmentationModel
+    loadable = True
 
     def __init__(
         self,
@@ -130,6 +131,11 @@ class SegmentationTask(Task):
         self.void = ignore_index(len(dataset.vocabulary))
         everything = list(range(len(dataset.vocabulary)))
         self.seen = everything if setting == "supervised" else seen_ids(dataset.vocabulary) or everything
+        if not any(bool(torch.isin(label, torch.tensor(self.seen)).any()) for label in _labels(dataset)):
+            raise LexisegError(
+                "There is no pixel of a trained class in all training labels, so there is nothing to train on; "
+                "`lexiseg data verify` says which values they hold."
+            )
         self.seen_classes = torch.tensor([entry.seen is True for entry in self.vocabulary.classes])
         self.text = model.embed_text(TextEmbedder(model.clip, cache_dir), self.vocabulary)
         self._segmenter = Segmenter(
@@ -139,12 +145,12 @@ class SegmentationTask(Task):
 
     def batch(self, index: int) -> SegmentationBatch:
         """Batch ``index``: each epoch shows every sample once, in an order of its own; batches run across epochs."""
-        return self.share(index, 0, 1)
+        return self.part(index, 0, 1)
 
-    def share(self, index: int, rank: int, processes: int) -> SegmentationBatch:
+    def part(self, index: int, rank: int, processes: int) -> SegmentationBatch:
         """A process's samples of batch ``index``, the same ones whatever the number of processes."""
         first = index * self.batch_size
-        samples = [self._sample(first + place) for place in share_of(self.batch_size, rank, processes)]
+        samples = [self._sample(first + place) for place in part_of(self.batch_size, rank, processes)]
         images, labels, names = zip(*samples, strict=True)
         return SegmentationBatch(torch.stack(images), torch.stack(labels), names)
 
@@ -180,6 +186,10 @@ class SegmentationTask(Task):
         summary = self._judge(self.validation, self.num_scored, 0).summary()
         return {f"val/{name}": value for name, value in summary.items() if value is not None}
 
+    def reached(self, step: int) -> None:
+        """Note in the model how long it was trained."""
+        self.model.metadata["steps"] = step
+
     def export(self, folder: Path) -> None:
         """Write the model, with the templates it was trained with as its default ones."""
         self.model.default_templates = self.vocabulary.templates
@@ -210,3 +220,9 @@ class SegmentationTask(Task):
 
     def _epoch_order(self, epoch: int) -> np.ndarray:
         return np.random.default_rng([self.seed, 0, epoch]).permutation(len(self.dataset))
+
+
+def _labels(dataset: SegmentationDataset) -> Iterator[Tensor]:
+    """The labels one after the other, without their pictures where the dataset can do so."""
+    alone = getattr(dataset, "label", None)
+    return (dataset[index].label if alone is None else alone(index) for index in range(len(dataset)))

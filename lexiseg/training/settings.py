@@ -11,22 +11,28 @@ from torch import nn
 
 from lexiseg.recipes.schema import Multiplier, TrainSettings
 
-RESUMABLE = frozenset({"workers", "log_every", "checkpoint_every", "keep_checkpoints", "snapshot_every", "sharding"})
+RESUMABLE = frozenset(
+    {
+        "workers",
+        "log_every",
+        "checkpoint_every",
+        "keep_checkpoints",
+        "snapshot_every",
+        "sharding",
+        "keep_best",
+        "patience",
+    }
+)
 """Settings that may differ between the first part of a run and its continuation: they do not touch the weights."""
-
-_LATER = ("optimizer", "momentum", "no_decay", "warmup")
 
 
 def identity_of(settings: TrainSettings) -> dict[str, Any]:
     """The settings that must be the same when a run is resumed, as JSON values.
 
-    Younger keys are left out where they say nothing new, so that a run begun before there were any can be resumed.
+    Keys with their default are left out, so that a run begun before there were such keys can be resumed.
     """
-    values = settings.model_dump(mode="json", exclude=set(RESUMABLE))
-    for key in _LATER:
-        if getattr(settings, key) == TrainSettings.model_fields[key].default:
-            del values[key]
-    return values
+    values = settings.model_dump(mode="json", exclude=set(RESUMABLE), exclude_defaults=True)
+    return {**values, "steps": settings.steps}
 
 
 @dataclass

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from PIL import Image
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from lexiseg.recipes import TrainSettings
 from lexiseg.training.settings import ParameterGroup, group_parameters
 
 
-def share_of(batch_size: int, rank: int, processes: int) -> range:
+def part_of(batch_size: int, rank: int, processes: int) -> range:
     """The places in a batch that process ``rank`` of ``processes`` takes; their numbers differ by one at most."""
     return range(batch_size * rank // processes, batch_size * (rank + 1) // processes)
 
@@ -25,9 +25,11 @@ class Task(ABC):
 
     Attributes:
         model: the module that is trained; its parameters that need a gradient are optimised and checkpointed.
+        loadable: whether `lexiseg.load` reads what `export` writes, so that its checkpoints can be loaded as well.
     """
 
     model: nn.Module
+    loadable: ClassVar[bool] = False
 
     @abstractmethod
     def batch(self, index: int) -> Any:
@@ -41,14 +43,14 @@ class Task(ABC):
             Tensors in dicts, lists or tuples, or an object with a method ``to(device)``.
         """
 
-    def share(self, index: int, rank: int, processes: int) -> Any:
+    def part(self, index: int, rank: int, processes: int) -> Any:
         """What process ``rank`` of ``processes`` takes of batch ``index``; under the conditions of `batch`.
 
-        The shares of all processes together are the batch, see `share_of`; there are at least as many samples as
+        The parts of all processes together are the batch, see `part_of`; there are at least as many samples as
         processes.
 
         Raises:
-            LexisegError: the loss compares the samples of a batch with each other, so it cannot be shared.
+            LexisegError: the loss compares the samples of a batch with each other, so it cannot be divided.
         """
         if processes == 1:
             return self.batch(index)
@@ -61,7 +63,7 @@ class Task(ABC):
     def losses(self, batch: Any) -> Mapping[str, Tensor]:
         """Scalar losses of a batch on the model's device; ``"loss"`` is the one that is minimised.
 
-        Of a share, they must be such that their mean over the processes is the loss of the batch; see
+        Of a part, they must be such that their mean over the processes is the loss of the batch; see
         :mod:`lexiseg.losses.shares`.
         """
 
@@ -83,6 +85,9 @@ class Task(ABC):
     def evaluate(self, step: int) -> Mapping[str, float]:
         """Numbers to log beside the losses whenever sample pictures are due."""
         return {}
+
+    def reached(self, step: int) -> None:  # noqa: B027 - most models carry no number of steps
+        """Called before `export` with the number of steps that are done."""
 
     @abstractmethod
     def export(self, folder: Path) -> None:

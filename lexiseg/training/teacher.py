@@ -16,9 +16,10 @@ from lexiseg.clip.text import TextEmbedder
 from lexiseg.errors import LexisegError
 from lexiseg.models.base import SegmentationModel
 from lexiseg.scores import GridScores, RegionScores
-from lexiseg.training.initial import load_trained, refuse_leaks
+from lexiseg.training.initial import refuse_leaks
 from lexiseg.training.labels import UNLABELLED
 from lexiseg.vocabulary import Vocabulary
+from lexiseg.weights import load_model
 
 # More than scores ever differ by, and little enough that nothing of a score is lost beside it.
 _NEVER = 1e4
@@ -87,7 +88,7 @@ def load_teacher(name: str, vocabulary: Vocabulary, *, cache_dir: Path | None = 
     Raises:
         LexisegError: there is no such model, or it had masks of a class that is unseen now.
     """
-    model = load_trained(name)
+    model = load_model(name)
     seen = [entry.name for entry in vocabulary.classes if entry.seen]
     if len(seen) == len(vocabulary):
         raise LexisegError("Every class has masks, so a teacher has nothing to say; leave out 'teacher'.")

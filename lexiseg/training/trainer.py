@@ -13,6 +13,7 @@ import logging
 import math
 import random
 import time
+import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from functools import partial
@@ -24,17 +25,18 @@ import torch
 from accelerate.utils import send_to_device
 
 from lexiseg import processes
-from lexiseg.errors import LexisegError
-from lexiseg.files import make_folder, write_json
+from lexiseg.errors import LexisegError, LexisegWarning
+from lexiseg.files import make_folder, write_text
 from lexiseg.recipes import TrainSettings
-from lexiseg.training.checkpoint import capture_rng, find_checkpoints, load_checkpoint, read_state, restore_rng
+from lexiseg.training.checkpoint import capture_rng, load_checkpoint, restore_rng
 from lexiseg.training.checkpoint import save_checkpoint as write_checkpoint
 from lexiseg.training.engine import Engine
 from lexiseg.training.prefetch import prefetch
-from lexiseg.training.runlog import RunLog
+from lexiseg.training.runlog import Best, RunLog
 from lexiseg.training.schedule import cosine, poly_warmup, warmup_factor
 from lexiseg.training.settings import build_optimizer, identity_of
 from lexiseg.training.task import Task
+from lexiseg.weights.runs import BASE, find_checkpoints, read_state
 
 _log = logging.getLogger("lexiseg")
 
@@ -74,9 +76,10 @@ class Trainer:
     Args:
         task: model, data and loss.
         settings: the run's numbers.
-        run_dir: folder of the run: ``metrics.jsonl``, ``tensorboard/``, ``samples/``, ``checkpoints/`` and, at the
-            end, ``model/``.
+        run_dir: folder of the run: ``metrics.jsonl``, ``tensorboard/``, ``samples/``, ``checkpoints/``, ``best/`` with
+            ``keep_best``, and, at the end, ``model/``.
         identity: JSON values beside the settings that must be the same when a run is resumed, such as its data.
+        recipe: text of ``recipe.yaml``, written when the run begins or goes on; "" writes none.
         device: "cpu" to stay off an accelerator; None takes what there is.
         tensorboard: whether to write TensorBoard event files.
         progress: whether to show a bar.
@@ -92,6 +95,7 @@ class Trainer:
         run_dir: str | Path,
         *,
         identity: Mapping[str, Any] | None = None,
+        recipe: str = "",
         device: str | None = None,
         tensorboard: bool = True,
         progress: bool = True,
@@ -100,6 +104,7 @@ class Trainer:
         self.settings = settings
         self.run_dir = Path(run_dir)
         self.checkpoint_dir = self.run_dir / "checkpoints"
+        self._recipe = recipe
         self._given_identity = dict(identity or {})
         self._tensorboard = tensorboard
         self._progress = progress
@@ -117,7 +122,8 @@ class Trainer:
         """Train to the end, or to some step before it.
 
         Args:
-            resume: continue from the newest checkpoint in ``run_dir``; without one, start.
+            resume: continue from the newest checkpoint in ``run_dir``; without one, start. More steps than the run
+                began with are allowed, and what that does to the schedule is said.
             until: stop after this many steps in all and export what is there; the schedule stays that of the whole run,
                 which can be resumed. None trains to the end.
 
@@ -129,7 +135,7 @@ class Trainer:
                 or the loss or a gradient is not finite (the message names step and samples, nothing is saved of it);
                 or ``until`` lies behind the run or behind its checkpoint.
         """
-        settings, task, main = self.settings, self.task, processes.is_main()
+        settings, task = self.settings, self.task
         end = settings.steps if until is None else until
         newest = self._newest()
         with processes.together():
@@ -142,9 +148,9 @@ class Trainer:
                 raise LexisegError(
                     f"'{self.run_dir}' is at step {first} already, past {end}; choose another output folder."
                 )
-        indices = self._batch_indices(first, end)
-        share = partial(task.share, rank=processes.rank(), processes=processes.count())
-        batches = iter(prefetch(share, indices, workers=settings.workers))
+        if newest is None and task.loadable:
+            with processes.together():
+                self._engine.export(self.checkpoint_dir / BASE)
         task.model.train()
         log = RunLog(
             self.run_dir,
@@ -152,34 +158,62 @@ class Trainer:
             first_step=first,
             tensorboard=self._tensorboard,
             progress=self._progress,
-            enabled=main,
+            enabled=processes.is_main(),
         )
-        sums: dict[str, float] = defaultdict(float)
-        since, logged = time.perf_counter(), first
         with log, processes.watching():
-            for step in range(first, end):
-                for name, value in self._step(step, batches).items():
-                    sums[name] += value
-                done = step + 1
-                last = done == end
-                log.advance()
-                if done % settings.log_every == 0 or last:
-                    count, now = done - logged, time.perf_counter()
-                    record = {name: value / count for name, value in sums.items()}
-                    record["time/step_seconds"] = (now - since) / count
-                    sums.clear()
-                    since, logged = now, done
-                    log.write(done, record)
-                if settings.snapshot_every and (done % settings.snapshot_every == 0 or last):
-                    with processes.together():
-                        if main and not self._engine.sharded:
-                            self._look(done, log)
-                if done % settings.checkpoint_every == 0 or last:
-                    self.save_checkpoint(done)
+            try:
+                done = self._loop(first, end, log)
+            except KeyboardInterrupt as stop:
+                stop.args = (self._stopped(log.step, end),)
+                raise
         folder = self.run_dir / "model"
+        task.reached(done)
         with processes.together():
             self._engine.export(folder)
         return folder
+
+    def _loop(self, first: int, end: int, log: RunLog) -> int:
+        """The steps ``first`` to ``end``; how many are done, fewer where patience ran out."""
+        settings, task = self.settings, self.task
+        best = Best(settings.keep_best, settings.patience, log)
+        if best.exhausted:
+            return first
+        indices = range(first * settings.accumulate, end * settings.accumulate)  # the batches of these steps
+        part = partial(task.part, rank=processes.rank(), processes=processes.count())
+        batches = iter(prefetch(part, indices, workers=settings.workers))
+        sums: dict[str, float] = defaultdict(float)
+        since, logged = time.perf_counter(), first
+        for step in range(first, end):
+            for name, value in self._step(step, batches).items():
+                sums[name] += value
+            done = step + 1
+            last = done == end
+            log.advance()
+            if done % settings.log_every == 0 or last:
+                count, now = done - logged, time.perf_counter()
+                record = {name: value / count for name, value in sums.items()}
+                record["time/step_seconds"] = (now - since) / count
+                sums.clear()
+                since, logged = now, done
+                log.write(done, record)
+            if settings.snapshot_every and (done % settings.snapshot_every == 0 or last):
+                with processes.together():
+                    if processes.is_main() and not self._engine.sharded:
+                        self._look(done, log, best)
+                stop = processes.gather(best.exhausted)[0]
+            else:
+                stop = False
+            if done % settings.checkpoint_every == 0 or last or stop:
+                self.save_checkpoint(done)
+            if stop:
+                _log.warning("Stopped at step %d: %s", done, best)
+                return done
+        return end
+
+    def _stopped(self, step: int, end: int) -> str:
+        found = find_checkpoints(self.checkpoint_dir)
+        kept = f"the newest checkpoint is '{found[-1]}'" if found else "there is no checkpoint yet"
+        return f"Stopped after step {step} of {end}; {kept}, and the same command with --resume goes on from there."
 
     def save_checkpoint(self, step: int) -> None:
         """Write the checkpoint of ``step`` finished steps and remove old ones."""
@@ -199,6 +233,12 @@ class Trainer:
     def _check_groups(self) -> None:
         if not self._groups:
             raise LexisegError("The model has no trainable parameters, so there is nothing to train.")
+        if not any(group.lr for group in self._groups):
+            raise LexisegError(
+                "Every learning rate is 0, so nothing would be trained; set a multiplier above 0, or train.steps to 0."
+            )
+        if self.settings.keep_best is not None and self._engine.sharded:
+            raise LexisegError("A sharded model is not evaluated while it trains; set train.keep_best to null.")
         names = [name for group in self._groups for name in group.names]
         for key in self.settings.multipliers:
             if not any(key in name for name in names):
@@ -229,8 +269,7 @@ class Trainer:
             _log.warning("The model is sharded, so no sample pictures are made while it trains.")
         if newest is None:
             seed_everything(seed + rank)
-            if processes.is_main():
-                write_json(self.run_dir / "settings.json", self.settings.model_dump(mode="json"))
+            self._write_recipe()
             return 0
         if not newest.is_dir():
             raise LexisegError(
@@ -239,22 +278,33 @@ class Trainer:
             )
         before, now = dict(read_state(newest)["settings"]), self._identity()
         was, count = before.pop("processes", 1), now.pop("processes")
+        longer = isinstance(before.get("steps"), int) and before["steps"] < now["steps"]
         for key in sorted(before.keys() | now.keys()):
-            if before.get(key) != now.get(key):
+            if before.get(key) != now.get(key) and not (longer and key == "steps"):
                 raise LexisegError(
                     f"Cannot resume '{self.run_dir}': '{key}' was {before.get(key)} and is now {now.get(key)}; use "
                     "the settings that started the run or choose another output folder."
                 )
         step = load_checkpoint(newest, model=self.task.model, optimizer=self.optimizer, rank=rank)
+        if longer and processes.is_main():
+            rate = learning_rate(step, self.settings.lr, self.settings)
+            old = learning_rate(step, self.settings.lr, self.settings.model_copy(update={"steps": before["steps"]}))
+            warnings.warn(
+                f"The run had {before['steps']} steps and now has {now['steps']}: from here its schedule is that "
+                f"of the longer run, so the learning rate at step {step} is {rate:.3g} in place of {old:.3g}.",
+                LexisegWarning,
+                stacklevel=2,
+            )
         if was != count and processes.is_main():
             _log.warning("The run began with %s processes and goes on with %s, so its bits may differ.", was, count)
+        self._write_recipe()
         if rank >= was:  # a process that was not there before has no random state to take up
             seed_everything(1_000_003 * (seed + step) + rank)
         return step
 
-    def _batch_indices(self, first: int, end: int) -> range:
-        """Numbers of the batches of the steps ``first`` to ``end``."""
-        return range(first * self.settings.accumulate, end * self.settings.accumulate)
+    def _write_recipe(self) -> None:
+        if self._recipe and processes.is_main():
+            write_text(self.run_dir / "recipe.yaml", self._recipe)
 
     def _step(self, step: int, batches: Iterator[Any]) -> dict[str, float]:
         settings = self.settings
@@ -301,7 +351,7 @@ class Trainer:
             "these samples."
         )
 
-    def _look(self, done: int, log: RunLog) -> None:
+    def _look(self, done: int, log: RunLog, best: Best) -> None:
         """Sample pictures and numbers; the run's random state and mode are as before afterwards."""
         state = capture_rng()
         self.task.model.eval()
@@ -311,6 +361,9 @@ class Trainer:
                 values = dict(self.task.evaluate(done))
             if values:
                 log.write(done, values)
+            if best.improved_by(done, values):
+                self.task.reached(done)
+                self._engine.export(self.run_dir / "best")
         finally:
             restore_rng(*state)
             self.task.model.train()

@@ -27,6 +27,7 @@ from lexiseg.errors import LexisegError
 from lexiseg.files import atomic_write, make_folder, write_json
 from lexiseg.hub import download
 from lexiseg.models import SYSTEMS, SegmentationModel
+from lexiseg.weights import runs
 from lexiseg.weights.renames import renamed_options, renamed_tensor
 from lexiseg.words import shorten
 
@@ -122,6 +123,8 @@ def load_model(name: str | Path, *, device: str | torch.device = "cpu") -> Segme
 
             - a model that comes with lexiseg, see `list_models`;
             - a folder written by `save_model`;
+            - a folder written by a training: the run's, whose model is taken, or where there is none yet its newest
+              checkpoint; or one of its checkpoints;
             - ``"dense-clip/NAME"`` with any name `lexiseg.clip.load.load_clip` takes, for example
               ``"dense-clip/ViT-B-16/openai"``;
             - a hub repository ``"owner/name"`` with the two files of such a folder.
@@ -212,6 +215,13 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 
 def _load_folder(folder: Path) -> SegmentationModel:
+    if not (folder / CONFIG_NAME).exists():
+        if (folder / runs.STATE).is_file():
+            return _load_checkpoint(folder)
+        if (folder / "model" / CONFIG_NAME).is_file():
+            return _load_folder(folder / "model")
+        if found := runs.find_checkpoints(folder / "checkpoints") or runs.find_checkpoints(folder):
+            return _load_checkpoint(found[-1])
     config = _read_config(folder)
     weights = folder / WEIGHTS_NAME
     if not weights.is_file():
@@ -241,6 +251,23 @@ def _load_folder(folder: Path) -> SegmentationModel:
     if config.get("templates"):
         model.default_templates = tuple(config["templates"])
     model.metadata = dict(config.get("metadata", {}))
+    return model
+
+
+def _load_checkpoint(folder: Path) -> SegmentationModel:
+    """The model of a training's checkpoint: that of the run's beginning, with the tensors that training changed."""
+    state = runs.read_state(folder)
+    base = folder.parent / runs.BASE
+    if not (base / CONFIG_NAME).is_file():
+        raise LexisegError(
+            f"The checkpoint '{folder}' holds the trained tensors alone, and the rest of the model should be in "
+            f"'{base}'; copy the whole folder '{folder.parent}'."
+        )
+    model, tensors = _load_folder(base), runs.read_tensors(folder / runs.TENSORS)
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name in tensors}
+    check_state(tensors, shapes, f"'{folder / runs.TENSORS}'")
+    model.load_state_dict(tensors, strict=False)
+    model.metadata["steps"] = state["step"]
     return model
 
 

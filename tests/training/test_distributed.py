@@ -35,7 +35,7 @@ from lexiseg.segmenter import Segmenter
 from lexiseg.training.checkpoint import find_checkpoints, whole
 from lexiseg.training.engine import shard
 from lexiseg.training.segmentation import SegmentationTask
-from lexiseg.training.task import Task, share_of
+from lexiseg.training.task import Task, part_of
 from lexiseg.training.trainer import Trainer, seed_everything
 from tests.launching import Launch, free_port, in_processes, launch
 from tests.towers import small_clip
@@ -107,7 +107,7 @@ def train_small(clip_folder, folder, backbone="prompt", until=None, resume=False
 
 
 def evaluate_small(clip_folder, length, batch_size=2, **options):
-    processes.join("cpu")
+    processes.init("cpu")
     segmenter = Segmenter(small_task(clip_folder).model, disk_cache=False)
     data = PictureWorld("val", size=32, length=length)
     return evaluate(
@@ -125,7 +125,7 @@ def both(clip_folder, folder):
     train_small(clip_folder, folder)
     reports = [evaluate_small(clip_folder, length) for length in (5, 1)]
     shown = [[example.name for example in report.examples] for report in reports]
-    return [numbers(report) for report in reports], shown, every_loss(share_of(3, processes.rank(), 2))
+    return [numbers(report) for report in reports], shown, every_loss(part_of(3, processes.rank(), 2))
 
 
 def every_loss(places):
@@ -199,12 +199,12 @@ class Linear(Task):
         self.model, self.mistake = nn.Linear(2, 1), mistake
 
     def batch(self, index):
-        return self.share(index, 0, 1)
+        return self.part(index, 0, 1)
 
-    def share(self, index, rank, processes):
+    def part(self, index, rank, processes):
         if self.mistake == "data" and index == 3 and rank == 1:
             raise LexisegError("The picture 'x.jpg' is broken.")
-        size = len(share_of(4, rank, processes))
+        size = len(part_of(4, rank, processes))
         x = torch.full((size, 2), float("nan") if self.mistake == "nan" and index == 3 and rank == 1 else 1.0)
         return {"x": x, "names": [f"picture-{rank}"], "index": index}
 
@@ -276,7 +276,7 @@ class Twice(nn.Module):
 
 
 def gradients_of_shards():
-    processes.join("cpu")
+    processes.init("cpu")
     module = shard(Twice(), torch.device("cpu"))
     module().backward()
     return {name: whole(value.grad) for name, value in module.named_parameters() if value.grad is not None}

@@ -1,0 +1,207 @@
+"""Runs that were stopped, moved, lengthened, judged on the way or tampered with; and models from all their folders."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+import lexiseg
+from lexiseg.clip.model import save_clip
+from lexiseg.data.picture_world import write_voc
+from lexiseg.errors import LexisegError, LexisegWarning
+from lexiseg.recipes import load_recipe, parse_recipe
+from lexiseg.training.run import train
+from lexiseg.training.segmentation import SegmentationTask
+from lexiseg.weights import load_model
+from lexiseg.weights.runs import find_checkpoints
+from tests.towers import small_clip
+
+OPTIONS = {"num_prompts": 1, "decoder_layers": 1, "decoder_heads": 2}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs")
+    save_clip(small_clip(), folder / "clip")
+    write_voc(folder / "data", num_train=6, num_val=2, size=32)
+    return folder
+
+
+def recipe_of(place: Path, root: Path | str | None = None, **changes: Any) -> Any:
+    numbers = {"steps": 4, "batch_size": 2, "lr": 1e-3, "workers": 0, "checkpoint_every": 2, **changes.pop("train", {})}
+    data = {"source": "voc-folder", "root": str(root or place / "data"), "augment": "light", "crop": 32}
+    values = {
+        "kind": "segmentation",
+        "model": {"system": "zegclip", "clip": str(place / "clip"), "options": OPTIONS},
+        "data": {**data, **changes.pop("data", {})},
+        "train": numbers,
+        **changes,
+    }
+    return parse_recipe(yaml.safe_dump(values), "test.yaml")
+
+
+def quietly(recipe: Any, folder: Path, **options: Any) -> Path:
+    return train(recipe, folder, device="cpu", tensorboard=False, progress=False, **options)
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_model(folder).state_dict()
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+@pytest.fixture(scope="module")
+def run(place: Path) -> Path:
+    """A run that was stopped half way."""
+    quietly(recipe_of(place), place / "run", until=2)
+    return place / "run"
+
+
+@pytest.fixture(scope="module")
+def whole(place: Path) -> Path:
+    return quietly(recipe_of(place), place / "whole")
+
+
+def test_a_run_goes_on_where_its_data_are_named_otherwise(
+    place: Path, run: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moved = tmp_path / "elsewhere"
+    shutil.copytree(place / "data", moved)
+    shutil.copytree(place / "clip", tmp_path / "clip")
+    shutil.copytree(run, tmp_path / "run")
+    monkeypatch.chdir(tmp_path)
+    recipe = recipe_of(tmp_path, "elsewhere", model={"system": "zegclip", "clip": "clip", "options": OPTIONS})
+    assert same(weights(quietly(recipe, Path("run"), resume=True)), weights(whole))
+    (moved / "ImageSets/Segmentation/train.txt").write_text("0\n", encoding="utf-8")
+    first = next((moved / "JPEGImages").iterdir()).stem
+    (moved / "ImageSets/Segmentation/train.txt").write_text(f"{first}\n", encoding="utf-8")
+    with pytest.raises(LexisegError, match=r"'pictures' was 6 .* and is now 1 "):
+        quietly(recipe, Path("run"), resume=True)
+
+
+def test_a_finished_run_is_made_longer(place: Path, whole: Path, tmp_path: Path) -> None:
+    shutil.copytree(whole.parent, tmp_path / "run")
+    longer = recipe_of(place, train={"steps": 6})
+    with pytest.warns(LexisegWarning, match=r"had 4 steps and now has 6.*learning rate at step 4 is"):
+        quietly(longer, tmp_path / "run", resume=True)
+    assert json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[-1])["step"] == 6
+    assert load_recipe(tmp_path / "run/recipe.yaml").train.steps == 6
+    with pytest.raises(LexisegError, match="'steps' was 6 and is now 4"):
+        quietly(recipe_of(place), tmp_path / "run", resume=True)
+    assert load_recipe(tmp_path / "run/recipe.yaml").train.steps == 6  # what was refused leaves no trace
+
+
+def test_whatever_train_wrote_is_a_model(run: Path, whole: Path, tmp_path: Path) -> None:
+    found = find_checkpoints(whole.parent / "checkpoints")
+    assert same(weights(whole.parent), weights(whole)) and same(weights(found[-1]), weights(whole))
+    assert not same(weights(found[0]), weights(whole)) and same(weights(found[0]), weights(run))
+    assert load_model(found[0]).metadata["steps"] == 2
+    shutil.copytree(whole.parent, tmp_path / "killed", ignore=shutil.ignore_patterns("model"))
+    assert same(weights(tmp_path / "killed"), weights(whole))
+    assert lexiseg.load(tmp_path / "killed").model.system == "zegclip"
+    shutil.copytree(found[-1], tmp_path / "alone")
+    with pytest.raises(LexisegError, match="the rest of the model should be in"):
+        load_model(tmp_path / "alone")
+
+
+def test_the_best_is_kept_and_patience_ends(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    values = (10, 30, 20, 30, 40, 0)
+    monkeypatch.setattr(SegmentationTask, "evaluate", lambda task, step: {"val/hiou": values[step - 1]})
+    judged = {"steps": 6, "snapshot_every": 1, "checkpoint_every": 1, "keep_best": "val/hiou", "patience": 2}
+    recipe = recipe_of(place, train=judged, evaluation={"pictures": 0, "scored": 1})
+    quietly(recipe, tmp_path / "run")
+    steps = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert max(line["step"] for line in steps) == 4  # two evaluations without more than the 30 of step 2
+    assert load_model(tmp_path / "run/best").metadata["steps"] == 2
+    assert load_model(tmp_path / "run/model").metadata["steps"] == 4
+    # As often as it is resumed: the log says that patience ran out. More patience goes on, to the 40 of step 5.
+    quietly(recipe, tmp_path / "run", resume=True)
+    assert load_model(tmp_path / "run").metadata["steps"] == 4
+    quietly(
+        recipe_of(place, train={**judged, "patience": 3}, evaluation={"pictures": 0, "scored": 1}),
+        tmp_path / "run",
+        resume=True,
+    )
+    assert load_model(tmp_path / "run/best").metadata["steps"] == 5
+    with pytest.raises(LexisegError, match="is 'val/iou', but what is measured is val/hiou"):
+        quietly(recipe_of(place, train={**judged, "keep_best": "val/iou"}, evaluation={"pictures": 0}), tmp_path / "b")
+    with pytest.raises(LexisegError, match="set 'snapshot_every'"):
+        recipe_of(place, train={"keep_best": "val/hiou"})
+
+
+def test_training_on_nothing_is_refused(place: Path, tmp_path: Path) -> None:
+    with pytest.raises(LexisegError, match="Every learning rate is 0"):
+        quietly(recipe_of(place, train={"multipliers": {"": {"lr": 0}}}), tmp_path / "run")
+    shutil.copytree(place / "data", tmp_path / "void")
+    for path in (tmp_path / "void/SegmentationClass").iterdir():
+        with Image.open(path) as label:
+            size = label.size
+        Image.new("L", size, 255).save(path)
+    with pytest.raises(LexisegError, match="no pixel of a trained class"):
+        quietly(recipe_of(place, tmp_path / "void"), tmp_path / "run")
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_a_tampered_run_gives_one_sentence(place: Path, run: Path, tmp_path: Path) -> None:
+    """No other weights than were saved, ever; and no traceback."""
+    rng, recipe = random.Random(3), recipe_of(place)
+    for turn in range(24):
+        copy = tmp_path / str(turn)
+        shutil.copytree(run, copy)
+        victims = [path for path in sorted((copy / "checkpoints").rglob("step-*/*")) if path.is_file()]
+        victim = victims[turn % len(victims)]
+        content = bytearray(victim.read_bytes())
+        kind = turn // len(victims) % 4
+        if kind == 0:
+            content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+        elif kind == 1:
+            content = content[: rng.randrange(len(content))]
+        elif kind == 2:
+            start = rng.randrange(len(content))
+            content[start : start + 8] = rng.randbytes(8)
+        victim.write_bytes(content)
+        if kind == 3:
+            victim.unlink()
+            if victim.name == "state.json":
+                continue  # no checkpoint any more
+        with pytest.raises(LexisegError, match="damaged") as caught:
+            quietly(recipe, copy, resume=True)
+        assert "\n" not in str(caught.value)
+    (tmp_path / "0/metrics.jsonl").write_bytes(b'\xff\n{"step": "x"}\n[[[[\n')
+    shutil.rmtree(tmp_path / "0/checkpoints")
+    shutil.copytree(run / "checkpoints", tmp_path / "0/checkpoints")
+    quietly(recipe, tmp_path / "0", resume=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_stopped_training_says_how_to_go_on(place: Path, tmp_path: Path, number: int, code: int) -> None:
+    path = tmp_path / "long.yaml"
+    steps = {"steps": 100_000, "checkpoint_every": 2, "log_every": 1, "workers": 1}
+    path.write_text(yaml.safe_dump(recipe_of(place, train=steps).model_dump(mode="json")))
+    command = [sys.executable, "-m", "lexiseg", "train", str(path), "-o", str(tmp_path / "run"), "--no-tensorboard"]
+    alone = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with (tmp_path / "said").open("w") as said:
+        process = subprocess.Popen(command, stderr=said, stdout=subprocess.DEVNULL, env=alone)
+        until = time.monotonic() + 300
+        while not find_checkpoints(tmp_path / "run/checkpoints") and time.monotonic() < until:
+            time.sleep(0.2)
+        process.send_signal(number)
+        assert process.wait(60) == code
+    last = (tmp_path / "said").read_text().strip().splitlines()[-1]
+    assert last.startswith("Stopped after step ") and "--resume goes on from there" in last and "step-0000" in last

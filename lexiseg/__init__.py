@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 
     import torch
 
+    from lexiseg.catalog import list_models
     from lexiseg.segmentation import Segmentation
     from lexiseg.segmenter import Segmenter
     from lexiseg.vocabulary import TemplateSource, Vocabulary
-    from lexiseg.weights import list_models
 
 __version__ = "0.1.0"
 __all__ = [
@@ -41,7 +41,7 @@ _HOMES = {
     "Segmentation": "lexiseg.segmentation",
     "Segmenter": "lexiseg.segmenter",
     "Vocabulary": "lexiseg.vocabulary",
-    "list_models": "lexiseg.weights",
+    "list_models": "lexiseg.catalog",
 }
 
 

@@ -17,19 +17,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
+from lexiseg import catalog
 from lexiseg.clip.model import CLIP, CONFIG_NAME, WEIGHTS_NAME, build_clip, check_architecture
 from lexiseg.clip.positions import resize_positions
 from lexiseg.errors import LexisegError
 from lexiseg.hub import download, first_line
 from lexiseg.words import printable, shorten
 
-PACKAGED_FOLDER = Path(__file__).resolve().parent.parent / "pretrained"
 _HUB_WEIGHTS = (WEIGHTS_NAME, "open_clip_pytorch_model.bin")
-
-
-def packaged_clips() -> list[str]:
-    """Names of the CLIPs that come with lexiseg."""
-    return sorted(path.parent.name for path in PACKAGED_FOLDER.glob(f"*/{CONFIG_NAME}"))
 
 
 def load_clip(name: str | Path, *, device: str | torch.device = "cpu") -> CLIP:
@@ -38,7 +33,7 @@ def load_clip(name: str | Path, *, device: str | torch.device = "cpu") -> CLIP:
     Args:
         name: one of
 
-            - a CLIP that comes with lexiseg, see `packaged_clips`: ``"clip-emoji"``;
+            - a CLIP that comes with lexiseg, see `lexiseg.catalog.packaged_clips`: ``"clip-emoji"``;
             - an open_clip architecture and pretrained tag: ``"ViT-B-16/openai"`` (the tag decides on QuickGELU:
               OpenAI's weights need it);
             - an architecture and a local file: ``"ViT-B-16/path/to/open_clip_model.safetensors"``. A file does not say
@@ -55,8 +50,8 @@ def load_clip(name: str | Path, *, device: str | torch.device = "cpu") -> CLIP:
     """
     text = str(name)
     folder = Path(text)
-    if text in packaged_clips():
-        clip = _load_folder(PACKAGED_FOLDER / text, text)
+    if text in catalog.packaged_clips():
+        clip = _load_folder(catalog.PACKAGED_FOLDER / text, text)
         clip.packaged = True
     elif text.startswith("hf-hub:"):
         clip = _load_hub(text)
@@ -70,7 +65,7 @@ def load_clip(name: str | Path, *, device: str | torch.device = "cpu") -> CLIP:
 
 
 def _unknown(name: str) -> str:
-    known = packaged_clips() + [f"{arch}/{tag}" for arch, tag in open_clip.list_pretrained() if "ViT" in arch]
+    known = catalog.packaged_clips() + [f"{arch}/{tag}" for arch, tag in open_clip.list_pretrained() if "ViT" in arch]
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
     if "/" not in name:
         near = near or [f"{arch}/{tag}" for arch, tag in open_clip.list_pretrained() if arch == name][:3]

@@ -5,29 +5,24 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 
 from lexiseg.clip.model import CLIP
 from lexiseg.clip.prompt_learner import PromptLearner
+from lexiseg.clip.text_cache import TextCache
 from lexiseg.errors import LexisegError
-from lexiseg.files import atomic_write, make_folder
 from lexiseg.vocabulary import Vocabulary
 
 _CHUNK = 256
 # Texts that are put together at once: a hundred thousand words in fifteen templates are gigabytes of vectors, of which
 # only the means are wanted.
 _BLOCK = 16_384
-_MEMORY_ENTRIES = 32
 
 
 def default_cache_folder() -> Path:
@@ -50,18 +45,18 @@ def _blocks(groups: Sequence[Sequence[str]], num_templates: int) -> Iterator[lis
 
 
 class TextEmbedder:
-    """Turns the words of a vocabulary into unit vectors and remembers them.
+    """Turns the words of a vocabulary into unit vectors and remembers each; threads may share it.
 
     Each word is put into each template, encoded and normalised; the mean over the templates is normalised again
     (CLIP's prompt ensemble; ZegCLIP's released embeddings are made the same way).
 
     Args:
         clip: the text tower. Its weights are part of the cache's key, so a changed tower is never served old vectors.
-        cache_dir: folder of the disk cache; None keeps the vectors in memory only.
+        cache_dir: folder of the disk cache, see `lexiseg.clip.text_cache`; None keeps the vectors in memory only.
         chunk: number of texts encoded at once.
 
     Attributes:
-        num_forwards: how often the text tower ran; it stays the same when the cache answered.
+        num_forwards: how often the text tower ran, for words that the cache did not know.
     """
 
     def __init__(self, clip: CLIP, cache_dir: str | Path | None = None, *, chunk: int = _CHUNK) -> None:
@@ -69,7 +64,7 @@ class TextEmbedder:
         self.cache_dir = None if cache_dir is None else Path(cache_dir)
         self.chunk = chunk
         self.num_forwards = 0
-        self._memory: OrderedDict[str, Tensor] = OrderedDict()
+        self._cache = TextCache(None if self.cache_dir is None else self.cache_dir / "text", clip.embed_dim)
 
     def __call__(self, vocabulary: Vocabulary) -> Tensor:
         """Embed ``vocabulary.words`` with ``vocabulary.templates``: float32 (W, D) of unit length, on clip's device.
@@ -86,7 +81,7 @@ class TextEmbedder:
             LexisegError: a filled template is too long for the text tower.
         """
         return self._remembered(
-            [1, list(templates), list(words)], len(words), lambda: self._encode_words(words, templates)
+            ["words", list(templates)], words, lambda found: self._encode([(words[i],) for i in found], templates)
         )
 
     def embed_joined(self, groups: Sequence[Sequence[str]], templates: Sequence[str]) -> Tensor:
@@ -104,8 +99,10 @@ class TextEmbedder:
         Raises:
             LexisegError: a filled template is too long for the text tower.
         """
-        content = ["joined", list(templates), [list(group) for group in groups]]
-        return self._remembered(content, len(groups), lambda: self._encode(groups, templates))
+        keys = [json.dumps(list(group), ensure_ascii=False) for group in groups]
+        return self._remembered(
+            ["joined", list(templates)], keys, lambda found: self._encode([groups[i] for i in found], templates)
+        )
 
     def embed_prompted(
         self, learner: PromptLearner, words: Sequence[str], task: str | None = None, *, disk: bool = True
@@ -125,34 +122,19 @@ class TextEmbedder:
         """
 
         @torch.no_grad()
-        def encode() -> Tensor:
+        def encode(found: list[int]) -> Tensor:
             self.num_forwards += 1
-            return learner(self.clip, words, task, chunk=self.chunk).cpu()
+            return learner(self.clip, [words[i] for i in found], task, chunk=self.chunk)
 
-        return self._remembered(["prompted", learner.fingerprint(), task, list(words)], len(words), encode, disk=disk)
+        return self._remembered(["prompted", learner.fingerprint(), task], words, encode, disk=disk)
 
     def _remembered(
-        self, content: Sequence[Any], count: int, encode: Callable[[], Tensor], *, disk: bool = True
+        self, manner: Sequence[Any], words: Sequence[str], encode: Callable[[list[int]], Tensor], *, disk: bool = True
     ) -> Tensor:
-        """Answer from memory or disk, or encode and remember; the text tower is part of the key."""
-        kind, *rest = content
-        text = json.dumps([kind, self.clip.text_fingerprint(), *rest], ensure_ascii=False)
-        key = hashlib.sha256(text.encode()).hexdigest()
-        found = self._memory.get(key)
-        if found is None and disk:
-            found = self._read(key, count)
-        if found is None:
-            found = encode()
-            if disk:
-                self._write(key, found)
-        self._memory[key] = found
-        self._memory.move_to_end(key)
-        while len(self._memory) > _MEMORY_ENTRIES:
-            self._memory.popitem(last=False)
-        return found.to(self.clip.device)
-
-    def _encode_words(self, words: Sequence[str], templates: Sequence[str]) -> Tensor:
-        return self._encode([(word,) for word in words], templates)
+        """Answer from memory or disk, and encode what neither knows; the text tower is part of the key."""
+        text = json.dumps([*manner, self.clip.text_fingerprint()], ensure_ascii=False)
+        shelf = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+        return self._cache.get(shelf, words, encode, disk=disk).to(self.clip.device)
 
     def _encode(self, groups: Sequence[Sequence[str]], templates: Sequence[str]) -> Tensor:
         parts = []
@@ -193,27 +175,3 @@ class TextEmbedder:
                     f"'{texts[index][:80]}' needs {needed} tokens and the text tower takes "
                     f"{self.clip.context_length}; shorten the class name or the template."
                 )
-
-    def _path(self, key: str) -> Path | None:
-        return None if self.cache_dir is None else self.cache_dir / "text" / f"{key}.safetensors"
-
-    def _read(self, key: str, num_words: int) -> Tensor | None:
-        path = self._path(key)
-        if path is None or not path.is_file():
-            return None
-        # A damaged cache file costs a text forward, never an error: it is ignored here and written anew.
-        with suppress(SafetensorError, OSError, KeyError, ValueError):
-            vectors = load_file(path)["text"]
-            if vectors.shape == (num_words, self.clip.embed_dim) and bool(torch.isfinite(vectors).all()):
-                return vectors.float()
-        return None
-
-    def _write(self, key: str, vectors: Tensor) -> None:
-        path = self._path(key)
-        if path is None:
-            return
-        # A full or read-only disk must not stop a prediction.
-        with suppress(LexisegError):
-            make_folder(path.parent)
-            with atomic_write(path) as temporary:
-                save_file({"text": vectors.contiguous()}, temporary)

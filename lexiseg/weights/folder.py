@@ -6,22 +6,14 @@ import copy
 import difflib
 import json
 import re
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
-from lexiseg.clip.load import (
-    PACKAGED_FOLDER,
-    check_state,
-    load_clip,
-    packaged_clips,
-    read_safetensors,
-    shapes_of,
-    sketch,
-)
+from lexiseg.catalog import CONFIG_NAME, DENSE_CLIP, list_models, packaged_clips, packaged_models
+from lexiseg.clip.load import check_state, load_clip, read_safetensors, shapes_of, sketch
 from lexiseg.clip.model import CLIP, build_clip
 from lexiseg.errors import LexisegError
 from lexiseg.files import atomic_write, make_folder, write_json
@@ -32,44 +24,10 @@ from lexiseg.weights.renames import renamed_options, renamed_tensor
 from lexiseg.words import shorten
 
 FORMAT = 1
-CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
 
-_DENSE = "dense-clip"
 _CLIP_PREFIX = "clip."
 _COPY_AGAIN = "copy the original folder again"
-
-
-@dataclass(frozen=True)
-class ModelEntry:
-    """A model that `load_model` knows by name.
-
-    Attributes:
-        name: what to load it by.
-        system: the system it is of.
-        description: one line for people.
-    """
-
-    name: str
-    system: str
-    description: str
-
-
-def _packaged_models() -> dict[str, Path]:
-    return {path.parent.name: path.parent for path in sorted(PACKAGED_FOLDER.glob(f"*/{CONFIG_NAME}"))}
-
-
-def list_models() -> list[ModelEntry]:
-    """All models that come with lexiseg, and the training-free one on each CLIP that comes with it."""
-    entries = []
-    for name, folder in _packaged_models().items():
-        config = _read_config(folder)
-        description = str(config.get("metadata", {}).get("description", ""))
-        entries.append(ModelEntry(name, str(config["system"]), description))
-    entries += [
-        ModelEntry(f"{_DENSE}/{name}", _DENSE, f"Training-free, on the packaged {name}.") for name in packaged_clips()
-    ]
-    return entries
 
 
 def save_model(model: SegmentationModel, folder: str | Path, *, dtype: torch.dtype | None = None) -> Path:
@@ -138,10 +96,10 @@ def load_model(name: str | Path, *, device: str | torch.device = "cpu") -> Segme
             weights do not fit the configuration (the first tensor that differs is named with both shapes).
     """
     text = str(name)
-    packaged = _packaged_models()
+    packaged = packaged_models()
     if text in packaged:
         model = _load_folder(packaged[text])
-    elif text == _DENSE or text.startswith(f"{_DENSE}/"):
+    elif text == DENSE_CLIP or text.startswith(f"{DENSE_CLIP}/"):
         model = _load_dense(text)
     elif Path(text).expanduser().is_dir():
         model = _load_folder(Path(text).expanduser())
@@ -161,17 +119,17 @@ def _not_a_folder(path: Path) -> str:
 
 
 def _unknown(name: str) -> str:
-    known = [entry.name for entry in list_models()] + [f"{_DENSE}/ViT-B-16/openai"]
+    known = [entry.name for entry in list_models()] + [f"{DENSE_CLIP}/ViT-B-16/openai"]
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
     hint = f"did you mean {' or '.join(repr(item) for item in near)}?" if near else f"known are {', '.join(known)}."
     return f"No model is called '{name}' and there is no such folder; {hint}"
 
 
 def _load_dense(name: str) -> SegmentationModel:
-    clip_name = name.removeprefix(_DENSE).removeprefix("/")
+    clip_name = name.removeprefix(DENSE_CLIP).removeprefix("/")
     if not clip_name:
-        raise LexisegError(f"'{name}' lacks a CLIP; write for example '{_DENSE}/ViT-B-16/openai'.")
-    return SYSTEMS[_DENSE].build(load_clip(clip_name))
+        raise LexisegError(f"'{name}' lacks a CLIP; write for example '{DENSE_CLIP}/ViT-B-16/openai'.")
+    return SYSTEMS[DENSE_CLIP].build(load_clip(clip_name))
 
 
 def _load_hub(repository: str) -> SegmentationModel:
@@ -243,7 +201,7 @@ def _load_folder(folder: Path) -> SegmentationModel:
         wanted = {key: shape for key, shape in shapes_of(model).items() if own_clip or not key.startswith(_CLIP_PREFIX)}
         check_state(state, wanted, f"'{weights}'")
 
-    if folder.parent != PACKAGED_FOLDER:  # a stranger's configuration may ask for a model of any size
+    if folder not in packaged_models().values():  # a stranger's configuration may ask for a model of any size
         check(sketch(lambda: build(clip if clip is None else copy.deepcopy(clip).to("meta")), len(state), where))
     model = build(clip)
     check(model)

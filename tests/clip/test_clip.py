@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -14,13 +17,15 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 import lexiseg.clip.text
+from lexiseg.catalog import packaged_clips
 from lexiseg.clip.blocks import block_attention, run_block
 from lexiseg.clip.image import ImageTower
-from lexiseg.clip.load import load_clip, packaged_clips
+from lexiseg.clip.load import load_clip
 from lexiseg.clip.model import CLIP, save_clip
 from lexiseg.clip.positions import resize_positions
 from lexiseg.clip.severance import Severance
 from lexiseg.clip.text import TextEmbedder
+from lexiseg.clip.text_cache import TextCache
 from lexiseg.errors import LexisegError
 from lexiseg.vocabulary import PAPER_TEMPLATES, Vocabulary
 from tests.towers import small_architecture, small_clip
@@ -263,7 +268,7 @@ def test_a_pickle_is_not_opened(tmp_path: Path) -> None:
 
 
 def test_packaged_names(clip: CLIP, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lexiseg.clip.load.PACKAGED_FOLDER", tmp_path)
+    monkeypatch.setattr("lexiseg.catalog.PACKAGED_FOLDER", tmp_path)
     save_clip(clip, tmp_path / "clip-test")
     assert packaged_clips() == ["clip-test"]
     assert load_clip("clip-test").packaged
@@ -313,7 +318,14 @@ def test_the_second_call_runs_no_text_tower(clip: CLIP, tmp_path: Path) -> None:
     from_disk = TextEmbedder(clip, tmp_path)
     assert torch.equal(from_disk(Vocabulary.parse("cat; dog")), first)
     assert from_disk.num_forwards == 0
-    from_disk(Vocabulary.parse("dog; cat"))
+    # Neither another order nor a part is another list, and a new word is encoded alone.
+    assert torch.equal(from_disk(Vocabulary.parse("dog; cat")), first.flip(0))
+    assert torch.equal(from_disk(Vocabulary.parse("dog")), first[1:])
+    assert from_disk.num_forwards == 0 and len(list(tmp_path.rglob("*.*"))) == 1
+    assert torch.equal(from_disk(Vocabulary.parse("horse; dog; bird"))[1], first[1])
+    assert from_disk.num_forwards == 1 and len(list(tmp_path.rglob("*.*"))) == 1
+    assert torch.equal(embedder(Vocabulary.parse("bird; horse")), from_disk(Vocabulary.parse("bird; horse")))
+    assert embedder.num_forwards == 1  # what another process wrote is seen
     from_disk(Vocabulary.parse("cat; dog", templates=["a {}"]))
     assert from_disk.num_forwards == 2
     other = TextEmbedder(small_clip(seed=5), tmp_path)
@@ -327,13 +339,55 @@ def test_a_broken_cache_is_written_anew(clip: CLIP, tmp_path: Path, content: byt
     first = TextEmbedder(clip, tmp_path)(vocabulary)
     (path,) = tmp_path.rglob("*.safetensors")
     if content is None:
-        save_file({"text": torch.full((2, 16), float("nan"))}, path)
+        words = torch.tensor(list(b'["cat", "dog"]'), dtype=torch.uint8)
+        save_file({"vectors": torch.full((2, 16), float("nan")), "words": words}, path)
     else:
         path.write_bytes(content)
     embedder = TextEmbedder(clip, tmp_path)
     assert torch.equal(embedder(vocabulary), first)
     assert embedder.num_forwards == 1
-    assert torch.equal(load_file(path)["text"], first)
+    assert torch.equal(load_file(path)["vectors"], first)
+
+
+def test_the_cache_is_bounded(tmp_path: Path) -> None:
+    def encode(found: list[int]) -> torch.Tensor:
+        return torch.ones(len(found), 256)
+
+    def sizes() -> list[int]:
+        return [path.stat().st_size for path in (tmp_path / "text").iterdir()]
+
+    cache = TextCache(tmp_path / "text", 256, disk_bytes=40_000, memory_bytes=20_000)
+    half_written = tmp_path / "text" / ".a.0.tmp.safetensors"
+    for index in range(6):
+        words = [f"{index} {word}" for word in range(10)]
+        assert cache.get(f"shelf{index}", words, encode).shape == (10, 256)
+        assert sum(sizes()) <= 40_000
+        half_written.touch()
+        os.utime(half_written, (0, 0))
+    assert len(sizes()) == 4  # three shelves, and the half-written file, which goes at the next write
+    assert (tmp_path / "text" / "shelf5.safetensors").exists() and not (
+        tmp_path / "text" / "shelf0.safetensors"
+    ).exists()
+    many = [str(word) for word in range(100)]
+    assert cache.get("shelf5", many, encode).shape == (100, 256)
+    assert sum(sizes()) <= 45_000
+    made: list[list[int]] = []
+    cache.get("shelf5", many, lambda found: made.append(found) or encode(found))  # type: ignore[func-returns-value]
+    assert made == [list(range(61))]  # the newest that fit were kept
+
+
+def test_processes_share_the_cache(tmp_path: Path) -> None:
+    code = (
+        "import sys, torch\nfrom pathlib import Path\nfrom lexiseg.clip.text_cache import TextCache\n"
+        "encode = lambda words: lambda found: torch.tensor([[float(words[i])] * 64 for i in found])\n"
+        "for round in range(12):\n"
+        "    words = [str((int(sys.argv[2]) * 7 + round * k) % 97) for k in range(1, 30)]\n"
+        "    found = TextCache(Path(sys.argv[1]), 64).get('shelf', words, encode(words))\n"
+        "    assert found[:, 0].tolist() == [float(word) for word in words]\n"
+    )
+    runs = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path), str(index)]) for index in range(3)]
+    assert [run.wait() for run in runs] == [0, 0, 0]
+    assert [path.name for path in tmp_path.iterdir()] == ["shelf.safetensors"]
 
 
 def test_a_cache_that_cannot_be_written_does_not_matter(clip: CLIP, tmp_path: Path) -> None:

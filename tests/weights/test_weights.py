@@ -392,8 +392,7 @@ def test_wrong_folders(tmp_path: Path) -> None:
 
 
 def test_wrong_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lexiseg.weights.folder.PACKAGED_FOLDER", tmp_path)
-    monkeypatch.setattr("lexiseg.clip.load.PACKAGED_FOLDER", tmp_path)
+    monkeypatch.setattr("lexiseg.catalog.PACKAGED_FOLDER", tmp_path)
     save_model(zegclip(), tmp_path / "zegclip-test")
     (tmp_path / "a.pth").touch()
     for name, sentence in (
@@ -409,8 +408,7 @@ def test_wrong_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_packaged_clip_is_named_and_not_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lexiseg.weights.folder.PACKAGED_FOLDER", tmp_path)
-    monkeypatch.setattr("lexiseg.clip.load.PACKAGED_FOLDER", tmp_path)
+    monkeypatch.setattr("lexiseg.catalog.PACKAGED_FOLDER", tmp_path)
     save_clip(small_clip(), tmp_path / "clip-test", dtype=torch.float16)
     model = ZegCLIP.build(load_clip("clip-test"), {"decoder_heads": 4}).eval()
     model.metadata = {"description": "a test"}

@@ -1,0 +1,52 @@
+"""The models that come with the package; listing them needs nothing but their configurations."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+PACKAGED_FOLDER = Path(__file__).resolve().parent / "pretrained"
+CONFIG_NAME = "config.json"
+"""In a model's folder; a CLIP's has `CLIP_CONFIG_NAME`."""
+CLIP_CONFIG_NAME = "open_clip_config.json"
+DENSE_CLIP = "dense-clip"
+"""The training-free system, which runs on any CLIP: ``dense-clip/NAME``."""
+
+
+@dataclass(frozen=True)
+class ModelEntry:
+    """A model that `lexiseg.load` knows by name.
+
+    Attributes:
+        name: what to load it by.
+        system: the system it is of.
+        description: one line for people.
+    """
+
+    name: str
+    system: str
+    description: str
+
+
+def packaged_models() -> dict[str, Path]:
+    """The folders of the models that come with lexiseg, by their names."""
+    return {path.parent.name: path.parent for path in sorted(PACKAGED_FOLDER.glob(f"*/{CONFIG_NAME}"))}
+
+
+def packaged_clips() -> list[str]:
+    """Names of the CLIPs that come with lexiseg."""
+    return sorted(path.parent.name for path in PACKAGED_FOLDER.glob(f"*/{CLIP_CONFIG_NAME}"))
+
+
+def list_models() -> list[ModelEntry]:
+    """All models that come with lexiseg, and the training-free one on each CLIP that comes with it."""
+    entries = []
+    for name, folder in packaged_models().items():
+        config = json.loads((folder / CONFIG_NAME).read_text("utf-8"))
+        entries.append(ModelEntry(name, config["system"], config.get("metadata", {}).get("description", "")))
+    entries += [
+        ModelEntry(f"{DENSE_CLIP}/{name}", DENSE_CLIP, f"Training-free, on the packaged {name}.")
+        for name in packaged_clips()
+    ]
+    return entries

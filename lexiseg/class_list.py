@@ -38,7 +38,7 @@ _ENTRY_KEYS = ("name", "synonyms", "seen", "color", "id", "trainId")
 _IGNORED = ("(ignore)", "(ignored)", "(void)")
 _COLUMNS = {
     **dict.fromkeys(("name", "class", "label", "classname", "class_name", "category"), "name"),
-    **dict.fromkeys(("id", "idx", "index", "value", "class_id", "label_id"), "id"),
+    **dict.fromkeys(("id", "idx", "index", "value", "class_id", "label_id", "pixel value"), "id"),
     **{"r": "r", "red": "r", "g": "g", "green": "g", "b": "b", "blue": "b"},
     **{"color": "color", "colour": "color", "hex": "color"},
 }

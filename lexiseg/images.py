@@ -34,8 +34,8 @@ IMAGE_SUFFIXES = frozenset(
         *(".png", ".pnm", ".ppm", ".tga", ".tif", ".tiff", ".webp"),
     )
 )
-# Photographs that Pillow does not read. A folder's listing names them, so that they are reported and not passed over.
-_FOREIGN_SUFFIXES = frozenset(
+# Photographs that Pillow does not read. Listings of folders name them, so that they are reported, not passed over.
+FOREIGN_SUFFIXES = frozenset(
     (
         *(".heic", ".heif", ".hif", ".jxl", ".psd"),
         *(".arw", ".cr2", ".cr3", ".dng", ".nef", ".orf", ".pef", ".raf", ".rw2", ".srw"),
@@ -139,7 +139,7 @@ def list_images(target: str | Path) -> list[Path]:
             return [path]
         else:
             found = [Path(name) for name in glob.glob(text, recursive=True)]  # noqa: PTH207 (patterns may be absolute)
-        endings = IMAGE_SUFFIXES | _FOREIGN_SUFFIXES
+        endings = IMAGE_SUFFIXES | FOREIGN_SUFFIXES
         found = [entry for entry in found if entry.suffix.lower() in endings and (entry.is_file() or _is_broken(entry))]
     except (OSError, ValueError, re.error) as error:
         raise LexisegError(f"Cannot list '{shorten(text, 200)}' ({_reason(error)}); check the path.") from error
@@ -266,7 +266,7 @@ def _open(file: IO[bytes], name: str, suffix: str) -> Image.Image:
                 finally:
                     Image.MAX_IMAGE_PIXELS = limit
     except Exception as error:  # decoders of hostile bytes raise nearly anything
-        if suffix in _FOREIGN_SUFFIXES:
+        if suffix in FOREIGN_SUFFIXES:
             raise LexisegError(
                 f"{_capital(name)} is of a format that is not read here ({suffix}); convert it to JPEG, PNG or TIFF."
             ) from error

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lexiseg.cli.console import say_json, say_note, say_table, say_written, waiting, with_progress
+from lexiseg.cli.console import say, say_json, say_note, say_table, say_written, waiting, with_progress
 from lexiseg.errors import LexisegError
 
 if TYPE_CHECKING:
@@ -103,9 +103,12 @@ def verify(
     workers: Annotated[
         int | None, typer.Option("--workers", min=1, help="Threads that read. Default: one a processor.")
     ] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
+    every: Annotated[bool, typer.Option("--all", help="Report every file, not one line a kind of fault.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print the findings of every file as JSON.")] = False,
 ) -> None:
     """Read every file of a data set and report what is wrong: missing, damaged, of another size, unknown ids and more.
+
+    A line a kind of fault, with how often it is and where first; --all names every file.
 
     Exit code 1 when something would make training or evaluation fail or go wrong; warnings alone are 0.
     """
@@ -116,9 +119,9 @@ def verify(
     if json:
         say_json(found.to_dict())
     else:
-        for finding in found.findings:
+        for finding in found.findings if every else found.summary():
             where = ": ".join(part for part in (finding.split, finding.sample) if part)
-            typer.echo(f"{finding.severity}  {finding.kind}  {where + ': ' if where else ''}{finding.problem}")
+            say(f"{finding.severity}  {finding.kind}  {where + ': ' if where else ''}{finding.problem}")
         rows = [
             [check.split, f"{check.samples:,}", f"{sum(count > 0 for count in check.class_pixels)}",
              f"{100 * check.ignored / max(1, check.labelled + check.ignored):.1f} %"]
@@ -126,7 +129,7 @@ def verify(
         ]  # fmt: skip
         say_table(f"{chosen}, {len(found.classes)} classes", ["split", "samples", "classes there", "no class"], rows)
         warnings = len(found.findings) - len(found.errors)
-        typer.echo(f"{len(found.errors)} errors, {warnings} warnings")
+        say(f"{len(found.errors)} errors, {warnings} warnings")
     if found.errors:
         raise typer.Exit(1)
 
@@ -152,8 +155,8 @@ def prepare(
         say_json({"data_set": name, "root": str(root), "steps": [asdict(step) for step in steps]})
         return
     for step in steps:
-        typer.echo(f"{step.what}: {step.path}")
-    typer.echo(f"{name} in '{root}' is prepared; `lexiseg data verify {name} {root}` looks at every file.")
+        say(f"{step.what}: {step.path}")
+    say(f"{name} in '{root}' is prepared; `lexiseg data verify {name} {root}` looks at every file.")
 
 
 def _name_and_root(name: str, root: Path | None) -> tuple[str, Path]:

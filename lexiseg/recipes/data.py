@@ -170,7 +170,7 @@ class _OnDisk(_Augmented):
 
 
 class FolderData(_OnDisk):
-    """A dataset on disk in the VOC layout; see :class:`lexiseg.data.folders.VocFolder`, `_OnDisk` and `_Augmented`.
+    """A dataset on disk in the VOC layout; see :func:`lexiseg.data.sets.voc.open_voc_folder`, `_OnDisk`.
 
     Attributes:
         source: names this kind of data.
@@ -189,11 +189,12 @@ class FolderData(_OnDisk):
     reduce_zero_label: bool = False
 
     def _open(self, split: str) -> SegmentationDataset:
-        from lexiseg.data.folders import VocFolder
+        from lexiseg.data.sets.voc import open_voc_folder
 
         chosen = self.train if split == "train" else self.val
-        folders = {"labels": self.labels, "splits": self.splits}
-        return VocFolder(self.root, chosen, reduce_zero_label=self.reduce_zero_label, **folders)
+        return open_voc_folder(
+            self.root, chosen, labels=self.labels, splits=self.splits, reduce_zero_label=self.reduce_zero_label
+        )
 
 
 class CatalogData(_OnDisk):

@@ -38,7 +38,7 @@ def test_a_step_decodes_each_picture_once_and_embeds_no_text(tmp_path: Path, mon
 
         return counted
 
-    monkeypatch.setattr(reading, "read_image", counting("pictures", reading.read_image))
+    monkeypatch.setattr(reading, "read_pixels", counting("pictures", reading.read_pixels))
     monkeypatch.setattr(reading, "read_values", counting("labels", reading.read_values))
     monkeypatch.setattr(CLIP, "encode_text", counting("texts", CLIP.encode_text))
     pipeline = paper_pipeline(model.mean, model.std, crop=32)

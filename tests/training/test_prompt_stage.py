@@ -71,7 +71,7 @@ def test_labels_are_read_without_pictures(home: Path, monkeypatch: pytest.Monkey
     data = open_data_set("voc2012", home, "train")
     assert torch.equal(data.label(0), data[0].label)
     recipe = recipe_of(home)
-    monkeypatch.setattr("lexiseg.data.sets.dataset.read_image", None)
+    monkeypatch.setattr("lexiseg.data.sets.dataset.read_pixels", None)
     assert isinstance(build_task(recipe), PromptTask)
 
 

@@ -109,7 +109,9 @@ def list_ade847(root: Path, split: str, unseen: str | None, classes: Path | None
     id_map = {entry.value: index for index, entry in enumerate(listed) if entry.value is not None}
     table = ValueTable(id_map, (), info.ignore, rest_is_void=True)
     images, files = _walk(folder)
-    return by_folder(info, split, unseen, images, folder, [LabelFolder(files, folder, LabelKind.ade_full, table)])
+    return by_folder(
+        info, split, unseen, images, folder, [LabelFolder(files, folder, LabelKind.ade_full, table, "_seg.png")]
+    )
 
 
 def _walk(folder: Path) -> tuple[dict[str, Path], dict[str, Path]]:

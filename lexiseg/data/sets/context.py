@@ -9,9 +9,10 @@ from lexiseg.class_list import ListedClass, read_class_list
 from lexiseg.data.sets.catalog import DataSetInfo, data_set
 from lexiseg.data.sets.dataset import SplitFiles
 from lexiseg.data.sets.labels import LabelKind, ValueTable
-from lexiseg.data.sets.listing import IMAGE_SUFFIXES, by_stem, find_home, first_folder, read_list
+from lexiseg.data.sets.listing import by_stem, find_home, first_folder, read_list
 from lexiseg.data.sets.pairing import LabelFolder, label_folder, pair, plain_table, table_of
 from lexiseg.errors import LexisegError
+from lexiseg.images import IMAGE_SUFFIXES
 from lexiseg.words import word_key
 
 

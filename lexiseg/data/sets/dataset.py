@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from PIL import ExifTags, Image
 
 from lexiseg.data.base import Sample
 from lexiseg.data.sets.archive import Place, readable
 from lexiseg.data.sets.labels import UNKNOWN, LabelKind, ValueTable, read_values
 from lexiseg.errors import LexisegError
-from lexiseg.images import read_image
+from lexiseg.images import read_pixels
 from lexiseg.vocabulary import Vocabulary
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,7 @@ class Finding:
         sample: which sample, where it is one.
         split: of the sample.
         severity: "error" makes training or evaluation fail or go wrong; "warning" may be meant so.
+        values: values of the label that stand for nothing, and how many pixels have each.
     """
 
     kind: str
@@ -37,6 +41,7 @@ class Finding:
     sample: str = ""
     split: str = ""
     severity: str = "error"
+    values: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -49,7 +54,9 @@ class Item:
         label: the file of its label.
         kind: how that file holds its values.
         table: what its values stand for.
-        draw: makes the values where they are not a picture in a file (COCO-style JSON); None reads ``label``.
+        draw: makes the values where they are not a picture in a file (outlines); None reads ``label``.
+        exif: "raw" where labels lie on the pixels as the picture's file holds them, "apply" where they lie on the
+            picture as its EXIF orientation turns it; None where nobody says.
     """
 
     name: str
@@ -58,6 +65,11 @@ class Item:
     kind: LabelKind
     table: ValueTable
     draw: Callable[[], NDArray[np.int64]] | None = None
+    exif: str | None = "raw"
+
+    def pixels(self) -> NDArray[np.uint8]:
+        """The picture, (H, W, 3), turned where its label is; see :func:`lexiseg.images.read_pixels`."""
+        return read_pixels(readable(self.image), orient=self.exif != "raw")
 
     def values(self) -> NDArray[np.int64]:
         """The label's numbers as the file holds them; see :func:`lexiseg.data.sets.labels.read_values`."""
@@ -82,6 +94,13 @@ class SplitFiles:
     ignore: int
     findings: tuple[Finding, ...] = ()
 
+    def faults(self) -> tuple[Finding, ...]:
+        """The findings, and one more where nothing is left of the split."""
+        if self.items or any(finding.severity == "error" for finding in self.findings):
+            return self.findings
+        problem = f"The split '{self.split}' has no pictures with labels; check the data set's folder and its lists."
+        return (*self.findings, Finding("empty-split", problem, split=self.split))
+
 
 class FileDataset:
     """The samples of a split; a :class:`lexiseg.data.base.SegmentationDataset`.
@@ -98,11 +117,9 @@ class FileDataset:
     """
 
     def __init__(self, files: SplitFiles) -> None:
-        fault = next((finding for finding in files.findings if finding.severity == "error"), None)
+        fault = next((finding for finding in files.faults() if finding.severity == "error"), None)
         if fault is not None:
             raise LexisegError(fault.problem)
-        if not files.items:
-            raise LexisegError(f"The split '{files.split}' has no pictures; check the data set's folder.")
         self._items: Sequence[Item] = files.items
         self._vocabulary = files.vocabulary
         self.split = files.split
@@ -136,11 +153,14 @@ class FileDataset:
             IndexError: there are fewer samples.
             LexisegError: a file is damaged, the sizes differ, or the label holds a value that stands for nothing.
         """
+        import torch
+
         item = self._items[index]
-        image, label = read_image(readable(item.image)), self.label(index)
-        if image.shape[-2:] != label.shape:
-            raise LexisegError(size_mismatch(item, (int(image.shape[1]), int(image.shape[2])), tuple(label.shape)))
-        return Sample(image, label, item.name)
+        image, label = item.pixels(), self._ids(item)
+        fault = misfit(item, image.shape[:2], label.shape)
+        if fault is not None:
+            raise LexisegError(fault[1])
+        return Sample(torch.from_numpy(image).permute(2, 0, 1), torch.from_numpy(label), item.name)
 
     def label(self, index: int) -> Tensor:
         """Read one label (H, W) without its picture.
@@ -149,29 +169,71 @@ class FileDataset:
             IndexError: there are fewer samples.
             LexisegError: the file is damaged, or holds a value that stands for nothing.
         """
-        item = self._items[index]
-        label = item.table.look_up(item.values())
+        import torch
+
+        return torch.from_numpy(self._ids(self._items[index]))
+
+    @staticmethod
+    def _ids(item: Item) -> NDArray[np.int64]:
+        values = item.values()
+        label = item.table.look_up(values)
         unknown = label == UNKNOWN
         if unknown.any():
-            raise LexisegError(unknown_value(item, item.values()[unknown]))
-        return torch.from_numpy(label)
+            raise LexisegError(unknown_value(item, values[unknown]))
+        return label
 
 
-def size_mismatch(item: Item, image: tuple[int, int], label: tuple[int, ...]) -> str:
-    """The sentence for a picture and a label of different sizes (height, width)."""
-    return (
+def misfit(item: Item, image: tuple[int, ...], label: tuple[int, ...]) -> tuple[str, str] | None:
+    """The kind of fault and its sentence where a label does not lie on its picture, or it is open how.
+
+    Args:
+        item: the two.
+        image: height and width of the picture as :meth:`Item.pixels` gives it.
+        label: height and width of the label.
+    """
+    orientation = 1 if item.exif is not None else _orientation(item.image)
+    raw = image[::-1] if orientation > 4 else image
+    if orientation > 1 and label == raw:
+        return "open-orientation", (
+            f"The camera's orientation flag ({orientation}) turns the picture '{item.image}', and it is open whether "
+            f"its label '{item.label}' was drawn on the turned picture or on the pixels as the file holds them; write "
+            "'exif: apply' or 'exif: raw' into classes.yaml or lexiseg.yaml beside the data."
+        )
+    if image == label:
+        return None
+    return "size-mismatch", (
         f"The label '{item.label}' is {label[1]} x {label[0]} pixels but its picture '{item.image}' is {image[1]} x "
         f"{image[0]}; they must have the same size."
     )
 
 
+def _orientation(place: Place) -> int:
+    try:
+        with Image.open(readable(place)) as picture:
+            found = picture.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # damaged metadata does not spoil a picture, and whoever reads the pixels says what does
+        return 1
+    return found if isinstance(found, int) and 1 < found < 9 else 1
+
+
 def unknown_value(item: Item, values: NDArray[np.int64]) -> str:
     """The sentence for values that stand for no class and are not known to be ignored; at least one."""
     found = np.unique(values)
-    first = int(found[0])
-    what = f"the colour #{first:06x}" if item.kind is LabelKind.color else f"the value {first}"
     more = f" and {len(found) - 1} more" if len(found) > 1 else ""
     return (
-        f"The label '{item.label}' holds {what}{more} at {values.size} pixels, which is no class of this data set; "
-        "complete the class list or mend the label."
+        f"The label '{item.label}' holds {value_name(item.kind, int(found[0]))}{more} at {values.size} pixels; it is "
+        f"no class: {item.table.remedy}."
+    )
+
+
+def value_name(kind: LabelKind, value: int) -> str:
+    """What to call a value of a label."""
+    return f"the colour #{value:06x}" if kind is LabelKind.color else f"the value {value}"
+
+
+def nothing_labelled(split: str) -> str:
+    """The sentence for a split in which no pixel has a class."""
+    return (
+        f"No label of the split '{split}' has a pixel of any class, so there is nothing to learn or to judge; check "
+        "what the values of the masks stand for."
     )

@@ -33,7 +33,7 @@ class LabelKind(Enum):
     """How a label file holds its numbers.
 
     Attributes:
-        index: PNG or TIFF, 8 bits: palette indices or grey values.
+        index: PNG, TIFF, BMP or GIF, 8 bits: palette indices or grey values, also as three equal channels.
         wide: TIFF or PNG of one channel, 16 bits (8 are read as well).
         ade_full: colour PNG of ADE20K's full set: ``R // 10 * 256 + G``.
         color: colour PNG or TIFF with one class a colour; the value is ``R * 65536 + G * 256 + B``.
@@ -62,7 +62,7 @@ def read_values(path: str | Place, kind: LabelKind) -> NDArray[np.int64]:
         with warnings.catch_warnings():
             # Pillow warns of large pictures and damaged metadata; the first is checked here, the second is harmless.
             warnings.simplefilter("ignore")
-            with Image.open(readable(path), formats=("PNG", "TIFF")) as picture:
+            with Image.open(readable(path), formats=("PNG", "TIFF", "BMP", "GIF")) as picture:
                 if picture.width * picture.height > MAX_PIXELS:
                     raise LexisegError(
                         f"The label '{path}' has more than {MAX_PIXELS // 1_000_000} megapixels; shrink it."
@@ -88,6 +88,10 @@ def _picture(picture: Image.Image, path: Place, kind: LabelKind) -> NDArray[np.i
         pixels = np.asarray(picture)[..., :3].astype(np.int64)
         red, green, blue = pixels[..., 0], pixels[..., 1], pixels[..., 2]
         return red // 10 * 256 + green if kind is LabelKind.ade_full else red * 65536 + green * 256 + blue
+    if mode in ("RGB", "RGBA", "LA"):  # grey values that a program saved as colours
+        bands = np.asarray(picture)
+        if all(np.array_equal(bands[..., 0], bands[..., band]) for band in range(1, bands.shape[-1] - (mode != "RGB"))):
+            return bands[..., 0].astype(np.int64)
     if mode in ("RGB", "RGBA", "LA", "CMYK", "YCbCr"):
         raise LexisegError(
             f"The label '{path}' holds colours (mode {mode}) instead of class ids; save it as an 8-bit palette or grey "
@@ -154,12 +158,20 @@ class ValueTable:
         void: values that stand for no class; they become ``ignore``.
         ignore: label of pixels without a class.
         rest_is_void: whether every other value has no class either. Else it is a fault of the file.
+        remedy: what to do about such a value, for the sentence.
     """
 
     def __init__(
-        self, id_map: Mapping[int, int], void: Iterable[int], ignore: int, *, rest_is_void: bool = False
+        self,
+        id_map: Mapping[int, int],
+        void: Iterable[int],
+        ignore: int,
+        *,
+        rest_is_void: bool = False,
+        remedy: str = "complete the class list or fix the label",
     ) -> None:
         self.ignore = ignore
+        self.remedy = remedy
         self._other = ignore if rest_is_void else UNKNOWN
         pairs = sorted({**dict.fromkeys(void, ignore), **id_map}.items())
         self._values = np.array([value for value, _ in pairs], np.int64)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+import unicodedata
+from collections.abc import Container, Iterable, Sequence
 from pathlib import Path, PurePosixPath
 
 from lexiseg.data.sets.dataset import Finding
@@ -12,7 +13,12 @@ from lexiseg.errors import LexisegError
 from lexiseg.vocabulary import Vocabulary
 from lexiseg.words import shorten, word_key
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
+_LONGEST = 1024
+
+
+def key(name: str) -> str:
+    """A file's name as it is compared: the two spellings of an accented letter (NFC and NFD) are one."""
+    return unicodedata.normalize("NFC", name)
 
 
 def find_home(
@@ -71,6 +77,27 @@ def entries(folder: Path) -> list[str]:
         raise unreadable(folder, error) from error
 
 
+def folders_in(folder: Path) -> list[Path]:
+    """The folders in ``folder``, by name; hidden ones are left out. Empty where there is no such folder.
+
+    Raises:
+        DataSetError: it may not be read.
+    """
+    try:
+        with os.scandir(folder) as found:
+            return sorted(folder / one.name for one in found if not one.name.startswith(".") and _is_folder(one))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise unreadable(folder, error) from error
+
+
+def child(folder: Path | None, names: Iterable[str]) -> Path | None:
+    """The first of ``names`` that is a folder in ``folder``, whatever the case."""
+    there = {} if folder is None else {inner.name.lower(): inner for inner in folders_in(folder)}
+    return next((there[name.lower()] for name in names if name.lower() in there), None)
+
+
 def _is_folder(entry: os.DirEntry[str]) -> bool:
     try:
         return entry.is_dir()
@@ -84,28 +111,33 @@ def unreadable(place: Path, error: OSError) -> DataSetError:
     return DataSetError(f"'{where}' cannot be read ({error.strerror or error}); check its name and its permissions.")
 
 
-def by_stem(folder: Path, suffixes: Sequence[str]) -> dict[str, Path]:
-    """The files of ``folder`` that end in one of ``suffixes``, by their names without it, sorted."""
+def by_stem(folder: Path, suffixes: Iterable[str]) -> dict[str, Path]:
+    """The files of ``folder`` that end in one of ``suffixes``, by their names without it, sorted; see :func:`key`."""
     found: dict[str, Path] = {}
     for name in entries(folder):
-        for suffix in suffixes:
-            if name.lower().endswith(suffix.lower()):
-                found.setdefault(name[: -len(suffix)], folder / name)
-                break
+        stem = stem_of(name, suffixes)
+        if stem is not None:
+            found.setdefault(stem, folder / name)
     return found
 
 
-def same_stems(names: Iterable[str], folder: Path, suffixes: Sequence[str], split: str) -> list[Finding]:
+def stem_of(name: str, suffixes: Iterable[str]) -> str | None:
+    """A file's name without the one of ``suffixes`` that it ends in, whatever the case; None where it has none."""
+    ending = next((suffix for suffix in suffixes if name.lower().endswith(suffix.lower())), None)
+    return None if ending is None else key(name[: -len(ending)])
+
+
+def same_stems(names: Iterable[str], folder: Path, suffixes: Iterable[str], split: str) -> list[Finding]:
     """A finding for each of ``names`` that several files of ``folder`` have, of which :func:`by_stem` takes one."""
     found: dict[str, list[str]] = {}
     for name in entries(folder):
-        suffix = next((suffix for suffix in suffixes if name.lower().endswith(suffix)), None)
-        if suffix is not None:
-            found.setdefault(name[: -len(suffix)], []).append(name)
+        stem = stem_of(name, suffixes)
+        if stem is not None:
+            found.setdefault(stem, []).append(name)
     return [
         Finding(
             "duplicate-entry",
-            f"{' and '.join(found[name])} in '{folder}' differ in their ending alone, so it is "
+            f"{' and '.join(found[name])} in '{folder}' differ in their ending or spelling alone, so it is "
             f"open which of them belongs to '{name}'; remove or rename the others.",
             str(folder),
             name,
@@ -116,31 +148,47 @@ def same_stems(names: Iterable[str], folder: Path, suffixes: Sequence[str], spli
     ]
 
 
+def read_lines(path: Path, what: str) -> list[str]:
+    """The lines of a text file that are not empty, stripped. Names that are not UTF-8 are kept as the disk has them.
+
+    Raises:
+        FileNotFoundError: there is none.
+        DataSetError: it cannot be read as text; ``what`` says what it must hold.
+    """
+    try:
+        data = path.read_bytes()
+        wide = data[:2] in (b"\xff\xfe", b"\xfe\xff")
+        text = data.decode("utf-16") if wide else data.decode("utf-8-sig", "surrogateescape")
+        if "\0" in text:
+            raise ValueError
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError) as error:
+        raise DataSetError(f"'{path}' cannot be read as text; it must {what}.", "missing-list") from error
+    return [line.strip() for line in text.splitlines() if line.strip()]
+
+
 def read_list(path: Path, split: str) -> tuple[list[str], list[Finding]]:
     """The names in a list, in order and once each, and what is wrong with it.
 
     A second column, as the class lists of PASCAL VOC have it, is left out.
     """
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        lines = read_lines(path, "name a picture a line")
     except FileNotFoundError:
         return [], [_missing_list(path, split)]
-    except (OSError, UnicodeDecodeError):
-        problem = f"The list '{path}' cannot be read as text; it must name a picture a line."
-        return [], [Finding("missing-list", problem, str(path), split=split)]
+    except DataSetError as error:
+        return [], [Finding(error.kind, str(error), str(path), split=split)]
     names: dict[str, None] = {}
     findings: list[Finding] = []
-    for line in text.splitlines():
-        if not line.strip():
-            continue
-        name = line.split("\t")[0].strip()
+    for line in lines:
+        name = key(line.split("\t")[0].strip().replace("\\", "/"))
         if name in names:
             problem = f"The list '{path}' names '{name}' twice; remove one line."
             findings.append(Finding("duplicate-entry", problem, str(path), name, split))
-        elif not is_safe(name):
-            problem = (
-                f"The list '{path}' names '{name[:80]}', which leads outside the data set's folder; mend the line."
-            )
+        elif not is_safe(name) or len(name) > _LONGEST:
+            why = "is too long for a file" if is_safe(name) else "leads outside the data set's folder"
+            problem = f"The list '{path}' names '{name[:80]}', which {why}; fix the line."
             findings.append(Finding("wrong-name", problem, str(path), name[:80], split))
         else:
             names[name] = None
@@ -148,6 +196,12 @@ def read_list(path: Path, split: str) -> tuple[list[str], list[Finding]]:
         problem = f"The list '{path}' is empty; it must name a picture a line, without the ending."
         findings.append(Finding("empty-list", problem, str(path), split=split))
     return list(names), findings
+
+
+def listed_as(name: str, known: Container[str]) -> str:
+    """The name among ``known`` that a list means, which may write it with its ending and folders."""
+    last = name.rpartition("/")[2]
+    return next((one for one in (name, name.rpartition(".")[0], last, last.rpartition(".")[0]) if one in known), name)
 
 
 def _missing_list(path: Path, split: str) -> Finding:
@@ -178,11 +232,8 @@ def with_unseen(vocabulary: Vocabulary, root: Path, unseen: str | None, source: 
     path = root / "unseen.txt"
     if unseen == "none" or not path.is_file():
         return vocabulary
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise LexisegError(f"'{path}' cannot be read as text; it must name the unseen classes, one a line.") from error
-    hidden = {word_key(line): line.strip() for line in lines if line.strip()}
+    lines = read_lines(path, "name the unseen classes, one a line")
+    hidden = {word_key(line): line for line in lines}
     known = {word_key(name) for name in vocabulary.names}
     stranger = next((name for key, name in hidden.items() if key not in known), None)
     if stranger is not None:

@@ -12,8 +12,9 @@ from lexiseg.data.sets.catalog import NAMES, data_set, split_names
 from lexiseg.data.sets.coco_stuff import list_coco
 from lexiseg.data.sets.context import list_context59, list_context459
 from lexiseg.data.sets.dataset import FileDataset, SplitFiles
+from lexiseg.data.sets.layouts import own_splits
 from lexiseg.data.sets.listing import unreadable
-from lexiseg.data.sets.own import list_own, own_splits
+from lexiseg.data.sets.own import list_own
 from lexiseg.data.sets.voc import list_voc
 from lexiseg.errors import LexisegError
 from lexiseg.vocabulary import Vocabulary

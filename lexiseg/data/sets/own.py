@@ -1,48 +1,62 @@
-"""A folder of one's own: pictures and masks in two folders with a class file, or COCO-style JSON.
+"""A folder of one's own, in any of the layouts people have; docs/own-data.md shows them.
 
-::
-
-    ROOT/images/NAME.jpg       pictures (.jpg, .jpeg or .png); JPEGImages/ is taken as well
-    ROOT/masks/NAME.png        labels (or .tif); labels/, annotations/ and SegmentationClass/ are taken as well
-    ROOT/classes.txt           the classes (.yaml, .json and .csv as well), in the order of their ids
-    ROOT/unseen.txt            optional: the classes without masks in training
-    ROOT/train.txt, val.txt    optional: a NAME a line; ImageSets/Segmentation/ is looked in as well
+Pictures and labels lie in two folders (``images/`` and ``masks/``, with ``train/`` and ``val/`` inside them or around
+them), or side by side. Labels are masks with the picture's name, or that name with something before or after it
+(``p0_mask.png``, lexiseg's own ``p0_labels.png``); text files of YOLO's; labelme's JSON files; or COCO-style JSON for a
+whole split. ``val`` may be called ``valid`` or ``validation``, ``train`` ``training``, both with a year.
 
 Masks hold class ids from 0, with 255 (65535 where there are more than 255 classes) for no class. Where the class file
 numbers the classes ("1: cat"), masks hold those numbers, and 0 is no class unless it is one of them. Where it gives
 every class a colour and the masks are colour pictures, a class is a colour, and black is no class unless it is one.
+What else is no class, whether the camera's orientation counts, and how masks are called, the class file says, or
+``lexiseg.yaml`` beside it.
 
-Without lists, ``images/train`` and ``images/val`` are the splits; without those, every fifth picture by name is ``val``
-and the others are ``train``.
-
-COCO-style JSON: ``ROOT/annotations/*SPLIT*.json`` or ``ROOT/SPLIT.json`` with images, annotations and categories.
+Without lists and without folders for the splits, every fifth picture by name is ``val`` and the others are ``train``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
-from lexiseg.class_list import ClassList, read_class_list
+from lexiseg.class_list import ClassList, ListedClass, read_class_list
 from lexiseg.data.sets.coco_json import list_coco_json
-from lexiseg.data.sets.dataset import Finding, SplitFiles
+from lexiseg.data.sets.dataset import Finding, Item, SplitFiles
 from lexiseg.data.sets.errors import DataSetError
-from lexiseg.data.sets.labels import LabelKind, ValueTable
-from lexiseg.data.sets.listing import IMAGE_SUFFIXES, by_stem, entries, first_folder, read_list, same_stems, with_unseen
+from lexiseg.data.sets.labels import LabelKind, ValueTable, read_values
+from lexiseg.data.sets.layouts import (
+    CLASS_FILES,
+    MASK_SUFFIXES,
+    SPLITS,
+    Layout,
+    class_file_in,
+    find_place,
+    is_labelme,
+    json_of,
+    names_of,
+    own_list,
+    part_in_split,
+    picture_folders,
+)
+from lexiseg.data.sets.listing import by_stem, entries, same_stems, with_unseen
+from lexiseg.data.sets.outlines import draw_labelme, draw_yolo, read_labelme, rest_of
 from lexiseg.data.sets.pairing import LabelFolder, orphans, pair
 from lexiseg.errors import LexisegError
+from lexiseg.images import FOREIGN_SUFFIXES, IMAGE_SUFFIXES
 from lexiseg.label_ids import IGNORE_INDEX, ignore_index
 from lexiseg.vocabulary import Vocabulary
+from lexiseg.words import word_key
 
-IMAGE_FOLDERS = ("images", "JPEGImages")
-MASK_FOLDERS = ("masks", "labels", "SegmentationClass", "annotations")
-CLASS_FILES = ("classes.txt", "classes.yaml", "classes.yml", "classes.json", "classes.csv")
-_LIST_FOLDERS = (".", "ImageSets/Segmentation", "splits")
-_MASK_SUFFIXES = (".png", ".tif", ".tiff")
-_SPLITS = ("train", "val")
-_EVERY = 5
+SETTINGS = "lexiseg.yaml"
+_NO_CLASS = frozenset(("__ignore__",))
+_SAMPLED = 16
 
 
 def list_own(root: Path, split: str, unseen: str | None, classes: Path | None) -> SplitFiles:
@@ -60,136 +74,147 @@ def list_own(root: Path, split: str, unseen: str | None, classes: Path | None) -
     """
     if not root.is_dir():
         raise DataSetError(f"The data folder '{root}' does not exist; check the path.")
-    annotations = _json_of(root, split)
+    settings = ClassList(())
+    if (root / SETTINGS).is_file():
+        settings = read_class_list(root / SETTINGS, settings_only=True)
+    annotations, whole = json_of(root, split)
     if annotations is not None:
-        return list_coco_json(root, annotations, split, unseen)
-    images, masks = first_folder(root / name for name in IMAGE_FOLDERS), _mask_folder(root)
-    unnamed = _unnamed_json(root)
-    if unnamed is not None and (masks is None or (masks.name == "annotations" and not _holds_masks(masks))):
-        raise DataSetError(
-            f"The name of '{unnamed}' says no split; if it is COCO-style JSON, call it "
-            f"'{root / 'annotations'}/instances_train.json', or instances_val.json.",
-            "missing-list",
+        files = list_coco_json(root, annotations, split, unseen, picture_folders(root, split), settings.exif)
+        return part_in_split(files, root, split) if whole else files
+    place = find_place(root, split)
+    class_file = classes or class_file_in(root, place)
+    if class_file is not None:
+        settings = _merged(read_class_list(class_file), settings)
+    pictures, masks = _masks(by_stem(place.images, IMAGE_SUFFIXES), place, settings.masks)
+    others = {} if _any_of(masks, pictures) else {end: by_stem(place.labels, (end,)) for end in (".txt", ".json")}
+    ending = next((end for end, files in others.items() if _any_of(files, pictures)), ".png")
+    if ending == ".json" and not settings.classes:
+        settings = replace(settings, classes=_labelme_classes(root))
+    if not settings.classes:
+        raise LexisegError(
+            f"'{root / CLASS_FILES[0]}' does not exist; it must list the classes, one a line, in the order of their "
+            "ids."
         )
-    if images is None or masks is None:
-        lacks = f"no folder of pictures ({' or '.join(IMAGE_FOLDERS)})"
-        if images is not None:
-            lacks = f"no folder of masks ({', '.join(MASK_FOLDERS)})"
-        raise DataSetError(
-            f"'{root}' has {lacks} and no JSON of annotations for '{split}'; see docs/own-data.md for the layouts."
-        )
-    class_file = classes or find_class_file(root)
-    listed = read_class_list(class_file)
-    vocabulary = with_unseen(Vocabulary.parse(listed.without_shared()), root, unseen, "the class file")
-    parts = (images / split).is_dir() and (masks / split).is_dir()
-    image_folder, mask_folder = (images / split, masks / split) if parts else (images, masks)
-    pictures = by_stem(image_folder, IMAGE_SUFFIXES)
-    files = by_stem(mask_folder, _MASK_SUFFIXES)
+    vocabulary = with_unseen(Vocabulary.parse(settings.without_shared()), root, unseen, "the class file")
     ignore = ignore_index(len(vocabulary))
-    kind, table = _reading(listed, files, ignore)
-    labels = [LabelFolder(files, mask_folder, kind, table)]
-    findings: list[Finding] = []
-    list_path = own_list(root, split)
-    if list_path is not None:
-        names, findings = read_list(list_path, split)
-    elif _has_lists(root):
-        names, findings = read_list(root / f"{split}.txt", split)
-    elif parts:
-        names = list(pictures)
-    elif split not in _SPLITS:
-        raise DataSetError(
-            f"'{root}' has no list '{split}.txt' and no pictures for it in a folder, so there is no such split.",
-            "missing-list",
-        )
-    else:
-        names = every_fifth(list(pictures), split)
-    items, missing = pair(names, split, pictures, image_folder, labels)
+    files_of = others.get(ending, masks)
+    kind, table = _reading(settings, {} if ending in others else masks, ignore, root)
+    names, findings = names_of(root, split, place, list(pictures))
+    labels = [LabelFolder(files_of, place.labels, kind, table, ending)]
+    items, missing = pair(names, split, pictures, place.images, labels)
+    items = [_finished(item, settings, ending if ending in others else "", ignore) for item in items]
+    if ending in others:  # no file of outlines means that nothing is in the picture
+        missing = [replace(one, severity="warning") if one.kind == "missing-label" else one for one in missing]
+    named = [item.name for item in items]
     findings += missing
-    findings += same_stems(names, image_folder, IMAGE_SUFFIXES, split)
-    findings += same_stems(names, mask_folder, _MASK_SUFFIXES, split)
-    findings += _left_out(listed, class_file)
-    if list_path is None:
-        findings += orphans(labels, pictures, split)
-        if not pictures:
-            problem = f"The folder '{image_folder}' holds no pictures; put .jpg or .png files into it."
-            findings.append(Finding("missing-folder", problem, str(image_folder), split=split))
+    together = place.images == place.labels
+    findings += same_stems(named, place.images, IMAGE_SUFFIXES - {".png"} if together else IMAGE_SUFFIXES, split)
+    findings += same_stems(named, place.labels, [] if ending in others else MASK_SUFFIXES, split)
+    findings += _left_out(settings, class_file)
+    if own_list(root, split) is None:
+        findings += _unlisted(place, labels, pictures, split, bool(names))
     return SplitFiles(split, tuple(items), vocabulary, ignore, tuple(findings))
 
 
-def find_class_file(root: Path) -> Path:
-    """The class file of a folder.
+def _unlisted(
+    place: Layout, labels: Sequence[LabelFolder], pictures: Mapping[str, Path], split: str, any_named: bool
+) -> list[Finding]:
+    """What is wrong with folders out of which nobody has chosen: everything in them counts."""
+    findings = orphans(labels, pictures, split) if labels[0].ending == ".png" else []
+    for name in entries(place.images):
+        if name.lower().endswith(tuple(FOREIGN_SUFFIXES)):
+            problem = f"The picture '{place.images / name}' is of a kind that is not read; save it as JPEG or PNG."
+            findings.append(Finding("unread-picture", problem, str(place.images / name), name, split, "warning"))
+    if not pictures:
+        problem = f"The folder '{place.images}' holds no pictures; put .jpg or .png files into it."
+        findings.append(Finding("missing-folder", problem, str(place.images), split=split))
+    elif not any_named:
+        problem = (
+            f"'{place.images}' holds one picture in all, so none is left for the split '{split}'; add pictures, or "
+            "write train.txt and val.txt."
+        )
+        findings.append(Finding("empty-split", problem, str(place.images), split=split))
+    return findings
 
-    Raises:
-        LexisegError: there is none.
-    """
-    for name in CLASS_FILES:
-        if (root / name).is_file():
-            return root / name
-    raise LexisegError(
-        f"'{root / CLASS_FILES[0]}' does not exist; it must list the classes, one a line, in the order of their ids."
+
+def _any_of(files: Mapping[str, Path], pictures: Mapping[str, Path]) -> bool:
+    return not files.keys().isdisjoint(pictures)
+
+
+def _masks(pictures: dict[str, Path], place: Layout, pattern: str | None) -> tuple[dict[str, Path], dict[str, Path]]:
+    """The pictures, and the masks by the name of their picture, which they may add something to."""
+    files = by_stem(place.labels, MASK_SUFFIXES)
+    together = place.labels == place.images
+    if pattern is None and not together and (_any_of(files, pictures) or not pictures):
+        return pictures, files
+    before, after = pattern.split("NAME") if pattern is not None else _affix(list(pictures), list(files))
+    masks = {
+        stem[len(before) : len(stem) - len(after)]: path
+        for stem, path in files.items()
+        if stem.startswith(before) and stem.endswith(after) and len(stem) > len(before + after)
+    }
+    if together and not (before or after):  # photo.jpg beside photo.png
+        kept = by_stem(place.images, IMAGE_SUFFIXES - {".png"})
+        return (kept, masks) if kept else (pictures, {})
+    if together:
+        marked = {before + name + after for name in masks if name in pictures}
+        pictures = {stem: path for stem, path in pictures.items() if stem not in marked}
+    return pictures, {name: path for name, path in masks.items() if name in pictures or not together}
+
+
+def _affix(pictures: Sequence[str], stems: Sequence[str]) -> tuple[str, str]:
+    """What masks have before and after the names of their pictures: what most of them have."""
+    count: Counter[tuple[str, str]] = Counter()
+    for name in pictures[:: max(1, len(pictures) // _SAMPLED)]:
+        for stem in stems:
+            before, found, after = stem.partition(name)
+            if found and stem != name:
+                count[before, after] += 1
+    # Of two that are as frequent, the one that says what it is: predict writes NAME_overlay beside NAME_labels.
+    best = max(
+        count, key=lambda affix: (count[affix], bool(re.search("label|mask|gt|seg", "".join(affix)))), default=None
+    )
+    return best or ("", "")
+
+
+def _merged(listed: ClassList, settings: ClassList) -> ClassList:
+    return replace(
+        listed,
+        ignored=(*listed.ignored, *settings.ignored),
+        ignored_colors=(*listed.ignored_colors, *settings.ignored_colors),
+        masks=settings.masks or listed.masks,
+        exif=settings.exif or listed.exif,
     )
 
 
-def own_splits(root: Path) -> tuple[str, ...]:
-    """Which of "train" and "val" a folder says anything about; both where it says nothing."""
-    found = tuple(
-        split
-        for split in _SPLITS
-        if own_list(root, split) is not None
-        or _json_of(root, split) is not None
-        or any((root / name / split).is_dir() for name in IMAGE_FOLDERS)
-    )
-    return found or _SPLITS
+def _labelme_classes(root: Path) -> tuple[ListedClass, ...]:
+    """The labels in all of a folder's labelme files, by name."""
+    found: dict[str, str] = {}
+    for split in SPLITS:
+        try:
+            place = find_place(root, split)
+        except DataSetError:  # whoever asks for that split is told
+            continue
+        for path in by_stem(place.labels, (".json",)).values():
+            for shape in read_labelme(path) if is_labelme(path) else ():
+                found.setdefault(word_key(shape["label"]), shape["label"])
+    return tuple(ListedClass(found[name]) for name in sorted(found) if name not in _NO_CLASS)
 
 
-def _mask_folder(root: Path) -> Path | None:
-    places = [root / name for name in MASK_FOLDERS]
-    inside = [root / name / part for name in MASK_FOLDERS for part in _SPLITS]
-    holds = first_folder([*places, *inside], _MASK_SUFFIXES)
-    if holds is None:
-        return first_folder(places)
-    return holds if holds in places else holds.parent
+def _finished(item: Item, settings: ClassList, ending: str, ignore: int) -> Item:
+    """An item that knows how its outlines are drawn and how its label lies."""
+    item = replace(item, exif=settings.exif)
+    if not ending or not isinstance(item.label, Path):
+        return item
+    names = [one.name for one in settings.classes]
+    rest, turned = rest_of(names, ignore), settings.exif == "apply"
+    if ending == ".txt":
+        return replace(item, draw=partial(draw_yolo, item.label, item.image, len(names), rest, turned))
+    ids = {word_key(word): index for index, one in enumerate(settings.classes) for word in (*one.synonyms, one.name)}
+    return replace(item, draw=partial(draw_labelme, item.label, item.image, ids, _NO_CLASS, rest, turned))
 
 
-def _holds_masks(folder: Path) -> bool:
-    return first_folder([folder, *(folder / split for split in _SPLITS)], _MASK_SUFFIXES) is not None
-
-
-def _json_of(root: Path, split: str) -> Path | None:
-    beside = [root / name for name in entries(root) if name == f"{split}.json" or name.startswith("instances_")]
-    found = (path for path in (*_annotations(root), *beside) if path.suffix == ".json")
-    return next((path for path in found if split in path.stem), None)
-
-
-def _annotations(root: Path) -> list[Path]:
-    folder = root / "annotations"
-    return [folder / name for name in entries(folder) if name.endswith(".json") and not name.startswith("captions")]
-
-
-def _unnamed_json(root: Path) -> Path | None:
-    """A JSON file that may hold outlines but belongs to no split by its name."""
-    beside = [root / name for name in entries(root) if name.endswith(".json") and name not in CLASS_FILES]
-    found = (path for path in (*_annotations(root), *beside) if not any(split in path.stem for split in _SPLITS))
-    return next(found, None)
-
-
-def own_list(root: Path, split: str) -> Path | None:
-    """The list of a split's pictures; None where there is none."""
-    return next((path for place in _LIST_FOLDERS if (path := root / place / f"{split}.txt").is_file()), None)
-
-
-def _has_lists(root: Path) -> bool:
-    return any(own_list(root, split) is not None for split in _SPLITS)
-
-
-def every_fifth(names: Sequence[str], split: str) -> list[str]:
-    """The part of ``names`` that is in a split where no list says so; of fewer than five the last one is "val"."""
-    if len(names) < _EVERY:
-        return list(names[-1:] if split == "val" else names[:-1])
-    return [name for index, name in enumerate(names) if (index % _EVERY == _EVERY - 1) == (split == "val")]
-
-
-def _left_out(listed: ClassList, class_file: Path) -> list[Finding]:
+def _left_out(listed: ClassList, class_file: Path | None) -> list[Finding]:
     return [
         Finding(
             "class-list",
@@ -202,24 +227,47 @@ def _left_out(listed: ClassList, class_file: Path) -> list[Finding]:
     ]
 
 
-def _reading(listed: ClassList, files: dict[str, Path], ignore: int) -> tuple[LabelKind, ValueTable]:
+def _reading(listed: ClassList, files: Mapping[str, Path], ignore: int, root: Path) -> tuple[LabelKind, ValueTable]:
     """How the masks hold their values, and what those stand for."""
     classes = listed.classes
-    if all(entry.color is not None for entry in classes) and _are_colored(list(files.values())[: 2 * _EVERY - 1]):
-        colors = {_packed(entry.color or (0, 0, 0)): index for index, entry in enumerate(classes)}
+    paths = list(files.values())[:: max(1, len(files) // _SAMPLED)]
+    remedy = "list it as ignored or add a class"
+    if files and all(one.color is not None for one in classes) and _are_colored(paths):
+        colors = {_packed(one.color or (0, 0, 0)): index for index, one in enumerate(classes)}
         if len(colors) < len(classes):
             raise LexisegError("Two classes of the class file have the same colour, so masks cannot tell them apart.")
-        return LabelKind.color, ValueTable(colors, (0, *map(_packed, listed.ignored_colors)), ignore)
+        return LabelKind.color, ValueTable(colors, (0, *map(_packed, listed.ignored_colors)), ignore, remedy=remedy)
     kind = LabelKind.index if ignore == IGNORE_INDEX else LabelKind.wide
-    if all(entry.value is not None for entry in classes):
-        id_map = {entry.value: index for index, entry in enumerate(classes) if entry.value is not None}
-        return kind, ValueTable(id_map, (0, ignore, *listed.ignored), ignore)
-    return kind, ValueTable({index: index for index in range(len(classes))}, (ignore, *listed.ignored), ignore)
+    numbered = all(one.value is not None for one in classes)
+    id_map = {index if one.value is None else one.value: index for index, one in enumerate(classes)}
+    if len(classes) <= 2 and IGNORE_INDEX not in (*id_map, *listed.ignored) and _are_black_and_white(paths):
+        name = classes[-1].name
+        raise DataSetError(
+            f"The masks of '{root}' hold 0 and 255 alone, as black and white masks do, and it is open what they stand "
+            f"for: write '0: background' and '255: {name}' into classes.txt if white is {name}, '255: {name}' alone if "
+            "black is to be left out, or 'ignore: 255' into classes.yaml or lexiseg.yaml if white is no class.",
+            "black-and-white",
+        )
+    void = (0,) if numbered else ()
+    return kind, ValueTable(id_map, (*void, ignore, *listed.ignored), ignore, remedy=remedy)
 
 
 def _packed(color: tuple[int, int, int]) -> int:
     red, green, blue = color
     return red * 65536 + green * 256 + blue
+
+
+def _are_black_and_white(paths: Sequence[Path]) -> bool:
+    """Whether masks hold nothing but 0 and 255, and both of them somewhere."""
+    found: set[int] = set()
+    for path in paths:
+        try:
+            found |= set(np.unique(read_values(path, LabelKind.index)).tolist())
+        except LexisegError:  # whoever reads it says so
+            continue
+        if found - {0, 255}:
+            return False
+    return found == {0, 255}
 
 
 def _are_colored(paths: Sequence[Path]) -> bool:

@@ -10,14 +10,7 @@ from lexiseg.data.sets.archive import Place, zipped
 from lexiseg.data.sets.catalog import DataSetInfo
 from lexiseg.data.sets.dataset import Finding, Item, SplitFiles
 from lexiseg.data.sets.labels import LabelKind, ValueTable
-from lexiseg.data.sets.listing import IMAGE_SUFFIXES, by_stem, entries
-
-_ENDINGS = {
-    LabelKind.context_mat: ".mat",
-    LabelKind.sbd_mat: ".mat",
-    LabelKind.wide: ".tif",
-    LabelKind.ade_full: "_seg.png",
-}
+from lexiseg.data.sets.listing import by_stem, entries, listed_as
 
 
 @dataclass(frozen=True)
@@ -28,6 +21,7 @@ class LabelFolder:
     folder: Path
     kind: LabelKind
     table: ValueTable
+    ending: str = ".png"
 
 
 def table_of(info: DataSetInfo) -> ValueTable:
@@ -50,22 +44,24 @@ def pair(
     items: list[Item] = []
     findings: list[Finding] = []
     others: dict[str, str] | None = None
-    for name in names:
-        image = images.get(name)
-        bare = next((name[: -len(end)] for end in IMAGE_SUFFIXES if name.lower().endswith(end)), name)
-        if image is None and bare in images:
-            problem = f"The list of the split '{split}' names '{name}' with its ending; write '{bare}'."
-            findings.append(Finding("wrong-name", problem, str(images[bare]), name, split))
+    taken: set[str] = set()
+    for listed in names:
+        name = listed_as(listed, images)
+        if name in taken:
+            problem = f"The split '{split}' names '{name}' twice; remove one line of its list."
+            findings.append(Finding("duplicate-entry", problem, str(image_folder), name, split))
             continue
+        taken.add(name)
+        image = images.get(name)
         source = next((source for source in labels if name in source.files), None)
         if image is None:
             problem = f"The picture '{image_folder / name}.jpg' (or .png) of the split '{split}' is missing."
             findings.append(Finding("missing-picture", problem, str(image_folder), name, split))
         if source is None:
             # The full ADE20K keeps a label beside its picture, in a folder of the scene.
-            kind = labels[0].kind
-            folder = image.parent if image is not None and kind is LabelKind.ade_full else labels[0].folder
-            problem = f"The label '{folder / name}{_ENDINGS.get(kind, '.png')}' of the split '{split}' is missing"
+            ade = image is not None and labels[0].kind is LabelKind.ade_full
+            folder = image.parent if image is not None and ade else labels[0].folder
+            problem = f"The label '{folder / name}{labels[0].ending}' of the split '{split}' is missing"
             others = _unread(labels[0].folder) if others is None else others
             problem += f"; {others[name]}." if name in others else "."
             findings.append(Finding("missing-label", problem, str(labels[0].folder), name, split))
@@ -81,7 +77,7 @@ def _unread(folder: Path) -> dict[str, str]:
         stem, _, ending = file.rpartition(".")
         if stem and ending.lower() in ("jpg", "jpeg"):
             said[stem] = f"'{file}' is there, but JPEG changes the numbers of a label; save it anew as PNG"
-        elif stem and ending.lower() in ("bmp", "gif", "npy", "webp"):
+        elif stem and ending.lower() in ("npy", "webp"):
             said[stem] = f"'{file}' is there, but labels of this kind are not read; save it as PNG"
     return said
 
@@ -110,7 +106,7 @@ def label_folder(
     files = by_stem(folder, suffixes)
     if without:
         files = {name: path for name, path in files.items() if not name.endswith(without)}
-    return LabelFolder(files, folder, kind, table)
+    return LabelFolder(files, folder, kind, table, suffixes[0])
 
 
 def zipped_labels(

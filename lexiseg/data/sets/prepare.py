@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import fnmatch
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lexiseg.data.sets.catalog import data_set
 from lexiseg.data.sets.errors import DataSetError
-from lexiseg.data.sets.listing import IMAGE_SUFFIXES, by_stem, entries, first_folder
+from lexiseg.data.sets.layouts import IMAGE_FOLDERS, every_fifth, own_list, part_of
+from lexiseg.data.sets.listing import by_stem, child, entries, first_folder
 from lexiseg.data.sets.open import OWN, list_split
-from lexiseg.data.sets.own import IMAGE_FOLDERS, every_fifth, own_list
 from lexiseg.data.sets.unpack import find_archives, is_unpacked, unpack
 from lexiseg.data.sets.verify import usable_splits
 from lexiseg.data.sets.voc import aug_names, find_sbd, voc_list
 from lexiseg.errors import LexisegError
-from lexiseg.files import make_folder, write_json, write_text
+from lexiseg.files import make_folder, write_bytes, write_json
+from lexiseg.images import IMAGE_SUFFIXES
 
 JOURNAL = ".lexiseg-prepare.json"
 """Which archives are unpacked already and what into, in the data set's folder."""
@@ -166,7 +167,7 @@ def _voc_lists(root: Path) -> list[Step]:
     names, findings = aug_names(home, find_sbd(root, home))
     if findings or not names:
         return []
-    write_text(path, "".join(f"{name}\n" for name in names))
+    write_bytes(path, _listed(names))
     return [Step(f"listed {len(names)} augmented pictures", str(path))]
 
 
@@ -186,7 +187,7 @@ def _context_lists(name: str, root: Path) -> list[Step]:
             continue  # labels or names are not there yet; verify says which
         if names:
             make_folder(path.parent)
-            write_text(path, "".join(f"{name}\n" for name in names))
+            write_bytes(path, _listed(names))
             steps.append(Step(f"listed {len(names)} pictures", str(path)))
     return steps
 
@@ -195,17 +196,23 @@ def _own_lists(root: Path) -> list[Step]:
     """train.txt and val.txt for a folder without splits: what the reader would take without them, said explicitly."""
     if any(name.endswith(".json") for name in (*entries(root), *entries(root / "annotations"))):
         return []
-    images = first_folder(root / name for name in IMAGE_FOLDERS)
-    if images is None or any((images / split).is_dir() for split in ("train", "val")):
+    images = child(root, IMAGE_FOLDERS)
+    if images is None or any(part_of(folder, "val") is not None for folder in (root, images)):
         return []
     names = list(by_stem(images, IMAGE_SUFFIXES))
-    lists = {split: "".join(f"{name}\n" for name in every_fifth(names, split)) for split in ("train", "val")}
+    if any(len(name.splitlines()) != 1 or name != name.strip() for name in names):
+        return []  # a list has a name a line, and the rule takes every name there is
+    lists = {split: every_fifth(names, split) for split in ("train", "val")}
     written = {split: path for split in lists if (path := own_list(root, split)) is not None}
-    if not names or any(path.read_bytes() != lists[split].encode() for split, path in written.items()):
+    if not names or any(path.read_bytes() != _listed(lists[split]) for split, path in written.items()):
         return []  # the lists that are there are somebody's own
-    steps = []
-    for split, text in lists.items():
-        if split not in written:
-            path = write_text(root / f"{split}.txt", text)
-            steps.append(Step(f"listed {text.count(chr(10))} pictures", str(path)))
-    return steps
+    return [
+        Step(f"listed {len(lists[split])} pictures", str(write_bytes(root / f"{split}.txt", _listed(lists[split]))))
+        for split in lists
+        if split not in written
+    ]
+
+
+def _listed(names: Iterable[str]) -> bytes:
+    """A list of names, byte for byte as the disk has them."""
+    return "".join(f"{name}\n" for name in names).encode("utf-8", "surrogateescape")

@@ -17,13 +17,20 @@ from PIL import Image
 
 from lexiseg.data.sets.archive import Place, place_size, readable
 from lexiseg.data.sets.catalog import NAMES, data_set
-from lexiseg.data.sets.dataset import Finding, Item, SplitFiles, size_mismatch, unknown_value
+from lexiseg.data.sets.dataset import (
+    Finding,
+    Item,
+    SplitFiles,
+    misfit,
+    nothing_labelled,
+    unknown_value,
+    value_name,
+)
 from lexiseg.data.sets.errors import DataSetError
 from lexiseg.data.sets.labels import UNKNOWN, LabelKind, png_fault
 from lexiseg.data.sets.listing import unreadable
-from lexiseg.data.sets.open import list_split, splits_of
+from lexiseg.data.sets.open import OWN, list_split, splits_of
 from lexiseg.errors import LexisegError
-from lexiseg.images import read_image
 from lexiseg.windows import check_proportions
 
 _SHOWN = 12
@@ -40,6 +47,7 @@ class SplitCheck:
         samples: pictures that have a label.
         labelled: pixels with a class.
         ignored: pixels without one.
+        unknown: pixels of values that stand for nothing.
         class_pixels: pixels of each class, in the order of the ids.
     """
 
@@ -47,6 +55,7 @@ class SplitCheck:
     samples: int
     labelled: int
     ignored: int
+    unknown: int
     class_pixels: tuple[int, ...]
 
 
@@ -73,6 +82,25 @@ class Verification:
         """The findings that make training or evaluation fail or go wrong."""
         return tuple(finding for finding in self.findings if finding.severity == "error")
 
+    def summary(self) -> tuple[Finding, ...]:
+        """The findings, one a kind and split (of unknown values one a value), with how many samples have it."""
+        groups: dict[tuple[str, str, str], list[Finding]] = {}
+        for finding in self.findings:
+            groups.setdefault((finding.kind, finding.severity, finding.split), []).append(finding)
+        pixels = {check.split: check.labelled + check.ignored + check.unknown for check in self.splits}
+        samples = {check.split: check.samples for check in self.splits}
+        told: list[Finding] = []
+        for (_, _, split), group in groups.items():
+            first = group[0]
+            if len(group) == 1:
+                told.append(first)
+            elif any(finding.values for finding in group):
+                told += _values_told(group, samples[split], pixels[split])
+            else:
+                problem = f"{len(group)} times; the first: {first.problem}"
+                told.append(replace(first, problem=problem, sample=""))
+        return tuple(told)
+
     def to_dict(self) -> dict[str, Any]:
         """Everything, as JSON holds it."""
         return {
@@ -85,6 +113,32 @@ class Verification:
         }
 
 
+def _values_told(group: Sequence[Finding], samples: int, pixels: int) -> list[Finding]:
+    """What is said of the values that stand for nothing in a split: a line a value, the most frequent first."""
+    labels: Counter[int] = Counter(value for finding in group for value, _ in finding.values)
+    sizes: Counter[int] = Counter()
+    for finding in group:
+        sizes.update(dict(finding.values))
+    kind = LabelKind.color if group[0].kind == "unknown-color" else LabelKind.index
+    remedy = group[0].problem.rpartition(": ")[2]
+    told = []
+    for value, number in labels.most_common(_SHOWN):
+        first = next(finding for finding in group if value in dict(finding.values))
+        fraction = 100 * sizes[value] / max(1, pixels)
+        problem = (
+            f"{value_name(kind, value)} in {number} of {samples} labels ({fraction:.2g} % of the pixels), first in "
+            f"'{first.path}'; it is no class: {remedy}"
+        )
+        told.append(replace(first, problem=problem, sample="", values=((value, sizes[value]),)))
+    if len(labels) > _SHOWN:
+        problem = (
+            f"{len(labels) - _SHOWN} further values are no class either; so many come of masks that were smoothed, "
+            "saved as JPEG, or hold something else than classes."
+        )
+        told.append(replace(group[0], problem=problem, sample="", values=()))
+    return told
+
+
 @dataclass(frozen=True)
 class SampleCheck:
     """What one sample amounts to.
@@ -93,11 +147,13 @@ class SampleCheck:
         findings: what is wrong with it.
         counts: pixels of each class.
         ignored: pixels without one.
+        unknown: pixels of values that stand for nothing.
     """
 
     findings: tuple[Finding, ...]
     counts: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
     ignored: int = 0
+    unknown: int = 0
 
 
 def verify(
@@ -128,6 +184,7 @@ def verify(
     """
     root = Path(root)
     given = splits is not None
+    wanted = ("train", "val") if name == OWN and not given else ()
     try:
         chosen, findings = (splits, []) if splits is not None else usable_splits(name, root)
     except DataSetError as error:
@@ -146,15 +203,29 @@ def verify(
             continue
         classes_of[split] = files.vocabulary.names
         said = {finding.problem for finding in findings}
-        findings += [replace(one, split=one.split or split) for one in files.findings if one.problem not in said]
+        findings += [replace(one, split=one.split or split) for one in files.faults() if one.problem not in said]
         check, wrong = _check_split(files, workers or os.cpu_count() or 1, progress)
         findings += wrong
         checks.append(check)
         members[split] = {item.name: item.image for item in files.items}
+    findings += [
+        Finding("missing-list", _absent(name, root, split, classes), str(root), split=split, severity="warning")
+        for split in wanted
+        if split not in chosen
+    ]
     findings += _overlaps(members)
     findings += _other_classes(classes_of, root)
     names = next(iter(classes_of.values()), ())
     return Verification(name, str(root), names, tuple(checks), tuple(findings))
+
+
+def _absent(name: str, root: Path, split: str, classes: str | Path | None) -> str:
+    """What training or evaluation says of a split that is not there."""
+    try:
+        fault = next(iter(list_split(name, root, split, classes=classes).faults()), None)
+    except LexisegError as error:
+        return str(error)
+    return fault.problem if fault is not None else f"There is no split '{split}'."
 
 
 def usable_splits(name: str, root: Path) -> tuple[Sequence[str], list[Finding]]:
@@ -181,7 +252,7 @@ def usable_splits(name: str, root: Path) -> tuple[Sequence[str], list[Finding]]:
 def _check_split(files: SplitFiles, workers: int, progress: Progress | None) -> tuple[SplitCheck, list[Finding]]:
     num_classes = len(files.vocabulary)
     counts: NDArray[np.int64] = np.zeros(num_classes, np.int64)
-    ignored = 0
+    ignored = unknown = 0
     findings: list[Finding] = []
     checks: Iterable[SampleCheck] = _map(lambda item: check_sample(item, num_classes), files.items, workers)
     if progress is not None:
@@ -191,6 +262,7 @@ def _check_split(files: SplitFiles, workers: int, progress: Progress | None) -> 
         if check.counts.size:
             counts += check.counts
         ignored += check.ignored
+        unknown += check.unknown
     where = str(files.items[0].label.parent) if files.items else ""
     if counts.any():
         classes = files.vocabulary.classes
@@ -202,8 +274,10 @@ def _check_split(files: SplitFiles, workers: int, progress: Progress | None) -> 
             more = f" and {len(empty) - _SHOWN} more" if len(empty) > _SHOWN else ""
             problem = f"No label of the split '{files.split}' has a pixel of {len(empty)} classes: {shown}{more}."
             findings.append(Finding("empty-class", problem, where, split=files.split, severity="warning"))
+    elif files.items and not any(finding.severity == "error" for finding in findings):
+        findings = [Finding("no-labels", nothing_labelled(files.split), where, split=files.split)]
     total = tuple(int(count) for count in counts)
-    return SplitCheck(files.split, len(files.items), sum(total), ignored, total), findings
+    return SplitCheck(files.split, len(files.items), sum(total), ignored, unknown, total), findings
 
 
 def check_sample(item: Item, num_classes: int) -> SampleCheck:
@@ -214,18 +288,20 @@ def check_sample(item: Item, num_classes: int) -> SampleCheck:
     if values is None:
         return SampleCheck(tuple(findings))
     label = item.table.look_up(values)
-    if size is not None and size != values.shape:
-        findings.append(_finding(item, "size-mismatch", size_mismatch(item, size, values.shape), item.label))
-    unknown = label == UNKNOWN
-    if unknown.any():
+    fault = None if size is None else misfit(item, size, values.shape)
+    if fault is not None:
+        findings.append(_finding(item, *fault, item.label))
+    unknown = values[label == UNKNOWN]
+    if unknown.size:
         kind = "unknown-color" if item.kind is LabelKind.color else "unknown-id"
-        findings.append(_finding(item, kind, unknown_value(item, values[unknown]), item.label))
+        found = tuple(zip(*(part.tolist() for part in np.unique(unknown, return_counts=True)), strict=True))
+        findings.append(replace(_finding(item, kind, unknown_value(item, unknown), item.label), values=found[:256]))
     is_class = (label >= 0) & (label < num_classes)
     counts = np.bincount(label[is_class], minlength=num_classes).astype(np.int64)
     if not counts.any() and not findings:
         problem = f"The label '{item.label}' has no pixel of any class; '{item.name}' can teach and judge nothing."
         findings.append(replace(_finding(item, "empty-label", problem, item.label), severity="warning"))
-    return SampleCheck(tuple(findings), counts, int((label == item.table.ignore).sum()))
+    return SampleCheck(tuple(findings), counts, int((label == item.table.ignore).sum()), int(unknown.size))
 
 
 def _check_picture(item: Item, findings: list[Finding]) -> tuple[int, int] | None:
@@ -234,7 +310,7 @@ def _check_picture(item: Item, findings: list[Finding]) -> tuple[int, int] | Non
             problem = f"The picture '{item.image}' is an empty file; copy it again."
             findings.append(_finding(item, "empty-file", problem, item.image))
             return None
-        image = read_image(readable(item.image))
+        image = item.pixels()
     except (OSError, LexisegError) as error:
         said = unreadable(Path(str(item.image)), error) if isinstance(error, OSError) else error
         findings.append(_finding(item, "damaged-picture", str(said), item.image))
@@ -243,7 +319,7 @@ def _check_picture(item: Item, findings: list[Finding]) -> tuple[int, int] | Non
     if fault is not None:
         problem = f"The picture '{item.image}' is damaged: {fault}; copy it again."
         findings.append(_finding(item, "damaged-picture", problem, item.image))
-    height, width = int(image.shape[1]), int(image.shape[2])
+    height, width = image.shape[:2]
     try:
         check_proportions(height, width)
     except LexisegError as error:

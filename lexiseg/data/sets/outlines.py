@@ -1,0 +1,251 @@
+"""Outlines drawn into a label map: COCO's polygons and run lengths, labelme's shapes, YOLO's normalised polygons."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from lexiseg.data.sets.archive import Place, readable
+from lexiseg.data.sets.labels import MAX_PIXELS
+from lexiseg.errors import LexisegError
+from lexiseg.words import describe, shorten, word_key
+
+_FAR = 1_000_000.0  # pycocotools walks along an outline pixel by pixel: one that leads farther would fill the memory
+BACKGROUNDS = ("background", "_background_", "__background__")
+"""Classes of these names are what lies in no outline."""
+
+
+@dataclass(frozen=True)
+class Outline:
+    """The outline of one thing.
+
+    Attributes:
+        index: its class id.
+        shape: polygons [[x, y, x, y, ...], ...] in pixels, or run lengths, as COCO has them.
+        who: which it is, for the sentence, such as "annotation 7 of 'x.json'".
+    """
+
+    index: int
+    shape: Any
+    who: str
+
+
+def draw_outlines(outlines: Sequence[Outline], size: tuple[int, int], rest: int) -> NDArray[np.int64]:
+    """Draw outlines into a label map, larger ones first, so that what lies before something larger stays visible.
+
+    Args:
+        outlines: what to draw.
+        size: height and width.
+        rest: label of the pixels in no outline.
+
+    Raises:
+        LexisegError: an outline cannot be drawn; the sentence says which.
+    """
+    from pycocotools import mask as rle
+
+    codes = [(outline.index, _encoded(outline, size)) for outline in outlines]
+    label: NDArray[np.int64] = np.full(size, rest, np.int64)
+    for index, code in sorted(codes, key=lambda entry: -int(rle.area(entry[1]))):
+        label[rle.decode(code).astype(bool)] = index
+    return label
+
+
+def _encoded(outline: Outline, size: tuple[int, int]) -> Any:
+    """The run lengths of an outline, which take less memory than its mask."""
+    from pycocotools import mask as rle
+
+    shape = outline.shape
+    try:
+        _check(shape, size)
+        if isinstance(shape, dict) and isinstance(shape["counts"], str):
+            code: Any = {"size": shape["size"], "counts": shape["counts"].encode("ascii")}
+        elif isinstance(shape, dict):
+            code = rle.frPyObjects(shape, *size)
+        else:
+            code = rle.merge(rle.frPyObjects(shape, *size))
+        if rle.decode(code).shape != size:
+            raise ValueError("it is of another size than its picture")
+        return code
+    except Exception as error:  # pycocotools raises nearly anything on damaged outlines
+        why = str(error) if isinstance(error, ValueError) and str(error).startswith("it ") else "it is damaged"
+        raise LexisegError(f"{outline.who}: the outline cannot be drawn, {why}; draw it again or remove it.") from error
+
+
+def _check(shape: Any, size: tuple[int, int]) -> None:
+    """Refuse what pycocotools would not: it is written in C and reads and writes where an outline tells it to.
+
+    Raises:
+        ValueError, TypeError, KeyError: the outline is no polygons or run lengths of a picture of this size.
+    """
+    if isinstance(shape, dict):
+        counts = shape["counts"]
+        if tuple(shape["size"]) != size:
+            raise ValueError("it is of another size than its picture")
+        if isinstance(counts, list) and (min(counts, default=-1) < 0 or sum(counts) != size[0] * size[1]):
+            raise ValueError("its run lengths do not add up to its picture")
+        return
+    for polygon in shape:
+        if isinstance(polygon, dict):
+            _check(polygon, size)
+            continue
+        corners = np.asarray(polygon, np.float64)
+        if corners.ndim != 1:
+            raise ValueError("it is no list of numbers x, y, x, y")
+        if corners.size % 2:
+            raise ValueError(f"it has {corners.size} coordinates, an odd number")
+        if corners.size < 6:
+            raise ValueError(f"it has {corners.size} coordinates, and three corners need 6")
+        if not np.abs(corners).max() <= _FAR:
+            raise ValueError("it leads far out of its picture")
+
+
+def rest_of(names: Sequence[str], ignore: int) -> int:
+    """The label of what lies in no outline: a class called background where there is one, else no class."""
+    return next((index for index, name in enumerate(names) if word_key(name) in BACKGROUNDS), ignore)
+
+
+def picture_size(place: Place, *, turned: bool) -> tuple[int, int]:
+    """Height and width of a picture, as its file holds it or as its orientation turns it.
+
+    Raises:
+        LexisegError: it cannot be opened, or is too large.
+    """
+    try:
+        with Image.open(readable(place)) as picture:
+            width, height = picture.size
+            sideways = turned and picture.getexif().get(0x0112, 1) in (5, 6, 7, 8)
+    except Exception as error:  # decoders of hostile bytes raise nearly anything
+        raise LexisegError(f"The picture '{place}' cannot be read, so its outlines cannot be drawn.") from error
+    if width * height > MAX_PIXELS:
+        raise LexisegError(f"The picture '{place}' has more than {MAX_PIXELS // 1_000_000} megapixels; shrink it.")
+    return (width, height) if sideways else (height, width)
+
+
+def read_labelme(path: Path) -> list[dict[str, Any]]:
+    """The shapes of a labelme file.
+
+    Raises:
+        LexisegError: it is none.
+    """
+    try:
+        shapes = json.loads(path.read_text(encoding="utf-8-sig"))["shapes"]
+        if not isinstance(shapes, list) or not all(
+            isinstance(shape, dict) and isinstance(shape.get("label"), str) for shape in shapes
+        ):
+            raise TypeError
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise LexisegError(
+            f"'{path}' is no labelme file; it must hold shapes, each with a label and points."
+        ) from error
+    return shapes
+
+
+def draw_labelme(
+    path: Path, image: Place, ids: Mapping[str, int], left_out: frozenset[str], rest: int, turned: bool
+) -> NDArray[np.int64]:
+    """Draw a labelme file: polygons, rectangles, circles and masks.
+
+    Args:
+        path: of the file.
+        image: its picture, whose size the label has.
+        ids: class id by :func:`lexiseg.words.word_key` of the name.
+        left_out: the same of names whose shapes are not drawn.
+        rest: label of the pixels in no outline.
+        turned: whether the shapes lie on the picture as its orientation turns it.
+
+    Raises:
+        LexisegError: a shape is of no class or of no area, or cannot be drawn.
+    """
+    size = picture_size(image, turned=turned)
+    outlines = []
+    for number, shape in enumerate(read_labelme(path)):
+        who, name = f"'{path}': shape {number}", word_key(shape["label"])
+        if name in left_out:
+            continue
+        if name not in ids:
+            raise LexisegError(
+                f"{who} has the label '{shorten(describe(shape['label']))}', which is no class; fix it or add a class."
+            )
+        outlines.append(Outline(ids[name], _labelme_shape(shape, size, who), who))
+    return draw_outlines(outlines, size, rest)
+
+
+def _labelme_shape(shape: Mapping[str, Any], size: tuple[int, int], who: str) -> Any:
+    kind = shape.get("shape_type") or "polygon"
+    try:
+        points = np.asarray(shape["points"], np.float64).reshape(-1, 2)
+        if not (np.abs(points) <= _FAR).all():
+            raise ValueError
+        if kind == "polygon":
+            return [points.reshape(-1).tolist()]
+        (x, y), (x2, y2) = points[:2].tolist()
+        if kind == "rectangle":
+            return [[x, y, x2, y, x2, y2, x, y2]]
+        if kind == "circle":
+            turns = np.linspace(0, 2 * math.pi, 64, endpoint=False)
+            circle = np.stack([np.cos(turns), np.sin(turns)], axis=1) * math.hypot(x2 - x, y2 - y) + (x, y)
+            return [circle.reshape(-1).tolist()]
+        if kind == "mask":
+            with Image.open(io.BytesIO(base64.b64decode(shape["mask"])), formats=("PNG",)) as picture:
+                if picture.width > size[1] or picture.height > size[0]:
+                    raise ValueError
+                mask = np.asarray(picture.convert("L")) > 0
+            whole = np.zeros(size, np.uint8)
+            top, left = round(y), round(x)
+            whole[top : top + mask.shape[0], left : left + mask.shape[1]] = mask[: size[0] - top, : size[1] - left]
+            flat = whole.reshape(-1, order="F")
+            starts = np.flatnonzero(np.diff(flat, prepend=0))
+            counts = np.diff(np.concatenate([[0], starts, [flat.size]])).tolist()
+            return {"size": list(size), "counts": counts}
+    except Exception as error:  # whatever a damaged shape makes of itself
+        raise LexisegError(f"{who}: the outline cannot be drawn, it is damaged; draw it again or remove it.") from error
+    raise LexisegError(f"{who} is a {shorten(describe(kind))}, which has no area; draw a polygon or remove it.")
+
+
+def draw_yolo(path: Path, image: Place, num_classes: int, rest: int, turned: bool) -> NDArray[np.int64]:
+    """Draw a text file of YOLO's: a line a thing, its class id and the corners as fractions of width and height.
+
+    Args:
+        path: of the file.
+        image: its picture, whose size the label has.
+        num_classes: number of classes.
+        rest: label of the pixels in no outline.
+        turned: whether the corners lie on the picture as its orientation turns it.
+
+    Raises:
+        LexisegError: a line is none of these, or of no class.
+    """
+    height, width = picture_size(image, turned=turned)
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, ValueError) as error:
+        raise LexisegError(f"The label '{path}' cannot be read as text; is the file complete?") from error
+    outlines = []
+    for number, line in enumerate(lines, 1):
+        who, words = f"'{path}': line {number}", line.split()
+        if not words:
+            continue
+        try:
+            index, corners = int(words[0]), np.array([float(word) for word in words[1:]])
+        except ValueError as error:
+            raise LexisegError(f"{who} is not a class id and coordinates; fix it or remove it.") from error
+        if not 0 <= index < num_classes:
+            raise LexisegError(f"{who} has the class {index}, but there are {num_classes} classes, counted from 0.")
+        if corners.size == 4:
+            raise LexisegError(f"{who} is a box and no outline; export the data set for segmentation.")
+        if corners.size % 2 == 0:
+            if not (np.abs(corners) <= 2).all():
+                raise LexisegError(f"{who} has coordinates that are no fractions of the picture, 0 to 1.")
+            corners *= np.tile([width, height], corners.size // 2)
+        outlines.append(Outline(index, [corners.tolist()], who))
+    return draw_outlines(outlines, (height, width), rest)

@@ -27,6 +27,7 @@ CONVERTIBLE = (
     ("ZegCLIP", "`zegclip`", "CVPR 2023, mmsegmentation's layout; VOC 2012, Context, COCO-Stuff"),
     ("SPT-SEG", "`spt-seg`", "AAAI 2024, mmsegmentation's layout"),
     ("Cascade-CLIP", "`cascade-clip`", "ICML 2024, mmsegmentation's layout"),
+    ("CAT-Seg, base and large", "`cat-seg`", "CVPR 2024, detectron2's layout; MIT licence"),
     ("ZSSeg, SimBaseline", "`zsseg`", "ECCV 2022 and DeOP's first stage, detectron2's layout"),
     ("ZegFormer", "`zegformer`", "CVPR 2022, detectron2's layout; holds no CLIP, `--clip` names it"),
     ("FreeSeg", "`freeseg`", "CVPR 2023, detectron2's layout"),

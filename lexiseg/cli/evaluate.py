@@ -58,7 +58,7 @@ def evaluate(
         typer.Option(
             "--protocol",
             help="Judge a folder as the papers do: gzs-voc, gzs-coco, gzs-context, gzs-context-papers, gzs-ade (seen "
-            "and unseen classes); voc-20, pc-59, pc-459, a-150, a-847 (across data sets).",
+            "and unseen classes); voc-20, voc-20b, pc-59, pc-459, a-150, a-847 (across data sets).",
             show_default=False,
         ),
     ] = None,

@@ -1,61 +1,362 @@
-"""Masks in the forms that other tools read."""
+"""Results in the forms that other tools read: COCO, GeoJSON, YOLO, labelme, CVAT, a mask a class, supervision."""
 
 from __future__ import annotations
 
-from typing import Any
+import json
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+from xml.etree import ElementTree
 
 import numpy as np
-from numpy.typing import NDArray
 
 from lexiseg.errors import LexisegError
+from lexiseg.files import atomic_write
+from lexiseg.label_ids import ignore_index
+from lexiseg.words import describe, shorten
+
+SAVE_FORMATS = ("labels", "overlay", "json", "coco", "geojson", "yolo", "labelme", "cvat", "masks")
+"""What `lexiseg.segmentation.Segmentation.save` writes."""
 
 Ring = list[list[float]]
-"""(x, y) of its corners in pixels, counted from the picture's top left corner; not closed."""
+Polygon = list[Ring]
 
 
-def polygons_of(mask: NDArray[np.bool_], tolerance: float = 1.0) -> list[list[Ring]]:
+class Row(Protocol):
+    """A class of a result; see `lexiseg.segmentation.TableRow`."""
+
+    name: str
+    score: float | None
+    index: int
+
+
+class Result(Protocol):
+    """What is needed of a `lexiseg.segmentation.Segmentation`."""
+
+    @property
+    def name(self) -> str:
+        """What the picture is called."""
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Their names."""
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width in pixels."""
+
+    def table(self) -> list[Any]:
+        """A `Row` a class in the picture."""
+
+    def mask(self, name_or_index: str | int) -> Any:
+        """The pixels of one class, a bool tensor."""
+
+
+def encode_rle(mask: np.ndarray) -> dict[str, Any]:
+    """Encode a mask as a COCO segmentation.
+
+    Args:
+        mask: bool, shape (H, W).
+
+    Returns:
+        ``{"size": [H, W], "counts": text}``: COCO's compressed run lengths, which ``pycocotools.mask.decode`` reads.
+    """
+    from pycocotools import mask as coco
+
+    encoded = coco.encode(np.asfortranarray(mask, dtype=np.uint8))
+    return {"size": list(mask.shape), "counts": encoded["counts"].decode("ascii")}
+
+
+def bounding_box(mask: np.ndarray) -> list[int]:
+    """Left, top, width and height in pixels of a mask that is not empty."""
+    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    top, left = int(rows[0]), int(columns[0])
+    return [left, top, int(columns[-1]) - left + 1, int(rows[-1]) - top + 1]
+
+
+def polygons_of(mask: np.ndarray, tolerance: float = 1.0) -> list[Polygon]:
     """The outlines of a mask.
 
     Args:
-        mask: (H, W) bool.
-        tolerance: how far, in pixels, a simplified outline may lie from the mask's edge; 0 keeps every corner, and then
-            exactly the mask's pixels have their centres inside.
+        mask: bool, shape (H, W).
+        tolerance: how far in pixels an outline may run from the true one, so that it has fewer points (Douglas and
+            Peucker); 0 keeps every corner.
 
     Returns:
-        Polygons as lists of rings, the first ring outside and the others holes. Parts that simplification leaves with
-        fewer than three corners are left out.
+        A polygon a connected region. Each is a list of rings, the outer one first, then its holes; a ring is a list of
+        points ``[x, y]``, its first not repeated. Coordinates are pixels from the upper left corner, along the pixels'
+        edges: a mask of one pixel at the corner is the square from 0, 0 to 1, 1.
 
     Raises:
         LexisegError: OpenCV is not installed.
     """
+    if not mask.any():
+        return []
     try:
         import cv2
     except ImportError as error:
-        raise LexisegError("Polygons need OpenCV; install it with pip install 'lexiseg[polygons]'.") from error
-    if not mask.any():
-        return []
-    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
-    top, left = int(rows[0]), int(columns[0])
-    inside = mask[top : int(rows[-1]) + 1, left : int(columns[-1]) + 1].astype(np.uint8)
-    # OpenCV's contours run through the centres of border pixels. At twice the size these lie a quarter of a pixel
-    # inside the mask's edge, on the outside as around holes, so that no centre of a pixel changes sides.
-    doubled = inside.repeat(2, axis=0).repeat(2, axis=1)
-    contours, tree = cv2.findContours(doubled, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE)
-    polygons: dict[int, list[Ring]] = {}
-    for index, (contour, links) in enumerate(zip(contours, tree[0], strict=True)):
-        ring = _ring(cv2, contour, tolerance, left, top)
-        parent = int(links[3])
-        if parent < 0 and ring:
-            polygons[index] = [ring]
-        elif ring and parent in polygons:
-            polygons[parent].append(ring)
+        raise LexisegError('Outlines need OpenCV; run `pip install "lexiseg[polygons]"`.') from error
+
+    left, top, width, height = bounding_box(mask)
+    # A grid of pixels (odd places) and edges (even places): OpenCV's outlines run through the places they are made of,
+    # which cuts half a pixel off on every side unless those are edges.
+    grid = np.zeros((2 * height + 1, 2 * width + 1), np.uint8)
+    grid[1::2, 1::2] = mask[top : top + height, left : left + width]
+    grid = np.asarray(cv2.dilate(grid, np.ones((3, 3), np.uint8)))
+    contours, hierarchy = cv2.findContours(grid, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE)
+    polygons: dict[int, Polygon] = {}
+    for outer in (True, False):
+        for index, contour in enumerate(contours):
+            parent = int(hierarchy[0][index][3])
+            if (parent < 0) == outer:
+                corners = _with_corners(np.asarray(contour)[:, 0])
+                simple = np.asarray(cv2.approxPolyDP(corners, 2 * tolerance, True))[:, 0]
+                points = (simple if len(simple) > 2 else corners) / 2 + (left, top)
+                polygons.setdefault(index if outer else parent, []).append(points.tolist())
     return list(polygons.values())
 
 
-def _ring(cv2: Any, contour: NDArray[np.generic], tolerance: float, left: int, top: int) -> Ring:
-    simple = cv2.approxPolyDP(contour, 2 * tolerance, True) if tolerance > 0 else contour
-    if len(simple) < 3:
-        # A single pixel, or a line of them, is worth keeping as it is.
-        simple = contour
-    corners = simple[:, 0].astype(float) / 2 + (left + 0.25, top + 0.25)
-    return corners.tolist() if len(corners) >= 3 else []
+def _with_corners(outline: np.ndarray) -> np.ndarray:
+    """Put the corners back that an outline on the grid of edges cuts by a step aslant: they lie at even places."""
+    following = np.roll(outline, -1, axis=0)
+    odd = (outline % 2).any(axis=1)
+    aslant = odd & (np.abs(following - outline) == 1).all(axis=1)
+    corners = np.where(outline % 2 == 0, outline, following)
+    return np.where(aslant[:, None], corners, outline)[aslant | ~odd].astype(np.int32)
+
+
+def _one_ring(polygon: Polygon) -> Ring:
+    """A polygon as one ring, for formats without holes: each hole hangs on the outline by a cut without width."""
+    outline, *holes = polygon
+    for hole in holes:
+        ring = np.asarray(outline)
+        distances = np.square(ring[:, None] - np.asarray(hole)[None]).sum(-1)
+        at, start = np.unravel_index(int(distances.argmin()), distances.shape)
+        outline = outline[: at + 1] + hole[start:] + hole[: start + 1] + outline[at:]
+    return outline
+
+
+def objects_of(result: Result, instances: Collection[str] = ()) -> Iterator[tuple[Row, np.ndarray]]:
+    """The masks of a result: one a class, or one a connected region of the classes that are ``instances``.
+
+    A region is no object: things that touch are one region, and a thing that something covers in part may be two.
+
+    Args:
+        result: the result.
+        instances: names of classes to take apart.
+
+    Yields:
+        The class's row of the table, and a mask: bool, shape (H, W).
+    """
+    for row in sorted(result.table(), key=lambda row: row.index):
+        mask = result.mask(row.index).numpy()
+        if row.name not in instances:
+            yield row, mask
+            continue
+        from scipy import ndimage
+
+        regions, count = ndimage.label(mask, np.ones((3, 3)))
+        for number in range(1, count + 1):
+            yield row, regions == number
+
+
+def coco_annotations(result: Result, instances: Collection[str] = ()) -> list[dict[str, Any]]:
+    """A result as COCO's annotations, without the ids that belong to a data set.
+
+    Returns:
+        A mapping a mask of `objects_of`: ``category_id`` (1 for the first class), ``segmentation`` (run lengths),
+        ``area`` (pixels), ``bbox`` (left, top, width, height in pixels), ``iscrowd`` and ``score``.
+    """
+    return [
+        {
+            "category_id": row.index + 1,
+            "segmentation": encode_rle(mask),
+            "area": int(mask.sum()),
+            "bbox": bounding_box(mask),
+            "iscrowd": 0,
+            "score": 1.0 if row.score is None else row.score,
+        }
+        for row, mask in objects_of(result, instances)
+    ]
+
+
+def to_coco(results: Sequence[Result], instances: Collection[str] = ()) -> dict[str, Any]:
+    """Results of one vocabulary as a COCO data set, which ``pycocotools.coco.COCO`` loads.
+
+    Its annotations carry scores and are what ``COCO.loadRes`` takes. Ids count from 1; a category's is its place in
+    the vocabulary.
+
+    Raises:
+        LexisegError: there are no results, or they are of different classes.
+    """
+    if not results or any(result.classes != results[0].classes for result in results):
+        raise LexisegError("A COCO data set holds results of the same classes; give at least one, or several sets.")
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
+    for image_id, result in enumerate(results, 1):
+        height, width = result.size
+        images.append({"id": image_id, "file_name": Path(result.name).name, "height": height, "width": width})
+        for annotation in coco_annotations(result, instances):
+            annotations.append({"id": len(annotations) + 1, "image_id": image_id, **annotation})
+    return {**coco_head(results[0].classes), "images": images, "annotations": annotations}
+
+
+def coco_head(classes: Iterable[str]) -> dict[str, Any]:
+    """What a COCO data set has besides pictures and annotations."""
+    categories = [{"id": index, "name": name, "supercategory": ""} for index, name in enumerate(classes, 1)]
+    return {"info": {"description": "made by lexiseg"}, "licenses": [], "categories": categories}
+
+
+def merge_coco(path: Path, classes: Iterable[str], pieces: Iterable[tuple[str, Path]]) -> Path:
+    """Join data sets of one picture each to one, without holding them all.
+
+    Args:
+        path: the file to write, atomically.
+        classes: of all of them.
+        pieces: each picture's file name, and the file with its data set.
+
+    Raises:
+        LexisegError: the file cannot be written, or a piece cannot be read.
+    """
+    images: list[dict[str, Any]] = []
+    count = 0
+    with atomic_write(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+        head = json.dumps(coco_head(classes))
+        file.write(head[:-1] + ', "annotations": [')
+        for name, piece in pieces:
+            try:
+                content = json.loads(piece.read_bytes())
+                (image,), annotations = content["images"], content["annotations"]
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                raise LexisegError(f"Cannot read '{piece}'; run again without --resume.") from error
+            images.append({**image, "id": len(images) + 1, "file_name": name})
+            for annotation in annotations:
+                count += 1
+                line = json.dumps({**annotation, "id": count, "image_id": len(images)})
+                file.write(("\n" if count == 1 else ",\n") + line)
+        file.write('],\n"images": ' + json.dumps(images) + "}\n")
+    return path
+
+
+def read_coco(dataset: Mapping[str, Any], image_id: int | None = None) -> tuple[np.ndarray, list[str], str]:
+    """Paint a picture's annotations of a COCO data set, later ones over earlier ones.
+
+    Args:
+        dataset: the content of the JSON file.
+        image_id: which picture; None takes the only one.
+
+    Returns:
+        The place of each pixel's category among the categories, int32, shape (H, W), with `ignore_index` where there
+        is no annotation; the categories' names; the picture's file name.
+
+    Raises:
+        LexisegError: there is no such picture, or the data set is not one.
+    """
+    from pycocotools import mask as coco
+
+    try:
+        images = [image for image in dataset["images"] if image_id is None or image["id"] == image_id]
+        if len(images) != 1:
+            raise LexisegError(f"The data set has {len(images)} pictures to choose from; give the id of one.")
+        height, width = int(images[0]["height"]), int(images[0]["width"])
+        places = {category["id"]: place for place, category in enumerate(dataset["categories"])}
+        labels = np.full((height, width), ignore_index(len(places)), np.int32)
+        for annotation in dataset["annotations"]:
+            if annotation["image_id"] == images[0]["id"]:
+                runs = annotation["segmentation"]
+                if isinstance(runs, list) or isinstance(runs["counts"], list):
+                    runs = coco.frPyObjects(runs, height, width)
+                runs = coco.merge(runs) if isinstance(runs, list) else runs
+                if list(runs["size"]) != [height, width]:
+                    raise LexisegError(f"An annotation is of size {describe(runs['size'])}, its picture is not.")
+                labels[coco.decode(runs).astype(bool)] = places[annotation["category_id"]]
+        names = [str(category["name"]) for category in dataset["categories"]]
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        raise LexisegError(f"This is no COCO data set ({shorten(str(error))}); give the content of one.") from error
+    return labels, names, str(images[0].get("file_name", ""))
+
+
+def to_geojson(result: Result, instances: Collection[str] = (), tolerance: float = 1.0) -> dict[str, Any]:
+    """A result as a GeoJSON feature collection, in pixels (x to the right, y down), not in degrees."""
+    features = [
+        {
+            "type": "Feature",
+            "properties": {"label": row.name, "index": row.index, "score": row.score},
+            "geometry": {
+                "type": "MultiPolygon",
+                "coordinates": [[[*ring, ring[0]] for ring in polygon] for polygon in polygons_of(mask, tolerance)],
+            },
+        }
+        for row, mask in objects_of(result, instances)
+    ]
+    return {"type": "FeatureCollection", "features": features}
+
+
+def to_yolo(result: Result, instances: Collection[str] = (), tolerance: float = 1.0) -> str:
+    """A result as lines of YOLO's segmentation format: class index, then x and y in fractions of the picture."""
+    height, width = result.size
+    lines = []
+    for row, mask in objects_of(result, instances):
+        for polygon in polygons_of(mask, tolerance):
+            numbers = (np.asarray(_one_ring(polygon)) / (width, height)).ravel()
+            lines.append(" ".join([str(row.index), *(f"{number:.6g}" for number in numbers)]) + "\n")
+    return "".join(lines)
+
+
+def to_labelme(result: Result, instances: Collection[str] = (), tolerance: float = 1.0) -> dict[str, Any]:
+    """A result as labelme's JSON, without the picture itself; a group a mask."""
+    shapes = [
+        {"label": row.name, "points": _one_ring(polygon), "group_id": group, "shape_type": "polygon", "flags": {}}
+        for group, (row, mask) in enumerate(objects_of(result, instances))
+        for polygon in polygons_of(mask, tolerance)
+    ]
+    height, width = result.size
+    facts = {"imagePath": Path(result.name).name, "imageData": None, "imageHeight": height, "imageWidth": width}
+    return {"version": "5.0.0", "flags": {}, "shapes": shapes, **facts}
+
+
+def to_cvat(result: Result, instances: Collection[str] = ()) -> str:
+    """A result as CVAT's XML for images, version 1.1, with masks, which keep every pixel."""
+    height, width = result.size
+    root = ElementTree.Element("annotations")
+    ElementTree.SubElement(root, "version").text = "1.1"
+    facts = {"id": "0", "name": Path(result.name).name, "width": str(width), "height": str(height)}
+    image = ElementTree.SubElement(root, "image", facts)
+    for row, mask in objects_of(result, instances):
+        left, top, wide, high = bounding_box(mask)
+        flat = mask[top : top + high, left : left + wide].ravel()
+        edges = np.concatenate([[0], np.flatnonzero(flat[1:] != flat[:-1]) + 1, [flat.size]])
+        runs = [*([0] if flat[0] else []), *np.diff(edges).tolist()]
+        place = {"left": str(left), "top": str(top), "width": str(wide), "height": str(high)}
+        rle = {"label": row.name, "source": "auto", "occluded": "0", "rle": ", ".join(map(str, runs)), **place}
+        ElementTree.SubElement(image, "mask", {**rle, "z_order": "0"})
+    ElementTree.indent(root)
+    return ElementTree.tostring(root, encoding="unicode") + "\n"
+
+
+def to_supervision(result: Result, instances: Collection[str] = ()) -> Any:
+    """A result as ``supervision.Detections``: a mask a class, with scores, class ids and names.
+
+    Raises:
+        LexisegError: supervision is not installed.
+    """
+    try:
+        import supervision
+    except ImportError as error:
+        raise LexisegError('This needs supervision; run `pip install "lexiseg[supervision]"`.') from error
+    found = list(objects_of(result, instances))
+    boxes = np.array([bounding_box(mask) for _, mask in found], np.float32).reshape(-1, 4)
+    boxes[:, 2:] += boxes[:, :2] - 1  # supervision's boxes end at the last pixel
+    return supervision.Detections(
+        xyxy=boxes,
+        mask=np.array([mask for _, mask in found], bool).reshape(-1, *result.size),
+        confidence=np.array([1.0 if row.score is None else row.score for row, _ in found], np.float32),
+        class_id=np.array([row.index for row, _ in found], int),
+        data={"class_name": np.array([row.name for row, _ in found], dtype=str)},
+    )
+
+
+def file_part(name: str, index: int) -> str:
+    """A class's name as part of a file name: its id, and of the name what every file system takes."""
+    return f"{index:03d}_{re.sub(r'[^0-9A-Za-z]+', '-', name).strip('-')[:40]}".rstrip("_")

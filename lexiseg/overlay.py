@@ -31,14 +31,14 @@ class LegendEntry:
     Attributes:
         name: the class.
         color: its colour.
-        share: its share of the picture, 0..1.
+        fraction: its pixels as a fraction of the picture's, 0..1.
         note: a word in grey behind the name.
         hollow: the colour is not painted in the picture.
     """
 
     name: str
     color: tuple[int, ...]
-    share: float
+    fraction: float
     note: str = ""
     hollow: bool = False
 
@@ -100,7 +100,7 @@ def _edges(labels: np.ndarray) -> np.ndarray:
 
 
 def draw_legend(picture: Image.Image, entries: Sequence[LegendEntry], *, font: str | Path | None = None) -> Image.Image:
-    """Put a panel with colours, names and shares beside a picture, or below it where it is wide.
+    """Put a panel with colours, names and fractions beside a picture, or below it where it is wide.
 
     The lettering grows with the picture. Names that are too long end in an ellipsis; what does not fit is counted in a
     last line, never dropped silently.
@@ -123,8 +123,8 @@ def draw_legend(picture: Image.Image, entries: Sequence[LegendEntry], *, font: s
     pad, gap, row = round(0.9 * size), round(0.6 * size), round(1.75 * size)
     name_width = min(max(math.ceil(face.getlength(entry.text)) for entry in entries), _WIDEST_NAME * size)
     name_width = max(name_width, math.ceil(face.getlength(_more(len(entries)))) if len(entries) > _MIN_ROWS else 0)
-    share_width = math.ceil(face.getlength("100 %"))
-    column = size + gap + name_width + gap + share_width
+    fraction_width = math.ceil(face.getlength("100 %"))
+    column = size + gap + name_width + gap + fraction_width
 
     rows_beside = (picture.height - 2 * pad) // row
     beside = len(entries) <= rows_beside and picture.width <= _WIDE * picture.height
@@ -168,8 +168,8 @@ def draw_legend(picture: Image.Image, entries: Sequence[LegendEntry], *, font: s
         draw.text((text_left, middle), name, fill=_INK, font=face, anchor="lm")
         if note:
             draw.text((text_left + face.getlength(name), middle), note, fill=_MUTED, font=face, anchor="lm")
-        right = text_left + name_width + gap + share_width
-        draw.text((right, middle), _percent(entry.share), fill=_MUTED, font=face, anchor="rm")
+        right = text_left + name_width + gap + fraction_width
+        draw.text((right, middle), _percent(entry.fraction), fill=_MUTED, font=face, anchor="rm")
     return canvas
 
 
@@ -186,8 +186,8 @@ def _more(count: int) -> str:
     return f"and {count} more"
 
 
-def _percent(share: float) -> str:
-    percent = 100 * share
+def _percent(fraction: float) -> str:
+    percent = 100 * fraction
     return "<1 %" if 0 < percent < 1 else f"{percent:.0f} %"
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -13,17 +14,17 @@ import numpy as np
 import torch
 from PIL import Image
 
+from lexiseg import formats
 from lexiseg.colors import IGNORED_COLOR
 from lexiseg.errors import LexisegError
-from lexiseg.files import atomic_write, make_folder, write_text
+from lexiseg.files import atomic_write, make_folder, write_json, write_text
 from lexiseg.label_ids import ignore_index
 from lexiseg.overlay import LegendEntry, draw_legend, paint_classes
-from lexiseg.rle import encode_rle
 from lexiseg.vocabulary import Vocabulary
 from lexiseg.words import shorten
 
 _CHUNK = 2**20
-SAVE_FORMATS = ("labels", "overlay", "json", "coco")
+_NOTEBOOK_SIDE = 1024
 
 
 @dataclass(frozen=True)
@@ -33,14 +34,14 @@ class TableRow:
     Attributes:
         name: the class.
         seen: whether masks of it were trained on; None where nobody said.
-        share: its share of all pixels, in 0..1.
+        fraction: its pixels as a fraction of the picture's, in 0..1.
         score: the mean over its pixels of the winning score; None where it has no pixel or no scores are kept.
         index: its id in the label map.
     """
 
     name: str
     seen: bool | None
-    share: float
+    fraction: float
     score: float | None
     index: int
 
@@ -85,6 +86,20 @@ class Segmentation:
         if sum(self._counts[0]) + self.num_ignored != self.label_map.numel():
             raise LexisegError(f"The label map holds ids that are none of the {self.num_classes} classes.")
 
+    @classmethod
+    def from_coco(cls, dataset: Mapping[str, Any], image_id: int | None = None) -> Segmentation:
+        """A picture of a COCO data set; pixels without an annotation are ignored, later annotations cover earlier ones.
+
+        Args:
+            dataset: the content of the JSON file.
+            image_id: which picture; None takes the only one.
+
+        Raises:
+            LexisegError: there is no such picture, or the data set is not one.
+        """
+        labels, names, name = formats.read_coco(dataset, image_id)
+        return cls(torch.from_numpy(labels), Vocabulary.parse([{"name": word} for word in names]), name=name)
+
     @property
     def classes(self) -> tuple[str, ...]:
         """The class names, in the user's order; the label map indexes them."""
@@ -127,7 +142,7 @@ class Segmentation:
         return pixels.tolist(), sums.tolist()
 
     def table(self, *, include_absent: bool = False) -> list[TableRow]:
-        """The classes by falling share of the picture; those without a pixel only when asked for, in their order."""
+        """The classes by falling fraction of the picture; those without a pixel only when asked for, in their order."""
         pixels, sums = self._counts
         total = self.label_map.numel()
         rows = []
@@ -135,7 +150,7 @@ class Segmentation:
             if pixels[index] or include_absent:
                 score = sums[index] / pixels[index] if pixels[index] and self.scores is not None else None
                 rows.append(TableRow(entry.name, entry.seen, pixels[index] / total, score, index))
-        return sorted(rows, key=lambda row: -row.share)
+        return sorted(rows, key=lambda row: -row.fraction)
 
     def mask(self, name_or_index: str | int) -> torch.Tensor:
         """The pixels of one class: bool, shape (H, W).
@@ -143,6 +158,9 @@ class Segmentation:
         Raises:
             LexisegError: there is no such class.
         """
+        return self.label_map == self._index(name_or_index)
+
+    def _index(self, name_or_index: str | int) -> int:
         index = name_or_index
         if isinstance(index, str):
             if index not in self.classes:
@@ -150,7 +168,7 @@ class Segmentation:
             index = self.classes.index(index)
         if not 0 <= index < self.num_classes:
             raise LexisegError(f"There is no class {index}; the result has {self.num_classes}.")
-        return self.label_map == index
+        return index
 
     @property
     def segments(self) -> list[dict[str, Any]]:
@@ -210,7 +228,7 @@ class Segmentation:
 
         Args:
             alpha: how much the colours cover the picture, 0..1.
-            legend: add a panel with the names and shares; without it the result has the picture's size.
+            legend: add a panel with the names and fractions; without it the result has the picture's size.
             outlines: draw a thin light line between classes.
             font: a TrueType file for names that the built-in font (Latin letters) cannot show.
 
@@ -230,50 +248,46 @@ class Segmentation:
             LegendEntry(
                 row.name,
                 tuple(palette[row.index].tolist()),
-                row.share,
+                row.fraction,
                 note="unseen" if row.seen is False else "",
                 hollow=row.index == background,
             )
             for row in self.table()
         ]
         if self.num_ignored:
-            share = self.num_ignored / self.label_map.numel()
-            entries.append(LegendEntry("(no class)", IGNORED_COLOR, share, hollow=True))
+            fraction = self.num_ignored / self.label_map.numel()
+            entries.append(LegendEntry("(no class)", IGNORED_COLOR, fraction, hollow=True))
         return draw_legend(painted, entries, font=font)
 
-    def to_coco_rle(self, *, compressed: bool = True) -> list[dict[str, Any]]:
-        """One entry for each class in the picture, in the form of COCO's annotations.
-
-        Args:
-            compressed: see `lexiseg.rle.encode_rle`.
-
-        Returns:
-            Mappings with ``category_id`` (the id in the label map), ``label``, ``score``, ``area`` (pixels), ``bbox``
-            (left, top, width, height in pixels) and ``segmentation`` (run lengths).
+    def polygons(self, tolerance: float = 1.0) -> dict[str, list[formats.Polygon]]:
+        """The outlines of each class in the picture, by its name; see `lexiseg.formats.polygons_of`.
 
         Raises:
-            LexisegError: ``compressed`` without pycocotools installed.
+            LexisegError: OpenCV (the extra ``polygons``) is not installed.
         """
-        entries = []
-        for row in self._rows_in_order():
-            mask = self._mask_array(row.index)
-            entries.append(
-                {
-                    "category_id": row.index,
-                    "label": row.name,
-                    "score": row.score,
-                    "area": self._counts[0][row.index],
-                    "bbox": _bounding_box(mask),
-                    "segmentation": encode_rle(mask, compressed=compressed),
-                }
-            )
-        return entries
+        return {row.name: formats.polygons_of(self._mask_array(row.index), tolerance) for row in self._rows_in_order()}
+
+    def to_coco(self, instances: Collection[str] = ()) -> dict[str, Any]:
+        """The result as a COCO data set of one picture; see `lexiseg.formats.to_coco`."""
+        return formats.to_coco([self], instances)
+
+    def to_supervision(self, instances: Collection[str] = ()) -> Any:
+        """The result as ``supervision.Detections``; see `lexiseg.formats.to_supervision`."""
+        return formats.to_supervision(self, instances)
+
+    def _repr_png_(self) -> bytes:
+        """What a notebook shows: the overlay."""
+        image = self.overlay()
+        image.thumbnail((_NOTEBOOK_SIDE, _NOTEBOOK_SIDE))
+        file = io.BytesIO()
+        image.save(file, "PNG")
+        return file.getvalue()
 
     def to_dict(self, *, masks: bool = False) -> dict[str, Any]:
         """Everything about the result that JSON can hold.
 
         Args:
-            masks: add each segment's mask as uncompressed COCO run lengths; without them there are only figures.
+            masks: add each segment's mask as COCO's run lengths; without them there are only figures.
         """
         palette = self.palette()
         segments = []
@@ -283,21 +297,21 @@ class Segmentation:
                 "label": row.name,
                 "index": row.index,
                 "seen": row.seen,
-                "share": row.share,
+                "fraction": row.fraction,
                 "pixels": self._counts[0][row.index],
                 "score": row.score,
-                "bbox": _bounding_box(mask),
+                "bbox": formats.bounding_box(mask),
                 "color": palette[row.index].tolist(),
             }
             if masks:
-                segment["segmentation"] = encode_rle(mask, compressed=False)
+                segment["segmentation"] = formats.encode_rle(mask)
             segments.append(segment)
         return {
             "name": self.name,
             "height": self.size[0],
             "width": self.size[1],
             "ignore_index": self.ignore_index,
-            "ignored_share": self.num_ignored / self.label_map.numel(),
+            "ignored_fraction": self.num_ignored / self.label_map.numel(),
             "segments": segments,
             "vocabulary": self.vocabulary.to_dict(),
             "metadata": self.metadata,
@@ -316,39 +330,71 @@ class Segmentation:
         return _save_image(self.label_image(), Path(path))
 
     def save(
-        self, folder: str | Path, stem: str, formats: Collection[str] = ("labels", "overlay", "json")
+        self,
+        folder: str | Path,
+        stem: str,
+        kinds: Collection[str] = ("labels", "overlay", "json"),
+        *,
+        instances: Collection[str] = (),
+        font: str | Path | None = None,
     ) -> dict[str, Path]:
         """Write the result into a folder, each file atomically.
 
         Args:
             folder: created with its parents where it is missing.
             stem: the beginning of the file names.
-            formats: any of ``labels`` (STEM_labels.png), ``overlay`` (STEM_overlay.png), ``json`` (STEM.json) and
-                ``coco`` (STEM_coco.json, compressed masks).
+            kinds: any of ``labels`` (STEM_labels.png), ``overlay`` (STEM_overlay.png), ``json`` (STEM.json), ``coco``
+                (STEM_coco.json, a COCO data set), ``geojson`` (STEM.geojson, in pixels), ``yolo`` (yolo/STEM.txt with
+                yolo/classes.txt), ``labelme`` (labelme/STEM.json), ``cvat`` (STEM_cvat.xml) and ``masks`` (a PNG a
+                class in STEM_masks).
+            instances: names of classes whose connected regions are annotations of their own, see
+                `lexiseg.formats.objects_of`; for the kinds from ``coco`` to ``cvat``.
+            font: see `overlay`.
 
         Returns:
-            The path of each format written.
+            The path of each kind written; of ``masks`` their folder.
 
         Raises:
-            LexisegError: a format is unknown, the stem is not a file name, or the folder cannot be written.
+            LexisegError: a kind is unknown, the stem is not a file name, the folder cannot be written, or a kind needs
+                a package that is not installed.
         """
-        for kind in formats:
-            if kind not in SAVE_FORMATS:
-                raise LexisegError(f"Unknown output '{kind}'; known are {', '.join(SAVE_FORMATS)}.")
+        for kind in kinds:
+            if kind not in formats.SAVE_FORMATS:
+                raise LexisegError(
+                    f"Unknown output '{shorten(str(kind))}'; known are {', '.join(formats.SAVE_FORMATS)}."
+                )
+        for name in instances:
+            self._index(name)
         if not stem or stem in (".", "..") or Path(stem).name != stem or "\0" in stem:
             raise LexisegError(f"'{shorten(stem)}' cannot begin a file name; give a name without folders.")
         folder = make_folder(folder)
-        paths: dict[str, Path] = {}
-        if "labels" in formats:
-            paths["labels"] = self.save_png(folder / f"{stem}_labels.png")
-        if "overlay" in formats:
-            paths["overlay"] = _save_image(self.overlay(), folder / f"{stem}_overlay.png")
-        if "json" in formats:
-            paths["json"] = write_text(folder / f"{stem}.json", self.to_json())
-        if "coco" in formats:
-            text = json.dumps(self.to_coco_rle(), ensure_ascii=False) + "\n"
-            paths["coco"] = write_text(folder / f"{stem}_coco.json", text)
-        return paths
+        writers: dict[str, Callable[[], Path]] = {
+            "labels": lambda: self.save_png(folder / f"{stem}_labels.png"),
+            "overlay": lambda: _save_image(self.overlay(font=font), folder / f"{stem}_overlay.png"),
+            "json": lambda: write_text(folder / f"{stem}.json", self.to_json()),
+            "coco": lambda: write_json(folder / f"{stem}_coco.json", self.to_coco(instances)),
+            "geojson": lambda: write_json(folder / f"{stem}.geojson", formats.to_geojson(self, instances)),
+            "yolo": lambda: self._save_yolo(folder / "yolo", stem, instances),
+            "labelme": lambda: write_json(
+                make_folder(folder / "labelme") / f"{stem}.json", formats.to_labelme(self, instances)
+            ),
+            "cvat": lambda: write_text(folder / f"{stem}_cvat.xml", formats.to_cvat(self, instances)),
+            "masks": lambda: self._save_masks(folder / f"{stem}_masks"),
+        }
+        return {kind: write() for kind, write in writers.items() if kind in kinds}
+
+    def _save_yolo(self, folder: Path, stem: str, instances: Collection[str]) -> Path:
+        names = make_folder(folder) / "classes.txt"
+        if not names.exists():
+            write_text(names, "".join(f"{name}\n" for name in self.classes))
+        return write_text(folder / f"{stem}.txt", formats.to_yolo(self, instances))
+
+    def _save_masks(self, folder: Path) -> Path:
+        make_folder(folder)
+        for row in self._rows_in_order():
+            mask = Image.fromarray(self._mask_array(row.index) * np.uint8(255))
+            _save_image(mask, folder / f"{formats.file_part(row.name, row.index)}.png")
+        return folder
 
 
 def _save_image(image: Image.Image, path: Path) -> Path:
@@ -357,10 +403,3 @@ def _save_image(image: Image.Image, path: Path) -> Path:
     with atomic_write(path) as temporary:
         image.save(temporary, "PNG")
     return path
-
-
-def _bounding_box(mask: np.ndarray) -> list[int]:
-    rows = np.flatnonzero(mask.any(axis=1))
-    columns = np.flatnonzero(mask.any(axis=0))
-    top, left = int(rows[0]), int(columns[0])
-    return [left, top, int(columns[-1]) - left + 1, int(rows[-1]) - top + 1]

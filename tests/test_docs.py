@@ -121,7 +121,7 @@ def test_demo_and_doctor(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert f"wrote {tmp_path / 'demo_overlay.png'}" in out
     assert main([*words, "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)["images"][0]["classes"]
-    assert {row["seen"] for row in rows if row["share"] > 0.01} == {True, False}
+    assert {row["seen"] for row in rows if row["fraction"] > 0.01} == {True, False}
     assert main(["doctor"]) == 0
     assert "self-test: ok" in capsys.readouterr().out
 

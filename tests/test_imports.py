@@ -16,7 +16,7 @@ PACKAGE = Path(__file__).parents[1] / "lexiseg"
 
 # A part may import from the parts named here and from itself. `weights` sits above `models`: it builds them from files.
 WORDS = {"errors", "label_ids", "files", "words", "colors", "background", "class_list", "vocabulary"}
-PICTURES = {"images", "rle", "overlay", "segmentation"}
+PICTURES = {"images", "formats", "overlay", "segmentation"}
 MODELS = {"clip", "scores", "proposals", "regions", "losses", "models", "weights"}
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
@@ -29,8 +29,7 @@ ALLOWED: dict[str, set[str]] = {
     "vocabulary": WORDS,
     "notes": WORDS,
     "images": {"errors", "files", "words"},
-    "rle": {"errors"},
-    "formats": {"errors"},
+    "formats": {"errors", "files", "label_ids", "words"},
     "overlay": {"errors"},
     "segmentation": WORDS | PICTURES,
     "samples": {"errors", "files", "data", "notes"},

@@ -153,7 +153,7 @@ def test_a_prediction(name: str, clip: CLIP, request: pytest.FixtureRequest) -> 
         assert result.classes == ("cat", "tree", "sky")
         assert result.scores is not None and bool(result.scores.isfinite().all())
         assert result.image is not None and result.metadata["system"] == model.system
-        assert abs(sum(row.share for row in result.table()) - 1) < 1e-6
+        assert abs(sum(row.fraction for row in result.table()) - 1) < 1e-6
 
 
 def test_every_holder_of_a_picture_gives_the_same_result(zegclip: SegmentationModel, tmp_path: Path) -> None:

@@ -139,7 +139,7 @@ def compare_figure(segmenters: Sequence[Segmenter], image: str | Path, classes: 
     for segmenter in segmenters:
         result = segmenter.predict(image, classes)
         overlay = np.asarray(result.overlay(legend=False))
-        largest = ", ".join(f"{row.name} {_percent(row.share)}" for row in result.table()[:3])
+        largest = ", ".join(f"{row.name} {_percent(row.fraction)}" for row in result.table()[:3])
         group.append(Panel(overlay, segmenter.model.system, largest))
     return compose("The same picture by several models", in_rows(group), subtitle=Path(image_name(image)).name)
 

@@ -45,7 +45,7 @@ def describe_result(answer: Answer, model: str, output: Output) -> dict[str, Any
             "id": row.index,
             "name": row.name,
             "seen": row.seen,
-            "fraction": row.share,
+            "fraction": row.fraction,
             "score": row.score,
             "color": [int(part) for part in palette[row.index]],
         }
@@ -63,9 +63,11 @@ def describe_result(answer: Answer, model: str, output: Output) -> dict[str, Any
     if output == "png":
         found |= {"png": encode_png(result.label_image()), "ignore_index": result.ignore_index}
     elif output == "rle":
-        entries = {entry["category_id"]: entry for entry in result.to_coco_rle()}
+        from lexiseg.formats import coco_annotations
+
+        entries = {entry["category_id"]: entry for entry in coco_annotations(result)}
         for row in rows:
-            entry = entries[row["id"]]
+            entry = entries[row["id"] + 1]
             row |= {"rle": entry["segmentation"], "area": entry["area"], "bbox": entry["bbox"]}
     elif output == "polygons":
         for row in rows:

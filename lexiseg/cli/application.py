@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
+import signal
 import sys
-from collections.abc import Sequence
-from contextlib import suppress
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Annotated, Any
 
 import typer
@@ -18,7 +21,7 @@ from lexiseg.cli.console import notes, say_error
 from lexiseg.errors import LexisegError
 
 NOTHING_DONE = 2
-STOPPED = 130
+STOPPED, TERMINATED = 130, 143
 
 # Older releases of typer stand on click, newer ones carry a copy of it: take the classes from where typer has them.
 _UsageError: Any = typer.BadParameter.__base__
@@ -127,31 +130,69 @@ def main(args: Sequence[str] | None = None) -> int:
         args: the words after ``lexiseg``; taken from ``sys.argv`` when left out.
 
     Returns:
-        0, 1, 2 or 130, as the documentation of :mod:`lexiseg.cli` says.
+        0, 1, 2, 130 or 143, as the documentation of :mod:`lexiseg.cli` says.
     """
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
+    for descriptor, stream in ((1, sys.stdout), (2, sys.stderr)):
+        if stream is None:
+            # Closed before we came (``>&-``): the next file that is opened would get the number, and what is printed.
+            with suppress(OSError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+        elif isinstance(stream, io.TextIOWrapper):
             # A class name that the terminal's encoding lacks must not break the command that prints it.
             stream.reconfigure(errors="backslashreplace")
+    with _terminable() as terminated:
+        try:
+            words = list(sys.argv[1:] if args is None else args)
+            # Not by calling it: click would answer Ctrl-C with a line of its own.
+            with notes.printed(), _command().make_context("lexiseg", words) as context:
+                context.command.invoke(context)
+            if sys.stdout is not None:
+                sys.stdout.flush()
+        except typer.Exit as error:
+            return error.exit_code
+        except LexisegError as error:
+            _say(error)
+        except _ClickException as error:
+            say_error(_usage_sentence(error))
+        except (KeyboardInterrupt, typer.Abort) as error:
+            say_error(str(error) or "Stopped.")
+            return TERMINATED if terminated() else STOPPED
+        except BrokenPipeError:
+            # The reader of our output went away (``lexiseg --help | head -1``); nothing more can be said to it.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            say_error(f"Cannot write ({error.strerror}); make room on the disk, or write elsewhere.")
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        except Exception as error:
+            if not _is_out_of_memory(error):
+                raise
+            say_error(_memory_sentence())
+        else:
+            return 0
+        return NOTHING_DONE
+
+
+@contextmanager
+def _terminable() -> Iterator[Callable[[], bool]]:
+    """Let SIGTERM stop the command as Ctrl-C does; what is yielded says whether it came."""
+    came: list[int] = []
+    own = os.getpid()
+
+    def stop(number: int, _frame: Any) -> None:
+        if os.getpid() != own:  # a child that was forked: it goes as it would without us
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        came.append(number)
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    before = signal.signal(signal.SIGTERM, stop)
     try:
-        with notes.printed():
-            code = _command()(args=None if args is None else list(args), prog_name="lexiseg", standalone_mode=False)
-    except LexisegError as error:
-        _say(error)
-        return NOTHING_DONE
-    except _ClickException as error:
-        say_error(_usage_sentence(error))
-        return NOTHING_DONE
-    except (KeyboardInterrupt, typer.Abort):
-        say_error("Stopped.")
-        return STOPPED
-    except BrokenPipeError:
-        # The reader of our output went away (``lexiseg models | head -1``); nothing more can be said to it.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except Exception as error:
-        if not _is_out_of_memory(error):
-            raise
-        say_error(_memory_sentence())
-        return NOTHING_DONE
-    return code if isinstance(code, int) else 0
+        yield lambda: bool(came)
+    finally:
+        signal.signal(signal.SIGTERM, before)

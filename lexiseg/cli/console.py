@@ -7,6 +7,7 @@ may hold text from a stranger's file, so all of it goes through `lexiseg.words.p
 from __future__ import annotations
 
 import json
+import os
 import sys
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -59,7 +60,15 @@ notes = Notes()
 
 def say(line: str = "") -> None:
     """Print a line of the result on stdout."""
-    typer.echo(printable(line))
+    _print(printable(line))
+
+
+def _print(text: str) -> None:
+    """Print on stdout; where its reader went away (``lexiseg predict ... | head -1``) the work goes on in silence."""
+    try:
+        typer.echo(text)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def say_error(sentence: str) -> None:
@@ -80,7 +89,7 @@ def say_written(paths: Iterable[object]) -> None:
 
 def say_json(value: Any) -> None:
     """Print ``value`` as JSON on stdout, in ASCII so that a pipe of any encoding carries it unharmed."""
-    typer.echo(json.dumps(value, indent=2))
+    _print(json.dumps(value, indent=2))
 
 
 def say_table(title: str | None, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -94,7 +103,10 @@ def say_table(title: str | None, columns: Sequence[str], rows: Sequence[Sequence
         table.add_column(printable(column), justify="right" if numeric else "left", no_wrap=not numeric and index == 0)
     for row in rows:
         table.add_row(*map(printable, row))
-    Console(soft_wrap=False, highlight=False, markup=False).print(table)
+    console = Console(soft_wrap=False, highlight=False, markup=False)
+    with console.capture() as lines:
+        console.print(table)
+    _print(lines.get().rstrip("\n"))
 
 
 def _is_number(cell: str) -> bool:

@@ -178,7 +178,7 @@ def _self_test() -> dict[str, Any]:
     except LexisegError as error:
         return {**facts, "ok": False, "problem": str(error)}
     seconds = time.perf_counter() - start
-    found = [row.name for row in sorted(result.table(), key=lambda row: -row.share) if row.share >= 0.01]
+    found = [row.name for row in sorted(result.table(), key=lambda row: -row.fraction) if row.fraction >= 0.01]
     facts |= {"seconds": round(seconds, 2), "found": found, "ok": len(found) > 1}
     if not facts["ok"]:
         facts["problem"] = f"only {found or 'nothing'} was found in the sample; the weights or this torch are broken."

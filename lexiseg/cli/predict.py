@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from enum import Enum
+from functools import partial
 from itertools import chain, count
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import lexiseg
-from lexiseg.cli.console import say_error, say_json, say_note, say_table, say_written, waiting, with_progress
+from lexiseg.cli.console import say, say_error, say_json, say_note, say_table, say_written, waiting, with_progress
 from lexiseg.cli.options import (
     DEFAULT_MAX_PIXELS,
     DEFAULT_MODEL,
@@ -29,7 +30,8 @@ from lexiseg.cli.options import (
     templates_of,
     window_of,
 )
-from lexiseg.errors import LexisegError
+from lexiseg.errors import LexisegError, Stopped
+from lexiseg.words import word_key
 
 if TYPE_CHECKING:
     from lexiseg.labelling.record import Entry, Picture, Record
@@ -38,7 +40,8 @@ if TYPE_CHECKING:
     from lexiseg.windows import WindowPolicy
 
 SOME_FAILED, ALL_FAILED = 1, 2
-_KINDS = {"overlay": "overlay", "labels": "labels", "png": "labels", "json": "json", "coco": "coco", "rle": "coco"}
+_ALIASES = {"png": "labels", "rle": "coco"}
+_OBJECT_KINDS = {"coco", "geojson", "yolo", "labelme", "cvat"}
 
 
 class Cluster(str, Enum):
@@ -68,8 +71,30 @@ def predict(
     ] = DEFAULT_MODEL,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write into.")] = Path("out"),
     save: Annotated[
-        str, typer.Option("--save", help="What to write: any of overlay, labels (png), json, coco (rle), with commas.")
+        str,
+        typer.Option(
+            "--save",
+            help="What to write, with commas: overlay, labels (png), json; coco (one annotations.json a run); geojson, "
+            "yolo, labelme, cvat; masks (a PNG a class).",
+        ),
     ] = "overlay,labels,json",
+    instances: Annotated[
+        str | None,
+        typer.Option(
+            "--instances",
+            help="Classes whose connected regions become annotations of their own, 'giraffe; tree' or all, in coco, "
+            "geojson, yolo, labelme and cvat. Things that touch are one region.",
+            show_default=False,
+        ),
+    ] = None,
+    font: Annotated[
+        Path | None,
+        typer.Option(
+            "--font",
+            help="TrueType or OpenType file for the legend. Default: fonts of this machine that have the letters.",
+            show_default=False,
+        ),
+    ] = None,
     json: Json = False,
     resume: Annotated[
         bool, typer.Option("--resume", help="Leave out pictures that a run into the same folder has finished.")
@@ -114,7 +139,7 @@ def predict(
     """
     if cluster is None and (workers or address or shard_size):
         raise LexisegError("--workers, --address and --shard-size are for a cluster; add --cluster ray.")
-    kinds = _kinds(save)
+    kinds = _kinds(save, instances)
     sources, classes = _split(words, classes_file)
     paths = _pictures(sources)
     vocabulary = lexiseg.Vocabulary.parse(classes)
@@ -132,14 +157,16 @@ def predict(
         segmenter = lexiseg.load(model, device=device if cluster is None else "cpu", **loading)
     policy = window_of(segmenter.model.window, window, stride)
     checked = segmenter.vocabulary(vocabulary, background=background)
+    regions = _instances(instances, checked)
 
     from lexiseg.labelling.record import Record, absolute
     from lexiseg.labelling.shards import Labeller, Wanted, label_all, shards_of
 
-    record = Record(output) if len(paths) > 1 or resume or cluster else None
-    settings = {} if record is None else _settings(segmenter, checked, policy, dtype.value)
+    record = Record(output) if len(paths) > 1 or resume or cluster or "coco" in kinds else None
+    settings = {} if record is None else _settings(segmenter, checked, policy, dtype.value, regions)
     done, todo = _plan(paths, kinds, record, settings, resume, manifest=cluster is not None)
-    wanted = Wanted(vocabulary, tuple(kinds), policy, batch_size, background)
+    face = None if font is None else str(font)
+    wanted = Wanted(vocabulary, tuple(kinds), policy, batch_size, background, regions, face)
     start = time.perf_counter()
     entries: Iterable[Entry]
     if record is None:
@@ -154,31 +181,76 @@ def predict(
         job = Job(absolute(output), wanted, model_argument(model), device, **loading)
         entries = label_on_ray(job, shards_of(record, todo, shard_size), workers=workers, address=address)
     given = {absolute(path): path for path in paths}
-    for entry in with_progress(entries, len(todo), "segmenting"):
-        done[entry.image] = entry
-        if entry.error:
-            say_error(entry.error)
-        elif not json:
-            _say(entry, given[entry.image], output, checked, alone=len(paths) == 1)
-    missing = [str(path) for image, path in given.items() if image not in done]
-    if missing:
-        raise LexisegError(f"{len(missing)} pictures came back without a result, such as '{missing[0]}'; use --resume.")
-    ordered = [done[image] for image in given]
-    failed = sum(bool(entry.error) for entry in ordered)
-    manifest: list[Path] = []
-    if record is not None and cluster is not None:
-        record.clean(picture.stem for picture in todo)  # what workers left that were killed
-    if record is not None and record.has_manifest:
-        manifest.append(record.write_manifest(ordered))
+    shown = None if json else partial(_say, given=given, output=output, vocabulary=checked)
+    broken = _follow(with_progress(entries, len(todo), "segmenting"), done, len(given), shown, record is not None)
+    ordered = [done[image] for image in given if image in done]
+    failed = sum(bool(entry.error) for entry in ordered) + len(given) - len(ordered)
+    written = _finish(record, ordered, [picture.stem for picture in todo], checked.names, kinds, cluster is not None)
     if json:
         images = [_listed(entry, given[entry.image], output, checked) for entry in ordered]
         say_json({"model": model, "seconds": round(time.perf_counter() - start, 3), "images": images})
-    elif record is not None:
-        say_written(manifest)
+    else:
+        say_written(written)
         earlier = f", {len(ordered) - len(todo)} of them earlier" if len(todo) < len(ordered) else ""
-        say_note(f"{len(ordered) - failed} of {len(ordered)} pictures segmented{earlier}")
+        if len(given) > 1 or broken:
+            say_note(f"{len(given) - failed} of {len(given)} pictures segmented{earlier}")
     if failed:
-        raise typer.Exit(ALL_FAILED if failed == len(ordered) else SOME_FAILED)
+        raise typer.Exit(ALL_FAILED if failed == len(given) else SOME_FAILED)
+
+
+def _follow(
+    entries: Iterable[Entry],
+    done: dict[str, Entry],
+    total: int,
+    show: Callable[[Entry], None] | None,
+    resumable: bool,
+) -> bool:
+    """Take the pictures' entries as they come, into ``done``; whether something ended the run before its end.
+
+    Raises:
+        LexisegError: something is wrong that is no picture's fault, and nothing was done before it.
+        Stopped: the user stopped it.
+    """
+    try:
+        for entry in entries:
+            done[entry.image] = entry
+            if entry.error:
+                say_error(entry.error)
+            elif show is not None:
+                show(entry)
+    except KeyboardInterrupt:
+        finished = sum(not entry.error for entry in done.values())
+        advice = "the same command with --resume goes on from there" if resumable else "run the command again"
+        raise Stopped(f"Stopped; {finished} of {total} pictures are done and complete, and {advice}.") from None
+    except LexisegError as error:
+        # What is whole stays, and is counted: the disk may be full after a thousand pictures.
+        if not any(not entry.error for entry in done.values()):
+            raise
+        say_error(str(error))
+        return True
+    if len(done) < total:
+        say_error(f"{total - len(done)} pictures came back without a result; use --resume.")
+        return True
+    return False
+
+
+def _finish(
+    record: Record | None,
+    entries: Sequence[Entry],
+    stems: Iterable[str],
+    classes: Sequence[str],
+    kinds: Sequence[str],
+    on_cluster: bool,
+) -> list[Path]:
+    """Write what is written once a run, and return it."""
+    if record is None:
+        return []
+    if on_cluster:
+        record.clean(stems)  # what workers left that were killed
+    written = [record.write_manifest(entries)] if record.has_manifest else []
+    if "coco" in kinds and any(not entry.error for entry in entries):
+        written.append(record.write_coco(classes, entries))
+    return written
 
 
 def _plan(
@@ -203,7 +275,7 @@ def _plan(
 
 
 def _settings(
-    segmenter: Segmenter, vocabulary: Vocabulary, policy: WindowPolicy | None, precision: str
+    segmenter: Segmenter, vocabulary: Vocabulary, policy: WindowPolicy | None, precision: str, regions: Sequence[str]
 ) -> dict[str, Any]:
     """What decides how results look: a run can only be gone on with where all of it is the same."""
     from lexiseg.evaluation.report import weights_hash
@@ -219,17 +291,35 @@ def _settings(
         "background": vocabulary.background.to_dict(),
         "window": asdict(policy or model.window),
         "dtype": precision,
+        **({"instances": list(regions)} if regions else {}),
     }
 
 
-def _kinds(save: str) -> list[str]:
-    kinds: list[str] = []
-    for name in (part.strip().lower() for part in save.split(",")):
-        if name not in _KINDS:
-            raise LexisegError(f"--save does not know '{name}'; choose from overlay, labels, json and coco.")
-        if _KINDS[name] not in kinds:
-            kinds.append(_KINDS[name])
+def _kinds(save: str, instances: str | None) -> list[str]:
+    from lexiseg.formats import SAVE_FORMATS
+
+    names = [name.strip().lower() for name in save.split(",")]
+    kinds = list(dict.fromkeys(_ALIASES.get(name, name) for name in names))
+    for kind in kinds:
+        if kind not in SAVE_FORMATS:
+            raise LexisegError(f"--save does not know '{kind}'; choose from {', '.join(SAVE_FORMATS)}.")
+    if instances is not None and not _OBJECT_KINDS & set(kinds):
+        raise LexisegError(f"--instances changes none of what --save writes; add one of {', '.join(_OBJECT_KINDS)}.")
     return kinds
+
+
+def _instances(text: str | None, vocabulary: Vocabulary) -> tuple[str, ...]:
+    """The classes of ``--instances``, as the vocabulary spells them."""
+    if text is None:
+        return ()
+    if text.strip().casefold() == "all":
+        return vocabulary.names
+    names = {word_key(name): name for name in vocabulary.names}
+    wanted = [word for word in text.split(";") if word.strip()]
+    unknown = [word for word in wanted if word_key(word) not in names]
+    if unknown or not wanted:
+        raise LexisegError(f"--instances takes names of classes, or all; '{(unknown or [text])[0]}' is none of them.")
+    return tuple(names[word_key(word)] for word in wanted)
 
 
 def _split(words: Sequence[str], classes_file: Path | None) -> tuple[list[str], str | Path | Vocabulary]:
@@ -272,47 +362,55 @@ def _stems(paths: Sequence[Path], kept: Mapping[str, str] | None = None) -> dict
 
     kept = kept or {}
     stems: dict[Path, str] = {}
-    # Case is folded because two names that differ in it only are one file on some systems.
-    taken = {stem.casefold() for stem in kept.values()}
+    # Two names that differ only in case or in how an accent is spelled are one file on some systems.
+    taken = {word_key(stem) for stem in kept.values()}
     for path in paths:
         stem = kept.get(absolute(path))
         if stem is None:
             choices = chain((path.stem, path.name.replace(".", "_")), (f"{path.stem}_{number}" for number in count(2)))
-            stem = next(choice for choice in choices if choice.casefold() not in taken)
-            taken.add(stem.casefold())
+            stem = next(choice for choice in choices if word_key(choice) not in taken)
+            taken.add(word_key(stem))
         stems[path] = stem
     return stems
 
 
 def _rows(entry: Entry, vocabulary: Vocabulary) -> list[dict[str, Any]]:
-    """The classes by falling share, and those without a pixel at the end."""
+    """The classes by falling fraction, and those without a pixel at the end."""
     found = {row["class"] for row in entry.classes}
     absent = [
-        {"class": item.name, "seen": item.seen, "share": 0.0, "score": None}
+        {"class": item.name, "seen": item.seen, "fraction": 0.0, "score": None}
         for item in vocabulary.classes
         if item.name not in found
     ]
     return [*(dict(row) for row in entry.classes), *absent]
 
 
+def _files(entry: Entry, output: Path) -> dict[str, Path]:
+    """Where a picture's results are, by kind; those of coco are part of one file."""
+    from lexiseg.labelling.record import COCO
+
+    return {kind: output / (COCO if kind == "coco" else name) for kind, name in entry.files.items()}
+
+
 def _listed(entry: Entry, path: Path, output: Path, vocabulary: Vocabulary) -> dict[str, Any]:
     if entry.error:
         return {"image": str(path), "error": entry.error}
-    files = {kind: str(output / name) for kind, name in entry.files.items()}
+    files = {kind: str(file) for kind, file in _files(entry, output).items()}
     return {"image": str(path), "classes": _rows(entry, vocabulary), "files": files}
 
 
-def _say(entry: Entry, path: Path, output: Path, vocabulary: Vocabulary, *, alone: bool) -> None:
-    if not alone:
-        found = ", ".join(f"{row['class']} {row['share']:.0%}" for row in entry.classes[:5])
-        typer.echo(f"{path}: {found or 'no class'}")
+def _say(entry: Entry, given: Mapping[str, Path], output: Path, vocabulary: Vocabulary) -> None:
+    path = given[entry.image]
+    if len(given) > 1:
+        found = ", ".join(f"{row['class']} {row['fraction']:.0%}" for row in entry.classes[:5])
+        say(f"{path}: {found or 'no class'}")
     else:
         seen = {True: "seen", False: "unseen", None: "-"}
         rows = [
             [
                 row["class"],
                 seen[row["seen"]],
-                f"{100 * row['share']:.1f} %",
+                f"{100 * row['fraction']:.1f} %",
                 "-" if row["score"] is None else f"{row['score']:.3f}",
             ]
             for row in _rows(entry, vocabulary)
@@ -320,5 +418,5 @@ def _say(entry: Entry, path: Path, output: Path, vocabulary: Vocabulary, *, alon
         if entry.ignored:
             rows.append(["(no class)", "-", f"{100 * entry.ignored:.1f} %", "-"])
         height, width = entry.size
-        say_table(f"{path}, {width} x {height} pixels", ["class", "in training", "share", "mean score"], rows)
-    say_written([output / name for name in entry.files.values()])
+        say_table(f"{path}, {width} x {height} pixels", ["class", "in training", "pixels", "mean score"], rows)
+    say_written(file for kind, file in _files(entry, output).items() if kind != "coco")

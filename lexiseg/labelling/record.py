@@ -6,6 +6,7 @@ The record is a hidden folder among the results::
     OUTPUT/.lexiseg-predict/manifest             there where the results have a manifest, which a cluster writes
     OUTPUT/.lexiseg-predict/000012.jsonl         a finished shard: a line a picture
     OUTPUT/.lexiseg-predict/000012.HEX.part      a shard somebody is at, or was when he was killed
+    OUTPUT/.lexiseg-predict/coco/                each picture's part of OUTPUT/annotations.json
 
 A finished shard appears at once and whole. The parts grow line by line, each line written when the picture's files are
 complete; every attempt at a shard has a part of its own, so that two of them (a worker that is only thought to be dead)
@@ -27,10 +28,12 @@ from typing import Any
 
 from lexiseg.errors import LexisegError
 from lexiseg.files import make_folder, write_json, write_text
+from lexiseg.formats import merge_coco
 
 FOLDER = ".lexiseg-predict"
 RUN, FINISHED, PART = "run.json", ".jsonl", ".part"
 MANIFEST = "manifest.jsonl"
+COCO = "annotations.json"
 WITH_MANIFEST = "manifest"
 _FORMAT = 1
 _SHARD = re.compile(r"\d+(\.[0-9a-f]+\.part|\.jsonl)")
@@ -70,10 +73,10 @@ class Entry:
         image: the picture's path, absolute.
         stem: what the names of its results begin with.
         error: the sentence that says why it could not be done; empty where it was.
-        files: names of the files written, by kind.
+        files: the files written, by kind, relative to the folder of the results.
         size: height and width in pixels.
-        ignored: share of its pixels without a class, 0..1.
-        classes: its classes by falling share: name, whether masks of it were trained on, share, mean score.
+        ignored: fraction of its pixels without a class, 0..1.
+        classes: its classes by falling fraction: name, whether masks of it were trained on, fraction, mean score.
         state: size in bytes and time of the last change of the picture's file when it was read.
     """
 
@@ -95,8 +98,9 @@ class Entry:
         if self.error:
             return {"image": self.image, "error": self.error}
         height, width = self.size
-        facts = {"image": self.image, "files": dict(self.files), "height": height, "width": width}
-        return {**facts, "ignored_share": self.ignored, "classes": [dict(row) for row in self.classes]}
+        files = {kind: COCO if kind == "coco" else name for kind, name in self.files.items()}
+        facts = {"image": self.image, "files": files, "height": height, "width": width}
+        return {**facts, "ignored_fraction": self.ignored, "classes": [dict(row) for row in self.classes]}
 
     @staticmethod
     def from_dict(content: Mapping[str, Any]) -> Entry:
@@ -203,6 +207,16 @@ class Record:
         for path in self.folder.glob(".*.tmp.json*"):
             path.unlink(missing_ok=True)
 
+    def write_coco(self, classes: Iterable[str], entries: Iterable[Entry]) -> Path:
+        """Write the pictures' annotations as one COCO data set; a picture that could not be done is none of it.
+
+        Names of files are relative to the folder that holds all the pictures.
+        """
+        done = [entry for entry in entries if not entry.error]
+        home = os.path.commonpath([Path(entry.image).parent for entry in done]) if done else ""
+        pieces = ((Path(entry.image).relative_to(home).as_posix(), self.output / entry.files["coco"]) for entry in done)
+        return merge_coco(self.output / COCO, classes, pieces)
+
     def write_manifest(self, entries: Iterable[Entry]) -> Path:
         """Write a line a picture, in the order of ``entries``, with the paths of files relative to the folder."""
         lines = (json.dumps(entry.to_manifest(), ensure_ascii=False) + "\n" for entry in entries)
@@ -231,8 +245,9 @@ class Record:
             write_text(self.folder / f"{number:06d}{FINISHED}", "".join(entry.to_line() for entry in kept))
             for path in parts:
                 path.unlink(missing_ok=True)
-        with os.scandir(self.output) as listing:
-            names = {entry.name for entry in listing}
+        # A listing a folder: asking for each file would take minutes on a network.
+        folders = {str(Path(name).parent) for entry in found.values() for name in entry.files.values()}
+        names = {str(Path(folder, name)) for folder in folders for name in _listing(self.output / folder)}
         return {
             image: entry
             for image, entry in found.items()
@@ -263,7 +278,9 @@ class Attempt:
                 self.begun[image] = self.begun.get(image, 0) + 1
         self.number = len(before) + 1
         try:
-            self._file = (self._folder / f"{self._shard}.{uuid.uuid4().hex[:12]}{PART}").open("a", encoding="utf-8")
+            self._file = (self._folder / f"{self._shard}.{uuid.uuid4().hex[:12]}{PART}").open(
+                "a", encoding="utf-8", errors="backslashreplace"
+            )
         except OSError as error:
             raise _unwritable(self._folder, error) from error
         # Which process this is helps to find out what happened to it.
@@ -288,7 +305,8 @@ class Attempt:
 
     def stop(self) -> None:
         """Leave the shard unfinished; what is done is recorded."""
-        self._file.close()
+        with suppress(OSError):  # a full disk was said when the line was written
+            self._file.close()
 
     def _write(self, line: str) -> None:
         try:
@@ -314,6 +332,13 @@ def _read(path: Path) -> tuple[list[Entry], list[str]]:
                 entry = Entry.from_dict(content)
                 entries[entry.image] = entry
     return list(entries.values()), [image for image in begun if image not in entries]
+
+
+def _listing(folder: Path) -> list[str]:
+    try:
+        return os.listdir(folder)  # noqa: PTH208 (names alone, which is several times as fast)
+    except OSError:
+        return []
 
 
 def _splits(stem: str, beginnings: set[str]) -> Iterable[tuple[str, str]]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lexiseg.errors import LexisegError
-from lexiseg.labelling.record import Attempt, Entry, Picture, Record, file_state
+from lexiseg.labelling.record import FOLDER, Attempt, Entry, Picture, Record, file_state
 from lexiseg.segmenter import Segmenter
 
 if TYPE_CHECKING:
@@ -40,6 +40,8 @@ class Wanted:
         window: as in `lexiseg.segmenter.Segmenter.predict`.
         batch_size: likewise.
         background: likewise.
+        instances: as in `lexiseg.segmentation.Segmentation.save`.
+        font: likewise.
     """
 
     vocabulary: Vocabulary
@@ -47,6 +49,8 @@ class Wanted:
     window: WindowPolicy | None = None
     batch_size: int = 4
     background: BackgroundSource = None
+    instances: tuple[str, ...] = ()
+    font: str | None = None
 
 
 class Labeller:
@@ -89,8 +93,11 @@ class Labeller:
                 continue
             if result.name != picture.name:
                 result = replace(result, name=picture.name)
-            files = result.save(self.output, picture.stem, wanted.kinds)
-            names = {kind: file.name for kind, file in files.items()}
+            files: dict[str, Path] = {}
+            for kind in wanted.kinds:
+                folder = self.output / FOLDER / "coco" if kind == "coco" else self.output
+                files |= result.save(folder, picture.stem, (kind,), instances=wanted.instances, font=wanted.font)
+            names = {kind: file.relative_to(self.output).as_posix() for kind, file in files.items()}
             yield _entry(picture, result, names, states[picture.image])
 
     def label_shard(self, record: Record, number: int, pictures: Sequence[Picture]) -> Iterator[Entry]:
@@ -129,10 +136,10 @@ class Labeller:
 
 def _entry(picture: Picture, result: Segmentation, files: dict[str, str], state: tuple[int, int]) -> Entry:
     rows: list[dict[str, Any]] = [
-        {"class": row.name, "seen": row.seen, "share": row.share, "score": row.score} for row in result.table()
+        {"class": row.name, "seen": row.seen, "fraction": row.fraction, "score": row.score} for row in result.table()
     ]
-    share = result.num_ignored / result.label_map.numel()
-    return Entry(picture.image, picture.stem, files=files, size=result.size, ignored=share, classes=rows, state=state)
+    ignored = result.num_ignored / result.label_map.numel()
+    return Entry(picture.image, picture.stem, files=files, size=result.size, ignored=ignored, classes=rows, state=state)
 
 
 def label_all(labeller: Labeller, record: Record, shards: Mapping[int, Sequence[Picture]]) -> Iterator[Entry]:

@@ -179,7 +179,7 @@ def test_real_json_is_all_there_is_on_stdout(tmp_path: Path, tiny_model: Path, p
     assert result.returncode == 0, result.stderr
     entry = json.loads(result.stdout)["images"][0]
     assert {row["class"] for row in entry["classes"]} == {"dog", "grass", "giraffe"}
-    assert sum(row["share"] for row in entry["classes"]) == pytest.approx(1)
+    assert sum(row["fraction"] for row in entry["classes"]) == pytest.approx(1)
     assert [row["seen"] for row in sorted(entry["classes"], key=lambda row: row["class"])] == [True, False, True]
     assert set(entry["files"]) == {"overlay", "labels", "coco"}
     assert all((tmp_path / path).is_file() for path in entry["files"].values())
@@ -283,10 +283,10 @@ def test_predict_options(call: Call, tiny_model: Path, picture: Path) -> None:
     code, out, err = call("predict", picture, WORDS, *options, *windows, "--template", "paper", "--background", "0.99")
     assert code == 0, err
     entry = json.loads(out)["images"][0]
-    assert sum(row["share"] for row in entry["classes"]) == 0
+    assert sum(row["fraction"] for row in entry["classes"]) == 0
     assert call("predict", picture, WORDS, *options, "--dtype", "bf16")[0] == 0
-    assert_sentence(*call("predict", picture, WORDS, *options, "--window", 16, "--stride", 17), "--stride of 17")
-    assert_sentence(*call("predict", picture, WORDS, *options, "--stride", 17), "--window")
+    assert_sentence(*call("predict", picture, WORDS, *options, "--window", 16, "--stride", 17), "stride of 17")
+    assert_sentence(*call("predict", picture, WORDS, *options, "--stride", 17), "window's side")
     assert_sentence(*call("predict", picture, WORDS, *options, "--window", -5), "--window", "equal to 0")
     assert_sentence(*call("predict", picture, WORDS, *options, "--window", 16, "--stride", 0), "--stride", "equal to 1")
     assert_sentence(*call("predict", picture, WORDS, *options, "--template", "no place"), "no place")

@@ -148,12 +148,12 @@ def test_attempts_do_not_write_into_each_other(tmp_path: Path) -> None:
     record = Record(tmp_path)
     record.begin(SETTINGS, resume=False)
     first, second = record.open_shard(3), record.open_shard(3)
-    entry = Entry("/a.png", "a", files={"labels": "a.png"}, size=(2, 3), classes=({"class": "dog", "share": 1.0},))
+    entry = Entry("/a.png", "a", files={"labels": "a.png"}, size=(2, 3), classes=({"class": "dog", "fraction": 1.0},))
     first.finish(entry)
     second.finish(replace(entry, image="/b.png", stem="b"))
     third = record.open_shard(3)
     assert third.number == 3 and set(third.done) == {"/a.png", "/b.png"}
-    assert third.done["/a.png"] == replace(entry, classes=[{"class": "dog", "share": 1.0}])
+    assert third.done["/a.png"] == replace(entry, classes=[{"class": "dog", "fraction": 1.0}])
     third.close(["/a.png", "/b.png"])
     assert [path.name for path in record.folder.iterdir() if path.name != "run.json"] == ["000003.jsonl"]
     first.finish(entry)  # somebody thought to be dead goes on; nobody reads it

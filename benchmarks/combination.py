@@ -70,7 +70,7 @@ def costs(runs: Path, seed: int, repeats: int) -> dict[str, dict[str, float]]:
     models: dict[str, SegmentationModel] = {
         "zegclip": parts.zegclip,
         "second look alone": second_look_of(parts.zegclip, distances=()),
-        "smoothing alone": second_look_of(parts.zegclip, second_look=False),
+        "smoothing alone": second_look_of(parts.zegclip, half_patch_shift=False),
         COMBINATION: parts.second,
     }
     for side in (144, 160):
@@ -90,7 +90,7 @@ def costs(runs: Path, seed: int, repeats: int) -> dict[str, dict[str, float]]:
         if isinstance(segmenter.model, SecondLook):
             # Multiply-adds that no matrix product does: nine a pass, a word and a cell.
             cells = pixels.shape[-2] * pixels.shape[-1] * CELLS**2 // segmenter.model.patch_size**2
-            macs += 9 * len(segmenter.model.options.distances) * len(parts.text) * cells
+            macs += 9 * len(segmenter.model.options.smoothing_distances) * len(parts.text) * cells
         result[name] = {"gmac": macs / 1e9, "time": times[name]["cpu ratio"], "cpu_seconds": times[name]["cpu seconds"]}
     return result
 

@@ -28,7 +28,7 @@ COMBINATION = "second look and smoothing"
 
 def second_look_of(model: ZegCLIP, **options: Any) -> SecondLook:
     """The second look of a trained ZegCLIP, with its weights."""
-    given = {**model.options.model_dump(exclude={"decoder_dim", "project_memory"}), **options}
+    given = {**model.options.model_dump(), **options}
     result = SecondLook(model.clip, cast(Any, SecondLook.parse_options(given)), model.seen_names)
     result.load_state_dict(model.state_dict())
     return result.eval()

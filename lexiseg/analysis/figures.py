@@ -19,7 +19,7 @@ from lexiseg.analysis.towers import Blocks, has_own_clip, learnt_in_tower, plain
 from lexiseg.errors import LexisegError
 from lexiseg.images import image_name, read_image
 from lexiseg.models import CascadeCLIP, SegmentationModel
-from lexiseg.models.levels import WeightedSum, format_groups
+from lexiseg.models.cascade_clip import WeightedSum, format_groups
 from lexiseg.segmenter import Segmenter
 from lexiseg.vocabulary import VocabularySource
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from lexiseg.clip.image import ImageTokens, ImageTower
 from lexiseg.models import SegmentationModel
 from lexiseg.models.decoupled import DecoupledModel
-from lexiseg.models.one_stage import OneStageModel
 from lexiseg.models.region_base import RegionModel
+from lexiseg.models.zegclip import ZegCLIP
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def system_blocks(model: SegmentationModel, images: Tensor) -> Blocks:
     Raises:
         LexisegError: the image tower is no vision transformer.
     """
-    if isinstance(model, OneStageModel):
+    if isinstance(model, ZegCLIP):
         tower = model.clip.image_tower
         return _blocks(model.run_tower(model.fit_to_patches(images), levels=range(tower.num_blocks)), tower)
     student = _student(model)
@@ -59,7 +59,7 @@ def system_blocks(model: SegmentationModel, images: Tensor) -> Blocks:
 
 def learnt_in_tower(model: SegmentationModel) -> bool:
     """Whether the system learns something that acts inside the image tower, so that its blocks differ from CLIP's."""
-    prompted = isinstance(model, OneStageModel) and model.backbone != "fixed"
+    prompted = isinstance(model, ZegCLIP) and model.options.backbone != "fixed"
     return prompted or _student(model) is not None
 
 

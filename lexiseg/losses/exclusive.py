@@ -21,7 +21,7 @@ def exclusive_losses(
     """Cross entropy of the softmax over classes, and dice of the same probabilities.
 
     The cross entropy is the mean over labelled pixels of the batch. The dice term is that of
-    `lexiseg.losses.mask_losses` with the softmax for the sigmoid, on labelled pixels.
+    `lexiseg.losses.masks.mask_losses` with the softmax for the sigmoid, on labelled pixels.
 
     Args:
         logits: (B, C, h, w); upsampled bilinearly to the labels' size.

@@ -3,70 +3,26 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lexiseg.clip.model import CLIP
 from lexiseg.clip.text import TextEmbedder
 from lexiseg.errors import LexisegError
+from lexiseg.models.options import Deviations as Deviations
+from lexiseg.models.options import LossWeight as LossWeight
+from lexiseg.models.options import ModelOptions, parse_options
+from lexiseg.models.options import Pixels as Pixels
+from lexiseg.models.options import Triple as Triple
+from lexiseg.models.options import WindowOptions as WindowOptions
 from lexiseg.scores import Scores
 from lexiseg.vocabulary import SINGLE_TEMPLATE, Vocabulary
 from lexiseg.windows import WindowPolicy
-
-_Deviation = Annotated[float, Field(gt=0)]
-Triple = tuple[float, float, float]
-Deviations = tuple[_Deviation, _Deviation, _Deviation]
-LossWeight = Annotated[float, Field(ge=0)]
-Pixels = Annotated[int, Field(ge=1)]
-
-
-class ModelOptions(BaseModel):
-    """Options of a system: immutable; an unknown key, or a number that is not finite, is an error that names it."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-class WindowOptions(ModelOptions):
-    """Options of a system that say how it is run over a picture.
-
-    Attributes:
-        window_size: side of the sliding window at prediction; None runs whole pictures.
-        window_stride: its stride; 0 is the window's side.
-        short_side: the length pictures' shorter side is resized to at prediction; None keeps it.
-    """
-
-    window_size: Pixels | None = None
-    window_stride: Annotated[int, Field(ge=0)] = 0
-    short_side: Pixels | None = None
-
-    @model_validator(mode="after")
-    def _check_stride(self) -> WindowOptions:
-        if self.window_size is not None and self.window_stride > self.window_size:
-            raise ValueError(
-                f"a window_stride of {self.window_stride} leaves pixels between windows of {self.window_size} out; use "
-                f"1 to {self.window_size}"
-            )
-        return self
-
-
-def _as_written(loc: Sequence[str | int], options: object) -> list[str]:
-    """The keys of a location of pydantic that are there in the options, without its names of a union's members."""
-    written: list[str] = []
-    for part in loc:
-        if isinstance(options, Mapping) and part in options:
-            options = options[part]
-        elif isinstance(options, list | tuple) and isinstance(part, int):
-            options = options[part] if part < len(options) else None
-        else:
-            continue
-        written.append(str(part))
-    return written
 
 
 @dataclass(frozen=True)
@@ -112,35 +68,13 @@ class SegmentationModel(nn.Module, ABC):
 
     @classmethod
     def build(cls, clip: CLIP, options: dict[str, Any] | None = None, **fields: Any) -> SegmentationModel:
-        """Build the system with options given as a plain dict.
-
-        Raises:
-            LexisegError: an option is unknown or has a wrong value; the sentence names it.
-        """
+        """Build the system with options given as a plain dict; a wrong one is a `LexisegError` that names it."""
         return cls(clip, cls.parse_options(options or {}), **fields)
 
     @classmethod
     def parse_options(cls, options: dict[str, Any]) -> ModelOptions:
-        """Check options given as a plain dict.
-
-        Raises:
-            LexisegError: an option is unknown or has a wrong value; the sentence names it.
-        """
-        try:
-            return cls.options_class(**options)
-        except ValidationError as error:
-            problems = error.errors()
-            # Of a value that may have several forms each form complains; the one that got furthest is what was meant.
-            same = [problem for problem in problems if problem["loc"][:1] == problems[0]["loc"][:1]]
-            first = max(same, key=lambda problem: len(_as_written(problem["loc"], options)))
-            name = ".".join(_as_written(first["loc"], options))
-            if first["type"] == "extra_forbidden":
-                known = ", ".join(cls.options_class.model_fields)
-                raise LexisegError(f"{cls.system} has no option '{name}'; it knows {known}.") from error
-            message = first["msg"].removeprefix("Value error, ")
-            if not name:  # a check of several options together, which its own sentence names
-                raise LexisegError(f"The options of {cls.system} do not fit each other: {message}.") from error
-            raise LexisegError(f"The option '{name}' of {cls.system} is wrong: {message}.") from error
+        """Check options given as a plain dict; a wrong one is a `LexisegError` that names it."""
+        return parse_options(cls.system, cls.options_class, options)
 
     @property
     def mean(self) -> tuple[float, float, float]:
@@ -161,6 +95,11 @@ class SegmentationModel(nn.Module, ABC):
     def patch_size(self) -> int:
         """Side of a patch in pixels."""
         return self.clip.patch_size
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.clip.device
 
     def fit_to_patches(self, images: Tensor) -> Tensor:
         """Resize images (B, 3, H, W) bilinearly so that both sides are multiples of the patch size, at least one."""
@@ -275,8 +214,3 @@ class SegmentationModel(nn.Module, ABC):
         """Count parameters, all or only those that training changes."""
         pairs = self.trainable_parameters() if trainable else self.named_parameters()
         return sum(parameter.numel() for _, parameter in pairs)
-
-    @property
-    def device(self) -> torch.device:
-        """Where the weights are."""
-        return self.clip.device

@@ -1,74 +1,122 @@
 """Cascade-CLIP: groups of blocks of the image tower are matched with the words by decoders of their own, and added.
 
 Li et al., "Cascade-CLIP: Cascaded Vision-Language Embeddings Alignment for Zero-Shot Semantic Segmentation", ICML 2024.
-The mechanism is general: any host (ZegCLIP's prompted tower, a frozen or fine-tuned one, SPT-SEG's), any groups. The
-blocks' features are unit vectors made by a norm and a projection each, except the last block's, which is CLIP's own
-final feature; a group's features are joined (`lexiseg.models.levels`), and the groups' mask logits summed (Eq. 2).
+Everything but the groups is that of the system it is built on: ZegCLIP, prompted, frozen or fine-tuned, or SPT-SEG.
+The blocks' features are unit vectors made by a norm and a projection each, except the last block's, which is CLIP's own
+final feature; a group's features are joined (neighborhood Gaussian aggregation, Eq. 4), each group has a decoder, and
+their mask logits are summed (Eq. 2).
 
-The two comparisons of the paper's Table 7 are groups too: "{12},{12},{12}" gives several decoders the last layer, and
-"{6-12},{6-12},{6-12}" with the aggregation "sum" gives each the direct fusion of all layers.
+The paper's comparisons are groups too. Table 7: "{12},{12},{12}" gives several decoders the last layer, and
+"{6-12},{6-12},{6-12}" with the aggregation "sum" gives each the direct fusion of all layers. Table 1 and Fig. 2b, one
+decoder on fused layers: "{6-12}" with "concat", as in SegFormer, which the paper names as the model for it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable
+from itertools import pairwise
 from typing import Annotated, Any, ClassVar, Literal, cast
 
+import torch
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from lexiseg.clip.image import ImageTokens
 from lexiseg.clip.model import CLIP
 from lexiseg.errors import LexisegError
-from lexiseg.models.base import ImageFeatures, ModelOptions
-from lexiseg.models.levels import (
-    Aggregation,
-    Groups,
-    LevelProjection,
-    LevelProjections,
-    aggregate,
-    build_aggregation,
-    check_groups,
-    format_groups,
-    parse_groups,
-)
-from lexiseg.models.one_stage import Decoder, Head, OneStageModel
-from lexiseg.models.one_stage_options import Backbone, OneStageOptions
-from lexiseg.models.spectral import SpectralOptions
+from lexiseg.models.base import ImageFeatures
+from lexiseg.models.clip_similarity import patch_directions
+from lexiseg.models.mask_decoder import MaskDecoder, unit
+from lexiseg.models.options import Count, ModelOptions
+from lexiseg.models.spt_seg import SPTSeg, SPTSegOptions
+from lexiseg.models.zegclip import Head, ZegCLIP
 
-Host = Literal["zegclip", "frozen", "finetune", "spt-seg"]
-_BACKBONES: dict[Host, Backbone] = {
-    "zegclip": "prompt",
-    "frozen": "fixed",
-    "finetune": "finetune",
-    "spt-seg": "prompt",
-}
-
-
+Groups = tuple[tuple[int, ...], ...]
+Aggregation = Literal["nga", "nga-fixed", "nga-printed", "sum", "trainable-sum", "concat", "self-attention"]
+LevelProjection = Literal["released", "clip", "trained"]
 _FIXED = ("nga-fixed", "sum")  # sums whose weights do not train
 
 
-class CascadeCLIPOptions(SpectralOptions, OneStageOptions):
-    """Options of `CascadeCLIP`: its own, those of `OneStageOptions`, and with the host "spt-seg" `SpectralOptions`.
+def parse_groups(text: str | Iterable[Iterable[int]]) -> Groups:
+    """Read groups of blocks, counted from 1 as in the paper.
+
+    Args:
+        text: such as ``"{6-8},{9-11},{12}"``, or lists of numbers. A group may also name its blocks: ``"{6,8,11}"``.
+
+    Raises:
+        ValueError: it is not of that form, a group is empty, or the blocks of a group do not rise.
+    """
+    if isinstance(text, str):
+        if not re.fullmatch(r"\s*(\{[\d\s,-]*\}\s*)(,\s*\{[\d\s,-]*\}\s*)*", text):
+            raise ValueError(f"'{text}' names no groups of blocks; write them like {{6-8}},{{9-11}},{{12}}")
+        groups = [_parse_group(part) for part in re.findall(r"\{([^}]*)\}", text)]
+    else:
+        groups = [tuple(int(block) for block in group) for group in text]
+    if not groups:
+        raise ValueError("there is not a group of blocks; write them like {6-8},{9-11},{12}")
+    for group in groups:
+        if not group or group[0] < 1 or any(b <= a for a, b in pairwise(group)):
+            raise ValueError(f"the group {list(group)} must hold rising block numbers, counted from 1")
+    return tuple(groups)
+
+
+def _parse_group(text: str) -> tuple[int, ...]:
+    blocks: list[int] = []
+    for part in text.split(","):
+        span = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
+        if span is None:
+            raise ValueError(f"'{{{text}}}' is not a group of blocks; write it like {{6-8}} or {{6,7,8}}")
+        first, last = int(span[1]), int(span[2] or span[1])
+        if last - first >= 1000:
+            raise ValueError(f"'{{{text}}}' has more blocks than any tower")
+        blocks += range(first, last + 1) if first <= last else [first, last]  # a falling span is refused later
+    return tuple(blocks)
+
+
+def format_groups(groups: Groups) -> str:
+    """Write groups as `parse_groups` reads them, with spans where blocks follow each other."""
+
+    def write(group: tuple[int, ...]) -> str:
+        if len(group) > 1 and group[-1] - group[0] == len(group) - 1:
+            return f"{{{group[0]}-{group[-1]}}}"
+        return "{" + ",".join(str(block) for block in group) + "}"
+
+    return ",".join(write(group) for group in groups)
+
+
+class CascadeCLIPOptions(SPTSegOptions):
+    """Options of `CascadeCLIP`, with those of the system it is built on.
 
     Attributes:
-        host: what the cascade is built on (Table 10): "zegclip", a tower with deep prompts; "frozen", a fixed tower
-            without; "finetune", a tower that trains; "spt-seg", with spectral prompts, decoders and loss.
+        base: what the cascade is built on (Table 10): "zegclip", with the ``backbone`` "prompt", "fixed" (the paper's
+            frozen CLIP) or "finetune"; or "spt-seg", with spectral prompts, decoders and loss.
         groups: the groups of blocks, counted from 1, shallow to deep in each, one decoder a group (Tables 5, 6, 15).
         aggregation: how a group of several blocks is joined (Table 8), one word for all groups or a list of one each:
-            "nga", "nga-fixed", "sum", "trainable-sum", "concat", "self-attention".
+            "nga", "nga-fixed", "sum", "trainable-sum", "concat", "self-attention", and "nga-printed", with the initial
+            weights that Eq. 4 prints, see `WeightedSum`.
+        aggregate: what is joined: "projected", each block's features after its norm and projection, as in the authors'
+            code; "raw", the tokens as the blocks leave them, as in Eq. 4, with one norm and projection a group behind.
         sigma: width of the Gaussian of "nga" (Table 16 compares 0.8, 1 and 1.2).
         text_projection: "independent" projects the words for each decoder, "shared" once for all (Table 9).
         level_projection: norm and projection of intermediate blocks. "released": random and frozen, as in the authors'
             code; "clip": copies of CLIP's final ones, frozen; "trained": such copies, trained.
+        predict_with: the decoders, counted from 1, that are summed at prediction (Fig. 1 and 6); None is all.
     """
 
-    host: Host = "zegclip"
+    weights_depend_on = SPTSegOptions.weights_depend_on | {
+        *("base", "groups", "aggregation", "aggregate", "sigma", "text_projection", "level_projection"),
+    }
+
+    base: Literal["zegclip", "spt-seg"] = "zegclip"
     groups: str = "{6-8},{9-11},{12}"
     aggregation: Aggregation | tuple[Aggregation, ...] = "nga"
+    aggregate: Literal["projected", "raw"] = "projected"
     sigma: Annotated[float, Field(gt=0)] = 1.0
     text_projection: Literal["independent", "shared"] = "independent"
     level_projection: LevelProjection = "released"
+    predict_with: tuple[Count, ...] | None = None
 
     @field_validator("groups", mode="before")
     @classmethod
@@ -76,9 +124,14 @@ class CascadeCLIPOptions(SpectralOptions, OneStageOptions):
         return format_groups(parse_groups(value)) if isinstance(value, str | list | tuple) else value
 
     @model_validator(mode="after")
-    def _count_aggregations(self) -> CascadeCLIPOptions:
-        if not isinstance(self.aggregation, str) and len(self.aggregation) != len(self.blocks):
-            raise ValueError(f"{len(self.aggregation)} aggregations are given for {len(self.blocks)} groups")
+    def _count_groups(self) -> CascadeCLIPOptions:
+        count, chosen = len(self.blocks), self.predict_with
+        if not isinstance(self.aggregation, str) and len(self.aggregation) != count:
+            raise ValueError(f"{len(self.aggregation)} aggregations are given for {count} groups")
+        if chosen is not None and (not chosen or len(set(chosen)) < len(chosen) or max(chosen) > count):
+            raise ValueError(
+                f"predict_with is {list(chosen)}; name one or more of the decoders 1 to {count}, each once"
+            )
         return self
 
     @property
@@ -92,8 +145,121 @@ class CascadeCLIPOptions(SpectralOptions, OneStageOptions):
         return (self.aggregation,) * len(self.blocks) if isinstance(self.aggregation, str) else self.aggregation
 
 
-class CascadeCLIP(OneStageModel):
-    """Cascade-CLIP on any host.
+class LevelProjections(nn.Module):
+    """Norms and projections of intermediate blocks: patches of width W become unit vectors of width D.
+
+    Args:
+        count: how many.
+        norm: CLIP's final norm.
+        proj: CLIP's projection (W, D).
+        init: "released": norms of weight one and random projections N(0, 1) / sqrt(W), which the released code draws
+            once and never trains, so that they must come from the checkpoint. "clip" and "trained": copies of CLIP's
+            final norm and projection; whether they train is the system's business.
+    """
+
+    def __init__(self, count: int, norm: nn.LayerNorm, proj: Tensor, init: LevelProjection) -> None:
+        super().__init__()
+        width, dim = proj.shape
+        self.norms = nn.ModuleList(nn.LayerNorm(width, eps=1e-5) for _ in range(count))
+        self.projections = nn.Parameter(torch.randn(count, width, dim) * width**-0.5)
+        if init != "released":
+            for level in self.norms:
+                level.load_state_dict(norm.state_dict())
+            self.projections.data.copy_(proj.detach().expand_as(self.projections))
+
+    def forward(self, index: int, patches: Tensor) -> Tensor:
+        """Unit vectors (B, N, D) of patches (B, N, W) by the norm and projection ``index``."""
+        return unit(self.norms[index](patches) @ self.projections[index])
+
+
+class WeightedSum(nn.Module):
+    """Z = sum of w_l f_l over the blocks of a group, without dividing by anything.
+
+    Neighborhood Gaussian aggregation (Eq. 4) starts from w_l = exp(-(d - l)^2 / (2 sigma^2)) for the l-th of d blocks:
+    0.135, 0.607, 1 for three, as in the code and in Tables 16 and 17. The paper prints d - l + 1 in the exponent, which
+    makes them 0.011, 0.135, 0.607.
+
+    Args:
+        count: d.
+        sigma: width of the Gaussian in blocks; None starts from ones.
+        nearest: distance of the last block, 0 or, as printed, 1.
+    """
+
+    def __init__(self, count: int, sigma: float | None, nearest: int = 0) -> None:
+        super().__init__()
+        distance = torch.arange(count - 1 + nearest, nearest - 1, -1, dtype=torch.float32)
+        weights = torch.ones(count) if sigma is None else torch.exp(-0.5 * (distance / sigma) ** 2)
+        self.weights = nn.Parameter(weights)
+
+    def forward(self, levels: list[Tensor]) -> Tensor:
+        """Join levels (B, N, D) into one (B, N, D)."""
+        weights = self.weights.to(levels[0].dtype).unbind()
+        result = levels[0] * weights[0]
+        for level, weight in zip(levels[1:], weights[1:], strict=True):
+            result = torch.addcmul(result, level, weight)
+        return result
+
+
+class Concatenation(nn.Module):
+    """The blocks' features side by side, mapped back to D by a linear layer (Table 8, "Concat").
+
+    Args:
+        count: blocks of the group.
+        dim: D.
+    """
+
+    def __init__(self, count: int, dim: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(count * dim, dim)
+
+    def forward(self, levels: list[Tensor]) -> Tensor:
+        """Join levels (B, N, D) into one (B, N, D)."""
+        return self.proj(torch.cat(levels, dim=-1))
+
+
+class LevelAttention(nn.Module):
+    """Self-attention among a patch's features from the blocks of a group, summed (Table 8).
+
+    The paper names this comparison and does not describe it. Here the d features of one patch attend to each other
+    with learnt maps, and their outputs are added to them and summed.
+
+    Args:
+        dim: D.
+        num_heads: attention heads.
+    """
+
+    def __init__(self, dim: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.inputs, self.out = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+
+    def forward(self, levels: list[Tensor]) -> Tensor:
+        """Join levels (B, N, D) into one (B, N, D)."""
+        x = torch.stack(levels, dim=2)
+        batch, count, depth, dim = x.shape
+        parts = self.inputs(x).reshape(batch * count, depth, 3, self.num_heads, dim // self.num_heads)
+        query, key, value = parts.permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).reshape(x.shape)
+        return (x + self.out(mixed)).sum(dim=2)
+
+
+def build_aggregation(kind: Aggregation, count: int, dim: int, *, sigma: float, num_heads: int) -> nn.Module:
+    """Make the module that joins ``count`` levels of width ``dim``; of one level, it gives that one back."""
+    if count == 1:
+        return nn.Identity()
+    if kind == "concat":
+        return Concatenation(count, dim)
+    if kind == "self-attention":
+        return LevelAttention(dim, num_heads)
+    return WeightedSum(count, sigma if kind.startswith("nga") else None, nearest=int(kind == "nga-printed"))
+
+
+class CascadeCLIP(ZegCLIP):
+    """Cascade-CLIP.
+
+    Features hold ``cls`` (B, D), the final class embedding, and the joined patches of each group, ``group_0``
+    (B, h, w, D) and so on. The paper's figure suggests a descriptor for each stage; its code, and this one, take the
+    final class embedding for all.
 
     Args:
         clip: the towers.
@@ -101,95 +267,130 @@ class CascadeCLIP(OneStageModel):
         seen_names: classes that had masks in training.
 
     Raises:
-        LexisegError: the options do not fit the tower, or the start "matching" has nothing to compare.
+        LexisegError: the options do not fit the tower, or the init "clip-similarity" has nothing to compare.
     """
 
     system: ClassVar[str] = "cascade-clip"
     options_class: ClassVar[type[ModelOptions]] = CascadeCLIPOptions
     options: CascadeCLIPOptions
 
-    def __init__(self, clip: CLIP, options: CascadeCLIPOptions | None = None, seen_names: Sequence[str] = ()) -> None:
-        options = options or CascadeCLIPOptions()
-        spectral = options if options.host == "spt-seg" else None
-        super().__init__(clip, options, seen_names, backbone=_BACKBONES[options.host], spectral=spectral)
-        last = clip.image_tower.num_blocks
-        check_groups(options.blocks, last)
-        self._last = last
-        blocks = sorted({block - 1 for group in options.blocks for block in group} - {last - 1})
-        visual = clip.visual
+    def __new__(cls, clip: CLIP | None = None, options: CascadeCLIPOptions | None = None, *_: Any, **__: Any) -> Any:
+        """Choose the class that stands on what the options name as the base."""
+        on_spt = cls is CascadeCLIP and options is not None and options.base == "spt-seg"
+        return super().__new__(CascadeOnSPT if on_spt else cls)
+
+    def build_heads(self) -> None:
+        """Make the groups' norms, projections, aggregations and heads."""
+        options, clip = self.options, self.clip
+        self.last = clip.image_tower.num_blocks
+        beyond = max(block for group in options.blocks for block in group)
+        if beyond > self.last:
+            raise LexisegError(
+                f"The groups {options.groups} name block {beyond}, but the image tower has {self.last} blocks; set "
+                "groups to blocks it has."
+            )
+        raw = options.aggregate == "raw"
+        self.level_blocks = tuple(sorted({block - 1 for group in options.blocks for block in group} - {self.last - 1}))
+        self.joined_groups = tuple(i for i, group in enumerate(options.blocks) if group != (self.last,))
+        count = len(self.joined_groups if raw else self.level_blocks)
+        width, visual = clip.image_tower.width if raw else clip.embed_dim, clip.visual
         self.levels: LevelProjections | None = None
-        if blocks:
-            self.levels = LevelProjections(blocks, visual.ln_post, visual.proj, options.level_projection)
+        if count:
+            self.levels = LevelProjections(count, visual.ln_post, visual.proj, options.level_projection)
         self.aggregations = nn.ModuleList(
-            build_aggregation(kind, len(group), clip.embed_dim, sigma=options.sigma, num_heads=options.decoder_heads)
+            build_aggregation(kind, len(group), width, sigma=options.sigma, num_heads=options.decoder_heads)
             for kind, group in zip(options.aggregations, options.blocks, strict=True)
         )
-        parts = [self.build_head() for _ in options.blocks]
-        shared = options.text_projection == "shared"
-        self.query_projs = nn.ModuleList([parts[0][0]] if shared else [query_proj for query_proj, _ in parts])
-        self.decoders = nn.ModuleList(decoder for _, decoder in parts)
-        if options.start == "matching":
-            self.start_as_matching(self._loudest())
-        self.set_trainable()
+        projections = 1 if options.text_projection == "shared" else len(options.blocks)
+        self.query_projs = nn.ModuleList(self.build_query_proj() for _ in range(projections))
+        self.decoders = nn.ModuleList(self.build_decoder() for _ in options.blocks)
 
-    def _loudest(self) -> int:
-        """The group that a matching start compares with the words: the deepest, and the last of those."""
-        groups = self.options.blocks
+    def init_from_clip_similarity(self) -> None:
+        """Let the deepest group start from CLIP's own comparison of patches and words, and the others from zero."""
+        loud, basis = self._deepest(), patch_directions(self.clip.visual.proj)
+        for index, head in enumerate(self.heads()):
+            self.init_head(head, basis, silent=index != loud)
+
+    def _deepest(self) -> int:
+        """The deepest group, and the last of those, if CLIP's comparison makes sense there."""
+        options, groups = self.options, self.options.blocks
         index = max(range(len(groups)), key=lambda i: (groups[i][-1], -len(groups[i]), i))
-        if groups[index][-1] != self._last and self.options.level_projection == "released":
+        if groups[index][-1] != self.last and options.level_projection == "released":
             raise LexisegError(
-                f"start 'matching' compares patches with words, but no group of {self.options.groups} has the last "
+                f"init 'clip-similarity' compares patches with words, but no group of {options.groups} has the last "
                 "block and the projections of the others are random; set level_projection to 'clip'."
             )
-        if self.options.aggregations[index] in ("concat", "self-attention") and len(groups[index]) > 1:
+        if options.aggregations[index] in ("concat", "self-attention") and len(groups[index]) > 1:
             raise LexisegError(
-                f"start 'matching' compares patches with words, which the aggregation "
-                f"'{self.options.aggregations[index]}' of the deepest group changes; put the last block in a group of "
-                "its own."
+                f"init 'clip-similarity' compares patches with words, which the aggregation "
+                f"'{options.aggregations[index]}' of the deepest group changes; put the last block in a group of its "
+                "own."
             )
         return index
 
     def frozen_names(self) -> tuple[str, ...]:
         """The level projections unless they train, and the weights of fixed sums."""
-        frozen = super().frozen_names() + (() if self.options.level_projection == "trained" else ("levels.",))
+        levels = () if self.options.level_projection == "trained" else ("levels.",)
         fixed = (f"aggregations.{i}." for i, kind in enumerate(self.options.aggregations) if kind in _FIXED)
-        return (*frozen, *fixed)
+        return (*super().frozen_names(), *levels, *fixed)
 
-    def heads(self) -> list[Head]:
-        """One decoder a group."""
-        projs = list(self.query_projs) * (len(self.decoders) if len(self.query_projs) == 1 else 1)
-        pairs = zip(projs, self.decoders, strict=True)
-        return [Head(cast(nn.Linear, proj), cast(Decoder, decoder)) for proj, decoder in pairs]
+    def level_patches(self, result: ImageTokens, block: int) -> Tensor:
+        """The patches (B, N, W) that a block (0-based) left."""
+        tokens = result.tokens if block == self.last - 1 else result.levels[block]
+        return tokens[:, -result.num_patches :]
 
-    @property
-    def level_blocks(self) -> tuple[int, ...]:
-        """The intermediate blocks (0-based) that are in a group."""
-        return () if self.levels is None else self.levels.blocks
+    def project_level(self, index: int, patches: Tensor) -> Tensor:
+        """Unit vectors (B, N, D) of patches (B, N, W), by the norm and projection ``index``.
+
+        The prompts' norm comes first, the same one at every block. The class tokens of these blocks are not needed:
+        every decoder's queries are made with the final one, as in the authors' code.
+        """
+        assert self.levels is not None
+        projected: Tensor = self.levels(index, patches if self.prompts is None else self.prompts.norm(patches))
+        return projected
 
     def level_features(self, result: ImageTokens) -> dict[int, Tensor]:
-        """Unit vectors (B, N, D) of the patches that each of the `level_blocks` left.
+        """Unit vectors (B, N, D) of the patches that each of the `level_blocks` left, where those are joined."""
+        return {
+            block: self.project_level(index, self.level_patches(result, block))
+            for index, block in enumerate(self.level_blocks)
+        }
 
-        Prompts' norm comes first, the same one at every block. The class tokens of these blocks are not needed: every
-        decoder's queries are made with the final one, as in the authors' code.
-        """
-        features: dict[int, Tensor] = {}
-        if self.levels is not None:
-            for index, block in enumerate(self.levels.blocks):
-                patches = result.levels[block][:, -result.num_patches :]
-                if self.prompts is not None:
-                    patches = self.prompts.norm(patches)
-                features[block] = self.levels(index, patches)
-        return features
+    def encode_images(self, images: Tensor) -> ImageFeatures:
+        """Run the image tower and join each group; see `SegmentationModel.encode_images`."""
+        result = self.run_tower(self.fit_to_patches(images), levels=self.level_blocks)
+        cls, final = self.finish(result)
+        raw = self.options.aggregate == "raw"
+        features = {} if raw else self.level_features(result)
+        values = {"cls": cls}
+        for index, (join, group) in enumerate(zip(self.aggregations, self.options.blocks, strict=True)):
+            if raw:
+                levels = [self.level_patches(result, block - 1) for block in group]
+            else:
+                levels = [final if block == self.last else features[block - 1] for block in group]
+            joined = levels[0] if len(levels) == 1 else join(levels)
+            if raw:
+                own = index in self.joined_groups
+                joined = self.project_level(self.joined_groups.index(index), joined) if own else final
+            values[f"group_{index}"] = joined.unflatten(1, result.grid)
+        return ImageFeatures((int(images.shape[-2]), int(images.shape[-1])), values)
 
-    def collect(self, result: ImageTokens, patches: Tensor) -> dict[str, Tensor]:
-        """The joined patches of each group, ``group_0`` (B, h, w, D) and so on."""
-        features = {**self.level_features(result), self._last - 1: patches}
-        joined = {}
-        for index, (module, group) in enumerate(zip(self.aggregations, self.options.blocks, strict=True)):
-            levels = [features[block - 1] for block in group]
-            joined[f"group_{index}"] = aggregate(module, levels).unflatten(1, result.grid)
-        return joined
+    def summed(self) -> list[int]:
+        """The decoders that are summed, counted from 0: in training all of them."""
+        chosen = None if self.training else self.options.predict_with
+        return list(range(len(self.decoders))) if chosen is None else [number - 1 for number in chosen]
+
+    def heads(self) -> list[Head]:
+        """One decoder a group, of those that are `summed`."""
+        projs = list(self.query_projs) * (len(self.decoders) if len(self.query_projs) == 1 else 1)
+        return [Head(cast(nn.Linear, projs[i]), cast(MaskDecoder, self.decoders[i])) for i in self.summed()]
 
     def memories(self, features: ImageFeatures) -> list[Tensor]:
         """Each decoder sees its group."""
-        return [features.values[f"group_{index}"] for index in range(len(self.decoders))]
+        return [features.values[f"group_{index}"] for index in self.summed()]
+
+
+class CascadeOnSPT(CascadeCLIP, SPTSeg):
+    """Cascade-CLIP whose prompts, decoders and losses are SPT-SEG's."""
+
+    options: CascadeCLIPOptions

@@ -16,7 +16,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lexiseg.models.base import WindowOptions
+from lexiseg.models.options import WindowOptions
 
 _CLASSES_AT_ONCE = 32
 _ROWS_AT_ONCE = 4

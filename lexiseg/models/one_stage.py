@@ -1,151 +1,119 @@
-"""What the one-stage systems share: a CLIP tower with prompts, class queries, decoders, and a grid of mask logits.
+"""What the one-stage systems share: a place is a patch, and mask logits on the grid of patches are scores and losses.
 
-A place is a patch. The tower runs once (`lexiseg.models.one_stage_tower`); one or more decoders, each with a projection
-of the queries of its own, turn patches and words into mask logits, which are summed. A system is a file that says which
-patches each decoder sees. Where the authors' code and the papers differ the code is followed, and said so at that
-line, because the published checkpoints need it.
+A system gives `SegmentationModel.encode_images` and `OneStageModel.grid_logits`. Where the authors' code and the papers
+differ the code is followed, and said so at that line, because the published checkpoints need it.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from dataclasses import dataclass
+from typing import ClassVar, Literal
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from lexiseg.errors import LexisegError
-from lexiseg.losses import (
-    exclusive_logits,
-    exclusive_losses,
-    mask_losses,
-    pixel_accuracy,
-    pseudo_labels,
-    ssim_loss,
-)
-from lexiseg.models.base import ImageFeatures
-from lexiseg.models.mask_decoder import DecoderTrace, MaskDecoder
-from lexiseg.models.one_stage_tower import OneStageTower
-from lexiseg.models.spectral_decoder import SpectralDecoder
+from lexiseg.losses.exclusive import exclusive_logits, exclusive_losses
+from lexiseg.losses.masks import MaskLosses, mask_losses, pixel_accuracy, pseudo_labels
+from lexiseg.models.base import ImageFeatures, SegmentationModel
+from lexiseg.models.options import Deviations, LossWeight, Pixels, Triple, WindowOptions
 from lexiseg.scores import GridScores
-
-_CLASS_CHUNK = 4096
-# Logits of the "matching" start are gain * cosine - offset: a cosine of 0.45 is undecided.
-_MATCHING_GAIN = 20.0
-_MATCHING_OFFSET = 9.0
-
-Decoder = MaskDecoder | SpectralDecoder
+from lexiseg.windows import WindowPolicy
 
 
-@dataclass(frozen=True)
-class Head:
-    """A decoder, and the linear map that makes its queries of descriptors or text."""
+class OneStageOptions(WindowOptions):
+    """Options of every one-stage system, with those of `WindowOptions`. The defaults are the papers', for any tower.
 
-    query_proj: nn.Linear
-    decoder: Decoder
+    Attributes:
+        seen_offset: subtracted from the score of classes seen in training; the released code uses 0.1, and 0 for
+            models trained transductively.
+        mask_size: side that masks of square images are upsampled to before the sigmoid (released: 512); None is the
+            images' own size, which is also what images of other shapes use.
+        mask_loss: "focal" judges each class by itself (ZegCLIP's non-mutually exclusive loss, Sec. 3.2): focal loss,
+            sigmoid. "cross-entropy" lets the classes exclude each other, as segmentation is usually trained and as
+            ZegCLIP's ablation has it: softmax over the classes, in the loss and in the scores; see
+            `lexiseg.losses.exclusive`.
+        mask_weight: factor on the mask loss (focal: Cascade-CLIP's Table 18 compares 10, 50, 100 and 150).
+        dice_weight: factor on the dice loss, or on what takes its place.
+        mean: mean of the images, RGB in 0..1; None is CLIP's. (Released: ImageNet's.)
+        std: standard deviation of the images, RGB in 0..1; None is CLIP's.
+        antialias: whether the resize before prediction smooths what it shrinks; the authors' (mmcv's) does not.
 
-
-class OneStageModel(OneStageTower):
-    """The one-stage systems: a tower, and heads whose mask logits are summed.
-
-    Shapes: images (B, 3, H, W) give h x w = N patches; text is (C, D); mask logits are (B, C, h, w). It is built as
-    `OneStageTower` says.
+    ``weights_depend_on`` names the options that must be the same in a training and in the one that it starts from.
     """
 
-    def build_head(self, dim: int | None = None) -> tuple[nn.Linear, Decoder]:
-        """Make the modules of a `Head`; ``dim`` is the decoder's width, None that of the joint embedding."""
-        options, embed_dim = self.options, self.clip.embed_dim
-        dim = dim or embed_dim
-        query_proj = nn.Linear((2 if options.descriptor else 1) * embed_dim, dim)
-        if self.spectral_options is not None:
-            return query_proj, SpectralDecoder(dim, options.decoder_layers, options.ffn_ratio, options.dropout)
-        decoder = MaskDecoder(dim, options.decoder_layers, options.decoder_heads, options.ffn_ratio, options.dropout)
-        return query_proj, decoder
+    weights_depend_on: ClassVar[frozenset[str]] = frozenset({"mean", "std"})
+
+    seen_offset: float = 0.1
+    mask_size: Pixels | None = None
+    mask_loss: Literal["focal", "cross-entropy"] = "focal"
+    mask_weight: LossWeight = 100.0
+    dice_weight: LossWeight = 1.0
+    mean: Triple | None = None
+    std: Deviations | None = None
+    antialias: bool = True
+
+
+class OneStageModel(SegmentationModel):
+    """A system that gives mask logits on a grid of patches.
+
+    Shapes: images (B, 3, H, W) give h x w patches; text is (C, D); mask logits are (B, C, h, w).
+    """
+
+    options: OneStageOptions
+
+    @property
+    def mean(self) -> Triple:
+        """Mean the images are normalised with, RGB in 0..1."""
+        return self.options.mean or self.clip.mean
+
+    @property
+    def std(self) -> Triple:
+        """Standard deviation the images are normalised with, RGB in 0..1."""
+        return self.options.std or self.clip.std
+
+    @property
+    def window(self) -> WindowPolicy:
+        """How to run it over a picture by default."""
+        options = self.options
+        stride = options.window_stride or options.window_size or 0
+        return WindowPolicy(options.window_size, stride, options.short_side, antialias=options.antialias)
 
     @abstractmethod
-    def heads(self) -> list[Head]:
-        """The decoders whose mask logits are summed."""
-
-    @abstractmethod
-    def memories(self, features: ImageFeatures) -> list[Tensor]:
-        """The patches (B, h, w, dim) that each of the `heads` sees."""
-
-    @torch.no_grad()
-    def start_as_matching(self, loud: int = 0) -> None:
-        """Let the head ``loud`` start from CLIP's own comparison of patches and words, and the others from zero."""
-        # Patches vary least along the direction that CLIP's projection amplifies least.
-        basis = torch.linalg.svd(self.clip.visual.proj.float(), full_matrices=True).Vh
-        for index, head in enumerate(self.heads()):
-            silent = index != loud
-            head.decoder.start_as_matching(head.query_proj, _MATCHING_GAIN, _MATCHING_OFFSET, basis, silent=silent)
-
-    def descriptor(self, cls: Tensor, text: Tensor) -> Tensor:
-        """Relationship descriptor [t * cls, t] of class embeddings (B, D) and text (C, D): (B, C, 2 D).
-
-        Source: ZegCLIP, Sec. 3.3. Cascade-CLIP's figure suggests a descriptor for each of its stages; its code, and
-        this one, take the final class embedding for all.
-        """
-        text = text.to(cls.dtype)[None]
-        return torch.cat([text * cls[:, None], text.expand(len(cls), -1, -1)], dim=-1)
-
-    def queries(self, cls: Tensor, text: Tensor) -> list[Tensor]:
-        """Class queries (B, C, dim) of each of the `heads`, of class embeddings (B, D) and text (C, D)."""
-        if self.options.descriptor:
-            inputs = self.descriptor(cls, text)
-            return [head.query_proj(inputs) for head in self.heads()]
-        inputs = text.to(cls.dtype)[None]
-        return [head.query_proj(inputs).expand(len(cls), -1, -1) for head in self.heads()]
-
-    def mask_logits(
-        self, features: ImageFeatures, text: Tensor, traces: list[list[DecoderTrace]] | None = None
-    ) -> Tensor:
-        """Mask logits (B, C, h, w) of classes ``text`` (C, D), before any resize.
-
-        Args:
-            features: from `encode_images`.
-            text: (C, D).
-            traces: a list that receives the trace of each head, for comparisons.
-
-        Raises:
-            LexisegError: the system has no heads.
-        """
-        cls, heads, memories = features.values["cls"], self.heads(), self.memories(features)
-        grid = (int(memories[0].shape[1]), int(memories[0].shape[2]))
-        projected = [
-            head.decoder.project_memory(memory.flatten(1, 2), grid)
-            for head, memory in zip(heads, memories, strict=True)
-        ]
-        if traces is not None:
-            traces.extend([] for _ in heads)
-
-        def decode(part: Tensor) -> Tensor:
-            total: Tensor | None = None
-            for index, (head, queries) in enumerate(zip(heads, self.queries(cls, part), strict=True)):
-                logits = head.decoder(queries, projected[index], None if traces is None else traces[index])
-                # A sum, not a mean, and no loss of its own for any head (Cascade-CLIP, Eq. 2).
-                total = logits if total is None else total + logits
-            if total is None:
-                raise LexisegError(f"{self.system} has no decoder.")
-            return total
-
-        if self.training or traces is not None or len(text) <= _CLASS_CHUNK:
-            return decode(text).unflatten(2, grid)
-        # Queries are independent of each other: many classes are decoded in parts, into one tensor.
-        logits = cls.new_empty((len(cls), len(text), grid[0] * grid[1]))
-        for start in range(0, len(text), _CLASS_CHUNK):
-            part = text[start : start + _CLASS_CHUNK]
-            logits[:, start : start + len(part)] = decode(part)
-        return logits.unflatten(2, grid)
-
     def grid_logits(self, features: ImageFeatures, text: Tensor) -> Tensor:
-        """Mask logits (B, C, h, w), float32, before any resize."""
-        return self.mask_logits(features, text).float()
+        """Mask logits (B, C, h, w), float32, of classes ``text`` (C, D), before any resize."""
+
+    def mask_loss(self, logits: Tensor, labels: Tensor, *, dice_weight: float) -> MaskLosses:
+        """Focal loss or cross entropy, and dice, of mask logits (B, C, h, w) and labels (B, H, W), upsampled to them.
+
+        Focal: alpha_t (1 - p_t)^2 BCE with alpha 0.25, the mean over pixels, the sum over classes and images. Dice:
+        1 - (2 sum(p t) + 1) / (sum p + sum t + 1) of the classes in an image. Both are divided by the number of masks
+        in the batch. A pixel without a class is a negative of all.
+        """
+        weight = self.options.mask_weight
+        if self.options.mask_loss == "focal":
+            return mask_losses(logits, labels, focal_weight=weight, dice_weight=dice_weight)
+        return exclusive_losses(logits, labels, entropy_weight=weight, dice_weight=dice_weight)
+
+    def class_losses(self, logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """The terms of `losses`; see `mask_loss` for the arguments."""
+        parts = self.mask_loss(logits, labels, dice_weight=self.options.dice_weight)
+        return {"loss": parts.total, "loss_mask": parts.mask, "loss_dice": parts.dice}
 
     def mask_size(self, size: tuple[int, int]) -> tuple[int, int]:
         """Size the masks of images of ``size`` are upsampled to before the sigmoid."""
         side = self.options.mask_size
         return size if side is None or size[0] != size[1] else (side, side)
+
+    def seen_offsets(self, seen_words: Tensor | None, text: Tensor) -> Tensor | None:
+        """What is subtracted from the score of each word, (W,), or None for nothing."""
+        if seen_words is None or not self.options.seen_offset:
+            return None
+        return seen_words.to(text.device).float() * self.options.seen_offset
+
+    def patch_scores(self, features: ImageFeatures, text: Tensor) -> Tensor:
+        """Logits (B, C, h, w) whose sigmoid is the score of a class at a patch."""
+        logits = self.grid_logits(features, text)
+        return logits if self.options.mask_loss == "focal" else exclusive_logits(logits)
 
     def score(
         self,
@@ -161,35 +129,23 @@ class OneStageModel(OneStageTower):
         over the logits and do not mention the offset; the published numbers were measured as here. A model trained with
         ``mask_loss`` "cross-entropy" has the softmax: at each patch a score is its probability among the words.
         """
-        offsets = None
-        if seen_words is not None and self.options.seen_offset:
-            offsets = seen_words.to(text.device).float() * self.options.seen_offset
-        logits = self.grid_logits(features, text)
         return GridScores(
-            logits if self.options.mask_loss == "focal" else exclusive_logits(logits),
+            self.patch_scores(features, text),
             word_to_class=word_to_class,
             resize_to=self.mask_size(features.size),
             sigmoid=True,
-            offsets=offsets,
+            offsets=self.seen_offsets(seen_words, text),
         )
 
     def losses(
-        self,
-        images: Tensor,
-        labels: Tensor,
-        text: Tensor,
-        *,
-        seen: Tensor | None = None,
-        accuracy: bool = False,
+        self, images: Tensor, labels: Tensor, text: Tensor, *, seen: Tensor | None = None, accuracy: bool = False
     ) -> dict[str, Tensor]:
-        """Focal and dice loss of the class masks (ZegCLIP, Sec. 3.2; Cascade-CLIP, Eq. 3), for SPT-SEG focal and SSIM.
-
-        With ``mask_loss`` "cross-entropy" the cross entropy of a softmax stands in the focal loss's place.
+        """Losses of the class masks (ZegCLIP, Sec. 3.2; Cascade-CLIP, Eq. 3), see `class_losses`.
 
         Inductive training: ``text`` holds the seen classes, ``labels`` their ranks, and pixels of unseen classes are
         255 before they get here, which makes them negatives of every class. Transductive training
         (self-training): ``text`` holds all classes and ``seen`` says which had masks; pixels of other classes, or -1,
-        get the model's own best unseen class (see `lexiseg.losses.pseudo_labels`).
+        get the model's own best unseen class (see `lexiseg.losses.masks.pseudo_labels`).
 
         Args:
             images: (B, 3, H, W), normalised.
@@ -199,7 +155,7 @@ class OneStageModel(OneStageTower):
             accuracy: add "accuracy", the percentage of labelled pixels whose class has the largest logit.
 
         Returns:
-            "loss_mask" and "loss_dice", or "loss_ssim", weighted, and their sum "loss".
+            the weighted terms by name, and their sum "loss".
 
         Raises:
             LexisegError: a label is out of range.
@@ -215,20 +171,7 @@ class OneStageModel(OneStageTower):
             full = F.interpolate(logits.detach(), size=size, mode="bilinear", align_corners=False)
         if full is not None and seen is not None:
             labels = pseudo_labels(full, labels, seen)
-        losses = self._class_losses(logits, labels)
+        losses = self.class_losses(logits, labels)
         if accuracy and full is not None:
             losses["accuracy"] = pixel_accuracy(full, labels)
         return losses
-
-    def _class_losses(self, logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """The terms of `losses` for mask logits (B, C, h, w) and labels (B, H, W)."""
-        options, spectral = self.options, self.spectral_options is not None
-        dice_weight = 0.0 if spectral else options.dice_weight
-        if options.mask_loss == "focal":
-            parts = mask_losses(logits, labels, focal_weight=options.mask_weight, dice_weight=dice_weight)
-        else:
-            parts = exclusive_losses(logits, labels, entropy_weight=options.mask_weight, dice_weight=dice_weight)
-        if not spectral:
-            return {"loss": parts.total, "loss_mask": parts.mask, "loss_dice": parts.dice}
-        ssim = ssim_loss(logits, labels, weight=options.dice_weight)
-        return {"loss": parts.total + ssim, "loss_mask": parts.mask, "loss_ssim": ssim.detach()}

@@ -1,4 +1,4 @@
-"""Second look: ZegCLIP's model looks at the picture twice, half a patch apart, and lets colours draw the borders.
+"""Second look: ZegCLIP with half-patch-shift test-time augmentation and edge-aware smoothing of its scores.
 
 This is no paper's system but a combination found by searching what composes here, see ``docs/combination.md``. Training
 is ZegCLIP's (Zhou et al., CVPR 2023) to the letter, and its weights fit. At prediction the same tower and decoder also
@@ -9,7 +9,6 @@ of the picture are, see `lexiseg.models.edge_aware`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Annotated, ClassVar
 
 import torch
@@ -17,40 +16,36 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
-from lexiseg.clip.model import CLIP
-from lexiseg.losses import exclusive_logits
-from lexiseg.models.base import ImageFeatures, ModelOptions
+from lexiseg.models.base import ImageFeatures
 from lexiseg.models.edge_aware import smooth
-from lexiseg.models.one_stage import Head, OneStageModel
-from lexiseg.models.one_stage_options import Backbone, OneStageOptions
+from lexiseg.models.options import Count, ModelOptions
+from lexiseg.models.zegclip import ZegCLIP, ZegCLIPOptions
 from lexiseg.scores import GridScores
 
-# Cells of the lattice along a patch: the second look's patches begin in the middle of the first one's.
+# Cells of the lattice along a patch: the shifted patches begin in the middle of the first ones.
 _CELLS = 4
 
 
-class SecondLookOptions(OneStageOptions):
-    """Options of `SecondLook`, with those of `OneStageOptions`; ``mask_size`` is not used.
+class SecondLookOptions(ZegCLIPOptions):
+    """Options of `SecondLook`, with those of `ZegCLIPOptions`; ``mask_size`` is not used.
 
     Attributes:
-        backbone: as ZegCLIP's.
-        second_look: look twice; False leaves it at the first look.
-        distances: of the neighbours in each pass of smoothing, in quarters of a patch; empty does not smooth.
+        half_patch_shift: see the picture twice, half a patch apart.
+        smoothing_distances: of the neighbours in each pass of smoothing, in quarters of a patch; empty does not smooth.
         colour_width: the difference of colours, RGB in 0..1, beyond which neighbours stop counting, see
             `lexiseg.models.edge_aware.edge_weights`.
     """
 
-    backbone: Backbone = "prompt"
-    second_look: bool = True
-    distances: tuple[Annotated[int, Field(ge=1)], ...] = (1, 2, 4)
+    half_patch_shift: bool = True
+    smoothing_distances: tuple[Count, ...] = (1, 2, 4)
     colour_width: Annotated[float, Field(gt=0)] = 0.1
 
 
-class SecondLook(OneStageModel):
-    """ZegCLIP's model with a second look and edge-aware scores.
+class SecondLook(ZegCLIP):
+    """ZegCLIP's model, run twice, with edge-aware scores.
 
-    Features hold, beside those of `OneStageModel`: ``second_cls`` and ``second_patches``, the same of the second look;
-    and ``colours`` (B, 3, 4 h, 4 w), RGB in 0..1, for h x w patches. In training mode there is one look only, and the
+    Features hold, beside those of `ZegCLIP`: ``shifted_cls`` and ``shifted_patches``, the same of the shifted picture;
+    and ``colours`` (B, 3, 4 h, 4 w), RGB in 0..1, for h x w patches. In training mode the picture is seen once, and the
     losses are ZegCLIP's.
 
     Args:
@@ -66,60 +61,38 @@ class SecondLook(OneStageModel):
     options_class: ClassVar[type[ModelOptions]] = SecondLookOptions
     options: SecondLookOptions
 
-    def __init__(self, clip: CLIP, options: SecondLookOptions | None = None, seen_names: Sequence[str] = ()) -> None:
-        options = options or SecondLookOptions()
-        super().__init__(clip, options, seen_names, backbone=options.backbone)
-        self.query_proj, self.decoder = self.build_head()
-        if options.start == "matching":
-            self.start_as_matching()
-        self.set_trainable()
-
-    def heads(self) -> list[Head]:
-        """One decoder, for both looks."""
-        return [Head(self.query_proj, self.decoder)]
-
-    def memories(self, features: ImageFeatures) -> list[Tensor]:
-        """It sees the final patches."""
-        return [features.values["patches"]]
-
     def encode_images(self, images: Tensor) -> ImageFeatures:
         """Run the image tower, twice unless the model is being trained; see `SegmentationModel.encode_images`.
 
-        A side of one patch is not cut for the second look; where both are, there is none.
+        A side of one patch is not cut for the shifted run; where both are, there is none.
         """
         fitted = self.fit_to_patches(images)
-        features = super().encode_images(fitted)
         size = (int(images.shape[-2]), int(images.shape[-1]))
-        values = dict(features.values)
+        values = dict(super().encode_images(fitted).values)
         if self.training:
             return ImageFeatures(size, values)
         patch, (height, width) = self.patch_size, fitted.shape[-2:]
-        if self.options.second_look and max(height, width) > patch:
+        if self.options.half_patch_shift and max(height, width) > patch:
             top, left = (patch // 2 if side > patch else 0 for side in (height, width))
             bottom, right = (start + side - (patch if start else 0) for start, side in ((top, height), (left, width)))
-            second = super().encode_images(fitted[..., top:bottom, left:right])
-            values |= {"second_cls": second.values["cls"], "second_patches": second.values["patches"]}
-        if self.options.distances:
+            shifted = super().encode_images(fitted[..., top:bottom, left:right])
+            values |= {f"shifted_{name}": value for name, value in shifted.values.items()}
+        if self.options.smoothing_distances:
             lattice = (_CELLS * height // patch, _CELLS * width // patch)
             mean, std = (fitted.new_tensor(numbers)[:, None, None] for numbers in (self.mean, self.std))
             values["colours"] = F.interpolate(fitted.float(), size=lattice, mode="area") * std + mean
         return ImageFeatures(size, values)
 
-    def patch_scores(self, features: ImageFeatures, text: Tensor) -> Tensor:
-        """Mask logits (B, C, h, w) of one look, whose sigmoid is the score of a class."""
-        logits = self.grid_logits(features, text)
-        return logits if self.options.mask_loss == "focal" else exclusive_logits(logits)
-
     def lattice_logits(self, features: ImageFeatures, text: Tensor) -> Tensor:
-        """Mask logits (B, C, 4 h, 4 w) on quarters of patches: the mean of the looks that cover a place."""
+        """Mask logits (B, C, 4 h, 4 w) on quarters of patches: the mean of the runs that cover a place."""
         joined = resize(self.patch_scores(features, text), _CELLS)
         values = features.values
-        if "second_patches" in values:
-            other = ImageFeatures(features.size, {"cls": values["second_cls"], "patches": values["second_patches"]})
-            second = resize(self.patch_scores(other, text), _CELLS)
-            top, left = ((a - b) // 2 for a, b in zip(joined.shape[-2:], second.shape[-2:], strict=True))
-            inside = joined[..., top : top + second.shape[-2], left : left + second.shape[-1]]
-            inside.add_(second).mul_(0.5)
+        if "shifted_patches" in values:
+            other = ImageFeatures(features.size, {"cls": values["shifted_cls"], "patches": values["shifted_patches"]})
+            shifted = resize(self.patch_scores(other, text), _CELLS)
+            top, left = ((a - b) // 2 for a, b in zip(joined.shape[-2:], shifted.shape[-2:], strict=True))
+            inside = joined[..., top : top + shifted.shape[-2], left : left + shifted.shape[-1]]
+            inside.add_(shifted).mul_(0.5)
         return joined
 
     @torch.no_grad()
@@ -133,16 +106,14 @@ class SecondLook(OneStageModel):
     ) -> GridScores:
         """Score words against images; see `SegmentationModel.score`.
 
-        A score is the sigmoid of the mean of the looks' mask logits, smoothed over cells of like colour, less
-        `OneStageOptions.seen_offset` for seen words. No gradient goes through it; losses take one look.
+        A score is the sigmoid of the mean of both runs' mask logits, smoothed over cells of like colour, less
+        `OneStageOptions.seen_offset` for seen words. No gradient goes through it; losses take one run.
         """
-        offsets = None
-        if seen_words is not None and self.options.seen_offset:
-            offsets = seen_words.to(text.device).float() * self.options.seen_offset
         scores, colours = self.lattice_logits(features, text), features.values.get("colours")
         if colours is not None:
             with torch.autocast(scores.device.type, enabled=False):
-                scores = smooth(scores.sigmoid(), colours, self.options.distances, self.options.colour_width)
+                scores = smooth(scores.sigmoid(), colours, self.options.smoothing_distances, self.options.colour_width)
+        offsets = self.seen_offsets(seen_words, text)
         return GridScores(scores, word_to_class=word_to_class, sigmoid=colours is None, offsets=offsets)
 
 

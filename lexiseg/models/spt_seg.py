@@ -2,33 +2,266 @@
 
 Xu et al., "Spectral Prompt Tuning: Unveiling Unseen Classes for Zero-Shot Semantic Segmentation", AAAI 2024. This
 follows the authors' code: a learnt filter in the frequency domain is added to the patches before the first two blocks
-(`SpectralFilter`), the decoder's layers split patches into high and low frequencies (`SpectralDecoder`), and the
-structural similarity of the raw mask logits takes the place of the dice loss (`lexiseg.losses.ssim`). Everything else
-is as in ZegCLIP. The code works on a grid of 32 x 32 patches only; here every grid does.
+(`SpectralFilter`; the paper's "spectral prompts" are no tokens of their own there), the decoder's layers split patches
+into high and low frequencies (`SpectralLayer`), and the structural similarity of the raw mask logits takes the place of
+the dice loss (`lexiseg.losses.ssim`). Everything else is as in ZegCLIP. The code works on a grid of 32 x 32 patches
+only; here every grid does.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import ClassVar
+from typing import ClassVar, cast
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
 
-from lexiseg.clip.model import CLIP
-from lexiseg.models.base import ImageFeatures, ModelOptions
-from lexiseg.models.one_stage import Head, OneStageModel
-from lexiseg.models.one_stage_options import OneStageOptions
-from lexiseg.models.spectral import SpectralOptions
+from lexiseg.clip.image import BeforeBlock
+from lexiseg.errors import LexisegError
+from lexiseg.losses.ssim import ssim_loss
+from lexiseg.models.clip_similarity import GAIN, IMAGE_WEIGHT, OFFSET, pass_text, silence_updates
+from lexiseg.models.mask_decoder import DecoderLayer, MaskDecoder
+from lexiseg.models.options import Count, ModelOptions
+from lexiseg.models.zegclip import Head, ZegCLIP, ZegCLIPOptions
+
+_HEADS = 8  # fixed in the authors' code, whatever the number of attention heads elsewhere
+_WINDOW = 3
+# Of the initial state that compares like CLIP: how sharply patches attend to patches like them, and the constant part.
+_SHARPNESS = 100.0
+_CONSTANT = 2.0
 
 
-class SPTSegOptions(SpectralOptions, OneStageOptions):
-    """Options of `SPTSeg`: those of `OneStageOptions` and of `SpectralOptions`.
+class SPTSegOptions(ZegCLIPOptions):
+    """Options of `SPTSeg`, with those of `ZegCLIPOptions`; the spectral decoder has its own eight heads.
 
-    ``decoder_heads`` makes no difference: the spectral guided decoder has its own eight.
+    Attributes:
+        filter_blocks: the filter is added before each of the first so many blocks (released: 2).
+        filter_grid: side of the patch grid the filter is made for; None is that of ``window_size``, or else the
+            tower's own. On other grids its transfer function is interpolated.
+        train_filter: train the filter, as the paper means it. The authors' code would leave it at its random start,
+            if it is configured like ZegCLIP's; that configuration was never released.
     """
 
+    weights_depend_on = ZegCLIPOptions.weights_depend_on | {"filter_blocks", "filter_grid"}
 
-class SPTSeg(OneStageModel):
+    filter_blocks: Count = 2
+    filter_grid: Count | None = None
+    train_filter: bool = True
+
+
+class SpectralFilter(nn.Module):
+    """F(patches, cls): patches times the class token, filtered over the grid.
+
+    z = patches * cls, elementwise, as a map (h, w, W); its real two-dimensional Fourier transform is multiplied by a
+    complex weight for each frequency and channel and transformed back.
+
+    Args:
+        grid: (h, w) the weight is made for.
+        width: W of the tower.
+
+    Raises:
+        LexisegError: the grid is empty.
+    """
+
+    def __init__(self, grid: tuple[int, int], width: int) -> None:
+        super().__init__()
+        if min(grid) < 1:
+            raise LexisegError(f"A spectral filter of {grid[0]} x {grid[1]} patches cannot be built; give a grid.")
+        self.grid = grid
+        self.weight = nn.Parameter(0.02 * torch.randn(grid[0], grid[1] // 2 + 1, width, 2))
+
+    def transfer(self, grid: tuple[int, int]) -> Tensor:
+        """The complex weight (h, w // 2 + 1, W) for patches of another grid.
+
+        The released code knows one grid only. Here the weight is read as samples of a function of the frequency in
+        cycles a patch, and interpolated linearly; along the first axis frequencies wrap around.
+        """
+        weight = self.weight.float()
+        if grid != self.grid:
+            rows = _interpolation(torch.fft.fftfreq(grid[0]), self.grid[0], self.grid[0], wrap=True)
+            columns = _interpolation(torch.fft.rfftfreq(grid[1]), self.grid[1], weight.shape[1], wrap=False)
+            rows, columns = rows.to(weight.device), columns.to(weight.device)
+            weight = torch.einsum("ag,bf,gfwc->abwc", rows, columns, weight)
+        return torch.view_as_complex(weight.contiguous())
+
+    def forward(self, patches: Tensor, cls: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Return what is added to the patches.
+
+        Args:
+            patches: (B, N, W).
+            cls: (B, 1, W), the class token.
+            grid: (h, w), N = h * w.
+
+        Returns:
+            (B, N, W), of the patches' type; computed in float32.
+        """
+        with torch.autocast(patches.device.type, enabled=False):
+            z = (patches.float() * cls.float()).unflatten(1, grid)
+            spectrum = torch.fft.rfft2(z, dim=(1, 2), norm="ortho") * self.transfer(grid)
+            z = torch.fft.irfft2(spectrum, s=grid, dim=(1, 2), norm="ortho")
+        return z.flatten(1, 2).to(patches.dtype)
+
+
+def _interpolation(frequencies: Tensor, period: int, samples: int, *, wrap: bool) -> Tensor:
+    """The matrix (targets, samples) that interpolates samples at k / period linearly at ``frequencies``."""
+    place = frequencies * period
+    place = place % period if wrap else place.clamp(max=samples - 1)
+    low = place.floor()
+    fraction = place - low
+    low_index = low.long() % samples
+    high_index = (low.long() + 1) % samples if wrap else (low.long() + 1).clamp(max=samples - 1)
+    matrix = torch.zeros(len(place), samples)
+    target = torch.arange(len(place))
+    matrix.index_put_((target, low_index), 1 - fraction, accumulate=True)
+    return matrix.index_put_((target, high_index), fraction, accumulate=True)
+
+
+class SpectralGuide(nn.Module):
+    """High and low frequencies of the patches, gated by a learnt prompt: z of patches m.
+
+    One of eight heads attends within windows of 3 x 3 patches (high frequencies); seven attend from every patch to the
+    3 x 3 averages of the map (low frequencies). The map is padded with zeros to whole windows, and the zeros take part
+    in both, as in the authors' code.
+
+    Args:
+        dim: D of the patches.
+
+    Raises:
+        LexisegError: eight heads do not divide D.
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        if dim % _HEADS:
+            raise LexisegError(
+                f"The spectral guided decoder has {_HEADS} heads, which do not divide the width {dim}; "
+                "take a CLIP with another embedding."
+            )
+        self.head_dim = dim // _HEADS
+        low = dim - self.head_dim
+        self.low_query = nn.Linear(dim, low, bias=False)
+        self.low_key_value = nn.Linear(dim, 2 * low, bias=False)
+        self.low_out = nn.Linear(low, low)
+        self.high = nn.Linear(dim, 3 * self.head_dim, bias=False)
+        self.prompt = nn.Parameter(torch.randn(dim))
+        self.transform = nn.Parameter(torch.eye(dim))
+
+    def forward(self, memory: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Return z (B, N, D) of patches (B, N, D) of a grid (h, w).
+
+        Where z points away from the prompt it is zero: all classes then have the logit 0 there.
+        """
+        z = torch.cat([self._high(memory, grid), self._low(memory, grid)], dim=-1)
+        gate = (F.normalize(z, dim=-1, eps=1e-12) @ F.normalize(self.prompt, dim=0, eps=1e-12)).clamp(0.0, 1.0)
+        return (z * gate[..., None]) @ self.transform
+
+    def _windows(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        """(B, N, E) to (B, rows of windows, 3, columns of windows, 3, E), padded with zeros at the right and below."""
+        height, width = grid
+        x = F.pad(x.unflatten(1, grid), (0, 0, 0, -width % _WINDOW, 0, -height % _WINDOW))
+        return x.unflatten(2, (-1, _WINDOW)).unflatten(1, (-1, _WINDOW))
+
+    def _high(self, memory: Tensor, grid: tuple[int, int]) -> Tensor:
+        # Without a bias the maps of padding are zero: padding after the map is the same, and less work.
+        windows = self._windows(self.high(memory), grid).transpose(2, 3)
+        batch, rows, columns = windows.shape[:3]
+        query, key, value = windows.reshape(batch * rows * columns, _WINDOW**2, -1).chunk(3, dim=-1)
+        mixed = F.scaled_dot_product_attention(query, key, value)
+        mixed = mixed.reshape(batch, rows, columns, _WINDOW, _WINDOW, -1).transpose(2, 3)
+        return mixed.flatten(3, 4).flatten(1, 2)[:, : grid[0], : grid[1]].flatten(1, 2)
+
+    def _low(self, memory: Tensor, grid: tuple[int, int]) -> Tensor:
+        pooled = self._windows(memory, grid).mean(dim=(2, 4)).flatten(1, 2)
+        key, value = self.low_key_value(pooled).chunk(2, dim=-1)
+
+        def split(x: Tensor) -> Tensor:
+            return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+        mixed = F.scaled_dot_product_attention(split(self.low_query(memory)), split(key), split(value))
+        return self.low_out(mixed.transpose(1, 2).flatten(2))
+
+    @torch.no_grad()
+    def init_as_identity(self, basis: Tensor) -> None:
+        """Set the weights so that z is about the patches, smoothed where they are alike, plus a constant.
+
+        The directions along which patches differ most go to the high frequencies and tell everywhere which patches are
+        alike; the constant lies along the last direction, where the prompt looks, so that the gate is open.
+
+        Args:
+            basis: see `lexiseg.models.clip_similarity.patch_directions`.
+        """
+        size = self.head_dim
+        scale = (_SHARPNESS * size**0.5) ** 0.5
+        top, low = basis[:size], basis[size:]
+        self.high.weight.copy_(torch.cat([scale * top, scale * top, top]))
+        self.low_query.weight.copy_(scale * top.repeat(_HEADS - 1, 1))
+        self.low_key_value.weight.copy_(torch.cat([scale * top.repeat(_HEADS - 1, 1), low]))
+        nn.init.eye_(self.low_out.weight)
+        nn.init.zeros_(self.low_out.bias)
+        self.low_out.bias[-1] = _CONSTANT
+        nn.init.zeros_(self.prompt)
+        self.prompt[-1] = 1.0
+        self.transform.copy_(basis)
+
+
+class SpectralLayer(DecoderLayer):
+    """Queries attend to z, see `SpectralGuide`: one head, no scale, and no maps of queries and keys."""
+
+    def __init__(self, dim: int, num_heads: int, ffn_ratio: float, dropout: float, *, logits_only: bool) -> None:
+        super().__init__(dim, num_heads, ffn_ratio, dropout, logits_only=logits_only)
+        self.guide = SpectralGuide(dim)
+
+    def see(self, patches: Tensor, grid: tuple[int, int]) -> tuple[Tensor, ...]:
+        """Z (B, N, D); see `DecoderLayer.see`."""
+        return (self.guide(patches, grid),)
+
+    def mask_logits(self, queries: Tensor, seen: tuple[Tensor, ...]) -> Tensor:
+        """The products of queries and z, (B, C, N)."""
+        return queries @ seen[0].transpose(1, 2)
+
+    def attend(self, queries: Tensor, seen: tuple[Tensor, ...], dropout: float) -> Tensor:
+        """The mean of z, weighted by the softmax of those products."""
+        return F.scaled_dot_product_attention(queries, seen[0], seen[0], dropout_p=dropout, scale=1.0)
+
+
+class SpectralDecoder(MaskDecoder):
+    """A stack of `SpectralLayer`."""
+
+    layer_class: ClassVar[type[DecoderLayer]] = SpectralLayer
+
+
+@torch.no_grad()
+def init_spectral_decoder(decoder: MaskDecoder, query_proj: nn.Linear, basis: Tensor, *, silent: bool = False) -> None:
+    """Set the weights so that the mask logits are those of queries and patches compared directly.
+
+    See `lexiseg.models.clip_similarity.init_matching_decoder`; the last but one layer's norm gives the gain, and a bias
+    of the queries against the constant part of z the offset.
+
+    Raises:
+        LexisegError: the decoder has one layer, and so no norm.
+    """
+    *inner, last = cast("list[SpectralLayer]", list(decoder.layers))
+    if not inner:
+        raise LexisegError("init 'clip-similarity' needs a spectral guided decoder of two layers at least.")
+    for layer in inner:
+        layer.guide.init_as_identity(basis)
+        silence_updates(layer)
+    last.guide.init_as_identity(basis)
+    # Queries are the text without its part along the constant of z, which would differ from class to class, and as
+    # long as after a norm: the layers' first updates, alike for all classes, must not drown them.
+    dim = len(basis)
+    pass_text(query_proj, basis[-1], IMAGE_WEIGHT / _CONSTANT)
+    text = query_proj.weight[:, -dim:]
+    text.sub_(torch.outer(basis[-1], basis[-1])).mul_(dim**0.5)
+    norm = inner[-1].norm_ffn
+    nn.init.constant_(norm.weight, GAIN / dim**0.5)  # a norm leaves vectors of the length sqrt(D)
+    norm.bias.copy_(-OFFSET / _CONSTANT * basis[-1])
+    if silent:
+        nn.init.zeros_(norm.bias)
+        nn.init.zeros_(last.guide.transform)
+
+
+class SPTSeg(ZegCLIP):
     """SPT-SEG.
 
     Args:
@@ -44,18 +277,40 @@ class SPTSeg(OneStageModel):
     options_class: ClassVar[type[ModelOptions]] = SPTSegOptions
     options: SPTSegOptions
 
-    def __init__(self, clip: CLIP, options: SPTSegOptions | None = None, seen_names: Sequence[str] = ()) -> None:
-        options = options or SPTSegOptions()
-        super().__init__(clip, options, seen_names, spectral=options)
-        self.query_proj, self.decoder = self.build_head()
-        if options.start == "matching":
-            self.start_as_matching()
-        self.set_trainable()
+    def build_prompts(self) -> None:
+        """Make the prompts and the filter."""
+        super().build_prompts()
+        options, tower = self.options, self.clip.image_tower
+        side = options.filter_grid or max((options.window_size or self.clip.image_size) // tower.patch_size, 1)
+        self.spectral = SpectralFilter((side, side), tower.width)
 
-    def heads(self) -> list[Head]:
-        """One decoder."""
-        return [Head(self.query_proj, self.decoder)]
+    def build_decoder(self) -> MaskDecoder:
+        """Make the spectral guided decoder of a head."""
+        options = self.options
+        return SpectralDecoder(self.clip.embed_dim, options.decoder_layers, _HEADS, options.ffn_ratio, options.dropout)
 
-    def memories(self, features: ImageFeatures) -> list[Tensor]:
-        """It sees the final patches."""
-        return [features.values["patches"]]
+    def init_head(self, head: Head, basis: Tensor, *, silent: bool = False) -> None:
+        """Let a head start from CLIP's own comparison of patches and words."""
+        init_spectral_decoder(head.decoder, head.query_proj, basis, silent=silent)
+
+    def frozen_names(self) -> tuple[str, ...]:
+        """The filter, unless it trains."""
+        return (*super().frozen_names(), *(() if self.options.train_filter else ("spectral.",)))
+
+    def before_block(self, grid: tuple[int, int], *, keep_rows: bool = False) -> BeforeBlock:
+        """Add the filtered patches before the first blocks; then the prompts, see `ZegCLIP.before_block`."""
+        prompts, count = super().before_block(grid, keep_rows=keep_rows), grid[0] * grid[1]
+
+        def before_block(index: int, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
+            if index < self.options.filter_blocks:
+                rest, patches = tokens[:, :-count], tokens[:, -count:]
+                tokens = torch.cat([rest, patches + self.spectral(patches, tokens[:, :1], grid)], dim=1)
+            return (tokens, None) if prompts is None else prompts(index, tokens)
+
+        return before_block
+
+    def class_losses(self, logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """Focal loss, and one minus the structural similarity, both weighted."""
+        parts = self.mask_loss(logits, labels, dice_weight=0.0)
+        ssim = ssim_loss(logits, labels, weight=self.options.dice_weight)
+        return {"loss": parts.total + ssim, "loss_mask": parts.mask, "loss_ssim": ssim.detach()}

@@ -1,23 +1,34 @@
 """ZegCLIP: CLIP with deep prompts, a relationship descriptor and a matching decoder, one stage from patch to mask.
 
-Zhou et al., "ZegCLIP: Towards Adapting CLIP for Zero-shot Semantic Segmentation", CVPR 2023. The tower with its
-prompts, the descriptor, the losses and the scores are in `lexiseg.models.one_stage`. The paper's two baselines, CLIP
-fixed and CLIP fine-tuned, are options of the same class.
+Zhou et al., "ZegCLIP: Towards Adapting CLIP for Zero-shot Semantic Segmentation", CVPR 2023. A frozen CLIP runs once
+with learnt prompts in every block (`VisualPrompts`, the paper's DPT); each word becomes a query that knows the image
+(`ZegCLIP.descriptor`, RD); a decoder matches queries with patches (`lexiseg.models.mask_decoder`); and every class is
+judged by itself (NEL: focal and dice loss, `lexiseg.losses.masks`). The paper's two baselines, CLIP fixed and CLIP
+fine-tuned, are options. How mask logits become scores and losses is in `lexiseg.models.one_stage`.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import Annotated, ClassVar
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, Literal
 
+import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from lexiseg.clip.image import BeforeBlock, ImageTokens
 from lexiseg.clip.model import CLIP
+from lexiseg.clip.positions import Interpolation
 from lexiseg.errors import LexisegError
-from lexiseg.models.base import ImageFeatures, ModelOptions
-from lexiseg.models.one_stage import Head, OneStageModel
-from lexiseg.models.one_stage_options import Backbone, OneStageOptions
+from lexiseg.models.base import ImageFeatures
+from lexiseg.models.clip_similarity import init_matching_decoder, patch_directions
+from lexiseg.models.mask_decoder import DecoderTrace, MaskDecoder, unit
+from lexiseg.models.one_stage import OneStageModel, OneStageOptions
+from lexiseg.models.options import Count, Dropout, ModelOptions
+
+_CLASS_CHUNK = 4096
 
 
 class ZegCLIPOptions(OneStageOptions):
@@ -26,20 +37,135 @@ class ZegCLIPOptions(OneStageOptions):
     Attributes:
         backbone: "prompt" keeps CLIP frozen and learns prompts; "fixed" and "finetune" are the paper's baselines, a
             frozen tower without prompts and a tower that is trained.
-        decoder_dim: width of the decoder; None is the joint embedding's. Another width needs ``project_memory``.
-        project_memory: map the patches by a linear layer and a norm before the decoder (off in all released models).
+        num_prompts: prompts a block (10 on VOC, 35 on Context, 100 on COCO-Stuff; Fig. 6).
+        prompt_depth: see `VisualPrompts`; None is deep, in every block. Of Table 8, "1" is 0, "1-3" is 2 and "4-12" is
+            -9.
+        prompt_dropout: dropout on the prompts.
+        descriptor: use the relationship descriptor [t * cls, t] as the query (Sec. 3.3); False uses the text embedding
+            t alone, the paper's ablation.
+        decoder_layers: layers of a decoder.
+        decoder_heads: its attention heads.
+        ffn_ratio: hidden width of its feed-forward part over its width.
+        dropout: dropout in the decoder.
+        init: "random" is the released initialisation. "clip-similarity" starts from CLIP's own comparison of patches
+            and words (queries are the text embeddings, the decoder changes nothing), which a short training needs: from
+            random weights a decoder takes thousands of steps to find that comparison.
+        class_embedding_twice: a quirk of the released code: the class embedding is added twice. Converted checkpoints
+            need it; a model trained here does better with what CLIP was trained with.
+        position_interpolation: how position embeddings follow the resolution.
     """
 
-    backbone: Backbone = "prompt"
-    decoder_dim: Annotated[int, Field(ge=1)] | None = None
-    project_memory: bool = False
+    weights_depend_on = OneStageOptions.weights_depend_on | {
+        *("backbone", "num_prompts", "prompt_depth", "descriptor", "decoder_layers", "decoder_heads", "ffn_ratio"),
+        *("class_embedding_twice", "position_interpolation"),
+    }
+
+    backbone: Literal["prompt", "fixed", "finetune"] = "prompt"
+    num_prompts: Count = 10
+    prompt_depth: int | None = None
+    prompt_dropout: Dropout = 0.1
+    descriptor: bool = True
+    decoder_layers: Count = 3
+    decoder_heads: Count = 8
+    ffn_ratio: Annotated[float, Field(gt=0)] = 4.0
+    dropout: Dropout = 0.1
+    init: Literal["random", "clip-similarity"] = "random"
+    class_embedding_twice: bool = False
+    position_interpolation: Interpolation = "bilinear"
+
+
+class VisualPrompts(nn.Module):
+    """P prompts for each of several blocks, with one linear map shared by all (Sec. 3.2: deep prompt tuning).
+
+    Args:
+        num_prompts: P, prompts a block.
+        width: W of the tower.
+        num_blocks: blocks of the tower.
+        patch_size: side of a patch; it sets the range of the initial values.
+        depth: n > 0, "deep": fresh prompts enter blocks 0 to n, their outputs are thrown away each time, and later
+            blocks have none. n = 0, "shallow": prompts enter block 0 and pass through all blocks. n < 0, "reverse":
+            fresh prompts enter the last |n| blocks only. (Appendix B compares the three.)
+        dropout: on the mapped prompts.
+
+    Raises:
+        LexisegError: ``depth`` does not fit the number of blocks, or there are no prompts.
+    """
+
+    def __init__(
+        self, num_prompts: int, width: int, num_blocks: int, patch_size: int, depth: int, dropout: float = 0.1
+    ) -> None:
+        super().__init__()
+        if num_prompts < 1 or not -num_blocks <= depth < num_blocks:
+            raise LexisegError(
+                f"{num_prompts} prompts at depth {depth} do not fit a tower of {num_blocks} blocks; "
+                f"take at least one prompt and a depth from {-num_blocks} to {num_blocks - 1}."
+            )
+        self.num_prompts, self.num_blocks, self.depth = num_prompts, num_blocks, depth
+        self.embeddings = nn.Parameter(torch.empty(1, num_prompts, width)) if depth >= 0 else None
+        self.deep_embeddings = nn.Parameter(torch.empty(abs(depth), num_prompts, width)) if depth else None
+        self.proj = nn.Linear(width, width)
+        # The released code makes this norm in shallow mode too but does not apply it there.
+        self.norm = nn.LayerNorm(width, eps=1e-6) if depth else nn.Identity()
+        self.dropout = nn.Dropout(dropout)
+        bound = math.sqrt(6.0 / (3 * patch_size**2 + width))
+        for embeddings in (self.embeddings, self.deep_embeddings):
+            if embeddings is not None:
+                nn.init.uniform_(embeddings, -bound, bound)
+        nn.init.kaiming_normal_(self.proj.weight, a=0, mode="fan_out")
+
+    def forward(self) -> dict[int, Tensor]:
+        """Return the prompts (1, P, W) that enter each block, by block index, mapped and after dropout.
+
+        One mask of dropout serves the whole batch, so that prompts are the same for all images and their keys and
+        values are computed once.
+        """
+        tables: list[Tensor] = [table for table in (self.embeddings, self.deep_embeddings) if table is not None]
+        rows = self.dropout(self.proj(torch.cat(tables)))
+        first = self.num_blocks + self.depth if self.depth < 0 else 0
+        return {first + index: row[None] for index, row in enumerate(rows)}
+
+    def hook(self, num_patches: int, *, keep_rows: bool = False) -> BeforeBlock:
+        """Make the function that puts the prompts into an image tower, between class token and patches.
+
+        Args:
+            num_patches: patches of an image.
+            keep_rows: in deep and reverse mode let the prompts be rows of their own, as in the authors' code, instead
+                of keys and values only. The class token and the patches come out the same; it costs time and exists
+                so that the blocks' full outputs can be compared.
+        """
+        prompts = self()
+
+        def before_block(index: int, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
+            if not self.depth and index:
+                return tokens, None
+            if tokens.shape[1] > 1 + num_patches:
+                tokens = torch.cat([tokens[:, :1], tokens[:, -num_patches:]], dim=1)
+            prompt = prompts.get(index)
+            if prompt is None:
+                return tokens, None
+            if self.depth and not keep_rows:
+                return tokens, prompt
+            rows = prompt.expand(len(tokens), -1, -1)
+            return torch.cat([tokens[:, :1], rows, tokens[:, 1:]], dim=1), None
+
+        return before_block
+
+
+@dataclass(frozen=True)
+class Head:
+    """A decoder, and the linear map that makes its queries of descriptors or text."""
+
+    query_proj: nn.Linear
+    decoder: MaskDecoder
 
 
 class ZegCLIP(OneStageModel):
     """ZegCLIP and its one-stage baselines.
 
+    Features hold ``cls`` (B, D), the class embedding, and ``patches`` (B, h, w, D), both of unit length.
+
     Args:
-        clip: the towers.
+        clip: the towers. The text tower is frozen always, the image tower unless ``backbone`` is "finetune".
         options: see `ZegCLIPOptions`.
         seen_names: classes that had masks in training.
 
@@ -52,28 +178,151 @@ class ZegCLIP(OneStageModel):
     options: ZegCLIPOptions
 
     def __init__(self, clip: CLIP, options: ZegCLIPOptions | None = None, seen_names: Sequence[str] = ()) -> None:
-        options = options or ZegCLIPOptions()
-        super().__init__(clip, options, seen_names, backbone=options.backbone)
-        dim = options.decoder_dim or clip.embed_dim
-        if dim != clip.embed_dim and not options.project_memory:
-            raise LexisegError(
-                f"decoder_dim {dim} differs from the embedding's {clip.embed_dim}; "
-                "set project_memory, or leave decoder_dim out."
-            )
-        self.memory_proj: nn.Module = nn.Identity()
-        if options.project_memory:
-            self.memory_proj = nn.Sequential(nn.Linear(clip.embed_dim, dim), nn.LayerNorm(dim))
-        self.query_proj, self.decoder = self.build_head(dim)
-        if options.start == "matching":
-            if options.project_memory:
-                raise LexisegError("start 'matching' compares patches and words directly; leave project_memory out.")
-            self.start_as_matching()
+        super().__init__(clip, options or self.parse_options({}), tuple(seen_names))
+        self.build_prompts()
+        self.build_heads()
+        if self.options.init == "clip-similarity":
+            self.init_from_clip_similarity()
         self.set_trainable()
 
+    # What is built.
+
+    def build_prompts(self) -> None:
+        """Make what changes the image tower."""
+        options, tower = self.options, self.clip.image_tower
+        self.prompts: VisualPrompts | None = None
+        if options.backbone == "prompt":
+            depth = tower.num_blocks - 1 if options.prompt_depth is None else options.prompt_depth
+            self.prompts = VisualPrompts(
+                options.num_prompts, tower.width, tower.num_blocks, tower.patch_size, depth, options.prompt_dropout
+            )
+
+    def build_heads(self) -> None:
+        """Make what decodes: here one head, of a linear map for the queries and a decoder."""
+        self.query_proj, self.decoder = self.build_query_proj(), self.build_decoder()
+
+    def build_query_proj(self) -> nn.Linear:
+        """Make the linear map of a head."""
+        return nn.Linear((2 if self.options.descriptor else 1) * self.clip.embed_dim, self.clip.embed_dim)
+
+    def build_decoder(self) -> MaskDecoder:
+        """Make the decoder of a head."""
+        options = self.options
+        dim, layers, heads = self.clip.embed_dim, options.decoder_layers, options.decoder_heads
+        return MaskDecoder(dim, layers, heads, options.ffn_ratio, options.dropout)
+
+    def init_from_clip_similarity(self) -> None:
+        """Let the heads start from CLIP's own comparison of patches and words."""
+        self.init_head(self.heads()[0], patch_directions(self.clip.visual.proj))
+
+    def init_head(self, head: Head, basis: Tensor, *, silent: bool = False) -> None:
+        """Let one head start so; see `lexiseg.models.clip_similarity`."""
+        init_matching_decoder(head.decoder, head.query_proj, basis, silent=silent)
+
+    def frozen_names(self) -> tuple[str, ...]:
+        """Beginnings of the names of parameters outside CLIP that do not train."""
+        return ()
+
+    def trainable_names(self) -> tuple[str, ...]:
+        """Everything outside CLIP but the `frozen_names`; with a fine-tuned backbone the image tower as well."""
+        tower = ("clip.model.visual.",) if self.options.backbone == "finetune" else ()
+        frozen = ("clip.", *self.frozen_names())
+        names = [name for name, _ in self.named_parameters()]
+        return tuple(name for name in names if name.startswith(tower) or not name.startswith(frozen))
+
+    # The image: through the tower, once.
+
+    def before_block(self, grid: tuple[int, int], *, keep_rows: bool = False) -> BeforeBlock | None:
+        """The function that changes the tokens in front of each block, of a grid (h, w)."""
+        return None if self.prompts is None else self.prompts.hook(grid[0] * grid[1], keep_rows=keep_rows)
+
+    def run_tower(self, images: Tensor, *, levels: Sequence[int] = (), keep_rows: bool = False) -> ImageTokens:
+        """Run the image tower with the prompts.
+
+        Args:
+            images: (B, 3, H, W), sides multiples of the patch size.
+            levels: blocks (0-based) whose outputs are wanted.
+            keep_rows: see `VisualPrompts.hook`.
+        """
+        tower, options = self.clip.image_tower, self.options
+        with torch.set_grad_enabled(torch.is_grad_enabled() and options.backbone != "fixed"):
+            tokens, grid = tower.embed(
+                images,
+                interpolation=options.position_interpolation,
+                class_embedding_twice=options.class_embedding_twice,
+            )
+            return tower.run(tokens, grid, before_block=self.before_block(grid, keep_rows=keep_rows), levels=levels)
+
+    def finish(self, result: ImageTokens) -> tuple[Tensor, Tensor]:
+        """Turn the tower's last tokens into unit vectors: class embedding (B, D) and patches (B, N, D)."""
+        tokens = result.tokens
+        if tokens.shape[1] > 1 + result.num_patches:
+            tokens = torch.cat([tokens[:, :1], tokens[:, -result.num_patches :]], dim=1)
+        if self.prompts is not None:
+            tokens = self.prompts.norm(tokens)
+        tokens = unit(self.clip.image_tower.project(tokens))
+        return tokens[:, 0], tokens[:, 1:]
+
+    def encode_images(self, images: Tensor) -> ImageFeatures:
+        """Run the image tower; see `SegmentationModel.encode_images`."""
+        result = self.run_tower(self.fit_to_patches(images))
+        cls, patches = self.finish(result)
+        size = (int(images.shape[-2]), int(images.shape[-1]))
+        return ImageFeatures(size, {"cls": cls, "patches": patches.unflatten(1, result.grid)})
+
+    # The words: queries, and their masks.
+
     def heads(self) -> list[Head]:
-        """One decoder."""
+        """The decoders whose mask logits are summed."""
         return [Head(self.query_proj, self.decoder)]
 
     def memories(self, features: ImageFeatures) -> list[Tensor]:
-        """It sees the final patches."""
-        return [self.memory_proj(features.values["patches"])]
+        """The patches (B, h, w, D) that each of the `heads` sees."""
+        return [features.values["patches"]]
+
+    def descriptor(self, cls: Tensor, text: Tensor) -> Tensor:
+        """Relationship descriptor [t * cls, t] of class embeddings (B, D) and text (C, D): (B, C, 2 D) (Sec. 3.3)."""
+        text = text.to(cls.dtype)[None]
+        return torch.cat([text * cls[:, None], text.expand(len(cls), -1, -1)], dim=-1)
+
+    def queries(self, cls: Tensor, text: Tensor) -> list[Tensor]:
+        """Class queries (B, C, D) of each of the `heads`, of class embeddings (B, D) and text (C, D)."""
+        if self.options.descriptor:
+            inputs = self.descriptor(cls, text)
+            return [head.query_proj(inputs) for head in self.heads()]
+        inputs = text.to(cls.dtype)[None]
+        return [head.query_proj(inputs).expand(len(cls), -1, -1) for head in self.heads()]
+
+    def grid_logits(
+        self, features: ImageFeatures, text: Tensor, traces: list[list[DecoderTrace]] | None = None
+    ) -> Tensor:
+        """Mask logits (B, C, h, w), float32, of classes ``text`` (C, D), before any resize.
+
+        Args:
+            features: from `encode_images`.
+            text: (C, D).
+            traces: a list that receives the trace of each head, for comparisons.
+        """
+        cls, heads, memories = features.values["cls"], self.heads(), self.memories(features)
+        grid = (int(memories[0].shape[1]), int(memories[0].shape[2]))
+        pairs = zip(heads, memories, strict=True)
+        projected = [head.decoder.project_memory(memory.flatten(1, 2), grid) for head, memory in pairs]
+        if traces is not None:
+            traces.extend([] for _ in heads)
+
+        def decode(part: Tensor) -> Tensor:
+            all_logits = [
+                head.decoder(queries, projected[index], None if traces is None else traces[index])
+                for index, (head, queries) in enumerate(zip(heads, self.queries(cls, part), strict=True))
+            ]
+            # A sum, not a mean, and no loss of its own for any head (Cascade-CLIP, Eq. 2).
+            return sum(all_logits[1:], all_logits[0]).float()
+
+        if self.training or traces is not None or len(text) <= _CLASS_CHUNK:
+            return decode(text).unflatten(2, grid)
+        # Queries are independent of each other: many classes are decoded in parts, into one tensor.
+        logits = cls.new_empty((len(cls), len(text), grid[0] * grid[1]), dtype=torch.float32)
+        for start in range(0, len(text), _CLASS_CHUNK):
+            part = text[start : start + _CLASS_CHUNK]
+            logits[:, start : start + len(part)] = decode(part)
+        return logits.unflatten(2, grid)

@@ -12,7 +12,7 @@ from lexiseg.clip.load import load_clip, random_clip
 from lexiseg.clip.model import CLIP, build_clip
 from lexiseg.clip.prompt_learner import PromptLearner
 from lexiseg.errors import LexisegError
-from lexiseg.models.base import ModelOptions
+from lexiseg.models.options import ModelOptions
 from lexiseg.proposals.pretrained import describe_start
 from lexiseg.recipes import ContrastiveRecipe, EvaluationRecipe, PromptRecipe, Recipe, SegmentationRecipe, TrainSettings
 from lexiseg.training.building import build_model

@@ -15,7 +15,7 @@ from lexiseg.errors import LexisegError
 from lexiseg.models.base import ModelOptions
 from lexiseg.models.decoupled import DecoupledOptions
 from lexiseg.models.deop import DeOPOptions
-from lexiseg.models.one_stage_options import WEIGHTS_DEPEND_ON, OneStageOptions
+from lexiseg.models.one_stage import OneStageOptions
 from lexiseg.models.region_base import RegionModelOptions
 from lexiseg.proposals.options import QueryOptions
 from lexiseg.recipes import (
@@ -78,8 +78,8 @@ def first_stage(recipe: SegmentationRecipe) -> SegmentationRecipe:
     """The recipe that ``recipe.initial`` names, on the data and the CLIP of ``recipe`` and with its seed.
 
     How pictures are cropped and augmented stays the stage's own: the decoupled papers' stages differ in that. Options
-    that weights depend on are those of ``recipe``: between one-stage systems the `WEIGHTS_DEPEND_ON`, between decoupled
-    ones how the proposals are built.
+    that weights depend on are those of ``recipe``: between one-stage systems their ``weights_depend_on``, between
+    decoupled ones how the proposals are built.
 
     Raises:
         LexisegError: it trains no segmentation system, one whose weights do not fit, or for fewer steps than
@@ -99,7 +99,7 @@ def _carried(first: SegmentationRecipe, recipe: SegmentationRecipe) -> dict[str,
     (_, own), (_, wanted) = system_of(first), system_of(recipe)
     before, after = own.model_dump(mode="json"), wanted.model_dump(mode="json")
     if isinstance(own, OneStageOptions) and isinstance(wanted, OneStageOptions):
-        names = sorted(WEIGHTS_DEPEND_ON & before.keys() & after.keys())
+        names = sorted(own.weights_depend_on & wanted.weights_depend_on)
         return {name: after[name] for name in names if before[name] != after[name]}
     if not isinstance(own, DecoupledOptions) or not isinstance(wanted, DecoupledOptions):
         return {}

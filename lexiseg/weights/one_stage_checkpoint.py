@@ -19,8 +19,9 @@ from lexiseg.clip.load import shapes_of, sketch
 from lexiseg.clip.model import build_clip
 from lexiseg.errors import LexisegError
 from lexiseg.models import SYSTEMS
-from lexiseg.models.levels import format_groups
-from lexiseg.models.one_stage import OneStageModel
+from lexiseg.models.cascade_clip import format_groups
+from lexiseg.models.spt_seg import SPTSeg
+from lexiseg.models.zegclip import ZegCLIP
 from lexiseg.weights.clip_state import count_blocks, infer_vit_architecture, missing_shape_keys, shape_of
 from lexiseg.weights.filling import Source, take_tensors
 
@@ -40,8 +41,6 @@ _PAIRS = (
     ("levels.projections", "backbone.proj_layers"),
     ("query_proj.", "decode_head.q_proj."),
     ("query_projs.", "decode_head.q_projs."),
-    ("memory_proj.0.", "decode_head.input_proj_1."),
-    ("memory_proj.1.", "decode_head.proj_norm_1."),
     ("decoder.layers.", "decode_head.decoder_1.layers."),
     ("decoders.", "decode_head.cascade_decoders."),
     ("clip.model.", "text_encoder."),
@@ -90,12 +89,12 @@ def authors_key(name: str, system: str = "zegclip") -> str | None:
     return f"{layer[1]}.{layer[2]}.{parts[part]}{layer[3][len(part) :]}"
 
 
-def is_unused(key: str, model: OneStageModel) -> bool:
+def is_unused(key: str, model: ZegCLIP) -> bool:
     """Say whether a tensor of the authors' file takes no part in any computation of ``model``."""
     if key == "decode_head.loss_decode.criterion.empty_weight":
         return True
     depth = None if model.prompts is None else model.prompts.depth
-    spectral = model.spectral_options is not None
+    spectral = isinstance(model, SPTSeg)
     dead = [".prompt_norm."] * (depth == 0) + [".proj_fre."] * spectral
     if key.startswith(tuple(f"backbone{part}" for part in dead)):
         return True
@@ -186,15 +185,11 @@ def infer_options(state: Mapping[str, Tensor], system: str, name: str = "the che
     if prompts is not None:
         depth = 0 if deep is None else deep[0]
         options |= {"prompt_depth": depth if shallow is not None else -depth, "num_prompts": prompts[1]}
-    if system == "zegclip":
-        options |= {
-            "backbone": "fixed" if prompts is None else "prompt",
-            "decoder_dim": dim,
-            "project_memory": "decode_head.input_proj_1.weight" in state,
-        }
-    elif cascade:
-        options |= {"host": "frozen" if prompts is None else "zegclip", "groups": _infer_groups(state, name)}
-    else:
+    if system != "spt-seg":
+        options["backbone"] = "fixed" if prompts is None else "prompt"
+    if cascade:
+        options["groups"] = _infer_groups(state, name)
+    elif system == "spt-seg":
         options["filter_grid"] = shape_of(state, "backbone.complex_weight", 4, name)[0]
     return options
 
@@ -223,7 +218,7 @@ def read_one_stage(
     text_heads: int | None = None,
     options: Mapping[str, Any] | None = None,
     name: str = "The checkpoint",
-) -> tuple[OneStageModel, list[str]]:
+) -> tuple[ZegCLIP, list[str]]:
     """Build a one-stage model from the authors' tensors.
 
     Args:
@@ -246,8 +241,8 @@ def read_one_stage(
     found = {**infer_options(state, system, name), **(options or {})}
     architecture = infer_architecture(state, heads=heads, text_heads=text_heads, name=name)
 
-    def build() -> OneStageModel:
-        return cast(OneStageModel, SYSTEMS[system].build(build_clip(architecture, name="clip"), found))
+    def build() -> ZegCLIP:
+        return cast(ZegCLIP, SYSTEMS[system].build(build_clip(architecture, name="clip"), found))
 
     def source_of(ours: str) -> Source | None:
         key = authors_key(ours, system)

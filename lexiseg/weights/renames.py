@@ -20,7 +20,23 @@ def _leftover(value: Any) -> dict[str, Any]:
     return {"leftover": {"min_fraction" if key == "min_share" else key: each for key, each in known.items()}}
 
 
+_ONE_STAGE: dict[str, Change] = {
+    "start": lambda value: {"init": "clip-similarity" if value == "matching" else value},
+    "decoder_dim": lambda value: {},
+    "project_memory": lambda value: {},
+}
+_HOSTS = {
+    "zegclip": {"base": "zegclip", "backbone": "prompt"},
+    "frozen": {"base": "zegclip", "backbone": "fixed"},
+    "finetune": {"base": "zegclip", "backbone": "finetune"},
+    "spt-seg": {"base": "spt-seg", "backbone": "prompt"},
+}
+
 RENAMED_OPTIONS: dict[str, dict[str, Change]] = {
+    "zegclip": _ONE_STAGE,
+    "spt-seg": _ONE_STAGE,
+    "cascade-clip": {**_ONE_STAGE, "host": lambda value: dict(_HOSTS.get(value, {"base": value}))},
+    "second-look": {**_ONE_STAGE, "second_look": "half_patch_shift", "distances": "smoothing_distances"},
     "deop": {
         "remainder": _leftover,
         # "query" was the released form, and is the paper's now.

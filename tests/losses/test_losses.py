@@ -8,14 +8,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lexiseg.errors import LexisegError
-from lexiseg.losses import (
-    count_masks,
-    exclusive_logits,
-    exclusive_losses,
-    mask_losses,
-    pixel_accuracy,
-    pseudo_labels,
-)
+from lexiseg.losses.exclusive import exclusive_logits, exclusive_losses
+from lexiseg.losses.masks import count_masks, mask_losses, pixel_accuracy, pseudo_labels
 
 
 def plain_losses(logits: Tensor, labels: Tensor, alpha: float) -> tuple[Tensor, Tensor]:

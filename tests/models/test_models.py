@@ -32,7 +32,7 @@ class TestZegCLIP(SystemTester):
     def test_many_classes_are_decoded_in_parts(self, model: SegmentationModel, monkeypatch: pytest.MonkeyPatch) -> None:
         text, images = unit_rows(50, DIM), self.images()
         whole = self.dense(model, images, text)
-        monkeypatch.setattr("lexiseg.models.one_stage._CLASS_CHUNK", 7)
+        monkeypatch.setattr("lexiseg.models.zegclip._CLASS_CHUNK", 7)
         torch.testing.assert_close(self.dense(model, images, text), whole, rtol=1e-5, atol=1e-6)
 
     def test_mask_size_applies_to_square_images_only(self) -> None:
@@ -99,7 +99,7 @@ class TestZegCLIPWithExclusiveClasses(SystemTester):
         "decoder_heads": 4,
         "mask_loss": "cross-entropy",
         "mask_weight": 1.0,
-        "start": "matching",
+        "init": "clip-similarity",
     }
 
     def test_classes_and_images_do_not_touch_each_other(self, model: SegmentationModel) -> None:
@@ -125,21 +125,15 @@ class TestZegCLIPWithExclusiveClasses(SystemTester):
         assert nothing["loss"].item() == 0.0  # here void is left out, not negative
 
 
-class TestZegCLIPShallowWithProjectedMemory(SystemTester):
+class TestZegCLIPShallow(SystemTester):
     system = "zegclip"
     options: ClassVar = {
         "num_prompts": 2,
         "prompt_depth": 0,
-        "project_memory": True,
-        "decoder_dim": 32,
-        "decoder_layers": 1,
+        "decoder_layers": 2,
         "mask_size": 24,
         "class_embedding_twice": True,
     }
-
-    def test_another_width_needs_a_projection(self) -> None:
-        with pytest.raises(LexisegError, match="project_memory"):
-            ZegCLIP.build(small_clip(), {"decoder_dim": 32})
 
 
 class TestCLIPFixed(SystemTester):

@@ -11,12 +11,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lexiseg.errors import LexisegError
-from lexiseg.losses import ssim_loss
+from lexiseg.losses.ssim import ssim_loss
 from lexiseg.models import SYSTEMS, CascadeCLIP, CascadeCLIPOptions, SegmentationModel, SPTSeg, ZegCLIP
-from lexiseg.models.levels import WeightedSum, format_groups, parse_groups
+from lexiseg.models.cascade_clip import WeightedSum, format_groups, parse_groups
 from lexiseg.models.one_stage import OneStageModel
-from lexiseg.models.spectral import SpectralFilter
-from lexiseg.models.spectral_decoder import SpectralGuide
+from lexiseg.models.spt_seg import SpectralFilter, SpectralGuide
 from lexiseg.recipes import TrainSettings
 from tests.system_tester import DIM, SystemTester
 from tests.towers import small_clip, unit_rows
@@ -63,7 +62,7 @@ class TestCascadeCLIP(SystemTester):
 
 class TestCascadeOnFrozenCLIP(SystemTester):
     system = "cascade-clip"
-    options: ClassVar = {**CASCADE, "host": "frozen", "aggregation": "nga-fixed", "text_projection": "shared"}
+    options: ClassVar = {**CASCADE, "backbone": "fixed", "aggregation": "nga-fixed", "text_projection": "shared"}
 
     def test_what_is_shared_and_fixed(self, model: SegmentationModel) -> None:
         assert isinstance(model, CascadeCLIP)
@@ -73,12 +72,12 @@ class TestCascadeOnFrozenCLIP(SystemTester):
 
 class TestCascadeOnSPT(SystemTester):
     system = "cascade-clip"
-    options: ClassVar = {**CASCADE, "host": "spt-seg", "start": "matching", "level_projection": "clip"}
+    options: ClassVar = {**CASCADE, "base": "spt-seg", "init": "clip-similarity", "level_projection": "clip"}
 
 
 class TestSPTSeg(SystemTester):
     system = "spt-seg"
-    options: ClassVar = {"num_prompts": 3, "start": "matching"}
+    options: ClassVar = {"num_prompts": 3, "init": "clip-similarity"}
 
     def test_the_filter_trains_unless_told_otherwise(self, model: SegmentationModel) -> None:
         assert "spectral.weight" in model.trainable_names()
@@ -210,12 +209,12 @@ def test_the_weights_of_the_gaussian() -> None:
 
 
 def test_a_matching_cascade_starts_as_a_matching_zegclip() -> None:
-    options = {"num_prompts": 3, "decoder_heads": 4, "start": "matching"}
+    options = {"num_prompts": 3, "decoder_heads": 4, "init": "clip-similarity"}
     images, text = torch.randn(1, 3, 32, 32), unit_rows(5, DIM)
     torch.manual_seed(0)
     zegclip = ZegCLIP.build(small_clip(), options).eval()
     torch.manual_seed(0)
-    model = cascade(start="matching", level_projection="released")
+    model = cascade(init="clip-similarity", level_projection="released")
     model.prompts.load_state_dict(zegclip.prompts.state_dict())  # type: ignore[union-attr, operator]
     torch.testing.assert_close(logits(model, images, text), logits(zegclip, images, text), rtol=1e-4, atol=1e-4)
     model.losses(images, torch.randint(0, 5, (1, 32, 32)), text)["loss"].backward()
@@ -226,12 +225,12 @@ def test_a_matching_cascade_starts_as_a_matching_zegclip() -> None:
 
 def test_a_matching_start_needs_something_to_compare() -> None:
     with pytest.raises(LexisegError, match=r"no group of \{1-2\},\{3\} has the last block"):
-        cascade(groups="{1-2},{3}", start="matching")
-    cascade(groups="{1-2},{3}", start="matching", level_projection="clip")
+        cascade(groups="{1-2},{3}", init="clip-similarity")
+    cascade(groups="{1-2},{3}", init="clip-similarity", level_projection="clip")
     with pytest.raises(LexisegError, match="put the last block in a group of its own"):
-        cascade(groups="{1-2},{3-4}", start="matching", aggregation="concat")
+        cascade(groups="{1-2},{3-4}", init="clip-similarity", aggregation="concat")
     with pytest.raises(LexisegError, match="two layers at least"):
-        SPTSeg.build(small_clip(), {"start": "matching", "decoder_layers": 1})
+        SPTSeg.build(small_clip(), {"init": "clip-similarity", "decoder_layers": 1})
 
 
 # ---- the spectral parts ----

@@ -45,7 +45,7 @@ class TestSecondLook(SystemTester):
         assert 0 < float(scores.logits.min()) <= float(scores.logits.max()) < 1
         features = model.encode_images(self.images())
         assert features.values["patches"].shape[1:3] == (5, 6)
-        assert features.values["second_patches"].shape[1:3] == (4, 5)
+        assert features.values["shifted_patches"].shape[1:3] == (4, 5)
 
     def test_the_seen_offset(self, model: SegmentationModel) -> None:
         text, images = unit_rows(3, DIM), self.images()
@@ -57,7 +57,7 @@ class TestSecondLook(SystemTester):
 
 class TestSecondLookAlone(SystemTester):
     system = "second-look"
-    options: ClassVar = {**SMALL, "distances": []}
+    options: ClassVar = {**SMALL, "smoothing_distances": []}
 
     def test_it_is_the_mean_of_two_looks(self, model: SegmentationModel) -> None:
         assert isinstance(model, SecondLook)
@@ -78,9 +78,9 @@ class TestSecondLookAlone(SystemTester):
         self, model: SegmentationModel, size: tuple[int, int], grid: tuple[int, int] | None
     ) -> None:
         values = model.encode_images(self.images(*size)).values
-        assert ("second_patches" in values) == (grid is not None)
+        assert ("shifted_patches" in values) == (grid is not None)
         if grid is not None:
-            assert tuple(values["second_patches"].shape[1:3]) == grid
+            assert tuple(values["shifted_patches"].shape[1:3]) == grid
 
 
 def test_training_is_zegclips() -> None:
@@ -118,7 +118,7 @@ def test_a_trained_zegclip_is_taken_over(tmp_path: Path) -> None:
 
 
 def test_without_both_it_is_zegclip_on_a_lattice() -> None:
-    model, zegclip = build(SecondLook, second_look=False, distances=[]), build(ZegCLIP)
+    model, zegclip = build(SecondLook, half_patch_shift=False, smoothing_distances=[]), build(ZegCLIP)
     images, text = SystemTester.images(), unit_rows(4, DIM)
     with torch.no_grad():
         expected = zegclip.grid_logits(zegclip.encode_images(images), text)
@@ -127,7 +127,7 @@ def test_without_both_it_is_zegclip_on_a_lattice() -> None:
 
 
 def test_exclusive_classes_share_the_probability() -> None:
-    model = build(SecondLook, mask_loss="cross-entropy", second_look=False)
+    model = build(SecondLook, mask_loss="cross-entropy", half_patch_shift=False)
     scores = score(model, SystemTester.images(), unit_rows(4, DIM))
     whole = build(ZegCLIP, mask_loss="cross-entropy")(SystemTester.images(), unit_rows(4, DIM)).logits
     torch.testing.assert_close(whole.sigmoid().sum(1), torch.ones(2, 5, 6))

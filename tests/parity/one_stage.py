@@ -10,12 +10,11 @@ from torch.nn import functional as F
 
 from lexiseg.clip.model import build_clip
 from lexiseg.data.base import remap_to_seen
-from lexiseg.losses import pseudo_labels
-from lexiseg.models import CascadeCLIP, ZegCLIP
-from lexiseg.models.levels import format_groups
+from lexiseg.losses.masks import pseudo_labels
+from lexiseg.models.cascade_clip import CascadeCLIP, format_groups
 from lexiseg.models.mask_decoder import DecoderTrace
-from lexiseg.models.one_stage import OneStageModel
-from lexiseg.models.spectral_decoder import SpectralDecoder
+from lexiseg.models.spt_seg import SpectralLayer, SPTSeg
+from lexiseg.models.zegclip import ZegCLIP
 from lexiseg.scores import WindowScores
 from lexiseg.training.schedule import poly_warmup
 from lexiseg.weights.one_stage_checkpoint import authors_key, read_one_stage
@@ -35,7 +34,7 @@ def groups_of(tower: dict[str, Any]) -> str:
     return format_groups((tuple(blocks[:3]), tuple(blocks[3:]), (tower["layers"],)))
 
 
-def build(case: Case, **options: Any) -> OneStageModel:
+def build(case: Case, **options: Any) -> ZegCLIP:
     """Build the model of a case from its parameters, through the converter, with what only the JSON can tell."""
     config = case.config["model_config"]
     head, tower = config["decode_head"], config["backbone"]
@@ -67,16 +66,14 @@ def build(case: Case, **options: Any) -> OneStageModel:
     depth = stated[0] if model.prompts is None else model.prompts.depth
     found = (depth, model.options.decoder_layers)
     case.check_that("configuration", stated == found, f"the file gives {found} and the JSON {stated}")
-    if isinstance(model, ZegCLIP):
-        projected = bool(head.get("use_proj", False))
-        case.check_that("projected memory", model.options.project_memory == projected, f"the JSON says {projected}")
+    case.check_stated("projected memory", head, {"use_proj": False})
     check_stated_sizes(case, model)
     if unused:
         case.notes.append(f"{len(unused)} parameters take part in no computation")
     return model
 
 
-def check_stated_sizes(case: Case, model: OneStageModel) -> None:
+def check_stated_sizes(case: Case, model: ZegCLIP) -> None:
     """Compare the sizes and the classes of the JSON with the model and the inputs."""
     config, clip = case.config["model_config"], model.clip
     tower, head, text = config["backbone"], config["decode_head"], config.get("text_encoder", {})
@@ -116,7 +113,7 @@ def stored_side(case: Case) -> int:
     return round((len(case.tensors["param/backbone.positional_embedding"]) - 1) ** 0.5)
 
 
-def compare_blocks(case: Case, model: OneStageModel, images: Tensor) -> None:
+def compare_blocks(case: Case, model: ZegCLIP, images: Tensor) -> None:
     """Compare the blocks' outputs, prompts' rows included."""
     names = case.expected_names("block_")
     if not names:
@@ -127,20 +124,21 @@ def compare_blocks(case: Case, model: OneStageModel, images: Tensor) -> None:
         case.check(name, result.levels[int(name.split("_")[1])].transpose(0, 1))
 
 
-def compare_features(case: Case, model: OneStageModel, images: Tensor) -> None:
+def compare_features(case: Case, model: ZegCLIP, images: Tensor) -> None:
     """Compare the class embedding and the patches of each level, the final ones last."""
     with torch.no_grad():
-        result = model.run_tower(images, levels=model.level_blocks)
+        cascade = isinstance(model, CascadeCLIP)
+        result = model.run_tower(images, levels=model.level_blocks if cascade else ())
         cls, patches = model.finish(result)
-        levels = list(model.level_features(result).values()) if isinstance(model, CascadeCLIP) else []
+        levels = list(model.level_features(result).values()) if cascade else []
     case.check("cls", cls)
     for index, level in enumerate([*levels, patches]):
         case.check(f"patch_feature_{index}", level.unflatten(1, result.grid).permute(0, 3, 1, 2))
 
 
-def compare_spectral(case: Case, model: OneStageModel, images: Tensor) -> None:
+def compare_spectral(case: Case, model: ZegCLIP, images: Tensor) -> None:
     """Compare what the filter adds before the first two blocks, and the first layer's high and low frequencies."""
-    if model.spectral is None:
+    if not isinstance(model, SPTSeg):
         return
     added: list[Tensor] = []
     handle = model.spectral.register_forward_hook(lambda module, inputs, output: added.append(output))
@@ -150,8 +148,9 @@ def compare_spectral(case: Case, model: OneStageModel, images: Tensor) -> None:
     case.check("spectral_prompt_call0_p0", added[0])
     case.check("spectral_prompt_call1_p1", added[1].transpose(0, 1))
     head, memory = model.heads()[0], model.memories(features)[0]
-    if isinstance(head.decoder, SpectralDecoder):
-        guide, grid = head.decoder.layers[0].guide, (memory.shape[1], memory.shape[2])
+    layer = head.decoder.layers[0]
+    if isinstance(layer, SpectralLayer):
+        guide, grid = layer.guide, (memory.shape[1], memory.shape[2])
         with torch.no_grad():
             parts = {"hf": guide._high(memory.flatten(1, 2), grid), "lf": guide._low(memory.flatten(1, 2), grid)}
         for name, part in parts.items():
@@ -162,7 +161,7 @@ def compare_spectral(case: Case, model: OneStageModel, images: Tensor) -> None:
             case.check(f"sgd_layer0_{name}_padded", part.unflatten(1, grid))
 
 
-def compare_forward(case: Case, model: OneStageModel, images: Tensor, text: Tensor) -> Tensor:
+def compare_forward(case: Case, model: ZegCLIP, images: Tensor, text: Tensor) -> Tensor:
     """Compare everything up to the mask logits, and return those (B, C, h, w)."""
     compare_blocks(case, model, images)
     compare_features(case, model, images)
@@ -173,7 +172,7 @@ def compare_forward(case: Case, model: OneStageModel, images: Tensor, text: Tens
         case.check("relationship_descriptor", model.descriptor(cls, text))
         all_queries, memories = model.queries(cls, text), model.memories(features)
         traces: list[list[DecoderTrace]] = []
-        logits = model.mask_logits(features, text, traces)
+        logits = model.grid_logits(features, text, traces)
         for head, (queries, memory, trace) in enumerate(zip(all_queries, memories, traces, strict=True)):
             prefix = f"cascade_{head}" if isinstance(model, CascadeCLIP) else "decoder_1"
             case.check(f"q_projs_{head}_out" if isinstance(model, CascadeCLIP) else "q_proj_out", queries)
@@ -293,7 +292,7 @@ def check_frozen_count(case: Case, trained: set[str]) -> None:
         case.check_that("frozen_parameters_count", found == stated, f"{found} instead of {stated}")
 
 
-def check_groups(case: Case, model: OneStageModel, groups: list[dict[str, Any]], names: list[str], base: float) -> None:
+def check_groups(case: Case, model: ZegCLIP, groups: list[dict[str, Any]], names: list[str], base: float) -> None:
     """Compare rate and decay of every parameter that lexiseg trains with the authors' optimizer.
 
     What they train beside it has to be what lexiseg does not have at all: weights that no output depends on.

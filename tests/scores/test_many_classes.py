@@ -16,9 +16,10 @@ from lexiseg.data.base import remap_to_seen
 from lexiseg.data.transforms import RandomCrop
 from lexiseg.errors import LexisegError
 from lexiseg.label_ids import ignore_index
-from lexiseg.losses import count_masks, mask_losses, pixel_accuracy, pseudo_labels, ssim_loss
 from lexiseg.losses.mask_aware import mask_ious
+from lexiseg.losses.masks import count_masks, mask_losses, pixel_accuracy, pseudo_labels
 from lexiseg.losses.regions import region_map_losses
+from lexiseg.losses.ssim import ssim_loss
 from lexiseg.models import SYSTEMS as KINDS
 from lexiseg.recipes import parse_recipe
 from lexiseg.training.labels import PADDING, UNLABELLED, self_training_labels

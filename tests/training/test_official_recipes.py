@@ -110,9 +110,9 @@ def test_numbers(name: str, system: str, data: str, setting: str) -> None:
         "antialias": False,
     }
     if system == "zegclip":
-        expected |= {"backbone": "prompt", "project_memory": False, "decoder_dim": None}
+        expected |= {"backbone": "prompt"}
     elif system == "cascade-clip":
-        expected |= {"host": "zegclip", "groups": "{6-8},{9-11},{12}", "aggregation": "nga", "sigma": 1.0}
+        expected |= {"base": "zegclip", "groups": "{6-8},{9-11},{12}", "aggregation": "nga", "sigma": 1.0}
         expected |= {"text_projection": "independent", "level_projection": "released"}
     else:
         expected |= {"filter_blocks": 2, "filter_grid": 32, "train_filter": True}

@@ -24,7 +24,7 @@ from lexiseg.data.picture_world import CLASSES, SEEN, write_voc
 from lexiseg.data.transforms import light_pipeline, paper_pipeline
 from lexiseg.errors import LexisegError
 from lexiseg.evaluation.evaluate import evaluate
-from lexiseg.losses import pseudo_labels
+from lexiseg.losses.masks import pseudo_labels
 from lexiseg.models import SYSTEMS
 from lexiseg.recipes import SegmentationRecipe, find_recipe, load_recipe, parse_recipe
 from lexiseg.segmenter import Segmenter

@@ -125,7 +125,6 @@ def same(a: SegmentationModel, b: SegmentationModel, size: tuple[int, int] = (32
         {"prompt_depth": 0},
         {"prompt_depth": -2, "decoder_layers": 1, "ffn_ratio": 4.0},
         {"backbone": "fixed", "descriptor": False},
-        {"project_memory": True},
     ],
 )
 def test_convert_the_authors_checkpoint(options: dict[str, Any], tmp_path: Path) -> None:
@@ -139,7 +138,7 @@ def test_convert_the_authors_checkpoint(options: dict[str, Any], tmp_path: Path)
     assert "Found a ZegCLIP model" in str(report)
     again = load_model(tmp_path / "model")
     assert isinstance(again, ZegCLIP)
-    for key in ("backbone", "num_prompts", "descriptor", "decoder_layers", "project_memory", "class_embedding_twice"):
+    for key in ("backbone", "num_prompts", "descriptor", "decoder_layers", "class_embedding_twice"):
         if key != "num_prompts" or again.prompts is not None:
             assert getattr(again.options, key) == getattr(model.options, key), key
     assert again.seen_names == ("cat", "sky")
@@ -169,7 +168,7 @@ def test_what_a_file_does_not_say_can_be_given(tmp_path: Path) -> None:
     ("system", "layers", "options"),
     [
         ("cascade-clip", 7, {"groups": "{1-3},{4-6},{7}"}),
-        ("cascade-clip", 4, {"groups": "{2-3},{4}", "host": "frozen", "decoder_layers": 2}),
+        ("cascade-clip", 4, {"groups": "{2-3},{4}", "backbone": "fixed", "decoder_layers": 2}),
         ("spt-seg", 3, {}),
         ("spt-seg", 3, {"prompt_depth": 1, "decoder_layers": 2, "filter_grid": 3}),
     ],

@@ -1,0 +1,87 @@
+"""An initial state that no paper has: decoders that begin with CLIP's own comparison of patches and words.
+
+From random weights a decoder takes thousands of steps to find that comparison; trainings on the picture world are
+shorter. The mask logits of unit queries and patches are then about ``GAIN * cosine - OFFSET``, so that most classes
+start as absent.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from lexiseg.models.mask_decoder import DecoderLayer, MaskDecoder, MatchingLayer
+
+GAIN = 20.0
+OFFSET = 9.0
+"""A cosine of 0.45 is undecided."""
+IMAGE_WEIGHT = 0.25
+"""Weight of a word's cosine with the whole image beside that with a patch."""
+_KEY_BIAS = 4.0
+
+
+def patch_directions(projection: Tensor) -> Tensor:
+    """Orthonormal rows (D, D), the directions along which patches differ most first, of CLIP's projection (W, D).
+
+    Patches vary least along the direction that the projection amplifies least.
+    """
+    return torch.linalg.svd(projection.float(), full_matrices=True).Vh
+
+
+@torch.no_grad()
+def init_matching_decoder(decoder: MaskDecoder, query_proj: nn.Linear, basis: Tensor, *, silent: bool = False) -> None:
+    """Set the weights so that the mask logits are those of queries and patches compared directly.
+
+    Queries are the text embeddings, the layers' updates start at zero and only their norms remain, and the last layer's
+    query and key maps are multiples of the identity. The biases of queries and keys are opposite along one direction,
+    and their product is the offset. A relationship descriptor adds the words' comparison with the whole image.
+
+    Args:
+        decoder: of `MatchingLayer`.
+        query_proj: makes the queries of [t * cls, t] or t; its weights are set as well.
+        basis: see `patch_directions`; along the last the biases shift all patches alike.
+        silent: start with logits of zero instead, from which gradients reach the last layer's keys.
+    """
+    direction = basis[-1]
+    *inner, last = cast("list[MatchingLayer]", list(decoder.layers))
+    for layer in inner:
+        silence_updates(layer)
+    dim = last.query.in_features
+    scale = (dim // last.num_heads) ** -0.5 / last.num_heads
+    length = dim**0.5 if inner else 1.0  # a norm leaves vectors of this length
+    factor = (GAIN / (scale * length)) ** 0.5
+    for linear in (last.query, last.key):
+        nn.init.eye_(linear.weight)
+        linear.weight.mul_(factor)
+    # A short bias on the keys, because its product with the queries differs from class to class.
+    last.key.bias.copy_(_KEY_BIAS * direction)
+    pass_text(query_proj, direction, IMAGE_WEIGHT * GAIN / (scale * factor * length * _KEY_BIAS))
+    last.query.bias.copy_(-OFFSET / (scale * _KEY_BIAS) * direction)
+    if silent:
+        for parameter in (last.key.weight, last.key.bias, last.query.bias):
+            nn.init.zeros_(parameter)
+
+
+@torch.no_grad()
+def silence_updates(layer: DecoderLayer) -> None:
+    """Let a layer's attention and its feed-forward part add nothing, as long as nothing is learnt."""
+    for linear in (layer.out, layer.ffn_out):
+        nn.init.zeros_(linear.weight)
+        nn.init.zeros_(linear.bias)
+
+
+@torch.no_grad()
+def pass_text(query_proj: nn.Linear, direction: Tensor, image_weight: float) -> None:
+    """Let queries be the text embeddings t, which come last in what ``query_proj`` maps.
+
+    With a relationship descriptor they are shifted along ``direction`` by ``image_weight`` times the cosine of word and
+    image, the sum of t * cls.
+    """
+    dim = query_proj.out_features
+    nn.init.zeros_(query_proj.weight)
+    nn.init.zeros_(query_proj.bias)
+    nn.init.eye_(query_proj.weight[:, -dim:])
+    if query_proj.in_features == 2 * dim:
+        query_proj.weight[:, :dim] = image_weight * direction[:, None]

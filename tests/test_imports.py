@@ -56,7 +56,7 @@ ALLOWED: dict[str, set[str]] = {
     "training": WORDS | PICTURES | MODELS | {"data", "recipes", "segmenter", "evaluation", "processes"},
 }
 # What faces the user may use everything.
-FACES = {"app", "cli", "__main__", "__init__"}
+FACES = {"app", "cli", "video", "__main__", "__init__"}
 
 
 def _part(path: Path) -> str:

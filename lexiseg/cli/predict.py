@@ -131,6 +131,13 @@ def predict(
     shard_size: Annotated[
         int | None, typer.Option("--shard-size", min=1, help="Cluster: pictures that a worker is given at a time.")
     ] = None,
+    every: Annotated[int, typer.Option("--every", min=1, help="Video: label every so many frames.")] = 1,
+    smooth: Annotated[
+        float, typer.Option("--smooth", help="Video: weight of earlier frames in the scores, 0 to below 1.")
+    ] = 0.0,
+    frames: Annotated[
+        int | None, typer.Option("--frames", min=1, help="Video: stop after so many frames.", show_default=False)
+    ] = None,
 ) -> None:
     """Segment pictures by words.
 
@@ -141,7 +148,12 @@ def predict(
         raise LexisegError("--workers, --address and --shard-size are for a cluster; add --cluster ray.")
     kinds = _kinds(save, instances)
     sources, classes = _split(words, classes_file)
-    paths = _pictures(sources)
+    from lexiseg.video import VideoOptions, is_video
+
+    video = VideoOptions(every, smooth, "overlay" in kinds, resume, frames) if is_video(sources[0]) else None
+    if video and (len(sources) > 1 or cluster):
+        raise LexisegError("A video is segmented by itself; give one, and no --cluster.")
+    paths = [] if video else _pictures(sources)
     vocabulary = lexiseg.Vocabulary.parse(classes)
     from lexiseg.files import make_folder
 
@@ -157,6 +169,11 @@ def predict(
         segmenter = lexiseg.load(model, device=device if cluster is None else "cpu", **loading)
     policy = window_of(segmenter.model.window, window, stride)
     checked = segmenter.vocabulary(vocabulary, background=background)
+    if video:
+        from lexiseg.cli.video import predict_video
+
+        predict_video(segmenter, sources[0], checked, output, video, json, window=policy, batch_size=batch_size)
+        return
     regions = _instances(instances, checked)
 
     from lexiseg.labelling.record import Record, absolute

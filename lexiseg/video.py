@@ -1,0 +1,322 @@
+"""Videos and cameras, frame by frame, in memory that does not grow (extra ``video``)."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lexiseg.errors import LexisegError
+from lexiseg.files import atomic_write, make_folder
+from lexiseg.words import describe, printable
+
+if TYPE_CHECKING:
+    from lexiseg.scores.base import Scores
+    from lexiseg.segmenter import Segmenter
+    from lexiseg.vocabulary import Vocabulary
+
+VIDEO_SUFFIXES = frozenset({".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".mpg", ".mpeg", ".gif"})
+_FORMAT = 1
+_ALPHA = 0.55
+
+
+def is_video(source: str | Path) -> bool:
+    """Whether a name is that of a video, or of a camera of Linux such as ``/dev/video0``."""
+    return Path(source).suffix.lower() in VIDEO_SUFFIXES or str(source).startswith("/dev/video")
+
+
+@dataclass(frozen=True)
+class VideoOptions:
+    """How a video is segmented.
+
+    Attributes:
+        every: every how many frames labels are made; those between keep the last ones.
+        smooth: weight of the frames before, 0 (none) to below 1, in a running mean of the scores; it calms labels that
+            flicker and lags behind what moves. Of systems that score patches only.
+        overlay: write a video with the classes painted over the frames.
+        resume: go on where an earlier run into the same folder stopped.
+        frames: stop after this many frames; None goes to the end. A camera has none.
+    """
+
+    every: int = 1
+    smooth: float = 0.0
+    overlay: bool = True
+    resume: bool = False
+    frames: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.every < 1 or (self.frames is not None and self.frames < 1):
+            raise LexisegError("Frames are counted from 1; give --every and --frames numbers of at least 1.")
+        if not 0 <= self.smooth < 1:
+            raise LexisegError(f"The weight of earlier frames must be from 0 to below 1, not {describe(self.smooth)}.")
+
+
+@dataclass(frozen=True)
+class Frame:
+    """What came of a frame.
+
+    Attributes:
+        index: of the frame, from 0.
+        seconds: its time in the video.
+        labels: (H, W) ids; 255, or 65535 beyond 255 classes, is no class.
+        reused: its labels are those of an earlier run.
+    """
+
+    index: int
+    seconds: float
+    labels: NDArray[np.integer]
+    reused: bool
+
+
+def video_files(source: str | Path, folder: str | Path) -> dict[str, Path]:
+    """Where `segment_video` writes: "frames", a line of JSON a frame, and "overlay", a video."""
+    stem = Path(source).stem
+    return {"frames": Path(folder) / f"{stem}_frames.jsonl", "overlay": Path(folder) / f"{stem}_overlay.mp4"}
+
+
+def count_frames(source: str | Path, options: VideoOptions) -> int:
+    """How many frames there will be, as far as the file says; 0 where it does not.
+
+    Raises:
+        LexisegError: PyAV is not installed.
+    """
+    av = _import_av()
+    try:
+        with av.open(str(source)) as container:
+            count = int(container.streams.video[0].frames)
+    except (OSError, av.FFmpegError, IndexError):
+        return options.frames or 0  # whoever opens it next says what is wrong
+    return min(count, options.frames or count)
+
+
+def segment_video(
+    segmenter: Segmenter,
+    source: str | Path,
+    vocabulary: Vocabulary,
+    folder: str | Path,
+    options: VideoOptions | None = None,
+    **settings: Any,
+) -> Iterator[Frame]:
+    """Segment a video as a stream, and write its labels and an overlay; see `video_files`.
+
+    The first line of the frames' file says the classes and their colours. Each other one has ``frame``, ``seconds`` and
+    ``segments``, a list of ``category_id`` and COCO's compressed run lengths ``rle``; it is written as soon as the
+    frame is done, so that what was finished outlives an interruption. A class keeps its colour in all frames.
+
+    Args:
+        segmenter: with the model.
+        source: a file, or a camera such as ``/dev/video0``.
+        vocabulary: the classes.
+        folder: to write into.
+        options: see `VideoOptions`.
+        settings: ``window`` and others that `Segmenter.predict` takes.
+
+    Returns:
+        An iterator that does the work, a frame at a time.
+
+    Raises:
+        LexisegError: PyAV is not installed, the video cannot be read, or an earlier run had other settings.
+    """
+    av = _import_av()
+    options = options or VideoOptions()
+    files = video_files(source, make_folder(folder))
+    head = {
+        "format": _FORMAT,
+        "video": printable(Path(source).name),
+        "classes": list(vocabulary.names),
+        "colors": vocabulary.palette().tolist(),
+        "every": options.every,
+        "smooth": options.smooth,
+        "model": segmenter.model.system,
+        "vocabulary": vocabulary.hash(),
+    }
+    known = _finished(files["frames"], head) if options.resume else {}
+    try:
+        container = av.open(str(source), format="v4l2" if str(source).startswith("/dev/video") else None)
+        stream = container.streams.video[0]
+    except (OSError, av.FFmpegError, IndexError) as error:
+        raise LexisegError(f"'{printable(str(source))}' cannot be read as a video; check the file.") from error
+    return _segment(av, container, stream, _Labels(segmenter, vocabulary, options, settings), files, head, known)
+
+
+def _segment(
+    av: Any, container: Any, stream: Any, labels: _Labels, files: dict[str, Path], head: dict[str, Any],
+    known: dict[int, dict[str, Any]],
+) -> Iterator[Frame]:  # fmt: skip
+    options = labels.options
+    with ExitStack() as stack:
+        stack.enter_context(container)
+        journal = stack.enter_context(files["frames"].open("a" if known else "w", encoding="utf-8"))
+        if not known:
+            _append(journal, head)
+        overlay: _Overlay | None = None
+        for index, picture in enumerate(_decoded(av, container, stream)):
+            if options.frames is not None and index >= options.frames:
+                break
+            pixels = picture.to_ndarray(format="rgb24")
+            seconds = float(picture.time or 0.0)
+            if index in known:
+                labels.current = _labels_of(known[index], labels.vocabulary)
+            elif index % options.every == 0 or labels.current is None:
+                labels.make(pixels)
+                _append(journal, {"frame": index, "seconds": seconds, "segments": _segments_of(labels.current)})
+            if options.overlay:
+                if overlay is None:
+                    temporary = stack.enter_context(atomic_write(files["overlay"]))
+                    rate = stream.average_rate or Fraction(25)
+                    overlay = stack.enter_context(_Overlay(av, temporary, rate, pixels.shape, labels.vocabulary))
+                overlay.write(pixels, labels.current)
+            yield Frame(index, seconds, np.asarray(labels.current), index in known)
+
+
+def _import_av() -> Any:
+    try:
+        import av
+    except ImportError as error:
+        raise LexisegError("Videos need PyAV; install it with pip install 'lexiseg[video]'.") from error
+    return av
+
+
+def _decoded(av: Any, container: Any, stream: Any) -> Iterator[Any]:
+    stream.thread_type = "AUTO"
+    try:
+        yield from container.decode(stream)
+    except av.FFmpegError as error:
+        raise LexisegError(f"The video breaks off ({printable(str(error))}); what was read before is kept.") from error
+
+
+class _Labels:
+    """Labels of one frame after the other."""
+
+    def __init__(
+        self, segmenter: Segmenter, vocabulary: Vocabulary, options: VideoOptions, settings: dict[str, Any]
+    ) -> None:
+        self.segmenter = segmenter
+        self.vocabulary = vocabulary
+        self.options = options
+        self.settings = settings
+        self.current: NDArray[np.integer] | None = None
+        self._mean: Scores | None = None
+        if options.smooth and vocabulary.background.kind == "threshold":
+            raise LexisegError("Smoothing knows no background below a score; name a class for it.")
+
+    def make(self, pixels: NDArray[np.uint8]) -> None:
+        """Segment a frame (H, W, 3)."""
+        if not self.options.smooth:
+            result = self.segmenter.predict(pixels, self.vocabulary, **self.settings)
+            self.current = np.asarray(result.label_map)
+            return
+        scores = self.segmenter.scores(pixels, self.vocabulary, **self.settings).detach()
+        self._mean = scores if self._mean is None else _blended(self._mean, scores, self.options.smooth)
+        found = self._mean.label_map((pixels.shape[0], pixels.shape[1]))[0].cpu().numpy()
+        self.current = found.astype(np.uint8 if len(self.vocabulary) <= 255 else np.uint16)
+
+
+def _blended(before: Scores, now: Scores, weight: float) -> Scores:
+    """The running mean of scores that have the same form."""
+    from lexiseg.scores.grid import GridScores
+    from lexiseg.scores.window import WindowScores
+
+    if isinstance(before, WindowScores) and isinstance(now, WindowScores):
+        parts = [_blended(*pair, weight) for pair in zip(before.parts, now.parts, strict=True)]
+        return WindowScores(parts, now.boxes, now.canvas)
+    if isinstance(before, GridScores) and isinstance(now, GridScores):
+        now.logits = weight * before.logits + (1 - weight) * now.logits
+        return now
+    raise LexisegError("Smoothing works for systems that score patches, not for those with proposals; leave it out.")
+
+
+class _Overlay:
+    """A video of painted frames."""
+
+    def __init__(self, av: Any, path: Path, rate: Fraction, shape: tuple[int, ...], vocabulary: Vocabulary) -> None:
+        self.av = av
+        self.palette = vocabulary.palette().astype(np.float32)
+        self.container = av.open(str(path), "w")
+        codec = "libx264" if "libx264" in av.codecs_available else "mpeg4"
+        self.stream = self.container.add_stream(codec, rate=rate)
+        # These codecs want even sides.
+        self.stream.height, self.stream.width = shape[0] - shape[0] % 2 or 2, shape[1] - shape[1] % 2 or 2
+        self.stream.pix_fmt = "yuv420p"
+
+    def __enter__(self) -> _Overlay:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for packet in self.stream.encode():
+            self.container.mux(packet)
+        self.container.close()
+
+    def write(self, pixels: NDArray[np.uint8], labels: NDArray[np.integer] | None) -> None:
+        """Paint a frame and write it."""
+        painted = pixels.astype(np.float32)
+        if labels is not None:
+            inside = labels < len(self.palette)
+            painted[inside] = (1 - _ALPHA) * painted[inside] + _ALPHA * self.palette[labels[inside]]
+        cut = np.ascontiguousarray(painted[: self.stream.height, : self.stream.width].astype(np.uint8))
+        for packet in self.stream.encode(self.av.VideoFrame.from_ndarray(cut, format="rgb24")):
+            self.container.mux(packet)
+
+
+def _append(journal: Any, value: dict[str, Any]) -> None:
+    journal.write(json.dumps(value, separators=(",", ":")) + "\n")
+    journal.flush()
+
+
+def _finished(path: Path, head: dict[str, Any]) -> dict[int, dict[str, Any]]:
+    """The frames of an earlier run by index; a line that was cut off is taken away."""
+    if not path.is_file():
+        return {}
+    whole = 0
+    found: dict[int, dict[str, Any]] = {}
+    with path.open("rb") as file:
+        for number, line in enumerate(file):
+            try:
+                content = json.loads(line) if line.endswith(b"\n") else None
+                if content is None:
+                    break
+                if number == 0 and content != head:
+                    raise LexisegError(
+                        f"'{path}' is of another model, other classes or settings; choose another folder."
+                    )
+                if number:
+                    found[int(content["frame"])] = content
+            except (ValueError, KeyError, TypeError):
+                break
+            whole = file.tell()
+    os.truncate(path, whole)
+    return found
+
+
+def _segments_of(labels: NDArray[np.integer] | None) -> list[dict[str, Any]]:
+    from pycocotools import mask as coco
+
+    if labels is None:
+        return []
+    ids = [int(one) for one in np.unique(labels) if one != (255 if labels.dtype == np.uint8 else 65535)]
+    found = []
+    for one in ids:
+        rle = coco.encode(np.asfortranarray(labels == one))
+        found.append({"category_id": one, "rle": {"size": rle["size"], "counts": rle["counts"].decode()}})
+    return found
+
+
+def _labels_of(line: dict[str, Any], vocabulary: Vocabulary) -> NDArray[np.integer]:
+    from pycocotools import mask as coco
+
+    wide = len(vocabulary) > 255
+    labels: NDArray[np.integer] | None = None
+    for segment in line["segments"]:
+        mask = coco.decode(segment["rle"]).astype(bool)
+        if labels is None:
+            labels = np.full(mask.shape, 65535 if wide else 255, np.uint16 if wide else np.uint8)
+        labels[mask] = segment["category_id"]
+    return np.zeros((0, 0), np.uint8) if labels is None else labels

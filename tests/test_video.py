@@ -1,0 +1,122 @@
+"""Videos: frames as a stream, labels and overlay, going on after an interruption."""
+
+from __future__ import annotations
+
+import json
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import lexiseg
+from lexiseg.cli import main
+from lexiseg.errors import LexisegError
+from lexiseg.images import read_pixels
+from lexiseg.samples import sample_path
+from lexiseg.video import VideoOptions, is_video, segment_video, video_files
+
+av = pytest.importorskip("av")
+WORDS = "giraffe; elephant; butterfly; tree; leaves; grass"
+
+
+@pytest.fixture(scope="module")
+def segmenter() -> Any:
+    return lexiseg.load("zegclip-emoji", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eight frames that move over the demo picture."""
+    path = tmp_path_factory.mktemp("video") / "clip.mp4"
+    pixels = read_pixels(sample_path("demo"))[::2, ::2]
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=10)
+        stream.width = stream.height = 128
+        stream.pix_fmt = "yuv420p"
+        for step in range(8):
+            part = np.ascontiguousarray(pixels[8 * step : 8 * step + 128, 8 * step : 8 * step + 128])
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(part, format="rgb24")))
+        container.mux(stream.encode())
+    return path
+
+
+def run(segmenter: Any, clip: Path, folder: Path, **options: Any) -> list[Any]:
+    vocabulary = segmenter.vocabulary(WORDS)
+    return list(segment_video(segmenter, clip, vocabulary, folder, VideoOptions(**options)))
+
+
+def test_labels_and_overlay(segmenter: Any, clip: Path, tmp_path: Path) -> None:
+    frames = run(segmenter, clip, tmp_path)
+    assert [frame.index for frame in frames] == list(range(8))
+    assert frames[3].seconds == pytest.approx(0.3)
+    with av.open(str(clip)) as container:
+        first = next(container.decode(video=0)).to_ndarray(format="rgb24")
+    assert np.array_equal(frames[0].labels, segmenter.predict(first, WORDS).label_map)
+    files = video_files(clip, tmp_path)
+    head, *lines = [json.loads(line) for line in files["frames"].read_text().splitlines()]
+    assert head["classes"][:2] == ["giraffe", "elephant"] and len(lines) == 8
+    with av.open(str(files["overlay"])) as container:
+        assert sum(1 for _ in container.decode(video=0)) == 8
+
+
+def test_every_third_frame_and_a_limit(segmenter: Any, clip: Path, tmp_path: Path) -> None:
+    frames = run(segmenter, clip, tmp_path, every=3, frames=5, overlay=False)
+    assert len(frames) == 5
+    assert np.array_equal(frames[1].labels, frames[0].labels) and not np.array_equal(frames[3].labels, frames[0].labels)
+    assert len(video_files(clip, tmp_path)["frames"].read_text().splitlines()) == 3
+    assert not video_files(clip, tmp_path)["overlay"].exists()
+
+
+def test_smoothing_calms_the_labels(segmenter: Any, clip: Path, tmp_path: Path) -> None:
+    def changes(frames: list[Any]) -> int:
+        return sum(int((a.labels != b.labels).sum()) for a, b in pairwise(frames))
+
+    plain = run(segmenter, clip, tmp_path / "a", overlay=False)
+    smooth = run(segmenter, clip, tmp_path / "b", overlay=False, smooth=0.9)
+    assert np.array_equal(plain[0].labels, smooth[0].labels) and changes(smooth) < changes(plain)
+
+
+def test_an_interrupted_run_goes_on(segmenter: Any, clip: Path, tmp_path: Path) -> None:
+    whole = run(segmenter, clip, tmp_path / "whole")
+    stream = segment_video(segmenter, clip, segmenter.vocabulary(WORDS), tmp_path / "part")
+    for _ in range(3):
+        next(stream)
+    stream.close()  # type: ignore[attr-defined]
+    files = video_files(clip, tmp_path / "part")
+    assert not files["overlay"].exists()
+    with files["frames"].open("a") as journal:
+        journal.write('{"frame": 3, "seg')  # what a kill leaves
+    again = run(segmenter, clip, tmp_path / "part", resume=True)
+    assert [frame.reused for frame in again] == [True] * 3 + [False] * 5
+    assert all(np.array_equal(a.labels, b.labels) for a, b in zip(whole, again, strict=True))
+    assert files["frames"].read_text() == video_files(clip, tmp_path / "whole")["frames"].read_text()
+    assert files["overlay"].is_file()
+    with pytest.raises(LexisegError, match="other classes or settings"):
+        run(segmenter, clip, tmp_path / "part", resume=True, every=2)
+
+
+def test_the_command(clip: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ["predict", str(clip), WORDS, "--model", "zegclip-emoji", "-o", str(tmp_path), "--frames", "2", "--json"]
+    assert main([*asked, "--device", "cpu"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["frames"] == 2 and Path(said["files"]["overlay"]).is_file()
+    assert sum(row["fraction"] for row in said["classes"]) == pytest.approx(1)
+    assert main(["predict", str(clip), str(clip), WORDS, "--model", "zegclip-emoji"]) == 2
+
+
+def test_mistakes(segmenter: Any, clip: Path, tmp_path: Path) -> None:
+    assert is_video("a.MP4") and is_video("/dev/video0") and not is_video("a.png")
+    wrong = tmp_path / "wrong.mp4"
+    wrong.write_bytes(b"no video")
+    for path in (wrong, tmp_path / "missing.mp4"):
+        with pytest.raises(LexisegError, match="cannot be read as a video"):
+            run(segmenter, path, tmp_path)
+    with pytest.raises(LexisegError, match="at least 1"):
+        VideoOptions(every=0)
+    with pytest.raises(LexisegError, match="from 0 to below 1"):
+        VideoOptions(smooth=1.0)
+    with pytest.raises(LexisegError, match="knows no background"):
+        vocabulary = segmenter.vocabulary(WORDS, background=0.5)
+        list(segment_video(segmenter, clip, vocabulary, tmp_path, VideoOptions(smooth=0.5)))

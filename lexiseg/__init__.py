@@ -46,7 +46,7 @@ _HOMES = {
 
 
 def load(
-    name: str | Path,
+    name: str | Path = "auto",
     *,
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
@@ -58,8 +58,9 @@ def load(
 
     Args:
         name: a model that comes with the package (see `list_models`); a folder that ``lexiseg train`` or
-            ``lexiseg convert`` wrote; ``"dense-clip/"`` and an open_clip name such as ``"dense-clip/ViT-B-16/openai"``
-            for the training-free model; or a hub repository ``"owner/name"``.
+            ``lexiseg convert`` wrote; a training-free method and an open_clip name such as
+            ``"naclip/ViT-B-16/openai"``; a hub repository ``"owner/name"``; or "auto", the best permissive weights
+            that this machine has or can get, which is said on stderr.
         device: where to run it; None takes an accelerator where there is one.
         dtype: "bf16" or "fp16" run the model in mixed precision; None is float32.
         compile: compile it with torch.compile.

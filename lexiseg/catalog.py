@@ -11,7 +11,7 @@ CONFIG_NAME = "config.json"
 """In a model's folder; a CLIP's has `CLIP_CONFIG_NAME`."""
 CLIP_CONFIG_NAME = "open_clip_config.json"
 DENSE_CLIP = "dense-clip"
-"""The training-free system, which runs on any CLIP: ``dense-clip/NAME``."""
+"""The training-free system, which runs on any CLIP: ``METHOD/NAME``."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,8 @@ def list_models() -> list[ModelEntry]:
         config = json.loads((folder / CONFIG_NAME).read_text("utf-8"))
         entries.append(ModelEntry(name, config["system"], config.get("metadata", {}).get("description", "")))
     entries += [
-        ModelEntry(f"{DENSE_CLIP}/{name}", DENSE_CLIP, f"Training-free, on the packaged {name}.")
+        ModelEntry(f"{method}/{name}", DENSE_CLIP, f"Training-free, on the packaged {name}.")
         for name in packaged_clips()
+        for method in ("maskclip", "naclip")
     ]
     return entries

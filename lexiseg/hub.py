@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import socket
 import urllib.error
 import urllib.request
 from pathlib import Path
 
-from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, RepositoryNotFoundError
+from huggingface_hub import constants, hf_hub_download, snapshot_download, try_to_load_from_cache
+from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 
 from lexiseg.errors import LexisegError
 
@@ -63,12 +64,42 @@ def download(
     raise LexisegError(f"The hub repository '{repository}' has no {' or '.join(filenames)}; choose another one.")
 
 
+def download_folder(repository: str, name: str) -> Path:
+    """Fetch a whole model of a hub repository: its settings, tokenizer and safetensors, and nothing that is a pickle.
+
+    Args:
+        repository: ``owner/name``.
+        name: what the user asked for, for messages.
+
+    Raises:
+        LexisegError: as `download`; or only a part of it is here and the rest cannot be had.
+    """
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", repository):
+        raise LexisegError(f"'{repository}' is neither a folder nor OWNER/NAME on the hub; check the name.")
+    folder = download(repository, ("config.json",), name).parent
+    if any(folder.glob("*.safetensors")) and any(folder.glob("*token*")):
+        return folder
+    advice = f"fetch {repository} on a machine with a connection and give its folder"
+    reason = unreachable()
+    if reason:
+        raise LexisegError(f"Only a part of '{name}' is on this machine ({reason}); {advice}.")
+    try:
+        return Path(snapshot_download(repository, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt"]))
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        raise LexisegError(f"Downloading '{name}' from the hub failed ({first_line(error)}); {advice}.") from error
+
+
 def _fetch(repository: str, filename: str, name: str, advice: str) -> Path | None:
     """Download one file; None if the repository does not have it."""
     try:
         return Path(hf_hub_download(repository, filename))
     except EntryNotFoundError:
         return None
+    except GatedRepoError as error:
+        raise LexisegError(
+            f"'{name}' is gated: accept its licence at {constants.ENDPOINT}/{repository}, log in with `hf auth login`, "
+            "and run again."
+        ) from error
     except RepositoryNotFoundError as error:
         raise LexisegError(
             f"The hub has no repository '{repository}' that you may read; check the name, or log in with "
@@ -83,6 +114,11 @@ def _fetch(repository: str, filename: str, name: str, advice: str) -> Path | Non
 def first_line(error: BaseException) -> str:
     """What an error says in its first line; its type's name where it says nothing."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def unreachable() -> str | None:
+    """Why nothing can be fetched from the hub now, or None."""
+    return "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else _unreachable(constants.ENDPOINT)
 
 
 def _unreachable(endpoint: str) -> str | None:

@@ -17,7 +17,7 @@ PACKAGE = Path(__file__).parents[1] / "lexiseg"
 # A part may import from the parts named here and from itself. `weights` sits above `models`: it builds them from files.
 WORDS = {"errors", "label_ids", "files", "words", "colors", "background", "class_list", "vocabulary"}
 PICTURES = {"images", "formats", "overlay", "segmentation"}
-MODELS = {"clip", "scores", "proposals", "regions", "losses", "models", "weights"}
+MODELS = {"clip", "refine", "scores", "proposals", "regions", "losses", "models", "weights"}
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "label_ids": set(),
@@ -43,8 +43,9 @@ ALLOWED: dict[str, set[str]] = {
     "proposals": {"errors", "hub"},
     "regions": {"errors", "clip"},
     "losses": {"errors", "label_ids", "proposals"},
+    "refine": {"errors", "scores", "proposals"},
     "clip": WORDS | {"catalog", "hub"},
-    "models": WORDS | {"clip", "scores", "proposals", "regions", "losses", "windows"},
+    "models": WORDS | {"refine", "clip", "scores", "proposals", "regions", "losses", "windows"},
     "weights": WORDS | {"catalog", "hub", "clip", "proposals", "models"},
     "data": WORDS | {"images", "notes", "windows"},
     "pictures": {"errors", "words", "images", "models", "scores", "windows"},

@@ -164,7 +164,7 @@ def cka_figure(segmenter: Segmenter, images: Sequence[str | Path], before: Segme
     if before is None and has_own_clip(model):
         raise LexisegError(
             f"This {model.system} was trained with its CLIP, so that the CLIP it started from is not in it; "
-            "name that one, such as dense-clip/ViT-B-16/openai, to compare with."
+            "name that one, such as maskclip/ViT-B-16/openai, to compare with."
         )
     after = linear_cka(_samples([_run(segmenter, image) for image in images]))
     found: list[tuple[str, Tensor]] = []

@@ -117,7 +117,7 @@ def convert(
     for note in report.notes:
         say_note(note)
     uses = {
-        "clip": f"--model dense-clip/{report.folder}",
+        "clip": f"--model naclip/{report.folder}",
         "sam": f"--set model.options.proposals.weights={report.folder}",
     }
     say_written([report.folder])

@@ -3,23 +3,34 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from typing import Annotated
 
 import typer
 
 import lexiseg
-from lexiseg.cli.console import say_json, say_table
+from lexiseg.cli.console import say, say_json, say_table
 from lexiseg.cli.options import Json
 
 _OTHERS = (
+    ("auto", "the best permissive weights that this machine has or can get; the default"),
     ("FOLDER", "a model that `lexiseg train` or `lexiseg convert` wrote"),
-    ("dense-clip/ARCHITECTURE/TAG", "training-free, on any ViT of open_clip, such as dense-clip/ViT-B-16/openai"),
-    ("dense-clip/FOLDER", "training-free, on a CLIP in a folder"),
+    ("METHOD/ARCHITECTURE/TAG", "training-free, on any ViT of open_clip, such as naclip/ViT-B-16/openai"),
+    ("METHOD/transformers:OWNER/NAME", "training-free, on TIPSv2, SigLIP, SigLIP 2 or MetaCLIP 2"),
+    ("METHOD/FOLDER", "training-free, on a CLIP in a folder"),
     ("OWNER/NAME", "a model folder on the Hugging Face hub"),
 )
 
 
-def models(json: Json = False) -> None:
+def models(
+    weights: Annotated[
+        bool, typer.Option("--weights", help="List weights that others publish: licence, size, best method.")
+    ] = False,
+    json: Json = False,
+) -> None:
     """List the models that come with the package and the ways to name others."""
+    if weights:
+        list_weights(json)
+        return
     entries = lexiseg.list_models()
     if json:
         say_json([asdict(entry) for entry in entries])
@@ -29,3 +40,18 @@ def models(json: Json = False) -> None:
         say_table("These come with the package:", ["name", "system", "what it is"], rows)
         typer.echo()
     say_table("And --model takes:", ["name", "what it is"], _OTHERS)
+
+
+def list_weights(json: bool) -> None:
+    """List the weights of towers that lexiseg knows of."""
+    from lexiseg.weights.auto import known_weights
+
+    entries = known_weights()
+    if json:
+        say_json([{**asdict(one), "model": one.model, "here": one.here} for one in entries])
+        return
+    say("Weights of others, each with the method that does best on it; auto takes the first that it can:")
+    for one in sorted(entries, key=lambda one: one.auto or len(entries)):
+        place = "on this machine" if one.here else f"about {one.size} MB to download"
+        say(one.model)
+        say(f"    {one.licence}; {place}; {one.source}")

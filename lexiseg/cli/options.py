@@ -13,7 +13,7 @@ from lexiseg.errors import LexisegError
 if TYPE_CHECKING:
     from lexiseg.windows import WindowPolicy
 
-DEFAULT_MODEL = "zegclip-emoji"
+DEFAULT_MODEL = "auto"
 DEFAULT_MAX_PIXELS = 200_000_000
 
 

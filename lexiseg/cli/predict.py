@@ -67,7 +67,7 @@ def predict(
         ),
     ] = None,
     model: Annotated[
-        str, typer.Option("--model", "-m", help="A name that `lexiseg models` lists, or a folder.")
+        str, typer.Option("--model", "-m", help="A name that `lexiseg models` lists, a folder, or auto.")
     ] = DEFAULT_MODEL,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write into.")] = Path("out"),
     save: Annotated[

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from lexiseg import catalog
+from lexiseg.clip.foreign import load_foreign
 from lexiseg.clip.model import CLIP, CONFIG_NAME, WEIGHTS_NAME, build_clip, check_architecture
 from lexiseg.clip.positions import resize_positions
 from lexiseg.errors import LexisegError
@@ -39,7 +40,8 @@ def load_clip(name: str | Path, *, device: str | torch.device = "cpu") -> CLIP:
             - an architecture and a local file: ``"ViT-B-16/path/to/open_clip_model.safetensors"``. A file does not say
               which activation it was trained with; for OpenAI's weights write ``"ViT-B-16-quickgelu/..."``;
             - a folder with ``open_clip_config.json`` and ``open_clip_model.safetensors``;
-            - a hub repository: ``"hf-hub:owner/name"``.
+            - a hub repository of open_clip: ``"hf-hub:owner/name"``;
+            - a dual encoder of another library: ``"transformers:google/tipsv2-b14"``, see `lexiseg.clip.foreign`.
         device: where to put it.
 
     Returns:
@@ -53,6 +55,8 @@ def load_clip(name: str | Path, *, device: str | torch.device = "cpu") -> CLIP:
     if text in catalog.packaged_clips():
         clip = _load_folder(catalog.PACKAGED_FOLDER / text, text)
         clip.packaged = True
+    elif text.startswith(("transformers:", "timm:")):
+        clip = load_foreign(text)
     elif text.startswith("hf-hub:"):
         clip = _load_hub(text)
     elif folder.is_dir():

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from lexiseg.clip.blocks import block_attention, run_block
 from lexiseg.clip.image import ImageTower
+from lexiseg.clip.patch_tower import OpenCLIPTower, PatchTower
 from lexiseg.clip.resnet import RESNET_STRIDE
 from lexiseg.errors import LexisegError
 from lexiseg.files import atomic_write, make_folder, write_json
@@ -77,6 +78,15 @@ class CLIP(nn.Module):
             LexisegError: it is no plain vision transformer.
         """
         return ImageTower(self.model.visual)
+
+    @property
+    def patch_tower(self) -> PatchTower:
+        """The image tower block by block, as segmentation without training runs it.
+
+        Raises:
+            LexisegError: it is no plain vision transformer.
+        """
+        return OpenCLIPTower(self.image_tower)
 
     @property
     def embed_dim(self) -> int:
@@ -304,9 +314,12 @@ def check_architecture(architecture: dict[str, Any], name: str) -> None:
         other = "an image tower that pools with attention"
     elif text.get("hf_model_name") or "multimodal_cfg" in model_cfg:
         other = "a text tower that is not open_clip's own"
+    elif text.get("hf_tokenizer_name"):
+        other = f"a tokenizer of the transformers library ({text['hf_tokenizer_name']})"
     if other:
         raise LexisegError(
-            f"'{name}' has {other}, which lexiseg does not run; choose a plain ViT such as 'ViT-B-16/openai'."
+            f"'{name}' has {other}, which lexiseg does not run through open_clip; choose a plain ViT such as "
+            "'ViT-B-16/openai', or take it from transformers, such as 'transformers:google/siglip2-base-patch16-256'."
         )
 
 

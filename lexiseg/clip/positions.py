@@ -10,7 +10,12 @@ from torch.nn import functional as F
 
 from lexiseg.errors import LexisegError
 
-Interpolation = Literal["bilinear", "bicubic", "bicubic-corners", "bicubic-antialias"]
+Interpolation = Literal[
+    "bilinear", "bilinear-antialias", "bicubic", "bicubic-corners", "bicubic-antialias", "bicubic-offset"
+]
+
+# DINO's and its followers' guard against rounding: a grid of n is sampled as if it were n + 0.1 cells long.
+_OFFSET = 0.1
 
 
 def resize_positions(
@@ -29,7 +34,9 @@ def resize_positions(
         source: (h0, w0); None means a square grid.
         interpolation: "bilinear" is what ZegCLIP does at every forward (align_corners False, no antialias);
             "bicubic" is DeOP's and ZSSeg's; "bicubic-corners" (align_corners True) is MAFT's and FreeSeg's;
-            "bicubic-antialias" is open_clip's when it loads weights.
+            "bicubic-antialias" is open_clip's when it loads weights; "bicubic-offset" is what DINO, SCLIP, ClearCLIP,
+            NACLIP, ProxyCLIP and ResCLIP do, sampling with the scale (h + 0.1) / h0; "bilinear-antialias" is TIPSv2's
+            and SigLIP 2's.
         by_count: take the table as it is whenever it has 1 + h * w rows, even if its own grid has another shape. DeOP's
             released code asks for the number of rows only.
 
@@ -52,7 +59,11 @@ def resize_positions(
         return table
     patches = table[1:].reshape(1, source[0], source[1], -1).permute(0, 3, 1, 2)
     mode, _, variant = interpolation.partition("-")
-    corners, antialias = variant == "corners", variant == "antialias"
-    patches = F.interpolate(patches.float(), size=grid, mode=mode, align_corners=corners, antialias=antialias)
+    if variant == "offset":
+        scale = ((grid[0] + _OFFSET) / source[0], (grid[1] + _OFFSET) / source[1])
+        patches = F.interpolate(patches.float(), scale_factor=scale, mode=mode, recompute_scale_factor=False)
+    else:
+        corners, antialias = variant == "corners", variant == "antialias"
+        patches = F.interpolate(patches.float(), size=grid, mode=mode, align_corners=corners, antialias=antialias)
     patches = patches.permute(0, 2, 3, 1).reshape(grid[0] * grid[1], -1).to(table.dtype)
     return torch.cat([table[:1], patches])

@@ -1,93 +1,303 @@
-"""Dense CLIP: segmentation by CLIP alone, patch by patch, without any training.
+"""Dense CLIP: segmentation by an image tower and its text tower alone, patch by patch, without any training.
 
-Each patch is compared with each word. CLIP was trained on its class token only, and attention in the last block mixes
-what patches know; cutting that mixing ("patch severance") keeps every patch to itself. DeOP (Han et al., ICCV 2023,
-Sec. 3.3) calls the cut of all pairs GPS; with alpha = 1 only the value path is left.
+Each patch is compared with each word. A tower was trained on its class token, and attention in the last block mixes
+what patches know; the methods here differ in what they put in its place (`lexiseg.models.last_block`), and each has its
+authors' settings (``training_free.yaml``).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, ClassVar
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from pydantic import Field
-from torch import Tensor
+import yaml
+from open_clip import OPENAI_IMAGENET_TEMPLATES
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+from torch.nn import functional as F
 
-from lexiseg.clip.image import Interpolation
 from lexiseg.clip.model import CLIP
-from lexiseg.clip.severance import severed_attention
+from lexiseg.clip.patch_tower import PatchTower
+from lexiseg.clip.positions import Interpolation
+from lexiseg.errors import LexisegError
 from lexiseg.models.base import ImageFeatures, ModelOptions, SegmentationModel, WindowOptions
+from lexiseg.models.last_block import (
+    Feedback,
+    Mixing,
+    label_agreement,
+    majority,
+    mix,
+    mix_by_proxy,
+    neighbourhood,
+    proxy_attention,
+    self_self,
+)
 from lexiseg.models.mask_decoder import unit
+from lexiseg.refine import pamr
 from lexiseg.scores import GridScores
 from lexiseg.windows import WindowPolicy
 
+Method = Literal["maskclip", "clip", "sclip", "clearclip", "naclip", "resclip", "proxyclip", "gem"]
+Weights = tuple[float, float]
+Grid = tuple[int, int]
+
+IMAGENET_TEMPLATES: tuple[str, ...] = tuple(template("{}") for template in OPENAI_IMAGENET_TEMPLATES)
+"""The 80 templates of OpenAI's CLIP for ImageNet, in its order."""
+
+# ResCLIP's first pass refines words that are among the best somewhere, and of the others at most so many.
+_FEEDBACK_WORDS = 32
+_SETTINGS = Path(__file__).with_name("training_free.yaml")
+
+
+@cache
+def methods() -> dict[str, dict[str, Any]]:
+    """The settings of each method, as ``training_free.yaml`` has them."""
+    return yaml.safe_load(_SETTINGS.read_text("utf-8"))["methods"]
+
 
 class DenseCLIPOptions(WindowOptions):
-    """Options of `DenseCLIP`.
+    """Options of `DenseCLIP`. What is not given is as the method's authors have it.
 
     Attributes:
-        severance: alpha, the share of the identity in the last block's token mixing: 1 is the value path (GPS), 0 is
-            CLIP as it is.
-        residual: factor on the shortcut around the last block's attention; DeOP's training-free demo uses 0.2.
-        position_interpolation: how position embeddings follow the resolution.
+        method: whose options these are by default.
+        mixing: what stands in the place of the last block's token mixing, see `lexiseg.models.last_block.mix`; "proxy"
+            is ProxyCLIP's, which needs a second encoder, and "self-self" GEM's, which reaches over several blocks.
+        whole_block: keep the last block's shortcut and MLP; otherwise the attention's output alone is projected.
+        last_blocks: sum what that many blocks say, the last ones (ClearCLIP's ``last_n_layers``).
+        positions: how position embeddings follow the resolution.
+        positions_by_count: see `lexiseg.clip.resize_positions`; a quirk of the released codes.
+        fit: what happens to images whose sides are no multiples of the patch: they are resized, what is left over is
+            cut off, or windows are padded with zeros all around.
+        pad_to: with ``fit`` pad, a multiple of this and not of the patch.
+        resize_to_window: interpolate scores to the image first, and from there to the size asked for.
+        neighbour_std: of NACLIP's Gaussian, in patches.
+        beta: see `lexiseg.models.last_block.proxy_attention`.
+        gamma: see there.
+        proxy: ProxyCLIP's second encoder, by name; see `lexiseg.clip.load_proxy`.
+        middle_blocks: blocks (0-based) whose mean attention ResCLIP mixes in; must exist in the tower.
+        middle_weights: tau and lambda of that.
+        feedback: run ResCLIP's second pass, with the labels of a first one.
+        feedback_weights: tau and lambda of that.
+        feedback_threshold: probability below which a pixel of the first pass counts as the first word.
+        feedback_same_entity: see `lexiseg.models.last_block.label_agreement`.
+        depth: of GEM: the last ``depth - 1`` blocks have a self-self path.
+        iterations: of GEM, see `lexiseg.models.last_block.self_self`.
+        temperature: of GEM, see there.
+        logit_scale: of the cosines where they become probabilities: in ResCLIP's first pass, and where a protocol has
+            a threshold.
         window_size: side of the sliding window; None runs whole pictures.
         window_stride: its stride.
-        short_side: the length pictures' shorter side is resized to; None is twice the size CLIP was trained at, and 0
-            keeps pictures as they are.
+        short_side: the length pictures' shorter side is resized to; None is twice the size the tower was trained at,
+            and 0 keeps pictures as they are.
     """
 
-    severance: Annotated[float, Field(ge=0, le=1)] = 1.0
-    residual: Annotated[float, Field(ge=0)] = 1.0
-    position_interpolation: Interpolation = "bicubic-antialias"
+    method: Method = "maskclip"
+    mixing: Mixing | Literal["proxy", "self-self"] = "value"
+    whole_block: bool = True
+    last_blocks: Annotated[int, Field(ge=1)] = 1
+    positions: Interpolation | None = None
+    positions_by_count: bool = False
+    fit: Literal["resize", "crop", "pad"] = "resize"
+    pad_to: Annotated[int, Field(ge=1)] | None = None
+    resize_to_window: bool = False
+    neighbour_std: Annotated[float, Field(gt=0)] = 5.0
+    beta: float = 1.2
+    gamma: Annotated[float, Field(gt=0)] = 3.0
+    proxy: str | None = None
+    middle_blocks: tuple[Annotated[int, Field(ge=0)], ...] = ()
+    middle_weights: Weights = (2.0, 0.4)
+    feedback: bool = False
+    feedback_weights: Weights = (1.8, 0.7)
+    feedback_threshold: Annotated[float, Field(ge=0, le=1)] = 0.11
+    feedback_same_entity: bool = True
+    depth: Annotated[int, Field(ge=2)] = 7
+    iterations: Annotated[int, Field(ge=1)] = 1
+    temperature: Annotated[float, Field(gt=0)] | None = None
+    logit_scale: Annotated[float, Field(gt=0)] = 40.0
     short_side: Annotated[int, Field(ge=0)] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill(cls, given: Any) -> Any:
+        settings = methods().get(given.get("method", "maskclip")) if isinstance(given, dict) else None
+        if settings is None:
+            return given
+        return {**{key: value for key, value in settings.items() if key != "protocols"}, **given}
 
 
 class DenseCLIP(SegmentationModel):
-    """CLIP's patch tokens against text.
+    """Patches against text, by the methods of `DenseCLIPOptions`.
 
-    The score of a word is the cosine of the angle between patch and text, -1..1: it does not depend on which other
-    words are asked for, so a threshold on it means the same in every vocabulary.
+    The score of a word is the cosine of the angle between patch and text, -1..1. But for ResCLIP, whose second pass
+    looks at all words, it does not depend on which other words are asked for, so a threshold on it means the same in
+    every vocabulary.
 
     Args:
         clip: the towers.
         options: see `DenseCLIPOptions`.
         seen_names: not used: nothing was trained on masks.
+        proxy: ProxyCLIP's second encoder; None loads the one that the options name.
+
+    Raises:
+        LexisegError: the tower cannot be run patch by patch, lacks a block that the method reads, or there is no proxy.
     """
 
     system: ClassVar[str] = "dense-clip"
     options_class: ClassVar[type[ModelOptions]] = DenseCLIPOptions
     options: DenseCLIPOptions
 
-    def __init__(self, clip: CLIP, options: DenseCLIPOptions | None = None, seen_names: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        clip: CLIP,
+        options: DenseCLIPOptions | None = None,
+        seen_names: Sequence[str] = (),
+        *,
+        proxy: nn.Module | None = None,
+    ) -> None:
         super().__init__(clip, options or DenseCLIPOptions(), tuple(seen_names))
-        clip.image_tower  # noqa: B018 - refuses a tower that cannot be run patch by patch
+        options = self.options
+        count = len(clip.patch_tower.blocks)
+        if options.middle_blocks and max(options.middle_blocks) >= count - 1:
+            raise LexisegError(
+                f"{options.method} reads the blocks {list(options.middle_blocks)} and the tower of '{clip.name}' has "
+                f"{count}; choose another method, or other middle_blocks before the last."
+            )
+        if options.mixing == "proxy" and proxy is None:
+            from lexiseg.clip.proxy import load_proxy
+
+            if options.proxy is None:
+                raise LexisegError(
+                    "proxyclip needs a second encoder; write for example "
+                    "'proxyclip/ViT-B-16/openai+vit_base_patch8_224.dino'."
+                )
+            proxy = load_proxy(options.proxy)
+        # The proxy is named, not saved: it is not ours, and a list hides it from the state of the model.
+        self._proxy = [proxy] if proxy is not None else []
+        if options.method != "maskclip" and not clip.packaged:
+            self.default_templates = IMAGENET_TEMPLATES
         self.set_trainable()
+
+    @property
+    def tower(self) -> PatchTower:
+        """The image tower, block by block."""
+        return self.clip.patch_tower
 
     @property
     def window(self) -> WindowPolicy:
         """How to run it over a picture by default."""
         options = self.options
         short_side = 2 * self.clip.image_size if options.short_side is None else options.short_side
-        stride = options.window_stride or options.window_size or 0
-        return WindowPolicy(options.window_size, stride, short_side or None)
+        size = options.window_size
+        return WindowPolicy(size, options.window_stride or size or 0 if size else 0, short_side or None)
+
+    @property
+    def _pads(self) -> bool:
+        """Whole pictures are not padded; what is left over of their sides is cut off."""
+        return self.options.fit == "pad" and self.options.window_size is not None
+
+    def fitted(self, images: Tensor) -> tuple[Tensor, Grid]:
+        """Bring images to sides that are multiples of the patch, as the option `fit` says.
+
+        Returns:
+            the images, and how many pixels of padding lie at the top and the left.
+        """
+        patch = self.patch_size
+        height, width = (int(side) for side in images.shape[-2:])
+        if self._pads:
+            unit_size = self.options.pad_to or patch
+            unit_size = patch if unit_size % patch else unit_size
+            rest = [-side % unit_size for side in (height, width)]
+            top, left = rest[0] // 2, rest[1] // 2
+            return F.pad(images, (left, rest[1] - left, top, rest[0] - top)), (top, left)
+        if self.options.fit != "resize" and min(height, width) >= patch:
+            return images[..., : height - height % patch, : width - width % patch], (0, 0)
+        return self.fit_to_patches(images), (0, 0)
 
     @torch.no_grad()
     def encode_images(self, images: Tensor) -> ImageFeatures:
         """Run the image tower; see `SegmentationModel.encode_images`.
 
         Returns:
-            features with ``patches`` (B, h, w, D) of unit length.
+            features with ``patches`` (B, h, w, D) of unit length. With ResCLIP's second pass ``tokens`` that enter the
+            last block, the queries and keys of the middle blocks and the ``images`` instead.
         """
         size = (int(images.shape[-2]), int(images.shape[-1]))
-        tower, options = self.clip.image_tower, self.options
-        tokens, grid = tower.embed(self.fit_to_patches(images), interpolation=options.position_interpolation)
-        last = tower.num_blocks - 1
-        attention = severed_attention({last: options.severance})
-        result = tower.run(tokens, grid, attention=attention, residual={last: options.residual})
-        patches = unit(tower.project(result.tokens[:, -result.num_patches :]))
-        return ImageFeatures(size, {"patches": patches.unflatten(1, grid)})
+        options, tower = self.options, self.tower
+        fitted, _ = self.fitted(images)
+        tokens, grid = tower.embed(fitted, interpolation=options.positions, by_count=options.positions_by_count)
+        if options.mixing == "self-self":
+            return ImageFeatures(size, {"patches": self._unit_patches(self._self_self(tokens), grid)})
+        first = max(len(tower.blocks) - options.last_blocks, 0)
+        tokens, kept = tower.run(tokens, stop=first, attending=options.middle_blocks)
+        if options.feedback:
+            values = {"tokens": tokens, "images": fitted, "grid": torch.tensor(grid)}
+            for index, (query, key) in kept.items():
+                values |= {f"query_{index}": query, f"key_{index}": key}
+            return ImageFeatures(size, values)
+        feedback = Feedback(list(kept.values()), options.middle_weights)
+        if options.mixing == "proxy":
+            return ImageFeatures(size, {"patches": self._by_proxy(tokens, grid, fitted)})
+        said = self.last_blocks(tokens, grid, feedback)
+        return ImageFeatures(size, {"patches": self._unit_patches(said, grid)})
 
+    def last_blocks(self, tokens: Tensor, grid: Grid, feedback: Feedback | None = None) -> Tensor:
+        """What the last blocks say of the tokens that enter the first of them, as the method has it.
+
+        Args:
+            tokens: (B, T, W).
+            grid: the patches per side.
+            feedback: what ResCLIP adds.
+
+        Returns:
+            (B, T, D), not normalised.
+        """
+        options, tower = self.options, self.tower
+        neighbours = None
+        if "neighbours" in options.mixing:
+            neighbours = neighbourhood(grid, options.neighbour_std, tower.num_prefix).to(tokens.device)
+        total: Tensor | None = None
+        for index in range(len(tower.blocks) - options.last_blocks, len(tower.blocks)):
+            block = tower.blocks[index]
+            qkv = block.qkv(tokens)
+            mixed = mix(qkv, options.mixing, neighbours, feedback)  # type: ignore[arg-type]
+            said = block.finish(tokens, mixed) if options.whole_block else block.output(mixed)
+            total = said if total is None else total + said
+            if index + 1 < len(tower.blocks):
+                tokens = block.finish(tokens, F.scaled_dot_product_attention(*qkv))
+        return tower.project(tokens if total is None else total)
+
+    def _self_self(self, tokens: Tensor) -> Tensor:
+        """GEM: a path of self-self attention beside the last blocks."""
+        options, tower = self.options, self.tower
+        first = max(len(tower.blocks) - options.depth + 1, 0)
+        tokens, _ = tower.run(tokens, stop=first)
+        path = tokens
+        for index in range(first, len(tower.blocks)):
+            said = self_self(tower.blocks[index], tokens, options.iterations, options.temperature)
+            path = path + said if options.whole_block else said
+            tokens, _ = tower.run(tokens, index, index + 1)
+        return tower.project(path)
+
+    def _by_proxy(self, tokens: Tensor, grid: Grid, images: Tensor) -> Tensor:
+        """ProxyCLIP's patches (B, h2, w2, D), on the grid of the proxy."""
+        block = self.tower.blocks[-1]
+        value = block.qkv(tokens)[2][:, :, -grid[0] * grid[1] :]
+        proxy = self._proxy[0].to(images.device)
+        mean, std = (images.new_tensor(numbers)[:, None, None] for numbers in (self.mean, self.std))
+        features = proxy(images * std + mean)
+        proxy_grid = (int(features.shape[2]), int(features.shape[3]))
+        attention = proxy_attention(features.float(), self.options.beta, self.options.gamma)
+        mixed = mix_by_proxy(value, grid, attention, proxy_grid)
+        return unit(self.tower.project(block.output(mixed)).unflatten(1, proxy_grid))
+
+    @staticmethod
+    def _unit_patches(tokens: Tensor, grid: Grid) -> Tensor:
+        return unit(tokens[:, -grid[0] * grid[1] :].unflatten(1, grid))
+
+    @torch.no_grad()
     def score(
         self,
         features: ImageFeatures,
@@ -97,6 +307,70 @@ class DenseCLIP(SegmentationModel):
         seen_words: Tensor | None = None,
     ) -> GridScores:
         """Score words against images; see `SegmentationModel.score`. ``seen_words`` makes no difference."""
-        patches = features.values["patches"]
-        logits = text.to(patches.dtype) @ patches.flatten(1, 2).transpose(1, 2)
-        return GridScores(logits.unflatten(2, patches.shape[1:3]).float(), word_to_class=word_to_class)
+        values = features.values
+        patches = values["patches"] if "patches" in values else self._second_pass(features, text)
+        logits = _cosines(patches, text)
+        height, width = features.size
+        if self._pads:
+            fitted, place = self.fitted(torch.empty(0, 1, height, width))
+            frame = (int(fitted.shape[-2]), int(fitted.shape[-1]))
+            return GridScores(
+                logits, word_to_class=word_to_class, resize_to=frame, crop=features.size, crop_place=place
+            )
+        resize_to = features.size if self.options.resize_to_window else None
+        return GridScores(logits, word_to_class=word_to_class, resize_to=resize_to)
+
+    def _second_pass(self, features: ImageFeatures, text: Tensor) -> Tensor:
+        """ResCLIP: the labels of a first pass over the last block steer a second one. (B, h, w, D) of unit length."""
+        values, options = features.values, self.options
+        grid = (int(values["grid"][0]), int(values["grid"][1]))
+        middle = [(values[f"query_{index}"], values[f"key_{index}"]) for index in options.middle_blocks]
+        first = self._unit_patches(
+            self.last_blocks(values["tokens"], grid, Feedback(middle, options.middle_weights)), grid
+        )
+        agreement = []
+        for logits, image in zip(_cosines(first, text), values["images"], strict=True):
+            labels = self.first_labels(logits[None], image[None])
+            agree = label_agreement(majority(labels, grid), options.neighbour_std, options.feedback_same_entity)
+            agreement.append(agree / agree.max())
+        num_prefix = self.tower.num_prefix
+        weights = F.pad(torch.stack(agreement), (num_prefix, 0, num_prefix, 0))
+        feedback = Feedback(middle, options.middle_weights, weights, options.feedback_weights)
+        return self._unit_patches(self.last_blocks(values["tokens"], grid, feedback), grid)
+
+    def first_labels(self, logits: Tensor, image: Tensor) -> Tensor:
+        """The word of each pixel in ResCLIP's first pass, 0 where none is likely.
+
+        The cosines are interpolated to the image and refined by PAMR, whatever comes after. Of many words only those
+        that lead somewhere are refined; what the others take of the probability is interpolated.
+
+        Args:
+            logits: (1, W, h, w) cosines.
+            image: (1, 3, H, W).
+
+        Returns:
+            (H, W) int64.
+        """
+        scale, size = self.options.logit_scale, (int(image.shape[-2]), int(image.shape[-1]))
+        logits = logits.float()
+        words = torch.arange(logits.shape[1], device=logits.device)
+        rest = None
+        if len(words) > _FEEDBACK_WORDS:
+            best = logits[0].flatten(1).amax(dim=1)
+            leading = torch.zeros_like(best).index_fill_(0, logits[0].argmax(0).unique(), 4.0)
+            words = (best + leading).topk(_FEEDBACK_WORDS).indices.sort().values
+            other = torch.ones_like(best, dtype=torch.bool).index_fill_(0, words, False)
+            rest = (scale * logits[:, other]).logsumexp(dim=1, keepdim=True)
+            rest = F.interpolate(rest, size=size, mode="bilinear", align_corners=False)[0, 0]
+        refined = F.interpolate(logits[:, words], size=size, mode="bilinear", align_corners=False)
+        refined = scale * pamr(refined, image.float())[0]
+        total = refined.logsumexp(dim=0)
+        largest, winner = refined.max(dim=0)
+        total = total if rest is None else torch.logaddexp(total, rest)
+        return words[winner].masked_fill((largest - total).exp() < self.options.feedback_threshold, 0)
+
+
+def _cosines(patches: Tensor, text: Tensor) -> Tensor:
+    """Patches (B, h, w, D) and text (W, D) of unit length to cosines (B, W, h, w), float32."""
+    logits = text.to(patches.dtype) @ patches.flatten(1, 2).transpose(1, 2)
+    return logits.unflatten(2, patches.shape[1:3]).float()

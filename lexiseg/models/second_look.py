@@ -4,7 +4,7 @@ This is no paper's system but a combination found by searching what composes her
 is ZegCLIP's (Zhou et al., CVPR 2023) to the letter, and its weights fit. At prediction the same tower and decoder also
 see the picture without a border of half a patch, so that their patches lie across the corners of the first ones; the
 mask logits of both are averaged on a lattice of quarter patches; and their probabilities are smoothed where the colours
-of the picture are, see `lexiseg.models.edge_aware`.
+of the picture are, see `lexiseg.refine`.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lexiseg.models.base import ImageFeatures
-from lexiseg.models.edge_aware import smooth
 from lexiseg.models.options import Count, ModelOptions
 from lexiseg.models.zegclip import ZegCLIP, ZegCLIPOptions
+from lexiseg.refine import smooth
 from lexiseg.scores import GridScores
 
 # Cells of the lattice along a patch: the shifted patches begin in the middle of the first ones.
@@ -33,7 +33,7 @@ class SecondLookOptions(ZegCLIPOptions):
         half_patch_shift: see the picture twice, half a patch apart.
         smoothing_distances: of the neighbours in each pass of smoothing, in quarters of a patch; empty does not smooth.
         colour_width: the difference of colours, RGB in 0..1, beyond which neighbours stop counting, see
-            `lexiseg.models.edge_aware.edge_weights`.
+            `lexiseg.refine.edge_weights`.
     """
 
     half_patch_shift: bool = True

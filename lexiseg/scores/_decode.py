@@ -86,6 +86,20 @@ def dense(field: Field, word_to_class: Tensor | None, out: Tensor) -> None:
             out[classes, top:bottom, left:right] = values
 
 
+def dense_of(field: Field, word_to_class: Tensor | None, classes: Tensor, out: Tensor) -> None:
+    """Write the scores of some ``classes`` (K,), ascending, at every pixel into ``out`` (K, H, W)."""
+    owners = torch.arange(field.num_words, device=field.device) if word_to_class is None else word_to_class
+    words = torch.isin(owners, classes.to(field.device)).nonzero().view(-1)
+    for top, bottom, left, right in _rectangles(field):
+        cuts = _class_cuts(owners[words], max(1, 2 * budget(field) // ((bottom - top) * (right - left))))
+        done = 0
+        for start, stop in pairwise(cuts):
+            values = field.block(words[start:stop], top, bottom, left, right)
+            values, found = _merge_synonyms(values, owners[words[start:stop]])
+            out[done : done + len(found), top:bottom, left:right] = values
+            done += len(found)
+
+
 def _rank(
     field: Field,
     words: Tensor | None,

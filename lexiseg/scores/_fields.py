@@ -280,36 +280,40 @@ class Squashed(Field):
 
 
 class Cropped(Field):
-    """The top left corner of a field: what is left when padding at the right and the bottom is cut off."""
+    """A rectangle of a field: what is left when padding is cut off. Its place is that of its top left corner."""
 
-    def __init__(self, child: Field, height: int, width: int) -> None:
+    def __init__(self, child: Field, height: int, width: int, place: tuple[int, int] = (0, 0)) -> None:
         super().__init__(child.num_words, height, width, child.device)
         self.child = child
+        self.place = place
 
     def limits(self) -> tuple[float, float]:
         return self.child.limits()
 
     def cells(self, axis: int) -> Tensor:
-        return self.child.cells(axis)[: self.width if axis else self.height]
+        start = self.place[axis]
+        return self.child.cells(axis)[start : start + (self.width if axis else self.height)]
 
     def block(self, words: Words, top: int, bottom: int, left: int, right: int) -> Tensor:
-        return self.child.block(words, top, bottom, left, right)
+        y, x = self.place
+        return self.child.block(words, y + top, y + bottom, x + left, x + right)
 
     def points(self, words: Tensor, tiles: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-        return self.child.points(words, tiles, rows, columns)
+        return self.child.points(words, tiles, rows + self.place[0], columns + self.place[1])
 
     def interval(self, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
-        return self.child.interval(rows, columns)
+        return self.child.interval(rows + self.place[0], columns + self.place[1])
 
     def extremes(self, words: Tensor, tiles: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
-        return self.child.extremes(words, tiles, rows, columns)
+        return self.child.extremes(words, tiles, rows + self.place[0], columns + self.place[1])
 
     def gaps(self, words: Tensor, tiles: Tensor, others: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-        return self.child.gaps(words, tiles, others, rows, columns)
+        return self.child.gaps(words, tiles, others, rows + self.place[0], columns + self.place[1])
 
     def same(self, words: Tensor, tiles: Tensor, others: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-        return self.child.same(words, tiles, others, rows, columns)
+        return self.child.same(words, tiles, others, rows + self.place[0], columns + self.place[1])
 
     def local(self, top: int, bottom: int, left: int, right: int) -> Field:
-        child = self.child.local(top, bottom, left, right)
-        return self if child is self.child else Cropped(child, self.height, self.width)
+        y, x = self.place
+        child = self.child.local(y + top, y + bottom, x + left, x + right)
+        return self if child is self.child else Cropped(child, self.height, self.width, self.place)

@@ -91,13 +91,26 @@ class Scores(ABC):
                 _decode.top_k(self._checked(picture, size), self.word_to_class, values[picture], indices[picture])
         return values, indices
 
-    def dense(self, size: Size) -> Tensor:
-        """The score of every class at every pixel: (B, C, H, W) float32. Its memory grows with the classes."""
+    def dense(self, size: Size, classes: Tensor | None = None) -> Tensor:
+        """The score of every class, or of some, at every pixel. Its memory grows with the classes.
+
+        Args:
+            size: height and width of the result.
+            classes: (K,) indices, ascending, of the classes wanted; None for all.
+
+        Returns:
+            (B, C or K, H, W) float32.
+        """
         height, width = _check_size(size)
-        out = torch.empty(self.batch_size, self.num_classes, height, width, device=self.device)
+        count = self.num_classes if classes is None else len(classes)
+        out = torch.empty(self.batch_size, count, height, width, device=self.device)
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
             for picture in range(self.batch_size):
-                _decode.dense(self._checked(picture, size), self.word_to_class, out[picture])
+                field = self._checked(picture, size)
+                if classes is None or count == self.num_classes:
+                    _decode.dense(field, self.word_to_class, out[picture])
+                else:
+                    _decode.dense_of(field, self.word_to_class, classes, out[picture])
         return out
 
     @abstractmethod

@@ -31,6 +31,7 @@ class GridScores(Scores):
         word_to_class: Tensor | None = None,
         resize_to: Size | None = None,
         crop: Size | None = None,
+        crop_place: tuple[int, int] = (0, 0),
         sigmoid: bool = False,
         offsets: Tensor | None = None,
     ) -> None:
@@ -40,7 +41,8 @@ class GridScores(Scores):
             logits: (B, W, h, w) float tensor.
             word_to_class: (W,) the class of each word, non-decreasing from 0 without gaps; None: each word is a class.
             resize_to: (height, width) the logits are interpolated to before the sigmoid.
-            crop: (height, width) kept of that, from the top left corner: the part that is not padding.
+            crop: (height, width) kept of that: the part that is not padding.
+            crop_place: (top, left) of that part.
             sigmoid: squash the logits into (0, 1).
             offsets: (W,) subtracted from each word's score.
 
@@ -52,7 +54,8 @@ class GridScores(Scores):
         super().__init__(logits.shape[0], logits.shape[1], logits.device, word_to_class)
         self.logits = logits
         self.resize_to = check_pair(resize_to, "resize_to")
-        self.crop = check_crop(crop, self.resize_to or (logits.shape[2], logits.shape[3]))
+        self.crop = check_crop(crop, self.resize_to or (logits.shape[2], logits.shape[3]), crop_place)
+        self.crop_place = crop_place
         self.sigmoid = sigmoid
         self.offsets = check_offsets(offsets, self.num_words, self.device)
 
@@ -73,6 +76,7 @@ class GridScores(Scores):
             word_to_class=self.word_to_class,
             resize_to=self.resize_to,
             crop=self.crop,
+            crop_place=self.crop_place,
             sigmoid=self.sigmoid,
             offsets=self.offsets,
         )
@@ -85,19 +89,21 @@ class GridScores(Scores):
         if self.resize_to is not None:
             field = resized(field, self.resize_to)
         if self.crop is not None:
-            field = Cropped(field, *self.crop)
+            field = Cropped(field, *self.crop, self.crop_place)
         if self.sigmoid or self.offsets is not None:
             field = Squashed(field, self.sigmoid, self.offsets)
         return resized(field, size)
 
 
-def check_crop(crop: Size | None, size: Size) -> Size | None:
+def check_crop(crop: Size | None, size: Size, place: tuple[int, int] = (0, 0)) -> Size | None:
     """``crop`` as two ints, or None where nothing is cut off.
 
     Raises:
-        ValueError: it is larger than ``size``.
+        ValueError: with its top left corner at ``place`` it does not lie within ``size``.
     """
     crop = check_pair(crop, "crop")
-    if crop is not None and (crop[0] > size[0] or crop[1] > size[1]):
+    if crop is None:
+        return None
+    if min(place) < 0 or place[0] + crop[0] > size[0] or place[1] + crop[1] > size[1]:
         raise ValueError(f"crop {crop} is larger than what it is taken from, {size}")
     return None if crop == size else crop

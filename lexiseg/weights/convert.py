@@ -91,7 +91,7 @@ def convert(
 
     A checkpoint of ZegCLIP, Cascade-CLIP, SPT-SEG, CAT-Seg or of a decoupled system (see
     `lexiseg.weights.decoupled_checkpoints`) in its authors' layout becomes a model folder for `lexiseg.load`; the state
-    dict of a ViT of OpenAI, open_clip or `transformers` becomes a CLIP folder for ``dense-clip/FOLDER``; a Segment
+    dict of a ViT of OpenAI, open_clip or `transformers` becomes a CLIP folder for ``METHOD/FOLDER``; a Segment
     Anything becomes a folder of `transformers` for the option ``proposals.weights``. Which it is shows in the keys,
     whatever other programs put in front of them. Nothing in a pickle is executed: tensors, arrays and plain values
     are read, harmless objects beside them are passed over, and what else lies there is refused by its name and key.

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from lexiseg.catalog import CONFIG_NAME, DENSE_CLIP, list_models, packaged_clips, packaged_models
+from lexiseg.catalog import CONFIG_NAME, list_models, packaged_clips, packaged_models
+from lexiseg.clip.foreign import TIMM, TRANSFORMERS
 from lexiseg.clip.load import check_state, load_clip, read_safetensors, shapes_of, sketch
 from lexiseg.clip.model import CLIP, build_clip
 from lexiseg.errors import LexisegError
@@ -20,7 +21,9 @@ from lexiseg.files import atomic_write, make_folder, write_json
 from lexiseg.hub import download
 from lexiseg.models import SYSTEMS, SegmentationModel
 from lexiseg.weights import runs
+from lexiseg.weights.auto import AUTO, pick_auto
 from lexiseg.weights.renames import renamed_options, renamed_tensor
+from lexiseg.weights.training_free import TRAINING_FREE, load_training_free
 from lexiseg.words import shorten
 
 FORMAT = 1
@@ -83,8 +86,9 @@ def load_model(name: str | Path, *, device: str | torch.device = "cpu") -> Segme
             - a folder written by `save_model`;
             - a folder written by a training: the run's, whose model is taken, or where there is none yet its newest
               checkpoint; or one of its checkpoints;
-            - ``"dense-clip/NAME"`` with any name `lexiseg.clip.load.load_clip` takes, for example
-              ``"dense-clip/ViT-B-16/openai"``;
+            - ``"METHOD/NAME"``, a training-free method and any name `lexiseg.clip.load.load_clip` takes, for example
+              ``"naclip/ViT-B-16/openai"``, see `lexiseg.weights.training_free`;
+            - ``"auto"``, the best weights this machine can get, see `lexiseg.weights.auto`;
             - a hub repository ``"owner/name"`` with the two files of such a folder.
         device: where to put it.
 
@@ -96,11 +100,13 @@ def load_model(name: str | Path, *, device: str | torch.device = "cpu") -> Segme
             weights do not fit the configuration (the first tensor that differs is named with both shapes).
     """
     text = str(name)
+    if text == AUTO:
+        text = pick_auto()
     packaged = packaged_models()
     if text in packaged:
         model = _load_folder(packaged[text])
-    elif text == DENSE_CLIP or text.startswith(f"{DENSE_CLIP}/"):
-        model = _load_dense(text)
+    elif text.partition("/")[0] in TRAINING_FREE:
+        model = load_training_free(text)
     elif Path(text).expanduser().is_dir():
         model = _load_folder(Path(text).expanduser())
     elif Path(text).is_file():
@@ -119,17 +125,10 @@ def _not_a_folder(path: Path) -> str:
 
 
 def _unknown(name: str) -> str:
-    known = [entry.name for entry in list_models()] + [f"{DENSE_CLIP}/ViT-B-16/openai"]
+    known = [entry.name for entry in list_models()] + ["naclip/ViT-B-16/openai", "auto"]
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
     hint = f"did you mean {' or '.join(repr(item) for item in near)}?" if near else f"known are {', '.join(known)}."
     return f"No model is called '{name}' and there is no such folder; {hint}"
-
-
-def _load_dense(name: str) -> SegmentationModel:
-    clip_name = name.removeprefix(DENSE_CLIP).removeprefix("/")
-    if not clip_name:
-        raise LexisegError(f"'{name}' lacks a CLIP; write for example '{DENSE_CLIP}/ViT-B-16/openai'.")
-    return SYSTEMS[DENSE_CLIP].build(load_clip(clip_name))
 
 
 def _load_hub(repository: str) -> SegmentationModel:
@@ -146,7 +145,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text("utf-8"))
     except FileNotFoundError as error:
-        other = " It is a CLIP: write 'dense-clip/' before it." if (folder / "open_clip_config.json").exists() else ""
+        other = " It is a CLIP: write 'naclip/' before it." if (folder / "open_clip_config.json").exists() else ""
         raise LexisegError(
             f"The folder '{folder}' has no {CONFIG_NAME}, so it is not a lexiseg model; give one that "
             f"`lexiseg train` or `lexiseg convert` wrote.{other}"
@@ -230,9 +229,9 @@ def _load_checkpoint(folder: Path) -> SegmentationModel:
 
 
 def _packaged_clip(reference: dict[str, Any], folder: Path) -> CLIP:
-    """The CLIP of this package that a configuration names instead of holding it."""
+    """The CLIP of this package, or the towers of another library, that a configuration names and does not hold."""
     name = str(reference.get("name", "clip"))
-    if name not in packaged_clips():
+    if name not in packaged_clips() and not name.startswith((TRANSFORMERS, TIMM)):
         raise LexisegError(
             f"No CLIP is called '{shorten(name)}' of lexiseg's own, which the model in '{folder}' asks "
             f"for; {_COPY_AGAIN}."

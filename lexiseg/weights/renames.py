@@ -9,9 +9,23 @@ import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from lexiseg.errors import LexisegWarning
+from lexiseg.errors import LexisegError, LexisegWarning
 
 Change = str | Callable[[Any], dict[str, Any]]
+
+
+def _only(usual: float, name: str) -> Callable[[Any], dict[str, Any]]:
+    """For an option that is gone: its usual value says nothing, and another one has no successor."""
+
+    def change(value: Any) -> dict[str, Any]:
+        if value != usual:
+            raise LexisegError(
+                f"'{name}' is {value}, which this lexiseg no longer has for dense-clip; load the tower itself as "
+                "'maskclip/...' or 'clip/...'."
+            )
+        return {}
+
+    return change
 
 
 def _leftover(value: Any) -> dict[str, Any]:
@@ -41,6 +55,11 @@ RENAMED_OPTIONS: dict[str, dict[str, Change]] = {
         "remainder": _leftover,
         # "query" was the released form, and is the paper's now.
         "anchors": lambda value: {"heatmaps": "query-released" if value == "query" else value},
+    },
+    "dense-clip": {
+        "severance": _only(1.0, "severance"),
+        "residual": _only(1.0, "residual"),
+        "position_interpolation": "positions",
     },
 }
 """Of each system, what became of an old option: its new name (``"proposals.new"`` for one inside ``proposals``), or a

@@ -449,8 +449,8 @@ def test_convert(call: Call, tiny_clip: Path, picture: Path, tmp_path: Path) -> 
     code, out, err = call("convert", "clip.pt", "-o", "clip", "--gelu", "--half", "--transductive")
     assert code == 0, err
     assert "--transductive makes no difference" in err
-    assert "wrote clip" in out and "--model dense-clip/clip" in out
-    assert call("predict", picture, WORDS, "-m", "dense-clip/clip", "--save", "json")[0] == 0
+    assert "wrote clip" in out and "--model naclip/clip" in out
+    assert call("predict", picture, WORDS, "-m", "naclip/clip", "--save", "json")[0] == 0
 
     (tmp_path / "garbage.pth").write_bytes(b"garbage")
     assert_sentence(*call("convert", "garbage.pth", "-o", "other"), "garbage.pth")
@@ -487,7 +487,10 @@ def test_models(call: Call) -> None:
     code, out, _ = call("models", "--json")
     assert code == 0
     assert {entry["name"] for entry in json.loads(out)} == {entry.name for entry in lexiseg.list_models()}
-    assert "dense-clip/ARCHITECTURE/TAG" in call("models")[1]
+    assert "METHOD/ARCHITECTURE/TAG" in call("models")[1]
+    code, out, _ = call("models", "--weights", "--json")
+    assert code == 0 and {"name", "licence", "size", "source", "best"} <= json.loads(out)[0].keys()
+    assert "Apache-2.0" in call("models", "--weights")[1]
 
 
 def test_usage_errors_are_sentences(call: Call) -> None:

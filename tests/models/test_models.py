@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lexiseg.errors import LexisegError
-from lexiseg.models import DenseCLIP, SegmentationModel, ZegCLIP
+from lexiseg.models import SegmentationModel, ZegCLIP
 from lexiseg.scores import GridScores
 from tests.system_tester import DIM, SystemTester
 from tests.towers import small_clip, unit_rows
@@ -150,37 +150,3 @@ class TestCLIPFineTuned(SystemTester):
 
     def test_the_image_tower_trains(self, model: SegmentationModel) -> None:
         assert any(name.startswith("clip.model.visual.transformer") for name in model.trainable_names())
-
-
-class TestDenseCLIP(SystemTester):
-    system = "dense-clip"
-    trainable = False
-
-    def test_scores_are_cosines(self, model: SegmentationModel) -> None:
-        dense = self.dense(model, self.images(), unit_rows(6, DIM))
-        assert float(dense.abs().max()) <= 1.0 + 1e-6
-
-    def test_with_severance_a_patch_keeps_to_itself_in_the_last_block(self) -> None:
-        clip = small_clip(vision_cfg={"layers": 1})
-        severed = DenseCLIP.build(clip, {"severance": 1.0}).eval()
-        plain = DenseCLIP.build(clip, {"severance": 0.0}).eval()
-        images = self.images(32, 32, 1)
-        changed = images.clone()
-        changed[:, :, :8, :8] += 1.0
-        text = unit_rows(3, DIM)
-        for model, touched in ((severed, False), (plain, True)):
-            with torch.no_grad():
-                a, b = model(images, text).logits, model(changed, text).logits
-            difference = (a - b).abs().amax(dim=1)[0]
-            assert difference[0, 0] > 1e-4
-            assert bool((difference.flatten()[1:] > 1e-6).any()) == touched
-
-    def test_the_short_side_follows_the_tower(self) -> None:
-        assert DenseCLIP.build(small_clip()).window.short_side == 64
-        assert DenseCLIP.build(small_clip(), {"short_side": 0}).window.short_side is None
-
-
-class TestPlainDenseCLIP(SystemTester):
-    system = "dense-clip"
-    options: ClassVar = {"severance": 0.0, "residual": 0.5, "position_interpolation": "bilinear"}
-    trainable = False

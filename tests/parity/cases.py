@@ -8,6 +8,7 @@ from collections.abc import Callable
 from tests.parity.case import Case, UnsupportedError
 from tests.parity.one_stage import backbone, evaluation, optimizer_steps, slide, text_path, training
 from tests.parity.pieces import learning_rates, loss_only, metric, positions, sizes, tokens
+from tests.parity.training_free import training_free
 
 Kinds = list[tuple[Callable[[Case], bool], Callable[[Case], None]]]
 
@@ -37,6 +38,8 @@ def families() -> Kinds:
 def compare(case: Case) -> None:
     """Find out what kind of case this is and compare it."""
     config = case.config
+    if "method" in config and "source_files" in config:
+        return training_free(case)
     one_stage, read = "repo" in config, set(case.read)
     for matches, function in KINDS if one_stage else families() + KINDS:
         if matches(case):

@@ -50,7 +50,8 @@ def make_clip(
         vision_cfg = {"image_size": native, "patch_size": patch, "width": width, "layers": layers}
         vision_cfg["head_width"] = width // heads
     text_cfg = {"context_length": 8, "vocab_size": 49408, "width": 8, "heads": 1, "layers": 1}
-    if "text_projection" in text:
+    text = text if "text_projection" in text else {}
+    if text:
         vocabulary, width = text["token_embedding.weight"].shape
         text_cfg = {"context_length": len(text["positional_embedding"]), "vocab_size": vocabulary, "width": width}
         text_cfg |= {"heads": text_heads, "layers": depth(text)}

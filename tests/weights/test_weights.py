@@ -386,7 +386,7 @@ def test_wrong_folders(tmp_path: Path) -> None:
     with pytest.raises(LexisegError, match=r"has no model.safetensors"):
         load_model(folder)
     save_clip(small_clip(), tmp_path / "clip")
-    with pytest.raises(LexisegError, match="write 'dense-clip/' before it"):
+    with pytest.raises(LexisegError, match="write 'naclip/' before it"):
         load_model(tmp_path / "clip")
 
 
@@ -396,7 +396,7 @@ def test_wrong_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a.pth").touch()
     for name, sentence in (
         ("zegclip-tset", "did you mean 'zegclip-test'"),
-        ("dense-clip", "lacks a CLIP"),
+        ("dense-clip", "lacks a tower"),
         ("dense-clip/ViT-B-16/opnai", "known tags: openai"),
         (str(tmp_path / "a.pth"), "run `lexiseg convert"),
         (str(tmp_path / "nowhere"), "No model is called"),
@@ -416,7 +416,8 @@ def test_a_packaged_clip_is_named_and_not_copied(tmp_path: Path, monkeypatch: py
     same(load_model("zegclip-test"), model)
     assert [(entry.name, entry.system) for entry in list_models()] == [
         ("zegclip-test", "zegclip"),
-        ("dense-clip/clip-test", "dense-clip"),
+        ("maskclip/clip-test", "dense-clip"),
+        ("naclip/clip-test", "dense-clip"),
     ]
     assert list_models()[0].description == "a test"
     assert isinstance(load_model("dense-clip/clip-test"), DenseCLIP)

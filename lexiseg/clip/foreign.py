@@ -1,0 +1,236 @@
+"""Dual encoders of other libraries behind the face of `CLIP`: MetaCLIP 2, SigLIP, SigLIP 2 and TIPSv2.
+
+They come from transformers (``transformers:OWNER/NAME`` or a folder); TIPSv2's image tower from timm as well
+(``timm:NAME``), with its text tower from transformers. They serve segmentation without training; what needs open_clip's
+own tower refuses them in words.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lexiseg.clip.image import ImageTower
+from lexiseg.clip.model import CLIP, OPENAI_MEAN, OPENAI_STD
+from lexiseg.clip.patch_tower import PatchTower, TimmTower, TransformersTower
+from lexiseg.errors import LexisegError
+from lexiseg.hub import download, download_folder, first_line
+
+TRANSFORMERS, TIMM = "transformers:", "timm:"
+_KINDS = ("clip", "metaclip_2", "siglip", "siglip2", "tipsv2")
+_TIPS_TEXT = {"base": "b14", "large": "l14", "so400m": "so400m14", "giant": "g14"}
+
+
+class ForeignCLIP(CLIP):
+    """A dual encoder of transformers, or one whose image tower is timm's.
+
+    Args:
+        model: with ``text_model`` and ``get_text_features``, as transformers' dual encoders.
+        tokenizer: of transformers.
+        name: what the user called it.
+        mean: of the images, RGB in 0..1.
+        std: of the images.
+        trunk: an image tower of timm that stands in the place of the model's.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        name: str,
+        *,
+        mean: Sequence[float] = OPENAI_MEAN,
+        std: Sequence[float] = OPENAI_STD,
+        trunk: nn.Module | None = None,
+    ) -> None:
+        config = model.config
+        vision = config.vision_config
+        embed_dim = int(getattr(config, "projection_dim", None) or vision.hidden_size)
+        if config.model_type not in ("clip", "metaclip_2"):
+            embed_dim = int(vision.hidden_size)
+        architecture = {"model_cfg": {"embed_dim": embed_dim}, "preprocess_cfg": {"mean": list(mean), "std": list(std)}}
+        # Weights are named, not copied, when a model is saved: they are as their library loads them.
+        super().__init__(model, architecture, tokenizer, name, packaged=True)
+        self.trunk = trunk
+        if trunk is not None:
+            model.vision_model = nn.Identity()
+
+    @property
+    def patch_tower(self) -> PatchTower:
+        """See `CLIP.patch_tower`."""
+        return TransformersTower(self.model) if self.trunk is None else TimmTower(self.trunk, "bilinear-antialias")
+
+    @property
+    def image_tower(self) -> ImageTower:
+        """Not there: the tower is another library's.
+
+        Raises:
+            LexisegError: always.
+        """
+        raise LexisegError(
+            f"The image tower of '{self.name}' is not open_clip's, and this system changes its inside; choose a CLIP "
+            "such as 'ViT-B-16/openai', or a training-free method."
+        )
+
+    @property
+    def patch_size(self) -> int:
+        """Side of a patch in pixels."""
+        return self.patch_tower.patch_size
+
+    @property
+    def image_size(self) -> int:
+        """Side of the images the tower was trained on, in pixels; 256 where it takes any."""
+        if self.trunk is not None:
+            return int(self.trunk.patch_embed.img_size[0])  # type: ignore[union-attr, index]
+        vision = self.model.config.vision_config
+        return int(getattr(vision, "image_size", 0) or round(vision.num_patches**0.5) * vision.patch_size)
+
+    @property
+    def context_length(self) -> int:
+        """Number of token places of the text tower."""
+        return int(self.model.config.text_config.max_position_embeddings)
+
+    @property
+    def text_width(self) -> int:
+        """Width of the tokens of the text tower."""
+        return int(self.model.config.text_config.hidden_size)
+
+    @property
+    def plain_text(self) -> bool:
+        """False: the text tower is not open_clip's."""
+        return False
+
+    def tokenize(self, texts: Sequence[str]) -> Tensor:
+        """Turn texts into token ids (n, context_length), each 1 more than the library's so that 0 is padding."""
+        length = self.context_length
+        rows = [list(self._tokenizer(text, truncation=True, max_length=length)["input_ids"]) for text in texts]
+        return torch.tensor([[token + 1 for token in row] + [0] * (length - len(row)) for row in rows])
+
+    def count_tokens(self, text: str) -> int:
+        """Number of tokens ``text`` needs, marks included."""
+        return len(self._tokenizer(text)["input_ids"])
+
+    def encode_text(self, tokens: Tensor) -> Tensor:
+        """Encode token ids (n, L) from `tokenize`: (n, D), not normalised."""
+        given = tokens != 0
+        if self._tokenizer.padding_side == "left":  # a stable sort moves the padding to the front
+            order = given.int().argsort(dim=1, stable=True)
+            tokens, given = tokens.gather(1, order), given.gather(1, order)
+        pad = self._tokenizer.pad_token_id
+        ids = torch.where(given, tokens - 1, 0 if pad is None else pad)
+        masked = "attention_mask" in self._tokenizer.model_input_names
+        inputs = {"attention_mask": given.long()} if masked else {}
+        return self.model.get_text_features(input_ids=ids, **inputs).pooler_output
+
+    def text_fingerprint(self) -> str:
+        """See `CLIP.text_fingerprint`."""
+        tensors = self.model.state_dict(keep_vars=True).items()
+        return self._digest("text", ((key, value) for key, value in tensors if not key.startswith("vis")))
+
+
+def load_foreign(name: str) -> ForeignCLIP:
+    """Load a dual encoder of another library.
+
+    Args:
+        name: ``transformers:OWNER/NAME``, ``transformers:FOLDER``, or ``timm:NAME`` of a TIPSv2 tower.
+
+    Raises:
+        LexisegError: there is no such model, it is of another kind, or its weights cannot be had or are damaged.
+    """
+    if name.startswith(TRANSFORMERS):
+        return _transformers(name.removeprefix(TRANSFORMERS), name)
+    trunk_name = name.removeprefix(TIMM)
+    size = trunk_name.removeprefix("vit_").partition("_")[0]
+    if "tipsv2" not in trunk_name or size not in _TIPS_TEXT:
+        raise LexisegError(
+            f"'{name}' has no text tower; of timm's towers only TIPSv2's have one, such as "
+            "'timm:vit_base_patch14_reg1_tipsv2.webli'."
+        )
+    text = _transformers(f"google/tipsv2-{_TIPS_TEXT[size]}", name)
+    return ForeignCLIP(text.model, text._tokenizer, name, mean=text.mean, std=text.std, trunk=timm_model(trunk_name))
+
+
+def timm_model(name: str) -> Any:
+    """A pretrained model of timm without its head, in evaluation mode, for images of any size.
+
+    Raises:
+        LexisegError: timm has no such model, or the weights cannot be had or are damaged.
+    """
+    import timm
+
+    if name not in timm.list_pretrained(name):
+        raise LexisegError(f"timm {timm.__version__} has no weights '{name}'; see timm.list_pretrained().")
+    repository = str(getattr(timm.get_pretrained_cfg(name), "hf_hub_id", None) or f"timm/{name}")
+    repository = f"timm/{name}" if repository.endswith("/") else repository
+    path = download(repository, ("model.safetensors",), name, instead="it to the hub's cache folder and run again")
+    try:
+        return timm.create_model(
+            name, pretrained=True, pretrained_cfg_overlay={"file": str(path)}, num_classes=0, dynamic_img_size=True
+        ).eval()
+    except Exception as error:  # timm and safetensors raise errors of many kinds
+        raise LexisegError(
+            f"The weights of '{name}' in '{path}' cannot be read ({first_line(error)}); delete the file and download "
+            "it again."
+        ) from error
+
+
+def _transformers(source: str, name: str) -> ForeignCLIP:
+    folder = Path(source).expanduser()
+    if not folder.is_dir():
+        folder = download_folder(source, name)
+    kind = read_kind(folder, name)
+    if kind not in _KINDS:
+        raise LexisegError(
+            f"'{name}' is a {kind}, which has no patches that meet text; choose one of {', '.join(_KINDS)}."
+        )
+    from transformers import AutoModel, AutoTokenizer
+
+    try:
+        model, report = AutoModel.from_pretrained(
+            folder, local_files_only=True, use_safetensors=True, output_loading_info=True
+        )
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # transformers raises errors of many kinds
+        raise LexisegError(
+            f"The model '{name}' in '{folder}' cannot be read ({first_line(error)}); download it again."
+        ) from error
+    # TIPSv2's files have no temperature, which only training needs.
+    missing = sorted(key for key in report["missing_keys"] if key != "temperature")
+    if missing:
+        raise LexisegError(f"The model '{name}' in '{folder}' lacks {missing[0]}; download it again.")
+    mean, std = _normalisation(folder, kind)
+    return ForeignCLIP(model.float().eval(), tokenizer, name, mean=mean, std=std)
+
+
+def read_kind(folder: Path, name: str) -> str:
+    """The ``model_type`` that a folder of transformers states.
+
+    Raises:
+        LexisegError: it has no readable config.json.
+    """
+    try:
+        return str(json.loads((folder / "config.json").read_text("utf-8"))["model_type"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise LexisegError(
+            f"'{name}' has no readable config.json with a model_type in '{folder}'; give a model as transformers "
+            "writes it."
+        ) from error
+
+
+def _normalisation(folder: Path, kind: str) -> tuple[Sequence[float], Sequence[float]]:
+    """Mean and standard deviation of the images, as the model's processor has them."""
+    usual = {"siglip": 0.5, "siglip2": 0.5}
+    try:
+        said = json.loads((folder / "preprocessor_config.json").read_text("utf-8"))
+        if said.get("do_normalize") is False:
+            return (0.0,) * 3, (1.0,) * 3
+        return said["image_mean"], said["image_std"]
+    except (OSError, ValueError, KeyError, AttributeError):
+        if kind == "tipsv2":
+            return (0.0,) * 3, (1.0,) * 3
+        return ((usual[kind],) * 3, (usual[kind],) * 3) if kind in usual else (OPENAI_MEAN, OPENAI_STD)

@@ -1,0 +1,228 @@
+"""What the training-free methods put in the place of the last block's token mixing, softmax(q k^T) v.
+
+All of it works on queries, keys and values (B, heads, T, d) of any tower, patches last among the tokens, and needs no
+attention matrix but where a method is defined by one. Sources: MaskCLIP (Zhou et al., ECCV 2022), SCLIP (Wang et al.,
+ECCV 2024), ClearCLIP (Lan et al., ECCV 2024), NACLIP (Hajimiri et al., WACV 2025), ProxyCLIP (Lan et al., ECCV 2024),
+ResCLIP (Yang et al., CVPR 2025), GEM (Bousselham et al., CVPR 2024).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lexiseg.clip.patch_tower import Block, QueriesKeys
+
+Grid = tuple[int, int]
+Mixing = Literal["qk", "value", "qq", "kk", "qq+kk", "kk+neighbours", "neighbours"]
+
+_PAIRS = {"qk": (("q", "k"),), "qq": (("q", "q"),), "kk": (("k", "k"),), "qq+kk": (("q", "q"), ("k", "k"))}
+
+
+@lru_cache(maxsize=16)
+def _neighbourhood(grid: Grid, std: float, num_prefix: int) -> Tensor:
+    rows = torch.arange(grid[0]).repeat_interleave(grid[1])
+    columns = torch.arange(grid[1]).repeat(grid[0])
+    squares = (rows[:, None] - rows).square() + (columns[:, None] - columns).square()
+    return F.pad((-squares / (2 * std**2)).exp(), (num_prefix, 0, num_prefix, 0))
+
+
+def neighbourhood(grid: Grid, std: float, num_prefix: int = 1) -> Tensor:
+    """NACLIP's Gaussian of the distance between patches: (T, T), 1 at a patch itself, 0 for the prefix tokens.
+
+    Args:
+        grid: (h, w) patches.
+        std: standard deviation in patches.
+        num_prefix: tokens before the patches; T is that and h * w.
+    """
+    return _neighbourhood(grid, float(std), num_prefix)
+
+
+@dataclass(frozen=True)
+class Feedback:
+    """What ResCLIP adds to a mixing.
+
+    Attributes:
+        middle: queries and keys of the middle blocks, whose mean attention R is mixed in; empty for none.
+        middle_weights: (tau, lambda): the weights become tau * ((1 - lambda) A + lambda R).
+        labels: E (B, T, T), 1 at most, how much patches belong together by the labels of a first pass; None for none.
+        label_weights: (tau, lambda): the logits become tau * ((1 - lambda) logits + lambda E).
+    """
+
+    middle: Sequence[QueriesKeys] = ()
+    middle_weights: tuple[float, float] = (2.0, 0.4)
+    labels: Tensor | None = None
+    label_weights: tuple[float, float] = (1.8, 0.7)
+
+
+def mix(
+    qkv: tuple[Tensor, Tensor, Tensor],
+    mixing: Mixing,
+    neighbours: Tensor | None = None,
+    feedback: Feedback | None = None,
+) -> Tensor:
+    """Mix the values of all tokens.
+
+    Args:
+        qkv: queries, keys and values (B, heads, T, d); the values may be of another width.
+        mixing: ``value``: each token keeps to itself (MaskCLIP). ``qk``: CLIP's own attention. ``qq``, ``kk``: the
+            softmax of queries with queries (ClearCLIP), of keys with keys. ``qq+kk``: the sum of both, whose rows sum
+            to 2 (SCLIP). ``kk+neighbours``: keys with keys, and the neighbourhood added to the scaled logits (NACLIP).
+            ``neighbours``: the neighbourhood alone, at the scale of the mean product of two keys' lengths.
+        neighbours: (T, T) from `neighbourhood`, for the mixings that have it in their name.
+        feedback: ResCLIP's additions, for the mixings with a softmax.
+
+    Returns:
+        (B, heads, T, values' width).
+    """
+    query, key, value = qkv
+    if mixing == "value":
+        return value
+    scale = query.shape[-1] ** -0.5
+    bias = None if neighbours is None else neighbours.to(query)
+    if mixing == "neighbours":
+        lengths = query.norm(dim=-1).mean(-1) * key.norm(dim=-1).mean(-1)
+        logits = scale * lengths.mean(-1)[:, None, None] * bias
+        return logits.softmax(dim=-1)[:, None] @ value
+    feedback = feedback or Feedback()
+    if feedback.labels is not None:
+        tau, part = feedback.label_weights
+        scale *= tau * (1 - part)
+        added = (tau * part * feedback.labels).to(query)[:, None]
+        bias = added if bias is None else added + bias
+    parts = {"q": query, "k": key}
+    mixed: Tensor | None = None
+    for first, second in _PAIRS[mixing.partition("+neighbours")[0]]:
+        one = F.scaled_dot_product_attention(parts[first], parts[second], value, attn_mask=bias, scale=scale)
+        mixed = one if mixed is None else mixed + one
+    if mixed is None:
+        raise ValueError(f"there is no mixing {mixing!r}")
+    if not feedback.middle:
+        return mixed
+    tau, part = feedback.middle_weights
+    middle = torch.stack([F.scaled_dot_product_attention(q, k, value) for q, k in feedback.middle]).mean(0)
+    return tau * ((1 - part) * mixed + part * middle)
+
+
+def proxy_attention(features: Tensor, beta: float, gamma: float) -> Tensor:
+    """ProxyCLIP's attention between the places of another encoder, by how alike they look to it.
+
+    With S the cosines, the weights are softmax(gamma * (S - beta * mean(S))) over the places where that is not
+    negative. The mean is that of each image, as the paper has it (the released code takes the batch's), and a place
+    always attends to the most alike, so that a picture of one colour has weights too.
+
+    Args:
+        features: (B, C, h, w).
+        beta: how many times the mean similarity counts as none.
+        gamma: sharpness.
+
+    Returns:
+        (B, h * w, h * w).
+    """
+    with torch.autocast(features.device.type, enabled=False):  # the cut at zero wants the digits
+        unit = F.normalize(features.float().flatten(2), dim=1, eps=1e-12)
+        similarity = unit.transpose(1, 2) @ unit
+    logits = gamma * (similarity - beta * similarity.mean(dim=(1, 2), keepdim=True))
+    floor = logits.amax(dim=-1, keepdim=True).clamp(max=0.0)
+    return logits.masked_fill_(logits < floor, -torch.inf).softmax(dim=-1)
+
+
+def mix_by_proxy(value: Tensor, grid: Grid, attention: Tensor, proxy_grid: Grid) -> Tensor:
+    """Lay the values of patches (B, heads, h * w, d) on the proxy's grid, bilinearly, and mix them there.
+
+    Returns:
+        (B, heads, h2 * w2, d).
+    """
+    heads = value.shape[1]
+    flat = value.transpose(2, 3).flatten(1, 2).unflatten(2, grid)
+    if proxy_grid != grid:
+        flat = F.interpolate(flat, size=proxy_grid, mode="bilinear", align_corners=False)
+    mixed = attention.to(flat.dtype) @ flat.flatten(2).transpose(1, 2)
+    return mixed.unflatten(2, (heads, -1)).transpose(1, 2)
+
+
+def self_self(block: Block, tokens: Tensor, iterations: int, temperature: float | None) -> Tensor:
+    """GEM's self-self attention of a block: keys, values and queries are each clustered, then mix the values.
+
+    Args:
+        block: the block.
+        tokens: (B, T, W) that enter it.
+        iterations: of z = softmax(t z z^T) z on unit vectors z.
+        temperature: t; None is the mean length of the normalised tokens of each image, over the root of the width of a
+            head.
+
+    Returns:
+        (B, T, W), after the output projection.
+    """
+    query, key, value = block.qkv(tokens)
+    scale: Tensor | float
+    if temperature is None:
+        lengths = block.norm1(tokens).norm(dim=-1).mean(-1)
+        scale = (lengths * query.shape[-1] ** -0.5)[:, None, None, None]
+    else:
+        scale = temperature
+    total = torch.zeros_like(value)
+    for part in (value, key, query):
+        unit = F.normalize(part, dim=-1)
+        for _ in range(iterations):
+            unit = F.normalize(F.scaled_dot_product_attention(scale * unit, unit, unit, scale=1.0), dim=-1)
+        total = total + F.scaled_dot_product_attention(scale * unit, unit, value, scale=1.0)
+    return block.output(total / 3)
+
+
+def label_agreement(labels: Tensor, std: float, same_entity_only: bool = True) -> Tensor:
+    """ResCLIP's feedback: which patches belong together, by the labels that a first pass gave them.
+
+    Two patches of one label agree, by 1; where another label lies on the straight line between them, by exp(-distance
+    / largest distance). The rows are smoothed along the flattened grid, across the ends of its rows, as released.
+
+    Args:
+        labels: (h, w) integers.
+        std: of the smoothing, in patches.
+        same_entity_only: False leaves out the look at the line between them.
+
+    Returns:
+        (h * w, h * w), rows that sum to 1.
+    """
+    grid = (int(labels.shape[0]), int(labels.shape[1]))
+    flat, count = labels.flatten(), labels.numel()
+    agree = (flat[:, None] == flat).float()
+    if same_entity_only and count > 1:
+        agree = agree * _line_weights(flat, grid, agree)
+    length = min(count, int(6 * std) + 1)
+    length += 1 - length % 2
+    offsets = torch.arange(length, device=labels.device, dtype=torch.float32) - length // 2
+    kernel = (-offsets.square() / (2 * std**2)).exp()
+    kernel = kernel / kernel.sum()
+    agree = F.conv1d(agree[:, None], kernel[None, None], padding=length // 2)[:, 0]
+    return agree / (agree.sum(dim=-1, keepdim=True) + 1e-8)
+
+
+def _line_weights(flat: Tensor, grid: Grid, agree: Tensor) -> Tensor:
+    """The factor of each pair of patches (N, N) for what lies between them; only pairs that agree are looked at."""
+    first, second = agree.nonzero(as_tuple=True)
+    place = torch.stack([first // grid[1], first % grid[1]])
+    step = torch.stack([second // grid[1], second % grid[1]]) - place
+    distance, longest = step.abs().amax(0), max(grid) - 1
+    label = flat[first]
+    crossed = torch.zeros_like(first, dtype=torch.bool)
+    for index in range(1, longest + 1):
+        # Steps are as long as those of the longest pair, so that near pairs are checked on part of their way only.
+        row, column = (place + step * (index / longest)).round().long()
+        crossed |= (flat[row * grid[1] + column] != label) & (index <= distance)
+    weights = torch.ones_like(agree)
+    weights[first[crossed], second[crossed]] = (-distance[crossed].float() / longest).exp()
+    return weights
+
+
+def majority(labels: Tensor, grid: Grid) -> Tensor:
+    """The most frequent label (h, w) in each cell of labels (h * a, w * b); of several the smallest."""
+    height, width = labels.shape[0] // grid[0], labels.shape[1] // grid[1]
+    cells = labels.unflatten(0, (grid[0], height)).unflatten(2, (grid[1], width))
+    return cells.permute(0, 2, 1, 3).flatten(2).mode(dim=-1).values

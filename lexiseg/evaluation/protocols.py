@@ -284,7 +284,8 @@ PROTOCOLS: Mapping[str, Protocol] = {
                      "pascal-context-59", "released", "Cascade-CLIP's released settings",
                      **_HOSTS_512, freeseg=WHOLE_640),
         _generalised("gzs-context-papers", "PASCAL Context, unseen classes as the papers name them",
-                     "pascal-context-59", "papers", "ZegCLIP, appendix E, Table 10", **_HOSTS_512, freeseg=WHOLE_640),
+                     "pascal-context-59", "papers", "ZegCLIP, Table 10; Cascade-CLIP, Table 11",
+                     **_HOSTS_512, freeseg=WHOLE_640),
         # ZegFormer's sizes for all: the others' were not released.
         _generalised("gzs-ade", "ADE20K, 572 seen and 275 unseen classes", "ade20k-847", "papers",
                      "MAFT, Tables 1 and 2; the classes are ZegFormer's", **_HOSTS_512, freeseg=WHOLE_512),

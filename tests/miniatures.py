@@ -206,6 +206,38 @@ def ade847_full(root: Path) -> None:
     (home / "classes.json").write_text(json.dumps(_ade_classes()))
 
 
+def coco_object(root: Path) -> None:
+    """COCO-Stuff's files, read with other classes."""
+    coco_stuff(root)
+
+
+def coco_object_made(root: Path) -> None:
+    """Labels as GroupViT's script converts them."""
+    coco_stuff(root)
+    for path in (root / "stuffthingmaps").rglob("*.png"):
+        save_index(path.with_name(f"{path.stem}_instanceTrainIds.png"), values_in(range(81), 0), palette=False)
+
+
+def cityscapes(root: Path) -> None:
+    """leftImg8bit and gtFine, a folder a city, with the other files that lie beside the labels."""
+    for split, city in (("train", "aachen"), ("train", "bochum"), ("val", "frankfurt")):
+        for index in range(2):
+            frame = f"{city}_000000_{index:06d}"
+            save_picture(root / "leftImg8bit" / split / city / f"{frame}_leftImg8bit.png", index)
+            truth = root / "gtFine" / split / city
+            save_index(truth / f"{frame}_gtFine_labelIds.png", values_in([*range(34), 255], index), palette=False)
+            save_index(truth / f"{frame}_gtFine_color.png", values_in(range(34), index))
+            (truth / f"{frame}_gtFine_polygons.json").write_text("{}")
+
+
+def cityscapes_made(root: Path) -> None:
+    """The same with the train ids that cityscapesScripts makes."""
+    cityscapes(root)
+    for path in (root / "gtFine").rglob("*_labelIds.png"):
+        ids = values_in([*range(19), 255], 1)
+        save_index(path.with_name(path.name.replace("labelIds", "labelTrainIds")), ids, palette=False)
+
+
 NAMES = ["cat", "tree, bush", "sky"]
 
 
@@ -260,6 +292,10 @@ MINIATURES: dict[str, tuple[str, Callable[[Path], None]]] = {
     "voc2012-aug": ("voc2012", voc2012_aug),
     "coco-stuff": ("coco-stuff-164k", coco_stuff),
     "coco-stuff-train-ids": ("coco-stuff-164k", coco_stuff_train_ids),
+    "coco-object": ("coco-object", coco_object),
+    "coco-object-made": ("coco-object", coco_object_made),
+    "cityscapes": ("cityscapes", cityscapes),
+    "cityscapes-made": ("cityscapes", cityscapes_made),
     "context59": ("pascal-context-59", context59),
     "context59-mat": ("pascal-context-59", context459),
     "context459": ("pascal-context-459", context459),

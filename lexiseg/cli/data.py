@@ -76,7 +76,10 @@ def show(
     say_written([output])
 
 
-_NAME = "voc2012, coco-stuff-164k, pascal-context-59, pascal-context-459, ade20k-150, ade20k-847, or own"
+_NAME = (
+    "voc2012, coco-stuff-164k, coco-object, pascal-context-59, pascal-context-459, ade20k-150, ade20k-847, cityscapes, "
+    "or own"
+)
 
 Classes = Annotated[
     Path | None,

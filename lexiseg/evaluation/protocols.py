@@ -29,20 +29,19 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from lexiseg.clip.templates import IN_THE_SCENE
-from lexiseg.data.sets.catalog import DataSetInfo, data_set
-from lexiseg.data.sets.dataset import FileDataset, SplitFiles
-from lexiseg.data.sets.labels import ValueTable
-from lexiseg.data.sets.open import open_data_set
+from lexiseg.data.sets.catalog import data_set
+from lexiseg.data.sets.dataset import FileDataset
+from lexiseg.data.sets.open import open_data_set, with_background
 from lexiseg.errors import LexisegError
 from lexiseg.evaluation.evaluate import Offsets
 from lexiseg.models.base import SegmentationModel
 from lexiseg.models.region_base import RegionModel
-from lexiseg.vocabulary import PAPER_TEMPLATES, SINGLE_TEMPLATE, VocabularyClass
+from lexiseg.vocabulary import PAPER_TEMPLATES, SINGLE_TEMPLATE
 from lexiseg.windows import WindowPolicy
 
 ONE_STAGE = WindowPolicy(size=512, stride=426, short_side=512, antialias=False)
@@ -182,7 +181,7 @@ class Protocol:
             names_of=self.names.get(system),
             synonyms=self.synonyms if synonyms is None else synonyms,
         )
-        return _with_rest(data, data_set(self.data_set), self.rest) if self.rest else data
+        return with_background(data, self.rest) if self.rest else data
 
     def card(self, *, synonyms: bool | None = None, settings: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """What a report says of the protocol.
@@ -204,22 +203,13 @@ class Protocol:
                 "title": self.title,
                 "source": self.source,
                 "unseen_list": self.unseen,
+                "class_list": info.source,
                 "not_judged": f"values {', '.join(map(str, void))} of the label files" + outside.get(self.data_set, ""),
                 "synonyms": synonyms if changed else self.synonyms,
                 "words": f"chosen by the user; the protocol has {self.words}" if changed else self.words,
                 "settings": {key: dict(values) for key, values in (settings or {}).items()},
             }
         }
-
-
-def _with_rest(data: FileDataset, info: DataSetInfo, words: tuple[str, ...]) -> FileDataset:
-    """The same pictures with one more class, "background" and further words for it, where the label files have 0."""
-    last = len(data.vocabulary)
-    table = ValueTable({**info.id_map, 0: last}, [value for value in info.void if value], info.ignore)
-    items = tuple(replace(item, table=table) for item in data.items)
-    classes = (*data.vocabulary.classes, VocabularyClass("background", words))
-    vocabulary = replace(data.vocabulary, classes=classes)
-    return FileDataset(SplitFiles(data.split, items, vocabulary, info.ignore))
 
 
 def _generalised(name: str, title: str, data: str, unseen: str, source: str, **windows: WindowPolicy) -> Protocol:

@@ -217,7 +217,15 @@ class CatalogData(_OnDisk):
     """
 
     source: Literal[
-        "voc2012", "coco-stuff-164k", "pascal-context-59", "pascal-context-459", "ade20k-150", "ade20k-847", "own"
+        "voc2012",
+        "coco-stuff-164k",
+        "coco-object",
+        "pascal-context-59",
+        "pascal-context-459",
+        "ade20k-150",
+        "ade20k-847",
+        "cityscapes",
+        "own",
     ]
     unseen: str | None = None
     train: str | None = None

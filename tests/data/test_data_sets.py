@@ -12,7 +12,7 @@ from PIL import Image
 
 from lexiseg.data.base import SegmentationDataset, unseen_ids
 from lexiseg.data.sets.catalog import NAMES, data_set, voc_color
-from lexiseg.data.sets.open import open_data_set, splits_of
+from lexiseg.data.sets.open import open_data_set, splits_of, with_background
 from lexiseg.data.sets.verify import verify
 from lexiseg.errors import LexisegError
 from tests import miniatures
@@ -36,8 +36,9 @@ def folder(tmp_path_factory):
 @pytest.mark.parametrize("name", NAMES)
 def test_catalog(name):
     info = data_set(name)
-    assert info.num_classes == {"voc2012": 20, "coco-stuff-164k": 171, "pascal-context-59": 59,
-                                "pascal-context-459": 459, "ade20k-150": 150, "ade20k-847": 847}[name]  # fmt: skip
+    sizes = {"voc2012": 20, "coco-stuff-164k": 171, "coco-object": 81, "cityscapes": 19, "pascal-context-59": 59}
+    sizes |= {"pascal-context-459": 459, "ade20k-150": 150, "ade20k-847": 847}
+    assert info.num_classes == sizes[name]
     assert info.ignore == (255 if info.num_classes <= 255 else WIDE) and info.ignore in info.void
     assert sorted(info.id_map.values()) == list(range(info.num_classes))
     assert not set(info.void) & set(info.id_map)
@@ -99,6 +100,18 @@ def _expected(name: str) -> np.ndarray:
         names, known = _context_names(), data_set("pascal-context-59").classes
         table = {0: 255, **{k + 1: known.index(n) if n in known else 255 for k, n in enumerate(names)}}
         return np.vectorize(table.get)(values)
+    if name == "coco-object":
+        values = values_in([*data_set("coco-stuff-164k").id_map, 255], 0)
+        things = list(data_set("coco-stuff-164k").id_map)[:80]
+        return np.vectorize(lambda value: things.index(value) + 1 if value in things else 0)(values)
+    if name == "coco-object-made":
+        return values_in(range(81), 0)
+    if name == "cityscapes":
+        values = values_in([*range(34), 255], 0)
+        ids = data_set("cityscapes").id_map
+        return np.vectorize(lambda value: ids.get(value, 255))(values)
+    if name == "cityscapes-made":
+        return values_in([*range(19), 255], 1)
     if name == "context459-tiff":
         return values_in([*range(CONTEXT_459), WIDE], 0)
     if name == "ade847":
@@ -180,6 +193,19 @@ def test_seen_classes_of_ade847(tmp_path):
     data = open_data_set("ade20k-847", tmp_path, "val")
     assert unseen_ids(data.vocabulary) == list(range(572, 847))
     assert data.vocabulary.names[0] == "object 0, thing 0"
+
+
+def test_background_as_a_class(folder):
+    """VOC's 21 classes and PASCAL Context's 60; of Context's .mat files the other 400 classes are background too."""
+    for name, miniature, classes in (("voc2012", "voc2012", 21), ("pascal-context-59", "context59", 60),
+                                     ("pascal-context-59", "context59-mat", 60)):  # fmt: skip
+        plain = open_data_set(name, folder(miniature), "val")
+        data = with_background(plain, ["backdrop"])
+        assert data.vocabulary.classes[-1].words == ("background", "backdrop") and len(data.vocabulary) == classes
+        void = (plain.items[0].values() == 255) & (miniature != "context59-mat")
+        before = plain[0].label.numpy()
+        expected = np.where(before != 255, before, np.where(void, 255, classes - 1))
+        np.testing.assert_array_equal(data[0].label.numpy(), expected)
 
 
 def test_palette_indices_not_colors(folder):

@@ -21,7 +21,10 @@ from lexiseg.label_ids import IGNORE_INDEX, ignore_index
 from lexiseg.vocabulary import Vocabulary, VocabularyClass
 from lexiseg.words import word_key
 
-NAMES = ("voc2012", "coco-stuff-164k", "pascal-context-59", "pascal-context-459", "ade20k-150", "ade20k-847")
+NAMES = (
+    *("voc2012", "coco-stuff-164k", "coco-object", "pascal-context-59", "pascal-context-459"),
+    *("ade20k-150", "ade20k-847", "cityscapes"),
+)
 """The data sets there are."""
 
 
@@ -210,9 +213,9 @@ def _read(name: str, said: Mapping[str, Any]) -> DataSetInfo:
         void: tuple[int, ...] = (0, ignore)
     else:
         missing = set(said.get("missing_ids", ()))
-        values = [value for value in range(num_classes + len(missing)) if value not in missing]
+        values = said.get("ids") or [value for value in range(num_classes + len(missing)) if value not in missing]
         id_map = {value: index for index, value in enumerate(values)}
-        void = (ignore,)
+        void = (*said.get("void", ()), ignore)
     return DataSetInfo(
         name=name,
         title=said["title"],
@@ -222,12 +225,18 @@ def _read(name: str, said: Mapping[str, Any]) -> DataSetInfo:
         unseen_lists={key: tuple(names) for key, names in said.get("unseen", {}).items()},
         synonyms={entry[0]: entry[1:] for entry in words if len(entry) > 1},
         renamed=said.get("renamed", {}),
-        palette=tuple(voc_color(index + 1) for index in range(num_classes)) if said.get("palette") == "voc" else None,
+        palette=_palette(said.get("palette"), num_classes),
         ignore=ignore,
         id_map=id_map,
         void=void,
         splits=tuple(said.get("splits", ("train", "val"))),
     )
+
+
+def _palette(said: Any, num_classes: int) -> tuple[tuple[int, int, int], ...] | None:
+    if said == "voc":
+        return tuple(voc_color(index + 1) for index in range(num_classes))
+    return None if said is None else tuple((red, green, blue) for red, green, blue in said)
 
 
 def voc_color(value: int) -> tuple[int, int, int]:

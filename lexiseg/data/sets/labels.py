@@ -182,6 +182,12 @@ class ValueTable:
             self._direct = np.full(int(self._values[-1]) + 2, self._other, np.int64)
             self._direct[self._values] = self._ids
 
+    def with_rest(self, index: int, keep: Iterable[int]) -> ValueTable:
+        """The same, but that every value without a class is of the class ``index``, ``keep`` alone excepted."""
+        ids = dict(zip(self._values.tolist(), self._ids.tolist(), strict=True))
+        ids = {value: index if found == self.ignore else found for value, found in ids.items()}
+        return ValueTable({**ids, **dict.fromkeys(keep, self.ignore)}, (), self.ignore, remedy=self.remedy)
+
     def look_up(self, values: NDArray[np.int64]) -> NDArray[np.int64]:
         """Class ids, ``ignore``, or :data:`UNKNOWN` for ``values`` of any shape; the same shape comes back."""
         if self._direct is not None:

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from lexiseg.data.sets.ade20k import list_ade150, list_ade847
 from lexiseg.data.sets.catalog import NAMES, data_set, split_names
+from lexiseg.data.sets.cityscapes import list_cityscapes
 from lexiseg.data.sets.coco_stuff import list_coco
 from lexiseg.data.sets.context import list_context59, list_context459
 from lexiseg.data.sets.dataset import FileDataset, SplitFiles
+from lexiseg.data.sets.labels import LabelKind
 from lexiseg.data.sets.layouts import own_splits
 from lexiseg.data.sets.listing import unreadable
 from lexiseg.data.sets.own import list_own
 from lexiseg.data.sets.voc import list_voc
 from lexiseg.errors import LexisegError
-from lexiseg.vocabulary import Vocabulary
+from lexiseg.vocabulary import Vocabulary, VocabularyClass
 
 OWN = "own"
 """Name of a folder of one's own among the data sets."""
@@ -25,6 +27,8 @@ OWN = "own"
 _LAYOUTS: Mapping[str, Callable[[Path, str, str | None, Path | None], SplitFiles]] = {
     "voc2012": lambda root, split, unseen, _: list_voc(root, split, unseen),
     "coco-stuff-164k": lambda root, split, unseen, _: list_coco(root, split, unseen),
+    "coco-object": lambda root, split, unseen, _: list_coco(root, split, unseen, "coco-object"),
+    "cityscapes": lambda root, split, unseen, _: list_cityscapes(root, split, unseen),
     "pascal-context-59": lambda root, split, unseen, _: list_context59(root, split, unseen),
     "pascal-context-459": list_context459,
     "ade20k-150": lambda root, split, unseen, _: list_ade150(root, split, unseen),
@@ -66,6 +70,26 @@ def open_data_set(
     if names_of is not None:
         files = replace(files, vocabulary=data_set(name).vocabulary(unseen=unseen, names_of=names_of))
     return FileDataset(replace(files, vocabulary=synonyms_of(name, files.vocabulary, synonyms)))
+
+
+def with_background(data: FileDataset, words: Sequence[str] = ()) -> FileDataset:
+    """The same pictures with one more class, "background", as the last: what VOC and PASCAL Context label 0.
+
+    Of PASCAL Context's .mat files it is the other 400 classes, too. The border of VOC's objects (255) stays unjudged.
+
+    Args:
+        data: a split of VOC 2012 or PASCAL Context 59.
+        words: further words for the background.
+    """
+    last = len(data.vocabulary)
+    classes = (*data.vocabulary.classes, VocabularyClass("background", tuple(words)))
+    items = []
+    for item in data.items:
+        # In .mat files 255 is one of the other 400 classes.
+        kept = () if item.kind is LabelKind.context_mat else (item.table.ignore,)
+        items.append(replace(item, table=item.table.with_rest(last, kept)))
+    vocabulary = replace(data.vocabulary, classes=classes)
+    return FileDataset(SplitFiles(data.split, tuple(items), vocabulary, data.ignore_index))
 
 
 def synonyms_of(name: str, vocabulary: Vocabulary, wanted: bool | None) -> Vocabulary:

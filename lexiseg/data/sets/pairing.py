@@ -100,7 +100,7 @@ def orphans(labels: Sequence[LabelFolder], images: Mapping[str, Place], split: s
 
 
 def label_folder(
-    folder: Path, suffixes: Sequence[str], kind: LabelKind, table: ValueTable, without: str = ""
+    folder: Path, suffixes: Sequence[str], kind: LabelKind, table: ValueTable, without: str | tuple[str, ...] = ()
 ) -> LabelFolder:
     """The label files of a folder that end in one of ``suffixes``, but for names that end in ``without``."""
     files = by_stem(folder, suffixes)

@@ -1,4 +1,4 @@
-"""What lexiseg raises: the user can fix this; this is probably not what you meant; the user stopped it."""
+"""What lexiseg raises: the user can fix this; and what it warns of: this is probably not what you meant."""
 
 
 class LexisegError(Exception):
@@ -15,7 +15,3 @@ class LexisegWarning(UserWarning):
     The command line prints each distinct sentence once, as ``note: ...`` on stderr; ``--quiet`` silences it. In Python
     it is an ordinary warning, so that ``warnings.simplefilter("ignore", LexisegWarning)`` silences it.
     """
-
-
-class Stopped(KeyboardInterrupt):
-    """The user stopped it; the text says in one sentence what is finished and how to go on."""

@@ -18,6 +18,12 @@ _UMASK = os.umask(0)
 os.umask(_UMASK)
 
 
+def default_cache_folder() -> Path:
+    """Where text embeddings are kept: ``$LEXISEG_CACHE``, or ``~/.cache/lexiseg``."""
+    given = os.environ.get("LEXISEG_CACHE")
+    return Path(given) if given else Path.home() / ".cache" / "lexiseg"
+
+
 def make_folder(folder: str | Path) -> Path:
     """Create ``folder`` with its parents and return it.
 

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from lexiseg import notes
 from lexiseg.background import BackgroundSource
-from lexiseg.clip.text import TextEmbedder, default_cache_folder
+from lexiseg.clip.text import TextEmbedder
 from lexiseg.devices import float32_default, pick_device, pick_dtype
 from lexiseg.errors import LexisegError
+from lexiseg.files import default_cache_folder
 from lexiseg.images import DEFAULT_MAX_PIXELS, ImageSource, list_images
 from lexiseg.label_ids import ignore_index
 from lexiseg.models.base import ImageFeatures, SegmentationModel

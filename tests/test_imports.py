@@ -21,6 +21,7 @@ MODELS = {"clip", "refine", "scores", "proposals", "regions", "losses", "models"
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "label_ids": set(),
+    "startup": set(),
     "files": {"errors"},
     "words": {"errors"},
     "colors": {"errors", "words"},

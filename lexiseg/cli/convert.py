@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from lexiseg.cli.console import say_json, say_note, say_written, waiting
+from lexiseg.cli.console import say, say_json, say_note, say_written, waiting
 from lexiseg.cli.options import Json, Template, templates_of
 
 # What the arguments of `lexiseg.weights.convert` are called here.
@@ -111,7 +111,7 @@ def convert(
             }
         )
         return
-    typer.echo(f"{report.kind}: {report.num_tensors} tensors, {report.num_parameters / 1e6:.1f} M parameters")
+    say(f"{report.kind}: {report.num_tensors} tensors, {report.num_parameters / 1e6:.1f} M parameters")
     if report.unused:
         say_note(f"{len(report.unused)} tensors that no computation uses were left out, {report.unused[0]} first.")
     for note in report.notes:
@@ -121,4 +121,4 @@ def convert(
         "sam": f"--set model.options.proposals.weights={report.folder}",
     }
     say_written([report.folder])
-    typer.echo(f"use it with {uses.get(report.kind, f'--model {report.folder}')}")
+    say(f"use it with {uses.get(report.kind, f'--model {report.folder}')}")

@@ -17,7 +17,7 @@ from typing import Annotated, Any
 import typer
 
 import lexiseg
-from lexiseg.cli.console import say_json, say_note, say_table, waiting
+from lexiseg.cli.console import say, say_json, say_note, say_table, waiting
 from lexiseg.errors import LexisegError
 
 SELF_TEST_SECONDS = 5.0
@@ -37,6 +37,9 @@ class _Requirement:
 
 
 def doctor(
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Leave out what needs torch: accelerators and the self-test.")
+    ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
 ) -> None:
     """Say what this machine has and segment a sample picture with the shipped weights.
@@ -47,11 +50,13 @@ def doctor(
         machine = _machine()
         requirements = _requirements()
         packages = {requirement.name: _version(requirement.name) for requirement in requirements}
-        torch_facts = _torch()
+        torch_facts = None if quick else _torch()
         folders = {"hub cache": _hub_cache(), "text cache": _text_cache()}
         models = [entry.name for entry in lexiseg.list_models()]
-    with waiting("segmenting a sample"):
-        self_test = _self_test()
+    self_test = None
+    if not quick:
+        with waiting("segmenting a sample"):
+            self_test = _self_test()
     problems = [
         *(
             f"The package '{requirement.name}' is not installed; run: pip install '{requirement.text}'"
@@ -63,7 +68,7 @@ def doctor(
             for name, facts in folders.items()
             if not facts["writable"]
         ),
-        *([] if self_test["ok"] else [f"The self-test failed: {self_test['problem']}"]),
+        *([f"The self-test failed: {self_test['problem']}"] if self_test and not self_test["ok"] else []),
     ]
     report = {
         "lexiseg": {"version": lexiseg.__version__, "path": str(Path(lexiseg.__file__).parent)},
@@ -145,7 +150,7 @@ def _hub_cache() -> dict[str, Any]:
 
 
 def _text_cache() -> dict[str, Any]:
-    from lexiseg.clip.text import default_cache_folder
+    from lexiseg.files import default_cache_folder
 
     return _folder(default_cache_folder())
 
@@ -189,20 +194,25 @@ def _self_test() -> dict[str, Any]:
 
 def _print(report: dict[str, Any], requirements: list[_Requirement]) -> None:
     machine, torch_facts, self_test = report["machine"], report["torch"], report["self_test"]
-    devices = ", ".join(f"{device['name']} ({device['memory_gib']} GiB)" for device in torch_facts["cuda_devices"])
+    accelerators = []
+    if torch_facts is not None:
+        devices = ", ".join(f"{device['name']} ({device['memory_gib']} GiB)" for device in torch_facts["cuda_devices"])
+        accelerators = [
+            ["torch", f"{torch_facts['version']}, {torch_facts['threads']} threads"],
+            ["CUDA", devices or "none"],
+            ["Apple GPU", "yes" if torch_facts["mps"] else "none"],
+        ]
     rows = [
         ["lexiseg", f"{report['lexiseg']['version']} in {report['lexiseg']['path']}"],
         ["python", f"{machine['python']} ({machine['executable']})"],
         ["system", machine["system"]],
         ["cores, memory", f"{machine['cores']}, {machine.get('memory_gib', '?')} GiB"],
-        ["torch", f"{torch_facts['version']}, {torch_facts['threads']} threads"],
-        ["CUDA", devices or "none"],
-        ["Apple GPU", "yes" if torch_facts["mps"] else "none"],
-        *([f"{name}", _folder_line(facts)] for name, facts in report["folders"].items()),
+        *accelerators,
+        *([name, _folder_line(facts)] for name, facts in report["folders"].items()),
         ["models", ", ".join(report["models"]) or "none"],
     ]
     say_table(None, ["what", "found"], rows)
-    typer.echo()
+    say()
     say_table(
         None,
         ["package", "version"],
@@ -210,10 +220,10 @@ def _print(report: dict[str, Any], requirements: list[_Requirement]) -> None:
     )
     if not requirements:
         say_note("lexiseg is run without having been installed, so what it needs is not known; run: pip install -e .")
-    typer.echo()
-    if self_test["ok"]:
+    say()
+    if self_test is not None and self_test["ok"]:
         found = ", ".join(self_test["found"])
-        typer.echo(f"self-test: ok, {self_test['seconds']} s with {self_test['model']}; found {found}")
+        say(f"self-test: ok, {self_test['seconds']} s with {self_test['model']}; found {found}")
         if "note" in self_test:
             say_note(f"self-test: {self_test['note']}")
     for problem in report["problems"]:

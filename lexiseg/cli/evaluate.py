@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 import lexiseg
-from lexiseg.cli.console import say_json, say_table, say_written, waiting
+from lexiseg.cli.console import say, say_json, say_table, say_written, waiting
 from lexiseg.cli.options import (
     Background,
     Compile,
@@ -187,7 +187,7 @@ def evaluate(
         return
     titles, rows = report.table()
     say_table(f"{name}, {shown}, {report.protocol['num_pictures']} pictures", titles, rows)
-    typer.echo(report.summary_line())
+    say(report.summary_line())
     if judged is not None:
         say_table("proposals", *judged.table())
     say_written(paths)

@@ -38,7 +38,7 @@ def models(
     rows = [[entry.name, entry.system, entry.description] for entry in entries]
     if rows:
         say_table("These come with the package:", ["name", "system", "what it is"], rows)
-        typer.echo()
+        say()
     say_table("And --model takes:", ["name", "what it is"], _OTHERS)
 
 

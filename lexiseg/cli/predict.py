@@ -30,7 +30,7 @@ from lexiseg.cli.options import (
     templates_of,
     window_of,
 )
-from lexiseg.errors import LexisegError, Stopped
+from lexiseg.errors import LexisegError
 from lexiseg.words import word_key
 
 if TYPE_CHECKING:
@@ -226,7 +226,7 @@ def _follow(
 
     Raises:
         LexisegError: something is wrong that is no picture's fault, and nothing was done before it.
-        Stopped: the user stopped it.
+        KeyboardInterrupt: the user stopped it; its text says what is done and how to go on.
     """
     try:
         for entry in entries:
@@ -235,10 +235,11 @@ def _follow(
                 say_error(entry.error)
             elif show is not None:
                 show(entry)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         finished = sum(not entry.error for entry in done.values())
         advice = "the same command with --resume goes on from there" if resumable else "run the command again"
-        raise Stopped(f"Stopped; {finished} of {total} pictures are done and complete, and {advice}.") from None
+        stop.args = (f"Stopped; {finished} of {total} pictures are done and complete, and {advice}.",)
+        raise
     except LexisegError as error:
         # What is whole stays, and is counted: the disk may be full after a thousand pictures.
         if not any(not entry.error for entry in done.values()):

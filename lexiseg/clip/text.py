@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,12 +22,6 @@ _CHUNK = 256
 # Texts that are put together at once: a hundred thousand words in fifteen templates are gigabytes of vectors, of which
 # only the means are wanted.
 _BLOCK = 16_384
-
-
-def default_cache_folder() -> Path:
-    """Where text embeddings are kept: ``$LEXISEG_CACHE``, or ``~/.cache/lexiseg``."""
-    given = os.environ.get("LEXISEG_CACHE")
-    return Path(given) if given else Path.home() / ".cache" / "lexiseg"
 
 
 def _blocks(groups: Sequence[Sequence[str]], num_templates: int) -> Iterator[list[Sequence[str]]]:

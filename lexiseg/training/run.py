@@ -10,11 +10,10 @@ from typing import Any
 from lexiseg import processes
 from lexiseg.clip.load import load_clip
 from lexiseg.clip.prompt_learner import PromptLearner
-from lexiseg.clip.text import default_cache_folder
 from lexiseg.data.base import SegmentationDataset
 from lexiseg.errors import LexisegError
 from lexiseg.evaluation.report import weights_hash
-from lexiseg.files import make_folder, write_text
+from lexiseg.files import default_cache_folder, make_folder, write_text
 from lexiseg.label_ids import ignore_index
 from lexiseg.recipes import (
     ContrastiveRecipe,

@@ -1,0 +1,66 @@
+"""Starting quickly: open_clip imported without the libraries that most of its models do without.
+
+``import open_clip`` takes timm, transformers and, through torchvision, torch's compiler with it: three seconds of
+processor time, for a command that may only segment one picture. `import_open_clip_lean` has the command line's own
+process leave them out; whoever needs them imports them as ever. open_clip's own towers of timm and transformers, which
+`lexiseg.clip.model.build_clip` refuses, cannot be built in such a process.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.abc
+import importlib.machinery
+import sys
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
+
+_OPTIONAL = ("timm", "transformers")  # open_clip asks for these and goes on without them
+_COMPILER = "torch._dynamo"  # torchvision wants one function of it, which says whether a compiler is there
+
+
+class _Loader(importlib.abc.Loader):
+    """Runs a module with what it does not need out of its reach."""
+
+    def __init__(self, loader: Any) -> None:
+        self._loader = loader
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
+        return self._loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        stubs: dict[str, Any] = dict.fromkeys(name for name in _OPTIONAL if name not in sys.modules)
+        if _COMPILER not in sys.modules:
+            utils = ModuleType(f"{_COMPILER}.utils")
+            utils.is_compile_supported = _is_compile_supported  # type: ignore[attr-defined]
+            stubs |= {_COMPILER: ModuleType(_COMPILER), f"{_COMPILER}.utils": utils}
+        sys.modules.update(stubs)
+        try:
+            self._loader.exec_module(module)
+        finally:
+            for name in stubs:
+                sys.modules.pop(name, None)
+
+
+class _Finder(importlib.abc.MetaPathFinder):
+    def find_spec(
+        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if name != "open_clip":
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.machinery.PathFinder.find_spec(name, path, target)
+        if spec is not None and spec.loader is not None:
+            spec.loader = _Loader(spec.loader)
+        return spec
+
+
+def _is_compile_supported(device_type: str) -> bool:
+    return bool(importlib.import_module(f"{_COMPILER}.utils").is_compile_supported(device_type))
+
+
+def import_open_clip_lean() -> None:
+    """Have the first ``import open_clip`` of this process leave out what it can; for a process of lexiseg's own."""
+    if "open_clip" not in sys.modules and not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Finder())

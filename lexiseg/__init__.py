@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import torch
 
     from lexiseg.catalog import list_models
+    from lexiseg.refine import Refinement
     from lexiseg.segmentation import Segmentation
     from lexiseg.segmenter import Segmenter
     from lexiseg.vocabulary import TemplateSource, Vocabulary
@@ -53,6 +54,7 @@ def load(
     compile: bool = False,
     templates: TemplateSource = None,
     max_pixels: float | None = None,
+    refine: str | Refinement | None = None,
 ) -> Segmenter:
     """Load a model, ready to segment pictures.
 
@@ -66,6 +68,7 @@ def load(
         compile: compile it with torch.compile.
         templates: sentences that words are put into; None takes the model's own.
         max_pixels: larger pictures are refused; None is 200 million.
+        refine: how masks are cleaned up: "none", "edges", "pamr" or "regions", see `lexiseg.refine`.
 
     Raises:
         LexisegError: there is no such model or device, or the weights do not fit.
@@ -86,6 +89,7 @@ def load(
         compile=compile,
         templates=templates,
         max_pixels=DEFAULT_MAX_PIXELS if max_pixels is None else max_pixels,
+        refine=refine,
     )
 
 

@@ -30,6 +30,7 @@ from lexiseg.pictures import (
     run_in_batches,
     window_policy,
 )
+from lexiseg.refine import Refinement, refine
 from lexiseg.scores import Scores
 from lexiseg.segmentation import Segmentation
 from lexiseg.vocabulary import SINGLE_TEMPLATE, TemplateSource, Vocabulary, VocabularySource
@@ -96,6 +97,8 @@ class Segmenter:
         cache_dir: folder for text embeddings; None is ``$LEXISEG_CACHE`` or ``~/.cache/lexiseg``.
         disk_cache: False keeps text embeddings in memory only.
         max_pixels: larger pictures are refused before they are decoded.
+        refine: how masks are cleaned up by what the picture shows: "none", "edges", "pamr", "regions", or a
+            `lexiseg.refine.Refinement`; it composes with every system.
 
     Raises:
         LexisegError: the device or dtype is unknown or not there, or a template is wrong.
@@ -112,6 +115,7 @@ class Segmenter:
         cache_dir: str | Path | None = None,
         disk_cache: bool = True,
         max_pixels: float = DEFAULT_MAX_PIXELS,
+        refine: str | Refinement | None = None,
     ) -> None:
         if not isinstance(model, SegmentationModel):
             raise LexisegError(f"A segmenter is made of a model, not {describe(model)}; lexiseg.load(name) makes one.")
@@ -120,6 +124,7 @@ class Segmenter:
         if isinstance(max_pixels, bool) or not isinstance(max_pixels, int | float) or not max_pixels > 0:
             raise LexisegError(f"The limit of pixels must be a number above 0, not {describe(max_pixels)}.")
         self.max_pixels = max_pixels
+        self.refinement = Refinement.parse(refine)
         self.templates = None if templates is None else Vocabulary.parse("any", templates=templates).templates
         folder = (default_cache_folder() if cache_dir is None else Path(cache_dir)) if disk_cache else None
         self.embedder = TextEmbedder(model.clip, folder)
@@ -410,10 +415,10 @@ class Segmenter:
         scores = picture.joined(policy)
         try:
             with float32_default():
-                found, values = scores.label_and_score((int(picture.image.shape[1]), int(picture.image.shape[2])))
+                found, values = refine(scores, picture.image, self.refinement)
         except LexisegError as error:
             raise LexisegError(f"{shorten(picture.name, 200)}: {error}") from error
-        labels, best = found[0].cpu(), values[0].cpu()
+        labels, best = found.cpu(), values.cpu()
         labels = labels.to(torch.uint8 if len(vocabulary) <= 255 else torch.int32)
         if vocabulary.background.threshold is not None:
             labels[best < vocabulary.background.threshold] = ignore_index(len(vocabulary))
@@ -422,6 +427,7 @@ class Segmenter:
             "clip": self.model.clip.name,
             "window": asdict(policy),
             "dtype": str(self.dtype or torch.float32).removeprefix("torch."),
+            "refine": self.refinement.kind,
         }
         return Segmentation(labels, vocabulary, best, picture.image, picture.name, metadata)
 

@@ -12,11 +12,13 @@ import lexiseg
 from lexiseg.cli.console import say, say_json, say_table, say_written, waiting
 from lexiseg.cli.options import (
     Background,
+    Cleaning,
     Compile,
     Device,
     Dtype,
     Json,
     Precision,
+    Refine,
     Stride,
     Template,
     Window,
@@ -105,6 +107,7 @@ def evaluate(
     compile: Compile = False,
     template: Template = None,
     background: Background = None,
+    refine: Refine = Cleaning.none,
     json: Json = False,
 ) -> None:
     """Predict a dataset, compare with its labels, and write a report: pAcc, mIoU, seen, unseen, hIoU.
@@ -133,6 +136,7 @@ def evaluate(
                 dtype=dtype.value,
                 compile=compile,
                 templates=templates_of(template) or (recipe.templates if recipe else None),
+                refine=refine.value,
             )
         system = segmenter.model.system
         data: SegmentationDataset

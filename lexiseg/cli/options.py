@@ -25,6 +25,15 @@ class Precision(str, Enum):
     fp16 = "fp16"
 
 
+class Cleaning(str, Enum):
+    """How masks are cleaned up, see `lexiseg.refine`."""
+
+    none = "none"
+    edges = "edges"
+    pamr = "pamr"
+    regions = "regions"
+
+
 Device = Annotated[
     str, typer.Option("--device", help="cpu, cuda, cuda:1, mps; auto takes an accelerator where there is one.")
 ]
@@ -51,6 +60,13 @@ Background = Annotated[
     str | None,
     typer.Option(
         "--background", help="none; a name for one more class; or a score below which pixels are left without a class."
+    ),
+]
+Refine = Annotated[
+    Cleaning,
+    typer.Option(
+        "--refine",
+        help="Clean masks up by the picture: edges (fast), pamr (slow), or regions (a vote inside SAM's regions).",
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]

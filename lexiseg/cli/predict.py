@@ -19,11 +19,13 @@ from lexiseg.cli.options import (
     DEFAULT_MAX_PIXELS,
     DEFAULT_MODEL,
     Background,
+    Cleaning,
     Compile,
     Device,
     Dtype,
     Json,
     Precision,
+    Refine,
     Stride,
     Template,
     Window,
@@ -107,6 +109,7 @@ def predict(
     compile: Compile = False,
     template: Template = None,
     background: Background = None,
+    refine: Refine = Cleaning.none,
     max_pixels: Annotated[
         int, typer.Option("--max-pixels", min=1, help="Refuse pictures with more pixels than this.")
     ] = DEFAULT_MAX_PIXELS,
@@ -163,6 +166,7 @@ def predict(
         "compile": compile,
         "templates": templates_of(template),
         "max_pixels": max_pixels,
+        "refine": refine.value,
     }
     with waiting(f"loading {model}"):
         # On a cluster the workers load it where they are; here it is needed to look at the words.

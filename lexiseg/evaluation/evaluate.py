@@ -118,6 +118,7 @@ def evaluate(
             "window": asdict(window or segmenter.model.window),
             "templates": list(vocabulary.templates),
             "background": vocabulary.background.to_dict(),
+            "refine": segmenter.refinement.kind,
             "offsets": offsets,
             "ignore_index": ignored,
             "batch_size": batch_size,

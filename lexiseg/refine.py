@@ -31,8 +31,9 @@ Size = tuple[int, int]
 _BINOMIAL = (1.0, 2.0, 1.0)
 _WORDS = 128
 _PAMR_WORDS = 8
-# Classes that are refined at most, of those that are among the best `_RANKS` somewhere on a lattice of `_CELLS`.
-_MAX_CLASSES = 48
+# Classes that are refined at most, of those that are among the best `_RANKS` somewhere on a lattice of `_CELLS`: what
+# smoothing keeps of a class is a lattice of edges, or a picture of PAMR.
+_MAX_CLASSES = {"edges": 512, "pamr": 64}
 _RANKS = 3
 _CELLS = 64
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -106,7 +107,7 @@ def refine(scores: Scores, image: Tensor, refinement: Refinement, size: Size | N
         if refinement.kind == "none":
             return found[0], values[0]
         return vote(found[0], values[0], region_map(image, size, refinement.regions, scores.device))
-    classes = candidates(scores, size)
+    classes = candidates(scores, size, _MAX_CLASSES[refinement.kind])
     if refinement.kind == "edges":
         grid = _fit(size, short=refinement.cells)
         parts = scores.dense(grid, classes)
@@ -115,11 +116,17 @@ def refine(scores: Scores, image: Tensor, refinement: Refinement, size: Size | N
         grid = _fit(size, pixels=refinement.max_pixels)
         parts = scores.dense(grid, classes)
         smoothed = pamr(parts, _guide(image, grid, scores.device), refinement.steps, refinement.dilations)
-    labels, values = GridScores(smoothed).label_and_score(size)
-    return classes[labels[0]], values[0]
+    found, values = GridScores(smoothed).label_and_score(size)
+    labels = classes[found[0]]
+    if len(classes) == _MAX_CLASSES[refinement.kind] < scores.num_classes:
+        # So many classes win that not all were refined: where one of the others does, it keeps the pixel.
+        plain, plain_values = scores.label_and_score(size)
+        others = ~torch.isin(plain[0], classes)
+        return torch.where(others, plain[0], labels), torch.where(others, plain_values[0], values[0])
+    return labels, values[0]
 
 
-def candidates(scores: Scores, size: Size, limit: int = _MAX_CLASSES) -> Tensor:
+def candidates(scores: Scores, size: Size, limit: int) -> Tensor:
     """The classes (K,), ascending, that are among the best few somewhere; all of them where they are no more."""
     if scores.num_classes <= limit:
         return torch.arange(scores.num_classes, device=scores.device)

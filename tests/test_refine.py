@@ -85,12 +85,21 @@ def test_only_classes_that_lead_somewhere_are_refined() -> None:
     leaders = [3, 500, 999]
     for index, word in enumerate(leaders):
         logits[0, word, 2 * index : 2 * index + 2] += 2
-    classes = candidates(GridScores(logits), SIZE)
+    classes = candidates(GridScores(logits), SIZE, 48)
     assert len(classes) == 48 and set(leaders) <= set(classes.tolist())
     image, _ = scene()
     found, _ = refine(GridScores(logits), image, Refinement("edges"))
     assert set(found.unique().tolist()) == set(leaders)
-    assert candidates(GridScores(logits[:, :20]), SIZE).tolist() == list(range(20))
+    assert candidates(GridScores(logits[:, :20]), SIZE, 48).tolist() == list(range(20))
+
+
+def test_where_more_classes_win_than_are_refined_the_others_keep_their_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lexiseg.refine._MAX_CLASSES", {"edges": 2})
+    logits = torch.zeros(1, 5, 6, 8)
+    for word, columns in enumerate([(0, 3), (3, 6), (6, 7), (7, 8)]):
+        logits[0, word, :, slice(*columns)] = 1
+    found, _ = refine(GridScores(logits), torch.zeros(3, *SIZE, dtype=torch.uint8), Refinement("edges"))
+    assert set(found.unique().tolist()) == {0, 1, 2, 3}
 
 
 def test_the_scores_of_some_classes_are_those_of_all() -> None:

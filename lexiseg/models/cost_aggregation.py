@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Annotated, Any, Literal
 
 import torch
@@ -209,8 +210,9 @@ class ClassLayer(nn.Module):
 
 def _linear_attention(query: Tensor, key: Tensor, value: Tensor, padding: list[Tensor] | None, missing: int) -> Tensor:
     """Attention (..., T, C) with the feature map elu(x) + 1 in the softmax's place; ``missing`` copies of a padding."""
-    # Sums over the classes do not survive half precision.
-    with torch.autocast(query.device.type, enabled=False):
+    # Sums over the classes do not survive half precision. (Tensors without values, for counting, know no autocast.)
+    kind = query.device.type
+    with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext():
         query, key, value = F.elu(query.float()) + 1, F.elu(key.float()) + 1, value.float()
         sums, total = key.transpose(-1, -2) @ value, key.sum(-2)
         if padding is not None:

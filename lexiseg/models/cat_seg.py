@@ -22,8 +22,9 @@ from lexiseg.clip.text import TextEmbedder
 from lexiseg.errors import LexisegError, LexisegWarning
 from lexiseg.losses.masks import check_labels
 from lexiseg.losses.shares import share_weight
-from lexiseg.models.base import ImageFeatures, ModelOptions, Pixels, SegmentationModel
-from lexiseg.models.cost_aggregation import AggregationOptions, CostAggregator, Count
+from lexiseg.models.base import ImageFeatures, SegmentationModel
+from lexiseg.models.cost_aggregation import AggregationOptions, CostAggregator
+from lexiseg.models.options import Count, ModelOptions, Pixels
 from lexiseg.scores import GridScores
 from lexiseg.vocabulary import Vocabulary
 from lexiseg.windows import WindowPolicy

@@ -17,13 +17,11 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lexiseg.models.options import WindowOptions
+from lexiseg.models.options import Count, WindowOptions
 
 _CLASSES_AT_ONCE = 32
 _ROWS_AT_ONCE = 4
 _LEFT_OUT = -100.0
-
-Count = Annotated[int, Field(ge=1)]
 
 
 class AggregationOptions(WindowOptions):

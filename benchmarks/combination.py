@@ -28,8 +28,8 @@ from benchmarks.cost.counting import count
 from benchmarks.measure import alternate, machine, summary
 from lexiseg.data.base import seen_ids, unseen_ids
 from lexiseg.data.picture_world import PictureWorld
-from lexiseg.evaluation.evaluate import spread
 from lexiseg.evaluation.metrics import Confusion
+from lexiseg.evaluation.run import spread
 from lexiseg.files import make_folder, write_json, write_text
 from lexiseg.models import SecondLook, SegmentationModel
 from lexiseg.segmenter import Segmenter

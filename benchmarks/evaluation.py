@@ -27,8 +27,8 @@ from lexiseg.clip.load import load_clip
 from lexiseg.clip.model import build_clip
 from lexiseg.clip.text import TextEmbedder
 from lexiseg.data.base import Sample
-from lexiseg.evaluation.evaluate import evaluate
 from lexiseg.evaluation.metrics import Confusion
+from lexiseg.evaluation.run import run_evaluation
 from lexiseg.label_ids import ignore_index
 from lexiseg.models import ZegCLIP, ZegCLIPOptions
 from lexiseg.scores import Scores
@@ -103,7 +103,7 @@ def measure_row(options: argparse.Namespace) -> dict[str, Any]:
     dataset = Pictures(options.pictures, (width, height), num_classes)
     spent.update(dict.fromkeys(spent, 0.0))
     before, since, wall = _peak(), time.process_time(), time.perf_counter()
-    result = evaluate(segmenter, dataset, name="random", split="val", num_examples=0, progress=False)
+    result = run_evaluation(segmenter, dataset, name="random", split="val", num_examples=0, progress=False)
     cpu, elapsed = time.process_time() - since, time.perf_counter() - wall
     if result.confusion.labelled.sum() != options.pictures * width * (height - 8):
         raise RuntimeError("pixels were lost")

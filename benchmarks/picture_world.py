@@ -27,7 +27,7 @@ import lexiseg
 from benchmarks.decoupled_world import DECOUPLED, Variant, decoupled_segmenter, folder_of, judged_on
 from lexiseg.clip.load import load_clip
 from lexiseg.data.picture_world import PictureWorld
-from lexiseg.evaluation.evaluate import evaluate
+from lexiseg.evaluation.run import run_evaluation
 from lexiseg.files import make_folder, write_json, write_text
 from lexiseg.models.dense_clip import DenseCLIP
 from lexiseg.recipes import load_recipe
@@ -130,7 +130,7 @@ def run_one(system: str, seed: int, runs: Path) -> None:
     reports = {}
     for split in ("val", "test"):
         with judged_on(segmenter, PictureWorld(split, size=256)) as dataset:
-            reports[split] = evaluate(segmenter, dataset, name="picture-world", split=split, seed=seed)
+            reports[split] = run_evaluation(segmenter, dataset, name="picture-world", split=split, seed=seed)
     reports["val"].save(folder)
     summary, fresh = reports["val"].summary(), reports["test"].summary()
     row = {

@@ -53,7 +53,7 @@ ALLOWED: dict[str, set[str]] = {
     "segmenter": WORDS | PICTURES | MODELS | {"devices", "notes", "pictures", "windows"},
     "recipes": WORDS | {"checking", "clip", "proposals", "models", "data", "windows"},
     "labelling": WORDS | PICTURES | MODELS | {"segmenter", "windows"},
-    "evaluation": WORDS | PICTURES | MODELS | {"data", "recipes", "segmenter", "processes", "windows"},
+    "evaluation": WORDS | PICTURES | MODELS | {"data", "pictures", "recipes", "segmenter", "processes", "windows"},
     "analysis": WORDS | PICTURES | MODELS | {"segmenter"},
     "training": WORDS | PICTURES | MODELS | {"data", "recipes", "segmenter", "evaluation", "processes"},
 }

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from lexiseg.data.base import SegmentationDataset, seen_ids, unseen_ids
 from lexiseg.errors import LexisegError
-from lexiseg.evaluation.evaluate import spread
 from lexiseg.evaluation.metrics import Confusion, Metrics
 from lexiseg.evaluation.proposals import ProposalRecall, Recall, ReleasedRecall, upper_bound_scores
+from lexiseg.evaluation.run import spread
 from lexiseg.label_ids import ignore_index
 from lexiseg.models.base import ImageFeatures
 from lexiseg.models.decoupled import DecoupledModel

@@ -38,7 +38,7 @@ from lexiseg.data.sets.catalog import data_set
 from lexiseg.data.sets.dataset import FileDataset
 from lexiseg.data.sets.open import open_data_set, with_background
 from lexiseg.errors import LexisegError
-from lexiseg.evaluation.evaluate import Offsets
+from lexiseg.evaluation.run import Offsets
 from lexiseg.models.base import SegmentationModel
 from lexiseg.models.region_base import RegionModel
 from lexiseg.vocabulary import PAPER_TEMPLATES, SINGLE_TEMPLATE
@@ -102,7 +102,7 @@ class Protocol:
         data_set: what is judged on, always its val split.
         unseen: which list of unseen classes; "none" for cross-dataset evaluations.
         offsets: which classes lose the score that a model takes off seen ones; see
-            :func:`lexiseg.evaluation.evaluate.evaluate`. Across data sets none does, and none counts as seen in an
+            :func:`lexiseg.evaluation.run.run_evaluation`. Across data sets none does, and none counts as seen in an
             ensemble of two opinions, so that none is favoured for its name being among those of the training: there
             the authors' code knows of no seen class either (ZSSeg, FreeSeg, MAFT), or takes the score off all, which
             changes no label (ZegCLIP, Cascade-CLIP).

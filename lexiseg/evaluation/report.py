@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
@@ -19,6 +19,9 @@ from lexiseg.evaluation.grid import Example, draw_grid
 from lexiseg.evaluation.metrics import Confusion, Metrics, percent
 from lexiseg.files import atomic_write, make_folder, write_json
 from lexiseg.vocabulary import Vocabulary
+
+if TYPE_CHECKING:
+    from lexiseg.evaluation.proposal_report import ProposalReport
 
 FORMAT = 1
 _PACKAGES = ("open_clip_torch", "numpy", "Pillow")
@@ -40,7 +43,7 @@ class ClassRow:
         name: of the class.
         seen: whether it had masks in training; None where nobody said.
         iou: intersection over union in percent; None where the class is in neither labels nor predictions.
-        accuracy: share of its pixels found, in percent; None where it has no pixel.
+        accuracy: fraction of its pixels found, in percent; None where it has no pixel.
         labelled: pixels of the class.
         predicted: judged pixels predicted as it.
     """
@@ -64,6 +67,7 @@ class Report:
         protocol: everything needed to repeat it: data, resolution, window, templates, background, weights, versions.
         seconds: time the predictions took, added up over processes and parts.
         examples: pictures for the grid.
+        proposals: how good a decoupled model's proposals are, where that was asked for.
     """
 
     metrics: Metrics
@@ -72,6 +76,7 @@ class Report:
     protocol: dict[str, Any]
     seconds: float
     examples: Sequence[Example] = field(default_factory=tuple)
+    proposals: ProposalReport | None = None
 
     def summary(self) -> dict[str, float | None]:
         """pacc, macc, miou, miou_seen, miou_unseen and hiou in percent; None where there is nothing to measure."""
@@ -133,7 +138,7 @@ class Report:
         return draw_grid(self.examples, self.vocabulary) if self.examples else None
 
     def save(self, folder: str | Path) -> list[Path]:
-        """Write ``report.json`` and, with examples, ``grid.png`` into ``folder``; the paths come back.
+        """Write ``report.json``, and what there is of ``grid.png`` and ``proposals.json``; the paths come back.
 
         Raises:
             LexisegError: the folder cannot be written.
@@ -146,6 +151,8 @@ class Report:
             with atomic_write(path) as temporary:
                 grid.save(temporary)
             paths.append(path)
+        if self.proposals is not None:
+            paths.append(write_json(folder / "proposals.json", self.proposals.to_dict()))
         # Last, so that where there is a new report there is everything.
         paths.insert(0, write_json(folder / "report.json", self.to_dict()))
         return paths

@@ -17,8 +17,8 @@ from lexiseg.clip.text import TextEmbedder
 from lexiseg.data.base import SegmentationDataset, remap_to_seen, seen_ids
 from lexiseg.data.transforms import Pipeline
 from lexiseg.errors import LexisegError
-from lexiseg.evaluation.evaluate import evaluate
 from lexiseg.evaluation.report import Report
+from lexiseg.evaluation.run import run_evaluation
 from lexiseg.label_ids import ignore_index
 from lexiseg.losses.shares import share_weight
 from lexiseg.models.base import SegmentationModel
@@ -196,7 +196,7 @@ class SegmentationTask(Task):
         save_model(self.model, folder)
 
     def _judge(self, dataset: SegmentationDataset, limit: int, num_examples: int) -> Report:
-        return evaluate(
+        return run_evaluation(
             self._segmenter,
             dataset,
             name="validation",

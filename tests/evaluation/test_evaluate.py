@@ -8,13 +8,16 @@ import pytest
 import torch
 from PIL import Image
 
+import lexiseg
 from lexiseg.clip.model import build_clip
 from lexiseg.data.base import Sample
+from lexiseg.data.picture_world import write_voc
 from lexiseg.errors import LexisegError
-from lexiseg.evaluation.evaluate import evaluate, spread
+from lexiseg.evaluation import evaluate
 from lexiseg.evaluation.grid import Example, draw_grid
 from lexiseg.evaluation.parts import clear
 from lexiseg.evaluation.report import weights_hash
+from lexiseg.evaluation.run import run_evaluation, spread
 from lexiseg.models import ZegCLIP
 from lexiseg.segmentation import Segmentation
 from lexiseg.segmenter import Segmenter
@@ -78,7 +81,7 @@ class Oracle(Segmenter):
 
 
 def run(segmenter, dataset, **options):
-    return evaluate(segmenter, dataset, name="noise", split="val", progress=False, **options)
+    return run_evaluation(segmenter, dataset, name="noise", split="val", progress=False, **options)
 
 
 def test_a_perfect_prediction_scores_100(model):
@@ -235,3 +238,22 @@ def test_parts_that_do_not_fit_are_named(model, tmp_path):
     (tmp_path / "copy.json").write_bytes(path.read_bytes()[:40])
     with pytest.raises(LexisegError, match=r"copy\.json' is damaged"):
         run(segmenter, Noise(3), resume=True, **options)
+
+
+def test_the_function_of_the_command_in_python(tmp_path):
+    data = write_voc(tmp_path / "data", num_train=1, num_val=2, size=32)
+    report = evaluate(data, "zegclip-emoji", output=tmp_path / "out", window=32, stride=16, progress=False)
+    assert report.protocol["window"]["stride"] == 16 and report.protocol["num_pictures"] == 2
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"report.json", "grid.png"}
+    again = evaluate("tiny", lexiseg.load("zegclip-emoji"), limit=1, progress=False)
+    assert again.protocol["dataset"] == "picture-world" and again.protocol["num_pictures"] == 1
+    for wrong, words in (
+        ({"what": "picture-world", "split": "train"}, "its val or its test split"),
+        ({"what": data, "size": 64}, "--size is for picture-world"),
+        ({"what": "clip-emoji"}, "no labels to evaluate with"),
+        ({"what": "tiny", "split": "val"}, "says itself what it is evaluated on"),
+        ({"what": "nowhere", "protocol": "gzs-voc"}, "is not a folder"),
+        ({"what": data, "resume": True}, "name it to go on"),
+    ):
+        with pytest.raises(LexisegError, match=words):
+            evaluate(weights="zegclip-emoji", **wrong)

@@ -16,8 +16,8 @@ from lexiseg.data.sets.catalog import data_set
 from lexiseg.data.sets.open import open_data_set, splits_of
 from lexiseg.data.transforms import light_pipeline
 from lexiseg.errors import LexisegError
-from lexiseg.evaluation.evaluate import evaluate
 from lexiseg.evaluation.protocols import PROTOCOLS, find_protocol
+from lexiseg.evaluation.run import run_evaluation
 from lexiseg.models import DenseCLIP, ZegCLIP
 from lexiseg.recipes import CatalogData, TrainSettings, load_recipe
 from lexiseg.segmentation import Segmentation
@@ -66,7 +66,7 @@ class Fixed(Segmenter):
 def judge(protocol, root, answers, **options):
     data = protocol.open(root, **options)
     segmenter = Fixed(answers)
-    return evaluate(
+    return run_evaluation(
         segmenter, data, name=protocol.data_set, split="val", offsets=protocol.offsets,
         window=protocol.window_for("zegclip"), card=protocol.card(), seen_split=protocol.seen_split, progress=False,
         num_examples=1,
@@ -208,7 +208,7 @@ def test_nothing_is_seen_or_unseen_across_data_sets(folder, tmp_path):
     data = protocol.open(folder("voc2012"), system="zegclip")
     options = {"name": "voc2012", "split": "val", "limit": 1, "progress": False, "num_examples": 0,
                "window": WindowPolicy(32, 32)}  # fmt: skip
-    across = evaluate(Segmenter(model, disk_cache=False), data, offsets=protocol.offsets,
+    across = run_evaluation(Segmenter(model, disk_cache=False), data, offsets=protocol.offsets,
                       seen_split=protocol.seen_split, **options)  # fmt: skip
     found = across.to_dict()
     for key in ("miou_seen", "miou_unseen", "hiou"):
@@ -321,7 +321,7 @@ def test_templates_of_the_authors():
         ("zsseg", "gzs-coco", "released", 0.8, 0.5),
         ("freeseg", "a-847", "region", 0.8, 0.5),
         ("freeseg", "gzs-ade", "released", 0.8, 0.5),
-        ("zegformer", "a-847", "zegformer", 2 / 3, 0.5),
+        ("zegformer", "a-847", "released", 2 / 3, 0.5),
     ],
 )
 def test_how_authors_join_the_two_opinions(system, name, rule, weight, threshold):
@@ -350,7 +350,7 @@ def test_an_ensemble_knows_of_no_seen_class_across_data_sets(folder):
     real = model.score
     model.score = lambda *args, seen_words=None, **more: (
         told.append(seen_words), real(*args, seen_words=seen_words, **more))[1]  # fmt: skip
-    evaluate(Segmenter(model, disk_cache=False), data, name="voc2012", split="val", offsets=protocol.offsets,
+    run_evaluation(Segmenter(model, disk_cache=False), data, name="voc2012", split="val", offsets=protocol.offsets,
              seen_split=protocol.seen_split, limit=1, progress=False, num_examples=0, window=window)  # fmt: skip
     assert told == [None]
 
@@ -452,7 +452,9 @@ def _train(name, root, run_dir):
 @pytest.mark.parametrize("name", [name for name in MINIATURES if "459" not in name and "847" not in name])
 def test_train_and_evaluate(folder, tmp_path, name):
     model, val = _train(name, folder(name), tmp_path / "run")
-    report = evaluate(Segmenter(model, disk_cache=False), val, name=name, split="val", progress=False, num_examples=1)
+    report = run_evaluation(
+        Segmenter(model, disk_cache=False), val, name=name, split="val", progress=False, num_examples=1
+    )
     labels = [sample.label for sample in val]
     assert report.confusion.labelled.sum() == sum(int((label != 255).sum()) for label in labels)
     assert report.summary()["pacc"] is not None and report.save(tmp_path / "report")
@@ -478,7 +480,7 @@ def test_evaluate_many_classes(folder, tmp_path, name):
     segmenter.embedder(segmenter.vocabulary(val.vocabulary))
     big = 8
     with Watch():
-        report = evaluate(segmenter, _Enlarged(val, big), name=name, split="val", progress=False, num_examples=1)
+        report = run_evaluation(segmenter, _Enlarged(val, big), name=name, split="val", num_examples=1)
     num_classes = len(val.vocabulary)
     pixels = big * big * SIZE[0] * SIZE[1]
     assert largest < num_classes * pixels / 8

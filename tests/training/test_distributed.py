@@ -21,7 +21,7 @@ from lexiseg.clip.model import build_clip, save_clip
 from lexiseg.data.picture_world import PictureWorld, write_voc
 from lexiseg.data.transforms import light_pipeline
 from lexiseg.errors import LexisegError
-from lexiseg.evaluation.evaluate import evaluate
+from lexiseg.evaluation.run import run_evaluation
 from lexiseg.losses.exclusive import exclusive_losses
 from lexiseg.losses.mask_aware import distillation_loss, mask_aware_loss
 from lexiseg.losses.masks import mask_losses
@@ -110,7 +110,7 @@ def evaluate_small(clip_folder, length, batch_size=2, **options):
     processes.init("cpu")
     segmenter = Segmenter(small_task(clip_folder).model, disk_cache=False)
     data = PictureWorld("val", size=32, length=length)
-    return evaluate(
+    return run_evaluation(
         segmenter, data, name="world", split="val", batch_size=batch_size, progress=False, shared=True, **options
     )
 

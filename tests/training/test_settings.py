@@ -23,7 +23,7 @@ from lexiseg.data.base import Sample
 from lexiseg.data.picture_world import CLASSES, SEEN, write_voc
 from lexiseg.data.transforms import light_pipeline, paper_pipeline
 from lexiseg.errors import LexisegError
-from lexiseg.evaluation.evaluate import evaluate
+from lexiseg.evaluation.run import run_evaluation
 from lexiseg.losses.masks import pseudo_labels
 from lexiseg.models import SYSTEMS
 from lexiseg.recipes import SegmentationRecipe, find_recipe, load_recipe, parse_recipe
@@ -357,7 +357,9 @@ def test_supervised_training_and_its_evaluation(tmp_path: Path, clip_folder: Pat
     assert model.seen_names == CLASSES and model.options.seen_offset == 0.1
     dataset = build_task(recipe_of(clip_folder, data=data)).dataset
     reports = {
-        offsets: evaluate(Segmenter(model, disk_cache=False), dataset, name="x", split="train", progress=False, **more)
+        offsets: run_evaluation(
+            Segmenter(model, disk_cache=False), dataset, name="x", split="train", progress=False, **more
+        )
         for offsets, more in {"auto": {}, "all": {"offsets": "all"}, "data": {"offsets": "data"}}.items()
     }
     # A constant off every class changes nothing; off the data's seen classes only it does.

@@ -32,7 +32,7 @@ from lexiseg.words import word_key
 Offsets: TypeAlias = Literal["data", "all", "none"]
 
 
-def evaluate(
+def run_evaluation(
     segmenter: Segmenter,
     dataset: SegmentationDataset,
     *,

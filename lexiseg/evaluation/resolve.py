@@ -1,0 +1,239 @@
+"""From a recipe, a data set's name or a folder, and a model, to a report: what ``lexiseg evaluate`` does."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Literal
+
+import lexiseg
+from lexiseg import processes
+from lexiseg.background import BackgroundSource
+from lexiseg.data.base import SegmentationDataset
+from lexiseg.errors import LexisegError
+from lexiseg.evaluation.parts import clear
+from lexiseg.evaluation.protocols import Protocol, find_protocol
+from lexiseg.evaluation.report import Report
+from lexiseg.evaluation.run import Offsets, run_evaluation
+from lexiseg.files import make_folder
+from lexiseg.pictures import WindowSource, window_policy
+from lexiseg.recipes import CatalogData, ContrastiveRecipe, EvaluationRecipe, load_recipe
+from lexiseg.refine import Refinement
+from lexiseg.segmenter import Segmenter
+from lexiseg.vocabulary import TemplateSource
+from lexiseg.windows import WindowPolicy
+
+PICTURE_WORLD = "picture-world"
+DEFAULT_SIZE = 256
+PARTS = "evaluation-parts"
+PATIENCE = timedelta(hours=12)
+"""How long processes that are done wait for the slowest one."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is judged, and how.
+
+    Attributes:
+        name: of the data.
+        data: pictures with labels; None where they depend on the system that is judged.
+        split: of the data.
+        recipe: the evaluation recipe that was named, if one was.
+        protocol: of the papers, if one was named.
+    """
+
+    name: str
+    data: SegmentationDataset | None
+    split: str = "val"
+    recipe: EvaluationRecipe | None = None
+    protocol: Protocol | None = None
+
+    @property
+    def offsets(self) -> Offsets | None:
+        """Which classes lose a model's offset; None where neither recipe nor protocol says."""
+        source = self.recipe or self.protocol
+        return None if source is None else source.offsets
+
+    @property
+    def seen_split(self) -> bool:
+        """Whether classes count as seen and unseen; across data sets they do not."""
+        if self.protocol is not None:
+            return self.protocol.seen_split
+        data = None if self.recipe is None else self.recipe.data
+        return not (isinstance(data, CatalogData) and data.unseen == "none")
+
+    def window_for(self, segmenter: Segmenter, window: WindowSource, stride: int | None) -> WindowPolicy | None:
+        """How the model is run: what the user gives, else the recipe, the protocol, and the model's own way."""
+        told = self.recipe.window if self.recipe is not None else None
+        if self.protocol is not None:
+            told = self.protocol.window_for(segmenter.model.system)
+        default = told or segmenter.model.window
+        if stride is not None:
+            window = (default.size or 0 if window is None else window, stride)  # type: ignore[assignment]
+        return told if window is None else window_policy(default, window)
+
+
+def evaluate(
+    what: str | Path,
+    weights: str | Path | Segmenter,
+    *,
+    output: str | Path | None = None,
+    protocol: str | None = None,
+    classes: str | Path | None = None,
+    synonyms: bool | None = None,
+    split: str | None = None,
+    size: int | None = None,
+    limit: int | None = None,
+    window: WindowSource = None,
+    stride: int | None = None,
+    batch_size: int = 1,
+    background: BackgroundSource = None,
+    templates: TemplateSource = None,
+    proposals: bool = False,
+    resume: bool = False,
+    device: str | None = None,
+    dtype: str | None = None,
+    compile: bool = False,
+    refine: str | Refinement | None = None,
+    progress: bool = True,
+) -> Report:
+    """Predict a data set's pictures, compare them with its labels, and report.
+
+    Under a launcher the processes share the pictures, and each gets the whole report; the first one writes.
+
+    Args:
+        what: a recipe (its validation data), "picture-world", or a folder: one's own data, or a protocol's data set.
+        weights: a model as `lexiseg.load` takes it, a folder of a training included; or a segmenter.
+        output: a folder for ``report.json`` and ``grid.png``; None writes nothing.
+        protocol: judge the folder as the papers do; see :mod:`lexiseg.evaluation.protocols`.
+        classes: a list of the classes, where the folder carries none.
+        synonyms: whether the further words of the data set's list are scored; None is the recipe's or the protocol's
+            choice, and of one's own data all words.
+        split: of a folder or of picture-world; None is "val".
+        size: side of a picture of picture-world in pixels; None is 256.
+        limit: take only so many samples, spread evenly.
+        window: as in `lexiseg.Segmenter.predict`; None is the recipe's, the protocol's or the model's way.
+        stride: of the windows in pixels; None is theirs.
+        batch_size: pictures predicted together.
+        background: as in `lexiseg.Segmenter.predict`.
+        templates: for the words; None is the recipe's, the protocol's or the model's.
+        proposals: judge the proposals of a decoupled model, too; in one process.
+        resume: go on with an evaluation into the same ``output`` that was stopped.
+        device: as in `lexiseg.load`.
+        dtype: as in `lexiseg.load`.
+        compile: as in `lexiseg.load`.
+        refine: as in `lexiseg.load`.
+        progress: whether to show a bar.
+
+    Raises:
+        LexisegError: something of this is not there, does not fit together or cannot be read.
+    """
+    if proposals and processes.launched():
+        raise LexisegError("Proposals are judged in one process; leave them out, or start without a launcher.")
+    if resume and output is None:
+        raise LexisegError("What was counted so far is kept in the output folder; name it to go on.")
+    processes.init(device, patience=PATIENCE)
+    with processes.together():
+        folder = None if output is None else make_folder(output)
+        asked = _question(str(what), protocol, split, size, classes, synonyms)
+        segmenter = weights
+        if not isinstance(segmenter, Segmenter):
+            words = templates or (None if asked.recipe is None else asked.recipe.templates)
+            place = processes.device_name(device or "auto")
+            how: dict[str, Any] = {"dtype": dtype, "compile": compile, "refine": refine}
+            segmenter = lexiseg.load(segmenter, device=place, templates=words, **how)
+        data, card = asked.data, None
+        if asked.protocol is not None:
+            system = segmenter.model.system
+            data = asked.protocol.open(str(what), system=system, classes=classes, synonyms=synonyms)
+            segmenter.templates = segmenter.templates or asked.protocol.templates_for(system)
+            card = asked.protocol.card(synonyms=synonyms, settings=asked.protocol.set_up(segmenter.model))
+        assert data is not None
+        policy = asked.window_for(segmenter, window, stride)
+    try:
+        report = run_evaluation(
+            segmenter,
+            data,
+            name=asked.name,
+            split=asked.split,
+            background=background,
+            window=policy,
+            batch_size=batch_size,
+            limit=limit,
+            offsets=asked.offsets,
+            seen_split=asked.seen_split,
+            card=card,
+            seed=segmenter.model.metadata.get("seed"),
+            progress=progress,
+            shared=True,
+            parts=None if folder is None else folder / PARTS,
+            resume=resume,
+        )
+    except KeyboardInterrupt as stop:
+        kept = f"what was counted is kept in '{folder}', and the same command with --resume goes on from there"
+        stop.args = (f"Stopped; {'nothing is kept' if folder is None else kept}.",)
+        raise
+    if proposals:
+        from lexiseg.evaluation.proposal_report import evaluate_proposals
+
+        report = replace(report, proposals=evaluate_proposals(segmenter, data, released=True, limit=limit))
+    if folder is not None and processes.is_main():
+        report.save(folder)
+        clear(folder / PARTS)
+    return report
+
+
+def _question(
+    what: str, protocol: str | None, split: str | None, size: int | None, classes: Any, synonyms: bool | None
+) -> Question:
+    if protocol is not None:
+        return _by_protocol(what, protocol, {"split": split, "size": size})
+    if what == PICTURE_WORLD:
+        _refuse_synonyms(synonyms, what)
+        from lexiseg.data.picture_world import PictureWorld
+
+        if split not in (None, "val", "test"):
+            # Its train split hides the unseen classes, so a number made there would look like a result and be none.
+            raise LexisegError(f"{PICTURE_WORLD} is evaluated on its val or its test split; leave out --split {split}.")
+        chosen: Literal["val", "test"] = "test" if split == "test" else "val"
+        return Question(PICTURE_WORLD, PictureWorld(chosen, size=size or DEFAULT_SIZE), chosen)
+    if size is not None:
+        raise LexisegError(
+            f"--size is for {PICTURE_WORLD}, which is drawn at any size, not for '{what}'; leave it out."
+        )
+    if Path(what).is_dir():
+        from lexiseg.data.sets.open import OWN, open_data_set
+
+        data = open_data_set(OWN, what, split or "val", classes=classes, synonyms=synonyms)
+        return Question(Path(what).resolve().name, data, split or "val")
+    if classes is not None:
+        raise LexisegError(f"--classes is for folders, not for '{what}'; leave it out.")
+    recipe = load_recipe(what)
+    if isinstance(recipe, ContrastiveRecipe):
+        raise LexisegError(f"The recipe '{what}' trains a CLIP on captions and has no labels to evaluate with.")
+    if split is not None:
+        raise LexisegError(f"The recipe '{what}' says itself what it is evaluated on; leave out --split.")
+    said = recipe.data
+    if synonyms is not None:
+        if not isinstance(said, CatalogData):
+            _refuse_synonyms(synonyms, what)
+        said = said.model_copy(update={"synonyms": synonyms})
+    return Question(said.title, said.open("val"), recipe=recipe if isinstance(recipe, EvaluationRecipe) else None)
+
+
+def _by_protocol(folder: str, name: str, options: Mapping[str, Any]) -> Question:
+    chosen = find_protocol(name)
+    for option, value in options.items():
+        if value is not None:
+            raise LexisegError(f"The protocol {name} says itself what is judged; leave out --{option} {value}.")
+    if not Path(folder).is_dir():
+        raise LexisegError(f"'{folder}' is not a folder; with --protocol {name} give the one {chosen.data_set} is in.")
+    return Question(chosen.data_set, None, protocol=chosen)
+
+
+def _refuse_synonyms(synonyms: bool | None, text: str) -> None:
+    if synonyms is not None:
+        option = "--synonyms" if synonyms else "--no-synonyms"
+        raise LexisegError(f"{option} is for data sets with a list of classes, not for '{text}'; leave it out.")

@@ -15,65 +15,25 @@ list all the same. An entry that is called "(ignore)" is no class: its number or
 
 from __future__ import annotations
 
-import csv
 import json
 import re
-import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from lexiseg.class_forms import IGNORED, ListedClass, entries_read, lines_read, mapping_read, number_of, split_classes
 from lexiseg.colors import parse_color
 from lexiseg.errors import LexisegError
-from lexiseg.words import describe, flag, null, refuse_unknown, shorten, word_key
+from lexiseg.words import describe, null, refuse_unknown, shorten, word_key
 
 _MAX_FILE_BYTES = 64 * 2**20
-_LAST_VALUE = 65535  # of label files, which have 16 bits at most
 _ENDINGS = (".txt", ".json", ".yaml", ".yml", ".csv", ".tsv", ".names", ".list", ".lst", ".labels", ".classes", ".data")
 _KEYS = ("classes", "templates", "background", "ignore", "masks", "exif")
 _LISTS = ("classes", "categories", "names", "id2label", "label2id")
-_ENTRY_KEYS = ("name", "synonyms", "seen", "color", "id", "trainId")
-_IGNORED = ("(ignore)", "(ignored)", "(void)")
-_COLUMNS = {
-    **dict.fromkeys(("name", "class", "label", "classname", "class_name", "category"), "name"),
-    **dict.fromkeys(("id", "idx", "index", "value", "class_id", "label_id", "pixel value"), "id"),
-    **{"r": "r", "red": "r", "g": "g", "green": "g", "b": "b", "blue": "b"},
-    **{"color": "color", "colour": "color", "hex": "color"},
-}
 _YAML_START = re.compile(rf"(?:-\s|---|(?:{'|'.join((*_KEYS, *_LISTS, 'nc', 'path', 'train', 'val'))})\s*:)")
 _JSON_START = re.compile(r"\s*(?:\[\s*[\"\[{\]]|\{\s*[\"}])")
-_NUMBERED = re.compile(r"\s*([0-9]+)\s*[:\t]\s*(.+?)\s*")
-_RGB = r"([0-9]{1,3})\s*[,\s]\s*([0-9]{1,3})\s*[,\s]\s*([0-9]{1,3})"
-_NAME_COLOR = re.compile(rf"\s*(.+?)\s*[,:\t ]\s*{_RGB}\s*(?::.*)?")
-_COLOR_NAME = re.compile(rf"\s*{_RGB}[\s,:]+(.+?)\s*")
-_SPACED = re.compile(r"\s*([0-9]+)\s*[\s,;]\s*(.*\D.*?)\s*")
-_NUMBER_LAST = re.compile(r"\s*(.*\D.*?)\s*:\s*([0-9]+)\s*")
-
-
-@dataclass(frozen=True)
-class ListedClass:
-    """One entry of a list; what makes a right name, ``lexiseg.vocabulary`` says.
-
-    Attributes:
-        name: of the class.
-        synonyms: further words.
-        value: the number that label files give it; None where the list does not say.
-        seen: whether it had masks in training, where the list says.
-        color: red, green, blue, where the list says.
-    """
-
-    name: str
-    synonyms: tuple[str, ...] = ()
-    value: int | None = None
-    seen: bool | None = None
-    color: tuple[int, int, int] | None = None
-
-    @property
-    def text(self) -> str:
-        """Name and synonyms in one, such as "building, edifice": what lists with repeated first words tell apart."""
-        return ", ".join((self.name, *self.synonyms))
 
 
 @dataclass(frozen=True)
@@ -144,44 +104,6 @@ def class_source(text: str) -> str | Path:
         name.startswith(("/", "./", "../", "~/", ".\\", "..\\")) or re.fullmatch(r".*\.\w{1,8}", last)
     )
     return Path(name) if is_path or name.lower().endswith(_ENDINGS) else text
-
-
-def split_words(text: str) -> list[str]:
-    """Split words joined by commas.
-
-    Raises:
-        LexisegError: one of them is empty.
-    """
-    words = [word.strip() for word in text.split(",")]
-    if not all(words):
-        raise LexisegError(
-            f"'{describe(text.strip())}' has a comma with no word beside it; write a word or remove the comma."
-        )
-    return words
-
-
-def split_classes(text: str) -> list[ListedClass]:
-    """Split ``"cat; tree, bush"``: semicolons and line breaks separate classes, commas join synonyms.
-
-    Raises:
-        LexisegError: a class or a word of it is empty.
-    """
-    # NFC first: it turns the Greek question mark into a semicolon, which must then separate classes as it looks.
-    text = unicodedata.normalize("NFC", text)
-    found: list[ListedClass] = []
-    for line in text.splitlines():
-        parts = line.split(";")
-        if not parts[-1].strip():
-            parts.pop()  # an empty line, or a semicolon that ends one
-        for part in parts:
-            if not part.strip():
-                raise LexisegError(
-                    f"Class {len(found) + 1} in '{describe(line.strip())}' is empty; write a name or remove the "
-                    "semicolon."
-                )
-            name, *synonyms = split_words(part)
-            found.append(ListedClass(name, tuple(synonyms)))
-    return found
 
 
 def read_classes(source: object) -> ClassList:
@@ -264,7 +186,7 @@ def read_class_text(text: str, ending: str = "") -> ClassList:
         value = _load_yaml(text)
         if not isinstance(value, str):
             return _structured(value)
-    return _from_lines(lines)
+    return _sorted_out(lines_read(lines)) if lines else ClassList(())
 
 
 def _load_yaml(text: str) -> Any:
@@ -279,62 +201,22 @@ def _load_yaml(text: str) -> Any:
         raise LexisegError(f"The file is not valid YAML{where}; fix it or write a text file instead.") from error
 
 
-def _from_lines(lines: Sequence[str]) -> ClassList:
-    if not lines:
-        return ClassList(())
-    for separator in "\t,;":
-        heading = [_COLUMNS.get(part.strip().strip('"').lower(), "") for part in lines[0].split(separator)]
-        if heading.count("name") == 1 and len(set(heading) - {""}) > 1:
-            return _sorted_out(_table(lines, heading, separator))
-    numbered = [_NUMBERED.fullmatch(line) for line in lines]
-    forms: tuple[tuple[re.Pattern[str], Callable[[re.Match[str]], ListedClass], int], ...] = (
-        (_COLOR_NAME, lambda m: ListedClass(m[4], color=_color((m[1], m[2], m[3]), m[4])), 1),
-        (_NAME_COLOR, lambda m: ListedClass(m[1], color=_color((m[2], m[3], m[4]), m[1])), 1),
-        (_SPACED, lambda m: _named(m[2], _number(m[1], m[2])), 2),  # "7 up" alone is a class
-        (_NUMBER_LAST, lambda m: _named(m[1], _number(m[2], m[1])), 2),
-    )
-    for pattern, make, least in forms if not any(numbered) else ():
-        matches = [match for line in lines if (match := pattern.fullmatch(line))]
-        if len(matches) == len(lines) >= least:
-            return _sorted_out([make(match) for match in matches])
-    found: list[ListedClass] = []
-    for line, match in zip(lines, numbered, strict=True):
-        found += [_named(match[2], _number(match[1], match[2]))] if match else split_classes(line)
-    return _sorted_out(found)
-
-
-def _table(lines: Sequence[str], heading: Sequence[str], separator: str) -> list[ListedClass]:
-    found = []
-    for row, line in zip(csv.reader(lines[1:], delimiter=separator), lines[1:], strict=False):
-        cells = {column: cell.strip() for column, cell in zip(heading, row, strict=False) if column}
-        if len(cells) < len(set(heading) - {""}) or not cells["name"]:
-            columns = ", ".join(column for column in heading if column)
-            raise LexisegError(f"The line '{describe(line)}' does not fill the columns {columns}.")
-        words = split_words(cells["name"].replace(";", ","))
-        color: Any = cells.get("color") or None
-        if "r" in cells:
-            color = cells["r"], cells.get("g"), cells.get("b")
-        value = _number(cells["id"], words[0]) if "id" in cells else None
-        found.append(ListedClass(words[0], tuple(words[1:]), value, color=_color(color, words[0])))
-    return found
-
-
 def _structured(value: Any) -> ClassList:
     """Read what JSON, YAML or Python hold."""
     if not isinstance(value, Mapping):
         if isinstance(value, str | bytes) or not isinstance(value, Iterable):
             raise LexisegError("There is no list of names and no mapping with the key 'classes'.")
-        return _sorted_out(_entries(value))
+        return _sorted_out(entries_read(value))
     key = next((key for key in _LISTS if key in value), None)
     if key is None and not value.keys() & set(_KEYS) and value:
-        return _sorted_out(_mapped(value))
+        return _sorted_out(mapping_read(value))
     if key == "classes" or key is None:
         refuse_unknown(value, _KEYS, "a list of classes")
     inner = value.get(key) if key else ()
     if isinstance(inner, bytes) or not isinstance(inner, Iterable):
         raise LexisegError(f"'{key}' must be a list of names, not {describe(inner)}.")
     read: Callable[[Any], list[ListedClass]] = (
-        split_classes if isinstance(inner, str) else _mapped if isinstance(inner, Mapping) else _entries
+        split_classes if isinstance(inner, str) else mapping_read if isinstance(inner, Mapping) else entries_read
     )
     classes = read(inner)
     if key == "categories":
@@ -364,111 +246,13 @@ def _ignored(given: Any) -> tuple[list[int], list[tuple[int, int, int]]]:
         if isinstance(entry, list | tuple) or (isinstance(entry, str) and entry.startswith("#")):
             colors.append(parse_color(entry, "an ignored mask value"))
         else:
-            numbers.append(_number(entry, "ignore"))
+            numbers.append(number_of(entry, "ignore"))
     return numbers, colors
-
-
-def _mapped(value: Mapping[Any, Any]) -> list[ListedClass]:
-    """A mapping of ids to names, names to ids, or names to colours."""
-    if all(_is_number(key) for key in value):
-        for key, name in value.items():
-            if not isinstance(name, str):
-                raise LexisegError(f"Class {describe(key)} must be text, not {describe(name)}; put it in quotes.")
-        return sorted((_named(name, _number(key, name)) for key, name in value.items()), key=lambda one: one.value or 0)
-    if all(isinstance(name, str) and _is_number(number) for name, number in value.items()):
-        return [_named(name, _number(number, name)) for name, number in value.items()]
-    if all(isinstance(name, str) and isinstance(color, list | tuple) for name, color in value.items()):
-        return [replace(_named(name), color=_color(color, name)) for name, color in value.items()]
-    raise LexisegError("There are no classes; add the key 'classes' with a list of names.")
-
-
-def _is_number(value: Any) -> bool:
-    if isinstance(value, str):
-        return value.strip().isdecimal()
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _number(value: Any, name: str) -> int:
-    """A number that a label file may hold."""
-    # A text of thousands of digits is more than int() takes.
-    number = int(str(value)[:20]) if re.fullmatch(r"\s*-?[0-9]+\s*", str(value)[:20]) else None
-    if number is None or isinstance(value, bool):
-        raise LexisegError(f"'{shorten(describe(name))}' has the id {describe(value)}; ids are whole numbers.")
-    if not 0 <= number <= _LAST_VALUE:
-        raise LexisegError(
-            f"'{shorten(describe(name))}' has a number that no label file can hold; numbers go from 0 to {_LAST_VALUE}."
-        )
-    return number
-
-
-def _color(value: Any, name: str) -> tuple[int, int, int] | None:
-    return None if null(value) is None else parse_color(value, f"the class '{shorten(describe(name))}'")
-
-
-def _named(text: str, value: int | None = None) -> ListedClass:
-    name, *synonyms = split_words(text)
-    return ListedClass(name, tuple(synonyms), value)
-
-
-def _entries(values: Iterable[object]) -> list[ListedClass]:
-    found: list[ListedClass] = []
-    order: list[Any] = []
-    for value in values:
-        position = len(found) + 1
-        if isinstance(value, str):
-            if not value.strip():
-                raise LexisegError(f"Class {position} is empty; write a name or remove it.")
-            found.extend(split_classes(value))
-            order.append(None)
-        elif isinstance(value, Mapping):
-            found.append(_entry(value, position))
-            order.append(value.get("trainId"))
-        else:
-            raise LexisegError(
-                f"Class {position} must be text or a mapping with a name, not {describe(value)}; put it in quotes."
-            )
-    if any(number is not None for number in order):
-        if any(number is None for number in order):
-            raise LexisegError("Some classes have a 'trainId' and others none; give it to all.")
-        # 255 and -1 mean, as in Cityscapes, that the class is not trained.
-        places = [-1 if str(number) == "-1" else _number(number, one.name)
-                  for one, number in zip(found, order, strict=True)]  # fmt: skip
-        found = [
-            replace(one, name=_IGNORED[0]) if place in (-1, 255) and one.value is not None else one
-            for place, one in sorted(zip(places, found, strict=True), key=lambda both: both[0])
-        ]
-    return found
-
-
-def _entry(value: Mapping[str, Any], position: int) -> ListedClass:
-    if "id" not in value and "trainId" not in value:  # lists of data sets carry keys of their own
-        refuse_unknown(value, _ENTRY_KEYS, f"class {position}")
-    if "name" not in value:
-        raise LexisegError(f"Class {position} has no name; add the key 'name'.")
-    name = value["name"]
-    if not isinstance(name, str):
-        raise LexisegError(f"The name of class {position} must be text, not {describe(name)}; put it in quotes.")
-    what = shorten(describe(name))
-    synonyms = value.get("synonyms")
-    if null(synonyms) is None:
-        synonyms = ()
-    elif isinstance(synonyms, str):
-        synonyms = split_words(synonyms)
-    elif not isinstance(synonyms, Sequence) or not all(isinstance(word, str) for word in synonyms):
-        raise LexisegError(f"The synonyms of the class '{what}' must be a list of texts, such as [kitten, tomcat].")
-    number = null(value.get("id"))
-    return ListedClass(
-        name,
-        tuple(synonyms),
-        None if number is None else _number(number, name),
-        flag(null(value.get("seen")), f"'seen' of the class '{what}'"),
-        _color(value.get("color"), name),
-    )
 
 
 def _sorted_out(entries: Sequence[ListedClass]) -> ClassList:
     """The classes, and the values and colours of entries that are called "(ignore)"."""
-    marks = [one.name.strip().casefold() in _IGNORED for one in entries]
+    marks = [one.name.strip().casefold() in IGNORED for one in entries]
     if any(marks) and all(one.value is None and one.color is None for one in entries):
         entries = [replace(one, value=index) for index, one in enumerate(entries)]
     return ClassList(

@@ -16,7 +16,8 @@ import numpy as np
 import yaml
 
 from lexiseg.background import Background, BackgroundSource
-from lexiseg.class_list import ClassList, read_class_text, read_classes, split_words
+from lexiseg.class_forms import split_words
+from lexiseg.class_list import ClassList, read_class_text, read_classes
 from lexiseg.colors import BACKGROUND_COLOR, distinct_colors, parse_color
 from lexiseg.errors import LexisegError, LexisegWarning
 from lexiseg.files import write_json, write_text

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import json
+import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -131,3 +134,22 @@ def test_files_and_paths_are_never_words(tmp_path: Path, monkeypatch: pytest.Mon
             Vocabulary.parse(name)
     for text in ("dog", "tree/bush", "Mt. Fuji", "cat; dog.txt", "x" * 5000, "St.Bernard", "a\nb.txt", "@"):
         assert class_source(text) == text
+
+
+def test_more_train_ids_than_255(tmp_path: Path) -> None:
+    path = tmp_path / "classes.json"
+    path.write_text(json.dumps([{"name": f"c{i}", "id": 2 * i, "trainId": i} for i in range(300)]))
+    found = read_class_list(path)
+    assert len(found.classes) == 300 and found.classes[255].value == 510 and not found.ignored
+
+
+@pytest.mark.parametrize(
+    "line", ["x" + " " * 60_000 + "y", "1" * 60_000, "a," * 30_000 + "b", "name,r\n" + "x" * 200_000]
+)
+def test_long_lines_take_no_time(tmp_path: Path, line: str) -> None:
+    path = tmp_path / "classes.txt"
+    path.write_text(f"cat\n{line}\n")
+    start = time.monotonic()
+    with suppress(LexisegError):
+        read_class_list(path)
+    assert time.monotonic() - start < 4

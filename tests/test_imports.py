@@ -15,7 +15,7 @@ from lexiseg.models import SYSTEMS
 PACKAGE = Path(__file__).parents[1] / "lexiseg"
 
 # A part may import from the parts named here and from itself. `weights` sits above `models`: it builds them from files.
-WORDS = {"errors", "label_ids", "files", "words", "colors", "background", "class_list", "vocabulary"}
+WORDS = {"errors", "label_ids", "files", "words", "colors", "background", "class_forms", "class_list", "vocabulary"}
 PICTURES = {"images", "formats", "overlay", "segmentation"}
 MODELS = {"clip", "refine", "scores", "proposals", "regions", "losses", "models", "weights"}
 ALLOWED: dict[str, set[str]] = {
@@ -26,7 +26,8 @@ ALLOWED: dict[str, set[str]] = {
     "words": {"errors"},
     "colors": {"errors", "words"},
     "background": {"errors", "words"},
-    "class_list": {"errors", "words", "colors"},
+    "class_forms": {"errors", "words", "colors"},
+    "class_list": {"errors", "words", "colors", "class_forms"},
     "vocabulary": WORDS,
     "notes": WORDS,
     "images": {"errors", "files", "words"},

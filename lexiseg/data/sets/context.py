@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from lexiseg.class_list import ListedClass, read_class_list
+from lexiseg.class_forms import ListedClass
+from lexiseg.class_list import read_class_list
 from lexiseg.data.sets.catalog import DataSetInfo, data_set
 from lexiseg.data.sets.dataset import SplitFiles
 from lexiseg.data.sets.labels import LabelKind, ValueTable

@@ -26,7 +26,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from lexiseg.class_list import ClassList, ListedClass, read_class_list
+from lexiseg.class_forms import ListedClass
+from lexiseg.class_list import ClassList, read_class_list
 from lexiseg.data.sets.coco_json import list_coco_json
 from lexiseg.data.sets.dataset import Finding, Item, SplitFiles
 from lexiseg.data.sets.errors import DataSetError

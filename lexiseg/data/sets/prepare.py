@@ -3,26 +3,21 @@
 from __future__ import annotations
 
 import fnmatch
-import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from lexiseg.data.sets.catalog import data_set
 from lexiseg.data.sets.errors import DataSetError
 from lexiseg.data.sets.layouts import IMAGE_FOLDERS, every_fifth, own_list, part_of
 from lexiseg.data.sets.listing import by_stem, child, entries, first_folder
 from lexiseg.data.sets.open import OWN, list_split
-from lexiseg.data.sets.unpack import find_archives, is_unpacked, unpack
+from lexiseg.data.sets.unpack import find_archives, unpack
 from lexiseg.data.sets.verify import usable_splits
 from lexiseg.data.sets.voc import aug_names, find_sbd, voc_list
 from lexiseg.errors import LexisegError
-from lexiseg.files import make_folder, write_bytes, write_json
+from lexiseg.files import make_folder, write_bytes
 from lexiseg.images import IMAGE_SUFFIXES
-
-JOURNAL = ".lexiseg-prepare.json"
-"""Which archives are unpacked already and what into, in the data set's folder."""
 
 # Where an archive belongs, below the root, by the names they are distributed under; all others are unpacked into the
 # root, because they bring their own top folder (VOCdevkit, benchmark_RELEASE, ADEChallengeData2016 ...).
@@ -94,9 +89,7 @@ def _check(name: str, root: Path, classes: str | Path | None, steps: list[Step],
     for split in usable_splits(name, root)[0]:
         try:
             files = list_split(name, root, split, classes=classes)
-            found = [finding.problem for finding in files.findings if finding.severity == "error"]
-            if not (found or files.items):
-                found = [f"The split '{split}' has no pictures; check the data set's folder."]
+            found = [finding.problem for finding in files.faults() if finding.severity == "error"]
         except LexisegError as error:
             if isinstance(error, DataSetError) and not find_archives(root) and not any(entries(root)):
                 raise LexisegError(f"'{root}' holds no archives; put those of {name} into it first.") from error
@@ -117,44 +110,16 @@ def _check(name: str, root: Path, classes: str | Path | None, steps: list[Step],
 
 def _unpack_all(name: str, root: Path, say: Callable[[str], None]) -> list[Step]:
     steps = []
-    journal = _read_journal(root)
     for archive in find_archives(root):
-        facts = archive.stat()
-        mark = [facts.st_size, facts.st_mtime_ns]
-        target = root / _place(name, archive.name)
-        if _is_done(journal.get(archive.name), mark, target):
-            continue
+        places = (place for pattern, place in _PLACES.get(name, ()) if fnmatch.fnmatch(archive.name, pattern))
+        target = root / next(places, ".")
         say(f"unpacking {archive.name}")
         done = unpack(archive, target)
-        journal[archive.name] = {"mark": mark, "folders": done.folders}
-        write_json(root / JOURNAL, journal)
         links = f", {len(done.skipped)} links left out" if done.skipped else ""
-        steps.append(
-            Step(f"unpacked {archive.name}: {done.written} files, {done.kept} there already{links}", str(target))
-        )
+        if done.written:
+            what = f"unpacked {archive.name}: {done.written} files, {done.kept} there already{links}"
+            steps.append(Step(what, str(target)))
     return steps
-
-
-def _place(name: str, archive: str) -> str:
-    return next((place for pattern, place in _PLACES.get(name, ()) if fnmatch.fnmatch(archive, pattern)), ".")
-
-
-def _is_done(entry: Any, mark: list[int], target: Path) -> bool:
-    """Whether this very archive was unpacked and lies there still; folders may be removed to be unpacked again."""
-    if not isinstance(entry, dict) or entry.get("mark") != mark:
-        return False
-    folders = entry.get("folders")
-    if not isinstance(folders, dict) or not all(isinstance(number, int) for number in folders.values()):
-        return False
-    return is_unpacked(folders, target)
-
-
-def _read_journal(root: Path) -> dict[str, Any]:
-    try:
-        content = json.loads((root / JOURNAL).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
 
 
 def _voc_lists(root: Path) -> list[Step]:

@@ -1,0 +1,268 @@
+"""The forms that lists of classes have: lines, tables, entries, mappings; `class_list` tells them apart."""
+
+from __future__ import annotations
+
+import csv
+import re
+import unicodedata
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from lexiseg.colors import parse_color
+from lexiseg.errors import LexisegError
+from lexiseg.words import describe, flag, null, refuse_unknown, shorten
+
+_LAST_VALUE = 65535  # of label files, which have 16 bits at most
+_ENTRY_KEYS = ("name", "synonyms", "seen", "color", "id", "trainId")
+IGNORED = ("(ignore)", "(ignored)", "(void)")
+"""Names of entries that are no class."""
+
+_LONGEST = 2000
+_COLUMNS = {
+    **dict.fromkeys(("name", "class", "label", "classname", "class_name", "category"), "name"),
+    **dict.fromkeys(("id", "idx", "index", "value", "class_id", "label_id", "pixel value"), "id"),
+    **{"r": "r", "red": "r", "g": "g", "green": "g", "b": "b", "blue": "b"},
+    **{"color": "color", "colour": "color", "hex": "color"},
+}
+_NUMBERED = re.compile(r"([0-9]+)\s*[:\t]\s*(.+)")
+_RGB = r"([0-9]{1,3})\s*[,\s]\s*([0-9]{1,3})\s*[,\s]\s*([0-9]{1,3})"
+_NAME_COLOR = re.compile(rf"(.+?)\s*[,:\s]\s*{_RGB}\s*(?::.*)?")
+_COLOR_NAME = re.compile(rf"{_RGB}[\s,:]+(.+)")
+_SPACED = re.compile(r"([0-9]+)\s*[\s,;]\s*(.*\D.*)")
+_NUMBER_LAST = re.compile(r"(.*\D.*?)\s*:\s*([0-9]+)")
+
+
+@dataclass(frozen=True)
+class ListedClass:
+    """One entry of a list; what makes a right name, ``lexiseg.vocabulary`` says.
+
+    Attributes:
+        name: of the class.
+        synonyms: further words.
+        value: the number that label files give it; None where the list does not say.
+        seen: whether it had masks in training, where the list says.
+        color: red, green, blue, where the list says.
+    """
+
+    name: str
+    synonyms: tuple[str, ...] = ()
+    value: int | None = None
+    seen: bool | None = None
+    color: tuple[int, int, int] | None = None
+
+    @property
+    def text(self) -> str:
+        """Name and synonyms in one, such as "building, edifice": what lists with repeated first words tell apart."""
+        return ", ".join((self.name, *self.synonyms))
+
+
+def split_words(text: str) -> list[str]:
+    """Split words joined by commas.
+
+    Raises:
+        LexisegError: one of them is empty.
+    """
+    words = [word.strip() for word in text.split(",")]
+    if not all(words):
+        raise LexisegError(
+            f"'{describe(text.strip())}' has a comma with no word beside it; write a word or remove the comma."
+        )
+    return words
+
+
+def split_classes(text: str) -> list[ListedClass]:
+    """Split ``"cat; tree, bush"``: semicolons and line breaks separate classes, commas join synonyms.
+
+    Raises:
+        LexisegError: a class or a word of it is empty.
+    """
+    # NFC first: it turns the Greek question mark into a semicolon, which must then separate classes as it looks.
+    text = unicodedata.normalize("NFC", text)
+    found: list[ListedClass] = []
+    for line in text.splitlines():
+        parts = line.split(";")
+        if not parts[-1].strip():
+            parts.pop()  # an empty line, or a semicolon that ends one
+        for part in parts:
+            if not part.strip():
+                raise LexisegError(
+                    f"Class {len(found) + 1} in '{describe(line.strip())}' is empty; write a name or remove the "
+                    "semicolon."
+                )
+            name, *synonyms = split_words(part)
+            found.append(ListedClass(name, tuple(synonyms)))
+    return found
+
+
+def lines_read(lines: Sequence[str]) -> list[ListedClass]:
+    """Read the lines of a text: names, numbers and names, colours and names, or a table with a heading.
+
+    Raises:
+        LexisegError: a line is not as the others are, or says something wrong.
+    """
+    for separator in "\t,;":
+        heading = [_COLUMNS.get(part.strip().strip('"').lower(), "") for part in lines[0].split(separator)]
+        if heading.count("name") == 1 and len(set(heading) - {""}) > 1:
+            return _table(lines, heading, separator)
+    bare = [line.strip() for line in lines]
+    numbered = [_NUMBERED.fullmatch(line) for line in bare]
+    forms: tuple[tuple[re.Pattern[str], Callable[[re.Match[str]], ListedClass], int], ...] = (
+        (_COLOR_NAME, lambda m: ListedClass(m[4], color=color_of((m[1], m[2], m[3]), m[4])), 1),
+        (_NAME_COLOR, lambda m: ListedClass(m[1], color=color_of((m[2], m[3], m[4]), m[1])), 1),
+        (_SPACED, lambda m: _named(m[2], number_of(m[1], m[2])), 2),  # "7 up" alone is a class
+        (_NUMBER_LAST, lambda m: _named(m[1], number_of(m[2], m[1])), 2),
+    )
+    short = max(map(len, bare)) <= _LONGEST  # what is longer is no such line, and would take patterns long
+    for pattern, make, least in forms if short and not any(numbered) else ():
+        matches = [match for line in bare if (match := pattern.fullmatch(line))]
+        if len(matches) == len(lines) >= least:
+            return [make(match) for match in matches]
+    found: list[ListedClass] = []
+    for line, match in zip(bare, numbered, strict=True):
+        found += [_named(match[2], number_of(match[1], match[2]))] if match else split_classes(line)
+    return found
+
+
+def _table(lines: Sequence[str], heading: Sequence[str], separator: str) -> list[ListedClass]:
+    found = []
+    for line in lines[1:]:
+        try:
+            row = next(csv.reader([line], delimiter=separator), [])
+        except csv.Error:  # a cell without end
+            row = []
+        cells = {column: cell.strip() for column, cell in zip(heading, row, strict=False) if column}
+        if len(cells) < len(set(heading) - {""}) or not cells["name"]:
+            columns = ", ".join(column for column in heading if column)
+            raise LexisegError(f"The line '{describe(line)}' does not fill the columns {columns}.")
+        words = split_words(cells["name"].replace(";", ","))
+        color: Any = cells.get("color") or None
+        if "r" in cells:
+            color = cells["r"], cells.get("g"), cells.get("b")
+        value = number_of(cells["id"], words[0]) if "id" in cells else None
+        found.append(ListedClass(words[0], tuple(words[1:]), value, color=color_of(color, words[0])))
+    return found
+
+
+def mapping_read(value: Mapping[Any, Any]) -> list[ListedClass]:
+    """Read a mapping of ids to names, names to ids, or names to colours.
+
+    Raises:
+        LexisegError: it is none of these.
+    """
+    if all(_is_number(key) for key in value):
+        for key, name in value.items():
+            if not isinstance(name, str):
+                raise LexisegError(f"Class {describe(key)} must be text, not {describe(name)}; put it in quotes.")
+        return sorted(
+            (_named(name, number_of(key, name)) for key, name in value.items()), key=lambda one: one.value or 0
+        )
+    if all(isinstance(name, str) and _is_number(number) for name, number in value.items()):
+        return [_named(name, number_of(number, name)) for name, number in value.items()]
+    if all(isinstance(name, str) and isinstance(color, list | tuple) for name, color in value.items()):
+        return [replace(_named(name), color=color_of(color, name)) for name, color in value.items()]
+    raise LexisegError("There are no classes; add the key 'classes' with a list of names.")
+
+
+def _is_number(value: Any) -> bool:
+    if isinstance(value, str):
+        return value.strip().isdecimal()
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def number_of(value: Any, name: str) -> int:
+    """A number that a label file may hold.
+
+    Raises:
+        LexisegError: it is none.
+    """
+    number = None
+    if isinstance(value, float) and value.is_integer():
+        number = int(value)
+    elif isinstance(value, int) and not isinstance(value, bool):
+        number = value
+    elif isinstance(value, str) and re.fullmatch(r"\s*-?[0-9]+\s*", value):
+        number = int(value.strip()[:20])  # thousands of digits are more than int() takes
+    if number is None:
+        raise LexisegError(f"'{shorten(describe(name))}' has the id {describe(value)}; ids are whole numbers.")
+    if not 0 <= number <= _LAST_VALUE:
+        raise LexisegError(
+            f"'{shorten(describe(name))}' has a number that no label file can hold; numbers go from 0 to {_LAST_VALUE}."
+        )
+    return number
+
+
+def color_of(value: Any, name: str) -> tuple[int, int, int] | None:
+    """A colour, or None where nothing is said.
+
+    Raises:
+        LexisegError: it is none.
+    """
+    return None if null(value) is None else parse_color(value, f"the class '{shorten(describe(name))}'")
+
+
+def _named(text: str, value: int | None = None) -> ListedClass:
+    name, *synonyms = split_words(text)
+    return ListedClass(name, tuple(synonyms), value)
+
+
+def entries_read(values: Iterable[object]) -> list[ListedClass]:
+    """Read a list of names and mappings.
+
+    Raises:
+        LexisegError: an entry is neither, or says something wrong; the sentence says which.
+    """
+    found: list[ListedClass] = []
+    order: list[Any] = []
+    for value in values:
+        position = len(found) + 1
+        if isinstance(value, str):
+            if not value.strip():
+                raise LexisegError(f"Class {position} is empty; write a name or remove it.")
+            found.extend(split_classes(value))
+            order.append(None)
+        elif isinstance(value, Mapping):
+            found.append(_entry(value, position))
+            order.append(value.get("trainId"))
+        else:
+            raise LexisegError(
+                f"Class {position} must be text or a mapping with a name, not {describe(value)}; put it in quotes."
+            )
+    if any(number is not None for number in order):
+        if any(number is None for number in order):
+            raise LexisegError("Some classes have a 'trainId' and others none; give it to all.")
+        # -1 means, as in Cityscapes, that the class is not trained; 255 too, where it is not one of so many.
+        places = [-1 if str(number) == "-1" else number_of(number, one.name)
+                  for one, number in zip(found, order, strict=True)]  # fmt: skip
+        void = {-1} if 254 in places else {-1, 255}
+        found = [
+            replace(one, name=IGNORED[0]) if place in void and one.value is not None else one
+            for place, one in sorted(zip(places, found, strict=True), key=lambda both: both[0])
+        ]
+    return found
+
+
+def _entry(value: Mapping[str, Any], position: int) -> ListedClass:
+    if "id" not in value and "trainId" not in value:  # lists of data sets carry keys of their own
+        refuse_unknown(value, _ENTRY_KEYS, f"class {position}")
+    if "name" not in value:
+        raise LexisegError(f"Class {position} has no name; add the key 'name'.")
+    name = value["name"]
+    if not isinstance(name, str):
+        raise LexisegError(f"The name of class {position} must be text, not {describe(name)}; put it in quotes.")
+    what = shorten(describe(name))
+    synonyms = value.get("synonyms")
+    if null(synonyms) is None:
+        synonyms = ()
+    elif isinstance(synonyms, str):
+        synonyms = split_words(synonyms)
+    elif not isinstance(synonyms, Sequence) or not all(isinstance(word, str) for word in synonyms):
+        raise LexisegError(f"The synonyms of the class '{what}' must be a list of texts, such as [kitten, tomcat].")
+    number = null(value.get("id"))
+    return ListedClass(
+        name,
+        tuple(synonyms),
+        None if number is None else number_of(number, name),
+        flag(null(value.get("seen")), f"'seen' of the class '{what}'"),
+        color_of(value.get("color"), name),
+    )

@@ -59,7 +59,7 @@ ALLOWED: dict[str, set[str]] = {
     "training": WORDS | PICTURES | MODELS | {"data", "recipes", "segmenter", "evaluation", "processes"},
 }
 # What faces the user may use everything.
-FACES = {"app", "cli", "video", "__main__", "__init__"}
+FACES = {"app", "cli", "maps", "video", "__main__", "__init__"}
 
 
 def _part(path: Path) -> str:

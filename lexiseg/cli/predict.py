@@ -138,6 +138,10 @@ def predict(
     smooth: Annotated[
         float, typer.Option("--smooth", help="Video: weight of earlier frames in the scores, 0 to below 1.")
     ] = 0.0,
+    bands: Annotated[
+        str | None, typer.Option("--bands", help="Map: its bands for red, green and blue: 4,3,2.", show_default=False)
+    ] = None,
+    polygons: Annotated[str, typer.Option("--polygons", help="Map: geojson, gpkg or none.")] = "geojson",
     frames: Annotated[
         int | None, typer.Option("--frames", min=1, help="Video: stop after so many frames.", show_default=False)
     ] = None,
@@ -151,12 +155,15 @@ def predict(
         raise LexisegError("--workers, --address and --shard-size are for a cluster; add --cluster ray.")
     kinds = _kinds(save, instances)
     sources, classes = _split(words, classes_file)
+    from lexiseg.cli.maps import read_bands
+    from lexiseg.maps import MapOptions, is_map
     from lexiseg.video import VideoOptions, is_video
 
     video = VideoOptions(every, smooth, "overlay" in kinds, resume, frames) if is_video(sources[0]) else None
-    if video and (len(sources) > 1 or cluster):
-        raise LexisegError("A video is segmented by itself; give one, and no --cluster.")
-    paths = [] if video else _pictures(sources)
+    chart = MapOptions(read_bands(bands), polygons=polygons) if is_map(sources[0]) else None
+    if (video or chart) and (len(sources) > 1 or cluster):
+        raise LexisegError("A video or a map is segmented by itself; give one, and no --cluster.")
+    paths = [] if video or chart else _pictures(sources)
     vocabulary = lexiseg.Vocabulary.parse(classes)
     from lexiseg.files import make_folder
 
@@ -173,6 +180,11 @@ def predict(
         segmenter = lexiseg.load(model, device=device if cluster is None else "cpu", **loading)
     policy = window_of(segmenter.model.window, window, stride)
     checked = segmenter.vocabulary(vocabulary, background=background)
+    if chart:
+        from lexiseg.cli.maps import predict_map
+
+        predict_map(segmenter, sources[0], checked, output, chart, json, window=policy, batch_size=batch_size)
+        return
     if video:
         from lexiseg.cli.video import predict_video
 

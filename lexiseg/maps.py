@@ -1,0 +1,310 @@
+"""Maps: GeoTIFFs of any size, by windows, with their place on the earth kept (extra ``geo``)."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lexiseg.errors import LexisegError
+from lexiseg.files import atomic_write, make_folder
+from lexiseg.words import describe, printable
+
+if TYPE_CHECKING:
+    from lexiseg.segmenter import Segmenter
+    from lexiseg.vocabulary import Vocabulary
+
+MAP_SUFFIXES = frozenset({".tif", ".tiff", ".vrt", ".jp2"})
+_BLOCK = 512
+_CACHE_MEGABYTES = 256
+# Numbers are stretched between these percentiles of a map's overview, as viewers of maps do.
+_LOW, _HIGH = 2.0, 98.0
+_OVERVIEW = 1024
+
+
+@dataclass(frozen=True)
+class MapOptions:
+    """How a map is segmented.
+
+    Attributes:
+        bands: red, green and blue, counted from 1; None takes the first three, or the first alone of one or two.
+        tile: side of a tile in pixels; a multiple of 16.
+        margin: pixels that a tile sees of its neighbours on each side.
+        polygons: write polygons as well: "none", "geojson" or "gpkg" (GeoPackage).
+        smallest: polygons of fewer pixels are left out.
+    """
+
+    bands: tuple[int, int, int] | None = None
+    tile: int = 1024
+    margin: int = 64
+    polygons: str = "geojson"
+    smallest: int = 16
+
+    def __post_init__(self) -> None:
+        if self.tile < 16 or self.tile % 16 or self.margin < 0:
+            raise LexisegError(f"A tile's side must be a multiple of 16, not {describe(self.tile)}.")
+        if self.polygons not in ("none", "geojson", "gpkg"):
+            raise LexisegError(f"Polygons are written as geojson, gpkg or none, not {describe(self.polygons)}.")
+
+
+def is_map(path: str | Path) -> bool:
+    """Whether a file is a TIFF or another raster that says where on the earth it lies."""
+    path = Path(path)
+    if path.suffix.lower() not in MAP_SUFFIXES or not path.is_file():
+        return False
+    try:
+        rasterio = _import_rasterio()
+    except LexisegError:
+        return False
+    try:
+        with rasterio.open(path) as source:
+            return source.crs is not None
+    except rasterio.errors.RasterioError:
+        return False
+
+
+def map_files(source: str | Path, folder: str | Path, options: MapOptions) -> dict[str, Path]:
+    """Where `segment_map` writes: "labels", a GeoTIFF of ids, and "polygons", if they are asked for."""
+    folder, stem = Path(folder), Path(source).stem
+    files = {"labels": folder / f"{stem}_labels.tif"}
+    if options.polygons != "none":
+        files["polygons"] = folder / f"{stem}_polygons.{options.polygons}"
+    return files
+
+
+def count_tiles(source: str | Path, options: MapOptions) -> int:
+    """How many tiles a map is cut into at most.
+
+    Raises:
+        LexisegError: rasterio is not installed, or the raster cannot be read.
+    """
+    rasterio = _import_rasterio()
+    try:
+        with rasterio.open(source) as raster:
+            return math.ceil(raster.width / options.tile) * math.ceil(raster.height / options.tile)
+    except rasterio.errors.RasterioError as error:
+        raise LexisegError(f"'{printable(str(source))}' cannot be read as a map; check the file.") from error
+
+
+def segment_map(
+    segmenter: Segmenter,
+    source: str | Path,
+    vocabulary: Vocabulary,
+    folder: str | Path,
+    options: MapOptions | None = None,
+    **settings: Any,
+) -> Iterator[tuple[int, int, NDArray[np.integer]]]:
+    """Segment a raster tile by tile; see `map_files`.
+
+    Labels are a tiled, compressed GeoTIFF in the cloud-optimised layout with the source's georeference, its palette and
+    the names of the classes; what the source's mask leaves out, and no class, is its no-data value (255, or 65535
+    beyond 255 classes). Polygons are in the source's coordinates and are cut where tiles meet. Memory is that of some
+    tiles.
+
+    Args:
+        segmenter: with the model.
+        source: the raster.
+        vocabulary: the classes.
+        folder: to write into.
+        options: see `MapOptions`.
+        settings: ``window`` and others that `Segmenter.predict` takes.
+
+    Returns:
+        An iterator that does the work, a tile at a time, and gives its row, its column and its labels. Files are there
+        when it ends.
+
+    Raises:
+        LexisegError: rasterio is not installed, or the raster or the bands are wrong.
+    """
+    rasterio = _import_rasterio()
+    options = options or MapOptions()
+    try:
+        raster = rasterio.open(source)
+    except rasterio.errors.RasterioError as error:
+        raise LexisegError(f"'{printable(str(source))}' cannot be read as a map; check the file.") from error
+    bands = _bands(options.bands, int(raster.count))
+    files = map_files(source, make_folder(folder), options)
+    return _segment(rasterio, raster, bands, segmenter, vocabulary, files, options, settings)
+
+
+def _segment(
+    rasterio: Any, raster: Any, bands: Sequence[int], segmenter: Segmenter, vocabulary: Vocabulary,
+    files: dict[str, Path], options: MapOptions, settings: dict[str, Any],
+) -> Iterator[tuple[int, int, NDArray[np.integer]]]:  # fmt: skip
+    wide = len(vocabulary) > 255
+    nodata = 65535 if wide else 255
+    profile = {
+        "driver": "GTiff", "width": raster.width, "height": raster.height, "count": 1,
+        "dtype": "uint16" if wide else "uint8", "nodata": nodata, "crs": raster.crs, "transform": raster.transform,
+        "tiled": True, "blockxsize": _BLOCK, "blockysize": _BLOCK, "compress": "deflate", "bigtiff": "if_safer",
+        "sparse_ok": True,
+    }  # fmt: skip
+    with ExitStack() as stack:
+        stack.enter_context(rasterio.Env(GDAL_CACHEMAX=_CACHE_MEGABYTES))
+        stack.enter_context(raster)
+        final = stack.enter_context(atomic_write(files["labels"]))
+        scratch = stack.enter_context(TemporaryDirectory(dir=final.parent, prefix=".lexiseg-"))
+        vectors = stack.enter_context(_Polygons(files["polygons"], raster.crs)) if "polygons" in files else None
+        low, high = _stretch(raster, bands)
+        plain = Path(scratch) / "labels.tif"
+        with rasterio.open(plain, "w", **profile) as labels:
+            labels.update_tags(1, **{f"class_{index}": name for index, name in enumerate(vocabulary.names)})
+            if not wide:
+                palette = vocabulary.palette().tolist()
+                labels.write_colormap(1, {index: (*color, 255) for index, color in enumerate(palette)})
+            for top, left, inner, outer in _tiles(rasterio, raster.width, raster.height, options):
+                valid = raster.dataset_mask(window=outer) > 0
+                if not valid.any():
+                    continue  # a part that holds nothing is not written, so an empty map stays small
+                pixels = _pixels(raster.read(bands, window=outer), low, high)
+                found = np.asarray(segmenter.predict(pixels, vocabulary, **settings).label_map).astype(profile["dtype"])
+                found[~valid] = nodata
+                row, column = top - outer.row_off, left - outer.col_off
+                found = found[row : row + inner.height, column : column + inner.width]
+                labels.write(found, 1, window=inner)
+                if vectors is not None:
+                    vectors.add(found, nodata, rasterio.windows.transform(inner, raster.transform), vocabulary, options)
+                yield top, left, found
+        # A cloud-optimised file is laid out anew: its overviews come first.
+        layout = {"compress": "deflate", "blocksize": _BLOCK, "overview_resampling": "nearest", "bigtiff": "if_safer"}
+        rasterio.shutil.copy(plain, final, driver="COG", sparse_ok=True, **layout)
+
+
+def _import_rasterio() -> Any:
+    try:
+        import rasterio
+        import rasterio.features
+        import rasterio.shutil
+        import rasterio.windows
+    except ImportError as error:
+        raise LexisegError("Maps need rasterio; install it with pip install 'lexiseg[geo]'.") from error
+    return rasterio
+
+
+def _bands(wanted: tuple[int, int, int] | None, count: int) -> tuple[int, ...]:
+    if wanted is None:
+        return (1, 2, 3) if count >= 3 else (1, 1, 1)
+    if any(not 1 <= band <= count for band in wanted):
+        raise LexisegError(f"The map has {count} bands, counted from 1; choose three of them, not {wanted}.")
+    return wanted
+
+
+def _tiles(rasterio: Any, width: int, height: int, options: MapOptions) -> Iterator[tuple[int, int, Any, Any]]:
+    """Tiles row by row: top, left, the window that is written, and the larger one that is looked at."""
+    for top in range(0, height, options.tile):
+        for left in range(0, width, options.tile):
+            bottom, right = min(top + options.tile, height), min(left + options.tile, width)
+            inner = rasterio.windows.Window(left, top, right - left, bottom - top)
+            first_row, first_column = max(0, top - options.margin), max(0, left - options.margin)
+            last_row, last_column = min(height, bottom + options.margin), min(width, right + options.margin)
+            outer = rasterio.windows.Window(first_column, first_row, last_column - first_column, last_row - first_row)
+            yield top, left, inner, outer
+
+
+def _stretch(raster: Any, bands: Sequence[int]) -> tuple[NDArray[np.floating], NDArray[np.floating]]:
+    """What becomes black and white in each band; bytes stay as they are."""
+    if all(raster.dtypes[band - 1] == "uint8" for band in bands):
+        return np.zeros(3), np.full(3, 255.0)
+    factor = max(1, math.ceil(max(raster.shape) / _OVERVIEW))
+    shape = (len(bands), max(1, raster.height // factor), max(1, raster.width // factor))
+    small = raster.read(bands, out_shape=shape, masked=True)
+    ends = [np.percentile(band.compressed(), (_LOW, _HIGH)) if band.count() else np.array([0.0, 1.0]) for band in small]
+    return np.array([end[0] for end in ends]), np.array([end[1] for end in ends])
+
+
+def _pixels(values: NDArray[np.generic], low: NDArray[np.floating], high: NDArray[np.floating]) -> NDArray[np.uint8]:
+    scaled = (values.astype(np.float64) - low[:, None, None]) / np.maximum(high - low, 1e-12)[:, None, None]
+    return np.ascontiguousarray((np.nan_to_num(scaled).clip(0, 1) * 255).round().astype(np.uint8).transpose(1, 2, 0))
+
+
+class _Polygons:
+    """Polygons, written as they come: GeoJSON by hand, a feature a line; GeoPackage by pyogrio, some at a time."""
+
+    def __init__(self, path: Path, crs: Any) -> None:
+        self.path = path
+        self.crs = crs
+        self.count = 0
+        self._stack = ExitStack()
+        self._kept: list[tuple[dict[str, Any], int, str]] = []
+
+    def __enter__(self) -> _Polygons:
+        self.temporary = self._stack.enter_context(atomic_write(self.path))
+        if self.path.suffix == ".geojson":
+            self.file = self._stack.enter_context(self.temporary.open("w", encoding="utf-8"))
+            name = {"type": "name", "properties": {"name": self.crs.to_string()}} if self.crs else None
+            self.file.write('{"type": "FeatureCollection", "crs": ' + json.dumps(name) + ', "features": [')
+        else:
+            _import_pyogrio()
+        return self
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> bool | None:
+        if kind is None:
+            if self.path.suffix == ".geojson":
+                self.file.write("\n]}\n")
+            else:
+                self._flush()
+        return self._stack.__exit__(kind, error, trace)
+
+    def add(
+        self, labels: NDArray[np.integer], nodata: int, transform: Any, vocabulary: Vocabulary, options: MapOptions
+    ) -> None:
+        """Add the polygons of a tile."""
+        from rasterio import features
+
+        smallest = options.smallest * abs(transform.determinant)
+        for geometry, value in features.shapes(labels, mask=labels != nodata, transform=transform):
+            if _area(geometry) < smallest:
+                continue
+            index = int(value)
+            if self.path.suffix == ".geojson":
+                properties = {"id": index, "name": vocabulary.names[index]}
+                feature = {"type": "Feature", "properties": properties, "geometry": geometry}
+                self.file.write(("," if self.count else "") + "\n" + json.dumps(feature))
+            else:
+                self._kept.append((geometry, index, vocabulary.names[index]))
+                if len(self._kept) >= 10_000:
+                    self._flush()
+            self.count += 1
+
+    def _flush(self) -> None:
+        pyogrio, shapely = _import_pyogrio()
+        geometry = np.array([shapely.to_wkb(shapely.geometry.shape(one)) for one, _, _ in self._kept], dtype=object)
+        fields = [
+            np.array([index for _, index, _ in self._kept], dtype=np.int32),
+            np.array([name for _, _, name in self._kept], dtype=object),
+        ]
+        pyogrio.raw.write(
+            self.temporary, geometry, fields, np.array(["class_id", "name"], dtype=object), layer="segments",
+            driver="GPKG", geometry_type="Polygon", crs=self.crs.to_wkt() if self.crs else None,
+            append=self.temporary.exists() and self.temporary.stat().st_size > 0,
+        )  # fmt: skip
+        self._kept = []
+
+
+def _import_pyogrio() -> tuple[Any, Any]:
+    try:
+        import pyogrio
+        import shapely
+        import shapely.geometry
+    except ImportError as error:
+        raise LexisegError("GeoPackages need pyogrio; install it with pip install 'lexiseg[geo]'.") from error
+    return pyogrio, shapely
+
+
+def _area(geometry: dict[str, Any]) -> float:
+    """Area of a polygon with holes, in squares of its coordinates."""
+
+    def ring(points: Sequence[Sequence[float]]) -> float:
+        x, y = np.asarray(points, np.float64).T
+        return abs(float(np.dot(x[:-1] - x[0], y[1:] - y[0]) - np.dot(x[1:] - x[0], y[:-1] - y[0]))) / 2
+
+    outside, *holes = geometry["coordinates"]
+    return ring(outside) - sum(map(ring, holes))

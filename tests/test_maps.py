@@ -1,0 +1,121 @@
+"""Maps: georeference kept, tiles that join, polygons on the earth, sizes that no memory holds."""
+
+from __future__ import annotations
+
+import json
+import resource
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import lexiseg
+from lexiseg.cli import main
+from lexiseg.errors import LexisegError
+from lexiseg.images import read_pixels
+from lexiseg.maps import MapOptions, is_map, map_files, segment_map
+from lexiseg.samples import sample_path
+
+rasterio = pytest.importorskip("rasterio")
+WORDS = "giraffe; elephant; butterfly; tree; leaves; grass"
+PLACE = rasterio.transform.from_origin(500000, 5400000, 0.5, 0.5)
+
+
+@pytest.fixture(scope="module")
+def segmenter() -> Any:
+    return lexiseg.load("zegclip-emoji", device="cpu")
+
+
+def write(path: Path, bands: np.ndarray, **more: Any) -> Path:
+    profile = {"driver": "GTiff", "crs": "EPSG:32632", "transform": PLACE, "count": len(bands), "dtype": bands.dtype}
+    with rasterio.open(path, "w", height=bands.shape[1], width=bands.shape[2], **{**profile, **more}) as file:
+        file.write(bands)
+    return path
+
+
+def run(segmenter: Any, source: Path, folder: Path, **options: Any) -> dict[str, Path]:
+    chosen = MapOptions(**options)
+    for _ in segment_map(segmenter, source, segmenter.vocabulary(WORDS), folder, chosen):
+        pass
+    return map_files(source, folder, chosen)
+
+
+def test_labels_and_polygons_lie_where_the_map_does(segmenter: Any, tmp_path: Path) -> None:
+    pixels = read_pixels(sample_path("demo"))
+    source = write(tmp_path / "map.tif", pixels.transpose(2, 0, 1))
+    files = run(segmenter, source, tmp_path / "out")
+    expected = np.asarray(segmenter.predict(pixels, WORDS).label_map)
+    with rasterio.open(files["labels"]) as labels:
+        assert (labels.crs.to_epsg(), labels.transform, labels.nodata) == (32632, PLACE, 255)
+        assert np.array_equal(labels.read(1), expected)
+        assert labels.tags(1)["class_1"] == "elephant"
+        assert labels.tags(ns="IMAGE_STRUCTURE")["LAYOUT"] == "COG"
+    found = json.loads(files["polygons"].read_text())
+    assert "32632" in found["crs"]["properties"]["name"]
+    names = {one["properties"]["name"] for one in found["features"]}
+    assert "elephant" in names
+    shapes = [(one["geometry"], one["properties"]["id"]) for one in found["features"]]
+    drawn = rasterio.features.rasterize(shapes, expected.shape, fill=255, transform=PLACE, dtype="uint8")
+    assert (drawn == expected).mean() > 0.99
+
+
+def test_tiles_join_and_bands_of_any_depth(segmenter: Any, tmp_path: Path) -> None:
+    pixels = read_pixels(sample_path("demo"))
+    bands = pixels.transpose(2, 0, 1)[::-1].astype(np.uint16) * 40
+    deep = np.concatenate([bands, bands[:1] * 0])
+    source = write(tmp_path / "deep.tif", deep)
+    files = run(segmenter, source, tmp_path / "out", tile=256, margin=128, bands=(3, 2, 1), polygons="gpkg")
+    with rasterio.open(files["labels"]) as labels:
+        found = labels.read(1)
+        assert labels.block_shapes == [(512, 512)]
+    expected = np.asarray(segmenter.predict(pixels, WORDS).label_map)
+    assert found.shape == expected.shape and (found == expected).mean() > 0.9
+    pyogrio = pytest.importorskip("pyogrio")
+    about = pyogrio.read_info(files["polygons"], layer="segments")
+    assert about["features"] > 5 and "32632" in about["crs"]
+
+
+def test_what_the_map_leaves_out_has_no_class(segmenter: Any, tmp_path: Path) -> None:
+    pixels = read_pixels(sample_path("demo")).transpose(2, 0, 1).copy()
+    pixels[:, :, :100] = 0
+    files = run(segmenter, write(tmp_path / "part.tif", pixels, nodata=0), tmp_path, polygons="none")
+    with rasterio.open(files["labels"]) as labels:
+        found = labels.read(1)
+    assert (found[:, :100] == 255).all() and (found[:, 100:] < 6).mean() > 0.9
+
+
+@pytest.mark.slow
+def test_fifty_thousand_pixels_a_side_in_two_gigabytes(segmenter: Any, tmp_path: Path) -> None:
+    path = tmp_path / "huge.tif"
+    profile = {"driver": "GTiff", "crs": "EPSG:32632", "transform": PLACE, "count": 3, "dtype": "uint8", "nodata": 0}
+    with rasterio.open(
+        path, "w", width=50_000, height=50_000, tiled=True, sparse_ok=True, compress="deflate", **profile
+    ) as file:
+        pixels = read_pixels(sample_path("demo")).transpose(2, 0, 1)
+        for row, column in ((0, 0), (25_000, 31_000), (49_488, 49_488)):
+            file.write(pixels, window=rasterio.windows.Window(column, row, 512, 512))
+    files = run(segmenter, path, tmp_path / "out")
+    with rasterio.open(files["labels"]) as labels:
+        assert labels.shape == (50_000, 50_000)
+        part = labels.read(1, window=rasterio.windows.Window(31_000, 25_000, 512, 512))
+    assert (part < 6).mean() > 0.9
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < 2 * 2**20
+
+
+def test_the_command_and_mistakes(segmenter: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = write(tmp_path / "map.tif", read_pixels(sample_path("demo")).transpose(2, 0, 1)[:, :64, :96])
+    assert is_map(source) and not is_map(sample_path("demo")) and not is_map(tmp_path / "no.tif")
+    asked = ["predict", str(source), WORDS, "--model", "zegclip-emoji", "-o", str(tmp_path), "--device", "cpu"]
+    assert main(asked) == 0
+    assert "map_labels.tif" in capsys.readouterr().out and (tmp_path / "map_polygons.geojson").is_file()
+    assert main([*asked, "--bands", "1,2,9"]) == 2
+    assert "has 3 bands" in capsys.readouterr().err
+    assert main([*asked, "--bands", "red"]) == 2
+    with pytest.raises(LexisegError, match="multiple of 16"):
+        MapOptions(tile=100)
+    with pytest.raises(LexisegError, match="geojson, gpkg or none"):
+        MapOptions(polygons="shp")
+    (tmp_path / "broken.tif").write_bytes(b"II*\0")
+    with pytest.raises(LexisegError, match="cannot be read as a map"):
+        run(segmenter, tmp_path / "broken.tif", tmp_path)

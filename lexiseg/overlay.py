@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
-from lexiseg.errors import LexisegError
+from lexiseg.errors import LexisegWarning
+from lexiseg.fonts import Lettering
 
 _PANEL, _INK, _MUTED, _FRAME = (250, 250, 250), (33, 33, 33), (95, 95, 95), (120, 120, 120)
 _FADED = (228, 228, 228)
@@ -20,8 +22,6 @@ _MIN_OUTLINED_SIDE = 48
 _WIDEST_NAME = 16  # in font sizes
 _MIN_ROWS = 12
 _WIDE = 1.3
-
-_Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,7 @@ class LegendEntry:
         fraction: its pixels as a fraction of the picture's, 0..1.
         note: a word in grey behind the name.
         hollow: the colour is not painted in the picture.
+        index: the class's id.
     """
 
     name: str
@@ -41,6 +42,7 @@ class LegendEntry:
     fraction: float
     note: str = ""
     hollow: bool = False
+    index: int = 0
 
     @property
     def text(self) -> str:
@@ -108,7 +110,8 @@ def draw_legend(picture: Image.Image, entries: Sequence[LegendEntry], *, font: s
     Args:
         picture: mode RGB.
         entries: in the order in which they are listed.
-        font: a TrueType file; None takes the one Pillow carries (Latin letters).
+        font: a TrueType or OpenType file to use first; None begins with the one Pillow carries (Latin letters). What
+            it lacks is drawn in fonts of this machine; a name that no font has becomes its class's id, with a note.
 
     Returns:
         A picture of mode RGB that holds ``picture`` unscaled.
@@ -119,11 +122,12 @@ def draw_legend(picture: Image.Image, entries: Sequence[LegendEntry], *, font: s
     if not entries:
         return picture
     size = min(max(round(0.024 * math.sqrt(picture.width * picture.height)), _MIN_FONT), _MAX_FONT)
-    face = _load_font(font, size)
+    face = Lettering([_more(0), "0123456789 %<…", *(entry.text for entry in entries)], size, font)
+    entries = _legible(entries, face.missing)
     pad, gap, row = round(0.9 * size), round(0.6 * size), round(1.75 * size)
-    name_width = min(max(math.ceil(face.getlength(entry.text)) for entry in entries), _WIDEST_NAME * size)
-    name_width = max(name_width, math.ceil(face.getlength(_more(len(entries)))) if len(entries) > _MIN_ROWS else 0)
-    fraction_width = math.ceil(face.getlength("100 %"))
+    name_width = min(max(math.ceil(face.length(entry.text)) for entry in entries), _WIDEST_NAME * size)
+    name_width = max(name_width, math.ceil(face.length(_more(len(entries)))) if len(entries) > _MIN_ROWS else 0)
+    fraction_width = math.ceil(face.length("100 %"))
     column = size + gap + name_width + gap + fraction_width
 
     rows_beside = (picture.height - 2 * pad) // row
@@ -151,7 +155,7 @@ def draw_legend(picture: Image.Image, entries: Sequence[LegendEntry], *, font: s
         middle = origin[1] + (position % rows) * row + row / 2
         text_left = left + size + gap
         if position >= len(shown):
-            draw.text((text_left, middle), _more(len(entries) - len(shown)), fill=_MUTED, font=face, anchor="lm")
+            face.draw(draw, text_left, middle, _more(len(entries) - len(shown)), _MUTED)
             break
         entry = shown[position]
         box = (left, round(middle - size / 2), left + size, round(middle + size / 2))
@@ -163,23 +167,31 @@ def draw_legend(picture: Image.Image, entries: Sequence[LegendEntry], *, font: s
             width=max(1, size // 14),
         )
         note = f"  {entry.note}" if entry.note else ""
-        note_width = math.ceil(face.getlength(note))
+        note_width = math.ceil(face.length(note))
         name = _ellipsise(entry.name, face, name_width - note_width)
-        draw.text((text_left, middle), name, fill=_INK, font=face, anchor="lm")
+        face.draw(draw, text_left, middle, name, _INK)
         if note:
-            draw.text((text_left + face.getlength(name), middle), note, fill=_MUTED, font=face, anchor="lm")
+            face.draw(draw, text_left + face.length(name), middle, note, _MUTED)
         right = text_left + name_width + gap + fraction_width
-        draw.text((right, middle), _percent(entry.fraction), fill=_MUTED, font=face, anchor="rm")
+        percent = _percent(entry.fraction)
+        face.draw(draw, right - face.length(percent), middle, percent, _MUTED)
     return canvas
 
 
-def _load_font(font: str | Path | None, size: int) -> _Font:
-    if font is None:
-        return ImageFont.load_default(size)
-    try:
-        return ImageFont.truetype(str(font), size)
-    except (OSError, ValueError) as error:
-        raise LexisegError(f"Cannot read the font '{font}'; give a .ttf or .otf file.") from error
+def _legible(entries: Sequence[LegendEntry], missing: set[str]) -> list[LegendEntry]:
+    """Put a class's id where no font has its name's letters, and say so: boxes would tell nobody anything."""
+    legible = []
+    for entry in entries:
+        if missing.intersection(entry.name):
+            warnings.warn(
+                f"No font on this machine has all the letters of '{entry.name}', so the legend calls it "
+                f"'class {entry.index}'; name a font that has them (--font, or font= in Python).",
+                LexisegWarning,
+                stacklevel=2,
+            )
+            entry = replace(entry, name=f"class {entry.index}")
+        legible.append(entry)
+    return legible
 
 
 def _more(count: int) -> str:
@@ -191,13 +203,13 @@ def _percent(fraction: float) -> str:
     return "<1 %" if 0 < percent < 1 else f"{percent:.0f} %"
 
 
-def _ellipsise(name: str, face: _Font, width: int) -> str:
-    if face.getlength(name) <= width:
+def _ellipsise(name: str, face: Lettering, width: int) -> str:
+    if face.length(name) <= width:
         return name
     low, high = 0, len(name)
     while low < high:
         middle = (low + high + 1) // 2
-        if face.getlength(name[:middle].rstrip() + "…") <= width:
+        if face.length(name[:middle].rstrip() + "…") <= width:
             low = middle
         else:
             high = middle - 1

@@ -230,7 +230,7 @@ class Segmentation:
             alpha: how much the colours cover the picture, 0..1.
             legend: add a panel with the names and fractions; without it the result has the picture's size.
             outlines: draw a thin light line between classes.
-            font: a TrueType file for names that the built-in font (Latin letters) cannot show.
+            font: a TrueType or OpenType file to use first; what it lacks is drawn in fonts of this machine.
 
         Raises:
             LexisegError: ``alpha`` is outside 0..1 or the font cannot be read.
@@ -251,6 +251,7 @@ class Segmentation:
                 row.fraction,
                 note="unseen" if row.seen is False else "",
                 hollow=row.index == background,
+                index=row.index,
             )
             for row in self.table()
         ]

@@ -16,7 +16,7 @@ PACKAGE = Path(__file__).parents[1] / "lexiseg"
 
 # A part may import from the parts named here and from itself. `weights` sits above `models`: it builds them from files.
 WORDS = {"errors", "label_ids", "files", "words", "colors", "background", "class_forms", "class_list", "vocabulary"}
-PICTURES = {"images", "formats", "overlay", "segmentation"}
+PICTURES = {"images", "formats", "fonts", "overlay", "segmentation"}
 MODELS = {"clip", "refine", "scores", "proposals", "regions", "losses", "models", "weights"}
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
@@ -32,7 +32,8 @@ ALLOWED: dict[str, set[str]] = {
     "notes": WORDS,
     "images": {"errors", "files", "words"},
     "formats": {"errors", "files", "label_ids", "words"},
-    "overlay": {"errors"},
+    "fonts": {"errors", "words"},
+    "overlay": {"errors", "fonts"},
     "segmentation": WORDS | PICTURES,
     "samples": {"errors", "files", "data", "notes"},
     "windows": {"errors"},

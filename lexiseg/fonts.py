@@ -1,0 +1,152 @@
+"""Lettering in any script for which this machine has a font."""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+import unicodedata
+from collections.abc import Iterable, Iterator
+from functools import lru_cache
+from pathlib import Path
+
+from PIL import ImageDraw, ImageFont
+
+from lexiseg.errors import LexisegError
+from lexiseg.words import printable, shorten
+
+_Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
+_PROBE_SIZE = 16
+_NO_CHARACTER = "\U0010ffff"
+_SUFFIXES = (".ttf", ".otf", ".ttc")
+# Upright sans serifs of the widest coverage first; fonts that draw a placeholder for everything never.
+_PREFERRED = ("notosans", "dejavusans", "arialunicode", "arial", "liberationsans", "freesans")
+_UNLIKELY = ("bold", "italic", "oblique", "mono", "serif", "condensed", "light", "thin", "black", "math")
+_PLACEHOLDERS = ("lastresort", "adobeblank", "unifont")
+
+
+class Lettering:
+    """Draws texts in one size, each character in the first font that has it.
+
+    Args:
+        texts: all that will be drawn.
+        size: in pixels.
+        font: a file to use before all others; None begins with the font that Pillow carries (Latin letters).
+
+    Attributes:
+        missing: characters that no font on this machine has.
+
+    Raises:
+        LexisegError: the font file cannot be read.
+    """
+
+    def __init__(self, texts: Iterable[str], size: int, font: str | Path | None = None) -> None:
+        self._size = size
+        self._fonts: list[_Font] = [] if font is None else [_load(font, size)]
+        self._fonts.append(ImageFont.load_default(size))
+        wanted = {character for text in texts for character in text if not _draws_nothing(character)}
+        self.missing = {one for one in wanted if not any(_has(face, one) for face in self._fonts)}
+        for path in fonts_for(self.missing):
+            face = _load(path, size)
+            self._fonts.append(face)
+            self.missing -= {one for one in self.missing if _has(face, one)}
+
+    def length(self, text: str) -> float:
+        """Width of a text in pixels."""
+        return float(sum(face.getlength(part) for face, part in self._runs(text)))
+
+    def draw(self, canvas: ImageDraw.ImageDraw, left: float, middle: float, text: str, fill: tuple[int, ...]) -> None:
+        """Draw a text whose left end is at ``left``, and whose letters' middle is at the height ``middle``."""
+        baseline = middle + 0.36 * self._size
+        for face, part in self._runs(text):
+            canvas.text((left, baseline), part, fill=fill, font=face, anchor="ls")
+            left += face.getlength(part)
+
+    def _runs(self, text: str) -> Iterator[tuple[_Font, str]]:
+        """The text in pieces of one font; marks and joiners stay with the letter before them."""
+        face, part = self._fonts[0], ""
+        for character in text:
+            own = face
+            if not _draws_nothing(character) and not (part and unicodedata.combining(character)):
+                own = next((one for one in self._fonts if _has(one, character)), self._fonts[0])
+            if part and own is not face:
+                yield face, part
+                part = ""
+            face, part = own, part + character
+        if part:
+            yield face, part
+
+
+def fonts_for(characters: Iterable[str]) -> list[Path]:
+    """Font files of this machine that together have as many of the characters as any do.
+
+    For figures too: matplotlib takes such files through ``matplotlib.font_manager.fontManager.addfont``.
+    """
+    wanted = {one for one in characters if not _draws_nothing(one)}
+    chosen = []
+    for path in font_files() if wanted else ():
+        try:
+            face = _load(path, _PROBE_SIZE)
+            found = {one for one in wanted if _has(face, one)}
+        except (LexisegError, OSError):  # a damaged font, or pictures of one size (colour emoji)
+            continue
+        if found:
+            chosen.append(path)
+            wanted -= found
+        if not wanted:
+            break
+    return chosen
+
+
+def _draws_nothing(character: str) -> bool:
+    return character.isspace() or unicodedata.category(character) in ("Cf", "Mn", "Me", "Cc")
+
+
+@lru_cache(maxsize=4096)
+def _glyph(face: _Font, character: str) -> tuple[tuple[int, int], int]:
+    mask = face.getmask(character)
+    return mask.size, hash(bytes(mask))
+
+
+def _has(face: _Font, character: str) -> bool:
+    """Whether a font draws a character as anything but its sign for what it lacks."""
+    return _glyph(face, character) != _glyph(face, _NO_CHARACTER)
+
+
+def _load(font: str | Path, size: int) -> _Font:
+    try:
+        return ImageFont.truetype(str(font), size)
+    except (OSError, ValueError) as error:
+        raise LexisegError(
+            f"Cannot read the font '{shorten(printable(font), 200)}'; give a .ttf or .otf file."
+        ) from error
+
+
+def _font_folders() -> list[Path]:
+    home, get = Path.home(), os.environ.get
+    if sys.platform == "win32":
+        return [Path(get("WINDIR", "C:/Windows"), "Fonts"), Path(get("LOCALAPPDATA", home), "Microsoft/Windows/Fonts")]
+    if sys.platform == "darwin":
+        return [home / "Library/Fonts", Path("/Library/Fonts"), Path("/System/Library/Fonts")]
+    shared = get("XDG_DATA_DIRS", "/usr/local/share:/usr/share").split(":")
+    own = [Path(get("XDG_DATA_HOME", home / ".local/share"), "fonts"), home / ".fonts"]
+    return [*own, *(Path(folder, "fonts") for folder in shared if folder)]
+
+
+@lru_cache(maxsize=1)
+def font_files() -> list[Path]:
+    """The font files of this machine, those of the widest use first."""
+    found = {
+        Path(folder, name)
+        for start in _font_folders()
+        for folder, _, names in os.walk(start)
+        for name in names
+        if name.lower().endswith(_SUFFIXES) and not any(part in name.lower() for part in _PLACEHOLDERS)
+    }
+
+    def rank(path: Path) -> tuple[int, float, str]:
+        name = path.stem.lower().replace("-", "").replace("_", "")
+        place = next((index for index, part in enumerate(_PREFERRED) if name.startswith(part)), math.inf)
+        return sum(part in name for part in _UNLIKELY), place, str(path)
+
+    return sorted(found, key=rank)

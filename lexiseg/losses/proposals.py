@@ -108,7 +108,7 @@ def match(
     for logits, score, target in zip(mask_logits, scores, targets, strict=True):
         if len(target.classes):
             with torch.autocast(logits.device.type, enabled=False):
-                found += matcher(logits[None], score[None], [target.masks], [target.classes])
+                found += matcher(logits[None], score[None], [target.masks.to(logits.dtype)], [target.classes])
         else:
             nothing = torch.zeros(0, dtype=torch.int64)
             found.append((nothing, nothing))
@@ -173,7 +173,7 @@ def level_losses(
     modules = _transformers()
     mask_logits, class_logits = _full(mask_logits), None if class_logits is None else _full(class_logits)
     scores = _scores(mask_logits, class_logits, targets)
-    criterion = modules.MaskFormerLoss(scores.shape[-1] - 1, None, {}, weights.no_object).to(mask_logits.device)
+    criterion = modules.MaskFormerLoss(scores.shape[-1] - 1, None, {}, weights.no_object).to(mask_logits)
     classes = [target.classes for target in targets]
     matched = match(mask_logits, class_logits, targets, weights)
     result: dict[str, Tensor] = {}
@@ -185,7 +185,9 @@ def level_losses(
         result["loss_ce"] = weights.class_weight * loss * share_weight(weight, mask_logits.device)
     num_masks = mean_count(float(sum(map(len, classes))), mask_logits.device) or share_of_one()
     if any(len(queries) for queries, _ in matched):
-        losses = criterion.loss_masks(mask_logits, [target.masks for target in targets], matched, num_masks)
+        losses = criterion.loss_masks(
+            mask_logits, [target.masks.to(mask_logits.dtype) for target in targets], matched, num_masks
+        )
     else:
         # No mask to compare with; the graph stays whole, so that every process has gradients to share.
         losses = dict.fromkeys(("loss_mask", "loss_dice"), mask_logits.sum() * 0.0)
@@ -195,8 +197,8 @@ def level_losses(
 
 
 def _full(logits: Tensor) -> Tensor:
-    """In full precision, whatever the network was run in: costs are compared, and sums run over a whole image."""
-    return logits.float()
+    """In single precision at least, whatever the network was run in: costs are compared, and sums run over images."""
+    return logits if logits.dtype == torch.float64 else logits.float()
 
 
 def _scores(mask_logits: Tensor, class_logits: Tensor | None, targets: Sequence[MaskTargets]) -> Tensor:

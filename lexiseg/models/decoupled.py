@@ -33,7 +33,7 @@ from lexiseg.proposals.base import ProposalGenerator, Proposals
 from lexiseg.proposals.build import build_generator
 from lexiseg.proposals.leftover import LeftoverOptions, add_leftover
 from lexiseg.proposals.options import GeneratorOptions, MaskFormerOptions
-from lexiseg.regions.pooling import unit_or_zero
+from lexiseg.regions.pooling import full_precision, unit_or_zero
 from lexiseg.scores import RegionScores
 from lexiseg.windows import WindowPolicy
 
@@ -169,7 +169,9 @@ class DecoupledModel(SegmentationModel):
 
         The last column is "no object". An embedding of 0 says nothing: all its logits are 0.
         """
-        return self.proposal_scale() * (unit_or_zero(embeddings.float()) @ self.text_rows(text).float().T)
+        return self.proposal_scale() * (
+            unit_or_zero(full_precision(embeddings)) @ full_precision(self.text_rows(text)).T
+        )
 
     def propose(self, padded: Tensor, text: Tensor | None = None, size: Size | None = None) -> Proposals:
         """Run the generator on the padded frame, and outside training add what it leaves over, if that is asked for.

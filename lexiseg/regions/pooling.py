@@ -33,6 +33,11 @@ def resize_masks(masks: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(masks, size=size, mode="bilinear", align_corners=False)
 
 
+def full_precision(x: Tensor) -> Tensor:
+    """In single precision, or in double where it is so already."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
 def unit_or_zero(x: Tensor) -> Tensor:
     """Divide by the length along the last axis; a vector of zeros, from an empty mask, stays zero.
 

@@ -86,20 +86,27 @@ def text_sizes(clip: CLIP) -> dict[str, Any]:
     }
 
 
-def toy_sizes(clip: CLIP, *, vision: bool = True) -> dict[str, Any]:
+def toy_sizes(clip: CLIP, *, vision: bool = True, stated: int | None = None) -> dict[str, Any]:
     """Both towers' sizes under the short names of the cases of DeOP and SimBaseline."""
     text = text_sizes(clip)
     sizes = {"tw": text["width"], "tl": text["layers"], "V": text["vocab"], "E": clip.embed_dim}
     if vision:
-        seen = vision_sizes(clip)
+        seen = vision_sizes(clip, stated)
         sizes |= {"vw": seen["width"], "vl": seen["layers"], "res": seen["native"]}
     return sizes
 
 
-def vision_sizes(clip: CLIP) -> dict[str, Any]:
-    """The same for the image tower, a transformer."""
+def native_size(clip: CLIP, stated: int | None) -> int:
+    """The side of the pictures a tower was made for, as stated: pixels that fill no patch leave no trace in it."""
+    patch = clip.image_tower.patch_size
+    grid = round((len(clip.visual.positional_embedding) - 1) ** 0.5)
+    return stated if stated is not None and stated // patch == grid else patch * grid
+
+
+def vision_sizes(clip: CLIP, stated: int | None = None) -> dict[str, Any]:
+    """The same for the image tower, a transformer; ``stated`` is what the JSON says it was made for."""
     tower = clip.image_tower
-    native = tower.patch_size * round((len(clip.visual.positional_embedding) - 1) ** 0.5)
+    native = native_size(clip, stated)
     return {
         "native": native,
         "input_resolution": native,

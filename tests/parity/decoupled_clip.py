@@ -30,7 +30,11 @@ def deop_visual(case: Case) -> None:
     )
     tower = clip.image_tower
     images = whole_patches(case.input("image"), tower.patch_size)
-    case.check_stated("sizes", config, {**vision_sizes(clip), "image_size": list(case.input("image").shape[-2:])})
+    case.check_stated(
+        "sizes",
+        config,
+        {**vision_sizes(clip, config["input_resolution"]), "image_size": list(case.input("image").shape[-2:])},
+    )
     grid = (images.shape[-2] // tower.patch_size, images.shape[-1] // tower.patch_size)
     region_masks = severance_masks(case.input("mask_logits"), grid)
     modes = config.get("modes", {"": config})
@@ -42,7 +46,8 @@ def deop_visual(case: Case) -> None:
         residual: dict[int, float] = {}
         if config["cls"] == "VisionTransformerLearnPosition":
             side = round((len(params["learned_position"]) - 1) ** 0.5)
-            case.check_stated(f"{start}table", config, {"input_resolution_run": tower.patch_size * side})
+            run = config.get("input_resolution_run", tower.patch_size * side)
+            case.check_stated(f"{start}table", {"run": run // tower.patch_size}, {"run": side})
             tables = added_tables(params, tower, config["position_layers"])
             added, hooks = tables.at_input(grid), [tables.hook(grid)]
         elif config["cls"] == "VisionTransformerLearnToken":
@@ -152,7 +157,9 @@ def check_visual_sizes(case: Case, clip: CLIP, images: Tensor, masks: Tensor | N
     """Compare the JSON's sizes with the tower, the picture and the masks."""
     patch = clip.image_tower.patch_size if hasattr(clip.visual, "transformer") else None
     found: dict[str, Any] = {"B": len(images), "res": images.shape[-2]}
-    found |= {} if patch is None else {**vision_sizes(clip), "grid": images.shape[-2] // patch}
+    found |= (
+        {} if patch is None else {**vision_sizes(clip, case.config.get("native")), "grid": images.shape[-2] // patch}
+    )
     if masks is not None:
         found |= {"N": masks.shape[1], "mh": masks.shape[-2], "mw": masks.shape[-1]}
     case.check_stated("sizes", case.config, found)

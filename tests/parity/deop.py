@@ -149,7 +149,11 @@ def check_sizes(case: Case, model: DeOP) -> None:
     options = infer_anchor_options(params)
     generator = model.generator
     assert isinstance(generator, MaskFormer)
-    sizes = {**toy_sizes(model.clip), **generator_sizes(generator), "n_train": len(config["train_names"])}
+    sizes = {
+        **toy_sizes(model.clip, stated=config["res"]),
+        **generator_sizes(generator),
+        "n_train": len(config["train_names"]),
+    }
     sizes["npre"] = len(params["clip_adapter.prompt_learner.prefix_prompt"])
     if options["heatmaps"] == "query-released":
         sizes["K"] = options["anchor_layers"]
@@ -157,7 +161,8 @@ def check_sizes(case: Case, model: DeOP) -> None:
     tables = [key for key in params if key.endswith("learned_position")]
     if tables:
         rows = len(params["clip_adapter.clip_model.visual.learned_position"])
-        sizes["run"] = model.clip.image_tower.patch_size * round((rows - 1) ** 0.5)
+        patch, side = model.clip.image_tower.patch_size, round((rows - 1) ** 0.5)
+        sizes["run"] = config["run"] if config["run"] // patch == side else patch * side
         blocks = {int(key.split("resblocks.")[1].split(".")[0]) for key in tables if "resblocks" in key}
         case.check_that("pl", set(config["pl"]) == blocks, f"the file has tables in {sorted(blocks)}")
     case.check_stated("sizes", config, sizes)
@@ -285,8 +290,17 @@ def training(case: Case) -> None:
     differ = sorted(wanted ^ {str(key) for key in keys.values()})
     case.check_that("what trains", not differ, f"it differs in {differ[:3]}")
     count = numbered(case, "image_")
-    images = torch.stack([normalised(case.input(f"image_{index}")) for index in range(count)])
-    labels = torch.stack([case.input(f"sem_seg_{index}").long() for index in range(count)])
+    # A batch is padded to its largest picture, and with labels of no class.
+    images, labels = (
+        torch.stack([F.pad(one, (0, width - one.shape[-1], 0, height - one.shape[-2]), value=value) for one in given])
+        for given, value, (height, width) in (
+            (found, value, [max(int(one.shape[axis]) for one in found) for axis in (-2, -1)])
+            for found, value in (
+                ([normalised(case.input(f"image_{index}")) for index in range(count)], 0),
+                ([case.input(f"sem_seg_{index}").long() for index in range(count)], 255),
+            )
+        )
+    )
     text = learned_text(model, names)
     with torch.no_grad():
         features = model.encode_images(images)

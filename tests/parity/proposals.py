@@ -27,6 +27,7 @@ from lexiseg.weights.filling import put_tensors
 from tests.parity.case import Case
 from tests.parity.clip_build import IdTokenizer, make_clip, toy_sizes, under
 from tests.parity.clip_texts import prompt_learner, x_dot
+from tests.parity.rounding import check_gradients, in_double, stirred
 
 # Of pixels 0..255.
 _MEAN = torch.tensor([123.675, 116.28, 103.53])[:, None, None]
@@ -185,7 +186,7 @@ def _head_only(config: dict[str, Any], params: dict[str, Tensor]) -> Mask2Former
     known = {
         **params,
         **stages,
-        "backbone.res4.5.conv1.weight": torch.zeros(1),
+        **{f"backbone.res4.{block}.conv1.weight": torch.zeros(channels[2]) for block in range(1, 6)},
         "backbone.stem.conv1.weight": torch.zeros(2),
     }
     options = infer_generator_options(
@@ -243,6 +244,16 @@ def stage_loss(case: Case) -> None:
 
 def zsseg_training(case: Case) -> None:
     """A whole training step of ZSSeg: prompts, generator, matching, losses, gradients. The dropout was off."""
+    losses, gradients = _zsseg_step(case)
+    for name, value in losses.items():
+        case.check("loss/total" if name == "loss" else f"loss/{name}", value)
+    check_gradients(case, gradients, lambda seed: _zsseg_step(case, seed, double=True)[1])
+
+
+def _zsseg_step(
+    case: Case, seed: int | None = None, *, double: bool = False
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Losses, and gradients by the authors' keys."""
     config, params = case.config["config"], case.params()
     adapter = under(params, "clip_adapter.")
     names = config["train_names"]
@@ -251,7 +262,7 @@ def zsseg_training(case: Case) -> None:
     texts["X."] = x_dot(under(adapter, "prompt_learner."), table, texts[names[0]])
     clip = make_clip(under(adapter, "clip_model."), text_heads=config["th"], tokenizer=IdTokenizer(texts))
     learner = prompt_learner(under(adapter, "prompt_learner."))
-    no_object = adapter["non_object_embedding"].clone().requires_grad_()
+    no_object = adapter["non_object_embedding"].clone()
     case.check_stated("sizes of the text tower", config, {**toy_sizes(clip, vision=False), "n_train": len(names)})
     model = maskformer(case, config["nh"], dropout=0.0).train()
     case.check_stated("sizes", config, generator_sizes(model))
@@ -260,21 +271,21 @@ def zsseg_training(case: Case) -> None:
     labels = [case.input(f"sem_seg_{index}").long() for index in indices]
     size = tuple(-(-max(image.shape[axis] for image in images) // 32) * 32 for axis in (1, 2))
     batch = torch.stack([_padded(image, size, 0.0) for image in images])
+    if double:
+        in_double((clip.model, learner, model), seed)
+        batch, no_object = batch.double(), no_object.double()
+        stirred((batch, no_object), seed)
+    no_object.requires_grad_()
     found = model(batch)
     rows = torch.cat([learner(clip, names), F.normalize(no_object, dim=-1)])
     logits = [100 * F.normalize(level.embeddings, dim=-1) @ rows.T for level in found.levels]
     targets = mask_targets(torch.stack([_padded(label, size, 255) for label in labels]))
     losses = proposal_losses(found, logits, targets)
-    for name, value in losses.items():
-        case.check("loss/total" if name == "loss" else f"loss/{name}", value)
     losses["loss"].backward()
     gradients = {"clip_adapter.non_object_embedding": no_object.grad}
     gradients |= {f"clip_adapter.prompt_learner.{name}": p.grad for name, p in learner.named_parameters()}
-    for name, gradient in gradients.items():
-        if gradient is not None:
-            case.check(f"grad/{name}", gradient)
-    for key, gradient in generator_gradients(model).items():
-        case.check(f"grad/{key}", gradient)
+    gradients |= generator_gradients(model)
+    return losses, {key: gradient for key, gradient in gradients.items() if gradient is not None}
 
 
 def _padded(image: Tensor, size: tuple[int, ...], value: float) -> Tensor:

@@ -281,7 +281,7 @@ def toy_clip(case: Case, adapter: dict[str, Tensor], names: list[str]) -> tuple[
         text_heads=config["th"],
         tokenizer=IdTokenizer(texts),
     )
-    case.check_stated("sizes of the towers", config, toy_sizes(clip))
+    case.check_stated("sizes of the towers", config, toy_sizes(clip, stated=config["res"]))
     rows = prompt_learner(under(adapter, "prompt_learner."))(clip, names).detach()
     return clip, torch.cat([rows, F.normalize(adapter["non_object_embedding"], dim=-1)])
 
@@ -310,7 +310,7 @@ def classify(case: Case) -> None:
     prompt = [len(adapter.get(f"prompt_learner.{part}_prompt", ())) for part in ("prefix", "suffix", "task")]
     stated = {"prompt_shape": prompt[:2], "task_prompt_len": prompt[2] or None, "N": len(logits), "H": size[0]}
     stated |= {"W": size[1], "C": len(config["class_names"])}
-    case.check_stated("sizes", config, {**text_sizes(clip), **vision_sizes(clip), **stated})
+    case.check_stated("sizes", config, {**text_sizes(clip), **vision_sizes(clip, config["native"]), **stated})
     views = model.encode_regions(normalised(image)[None], size, logits[None])
     encoded = views.encoded[0]
     case.check("valid", encoded)
@@ -333,7 +333,7 @@ def classify_zegformer(case: Case) -> None:
     )
     names = [*config["seen"], *config["unseen"]]
     numbers = {name: [255 * value for value in values] for name, values in _CLIP_NUMBERS.items()}
-    sizes = {"N": case.input("pred_logits").shape[1], **text_sizes(clip), **vision_sizes(clip)}
+    sizes = {"N": case.input("pred_logits").shape[1], **text_sizes(clip), **vision_sizes(clip, config["native"])}
     case.check_stated("sizes and normalisation", config, {**sizes, **numbers})
     rows, columns = stated_sub(case)
     images = [case.input(f"image.{index}") for index in range(len(config["sizes"]))]

@@ -112,7 +112,7 @@ class SystemTester:
         config = json.loads((folder / "config.json").read_text())
         config["clip"]["architecture"]["model_cfg"]["text_cfg"]["layers"] = 3
         (folder / "config.json").write_text(json.dumps(config))
-        with pytest.raises(LexisegError, match=r"does not fit the model: .* missing"):
+        with pytest.raises(LexisegError, match="does not fit; missing"):
             load_model(folder)
         config["clip"]["architecture"]["model_cfg"]["text_cfg"]["layers"] = 2
         config["clip"]["architecture"]["model_cfg"]["embed_dim"] = 24

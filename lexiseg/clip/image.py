@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
@@ -46,27 +47,17 @@ class ImageTower:
     """An open_clip VisionTransformer seen as tokens in, tokens out. Holds no weights of its own.
 
     Args:
-        visual: ``model.visual`` of an open_clip model.
-
-    Raises:
-        LexisegError: the tower is not a plain vision transformer with a class token (a ResNet, a timm model, an
-            attention pooler or blocks with unusual attention).
+        visual: ``model.visual`` of an open_clip model; a `LexisegError` says that it is no plain vision transformer.
     """
 
     def __init__(self, visual: nn.Module) -> None:
-        if not isinstance(visual, VisionTransformer):
+        plain = isinstance(visual, VisionTransformer) and visual.attn_pool is None and len(set(visual.patch_size)) == 1
+        self.visual = cast(VisionTransformer, visual)
+        if not plain or not all(isinstance(b, ResidualAttentionBlock) for b in self.visual.transformer.resblocks):
             raise LexisegError(
-                f"The image tower is a {type(visual).__name__}, not an open_clip vision transformer, and has no "
-                "patches; choose a ViT such as 'ViT-B-16/openai'."
+                f"The image tower is a {type(visual).__name__}, not an open_clip vision transformer with plain blocks "
+                "and square patches, or has no patches; choose a ViT such as 'ViT-B-16/openai'."
             )
-        blocks = visual.transformer.resblocks
-        plain = all(isinstance(block, ResidualAttentionBlock) for block in blocks) and visual.attn_pool is None
-        if not plain or visual.patch_size[0] != visual.patch_size[1]:
-            raise LexisegError(
-                "The image tower pools with attention, has unusual blocks or patches that are not square, which "
-                "lexiseg cannot run patch by patch; choose a plain ViT such as 'ViT-B-16/openai'."
-            )
-        self.visual = visual
 
     @property
     def num_blocks(self) -> int:
@@ -119,9 +110,7 @@ class ImageTower:
         patches = visual.conv1(images.to(visual.conv1.weight.dtype)).flatten(2).transpose(1, 2)
         table, source = visual.positional_embedding, tuple(visual.grid_size)
         positions = resize_positions(table, grid, source, interpolation, by_count=by_count)
-        if added is not None:
-            positions = positions + added
-        positions = positions.to(patches.dtype)
+        positions = (positions if added is None else positions + added).to(patches.dtype)
         class_embedding = visual.class_embedding.to(patches.dtype)
         first = class_embedding + positions[0]
         if class_embedding_twice:

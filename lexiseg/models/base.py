@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lexiseg.checking import check
 from lexiseg.clip.model import CLIP
 from lexiseg.clip.text import TextEmbedder
 from lexiseg.errors import LexisegError
 from lexiseg.models.options import Deviations as Deviations
 from lexiseg.models.options import LossWeight as LossWeight
-from lexiseg.models.options import ModelOptions, parse_options
+from lexiseg.models.options import ModelOptions
 from lexiseg.models.options import Pixels as Pixels
 from lexiseg.models.options import Triple as Triple
 from lexiseg.models.options import WindowOptions as WindowOptions
@@ -74,7 +75,7 @@ class SegmentationModel(nn.Module, ABC):
     @classmethod
     def parse_options(cls, options: dict[str, Any]) -> ModelOptions:
         """Check options given as a plain dict; a wrong one is a `LexisegError` that names it."""
-        return parse_options(cls.system, cls.options_class, options)
+        return check(cls.options_class, options, f"The system '{cls.system}'", noun="option")
 
     @property
     def mean(self) -> tuple[float, float, float]:

@@ -309,7 +309,7 @@ class CascadeCLIP(ZegCLIP):
         """Let the deepest group start from CLIP's own comparison of patches and words, and the others from zero."""
         loud, basis = self._deepest(), patch_directions(self.clip.visual.proj)
         for index, head in enumerate(self.heads()):
-            self.init_head(head, basis, silent=index != loud)
+            self.init_decoder(*head, basis, silent=index != loud)
 
     def _deepest(self) -> int:
         """The deepest group, and the last of those, if CLIP's comparison makes sense there."""
@@ -383,7 +383,7 @@ class CascadeCLIP(ZegCLIP):
     def heads(self) -> list[Head]:
         """One decoder a group, of those that are `summed`."""
         projs = list(self.query_projs) * (len(self.decoders) if len(self.query_projs) == 1 else 1)
-        return [Head(cast(nn.Linear, projs[i]), cast(MaskDecoder, self.decoders[i])) for i in self.summed()]
+        return [Head(cast(MaskDecoder, self.decoders[i]), cast(nn.Linear, projs[i])) for i in self.summed()]
 
     def memories(self, features: ImageFeatures) -> list[Tensor]:
         """Each decoder sees its group."""

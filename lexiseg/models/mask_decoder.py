@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar, cast
+from typing import ClassVar, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +11,7 @@ from torch.nn import functional as F
 from lexiseg.errors import LexisegError
 
 
-@dataclass(frozen=True)
-class DecoderTrace:
+class DecoderTrace(NamedTuple):
     """What one decoder layer computed: its output queries (B, C, D), or None, and its mask logits (B, C, N)."""
 
     queries: Tensor | None
@@ -144,12 +142,9 @@ class MaskDecoder(nn.Module):
     def forward(
         self, queries: Tensor, memory: list[tuple[Tensor, ...]], trace: list[DecoderTrace] | None = None
     ) -> Tensor:
-        """Mask logits (B, C, N) of class queries (B, C, D) over patches.
+        """Mask logits (B, C, N) of class queries (B, C, D) over the patches of a memory from `project_memory`.
 
-        Args:
-            queries: (B, C, D).
-            memory: from `project_memory`.
-            trace: a list that receives what each layer computed, for comparisons.
+        ``trace`` is a list that receives what each layer computed, for comparisons.
         """
         logits = queries.new_empty(0)
         for module, seen in zip(self.layers, memory, strict=True):

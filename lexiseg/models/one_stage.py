@@ -28,10 +28,8 @@ class OneStageOptions(WindowOptions):
             models trained transductively.
         mask_size: side that masks of square images are upsampled to before the sigmoid (released: 512); None is the
             images' own size, which is also what images of other shapes use.
-        mask_loss: "focal" judges each class by itself (ZegCLIP's non-mutually exclusive loss, Sec. 3.2): focal loss,
-            sigmoid. "cross-entropy" lets the classes exclude each other, as segmentation is usually trained and as
-            ZegCLIP's ablation has it: softmax over the classes, in the loss and in the scores; see
-            `lexiseg.losses.exclusive`.
+        mask_loss: "focal" judges each class by itself (ZegCLIP's non-mutually exclusive loss, Sec. 3.2). With
+            "cross-entropy" the classes exclude each other, as in ZegCLIP's ablation: softmax, in loss and scores.
         mask_weight: factor on the mask loss (focal: Cascade-CLIP's Table 18 compares 10, 50, 100 and 150).
         dice_weight: factor on the dice loss, or on what takes its place.
         mean: mean of the images, RGB in 0..1; None is CLIP's. (Released: ImageNet's.)
@@ -95,7 +93,7 @@ class OneStageModel(SegmentationModel):
         return exclusive_losses(logits, labels, entropy_weight=weight, dice_weight=dice_weight)
 
     def class_losses(self, logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """The terms of `losses`; see `mask_loss` for the arguments."""
+        """The terms of `losses`, see `mask_loss`."""
         parts = self.mask_loss(logits, labels, dice_weight=self.options.dice_weight)
         return {"loss": parts.total, "loss_mask": parts.mask, "loss_dice": parts.dice}
 
@@ -111,7 +109,7 @@ class OneStageModel(SegmentationModel):
         return seen_words.to(text.device).float() * self.options.seen_offset
 
     def patch_scores(self, features: ImageFeatures, text: Tensor) -> Tensor:
-        """Logits (B, C, h, w) whose sigmoid is the score of a class at a patch."""
+        """Logits (B, C, h, w) whose sigmoid is a class's score at a patch; with "cross-entropy" that is a softmax."""
         logits = self.grid_logits(features, text)
         return logits if self.options.mask_loss == "focal" else exclusive_logits(logits)
 
@@ -126,8 +124,7 @@ class OneStageModel(SegmentationModel):
         """Score words against images; see `SegmentationModel.score`.
 
         A score is sigmoid(mask logit), less `OneStageOptions.seen_offset` for seen words. The papers write a softmax
-        over the logits and do not mention the offset; the published numbers were measured as here. A model trained with
-        ``mask_loss`` "cross-entropy" has the softmax: at each patch a score is its probability among the words.
+        over the logits and do not mention the offset; the published numbers were measured as here.
         """
         return GridScores(
             self.patch_scores(features, text),
@@ -143,9 +140,8 @@ class OneStageModel(SegmentationModel):
         """Losses of the class masks (ZegCLIP, Sec. 3.2; Cascade-CLIP, Eq. 3), see `class_losses`.
 
         Inductive training: ``text`` holds the seen classes, ``labels`` their ranks, and pixels of unseen classes are
-        255 before they get here, which makes them negatives of every class. Transductive training
-        (self-training): ``text`` holds all classes and ``seen`` says which had masks; pixels of other classes, or -1,
-        get the model's own best unseen class (see `lexiseg.losses.masks.pseudo_labels`).
+        255 before they get here. Transductive training (self-training): ``text`` holds all classes and ``seen`` says
+        which had masks; pixels of other classes, or -1, get the model's own best unseen class.
 
         Args:
             images: (B, 3, H, W), normalised.
@@ -172,6 +168,4 @@ class OneStageModel(SegmentationModel):
         if full is not None and seen is not None:
             labels = pseudo_labels(full, labels, seen)
         losses = self.class_losses(logits, labels)
-        if accuracy and full is not None:
-            losses["accuracy"] = pixel_accuracy(full, labels)
-        return losses
+        return losses if full is None or not accuracy else {**losses, "accuracy": pixel_accuracy(full, labels)}

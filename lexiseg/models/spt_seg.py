@@ -22,7 +22,7 @@ from lexiseg.losses.ssim import ssim_loss
 from lexiseg.models.clip_similarity import GAIN, IMAGE_WEIGHT, OFFSET, pass_text, silence_updates
 from lexiseg.models.mask_decoder import DecoderLayer, MaskDecoder
 from lexiseg.models.options import Count, ModelOptions
-from lexiseg.models.zegclip import Head, ZegCLIP, ZegCLIPOptions
+from lexiseg.models.zegclip import ZegCLIP, ZegCLIPOptions
 
 _HEADS = 8  # fixed in the authors' code, whatever the number of attention heads elsewhere
 _WINDOW = 3
@@ -276,6 +276,7 @@ class SPTSeg(ZegCLIP):
     system: ClassVar[str] = "spt-seg"
     options_class: ClassVar[type[ModelOptions]] = SPTSegOptions
     options: SPTSegOptions
+    init_decoder = staticmethod(init_spectral_decoder)
 
     def build_prompts(self) -> None:
         """Make the prompts and the filter."""
@@ -288,10 +289,6 @@ class SPTSeg(ZegCLIP):
         """Make the spectral guided decoder of a head."""
         options = self.options
         return SpectralDecoder(self.clip.embed_dim, options.decoder_layers, _HEADS, options.ffn_ratio, options.dropout)
-
-    def init_head(self, head: Head, basis: Tensor, *, silent: bool = False) -> None:
-        """Let a head start from CLIP's own comparison of patches and words."""
-        init_spectral_decoder(head.decoder, head.query_proj, basis, silent=silent)
 
     def frozen_names(self) -> tuple[str, ...]:
         """The filter, unless it trains."""

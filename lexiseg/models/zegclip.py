@@ -4,15 +4,14 @@ Zhou et al., "ZegCLIP: Towards Adapting CLIP for Zero-shot Semantic Segmentation
 with learnt prompts in every block (`VisualPrompts`, the paper's DPT); each word becomes a query that knows the image
 (`ZegCLIP.descriptor`, RD); a decoder matches queries with patches (`lexiseg.models.mask_decoder`); and every class is
 judged by itself (NEL: focal and dice loss, `lexiseg.losses.masks`). The paper's two baselines, CLIP fixed and CLIP
-fine-tuned, are options. How mask logits become scores and losses is in `lexiseg.models.one_stage`.
+fine-tuned, are options. Mask logits become scores and losses in `lexiseg.models.one_stage`.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, NamedTuple
 
 import torch
 from pydantic import Field
@@ -35,8 +34,8 @@ class ZegCLIPOptions(OneStageOptions):
     """Options of `ZegCLIP`, with those of `OneStageOptions`.
 
     Attributes:
-        backbone: "prompt" keeps CLIP frozen and learns prompts; "fixed" and "finetune" are the paper's baselines, a
-            frozen tower without prompts and a tower that is trained.
+        backbone: "prompt" keeps CLIP frozen and learns prompts; the paper's baselines are "fixed", a frozen tower
+            without prompts, and "finetune", a tower that is trained.
         num_prompts: prompts a block (10 on VOC, 35 on Context, 100 on COCO-Stuff; Fig. 6).
         prompt_depth: see `VisualPrompts`; None is deep, in every block. Of Table 8, "1" is 0, "1-3" is 2 and "4-12" is
             -9.
@@ -48,17 +47,11 @@ class ZegCLIPOptions(OneStageOptions):
         ffn_ratio: hidden width of its feed-forward part over its width.
         dropout: dropout in the decoder.
         init: "random" is the released initialisation. "clip-similarity" starts from CLIP's own comparison of patches
-            and words (queries are the text embeddings, the decoder changes nothing), which a short training needs: from
-            random weights a decoder takes thousands of steps to find that comparison.
+            and words, which a short training needs, see `lexiseg.models.clip_similarity`.
         class_embedding_twice: a quirk of the released code: the class embedding is added twice. Converted checkpoints
             need it; a model trained here does better with what CLIP was trained with.
         position_interpolation: how position embeddings follow the resolution.
     """
-
-    weights_depend_on = OneStageOptions.weights_depend_on | {
-        *("backbone", "num_prompts", "prompt_depth", "descriptor", "decoder_layers", "decoder_heads", "ffn_ratio"),
-        *("class_embedding_twice", "position_interpolation"),
-    }
 
     backbone: Literal["prompt", "fixed", "finetune"] = "prompt"
     num_prompts: Count = 10
@@ -72,6 +65,11 @@ class ZegCLIPOptions(OneStageOptions):
     init: Literal["random", "clip-similarity"] = "random"
     class_embedding_twice: bool = False
     position_interpolation: Interpolation = "bilinear"
+
+    weights_depend_on = OneStageOptions.weights_depend_on | {
+        *("backbone", "num_prompts", "prompt_depth", "descriptor", "decoder_layers", "decoder_heads", "ffn_ratio"),
+        *("class_embedding_twice", "position_interpolation"),
+    }
 
 
 class VisualPrompts(nn.Module):
@@ -114,13 +112,8 @@ class VisualPrompts(nn.Module):
         nn.init.kaiming_normal_(self.proj.weight, a=0, mode="fan_out")
 
     def forward(self) -> dict[int, Tensor]:
-        """Return the prompts (1, P, W) that enter each block, by block index, mapped and after dropout.
-
-        One mask of dropout serves the whole batch, so that prompts are the same for all images and their keys and
-        values are computed once.
-        """
-        tables: list[Tensor] = [table for table in (self.embeddings, self.deep_embeddings) if table is not None]
-        rows = self.dropout(self.proj(torch.cat(tables)))
+        """Return the prompts (1, P, W) that enter each block, by block index: one dropout mask for the whole batch."""
+        rows = self.dropout(self.proj(torch.cat([t for t in (self.embeddings, self.deep_embeddings) if t is not None])))
         first = self.num_blocks + self.depth if self.depth < 0 else 0
         return {first + index: row[None] for index, row in enumerate(rows)}
 
@@ -129,9 +122,8 @@ class VisualPrompts(nn.Module):
 
         Args:
             num_patches: patches of an image.
-            keep_rows: in deep and reverse mode let the prompts be rows of their own, as in the authors' code, instead
-                of keys and values only. The class token and the patches come out the same; it costs time and exists
-                so that the blocks' full outputs can be compared.
+            keep_rows: let the prompts always be rows of their own, as in the authors' code, instead of keys and values
+                only where their outputs are thrown away. The rest comes out the same; it is slower, for comparisons.
         """
         prompts = self()
 
@@ -151,12 +143,11 @@ class VisualPrompts(nn.Module):
         return before_block
 
 
-@dataclass(frozen=True)
-class Head:
+class Head(NamedTuple):
     """A decoder, and the linear map that makes its queries of descriptors or text."""
 
-    query_proj: nn.Linear
     decoder: MaskDecoder
+    query_proj: nn.Linear
 
 
 class ZegCLIP(OneStageModel):
@@ -176,6 +167,7 @@ class ZegCLIP(OneStageModel):
     system: ClassVar[str] = "zegclip"
     options_class: ClassVar[type[ModelOptions]] = ZegCLIPOptions
     options: ZegCLIPOptions
+    init_decoder = staticmethod(init_matching_decoder)
 
     def __init__(self, clip: CLIP, options: ZegCLIPOptions | None = None, seen_names: Sequence[str] = ()) -> None:
         super().__init__(clip, options or self.parse_options({}), tuple(seen_names))
@@ -184,8 +176,6 @@ class ZegCLIP(OneStageModel):
         if self.options.init == "clip-similarity":
             self.init_from_clip_similarity()
         self.set_trainable()
-
-    # What is built.
 
     def build_prompts(self) -> None:
         """Make what changes the image tower."""
@@ -198,7 +188,7 @@ class ZegCLIP(OneStageModel):
             )
 
     def build_heads(self) -> None:
-        """Make what decodes: here one head, of a linear map for the queries and a decoder."""
+        """Make what decodes: here one head."""
         self.query_proj, self.decoder = self.build_query_proj(), self.build_decoder()
 
     def build_query_proj(self) -> nn.Linear:
@@ -207,17 +197,12 @@ class ZegCLIP(OneStageModel):
 
     def build_decoder(self) -> MaskDecoder:
         """Make the decoder of a head."""
-        options = self.options
-        dim, layers, heads = self.clip.embed_dim, options.decoder_layers, options.decoder_heads
-        return MaskDecoder(dim, layers, heads, options.ffn_ratio, options.dropout)
+        options, dim = self.options, self.clip.embed_dim
+        return MaskDecoder(dim, options.decoder_layers, options.decoder_heads, options.ffn_ratio, options.dropout)
 
     def init_from_clip_similarity(self) -> None:
         """Let the heads start from CLIP's own comparison of patches and words."""
-        self.init_head(self.heads()[0], patch_directions(self.clip.visual.proj))
-
-    def init_head(self, head: Head, basis: Tensor, *, silent: bool = False) -> None:
-        """Let one head start so; see `lexiseg.models.clip_similarity`."""
-        init_matching_decoder(head.decoder, head.query_proj, basis, silent=silent)
+        self.init_decoder(*self.heads()[0], patch_directions(self.clip.visual.proj))
 
     def frozen_names(self) -> tuple[str, ...]:
         """Beginnings of the names of parameters outside CLIP that do not train."""
@@ -229,8 +214,6 @@ class ZegCLIP(OneStageModel):
         frozen = ("clip.", *self.frozen_names())
         names = [name for name, _ in self.named_parameters()]
         return tuple(name for name in names if name.startswith(tower) or not name.startswith(frozen))
-
-    # The image: through the tower, once.
 
     def before_block(self, grid: tuple[int, int], *, keep_rows: bool = False) -> BeforeBlock | None:
         """The function that changes the tokens in front of each block, of a grid (h, w)."""
@@ -270,11 +253,9 @@ class ZegCLIP(OneStageModel):
         size = (int(images.shape[-2]), int(images.shape[-1]))
         return ImageFeatures(size, {"cls": cls, "patches": patches.unflatten(1, result.grid)})
 
-    # The words: queries, and their masks.
-
     def heads(self) -> list[Head]:
         """The decoders whose mask logits are summed."""
-        return [Head(self.query_proj, self.decoder)]
+        return [Head(self.decoder, self.query_proj)]
 
     def memories(self, features: ImageFeatures) -> list[Tensor]:
         """The patches (B, h, w, D) that each of the `heads` sees."""
@@ -296,13 +277,7 @@ class ZegCLIP(OneStageModel):
     def grid_logits(
         self, features: ImageFeatures, text: Tensor, traces: list[list[DecoderTrace]] | None = None
     ) -> Tensor:
-        """Mask logits (B, C, h, w), float32, of classes ``text`` (C, D), before any resize.
-
-        Args:
-            features: from `encode_images`.
-            text: (C, D).
-            traces: a list that receives the trace of each head, for comparisons.
-        """
+        """See `OneStageModel.grid_logits`; ``traces`` receives the trace of each head, for comparisons."""
         cls, heads, memories = features.values["cls"], self.heads(), self.memories(features)
         grid = (int(memories[0].shape[1]), int(memories[0].shape[2]))
         pairs = zip(heads, memories, strict=True)

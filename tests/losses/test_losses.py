@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from lexiseg.errors import LexisegError
 from lexiseg.losses.exclusive import exclusive_logits, exclusive_losses
 from lexiseg.losses.masks import count_masks, mask_losses, pixel_accuracy, pseudo_labels
+from lexiseg.losses.ssim import ssim_loss
 
 
 def plain_losses(logits: Tensor, labels: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
@@ -144,3 +145,21 @@ def test_the_sigmoid_of_exclusive_logits_is_the_softmax() -> None:
     assert torch.isfinite(result).all()
     torch.testing.assert_close(result.sigmoid(), logits.softmax(1), rtol=1e-4, atol=1e-7)
     assert torch.isfinite(exclusive_logits(logits[:, :1])).all()
+
+
+def test_similarity_and_its_gradient() -> None:
+    torch.manual_seed(0)
+    values = torch.randn(2, 3, 6, 5, dtype=torch.float32, requires_grad=True)
+    labels = torch.randint(0, 3, (2, 12, 10))
+    labels[0, :4] = 255
+    loss = ssim_loss(values, labels, weight=2.0)
+    loss.backward()
+    assert values.grad is not None
+    step = 1e-2 * torch.randn_like(values)
+    with torch.no_grad():
+        ahead, behind = (ssim_loss(values + sign * step, labels, weight=2.0) for sign in (1, -1))
+    assert float((ahead - behind) / 2) == pytest.approx(float((values.grad * step).sum()), rel=0.02, abs=1e-4)
+    perfect = torch.stack([(labels == index).float() for index in range(3)], dim=1)
+    assert float(ssim_loss(perfect, labels)) == pytest.approx(0.0, abs=1e-4)
+    with pytest.raises(LexisegError, match="label is 7"):
+        ssim_loss(values, torch.full((2, 12, 10), 7))

@@ -1,4 +1,4 @@
-"""The systems: each inherits the one tester, and adds what is its own."""
+"""ZegCLIP and its baselines: the one tester, and what is their own."""
 
 from __future__ import annotations
 

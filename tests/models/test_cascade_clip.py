@@ -1,7 +1,9 @@
-"""Cascade-CLIP and SPT-SEG: the one tester, and what is their own."""
+"""Cascade-CLIP: the one tester, its groups, aggregations and bases."""
 
 from __future__ import annotations
 
+import copy
+import math
 from typing import Any, ClassVar, cast
 
 import pytest
@@ -11,12 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lexiseg.errors import LexisegError
-from lexiseg.losses.ssim import ssim_loss
-from lexiseg.models import SYSTEMS, CascadeCLIP, CascadeCLIPOptions, SegmentationModel, SPTSeg, ZegCLIP
+from lexiseg.models import CascadeCLIP, CascadeCLIPOptions, SegmentationModel, SPTSeg, ZegCLIP
 from lexiseg.models.cascade_clip import WeightedSum, format_groups, parse_groups
-from lexiseg.models.one_stage import OneStageModel
-from lexiseg.models.spt_seg import SpectralFilter, SpectralGuide
-from lexiseg.recipes import TrainSettings
 from tests.system_tester import DIM, SystemTester
 from tests.towers import small_clip, unit_rows
 
@@ -29,7 +27,7 @@ def cascade(**options: Any) -> CascadeCLIP:
 
 
 def logits(model: SegmentationModel, images: Tensor, text: Tensor) -> Tensor:
-    assert isinstance(model, OneStageModel)
+    assert isinstance(model, ZegCLIP)
     with torch.no_grad():
         return model.grid_logits(model.encode_images(images), text)
 
@@ -75,67 +73,6 @@ class TestCascadeOnSPT(SystemTester):
     options: ClassVar = {**CASCADE, "base": "spt-seg", "init": "clip-similarity", "level_projection": "clip"}
 
 
-class TestSPTSeg(SystemTester):
-    system = "spt-seg"
-    options: ClassVar = {"num_prompts": 3, "init": "clip-similarity"}
-
-    def test_the_filter_trains_unless_told_otherwise(self, model: SegmentationModel) -> None:
-        assert "spectral.weight" in model.trainable_names()
-        frozen = SPTSeg.build(small_clip(), {**self.options, "train_filter": False})
-        assert "spectral.weight" not in frozen.trainable_names()
-
-    def test_the_second_loss_is_the_similarity(self, model: SegmentationModel) -> None:
-        losses = model.losses(self.images(), self.labels(), unit_rows(4, DIM))
-        assert set(losses) == {"loss", "loss_mask", "loss_ssim"}
-        torch.testing.assert_close(losses["loss"].detach(), losses["loss_mask"] + losses["loss_ssim"])
-
-
-# ---- options ----
-
-
-@pytest.mark.parametrize(
-    ("system", "options", "words"),
-    [
-        ("zegclip", {"seen_offset": float("nan")}, "'seen_offset' of zegclip .* finite"),
-        ("zegclip", {"mask_size": 0}, "'mask_size'"),
-        ("zegclip", {"short_side": -5}, "'short_side'"),
-        ("zegclip", {"window_size": 0}, "'window_size'"),
-        ("zegclip", {"window_size": 8, "window_stride": -1}, "'window_stride'"),
-        ("zegclip", {"window_size": 8, "window_stride": 9}, "do not fit each other: a window_stride of 9"),
-        ("zegclip", {"mask_weight": -5}, "'mask_weight'"),
-        ("cascade-clip", {"std": [0, 0, 0]}, r"'std\.0'"),
-        ("cascade-clip", {"mean": [0.5, 0.5]}, r"'mean\.2'"),
-        ("cascade-clip", {"aggregation": "mean"}, "'aggregation' of cascade-clip is wrong: Input should be 'nga'"),
-        ("cascade-clip", {"aggregation": ["nga", "mean"]}, r"'aggregation\.1'"),
-        ("dense-clip", {"window_size": 8, "window_stride": 9}, "do not fit"),
-        ("deop", {"std": [1, 0, 1]}, r"'std\.1'"),
-        ("deop", {"short_side": 0}, "'short_side'"),
-        ("deop", {"long_side": 0}, "'long_side'"),
-        ("deop", {"alpha": [0.5, 3]}, r"'alpha\.1' .* less than or equal to 1"),
-        ("deop", {"dice_weight": -1}, "'dice_weight'"),
-        ("zsseg", {"proposals": {"kind": "sam", "foo": 1}}, r"no option 'proposals\.foo'"),
-        ("zsseg", {"criterion": {"mask_weight": -1}}, r"'criterion\.mask_weight'"),
-        ("zsseg", {"ensemble": {"weight": float("nan")}}, r"'ensemble\.weight' .* finite"),
-    ],
-)
-def test_values_that_make_no_sense(system: str, options: dict[str, Any], words: str) -> None:
-    with pytest.raises(LexisegError, match=words):
-        SYSTEMS[system].parse_options(options)
-
-
-@pytest.mark.parametrize("key", ["lr", "weight_decay", "clip_norm", "min_lr"])
-def test_numbers_of_the_loop_are_finite(key: str) -> None:
-    with pytest.raises(ValueError, match="finite"):
-        TrainSettings.model_validate({"steps": 1, "batch_size": 1, "lr": 1.0, key: float("inf")})
-
-
-def test_the_resize_before_the_windows_is_an_option() -> None:
-    assert cascade().window.antialias and not cascade(antialias=False).window.antialias
-
-
-# ---- groups ----
-
-
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.sets(st.integers(1, 40), min_size=1).map(lambda group: tuple(sorted(group))), min_size=1))
 def test_groups_are_read_as_they_are_written(groups: list[tuple[int, ...]]) -> None:
@@ -162,7 +99,7 @@ def test_groups_of_the_paper() -> None:
 
 @pytest.mark.parametrize("text", ["6-8", "{}", "{6-8},{}", "{8-6}", "{3,3}", "{0}", "{a}", [[2, 1]], [], "{1-99999}"])
 def test_wrong_groups_are_one_sentence(text: Any) -> None:
-    with pytest.raises(LexisegError, match="'groups' of cascade-clip is wrong"):
+    with pytest.raises(LexisegError, match="'cascade-clip' has a wrong value for 'groups'"):
         CascadeCLIP.parse_options({"groups": text})
 
 
@@ -205,10 +142,55 @@ def test_the_weights_of_the_gaussian() -> None:
     torch.testing.assert_close(WeightedSum(3, None)(levels), levels[0] + levels[1] + levels[2])
 
 
-# ---- starts ----
+def test_the_weights_as_printed() -> None:
+    weights = WeightedSum(3, 1.0, nearest=1).weights.detach()
+    torch.testing.assert_close(weights, torch.tensor([0.0111, 0.1353, 0.6065]), rtol=0, atol=1e-4)  # Eq. 4
 
 
-def test_a_matching_cascade_starts_as_a_matching_zegclip() -> None:
+def test_raw_tokens_are_joined_before_their_projection() -> None:
+    """Of one block a group it is the same as joining what was projected; of several it is Eq. 4."""
+    images, text = torch.randn(1, 3, 16, 24), unit_rows(3, DIM)
+    groups = {"groups": "{1},{3},{4}", "level_projection": "clip"}
+    raw, projected = (cascade(**groups, aggregate=how) for how in ("raw", "projected"))
+    raw.load_state_dict(projected.state_dict())
+    torch.testing.assert_close(logits(raw, images, text), logits(projected, images, text))
+    model = cascade(groups="{1-2},{3-4}", aggregate="raw", aggregation="nga-printed").eval()
+    with torch.no_grad():
+        result = model.run_tower(images, levels=range(4))
+        for group, blocks in enumerate(((0, 1), (2, 3))):
+            first, second = (result.levels[block][:, -6:] for block in blocks)
+            joined = math.exp(-2.0) * first + math.exp(-0.5) * second
+            expected = model.project_level(group, joined).unflatten(1, (2, 3))
+            torch.testing.assert_close(model.encode_images(images).values[f"group_{group}"], expected)
+    model.losses(images, torch.randint(0, 3, (1, 16, 24)), text)["loss"].backward()
+    assert all(parameter.grad is not None for _, parameter in model.trainable_parameters())
+
+
+def test_prediction_from_any_subset_of_decoders() -> None:
+    whole = cascade()
+    images, text = torch.randn(1, 3, 16, 24), unit_rows(3, DIM)
+
+    def part(*numbers: int) -> Tensor:
+        model = cascade(predict_with=numbers)
+        model.load_state_dict(whole.state_dict())
+        return logits(model, images, text)
+
+    torch.testing.assert_close(part(1, 3) + part(2), logits(whole, images, text), rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(part(1), part(3))
+    assert len(cascade(predict_with=[2]).train().heads()) == 3, "all of them train"
+    for wrong in ([], [4], [1, 1], [0]):
+        with pytest.raises(LexisegError, match="predict_with"):
+            CascadeCLIP.parse_options({**CASCADE, "predict_with": wrong})
+
+
+def test_on_spt_seg_it_is_both() -> None:
+    model = cascade(base="spt-seg")
+    assert isinstance(model, SPTSeg) and model.system == "cascade-clip" and type(cascade()) is CascadeCLIP
+    again = copy.deepcopy(model)
+    assert type(again) is type(model) and again.options == model.options
+
+
+def test_a_cascade_starts_from_clip_similarity_as_zegclip_does() -> None:
     options = {"num_prompts": 3, "decoder_heads": 4, "init": "clip-similarity"}
     images, text = torch.randn(1, 3, 32, 32), unit_rows(5, DIM)
     torch.manual_seed(0)
@@ -223,62 +205,9 @@ def test_a_matching_cascade_starts_as_a_matching_zegclip() -> None:
         assert float(key.weight.grad.abs().max()) > 0
 
 
-def test_a_matching_start_needs_something_to_compare() -> None:
+def test_clip_similarity_needs_something_to_compare() -> None:
     with pytest.raises(LexisegError, match=r"no group of \{1-2\},\{3\} has the last block"):
         cascade(groups="{1-2},{3}", init="clip-similarity")
     cascade(groups="{1-2},{3}", init="clip-similarity", level_projection="clip")
     with pytest.raises(LexisegError, match="put the last block in a group of its own"):
         cascade(groups="{1-2},{3-4}", init="clip-similarity", aggregation="concat")
-    with pytest.raises(LexisegError, match="two layers at least"):
-        SPTSeg.build(small_clip(), {"init": "clip-similarity", "decoder_layers": 1})
-
-
-# ---- the spectral parts ----
-
-
-def test_the_filter_of_ones_adds_the_product_itself() -> None:
-    module = SpectralFilter((6, 8), 5)
-    with torch.no_grad():
-        module.weight.copy_(torch.tensor([1.0, 0.0]).expand_as(module.weight))
-    for grid in [(6, 8), (5, 7), (1, 1), (12, 3)]:
-        patches, cls = torch.randn(2, grid[0] * grid[1], 5), torch.randn(2, 1, 5)
-        torch.testing.assert_close(module(patches, cls, grid), patches * cls, rtol=1e-4, atol=1e-5)
-
-
-def test_a_low_pass_stays_one_on_other_grids() -> None:
-    module = SpectralFilter((8, 8), 1)
-    with torch.no_grad():
-        rows, columns = torch.fft.fftfreq(8).abs()[:, None], torch.fft.rfftfreq(8)[None]
-        module.weight.copy_((1 - rows - columns)[..., None, None] * torch.tensor([1.0, 0.0]))
-    for grid in [(16, 16), (4, 6), (11, 9)]:
-        expected = 1 - torch.fft.fftfreq(grid[0]).abs()[:, None] - torch.fft.rfftfreq(grid[1])[None]
-        torch.testing.assert_close(module.transfer(grid).real[..., 0], expected, rtol=0, atol=1e-5)
-
-
-def test_where_z_points_away_from_the_prompt_it_is_zero() -> None:
-    guide = SpectralGuide(16)
-    memory = unit_rows(30, 16, seed=2)[None]
-    z = guide(memory, (5, 6))
-    assert z.shape == (1, 30, 16)
-    with torch.no_grad():
-        guide.prompt.mul_(-1)
-    other = guide(memory, (5, 6))
-    assert bool(((z == 0).all(-1) | (other == 0).all(-1)).all())
-
-
-def test_similarity_and_its_gradient() -> None:
-    torch.manual_seed(0)
-    values = torch.randn(2, 3, 6, 5, dtype=torch.float32, requires_grad=True)
-    labels = torch.randint(0, 3, (2, 12, 10))
-    labels[0, :4] = 255
-    loss = ssim_loss(values, labels, weight=2.0)
-    loss.backward()
-    assert values.grad is not None
-    step = 1e-2 * torch.randn_like(values)
-    with torch.no_grad():
-        ahead, behind = (ssim_loss(values + sign * step, labels, weight=2.0) for sign in (1, -1))
-    assert float((ahead - behind) / 2) == pytest.approx(float((values.grad * step).sum()), rel=0.02, abs=1e-4)
-    perfect = torch.stack([(labels == index).float() for index in range(3)], dim=1)
-    assert float(ssim_loss(perfect, labels)) == pytest.approx(0.0, abs=1e-4)
-    with pytest.raises(LexisegError, match="label is 7"):
-        ssim_loss(values, torch.full((2, 12, 10), 7))

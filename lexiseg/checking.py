@@ -65,8 +65,8 @@ def _written(loc: Sequence[str | int], values: Any) -> list[str]:
     for part in loc:
         if isinstance(values, Mapping) and part in values:
             values = values[part]
-        elif isinstance(values, list | tuple) and isinstance(part, int):
-            values = values[part] if part < len(values) else None
+        elif isinstance(values, list | tuple) and isinstance(part, int) and part < len(values):
+            values = values[part]
         else:
             continue
         written.append(str(part))

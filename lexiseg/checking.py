@@ -63,13 +63,10 @@ def _written(loc: Sequence[str | int], values: Any) -> list[str]:
     """The keys of a location of pydantic that are there in the values, without its names of a union's members."""
     written: list[str] = []
     for part in loc:
-        if isinstance(values, Mapping) and part in values:
+        listed = isinstance(values, list | tuple) and isinstance(part, int) and part < len(values)
+        if listed or (isinstance(values, Mapping) and part in values):
             values = values[part]
-        elif isinstance(values, list | tuple) and isinstance(part, int) and part < len(values):
-            values = values[part]
-        else:
-            continue
-        written.append(str(part))
+            written.append(str(part))
     return written
 
 

@@ -30,11 +30,11 @@ from tests.towers import small_clip
         ("deop", {"std": [1, 0, 1]}, r"'std\.1'"),
         ("deop", {"short_side": 0}, "'short_side'"),
         ("deop", {"long_side": 0}, "'long_side'"),
-        ("deop", {"alpha": [0.5, 3]}, r"'alpha\.1' .* less than or equal to 1"),
+        ("deop", {"alpha": [0.5, 3]}, r"'alpha\.1': .* less than or equal to 1"),
         ("deop", {"dice_weight": -1}, "'dice_weight'"),
         ("zsseg", {"proposals": {"kind": "sam", "foo": 1}}, r"unknown option 'proposals\.foo'"),
         ("zsseg", {"criterion": {"mask_weight": -1}}, r"'criterion\.mask_weight'"),
-        ("zsseg", {"ensemble": {"weight": float("nan")}}, r"'ensemble\.weight' .* finite"),
+        ("zsseg", {"ensemble": {"weight": float("nan")}}, r"'ensemble\.weight': .* finite"),
     ],
 )
 def test_values_that_make_no_sense(system: str, options: dict[str, Any], words: str) -> None:

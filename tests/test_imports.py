@@ -48,7 +48,7 @@ ALLOWED: dict[str, set[str]] = {
     "losses": {"errors", "label_ids", "proposals"},
     "refine": {"errors", "scores", "proposals"},
     "clip": WORDS | {"catalog", "hub"},
-    "models": WORDS | {"refine", "clip", "scores", "proposals", "regions", "losses", "windows"},
+    "models": WORDS | {"checking", "refine", "clip", "scores", "proposals", "regions", "losses", "windows"},
     "weights": WORDS | {"catalog", "hub", "clip", "proposals", "models"},
     "data": WORDS | {"images", "notes", "windows"},
     "pictures": {"errors", "words", "images", "models", "scores", "windows"},

@@ -17,6 +17,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lexiseg.clip.blocks import token_values
 from lexiseg.clip.model import CLIP
 from lexiseg.clip.text import TextEmbedder
 from lexiseg.errors import LexisegError, LexisegWarning
@@ -183,16 +184,17 @@ class CATSeg(SegmentationModel):
             # What becomes of a prompt is thrown away after each block, so it is only attended to.
             return tokens, prompts[index][None] if prompts is not None and index < len(prompts) else None
 
-        result = tower.run(tokens, grid, before_block=before_block, levels=self.guidance_blocks, stop=last)
-        block = tower.visual.transformer.resblocks[last]
-        # The shortcut around the attention is the class token's, for every token (released code).
-        # The weights are taken from all three projections so that the idle query projection has a gradient of zero and
-        # decays, as theirs does.
-        attention, rows = block.attn, slice(2 * tower.width, None)
-        values = F.linear(block.ln_1(result.tokens), attention.in_proj_weight[rows], attention.in_proj_bias[rows])
-        x = result.tokens[:, :1] + attention.out_proj(values)
-        tokens = x + block.mlp(block.ln_2(x))
-        return tokens, {**result.levels, **({last: tokens} if last in self.guidance_blocks else {})}, grid
+        levels = self.guidance_blocks
+        before = tower.run(tokens, grid, before_block=before_block, levels=levels, stop=last)
+
+        def value_path(attention: nn.MultiheadAttention, x: Tensor, context: Tensor | None) -> Tensor:
+            # The shortcut around the attention is the class token's, for every token (released code).
+            return before.tokens[:, :1] + attention.out_proj(token_values(attention, x))
+
+        after = tower.run(
+            before.tokens, grid, attention={last: value_path}, residual={last: 0.0}, levels=levels, first=last
+        )
+        return after.tokens, {**before.levels, **after.levels}, grid
 
     def encode_images(self, images: Tensor) -> ImageFeatures:
         """Run the image tower; see `SegmentationModel.encode_images`.

@@ -23,7 +23,7 @@ from benchmarks.cost.decoupled import (
     ZSSegMaftCase,
     sam_steps,
 )
-from benchmarks.cost.one_stage import CascadeCLIPCase, SPTSegCase, ZegCLIPCase
+from benchmarks.cost.one_stage import CascadeCLIPCase, CATSegCase, SPTSegCase, ZegCLIPCase
 from benchmarks.cost.page import explanation, page, short_table
 from benchmarks.cost.table import _CASES, CostRow, CostTable, cost_systems, measure_cost, speed_ratios
 from lexiseg.errors import LexisegError
@@ -328,3 +328,17 @@ def test_every_row_says_how_its_paper_counts() -> None:
     assert variants <= set(cost_systems())
     assert {f"{host}+maft" for host in ("zegformer", "zsseg", "freeseg")} <= set(cost_systems())
     assert all(case.convention.endswith(".") for case in _CASES)
+
+
+@pytest.mark.slow
+def test_cat_seg_computes_less_than_its_code() -> None:
+    """What padding tokens and guidance cost for each class, worked out here once more from one class to the next."""
+    case = CATSegCase()
+    model = case.build(512).eval()
+    assert (model.num_parameters(), model.num_parameters(trainable=True)) == (154_289_378, 25_115_873)
+    ours, *more = case.steps(model)
+    shape, images = shapes_of(model), torch.empty(1, 3, 384, 384, device="meta")
+    one, two = (count(lambda n=n: shape(images, torch.empty(n, 512, device="meta"))).macs for n in (1, 2))
+    # A class costs the same whichever it is, but for what is computed once for each 32 of them in the decoder.
+    assert abs(5 * (one + 170 * (two - one)) - ours.macs) < 0.01 * ours.macs
+    assert [round(step.macs / 1e9) for step in (ours, *more)] == [1351, 108, 96, 72]

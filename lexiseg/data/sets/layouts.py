@@ -143,7 +143,7 @@ def is_labelme(path: Path) -> bool:
             head = file.read(4096)
     except OSError:  # whoever reads it says so
         return False
-    return b'"shapes"' in head or b'"imagePath"' in head
+    return any(key in head for key in (b'"shapes"', b'"imagePath"', b'"imageData"'))
 
 
 def own_splits(root: Path) -> tuple[str, ...]:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lexiseg.clip.text import TextEmbedder
 from lexiseg.data.base import SegmentationDataset, remap_to_seen, seen_ids
+from lexiseg.data.sets.dataset import nothing_labelled
 from lexiseg.data.transforms import Pipeline
 from lexiseg.errors import LexisegError
 from lexiseg.evaluation.report import Report
@@ -132,10 +133,7 @@ class SegmentationTask(Task):
         everything = list(range(len(dataset.vocabulary)))
         self.seen = everything if setting == "supervised" else seen_ids(dataset.vocabulary) or everything
         if not any(bool(torch.isin(label, torch.tensor(self.seen)).any()) for label in _labels(dataset)):
-            raise LexisegError(
-                "There is no pixel of a trained class in all training labels, so there is nothing to train on; "
-                "`lexiseg data verify` says which values they hold."
-            )
+            raise LexisegError(nothing_labelled("train"))
         self.seen_classes = torch.tensor([entry.seen is True for entry in self.vocabulary.classes])
         self.text = model.embed_text(TextEmbedder(model.clip, cache_dir), self.vocabulary)
         self._segmenter = Segmenter(

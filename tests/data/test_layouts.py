@@ -312,7 +312,7 @@ def test_no_pixel_of_any_class(tmp_path: Path) -> None:
     parts_in_kinds(tmp_path)
     _masks(tmp_path / "masks/Train", PARTS["train"], values=np.full(SIZE, 255))
     (finding,) = verify("own", tmp_path, workers=1).errors
-    assert finding.kind == "no-labels" and "nothing to learn" in finding.problem
+    assert finding.kind == "no-labels" and "nothing to train on" in finding.problem
 
 
 def test_a_split_of_another_name(tmp_path: Path) -> None:

@@ -232,8 +232,9 @@ def value_name(kind: LabelKind, value: int) -> str:
 
 
 def nothing_labelled(split: str) -> str:
-    """The sentence for a split in which no pixel has a class."""
+    """The sentence for a split in which no pixel has a class that counts."""
+    which, what = ("a trained", "train on") if split.startswith("train") else ("any", "judge")
     return (
-        f"No label of the split '{split}' has a pixel of any class, so there is nothing to learn or to judge; check "
-        "what the values of the masks stand for."
+        f"There is no pixel of {which} class in all labels of the split '{split}', so there is nothing to {what}; "
+        "check what the values of the masks stand for."
     )

@@ -264,8 +264,9 @@ def _check_split(files: SplitFiles, workers: int, progress: Progress | None) -> 
         ignored += check.ignored
         unknown += check.unknown
     where = str(files.items[0].label.parent) if files.items else ""
-    if counts.any():
-        classes = files.vocabulary.classes
+    classes = files.vocabulary.classes
+    trained = np.array([files.split == "val" or entry.seen is not False for entry in classes], bool)
+    if counts[trained].any():
         # Masks of unseen classes are left out of training on purpose.
         hidden = {entry.name for entry in classes if entry.seen is False} if files.split != "val" else set()
         empty = [name for index in np.flatnonzero(counts == 0) if (name := classes[int(index)].name) not in hidden]

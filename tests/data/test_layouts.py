@@ -228,6 +228,13 @@ def test_an_outline_of_an_odd_number_of_coordinates_is_named(tmp_path: Path) -> 
     assert "annotation 7" in finding.problem and "7 coordinates, an odd number" in finding.problem
 
 
+def test_what_is_ignored_wins_over_a_class(tmp_path: Path) -> None:
+    camvid(tmp_path)
+    for text in ("cat\n11: (ignore)\n", "classes: [cat, b, c, d, e, f, g, h, i, j, k, Void]\nignore: [11]\n"):
+        _write(tmp_path / "classes.txt", text)
+        np.testing.assert_array_equal(open_data_set("own", tmp_path, "val")[0].label.numpy(), LABEL)
+
+
 # One line a kind, in both directions.
 
 

@@ -241,6 +241,7 @@ def _reading(listed: ClassList, files: Mapping[str, Path], ignore: int, root: Pa
     kind = LabelKind.index if ignore == IGNORE_INDEX else LabelKind.wide
     numbered = all(one.value is not None for one in classes)
     id_map = {index if one.value is None else one.value: index for index, one in enumerate(classes)}
+    id_map = {value: index for value, index in id_map.items() if value not in listed.ignored}
     if len(classes) <= 2 and IGNORE_INDEX not in (*id_map, *listed.ignored) and _are_black_and_white(paths):
         name = classes[-1].name
         raise DataSetError(

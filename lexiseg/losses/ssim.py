@@ -101,10 +101,10 @@ def _ssim(x: Tensor, resize: _Sides, window: _Sides, target: Tensor | None) -> T
     variance = apply(window, large * large) - mean * mean
     if target is None:
         return _C1 * _C2 / ((mean * mean + _C1) * (variance + _C2))
-    share = apply(window, target)  # also the mean of the squares, which are the masks themselves
-    covariance = apply(window, large * target) - mean * share
-    top = (2 * mean * share + _C1) * (2 * covariance + _C2)
-    return top / ((mean * mean + share * share + _C1) * (variance + share - share * share + _C2))
+    covered = apply(window, target)  # also the mean of the squares, which are the masks themselves
+    covariance = apply(window, large * target) - mean * covered
+    top = (2 * mean * covered + _C1) * (2 * covariance + _C2)
+    return top / ((mean * mean + covered * covered + _C1) * (variance + covered - covered * covered + _C2))
 
 
 def _window_matrix(size: int, device: torch.device) -> Tensor:

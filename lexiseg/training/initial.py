@@ -66,12 +66,12 @@ def start_from(
     state = start.state_dict()
     shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     # The second look is ZegCLIP's model with another way to predict: what has the same tensors may be taken over.
-    related = type(start) is system or (isinstance(start, OneStageModel) and issubclass(system, OneStageModel))
+    related = start.system == system.system or (isinstance(start, OneStageModel) and issubclass(system, OneStageModel))
     alike = related and {name: tuple(value.shape) for name, value in state.items()} == shapes
     parts = [] if alike else _take_parts(start, model, initial)
     if parts:
         _log.info("Of '%s' the %s are taken: the rest is of another form.", initial, " and ".join(parts))
-    elif not alike and type(start) is not system:
+    elif not alike and start.system != system.system:
         raise LexisegError(
             f"The initial model '{initial}' is of the system '{start.system}', but the recipe trains "
             f"'{system.system}'; start from a model of that system."

@@ -80,7 +80,9 @@ def check_stated_sizes(case: Case, model: ZegCLIP) -> None:
     seen = vision_sizes(clip)
     prompts = case.tensors.get("param/backbone.prompt_embeddings")
     seen |= {} if prompts is None else {"num_tokens": prompts.shape[1], "prompt_dim": prompts.shape[2]}
-    seen["input_resolution"] = clip.image_tower.patch_size * stored_side(case)
+    # A resolution that is no multiple of the patch has as many patches as fit whole, as in CLIP's constructor.
+    patch, stated = clip.image_tower.patch_size, tower.get("input_resolution", 0)
+    seen["input_resolution"] = stated if stated // patch == stored_side(case) else patch * stored_side(case)
     case.check_stated("sizes of the tower", tower, seen)
     dim = clip.embed_dim
     levels = len(tower.get("out_indices", [0]))

@@ -25,8 +25,8 @@ def one_class(vocabulary: Vocabulary) -> None:
     (only,) = vocabulary.classes
     words = only.words if only.synonyms else [word for word in re.split(r"\s*[|/]\s*|\.(?:\s+|$)", only.name) if word]
     if len(words) > 1:
-        text = f"'{shorten(', '.join(words))}' is one class, which takes every pixel; separate classes by semicolons, "
-        text += f"'{shorten('; '.join(words))}', or as the items of a list."
+        text = f"'{shorten(', '.join(only.words))}' is one class, which takes every pixel; separate classes by "
+        text += f"semicolons, '{shorten('; '.join(words))}', or as the items of a list."
     else:
         text = f"The only class, '{shorten(only.name)}', takes every pixel; name what else is in the picture, "
         text += f"'{shorten(only.name)}; grass; sky', or give a background, such as the word 'background'."

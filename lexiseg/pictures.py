@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lexiseg.background import BackgroundSource
 from lexiseg.errors import LexisegError
 from lexiseg.images import ImageSource, image_name, read_image
 from lexiseg.scores import Scores, WindowScores
+from lexiseg.vocabulary import VocabularySource
 from lexiseg.windows import Box, WindowPolicy, check_proportions, cover, working_size
 from lexiseg.words import describe, shorten, whole_number
 
@@ -99,6 +101,31 @@ def window_policy(default: WindowPolicy, window: WindowSource = None) -> WindowP
 
 Failure = tuple[Any, LexisegError]
 """The key of a picture that could not be read, and why."""
+
+
+@dataclass(frozen=True)
+class HeldPicture:
+    """A picture that `lexiseg.segmenter.Segmenter.set_image` looked at once: `predict` only has to score words.
+
+    It belongs to whoever asked for it, so that threads which share a segmenter each hold their own.
+
+    Attributes:
+        window: how the model was run over it.
+    """
+
+    window: WindowPolicy
+    _predict: Callable[[VocabularySource, BackgroundSource], Any]
+
+    def predict(self, classes: VocabularySource, *, background: BackgroundSource = None) -> Any:
+        """Segment the picture by words; as `lexiseg.segmenter.Segmenter.predict`.
+
+        Returns:
+            A `lexiseg.segmentation.Segmentation`.
+
+        Raises:
+            LexisegError: the classes are wrong.
+        """
+        return self._predict(classes, background)
 
 
 def read_picture(key: Any, source: ImageSource, policy: WindowPolicy, max_pixels: float) -> Picture:

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, overload
 
@@ -23,6 +24,7 @@ from lexiseg.label_ids import ignore_index
 from lexiseg.models.base import ImageFeatures, SegmentationModel
 from lexiseg.pictures import (
     Failure,
+    HeldPicture,
     Picture,
     WindowSource,
     cut_windows,
@@ -48,36 +50,6 @@ class _Words:
     text: Tensor
     word_to_class: Tensor | None
     seen_words: Tensor | None
-
-
-class HeldPicture:
-    """A picture that `Segmenter.set_image` looked at once: every `predict` only has to score words.
-
-    It belongs to whoever asked for it, so that threads which share a segmenter each hold their own.
-
-    Attributes:
-        window: how the model was run over it.
-    """
-
-    def __init__(
-        self,
-        segmenter: Segmenter,
-        picture: Picture,
-        window: WindowPolicy,
-        features: Sequence[tuple[ImageFeatures, int]],
-    ) -> None:
-        self.window = window
-        self._segmenter = segmenter
-        self._picture = picture
-        self._features = tuple(features)
-
-    def predict(self, classes: VocabularySource, *, background: BackgroundSource = None) -> Segmentation:
-        """Segment the picture by words; as `Segmenter.predict`.
-
-        Raises:
-            LexisegError: the classes are wrong.
-        """
-        return self._segmenter._predict_held(self._picture, self._features, self.window, classes, background)
 
 
 class Segmenter:
@@ -232,6 +204,26 @@ class Segmenter:
             results.append(result)
         return results if many else results[0]
 
+    def __call__(
+        self, image: ImageSource | Sequence[ImageSource], candidate_labels: VocabularySource, **options: Any
+    ) -> list[dict[str, Any]] | list[list[dict[str, Any]]]:
+        """Segment as a pipeline of Hugging Face's transformers does.
+
+        Args:
+            image: as in `predict`.
+            candidate_labels: the classes, as in `predict`.
+            options: the other arguments of `predict`.
+
+        Returns:
+            `lexiseg.segmentation.Segmentation.segments`, ``[{"label", "score", "mask"}, ...]`` with masks as PIL images
+            of mode L (255 inside); of several pictures a list of such.
+
+        Raises:
+            LexisegError: as `predict`.
+        """
+        result: Any = self.predict(image, candidate_labels, **options)  # type: ignore[arg-type]
+        return [one.segments for one in result] if isinstance(result, list) else result.segments
+
     def predict_folder(
         self,
         target: str | Path | Iterable[str | Path],
@@ -287,7 +279,7 @@ class Segmenter:
                 boxes = picture.boxes[start : start + batch_size]
                 batch = self._crops([(picture, box) for box in boxes])
                 features.append((self.model.encode_images(batch), len(boxes)))
-        self._held.picture = HeldPicture(self, picture, policy, features)
+        self._held.picture = HeldPicture(policy, partial(self._predict_held, picture, tuple(features), policy))
         return self._held.picture
 
     def scores(

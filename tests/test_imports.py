@@ -51,7 +51,7 @@ ALLOWED: dict[str, set[str]] = {
     "models": WORDS | {"checking", "refine", "clip", "scores", "proposals", "regions", "losses", "windows"},
     "weights": WORDS | {"catalog", "hub", "clip", "proposals", "models"},
     "data": WORDS | {"images", "notes", "windows"},
-    "pictures": {"errors", "words", "images", "models", "scores", "windows"},
+    "pictures": WORDS | {"images", "models", "scores", "windows"},
     "segmenter": WORDS | PICTURES | MODELS | {"devices", "notes", "pictures", "windows"},
     "recipes": WORDS | {"checking", "clip", "proposals", "models", "data", "windows"},
     "labelling": WORDS | PICTURES | MODELS | {"segmenter", "windows"},

@@ -436,6 +436,18 @@ def test_twenty_megapixels_in_bounded_memory(clip: CLIP) -> None:
     assert grown < 1500, grown
 
 
+def test_the_shape_of_a_hugging_face_pipeline(clip: CLIP) -> None:
+    run, image = segmenter(Patchwork(clip)), picture(40, 50)
+    found = run(image, candidate_labels=["cat", "tree, bush", "sky"], batch_size=2)
+    expected = run.predict(image, WORDS)
+    assert [one["label"] for one in found] == [row.name for row in sorted(expected.table(), key=lambda row: row.index)]
+    for one in found:
+        assert set(one) == {"label", "score", "mask"} and isinstance(one["score"], float)
+        assert one["mask"].mode == "L" and one["mask"].size == (50, 40)
+        assert np.array_equal(np.asarray(one["mask"]) == 255, expected.mask(one["label"]).numpy())
+    assert [len(result) for result in run([image, image], WORDS)] == [len(found)] * 2
+
+
 def test_threads_that_share_a_segmenter_get_their_own_pictures(zegclip: SegmentationModel) -> None:
     zegclip.train()
     run, pictures = segmenter(zegclip), [picture(40 + index, 50, seed=index) for index in range(4)]

@@ -8,6 +8,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, overload
 
 import torch
@@ -18,7 +19,7 @@ from lexiseg.background import BackgroundSource
 from lexiseg.clip.text import TextEmbedder
 from lexiseg.devices import float32_default, pick_device, pick_dtype
 from lexiseg.errors import LexisegError
-from lexiseg.files import default_cache_folder
+from lexiseg.files import default_cache_folder, write_text
 from lexiseg.images import DEFAULT_MAX_PIXELS, ImageSource, list_images
 from lexiseg.label_ids import ignore_index
 from lexiseg.models.base import ImageFeatures, SegmentationModel
@@ -105,6 +106,45 @@ class Segmenter:
         self._lock, self._running, self._were_training = threading.Lock(), 0, list[torch.nn.Module]()
         self._note_photographs = "emoji" in model.clip.name
         self._last: tuple[Any, Any, Vocabulary] | None = None
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path, **settings: Any) -> Segmenter:
+        """`lexiseg.load` under the name that Hugging Face's libraries have for it; the arguments are its own."""
+        import lexiseg
+
+        return lexiseg.load(name, **settings)
+
+    def save_pretrained(self, folder: str | Path) -> Path:
+        """Write the model as a folder with a card, which `lexiseg.load` reads.
+
+        Raises:
+            LexisegError: the folder cannot be written.
+        """
+        from lexiseg.weights.folder import save_model
+        from lexiseg.weights.publish import CARD, model_card
+
+        path = save_model(self.model, folder)
+        write_text(path / CARD, model_card(path))
+        return path
+
+    def push_to_hub(self, repository: str, *, private: bool = False) -> str:
+        """Put the model on the Hugging Face hub; the token comes from ``HF_TOKEN`` or ``hf auth login``.
+
+        Args:
+            repository: ``owner/name``.
+            private: make it private.
+
+        Returns:
+            Where it is.
+
+        Raises:
+            LexisegError: there is no token, or the hub refuses.
+        """
+        from lexiseg.weights.folder import save_model
+        from lexiseg.weights.publish import push_folder
+
+        with TemporaryDirectory() as folder:
+            return push_folder(save_model(self.model, folder), repository, private=private)
 
     @property
     def device(self) -> torch.device:

@@ -16,7 +16,7 @@ import typer
 import typer.main
 
 import lexiseg
-from lexiseg.cli import benchmark, convert, data, doctor, draw, evaluate, models, predict, serve, train
+from lexiseg.cli import benchmark, convert, data, doctor, draw, evaluate, models, predict, push, serve, train
 from lexiseg.cli.console import notes, say_error
 from lexiseg.errors import LexisegError
 from lexiseg.startup import import_open_clip_lean
@@ -43,6 +43,7 @@ app.command("convert")(convert.convert)
 app.add_typer(draw.app, name="draw")
 app.add_typer(benchmark.app, name="benchmark")
 app.command("serve")(serve.serve)
+app.command("push")(push.push)
 app.command("models")(models.models)
 app.add_typer(data.app, name="data")
 app.command("doctor")(doctor.doctor)

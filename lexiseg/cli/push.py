@@ -1,0 +1,30 @@
+"""``lexiseg push``: a model folder on the Hugging Face hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lexiseg.cli.console import say, waiting
+
+
+def push(
+    folder: Annotated[Path, typer.Argument(help="A model that train or convert wrote.", show_default=False)],
+    repository: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="Its name on the hub.", show_default=False)],
+    private: Annotated[bool, typer.Option("--private", help="Make the repository private.")] = False,
+    card: Annotated[bool, typer.Option("--card", help="Print the model card and send nothing.")] = False,
+) -> None:
+    """Put a model folder on the Hugging Face hub, with a card made from its run.
+
+    The token comes from HF_TOKEN or `hf auth login`.
+    """
+    from lexiseg.weights.publish import model_card, push_folder
+
+    if card:
+        say(model_card(folder, repository))
+        return
+    with waiting(f"sending {folder}"):
+        address = push_folder(folder, repository, private=private)
+    say(f"it is at {address}")

@@ -1,0 +1,151 @@
+"""Model folders for other people: a card made of what the run says, and the way to the Hugging Face hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from lexiseg.errors import LexisegError
+from lexiseg.files import write_text
+from lexiseg.hub import first_line
+from lexiseg.weights.checkpoint import read_json
+from lexiseg.words import printable
+
+CARD = "README.md"
+REPORT = "report.json"
+"""What ``lexiseg evaluate -o FOLDER`` writes; beside a model, its metrics go into the card."""
+
+
+def model_card(folder: str | Path, repository: str = "OWNER/NAME") -> str:
+    """The card of a model folder: what it is, how it was trained, what was measured, licence, how to use it.
+
+    Args:
+        folder: that `lexiseg.weights.folder.save_model` wrote; a ``report.json`` of an evaluation in it gives metrics.
+        repository: its name on the hub.
+
+    Raises:
+        LexisegError: it is not a model folder.
+    """
+    folder = Path(folder)
+    config = read_json(folder / "config.json")
+    if not isinstance(config.get("system"), str):
+        raise LexisegError(f"'{printable(str(folder))}' is not a model folder; name one that train or convert wrote.")
+    about = config.get("metadata") or {}
+    clip = config.get("clip") or {}
+    tower = str(clip.get("name", "unknown"))
+    lines = [
+        "---",
+        "library_name: lexiseg",
+        "pipeline_tag: image-segmentation",
+        "tags: [open-vocabulary, zero-shot, semantic-segmentation, clip]",
+        "license: other",
+        "---",
+        "",
+        f"# {printable(str(about.get('description') or config['system']))}",
+        "",
+        f"A model of the system `{config['system']}` on the CLIP `{printable(tower)}`, in the format of lexiseg: a "
+        "picture and any list of class names in, a label for every pixel out.",
+        "",
+        "```python",
+        "import lexiseg",
+        "",
+        f'model = lexiseg.load("{repository}")',
+        'model.predict("photo.jpg", "giraffe; tree, bush; sky").overlay().save("out.png")',
+        "```",
+        "",
+        "## Training",
+        "",
+        *_training(config, about),
+        "",
+        "## Measured",
+        "",
+        *_measured(folder),
+        "",
+        "## Licence",
+        "",
+        f"The image and text towers are those of `{printable(tower)}`: {_licence(tower)} The rest was trained on the "
+        "data named above, whose terms may bind you as well.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _training(config: dict[str, Any], about: dict[str, Any]) -> list[str]:
+    facts = {
+        "data": (about.get("data") or {}).get("source"),
+        "setting": about.get("setting"),
+        "steps": about.get("steps"),
+        "batch size": about.get("batch_size"),
+        "seed": about.get("seed"),
+        "converted from": about.get("converted_from"),
+        "classes with masks": len(config.get("seen_names") or ()) or None,
+    }
+    return [f"- {name}: {printable(str(value))}" for name, value in facts.items() if value is not None] or [
+        "The folder does not say how it was trained."
+    ]
+
+
+def _measured(folder: Path) -> list[str]:
+    path = folder / REPORT
+    if not path.is_file():
+        return [f"No evaluation lies in this folder; `lexiseg evaluate ... -o FOLDER` writes a `{REPORT}`."]
+    report = read_json(path)
+    metrics = report.get("metrics") or {}
+    rows = [(name, value) for name, value in metrics.items() if isinstance(value, int | float) and name != "seconds"]
+    about = report.get("protocol") or {}
+    named = about.get("protocol") or about.get("name")
+    lines = [f"By the protocol `{printable(str(named))}`:", ""] if named else []
+    return [*lines, "| metric | value |", "|---|---|", *(f"| {printable(name)} | {value:g} |" for name, value in rows)]
+
+
+def _licence(tower: str) -> str:
+    from lexiseg.weights.auto import known_weights
+
+    for one in known_weights():
+        if one.name.partition("+")[0] == tower:
+            return f"{one.licence} ({one.source})."
+    if "emoji" in tower:
+        return "Apache-2.0; trained on drawings of Noto Color Emoji (SIL OFL 1.1)."
+    return "their licence is not known to lexiseg; ask where they came from."
+
+
+def push_folder(folder: str | Path, repository: str, *, private: bool = False) -> str:
+    """Put a model folder on the Hugging Face hub, with a card if it has none.
+
+    The token comes from ``HF_TOKEN`` or ``hf auth login``, never from an argument.
+
+    Args:
+        folder: a model folder.
+        repository: ``owner/name``; made if it is not there.
+        private: make it private.
+
+    Returns:
+        Where it is.
+
+    Raises:
+        LexisegError: it is not a model folder, there is no token, or the hub refuses.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
+
+    folder = Path(folder)
+    card = model_card(folder, repository)
+    if not (folder / CARD).is_file():
+        write_text(folder / CARD, card)
+    api = HfApi()
+    try:
+        api.create_repo(repository, private=private, exist_ok=True)
+        patterns = ["config.json", "*.safetensors", CARD, REPORT]
+        api.upload_folder(
+            repo_id=repository, folder_path=folder, allow_patterns=patterns, commit_message="lexiseg model"
+        )
+    except LocalTokenNotFoundError as error:
+        raise LexisegError("There is no token for the hub; set HF_TOKEN or run 'hf auth login'.") from error
+    except HFValidationError as error:
+        raise LexisegError(f"'{printable(repository)}' is not a name of the form OWNER/NAME on the hub.") from error
+    except (HfHubHTTPError, OSError) as error:
+        raise LexisegError(
+            f"The hub did not take '{printable(repository)}' ({first_line(error)}); check the name and the token in "
+            "HF_TOKEN, then try again."
+        ) from error
+    return f"{api.endpoint}/{repository}"

@@ -14,7 +14,7 @@ DEMO_OUT     ?= out/demo
 PRETRAINED   := lexiseg/pretrained
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow test-browser lint docs weights results benchmark clean
+.PHONY: help install demo test test-slow fuzz test-browser lint docs weights results benchmark clean
 
 help: ## List the verbs
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 24
@@ -32,6 +32,9 @@ demo: $(STAMP) ## Segment a sample picture with classes the model was trained on
 
 test: $(STAMP) ## Run every test but the slow ones
 	$(BIN)/python -m pytest
+
+fuzz: $(STAMP) ## Try 20,000 mutated inputs, ten times what `make test` tries
+	$(BIN)/python -m tests.fuzz --count 20000
 
 # Ray and Jupyter are large and only these tests need them, so `make install` leaves them out.
 $(RAY): $(STAMP)

@@ -10,6 +10,7 @@ from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 
 from lexiseg.errors import LexisegError
+from lexiseg.words import shorten
 
 _Model = TypeVar("_Model", bound=BaseModel)
 _UNKNOWN = ("extra_forbidden", "unexpected_keyword_argument")
@@ -45,15 +46,15 @@ def _fault(error: ValidationError, schema: type[BaseModel], values: Mapping[str,
 
     problem = max(problems, key=meant)
     keys = _written(problem["loc"], values)
-    key = ".".join(keys)
+    key = ".".join(map(shorten, keys))
     if problem["type"] in _UNKNOWN:
         known = _fields(schema, keys[:-1], values)
-        near = difflib.get_close_matches(keys[-1], known, n=1)
+        near = difflib.get_close_matches(shorten(keys[-1]), known, n=1)
         hint = f"did you mean '{near[0]}'?" if near else f"the {noun}s there are {', '.join(known)}."
         return f"has the unknown {noun} '{key}'; {hint}"
     if problem["type"] == "missing":
-        return f"lacks the {noun} '{'.'.join([*keys, str(problem['loc'][-1])])}'."
-    message = problem["msg"].removeprefix("Value error, ").rstrip(".")
+        return f"lacks the {noun} '{'.'.join(map(shorten, [*keys, str(problem['loc'][-1])]))}'."
+    message = shorten(problem["msg"].removeprefix("Value error, ").rstrip("."), 1000)
     if not key:  # a check of several together, which its own sentence names
         return f"contradicts itself: {message}."
     return f"has a wrong value for '{key}': {message[:1].lower()}{message[1:]}."

@@ -26,7 +26,7 @@ from typing import Any
 from lexiseg.class_forms import IGNORED, ListedClass, entries_read, lines_read, mapping_read, number_of, split_classes
 from lexiseg.colors import parse_color
 from lexiseg.errors import LexisegError
-from lexiseg.words import describe, null, refuse_unknown, shorten, word_key
+from lexiseg.words import describe, is_deep, null, refuse_unknown, shorten, word_key
 
 _MAX_FILE_BYTES = 64 * 2**20
 _ENDINGS = (".txt", ".json", ".yaml", ".yml", ".csv", ".tsv", ".names", ".list", ".lst", ".labels", ".classes", ".data")
@@ -192,6 +192,8 @@ def read_class_text(text: str, ending: str = "") -> ClassList:
 def _load_yaml(text: str) -> Any:
     import yaml
 
+    if is_deep(text):
+        raise LexisegError("The file holds lists within lists without end; write a class a line instead.")
     try:
         # The base loader leaves every scalar as text, so that classes named no, on or 2024 stay what they say.
         return yaml.load(text, Loader=yaml.BaseLoader)

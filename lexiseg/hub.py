@@ -9,20 +9,33 @@ import urllib.request
 from pathlib import Path
 
 from huggingface_hub import constants, hf_hub_download, snapshot_download, try_to_load_from_cache
-from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    RepositoryNotFoundError,
+)
 
 from lexiseg.errors import LexisegError
+from lexiseg.words import shorten
 
 _TIMEOUT_SECONDS = 5.0
 
 
 def cached(repository: str, filenames: tuple[str, ...]) -> Path | None:
-    """The first of ``filenames`` that the local cache has of a hub repository; None if it has none. Asks no one."""
-    for filename in filenames:
-        path = try_to_load_from_cache(repository, filename)
-        if isinstance(path, str):
-            return Path(path)
-    return None
+    """The first of ``filenames`` that the local cache has of a hub repository; None if it has none. Asks no one.
+
+    Raises:
+        LexisegError: no repository could be called so.
+    """
+    try:
+        paths = [try_to_load_from_cache(repository, filename) for filename in filenames]
+    except HFValidationError as error:
+        raise LexisegError(
+            f"'{shorten(repository)}' is neither here nor a name that a hub repository could have; check the name."
+        ) from error
+    return next((Path(path) for path in paths if isinstance(path, str)), None)
 
 
 def download(

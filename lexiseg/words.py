@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+import re
 import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,6 +15,9 @@ from lexiseg.errors import LexisegError
 # joiners stay: emoji and several scripts need them.
 _INVISIBLE = dict.fromkeys(map(ord, "\u200b\u2060\ufeff\u00ad"))
 _JOINERS = "\u200c\u200d"
+
+
+_DEEP = re.compile(r"(?:[\[{]\s*|- ){300}")
 
 
 def shorten(text: str, limit: int = 60) -> str:
@@ -40,6 +44,14 @@ def _shown(character: str) -> str:
         return f"\\x{code - 0xDC00:02x}"
     hidden = unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp") and character not in _JOINERS
     return character.encode("unicode_escape", "surrogatepass").decode("ascii") if hidden else character
+
+
+def is_deep(text: str) -> bool:
+    """Say whether a text of YAML or JSON begins hundreds of lists or mappings within each other, which no one writes.
+
+    A parser would need a time that grows with the square of their number, or all of Python's stack.
+    """
+    return _DEEP.search(text) is not None
 
 
 def describe(value: object) -> str:

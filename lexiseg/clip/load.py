@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
@@ -13,7 +14,6 @@ import open_clip
 import torch
 from open_clip.factory import convert_state_dict, get_model_config, load_state_dict
 from open_clip.pretrained import get_pretrained_cfg, list_pretrained_tags_by_model
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
@@ -25,7 +25,18 @@ from lexiseg.errors import LexisegError
 from lexiseg.hub import download, first_line
 from lexiseg.words import printable, shorten
 
+# A picture of 4096 pixels in patches of 16; a table of positions is not stretched further.
+_MOST_PATCHES = 256 * 256
 _HUB_WEIGHTS = (WEIGHTS_NAME, "open_clip_pytorch_model.bin")
+
+
+def local(name: str) -> Path | None:
+    """The file or folder that a name is the path of; None where there is none, or no such path could be."""
+    try:
+        path = Path(name).expanduser()
+        return path if path.exists() else None
+    except (OSError, ValueError, RuntimeError):  # over-long, with a zero byte, of a user who is not there
+        return None
 
 
 def load_clip(name: str | Path, *, device: str | torch.device = "cpu") -> CLIP:
@@ -51,7 +62,7 @@ def load_clip(name: str | Path, *, device: str | torch.device = "cpu") -> CLIP:
         LexisegError: the name is unknown (near names are listed), the weights do not fit, or the hub is out of reach.
     """
     text = str(name)
-    folder = Path(text)
+    folder = local(text)
     if text in catalog.packaged_clips():
         clip = _load_folder(catalog.PACKAGED_FOLDER / text, text)
         clip.packaged = True
@@ -59,7 +70,7 @@ def load_clip(name: str | Path, *, device: str | torch.device = "cpu") -> CLIP:
         clip = load_foreign(text)
     elif text.startswith("hf-hub:"):
         clip = _load_hub(text)
-    elif folder.is_dir():
+    elif folder is not None and folder.is_dir():
         clip = _load_folder(folder, text)
     elif "/" in text and get_model_config(text.split("/", 1)[0]) is not None:
         clip = _load_architecture(text)
@@ -70,13 +81,14 @@ def load_clip(name: str | Path, *, device: str | torch.device = "cpu") -> CLIP:
 
 def _unknown(name: str) -> str:
     known = catalog.packaged_clips() + [f"{arch}/{tag}" for arch, tag in open_clip.list_pretrained() if "ViT" in arch]
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    shown = shorten(name)
+    near = difflib.get_close_matches(shown, known, n=3, cutoff=0.5)
     if "/" not in name:
         near = near or [f"{arch}/{tag}" for arch, tag in open_clip.list_pretrained() if arch == name][:3]
     hint = f"did you mean {' or '.join(repr(item) for item in near)}?" if near else "for example 'ViT-B-16/openai'."
     if Path(name).suffix or name.startswith((".", "/", "~")):
-        return f"There is no folder '{name}' with a CLIP in it; give a folder with {CONFIG_NAME} and {WEIGHTS_NAME}."
-    return f"No CLIP is called '{name}'; {hint}"
+        return f"There is no folder '{shown}' with a CLIP in it; give a folder with {CONFIG_NAME} and {WEIGHTS_NAME}."
+    return f"No CLIP is called '{shown}'; {hint}"
 
 
 def _load_folder(folder: Path, name: str) -> CLIP:
@@ -85,8 +97,10 @@ def _load_folder(folder: Path, name: str) -> CLIP:
         if not path.is_file():
             raise LexisegError(f"The folder '{folder}' has no {path.name}; a CLIP folder needs both files.")
     architecture = read_config(config_path)
+    state = read_safetensors(weights_path)
+    fitted(sketch(lambda: build_clip(architecture, name=name), len(state), f"'{config_path}'"), state, weights_path)
     clip = build_clip(architecture, name=name)
-    fill(clip, read_safetensors(weights_path), weights_path)
+    fill(clip, state, weights_path)
     return clip
 
 
@@ -106,13 +120,14 @@ def _load_architecture(name: str) -> CLIP:
         state = load_state_dict(str(path), weights_only=True)
         fill(clip, convert_state_dict(clip.model, state), path)
         return clip
-    path = Path(rest).expanduser()
+    path = local(rest) or Path()
     if not path.is_file():
         tags = list_pretrained_tags_by_model(arch)
         near = difflib.get_close_matches(rest, tags, n=3, cutoff=0.3) or tags[:5]
         known = f"known tags: {', '.join(near)}" if near else "no tag of it is known"
         raise LexisegError(
-            f"'{rest}' is neither a file nor pretrained weights of {arch}; {known}, or give a .safetensors file."
+            f"'{shorten(rest)}' is neither a file nor pretrained weights of {arch}; {known}, or give a "
+            ".safetensors file."
         )
     state = read_safetensors(path)
     clip = build_clip(architecture, name=name)
@@ -180,7 +195,7 @@ def read_config(path: Path) -> dict[str, Any]:
     """
     try:
         config = json.loads(path.read_text("utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise LexisegError(f"'{path}' is not a readable JSON file ({first_line(error)}); write it again.") from error
     if not isinstance(config, dict) or "model_cfg" not in config:
         raise LexisegError(f"'{path}' has no model_cfg; take the {CONFIG_NAME} that open_clip writes.")
@@ -200,33 +215,44 @@ def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
         )
     try:
         tensors = load_file(path)
-    except (SafetensorError, OSError) as error:
+    except Exception as error:  # a header of noise makes it raise almost anything
         raise LexisegError(
             f"'{path}' is not a readable safetensors file ({first_line(error)}); download or convert it again."
         ) from error
     return {key: value.float() if value.is_floating_point() else value for key, value in tensors.items()}
 
 
-def fill(clip: CLIP, state: dict[str, torch.Tensor], path: Path) -> None:
+def fill(clip: CLIP, state: Mapping[str, torch.Tensor], path: Path) -> None:
     """Copy a complete state dict into ``clip``; the position table is resized as open_clip does.
 
     Raises:
-        LexisegError: a tensor is missing, left over or of another shape; the first one is named.
+        LexisegError: see `fitted`.
     """
-    expected = clip.model.state_dict()
-    state = dict(state)
+    clip.model.load_state_dict({name: tensor.float() for name, tensor in fitted(clip, state, path).items()})
+
+
+def fitted(clip: CLIP, state: Mapping[str, torch.Tensor], path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a complete state dict as ``clip`` wants them, whose own values are not looked at.
+
+    Raises:
+        LexisegError: tensors are missing, left over, of another shape or not finite.
+    """
+    shapes, found = shapes_of(clip.model), dict(state)
     key = "visual.positional_embedding"
-    if key in state and key in expected and state[key].shape != expected[key].shape:
-        state[key] = resize_positions(state[key], tuple(clip.visual.grid_size), interpolation="bicubic-antialias")
+    if key in found and key in shapes and tuple(found[key].shape) != shapes[key]:
+        grid = tuple(clip.visual.grid_size)
+        if not 0 < math.prod(grid) <= _MOST_PATCHES or found[key].dim() != 2 or len(found[key]) < 2:
+            raise LexisegError(f"'{path}' does not fit a CLIP of {' x '.join(map(str, grid))} patches.")
+        found[key] = resize_positions(found[key], grid, interpolation="bicubic-antialias")
     for scalar in ("logit_scale", "logit_bias"):
-        if scalar in state and scalar in expected:
-            state[scalar] = state[scalar].reshape(expected[scalar].shape)
+        if scalar in found and scalar in shapes and found[scalar].numel() == 1:
+            found[scalar] = found[scalar].reshape(shapes[scalar])
     # How many batches a norm has seen means nothing to a tower that is not trained on; not every file has it.
-    for name, tensor in expected.items():
+    for name in shapes:
         if name.endswith("num_batches_tracked"):
-            state.setdefault(name, tensor)
-    check_state(state, shapes_of(clip.model), f"'{path}'")
-    clip.model.load_state_dict({name: tensor.float() for name, tensor in state.items()})
+            found.setdefault(name, torch.tensor(0))
+    check_state(found, shapes, f"'{path}'")
+    return found
 
 
 M = TypeVar("M", bound=torch.nn.Module)

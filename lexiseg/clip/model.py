@@ -25,6 +25,7 @@ from lexiseg.clip.patch_tower import OpenCLIPTower, PatchTower
 from lexiseg.clip.resnet import RESNET_STRIDE
 from lexiseg.errors import LexisegError
 from lexiseg.files import atomic_write, make_folder, write_json
+from lexiseg.words import describe, shorten
 
 CONFIG_NAME = "open_clip_config.json"
 WEIGHTS_NAME = "open_clip_model.safetensors"
@@ -304,8 +305,8 @@ def check_architecture(architecture: dict[str, Any], name: str) -> None:
         value = preprocess.get(key, list(OPENAI_MEAN))
         if not (isinstance(value, list | tuple) and len(value) == 3 and all(map(_is_number, value))):
             raise LexisegError(
-                f"The architecture of '{name}' has {value!r} as preprocess_cfg.{key}; write three numbers, red, green "
-                "and blue."
+                f"The architecture of '{name}' has {describe(value)} as preprocess_cfg.{key}; write three "
+                "numbers, red, green and blue."
             )
     other = None
     if vision.get("timm_model_name"):
@@ -351,7 +352,8 @@ def build_clip(architecture: dict[str, Any], *, name: str = "clip", tokenizer: A
             tokenizer = _tokenizer(json.dumps(text.get("tokenizer_kwargs") or {}))
     except Exception as error:  # a value of a wrong type or size fails wherever open_clip first computes with it
         raise LexisegError(
-            f"open_clip cannot build the architecture of '{name}' ({error}); check its {CONFIG_NAME}."
+            f"open_clip cannot build the architecture of '{name}' ({shorten(str(error), 200)}); check its "
+            f"{CONFIG_NAME}."
         ) from error
     preprocess = {"mean": list(OPENAI_MEAN), "std": list(OPENAI_STD)}
     given = config.get("preprocess_cfg") or {}

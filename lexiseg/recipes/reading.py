@@ -18,6 +18,7 @@ import yaml
 from lexiseg.checking import check
 from lexiseg.errors import LexisegError
 from lexiseg.recipes.schema import KINDS, Recipe
+from lexiseg.words import is_deep, shorten
 
 Content: TypeAlias = dict[str, Any]
 
@@ -183,6 +184,8 @@ def _text(path: Path, name: str) -> str:
 
 def _read(text: str, where: str) -> Content:
     """YAML as keys and values."""
+    if is_deep(text):
+        raise LexisegError(f"The recipe '{where}' holds lists within lists without end; write 'key: value' lines.")
     try:
         content = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
@@ -257,7 +260,7 @@ def _checked(content: Content, where: str, seed: int | None) -> Recipe:
 def _read_override(text: str) -> tuple[str, str]:
     key, equals, value = text.partition("=")
     if not equals or not key.strip():
-        raise LexisegError(f"--set takes KEY=VALUE, such as train.steps=100, not '{text}'.")
+        raise LexisegError(f"--set takes KEY=VALUE, such as train.steps=100, not '{shorten(text)}'.")
     return key.strip(), value
 
 

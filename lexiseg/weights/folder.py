@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from lexiseg.catalog import CONFIG_NAME, list_models, packaged_clips, packaged_models
 from lexiseg.clip.foreign import TIMM, TRANSFORMERS
-from lexiseg.clip.load import check_state, load_clip, read_safetensors, shapes_of, sketch
+from lexiseg.clip.load import check_state, load_clip, local, read_safetensors, shapes_of, sketch
 from lexiseg.clip.model import CLIP, build_clip
 from lexiseg.errors import LexisegError
 from lexiseg.files import atomic_write, make_folder, write_json
@@ -24,7 +24,7 @@ from lexiseg.weights import runs
 from lexiseg.weights.auto import AUTO, pick_auto
 from lexiseg.weights.renames import renamed_options, renamed_tensor
 from lexiseg.weights.training_free import TRAINING_FREE, load_training_free
-from lexiseg.words import shorten
+from lexiseg.words import describe, shorten
 
 FORMAT = 1
 WEIGHTS_NAME = "model.safetensors"
@@ -107,10 +107,10 @@ def load_model(name: str | Path, *, device: str | torch.device = "cpu") -> Segme
         model = _load_folder(packaged[text])
     elif text.partition("/")[0] in TRAINING_FREE:
         model = load_training_free(text)
-    elif Path(text).expanduser().is_dir():
-        model = _load_folder(Path(text).expanduser())
-    elif Path(text).is_file():
-        raise LexisegError(_not_a_folder(Path(text)))
+    elif (path := local(text)) is not None:
+        if not path.is_dir():
+            raise LexisegError(_not_a_folder(path))
+        model = _load_folder(path)
     elif re.fullmatch(r"(hf-hub:)?[\w.-]+/[\w.-]+", text) and not text.startswith("."):
         model = _load_hub(text.removeprefix("hf-hub:"))
     else:
@@ -126,9 +126,9 @@ def _not_a_folder(path: Path) -> str:
 
 def _unknown(name: str) -> str:
     known = [entry.name for entry in list_models()] + ["naclip/ViT-B-16/openai", "auto"]
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
+    near = difflib.get_close_matches(shorten(name), known, n=3, cutoff=0.4)
     hint = f"did you mean {' or '.join(repr(item) for item in near)}?" if near else f"known are {', '.join(known)}."
-    return f"No model is called '{name}' and there is no such folder; {hint}"
+    return f"No model is called '{shorten(name)}' and there is no such folder; {hint}"
 
 
 def _load_hub(repository: str) -> SegmentationModel:
@@ -155,10 +155,12 @@ def _read_config(folder: Path) -> dict[str, Any]:
     if not isinstance(config, dict) or not {"format", "system", "clip", "options"} <= config.keys():
         raise LexisegError(f"'{path}' is not a lexiseg configuration; give a folder that lexiseg wrote.")
     if config["format"] != FORMAT:
-        raise LexisegError(f"'{path}' has format {config['format']} and this lexiseg reads {FORMAT}; update lexiseg.")
+        raise LexisegError(
+            f"'{path}' has format {describe(config['format'])} and this lexiseg reads {FORMAT}; update lexiseg."
+        )
     if not isinstance(config["system"], str) or config["system"] not in SYSTEMS:
         raise LexisegError(
-            f"'{path}' is of the system '{config['system']}', which this lexiseg does not have; "
+            f"'{path}' is of the system '{describe(config['system'])}', which this lexiseg does not have; "
             f"it has {', '.join(SYSTEMS)}."
         )
     for key in ("clip", "options", "metadata"):

@@ -81,7 +81,7 @@ class TestDeOP(DecoupledTester):
         config = json.loads((folder / "config.json").read_text())
         config["options"]["table_side"] = 2
         (folder / "config.json").write_text(json.dumps(config))
-        with pytest.raises(LexisegError, match=r"tables.table is \(10, 24\) in the file and \(5, 24\) in the"):
+        with pytest.raises(LexisegError, match=r"tables.table is \(10, 24\) instead of \(5, 24\)"):
             load_model(folder)
 
     @pytest.mark.parametrize("count", [0, 1, 300])
@@ -129,7 +129,7 @@ class TestDeOPBaseline(DecoupledTester):
         config = json.loads((folder / "config.json").read_text())
         config["options"]["proposals"]["num_queries"] = 4
         (folder / "config.json").write_text(json.dumps(config))
-        with pytest.raises(LexisegError, match=r"is \(6, 16\) in the file and \(4, 16\) in the"):
+        with pytest.raises(LexisegError, match=r"is \(6, 16\) instead of \(4, 16\)"):
             load_model(folder)
 
 

@@ -76,7 +76,7 @@ class HostTester(DecoupledTester):
         config = json.loads((folder / "config.json").read_text())
         config["options"]["proposals"]["num_queries"] = 4
         (folder / "config.json").write_text(json.dumps(config))
-        with pytest.raises(LexisegError, match=r"is \(5, 32\) in the file and \(4, 32\) in the"):
+        with pytest.raises(LexisegError, match=r"is \(5, 32\) instead of \(4, 32\)"):
             load_model(folder)
 
     def test_labels_may_be_smaller_and_must_be_classes(self, model: SegmentationModel) -> None:

@@ -47,7 +47,7 @@ def authors_state(model: OneStageModel) -> dict[str, Tensor]:
         for name, tensor in model.state_dict().items()
         if authors_key(name, model.system)
     }
-    heads, spectral = model.heads(), model.spectral is not None
+    heads, spectral = model.heads(), model.system == "spt-seg"
     dim = heads[0].query_proj.out_features
     hidden = int(dim * model.options.ffn_ratio)
     unused: dict[str, tuple[int, ...]] = {}

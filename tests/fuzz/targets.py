@@ -1,4 +1,4 @@
-"""What is mutated: pictures, arrays, vocabularies, class lists, recipes, model folders and checkpoints."""
+"""What is mutated: pictures, arrays, vocabularies, class lists, data and model folders, recipes and checkpoints."""
 
 from __future__ import annotations
 
@@ -34,6 +34,7 @@ from lexiseg.weights import convert, load_model, save_model
 from lexiseg.weights.clip_state import transformers_source
 from lexiseg.weights.filling import Source, put_tensors
 from lexiseg.weights.one_stage_checkpoint import authors_key
+from tests.fuzz.data_folders import data_folders
 from tests.fuzz.mutations import NASTY_NUMBERS, NASTY_TEXTS, nasty, spoil_bytes, spoil_json, spoil_value
 from tests.fuzz.runner import CANARY, Maker
 
@@ -347,6 +348,7 @@ TARGETS: dict[str, tuple[Maker, int]] = {
     "image-arrays": (image_arrays, 300),
     "vocabularies": (vocabularies, 400),
     "class-lists": (class_lists, 250),
+    "data-folders": (data_folders, 100),
     "recipes": (recipe_files, 150),
     "model-folders": (model_folders, 150),
     "checkpoints": (checkpoints, 250),

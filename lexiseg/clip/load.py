@@ -97,6 +97,7 @@ def _load_folder(folder: Path, name: str) -> CLIP:
         if not path.is_file():
             raise LexisegError(f"The folder '{folder}' has no {path.name}; a CLIP folder needs both files.")
     architecture = read_config(config_path)
+    check_architecture(architecture, name)
     state = read_safetensors(weights_path)
     fitted(sketch(lambda: build_clip(architecture, name=name), len(state), f"'{config_path}'"), state, weights_path)
     clip = build_clip(architecture, name=name)

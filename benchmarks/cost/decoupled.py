@@ -137,7 +137,7 @@ class DeOPCase(CostCase):
 
     def build(self, side: int) -> SegmentationModel:
         """See `CostCase.build`."""
-        return DeOP(shared_clip(_TRAINED_AT))
+        return DeOP(shared_clip(_TRAINED_AT), DeOPOptions(heatmaps="query-released"))
 
     def steps(self, model: SegmentationModel) -> list[Step]:
         """See `CostCase.steps`."""

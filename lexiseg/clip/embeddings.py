@@ -5,6 +5,7 @@ from __future__ import annotations
 from open_clip.modified_resnet import ModifiedResNet
 from torch import Tensor, nn
 
+from lexiseg.clip.blocks import run_block
 from lexiseg.clip.image import ImageTower
 from lexiseg.clip.positions import Interpolation
 from lexiseg.clip.resnet import attention_pool, resnet_features
@@ -28,7 +29,11 @@ def image_embeddings(
         return attention_pool(visual.attnpool, features, position_interpolation=position_interpolation)
     tower = ImageTower(visual)
     tokens, grid = tower.embed(whole_patches(images, tower.patch_size), interpolation=position_interpolation)
-    return tower.project(tower.run(tokens, grid).tokens[:, :1])[:, 0]
+    last = tower.num_blocks - 1
+    tokens = tower.run(tokens, grid, stop=last).tokens
+    # Of the last block only the class token is wanted: the patches are its context, and need no queries and no MLP.
+    tokens = run_block(tower.visual.transformer.resblocks[last], tokens[:, :1], tokens[:, 1:])
+    return tower.project(tokens)[:, 0]
 
 
 def whole_patches(images: Tensor, patch_size: int) -> Tensor:

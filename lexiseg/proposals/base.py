@@ -23,7 +23,8 @@ class Proposals:
             without a class head.
         valid: (B, N) bool, False where a slot holds no region (images of one batch may have different numbers of
             them); None: every slot holds one.
-        aux: the same from earlier decoder layers, first to last, for deep supervision; () if there are none.
+        aux: the same from earlier decoder layers, first to last, for deep supervision; () if there are none, and from
+            MaskFormer where no gradient is recorded.
     """
 
     mask_logits: Tensor

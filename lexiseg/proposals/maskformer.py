@@ -82,12 +82,14 @@ class MaskFormer(ProposalGenerator):
     def propose(self, features: list[Tensor]) -> Proposals:
         """Propose regions from the backbone's features, at strides 4, 8, 16, 32."""
         pixels = self.pixel_decoder(features).last_hidden_state
+        states = self.decode(features[-1])
+        # Earlier layers serve the losses alone; their masks cost as much as those of the last.
         levels = [
             Proposals(
                 torch.einsum("bnc,bchw->bnhw", self.mask_embed(state), pixels),
                 None if self.class_embed is None else self.class_embed(state),
             )
-            for state in self.decode(features[-1])
+            for state in (states if torch.is_grad_enabled() else states[-1:])
         ]
         return Proposals(levels[-1].mask_logits, levels[-1].embeddings, aux=tuple(levels[:-1]))
 

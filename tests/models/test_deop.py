@@ -59,7 +59,7 @@ def make(**changes: Any) -> DeOP:
 
 class TestDeOP(DecoupledTester):
     system = "deop"
-    options: ClassVar = OPTIONS
+    options: ClassVar = {**OPTIONS, "heatmaps": "query-released"}
 
     # The classes share a softmax here, so only the images are apart.
     def test_classes_and_images_do_not_touch_each_other(self, model: SegmentationModel) -> None:
@@ -151,6 +151,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "Table 4: masks": {"severance": "mps", "heatmaps": "none"},
     "Table 5: convolutions": {"heatmaps": "conv", "anchor_layers": 2, "anchor_hidden": 8},
     "Table 5: K = 0": {"anchor_layers": 0},
+    "Eq. 3": {"heatmaps": "query"},
+    "released queries": {"heatmaps": "query-released"},
     "Table 7: prepended": {"visual_prompts": "prepended", "num_prompts": 2},
     "Table 9: three blocks": {"severed_blocks": (-3, -2, -1)},
     "released": {"severance": "released", "released_residual": True, "visual_prompts": "none", "masks": "patches"},

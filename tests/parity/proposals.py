@@ -102,7 +102,8 @@ def maskformer_small(case: Case) -> None:
     states = model.decode(features[-1])
     case.check("decoder_states", torch.stack(states))
     case.check("mask_embeddings", model.mask_embed(states[-1]))
-    found = model(images)
+    with torch.enable_grad():  # or it would leave the earlier layers out
+        found = model(images)
     for name, level in _named_levels(found):
         _strided(case, f"{name}pred_masks", level.mask_logits)
         if level.embeddings is not None:

@@ -181,14 +181,14 @@ def _head_only(config: dict[str, Any], params: dict[str, Tensor]) -> Mask2Former
     """Mask2Former whose backbone only has the case's feature widths; the features are given."""
     channels = tuple(config["channels"][f"res{stage}"] for stage in (2, 3, 4, 5))
     stages = {
-        f"backbone.res{stage}.0.conv1.weight": torch.zeros(width)
+        f"backbone.res{stage}.0.conv1.weight": torch.zeros(width, 1, 1, 1)
         for stage, width in zip((2, 3, 4, 5), channels, strict=True)
     }
     known = {
         **params,
         **stages,
-        **{f"backbone.res4.{block}.conv1.weight": torch.zeros(channels[2]) for block in range(1, 6)},
-        "backbone.stem.conv1.weight": torch.zeros(2),
+        **{f"backbone.res4.{block}.conv1.weight": torch.zeros(channels[2], 1, 1, 1) for block in range(1, 6)},
+        "backbone.stem.conv1.weight": torch.zeros(2, 1, 1, 1),
     }
     options = infer_generator_options(
         known,

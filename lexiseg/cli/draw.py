@@ -214,6 +214,21 @@ def nga(
     _write(figure, output)
 
 
+@app.command("curves")
+def curves(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of trainings.", show_default=False)],
+    metrics: Annotated[
+        str, typer.Option("--metrics", help="What to draw, separated by commas, as metrics.jsonl names it after val/.")
+    ] = "miou_seen,miou_unseen,hiou",
+    output: Output = Path("out/curves.png"),
+) -> None:
+    """Draw what runs measured over their steps, such as S, U and hIoU (Cascade-CLIP, Fig. 7; ZegCLIP, Fig. 6)."""
+    _check(output)
+    from lexiseg.analysis.curves import curves_figure
+
+    _write(curves_figure(runs, [name.strip() for name in metrics.split(",") if name.strip()]), output)
+
+
 def _load(model: str, device: str) -> Segmenter:
     with waiting(f"loading {model}"):
         return lexiseg.load(model, device=device, max_pixels=DEFAULT_MAX_PIXELS)

@@ -16,7 +16,12 @@ from lexiseg.losses.shares import mean_count
 
 
 def exclusive_losses(
-    logits: Tensor, labels: Tensor, *, entropy_weight: float = 1.0, dice_weight: float = 0.0
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    entropy_weight: float = 1.0,
+    dice_weight: float = 0.0,
+    weights: Tensor | None = None,
 ) -> MaskLosses:
     """Cross entropy of the softmax over classes, and dice of the same probabilities.
 
@@ -28,6 +33,7 @@ def exclusive_losses(
         labels: (B, H, W) long in 0..C-1, or 255.
         entropy_weight: factor on the cross entropy.
         dice_weight: factor on the dice term; it is not computed for 0.
+        weights: (C,) factors on the terms of each class; None is 1 for all.
 
     Raises:
         LexisegError: a label is neither in 0..C-1 nor 255.
@@ -38,7 +44,8 @@ def exclusive_losses(
         logits = F.interpolate(logits.float(), size=size, mode="bilinear", align_corners=False)
         ignored = ignore_index(logits.shape[1])
         counted = labels != ignored
-        summed = F.cross_entropy(logits, labels, ignore_index=ignored, reduction="sum")
+        weights = None if weights is None else weights.to(logits)
+        summed = F.cross_entropy(logits, labels, weights, ignore_index=ignored, reduction="sum")
         labelled = mean_count(float(counted.sum()), labels.device) or 1.0
         entropy = entropy_weight * summed / labelled
         dice = entropy.new_zeros(())
@@ -50,6 +57,7 @@ def exclusive_losses(
             sizes = target.sum((2, 3))
             inside = (probabilities * target).sum((2, 3))
             terms = 1.0 - (2.0 * inside + 1.0) / (probabilities.sum((2, 3)) + sizes + 1.0)
+            terms = terms if weights is None else terms * weights
             dice = dice_weight * terms[sizes > 0].sum() / count_masks(labels, logits.shape[1])
     return MaskLosses(entropy + dice, entropy.detach(), dice.detach())
 

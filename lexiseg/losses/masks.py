@@ -75,6 +75,7 @@ def mask_losses(
     dice_weight: float = 1.0,
     alpha: float = 0.25,
     num_masks: float | None = None,
+    weights: Tensor | None = None,
 ) -> MaskLosses:
     """Focal and dice loss of class masks (ZegCLIP, Sec. 3.2 and its released code).
 
@@ -93,6 +94,7 @@ def mask_losses(
         dice_weight: factor on the dice term.
         alpha: weight of positives; negatives have 1 - alpha.
         num_masks: what to divide by; None counts the masks of ``labels``.
+        weights: (C,) factors on the terms of each class; None is 1 for all.
 
     Raises:
         LexisegError: a label is neither in 0..C-1 nor 255, or the batch sizes differ.
@@ -106,7 +108,8 @@ def mask_losses(
     masks = count_masks(labels, logits.shape[1]) if num_masks is None else num_masks
     # The loss is computed in float32 whatever the model runs in: sums over so many pixels do not survive bfloat16.
     with torch.autocast(logits.device.type, enabled=False):
-        total, focal, dice = _MaskLoss.apply(logits, labels.long(), focal_weight / masks, dice_weight / masks, alpha)
+        factors = focal_weight / masks, dice_weight / masks
+        total, focal, dice = _MaskLoss.apply(logits, labels.long(), *factors, alpha, weights)
     return MaskLosses(total, focal.detach(), dice.detach())
 
 
@@ -120,7 +123,13 @@ class _MaskLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, labels: Tensor, focal_weight: float, dice_weight: float, alpha: float
+        ctx: Any,
+        logits: Tensor,
+        labels: Tensor,
+        focal_weight: float,
+        dice_weight: float,
+        alpha: float,
+        weights: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         focal = logits.new_zeros((), dtype=torch.float32)
         dice = torch.zeros_like(focal)
@@ -136,7 +145,14 @@ class _MaskLoss(torch.autograd.Function):
             if image.shape[-2:] != (height, width):
                 image = rows @ image @ columns.T
             image_focal, image_dice, upstream = _image_losses(
-                image.reshape(len(image), -1), flat_labels[index], focal_weight, dice_weight, alpha, needed, buffers
+                image.reshape(len(image), -1),
+                flat_labels[index],
+                focal_weight,
+                dice_weight,
+                alpha,
+                needed,
+                buffers,
+                None if weights is None else weights.to(logits.device, torch.float32),
             )
             focal += image_focal
             dice += image_dice
@@ -152,9 +168,9 @@ class _MaskLoss(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor, None, None, None, None]:
+    def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor, None, None, None, None, None]:
         (gradient,) = ctx.saved_tensors
-        return gradient * outputs[0].to(gradient.dtype), None, None, None, None
+        return gradient * outputs[0].to(gradient.dtype), None, None, None, None, None
 
 
 def bilinear_matrix(source: int, target: int, device: torch.device) -> Tensor:
@@ -168,7 +184,14 @@ def bilinear_matrix(source: int, target: int, device: torch.device) -> Tensor:
 
 
 def _image_losses(
-    x: Tensor, labels: Tensor, focal_weight: float, dice_weight: float, alpha: float, needed: bool, buffers: Tensor
+    x: Tensor,
+    labels: Tensor,
+    focal_weight: float,
+    dice_weight: float,
+    alpha: float,
+    needed: bool,
+    buffers: Tensor,
+    weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Weighted focal and dice of one image and, if ``needed``, their gradient.
 
@@ -180,6 +203,7 @@ def _image_losses(
         alpha: weight of positives.
         needed: compute the gradient (C, P); it lies in ``buffers`` and is overwritten by the next call.
         buffers: scratch memory (4, C, P).
+        weights: (C,) factors on the classes, or None.
     """
     scale = focal_weight / x.shape[1]
     p, q, softplus, squared = buffers
@@ -188,19 +212,24 @@ def _image_losses(
     torch.log(q.clamp_(min=1e-38), out=softplus).neg_()  # -log(1 - p)
     torch.mul(p, p, out=squared)
     # Everything is a negative first; the few positives (at most one a pixel) are corrected afterwards.
-    focal = torch.dot(squared.flatten(), softplus.flatten()) * ((1.0 - alpha) * scale)
+    negatives = torch.dot(squared.flatten(), softplus.flatten())
+    if weights is not None:
+        negatives = torch.linalg.vecdot(squared, softplus) @ weights
+    focal = negatives * ((1.0 - alpha) * scale)
     place = (labels != ignore_index(len(x))).nonzero().flatten()
     label = labels[place]
     x_t, p_t, q_t, softplus_t = (values[label, place] for values in (x, p, q, softplus))
     log_t = softplus_t - x_t  # -log p
-    focal = focal + scale * (alpha * q_t.square() * log_t - (1.0 - alpha) * p_t.square() * softplus_t).sum()
+    positives = alpha * q_t.square() * log_t - (1.0 - alpha) * p_t.square() * softplus_t
+    focal = focal + scale * (positives if weights is None else positives * weights[label]).sum()
 
     present, slot = label.unique(return_inverse=True)
     p_present = p[present]
     counts = torch.bincount(slot, minlength=len(present)).to(x.dtype)
     inside = torch.zeros_like(counts).index_add_(0, slot, p_t)
     top, bottom = 2.0 * inside + 1.0, p_present.sum(dim=1) + counts + 1.0
-    dice = dice_weight * (1.0 - top / bottom).sum()
+    terms = 1.0 - top / bottom
+    dice = dice_weight * (terms if weights is None else terms * weights[present]).sum()
     if not needed:
         return focal, dice, None
 
@@ -212,6 +241,8 @@ def _image_losses(
     slope = p_present * (1.0 - p_present)
     gradient.index_add_(0, present, slope * (dice_weight * top / bottom.square())[:, None])
     gradient[label, place] -= slope[slot, place] * (2.0 * dice_weight / bottom)[slot]
+    if weights is not None:  # each class's terms depend on its own logits alone
+        gradient.mul_(weights[:, None])
     return focal, dice, gradient
 
 

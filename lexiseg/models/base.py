@@ -54,10 +54,14 @@ class SegmentationModel(nn.Module, ABC):
         system: name of the system, as in ``config.json``.
         options_class: the pydantic class of its options.
         metadata: free notes saved with the model (data, steps, measured results).
+        weighs_classes: whether its mask losses heed ``class_weights``.
+        class_weights: (C,) factors on the losses of the classes trained on; None is 1 for all.
     """
 
     system: ClassVar[str]
     options_class: ClassVar[type[ModelOptions]]
+    weighs_classes: ClassVar[bool] = False
+    class_weights: Tensor | None = None
 
     def __init__(self, clip: CLIP, options: ModelOptions, seen_names: tuple[str, ...] = ()) -> None:
         super().__init__()

@@ -58,6 +58,7 @@ class OneStageModel(SegmentationModel):
     """
 
     options: OneStageOptions
+    weighs_classes = True
 
     @property
     def mean(self) -> Triple:
@@ -89,8 +90,10 @@ class OneStageModel(SegmentationModel):
         """
         weight = self.options.mask_weight
         if self.options.mask_loss == "focal":
-            return mask_losses(logits, labels, focal_weight=weight, dice_weight=dice_weight)
-        return exclusive_losses(logits, labels, entropy_weight=weight, dice_weight=dice_weight)
+            return mask_losses(logits, labels, focal_weight=weight, dice_weight=dice_weight, weights=self.class_weights)
+        return exclusive_losses(
+            logits, labels, entropy_weight=weight, dice_weight=dice_weight, weights=self.class_weights
+        )
 
     def class_losses(self, logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """The terms of `losses`, see `mask_loss`."""

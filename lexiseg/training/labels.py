@@ -16,12 +16,15 @@ In every setting the losses treat 255 as a negative of every class, as the autho
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from lexiseg.data.base import SegmentationDataset
 from lexiseg.errors import LexisegError
+from lexiseg.evaluation.run import spread
 from lexiseg.label_ids import IGNORE_INDEX, WIDE_IGNORE_INDEX
 from lexiseg.recipes.schema import Setting, Unlabelled
 from lexiseg.vocabulary import TemplateSource, Vocabulary, VocabularyClass
@@ -107,3 +110,48 @@ def self_training_labels(
     if unlabelled == "marked":
         nothing |= label == void
     return result.masked_fill(nothing, void)
+
+
+def class_weights(
+    said: Literal["frequency"] | Mapping[str, float], dataset: SegmentationDataset, trained: Vocabulary
+) -> Tensor:
+    """Factors on the losses of the classes whose text takes part in training.
+
+    Args:
+        said: factors by name, where a class that is not named has 1; or "frequency": 1 over the square root of a
+            class's fraction of the labelled pixels of up to 2,000 pictures, spread evenly, scaled to a mean of 1 over
+            the classes found and cut at 10. A class that is not found has 1.
+        dataset: what is trained on.
+        trained: the classes, see `training_vocabulary`.
+
+    Returns:
+        (C,) float32.
+
+    Raises:
+        LexisegError: a name is no class that is trained on.
+    """
+    weights = torch.ones(len(trained))
+    if said != "frequency":
+        for name, factor in dict(said).items():
+            if name not in trained.names:
+                raise LexisegError(
+                    f"'train.class_weights' names '{name}', which is no class with text in this training; there are "
+                    f"{', '.join(trained.names[:8])}{' and more' if len(trained) > 8 else ''}."
+                )
+            weights[trained.names.index(name)] = factor
+        return weights
+    ids = [dataset.vocabulary.names.index(name) for name in trained.names]
+    counts = torch.zeros(WIDE_IGNORE_INDEX + 1, dtype=torch.float64)
+    for index in spread(len(dataset), 2000):
+        counts += torch.bincount(read_label(dataset, index).flatten(), minlength=len(counts))
+    found = counts[ids] > 0
+    rarity = (counts[ids][found] / counts[ids].sum()).rsqrt()
+    weights[found] = (rarity / rarity.mean()).clamp(max=10).float()
+    return weights
+
+
+def read_label(dataset: SegmentationDataset, index: int) -> Tensor:
+    """The label of one sample, without its picture where the dataset can do so."""
+    alone = getattr(dataset, "label", None)
+    label: Tensor = dataset[index].label if alone is None else alone(index)
+    return label

@@ -26,7 +26,7 @@ from lexiseg.recipes import (
 )
 from lexiseg.training.building import build_model
 from lexiseg.training.contrastive import ContrastiveTask
-from lexiseg.training.labels import PADDING, training_vocabulary
+from lexiseg.training.labels import PADDING, class_weights, training_vocabulary
 from lexiseg.training.prompts import PromptTask
 from lexiseg.training.segmentation import SegmentationTask
 from lexiseg.training.stages import with_stages
@@ -156,6 +156,13 @@ def build_task(recipe: Recipe) -> Task:
         return _prompt_task(recipe, dataset)
     model = build_model(recipe, dataset.vocabulary)
     trained = training_vocabulary(dataset.vocabulary, setting=recipe.setting)
+    if recipe.train.class_weights is not None:
+        if not model.weighs_classes:
+            raise LexisegError(
+                f"The losses of '{model.system}' take no class weights; set train.class_weights to null, or train a "
+                "one-stage system."
+            )
+        model.class_weights = class_weights(recipe.train.class_weights, dataset, trained)
     teacher = None
     if recipe.teacher is not None:
         teacher = load_teacher(recipe.teacher, trained, cache_dir=default_cache_folder())

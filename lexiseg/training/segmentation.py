@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -29,6 +29,7 @@ from lexiseg.training.labels import (
     Setting,
     Unlabelled,
     masked_names,
+    read_label,
     self_training_labels,
     training_vocabulary,
 )
@@ -132,7 +133,9 @@ class SegmentationTask(Task):
         self.void = ignore_index(len(dataset.vocabulary))
         everything = list(range(len(dataset.vocabulary)))
         self.seen = everything if setting == "supervised" else seen_ids(dataset.vocabulary) or everything
-        if not any(bool(torch.isin(label, torch.tensor(self.seen)).any()) for label in _labels(dataset)):
+        if not any(
+            bool(torch.isin(read_label(dataset, index), torch.tensor(self.seen)).any()) for index in range(len(dataset))
+        ):
             raise LexisegError(nothing_labelled("train"))
         self.seen_classes = torch.tensor([entry.seen is True for entry in self.vocabulary.classes])
         self.text = model.embed_text(TextEmbedder(model.clip, cache_dir), self.vocabulary)
@@ -218,9 +221,3 @@ class SegmentationTask(Task):
 
     def _epoch_order(self, epoch: int) -> np.ndarray:
         return np.random.default_rng([self.seed, 0, epoch]).permutation(len(self.dataset))
-
-
-def _labels(dataset: SegmentationDataset) -> Iterator[Tensor]:
-    """The labels one after the other, without their pictures where the dataset can do so."""
-    alone = getattr(dataset, "label", None)
-    return (dataset[index].label if alone is None else alone(index) for index in range(len(dataset)))

@@ -19,11 +19,15 @@ import yaml
 from PIL import Image
 
 import lexiseg
+from lexiseg.analysis.curves import curves_figure
+from lexiseg.cli import main
 from lexiseg.clip.model import save_clip
 from lexiseg.data.picture_world import write_voc
 from lexiseg.errors import LexisegError, LexisegWarning
+from lexiseg.losses.exclusive import exclusive_losses
+from lexiseg.losses.masks import mask_losses
 from lexiseg.recipes import load_recipe, parse_recipe
-from lexiseg.training.run import train
+from lexiseg.training.run import build_task, train
 from lexiseg.training.segmentation import SegmentationTask
 from lexiseg.weights import load_model
 from lexiseg.weights.runs import find_checkpoints
@@ -205,3 +209,60 @@ def test_a_stopped_training_says_how_to_go_on(place: Path, tmp_path: Path, numbe
         assert process.wait(60) == code
     last = (tmp_path / "said").read_text().strip().splitlines()[-1]
     assert last.startswith("Stopped after step ") and "--resume goes on from there" in last and "step-0000" in last
+
+
+def test_class_weights(place: Path, tmp_path: Path) -> None:
+    plain = build_task(recipe_of(place))
+    names = plain.vocabulary.names
+    doubled = build_task(recipe_of(place, train={"class_weights": dict.fromkeys(names, 2.0)}))
+    by_frequency = build_task(recipe_of(place, train={"class_weights": "frequency"})).model.class_weights
+    batch = plain.batch(0)
+    plain.model.eval(), doubled.model.eval()  # no dropout
+    torch.testing.assert_close(doubled.losses(batch)["loss"], 2 * plain.losses(batch)["loss"])
+    counts = torch.zeros(256)
+    for index in range(len(plain.dataset)):
+        counts += torch.bincount(plain.dataset[index].label.flatten(), minlength=256)
+    rarest = min(
+        (float(counts[i]), n) for i, n in enumerate(plain.dataset.vocabulary.names) if counts[i] and n in names
+    )
+    assert float(by_frequency[names.index(rarest[1])]) == float(by_frequency.max()) > 1 > float(by_frequency.min())
+    with pytest.raises(LexisegError, match="'nothing', which is no class"):
+        build_task(recipe_of(place, train={"class_weights": {"nothing": 2.0}}))
+
+
+@pytest.mark.parametrize("exclusive", [False, True])
+def test_class_weights_in_the_losses(exclusive: bool) -> None:
+    """The gradient is that of the weighted sum, class by class."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, 3, 4, 4, generator=generator, dtype=torch.float32, requires_grad=True)
+    labels = torch.randint(0, 3, (2, 8, 8), generator=generator)
+    weights = torch.tensor([0.5, 1.0, 3.0])
+
+    def loss(values: torch.Tensor) -> torch.Tensor:
+        if exclusive:
+            return exclusive_losses(values, labels, dice_weight=1.0, weights=weights).total
+        return mask_losses(values, labels, weights=weights, num_masks=4.0).total
+
+    (gradient,) = torch.autograd.grad(loss(logits), logits)
+    step = torch.randn(logits.shape, generator=generator) * 1e-2
+    with torch.no_grad():
+        change = loss(logits + step) - loss(logits - step)
+    torch.testing.assert_close(change, 2 * (gradient * step).sum(), rtol=2e-2, atol=1e-4)
+    assert not torch.allclose(loss(logits), mask_losses(logits, labels, num_masks=4.0).total)
+
+
+def test_curves_of_runs(tmp_path: Path) -> None:
+    for name, values in {"one": (10, 20), "two": (15, 12)}.items():
+        lines = [json.dumps({"step": 2 * i, "val/hiou": value, "loss": 1.0}) for i, value in enumerate(values)]
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.jsonl").write_text("\n".join([*lines, '{"step": 9, "va']), encoding="utf-8")
+    figure = curves_figure([tmp_path / "one", tmp_path / "two"], ["hiou", "miou"])
+    drawn = {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in figure.axes[0].lines}
+    assert drawn == {"one": ([0, 2], [10, 20]), "two": ([0, 2], [15, 12])}
+    assert main(["draw", "curves", str(tmp_path / "one"), "--metrics", "hiou", "-o", str(tmp_path / "c.png")]) == 0
+    assert Image.open(tmp_path / "c.png").width > 100
+    for wrong, words in (([tmp_path / "none"], "holds no log"), ([], "no run to draw")):
+        with pytest.raises(LexisegError, match=words):
+            curves_figure(wrong)
+    with pytest.raises(LexisegError, match="measured none of miou_seen"):
+        curves_figure([tmp_path / "one"], ["miou_seen"])

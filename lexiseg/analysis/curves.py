@@ -1,0 +1,75 @@
+"""Curves of what runs measured while they trained: S, U and hIoU over steps (Cascade-CLIP, Fig. 7; ZegCLIP, Fig. 6)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lexiseg.analysis.panels import new_figure
+from lexiseg.errors import LexisegError
+from lexiseg.words import printable
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+METRICS = {"miou_seen": "mIoU(S)", "miou_unseen": "mIoU(U)", "hiou": "hIoU"}
+_LOG = "metrics.jsonl"
+
+
+def curves_figure(runs: Sequence[str | Path], metrics: Sequence[str] = tuple(METRICS)) -> Figure:
+    """Draw metrics of several runs over their steps, a panel a metric and a line a run.
+
+    Args:
+        runs: folders of trainings with ``train.snapshot_every``, whose logs hold ``val/...``.
+        metrics: which, by their names in the log without ``val/``, in percent.
+
+    Raises:
+        LexisegError: a folder is no run, a run measured nothing of that kind, or matplotlib is not installed.
+    """
+    found = [(Path(run).resolve().name, _read(Path(run), metrics)) for run in runs]
+    if not found:
+        raise LexisegError("There is no run to draw; name the folder of one, or of several.")
+    figure = new_figure(4.2 * len(metrics), 3.4)
+    panels = figure.subplots(1, len(metrics), squeeze=False)[0]
+    for panel, metric in zip(panels, metrics, strict=True):
+        for name, lines in found:
+            points = [(line["step"], line[f"val/{metric}"]) for line in lines if f"val/{metric}" in line]
+            if points:
+                panel.plot(*zip(*points, strict=True), marker="o", markersize=3, linewidth=1.2, label=printable(name))
+        panel.set_title(METRICS.get(metric, printable(metric)))
+        panel.set_xlabel("step")
+        panel.set_ylabel("%")
+        panel.grid(alpha=0.3)
+        if panel.lines:
+            panel.legend(fontsize=8)
+    figure.set_layout_engine("tight")
+    return figure
+
+
+def _read(run: Path, metrics: Sequence[str]) -> list[dict[str, float]]:
+    """The lines of a run's log that hold one of the metrics."""
+    path = run / _LOG
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise LexisegError(
+            f"'{run}' holds no log of a training, '{_LOG}' ({error.strerror}); give the folder of a run."
+        ) from error
+    lines = []
+    for line in text.splitlines():
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            continue  # cut short by a kill
+        if isinstance(record, dict) and isinstance(record.get("step"), int):
+            numbers = {key: value for key, value in record.items() if isinstance(value, int | float)}
+            if any(f"val/{metric}" in numbers for metric in metrics):
+                lines.append(numbers)
+    if not lines:
+        raise LexisegError(
+            f"The run '{run}' measured none of {', '.join(metrics)} while it trained; train with "
+            "--set train.snapshot_every=STEPS and evaluation.scored above 0."
+        )
+    return lines

@@ -94,7 +94,12 @@ def train(
     run_dir = output or Path("runs") / run_name(recipe)
     from lexiseg.training.run import train as run
 
-    folder = run(chosen, run_dir, resume=resume, until=until, device=device, tensorboard=tensorboard)
+    try:
+        folder = run(chosen, run_dir, resume=resume, until=until, device=device, tensorboard=tensorboard)
+    except KeyboardInterrupt as stop:
+        if not str(stop):  # before the first step, or between two stages
+            stop.args = (f"Stopped; the same command with --resume goes on with what '{run_dir}' holds.",)
+        raise
     speaks = processes.is_main()
     processes.destroy()
     if not speaks:

@@ -20,6 +20,7 @@ from lexiseg.errors import LexisegError
 from lexiseg.models.deop import DeOP
 from lexiseg.models.region_base import RegionModel
 from lexiseg.recipes import load_recipe
+from lexiseg.recipes.reading import merge
 from lexiseg.segmenter import Segmenter
 from lexiseg.training.labels import UNLABELLED
 from lexiseg.training.run import build_task, train
@@ -87,7 +88,6 @@ def write(folder: Path, clip: Path) -> None:
             },
         },
         "zsseg": {
-            "base": "baseline.yaml",
             "model": {
                 "system": "zsseg",
                 "options": {
@@ -112,6 +112,7 @@ def write(folder: Path, clip: Path) -> None:
             "teacher": str(folder / "zsseg.yaml"),
         },
     }
+    recipes["zsseg"] = merge(recipes["baseline"], recipes["zsseg"])  # a base is flat
     for name, content in recipes.items():
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(content))
 

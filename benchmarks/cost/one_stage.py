@@ -24,7 +24,8 @@ from lexiseg.models import (
     ZegCLIP,
     ZegCLIPOptions,
 )
-from lexiseg.models.one_stage import OneStageModel
+from lexiseg.models.spt_seg import SPTSeg
+from lexiseg.models.zegclip import ZegCLIP
 
 _TABLE_12 = "Cascade-CLIP, Table 12"
 # As in the released configurations: 512 x 512, one window over a picture of that size.
@@ -235,11 +236,12 @@ def prompt_steps(model: SegmentationModel, *, levels: int = 0, keys_in_queries: 
         levels: how many intermediate blocks are projected.
         keys_in_queries: decoders whose last layer folds its map of keys into the queries, which are fewer.
     """
-    if not isinstance(model, OneStageModel):
+    if not isinstance(model, ZegCLIP):
         raise TypeError(f"{model.system} is no one-stage system")
     width, dim, prompts = model.clip.image_tower.width, model.clip.embed_dim, model.options.num_prompts
     shape = shapes_of(model)
-    shape.spectral = None  # Fourier transforms and what is done between them are no multiply-adds
+    if isinstance(shape, SPTSeg):  # Fourier transforms and what is done between them are no multiply-adds
+        shape.options = shape.options.model_copy(update={"filter_blocks": 0})
     images, text = torch.empty(1, 3, SIDE, SIDE, device="meta"), torch.empty(CLASSES, dim, device="meta")
     ours = count(lambda: shape(images, text))
     lean = count(lambda: shape.run_tower(images))

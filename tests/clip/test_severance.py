@@ -205,8 +205,7 @@ def test_dead_rows_change_nothing_but_the_time(clip: CLIP, blocks: tuple[int, ..
             tokens,
             grid,
             before_block=prompts.hook(15, severed=severed, keep_rows=keep),
-            attention=severed_attention(dict.fromkeys(severed, Severance("released"))),
-            region_masks=masks,
+            attention=severed_attention(dict.fromkeys(severed, Severance("released")), masks),
         )
         results.append(torch.cat([run.tokens[:, :1], run.tokens[:, -15:]], dim=1))
     torch.testing.assert_close(results[0], results[1])

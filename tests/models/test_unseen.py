@@ -104,7 +104,7 @@ def small_self_training(unlabelled: str) -> SegmentationRecipe:
     recipe = RECIPES["zegclip-picture-world"]
     assert isinstance(recipe, SegmentationRecipe)
     values = recipe.model_dump(mode="json") | {"setting": "transductive", "unlabelled": unlabelled}
-    values["model"]["options"] |= {"num_prompts": 1, "decoder_layers": 1, "start": "random"}
+    values["model"]["options"] |= {"num_prompts": 1, "decoder_layers": 1, "init": "random"}
     values["data"] |= {"size": 64, "length": 12}
     values["train"] |= {"batch_size": 4, "snapshot_every": 0}
     return SegmentationRecipe.model_validate(values)

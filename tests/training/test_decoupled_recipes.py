@@ -35,7 +35,9 @@ FAMILY = ("deop", "zsseg", "zegformer", "freeseg")
 NAMES = [
     name
     for name in list_recipes()
-    if "picture-world" not in name and (name.startswith((*FAMILY, "maft", "prompts")) or "table" in name)
+    if "picture-world" not in name
+    and not name.startswith(("zegclip", "cascade"))
+    and (name.startswith((*FAMILY, "maft", "prompts")) or "table" in name)
 ]
 TENTHS = {640: tuple(range(320, 961, 64)), 512: tuple(int(x * 0.1 * 512) for x in range(5, 21))}
 

@@ -16,7 +16,7 @@ from benchmarks.measure import VIT_B_16, alternate, parser, report, set_up, summ
 from lexiseg.clip.model import build_clip
 from lexiseg.errors import LexisegError
 from lexiseg.models import SYSTEMS
-from lexiseg.models.one_stage import OneStageModel
+from lexiseg.models.zegclip import ZegCLIP
 from lexiseg.segmenter import Segmenter
 
 GOALS = {"zegclip": 1.25, "cascade-clip": 1.35, "spt-seg": None}
@@ -37,7 +37,7 @@ def main() -> None:
     policy = {"window_size": side, "window_stride": side * 426 // 512, "short_side": side}
     clip = build_clip({"model_cfg": VIT_B_16})
     model = SYSTEMS[options.system].build(clip, {"num_prompts": options.prompts, **policy}).eval()
-    if not isinstance(model, OneStageModel):
+    if not isinstance(model, ZegCLIP):
         raise LexisegError(f"{options.system} is no one-stage system.")
     segmenter = Segmenter(model, device=options.device, disk_cache=False)
     picture = np.random.default_rng(options.seed).integers(0, 256, (side, side, 3), dtype=np.uint8)

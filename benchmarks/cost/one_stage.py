@@ -24,8 +24,6 @@ from lexiseg.models import (
     ZegCLIP,
     ZegCLIPOptions,
 )
-from lexiseg.models.spt_seg import SPTSeg
-from lexiseg.models.zegclip import ZegCLIP
 
 _TABLE_12 = "Cascade-CLIP, Table 12"
 # As in the released configurations: 512 x 512, one window over a picture of that size.

@@ -11,10 +11,11 @@ from typing import Any
 
 from lexiseg.colors import parse_color
 from lexiseg.errors import LexisegError
+from lexiseg.exemplars import PREFIX
 from lexiseg.words import describe, flag, null, refuse_unknown, shorten
 
 _LAST_VALUE = 65535  # of label files, which have 16 bits at most
-_ENTRY_KEYS = ("name", "synonyms", "seen", "color", "id", "trainId")
+_ENTRY_KEYS = ("name", "synonyms", "seen", "color", "scored", "id", "trainId")
 IGNORED = ("(ignore)", "(ignored)", "(void)")
 """Names of entries that are no class."""
 
@@ -43,6 +44,7 @@ class ListedClass:
         value: the number that label files give it; None where the list does not say.
         seen: whether it had masks in training, where the list says.
         color: red, green, blue, where the list says.
+        scored: whether the name is one of the words; not so where it only names others, as in "mug = cup, tumbler".
     """
 
     name: str
@@ -50,6 +52,7 @@ class ListedClass:
     value: int | None = None
     seen: bool | None = None
     color: tuple[int, int, int] | None = None
+    scored: bool = True
 
     @property
     def text(self) -> str:
@@ -74,6 +77,8 @@ def split_words(text: str) -> list[str]:
 def split_classes(text: str) -> list[ListedClass]:
     """Split ``"cat; tree, bush"``: semicolons and line breaks separate classes, commas join synonyms.
 
+    ``"mug = cup, tumbler"`` is a class that is called mug and looked for as cup and tumbler only.
+
     Raises:
         LexisegError: a class or a word of it is empty.
     """
@@ -90,6 +95,10 @@ def split_classes(text: str) -> list[ListedClass]:
                     f"Class {len(found) + 1} in '{describe(line.strip())}' is empty; write a name or remove the "
                     "semicolon."
                 )
+            label, named, words = part.partition(" = ")
+            if named and label.strip() and words.strip():
+                found.append(ListedClass(label.strip(), tuple(split_words(words)), scored=False))
+                continue
             name, *synonyms = split_words(part)
             found.append(ListedClass(name, tuple(synonyms)))
     return found
@@ -113,7 +122,8 @@ def lines_read(lines: Sequence[str]) -> list[ListedClass]:
         (_SPACED, lambda m: _named(m[2], number_of(m[1], m[2])), 2),  # "7 up" alone is a class
         (_NUMBER_LAST, lambda m: _named(m[1], number_of(m[2], m[1])), 2),
     )
-    short = max(map(len, bare)) <= _LONGEST  # what is longer is no such line, and would take patterns long
+    # What is longer is no such line, and would take patterns long; and the box of an exemplar is no colour.
+    short = max(map(len, bare)) <= _LONGEST and not any(PREFIX in line for line in bare)
     for pattern, make, least in forms if short and not any(numbered) else ():
         matches = [match for line in bare if (match := pattern.fullmatch(line))]
         if len(matches) == len(lines) >= least:
@@ -265,4 +275,5 @@ def _entry(value: Mapping[str, Any], position: int) -> ListedClass:
         None if number is None else number_of(number, name),
         flag(null(value.get("seen")), f"'seen' of the class '{what}'"),
         color_of(value.get("color"), name),
+        flag(null(value.get("scored")), f"'scored' of the class '{what}'") is not False,
     )

@@ -26,6 +26,7 @@ from typing import Any
 from lexiseg.class_forms import IGNORED, ListedClass, entries_read, lines_read, mapping_read, number_of, split_classes
 from lexiseg.colors import parse_color
 from lexiseg.errors import LexisegError
+from lexiseg.exemplars import PREFIX
 from lexiseg.words import describe, is_deep, null, refuse_unknown, shorten, word_key
 
 _MAX_FILE_BYTES = 64 * 2**20
@@ -88,6 +89,8 @@ def class_source(text: str) -> str | Path:
         The path, whether it exists or not, or ``text`` as it is.
     """
     name = text.strip()
+    if PREFIX in name:
+        return text
     if name.startswith("@") and len(name) > 1:
         return Path(name[1:])
     if not name or "\n" in name or "\0" in name:

@@ -126,6 +126,23 @@ def refine(scores: Scores, image: Tensor, refinement: Refinement, size: Size | N
     return labels, values[0]
 
 
+def refined_dense(scores: Scores, image: Tensor, refinement: Refinement) -> Tensor:
+    """Every class at every pixel, refined by PAMR where that is asked for: (C, H, W) float32.
+
+    Raises:
+        LexisegError: another refinement is asked for, which the protocols that need this do not know.
+    """
+    if refinement.kind not in ("none", "pamr"):
+        raise LexisegError(
+            f"The protocols of the training-free papers know no refinement '{refinement.kind}'; choose none or pamr."
+        )
+    size = (int(image.shape[1]), int(image.shape[2]))
+    dense = scores.dense(size)
+    if refinement.kind == "pamr":
+        dense = pamr(dense, _guide(image, size, dense.device), refinement.steps, refinement.dilations)
+    return dense[0]
+
+
 def candidates(scores: Scores, size: Size, limit: int) -> Tensor:
     """The classes (K,), ascending, that are among the best few somewhere; all of them where they are no more."""
     if scores.num_classes <= limit:

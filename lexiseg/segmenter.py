@@ -19,6 +19,7 @@ from lexiseg.background import BackgroundSource
 from lexiseg.clip.text import TextEmbedder
 from lexiseg.devices import float32_default, pick_device, pick_dtype
 from lexiseg.errors import LexisegError
+from lexiseg.exemplar_vectors import with_exemplars
 from lexiseg.files import default_cache_folder, write_text
 from lexiseg.images import DEFAULT_MAX_PIXELS, ImageSource, list_images
 from lexiseg.label_ids import ignore_index
@@ -33,8 +34,9 @@ from lexiseg.pictures import (
     run_in_batches,
     window_policy,
 )
-from lexiseg.refine import Refinement, refine
+from lexiseg.refine import Refinement, refine, refined_dense
 from lexiseg.scores import Scores
+from lexiseg.scores.words import words_to_classes
 from lexiseg.segmentation import Segmentation
 from lexiseg.vocabulary import SINGLE_TEMPLATE, TemplateSource, Vocabulary, VocabularySource
 from lexiseg.windows import Box, WindowPolicy
@@ -166,7 +168,7 @@ class Segmenter:
             vocabulary = replace(vocabulary, templates=default)
         if self.model.seen_names:
             vocabulary = vocabulary.with_seen(self.model.seen_names)
-        vocabulary.check_lengths(self.model.clip.count_tokens, self.model.clip.context_length)
+        vocabulary.spoken().check_lengths(self.model.clip.count_tokens, self.model.clip.context_length)
         # Only what cannot change behind our back is remembered; a list could.
         if isinstance(classes, Vocabulary | str) and not isinstance(background, dict):
             self._last = classes, background, vocabulary
@@ -382,12 +384,15 @@ class Segmenter:
         notes.one_class(vocabulary)
         device = self.device
         with float32_default():
-            text = self.model.embed_text(self.embedder, vocabulary).to(device)
+            text = self.model.embed_text(self.embedder, vocabulary.spoken()).to(device)
+            if vocabulary.exemplars:
+                with self._evaluating():
+                    text = with_exemplars(self.model, self.embedder, text, vocabulary, self.max_pixels)
         joined = len(vocabulary.words) > len(vocabulary)
         return _Words(
             vocabulary,
             text,
-            vocabulary.word_to_class.to(device) if joined else None,
+            vocabulary.word_to_class.to(device) if joined and self.model.words_rule is None else None,
             vocabulary.seen_words.to(device) if bool(vocabulary.seen_words.any()) else None,
         )
 
@@ -447,7 +452,7 @@ class Segmenter:
         scores = picture.joined(policy)
         try:
             with float32_default():
-                found, values = refine(scores, picture.image, self.refinement)
+                found, values = self._labels(scores, picture.image, vocabulary)
         except LexisegError as error:
             raise LexisegError(f"{shorten(picture.name, 200)}: {error}") from error
         labels, best = found.cpu(), values.cpu()
@@ -462,6 +467,17 @@ class Segmenter:
             "refine": self.refinement.kind,
         }
         return Segmentation(labels, vocabulary, best, picture.image, picture.name, metadata)
+
+    def _labels(self, scores: Scores, image: Tensor, vocabulary: Vocabulary) -> tuple[Tensor, Tensor]:
+        """Labels (H, W) and winning scores: refined, or by the rule of a training-free protocol."""
+        rule = self.model.words_rule
+        if rule is None:
+            return refine(scores, image, self.refinement)
+        # Protocols only: every word at every pixel, as their authors have it.
+        cosines = refined_dense(scores, image, self.refinement)
+        owners, background = vocabulary.word_to_class.to(cosines.device), vocabulary.names.index("background")
+        labels, probabilities = words_to_classes(cosines, owners, rule, background)
+        return labels, probabilities.amax(dim=0)
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:

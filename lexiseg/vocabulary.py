@@ -16,10 +16,11 @@ import numpy as np
 import yaml
 
 from lexiseg.background import Background, BackgroundSource
-from lexiseg.class_forms import split_words
+from lexiseg.class_forms import ListedClass, split_words
 from lexiseg.class_list import ClassList, read_class_text, read_classes
 from lexiseg.colors import BACKGROUND_COLOR, distinct_colors, parse_color
 from lexiseg.errors import LexisegError, LexisegWarning
+from lexiseg.exemplars import PREFIX, Exemplar
 from lexiseg.files import write_json, write_text
 from lexiseg.words import clean_word, describe, shorten, word_key
 
@@ -65,15 +66,20 @@ class VocabularyClass:
         synonyms: further words that are scored; the best-scoring word of a class wins.
         seen: True or False where it is known whether masks of the class were trained on, else None.
         color: red, green, blue in 0..255, or None for a colour chosen by the position in the vocabulary.
+        exemplars: pictures of the class, which count as further words.
+        scored: whether the name itself is a word; False where it only names the others.
 
     Raises:
-        LexisegError: a name is empty, holds control characters, or a colour is not three numbers in 0..255.
+        LexisegError: nothing of the class is scored; a name is empty or holds control characters; or a colour is not
+            three numbers in 0..255.
     """
 
     name: str
     synonyms: tuple[str, ...] = ()
     seen: bool | None = None
     color: tuple[int, int, int] | None = None
+    exemplars: tuple[Exemplar, ...] = ()
+    scored: bool = True
 
     def __post_init__(self) -> None:
         name = clean_word(self.name, "A class name")
@@ -85,19 +91,25 @@ class VocabularyClass:
         object.__setattr__(self, "name", name)
         object.__setattr__(self, "synonyms", synonyms)
         object.__setattr__(self, "seen", None if self.seen is None else bool(self.seen))
+        object.__setattr__(self, "exemplars", tuple(self.exemplars))
+        if not (self.scored or synonyms or self.exemplars):
+            raise LexisegError(f"The class '{shorten(name)}' has no words; give one behind the =.")
         if self.color is not None:
             object.__setattr__(self, "color", parse_color(self.color, f"the class '{shorten(name)}'"))
 
     @property
     def words(self) -> tuple[str, ...]:
-        """The name followed by the synonyms."""
-        return (self.name, *self.synonyms)
+        """What is scored: the name followed by the synonyms and what stands for the exemplars."""
+        name = (self.name,) if self.scored else ()
+        return (*name, *self.synonyms, *(exemplar.word for exemplar in self.exemplars))
 
     def to_dict(self) -> dict[str, Any]:
         """A mapping that JSON can hold; what is not set is left out."""
         value: dict[str, Any] = {"name": self.name}
-        if self.synonyms:
-            value["synonyms"] = list(self.synonyms)
+        if self.synonyms or self.exemplars:
+            value["synonyms"] = [*self.synonyms, *(exemplar.word for exemplar in self.exemplars)]
+        if not self.scored:
+            value["scored"] = False
         if self.seen is not None:
             value["seen"] = self.seen
         if self.color is not None:
@@ -166,7 +178,11 @@ class Vocabulary:
             vocabulary = source
         else:
             plain = str | Path | Mapping | bytes | set | frozenset | ClassList
+            given: dict[int, VocabularyClass] = {}  # whose exemplars may be in memory
             if not isinstance(source, plain) and isinstance(source, Iterable):
+                source = list(source)
+                if all(isinstance(entry, VocabularyClass) for entry in source):
+                    given = {index: entry for index, entry in enumerate(source) if isinstance(entry, VocabularyClass)}
                 source = [entry.to_dict() if isinstance(entry, VocabularyClass) else entry for entry in source]
             said = source if isinstance(source, ClassList) else read_classes(source)
             chosen = default_templates if said.templates is None else said.templates
@@ -175,8 +191,9 @@ class Vocabulary:
                 name, word = said.shared_words()[0]
                 text = f"{said.path}: the word '{word}' of the class '{name}' belongs to another class too, so it is "
                 warnings.warn(f"{text}left out; take it out of one.", LexisegWarning, stacklevel=2)
+            folder = None if said.path is None else said.path.parent
             try:
-                classes = tuple(VocabularyClass(one.name, one.synonyms, one.seen, one.color) for one in kept.classes)
+                classes = tuple(given.get(index) or _class_of(one, folder) for index, one in enumerate(kept.classes))
                 vocabulary = cls(classes, _read_templates(chosen), Background.parse(said.background))
             except LexisegError as error:
                 if said.path is None:
@@ -214,12 +231,16 @@ class Vocabulary:
         """The short form, such as ``cat; tree, bush``: names and synonyms only.
 
         Raises:
-            LexisegError: a word holds a comma or semicolon, which the short form cannot say.
+            LexisegError: a word holds a comma, a semicolon or " = ", which the short form cannot say.
         """
-        for word in self.words:
-            if "," in word or ";" in word:
-                raise LexisegError(f"The word '{shorten(word)}' holds a comma or semicolon; save it as JSON instead.")
-        return "; ".join(", ".join(entry.words) for entry in self.classes)
+        for word in (word for entry in self.classes for word in (entry.name, *entry.words)):
+            if "," in word or ";" in word or " = " in word:
+                raise LexisegError(
+                    f"The word '{shorten(word)}' holds a comma, a semicolon or an equals sign; save it as JSON instead."
+                )
+        return "; ".join(
+            ("" if entry.scored else f"{entry.name} = ") + ", ".join(entry.words) for entry in self.classes
+        )
 
     def save(self, path: str | Path) -> Path:
         """Write the vocabulary to a .json, .yaml, .yml or .txt file, atomically, and return the path.
@@ -260,6 +281,23 @@ class Vocabulary:
     def words(self) -> tuple[str, ...]:
         """The W >= C words that are scored: each class's name followed by its synonyms, class by class."""
         return tuple(word for entry in self.classes for word in entry.words)
+
+    @cached_property
+    def exemplars(self) -> tuple[tuple[int, Exemplar], ...]:
+        """The exemplars, each with its place among `words`."""
+        by_word = {exemplar.word: exemplar for entry in self.classes for exemplar in entry.exemplars}
+        return tuple((index, by_word[word]) for index, word in enumerate(self.words) if word in by_word)
+
+    def spoken(self) -> Vocabulary:
+        """The same with a plain word in each exemplar's place, for a text tower to read."""
+        if not self.exemplars:
+            return self
+        names = {exemplar.word: f"exemplar {number}" for number, (_, exemplar) in enumerate(self.exemplars)}
+        classes = tuple(
+            replace(entry, synonyms=(*entry.synonyms, *(names[one.word] for one in entry.exemplars)), exemplars=())
+            for entry in self.classes
+        )
+        return replace(self, classes=classes)
 
     @cached_property
     def word_to_class(self) -> torch.Tensor:
@@ -343,6 +381,15 @@ class Vocabulary:
                             f"The {what} needs {count} tokens in the template '{shorten(template)}', but the text "
                             f"tower reads at most {context_length}; use a shorter name."
                         )
+
+
+def _class_of(one: ListedClass, folder: Path | None) -> VocabularyClass:
+    """A class of a list; words that begin with "photo:" are exemplars, whose files may lie beside the list's."""
+    if one.name.startswith(PREFIX):
+        raise LexisegError(f"'{shorten(one.name)}' needs a name; write for example 'mug = {shorten(one.name)}'.")
+    words = tuple(word for word in one.synonyms if not word.startswith(PREFIX))
+    exemplars = tuple(Exemplar.parse(word, folder) for word in one.synonyms if word.startswith(PREFIX))
+    return VocabularyClass(one.name, words, one.seen, one.color, exemplars, one.scored)
 
 
 def _with_background_class(classes: list[VocabularyClass], name: str) -> tuple[list[VocabularyClass], Background]:

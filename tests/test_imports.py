@@ -16,6 +16,7 @@ PACKAGE = Path(__file__).parents[1] / "lexiseg"
 
 # A part may import from the parts named here and from itself. `weights` sits above `models`: it builds them from files.
 WORDS = {"errors", "label_ids", "files", "words", "colors", "background", "class_forms", "class_list", "vocabulary"}
+WORDS |= {"exemplars"}
 PICTURES = {"images", "formats", "fonts", "overlay", "segmentation"}
 MODELS = {"clip", "refine", "scores", "proposals", "regions", "losses", "models", "weights"}
 ALLOWED: dict[str, set[str]] = {
@@ -26,8 +27,10 @@ ALLOWED: dict[str, set[str]] = {
     "words": {"errors"},
     "colors": {"errors", "words"},
     "background": {"errors", "words"},
-    "class_forms": {"errors", "words", "colors"},
-    "class_list": {"errors", "words", "colors", "class_forms"},
+    "exemplars": {"errors", "words"},
+    "exemplar_vectors": WORDS | {"images", "clip", "models", "windows"},
+    "class_forms": {"exemplars", "errors", "words", "colors"},
+    "class_list": {"exemplars", "errors", "words", "colors", "class_forms"},
     "vocabulary": WORDS,
     "notes": WORDS,
     "images": {"errors", "files", "words"},
@@ -52,7 +55,7 @@ ALLOWED: dict[str, set[str]] = {
     "weights": WORDS | {"catalog", "hub", "clip", "proposals", "models"},
     "data": WORDS | {"images", "notes", "windows"},
     "pictures": WORDS | {"images", "models", "scores", "windows"},
-    "segmenter": WORDS | PICTURES | MODELS | {"devices", "notes", "pictures", "windows"},
+    "segmenter": WORDS | PICTURES | MODELS | {"devices", "exemplar_vectors", "notes", "pictures", "windows"},
     "recipes": WORDS | {"checking", "clip", "proposals", "models", "data", "windows"},
     "labelling": WORDS | PICTURES | MODELS | {"segmenter", "windows"},
     "evaluation": WORDS | PICTURES | MODELS | {"data", "pictures", "recipes", "segmenter", "processes", "windows"},

@@ -83,7 +83,7 @@ def test_save_and_load(tmp_path: Path) -> None:
     )
     for name in ("a.json", "b.yaml", "c.yml"):
         assert Vocabulary.load(vocabulary.save(tmp_path / name)) == vocabulary
-    with pytest.raises(LexisegError, match="comma or semicolon"):
+    with pytest.raises(LexisegError, match="comma, a semicolon"):
         vocabulary.save(tmp_path / "d.txt")
     with pytest.raises(LexisegError, match="only names and synonyms"):
         Vocabulary.parse("cat; dog", background="0.3").save(tmp_path / "d.txt")

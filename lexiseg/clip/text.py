@@ -121,6 +121,19 @@ class TextEmbedder:
 
         return self._remembered(["prompted", learner.fingerprint(), task], words, encode, disk=disk)
 
+    def remember(self, manner: Sequence[Any], keys: Sequence[str], encode: Callable[[list[int]], Tensor]) -> Tensor:
+        """Vectors of other things than words, kept like those of words.
+
+        Args:
+            manner: what the vectors depend on beside the keys and the text tower; JSON can hold it.
+            keys: a text for each vector.
+            encode: makes the vectors (n, D) of the keys with the given indices.
+
+        Returns:
+            (len(keys), D) float32, on clip's device.
+        """
+        return self._remembered(manner, keys, encode)
+
     def _remembered(
         self, manner: Sequence[Any], words: Sequence[str], encode: Callable[[list[int]], Tensor], *, disk: bool = True
     ) -> Tensor:

@@ -29,7 +29,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ from lexiseg.data.sets.open import open_data_set, with_background
 from lexiseg.errors import LexisegError
 from lexiseg.evaluation.run import Offsets
 from lexiseg.models.base import SegmentationModel
+from lexiseg.models.dense_clip import DenseCLIP
 from lexiseg.models.region_base import RegionModel
 from lexiseg.vocabulary import PAPER_TEMPLATES, SINGLE_TEMPLATE
 from lexiseg.windows import WindowPolicy
@@ -116,6 +117,8 @@ class Protocol:
         synonyms: whether classes have further words; see :func:`lexiseg.data.sets.open.synonyms_of`.
         words: what a class is called, and on whose word.
         rest: words of one more class, "background", which is the label files' 0; none where that is not judged.
+        benchmark: what the training-free papers' settings call it; none where they have none.
+        background: the label files' 0 is one more class, called "background" alone.
     """
 
     name: str
@@ -131,6 +134,8 @@ class Protocol:
     synonyms: bool = False
     words: str = _BARE
     rest: tuple[str, ...] = ()
+    benchmark: str = ""
+    background: bool = False
 
     @property
     def seen_split(self) -> bool:
@@ -151,6 +156,8 @@ class Protocol:
         MAFT's Table 3 is without an ensemble. ZSSeg's weights and thresholds are those of its crops, so that with MAFT,
         which makes none, its own stay.
         """
+        if self.benchmark and isinstance(model, DenseCLIP):
+            return model.follow(self.benchmark)
         changes = self.settings.get(model.system, {})
         if not isinstance(model, RegionModel) or (model.system == "zsseg" and model.options.maft is not None):
             return {}
@@ -181,7 +188,7 @@ class Protocol:
             names_of=self.names.get(system),
             synonyms=self.synonyms if synonyms is None else synonyms,
         )
-        return with_background(data, self.rest) if self.rest else data
+        return with_background(data, self.rest) if self.rest or self.background else data
 
     def card(self, *, synonyms: bool | None = None, settings: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """What a report says of the protocol.
@@ -191,7 +198,7 @@ class Protocol:
             settings: what :meth:`set_up` changed.
         """
         info = data_set(self.data_set)
-        void = [value for value in info.void if value or not self.rest]
+        void = [value for value in info.void if value or not (self.rest or self.background)]
         outside = {
             "pascal-context-59": "; of .mat files all outside the 59 classes",
             "ade20k-847": " in TIFFs; all outside the class list",
@@ -207,7 +214,9 @@ class Protocol:
                 "not_judged": f"values {', '.join(map(str, void))} of the label files" + outside.get(self.data_set, ""),
                 "synonyms": synonyms if changed else self.synonyms,
                 "words": f"chosen by the user; the protocol has {self.words}" if changed else self.words,
-                "settings": {key: dict(values) for key, values in (settings or {}).items()},
+                "settings": {
+                    key: dict(value) if isinstance(value, Mapping) else value for key, value in (settings or {}).items()
+                },
             }
         }
 
@@ -253,6 +262,18 @@ def _across(name: str, title: str, data: str, rest: tuple[str, ...] = ()) -> Pro
     )
 
 
+def _training_free(benchmark: str, title: str, data: str, background: bool = False) -> Protocol:
+    return replace(
+        _across(f"training-free-{benchmark}", title, data),
+        title=f"training-free on {title}",
+        source="the released settings of SCLIP, ClearCLIP, NACLIP, ProxyCLIP and ResCLIP; ResCLIP's were chosen on the "
+        "test sets",
+        words="the names alone; the lists of the authors, with synonyms and words of stuff, are not at hand",
+        benchmark=benchmark,
+        background=background,
+    )
+
+
 def _one_stage_templates(data: str) -> dict[str, tuple[str, ...]]:
     return dict.fromkeys(_ONE_STAGE, _ONE_STAGE_TEMPLATES[data]) if data in _ONE_STAGE_TEMPLATES else {}
 
@@ -285,6 +306,14 @@ PROTOCOLS: Mapping[str, Protocol] = {
         _across("pc-459", "PASCAL Context, 459 classes", "pascal-context-459"),
         _across("a-150", "ADE20K, 150 classes", "ade20k-150"),
         _across("a-847", "ADE20K, 847 classes", "ade20k-847"),
+        _training_free("voc21", "PASCAL VOC 2012, 20 classes and background", "voc2012", True),
+        _training_free("voc20", "PASCAL VOC 2012, 20 classes", "voc2012"),
+        _training_free("pc60", "PASCAL Context, 59 classes and background", "pascal-context-59", True),
+        _training_free("pc59", "PASCAL Context, 59 classes", "pascal-context-59"),
+        _training_free("coco-object", "COCO, 80 things and background", "coco-object"),
+        _training_free("coco-stuff", "COCO-Stuff 164K, 171 classes", "coco-stuff-164k"),
+        _training_free("cityscapes", "Cityscapes, 19 classes", "cityscapes"),
+        _training_free("ade20k", "ADE20K, 150 classes", "ade20k-150"),
     )
 }  # fmt: skip
 """All of them by name."""

@@ -22,6 +22,7 @@ from lexiseg.models.options import Pixels as Pixels
 from lexiseg.models.options import Triple as Triple
 from lexiseg.models.options import WindowOptions as WindowOptions
 from lexiseg.scores import Scores
+from lexiseg.scores.words import WordsRule
 from lexiseg.vocabulary import SINGLE_TEMPLATE, Vocabulary
 from lexiseg.windows import WindowPolicy
 
@@ -56,6 +57,7 @@ class SegmentationModel(nn.Module, ABC):
         metadata: free notes saved with the model (data, steps, measured results).
         weighs_classes: whether its mask losses heed ``class_weights``.
         class_weights: (C,) factors on the losses of the classes trained on; None is 1 for all.
+        words_rule: makes labels by probabilities of words, where a protocol of the training-free papers asks for it;
     """
 
     system: ClassVar[str]
@@ -70,6 +72,7 @@ class SegmentationModel(nn.Module, ABC):
         self.seen_names = tuple(seen_names)
         self.default_templates: tuple[str, ...] = SINGLE_TEMPLATE
         self.metadata: dict[str, Any] = {}
+        self.words_rule: WordsRule | None = None
 
     @classmethod
     def build(cls, clip: CLIP, options: dict[str, Any] | None = None, **fields: Any) -> SegmentationModel:

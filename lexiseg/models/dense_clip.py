@@ -38,6 +38,7 @@ from lexiseg.models.last_block import (
 from lexiseg.models.mask_decoder import unit
 from lexiseg.refine import pamr
 from lexiseg.scores import GridScores
+from lexiseg.scores.words import WordsRule
 from lexiseg.windows import WindowPolicy
 
 Method = Literal["maskclip", "clip", "sclip", "clearclip", "naclip", "resclip", "proxyclip", "gem"]
@@ -176,9 +177,28 @@ class DenseCLIP(SegmentationModel):
             proxy = load_proxy(options.proxy)
         # The proxy is named, not saved: it is not ours, and a list hides it from the state of the model.
         self._proxy = [proxy] if proxy is not None else []
+        self._released_resize = False
         if options.method != "maskclip" and not clip.packaged:
             self.default_templates = IMAGENET_TEMPLATES
         self.set_trainable()
+
+    def follow(self, protocol: str) -> dict[str, Any]:
+        """Run as the method's authors do on a benchmark, ``training_free.yaml``; the changed settings come back.
+
+        Args:
+            protocol: such as "voc21"; one that the method has no settings for changes the resize only.
+        """
+        changes = dict(methods()[self.options.method].get("protocols", {}).get(protocol, {}))
+        threshold, area = changes.pop("threshold", 0.0), changes.pop("area", 0.0)
+        self.options = DenseCLIPOptions(**{**self.options.model_dump(), "window_stride": 0, **self._strides(changes)})
+        self.words_rule = WordsRule(self.options.logit_scale, threshold, area) if threshold else None
+        self._released_resize = True
+        return {**changes, **({"threshold": threshold, "area": area} if threshold else {})}
+
+    def _strides(self, changes: dict[str, Any]) -> dict[str, Any]:
+        """Changes with the stride that belongs to their windows: none for whole pictures."""
+        size = changes.get("window_size", self.options.window_size)
+        return {"window_stride": self.options.window_stride, **changes} if size else {**changes, "window_stride": 0}
 
     @property
     def tower(self) -> PatchTower:
@@ -191,7 +211,10 @@ class DenseCLIP(SegmentationModel):
         options = self.options
         short_side = 2 * self.clip.image_size if options.short_side is None else options.short_side
         size = options.window_size
-        return WindowPolicy(size, options.window_stride or size or 0 if size else 0, short_side or None)
+        stride = options.window_stride or size or 0 if size else 0
+        if self._released_resize:  # mmsegmentation's
+            return WindowPolicy(size, stride, short_side or None, 2048, antialias=False)
+        return WindowPolicy(size, stride, short_side or None)
 
     @property
     def _pads(self) -> bool:
@@ -269,6 +292,20 @@ class DenseCLIP(SegmentationModel):
                 tokens = block.finish(tokens, F.scaled_dot_product_attention(*qkv))
         return tower.project(tokens if total is None else total)
 
+    @torch.no_grad()
+    def dense_features(self, images: Tensor) -> Tensor:
+        """The patches (B, h, w, D) of unit length that text is compared with; of ResCLIP those of its first pass."""
+        features = self.encode_images(images)
+        return features.values["patches"] if "patches" in features.values else self._first_pass(features)[0]
+
+    def _first_pass(self, features: ImageFeatures) -> tuple[Tensor, Feedback]:
+        """ResCLIP's patches before any label is known, and what the middle blocks add."""
+        values, options = features.values, self.options
+        grid = (int(values["grid"][0]), int(values["grid"][1]))
+        middle = [(values[f"query_{index}"], values[f"key_{index}"]) for index in options.middle_blocks]
+        feedback = Feedback(middle, options.middle_weights)
+        return self._unit_patches(self.last_blocks(values["tokens"], grid, feedback), grid), feedback
+
     def _self_self(self, tokens: Tensor) -> Tensor:
         """GEM: a path of self-self attention beside the last blocks."""
         options, tower = self.options, self.tower
@@ -323,11 +360,8 @@ class DenseCLIP(SegmentationModel):
     def _second_pass(self, features: ImageFeatures, text: Tensor) -> Tensor:
         """ResCLIP: the labels of a first pass over the last block steer a second one. (B, h, w, D) of unit length."""
         values, options = features.values, self.options
-        grid = (int(values["grid"][0]), int(values["grid"][1]))
-        middle = [(values[f"query_{index}"], values[f"key_{index}"]) for index in options.middle_blocks]
-        first = self._unit_patches(
-            self.last_blocks(values["tokens"], grid, Feedback(middle, options.middle_weights)), grid
-        )
+        first, feedback = self._first_pass(features)
+        grid = (int(first.shape[1]), int(first.shape[2]))
         agreement = []
         for logits, image in zip(_cosines(first, text), values["images"], strict=True):
             labels = self.first_labels(logits[None], image[None])
@@ -335,7 +369,7 @@ class DenseCLIP(SegmentationModel):
             agreement.append(agree / agree.max())
         num_prefix = self.tower.num_prefix
         weights = F.pad(torch.stack(agreement), (num_prefix, 0, num_prefix, 0))
-        feedback = Feedback(middle, options.middle_weights, weights, options.feedback_weights)
+        feedback = Feedback(feedback.middle, options.middle_weights, weights, options.feedback_weights)
         return self._unit_patches(self.last_blocks(values["tokens"], grid, feedback), grid)
 
     def first_labels(self, logits: Tensor, image: Tensor) -> Tensor:

@@ -12,7 +12,6 @@ from lexiseg.clip.model import CLIP
 from lexiseg.clip.positions import resize_positions
 from lexiseg.clip.proxy import Proxy
 from lexiseg.clip.text import TextEmbedder
-from lexiseg.evaluation.words import words_to_classes
 from lexiseg.models.base import ImageFeatures
 from lexiseg.models.dense_clip import IMAGENET_TEMPLATES, DenseCLIP, DenseCLIPOptions
 from lexiseg.models.last_block import (
@@ -26,6 +25,7 @@ from lexiseg.models.last_block import (
 )
 from lexiseg.refine import pamr, pamr_weights
 from lexiseg.scores import WindowScores
+from lexiseg.scores.words import WordsRule, words_to_classes
 from lexiseg.windows import cover
 from tests.parity.case import Case, UnsupportedError
 from tests.parity.clip_build import IdTokenizer, make_clip, vision_sizes
@@ -378,10 +378,8 @@ def predictions(case: Case) -> None:
         logits = pamr(logits, guide, said["pamr_steps"], said["pamr_stride"])
     case.check("logits", logits)
     renormalised = method in ("naclip", "resclip")
-    labels, probabilities = words_to_classes(
-        logits[0], case.input("query_idx"), scale=said["logit_scale"], threshold=said["prob_thd"],
-        area=said.get("area_thd") or 0.0,
-    )  # fmt: skip
+    rule = WordsRule(said["logit_scale"], said["prob_thd"], said.get("area_thd") or 0.0)
+    labels, probabilities = words_to_classes(logits[0], case.input("query_idx"), rule)
     case.check("probabilities", probabilities / probabilities.sum(0) if renormalised else probabilities)
     case.check("seg_pred", labels[None])
     compare_margins(case, probabilities, labels, said["prob_thd"])

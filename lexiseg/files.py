@@ -24,13 +24,24 @@ def default_cache_folder() -> Path:
     return Path(given) if given else Path.home() / ".cache" / "lexiseg"
 
 
+def as_path(value: object, what: str) -> Path:
+    """A path of text or of a path object.
+
+    Raises:
+        LexisegError: it is something else; ``what`` begins the sentence.
+    """
+    if not isinstance(value, str | os.PathLike) or isinstance(os.fspath(value), bytes):
+        raise LexisegError(f"{what} must be a path, not a {type(value).__name__}.")
+    return Path(value)
+
+
 def make_folder(folder: str | Path) -> Path:
     """Create ``folder`` with its parents and return it.
 
     Raises:
         LexisegError: the folder cannot be created or is a file.
     """
-    folder = Path(folder)
+    folder = as_path(folder, "A folder")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -339,7 +339,7 @@ def _from_tensor(tensor: torch.Tensor, max_pixels: float) -> np.ndarray:
     import torch
 
     usable = not (tensor.is_nested or tensor.is_quantized or tensor.is_meta) and tensor.layout == torch.strided
-    if not usable or tensor.ndim not in (2, 3) or (tensor.ndim == 3 and tensor.shape[0] not in (1, 2, 3, 4)):
+    if not usable or tensor.dim() not in (2, 3) or (tensor.ndim == 3 and tensor.shape[0] not in (1, 2, 3, 4)):
         kind = f"the shape {tuple(tensor.shape)}" if usable else "other storage (nested, sparse, quantised or meta)"
         raise LexisegError(
             f"A picture as a tensor must be dense with the shape (3, height, width), not of {kind}; for several "

@@ -66,7 +66,7 @@ def mark_drawn(suffix: str) -> dict[str, Any]:
 
 
 def _is_drawn(source: Any) -> bool:
-    shape = getattr(source, "shape", None)
+    shape = None if getattr(source, "is_nested", False) else getattr(source, "shape", None)
     if shape is not None and not isinstance(source, Image.Image):
         sides = sorted(shape)[-2:]
         return len(sides) == 2 and sides[0] == sides[1] <= _LARGEST_SCENE

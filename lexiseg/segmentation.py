@@ -21,7 +21,7 @@ from lexiseg.files import atomic_write, make_folder, write_json, write_text
 from lexiseg.label_ids import ignore_index
 from lexiseg.overlay import LegendEntry, draw_legend, paint_classes
 from lexiseg.vocabulary import Vocabulary
-from lexiseg.words import shorten
+from lexiseg.words import describe, finite, shorten
 
 _CHUNK = 2**20
 _NOTEBOOK_SIDE = 1024
@@ -166,8 +166,10 @@ class Segmentation:
             if index not in self.classes:
                 raise LexisegError(f"There is no class '{shorten(index)}' in this result; see its `classes`.")
             index = self.classes.index(index)
+        if not isinstance(index, int) or isinstance(index, bool):
+            raise LexisegError(f"A class is called by its name or its number, not {describe(index)}.")
         if not 0 <= index < self.num_classes:
-            raise LexisegError(f"There is no class {index}; the result has {self.num_classes}.")
+            raise LexisegError(f"There is no class {describe(index)}; the result has {self.num_classes}.")
         return index
 
     @property
@@ -235,6 +237,7 @@ class Segmentation:
         Raises:
             LexisegError: ``alpha`` is outside 0..1 or the font cannot be read.
         """
+        alpha = finite(alpha, "The overlay's alpha")
         if not 0 <= alpha <= 1:
             raise LexisegError(f"The overlay's alpha must be in 0..1, not {alpha}.")
         image = None if self.image is None else self.image.permute(1, 2, 0).numpy()
@@ -264,8 +267,9 @@ class Segmentation:
         """The outlines of each class in the picture, by its name; see `lexiseg.formats.polygons_of`.
 
         Raises:
-            LexisegError: OpenCV (the extra ``polygons``) is not installed.
+            LexisegError: OpenCV (the extra ``polygons``) is not installed, or the tolerance is not a number.
         """
+        tolerance = finite(tolerance, "The tolerance of polygons")
         return {row.name: formats.polygons_of(self._mask_array(row.index), tolerance) for row in self._rows_in_order()}
 
     def to_coco(self, instances: Collection[str] = ()) -> dict[str, Any]:
@@ -359,6 +363,9 @@ class Segmentation:
             LexisegError: a kind is unknown, the stem is not a file name, the folder cannot be written, or a kind needs
                 a package that is not installed.
         """
+        kinds = (kinds,) if isinstance(kinds, str) else kinds
+        if not isinstance(kinds, Collection) or not isinstance(stem, str):
+            raise LexisegError("save takes a folder, the beginning of a file name, and a list of kinds.")
         for kind in kinds:
             if kind not in formats.SAVE_FORMATS:
                 raise LexisegError(

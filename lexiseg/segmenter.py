@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -20,7 +21,7 @@ from lexiseg.clip.text import TextEmbedder
 from lexiseg.devices import float32_default, pick_device, pick_dtype
 from lexiseg.errors import LexisegError
 from lexiseg.exemplar_vectors import with_exemplars
-from lexiseg.files import default_cache_folder, write_text
+from lexiseg.files import as_path, default_cache_folder, write_text
 from lexiseg.images import DEFAULT_MAX_PIXELS, ImageSource, list_images
 from lexiseg.label_ids import ignore_index
 from lexiseg.models.base import ImageFeatures, SegmentationModel
@@ -101,8 +102,8 @@ class Segmenter:
         self.max_pixels = max_pixels
         self.refinement = Refinement.parse(refine)
         self.templates = None if templates is None else Vocabulary.parse("any", templates=templates).templates
-        folder = (default_cache_folder() if cache_dir is None else Path(cache_dir)) if disk_cache else None
-        self.embedder = TextEmbedder(model.clip, folder)
+        cache = default_cache_folder() if cache_dir is None else as_path(cache_dir, "cache_dir")
+        self.embedder = TextEmbedder(model.clip, cache if disk_cache else None)
         self._forward: Any = torch.compile(model) if compile else model
         self._held = threading.local()  # one picture a thread
         self._lock, self._running, self._were_training = threading.Lock(), 0, list[torch.nn.Module]()
@@ -147,6 +148,19 @@ class Segmenter:
 
         with TemporaryDirectory() as folder:
             return push_folder(save_model(self.model, folder), repository, private=private)
+
+    def refined(self, refine: str | Refinement | None) -> Segmenter:
+        """This segmenter with another refinement of its masks; model and caches are shared.
+
+        Args:
+            refine: as at the beginning.
+
+        Raises:
+            LexisegError: there is no such refinement.
+        """
+        other = copy.copy(self)
+        other.refinement = Refinement.parse(refine)
+        return other
 
     @property
     def device(self) -> torch.device:
@@ -233,7 +247,7 @@ class Segmenter:
                 raise LexisegError("The window was chosen when the picture was set; give it to set_image instead.")
             return held.predict(classes, background=background)
         batch_size, policy = whole_number(batch_size, "The batch size", 1), window_policy(self.model.window, window)
-        if isinstance(image, torch.Tensor) and image.ndim == 4:
+        if isinstance(image, torch.Tensor) and not image.is_nested and image.ndim == 4:
             image = list(image)
         words = self._words(classes, background)
         many = isinstance(image, list | tuple)
@@ -291,7 +305,12 @@ class Segmenter:
         Raises:
             LexisegError: there are no pictures, or the classes are wrong. This is raised at the call, not later.
         """
-        paths = list_images(target) if isinstance(target, str | Path) else [Path(path) for path in target]
+        if isinstance(target, str | Path):
+            paths = list_images(target)
+        elif isinstance(target, Iterable):
+            paths = [as_path(path, "Each picture of a folder") for path in target]
+        else:
+            raise LexisegError(f"Pictures are a folder, a pattern or a list of paths, not {describe(target)}.")
         batch_size, policy = whole_number(batch_size, "The batch size", 1), window_policy(self.model.window, window)
         words = self._words(classes, background)
         return self._stream((self._read(path, path, policy) for path in paths), words, batch_size, policy)

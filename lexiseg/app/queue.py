@@ -166,8 +166,7 @@ def _answers(jobs: list[Job]) -> list[Answer]:
         results = first.segmenter.predict(pictures, **first.arguments)
         scores = None
         if first.scores:
-            arguments = {key: value for key, value in first.arguments.items() if key != "refine"}
-            scores = first.segmenter.scores(first.picture, **arguments)
+            scores = first.segmenter.scores(first.picture, **first.arguments)
     notes = tuple(dict.fromkeys(str(one.message) for one in caught if issubclass(one.category, LexisegWarning)))
     return [Answer(result, scores, notes) for result in results]
 

@@ -125,9 +125,11 @@ class Service:
         if len(pictures) > self.settings.max_pictures:
             raise ServiceError(422, f"There are more than {self.settings.max_pictures} pictures; send fewer at a time.")
         name, segmenter = self.segmenter(question.model)
+        if question.refine is not None:
+            segmenter = segmenter.refined(question.refine)
         words = self.vocabulary(question.classes) if vocabulary is None else vocabulary
         arguments: dict[str, Any] = {"classes": words}
-        for key in ("background", "window", "refine"):
+        for key in ("background", "window"):
             if (value := getattr(question, key)) is not None:
                 arguments[key] = value
         alike = (name, words.hash(), question.background, question.window, question.refine)

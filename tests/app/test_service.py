@@ -111,6 +111,16 @@ def test_a_picture_in_every_form(running: Running) -> None:
     assert set(found["scores"]["scores"]["maps"]) == set(expected.classes)
 
 
+def test_a_refinement_can_be_asked_for(running: Running) -> None:
+    data = sample_path("demo").read_bytes()
+    asked = {"image": b64(data), "classes": WORDS, "output": "png"}
+    plain = running.client.post("/v1/segment", json=asked).json()
+    edges = running.client.post("/v1/segment", json={**asked, "refine": "edges"}).json()
+    picture = Image.open(io.BytesIO(base64.b64decode(edges["png"])))
+    expected = running.segmenter.refined("edges").predict(data, WORDS).label_map
+    assert edges["png"] != plain["png"] and np.array_equal(np.asarray(picture), np.asarray(expected))
+
+
 def test_a_batch_keeps_the_order(running: Running) -> None:
     pictures = [png((40 + 8 * index, 32), index) for index in range(3)]
     reply = running.client.post(
@@ -142,6 +152,7 @@ def test_what_is_wrong_is_a_sentence_with_its_status(running: Running) -> None:
         ({"window": -3}, 422, "window"),
         ({"output": "bitmap"}, 422, "output"),
         ({"colour": "red"}, 422, "colour"),
+        ({"refine": "polish"}, 422, "refine"),
     ):
         reply = client.post("/v1/segment", json={**good, **change})
         assert_sentence(reply, status, says)

@@ -347,8 +347,8 @@ def test_wrong_folders(tmp_path: Path) -> None:
     for changes, sentence in (
         ({"format": 2}, "has format 2 and this lexiseg reads 1"),
         ({"system": "segnext"}, "of the system 'segnext'.* it has zegclip, dense-clip"),
-        ({"options": {**config["options"], "colour": 1}}, "no option 'colour'"),
-        ({"options": {**config["options"], "num_prompts": 0}}, "'num_prompts' of zegclip is wrong"),
+        ({"options": {**config["options"], "colour": 1}}, "unknown option 'colour'"),
+        ({"options": {**config["options"], "num_prompts": 0}}, "wrong value for 'num_prompts'"),
         (
             {"options": {**config["options"], "num_prompts": 5}},
             r"prompts.embeddings is \(1, 4, 128\) instead of \(1, 5",

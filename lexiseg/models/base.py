@@ -57,8 +57,8 @@ class SegmentationModel(nn.Module, ABC):
         metadata: free notes saved with the model (data, steps, measured results).
         weighs_classes: whether its mask losses heed ``class_weights``.
         class_weights: (C,) factors on the losses of the classes trained on; None is 1 for all.
-        words_rule: makes labels by probabilities of words, where a protocol of the training-free papers asks for it; None
-            compares scores.
+        words_rule: makes labels by probabilities of words, where a protocol of the training-free papers asks for it;
+            None compares scores.
     """
 
     system: ClassVar[str]

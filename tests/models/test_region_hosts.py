@@ -339,7 +339,7 @@ def test_options_that_contradict_each_other_are_refused() -> None:
         make(regions="mask-attention", crops={"min_score": 0.1})
     with pytest.raises(LexisegError, match="embed_dim to 16"):
         make(proposals={**MASKFORMER, "embed_dim": 8})
-    with pytest.raises(LexisegError, match="unknown option 'criterion.focal'"):
+    with pytest.raises(LexisegError, match=r"unknown option 'criterion\.focal'"):
         make(criterion={"focal": 2.0})
 
 

@@ -9,7 +9,6 @@ import torch
 
 from benchmarks.cost.case import CLASSES, SIDE, CostCase, Published, Step, shapes_of, shared_clip, text_pass
 from benchmarks.cost.counting import FVCORE_NORM, Count, count, fvcore_resize
-from lexiseg.clip.embeddings import image_embeddings
 from lexiseg.clip.model import CLIP
 from lexiseg.models import (
     DeOP,
@@ -67,6 +66,7 @@ class ZegFormerCase(CostCase):
         resizes = proposals.resizes + fvcore_resize(_QUERIES, side, side)
         return [
             Step(f"lexiseg's proposals at {side} x {side}", proposals.macs),
+            _earlier_masks(host, side),
             Step(
                 f"{_QUERIES} crops of {_TRAINED_AT} x {_TRAINED_AT} by CLIP, attention products included",
                 _QUERIES * crop.macs,
@@ -175,6 +175,7 @@ class DeOPCase(CostCase):
         severed = 2 * tokens * _WIDTH**2 + tokens**2 * _WIDTH
         parts = [
             Step(f"lexiseg's proposals, regions and class scores at {SIDE} x {SIDE}, text cached", ours.macs),
+            _earlier_masks(host, SIDE),
             Step("attention of the severed block, of which lexiseg computes the value path only", severed),
             Step("class scores times masks at every pixel", _QUERIES * CLASSES * SIDE**2),
         ]
@@ -363,6 +364,19 @@ DECOUPLED: tuple[type[CostCase], ...] = (
 )
 
 
+def _earlier_masks(model: DecoupledModel, side: int) -> Step:
+    """Masks of the generator's earlier levels: the authors' code makes them in prediction as well, lexiseg to train."""
+    images = torch.empty(1, 3, side, side, device="meta")
+    without = count(lambda: model.generator(model.pad(images)))
+
+    def all_levels() -> object:
+        with torch.enable_grad():
+            return model.generator(model.pad(images))
+
+    every = count(all_levels)
+    return Step("masks of the generator's earlier levels", every.macs - without.macs)
+
+
 def _crops(clip: CLIP) -> Step:
     """CLIP on a hundred crops; the tower has no values."""
     crop = count(lambda: _whole_picture(clip, _TRAINED_AT))
@@ -395,5 +409,7 @@ def _decoupled(model: SegmentationModel) -> DecoupledModel:
 
 
 def _whole_picture(clip: CLIP, side: int) -> torch.Tensor:
-    images = torch.empty(1, 3, side, side, device=clip.device)
-    return image_embeddings(clip.visual, images, position_interpolation="bicubic")
+    """One picture as the authors' code runs it: every token goes to the end of the tower."""
+    tower = clip.image_tower
+    tokens, grid = tower.embed(torch.empty(1, 3, side, side, device=clip.device), interpolation="bicubic")
+    return tower.project(tower.run(tokens, grid).tokens[:, :1])

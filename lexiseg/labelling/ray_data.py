@@ -41,6 +41,7 @@ class Job:
         compile: likewise.
         templates: likewise.
         max_pixels: likewise.
+        refine: likewise.
     """
 
     output: str
@@ -51,6 +52,7 @@ class Job:
     compile: bool = False
     templates: str | list[str] | None = None
     max_pixels: int | None = None
+    refine: str | None = None
 
 
 class Worker:
@@ -80,6 +82,7 @@ class Worker:
                 compile=job.compile,
                 templates=job.templates,
                 max_pixels=job.max_pixels,
+                refine=job.refine,
             )
             self._labeller = Labeller(segmenter, job.wanted, job.output)
         except LexisegError as error:

@@ -50,7 +50,7 @@ class Parts:
     def load(cls, runs: Path, seed: int, dataset: PictureWorld) -> Parts:
         """Read the runs of one seed."""
         zegclip = cast(ZegCLIP, load_model(runs / f"zegclip-{seed}" / "model"))
-        frozen = cast(DenseCLIP, DenseCLIP.build(zegclip.clip, {"severance": 0.0, "short_side": WORKING}).eval())
+        frozen = cast(DenseCLIP, DenseCLIP.build(zegclip.clip, {"method": "clip", "short_side": WORKING}).eval())
         segmenter = Segmenter(zegclip, disk_cache=False)
         text = zegclip.embed_text(segmenter.embedder, segmenter.vocabulary(dataset.vocabulary))
         parts = cls(zegclip, second_look_of(zegclip), frozen, text)

@@ -29,7 +29,6 @@ from lexiseg.clip.load import load_clip
 from lexiseg.data.picture_world import PictureWorld
 from lexiseg.evaluation.run import run_evaluation
 from lexiseg.files import make_folder, write_json, write_text
-from lexiseg.models.dense_clip import DenseCLIP
 from lexiseg.recipes import load_recipe
 from lexiseg.segmenter import Segmenter
 from lexiseg.training.contrastive import zero_shot_accuracy
@@ -63,8 +62,8 @@ SYSTEMS: dict[str, str | Variant | None] = {
 }
 COLUMNS = ("pacc", "miou", "miou_seen", "miou_unseen", "hiou")
 TRAINING_FREE = {
-    "dense-clip (value path)": {"severance": 1.0},
-    "dense-clip (plain)": {"severance": 0.0},
+    "dense-clip (value path)": "dense-clip/clip-emoji",
+    "dense-clip (plain)": "clip/clip-emoji",
 }
 
 
@@ -103,8 +102,7 @@ def build_segmenter(system: str, seed: int, folder: Path) -> Segmenter:
     if isinstance(recipe_name, Variant):
         return decoupled_segmenter(system, seed, folder.parent)
     if recipe_name is None:
-        model = DenseCLIP.build(load_clip("clip-emoji"), {**TRAINING_FREE[system], "short_side": 128})
-        return Segmenter(model)
+        return lexiseg.load(TRAINING_FREE[system], device="cpu")
     if not (folder / "model" / "config.json").is_file():
         train(load_recipe(recipe_name, seed=seed), folder, resume=True)
     return lexiseg.load(str(folder / "model"), device="cpu")

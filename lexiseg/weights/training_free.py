@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lexiseg.errors import LexisegError
 
@@ -31,7 +31,7 @@ def load_training_free(name: str) -> SegmentationModel:
     method = "maskclip" if method == "dense-clip" else method
     if not tower:
         raise LexisegError(f"'{name}' lacks a tower; write for example '{method}/ViT-B-16/openai'.")
-    options: dict[str, str] = {"method": method}
+    options: dict[str, Any] = {"method": method}
     if method == "proxyclip":
         tower, plus, proxy = tower.rpartition("+")
         if not plus or not tower or not proxy:
@@ -40,4 +40,8 @@ def load_training_free(name: str) -> SegmentationModel:
                 "'proxyclip/ViT-B-16/openai+vit_base_patch8_224.dino'."
             )
         options["proxy"] = proxy
-    return DenseCLIP.build(load_clip(tower), options)
+    clip = load_clip(tower)
+    if clip.packaged:
+        # The picture world's CLIP does best at the size it was trained at, and its results are reported there.
+        options["short_side"] = clip.image_size
+    return DenseCLIP.build(clip, options)

@@ -472,3 +472,9 @@ def test_old_names_are_read_and_said(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_the_small_architecture_builds() -> None:
     assert build_clip(small_architecture()).embed_dim == 16
+
+
+def test_dense_clip_on_the_packaged_clip_is_the_row_of_the_results() -> None:
+    model = load_model("dense-clip/clip-emoji")
+    options = model.options.model_dump()
+    assert (options["method"], options["short_side"], options["window_size"]) == ("maskclip", 128, None)

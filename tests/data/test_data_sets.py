@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import shutil
 from pathlib import Path
 
@@ -257,3 +258,13 @@ def test_wrong_requests(tmp_path, folder):
     for name, root, split, options, words in cases:
         with pytest.raises(LexisegError, match=words):
             open_data_set(name, root, split, **options)
+
+
+@pytest.mark.parametrize("name", MINIATURES)
+def test_data_sets_can_be_pickled(name: str, tmp_path: Path) -> None:
+    source, make = MINIATURES[name]
+    make(tmp_path)
+    data = open_data_set(source, tmp_path, "val")
+    again = pickle.loads(pickle.dumps(data))
+    assert len(again) == len(data)
+    assert torch.equal(again[0].label, data[0].label) and torch.equal(again[0].image, data[0].image)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 import inspect
 import subprocess
 import sys
@@ -126,3 +127,19 @@ def test_no_system_imports_another() -> None:
 def test_import_and_help_do_not_load_torch() -> None:
     code = "import sys, lexiseg, lexiseg.cli; sys.exit(any(name.split('.')[0] == 'torch' for name in sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_no_module_is_imported_in_a_circle() -> None:
+    parts = {path: path.relative_to(PACKAGE).with_suffix("").parts for path in SOURCES}
+    names = {path: ".".join(found).removesuffix(".__init__") for path, found in parts.items()}
+    known = set(names.values())
+    graph: dict[str, set[str]] = {}
+    for path, name in names.items():
+        asked: set[str] = set()
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:  # those inside functions close no circle
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("lexiseg"):
+                module = (node.module or "").removeprefix("lexiseg").removeprefix(".")
+                inside = {f"{module}.{alias.name}".removeprefix(".") for alias in node.names}
+                asked |= {name if name in known else module for name in inside}
+        graph[name] = (asked & known) - {name}
+    assert list(graphlib.TopologicalSorter(graph).static_order())  # raises where there is a circle

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from lexiseg.errors import LexisegError
 from lexiseg.files import atomic_write, make_folder
+from lexiseg.formats import encode_rle
 from lexiseg.words import describe, printable
 
 if TYPE_CHECKING:
@@ -297,16 +298,10 @@ def _finished(path: Path, head: dict[str, Any]) -> dict[int, dict[str, Any]]:
 
 
 def _segments_of(labels: NDArray[np.integer] | None) -> list[dict[str, Any]]:
-    from pycocotools import mask as coco
-
     if labels is None:
         return []
     ids = [int(one) for one in np.unique(labels) if one != (255 if labels.dtype == np.uint8 else 65535)]
-    found = []
-    for one in ids:
-        rle = coco.encode(np.asfortranarray(labels == one))
-        found.append({"category_id": one, "rle": {"size": rle["size"], "counts": rle["counts"].decode()}})
-    return found
+    return [{"category_id": one, "rle": encode_rle(labels == one)} for one in ids]
 
 
 def _labels_of(line: dict[str, Any], vocabulary: Vocabulary) -> NDArray[np.integer]:

@@ -18,6 +18,7 @@ from lexiseg.app.queue import Answer
 from lexiseg.app.requests import Question, ServiceError, decode_picture
 from lexiseg.app.results import outlines
 from lexiseg.errors import LexisegError
+from lexiseg.formats import bounding_box
 
 if TYPE_CHECKING:
     from lexiseg.app.service import Service
@@ -148,8 +149,8 @@ def _cvat_results(answer: Answer, threshold: float) -> list[dict[str, Any]]:
         if row.score is not None and row.score < threshold:
             continue
         mask = result.mask(row.index).numpy()
-        rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
-        top, bottom, left, right = int(rows[0]), int(rows[-1]), int(columns[0]), int(columns[-1])
+        left, top, width, height = bounding_box(mask)
+        right, bottom = left + width - 1, top + height - 1
         inside = mask[top : bottom + 1, left : right + 1]
         polygons = outlines(result, row.index)
         largest = max((polygon[0] for polygon in polygons), key=len, default=[])

@@ -11,7 +11,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from lexiseg.errors import LexisegError, LexisegWarning
+from lexiseg.errors import LexisegWarning
 
 if TYPE_CHECKING:
     from lexiseg.scores.base import Scores
@@ -169,8 +169,3 @@ def _answers(jobs: list[Job]) -> list[Answer]:
             scores = first.segmenter.scores(first.picture, **first.arguments)
     notes = tuple(dict.fromkeys(str(one.message) for one in caught if issubclass(one.category, LexisegWarning)))
     return [Answer(result, scores, notes) for result in results]
-
-
-def sentence_of(error: BaseException) -> str | None:
-    """The sentence of a mistake of the client's, or None for a fault of ours."""
-    return str(error) if isinstance(error, LexisegError) else None

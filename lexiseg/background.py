@@ -16,19 +16,15 @@ BackgroundSource: TypeAlias = "Background | str | float | Mapping[str, Any] | No
 class Background:
     """What happens to pixels that none of the classes fits.
 
-    Attributes:
-        kind: "none" gives every pixel one of the classes; "class" has a class of its own whose words are scored
-            like any other's; "threshold" leaves pixels out (255) whose winning score is below a value.
-        name: the background class where ``kind`` is "class". A comma joins synonyms.
-        threshold: the lowest winning score that keeps a pixel where ``kind`` is "threshold", in the units of the
-            model's scores.
-
-    Raises:
-        LexisegError: a field that the kind needs is missing, one it does not use is given, or the name is no class's.
+    Raises LexisegError if a field that the kind needs is missing, one it does not use is given, or the name is no
+    class's.
     """
 
+    # "none" gives every pixel one of the classes; "class" has a class of its own whose words are scored like any
+    # other's; "threshold" leaves pixels out (255) whose winning score is below a value
     kind: Literal["none", "class", "threshold"] = "none"
-    name: str | None = None
+    name: str | None = None  # the background class where ``kind`` is "class". A comma joins synonyms.
+    # the lowest winning score that keeps a pixel where ``kind`` is "threshold", in the units of the model's scores
     threshold: float | None = None
 
     def __post_init__(self) -> None:
@@ -52,10 +48,8 @@ class Background:
     def parse(cls, source: BackgroundSource) -> Background:
         """Read a policy: None or "none"; a number or its text (a threshold); any other text (a class's words).
 
-        A mapping takes the keys kind, name and threshold; without ``kind`` it follows from the other two.
-
-        Raises:
-            LexisegError: the source is none of these.
+        A mapping takes the keys kind, name and threshold; without ``kind`` it follows from the other two. Raises
+        LexisegError if the source is none of these.
         """
         if isinstance(source, Background):
             return source

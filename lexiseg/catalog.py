@@ -16,17 +16,11 @@ DENSE_CLIP = "dense-clip"
 
 @dataclass(frozen=True)
 class ModelEntry:
-    """A model that `lexiseg.load` knows by name.
+    """A model that `lexiseg.load` knows by name."""
 
-    Attributes:
-        name: what to load it by.
-        system: the system it is of.
-        description: one line for people.
-    """
-
-    name: str
-    system: str
-    description: str
+    name: str  # what to load it by
+    system: str  # the system it is of
+    description: str  # one line for people
 
 
 def packaged_models() -> dict[str, Path]:

@@ -19,14 +19,8 @@ _UNKNOWN = ("extra_forbidden", "unexpected_keyword_argument")
 def check(schema: type[_Model], values: Mapping[str, Any], what: str, *, noun: str = "key") -> _Model:
     """Check values against a schema.
 
-    Args:
-        schema: what they must be.
-        values: as they were written.
-        what: begins the sentence, such as "The recipe 'mine.yaml'".
-        noun: what a key is called.
-
-    Raises:
-        LexisegError: a key is unknown, missing or has a wrong value, or two do not go together.
+    ``what``: begins the sentence, such as "The recipe 'mine.yaml'". Raises LexisegError if a key is unknown, missing or
+    has a wrong value, or two do not go together.
     """
     try:
         return schema.model_validate(values)

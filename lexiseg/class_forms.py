@@ -36,22 +36,14 @@ _NUMBER_LAST = re.compile(r"(.*\D.*?)\s*:\s*([0-9]+)")
 
 @dataclass(frozen=True)
 class ListedClass:
-    """One entry of a list; what makes a right name, ``lexiseg.vocabulary`` says.
+    """One entry of a list; what makes a right name, ``lexiseg.vocabulary`` says."""
 
-    Attributes:
-        name: of the class.
-        synonyms: further words.
-        value: the number that label files give it; None where the list does not say.
-        seen: whether it had masks in training, where the list says.
-        color: red, green, blue, where the list says.
-        scored: whether the name is one of the words; not so where it only names others, as in "mug = cup, tumbler".
-    """
-
-    name: str
-    synonyms: tuple[str, ...] = ()
-    value: int | None = None
-    seen: bool | None = None
-    color: tuple[int, int, int] | None = None
+    name: str  # of the class
+    synonyms: tuple[str, ...] = ()  # further words
+    value: int | None = None  # the number that label files give it; None where the list does not say
+    seen: bool | None = None  # whether it had masks in training, where the list says
+    color: tuple[int, int, int] | None = None  # red, green, blue, where the list says
+    # whether the name is one of the words; not so where it only names others, as in "mug = cup, tumbler"
     scored: bool = True
 
     @property
@@ -61,11 +53,7 @@ class ListedClass:
 
 
 def split_words(text: str) -> list[str]:
-    """Split words joined by commas.
-
-    Raises:
-        LexisegError: one of them is empty.
-    """
+    """Split words joined by commas. Raises LexisegError if one of them is empty."""
     words = [word.strip() for word in text.split(",")]
     if not all(words):
         raise LexisegError(
@@ -77,10 +65,8 @@ def split_words(text: str) -> list[str]:
 def split_classes(text: str) -> list[ListedClass]:
     """Split ``"cat; tree, bush"``: semicolons and line breaks separate classes, commas join synonyms.
 
-    ``"mug = cup, tumbler"`` is a class that is called mug and looked for as cup and tumbler only.
-
-    Raises:
-        LexisegError: a class or a word of it is empty.
+    ``"mug = cup, tumbler"`` is a class that is called mug and looked for as cup and tumbler only. Raises LexisegError
+    if a class or a word of it is empty.
     """
     # NFC first: it turns the Greek question mark into a semicolon, which must then separate classes as it looks.
     text = unicodedata.normalize("NFC", text)
@@ -107,8 +93,7 @@ def split_classes(text: str) -> list[ListedClass]:
 def lines_read(lines: Sequence[str]) -> list[ListedClass]:
     """Read the lines of a text: names, numbers and names, colours and names, or a table with a heading.
 
-    Raises:
-        LexisegError: a line is not as the others are, or says something wrong.
+    Raises LexisegError if a line is not as the others are, or says something wrong.
     """
     for separator in "\t,;":
         heading = [_COLUMNS.get(part.strip().strip('"').lower(), "") for part in lines[0].split(separator)]
@@ -155,11 +140,7 @@ def _table(lines: Sequence[str], heading: Sequence[str], separator: str) -> list
 
 
 def mapping_read(value: Mapping[Any, Any]) -> list[ListedClass]:
-    """Read a mapping of ids to names, names to ids, or names to colours.
-
-    Raises:
-        LexisegError: it is none of these.
-    """
+    """Read a mapping of ids to names, names to ids, or names to colours. Raises LexisegError if it is none of these."""
     if all(_is_number(key) for key in value):
         for key, name in value.items():
             if not isinstance(name, str):
@@ -181,11 +162,7 @@ def _is_number(value: Any) -> bool:
 
 
 def number_of(value: Any, name: str) -> int:
-    """A number that a label file may hold.
-
-    Raises:
-        LexisegError: it is none.
-    """
+    """A number that a label file may hold. Raises LexisegError if it is none."""
     number = None
     if isinstance(value, float) and value.is_integer():
         number = int(value)
@@ -203,11 +180,7 @@ def number_of(value: Any, name: str) -> int:
 
 
 def color_of(value: Any, name: str) -> tuple[int, int, int] | None:
-    """A colour, or None where nothing is said.
-
-    Raises:
-        LexisegError: it is none.
-    """
+    """A colour, or None where nothing is said. Raises LexisegError if it is none."""
     return None if null(value) is None else parse_color(value, f"the class '{shorten(describe(name))}'")
 
 
@@ -219,8 +192,7 @@ def _named(text: str, value: int | None = None) -> ListedClass:
 def entries_read(values: Iterable[object]) -> list[ListedClass]:
     """Read a list of names and mappings.
 
-    Raises:
-        LexisegError: an entry is neither, or says something wrong; the sentence says which.
+    Raises LexisegError if an entry is neither, or says something wrong; the sentence says which.
     """
     found: list[ListedClass] = []
     order: list[Any] = []

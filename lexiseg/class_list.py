@@ -39,28 +39,19 @@ _JSON_START = re.compile(r"\s*(?:\[\s*[\"\[{\]]|\{\s*[\"}])")
 
 @dataclass(frozen=True)
 class ClassList:
-    """What a list says.
+    """What a list says."""
 
-    Attributes:
-        classes: in order.
-        ignored: values of label files that are no class.
-        ignored_colors: the same for masks that hold colours.
-        templates: sentences for the words, as they were written; None where it says none.
-        background: what counts as background, as it was written; None where it says nothing.
-        masks: how the mask of the picture NAME is called, such as "NAME_mask" ("masks: NAME_mask"); None for NAME.
-        exif: whether masks were drawn on the pixels as the file holds them ("raw") or as the camera's orientation
-            turns them ("apply"); None where it says nothing.
-        path: the file; None where there is none.
-    """
-
-    classes: tuple[ListedClass, ...]
-    ignored: tuple[int, ...] = ()
-    ignored_colors: tuple[tuple[int, int, int], ...] = ()
-    templates: Any = None
-    background: Any = None
+    classes: tuple[ListedClass, ...]  # in order
+    ignored: tuple[int, ...] = ()  # values of label files that are no class
+    ignored_colors: tuple[tuple[int, int, int], ...] = ()  # the same for masks that hold colours
+    templates: Any = None  # sentences for the words, as they were written; None where it says none
+    background: Any = None  # what counts as background, as it was written; None where it says nothing
+    # how the mask of the picture NAME is called, such as "NAME_mask" ("masks: NAME_mask"); None for NAME
     masks: str | None = None
+    # whether masks were drawn on the pixels as the file holds them ("raw") or as the camera's orientation turns them
+    # ("apply"); None where it says nothing
     exif: str | None = None
-    path: Path | None = None
+    path: Path | None = None  # the file; None where there is none
 
     def shared_words(self) -> list[tuple[str, str]]:
         """Synonyms that are words of another class too, so that they cannot say which is meant, with their class."""
@@ -82,11 +73,8 @@ class ClassList:
 def class_source(text: str) -> str | Path:
     """Tell a file of classes from words: an existing file, "@FILE" and what looks like a path are never words.
 
-    Args:
-        text: what a user wrote, such as "cat; tree, bush", "classes.csv" or "@classes".
-
-    Returns:
-        The path, whether it exists or not, or ``text`` as it is.
+    ``text``: what a user wrote, such as "cat; tree, bush", "classes.csv" or "@classes". Returns the path, whether it
+    exists or not, or ``text`` as it is.
     """
     name = text.strip()
     if PREFIX in name:
@@ -112,8 +100,7 @@ def class_source(text: str) -> str | Path:
 def read_classes(source: object) -> ClassList:
     """Read anything a user may give for classes: text or a path, a list of names or mappings, or a mapping.
 
-    Raises:
-        LexisegError: the source has another shape, or its file cannot be read.
+    Raises LexisegError if the source has another shape, or its file cannot be read.
     """
     if isinstance(source, str):
         source = class_source(source)
@@ -131,13 +118,9 @@ def read_classes(source: object) -> ClassList:
 def read_class_list(path: str | Path, *, settings_only: bool = False) -> ClassList:
     """Read a file of classes; see the module for what it may hold.
 
-    Args:
-        path: of the file.
-        settings_only: take a mapping without classes as well, which only says how masks are to be read.
-
-    Raises:
-        LexisegError: the file is missing, empty or none of these, names a class or a number twice, or numbers some
-            classes and not others; the sentence begins with its name.
+    ``settings_only``: take a mapping without classes as well, which only says how masks are to be read. Raises
+    LexisegError if the file is missing, empty or none of these, names a class or a number twice, or numbers some
+    classes and not others; the sentence begins with its name.
     """
     path = Path(path)
     try:
@@ -169,12 +152,8 @@ def read_class_list(path: str | Path, *, settings_only: bool = False) -> ClassLi
 def read_class_text(text: str, ending: str = "") -> ClassList:
     """Read the text of a file of classes.
 
-    Args:
-        text: of the file.
-        ending: of its name; .yaml and .json are taken at their word where the content could be either.
-
-    Raises:
-        LexisegError: it says something wrong.
+    ``ending``: of its name; .yaml and .json are taken at their word where the content could be either. Raises
+    LexisegError if it says something wrong.
     """
     lines = [line for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")]
     first = lines[0].lstrip() if lines else ""

@@ -21,12 +21,8 @@ _CHROMA = (0.17, 0.15, 0.12)
 def parse_color(value: Any, what: str) -> tuple[int, int, int]:
     """Read a colour.
 
-    Args:
-        value: three whole numbers in 0..255, or text such as ``#ff8800``.
-        what: whose colour it is, for the error.
-
-    Raises:
-        LexisegError: the value is neither.
+    ``value``: three whole numbers in 0..255, or text such as ``#ff8800``. ``what``: whose colour it is, for the error.
+    Raises LexisegError if the value is neither.
     """
     if isinstance(value, str) and len(value) == 7 and value.startswith("#"):
         value = [value[1:3], value[3:5], value[5:7]]
@@ -55,11 +51,7 @@ def distinct_colors(given: Sequence[tuple[int, int, int] | None]) -> np.ndarray:
     Ottosson, "A perceptual color space for image processing", 2020), where equal steps look equal. No colour is
     handed out twice.
 
-    Args:
-        given: a colour or None for each class.
-
-    Returns:
-        uint8, shape (C, 3): red, green, blue.
+    ``given``: a colour or None for each class. Returns uint8, shape (C, 3): red, green, blue.
     """
     count = len(given)
     index = np.arange(count)

@@ -23,11 +23,8 @@ _DTYPES = {
 def pick_device(device: str | torch.device) -> torch.device:
     """Turn a name into a device that is there.
 
-    Args:
-        device: torch's names, or "auto" for CUDA, Apple's MPS or the CPU, whichever comes first.
-
-    Raises:
-        LexisegError: the name is unknown or the machine has no such device.
+    ``device``: torch's names, or "auto" for CUDA, Apple's MPS or the CPU, whichever comes first. Raises LexisegError if
+    the name is unknown or the machine has no such device.
     """
     if device == "auto":
         if torch.cuda.is_available():
@@ -46,8 +43,7 @@ def pick_device(device: str | torch.device) -> torch.device:
 def pick_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
     """Turn a name into a floating-point type that models run in; None stays None.
 
-    Raises:
-        LexisegError: it is none of fp32, bf16 and fp16 (or torch's names for them).
+    Raises LexisegError if it is none of fp32, bf16 and fp16 (or torch's names for them).
     """
     found = _DTYPES.get(dtype) if isinstance(dtype, str) else dtype
     if dtype is not None and found not in _DTYPES.values():

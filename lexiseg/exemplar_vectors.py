@@ -30,18 +30,10 @@ def with_exemplars(
     Its vector is therefore the difference between the thing and what else its picture shows, on top of the mean of the
     words: other places score it as an average word, and like things more.
 
-    Args:
-        model: the system; its tower sees the exemplars as its dense features see pictures.
-        embedder: remembers the vectors like those of words.
-        text: (W, D) unit vectors of the words; what stands at the exemplars' places is replaced.
-        vocabulary: the words and the exemplars.
-        max_pixels: larger pictures are refused.
-
-    Returns:
-        (W, D) unit vectors.
-
-    Raises:
-        LexisegError: a picture or mask is wrong, or the system's text has several vectors a word.
+    ``model``: the system; its tower sees the exemplars as its dense features see pictures. ``embedder``: remembers the
+    vectors like those of words. ``text``: (W, D) unit vectors of the words; what stands at the exemplars' places is
+    replaced. Returns (W, D) unit vectors. Raises LexisegError if a picture or mask is wrong, or the system's text has
+    several vectors a word.
     """
     if text.dim() != 2:
         raise LexisegError(f"{model.system} has several vectors a word, so a picture cannot be a class; use words.")
@@ -82,8 +74,7 @@ def exemplar_vectors(
 def read_mask(exemplar: Exemplar, image: Tensor, max_pixels: float) -> Tensor:
     """Where the thing is: bool (H, W) of the image.
 
-    Raises:
-        LexisegError: the mask has another size, or the thing is nowhere or everywhere.
+    Raises LexisegError if the mask has another size, or the thing is nowhere or everywhere.
     """
     height, width = (int(side) for side in image.shape[-2:])
     if exemplar.box is not None:

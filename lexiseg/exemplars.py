@@ -16,20 +16,12 @@ PREFIX = "photo:"
 
 @dataclass(frozen=True, eq=False)
 class Exemplar:
-    """An example of a class.
+    """An example of a class. Raises LexisegError if there is neither a mask nor a box, or both, or the box is none."""
 
-    Attributes:
-        image: the picture: anything `lexiseg.images.read_image` takes.
-        mask: where the thing is: a picture that is not black there, or an array (H, W); None where there is a box.
-        box: left, top, right, bottom in pixels; None where there is a mask.
-
-    Raises:
-        LexisegError: there is neither a mask nor a box, or both, or the box is none.
-    """
-
-    image: Any
+    image: Any  # the picture: anything `lexiseg.images.read_image` takes
+    # where the thing is: a picture that is not black there, or an array (H, W); None where there is a box
     mask: Any = None
-    box: Sequence[int] | None = None
+    box: Sequence[int] | None = None  # left, top, right, bottom in pixels; None where there is a mask
 
     def __post_init__(self) -> None:
         if (self.mask is None) == (self.box is None):
@@ -47,12 +39,7 @@ class Exemplar:
     def parse(cls, text: str, folder: Path | None = None) -> Exemplar:
         """Read ``photo:IMAGE#MASK`` or ``photo:IMAGE#LEFT TOP RIGHT BOTTOM``; no file is opened yet.
 
-        Args:
-            text: as above.
-            folder: where relative paths begin, if the file is there.
-
-        Raises:
-            LexisegError: it is neither.
+        ``folder``: where relative paths begin, if the file is there. Raises LexisegError if it is neither.
         """
         image, mark, where = text.removeprefix(PREFIX).strip().rpartition("#")
         image, where = image.strip(), where.strip()

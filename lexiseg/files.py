@@ -25,11 +25,7 @@ def default_cache_folder() -> Path:
 
 
 def as_path(value: object, what: str) -> Path:
-    """A path of text or of a path object.
-
-    Raises:
-        LexisegError: it is something else; ``what`` begins the sentence.
-    """
+    """A path of text or of a path object. Raises LexisegError if it is something else; ``what`` begins the sentence."""
     if not isinstance(value, str | os.PathLike) or isinstance(os.fspath(value), bytes):
         raise LexisegError(f"{what} must be a path, not a {type(value).__name__}.")
     return Path(value)
@@ -38,8 +34,7 @@ def as_path(value: object, what: str) -> Path:
 def make_folder(folder: str | Path) -> Path:
     """Create ``folder`` with its parents and return it.
 
-    Raises:
-        LexisegError: the folder cannot be created or is a file.
+    Raises LexisegError if the folder cannot be created or is a file.
     """
     folder = as_path(folder, "A folder")
     try:
@@ -72,9 +67,7 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside ``path``; on success it is renamed to ``path``, on failure it is removed.
 
     The temporary name keeps the suffix of ``path``, so that libraries which choose a format by it choose the same.
-
-    Raises:
-        LexisegError: the file cannot be written (missing folder, no permission, full disk).
+    Raises LexisegError if the file cannot be written (missing folder, no permission, full disk).
     """
     path = Path(path)
     temporary = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:8]}.tmp{path.suffix}")

@@ -28,16 +28,8 @@ _PLACEHOLDERS = ("lastresort", "adobeblank", "unifont")
 class Lettering:
     """Draws texts in one size, each character in the first font that has it.
 
-    Args:
-        texts: all that will be drawn.
-        size: in pixels.
-        font: a file to use before all others; None begins with the font that Pillow carries (Latin letters).
-
-    Attributes:
-        missing: characters that no font on this machine has.
-
-    Raises:
-        LexisegError: the font file cannot be read.
+    ``missing``: characters that no font on this machine has. ``font``: a file to use before all others; None begins
+    with the font that Pillow carries (Latin letters). Raises LexisegError if the font file cannot be read.
     """
 
     def __init__(self, texts: Iterable[str], size: int, font: str | Path | None = None) -> None:

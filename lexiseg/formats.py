@@ -56,11 +56,8 @@ class Result(Protocol):
 def encode_rle(mask: np.ndarray) -> dict[str, Any]:
     """Encode a mask as a COCO segmentation.
 
-    Args:
-        mask: bool, shape (H, W).
-
-    Returns:
-        ``{"size": [H, W], "counts": text}``: COCO's compressed run lengths, which ``pycocotools.mask.decode`` reads.
+    Returns ``{"size": [H, W], "counts": text}``: COCO's compressed run lengths, which ``pycocotools.mask.decode``
+    reads.
     """
     from pycocotools import mask as coco
 
@@ -78,18 +75,11 @@ def bounding_box(mask: np.ndarray) -> list[int]:
 def polygons_of(mask: np.ndarray, tolerance: float = 1.0) -> list[Polygon]:
     """The outlines of a mask.
 
-    Args:
-        mask: bool, shape (H, W).
-        tolerance: how far in pixels an outline may run from the true one, so that it has fewer points (Douglas and
-            Peucker); 0 keeps every corner.
-
-    Returns:
-        A polygon a connected region. Each is a list of rings, the outer one first, then its holes; a ring is a list of
-        points ``[x, y]``, its first not repeated. Coordinates are pixels from the upper left corner, along the pixels'
-        edges: a mask of one pixel at the corner is the square from 0, 0 to 1, 1.
-
-    Raises:
-        LexisegError: OpenCV is not installed.
+    ``tolerance``: how far in pixels an outline may run from the true one, so that it has fewer points (Douglas and
+    Peucker); 0 keeps every corner. Returns a polygon a connected region. Each is a list of rings, the outer one first,
+    then its holes; a ring is a list of points ``[x, y]``, its first not repeated. Coordinates are pixels from the upper
+    left corner, along the pixels' edges: a mask of one pixel at the corner is the square from 0, 0 to 1, 1. Raises
+    LexisegError if OpenCV is not installed.
     """
     if not mask.any():
         return []
@@ -142,12 +132,7 @@ def objects_of(result: Result, instances: Collection[str] = ()) -> Iterator[tupl
 
     A region is no object: things that touch are one region, and a thing that something covers in part may be two.
 
-    Args:
-        result: the result.
-        instances: names of classes to take apart.
-
-    Yields:
-        The class's row of the table, and a mask: bool, shape (H, W).
+    ``instances``: names of classes to take apart. Yields the class's row of the table, and a mask: bool, shape (H, W).
     """
     for row in sorted(result.table(), key=lambda row: row.index):
         mask = result.mask(row.index).numpy()
@@ -164,9 +149,8 @@ def objects_of(result: Result, instances: Collection[str] = ()) -> Iterator[tupl
 def coco_annotations(result: Result, instances: Collection[str] = ()) -> list[dict[str, Any]]:
     """A result as COCO's annotations, without the ids that belong to a data set.
 
-    Returns:
-        A mapping a mask of `objects_of`: ``category_id`` (1 for the first class), ``segmentation`` (run lengths),
-        ``area`` (pixels), ``bbox`` (left, top, width, height in pixels), ``iscrowd`` and ``score``.
+    Returns a mapping a mask of `objects_of`: ``category_id`` (1 for the first class), ``segmentation`` (run lengths),
+    ``area`` (pixels), ``bbox`` (left, top, width, height in pixels), ``iscrowd`` and ``score``.
     """
     return [
         {
@@ -184,11 +168,8 @@ def coco_annotations(result: Result, instances: Collection[str] = ()) -> list[di
 def to_coco(results: Sequence[Result], instances: Collection[str] = ()) -> dict[str, Any]:
     """Results of one vocabulary as a COCO data set, which ``pycocotools.coco.COCO`` loads.
 
-    Its annotations carry scores and are what ``COCO.loadRes`` takes. Ids count from 1; a category's is its place in
-    the vocabulary.
-
-    Raises:
-        LexisegError: there are no results, or they are of different classes.
+    Its annotations carry scores and are what ``COCO.loadRes`` takes. Ids count from 1; a category's is its place in the
+    vocabulary. Raises LexisegError if there are no results, or they are of different classes.
     """
     if not results or any(result.classes != results[0].classes for result in results):
         raise LexisegError("A COCO data set holds results of the same classes; give at least one, or several sets.")
@@ -211,13 +192,8 @@ def coco_head(classes: Iterable[str]) -> dict[str, Any]:
 def merge_coco(path: Path, classes: Iterable[str], pieces: Iterable[tuple[str, Path]]) -> Path:
     """Join data sets of one picture each to one, without holding them all.
 
-    Args:
-        path: the file to write, atomically.
-        classes: of all of them.
-        pieces: each picture's file name, and the file with its data set.
-
-    Raises:
-        LexisegError: the file cannot be written, or a piece cannot be read.
+    ``pieces``: each picture's file name, and the file with its data set. Raises LexisegError if the file cannot be
+    written, or a piece cannot be read.
     """
     images: list[dict[str, Any]] = []
     count = 0
@@ -242,16 +218,10 @@ def merge_coco(path: Path, classes: Iterable[str], pieces: Iterable[tuple[str, P
 def read_coco(dataset: Mapping[str, Any], image_id: int | None = None) -> tuple[np.ndarray, list[str], str]:
     """Paint a picture's annotations of a COCO data set, later ones over earlier ones.
 
-    Args:
-        dataset: the content of the JSON file.
-        image_id: which picture; None takes the only one.
-
-    Returns:
-        The place of each pixel's category among the categories, int32, shape (H, W), with `ignore_index` where there
-        is no annotation; the categories' names; the picture's file name.
-
-    Raises:
-        LexisegError: there is no such picture, or the data set is not one.
+    ``dataset``: the content of the JSON file. ``image_id``: which picture; None takes the only one. Returns the place
+    of each pixel's category among the categories, int32, shape (H, W), with `ignore_index` where there is no
+    annotation; the categories' names; the picture's file name. Raises LexisegError if there is no such picture, or the
+    data set is not one.
     """
     from pycocotools import mask as coco
 
@@ -338,8 +308,7 @@ def to_cvat(result: Result, instances: Collection[str] = ()) -> str:
 def to_supervision(result: Result, instances: Collection[str] = ()) -> Any:
     """A result as ``supervision.Detections``: a mask a class, with scores, class ids and names.
 
-    Raises:
-        LexisegError: supervision is not installed.
+    Raises LexisegError if supervision is not installed.
     """
     try:
         import supervision

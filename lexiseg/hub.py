@@ -26,8 +26,7 @@ _TIMEOUT_SECONDS = 5.0
 def cached(repository: str, filenames: tuple[str, ...]) -> Path | None:
     """The first of ``filenames`` that the local cache has of a hub repository; None if it has none. Asks no one.
 
-    Raises:
-        LexisegError: no repository could be called so.
+    Raises LexisegError if no repository could be called so.
     """
     try:
         paths = [try_to_load_from_cache(repository, filename) for filename in filenames]
@@ -43,14 +42,9 @@ def download(
 ) -> Path:
     """Fetch the first of ``filenames`` that a hub repository has; a cached copy is used without asking the hub.
 
-    Args:
-        repository: ``owner/name``.
-        filenames: in order of preference.
-        name: what the user asked for, for messages.
-        instead: what the user may give instead of the name once the file is here.
-
-    Raises:
-        LexisegError: the hub is out of reach, the repository is not there, or it has none of the files.
+    ``repository``: ``owner/name``. ``name``: what the user asked for, for messages. ``instead``: what the user may give
+    instead of the name once the file is here. Raises LexisegError if the hub is out of reach, the repository is not
+    there, or it has none of the files.
     """
     found = cached(repository, filenames)
     if found is not None:
@@ -80,12 +74,8 @@ def download(
 def download_folder(repository: str, name: str) -> Path:
     """Fetch a whole model of a hub repository: its settings, tokenizer and safetensors, and nothing that is a pickle.
 
-    Args:
-        repository: ``owner/name``.
-        name: what the user asked for, for messages.
-
-    Raises:
-        LexisegError: as `download`; or only a part of it is here and the rest cannot be had.
+    ``repository``: ``owner/name``. ``name``: what the user asked for, for messages. Raises LexisegError as `download`;
+    or only a part of it is here and the rest cannot be had.
     """
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", repository):
         raise LexisegError(f"'{repository}' is neither a folder nor OWNER/NAME on the hub; check the name.")

@@ -59,11 +59,7 @@ _PIXEL_LIMIT_LOCK = threading.Lock()
 def read_image(source: ImageSource, *, max_pixels: float = DEFAULT_MAX_PIXELS) -> torch.Tensor:
     """Read a picture as a tensor: `read_pixels` with the channels first.
 
-    Returns:
-        uint8, shape (3, H, W): red, green, blue.
-
-    Raises:
-        LexisegError: as `read_pixels`.
+    Returns uint8, shape (3, H, W): red, green, blue. Raises LexisegError as `read_pixels`.
     """
     import torch
 
@@ -81,18 +77,12 @@ def read_pixels(source: ImageSource, *, max_pixels: float = DEFAULT_MAX_PIXELS, 
     that 12 bits in a 16-bit file run from 0 to 4095. Numbers below 0, and floats whose largest is between 1 and 2 (most
     likely 0..1 with overshoot), are refused.
 
-    Args:
-        source: a path; the bytes of a file; a binary file object; a PIL image; a numpy array (H, W) or (H, W, C) with
-            1 to 4 channels (grey, grey and alpha, colour, colour and alpha); a torch tensor, (H, W) or (C, H, W).
-        max_pixels: refuse pictures with more pixels than this. For files the size is read from the header before
-            anything is decoded, so that a small file cannot fill the memory.
-        orient: turn the picture as its EXIF orientation says.
-
-    Returns:
-        uint8, shape (H, W, 3): red, green, blue; memory of its own.
-
-    Raises:
-        LexisegError: the picture is missing, broken, too large, or of another kind. One sentence, with the name.
+    ``source``: a path; the bytes of a file; a binary file object; a PIL image; a numpy array (H, W) or (H, W, C) with 1
+    to 4 channels (grey, grey and alpha, colour, colour and alpha); a torch tensor, (H, W) or (C, H, W). ``max_pixels``:
+    refuse pictures with more pixels than this. For files the size is read from the header before anything is decoded,
+    so that a small file cannot fill the memory. ``orient``: turn the picture as its EXIF orientation says. Returns
+    uint8, shape (H, W, 3): red, green, blue; memory of its own. Raises LexisegError if the picture is missing, broken,
+    too large, or of another kind. One sentence, with the name.
     """
     if isinstance(source, np.ndarray):
         return _from_array(source, "the array", max_pixels)
@@ -116,16 +106,11 @@ def read_pixels(source: ImageSource, *, max_pixels: float = DEFAULT_MAX_PIXELS, 
 def list_images(target: str | Path) -> list[Path]:
     """List the pictures that a path stands for, in an order that does not depend on the machine.
 
-    Args:
-        target: a file (taken whatever its ending); a folder (its files with a picture's ending, hidden ones and
-            subfolders left out); or a pattern with ``*``, ``?``, ``[]`` or ``**`` (files with a picture's ending).
-
-    Returns:
-        The paths, in natural order: img2 comes before img10. Broken links and formats of cameras that cannot be read
-        here (.heic ...) are among them, so that whoever reads them reports them.
-
-    Raises:
-        LexisegError: there is nothing of that name, or no picture in it.
+    ``target``: a file (taken whatever its ending); a folder (its files with a picture's ending, hidden ones and
+    subfolders left out); or a pattern with ``*``, ``?``, ``[]`` or ``**`` (files with a picture's ending). Returns the
+    paths, in natural order: img2 comes before img10. Broken links and formats of cameras that cannot be read here
+    (.heic ...) are among them, so that whoever reads them reports them. Raises LexisegError if there is nothing of that
+    name, or no picture in it.
     """
     text = os.fsdecode(target)
     _refuse_url(text)

@@ -39,11 +39,7 @@ def picture_world_model(source: object) -> bool:
     Drawn scenes and photographs have the same statistics of colour and texture, so files of the picture world carry a
     mark; arrays and tensors cannot, and are taken for scenes where they are square and small.
 
-    Args:
-        source: as `lexiseg.images.read_image` takes it.
-
-    Returns:
-        Whether it was said.
+    ``source``: as `lexiseg.images.read_image` takes it. Returns whether it was said.
     """
     if _is_drawn(source):
         return False

@@ -26,23 +26,14 @@ _WIDE = 1.3
 
 @dataclass(frozen=True)
 class LegendEntry:
-    """A line of the legend.
+    """A line of the legend."""
 
-    Attributes:
-        name: the class.
-        color: its colour.
-        fraction: its pixels as a fraction of the picture's, 0..1.
-        note: a word in grey behind the name.
-        hollow: the colour is not painted in the picture.
-        index: the class's id.
-    """
-
-    name: str
-    color: tuple[int, ...]
-    fraction: float
-    note: str = ""
-    hollow: bool = False
-    index: int = 0
+    name: str  # the class
+    color: tuple[int, ...]  # its colour
+    fraction: float  # its pixels as a fraction of the picture's, 0..1
+    note: str = ""  # a word in grey behind the name
+    hollow: bool = False  # the colour is not painted in the picture
+    index: int = 0  # the class's id
 
     @property
     def text(self) -> str:
@@ -61,16 +52,10 @@ def paint_classes(
 ) -> Image.Image:
     """Blend the classes' colours over a picture.
 
-    Args:
-        image: uint8, shape (H, W, 3), or None for the colours alone.
-        labels: ids, shape (H, W); an id that the palette does not hold is ignored and shown faded.
-        palette: uint8, shape (C, 3).
-        alpha: how much the colours cover the picture, 0..1.
-        outlines: draw a light line between classes.
-        background: a class whose pixels keep the picture's own colours.
-
-    Returns:
-        A picture of mode RGB and the size of the label map.
+    ``image``: uint8, shape (H, W, 3), or None for the colours alone. ``labels``: ids, shape (H, W); an id that the
+    palette does not hold is ignored and shown faded. ``palette``: uint8, shape (C, 3). ``alpha``: how much the colours
+    cover the picture, 0..1. ``outlines``: draw a light line between classes. ``background``: a class whose pixels keep
+    the picture's own colours. Returns a picture of mode RGB and the size of the label map.
     """
     table = np.full((max(256, len(palette) + 1), 3), _FADED, np.uint8)
     table[: len(palette)] = palette
@@ -107,17 +92,10 @@ def draw_legend(picture: Image.Image, entries: Sequence[LegendEntry], *, font: s
     The lettering grows with the picture. Names that are too long end in an ellipsis; what does not fit is counted in a
     last line, never dropped silently.
 
-    Args:
-        picture: mode RGB.
-        entries: in the order in which they are listed.
-        font: a TrueType or OpenType file to use first; None begins with the one Pillow carries (Latin letters). What
-            it lacks is drawn in fonts of this machine; a name that no font has becomes its class's id, with a note.
-
-    Returns:
-        A picture of mode RGB that holds ``picture`` unscaled.
-
-    Raises:
-        LexisegError: the font file cannot be read.
+    ``entries``: in the order in which they are listed. ``font``: a TrueType or OpenType file to use first; None begins
+    with the one Pillow carries (Latin letters). What it lacks is drawn in fonts of this machine; a name that no font
+    has becomes its class's id, with a note. Returns a picture of mode RGB that holds ``picture`` unscaled. Raises
+    LexisegError if the font file cannot be read.
     """
     if not entries:
         return picture

@@ -24,25 +24,16 @@ _MIN_WINDOW = 8
 
 @dataclass
 class Picture:
-    """A picture and its windows.
+    """A picture and its windows."""
 
-    Attributes:
-        key: whose it is, for whoever reads the results.
-        name: for error messages.
-        image: (3, H, W) bytes.
-        canvas: (3, h, w) bytes, at the size the model works at; stretched to a size of its own, floats in 0..255.
-        boxes: (top, left, height, width) of the windows on the canvas; one with `WHOLE` as its place is the whole
-            picture.
-        parts: the scores of the windows that were run, in the boxes' order.
-        whole: (3, s, s), the whole picture as one window, floats in 0..255; None where it is not run.
-    """
-
-    key: Any
-    name: str
-    image: Tensor
-    canvas: Tensor
+    key: Any  # whose it is, for whoever reads the results
+    name: str  # for error messages
+    image: Tensor  # (3, H, W) bytes
+    canvas: Tensor  # (3, h, w) bytes, at the size the model works at; stretched to a size of its own, floats in 0..255
+    # (top, left, height, width) of the windows on the canvas; one with `WHOLE` as its place is the whole picture
     boxes: list[Box]
-    parts: list[Scores] = field(default_factory=list)
+    parts: list[Scores] = field(default_factory=list)  # the scores of the windows that were run, in the boxes' order
+    # (3, s, s), the whole picture as one window, floats in 0..255; None where it is not run
     whole: Tensor | None = None
 
     def joined(self, policy: WindowPolicy) -> Scores:
@@ -70,13 +61,9 @@ WHOLE = (-1, -1)
 def window_policy(default: WindowPolicy, window: WindowSource = None) -> WindowPolicy:
     """How a model is run over a picture: its own way, changed by what a user gives.
 
-    Args:
-        default: the model's.
-        window: a policy; the side of the window in pixels; its side and stride; 0 for whole pictures; None for the
-            model's own way. Without a stride it is the model's, or the window's side where that is smaller.
-
-    Raises:
-        LexisegError: it is none of these, or numbers that cannot cover a picture.
+    ``window``: a policy; the side of the window in pixels; its side and stride; 0 for whole pictures; None for the
+    model's own way. Without a stride it is the model's, or the window's side where that is smaller. Raises LexisegError
+    if it is none of these, or numbers that cannot cover a picture.
     """
     if window is None or isinstance(window, WindowPolicy):
         return window or default
@@ -108,22 +95,15 @@ class HeldPicture:
     """A picture that `lexiseg.segmenter.Segmenter.set_image` looked at once: `predict` only has to score words.
 
     It belongs to whoever asked for it, so that threads which share a segmenter each hold their own.
-
-    Attributes:
-        window: how the model was run over it.
     """
 
-    window: WindowPolicy
+    window: WindowPolicy  # how the model was run over it
     _predict: Callable[[VocabularySource, BackgroundSource], Any]
 
     def predict(self, classes: VocabularySource, *, background: BackgroundSource = None) -> Any:
         """Segment the picture by words; as `lexiseg.segmenter.Segmenter.predict`.
 
-        Returns:
-            A `lexiseg.segmentation.Segmentation`.
-
-        Raises:
-            LexisegError: the classes are wrong.
+        Returns a `lexiseg.segmentation.Segmentation`. Raises LexisegError if the classes are wrong.
         """
         return self._predict(classes, background)
 
@@ -131,14 +111,8 @@ class HeldPicture:
 def read_picture(key: Any, source: ImageSource, policy: WindowPolicy, max_pixels: float) -> Picture:
     """Read a picture and plan its windows.
 
-    Args:
-        key: see `Picture`.
-        source: anything `lexiseg.images.read_image` takes.
-        policy: how the model is run over it.
-        max_pixels: larger pictures are refused.
-
-    Raises:
-        LexisegError: the picture is broken, too large or too long and thin.
+    ``key``: see `Picture`. ``source``: anything `lexiseg.images.read_image` takes. ``policy``: how the model is run
+    over it. Raises LexisegError if the picture is broken, too large or too long and thin.
     """
     name = image_name(source)
     image = read_image(source, max_pixels=max_pixels)
@@ -164,10 +138,8 @@ def run_in_batches(
 ) -> Iterator[Picture | Failure]:
     """Run the windows of all pictures in batches of one shape, and yield the pictures in their order as they are done.
 
-    Args:
-        pictures: read one after the other as they are needed; a failure is handed on in its place.
-        batch_size: windows in a batch at most; pictures share batches.
-        run: adds the scores of each window to its picture's parts.
+    ``pictures``: read one after the other as they are needed; a failure is handed on in its place. ``batch_size``:
+    windows in a batch at most; pictures share batches. ``run``: adds the scores of each window to its picture's parts.
     """
     waiting: list[Picture | Failure] = []
     batch: list[tuple[Picture, Box]] = []

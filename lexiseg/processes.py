@@ -37,12 +37,9 @@ def launched() -> bool:
 def init(device: str | None = None, *, patience: timedelta = timedelta(minutes=30)) -> None:
     """Join the other processes; without a launcher, or a second time, this does nothing.
 
-    Args:
-        device: "cpu" to stay off accelerators; None or "auto" takes one accelerator a process where there are any.
-        patience: how long a process waits for the others wherever they meet.
-
-    Raises:
-        LexisegError: the processes do not find each other.
+    ``device``: "cpu" to stay off accelerators; None or "auto" takes one accelerator a process where there are any.
+    ``patience``: how long a process waits for the others wherever they meet. Raises LexisegError if the processes do
+    not find each other.
     """
     if not launched() or _initialised():
         return
@@ -145,11 +142,8 @@ def barrier() -> None:
 def together() -> Iterator[None]:
     """Run the body in every process and wait for the others; a `LexisegError` in one of them is raised in all.
 
-    The processes must not meet within the body, unless inside another `together`.
-
-    Raises:
-        SharedError: what the first process that failed has to say.
-        PeerError: another process ended.
+    The processes must not meet within the body, unless inside another `together`. Raises SharedError if what the first
+    process that failed has to say. Raises PeerError if another process ended.
     """
     if count() == 1:
         yield
@@ -170,8 +164,7 @@ def together() -> Iterator[None]:
 def watching() -> Iterator[None]:
     """Turn what the communication library raises when another process has ended into a sentence.
 
-    Raises:
-        PeerError: see above.
+    Raises PeerError; see above.
     """
     try:
         yield

@@ -41,30 +41,18 @@ _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 @dataclass(frozen=True)
 class Refinement:
-    """How masks are cleaned up after a system has scored the picture.
+    """How masks are cleaned up after a system has scored the picture. Raises LexisegError if a value makes no sense."""
 
-    Attributes:
-        kind: one of none, edges, pamr and regions.
-        cells: of ``edges``: cells along the picture's shorter side.
-        distances: of ``edges``: of the neighbours in each pass, in cells.
-        colour_width: of ``edges``: the difference of colours, RGB in 0..1, beyond which neighbours stop counting.
-        steps: of ``pamr``.
-        dilations: of ``pamr``: distances of the neighbours in pixels.
-        max_pixels: of ``pamr``: larger pictures are refined at this size, and the result interpolated.
-        regions: of ``regions``: what proposes them (`lexiseg.proposals.ProposalGenerator`); None is SAM's automatic
-            masks, which are downloaded.
-
-    Raises:
-        LexisegError: a value makes no sense.
-    """
-
-    kind: Kind = "none"
-    cells: int = 128
-    distances: tuple[int, ...] = (1, 2, 4)
+    kind: Kind = "none"  # one of none, edges, pamr and regions
+    cells: int = 128  # of ``edges``: cells along the picture's shorter side
+    distances: tuple[int, ...] = (1, 2, 4)  # of ``edges``: of the neighbours in each pass, in cells
+    # of ``edges``: the difference of colours, RGB in 0..1, beyond which neighbours stop counting
     colour_width: float = 0.1
-    steps: int = 10
-    dilations: tuple[int, ...] = (8, 16)
-    max_pixels: int = 2**20
+    steps: int = 10  # of ``pamr``
+    dilations: tuple[int, ...] = (8, 16)  # of ``pamr``: distances of the neighbours in pixels
+    max_pixels: int = 2**20  # of ``pamr``: larger pictures are refined at this size, and the result interpolated
+    # of ``regions``: what proposes them (`lexiseg.proposals.ProposalGenerator`); None is SAM's automatic masks, which
+    # are downloaded
     regions: Any = None
 
     def __post_init__(self) -> None:
@@ -76,11 +64,7 @@ class Refinement:
 
     @classmethod
     def parse(cls, value: str | Refinement | None) -> Refinement:
-        """A `Refinement` as it is, one of its kinds by name, or none.
-
-        Raises:
-            LexisegError: there is no such kind.
-        """
+        """A `Refinement` as it is, one of its kinds by name, or none. Raises LexisegError if there is no such kind."""
         if isinstance(value, Refinement):
             return value
         return cls(kind=value or "none")  # type: ignore[arg-type]
@@ -89,17 +73,9 @@ class Refinement:
 def refine(scores: Scores, image: Tensor, refinement: Refinement, size: Size | None = None) -> tuple[Tensor, Tensor]:
     """The labels of a picture and their scores, refined.
 
-    Args:
-        scores: of one picture.
-        image: the picture, uint8 (3, H, W).
-        refinement: how.
-        size: (h, w) of the result; None is the picture's.
-
-    Returns:
-        labels (h, w) int64 and the winning scores (h, w) float32, on the scores' device.
-
-    Raises:
-        LexisegError: the scores are not finite, or the regions cannot be had.
+    ``image``: the picture, uint8 (3, H, W). ``size``: (h, w) of the result; None is the picture's. Returns labels (h,
+    w) int64 and the winning scores (h, w) float32, on the scores' device. Raises LexisegError if the scores are not
+    finite, or the regions cannot be had.
     """
     size = size or (int(image.shape[1]), int(image.shape[2]))
     if refinement.kind in ("none", "regions"):
@@ -129,8 +105,7 @@ def refine(scores: Scores, image: Tensor, refinement: Refinement, size: Size | N
 def refined_dense(scores: Scores, image: Tensor, refinement: Refinement) -> Tensor:
     """Every class at every pixel, refined by PAMR where that is asked for: (C, H, W) float32.
 
-    Raises:
-        LexisegError: another refinement is asked for, which the protocols that need this do not know.
+    Raises LexisegError if another refinement is asked for, which the protocols that need this do not know.
     """
     if refinement.kind not in ("none", "pamr"):
         raise LexisegError(
@@ -175,13 +150,8 @@ def _guide(image: Tensor, size: Size, device: torch.device) -> Tensor:
 def edge_weights(colours: Tensor, distance: int, width: float) -> Tensor:
     """How much each of nine cells counts: itself and its neighbours ``distance`` away.
 
-    Args:
-        colours: (B, 3, h, w).
-        distance: in cells; beyond the border the border is repeated.
-        width: a difference of colours of this length counts exp(-1/2).
-
-    Returns:
-        (B, 9, h, w), row by row, summing to 1 over the nine.
+    ``colours``: (B, 3, h, w). ``distance``: in cells; beyond the border the border is repeated. ``width``: a difference
+    of colours of this length counts exp(-1/2). Returns (B, 9, h, w), row by row, summing to 1 over the nine.
     """
     moved = torch.stack(list(_around(colours, distance)), dim=1)
     kernel = colours.new_tensor([a * b for a in _BINOMIAL for b in _BINOMIAL])[:, None, None]
@@ -192,14 +162,9 @@ def edge_weights(colours: Tensor, distance: int, width: float) -> Tensor:
 def smooth(scores: Tensor, colours: Tensor, distances: Sequence[int], width: float) -> Tensor:
     """Smooth scores (B, W, h, w), each word by itself, by the colours (B, 3, h, w) of the cells.
 
-    Args:
-        scores: of any range; results lie between the smallest and the largest score.
-        colours: RGB in 0..1, the mean of each cell.
-        distances: of the neighbours in each pass, in cells.
-        width: see `edge_weights`.
-
-    Returns:
-        (B, W, h, w).
+    ``scores``: of any range; results lie between the smallest and the largest score. ``colours``: RGB in 0..1, the mean
+    of each cell. ``distances``: of the neighbours in each pass, in cells. ``width``: see `edge_weights`. Returns (B, W,
+    h, w).
     """
     passes = [(distance, edge_weights(colours, distance, width)) for distance in distances]
     smoothed = torch.empty_like(scores)
@@ -228,12 +193,8 @@ def _around(cells: Tensor, distance: int) -> Iterator[Tensor]:
 def pamr_weights(image: Tensor, dilations: Sequence[int]) -> Tensor:
     """How much each neighbour of a pixel counts: the softmax of how little it differs, in local standard deviations.
 
-    Args:
-        image: (B, 3, h, w), of any scale and offset.
-        dilations: distances of the rings of eight neighbours.
-
-    Returns:
-        (B, 8 * rings, h, w), ring by ring, row by row without the centre, summing to 1 over the neighbours.
+    ``image``: (B, 3, h, w), of any scale and offset. ``dilations``: distances of the rings of eight neighbours. Returns
+    (B, 8 * rings, h, w), ring by ring, row by row without the centre, summing to 1 over the neighbours.
     """
     count = 9 * len(dilations)
     mean = sum((moved for distance in dilations for moved in _around(image, distance)), torch.zeros_like(image)) / count
@@ -254,14 +215,8 @@ def pamr_weights(image: Tensor, dilations: Sequence[int]) -> Tensor:
 def pamr(scores: Tensor, image: Tensor, steps: int = 10, dilations: Sequence[int] = (8, 16)) -> Tensor:
     """Pixel-adaptive mask refinement: ``steps`` times the weighted mean of like neighbours.
 
-    Args:
-        scores: (B, W, h, w), each word by itself.
-        image: (B, 3, h, w), see `pamr_weights`.
-        steps: how often.
-        dilations: distances of the neighbours in pixels.
-
-    Returns:
-        (B, W, h, w).
+    ``scores``: (B, W, h, w), each word by itself. ``image``: (B, 3, h, w), see `pamr_weights`. ``dilations``: distances
+    of the neighbours in pixels. Returns (B, W, h, w).
     """
     weights = pamr_weights(image, dilations)
     refined = torch.empty_like(scores)
@@ -286,14 +241,8 @@ def pamr(scores: Tensor, image: Tensor, steps: int = 10, dilations: Sequence[int
 def region_map(image: Tensor, size: Size, generator: Any, device: torch.device) -> Tensor:
     """Which region each pixel lies in, -1 for none: (h, w) int64. Where regions overlap the smallest has the pixel.
 
-    Args:
-        image: uint8 (3, H, W).
-        size: (h, w) of the result.
-        generator: a `lexiseg.proposals.ProposalGenerator`; None is SAM.
-        device: where to run it.
-
-    Raises:
-        LexisegError: SAM's weights cannot be had.
+    ``image``: uint8 (3, H, W). ``generator``: a `lexiseg.proposals.ProposalGenerator`; None is SAM. Raises LexisegError
+    if SAM's weights cannot be had.
     """
     if generator is None:
         generator = _sam()
@@ -333,13 +282,8 @@ def _sam() -> Any:
 def vote(labels: Tensor, values: Tensor, regions: Tensor) -> tuple[Tensor, Tensor]:
     """Give each region the label of most of its pixels (of several the lowest); pixels in no region keep theirs.
 
-    Args:
-        labels: (h, w) int64.
-        values: (h, w) the winning scores.
-        regions: (h, w) from `region_map`.
-
-    Returns:
-        labels and scores; in a region, the score is the mean over those pixels that had its label.
+    ``labels``: (h, w) int64. ``regions``: (h, w) from `region_map`. Returns labels and scores; in a region, the score
+    is the mean over those pixels that had its label.
     """
     inside = regions >= 0
     if not bool(inside.any()):

@@ -61,25 +61,17 @@ TemplateSource: TypeAlias = "str | Sequence[str] | None"
 class VocabularyClass:
     """One class: its name, other words for it, whether it had masks in training, and its colour.
 
-    Attributes:
-        name: what results call the class.
-        synonyms: further words that are scored; the best-scoring word of a class wins.
-        seen: True or False where it is known whether masks of the class were trained on, else None.
-        color: red, green, blue in 0..255, or None for a colour chosen by the position in the vocabulary.
-        exemplars: pictures of the class, which count as further words.
-        scored: whether the name itself is a word; False where it only names the others.
-
-    Raises:
-        LexisegError: nothing of the class is scored; a name is empty or holds control characters; or a colour is not
-            three numbers in 0..255.
+    Raises LexisegError if nothing of the class is scored; a name is empty or holds control characters; or a colour is
+    not three numbers in 0..255.
     """
 
-    name: str
-    synonyms: tuple[str, ...] = ()
-    seen: bool | None = None
+    name: str  # what results call the class
+    synonyms: tuple[str, ...] = ()  # further words that are scored; the best-scoring word of a class wins
+    seen: bool | None = None  # True or False where it is known whether masks of the class were trained on, else None
+    # red, green, blue in 0..255, or None for a colour chosen by the position in the vocabulary
     color: tuple[int, int, int] | None = None
-    exemplars: tuple[Exemplar, ...] = ()
-    scored: bool = True
+    exemplars: tuple[Exemplar, ...] = ()  # pictures of the class, which count as further words
+    scored: bool = True  # whether the name itself is a word; False where it only names the others
 
     def __post_init__(self) -> None:
         name = clean_word(self.name, "A class name")
@@ -121,19 +113,14 @@ class VocabularyClass:
 class Vocabulary:
     """The classes a picture is segmented into, in the user's order.
 
-    Attributes:
-        classes: at least one class. A background of kind "class" that is not among them is appended as the last.
-        templates: sentences with one ``{}`` each, into which every word is put.
-        background: what happens to pixels that no class fits.
-
-    Raises:
-        LexisegError: no classes; two words that are the same after NFC, case folding and folding of white space,
-            within one class or across two; a template without exactly one ``{}``.
+    Raises LexisegError if there are no classes, or two words that are the same after NFC, case folding and folding of white space,
+    within one class or across two; a template without exactly one ``{}``.
     """
 
+    # at least one class. A background of kind "class" that is not among them is appended as the last.
     classes: tuple[VocabularyClass, ...]
-    templates: tuple[str, ...] = SINGLE_TEMPLATE
-    background: Background = field(default_factory=Background)
+    templates: tuple[str, ...] = SINGLE_TEMPLATE  # sentences with one ``{}`` each, into which every word is put
+    background: Background = field(default_factory=Background)  # what happens to pixels that no class fits
 
     def __post_init__(self) -> None:
         classes, background = list(self.classes), self.background
@@ -157,22 +144,15 @@ class Vocabulary:
     ) -> Vocabulary:
         """Read classes from whatever a user has.
 
-        Args:
-            source: text such as ``"cat; tree, bush"`` (a semicolon or a line break separates classes, a comma joins
-                synonyms); a list of such texts, of mappings with name, synonyms, seen and color, or of
-                ``VocabularyClass``; a mapping with classes, templates and background; a path, or text that is an
-                existing file or looks like a path (:func:`lexiseg.class_list.class_source`); what
-                :func:`lexiseg.class_list.read_class_list` gives; or a vocabulary. Of a file, a synonym that belongs to
-                two classes is left out.
-            templates: replaces the source's templates: a list, one template, "single" or "paper".
-            background: replaces the source's background; see ``Background.parse``.
-            default_templates: used where neither ``templates`` nor the source says anything.
-
-        Returns:
-            The vocabulary, in the order of the source.
-
-        Raises:
-            LexisegError: anything is wrong with the source; the sentence names the class or file.
+        ``source``: text such as ``"cat; tree, bush"`` (a semicolon or a line break separates classes, a comma joins
+        synonyms); a list of such texts, of mappings with name, synonyms, seen and color, or of ``VocabularyClass``; a
+        mapping with classes, templates and background; a path, or text that is an existing file or looks like a path
+        (:func:`lexiseg.class_list.class_source`); what :func:`lexiseg.class_list.read_class_list` gives; or a
+        vocabulary. Of a file, a synonym that belongs to two classes is left out. ``templates``: replaces the source's
+        templates: a list, one template, "single" or "paper". ``background``: replaces the source's background; see
+        ``Background.parse``. ``default_templates``: used where neither ``templates`` nor the source says anything.
+        Returns the vocabulary, in the order of the source. Raises LexisegError if anything is wrong with the source;
+        the sentence names the class or file.
         """
         if isinstance(source, Vocabulary):
             vocabulary = source
@@ -209,8 +189,7 @@ class Vocabulary:
     def load(cls, path: str | Path) -> Vocabulary:
         """Read a file of classes in any of the forms of :mod:`lexiseg.class_list`.
 
-        Raises:
-            LexisegError: the file cannot be read or says something wrong.
+        Raises LexisegError if the file cannot be read or says something wrong.
         """
         return cls.parse(Path(path))
 
@@ -230,8 +209,7 @@ class Vocabulary:
     def to_text(self) -> str:
         """The short form, such as ``cat; tree, bush``: names and synonyms only.
 
-        Raises:
-            LexisegError: a word holds a comma, a semicolon or " = ", which the short form cannot say.
+        Raises LexisegError if a word holds a comma, a semicolon or " = ", which the short form cannot say.
         """
         for word in (word for entry in self.classes for word in (entry.name, *entry.words)):
             if "," in word or ";" in word or " = " in word:
@@ -245,9 +223,8 @@ class Vocabulary:
     def save(self, path: str | Path) -> Path:
         """Write the vocabulary to a .json, .yaml, .yml or .txt file, atomically, and return the path.
 
-        Raises:
-            LexisegError: another ending; a text file that would lose something (templates, background, seen, colours,
-                a word with a comma or semicolon or beginning with #); the file cannot be written.
+        Raises LexisegError if the ending is another one; a text file that would lose something (templates, background, seen,
+        colours, a word with a comma or semicolon or beginning with #); the file cannot be written.
         """
         path = Path(path)
         suffix = path.suffix.lower()
@@ -324,12 +301,8 @@ class Vocabulary:
     def with_seen(self, names: Iterable[str]) -> Vocabulary:
         """Say which classes were seen in training, where the vocabulary does not say so itself.
 
-        Args:
-            names: the seen classes. They match a class by its name or a synonym, after NFC, case and white space
-                folding.
-
-        Returns:
-            A vocabulary in which every ``seen`` is True or False.
+        ``names``: the seen classes. They match a class by its name or a synonym, after NFC, case and white space
+        folding. Returns a vocabulary in which every ``seen`` is True or False.
         """
         keys = {word_key(name) for name in names}
         classes = tuple(
@@ -358,12 +331,9 @@ class Vocabulary:
     def check_lengths(self, count_tokens: Callable[[str], int], context_length: int) -> None:
         """Check that the text tower can read every word in every template.
 
-        Args:
-            count_tokens: the number of tokens of a sentence, start and end tokens included.
-            context_length: the most tokens the text tower reads.
-
-        Raises:
-            LexisegError: a sentence is longer; the sentence names the class and the template.
+        ``count_tokens``: the number of tokens of a sentence, start and end tokens included. ``context_length``: the
+        most tokens the text tower reads. Raises LexisegError if a sentence is longer; the sentence names the class and
+        the template.
         """
         for entry in self.classes:
             for word in entry.words:

@@ -17,44 +17,31 @@ _MAX_WINDOWS = 10_000
 
 @dataclass(frozen=True)
 class WindowPolicy:
-    """How a model is run over a whole picture unless the caller says otherwise.
+    """How a model is run over a whole picture unless the caller says otherwise."""
 
-    Attributes:
-        size: side of the square sliding window in pixels; None runs the whole picture at once.
-        stride: distance between windows in pixels.
-        short_side: the picture is first resized, keeping its aspect, so that its shorter side has this length; None
-            keeps the picture's size.
-        long_side: a limit to the longer side, at which the shorter one becomes shorter than ``short_side``; None sets
-            none.
-        antialias: whether that resize smooths what it shrinks. mmcv's does not, detectron2's (Pillow's) does.
-        canvas: the picture is then stretched to this (height, width), on which the windows lie; None keeps its size.
-        whole: the whole picture, stretched to one window, is run as well, and a score is the mean of it and of what the
-            windows say.
-    """
-
-    size: int | None = None
-    stride: int = 0
+    size: int | None = None  # side of the square sliding window in pixels; None runs the whole picture at once
+    stride: int = 0  # distance between windows in pixels
+    # the picture is first resized, keeping its aspect, so that its shorter side has this length; None keeps the
+    # picture's size
     short_side: int | None = None
+    # a limit to the longer side, at which the shorter one becomes shorter than ``short_side``; None sets none
     long_side: int | None = None
+    # whether that resize smooths what it shrinks. mmcv's does not, detectron2's (Pillow's) does.
     antialias: bool = True
+    # the picture is then stretched to this (height, width), on which the windows lie; None keeps its size
     canvas: tuple[int, int] | None = None
+    # the whole picture, stretched to one window, is run as well, and a score is the mean of it and of what the windows
+    # say
     whole: bool = False
 
 
 def working_size(height: int, width: int, short_side: int | None, long_side: int | None = None) -> tuple[int, int]:
     """The size at which a picture is segmented.
 
-    Args:
-        height: of the picture in pixels.
-        width: of the picture in pixels.
-        short_side: length of the shorter side afterwards; the longer one follows. A picture is enlarged no further than
-            to a longer side of 4 times this (MMSegmentation's scale of 2048 x 512), so that a strip of a few pixels
-            costs no more than a picture. None keeps the size.
-        long_side: the longer side becomes no longer than this, and the shorter one follows (detectron2's largest test
-            size); None sets no limit.
-
-    Returns:
-        Height and width, rounded half up.
+    ``short_side``: length of the shorter side afterwards; the longer one follows. A picture is enlarged no further than
+    to a longer side of 4 times this (MMSegmentation's scale of 2048 x 512), so that a strip of a few pixels costs no
+    more than a picture. None keeps the size. ``long_side``: the longer side becomes no longer than this, and the
+    shorter one follows (detectron2's largest test size); None sets no limit. Returns height and width, rounded half up.
     """
     if short_side is None:
         return height, width
@@ -68,9 +55,8 @@ def working_size(height: int, width: int, short_side: int | None, long_side: int
 def check_proportions(height: int, width: int) -> None:
     """Refuse pictures in which there is nothing to see.
 
-    Raises:
-        LexisegError: a side has one pixel, or one side is more than 64 times the other. Brought to the short side of
-            512 pixels that models want, such a line would grow to gigapixels.
+    Raises LexisegError if a side has one pixel, or one side is more than 64 times the other. Brought to the short side
+    of 512 pixels that models want, such a line would grow to gigapixels.
     """
     if min(height, width) < MIN_SIDE:
         raise LexisegError(
@@ -89,17 +75,9 @@ def cover(height: int, width: int, size: int | None, stride: int) -> list[Box]:
     The sliding window of MMSegmentation, with which ZegCLIP evaluates: the i-th window begins at ``i * stride``, the
     last is shifted back so that it ends at the border.
 
-    Args:
-        height: of the canvas.
-        width: of the canvas.
-        size: side of a window; None covers the canvas with one.
-        stride: distance of neighbouring windows, 1..size.
-
-    Returns:
-        Boxes within the canvas. A side shorter than ``size`` is taken whole.
-
-    Raises:
-        LexisegError: size or stride make no sense, or the windows would be more than 10,000.
+    ``size``: side of a window; None covers the canvas with one. ``stride``: distance of neighbouring windows, 1..size.
+    Returns Boxes within the canvas. A side shorter than ``size`` is taken whole. Raises LexisegError if size or stride
+    make no sense, or the windows would be more than 10,000.
     """
     if size is None:
         return [(0, 0, height, width)]

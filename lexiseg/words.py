@@ -67,8 +67,7 @@ def describe(value: object) -> str:
 def clean_word(text: object, what: str) -> str:
     """Bring a name into the form that is kept: NFC, single spaces, no invisible characters. Case stays.
 
-    Raises:
-        LexisegError: the value is not text, is empty, or holds control characters.
+    Raises LexisegError if the value is not text, is empty, or holds control characters.
     """
     if not isinstance(text, str):
         raise LexisegError(f"{what} must be text, not {describe(text)}; put it in quotes.")
@@ -94,8 +93,7 @@ def word_key(text: str) -> str:
 def refuse_unknown(value: Mapping[Any, Any], known: Sequence[str], what: str) -> None:
     """See that ``value`` has no keys but the ``known`` ones.
 
-    Raises:
-        LexisegError: it has; the sentence names the first.
+    Raises LexisegError if it has; the sentence names the first.
     """
     for key in value:
         if key not in known:
@@ -110,8 +108,7 @@ def null(value: Any) -> Any:
 def flag(value: object, what: str) -> bool | None:
     """Read true, false or nothing, also from text as a YAML file holds it.
 
-    Raises:
-        LexisegError: it is something else; ``what`` begins the sentence.
+    Raises LexisegError if it is something else; ``what`` begins the sentence.
     """
     if value is None or isinstance(value, bool):
         return value
@@ -123,8 +120,7 @@ def flag(value: object, what: str) -> bool | None:
 def whole_number(value: object, what: str, low: int = 0) -> int:
     """Read a whole number of any integer type.
 
-    Raises:
-        LexisegError: it is none, or below ``low``; ``what`` begins the sentence.
+    Raises LexisegError if it is none, or below ``low``; ``what`` begins the sentence.
     """
     try:
         number = None if isinstance(value, bool) else operator.index(value)  # type: ignore[arg-type]
@@ -138,8 +134,7 @@ def whole_number(value: object, what: str, low: int = 0) -> int:
 def finite(value: object, what: str) -> float:
     """Read a finite number, also from text as a YAML file holds it.
 
-    Raises:
-        LexisegError: it is none; ``what`` begins the sentence.
+    Raises LexisegError if it is none; ``what`` begins the sentence.
     """
     number: float | None = None
     if isinstance(value, int | float | str) and not isinstance(value, bool):

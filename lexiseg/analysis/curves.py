@@ -21,12 +21,9 @@ _LOG = "metrics.jsonl"
 def curves_figure(runs: Sequence[str | Path], metrics: Sequence[str] = tuple(METRICS)) -> Figure:
     """Draw metrics of several runs over their steps, a panel a metric and a line a run.
 
-    Args:
-        runs: folders of trainings with ``train.snapshot_every``, whose logs hold ``val/...``.
-        metrics: which, by their names in the log without ``val/``, in percent.
-
-    Raises:
-        LexisegError: a folder is no run, a run measured nothing of that kind, or matplotlib is not installed.
+    ``runs``: folders of trainings with ``train.snapshot_every``, whose logs hold ``val/...``. ``metrics``: which, by
+    their names in the log without ``val/``, in percent. Raises LexisegError if a folder is no run, a run measured
+    nothing of that kind, or matplotlib is not installed.
     """
     found = [(Path(run).resolve().name, _read(Path(run), metrics)) for run in runs]
     if not found:

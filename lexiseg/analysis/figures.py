@@ -40,14 +40,9 @@ def similarity_figure(
 
     The tower runs as the model runs it, with its prompts; the whole picture at once.
 
-    Args:
-        segmenter: with the model.
-        image: the picture.
-        points: pixels (column, row) whose patches are chosen; none takes the middle.
-        blocks: blocks to show, counted from 1; none takes all.
-
-    Raises:
-        LexisegError: the picture is wrong, a point lies outside it, or a block does not exist.
+    ``points``: pixels (column, row) whose patches are chosen; none takes the middle. ``blocks``: blocks to show,
+    counted from 1; none takes all. Raises LexisegError if the picture is wrong, a point lies outside it, or a block
+    does not exist.
     """
     picture = read_picture(segmenter, image)
     height, width = picture.shape[:2]
@@ -79,13 +74,8 @@ def similarity_figure(
 def scores_figure(segmenter: Segmenter, image: str | Path, classes: VocabularySource) -> Figure:
     """The score of each class at every pixel (ZegCLIP, Fig. 8: semantic masks of different text queries).
 
-    Args:
-        segmenter: with the model.
-        image: the picture.
-        classes: the words, as `Segmenter.predict` takes them; names of unseen classes are red.
-
-    Raises:
-        LexisegError: the picture or the classes are wrong, or there are too many classes for a figure.
+    ``classes``: the words, as `Segmenter.predict` takes them; names of unseen classes are red. Raises LexisegError if
+    the picture or the classes are wrong, or there are too many classes for a figure.
     """
     vocabulary = segmenter.vocabulary(classes)
     if len(vocabulary) > _MAX_CLASSES:
@@ -125,13 +115,8 @@ def scores_figure(segmenter: Segmenter, image: str | Path, classes: VocabularySo
 def compare_figure(segmenters: Sequence[Segmenter], image: str | Path, classes: VocabularySource) -> Figure:
     """What several models make of one picture, side by side (Cascade-CLIP, Fig. 5 and 8; MAFT, Fig. 4).
 
-    Args:
-        segmenters: one or more models, in the order of the panels.
-        image: the picture.
-        classes: the words, as `Segmenter.predict` takes them.
-
-    Raises:
-        LexisegError: the picture or the classes are wrong, or no model is given.
+    ``segmenters``: one or more models, in the order of the panels. ``classes``: the words, as `Segmenter.predict` takes
+    them. Raises LexisegError if the picture or the classes are wrong, or no model is given.
     """
     if not segmenters:
         raise LexisegError("A comparison needs at least one model; name one or more.")
@@ -148,15 +133,8 @@ def cka_figure(segmenter: Segmenter, images: Sequence[str | Path], before: Segme
     """Alignment of the blocks of a tower with each other, before and after training (Cascade-CLIP, Fig. 4).
 
     Linear CKA of the patches of all pictures. "Before" is the CLIP inside the model without what was learnt beside it,
-    or ``before``'s tower. A model that learnt nothing inside its tower has one map only.
-
-    Args:
-        segmenter: with the model.
-        images: one or more pictures.
-        before: the model to compare with.
-
-    Raises:
-        LexisegError: a picture is wrong, or training changed CLIP itself and ``before`` is missing.
+    or ``before``'s tower. A model that learnt nothing inside its tower has one map only. Raises LexisegError if a
+    picture is wrong, or training changed CLIP itself and ``before`` is missing.
     """
     if not images:
         raise LexisegError("CKA needs the patches of at least one picture; give one or more.")
@@ -194,8 +172,7 @@ def cka_figure(segmenter: Segmenter, images: Sequence[str | Path], before: Segme
 def nga_figure(segmenter: Segmenter) -> Figure:
     """Weights of the neighbourhood Gaussian aggregation before and after training (Cascade-CLIP, Table 17).
 
-    Raises:
-        LexisegError: the model has no such weights.
+    Raises LexisegError if the model has no such weights.
     """
     groups = nga_weights(segmenter.model)
     figure = new_figure(max(4.0, 2.2 * len(groups)), 4.0)
@@ -221,24 +198,17 @@ def nga_figure(segmenter: Segmenter) -> Figure:
 
 @dataclass(frozen=True)
 class GroupWeights:
-    """Aggregation weights of a group of blocks.
+    """Aggregation weights of a group of blocks."""
 
-    Attributes:
-        blocks: of the group, counted from 1.
-        before: a weight a block, as training starts.
-        after: the same, as the model has them.
-    """
-
-    blocks: tuple[int, ...]
-    before: tuple[float, ...]
-    after: tuple[float, ...]
+    blocks: tuple[int, ...]  # of the group, counted from 1
+    before: tuple[float, ...]  # a weight a block, as training starts
+    after: tuple[float, ...]  # the same, as the model has them
 
 
 def nga_weights(model: SegmentationModel) -> list[GroupWeights]:
     """The weights as `nga_figure` draws them, for each group of several blocks.
 
-    Raises:
-        LexisegError: the model has no such weights.
+    Raises LexisegError if the model has no such weights.
     """
     if not isinstance(model, CascadeCLIP):
         raise LexisegError(f"{model.system} has no NGA weights; choose a cascade-clip model.")

@@ -16,12 +16,7 @@ _MAX_SAMPLES = 2048
 def patch_similarity(patches: Tensor, index: int) -> Tensor:
     """Cosine similarity of one patch with every patch (Cascade-CLIP, Fig. 1 and 6).
 
-    Args:
-        patches: (..., N, W) tokens.
-        index: of the patch, 0..N-1.
-
-    Returns:
-        (..., N) in -1..1; 1 at the patch itself.
+    ``index``: of the patch, 0..N-1. Returns (..., N) in -1..1; 1 at the patch itself.
     """
     units = F.normalize(patches.float(), dim=-1)
     return (units @ units[..., index, :, None])[..., 0]
@@ -34,15 +29,9 @@ def linear_cka(features: Sequence[Tensor], *, max_samples: int = _MAX_SAMPLES) -
     Network Representations Revisited", ICML 2019, Sec. 3), computed from the samples' products with each other, which
     gives the same. It does not change when a representation is rotated or scaled.
 
-    Args:
-        features: L tensors (n, width); widths may differ.
-        max_samples: of more samples so many are taken, evenly spread.
-
-    Returns:
-        (L, L), symmetric, in 0..1, float32.
-
-    Raises:
-        LexisegError: there are fewer than two samples, or a representation is the same for all of them.
+    ``features``: L tensors (n, width); widths may differ. ``max_samples``: of more samples so many are taken, evenly
+    spread. Returns (L, L), symmetric, in 0..1, float32. Raises LexisegError if there are fewer than two samples, or a
+    representation is the same for all of them.
     """
     count = len(features[0])
     if count < 2:

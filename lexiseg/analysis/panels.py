@@ -23,40 +23,26 @@ _BAR = 0.34
 
 @dataclass(frozen=True)
 class Bar:
-    """A class and its score, below a panel.
+    """A class and its score, below a panel."""
 
-    Attributes:
-        name: of the class.
-        value: its score.
-        unseen: whether it is drawn red.
-    """
-
-    name: str
-    value: float
-    unseen: bool = False
+    name: str  # of the class
+    value: float  # its score
+    unseen: bool = False  # whether it is drawn red
 
 
 @dataclass(frozen=True)
 class Panel:
-    """One picture of a figure.
+    """One picture of a figure."""
 
-    Attributes:
-        image: (H, W, 3) uint8 for a picture, (H, W) float for a heat map in the colours of the figure's scale.
-        caption: above it.
-        note: a smaller line under the caption.
-        color: of the caption.
-        box: (left, top, right, bottom) as fractions of the panel, framed in red.
-        extent: height over width it is shown with; None is the image's own.
-        bars: scores of classes, listed below it.
-    """
-
+    # (H, W, 3) uint8 for a picture, (H, W) float for a heat map in the colours of the figure's scale
     image: NDArray[np.generic]
-    caption: str
-    note: str = ""
-    color: str = INK
+    caption: str  # above it
+    note: str = ""  # a smaller line under the caption
+    color: str = INK  # of the caption
+    # (left, top, right, bottom) as fractions of the panel, framed in red
     box: tuple[float, float, float, float] | None = None
-    extent: float | None = None
-    bars: tuple[Bar, ...] = ()
+    extent: float | None = None  # height over width it is shown with; None is the image's own
+    bars: tuple[Bar, ...] = ()  # scores of classes, listed below it
 
     @property
     def aspect(self) -> float:
@@ -66,25 +52,15 @@ class Panel:
 
 @dataclass(frozen=True)
 class Scale:
-    """What the colours of heat maps mean.
+    """What the colours of heat maps mean."""
 
-    Attributes:
-        low: value of the darkest colour.
-        high: value of the brightest.
-        label: what the values are.
-    """
-
-    low: float
-    high: float
-    label: str
+    low: float  # value of the darkest colour
+    high: float  # value of the brightest
+    label: str  # what the values are
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """An empty figure of a size in inches.
-
-    Raises:
-        LexisegError: matplotlib is not installed.
-    """
+    """An empty figure of a size in inches. Raises LexisegError if matplotlib is not installed."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -100,15 +76,8 @@ def set_title(figure: Figure, title: str, subtitle: str) -> None:
 def compose(title: str, rows: Sequence[Sequence[Panel]], *, scale: Scale | None = None, subtitle: str = "") -> Figure:
     """Put panels into a figure.
 
-    Args:
-        title: above everything.
-        rows: panels row by row.
-        scale: of the heat maps, drawn as a colour bar on the right.
-        subtitle: under the title.
-
-    Raises:
-        LexisegError: matplotlib is not installed.
-        ValueError: there is no panel.
+    ``scale``: of the heat maps, drawn as a colour bar on the right. Raises LexisegError if matplotlib is not installed.
+    Raises ValueError if there is no panel.
     """
     if not rows or not all(rows):
         raise ValueError("a figure needs at least one panel in each row")

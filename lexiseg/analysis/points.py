@@ -18,13 +18,8 @@ _MAX_POINTS = 6
 def chosen_points(points: Sequence[Point], size: tuple[int, int], image: str | Path) -> list[Point]:
     """The points, or the middle where none is given.
 
-    Args:
-        points: pixels (column, row).
-        size: width and height of the picture.
-        image: the picture, for error messages.
-
-    Raises:
-        LexisegError: there are too many, or one lies outside the picture.
+    ``size``: width and height of the picture. Raises LexisegError if there are too many, or one lies outside the
+    picture.
     """
     width, height = size
     chosen = list(points) or [(width // 2, height // 2)]

@@ -43,13 +43,8 @@ def attention_maps(model: DeOP, padded: Tensor, block: int = -1) -> Tensor:
 
     No prompt and no severance takes part: this is what DeOP's Fig. 5 sets against its heatmaps.
 
-    Args:
-        model: its CLIP is looked at.
-        padded: (1, 3, H', W'), see `DecoupledModel.pad`.
-        block: index of the block, negative from the end.
-
-    Returns:
-        (P, P), rows attend; with the class token's column each row would sum to 1.
+    ``padded``: (1, 3, H', W'), see `DecoupledModel.pad`. ``block``: index of the block, negative from the end. Returns
+    (P, P), rows attend; with the class token's column each row would sum to 1.
     """
     tower, (rows, columns) = model.clip.image_tower, model.grid(padded)
     index = range(tower.num_blocks)[block]
@@ -79,13 +74,8 @@ def anchor_figure(segmenter: Segmenter, image: str | Path, points: Sequence[Poin
     of the whole picture at once; a generator that reads words (Mask2Former with context interaction) is shown none but
     the row "no object", so that its proposals are not quite those of any prediction. Each map has a scale of its own.
 
-    Args:
-        segmenter: with a DeOP.
-        image: the picture.
-        points: pixels (column, row); none takes the middle.
-
-    Raises:
-        LexisegError: the model is no DeOP or has no proposal, the picture is wrong, or a point lies outside it.
+    ``points``: pixels (column, row); none takes the middle. Raises LexisegError if the model is no DeOP or has no
+    proposal, the picture is wrong, or a point lies outside it.
     """
     model = segmenter.model
     if not isinstance(model, DeOP):
@@ -140,13 +130,8 @@ def anchor_figure(segmenter: Segmenter, image: str | Path, points: Sequence[Poin
 def top_classes(scores: RegionScores, picture: int = 0, k: int = 5) -> tuple[Tensor, Tensor]:
     """The best classes of each proposal.
 
-    Args:
-        scores: of a decoupled model.
-        picture: which of the batch.
-        k: how many, at most as many as there are classes.
-
-    Returns:
-        values and class indices, (N, k) each, best first. A class of several words has the score of its best one.
+    ``k``: how many, at most as many as there are classes. Returns values and class indices, (N, k) each, best first. A
+    class of several words has the score of its best one.
     """
     values = scores.class_scores[picture].detach().float()
     if scores.word_to_class is not None:
@@ -171,18 +156,12 @@ def top_classes_figure(
     A proposal decides a pixel if its mask there times the score of its best class is the largest in the prediction.
     Of several models all judge the first one's proposals, so that what differs is their classifiers alone.
 
-    Args:
-        segmenters: one or several, each with a decoupled model; a row of panels each.
-        image: the picture.
-        classes: the words, as `Segmenter.predict` takes them; names of unseen classes are red.
-        proposals: how many are shown at most.
-        k: classes a proposal.
-        by: whose scores: "clip" is what CLIP, or MAFT's tuned copy of it, says of a region by itself (the paper's A^c);
-            "ensemble" what the model predicts from, in which the generator may have a say. DeOP's are CLIP's in both.
-
-    Raises:
-        LexisegError: a model has no proposals, proposes none here, or CLIP is not asked about them; the picture or
-            the classes are wrong; several models are to be compared by their ensembles.
+    ``segmenters``: one or several, each with a decoupled model; a row of panels each. ``classes``: the words, as
+    `Segmenter.predict` takes them; names of unseen classes are red. ``proposals``: how many are shown at most. ``by``:
+    whose scores: "clip" is what CLIP, or MAFT's tuned copy of it, says of a region by itself (the paper's A^c);
+    "ensemble" what the model predicts from, in which the generator may have a say. DeOP's are CLIP's in both. Raises
+    LexisegError if a model has no proposals, proposes none here, or CLIP is not asked about them; the picture or the
+    classes are wrong; several models are to be compared by their ensembles.
     """
     several = [segmenters] if isinstance(segmenters, Segmenter) else list(segmenters)
     models = [_checked(segmenter, by) for segmenter in several]

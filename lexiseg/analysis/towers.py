@@ -16,26 +16,17 @@ from lexiseg.models.zegclip import ZegCLIP
 
 @dataclass(frozen=True)
 class Blocks:
-    """What each block made of one picture's patches.
+    """What each block made of one picture's patches."""
 
-    Attributes:
-        patches: (L, N, W), block by block, before any final norm.
-        grid: (h, w), the patches per side; N = h * w in rows.
-    """
-
-    patches: Tensor
-    grid: tuple[int, int]
+    patches: Tensor  # (L, N, W), block by block, before any final norm
+    grid: tuple[int, int]  # (h, w), the patches per side; N = h * w in rows
 
 
 def plain_blocks(model: SegmentationModel, images: Tensor) -> Blocks:
     """Run the model's CLIP without anything that was learnt beside it: no prompts, no severance.
 
-    Args:
-        model: any system with a vision transformer.
-        images: (1, 3, H, W) normalised.
-
-    Raises:
-        LexisegError: the image tower is no vision transformer.
+    ``model``: any system with a vision transformer. ``images``: (1, 3, H, W) normalised. Raises LexisegError if the
+    image tower is no vision transformer.
     """
     return _run_plain(model, model.clip.image_tower, images)
 
@@ -43,12 +34,8 @@ def plain_blocks(model: SegmentationModel, images: Tensor) -> Blocks:
 def system_blocks(model: SegmentationModel, images: Tensor) -> Blocks:
     """Run the tower as the system does: with its prompts, or the tuned copy of MAFT; else as `plain_blocks`.
 
-    Args:
-        model: any system with a vision transformer.
-        images: (1, 3, H, W) normalised.
-
-    Raises:
-        LexisegError: the image tower is no vision transformer.
+    ``model``: any system with a vision transformer. ``images``: (1, 3, H, W) normalised. Raises LexisegError if the
+    image tower is no vision transformer.
     """
     if isinstance(model, ZegCLIP):
         tower = model.clip.image_tower

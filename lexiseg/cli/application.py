@@ -128,11 +128,8 @@ def _is_out_of_memory(error: BaseException) -> bool:
 def main(args: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code.
 
-    Args:
-        args: the words after ``lexiseg``; taken from ``sys.argv`` when left out.
-
-    Returns:
-        0, 1, 2, 130 or 143, as the documentation of :mod:`lexiseg.cli` says.
+    ``args``: the words after ``lexiseg``; taken from ``sys.argv`` when left out. Returns 0, 1, 2, 130 or 143, as the
+    documentation of :mod:`lexiseg.cli` says.
     """
     import_open_clip_lean()
     for descriptor, stream in ((1, sys.stdout), (2, sys.stderr)):

@@ -28,11 +28,7 @@ T = TypeVar("T")
 
 
 class Notes:
-    """What becomes of each `LexisegWarning` while a command runs.
-
-    Attributes:
-        quiet: leave them all out.
-    """
+    """What becomes of each `LexisegWarning` while a command runs. ``quiet``: leave them all out."""
 
     quiet = False
 

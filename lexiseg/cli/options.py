@@ -82,16 +82,9 @@ def templates_of(given: list[str] | None) -> str | list[str] | None:
 def window_of(default: WindowPolicy, window: int | None, stride: int | None) -> WindowPolicy | None:
     """What ``--window`` and ``--stride`` make of a model's own way of running over a picture.
 
-    Args:
-        default: the model's.
-        window: side in pixels, 0 for whole pictures, None to keep the model's.
-        stride: in pixels, None to keep the model's, or the window's side where that is smaller.
-
-    Returns:
-        The policy, or None where neither was given.
-
-    Raises:
-        LexisegError: a stride without a window, or numbers that cannot cover a picture.
+    ``window``: side in pixels, 0 for whole pictures, None to keep the model's. ``stride``: in pixels, None to keep the
+    model's, or the window's side where that is smaller. Returns the policy, or None where neither was given. Raises
+    LexisegError if a stride without a window, or numbers that cannot cover a picture.
     """
     from lexiseg.pictures import window_policy
 
@@ -102,11 +95,7 @@ def window_of(default: WindowPolicy, window: int | None, stride: int | None) -> 
 
 
 def require_file(path: Path, what: str) -> Path:
-    """Return ``path`` if it is a file.
-
-    Raises:
-        LexisegError: it is not; ``what`` is what the file should be.
-    """
+    """Return ``path`` if it is a file. Raises LexisegError if it is not; ``what`` is what the file should be."""
     if not path.is_file():
         raise LexisegError(f"There is no {what} '{path}'; check the path.")
     return path

@@ -240,9 +240,8 @@ def _follow(
 ) -> bool:
     """Take the pictures' entries as they come, into ``done``; whether something ended the run before its end.
 
-    Raises:
-        LexisegError: something is wrong that is no picture's fault, and nothing was done before it.
-        KeyboardInterrupt: the user stopped it; its text says what is done and how to go on.
+    Raises LexisegError if something is wrong that is no picture's fault, and nothing was done before it. Raises
+    KeyboardInterrupt if the user stopped it; its text says what is done and how to go on.
     """
     try:
         for entry in entries:
@@ -388,9 +387,7 @@ def _pictures(sources: Sequence[str]) -> list[Path]:
 def _stems(paths: Sequence[Path], kept: Mapping[str, str] | None = None) -> dict[Path, str]:
     """A file name for each picture's results: its own without the ending, made longer where two would be the same.
 
-    Args:
-        paths: of the pictures.
-        kept: names that an earlier run has given already, by absolute path.
+    ``kept``: names that an earlier run has given already, by absolute path.
     """
     from lexiseg.labelling.record import absolute
 

@@ -17,18 +17,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Sample:
-    """One picture with its truth.
+    """One picture with its truth."""
 
-    Attributes:
-        image: ``(3, H, W)`` uint8, RGB, 0..255.
-        label: ``(H, W)`` int64, 0-based ids into the dataset's vocabulary, 255 = ignored; 65535 = ignored where the
-            dataset has more than 255 classes.
-        name: what to call it in reports and error messages, usually the file's stem.
-    """
-
-    image: Tensor
+    image: Tensor  # ``(3, H, W)`` uint8, RGB, 0..255
+    # ``(H, W)`` int64, 0-based ids into the dataset's vocabulary, 255 = ignored; 65535 = ignored where the dataset has
+    # more than 255 classes
     label: Tensor
-    name: str
+    name: str  # what to call it in reports and error messages, usually the file's stem
 
 
 @runtime_checkable
@@ -50,12 +45,7 @@ class SegmentationDataset(Protocol):
 
 
 class Subset:
-    """The samples of ``dataset`` at ``indices``, as a dataset of their own with the same vocabulary.
-
-    Args:
-        dataset: where the samples come from.
-        indices: which, in the wanted order.
-    """
+    """The samples of ``dataset`` at ``indices``, as a dataset of their own with the same vocabulary."""
 
     def __init__(self, dataset: SegmentationDataset, indices: Sequence[int]) -> None:
         self._dataset = dataset
@@ -81,9 +71,7 @@ def without_unseen(dataset: SegmentationDataset) -> Subset:
 
     The usual inductive setting keeps such pictures and hides those pixels; here whole pictures are left out (DeOP, Sec.
     5.1; Cascade-CLIP, Table 2). Labels are read once each, without their pictures where the dataset offers ``label``.
-
-    Raises:
-        LexisegError: none is left, or a label cannot be read.
+    Raises LexisegError if none is left, or a label cannot be read.
     """
     hidden = unseen_ids(dataset.vocabulary)
     label_of = getattr(dataset, "label", None) or (lambda index: dataset[index].label)
@@ -113,17 +101,11 @@ def unseen_ids(vocabulary: Vocabulary) -> list[int]:
 def remap_to_seen(label: Tensor, seen: Sequence[int], *, void: int = IGNORE_INDEX) -> Tensor:
     """Number the seen classes by their rank and ignore all other ids: the labels of inductive training.
 
-    Args:
-        label: integer tensor of any shape with dataset ids 0..void.
-        seen: the seen ids; the id at position k becomes k.
-        void: the dataset's own label of pixels without a class, which is its largest.
-
-    Returns:
-        int64 tensor of the same shape with values 0..len(seen)-1 and :func:`ignore_index` of so many classes. Ids
-        outside ``seen`` become the latter, so that pixels of unseen classes never carry a label into training.
-
-    Raises:
-        ValueError: an id in ``seen`` is not in 0..void-1.
+    ``label``: integer tensor of any shape with dataset ids 0..void. ``seen``: the seen ids; the id at position k
+    becomes k. ``void``: the dataset's own label of pixels without a class, which is its largest. Returns int64 tensor
+    of the same shape with values 0..len(seen)-1 and :func:`ignore_index` of so many classes. Ids outside ``seen``
+    become the latter, so that pixels of unseen classes never carry a label into training. Raises ValueError if an id in
+    ``seen`` is not in 0..void-1.
     """
     import torch
 

@@ -36,13 +36,8 @@ def _scaled(height: int, width: int, factor: float) -> tuple[int, int]:
 def test_size(height: int, width: int, short_side: int = 512) -> tuple[int, int]:
     """Size of a test picture: aspect kept, the short side exactly ``short_side``, the long side without a limit.
 
-    Args:
-        height: pixels.
-        width: pixels.
-        short_side: wanted length of the shorter side in pixels.
-
-    Returns:
-        ``(new_height, new_width)``, each rounded half up. 100 x 900 becomes 512 x 4608.
+    ``short_side``: wanted length of the shorter side in pixels. Returns ``(new_height, new_width)``, each rounded half
+    up. 100 x 900 becomes 512 x 4608.
     """
     return _scaled(height, width, short_side / min(height, width))
 
@@ -54,15 +49,9 @@ test_size.__test__ = False  # type: ignore[attr-defined]
 def train_size(height: int, width: int, ratio: float, scale: tuple[int, int] = TRAIN_SCALE) -> tuple[int, int]:
     """Size of a training picture: aspect kept, fitted into ``scale * ratio``.
 
-    Args:
-        height: pixels.
-        width: pixels.
-        ratio: the random scale, drawn from 0.5..2 by the papers.
-        scale: bounds at ratio 1; the larger bounds the long side, the smaller the short side. Both are truncated to
-            whole pixels after multiplication.
-
-    Returns:
-        ``(new_height, new_width)``, each rounded half up.
+    ``ratio``: the random scale, drawn from 0.5..2 by the papers. ``scale``: bounds at ratio 1; the larger bounds the
+    long side, the smaller the short side. Both are truncated to whole pixels after multiplication. Returns
+    ``(new_height, new_width)``, each rounded half up.
     """
     bounds = [int(side * ratio) for side in scale]
     factor = min(max(bounds) / max(height, width), min(bounds) / min(height, width))
@@ -274,14 +263,11 @@ def paper_pipeline(
 ) -> Pipeline:
     """The papers' training pipeline: resize, crop, flip, colour, normalise, pad to ``crop x crop``.
 
-    Args:
-        mean: RGB mean in 0..1 units (the authors use ImageNet's: 0.485, 0.456, 0.406).
-        std: RGB deviation in 0..1 units (0.229, 0.224, 0.225).
-        crop: side of the training crop; the resize bounds scale with it, ``(4 * crop, crop)``.
-        pad_label: label of the pixels that fill a picture up.
-        ignored: label of pixels without a class, which do not count for what a crop shows.
-
-    Source: ZegCLIP, Sec. 4.2, with the constants of the authors' configuration.
+    ``mean``: RGB mean in 0..1 units (the authors use ImageNet's: 0.485, 0.456, 0.406). ``std``: RGB deviation in 0..1
+    units (0.229, 0.224, 0.225). ``crop``: side of the training crop; the resize bounds scale with it, ``(4 * crop,
+    crop)``. ``pad_label``: label of the pixels that fill a picture up. ``ignored``: label of pixels without a class,
+    which do not count for what a crop shows. Source: ZegCLIP, Sec. 4.2, with the constants of the authors'
+    configuration.
     """
     return Pipeline(
         (
@@ -331,12 +317,8 @@ def light_pipeline(
 ) -> Pipeline:
     """For pictures that are generated at the wanted size: crop, flip, normalise, pad.
 
-    Args:
-        mean: RGB mean in 0..1 units.
-        std: RGB deviation in 0..1 units.
-        crop: side of the training crop; pictures of this size are taken whole.
-        flip: probability of mirroring.
-        pad_label: label of the pixels that fill a picture up.
+    ``mean``: RGB mean in 0..1 units. ``std``: RGB deviation in 0..1 units. ``crop``: side of the training crop;
+    pictures of this size are taken whole. ``pad_label``: label of the pixels that fill a picture up.
     """
     return Pipeline(
         (

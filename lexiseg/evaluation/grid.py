@@ -20,34 +20,19 @@ _ALPHA = 0.75
 
 @dataclass(frozen=True, eq=False)
 class Example:
-    """What one row shows.
+    """What one row shows."""
 
-    Attributes:
-        image: ``(H, W, 3)`` uint8.
-        truth: ``(H, W)`` integer ids; one that is no class is drawn faded.
-        prediction: ``(H, W)``, the same.
-        name: of the sample.
-    """
-
-    image: NDArray[np.uint8]
-    truth: NDArray[np.integer]
-    prediction: NDArray[np.integer]
-    name: str = ""
+    image: NDArray[np.uint8]  # ``(H, W, 3)`` uint8
+    truth: NDArray[np.integer]  # ``(H, W)`` integer ids; one that is no class is drawn faded
+    prediction: NDArray[np.integer]  # ``(H, W)``, the same
+    name: str = ""  # of the sample
 
 
 def draw_grid(examples: Sequence[Example], vocabulary: Vocabulary, *, width: int = 256) -> Image.Image:
     """Draw the rows, with a legend of every class that occurs in them.
 
-    Args:
-        examples: at least one.
-        vocabulary: gives names, colours and which classes are unseen; the legend says so.
-        width: of a cell in pixels; heights follow from the pictures.
-
-    Returns:
-        A picture of mode RGB.
-
-    Raises:
-        ValueError: there is no example.
+    ``vocabulary``: gives names, colours and which classes are unseen; the legend says so. ``width``: of a cell in
+    pixels; heights follow from the pictures. Returns a picture of mode RGB. Raises ValueError if there is no example.
     """
     if not examples:
         raise ValueError("a grid needs at least one example")
@@ -90,7 +75,7 @@ def _legend(examples: Sequence[Example], vocabulary: Vocabulary, palette: NDArra
         ids = example.truth[(example.truth >= 0) & (example.truth < len(vocabulary))]
         truth += np.bincount(ids.ravel(), minlength=len(vocabulary))
     total = max(1, sum(example.truth.size for example in examples))
-    # Unseen classes first: they are what a reader looks for. Then by share of the truth.
+    # Unseen classes first: they are what a reader looks for. Then by fraction of the truth.
     order = sorted(
         (int(index) for index in np.flatnonzero(shown)),
         key=lambda index: (vocabulary.classes[index].seen is not False, -truth[index]),

@@ -22,8 +22,7 @@ def reduce_zero_label(label: NDArray[np.integer]) -> NDArray[np.uint8]:
 
     0 becomes 255, ``v`` becomes ``v - 1``, 255 stays. Apply it once only.
 
-    Args:
-        label: values 0..255 of any shape.
+    ``label``: values 0..255 of any shape.
     """
     values = np.asarray(label)
     return np.where((values == 0) | (values == 255), 255, values - 1).astype(np.uint8)
@@ -44,28 +43,19 @@ def nanmean(values: NDArray[np.float64]) -> float:
 
 @dataclass(frozen=True)
 class Metrics:
-    """What a confusion amounts to; all fractions are in 0..1, NaN where nothing was there to measure.
+    """What a confusion amounts to; all fractions are in 0..1, NaN where nothing was there to measure."""
 
-    Attributes:
-        iou: ``(C,)`` float64, intersection over union. NaN for a class that neither label nor prediction shows; 0 for
-            one that was predicted but is nowhere in the labels.
-        accuracy: ``(C,)`` float64, share of a class's pixels that were found; NaN for a class without pixels.
-        pacc: share of all labelled pixels that were right.
-        macc: mean of ``accuracy`` without NaN.
-        miou: mean of ``iou`` over all classes, without NaN.
-        miou_seen: the same over the seen classes.
-        miou_unseen: the same over the unseen classes.
-        hiou: harmonic mean of the last two.
-    """
-
+    # ``(C,)`` float64, intersection over union. NaN for a class that neither label nor prediction shows; 0 for one that
+    # was predicted but is nowhere in the labels.
     iou: NDArray[np.float64]
+    # ``(C,)`` float64, fraction of a class's pixels that were found; NaN for a class without pixels
     accuracy: NDArray[np.float64]
-    pacc: float
-    macc: float
-    miou: float
-    miou_seen: float
-    miou_unseen: float
-    hiou: float
+    pacc: float  # fraction of all labelled pixels that were right
+    macc: float  # mean of ``accuracy`` without NaN
+    miou: float  # mean of ``iou`` over all classes, without NaN
+    miou_seen: float  # the same over the seen classes
+    miou_unseen: float  # the same over the unseen classes
+    hiou: float  # harmonic mean of the last two
 
     def summary(self) -> dict[str, float | None]:
         """The scalars in percent, rounded to two decimals as the papers print them; None instead of NaN."""
@@ -91,16 +81,9 @@ class Confusion:
     Pixels whose label is ``ignore_index`` are dropped. A prediction that is no class (a pixel the background rule left
     without one) misses its label's class and counts for no other.
 
-    Args:
-        num_classes: number of classes C.
-        ignore_index: label of pixels that are not judged.
-
-    Attributes:
-        intersection: ``(C,)`` int64, pixels of a class that were predicted as it.
-        predicted: ``(C,)`` int64, judged pixels predicted as a class.
-        labelled: ``(C,)`` int64, pixels of a class.
-
-    Source: the evaluation of ZegCLIP and Cascade-CLIP, which is mmsegmentation's.
+    ``labelled``: ``(C,)`` int64, pixels of a class. ``predicted``: ``(C,)`` int64, judged pixels predicted as a class.
+    ``intersection``: ``(C,)`` int64, pixels of a class that were predicted as it. ``ignore_index``: label of pixels
+    that are not judged. Source: the evaluation of ZegCLIP and Cascade-CLIP, which is mmsegmentation's.
     """
 
     def __init__(self, num_classes: int, *, ignore_index: int = IGNORE_INDEX) -> None:
@@ -120,12 +103,8 @@ class Confusion:
     def update(self, pred: ArrayLike, label: ArrayLike) -> None:
         """Add one picture or a batch.
 
-        Args:
-            pred: integer ids of any shape.
-            label: integer ids of the same shape, 0..C-1 or ``ignore_index``.
-
-        Raises:
-            ValueError: shapes differ, or a label is neither a class nor ``ignore_index``.
+        ``label``: integer ids of the same shape, 0..C-1 or ``ignore_index``. Raises ValueError if shapes differ, or a
+        label is neither a class nor ``ignore_index``.
         """
         pred_ids, label_ids = np.asarray(pred), np.asarray(label)
         if pred_ids.shape != label_ids.shape:
@@ -142,8 +121,7 @@ class Confusion:
     def merge(self, other: Confusion) -> None:
         """Add the counts of another process or part of the dataset.
 
-        Raises:
-            ValueError: it has another number of classes.
+        Raises ValueError if it has another number of classes.
         """
         if other.num_classes != self.num_classes:
             raise ValueError(f"cannot add counts of {other.num_classes} classes to {self.num_classes}")
@@ -154,9 +132,8 @@ class Confusion:
     def compute(self, seen_idx: Sequence[int] = (), unseen_idx: Sequence[int] = ()) -> Metrics:
         """Metrics of all pictures added so far.
 
-        Args:
-            seen_idx: ids of the classes that had masks in training.
-            unseen_idx: ids of those that had none. Either may be empty: its mean, and hIoU, are then NaN.
+        ``seen_idx``: ids of the classes that had masks in training. ``unseen_idx``: ids of those that had none. Either
+        may be empty: its mean, and hIoU, are then NaN.
         """
         with np.errstate(divide="ignore", invalid="ignore"):
             iou = self.intersection / self.union

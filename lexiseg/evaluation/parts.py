@@ -27,21 +27,13 @@ _COUNTS = ("intersection", "predicted", "labelled")
 
 @dataclass(eq=False)
 class Tally:
-    """Counts over some batches of an evaluation.
+    """Counts over some batches of an evaluation."""
 
-    Attributes:
-        confusion: the counts.
-        batches: numbers of the batches they are of.
-        smallest: the smallest (height, width), by height first; None without a picture.
-        largest: the largest.
-        seconds: time the predictions took.
-    """
-
-    confusion: Confusion
-    batches: set[int] = field(default_factory=set)
-    smallest: Size | None = None
-    largest: Size | None = None
-    seconds: float = 0.0
+    confusion: Confusion  # the counts
+    batches: set[int] = field(default_factory=set)  # numbers of the batches they are of
+    smallest: Size | None = None  # the smallest (height, width), by height first; None without a picture
+    largest: Size | None = None  # the largest
+    seconds: float = 0.0  # time the predictions took
 
     def saw(self, size: Size) -> None:
         """Take a picture's (height, width) into account."""
@@ -49,11 +41,7 @@ class Tally:
         self.largest = size if self.largest is None else max(self.largest, size)
 
     def merge(self, other: Tally) -> None:
-        """Add what another process, or an earlier run, has counted.
-
-        Raises:
-            LexisegError: a batch is in both.
-        """
+        """Add what another process, or an earlier run, has counted. Raises LexisegError if a batch is in both."""
         twice = self.batches & other.batches
         if twice:
             raise LexisegError(
@@ -77,12 +65,8 @@ class Tally:
 class Parts:
     """The folder of an evaluation's parts.
 
-    Args:
-        folder: where they are; it holds nothing else.
-        identity: JSON values that say which evaluation it is; parts of another one do not count.
-        num_classes: of the confusion.
-        ignored: label of pixels that are not judged.
-        every: seconds between two writes.
+    ``folder``: where they are; it holds nothing else. ``identity``: JSON values that say which evaluation it is; parts
+    of another one do not count. ``ignored``: label of pixels that are not judged.
     """
 
     def __init__(self, folder: Path, identity: Mapping[str, Any], num_classes: int, ignored: int, every: float) -> None:
@@ -102,8 +86,7 @@ class Parts:
     def resume(self) -> Tally:
         """What has been counted so far.
 
-        Raises:
-            LexisegError: the parts are of another evaluation, or damaged, or a batch is in two of them.
+        Raises LexisegError if the parts are of another evaluation, or damaged, or a batch is in two of them.
         """
         make_folder(self.folder)
         found = self._empty()

@@ -26,21 +26,15 @@ _CHUNK = 16
 
 @dataclass(frozen=True)
 class ProposalReport:
-    """How good a model's proposals are.
+    """How good a model's proposals are."""
 
-    Attributes:
-        recall: the share of labelled regions covered, by IoU; see `ProposalRecall`.
-        upper_bound: of the label map that the proposals give with the labels' IoU as class scores (MAFT, Table 7).
-        released: the counters of DeOP's Table 8, by IoU, of the model's own label maps; {} unless asked for.
-        num_pictures: how many were judged.
-        num_proposals: how many there were, all together; those that the generator marks as no region are not counted.
-    """
-
-    recall: dict[float, Recall]
+    recall: dict[float, Recall]  # the fraction of labelled regions covered, by IoU; see `ProposalRecall`
+    # of the label map that the proposals give with the labels' IoU as class scores (MAFT, Table 7)
     upper_bound: Metrics
+    # the counters of DeOP's Table 8, by IoU, of the model's own label maps; {} unless asked for
     released: dict[float, Recall]
-    num_pictures: int
-    num_proposals: int
+    num_pictures: int  # how many were judged
+    num_proposals: int  # how many there were, all together; those that the generator marks as no region are not counted
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as JSON holds it: recalls as fractions, the upper bound in percent, None for what is missing."""
@@ -86,15 +80,9 @@ def evaluate_proposals(
 
     A proposal is binarised at 0.5. Pictures are run whole, at the model's own working size.
 
-    Args:
-        segmenter: with a decoupled model.
-        dataset: pictures with labels; its seen and unseen flags decide what counts as which.
-        thresholds: IoUs.
-        released: also predict the pictures and count as DeOP's released code does.
-        limit: take only this many pictures, spread evenly; None takes all.
-
-    Raises:
-        LexisegError: the model has no proposals, the dataset is empty, or a picture is wrong.
+    ``dataset``: pictures with labels; its seen and unseen flags decide what counts as which. ``released``: also predict
+    the pictures and count as DeOP's released code does. ``limit``: take only this many pictures, spread evenly; None
+    takes all. Raises LexisegError if the model has no proposals, the dataset is empty, or a picture is wrong.
     """
     model = segmenter.model
     if not isinstance(model, DecoupledModel):

@@ -18,13 +18,8 @@ _CHUNK = 1 << 24
 def overlap(masks: Tensor, label: Tensor, ids: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
     """Count the pixels that masks and labelled regions share.
 
-    Args:
-        masks: (N, H, W) bool.
-        label: (H, W) integer ids.
-        ids: the K ids whose regions are meant.
-
-    Returns:
-        pixels shared (N, K), pixels of the masks (N,) and of the regions (K,), all int64.
+    ``ids``: the K ids whose regions are meant. Returns pixels shared (N, K), pixels of the masks (N,) and of the
+    regions (K,), all int64.
     """
     wanted = torch.as_tensor(list(ids), device=label.device)
     shared = torch.zeros(len(masks), len(wanted), dtype=torch.int64, device=label.device)
@@ -41,13 +36,7 @@ def overlap(masks: Tensor, label: Tensor, ids: Sequence[int]) -> tuple[Tensor, T
 def region_ious(masks: Tensor, label: Tensor, ids: Sequence[int]) -> Tensor:
     """Intersection over union of each mask with each labelled region.
 
-    Args:
-        masks: (N, H, W) bool.
-        label: (H, W) integer ids.
-        ids: the K ids.
-
-    Returns:
-        (N, K) float64; 0 where both are empty.
+    Returns (N, K) float64; 0 where both are empty.
     """
     shared, of_masks, of_regions = overlap(masks, label, ids)
     union = of_masks[:, None] + of_regions - shared
@@ -59,19 +48,10 @@ def upper_bound_scores(masks: Tensor, label: Tensor, num_classes: int, *, ignore
 
     Put into `lexiseg.scores.RegionScores` instead of the model's own, they give the best that these proposals allow.
 
-    Args:
-        masks: (N, H, W) bool, the proposals binarised.
-        label: (H, W), 0..C-1 or ``ignore_index``.
-        num_classes: C.
-        ignore_index: label of pixels that are not judged; they are left out of the masks too.
-
-    Returns:
-        (N, C) float32; 0 for classes that are not in the picture.
-
-    Raises:
-        ValueError: a label is no class.
-
-    Source: MAFT (NeurIPS 2023), appendix C.1 and Table 7, which does not say how the proposals are binarised.
+    ``masks``: (N, H, W) bool, the proposals binarised. ``label``: (H, W), 0..C-1 or ``ignore_index``. ``ignore_index``:
+    label of pixels that are not judged; they are left out of the masks too. Returns (N, C) float32; 0 for classes that
+    are not in the picture. Raises ValueError if a label is no class. Source: MAFT (NeurIPS 2023), appendix C.1 and
+    Table 7, which does not say how the proposals are binarised.
     """
     present = _ids(label, ignore_index)
     if present and not 0 <= present[0] <= present[-1] < num_classes:
@@ -99,14 +79,9 @@ class ProposalRecall:
     many proposals cover it, and proposals that cover nothing cost nothing: this is recall. DeOP's Table 8 counts
     otherwise, see `ReleasedRecall`.
 
-    Args:
-        seen: ids of the classes that had masks in training.
-        unseen: ids of those that had none.
-        thresholds: IoUs.
-        ignore_index: label of pixels that are not judged.
-
-    Attributes:
-        best: for every region so far, its class and the largest IoU that a proposal has with it.
+    ``best``: for every region so far, its class and the largest IoU that a proposal has with it. ``seen``: ids of the
+    classes that had masks in training. ``unseen``: ids of those that had none. ``ignore_index``: label of pixels that
+    are not judged.
     """
 
     def __init__(
@@ -125,9 +100,7 @@ class ProposalRecall:
     def update(self, masks: Tensor, label: Tensor) -> None:
         """Add a picture.
 
-        Args:
-            masks: (N, H, W) bool, the proposals binarised at 0.5.
-            label: (H, W), class ids or ``ignore_index``.
+        ``masks``: (N, H, W) bool, the proposals binarised at 0.5. ``label``: (H, W), class ids or ``ignore_index``.
         """
         present = _ids(label, self.ignore_index)
         if not len(masks):
@@ -159,24 +132,15 @@ class ReleasedRecall:
     denominators are of different kinds: predicted regions for "all", labelled regions for "seen" and "unseen", and the
     ignored pixels of a picture count as one seen region. `ProposalRecall` is the recall that the table's title speaks
     of.
-
-    Attributes:
-        unseen: ids of the unseen classes; every other id is seen.
-        threshold: IoU.
-        matched_seen: predicted regions whose labelled region is seen.
-        matched_unseen: the same, unseen.
-        predicted: predicted regions.
-        labelled_seen: labelled regions that are seen.
-        labelled_unseen: the same, unseen.
     """
 
-    unseen: frozenset[int]
-    threshold: float = 0.3
-    matched_seen: int = field(default=0, init=False)
-    matched_unseen: int = field(default=0, init=False)
-    predicted: int = field(default=0, init=False)
-    labelled_seen: int = field(default=0, init=False)
-    labelled_unseen: int = field(default=0, init=False)
+    unseen: frozenset[int]  # ids of the unseen classes; every other id is seen
+    threshold: float = 0.3  # IoU
+    matched_seen: int = field(default=0, init=False)  # predicted regions whose labelled region is seen
+    matched_unseen: int = field(default=0, init=False)  # the same, unseen
+    predicted: int = field(default=0, init=False)  # predicted regions
+    labelled_seen: int = field(default=0, init=False)  # labelled regions that are seen
+    labelled_unseen: int = field(default=0, init=False)  # the same, unseen
 
     @property
     def matched(self) -> int:
@@ -231,16 +195,9 @@ def pseudo_label(
     changes: `lexiseg.models.region_base.RegionModel.pseudo_labels` finds it without building all scores, and both end
     in `lexiseg.losses.masks.fill_unseen`.
 
-    Args:
-        scores: (C, H, W) scores of all classes.
-        label: (H, W), ids into the C classes; of pixels of unseen classes it may say anything but a seen class.
-        seen: ids of the classes that had masks in training.
-        reject: see above, 0..1.
-        prior: see above.
-        ignore_index: what rejected pixels get.
-
-    Returns:
-        (H, W) int64.
+    ``scores``: (C, H, W) scores of all classes. ``label``: (H, W), ids into the C classes; of pixels of unseen classes
+    it may say anything but a seen class. ``seen``: ids of the classes that had masks in training. ``reject``: see
+    above, 0..1. Returns (H, W) int64.
     """
     seen_ids = torch.as_tensor(list(seen), device=scores.device, dtype=torch.long)
     probabilities = scores.float().softmax(dim=0)

@@ -94,48 +94,34 @@ _ZSSEG_ACROSS: Mapping[str, tuple[float, float]] = {
 
 @dataclass(frozen=True)
 class Protocol:
-    """An evaluation by name.
+    """An evaluation by name."""
 
-    Attributes:
-        name: as a user writes it.
-        title: one line for people.
-        source: where the numbers come from.
-        data_set: what is judged on, always its val split.
-        unseen: which list of unseen classes; "none" for cross-dataset evaluations.
-        offsets: which classes lose the score that a model takes off seen ones; see
-            :func:`lexiseg.evaluation.run.run_evaluation`. Across data sets none does, and none counts as seen in an
-            ensemble of two opinions, so that none is favoured for its name being among those of the training: there
-            the authors' code knows of no seen class either (ZSSeg, FreeSeg, MAFT), or takes the score off all, which
-            changes no label (ZegCLIP, Cascade-CLIP).
-        windows: by system, how its authors run it over a picture. A system that is not there is run its own way.
-        names: by system, whose names of the classes its authors use; see
-            :attr:`lexiseg.data.sets.catalog.DataSetInfo.renamed`.
-        templates: by system, the sentences its authors put the words into here. A system that is not there has its
-            own, and one with learned prompts uses none.
-        settings: by system, how regions are shown and scored here where its authors do it otherwise than in training;
-            see :meth:`lexiseg.models.region_models.RegionModel.judge_with`.
-        synonyms: whether classes have further words; see :func:`lexiseg.data.sets.open.synonyms_of`.
-        words: what a class is called, and on whose word.
-        rest: words of one more class, "background", which is the label files' 0; none where that is not judged.
-        benchmark: what the training-free papers' settings call it; none where they have none.
-        background: the label files' 0 is one more class, called "background" alone.
-    """
-
-    name: str
-    title: str
-    source: str
-    data_set: str
-    unseen: str
+    name: str  # as a user writes it
+    title: str  # one line for people
+    source: str  # where the numbers come from
+    data_set: str  # what is judged on, always its val split
+    unseen: str  # which list of unseen classes; "none" for cross-dataset evaluations
+    # which classes lose the score that a model takes off seen ones; see :func:`lexiseg.evaluation.run.run_evaluation`.
+    # Across data sets none does, and none counts as seen in an ensemble of two opinions, so that none is favoured for
+    # its name being among those of the training: there the authors' code knows of no seen class either (ZSSeg, FreeSeg,
+    # MAFT), or takes the score off all, which changes no label (ZegCLIP, Cascade-CLIP).
     offsets: Offsets
+    # by system, how its authors run it over a picture. A system that is not there is run its own way.
     windows: Mapping[str, WindowPolicy]
+    # by system, whose names of the classes its authors use; see :attr:`lexiseg.data.sets.catalog.DataSetInfo.renamed`
     names: Mapping[str, str] = field(default_factory=dict)
+    # by system, the sentences its authors put the words into here. A system that is not there has its own, and one with
+    # learned prompts uses none.
     templates: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    # by system, how regions are shown and scored here where its authors do it otherwise than in training; see
+    # :meth:`lexiseg.models.region_models.RegionModel.judge_with`
     settings: Mapping[str, Mapping[str, Mapping[str, Any]]] = field(default_factory=dict)
-    synonyms: bool = False
-    words: str = _BARE
+    synonyms: bool = False  # whether classes have further words; see :func:`lexiseg.data.sets.open.synonyms_of`
+    words: str = _BARE  # what a class is called, and on whose word
+    # words of one more class, "background", which is the label files' 0; none where that is not judged
     rest: tuple[str, ...] = ()
-    benchmark: str = ""
-    background: bool = False
+    benchmark: str = ""  # what the training-free papers' settings call it; none where they have none
+    background: bool = False  # the label files' 0 is one more class, called "background" alone
 
     @property
     def seen_split(self) -> bool:
@@ -170,14 +156,10 @@ class Protocol:
     ) -> FileDataset:
         """The pictures that are judged.
 
-        Args:
-            root: the data set's folder.
-            system: the system that is judged, whose authors may call a class otherwise.
-            classes: the class list, where the distribution does not carry one.
-            synonyms: whether classes have further words; None takes the protocol's choice.
-
-        Raises:
-            LexisegError: files are missing; the sentence names the first. Or synonyms are asked for and there are none.
+        ``system``: the system that is judged, whose authors may call a class otherwise. ``classes``: the class list,
+        where the distribution does not carry one. ``synonyms``: whether classes have further words; None takes the
+        protocol's choice. Raises LexisegError if files are missing; the sentence names the first. Or synonyms are asked
+        for and there are none.
         """
         data = open_data_set(
             self.data_set,
@@ -193,9 +175,7 @@ class Protocol:
     def card(self, *, synonyms: bool | None = None, settings: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """What a report says of the protocol.
 
-        Args:
-            synonyms: the choice, where it is not the protocol's.
-            settings: what :meth:`set_up` changed.
+        ``synonyms``: the choice, where it is not the protocol's. ``settings``: what :meth:`set_up` changed.
         """
         info = data_set(self.data_set)
         void = [value for value in info.void if value or not (self.rest or self.background)]
@@ -320,11 +300,7 @@ PROTOCOLS: Mapping[str, Protocol] = {
 
 
 def find_protocol(name: str) -> Protocol:
-    """The protocol called ``name``.
-
-    Raises:
-        LexisegError: there is none of that name.
-    """
+    """The protocol called ``name``. Raises LexisegError if there is none of that name."""
     if name not in PROTOCOLS:
         near = difflib.get_close_matches(name, PROTOCOLS, n=1)
         hint = f"did you mean '{near[0]}'?" if near else f"there are {', '.join(PROTOCOLS)}."

@@ -37,46 +37,28 @@ _OF_SEEN = ("miou_seen", "miou_unseen", "hiou")
 
 @dataclass(frozen=True)
 class ClassRow:
-    """One class of the table.
+    """One class of the table."""
 
-    Attributes:
-        name: of the class.
-        seen: whether it had masks in training; None where nobody said.
-        iou: intersection over union in percent; None where the class is in neither labels nor predictions.
-        accuracy: fraction of its pixels found, in percent; None where it has no pixel.
-        labelled: pixels of the class.
-        predicted: judged pixels predicted as it.
-    """
-
-    name: str
-    seen: bool | None
-    iou: float | None
-    accuracy: float | None
-    labelled: int
-    predicted: int
+    name: str  # of the class
+    seen: bool | None  # whether it had masks in training; None where nobody said
+    iou: float | None  # intersection over union in percent; None where the class is in neither labels nor predictions
+    accuracy: float | None  # fraction of its pixels found, in percent; None where it has no pixel
+    labelled: int  # pixels of the class
+    predicted: int  # judged pixels predicted as it
 
 
 @dataclass(frozen=True, eq=False)
 class Report:
-    """The result of an evaluation.
+    """The result of an evaluation."""
 
-    Attributes:
-        metrics: the numbers, as fractions.
-        confusion: the counts they were made of.
-        vocabulary: the classes in the order of the ids.
-        protocol: everything needed to repeat it: data, resolution, window, templates, background, weights, versions.
-        seconds: time the predictions took, added up over processes and parts.
-        examples: pictures for the grid.
-        proposals: how good a decoupled model's proposals are, where that was asked for.
-    """
-
-    metrics: Metrics
-    confusion: Confusion
-    vocabulary: Vocabulary
+    metrics: Metrics  # the numbers, as fractions
+    confusion: Confusion  # the counts they were made of
+    vocabulary: Vocabulary  # the classes in the order of the ids
+    # everything needed to repeat it: data, resolution, window, templates, background, weights, versions
     protocol: dict[str, Any]
-    seconds: float
-    examples: Sequence[Example] = field(default_factory=tuple)
-    proposals: ProposalReport | None = None
+    seconds: float  # time the predictions took, added up over processes and parts
+    examples: Sequence[Example] = field(default_factory=tuple)  # pictures for the grid
+    proposals: ProposalReport | None = None  # how good a decoupled model's proposals are, where that was asked for
 
     def summary(self) -> dict[str, float | None]:
         """pacc, macc, miou, miou_seen, miou_unseen and hiou in percent; None where there is nothing to measure."""
@@ -140,8 +122,7 @@ class Report:
     def save(self, folder: str | Path) -> list[Path]:
         """Write ``report.json``, and what there is of ``grid.png`` and ``proposals.json``; the paths come back.
 
-        Raises:
-            LexisegError: the folder cannot be written.
+        Raises LexisegError if the folder cannot be written.
         """
         folder = make_folder(folder)
         paths = []

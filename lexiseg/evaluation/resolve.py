@@ -34,21 +34,13 @@ PATIENCE = timedelta(hours=12)
 
 @dataclass(frozen=True)
 class Question:
-    """What is judged, and how.
+    """What is judged, and how."""
 
-    Attributes:
-        name: of the data.
-        data: pictures with labels; None where they depend on the system that is judged.
-        split: of the data.
-        recipe: the evaluation recipe that was named, if one was.
-        protocol: of the papers, if one was named.
-    """
-
-    name: str
-    data: SegmentationDataset | None
-    split: str = "val"
-    recipe: EvaluationRecipe | None = None
-    protocol: Protocol | None = None
+    name: str  # of the data
+    data: SegmentationDataset | None  # pictures with labels; None where they depend on the system that is judged
+    split: str = "val"  # of the data
+    recipe: EvaluationRecipe | None = None  # the evaluation recipe that was named, if one was
+    protocol: Protocol | None = None  # of the papers, if one was named
 
     @property
     def offsets(self) -> Offsets | None:

@@ -30,38 +30,23 @@ _OBJECT_STORE = 100 * 2**20
 
 @dataclass(frozen=True)
 class Job:
-    """What a worker has to know.
+    """What a worker has to know."""
 
-    Attributes:
-        output: the folder of the results, absolute; its record has been begun.
-        wanted: what to make of every picture.
-        model: as `lexiseg.load` takes it; a folder by its absolute path.
-        device: likewise; "auto" takes the GPU that Ray gives a worker, where there is one.
-        dtype: likewise.
-        compile: likewise.
-        templates: likewise.
-        max_pixels: likewise.
-        refine: likewise.
-    """
-
-    output: str
-    wanted: Wanted
-    model: str
-    device: str = "auto"
-    dtype: str = "fp32"
-    compile: bool = False
-    templates: str | list[str] | None = None
-    max_pixels: int | None = None
-    refine: str | None = None
+    output: str  # the folder of the results, absolute; its record has been begun
+    wanted: Wanted  # what to make of every picture
+    model: str  # as `lexiseg.load` takes it; a folder by its absolute path
+    device: str = "auto"  # likewise; "auto" takes the GPU that Ray gives a worker, where there is one
+    dtype: str = "fp32"  # likewise
+    compile: bool = False  # likewise
+    templates: str | list[str] | None = None  # likewise
+    max_pixels: int | None = None  # likewise
+    refine: str | None = None  # likewise
 
 
 class Worker:
     """A Ray Data actor: a row of a batch is a shard, and what comes back is its entries.
 
     A mistake of the user's comes back as a row as well: an exception would arrive wrapped in Ray's own tracebacks.
-
-    Args:
-        job: what to do.
     """
 
     def __init__(self, job: Job) -> None:
@@ -112,20 +97,13 @@ def label_on_ray(
 ) -> Iterator[Entry]:
     """Label shards on a Ray cluster, in whatever order they are finished.
 
-    Args:
-        job: what to do; the record in its output folder has been begun.
-        shards: pictures by the number of their shard.
-        workers: how many actors at most, each with a model of its own. None takes one a GPU, or one a CPU where the
-            cluster has no GPU or ``job.device`` is "cpu".
-        address: of the cluster; "auto" is one that this machine is part of, "local" starts one here for as long as this
-            takes. None takes $RAY_ADDRESS, else "local": another user's cluster on this machine may be as short-lived.
-
-    Returns:
-        An iterator of what became of each picture.
-
-    Raises:
-        LexisegError: Ray is not installed, the cluster cannot be reached or has nothing to give, or the workers cannot
-            do their work. What was done is recorded.
+    ``job``: what to do; the record in its output folder has been begun. ``shards``: pictures by the number of their
+    shard. ``workers``: how many actors at most, each with a model of its own. None takes one a GPU, or one a CPU where
+    the cluster has no GPU or ``job.device`` is "cpu". ``address``: of the cluster; "auto" is one that this machine is
+    part of, "local" starts one here for as long as this takes. None takes $RAY_ADDRESS, else "local": another user's
+    cluster on this machine may be as short-lived. Returns an iterator of what became of each picture. Raises
+    LexisegError if Ray is not installed, the cluster cannot be reached or has nothing to give, or the workers cannot do
+    their work. What was done is recorded.
     """
     ray = _import_ray()
     if not shards:
@@ -223,8 +201,7 @@ def _connect(ray: Any, address: str | None, workers: int | None) -> None:
 def check_reachable(address: str, patience: float = 10.0) -> None:
     """Look whether somebody listens at HOST:PORT; Ray itself would try for many minutes.
 
-    Raises:
-        LexisegError: nobody does.
+    Raises LexisegError if nobody does.
     """
     host, _, port = address.rpartition(":")
     if "/" in address or not host or not port.isdigit():

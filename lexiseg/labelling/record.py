@@ -42,17 +42,11 @@ _TEMPORARY = re.compile(r"\.(?P<stem>.+)\.[0-9a-f]{8}\.tmp\.(png|json)")
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture to be done.
+    """A picture to be done."""
 
-    Attributes:
-        path: where to read it; on a cluster absolute, so that it means the same everywhere.
-        stem: what the names of its results begin with.
-        name: what to call it, usually its path as the user gave it.
-    """
-
-    path: str
-    stem: str
-    name: str
+    path: str  # where to read it; on a cluster absolute, so that it means the same everywhere
+    stem: str  # what the names of its results begin with
+    name: str  # what to call it, usually its path as the user gave it
 
     @property
     def image(self) -> str:
@@ -67,27 +61,18 @@ def absolute(path: str | Path) -> str:
 
 @dataclass(frozen=True)
 class Entry:
-    """What became of a picture.
+    """What became of a picture."""
 
-    Attributes:
-        image: the picture's path, absolute.
-        stem: what the names of its results begin with.
-        error: the sentence that says why it could not be done; empty where it was.
-        files: the files written, by kind, relative to the folder of the results.
-        size: height and width in pixels.
-        ignored: fraction of its pixels without a class, 0..1.
-        classes: its classes by falling fraction: name, whether masks of it were trained on, fraction, mean score.
-        state: size in bytes and time of the last change of the picture's file when it was read.
-    """
-
-    image: str
-    stem: str
-    error: str = ""
+    image: str  # the picture's path, absolute
+    stem: str  # what the names of its results begin with
+    error: str = ""  # the sentence that says why it could not be done; empty where it was
+    # the files written, by kind, relative to the folder of the results
     files: Mapping[str, str] = field(default_factory=dict)
-    size: tuple[int, int] = (0, 0)
-    ignored: float = 0.0
+    size: tuple[int, int] = (0, 0)  # height and width in pixels
+    ignored: float = 0.0  # fraction of its pixels without a class, 0..1
+    # its classes by falling fraction: name, whether masks of it were trained on, fraction, mean score
     classes: Sequence[Mapping[str, Any]] = ()
-    state: tuple[int, int] = (0, 0)
+    state: tuple[int, int] = (0, 0)  # size in bytes and time of the last change of the picture's file when it was read
 
     def to_line(self) -> str:
         """One line of JSON."""
@@ -124,14 +109,7 @@ def file_state(path: str | Path) -> tuple[int, int]:
 
 
 class Record:
-    """The record of one run.
-
-    Args:
-        output: the folder of the results.
-
-    Attributes:
-        folder: where the record is.
-    """
+    """The record of one run. ``folder``: where the record is."""
 
     def __init__(self, output: str | Path) -> None:
         self.output = Path(output)
@@ -140,18 +118,11 @@ class Record:
     def begin(self, settings: Mapping[str, Any], *, resume: bool, manifest: bool = False) -> dict[str, Entry]:
         """Start a run, or go on with the one that is recorded.
 
-        Args:
-            settings: everything that decides what the results look like.
-            resume: False forgets what is recorded.
-            manifest: the run will write a manifest; every run that goes on with it then has to as well, because the
-                old one would not say what it did.
-
-        Returns:
-            The pictures that are done, by path: those without an error, whose files are all there, and which have not
-            changed since.
-
-        Raises:
-            LexisegError: the results that are there were made with other settings, or the folder cannot be written.
+        ``settings``: everything that decides what the results look like. ``manifest``: the run will write a manifest;
+        every run that goes on with it then has to as well, because the old one would not say what it did. Returns the
+        pictures that are done, by path: those without an error, whose files are all there, and which have not changed
+        since. Raises LexisegError if the results that are there were made with other settings, or the folder cannot be
+        written.
         """
         make_folder(self.folder)
         run = {"format": _FORMAT, "settings": dict(settings)}
@@ -258,10 +229,8 @@ class Record:
 class Attempt:
     """One worker's attempt at one shard.
 
-    Attributes:
-        done: what earlier attempts have finished, by path.
-        begun: how often earlier attempts began a picture that they did not finish and said so.
-        number: how many attempts there have been, with this one.
+    ``number``: how many attempts there have been, with this one. ``begun``: how often earlier attempts began a picture
+    that they did not finish and said so. ``done``: what earlier attempts have finished, by path.
     """
 
     def __init__(self, record: Record, shard: int) -> None:

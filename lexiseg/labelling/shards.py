@@ -32,34 +32,22 @@ def shards_of(record: Record, pictures: Sequence[Picture], size: int | None = No
 
 @dataclass(frozen=True)
 class Wanted:
-    """What is to be made of every picture.
+    """What is to be made of every picture."""
 
-    Attributes:
-        vocabulary: the classes.
-        kinds: the files to write, as `lexiseg.segmentation.Segmentation.save` takes them.
-        window: as in `lexiseg.segmenter.Segmenter.predict`.
-        batch_size: likewise.
-        background: likewise.
-        instances: as in `lexiseg.segmentation.Segmentation.save`.
-        font: likewise.
-    """
-
-    vocabulary: Vocabulary
-    kinds: tuple[str, ...]
-    window: WindowPolicy | None = None
-    batch_size: int = 4
-    background: BackgroundSource = None
-    instances: tuple[str, ...] = ()
-    font: str | None = None
+    vocabulary: Vocabulary  # the classes
+    kinds: tuple[str, ...]  # the files to write, as `lexiseg.segmentation.Segmentation.save` takes them
+    window: WindowPolicy | None = None  # as in `lexiseg.segmenter.Segmenter.predict`
+    batch_size: int = 4  # likewise
+    background: BackgroundSource = None  # likewise
+    instances: tuple[str, ...] = ()  # as in `lexiseg.segmentation.Segmentation.save`
+    font: str | None = None  # likewise
 
 
 class Labeller:
     """Segments pictures and writes their results.
 
-    Args:
-        segmenter: the model, with its cache of text embeddings.
-        wanted: what to make.
-        output: the folder for the results; it must be there.
+    ``segmenter``: the model, with its cache of text embeddings. ``output``: the folder for the results; it must be
+    there.
     """
 
     def __init__(self, segmenter: Segmenter, wanted: Wanted, output: str | Path) -> None:
@@ -70,8 +58,7 @@ class Labeller:
     def label(self, pictures: Sequence[Picture]) -> Iterator[Entry]:
         """Make the results of ``pictures``, in their order; a picture that cannot be read is an entry with an error.
 
-        Raises:
-            LexisegError: something is wrong that is not one picture's fault: the classes, the disk, the memory.
+        Raises LexisegError if something is wrong that is not one picture's fault: the classes, the disk, the memory.
         """
         wanted = self.wanted
         if not pictures:
@@ -104,11 +91,9 @@ class Labeller:
         """Make the results of a shard and record them; where an earlier attempt was stopped, only the rest.
 
         A worker that was killed may have been killed by a picture (one that needs more memory than there is). From the
-        second attempt on, pictures are therefore run one by one and each is announced first, and one that has taken
-        two announcing attempts with it is reported and left out; the others are not lost with it.
-
-        Raises:
-            LexisegError: as :meth:`label`.
+        second attempt on, pictures are therefore run one by one and each is announced first, and one that has taken two
+        announcing attempts with it is reported and left out; the others are not lost with it. Raises LexisegError as
+        :meth:`label`.
         """
         attempt = record.open_shard(number)
         try:

@@ -25,27 +25,17 @@ class Strict(BaseModel):
 
 
 class PictureWorldData(Strict):
-    """Scenes of the picture world, rendered while training.
+    """Scenes of the picture world, rendered while training."""
 
-    Attributes:
-        source: names this kind of data.
-        size: side of a training picture in pixels.
-        crop: side of the crop that is trained on; None takes the whole picture.
-        flip: probability of mirroring a picture.
-        label_stride: distance of the label pixels the loss sees; more than 1 makes a step cheaper.
-        length: number of training scenes; None takes the benchmark's.
-        val_size: side of a validation picture.
-        val_length: number of validation scenes.
-    """
-
-    source: Literal["picture-world"]
-    size: int = Field(default=256, ge=16)
-    crop: int | None = Field(default=None, ge=16)
-    flip: float = Field(default=0.5, ge=0, le=1)
+    source: Literal["picture-world"]  # names this kind of data
+    size: int = Field(default=256, ge=16)  # side of a training picture in pixels
+    crop: int | None = Field(default=None, ge=16)  # side of the crop that is trained on; None takes the whole picture
+    flip: float = Field(default=0.5, ge=0, le=1)  # probability of mirroring a picture
+    # distance of the label pixels the loss sees; more than 1 makes a step cheaper
     label_stride: int = Field(default=1, ge=1, le=8)
-    length: int | None = Field(default=None, ge=1)
-    val_size: int = Field(default=256, ge=16)
-    val_length: int = Field(default=200, ge=1)
+    length: int | None = Field(default=None, ge=1)  # number of training scenes; None takes the benchmark's
+    val_size: int = Field(default=256, ge=16)  # side of a validation picture
+    val_length: int = Field(default=200, ge=1)  # number of validation scenes
 
     @property
     def title(self) -> str:
@@ -74,24 +64,18 @@ class PictureWorldData(Strict):
 
 
 class _Augmented(Strict):
-    """How pictures on disk become crops, and which are left out.
+    """How pictures on disk become crops, and which are left out."""
 
-    Attributes:
-        augment: "paper" for the one-stage papers' pipeline, "short-edge" for the decoupled papers', "light" for crop
-            and flip only; see :mod:`lexiseg.data.transforms`.
-        crop: side of the crop that is trained on.
-        label_stride: distance of the label pixels the loss sees.
-        short_sides: of "short-edge": lengths of the shorter side, one of which is drawn for a picture; None is 0.5 to
-            1.5 times ``crop`` in tenths.
-        longest: of "short-edge": the longer side becomes no longer than this.
-        cut: of "short-edge": so many pixels a side of the crop are kept, from the top left (DeOP's last stage).
-    """
-
+    # "paper" for the one-stage papers' pipeline, "short-edge" for the decoupled papers', "light" for crop and flip
+    # only; see :mod:`lexiseg.data.transforms`
     augment: Literal["paper", "short-edge", "light"] = "paper"
-    crop: int = Field(default=512, ge=16)
-    label_stride: int = Field(default=1, ge=1, le=8)
+    crop: int = Field(default=512, ge=16)  # side of the crop that is trained on
+    label_stride: int = Field(default=1, ge=1, le=8)  # distance of the label pixels the loss sees
+    # of "short-edge": lengths of the shorter side, one of which is drawn for a picture; None is 0.5 to 1.5 times
+    # ``crop`` in tenths
     short_sides: tuple[Annotated[int, Field(ge=1)], ...] | None = None
-    longest: int | None = Field(default=None, ge=16)
+    longest: int | None = Field(default=None, ge=16)  # of "short-edge": the longer side becomes no longer than this
+    # of "short-edge": so many pixels a side of the crop are kept, from the top left (DeOP's last stage)
     cut: int | None = Field(default=None, ge=16)
 
     @model_validator(mode="after")
@@ -104,11 +88,8 @@ class _Augmented(Strict):
     def pipeline(self, mean: Triple, std: Triple, *, pad_label: int = 255, ignored: int = 255) -> Pipeline:
         """The augmentation, ending in the model's normalisation.
 
-        Args:
-            mean: of the model's images, in 0..1.
-            std: of the model's images, in 0..1.
-            pad_label: label of the pixels that fill a picture up.
-            ignored: label of pixels without a class.
+        ``mean``: of the model's images, in 0..1. ``std``: of the model's images, in 0..1. ``pad_label``: label of the
+        pixels that fill a picture up. ``ignored``: label of pixels without a class.
         """
         from lexiseg.data.transforms import light_pipeline, paper_pipeline, short_edge_pipeline
 
@@ -127,24 +108,16 @@ AUGMENTATION = tuple(_Augmented.model_fields)
 
 
 class _OnDisk(_Augmented):
-    """Data on disk.
+    """Data on disk."""
 
-    Attributes:
-        root: the folder; a relative path starts at the working directory.
-        unseen_pictures: what becomes of training pictures that show an unseen class: "hide" its pixels, as the papers'
-            code does, or "drop" the pictures (the strict inductive setting of Cascade-CLIP's Table 2 and DeOP's
-            Sec. 5.1). To drop them, every training label is read once when a run begins.
-    """
-
-    root: Path
+    root: Path  # the folder; a relative path starts at the working directory
+    # what becomes of training pictures that show an unseen class: "hide" its pixels, as the papers' code does, or
+    # "drop" the pictures (the strict inductive setting of Cascade-CLIP's Table 2 and DeOP's Sec. 5.1). To drop them,
+    # every training label is read once when a run begins.
     unseen_pictures: Literal["hide", "drop"] = "hide"
 
     def open(self, split: str) -> SegmentationDataset:
-        """The "train" or the "val" split.
-
-        Raises:
-            LexisegError: a file of it is missing or wrong.
-        """
+        """The "train" or the "val" split. Raises LexisegError if a file of it is missing or wrong."""
         dataset = self._open(split)
         if split != "train" or self.unseen_pictures == "hide":
             return dataset
@@ -158,8 +131,7 @@ class _OnDisk(_Augmented):
     def vocabulary(self) -> Vocabulary:
         """The classes; the data need not be on disk where the package knows them.
 
-        Raises:
-            LexisegError: the list of classes is on disk and cannot be read.
+        Raises LexisegError if the list of classes is on disk and cannot be read.
         """
         return self._open("train").vocabulary
 
@@ -170,23 +142,14 @@ class _OnDisk(_Augmented):
 
 
 class FolderData(_OnDisk):
-    """A dataset on disk in the VOC layout; see :func:`lexiseg.data.sets.voc.open_voc_folder`, `_OnDisk`.
+    """A dataset on disk in the VOC layout; see :func:`lexiseg.data.sets.voc.open_voc_folder`, `_OnDisk`."""
 
-    Attributes:
-        source: names this kind of data.
-        train: name of the training list.
-        val: name of the validation list.
-        labels: folder of the labels.
-        splits: folder of the lists.
-        reduce_zero_label: ids count from 1 and 0 is background.
-    """
-
-    source: Literal["voc-folder"]
-    train: str = "train"
-    val: str = "val"
-    labels: str = "SegmentationClass"
-    splits: str = "ImageSets/Segmentation"
-    reduce_zero_label: bool = False
+    source: Literal["voc-folder"]  # names this kind of data
+    train: str = "train"  # name of the training list
+    val: str = "val"  # name of the validation list
+    labels: str = "SegmentationClass"  # folder of the labels
+    splits: str = "ImageSets/Segmentation"  # folder of the lists
+    reduce_zero_label: bool = False  # ids count from 1 and 0 is background
 
     def _open(self, split: str) -> SegmentationDataset:
         from lexiseg.data.sets.voc import open_voc_folder
@@ -201,21 +164,10 @@ class CatalogData(_OnDisk):
     """A data set of the papers, as it is distributed, or a folder of one's own; see :mod:`lexiseg.data.sets`.
 
     See `_OnDisk` and `_Augmented`, too.
-
-    Attributes:
-        source: which; it says the classes, their order and the meaning of label values. "own" is a folder in one of
-            the layouts of :mod:`lexiseg.data.sets.own`.
-        unseen: which of its lists of unseen classes, "none" for no split; None takes its first. PASCAL Context has
-            two: "released" is what Cascade-CLIP's released configuration amounts to, "papers" the names its paper and
-            ZegCLIP's print.
-        train: the split that is trained on; None takes the papers' (of VOC 2012 "trainaug", the augmented set).
-        classes: the class list, of a data set whose distribution carries it in a file of its own.
-        names_of: the paper whose names of the classes are used, where it calls some otherwise (VOC: "zegformer",
-            "maft").
-        synonyms: whether a class has the further words of the data set's list beside its name, where it is judged;
-            training takes names alone. None: of the papers' data sets the names, of one's own data all words.
     """
 
+    # which; it says the classes, their order and the meaning of label values. "own" is a folder in one of the layouts
+    # of :mod:`lexiseg.data.sets.own`.
     source: Literal[
         "voc2012",
         "coco-stuff-164k",
@@ -227,10 +179,17 @@ class CatalogData(_OnDisk):
         "cityscapes",
         "own",
     ]
+    # which of its lists of unseen classes, "none" for no split; None takes its first. PASCAL Context has two:
+    # "released" is what Cascade-CLIP's released configuration amounts to, "papers" the names its paper and ZegCLIP's
+    # print.
     unseen: str | None = None
+    # the split that is trained on; None takes the papers' (of VOC 2012 "trainaug", the augmented set)
     train: str | None = None
-    classes: Path | None = None
+    classes: Path | None = None  # the class list, of a data set whose distribution carries it in a file of its own
+    # the paper whose names of the classes are used, where it calls some otherwise (VOC: "zegformer", "maft")
     names_of: str | None = None
+    # whether a class has the further words of the data set's list beside its name, where it is judged; training takes
+    # names alone. None: of the papers' data sets the names, of one's own data all words.
     synonyms: bool | None = None
 
     @property
@@ -248,8 +207,7 @@ class CatalogData(_OnDisk):
     def vocabulary(self) -> Vocabulary:
         """The classes; the data need not be on disk where the package knows them.
 
-        Raises:
-            LexisegError: the list of classes is on disk and cannot be read.
+        Raises LexisegError if the list of classes is on disk and cannot be read.
         """
         from lexiseg.data.sets.catalog import data_set
         from lexiseg.data.sets.open import synonyms_of

@@ -86,11 +86,8 @@ def describe_recipes() -> dict[str, str]:
 def find_recipe(name: str | Path) -> tuple[str, str]:
     """The text of the file a recipe is in and what to call it in messages.
 
-    Args:
-        name: of a recipe in the package, or the path of a YAML file; behind a colon a variant in it.
-
-    Raises:
-        LexisegError: there is neither.
+    ``name``: of a recipe in the package, or the path of a YAML file; behind a colon a variant in it. Raises
+    LexisegError if there is neither.
     """
     path, where, _ = _find(str(name))
     return _text(path, str(name)), where
@@ -105,16 +102,11 @@ def load_recipe(
 ) -> Recipe:
     """Read and check a recipe.
 
-    Args:
-        name: of a recipe in the package, or the path of a YAML file; behind a colon a variant in it.
-        overrides: values by keys such as "train.steps", or texts ``KEY=VALUE`` whose values are YAML, or plain text
-            where they are none. An ``initial`` given so takes the place of ``proposals_from``.
-        seed: replaces the recipe's seed.
-        data: a folder of one's own that replaces the recipe's data; crop and augmentation stay the recipe's.
-
-    Raises:
-        LexisegError: it does not exist, is not YAML, or has an unknown, missing or wrong key; the sentence names the
-            file and the key.
+    ``name``: of a recipe in the package, or the path of a YAML file; behind a colon a variant in it. ``overrides``:
+    values by keys such as "train.steps", or texts ``KEY=VALUE`` whose values are YAML, or plain text where they are
+    none. An ``initial`` given so takes the place of ``proposals_from``. ``data``: a folder of one's own that replaces
+    the recipe's data; crop and augmentation stay the recipe's. Raises LexisegError if it does not exist, is not YAML,
+    or has an unknown, missing or wrong key; the sentence names the file and the key.
     """
     own, where = _content(str(name))
     content = _with_base(own, where)

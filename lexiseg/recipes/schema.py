@@ -27,86 +27,61 @@ Unlabelled: TypeAlias = Literal["marked", "ignored"]
 
 
 class Multiplier(Strict):
-    """Factors on learning rate and weight decay for the parameters whose name contains the rule's key.
+    """Factors on learning rate and weight decay for the parameters whose name contains the rule's key."""
 
-    Attributes:
-        lr: factor on the base learning rate; 0 keeps the parameters where they are.
-        decay: factor on the weight decay.
-    """
-
-    lr: float = Field(default=1.0, ge=0)
-    decay: float = Field(default=1.0, ge=0)
+    lr: float = Field(default=1.0, ge=0)  # factor on the base learning rate; 0 keeps the parameters where they are
+    decay: float = Field(default=1.0, ge=0)  # factor on the weight decay
 
 
 class TrainSettings(Strict):
-    """Everything the loop needs to know, apart from the task.
+    """Everything the loop needs to know, apart from the task."""
 
-    Attributes:
-        steps: number of optimizer steps. 0 trains nothing: the model is put together, from CLIP and what it starts
-            from, and written.
-        batch_size: samples in one forward pass of all processes together; each takes its part of them.
-        accumulate: forward passes whose mean gradient makes one optimizer step.
-        lr: base learning rate, before multipliers.
-        weight_decay: decoupled decay of AdamW; of SGD the usual one, added to the gradient.
-        optimizer: "adamw" or "sgd".
-        betas: AdamW's averaging factors.
-        momentum: of SGD.
-        no_decay: kinds of layers whose parameters do not decay, whatever rule applies to them: "norm" layers and
-            tables of "embedding" (the decoupled papers' rule).
-        multipliers: rules by name; the longest key contained in a parameter's name wins, then the alphabetically
-            first, and only that one applies.
-        schedule: "poly" decays by ``power`` to ``min_lr``, "cosine" follows half a cosine to it, "constant" stays.
-        warmup_steps: length of the warm-up.
-        warmup_ratio: fraction of the rate at step 0.
-        warmup: "linear" climbs from that fraction; "constant" keeps it to the end of the warm-up.
-        power: exponent of the polynomial decay.
-        min_lr: rate at the end.
-        clip_norm: largest gradient norm; None leaves gradients alone.
-        precision: "fp32", or "bf16" for autocast.
-        sharding: "fsdp" spreads weights, gradients and optimizer over the processes instead of giving each a copy, for
-            towers that are too large; with one process it does nothing. Does not change results.
-        seed: of the initial weights, data and dropout.
-        workers: background processes that prepare batches; 0 prepares them in the loop. Does not change results.
-        log_every: steps between two lines of the log.
-        checkpoint_every: steps between two checkpoints; the end always makes one.
-        keep_checkpoints: number of checkpoints kept.
-        snapshot_every: steps between two evaluations on a sample of the validation data, with sample pictures; 0 makes
-            none.
-        keep_best: a metric of these evaluations, such as "val/hiou"; the model at its largest value is kept in the
-            run's folder ``best``, beside the last one in ``model``. None keeps the last one only.
-        patience: stop after so many evaluations in a row without a larger value of ``keep_best``; None never does.
-        class_weights: factors on the losses of the classes, by name (classes that are not named have 1), or
-            "frequency": 1 over the square root of a class's fraction of the labelled pixels of up to 2,000 training
-            pictures, scaled to a mean of 1 and cut at 10. None treats all alike.
-    """
-
+    # number of optimizer steps. 0 trains nothing: the model is put together, from CLIP and what it starts from, and
+    # written.
     steps: int = Field(ge=0)
-    batch_size: int = Field(ge=1)
-    accumulate: int = Field(default=1, ge=1)
-    lr: float = Field(gt=0)
+    batch_size: int = Field(ge=1)  # samples in one forward pass of all processes together; each takes its part of them
+    accumulate: int = Field(default=1, ge=1)  # forward passes whose mean gradient makes one optimizer step
+    lr: float = Field(gt=0)  # base learning rate, before multipliers
+    # decoupled decay of AdamW; of SGD the usual one, added to the gradient
     weight_decay: float = Field(default=0.01, ge=0)
-    optimizer: Literal["adamw", "sgd"] = "adamw"
-    betas: tuple[float, float] = (0.9, 0.999)
-    momentum: float = Field(default=0.9, ge=0, lt=1)
+    optimizer: Literal["adamw", "sgd"] = "adamw"  # "adamw" or "sgd"
+    betas: tuple[float, float] = (0.9, 0.999)  # AdamW's averaging factors
+    momentum: float = Field(default=0.9, ge=0, lt=1)  # of SGD
+    # kinds of layers whose parameters do not decay, whatever rule applies to them: "norm" layers and tables of
+    # "embedding" (the decoupled papers' rule)
     no_decay: tuple[Literal["norm", "embedding"], ...] = ()
+    # rules by name; the longest key contained in a parameter's name wins, then the alphabetically first, and only that
+    # one applies
     multipliers: dict[str, Multiplier] = Field(default_factory=dict)
+    # "poly" decays by ``power`` to ``min_lr``, "cosine" follows half a cosine to it, "constant" stays
     schedule: Literal["poly", "cosine", "constant"] = "poly"
-    warmup_steps: int = Field(default=0, ge=0)
-    warmup_ratio: float = Field(default=1e-6, ge=0, le=1)
+    warmup_steps: int = Field(default=0, ge=0)  # length of the warm-up
+    warmup_ratio: float = Field(default=1e-6, ge=0, le=1)  # fraction of the rate at step 0
+    # "linear" climbs from that fraction; "constant" keeps it to the end of the warm-up
     warmup: Literal["linear", "constant"] = "linear"
-    power: float = Field(default=0.9, ge=0)
-    min_lr: float = Field(default=1e-6, ge=0)
-    clip_norm: float | None = Field(default=None, gt=0)
-    precision: Literal["fp32", "bf16"] = "fp32"
+    power: float = Field(default=0.9, ge=0)  # exponent of the polynomial decay
+    min_lr: float = Field(default=1e-6, ge=0)  # rate at the end
+    clip_norm: float | None = Field(default=None, gt=0)  # largest gradient norm; None leaves gradients alone
+    precision: Literal["fp32", "bf16"] = "fp32"  # "fp32", or "bf16" for autocast
+    # "fsdp" spreads weights, gradients and optimizer over the processes instead of giving each a copy, for towers that
+    # are too large; with one process it does nothing. Does not change results.
     sharding: Literal["none", "fsdp"] = "none"
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0)  # of the initial weights, data and dropout
+    # background processes that prepare batches; 0 prepares them in the loop. Does not change results.
     workers: int = Field(default=1, ge=0)
-    log_every: int = Field(default=10, ge=1)
-    checkpoint_every: int = Field(default=500, ge=1)
-    keep_checkpoints: int = Field(default=2, ge=1)
+    log_every: int = Field(default=10, ge=1)  # steps between two lines of the log
+    checkpoint_every: int = Field(default=500, ge=1)  # steps between two checkpoints; the end always makes one
+    keep_checkpoints: int = Field(default=2, ge=1)  # number of checkpoints kept
+    # steps between two evaluations on a sample of the validation data, with sample pictures; 0 makes none
     snapshot_every: int = Field(default=0, ge=0)
+    # a metric of these evaluations, such as "val/hiou"; the model at its largest value is kept in the run's folder
+    # ``best``, beside the last one in ``model``. None keeps the last one only.
     keep_best: str | None = None
+    # stop after so many evaluations in a row without a larger value of ``keep_best``; None never does
     patience: int | None = Field(default=None, ge=1)
+    # factors on the losses of the classes, by name (classes that are not named have 1), or "frequency": 1 over the
+    # square root of a class's fraction of the labelled pixels of up to 2,000 training pictures, scaled to a mean of 1
+    # and cut at 10. None treats all alike.
     class_weights: Literal["frequency"] | dict[str, Annotated[float, Field(gt=0)]] | None = None
 
     @model_validator(mode="after")
@@ -121,29 +96,18 @@ class TrainSettings(Strict):
 
 
 class ModelRecipe(Strict):
-    """What is built.
+    """What is built."""
 
-    Attributes:
-        system: a segmentation system, such as "zegclip".
-        clip: name of the towers, as ``load_clip`` takes it.
-        options: of the system; the system checks them.
-    """
-
-    system: str
-    clip: str
-    options: dict[str, Any] = Field(default_factory=dict)
+    system: str  # a segmentation system, such as "zegclip"
+    clip: str  # name of the towers, as ``load_clip`` takes it
+    options: dict[str, Any] = Field(default_factory=dict)  # of the system; the system checks them
 
 
 class SnapshotRecipe(Strict):
-    """How the trained model is judged while training; the full evaluation is the ``evaluate`` command's.
+    """How the trained model is judged while training; the full evaluation is the ``evaluate`` command's."""
 
-    Attributes:
-        pictures: number of overlays at each snapshot.
-        scored: number of validation samples scored at each snapshot; 0 scores none.
-    """
-
-    pictures: int = Field(default=4, ge=0)
-    scored: int = Field(default=40, ge=0)
+    pictures: int = Field(default=4, ge=0)  # number of overlays at each snapshot
+    scored: int = Field(default=40, ge=0)  # number of validation samples scored at each snapshot; 0 scores none
 
 
 def _known_set(templates: Any) -> Any:
@@ -167,53 +131,43 @@ def _known_start(source: str) -> str:
 
 
 class SegmentationRecipe(Strict):
-    """Training of a segmentation system.
+    """Training of a segmentation system."""
 
-    Attributes:
-        kind: names this kind of recipe.
-        description: one line for people.
-        setting: what is known of the unseen classes: "inductive" nothing, "transductive" their names (self-training),
-            "supervised" their masks. The picture world is never supervised.
-        unlabelled: for self-training, how it learns where pixels without a label are: "marked" as the authors' code,
-            which takes the place of unseen classes, though not their names, from the ground truth; "ignored" takes
-            every pixel that has no seen label and is no padding. In the picture world, which hides the unseen classes
-            and has no void, both are the same. See :func:`lexiseg.training.labels.self_training_labels`.
-        initial: a trained model whose weights, CLIP's included, the run starts from, with a fresh optimizer and
-            schedule: its folder, or the name of a recipe, which is then trained first, in the run's folder, on this
-            recipe's data and ``model.clip``.
-        initial_steps: stop the training of ``initial`` after this many steps of its schedule; None trains it to its
-            end. The authors start self-training from half of the inductive training.
-        prompts_from: learned text prompts that the model takes over: the folder of a run of the kind "prompts", or the
-            name of such a recipe, which is then trained first, in the run's folder, on this recipe's data and CLIP.
-        proposals_from: what the proposals of a decoupled system start from when a training begins: "imagenet" for a
-            ResNet's ImageNet weights from the hub, a file of such weights, or a MaskFormer or Mask2Former of
-            `transformers`, a folder or ``OWNER/NAME`` on the hub; see
-            :func:`lexiseg.proposals.pretrained.start_proposals`. None starts from random weights. A model that
-            ``initial`` names brings its own proposals, so both cannot be given.
-        teacher: for self-training, a trained model that labels the pixels without a label; None lets the model itself
-            do so. Its folder, or the name of a recipe, which is then trained first like ``initial``.
-        model: what is built.
-        templates: "single", "paper", the name of a set in :mod:`lexiseg.clip.templates`, a sentence with one ``{}``, or
-            a list of such sentences.
-        data: what it is trained on.
-        evaluation: how it is judged while training.
-        train: the numbers of the loop.
-    """
-
-    kind: Literal["segmentation"]
-    description: str = ""
+    kind: Literal["segmentation"]  # names this kind of recipe
+    description: str = ""  # one line for people
+    # what is known of the unseen classes: "inductive" nothing, "transductive" their names (self-training), "supervised"
+    # their masks. The picture world is never supervised.
     setting: Setting = "inductive"
+    # for self-training, how it learns where pixels without a label are: "marked" as the authors' code, which takes the
+    # place of unseen classes, though not their names, from the ground truth; "ignored" takes every pixel that has no
+    # seen label and is no padding. In the picture world, which hides the unseen classes and has no void, both are the
+    # same. See :func:`lexiseg.training.labels.self_training_labels`.
     unlabelled: Unlabelled = "marked"
+    # a trained model whose weights, CLIP's included, the run starts from, with a fresh optimizer and schedule: its
+    # folder, or the name of a recipe, which is then trained first, in the run's folder, on this recipe's data and
+    # ``model.clip``
     initial: str | None = None
+    # stop the training of ``initial`` after this many steps of its schedule; None trains it to its end. The authors
+    # start self-training from half of the inductive training.
     initial_steps: int | None = Field(default=None, ge=1)
+    # learned text prompts that the model takes over: the folder of a run of the kind "prompts", or the name of such a
+    # recipe, which is then trained first, in the run's folder, on this recipe's data and CLIP
     prompts_from: str | None = None
+    # what the proposals of a decoupled system start from when a training begins: "imagenet" for a ResNet's ImageNet
+    # weights from the hub, a file of such weights, or a MaskFormer or Mask2Former of `transformers`, a folder or
+    # ``OWNER/NAME`` on the hub; see :func:`lexiseg.proposals.pretrained.start_proposals`. None starts from random
+    # weights. A model that ``initial`` names brings its own proposals, so both cannot be given.
     proposals_from: Annotated[str, AfterValidator(_known_start)] | None = None
+    # for self-training, a trained model that labels the pixels without a label; None lets the model itself do so. Its
+    # folder, or the name of a recipe, which is then trained first like ``initial``.
     teacher: str | None = None
-    model: ModelRecipe
+    model: ModelRecipe  # what is built
+    # "single", "paper", the name of a set in :mod:`lexiseg.clip.templates`, a sentence with one ``{}``, or a list of
+    # such sentences
     templates: Templates = "single"
-    data: Data
-    evaluation: SnapshotRecipe = Field(default_factory=SnapshotRecipe)
-    train: TrainSettings
+    data: Data  # what it is trained on
+    evaluation: SnapshotRecipe = Field(default_factory=SnapshotRecipe)  # how it is judged while training
+    train: TrainSettings  # the numbers of the loop
 
     @model_validator(mode="after")
     def _check(self) -> SegmentationRecipe:
@@ -236,43 +190,26 @@ class SegmentationRecipe(Strict):
 
 
 class PromptSettings(Strict):
-    """Learned text prompts.
+    """Learned text prompts."""
 
-    Attributes:
-        clip: name of the towers, as ``load_clip`` takes it.
-        prefix: vectors in front of a class name.
-        suffix: vectors behind it.
-        task: vectors behind the name of the task (FreeSeg); 0 leaves the task out.
-        size: side of a crop; None takes the side CLIP was trained at.
-        per_class: at most so many pictures of each class.
-    """
-
-    clip: str
-    prefix: int = Field(default=16, ge=0)
-    suffix: int = Field(default=0, ge=0)
-    task: int = Field(default=0, ge=0)
-    size: int | None = Field(default=None, ge=16)
-    per_class: int = Field(default=32, ge=1)
+    clip: str  # name of the towers, as ``load_clip`` takes it
+    prefix: int = Field(default=16, ge=0)  # vectors in front of a class name
+    suffix: int = Field(default=0, ge=0)  # vectors behind it
+    task: int = Field(default=0, ge=0)  # vectors behind the name of the task (FreeSeg); 0 leaves the task out
+    size: int | None = Field(default=None, ge=16)  # side of a crop; None takes the side CLIP was trained at
+    per_class: int = Field(default=32, ge=1)  # at most so many pictures of each class
 
 
 class PromptRecipe(Strict):
-    """Learning text prompts offline: CLIP classifies masked crops of the classes with masks.
+    """Learning text prompts offline: CLIP classifies masked crops of the classes with masks."""
 
-    Attributes:
-        kind: names this kind of recipe.
-        description: one line for people.
-        setting: "inductive" learns from seen classes alone, "supervised" from all.
-        model: the prompts.
-        data: whose masks are cropped; its augmentation is not used.
-        train: the numbers of the loop.
-    """
-
-    kind: Literal["prompts"]
-    description: str = ""
+    kind: Literal["prompts"]  # names this kind of recipe
+    description: str = ""  # one line for people
+    # "inductive" learns from seen classes alone, "supervised" from all
     setting: Literal["inductive", "supervised"] = "inductive"
-    model: PromptSettings
-    data: Data
-    train: TrainSettings
+    model: PromptSettings  # the prompts
+    data: Data  # whose masks are cropped; its augmentation is not used
+    train: TrainSettings  # the numbers of the loop
 
     @model_validator(mode="after")
     def _check(self) -> PromptRecipe:
@@ -281,46 +218,30 @@ class PromptRecipe(Strict):
 
 
 class SceneSettings(Strict):
-    """Which scenes a training sees.
+    """Which scenes a training sees."""
 
-    Attributes:
-        size: pixels a side, a multiple of the patch size.
-        num_things: smallest and largest number of things.
-        extents: smallest and largest size of a thing as a share of the side.
-        seed: first integer of every scene's seed; trainings with different ones share no scene.
-        repeats: how often a scene is shown, each time mirrored and shifted afresh.
-        lag: steps between two showings of a scene.
-    """
-
-    size: int = Field(ge=8)
-    num_things: tuple[int, int]
-    extents: tuple[float, float] = (0.36, 0.64)
+    size: int = Field(ge=8)  # pixels a side, a multiple of the patch size
+    num_things: tuple[int, int]  # smallest and largest number of things
+    extents: tuple[float, float] = (0.36, 0.64)  # smallest and largest size of a thing as a share of the side
+    # first integer of every scene's seed; trainings with different ones share no scene
     seed: int = Field(ge=100, lt=HELD_OUT_SEED)
-    repeats: int = Field(default=2, ge=1)
-    lag: int = Field(default=48, ge=1)
+    repeats: int = Field(default=2, ge=1)  # how often a scene is shown, each time mirrored and shifted afresh
+    lag: int = Field(default=48, ge=1)  # steps between two showings of a scene
 
 
 class ContrastiveSettings(Strict):
-    """A CLIP, the scenes it learns from, and the weights of the three terms.
+    """A CLIP, the scenes it learns from, and the weights of the three terms."""
 
-    Attributes:
-        model_cfg: open_clip's description of the architecture.
-        initial: a CLIP to start from: a name, a folder, or a contrastive recipe, which is then trained first; None
-            starts at random. Its position table is resized to the new picture size.
-        scenes: what to look at.
-        patch_dropout: share of the patches left out in training, chosen anew for each picture (FLIP, CVPR 2023).
-        caption_weight: weight of the term between pictures and sentences.
-        patch_weight: weight of the token-wise term.
-        coverage: share of the patches from which on a phrase counts as found.
-    """
-
-    model_cfg: dict[str, Any]
+    model_cfg: dict[str, Any]  # open_clip's description of the architecture
+    # a CLIP to start from: a name, a folder, or a contrastive recipe, which is then trained first; None starts at
+    # random. Its position table is resized to the new picture size.
     initial: str | None = None
-    scenes: SceneSettings
+    scenes: SceneSettings  # what to look at
+    # share of the patches left out in training, chosen anew for each picture (FLIP, CVPR 2023)
     patch_dropout: float = Field(default=0.0, ge=0, lt=1)
-    caption_weight: float = Field(default=0.5, ge=0)
-    patch_weight: float = Field(default=1.0, ge=0)
-    coverage: float = Field(default=0.04, gt=0, le=1)
+    caption_weight: float = Field(default=0.5, ge=0)  # weight of the term between pictures and sentences
+    patch_weight: float = Field(default=1.0, ge=0)  # weight of the token-wise term
+    coverage: float = Field(default=0.04, gt=0, le=1)  # share of the patches from which on a phrase counts as found
 
 
 def _require_steps(train: TrainSettings) -> None:
@@ -342,41 +263,28 @@ def _window(window: WindowPolicy) -> WindowPolicy:
 
 
 class EvaluationRecipe(Strict):
-    """An evaluation without a training, such as that of a model on another dataset than its own.
+    """An evaluation without a training, such as that of a model on another dataset than its own."""
 
-    Attributes:
-        kind: names this kind of recipe.
-        description: one line for people.
-        templates: as in :class:`SegmentationRecipe`; None takes the model's.
-        data: what it is judged on: the validation part.
-        window: how the model is run over a picture; None takes the model's own way.
-        offsets: which classes lose the score that a model takes off those it had masks of: "data" those the data
-            flags as seen, "all" every class alike, "none" no class. On another dataset the one-stage papers' code takes
-            it off all, which changes no label map; but an ensemble must count no class as seen there, so take "none".
-    """
-
-    kind: Literal["evaluation"]
-    description: str = ""
+    kind: Literal["evaluation"]  # names this kind of recipe
+    description: str = ""  # one line for people
+    # as in :class:`SegmentationRecipe`; None takes the model's
     templates: Annotated[str | list[str] | None, BeforeValidator(_known_set)] = None
-    data: Data
+    data: Data  # what it is judged on: the validation part
+    # how the model is run over a picture; None takes the model's own way
     window: Annotated[WindowPolicy, AfterValidator(_window)] | None = None
+    # which classes lose the score that a model takes off those it had masks of: "data" those the data flags as seen,
+    # "all" every class alike, "none" no class. On another dataset the one-stage papers' code takes it off all, which
+    # changes no label map; but an ensemble must count no class as seen there, so take "none".
     offsets: Literal["data", "all", "none"] = "data"
 
 
 class ContrastiveRecipe(Strict):
-    """Training of a CLIP on captions.
+    """Training of a CLIP on captions."""
 
-    Attributes:
-        kind: names this kind of recipe.
-        description: one line for people.
-        model: the towers, the scenes and the weights of the loss.
-        train: the numbers of the loop.
-    """
-
-    kind: Literal["contrastive"]
-    description: str = ""
-    model: ContrastiveSettings
-    train: TrainSettings
+    kind: Literal["contrastive"]  # names this kind of recipe
+    description: str = ""  # one line for people
+    model: ContrastiveSettings  # the towers, the scenes and the weights of the loss
+    train: TrainSettings  # the numbers of the loop
 
     @model_validator(mode="after")
     def _check(self) -> ContrastiveRecipe:

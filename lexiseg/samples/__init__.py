@@ -17,8 +17,7 @@ def list_samples() -> list[str]:
 def sample_path(name: str) -> Path:
     """Return the path of the sample picture ``name``.
 
-    Raises:
-        LexisegError: there is no such sample; the message lists those there are.
+    Raises LexisegError if there is no such sample; the message lists those there are.
     """
     for path in sorted(_FOLDER.iterdir()):
         if path.suffix in _SUFFIXES and path.stem == name:

@@ -18,27 +18,16 @@ _FILE = Path(__file__).with_name("known_weights.yaml")
 
 @dataclass(frozen=True)
 class KnownWeights:
-    """Weights that others publish.
+    """Weights that others publish."""
 
-    Attributes:
-        name: of the towers, as `lexiseg.clip.load.load_clip` takes it; with ``+PROXY`` for ProxyCLIP.
-        licence: of the weights.
-        permissive: whether it lets anybody use them for anything.
-        size: of the download in MB, about.
-        source: who made them and where they are.
-        repositories: hub repositories and the file of each that holds the weights.
-        best: the training-free method that does best with them by published figures.
-        auto: place in the order of ``auto``; None is never taken by itself.
-    """
-
-    name: str
-    licence: str
-    permissive: bool
-    size: int
-    source: str
-    repositories: dict[str, str]
-    best: str
-    auto: int | None = None
+    name: str  # of the towers, as `lexiseg.clip.load.load_clip` takes it; with ``+PROXY`` for ProxyCLIP
+    licence: str  # of the weights
+    permissive: bool  # whether it lets anybody use them for anything
+    size: int  # of the download in MB, about
+    source: str  # who made them and where they are
+    repositories: dict[str, str]  # hub repositories and the file of each that holds the weights
+    best: str  # the training-free method that does best with them by published figures
+    auto: int | None = None  # place in the order of ``auto``; None is never taken by itself
 
     @property
     def model(self) -> str:
@@ -66,10 +55,8 @@ def auto_order() -> list[KnownWeights]:
 def pick_auto() -> str:
     """The model that ``auto`` means here: the first of `auto_order` in the cache, else the first that the hub gives.
 
-    It says on stderr which it took. It never is a model of the picture world.
-
-    Raises:
-        LexisegError: nothing is in the cache and the hub is out of reach.
+    It says on stderr which it took. It never is a model of the picture world. Raises LexisegError if nothing is in the
+    cache and the hub is out of reach.
     """
     order = auto_order()
     found = next((one for one in order if one.here), None)

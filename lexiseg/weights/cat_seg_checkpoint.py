@@ -58,8 +58,7 @@ def is_cat_seg(state: Mapping[str, Tensor]) -> bool:
 def infer_options(state: Mapping[str, Tensor], name: str = "the checkpoint") -> dict[str, Any]:
     """Read the options of a CAT-Seg off its shapes; what no shape tells is as in the released models.
 
-    Raises:
-        LexisegError: tensors are missing whose shapes are needed; all are listed.
+    Raises LexisegError if tensors are missing whose shapes are needed; all are listed.
     """
     missing = [key for key in _SHAPES if key not in state]
     if missing:
@@ -94,18 +93,11 @@ def read_cat_seg(
 ) -> tuple[CATSeg, list[str]]:
     """Build a CAT-Seg from the authors' tensors.
 
-    Args:
-        state: tensors by the authors' keys.
-        heads: attention heads of the image tower, which no shape tells; None is one a 64 channels, as in all CLIPs.
-        text_heads: the same for the text tower.
-        options: replace what `infer_options` finds and the released way of prediction.
-        name: what to call the file in messages.
-
-    Returns:
-        the model, and the keys that take part in no computation and were left out.
-
-    Raises:
-        LexisegError: tensors are missing, left over or of another shape; all of them are listed.
+    ``heads``: attention heads of the image tower, which no shape tells; None is one a 64 channels, as in all CLIPs.
+    ``text_heads``: the same for the text tower. ``options``: replace what `infer_options` finds and the released way of
+    prediction. ``name``: what to call the file in messages. Returns the model, and the keys that take part in no
+    computation and were left out. Raises LexisegError if tensors are missing, left over or of another shape; all of
+    them are listed.
     """
     if lacking := missing_shape_keys(state, _clip_source):
         raise LexisegError(f"{name} looks like CAT-Seg but lacks {', '.join(lacking)}; take a complete file.")

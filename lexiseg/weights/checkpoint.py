@@ -60,21 +60,13 @@ _WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The weights of a file.
+    """The weights of a file."""
 
-    Attributes:
-        path: the file, or the folder that was given.
-        state: tensors by the keys of the format that was recognised.
-        config: the ``config.json`` beside the weights, {} where there is none.
-        metadata: what a safetensors file notes of itself.
-        notes: what was chosen and what was left out, a sentence each.
-    """
-
-    path: Path
-    state: dict[str, Tensor]
-    config: dict[str, Any]
-    metadata: dict[str, str]
-    notes: tuple[str, ...]
+    path: Path  # the file, or the folder that was given
+    state: dict[str, Tensor]  # tensors by the keys of the format that was recognised
+    config: dict[str, Any]  # the ``config.json`` beside the weights, {} where there is none
+    metadata: dict[str, str]  # what a safetensors file notes of itself
+    notes: tuple[str, ...]  # what was chosen and what was left out, a sentence each
 
 
 def read_checkpoint(
@@ -82,14 +74,11 @@ def read_checkpoint(
 ) -> Checkpoint:
     """Read the weights of a checkpoint; nothing in a pickle is ever executed.
 
-    Args:
-        path: a .pth, .pt, .ckpt, .bin, .pkl or .safetensors file, or a folder of `transformers`.
-        known: says of a state dict, by its keys, whether it is of a format that can be converted.
-        ema: take the moving average of the weights, or not; None takes the weights where a file has both.
-
-    Raises:
-        LexisegError: the file is missing or damaged, holds objects that are not read, holds no weights, or has no
-            moving average (or only that) where the other is asked for.
+    ``path``: a .pth, .pt, .ckpt, .bin, .pkl or .safetensors file, or a folder of `transformers`. ``known``: says of a
+    state dict, by its keys, whether it is of a format that can be converted. ``ema``: take the moving average of the
+    weights, or not; None takes the weights where a file has both. Raises LexisegError if the file is missing or
+    damaged, holds objects that are not read, holds no weights, or has no moving average (or only that) where the other
+    is asked for.
     """
     path = Path(path)
     try:
@@ -120,19 +109,12 @@ def read_checkpoint(
 
 @dataclass
 class _Choice:
-    """The choice between weights and their moving average, wherever a file offers it.
+    """The choice between weights and their moving average, wherever a file offers it."""
 
-    Attributes:
-        path: the file.
-        ema: what was asked for.
-        seen: whether there was an average at all.
-        notes: what was chosen, a sentence each.
-    """
-
-    path: Path
-    ema: bool | None
-    seen: bool = False
-    notes: list[str] = field(default_factory=list)
+    path: Path  # the file
+    ema: bool | None  # what was asked for
+    seen: bool = False  # whether there was an average at all
+    notes: list[str] = field(default_factory=list)  # what was chosen, a sentence each
 
     def of(self, plain: list[str], averages: list[str]) -> str:
         """The name that is meant; each list's first counts, and one may be empty."""
@@ -155,11 +137,7 @@ class _Choice:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON file that holds a mapping.
-
-    Raises:
-        LexisegError: it is missing, damaged or holds something else.
-    """
+    """Read a JSON file that holds a mapping. Raises LexisegError if it is missing, damaged or holds something else."""
     try:
         value = json.loads(path.read_text("utf-8"))
     except FileNotFoundError as error:

@@ -76,8 +76,7 @@ def transformers_source(name: str) -> Source | None:
 def count_blocks(state: Mapping[str, Any], prefix: str, what: str = "the checkpoint") -> int:
     """How many blocks a file has whose keys begin with ``prefix`` and a number.
 
-    Raises:
-        LexisegError: numbers are left out, or there are more than any model has.
+    Raises LexisegError if numbers are left out, or there are more than any model has.
     """
     rests = (key[len(prefix) :].split(".", 1)[0] for key in state if key.startswith(prefix))
     numbers = {int(rest) for rest in rests if rest.isdecimal() and len(rest) < 9}
@@ -90,8 +89,7 @@ def count_blocks(state: Mapping[str, Any], prefix: str, what: str = "the checkpo
 def shape_of(state: Mapping[str, Tensor], key: str, dimensions: int, what: str = "the checkpoint") -> tuple[int, ...]:
     """The shape of a tensor that tells how a model is built.
 
-    Raises:
-        LexisegError: the tensor is missing, has another number of dimensions, or an empty one.
+    Raises LexisegError if the tensor is missing, has another number of dimensions, or an empty one.
     """
     if key not in state:
         raise LexisegError(f"{what} lacks {key}, without which the model cannot be rebuilt; take a complete file.")
@@ -120,19 +118,11 @@ def infer_vit_architecture(
 ) -> dict[str, Any]:
     """Read the architecture of a CLIP with a vision transformer off its shapes.
 
-    Args:
-        state: the file's tensors.
-        source_of: where a tensor by OpenAI's name (``visual.conv1.weight``, ``token_embedding.weight`` ...) lies there.
-        heads: attention heads of the image tower, which no shape tells; None is one a 64 channels, as in all CLIPs.
-        text_heads: the same for the text tower.
-        quick_gelu: which activation the towers use; OpenAI's is QuickGELU.
-        name: how errors call the file.
-
-    Returns:
-        what `lexiseg.clip.model.build_clip` takes.
-
-    Raises:
-        LexisegError: tensors that are needed are missing (all are listed) or of no sensible shape.
+    ``source_of``: where a tensor by OpenAI's name (``visual.conv1.weight``, ``token_embedding.weight`` ...) lies there.
+    ``heads``: attention heads of the image tower, which no shape tells; None is one a 64 channels, as in all CLIPs.
+    ``text_heads``: the same for the text tower. ``quick_gelu``: which activation the towers use; OpenAI's is QuickGELU.
+    Returns what `lexiseg.clip.model.build_clip` takes. Raises LexisegError if tensors that are needed are missing (all
+    are listed) or of no sensible shape.
     """
     if missing := missing_shape_keys(state, source_of):
         raise LexisegError(f"The CLIP in {name} lacks {', '.join(missing)}; take a complete file, with both towers.")
@@ -225,13 +215,8 @@ def clip_from_state(
 def transformers_architecture(state: Mapping[str, Tensor], config: Mapping[str, Any], name: str) -> dict[str, Any]:
     """The architecture of a ``CLIPModel``: its shapes, and of its ``config.json`` what no shape tells.
 
-    Args:
-        state: its tensors by its own keys.
-        config: of the folder; {} where it is not known, which is taken for OpenAI's.
-        name: how errors call the file.
-
-    Raises:
-        LexisegError: see `infer_vit_architecture`; or its activation is neither QuickGELU nor GELU.
+    ``state``: its tensors by its own keys. ``config``: of the folder; {} where it is not known, which is taken for
+    OpenAI's. Raises LexisegError; see `infer_vit_architecture`; or its activation is neither QuickGELU nor GELU.
     """
     parts: list[dict[str, Any]] = []
     for key in ("vision_config", "text_config"):

@@ -40,11 +40,8 @@ _HEADS = 8
 def anchor_key(name: str) -> str:
     """The authors' key of a tensor of our heatmap decoder (``anchors.`` in `DeOP`).
 
-    Args:
-        name: in the state dict of `ReleasedQueryAnchors` or `ConvAnchors`.
-
-    Raises:
-        KeyError: no released decoder has such a tensor.
+    ``name``: in the state dict of `ReleasedQueryAnchors` or `ConvAnchors`. Raises KeyError if no released decoder has
+    such a tensor.
     """
     if name == "queries":
         return "query_embedding.weight"
@@ -152,20 +149,11 @@ def read_deop(
 ) -> tuple[DeOP, list[str]]:
     """Build a `DeOP` from the authors' tensors.
 
-    Args:
-        state: tensors by the authors' keys, of any of its stages that has a generator.
-        heads: of the image tower, see `infer_vit_architecture`.
-        text_heads: of the text tower, see there.
-        generator_heads: of the generator, see `infer_generator_options`.
-        options: replace what `infer_options` finds.
-        tokenizer: see `lexiseg.clip.model.build_clip`.
-        name: how errors call the file.
-
-    Returns:
-        the model, and the keys that take part in no computation and were left out.
-
-    Raises:
-        LexisegError: tensors are missing, left over or of another shape; they are listed.
+    ``state``: tensors by the authors' keys, of any of its stages that has a generator. ``heads``: of the image tower,
+    see `infer_vit_architecture`. ``text_heads``: of the text tower, see there. ``generator_heads``: of the generator,
+    see `infer_generator_options`. ``options``: replace what `infer_options` finds. ``tokenizer``: see
+    `lexiseg.clip.model.build_clip`. Returns the model, and the keys that take part in no computation and were left out.
+    Raises LexisegError if tensors are missing, left over or of another shape; they are listed.
     """
     parts = split_checkpoint(state)
     if parts.left_over or parts.region_adapter is not None or parts.image_tower:

@@ -49,46 +49,36 @@ _UNUSED = re.compile(
 
 @dataclass
 class AdapterParts:
-    """A CLIP and what was learnt around it.
+    """A CLIP and what was learnt around it."""
 
-    Attributes:
-        clip: tensors by OpenAI's names; {} where the file has none.
-        tables: tables and prompts of the image tower (DeOP), by OpenAI-like names from ``visual.`` on.
-        prompt: "prefix_prompt", "suffix_prompt", "task_prompt", as far as they were learnt.
-        non_object: (1, D), the row of no class; None where the file has none.
-    """
-
-    clip: dict[str, Tensor] = field(default_factory=dict)
+    clip: dict[str, Tensor] = field(default_factory=dict)  # tensors by OpenAI's names; {} where the file has none
+    # tables and prompts of the image tower (DeOP), by OpenAI-like names from ``visual.`` on
     tables: dict[str, Tensor] = field(default_factory=dict)
+    # "prefix_prompt", "suffix_prompt", "task_prompt", as far as they were learnt
     prompt: dict[str, Tensor] = field(default_factory=dict)
-    non_object: Tensor | None = None
+    non_object: Tensor | None = None  # (1, D), the row of no class; None where the file has none
 
 
 @dataclass
 class CheckpointParts:
-    """A checkpoint taken apart. Nothing is copied.
+    """A checkpoint taken apart. Nothing is copied."""
 
-    Attributes:
-        system: what it is a checkpoint of; "prompts" is a file of the prompt stage, CLIP and prompts alone. DeOP's
-            proposal stage cannot be told from ZSSeg, which is the same network: it says "zsseg".
-        generator: the proposal generator's tensors by the authors' keys, in the newest layout.
-        adapter: CLIP and what was learnt around it. ZegFormer's training checkpoints have no CLIP.
-        region_adapter: the second adapter that some of ZSSeg's files hold, which classifies the crops.
-        image_tower: MAFT's fine-tuned image tower, OpenAI's names from ``visual.`` on.
-        own: tensors of the system's own modules by the authors' keys: DeOP's decoder and queries, ZegFormer's
-            ``bg_feature`` and ``logit_scale``.
-        unused: keys that were recognised and take part in no computation.
-        left_over: keys that nothing here knows.
-    """
-
+    # what it is a checkpoint of; "prompts" is a file of the prompt stage, CLIP and prompts alone. DeOP's proposal stage
+    # cannot be told from ZSSeg, which is the same network: it says "zsseg".
     system: System
+    # the proposal generator's tensors by the authors' keys, in the newest layout
     generator: dict[str, Tensor] = field(default_factory=dict)
+    # CLIP and what was learnt around it. ZegFormer's training checkpoints have no CLIP.
     adapter: AdapterParts = field(default_factory=AdapterParts)
+    # the second adapter that some of ZSSeg's files hold, which classifies the crops
     region_adapter: AdapterParts | None = None
+    # MAFT's fine-tuned image tower, OpenAI's names from ``visual.`` on
     image_tower: dict[str, Tensor] = field(default_factory=dict)
+    # tensors of the system's own modules by the authors' keys: DeOP's decoder and queries, ZegFormer's ``bg_feature``
+    # and ``logit_scale``
     own: dict[str, Tensor] = field(default_factory=dict)
-    unused: list[str] = field(default_factory=list)
-    left_over: list[str] = field(default_factory=list)
+    unused: list[str] = field(default_factory=list)  # keys that were recognised and take part in no computation
+    left_over: list[str] = field(default_factory=list)  # keys that nothing here knows
 
 
 def recognise_detectron(state: Mapping[str, Tensor]) -> System | None:
@@ -135,12 +125,8 @@ def newest_key(key: str) -> str:
 def split_checkpoint(state: Mapping[str, Tensor]) -> CheckpointParts:
     """Take a checkpoint apart.
 
-    Args:
-        state: a flat state dict, as `read_checkpoint` gives it.
-
-    Raises:
-        LexisegError: it is none of these systems' checkpoints, or FreeSeg's or MAFT's without the context interaction,
-            which shapes its proposals.
+    ``state``: a flat state dict, as `read_checkpoint` gives it. Raises LexisegError if it is none of these systems'
+    checkpoints, or FreeSeg's or MAFT's without the context interaction, which shapes its proposals.
     """
     system = recognise_detectron(state)
     if system is None:
@@ -199,13 +185,9 @@ def generator_tensors(
 ) -> dict[str, Tensor]:
     """The tensors of a generator, by our names and in float32, from the authors'.
 
-    Args:
-        generator: MaskFormer or Mask2Former; its values are not looked at.
-        state: the authors' tensors, keys ``backbone.`` and ``sem_seg_head.``.
-        name: how errors call the file.
-
-    Raises:
-        LexisegError: tensors are missing, left over or of another shape; they are listed.
+    ``generator``: MaskFormer or Mask2Former; its values are not looked at. ``state``: the authors' tensors, keys
+    ``backbone.`` and ``sem_seg_head.``. Raises LexisegError if tensors are missing, left over or of another shape; they
+    are listed.
     """
     source = generator_source(generator)
     return take_tensors(shapes_of(generator), source, state, f"The proposal generator of {name}")

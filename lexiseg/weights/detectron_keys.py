@@ -99,13 +99,8 @@ _MASK2FORMER = (
 def source_of(name: str, *, deep_stem: bool, masked: bool) -> Source:
     """Where a tensor of a generator lies in the authors' file.
 
-    Args:
-        name: its name in our generator's state dict.
-        deep_stem: the backbone has a stem of three convolutions.
-        masked: the generator is Mask2Former, not MaskFormer.
-
-    Raises:
-        KeyError: no generator has such a tensor.
+    ``name``: its name in our generator's state dict. ``deep_stem``: the backbone has a stem of three convolutions.
+    ``masked``: the generator is Mask2Former, not MaskFormer. Raises KeyError if no generator has such a tensor.
     """
     if name.startswith("backbone.body."):
         return Source(("backbone." + _backbone_key(name.removeprefix("backbone.body."), deep_stem),))
@@ -164,14 +159,11 @@ def infer_generator_options(
 ) -> MaskFormerOptions | Mask2FormerOptions:
     """Read a generator's options off the shapes of the authors' tensors.
 
-    Args:
-        state: the authors' tensors, keys ``backbone.`` and ``sem_seg_head.``.
-        heads: attention heads of the query decoder; None: 8, as in all released models. No shape tells.
-        encoder_heads: heads of Mask2Former's deformable encoder; None: as many as its tensors say with 4 points each.
-        interaction_heads: heads of the context interaction; None: as ``heads``.
-
-    Raises:
-        LexisegError: tensors that every such file has are missing, or the backbone is of an unknown depth.
+    ``state``: the authors' tensors, keys ``backbone.`` and ``sem_seg_head.``. ``heads``: attention heads of the query
+    decoder; None: 8, as in all released models. No shape tells. ``encoder_heads``: heads of Mask2Former's deformable
+    encoder; None: as many as its tensors say with 4 points each. ``interaction_heads``: heads of the context
+    interaction; None: as ``heads``. Raises LexisegError if tensors that every such file has are missing, or the
+    backbone is of an unknown depth.
     """
     heads = heads or _HEADS
 

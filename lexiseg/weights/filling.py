@@ -13,17 +13,11 @@ from lexiseg.clip.load import check_state
 
 @dataclass(frozen=True)
 class Source:
-    """Where one of our tensors lies in another program's file.
+    """Where one of our tensors lies in another program's file."""
 
-    Attributes:
-        keys: its key there; several are parts whose rows follow each other in ours.
-        block: which third of its rows it is (query, key or value); None: all of it.
-        transposed: rows there are columns here.
-    """
-
-    keys: tuple[str, ...]
-    block: int | None = None
-    transposed: bool = False
+    keys: tuple[str, ...]  # its key there; several are parts whose rows follow each other in ours
+    block: int | None = None  # which third of its rows it is (query, key or value); None: all of it
+    transposed: bool = False  # rows there are columns here
 
 
 SourceOf = Callable[[str], Source | None]
@@ -55,18 +49,10 @@ def take_tensors(
 ) -> dict[str, Tensor]:
     """Take our tensors from another program's.
 
-    Args:
-        shapes: of our tensors, by our names.
-        source_of: the format's key map.
-        state: its tensors by its keys, none beside those that are wanted.
-        what: whose tensors they are, for messages.
-        optional: keys that may be missing; what lies there is left out.
-
-    Returns:
-        tensors by our names, in float32.
-
-    Raises:
-        LexisegError: tensors are missing, left over, of another shape or not finite, see `check_state`.
+    ``shapes``: of our tensors, by our names. ``state``: its tensors by its keys, none beside those that are wanted.
+    ``what``: whose tensors they are, for messages. ``optional``: keys that may be missing; what lies there is left out.
+    Returns tensors by our names, in float32. Raises LexisegError if tensors are missing, left over, of another shape or
+    not finite, see `check_state`.
     """
     check_state(state, expected_shapes(shapes, source_of), what, optional=optional)
     found: dict[str, Tensor] = {}

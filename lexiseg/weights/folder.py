@@ -39,13 +39,8 @@ def save_model(model: SegmentationModel, folder: str | Path, *, dtype: torch.dty
     The CLIP goes into the folder as well, unless it came with lexiseg and is unchanged: then the configuration names
     it and its fingerprint.
 
-    Args:
-        model: what to save.
-        folder: made if missing.
-        dtype: what to store the weights in, for example ``torch.float16``; None keeps them as they are.
-
-    Raises:
-        LexisegError: the folder cannot be written.
+    ``dtype``: what to store the weights in, for example ``torch.float16``; None keeps them as they are. Raises
+    LexisegError if the folder cannot be written.
     """
     clip = model.clip
     fingerprint = clip.fingerprint()
@@ -79,25 +74,14 @@ def save_model(model: SegmentationModel, folder: str | Path, *, dtype: torch.dty
 def load_model(name: str | Path, *, device: str | torch.device = "cpu") -> SegmentationModel:
     """Load a model by name.
 
-    Args:
-        name: one of
-
-            - a model that comes with lexiseg, see `list_models`;
-            - a folder written by `save_model`;
-            - a folder written by a training: the run's, whose model is taken, or where there is none yet its newest
-              checkpoint; or one of its checkpoints;
-            - ``"METHOD/NAME"``, a training-free method and any name `lexiseg.clip.load.load_clip` takes, for example
-              ``"naclip/ViT-B-16/openai"``, see `lexiseg.weights.training_free`;
-            - ``"auto"``, the best weights this machine can get, see `lexiseg.weights.auto`;
-            - a hub repository ``"owner/name"`` with the two files of such a folder.
-        device: where to put it.
-
-    Returns:
-        the model in evaluation mode.
-
-    Raises:
-        LexisegError: there is no such model (near names are listed), a file is damaged or of another kind, or the
-            weights do not fit the configuration (the first tensor that differs is named with both shapes).
+    ``name``: one of - a model that comes with lexiseg, see `list_models`; - a folder written by `save_model`; - a
+    folder written by a training: the run's, whose model is taken, or where there is none yet its newest checkpoint; or
+    one of its checkpoints; - ``"METHOD/NAME"``, a training-free method and any name `lexiseg.clip.load.load_clip`
+    takes, for example ``"naclip/ViT-B-16/openai"``, see `lexiseg.weights.training_free`; - ``"auto"``, the best weights
+    this machine can get, see `lexiseg.weights.auto`; - a hub repository ``"owner/name"`` with the two files of such a
+    folder. Returns the model in evaluation mode. Raises LexisegError if there is no such model (near names are listed),
+    a file is damaged or of another kind, or the weights do not fit the configuration (the first tensor that differs is
+    named with both shapes).
     """
     text = str(name)
     if text == AUTO:

@@ -153,8 +153,7 @@ def _check_shapes(state: Mapping[str, Tensor], system: str, name: str) -> None:
 def infer_options(state: Mapping[str, Tensor], system: str, name: str = "the checkpoint") -> dict[str, Any]:
     """Read a system's options off a checkpoint; what shapes cannot tell is as in the authors' configurations.
 
-    Raises:
-        LexisegError: tensors are missing whose shapes are needed; all are listed.
+    Raises LexisegError if tensors are missing whose shapes are needed; all are listed.
     """
     _check_shapes(state, system, name)
     cascade = system == "cascade-clip"
@@ -221,19 +220,11 @@ def read_one_stage(
 ) -> tuple[ZegCLIP, list[str]]:
     """Build a one-stage model from the authors' tensors.
 
-    Args:
-        state: tensors by the authors' keys.
-        heads: attention heads of the image tower, which no shape tells; None is one a 64 channels, as in all CLIPs.
-        text_heads: the same for the text tower.
-        options: replace what `infer_options` finds.
-        name: what to call the file in messages.
-
-    Returns:
-        the model, and the keys that take part in no computation and were left out.
-
-    Raises:
-        LexisegError: it is of none of the systems, or tensors are missing, left over or of the wrong shape; all of
-            them are listed.
+    ``heads``: attention heads of the image tower, which no shape tells; None is one a 64 channels, as in all CLIPs.
+    ``text_heads``: the same for the text tower. ``options``: replace what `infer_options` finds. ``name``: what to call
+    the file in messages. Returns the model, and the keys that take part in no computation and were left out. Raises
+    LexisegError if it is of none of the systems, or tensors are missing, left over or of the wrong shape; all of them
+    are listed.
     """
     system = recognise(state)
     if system is None:

@@ -144,15 +144,8 @@ class _Unpickler(pickle._Unpickler):  # the one in Python: that in C fills gigab
 class PickledFile:
     """A checkpoint in a pickle, opened.
 
-    Args:
-        path: the file.
-
-    Attributes:
-        content: plain values and `Stub`s.
-
-    Raises:
-        LexisegError: it is damaged, no pickle, or holds objects that are neither tensors nor harmless; the first is
-            named with its type and where it lies.
+    ``content``: plain values and `Stub`s. Raises LexisegError if it is damaged, no pickle, or holds objects that are
+    neither tensors nor harmless; the first is named with its type and where it lies.
     """
 
     def __init__(self, path: Path) -> None:
@@ -223,8 +216,7 @@ class PickledFile:
     def tensor(self, value: Any, where: str) -> Tensor:
         """Make the tensor that ``value`` (see `is_tensor`) is a note of.
 
-        Raises:
-            LexisegError: the file does not hold its values; ``where`` says which tensor it is.
+        Raises LexisegError if the file does not hold its values; ``where`` says which tensor it is.
         """
         try:
             return self._array(value) if _ARRAY.fullmatch(value.name) else self._tensor(value)

@@ -19,12 +19,8 @@ REPORT = "report.json"
 def model_card(folder: str | Path, repository: str = "OWNER/NAME") -> str:
     """The card of a model folder: what it is, how it was trained, what was measured, licence, how to use it.
 
-    Args:
-        folder: that `lexiseg.weights.folder.save_model` wrote; a ``report.json`` of an evaluation in it gives metrics.
-        repository: its name on the hub.
-
-    Raises:
-        LexisegError: it is not a model folder.
+    ``folder``: that `lexiseg.weights.folder.save_model` wrote; a ``report.json`` of an evaluation in it gives metrics.
+    Raises LexisegError if it is not a model folder.
     """
     folder = Path(folder)
     config = read_json(folder / "config.json")
@@ -114,16 +110,8 @@ def push_folder(folder: str | Path, repository: str, *, private: bool = False) -
 
     The token comes from ``HF_TOKEN`` or ``hf auth login``, never from an argument.
 
-    Args:
-        folder: a model folder.
-        repository: ``owner/name``; made if it is not there.
-        private: make it private.
-
-    Returns:
-        Where it is.
-
-    Raises:
-        LexisegError: it is not a model folder, there is no token, or the hub refuses.
+    ``repository``: ``owner/name``; made if it is not there. Returns where it is. Raises LexisegError if it is not a
+    model folder, there is no token, or the hub refuses.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError

@@ -61,24 +61,12 @@ def read_region_host(
 ) -> tuple[RegionModel, list[str]]:
     """Build ZSSeg, ZegFormer, FreeSeg or FreeSeg + MAFT from the authors' tensors.
 
-    Args:
-        state: tensors by the authors' keys.
-        clip: for files without one (ZegFormer's training checkpoints): OpenAI's ViT-B/16.
-        heads: of the image tower, see `infer_vit_architecture`.
-        text_heads: of the text tower, see there.
-        generator_heads: of the generator, see `infer_generator_options`.
-        encoder_heads: see there.
-        interaction_heads: see there.
-        options: replace what `infer_options` finds.
-        tokenizer: see `lexiseg.clip.model.build_clip`.
-        name: how errors call the file.
-
-    Returns:
-        the model, and the keys that take part in no computation and were left out.
-
-    Raises:
-        LexisegError: it is none of these systems' checkpoints, it has no CLIP and none is given, or tensors are
-            missing, left over or of another shape; they are listed.
+    ``clip``: for files without one (ZegFormer's training checkpoints): OpenAI's ViT-B/16. ``heads``: of the image
+    tower, see `infer_vit_architecture`. ``text_heads``: of the text tower, see there. ``generator_heads``: of the
+    generator, see `infer_generator_options`. ``options``: replace what `infer_options` finds. ``tokenizer``: see
+    `lexiseg.clip.model.build_clip`. Returns the model, and the keys that take part in no computation and were left out.
+    Raises LexisegError if it is none of these systems' checkpoints, it has no CLIP and none is given, or tensors are
+    missing, left over or of another shape; they are listed.
     """
     parts = split_checkpoint(state)
     if parts.system not in HOSTS:

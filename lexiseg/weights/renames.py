@@ -73,13 +73,8 @@ RENAMED_TENSORS: dict[str, dict[str, str]] = {}
 def renamed_options(system: str, options: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Bring the options of a model folder to today's names.
 
-    Args:
-        system: the system's name.
-        options: as its ``config.json`` has them.
-        where: what the note calls the file.
-
-    Returns:
-        a copy under the new names; where both are given the new one stands. A `LexisegWarning` names what was old.
+    ``options``: as its ``config.json`` has them. ``where``: what the note calls the file. Returns a copy under the new
+    names; where both are given the new one stands. A `LexisegWarning` names what was old.
     """
     found = {key: dict(value) if isinstance(value, dict) else value for key, value in options.items()}
     said = []

@@ -48,8 +48,7 @@ def seal(folder: Path, state: Mapping[str, Any]) -> None:
 def read_state(folder: Path) -> dict[str, Any]:
     """The JSON part of a checkpoint, whose files are all as they were written.
 
-    Raises:
-        LexisegError: something in it is damaged, missing, changed or of another format.
+    Raises LexisegError if something in it is damaged, missing, changed or of another format.
     """
     path = folder / STATE
     try:
@@ -66,11 +65,7 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors in one file of a checkpoint.
-
-    Raises:
-        LexisegError: it is damaged.
-    """
+    """The tensors in one file of a checkpoint. Raises LexisegError if it is damaged."""
     try:
         return load_file(path)
     except (OSError, SafetensorError, ValueError) as error:

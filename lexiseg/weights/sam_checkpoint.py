@@ -74,9 +74,7 @@ def recognise_sam(state: Mapping[str, Tensor]) -> bool:
 def authors_key(name: str, iou_layers: int = 3) -> str:
     """The authors' key of a tensor of `transformers`' ``SamModel``.
 
-    Args:
-        name: in its state dict.
-        iou_layers: layers of the network that predicts the IoU.
+    ``iou_layers``: layers of the network that predicts the IoU.
     """
     if name.endswith("_embedding.positional_embedding"):
         return _POSITIONS  # the picture's and the points' table are one
@@ -94,8 +92,7 @@ def authors_key(name: str, iou_layers: int = 3) -> str:
 def infer_config(state: Mapping[str, Tensor], name: str = "the checkpoint") -> dict[str, dict[str, Any]]:
     """Read the configuration of ``SamConfig`` off the shapes of a checkpoint.
 
-    Raises:
-        LexisegError: tensors are missing whose shapes are needed; all are listed.
+    Raises LexisegError if tensors are missing whose shapes are needed; all are listed.
     """
     missing = [key for key in _SHAPE_KEYS if key not in state]
     if missing:
@@ -148,17 +145,8 @@ def infer_config(state: Mapping[str, Tensor], name: str = "the checkpoint") -> d
 def convert_sam(state: Mapping[str, Tensor], folder: str | Path, *, name: str = "the checkpoint") -> int:
     """Write a SAM as a folder that ``proposals.weights`` takes.
 
-    Args:
-        state: tensors by the authors' keys.
-        folder: made if missing.
-        name: how errors call the file.
-
-    Returns:
-        the number of its parameters.
-
-    Raises:
-        LexisegError: transformers is not installed, tensors are missing, left over or of another shape (all are
-            listed), or the folder cannot be written.
+    Returns the number of its parameters. Raises LexisegError if transformers is not installed, tensors are missing,
+    left over or of another shape (all are listed), or the folder cannot be written.
     """
     need_transformers()
     from transformers import SamConfig, SamImageProcessor, SamModel

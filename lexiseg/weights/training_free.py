@@ -17,12 +17,9 @@ TRAINING_FREE = (*METHODS, "dense-clip")
 def load_training_free(name: str) -> SegmentationModel:
     """Load a training-free model.
 
-    Args:
-        name: a method and what `lexiseg.clip.load.load_clip` takes, such as ``"naclip/ViT-B-16/openai"``,
-            ``"maskclip/transformers:google/tipsv2-b14"`` or ``"proxyclip/ViT-B-16/openai+vit_base_patch8_224.dino"``.
-
-    Raises:
-        LexisegError: the name lacks a part, there are no such weights, or the method cannot run on them.
+    ``name``: a method and what `lexiseg.clip.load.load_clip` takes, such as ``"naclip/ViT-B-16/openai"``,
+    ``"maskclip/transformers:google/tipsv2-b14"`` or ``"proxyclip/ViT-B-16/openai+vit_base_patch8_224.dino"``. Raises
+    LexisegError if the name lacks a part, there are no such weights, or the method cannot run on them.
     """
     from lexiseg.clip.load import load_clip
     from lexiseg.models.dense_clip import DenseCLIP

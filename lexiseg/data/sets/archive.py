@@ -39,17 +39,11 @@ class _Named(io.BytesIO):
 
 @dataclass(frozen=True)
 class Member:
-    """A file in a zip archive; it offers what the readers ask of a path.
+    """A file in a zip archive; it offers what the readers ask of a path."""
 
-    Attributes:
-        archive: the zip file.
-        name: of the file in it.
-        size: in bytes, unpacked, as the archive's index says.
-    """
-
-    archive: Path
-    name: str
-    size: int
+    archive: Path  # the zip file
+    name: str  # of the file in it
+    size: int  # in bytes, unpacked, as the archive's index says
 
     def __str__(self) -> str:
         return f"{self.archive}/{self.name}"
@@ -62,8 +56,7 @@ class Member:
     def read_bytes(self) -> bytes:
         """The file's contents, whose checksum is looked at.
 
-        Raises:
-            LexisegError: it is damaged, encrypted, or too large to be a picture.
+        Raises LexisegError if it is damaged, encrypted, or too large to be a picture.
         """
         if self.size > MAX_BYTES:
             raise LexisegError(
@@ -92,11 +85,7 @@ Place: TypeAlias = "Path | Member"
 
 
 def place_size(place: Place) -> int:
-    """Size in bytes.
-
-    Raises:
-        OSError: there is no such file.
-    """
+    """Size in bytes. Raises OSError if there is no such file."""
     return place.size if isinstance(place, Member) else place.stat().st_size
 
 
@@ -108,14 +97,9 @@ def readable(place: Place) -> Path | IO[bytes]:
 def zipped(archives: Iterable[Path], folder: str, suffixes: Sequence[str], without: str = "") -> dict[str, Place]:
     """The files directly in ``folder`` of the first archive that is there, by their names without the suffix.
 
-    Args:
-        archives: where the archive may be.
-        folder: in the archive, with ``/``.
-        suffixes: the files that count end in one of them, whatever the case.
-        without: files whose names end in this (before the suffix) do not count.
-
-    Raises:
-        DataSetError: the archive's index cannot be read.
+    ``folder``: in the archive, with ``/``. ``suffixes``: the files that count end in one of them, whatever the case.
+    ``without``: files whose names end in this (before the suffix) do not count. Raises DataSetError if the archive's
+    index cannot be read.
     """
     archive = next((path for path in archives if path.is_file()), None)
     if archive is None:

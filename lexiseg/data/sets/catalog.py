@@ -30,39 +30,30 @@ NAMES = (
 
 @dataclass(frozen=True)
 class DataSetInfo:
-    """One data set.
+    """One data set."""
 
-    Attributes:
-        name: as a user writes it, such as "voc2012".
-        title: as a report writes it.
-        source: where the lists come from.
-        classes: the names in the papers' order, which is the order of the class ids. Empty where the distribution
-            carries the list, until :meth:`with_classes` puts it in.
-        num_classes: their number, known even where the names are not.
-        unseen_lists: by name, the classes that have no masks in zero-shot training. The first is the default.
-        synonyms: by class, further words that the distribution gives.
-        renamed: by paper, the classes which that paper's text embeddings name otherwise.
-        palette: a colour for each class, or None where the distribution has none.
-        ignore: label of pixels without a class: 255, or 65535 where there are more than 255 classes.
-        id_map: the values of the distribution's label files and the class id each stands for.
-        void: the values of the label files that stand for no class; they become ``ignore``. Any value that is in
-            neither is a fault of the file.
-        splits: the splits there are.
-    """
-
-    name: str
-    title: str
-    source: str
-    num_classes: int
+    name: str  # as a user writes it, such as "voc2012"
+    title: str  # as a report writes it
+    source: str  # where the lists come from
+    num_classes: int  # their number, known even where the names are not
+    # the names in the papers' order, which is the order of the class ids. Empty where the distribution carries the
+    # list, until :meth:`with_classes` puts it in.
     classes: tuple[str, ...] = ()
+    # by name, the classes that have no masks in zero-shot training. The first is the default.
     unseen_lists: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    # by class, further words that the distribution gives
     synonyms: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    # by paper, the classes which that paper's text embeddings name otherwise
     renamed: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    # a colour for each class, or None where the distribution has none
     palette: tuple[tuple[int, int, int], ...] | None = None
-    ignore: int = IGNORE_INDEX
+    ignore: int = IGNORE_INDEX  # label of pixels without a class: 255, or 65535 where there are more than 255 classes
+    # the values of the distribution's label files and the class id each stands for
     id_map: Mapping[int, int] = field(default_factory=dict)
+    # the values of the label files that stand for no class; they become ``ignore``. Any value that is in neither is a
+    # fault of the file.
     void: tuple[int, ...] = (IGNORE_INDEX,)
-    splits: tuple[str, ...] = ("train", "val")
+    splits: tuple[str, ...] = ("train", "val")  # the splits there are
 
     @property
     def train_split(self) -> str:
@@ -82,8 +73,7 @@ class DataSetInfo:
     def unseen_names(self, which: str | None = None) -> tuple[str, ...]:
         """The list of unseen classes called ``which``; None takes the default.
 
-        Raises:
-            LexisegError: there is no such list.
+        Raises LexisegError if there is no such list.
         """
         if which is None:
             return self.unseen
@@ -93,11 +83,7 @@ class DataSetInfo:
         return self.unseen_lists[which]
 
     def ids(self, names: tuple[str, ...]) -> list[int]:
-        """The class ids of ``names``, ascending.
-
-        Raises:
-            LexisegError: one of them is no class of this data set.
-        """
+        """The class ids of ``names``, ascending. Raises LexisegError if one of them is no class of this data set."""
         known = {word_key(name): index for index, name in enumerate(self.classes)}
         for name in names:
             if word_key(name) not in known:
@@ -107,8 +93,7 @@ class DataSetInfo:
     def with_classes(self, classes: tuple[str, ...]) -> DataSetInfo:
         """The same data set with the list of classes that its distribution carries.
 
-        Raises:
-            LexisegError: the list has another length than the data set has classes.
+        Raises LexisegError if the list has another length than the data set has classes.
         """
         if len(classes) != self.num_classes:
             raise LexisegError(
@@ -121,15 +106,10 @@ class DataSetInfo:
     ) -> Vocabulary:
         """The classes with their seen and unseen flags.
 
-        Args:
-            unseen: which list of unseen classes; None takes the default, "none" flags no class at all.
-            synonyms: whether to add the distribution's synonyms. One that belongs to two classes is left out, because
-                it could not say which of them it means.
-            names_of: a paper in :attr:`renamed`, whose names to use.
-
-        Raises:
-            LexisegError: the names are not known without the distribution's list, or there is no such unseen list or
-                paper.
+        ``unseen``: which list of unseen classes; None takes the default, "none" flags no class at all. ``synonyms``:
+        whether to add the distribution's synonyms. One that belongs to two classes is left out, because it could not
+        say which of them it means. ``names_of``: a paper in :attr:`renamed`, whose names to use. Raises LexisegError if
+        the names are not known without the distribution's list, or there is no such unseen list or paper.
         """
         if not self.classes:
             raise LexisegError(
@@ -189,11 +169,7 @@ def _unshared(words: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]
 
 @cache
 def data_set(name: str) -> DataSetInfo:
-    """What is known of the data set called ``name``.
-
-    Raises:
-        LexisegError: there is none of that name.
-    """
+    """What is known of the data set called ``name``. Raises LexisegError if there is none of that name."""
     if name not in NAMES:
         near = difflib.get_close_matches(name, NAMES, n=1)
         hint = f"did you mean '{near[0]}'?" if near else f"there are {', '.join(NAMES)}."

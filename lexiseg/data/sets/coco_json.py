@@ -31,16 +31,9 @@ def list_coco_json(
     so that what lies before something larger stays visible; a pixel in no outline has no class, or is of the category
     "background" where there is one.
 
-    Args:
-        root: the data's folder.
-        path: the JSON file.
-        split: its name.
-        unseen: "none" leaves unseen.txt aside.
-        folders: where pictures may be, by the whole file_name or its last part.
-        exif: see :class:`lexiseg.data.sets.dataset.Item`.
-
-    Raises:
-        LexisegError: the file is not JSON of this kind.
+    ``unseen``: "none" leaves unseen.txt aside. ``folders``: where pictures may be, by the whole file_name or its last
+    part. ``exif``: see :class:`lexiseg.data.sets.dataset.Item`. Raises LexisegError if the file is not JSON of this
+    kind.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
@@ -120,8 +113,7 @@ def _list_in(content: Any, key: str) -> list[Any]:
 def _id(value: Any) -> int | str:
     """An id in one form, however it was written: 3, 3.0 and "3" are the same.
 
-    Raises:
-        TypeError: it is neither a whole number nor text.
+    Raises TypeError if it is neither a whole number nor text.
     """
     if isinstance(value, float) and value.is_integer():
         return int(value)

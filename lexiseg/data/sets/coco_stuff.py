@@ -22,19 +22,11 @@ def list_coco(root: Path, split: str, unseen: str | None, name: str = "coco-stuf
 
     Labels are the distribution's stuffthingmaps (values 0..181 with gaps, 255 = unlabelled), or what was made of them:
     mmsegmentation's ``*_labelTrainIds.png`` (0..170) for COCO-Stuff, ``*_instanceTrainIds.png`` (0 = background, 1..80)
-    for COCO-Object. Out of the stuffthingmaps, COCO-Object's background is whatever is no thing, unlabelled pixels
-    too. They may lie in stuffthingmaps/, stuffthingmaps_trainval2017/, annotations/ or, as the archives unpack, beside
-    the pictures in train2017/ and val2017/. Where pictures or labels are not unpacked, they are read out of the
-    archives (train2017.zip, val2017.zip, stuffthingmaps_trainval2017.zip).
-
-    Args:
-        root: the folder.
-        split: of the pictures.
-        unseen: the list of unseen classes.
-        name: which of the two.
-
-    Raises:
-        LexisegError: ``root`` holds no such data set, or there is no list ``unseen`` of unseen classes.
+    for COCO-Object. Out of the stuffthingmaps, COCO-Object's background is whatever is no thing, unlabelled pixels too.
+    They may lie in stuffthingmaps/, stuffthingmaps_trainval2017/, annotations/ or, as the archives unpack, beside the
+    pictures in train2017/ and val2017/. Where pictures or labels are not unpacked, they are read out of the archives
+    (train2017.zip, val2017.zip, stuffthingmaps_trainval2017.zip). Raises LexisegError if ``root`` holds no such data
+    set, or there is no list ``unseen`` of unseen classes.
     """
     info = data_set(name)
     year = {"train": "train2017", "val": "val2017"}.get(split, split)

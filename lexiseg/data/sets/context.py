@@ -22,11 +22,8 @@ def list_context59(root: Path, split: str, unseen: str | None) -> SplitFiles:
 
     Labels are the PNGs of SegmentationClassContext (1..59 in alphabetical order, 0 = none of them), or the
     distribution's own .mat files of 459 classes with its labels.txt, by whose names the 59 are picked; the pixels of
-    the other 400 classes then have no class.
-
-    Raises:
-        LexisegError: ``root`` holds no such data set; labels.txt is needed and missing, wrong or without one of the 59;
-            or there is no list ``unseen`` of unseen classes.
+    the other 400 classes then have no class. Raises LexisegError if ``root`` holds no such data set; labels.txt is
+    needed and missing, wrong or without one of the 59; or there is no list ``unseen`` of unseen classes.
     """
     info = data_set("pascal-context-59")
     home = _context_home(root)
@@ -53,11 +50,8 @@ def list_context459(root: Path, split: str, unseen: str | None, classes: Path | 
 
     Labels are the distribution's .mat files (``trainval/*.mat``, variable LabelMap, 0 = no class), or 16-bit TIFFs made
     of them (``annotations_detectron2/pc459_SPLIT``: class ids from 0, 65535 = no class). The names come from
-    labels.txt.
-
-    Raises:
-        LexisegError: ``root`` holds no such data set; the class list is missing, wrong or not of 459 classes; or there
-            is no list ``unseen`` of unseen classes.
+    labels.txt. Raises LexisegError if ``root`` holds no such data set; the class list is missing, wrong or not of 459
+    classes; or there is no list ``unseen`` of unseen classes.
     """
     home = _context_home(root)
     listed = list(read_class_list(classes).classes) if classes else _context_labels(root, home)

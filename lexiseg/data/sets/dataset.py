@@ -23,48 +23,31 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Finding:
-    """Something that is wrong with a data set.
+    """Something that is wrong with a data set."""
 
-    Attributes:
-        kind: what, in one or two words with a hyphen; the same fault always has the same kind.
-        problem: one sentence: what, where, and what to do.
-        path: of the file or folder.
-        sample: which sample, where it is one.
-        split: of the sample.
-        severity: "error" makes training or evaluation fail or go wrong; "warning" may be meant so.
-        values: values of the label that stand for nothing, and how many pixels have each.
-    """
-
-    kind: str
-    problem: str
-    path: str = ""
-    sample: str = ""
-    split: str = ""
-    severity: str = "error"
+    kind: str  # what, in one or two words with a hyphen; the same fault always has the same kind
+    problem: str  # one sentence: what, where, and what to do
+    path: str = ""  # of the file or folder
+    sample: str = ""  # which sample, where it is one
+    split: str = ""  # of the sample
+    severity: str = "error"  # "error" makes training or evaluation fail or go wrong; "warning" may be meant so
+    # values of the label that stand for nothing, and how many pixels have each
     values: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True)
 class Item:
-    """One picture and where its label is.
+    """One picture and where its label is."""
 
-    Attributes:
-        name: of the sample, usually the file's stem.
-        image: the picture.
-        label: the file of its label.
-        kind: how that file holds its values.
-        table: what its values stand for.
-        draw: makes the values where they are not a picture in a file (outlines); None reads ``label``.
-        exif: "raw" where labels lie on the pixels as the picture's file holds them, "apply" where they lie on the
-            picture as its EXIF orientation turns it; None where nobody says.
-    """
-
-    name: str
-    image: Place
-    label: Place
-    kind: LabelKind
-    table: ValueTable
+    name: str  # of the sample, usually the file's stem
+    image: Place  # the picture
+    label: Place  # the file of its label
+    kind: LabelKind  # how that file holds its values
+    table: ValueTable  # what its values stand for
+    # makes the values where they are not a picture in a file (outlines); None reads ``label``
     draw: Callable[[], NDArray[np.int64]] | None = None
+    # "raw" where labels lie on the pixels as the picture's file holds them, "apply" where they lie on the picture as
+    # its EXIF orientation turns it; None where nobody says
     exif: str | None = "raw"
 
     def pixels(self) -> NDArray[np.uint8]:
@@ -78,21 +61,13 @@ class Item:
 
 @dataclass(frozen=True)
 class SplitFiles:
-    """What a layout found for one split, before a picture is opened.
+    """What a layout found for one split, before a picture is opened."""
 
-    Attributes:
-        split: its name.
-        items: picture and label files that should be there; whether they are is not said.
-        vocabulary: the classes.
-        ignore: label of pixels without a class.
-        findings: what is wrong with lists, folders and names.
-    """
-
-    split: str
-    items: tuple[Item, ...]
-    vocabulary: Vocabulary
-    ignore: int
-    findings: tuple[Finding, ...] = ()
+    split: str  # its name
+    items: tuple[Item, ...]  # picture and label files that should be there; whether they are is not said
+    vocabulary: Vocabulary  # the classes
+    ignore: int  # label of pixels without a class
+    findings: tuple[Finding, ...] = ()  # what is wrong with lists, folders and names
 
     def faults(self) -> tuple[Finding, ...]:
         """The findings, and one more where nothing is left of the split."""
@@ -106,14 +81,8 @@ class FileDataset:
     """The samples of a split; a :class:`lexiseg.data.base.SegmentationDataset`.
 
     Labels are int64 with 0-based class ids; pixels without a class are 255, or 65535 where there are more than 255
-    classes. They have the size of the label file, which is never resized.
-
-    Args:
-        files: what belongs to the split.
-
-    Raises:
-        LexisegError: the split is empty, a file of it is missing, or its lists are wrong. Pictures and labels are read,
-            and checked, one by one.
+    classes. They have the size of the label file, which is never resized. Raises LexisegError if the split is empty, a
+    file of it is missing, or its lists are wrong. Pictures and labels are read, and checked, one by one.
     """
 
     def __init__(self, files: SplitFiles) -> None:
@@ -149,9 +118,8 @@ class FileDataset:
     def __getitem__(self, index: int) -> Sample:
         """Read one picture and its label.
 
-        Raises:
-            IndexError: there are fewer samples.
-            LexisegError: a file is damaged, the sizes differ, or the label holds a value that stands for nothing.
+        Raises IndexError if there are fewer samples. Raises LexisegError if a file is damaged, the sizes differ, or the
+        label holds a value that stands for nothing.
         """
         import torch
 
@@ -165,9 +133,8 @@ class FileDataset:
     def label(self, index: int) -> Tensor:
         """Read one label (H, W) without its picture.
 
-        Raises:
-            IndexError: there are fewer samples.
-            LexisegError: the file is damaged, or holds a value that stands for nothing.
+        Raises IndexError if there are fewer samples. Raises LexisegError if the file is damaged, or holds a value that
+        stands for nothing.
         """
         import torch
 
@@ -186,10 +153,8 @@ class FileDataset:
 def misfit(item: Item, image: tuple[int, ...], label: tuple[int, ...]) -> tuple[str, str] | None:
     """The kind of fault and its sentence where a label does not lie on its picture, or it is open how.
 
-    Args:
-        item: the two.
-        image: height and width of the picture as :meth:`Item.pixels` gives it.
-        label: height and width of the label.
+    ``image``: height and width of the picture as :meth:`Item.pixels` gives it. ``label``: height and width of the
+    label.
     """
     orientation = 1 if item.exif is not None else _orientation(item.image)
     raw = image[::-1] if orientation > 4 else image

@@ -8,9 +8,7 @@ from lexiseg.errors import LexisegError
 class DataSetError(LexisegError):
     """What keeps a whole split from being listed: a folder, a class list, or a file of annotations.
 
-    Args:
-        problem: the sentence.
-        kind: of the finding it amounts to; see :class:`lexiseg.data.sets.dataset.Finding`.
+    ``kind``: of the finding it amounts to; see :class:`lexiseg.data.sets.dataset.Finding`.
     """
 
     def __init__(self, problem: str, kind: str = "missing-folder") -> None:

@@ -32,13 +32,11 @@ UNKNOWN = -1
 class LabelKind(Enum):
     """How a label file holds its numbers.
 
-    Attributes:
-        index: PNG, TIFF, BMP or GIF, 8 bits: palette indices or grey values, also as three equal channels.
-        wide: TIFF or PNG of one channel, 16 bits (8 are read as well).
-        ade_full: colour PNG of ADE20K's full set: ``R // 10 * 256 + G``.
-        color: colour PNG or TIFF with one class a colour; the value is ``R * 65536 + G * 256 + B``.
-        context_mat: MATLAB file of PASCAL Context, variable ``LabelMap``.
-        sbd_mat: MATLAB file of the Semantic Boundaries Dataset, ``GTcls.Segmentation``.
+    ``sbd_mat``: MATLAB file of the Semantic Boundaries Dataset, ``GTcls.Segmentation``. ``context_mat``: MATLAB file of
+    PASCAL Context, variable ``LabelMap``. ``color``: colour PNG or TIFF with one class a colour; the value is ``R *
+    65536 + G * 256 + B``. ``ade_full``: colour PNG of ADE20K's full set: ``R // 10 * 256 + G``. ``wide``: TIFF or PNG
+    of one channel, 16 bits (8 are read as well). ``index``: PNG, TIFF, BMP or GIF, 8 bits: palette indices or grey
+    values, also as three equal channels.
     """
 
     index = "index"
@@ -52,8 +50,7 @@ class LabelKind(Enum):
 def read_values(path: str | Place, kind: LabelKind) -> NDArray[np.int64]:
     """The numbers of a label file as they stand in it: ``(H, W)`` int64.
 
-    Raises:
-        LexisegError: the file is missing, damaged or of another kind than ``kind``; one sentence says which.
+    Raises LexisegError if the file is missing, damaged or of another kind than ``kind``; one sentence says which.
     """
     path = Path(path) if isinstance(path, str) else path
     try:
@@ -153,12 +150,9 @@ def png_fault(path: Place) -> str | None:
 class ValueTable:
     """What the values of a label file stand for.
 
-    Args:
-        id_map: value to class id.
-        void: values that stand for no class; they become ``ignore``.
-        ignore: label of pixels without a class.
-        rest_is_void: whether every other value has no class either. Else it is a fault of the file.
-        remedy: what to do about such a value, for the sentence.
+    ``void``: values that stand for no class; they become ``ignore``. ``ignore``: label of pixels without a class.
+    ``rest_is_void``: whether every other value has no class either. Else it is a fault of the file. ``remedy``: what to
+    do about such a value, for the sentence.
     """
 
     def __init__(

@@ -37,11 +37,7 @@ class Layout:
 
 
 def find_place(root: Path, split: str) -> Layout:
-    """The folders of a split's pictures and labels.
-
-    Raises:
-        DataSetError: there are none.
-    """
+    """The folders of a split's pictures and labels. Raises DataSetError if there are none."""
     images, labels, part = child(root, IMAGE_FOLDERS), _mask_folder(root), part_of(root, split)
     images_part, labels_part = part_of(images, split), part_of(labels, split)
     if part is not None and not images_part:
@@ -109,8 +105,7 @@ def picture_folders(root: Path, split: str) -> list[Path]:
 def json_of(root: Path, split: str) -> tuple[Path | None, bool]:
     """The COCO-style JSON of a split, and whether it is the only one and so holds all of them.
 
-    Raises:
-        DataSetError: there are several, and their names say no split.
+    Raises DataSetError if there are several, and their names say no split.
     """
     part = part_of(root, split)
     for name in entries(part) if part is not None else ():
@@ -169,8 +164,7 @@ def own_list(root: Path, split: str) -> Path | None:
 def names_of(root: Path, split: str, place: Layout, pictures: Sequence[str]) -> tuple[list[str], list[Finding]]:
     """The names of a split's pictures, and what is wrong with its list.
 
-    Raises:
-        DataSetError: there is no such split.
+    Raises DataSetError if there is no such split.
     """
     path = own_list(root, split)
     if path is not None:

@@ -26,15 +26,9 @@ def find_home(
 ) -> Path:
     """The folder a data set's own folders are in: ``root`` itself or a place below it.
 
-    Args:
-        root: what the user names.
-        inside: places below it to look at as well, such as "VOCdevkit/VOC2012".
-        marks: the folder is right where one of these is in it.
-        what: the data set, for the sentence.
-        archives: where nothing is unpacked, the folder is right that has one of these.
-
-    Raises:
-        DataSetError: there is none.
+    ``inside``: places below it to look at as well, such as "VOCdevkit/VOC2012". ``marks``: the folder is right where
+    one of these is in it. ``what``: the data set, for the sentence. ``archives``: where nothing is unpacked, the folder
+    is right that has one of these. Raises DataSetError if there is none.
     """
     root = Path(root)
     if not root.is_dir():
@@ -63,8 +57,7 @@ def first_folder(candidates: Iterable[Path], suffixes: Sequence[str] = ()) -> Pa
 def entries(folder: Path) -> list[str]:
     """Names of the files in ``folder``, sorted; hidden ones are left out. Empty where there is no such folder.
 
-    Raises:
-        DataSetError: it is a file, or may not be read.
+    Raises DataSetError if it is a file, or may not be read.
     """
     try:
         with os.scandir(folder) as found:
@@ -80,8 +73,7 @@ def entries(folder: Path) -> list[str]:
 def folders_in(folder: Path) -> list[Path]:
     """The folders in ``folder``, by name; hidden ones are left out. Empty where there is no such folder.
 
-    Raises:
-        DataSetError: it may not be read.
+    Raises DataSetError if it may not be read.
     """
     try:
         with os.scandir(folder) as found:
@@ -151,9 +143,8 @@ def same_stems(names: Iterable[str], folder: Path, suffixes: Iterable[str], spli
 def read_lines(path: Path, what: str) -> list[str]:
     """The lines of a text file that are not empty, stripped. Names that are not UTF-8 are kept as the disk has them.
 
-    Raises:
-        FileNotFoundError: there is none.
-        DataSetError: it cannot be read as text; ``what`` says what it must hold.
+    Raises FileNotFoundError if there is none. Raises DataSetError if it cannot be read as text; ``what`` says what it
+    must hold.
     """
     try:
         data = path.read_bytes()
@@ -220,14 +211,9 @@ def is_safe(name: str) -> bool:
 def with_unseen(vocabulary: Vocabulary, root: Path, unseen: str | None, source: str) -> Vocabulary:
     """The classes with the flags that unseen.txt gives them.
 
-    Args:
-        vocabulary: the classes.
-        root: the folder that may hold unseen.txt, with the name of an unseen class a line.
-        unseen: "none" leaves the file aside.
-        source: where the classes come from, for the sentence.
-
-    Raises:
-        LexisegError: the file cannot be read, or names a class that there is not, or every one there is.
+    ``root``: the folder that may hold unseen.txt, with the name of an unseen class a line. ``unseen``: "none" leaves
+    the file aside. ``source``: where the classes come from, for the sentence. Raises LexisegError if the file cannot be
+    read, or names a class that there is not, or every one there is.
     """
     path = root / "unseen.txt"
     if unseen == "none" or not path.is_file():

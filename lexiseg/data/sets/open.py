@@ -77,9 +77,7 @@ def with_background(data: FileDataset, words: Sequence[str] = ()) -> FileDataset
 
     Of PASCAL Context's .mat files it is the other 400 classes, too. The border of VOC's objects (255) stays unjudged.
 
-    Args:
-        data: a split of VOC 2012 or PASCAL Context 59.
-        words: further words for the background.
+    ``data``: a split of VOC 2012 or PASCAL Context 59.
     """
     last = len(data.vocabulary)
     classes = (*data.vocabulary.classes, VocabularyClass("background", tuple(words)))
@@ -97,14 +95,8 @@ def synonyms_of(name: str, vocabulary: Vocabulary, wanted: bool | None) -> Vocab
 
     A word that belongs to two classes is left out, because it could not say which of them it means.
 
-    Args:
-        name: of the data set.
-        vocabulary: its classes.
-        wanted: None leaves the vocabulary as it is: of the papers' data sets the names alone, of one's own data all
-            words of its list.
-
-    Raises:
-        LexisegError: synonyms are asked for and the data set gives none.
+    ``wanted``: None leaves the vocabulary as it is: of the papers' data sets the names alone, of one's own data all
+    words of its list. Raises LexisegError if synonyms are asked for and the data set gives none.
     """
     if wanted is None:
         return vocabulary
@@ -130,9 +122,8 @@ def list_split(
 ) -> SplitFiles:
     """Find the files of a split without opening a picture; the arguments are those of :func:`open_data_set`.
 
-    Raises:
-        LexisegError: the folder is not there or may not be read, or the classes cannot be known. Files that are
-            missing are findings.
+    Raises LexisegError if the folder is not there or may not be read, or the classes cannot be known. Files that are
+    missing are findings.
     """
     if name not in _LAYOUTS:
         near = difflib.get_close_matches(name, _LAYOUTS, n=1)
@@ -156,8 +147,7 @@ def train_split(name: str) -> str:
 def splits_of(name: str, root: str | Path) -> tuple[str, ...]:
     """The splits that are trained and judged on: the papers' training split and "val".
 
-    Raises:
-        LexisegError: there is no such data set, or a folder of one's own may not be read.
+    Raises LexisegError if there is no such data set, or a folder of one's own may not be read.
     """
     try:
         return own_splits(Path(root)) if name == OWN else (train_split(name), "val")

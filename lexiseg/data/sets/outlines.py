@@ -27,29 +27,18 @@ BACKGROUNDS = ("background", "_background_", "__background__")
 
 @dataclass(frozen=True)
 class Outline:
-    """The outline of one thing.
+    """The outline of one thing."""
 
-    Attributes:
-        index: its class id.
-        shape: polygons [[x, y, x, y, ...], ...] in pixels, or run lengths, as COCO has them.
-        who: which it is, for the sentence, such as "annotation 7 of 'x.json'".
-    """
-
-    index: int
-    shape: Any
-    who: str
+    index: int  # its class id
+    shape: Any  # polygons [[x, y, x, y, ...], ...] in pixels, or run lengths, as COCO has them
+    who: str  # which it is, for the sentence, such as "annotation 7 of 'x.json'"
 
 
 def draw_outlines(outlines: Sequence[Outline], size: tuple[int, int], rest: int) -> NDArray[np.int64]:
     """Draw outlines into a label map, larger ones first, so that what lies before something larger stays visible.
 
-    Args:
-        outlines: what to draw.
-        size: height and width.
-        rest: label of the pixels in no outline.
-
-    Raises:
-        LexisegError: an outline cannot be drawn; the sentence says which.
+    ``rest``: label of the pixels in no outline. Raises LexisegError if an outline cannot be drawn; the sentence says
+    which.
     """
     from pycocotools import mask as rle
 
@@ -84,8 +73,7 @@ def _encoded(outline: Outline, size: tuple[int, int]) -> Any:
 def _check(shape: Any, size: tuple[int, int]) -> None:
     """Refuse what pycocotools would not: it is written in C and reads and writes where an outline tells it to.
 
-    Raises:
-        ValueError, TypeError, KeyError: the outline is no polygons or run lengths of a picture of this size.
+    Raises ValueError, TypeError, KeyError if the outline is no polygons or run lengths of a picture of this size.
     """
     if isinstance(shape, dict):
         counts = shape["counts"]
@@ -117,8 +105,7 @@ def rest_of(names: Sequence[str], ignore: int) -> int:
 def picture_size(place: Place, *, turned: bool) -> tuple[int, int]:
     """Height and width of a picture, as its file holds it or as its orientation turns it.
 
-    Raises:
-        LexisegError: it cannot be opened, or is too large.
+    Raises LexisegError if it cannot be opened, or is too large.
     """
     try:
         with Image.open(readable(place)) as picture:
@@ -132,11 +119,7 @@ def picture_size(place: Place, *, turned: bool) -> tuple[int, int]:
 
 
 def read_labelme(path: Path) -> list[dict[str, Any]]:
-    """The shapes of a labelme file.
-
-    Raises:
-        LexisegError: it is none.
-    """
+    """The shapes of a labelme file. Raises LexisegError if it is none."""
     try:
         shapes = json.loads(path.read_text(encoding="utf-8-sig"))["shapes"]
         if not isinstance(shapes, list) or not all(
@@ -155,16 +138,10 @@ def draw_labelme(
 ) -> NDArray[np.int64]:
     """Draw a labelme file: polygons, rectangles, circles and masks.
 
-    Args:
-        path: of the file.
-        image: its picture, whose size the label has.
-        ids: class id by :func:`lexiseg.words.word_key` of the name.
-        left_out: the same of names whose shapes are not drawn.
-        rest: label of the pixels in no outline.
-        turned: whether the shapes lie on the picture as its orientation turns it.
-
-    Raises:
-        LexisegError: a shape is of no class or of no area, or cannot be drawn.
+    ``image``: its picture, whose size the label has. ``ids``: class id by :func:`lexiseg.words.word_key` of the name.
+    ``left_out``: the same of names whose shapes are not drawn. ``rest``: label of the pixels in no outline. ``turned``:
+    whether the shapes lie on the picture as its orientation turns it. Raises LexisegError if a shape is of no class or
+    of no area, or cannot be drawn.
     """
     size = picture_size(image, turned=turned)
     outlines = []
@@ -215,15 +192,9 @@ def _labelme_shape(shape: Mapping[str, Any], size: tuple[int, int], who: str) ->
 def draw_yolo(path: Path, image: Place, num_classes: int, rest: int, turned: bool) -> NDArray[np.int64]:
     """Draw a text file of YOLO's: a line a thing, its class id and the corners as fractions of width and height.
 
-    Args:
-        path: of the file.
-        image: its picture, whose size the label has.
-        num_classes: number of classes.
-        rest: label of the pixels in no outline.
-        turned: whether the corners lie on the picture as its orientation turns it.
-
-    Raises:
-        LexisegError: a line is none of these, or of no class.
+    ``image``: its picture, whose size the label has. ``rest``: label of the pixels in no outline. ``turned``: whether
+    the corners lie on the picture as its orientation turns it. Raises LexisegError if a line is none of these, or of no
+    class.
     """
     height, width = picture_size(image, turned=turned)
     try:

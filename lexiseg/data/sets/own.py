@@ -63,15 +63,9 @@ _SAMPLED = 16
 def list_own(root: Path, split: str, unseen: str | None, classes: Path | None) -> SplitFiles:
     """The files of a split of a folder of one's own; see the module.
 
-    Args:
-        root: the folder.
-        split: usually "train" or "val".
-        unseen: "none" leaves unseen.txt aside.
-        classes: the class file; None looks for one in the folder.
-
-    Raises:
-        LexisegError: the folder, its pictures, masks or class file cannot be found or read, or unseen.txt names a class
-            that there is not, or all.
+    ``split``: usually "train" or "val". ``unseen``: "none" leaves unseen.txt aside. ``classes``: the class file; None
+    looks for one in the folder. Raises LexisegError if the folder, its pictures, masks or class file cannot be found or
+    read, or unseen.txt names a class that there is not, or all.
     """
     if not root.is_dir():
         raise DataSetError(f"The data folder '{root}' does not exist; check the path.")

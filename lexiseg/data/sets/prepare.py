@@ -35,15 +35,10 @@ _PLACES: dict[str, tuple[tuple[str, str], ...]] = {
 
 @dataclass(frozen=True)
 class Step:
-    """Something that was done.
+    """Something that was done."""
 
-    Attributes:
-        what: one line for people.
-        path: what it was done to, or what was written.
-    """
-
-    what: str
-    path: str
+    what: str  # one line for people
+    path: str  # what it was done to, or what was written
 
 
 def prepare(
@@ -54,18 +49,11 @@ def prepare(
     A run that was stopped goes on where it was; a run on a folder that is ready does nothing. Archives are kept. At the
     end the splits are listed, without opening a picture, so that what is missing is said here.
 
-    Args:
-        name: as in :func:`lexiseg.data.sets.open.open_data_set`.
-        root: the folder with the archives, which becomes the data set's folder.
-        classes: the class list, where the distribution does not carry one.
-        say: told what is being done.
-
-    Returns:
-        What was done, in order; empty where there was nothing to do.
-
-    Raises:
-        LexisegError: there is no such data set or folder, an archive is damaged or unsafe, or something of the data
-            set is missing after all; what was done stays and ``say`` was told of it.
+    ``name``: as in :func:`lexiseg.data.sets.open.open_data_set`. ``root``: the folder with the archives, which becomes
+    the data set's folder. ``classes``: the class list, where the distribution does not carry one. Returns what was
+    done, in order; empty where there was nothing to do. Raises LexisegError if there is no such data set or folder, an
+    archive is damaged or unsafe, or something of the data set is missing after all; what was done stays and ``say`` was
+    told of it.
     """
     root = Path(root)
     if name != OWN:

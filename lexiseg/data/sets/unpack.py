@@ -25,19 +25,12 @@ _Member: TypeAlias = "tuple[str, int, Callable[[Path], object] | None]"
 
 @dataclass(frozen=True)
 class Unpacked:
-    """What became of an archive.
+    """What became of an archive."""
 
-    Attributes:
-        archive: its path.
-        written: number of files written.
-        kept: number of files that were there already, complete.
-        skipped: names of members that are no files (links, devices); they are not made.
-    """
-
-    archive: Path
-    written: int
-    kept: int
-    skipped: tuple[str, ...] = ()
+    archive: Path  # its path
+    written: int  # number of files written
+    kept: int  # number of files that were there already, complete
+    skipped: tuple[str, ...] = ()  # names of members that are no files (links, devices); they are not made
 
 
 def find_archives(folder: Path) -> list[Path]:
@@ -51,13 +44,9 @@ def unpack(archive: Path, target: Path) -> Unpacked:
     Every file is unpacked aside and moved when it is complete. A file that is there with the size it has in the archive
     is left alone, so that an interrupted run goes on where it was stopped; what such a run left is removed.
 
-    Args:
-        archive: the file.
-        target: the folder; created where it is missing.
-
-    Raises:
-        LexisegError: the archive is damaged or no archive, the disk is too small, or a member's name leads outside
-            ``target`` or through a link; nothing is written in the last two cases.
+    ``target``: the folder; created where it is missing. Raises LexisegError if the archive is damaged or no archive,
+    the disk is too small, or a member's name leads outside ``target`` or through a link; nothing is written in the last
+    two cases.
     """
     part = target / _PART
     try:

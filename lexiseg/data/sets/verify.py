@@ -40,42 +40,25 @@ Progress = Callable[[Iterable["SampleCheck"], int, str], Iterable["SampleCheck"]
 
 @dataclass(frozen=True)
 class SplitCheck:
-    """What was counted in one split.
+    """What was counted in one split."""
 
-    Attributes:
-        split: its name.
-        samples: pictures that have a label.
-        labelled: pixels with a class.
-        ignored: pixels without one.
-        unknown: pixels of values that stand for nothing.
-        class_pixels: pixels of each class, in the order of the ids.
-    """
-
-    split: str
-    samples: int
-    labelled: int
-    ignored: int
-    unknown: int
-    class_pixels: tuple[int, ...]
+    split: str  # its name
+    samples: int  # pictures that have a label
+    labelled: int  # pixels with a class
+    ignored: int  # pixels without one
+    unknown: int  # pixels of values that stand for nothing
+    class_pixels: tuple[int, ...]  # pixels of each class, in the order of the ids
 
 
 @dataclass(frozen=True)
 class Verification:
-    """The result of :func:`verify`.
+    """The result of :func:`verify`."""
 
-    Attributes:
-        name: of the data set.
-        root: its folder.
-        classes: names of the classes; empty where they could not be read.
-        splits: what was counted.
-        findings: what is wrong; empty for a data set that can be used.
-    """
-
-    name: str
-    root: str
-    classes: tuple[str, ...] = ()
-    splits: tuple[SplitCheck, ...] = ()
-    findings: tuple[Finding, ...] = ()
+    name: str  # of the data set
+    root: str  # its folder
+    classes: tuple[str, ...] = ()  # names of the classes; empty where they could not be read
+    splits: tuple[SplitCheck, ...] = ()  # what was counted
+    findings: tuple[Finding, ...] = ()  # what is wrong; empty for a data set that can be used
 
     @property
     def errors(self) -> tuple[Finding, ...]:
@@ -141,19 +124,12 @@ def _values_told(group: Sequence[Finding], samples: int, pixels: int) -> list[Fi
 
 @dataclass(frozen=True)
 class SampleCheck:
-    """What one sample amounts to.
+    """What one sample amounts to."""
 
-    Attributes:
-        findings: what is wrong with it.
-        counts: pixels of each class.
-        ignored: pixels without one.
-        unknown: pixels of values that stand for nothing.
-    """
-
-    findings: tuple[Finding, ...]
-    counts: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
-    ignored: int = 0
-    unknown: int = 0
+    findings: tuple[Finding, ...]  # what is wrong with it
+    counts: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))  # pixels of each class
+    ignored: int = 0  # pixels without one
+    unknown: int = 0  # pixels of values that stand for nothing
 
 
 def verify(
@@ -167,20 +143,11 @@ def verify(
 ) -> Verification:
     """Read every file of a data set and say what is wrong with it.
 
-    Args:
-        name: as in :func:`lexiseg.data.sets.open.open_data_set`.
-        root: its folder.
-        splits: which to look at; None takes the one the papers train on and "val".
-        classes: the class list, where the distribution does not carry one.
-        workers: threads that read; None takes one a processor.
-        progress: shows how far it is.
-
-    Returns:
-        The findings: those of lists and folders first, then sample by sample in their order, then those of a whole
-        split. A fault of one file never hides those of another.
-
-    Raises:
-        LexisegError: there is no data set of that name. Everything that is wrong on disk is a finding.
+    ``name``: as in :func:`lexiseg.data.sets.open.open_data_set`. ``splits``: which to look at; None takes the one the
+    papers train on and "val". ``classes``: the class list, where the distribution does not carry one. ``workers``:
+    threads that read; None takes one a processor. Returns the findings: those of lists and folders first, then sample
+    by sample in their order, then those of a whole split. A fault of one file never hides those of another. Raises
+    LexisegError if there is no data set of that name. Everything that is wrong on disk is a finding.
     """
     root = Path(root)
     given = splits is not None
@@ -231,8 +198,7 @@ def _absent(name: str, root: Path, split: str, classes: str | Path | None) -> st
 def usable_splits(name: str, root: Path) -> tuple[Sequence[str], list[Finding]]:
     """The splits to look at where nobody names any, and a warning where that is not all the papers train on.
 
-    Raises:
-        LexisegError: there is no data set of that name, or its folder may not be read.
+    Raises LexisegError if there is no data set of that name, or its folder may not be read.
     """
     chosen = splits_of(name, root)
     if name not in NAMES or "aug" not in data_set(name).splits:

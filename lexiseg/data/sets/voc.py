@@ -21,10 +21,8 @@ def list_voc(root: Path, split: str, unseen: str | None) -> SplitFiles:
 
     The labels of ``aug`` are the PNGs of SegmentationClassAug, or the .mat files of the Semantic Boundaries Dataset as
     it is distributed (``benchmark_RELEASE/dataset/cls``). Its list is aug.txt; where that is missing, what trainaug.txt
-    has beyond train.txt; or what SBD's own lists have beyond VOC's train and val.
-
-    Raises:
-        LexisegError: ``root`` holds no such data set, or there is no list ``unseen`` of unseen classes.
+    has beyond train.txt; or what SBD's own lists have beyond VOC's train and val. Raises LexisegError if ``root`` holds
+    no such data set, or there is no list ``unseen`` of unseen classes.
     """
     info = data_set("voc2012")
     home = find_home(root, ("VOCdevkit/VOC2012", "VOC2012"), ("JPEGImages",), "PASCAL VOC 2012")
@@ -98,16 +96,10 @@ def open_voc_folder(
 ) -> FileDataset:
     """Open a split of a folder in VOC's layout, with any class list (classes.txt) and unseen.txt.
 
-    Args:
-        root: the folder.
-        split: name of the list, without ``.txt``.
-        labels: folder of the labels below ``root``; Context, for example, uses "SegmentationClassContext".
-        splits: folder of the lists below ``root``.
-        reduce_zero_label: ids count from 1 and 0 is background, as in VOC's own files.
-
-    Raises:
-        LexisegError: a folder, list, picture or label is missing, the list is empty, or ``unseen.txt`` names a class
-            that ``classes.txt`` does not.
+    ``split``: name of the list, without ``.txt``. ``labels``: folder of the labels below ``root``; Context, for
+    example, uses "SegmentationClassContext". ``splits``: folder of the lists below ``root``. ``reduce_zero_label``: ids
+    count from 1 and 0 is background, as in VOC's own files. Raises LexisegError if a folder, list, picture or label is
+    missing, the list is empty, or ``unseen.txt`` names a class that ``classes.txt`` does not.
     """
     root = Path(root)
     if not root.is_dir():

@@ -248,11 +248,14 @@ def read_coco(dataset: Mapping[str, Any], image_id: int | None = None) -> tuple[
 
 
 def to_geojson(result: Result, instances: Collection[str] = (), tolerance: float = 1.0) -> dict[str, Any]:
-    """A result as a GeoJSON feature collection, in pixels (x to the right, y down), not in degrees."""
+    """A result as a GeoJSON feature collection, in pixels (x to the right, y down), not in degrees.
+
+    A feature has the class's ``id`` and ``name``, and its own ``score`` and ``fraction`` of the picture.
+    """
     features = [
         {
             "type": "Feature",
-            "properties": {"label": row.name, "index": row.index, "score": row.score},
+            "properties": {"id": row.index, "name": row.name, "score": row.score, "fraction": float(mask.mean())},
             "geometry": {
                 "type": "MultiPolygon",
                 "coordinates": [[[*ring, ring[0]] for ring in polygon] for polygon in polygons_of(mask, tolerance)],

@@ -282,7 +282,7 @@ class _Polygons:
             np.array([name for _, _, name in self._kept], dtype=object),
         ]
         pyogrio.raw.write(
-            self.temporary, geometry, fields, np.array(["class_id", "name"], dtype=object), layer="segments",
+            self.temporary, geometry, fields, np.array(["id", "name"], dtype=object), layer="segments",
             driver="GPKG", geometry_type="Polygon", crs=self.crs.to_wkt() if self.crs else None,
             append=self.temporary.exists() and self.temporary.stat().st_size > 0,
         )  # fmt: skip

@@ -165,7 +165,7 @@ def _segment(
             pixels = picture.to_ndarray(format="rgb24")
             seconds = float(picture.time or 0.0)
             if index in known:
-                labels.current = _labels_of(known[index], labels.vocabulary)
+                labels.current = _labels_of(known[index], pixels.shape[:2], len(labels.vocabulary))
             elif index % options.every == 0 or labels.current is None:
                 labels.make(pixels)
                 _append(journal, {"frame": index, "seconds": seconds, "segments": _segments_of(labels.current)})
@@ -304,14 +304,10 @@ def _segments_of(labels: NDArray[np.integer] | None) -> list[dict[str, Any]]:
     return [{"category_id": one, "rle": encode_rle(labels == one)} for one in ids]
 
 
-def _labels_of(line: dict[str, Any], vocabulary: Vocabulary) -> NDArray[np.integer]:
+def _labels_of(line: dict[str, Any], size: tuple[int, ...], num_classes: int) -> NDArray[np.integer]:
     from pycocotools import mask as coco
 
-    wide = len(vocabulary) > 255
-    labels: NDArray[np.integer] | None = None
+    labels = np.full(size, 255, np.uint8) if num_classes <= 255 else np.full(size, 65535, np.uint16)
     for segment in line["segments"]:
-        mask = coco.decode(segment["rle"]).astype(bool)
-        if labels is None:
-            labels = np.full(mask.shape, 65535 if wide else 255, np.uint16 if wide else np.uint8)
-        labels[mask] = segment["category_id"]
-    return np.zeros((0, 0), np.uint8) if labels is None else labels
+        labels[coco.decode(segment["rle"]).astype(bool)] = segment["category_id"]
+    return labels

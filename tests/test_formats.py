@@ -124,7 +124,8 @@ def test_coco_of_others_is_read(tmp_path: Path) -> None:
 def test_geojson_yolo_and_labelme_cover_the_masks() -> None:
     one = result()
     features = formats.to_geojson(one, tolerance=0)["features"]
-    assert [feature["properties"]["label"] for feature in features] == list(NAMES[:3])
+    assert [feature["properties"]["name"] for feature in features] == list(NAMES[:3])
+    assert features[0]["properties"].keys() == {"id", "name", "score", "fraction"}
     rings = [ring for polygon in features[0]["geometry"]["coordinates"] for ring in polygon]
     assert all(ring[0] == ring[-1] for ring in rings)
     assert np.array_equal(painted([ring[:-1] for ring in rings], one.size), ring_with_a_dot())

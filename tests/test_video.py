@@ -97,6 +97,14 @@ def test_an_interrupted_run_goes_on(segmenter: Any, clip: Path, tmp_path: Path) 
         run(segmenter, clip, tmp_path / "part", resume=True, every=2)
 
 
+def test_frames_without_any_class_go_on_too(segmenter: Any, clip: Path, tmp_path: Path) -> None:
+    vocabulary = segmenter.vocabulary(WORDS, background=2.0)
+    for resume in (False, True):
+        options = VideoOptions(frames=2, resume=resume)
+        frames = list(segment_video(segmenter, clip, vocabulary, tmp_path, options))
+        assert [(frame.labels == 255).all() and frame.labels.shape == (128, 128) for frame in frames] == [True, True]
+
+
 def test_the_command(clip: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     asked = ["predict", str(clip), WORDS, "--model", "zegclip-emoji", "-o", str(tmp_path), "--frames", "2", "--json"]
     assert main([*asked, "--device", "cpu"]) == 0

@@ -73,7 +73,9 @@ def describe_result(answer: Answer, model: str, output: Output) -> dict[str, Any
         for row in rows:
             row["polygons"] = outlines(result, int(row["id"]))
     elif output == "geojson":
-        found["geojson"] = _geojson(result, rows)
+        from lexiseg.formats import to_geojson
+
+        found["geojson"] = to_geojson(result)
     elif answer.scores is not None:
         found["scores"] = _score_maps(answer, (height, width))
     return found
@@ -84,20 +86,6 @@ def outlines(result: Segmentation, index: int) -> list[list[list[list[float]]]]:
     from lexiseg.formats import polygons_of
 
     return polygons_of(result.mask(index).numpy())
-
-
-def _geojson(result: Segmentation, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    features = []
-    for row in rows:
-        coordinates = [[[*ring, ring[0]] for ring in polygon] for polygon in outlines(result, int(row["id"]))]
-        features.append(
-            {
-                "type": "Feature",
-                "properties": {key: row[key] for key in ("id", "name", "score", "fraction")},
-                "geometry": {"type": "MultiPolygon", "coordinates": coordinates},
-            }
-        )
-    return {"type": "FeatureCollection", "features": features}
 
 
 def _score_maps(answer: Answer, size: tuple[int, int]) -> dict[str, Any]:

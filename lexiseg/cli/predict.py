@@ -155,7 +155,7 @@ def predict(
         raise LexisegError("--workers, --address and --shard-size are for a cluster; add --cluster ray.")
     kinds = _kinds(save, instances)
     sources, classes = _split(words, classes_file)
-    from lexiseg.cli.maps import read_bands
+    from lexiseg.cli.streams import predict_map, predict_video, read_bands
     from lexiseg.maps import MapOptions, is_map
     from lexiseg.video import VideoOptions, is_video
 
@@ -181,13 +181,9 @@ def predict(
     policy = window_of(segmenter.model.window, window, stride)
     checked = segmenter.vocabulary(vocabulary, background=background)
     if chart:
-        from lexiseg.cli.maps import predict_map
-
         predict_map(segmenter, sources[0], checked, output, chart, json, window=policy, batch_size=batch_size)
         return
     if video:
-        from lexiseg.cli.video import predict_video
-
         predict_video(segmenter, sources[0], checked, output, video, json, window=policy, batch_size=batch_size)
         return
     regions = _instances(instances, checked)

@@ -22,6 +22,7 @@ from pycocotools import mask as coco
 import lexiseg
 from lexiseg.app.service import create_app
 from lexiseg.app.settings import ServiceSettings
+from lexiseg.formats import to_geojson
 from lexiseg.samples import sample_path
 
 WORDS = "giraffe; elephant; butterfly; tree; leaves, bush; grass"
@@ -106,7 +107,7 @@ def test_a_picture_in_every_form(running: Running) -> None:
     assert np.array_equal(np.asarray(picture), labels)
     assert all(polygon[0] for row in found["polygons"]["classes"] for polygon in row["polygons"])
     features = found["geojson"]["geojson"]["features"]
-    assert {one["properties"]["name"] for one in features} == {row["name"] for row in found["rle"]["classes"]}
+    assert found["geojson"]["geojson"] == to_geojson(expected)
     assert all(ring[0] == ring[-1] for one in features for part in one["geometry"]["coordinates"] for ring in part)
     assert set(found["scores"]["scores"]["maps"]) == set(expected.classes)
 

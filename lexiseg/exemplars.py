@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,7 @@ class Exemplar:
             return cls(_beside(folder, image), box=[int(number) for number in numbers])
         return cls(_beside(folder, image), _beside(folder, where))
 
-    @property
+    @cached_property
     def word(self) -> str:
         """What stands for it among the words of a vocabulary."""
         return f"{PREFIX}{_said(self.image)}#{_said(self.box if self.mask is None else self.mask)}"

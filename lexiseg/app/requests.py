@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import base64
 import binascii
+import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
 
 from fastapi import Request
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
+from pydantic_core import from_json
 from starlette.datastructures import UploadFile
 
 from lexiseg.app.results import Output
@@ -28,11 +30,35 @@ class ServiceError(Exception):
         self.headers = headers or {}
 
 
+class ExemplarRequest(BaseModel):
+    """A picture as a class.
+
+    Attributes:
+        name: of the class; one of that name among the words gets the picture beside its words.
+        box: left, top, right and bottom of the thing in pixels.
+        image: the picture that shows it, in base64; None is the first picture that is asked about.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: str
+    box: list[int] = Field(min_length=4, max_length=4)
+    image: str | None = None
+
+
+# OpenAPI knows no definitions inside a body's schema, so the exemplar's stands where it is used. Forms hold it as text.
+Exemplars = Annotated[
+    list[Annotated[ExemplarRequest, WithJsonSchema(ExemplarRequest.model_json_schema())]],
+    BeforeValidator(lambda value: from_json(value) if isinstance(value, str) else value),
+]
+
+
 class Question(BaseModel):
     """What is asked of a picture.
 
     Attributes:
         classes: a semicolon or a line break separates classes, a comma joins synonyms; or a list of such texts.
+        exemplars: pictures as classes, behind those of words.
         background: "none", a class name, or a score below which pixels are ignored.
         window: side of the sliding window in pixels; 0 runs whole pictures; None is the model's own way.
         refine: how masks are cleaned up; None is the model's own way.
@@ -45,6 +71,7 @@ class Question(BaseModel):
     )
 
     classes: str | list[str]
+    exemplars: Exemplars = []
     background: str | float | None = None
     window: int | None = Field(default=None, ge=0)
     refine: str | None = None
@@ -106,7 +133,7 @@ async def _form_question(request: Request) -> tuple[Question, list[bytes]]:
     """A multipart request: fields of `Question`, and one or several files."""
     pictures: list[bytes] = []
     fields: dict[str, Any] = {}
-    async with request.form(max_files=1000, max_fields=1000) as form:
+    async with request.form(max_part_size=sys.maxsize) as form:
         for key, value in form.multi_items():
             if isinstance(value, UploadFile):
                 pictures.append(await value.read())

@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from importlib import resources
 from typing import TYPE_CHECKING, Any
 
@@ -23,9 +24,11 @@ from lexiseg.app.queue import Answer, BusyError, Job, Queue
 from lexiseg.app.requests import (
     BatchRequest,
     ClassesRequest,
+    ExemplarRequest,
     Question,
     SegmentRequest,
     ServiceError,
+    decode_picture,
     describe_body,
     first_complaint,
     read_question,
@@ -34,6 +37,7 @@ from lexiseg.app.results import OUTPUTS, describe_result
 from lexiseg.app.settings import ServiceSettings
 from lexiseg.class_list import split_classes
 from lexiseg.errors import LexisegError
+from lexiseg.exemplars import PREFIX, Exemplar
 from lexiseg.vocabulary import Vocabulary, VocabularyClass
 
 if TYPE_CHECKING:
@@ -95,8 +99,15 @@ class Service:
             raise ServiceError(404, f"The model is not served here; choose {' or '.join(self.segmenters)}.")
         return name, self.segmenters[name]
 
-    def vocabulary(self, classes: str | Sequence[str]) -> Vocabulary:
-        """The classes of a client: words alone; nothing in them is ever taken for a file.
+    def vocabulary(
+        self, classes: str | Sequence[str], exemplars: Sequence[ExemplarRequest] = (), picture: bytes = b""
+    ) -> Vocabulary:
+        """The classes of a client: words and pictures; nothing in the words is ever taken for a file.
+
+        Args:
+            classes: as in `Question`.
+            exemplars: as in `Question`.
+            picture: what exemplars without a picture show.
 
         Raises:
             LexisegError: they are wrong.
@@ -106,9 +117,24 @@ class Service:
         if sum(text.count(";") + text.count("\n") + 1 for text in texts) > 4 * self.settings.max_classes:
             raise self._too_many()
         listed = [one for text in texts for one in split_classes(text)]
-        if len(listed) > self.settings.max_classes:
+        if len(listed) + len(exemplars) > self.settings.max_classes:
             raise self._too_many()
-        return Vocabulary(tuple(VocabularyClass(one.name, tuple(one.synonyms)) for one in listed))
+        if len(exemplars) > self.settings.max_pictures:
+            raise ServiceError(422, f"There are more than {self.settings.max_pictures} exemplars; send fewer.")
+        if any(word.startswith(PREFIX) for one in listed for word in (one.name, *one.synonyms)):
+            raise ServiceError(422, "This service opens no files; send a picture as a class in 'exemplars'.")
+        words = [VocabularyClass(one.name, one.synonyms, scored=one.scored) for one in listed]
+        places = {word.name: place for place, word in enumerate(words)}
+        for one in exemplars:
+            shown = (Exemplar(picture if one.image is None else decode_picture(one.image), box=one.box),)
+            made = VocabularyClass(one.name, exemplars=shown, scored=False)
+            if made.name in places:
+                known = words[places[made.name]]
+                words[places[made.name]] = replace(known, exemplars=known.exemplars + shown)
+            else:
+                places[made.name] = len(words)
+                words.append(made)
+        return Vocabulary(tuple(words))
 
     def _too_many(self) -> ServiceError:
         return ServiceError(422, f"There are more than {self.settings.max_classes} classes; send fewer.")
@@ -127,7 +153,9 @@ class Service:
         name, segmenter = self.segmenter(question.model)
         if question.refine is not None:
             segmenter = segmenter.refined(question.refine)
-        words = self.vocabulary(question.classes) if vocabulary is None else vocabulary
+        words = vocabulary
+        if words is None:
+            words = await asyncio.to_thread(self.vocabulary, question.classes, question.exemplars, pictures[0])
         arguments: dict[str, Any] = {"classes": words}
         for key in ("background", "window"):
             if (value := getattr(question, key)) is not None:

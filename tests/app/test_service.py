@@ -20,10 +20,13 @@ from PIL import Image
 from pycocotools import mask as coco
 
 import lexiseg
+from lexiseg.app.results import encode_png
 from lexiseg.app.service import create_app
 from lexiseg.app.settings import ServiceSettings
+from lexiseg.exemplars import Exemplar
 from lexiseg.formats import to_geojson
 from lexiseg.samples import sample_path
+from lexiseg.vocabulary import Vocabulary, VocabularyClass
 
 WORDS = "giraffe; elephant; butterfly; tree; leaves, bush; grass"
 SMALL = ServiceSettings(max_bytes=2 * 2**20, max_pixels=1_000_000, max_classes=50, seconds=20, queue=4, max_pictures=3)
@@ -122,6 +125,45 @@ def test_a_refinement_can_be_asked_for(running: Running) -> None:
     assert edges["png"] != plain["png"] and np.array_equal(np.asarray(picture), np.asarray(expected))
 
 
+def test_a_box_on_a_picture_is_a_class(running: Running) -> None:
+    data, other = sample_path("demo").read_bytes(), sample_path("street").read_bytes()
+    box = [40, 60, 200, 220]
+    shown = VocabularyClass("thing", exemplars=(Exemplar(data, box=box),), scored=False)
+    expected = running.segmenter.predict(data, Vocabulary((VocabularyClass("grass"), shown)))
+    asked = {"image": b64(data), "classes": "grass", "exemplars": [{"name": "thing", "box": box}], "output": "png"}
+    found = running.client.post("/v1/segment", json=asked).json()
+    assert found["names"] == ["grass", "thing"] and found["png"] == encode_png(expected.label_image())
+    form = {"classes": "grass", "output": "png"}
+    for image in (None, b64(data)):
+        form["exemplars"] = json.dumps([{"name": "thing", "box": box, "image": image}])
+        reply = running.client.post("/v1/segment", files={"image": data}, data=form)
+        assert reply.json() == found
+    reply = running.client.post("/v1/segment", files={"image": other}, data=form)  # an example from another picture
+    assert reply.status_code == 200 and reply.json()["names"] == ["grass", "thing"]
+    alone = {
+        **asked,
+        "classes": "",
+        "exemplars": [{"name": name, "box": [*box[:2], 90 + i, 99]} for i, name in enumerate("ab")],
+    }
+    assert running.client.post("/v1/segment", json=alone).json()["names"] == ["a", "b"]
+    both = {**asked, "classes": "thing; grass"}
+    assert running.client.post("/v1/segment", json=both).json()["names"] == ["thing", "grass"]
+    for exemplar, says in (
+        ({"name": "thing", "box": [9, 9, 3, 3]}, "left, top, right, bottom"),
+        ({"name": "thing", "box": [5000, 5000, 6000, 6000]}, "nowhere"),
+        ({"name": "", "box": box}, "class name"),
+        ({"name": "thing", "box": box, "image": "http://a/b"}, "fetches no"),
+        ({"name": "thing", "box": box, "image": b64(b"no picture")}, "picture"),
+        ({"name": "thing"}, "box"),
+    ):
+        assert_sentence(running.client.post("/v1/segment", json={**asked, "exemplars": [exemplar]}), 422, says)
+    many = {**asked, "exemplars": [{"name": f"t{i}", "box": box} for i in range(4)]}
+    assert_sentence(running.client.post("/v1/segment", json=many), 422, "more than 3 exemplars")
+    assert_sentence(
+        running.client.post("/v1/segment", files={"image": data}, data={**form, "exemplars": "["}), 422, "exemplars"
+    )
+
+
 def test_a_batch_keeps_the_order(running: Running) -> None:
     pictures = [png((40 + 8 * index, 32), index) for index in range(3)]
     reply = running.client.post(
@@ -172,7 +214,9 @@ def test_words_of_clients_are_never_files(running: Running, tmp_path: Path) -> N
     for text in (f"@{secret}", str(secret), f"mug = cup, photo:{secret}"):
         reply = running.client.post("/v1/classes", json={"classes": text})
         assert "hunter2" not in reply.text
-        if reply.status_code == 200:
+        if text.startswith("mug"):
+            assert_sentence(reply, 422, "opens no files")
+        elif reply.status_code == 200:
             assert secret.name in reply.text  # the words themselves
 
 

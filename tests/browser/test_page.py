@@ -93,7 +93,7 @@ class Page:
         self.by("classes").clear()
         self.by("classes").send_keys(words)
         self.by("run").click()
-        until(lambda: self.by("result").is_displayed() or self.text("error"))
+        until(lambda: self.by("masks").is_displayed() or self.text("error"))
         until(lambda: self.by("run").is_enabled())
 
 
@@ -132,6 +132,9 @@ def test_classes_are_checked_as_they_are_typed(browser: Any, running: Running) -
     until(lambda: "2 classes" in page.text("check") and "giraffe (unseen)" in page.text("check"))
     page.by("classes").send_keys("; giraffe")
     until(lambda: "twice" in page.text("check"))
+    page.by("classes").clear()
+    page.by("classes").send_keys("cat; " + "very " * 90 + "long")
+    until(lambda: "shorter name" in page.text("check"))
 
 
 def test_mistakes_are_the_service_s_sentences(browser: Any, running: Running, tmp_path: Path) -> None:
@@ -172,7 +175,7 @@ def test_with_the_keyboard_alone(browser: Any, running: Running) -> None:
     browser.switch_to.active_element.send_keys("elephant; grass; leaves")
     tab_to("run")
     webdriver.ActionChains(browser).send_keys(Keys.ENTER).perform()
-    until(lambda: page.by("result").is_displayed())
+    until(lambda: page.by("masks").is_displayed())
     tab_to("opacity")
     before = page.pixels()
     webdriver.ActionChains(browser).send_keys(Keys.ARROW_LEFT * 20).perform()
@@ -189,3 +192,33 @@ def test_on_a_narrow_screen(browser: Any, running: Running) -> None:
     page.segment(words="elephant; grass")
     assert browser.execute_script("return document.documentElement.scrollWidth <= window.innerWidth")
     page.shoot("narrow")
+
+
+def test_a_box_drawn_on_a_picture_becomes_a_class(browser: Any, running: Running) -> None:
+    page = Page(browser, running.port)
+    Select(page.by("sample")).select_by_value("demo")
+    until(lambda: page.by("canvas").is_displayed())
+    assert not page.by("masks").is_displayed()
+    page.by("example").find_element(By.TAG_NAME, "summary").click()
+    page.by("add").click()
+    assert "no box" in page.text("error")
+    drag = webdriver.ActionChains(browser).move_to_element_with_offset(page.by("canvas"), -60, -40)
+    drag.click_and_hold().move_by_offset(80, 100).release().perform()
+    left, top, right, bottom = (int(side) for side in page.by("box").get_attribute("value").split())
+    assert (right - left, bottom - top) == (80, 100) and page.by("frame").is_displayed()
+    assert browser.switch_to.active_element.get_attribute("id") == "name"
+    page.by("name").send_keys("thing")
+    page.shoot("example")
+    page.by("add").click()
+    assert "thing: a box in demo.png" in page.text("exemplars") and not page.by("frame").is_displayed()
+    page.by("box").send_keys("10 20 60 90")  # as who has no pointer does
+    page.by("name").send_keys("other")
+    page.by("add").click()
+    page.by("files").send_keys(str(sample_path("street")))
+    page.segment(words="grass; road")
+    for _ in range(2):  # the picture of the examples, and another one
+        assert browser.execute_script("return current.answer.names") == ["grass", "road", "thing", "other"]
+        Select(page.by("which")).select_by_index(1)
+    page.by("exemplars").find_elements(By.TAG_NAME, "button")[0].click()
+    page.segment(words="")
+    assert browser.execute_script("return current.answer.names") == ["other"]

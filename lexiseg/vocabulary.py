@@ -113,8 +113,8 @@ class VocabularyClass:
 class Vocabulary:
     """The classes a picture is segmented into, in the user's order.
 
-    Raises LexisegError if there are no classes, or two words that are the same after NFC, case folding and folding of white space,
-    within one class or across two; a template without exactly one ``{}``.
+    Raises LexisegError if there are no classes, two words are the same after NFC, case folding and folding of white
+    space (within one class or across two), or a template has not exactly one ``{}``.
     """
 
     # at least one class. A background of kind "class" that is not among them is appended as the last.
@@ -223,8 +223,8 @@ class Vocabulary:
     def save(self, path: str | Path) -> Path:
         """Write the vocabulary to a .json, .yaml, .yml or .txt file, atomically, and return the path.
 
-        Raises LexisegError if the ending is another one; a text file that would lose something (templates, background, seen,
-        colours, a word with a comma or semicolon or beginning with #); the file cannot be written.
+        Raises LexisegError if the ending is another one, a text file would lose something (templates, background, seen,
+        colours, a word with a comma or semicolon or beginning with #), or the file cannot be written.
         """
         path = Path(path)
         suffix = path.suffix.lower()

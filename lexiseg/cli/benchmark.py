@@ -9,9 +9,11 @@ from pathlib import Path
 import typer
 
 import lexiseg
+from lexiseg.cli.options import show_help
 from lexiseg.errors import LexisegError
 
-app = typer.Typer(help="Measure what the systems cost.", no_args_is_help=True)
+app = typer.Typer(help="Measure what the systems cost.")
+app.callback(invoke_without_command=True)(show_help)
 
 
 @app.command("cost", context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False)

@@ -21,54 +21,53 @@ _OPTIONS = {
 }
 
 
+Weights = Annotated[
+    Path,
+    typer.Argument(help="A .pth, .pt, .ckpt, .bin, .pkl or .safetensors file, or a CLIPModel folder of transformers."),
+]
+Output = Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")]
+Seen = Annotated[
+    Path | None,
+    typer.Option(
+        "--seen",
+        help="Segmenters: a file of the classes it was trained on, one a line; they are not in the checkpoint.",
+    ),
+]
+Transductive = Annotated[
+    bool,
+    typer.Option(
+        "--transductive",
+        help="One-stage systems and ZegFormer: it was trained with self-training; no offset on seen classes.",
+    ),
+]
+QuickGelu = Annotated[
+    bool | None, typer.Option("--quick-gelu/--gelu", help="CLIP: its activation. Default: told by the file.")
+]
+Clip = Annotated[
+    str | None,
+    typer.Option(
+        "--clip", help="Decoupled systems without a CLIP in their file (ZegFormer): the CLIP, such as ViT-B-16/openai."
+    ),
+]
+Ema = Annotated[
+    bool | None,
+    typer.Option(
+        "--ema/--no-ema", help="Take the moving average of the weights, or not. Default: not, where a file has both."
+    ),
+]
+Half = Annotated[bool, typer.Option("--half", help="Store the weights in 16 bits.")]
+
+
 def convert(
-    weights: Annotated[
-        Path,
-        typer.Argument(
-            help="A .pth, .pt, .ckpt, .bin, .pkl or .safetensors file, or a CLIPModel folder of transformers.",
-            show_default=False,
-        ),
-    ],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.", show_default=False)],
-    seen: Annotated[
-        Path | None,
-        typer.Option(
-            "--seen",
-            help="Segmenters: a file of the classes it was trained on, one a line; they are not in the checkpoint.",
-            show_default=False,
-        ),
-    ] = None,
+    weights: Weights,
+    output: Output,
+    seen: Seen = None,
     template: Template = None,
-    transductive: Annotated[
-        bool,
-        typer.Option(
-            "--transductive",
-            help="One-stage systems and ZegFormer: it was trained with self-training; no offset on seen classes.",
-        ),
-    ] = False,
-    quick_gelu: Annotated[
-        bool | None,
-        typer.Option(
-            "--quick-gelu/--gelu", help="CLIP: its activation. Default: told by the file.", show_default=False
-        ),
-    ] = None,
-    clip: Annotated[
-        str | None,
-        typer.Option(
-            "--clip",
-            help="Decoupled systems without a CLIP in their file (ZegFormer): the CLIP, such as ViT-B-16/openai.",
-            show_default=False,
-        ),
-    ] = None,
-    ema: Annotated[
-        bool | None,
-        typer.Option(
-            "--ema/--no-ema",
-            help="Take the moving average of the weights, or not. Default: not, where a file has both.",
-            show_default=False,
-        ),
-    ] = None,
-    half: Annotated[bool, typer.Option("--half", help="Store the weights in 16 bits.")] = False,
+    transductive: Transductive = False,
+    quick_gelu: QuickGelu = None,
+    clip: Clip = None,
+    ema: Ema = None,
+    half: Half = False,
     json: Json = False,
 ) -> None:
     """Turn a checkpoint into a folder for --model.
@@ -116,9 +115,6 @@ def convert(
         say_note(f"{len(report.unused)} tensors that no computation uses were left out, {report.unused[0]} first.")
     for note in report.notes:
         say_note(note)
-    uses = {
-        "clip": f"--model naclip/{report.folder}",
-        "sam": f"--set model.options.proposals.weights={report.folder}",
-    }
+    uses = {"clip": f"--model naclip/{report.folder}", "sam": f"--set model.options.proposals.weights={report.folder}"}
     say_written([report.folder])
     say(f"use it with {uses.get(report.kind, f'--model {report.folder}')}")

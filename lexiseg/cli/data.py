@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lexiseg.cli.console import say, say_json, say_note, say_table, say_written, waiting, with_progress
+from lexiseg.cli.options import Json, check_png, show_help, write_png
 from lexiseg.errors import LexisegError
 
 if TYPE_CHECKING:
     from lexiseg.data.sets.verify import SampleCheck
 
-app = typer.Typer(
-    help="Write the picture world to disk, look at it; prepare and check a data set.", no_args_is_help=False
-)
+app = typer.Typer(help="Write the picture world to disk, look at it; prepare and check a data set.")
+app.callback(invoke_without_command=True)(show_help)
 
 
 class Split(str, Enum):
@@ -26,12 +26,6 @@ class Split(str, Enum):
     train = "train"
     val = "val"
     test = "test"
-
-
-@app.callback(invoke_without_command=True)
-def _data(context: typer.Context) -> None:
-    if context.invoked_subcommand is None:
-        typer.echo(context.get_help())
 
 
 @app.command("world")
@@ -54,9 +48,9 @@ def world(
 
 @app.command("show")
 def show(
-    output: Annotated[Path, typer.Option("--output", "-o", help="The picture to write, a .png.")] = Path(
-        "out/picture-world.png"
-    ),
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="The picture to write, a .png.", callback=check_png)
+    ] = Path("out/picture-world.png"),
     split: Annotated[Split, typer.Option(help="Which scenes.")] = Split.val,
     rows: Annotated[int, typer.Option(min=1, max=20, help="Scenes from top to bottom.")] = 3,
     columns: Annotated[int, typer.Option(min=1, max=20, help="Scenes from left to right.")] = 5,
@@ -64,16 +58,10 @@ def show(
 ) -> None:
     """Draw the first scenes of a split side by side, to look at."""
     from lexiseg.data.picture_world import contact_sheet
-    from lexiseg.files import atomic_write, make_folder
 
-    if output.suffix.lower() != ".png":
-        raise LexisegError(f"'{output}' must end in .png.")
-    make_folder(output.parent)
     with waiting(f"drawing {rows * columns} scenes"):
         sheet = contact_sheet(split.value, rows=rows, columns=columns, size=size)
-    with atomic_write(output) as temporary:
-        sheet.save(temporary)
-    say_written([output])
+    write_png(output, sheet.save)
 
 
 _NAME = (
@@ -81,33 +69,25 @@ _NAME = (
     "or own"
 )
 
-Classes = Annotated[
-    Path | None,
-    typer.Option("--classes", help="A list of the classes, where the data carries none.", show_default=False),
-]
+Classes = Annotated[Path | None, typer.Option("--classes", help="A list of the classes, where the data carries none.")]
 
 
 @app.command("verify")
 def verify(
-    name: Annotated[
-        str, typer.Argument(metavar="NAME", help=f"{_NAME}; or the folder of your own data.", show_default=False)
-    ],
+    name: Annotated[str, typer.Argument(metavar="NAME", help=f"{_NAME}; or the folder of your own data.")],
     root: Annotated[
-        Path | None,
-        typer.Argument(metavar="[ROOT]", help="The folder the data set was unpacked in.", show_default=False),
+        Path | None, typer.Argument(metavar="[ROOT]", help="The folder the data set was unpacked in.")
     ] = None,
     split: Annotated[
         list[str] | None,
-        typer.Option(
-            "--split", help="A split to look at; may be repeated. Default: training and val.", show_default=False
-        ),
+        typer.Option("--split", help="A split to look at; may be repeated. Default: training and val."),
     ] = None,
     classes: Classes = None,
     workers: Annotated[
         int | None, typer.Option("--workers", min=1, help="Threads that read. Default: one a processor.")
     ] = None,
     every: Annotated[bool, typer.Option("--all", help="Report every file, not one line a kind of fault.")] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print the findings of every file as JSON.")] = False,
+    json: Json = False,
 ) -> None:
     """Read every file of a data set and report what is wrong: missing, damaged, of another size, unknown ids and more.
 
@@ -139,10 +119,10 @@ def verify(
 
 @app.command("prepare")
 def prepare(
-    name: Annotated[str, typer.Argument(metavar="NAME", help=f"{_NAME}.", show_default=False)],
-    root: Annotated[Path, typer.Argument(metavar="ROOT", help="The folder of the archives.", show_default=False)],
+    name: Annotated[str, typer.Argument(metavar="NAME", help=f"{_NAME}.")],
+    root: Annotated[Path, typer.Argument(metavar="ROOT", help="The folder of the archives.")],
     classes: Classes = None,
-    json: Annotated[bool, typer.Option("--json", help="Print what was done as JSON.")] = False,
+    json: Json = False,
 ) -> None:
     """Unpack the archives in a folder and write the lists that are missing; needs no network.
 

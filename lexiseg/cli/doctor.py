@@ -18,6 +18,7 @@ import typer
 
 import lexiseg
 from lexiseg.cli.console import say, say_json, say_note, say_table, waiting
+from lexiseg.cli.options import Json
 from lexiseg.errors import LexisegError
 
 SELF_TEST_SECONDS = 5.0
@@ -40,7 +41,7 @@ def doctor(
     quick: Annotated[
         bool, typer.Option("--quick", help="Leave out what needs torch: accelerators and the self-test.")
     ] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
+    json: Json = False,
 ) -> None:
     """Say what this machine has and segment a sample picture with the shipped weights.
 

@@ -23,70 +23,68 @@ from lexiseg.cli.options import (
     templates_of,
 )
 
+Dataset = Annotated[
+    str,
+    typer.Argument(
+        metavar="RECIPE|DATASET",
+        help="A recipe (its validation data), picture-world, or a folder: your own data, or a protocol's.",
+    ),
+]
+Weights = Annotated[
+    str, typer.Option("--weights", "-w", help="The model: a name that `lexiseg models` lists, or a folder.")
+]
+Output = Annotated[Path, typer.Option("--output", "-o", help="Folder for the report.")]
+Protocol = Annotated[
+    str | None,
+    typer.Option(
+        "--protocol",
+        help="Judge a folder as the papers do: gzs-voc, gzs-coco, gzs-context, gzs-context-papers, gzs-ade (seen "
+        "and unseen classes); voc-20, voc-20b, pc-59, pc-459, a-150, a-847 (across data sets).",
+    ),
+]
+Classes = Annotated[
+    Path | None, typer.Option("--classes", help="A list of the classes, where the folder carries none.")
+]
+Synonyms = Annotated[
+    bool | None,
+    typer.Option(
+        "--synonyms/--no-synonyms",
+        help="Score the further words of the data set's list as well, or names alone. Default: the recipe's or the "
+        "protocol's choice; of your own data all words.",
+    ),
+]
+Split = Annotated[str | None, typer.Option("--split", help="Split of a folder. Default: val.")]
+Size = Annotated[
+    int | None, typer.Option("--size", min=16, help="Side of a picture of picture-world in pixels. Default: 256.")
+]
+Limit = Annotated[int | None, typer.Option("--limit", min=1, help="Take only so many samples, spread evenly.")]
+BatchSize = Annotated[int, typer.Option("--batch-size", "-b", min=1, help="Pictures predicted together.")]
+Proposals = Annotated[
+    bool,
+    typer.Option(
+        "--proposals", help="Decoupled models: judge the proposals too: recall, DeOP's Table 8, the best they allow."
+    ),
+]
+Resume = Annotated[
+    bool, typer.Option("--resume", help="Go on with an evaluation into the same folder that was stopped.")
+]
+
 
 def evaluate(
-    dataset: Annotated[
-        str,
-        typer.Argument(
-            metavar="RECIPE|DATASET",
-            help="A recipe (its validation data), picture-world, or a folder: your own data, or a protocol's.",
-            show_default=False,
-        ),
-    ],
-    weights: Annotated[
-        str,
-        typer.Option(
-            "--weights", "-w", help="The model: a name that `lexiseg models` lists, or a folder.", show_default=False
-        ),
-    ],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the report.")] = Path("out/evaluation"),
-    protocol: Annotated[
-        str | None,
-        typer.Option(
-            "--protocol",
-            help="Judge a folder as the papers do: gzs-voc, gzs-coco, gzs-context, gzs-context-papers, gzs-ade (seen "
-            "and unseen classes); voc-20, voc-20b, pc-59, pc-459, a-150, a-847 (across data sets).",
-            show_default=False,
-        ),
-    ] = None,
-    classes: Annotated[
-        Path | None,
-        typer.Option("--classes", help="A list of the classes, where the folder carries none.", show_default=False),
-    ] = None,
-    synonyms: Annotated[
-        bool | None,
-        typer.Option(
-            "--synonyms/--no-synonyms",
-            help="Score the further words of the data set's list as well, or names alone. Default: the recipe's or the "
-            "protocol's choice; of your own data all words.",
-            show_default=False,
-        ),
-    ] = None,
-    split: Annotated[
-        str | None, typer.Option("--split", help="Split of a folder. Default: val.", show_default=False)
-    ] = None,
-    size: Annotated[
-        int | None,
-        typer.Option(
-            "--size", min=16, help="Side of a picture of picture-world in pixels. Default: 256.", show_default=False
-        ),
-    ] = None,
-    limit: Annotated[
-        int | None, typer.Option("--limit", min=1, help="Take only so many samples, spread evenly.", show_default=False)
-    ] = None,
+    dataset: Dataset,
+    weights: Weights,
+    output: Output = Path("out/evaluation"),
+    protocol: Protocol = None,
+    classes: Classes = None,
+    synonyms: Synonyms = None,
+    split: Split = None,
+    size: Size = None,
+    limit: Limit = None,
     window: Window = None,
     stride: Stride = None,
-    batch_size: Annotated[int, typer.Option("--batch-size", "-b", min=1, help="Pictures predicted together.")] = 1,
-    proposals: Annotated[
-        bool,
-        typer.Option(
-            "--proposals",
-            help="Decoupled models: judge the proposals too: recall, DeOP's Table 8, the best they allow.",
-        ),
-    ] = False,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with an evaluation into the same folder that was stopped.")
-    ] = False,
+    batch_size: BatchSize = 1,
+    proposals: Proposals = False,
+    resume: Resume = False,
     device: Device = "auto",
     dtype: Dtype = Precision.fp32,
     compile: Compile = False,

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from lexiseg.cli.console import say_written
 from lexiseg.errors import LexisegError
+from lexiseg.files import atomic_write, make_folder
 
 if TYPE_CHECKING:
     from lexiseg.windows import WindowPolicy
@@ -94,8 +97,22 @@ def window_of(default: WindowPolicy, window: int | None, stride: int | None) -> 
     return window_policy(default, side if stride is None else (side, stride))
 
 
-def require_file(path: Path, what: str) -> Path:
-    """Return ``path`` if it is a file. Raises LexisegError if it is not; ``what`` is what the file should be."""
-    if not path.is_file():
-        raise LexisegError(f"There is no {what} '{path}'; check the path.")
-    return path
+def check_png(output: Path) -> Path:
+    """A picture's name, for typer to check. Raises LexisegError if it does not end in .png."""
+    if output.suffix.lower() != ".png":
+        raise LexisegError(f"'{output}' must end in .png.")
+    return output
+
+
+def write_png(output: Path, save: Callable[[Path], object]) -> None:
+    """Write a picture whole, with its folder, and say where it is."""
+    make_folder(output.parent)
+    with atomic_write(output) as temporary:
+        save(temporary)
+    say_written([output])
+
+
+def show_help(context: typer.Context) -> None:
+    """What a group of commands does where no command is named."""
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())

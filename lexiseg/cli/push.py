@@ -11,8 +11,8 @@ from lexiseg.cli.console import say, waiting
 
 
 def push(
-    folder: Annotated[Path, typer.Argument(help="A model that train or convert wrote.", show_default=False)],
-    repository: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="Its name on the hub.", show_default=False)],
+    folder: Annotated[Path, typer.Argument(help="A model that train or convert wrote.")],
+    repository: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="Its name on the hub.")],
     private: Annotated[bool, typer.Option("--private", help="Make the repository private.")] = False,
     card: Annotated[bool, typer.Option("--card", help="Print the model card and send nothing.")] = False,
 ) -> None:

@@ -24,8 +24,7 @@ def serve(
     port: Annotated[int, typer.Option("--port", min=0, max=65535, help="Port; 0 takes a free one.")] = 8080,
     device: Annotated[str, typer.Option("--device", help="cpu, cuda, mps; auto takes an accelerator.")] = "auto",
     classes: Annotated[
-        str | None,
-        typer.Option("--classes", help="Classes for tools that send none (CVAT).", show_default=False),
+        str | None, typer.Option("--classes", help="Classes for tools that send none (CVAT).", show_default=False)
     ] = None,
     files: Annotated[
         Path | None,

@@ -15,54 +15,46 @@ if TYPE_CHECKING:
     from lexiseg.recipes import Recipe
 
 
+RecipeName = Annotated[str | None, typer.Argument(help="Name of a recipe that comes with the package, or a YAML file.")]
+Output = Annotated[
+    Path | None, typer.Option("--output", "-o", help="Folder of the run. Default: runs/ and the recipe's name.")
+]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in the folder.")]
+Until = Annotated[
+    int | None, typer.Option("--until", min=1, help="Stop after this step and write the model; --resume goes on.")
+]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Build the model, say what would be trained, and stop; needs no data.")
+]
+Data = Annotated[
+    Path | None, typer.Option("--data", help="Train on a folder of your own instead of the recipe's data.")
+]
+Initial = Annotated[
+    str | None, typer.Option("--initial", help="Start from this run, model or recipe, not the recipe's `initial`.")
+]
+Seed = Annotated[int | None, typer.Option("--seed", min=0, help="Replace the recipe's seed.")]
+Values = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Replace a value: KEY=VALUE, such as train.steps=100; may be repeated."),
+]
+Device = Annotated[str | None, typer.Option("--device", help="cpu keeps off an accelerator. Default: what there is.")]
+Tensorboard = Annotated[bool, typer.Option(help="Write TensorBoard files.")]
+Listing = Annotated[bool, typer.Option("--list", help="List the recipes that come with the package, and stop.")]
+
+
 def train(
-    recipe: Annotated[
-        str | None,
-        typer.Argument(help="Name of a recipe that comes with the package, or a YAML file.", show_default=False),
-    ] = None,
-    output: Annotated[
-        Path | None,
-        typer.Option(
-            "--output", "-o", help="Folder of the run. Default: runs/ and the recipe's name.", show_default=False
-        ),
-    ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in the folder.")] = False,
-    until: Annotated[
-        int | None,
-        typer.Option(
-            "--until", min=1, help="Stop after this step and write the model; --resume goes on.", show_default=False
-        ),
-    ] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Build the model, say what would be trained, and stop; needs no data.")
-    ] = False,
-    data: Annotated[
-        Path | None,
-        typer.Option("--data", help="Train on a folder of your own instead of the recipe's data.", show_default=False),
-    ] = None,
-    initial: Annotated[
-        str | None,
-        typer.Option(
-            "--initial", help="Start from this run, model or recipe, not the recipe's `initial`.", show_default=False
-        ),
-    ] = None,
-    seed: Annotated[
-        int | None, typer.Option("--seed", min=0, help="Replace the recipe's seed.", show_default=False)
-    ] = None,
-    set: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set", help="Replace a value: KEY=VALUE, such as train.steps=100; may be repeated.", show_default=False
-        ),
-    ] = None,
-    device: Annotated[
-        str | None,
-        typer.Option("--device", help="cpu keeps off an accelerator. Default: what there is.", show_default=False),
-    ] = None,
-    tensorboard: Annotated[bool, typer.Option(help="Write TensorBoard files.")] = True,
-    list_: Annotated[
-        bool, typer.Option("--list", help="List the recipes that come with the package, and stop.")
-    ] = False,
+    recipe: RecipeName = None,
+    output: Output = None,
+    resume: Resume = False,
+    until: Until = None,
+    dry_run: DryRun = False,
+    data: Data = None,
+    initial: Initial = None,
+    seed: Seed = None,
+    set: Values = None,
+    device: Device = None,
+    tensorboard: Tensorboard = True,
+    list_: Listing = False,
     json: Json = False,
 ) -> None:
     """Train what a recipe says; --resume goes on where a run was stopped, bit for bit on a CPU."""

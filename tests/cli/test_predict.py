@@ -22,7 +22,7 @@ from pycocotools.coco import COCO
 
 import lexiseg
 from lexiseg.cli import main
-from lexiseg.cli.predict import SOME_FAILED
+from lexiseg.cli.pictures import SOME_FAILED
 from lexiseg.errors import LexisegError
 from lexiseg.models.zegclip import ZegCLIP, ZegCLIPOptions
 from lexiseg.segmentation import Segmentation

@@ -1,0 +1,240 @@
+"""``lexiseg predict`` of pictures: one by one, several with a record, or spread over a cluster."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from itertools import chain, count
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from lexiseg.cli.console import say, say_error, say_json, say_note, say_table, say_written, with_progress
+from lexiseg.errors import LexisegError
+from lexiseg.labelling.record import COCO, Entry, Picture, Record, absolute
+from lexiseg.labelling.shards import Labeller, Wanted, label_all, shards_of
+from lexiseg.words import word_key
+
+if TYPE_CHECKING:
+    from lexiseg.segmenter import Segmenter
+    from lexiseg.vocabulary import Vocabulary
+
+SOME_FAILED, ALL_FAILED = 1, 2
+
+
+@dataclass(frozen=True)
+class Spread:
+    """How the pictures are spread over a cluster."""
+
+    device: str
+    loading: Mapping[str, Any]  # what `lexiseg.load` is given beside the model
+    workers: int | None = None
+    address: str | None = None
+    shard_size: int | None = None
+
+
+def predict_pictures(
+    segmenter: Segmenter,
+    model: str,
+    paths: Sequence[Path],
+    vocabulary: Vocabulary,
+    wanted: Wanted,
+    output: Path,
+    *,
+    json: bool,
+    resume: bool,
+    spread: Spread | None,
+) -> None:
+    """Segment pictures, and say what was found and where it is; ``vocabulary`` is the checked one of ``wanted``."""
+    kinds = wanted.kinds
+    record = Record(output) if len(paths) > 1 or resume or spread or "coco" in kinds else None
+    settings = {} if record is None else _settings(segmenter, vocabulary, wanted)
+    done, todo = _plan(paths, kinds, record, settings, resume, manifest=spread is not None)
+    start = time.perf_counter()
+    entries: Iterable[Entry]
+    if record is None:
+        entries = Labeller(segmenter, wanted, output).label(todo)
+    elif spread is None:
+        entries = label_all(Labeller(segmenter, wanted, output), record, shards_of(record, todo))
+    else:
+        from lexiseg.labelling.ray_data import Job, label_on_ray, model_argument
+
+        del segmenter
+        todo = [replace(picture, path=picture.image) for picture in todo]
+        job = Job(absolute(output), wanted, model_argument(model), spread.device, **spread.loading)
+        shards = shards_of(record, todo, spread.shard_size)
+        entries = label_on_ray(job, shards, workers=spread.workers, address=spread.address)
+    given = {absolute(path): path for path in paths}
+    shown = None if json else partial(_say, given=given, output=output, vocabulary=vocabulary)
+    broken = _follow(with_progress(entries, len(todo), "segmenting"), done, len(given), shown, record is not None)
+    ordered = [done[image] for image in given if image in done]
+    failed = sum(bool(entry.error) for entry in ordered) + len(given) - len(ordered)
+    stems = [picture.stem for picture in todo]
+    written = _finish(record, ordered, stems, vocabulary.names, kinds, spread is not None)
+    if json:
+        images = [_listed(entry, given[entry.image], output, vocabulary) for entry in ordered]
+        say_json({"model": model, "seconds": round(time.perf_counter() - start, 3), "images": images})
+    else:
+        say_written(written)
+        earlier = f", {len(ordered) - len(todo)} of them earlier" if len(todo) < len(ordered) else ""
+        if len(given) > 1 or broken:
+            say_note(f"{len(given) - failed} of {len(given)} pictures segmented{earlier}")
+    if failed:
+        raise typer.Exit(ALL_FAILED if failed == len(given) else SOME_FAILED)
+
+
+def _follow(
+    entries: Iterable[Entry], done: dict[str, Entry], total: int, show: Callable[[Entry], None] | None, resumable: bool
+) -> bool:
+    """Take the pictures' entries as they come, into ``done``; whether something ended the run before its end.
+
+    Raises LexisegError if something is wrong that is no picture's fault, and nothing was done before it. Raises
+    KeyboardInterrupt if the user stopped it; its text says what is done and how to go on.
+    """
+    try:
+        for entry in entries:
+            done[entry.image] = entry
+            if entry.error:
+                say_error(entry.error)
+            elif show is not None:
+                show(entry)
+    except KeyboardInterrupt as stop:
+        finished = sum(not entry.error for entry in done.values())
+        advice = "the same command with --resume goes on from there" if resumable else "run the command again"
+        stop.args = (f"Stopped; {finished} of {total} pictures are done and complete, and {advice}.",)
+        raise
+    except LexisegError as error:
+        # What is whole stays, and is counted: the disk may be full after a thousand pictures.
+        if not any(not entry.error for entry in done.values()):
+            raise
+        say_error(str(error))
+        return True
+    if len(done) < total:
+        say_error(f"{total - len(done)} pictures came back without a result; use --resume.")
+        return True
+    return False
+
+
+def _finish(
+    record: Record | None,
+    entries: Sequence[Entry],
+    stems: Iterable[str],
+    classes: Sequence[str],
+    kinds: Sequence[str],
+    on_cluster: bool,
+) -> list[Path]:
+    """Write what is written once a run, and return it."""
+    if record is None:
+        return []
+    if on_cluster:
+        record.clean(stems)  # what workers left that were killed
+    written = [record.write_manifest(entries)] if record.has_manifest else []
+    if "coco" in kinds and any(not entry.error for entry in entries):
+        written.append(record.write_coco(classes, entries))
+    return written
+
+
+def _plan(
+    paths: Sequence[Path],
+    kinds: Sequence[str],
+    record: Record | None,
+    settings: Mapping[str, Any],
+    resume: bool,
+    *,
+    manifest: bool,
+) -> tuple[dict[str, Entry], list[Picture]]:
+    """What an earlier run has done, by absolute path, and what there is to do; the record is begun."""
+    before = {} if record is None else record.begin(settings, resume=resume, manifest=manifest)
+    stems = _stems(paths, {image: entry.stem for image, entry in before.items()})
+    done = {image: entry for image, entry in before.items() if set(kinds) <= set(entry.files)}
+    todo = [Picture(str(path), stems[path], str(path)) for path in paths if absolute(path) not in done]
+    if record is not None:
+        record.clean(picture.stem for picture in todo)
+    return done, todo
+
+
+def _settings(segmenter: Segmenter, vocabulary: Vocabulary, wanted: Wanted) -> dict[str, Any]:
+    """What decides how results look: a run can only be gone on with where all of it is the same."""
+    from lexiseg.evaluation.report import weights_hash
+
+    model = segmenter.model
+    return {
+        "model": {
+            "system": model.system,
+            "options": model.options.model_dump(mode="json"),
+            "sha256": weights_hash(model),
+        },
+        "classes": vocabulary.hash(),
+        "background": vocabulary.background.to_dict(),
+        "window": asdict(wanted.window or model.window),
+        "dtype": str(segmenter.dtype),
+        **({"instances": list(wanted.instances)} if wanted.instances else {}),
+    }
+
+
+def _stems(paths: Sequence[Path], kept: Mapping[str, str] | None = None) -> dict[Path, str]:
+    """A file name for each picture's results: its own without the ending, made longer where two would be the same.
+
+    ``kept``: names that an earlier run has given already, by absolute path.
+    """
+    kept = kept or {}
+    stems: dict[Path, str] = {}
+    # Two names that differ only in case or in how an accent is spelled are one file on some systems.
+    taken = {word_key(stem) for stem in kept.values()}
+    for path in paths:
+        stem = kept.get(absolute(path))
+        if stem is None:
+            choices = chain((path.stem, path.name.replace(".", "_")), (f"{path.stem}_{number}" for number in count(2)))
+            stem = next(choice for choice in choices if word_key(choice) not in taken)
+            taken.add(word_key(stem))
+        stems[path] = stem
+    return stems
+
+
+def _rows(entry: Entry, vocabulary: Vocabulary) -> list[dict[str, Any]]:
+    """The classes by falling fraction, and those without a pixel at the end."""
+    found = {row["class"] for row in entry.classes}
+    absent = [
+        {"class": item.name, "seen": item.seen, "fraction": 0.0, "score": None}
+        for item in vocabulary.classes
+        if item.name not in found
+    ]
+    return [*(dict(row) for row in entry.classes), *absent]
+
+
+def _files(entry: Entry, output: Path) -> dict[str, Path]:
+    """Where a picture's results are, by kind; those of coco are part of one file."""
+    return {kind: output / (COCO if kind == "coco" else name) for kind, name in entry.files.items()}
+
+
+def _listed(entry: Entry, path: Path, output: Path, vocabulary: Vocabulary) -> dict[str, Any]:
+    if entry.error:
+        return {"image": str(path), "error": entry.error}
+    files = {kind: str(file) for kind, file in _files(entry, output).items()}
+    return {"image": str(path), "classes": _rows(entry, vocabulary), "files": files}
+
+
+def _say(entry: Entry, given: Mapping[str, Path], output: Path, vocabulary: Vocabulary) -> None:
+    path = given[entry.image]
+    if len(given) > 1:
+        found = ", ".join(f"{row['class']} {row['fraction']:.0%}" for row in entry.classes[:5])
+        say(f"{path}: {found or 'no class'}")
+    else:
+        seen = {True: "seen", False: "unseen", None: "-"}
+        rows = [
+            [
+                row["class"],
+                seen[row["seen"]],
+                f"{100 * row['fraction']:.1f} %",
+                "-" if row["score"] is None else f"{row['score']:.3f}",
+            ]
+            for row in _rows(entry, vocabulary)
+        ]
+        if entry.ignored:
+            rows.append(["(no class)", "-", f"{100 * entry.ignored:.1f} %", "-"])
+        height, width = entry.size
+        say_table(f"{path}, {width} x {height} pixels", ["class", "in training", "pixels", "mean score"], rows)
+    say_written(file for kind, file in _files(entry, output).items() if kind != "coco")

@@ -76,3 +76,32 @@ def float32_default() -> Iterator[None]:
             _inside -= 1
             if not _inside:
                 torch.set_default_dtype(_outside)
+
+
+class EvaluationMode:
+    """Evaluation mode, no gradients and the chosen precision, for every thread that runs a model at a time."""
+
+    def __init__(self, model: torch.nn.Module, dtype: torch.dtype | None) -> None:
+        self._model, self._dtype = model, torch.float32 if dtype is None else dtype
+        self._lock, self._running, self._were_training = threading.Lock(), 0, list[torch.nn.Module]()
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        """Run the body so; the modules' modes come back when the last thread has left."""
+        with self._lock:
+            if not self._running:
+                self._were_training = [module for module in self._model.modules() if module.training]
+                for module in self._were_training:
+                    module.training = False
+            self._running += 1
+        half = self._dtype != torch.float32
+        device = next(self._model.parameters()).device.type
+        try:
+            with float32_default(), torch.no_grad(), torch.autocast(device, self._dtype, enabled=half):
+                yield
+        finally:
+            with self._lock:
+                self._running -= 1
+                if not self._running:
+                    for module in self._were_training:
+                        module.training = True

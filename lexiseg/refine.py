@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lexiseg.errors import LexisegError
+from lexiseg.normalisation import IMAGENET_MEAN, IMAGENET_STD
 from lexiseg.scores import GridScores, Scores
 
 Kind = Literal["none", "edges", "pamr", "regions"]
@@ -36,7 +37,6 @@ _PAMR_WORDS = 8
 _MAX_CLASSES = {"edges": 512, "pamr": 64}
 _RANKS = 3
 _CELLS = 64
-_IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
 @dataclass(frozen=True)
@@ -247,7 +247,7 @@ def region_map(image: Tensor, size: Size, generator: Any, device: torch.device) 
     if generator is None:
         generator = _sam()
     pixels = image[None].to(device).float() / 255
-    mean, std = (torch.tensor(values, device=device)[:, None, None] for values in _IMAGENET)
+    mean, std = (torch.tensor(values, device=device)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
     height, width = (int(side) for side in image.shape[-2:])
     stride = int(generator.stride)
     padded = F.pad((pixels - mean) / std, (0, -width % stride, 0, -height % stride))

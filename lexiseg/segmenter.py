@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import threading
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -18,7 +17,7 @@ from torch import Tensor
 from lexiseg import notes
 from lexiseg.background import BackgroundSource
 from lexiseg.clip.text import TextEmbedder
-from lexiseg.devices import float32_default, pick_device, pick_dtype
+from lexiseg.devices import EvaluationMode, float32_default, pick_device, pick_dtype
 from lexiseg.errors import LexisegError
 from lexiseg.exemplar_vectors import with_exemplars
 from lexiseg.files import as_path, default_cache_folder, write_text
@@ -106,7 +105,7 @@ class Segmenter:
         self.embedder = TextEmbedder(model.clip, cache if disk_cache else None)
         self._forward: Any = torch.compile(model) if compile else model
         self._held = threading.local()  # one picture a thread
-        self._lock, self._running, self._were_training = threading.Lock(), 0, list[torch.nn.Module]()
+        self._evaluating = EvaluationMode(model, self.dtype)
         self._note_photographs = "emoji" in model.clip.name
         self._last: tuple[Any, Any, Vocabulary] | None = None
 
@@ -120,8 +119,7 @@ class Segmenter:
     def save_pretrained(self, folder: str | Path) -> Path:
         """Write the model as a folder with a card, which `lexiseg.load` reads.
 
-        Raises:
-            LexisegError: the folder cannot be written.
+        Raises LexisegError if the folder cannot be written.
         """
         from lexiseg.weights.folder import save_model
         from lexiseg.weights.publish import CARD, model_card
@@ -131,17 +129,10 @@ class Segmenter:
         return path
 
     def push_to_hub(self, repository: str, *, private: bool = False) -> str:
-        """Put the model on the Hugging Face hub; the token comes from ``HF_TOKEN`` or ``hf auth login``.
+        """Put the model on the Hugging Face hub as ``owner/name`` and return its address.
 
-        Args:
-            repository: ``owner/name``.
-            private: make it private.
-
-        Returns:
-            Where it is.
-
-        Raises:
-            LexisegError: there is no token, or the hub refuses.
+        The token comes from ``HF_TOKEN`` or ``hf auth login``. Raises LexisegError if there is none, or the hub
+        refuses.
         """
         from lexiseg.weights.folder import save_model
         from lexiseg.weights.publish import push_folder
@@ -152,11 +143,7 @@ class Segmenter:
     def refined(self, refine: str | Refinement | None) -> Segmenter:
         """This segmenter with another refinement of its masks; model and caches are shared.
 
-        Args:
-            refine: as at the beginning.
-
-        Raises:
-            LexisegError: there is no such refinement.
+        Raises LexisegError if there is no such refinement.
         """
         other = copy.copy(self)
         other.refinement = Refinement.parse(refine)
@@ -170,8 +157,7 @@ class Segmenter:
     def vocabulary(self, classes: VocabularySource, *, background: BackgroundSource = None) -> Vocabulary:
         """The vocabulary that `predict` makes of ``classes``: templates chosen, seen classes marked, lengths checked.
 
-        Raises:
-            LexisegError: something is wrong with the classes, or a name is too long for the text tower.
+        Raises LexisegError if something is wrong with the classes, or a name is too long for the text tower.
         """
         last = self._last
         if last is not None and classes is last[0] and background is last[1]:
@@ -263,19 +249,10 @@ class Segmenter:
     def __call__(
         self, image: ImageSource | Sequence[ImageSource], candidate_labels: VocabularySource, **options: Any
     ) -> list[dict[str, Any]] | list[list[dict[str, Any]]]:
-        """Segment as a pipeline of Hugging Face's transformers does.
+        """Segment as a pipeline of Hugging Face's transformers does; the arguments are those of `predict`.
 
-        Args:
-            image: as in `predict`.
-            candidate_labels: the classes, as in `predict`.
-            options: the other arguments of `predict`.
-
-        Returns:
-            `lexiseg.segmentation.Segmentation.segments`, ``[{"label", "score", "mask"}, ...]`` with masks as PIL images
-            of mode L (255 inside); of several pictures a list of such.
-
-        Raises:
-            LexisegError: as `predict`.
+        Returns `lexiseg.segmentation.Segmentation.segments`, ``[{"label", "score", "mask"}, ...]`` with masks as PIL
+        images of mode L (255 inside); of several pictures a list of such. Raises LexisegError as `predict`.
         """
         result: Any = self.predict(image, candidate_labels, **options)  # type: ignore[arg-type]
         return [one.segments for one in result] if isinstance(result, list) else result.segments
@@ -289,18 +266,19 @@ class Segmenter:
         batch_size: int = _BATCH_SIZE,
         background: BackgroundSource = None,
     ) -> Iterator[tuple[Path, Segmentation | LexisegError]]:
-        """Segment the pictures of a folder one after the other.
+        """Segment the pictures of a folder one after the other; pictures of one size share a forward pass.
 
         Args:
             target: a folder, a pattern, a file (see `lexiseg.images.list_images`), or a list of paths.
-            classes: as in `predict`.
-            window: as in `predict`.
-            batch_size: as in `predict`; pictures of one size share a forward pass.
-            background: as in `predict`.
+            classes: as in `predict`, and so are the others.
+            window: see there.
+            batch_size: see there.
+            background: see there.
 
         Returns:
-            An iterator of the path and its result, in the paths' order. Where a picture is broken, the error that names
-            it stands in the result's place and the rest goes on. At most ``batch_size`` pictures are held at a time.
+            An iterator of the path and its result, in the paths' order; where a picture is broken, the error that names
+            it
+            stands in the result's place. At most ``batch_size`` pictures are held at a time.
 
         Raises:
             LexisegError: there are no pictures, or the classes are wrong. This is raised at the call, not later.
@@ -318,19 +296,10 @@ class Segmenter:
     def set_image(
         self, image: ImageSource, *, window: WindowSource = None, batch_size: int = _BATCH_SIZE
     ) -> HeldPicture:
-        """Look at a picture once, so that predicting it again only has to score words.
+        """Look at a picture once, so that predicting it again only has to score words; arguments as in `predict`.
 
-        Args:
-            image: as in `predict`.
-            window: as in `predict`.
-            batch_size: as in `predict`.
-
-        Returns:
-            The held picture, whose `HeldPicture.predict` takes words. `predict` without a picture takes the one that
-            was set last in the same thread.
-
-        Raises:
-            LexisegError: the picture is wrong.
+        Returns the held picture, whose `HeldPicture.predict` takes words. `predict` without a picture takes the one
+        that was set last in the same thread. Raises LexisegError if the picture is wrong.
         """
         batch_size, policy = whole_number(batch_size, "The batch size", 1), window_policy(self.model.window, window)
         picture = self._read_one(image, policy)
@@ -352,17 +321,9 @@ class Segmenter:
         batch_size: int = _BATCH_SIZE,
         background: BackgroundSource = None,
     ) -> Scores:
-        """The scores of one picture that `predict` makes its labels of, in factorised form.
+        """The scores of one picture that `predict` makes its labels of, in factorised form; arguments as in `predict`.
 
-        Args:
-            image: as in `predict`.
-            classes: as in `predict`.
-            window: as in `predict`.
-            batch_size: as in `predict`.
-            background: as in `predict`.
-
-        Raises:
-            LexisegError: the picture or the classes are wrong.
+        Raises LexisegError if the picture or the classes are wrong.
         """
         batch_size, policy = whole_number(batch_size, "The batch size", 1), window_policy(self.model.window, window)
         words = self._words(classes, background)
@@ -374,8 +335,7 @@ class Segmenter:
     def pixels(self, image: ImageSource) -> Tensor:
         """A whole picture as the model sees it when it is run without windows: float32 (1, 3, h, w), normalised.
 
-        Raises:
-            LexisegError: the picture is wrong.
+        Raises LexisegError if the picture is wrong.
         """
         picture = self._read_one(image, window_policy(self.model.window, 0))
         return self._crops([(picture, picture.boxes[0])])
@@ -417,25 +377,18 @@ class Segmenter:
 
     def _read(self, key: Any, source: ImageSource, policy: WindowPolicy) -> Picture | Failure:
         """Read a picture; an error is a value here, so that a folder can go on."""
-        if self._note_photographs and notes.picture_world_model(source):
-            self._note_photographs = False  # once is enough
         try:
-            return read_picture(key, source, policy, self.max_pixels)
+            return self._read_one(source, policy, key)
         except LexisegError as error:
             return key, error
 
-    def _read_one(self, source: ImageSource, policy: WindowPolicy) -> Picture:
-        picture = self._read(0, source, policy)
-        if isinstance(picture, tuple):
-            raise picture[1]
-        return picture
+    def _read_one(self, source: ImageSource, policy: WindowPolicy, key: Any = 0) -> Picture:
+        if self._note_photographs and notes.picture_world_model(source):
+            self._note_photographs = False  # once is enough
+        return read_picture(key, source, policy, self.max_pixels)
 
     def _stream(
-        self,
-        pictures: Iterable[Picture | Failure],
-        words: _Words,
-        batch_size: int,
-        policy: WindowPolicy,
+        self, pictures: Iterable[Picture | Failure], words: _Words, batch_size: int, policy: WindowPolicy
     ) -> Iterator[tuple[Any, Segmentation | LexisegError]]:
         """Run the pictures in batches and yield their results in their order."""
         for picture in run_in_batches(pictures, batch_size, lambda batch: self._run(batch, words)):
@@ -478,13 +431,9 @@ class Segmenter:
         labels = labels.to(torch.uint8 if len(vocabulary) <= 255 else torch.int32)
         if vocabulary.background.threshold is not None:
             labels[best < vocabulary.background.threshold] = ignore_index(len(vocabulary))
-        metadata = {
-            "system": self.model.system,
-            "clip": self.model.clip.name,
-            "window": asdict(policy),
-            "dtype": str(self.dtype or torch.float32).removeprefix("torch."),
-            "refine": self.refinement.kind,
-        }
+        metadata = {"system": self.model.system, "clip": self.model.clip.name, "window": asdict(policy)}
+        dtype = str(self.dtype or torch.float32).removeprefix("torch.")
+        metadata |= {"dtype": dtype, "refine": self.refinement.kind}
         return Segmentation(labels, vocabulary, best, picture.image, picture.name, metadata)
 
     def _labels(self, scores: Scores, image: Tensor, vocabulary: Vocabulary) -> tuple[Tensor, Tensor]:
@@ -497,27 +446,3 @@ class Segmenter:
         owners, background = vocabulary.word_to_class.to(cosines.device), vocabulary.names.index("background")
         labels, probabilities = words_to_classes(cosines, owners, rule, background)
         return labels, probabilities.amax(dim=0)
-
-    @contextmanager
-    def _evaluating(self) -> Iterator[None]:
-        """Evaluation mode, no gradients, the chosen precision; modes come back when the last thread has left."""
-        with self._lock:
-            if not self._running:
-                self._were_training = [module for module in self.model.modules() if module.training]
-                for module in self._were_training:
-                    module.training = False
-            self._running += 1
-        half = self.dtype is not None and self.dtype != torch.float32
-        try:
-            with (
-                float32_default(),
-                torch.no_grad(),
-                torch.autocast(self.device.type, self.dtype) if half else nullcontext(),
-            ):
-                yield
-        finally:
-            with self._lock:
-                self._running -= 1
-                if not self._running:
-                    for module in self._were_training:
-                        module.training = True

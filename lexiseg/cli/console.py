@@ -17,11 +17,11 @@ from typing import Any, TypeVar
 import typer
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
 from lexiseg.errors import LexisegWarning
+from lexiseg.progress import progress_bar
 from lexiseg.words import printable
 
 T = TypeVar("T")
@@ -123,11 +123,9 @@ def waiting(what: str) -> Iterator[None]:
 
 def with_progress(items: Iterable[T], total: int, what: str) -> Iterator[T]:
     """Yield ``items`` and show a bar on stderr meanwhile, where stderr is a terminal and there are several."""
-    console = Console(stderr=True)
-    if total < 2 or not console.is_terminal:
+    if total < 2:
         yield from items
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     # What is printed meanwhile goes through the bar's console, which is stderr; a file must still get it as stdout.
-    with Progress(*columns, console=console, transient=True, redirect_stdout=sys.stdout.isatty()) as progress:
+    with progress_bar(transient=True, redirect_stdout=sys.stdout.isatty()) as progress:
         yield from progress.track(items, total=total, description=what)

@@ -293,6 +293,11 @@ def shapes_of(module: torch.nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
 
 
+def count_parameters(module: torch.nn.Module, *, trainable: bool = False) -> int:
+    """Number of a module's parameters, all or only those that ask for gradients."""
+    return sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad or not trainable)
+
+
 def check_state(
     state: Mapping[str, torch.Tensor],
     shapes: Mapping[str, tuple[int, ...]],

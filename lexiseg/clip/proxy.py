@@ -10,10 +10,9 @@ from torch import Tensor, nn
 from lexiseg.clip.patch_tower import TimmTower
 from lexiseg.clip.positions import Interpolation
 from lexiseg.errors import LexisegError
+from lexiseg.normalisation import IMAGENET_MEAN, IMAGENET_STD
 
 Feature = Literal["out", "q", "k", "v"]
-
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class Proxy(nn.Module):

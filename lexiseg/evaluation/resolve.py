@@ -95,32 +95,17 @@ def evaluate(
 
     Under a launcher the processes share the pictures, and each gets the whole report; the first one writes.
 
-    Args:
-        what: a recipe (its validation data), "picture-world", or a folder: one's own data, or a protocol's data set.
-        weights: a model as `lexiseg.load` takes it, a folder of a training included; or a segmenter.
-        output: a folder for ``report.json`` and ``grid.png``; None writes nothing.
-        protocol: judge the folder as the papers do; see :mod:`lexiseg.evaluation.protocols`.
-        classes: a list of the classes, where the folder carries none.
-        synonyms: whether the further words of the data set's list are scored; None is the recipe's or the protocol's
-            choice, and of one's own data all words.
-        split: of a folder or of picture-world; None is "val".
-        size: side of a picture of picture-world in pixels; None is 256.
-        limit: take only so many samples, spread evenly.
-        window: as in `lexiseg.Segmenter.predict`; None is the recipe's, the protocol's or the model's way.
-        stride: of the windows in pixels; None is theirs.
-        batch_size: pictures predicted together.
-        background: as in `lexiseg.Segmenter.predict`.
-        templates: for the words; None is the recipe's, the protocol's or the model's.
-        proposals: judge the proposals of a decoupled model, too; in one process.
-        resume: go on with an evaluation into the same ``output`` that was stopped.
-        device: as in `lexiseg.load`.
-        dtype: as in `lexiseg.load`.
-        compile: as in `lexiseg.load`.
-        refine: as in `lexiseg.load`.
-        progress: whether to show a bar.
+    ``what``: a recipe (its validation data), "picture-world", or a folder: one's own data, or a protocol's data set.
+    ``weights``: a model as `lexiseg.load` takes it, a folder of a training included; or a segmenter. ``output``: a
+    folder for ``report.json`` and ``grid.png``; None writes nothing. ``protocol``: judge the folder as the papers do,
+    see `lexiseg.evaluation.protocols`. ``classes``: a list of them, where the folder carries none. ``synonyms``: score
+    the further words of the data set's list, or not. ``split``: of a folder or of picture-world; None is "val".
+    ``size``: side of a picture of picture-world; None is 256. ``limit``: take only so many samples, spread evenly.
+    ``window``, ``stride``, ``templates``, ``synonyms``: None is the recipe's, the protocol's or the model's way.
+    ``proposals``: judge the proposals of a decoupled model, too; in one process. ``resume``: go on with an evaluation
+    into the same ``output`` that was stopped. The others are as in `lexiseg.load` and `lexiseg.Segmenter.predict`.
 
-    Raises:
-        LexisegError: something of this is not there, does not fit together or cannot be read.
+    Raises LexisegError if something of this is not there, does not fit together or cannot be read.
     """
     if proposals and processes.launched():
         raise LexisegError("Proposals are judged in one process; leave them out, or start without a launcher.")
@@ -143,26 +128,13 @@ def evaluate(
             segmenter.templates = segmenter.templates or asked.protocol.templates_for(system)
             card = asked.protocol.card(synonyms=synonyms, settings=asked.protocol.set_up(segmenter.model))
         assert data is not None
-        policy = asked.window_for(segmenter, window, stride)
+        settings: dict[str, Any] = {"name": asked.name, "split": asked.split, "offsets": asked.offsets}
+        settings |= {"seen_split": asked.seen_split, "card": card, "seed": segmenter.model.metadata.get("seed")}
+        settings |= {"window": asked.window_for(segmenter, window, stride), "background": background}
+        settings |= {"batch_size": batch_size, "limit": limit, "progress": progress, "resume": resume}
+    parts = None if folder is None else folder / PARTS
     try:
-        report = run_evaluation(
-            segmenter,
-            data,
-            name=asked.name,
-            split=asked.split,
-            background=background,
-            window=policy,
-            batch_size=batch_size,
-            limit=limit,
-            offsets=asked.offsets,
-            seen_split=asked.seen_split,
-            card=card,
-            seed=segmenter.model.metadata.get("seed"),
-            progress=progress,
-            shared=True,
-            parts=None if folder is None else folder / PARTS,
-            resume=resume,
-        )
+        report = run_evaluation(segmenter, data, shared=True, parts=parts, **settings)
     except KeyboardInterrupt as stop:
         kept = f"what was counted is kept in '{folder}', and the same command with --resume goes on from there"
         stop.args = (f"Stopped; {'nothing is kept' if folder is None else kept}.",)

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from lexiseg import processes
 from lexiseg.background import BackgroundSource
@@ -24,6 +22,7 @@ from lexiseg.evaluation.parts import Parts, Tally, missing
 from lexiseg.evaluation.report import Report, versions, weights_hash
 from lexiseg.images import ImageSource
 from lexiseg.label_ids import ignore_index
+from lexiseg.progress import progress_bar
 from lexiseg.segmenter import Segmenter
 from lexiseg.vocabulary import Vocabulary
 from lexiseg.windows import WindowPolicy
@@ -53,44 +52,21 @@ def run_evaluation(
     resume: bool = False,
     save_every: float = 5.0,
 ) -> Report:
-    """Predict every picture of ``dataset`` and compare with its labels.
+    """Predict every picture of ``dataset`` and compare with its labels; label maps are counted and dropped one by one.
 
-    Label maps are counted and dropped one by one. Classes are seen or unseen as the dataset says, and where it says
-    nothing as the model was trained.
+    Classes are seen or unseen as the dataset says, and where it says nothing as the model was trained. ``name``,
+    ``split``, ``seed`` (the training's) and ``card`` are for the report. ``background``: None takes the dataset's rule;
+    a background class that the dataset does not have counts as no class. ``window``: None takes the model's own.
+    ``limit``: take only this many, spread evenly. ``offsets``: which classes lose the score that a model takes off
+    those it had masks of: "data" those that count as seen, "all" every class alike, "none" no class; None is "data",
+    but "all" for a model that had masks of every class, as the authors' code does it for fully supervised models.
+    ``seen_split``: False, across data sets, says nothing of seen and unseen classes. ``num_examples``: pictures in the
+    report's grid. ``shared``: divide the pictures among the processes of a launcher, all of which call this; each gets
+    the whole report, whose numbers are those of one process. ``parts``: a folder for what has been counted so far, to
+    ``resume`` from, written every ``save_every`` seconds; the caller removes it (`lexiseg.evaluation.parts.clear`).
 
-    Args:
-        segmenter: the model, ready to predict, with the templates and precision to be judged.
-        dataset: pictures with labels.
-        name: of the dataset, for the report.
-        split: of the dataset, for the report.
-        background: what happens to pixels that no class fits; None takes the dataset's rule. A background class that
-            the dataset does not have counts as no class.
-        window: how the model is run over a picture; None takes the model's own.
-        batch_size: pictures predicted together.
-        limit: take only this many, spread evenly; None takes all.
-        offsets: which classes lose the score that a model takes off those it had masks of: "data" those that count as
-            seen, "all" every class alike, "none" no class; the tables of seen and unseen classes stay the dataset's.
-            None is "data", but "all" for a model that had masks of every class, as the authors' code does it for fully
-            supervised models.
-        seen_split: whether classes count as seen and unseen. False, across data sets, where a name that the training
-            had as well does not make the class a seen one: nothing is said of seen and unseen classes then.
-        num_examples: pictures shown in the report's grid, spread evenly.
-        seed: the training's seed, for the report.
-        card: more to say in the report's protocol, such as its name.
-        progress: whether to show a bar.
-        shared: divide the pictures among the processes of a launcher, all of which call this; each gets the whole
-            report, whose numbers are those of one process.
-        parts: a folder for what has been counted so far; the caller removes it (`lexiseg.evaluation.parts.clear`) when
-            the report is written. None keeps nothing.
-        resume: go on from the ``parts``, which any number of processes may have written, instead of removing them.
-        save_every: seconds between two writes of a part.
-
-    Returns:
-        The report.
-
-    Raises:
-        LexisegError: a sample cannot be read, or its label does not fit the classes; the sentence names it. Or the
-            parts are of another evaluation.
+    Raises LexisegError if a sample cannot be read, its label does not fit the classes, or the parts are of another
+    evaluation.
     """
     with processes.together() if shared else nullcontext():
         vocabulary = segmenter.vocabulary(dataset.vocabulary, background=background)
@@ -103,24 +79,12 @@ def run_evaluation(
             raise LexisegError(f"The split '{split}' of '{name}' is empty, so there is nothing to evaluate.")
         # A background class the dataset does not have is dropped again: it is judged as no class.
         judged = Vocabulary(vocabulary.classes[:num_classes], vocabulary.templates)
-        if not seen_split:
-            judged = _flagged(judged, None)
-        seen, unseen = seen_ids(judged), unseen_ids(judged)
-        protocol = {
-            "dataset": name,
-            "split": split,
-            "num_pictures": len(indices),
-            "num_classes": num_classes,
-            "num_seen": len(seen) if seen_split else None,
-            "num_unseen": len(unseen) if seen_split else None,
-            "num_words": len(judged.words),
-            "vocabulary_sha256": vocabulary.hash(),
-            "window": asdict(window or segmenter.model.window),
-            "templates": list(vocabulary.templates),
-            "background": vocabulary.background.to_dict(),
-            "refine": segmenter.refinement.kind,
-            "offsets": offsets,
-            "ignore_index": ignored,
+        judged = judged if seen_split else _flagged(judged, None)
+        facts = {"dataset": name, "split": split, "num_pictures": len(indices), **_classes(judged, seen_split)}
+        facts |= {"vocabulary_sha256": vocabulary.hash(), "window": asdict(window or segmenter.model.window)}
+        facts |= {"templates": list(vocabulary.templates), "background": vocabulary.background.to_dict()}
+        facts |= {"refine": segmenter.refinement.kind, "offsets": offsets, "ignore_index": ignored}
+        facts |= {
             "batch_size": batch_size,
             "seed": seed,
             **(card or {}),
@@ -129,20 +93,68 @@ def run_evaluation(
         }
         # Whole batches are divided, not pictures, so that each is predicted exactly as in one process.
         batches = [indices[start : start + batch_size] for start in range(0, len(indices), batch_size)]
-        identity = {**protocol, "device": segmenter.device.type, "length": len(dataset)}
+        identity = {**facts, "device": segmenter.device.type, "length": len(dataset)}
         store = None if parts is None else Parts(parts, identity, num_classes, ignored, save_every)
     before = _before(store, resume, Tally(Confusion(num_classes, ignore_index=ignored)), shared)
-    rank, count = (processes.rank(), processes.count()) if shared else (0, 1)
-    # In turns, not in runs as accelerate's split_between_processes does it: data sets are sorted, and so are sizes.
-    mine = missing(before, range(len(batches)))[rank::count]
     wanted = {indices[position] for position in spread(len(indices), num_examples)}
-    examples: dict[int, Example] = {}
+    judge = _Judge(segmenter, dataset, asked, background, window, batch_size, wanted)
+    tally = judge.count(batches, before, store, progress, shared)
+    for other, shown in processes.gather((tally, judge.examples)) if shared else [(tally, judge.examples)]:
+        before.merge(other)
+        judge.examples.update(shown)
+    if len(before.batches) != len(batches):
+        raise RuntimeError(f"{len(before.batches)} of {len(batches)} batches were counted")
+    for chosen in batches:  # pictures to show that were counted before a kill
+        if any(index in wanted and index not in judge.examples for index in chosen):
+            judge.predict(chosen, None)
+    facts |= {"picture_sizes": {"smallest": list(before.smallest or ()), "largest": list(before.largest or ())}}
+    facts |= {"processes": processes.count() if shared else 1}
+    metrics = before.confusion.compute(seen_ids(judged), unseen_ids(judged))
+    pictures = tuple(judge.examples[index] for index in sorted(wanted))
+    return Report(metrics, before.confusion, judged, facts, before.seconds, pictures)
 
-    def predict(chosen: list[int], tally: Tally | None) -> None:
-        samples = [dataset[index] for index in chosen]
+
+@dataclass
+class _Judge:
+    """A segmenter at work on a dataset: predicts batches of indices, counts them, and keeps the pictures to show."""
+
+    segmenter: Segmenter
+    dataset: SegmentationDataset
+    asked: Vocabulary
+    background: BackgroundSource
+    window: WindowPolicy | None
+    batch_size: int
+    wanted: set[int]
+    examples: dict[int, Example] = field(default_factory=dict)
+
+    def count(
+        self, batches: Sequence[list[int]], before: Tally, store: Parts | None, progress: bool, shared: bool
+    ) -> Tally:
+        """Predict and count this process's part of the batches that are not in ``before``."""
+        num_classes = len(self.dataset.vocabulary)
+        tally = Tally(Confusion(num_classes, ignore_index=ignore_index(num_classes)))
+        rank, count = (processes.rank(), processes.count()) if shared else (0, 1)
+        # In turns, not in runs as accelerate's split_between_processes does it: data sets are sorted, and so are sizes.
+        mine = missing(before, range(len(batches)))[rank::count]
+        total, done = sum(map(len, batches)), sum(len(batches[number]) for number in before.batches)
+        with progress_bar(show=progress and rank == 0) as bar:
+            task = bar.add_task("evaluating", total=total, completed=done)
+            for number in mine:
+                self.predict(batches[number], tally)
+                tally.batches.add(number)
+                if store is not None:
+                    store.write(tally, now=number == mine[-1])
+                # The others are about as far as this one.
+                bar.update(task, completed=min(total, done + len(tally.batches) * self.batch_size * count))
+        return tally
+
+    def predict(self, chosen: list[int], tally: Tally | None) -> None:
+        """Predict some samples and count them; None counts nothing."""
+        samples = [self.dataset[index] for index in chosen]
         since = time.perf_counter()
         images: list[ImageSource] = [sample.image for sample in samples]
-        results = segmenter.predict(images, asked, background=background, window=window, batch_size=batch_size)
+        how: dict[str, Any] = {"background": self.background, "window": self.window, "batch_size": self.batch_size}
+        results = self.segmenter.predict(images, self.asked, **how)
         if tally is not None:
             tally.seconds += time.perf_counter() - since
         for index, sample, result in zip(chosen, samples, results, strict=True):
@@ -152,34 +164,14 @@ def run_evaluation(
             if tally is not None:
                 _count(tally.confusion, sample, prediction)
                 tally.saw((int(sample.label.shape[0]), int(sample.label.shape[1])))
-            if index in wanted:
+            if index in self.wanted:
                 image = sample.image.permute(1, 2, 0).numpy()
-                examples[index] = Example(image, sample.label.numpy(), prediction, sample.name)
+                self.examples[index] = Example(image, sample.label.numpy(), prediction, sample.name)
 
-    tally = Tally(Confusion(num_classes, ignore_index=ignored))
-    done = sum(len(batches[number]) for number in before.batches)
-    with _bar(progress and rank == 0) as bar:
-        task = bar.add_task("evaluating", total=len(indices), completed=done)
-        for number in mine:
-            predict(batches[number], tally)
-            tally.batches.add(number)
-            if store is not None:
-                store.write(tally, now=number == mine[-1])
-            # The others are about as far as this one.
-            bar.update(task, completed=min(len(indices), done + len(tally.batches) * batch_size * count))
-    for other, shown in processes.gather((tally, examples)) if shared else [(tally, examples)]:
-        before.merge(other)
-        examples.update(shown)
-    if len(before.batches) != len(batches):
-        raise RuntimeError(f"{len(before.batches)} of {len(batches)} batches were counted")
-    for chosen in batches:  # pictures to show that were counted before a kill
-        if any(index in wanted and index not in examples for index in chosen):
-            predict(chosen, None)
-    protocol |= {"picture_sizes": {"smallest": list(before.smallest or ()), "largest": list(before.largest or ())}}
-    protocol |= {"processes": count}
-    metrics = before.confusion.compute(seen, unseen)
-    pictures = tuple(examples[index] for index in sorted(wanted))
-    return Report(metrics, before.confusion, judged, protocol, before.seconds, pictures)
+
+def _classes(judged: Vocabulary, seen_split: bool) -> dict[str, Any]:
+    seen, unseen = (len(ids(judged)) if seen_split else None for ids in (seen_ids, unseen_ids))
+    return {"num_classes": len(judged), "num_seen": seen, "num_unseen": unseen, "num_words": len(judged.words)}
 
 
 def _before(store: Parts | None, resume: bool, nothing: Tally, shared: bool) -> Tally:
@@ -233,15 +225,3 @@ def _describe(segmenter: Segmenter) -> dict[str, Any]:
         "device": str(segmenter.device),
         "dtype": str(segmenter.dtype or torch.float32).removeprefix("torch."),
     }
-
-
-def _bar(show: bool) -> Progress:
-    console = Console(stderr=True)
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        disable=not show or not console.is_terminal,
-    )

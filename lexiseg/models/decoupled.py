@@ -29,6 +29,7 @@ from lexiseg.models.base import (
     WindowOptions,
 )
 from lexiseg.models.mask_decoder import unit
+from lexiseg.normalisation import IMAGENET_MEAN, IMAGENET_STD
 from lexiseg.proposals.base import ProposalGenerator, Proposals
 from lexiseg.proposals.build import build_generator
 from lexiseg.proposals.leftover import LeftoverOptions, add_leftover
@@ -38,9 +39,6 @@ from lexiseg.scores import RegionScores
 from lexiseg.windows import WindowPolicy
 
 Size = tuple[int, int]
-
-IMAGENET_MEAN: Triple = (0.485, 0.456, 0.406)
-IMAGENET_STD: Triple = (0.229, 0.224, 0.225)
 
 
 class DecoupledOptions(WindowOptions):

@@ -14,14 +14,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lexiseg.errors import LexisegError
+from lexiseg.normalisation import IMAGENET_MEAN, IMAGENET_STD
 from lexiseg.proposals.base import ProposalGenerator, Proposals, check_images
 from lexiseg.proposals.given import hard_logits
 from lexiseg.proposals.heads import need_transformers
 from lexiseg.proposals.options import SamOptions
-
-# ImageNet's, which the images are normalised with; SAM gets pixels.
-_MEAN = (0.485, 0.456, 0.406)
-_STD = (0.229, 0.224, 0.225)
 
 
 class Sam(ProposalGenerator):
@@ -103,7 +100,7 @@ class Sam(ProposalGenerator):
         """Masks (N, H, W) of 0 and 1, of one normalised image (3, H, W)."""
         from PIL import Image
 
-        mean, std = (image.new_tensor(values)[:, None, None] for values in (_MEAN, _STD))
+        mean, std = (image.new_tensor(values)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
         pixels = ((image * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
         picture = Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
         options = self.options

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from lexiseg.clip.load import load_clip, random_clip
+from lexiseg.clip.load import count_parameters, load_clip, random_clip
 from lexiseg.clip.model import CLIP, build_clip
 from lexiseg.clip.prompt_learner import PromptLearner
 from lexiseg.errors import LexisegError
@@ -190,8 +190,8 @@ def _prompts(recipe: PromptRecipe) -> DryRun:
         seen=trained.names,
         unseen=tuple(name for name in vocabulary.names if name not in trained.names),
         text=len(trained),
-        parameters=sum(parameter.numel() for parameter in model.parameters()),
-        trainable=sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
+        parameters=count_parameters(model),
+        trainable=count_parameters(model, trainable=True),
         starts_from=None,
         options=said.model_dump(mode="json", exclude={"clip"}),
         train=recipe.train,
@@ -208,8 +208,6 @@ def _initial(recipe: SegmentationRecipe) -> str | None:
 
 def _contrastive(recipe: ContrastiveRecipe) -> DryRun:
     clip = build_clip({"model_cfg": recipe.model.model_cfg})
-    count = sum(parameter.numel() for parameter in clip.parameters())
-    trainable = sum(parameter.numel() for parameter in clip.parameters() if parameter.requires_grad)
     return DryRun(
         system="CLIP",
         clip="from the recipe",
@@ -219,8 +217,8 @@ def _contrastive(recipe: ContrastiveRecipe) -> DryRun:
         seen=(),
         unseen=(),
         text=0,
-        parameters=count,
-        trainable=trainable,
+        parameters=count_parameters(clip),
+        trainable=count_parameters(clip, trainable=True),
         starts_from=recipe.model.initial,
         options=recipe.model.model_dump(mode="json", exclude={"model_cfg", "initial"}),
         train=recipe.train,

@@ -11,10 +11,11 @@ from typing import Any, TextIO
 
 from PIL import Image
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import TextColumn, TimeElapsedColumn
 
 from lexiseg.errors import LexisegError
 from lexiseg.files import atomic_write, make_folder, write_text
+from lexiseg.progress import progress_bar
 
 _log = logging.getLogger("lexiseg")
 
@@ -90,16 +91,8 @@ class RunLog:
                 ) from error
             self._board = _tensorboard(folder / "tensorboard", first_step) if tensorboard else None
         self._console = Console(stderr=True, quiet=not (progress and enabled))
-        self._bar = Progress(
-            TextColumn("training"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[text]}"),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            console=self._console,
-            disable=not (progress and enabled and self._console.is_terminal),
-        )
+        text, spent = TextColumn("{task.fields[text]}"), TimeElapsedColumn()
+        self._bar = progress_bar(text, spent, show=progress and enabled, console=self._console)
         self._bar_id = self._bar.add_task("training", total=total_steps, completed=first_step, text="")
 
     def __enter__(self) -> RunLog:

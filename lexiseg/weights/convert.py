@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lexiseg.clip.load import load_clip
+from lexiseg.clip.load import count_parameters, load_clip
 from lexiseg.clip.model import save_clip
 from lexiseg.errors import LexisegError
 from lexiseg.models import SYSTEMS, CascadeCLIP, SegmentationModel
@@ -91,35 +91,28 @@ def convert(
 
     A checkpoint of ZegCLIP, Cascade-CLIP, SPT-SEG, CAT-Seg or of a decoupled system (see
     `lexiseg.weights.decoupled_checkpoints`) in its authors' layout becomes a model folder for `lexiseg.load`; the state
-    dict of a ViT of OpenAI, open_clip or `transformers` becomes a CLIP folder for ``METHOD/FOLDER``; a Segment
-    Anything becomes a folder of `transformers` for the option ``proposals.weights``. Which it is shows in the keys,
-    whatever other programs put in front of them. Nothing in a pickle is executed: tensors, arrays and plain values
-    are read, harmless objects beside them are passed over, and what else lies there is refused by its name and key.
+    dict of a ViT of OpenAI, open_clip or `transformers` a CLIP folder for ``METHOD/FOLDER``; a Segment Anything a folder
+    of `transformers` for the option ``proposals.weights``. Which it is shows in the keys, whatever other programs put
+    in front of them. Nothing in a pickle is executed: what is neither tensor, plain value nor harmless is refused.
 
     Args:
-        path: the checkpoint: a .pth, .pt, .ckpt, .bin, .safetensors or detectron2's .pkl file, or the folder of a
-            ``CLIPModel`` of `transformers`.
+        path: a .pth, .pt, .ckpt, .bin, .safetensors or detectron2's .pkl file, or the folder of a ``CLIPModel``.
         folder: where to write; made if missing.
-        class_names: segmentation systems: names of the classes it was trained on, which the file does not hold.
-            Without them no class counts as seen and the score offset of seen classes is not applied.
+        class_names: segmentation systems: the classes it was trained on, which the file does not hold. Without them no
+            class counts as seen and the score offset of seen classes is not applied.
         templates: segmentation systems: the templates its text embeddings were made with; None takes the single one
             when the checkpoint has as many prompts as the papers' VOC models (10) or fewer, else the papers' 15.
-        transductive: one-stage systems and ZegFormer, which lower the scores of seen classes: it was trained with
-            self-training, where they do not.
-        quick_gelu: CLIP: which activation the towers use; None is what a ``config.json`` says, and else True for
-            OpenAI's own files and those of `transformers`, False for others. (Those of the segmentation systems are
-            always OpenAI's.)
+        transductive: one-stage systems and ZegFormer: trained with self-training, so seen classes have no offset.
+        quick_gelu: CLIP: which activation the towers use; None is what a ``config.json`` says, else True for OpenAI's
+            files and those of `transformers`, False for others.
         heads: attention heads of the image tower; None is one a 64 channels, as in all released CLIPs.
         text_heads: attention heads of the text tower; None likewise.
-        clip: decoupled systems whose file has no CLIP in it (ZegFormer's training checkpoints): the one they were
-            trained with, by any name `load_clip` takes.
-        ema: take the moving average of the weights (EMA) or not; None takes the weights where a file has both, and
-            says so.
+        clip: files without a CLIP in them (ZegFormer's training checkpoints): the one they were trained with.
+        ema: take the moving average of the weights or not; None takes the weights where a file has both, and says so.
         dtype: what to store the weights in; None is float32. (A Segment Anything is always stored in it.)
 
     Raises:
-        LexisegError: the file cannot be read, is of no known kind, or lacks tensors or has some left over; they are
-            listed.
+        LexisegError: the file cannot be read, is of no known kind, or lacks tensors or has some left over, with a list.
     """
     found = read_checkpoint(path, _known, ema=ema)
     if found.metadata.get("system") in SYSTEMS:
@@ -128,48 +121,21 @@ def convert(
             f"'{found.path.parent}' to --model or lexiseg.load."
         )
     state = found.state
-    given = {
-        "class_names": bool(class_names),
-        "templates": bool(templates),
-        "transductive": transductive,
-        "quick_gelu": quick_gelu is not None,
-        "clip": clip is not None,
-        "dtype": dtype is not None,
-    }
+    given = {"class_names": bool(class_names), "templates": bool(templates), "transductive": transductive}
+    given |= {"quick_gelu": quick_gelu is not None, "clip": clip is not None, "dtype": dtype is not None}
     sizes: dict[str, Any] = {"heads": heads, "text_heads": text_heads}
-    kind: str | None = "cat-seg" if is_cat_seg(state) else recognise(state)
-    system = recognise_detectron(state)
-    if kind is not None or system is not None:
-        idle = {"quick_gelu"}
-        if system is None or any(".clip_model." in key for key in state):
-            clip = None
-            idle.add("clip")
-        if kind == "cat-seg" or (kind is None and system != "zegformer"):
-            idle.add("transductive")
-        name = f"'{path}'"
-        if kind == "cat-seg":
-            model, unused, notes = _read_cat_seg(state, sizes, name)
-        elif kind is not None:
-            model, unused, notes = _read_one_stage(state, kind, bool(class_names), transductive, sizes, name)
-        else:
-            assert system is not None
-            kind = system
-            given_clip = None if clip is None else load_clip(str(clip))
-            model, unused, notes = read_decoupled(
-                system,
-                state,
-                **sizes,
-                clip=given_clip,
-                seen_known=bool(class_names),
-                transductive=transductive,
-                name=name,
-            )
-        model.seen_names = tuple(class_names or ())
-        model.default_templates = tuple(templates or model.default_templates)
+    idle: set[str] = set()  # arguments that make no difference
+    if (
+        model := _read_model(found, {**sizes, "class_names": class_names, "clip": clip}, transductive, idle)
+    ) is not None:
+        kind, segmenter, unused, notes = model
+        segmenter.seen_names = tuple(class_names or ())
+        segmenter.default_templates = tuple(templates or segmenter.default_templates)
         description = f"{_MODELS[kind]} converted from the authors' checkpoint"
-        model.metadata = {"description": description, "source": found.path.name}
-        save_model(model, folder, dtype=dtype)
-        report = ConversionReport(kind, Path(folder), len(state), model.num_parameters(), tuple(unused), tuple(notes))
+        segmenter.metadata = {"description": description, "source": found.path.name}
+        save_model(segmenter, folder, dtype=dtype)
+        counts = len(state), segmenter.num_parameters()
+        report = ConversionReport(kind, Path(folder), *counts, tuple(unused), tuple(notes))
     elif is_openai(state) or is_transformers(state):
         report = _convert_clip(found, folder, quick_gelu, sizes, dtype)
         idle = {"class_names", "templates", "transductive", "clip"}
@@ -182,6 +148,33 @@ def convert(
         raise _unknown(state, path)
     ignored = tuple(name for name, there in given.items() if there and name in idle)
     return replace(report, notes=(*found.notes, *report.notes), ignored=ignored)
+
+
+def _read_model(
+    found: Checkpoint, given: dict[str, Any], transductive: bool, idle: set[str]
+) -> tuple[str, SegmentationModel, list[str], list[str]] | None:
+    """The kind, model, unused keys and notes of a segmentation system's file; None where it is none."""
+    state, name = found.state, f"'{found.path}'"
+    sizes = {key: given[key] for key in ("heads", "text_heads")}
+    seen_known = bool(given["class_names"])
+    kind = recognise(state)
+    system = recognise_detectron(state)
+    idle.add("quick_gelu")
+    if system is None or any(".clip_model." in key for key in state):
+        given["clip"] = None
+        idle.add("clip")
+    if is_cat_seg(state):
+        idle.add("transductive")
+        return ("cat-seg", *_read_cat_seg(state, sizes, name))
+    if kind is not None:
+        return (kind, *_read_one_stage(state, kind, seen_known, transductive, sizes, name))
+    if system is None:
+        return None
+    if system != "zegformer":
+        idle.add("transductive")
+    clip = None if given["clip"] is None else load_clip(str(given["clip"]))
+    how: dict[str, Any] = {**sizes, "clip": clip, "seen_known": seen_known, "transductive": transductive, "name": name}
+    return (system, *read_decoupled(system, state, **how))
 
 
 def _known(state: Mapping[str, Any]) -> bool:
@@ -263,5 +256,4 @@ def _convert_clip(
     note = f"Its activation is taken to be {'QuickGELU' if quick else 'GELU'}, as {said}."
     if quick_gelu is not None:
         note = f"Its activation is {'QuickGELU' if quick else 'GELU'}, as you say."
-    parameters = sum(parameter.numel() for parameter in clip.parameters())
-    return ConversionReport("clip", Path(folder), len(found.state), parameters, tuple(unused), (note,))
+    return ConversionReport("clip", Path(folder), len(found.state), count_parameters(clip), tuple(unused), (note,))

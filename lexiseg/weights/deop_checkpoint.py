@@ -17,8 +17,8 @@ from torch import Tensor
 from lexiseg.clip.load import check_state, shapes_of, sketch
 from lexiseg.clip.model import build_clip
 from lexiseg.errors import LexisegError
-from lexiseg.models.decoupled import IMAGENET_MEAN, IMAGENET_STD
 from lexiseg.models.deop import DeOP
+from lexiseg.normalisation import IMAGENET_MEAN, IMAGENET_STD
 from lexiseg.weights.clip_state import count_blocks, infer_vit_architecture, shape_of
 from lexiseg.weights.detectron_checkpoint import CheckpointParts, generator_tensors, split_checkpoint
 from lexiseg.weights.detectron_keys import infer_generator_options

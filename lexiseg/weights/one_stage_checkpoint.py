@@ -22,11 +22,9 @@ from lexiseg.models import SYSTEMS
 from lexiseg.models.cascade_clip import format_groups
 from lexiseg.models.spt_seg import SPTSeg
 from lexiseg.models.zegclip import ZegCLIP
+from lexiseg.normalisation import IMAGENET_MEAN, IMAGENET_STD
 from lexiseg.weights.clip_state import count_blocks, infer_vit_architecture, missing_shape_keys, shape_of
 from lexiseg.weights.filling import Source, take_tensors
-
-IMAGENET_MEAN = (123.675 / 255, 116.28 / 255, 103.53 / 255)
-IMAGENET_STD = (58.395 / 255, 57.12 / 255, 57.375 / 255)
 
 NAMES = {"zegclip": "ZegCLIP", "cascade-clip": "Cascade-CLIP", "spt-seg": "SPT-SEG"}
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lexiseg.clip.load import shapes_of, sketch
+from lexiseg.clip.load import count_parameters, shapes_of, sketch
 from lexiseg.errors import LexisegError
 from lexiseg.files import make_folder
 from lexiseg.proposals.heads import need_transformers
@@ -174,4 +174,4 @@ def convert_sam(state: Mapping[str, Tensor], folder: str | Path, *, name: str = 
         mask_pad_size={"height": low, "width": low},
     )
     processor.save_pretrained(folder)
-    return sum(parameter.numel() for parameter in model.parameters())
+    return count_parameters(model)

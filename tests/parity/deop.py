@@ -13,8 +13,8 @@ from torch.nn import functional as F
 from lexiseg.evaluation.metrics import Confusion
 from lexiseg.evaluation.proposals import ReleasedRecall, pseudo_label
 from lexiseg.losses.regions import region_map_losses
-from lexiseg.models.decoupled import IMAGENET_MEAN, IMAGENET_STD
 from lexiseg.models.deop import DeOP
+from lexiseg.normalisation import IMAGENET_MEAN, IMAGENET_STD
 from lexiseg.proposals.base import Proposals
 from lexiseg.proposals.maskformer import MaskFormer
 from lexiseg.regions.anchors import ConvAnchors, ReleasedQueryAnchors, sine_positions

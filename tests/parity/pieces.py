@@ -14,8 +14,8 @@ from lexiseg.data.transforms import test_size, train_size
 from lexiseg.evaluation.metrics import Confusion, Metrics, nanmean, percent, reduce_zero_label
 from lexiseg.losses.masks import count_masks, mask_losses
 from lexiseg.losses.ssim import ssim_loss
+from lexiseg.normalisation import IMAGENET_MEAN, IMAGENET_STD
 from lexiseg.training.schedule import poly_warmup
-from lexiseg.weights.one_stage_checkpoint import IMAGENET_MEAN, IMAGENET_STD
 from tests.parity.case import Case
 
 

@@ -15,9 +15,9 @@ from lexiseg.clip.text import TextEmbedder
 from lexiseg.losses import mask_aware
 from lexiseg.losses.mask_aware import distillation_loss, iou_targets, mask_aware_loss, mask_ious
 from lexiseg.models.base import ImageFeatures
-from lexiseg.models.decoupled import IMAGENET_MEAN, IMAGENET_STD
 from lexiseg.models.region_base import RegionModel
 from lexiseg.models.region_models import FreeSeg, ZegFormer, ZSSeg
+from lexiseg.normalisation import IMAGENET_MEAN, IMAGENET_STD
 from lexiseg.proposals.base import Proposals
 from lexiseg.regions.crops import CropOptions, cut_tight, tight_crops
 from lexiseg.regions.ensemble import EnsembleOptions, class_probabilities, ensemble

@@ -147,3 +147,21 @@ def test_no_module_is_imported_in_a_circle() -> None:
                 asked |= {name if name in known else module for name in inside}
         graph[name] = (asked & known) - {name}
     assert list(graphlib.TopologicalSorter(graph).static_order())  # raises where there is a circle
+
+
+# A file or function may be longer where the comment or the docstring at its top gives the reason, after these words.
+MAX_FILE, MAX_FUNCTION, REASON = 450, 80, "Longer than others because"
+
+
+def test_files_and_functions_are_short_enough_to_read() -> None:
+    long: list[str] = []
+    for path in SOURCES:
+        text = path.read_text(encoding="utf-8")
+        if text.count("\n") > MAX_FILE and REASON not in text[:2000]:
+            long.append(f"{path.relative_to(PACKAGE)} has {text.count(chr(10))} lines")
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                lines = (node.end_lineno or 0) - node.lineno + 1
+                if lines > MAX_FUNCTION and REASON not in (ast.get_docstring(node) or ""):
+                    long.append(f"{path.relative_to(PACKAGE)}: {node.name} has {lines} lines")
+    assert not long

@@ -74,8 +74,7 @@ def run_evaluation(
         asked = dataset.vocabulary if offsets == "data" else _flagged(dataset.vocabulary, offsets == "all")
         num_classes = len(dataset.vocabulary)
         ignored = ignore_index(num_classes)
-        indices = spread(len(dataset), limit)
-        if not indices:
+        if not (indices := spread(len(dataset), limit)):
             raise LexisegError(f"The split '{split}' of '{name}' is empty, so there is nothing to evaluate.")
         # A background class the dataset does not have is dropped again: it is judged as no class.
         judged = Vocabulary(vocabulary.classes[:num_classes], vocabulary.templates)
@@ -107,8 +106,8 @@ def run_evaluation(
     for chosen in batches:  # pictures to show that were counted before a kill
         if any(index in wanted and index not in judge.examples for index in chosen):
             judge.predict(chosen, None)
-    facts |= {"picture_sizes": {"smallest": list(before.smallest or ()), "largest": list(before.largest or ())}}
-    facts |= {"processes": processes.count() if shared else 1}
+    sizes = {"smallest": list(before.smallest or ()), "largest": list(before.largest or ())}
+    facts |= {"picture_sizes": sizes, "processes": processes.count() if shared else 1}
     metrics = before.confusion.compute(seen_ids(judged), unseen_ids(judged))
     pictures = tuple(judge.examples[index] for index in sorted(wanted))
     return Report(metrics, before.confusion, judged, facts, before.seconds, pictures)

@@ -28,21 +28,27 @@ class Split(str, Enum):
     test = "test"
 
 
+World = Annotated[
+    str, typer.Option("--world", help="picture-world, picture-world-2 or picture-world-2-twemoji (other drawings).")
+]
+
+
 @app.command("world")
 def world(
     folder: Annotated[Path, typer.Argument(help="Where to write; created where it is missing.")],
     train: Annotated[int, typer.Option(min=0, help="Number of training scenes.")] = 200,
     val: Annotated[int, typer.Option(min=0, help="Number of validation scenes.")] = 50,
     size: Annotated[int, typer.Option(min=16, help="Side of a scene in pixels.")] = 256,
+    name: World = "picture-world",
 ) -> None:
-    """Write the picture world in the layout of PASCAL VOC, as any dataset on disk would be.
+    """Write a picture world in the layout of PASCAL VOC, as any dataset on disk would be.
 
     The masks of the training scenes have 255 ("ignored") where a class is unseen.
     """
-    from lexiseg.data.picture_world import write_voc
+    from lexiseg.data.picture_world import find_world, write_voc
 
     with waiting(f"drawing {train + val} scenes"):
-        root = write_voc(folder, num_train=train, num_val=val, size=size)
+        root = write_voc(folder, world=find_world(name), num_train=train, num_val=val, size=size)
     say_written([root])
 
 
@@ -55,12 +61,13 @@ def show(
     rows: Annotated[int, typer.Option(min=1, max=20, help="Scenes from top to bottom.")] = 3,
     columns: Annotated[int, typer.Option(min=1, max=20, help="Scenes from left to right.")] = 5,
     size: Annotated[int, typer.Option(min=16, max=1024, help="Side of a scene in pixels.")] = 256,
+    name: World = "picture-world",
 ) -> None:
     """Draw the first scenes of a split side by side, to look at."""
-    from lexiseg.data.picture_world import contact_sheet
+    from lexiseg.data.picture_world import contact_sheet, find_world
 
     with waiting(f"drawing {rows * columns} scenes"):
-        sheet = contact_sheet(split.value, rows=rows, columns=columns, size=size)
+        sheet = contact_sheet(split.value, world=find_world(name), rows=rows, columns=columns, size=size)
     write_png(output, sheet.save)
 
 

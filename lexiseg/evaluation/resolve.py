@@ -95,7 +95,7 @@ def evaluate(
 
     Under a launcher the processes share the pictures, and each gets the whole report; the first one writes.
 
-    ``what``: a recipe (its validation data), "picture-world", or a folder: one's own data, or a protocol's data set.
+    ``what``: a recipe (its validation data), a picture world's name, or a folder: one's own data, or a protocol's.
     ``weights``: a model as `lexiseg.load` takes it, a folder of a training included; or a segmenter. ``output``: a
     folder for ``report.json`` and ``grid.png``; None writes nothing. ``protocol``: judge the folder as the papers do,
     see `lexiseg.evaluation.protocols`. ``classes``: a list of them, where the folder carries none. ``synonyms``: score
@@ -154,15 +154,15 @@ def _question(
 ) -> Question:
     if protocol is not None:
         return _by_protocol(what, protocol, {"split": split, "size": size})
-    if what == PICTURE_WORLD:
+    if what.startswith(PICTURE_WORLD) and not Path(what).exists():
         _refuse_synonyms(synonyms, what)
-        from lexiseg.data.picture_world import PictureWorld
+        from lexiseg.data.picture_world import PictureWorld, find_world
 
         if split not in (None, "val", "test"):
             # Its train split hides the unseen classes, so a number made there would look like a result and be none.
-            raise LexisegError(f"{PICTURE_WORLD} is evaluated on its val or its test split; leave out --split {split}.")
+            raise LexisegError(f"{what} is evaluated on its val or its test split; leave out --split {split}.")
         chosen: Literal["val", "test"] = "test" if split == "test" else "val"
-        return Question(PICTURE_WORLD, PictureWorld(chosen, size=size or DEFAULT_SIZE), chosen)
+        return Question(what, PictureWorld(chosen, world=find_world(what), size=size or DEFAULT_SIZE), chosen)
     if size is not None:
         raise LexisegError(
             f"--size is for {PICTURE_WORLD}, which is drawn at any size, not for '{what}'; leave it out."

@@ -25,9 +25,9 @@ class Strict(BaseModel):
 
 
 class PictureWorldData(Strict):
-    """Scenes of the picture world, rendered while training."""
+    """Scenes of a picture world, rendered while training."""
 
-    source: Literal["picture-world"]  # names this kind of data
+    source: Literal["picture-world", "picture-world-2", "picture-world-2-twemoji"]  # the world's name
     size: int = Field(default=256, ge=16)  # side of a training picture in pixels
     crop: int | None = Field(default=None, ge=16)  # side of the crop that is trained on; None takes the whole picture
     flip: float = Field(default=0.5, ge=0, le=1)  # probability of mirroring a picture
@@ -44,17 +44,18 @@ class PictureWorldData(Strict):
 
     def open(self, split: str) -> SegmentationDataset:
         """The "train" or the "val" split."""
-        from lexiseg.data.picture_world import PictureWorld
+        from lexiseg.data.picture_world import PictureWorld, find_world
 
+        world = find_world(self.source)
         if split == "train":
-            return PictureWorld("train", size=self.size, length=self.length)
-        return PictureWorld("val", size=self.val_size, length=self.val_length)
+            return PictureWorld("train", world=world, size=self.size, length=self.length)
+        return PictureWorld("val", world=world, size=self.val_size, length=self.val_length)
 
     def vocabulary(self) -> Vocabulary:
         """The classes."""
-        from lexiseg.data.picture_world import vocabulary
+        from lexiseg.data.picture_world import find_world, vocabulary
 
-        return vocabulary()
+        return vocabulary(find_world(self.source))
 
     def pipeline(self, mean: Triple, std: Triple, *, pad_label: int = 255, ignored: int = 255) -> Pipeline:
         """The augmentation, ending in normalisation; see `_Augmented.pipeline`."""

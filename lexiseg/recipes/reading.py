@@ -297,7 +297,7 @@ def _own_data(name: str, said: Any, folder: Path) -> Content:
     if not folder.is_dir():
         raise LexisegError(f"The data folder '{folder}' does not exist; check the path.")
     own: Content = {"source": "own", "root": str(folder)}
-    if said.get("source") == "picture-world":
+    if str(said.get("source")).startswith("picture-world"):
         own |= {"augment": "light", "crop": said.get("crop") or said.get("size", 256)}
     kept = ("augment", "crop", "label_stride", "short_sides", "longest", "cut", "unseen_pictures")
     return {key: said[key] for key in kept if said.get(key) is not None} | own

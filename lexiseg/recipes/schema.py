@@ -220,28 +220,35 @@ class PromptRecipe(Strict):
 class SceneSettings(Strict):
     """Which scenes a training sees."""
 
+    world: Literal["picture-world", "picture-world-2"] = "picture-world"
     size: int = Field(ge=8)  # pixels a side, a multiple of the patch size
     num_things: tuple[int, int]  # smallest and largest number of things
-    extents: tuple[float, float] = (0.36, 0.64)  # smallest and largest size of a thing as a share of the side
+    extents: tuple[float, float] = (0.36, 0.64)  # smallest and largest size of a thing as a fraction of the side
+    # smallest and largest area of a random resized crop as a fraction of the scene, whose caption names things that are
+    # mostly in it; None shows whole scenes, shifted a little, with a caption of all that is in them
+    crops: tuple[Annotated[float, Field(gt=0, le=1)], Annotated[float, Field(gt=0, le=1)]] | None = None
+    mentions: tuple[int, int] = (1, 2)  # of crops: smallest and largest number of things that a caption names
+    stuff_mentions: float = Field(default=0.3, ge=0, le=1)  # of crops: how often a caption names stuff beside things
     # first integer of every scene's seed; trainings with different ones share no scene
     seed: int = Field(ge=100, lt=HELD_OUT_SEED)
-    repeats: int = Field(default=2, ge=1)  # how often a scene is shown, each time mirrored and shifted afresh
+    repeats: int = Field(default=2, ge=1)  # how often a scene is shown, each time mirrored and moved afresh
     lag: int = Field(default=48, ge=1)  # steps between two showings of a scene
 
 
 class ContrastiveSettings(Strict):
-    """A CLIP, the scenes it learns from, and the weights of the three terms."""
+    """A CLIP, the scenes it learns from, and the weights of the three terms; a term of weight 0 is left out."""
 
     model_cfg: dict[str, Any]  # open_clip's description of the architecture
     # a CLIP to start from: a name, a folder, or a contrastive recipe, which is then trained first; None starts at
     # random. Its position table is resized to the new picture size.
     initial: str | None = None
     scenes: SceneSettings  # what to look at
-    # share of the patches left out in training, chosen anew for each picture (FLIP, CVPR 2023)
+    # fraction of the patches left out in training, chosen anew for each picture (FLIP, CVPR 2023)
     patch_dropout: float = Field(default=0.0, ge=0, lt=1)
+    names_weight: float = Field(default=1.0, ge=0)  # weight of the term between pictures and the world's list of names
     caption_weight: float = Field(default=0.5, ge=0)  # weight of the term between pictures and sentences
     patch_weight: float = Field(default=1.0, ge=0)  # weight of the token-wise term
-    coverage: float = Field(default=0.04, gt=0, le=1)  # share of the patches from which on a phrase counts as found
+    coverage: float = Field(default=0.04, gt=0, le=1)  # fraction of the patches from which on a phrase counts as found
 
 
 def _require_steps(train: TrainSettings) -> None:

@@ -1,7 +1,7 @@
-"""Training the tiny CLIP of the picture world from captions alone.
+"""Training the tiny CLIPs of the picture worlds from captions alone.
 
 A picture comes with one sentence that names what is visible in it, and nothing says where. Three terms share the text
-tower, all of them contrasts between pictures and texts:
+tower, all of them contrasts between pictures and texts; a term of weight 0 is left out:
 
 - *names*: the class token against every noun phrase of the world ("a photo of a cow"), with the phrases of the caption
   as positives, things and stuff apart (so that recognising the background is not enough);
@@ -20,13 +20,14 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 from lexiseg.clip.image import resize_positions
 from lexiseg.clip.load import load_clip
 from lexiseg.clip.model import CLIP, build_clip, save_clip
-from lexiseg.data.picture_world import CLASS_IDS, CLASSES, THINGS, render_scene
-from lexiseg.data.picture_world.scene import Scene
+from lexiseg.data.picture_world import FIRST, STUFF, World, find_world, render_scene
+from lexiseg.data.picture_world.scene import Scene, caption
 from lexiseg.recipes.schema import HELD_OUT_SEED, ContrastiveSettings, TrainSettings
 from lexiseg.training.task import Task
 
@@ -68,6 +69,56 @@ def patch_loss(logits: Tensor, positives: Tensor, coverage: float) -> Tensor:
     return -inside.mean() + missing.sum() / positives.sum().clamp(min=1)
 
 
+def crop_scene(
+    scene: Scene, world: World, rng: np.random.Generator, areas: tuple[float, float]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return a random resized crop of a scene, (S, S, 3) uint8, and the fraction of it that each class covers, (C,).
+
+    Args:
+        scene: a square scene of a world.
+        world: the scene's.
+        rng: what draws area, aspect ratio (3:4 to 4:3) and place.
+        areas: smallest and largest area as a fraction of the scene's.
+    """
+    size = len(scene.label)
+    area, ratio = rng.uniform(*areas), np.exp(rng.uniform(-1, 1) * np.log(4 / 3) / 2)
+    height, width = (max(1, min(size, round(size * area**0.5 * factor))) for factor in (ratio, 1 / ratio))
+    top, left = int(rng.integers(size - height + 1)), int(rng.integers(size - width + 1))
+    picture = Image.fromarray(scene.image).resize(
+        (size, size), Image.Resampling.BILINEAR, box=(left, top, left + width, top + height)
+    )
+    counts = np.bincount(scene.label[top : top + height, left : left + width].ravel(), minlength=len(world.classes))
+    return np.asarray(picture), counts / (height * width)
+
+
+def incomplete_caption(
+    rng: np.random.Generator, world: World, areas: np.ndarray, mentions: tuple[int, int], stuff_mentions: float
+) -> tuple[str, list[int]]:
+    """Return a sentence that names some of what is in a picture, and the ids of the classes it names.
+
+    Args:
+        rng: what chooses: a class that covers more is named more often.
+        world: the picture's.
+        areas: (C,) fractions of the picture that the classes cover.
+        mentions: smallest and largest number of things named; fewer where fewer cover 3 % of the picture.
+        stuff_mentions: how often stuff is named beside things; where there are none it always is.
+    """
+    split = len(world.things)
+    things, stuff = np.flatnonzero(areas[:split] >= 0.03), split + np.flatnonzero(areas[split:] >= 0.1)
+    count = min(len(things), int(rng.integers(mentions[0], mentions[1] + 1)))
+    named = [int(index) for index in _draw(rng, things, areas, count)]
+    if not named or (len(stuff) and rng.random() < stuff_mentions):
+        stuff = stuff if len(stuff) else split + areas[split:].argmax(keepdims=True)
+        named += [int(index) for index in _draw(rng, stuff, areas, 1)]
+    names = [world.classes[index] for index in named]
+    return caption(rng, tuple(n for n in names if n not in STUFF), tuple(n for n in names if n in STUFF)), named
+
+
+def _draw(rng: np.random.Generator, ids: np.ndarray, areas: np.ndarray, count: int) -> np.ndarray:
+    weights = areas[ids] + 1e-9
+    return rng.choice(ids, count, replace=False, p=weights / weights.sum()) if count else ids[:0]
+
+
 class ContrastiveTask(Task):
     """The contrastive training of a CLIP in the picture world.
 
@@ -79,6 +130,7 @@ class ContrastiveTask(Task):
     def __init__(self, settings: ContrastiveSettings, train: TrainSettings) -> None:
         torch.manual_seed(train.seed)
         self.settings, self.batch_size, self.seed = settings, train.batch_size, train.seed
+        self.world = find_world(settings.scenes.world)
         self.clip = build_clip({"model_cfg": settings.model_cfg}, name="clip-emoji")
         if settings.initial is not None:
             self._start_from(load_clip(settings.initial))
@@ -99,7 +151,13 @@ class ContrastiveTask(Task):
             count = -(-self.batch_size // scenes.repeats)
             first = (number + scenes.repeats * scenes.lag) * count
             self._cache[number] = [
-                render_scene([scenes.seed, index], scenes.size, num_things=scenes.num_things, extents=scenes.extents)
+                render_scene(
+                    [scenes.seed, index],
+                    scenes.size,
+                    world=self.world,
+                    num_things=scenes.num_things,
+                    extents=scenes.extents,
+                )
                 for index in range(first, first + count)
             ]
         self._cache.move_to_end(number)
@@ -108,29 +166,45 @@ class ContrastiveTask(Task):
         return self._cache[number]
 
     def batch(self, index: int) -> dict[str, Any]:
-        """Return the pictures of a step, the names in their captions, and tokens of a phrase a name and of captions."""
-        settings = self.settings.scenes
+        """Return the pictures of a step, the names in their captions, and tokens of phrases and of the captions.
+
+        The phrases, one a name of the world, are there only when a term needs them.
+        """
+        settings, world = self.settings.scenes, self.world
         blocks = [self._block(index - turn * settings.lag) for turn in range(settings.repeats)]
         scenes = [scene for block in blocks for scene in block][: self.batch_size]
         rng = np.random.default_rng([self.seed, index, 11])
-        shift, size = settings.size // 16, settings.size
-        pixels = np.empty((len(scenes), size, size, 3), np.uint8)
-        present = torch.zeros(len(scenes), len(CLASSES), dtype=torch.bool)
+        pixels = np.empty((len(scenes), settings.size, settings.size, 3), np.uint8)
+        present = torch.zeros(len(scenes), len(world.classes), dtype=torch.bool)
+        captions = []
         for row, scene in enumerate(scenes):
-            picture = scene.image[:, ::-1] if rng.random() < 0.5 else scene.image
-            dy, dx = rng.integers(0, 2 * shift + 1, 2)
-            pixels[row] = np.pad(picture, ((shift, shift), (shift, shift), (0, 0)), mode="edge")[
-                dy : dy + size, dx : dx + size
-            ]
-            present[row, [CLASS_IDS[name] for name in scene.names]] = True
-        template = TEMPLATES[int(rng.integers(len(TEMPLATES)))]
-        texts = [template.format(name) for name in CLASSES] + [scene.caption for scene in scenes]
+            mirrored = rng.random() < 0.5
+            if settings.crops is None:
+                picture, text = self._shifted(scene.image, rng), scene.caption
+                named = [world.class_ids[name] for name in scene.names]
+            else:
+                picture, areas = crop_scene(scene, world, rng, settings.crops)
+                text, named = incomplete_caption(rng, world, areas, settings.mentions, settings.stuff_mentions)
+            pixels[row] = picture[:, ::-1] if mirrored else picture
+            present[row, named] = True
+            captions.append(text)
+        phrases = []
+        if self.settings.names_weight or self.settings.patch_weight:
+            template = TEMPLATES[int(rng.integers(len(TEMPLATES)))]
+            phrases = [template.format(name) for name in world.classes]
         return {
             "images": self._normalise(pixels),
             "present": present,
-            "tokens": self.clip.tokenize(texts),
+            "tokens": self.clip.tokenize(phrases + captions),
             "names": [f"scene {settings.seed}/{index}/{row}" for row in range(len(scenes))],
         }
+
+    def _shifted(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        size = len(image)
+        shift = size // 16
+        dy, dx = rng.integers(0, 2 * shift + 1, 2)
+        padded = np.pad(image, ((shift, shift), (shift, shift), (0, 0)), mode="edge")
+        return padded[dy : dy + size, dx : dx + size]
 
     def _normalise(self, pixels: np.ndarray) -> Tensor:
         images = torch.from_numpy(pixels).permute(0, 3, 1, 2).float().div_(255.0)
@@ -155,26 +229,27 @@ class ContrastiveTask(Task):
         return F.normalize(self.clip.encode_text(tokens), dim=-1)
 
     def losses(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-        """Return the three terms and their weighted sum ``loss``."""
+        """Return the terms whose weight is not 0, and their weighted sum ``loss``."""
         settings, present = self.settings, batch["present"]
         image, patches = self.encode_images(batch["images"])
         text = self.encode_text(batch["tokens"])
-        names, captions = text[: len(CLASSES)], text[len(CLASSES) :]
+        names, captions = text[: -len(image)], text[-len(image) :]
         scale = self.clip.model.logit_scale.exp().clamp(max=100)
-        logits, split = scale * image @ names.T, len(THINGS)
-        loss_names = _multi_positive(logits[:, :split], present[:, :split])
-        loss_names = loss_names + 0.5 * _multi_positive(logits[:, split:], present[:, split:])
-        pairs = scale * image @ captions.T
-        same = (present[:, None] == present[None]).all(2)
-        loss_captions = 0.5 * (_multi_positive(pairs, same) + _multi_positive(pairs.T, same))
-        loss_patches = patch_loss(scale * patches @ names.T, present, settings.coverage)
-        loss = loss_names + settings.caption_weight * loss_captions + settings.patch_weight * loss_patches
-        return {
-            "loss": loss,
-            "loss_names": loss_names,
-            "loss_captions": loss_captions,
-            "loss_patches": loss_patches,
-        }
+        terms, weights = {}, {}
+        if settings.names_weight:
+            logits, split = scale * image @ names.T, len(self.world.things)
+            things = _multi_positive(logits[:, :split], present[:, :split])
+            terms["loss_names"] = things + 0.5 * _multi_positive(logits[:, split:], present[:, split:])
+            weights["loss_names"] = settings.names_weight
+        if settings.caption_weight:
+            pairs = scale * image @ captions.T
+            same = (present[:, None] == present[None]).all(2)
+            terms["loss_captions"] = 0.5 * (_multi_positive(pairs, same) + _multi_positive(pairs.T, same))
+            weights["loss_captions"] = settings.caption_weight
+        if settings.patch_weight:
+            terms["loss_patches"] = patch_loss(scale * patches @ names.T, present, settings.coverage)
+            weights["loss_patches"] = settings.patch_weight
+        return {"loss": sum(weights[key] * term for key, term in terms.items()), **terms}
 
     def sample_names(self, batch: Mapping[str, Any]) -> Sequence[str]:
         """Name the scenes of a batch."""
@@ -183,8 +258,10 @@ class ContrastiveTask(Task):
 
     def evaluate(self, step: int) -> dict[str, float]:
         """Zero-shot top-1 and top-5 accuracy (0..1), see `zero_shot_accuracy`."""
-        extents = self.settings.scenes.extents
-        top1, top5 = zero_shot_accuracy(self.clip, num_rounds=3, size=self.settings.scenes.size, extents=extents)
+        scenes = self.settings.scenes
+        top1, top5 = zero_shot_accuracy(
+            self.clip, world=self.world, num_rounds=3, size=scenes.size, extents=scenes.extents
+        )
         return {"zero_shot_top1": top1, "zero_shot_top5": top5}
 
     def export(self, folder: Path) -> None:
@@ -194,25 +271,33 @@ class ContrastiveTask(Task):
 
 @torch.no_grad()
 def zero_shot_accuracy(
-    clip: CLIP, *, num_rounds: int = 6, size: int | None = None, extents: tuple[float, float] = (0.36, 0.64)
+    clip: CLIP,
+    *,
+    world: World = FIRST,
+    num_rounds: int = 6,
+    size: int | None = None,
+    extents: tuple[float, float] | None = None,
 ) -> tuple[float, float]:
     """Return top-1 and top-5 accuracy (0..1) over all thing names on held-out scenes that show one thing each.
 
     Args:
         clip: the model; its class token is compared with "a photo of a {name}" for every thing.
+        world: whose things.
         num_rounds: number of scenes a thing.
         size: pixels a side; default: the size the tower was trained on.
-        extents: smallest and largest size of the thing as a share of the side.
+        extents: smallest and largest size of the thing as a fraction of the side; default: the world's.
     """
     size = size or clip.image_size
-    text = F.normalize(clip.encode_text(clip.tokenize([f"a photo of a {name}" for name in THINGS])), dim=-1)
+    text = F.normalize(clip.encode_text(clip.tokenize([f"a photo of a {name}" for name in world.things])), dim=-1)
     mean, std = torch.tensor(clip.mean)[:, None, None], torch.tensor(clip.std)[:, None, None]
-    tower, truth = clip.image_tower, torch.arange(len(THINGS))[:, None]
+    tower, truth = clip.image_tower, torch.arange(len(world.things))[:, None]
     top1 = top5 = 0
     for turn in range(num_rounds):
         pictures = [
-            render_scene([HELD_OUT_SEED, turn, index], size, extents=extents, things=(name,)).image
-            for index, name in enumerate(THINGS)
+            render_scene(
+                [HELD_OUT_SEED, turn, index], size, world=world, held_out=True, extents=extents, things=(name,)
+            ).image
+            for index, name in enumerate(world.things)
         ]
         pixels = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float().div_(255.0)
         tokens, grid = tower.embed((pixels - mean) / std)
@@ -220,5 +305,5 @@ def zero_shot_accuracy(
         correct = (image @ text.T).topk(5, dim=1).indices == truth
         top1 += int(correct[:, 0].sum())
         top5 += int(correct.any(1).sum())
-    total = num_rounds * len(THINGS)
+    total = num_rounds * len(world.things)
     return top1 / total, top5 / total

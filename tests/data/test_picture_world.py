@@ -10,14 +10,20 @@ import torch
 from PIL import Image
 
 from lexiseg.data.picture_world import (
+    ABROAD,
     CLASS_IDS,
     CLASSES,
+    FIRST,
+    SECOND,
     SEEN,
     STUFF,
     THINGS,
     UNSEEN,
+    WORLDS,
     PictureWorld,
+    World,
     contact_sheet,
+    find_world,
     render_scene,
     vocabulary,
     write_voc,
@@ -28,6 +34,7 @@ from lexiseg.data.picture_world.scene import caption
 from lexiseg.errors import LexisegError
 
 UNSEEN_IDS = [CLASS_IDS[name] for name in UNSEEN]
+worlds = pytest.mark.parametrize("world", WORLDS.values(), ids=WORLDS)
 
 
 def test_the_benchmark_has_the_promised_size() -> None:
@@ -53,22 +60,65 @@ def test_every_thing_has_a_glyph_of_its_own() -> None:
     assert distance.min() > 10, f"{THINGS[first]} looks like {THINGS[second]}"
 
 
-@pytest.mark.parametrize("size", [64, 97, 256])
-def test_a_scene_is_a_pure_function_of_its_seed(size: int) -> None:
-    one, two, other = render_scene([5, 1], size), render_scene([5, 1], size), render_scene([5, 2], size)
+def test_the_second_world_has_families_of_which_training_sees_a_part() -> None:
+    assert len(SECOND.classes) == len(set(SECOND.classes)) >= 200 and len(SECOND.classes) < 255
+    assert all(4 <= len(family) <= 7 for family in SECOND.families)
+    for family in SECOND.families:
+        assert 1 <= len(set(family) & set(SECOND.unseen)) <= 2 < len(family)
+    assert set(SECOND.unseen) < set(SECOND.classes) and len(set(STUFF) & set(SECOND.unseen)) == 3
+    assert ABROAD.classes == SECOND.classes and not set(ABROAD.styles) & set(SECOND.styles)
+    assert FIRST.classes == CLASSES and FIRST.seen == SEEN
+    with pytest.raises(LexisegError, match="no picture world 'x'; choose one of picture-world, "):
+        find_world("x")
+
+
+@worlds
+def test_every_drawing_of_every_style_is_there(world: World) -> None:
+    for style in world.styles:
+        glyphs = load_atlas(style)[: len(world.things)]
+        assert len(glyphs) == len(world.things)
+        for name, glyph in zip(world.things, glyphs, strict=True):
+            assert (np.asarray(glyph)[..., 3] > 127).mean() > 0.06, (style, name)
+
+
+def test_the_second_world_often_shows_things_with_their_like() -> None:
+    family = {name: index for index, names in enumerate(SECOND.families) for name in names}
+    pairs = [render_scene([5, seed], 32, world=SECOND, num_things=(2, 2)).things for seed in range(60)]
+    alike = [family[pair[0]] == family[pair[1]] for pair in pairs if len(pair) == 2]
+    assert 0.2 < np.mean(alike) < 0.65
+
+
+def test_val_has_textures_that_training_has_not() -> None:
+    for world in (SECOND, ABROAD):
+        (first, number), (other, count) = world.train_textures, world.held_out_textures
+        assert not set(range(first, first + number)) & set(range(other, other + count))
+    trained, held_out = (render_scene([5, 1], 64, world=SECOND, held_out=flag).image for flag in (False, True))
+    assert (trained != held_out).any()
+    assert (PictureWorld("val", world=SECOND, size=64)[0].image.permute(1, 2, 0).numpy() == _val_scene()).all()
+
+
+def _val_scene() -> np.ndarray:
+    return render_scene([SPLIT_SEEDS["val"], 0], 64, world=SECOND, held_out=True).image
+
+
+@worlds
+@pytest.mark.parametrize("size", [64, 97])
+def test_a_scene_is_a_pure_function_of_its_seed(size: int, world: World) -> None:
+    one, two, other = (render_scene([5, seed], size, world=world) for seed in (1, 1, 2))
     assert one.image.shape == (size, size, 3) and one.label.shape == (size, size)
     assert (one.image == two.image).all() and (one.label == two.label).all() and one.caption == two.caption
     assert (one.image != other.image).any()
 
 
-def test_the_caption_names_what_is_visible_and_nothing_else() -> None:
+@worlds
+def test_the_caption_names_what_is_visible_and_nothing_else(world: World) -> None:
     for seed in range(12):
-        scene = render_scene([7, seed], 96)
+        scene = render_scene([7, seed], 96, world=world)
         ids = set(np.unique(scene.label).tolist())
         for name in scene.things:
-            assert CLASS_IDS[name] in ids and name in scene.caption
+            assert world.class_ids[name] in ids and name in scene.caption
         large = {index for index in ids if (scene.label == index).mean() >= 0.01}
-        assert large <= {CLASS_IDS[name] for name in scene.names}
+        assert large <= {world.class_ids[name] for name in scene.names}
         assert 1 <= len(scene.things) <= 6
         assert set(scene.stuff) <= set(STUFF)
 
@@ -88,13 +138,15 @@ def test_captions_of_one_part_alone() -> None:
     assert "owl" in (text := caption(rng, ("owl",), ("brick",))) and "brick" in text
 
 
-def test_the_train_split_never_shows_a_mask_of_an_unseen_class() -> None:
-    train = PictureWorld("train", size=64, length=60)
+@worlds
+def test_the_train_split_never_shows_a_mask_of_an_unseen_class(world: World) -> None:
+    train = PictureWorld("train", world=world, size=64, length=40)
+    ids = [world.class_ids[name] for name in world.unseen]
     hidden = 0
     for index, sample in enumerate(train):
-        assert not np.isin(sample.label.numpy(), UNSEEN_IDS).any()
-        truth = render_scene([SPLIT_SEEDS["train"], index], 64).label
-        unseen = np.isin(truth, UNSEEN_IDS)
+        assert not np.isin(sample.label.numpy(), ids).any()
+        truth = render_scene([SPLIT_SEEDS["train"], index], 64, world=world).label
+        unseen = np.isin(truth, ids)
         hidden += int(unseen.sum())
         assert (sample.label.numpy()[unseen] == 255).all() and (sample.label.numpy()[~unseen] == truth[~unseen]).all()
     assert hidden > 0, "the scenes must contain unseen classes for this to mean anything"

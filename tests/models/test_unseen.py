@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from lexiseg.data.picture_world import CLASS_IDS, CLASSES, SEEN, UNSEEN, render_scene
+from lexiseg.data.picture_world import CLASS_IDS, CLASSES, SEEN, UNSEEN, find_world, render_scene
 from lexiseg.data.picture_world.dataset import SPLIT_SEEDS
 from lexiseg.data.picture_world.scene import Scene
 from lexiseg.errors import LexisegError
@@ -25,7 +25,7 @@ RECIPES = {name: load_recipe(name) for name in list_recipes()}
 SEGMENTATION = [
     name
     for name, recipe in RECIPES.items()
-    if isinstance(recipe, SegmentationRecipe) and recipe.data.source == "picture-world"
+    if isinstance(recipe, SegmentationRecipe) and recipe.data.source.startswith("picture-world")
 ]
 CONTRASTIVE = [name for name, recipe in RECIPES.items() if isinstance(recipe, ContrastiveRecipe)]
 UNSEEN_IDS = [CLASS_IDS[name] for name in UNSEEN]
@@ -42,14 +42,17 @@ def test_segmentation_never_meets_an_unseen_class(name: str) -> None:
     dataset = recipe.data.open("train")
     assert recipe.setting in ("inductive", "transductive"), "supervised training would need masks of unseen classes"
     vocabulary = training_vocabulary(dataset.vocabulary, setting=recipe.setting)
-    assert masked_names(vocabulary) == SEEN
+    world = find_world(recipe.data.source)
+    unseen = [world.class_ids[name] for name in world.unseen]
+    assert masked_names(vocabulary) == world.seen
     if recipe.setting == "inductive":
-        assert vocabulary.names == SEEN, "no text of an unseen class reaches the loss"
-    truths = [render_scene([SPLIT_SEEDS["train"], index], recipe.data.size).label for index in range(8)]
-    assert any(np.isin(truth, UNSEEN_IDS).any() for truth in truths), "otherwise this shows nothing"
+        assert vocabulary.names == world.seen, "no text of an unseen class reaches the loss"
+    seeds = [[SPLIT_SEEDS["train"], index] for index in range(8)]
+    truths = [render_scene(seed, recipe.data.size, world=world).label for seed in seeds]
+    assert any(np.isin(truth, unseen).any() for truth in truths), "otherwise this shows nothing"
     for index, truth in enumerate(truths):
         label = dataset[index].label.numpy()
-        assert (label[np.isin(truth, UNSEEN_IDS)] == 255).all()
+        assert (label[np.isin(truth, unseen)] == 255).all()
 
 
 def test_a_batch_of_labels_holds_ranks_of_seen_classes_only() -> None:
@@ -132,7 +135,8 @@ def test_no_stage_of_a_decoupled_system_is_given_an_unseen_mask(name: str, monke
     values["train"] |= {"batch_size": 4, "snapshot_every": 0}
     task = build_task(SegmentationRecipe.model_validate(values))
     assert isinstance(task, SegmentationTask)
-    assert task.vocabulary.names == SEEN == task.model.seen_names and len(task.text) == len(SEEN)
+    world = find_world(recipe.data.source)
+    assert task.vocabulary.names == world.seen == task.model.seen_names and len(task.text) == len(world.seen)
     given: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def spy(images: torch.Tensor, labels: torch.Tensor, text: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -145,14 +149,15 @@ def test_no_stage_of_a_decoupled_system_is_given_an_unseen_mask(name: str, monke
     hidden, there = False, False
     for labels, text in given:
         ranks = labels[labels != 255]
-        assert len(text) == len(SEEN) and ranks.min() >= 0 and ranks.max() < len(SEEN)
+        assert len(text) == len(world.seen) and ranks.min() >= 0 and ranks.max() < len(world.seen)
         # Matching makes a mask of each label there is, so what is hidden can be nobody's target.
-        assert {int(rank) for target in mask_targets(labels) for rank in target.classes} <= set(range(len(SEEN)))
+        assert {int(rank) for target in mask_targets(labels) for rank in target.classes} <= set(range(len(world.seen)))
         hidden, there = hidden or bool((labels == 255).any()), there or bool(len(ranks))
     assert hidden and there, "otherwise this shows nothing"
 
     turned = np.arange(256)
-    turned[UNSEEN_IDS] = np.roll(UNSEEN_IDS, 1)
+    unseen = [world.class_ids[name] for name in world.unseen]
+    turned[unseen] = np.roll(unseen, 1)
 
     def other_scene(*arguments: Any, **options: Any) -> Scene:
         scene = render_scene(*arguments, **options)
@@ -180,6 +185,6 @@ def test_the_clip_sees_captions_and_no_mask(name: str) -> None:
     task = ContrastiveTask(recipe.model.model_copy(update={"initial": None, "model_cfg": small}), train)
     batch = task.batch(0)
     assert set(batch) == {"images", "present", "tokens", "names"}
-    assert batch["present"].shape == (2, len(CLASSES)), "one flag a picture and name: nothing says where"
+    assert batch["present"].shape == (2, len(find_world(scenes.world).classes)), "nothing says where"
     assert batch["images"].shape == (2, 3, scenes.size, scenes.size)
     assert torch.equal(batch["images"], task.batch(0)["images"]), "a pure function of the step"

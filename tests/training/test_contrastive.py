@@ -5,15 +5,22 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 import lexiseg
 from lexiseg.clip.load import load_clip
-from lexiseg.data.picture_world import SEEN
+from lexiseg.data.picture_world import SECOND, SEEN, STUFF, render_scene
 from lexiseg.recipes import ContrastiveRecipe, TrainSettings, load_recipe
 from lexiseg.recipes.schema import ContrastiveSettings, SceneSettings
-from lexiseg.training.contrastive import ContrastiveTask, patch_loss, zero_shot_accuracy
+from lexiseg.training.contrastive import (
+    ContrastiveTask,
+    crop_scene,
+    incomplete_caption,
+    patch_loss,
+    zero_shot_accuracy,
+)
 from lexiseg.training.run import train
 from lexiseg.weights import load_model
 
@@ -63,6 +70,42 @@ def test_a_scene_comes_again_after_the_lag_and_batches_are_pure() -> None:
     assert torch.equal(first["present"][:2], later["present"][2:]), "the two new ones of step 0 are shown again"
     assert not torch.equal(first["images"][:2], later["images"][2:]), "shifted or mirrored afresh"
     assert torch.equal(later["images"], other.batch(2)["images"])
+
+
+def test_a_crop_says_what_is_in_it() -> None:
+    scene, rng = render_scene([5, 1], 64, world=SECOND, things=("taxi", "apple")), np.random.default_rng(0)
+    image, areas = crop_scene(scene, SECOND, rng, (1.0, 1.0))
+    assert (image == scene.image).mean() > 0.3 and areas.sum() == pytest.approx(1)
+    assert set(np.flatnonzero(areas)) <= set(np.unique(scene.label))
+    shares = [crop_scene(scene, SECOND, rng, (0.05, 0.1))[1] for _ in range(40)]
+    assert max(share[SECOND.class_ids["apple"]] for share in shares) > areas[SECOND.class_ids["apple"]]
+
+
+def test_a_caption_names_one_or_two_of_the_things() -> None:
+    areas = np.zeros(len(SECOND.classes))
+    areas[[SECOND.class_ids[name] for name in ("taxi", "apple", "bus", "sand", "sky")]] = 0.3, 0.1, 0.01, 0.4, 0.19
+    rng, mentioned, sentences = np.random.default_rng(0), [], []
+    for _ in range(200):
+        text, named = incomplete_caption(rng, SECOND, areas, (1, 2), 0.3)
+        names = [SECOND.classes[index] for index in named]
+        assert all(name in text for name in names) and 1 <= len(set(names) - set(STUFF)) <= 2
+        mentioned += names
+        sentences.append(text)
+    assert "bus" not in mentioned, "too small to be spoken of"
+    assert mentioned.count("taxi") > mentioned.count("apple") > 20 and mentioned.count("sky") > 5
+    assert len({text for text in sentences if "taxi" not in text}) > 1
+    areas[: len(SECOND.things)] = 0
+    assert incomplete_caption(rng, SECOND, areas, (1, 2), 0.0)[1][0] >= len(SECOND.things), "stuff, for want of things"
+
+
+def test_without_names_and_patches_only_the_captions_are_compared() -> None:
+    scenes = SceneSettings(world="picture-world-2", size=32, num_things=(1, 2), crops=(0.3, 1.0), seed=150, lag=2)
+    alone = settings(scenes=scenes, names_weight=0.0, patch_weight=0.0, caption_weight=1.0)
+    task = ContrastiveTask(alone, TrainSettings(steps=10, batch_size=4, lr=1e-2))
+    batch = task.batch(0)
+    assert batch["tokens"].shape[0] == 4, "no list of words beside the batch's sentences"
+    losses = task.losses(batch)
+    assert set(losses) == {"loss", "loss_captions"} and losses["loss"] == losses["loss_captions"]
 
 
 def test_a_run_exports_a_clip_that_a_larger_one_starts_from(tmp_path: Path) -> None:

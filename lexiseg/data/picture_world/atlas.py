@@ -1,6 +1,7 @@
-"""The glyph atlas: one transparent picture a thing, cut from the Noto Color Emoji font once and shipped.
+"""The glyph atlases: sheets with one transparent picture a thing, drawn once and shipped with their licences.
 
-The font itself is needed only by :func:`build_atlas`; its licence (SIL Open Font Licence 1.1) lies beside the atlas.
+The first world's is cut from the Noto Color Emoji font, which only :func:`build_atlas` needs; those of the second are
+drawn by ``scripts/draw_atlas.py``.
 """
 
 from __future__ import annotations
@@ -11,11 +12,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from lexiseg.data.picture_world.classes import GLYPHS, THINGS
+from lexiseg.data.picture_world.classes import ASSETS, GLYPHS, THINGS
 from lexiseg.errors import LexisegError
 from lexiseg.files import atomic_write
 
-ATLAS = Path(__file__).parent / "assets" / "glyphs.png"
+ATLAS = ASSETS / "glyphs.png"
 CELL = 128  # pixels a side; the font's bitmaps are 136 x 128
 COLUMNS = 12
 _FONT_SIZE = 109  # the one size at which the font holds bitmaps
@@ -53,16 +54,15 @@ def build_atlas(font: str | Path, output: str | Path = ATLAS) -> Path:
 
 
 @functools.cache
-def load_atlas() -> tuple[Image.Image, ...]:
-    """Return the glyphs in the order of ``THINGS``: premultiplied RGBA pictures of 128 x 128 pixels.
+def load_atlas(file: str = ATLAS.name) -> tuple[Image.Image, ...]:
+    """Return the drawings of one sheet in the order of the things: premultiplied RGBA pictures of 128 x 128 pixels.
 
     Premultiplied alpha, so that scaling and rotating them never bleeds a background colour into the edge.
     """
-    sheet = np.asarray(Image.open(ATLAS).convert("RGBA"))
+    sheet = np.asarray(Image.open(ASSETS / file).convert("RGBA"))
+    cells = sheet.reshape(-1, CELL, COLUMNS, CELL, 4).swapaxes(1, 2).reshape(-1, CELL, CELL, 4)
     glyphs = []
-    for index in range(len(THINGS)):
-        top, left = (index // COLUMNS) * CELL, (index % COLUMNS) * CELL
-        cell = sheet[top : top + CELL, left : left + CELL].astype(np.float32)
+    for cell in cells.astype(np.float32):
         cell[..., :3] *= cell[..., 3:] / 255.0
         glyphs.append(Image.fromarray(cell.round().astype(np.uint8), "RGBA"))
     return tuple(glyphs)

@@ -1,10 +1,20 @@
-"""The classes of picture-world: 84 things, 14 stuff textures, and which of them never have a mask in training.
+"""The picture worlds: their things and stuff, which classes never have a mask in training, and how scenes look.
 
-The things are curated from the nouns of the emoji names: no flags, signs, buttons or people, and no two that a person
-would mix up at 32 pixels. Class ids are positions in :data:`CLASSES`: things first, then stuff.
+The things of the first world are curated from the nouns of the emoji names: no flags, signs, buttons or people, and no
+two that a person would mix up at 32 pixels. Class ids are positions in :data:`CLASSES`: things first, then stuff. The
+things of the second come in families that look alike; ``assets/world2.json`` lists them.
 """
 
 from __future__ import annotations
+
+import functools
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from lexiseg.errors import LexisegError
+
+ASSETS = Path(__file__).parent / "assets"
 
 # name -> Unicode code point of the glyph it is drawn with
 GLYPHS: dict[str, int] = {
@@ -138,3 +148,88 @@ UNSEEN: tuple[str, ...] = (
 SEEN: tuple[str, ...] = tuple(name for name in CLASSES if name not in UNSEEN)
 
 CLASS_IDS: dict[str, int] = {name: index for index, name in enumerate(CLASSES)}
+
+
+@dataclass(frozen=True)
+class World:
+    """What scenes are made of.
+
+    Attributes:
+        name: of the data set.
+        families: names of the things; those of one family look alike.
+        unseen: classes whose masks no training gets.
+        styles: files in ``assets`` with one drawing a thing, in the order of ``things``; a scene's things are drawn in
+            any of them.
+        train_textures: the first and the number of the variants of each kind of stuff in training pictures.
+        held_out_textures: the same of the val and test splits.
+        min_visible: a thing keeps at least this fraction of its pixels when later things cover it.
+        varied: whether things come with their like, over clutter, in strong light and out of focus.
+        extents: smallest and largest size of a thing as a fraction of the picture's side.
+        num_scenes: of the train, val and test splits.
+    """
+
+    name: str
+    families: tuple[tuple[str, ...], ...]
+    unseen: tuple[str, ...]
+    styles: tuple[str, ...]
+    train_textures: tuple[int, int] = (0, 4)
+    held_out_textures: tuple[int, int] = (0, 4)
+    min_visible: float = 0.55
+    varied: bool = False
+    extents: tuple[float, float] = (0.36, 0.64)
+    num_scenes: tuple[int, int, int] = (20_000, 200, 200)
+
+    @functools.cached_property
+    def things(self) -> tuple[str, ...]:
+        """Names of the things in the order of their ids."""
+        return tuple(name for family in self.families for name in family)
+
+    @functools.cached_property
+    def classes(self) -> tuple[str, ...]:
+        """Every class in the order of the ids: things, then stuff."""
+        return self.things + STUFF
+
+    @functools.cached_property
+    def seen(self) -> tuple[str, ...]:
+        """The classes whose masks trainings get."""
+        return tuple(name for name in self.classes if name not in self.unseen)
+
+    @functools.cached_property
+    def class_ids(self) -> dict[str, int]:
+        """The id of a name."""
+        return {name: index for index, name in enumerate(self.classes)}
+
+
+def _second(name: str, styles: tuple[str, ...], held_out_textures: tuple[int, int]) -> World:
+    said = json.loads((ASSETS / "world2.json").read_text(encoding="utf-8"))
+    return World(
+        name,
+        tuple(tuple(family) for family in said["families"].values()),
+        tuple(said["unseen"]),
+        styles,
+        train_textures=(4, 8),
+        held_out_textures=held_out_textures,
+        min_visible=0.4,
+        varied=True,
+        extents=(0.4, 0.75),
+        num_scenes=(20_000, 200, 500),
+    )
+
+
+FIRST = World("picture-world", tuple((name,) for name in THINGS), UNSEEN, ("glyphs.png",))
+SECOND = _second("picture-world-2", ("noto.webp", "fluent.webp"), (12, 4))
+# The same words in another drawing style over textures of its own, for models trained in the second world.
+ABROAD = _second("picture-world-2-twemoji", ("twemoji.webp",), (16, 4))
+
+WORLDS: dict[str, World] = {world.name: world for world in (FIRST, SECOND, ABROAD)}
+
+
+def find_world(name: str) -> World:
+    """Return the world of a name.
+
+    Raises:
+        LexisegError: there is none of this name.
+    """
+    if name not in WORLDS:
+        raise LexisegError(f"There is no picture world '{name}'; choose one of {', '.join(WORLDS)}.")
+    return WORLDS[name]

@@ -1,4 +1,4 @@
-"""The fixed benchmark ``picture-world``: train, val and test splits made of scenes, and the same written to disk."""
+"""The fixed benchmarks ``picture-world`` and ``picture-world-2``: splits made of scenes, and the same on disk."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from lexiseg.data.base import Sample
-from lexiseg.data.picture_world.classes import CLASS_IDS, CLASSES, UNSEEN
+from lexiseg.data.picture_world.classes import FIRST, World
 from lexiseg.data.picture_world.scene import Scene, render_scene
 from lexiseg.errors import LexisegError
 from lexiseg.files import atomic_write, make_folder, write_text
@@ -25,15 +25,11 @@ Split = Literal["train", "val", "test"]
 # First integer of every scene's seed. The stages of the CLIP training use others, so no val scene is ever trained on.
 # (3 is the sample pictures'.) Settings are chosen on val; test is for judging what was chosen.
 SPLIT_SEEDS: dict[str, int] = {"train": 1, "val": 2, "test": 4}
-SPLIT_LENGTHS: dict[str, int] = {"train": 20_000, "val": 200, "test": 200}
-
-_HIDDEN = np.arange(256, dtype=np.int64)
-_HIDDEN[[CLASS_IDS[name] for name in UNSEEN]] = IGNORE_INDEX
 
 
-def vocabulary() -> Vocabulary:
-    """Return the classes of picture-world in the order of their ids, flagged seen or unseen."""
-    return Vocabulary(classes=tuple(VocabularyClass(name, seen=name not in UNSEEN) for name in CLASSES))
+def vocabulary(world: World = FIRST) -> Vocabulary:
+    """Return the classes of a world in the order of their ids, flagged seen or unseen."""
+    return Vocabulary(classes=tuple(VocabularyClass(name, seen=name not in world.unseen) for name in world.classes))
 
 
 class PictureWorld:
@@ -44,10 +40,11 @@ class PictureWorld:
 
     Args:
         split: ``"train"``, ``"val"`` or ``"test"``.
+        world: what the scenes are made of.
         size: pixels a side.
-        length: number of scenes; default 20,000 (train) and 200 (val, test).
+        length: number of scenes; default: the world's.
         num_things: smallest and largest number of things a scene.
-        extents: smallest and largest size of a thing as a share of the side.
+        extents: smallest and largest size of a thing as a fraction of the side; default: the world's.
 
     Raises:
         LexisegError: unknown split.
@@ -57,41 +54,51 @@ class PictureWorld:
         self,
         split: Split,
         *,
+        world: World = FIRST,
         size: int = 256,
         length: int | None = None,
         num_things: tuple[int, int] = (1, 6),
-        extents: tuple[float, float] = (0.36, 0.64),
+        extents: tuple[float, float] | None = None,
     ) -> None:
         if split not in SPLIT_SEEDS:
-            raise LexisegError(f"picture-world has no split '{split}'; choose 'train', 'val' or 'test'.")
-        self.split, self.size = split, size
+            raise LexisegError(f"{world.name} has no split '{split}'; choose 'train', 'val' or 'test'.")
+        self.split, self.world, self.size = split, world, size
         self._num_things, self._extents = num_things, extents
-        self._length = SPLIT_LENGTHS[split] if length is None else length
+        self._length = dict(zip(SPLIT_SEEDS, world.num_scenes, strict=True))[split] if length is None else length
+        self._hidden = np.arange(256, dtype=np.int64)
+        self._hidden[[world.class_ids[name] for name in world.unseen]] = IGNORE_INDEX
 
     @cached_property
     def vocabulary(self) -> Vocabulary:
         """The classes the label ids index, with their seen flags."""
-        return vocabulary()
+        return vocabulary(self.world)
 
     def __len__(self) -> int:
         return self._length
 
     def _scene(self, index: int) -> Scene:
         if not 0 <= index < self._length:
-            raise IndexError(f"picture-world {self.split} has {self._length} scenes, there is no index {index}")
+            raise IndexError(f"{self.world.name} {self.split} has {self._length} scenes, there is no index {index}")
         seed = [SPLIT_SEEDS[self.split], index]
-        return render_scene(seed, self.size, num_things=self._num_things, extents=self._extents)
+        return render_scene(
+            seed,
+            self.size,
+            world=self.world,
+            held_out=self.split != "train",
+            num_things=self._num_things,
+            extents=self._extents,
+        )
 
     def __getitem__(self, index: int) -> Sample:
         """Return the sample: image (3, S, S) uint8, label (S, S) int64 with 255 where a class is hidden."""
         scene = self._scene(index)
         label = scene.label.astype(np.int64)
         if self.split == "train":
-            label = _HIDDEN[label]
+            label = self._hidden[label]
         return Sample(
             image=torch.from_numpy(scene.image).permute(2, 0, 1).contiguous(),
             label=torch.from_numpy(label),
-            name=f"picture-world/{self.split}/{index:05d}",
+            name=f"{self.world.name}/{self.split}/{index:05d}",
         )
 
     def __iter__(self) -> Iterator[Sample]:
@@ -102,8 +109,10 @@ class PictureWorld:
         return self._scene(index).caption
 
 
-def write_voc(folder: str | Path, *, num_train: int = 200, num_val: int = 50, size: int = 256) -> Path:
-    """Write picture-world to disk in the VOC folder layout and return the folder.
+def write_voc(
+    folder: str | Path, *, world: World = FIRST, num_train: int = 200, num_val: int = 50, size: int = 256
+) -> Path:
+    """Write a picture world to disk in the VOC folder layout and return the folder.
 
     ``JPEGImages/*.jpg``, ``SegmentationClass/*.png`` (palette, 255 = ignored), the lists
     ``ImageSets/Segmentation/{train,val}.txt``, ``captions.txt`` (name, tab, sentence), ``classes.txt`` and
@@ -116,12 +125,12 @@ def write_voc(folder: str | Path, *, num_train: int = 200, num_val: int = 50, si
     images, masks = make_folder(root / "JPEGImages"), make_folder(root / "SegmentationClass")
     lists = make_folder(root / "ImageSets" / "Segmentation")
     palette = np.zeros((256, 3), np.uint8)
-    palette[: len(CLASSES)] = vocabulary().palette()
+    palette[: len(world.classes)] = vocabulary(world).palette()
     captions = []
     options: dict[str, Any] = {"quality": 95, "subsampling": 0, **mark_drawn(".jpg")}
     splits: tuple[tuple[Split, int], ...] = (("train", num_train), ("val", num_val))
     for split, length in splits:
-        dataset = PictureWorld(split, size=size, length=length)
+        dataset = PictureWorld(split, world=world, size=size, length=length)
         names = []
         for index, sample in enumerate(dataset):
             name = f"{split}_{index:05d}"
@@ -135,16 +144,18 @@ def write_voc(folder: str | Path, *, num_train: int = 200, num_val: int = 50, si
             captions.append(f"{name}\t{dataset.caption(index)}")
         write_text(lists / f"{split}.txt", "".join(f"{name}\n" for name in names))
     write_text(root / "captions.txt", "".join(f"{line}\n" for line in captions))
-    write_text(root / "classes.txt", "".join(f"{name}\n" for name in CLASSES))
-    write_text(root / "unseen.txt", "".join(f"{name}\n" for name in UNSEEN))
+    write_text(root / "classes.txt", "".join(f"{name}\n" for name in world.classes))
+    write_text(root / "unseen.txt", "".join(f"{name}\n" for name in world.unseen))
     return root
 
 
-def contact_sheet(split: Split = "val", *, rows: int = 3, columns: int = 5, size: int = 256) -> Image.Image:
+def contact_sheet(
+    split: Split = "val", *, world: World = FIRST, rows: int = 3, columns: int = 5, size: int = 256
+) -> Image.Image:
     """Return the first scenes of a split side by side as one picture."""
     gap = 4
     sheet = Image.new("RGB", (columns * (size + gap) - gap, rows * (size + gap) - gap), "white")
-    dataset = PictureWorld(split, size=size)
+    dataset = PictureWorld(split, world=world, size=size)
     for index in range(rows * columns):
         picture = Image.fromarray(dataset[index].image.permute(1, 2, 0).numpy())
         sheet.paste(picture, ((index % columns) * (size + gap), (index // columns) * (size + gap)))

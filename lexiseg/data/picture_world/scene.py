@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image, ImageFilter
+from PIL import Image, ImageDraw, ImageFilter
 
 from lexiseg.data.picture_world.atlas import CELL, load_atlas
-from lexiseg.data.picture_world.classes import CLASS_IDS, STUFF, THINGS
-from lexiseg.data.picture_world.textures import NUM_VARIANTS, SIZE, texture
+from lexiseg.data.picture_world.classes import FIRST, STUFF, World
+from lexiseg.data.picture_world.textures import SIZE, texture
 
 # What may lie above and below a horizon, so that a person finds the scene plausible.
 _ABOVE = ("sky", "night", "brick", "leaves", "tiles", "wood", "sky", "snow")
@@ -23,7 +23,7 @@ _GROUNDS = {
     "snow": ("water", "road", "leaves", "gravel"),
 }
 _SECOND_GROUNDS = ("water", "sand", "grass", "road", "gravel", "soil", "brick", "leaves")
-_MIN_VISIBLE = 0.55  # a thing keeps at least this share of its pixels when later things cover it
+_WITH_ITS_LIKE = 0.4  # in a varied world, how often a thing is of the same family as the one before
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Scene:
 
     Attributes:
         image: (H, W, 3) uint8, RGB.
-        label: (H, W) uint8, class ids into ``CLASSES``; every pixel has a class.
+        label: (H, W) uint8, class ids of its world; every pixel has a class.
         things: names of the things, in drawing order.
         stuff: names of the stuff in the background, top to bottom.
         caption: an English sentence that names them.
@@ -50,9 +50,9 @@ class Scene:
         return self.things + self.stuff
 
 
-def _stuff_patch(rng: np.random.Generator, name: str, size: int) -> np.ndarray:
+def _stuff_patch(rng: np.random.Generator, name: str, size: int, variants: tuple[int, int]) -> np.ndarray:
     """Return (size, size, 3) float32 of a randomly placed, scaled, mirrored and tinted texture."""
-    tile = texture(name, int(rng.integers(NUM_VARIANTS)))
+    tile = texture(name, variants[0] + int(rng.integers(variants[1])))
     span = int(SIZE * rng.uniform(0.45, 0.95))
     top, left = rng.integers(0, SIZE, 2)
     crop = tile[top : top + span, left : left + span]
@@ -72,7 +72,9 @@ def _horizon(rng: np.random.Generator, size: int, low: float, high: float) -> np
     return (rng.uniform(low, high) + wave + rng.uniform(-0.05, 0.05) * (x - 0.5)) * size
 
 
-def _background(rng: np.random.Generator, size: int) -> tuple[np.ndarray, np.ndarray, list[str], float]:
+def _background(
+    rng: np.random.Generator, size: int, ids: dict[str, int], variants: tuple[int, int]
+) -> tuple[np.ndarray, np.ndarray, list[str], float]:
     """Return the picture (float32), its labels, the stuff names from top to bottom and the horizon (0..1)."""
     layout = rng.random()
     if layout < 0.2:
@@ -87,20 +89,21 @@ def _background(rng: np.random.Generator, size: int) -> tuple[np.ndarray, np.nda
             rest = [name for name in _SECOND_GROUNDS if name not in names]
             names.append(rest[rng.integers(len(rest))])
             lines.append(lines[0] + _horizon(rng, size, 0.22, 0.38))
-    image = _stuff_patch(rng, names[0], size)
-    label = np.full((size, size), CLASS_IDS[names[0]], np.uint8)
+    image = _stuff_patch(rng, names[0], size, variants)
+    label = np.full((size, size), ids[names[0]], np.uint8)
     rows = np.arange(size)[:, None]
     for name, line in zip(names[1:], lines, strict=True):
         below = rows >= line[None, :]
-        image = np.where(below[..., None], _stuff_patch(rng, name, size), image)
-        label[below] = CLASS_IDS[name]
+        image = np.where(below[..., None], _stuff_patch(rng, name, size, variants), image)
+        label[below] = ids[name]
     horizon = float(lines[0].mean() / size) if lines else 0.2
-    return image, label, [name for name in names if (label == CLASS_IDS[name]).any()], horizon
+    return image, label, [name for name in names if (label == ids[name]).any()], horizon
 
 
-def _sprite(rng: np.random.Generator, name: str, extent: float) -> np.ndarray:
+def _sprite(rng: np.random.Generator, world: World, name: str, extent: float) -> np.ndarray:
     """Return a thing as premultiplied RGBA float32, ``extent`` pixels wide, turned, mirrored and lit at random."""
-    glyph = load_atlas()[THINGS.index(name)]
+    style = world.styles[rng.integers(len(world.styles))] if len(world.styles) > 1 else world.styles[0]
+    glyph = load_atlas(style)[world.class_ids[name]]
     if rng.random() < 0.5:
         glyph = glyph.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     scale = extent / CELL
@@ -141,6 +144,7 @@ def _shadow(image: np.ndarray, sprite: np.ndarray, top: int, left: int) -> None:
 
 def _place_things(
     rng: np.random.Generator,
+    world: World,
     image: np.ndarray,
     label: np.ndarray,
     names: list[str],
@@ -156,7 +160,7 @@ def _place_things(
     for name in names:
         for attempt in range(8):
             extent = size * rng.uniform(*extents) * shrink * 0.95**attempt
-            sprite = _sprite(rng, name, extent)
+            sprite = _sprite(rng, world, name, extent)
             side = sprite.shape[0]
             reach = 0.36 * extent
             low = max(reach, min(horizon * size, size - reach) - 0.35 * extent)
@@ -170,12 +174,12 @@ def _place_things(
                 continue
             counts = np.bincount(owner[rows, columns][opaque] + 1, minlength=len(areas) + 1)[1:]
             visible = np.bincount(owner.ravel() + 1, minlength=len(areas) + 1)[1:]
-            if any(visible[k] - counts[k] < _MIN_VISIBLE * areas[k] for k in range(len(areas))):
+            if any(visible[k] - counts[k] < world.min_visible * areas[k] for k in range(len(areas))):
                 continue
             _shadow(image, sprite, top, left)
             part = sprite[inner_rows, inner_columns]
             image[rows, columns] = image[rows, columns] * (1.0 - part[..., 3:] / 255.0) + part[..., :3]
-            label[rows, columns][opaque] = CLASS_IDS[name]
+            label[rows, columns][opaque] = world.class_ids[name]
             owner[rows, columns][opaque] = len(areas)
             areas.append(area)
             drawn.append(name)
@@ -194,9 +198,49 @@ def _finish(rng: np.random.Generator, image: np.ndarray) -> np.ndarray:
     return np.clip(image * (slant * gain).astype(np.float32) + noise, 0, 255).astype(np.uint8)
 
 
+def _clutter(rng: np.random.Generator, image: np.ndarray) -> np.ndarray:
+    """Return the picture with up to ten small flat shapes strewn over its stuff, which they belong to."""
+    size = image.shape[0]
+    canvas = Image.fromarray(np.clip(image, 0, 255).astype(np.uint8))
+    draw = ImageDraw.Draw(canvas)
+    for _ in range(int(rng.integers(11))):
+        centre, reach = rng.uniform(0, size, 2), size * rng.uniform(0.01, 0.05)
+        corners = centre + rng.uniform(-reach, reach, (int(rng.integers(3, 6)), 2))
+        draw.polygon([(x, y) for x, y in corners], fill=tuple(int(value) for value in rng.integers(0, 256, 3)))
+    return np.asarray(canvas, np.float32)
+
+
+def _weather(rng: np.random.Generator, image: np.ndarray) -> np.ndarray:
+    """Apply a spot of light or shade, a gamma, and now and then a blur."""
+    size = image.shape[0]
+    y, x = np.ogrid[:size, :size]
+    (row, column), width = rng.uniform(0, size, 2), size * rng.uniform(0.3, 0.8)
+    spot = np.exp(-(((y - row) ** 2 + (x - column) ** 2) / (2 * width**2)), dtype=np.float32)
+    image = image * (1 + np.float32(rng.uniform(-0.45, 0.35)) * spot)[..., None]
+    image = 255 * (np.clip(image, 0, 255) / 255) ** np.float32(rng.uniform(0.75, 1.35))
+    blur = rng.uniform(0.002, 0.008) * size
+    if rng.random() < 0.4:
+        pixels = Image.fromarray(image.astype(np.uint8)).filter(ImageFilter.GaussianBlur(blur))
+        image = np.asarray(pixels, np.float32)
+    return image
+
+
+def _choose_things(rng: np.random.Generator, world: World, count: int) -> tuple[str, ...]:
+    """Return names of different things; in a varied world often several of one family."""
+    if not world.varied:
+        return tuple(world.things[index] for index in rng.choice(len(world.things), count, replace=False))
+    chosen: list[str] = []
+    while len(chosen) < count:
+        like = next((family for family in world.families if chosen and chosen[-1] in family), ())
+        pool = like if rng.random() < _WITH_ITS_LIKE else world.things
+        pool = [name for name in pool if name not in chosen] or [name for name in world.things if name not in chosen]
+        chosen.append(pool[rng.integers(len(pool))])
+    return tuple(chosen)
+
+
 def _article(name: str) -> str:
     """Return the name with its article, as a caption says it."""
-    if name in ("cherries", "grapes", "broccoli", "corn", "cheese"):
+    if name in ("cherries", "grapes", "broccoli", "corn", "cheese", "bread", "beer", "milk", "coffee", "jeans"):
         return name
     return ("an " if name[0] in "aeio" else "a ") + name
 
@@ -220,8 +264,10 @@ def render_scene(
     seed: int | list[int],
     size: int = 256,
     *,
+    world: World = FIRST,
+    held_out: bool = False,
     num_things: tuple[int, int] = (1, 6),
-    extents: tuple[float, float] = (0.36, 0.64),
+    extents: tuple[float, float] | None = None,
     things: tuple[str, ...] | None = None,
 ) -> Scene:
     """Render a scene; the same arguments always give the same pixels.
@@ -229,17 +275,22 @@ def render_scene(
     Args:
         seed: seed, or a list of integers that together are one (e.g. ``[stage, index]``).
         size: pixels a side.
+        world: what the scene is made of.
+        held_out: whether stuff has the textures of the val and test splits in place of the training's.
         num_things: smallest and largest number of things, drawn uniformly.
-        extents: smallest and largest size of a thing as a share of the picture's side, before crowding shrinks it.
+        extents: smallest and largest size of a thing as a fraction of the picture's side, before crowding shrinks it;
+            default: the world's.
         things: the things to draw; default: drawn at random without repetition.
     """
     rng = np.random.default_rng(seed)
-    image, label, stuff, horizon = _background(rng, size)
+    ids, variants = world.class_ids, world.held_out_textures if held_out else world.train_textures
+    image, label, stuff, horizon = _background(rng, size, ids, variants)
     if things is None:
-        count = int(rng.integers(num_things[0], num_things[1] + 1))
-        things = tuple(THINGS[index] for index in rng.choice(len(THINGS), count, replace=False))
-    drawn = _place_things(rng, image, label, list(things), horizon, extents)
-    pixels = _finish(rng, image)
-    visible = tuple(name for name in stuff if np.count_nonzero(label == CLASS_IDS[name]) >= 0.01 * size * size)
+        things = _choose_things(rng, world, int(rng.integers(num_things[0], num_things[1] + 1)))
+    if world.varied:
+        image = _clutter(rng, image)
+    drawn = _place_things(rng, world, image, label, list(things), horizon, extents or world.extents)
+    pixels = _finish(rng, _weather(rng, image) if world.varied else image)
+    visible = tuple(name for name in stuff if np.count_nonzero(label == ids[name]) >= 0.01 * size * size)
     text = caption(rng, tuple(drawn), visible)
     return Scene(image=pixels, label=label, things=tuple(drawn), stuff=visible, caption=text)

@@ -172,7 +172,14 @@ _MAKERS: dict[str, Callable[[np.random.Generator], Array]] = {
 
 @functools.cache
 def texture(name: str, variant: int) -> Array:
-    """Return one variant of a stuff class as (512, 512, 3) uint8: the seamless tile, twice each way for cropping."""
+    """Return one variant of a stuff class as (512, 512, 3) uint8: the seamless tile, twice each way for cropping.
+
+    From the fifth on, a variant has a tint and a contrast of its own.
+    """
     rng = np.random.default_rng([zlib.crc32(name.encode()), variant])
-    image = np.clip(_MAKERS[name](rng), 0, 255).astype(np.uint8)
+    image = _MAKERS[name](rng)
+    if variant >= NUM_VARIANTS:
+        contrast, tint = rng.uniform(0.7, 1.2), rng.uniform(0.8, 1.2, 3)
+        image = (image.mean((0, 1)) + contrast * (image - image.mean((0, 1)))) * tint
+    image = np.clip(image, 0, 255).astype(np.uint8)
     return np.tile(image, (2, 2, 1))

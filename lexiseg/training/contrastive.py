@@ -105,11 +105,11 @@ def incomplete_caption(
     """
     split = len(world.things)
     things, stuff = np.flatnonzero(areas[:split] >= 0.03), split + np.flatnonzero(areas[split:] >= 0.1)
+    largest = split + int(areas[split:].argmax())
     count = min(len(things), int(rng.integers(mentions[0], mentions[1] + 1)))
     named = [int(index) for index in _draw(rng, things, areas, count)]
     if not named or (len(stuff) and rng.random() < stuff_mentions):
-        stuff = stuff if len(stuff) else split + areas[split:].argmax(keepdims=True)
-        named += [int(index) for index in _draw(rng, stuff, areas, 1)]
+        named += [int(index) for index in _draw(rng, stuff, areas, 1)] if len(stuff) else [largest]
     names = [world.classes[index] for index in named]
     return caption(rng, tuple(n for n in names if n not in STUFF), tuple(n for n in names if n in STUFF)), named
 
@@ -249,7 +249,8 @@ class ContrastiveTask(Task):
         if settings.patch_weight:
             terms["loss_patches"] = patch_loss(scale * patches @ names.T, present, settings.coverage)
             weights["loss_patches"] = settings.patch_weight
-        return {"loss": sum(weights[key] * term for key, term in terms.items()), **terms}
+        total = torch.stack([weights[key] * term for key, term in terms.items()]).sum()
+        return {"loss": total, **terms}
 
     def sample_names(self, batch: Mapping[str, Any]) -> Sequence[str]:
         """Name the scenes of a batch."""

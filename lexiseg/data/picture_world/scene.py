@@ -232,8 +232,8 @@ def _choose_things(rng: np.random.Generator, world: World, count: int) -> tuple[
     chosen: list[str] = []
     while len(chosen) < count:
         like = next((family for family in world.families if chosen and chosen[-1] in family), ())
-        pool = like if rng.random() < _WITH_ITS_LIKE else world.things
-        pool = [name for name in pool if name not in chosen] or [name for name in world.things if name not in chosen]
+        near = [name for name in like if name not in chosen] if rng.random() < _WITH_ITS_LIKE else []
+        pool = near or [name for name in world.things if name not in chosen]
         chosen.append(pool[rng.integers(len(pool))])
     return tuple(chosen)
 

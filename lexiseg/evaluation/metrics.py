@@ -56,6 +56,7 @@ class Metrics:
     miou_seen: float  # the same over the seen classes
     miou_unseen: float  # the same over the unseen classes
     hiou: float  # harmonic mean of the last two
+    unseen_to_seen: float  # fraction of the unseen classes' pixels that were taken for a seen class
 
     def summary(self) -> dict[str, float | None]:
         """The scalars in percent, rounded to two decimals as the papers print them; None instead of NaN."""
@@ -66,6 +67,7 @@ class Metrics:
             "miou_seen": self.miou_seen,
             "miou_unseen": self.miou_unseen,
             "hiou": self.hiou,
+            "unseen_to_seen": self.unseen_to_seen,
         }
         return {name: percent(value) for name, value in values.items()}
 
@@ -83,10 +85,10 @@ class Confusion:
 
     ``labelled``: ``(C,)`` int64, pixels of a class. ``predicted``: ``(C,)`` int64, judged pixels predicted as a class.
     ``intersection``: ``(C,)`` int64, pixels of a class that were predicted as it. ``ignore_index``: label of pixels
-    that are not judged. Source: the evaluation of ZegCLIP and Cascade-CLIP, which is mmsegmentation's.
+    that are not judged. ``as_seen``: ``(C,)`` int64, pixels of a class that were predicted as one of ``seen``. Source: the evaluation of ZegCLIP and Cascade-CLIP, which is mmsegmentation's.
     """
 
-    def __init__(self, num_classes: int, *, ignore_index: int = IGNORE_INDEX) -> None:
+    def __init__(self, num_classes: int, *, ignore_index: int = IGNORE_INDEX, seen: Sequence[int] = ()) -> None:
         if num_classes < 1:
             raise ValueError(f"num_classes must be positive, got {num_classes}")
         self.num_classes = num_classes
@@ -94,6 +96,8 @@ class Confusion:
         self.intersection = np.zeros(num_classes, np.int64)
         self.predicted = np.zeros(num_classes, np.int64)
         self.labelled = np.zeros(num_classes, np.int64)
+        self.as_seen = np.zeros(num_classes, np.int64)
+        self._is_seen = np.isin(np.arange(num_classes), np.asarray(seen, np.int64))
 
     @property
     def union(self) -> NDArray[np.int64]:
@@ -110,13 +114,14 @@ class Confusion:
         if pred_ids.shape != label_ids.shape:
             raise ValueError(f"the prediction is {pred_ids.shape} and the label {label_ids.shape}")
         pred_ids, label_ids = pred_ids.reshape(-1), label_ids.reshape(-1)
-        counts = np.zeros((3, self.num_classes), np.int64)
+        counts = np.zeros((4, self.num_classes), np.int64)
         for start in range(0, label_ids.size, _CHUNK):
             part = slice(start, start + _CHUNK)
             counts += self._count_part(pred_ids[part], label_ids[part])
         self.intersection += counts[0]
         self.predicted += counts[1]
         self.labelled += counts[2]
+        self.as_seen += counts[3]
 
     def merge(self, other: Confusion) -> None:
         """Add the counts of another process or part of the dataset.
@@ -128,6 +133,7 @@ class Confusion:
         self.intersection += other.intersection
         self.predicted += other.predicted
         self.labelled += other.labelled
+        self.as_seen += other.as_seen
 
     def compute(self, seen_idx: Sequence[int] = (), unseen_idx: Sequence[int] = ()) -> Metrics:
         """Metrics of all pictures added so far.
@@ -140,7 +146,8 @@ class Confusion:
             accuracy = self.intersection / self.labelled
         total = int(self.labelled.sum())
         seen = nanmean(iou[np.asarray(seen_idx, np.int64)])
-        unseen = nanmean(iou[np.asarray(unseen_idx, np.int64)])
+        hidden = np.asarray(unseen_idx, np.int64)
+        unseen, pixels = nanmean(iou[hidden]), int(self.labelled[hidden].sum())
         return Metrics(
             iou=iou,
             accuracy=accuracy,
@@ -150,15 +157,17 @@ class Confusion:
             miou_seen=seen,
             miou_unseen=unseen,
             hiou=harmonic_mean(seen, unseen),
+            unseen_to_seen=float(self.as_seen[hidden].sum() / pixels) if pixels and self._is_seen.any() else math.nan,
         )
 
     def _count_part(self, pred: NDArray[np.integer], label: NDArray[np.integer]) -> NDArray[np.int64]:
-        """Intersection, predicted and labelled pixels of each class, ``(3, C)``, of some pixels in a row."""
+        """Each class's pixels as `intersection`, `predicted`, `labelled` and `as_seen`, (4, C), of some in a row."""
         judged = label != self.ignore_index
         pred, label = pred[judged].astype(np.int64), label[judged].astype(np.int64)
         if label.size and (label.min() < 0 or label.max() >= self.num_classes):
             wrong = label[(label < 0) | (label >= self.num_classes)][0]
             raise ValueError(f"the label {wrong} is neither one of {self.num_classes} classes nor {self.ignore_index}")
-        classes = pred[(pred >= 0) & (pred < self.num_classes)]
-        found = (label[pred == label], classes, label)
+        known = (pred >= 0) & (pred < self.num_classes)
+        classes = pred[known]
+        found = (label[pred == label], classes, label, label[known][self._is_seen[classes]])
         return np.stack([np.bincount(ids, minlength=self.num_classes) for ids in found])

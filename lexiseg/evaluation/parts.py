@@ -22,7 +22,7 @@ from lexiseg.evaluation.metrics import Confusion
 from lexiseg.files import make_folder, write_json
 
 Size = tuple[int, int]
-_COUNTS = ("intersection", "predicted", "labelled")
+_COUNTS = ("intersection", "predicted", "labelled", "as_seen")
 
 
 @dataclass(eq=False)

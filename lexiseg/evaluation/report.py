@@ -61,7 +61,7 @@ class Report:
     proposals: ProposalReport | None = None  # how good a decoupled model's proposals are, where that was asked for
 
     def summary(self) -> dict[str, float | None]:
-        """pacc, macc, miou, miou_seen, miou_unseen and hiou in percent; None where there is nothing to measure."""
+        """The scalars of `Metrics` in percent; None where there is nothing to measure."""
         return self.metrics.summary()
 
     def class_rows(self) -> list[ClassRow]:

@@ -94,9 +94,9 @@ def run_evaluation(
         batches = [indices[start : start + batch_size] for start in range(0, len(indices), batch_size)]
         identity = {**facts, "device": segmenter.device.type, "length": len(dataset)}
         store = None if parts is None else Parts(parts, identity, num_classes, ignored, save_every)
-    before = _before(store, resume, Tally(Confusion(num_classes, ignore_index=ignored)), shared)
+    before = _before(store, resume, Tally(Confusion(num_classes, ignore_index=ignored, seen=seen_ids(judged))), shared)
     wanted = {indices[position] for position in spread(len(indices), num_examples)}
-    judge = _Judge(segmenter, dataset, asked, background, window, batch_size, wanted)
+    judge = _Judge(segmenter, dataset, asked, background, window, batch_size, wanted, seen_ids(judged))
     tally = judge.count(batches, before, store, progress, shared)
     for other, shown in processes.gather((tally, judge.examples)) if shared else [(tally, judge.examples)]:
         before.merge(other)
@@ -124,6 +124,7 @@ class _Judge:
     window: WindowPolicy | None
     batch_size: int
     wanted: set[int]
+    seen: list[int]
     examples: dict[int, Example] = field(default_factory=dict)
 
     def count(
@@ -131,7 +132,7 @@ class _Judge:
     ) -> Tally:
         """Predict and count this process's part of the batches that are not in ``before``."""
         num_classes = len(self.dataset.vocabulary)
-        tally = Tally(Confusion(num_classes, ignore_index=ignore_index(num_classes)))
+        tally = Tally(Confusion(num_classes, ignore_index=ignore_index(num_classes), seen=self.seen))
         rank, count = (processes.rank(), processes.count()) if shared else (0, 1)
         # In turns, not in runs as accelerate's split_between_processes does it: data sets are sorted, and so are sizes.
         mine = missing(before, range(len(batches)))[rank::count]

@@ -55,10 +55,15 @@ ids = hnp.arrays(np.uint8, st.tuples(st.integers(1, 6), st.integers(1, 6)), elem
 @given(ids, st.data())
 def test_equals_the_definition(label, data):
     pred = data.draw(hnp.arrays(np.uint8, label.shape, elements=st.sampled_from([0, 1, 2, 3, 255])))
-    confusion = Confusion(4)
+    confusion = Confusion(4, seen=[0, 1])
     confusion.update(pred, label)
     found = confusion.compute([0, 1], [2, 3])
     judged = label != 255
+    hidden = judged & (label >= 2)
+    if hidden.any():
+        assert found.unseen_to_seen == (hidden & (pred < 2)).sum() / hidden.sum()
+    else:
+        assert math.isnan(found.unseen_to_seen)
     for index in range(4):
         intersection = (judged & (pred == index) & (label == index)).sum()
         union = (judged & ((pred == index) | (label == index))).sum()
@@ -76,14 +81,14 @@ def test_equals_the_definition(label, data):
 @given(st.lists(st.tuples(ids, st.integers(0, 2**31)), min_size=1, max_size=5))
 def test_pictures_can_come_in_any_order_and_parts(pictures):
     pairs = [(np.random.default_rng(seed).integers(0, 4, label.shape), label) for label, seed in pictures]
-    forward, merged = Confusion(4), Confusion(4)
+    forward, merged = Confusion(4, seen=[1]), Confusion(4)
     for pair in pairs:
         forward.update(*pair)
     for pair in reversed(pairs):
-        part = Confusion(4)
+        part = Confusion(4, seen=[1])
         part.update(*pair)
         merged.merge(part)
-    for name in ("intersection", "predicted", "labelled"):
+    for name in ("intersection", "predicted", "labelled", "as_seen"):
         assert (getattr(forward, name) == getattr(merged, name)).all()
 
 

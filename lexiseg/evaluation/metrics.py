@@ -84,8 +84,9 @@ class Confusion:
     without one) misses its label's class and counts for no other.
 
     ``labelled``: ``(C,)`` int64, pixels of a class. ``predicted``: ``(C,)`` int64, judged pixels predicted as a class.
-    ``intersection``: ``(C,)`` int64, pixels of a class that were predicted as it. ``ignore_index``: label of pixels
-    that are not judged. ``as_seen``: ``(C,)`` int64, pixels of a class that were predicted as one of ``seen``. Source: the evaluation of ZegCLIP and Cascade-CLIP, which is mmsegmentation's.
+    ``intersection``: ``(C,)`` int64, pixels of a class that were predicted as it. ``as_seen``: ``(C,)`` int64, pixels
+    of a class that were predicted as one of ``seen``. ``ignore_index``: label of pixels that are not judged. Source:
+    the evaluation of ZegCLIP and Cascade-CLIP, which is mmsegmentation's.
     """
 
     def __init__(self, num_classes: int, *, ignore_index: int = IGNORE_INDEX, seen: Sequence[int] = ()) -> None:

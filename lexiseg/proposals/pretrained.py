@@ -1,4 +1,6 @@
-"""What a training's proposals start from beside random weights: an ImageNet ResNet, or a whole model of `transformers`.
+"""What a training's proposals start from beside random weights: an ImageNet ResNet, or a whole generator.
+
+A generator comes from `transformers`, or from a run of our own, whose CLIP and classes may be others.
 
 Only weights are taken: the class heads, and FreeSeg's look at the words, stay as they were built, for no published
 MaskFormer has them.
@@ -73,7 +75,8 @@ def start_proposals(generator: ProposalGenerator, source: str) -> list[str]:
             - a file (.safetensors, or .pth that holds nothing but tensors) of such a ResNet, by timm's names, which are
               torchvision's where the stem is one convolution;
             - a MaskFormer or Mask2Former on a ResNet in the format of `transformers`, a folder or ``OWNER/NAME`` on the
-              hub: backbone, pixel decoder, query decoder, queries and mask embedding are taken, its class head is not.
+              hub: backbone, pixel decoder, query decoder, queries and mask embedding are taken, its class head is not;
+            - the folder of a run or of a model of our own that proposes regions: all but its class head is taken.
 
     Returns:
         names of the generator's tensors that were filled.
@@ -83,7 +86,10 @@ def start_proposals(generator: ProposalGenerator, source: str) -> list[str]:
             damaged, or it is of another form; the first tensor that does not fit and the option to change are named.
     """
     generator = _query_generator(generator, source)
-    if source == IMAGENET:
+    own = own_folder(source)
+    if own is not None:
+        found = _own_tensors(generator, own, source)
+    elif source == IMAGENET:
         tensors = _read_resnet(_imagenet_file(generator.options))
         _fit_resnet(generator, tensors, f"the ImageNet weights {IMAGENET_WEIGHTS[generator.options.backbone]}")
         found = {_BODY + name: tensor for name, tensor in tensors.items()}
@@ -113,6 +119,55 @@ def describe_start(generator: ProposalGenerator, source: str) -> str:
     return f"{source} ({count} tensors)"
 
 
+def own_folder(source: str) -> Path | None:
+    """The folder of a model that lexiseg wrote, if ``source`` is one or the run that made it."""
+    for folder in (Path(source).expanduser(), Path(source).expanduser() / "model"):
+        try:
+            config = json.loads((folder / "config.json").read_text("utf-8"))
+        except (OSError, ValueError, RecursionError):
+            continue
+        if isinstance(config, dict) and {"system", "options", "seen_names"} <= config.keys():
+            return folder
+    return None
+
+
+def seen_by(source: str) -> tuple[str, ...]:
+    """The classes whose masks proposals saw that come from a folder of our own; none of others, who do not say."""
+    folder = own_folder(source)
+    return () if folder is None else tuple(json.loads((folder / "config.json").read_text("utf-8"))["seen_names"])
+
+
+def _own_tensors(generator: MaskFormer | Mask2Former, folder: Path, source: str) -> dict[str, Tensor]:
+    """The tensors of our own generator in a folder without its class head, seen to fit."""
+    options = json.loads((folder / "config.json").read_text("utf-8"))["options"]
+    before = {key: options.get("proposals", {}).get(key) for key in ("kind", "heads")}
+    for key, value in before.items():
+        if getattr(generator.options, key) != value:
+            raise LexisegError(
+                f"The proposals of '{source}' have {key} {value} and this generator {getattr(generator.options, key)}; "
+                f"set {_OPTION}{key} to {value}."
+            )
+    try:
+        state = load_file(folder / "model.safetensors")
+    except (SafetensorError, OSError) as error:
+        raise LexisegError(
+            f"The weights in '{folder}' cannot be read ({first_line(error)}); train them again."
+        ) from error
+    prefix, head = "generator.", "class_embed."
+    found = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+    found, wanted = (
+        {name: value for name, value in tensors.items() if not name.startswith(head)}
+        for tensors in (found, generator.state_dict())
+    )
+    problem = _first_problem(found, wanted)
+    if problem is not None:
+        raise LexisegError(
+            f"The proposals of '{source}' do not fit this generator: {problem[1]}; give both the same options, but for "
+            "the class head."
+        )
+    return found
+
+
 def _where(repository: str) -> str:
     return "in the local cache" if cached(repository, _HUB_FILES) else "not on this machine yet, to be downloaded"
 
@@ -124,7 +179,7 @@ def _query_generator(generator: ProposalGenerator, source: str) -> MaskFormer | 
             f"'proposals_from' is '{source}', but only a maskformer or mask2former can start from weights, and this "
             "generator has none to fill; set proposals_from to null."
         )
-    if not isinstance(generator.backbone, ResNetBackbone):
+    if not isinstance(generator.backbone, ResNetBackbone) and own_folder(source) is None:
         raise LexisegError(
             f"'proposals_from' is '{source}', but there are no such weights for the backbone "
             f"'{generator.options.backbone}'; set {_OPTION}backbone to a ResNet, or proposals_from to null."
@@ -283,8 +338,8 @@ def _kind_of(settings: Path, source: str) -> str:
     kind = values.get("model_type") if isinstance(values, dict) else None
     if kind not in ("maskformer", "mask2former"):
         raise LexisegError(
-            f"'{source}' is no MaskFormer or Mask2Former of transformers; give one (a model trained with lexiseg is "
-            "given as 'initial')."
+            f"'{source}' is no MaskFormer or Mask2Former of transformers; give one (of what "
+            "lexiseg trained, name the run's folder)."
         )
     return str(kind)
 

@@ -27,7 +27,8 @@ class Strict(BaseModel):
 class PictureWorldData(Strict):
     """Scenes of a picture world, rendered while training."""
 
-    source: Literal["picture-world", "picture-world-2", "picture-world-2-twemoji"]  # the world's name
+    # the world's name; or "shapes", pictures whose regions no word means, to train proposals on
+    source: Literal["picture-world", "picture-world-2", "picture-world-2-twemoji", "shapes"]
     size: int = Field(default=256, ge=16)  # side of a training picture in pixels
     crop: int | None = Field(default=None, ge=16)  # side of the crop that is trained on; None takes the whole picture
     flip: float = Field(default=0.5, ge=0, le=1)  # probability of mirroring a picture
@@ -45,7 +46,12 @@ class PictureWorldData(Strict):
     def open(self, split: str) -> SegmentationDataset:
         """The "train" or the "val" split."""
         from lexiseg.data.picture_world import PictureWorld, find_world
+        from lexiseg.data.picture_world.shapes import Shapes
 
+        if self.source == "shapes":
+            training = split == "train"
+            size, length = (self.size, self.length) if training else (self.val_size, self.val_length)
+            return Shapes(split, size=size, length=length)
         world = find_world(self.source)
         if split == "train":
             return PictureWorld("train", world=world, size=self.size, length=self.length)
@@ -53,9 +59,7 @@ class PictureWorldData(Strict):
 
     def vocabulary(self) -> Vocabulary:
         """The classes."""
-        from lexiseg.data.picture_world import find_world, vocabulary
-
-        return vocabulary(find_world(self.source))
+        return self.open("train").vocabulary
 
     def pipeline(self, mean: Triple, std: Triple, *, pad_label: int = 255, ignored: int = 255) -> Pipeline:
         """The augmentation, ending in normalisation; see `_Augmented.pipeline`."""

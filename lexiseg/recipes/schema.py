@@ -121,7 +121,8 @@ Templates: TypeAlias = Annotated[str | list[str], BeforeValidator(_known_set)]
 def _known_start(source: str) -> str:
     from lexiseg.proposals.pretrained import IMAGENET, WEIGHT_FILES
 
-    if source == IMAGENET or "/" in source or source.endswith(WEIGHT_FILES) or Path(source).is_dir():
+    # A colon is in the name of a recipe's variant.
+    if source == IMAGENET or "/" in source or ":" in source or source.endswith(WEIGHT_FILES) or Path(source).is_dir():
         return source
     near = difflib.get_close_matches(source.lower(), [IMAGENET], cutoff=0.5)
     hint = (
@@ -154,9 +155,10 @@ class SegmentationRecipe(Strict):
     # recipe, which is then trained first, in the run's folder, on this recipe's data and CLIP
     prompts_from: str | None = None
     # what the proposals of a decoupled system start from when a training begins: "imagenet" for a ResNet's ImageNet
-    # weights from the hub, a file of such weights, or a MaskFormer or Mask2Former of `transformers`, a folder or
-    # ``OWNER/NAME`` on the hub; see :func:`lexiseg.proposals.pretrained.start_proposals`. None starts from random
-    # weights. A model that ``initial`` names brings its own proposals, so both cannot be given.
+    # weights from the hub, a file of such weights, a MaskFormer or Mask2Former of `transformers`, a folder or
+    # ``OWNER/NAME`` on the hub, the folder of a run that trained some, or the recipe of one, such as
+    # "shapes:mask2former", which is then trained first; see :func:`lexiseg.proposals.pretrained.start_proposals`. None
+    # starts from random weights. A model that ``initial`` names brings its own proposals, so both cannot be given.
     proposals_from: Annotated[str, AfterValidator(_known_start)] | None = None
     # for self-training, a trained model that labels the pixels without a label; None lets the model itself do so. Its
     # folder, or the name of a recipe, which is then trained first like ``initial``.

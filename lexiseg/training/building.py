@@ -60,7 +60,7 @@ def build_model(recipe: SegmentationRecipe, vocabulary: Vocabulary, *, clip: CLI
     if recipe.initial is None:
         model = system(load_clip(recipe.model.clip), options, seen)
         if recipe.proposals_from is not None:
-            take_proposals(model, recipe.proposals_from)
+            take_proposals(model, recipe.proposals_from, vocabulary)
     else:
         # It brings its proposals; a recipe cannot name both.
         model = start_from(recipe.initial, system, options, seen, vocabulary, steps=recipe.initial_steps)

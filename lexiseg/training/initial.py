@@ -17,7 +17,7 @@ from lexiseg.models.deop import DeOP
 from lexiseg.models.one_stage import OneStageModel
 from lexiseg.models.region_base import RegionModel
 from lexiseg.proposals.base import ProposalGenerator
-from lexiseg.proposals.pretrained import start_proposals
+from lexiseg.proposals.pretrained import seen_by, start_proposals
 from lexiseg.vocabulary import Vocabulary
 from lexiseg.weights import load_model
 from lexiseg.words import word_key
@@ -158,17 +158,20 @@ def take_prompts(model: SegmentationModel, source: str, vocabulary: Vocabulary) 
     model.metadata["prompts"] = {"from": str(source), "sha256": learner.fingerprint()}
 
 
-def take_proposals(model: SegmentationModel, source: str) -> None:
-    """Fill a model's proposals with weights that others trained.
+def take_proposals(model: SegmentationModel, source: str, vocabulary: Vocabulary) -> None:
+    """Fill a model's proposals with weights that were trained elsewhere.
 
     Args:
         model: a decoupled one, new.
         source: see `lexiseg.proposals.pretrained.start_proposals`.
+        vocabulary: of the data; a class that has no masks in the training to come must have had none before.
 
     Raises:
-        LexisegError: the model proposes no regions, or the weights are not there or do not fit.
+        LexisegError: the model proposes no regions, or the weights are not there, do not fit, or saw masks of a class
+            that is unseen now.
     """
     generator = proposals_of(model, source)
+    refuse_leaks(f"What made the proposals in '{source}'", seen_by(source), model.seen_names, vocabulary)
     state, names = generator.state_dict(), start_proposals(generator, source)
     # A continued run asks whether these are still the weights it began with.
     digest = tensors_hash({name: state[name] for name in names})

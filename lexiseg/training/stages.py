@@ -1,4 +1,4 @@
-"""Trainings that come before a training: what `initial`, `prompts_from` and `teacher` name when they name recipes."""
+"""Trainings that come before a training: of the recipes that keys such as `initial` and `proposals_from` name."""
 
 from __future__ import annotations
 
@@ -49,8 +49,8 @@ def with_stages(recipe: Recipe, run_dir: Path, train: Callable[..., Path]) -> Re
     """Train the recipes that another one builds on, in folders in its own, and name their models instead.
 
     Args:
-        recipe: whose keys ``initial``, ``prompts_from`` and ``teacher`` may name recipes.
-        run_dir: its folder; theirs are ``initial``, ``prompts`` and ``teacher`` in it.
+        recipe: whose keys ``initial``, ``proposals_from``, ``prompts_from`` and ``teacher`` may name recipes.
+        run_dir: its folder; theirs are ``initial``, ``proposals``, ``prompts`` and ``teacher`` in it.
         train: trains a recipe in a folder and gives the folder of the model; takes ``until``. A finished run that is
             resumed only exports again.
 
@@ -67,6 +67,10 @@ def with_stages(recipe: Recipe, run_dir: Path, train: Callable[..., Path]) -> Re
         first = first_stage(recipe)
         refuse_misfit(first, recipe)
         found["initial"] = train(first, run_dir / "initial", until=recipe.initial_steps)
+    if is_recipe(recipe.proposals_from):
+        # On its own pictures, which need not have classes.
+        first = load_recipe(str(recipe.proposals_from), {"model.clip": recipe.model.clip}, seed=recipe.train.seed)
+        found["proposals_from"] = train(first, run_dir / "proposals")
     if is_recipe(recipe.prompts_from):
         found["prompts_from"] = train(prompt_stage(recipe), run_dir / "prompts")
     if is_recipe(recipe.teacher):

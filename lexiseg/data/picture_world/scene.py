@@ -63,7 +63,7 @@ def _stuff_patch(rng: np.random.Generator, name: str, size: int, variants: tuple
     return np.asarray(resized, np.float32) * tint * np.float32(rng.uniform(0.88, 1.1))
 
 
-def _horizon(rng: np.random.Generator, size: int, low: float, high: float) -> np.ndarray:
+def horizon_line(rng: np.random.Generator, size: int, low: float, high: float) -> np.ndarray:
     """Return the row of a gently waving line for every column, (size,)."""
     x = np.linspace(0, 1, size)
     wave = sum(
@@ -84,11 +84,11 @@ def _background(
         above = _ABOVE[rng.integers(len(_ABOVE))]
         grounds = _GROUNDS[above]
         names = [above, grounds[rng.integers(len(grounds))]]
-        lines = [_horizon(rng, size, 0.25, 0.6)]
+        lines = [horizon_line(rng, size, 0.25, 0.6)]
         if layout > 0.7:
             rest = [name for name in _SECOND_GROUNDS if name not in names]
             names.append(rest[rng.integers(len(rest))])
-            lines.append(lines[0] + _horizon(rng, size, 0.22, 0.38))
+            lines.append(lines[0] + horizon_line(rng, size, 0.22, 0.38))
     image = _stuff_patch(rng, names[0], size, variants)
     label = np.full((size, size), ids[names[0]], np.uint8)
     rows = np.arange(size)[:, None]
@@ -133,7 +133,7 @@ def _box(top: int, left: int, side: int, size: int) -> tuple[slice, slice, slice
     return slice(y0, y1), slice(x0, x1), slice(y0 - top, y1 - top), slice(x0 - left, x1 - left)
 
 
-def _shadow(image: np.ndarray, sprite: np.ndarray, top: int, left: int) -> None:
+def shadow(image: np.ndarray, sprite: np.ndarray, top: int, left: int) -> None:
     """Darken the picture a little below and beside a thing, in place."""
     side, size = sprite.shape[0], image.shape[0]
     alpha = Image.fromarray(sprite[..., 3].astype(np.uint8)).filter(ImageFilter.BoxBlur(max(1, side // 16)))
@@ -176,7 +176,7 @@ def _place_things(
             visible = np.bincount(owner.ravel() + 1, minlength=len(areas) + 1)[1:]
             if any(visible[k] - counts[k] < world.min_visible * areas[k] for k in range(len(areas))):
                 continue
-            _shadow(image, sprite, top, left)
+            shadow(image, sprite, top, left)
             part = sprite[inner_rows, inner_columns]
             image[rows, columns] = image[rows, columns] * (1.0 - part[..., 3:] / 255.0) + part[..., :3]
             label[rows, columns][opaque] = world.class_ids[name]
@@ -187,7 +187,7 @@ def _place_things(
     return drawn
 
 
-def _finish(rng: np.random.Generator, image: np.ndarray) -> np.ndarray:
+def finish(rng: np.random.Generator, image: np.ndarray) -> np.ndarray:
     """Apply light, colour temperature, a slant of brightness and sensor noise; return uint8."""
     size = image.shape[0]
     slope = np.linspace(-1, 1, size, dtype=np.float32)
@@ -290,7 +290,7 @@ def render_scene(
     if world.varied:
         image = _clutter(rng, image)
     drawn = _place_things(rng, world, image, label, list(things), horizon, extents or world.extents)
-    pixels = _finish(rng, _weather(rng, image) if world.varied else image)
+    pixels = finish(rng, _weather(rng, image) if world.varied else image)
     visible = tuple(name for name in stuff if np.count_nonzero(label == ids[name]) >= 0.01 * size * size)
     text = caption(rng, tuple(drawn), visible)
     return Scene(image=pixels, label=label, things=tuple(drawn), stuff=visible, caption=text)

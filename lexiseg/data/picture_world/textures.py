@@ -15,7 +15,7 @@ Array = np.ndarray
 _Y, _X = np.meshgrid(np.arange(SIZE) / SIZE, np.arange(SIZE) / SIZE, indexing="ij")
 
 
-def _noise(rng: np.random.Generator, low: float, high: float, stretch: float = 1.0) -> Array:
+def noise(rng: np.random.Generator, low: float, high: float, stretch: float = 1.0) -> Array:
     """Return periodic noise in 0..1 with spatial frequencies from ``low`` to ``high`` cycles a tile.
 
     ``stretch`` > 1 makes horizontal streaks, < 1 vertical ones.
@@ -28,12 +28,12 @@ def _noise(rng: np.random.Generator, low: float, high: float, stretch: float = 1
     return np.clip(0.5 + field / (4.5 * field.std() + 1e-9), 0, 1)
 
 
-def _blend(t: Array, dark: tuple[int, int, int], light: tuple[int, int, int]) -> Array:
+def blend(t: Array, dark: tuple[int, int, int], light: tuple[int, int, int]) -> Array:
     """Return (SIZE, SIZE, 3): ``dark`` where ``t`` is 0 and ``light`` where it is 1."""
     return np.asarray(dark, float) + t[..., None] * (np.asarray(light, float) - np.asarray(dark, float))
 
 
-def _cells(rng: np.random.Generator, count: int) -> tuple[Array, Array]:
+def cells(rng: np.random.Generator, count: int) -> tuple[Array, Array]:
     """Return a periodic Voronoi pattern: the distance to the cell's border (0 there) and a random tone a cell."""
     points = rng.random((count, 2))
     best = np.full((SIZE, SIZE), 9.0)
@@ -50,12 +50,12 @@ def _cells(rng: np.random.Generator, count: int) -> tuple[Array, Array]:
 
 
 def _sky(rng: np.random.Generator) -> Array:
-    clouds = np.clip((_noise(rng, 1, 7, 2.2) - 0.52) * 3.2, 0, 1)
-    return _blend(clouds, (104, 172, 238), (250, 252, 255))
+    clouds = np.clip((noise(rng, 1, 7, 2.2) - 0.52) * 3.2, 0, 1)
+    return blend(clouds, (104, 172, 238), (250, 252, 255))
 
 
 def _night(rng: np.random.Generator) -> Array:
-    image = _blend(_noise(rng, 1, 4), (14, 16, 48), (44, 38, 92))
+    image = blend(noise(rng, 1, 4), (14, 16, 48), (44, 38, 92))
     for _ in range(46):
         y, x = rng.integers(0, SIZE, 2)
         radius = int(rng.integers(1, 4))
@@ -64,49 +64,49 @@ def _night(rng: np.random.Generator) -> Array:
 
 
 def _grass(rng: np.random.Generator) -> Array:
-    t = 0.65 * _noise(rng, 6, 50, 0.22) + 0.35 * _noise(rng, 1, 5)
-    return _blend(t, (44, 112, 30), (146, 208, 72))
+    t = 0.65 * noise(rng, 6, 50, 0.22) + 0.35 * noise(rng, 1, 5)
+    return blend(t, (44, 112, 30), (146, 208, 72))
 
 
 def _water(rng: np.random.Generator) -> Array:
-    waves = np.sin(2 * np.pi * (11 * _Y + 1.6 * _noise(rng, 1, 5, 2.5)))
+    waves = np.sin(2 * np.pi * (11 * _Y + 1.6 * noise(rng, 1, 5, 2.5)))
     crest = np.clip(waves * 1.5 - 0.8, 0, 1)
-    image = _blend(_noise(rng, 1, 8, 3), (20, 96, 158), (44, 146, 196))
+    image = blend(noise(rng, 1, 8, 3), (20, 96, 158), (44, 146, 196))
     return image + crest[..., None] * (np.asarray((188, 232, 244.0)) - image)
 
 
 def _sand(rng: np.random.Generator) -> Array:
-    ripples = 0.5 + 0.5 * np.sin(2 * np.pi * (6 * _Y + 1.3 * _noise(rng, 1, 3)))
-    t = 0.45 * ripples + 0.3 * _noise(rng, 20, 80) + 0.25 * _noise(rng, 1, 4)
-    return _blend(t, (206, 164, 96), (248, 224, 160))
+    ripples = 0.5 + 0.5 * np.sin(2 * np.pi * (6 * _Y + 1.3 * noise(rng, 1, 3)))
+    t = 0.45 * ripples + 0.3 * noise(rng, 20, 80) + 0.25 * noise(rng, 1, 4)
+    return blend(t, (206, 164, 96), (248, 224, 160))
 
 
 def _snow(rng: np.random.Generator) -> Array:
-    t = 0.75 * _noise(rng, 1, 4, 1.6) + 0.25 * _noise(rng, 20, 70)
-    return _blend(t, (204, 218, 240), (254, 254, 255))
+    t = 0.75 * noise(rng, 1, 4, 1.6) + 0.25 * noise(rng, 20, 70)
+    return blend(t, (204, 218, 240), (254, 254, 255))
 
 
 def _road(rng: np.random.Generator) -> Array:
-    image = _blend(_noise(rng, 10, 90), (66, 66, 72), (112, 112, 118))
+    image = blend(noise(rng, 10, 90), (66, 66, 72), (112, 112, 118))
     stripe = (np.abs(_Y - 0.5) < 0.035) & ((_X * 4) % 1 < 0.6)
     image[stripe] = (238, 214, 96)
     return image
 
 
 def _soil(rng: np.random.Generator) -> Array:
-    t = 0.5 * _noise(rng, 3, 14) + 0.5 * _noise(rng, 10, 60)
-    return _blend(t, (62, 36, 20), (138, 92, 56))
+    t = 0.5 * noise(rng, 3, 14) + 0.5 * noise(rng, 10, 60)
+    return blend(t, (62, 36, 20), (138, 92, 56))
 
 
 def _gravel(rng: np.random.Generator) -> Array:
-    edge, tone = _cells(rng, 150)
-    image = _blend(0.25 + 0.75 * tone, (112, 110, 112), (206, 202, 196))
+    edge, tone = cells(rng, 150)
+    image = blend(0.25 + 0.75 * tone, (112, 110, 112), (206, 202, 196))
     return image * (0.45 + 0.55 * np.clip(edge * 45, 0, 1))[..., None]
 
 
 def _leaves(rng: np.random.Generator) -> Array:
-    edge, tone = _cells(rng, 130)
-    image = _blend(tone, (14, 66, 34), (58, 146, 60))
+    edge, tone = cells(rng, 130)
+    image = blend(tone, (14, 66, 34), (58, 146, 60))
     return image * (0.5 + 0.5 * np.clip(edge * 28, 0, 1))[..., None]
 
 
@@ -120,15 +120,15 @@ def _rows(num_rows: int, num_columns: int) -> tuple[Array, Array, Array, Array]:
 def _brick(rng: np.random.Generator) -> Array:
     row, column, v, u = _rows(12, 6)
     tone = rng.random((12, 6))[row, column]
-    image = _blend(0.7 * tone + 0.3 * _noise(rng, 10, 60), (136, 48, 34), (206, 96, 68))
+    image = blend(0.7 * tone + 0.3 * noise(rng, 10, 60), (136, 48, 34), (206, 96, 68))
     image[(v < 0.14) | (u < 0.07)] = (216, 204, 190)
     return image
 
 
 def _wood(rng: np.random.Generator) -> Array:
     row, _, v, _ = _rows(6, 1)
-    grain = _noise(rng, 2, 40, 14)
-    image = _blend(0.6 * grain + 0.4 * rng.random(6)[row], (140, 88, 42), (214, 156, 92))
+    grain = noise(rng, 2, 40, 14)
+    image = blend(0.6 * grain + 0.4 * rng.random(6)[row], (140, 88, 42), (214, 156, 92))
     image[v < 0.06] = (84, 50, 24)
     return image
 
@@ -137,7 +137,7 @@ def _tiles(rng: np.random.Generator) -> Array:
     v, u = (_Y * 8) % 1, (_X * 8) % 1
     odd = (np.floor(_Y * 8) + np.floor(_X * 8)) % 2
     accent = ((176, 224, 222), (238, 214, 214), (214, 226, 190), (206, 212, 236))[rng.integers(4)]
-    image = _blend(odd, accent, (244, 244, 240)) * (0.95 + 0.05 * _noise(rng, 1, 6))[..., None]
+    image = blend(odd, accent, (244, 244, 240)) * (0.95 + 0.05 * noise(rng, 1, 6))[..., None]
     image[(v < 0.07) | (u < 0.07)] = (150, 156, 160)
     return image
 
@@ -147,7 +147,7 @@ def _carpet(rng: np.random.Generator) -> Array:
     base, accent = pairs[rng.integers(3)]
     u, v = np.abs(((_X * 6) % 1) - 0.5), np.abs(((_Y * 6) % 1) - 0.5)
     diamond = np.abs(u + v - 0.36) < 0.07
-    image = _blend(0.4 * diamond.astype(float) * 2 + 0.2 * _noise(rng, 30, 110), base, accent)
+    image = blend(0.4 * diamond.astype(float) * 2 + 0.2 * noise(rng, 30, 110), base, accent)
     image[(u + v) < 0.12] = accent
     return image
 

@@ -154,7 +154,10 @@ def _segmentation(recipe: SegmentationRecipe) -> DryRun:
         if "initial" in later:
             refuse_misfit(first_stage(recipe), recipe, clip)
         model = build_model(recipe, vocabulary, clip=clip)
-    start = recipe.proposals_from
+    start, described = recipe.proposals_from, None
+    if start is not None:
+        generator = proposals_of(model, start)
+        described = f"the recipe '{start}', trained first" if is_recipe(start) else describe_start(generator, start)
     return DryRun(
         system=model.system,
         clip=recipe.model.clip,
@@ -168,7 +171,7 @@ def _segmentation(recipe: SegmentationRecipe) -> DryRun:
         trainable=model.num_parameters(trainable=True),
         starts_from=_initial(recipe),
         prompts_from=recipe.prompts_from,
-        proposals_from=None if start is None else describe_start(proposals_of(model, start), start),
+        proposals_from=described,
         teacher=recipe.teacher,
         options=_options(model.options),
         train=recipe.train,

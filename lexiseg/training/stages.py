@@ -69,8 +69,8 @@ def with_stages(recipe: Recipe, run_dir: Path, train: Callable[..., Path]) -> Re
         found["initial"] = train(first, run_dir / "initial", until=recipe.initial_steps)
     if is_recipe(recipe.proposals_from):
         # On its own pictures, which need not have classes.
-        first = load_recipe(str(recipe.proposals_from), {"model.clip": recipe.model.clip}, seed=recipe.train.seed)
-        found["proposals_from"] = train(first, run_dir / "proposals")
+        shapes = load_recipe(str(recipe.proposals_from), {"model.clip": recipe.model.clip}, seed=recipe.train.seed)
+        found["proposals_from"] = train(shapes, run_dir / "proposals")
     if is_recipe(recipe.prompts_from):
         found["prompts_from"] = train(prompt_stage(recipe), run_dir / "prompts")
     if is_recipe(recipe.teacher):

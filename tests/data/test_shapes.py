@@ -13,6 +13,7 @@ from lexiseg.data.picture_world.shapes import MOST, Shapes, render_shapes
 from lexiseg.data.picture_world.textures import NUM_VARIANTS, texture
 from lexiseg.errors import LexisegError
 from lexiseg.recipes import SegmentationRecipe, find_recipe, load_recipe
+from lexiseg.training.dry_run import dry_run
 from lexiseg.training.run import build_task, train
 from lexiseg.training.segmentation import SegmentationTask
 from lexiseg.weights import load_model
@@ -87,6 +88,7 @@ def test_a_recipe_of_proposals_is_trained_first(tmp_path: Path) -> None:
         find_recipe("shapes:maskformer")[0].replace("steps: 2400", "steps: 1").replace("size: 128", "size: 32")
     )
     recipe = load_recipe("shapes:maskformer", [*TINY, "train.steps=0", f"proposals_from={path}:maskformer"])
+    assert str(path) in str(dry_run(recipe).proposals_from)
     train(recipe, tmp_path / "run", tensorboard=False, progress=False)
     first = load_model(tmp_path / "run" / "proposals").generator.state_dict()
     second = load_model(tmp_path / "run").generator.state_dict()

@@ -326,8 +326,9 @@ def test_new_proposals_start_from_imagenet(name: str) -> None:
     if not isinstance(recipe, SegmentationRecipe):
         return
     trained = isinstance(getattr(system_of(recipe)[1], "proposals", None), QueryOptions)
-    new = trained and recipe.initial is None and recipe.data.source != "picture-world"
-    assert recipe.proposals_from == ("imagenet" if new else None)
+    new = trained and recipe.initial is None and recipe.data.source not in ("picture-world", "shapes")
+    shapes = name == "decoupled-picture-world:proposals"
+    assert recipe.proposals_from == ("imagenet" if new else "shapes:mask2former" if shapes else None)
 
 
 @pytest.mark.parametrize(("name", "key"), [("zsseg-coco-stuff", "maft"), ("deop-coco-stuff", None)])

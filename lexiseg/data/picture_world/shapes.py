@@ -82,7 +82,7 @@ def render_shapes(seed: int | list[int], size: int) -> tuple[Array, Array]:
     numbers = rng.permutation(MOST)
     label = np.zeros((size, size), np.uint8)
     image = _patch(rng, size)
-    lines = 0.0
+    lines = np.zeros(size)
     for index in range(1, 1 + int(rng.choice(3, p=(0.2, 0.5, 0.3)))):
         lines = lines + horizon_line(rng, size, 0.2, 0.5)
         rows, columns = np.indices((size, size))

@@ -27,6 +27,7 @@ from lexiseg.proposals.heads import need_transformers
 from lexiseg.proposals.mask2former import Mask2Former
 from lexiseg.proposals.maskformer import MaskFormer
 from lexiseg.proposals.options import Mask2FormerOptions, QueryOptions
+from lexiseg.proposals.own import OPTION, first_problem, own_folder, own_tensors
 
 IMAGENET = "imagenet"
 WEIGHT_FILES = (".safetensors", ".pth", ".pt", ".bin")
@@ -39,7 +40,6 @@ IMAGENET_WEIGHTS = {
 }
 _HUB_FILES = ("model.safetensors", "pytorch_model.bin")
 _INSTEAD = "--set proposals_from=PATH, or start from random weights with --set proposals_from=null,"
-_OPTION = "model.options.proposals."
 _BODY = "backbone.body."
 _DEPTHS = {(3, 4, 6, 3): "r50", (3, 4, 23, 3): "r101"}
 
@@ -88,7 +88,7 @@ def start_proposals(generator: ProposalGenerator, source: str) -> list[str]:
     generator = _query_generator(generator, source)
     own = own_folder(source)
     if own is not None:
-        found = _own_tensors(generator, own, source)
+        found = own_tensors(generator, own, source)
     elif source == IMAGENET:
         tensors = _read_resnet(_imagenet_file(generator.options))
         _fit_resnet(generator, tensors, f"the ImageNet weights {IMAGENET_WEIGHTS[generator.options.backbone]}")
@@ -119,55 +119,6 @@ def describe_start(generator: ProposalGenerator, source: str) -> str:
     return f"{source} ({count} tensors)"
 
 
-def own_folder(source: str) -> Path | None:
-    """The folder of a model that lexiseg wrote, if ``source`` is one or the run that made it."""
-    for folder in (Path(source).expanduser(), Path(source).expanduser() / "model"):
-        try:
-            config = json.loads((folder / "config.json").read_text("utf-8"))
-        except (OSError, ValueError, RecursionError):
-            continue
-        if isinstance(config, dict) and {"system", "options", "seen_names"} <= config.keys():
-            return folder
-    return None
-
-
-def seen_by(source: str) -> tuple[str, ...]:
-    """The classes whose masks proposals saw that come from a folder of our own; none of others, who do not say."""
-    folder = own_folder(source)
-    return () if folder is None else tuple(json.loads((folder / "config.json").read_text("utf-8"))["seen_names"])
-
-
-def _own_tensors(generator: MaskFormer | Mask2Former, folder: Path, source: str) -> dict[str, Tensor]:
-    """The tensors of our own generator in a folder without its class head, seen to fit."""
-    options = json.loads((folder / "config.json").read_text("utf-8"))["options"]
-    before = {key: options.get("proposals", {}).get(key) for key in ("kind", "heads")}
-    for key, value in before.items():
-        if getattr(generator.options, key) != value:
-            raise LexisegError(
-                f"The proposals of '{source}' have {key} {value} and this generator {getattr(generator.options, key)}; "
-                f"set {_OPTION}{key} to {value}."
-            )
-    try:
-        state = load_file(folder / "model.safetensors")
-    except (SafetensorError, OSError) as error:
-        raise LexisegError(
-            f"The weights in '{folder}' cannot be read ({first_line(error)}); train them again."
-        ) from error
-    prefix, head = "generator.", "class_embed."
-    found = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-    found, wanted = (
-        {name: value for name, value in tensors.items() if not name.startswith(head)}
-        for tensors in (found, generator.state_dict())
-    )
-    problem = _first_problem(found, wanted)
-    if problem is not None:
-        raise LexisegError(
-            f"The proposals of '{source}' do not fit this generator: {problem[1]}; give both the same options, but for "
-            "the class head."
-        )
-    return found
-
-
 def _where(repository: str) -> str:
     return "in the local cache" if cached(repository, _HUB_FILES) else "not on this machine yet, to be downloaded"
 
@@ -182,7 +133,7 @@ def _query_generator(generator: ProposalGenerator, source: str) -> MaskFormer | 
     if not isinstance(generator.backbone, ResNetBackbone) and own_folder(source) is None:
         raise LexisegError(
             f"'proposals_from' is '{source}', but there are no such weights for the backbone "
-            f"'{generator.options.backbone}'; set {_OPTION}backbone to a ResNet, or proposals_from to null."
+            f"'{generator.options.backbone}'; set {OPTION}backbone to a ResNet, or proposals_from to null."
         )
     return generator
 
@@ -193,7 +144,7 @@ def _query_generator(generator: ProposalGenerator, source: str) -> MaskFormer | 
 def _imagenet_repository(options: QueryOptions) -> str:
     if tuple(options.widths or RESNET_WIDTHS) != RESNET_WIDTHS:
         raise LexisegError(
-            f"There are no ImageNet weights for a {options.backbone} with these widths; set {_OPTION}widths to null, "
+            f"There are no ImageNet weights for a {options.backbone} with these widths; set {OPTION}widths to null, "
             "or proposals_from to null."
         )
     return IMAGENET_WEIGHTS[options.backbone]
@@ -242,26 +193,15 @@ def _fit_resnet(generator: MaskFormer | Mask2Former, tensors: Mapping[str, Tenso
         for name, tensor in generator.state_dict().items()
         if name.startswith(_BODY) and not name.endswith("num_batches_tracked")
     }
-    problem = _first_problem(tensors, wanted)
+    problem = first_problem(tensors, wanted)
     if problem is not None:
         name, said = problem
         stem = name.startswith(("conv1", "bn1"))
         option = "backbone" if name not in wanted or name not in tensors else "stem_width" if stem else "widths"
         raise LexisegError(
-            f"The backbone '{generator.options.backbone}' does not fit {what}: {said}; change {_OPTION}{option}, or "
+            f"The backbone '{generator.options.backbone}' does not fit {what}: {said}; change {OPTION}{option}, or "
             "give other weights."
         )
-
-
-def _first_problem(tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> tuple[str, str] | None:
-    """The first tensor that is missing, of another shape or left over, and what is wrong with it."""
-    for name, ours in wanted.items():
-        if name not in tensors:
-            return name, f"there is no '{name}' in it"
-        if tensors[name].shape != ours.shape:
-            shapes = (" x ".join(map(str, tensor.shape)) for tensor in (tensors[name], ours))
-            return name, "'{}' is {} there and {} here".format(name, *shapes)
-    return next(((name, f"its '{name}' has no place here") for name in tensors if name not in wanted), None)
 
 
 # ---- a whole model of transformers
@@ -295,7 +235,7 @@ def _transformers_tensors(generator: MaskFormer | Mask2Former, source: str) -> d
     kind = generator.options.kind
     found_kind = _kind_of(settings, source)
     if found_kind != kind:
-        raise LexisegError(f"'{source}' is a {found_kind}, but this generator is a {kind}; set {_OPTION}kind.")
+        raise LexisegError(f"'{source}' is a {found_kind}, but this generator is a {kind}; set {OPTION}kind.")
     need_transformers()
     from transformers import (
         Mask2FormerConfig,
@@ -438,12 +378,12 @@ def _fit(
     }
     ours = _own_options(generator.options)
     changes = [
-        f"{_OPTION}{key} to {list(value) if isinstance(value, tuple) else value}"
+        f"{OPTION}{key} to {list(value) if isinstance(value, tuple) else value}"
         for key, value in theirs.items()
         if ours[key] != value
     ]
     advice = f"set {' and '.join(changes)}" if changes else "give a model of the same form"
-    problem = _first_problem(tensors, wanted)
+    problem = first_problem(tensors, wanted)
     if problem is not None:
         raise LexisegError(f"The proposals of '{source}' do not fit this generator: {problem[1]}; {advice}.")
     if changes:

@@ -17,7 +17,8 @@ from lexiseg.models.deop import DeOP
 from lexiseg.models.one_stage import OneStageModel
 from lexiseg.models.region_base import RegionModel
 from lexiseg.proposals.base import ProposalGenerator
-from lexiseg.proposals.pretrained import seen_by, start_proposals
+from lexiseg.proposals.own import seen_by
+from lexiseg.proposals.pretrained import start_proposals
 from lexiseg.vocabulary import Vocabulary
 from lexiseg.weights import load_model
 from lexiseg.words import word_key

@@ -3,7 +3,7 @@
 Training and evaluation both read them, so they lie below both. The files beside this one come with the package.
 """
 
-from lexiseg.recipes.data import CatalogData, Data, FolderData, PictureWorldData
+from lexiseg.recipes.data import CatalogData, Data, PictureWorldData
 from lexiseg.recipes.reading import as_yaml, describe_recipes, find_recipe, list_recipes, load_recipe, parse_recipe
 from lexiseg.recipes.schema import (
     ContrastiveRecipe,
@@ -19,7 +19,6 @@ __all__ = [
     "ContrastiveRecipe",
     "Data",
     "EvaluationRecipe",
-    "FolderData",
     "PictureWorldData",
     "PromptRecipe",
     "Recipe",

@@ -112,64 +112,8 @@ AUGMENTATION = tuple(_Augmented.model_fields)
 """The keys of data on disk that say how it is augmented."""
 
 
-class _OnDisk(_Augmented):
-    """Data on disk."""
-
-    root: Path  # the folder; a relative path starts at the working directory
-    # what becomes of training pictures that show an unseen class: "hide" its pixels, as the papers' code does, or
-    # "drop" the pictures (the strict inductive setting of Cascade-CLIP's Table 2 and DeOP's Sec. 5.1). To drop them,
-    # every training label is read once when a run begins.
-    unseen_pictures: Literal["hide", "drop"] = "hide"
-
-    def open(self, split: str) -> SegmentationDataset:
-        """The "train" or the "val" split. Raises LexisegError if a file of it is missing or wrong."""
-        dataset = self._open(split)
-        if split != "train" or self.unseen_pictures == "hide":
-            return dataset
-        from lexiseg.data.base import without_unseen
-
-        return without_unseen(dataset)
-
-    def _open(self, split: str) -> SegmentationDataset:
-        raise NotImplementedError
-
-    def vocabulary(self) -> Vocabulary:
-        """The classes; the data need not be on disk where the package knows them.
-
-        Raises LexisegError if the list of classes is on disk and cannot be read.
-        """
-        return self._open("train").vocabulary
-
-    @property
-    def title(self) -> str:
-        """What reports call it."""
-        return self.root.resolve().name
-
-
-class FolderData(_OnDisk):
-    """A dataset on disk in the VOC layout; see :func:`lexiseg.data.sets.voc.open_voc_folder`, `_OnDisk`."""
-
-    source: Literal["voc-folder"]  # names this kind of data
-    train: str = "train"  # name of the training list
-    val: str = "val"  # name of the validation list
-    labels: str = "SegmentationClass"  # folder of the labels
-    splits: str = "ImageSets/Segmentation"  # folder of the lists
-    reduce_zero_label: bool = False  # ids count from 1 and 0 is background
-
-    def _open(self, split: str) -> SegmentationDataset:
-        from lexiseg.data.sets.voc import open_voc_folder
-
-        chosen = self.train if split == "train" else self.val
-        return open_voc_folder(
-            self.root, chosen, labels=self.labels, splits=self.splits, reduce_zero_label=self.reduce_zero_label
-        )
-
-
-class CatalogData(_OnDisk):
-    """A data set of the papers, as it is distributed, or a folder of one's own; see :mod:`lexiseg.data.sets`.
-
-    See `_OnDisk` and `_Augmented`, too.
-    """
+class CatalogData(_Augmented):
+    """A data set of the papers, as it is distributed, or a folder of one's own; see :mod:`lexiseg.data.sets`."""
 
     # which; it says the classes, their order and the meaning of label values. "own" is a folder in one of the layouts
     # of :mod:`lexiseg.data.sets.own`.
@@ -184,6 +128,11 @@ class CatalogData(_OnDisk):
         "cityscapes",
         "own",
     ]
+    root: Path  # the folder; a relative path starts at the working directory
+    # what becomes of training pictures that show an unseen class: "hide" its pixels, as the papers' code does, or
+    # "drop" the pictures (the strict inductive setting of Cascade-CLIP's Table 2 and DeOP's Sec. 5.1). To drop them,
+    # every training label is read once when a run begins.
+    unseen_pictures: Literal["hide", "drop"] = "hide"
     # which of its lists of unseen classes, "none" for no split; None takes its first. PASCAL Context has two:
     # "released" is what Cascade-CLIP's released configuration amounts to, "papers" the names its paper and ZegCLIP's
     # print.
@@ -200,7 +149,14 @@ class CatalogData(_OnDisk):
     @property
     def title(self) -> str:
         """What reports call it."""
-        return super().title if self.source == "own" else self.source
+        return self.root.resolve().name if self.source == "own" else self.source
+
+    def open(self, split: str) -> SegmentationDataset:
+        """The "train" or the "val" split. Raises LexisegError if a file of it is missing or wrong."""
+        from lexiseg.data.base import without_unseen
+
+        dataset = self._open(split)
+        return without_unseen(dataset) if split == "train" and self.unseen_pictures == "drop" else dataset
 
     def _open(self, split: str) -> SegmentationDataset:
         from lexiseg.data.sets.open import open_data_set, train_split
@@ -218,9 +174,9 @@ class CatalogData(_OnDisk):
         from lexiseg.data.sets.open import synonyms_of
 
         if self.source == "own" or not data_set(self.source).classes:
-            return super().vocabulary()
+            return self._open("train").vocabulary
         known = data_set(self.source).vocabulary(unseen=self.unseen, names_of=self.names_of)
         return synonyms_of(self.source, known, self.synonyms)
 
 
-Data: TypeAlias = Annotated[PictureWorldData | FolderData | CatalogData, Field(discriminator="source")]
+Data: TypeAlias = Annotated[PictureWorldData | CatalogData, Field(discriminator="source")]

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from lexiseg.errors import LexisegError
 from lexiseg.models import SYSTEMS
 from lexiseg.recipes import (
-    FolderData,
+    CatalogData,
     SegmentationRecipe,
     as_yaml,
     describe_recipes,
@@ -23,7 +23,7 @@ from lexiseg.windows import WindowPolicy
 
 TINY = find_recipe("tiny")[0]
 EXCLUSIVE = {"mask_loss": "cross-entropy", "mask_weight": 1.0, "dice_weight": 0.0}
-FOLDER = {"source": "voc-folder", "root": "data/voc", "reduce_zero_label": True}
+FOLDER = {"source": "own", "root": "data/voc", "synonyms": True}
 
 
 @pytest.mark.parametrize("name", list_recipes())
@@ -69,7 +69,7 @@ def test_seed_and_file(tmp_path):
 def test_folder_data():
     content = {**yaml.safe_load(TINY), "data": FOLDER}
     recipe = parse_recipe(yaml.safe_dump(content), "x")
-    assert isinstance(recipe.data, FolderData) and recipe.data.crop == 512
+    assert isinstance(recipe.data, CatalogData) and recipe.data.crop == 512
 
 
 @pytest.mark.parametrize(

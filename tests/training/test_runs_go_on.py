@@ -46,7 +46,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def recipe_of(place: Path, root: Path | str | None = None, **changes: Any) -> Any:
     numbers = {"steps": 4, "batch_size": 2, "lr": 1e-3, "workers": 0, "checkpoint_every": 2, **changes.pop("train", {})}
-    data = {"source": "voc-folder", "root": str(root or place / "data"), "augment": "light", "crop": 32}
+    data = {"source": "own", "root": str(root or place / "data"), "augment": "light", "crop": 32}
     values = {
         "kind": "segmentation",
         "model": {"system": "zegclip", "clip": str(place / "clip"), "options": OPTIONS},

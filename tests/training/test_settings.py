@@ -351,7 +351,7 @@ def test_picture_world_is_never_supervised(clip_folder: Path) -> None:
 
 def test_supervised_training_and_its_evaluation(tmp_path: Path, clip_folder: Path) -> None:
     root = write_voc(tmp_path / "data", num_train=2, num_val=1, size=32)
-    data = {"source": "voc-folder", "root": str(root), "augment": "light", "crop": 32}
+    data = {"source": "own", "root": str(root), "augment": "light", "crop": 32}
     folder = quietly(recipe_of(clip_folder, setting="supervised", data=data, train={"steps": 1}), tmp_path / "run")
     model = load_model(folder)
     assert model.seen_names == CLASSES and model.options.seen_offset == 0.1

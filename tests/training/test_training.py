@@ -186,7 +186,7 @@ def test_trains_from_a_folder_with_the_papers_pipeline(tmp_path, clip_folder):
     root = write_voc(tmp_path / "voc", num_train=3, num_val=1, size=40)
     text = RECIPE.format(clip=clip_folder, steps=1)
     start, end = text.index("data:"), text.index("evaluation:")
-    text = f"{text[:start]}data: {{source: voc-folder, root: '{root}', crop: 32}}\n{text[end:]}"
+    text = f"{text[:start]}data: {{source: own, root: '{root}', crop: 32}}\n{text[end:]}"
     recipe = parse_recipe(text, "x.yaml")
     folder = quietly(recipe, tmp_path / "run")
     assert load_model(folder).seen_names and recipe.data.title == "voc"

@@ -1,19 +1,15 @@
-"""PASCAL VOC 2012 on disk, and folders in its layout."""
+"""PASCAL VOC 2012 on disk."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from lexiseg.class_list import read_class_list
 from lexiseg.data.sets.catalog import data_set
-from lexiseg.data.sets.dataset import FileDataset, Finding, Item, SplitFiles
-from lexiseg.data.sets.errors import DataSetError
-from lexiseg.data.sets.labels import LabelKind, ValueTable
-from lexiseg.data.sets.listing import by_stem, find_home, first_folder, read_list, with_unseen
+from lexiseg.data.sets.dataset import Finding, Item, SplitFiles
+from lexiseg.data.sets.labels import LabelKind
+from lexiseg.data.sets.listing import by_stem, find_home, first_folder, read_list
 from lexiseg.data.sets.pairing import label_folder, pair, table_of
 from lexiseg.images import IMAGE_SUFFIXES
-from lexiseg.label_ids import ignore_index
-from lexiseg.vocabulary import Vocabulary
 
 
 def list_voc(root: Path, split: str, unseen: str | None) -> SplitFiles:
@@ -84,36 +80,3 @@ def aug_names(home: Path, sbd: Path | None) -> tuple[list[str], list[Finding]]:
             names += listed
             findings += wrong
     return sorted({name for name in names if name not in known}), findings
-
-
-def open_voc_folder(
-    root: Path,
-    split: str,
-    *,
-    labels: str = "SegmentationClass",
-    splits: str = "ImageSets/Segmentation",
-    reduce_zero_label: bool = False,
-) -> FileDataset:
-    """Open a split of a folder in VOC's layout, with any class list (classes.txt) and unseen.txt.
-
-    ``split``: name of the list, without ``.txt``. ``labels``: folder of the labels below ``root``; Context, for
-    example, uses "SegmentationClassContext". ``splits``: folder of the lists below ``root``. ``reduce_zero_label``: ids
-    count from 1 and 0 is background, as in VOC's own files. Raises LexisegError if a folder, list, picture or label is
-    missing, the list is empty, or ``unseen.txt`` names a class that ``classes.txt`` does not.
-    """
-    root = Path(root)
-    if not root.is_dir():
-        raise DataSetError(f"The dataset folder '{root}' does not exist.")
-    listed = read_class_list(root / "classes.txt")
-    vocabulary = with_unseen(Vocabulary.parse(listed.without_shared()), root, None, "classes.txt")
-    ignore = ignore_index(len(vocabulary))
-    first = int(reduce_zero_label)
-    id_map = {index + first: index for index in range(len(vocabulary))}
-    table = ValueTable(id_map, (*range(first), ignore, *listed.ignored), ignore)
-    kind = LabelKind.index if ignore == 255 else LabelKind.wide
-    names, findings = read_list(root / splits / f"{split}.txt", split)
-    images = by_stem(root / "JPEGImages", IMAGE_SUFFIXES)
-    items, missing = pair(
-        names, split, images, root / "JPEGImages", [label_folder(root / labels, (".png",), kind, table)]
-    )
-    return FileDataset(SplitFiles(split, tuple(items), vocabulary, ignore, (*findings, *missing)))

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from lexiseg.label_ids import IGNORE_INDEX
-from lexiseg.losses.masks import fill_unseen
 
 _CHUNK = 1 << 24
 
@@ -174,40 +173,6 @@ class ReleasedRecall:
             _ratio(self.matched_seen, self.labelled_seen),
             _ratio(self.matched_unseen, self.labelled_unseen),
         )
-
-
-def pseudo_label(
-    scores: Tensor,
-    label: Tensor,
-    seen: Sequence[int],
-    *,
-    reject: float = 0.0,
-    prior: bool = True,
-    ignore_index: int = IGNORE_INDEX,
-) -> Tensor:
-    """Labels for self-training, by the rule of ZSSeg's released code (which MAFT's and DeOP's authors inherit).
-
-    Pixels labelled with a seen class keep that label. All others, the ignored ones included, get the class of the
-    largest probability: the softmax over the classes of the pixel's scores, with those of the seen classes set to 0 if
-    there is a ``prior``. A probability below ``reject`` gives ``ignore_index``.
-
-    This is the rule in full, for analysis. Training needs only its default, the best unseen class, which no softmax
-    changes: `lexiseg.models.region_base.RegionModel.pseudo_labels` finds it without building all scores, and both end
-    in `lexiseg.losses.masks.fill_unseen`.
-
-    ``scores``: (C, H, W) scores of all classes. ``label``: (H, W), ids into the C classes; of pixels of unseen classes
-    it may say anything but a seen class. ``seen``: ids of the classes that had masks in training. ``reject``: see
-    above, 0..1. Returns (H, W) int64.
-    """
-    seen_ids = torch.as_tensor(list(seen), device=scores.device, dtype=torch.long)
-    probabilities = scores.float().softmax(dim=0)
-    if prior:
-        probabilities[seen_ids] = 0.0
-    best, found = probabilities.max(dim=0)
-    found = found.masked_fill(best < reject, ignore_index)
-    trained = torch.zeros(len(scores), dtype=torch.bool, device=scores.device)
-    trained[seen_ids] = True
-    return fill_unseen(label.long(), found, trained, label_void=True)
 
 
 def _ids(label: Tensor, ignored: int | None = None) -> list[int]:

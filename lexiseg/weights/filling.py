@@ -1,4 +1,4 @@
-"""Where tensors lie in another program's file, whether they fit, and how they are taken from it and put back."""
+"""Where tensors lie in another program's file, whether they fit, and how they are taken from it."""
 
 from __future__ import annotations
 
@@ -64,19 +64,3 @@ def take_tensors(
         tensor = tensor if source.block is None else tensor.chunk(3)[source.block]
         found[name] = (tensor.T if source.transposed else tensor).to(torch.float32)
     return found
-
-
-def put_tensors(ours: Mapping[str, Tensor], source_of: SourceOf) -> dict[str, Tensor]:
-    """The way back: another program's tensors by its keys, from ours; what its files do not have is left out."""
-    found: dict[str, dict[int, Tensor]] = {}
-    for name, tensor in ours.items():
-        if (source := source_of(name)) is None:
-            continue
-        tensor = tensor.T if source.transposed else tensor
-        parts = tensor.chunk(len(source.keys)) if len(source.keys) > 1 else (tensor,)
-        for key, part in zip(source.keys, parts, strict=True):
-            found.setdefault(key, {})[source.block or 0] = part
-    return {
-        key: torch.cat([parts[index] for index in sorted(parts)]) if len(parts) > 1 else parts[0]
-        for key, parts in found.items()
-    }

@@ -18,13 +18,14 @@ from lexiseg.cli import main
 from lexiseg.data.base import Sample
 from lexiseg.errors import LexisegError
 from lexiseg.evaluation.proposal_report import evaluate_proposals
-from lexiseg.evaluation.proposals import ProposalRecall, ReleasedRecall, pseudo_label, region_ious, upper_bound_scores
+from lexiseg.evaluation.proposals import ProposalRecall, ReleasedRecall, region_ious, upper_bound_scores
 from lexiseg.models import DenseCLIP, DeOP
 from lexiseg.scores import RegionScores
 from lexiseg.segmenter import Segmenter
 from lexiseg.vocabulary import Vocabulary
 from tests.models.test_deop import make
 from tests.models.test_region_hosts import make as host
+from tests.references import pseudo_label
 from tests.system_tester import SystemTester
 from tests.towers import small_clip
 

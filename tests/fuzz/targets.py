@@ -32,11 +32,12 @@ from lexiseg.recipes.reading import as_yaml
 from lexiseg.vocabulary import Vocabulary
 from lexiseg.weights import convert, load_model, save_model
 from lexiseg.weights.clip_state import transformers_source
-from lexiseg.weights.filling import Source, put_tensors
+from lexiseg.weights.filling import Source
 from lexiseg.weights.one_stage_checkpoint import authors_key
 from tests.fuzz.data_folders import data_folders
 from tests.fuzz.mutations import NASTY_NUMBERS, NASTY_TEXTS, nasty, spoil_bytes, spoil_json, spoil_value
 from tests.fuzz.runner import CANARY, Maker
+from tests.references import put_tensors
 
 Thunk = Callable[[], object]
 

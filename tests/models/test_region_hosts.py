@@ -13,7 +13,6 @@ from torch import Tensor
 
 from lexiseg.clip.text import TextEmbedder
 from lexiseg.errors import LexisegError
-from lexiseg.evaluation.proposals import pseudo_label
 from lexiseg.models import SYSTEMS, SegmentationModel
 from lexiseg.models.region_base import RegionModel
 from lexiseg.proposals.base import HARD_LOGIT
@@ -22,6 +21,7 @@ from lexiseg.training.initial import start_from
 from lexiseg.vocabulary import Vocabulary, VocabularyClass
 from lexiseg.weights import load_model, save_model
 from tests.proposals.test_sam_proposals import tiny_sam
+from tests.references import pseudo_label
 from tests.system_tester import DIM, DecoupledTester, SystemTester
 from tests.towers import small_clip, unit_rows
 

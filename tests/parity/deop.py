@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lexiseg.evaluation.metrics import Confusion
-from lexiseg.evaluation.proposals import ReleasedRecall, pseudo_label
+from lexiseg.evaluation.proposals import ReleasedRecall
 from lexiseg.losses.regions import region_map_losses
 from lexiseg.models.deop import DeOP
 from lexiseg.normalisation import IMAGENET_MEAN, IMAGENET_STD
@@ -25,6 +25,7 @@ from tests.parity.clip_build import IdTokenizer, toy_sizes, under
 from tests.parity.clip_texts import x_dot
 from tests.parity.decoupled_clip import inputs
 from tests.parity.proposals import generator_sizes
+from tests.references import pseudo_label
 
 Options = dict[str, Any]
 

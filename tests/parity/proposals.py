@@ -23,11 +23,11 @@ from lexiseg.proposals.maskformer import MaskFormer
 from lexiseg.proposals.options import Mask2FormerOptions, MaskFormerOptions
 from lexiseg.weights.detectron_checkpoint import generator_source, generator_tensors
 from lexiseg.weights.detectron_keys import infer_generator_options
-from lexiseg.weights.filling import put_tensors
 from tests.parity.case import Case
 from tests.parity.clip_build import IdTokenizer, make_clip, toy_sizes, under
 from tests.parity.clip_texts import prompt_learner, x_dot
 from tests.parity.rounding import check_gradients, in_double, stirred
+from tests.references import put_tensors
 
 # Of pixels 0..255.
 _MEAN = torch.tensor([123.675, 116.28, 103.53])[:, None, None]

@@ -26,7 +26,7 @@ from lexiseg.errors import LexisegError
 from lexiseg.weights import ConversionReport, convert
 from lexiseg.weights.checkpoint import Checkpoint, read_checkpoint
 from lexiseg.weights.clip_state import is_openai, transformers_source
-from lexiseg.weights.filling import put_tensors
+from tests.references import put_tensors
 from tests.towers import small_clip
 
 State = dict[str, Tensor]

@@ -16,8 +16,8 @@ from lexiseg.weights import load_model
 from lexiseg.weights.convert import convert
 from lexiseg.weights.deop_checkpoint import authors_key, read_deop
 from lexiseg.weights.detectron_checkpoint import generator_source, recognise_detectron
-from lexiseg.weights.filling import put_tensors
 from tests.parity.case import load_case
+from tests.references import put_tensors
 from tests.system_tester import SystemTester
 from tests.towers import unit_rows
 

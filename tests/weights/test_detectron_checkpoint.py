@@ -24,8 +24,9 @@ from lexiseg.weights.detectron_checkpoint import (
     split_checkpoint,
 )
 from lexiseg.weights.detectron_keys import infer_generator_options
-from lexiseg.weights.filling import expected_shapes, put_tensors
+from lexiseg.weights.filling import expected_shapes
 from tests.proposals.test_proposals import MASKED, SMALL
+from tests.references import put_tensors
 
 LAYOUTS = Path(__file__).parents[1] / "golden" / "layouts"
 SYSTEMS = ("zsseg", "zegformer", "freeseg", "maft", "deop")

@@ -1,13 +1,11 @@
 """A field is a (words, height, width) array of scores that is never built: it yields the parts that are asked for.
 
 Fields are composed: a grid of logits is resized, squashed, resized again, averaged with its neighbours. Each one
-answers five questions, and answers them through the field below it.
+answers three questions, and answers them through the field below it.
 
 - ``block``: the values in a rectangle, for some words.
 - ``points``: the values at scattered places, each for one word.
 - ``interval`` and ``extremes``: between which bounds do the values in a rectangle lie?
-- ``gaps``: by how much does one word at least exceed another in all of a rectangle? What words have in common cancels.
-- ``same``: has one word at least the value of another in all of a rectangle, because they start from equal numbers?
 
 Bilinear interpolation takes convex combinations and the sigmoid is monotone, so bounds cost no more than the values at
 a few corners. They hold for real numbers; rounding moves a computed value from them by at most ``limits()[1]``.
@@ -73,20 +71,6 @@ class Field(ABC):
         """
 
     @abstractmethod
-    def gaps(self, words: Tensor, tiles: Tensor, others: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-        """(P,) by how much, in tile t = ``tiles[p]``, ``others[t]`` scores more than ``words[p]`` at least.
-
-        ``rows`` and ``columns`` (2, T) are inclusive ranges. A negative number proves nothing.
-        """
-
-    @abstractmethod
-    def same(self, words: Tensor, tiles: Tensor, others: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-        """(P,) bool: in tile t = ``tiles[p]``, ``others[t]`` certainly scores at least as much as ``words[p]``.
-
-        ``rows`` and ``columns`` (2, T) are inclusive ranges. It is found from equal inputs only; False proves nothing.
-        """
-
-    @abstractmethod
     def local(self, top: int, bottom: int, left: int, right: int) -> Field:
         """A field with the same values in the given rectangle, for many questions: what is costly is computed now."""
 
@@ -133,16 +117,6 @@ class Source(Field):
     def extremes(self, words: Tensor, tiles: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
         y, x = every(rows), every(columns)
         return bounds_of(self.points(words, tiles, y.flatten(0, 1), x.flatten(0, 1)), len(y), len(x))
-
-    def gaps(self, words: Tensor, tiles: Tensor, others: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-        y, x = every(rows), every(columns)
-        other = self.points(others, torch.arange(len(others), device=self.device), y, x)
-        return (spread(other, tiles) - self.points(words, tiles, y, x)).flatten(0, 1).amin(0)
-
-    def same(self, words: Tensor, tiles: Tensor, others: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-        y, x = every(rows), every(columns)
-        other = self.points(others, torch.arange(len(others), device=self.device), y, x)
-        return (self.points(words, tiles, y, x) == spread(other, tiles)).flatten(0, 1).all(0)
 
     def local(self, top: int, bottom: int, left: int, right: int) -> Field:
         return self
@@ -199,12 +173,6 @@ class Mixture(Field):
     def extremes(self, words: Tensor, tiles: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
         return self._around(rows, columns).extremes(words, tiles, rows, columns)
 
-    def gaps(self, words: Tensor, tiles: Tensor, others: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-        return self._around(rows, columns).gaps(words, tiles, others, rows, columns)
-
-    def same(self, words: Tensor, tiles: Tensor, others: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-        return self._around(rows, columns).same(words, tiles, others, rows, columns)
-
     def local(self, top: int, bottom: int, left: int, right: int) -> Field:
         values = self.block(slice(None), top, bottom, left, right)
         return Source(values, self.limits()[0], (top, left), (self.height, self.width))
@@ -247,24 +215,6 @@ class Squashed(Field):
         low, high = self.child.extremes(words, tiles, rows, columns)
         return self._apply(low, words, -1), self._apply(high, words, -1)
 
-    def gaps(self, words: Tensor, tiles: Tensor, others: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-        gap = self.child.gaps(words, tiles, others, rows, columns)
-        if self.squash:
-            # The sigmoid of x exceeds that of x - d by at least min(d, 1) times its least slope in [x - 1, x]; where it
-            # falls short, then by d / 4 at most. A thousandth less makes up for the rounding of the slope itself.
-            every_tile = torch.arange(len(others), device=self.device)
-            low, high = self.child.extremes(others, every_tile, rows[None], columns[None])
-            decay = torch.maximum((low[0, 0] - 1.0).abs(), high[0, 0].abs()).neg_().exp_()
-            slope = 0.999 * decay / (1.0 + decay).square_()
-            gap = torch.where(gap > 0, gap.clamp(max=1.0) * slope.index_select(0, tiles), 0.25 * gap)
-        if self.offsets is not None:
-            gap = gap - (self.offsets[others][tiles] - self.offsets[words])
-        return gap
-
-    def same(self, words: Tensor, tiles: Tensor, others: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-        same = self.child.same(words, tiles, others, rows, columns)
-        return same if self.offsets is None else same & (self.offsets[others][tiles] <= self.offsets[words])
-
     def local(self, top: int, bottom: int, left: int, right: int) -> Field:
         child = self.child.local(top, bottom, left, right)
         return self if child is self.child else Squashed(child, self.squash, self.offsets)
@@ -277,43 +227,3 @@ class Squashed(Field):
             shape[axis] = values.shape[axis]
             values = values - self.offsets[words].view(shape)
         return values
-
-
-class Cropped(Field):
-    """A rectangle of a field: what is left when padding is cut off. Its place is that of its top left corner."""
-
-    def __init__(self, child: Field, height: int, width: int, place: tuple[int, int] = (0, 0)) -> None:
-        super().__init__(child.num_words, height, width, child.device)
-        self.child = child
-        self.place = place
-
-    def limits(self) -> tuple[float, float]:
-        return self.child.limits()
-
-    def cells(self, axis: int) -> Tensor:
-        start = self.place[axis]
-        return self.child.cells(axis)[start : start + (self.width if axis else self.height)]
-
-    def block(self, words: Words, top: int, bottom: int, left: int, right: int) -> Tensor:
-        y, x = self.place
-        return self.child.block(words, y + top, y + bottom, x + left, x + right)
-
-    def points(self, words: Tensor, tiles: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-        return self.child.points(words, tiles, rows + self.place[0], columns + self.place[1])
-
-    def interval(self, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
-        return self.child.interval(rows + self.place[0], columns + self.place[1])
-
-    def extremes(self, words: Tensor, tiles: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
-        return self.child.extremes(words, tiles, rows + self.place[0], columns + self.place[1])
-
-    def gaps(self, words: Tensor, tiles: Tensor, others: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-        return self.child.gaps(words, tiles, others, rows + self.place[0], columns + self.place[1])
-
-    def same(self, words: Tensor, tiles: Tensor, others: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-        return self.child.same(words, tiles, others, rows + self.place[0], columns + self.place[1])
-
-    def local(self, top: int, bottom: int, left: int, right: int) -> Field:
-        y, x = self.place
-        child = self.child.local(y + top, y + bottom, x + left, x + right)
-        return self if child is self.child else Cropped(child, self.height, self.width, self.place)

@@ -47,16 +47,6 @@ class Resized(Field):
             return self.child.extremes(words, tiles, _support(self.rows, rows), _support(self.columns, columns))
         return bounds_of(self._at(words, tiles, y, x), len(rows), len(columns))
 
-    def gaps(self, words: Tensor, tiles: Tensor, others: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-        y, x = _turning_points(self.rows, rows[None]), _turning_points(self.columns, columns[None])
-        if y is None or x is None:
-            return self.child.gaps(words, tiles, others, _support(self.rows, rows), _support(self.columns, columns))
-        other = self._at(others, torch.arange(len(others), device=self.device), y, x)
-        return (spread(other, tiles) - self._at(words, tiles, y, x)).flatten(0, 1).amin(0)
-
-    def same(self, words: Tensor, tiles: Tensor, others: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-        return self.child.same(words, tiles, others, _support(self.rows, rows), _support(self.columns, columns))
-
     def local(self, top: int, bottom: int, left: int, right: int) -> Field:
         y, x = _part(self.rows, top, bottom), _part(self.columns, left, right)
         child = self.child.local(int(y.low[0]), int(y.high[-1]) + 1, int(x.low[0]), int(x.high[-1]) + 1)
@@ -73,12 +63,23 @@ class Resized(Field):
         return mix(_pick(values, 1, before, tiles), _pick(values, 1, after, tiles), w_low, w_high)
 
 
-def resized(child: Field, size: tuple[int, int], align_corners: bool = False) -> Field:
-    """``child`` interpolated to ``size`` (height, width); itself where it has that size already."""
-    if size == (child.height, child.width):
+def resized(child: Field, size: tuple[int, int] | None, align_corners: bool = False) -> Field:
+    """``child`` interpolated to ``size`` (height, width); itself where it has that size already, or there is none."""
+    if size is None or size == (child.height, child.width):
         return child
     rows = Axis.between(child.height, size[0], child.device, align_corners)
     return Resized(child, rows, Axis.between(child.width, size[1], child.device, align_corners))
+
+
+def cropped(field: Field, size: tuple[int, int] | None, place: tuple[int, int] = (0, 0)) -> Field:
+    """The part of ``size`` (height, width) of a field, from ``place`` on: what is left when padding is cut off."""
+    if size is None:
+        return field
+    rows, columns = (Axis.between(n, n, field.device) for n in (field.height, field.width))
+    if isinstance(field, Resized):
+        field, rows, columns = field.child, field.rows, field.columns
+    rows, columns = (_part(axis, p, p + n) for axis, n, p in zip((rows, columns), size, place, strict=True))
+    return Resized(field, rows, columns)
 
 
 def _part(axis: Axis, start: int, stop: int) -> Axis:

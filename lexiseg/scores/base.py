@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -48,26 +48,12 @@ class Scores(ABC):
         self._limit: float | None = None
 
     def label_map(self, size: Size) -> Tensor:
-        """The best class of each pixel.
-
-        Args:
-            size: height and width of the result.
-
-        Returns:
-            (B, H, W) int64, values in [0, num_classes).
-        """
-        return self._decode(size, False)[0]
+        """The best class of each pixel: (B, H, W) int64 in 0..C-1, for ``size`` (height, width)."""
+        return self._best(size, False)[0]
 
     def label_and_score(self, size: Size) -> tuple[Tensor, Tensor]:
-        """The best class of each pixel and its score, in one pass.
-
-        Returns:
-            (B, H, W) int64 labels and (B, H, W) float32 scores.
-        """
-        labels, scores = self._decode(size, True)
-        if scores is None:  # not reachable: asked for above
-            raise ValueError("no scores were decoded")
-        return labels, scores
+        """The best class (B, H, W) int64 of each pixel and its score (B, H, W) float32, in one pass."""
+        return self._best(size, True)
 
     def top_k(self, size: Size, k: int) -> tuple[Tensor, Tensor]:
         """The k best classes of each pixel, best first; of equal scores the lower class index comes first.
@@ -78,17 +64,16 @@ class Scores(ABC):
         Raises:
             ValueError: k is not between 1 and num_classes.
         """
-        height, width = _check_size(size)
+        size = _check_size(size)
         if not 1 <= k <= self.num_classes:
             raise ValueError(f"k must lie between 1 and the number of classes, {self.num_classes}, not {k}")
         if k == 1:
             labels, scores = self.label_and_score(size)
             return scores[:, None], labels[:, None]
-        values = torch.empty(self.batch_size, k, height, width, device=self.device)
+        values = torch.empty(self.batch_size, k, *size, device=self.device)
         indices = torch.empty(values.shape, dtype=torch.long, device=self.device)
-        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
-            for picture in range(self.batch_size):
-                _decode.top_k(self._checked(picture, size), self.word_to_class, values[picture], indices[picture])
+        for picture, field in self._fields(size):
+            _decode.top_k(field, self.word_to_class, values[picture], indices[picture])
         return values, indices
 
     def dense(self, size: Size, classes: Tensor | None = None) -> Tensor:
@@ -101,29 +86,27 @@ class Scores(ABC):
         Returns:
             (B, C or K, H, W) float32.
         """
-        height, width = _check_size(size)
+        size = _check_size(size)
         count = self.num_classes if classes is None else len(classes)
-        out = torch.empty(self.batch_size, count, height, width, device=self.device)
-        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
-            for picture in range(self.batch_size):
-                field = self._checked(picture, size)
-                if classes is None or count == self.num_classes:
-                    _decode.dense(field, self.word_to_class, out[picture])
-                else:
-                    _decode.dense_of(field, self.word_to_class, classes, out[picture])
+        out = torch.empty(self.batch_size, count, *size, device=self.device)
+        for picture, field in self._fields(size):
+            _decode.dense(field, self.word_to_class, out[picture], None if count == self.num_classes else classes)
         return out
 
-    @abstractmethod
     def __getitem__(self, picture: int) -> Scores:
-        """The scores of one picture of the batch, as a batch of one that shares memory with this one."""
+        return self._map(lambda values: values[picture][None])
 
-    @abstractmethod
     def to(self, device: torch.device | str) -> Scores:
         """The same scores on another device."""
+        return self._map(lambda values: values.to(device))
 
-    @abstractmethod
     def detach(self) -> Scores:
         """The same scores, cut off from the graph that made them."""
+        return self._map(Tensor.detach)
+
+    @abstractmethod
+    def _map(self, change: Callable[[Tensor], Tensor]) -> Scores:
+        """The same kind of scores, of changed tensors."""
 
     @abstractmethod
     def _field(self, picture: int, size: Size) -> Field:
@@ -139,23 +122,23 @@ class Scores(ABC):
     def __iter__(self) -> Iterator[Scores]:
         return (self[picture] for picture in range(self.batch_size))
 
-    def _decode(self, size: Size, with_scores: bool) -> tuple[Tensor, Tensor | None]:
-        height, width = _check_size(size)
-        labels = torch.empty(self.batch_size, height, width, dtype=torch.long, device=self.device)
-        scores = torch.empty(labels.shape, device=self.device) if with_scores else None
-        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
-            for picture in range(self.batch_size):
-                field = self._checked(picture, size)
-                _decode.best(field, self.word_to_class, labels[picture], None if scores is None else scores[picture])
+    def _best(self, size: Size, with_scores: bool) -> tuple[Tensor, Tensor]:
+        """Labels and, if wanted, their scores; an empty tensor otherwise."""
+        size = _check_size(size)
+        labels = torch.empty(self.batch_size, *size, dtype=torch.long, device=self.device)
+        scores = torch.empty(labels.shape if with_scores else 0, device=self.device)
+        for picture, field in self._fields(size):
+            _decode.best(field, self.word_to_class, labels[picture], scores[picture] if with_scores else None)
         return labels, scores
 
-    def _checked(self, picture: int, size: Size) -> Field:
-        if not math.isfinite(self._largest()):
-            raise LexisegError(_NOT_FINITE)
-        field = self._field(picture, size)
-        if not field.limits()[0] < torch.finfo(torch.float32).max:
-            raise LexisegError(_NOT_FINITE)
-        return field
+    def _fields(self, size: Size) -> Iterator[tuple[int, Field]]:
+        """Each picture's number and field, inside which neither a graph nor autocast is."""
+        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+            for picture in range(self.batch_size):
+                field = self._field(picture, size) if math.isfinite(self._largest()) else None
+                if field is None or not field.limits()[0] < torch.finfo(torch.float32).max:
+                    raise LexisegError(_NOT_FINITE)
+                yield picture, field
 
     def _largest(self) -> float:
         if self._limit is None:
@@ -173,16 +156,11 @@ def largest_magnitude(values: Tensor) -> float:
     if not values.numel():
         return 0.0
     low, high = torch.aminmax(values.detach())
-    magnitude = torch.maximum(low.abs(), high.abs())
-    return float(magnitude)
+    return float(torch.maximum(low.abs(), high.abs()))
 
 
 def check_offsets(offsets: Tensor | None, num_words: int, device: torch.device) -> Tensor | None:
-    """``offsets`` as float32 on ``device``.
-
-    Raises:
-        ValueError: they are not (num_words,) finite numbers.
-    """
+    """``offsets`` as float32 on ``device``; a ValueError if they are not (num_words,) finite numbers."""
     if offsets is None:
         return None
     offsets = offsets.detach().to(device, torch.float32)
@@ -192,12 +170,18 @@ def check_offsets(offsets: Tensor | None, num_words: int, device: torch.device) 
 
 
 def check_pair(size: Size | None, name: str) -> Size | None:
-    """``size`` as two ints of at least 1, or None.
-
-    Raises:
-        ValueError: it is something else.
-    """
+    """``size`` as two ints of at least 1, or None; a ValueError if it is something else."""
     return None if size is None else _check_size(size, name)
+
+
+def check_crop(crop: Size | None, size: Size, place: tuple[int, int] = (0, 0)) -> Size | None:
+    """``crop`` as two ints, or None where nothing is cut off; a ValueError if at ``place`` it lies outside ``size``."""
+    crop = check_pair(crop, "crop")
+    if crop is None:
+        return None
+    if min(place) < 0 or place[0] + crop[0] > size[0] or place[1] + crop[1] > size[1]:
+        raise ValueError(f"crop {crop} is larger than what it is taken from, {size}")
+    return None if crop == size else crop
 
 
 def _check_size(size: Size, name: str = "size") -> Size:

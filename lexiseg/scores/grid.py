@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Callable
+
 from torch import Tensor
 
-from lexiseg.scores._fields import Cropped, Field, Source, Squashed
-from lexiseg.scores._resize import resized
-from lexiseg.scores.base import Scores, Size, check_offsets, check_pair, largest_magnitude
+from lexiseg.scores._fields import Field, Source, Squashed
+from lexiseg.scores._resize import cropped, resized
+from lexiseg.scores.base import Scores, Size, check_crop, check_offsets, check_pair, largest_magnitude
 
 
 class GridScores(Scores):
@@ -59,20 +60,9 @@ class GridScores(Scores):
         self.sigmoid = sigmoid
         self.offsets = check_offsets(offsets, self.num_words, self.device)
 
-    def __getitem__(self, picture: int) -> GridScores:
-        return self._with(self.logits[picture][None])
-
-    def to(self, device: torch.device | str) -> GridScores:
-        """The same scores on another device."""
-        return self._with(self.logits.to(device))
-
-    def detach(self) -> GridScores:
-        """The same scores, cut off from the graph that made them."""
-        return self._with(self.logits.detach())
-
-    def _with(self, logits: Tensor) -> GridScores:
+    def _map(self, change: Callable[[Tensor], Tensor]) -> GridScores:
         return GridScores(
-            logits,
+            change(self.logits),
             word_to_class=self.word_to_class,
             resize_to=self.resize_to,
             crop=self.crop,
@@ -85,25 +75,8 @@ class GridScores(Scores):
         return largest_magnitude(self.logits)
 
     def _field(self, picture: int, size: Size) -> Field:
-        field: Field = Source(self.logits[picture].detach(), self._largest())
-        if self.resize_to is not None:
-            field = resized(field, self.resize_to)
-        if self.crop is not None:
-            field = Cropped(field, *self.crop, self.crop_place)
+        field = resized(Source(self.logits[picture].detach(), self._largest()), self.resize_to)
+        field = cropped(field, self.crop, self.crop_place)
         if self.sigmoid or self.offsets is not None:
             field = Squashed(field, self.sigmoid, self.offsets)
         return resized(field, size)
-
-
-def check_crop(crop: Size | None, size: Size, place: tuple[int, int] = (0, 0)) -> Size | None:
-    """``crop`` as two ints, or None where nothing is cut off.
-
-    Raises:
-        ValueError: with its top left corner at ``place`` it does not lie within ``size``.
-    """
-    crop = check_pair(crop, "crop")
-    if crop is None:
-        return None
-    if min(place) < 0 or place[0] + crop[0] > size[0] or place[1] + crop[1] > size[1]:
-        raise ValueError(f"crop {crop} is larger than what it is taken from, {size}")
-    return None if crop == size else crop

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Callable
+
 from torch import Tensor
 
-from lexiseg.scores._fields import Cropped, Field, Mixture, Source, Squashed
-from lexiseg.scores._resize import resized
-from lexiseg.scores.base import Scores, Size, check_offsets, check_pair, largest_magnitude
-from lexiseg.scores.grid import check_crop
+from lexiseg.scores._fields import Field, Mixture, Source, Squashed
+from lexiseg.scores._resize import cropped, resized
+from lexiseg.scores.base import Scores, Size, check_crop, check_offsets, check_pair, largest_magnitude
 
 
 class RegionScores(Scores):
@@ -69,21 +69,10 @@ class RegionScores(Scores):
         self.sigmoid = sigmoid
         self.offsets = check_offsets(offsets, self.num_words, self.device)
 
-    def __getitem__(self, picture: int) -> RegionScores:
-        return self._with(self.class_scores[picture][None], self.masks[picture][None])
-
-    def to(self, device: torch.device | str) -> RegionScores:
-        """The same scores on another device."""
-        return self._with(self.class_scores.to(device), self.masks.to(device))
-
-    def detach(self) -> RegionScores:
-        """The same scores, cut off from the graph that made them."""
-        return self._with(self.class_scores.detach(), self.masks.detach())
-
-    def _with(self, class_scores: Tensor, masks: Tensor) -> RegionScores:
+    def _map(self, change: Callable[[Tensor], Tensor]) -> RegionScores:
         return RegionScores(
-            class_scores,
-            masks,
+            change(self.class_scores),
+            change(self.masks),
             word_to_class=self.word_to_class,
             resize_to=self.resize_to,
             align_corners=self.align_corners,
@@ -100,15 +89,10 @@ class RegionScores(Scores):
         class_scores, masks = self.class_scores[picture].detach(), self.masks[picture].detach()
         if not len(masks):
             class_scores, masks = class_scores.new_zeros(1, self.num_words), masks.new_zeros(1, *masks.shape[1:])
-        field: Field = Source(masks, self._largest())
-        if self.resize_to is not None:
-            field = resized(field, self.resize_to, self.align_corners)
-        if self.crop is not None:
-            field = Cropped(field, *self.crop)
+        field = resized(Source(masks, self._largest()), self.resize_to, self.align_corners)
+        field = cropped(field, self.crop)
         if self.sigmoid:
-            if self.resize_to is None:
-                field = resized(field, size)
-            field = Squashed(field, True, None)
+            field = Squashed(field if self.resize_to is not None else resized(field, size), True, None)
         field = Mixture(field, class_scores)
         if self.offsets is not None:
             field = Squashed(field, False, self.offsets)

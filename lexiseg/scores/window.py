@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
+from torch import Tensor
 
 from lexiseg.scores._fields import Field
 from lexiseg.scores._mean import Mean
@@ -39,32 +40,16 @@ class WindowScores(Scores):
             raise ValueError(f"there must be a part for each box, and one at least: {len(parts)} and {len(boxes)}")
         first = parts[0]
         super().__init__(first.batch_size, first.num_words, first.device, first.word_to_class)
-        for part in parts:
-            if (part.num_words, part.num_classes, part.batch_size, part.device) != (
-                first.num_words,
-                first.num_classes,
-                first.batch_size,
-                first.device,
-            ):
-                raise ValueError("all parts must have the same words, number of pictures and device")
+        kinds = {(part.num_words, part.num_classes, part.batch_size, part.device) for part in parts}
+        if len(kinds) > 1:
+            raise ValueError("all parts must have the same words, number of pictures and device")
         self.parts = list(parts)
         self.canvas = check_pair(canvas, "canvas") or canvas
         self.boxes: list[Box] = [(int(y), int(x), int(h), int(w)) for y, x, h, w in boxes]
         _check_boxes(self.boxes, self.canvas)
 
-    def __getitem__(self, picture: int) -> WindowScores:
-        return self._with([part[picture] for part in self.parts])
-
-    def to(self, device: torch.device | str) -> WindowScores:
-        """The same scores on another device."""
-        return self._with([part.to(device) for part in self.parts])
-
-    def detach(self) -> WindowScores:
-        """The same scores, cut off from the graph that made them."""
-        return self._with([part.detach() for part in self.parts])
-
-    def _with(self, parts: list[Scores]) -> WindowScores:
-        return WindowScores(parts, self.boxes, self.canvas)
+    def _map(self, change: Callable[[Tensor], Tensor]) -> WindowScores:
+        return WindowScores([part._map(change) for part in self.parts], self.boxes, self.canvas)
 
     def _magnitude(self) -> float:
         # Added up, so that one that is not finite shows.

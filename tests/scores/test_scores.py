@@ -20,10 +20,9 @@ from lexiseg.scores import (
     RegionScores,
     Scores,
     WindowScores,
-    _contest,
     _decode,
     _fields,
-    _threads,
+    _pruning,
 )
 from lexiseg.scores._arithmetic import sigmoid
 
@@ -135,9 +134,8 @@ def cases(draw: st.DrawFn) -> Case:
 def test_decoding_is_exact(case: Case) -> None:
     """Also when the budget is so small that everything is cut into pieces."""
     with pytest.MonkeyPatch.context() as patch:
-        for module in (_contest, _decode):
+        for module in (_pruning, _decode):
             patch.setattr(module, "budget", lambda field: case.budget)
-        patch.setattr(_contest, "FEW", 0 if case.budget == 1 << 10 else 8)
         if case.budget == 1 << 10:
             for module in (_fields, _decode):
                 patch.setattr(module, "BLOCK_WORDS", 4)
@@ -156,32 +154,24 @@ def test_pruning_is_exact(kind: str, nested: bool) -> None:
 
 @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
 @given(case=cases(), seed=st.integers(0, 999))
-def test_gaps_are_certain(case: Case, seed: int) -> None:
-    """In each tile a word is at least its gap below the other, but for rounding."""
+def test_bounds_are_certain(case: Case, seed: int) -> None:
+    """No value in a tile lies outside its bounds, but for rounding."""
     field = case.scores._field(0, case.size)
     generator = torch.Generator().manual_seed(seed)
 
     def some(count: int, top: int) -> Tensor:
         return torch.randint(0, top, (count,), generator=generator)
 
-    words, tiles, others = some(30, field.num_words), some(30, 5), some(5, field.num_words)
+    words, tiles = some(30, field.num_words), some(30, 5)
     rows, columns = (torch.stack((some(5, n), some(5, n))).sort(0).values for n in case.size)
-    gaps = field.gaps(words, tiles, others, rows, columns)
+    lower, upper = field.extremes(words, tiles, rows[None], columns[None])
     dense = field.block(slice(None), 0, case.size[0], 0, case.size[1])
     slack = 2 * field.limits()[1] + 1e-6
-    for word, tile, gap in zip(words.tolist(), tiles.tolist(), gaps.tolist(), strict=True):
+    for index, (word, tile) in enumerate(zip(words.tolist(), tiles.tolist(), strict=True)):
         (top, bottom), (left, right) = rows[:, tile].tolist(), columns[:, tile].tolist()
-        place = dense[:, top : bottom + 1, left : right + 1]
-        assert float((place[int(others[tile])] - place[word]).min()) >= gap - slack
-
-
-def test_words_that_rise_and_fall_together_are_told_apart() -> None:
-    """Few candidates are left where bounds alone would keep them all."""
-    logits = torch.randn(1, 1, 7, 8) + 0.1 * torch.randn(1, 60, 1, 1) + 0.01 * torch.randn(1, 60, 7, 8)
-    field = GridScores(logits, resize_to=(112, 128), sigmoid=True)._field(0, (112, 128))
-    rows, columns = (_contest.tile_ranges(field.cells(axis)) for axis in (0, 1))
-    left = _contest._candidates(field, rows, columns, _contest.margin_of(field))
-    assert len(left.words) < 5 * left.rows.shape[1]
+        place = dense[word, top : bottom + 1, left : right + 1]
+        assert float(place.min()) >= float(lower[0, 0, index]) - slack
+        assert float(place.max()) <= float(upper[0, 0, index]) + slack
 
 
 @pytest.mark.parametrize("size", [(1, 1), (5, 7), (13, 40), (64, 64), (31, 100)])
@@ -393,9 +383,9 @@ def test_rows_shared_among_threads_give_the_same_bits(monkeypatch: pytest.Monkey
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     try:
-        monkeypatch.setattr(_threads, "_LEAST_WORK", 1)
+        monkeypatch.setattr(_decode, "_LEAST_WORK", 1)
         rows = torch.arange(14).view(2, 7)
-        assert [piece.shape[1] for piece in _threads.shares(rows, logits.device, 1)] == [3, 2, 2]
+        assert [piece.shape[1] for piece in _decode.thread_parts(rows, logits.device, 1)] == [3, 2, 2]
         with torch.inference_mode(inference):
             shared = scores.label_and_score((150, 130))
         assert torch.get_num_threads() == 3
@@ -409,4 +399,4 @@ def test_an_error_in_a_thread_is_the_callers() -> None:
         raise LexisegError("no")
 
     with pytest.raises(LexisegError, match="no"):
-        _threads.run_all([lambda: None, wrong])
+        _decode.run_all([lambda: None, wrong])

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lexiseg.losses.masks import MaskLosses, check_labels, count_masks, ignore_index
-from lexiseg.losses.shares import mean_count
+from lexiseg.losses.reduction import mean_count
 
 
 def exclusive_losses(
@@ -46,7 +46,7 @@ def exclusive_losses(
         counted = labels != ignored
         weights = None if weights is None else weights.to(logits)
         summed = F.cross_entropy(logits, labels, weights, ignore_index=ignored, reduction="sum")
-        labelled = mean_count(float(counted.sum()), labels.device) or 1.0
+        labelled = mean_count(float(counted.sum()), labels.device)
         entropy = entropy_weight * summed / labelled
         dice = entropy.new_zeros(())
         if dice_weight:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lexiseg.losses.masks import check_labels, ignore_index
-from lexiseg.losses.shares import share_weight
+from lexiseg.losses.reduction import reduction_weight
 
 Distance = Literal["smooth-l1", "l1", "l2", "kl"]
 Normalisation = Literal["row", "matrix"]
@@ -96,7 +96,7 @@ def mask_aware_loss(scores: Tensor, targets: Tensor, distance: Distance = "smoot
     Returns:
         a scalar; 0, with a gradient of 0, where there is nothing to compare.
     """
-    weight = share_weight(len(scores) if distance == "kl" else scores.numel(), scores.device)
+    weight = reduction_weight(len(scores) if distance == "kl" else scores.numel(), scores.device)
     if not scores.numel():
         return scores.sum() * 0.0
     targets = targets.detach()
@@ -120,4 +120,4 @@ def distillation_loss(student: Tensor, teacher: Tensor) -> Tensor:
         student: (B, C) probabilities of the tower that is trained, run without masks.
         teacher: (B, C) those of the frozen CLIP.
     """
-    return F.smooth_l1_loss(student, teacher.detach()) * share_weight(len(student), student.device)
+    return F.smooth_l1_loss(student, teacher.detach()) * reduction_weight(len(student), student.device)

@@ -18,7 +18,7 @@ from torch import Tensor
 from lexiseg.errors import LexisegError
 from lexiseg.losses.masks import IGNORE_INDEX
 from lexiseg.losses.masks import ignore_index as ignored_among
-from lexiseg.losses.shares import mean_count, share_of_one, share_weight
+from lexiseg.losses.reduction import mean_count, reduction_weight
 
 if TYPE_CHECKING:
     from lexiseg.proposals.base import Proposals
@@ -182,8 +182,8 @@ def level_losses(
         # The cross entropy is a mean weighted by 1 for a matched query and less for the others.
         num_matched = sum(len(queries) for queries, _ in matched)
         weight = num_matched + weights.no_object * (class_logits.shape[0] * class_logits.shape[1] - num_matched)
-        result["loss_ce"] = weights.class_weight * loss * share_weight(weight, mask_logits.device)
-    num_masks = mean_count(float(sum(map(len, classes))), mask_logits.device) or share_of_one()
+        result["loss_ce"] = weights.class_weight * loss * reduction_weight(weight, mask_logits.device)
+    num_masks = mean_count(float(sum(map(len, classes))), mask_logits.device)
     if any(len(queries) for queries, _ in matched):
         losses = criterion.loss_masks(
             mask_logits, [target.masks.to(mask_logits.dtype) for target in targets], matched, num_masks

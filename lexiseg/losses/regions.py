@@ -6,20 +6,17 @@ focal loss. How they are put together is only in the released code, which this f
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from lexiseg.errors import LexisegError
-from lexiseg.losses.masks import MaskLosses, bilinear_matrix, check_labels, ignore_index
-from lexiseg.losses.shares import share_weight
+from lexiseg.losses.masks import MaskLosses, bilinear_matrix, check_labels, gradient_of, ignore_index, with_gradients
+from lexiseg.losses.reduction import reduction_weight
 
 _ALPHA = 0.25
 _CLAMP = 1e-4
-# Entries of the score map that are held at a time; at 157 classes that is 64 rows of 512 pixels.
-_CHUNK = 1 << 22
+# Entries of the score map that are held at a time; at 157 classes that is 16 rows of 512 pixels.
+_CHUNK = 1 << 20
 
 
 def region_map_losses(
@@ -70,156 +67,74 @@ def region_map_losses(
             "give (B, N, C + 1), (B, N, h, w) and (B, H, W)."
         )
     check_labels(labels, class_probabilities.shape[2] - 1)
+    if not labels.numel():
+        raise LexisegError("There is no pixel to compute a loss of; give at least one image.")
+    batch, _, channels = class_probabilities.shape
+    gradients = gradient_of(class_probabilities), gradient_of(mask_logits)
+    focal, dice = mask_logits.new_zeros((2,), dtype=torch.float32)
     with torch.autocast(mask_logits.device.type, enabled=False):
-        total, focal, dice = _RegionMapLoss.apply(
-            class_probabilities, mask_logits, labels.long(), scale, focal_weight, dice_weight
-        )
-    share = share_weight(len(labels), labels.device)
-    return MaskLosses(total * share, focal.detach() * share, dice.detach() * share)
-
-
-class _RegionMapLoss(torch.autograd.Function):
-    """Focal plus dice with their gradients, computed in the forward pass."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        probabilities: Tensor,
-        mask_logits: Tensor,
-        labels: Tensor,
-        scale: float,
-        focal_weight: float,
-        dice_weight: float,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        needs_probabilities, needs_masks = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
-        batch, _, channels = probabilities.shape
-        height, width = labels.shape[-2:]
-        focal = probabilities.new_zeros((), dtype=torch.float32)
-        dice = torch.zeros_like(focal)
-        for_probabilities = torch.zeros_like(probabilities, dtype=torch.float32) if needs_probabilities else None
-        for_masks = torch.zeros_like(mask_logits, dtype=torch.float32) if needs_masks else None
-        if not batch * height * width:
-            raise LexisegError("There is no pixel to compute a loss of; give at least one image.")
-        focal_scale = focal_weight / (batch * channels * height * width)
         for index in range(batch):
-            image = _Image(probabilities[index].detach(), mask_logits[index].detach(), labels[index], scale)
-            inside, predicted, focal_sum = image.sums()
+            image = _Image(class_probabilities[index].detach(), mask_logits[index].detach(), labels[index], scale)
+            with torch.no_grad():
+                inside, predicted, focal_sum = map(sum, zip(*(image.sums(part) for part in image.parts), strict=True))
             top = 2.0 * inside + 1.0
             bottom = predicted + (labels[index] != ignore_index(channels - 1)).sum() + 1.0
-            focal += focal_scale * focal_sum
-            dice += dice_weight / batch * (1.0 - top / bottom)
-            if needs_probabilities or needs_masks:
-                # d dice / dx is (top - 2 t bottom) / bottom^2.
-                negative = float(dice_weight / batch * top / bottom.square())
-                positive = negative - float(dice_weight / batch * 2.0 / bottom)
-                image.gradients(
-                    focal_scale,
-                    negative,
-                    positive,
-                    None if for_probabilities is None else for_probabilities[index],
-                    None if for_masks is None else for_masks[index],
-                )
-        ctx.save_for_backward(
-            *(
-                None if gradient is None else gradient.to(given.dtype)
-                for gradient, given in ((for_probabilities, probabilities), (for_masks, mask_logits))
-            )
-        )
-        ctx.mark_non_differentiable(focal, dice)
-        return focal + dice, focal, dice
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
-        first, second = (None if saved is None else outputs[0].to(saved.dtype) * saved for saved in ctx.saved_tensors)
-        return first, second, None, None, None, None
+            focal_scale, dice_scale = focal_weight / (channels * labels.numel()), dice_weight / batch
+            focal = focal + focal_scale * focal_sum
+            dice = dice + dice_scale * (1.0 - top / bottom)
+            # The dice term's derivatives by the two sums it is made of.
+            slopes = (-2.0 * dice_scale / bottom, dice_scale * top / bottom.square(), focal_scale)
+            image.add_gradients(slopes, *(None if gradient is None else gradient[index] for gradient in gradients))
+        total = with_gradients(focal + dice, *zip((class_probabilities, mask_logits), gradients, strict=True))
+        weight = reduction_weight(len(labels), labels.device)
+        return MaskLosses(total * weight, focal * weight, dice * weight)
 
 
 class _Image:
-    """The score map of one image, a few rows at a time.
-
-    Args:
-        probabilities: (N, C + 1).
-        mask_logits: (N, h, w).
-        labels: (H, W).
-        scale: see `region_map_losses`.
-    """
+    """The score map of one image, some rows at a time; of probabilities (N, C + 1), logits (N, h, w), labels (H, W)."""
 
     def __init__(self, probabilities: Tensor, mask_logits: Tensor, labels: Tensor, scale: float) -> None:
         self.probabilities, self.mask_logits = probabilities.float(), mask_logits.float()
-        self.channels = probabilities.shape[1]
-        self.target = labels.where(labels != ignore_index(self.channels - 1), self.channels - 1)
+        self.last = probabilities.shape[1] - 1
+        self.target = labels.long().where(labels != ignore_index(self.last), self.last)
         self.scale = scale
         height, width = labels.shape
-        # A resize by two matrix products has a transpose, which is its gradient, and can be done row by row.
+        # A resize by two matrix products can be done row by row.
         self.rows = bilinear_matrix(mask_logits.shape[1], height, mask_logits.device)
         self.columns = bilinear_matrix(mask_logits.shape[2], width, mask_logits.device)
-        step = max(1, _CHUNK // (max(self.channels, len(mask_logits)) * width))
+        step = max(1, _CHUNK // (max(self.last + 1, len(mask_logits)) * width))
         self.parts = [slice(start, min(start + step, height)) for start in range(0, height, step)]
 
-    def _block(self, part: slice) -> tuple[Tensor, Tensor, Tensor]:
-        """Masks (N, P) and x (C + 1, P) of some rows, and the channel (P,) that is each pixel's positive."""
-        masks = (self.rows[part] @ self.mask_logits @ self.columns.T).sigmoid_().flatten(1)
-        x = (self.probabilities.T @ masks).sub_(1.0).mul_(self.scale).sigmoid_()
-        return masks, x, self.target[part].flatten()
+    def sums(self, part: slice) -> tuple[Tensor, Tensor, Tensor]:
+        """Of some rows: x over the positives of real classes, x over the real classes, and the focal terms, summed."""
+        masks = (self.rows[part] @ self.mask_logits @ self.columns.T).sigmoid().flatten(1)
+        x = (self.scale * (self.probabilities.T @ masks) - self.scale).sigmoid()
+        target = self.target[part].flatten()
+        right = x.gather(0, target[None])[0]
+        # All are negatives first, with p_t = 1 - x; the positive of each pixel is corrected afterwards.
+        focal = (1.0 - _ALPHA) * (_focal(1.0 - x).sum() - _focal(1.0 - right).sum()) + _ALPHA * _focal(right).sum()
+        return right[target < self.last].sum(), x[:-1].sum(), focal
 
-    def sums(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Sum of x over the positives of real classes, sum of x over the real classes, sum of the focal terms."""
-        inside = self.probabilities.new_zeros(())
-        predicted, focal = torch.zeros_like(inside), torch.zeros_like(inside)
-        for part in self.parts:
-            _, x, target = self._block(part)
-            right = x.gather(0, target[None])[0]
-            inside += right[target < self.channels - 1].sum()
-            predicted += x[:-1].sum()
-            # All are negatives first, with p_t = 1 - x; the positive of each pixel is corrected afterwards.
-            focal += (1.0 - _ALPHA) * _focal(1.0 - x).sum()
-            focal += (_ALPHA * _focal(right) - (1.0 - _ALPHA) * _focal(1.0 - right)).sum()
-        return inside, predicted, focal
-
-    def gradients(
-        self,
-        focal_scale: float,
-        dice_negative: float,
-        dice_positive: float,
-        for_probabilities: Tensor | None,
-        for_masks: Tensor | None,
+    def add_gradients(
+        self, slopes: tuple[Tensor, Tensor, float], for_probabilities: Tensor | None, for_masks: Tensor | None
     ) -> None:
-        """Add the gradients of the loss to ``for_probabilities`` (N, C + 1) and ``for_masks`` (N, h, w).
+        """Add the gradients by probabilities (N, C + 1) and mask logits (N, h, w), a few rows in memory at a time.
 
         Args:
-            focal_scale: factor on the sum of the focal terms.
-            dice_negative: derivative of the dice term by x where the class is not the pixel's.
-            dice_positive: the same where it is.
+            slopes: derivatives of the loss by the three `sums`.
             for_probabilities: where to add, or None.
             for_masks: where to add, or None.
         """
-        for part in self.parts:
-            masks, x, target = self._block(part)
-            slope = _focal_slope(1.0 - x).mul_(-(1.0 - _ALPHA) * focal_scale)
-            slope[:-1] += dice_negative
-            right = x.gather(0, target[None])
-            corrected = _focal_slope(right).mul_(_ALPHA * focal_scale)
-            corrected += (target[None] < self.channels - 1) * dice_positive
-            slope.scatter_(0, target[None], corrected)
-            # d x / d P is scale * x (1 - x).
-            slope.mul_(x).mul_(x.neg_().add_(1.0)).mul_(self.scale)
-            if for_probabilities is not None:
-                for_probabilities += masks @ slope.T
-            if for_masks is not None:
-                by_mask = (self.probabilities @ slope).mul_(masks).mul_(masks.neg_().add_(1.0))
-                by_mask = by_mask.unflatten(1, (part.stop - part.start, -1))
-                for_masks += self.rows[part].T @ by_mask @ self.columns
+        pairs = [(self.probabilities, for_probabilities), (self.mask_logits, for_masks)]
+        known = [(tensor.requires_grad_(), memory) for tensor, memory in pairs if memory is not None]
+        for part in self.parts if known else ():
+            with torch.enable_grad():
+                value = sum(slope * term for slope, term in zip(slopes, self.sums(part), strict=True))
+                found = torch.autograd.grad(value, [tensor for tensor, _ in known])
+            for (_, memory), gradient in zip(known, found, strict=True):
+                memory += gradient
 
 
 def _focal(p: Tensor) -> Tensor:
     """-(1 - p)^2 log p, p kept away from 0 and 1 in the logarithm."""
-    return (1.0 - p).square_().mul_(p.clamp(_CLAMP, 1.0 - _CLAMP).log_()).neg_()
-
-
-def _focal_slope(p: Tensor) -> Tensor:
-    """Derivative of `_focal` by p: 2 (1 - p) log p - (1 - p)^2 / p, the second term 0 where the logarithm's is kept."""
-    rest = 1.0 - p
-    kept = p.clamp(_CLAMP, 1.0 - _CLAMP)
-    second = rest.square().div_(kept).mul_((p >= _CLAMP) & (p <= 1.0 - _CLAMP))
-    return kept.log_().mul_(rest).mul_(2.0).sub_(second)
+    return -((1.0 - p).square() * p.clamp(_CLAMP, 1.0 - _CLAMP).log())

@@ -5,15 +5,14 @@ The released code takes the logits as they are, without a sigmoid, and does not 
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from lexiseg.losses.masks import bilinear_matrix, check_labels, ignore_index
-from lexiseg.losses.shares import share_weight
+from lexiseg.losses.masks import bilinear_matrix, check_labels, gradient_of, ignore_index, with_gradients
+from lexiseg.losses.reduction import reduction_weight
 
 _SIDE, _SIGMA = 11, 1.5
 _C1, _C2 = 0.01**2, 0.03**2
@@ -39,46 +38,34 @@ def ssim_loss(logits: Tensor, labels: Tensor, *, weight: float = 1.0) -> Tensor:
     """
     check_labels(labels, logits.shape[1])
     with torch.autocast(logits.device.type, enabled=False):
-        loss = cast(Tensor, _SSIMLoss.apply(logits, labels.long(), weight))
-        return loss * share_weight(len(logits), logits.device)
+        gradient = gradient_of(logits)
+        loss = _batch_loss(logits.detach().float(), labels.long(), weight, gradient)
+        return with_gradients(loss, (logits, gradient)) * reduction_weight(len(logits), logits.device)
 
 
-class _SSIMLoss(torch.autograd.Function):
-    """One minus the mean structural similarity, with the gradient computed in the forward pass."""
-
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, labels: Tensor, weight: float) -> Tensor:
-        needed = ctx.needs_input_grad[0]
-        gradient = torch.empty_like(logits, dtype=torch.float32) if needed else None
-        height, width = labels.shape[-2:]
-        rows = bilinear_matrix(logits.shape[-2], height, logits.device)
-        columns = bilinear_matrix(logits.shape[-1], width, logits.device)
-        window = (_window_matrix(height, logits.device), _window_matrix(width, logits.device))
-        total = logits.new_zeros((), dtype=torch.float32)
-        scale = weight / (logits.shape[0] * logits.shape[1] * height * width)
-        for index, image in enumerate(logits.detach().float()):
-            present = labels[index].unique()
-            present = present[present != ignore_index(logits.shape[1])]
-            absent = torch.ones(len(image), dtype=torch.bool, device=image.device)
-            absent[present] = False
-            for classes, are_present in ((present, True), (absent.nonzero().flatten(), False)):
-                for chunk in classes.split(_CHUNK):
-                    with torch.set_grad_enabled(needed):
-                        part = image[chunk].requires_grad_(needed)
-                        target = (labels[index] == chunk[:, None, None]).float() if are_present else None
-                        similarity = _ssim(part, (rows, columns), window, target).sum()
-                        if gradient is not None:
-                            gradient[index, chunk] = -scale * torch.autograd.grad(similarity, part)[0]
-                    total += similarity.detach()
-        if gradient is not None:
-            ctx.save_for_backward(gradient.to(logits.dtype))
-        return weight - scale * total
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor, None, None]:
-        (gradient,) = ctx.saved_tensors
-        return gradient * outputs[0].to(gradient.dtype), None, None
+def _batch_loss(logits: Tensor, labels: Tensor, weight: float, gradient: Tensor | None) -> Tensor:
+    """The loss, whose gradient is written into ``gradient``."""
+    height, width = labels.shape[-2:]
+    sides = ((logits.shape[-2], height), (logits.shape[-1], width))
+    resize: Any = [bilinear_matrix(source, target, logits.device) for source, target in sides]
+    window: Any = [_window_matrix(target, logits.device) for _, target in sides]
+    total = logits.new_zeros(())
+    scale = weight / (logits.shape[0] * logits.shape[1] * height * width)
+    for index, image in enumerate(logits):
+        present = labels[index].unique()
+        present = present[present != ignore_index(logits.shape[1])]
+        absent = torch.ones(len(image), dtype=torch.bool, device=image.device)
+        absent[present] = False
+        for classes, are_present in ((present, True), (absent.nonzero().flatten(), False)):
+            for chunk in classes.split(_CHUNK):
+                with torch.set_grad_enabled(gradient is not None):
+                    part = image[chunk].requires_grad_(gradient is not None)
+                    target = (labels[index] == chunk[:, None, None]).float() if are_present else None
+                    similarity = _ssim(part, resize, window, target).sum()
+                    if gradient is not None:
+                        gradient[index, chunk] = -scale * torch.autograd.grad(similarity, part)[0]
+                total += similarity.detach()
+    return weight - scale * total
 
 
 def _ssim(x: Tensor, resize: _Sides, window: _Sides, target: Tensor | None) -> Tensor:

@@ -22,7 +22,7 @@ from lexiseg.clip.model import CLIP
 from lexiseg.clip.text import TextEmbedder
 from lexiseg.errors import LexisegError, LexisegWarning
 from lexiseg.losses.masks import check_labels
-from lexiseg.losses.shares import share_weight
+from lexiseg.losses.reduction import reduction_weight
 from lexiseg.models.base import ImageFeatures, SegmentationModel
 from lexiseg.models.cost_aggregation import AggregationOptions, CostAggregator
 from lexiseg.models.options import Count, ModelOptions, Pixels
@@ -306,5 +306,5 @@ class CATSeg(SegmentationModel):
         named = (labels >= 0) & (labels < len(text))
         own = logits.gather(1, torch.where(named, labels, 0)[:, None])[:, 0]
         loss = (F.softplus(logits).sum() - (own * named).sum()) / logits.numel()
-        loss = loss * share_weight(len(labels), labels.device)
+        loss = loss * reduction_weight(len(labels), labels.device)
         return {"loss": loss, "loss_mask": loss.detach()}

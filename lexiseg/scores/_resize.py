@@ -76,10 +76,11 @@ def cropped(field: Field, size: tuple[int, int] | None, place: tuple[int, int] =
     if size is None:
         return field
     rows, columns = (Axis.between(n, n, field.device) for n in (field.height, field.width))
+    child = field
     if isinstance(field, Resized):
-        field, rows, columns = field.child, field.rows, field.columns
+        child, rows, columns = field.child, field.rows, field.columns
     rows, columns = (_part(axis, p, p + n) for axis, n, p in zip((rows, columns), size, place, strict=True))
-    return Resized(field, rows, columns)
+    return Resized(child, rows, columns)
 
 
 def _part(axis: Axis, start: int, stop: int) -> Axis:

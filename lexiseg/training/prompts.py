@@ -23,7 +23,7 @@ from lexiseg.clip.prompt_learner import PromptLearner, hide_background, save_pro
 from lexiseg.data.base import SegmentationDataset, seen_ids
 from lexiseg.data.sets.dataset import FileDataset
 from lexiseg.errors import LexisegError
-from lexiseg.losses.shares import share_weight
+from lexiseg.losses.reduction import reduction_weight
 from lexiseg.training.task import Task, part_of
 
 AREA = (0.08, 1.0)
@@ -116,8 +116,8 @@ class PromptTask(Task):
         crops = hide_background(batch["images"], batch["masks"], clip)
         logits = self.model.learner.logits(clip, crops, self.names, self.task)
         correct = (logits.detach().argmax(dim=1) == batch["labels"]).float().mean()
-        share = share_weight(len(logits), logits.device)
-        return {"loss": F.cross_entropy(logits, batch["labels"]) * share, "accuracy": 100.0 * correct * share}
+        weight = reduction_weight(len(logits), logits.device)
+        return {"loss": F.cross_entropy(logits, batch["labels"]) * weight, "accuracy": 100.0 * correct * weight}
 
     def export(self, folder: Path) -> None:
         """Write the prompts; `lexiseg.clip.prompt_learner.load_prompts` reads them."""

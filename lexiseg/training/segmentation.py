@@ -21,7 +21,7 @@ from lexiseg.errors import LexisegError
 from lexiseg.evaluation.report import Report
 from lexiseg.evaluation.run import run_evaluation
 from lexiseg.label_ids import ignore_index
-from lexiseg.losses.shares import share_weight
+from lexiseg.losses.reduction import reduction_weight
 from lexiseg.models.base import SegmentationModel
 from lexiseg.segmenter import Segmenter
 from lexiseg.training.labels import (
@@ -166,8 +166,8 @@ class SegmentationTask(Task):
         else:
             labels = self.teacher.label(batch.images, batch.labels, self.model.mean, self.model.std)
             losses = self.model.losses(batch.images, labels, text)
-        share = share_weight(len(batch.labels), device)
-        return {**losses, "unlabelled": 100.0 * (batch.labels == UNLABELLED).float().mean() * share}
+        weight = reduction_weight(len(batch.labels), device)
+        return {**losses, "unlabelled": 100.0 * (batch.labels == UNLABELLED).float().mean() * weight}
 
     def sample_names(self, batch: SegmentationBatch) -> Sequence[str]:
         """Names of the samples of ``batch``."""

@@ -64,7 +64,7 @@ class Task(ABC):
         """Scalar losses of a batch on the model's device; ``"loss"`` is the one that is minimised.
 
         Of a part, they must be such that their mean over the processes is the loss of the batch; see
-        :mod:`lexiseg.losses.shares`.
+        :mod:`lexiseg.losses.reduction`.
         """
 
     def sample_names(self, batch: Any) -> Sequence[str]:

@@ -1,0 +1,24 @@
+"""Reduction of losses over a batch that is divided among processes.
+
+Gradients are averaged over the processes, so a mean over the samples (pixels, masks, regions) of one process would
+weigh a sample by how few others that process has. Multiplied by `reduction_weight`, the mean over the processes is the
+mean over the whole batch, however it is divided.
+"""
+
+from __future__ import annotations
+
+import torch
+
+
+def mean_count(count: float, device: torch.device) -> float:
+    """The mean of ``count`` over the processes, where a sum of 0 counts as 1; every process must call it as often."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return count or 1.0
+    total = torch.tensor(count, dtype=torch.float64, device=device)  # float32 does not count so many pixels exactly
+    torch.distributed.all_reduce(total)
+    return (float(total) or 1.0) / torch.distributed.get_world_size()
+
+
+def reduction_weight(count: float, device: torch.device) -> float:
+    """What a mean over ``count`` things (or a total weight) of this process is multiplied by; 1 in one process."""
+    return count / mean_count(count, device)

@@ -29,7 +29,7 @@ from lexiseg.models.decoupled import DecoupledModel
 from lexiseg.proposals.given import GroundTruth
 from lexiseg.recipes import SegmentationRecipe, load_recipe
 from lexiseg.segmenter import Segmenter
-from lexiseg.training.building import system_of
+from lexiseg.training.init import system_of
 from lexiseg.training.run import train
 from lexiseg.vocabulary import Vocabulary
 

@@ -17,8 +17,9 @@ from torch.nn import functional as F
 
 from lexiseg.clip.model import CLIP, build_clip
 from lexiseg.errors import LexisegError, LexisegWarning
-from lexiseg.models.base import ImageFeatures, ModelOptions, SegmentationModel
+from lexiseg.models.base import ImageFeatures, SegmentationModel
 from lexiseg.models.dense_clip import DenseCLIP
+from lexiseg.models.options import ModelOptions
 from lexiseg.models.zegclip import ZegCLIP
 from lexiseg.notes import mark_drawn
 from lexiseg.pictures import window_policy

@@ -129,7 +129,8 @@ class _Image:
         known = [(tensor.requires_grad_(), memory) for tensor, memory in pairs if memory is not None]
         for part in self.parts if known else ():
             with torch.enable_grad():
-                value = sum(slope * term for slope, term in zip(slopes, self.sums(part), strict=True))
+                inside, predicted, focal = self.sums(part)
+                value = slopes[0] * inside + slopes[1] * predicted + slopes[2] * focal
                 found = torch.autograd.grad(value, [tensor for tensor, _ in known])
             for (_, memory), gradient in zip(known, found, strict=True):
                 memory += gradient

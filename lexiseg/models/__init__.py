@@ -1,10 +1,11 @@
 """The segmentation systems, one file each."""
 
-from lexiseg.models.base import ImageFeatures, ModelOptions, SegmentationModel
+from lexiseg.models.base import ImageFeatures, SegmentationModel
 from lexiseg.models.cascade_clip import CascadeCLIP, CascadeCLIPOptions
 from lexiseg.models.cat_seg import CATSeg, CATSegOptions
 from lexiseg.models.dense_clip import DenseCLIP, DenseCLIPOptions
 from lexiseg.models.deop import DeOP, DeOPOptions
+from lexiseg.models.options import ModelOptions
 from lexiseg.models.region_models import FreeSeg, FreeSegOptions, ZegFormer, ZegFormerOptions, ZSSeg, ZSSegOptions
 from lexiseg.models.second_look import SecondLook, SecondLookOptions
 from lexiseg.models.spt_seg import SPTSeg, SPTSegOptions

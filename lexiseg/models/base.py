@@ -2,29 +2,29 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lexiseg.checking import check
+from lexiseg.clip.load import check_state, shapes_of
 from lexiseg.clip.model import CLIP
 from lexiseg.clip.text import TextEmbedder
 from lexiseg.errors import LexisegError
-from lexiseg.models.options import Deviations as Deviations
-from lexiseg.models.options import LossWeight as LossWeight
-from lexiseg.models.options import ModelOptions
-from lexiseg.models.options import Pixels as Pixels
-from lexiseg.models.options import Triple as Triple
-from lexiseg.models.options import WindowOptions as WindowOptions
+from lexiseg.models.options import ModelOptions, Triple
 from lexiseg.scores import Scores
 from lexiseg.scores.words import WordsRule
 from lexiseg.vocabulary import SINGLE_TEMPLATE, Vocabulary
 from lexiseg.windows import WindowPolicy
+
+if TYPE_CHECKING:
+    from lexiseg.clip.prompt_learner import PromptLearner
 
 
 @dataclass(frozen=True)
@@ -41,10 +41,9 @@ class ImageFeatures:
 
 
 class SegmentationModel(nn.Module, ABC):
-    """A segmentation system.
+    """A segmentation system: one file that turns images and text embeddings into `Scores`.
 
-    A subclass is one file that turns images and text embeddings into `Scores`; pixels, windows, files and training
-    loops are made from those by code that knows no system.
+    Pixels, windows, files and training loops are made from those by code that knows no system.
 
     Args:
         clip: the towers; the model owns them from here on.
@@ -54,6 +53,7 @@ class SegmentationModel(nn.Module, ABC):
     Attributes:
         system: name of the system, as in ``config.json``.
         options_class: the pydantic class of its options.
+        family: systems of one family may start from each other's models, see `init_from`; "" for none.
         metadata: free notes saved with the model (data, steps, measured results).
         weighs_classes: whether its mask losses heed ``class_weights``.
         class_weights: (C,) factors on the losses of the classes trained on; None is 1 for all.
@@ -63,6 +63,7 @@ class SegmentationModel(nn.Module, ABC):
 
     system: ClassVar[str]
     options_class: ClassVar[type[ModelOptions]]
+    family: ClassVar[str] = ""
     weighs_classes: ClassVar[bool] = False
     class_weights: Tensor | None = None
 
@@ -86,19 +87,19 @@ class SegmentationModel(nn.Module, ABC):
         return check(cls.options_class, options, f"The system '{cls.system}'", noun="option")
 
     @property
-    def mean(self) -> tuple[float, float, float]:
-        """Mean the images are normalised with, RGB in 0..1."""
-        return self.clip.mean
+    def mean(self) -> Triple:
+        """Mean the images are normalised with, RGB in 0..1: the option, or CLIP's."""
+        return getattr(self.options, "mean", None) or self.clip.mean
 
     @property
-    def std(self) -> tuple[float, float, float]:
-        """Standard deviation the images are normalised with, RGB in 0..1."""
-        return self.clip.std
+    def std(self) -> Triple:
+        """Standard deviation the images are normalised with, RGB in 0..1: the option, or CLIP's."""
+        return getattr(self.options, "std", None) or self.clip.std
 
     @property
     def window(self) -> WindowPolicy:
         """How to run it over a picture by default."""
-        return WindowPolicy()
+        return self.options.window()
 
     @property
     def patch_size(self) -> int:
@@ -109,6 +110,88 @@ class SegmentationModel(nn.Module, ABC):
     def device(self) -> torch.device:
         """Where the weights are."""
         return self.clip.device
+
+    @property
+    def learned_prompts(self) -> PromptLearner | None:
+        """The learned text prompts, or None."""
+        return None
+
+    @classmethod
+    def check_init(
+        cls,
+        options: ModelOptions,
+        other: type[SegmentationModel],
+        other_options: ModelOptions,
+        clip: Callable[[], CLIP],
+        name: str,
+    ) -> None:
+        """See, before a model of another system is trained, that one of this system can start from it.
+
+        Args:
+            options: of the model to come.
+            other: system of the one it shall start from.
+            other_options: its options.
+            clip: gives the towers of both.
+            name: of the recipe that trains it, for the message.
+
+        Raises:
+            LexisegError: it cannot, or one of the two cannot be built.
+        """
+        if other is cls or (cls.family and cls.family == other.family):
+            towers = clip()
+            # Shapes are all that is asked for, and torch warns of the values that are lost.
+            with torch.device("meta"), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                there, here = shapes_of(other(towers, other_options)), shapes_of(cls(towers, options))
+            if there == here:
+                return
+            if other is cls:
+                key = next(key for key in (*here, *there) if here.get(key) != there.get(key))
+                raise LexisegError(
+                    f"The model of '{name}' does not fit: {key} is {there.get(key, 'missing')} in it and "
+                    f"{here.get(key, 'missing')} in the recipe's; give both the same options."
+                )
+        raise LexisegError(
+            f"'{name}' trains the system '{other.system}', but the recipe trains '{cls.system}'; name a recipe of that "
+            "system."
+        )
+
+    def init_from(self, other: SegmentationModel, what: str) -> tuple[str, ...]:
+        """Start from a trained model: take its weights, CLIP's included, of this system or its `family`.
+
+        Only weights are taken, so options that change no tensor's shape may differ.
+
+        Args:
+            other: the trained model.
+            what: names it in messages, such as "The initial model 'runs/a'".
+
+        Returns:
+            the parts taken where only some fit; () for all of it.
+
+        Raises:
+            LexisegError: it is of another system or of other shapes.
+        """
+        state, shapes = other.state_dict(), shapes_of(self)
+        related = bool(self.family) and self.family == other.family and shapes_of(other) == shapes
+        if other.system != self.system and not related:
+            raise LexisegError(
+                f"{what} is of the system '{other.system}', but the recipe trains '{self.system}'; start from a model "
+                "of that system."
+            )
+        check_state(state, shapes, what)
+        self.load_state_dict(state)
+        return ()
+
+    def check_start(self, *, proposals: bool, steps: int) -> None:
+        """See before a training that what it builds on and leaves as it is comes from somewhere.
+
+        Args:
+            proposals: whether trained proposals were taken over.
+            steps: of the training.
+
+        Raises:
+            LexisegError: it does not.
+        """
 
     def fit_to_patches(self, images: Tensor) -> Tensor:
         """Resize images (B, 3, H, W) bilinearly so that both sides are multiples of the patch size, at least one."""
@@ -122,12 +205,8 @@ class SegmentationModel(nn.Module, ABC):
     def embed_text(self, embedder: TextEmbedder, vocabulary: Vocabulary) -> Tensor:
         """Embed the words of a vocabulary as this system does it; the result is what `score` and `losses` take as text.
 
-        By default the vocabulary's templates are encoded and averaged. A system with learned prompts, templates of its
-        own or several sources of text overrides it, and asks the embedder, which remembers the vectors.
-
-        Args:
-            embedder: the cache in front of this model's text tower.
-            vocabulary: words and templates.
+        By default the vocabulary's templates are encoded and averaged. A system with prompts, templates or sources of
+        text of its own overrides it, and asks the embedder, which remembers the vectors.
 
         Returns:
             (W, D) unit vectors, one a word; or (W, S, D) of a system with S sources of text.
@@ -138,15 +217,7 @@ class SegmentationModel(nn.Module, ABC):
         return embedder(vocabulary)
 
     def training_text(self, vocabulary: Vocabulary, text: Tensor) -> Tensor:
-        """The text of one training step: the same in every step, unless the system trains what makes it.
-
-        Args:
-            vocabulary: the classes trained on.
-            text: what `embed_text` gave for them before the training.
-
-        Returns:
-            text for `losses`, with gradients where it is trained.
-        """
+        """The text of a training step, of what `embed_text` gave before: with gradients where its maker is trained."""
         return text
 
     @abstractmethod

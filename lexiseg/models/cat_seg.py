@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
@@ -70,6 +71,10 @@ class CATSegOptions(AggregationOptions):
         if self.whole and self.window_size is None:
             raise ValueError("whole averages windows with the whole picture, so it needs a window_size")
         return self
+
+    def window(self) -> WindowPolicy:
+        """How the system is run over a picture by default."""
+        return replace(super().window(), canvas=self.canvas, whole=self.whole)
 
 
 class SplitAttention(nn.Module):
@@ -142,19 +147,6 @@ class CATSeg(SegmentationModel):
         self.aggregator = CostAggregator(clip.embed_dim, options)
         self.default_templates = (CAT_SEG_TEMPLATE,)
         self.set_trainable()
-
-    @property
-    def window(self) -> WindowPolicy:
-        """How to run it over a picture by default."""
-        options = self.options
-        return WindowPolicy(
-            options.window_size,
-            options.window_stride or options.window_size or 0,
-            options.short_side,
-            options.long_side,
-            canvas=options.canvas,
-            whole=options.whole,
-        )
 
     def trainable_names(self) -> tuple[str, ...]:
         """Everything outside CLIP, and what ``finetune`` says of it."""

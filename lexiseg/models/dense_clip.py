@@ -23,7 +23,7 @@ from lexiseg.clip.model import CLIP
 from lexiseg.clip.patch_tower import PatchTower
 from lexiseg.clip.positions import Interpolation
 from lexiseg.errors import LexisegError
-from lexiseg.models.base import ImageFeatures, ModelOptions, SegmentationModel, WindowOptions
+from lexiseg.models.base import ImageFeatures, SegmentationModel
 from lexiseg.models.last_block import (
     Feedback,
     Mixing,
@@ -36,6 +36,7 @@ from lexiseg.models.last_block import (
     self_self,
 )
 from lexiseg.models.mask_decoder import unit
+from lexiseg.models.options import ModelOptions, WindowOptions
 from lexiseg.refine import pamr
 from lexiseg.scores import GridScores
 from lexiseg.scores.words import WordsRule

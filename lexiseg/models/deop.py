@@ -26,8 +26,9 @@ from lexiseg.errors import LexisegError
 from lexiseg.losses.masks import check_labels, pseudo_labels
 from lexiseg.losses.proposals import ProposalWeights, proposal_losses
 from lexiseg.losses.regions import region_map_losses
-from lexiseg.models.base import ImageFeatures, LossWeight, ModelOptions
+from lexiseg.models.base import ImageFeatures
 from lexiseg.models.decoupled import DecoupledModel, DecoupledOptions
+from lexiseg.models.options import Dropout, LossWeight, ModelOptions
 from lexiseg.proposals.base import Proposals
 from lexiseg.proposals.options import QueryOptions
 from lexiseg.regions.anchors import Anchored, ConvAnchors, QueryAnchors, ReleasedQueryAnchors, StackedConvAnchors
@@ -40,7 +41,6 @@ _QUERIES = 100
 
 Anchors = ReleasedQueryAnchors | QueryAnchors | ConvAnchors | StackedConvAnchors
 Fraction = Annotated[float, Field(ge=0, le=1)]
-Dropout = Annotated[float, Field(ge=0, lt=1)]
 
 
 class DeOPOptions(DecoupledOptions):
@@ -117,6 +117,12 @@ class DeOPOptions(DecoupledOptions):
     squash: Annotated[float, Field(gt=0)] = 3.0
     focal_weight: LossWeight = 2.0
     dice_weight: LossWeight = 0.8
+
+    def prompt_places(self) -> dict[str, int] | None:
+        """See `ModelOptions.prompt_places`."""
+        if self.text_prompts == "templates":
+            return None
+        return {"prefix": self.prompt_prefix, "suffix": self.prompt_suffix, "task": 0}
 
 
 class DeOP(DecoupledModel):
@@ -205,6 +211,11 @@ class DeOP(DecoupledModel):
         if options.heatmaps == "conv":
             return StackedConvAnchors(dim, options.anchor_layers, options.anchor_hidden)
         return ConvAnchors(dim, options.anchor_activation) if options.heatmaps == "conv-released" else None
+
+    @property
+    def learned_prompts(self) -> PromptLearner | None:
+        """The learned text prompt, or None."""
+        return self.prompt
 
     def trainable_names(self) -> tuple[str, ...]:
         """Of the last stage: prompts, anchors and "no object". Of the one before: the generator and "no object"."""

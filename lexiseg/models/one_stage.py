@@ -7,7 +7,8 @@ differ the code is followed, and said so at that line, because the published che
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import ClassVar, Literal
+from dataclasses import replace
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 from torch.nn import functional as F
@@ -15,7 +16,7 @@ from torch.nn import functional as F
 from lexiseg.losses.exclusive import exclusive_logits, exclusive_losses
 from lexiseg.losses.masks import MaskLosses, mask_losses, pixel_accuracy, pseudo_labels
 from lexiseg.models.base import ImageFeatures, SegmentationModel
-from lexiseg.models.options import Deviations, LossWeight, Pixels, Triple, WindowOptions
+from lexiseg.models.options import Deviations, LossWeight, ModelOptions, Pixels, Triple, WindowOptions
 from lexiseg.scores import GridScores
 from lexiseg.windows import WindowPolicy
 
@@ -50,6 +51,18 @@ class OneStageOptions(WindowOptions):
     std: Deviations | None = None
     antialias: bool = True
 
+    def window(self) -> WindowPolicy:
+        """How the system is run over a picture by default."""
+        return replace(super().window(), antialias=self.antialias)
+
+    def changes_to_init(self, wanted: ModelOptions, given: dict[str, Any], name: str) -> dict[str, Any]:
+        """The options that weights depend on, as the model to come has them; see `ModelOptions.changes_to_init`."""
+        if not isinstance(wanted, OneStageOptions):
+            return {}
+        before, after = self.model_dump(mode="json"), wanted.model_dump(mode="json")
+        names = sorted(self.weights_depend_on & wanted.weights_depend_on)
+        return {name: after[name] for name in names if before[name] != after[name]}
+
 
 class OneStageModel(SegmentationModel):
     """A system that gives mask logits on a grid of patches.
@@ -58,24 +71,8 @@ class OneStageModel(SegmentationModel):
     """
 
     options: OneStageOptions
+    family = "one-stage"
     weighs_classes = True
-
-    @property
-    def mean(self) -> Triple:
-        """Mean the images are normalised with, RGB in 0..1."""
-        return self.options.mean or self.clip.mean
-
-    @property
-    def std(self) -> Triple:
-        """Standard deviation the images are normalised with, RGB in 0..1."""
-        return self.options.std or self.clip.std
-
-    @property
-    def window(self) -> WindowPolicy:
-        """How to run it over a picture by default."""
-        options = self.options
-        stride = options.window_stride or options.window_size or 0
-        return WindowPolicy(options.window_size, stride, options.short_side, antialias=options.antialias)
 
     @abstractmethod
     def grid_logits(self, features: ImageFeatures, text: Tensor) -> Tensor:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from lexiseg.windows import WindowPolicy
 
 _Deviation = Annotated[float, Field(gt=0)]
 Triple = tuple[float, float, float]
@@ -19,6 +21,27 @@ class ModelOptions(BaseModel):
     """Options of a system: immutable; an unknown key, or a number that is not finite, is an error that names it."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    def window(self) -> WindowPolicy:
+        """How the system is run over a picture by default."""
+        return WindowPolicy()
+
+    def prompt_places(self) -> dict[str, int] | None:
+        """How many vectors the learned text prompts have: "prefix", "suffix" and "task"; None without such prompts."""
+        return None
+
+    def changes_to_init(self, wanted: ModelOptions, given: dict[str, Any], name: str) -> dict[str, Any]:
+        """What a training must change of these options so that a model of the ``wanted`` ones can start from its own.
+
+        Args:
+            wanted: options of the model to come.
+            given: these options as they were written.
+            name: of the recipe they are of, for the message.
+
+        Raises:
+            LexisegError: nothing helps.
+        """
+        return {}
 
 
 class WindowOptions(ModelOptions):
@@ -42,3 +65,8 @@ class WindowOptions(ModelOptions):
                 f"1 to {self.window_size}"
             )
         return self
+
+    def window(self) -> WindowPolicy:
+        """How the system is run over a picture by default."""
+        stride = self.window_stride or self.window_size or 0
+        return WindowPolicy(self.window_size, stride, self.short_side, getattr(self, "long_side", None))

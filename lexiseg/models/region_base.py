@@ -22,7 +22,7 @@ from lexiseg.errors import LexisegError
 from lexiseg.losses.masks import check_labels, fill_unseen
 from lexiseg.losses.proposals import ProposalWeights, proposal_losses
 from lexiseg.models.base import ImageFeatures
-from lexiseg.models.decoupled import DecoupledModel, DecoupledOptions, Size
+from lexiseg.models.decoupled import DecoupledModel, DecoupledOptions, Size, copied
 from lexiseg.models.maft import MaftOptions, maft_losses, student_of
 from lexiseg.proposals.base import Proposals
 from lexiseg.regions.crops import CropOptions
@@ -95,6 +95,10 @@ class RegionModelOptions(DecoupledOptions):
     def _rule_by_name(cls, value: Any) -> Any:
         usual: EnsembleOptions = cls.model_fields["ensemble"].default
         return {**usual.model_dump(), "rule": value} if isinstance(value, str) else value
+
+    def prompt_places(self) -> dict[str, int] | None:
+        """See `ModelOptions.prompt_places`."""
+        return None if self.prompts is None else self.prompts.model_dump(include={"prefix", "suffix", "task"})
 
 
 class RegionModel(DecoupledModel):
@@ -191,6 +195,24 @@ class RegionModel(DecoupledModel):
         if self.student is not None:
             self.student.eval()
         return self
+
+    def take_parts(self, other: DecoupledModel, what: str) -> tuple[str, ...]:
+        """And the tuned tower; see `DecoupledModel.take_parts`."""
+        parts = super().take_parts(other, what)
+        tuned = isinstance(other, RegionModel) and copied(other.student, self.student)
+        return (*parts, "tuned tower") if tuned else parts
+
+    def check_start(self, *, proposals: bool, steps: int) -> None:
+        """Refuse 0 steps with MAFT and a tower that nothing tuned; see `DecoupledModel.check_start`."""
+        super().check_start(proposals=proposals, steps=steps)
+        if steps or self.student is None:
+            return
+        plain = self.clip.visual.state_dict()
+        if all(torch.equal(value, plain[name]) for name, value in self.student.state_dict().items()):
+            raise LexisegError(
+                "The recipe adds 'maft', but 'train.steps' is 0 and what it starts from has no tuned tower, so that "
+                "nothing would be tuned; set train.steps, as the packaged recipes with 'maft' in their names do."
+            )
 
     # Words.
 

@@ -19,8 +19,9 @@ from lexiseg.clip.positions import Interpolation
 from lexiseg.clip.templates import ZEGFORMER_32
 from lexiseg.clip.text import TextEmbedder
 from lexiseg.losses.proposals import ProposalWeights
-from lexiseg.models.base import ImageFeatures, ModelOptions
+from lexiseg.models.base import ImageFeatures
 from lexiseg.models.mask_decoder import unit
+from lexiseg.models.options import ModelOptions
 from lexiseg.models.region_base import RegionModel, RegionModelOptions
 from lexiseg.proposals.options import GeneratorOptions, Mask2FormerOptions, MaskFormerOptions
 from lexiseg.regions.crops import CropOptions

@@ -15,13 +15,10 @@ from lexiseg.errors import LexisegError
 from lexiseg.models.options import ModelOptions
 from lexiseg.proposals.pretrained import describe_start
 from lexiseg.recipes import ContrastiveRecipe, EvaluationRecipe, PromptRecipe, Recipe, SegmentationRecipe, TrainSettings
-from lexiseg.training.building import build_model
-from lexiseg.training.initial import proposals_of
+from lexiseg.training.init import build_model, first_stage, is_recipe, proposals_of, refuse_misfit
 from lexiseg.training.labels import masked_names, training_vocabulary
+from lexiseg.training.optim import group_parameters, learning_rate
 from lexiseg.training.prompts import Prompted
-from lexiseg.training.settings import group_parameters
-from lexiseg.training.stages import first_stage, is_recipe, refuse_misfit
-from lexiseg.training.trainer import learning_rate
 
 
 @dataclass(frozen=True)

@@ -24,14 +24,12 @@ from lexiseg.recipes import (
     SegmentationRecipe,
     as_yaml,
 )
-from lexiseg.training.building import build_model
 from lexiseg.training.contrastive import ContrastiveTask
+from lexiseg.training.init import build_model, with_stages
 from lexiseg.training.labels import PADDING, class_weights, training_vocabulary
 from lexiseg.training.prompts import PromptTask
-from lexiseg.training.segmentation import SegmentationTask
-from lexiseg.training.stages import with_stages
+from lexiseg.training.segmentation import SegmentationTask, load_teacher
 from lexiseg.training.task import Task
-from lexiseg.training.teacher import load_teacher
 from lexiseg.training.trainer import Trainer, seed_everything
 from lexiseg.weights.folder import save_model
 from lexiseg.weights.runs import find_checkpoints

@@ -31,11 +31,9 @@ from lexiseg.recipes import TrainSettings
 from lexiseg.training.checkpoint import capture_rng, load_checkpoint, restore_rng
 from lexiseg.training.checkpoint import save_checkpoint as write_checkpoint
 from lexiseg.training.engine import Engine
-from lexiseg.training.prefetch import prefetch
+from lexiseg.training.optim import build_optimizer, identity_of, learning_rate
 from lexiseg.training.runlog import Best, RunLog
-from lexiseg.training.schedule import cosine, poly_warmup, warmup_factor
-from lexiseg.training.settings import build_optimizer, identity_of
-from lexiseg.training.task import Task
+from lexiseg.training.task import Task, prefetch
 from lexiseg.weights.runs import BASE, find_checkpoints, read_state
 
 _log = logging.getLogger("lexiseg")
@@ -46,20 +44,6 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
-
-
-def learning_rate(step: int, base_lr: float, settings: TrainSettings) -> float:
-    """The rate of a group with peak rate ``base_lr`` for the update made at 0-based ``step``."""
-    if base_lr == 0.0:
-        return 0.0
-    if settings.schedule == "constant":
-        rate = base_lr
-    elif settings.schedule == "cosine":
-        rate = cosine(step, settings.steps, base_lr, min_lr=settings.min_lr)
-    else:
-        rate = poly_warmup(step, settings.steps, base_lr, warmup_steps=0, power=settings.power, min_lr=settings.min_lr)
-    constant = settings.warmup == "constant"
-    return rate * warmup_factor(step, settings.warmup_steps, settings.warmup_ratio, constant=constant)
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -26,7 +26,7 @@ from lexiseg.cli import main
 from lexiseg.clip.model import build_clip, save_clip
 from lexiseg.models import CascadeCLIPOptions, ZegCLIP, ZegCLIPOptions
 from lexiseg.recipes import SegmentationRecipe, load_recipe
-from lexiseg.training.building import system_of
+from lexiseg.training.init import system_of
 from lexiseg.weights import save_model
 
 ARCHITECTURE = {

@@ -20,7 +20,7 @@ from lexiseg.proposals.base import HARD_LOGIT
 from lexiseg.regions.anchors import ConvAnchors, ReleasedQueryAnchors, StackedConvAnchors
 from lexiseg.regions.pooling import mask_pool, unit_or_zero
 from lexiseg.scores import RegionScores
-from lexiseg.training.initial import start_from
+from lexiseg.training.init import start_from
 from lexiseg.vocabulary import Vocabulary
 from lexiseg.weights import load_model, save_model
 from tests.parity.runner import run_case

@@ -17,7 +17,7 @@ from lexiseg.models import SYSTEMS, SegmentationModel
 from lexiseg.models.region_base import RegionModel
 from lexiseg.proposals.base import HARD_LOGIT
 from lexiseg.scores import RegionScores
-from lexiseg.training.initial import start_from
+from lexiseg.training.init import start_from
 from lexiseg.vocabulary import Vocabulary, VocabularyClass
 from lexiseg.weights import load_model, save_model
 from tests.proposals.test_sam_proposals import tiny_sam

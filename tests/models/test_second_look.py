@@ -15,7 +15,7 @@ from lexiseg.models import CascadeCLIP, SecondLook, SegmentationModel, ZegCLIP
 from lexiseg.recipes import load_recipe
 from lexiseg.refine import edge_weights, smooth
 from lexiseg.scores import GridScores
-from lexiseg.training.initial import start_from
+from lexiseg.training.init import start_from
 from lexiseg.vocabulary import Vocabulary
 from lexiseg.weights import save_model
 from tests.system_tester import DIM, SystemTester

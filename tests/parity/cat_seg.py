@@ -13,8 +13,7 @@ from lexiseg.clip.text import TextEmbedder
 from lexiseg.models.cat_seg import CATSeg
 from lexiseg.pictures import cut_windows, read_picture
 from lexiseg.scores import GridScores
-from lexiseg.training.schedule import cosine
-from lexiseg.training.settings import ParameterGroup, TrainSettings, build_optimizer, group_parameters
+from lexiseg.training.optim import ParameterGroup, TrainSettings, build_optimizer, cosine, group_parameters
 from lexiseg.weights.cat_seg_checkpoint import CLIP_PREFIX, authors_key, read_cat_seg
 from lexiseg.windows import WindowPolicy
 from tests.parity.case import Case

@@ -16,7 +16,7 @@ from lexiseg.models.mask_decoder import DecoderTrace
 from lexiseg.models.spt_seg import SpectralLayer, SPTSeg
 from lexiseg.models.zegclip import ZegCLIP
 from lexiseg.scores import WindowScores
-from lexiseg.training.schedule import poly_warmup
+from lexiseg.training.optim import poly_warmup
 from lexiseg.weights.one_stage_checkpoint import authors_key, read_one_stage
 from lexiseg.windows import Box, cover
 from tests.parity.case import Case, UnsupportedError

@@ -15,7 +15,7 @@ from lexiseg.evaluation.metrics import Confusion, Metrics, nanmean, percent, red
 from lexiseg.losses.masks import count_masks, mask_losses
 from lexiseg.losses.ssim import ssim_loss
 from lexiseg.normalisation import IMAGENET_MEAN, IMAGENET_STD
-from lexiseg.training.schedule import poly_warmup
+from lexiseg.training.optim import poly_warmup
 from tests.parity.case import Case
 
 

@@ -24,11 +24,9 @@ from lexiseg.recipes import (
     load_recipe,
     parse_recipe,
 )
-from lexiseg.training.building import build_model, system_of
 from lexiseg.training.dry_run import dry_run
-from lexiseg.training.initial import NO_WEIGHTS
-from lexiseg.training.stages import first_stage, prompt_stage
-from lexiseg.training.trainer import learning_rate
+from lexiseg.training.init import NO_WEIGHTS, build_model, first_stage, prompt_stage, system_of
+from lexiseg.training.optim import learning_rate
 from tests.miniatures import ade847
 
 FAMILY = ("deop", "zsseg", "zegformer", "freeseg")

@@ -18,10 +18,9 @@ from lexiseg.models.region_base import RegionModel
 from lexiseg.proposals.given import GroundTruth
 from lexiseg.recipes import SegmentationRecipe, list_recipes, load_recipe
 from lexiseg.segmenter import Segmenter
-from lexiseg.training.building import build_model, system_of
+from lexiseg.training.init import build_model, first_stage, system_of
 from lexiseg.training.run import build_task
 from lexiseg.training.segmentation import SegmentationTask
-from lexiseg.training.stages import first_stage
 from lexiseg.weights import load_model, save_model
 
 PARTS = ("proposals", "zsseg", "zegformer", "freeseg", "deop")

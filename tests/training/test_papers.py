@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from lexiseg.recipes import find_recipe, load_recipe
-from lexiseg.training.building import system_of
+from lexiseg.training.init import system_of
 
 TABLE = yaml.safe_load((Path(__file__).parent / "papers.yaml").read_text(encoding="utf-8"))
 ROWS = [(entry, recipe) for entry in TABLE for recipe in entry["recipes"]]

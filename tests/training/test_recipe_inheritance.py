@@ -14,8 +14,7 @@ from lexiseg.cli.train import run_name
 from lexiseg.errors import LexisegError
 from lexiseg.recipes import SegmentationRecipe, TrainSettings, as_yaml, find_recipe, load_recipe, parse_recipe
 from lexiseg.recipes.reading import merge
-from lexiseg.training.settings import build_optimizer, group_parameters, identity_of
-from lexiseg.training.trainer import learning_rate
+from lexiseg.training.optim import build_optimizer, group_parameters, identity_of, learning_rate
 
 
 def write(folder: Path, name: str, **content: Any) -> Path:

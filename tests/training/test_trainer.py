@@ -16,10 +16,8 @@ from torch import nn
 from lexiseg.errors import LexisegError
 from lexiseg.recipes import TrainSettings
 from lexiseg.training.checkpoint import find_checkpoints
-from lexiseg.training.prefetch import prefetch
-from lexiseg.training.schedule import constant_warmup, poly_warmup
-from lexiseg.training.settings import Multiplier, rule_for
-from lexiseg.training.task import Task
+from lexiseg.training.optim import Multiplier, poly_warmup, rule_for
+from lexiseg.training.task import Task, prefetch
 from lexiseg.training.trainer import Trainer, seed_everything
 
 
@@ -110,8 +108,6 @@ def test_lr_schedule_golden():
 def test_schedule_edges():
     assert poly_warmup(10, 10, 1.0, warmup_steps=0) == 1e-6
     assert poly_warmup(99, 10, 1.0, warmup_steps=0) == 1e-6
-    assert constant_warmup(5, 2.0) == 2.0
-    assert constant_warmup(1, 2.0, warmup_steps=2, warmup_ratio=0.0) == 1.0
     with pytest.raises(ValueError, match="step"):
         poly_warmup(-1, 10, 1.0)
 

@@ -22,11 +22,10 @@ from lexiseg.models.region_base import RegionModel
 from lexiseg.recipes import load_recipe
 from lexiseg.recipes.reading import merge
 from lexiseg.segmenter import Segmenter
+from lexiseg.training.init import is_recipe
 from lexiseg.training.labels import UNLABELLED
 from lexiseg.training.run import build_task, train
-from lexiseg.training.segmentation import SegmentationTask
-from lexiseg.training.stages import is_recipe
-from lexiseg.training.teacher import Teacher
+from lexiseg.training.segmentation import SegmentationTask, Teacher
 from lexiseg.vocabulary import Vocabulary
 from lexiseg.weights import load_model
 from tests.models.test_region_hosts import LINEAR, MASKFORMER

@@ -1,0 +1,336 @@
+"""From a recipe to the model it trains, with what it starts from in place, or trained first where that is a recipe."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from lexiseg.clip.load import load_clip, shapes_of
+from lexiseg.clip.model import CLIP
+from lexiseg.clip.prompt_learner import load_prompts, prompts_folder, read_card
+from lexiseg.errors import LexisegError
+from lexiseg.evaluation.report import tensors_hash, weights_hash
+from lexiseg.models import SYSTEMS
+from lexiseg.models.base import SegmentationModel
+from lexiseg.models.decoupled import DecoupledModel
+from lexiseg.models.options import ModelOptions
+from lexiseg.proposals.base import ProposalGenerator
+from lexiseg.proposals.own import seen_by
+from lexiseg.proposals.pretrained import IMAGENET, WEIGHT_FILES, start_proposals
+from lexiseg.recipes import (
+    ContrastiveRecipe,
+    Data,
+    PictureWorldData,
+    PromptRecipe,
+    Recipe,
+    SegmentationRecipe,
+    list_recipes,
+    load_recipe,
+)
+from lexiseg.recipes.data import AUGMENTATION
+from lexiseg.training.labels import masked_names, training_vocabulary
+from lexiseg.vocabulary import Vocabulary
+from lexiseg.weights import load_model
+from lexiseg.words import word_key
+
+_log = logging.getLogger("lexiseg")
+_Stage = TypeVar("_Stage", SegmentationRecipe, PromptRecipe)
+
+
+def system_of(recipe: SegmentationRecipe) -> tuple[type[SegmentationModel], ModelOptions]:
+    """The system a recipe trains and its options.
+
+    A model trained transductively takes nothing off the scores of seen classes unless the recipe says so.
+
+    Raises:
+        LexisegError: there is no such system, or an option is unknown or wrong.
+    """
+    system = SYSTEMS.get(recipe.model.system)
+    if system is None:
+        raise LexisegError(f"There is no system '{recipe.model.system}' to train; there are {', '.join(SYSTEMS)}.")
+    options = dict(recipe.model.options)
+    if recipe.setting == "transductive" and "seen_offset" in system.options_class.model_fields:
+        options.setdefault("seen_offset", 0.0)
+    return system, system.parse_options(options)
+
+
+def build_model(recipe: SegmentationRecipe, vocabulary: Vocabulary, *, clip: CLIP | None = None) -> SegmentationModel:
+    """Build the model of a recipe; its random weights depend on the generator's state.
+
+    Args:
+        recipe: ``initial`` and ``prompts_from`` are folders or models, no recipes.
+        vocabulary: of the data.
+        clip: the towers, in place of those the recipe names; it then starts from nothing else.
+
+    Returns:
+        the model, with exactly those parameters requiring gradients that are trained.
+
+    Raises:
+        LexisegError: the system, an option, the CLIP or what it starts from is not there or does not fit; or the
+            training builds on proposals or a tuned tower that come from nowhere.
+    """
+    system, options = system_of(recipe)
+    seen = masked_names(training_vocabulary(vocabulary, setting=recipe.setting))
+    if recipe.initial is None or clip is not None:
+        model = system(clip or load_clip(recipe.model.clip), options, seen)
+    else:
+        # It brings its proposals; a recipe cannot name both.
+        model = start_from(recipe.initial, system, options, seen, vocabulary, steps=recipe.initial_steps)
+    source = recipe.proposals_from
+    if clip is None and source is not None:
+        generator = proposals_of(model, source)
+        refuse_leaks(f"What made the proposals in '{source}'", seen_by(source), seen, vocabulary)
+        filled, state = start_proposals(generator, source), generator.state_dict()
+        # A continued run asks whether these are still the weights it began with.
+        model.metadata["proposals"] = {"from": source, "sha256": tensors_hash({name: state[name] for name in filled})}
+    if clip is None and recipe.prompts_from is not None:
+        take_prompts(model, recipe.prompts_from, vocabulary)
+    model.set_trainable()
+    # ImageNet weights, and a file of them, fill the backbone alone; a whole model brings its masks.
+    masks = recipe.initial is not None or not (source in (None, IMAGENET) or str(source).endswith(WEIGHT_FILES))
+    model.check_start(proposals=masks, steps=1 if clip is not None else recipe.train.steps)
+    model.metadata |= {
+        "description": recipe.description,
+        "data": recipe.data.model_dump(mode="json"),
+        "setting": recipe.setting,
+        "steps": recipe.train.steps,
+        "batch_size": recipe.train.batch_size * recipe.train.accumulate,
+        "seed": recipe.train.seed,
+    }
+    return model
+
+
+# ---- what is trained already
+
+
+def start_from(
+    initial: str,
+    system: type[SegmentationModel],
+    options: ModelOptions,
+    seen_names: Sequence[str],
+    vocabulary: Vocabulary,
+    *,
+    steps: int | None = None,
+) -> SegmentationModel:
+    """Build a model with the weights, CLIP's included, of a trained one; see `SegmentationModel.init_from`.
+
+    Args:
+        initial: folder of a run or of a model, or any name :func:`lexiseg.weights.load_model` takes.
+        system: of the model that is built.
+        options: of the model that is built.
+        seen_names: classes with masks in the training to come.
+        vocabulary: of the data; a class that has no masks in the training to come must have had none before.
+        steps: how many steps ``initial`` should have been trained for; another number is warned of.
+
+    Returns:
+        The model; its metadata say where the weights come from.
+
+    Raises:
+        LexisegError: there is no such model, it does not fit, or it had masks of a class that is unseen now.
+    """
+    what = f"The initial model '{initial}'"
+    start = load_model(initial)
+    refuse_leaks(what, start.seen_names, seen_names, vocabulary)
+    model = system(start.clip, options, tuple(seen_names))
+    parts = model.init_from(start, what)
+    if parts:
+        _log.info("Of '%s' the %s are taken: the rest is of another form.", initial, " and ".join(parts))
+    done = start.metadata.get("steps")
+    if steps is not None and done is not None and done != steps:
+        _log.warning(
+            "'%s' was trained for %s steps, while the recipe's initial_steps is %d; it is taken as it is.",
+            initial,
+            done,
+            steps,
+        )
+    model.metadata = {"initial": {"model": str(initial), "steps": done, "weights_sha256": weights_hash(start)}}
+    if parts:
+        model.metadata["initial"]["part"] = ", ".join(parts)
+    return model
+
+
+def refuse_leaks(what: str, before: Sequence[str], now: Sequence[str], vocabulary: Vocabulary) -> None:
+    """Refuse what had masks of a class, ``before``, that is unseen in a training whose classes with masks are ``now``.
+
+    Raises:
+        LexisegError: a class had masks before and has none now; ``what`` begins the sentence.
+    """
+    known = {word_key(name) for name in before} - {word_key(name) for name in now}
+    leaked = [name for name in vocabulary.names if word_key(name) in known]
+    if leaked:
+        raise LexisegError(
+            f"{what} was trained on masks of '{leaked[0]}', which is unseen in this training; take one that never had "
+            "them."
+        )
+
+
+def take_prompts(model: SegmentationModel, source: str, vocabulary: Vocabulary) -> None:
+    """Put text prompts that were learned offline into a model.
+
+    Args:
+        model: gets the prompts.
+        source: folder of a run of the kind "prompts", or of the model in it.
+        vocabulary: of the data; a class that has no masks in the training to come must have had none before.
+
+    Raises:
+        LexisegError: there are no prompts, the model has no place for them or one of another size, or they were learned
+            with another CLIP, or with a class that is unseen now.
+    """
+    folder, target = prompts_folder(source), model.learned_prompts
+    learner, card = load_prompts(folder), read_card(folder)
+    if target is None:
+        raise _no_prompts(source, model.system)
+    found, wanted = shapes_of(learner), shapes_of(target)
+    if found != wanted:
+        raise LexisegError(
+            f"The prompts in '{source}' are {_shapes(found)} and the recipe's model wants {_shapes(wanted)}; give both "
+            "the same numbers of vectors, and the same CLIP."
+        )
+    if card.get("clip_fingerprint") not in (None, model.clip.fingerprint()):
+        raise LexisegError(
+            f"The prompts in '{source}' were learned with another CLIP, {card.get('clip')}; learn them with this one."
+        )
+    refuse_leaks(f"What made the prompts in '{source}'", card.get("seen_names", ()), model.seen_names, vocabulary)
+    target.load_state_dict(learner.state_dict())
+    model.metadata["prompts"] = {"from": str(source), "sha256": learner.fingerprint()}
+
+
+def proposals_of(model: SegmentationModel, source: str) -> ProposalGenerator:
+    """The generator that ``proposals_from``, which is ``source``, is meant for; a `LexisegError` if there is none."""
+    if not isinstance(model, DecoupledModel):
+        raise LexisegError(
+            f"'proposals_from' is '{source}', but {model.system} proposes no regions; leave the key out."
+        )
+    return model.generator
+
+
+def _no_prompts(source: str | None, system: str) -> LexisegError:
+    return LexisegError(
+        f"'prompts_from' is '{source}', but this {system} has no learned prompts; set its options to have some, or "
+        "leave the key out."
+    )
+
+
+def _shapes(shapes: dict[str, tuple[int, ...]]) -> str:
+    return ", ".join(f"{name} {' x '.join(map(str, shape))}" for name, shape in shapes.items())
+
+
+# ---- recipes that are trained first
+
+
+def is_recipe(name: str | None) -> bool:
+    """Whether ``name`` is a recipe of the package, or a YAML file, and no folder of a trained model."""
+    if name is None:
+        return False
+    file = name.rpartition(":")[0] or name
+    return name in list_recipes() or any(
+        path.endswith((".yaml", ".yml")) and Path(path).is_file() for path in (name, file)
+    )
+
+
+def with_stages(recipe: Recipe, run_dir: Path, train: Callable[..., Path]) -> Recipe:
+    """Train the recipes that another one builds on, in folders in its own, and name their models instead.
+
+    Args:
+        recipe: whose keys ``initial``, ``proposals_from``, ``prompts_from`` and ``teacher`` may name recipes.
+        run_dir: its folder; theirs are ``initial``, ``proposals``, ``prompts`` and ``teacher`` in it.
+        train: trains a recipe in a folder and gives the folder of the model; takes ``until``. A finished run that is
+            resumed only exports again.
+
+    Raises:
+        LexisegError: a key names a recipe that cannot come before this one; nothing is trained then.
+    """
+    if isinstance(recipe, ContrastiveRecipe) and recipe.model.initial in list_recipes():
+        model = train(load_recipe(recipe.model.initial, seed=recipe.train.seed), run_dir / "initial")
+        return recipe.model_copy(update={"model": recipe.model.model_copy(update={"initial": str(model)})})
+    if not isinstance(recipe, SegmentationRecipe):
+        return recipe
+    found: dict[str, Any] = {}
+    if is_recipe(recipe.initial):
+        first = first_stage(recipe)
+        refuse_misfit(first, recipe)
+        found["initial"] = train(first, run_dir / "initial", until=recipe.initial_steps)
+    if is_recipe(recipe.proposals_from):
+        # On its own pictures, which need not have classes.
+        shapes = load_recipe(str(recipe.proposals_from), {"model.clip": recipe.model.clip}, seed=recipe.train.seed)
+        found["proposals_from"] = train(shapes, run_dir / "proposals")
+    if is_recipe(recipe.prompts_from):
+        found["prompts_from"] = train(prompt_stage(recipe), run_dir / "prompts")
+    if is_recipe(recipe.teacher):
+        found["teacher"] = train(_stage(recipe, "teacher", SegmentationRecipe), run_dir / "teacher")
+    return recipe.model_copy(update={key: str(folder) for key, folder in found.items()})
+
+
+def first_stage(recipe: SegmentationRecipe) -> SegmentationRecipe:
+    """The recipe that ``recipe.initial`` names, on the data and the CLIP of ``recipe`` and with its seed.
+
+    How pictures are cropped and augmented stays the stage's own: the decoupled papers' stages differ in that. Options
+    that weights depend on are those of ``recipe``, see `ModelOptions.changes_to_init`.
+
+    Raises:
+        LexisegError: it trains no segmentation system, one whose weights do not fit, or for fewer steps than
+            ``initial_steps``.
+    """
+    first = _stage(recipe, "initial", SegmentationRecipe)
+    if recipe.initial_steps is not None and recipe.initial_steps > first.train.steps:
+        raise LexisegError(
+            f"'initial_steps' is {recipe.initial_steps}, but '{recipe.initial}' has only {first.train.steps} steps."
+        )
+    given = first.model.options
+    changes = system_of(first)[1].changes_to_init(system_of(recipe)[1], given, str(recipe.initial))
+    return first.model_copy(update={"model": first.model.model_copy(update={"options": given | changes})})
+
+
+def refuse_misfit(first: SegmentationRecipe, recipe: SegmentationRecipe, clip: CLIP | None = None) -> None:
+    """See, before the first stage is trained, that a model of ``recipe`` can start from one of it.
+
+    Args:
+        first: see `first_stage`.
+        recipe: whose ``initial`` it is.
+        clip: the towers of both; None loads them.
+
+    Raises:
+        LexisegError: it cannot, or one of the two cannot be built.
+    """
+    (before, own), (after, wanted) = system_of(first), system_of(recipe)
+    after.check_init(wanted, before, own, lambda: clip or load_clip(recipe.model.clip), str(recipe.initial))
+
+
+def prompt_stage(recipe: SegmentationRecipe) -> PromptRecipe:
+    """The recipe that ``recipe.prompts_from`` names, likewise, with as many vectors as the model has places for.
+
+    It learns from all classes if ``recipe`` does.
+
+    Raises:
+        LexisegError: it learns no prompts, or the recipe's model has no learned ones.
+    """
+    first = _stage(recipe, "prompts_from", PromptRecipe)
+    system, options = system_of(recipe)
+    places = options.prompt_places()
+    if places is None:
+        raise _no_prompts(recipe.prompts_from, system.system)
+    return first.model_copy(
+        update={
+            "setting": "supervised" if recipe.setting == "supervised" else "inductive",
+            "model": first.model.model_copy(update=places),
+        }
+    )
+
+
+def _stage(recipe: SegmentationRecipe, key: str, kind: type[_Stage]) -> _Stage:
+    name = str(getattr(recipe, key))
+    stage = load_recipe(name, seed=recipe.train.seed)
+    if not isinstance(stage, kind):
+        what = "trains no segmentation system" if kind is SegmentationRecipe else "learns no text prompts"
+        raise LexisegError(f"'{key}' names '{name}', which {what}; name one that does.")
+    model = stage.model.model_copy(update={"clip": recipe.model.clip})
+    return stage.model_copy(update={"data": _same_pictures(stage.data, recipe.data), "model": model})
+
+
+def _same_pictures(stage: Data, data: Data) -> Data:
+    """The pictures of ``data``, augmented as ``stage`` says."""
+    if isinstance(stage, PictureWorldData) or isinstance(data, PictureWorldData):
+        return data
+    return data.model_copy(update={key: getattr(stage, key) for key in AUGMENTATION})

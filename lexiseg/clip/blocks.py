@@ -1,8 +1,7 @@
 """One transformer block of an open_clip tower, run by our own forward.
 
-The weights stay in open_clip's modules; only the order of operations is ours. That is what lets one function serve
-prompts that are attended to but not updated, attention masks, and blocks whose attention is another, without a copy of
-the tower for each system.
+The weights stay in open_clip's modules; only the order of operations is ours. So one function serves prompts that are
+attended to but not updated, attention masks, and other attentions, without a copy of the tower for each system.
 """
 
 from __future__ import annotations
@@ -28,18 +27,11 @@ def block_attention(
     mask: Tensor | None = None,
     causal: bool = False,
 ) -> Tensor:
-    """Multi-head self-attention with open_clip's packed weights.
+    """Multi-head self-attention with open_clip's packed weights: normalised tokens (B, L, W) to (B, L, W), projected.
 
-    Args:
-        attention: the block's ``nn.MultiheadAttention`` (packed projection, batch first or not: only weights are read).
-        x: normalised tokens (B, L, W): the queries, and the first L keys and values.
-        context: further normalised tokens (B, P, W), or (1, P, W) for all images alike, that serve as keys and
-            values only.
-        mask: added to the attention logits, or boolean with True = may attend; broadcast to (B, heads, L, L + P).
-        causal: token i attends to tokens 0..i only; not together with ``mask`` or ``context``.
-
-    Returns:
-        (B, L, W), after the output projection.
+    ``context`` (B or 1, P, W) holds further normalised tokens that are keys and values only. ``mask`` is added to the
+    logits, or boolean with True = may attend; broadcast to (B, heads, L, L + P). ``causal``, which goes with neither,
+    lets token i attend to tokens 0..i.
     """
     width, num_heads = attention.embed_dim, attention.num_heads
     weight, bias = attention.in_proj_weight, attention.in_proj_bias
@@ -69,18 +61,10 @@ def run_block(
     attention: Attention = block_attention,
     residual: float = 1.0,
 ) -> Tensor:
-    """Run one pre-norm residual block of an open_clip tower.
+    """Run one pre-norm residual block of an open_clip tower: tokens (B, L, W) to (B, L, W).
 
-    Args:
-        block: an open_clip ``ResidualAttentionBlock``.
-        x: tokens (B, L, W).
-        context: tokens (B, P, W) or (1, P, W) that are attended to but have no output of their own. Prompts whose
-            outputs are thrown away are given here: their queries and their MLP would be dead computation.
-        attention: what mixes the tokens.
-        residual: factor on the shortcut around the attention.
-
-    Returns:
-        tokens (B, L, W).
+    ``context`` (B or 1, P, W) is attended to and has no output: prompts whose outputs would be thrown away cost no
+    queries and no MLP so. ``attention`` mixes the tokens, ``residual`` is a factor on the shortcut around it.
     """
     if "forward" in vars(block):
         tokens: Tensor = block(x, context, attention, residual)

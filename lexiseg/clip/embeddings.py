@@ -14,15 +14,10 @@ from lexiseg.clip.resnet import attention_pool, resnet_features
 def image_embeddings(
     visual: nn.Module, images: Tensor, *, position_interpolation: Interpolation = "bicubic-corners"
 ) -> Tensor:
-    """CLIP embeddings of whole images: (B, D), not normalised.
+    """CLIP embeddings (B, D), not normalised, of whole images (B, 3, H, W), any size from one patch on and any aspect.
 
-    Args:
-        visual: ``model.visual`` of an open_clip model: a vision transformer or a CLIP ResNet.
-        images: (B, 3, H, W) normalised, any size from one patch on and any aspect.
-        position_interpolation: "bicubic-corners" as MAFT and FreeSeg, "bicubic" as ZSSeg.
-
-    Raises:
-        LexisegError: the tower is of another kind, or an image is smaller than a patch.
+    ``visual`` is ``model.visual`` of an open_clip model, a vision transformer or a CLIP ResNet (else a `LexisegError`).
+    Positions: "bicubic-corners" as MAFT and FreeSeg, "bicubic" as ZSSeg.
     """
     if isinstance(visual, ModifiedResNet):
         features = resnet_features(visual, images)

@@ -27,7 +27,7 @@ _TIPS_TEXT = {"base": "b14", "large": "l14", "so400m": "so400m14", "giant": "g14
 
 
 class ForeignCLIP(CLIP):
-    """A dual encoder of transformers, or one whose image tower is timm's.
+    """A dual encoder ``model`` of transformers, or one whose image tower is ``trunk``, a tower of timm.
 
     Args:
         model: with ``text_model`` and ``get_text_features``, as transformers' dual encoders.
@@ -35,7 +35,7 @@ class ForeignCLIP(CLIP):
         name: what the user called it.
         mean: of the images, RGB in 0..1.
         std: of the images.
-        trunk: an image tower of timm that stands in the place of the model's.
+        trunk: stands in the place of the model's image tower.
     """
 
     def __init__(
@@ -67,11 +67,7 @@ class ForeignCLIP(CLIP):
 
     @property
     def image_tower(self) -> ImageTower:
-        """Not there: the tower is another library's.
-
-        Raises:
-            LexisegError: always.
-        """
+        """Not there: the tower is another library's, which a `LexisegError` says."""
         raise LexisegError(
             f"The image tower of '{self.name}' is not open_clip's, and this system changes its inside; choose a CLIP "
             "such as 'ViT-B-16/openai', or a training-free method."
@@ -134,10 +130,7 @@ class ForeignCLIP(CLIP):
 
 
 def load_foreign(name: str) -> ForeignCLIP:
-    """Load a dual encoder of another library.
-
-    Args:
-        name: ``transformers:OWNER/NAME``, ``transformers:FOLDER``, or ``timm:NAME`` of a TIPSv2 tower.
+    """Load ``transformers:OWNER/NAME``, ``transformers:FOLDER``, or ``timm:NAME`` of a TIPSv2 tower.
 
     Raises:
         LexisegError: there is no such model, it is of another kind, or its weights cannot be had or are damaged.
@@ -158,8 +151,7 @@ def load_foreign(name: str) -> ForeignCLIP:
 def timm_model(name: str) -> Any:
     """A pretrained model of timm without its head, in evaluation mode, for images of any size.
 
-    Raises:
-        LexisegError: timm has no such model, or the weights cannot be had or are damaged.
+    A `LexisegError` says that timm has no such model, or that the weights cannot be had or are damaged.
     """
     import timm
 
@@ -208,11 +200,7 @@ def _transformers(source: str, name: str) -> ForeignCLIP:
 
 
 def read_kind(folder: Path, name: str) -> str:
-    """The ``model_type`` that a folder of transformers states.
-
-    Raises:
-        LexisegError: it has no readable config.json.
-    """
+    """The ``model_type`` that a folder of transformers states; a `LexisegError` if it has no readable config.json."""
     try:
         return str(json.loads((folder / "config.json").read_text("utf-8"))["model_type"])
     except (OSError, ValueError, KeyError, TypeError) as error:

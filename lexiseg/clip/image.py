@@ -1,7 +1,7 @@
 """The image tower: an open_clip VisionTransformer's weights, run at any resolution, with prompts and levels.
 
-Tokens are laid out ``[class, prompts ..., patches ...]``: the class token is always first and the patches are always
-the last h x w tokens, so that nobody needs to know how many prompts there are to find either.
+Tokens are laid out ``[class, prompts ..., patches ...]``: the class token first and the h x w patches last, so that
+nobody needs to know how many prompts there are to find either.
 """
 
 from __future__ import annotations
@@ -25,12 +25,10 @@ BeforeBlock = Callable[[int, Tensor], tuple[Tensor, Tensor | None]]
 
 @dataclass(frozen=True)
 class ImageTokens:
-    """What the image blocks leave behind.
+    """What the blocks leave behind.
 
-    Attributes:
-        tokens: output of the last block (B, L, W), before the final norm; ``[class, prompts ..., patches ...]``.
-        levels: outputs of the blocks asked for, by block index, in the same layout.
-        grid: (h, w), the patches per side.
+    ``tokens`` (B, L, W) of the last one, before the final norm; ``levels``, outputs of the blocks asked for by index
+    (0-based); and the ``grid`` (h, w) of patches.
     """
 
     tokens: Tensor
@@ -44,10 +42,9 @@ class ImageTokens:
 
 
 class ImageTower:
-    """An open_clip VisionTransformer seen as tokens in, tokens out. Holds no weights of its own.
+    """An open_clip VisionTransformer (``model.visual``) seen as tokens in, tokens out. Holds no weights of its own.
 
-    Args:
-        visual: ``model.visual`` of an open_clip model; a `LexisegError` says that it is no plain vision transformer.
+    A `LexisegError` says that it is no plain vision transformer.
     """
 
     def __init__(self, visual: nn.Module) -> None:
@@ -83,21 +80,15 @@ class ImageTower:
         added: Tensor | None = None,
         class_embedding_twice: bool = False,
     ) -> tuple[Tensor, tuple[int, int]]:
-        """Turn images into the tokens that enter the first block.
+        """Turn normalised images (B, 3, H, W) into tokens (B, 1 + h * w, W) for the first block, and the grid (h, w).
 
         Args:
-            images: (B, 3, H, W) normalised; H and W multiples of the patch size, any aspect.
+            images: H and W multiples of the patch size, else a `LexisegError`; any aspect.
             interpolation: how the position table is resized to the grid, see `resize_positions`.
             by_count: see `resize_positions`.
             added: (1 + h * w, W), added to the tokens together with the positions, before the first norm.
-            class_embedding_twice: add the class embedding to its position once more, so that 2 e + p_0 enters. The
-                released ZegCLIP code does this and its checkpoints were trained with it; CLIP itself does not.
-
-        Returns:
-            tokens (B, 1 + h * w, W) after the first norm, and the grid (h, w).
-
-        Raises:
-            LexisegError: a side is not a multiple of the patch size.
+            class_embedding_twice: let 2 e + p_0 enter, as in the released ZegCLIP code and its checkpoints; not in
+                CLIP's.
         """
         visual, patch = self.visual, self.patch_size
         height, width = images.shape[-2:]
@@ -130,17 +121,11 @@ class ImageTower:
         first: int = 0,
         stop: int | None = None,
     ) -> ImageTokens:
-        """Run all blocks, or those from ``first`` up to and without ``stop``.
+        """Run all blocks on tokens (B, L, W), or those from ``first`` up to and without ``stop``.
 
-        Args:
-            tokens: from `embed`, or what an earlier run of the blocks before ``first`` left behind.
-            grid: from `embed`.
-            before_block: see `BeforeBlock`.
-            levels: indices (0-based) of the blocks whose outputs are wanted.
-            attention: what mixes the tokens, by the index of each block where that is not CLIP's own attention.
-            residual: factor on the shortcut around the attention, by the index of each block where that is not 1.
-            first: index of the first block to run.
-            stop: index of the block to stop before; None runs to the end.
+        ``before_block`` is called before each, see `BeforeBlock`; ``levels`` are the blocks whose outputs are wanted;
+        ``attention`` (what mixes the tokens) and ``residual`` (a factor on the shortcut around it) replace CLIP's, by
+        block.
         """
         kept: dict[int, Tensor] = {}
         attention, residual = attention or {}, residual or {}

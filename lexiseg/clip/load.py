@@ -138,13 +138,9 @@ def _load_architecture(name: str) -> CLIP:
 
 
 def random_clip(name: str) -> CLIP:
-    """What `load_clip` would give for a known name, with random weights: for counting and timing, not for predicting.
+    """What `load_clip` would give for an architecture and tag such as ``"ViT-B-16/openai"``, with random weights.
 
-    Args:
-        name: an open_clip architecture and pretrained tag, such as ``"ViT-B-16/openai"``.
-
-    Raises:
-        LexisegError: it is none, so that its architecture is not known.
+    It is for counting and timing; a name whose architecture is not known without its weights is a `LexisegError`.
     """
     arch, _, rest = str(name).partition("/")
     # Asked first, because open_clip looks for an unknown name on the hub.
@@ -190,11 +186,7 @@ def _download_tag(name: str, tag: dict[str, Any]) -> Path:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """Read an ``open_clip_config.json``.
-
-    Raises:
-        LexisegError: it is not JSON or has no ``model_cfg``.
-    """
+    """Read an ``open_clip_config.json``; a `LexisegError` if it is not JSON or has no ``model_cfg``."""
     try:
         config = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -207,8 +199,7 @@ def read_config(path: Path) -> dict[str, Any]:
 def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
     """Read a safetensors file as float32 tensors.
 
-    Raises:
-        LexisegError: it is another kind of file (a pickle is never opened here) or damaged.
+    Another kind of file (a pickle is never opened here) or a damaged one is a `LexisegError`.
     """
     if path.suffix != ".safetensors":
         raise LexisegError(
@@ -225,19 +216,14 @@ def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
 
 
 def fill(clip: CLIP, state: Mapping[str, torch.Tensor], path: Path) -> None:
-    """Copy a complete state dict into ``clip``; the position table is resized as open_clip does.
-
-    Raises:
-        LexisegError: see `fitted`.
-    """
+    """Copy a complete state dict into ``clip``, as `fitted` makes it."""
     clip.model.load_state_dict({name: tensor.float() for name, tensor in fitted(clip, state, path).items()})
 
 
 def fitted(clip: CLIP, state: Mapping[str, torch.Tensor], path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a complete state dict as ``clip`` wants them, whose own values are not looked at.
+    """The tensors of a complete state dict as ``clip`` wants them; the position table is resized as open_clip does.
 
-    Raises:
-        LexisegError: tensors are missing, left over, of another shape or not finite.
+    Tensors that are missing, left over, of another shape or not finite are a `LexisegError`.
     """
     shapes, found = shapes_of(clip.model), dict(state)
     key = "visual.positional_embedding"
@@ -263,14 +249,8 @@ M = TypeVar("M", bound=torch.nn.Module)
 def sketch(build: Callable[[], M], num_tensors: int, what: str) -> M:
     """Build a module without memory for its values, to see whether a file's tensors fit before it is built in earnest.
 
-    Args:
-        build: builds it.
-        num_tensors: how many tensors the file has; a module of many more is given up early, since a configuration may
-            ask for a million blocks.
-        what: whose configuration it is, for the message.
-
-    Raises:
-        LexisegError: it has many more tensors than the file, or ``build`` says so.
+    A configuration may ask for a million blocks: a module of many more tensors than the file's ``num_tensors`` is given
+    up early, with a `LexisegError` that begins with ``what``.
     """
     thread, made = threading.get_ident(), 0
 
@@ -314,8 +294,7 @@ def check_state(
         optional: names that may be missing.
 
     Raises:
-        LexisegError: tensors are missing, left over, of another shape (the first of them are listed) or of a kind that
-            is no plain number, or hold values that are not finite.
+        LexisegError: tensors are missing, left over, of another shape, no plain numbers, or not finite.
     """
     odd = next((key for key, value in state.items() if not _plain(value)), None)
     if odd is not None:

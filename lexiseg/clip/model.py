@@ -73,20 +73,12 @@ class CLIP(nn.Module):
 
     @property
     def image_tower(self) -> ImageTower:
-        """The image tower as tokens in, tokens out.
-
-        Raises:
-            LexisegError: it is no plain vision transformer.
-        """
+        """The image tower as tokens in, tokens out; a `LexisegError` if it is no plain vision transformer."""
         return ImageTower(self.model.visual)
 
     @property
     def patch_tower(self) -> PatchTower:
-        """The image tower block by block, as segmentation without training runs it.
-
-        Raises:
-            LexisegError: it is no plain vision transformer.
-        """
+        """The image tower block by block; a `LexisegError` if it is no plain vision transformer."""
         return OpenCLIPTower(self.image_tower)
 
     @property
@@ -177,8 +169,7 @@ class CLIP(nn.Module):
     def name_tokens(self, text: str) -> tuple[int, ...]:
         """Token ids of a text without the start and the end mark; remembered, since training asks again and again.
 
-        Raises:
-            LexisegError: the text is too long for the text tower.
+        A text that is too long for the text tower is a `LexisegError`.
         """
         known = self._name_tokens.get(text)
         if known is None:
@@ -197,16 +188,10 @@ class CLIP(nn.Module):
         return int(ids[0, 0]), int(ids[0, end - 1]), int(ids[0, end])
 
     def encode_text(self, tokens: Tensor) -> Tensor:
-        """Encode token ids.
+        """Encode token ids (n, L), L at most the context length: (n, D), not normalised.
 
-        The sequence is cut behind the longest text of the batch: in a causal tower no later token can reach an
-        earlier one, so nothing changes but the time.
-
-        Args:
-            tokens: (n, L) ids with L at most the context length.
-
-        Returns:
-            (n, D), not normalised.
+        The sequence is cut behind the longest text of the batch: in a causal tower no later token can reach an earlier
+        one, so nothing changes but the time.
         """
         if not self.plain_text:
             return self.model.encode_text(tokens)
@@ -218,15 +203,12 @@ class CLIP(nn.Module):
         return self._text.token_embedding(tokens)
 
     def encode_embeddings(self, embeddings: Tensor, end: Tensor) -> Tensor:
-        """Encode texts given as token embeddings, so that some of them can be learnt.
+        """Encode texts given as token embeddings, so that some of them can be learnt: (n, D), not normalised.
 
         Args:
             embeddings: (n, L, W) without positions, L at most the context length; what lies behind a text's end mark
                 does not matter.
             end: (n,) positions of the end marks.
-
-        Returns:
-            (n, D), not normalised.
 
         Raises:
             LexisegError: the text tower is not the causal one of CLIP.
@@ -281,11 +263,8 @@ def _tokenizer(arguments: str) -> SimpleTokenizer:
 def check_architecture(architecture: dict[str, Any], name: str) -> None:
     """Refuse towers that are never run here, by the configuration alone: before a gigabyte is downloaded.
 
-    CLIP's own ResNets pass: mask attention runs them. What needs patches refuses them with `CLIP.image_tower`.
-
-    Raises:
-        LexisegError: the configuration is incomplete, or a tower is neither open_clip's own plain transformer nor its
-            ResNet.
+    CLIP's own ResNets pass: mask attention runs them. What needs patches refuses them with `CLIP.image_tower`. A
+    `LexisegError` says that the configuration is incomplete, or whose tower it has.
     """
     model_cfg = architecture.get("model_cfg") if isinstance(architecture, dict) else None
     if not isinstance(model_cfg, dict) or not {"embed_dim", "vision_cfg", "text_cfg"} <= model_cfg.keys():
@@ -332,8 +311,8 @@ def build_clip(architecture: dict[str, Any], *, name: str = "clip", tokenizer: A
     """Build a CLIP with random weights from its architecture.
 
     Args:
-        architecture: ``{"model_cfg": {"embed_dim", "vision_cfg", "text_cfg", ...}, "preprocess_cfg": {...}}`` as in
-            open_clip's ``open_clip_config.json``; ``preprocess_cfg`` may be missing (OpenAI's mean and std).
+        architecture: as in open_clip's ``open_clip_config.json``; ``preprocess_cfg`` may be missing (OpenAI's mean and
+            std).
         name: what to call it in messages and files.
         tokenizer: as open_clip's; None takes CLIP's own byte-pair tokenizer.
 
@@ -363,15 +342,10 @@ def build_clip(architecture: dict[str, Any], *, name: str = "clip", tokenizer: A
 
 
 def save_clip(clip: CLIP, folder: str | Path, *, dtype: torch.dtype | None = None) -> Path:
-    """Write a folder that both lexiseg and open_clip (``local-dir:``) load.
+    """Write a folder that both lexiseg and open_clip (``local-dir:``) load, and return it.
 
-    Args:
-        clip: the model.
-        folder: made if missing; holds ``open_clip_config.json`` and ``open_clip_model.safetensors`` afterwards.
-        dtype: what to store the weights in, for example ``torch.float16``; None keeps them as they are.
-
-    Raises:
-        LexisegError: the folder cannot be written.
+    ``dtype`` is what to store the weights in, for example ``torch.float16``; None keeps them. A folder that cannot be
+    written is a `LexisegError`.
     """
     folder = make_folder(folder)
     tensors = {}

@@ -33,9 +33,9 @@ class Block:
         heads: number of attention heads.
         norm1: before the attention.
         project_in: normalised tokens (B, T, W) to queries, keys and values, each (B, T, W).
-        norm_heads: norms of the queries and the keys (B, heads, T, d); identities in most towers.
         project_out: the projection after the attention, with the layer scale behind it.
         feed_forward: the second half, norm, MLP and layer scale, without the shortcut.
+        norm_heads: norms of the queries and the keys (B, heads, T, d); identities in most towers.
     """
 
     heads: int
@@ -86,10 +86,8 @@ class PatchTower(ABC):
     ) -> tuple[Tensor, Grid]:
         """Images (B, 3, H, W), sides multiples of the patch, to the tokens that enter the first block, and the grid.
 
-        Args:
-            images: normalised as the tower wants it.
-            interpolation: how the position table follows the grid; None is the tower's own way, `positions`.
-            by_count: see `resize_positions`.
+        ``interpolation`` says how the position table follows the grid, None in the tower's own way; for ``by_count``
+        see `resize_positions`.
         """
 
     @abstractmethod
@@ -99,16 +97,10 @@ class PatchTower(ABC):
     def run(
         self, tokens: Tensor, first: int = 0, stop: int | None = None, *, attending: Collection[int] = ()
     ) -> tuple[Tensor, dict[int, QueriesKeys]]:
-        """Run the blocks from ``first`` up to and without ``stop`` as the library does.
-
-        Args:
-            tokens: (B, T, W) that enter the block ``first``.
-            first: index of the first block.
-            stop: index of the block to stop before; None runs to the end.
-            attending: indices of blocks whose queries and keys are wanted.
+        """Run the blocks from ``first`` up to and without ``stop`` as the library does, on tokens (B, T, W).
 
         Returns:
-            the tokens, and the queries and keys (B, heads, T, d) by block.
+            the tokens, and the queries and keys (B, heads, T, d) of the blocks in ``attending``, by block.
         """
         kept: dict[int, QueriesKeys] = {}
         for index in range(first, len(self.blocks) if stop is None else stop):
@@ -120,11 +112,7 @@ class PatchTower(ABC):
         return tokens, kept
 
     def grid(self, images: Tensor) -> Grid:
-        """The patches a side of images whose sides must be multiples of the patch.
-
-        Raises:
-            LexisegError: they are not.
-        """
+        """The patches a side of images; sides that are no multiples of the patch are a `LexisegError`."""
         height, width = (int(side) for side in images.shape[-2:])
         patch = self.patch_size
         if height % patch or width % patch or not height or not width:
@@ -182,14 +170,8 @@ def _open_clip_block(block: Any) -> Block:
 class TimmTower(PatchTower):
     """timm's ``VisionTransformer``: DINO, DINOv2 and TIPSv2, with or without class token and registers.
 
-    Args:
-        trunk: the model.
-        positions: how its authors resize the position table; None is timm's way.
-        pool_head: whether its patches meet text by the value path of its attention pool (SigLIP); otherwise they do
-            after the last norm (TIPSv2).
-
-    Raises:
-        LexisegError: it is another kind of model.
+    ``positions`` is how its authors resize the position table, None timm's way. Another kind of model is a
+    `LexisegError`.
     """
 
     def __init__(self, trunk: Any, positions: Interpolation | None = None) -> None:
@@ -248,14 +230,9 @@ def _timm_block(block: Any) -> Block:
 class TransformersTower(PatchTower):
     """The image half of a dual encoder of transformers: CLIP and MetaCLIP 2, SigLIP and SigLIP 2, TIPSv2.
 
-    CLIP's patches meet text by the class token's norm and projection, TIPSv2's after the last norm, and SigLIP's by
-    the value path of the pooling head, which is what MaskCLIP's value path is to a class token.
-
-    Args:
-        model: a model with ``vision_model`` such as ``MetaClip2Model``, ``Siglip2Model`` or ``Tipsv2Model``.
-
-    Raises:
-        LexisegError: it is none of them.
+    CLIP's patches meet text by the class token's norm and projection, TIPSv2's after the last norm, and SigLIP's by the
+    value path of the pooling head, which is what MaskCLIP's value path is to a class token. Another model is a
+    `LexisegError`.
     """
 
     def __init__(self, model: Any) -> None:

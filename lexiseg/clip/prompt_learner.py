@@ -33,17 +33,9 @@ _PARTS = tuple(f"{part}_prompt" for part in _COUNTS)
 def hide_background(images: Tensor, masks: Tensor, clip: CLIP) -> Tensor:
     """Prepare masked crops for learning prompts offline: only the object's pixels stay.
 
-    Outside the mask the normalised image takes the numbers of CLIP's mean, (0.48, 0.46, 0.41). The authors of ZSSeg,
-    FreeSeg and DeOP fill after normalising, so this is not the mean colour, which would be 0 there; their published
-    prompts were learnt so.
-
-    Args:
-        images: (B, 3, H, W) in 0..1.
-        masks: (B, H, W), true or above 0 on the object.
-        clip: whose mean and standard deviation are meant.
-
-    Returns:
-        (B, 3, H, W), normalised.
+    Outside the masks (B, H, W), true or above 0 on the object, the normalised image takes the numbers of CLIP's mean,
+    (0.48, 0.46, 0.41). The authors of ZSSeg, FreeSeg and DeOP fill after normalising, so this is not the mean colour,
+    which would be 0 there; their published prompts were learnt so. Images (B, 3, H, W) in 0..1 come back normalised.
     """
     mean = images.new_tensor(clip.mean)[:, None, None]
     std = images.new_tensor(clip.std)[:, None, None]
@@ -84,16 +76,13 @@ class PromptLearner(nn.Module):
             nn.init.kaiming_normal_(self.task_prompt)
 
     def forward(self, clip: CLIP, names: Sequence[str], task: str | None = None, *, chunk: int = _CHUNK) -> Tensor:
-        """Encode class names with the prompts, with gradients for them.
+        """Encode C class names with the prompts, with gradients for them: (C, D) unit vectors.
 
         Args:
             clip: the text tower.
-            names: C class names, any number of tokens each.
+            names: any number of tokens each.
             task: name of the task, only for prompts with a task part; None means `SEMANTIC_TASK`.
             chunk: number of names encoded at once.
-
-        Returns:
-            (C, D) unit vectors.
 
         Raises:
             LexisegError: a name is too long, a task is given to prompts without one, or the text tower is not CLIP's.
@@ -107,19 +96,11 @@ class PromptLearner(nn.Module):
     def assemble(
         self, clip: CLIP, names: Sequence[str], task: str | None = None, *, length: int | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Put token embeddings and prompts in a row.
-
-        Args:
-            clip: the text tower.
-            names: C class names.
-            task: see `forward`.
-            length: L; None means just long enough, and the text tower's context length is what the authors' code has.
+        """Put token embeddings and prompts in a row; arguments and errors are those of `forward`.
 
         Returns:
-            (C, L, W) embeddings without positions, padded with those of token 0, and the end marks' positions (C,).
-
-        Raises:
-            LexisegError: see `forward`.
+            (C, L, W) embeddings without positions, padded with those of token 0, and the end marks' positions (C,). L
+                is ``length``, or just long enough (the authors' code has the text tower's context length).
         """
         if task is not None and self.task_prompt is None:
             raise LexisegError(f"This learned prompt has no task part, so it cannot be asked for '{task}'.")
@@ -146,17 +127,9 @@ class PromptLearner(nn.Module):
     def logits(
         self, clip: CLIP, images: Tensor, names: Sequence[str], task: str | None = None, *, temperature: float = 100.0
     ) -> Tensor:
-        """Class scores of whole crops, whose cross entropy is what prompts are learnt with offline.
+        """``temperature`` times the cosines (B, C) of whole crops; their cross entropy teaches prompts offline.
 
-        Args:
-            clip: both towers; the image tower gets no gradient.
-            images: (B, 3, H, W) from `hide_background`.
-            names: C class names.
-            task: see `forward`.
-            temperature: factor on the cosines.
-
-        Returns:
-            (B, C), temperature times the cosine.
+        Images (B, 3, H, W) are those of `hide_background`; the image tower gets no gradient.
         """
         with torch.no_grad():
             embeddings = image_embeddings(clip.visual, images, position_interpolation="bicubic")
@@ -194,15 +167,9 @@ class PromptLearner(nn.Module):
 
 
 def save_prompts(learner: PromptLearner, folder: str | Path, card: Mapping[str, Any] | None = None) -> Path:
-    """Write prompts into ``folder/prompts.safetensors``.
+    """Write prompts into ``folder/prompts.safetensors``, and how they were learned, ``card``, into ``prompts.json``.
 
-    Args:
-        learner: the prompts.
-        folder: made if missing.
-        card: JSON values that say how they were learned, for ``prompts.json``; `read_card` reads it.
-
-    Raises:
-        LexisegError: the folder cannot be written.
+    A folder that cannot be written is a `LexisegError`.
     """
     path = make_folder(folder) / PROMPTS_NAME
     with atomic_write(path) as temporary:
@@ -219,11 +186,7 @@ def prompts_folder(name: str | Path) -> Path:
 
 
 def read_card(folder: str | Path) -> dict[str, Any]:
-    """What `save_prompts` was told of how prompts were learned; {} where it was told nothing.
-
-    Raises:
-        LexisegError: the file is damaged.
-    """
+    """What `save_prompts` was told of how prompts were learned; {} where nothing, a `LexisegError` if it is damaged."""
     path = Path(folder) / _CARD_NAME
     if not path.is_file():
         return {}
@@ -239,8 +202,7 @@ def read_card(folder: str | Path) -> dict[str, Any]:
 def load_prompts(folder: str | Path) -> PromptLearner:
     """Read what `save_prompts` wrote; how many vectors there are shows in the file.
 
-    Raises:
-        LexisegError: there is no such file, or it holds something else.
+    A file that is not there or holds something else is a `LexisegError`.
     """
     path = Path(folder) / PROMPTS_NAME
     try:

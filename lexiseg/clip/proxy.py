@@ -19,7 +19,7 @@ class Proxy(nn.Module):
     """A vision transformer of timm as a map of features.
 
     Args:
-        model: of timm, with plain blocks (DINO, DINOv2) or any with ``forward_features`` that gives tokens (DINOv3).
+        model: with plain blocks (DINO, DINOv2) or any with ``forward_features`` that gives tokens (DINOv3).
         positions: how its authors resize the position table; None is timm's way.
         feature: the normalised output, or queries, keys or values of the last block.
     """
@@ -45,14 +45,7 @@ class Proxy(nn.Module):
 
     @torch.no_grad()
     def forward(self, pixels: Tensor) -> Tensor:
-        """Encode images.
-
-        Args:
-            pixels: (B, 3, H, W), RGB in 0..1; brought to multiples of the patch if they are none.
-
-        Returns:
-            (B, C, h2, w2), of no particular length.
-        """
+        """Encode pixels (B, 3, H, W) in 0..1, brought to multiples of the patch: (B, C, h2, w2), not normalised."""
         patch = self.patch_size
         size = [max(round(int(side) / patch), 1) * patch for side in pixels.shape[-2:]]
         if size != list(pixels.shape[-2:]):
@@ -84,14 +77,9 @@ def positions_of(name: str) -> Interpolation | None:
 
 
 def load_proxy(name: str) -> Proxy:
-    """Load a second encoder.
+    """Load a second encoder, such as ``"vit_base_patch8_224.dino"`` or ``"vit_base_patch14_reg4_dinov2.lvd142m"``.
 
-    Args:
-        name: a pretrained vision transformer of timm, such as ``"vit_base_patch8_224.dino"`` or
-            ``"vit_base_patch14_reg4_dinov2.lvd142m"``.
-
-    Raises:
-        LexisegError: timm has no such weights, or they cannot be had.
+    A `LexisegError` says that timm has no such weights, or that they cannot be had.
     """
     import timm
 

@@ -14,16 +14,9 @@ RESNET_STRIDE = 32
 
 
 def resnet_features(visual: ModifiedResNet, images: Tensor) -> Tensor:
-    """Run stem and stages of a CLIP ResNet.
+    """Run stem and stages of a CLIP ResNet on images (B, 3, H, W): (B, C, h, w), a place for about 32 x 32 pixels.
 
     The batch norms behave as the module's mode says: keep the tower in evaluation mode, as CLIP's are, in training too.
-
-    Args:
-        visual: ``model.visual`` of an open_clip model.
-        images: (B, 3, H, W) normalised.
-
-    Returns:
-        (B, C, h, w), a place for about 32 x 32 pixels.
     """
     x = visual.stem(images.to(visual.conv1.weight.dtype))
     for stage in (visual.layer1, visual.layer2, visual.layer3, visual.layer4):
@@ -39,17 +32,11 @@ def attention_pool(
     patches: bool = False,
     position_interpolation: Interpolation = "bicubic-corners",
 ) -> Tensor:
-    """Pool a feature map with CLIP's attention: the mean of the map asks, the mean and the map answer.
+    """Pool a feature map (B, C, h, w) with CLIP's attention: the mean of the map asks, the mean and the map answer.
 
-    With masks the mean asks once for each region, and the places outside the region do not answer (MAFT, Eq. 2 and 3
-    applied to the pool; Sec. 5.5 describes it and no code for it was released). Only the masks tell the regions apart.
-
-    Args:
-        pool: ``visual.attnpool``.
-        features: (B, C, h, w) from `resnet_features`.
-        masks: (B, N, h, w) boolean, True = answers; None pools the whole map.
-        patches: let every place ask as well, and return their answers instead; not together with ``masks``.
-        position_interpolation: how the position table is resized to the map, see `resize_positions`.
+    With masks (B, N, h, w), boolean, the mean asks once for each region, and the places outside the region do not
+    answer (MAFT, Eq. 2 and 3 applied to the pool; Sec. 5.5 describes it and no code for it was released). With
+    ``patches``, and no masks, every place asks as well.
 
     Returns:
         (B, N, D) with masks, (B, D) without, (B, h, w, D) with ``patches``; not normalised.

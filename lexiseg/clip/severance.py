@@ -54,15 +54,7 @@ class Severance:
         return self.kind != "gps"
 
     def mix(self, value: Tensor, weights: Tensor | None) -> Tensor:
-        """Mix the values of the kinds that read masks.
-
-        Args:
-            value: (B, T, W), all heads side by side.
-            weights: G (B, N, T) as `token_weights` makes it; any N, 0 included.
-
-        Raises:
-            LexisegError: there are no weights.
-        """
+        """Mix values (B, T, W) of all heads by the masks' weights G (B, N, T), see `token_weights`."""
         if weights is None:
             raise LexisegError(f"Severance '{self.kind}' needs region masks; give the tower region_masks.")
         weights = weights.to(value.dtype)
@@ -72,11 +64,7 @@ class Severance:
         return (affinity.softmax(dim=-1) if self.kind == "mps" else affinity) @ value
 
     def attention(self, region_masks: Tensor | None = None) -> Attention:
-        """Make what mixes the tokens of a severed block, see `lexiseg.clip.blocks.run_block`.
-
-        Args:
-            region_masks: (B, N, h, w) in 0..1 on the patch grid, see `severance_masks`; for the kinds that read masks.
-        """
+        """Make what mixes the tokens of a severed block, see `lexiseg.clip.blocks.run_block`."""
 
         def mix(attention: nn.MultiheadAttention, x: Tensor, context: Tensor | None) -> Tensor:
             value = token_values(attention, x)
@@ -102,26 +90,15 @@ def severed_attention(
 
 
 def token_weights(region_masks: Tensor, num_tokens: int) -> Tensor:
-    """Flatten masks on the patch grid to weights of tokens; tokens in front of the patches have weight 1 in each mask.
-
-    Args:
-        region_masks: (B, N, gh, gw) in 0..1.
-        num_tokens: T, the class token, prompts if they are rows, and gh * gw patches.
-
-    Returns:
-        (B, N, T).
-    """
+    """Masks (B, N, gh, gw) as weights (B, N, T) of T tokens; those before the patches have weight 1."""
     patches = region_masks.flatten(2)
     return F.pad(patches, (num_tokens - patches.shape[-1], 0), value=1.0)
 
 
 def severance_masks(mask_logits: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Bring mask logits (B, N, h, w) to the patch grid as severance reads them: resized first, sigmoid after.
+    """Bring mask logits (B, N, h, w) to the patch grid as severance reads them, in 0..1: resized first, sigmoid after.
 
-    Bilinear, align_corners False. (The masks that DeOP pools with are made in the other order.)
-
-    Returns:
-        (B, N, gh, gw) in 0..1.
+    (The masks that DeOP pools with are made in the other order.)
     """
     if mask_logits.shape[1] == 0:
         return mask_logits.new_zeros(len(mask_logits), 0, *grid)
@@ -132,9 +109,6 @@ def released_residual(severed: Iterable[int]) -> dict[int, float]:
     """Factors on the shortcut around the attention that the authors' encoder without added tables uses, by block.
 
     There a severed block has the factor 0.2 if its index is 11, whatever the depth of the tower, and 1 otherwise; the
-    paper does not mention it. The encoder with added tables has no such factor.
-
-    Args:
-        severed: indices (0-based) of the severed blocks.
+    paper does not mention it.
     """
     return {11: 0.2} if 11 in set(severed) else {}

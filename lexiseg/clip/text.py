@@ -60,37 +60,22 @@ class TextEmbedder:
         self._cache = TextCache(None if self.cache_dir is None else self.cache_dir / "text", clip.embed_dim)
 
     def __call__(self, vocabulary: Vocabulary) -> Tensor:
-        """Embed ``vocabulary.words`` with ``vocabulary.templates``: float32 (W, D) of unit length, on clip's device.
-
-        Raises:
-            LexisegError: a word is too long for the text tower.
-        """
+        """Embed ``vocabulary.words`` with ``vocabulary.templates``, see `embed`."""
         return self.embed(vocabulary.words, vocabulary.templates)
 
     def embed(self, words: Sequence[str], templates: Sequence[str]) -> Tensor:
         """Embed ``words`` with ``templates`` (each with one ``{}``): float32 (W, D) of unit length, on clip's device.
 
-        Raises:
-            LexisegError: a filled template is too long for the text tower.
+        A filled template that is too long for the text tower is a `LexisegError`.
         """
         return self._remembered(
             ["words", list(templates)], words, lambda found: self._encode([(words[i],) for i in found], templates)
         )
 
     def embed_joined(self, groups: Sequence[Sequence[str]], templates: Sequence[str]) -> Tensor:
-        """Embed groups of synonyms, a vector a group: the unit features of all its words in all templates, averaged.
+        """Embed C groups of synonyms: (C, D), the mean of a group's words in all templates; see `embed`.
 
         ZegFormer's rule for a class name such as "grass, lawn".
-
-        Args:
-            groups: C groups of at least one word each.
-            templates: each with one ``{}``.
-
-        Returns:
-            float32 (C, D) of unit length, on clip's device.
-
-        Raises:
-            LexisegError: a filled template is too long for the text tower.
         """
         keys = [json.dumps(list(group), ensure_ascii=False) for group in groups]
         return self._remembered(
@@ -102,16 +87,8 @@ class TextEmbedder:
     ) -> Tensor:
         """Embed ``words`` with learned prompts, which are part of the cache's key: float32 (W, D) of unit length.
 
-        There is no gradient; training calls the `PromptLearner` itself.
-
-        Args:
-            learner: the prompts.
-            words: the words.
-            task: for prompts with a task part, see `PromptLearner`.
-            disk: False remembers them in memory only, for prompts that are still being trained.
-
-        Raises:
-            LexisegError: a word is too long, or a task is given to prompts without one.
+        There is no gradient; training calls the `PromptLearner` itself. ``task`` and errors are the learner's. ``disk``
+        False remembers in memory only, for prompts that are still being trained.
         """
 
         @torch.no_grad()
@@ -122,15 +99,12 @@ class TextEmbedder:
         return self._remembered(["prompted", learner.fingerprint(), task], words, encode, disk=disk)
 
     def remember(self, manner: Sequence[Any], keys: Sequence[str], encode: Callable[[list[int]], Tensor]) -> Tensor:
-        """Vectors of other things than words, kept like those of words.
+        """Vectors (len(keys), D) of other things than words, kept like those of words, float32, on clip's device.
 
         Args:
             manner: what the vectors depend on beside the keys and the text tower; JSON can hold it.
             keys: a text for each vector.
             encode: makes the vectors (n, D) of the keys with the given indices.
-
-        Returns:
-            (len(keys), D) float32, on clip's device.
         """
         return self._remembered(manner, keys, encode)
 

@@ -55,16 +55,13 @@ class TextCache:
     def get(
         self, shelf: str, words: Sequence[str], encode: Callable[[list[int]], Tensor], *, disk: bool = True
     ) -> Tensor:
-        """The vectors of words, of which the unknown ones are made and remembered.
+        """The vectors of words, of which the unknown ones are made and remembered: float32 (W, D) on the CPU.
 
         Args:
             shelf: its name, a part of a file name.
             words: W keys.
             encode: takes the indices of the unknown ones, n of them, each key once, and gives (n, D).
             disk: also look and keep on disk.
-
-        Returns:
-            float32 (W, D) on the CPU, not to be written to.
         """
         path = self.folder / f"{shelf}.safetensors" if disk and self.folder is not None else None
         with self._lock:

@@ -23,27 +23,13 @@ def _check_blocks(blocks: Sequence[int], num_blocks: int, what: str) -> tuple[in
 
 
 class AddedTables(nn.Module):
-    """Learnt tables added to the tokens, class token included: one at the input and one at each of several blocks.
+    """Learnt tables added to the tokens, class token included: one at the input and one at each of several ``blocks``.
 
     DeOP's prompts of the kind "adding" (released option LEARN_POSITION). The table at the input joins CLIP's position
     table before the first norm; that of a block is added where the tokens enter the block, so it stays in the residual
-    stream. Each table is resized to the patch grid bicubically (align_corners False, row 0 copied), unless its number
-    of rows is right already: the released code looks at the number only, not at the shape of the grid.
-
-    Args:
-        width: W of the tower.
-        num_blocks: blocks of the tower.
-        blocks: indices (0-based) of the blocks with a table of their own; DeOP uses 1 to 5.
-        side: patches per side of the input table's own grid (DeOP: 24, for 384 pixels).
-        block_side: patches per side of the blocks' tables; None means ``side``. (The released code divides by 16 here
-            whatever the patch size is.)
-
-    Attributes:
-        table: (1 + side * side, W), at the input.
-        block_tables: (1 + block_side * block_side, W) by block index as text.
-
-    Raises:
-        LexisegError: a block is listed twice or is not in the tower, or a side is below 1.
+    stream. Tables of ``side`` patches a side (DeOP: 24, for 384 pixels) are resized to the patch grid bicubically
+    (align_corners False, row 0 copied), unless their number of rows is right already: the released code looks at the
+    number only, not at the shape of the grid.
     """
 
     def __init__(
@@ -81,24 +67,8 @@ class PrependedPrompts(nn.Module):
 
     DeOP's prompts of the kind "prepending" (released option LEARN_TOKEN). Before a listed block its prompts take the
     place of the previous block's if that was listed as well, and are inserted otherwise; behind the last listed block
-    they go on as tokens. A severed block drops them. They have no positions.
-
-    Where the next block drops or replaces the prompts, their own outputs are dead; there they are given to the block as
-    keys and values only, which changes nothing else.
-
-    Args:
-        num_prompts: P, prompts a block.
-        width: W of the tower.
-        num_blocks: blocks of the tower.
-        patch_size: side of a patch; it sets the range of the initial values.
-        blocks: indices (0-based) of the blocks with prompts.
-        dropout: on the prompts, in training.
-
-    Attributes:
-        embeddings: (number of blocks listed, P, W), in the order of ``blocks``.
-
-    Raises:
-        LexisegError: there are no prompts, a block is listed twice or is not in the tower.
+    they go on as tokens. A severed block drops them. They have no positions. Where the next block drops or replaces
+    them, they are given to the block as keys and values only, which changes nothing else.
     """
 
     def __init__(
@@ -120,13 +90,10 @@ class PrependedPrompts(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def hook(self, num_patches: int, *, severed: Collection[int] = (), keep_rows: bool = False) -> BeforeBlock:
-        """Make the function that puts the prompts into an image tower.
+        """Make the function that puts the prompts into an image tower; the ``severed`` blocks drop all of them.
 
-        Args:
-            num_patches: patches of an image.
-            severed: indices of the severed blocks, which drop all prompts.
-            keep_rows: let the prompts be rows of their own everywhere, as in the authors' code, so that the blocks'
-                full outputs can be compared. The class token and the patches come out the same.
+        With ``keep_rows`` they are rows of their own everywhere, as in the authors' code, so that the blocks' full
+        outputs can be compared. The class token and the patches come out the same.
         """
         prompts = dict(zip(self.blocks, self.dropout(self.embeddings), strict=True))
 

@@ -23,20 +23,11 @@ def exclusive_losses(
     dice_weight: float = 0.0,
     weights: Tensor | None = None,
 ) -> MaskLosses:
-    """Cross entropy of the softmax over classes, and dice of the same probabilities.
+    """Cross entropy of the softmax over classes, the mean over labelled pixels, and dice of the same probabilities.
 
-    The cross entropy is the mean over labelled pixels of the batch. The dice term is that of
-    `lexiseg.losses.masks.mask_losses` with the softmax for the sigmoid, on labelled pixels.
-
-    Args:
-        logits: (B, C, h, w); upsampled bilinearly to the labels' size.
-        labels: (B, H, W) long in 0..C-1, or 255.
-        entropy_weight: factor on the cross entropy.
-        dice_weight: factor on the dice term; it is not computed for 0.
-        weights: (C,) factors on the terms of each class; None is 1 for all.
-
-    Raises:
-        LexisegError: a label is neither in 0..C-1 nor 255.
+    Logits (B, C, h, w) are upsampled bilinearly to labels (B, H, W) in 0..C-1 or 255, other values being a
+    `LexisegError`. The dice term is that of `lexiseg.losses.masks.mask_losses` on labelled pixels; with weight 0 it is
+    not computed. ``weights`` (C,) are factors on the terms of each class.
     """
     check_labels(labels, logits.shape[1])
     size = (int(labels.shape[-2]), int(labels.shape[-1]))
@@ -63,11 +54,7 @@ def exclusive_losses(
 
 
 def exclusive_logits(logits: Tensor) -> Tensor:
-    """Logits whose sigmoid is the softmax of ``logits`` over the classes: ``log p - log(1 - p)``, float32.
-
-    Args:
-        logits: (B, C, ...); with one class, p is 1 and the result large.
-    """
+    """Logits whose sigmoid is the softmax of ``logits`` (B, C, ...): ``log p - log(1 - p)``, float32."""
     log_p = logits.float().log_softmax(dim=1)
     # 1 - p without the rounding of a difference, and no infinity where p rounds to 1.
     return log_p - torch.expm1(log_p).neg().clamp(min=1e-30).log()

@@ -45,18 +45,12 @@ class MaskAwareOptions(BaseModel):
 
 
 def mask_ious(masks: Tensor, labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
-    """IoU of each proposal with each class that is present, for one picture.
+    """IoUs (k, N) of the proposals of a picture with the classes that are present, and their ids (k,), ascending.
 
     Args:
         masks: (N, H, W) in [0, 1]; soft masks give soft IoUs.
-        labels: (H, W) long in 0..C-1, or 255.
+        labels: (H, W) long in 0..C-1, or 255; another value is a `LexisegError`.
         num_classes: C.
-
-    Returns:
-        (k, N) IoUs and (k,) the ids of the k classes that are present, ascending.
-
-    Raises:
-        LexisegError: a label is neither in 0..C-1 nor 255.
     """
     check_labels(labels, num_classes)
     present = labels.unique()
@@ -114,10 +108,5 @@ def mask_aware_loss(scores: Tensor, targets: Tensor, distance: Distance = "smoot
 
 
 def distillation_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """Distance between what student and teacher say of whole pictures (Eq. 8).
-
-    Args:
-        student: (B, C) probabilities of the tower that is trained, run without masks.
-        teacher: (B, C) those of the frozen CLIP.
-    """
+    """Distance between probabilities (B, C) of whole pictures, student's and teacher's (Eq. 8)."""
     return F.smooth_l1_loss(student, teacher.detach()) * reduction_weight(len(student), student.device)

@@ -36,12 +36,7 @@ class MaskLosses:
 
 
 def count_masks(labels: Tensor, num_classes: int = IGNORE_INDEX) -> float:
-    """Number of (image, class) pairs that are present, averaged over the processes; at least 1 in all.
-
-    Args:
-        labels: (B, H, W) class ids, or `ignore_index`.
-        num_classes: C, which says what that is.
-    """
+    """Number of (image, class) pairs in labels (B, H, W), averaged over the processes; at least 1 in all."""
     ignored = ignore_index(num_classes)
     count = float(sum(int((image.unique() != ignored).sum()) for image in labels))
     # At least 1 in the whole batch, so that several processes divide by what one would.
@@ -49,15 +44,7 @@ def count_masks(labels: Tensor, num_classes: int = IGNORE_INDEX) -> float:
 
 
 def check_labels(labels: Tensor, num_classes: int) -> None:
-    """See that labels are classes.
-
-    Args:
-        labels: long, any shape.
-        num_classes: C.
-
-    Raises:
-        LexisegError: one is neither in 0..C-1 nor `ignore_index`.
-    """
+    """See that labels are in 0..C-1, or `ignore_index`; another is a `LexisegError`."""
     ignored = ignore_index(num_classes)
     wrong = (labels != ignored) & ((labels >= num_classes) | (labels < 0))
     if bool(wrong.any()):
@@ -197,18 +184,7 @@ def _image_losses(
     buffers: Tensor,
     weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Weighted focal and dice of one image and, if ``needed``, their gradient.
-
-    Args:
-        x: logits (C, P) over P pixels.
-        labels: (P,) class ids or 255.
-        focal_weight: factor on the focal sum, before the division by P.
-        dice_weight: factor on the dice sum.
-        alpha: weight of positives.
-        needed: compute the gradient (C, P); it lies in ``buffers`` and is overwritten by the next call.
-        buffers: scratch memory (4, C, P).
-        weights: (C,) factors on the classes, or None.
-    """
+    """Weighted focal and dice of logits (C, P) and, if ``needed``, their gradient (C, P), in ``buffers``."""
     scale = focal_weight / x.shape[1]
     p, q, softplus, squared = buffers
     torch.sigmoid(x, out=p)
@@ -253,17 +229,8 @@ def _image_losses(
 def pseudo_labels(logits: Tensor, labels: Tensor, seen: Tensor) -> Tensor:
     """Fill in pixels of unseen classes with the model's own best unseen class (ZegCLIP's transductive setting).
 
-    Args:
-        logits: (B, C, H, W) mask logits of all classes.
-        labels: (B, H, W) long; ids of seen classes and 255 are kept, all others (ids of unseen classes, or -1 where
-            only the place of unseen pixels is known) are replaced.
-        seen: (C,) bool, at least one of them False.
-
-    Returns:
-        (B, H, W) long.
-
-    Raises:
-        LexisegError: every class is seen, so that there is nothing to choose from.
+    Logits (B, C, H, W) of all classes; labels (B, H, W) and ``seen`` (C,) as for `fill_unseen`. A `LexisegError` says
+    that every class is seen, so that there is nothing to choose from.
     """
     if bool(seen.all()):
         raise LexisegError("Self-training needs at least one unseen class; give the text of all classes.")
@@ -281,9 +248,6 @@ def fill_unseen(labels: Tensor, best: Tensor, seen: Tensor, *, label_void: bool 
         best: (..., H, W) long, what they get.
         seen: (C,) bool.
         label_void: whether 255 is replaced too, as in ZSSeg's released code.
-
-    Returns:
-        (..., H, W) long.
     """
     void = labels == ignore_index(len(seen))
     kept = torch.zeros_like(void) if label_void else void.clone()
@@ -293,12 +257,7 @@ def fill_unseen(labels: Tensor, best: Tensor, seen: Tensor, *, label_void: bool 
 
 
 def pixel_accuracy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Share of the labelled pixels whose class has the largest logit, in percent; 0 if no pixel is labelled.
-
-    Args:
-        logits: (B, C, H, W).
-        labels: (B, H, W) long, 255 = not counted.
-    """
+    """Percentage of labelled pixels (B, H, W) whose class has the largest logit (B, C, H, W), or 0."""
     counted = labels != ignore_index(logits.shape[1])
     right = (logits.argmax(dim=1) == labels) & counted
     return 100.0 * right.sum() / counted.sum().clamp(min=1)

@@ -67,13 +67,7 @@ Match = tuple[Tensor, Tensor]
 def mask_targets(
     labels: Tensor, size: tuple[int, int] | None = None, *, ignore_index: int = IGNORE_INDEX
 ) -> list[MaskTargets]:
-    """One binary mask for each class that occurs in an image.
-
-    Args:
-        labels: (B, H, W) long; pixels labelled ``ignore_index`` belong to no mask.
-        size: (height, width) that the images were padded to, at the right and the bottom; None: not padded.
-        ignore_index: the label of no class.
-    """
+    """One binary mask for each class that occurs in labels (B, H, W), of the size that the images were padded to."""
     height, width = size or (labels.shape[1], labels.shape[2])
     targets = []
     for image in labels:

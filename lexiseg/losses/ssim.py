@@ -69,16 +69,7 @@ def _batch_loss(logits: Tensor, labels: Tensor, weight: float, gradient: Tensor 
 
 
 def _ssim(x: Tensor, resize: _Sides, window: _Sides, target: Tensor | None) -> Tensor:
-    """Similarity map (C, H, W) of maps (C, h, w), which are upsampled first, and masks (C, H, W) of zeros and ones.
-
-    Resizing and smoothing are matrix products along each axis, so a mean of the upsampled map is one product too.
-
-    Args:
-        x: mask logits.
-        resize: matrices (H, h) and (W, w).
-        window: matrices (H, H) and (W, W).
-        target: the masks; None where all are zero.
-    """
+    """Similarity map (C, H, W) of maps (C, h, w), upsampled first, and masks (C, H, W), or None for zeros."""
 
     def apply(sides: _Sides, maps: Tensor) -> Tensor:
         return sides[0] @ maps @ sides[1].T

@@ -2,6 +2,7 @@
 
 from lexiseg.models.base import ImageFeatures, SegmentationModel
 from lexiseg.models.cascade_clip import CascadeCLIP, CascadeCLIPOptions
+from lexiseg.models.cascade_on_spt import CascadeOnSPT as CascadeOnSPT
 from lexiseg.models.cat_seg import CATSeg, CATSegOptions
 from lexiseg.models.dense_clip import DenseCLIP, DenseCLIPOptions
 from lexiseg.models.deop import DeOP, DeOPOptions

@@ -23,6 +23,7 @@ from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lexiseg.checking import check
 from lexiseg.clip.image import ImageTokens
 from lexiseg.clip.model import CLIP
 from lexiseg.errors import LexisegError
@@ -30,20 +31,17 @@ from lexiseg.models.base import ImageFeatures
 from lexiseg.models.clip_similarity import patch_directions
 from lexiseg.models.mask_decoder import MaskDecoder, unit
 from lexiseg.models.options import Count, ModelOptions
-from lexiseg.models.spt_seg import SPTSeg, SPTSegOptions
-from lexiseg.models.zegclip import Head, ZegCLIP
+from lexiseg.models.zegclip import Head, ZegCLIP, ZegCLIPOptions
 
 Groups = tuple[tuple[int, ...], ...]
 Aggregation = Literal["nga", "nga-fixed", "nga-printed", "sum", "trainable-sum", "concat", "self-attention"]
 LevelProjection = Literal["released", "clip", "trained"]
 _FIXED = ("nga-fixed", "sum")  # sums whose weights do not train
+_SPECTRAL = ("filter_blocks", "filter_grid", "train_filter")
 
 
 def parse_groups(text: str | Iterable[Iterable[int]]) -> Groups:
-    """Read groups of blocks, counted from 1 as in the paper.
-
-    Args:
-        text: such as ``"{6-8},{9-11},{12}"``, or lists of numbers. A group may also name its blocks: ``"{6,8,11}"``.
+    """Read groups of blocks, counted from 1: ``"{6-8},{9-11},{12}"``, ``"{6,8,11}"``, or lists of numbers.
 
     Raises:
         ValueError: it is not of that form, a group is empty, or the blocks of a group do not rise.
@@ -86,12 +84,12 @@ def format_groups(groups: Groups) -> str:
     return ",".join(write(group) for group in groups)
 
 
-class CascadeCLIPOptions(SPTSegOptions):
+class CascadeCLIPOptions(ZegCLIPOptions):
     """Options of `CascadeCLIP`, with those of the system it is built on.
 
     Attributes:
         base: what the cascade is built on (Table 10): "zegclip", with the ``backbone`` "prompt", "fixed" (the paper's
-            frozen CLIP) or "finetune"; or "spt-seg", with spectral prompts, decoders and loss.
+            frozen CLIP) or "finetune"; or "spt-seg", see `lexiseg.models.cascade_on_spt`.
         groups: the groups of blocks, counted from 1, shallow to deep in each, one decoder a group (Tables 5, 6, 15).
         aggregation: how a group of several blocks is joined (Table 8), one word for all groups or a list of one each:
             "nga", "nga-fixed", "sum", "trainable-sum", "concat", "self-attention", and "nga-printed", with the initial
@@ -105,7 +103,7 @@ class CascadeCLIPOptions(SPTSegOptions):
         predict_with: the decoders, counted from 1, that are summed at prediction (Fig. 1 and 6); None is all.
     """
 
-    weights_depend_on = SPTSegOptions.weights_depend_on | {
+    weights_depend_on = ZegCLIPOptions.weights_depend_on | {
         *("base", "groups", "aggregation", "aggregate", "sigma", "text_projection", "level_projection"),
     }
 
@@ -117,6 +115,13 @@ class CascadeCLIPOptions(SPTSegOptions):
     text_projection: Literal["independent", "shared"] = "independent"
     level_projection: LevelProjection = "released"
     predict_with: tuple[Count, ...] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_spectral(cls, given: Any) -> Any:
+        # Models of the first release name SPT-SEG's options whatever their base is.
+        spare = isinstance(given, dict) and given.get("base", "zegclip") == "zegclip"
+        return {key: value for key, value in given.items() if key not in _SPECTRAL} if spare else given
 
     @field_validator("groups", mode="before")
     @classmethod
@@ -146,15 +151,10 @@ class CascadeCLIPOptions(SPTSegOptions):
 
 
 class LevelProjections(nn.Module):
-    """Norms and projections of intermediate blocks: patches of width W become unit vectors of width D.
+    """Norms and projections of ``count`` intermediate blocks: patches of width W become unit vectors of width D.
 
-    Args:
-        count: how many.
-        norm: CLIP's final norm.
-        proj: CLIP's projection (W, D).
-        init: "released": norms of weight one and random projections N(0, 1) / sqrt(W), which the released code draws
-            once and never trains, so that they must come from the checkpoint. "clip" and "trained": copies of CLIP's
-            final norm and projection; whether they train is the system's business.
+    With ``init`` "released" norms have weight one and projections are N(0, 1) / sqrt(W), drawn once and never trained,
+    so that they must come from the checkpoint. "clip" and "trained" copy CLIP's final ``norm`` and ``proj`` (W, D).
     """
 
     def __init__(self, count: int, norm: nn.LayerNorm, proj: Tensor, init: LevelProjection) -> None:
@@ -173,16 +173,11 @@ class LevelProjections(nn.Module):
 
 
 class WeightedSum(nn.Module):
-    """Z = sum of w_l f_l over the blocks of a group, without dividing by anything.
+    """Z = sum of w_l f_l over the ``count`` blocks of a group, without dividing by anything.
 
     Neighborhood Gaussian aggregation (Eq. 4) starts from w_l = exp(-(d - l)^2 / (2 sigma^2)) for the l-th of d blocks:
     0.135, 0.607, 1 for three, as in the code and in Tables 16 and 17. The paper prints d - l + 1 in the exponent, which
-    makes them 0.011, 0.135, 0.607.
-
-    Args:
-        count: d.
-        sigma: width of the Gaussian in blocks; None starts from ones.
-        nearest: distance of the last block, 0 or, as printed, 1.
+    makes them 0.011, 0.135, 0.607: ``nearest`` is then 1. Without a ``sigma`` all weights start from 1.
     """
 
     def __init__(self, count: int, sigma: float | None, nearest: int = 0) -> None:
@@ -201,12 +196,7 @@ class WeightedSum(nn.Module):
 
 
 class Concatenation(nn.Module):
-    """The blocks' features side by side, mapped back to D by a linear layer (Table 8, "Concat").
-
-    Args:
-        count: blocks of the group.
-        dim: D.
-    """
+    """The blocks' features side by side, mapped back to D by a linear layer (Table 8, "Concat")."""
 
     def __init__(self, count: int, dim: int) -> None:
         super().__init__()
@@ -220,12 +210,8 @@ class Concatenation(nn.Module):
 class LevelAttention(nn.Module):
     """Self-attention among a patch's features from the blocks of a group, summed (Table 8).
 
-    The paper names this comparison and does not describe it. Here the d features of one patch attend to each other
-    with learnt maps, and their outputs are added to them and summed.
-
-    Args:
-        dim: D.
-        num_heads: attention heads.
+    The paper names this comparison and does not describe it. Here the d features of one patch attend to each other with
+    learnt maps, and their outputs are added to them and summed.
     """
 
     def __init__(self, dim: int, num_heads: int) -> None:
@@ -255,29 +241,29 @@ def build_aggregation(kind: Aggregation, count: int, dim: int, *, sigma: float, 
 
 
 class CascadeCLIP(ZegCLIP):
-    """Cascade-CLIP.
+    """Cascade-CLIP; a `LexisegError` says that the options do not fit the tower or each other.
 
-    Features hold ``cls`` (B, D), the final class embedding, and the joined patches of each group, ``group_0``
-    (B, h, w, D) and so on. The paper's figure suggests a descriptor for each stage; its code, and this one, take the
-    final class embedding for all.
-
-    Args:
-        clip: the towers.
-        options: see `CascadeCLIPOptions`.
-        seen_names: classes that had masks in training.
-
-    Raises:
-        LexisegError: the options do not fit the tower, or the init "clip-similarity" has nothing to compare.
+    Features hold ``cls`` (B, D), the final class embedding, and the joined patches of each group, ``group_0`` (B, h, w,
+    D) and so on. The paper's figure suggests a descriptor for each stage; its code, and this one, take the final class
+    embedding for all.
     """
 
     system: ClassVar[str] = "cascade-clip"
     options_class: ClassVar[type[ModelOptions]] = CascadeCLIPOptions
     options: CascadeCLIPOptions
 
+    bases: ClassVar[dict[str, type[CascadeCLIP]]] = {}
+    """Cascades that stand on another system than ZegCLIP, by the option ``base``."""
+
+    @classmethod
+    def parse_options(cls, options: dict[str, Any]) -> ModelOptions:
+        """Those of the cascade on the base that they name; see `SegmentationModel.parse_options`."""
+        chosen = cls.bases.get(str(options.get("base")), cls)
+        return check(chosen.options_class, options, f"The system '{cls.system}'", noun="option")
+
     def __new__(cls, clip: CLIP | None = None, options: CascadeCLIPOptions | None = None, *_: Any, **__: Any) -> Any:
         """Choose the class that stands on what the options name as the base."""
-        on_spt = cls is CascadeCLIP and options is not None and options.base == "spt-seg"
-        return super().__new__(CascadeOnSPT if on_spt else cls)
+        return super().__new__(cls if options is None else cls.bases.get(options.base, cls))
 
     def build_heads(self) -> None:
         """Make the groups' norms, projections, aggregations and heads."""
@@ -340,11 +326,7 @@ class CascadeCLIP(ZegCLIP):
         return tokens[:, -result.num_patches :]
 
     def project_level(self, index: int, patches: Tensor) -> Tensor:
-        """Unit vectors (B, N, D) of patches (B, N, W), by the norm and projection ``index``.
-
-        The prompts' norm comes first, the same one at every block. The class tokens of these blocks are not needed:
-        every decoder's queries are made with the final one, as in the authors' code.
-        """
+        """Unit vectors (B, N, D) of patches (B, N, W), by the prompts' norm, then the norm and projection ``index``."""
         assert self.levels is not None
         projected: Tensor = self.levels(index, patches if self.prompts is None else self.prompts.norm(patches))
         return projected
@@ -388,9 +370,3 @@ class CascadeCLIP(ZegCLIP):
     def memories(self, features: ImageFeatures) -> list[Tensor]:
         """Each decoder sees its group."""
         return [features.values[f"group_{index}"] for index in self.summed()]
-
-
-class CascadeOnSPT(CascadeCLIP, SPTSeg):
-    """Cascade-CLIP whose prompts, decoders and losses are SPT-SEG's."""
-
-    options: CascadeCLIPOptions

@@ -161,12 +161,9 @@ class CATSeg(SegmentationModel):
     def run_tower(self, images: Tensor) -> tuple[Tensor, dict[int, Tensor], tuple[int, int]]:
         """Run the image tower up to the last block, which only its value path goes through.
 
-        Args:
-            images: (B, 3, H, W), sides multiples of the patch size.
-
         Returns:
             tokens (B, 1 + h * w, W) of the last block, the outputs of the `guidance_blocks` in the same layout, and the
-            grid (h, w).
+                grid (h, w).
         """
         tower = self.clip.image_tower
         tokens, grid = tower.embed(images, interpolation="bicubic", by_count=True)
@@ -209,13 +206,9 @@ class CATSeg(SegmentationModel):
         return ImageFeatures(size, {"dense": dense, "middle": self.upsample1(middle), "fine": self.upsample2(fine)})
 
     def embed_text(self, embedder: TextEmbedder, vocabulary: Vocabulary) -> Tensor:
-        """Embed the words; see `SegmentationModel.embed_text`.
+        """Embed the words: (W, D) unit vectors, or with the option ``templates`` over 1, (W, P, D), one a template.
 
-        Returns:
-            (W, D) unit vectors; with the option ``templates`` over 1, (W, P, D), one a template.
-
-        Raises:
-            LexisegError: there are more or fewer templates than the option says.
+        Another number of templates than the option's is a `LexisegError`.
         """
         wanted, given, words = self.options.templates, vocabulary.templates, self._words(vocabulary)
         if wanted == 1:
@@ -273,21 +266,10 @@ class CATSeg(SegmentationModel):
         return GridScores(logits, word_to_class=word_to_class, resize_to=features.size, sigmoid=True)
 
     def losses(self, images: Tensor, labels: Tensor, text: Tensor, *, seen: Tensor | None = None) -> dict[str, Tensor]:
-        """Binary cross entropy of every class at every pixel (released code).
+        """Binary cross entropy of every class at every pixel (released code); text is (C, D) or (C, P, D).
 
-        Pixels without a class are in the mean as negatives of all classes.
-
-        Args:
-            images: (B, 3, H, W), normalised.
-            labels: (B, h, w) long; any size, the logits are resized to it.
-            text: (C, D) or (C, P, D).
-            seen: self-training, which CAT-Seg does not have.
-
-        Returns:
-            "loss" and "loss_mask", which are equal.
-
-        Raises:
-            LexisegError: a label is out of range, or ``seen`` is given.
+        Pixels without a class are in the mean as negatives of all classes. There is no self-training: ``seen`` is a
+        `LexisegError`.
         """
         if seen is not None:
             raise LexisegError("CAT-Seg has no self-training; choose the setting 'inductive' or 'supervised'.")

@@ -12,7 +12,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from lexiseg.models.mask_decoder import DecoderLayer, MaskDecoder, MatchingLayer
+from lexiseg.models.mask_decoder import DecoderLayer, MaskDecoder
 
 GAIN = 20.0
 OFFSET = 9.0
@@ -34,18 +34,13 @@ def patch_directions(projection: Tensor) -> Tensor:
 def init_matching_decoder(decoder: MaskDecoder, query_proj: nn.Linear, basis: Tensor, *, silent: bool = False) -> None:
     """Set the weights so that the mask logits are those of queries and patches compared directly.
 
-    Queries are the text embeddings, the layers' updates start at zero and only their norms remain, and the last layer's
-    query and key maps are multiples of the identity. The biases of queries and keys are opposite along one direction,
-    and their product is the offset. A relationship descriptor adds the words' comparison with the whole image.
-
-    Args:
-        decoder: of `MatchingLayer`.
-        query_proj: makes the queries of [t * cls, t] or t; its weights are set as well.
-        basis: see `patch_directions`; along the last the biases shift all patches alike.
-        silent: start with logits of zero instead, from which gradients reach the last layer's keys.
+    Queries are the text embeddings, the layers' updates start at zero, and the last layer's query and key maps are
+    multiples of the identity. The biases of queries and keys are opposite along the last direction of ``basis``
+    (`patch_directions`), and their product is the offset. A relationship descriptor adds the words' comparison with the
+    whole image. ``silent`` starts with logits of zero instead, from which gradients reach the last layer's keys.
     """
     direction = basis[-1]
-    *inner, last = cast("list[MatchingLayer]", list(decoder.layers))
+    *inner, last = cast("list[DecoderLayer]", list(decoder.layers))
     for layer in inner:
         silence_updates(layer)
     dim = last.query.in_features

@@ -84,23 +84,13 @@ class DecoupledModel(SegmentationModel):
     """A generator of proposals beside a CLIP.
 
     Images are padded at the right and the bottom, after they were normalised, with zeros to multiples of the
-    generator's stride: the *padded frame*. Mask logits cover that frame.
-
-    Features (`encode_images`) hold ``images`` (B, 3, H', W'), the padded frame, and, unless the generator needs to see
-    the words, the proposals: ``mask_logits`` (B, N, h, w), ``embeddings`` (B, N, E) and ``valid`` (B, N) where it gives
-    them.
-
-    Args:
-        clip: the towers.
-        options: see `DecoupledOptions`.
-        seen_names: classes that had masks in training.
+    generator's stride: the *padded frame*. Mask logits cover that frame. Features (`encode_images`) hold ``images`` (B,
+    3, H', W'), the padded frame, and, unless the generator needs to see the words, the proposals: ``mask_logits`` (B,
+    N, h, w), ``embeddings`` (B, N, E) and ``valid`` (B, N) where it gives them.
 
     Attributes:
-        generator: proposes regions.
+        generator: proposes regions; a `LexisegError` if its class embeddings do not have CLIP's width.
         no_object: (1, D), the row "no object" behind the text rows.
-
-    Raises:
-        LexisegError: the generator's class embeddings do not have CLIP's width.
     """
 
     options: DecoupledOptions
@@ -181,12 +171,7 @@ class DecoupledModel(SegmentationModel):
         return (pixels - mean) / std
 
     def clip_frame(self, padded: Tensor, size: Size) -> Tensor:
-        """The padded frame (B, 3, H', W') as CLIP wants it: normalised for CLIP, the padding 0 again.
-
-        Args:
-            padded: see `pad`.
-            size: (H, W) of the picture in it.
-        """
+        """The padded frame (B, 3, H', W') of pictures of ``size`` normalised for CLIP, the padding 0 again."""
         height, width = size
         inside = self.clip_normalise(self.pixels(padded[..., :height, :width]))
         return F.pad(inside, (0, padded.shape[-1] - width, 0, padded.shape[-2] - height))
@@ -216,10 +201,8 @@ class DecoupledModel(SegmentationModel):
     def propose(self, padded: Tensor, text: Tensor | None = None, size: Size | None = None) -> Proposals:
         """Run the generator on the padded frame, and outside training add what it leaves over, if that is asked for.
 
-        Args:
-            padded: (B, 3, H', W').
-            text: (C, D), what a generator that reads words is shown.
-            size: (H, W) of the pictures in the frame; None: they fill it.
+        ``text`` (C, D) is shown to a generator that reads words; ``size`` (H, W) is that of the pictures in the frame,
+        None if they fill it.
         """
         rows = self.text_rows(text) if self.generator.needs_text and text is not None else None
         proposals: Proposals = self.generator(padded, rows)
@@ -235,12 +218,7 @@ class DecoupledModel(SegmentationModel):
         return self.encode_padded(self.pad(images), size)
 
     def encode_padded(self, padded: Tensor, size: Size) -> ImageFeatures:
-        """`encode_images` of images (B, 3, H', W') that already lie in a padded frame, as in a batch of several sizes.
-
-        Args:
-            padded: normalised; 0 where there is no picture.
-            size: (H, W) of the pictures.
-        """
+        """`encode_images` of normalised pictures of ``size`` that lie in a padded frame (B, 3, H', W') already."""
         values = {"images": padded}
         if not self.generator.needs_text:
             values |= self.kept(self.propose(padded, None, size))
@@ -288,14 +266,9 @@ class DecoupledModel(SegmentationModel):
         word_to_class: Tensor | None = None,
         offsets: Tensor | None = None,
     ) -> RegionScores:
-        """Class scores of regions as scores of pixels, sum_n class_scores[n] * sigmoid(mask_n).
+        """Class scores (B, N, W) of regions as scores of pixels, sum_n class_scores[n] * sigmoid(mask_n).
 
-        Args:
-            class_scores: (B, N, W).
-            proposals: the regions; those that are not valid take no part.
-            features: the padded frame and the size of the pictures in it.
-            word_to_class: see `SegmentationModel.score`.
-            offsets: (W,) subtracted from the words' scores.
+        Proposals that are not valid take no part; ``offsets`` (W,) are subtracted from the words' scores.
         """
         if proposals.valid is not None:
             class_scores = class_scores * proposals.valid[..., None].to(class_scores.dtype)

@@ -126,23 +126,16 @@ class DeOPOptions(DecoupledOptions):
 
 
 class DeOP(DecoupledModel):
-    """DeOP, its baseline and what lies between.
+    """DeOP, its baseline and what lies between; both towers stay frozen.
 
     Features hold, beside those of `DecoupledModel`, ``regions`` (B, N, D), the embeddings of the proposals: they do not
-    depend on the words. With a generator that reads the words they are made when the words are scored.
-
-    Args:
-        clip: the towers; both stay frozen.
-        options: see `DeOPOptions`.
-        seen_names: classes that had masks in training.
+    depend on the words. With a generator that reads the words they are made when the words are scored. Options that do
+    not fit the tower or each other are a `LexisegError`.
 
     Attributes:
         tables: the visual prompts, or None.
         prompt: the learned text prompt, or None.
         anchors: the heatmap decoder, or None.
-
-    Raises:
-        LexisegError: the options do not fit the tower or each other.
     """
 
     system: ClassVar[str] = "deop"
@@ -228,10 +221,7 @@ class DeOP(DecoupledModel):
         return tuple(name for name, _ in self.named_parameters() if name.startswith(tuple(parts)))
 
     def embed_text(self, embedder: TextEmbedder, vocabulary: Vocabulary) -> Tensor:
-        """Text (W, D) of a vocabulary's words, with the learned prompt if there is one; remembered by ``embedder``.
-
-        (The released code encodes the words anew for every picture, which is three quarters of its work.)
-        """
+        """Text (W, D) of a vocabulary's words, with the learned prompt if there is one; remembered by ``embedder``."""
         if self.prompt is None:
             return embedder(vocabulary)
         return embedder.embed_prompted(self.prompt, vocabulary.words, disk=not self.training)
@@ -248,12 +238,9 @@ class DeOP(DecoupledModel):
         return int(padded.shape[-2]) // patch, int(padded.shape[-1]) // patch
 
     def patches(self, padded: Tensor, mask_logits: Tensor, size: tuple[int, int]) -> Tensor:
-        """CLIP's patches (B, gh, gw, D), projected and not normalised.
+        """CLIP's patches (B, gh, gw, D), projected and not normalised, of pictures of ``size`` in a padded frame.
 
-        Args:
-            padded: (B, 3, H', W'), normalised for the generator.
-            mask_logits: (B, N, h, w), for the kinds of severance that read them.
-            size: (H, W) of the pictures in the frame.
+        Mask logits (B, N, h, w) are for the kinds of severance that read them.
         """
         options, tower, grid = self.options, self.clip.image_tower, self.grid(padded)
         images = padded if options.clip_images == "shared" else self.clip_frame(padded, size)
@@ -277,12 +264,7 @@ class DeOP(DecoupledModel):
         return tower.project(result.tokens[:, -result.num_patches :]).unflatten(1, grid)
 
     def pool(self, patches: Tensor, mask_logits: Tensor) -> Anchored:
-        """Embed regions.
-
-        Args:
-            patches: (B, gh, gw, D), from `patches`.
-            mask_logits: (B, N, h, w).
-        """
+        """Embed regions of mask logits (B, N, h, w), given the `patches` (B, gh, gw, D)."""
         features = unit_or_zero(patches.float())
         masks = patch_masks(mask_logits.float(), (int(patches.shape[1]), int(patches.shape[2])))
         if self.anchors is not None:
@@ -349,14 +331,8 @@ class DeOP(DecoupledModel):
         """The loss of the stage that ``train`` names; see `SegmentationModel.losses`.
 
         "regions": focal and dice of the map of class scores, see `lexiseg.losses.regions`. "proposals": matching and
-        mask losses, and the class loss of the generator's own embeddings. In self-training, in both, pixels without a
-        label first get the unseen class with the largest score in the map.
-
-        Returns:
-            "loss", "loss_mask" (focal) and "loss_dice", weighted; of the proposals those of every level.
-
-        Raises:
-            LexisegError: there is nothing to train, a label is out of range, or in self-training every class is seen.
+        mask losses, and the class loss of the generator's own embeddings, of every level. In self-training, in both,
+        pixels without a label first get the unseen class with the largest score in the map.
         """
         if not self.trainable_names():
             return super().losses(images, labels, text, seen=seen)

@@ -67,7 +67,7 @@ def mix(
     neighbours: Tensor | None = None,
     feedback: Feedback | None = None,
 ) -> Tensor:
-    """Mix the values of all tokens.
+    """Mix the values of all tokens: (B, heads, T, values' width).
 
     Args:
         qkv: queries, keys and values (B, heads, T, d); the values may be of another width.
@@ -77,9 +77,6 @@ def mix(
             ``neighbours``: the neighbourhood alone, at the scale of the mean product of two keys' lengths.
         neighbours: (T, T) from `neighbourhood`, for the mixings that have it in their name.
         feedback: ResCLIP's additions, for the mixings with a softmax.
-
-    Returns:
-        (B, heads, T, values' width).
     """
     query, key, value = qkv
     if mixing == "value":
@@ -111,19 +108,11 @@ def mix(
 
 
 def proxy_attention(features: Tensor, beta: float, gamma: float) -> Tensor:
-    """ProxyCLIP's attention between the places of another encoder, by how alike they look to it.
+    """ProxyCLIP's attention (B, h * w, h * w) between places (B, C, h, w), by how alike they look to another encoder.
 
     With S the cosines, the weights are softmax(gamma * (S - beta * mean(S))) over the places where that is not
     negative. The mean is that of each image, as the paper has it (the released code takes the batch's), and a place
     always attends to the most alike, so that a picture of one colour has weights too.
-
-    Args:
-        features: (B, C, h, w).
-        beta: how many times the mean similarity counts as none.
-        gamma: sharpness.
-
-    Returns:
-        (B, h * w, h * w).
     """
     with torch.autocast(features.device.type, enabled=False):  # the cut at zero wants the digits
         unit = F.normalize(features.float().flatten(2), dim=1, eps=1e-12)
@@ -150,15 +139,9 @@ def mix_by_proxy(value: Tensor, grid: Grid, attention: Tensor, proxy_grid: Grid)
 def self_self(block: Block, tokens: Tensor, iterations: int, temperature: float | None) -> Tensor:
     """GEM's self-self attention of a block: keys, values and queries are each clustered, then mix the values.
 
-    Args:
-        block: the block.
-        tokens: (B, T, W) that enter it.
-        iterations: of z = softmax(t z z^T) z on unit vectors z.
-        temperature: t; None is the mean length of the normalised tokens of each image, over the root of the width of a
-            head.
-
-    Returns:
-        (B, T, W), after the output projection.
+    Tokens (B, T, W) enter, (B, T, W) come out of the output projection. Clustering is ``iterations`` of z = softmax(t z
+    z^T) z on unit vectors; a temperature t of None is the mean length of an image's normalised tokens over the root of
+    a head's width.
     """
     query, key, value = block.qkv(tokens)
     scale: Tensor | float
@@ -177,18 +160,11 @@ def self_self(block: Block, tokens: Tensor, iterations: int, temperature: float 
 
 
 def label_agreement(labels: Tensor, std: float, same_entity_only: bool = True) -> Tensor:
-    """ResCLIP's feedback: which patches belong together, by the labels that a first pass gave them.
+    """ResCLIP's feedback (h * w, h * w), rows that sum to 1: which patches belong together, by labels (h, w).
 
-    Two patches of one label agree, by 1; where another label lies on the straight line between them, by exp(-distance
-    / largest distance). The rows are smoothed along the flattened grid, across the ends of its rows, as released.
-
-    Args:
-        labels: (h, w) integers.
-        std: of the smoothing, in patches.
-        same_entity_only: False leaves out the look at the line between them.
-
-    Returns:
-        (h * w, h * w), rows that sum to 1.
+    Two patches of one label agree, by 1; where another label lies on the straight line between them (unless not
+    ``same_entity_only``), by exp(-distance / largest distance). The rows are smoothed with ``std`` patches along the
+    flattened grid, across the ends of its rows, as released.
     """
     grid = (int(labels.shape[0]), int(labels.shape[1]))
     flat, count = labels.flatten(), labels.numel()

@@ -63,7 +63,7 @@ def maft_losses(
         image: (B, 3, S, S), the square picture.
         grid_masks: (B, N, g, g) in [0, 1], the masks as mask attention reads them.
         masks: for each picture the masks (N, h, w) in [0, 1] at the size of its labels; asked for one after another.
-        labels: (B, h, w) long in 0..C-1, or 255.
+        labels: (B, h, w) long in 0..C-1, or 255; another value is a `LexisegError`.
         valid: (B, N) bool or None; a region that is not valid adds 0 to the loss and takes no part in the targets.
         options: see `MaftOptions`.
         region_probabilities: from region features (B, N, D) to A^c (B, N, C).
@@ -71,9 +71,6 @@ def maft_losses(
 
     Returns:
         "loss" and its parts, weighted: "loss_mask_aware", and "loss_distillation" unless its weight is 0.
-
-    Raises:
-        LexisegError: a label is out of range.
     """
     probabilities = region_probabilities(encoder.attend(student, image, grid_masks))
     loss = mask_aware_step(probabilities, masks, labels, valid, options)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, NamedTuple, cast
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -11,26 +11,12 @@ from torch.nn import functional as F
 from lexiseg.errors import LexisegError
 
 
-class DecoderTrace(NamedTuple):
-    """What one decoder layer computed: its output queries (B, C, D), or None, and its mask logits (B, C, N)."""
-
-    queries: Tensor | None
-    logits: Tensor
-
-
 class DecoderLayer(nn.Module):
-    """What follows the attention in a layer: a residual with a norm behind it, and a feed-forward part likewise.
+    """Cross-attention from queries to patches (ZegCLIP, Sec. 3.3), residual and norm, and an FFN likewise.
 
-    A subclass gives the attention. What it makes of the patches does not depend on the queries, so it is computed once
-    for all classes (`see`).
-
-    Args:
-        dim: D of queries and patches.
-        num_heads: attention heads.
-        ffn_ratio: hidden width of the feed-forward part over D.
-        dropout: on the attention, its output, and in the feed-forward part.
-        logits_only: build only what the mask logits need. The last layer's output queries are used by nobody, so it
-            has no value path; the authors' checkpoints carry those weights at their initial values.
+    What it makes of the patches does not depend on the queries, so it is computed once for all classes (`see`). With
+    ``logits_only`` only what the mask logits need is built: the last layer's output queries are used by nobody. (The
+    authors' checkpoints carry those weights, untrained.) A subclass may give another attention.
     """
 
     def __init__(self, dim: int, num_heads: int, ffn_ratio: float, dropout: float, *, logits_only: bool) -> None:
@@ -42,46 +28,23 @@ class DecoderLayer(nn.Module):
             self.norm_attention, self.norm_ffn = nn.LayerNorm(dim), nn.LayerNorm(dim)
             self.ffn_in, self.ffn_out = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
             self.dropout = nn.Dropout(dropout)
+        self.build_attention(dim)
 
-    def see(self, patches: Tensor, grid: tuple[int, int]) -> tuple[Tensor, ...]:
-        """What the layer attends to, of patches (B, N, D) on a grid (h, w)."""
-        raise NotImplementedError
-
-    def mask_logits(self, queries: Tensor, seen: tuple[Tensor, ...]) -> Tensor:
-        """Mask logits (B, C, N) of queries (B, C, D)."""
-        raise NotImplementedError
-
-    def attend(self, queries: Tensor, seen: tuple[Tensor, ...], dropout: float) -> Tensor:
-        """What queries (B, C, D) get from the patches, before the output map."""
-        raise NotImplementedError
-
-    def forward(self, queries: Tensor, seen: tuple[Tensor, ...]) -> Tensor:
-        """Update queries (B, C, D) with what `see` made of the patches."""
-        mixed = self.attend(queries, seen, self.dropout.p if self.training else 0.0)
-        queries = self.norm_attention(queries + self.dropout(self.out(mixed)))
-        hidden = self.ffn_out(self.dropout(F.relu(self.ffn_in(queries))))
-        return self.norm_ffn(queries + self.dropout(hidden))
-
-
-class MatchingLayer(DecoderLayer):
-    """Cross-attention from queries to patches (ZegCLIP, Sec. 3.3)."""
-
-    def __init__(self, dim: int, num_heads: int, ffn_ratio: float, dropout: float, *, logits_only: bool) -> None:
-        super().__init__(dim, num_heads, ffn_ratio, dropout, logits_only=logits_only)
+    def build_attention(self, dim: int) -> None:
+        """Make the maps of the attention."""
         self.query, self.key = nn.Linear(dim, dim), nn.Linear(dim, dim)
-        if not logits_only:
+        if not self.logits_only:
             self.value = nn.Linear(dim, dim)
 
     def see(self, patches: Tensor, grid: tuple[int, int]) -> tuple[Tensor, ...]:
-        """The patches themselves and, where queries are updated, their keys and values; each (B, N, D)."""
+        """The patches (B, N, D) of a grid (h, w) and, where queries are updated, their keys and values."""
         return (patches,) if self.logits_only else (patches, self.key(patches), self.value(patches))
 
     def mask_logits(self, queries: Tensor, seen: tuple[Tensor, ...]) -> Tensor:
-        """Mean over the heads of the scaled attention logits, (B, C, N).
+        """Mean over the heads of the scaled attention logits, (B, C, N), of queries (B, C, D).
 
-        The sum over heads of products of D / heads numbers each is one product of D numbers: one matrix product, and
-        no logits per head. The map to keys goes to whichever side is shorter, the queries or the patches: q (m K)^T
-        and (q K^T) m^T are the same.
+        The sum over heads is one product of D numbers: one matrix product, and no logits per head. The map to keys goes
+        to whichever side is shorter, queries or patches: q (m K)^T and (q K^T) m^T are the same.
         """
         patches = seen[0]
         scale = (queries.shape[-1] // self.num_heads) ** -0.5 / self.num_heads
@@ -91,31 +54,29 @@ class MatchingLayer(DecoderLayer):
         return (mapped @ self.key.weight) @ patches.transpose(1, 2) + (mapped @ self.key.bias)[..., None]
 
     def attend(self, queries: Tensor, seen: tuple[Tensor, ...], dropout: float) -> Tensor:
-        """Multi-head attention; see `DecoderLayer.attend`."""
+        """What queries (B, C, D) get from the patches, before the output map."""
         query, key, value = (
             x.unflatten(2, (self.num_heads, -1)).transpose(1, 2) for x in (self.query(queries), *seen[1:])
         )
         mixed = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout)
         return mixed.transpose(1, 2).flatten(2)
 
+    def forward(self, queries: Tensor, seen: tuple[Tensor, ...]) -> Tensor:
+        """Update queries (B, C, D) with what `see` made of the patches."""
+        mixed = self.attend(queries, seen, self.dropout.p if self.training else 0.0)
+        queries = self.norm_attention(queries + self.dropout(self.out(mixed)))
+        hidden = self.ffn_out(self.dropout(F.relu(self.ffn_in(queries))))
+        return self.norm_ffn(queries + self.dropout(hidden))
+
 
 class MaskDecoder(nn.Module):
     """A stack of layers; the mask logits of the last one are the result (ZegCLIP, Sec. 3.3, Eq. 3 to 5).
 
-    Queries do not see each other, so classes can be decoded in any order and in parts.
-
-    Args:
-        dim: D.
-        num_layers: layers.
-        num_heads: attention heads; must divide D.
-        ffn_ratio: see `DecoderLayer`.
-        dropout: see `DecoderLayer`.
-
-    Raises:
-        LexisegError: the heads do not divide D or there is no layer.
+    Queries do not see each other, so classes can be decoded in any order and in parts. A `LexisegError` says that there
+    is no layer, or that the heads do not divide the width ``dim``.
     """
 
-    layer_class: ClassVar[type[DecoderLayer]] = MatchingLayer
+    layer_class: ClassVar[type[DecoderLayer]] = DecoderLayer
 
     def __init__(
         self, dim: int, num_layers: int = 3, num_heads: int = 8, ffn_ratio: float = 4.0, dropout: float = 0.1
@@ -139,23 +100,12 @@ class MaskDecoder(nn.Module):
         """What each layer sees of patches (B, N, D) on a grid (h, w), once for all classes."""
         return [cast(DecoderLayer, layer).see(patches, grid) for layer in self.layers]
 
-    def forward(
-        self, queries: Tensor, memory: list[tuple[Tensor, ...]], trace: list[DecoderTrace] | None = None
-    ) -> Tensor:
-        """Mask logits (B, C, N) of class queries (B, C, D) over the patches of a memory from `project_memory`.
-
-        ``trace`` is a list that receives what each layer computed, for comparisons.
-        """
-        logits = queries.new_empty(0)
-        for module, seen in zip(self.layers, memory, strict=True):
-            layer = cast(DecoderLayer, module)
-            if layer.logits_only or trace is not None:
-                logits = layer.mask_logits(queries, seen)
-            if not layer.logits_only:
-                queries = layer(queries, seen)
-            if trace is not None:
-                trace.append(DecoderTrace(None if layer.logits_only else queries, logits))
-        return logits
+    def forward(self, queries: Tensor, memory: list[tuple[Tensor, ...]]) -> Tensor:
+        """Mask logits (B, C, N) of class queries (B, C, D) over the patches of a memory from `project_memory`."""
+        *inner, last = (cast(DecoderLayer, layer) for layer in self.layers)
+        for layer, seen in zip(inner, memory[:-1], strict=True):
+            queries = layer(queries, seen)
+        return last.mask_logits(queries, memory[-1])
 
 
 def unit(x: Tensor) -> Tensor:

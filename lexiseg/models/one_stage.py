@@ -1,7 +1,7 @@
 """What the one-stage systems share: a place is a patch, and mask logits on the grid of patches are scores and losses.
 
-A system gives `SegmentationModel.encode_images` and `OneStageModel.grid_logits`. Where the authors' code and the papers
-differ the code is followed, and said so at that line, because the published checkpoints need it.
+Where the authors' code and the papers differ the code is followed, and said so at that line, because the published
+checkpoints need it.
 """
 
 from __future__ import annotations
@@ -65,10 +65,7 @@ class OneStageOptions(WindowOptions):
 
 
 class OneStageModel(SegmentationModel):
-    """A system that gives mask logits on a grid of patches.
-
-    Shapes: images (B, 3, H, W) give h x w patches; text is (C, D); mask logits are (B, C, h, w).
-    """
+    """A system that gives mask logits (B, C, h, w) on the h x w patches of images (B, 3, H, W), for text (C, D)."""
 
     options: OneStageOptions
     family = "one-stage"
@@ -79,11 +76,11 @@ class OneStageModel(SegmentationModel):
         """Mask logits (B, C, h, w), float32, of classes ``text`` (C, D), before any resize."""
 
     def mask_loss(self, logits: Tensor, labels: Tensor, *, dice_weight: float) -> MaskLosses:
-        """Focal loss or cross entropy, and dice, of mask logits (B, C, h, w) and labels (B, H, W), upsampled to them.
+        """Focal loss or cross entropy, and dice, of mask logits (B, C, h, w) upsampled to labels (B, H, W).
 
-        Focal: alpha_t (1 - p_t)^2 BCE with alpha 0.25, the mean over pixels, the sum over classes and images. Dice:
-        1 - (2 sum(p t) + 1) / (sum p + sum t + 1) of the classes in an image. Both are divided by the number of masks
-        in the batch. A pixel without a class is a negative of all.
+        Focal: alpha_t (1 - p_t)^2 BCE with alpha 0.25, the mean over pixels, the sum over classes and images. Dice: 1 -
+        (2 sum(p t) + 1) / (sum p + sum t + 1) of the classes in an image. Both are divided by the number of masks in
+        the batch. A pixel without a class is a negative of all.
         """
         weight = self.options.mask_weight
         if self.options.mask_loss == "focal":
@@ -124,7 +121,7 @@ class OneStageModel(SegmentationModel):
         """Score words against images; see `SegmentationModel.score`.
 
         A score is sigmoid(mask logit), less `OneStageOptions.seen_offset` for seen words. The papers write a softmax
-        over the logits and do not mention the offset; the published numbers were measured as here.
+        and do not mention the offset; the published numbers were measured as here.
         """
         return GridScores(
             self.patch_scores(features, text),
@@ -137,24 +134,12 @@ class OneStageModel(SegmentationModel):
     def losses(
         self, images: Tensor, labels: Tensor, text: Tensor, *, seen: Tensor | None = None, accuracy: bool = False
     ) -> dict[str, Tensor]:
-        """Losses of the class masks (ZegCLIP, Sec. 3.2; Cascade-CLIP, Eq. 3), see `class_losses`.
+        """Losses of the class masks (ZegCLIP, Sec. 3.2; Cascade-CLIP, Eq. 3); see `SegmentationModel.losses`.
 
-        Inductive training: ``text`` holds the seen classes, ``labels`` their ranks, and pixels of unseen classes are
-        255 before they get here. Transductive training (self-training): ``text`` holds all classes and ``seen`` says
-        which had masks; pixels of other classes, or -1, get the model's own best unseen class.
-
-        Args:
-            images: (B, 3, H, W), normalised.
-            labels: (B, h, w) long; any size, the masks are resized to it.
-            text: (C, D).
-            seen: (C,) bool for self-training, else None.
-            accuracy: add "accuracy", the percentage of labelled pixels whose class has the largest logit.
-
-        Returns:
-            the weighted terms by name, and their sum "loss".
-
-        Raises:
-            LexisegError: a label is out of range.
+        Inductive: ``text`` holds the seen classes, ``labels`` their ranks, and pixels of unseen classes are 255 before
+        they get here. Self-training: ``text`` holds all classes and ``seen`` says which had masks; pixels of other
+        classes, or -1, get the model's own best unseen class. ``accuracy`` adds the percentage of labelled pixels with
+        the largest logit.
         """
         features = self.encode_images(images)
         logits = self.grid_logits(features, text)

@@ -106,20 +106,12 @@ class RegionModel(DecoupledModel):
 
     Features hold, beside those of `DecoupledModel`, ``regions`` (B, N, D) and ``encoded`` (B, N), see `RegionFeatures`:
     unless the words decide which regions there are, or which of them CLIP sees. Text is (W, D), or (W, 2, D) where the
-    generator's words (first) differ from CLIP's.
-
-    Args:
-        clip: the towers, frozen.
-        options: see `RegionModelOptions`.
-        seen_names: classes that had masks in training.
+    generator's words (first) differ from CLIP's. Options that contradict each other are a `LexisegError`.
 
     Attributes:
         student: the copy of CLIP's image tower that MAFT tunes, or None.
         prompts: learned prompts, or None.
         region_encoder: how CLIP sees regions, or None.
-
-    Raises:
-        LexisegError: options contradict each other.
     """
 
     options: RegionModelOptions
@@ -263,12 +255,7 @@ class RegionModel(DecoupledModel):
     # Scores.
 
     def judge_with(self, *, crops: Mapping[str, Any] | None = None, ensemble: Mapping[str, Any] | None = None) -> None:
-        """Change how regions are cut out and how the two opinions are joined; no weight depends on either.
-
-        Args:
-            crops: options of `CropOptions` to replace.
-            ensemble: options of `EnsembleOptions` to replace.
-        """
+        """Change options of `CropOptions` and of `EnsembleOptions`; no weight depends on either."""
         told = self.options
         changed = {
             key: type(old).model_validate({**old.model_dump(), **new})
@@ -279,12 +266,9 @@ class RegionModel(DecoupledModel):
             self.region_encoder = replace(self.region_encoder, crops=self.options.crops)
 
     def region_probabilities(self, regions: Tensor, text: Tensor, proposal_logits: Tensor | None) -> Tensor:
-        """A^c (..., C): the softmax over the classes of what CLIP says of regions.
+        """A^c (..., C): the softmax over the classes ``text`` (C, D) of what CLIP says of regions (..., D).
 
-        Args:
-            regions: (..., D).
-            text: (C, D), CLIP's words.
-            proposal_logits: (..., C + 1), what the generator says, or None.
+        ``proposal_logits`` (..., C + 1) are what the generator says, or None.
         """
         cosines = unit_or_zero(regions.float()) @ text.float().T
         return ((self.options.region_temperature or self.options.temperature) * cosines).softmax(dim=-1)
@@ -292,14 +276,7 @@ class RegionModel(DecoupledModel):
     def class_scores(
         self, features: ImageFeatures, proposals: Proposals, text: Tensor, seen: Tensor | None = None
     ) -> Tensor:
-        """The scores (B, N, C) of classes for the regions.
-
-        Args:
-            features: from `encode_images`.
-            proposals: the regions.
-            text: (C, D) or (C, 2, D).
-            seen: (C,) bool or None.
-        """
+        """The scores (B, N, C) of classes for the regions; text is (C, D) or (C, 2, D), ``seen`` (C,) bool."""
         options, (own, clips) = self.options, self.texts(text)
         logits = None if proposals.embeddings is None else self.proposal_logits(proposals.embeddings, own)
         opinion = None if logits is None else class_probabilities(logits)
@@ -344,21 +321,14 @@ class RegionModel(DecoupledModel):
     # Training.
 
     def losses(self, images: Tensor, labels: Tensor, text: Tensor, *, seen: Tensor | None = None) -> dict[str, Tensor]:
-        """Losses of the stage that is trained.
+        """Losses of the stage that is trained; see `SegmentationModel.losses`.
 
-        Args:
-            images: (B, 3, H, W), normalised.
-            labels: (B, h, w) long in 0..C-1, or 255; as large as the images, or smaller. In self-training -1 where only
-                the place of an unseen pixel is known.
-            text: (C, D) or (C, 2, D).
-            seen: (C,) bool for self-training: pixels of other classes get the model's own best unseen class.
+        Labels are as large as the images, or smaller. With ``seen`` pixels of other classes, or -1, get the model's own
+        best unseen class.
 
         Returns:
             "loss" and its parts: "loss_ce", if the proposals know classes, "loss_mask" and "loss_dice", and those of
-            earlier decoder layers with their number behind; or "loss_mask_aware" and "loss_distillation", weighted.
-
-        Raises:
-            LexisegError: there is nothing to train, or a label is out of range.
+                earlier decoder layers with their number behind; or "loss_mask_aware" and "loss_distillation", weighted.
         """
         if not self.trainable_names():
             return super().losses(images, labels, text, seen=seen)
@@ -378,19 +348,7 @@ class RegionModel(DecoupledModel):
     def mask_aware_losses(
         self, padded: Tensor, frame: Tensor, size: Size, labels: Tensor, text: Tensor
     ) -> dict[str, Tensor]:
-        """MAFT's losses, see `maft_losses`.
-
-        Args:
-            padded: (B, 3, H', W'), the padded frame.
-            frame: the same as CLIP wants it, see `clip_frame`.
-            size: (H, W) that the labels cover.
-            labels: (B, h, w) long in 0..C-1, or 255.
-            text: (C, D) or (C, 2, D).
-
-        Raises:
-            LexisegError: a label is out of range.
-            ValueError: the option ``maft`` is not given, so that there is no tower to tune.
-        """
+        """MAFT's losses, see `maft_losses`; ``frame`` is the padded one as CLIP wants it, see `clip_frame`."""
         encoder, options = self.region_encoder, self.options.maft
         if options is None or self.student is None or encoder is None:
             raise ValueError("there is no tower to tune")
@@ -421,21 +379,10 @@ class RegionModel(DecoupledModel):
 
     @torch.no_grad()
     def pseudo_labels(self, padded: Tensor, size: Size, labels: Tensor, text: Tensor, seen: Tensor) -> Tensor:
-        """Fill in pixels of unseen classes with the model's own best unseen class (self-training).
+        """Fill in pixels of unseen classes with the model's own best unseen class (self-training); see `fill_unseen`.
 
         The released code does this once, with a trained model, for the whole training set; here it is done in every
-        step with the model as it is.
-
-        Args:
-            padded: (B, 3, H', W'), the padded frame.
-            size: (H, W) of the pictures in it.
-            labels: (B, h, w) long; ids of seen classes are kept, and 255 unless ``label_void``; all others, -1 too, are
-                replaced.
-            text: (C, D) or (C, 2, D) of all classes.
-            seen: (C,) bool.
-
-        Raises:
-            LexisegError: every class is seen.
+        step with the model as it is. A `LexisegError` says that every class is seen.
         """
         if bool(seen.all()):
             raise LexisegError("Self-training needs at least one unseen class; give the text of all classes.")

@@ -128,8 +128,8 @@ class ZegFormer(RegionModel):
     def embed_text(self, embedder: TextEmbedder, vocabulary: Vocabulary) -> Tensor:
         """Text rows (W, 2, D), the generator's and CLIP's: the words of one class have the same rows, their mean.
 
-        A class's row is the mean over all its synonyms in all templates, normalised. A name such as "building, edifice"
-        is two synonyms, as in the released code.
+        A class's row is the mean over all its synonyms in all templates. A name such as "building, edifice" is two
+        synonyms, as in the released code.
         """
         groups = [
             # A class whose words are in its name and beside it as well has each once.

@@ -47,14 +47,6 @@ class SecondLook(ZegCLIP):
     Features hold, beside those of `ZegCLIP`: ``shifted_cls`` and ``shifted_patches``, the same of the shifted picture;
     and ``colours`` (B, 3, 4 h, 4 w), RGB in 0..1, for h x w patches. In training mode the picture is seen once, and the
     losses are ZegCLIP's.
-
-    Args:
-        clip: the towers.
-        options: see `SecondLookOptions`.
-        seen_names: classes that had masks in training.
-
-    Raises:
-        LexisegError: the options do not fit the tower.
     """
 
     system: ClassVar[str] = "second-look"

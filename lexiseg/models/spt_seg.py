@@ -53,14 +53,7 @@ class SpectralFilter(nn.Module):
     """F(patches, cls): patches times the class token, filtered over the grid.
 
     z = patches * cls, elementwise, as a map (h, w, W); its real two-dimensional Fourier transform is multiplied by a
-    complex weight for each frequency and channel and transformed back.
-
-    Args:
-        grid: (h, w) the weight is made for.
-        width: W of the tower.
-
-    Raises:
-        LexisegError: the grid is empty.
+    complex weight for each frequency and channel, made for one ``grid``, and transformed back.
     """
 
     def __init__(self, grid: tuple[int, int], width: int) -> None:
@@ -71,10 +64,10 @@ class SpectralFilter(nn.Module):
         self.weight = nn.Parameter(0.02 * torch.randn(grid[0], grid[1] // 2 + 1, width, 2))
 
     def transfer(self, grid: tuple[int, int]) -> Tensor:
-        """The complex weight (h, w // 2 + 1, W) for patches of another grid.
+        """The complex weight (h, w // 2 + 1, W) for patches of another grid, which the released code does not know.
 
-        The released code knows one grid only. Here the weight is read as samples of a function of the frequency in
-        cycles a patch, and interpolated linearly; along the first axis frequencies wrap around.
+        The weight is read as samples of a function of the frequency in cycles a patch, and interpolated linearly; along
+        the first axis frequencies wrap around.
         """
         weight = self.weight.float()
         if grid != self.grid:
@@ -85,16 +78,7 @@ class SpectralFilter(nn.Module):
         return torch.view_as_complex(weight.contiguous())
 
     def forward(self, patches: Tensor, cls: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Return what is added to the patches.
-
-        Args:
-            patches: (B, N, W).
-            cls: (B, 1, W), the class token.
-            grid: (h, w), N = h * w.
-
-        Returns:
-            (B, N, W), of the patches' type; computed in float32.
-        """
+        """What is added to patches (B, N, W) of a grid (h, w), given the class token (B, 1, W); in float32."""
         with torch.autocast(patches.device.type, enabled=False):
             z = (patches.float() * cls.float()).unflatten(1, grid)
             spectrum = torch.fft.rfft2(z, dim=(1, 2), norm="ortho") * self.transfer(grid)
@@ -120,14 +104,8 @@ class SpectralGuide(nn.Module):
     """High and low frequencies of the patches, gated by a learnt prompt: z of patches m.
 
     One of eight heads attends within windows of 3 x 3 patches (high frequencies); seven attend from every patch to the
-    3 x 3 averages of the map (low frequencies). The map is padded with zeros to whole windows, and the zeros take part
-    in both, as in the authors' code.
-
-    Args:
-        dim: D of the patches.
-
-    Raises:
-        LexisegError: eight heads do not divide D.
+    3 x 3 averages of the map (low frequencies). The map is padded with zeros to whole windows, and the zeros take part,
+    as in the authors' code. The width must be a multiple of eight.
     """
 
     def __init__(self, dim: int) -> None:
@@ -184,11 +162,9 @@ class SpectralGuide(nn.Module):
     def init_as_identity(self, basis: Tensor) -> None:
         """Set the weights so that z is about the patches, smoothed where they are alike, plus a constant.
 
-        The directions along which patches differ most go to the high frequencies and tell everywhere which patches are
-        alike; the constant lies along the last direction, where the prompt looks, so that the gate is open.
-
-        Args:
-            basis: see `lexiseg.models.clip_similarity.patch_directions`.
+        The directions along which patches differ most (the first of ``basis``, see `patch_directions`) are the high
+        frequencies and tell which patches are alike; the constant lies along the last, where the prompt looks, so that
+        the gate is open.
         """
         size = self.head_dim
         scale = (_SHARPNESS * size**0.5) ** 0.5
@@ -207,8 +183,8 @@ class SpectralGuide(nn.Module):
 class SpectralLayer(DecoderLayer):
     """Queries attend to z, see `SpectralGuide`: one head, no scale, and no maps of queries and keys."""
 
-    def __init__(self, dim: int, num_heads: int, ffn_ratio: float, dropout: float, *, logits_only: bool) -> None:
-        super().__init__(dim, num_heads, ffn_ratio, dropout, logits_only=logits_only)
+    def build_attention(self, dim: int) -> None:
+        """Make the guide in the place of maps."""
         self.guide = SpectralGuide(dim)
 
     def see(self, patches: Tensor, grid: tuple[int, int]) -> tuple[Tensor, ...]:
@@ -234,11 +210,8 @@ class SpectralDecoder(MaskDecoder):
 def init_spectral_decoder(decoder: MaskDecoder, query_proj: nn.Linear, basis: Tensor, *, silent: bool = False) -> None:
     """Set the weights so that the mask logits are those of queries and patches compared directly.
 
-    See `lexiseg.models.clip_similarity.init_matching_decoder`; the last but one layer's norm gives the gain, and a bias
-    of the queries against the constant part of z the offset.
-
-    Raises:
-        LexisegError: the decoder has one layer, and so no norm.
+    See `lexiseg.models.clip_similarity.init_matching_decoder`; the last but one layer's norm, which must be there,
+    gives the gain, and a bias of the queries against the constant part of z the offset.
     """
     *inner, last = cast("list[SpectralLayer]", list(decoder.layers))
     if not inner:
@@ -262,16 +235,7 @@ def init_spectral_decoder(decoder: MaskDecoder, query_proj: nn.Linear, basis: Te
 
 
 class SPTSeg(ZegCLIP):
-    """SPT-SEG.
-
-    Args:
-        clip: the towers; the width of the joint embedding must be a multiple of eight.
-        options: see `SPTSegOptions`.
-        seen_names: classes that had masks in training.
-
-    Raises:
-        LexisegError: the options do not fit the tower.
-    """
+    """SPT-SEG; the width of CLIP's joint embedding must be a multiple of eight."""
 
     system: ClassVar[str] = "spt-seg"
     options_class: ClassVar[type[ModelOptions]] = SPTSegOptions

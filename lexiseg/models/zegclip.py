@@ -3,8 +3,7 @@
 Zhou et al., "ZegCLIP: Towards Adapting CLIP for Zero-shot Semantic Segmentation", CVPR 2023. A frozen CLIP runs once
 with learnt prompts in every block (`VisualPrompts`, the paper's DPT); each word becomes a query that knows the image
 (`ZegCLIP.descriptor`, RD); a decoder matches queries with patches (`lexiseg.models.mask_decoder`); and every class is
-judged by itself (NEL: focal and dice loss, `lexiseg.losses.masks`). The paper's two baselines, CLIP fixed and CLIP
-fine-tuned, are options. Mask logits become scores and losses in `lexiseg.models.one_stage`.
+judged by itself (NEL: focal and dice loss, `lexiseg.models.one_stage`).
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from lexiseg.clip.positions import Interpolation
 from lexiseg.errors import LexisegError
 from lexiseg.models.base import ImageFeatures
 from lexiseg.models.clip_similarity import init_matching_decoder, patch_directions
-from lexiseg.models.mask_decoder import DecoderTrace, MaskDecoder, unit
+from lexiseg.models.mask_decoder import MaskDecoder, unit
 from lexiseg.models.one_stage import OneStageModel, OneStageOptions
 from lexiseg.models.options import Count, Dropout, ModelOptions
 
@@ -81,12 +80,10 @@ class VisualPrompts(nn.Module):
         num_blocks: blocks of the tower.
         patch_size: side of a patch; it sets the range of the initial values.
         depth: n > 0, "deep": fresh prompts enter blocks 0 to n, their outputs are thrown away each time, and later
-            blocks have none. n = 0, "shallow": prompts enter block 0 and pass through all blocks. n < 0, "reverse":
-            fresh prompts enter the last |n| blocks only. (Appendix B compares the three.)
+            blocks have none. n = 0, "shallow": prompts enter block 0 and pass through all. n < 0, "reverse": fresh
+            prompts enter the last |n| blocks only (Appendix B). A depth that does not fit the tower is a
+            `LexisegError`.
         dropout: on the mapped prompts.
-
-    Raises:
-        LexisegError: ``depth`` does not fit the number of blocks, or there are no prompts.
     """
 
     def __init__(
@@ -118,12 +115,10 @@ class VisualPrompts(nn.Module):
         return {first + index: row[None] for index, row in enumerate(rows)}
 
     def hook(self, num_patches: int, *, keep_rows: bool = False) -> BeforeBlock:
-        """Make the function that puts the prompts into an image tower, between class token and patches.
+        """Make the function that puts the prompts into an image tower, between class token and ``num_patches`` patches.
 
-        Args:
-            num_patches: patches of an image.
-            keep_rows: let the prompts always be rows of their own, as in the authors' code, instead of keys and values
-                only where their outputs are thrown away. The rest comes out the same; it is slower, for comparisons.
+        Where their outputs are thrown away they are keys and values only, unless ``keep_rows``: then they are rows of
+        their own, as in the authors' code. The rest comes out the same; it is slower, for comparisons.
         """
         prompts = self()
 
@@ -151,17 +146,9 @@ class Head(NamedTuple):
 
 
 class ZegCLIP(OneStageModel):
-    """ZegCLIP and its one-stage baselines.
+    """ZegCLIP and its one-stage baselines; a `LexisegError` says that the options do not fit the tower.
 
     Features hold ``cls`` (B, D), the class embedding, and ``patches`` (B, h, w, D), both of unit length.
-
-    Args:
-        clip: the towers. The text tower is frozen always, the image tower unless ``backbone`` is "finetune".
-        options: see `ZegCLIPOptions`.
-        seen_names: classes that had masks in training.
-
-    Raises:
-        LexisegError: the options do not fit the tower.
     """
 
     system: ClassVar[str] = "zegclip"
@@ -212,7 +199,7 @@ class ZegCLIP(OneStageModel):
         """Everything outside CLIP but the `frozen_names`; with a fine-tuned backbone the image tower as well."""
         tower = ("clip.model.visual.",) if self.options.backbone == "finetune" else ()
         frozen = ("clip.", *self.frozen_names())
-        names = [name for name, _ in self.named_parameters()]
+        names = (name for name, _ in self.named_parameters())
         return tuple(name for name in names if name.startswith(tower) or not name.startswith(frozen))
 
     def before_block(self, grid: tuple[int, int], *, keep_rows: bool = False) -> BeforeBlock | None:
@@ -220,20 +207,14 @@ class ZegCLIP(OneStageModel):
         return None if self.prompts is None else self.prompts.hook(grid[0] * grid[1], keep_rows=keep_rows)
 
     def run_tower(self, images: Tensor, *, levels: Sequence[int] = (), keep_rows: bool = False) -> ImageTokens:
-        """Run the image tower with the prompts.
+        """Run the image tower with the prompts on images (B, 3, H, W), sides multiples of the patch size.
 
-        Args:
-            images: (B, 3, H, W), sides multiples of the patch size.
-            levels: blocks (0-based) whose outputs are wanted.
-            keep_rows: see `VisualPrompts.hook`.
+        ``levels`` are blocks (0-based) whose outputs are wanted; for ``keep_rows`` see `VisualPrompts.hook`.
         """
         tower, options = self.clip.image_tower, self.options
         with torch.set_grad_enabled(torch.is_grad_enabled() and options.backbone != "fixed"):
-            tokens, grid = tower.embed(
-                images,
-                interpolation=options.position_interpolation,
-                class_embedding_twice=options.class_embedding_twice,
-            )
+            twice, how = options.class_embedding_twice, options.position_interpolation
+            tokens, grid = tower.embed(images, interpolation=how, class_embedding_twice=twice)
             return tower.run(tokens, grid, before_block=self.before_block(grid, keep_rows=keep_rows), levels=levels)
 
     def finish(self, result: ImageTokens) -> tuple[Tensor, Tensor]:
@@ -268,36 +249,26 @@ class ZegCLIP(OneStageModel):
 
     def queries(self, cls: Tensor, text: Tensor) -> list[Tensor]:
         """Class queries (B, C, D) of each of the `heads`, of class embeddings (B, D) and text (C, D)."""
-        if self.options.descriptor:
-            inputs = self.descriptor(cls, text)
-            return [head.query_proj(inputs) for head in self.heads()]
-        inputs = text.to(cls.dtype)[None]
+        inputs = self.descriptor(cls, text) if self.options.descriptor else text.to(cls.dtype)[None]
         return [head.query_proj(inputs).expand(len(cls), -1, -1) for head in self.heads()]
 
-    def grid_logits(
-        self, features: ImageFeatures, text: Tensor, traces: list[list[DecoderTrace]] | None = None
-    ) -> Tensor:
-        """See `OneStageModel.grid_logits`; ``traces`` receives the trace of each head, for comparisons."""
+    def grid_logits(self, features: ImageFeatures, text: Tensor) -> Tensor:
+        """Mask logits (B, C, h, w), summed over the heads; see `OneStageModel.grid_logits`."""
         cls, heads, memories = features.values["cls"], self.heads(), self.memories(features)
         grid = (int(memories[0].shape[1]), int(memories[0].shape[2]))
         pairs = zip(heads, memories, strict=True)
         projected = [head.decoder.project_memory(memory.flatten(1, 2), grid) for head, memory in pairs]
-        if traces is not None:
-            traces.extend([] for _ in heads)
 
         def decode(part: Tensor) -> Tensor:
-            all_logits = [
-                head.decoder(queries, projected[index], None if traces is None else traces[index])
-                for index, (head, queries) in enumerate(zip(heads, self.queries(cls, part), strict=True))
-            ]
+            triples = zip(heads, self.queries(cls, part), projected, strict=True)
+            first, *others = (head.decoder(queries, seen) for head, queries, seen in triples)
             # A sum, not a mean, and no loss of its own for any head (Cascade-CLIP, Eq. 2).
-            return sum(all_logits[1:], all_logits[0]).float()
+            return sum(others, first).float()
 
-        if self.training or traces is not None or len(text) <= _CLASS_CHUNK:
+        if self.training or len(text) <= _CLASS_CHUNK:
             return decode(text).unflatten(2, grid)
         # Queries are independent of each other: many classes are decoded in parts, into one tensor.
         logits = cls.new_empty((len(cls), len(text), grid[0] * grid[1]), dtype=torch.float32)
-        for start in range(0, len(text), _CLASS_CHUNK):
-            part = text[start : start + _CLASS_CHUNK]
-            logits[:, start : start + len(part)] = decode(part)
+        for part, place in zip(text.split(_CLASS_CHUNK), logits.split(_CLASS_CHUNK, 1), strict=True):
+            place.copy_(decode(part))
         return logits.unflatten(2, grid)

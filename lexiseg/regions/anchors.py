@@ -42,15 +42,10 @@ class Anchored:
 
 
 def sine_positions(grid: tuple[int, int], width: int, *, device: torch.device | None = None) -> Tensor:
-    """MaskFormer's sine position encoding of a grid: 1-based positions scaled to 2 pi, temperature 10,000.
+    """MaskFormer's sine position encoding of a grid (gh, gw): 1-based positions scaled to 2 pi, temperature 10,000.
 
-    Args:
-        grid: (gh, gw).
-        width: channels, a multiple of 4: the first half encodes the row and the second half the column.
-        device: where to make it.
-
-    Returns:
-        (gh * gw, width) float32.
+    (gh * gw, width) float32; ``width`` is a multiple of 4: the first half encodes the row and the second half the
+    column.
     """
     half = width // 2
     step = torch.arange(half, device=device, dtype=torch.float32)
@@ -67,14 +62,7 @@ def sine_positions(grid: tuple[int, int], width: int, *, device: torch.device | 
 
 
 class AnchorLayer(nn.Module):
-    """A transformer decoder layer, post-norm: self-attention among queries, attention to patches, feed-forward part.
-
-    Args:
-        dim: E.
-        num_heads: attention heads.
-        hidden: width of the feed-forward part.
-        dropout: on the attentions, their outputs, and in the feed-forward part.
-    """
+    """A transformer decoder layer, post-norm: self-attention among queries, attention to patches, feed-forward part."""
 
     def __init__(self, dim: int, num_heads: int, hidden: int, dropout: float) -> None:
         super().__init__()
@@ -85,14 +73,7 @@ class AnchorLayer(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, state: Tensor, queries: Tensor, memory: Tensor, keys: Tensor) -> Tensor:
-        """Update (B, Q, E).
-
-        Args:
-            state: (B, Q, E).
-            queries: (B, Q, E), the learnt queries, added where attention logits are made.
-            memory: (B, P, E), the patches.
-            keys: (B, P, E), the patches with their positions.
-        """
+        """Update (B, Q, E); queries are added where logits are made, and ``keys`` are ``memory`` with positions."""
         asking = state + queries
         mixed = self.self_attn(asking, asking, state, need_weights=False)[0]
         state = self.norm_self(state + self.dropout(mixed))
@@ -153,14 +134,7 @@ class QueryAnchors(nn.Module):
         return OutputLayer(dim, num_heads, dropout)
 
     def states(self, features: Tensor) -> list[Tensor]:
-        """What the queries become: the output of each of the K layers, then that of the self-attention of Eq. 3.
-
-        Args:
-            features: (B, gh, gw, E).
-
-        Returns:
-            K + 1 tensors (B, Q, E).
-        """
+        """What the queries become, K + 1 tensors (B, Q, E): after each layer, and after Eq. 3's self-attention."""
         memory = features.flatten(1, 2)
         keys = memory + self._positions(features)
         queries = self.queries.expand(len(memory), -1, -1)
@@ -178,12 +152,7 @@ class QueryAnchors(nn.Module):
         return maps[:, None].unflatten(-1, features.shape[1:3])
 
     def forward(self, features: Tensor, masks: Tensor) -> Anchored:
-        """Pool N regions; of several heads each pools its own channels.
-
-        Args:
-            features: (B, gh, gw, E) of unit length.
-            masks: (B, N, gh, gw) in [0, 1].
-        """
+        """Pool N regions of features (B, gh, gw, E) of unit length under masks (B, N, gh, gw) in [0, 1]."""
         maps = self.attention(features)
         count, num_queries = masks.shape[1], maps.shape[2]
         if count != num_queries:
@@ -199,13 +168,7 @@ class QueryAnchors(nn.Module):
 
 
 class OutputLayer(nn.Module):
-    """The self-attention among the queries that Eq. 3 begins with.
-
-    Args:
-        dim: E.
-        num_heads: heads.
-        dropout: on the attention and on its output.
-    """
+    """The self-attention among the queries that Eq. 3 begins with."""
 
     def __init__(self, dim: int, num_heads: int, dropout: float) -> None:
         super().__init__()
@@ -266,12 +229,9 @@ class ReleasedQueryAnchors(QueryAnchors):
 class ConvAnchors(nn.Module):
     """The convolutional heatmap decoder as released: one 3 x 3 convolution of each region's masked patches.
 
-    Neither batch norm nor ReLU, and however many layers the configuration asks for, each is the same convolution of
-    the same input. The embeddings are not divided by their length. The paper's Eq. 4 is `StackedConvAnchors`.
-
-    Args:
-        dim: E.
-        activation: "sigmoid" is the released default; "softmax" over all patches is what any other setting gives.
+    Neither batch norm nor ReLU, and however many layers the configuration asks for, each is the same convolution of the
+    same input. The embeddings are not divided by their length. "sigmoid" is the released default; "softmax" over all
+    patches is what any other setting gives. The paper's Eq. 4 is `StackedConvAnchors`.
     """
 
     def __init__(self, dim: int, activation: Literal["sigmoid", "softmax"] = "sigmoid") -> None:
@@ -309,13 +269,8 @@ class StackedConvAnchors(nn.Module):
     """The convolutional heatmap decoder of the paper (DeOP, Eq. 4): K x (conv, batch norm, ReLU), conv, softmax.
 
     It was never released; the borders' padding and the division of the embeddings by their length follow the other
-    decoders. Each region is convolved on its own, which is as costly as it sounds: 2.4 M products a patch, layer and
-    region at E = 512.
-
-    Args:
-        dim: E.
-        num_layers: K (paper: 3).
-        width: channels between the layers (paper: 512); None is E.
+    decoders. Each region is convolved on its own: 2.4 M products a patch, layer and region at E = 512. The paper has K
+    = 3 layers of 512 channels; a ``width`` of None is E.
     """
 
     def __init__(self, dim: int, num_layers: int = 3, width: int | None = None) -> None:

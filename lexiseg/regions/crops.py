@@ -78,10 +78,7 @@ class Crops:
 
 
 def boxes_of(inside: Tensor) -> tuple[Tensor, Tensor]:
-    """The first and last row and column that hold a True.
-
-    Args:
-        inside: (N, H, W) bool.
+    """The first and last row and column that hold a True, of (N, H, W) bool.
 
     Returns:
         (N, 4) long x1, y1, x2, y2, all of them included, and (N,) bool, False where there is no True (the box is 0).
@@ -105,7 +102,7 @@ def tight_crops(
     size: int,
     black: Tensor,
 ) -> Crops:
-    """Sub-images in the convention of ZSSeg and FreeSeg.
+    """Sub-images of the N regions of one picture in the convention of ZSSeg and FreeSeg.
 
     Args:
         image: (3, H, W), normalised for CLIP, so that its mean colour is 0; without padding.
@@ -173,14 +170,10 @@ def _expand(box: list[int], ratio: float, width: int, height: int) -> tuple[int,
 def aligned_crops(
     frame: Tensor, masks: Callable[[int, int], Tensor], num_masks: int, options: CropOptions, *, size: int
 ) -> Crops:
-    """Sub-images in ZegFormer's convention; all N of them.
+    """Sub-images of size S in ZegFormer's convention; all N of them.
 
-    Args:
-        frame: (3, H', W'), the padded frame, normalised for CLIP, its padding 0.
-        masks: gives mask *logits* (stop - start, H', W') of regions start to stop.
-        num_masks: N.
-        options: see `CropOptions`; ``matting``, ``expand`` and ``fill`` have no meaning here.
-        size: side S of the sub-images.
+    ``frame`` (3, H', W') is padded, normalised for CLIP, its padding 0; ``masks`` gives mask *logits* (stop - start,
+    H', W'). The options ``matting``, ``expand`` and ``fill`` have no meaning here.
     """
     from torchvision.ops import roi_align
 
@@ -219,15 +212,9 @@ def in_chunks(function: Callable[[Tensor], Tensor], images: Tensor, width: int, 
 
 
 def near_duplicates(mask_logits: Tensor, threshold: float) -> Tensor:
-    """For each region the first one whose mask it nearly repeats.
+    """For each region (N, h, w) of mask logits the first one whose binary mask it repeats with an IoU of ``threshold``.
 
-    Args:
-        mask_logits: (N, h, w), as coarse as they come.
-        threshold: IoU of two binary masks from which on they count as one.
-
-    Returns:
-        (N,) long, itself for a region that repeats none before it. A region is never mapped to one that is itself
-        mapped to another.
+    (N,) long, itself for a region that repeats none before it. A region is never mapped to one that is itself mapped.
     """
     inside = (mask_logits > 0).flatten(1).float()
     common = inside @ inside.T

@@ -57,10 +57,8 @@ class EnsembleOptions(BaseModel):
 def class_probabilities(logits: Tensor, *, drop_first: bool = False) -> Tensor:
     """Softmax over K = C + 1 logits, the last of which is "no object", which is dropped: (..., K) to (..., C).
 
-    Args:
-        logits: (..., K).
-        drop_first: drop the column before the softmax (CLIP's scores) and not after it (the generator's, whose rows
-            then sum to less than 1).
+    ``drop_first`` drops it before the softmax (CLIP's scores) and not after it (the generator's: rows sum to less than
+    1).
     """
     return logits[..., :-1].softmax(dim=-1) if drop_first else logits.softmax(dim=-1)[..., :-1]
 

@@ -34,12 +34,9 @@ FROZEN_UNITS = ("conv", "cls", "pos", "ln_pre", "mlp", "proj")
 class RegionTokens:
     """What the blocks leave behind, before the final norm.
 
-    Attributes:
-        regions: class tokens (B, N, W).
-        patches: (B, gh * gw, W), or None if nobody asked for them: no region needs those of the last block.
-        grid: (gh, gw).
-        levels: outputs of the blocks asked for, by block index: (B, N + gh * gw, W), or (B, 1 + gh * gw, W) before the
-            class token is copied.
+    ``regions`` (B, N, W); ``patches`` (B, gh * gw, W), or None if nobody asked for them; ``grid`` (gh, gw); ``levels``,
+    outputs of the blocks asked for, by index: (B, N + gh * gw, W), or (B, 1 + gh * gw, W) before the class token is
+    copied.
     """
 
     regions: Tensor
@@ -62,10 +59,7 @@ def masks_on_grid(masks: Tensor, grid: tuple[int, int]) -> Tensor:
 
 
 def attention_mask(inside: Tensor) -> Tensor:
-    """Say what each region's class token may attend to: itself and the patches inside its region.
-
-    Args:
-        inside: (B, N, gh, gw) boolean.
+    """What each region's class token may attend to: itself and the patches inside, of (B, N, gh, gw) boolean.
 
     Returns:
         (B, 1, N, N + gh * gw) boolean, True = may attend; equal for all heads. No row is empty.
@@ -92,14 +86,10 @@ def attend_regions(
         tokens: (B, L, W), what enters block ``start_block``: class token first, the gh * gw patches last. Tokens
             between them (prompts) are dropped.
         grid: (gh, gw).
-        inside: (B, N, gh, gw) boolean, the patches of each region; any N, and a region may be empty: its token sees
-            itself only.
-        start_block: index (0-based) of the first block with masks, L in the paper.
+        inside: (B, N, gh, gw) boolean, the patches of each region; any N, and a region may be empty.
+        start_block: index (0-based) of the first block with masks, L in the paper; none such is a `LexisegError`.
         patches: whether the patches of the last block are wanted.
         levels: indices of the blocks whose outputs are wanted.
-
-    Raises:
-        LexisegError: there is no such block.
     """
     check_start_block(tower, start_block)
     blocks = tower.visual.transformer.resblocks
@@ -131,20 +121,11 @@ def encode_regions(
     patches: bool = False,
     levels: Collection[int] = (),
 ) -> RegionTokens:
-    """Run a vision transformer with a class token for each region (MAFT, Sec. 4.1).
+    """Run a vision transformer with a class token for each region (MAFT, Sec. 4.1); see `attend_regions`.
 
-    Args:
-        tower: the image tower.
-        images: (B, 3, H, W) normalised; what is left over at the right and lower edge of whole patches is cut off, as
-            the patch convolution does (480 pixels are 34 patches of 14).
-        masks: (B, N, h, w) in 0..1, over the same frame as the images, any h and w.
-        start_block: see `attend_regions`.
-        position_interpolation: "bicubic-corners" as MAFT and FreeSeg, "bicubic" as ZSSeg.
-        patches: whether the patches of the last block are wanted.
-        levels: indices of the blocks whose outputs are wanted.
-
-    Raises:
-        LexisegError: there is no block ``start_block``, or an image is smaller than a patch.
+    Images (B, 3, H, W), normalised; what is left over of whole patches at the right and lower edge is cut off, as the
+    patch convolution does. Masks (B, N, h, w) in 0..1 cover the same frame. Positions: "bicubic-corners" as MAFT and
+    FreeSeg, "bicubic" as ZSSeg. A missing block or an image smaller than a patch is a `LexisegError`.
     """
     check_start_block(tower, start_block)
     tokens, grid = tower.embed(whole_patches(images, tower.patch_size), interpolation=position_interpolation)
@@ -169,19 +150,15 @@ def region_embeddings(
     start_block: int,
     position_interpolation: Interpolation = "bicubic-corners",
 ) -> Tensor:
-    """CLIP embeddings of regions, in one run of the image tower for any number of them.
+    """CLIP embeddings (B, N, D) of regions, not normalised, in one run of the image tower for any number of them.
 
     Args:
-        visual: ``model.visual`` of an open_clip model: a vision transformer or a CLIP ResNet. A tower fine-tuned with
-            masks and the plain one it came from are two such modules.
+        visual: ``model.visual`` of an open_clip model: a vision transformer or a CLIP ResNet.
         images: (B, 3, H, W) normalised, any size from one patch on and any aspect.
         masks: (B, N, h, w) in 0..1 over the same frame, any h and w; N may be 0.
         start_block: first block (0-based) with masks, L in the paper: 8 for ViT-B/16, 16 for ViT-L/14. A ResNet has
             none: there the masks act in the attention pool.
-        position_interpolation: "bicubic-corners" as MAFT and FreeSeg, "bicubic" as ZSSeg.
-
-    Returns:
-        (B, N, D), not normalised.
+        position_interpolation: see `encode_regions`.
 
     Raises:
         LexisegError: the tower is of another kind, there is no block ``start_block``, or an image is too small.
@@ -198,11 +175,7 @@ def region_embeddings(
 
 
 def check_start_block(tower: ImageTower, start_block: int) -> None:
-    """Refuse a block from which no mask could act.
-
-    Raises:
-        LexisegError: there is no block ``start_block``.
-    """
+    """Refuse a block from which no mask could act, with a `LexisegError`."""
     if not 0 <= start_block < tower.num_blocks:
         raise LexisegError(
             f"Mask attention cannot start at block {start_block} of a tower of {tower.num_blocks} blocks; "
@@ -213,18 +186,10 @@ def check_start_block(tower: ImageTower, start_block: int) -> None:
 def trainable_names(visual: nn.Module, frozen: Collection[str] = FROZEN_UNITS) -> tuple[str, ...]:
     """Names of the parameters that mask-aware fine-tuning changes, as in ``visual.named_parameters()``.
 
-    By default those of the authors' code: the attention and both norms of every block, those before the first masked
-    block included, and the norm behind the last. The paper's default trains the projection as well: leave ``"proj"``
-    out of ``frozen`` for that.
-
-    Args:
-        visual: a vision transformer of open_clip, or a CLIP ResNet, of which the pool's four maps are trained (our
-            choice: nobody says what the authors trained there); its position table if ``"pos"`` is not frozen, its
-            stages if ``"conv"`` is not.
-        frozen: units that keep their weights, out of `FROZEN_UNITS`.
-
-    Raises:
-        LexisegError: there is no such unit.
+    By default those of the authors' code: attention and both norms of every block, those before the first masked block
+    included, and the norm behind the last. The paper's default trains the projection as well: leave ``"proj"`` out of
+    ``frozen`` (of `FROZEN_UNITS`, else a `LexisegError`) for that. Of a CLIP ResNet the pool's four maps are trained
+    (our choice: nobody says what the authors trained there).
     """
     unknown = sorted(set(frozen) - set(FROZEN_UNITS))
     if unknown:

@@ -12,15 +12,7 @@ from torch.nn import functional as F
 
 
 def patch_masks(mask_logits: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Masks on the patch grid: the sigmoid first, then the bilinear resize (the order of the released code).
-
-    Args:
-        mask_logits: (B, N, h, w), any real values.
-        grid: patches (gh, gw) of the picture.
-
-    Returns:
-        (B, N, gh, gw) in [0, 1].
-    """
+    """Mask logits (B, N, h, w) on the grid (gh, gw), in [0, 1]: sigmoid first, then bilinear resize, as released."""
     return resize_masks(mask_logits.sigmoid(), grid)
 
 
@@ -49,17 +41,10 @@ def unit_or_zero(x: Tensor) -> Tensor:
 
 
 def mask_pool(features: Tensor, masks: Tensor, *, normalise: bool = True) -> Tensor:
-    """Sum the patches of each mask.
+    """Sum the patches (B, gh, gw, E) of each mask (B, N, gh, gw): (B, N, E) (DeOP, Sec. 3.1).
 
-    Args:
-        features: (B, gh, gw, E), one vector a patch, of unit length in the papers' use.
-        masks: (B, N, gh, gw), weights of the patches; they are not divided by their sum.
-        normalise: divide the result by its length (the released code; the paper does not say).
-
-    Returns:
-        (B, N, E).
-
-    Source: DeOP, Sec. 3.1.
+    The masks are not divided by their sum. ``normalise`` divides the result by its length (the released code; the paper
+    does not say).
     """
     pooled = masks.flatten(2).to(features.dtype) @ features.flatten(1, 2)
     return unit_or_zero(pooled) if normalise else pooled

@@ -186,13 +186,7 @@ def save_checkpoint(
 
 
 def load_checkpoint(folder: Path, *, model: nn.Module, optimizer: torch.optim.Optimizer, rank: int = 0) -> int:
-    """Put a checkpoint's tensors into ``model`` and ``optimizer`` and set the random generators.
-
-    Args:
-        folder: a checkpoint.
-        model: the module it was made of, with the same trainable parameters.
-        optimizer: made of this model's parameters.
-        rank: whose random state to take.
+    """Put a checkpoint's tensors into ``model`` and ``optimizer`` and set the random generators, those of ``rank``.
 
     Returns:
         The number of optimizer steps done.

@@ -56,11 +56,11 @@ def patch_loss(logits: Tensor, positives: Tensor, coverage: float) -> Tensor:
     Args:
         logits: (B, P, N) scaled similarities of patches and phrases.
         positives: (B, N) bool, the phrases of each picture's caption.
-        coverage: the share of patches, in 0..1, from which on a phrase counts as found.
+        coverage: the fraction of patches, in 0..1, from which on a phrase counts as found.
 
     Returns:
         The mean over patches of -log p(some phrase of the caption | patch), plus the mean over the captions' phrases of
-        -log(share of the patches / coverage) where that is positive.
+            -log(fraction of the patches / coverage) where that is positive.
     """
     log_probabilities = logits.log_softmax(2)
     inside = log_probabilities.masked_fill(~positives[:, None], float("-inf")).logsumexp(2)
@@ -279,14 +279,11 @@ def zero_shot_accuracy(
     size: int | None = None,
     extents: tuple[float, float] | None = None,
 ) -> tuple[float, float]:
-    """Return top-1 and top-5 accuracy (0..1) over all thing names on held-out scenes that show one thing each.
+    """Top-1 and top-5 accuracy (0..1) over all thing names on held-out scenes that show one thing each.
 
-    Args:
-        clip: the model; its class token is compared with "a photo of a {name}" for every thing.
-        world: whose things.
-        num_rounds: number of scenes a thing.
-        size: pixels a side; default: the size the tower was trained on.
-        extents: smallest and largest size of the thing as a fraction of the side; default: the world's.
+    The class token is compared with "a photo of a {name}" for every thing, ``num_rounds`` scenes a thing. ``size`` is
+    in pixels, that of the tower by default; ``extents``, the world's by default, are the smallest and largest size of
+    a thing of the ``world`` as a fraction of it.
     """
     size = size or clip.image_size
     text = F.normalize(clip.encode_text(clip.tokenize([f"a photo of a {name}" for name in world.things])), dim=-1)

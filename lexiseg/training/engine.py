@@ -157,15 +157,9 @@ class Engine:
 def shard(module: nn.Module, device: torch.device) -> nn.Module:
     """Spread a module's weights over the processes, in units of CLIP's transformer blocks and one for the rest.
 
-    Args:
-        module: equal in all processes but for its values, of which the first process's count; changed in place.
-        device: of this process.
-
-    Returns:
-        ``module``; it must run by its own forward, and a block may run several times in it.
-
-    Raises:
-        LexisegError: torch is too old, or a parameter that trains is a single number.
+    The module, equal in all processes but for its values, of which the first process's count, is changed in place. It
+    must run by its own forward, and a block may run several times in it. A `LexisegError` says that torch is too old,
+    or a parameter that trains is a single number.
     """
     if TorchVersion(torch.__version__) < "2.7":  # compared as versions, not as text
         raise LexisegError(f"train.sharding needs torch 2.7 or newer, and this is {torch.__version__}; install it.")

@@ -42,12 +42,8 @@ def training_vocabulary(
     """The classes whose text takes part in training, by their names, without synonyms.
 
     Inductive training takes those flagged as seen, and all of a vocabulary without any flag. The other settings take
-    all, in the vocabulary's order; each class is flagged as seen if its masks are trained on.
-
-    Args:
-        vocabulary: of the dataset.
-        setting: see the module.
-        templates: replace the vocabulary's.
+    all, in the vocabulary's order; each class is flagged as seen if its masks are trained on. ``templates`` replace the
+    vocabulary's.
 
     Raises:
         LexisegError: every class is flagged as unseen, self-training has none to find, or there are more classes than
@@ -89,18 +85,12 @@ def self_training_labels(
 
     Args:
         label: integer tensor of any shape with dataset ids, ``void``, and :data:`PADDING` where it was filled up.
-        seen: the seen ids.
+        seen: the seen ids; one that is not in 0..void-1 is a ValueError.
         unlabelled: "marked" is what the authors' code does (ZegCLIP, and Cascade-CLIP after it): a pixel is unlabelled
             where the dataset's own label names an unseen class, so that the ground truth tells where unseen classes
             are, though not which; void stays void. The papers do not mention it. "ignored" takes no such help: every
             pixel without a seen label that is not padding is unlabelled, void and background included.
         void: the dataset's label of pixels without a class.
-
-    Returns:
-        int64 tensor of the same shape with seen ids, ``void`` and :data:`UNLABELLED`.
-
-    Raises:
-        ValueError: an id in ``seen`` is not in 0..void-1.
     """
     if any(not 0 <= index < void for index in seen):
         raise ValueError(f"seen ids must be in 0..{void - 1}, got {list(seen)}")
@@ -115,20 +105,11 @@ def self_training_labels(
 def class_weights(
     said: Literal["frequency"] | Mapping[str, float], dataset: SegmentationDataset, trained: Vocabulary
 ) -> Tensor:
-    """Factors on the losses of the classes whose text takes part in training.
+    """Factors (C,) float32 on the losses of the classes whose text takes part in training.
 
-    Args:
-        said: factors by name, where a class that is not named has 1; or "frequency": 1 over the square root of a
-            class's fraction of the labelled pixels of up to 2,000 pictures, spread evenly, scaled to a mean of 1 over
-            the classes found and cut at 10. A class that is not found has 1.
-        dataset: what is trained on.
-        trained: the classes, see `training_vocabulary`.
-
-    Returns:
-        (C,) float32.
-
-    Raises:
-        LexisegError: a name is no class that is trained on.
+    ``said`` has factors by name, where a class that is not named has 1 and a name that is no class is a `LexisegError`;
+    or it is "frequency": 1 over the square root of a class's fraction of the labelled pixels of up to 2,000 pictures,
+    spread evenly, scaled to a mean of 1 over the classes found and cut at 10. A class that is not found has 1.
     """
     weights = torch.ones(len(trained))
     if said != "frequency":

@@ -59,11 +59,7 @@ class ParameterGroup:
 
 
 def rule_for(name: str, keys: Iterable[str]) -> str:
-    """The rule that applies to the parameter ``name``: the longest key it contains, else the alphabetically first.
-
-    Returns:
-        The key, or "" where none is contained.
-    """
+    """The rule for the parameter ``name``: the longest key it contains, else the alphabetically first, else ""."""
     return next((key for key in sorted(sorted(keys), key=len, reverse=True) if key in name), "")
 
 
@@ -91,15 +87,9 @@ def undecayed_names(model: nn.Module, settings: TrainSettings) -> frozenset[str]
 
 
 def group_parameters(model: nn.Module, settings: TrainSettings) -> list[ParameterGroup]:
-    """Sort the trainable parameters into groups by the rules of ``settings``.
+    """Sort the parameters that need a gradient into groups by the rules of ``settings``.
 
-    Args:
-        model: its parameters that need no gradient are left out.
-        settings: gives the base rate, the decay and the rules.
-
-    Returns:
-        Groups that have parameters, in the order in which the model first needs them. Those of one rule with and
-        without decay are apart.
+    In the order in which the model first needs them; those of one rule with and without decay are apart.
     """
     groups: dict[tuple[str, bool], ParameterGroup] = {}
     undecayed = undecayed_names(model, settings)
@@ -148,28 +138,12 @@ def poly_warmup(
     min_lr: float = 1e-6,
     warmup_ratio: float = 1e-6,
 ) -> float:
-    """Polynomial decay with linear warm-up, as ZegCLIP and Cascade-CLIP train.
+    """Polynomial decay with linear warm-up, as ZegCLIP and Cascade-CLIP train (the authors' configuration, Sec. 4.2).
 
-    With ``r = (base_lr - min_lr) * (1 - step / total_steps) ** power + min_lr`` the rate is ``r``, and during the
-    first ``warmup_steps`` steps ``r * (1 - (1 - step / warmup_steps) * (1 - warmup_ratio))``. A group's multiplier
-    belongs into ``base_lr``: the floor ``min_lr`` is absolute, so multiplying the result would not be the same.
-
-    Args:
-        step: 0-based optimizer step, ``0 <= step``; steps past the end stay at ``min_lr``.
-        total_steps: number of optimizer steps of the whole run, at least 1.
-        base_lr: the group's peak rate.
-        warmup_steps: length of the warm-up; 0 switches it off.
-        power: exponent of the decay.
-        min_lr: rate at the end of the run.
-        warmup_ratio: fraction of the rate at step 0.
-
-    Returns:
-        The learning rate for the update made at ``step``.
-
-    Raises:
-        ValueError: ``step`` is negative or ``total_steps`` is not positive.
-
-    Source: the authors' training configuration of ZegCLIP (CVPR 2023, Sec. 4.2, "default schedule").
+    With ``r = (base_lr - min_lr) * (1 - step / total_steps) ** power + min_lr`` the rate is ``r``, and during the first
+    ``warmup_steps`` steps ``r * (1 - (1 - step / warmup_steps) * (1 - warmup_ratio))``. A group's multiplier belongs
+    into ``base_lr``: the floor ``min_lr`` is absolute. ``step`` is 0-based, and past the end the rate is ``min_lr``; a
+    negative step, or no steps in all, is a ValueError.
     """
     if step < 0 or total_steps < 1:
         raise ValueError(f"poly_warmup needs step >= 0 and total_steps >= 1, got {step} and {total_steps}")
@@ -179,26 +153,12 @@ def poly_warmup(
 
 
 def cosine(step: int, total_steps: int, base_lr: float, *, min_lr: float = 0.0) -> float:
-    """Half a cosine from ``base_lr`` down to ``min_lr``, as ZSSeg, FreeSeg and DeOP learn their prompts.
-
-    Args:
-        step: 0-based optimizer step; steps past the end stay at ``min_lr``.
-        total_steps: number of optimizer steps of the whole run.
-        base_lr: the group's rate.
-        min_lr: rate at the end.
-    """
+    """Half a cosine from ``base_lr`` down to ``min_lr``, as ZSSeg, FreeSeg and DeOP learn their prompts."""
     return min_lr + (base_lr - min_lr) * 0.5 * (1.0 + math.cos(math.pi * min(1.0, step / total_steps)))
 
 
 def warmup_factor(step: int, warmup_steps: int, warmup_ratio: float, *, constant: bool = False) -> float:
-    """What the rate is multiplied with in the warm-up, and 1 behind it.
-
-    Args:
-        step: 0-based optimizer step.
-        warmup_steps: length of the warm-up; 0 switches it off.
-        warmup_ratio: the factor at step 0.
-        constant: keep that factor to the end of the warm-up, instead of climbing linearly to 1.
-    """
+    """What the rate is multiplied with in the warm-up: from ``warmup_ratio`` linearly to 1, or constantly that."""
     if step >= warmup_steps:
         return 1.0
     return warmup_ratio if constant else 1.0 - (1.0 - step / warmup_steps) * (1.0 - warmup_ratio)

@@ -36,12 +36,7 @@ _ATTEMPTS = 10
 
 
 class Prompted(nn.Module):
-    """A frozen CLIP and the prompts that are learnt for it.
-
-    Args:
-        clip: the towers; they lose their gradients and stay in evaluation mode.
-        learner: the prompts.
-    """
+    """A frozen CLIP, in evaluation mode, and the prompts that are learnt for it."""
 
     def __init__(self, clip: CLIP, learner: PromptLearner) -> None:
         super().__init__()

@@ -229,15 +229,9 @@ class SegmentationTask(Task):
 
 
 class Teacher:
-    """A trained model that gives pixels without a label their unseen class.
+    """A trained model of any system that gives pixels without a label their unseen class.
 
-    Args:
-        model: of any system.
-        vocabulary: all classes, those with masks flagged as seen.
-        cache_dir: of the text embeddings on disk; None keeps them in memory.
-
-    Raises:
-        LexisegError: it had masks of a class that is unseen now.
+    ``vocabulary`` has all classes, those with masks flagged as seen; ``cache_dir`` keeps text embeddings on disk.
     """
 
     def __init__(self, model: SegmentationModel, vocabulary: Vocabulary, *, cache_dir: Path | None = None) -> None:
@@ -248,19 +242,10 @@ class Teacher:
 
     @torch.no_grad()
     def label(self, images: Tensor, labels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-        """Fill in the pixels labelled -1.
+        """Fill in the pixels of labels (B, h, w) that are -1, with the unseen class of the largest score.
 
-        Args:
-            images: (B, 3, H, W), normalised for the model that learns.
-            labels: (B, h, w) ids, the label of no class, and -1.
-            mean: that the images were normalised with, in 0..1.
-            std: the same.
-
-        Returns:
-            (B, h, w), -1 replaced by the unseen class with the largest score.
-
-        Raises:
-            LexisegError: the model's scores cannot be told to leave classes out.
+        Images (B, 3, H, W) were normalised with ``mean`` and ``std`` for the model that learns. Scores that cannot be
+        told to leave classes out are a `LexisegError`.
         """
         missing = labels == UNLABELLED
         if not bool(missing.any()):
@@ -281,15 +266,9 @@ class Teacher:
 
 
 def load_teacher(name: str, vocabulary: Vocabulary, *, cache_dir: Path | None = None) -> Teacher:
-    """Read the teacher of a self-training.
+    """Read the teacher of a self-training, a folder of a run or of a model; see `Teacher`.
 
-    Args:
-        name: folder of a run or of a model.
-        vocabulary: all classes, those with masks flagged as seen.
-        cache_dir: see `Teacher`.
-
-    Raises:
-        LexisegError: there is no such model, or it had masks of a class that is unseen now.
+    A `LexisegError` says that there is no such model, or that it had masks of a class that is unseen now.
     """
     model = load_model(name)
     seen = [entry.name for entry in vocabulary.classes if entry.seen]

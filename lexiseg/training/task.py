@@ -51,13 +51,9 @@ class Task(ABC):
         """
 
     def part(self, index: int, rank: int, processes: int) -> Any:
-        """What process ``rank`` of ``processes`` takes of batch ``index``; under the conditions of `batch`.
+        """What process ``rank`` of ``processes`` takes of batch ``index``, see `part_of` and `batch`.
 
-        The parts of all processes together are the batch, see `part_of`; there are at least as many samples as
-        processes.
-
-        Raises:
-            LexisegError: the loss compares the samples of a batch with each other, so it cannot be divided.
+        A loss that compares the samples of a batch with each other cannot be divided, which a `LexisegError` says.
         """
         if processes == 1:
             return self.batch(index)
@@ -130,16 +126,10 @@ def _as_is(batch: Any) -> Any:
 
 
 def prefetch(make: Callable[[int], Any], indices: Sequence[int], *, workers: int) -> Iterator[Any]:
-    """Yield ``make(index)`` for every index, in order.
+    """Yield ``make(index)`` for every index, in order; ``make`` is a pure function of the index.
 
-    Args:
-        make: a pure function of the index.
-        indices: which batches.
-        workers: number of processes that work ahead; 0 works in this process, when the batch is asked for. Where
-            the system cannot fork, 0 is used.
-
-    Raises:
-        LexisegError: as raised by ``make``, wherever it ran; or a process was killed.
+    ``workers`` processes work ahead; 0, and a system that cannot fork, works in this process when the batch is asked
+    for. Errors are those of ``make``, wherever it ran, and a `LexisegError` if a process was killed.
     """
     if workers and "fork" not in multiprocessing.get_all_start_methods():
         _log.warning("This system cannot fork, so batches are prepared without background processes.")

@@ -12,7 +12,6 @@ from lexiseg.clip.model import build_clip
 from lexiseg.data.base import remap_to_seen
 from lexiseg.losses.masks import pseudo_labels
 from lexiseg.models.cascade_clip import CascadeCLIP, format_groups
-from lexiseg.models.mask_decoder import DecoderTrace
 from lexiseg.models.spt_seg import SpectralLayer, SPTSeg
 from lexiseg.models.zegclip import ZegCLIP
 from lexiseg.scores import WindowScores
@@ -173,19 +172,20 @@ def compare_forward(case: Case, model: ZegCLIP, images: Tensor, text: Tensor) ->
         cls = features.values["cls"]
         case.check("relationship_descriptor", model.descriptor(cls, text))
         all_queries, memories = model.queries(cls, text), model.memories(features)
-        traces: list[list[DecoderTrace]] = []
-        logits = model.grid_logits(features, text, traces)
-        for head, (queries, memory, trace) in enumerate(zip(all_queries, memories, traces, strict=True)):
-            prefix = f"cascade_{head}" if isinstance(model, CascadeCLIP) else "decoder_1"
-            case.check(f"q_projs_{head}_out" if isinstance(model, CascadeCLIP) else "q_proj_out", queries)
+        logits = model.grid_logits(features, text)
+        for index, (head, queries, memory) in enumerate(zip(model.heads(), all_queries, memories, strict=True)):
+            prefix = f"cascade_{index}" if isinstance(model, CascadeCLIP) else "decoder_1"
+            case.check(f"q_projs_{index}_out" if isinstance(model, CascadeCLIP) else "q_proj_out", queries)
             case.check(f"{prefix}_query_in_LND", queries.transpose(0, 1))
             case.check(f"{prefix}_memory_LND", memory.flatten(1, 2).transpose(0, 1))
-            for index, layer in enumerate(trace):
-                case.check(f"{prefix}_layer{index}_attn_logits", layer.logits)
-                if layer.queries is None:
-                    case.skip(f"{prefix}_layer{index}_query_out")
+            seen = head.decoder.project_memory(memory.flatten(1, 2), (memory.shape[1], memory.shape[2]))
+            for number, (layer, part) in enumerate(zip(head.decoder.layers, seen, strict=True)):
+                case.check(f"{prefix}_layer{number}_attn_logits", layer.mask_logits(queries, part))
+                if layer.logits_only:
+                    case.skip(f"{prefix}_layer{number}_query_out")
                 else:
-                    case.check(f"{prefix}_layer{index}_query_out", layer.queries.transpose(0, 1))
+                    queries = layer(queries, part)
+                    case.check(f"{prefix}_layer{number}_query_out", queries.transpose(0, 1))
         size = model.mask_size(features.size)
         case.check("pred_masks", F.interpolate(logits, size=size, mode="bilinear", align_corners=False))
     return logits

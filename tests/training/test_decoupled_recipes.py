@@ -13,6 +13,7 @@ import torch
 
 from lexiseg.clip.load import random_clip
 from lexiseg.errors import LexisegError
+from lexiseg.models.decoupled import NO_WEIGHTS
 from lexiseg.models.deop import DeOPOptions
 from lexiseg.models.region_base import RegionModelOptions
 from lexiseg.proposals.options import QueryOptions, SamOptions
@@ -25,7 +26,7 @@ from lexiseg.recipes import (
     parse_recipe,
 )
 from lexiseg.training.dry_run import dry_run
-from lexiseg.training.init import NO_WEIGHTS, build_model, first_stage, prompt_stage, system_of
+from lexiseg.training.init import build_model, first_stage, prompt_stage, system_of
 from lexiseg.training.optim import learning_rate
 from tests.miniatures import ade847
 

@@ -101,9 +101,9 @@ def mask_aware_loss(scores: Tensor, targets: Tensor, distance: Distance = "smoot
     if distance == "l2":
         return F.mse_loss(scores, targets) * weight
     total = targets.sum(dim=1, keepdim=True)
-    share = targets / total.clamp(min=_EPS_RANGE)
+    target = targets / total.clamp(min=_EPS_RANGE)
     ours = scores / scores.sum(dim=1, keepdim=True).clamp(min=_EPS_RANGE)
-    divergence = torch.xlogy(share, share) - share * ours.clamp(min=_EPS_RANGE).log()
+    divergence = torch.xlogy(target, target) - target * ours.clamp(min=_EPS_RANGE).log()
     return divergence.sum(dim=1).mean() * weight
 
 

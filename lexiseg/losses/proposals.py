@@ -183,7 +183,7 @@ def level_losses(
             mask_logits, [target.masks.to(mask_logits.dtype) for target in targets], matched, num_masks
         )
     else:
-        # No mask to compare with; the graph stays whole, so that every process has gradients to share.
+        # No mask to compare with; the graph stays whole, so that every process has gradients to exchange.
         losses = dict.fromkeys(("loss_mask", "loss_dice"), mask_logits.sum() * 0.0)
     result["loss_mask"] = weights.mask_weight * losses["loss_mask"]
     result["loss_dice"] = weights.dice_weight * losses["loss_dice"]

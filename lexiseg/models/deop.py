@@ -306,7 +306,7 @@ class DeOP(DecoupledModel):
         """Score words against images; see `SegmentationModel.score`. Seen words are treated like all others.
 
         A score is sum_n softmax(logits_n)_word * sigmoid(mask_n), see `DeOPOptions` for other forms. "No object" takes
-        its share of the softmax and no more: every pixel gets a class.
+        its part of the softmax and no more: every pixel gets a class.
         """
         options = self.options
         proposals, regions = self.regions_of(features, text)

@@ -26,7 +26,7 @@ class LeftoverOptions(BaseModel):
     Attributes:
         count: at most this many regions, the largest ones; 0 adds none.
         threshold: a place is left over where every mask has a smaller probability than this.
-        min_fraction: smallest region, as a share of the area of the masks.
+        min_fraction: smallest region, as a fraction of the area of the masks.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -47,7 +47,7 @@ def add_leftover(proposals: Proposals, options: LeftoverOptions, inside: tuple[f
     Args:
         proposals: (B, N, h, w); slots that are not valid claim nothing.
         options: see `LeftoverOptions`.
-        inside: share of the masks' height and width that shows the picture; the rest is padding, and never left over.
+        inside: fraction of the masks' height and width that shows the picture; the rest is padding.
 
     Returns:
         (B, N + count, h, w) with ``valid``, and without the earlier levels; the same proposals if ``count`` is 0.

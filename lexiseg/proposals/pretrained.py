@@ -2,8 +2,8 @@
 
 A generator comes from `transformers`, or from a run of our own, whose CLIP and classes may be others.
 
-Only weights are taken: the class heads, and FreeSeg's look at the words, stay as they were built, for no published
-MaskFormer has them.
+Only weights are taken: the class heads, and FreeSeg's interaction with the words, stay as they were built, for no
+published MaskFormer has them.
 """
 
 from __future__ import annotations

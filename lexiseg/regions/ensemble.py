@@ -72,7 +72,7 @@ def ensemble(
     encoded: Tensor | None = None,
     seen_mean: bool = False,
 ) -> Tensor:
-    """Join the scores of regions.
+    """Combine the scores of regions.
 
     Args:
         proposal: A^p (B, N, C), probabilities; None where the generator knows no classes.

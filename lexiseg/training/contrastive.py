@@ -64,8 +64,8 @@ def patch_loss(logits: Tensor, positives: Tensor, coverage: float) -> Tensor:
     """
     log_probabilities = logits.log_softmax(2)
     inside = log_probabilities.masked_fill(~positives[:, None], float("-inf")).logsumexp(2)
-    share = log_probabilities.exp().mean(1)
-    missing = (-(share.clamp(min=1e-6) / coverage).log()).clamp(min=0) * positives
+    fraction = log_probabilities.exp().mean(1)
+    missing = (-(fraction.clamp(min=1e-6) / coverage).log()).clamp(min=0) * positives
     return -inside.mean() + missing.sum() / positives.sum().clamp(min=1)
 
 

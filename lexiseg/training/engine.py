@@ -107,7 +107,7 @@ class Engine:
         return device
 
     def losses(self, batch: Any) -> Mapping[str, Tensor]:
-        """The losses of this process's share of a batch; the mean over the processes is that of the batch."""
+        """The losses of this process's part of a batch; the mean over the processes is that of the batch."""
         if not self.sharded:
             losses: Mapping[str, Tensor] = self._module(batch)
             return losses

@@ -27,7 +27,7 @@ from lexiseg.losses.reduction import reduction_weight
 from lexiseg.training.task import Task, part_of
 
 AREA = (0.08, 1.0)
-"""Share of the box that a crop takes."""
+"""Fraction of the box that a crop takes."""
 
 ASPECT = (3 / 4, 4 / 3)
 """Width by height of a crop, before it becomes a square."""
@@ -106,7 +106,7 @@ class PromptTask(Task):
         return {"images": torch.stack(crops), "masks": torch.stack(masks), "labels": torch.tensor(ranks)}
 
     def losses(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The cross entropy, and the share of crops that get their class, in percent."""
+        """The cross entropy, and the percentage of crops that get their class."""
         clip = self.model.clip
         crops = hide_background(batch["images"], batch["masks"], clip)
         logits = self.model.learner.logits(clip, crops, self.names, self.task)

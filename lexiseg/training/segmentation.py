@@ -71,7 +71,7 @@ class SegmentationTask(Task):
       before the loss, where they are negatives of every seen class, as in the authors' code (ZegCLIP, Sec. 4.1).
     - "transductive": the text of all classes takes part. Pixels without a label get the model's own best unseen class,
       chosen anew in every step from the masks that step computes (dropout on, no teacher, no threshold; ZegCLIP's
-      self-training as its code does it). ``"unlabelled"`` in the log is the share of such pixels in percent: at 0 the
+      self-training as its code does it). ``"unlabelled"`` in the log is the percentage of such pixels: at 0 the
       data marks none, and there is nothing to learn about unseen classes.
     - "supervised": every class of the dataset has masks.
 
@@ -161,7 +161,7 @@ class SegmentationTask(Task):
         return SegmentationBatch(torch.stack(images), torch.stack(labels), names)
 
     def losses(self, batch: SegmentationBatch) -> Mapping[str, Tensor]:
-        """The model's own losses, and in self-training the share of pixels without a label, in percent."""
+        """The model's own losses, and in self-training the percentage of pixels without a label."""
         device = batch.images.device
         text = self.model.training_text(self.vocabulary, self.text.to(device))
         if self.setting != "transductive":

@@ -24,7 +24,7 @@ from lexiseg.scores import RegionScores
 from lexiseg.segmenter import Segmenter
 from lexiseg.vocabulary import Vocabulary
 from tests.models.test_deop import make
-from tests.models.test_region_hosts import make as host
+from tests.models.test_region_models import make as host
 from tests.references import pseudo_label
 from tests.system_tester import SystemTester
 from tests.towers import small_clip

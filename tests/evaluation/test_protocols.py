@@ -29,7 +29,7 @@ from lexiseg.vocabulary import PAPER_TEMPLATES, SINGLE_TEMPLATE
 from lexiseg.weights.folder import save_model
 from lexiseg.windows import WindowPolicy
 from tests.miniatures import MINIATURES, SIZE, WIDE, save_index, save_list, save_picture, save_wide
-from tests.models.test_region_hosts import make
+from tests.models.test_region_models import make
 from tests.towers import small_clip
 
 

@@ -13,7 +13,7 @@ from lexiseg.models.decoupled import DecoupledModel
 from lexiseg.proposals.base import HARD_LOGIT, Proposals
 from lexiseg.proposals.given import hard_logits
 from lexiseg.proposals.leftover import LeftoverOptions, add_leftover
-from tests.models.test_region_hosts import ATTENTION, MASKFORMER
+from tests.models.test_region_models import ATTENTION, MASKFORMER
 from tests.system_tester import DIM
 from tests.towers import small_clip, unit_rows
 

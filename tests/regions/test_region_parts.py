@@ -17,7 +17,7 @@ from lexiseg.models.region_base import RegionModel
 from lexiseg.regions.crops import CropOptions, aligned_crops, boxes_of, near_duplicates, tight_crops
 from lexiseg.regions.ensemble import EnsembleOptions, class_probabilities, ensemble
 from lexiseg.weights.region_host_checkpoint import read_region_host
-from tests.models.test_region_hosts import make
+from tests.models.test_region_models import make
 from tests.parity.runner import run_case
 from tests.towers import small_clip
 from tests.weights.test_detectron_checkpoint import layout

@@ -28,7 +28,7 @@ from lexiseg.training.segmentation import SegmentationTask
 from lexiseg.weights import save_model
 from tests.miniatures import ade847
 from tests.models.test_deop import OPTIONS as DEOP
-from tests.models.test_region_hosts import MASKFORMER
+from tests.models.test_region_models import MASKFORMER
 from tests.towers import small_clip
 
 WIDE = 65535

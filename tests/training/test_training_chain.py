@@ -28,7 +28,7 @@ from lexiseg.training.run import build_task, train
 from lexiseg.training.segmentation import SegmentationTask, Teacher
 from lexiseg.vocabulary import Vocabulary
 from lexiseg.weights import load_model
-from tests.models.test_region_hosts import LINEAR, MASKFORMER
+from tests.models.test_region_models import LINEAR, MASKFORMER
 from tests.proposals.test_sam_proposals import tiny_sam
 from tests.towers import small_clip
 

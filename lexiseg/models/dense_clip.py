@@ -14,7 +14,6 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 import yaml
-from open_clip import OPENAI_IMAGENET_TEMPLATES
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -22,6 +21,7 @@ from torch.nn import functional as F
 from lexiseg.clip.model import CLIP
 from lexiseg.clip.patch_tower import PatchTower
 from lexiseg.clip.positions import Interpolation
+from lexiseg.clip.templates import IMAGENET_80
 from lexiseg.errors import LexisegError
 from lexiseg.models.base import ImageFeatures, SegmentationModel
 from lexiseg.models.last_block import (
@@ -46,8 +46,6 @@ Method = Literal["maskclip", "clip", "sclip", "clearclip", "naclip", "resclip", 
 Weights = tuple[float, float]
 Grid = tuple[int, int]
 
-IMAGENET_TEMPLATES: tuple[str, ...] = tuple(template("{}") for template in OPENAI_IMAGENET_TEMPLATES)
-"""The 80 templates of OpenAI's CLIP for ImageNet, in its order."""
 
 # ResCLIP's first pass refines words that are among the best somewhere, and of the others at most so many.
 _FEEDBACK_WORDS = 32
@@ -180,7 +178,7 @@ class DenseCLIP(SegmentationModel):
         self._proxy = [proxy] if proxy is not None else []
         self._released_resize = False
         if options.method != "maskclip" and not clip.packaged:
-            self.default_templates = IMAGENET_TEMPLATES
+            self.default_templates = IMAGENET_80
         self.set_trainable()
 
     def follow(self, protocol: str) -> dict[str, Any]:

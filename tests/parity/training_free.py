@@ -11,9 +11,10 @@ from torch.nn import functional as F
 from lexiseg.clip.model import CLIP
 from lexiseg.clip.positions import resize_positions
 from lexiseg.clip.proxy import Proxy
+from lexiseg.clip.templates import IMAGENET_80
 from lexiseg.clip.text import TextEmbedder
 from lexiseg.models.base import ImageFeatures
-from lexiseg.models.dense_clip import IMAGENET_TEMPLATES, DenseCLIP, DenseCLIPOptions
+from lexiseg.models.dense_clip import DenseCLIP, DenseCLIPOptions
 from lexiseg.models.last_block import (
     Feedback,
     label_agreement,
@@ -145,7 +146,7 @@ def agreement(case: Case) -> None:
 def texts(case: Case) -> None:
     """The 80 templates, and words averaged over them."""
     words, templates = case.config["query_words"], case.config["templates"]
-    case.check_that("templates", list(IMAGENET_TEMPLATES) == list(templates), "the ImageNet templates differ")
+    case.check_that("templates", list(IMAGENET_80) == list(templates), "the ImageNet templates differ")
     check_words(case)
     ids = case.input("token_ids").long()
     names = [template.replace("{}", word) for word in words for template in templates]

@@ -161,7 +161,8 @@ class ContrastiveTask(Task):
                 for index in range(first, first + count)
             ]
         self._cache.move_to_end(number)
-        while len(self._cache) > scenes.repeats * scenes.lag:
+        # One more than are in use, or the newest block would drop the one that this step asks for next.
+        while len(self._cache) > scenes.repeats * scenes.lag + 1:
             self._cache.popitem(last=False)
         return self._cache[number]
 

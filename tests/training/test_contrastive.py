@@ -108,6 +108,20 @@ def test_without_names_and_patches_only_the_captions_are_compared() -> None:
     assert set(losses) == {"loss", "loss_captions"} and losses["loss"] == losses["loss_captions"]
 
 
+def test_a_scene_is_drawn_once_however_often_it_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    scenes = SceneSettings(size=32, num_things=(1, 1), seed=150, repeats=3, lag=2)
+    task, drawn = ContrastiveTask(settings(scenes=scenes), TrainSettings(steps=10, batch_size=3, lr=1e-2)), []
+
+    def spy(seed: list[int], *arguments: object, **options: object) -> object:
+        drawn.append(tuple(seed))
+        return render_scene(seed, *arguments, **options)
+
+    monkeypatch.setattr("lexiseg.training.contrastive.render_scene", spy)
+    for index in range(12):
+        task.batch(index)
+    assert len(drawn) == len(set(drawn)) == 12 + 2 * 2, "one new scene a step, and those shown before step 0"
+
+
 def test_a_run_exports_a_clip_that_a_larger_one_starts_from(tmp_path: Path) -> None:
     numbers = TrainSettings(steps=2, batch_size=2, lr=1e-3, workers=0)
     small = train(

@@ -1,0 +1,194 @@
+"""What a CLIP must show so that the papers' claims can be seen with it: is it like the CLIPs they were written for?
+
+    python -m benchmarks.gates --clip clip-world2           # prints the gates and writes docs/results/gates.json
+    python -m benchmarks.gates --clip RUN/model --no-pages  # only prints them
+
+OpenAI's CLIP names whole pictures well and patches poorly; its last block has lost the place of things, which cutting
+its mixing brings back in part; and it cares little how well a mask fits. Everything is measured on val scenes of
+128 x 128 pixels, the size at which the systems run the tower.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from benchmarks.timing import machine
+from lexiseg.clip.blocks import token_values
+from lexiseg.clip.embeddings import image_embeddings
+from lexiseg.clip.load import load_clip
+from lexiseg.clip.model import CLIP
+from lexiseg.data.picture_world import PictureWorld, World, find_world
+from lexiseg.files import write_json
+from lexiseg.regions.crops import CropOptions, tight_crops
+from lexiseg.training.contrastive import zero_shot_accuracy
+
+RESULTS = Path(__file__).resolve().parent.parent / "docs" / "results"
+SIZE = 128
+SMALLEST = 0.02  # a region is judged where it covers this fraction of the picture
+
+
+def value_path(attention: nn.MultiheadAttention, x: Tensor, context: Tensor | None = None) -> Tensor:
+    """In the place of the mixing: each token keeps its own value (MaskCLIP, ECCV 2022)."""
+    return attention.out_proj(token_values(attention, x))
+
+
+def text_of(clip: CLIP, world: World) -> Tensor:
+    """Unit vectors (C, D) of "a photo of a {name}" for every class of a world."""
+    return F.normalize(clip.encode_text(clip.tokenize([f"a photo of a {name}" for name in world.classes])), dim=-1)
+
+
+def normalised(clip: CLIP, image: Tensor) -> Tensor:
+    """A picture (3, H, W) uint8 as the tower takes it, (1, 3, H, W)."""
+    mean, std = torch.tensor(clip.mean)[:, None, None], torch.tensor(clip.std)[:, None, None]
+    return ((image.float() / 255 - mean) / std)[None]
+
+
+def patch_labels(label: Tensor, patch: int) -> Tensor:
+    """The class (h, w) of each patch that lies inside one region, and 255 elsewhere."""
+    cells = label.unfold(0, patch, patch).unfold(1, patch, patch).flatten(2)
+    return torch.where((cells == cells[..., :1]).all(2), cells[..., 0], 255)
+
+
+def patch_accuracy(clip: CLIP, dataset: PictureWorld, *, value: bool) -> dict[str, float]:
+    """Percent of the patches inside regions to whose class CLIP compares them best: all, things and stuff."""
+    tower, text = clip.image_tower, text_of(clip, dataset.world)
+    attention = {tower.num_blocks - 1: value_path} if value else None
+    split, right, total = len(dataset.world.things), torch.zeros(2), torch.zeros(2)
+    for sample in dataset:
+        tokens, grid = tower.embed(normalised(clip, sample.image))
+        patches = tower.project(tower.run(tokens, grid, attention=attention).tokens[:, 1:])[0]
+        truth = patch_labels(sample.label, clip.patch_size).flatten()
+        correct = (F.normalize(patches, dim=-1) @ text.T).argmax(1) == truth
+        for kind, which in enumerate((truth < split, (truth >= split) & (truth != 255))):
+            right[kind] += correct[which].sum()
+            total[kind] += which.sum()
+    shares = 100 * torch.cat([right.sum()[None], right]) / torch.cat([total.sum()[None], total])
+    return dict(zip(("all", "things", "stuff"), shares.tolist(), strict=True))
+
+
+def half_of(mask: Tensor, rng: torch.Generator) -> Tensor:
+    """The pixels (H, W) of a mask on one side of a line through its middle: left, right, upper or lower."""
+    rows, columns = mask.nonzero().T
+    place = columns if torch.rand((), generator=rng) < 0.5 else rows
+    near = place <= place.median() if torch.rand((), generator=rng) < 0.5 else place >= place.median()
+    half = torch.zeros_like(mask)
+    half[rows[near], columns[near]] = True
+    return half
+
+
+def mask_probabilities(clip: CLIP, dataset: PictureWorld, seed: int) -> tuple[float, float]:
+    """Sums over things of their class's probability, by the crop of an exact mask and by that of half of the mask.
+
+    The crops are ZSSeg's: the box of the mask, with CLIP's mean colour outside the mask.
+    """
+    text, rng = text_of(clip, dataset.world), torch.Generator().manual_seed(seed)
+    scale = clip.model.logit_scale.exp().clamp(max=100)
+    black = -torch.tensor(clip.mean) / torch.tensor(clip.std)
+    sums = torch.zeros(2)
+    for sample in dataset:
+        classes = [int(c) for c in sample.label.unique() if c < len(dataset.world.things)]
+        classes = [c for c in classes if (sample.label == c).float().mean() >= SMALLEST]
+        if not classes:
+            continue
+        exact = torch.stack([sample.label == c for c in classes])
+        masks = torch.cat([exact, torch.stack([half_of(mask, rng) for mask in exact])]).float()
+        crops = tight_crops(
+            normalised(clip, sample.image)[0],
+            lambda start, stop, masks=masks: masks[start:stop],
+            len(masks),
+            CropOptions(),
+            size=clip.image_size,
+            black=black,
+        )
+        image = F.normalize(image_embeddings(clip.visual, crops.images), dim=-1)
+        probabilities = (scale * image @ text.T).softmax(1).view(2, len(classes), -1)
+        sums += probabilities[:, range(len(classes)), classes].sum(1)
+    return float(sums[0]), float(sums[1])
+
+
+def separation(clip: CLIP, dataset: PictureWorld) -> list[float]:
+    """For each block, how often two neighbouring patches of one region are more alike than two of different ones.
+
+    The area under the ROC curve of the cosine of neighbours, in percent; 50 is chance.
+    """
+    tower = clip.image_tower
+    cosines: list[list[Tensor]] = [[] for _ in range(tower.num_blocks)]
+    same = []
+    for sample in dataset:
+        tokens, grid = tower.embed(normalised(clip, sample.image))
+        levels = tower.run(tokens, grid, levels=range(tower.num_blocks)).levels
+        truth = patch_labels(sample.label, clip.patch_size)
+        pairs = ((truth[:, :-1], truth[:, 1:]), (truth[:-1], truth[1:]))
+        known = [(a != 255) & (b != 255) for a, b in pairs]
+        same += [(a == b)[k] for (a, b), k in zip(pairs, known, strict=True)]
+        for index, kept in enumerate(cosines):
+            patches = F.normalize(levels[index][0, 1:], dim=-1).view(*grid, -1)
+            kept.append((patches[:, :-1] * patches[:, 1:]).sum(-1)[known[0]])
+            kept.append((patches[:-1] * patches[1:]).sum(-1)[known[1]])
+    alike = torch.cat(same)
+    return [_area(torch.cat(kept), alike) for kept in cosines]
+
+
+def _area(score: Tensor, positive: Tensor) -> float:
+    ranks = score.argsort().argsort().double() + 1
+    yes, no = int(positive.sum()), int((~positive).sum())
+    return float(100 * (ranks[positive].sum() - yes * (yes + 1) / 2) / (yes * no))
+
+
+@torch.no_grad()
+def measure(clip: CLIP, world: World, limit: int, seed: int) -> dict[str, Any]:
+    """All gates of a CLIP: rows of ``gate``, ``value``, ``wanted`` and ``ok``, and what they were made from."""
+    dataset = PictureWorld("val", world=world, size=SIZE, length=limit)
+    top1, top5 = zero_shot_accuracy(clip, world=world, num_rounds=3, size=SIZE)
+    value, plain = (patch_accuracy(clip, dataset, value=cut) for cut in (True, False))
+    exact, half = mask_probabilities(clip, dataset, seed)
+    blocks = separation(clip, dataset)
+    gain, third = value["all"] - plain["all"], len(blocks) // 3
+    middle = max(blocks[third : 2 * third + 1])
+    rows = [
+        ("top-1 of pictures of single things (%)", 100 * top1, "above 80", 100 * top1 > 80),
+        ("patches inside regions, value path (%)", value["all"], "40 to 65", 40 <= value["all"] <= 65),
+        ("value path above plain (points)", gain, "at least 5", gain >= 5),
+        ("probability by half a mask over that by the exact one", half / exact, "above 0.9", half / exact > 0.9),
+        ("neighbours told apart, best middle block above the last (points)", middle - blocks[-1], "above 0",
+         middle > blocks[-1]),
+    ]  # fmt: skip
+    return {
+        "rows": [
+            {"gate": gate, "value": round(number, 2), "wanted": wanted, "ok": bool(ok)}
+            for gate, number, wanted, ok in rows
+        ],
+        "top5": round(100 * top5, 2),
+        "patches_value_path": {key: round(number, 2) for key, number in value.items()},
+        "patches_plain": {key: round(number, 2) for key, number in plain.items()},
+        "neighbours_by_block": [round(number, 2) for number in blocks],
+    }
+
+
+def main() -> None:
+    """Measure, print and write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--clip", default="clip-world2", help="name or folder of a CLIP")
+    parser.add_argument("--world", default="picture-world-2", help="the world whose val scenes are used")
+    parser.add_argument("--limit", type=int, default=200, help="number of scenes")
+    parser.add_argument("--seed", type=int, default=0, help="of the halves of the masks")
+    parser.add_argument("--no-pages", action="store_true", help="do not write docs/results")
+    options = parser.parse_args()
+    result = measure(load_clip(options.clip), find_world(options.world), options.limit, options.seed)
+    for row in result["rows"]:
+        print(f"{'ok  ' if row['ok'] else 'MISS'} {row['gate']}: {row['value']} (wanted: {row['wanted']})")
+    print({key: value for key, value in result.items() if key != "rows"})
+    if not options.no_pages:
+        command = f"python -m benchmarks.gates --clip {options.clip}"
+        card = {"machine": machine(), "seed": options.seed, "command": command, "scenes": options.limit}
+        print("wrote", write_json(RESULTS / "gates.json", {**card, **result}))
+
+
+if __name__ == "__main__":
+    main()

@@ -247,6 +247,9 @@ class ContrastiveSettings(Strict):
     scenes: SceneSettings  # what to look at
     # fraction of the patches left out in training, chosen anew for each picture (FLIP, CVPR 2023)
     patch_dropout: float = Field(default=0.0, ge=0, lt=1)
+    # how often the class token joins the patches only in one of the later blocks, much as always in CaiT (ICCV 2021):
+    # what it reads there must be in the patches' own values, which a small tower does not learn by itself
+    late_class_token: float = Field(default=0.0, ge=0, le=1)
     names_weight: float = Field(default=1.0, ge=0)  # weight of the term between pictures and the world's list of names
     caption_weight: float = Field(default=0.5, ge=0)  # weight of the term between pictures and sentences
     patch_weight: float = Field(default=1.0, ge=0)  # weight of the token-wise term

@@ -222,8 +222,18 @@ class ContrastiveTask(Task):
             kept = torch.rand(len(tokens), num_patches, device=tokens.device).argsort(1)[:, :keep] + 1
             patches = tokens.gather(1, kept[..., None].expand(-1, -1, tokens.shape[2]))
             tokens = torch.cat([tokens[:, :1], patches], dim=1)
-        tokens = F.normalize(tower.project(tower.run(tokens, grid).tokens), dim=-1)
+        first = self._entry() if self.model.training else 0
+        patches = tower.run(tokens[:, 1:], grid, stop=first).tokens
+        tokens = tower.run(torch.cat([tokens[:, :1], patches], dim=1), grid, first=first).tokens
+        tokens = F.normalize(tower.project(tokens), dim=-1)
         return tokens[:, 0], tokens[:, 1:]
+
+    def _entry(self) -> int:
+        """The block at which the class token joins the patches: the first, or at random one of the later half."""
+        blocks, late = self.clip.image_tower.num_blocks, self.settings.late_class_token
+        if not late or torch.rand(()) >= late:
+            return 0
+        return int(torch.randint(blocks // 2, blocks, ()))
 
     def encode_text(self, tokens: Tensor) -> Tensor:
         """Return unit vectors (n, D) of tokens (n, L)."""

@@ -122,6 +122,22 @@ def test_a_scene_is_drawn_once_however_often_it_is_shown(monkeypatch: pytest.Mon
     assert len(drawn) == len(set(drawn)) == 12 + 2 * 2, "one new scene a step, and those shown before step 0"
 
 
+def test_a_late_class_token_reads_patches_that_never_saw_it() -> None:
+    torch.manual_seed(0)
+    task = ContrastiveTask(settings(late_class_token=1.0), TrainSettings(steps=10, batch_size=2, lr=1e-2))
+    images, tower = task.batch(0)["images"], task.clip.image_tower
+    task.model.train()
+    image = task.encode_images(images)[0]
+    tokens, grid = tower.embed(images)
+    alone = tower.run(tokens[:, 1:], grid, stop=1).tokens
+    last = tower.project(tower.run(torch.cat([tokens[:, :1], alone], 1), grid, first=1).tokens)
+    assert torch.allclose(image, torch.nn.functional.normalize(last[:, 0], dim=-1), atol=1e-6)
+    task.model.eval()
+    usual = tower.project(tower.run(tokens, grid).tokens)
+    assert torch.allclose(task.encode_images(images)[1], torch.nn.functional.normalize(usual[:, 1:], dim=-1), atol=1e-6)
+    assert not torch.allclose(task.encode_images(images)[0], image, atol=1e-4)
+
+
 def test_a_run_exports_a_clip_that_a_larger_one_starts_from(tmp_path: Path) -> None:
     numbers = TrainSettings(steps=2, batch_size=2, lr=1e-3, workers=0)
     small = train(

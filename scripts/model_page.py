@@ -1,6 +1,7 @@
 """Write docs/models.md, the page of every packaged and convertible model: ``python -m scripts.model_page``.
 
-What was measured comes from docs/results/picture-world.json, hashes and training from the packaged folders.
+What was measured comes from docs/results/picture-world.json, hashes and training from the packaged folders, weights of
+others from ``lexiseg/weights/known_weights.yaml``.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ import hashlib
 import json
 import statistics
 from pathlib import Path
+
+from lexiseg.weights.auto import KnownWeights, known_weights
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "models.md"
@@ -68,6 +71,14 @@ def _packaged_row(folder: Path, results: list[dict[str, object]]) -> str:
     return f"| `{folder.name}` | {trained} | {measured} ({len(scores)}) | {size} | `{sha256(weights)}` |"
 
 
+def _known_row(one: KnownWeights) -> str:
+    order = "-" if one.auto is None else str(one.auto)
+    return (
+        f"| `{one.name}` | {one.licence} | {'yes' if one.permissive else '**no**'} | {one.size:,} MB | {one.source} "
+        f"| `{one.best}` | {order} |"
+    )
+
+
 def page() -> str:
     """The page as Markdown."""
     results = json.loads((ROOT / "docs" / "results" / "picture-world.json").read_text(encoding="utf-8"))["rows"]
@@ -88,6 +99,18 @@ def page() -> str:
         *(_packaged_row(folder, results) for folder in folders),
         "",
         LICENCE,
+        "",
+        "## Weights that others publish",
+        "",
+        "For pictures of your own: `METHOD/NAME`, such as `naclip/ViT-B-16/openai`, loads them and needs no training "
+        "([Your own photographs](photographs.md)). *Permissive* says whether the licence lets anybody use them for "
+        "anything, *best* which method goes with them by the published figures, *auto* their place in the order in "
+        "which `--model auto` looks for them. Sizes are reckoned from the numbers of parameters. `lexiseg models "
+        "--weights` shows which of them this machine has.",
+        "",
+        "| name | licence | permissive | size | where from | best | auto |",
+        "|---|---|---|---|---|---|---|",
+        *map(_known_row, known_weights()),
         "",
         "## Convertible",
         "",

@@ -166,11 +166,10 @@ def label_agreement(labels: Tensor, std: float, same_entity_only: bool = True) -
     ``same_entity_only``), by exp(-distance / largest distance). The rows are smoothed with ``std`` patches along the
     flattened grid, across the ends of its rows, as released.
     """
-    grid = (int(labels.shape[0]), int(labels.shape[1]))
     flat, count = labels.flatten(), labels.numel()
     agree = (flat[:, None] == flat).float()
     if same_entity_only and count > 1:
-        agree = agree * _line_weights(flat, grid, agree)
+        agree = agree * _line_weights(labels)
     length = min(count, int(6 * std) + 1)
     length += 1 - length % 2
     offsets = torch.arange(length, device=labels.device, dtype=torch.float32) - length // 2
@@ -180,21 +179,29 @@ def label_agreement(labels: Tensor, std: float, same_entity_only: bool = True) -
     return agree / (agree.sum(dim=-1, keepdim=True) + 1e-8)
 
 
-def _line_weights(flat: Tensor, grid: Grid, agree: Tensor) -> Tensor:
-    """The factor of each pair of patches (N, N) for what lies between them; only pairs that agree are looked at."""
-    first, second = agree.nonzero(as_tuple=True)
-    place = torch.stack([first // grid[1], first % grid[1]])
-    step = torch.stack([second // grid[1], second % grid[1]]) - place
-    distance, longest = step.abs().amax(0), max(grid) - 1
-    label = flat[first]
-    crossed = torch.zeros_like(first, dtype=torch.bool)
+def _line_weights(labels: Tensor) -> Tensor:
+    """The factor of each pair of patches (h * w, h * w) for what lies between them, which counts for pairs that agree.
+
+    The row of a point on the line is that of two rows and its column that of two columns, so that tables of those give
+    the labels on all lines at once.
+    """
+    height, width = (int(side) for side in labels.shape)
+    longest = max(height, width) - 1
+    rows, columns = (torch.arange(side, device=labels.device) for side in (height, width))
+    down, right = rows - rows[:, None], columns - columns[:, None]
+    labels = labels.unique(return_inverse=True)[1].int()
+    # All of it lies as (first row, second row, first column, second column).
+    distance = torch.maximum(down.abs()[:, :, None, None], right.abs()[None, None]).short()
+    own = labels[:, None, :, None]
+    crossed = torch.zeros_like(distance, dtype=torch.bool)
     for index in range(1, longest + 1):
         # Steps are as long as those of the longest pair, so that near pairs are checked on part of their way only.
-        row, column = (place + step * (index / longest)).round().long()
-        crossed |= (flat[row * grid[1] + column] != label) & (index <= distance)
-    weights = torch.ones_like(agree)
-    weights[first[crossed], second[crossed]] = (-distance[crossed].float() / longest).exp()
-    return weights
+        part = index / longest
+        row, column = (rows[:, None] + down * part).round().long(), (columns[:, None] + right * part).round().long()
+        met = labels[:, column.flatten()][row.flatten()].view_as(crossed)
+        crossed |= (met != own) & (distance >= index)
+    weights = torch.where(crossed, (-distance.float() / longest).exp(), 1.0)
+    return weights.transpose(1, 2).reshape(height * width, -1)
 
 
 def majority(labels: Tensor, grid: Grid) -> Tensor:

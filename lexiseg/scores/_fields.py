@@ -3,7 +3,7 @@
 Fields are composed: a grid of logits is resized, squashed, resized again, averaged with its neighbours. Each one
 answers three questions, and answers them through the field below it.
 
-- ``block``: the values in a rectangle, for some words.
+- ``block``: the values in a rectangle, for some words (``lattice``: on some of its rows and columns).
 - ``points``: the values at scattered places, each for one word.
 - ``interval`` and ``extremes``: between which bounds do the values in a rectangle lie?
 
@@ -48,6 +48,12 @@ class Field(ABC):
     @abstractmethod
     def block(self, words: Words, top: int, bottom: int, left: int, right: int) -> Tensor:
         """(words, bottom - top, right - left) values of a rectangle. The caller must not write into it."""
+
+    def lattice(self, words: Words, rows: Tensor, columns: Tensor) -> Tensor:
+        """(words, R, C) values at ascending rows and columns, such as every fourth; the bits are those of `block`."""
+        top, left = int(rows[0]), int(columns[0])
+        values = self.block(words, top, int(rows[-1]) + 1, left, int(columns[-1]) + 1)
+        return values.index_select(1, rows - top).index_select(2, columns - left)
 
     @abstractmethod
     def points(self, words: Tensor, tiles: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
@@ -203,6 +209,9 @@ class Squashed(Field):
 
     def block(self, words: Words, top: int, bottom: int, left: int, right: int) -> Tensor:
         return self._apply(self.child.block(words, top, bottom, left, right), words)
+
+    def lattice(self, words: Words, rows: Tensor, columns: Tensor) -> Tensor:
+        return self._apply(self.child.lattice(words, rows, columns), words)
 
     def points(self, words: Tensor, tiles: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
         return self._apply(self.child.points(words, tiles, rows, columns), words, -1)

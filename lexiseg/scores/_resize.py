@@ -27,13 +27,24 @@ class Resized(Field):
         return self.child.cells(axis)[(self.columns if axis else self.rows).low]
 
     def block(self, words: Words, top: int, bottom: int, left: int, right: int) -> Tensor:
-        y, x = _part(self.rows, top, bottom), _part(self.columns, left, right)
-        first_row, first_column = int(y.low[0]), int(x.low[0])
-        values = self.child.block(words, first_row, int(y.high[-1]) + 1, first_column, int(x.high[-1]) + 1)
-        above, below = values.index_select(1, y.low - first_row), values.index_select(1, y.high - first_row)
-        values = mix(above, below, y.w_low[:, None], y.w_high[:, None])
-        before, after = spread(values, x.low - first_column), spread(values, x.high - first_column)
-        return mix(before, after, x.w_low, x.w_high)
+        return self._lattice(words, _part(self.rows, top, bottom), _part(self.columns, left, right))
+
+    def lattice(self, words: Words, rows: Tensor, columns: Tensor) -> Tensor:
+        return self._lattice(words, _take(self.rows, rows), _take(self.columns, columns))
+
+    def _lattice(self, words: Words, y: Axis, x: Axis) -> Tensor:
+        """Values (words, R, C) at the places of ``y`` and ``x``, whose tensors are (R,) and (C,)."""
+        if max(_steps(y), _steps(x)) <= 2:
+            top, left = int(y.low[0]), int(x.low[0])
+            values = self.child.block(words, top, int(y.high[-1]) + 1, left, int(x.high[-1]) + 1)
+            above, below, before, after = y.low - top, y.high - top, x.low - left, x.high - left
+        else:  # most of what lies between is asked for by nobody
+            rows, columns = (torch.cat((axis.low, axis.high)).unique() for axis in (y, x))
+            values = self.child.lattice(words, rows, columns)
+            above, below = (torch.searchsorted(rows, index) for index in (y.low, y.high))
+            before, after = (torch.searchsorted(columns, index) for index in (x.low, x.high))
+        values = mix(values.index_select(1, above), values.index_select(1, below), y.w_low[:, None], y.w_high[:, None])
+        return mix(spread(values, before), spread(values, after), x.w_low, x.w_high)
 
     def points(self, words: Tensor, tiles: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
         return self._at(words, tiles, _take(self.rows, rows), _take(self.columns, columns))
@@ -81,6 +92,11 @@ def cropped(field: Field, size: tuple[int, int] | None, place: tuple[int, int] =
         child, rows, columns = field.child, field.rows, field.columns
     rows, columns = (_part(axis, p, p + n) for axis, n, p in zip((rows, columns), size, place, strict=True))
     return Resized(child, rows, columns)
+
+
+def _steps(axis: Axis) -> float:
+    """How many inputs lie between two outputs, on average."""
+    return int(axis.high[-1] - axis.low[0]) / len(axis.low)
 
 
 def _part(axis: Axis, start: int, stop: int) -> Axis:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, ClassVar
 
 import pytest
@@ -13,7 +14,7 @@ from lexiseg.clip.patch_tower import OpenCLIPTower
 from lexiseg.errors import LexisegError
 from lexiseg.models import DenseCLIP, SegmentationModel
 from lexiseg.models.dense_clip import DenseCLIPOptions, methods
-from lexiseg.models.last_block import label_agreement, majority, mix, neighbourhood, proxy_attention
+from lexiseg.models.last_block import _line_weights, label_agreement, majority, mix, neighbourhood, proxy_attention
 from tests.system_tester import DIM, SystemTester
 from tests.towers import small_clip, unit_rows
 
@@ -149,6 +150,25 @@ def test_agreement_falls_where_another_label_lies_between() -> None:
     free = label_agreement(labels, 1e-3, same_entity_only=False)
     assert free[0, 1] == free[0, 4] > free[0, 2]
     assert majority(torch.tensor([[1, 1, 2, 2], [1, 0, 3, 3]]), (1, 2)).tolist() == [[1, 2]]
+
+
+@pytest.mark.parametrize("grid", [(5, 9), (8, 8), (1, 6)])
+def test_lines_are_walked_in_steps_of_the_longest_one(grid: tuple[int, int]) -> None:
+    """Pair by pair as the rule says it."""
+    labels = torch.randint(0, 2, grid)
+    weights, longest = _line_weights(labels), max(grid) - 1
+    places = [(row, column) for row in range(grid[0]) for column in range(grid[1])]
+    for first, start in enumerate(places):
+        for second, end in enumerate(places):
+            step = [last - begin for begin, last in zip(start, end, strict=True)]
+            distance = max(map(abs, step))
+            line = [
+                tuple(round(begin + length * (index / longest)) for begin, length in zip(start, step, strict=True))
+                for index in range(1, distance + 1)
+            ]
+            crossed = any(labels[place] != labels[start] for place in line)
+            expected = math.exp(-distance / longest) if crossed else 1.0
+            assert float(weights[first, second]) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("method", sorted(set(methods()) - {"proxyclip", "resclip"}))

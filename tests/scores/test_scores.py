@@ -23,6 +23,7 @@ from lexiseg.scores import (
     _decode,
     _fields,
     _pruning,
+    _resize,
 )
 from lexiseg.scores._arithmetic import sigmoid
 
@@ -172,6 +173,34 @@ def test_bounds_are_certain(case: Case, seed: int) -> None:
         place = dense[word, top : bottom + 1, left : right + 1]
         assert float(place.min()) >= float(lower[0, 0, index]) - slack
         assert float(place.max()) <= float(upper[0, 0, index]) + slack
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@given(case=cases(), seed=st.integers(0, 999))
+def test_some_rows_and_columns_have_the_bits_of_all(case: Case, seed: int) -> None:
+    """Far apart, so that what lies between is not computed."""
+    field = case.scores._field(0, case.size)
+    generator = torch.Generator().manual_seed(seed)
+    rows, columns = (torch.randint(0, n, (3,), generator=generator).unique() for n in case.size)
+    dense = field.block(slice(None), 0, case.size[0], 0, case.size[1])
+    assert torch.equal(field.lattice(slice(None), rows, columns), dense[:, rows][:, :, columns])
+
+
+def test_a_coarse_map_computes_no_fine_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits = torch.randn(1, 4, 8, 8)
+    largest, mix = 0, _resize.mix
+
+    def counted(*parts: Tensor) -> Tensor:
+        nonlocal largest
+        mixed = mix(*parts)
+        largest = max(largest, mixed.numel())
+        return mixed
+
+    monkeypatch.setattr(_resize, "mix", counted)
+    coarse = GridScores(logits, resize_to=(512, 512)).dense((16, 16))
+    assert largest <= 4 * 32 * 32
+    expected = resize(resize(logits, (512, 512)), (16, 16))
+    torch.testing.assert_close(coarse.double(), expected, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (5, 7), (13, 40), (64, 64), (31, 100)])

@@ -31,13 +31,17 @@ def with_exemplars(
     words: other places score it as an average word, and like things more.
 
     ``model``: the system; its tower sees the exemplars as its dense features see pictures. ``embedder``: remembers the
-    vectors like those of words. ``text``: (W, D) unit vectors of the words; what stands at the exemplars' places is
-    replaced. Returns (W, D) unit vectors. Raises LexisegError if a picture or mask is wrong, or the system's text has
-    several vectors a word.
+    vectors like those of words. ``text``: (W, D) unit vectors of the words, or what else the system makes of them; what
+    stands at the exemplars' places is replaced. Returns the text, of the same shape. Raises LexisegError if a picture
+    or mask is wrong, or the system's text has several vectors a word and it takes no picture.
     """
-    if text.dim() != 2:
-        raise LexisegError(f"{model.system} has several vectors a word, so a picture cannot be a class; use words.")
     places = vocabulary.exemplars
+    if text.dim() != 2:
+        text = text.clone()
+        for place, one in places:
+            image = read_image(one.image, max_pixels=max_pixels)
+            text[place] = model.embed_exemplar(image, read_mask(one, image, max_pixels))
+        return text
     words = torch.ones(len(text), dtype=torch.bool).index_fill_(0, torch.tensor([place for place, _ in places]), False)
     if bool(words.any()):
         average = text[words.to(text.device)].mean(dim=0)

@@ -17,6 +17,7 @@ _OTHERS = (
     ("METHOD/ARCHITECTURE/TAG", "training-free, on any ViT of open_clip, such as naclip/ViT-B-16/openai"),
     ("METHOD/transformers:OWNER/NAME", "training-free, on TIPSv2, SigLIP, SigLIP 2 or MetaCLIP 2"),
     ("METHOD/FOLDER", "training-free, on a CLIP in a folder"),
+    ("sam3", "SAM 3, prompted by each word; its weights are gated, and auto never takes them"),
     ("OWNER/NAME", "a model folder on the Hugging Face hub"),
 )
 

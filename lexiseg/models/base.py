@@ -216,6 +216,21 @@ class SegmentationModel(nn.Module, ABC):
         """
         return embedder(vocabulary)
 
+    def embed_exemplar(self, image: Tensor, mask: Tensor) -> Tensor:
+        """The text of a thing in a picture, of a system that has several vectors a word and takes pictures as well.
+
+        Args:
+            image: uint8 (3, H, W).
+            mask: where the thing is, bool (H, W).
+
+        Returns:
+            one row of what `embed_text` gives.
+
+        Raises:
+            LexisegError: the system takes none.
+        """
+        raise LexisegError(f"{self.system} has several vectors a word, so a picture cannot be a class; use words.")
+
     def training_text(self, vocabulary: Vocabulary, text: Tensor) -> Tensor:
         """The text of a training step, of what `embed_text` gave before: with gradients where its maker is trained."""
         return text

@@ -40,8 +40,10 @@ def save_model(model: SegmentationModel, folder: str | Path, *, dtype: torch.dty
     it and its fingerprint.
 
     ``dtype``: what to store the weights in, for example ``torch.float16``; None keeps them as they are. Raises
-    LexisegError if the folder cannot be written.
+    LexisegError if the folder cannot be written, or the system is another library's and has nothing to save.
     """
+    if model.system not in SYSTEMS:
+        raise LexisegError(f"'{model.system}' has nothing of its own to save; load it by its name, {model.clip.name}.")
     clip = model.clip
     fingerprint = clip.fingerprint()
     own_clip = not (clip.packaged and load_clip(clip.name).fingerprint() == fingerprint)

@@ -2,29 +2,37 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lexiseg.errors import LexisegError
+from lexiseg.hub import cached, download_folder, first_line
 
 if TYPE_CHECKING:
     from lexiseg.models.base import SegmentationModel
+    from lexiseg.models.sam3 import SAM3
 
 METHODS = ("maskclip", "clip", "sclip", "clearclip", "naclip", "resclip", "proxyclip", "gem")
-TRAINING_FREE = (*METHODS, "dense-clip")
+TRAINING_FREE = (*METHODS, "dense-clip", "sam3")
 """First parts of the names of training-free models; ``dense-clip`` is MaskCLIP under its old name."""
+SAM3_WEIGHTS = "facebook/sam3"
 
 
 def load_training_free(name: str) -> SegmentationModel:
     """Load a training-free model.
 
     ``name``: a method and what `lexiseg.clip.load.load_clip` takes, such as ``"naclip/ViT-B-16/openai"``,
-    ``"maskclip/transformers:google/tipsv2-b14"`` or ``"proxyclip/ViT-B-16/openai+vit_base_patch8_224.dino"``. Raises
-    LexisegError if the name lacks a part, there are no such weights, or the method cannot run on them.
+    ``"maskclip/transformers:google/tipsv2-b14"`` or ``"proxyclip/ViT-B-16/openai+vit_base_patch8_224.dino"``; or
+    ``"sam3"``, with a folder or a name of the hub behind a ``/`` where it is not Meta's own. Raises LexisegError if the
+    name lacks a part, there are no such weights, or the method cannot run on them.
     """
+    method, _, tower = name.partition("/")
+    if method == "sam3":
+        return load_sam3(tower or SAM3_WEIGHTS)
     from lexiseg.clip.load import load_clip
     from lexiseg.models.dense_clip import DenseCLIP
 
-    method, _, tower = name.partition("/")
     method = "maskclip" if method == "dense-clip" else method
     if not tower:
         raise LexisegError(f"'{name}' lacks a tower; write for example '{method}/ViT-B-16/openai'.")
@@ -42,3 +50,43 @@ def load_training_free(name: str) -> SegmentationModel:
         # The picture world's CLIP does best at the size it was trained at, and its results are reported there.
         options["short_side"] = clip.image_size
     return DenseCLIP.build(clip, options)
+
+
+def load_sam3(name: str = SAM3_WEIGHTS) -> SAM3:
+    """Load SAM 3.
+
+    Before anything is downloaded it says on stderr which licence the weights are under. ``name``: a folder of
+    transformers, or ``OWNER/NAME`` on the hub. Raises LexisegError if the weights cannot be had, are gated, damaged or
+    of another model.
+    """
+    from lexiseg.clip.foreign import read_kind
+
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        if name == SAM3_WEIGHTS and cached(name, ("model.safetensors",)) is None:
+            print(
+                f"sam3: the weights of {name} are gated and under the SAM License, which is Meta's own and not a free "
+                "one: read and accept it on the hub, then log in with `hf auth login`; about 3,360 MB to download.",
+                file=sys.stderr,
+            )
+        folder = download_folder(name, name)
+    kind = read_kind(folder, name)
+    if kind not in ("sam3", "sam3_video"):
+        raise LexisegError(f"'{name}' is a {kind} and no SAM 3; write sam3/{SAM3_WEIGHTS}, or a folder of it.")
+    from transformers import AutoTokenizer, Sam3Model
+
+    from lexiseg.models.sam3 import SAM3, SAM3Towers
+
+    try:
+        model, report = Sam3Model.from_pretrained(
+            folder, local_files_only=True, use_safetensors=True, output_loading_info=True
+        )
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # transformers raises errors of many kinds
+        raise LexisegError(
+            f"The model '{name}' in '{folder}' cannot be read ({first_line(error)}); download it again."
+        ) from error
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise LexisegError(f"The model '{name}' in '{folder}' lacks {missing[0]}; download it again.")
+    return SAM3(SAM3Towers(model.float().eval(), tokenizer, f"sam3/{name}"))

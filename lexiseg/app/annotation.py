@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from lexiseg.app.brush import encode_brush
 from lexiseg.app.queue import Answer
-from lexiseg.app.requests import Question, ServiceError, decode_picture
+from lexiseg.app.requests import EXAMPLE_PICTURE, Question, ServiceError, decode_picture
 from lexiseg.app.results import outlines
 from lexiseg.errors import LexisegError
 from lexiseg.formats import bounding_box
@@ -26,6 +26,11 @@ if TYPE_CHECKING:
 
 _LOCAL_FILES = "/data/local-files/"
 _MAX_CONFIG = 1 << 20
+_INTERFACE = (
+    '<View><Image name="image" value="$image"/><BrushLabels name="tag" toName="image"><Label value="tree"/>'
+    '<Label value="sky"/></BrushLabels></View>'
+)
+_TASK = {"tasks": [{"id": 1, "data": {"image": EXAMPLE_PICTURE}}], "label_config": _INTERFACE}
 
 
 class LabelStudioRequest(BaseModel):
@@ -37,7 +42,7 @@ class LabelStudioRequest(BaseModel):
         params: for example ``context``; not used.
     """
 
-    model_config = ConfigDict(extra="ignore")
+    model_config = ConfigDict(extra="ignore", json_schema_extra={"examples": [_TASK]})
 
     tasks: list[dict[str, Any]] = Field(min_length=1)
     label_config: str = Field(max_length=_MAX_CONFIG)
@@ -52,7 +57,7 @@ class CvatRequest(BaseModel):
         threshold: segments of a lower mean score are left out.
     """
 
-    model_config = ConfigDict(extra="ignore")
+    model_config = ConfigDict(extra="ignore", json_schema_extra={"examples": [{"image": EXAMPLE_PICTURE}]})
 
     image: str
     threshold: float | None = None

@@ -30,6 +30,16 @@ class ServiceError(Exception):
         self.headers = headers or {}
 
 
+# Eight by eight grey pixels, so that examples can be tried as they are.
+EXAMPLE_PICTURE = "data:image/gif;base64,R0lGODdhCAAIAIEAAFpaWgAAAAAAAAAAACwAAAAACAAIAAAIDwABCBxIsKDBgwgTKkwYEAA7"
+_EXAMPLE = {"classes": "giraffe; tree, bush; sky", "output": "rle"}
+
+
+def example(**fields: Any) -> ConfigDict:
+    """Settings of a request with an example of it."""
+    return ConfigDict(extra="forbid", json_schema_extra={"examples": [fields]})
+
+
 class ExemplarRequest(BaseModel):
     """A picture as a class.
 
@@ -66,9 +76,7 @@ class Question(BaseModel):
         model: one of those that ``GET /v1/models`` lists; None is the first.
     """
 
-    model_config = ConfigDict(
-        extra="forbid", json_schema_extra={"examples": [{"classes": "giraffe; tree, bush; sky", "output": "rle"}]}
-    )
+    model_config = ConfigDict(extra="forbid")
 
     classes: str | list[str]
     exemplars: Exemplars = []
@@ -86,6 +94,8 @@ class SegmentRequest(Question):
         image: the picture's file in base64, with or without a ``data:`` prefix. Addresses are not fetched.
     """
 
+    model_config = example(image=EXAMPLE_PICTURE, **_EXAMPLE)
+
     image: str
 
 
@@ -95,6 +105,8 @@ class BatchRequest(Question):
     Attributes:
         images: as in `SegmentRequest`.
     """
+
+    model_config = example(images=[EXAMPLE_PICTURE], **_EXAMPLE)
 
     images: list[str] = Field(min_length=1)
 
@@ -107,7 +119,7 @@ class ClassesRequest(BaseModel):
         model: as in `Question`.
     """
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = example(classes="giraffe; tree, bush; sky")
 
     classes: str | list[str]
     model: str | None = None

@@ -14,7 +14,7 @@ from lexiseg.errors import LexisegError
 from lexiseg.losses.mask_aware import distillation_loss, iou_targets, mask_aware_loss, mask_ious
 from lexiseg.models.maft import MaftOptions, mask_aware_step
 from lexiseg.models.region_base import RegionModel
-from lexiseg.regions.crops import CropOptions, aligned_crops, boxes_of, near_duplicates, tight_crops
+from lexiseg.regions.crops import CropOptions, aligned_crops, boxes_of, in_chunks, near_duplicates, tight_crops
 from lexiseg.regions.ensemble import EnsembleOptions, class_probabilities, ensemble
 from lexiseg.weights.region_host_checkpoint import read_region_host
 from tests.models.test_region_models import make
@@ -83,6 +83,21 @@ def test_empty_masks_are_skipped_or_blank() -> None:
     assert aligned.valid.tolist() == [True, True, True]
     assert aligned.boxes[0].tolist() == [0, 0, 30, 20]  # the whole frame
     assert float(aligned.images[0].abs().max()) == 0.0
+
+
+def test_crops_that_repeat_are_run_once() -> None:
+    shown: list[int] = []
+
+    def embed(part: torch.Tensor) -> torch.Tensor:
+        shown.append(len(part))
+        return part.mean(dim=(2, 3))
+
+    images = torch.rand(9, 3, 5, 5)
+    assert torch.allclose(in_chunks(embed, images, 3), images.mean(dim=(2, 3))) and sum(shown) == 9
+    images[[2, 4, 7]] = 0
+    shown.clear()
+    assert torch.allclose(in_chunks(embed, images, 3), images.mean(dim=(2, 3))) and sum(shown) == 7
+    assert in_chunks(embed, images[:0], 3).shape == (0, 3)
 
 
 def test_near_duplicates_point_at_the_first() -> None:

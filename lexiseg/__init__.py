@@ -64,7 +64,8 @@ def load(
             ``"naclip/ViT-B-16/openai"``; a hub repository ``"owner/name"``; or "auto", the best permissive weights
             that this machine has or can get, which is said on stderr.
         device: where to run it; None takes an accelerator where there is one.
-        dtype: "bf16" or "fp16" run the model in mixed precision; None is float32.
+        dtype: "bf16" or "fp16" run the model in mixed precision; "auto" is bf16 on a processor made for it; None
+            is float32.
         compile: compile it with torch.compile.
         templates: sentences that words are put into; None takes the model's own.
         max_pixels: larger pictures are refused; None is 200 million.

@@ -1,12 +1,14 @@
-"""Which device and which floating-point type a model runs in."""
+"""Which device and which floating-point type a model runs in, and how it is compiled."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from lexiseg.errors import LexisegError
 
@@ -40,15 +42,43 @@ def pick_device(device: str | torch.device) -> torch.device:
     return found
 
 
-def pick_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+def pick_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype | None:
     """Turn a name into a floating-point type that models run in; None stays None.
 
-    Raises LexisegError if it is none of fp32, bf16 and fp16 (or torch's names for them).
+    "auto" is bf16 where the device is a processor that multiplies such numbers (AMX or AVX512-BF16), else float32.
+
+    Raises LexisegError if it is none of auto, fp32, bf16 and fp16 (or torch's names for them).
     """
+    if dtype == "auto":
+        return torch.bfloat16 if device.type == "cpu" and multiplies_bf16() else torch.float32
     found = _DTYPES.get(dtype) if isinstance(dtype, str) else dtype
     if dtype is not None and found not in _DTYPES.values():
-        raise LexisegError(f"Unknown dtype '{dtype}'; use fp32, bf16 or fp16.")
+        raise LexisegError(f"Unknown dtype '{dtype}'; use fp32, bf16, fp16 or auto.")
     return found
+
+
+def multiplies_bf16() -> bool:
+    """Whether this machine's processor has instructions for products of bf16; elsewhere bf16 is slower than float32."""
+    return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+
+
+def compiled(model: nn.Module) -> Callable[..., Any]:
+    """A segmentation model, compiled once for any number of windows and of words from two on, not anew for each."""
+    run = torch.compile(model)
+
+    def forward(images: Tensor, text: Tensor, **words: Tensor | None) -> Any:
+        for tensor in (images, text, *words.values()):
+            if tensor is not None and len(tensor) > 1:
+                torch._dynamo.maybe_mark_dynamic(tensor, 0)
+        return run(images, text, **words)
+
+    return forward
+
+
+def use_threads(count: int) -> None:
+    """Let torch use so many threads for what the calling thread asks for."""
+    torch.get_num_threads()  # the first question in a thread gives it the process's number, whatever was set before
+    torch.set_num_threads(count)
 
 
 _lock = threading.Lock()

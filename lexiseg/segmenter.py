@@ -17,7 +17,7 @@ from torch import Tensor
 from lexiseg import notes
 from lexiseg.background import BackgroundSource
 from lexiseg.clip.text import TextEmbedder
-from lexiseg.devices import EvaluationMode, float32_default, pick_device, pick_dtype
+from lexiseg.devices import EvaluationMode, compiled, float32_default, pick_device, pick_dtype
 from lexiseg.errors import LexisegError
 from lexiseg.exemplar_vectors import with_exemplars
 from lexiseg.files import as_path, default_cache_folder, write_text
@@ -64,7 +64,7 @@ class Segmenter:
         device: such as "cpu", "cuda" or "cuda:1"; "auto" takes an accelerator where there is one; None leaves the model
             where it is.
         dtype: "bf16" or "fp16" (or torch's names for them) run the model in mixed precision; scores are decoded in
-            float32 in any case. None is float32.
+            float32 in any case. "auto" is bf16 on a processor that has instructions for it. None is float32.
         compile: compile the model with torch.compile; worth its minutes only for many pictures of few sizes.
         templates: the sentences for every vocabulary (a list, one template, "single" or "paper"). None takes the
             templates a vocabulary states, else the model's own; a ``Vocabulary`` with CLIP's single template counts as
@@ -95,7 +95,7 @@ class Segmenter:
         if not isinstance(model, SegmentationModel):
             raise LexisegError(f"A segmenter is made of a model, not {describe(model)}; lexiseg.load(name) makes one.")
         self.model = model if device is None else model.to(pick_device(device))
-        self.dtype = pick_dtype(dtype)
+        self.dtype = pick_dtype(dtype, self.model.device)
         if isinstance(max_pixels, bool) or not isinstance(max_pixels, int | float) or not max_pixels > 0:
             raise LexisegError(f"The limit of pixels must be a number above 0, not {describe(max_pixels)}.")
         self.max_pixels = max_pixels
@@ -103,7 +103,7 @@ class Segmenter:
         self.templates = None if templates is None else Vocabulary.parse("any", templates=templates).templates
         cache = default_cache_folder() if cache_dir is None else as_path(cache_dir, "cache_dir")
         self.embedder = TextEmbedder(model.clip, cache if disk_cache else None)
-        self._forward: Any = torch.compile(model) if compile else model
+        self._forward: Any = compiled(model) if compile else model
         self._held = threading.local()  # one picture a thread
         self._evaluating = EvaluationMode(model, self.dtype)
         self._note_photographs = "emoji" in model.clip.name

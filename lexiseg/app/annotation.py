@@ -30,7 +30,7 @@ _INTERFACE = (
     '<View><Image name="image" value="$image"/><BrushLabels name="tag" toName="image"><Label value="tree"/>'
     '<Label value="sky"/></BrushLabels></View>'
 )
-_TASK = {"tasks": [{"id": 1, "data": {"image": EXAMPLE_PICTURE}}], "label_config": _INTERFACE}
+_TASK: dict[str, Any] = {"tasks": [{"id": 1, "data": {"image": EXAMPLE_PICTURE}}], "label_config": _INTERFACE}
 
 
 class LabelStudioRequest(BaseModel):

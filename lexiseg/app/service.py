@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from importlib import resources
@@ -36,6 +37,7 @@ from lexiseg.app.requests import (
 from lexiseg.app.results import OUTPUTS, describe_result
 from lexiseg.app.settings import ServiceSettings
 from lexiseg.class_list import split_classes
+from lexiseg.devices import use_threads
 from lexiseg.errors import LexisegError
 from lexiseg.exemplars import PREFIX, Exemplar
 from lexiseg.vocabulary import Vocabulary, VocabularyClass
@@ -168,13 +170,13 @@ class Service:
             sentence = f"The service is busy; try again in {error.retry_after} seconds."
             raise ServiceError(503, sentence, {"Retry-After": str(error.retry_after)}) from error
         futures = [asyncio.wrap_future(job.future) for job in jobs]
+        for future in futures:  # of several only the first error is told; asyncio need not report the others
+            future.add_done_callback(lambda done: done.cancelled() or done.exception())
         try:
             await self._wait(request, futures)
         finally:
-            for job, future in zip(jobs, futures, strict=True):
+            for job in jobs:
                 job.future.cancel()
-                if future.done() and not future.cancelled():
-                    future.exception()  # seen, so that asyncio does not report it
         return name, [future.result() for future in futures]
 
     async def _wait(self, request: Request, futures: list[asyncio.Future[Answer]]) -> None:
@@ -207,6 +209,9 @@ def create_app(segmenters: dict[str, Segmenter], settings: ServiceSettings | Non
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        # The model has all of torch's threads; what writes answers meanwhile gets one each.
+        answering = ThreadPoolExecutor(initializer=use_threads, initargs=(1,))
+        asyncio.get_running_loop().set_default_executor(answering)
         yield
         await asyncio.to_thread(service.queue.close)
 

@@ -26,6 +26,7 @@ class Precision(str, Enum):
     fp32 = "fp32"
     bf16 = "bf16"
     fp16 = "fp16"
+    auto = "auto"
 
 
 class Cleaning(str, Enum):
@@ -40,7 +41,9 @@ class Cleaning(str, Enum):
 Device = Annotated[
     str, typer.Option("--device", help="cpu, cuda, cuda:1, mps; auto takes an accelerator where there is one.")
 ]
-Dtype = Annotated[Precision, typer.Option("--dtype", help="Precision the model is run in.")]
+Dtype = Annotated[
+    Precision, typer.Option("--dtype", help="Precision the model is run in; auto is bf16 on a processor made for it.")
+]
 Compile = Annotated[
     bool, typer.Option("--compile", help="Compile the model first: minutes once, worth it for many pictures.")
 ]

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from lexiseg.cli.console import say, say_note, waiting
+from lexiseg.cli.options import Dtype, Precision
 from lexiseg.errors import LexisegError
 
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -23,6 +24,7 @@ def serve(
     host: Annotated[str, typer.Option("--host", help="Address to listen at; 0.0.0.0 is every network.")] = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", min=0, max=65535, help="Port; 0 takes a free one.")] = 8080,
     device: Annotated[str, typer.Option("--device", help="cpu, cuda, mps; auto takes an accelerator.")] = "auto",
+    dtype: Dtype = Precision.fp32,
     classes: Annotated[
         str | None, typer.Option("--classes", help="Classes for tools that send none (CVAT).", show_default=False)
     ] = None,
@@ -74,7 +76,7 @@ def serve(
     segmenters = {}
     for name in model or ["auto"]:
         with waiting(f"loading {name}"):
-            segmenters[name] = lexiseg.load(name, device=device, max_pixels=settings.max_pixels)
+            segmenters[name] = lexiseg.load(name, device=device, dtype=dtype.value, max_pixels=settings.max_pixels)
     config = uvicorn.Config(
         create_app(segmenters, settings),
         host=host,

@@ -11,15 +11,18 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
 import pytest
+import torch
 import uvicorn
 from PIL import Image
 from pycocotools import mask as coco
 
 import lexiseg
+from lexiseg.app import service
 from lexiseg.app.results import encode_png
 from lexiseg.app.service import create_app
 from lexiseg.app.settings import ServiceSettings
@@ -37,7 +40,9 @@ class Running:
 
     def __init__(self, settings: ServiceSettings) -> None:
         self.segmenter = lexiseg.load("zegclip-emoji", device="cpu", max_pixels=settings.max_pixels)
-        config = uvicorn.Config(create_app({"zegclip-emoji": self.segmenter}, settings), port=0, log_level="error")
+        app = create_app({"zegclip-emoji": self.segmenter}, settings)
+        self.service = app.state.service
+        config = uvicorn.Config(app, port=0, log_level="error")
         self.server = uvicorn.Server(config)
         listening = config.bind_socket()
         self.port: int = listening.getsockname()[1]
@@ -269,24 +274,35 @@ def test_the_token_is_asked_for() -> None:
         guarded.stop()
 
 
-def test_a_slow_client_and_one_that_leaves() -> None:
+def test_a_slow_client_is_told() -> None:
     impatient = Running(SMALL.model_copy(update={"seconds": 1.0}))
     try:
         with socket.create_connection(("127.0.0.1", impatient.port)) as line:
-            head = (
-                "POST /v1/segment HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 1000\r\n\r\n"
-            )
-            line.sendall(head.encode())
+            line.sendall(head(1000))
             assert b" 408 " in line.recv(100)
-        body = json.dumps({"image": b64(png((900, 900))), "classes": "cat; dog"}).encode()
-        with socket.create_connection(("127.0.0.1", impatient.port)) as line:
-            head = (
-                f"POST /v1/segment HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
-            )
-            line.sendall(head.encode() + b"\r\n\r\n" + body)
-        assert impatient.client.get("/health").status_code == 200
     finally:
         impatient.stop()
+
+
+def test_the_model_has_the_threads_and_answers_have_one_each(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    found: dict[str, set[int]] = {"model": set(), "answer": set()}
+    predict, describe = running.segmenter.predict, service.describe_result
+
+    def counted_predict(*arguments: Any, **more: Any) -> Any:
+        found["model"].add(torch.get_num_threads())
+        return predict(*arguments, **more)
+
+    def counted_describe(*arguments: Any) -> Any:
+        found["answer"].add(torch.get_num_threads())
+        return describe(*arguments)
+
+    monkeypatch.setattr(running.segmenter, "predict", counted_predict)
+    monkeypatch.setattr(service, "describe_result", counted_describe)
+    queue = running.service.queue
+    monkeypatch.setattr(queue, "_threads", 3)
+    for _ in range(3):
+        assert running.client.post("/v1/segment", json={"image": b64(png()), "classes": "cat; dog"}).status_code == 200
+    assert found == {"model": {3}, "answer": {1}}
 
 
 def test_a_full_queue_says_when_to_come_back(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -312,6 +328,41 @@ def test_a_full_queue_says_when_to_come_back(running: Running, monkeypatch: pyte
     assert int(busy.headers["retry-after"]) >= 1
     assert_sentence(busy, 503, "busy")
     assert max(sizes) > 1, "requests that waited together did not share a pass"
+
+
+def test_clients_that_leave_free_their_places(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    started, release = threading.Event(), threading.Event()
+    predict = running.segmenter.predict
+
+    def slow(*arguments: Any, **more: Any) -> Any:
+        started.set()
+        release.wait(20)
+        return predict(*arguments, **more)
+
+    monkeypatch.setattr(running.segmenter, "predict", slow)
+    queue, body = running.service.queue, json.dumps({"image": b64(png()), "classes": "cat; dog"}).encode()
+
+    def waiting(count: int) -> bool:
+        end = time.monotonic() + 20
+        while sum(not job.future.cancelled() for job in queue.waiting) != count and time.monotonic() < end:
+            time.sleep(0.02)
+        return time.monotonic() < end
+
+    with ThreadPoolExecutor(2) as clients:
+        first = clients.submit(running.client.post, "/v1/segment", content=body)
+        assert started.wait(20)
+        lines = [socket.create_connection(("127.0.0.1", running.port)) for _ in range(SMALL.queue)]
+        for line in lines:
+            line.sendall(head(len(body)) + body)
+        assert waiting(SMALL.queue)
+        assert running.client.post("/v1/segment", content=body).status_code == 503
+        for line in lines:
+            line.close()
+        assert waiting(0)
+        last = clients.submit(running.client.post, "/v1/segment", content=body)
+        assert waiting(1)
+        release.set()
+        assert [first.result().status_code, last.result().status_code] == [200, 200]
 
 
 def test_stopping_drains_what_waits() -> None:

@@ -284,7 +284,7 @@ def test_predict_options(call: Call, tiny_model: Path, picture: Path) -> None:
     assert code == 0, err
     entry = json.loads(out)["images"][0]
     assert sum(row["fraction"] for row in entry["classes"]) == 0
-    assert call("predict", picture, WORDS, *options, "--dtype", "bf16")[0] == 0
+    assert call("predict", picture, WORDS, *options, "--dtype", "auto")[0] == 0
     assert_sentence(*call("predict", picture, WORDS, *options, "--window", 16, "--stride", 17), "stride of 17")
     assert_sentence(*call("predict", picture, WORDS, *options, "--stride", 17), "window's side")
     assert_sentence(*call("predict", picture, WORDS, *options, "--window", -5), "--window", "equal to 0")

@@ -207,6 +207,7 @@ def test_without_tensorboard_a_warning_says_so(tmp_path, monkeypatch, caplog):
 def test_batches_come_in_order_whoever_makes_them():
     for workers in (0, 1, 2):
         assert list(prefetch(lambda index: index**2, range(3, 20, 4), workers=workers)) == [9, 49, 121, 225, 361]
+    assert set(prefetch(lambda _: torch.get_num_threads(), range(4), workers=2)) == {1}
 
 
 def _killed(index):

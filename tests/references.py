@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lexiseg.label_ids import IGNORE_INDEX
+from lexiseg.label_ids import ignore_index as ignored_among
 from lexiseg.losses.masks import fill_unseen
 from lexiseg.weights.filling import SourceOf
 
@@ -60,3 +61,10 @@ def put_tensors(ours: Mapping[str, Tensor], source_of: SourceOf) -> dict[str, Te
         key: torch.cat([parts[index] for index in sorted(parts)]) if len(parts) > 1 else parts[0]
         for key, parts in found.items()
     }
+
+
+def pixel_accuracy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Percentage of labelled pixels (B, H, W) whose class has the largest logit (B, C, H, W), or 0."""
+    counted = labels != ignored_among(logits.shape[1])
+    right = (logits.argmax(dim=1) == labels) & counted
+    return 100.0 * right.sum() / counted.sum().clamp(min=1)

@@ -254,10 +254,3 @@ def fill_unseen(labels: Tensor, best: Tensor, seen: Tensor, *, label_void: bool 
     known = (labels >= 0) & (labels < len(seen)) & ~void
     kept[known] = seen[labels[known]]
     return torch.where(kept, labels, best)
-
-
-def pixel_accuracy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Percentage of labelled pixels (B, H, W) whose class has the largest logit (B, C, H, W), or 0."""
-    counted = labels != ignore_index(logits.shape[1])
-    right = (logits.argmax(dim=1) == labels) & counted
-    return 100.0 * right.sum() / counted.sum().clamp(min=1)

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lexiseg.losses.exclusive import exclusive_logits, exclusive_losses
-from lexiseg.losses.masks import MaskLosses, mask_losses, pixel_accuracy, pseudo_labels
+from lexiseg.losses.masks import MaskLosses, mask_losses, pseudo_labels
 from lexiseg.models.base import ImageFeatures, SegmentationModel
 from lexiseg.models.options import Deviations, LossWeight, ModelOptions, Pixels, Triple, WindowOptions
 from lexiseg.scores import GridScores
@@ -25,12 +25,11 @@ class OneStageOptions(WindowOptions):
     """Options of every one-stage system, with those of `WindowOptions`. The defaults are the papers', for any tower.
 
     Attributes:
-        seen_offset: subtracted from the score of classes seen in training; the released code uses 0.1, and 0 for
-            models trained transductively.
+        seen_offset: subtracted from the score of seen classes; the released code uses 0.1, and 0 after self-training.
         mask_size: side that masks of square images are upsampled to before the sigmoid (released: 512); None is the
-            images' own size, which is also what images of other shapes use.
-        mask_loss: "focal" judges each class by itself (ZegCLIP's non-mutually exclusive loss, Sec. 3.2). With
-            "cross-entropy" the classes exclude each other, as in ZegCLIP's ablation: softmax, in loss and scores.
+            images' own size, as for images of other shapes.
+        mask_loss: "focal" judges each class by itself (ZegCLIP's non-mutually exclusive loss, Sec. 3.2); with
+            "cross-entropy" classes exclude each other, as in ZegCLIP's ablation: softmax, in loss and scores.
         mask_weight: factor on the mask loss (focal: Cascade-CLIP's Table 18 compares 10, 50, 100 and 150).
         dice_weight: factor on the dice loss, or on what takes its place.
         mean: mean of the images, RGB in 0..1; None is CLIP's. (Released: ImageNet's.)
@@ -131,15 +130,12 @@ class OneStageModel(SegmentationModel):
             offsets=self.seen_offsets(seen_words, text),
         )
 
-    def losses(
-        self, images: Tensor, labels: Tensor, text: Tensor, *, seen: Tensor | None = None, accuracy: bool = False
-    ) -> dict[str, Tensor]:
+    def losses(self, images: Tensor, labels: Tensor, text: Tensor, *, seen: Tensor | None = None) -> dict[str, Tensor]:
         """Losses of the class masks (ZegCLIP, Sec. 3.2; Cascade-CLIP, Eq. 3); see `SegmentationModel.losses`.
 
         Inductive: ``text`` holds the seen classes, ``labels`` their ranks, and pixels of unseen classes are 255 before
         they get here. Self-training: ``text`` holds all classes and ``seen`` says which had masks; pixels of other
-        classes, or -1, get the model's own best unseen class. ``accuracy`` adds the percentage of labelled pixels with
-        the largest logit.
+        classes, or -1, get the model's own best unseen class.
         """
         features = self.encode_images(images)
         logits = self.grid_logits(features, text)
@@ -147,10 +143,7 @@ class OneStageModel(SegmentationModel):
         mask_size = self.mask_size(features.size)
         if self.options.mask_size is not None and mask_size != size:
             logits = F.interpolate(logits, size=mask_size, mode="bilinear", align_corners=False)
-        full = None
-        if accuracy or seen is not None:
+        if seen is not None:
             full = F.interpolate(logits.detach(), size=size, mode="bilinear", align_corners=False)
-        if full is not None and seen is not None:
             labels = pseudo_labels(full, labels, seen)
-        losses = self.class_losses(logits, labels)
-        return losses if full is None or not accuracy else {**losses, "accuracy": pixel_accuracy(full, labels)}
+        return self.class_losses(logits, labels)

@@ -10,7 +10,7 @@ only; here every grid does.
 
 from __future__ import annotations
 
-from typing import ClassVar, cast
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -19,16 +19,13 @@ from torch.nn import functional as F
 from lexiseg.clip.image import BeforeBlock
 from lexiseg.errors import LexisegError
 from lexiseg.losses.ssim import ssim_loss
-from lexiseg.models.clip_similarity import GAIN, IMAGE_WEIGHT, OFFSET, pass_text, silence_updates
 from lexiseg.models.mask_decoder import DecoderLayer, MaskDecoder
 from lexiseg.models.options import Count, ModelOptions
+from lexiseg.models.spectral_similarity import init_spectral_decoder
 from lexiseg.models.zegclip import ZegCLIP, ZegCLIPOptions
 
 _HEADS = 8  # fixed in the authors' code, whatever the number of attention heads elsewhere
 _WINDOW = 3
-# Of the initial state that compares like CLIP: how sharply patches attend to patches like them, and the constant part.
-_SHARPNESS = 100.0
-_CONSTANT = 2.0
 
 
 class SPTSegOptions(ZegCLIPOptions):
@@ -158,27 +155,6 @@ class SpectralGuide(nn.Module):
         mixed = F.scaled_dot_product_attention(split(self.low_query(memory)), split(key), split(value))
         return self.low_out(mixed.transpose(1, 2).flatten(2))
 
-    @torch.no_grad()
-    def init_as_identity(self, basis: Tensor) -> None:
-        """Set the weights so that z is about the patches, smoothed where they are alike, plus a constant.
-
-        The directions along which patches differ most (the first of ``basis``, see `patch_directions`) are the high
-        frequencies and tell which patches are alike; the constant lies along the last, where the prompt looks, so that
-        the gate is open.
-        """
-        size = self.head_dim
-        scale = (_SHARPNESS * size**0.5) ** 0.5
-        top, low = basis[:size], basis[size:]
-        self.high.weight.copy_(torch.cat([scale * top, scale * top, top]))
-        self.low_query.weight.copy_(scale * top.repeat(_HEADS - 1, 1))
-        self.low_key_value.weight.copy_(torch.cat([scale * top.repeat(_HEADS - 1, 1), low]))
-        nn.init.eye_(self.low_out.weight)
-        nn.init.zeros_(self.low_out.bias)
-        self.low_out.bias[-1] = _CONSTANT
-        nn.init.zeros_(self.prompt)
-        self.prompt[-1] = 1.0
-        self.transform.copy_(basis)
-
 
 class SpectralLayer(DecoderLayer):
     """Queries attend to z, see `SpectralGuide`: one head, no scale, and no maps of queries and keys."""
@@ -204,34 +180,6 @@ class SpectralDecoder(MaskDecoder):
     """A stack of `SpectralLayer`."""
 
     layer_class: ClassVar[type[DecoderLayer]] = SpectralLayer
-
-
-@torch.no_grad()
-def init_spectral_decoder(decoder: MaskDecoder, query_proj: nn.Linear, basis: Tensor, *, silent: bool = False) -> None:
-    """Set the weights so that the mask logits are those of queries and patches compared directly.
-
-    See `lexiseg.models.clip_similarity.init_matching_decoder`; the last but one layer's norm, which must be there,
-    gives the gain, and a bias of the queries against the constant part of z the offset.
-    """
-    *inner, last = cast("list[SpectralLayer]", list(decoder.layers))
-    if not inner:
-        raise LexisegError("init 'clip-similarity' needs a spectral guided decoder of two layers at least.")
-    for layer in inner:
-        layer.guide.init_as_identity(basis)
-        silence_updates(layer)
-    last.guide.init_as_identity(basis)
-    # Queries are the text without its part along the constant of z, which would differ from class to class, and as
-    # long as after a norm: the layers' first updates, alike for all classes, must not drown them.
-    dim = len(basis)
-    pass_text(query_proj, basis[-1], IMAGE_WEIGHT / _CONSTANT)
-    text = query_proj.weight[:, -dim:]
-    text.sub_(torch.outer(basis[-1], basis[-1])).mul_(dim**0.5)
-    norm = inner[-1].norm_ffn
-    nn.init.constant_(norm.weight, GAIN / dim**0.5)  # a norm leaves vectors of the length sqrt(D)
-    norm.bias.copy_(-OFFSET / _CONSTANT * basis[-1])
-    if silent:
-        nn.init.zeros_(norm.bias)
-        nn.init.zeros_(last.guide.transform)
 
 
 class SPTSeg(ZegCLIP):

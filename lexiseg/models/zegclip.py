@@ -33,22 +33,19 @@ class ZegCLIPOptions(OneStageOptions):
     """Options of `ZegCLIP`, with those of `OneStageOptions`.
 
     Attributes:
-        backbone: "prompt" keeps CLIP frozen and learns prompts; the paper's baselines are "fixed", a frozen tower
-            without prompts, and "finetune", a tower that is trained.
+        backbone: "prompt" keeps CLIP frozen and learns prompts; the baselines are "fixed", frozen without prompts, and
+            "finetune".
         num_prompts: prompts a block (10 on VOC, 35 on Context, 100 on COCO-Stuff; Fig. 6).
-        prompt_depth: see `VisualPrompts`; None is deep, in every block. Of Table 8, "1" is 0, "1-3" is 2 and "4-12" is
-            -9.
+        prompt_depth: see `VisualPrompts`; None is deep, in every block. Of Table 8, "1" is 0, "1-3" 2, "4-12" -9.
         prompt_dropout: dropout on the prompts.
-        descriptor: use the relationship descriptor [t * cls, t] as the query (Sec. 3.3); False uses the text embedding
-            t alone, the paper's ablation.
+        descriptor: make queries of [t * cls, t] (Sec. 3.3); False, the paper's ablation, of the text t alone.
         decoder_layers: layers of a decoder.
         decoder_heads: its attention heads.
         ffn_ratio: hidden width of its feed-forward part over its width.
         dropout: dropout in the decoder.
-        init: "random" is the released initialisation. "clip-similarity" starts from CLIP's own comparison of patches
-            and words, which a short training needs, see `lexiseg.models.clip_similarity`.
-        class_embedding_twice: a quirk of the released code: the class embedding is added twice. Converted checkpoints
-            need it; a model trained here does better with what CLIP was trained with.
+        init: "random" is released; "clip-similarity" suits short trainings, see `lexiseg.models.clip_similarity`.
+        class_embedding_twice: add the class embedding twice, as the released code does and its checkpoints need; a
+            model trained here does better without.
         position_interpolation: how position embeddings follow the resolution.
     """
 
@@ -74,16 +71,9 @@ class ZegCLIPOptions(OneStageOptions):
 class VisualPrompts(nn.Module):
     """P prompts for each of several blocks, with one linear map shared by all (Sec. 3.2: deep prompt tuning).
 
-    Args:
-        num_prompts: P, prompts a block.
-        width: W of the tower.
-        num_blocks: blocks of the tower.
-        patch_size: side of a patch; it sets the range of the initial values.
-        depth: n > 0, "deep": fresh prompts enter blocks 0 to n, their outputs are thrown away each time, and later
-            blocks have none. n = 0, "shallow": prompts enter block 0 and pass through all. n < 0, "reverse": fresh
-            prompts enter the last |n| blocks only (Appendix B). A depth that does not fit the tower is a
-            `LexisegError`.
-        dropout: on the mapped prompts.
+    With a ``depth`` n > 0, "deep", fresh prompts enter blocks 0 to n, their outputs are thrown away each time, and
+    later blocks have none. n = 0, "shallow": prompts enter block 0 and pass through all. n < 0, "reverse": fresh
+    prompts enter the last |n| blocks only (Appendix B). A depth that does not fit the tower is a `LexisegError`.
     """
 
     def __init__(

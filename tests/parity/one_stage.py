@@ -21,6 +21,7 @@ from lexiseg.windows import Box, cover
 from tests.parity.case import Case, UnsupportedError
 from tests.parity.clip_build import text_sizes, vision_sizes
 from tests.parity.pieces import architecture
+from tests.references import pixel_accuracy
 
 _AUTHORS_LOSSES = {"accuracy": "decode.acc_seg"}
 
@@ -243,18 +244,23 @@ def training(case: Case) -> None:
     if self_training:
         large = F.interpolate(logits, size=raw.shape[-2:], mode="bilinear", align_corners=False)
         case.check("label_used_in_loss", pseudo_labels(large, raw, seen)[:, None])
-        losses = model.losses(images, raw, used, seen=seen, accuracy=True)
+        labels = pseudo_labels(large, raw, seen)
+        losses = model.losses(images, raw, used, seen=seen)
     else:
         labels = raw if bool(seen.all()) else remap_to_seen(raw, case.input("seen_idx").tolist())
         case.check("label_used_in_loss", labels[:, None])
-        losses = model.losses(images, labels, used, accuracy=True)
+        losses = model.losses(images, labels, used)
     case.check("loss/decode.loss_mask", losses["loss_mask"])
     for name in ("loss_dice", "loss_ssim"):
         if name in losses:
             case.check(f"loss/decode.{name}", losses[name])
-    compare_accuracy(case, losses["accuracy"], logits)
+    if model.options.mask_size is not None:
+        size = model.mask_size((images.shape[-2], images.shape[-1]))
+        logits = F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
+    large = F.interpolate(logits, size=labels.shape[-2:], mode="bilinear", align_corners=False)
+    compare_accuracy(case, pixel_accuracy(large, labels), logits)
     case.check("loss_total", losses["loss"])
-    keys = [_AUTHORS_LOSSES.get(name, f"decode.{name}") for name in losses if name != "loss"]
+    keys = [_AUTHORS_LOSSES.get(name, f"decode.{name}") for name in (*losses, "accuracy") if name != "loss"]
     case.check_stated("losses", case.config, {"loss_keys": keys})
     losses["loss"].backward()
     # The bias of attention keys has no gradient in exact arithmetic: it shifts all logits of a softmax alike.

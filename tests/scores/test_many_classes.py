@@ -17,7 +17,7 @@ from lexiseg.data.transforms import RandomCrop
 from lexiseg.errors import LexisegError
 from lexiseg.label_ids import ignore_index
 from lexiseg.losses.mask_aware import mask_ious
-from lexiseg.losses.masks import count_masks, mask_losses, pixel_accuracy, pseudo_labels
+from lexiseg.losses.masks import count_masks, mask_losses, pseudo_labels
 from lexiseg.losses.regions import region_map_losses
 from lexiseg.losses.ssim import ssim_loss
 from lexiseg.models import SYSTEMS as KINDS
@@ -29,6 +29,7 @@ from lexiseg.weights import save_model
 from tests.miniatures import ade847
 from tests.models.test_deop import OPTIONS as DEOP
 from tests.models.test_region_models import MASKFORMER
+from tests.references import pixel_accuracy
 from tests.towers import small_clip
 
 WIDE = 65535

@@ -21,6 +21,12 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+)
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from lexiseg.errors import LexisegError
@@ -58,16 +64,13 @@ def restore_rng(tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> Non
     random.setstate((version, tuple(words), gauss_next))
 
 
-def model_state(model: nn.Module) -> dict[str, Tensor]:
-    """The tensors a training changes: parameters that need a gradient, and the persistent buffers."""
-    parameters = {name: value for name, value in model.named_parameters() if value.requires_grad}
-    every_parameter = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    buffers = {
-        name: value
-        for name, value in model.state_dict().items()
-        if name not in every_parameter and isinstance(value, Tensor)
-    }
-    return {name: value.detach() for name, value in {**parameters, **buffers}.items()}
+def model_state(model: nn.Module, *, full: bool = False) -> dict[str, Tensor]:
+    """The tensors a training changes: parameters that need a gradient, and the persistent buffers.
+
+    With ``full`` they are whole and on the CPU, in the first process alone; every process must ask then.
+    """
+    options = StateDictOptions(full_state_dict=full, cpu_offload=full, ignore_frozen_params=True)
+    return get_model_state_dict(model, options=options)
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -84,28 +87,15 @@ def _like(value: Tensor, current: Tensor) -> Tensor:
     return distribute_tensor(value, current.device_mesh, current.placements, src_data_rank=None)
 
 
-def put(state: Mapping[str, Tensor], model: nn.Module) -> None:
+def put(state: dict[str, Tensor], model: nn.Module) -> None:
     """Copy what `model_state` gave into ``model``, which has the same names and shapes."""
-    current = model_state(model)
-    with torch.no_grad():
-        for name, value in state.items():
-            current[name].copy_(_like(value, current[name]))
+    set_model_state_dict(model, state, options=StateDictOptions(full_state_dict=True, strict=False))
 
 
 def _save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     # Clones: safetensors refuses tensors that share memory, which views into one buffer do.
     save_file({name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}, path)
     _sync(path)
-
-
-def _on_cpu(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
-    """Whole tensors on the CPU, one after another; where they are not to be kept this process only gives its parts."""
-    found = {}
-    for name, value in tensors.items():
-        complete = whole(value)
-        if keep:
-            found[name] = complete.detach().cpu()
-    return found
 
 
 def _sync(path: Path) -> None:
@@ -148,12 +138,12 @@ def save_checkpoint(
     Raises:
         LexisegError: the folder cannot be written.
     """
+    tensors, options = model_state(model, full=True), StateDictOptions(full_state_dict=True, cpu_offload=True)
     moments = {
         f"{name}/{key}": value
-        for name, parameter in model.named_parameters()
-        for key, value in optimizer.state.get(parameter, {}).items()
+        for name, values in get_optimizer_state_dict(model, optimizer, options=options).get("state", {}).items()
+        for key, value in values.items()
     }
-    tensors, moments = _on_cpu(model_state(model), write), _on_cpu(moments, write)
     folder = root / f"{STEP}{step:08d}"
     if not write:
         return folder

@@ -143,7 +143,7 @@ class Engine:
                 task.model.eval()
                 task.export(folder)
             return
-        state = {name: whole(value).cpu() for name, value in model_state(task.model).items()}
+        state = model_state(task.model, full=True)
         if self._plain is None:
             return
         put(state, self._plain)

@@ -12,6 +12,7 @@ from lexiseg.models import SegmentationModel
 from lexiseg.models.decoupled import DecoupledModel
 from lexiseg.models.region_base import RegionModel
 from lexiseg.models.zegclip import ZegCLIP
+from lexiseg.normalisation import normalise, pixels_of
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,8 @@ def _student(model: SegmentationModel) -> nn.Module | None:
 
 def _run_plain(model: SegmentationModel, tower: ImageTower, images: Tensor) -> Blocks:
     if isinstance(model, DecoupledModel):
-        images = model.clip_normalise(model.pixels(images))  # they come as the generator wants them
+        pixels = pixels_of(images, model.mean, model.std)
+        images = normalise(pixels, model.clip.mean, model.clip.std)  # they come as the generator wants them
     tokens, grid = tower.embed(model.fit_to_patches(images))
     return _blocks(tower.run(tokens, grid, levels=range(tower.num_blocks)), tower)
 

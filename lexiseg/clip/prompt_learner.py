@@ -18,6 +18,7 @@ from lexiseg.clip.embeddings import image_embeddings
 from lexiseg.clip.model import CLIP
 from lexiseg.errors import LexisegError
 from lexiseg.files import atomic_write, make_folder, write_json
+from lexiseg.normalisation import normalise
 
 SEMANTIC_TASK = "semantic segmentation."
 """FreeSeg's name of our task; the full stop is a token of it."""
@@ -37,9 +38,8 @@ def hide_background(images: Tensor, masks: Tensor, clip: CLIP) -> Tensor:
     (0.48, 0.46, 0.41). The authors of ZSSeg, FreeSeg and DeOP fill after normalising, so this is not the mean colour,
     which would be 0 there; their published prompts were learnt so. Images (B, 3, H, W) in 0..1 come back normalised.
     """
-    mean = images.new_tensor(clip.mean)[:, None, None]
-    std = images.new_tensor(clip.std)[:, None, None]
-    return torch.where((masks > 0)[:, None], (images - mean) / std, mean)
+    inside = normalise(images, clip.mean, clip.std)
+    return torch.where((masks > 0)[:, None], inside, images.new_tensor(clip.mean)[:, None, None])
 
 
 class PromptLearner(nn.Module):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lexiseg.clip.patch_tower import TimmTower
 from lexiseg.clip.positions import Interpolation
 from lexiseg.errors import LexisegError
-from lexiseg.normalisation import IMAGENET_MEAN, IMAGENET_STD
+from lexiseg.normalisation import IMAGENET_MEAN, IMAGENET_STD, normalise
 
 Feature = Literal["out", "q", "k", "v"]
 
@@ -40,8 +40,7 @@ class Proxy(nn.Module):
 
     def normalise(self, pixels: Tensor) -> Tensor:
         """Pixels, RGB in 0..1, as the encoder wants them."""
-        mean, std = (pixels.new_tensor(values)[:, None, None] for values in (self.mean, self.std))
-        return (pixels - mean) / std
+        return normalise(pixels, self.mean, self.std)
 
     @torch.no_grad()
     def forward(self, pixels: Tensor) -> Tensor:

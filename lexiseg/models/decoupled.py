@@ -23,12 +23,12 @@ from lexiseg.errors import LexisegError
 from lexiseg.models.base import ImageFeatures, SegmentationModel
 from lexiseg.models.mask_decoder import unit
 from lexiseg.models.options import Deviations, ModelOptions, Pixels, Triple, WindowOptions
-from lexiseg.normalisation import IMAGENET_MEAN, IMAGENET_STD
+from lexiseg.normalisation import IMAGENET_MEAN, IMAGENET_STD, normalise, pixels_of
 from lexiseg.proposals.base import ProposalGenerator, Proposals
 from lexiseg.proposals.build import build_generator
 from lexiseg.proposals.leftover import LeftoverOptions, add_leftover
 from lexiseg.proposals.options import GeneratorOptions, MaskFormerOptions, QueryOptions
-from lexiseg.regions.pooling import full_precision, unit_or_zero
+from lexiseg.regions.pooling import full_precision, resize_masks, unit_or_zero
 from lexiseg.scores import RegionScores
 
 Size = tuple[int, int]
@@ -160,20 +160,11 @@ class DecoupledModel(SegmentationModel):
         height, width = images.shape[-2:]
         return F.pad(images, (0, -width % stride, 0, -height % stride))
 
-    def pixels(self, images: Tensor) -> Tensor:
-        """Undo the normalisation: images (B, 3, H, W) in 0..1."""
-        mean, std = (images.new_tensor(values)[:, None, None] for values in (self.mean, self.std))
-        return images * std + mean
-
-    def clip_normalise(self, pixels: Tensor) -> Tensor:
-        """Normalise pixels (..., 3, H, W) in 0..1 as CLIP wants them."""
-        mean, std = (pixels.new_tensor(values)[:, None, None] for values in (self.clip.mean, self.clip.std))
-        return (pixels - mean) / std
-
     def clip_frame(self, padded: Tensor, size: Size) -> Tensor:
         """The padded frame (B, 3, H', W') of pictures of ``size`` normalised for CLIP, the padding 0 again."""
         height, width = size
-        inside = self.clip_normalise(self.pixels(padded[..., :height, :width]))
+        pixels = pixels_of(padded[..., :height, :width], self.mean, self.std)
+        inside = normalise(pixels, self.clip.mean, self.clip.std)
         return F.pad(inside, (0, padded.shape[-1] - width, 0, padded.shape[-2] - height))
 
     def no_object_row(self) -> Tensor:
@@ -243,10 +234,7 @@ class DecoupledModel(SegmentationModel):
 
     def upsampled(self, mask_logits: Tensor, padded: Tensor) -> Tensor:
         """Mask logits (B, N, h, w) at every pixel of the padded frame: (B, N, H', W')."""
-        size = (int(padded.shape[-2]), int(padded.shape[-1]))
-        if not mask_logits.shape[1]:
-            return mask_logits.new_zeros(len(mask_logits), 0, *size)
-        return F.interpolate(mask_logits, size=size, mode="bilinear", align_corners=self.options.align_corners)
+        return resize_masks(mask_logits, (int(padded.shape[-2]), int(padded.shape[-1])), self.options.align_corners)
 
     @staticmethod
     def label_frame(padded: Tensor, size: Size, labels: Tensor) -> Size:
@@ -265,6 +253,7 @@ class DecoupledModel(SegmentationModel):
         *,
         word_to_class: Tensor | None = None,
         offsets: Tensor | None = None,
+        sigmoid: bool = True,
     ) -> RegionScores:
         """Class scores (B, N, W) of regions as scores of pixels, sum_n class_scores[n] * sigmoid(mask_n).
 
@@ -280,7 +269,7 @@ class DecoupledModel(SegmentationModel):
             resize_to=(int(padded[-2]), int(padded[-1])),
             align_corners=self.options.align_corners,
             crop=features.size,
-            sigmoid=True,
+            sigmoid=sigmoid,
             offsets=offsets,
         )
 

@@ -37,6 +37,7 @@ from lexiseg.models.last_block import (
 )
 from lexiseg.models.mask_decoder import unit
 from lexiseg.models.options import ModelOptions, WindowOptions
+from lexiseg.normalisation import pixels_of
 from lexiseg.refine import pamr
 from lexiseg.scores import GridScores
 from lexiseg.scores.words import WordsRule
@@ -322,8 +323,7 @@ class DenseCLIP(SegmentationModel):
         block = self.tower.blocks[-1]
         value = block.qkv(tokens)[2][:, :, -grid[0] * grid[1] :]
         proxy = self._proxy[0].to(images.device)
-        mean, std = (images.new_tensor(numbers)[:, None, None] for numbers in (self.mean, self.std))
-        features = proxy(images * std + mean)
+        features = proxy(pixels_of(images, self.mean, self.std))
         proxy_grid = (int(features.shape[2]), int(features.shape[3]))
         attention = proxy_attention(features.float(), self.options.beta, self.options.gamma)
         mixed = mix_by_proxy(value, grid, attention, proxy_grid)

@@ -312,20 +312,11 @@ class DeOP(DecoupledModel):
         proposals, regions = self.regions_of(features, text)
         logits = self.class_logits(regions, text)
         scores = (logits.softmax(dim=-1) if options.class_scores == "softmax" else logits)[..., :-1]
-        if options.masks == "sigmoid":
-            return self.pixel_scores(scores, proposals, features, word_to_class=word_to_class)
-        if proposals.valid is not None:
-            scores = scores * proposals.valid[..., None].to(scores.dtype)
-        padded, masks = features.values["images"], proposals.mask_logits.float()
-        return RegionScores(
-            scores,
-            masks if options.masks == "logits" else patch_masks(masks, self.grid(padded)),
-            word_to_class=word_to_class,
-            resize_to=(int(padded.shape[-2]), int(padded.shape[-1])),
-            align_corners=options.align_corners,
-            crop=features.size,
-            sigmoid=options.masks == "patches-twice",
-        )
+        if options.masks in ("patches", "patches-twice"):
+            masks = patch_masks(proposals.mask_logits.float(), self.grid(features.values["images"]))
+            proposals = replace(proposals, mask_logits=masks)
+        squashed = options.masks in ("sigmoid", "patches-twice")
+        return self.pixel_scores(scores, proposals, features, word_to_class=word_to_class, sigmoid=squashed)
 
     def losses(self, images: Tensor, labels: Tensor, text: Tensor, *, seen: Tensor | None = None) -> dict[str, Tensor]:
         """The loss of the stage that ``train`` names; see `SegmentationModel.losses`.

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from lexiseg.models.base import ImageFeatures
 from lexiseg.models.options import Count, ModelOptions
 from lexiseg.models.zegclip import ZegCLIP, ZegCLIPOptions
+from lexiseg.normalisation import pixels_of
 from lexiseg.refine import smooth
 from lexiseg.scores import GridScores
 
@@ -71,8 +72,8 @@ class SecondLook(ZegCLIP):
             values |= {f"shifted_{name}": value for name, value in shifted.values.items()}
         if self.options.smoothing_distances:
             lattice = (_CELLS * height // patch, _CELLS * width // patch)
-            mean, std = (fitted.new_tensor(numbers)[:, None, None] for numbers in (self.mean, self.std))
-            values["colours"] = F.interpolate(fitted.float(), size=lattice, mode="area") * std + mean
+            small = F.interpolate(fitted.float(), size=lattice, mode="area")
+            values["colours"] = pixels_of(small, self.mean, self.std)
         return ImageFeatures(size, values)
 
     def lattice_logits(self, features: ImageFeatures, text: Tensor) -> Tensor:

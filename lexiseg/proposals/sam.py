@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lexiseg.errors import LexisegError
-from lexiseg.normalisation import IMAGENET_MEAN, IMAGENET_STD
+from lexiseg.normalisation import IMAGENET_MEAN, IMAGENET_STD, pixels_of
 from lexiseg.proposals.base import ProposalGenerator, Proposals, check_images
 from lexiseg.proposals.given import hard_logits
 from lexiseg.proposals.heads import need_transformers
@@ -100,8 +100,8 @@ class Sam(ProposalGenerator):
         """Masks (N, H, W) of 0 and 1, of one normalised image (3, H, W)."""
         from PIL import Image
 
-        mean, std = (image.new_tensor(values)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
-        pixels = ((image * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
+        pixels = pixels_of(image, IMAGENET_MEAN, IMAGENET_STD)
+        pixels = (pixels * 255).round().clamp(0, 255).to(torch.uint8)
         picture = Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
         options = self.options
         pipeline = self._load()

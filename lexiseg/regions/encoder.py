@@ -116,9 +116,7 @@ class RegionEncoder:
     def upsampled(self, mask_logits: Tensor, frame: Tensor) -> Tensor:
         """Mask logits (B, N, h, w) at every pixel of the frame."""
         size = (int(frame.shape[-2]), int(frame.shape[-1]))
-        if not mask_logits.shape[1]:
-            return mask_logits.new_zeros(len(mask_logits), 0, *size)
-        return F.interpolate(mask_logits.float(), size=size, mode="bilinear", align_corners=self.align_corners)
+        return resize_masks(mask_logits.float(), size, self.align_corners)
 
     def masks(self, mask_logits: Tensor, frame: Tensor, size: Size | None) -> Callable[[int, int], Tensor]:
         """Masks (stop - start, ...) of one picture on demand: logits on the frame, or, with a size, probabilities."""
@@ -214,13 +212,8 @@ class RegionEncoder:
 
     def attend(self, visual: nn.Module, image: Tensor, masks: Tensor) -> Tensor:
         """Mask attention over the square picture: (B, N, D), not normalised."""
-        return region_embeddings(
-            visual,
-            image,
-            masks,
-            start_block=self.start_block(visual),
-            position_interpolation=self.attention.positions,
-        )
+        start, how = self.start_block(visual), self.attention.positions
+        return region_embeddings(visual, image, masks, start_block=start, position_interpolation=how)
 
     def whole(self, visual: nn.Module, image: Tensor) -> Tensor:
         """The tower as it is, on the square picture: (B, D), not normalised."""

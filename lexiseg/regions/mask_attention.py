@@ -14,7 +14,6 @@ from functools import partial
 import torch
 from open_clip.modified_resnet import ModifiedResNet
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from lexiseg.clip.blocks import block_attention, run_block
 from lexiseg.clip.embeddings import whole_patches
@@ -22,6 +21,7 @@ from lexiseg.clip.image import ImageTower
 from lexiseg.clip.positions import Interpolation
 from lexiseg.clip.resnet import attention_pool, resnet_features
 from lexiseg.errors import LexisegError
+from lexiseg.regions.pooling import resize_masks
 
 INSIDE = 0.5
 """A patch belongs to a region if the mask is at least this on the patch grid."""
@@ -43,19 +43,6 @@ class RegionTokens:
     patches: Tensor | None
     grid: tuple[int, int]
     levels: dict[int, Tensor]
-
-
-def masks_on_grid(masks: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Resize masks (B, N, h, w) in 0..1 to the patch grid: bilinear, align_corners False, no antialias.
-
-    Where the grid is much smaller only the pixels next to each patch's middle count, as in the authors' code.
-
-    Returns:
-        (B, N, gh, gw).
-    """
-    if masks.shape[1] == 0:
-        return masks.new_zeros(len(masks), 0, *grid)
-    return F.interpolate(masks, size=grid, mode="bilinear", align_corners=False)
 
 
 def attention_mask(inside: Tensor) -> Tensor:
@@ -134,7 +121,7 @@ def encode_regions(
         tower,
         early.tokens,
         grid,
-        masks_on_grid(masks, grid) >= INSIDE,
+        resize_masks(masks, grid) >= INSIDE,
         start_block=start_block,
         patches=patches,
         levels=levels,
@@ -165,7 +152,7 @@ def region_embeddings(
     """
     if isinstance(visual, ModifiedResNet):
         features = resnet_features(visual, images)
-        inside = masks_on_grid(masks, (features.shape[-2], features.shape[-1])) >= INSIDE
+        inside = resize_masks(masks, (features.shape[-2], features.shape[-1])) >= INSIDE
         return attention_pool(visual.attnpool, features, inside, position_interpolation=position_interpolation)
     tower = ImageTower(visual)
     result = encode_regions(

@@ -16,13 +16,16 @@ def patch_masks(mask_logits: Tensor, grid: tuple[int, int]) -> Tensor:
     return resize_masks(mask_logits.sigmoid(), grid)
 
 
-def resize_masks(masks: Tensor, size: tuple[int, int]) -> Tensor:
-    """Resize (B, N, h, w) bilinearly to ``size``, also where there is no mask at all, which torch refuses."""
+def resize_masks(masks: Tensor, size: tuple[int, int], align_corners: bool = False) -> Tensor:
+    """Resize (B, N, h, w) bilinearly to ``size``, also where there is no mask at all, which torch refuses.
+
+    No antialias: where the grid is much smaller only the pixels next to each place count, as in the authors' codes.
+    """
     if masks.shape[-2:] == size:
         return masks
     if not masks.shape[0] * masks.shape[1]:
         return masks.new_zeros((*masks.shape[:2], *size))
-    return F.interpolate(masks, size=size, mode="bilinear", align_corners=False)
+    return F.interpolate(masks, size=size, mode="bilinear", align_corners=align_corners)
 
 
 def full_precision(x: Tensor) -> Tensor:

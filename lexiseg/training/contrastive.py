@@ -28,6 +28,7 @@ from lexiseg.clip.load import load_clip
 from lexiseg.clip.model import CLIP, build_clip, save_clip
 from lexiseg.data.picture_world import FIRST, STUFF, World, find_world, render_scene
 from lexiseg.data.picture_world.scene import Scene, caption
+from lexiseg.normalisation import normalise
 from lexiseg.recipes.schema import HELD_OUT_SEED, ContrastiveSettings, TrainSettings
 from lexiseg.training.task import Task
 
@@ -209,8 +210,7 @@ class ContrastiveTask(Task):
 
     def _normalise(self, pixels: np.ndarray) -> Tensor:
         images = torch.from_numpy(pixels).permute(0, 3, 1, 2).float().div_(255.0)
-        mean, std = torch.tensor(self.clip.mean), torch.tensor(self.clip.std)
-        return (images - mean[:, None, None]) / std[:, None, None]
+        return normalise(images, self.clip.mean, self.clip.std)
 
     def encode_images(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Return unit vectors of the class token (B, D) and of the patches (B, P, D)."""
@@ -298,7 +298,6 @@ def zero_shot_accuracy(
     """
     size = size or clip.image_size
     text = F.normalize(clip.encode_text(clip.tokenize([f"a photo of a {name}" for name in world.things])), dim=-1)
-    mean, std = torch.tensor(clip.mean)[:, None, None], torch.tensor(clip.std)[:, None, None]
     tower, truth = clip.image_tower, torch.arange(len(world.things))[:, None]
     top1 = top5 = 0
     for turn in range(num_rounds):
@@ -309,7 +308,7 @@ def zero_shot_accuracy(
             for index, name in enumerate(world.things)
         ]
         pixels = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float().div_(255.0)
-        tokens, grid = tower.embed((pixels - mean) / std)
+        tokens, grid = tower.embed(normalise(pixels, clip.mean, clip.std))
         image = F.normalize(tower.project(tower.run(tokens, grid).tokens[:, :1])[:, 0], dim=-1)
         correct = (image @ text.T).topk(5, dim=1).indices == truth
         top1 += int(correct[:, 0].sum())

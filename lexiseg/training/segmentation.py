@@ -23,6 +23,7 @@ from lexiseg.evaluation.run import run_evaluation
 from lexiseg.label_ids import ignore_index
 from lexiseg.losses.reduction import reduction_weight
 from lexiseg.models.base import SegmentationModel
+from lexiseg.normalisation import normalise, pixels_of
 from lexiseg.scores import GridScores, RegionScores
 from lexiseg.segmenter import Segmenter
 from lexiseg.training.init import refuse_leaks
@@ -253,10 +254,7 @@ class Teacher:
         self.model.to(images.device)
         own = (self.model.mean, self.model.std)
         if own != (tuple(mean), tuple(std)):
-            before, after = (
-                [images.new_tensor(values)[:, None, None] for values in pair] for pair in ((mean, std), own)
-            )
-            images = (images * before[1] + before[0] - after[0]) / after[1]
+            images = normalise(pixels_of(images, mean, std), *own)
         seen = self._seen.to(images.device)
         scores = self.model.score(self.model.encode_images(images), self._text.to(images.device), seen_words=seen)
         if not isinstance(scores, GridScores | RegionScores):

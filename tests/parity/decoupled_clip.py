@@ -14,7 +14,8 @@ from lexiseg.clip.model import CLIP
 from lexiseg.clip.resnet import attention_pool, resnet_features
 from lexiseg.clip.severance import Severance, released_residual, severance_masks, severed_attention
 from lexiseg.clip.visual_prompts import AddedTables, PrependedPrompts
-from lexiseg.regions.mask_attention import INSIDE, attention_mask, encode_regions, masks_on_grid, region_embeddings
+from lexiseg.regions.mask_attention import INSIDE, attention_mask, encode_regions, region_embeddings
+from lexiseg.regions.pooling import resize_masks
 from tests.parity.case import Case
 from tests.parity.clip_build import make_clip, vision_sizes
 from tests.parity.clip_texts import deop_text, learned_text, stage1_prompt, template_text, zegformer_text
@@ -118,7 +119,7 @@ def ip_clip(case: Case) -> None:
     clip = make_clip(params, heads=config["heads"], native=config["native"])
     tower, images, masks = clip.image_tower, case.input("image"), case.input("masks")
     grid = tuple(side // tower.patch_size for side in images.shape[-2:])
-    on_grid = masks_on_grid(masks, (grid[0], grid[1]))
+    on_grid = resize_masks(masks, (grid[0], grid[1]))
     case.check("mask_on_grid", on_grid)
     check_visual_sizes(case, clip, images, masks)
     inside = (on_grid >= INSIDE).flatten(2)

@@ -21,10 +21,10 @@ from lexiseg.regions.mask_attention import (
     attend_regions,
     attention_mask,
     encode_regions,
-    masks_on_grid,
     region_embeddings,
     trainable_names,
 )
+from lexiseg.regions.pooling import resize_masks
 from tests.towers import small_clip
 
 DEPTH = 4
@@ -146,7 +146,7 @@ def test_one_run_equals_the_definition() -> None:
     tokens, grid = tower.embed(images, interpolation="bicubic-corners")
     tokens = tower.run(tokens, grid, stop=start).tokens
     tokens = torch.cat([tokens[:, :1].expand(-1, 5, -1), tokens[:, 1:]], dim=1)
-    regions = attention_mask(masks_on_grid(masks, grid) >= 0.5)
+    regions = attention_mask(resize_masks(masks, grid) >= 0.5)
     patches = (torch.arange(20) >= 5).expand(2, 1, 15, -1)
     allowed = torch.cat([regions, patches], dim=2)
     masked = dict.fromkeys(range(DEPTH), partial(block_attention, mask=allowed))

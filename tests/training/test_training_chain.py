@@ -19,6 +19,7 @@ from lexiseg.clip.prompt_learner import load_prompts, read_card
 from lexiseg.errors import LexisegError
 from lexiseg.models.deop import DeOP
 from lexiseg.models.region_base import RegionModel
+from lexiseg.normalisation import pixels_of
 from lexiseg.recipes import load_recipe
 from lexiseg.recipes.reading import merge
 from lexiseg.segmenter import Segmenter
@@ -192,7 +193,7 @@ def test_a_teacher_labels_what_has_no_label(tmp_path: Path, clip_folder: Path) -
     assert torch.equal(labels[batch.labels != UNLABELLED], batch.labels[batch.labels != UNLABELLED])
     # It looks at the pictures as it was trained to, however they are normalised for the other model.
     white = [(0.0,) * 3, (1.0,) * 3]
-    pixels = task.model.pixels(batch.images)  # type: ignore[operator]
+    pixels = pixels_of(batch.images, task.model.mean, task.model.std)
     assert torch.equal(task.teacher.label(pixels, batch.labels, *white), labels)
     assert torch.isfinite(task.losses(batch)["loss"])
     with pytest.raises(LexisegError, match="a teacher has nothing to say"):

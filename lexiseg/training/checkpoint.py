@@ -70,7 +70,8 @@ def model_state(model: nn.Module, *, full: bool = False) -> dict[str, Tensor]:
     With ``full`` they are whole and on the CPU, in the first process alone; every process must ask then.
     """
     options = StateDictOptions(full_state_dict=full, cpu_offload=full, ignore_frozen_params=True)
-    return get_model_state_dict(model, options=options)
+    state: Any = get_model_state_dict(model, options=options)
+    return state
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -87,9 +88,9 @@ def _like(value: Tensor, current: Tensor) -> Tensor:
     return distribute_tensor(value, current.device_mesh, current.placements, src_data_rank=None)
 
 
-def put(state: dict[str, Tensor], model: nn.Module) -> None:
+def put(state: Mapping[str, Tensor], model: nn.Module) -> None:
     """Copy what `model_state` gave into ``model``, which has the same names and shapes."""
-    set_model_state_dict(model, state, options=StateDictOptions(full_state_dict=True, strict=False))
+    set_model_state_dict(model, dict(state), options=StateDictOptions(full_state_dict=True, strict=False))
 
 
 def _save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -139,11 +140,8 @@ def save_checkpoint(
         LexisegError: the folder cannot be written.
     """
     tensors, options = model_state(model, full=True), StateDictOptions(full_state_dict=True, cpu_offload=True)
-    moments = {
-        f"{name}/{key}": value
-        for name, values in get_optimizer_state_dict(model, optimizer, options=options).get("state", {}).items()
-        for key, value in values.items()
-    }
+    states: Any = get_optimizer_state_dict(model, optimizer, options=options).get("state", {})
+    moments = {f"{name}/{key}": value for name, values in states.items() for key, value in values.items()}
     folder = root / f"{STEP}{step:08d}"
     if not write:
         return folder

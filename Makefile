@@ -14,7 +14,7 @@ DEMO_OUT     ?= out/demo
 PRETRAINED   := lexiseg/pretrained
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow fuzz test-browser lint docs weights results benchmark clean
+.PHONY: help install demo test test-slow fuzz test-browser lint docs weights results reproduce benchmark clean
 
 help: ## List the verbs
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 24
@@ -86,6 +86,10 @@ weights: $(STAMP) ## Train the shipped weights again: the small CLIP, then the s
 
 results: $(STAMP) ## Train and measure every system on picture-world again and write docs/results (hours)
 	$(BIN)/python -m benchmarks.picture_world --runs runs/picture-world
+
+# `python -m benchmarks.claims --list` names them.
+reproduce: $(STAMP) ## One claim of a paper at a small size, in minutes: make reproduce CLAIM=nga
+	$(BIN)/python -m benchmarks.claims $(CLAIM) --reproduce --runs runs/reproduce
 
 benchmark: $(STAMP) ## Speed and memory, as tables
 	$(BIN)/python -m benchmarks.predict

@@ -113,7 +113,9 @@ def small_self_training(unlabelled: str) -> SegmentationRecipe:
     return SegmentationRecipe.model_validate(values)
 
 
-DECOUPLED = [name for name in SEGMENTATION if RECIPES[name].model.system in ("zsseg", "zegformer", "freeseg", "deop")]
+SYSTEMS = ("zsseg", "zegformer", "freeseg", "deop")
+FAMILY = [name for name in SEGMENTATION if name.startswith("decoupled-picture-world:")]
+DECOUPLED = [name for name in SEGMENTATION if RECIPES[name].model.system in SYSTEMS and name not in FAMILY]
 
 
 def test_every_stage_of_the_decoupled_systems_is_among_these_recipes() -> None:
@@ -122,6 +124,13 @@ def test_every_stage_of_the_decoupled_systems_is_among_these_recipes() -> None:
         recipe = RECIPES[name]
         assert isinstance(recipe, SegmentationRecipe)
         assert recipe.setting == "inductive" and recipe.initial in (None, *DECOUPLED)
+    # The same systems on proposals that learnt shapes outside the vocabulary.
+    for name in FAMILY:
+        recipe = RECIPES[name]
+        assert isinstance(recipe, SegmentationRecipe)
+        assert recipe.setting == ("transductive" if name.endswith("self-training") else "inductive")
+        assert recipe.initial in (None, *FAMILY) and recipe.teacher in (None, *FAMILY)
+        assert recipe.proposals_from in (None, "shapes:mask2former")
 
 
 @pytest.mark.parametrize("name", DECOUPLED)

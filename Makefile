@@ -93,6 +93,7 @@ reproduce: $(STAMP) ## One claim of a paper at a small size, in minutes: make re
 
 benchmark: $(STAMP) ## Speed and memory, as tables
 	$(BIN)/python -m benchmarks.predict
+	$(BIN)/python -m benchmarks.export
 	$(BIN)/python -m benchmarks.decode
 	$(BIN)/python -m benchmarks.training
 	$(BIN)/python -m benchmarks.data --step

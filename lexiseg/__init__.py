@@ -60,7 +60,7 @@ def load(
 
     Args:
         name: a model that comes with the package (see `list_models`); a folder that ``lexiseg train`` or
-            ``lexiseg convert`` wrote; a training-free method and an open_clip name such as
+            ``lexiseg convert`` or ``lexiseg export`` wrote; a training-free method and an open_clip name such as
             ``"naclip/ViT-B-16/openai"``; a hub repository ``"owner/name"``; or "auto", the best permissive weights
             that this machine has or can get, which is said on stderr.
         device: where to run it; None takes an accelerator where there is one.
@@ -74,8 +74,16 @@ def load(
     Raises:
         LexisegError: there is no such model or device, or the weights do not fit.
     """
-    from lexiseg.devices import float32_default, pick_device
+    from lexiseg.export.spec import is_export
     from lexiseg.images import DEFAULT_MAX_PIXELS
+
+    limit = DEFAULT_MAX_PIXELS if max_pixels is None else max_pixels
+    if is_export(name):
+        from lexiseg.export.runtime import ExportedPredictor
+
+        how: dict[str, Any] = {"dtype": dtype, "compile": compile, "templates": templates, "refine": refine}
+        return ExportedPredictor(name, device=device, max_pixels=limit, **how)  # type: ignore[return-value]
+    from lexiseg.devices import float32_default, pick_device
     from lexiseg.segmenter import Segmenter
     from lexiseg.weights import load_model
 
@@ -89,7 +97,7 @@ def load(
         dtype=dtype,
         compile=compile,
         templates=templates,
-        max_pixels=DEFAULT_MAX_PIXELS if max_pixels is None else max_pixels,
+        max_pixels=limit,
         refine=refine,
     )
 

@@ -135,7 +135,7 @@ def objects_of(result: Result, instances: Collection[str] = ()) -> Iterator[tupl
     ``instances``: names of classes to take apart. Yields the class's row of the table, and a mask: bool, shape (H, W).
     """
     for row in sorted(result.table(), key=lambda row: row.index):
-        mask = result.mask(row.index).numpy()
+        mask = np.asarray(result.mask(row.index))
         if row.name not in instances:
             yield row, mask
             continue

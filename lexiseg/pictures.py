@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeAlias
-
-import torch
-from torch import Tensor
-from torch.nn import functional as F
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from lexiseg.background import BackgroundSource
 from lexiseg.errors import LexisegError
-from lexiseg.images import ImageSource, image_name, read_image
-from lexiseg.scores import Scores, WindowScores
+from lexiseg.images import ImageSource, image_name, read_image, read_pixels
+from lexiseg.resampling import resize_bytes, resize_floats
 from lexiseg.vocabulary import VocabularySource
 from lexiseg.windows import Box, WindowPolicy, check_proportions, cover, working_size
 from lexiseg.words import describe, shorten, whole_number
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from lexiseg.scores import Scores
 
 WindowSource: TypeAlias = "WindowPolicy | int | Sequence[int] | None"
 _MIN_WINDOW = 8
@@ -24,7 +26,7 @@ _MIN_WINDOW = 8
 
 @dataclass
 class Picture:
-    """A picture and its windows."""
+    """A picture and its windows, in tensors, or in numpy arrays for a model that runs without torch."""
 
     key: Any  # whose it is, for whoever reads the results
     name: str  # for error messages
@@ -38,6 +40,8 @@ class Picture:
 
     def joined(self, policy: WindowPolicy) -> Scores:
         """The scores of the whole canvas, when all windows were run."""
+        from lexiseg.scores import WindowScores
+
         if policy.size is None:
             return self.parts[0]
         size = (int(self.canvas.shape[1]), int(self.canvas.shape[2]))
@@ -108,14 +112,23 @@ class HeldPicture:
         return self._predict(classes, background)
 
 
-def read_picture(key: Any, source: ImageSource, policy: WindowPolicy, max_pixels: float) -> Picture:
+def read_picture(
+    key: Any, source: ImageSource, policy: WindowPolicy, max_pixels: float, *, arrays: bool = False
+) -> Picture:
     """Read a picture and plan its windows.
 
     ``key``: see `Picture`. ``source``: anything `lexiseg.images.read_image` takes. ``policy``: how the model is run
     over it. Raises LexisegError if the picture is broken, too large or too long and thin.
     """
     name = image_name(source)
-    image = read_image(source, max_pixels=max_pixels)
+    image: Any
+    resize: Any
+    stretch: Any
+    if arrays:
+        image, resize, stretch = read_pixels(source, max_pixels=max_pixels), resize_bytes, resize_floats
+        image = image.transpose(2, 0, 1)
+    else:
+        image, resize, stretch = read_image(source, max_pixels=max_pixels), _resize, _stretch
     height, width = int(image.shape[1]), int(image.shape[2])
     try:
         check_proportions(height, width)
@@ -123,10 +136,10 @@ def read_picture(key: Any, source: ImageSource, policy: WindowPolicy, max_pixels
         raise LexisegError(f"{shorten(name, 200)}: {error}") from error
     size = working_size(height, width, policy.short_side, policy.long_side)
     # The picture stays bytes: a float copy of 20 megapixels would take 240 MB. Windows are normalised one by one.
-    canvas = image if size == (height, width) else _resize(image, size, policy.antialias)
-    whole = _stretch(canvas, (policy.size, policy.size)) if policy.whole and policy.size is not None else None
+    canvas = image if size == (height, width) else resize(image, size, policy.antialias)
+    whole = stretch(canvas, (policy.size, policy.size)) if policy.whole and policy.size is not None else None
     if policy.canvas is not None:
-        canvas = _stretch(canvas, policy.canvas)
+        canvas = stretch(canvas, policy.canvas)
     boxes = cover(int(canvas.shape[1]), int(canvas.shape[2]), policy.size, policy.stride)
     if whole is not None:
         boxes.append((*WHOLE, int(whole.shape[1]), int(whole.shape[2])))
@@ -176,19 +189,27 @@ def cut_windows(
     device: torch.device,
 ) -> Tensor:
     """Cut out windows of one shape and normalise them: float32 (B, 3, H, W) on ``device``."""
+    import torch
+
     images = torch.stack([picture.crop(box).to(device).float() for picture, box in windows]) / 255
     return (images - _channels(mean, device)) / _channels(std, device)
 
 
 def _channels(values: tuple[float, float, float], device: torch.device) -> Tensor:
+    import torch
+
     return torch.tensor(values, dtype=torch.float32, device=device).view(1, 3, 1, 1)
 
 
 def _stretch(image: Tensor, size: tuple[int, int]) -> Tensor:
     """Resize to floats, whatever the aspect, bilinearly and without smoothing."""
+    from torch.nn import functional as F
+
     return F.interpolate(image[None].float(), size=size, mode="bilinear", align_corners=False)[0]
 
 
 def _resize(image: Tensor, size: tuple[int, int], antialias: bool) -> Tensor:
     """Resize bytes bilinearly; usually antialiased, because a photograph shrunk without it is noise to a tower."""
+    from torch.nn import functional as F
+
     return F.interpolate(image[None], size=size, mode="bilinear", align_corners=False, antialias=antialias)[0]

@@ -167,21 +167,32 @@ def smooth(scores: Tensor, colours: Tensor, distances: Sequence[int], width: flo
     h, w).
     """
     passes = [(distance, edge_weights(colours, distance, width)) for distance in distances]
-    smoothed = torch.empty_like(scores)
-    for start in range(0, scores.shape[1], _WORDS):  # the words do not meet, and a part stays in the cache
-        part = scores[:, start : start + _WORDS]
+
+    def smooth_part(part: Tensor) -> Tensor:
         for distance, weights in passes:
             total = torch.zeros_like(part)
             for index, moved in enumerate(_around(part, distance)):
                 total.addcmul_(moved, weights[:, index : index + 1])
             part = total
-        smoothed[:, start : start + part.shape[1]] = part
+        return part
+
+    if torch.compiler.is_compiling():  # a graph for any number of words has no loop over them
+        return smooth_part(scores)
+    smoothed = torch.empty_like(scores)
+    for start in range(0, scores.shape[1], _WORDS):  # the words do not meet, and a part stays in the cache
+        smoothed[:, start : start + _WORDS] = smooth_part(scores[:, start : start + _WORDS])
     return smoothed
 
 
 def _around(cells: Tensor, distance: int) -> Iterator[Tensor]:
     """The cells (B, C, h, w) as seen from nine places around them, row by row; the fifth is the place itself."""
     height, width = cells.shape[-2:]
+    if torch.compiler.is_compiling():  # exporters lose the size of slices of what is padded
+        rows, columns = (
+            [torch.minimum((index + step).clamp(min=0), index[-1:]) for step in (-distance, 0, distance)]
+            for index in (torch.arange(height, device=cells.device), torch.arange(width, device=cells.device))
+        )
+        return (cells.index_select(-2, row).index_select(-1, column) for row in rows for column in columns)
     padded = F.pad(cells, (distance,) * 4, mode="replicate")
     steps = (0, distance, 2 * distance)
     return (padded[..., top : top + height, left : left + width] for top in steps for left in steps)

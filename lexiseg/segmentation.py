@@ -8,10 +8,9 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from PIL import Image
 
 from lexiseg import formats
@@ -22,6 +21,9 @@ from lexiseg.label_ids import ignore_index
 from lexiseg.overlay import LegendEntry, draw_legend, paint_classes
 from lexiseg.vocabulary import Vocabulary
 from lexiseg.words import describe, finite, shorten
+
+if TYPE_CHECKING:
+    import torch
 
 _CHUNK = 2**20
 _NOTEBOOK_SIDE = 1024
@@ -53,6 +55,7 @@ class Segmentation:
     Attributes:
         label_map: the class of each pixel, shape (H, W): uint8 with 255 = ignored; where there are more than 255
             classes int32 with 65535 = ignored (more than 65,535: 2**31 - 1). Otherwise an index into ``classes``.
+            A tensor; of an exported model, which runs without torch, a numpy array, like ``scores`` and ``image``.
         vocabulary: the classes, with colours, seen flags and the background.
         scores: the winning score of each pixel, float32, shape (H, W). It is the number the model decides by, in the
             model's own units (for ZegCLIP a probability in 0..1, less the seen classes' offset), so it compares pixels
@@ -74,16 +77,22 @@ class Segmentation:
 
     def __post_init__(self) -> None:
         labels = self.label_map
-        if labels.ndim != 2 or labels.is_floating_point() or labels.is_complex() or labels.numel() == 0:
+        array = _as_array(labels)
+        if array.ndim != 2 or array.dtype.kind not in "iub" or array.size == 0:
             raise LexisegError(f"A label map must be whole numbers of shape (H, W), not {tuple(labels.shape)}.")
-        dtype = torch.uint8 if self.num_classes <= 255 else torch.int32
-        object.__setattr__(self, "label_map", labels.detach().to("cpu", dtype))
+        array = array.astype(np.uint8 if self.num_classes <= 255 else np.int32, copy=False)
+        if not isinstance(labels, np.ndarray):
+            import torch
+
+            object.__setattr__(self, "label_map", torch.from_numpy(array))
+        else:
+            object.__setattr__(self, "label_map", array)
         for what, other in (("scores", self.scores), ("image", self.image)):
             if other is not None and other.shape[-2:] != labels.shape:
                 raise LexisegError(
                     f"The {what} are of size {tuple(other.shape[-2:])}, the label map of {tuple(labels.shape)}."
                 )
-        if sum(self._counts[0]) + self.num_ignored != self.label_map.numel():
+        if sum(self._counts[0]) + self.num_ignored != self._labels.size:
             raise LexisegError(f"The label map holds ids that are none of the {self.num_classes} classes.")
 
     @classmethod
@@ -97,6 +106,8 @@ class Segmentation:
         Raises:
             LexisegError: there is no such picture, or the data set is not one.
         """
+        import torch
+
         labels, names, name = formats.read_coco(dataset, image_id)
         return cls(torch.from_numpy(labels), Vocabulary.parse([{"name": word} for word in names]), name=name)
 
@@ -123,28 +134,32 @@ class Segmentation:
     @property
     def num_ignored(self) -> int:
         """How many pixels have no class."""
-        return int((self.label_map == self.ignore_index).sum())
+        return int((self._labels == self.ignore_index).sum())
+
+    @property
+    def _labels(self) -> np.ndarray:
+        return _as_array(self.label_map)
 
     @cached_property
     def _counts(self) -> tuple[list[int], list[float]]:
         """Pixels and sum of winning scores of each class, computed in pieces so that memory stays small."""
-        labels = self.label_map.reshape(-1)
-        scores = None if self.scores is None else self.scores.reshape(-1)
-        pixels = torch.zeros(self.num_classes, dtype=torch.int64)
-        sums = torch.zeros(self.num_classes, dtype=torch.float64)
-        for start in range(0, labels.numel(), _CHUNK):
-            part = labels[start : start + _CHUNK].long()
+        labels = self._labels.reshape(-1)
+        scores = None if self.scores is None else _as_array(self.scores).reshape(-1)
+        pixels = np.zeros(self.num_classes, np.int64)
+        sums = np.zeros(self.num_classes)
+        for start in range(0, labels.size, _CHUNK):
+            part = labels[start : start + _CHUNK]
             keep = (part >= 0) & (part < self.num_classes)
-            pixels += torch.bincount(part[keep], minlength=self.num_classes)
+            pixels += np.bincount(part[keep], minlength=self.num_classes)
             if scores is not None:
-                values = scores[start : start + _CHUNK].detach().cpu().double()
-                sums += torch.bincount(part[keep], weights=values[keep], minlength=self.num_classes)
+                values = scores[start : start + _CHUNK][keep].astype(np.float64)
+                sums += np.bincount(part[keep], weights=values, minlength=self.num_classes)
         return pixels.tolist(), sums.tolist()
 
     def table(self, *, include_absent: bool = False) -> list[TableRow]:
         """The classes by falling fraction of the picture; those without a pixel only when asked for, in their order."""
         pixels, sums = self._counts
-        total = self.label_map.numel()
+        total = self._labels.size
         rows = []
         for index, entry in enumerate(self.vocabulary.classes):
             if pixels[index] or include_absent:
@@ -192,7 +207,7 @@ class Segmentation:
         return sorted(self.table(), key=lambda row: row.index)
 
     def _mask_array(self, index: int) -> np.ndarray:
-        return self.label_map.numpy() == index
+        return self._labels == index
 
     def palette(self) -> np.ndarray:
         """The classes' colours: uint8, shape (C, 3)."""
@@ -206,7 +221,7 @@ class Segmentation:
         Raises:
             LexisegError: there are more than 65,535 classes, which no PNG can number.
         """
-        labels = self.label_map.numpy()
+        labels = self._labels
         if self.num_classes > 65535:
             raise LexisegError(
                 f"A PNG cannot number {self.num_classes:,} classes; save the result as JSON with masks instead."
@@ -240,10 +255,10 @@ class Segmentation:
         alpha = finite(alpha, "The overlay's alpha")
         if not 0 <= alpha <= 1:
             raise LexisegError(f"The overlay's alpha must be in 0..1, not {alpha}.")
-        image = None if self.image is None else self.image.permute(1, 2, 0).numpy()
+        image = None if self.image is None else _as_array(self.image).transpose(1, 2, 0)
         background = self.vocabulary.background_index
         palette = self.palette()
-        labels = self.label_map.numpy()
+        labels = self._labels
         painted = paint_classes(image, labels, palette, alpha=alpha, outlines=outlines, background=background)
         if not legend:
             return painted
@@ -259,7 +274,7 @@ class Segmentation:
             for row in self.table()
         ]
         if self.num_ignored:
-            fraction = self.num_ignored / self.label_map.numel()
+            fraction = self.num_ignored / self._labels.size
             entries.append(LegendEntry("(no class)", IGNORED_COLOR, fraction, hollow=True))
         return draw_legend(painted, entries, font=font)
 
@@ -316,7 +331,7 @@ class Segmentation:
             "height": self.size[0],
             "width": self.size[1],
             "ignore_index": self.ignore_index,
-            "ignored_fraction": self.num_ignored / self.label_map.numel(),
+            "ignored_fraction": self.num_ignored / self._labels.size,
             "segments": segments,
             "vocabulary": self.vocabulary.to_dict(),
             "metadata": self.metadata,
@@ -403,6 +418,11 @@ class Segmentation:
             mask = Image.fromarray(self._mask_array(row.index) * np.uint8(255))
             _save_image(mask, folder / f"{formats.file_part(row.name, row.index)}.png")
         return folder
+
+
+def _as_array(values: Any) -> np.ndarray:
+    """A tensor wherever it is, or an array, as an array."""
+    return values if isinstance(values, np.ndarray) else values.detach().cpu().numpy()
 
 
 def _save_image(image: Image.Image, path: Path) -> Path:

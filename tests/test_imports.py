@@ -57,10 +57,20 @@ ALLOWED: dict[str, set[str]] = {
     "models": WORDS | {"checking", "refine", "clip", "scores", "proposals", "regions", "losses", "windows"},
     "weights": WORDS | {"catalog", "hub", "clip", "proposals", "models"},
     "data": WORDS | {"images", "notes", "windows"},
-    "pictures": WORDS | {"images", "models", "scores", "windows"},
-    "segmenter": WORDS | PICTURES | MODELS | {"devices", "exemplar_vectors", "notes", "pictures", "windows"},
+    "resampling": set(),
+    "pictures": WORDS | {"images", "resampling", "scores", "windows"},
+    "predictor": WORDS | PICTURES | {"notes", "pictures", "windows"},
+    "segmenter": WORDS
+    | PICTURES
+    | MODELS
+    | {"devices", "exemplar_vectors", "notes", "pictures", "predictor", "windows"},
+    "export": WORDS
+    | PICTURES
+    | MODELS
+    | {"checking", "notes", "pictures", "predictor", "resampling", "segmenter"}
+    | {"samples", "windows"},
     "recipes": WORDS | {"checking", "clip", "proposals", "models", "data", "windows"},
-    "labelling": WORDS | PICTURES | MODELS | {"segmenter", "windows"},
+    "labelling": WORDS | PICTURES | {"predictor", "windows"},
     "evaluation": WORDS | PICTURES | MODELS | {"data", "pictures", "recipes", "segmenter", "processes", "windows"},
     "analysis": WORDS | PICTURES | MODELS | {"segmenter"},
     "training": WORDS | PICTURES | MODELS | {"data", "recipes", "segmenter", "evaluation", "processes"},

@@ -134,7 +134,7 @@ def _brush_results(answer: Answer, interface: Interface) -> dict[str, Any]:
             "score": row.score,
         }
         if interface.brush:
-            value: dict[str, Any] = {"format": "rle", "rle": encode_brush(result.mask(row.index).numpy())}
+            value: dict[str, Any] = {"format": "rle", "rle": encode_brush(np.asarray(result.mask(row.index)))}
             value["brushlabels"] = [label]
             found.append({"id": uuid.uuid4().hex[:10], "type": "brushlabels", **common, "value": value})
             continue
@@ -153,7 +153,7 @@ def _cvat_results(answer: Answer, threshold: float) -> list[dict[str, Any]]:
     for row in result.table():
         if row.score is not None and row.score < threshold:
             continue
-        mask = result.mask(row.index).numpy()
+        mask = np.asarray(result.mask(row.index))
         left, top, width, height = bounding_box(mask)
         right, bottom = left + width - 1, top + height - 1
         inside = mask[top : bottom + 1, left : right + 1]

@@ -85,7 +85,7 @@ def outlines(result: Segmentation, index: int) -> list[list[list[list[float]]]]:
     """Outlines of a class: polygons of rings of (x, y) in pixels, the first ring outside and the others holes."""
     from lexiseg.formats import polygons_of
 
-    return polygons_of(result.mask(index).numpy())
+    return polygons_of(np.asarray(result.mask(index)))
 
 
 def _score_maps(answer: Answer, size: tuple[int, int]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import typer
 import typer.main
 
 import lexiseg
-from lexiseg.cli import benchmark, convert, data, doctor, draw, evaluate, models, predict, push, serve, train
+from lexiseg.cli import benchmark, convert, data, doctor, draw, evaluate, export, models, predict, push, serve, train
 from lexiseg.cli.console import notes, say_error
 from lexiseg.errors import LexisegError
 from lexiseg.startup import import_open_clip_lean
@@ -40,6 +40,7 @@ app.command("predict")(predict.predict)
 app.command("train")(train.train)
 app.command("evaluate")(evaluate.evaluate)
 app.command("convert")(convert.convert)
+app.command("export")(export.export)
 app.add_typer(draw.app, name="draw")
 app.add_typer(benchmark.app, name="benchmark")
 app.command("serve")(serve.serve)

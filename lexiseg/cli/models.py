@@ -13,7 +13,7 @@ from lexiseg.cli.options import Json
 
 _OTHERS = (
     ("auto", "the best permissive weights that this machine has or can get; the default"),
-    ("FOLDER", "a model that `lexiseg train` or `lexiseg convert` wrote"),
+    ("FOLDER", "a model that `lexiseg train`, `convert` or `export` wrote"),
     ("METHOD/ARCHITECTURE/TAG", "training-free, on any ViT of open_clip, such as naclip/ViT-B-16/openai"),
     ("METHOD/transformers:OWNER/NAME", "training-free, on TIPSv2, SigLIP, SigLIP 2 or MetaCLIP 2"),
     ("METHOD/FOLDER", "training-free, on a CLIP in a folder"),

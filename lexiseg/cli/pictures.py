@@ -19,7 +19,7 @@ from lexiseg.labelling.shards import Labeller, Wanted, label_all, shards_of
 from lexiseg.words import word_key
 
 if TYPE_CHECKING:
-    from lexiseg.segmenter import Segmenter
+    from lexiseg.predictor import Predictor
     from lexiseg.vocabulary import Vocabulary
 
 SOME_FAILED, ALL_FAILED = 1, 2
@@ -37,7 +37,7 @@ class Spread:
 
 
 def predict_pictures(
-    segmenter: Segmenter,
+    segmenter: Predictor,
     model: str,
     paths: Sequence[Path],
     vocabulary: Vocabulary,
@@ -156,16 +156,14 @@ def _plan(
     return done, todo
 
 
-def _settings(segmenter: Segmenter, vocabulary: Vocabulary, wanted: Wanted) -> dict[str, Any]:
+def _settings(segmenter: Predictor, vocabulary: Vocabulary, wanted: Wanted) -> dict[str, Any]:
     """What decides how results look: a run can only be gone on with where all of it is the same."""
-    from lexiseg.evaluation.report import weights_hash
-
     model = segmenter.model
     return {
         "model": {
             "system": model.system,
             "options": model.options.model_dump(mode="json"),
-            "sha256": weights_hash(model),
+            "sha256": segmenter.fingerprint(),
         },
         "classes": vocabulary.hash(),
         "background": vocabulary.background.to_dict(),

@@ -38,7 +38,7 @@ def block_attention(
     query, key, value = F.linear(x, weight, bias).chunk(3, dim=-1)
     if context is not None:
         rows = F.linear(context, weight[width:], None if bias is None else bias[width:])
-        more_keys, more_values = rows.expand(len(x), -1, -1).chunk(2, dim=-1)
+        more_keys, more_values = rows.expand(x.shape[0], -1, -1).chunk(2, dim=-1)
         key, value = torch.cat([key, more_keys], dim=1), torch.cat([value, more_values], dim=1)
     query, key, value = (
         rows.unflatten(2, (num_heads, width // num_heads)).transpose(1, 2) for rows in (query, key, value)

@@ -223,7 +223,7 @@ class CLIP(nn.Module):
         x = embeddings.to(dtype) + text.positional_embedding[: embeddings.shape[1]].to(dtype)
         for block in text.transformer.resblocks:
             x = run_block(block, x, attention=partial(block_attention, causal=True))
-        x = text.ln_final(x[torch.arange(len(x), device=x.device), end])
+        x = text.ln_final(x[torch.arange(x.shape[0], device=x.device), end])
         projection = text.text_projection
         if projection is None:
             return x

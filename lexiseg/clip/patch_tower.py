@@ -113,7 +113,7 @@ class PatchTower(ABC):
 
     def grid(self, images: Tensor) -> Grid:
         """The patches a side of images; sides that are no multiples of the patch are a `LexisegError`."""
-        height, width = (int(side) for side in images.shape[-2:])
+        height, width = images.shape[-2:]
         patch = self.patch_size
         if height % patch or width % patch or not height or not width:
             raise LexisegError(
@@ -196,7 +196,9 @@ class TimmTower(PatchTower):
         """See `PatchTower.embed`."""
         trunk, grid = self.trunk, self.grid(images)
         patches = trunk.patch_embed.proj(images.to(trunk.patch_embed.proj.weight.dtype)).flatten(2).transpose(1, 2)
-        prefix = [part.expand(len(images), -1, -1) for part in (trunk.cls_token, trunk.reg_token) if part is not None]
+        prefix = [
+            part.expand(images.shape[0], -1, -1) for part in (trunk.cls_token, trunk.reg_token) if part is not None
+        ]
         table = trunk.pos_embed[0]
         num_rows = 0 if trunk.no_embed_class else self.num_prefix
         source = tuple(trunk.patch_embed.grid_size)
@@ -275,9 +277,9 @@ class TransformersTower(PatchTower):
         resized = _resize_table(table[num_rows:], (side, side), grid, kind, by_count).to(patches.dtype)
         parts = [patches + resized]
         if prefix is not None:
-            parts.insert(0, (prefix.reshape(1, 1, -1) + table[:1]).expand(len(images), -1, -1).to(patches.dtype))
+            parts.insert(0, (prefix.reshape(1, 1, -1) + table[:1]).expand(images.shape[0], -1, -1).to(patches.dtype))
         if self.is_tips:
-            parts.insert(1, embeddings.register_tokens.expand(len(images), -1, -1))
+            parts.insert(1, embeddings.register_tokens.expand(images.shape[0], -1, -1))
         tokens = torch.cat(parts, dim=1)
         return (self.vision.pre_layrnorm(tokens) if hasattr(self.vision, "pre_layrnorm") else tokens), grid
 
@@ -286,8 +288,8 @@ class TransformersTower(PatchTower):
             return embedding(images.to(embedding.weight.dtype)).flatten(2).transpose(1, 2)
         # SigLIP 2 multiplies patches that were cut out and flattened, colour last, by a matrix.
         patch, (height, width) = self.patch_size, self.grid(images)
-        cut = images.reshape(len(images), 3, height, patch, width, patch).permute(0, 2, 4, 3, 5, 1)
-        return embedding(cut.reshape(len(images), height * width, -1))
+        cut = images.reshape(images.shape[0], 3, height, patch, width, patch).permute(0, 2, 4, 3, 5, 1)
+        return embedding(cut.reshape(images.shape[0], height * width, -1))
 
     def project(self, tokens: Tensor) -> Tensor:
         """See `PatchTower.project`."""

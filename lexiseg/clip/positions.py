@@ -59,7 +59,10 @@ def resize_positions(
         return table
     patches = table[1:].reshape(1, source[0], source[1], -1).permute(0, 3, 1, 2)
     mode, _, variant = interpolation.partition("-")
-    if variant == "offset":
+    if variant == "offset" and torch.compiler.is_compiling():
+        down, across = (matrix.to(patches.device) for matrix in _bicubic(grid, source))
+        patches = down @ patches.float() @ across.T
+    elif variant == "offset":
         scale = ((grid[0] + _OFFSET) / source[0], (grid[1] + _OFFSET) / source[1])
         patches = F.interpolate(patches.float(), scale_factor=scale, mode=mode, recompute_scale_factor=False)
     else:
@@ -67,3 +70,23 @@ def resize_positions(
         patches = F.interpolate(patches.float(), size=grid, mode=mode, align_corners=corners, antialias=antialias)
     patches = patches.permute(0, 2, 3, 1).reshape(grid[0] * grid[1], -1).to(table.dtype)
     return torch.cat([table[:1], patches])
+
+
+def _bicubic(grid: tuple[int, int], source: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """What "bicubic-offset" does along each axis as matrices (h, h0) and (w, w0), for graphs of any size.
+
+    Exporters can neither follow a scale that depends on the size nor take the table as it is where the grids agree.
+    """
+    matrices, agree = [], torch.ones((), dtype=torch.bool)
+    for length, count in zip(grid, source, strict=True):
+        index, every = torch.arange(length)[:, None], torch.arange(count)
+        place = (index + 0.5) * (count / (length + _OFFSET)) - 0.5
+        taps = place.floor() + torch.arange(-1, 3)
+        distance = (place - taps).abs()
+        near = (1.25 * distance - 2.25) * distance * distance + 1
+        far = ((-0.75 * distance + 3.75) * distance - 6) * distance + 3
+        weights = torch.where(distance <= 1, near, far)[..., None] * (taps.clamp(0, count - 1)[..., None] == every)
+        matrices.append((weights.sum(1), (index == every).float()))
+        agree = agree & (index.amax() == count - 1)
+    rows, columns = (torch.where(agree, same, resized) for resized, same in matrices)
+    return rows, columns

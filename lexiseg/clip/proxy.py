@@ -53,7 +53,7 @@ class Proxy(nn.Module):
 
     def features(self, images: Tensor) -> Tensor:
         """Features (B, C, h2, w2) of images (B, 3, H, W) that are normalised; sides multiples of the patch."""
-        grid = (int(images.shape[-2]) // self.patch_size, int(images.shape[-1]) // self.patch_size)
+        grid = (images.shape[-2] // self.patch_size, images.shape[-1] // self.patch_size)
         if getattr(self.model, "pos_embed", None) is None or getattr(self.model, "rope", None) is not None:
             tokens = self.model.forward_features(images)
         else:

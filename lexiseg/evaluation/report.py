@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -12,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
-from torch import nn
 
 import lexiseg
 from lexiseg.evaluation.grid import Example, draw_grid
@@ -141,26 +139,6 @@ class Report:
 
 def _text(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}"
-
-
-def weights_hash(model: nn.Module) -> str:
-    """SHA-256 of names, types, shapes and values of all parameters and buffers, wherever they are."""
-    return tensors_hash(model.state_dict())
-
-
-def tensors_hash(tensors: Mapping[str, torch.Tensor]) -> str:
-    """SHA-256 of names, types, shapes and values of tensors, wherever they are."""
-    digest = hashlib.sha256()
-    for name, value in sorted(tensors.items()):
-        tensor = value.detach().cpu().contiguous()
-        digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
-        digest.update(_bytes(tensor))
-    return digest.hexdigest()
-
-
-def _bytes(tensor: torch.Tensor) -> memoryview:
-    # By bytes, because numpy knows no bfloat16.
-    return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
 def versions() -> dict[str, str]:

@@ -19,7 +19,7 @@ from lexiseg.errors import LexisegError
 from lexiseg.evaluation.grid import Example
 from lexiseg.evaluation.metrics import Confusion
 from lexiseg.evaluation.parts import Parts, Tally, missing
-from lexiseg.evaluation.report import Report, versions, weights_hash
+from lexiseg.evaluation.report import Report, versions
 from lexiseg.images import ImageSource
 from lexiseg.label_ids import ignore_index
 from lexiseg.progress import progress_bar
@@ -158,7 +158,7 @@ class _Judge:
         if tally is not None:
             tally.seconds += time.perf_counter() - since
         for index, sample, result in zip(chosen, samples, results, strict=True):
-            prediction = result.label_map.numpy()
+            prediction = np.asarray(result.label_map)
             if prediction.dtype != np.uint8:
                 prediction = prediction.astype(np.int64)
             if tally is not None:
@@ -218,7 +218,7 @@ def _describe(segmenter: Segmenter) -> dict[str, Any]:
             "system": model.system,
             "options": model.options.model_dump(mode="json"),
             "clip": model.clip.name,
-            "weights_sha256": weights_hash(model),
+            "weights_sha256": segmenter.fingerprint(),
             "parameters": model.num_parameters(),
             "trainable": model.num_parameters(trainable=True),
         },

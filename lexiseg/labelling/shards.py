@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from lexiseg.errors import LexisegError
 from lexiseg.labelling.record import FOLDER, Attempt, Entry, Picture, Record, file_state
-from lexiseg.segmenter import Segmenter
 
 if TYPE_CHECKING:
     from lexiseg.background import BackgroundSource
+    from lexiseg.predictor import Predictor
     from lexiseg.segmentation import Segmentation
     from lexiseg.vocabulary import Vocabulary
     from lexiseg.windows import WindowPolicy
@@ -50,7 +50,7 @@ class Labeller:
     there.
     """
 
-    def __init__(self, segmenter: Segmenter, wanted: Wanted, output: str | Path) -> None:
+    def __init__(self, segmenter: Predictor, wanted: Wanted, output: str | Path) -> None:
         self.segmenter = segmenter
         self.wanted = wanted
         self.output = Path(output)
@@ -123,7 +123,7 @@ def _entry(picture: Picture, result: Segmentation, files: dict[str, str], state:
     rows: list[dict[str, Any]] = [
         {"class": row.name, "seen": row.seen, "fraction": row.fraction, "score": row.score} for row in result.table()
     ]
-    ignored = result.num_ignored / result.label_map.numel()
+    ignored = result.num_ignored / (result.size[0] * result.size[1])
     return Entry(picture.image, picture.stem, files=files, size=result.size, ignored=ignored, classes=rows, state=state)
 
 

@@ -261,6 +261,23 @@ class SegmentationModel(nn.Module, ABC):
             seen_words: (W,) bool, True for words that had masks in training; None = unknown, treated as not seen.
         """
 
+    def score_grid(self, features: ImageFeatures, text: Tensor) -> Tensor:
+        """The numbers (B, W, h, w) that `score` makes its scores of, where a place is a patch: what is exported."""
+        raise NotImplementedError
+
+    def check_exportable(self) -> None:
+        """Raise LexisegError if no graph can hold what the model does."""
+        if type(self).score_grid is SegmentationModel.score_grid:
+            raise LexisegError(
+                f"{self.system} is a decoupled system: which regions it proposes and crops depends on the picture, "
+                "which no fixed graph can follow, so it is not exported; export a one-stage or a training-free model."
+            )
+
+    @property
+    def exports_any_size(self) -> bool:
+        """Whether one exported graph can take images of any size."""
+        return True
+
     def forward(
         self,
         images: Tensor,

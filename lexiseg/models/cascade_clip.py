@@ -355,7 +355,7 @@ class CascadeCLIP(ZegCLIP):
                 own = index in self.joined_groups
                 joined = self.project_level(self.joined_groups.index(index), joined) if own else final
             values[f"group_{index}"] = joined.unflatten(1, result.grid)
-        return ImageFeatures((int(images.shape[-2]), int(images.shape[-1])), values)
+        return ImageFeatures((images.shape[-2], images.shape[-1]), values)
 
     def summed(self) -> list[int]:
         """The decoders that are summed, counted from 0: in training all of them."""

@@ -191,7 +191,7 @@ class CATSeg(SegmentationModel):
         Returns:
             features with ``dense`` (B, D, h, w), ``middle`` (B, G1, 2 h, 2 w) and ``fine`` (B, G2, 4 h, 4 w).
         """
-        size, side = (int(images.shape[-2]), int(images.shape[-1])), self.options.resolution
+        size, side = (images.shape[-2], images.shape[-1]), self.options.resolution
         if side is None:
             images = self.fit_to_patches(images)
         elif size != (side, side):
@@ -232,6 +232,15 @@ class CATSeg(SegmentationModel):
         """The words that are embedded: as released, of a name such as "building, edifice" what is before the comma."""
         return [word.split(", ")[0] if self.options.released else word for word in vocabulary.words]
 
+    @property
+    def exports_any_size(self) -> bool:
+        """No: windows of attention, and the padding to whole ones, follow the size."""
+        return False
+
+    def score_grid(self, features: ImageFeatures, text: Tensor) -> Tensor:
+        """`grid_logits`; see `SegmentationModel.score_grid`."""
+        return self.grid_logits(features, text)
+
     def grid_logits(self, features: ImageFeatures, text: Tensor) -> Tensor:
         """Logits (B, W, 4 h, 4 w) of words (W, D) or (W, P, D), before any resize."""
         text = (text[:, None] if text.ndim == 2 else text)[None]
@@ -239,8 +248,10 @@ class CATSeg(SegmentationModel):
         pooling = self.options.pooling if self.training else (1, 1)
 
         def run(dense: Tensor, *finer: Tensor) -> Tensor:
-            return self.aggregator(dense, text.expand(len(dense), -1, -1, -1), (dense, *finer), pooling)
+            return self.aggregator(dense, text.expand(dense.shape[0], -1, -1, -1), (dense, *finer), pooling)
 
+        if torch.compiler.is_compiling():
+            return run(*values).float()
         count = len(values[0]) if torch.is_grad_enabled() else max(_MAPS_AT_ONCE // text.shape[1], 1)
         parts = zip(*(value.split(count) for value in values), strict=True)
         return torch.cat([run(*part) for part in parts]).float()

@@ -74,6 +74,11 @@ class AggregationOptions(WindowOptions):
         return self
 
 
+def _at_once() -> bool:
+    """Whether classes go through together: where gradients are taken, or a graph is made for any number of them."""
+    return torch.compiler.is_compiling() or torch.is_grad_enabled()
+
+
 def _guided(linear: nn.Linear, x: Tensor, guidance: Tensor) -> Tensor:
     """A linear layer of ``[x, guidance]``, in which what is the same for all classes, or places, is computed once."""
     weight, bias = linear.weight, linear.bias
@@ -128,7 +133,7 @@ class WindowBlock(nn.Module):
         def windows(x: Tensor) -> Tensor:
             x = F.pad(x.flatten(0, 1), padding).roll((-shift, -shift), (1, 2))
             x = x.view(-1, rows, side, columns, side, self.heads, dim // self.heads)
-            return x.permute(0, 1, 3, 5, 2, 4, 6).reshape(len(x), rows * columns * self.heads, side * side, -1)
+            return x.permute(0, 1, 3, 5, 2, 4, 6).reshape(x.shape[0], rows * columns * self.heads, side * side, -1)
 
         mask = None
         if shift or any(padding):
@@ -193,8 +198,11 @@ class ClassLayer(nn.Module):
 
     def _attend(self, x: Tensor, guidance: Tensor) -> Tensor:
         query, key, value = self._heads(x, guidance)
+        missing: Any
         missing, padding = max(self.padding - x.shape[1], 0), None
-        if missing:
+        if torch.compiler.is_compiling() and self.padding:  # of any number of classes: computed, not known
+            missing = (self.padding - x.new_ones(x.shape[1]).sum()).clamp(min=0.0)[None]
+        if self.padding and (isinstance(missing, Tensor) or missing):
             token, its_guidance = (part[:, :, None, None] for part in (self.padding_tokens, self.padding_guidance))
             _, *padding = self._heads(self.norm1(token), its_guidance)
         attend = _linear_attention if self.linear else _full_attention
@@ -206,7 +214,7 @@ class ClassLayer(nn.Module):
         return [part.unflatten(-1, (self.heads, -1)).permute(0, 2, 3, 4, 1, 5) for part in parts]
 
 
-def _linear_attention(query: Tensor, key: Tensor, value: Tensor, padding: list[Tensor] | None, missing: int) -> Tensor:
+def _linear_attention(query: Tensor, key: Tensor, value: Tensor, padding: list[Tensor] | None, missing: Any) -> Tensor:
     """Attention (..., T, C) with the feature map elu(x) + 1 in the softmax's place; ``missing`` copies of a padding."""
     # Sums over the classes do not survive half precision. (Tensors without values, for counting, know no autocast.)
     kind = query.device.type
@@ -220,7 +228,7 @@ def _linear_attention(query: Tensor, key: Tensor, value: Tensor, padding: list[T
         return query @ sums / (query @ total[..., None] + 1e-6)
 
 
-def _full_attention(query: Tensor, key: Tensor, value: Tensor, padding: list[Tensor] | None, missing: int) -> Tensor:
+def _full_attention(query: Tensor, key: Tensor, value: Tensor, padding: list[Tensor] | None, missing: Any) -> Tensor:
     """Softmax attention (..., T, C); one padding counts ``missing`` times by the logarithm added to its logit."""
     mask = None
     if padding is not None:
@@ -230,7 +238,7 @@ def _full_attention(query: Tensor, key: Tensor, value: Tensor, padding: list[Ten
             for own, extra in zip((key, value), padding, strict=True)
         )
         mask = query.new_zeros(query.shape[-2], key.shape[-2])
-        mask[:, -1] = math.log(missing)
+        mask[:, -1] = missing.log() if isinstance(missing, Tensor) else math.log(missing)
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
 
 
@@ -268,7 +276,7 @@ class AggregationLayer(nn.Module):
 
 def _in_parts(function: Callable[[Tensor], Tensor], x: Tensor, dim: int, size: int) -> Tensor:
     """A function of x that works on each index of ``dim`` by itself: in parts and in place where there is no graph."""
-    if torch.is_grad_enabled() or x.shape[dim] <= size:
+    if _at_once() or x.shape[dim] <= size:
         return function(x)
     for part in x.split(size, dim):
         part.copy_(function(part))
@@ -294,7 +302,7 @@ class Upsample(nn.Module):
         weight: Any = first.weight
         # The part of the first convolution that sees the guidance is the same for all classes.
         same = F.conv2d(guidance, weight[:, x.shape[1] :], padding=1)
-        x = F.conv2d(x, weight[:, : x.shape[1]], padding=1).unflatten(0, (len(same), -1)) + same[:, None]
+        x = F.conv2d(x, weight[:, : x.shape[1]], padding=1).unflatten(0, (same.shape[0], -1)) + same[:, None]
         return nn.Sequential(*rest)(x.flatten(0, 1))
 
 
@@ -338,7 +346,7 @@ class CostAggregator(nn.Module):
         """
         cost = self.cost_volume(features, text)
         classes, kept = text.shape[1], None
-        if self.keep and classes > self.keep:
+        if self.keep and not torch.compiler.is_compiling() and classes > self.keep:
             kept = self.best_words(cost)
             cost = cost.gather(2, kept[:, None, :, None, None].expand(-1, cost.shape[1], -1, *cost.shape[3:]))
             text = text.gather(1, kept[:, :, None, None].expand(-1, -1, *text.shape[2:]))
@@ -374,6 +382,6 @@ class CostAggregator(nn.Module):
 
     @staticmethod
     def _each_word(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        if torch.is_grad_enabled() or x.shape[1] <= _CLASSES_AT_ONCE:
+        if _at_once() or x.shape[1] <= _CLASSES_AT_ONCE:
             return function(x)
         return torch.cat([function(part) for part in x.split(_CLASSES_AT_ONCE, 1)], dim=1)

@@ -228,7 +228,7 @@ class DenseCLIP(SegmentationModel):
             the images, and how many pixels of padding lie at the top and the left.
         """
         patch = self.patch_size
-        height, width = (int(side) for side in images.shape[-2:])
+        height, width = images.shape[-2:]
         if self._pads:
             unit_size = self.options.pad_to or patch
             unit_size = patch if unit_size % patch else unit_size
@@ -247,7 +247,7 @@ class DenseCLIP(SegmentationModel):
             features with ``patches`` (B, h, w, D) of unit length. With ResCLIP's second pass ``tokens`` that enter the
             last block, the queries and keys of the middle blocks and the ``images`` instead.
         """
-        size = (int(images.shape[-2]), int(images.shape[-1]))
+        size = (images.shape[-2], images.shape[-1])
         options, tower = self.options, self.tower
         fitted, _ = self.fitted(images)
         tokens, grid = tower.embed(fitted, interpolation=options.positions, by_count=options.positions_by_count)
@@ -324,7 +324,7 @@ class DenseCLIP(SegmentationModel):
         value = block.qkv(tokens)[2][:, :, -grid[0] * grid[1] :]
         proxy = self._proxy[0].to(images.device)
         features = proxy(pixels_of(images, self.mean, self.std))
-        proxy_grid = (int(features.shape[2]), int(features.shape[3]))
+        proxy_grid = (features.shape[2], features.shape[3])
         attention = proxy_attention(features.float(), self.options.beta, self.options.gamma)
         mixed = mix_by_proxy(value, grid, attention, proxy_grid)
         return unit(self.tower.project(block.output(mixed)).unflatten(1, proxy_grid))
@@ -332,6 +332,24 @@ class DenseCLIP(SegmentationModel):
     @staticmethod
     def _unit_patches(tokens: Tensor, grid: Grid) -> Tensor:
         return unit(tokens[:, -grid[0] * grid[1] :].unflatten(1, grid))
+
+    def check_exportable(self) -> None:
+        """See `SegmentationModel.check_exportable`."""
+        if self.options.feedback:
+            raise LexisegError(
+                "resclip's second pass follows the labels of its first one, which no fixed graph can do; export "
+                "another method, such as naclip."
+            )
+
+    @property
+    def exports_any_size(self) -> bool:
+        """Unless a second encoder has a size of its own, or positions are taken by their number."""
+        return self.options.mixing != "proxy" and not self.options.positions_by_count
+
+    def score_grid(self, features: ImageFeatures, text: Tensor) -> Tensor:
+        """Cosines of patches and words; see `SegmentationModel.score_grid`."""
+        values = features.values
+        return _cosines(values["patches"] if "patches" in values else self._second_pass(features, text), text)
 
     @torch.no_grad()
     def score(
@@ -343,13 +361,11 @@ class DenseCLIP(SegmentationModel):
         seen_words: Tensor | None = None,
     ) -> GridScores:
         """Score words against images; see `SegmentationModel.score`. ``seen_words`` makes no difference."""
-        values = features.values
-        patches = values["patches"] if "patches" in values else self._second_pass(features, text)
-        logits = _cosines(patches, text)
+        logits = self.score_grid(features, text)
         height, width = features.size
         if self._pads:
             fitted, place = self.fitted(torch.empty(0, 1, height, width))
-            frame = (int(fitted.shape[-2]), int(fitted.shape[-1]))
+            frame = (fitted.shape[-2], fitted.shape[-1])
             return GridScores(
                 logits, word_to_class=word_to_class, resize_to=frame, crop=features.size, crop_place=place
             )

@@ -27,8 +27,8 @@ _PAIRS = {"qk": (("q", "k"),), "qq": (("q", "q"),), "kk": (("k", "k"),), "qq+kk"
 
 @lru_cache(maxsize=16)
 def _neighbourhood(grid: Grid, std: float, num_prefix: int) -> Tensor:
-    rows = torch.arange(grid[0]).repeat_interleave(grid[1])
-    columns = torch.arange(grid[1]).repeat(grid[0])
+    rows = torch.arange(grid[0])[:, None].expand(grid).flatten()
+    columns = torch.arange(grid[1]).expand(grid).flatten()
     squares = (rows[:, None] - rows).square() + (columns[:, None] - columns).square()
     return F.pad((-squares / (2 * std**2)).exp(), (num_prefix, 0, num_prefix, 0))
 
@@ -41,7 +41,8 @@ def neighbourhood(grid: Grid, std: float, num_prefix: int = 1) -> Tensor:
         std: standard deviation in patches.
         num_prefix: tokens before the patches; T is that and h * w.
     """
-    return _neighbourhood(grid, float(std), num_prefix)
+    made = _neighbourhood.__wrapped__ if torch.compiler.is_compiling() else _neighbourhood
+    return made(grid, float(std), num_prefix)
 
 
 @dataclass(frozen=True)

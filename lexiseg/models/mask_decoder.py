@@ -49,7 +49,8 @@ class DecoderLayer(nn.Module):
         patches = seen[0]
         scale = (queries.shape[-1] // self.num_heads) ** -0.5 / self.num_heads
         mapped = self.query(queries) * scale
-        if mapped.shape[1] >= patches.shape[1]:
+        # (A graph that is made for any number of queries takes the way that suits fewer queries than patches.)
+        if not torch.compiler.is_compiling() and mapped.shape[1] >= patches.shape[1]:
             return mapped @ self.key(patches).transpose(1, 2)
         return (mapped @ self.key.weight) @ patches.transpose(1, 2) + (mapped @ self.key.bias)[..., None]
 

@@ -109,6 +109,10 @@ class OneStageModel(SegmentationModel):
         logits = self.grid_logits(features, text)
         return logits if self.options.mask_loss == "focal" else exclusive_logits(logits)
 
+    def score_grid(self, features: ImageFeatures, text: Tensor) -> Tensor:
+        """`patch_scores`; see `SegmentationModel.score_grid`."""
+        return self.patch_scores(features, text)
+
     def score(
         self,
         features: ImageFeatures,
@@ -123,7 +127,7 @@ class OneStageModel(SegmentationModel):
         and do not mention the offset; the published numbers were measured as here.
         """
         return GridScores(
-            self.patch_scores(features, text),
+            self.score_grid(features, text),
             word_to_class=word_to_class,
             resize_to=self.mask_size(features.size),
             sigmoid=True,

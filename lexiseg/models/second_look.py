@@ -60,7 +60,7 @@ class SecondLook(ZegCLIP):
         A side of one patch is not cut for the shifted run; where both are, there is none.
         """
         fitted = self.fit_to_patches(images)
-        size = (int(images.shape[-2]), int(images.shape[-1]))
+        size = (images.shape[-2], images.shape[-1])
         values = dict(super().encode_images(fitted).values)
         if self.training:
             return ImageFeatures(size, values)
@@ -72,7 +72,10 @@ class SecondLook(ZegCLIP):
             values |= {f"shifted_{name}": value for name, value in shifted.values.items()}
         if self.options.smoothing_distances:
             lattice = (_CELLS * height // patch, _CELLS * width // patch)
-            small = F.interpolate(fitted.float(), size=lattice, mode="area")
+            if patch % _CELLS:
+                small = F.interpolate(fitted.float(), size=lattice, mode="area")
+            else:  # the same, which exporters can follow at any size
+                small = F.avg_pool2d(fitted.float(), patch // _CELLS)
             values["colours"] = pixels_of(small, self.mean, self.std)
         return ImageFeatures(size, values)
 
@@ -88,6 +91,19 @@ class SecondLook(ZegCLIP):
             inside.add_(shifted).mul_(0.5)
         return joined
 
+    @property
+    def exports_any_size(self) -> bool:
+        """Where cells are whole pixels."""
+        return not self.options.smoothing_distances or self.patch_size % _CELLS == 0
+
+    def score_grid(self, features: ImageFeatures, text: Tensor) -> Tensor:
+        """The smoothed probabilities, or without smoothing the `lattice_logits`."""
+        scores, colours = self.lattice_logits(features, text), features.values.get("colours")
+        if colours is None:
+            return scores
+        with torch.autocast(scores.device.type, enabled=False):
+            return smooth(scores.sigmoid(), colours, self.options.smoothing_distances, self.options.colour_width)
+
     @torch.no_grad()
     def score(
         self,
@@ -102,15 +118,12 @@ class SecondLook(ZegCLIP):
         A score is the sigmoid of the mean of both runs' mask logits, smoothed over cells of like colour, less
         `OneStageOptions.seen_offset` for seen words. No gradient goes through it; losses take one run.
         """
-        scores, colours = self.lattice_logits(features, text), features.values.get("colours")
-        if colours is not None:
-            with torch.autocast(scores.device.type, enabled=False):
-                scores = smooth(scores.sigmoid(), colours, self.options.smoothing_distances, self.options.colour_width)
-        offsets = self.seen_offsets(seen_words, text)
-        return GridScores(scores, word_to_class=word_to_class, sigmoid=colours is None, offsets=offsets)
+        scores, offsets = self.score_grid(features, text), self.seen_offsets(seen_words, text)
+        sigmoid = "colours" not in features.values
+        return GridScores(scores, word_to_class=word_to_class, sigmoid=sigmoid, offsets=offsets)
 
 
 def resize(logits: Tensor, factor: int) -> Tensor:
     """Interpolate (B, C, h, w) bilinearly to ``factor`` times as many places a side, in memory of its own."""
-    size = (int(logits.shape[-2]) * factor, int(logits.shape[-1]) * factor)
+    size = (logits.shape[-2] * factor, logits.shape[-1] * factor)
     return F.interpolate(logits, size=size, mode="bilinear", align_corners=False)

@@ -10,6 +10,7 @@ only; here every grid does.
 
 from __future__ import annotations
 
+import math
 from typing import ClassVar
 
 import torch
@@ -60,25 +61,30 @@ class SpectralFilter(nn.Module):
         self.grid = grid
         self.weight = nn.Parameter(0.02 * torch.randn(grid[0], grid[1] // 2 + 1, width, 2))
 
-    def transfer(self, grid: tuple[int, int]) -> Tensor:
-        """The complex weight (h, w // 2 + 1, W) for patches of another grid, which the released code does not know.
+    def weights(self, grid: tuple[int, int]) -> Tensor:
+        """The weight (h, w // 2 + 1, W, 2), real and imaginary, on another grid, which the released code does not know.
 
         The weight is read as samples of a function of the frequency in cycles a patch, and interpolated linearly; along
         the first axis frequencies wrap around.
         """
         weight = self.weight.float()
         if grid != self.grid:
-            rows = _interpolation(torch.fft.fftfreq(grid[0]), self.grid[0], self.grid[0], wrap=True)
-            columns = _interpolation(torch.fft.rfftfreq(grid[1]), self.grid[1], weight.shape[1], wrap=False)
+            places = torch.arange(grid[0])
+            signed = torch.where(2 * places < grid[0], places, places - grid[0]) / grid[0]
+            rows = _interpolation(signed, self.grid[0], self.grid[0], wrap=True)
+            columns = torch.arange(grid[1] // 2 + 1) / grid[1]
+            columns = _interpolation(columns, self.grid[1], weight.shape[1], wrap=False)
             rows, columns = rows.to(weight.device), columns.to(weight.device)
             weight = torch.einsum("ag,bf,gfwc->abwc", rows, columns, weight)
-        return torch.view_as_complex(weight.contiguous())
+        return weight.contiguous()
 
     def forward(self, patches: Tensor, cls: Tensor, grid: tuple[int, int]) -> Tensor:
         """What is added to patches (B, N, W) of a grid (h, w), given the class token (B, 1, W); in float32."""
         with torch.autocast(patches.device.type, enabled=False):
             z = (patches.float() * cls.float()).unflatten(1, grid)
-            spectrum = torch.fft.rfft2(z, dim=(1, 2), norm="ortho") * self.transfer(grid)
+            if torch.compiler.is_compiling():  # exported graphs have no transform of any size
+                return _filtered(z, self.weights(grid), grid).flatten(1, 2).to(patches.dtype)
+            spectrum = torch.fft.rfft2(z, dim=(1, 2), norm="ortho") * torch.view_as_complex(self.weights(grid))
             z = torch.fft.irfft2(spectrum, s=grid, dim=(1, 2), norm="ortho")
         return z.flatten(1, 2).to(patches.dtype)
 
@@ -91,10 +97,37 @@ def _interpolation(frequencies: Tensor, period: int, samples: int, *, wrap: bool
     fraction = place - low
     low_index = low.long() % samples
     high_index = (low.long() + 1) % samples if wrap else (low.long() + 1).clamp(max=samples - 1)
-    matrix = torch.zeros(len(place), samples)
-    target = torch.arange(len(place))
-    matrix.index_put_((target, low_index), 1 - fraction, accumulate=True)
-    return matrix.index_put_((target, high_index), fraction, accumulate=True)
+    every = torch.arange(samples)
+    low_part = (low_index[:, None] == every) * (1 - fraction)[:, None]
+    return low_part + (high_index[:, None] == every) * fraction[:, None]
+
+
+def _filtered(z: Tensor, weights: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Maps z (B, h, w, W) filtered by ``weights`` (h, w // 2 + 1, W, 2), with the transforms as matrix products."""
+
+    def waves(length: int, count: int) -> tuple[Tensor, Tensor]:
+        angle = torch.outer(torch.arange(count), torch.arange(length)).double() * (2 * math.pi / length)
+        return angle.cos().to(z), angle.sin().to(z)
+
+    height, width = grid
+    half = width // 2 + 1
+    (row_cos, row_sin), (column_cos, column_sin) = waves(height, height), waves(width, half)
+    real, imaginary = (torch.einsum("fx,byxc->byfc", part, z) for part in (column_cos, -column_sin))
+    real, imaginary = (
+        torch.einsum("gy,byfc->bgfc", row_cos, real) + torch.einsum("gy,byfc->bgfc", row_sin, imaginary),
+        torch.einsum("gy,byfc->bgfc", row_cos, imaginary) - torch.einsum("gy,byfc->bgfc", row_sin, real),
+    )
+    a, b = weights.unbind(-1)
+    real, imaginary = real * a - imaginary * b, real * b + imaginary * a
+    real, imaginary = (
+        torch.einsum("gy,bgfc->byfc", row_cos, real) - torch.einsum("gy,bgfc->byfc", row_sin, imaginary),
+        torch.einsum("gy,bgfc->byfc", row_cos, imaginary) + torch.einsum("gy,bgfc->byfc", row_sin, real),
+    )
+    # A real map's spectrum is stored in half: each frequency counts twice but those that are their own mirror.
+    place = torch.arange(half)
+    twice = torch.where((place == 0) | (2 * place == width), 1.0, 2.0).to(z)[:, None] / (height * width)
+    real = torch.einsum("fx,byfc->byxc", column_cos * twice, real)
+    return real - torch.einsum("fx,byfc->byxc", column_sin * twice, imaginary)
 
 
 class SpectralGuide(nn.Module):

@@ -122,7 +122,7 @@ class VisualPrompts(nn.Module):
                 return tokens, None
             if self.depth and not keep_rows:
                 return tokens, prompt
-            rows = prompt.expand(len(tokens), -1, -1)
+            rows = prompt.expand(tokens.shape[0], -1, -1)
             return torch.cat([tokens[:, :1], rows, tokens[:, 1:]], dim=1), None
 
         return before_block
@@ -221,7 +221,7 @@ class ZegCLIP(OneStageModel):
         """Run the image tower; see `SegmentationModel.encode_images`."""
         result = self.run_tower(self.fit_to_patches(images))
         cls, patches = self.finish(result)
-        size = (int(images.shape[-2]), int(images.shape[-1]))
+        size = (images.shape[-2], images.shape[-1])
         return ImageFeatures(size, {"cls": cls, "patches": patches.unflatten(1, result.grid)})
 
     def heads(self) -> list[Head]:
@@ -235,17 +235,17 @@ class ZegCLIP(OneStageModel):
     def descriptor(self, cls: Tensor, text: Tensor) -> Tensor:
         """Relationship descriptor [t * cls, t] of class embeddings (B, D) and text (C, D): (B, C, 2 D) (Sec. 3.3)."""
         text = text.to(cls.dtype)[None]
-        return torch.cat([text * cls[:, None], text.expand(len(cls), -1, -1)], dim=-1)
+        return torch.cat([text * cls[:, None], text.expand(cls.shape[0], -1, -1)], dim=-1)
 
     def queries(self, cls: Tensor, text: Tensor) -> list[Tensor]:
         """Class queries (B, C, D) of each of the `heads`, of class embeddings (B, D) and text (C, D)."""
         inputs = self.descriptor(cls, text) if self.options.descriptor else text.to(cls.dtype)[None]
-        return [head.query_proj(inputs).expand(len(cls), -1, -1) for head in self.heads()]
+        return [head.query_proj(inputs).expand(cls.shape[0], -1, -1) for head in self.heads()]
 
     def grid_logits(self, features: ImageFeatures, text: Tensor) -> Tensor:
         """Mask logits (B, C, h, w), summed over the heads; see `OneStageModel.grid_logits`."""
         cls, heads, memories = features.values["cls"], self.heads(), self.memories(features)
-        grid = (int(memories[0].shape[1]), int(memories[0].shape[2]))
+        grid = (memories[0].shape[1], memories[0].shape[2])
         pairs = zip(heads, memories, strict=True)
         projected = [head.decoder.project_memory(memory.flatten(1, 2), grid) for head, memory in pairs]
 
@@ -255,7 +255,7 @@ class ZegCLIP(OneStageModel):
             # A sum, not a mean, and no loss of its own for any head (Cascade-CLIP, Eq. 2).
             return sum(others, first).float()
 
-        if self.training or len(text) <= _CLASS_CHUNK:
+        if self.training or text.shape[0] <= _CLASS_CHUNK:
             return decode(text).unflatten(2, grid)
         # Queries are independent of each other: many classes are decoded in parts, into one tensor.
         logits = cls.new_empty((len(cls), len(text), grid[0] * grid[1]), dtype=torch.float32)

@@ -11,7 +11,6 @@ from lexiseg.clip.load import load_clip, shapes_of
 from lexiseg.clip.model import CLIP
 from lexiseg.clip.prompt_learner import load_prompts, prompts_folder, read_card
 from lexiseg.errors import LexisegError
-from lexiseg.evaluation.report import tensors_hash, weights_hash
 from lexiseg.models import SYSTEMS
 from lexiseg.models.base import SegmentationModel
 from lexiseg.models.decoupled import DecoupledModel
@@ -33,6 +32,7 @@ from lexiseg.recipes.data import AUGMENTATION
 from lexiseg.training.labels import masked_names, training_vocabulary
 from lexiseg.vocabulary import Vocabulary
 from lexiseg.weights import load_model
+from lexiseg.weights.hashes import tensors_hash, weights_hash
 from lexiseg.words import word_key
 
 _log = logging.getLogger("lexiseg")

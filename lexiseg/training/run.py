@@ -12,7 +12,6 @@ from lexiseg.clip.load import load_clip
 from lexiseg.clip.prompt_learner import PromptLearner
 from lexiseg.data.base import SegmentationDataset
 from lexiseg.errors import LexisegError
-from lexiseg.evaluation.report import weights_hash
 from lexiseg.files import default_cache_folder, make_folder, write_text
 from lexiseg.label_ids import ignore_index
 from lexiseg.recipes import (
@@ -32,6 +31,7 @@ from lexiseg.training.segmentation import SegmentationTask, load_teacher
 from lexiseg.training.task import Task
 from lexiseg.training.trainer import Trainer, seed_everything
 from lexiseg.weights.folder import save_model
+from lexiseg.weights.hashes import weights_hash
 from lexiseg.weights.runs import find_checkpoints
 
 

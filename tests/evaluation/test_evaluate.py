@@ -16,12 +16,12 @@ from lexiseg.errors import LexisegError
 from lexiseg.evaluation import evaluate
 from lexiseg.evaluation.grid import Example, draw_grid
 from lexiseg.evaluation.parts import clear
-from lexiseg.evaluation.report import weights_hash
 from lexiseg.evaluation.run import run_evaluation, spread
 from lexiseg.models import ZegCLIP
 from lexiseg.segmentation import Segmentation
 from lexiseg.segmenter import Segmenter
 from lexiseg.vocabulary import PAPER_TEMPLATES, Vocabulary
+from lexiseg.weights.hashes import weights_hash
 from lexiseg.windows import WindowPolicy
 
 VISION = {"image_size": 32, "patch_size": 8, "width": 64, "layers": 2, "head_width": 32}

@@ -1,0 +1,83 @@
+"""``lexiseg export``: a model as graphs that run without PyTorch."""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lexiseg.cli.console import say, say_json, say_table, say_written, waiting
+from lexiseg.cli.options import Json, Template, templates_of
+
+
+class Format(str, Enum):
+    """Forms of graphs."""
+
+    onnx = "onnx"
+    torch = "torch"
+    openvino = "openvino"
+
+
+class Bits(str, Enum):
+    """Precisions of graphs."""
+
+    fp32 = "fp32"
+    fp16 = "fp16"
+    int8 = "int8"
+
+
+def export(
+    model: Annotated[
+        str,
+        typer.Argument(metavar="MODEL", help="A name that `lexiseg models` lists, or a folder.", show_default=False),
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.", show_default=False)],
+    format: Annotated[
+        Format, typer.Option("--format", "-f", help="onnx; openvino; or torch (torch.export with AOTInductor).")
+    ] = Format.onnx,
+    size: Annotated[
+        list[int] | None,
+        typer.Option(
+            "--size",
+            min=8,
+            help="Side of the windows that a graph takes; repeat it for several. Default: any size, where the system "
+            "allows it.",
+            show_default=False,
+        ),
+    ] = None,
+    dtype: Annotated[
+        Bits, typer.Option("--dtype", help="fp16 halves the files; int8 quantises products, for processors.")
+    ] = Bits.fp32,
+    template: Template = None,
+    json: Json = False,
+) -> None:
+    """Write a model as graphs for ONNX Runtime, OpenVINO or torch.
+
+    The folder is a model for --model and `lexiseg.load`, and predicts without PyTorch. Labels are compared with the
+    model's own on sample pictures; report.json keeps the figures.
+    """
+    import lexiseg
+    from lexiseg.export.exporting import export as write
+    from lexiseg.export.measuring import REPORT, measure
+
+    with waiting(f"loading {model}"):
+        segmenter = lexiseg.load(model, device="cpu", templates=templates_of(template))
+    with waiting(f"exporting {model}"):
+        spec = write(segmenter, output, kind=format.value, sizes=size or (), precision=dtype.value)
+    with waiting("comparing labels"):
+        report = measure(segmenter, output.expanduser(), spec)
+    if json:
+        say_json({"folder": str(output), **report})
+        return
+    rows = [
+        (row["picture"], f"{100 * row['equal']:.3f} %", f"{row['largest_score_difference']:.2g}")
+        for row in report["pictures"]
+    ]
+    say_table("Compared with the model in float32:", ["picture", "equal labels", "largest difference of a score"], rows)
+    if format is Format.torch:
+        say("compiled by AOTInductor" if spec.compiled else "a program of torch.export: there is no C++ compiler here")
+    sizes = ", ".join(f"{side[1]} x {side[0]}" for side in spec.sizes) or "any size"
+    say(f"{sum(report['bytes'].values()) / 2**20:,.1f} MiB, for windows of {sizes}")
+    say_written([output / REPORT, output])

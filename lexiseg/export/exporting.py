@@ -1,0 +1,348 @@
+"""Writing a model as a folder of graphs: what ``lexiseg export`` does. `lexiseg.export.runtime` reads it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import shutil
+import uuid
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from open_clip.tokenizer import SimpleTokenizer, _clean_lower
+from torch import Tensor, nn
+
+import lexiseg
+from lexiseg.errors import LexisegError
+from lexiseg.export.spec import FILE, FORMAT, ExportSpec
+from lexiseg.files import make_folder, write_json
+from lexiseg.models.base import SegmentationModel
+from lexiseg.scores import GridScores
+from lexiseg.segmenter import Segmenter
+from lexiseg.windows import WindowPolicy
+from lexiseg.words import shorten, whole_number
+
+KINDS, PRECISIONS = ("onnx", "torch", "openvino"), ("fp32", "fp16", "int8")
+_SUFFIXES = {"onnx": ".onnx", "torch": ".pt2", "openvino": ".xml"}
+_OPSET = 20
+_MAX_BYTES = 1 << 31  # of one ONNX file; larger ones keep their weights beside them
+_SIDES, _WORDS = 4096, 1 << 20
+
+
+@dataclass(frozen=True)
+class Graph:
+    """A module to be traced, with examples of its inputs and which of their axes are free."""
+
+    module: nn.Module
+    inputs: dict[str, Tensor]
+    free: dict[str, dict[int, Any]]
+    output: str
+
+
+class _Images(nn.Module):
+    """The image tower and the head."""
+
+    def __init__(self, model: SegmentationModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor, text: Tensor) -> Tensor:
+        return self.model.score_grid(self.model.encode_images(images), text)
+
+
+class _Texts(nn.Module):
+    """The text tower, which is read at the end mark."""
+
+    def __init__(self, model: SegmentationModel) -> None:
+        super().__init__()
+        self.clip = model.clip
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.clip.encode_embeddings(self.clip.embed_tokens(tokens), self.clip.text_end(tokens))
+
+
+def export(
+    segmenter: Segmenter,
+    folder: str | Path,
+    *,
+    kind: str = "onnx",
+    sizes: Sequence[int] = (),
+    precision: str = "fp32",
+) -> ExportSpec:
+    """Write a model as graphs; the folder appears when it is whole.
+
+    Args:
+        segmenter: with the model, on the CPU, and the templates to keep.
+        folder: new, empty, or of an earlier export, which is replaced.
+        kind: "onnx", "openvino", or "torch" (torch.export, compiled by AOTInductor where there is a compiler).
+        sizes: sides of square windows that the graphs take, a graph each; none makes one graph for all sizes where the
+            system allows that.
+        precision: "fp16" halves the files, "int8" quantises the weights of products (dynamic quantisation).
+
+    Raises:
+        LexisegError: the system or its tower cannot be exported, an argument is wrong, or a library is missing.
+    """
+    if not isinstance(segmenter, Segmenter):
+        raise LexisegError("This model is exported already; export the one that it was made of.")
+    model, folder = segmenter.model, Path(folder).expanduser()
+    _check(model, folder, kind, precision)
+    spec = _describe(segmenter, kind, sizes, precision)
+    temporary = make_folder(folder.parent / f".{folder.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        _save_tokenizer(model.clip._tokenizer, temporary / spec.text.tokenizer)
+        compiled = False
+        with _traceable(model):
+            for name, graph in zip((*spec.graphs, spec.text.graph), _graphs(segmenter, spec), strict=True):
+                compiled = _write(graph, temporary / name, spec)
+        spec = spec.model_copy(update={"compiled": compiled})
+        write_json(temporary / FILE, spec.model_dump(mode="json"))
+        _put(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return spec
+
+
+def _check(model: SegmentationModel, folder: Path, kind: str, precision: str) -> None:
+    """What can be said before anything is computed."""
+    if kind not in KINDS or precision not in PRECISIONS:
+        raise LexisegError(f"Formats are {', '.join(KINDS)} and precisions {', '.join(PRECISIONS)}.")
+    if (precision == "int8" and kind != "onnx") or (precision == "fp16" and kind == "torch"):
+        raise LexisegError(f"The format {kind} is not written in {precision}; choose --format onnx or --dtype fp32.")
+    if folder.exists() and not (folder / FILE).is_file() and (not folder.is_dir() or any(folder.iterdir())):
+        raise LexisegError(f"'{folder}' is there and not an exported model; choose another folder.")
+    model.check_exportable()
+    clip = model.clip
+    plain = isinstance(clip._tokenizer, SimpleTokenizer) and clip._tokenizer.clean_fn is _clean_lower
+    if not clip.plain_text or not plain or clip._tokenizer.reduction_fn is not None:
+        raise LexisegError(
+            f"The text tower or the tokenizer of '{clip.name}' is not CLIP's own, and only that is exported; choose a "
+            "model on a CLIP such as 'ViT-B-16/openai'."
+        )
+    needed = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "openvino": ("onnx", "onnxscript", "openvino")}
+    missing = [package for package in needed.get(kind, ()) if find_spec(package) is None]
+    if missing:
+        extra = "export" if kind == "onnx" else "export,openvino"
+        raise LexisegError(f"This export needs {missing[0]}; install it with pip install 'lexiseg[{extra}]'.")
+
+
+def _describe(segmenter: Segmenter, kind: str, sizes: Sequence[int], precision: str) -> ExportSpec:
+    """All that stands in ``export.json``; the rules are read off the model's own scores of an example."""
+    model, suffix = segmenter.model, _SUFFIXES[kind]
+    options, window = model.options.model_dump(mode="json"), model.window
+    unit, resolution = model.patch_size, options.get("resolution")
+    fit: dict[str, Any] = {"kind": options.get("fit", "resize"), "unit": unit}
+    if fit["kind"] == "pad" and options.get("window_size") is None:
+        fit["kind"] = "crop"  # whole pictures are not padded
+    if fit["kind"] == "pad" and (options.get("pad_to") or unit) % unit == 0:
+        fit["unit"] = options.get("pad_to") or unit
+    square = [whole_number(side, "A size", 2 * fit["unit"]) for side in sizes]
+    if resolution is not None:
+        fit |= {"kind": "resize", "size": (resolution, resolution)}
+        square = [resolution]
+    elif square or not model.exports_any_size:
+        square = square or [window.size or model.clip.image_size]
+        if wrong := [side for side in square if side % fit["unit"]]:
+            raise LexisegError(f"A size of {wrong[0]} is not a multiple of the patch of {fit['unit']} pixels.")
+        window = _window_of(window, square)
+    with torch.no_grad():
+        side = square[0] if square else 4 * fit["unit"]
+        text = torch.eye(2, model.clip.embed_dim, device=model.device)
+        if options.get("templates", 1) != 1:
+            text = text[:, None].expand(-1, options["templates"], -1)
+        scores = model(torch.zeros(1, 3, side, side), text, seen_words=torch.ones(2, dtype=torch.bool))
+    if not isinstance(scores, GridScores):
+        raise LexisegError(f"{model.system} does not score a grid of patches, so it cannot be exported.")
+    decode = {
+        "resize_to": "none" if scores.resize_to is None else "frame" if fit["kind"] == "pad" else "window",
+        "square_side": options.get("mask_size") if scores.resize_to is not None else None,
+        "sigmoid": scores.sigmoid,
+        "seen_offset": 0.0 if scores.offsets is None else round(float(scores.offsets[0]), 6),
+    }
+    names = [f"image-{side}{suffix}" for side in square] if len(square) > 1 else [f"image{suffix}"]
+    values: dict[str, Any] = {
+        "format": FORMAT,
+        "lexiseg": lexiseg.__version__,
+        "kind": kind,
+        "precision": precision,
+        "system": model.system,
+        "name": model.clip.name,
+        "options": options,
+        "parameters": model.num_parameters(),
+        "sha256": segmenter.fingerprint(),
+        "mean": model.mean,
+        "std": model.std,
+        "graphs": names,
+        "sizes": [(side, side) for side in square],
+        "fit": fit,
+        "window": asdict(window),
+        "decode": decode,
+        "text": {
+            "graph": f"text{suffix}",
+            "tokenizer": "tokenizer.json",
+            "context_length": model.clip.context_length - (kind == "torch"),  # see `_graphs`
+            "templates": segmenter.templates or model.default_templates,
+            "separate_templates": options.get("templates", 1) != 1,
+            "first_of_name": bool(options.get("released")),
+        },
+        "seen_names": model.seen_names,
+        "max_words": options["padding"] if options.get("released") and options.get("padding") else None,
+    }
+    return ExportSpec(**values)
+
+
+def _window_of(window: WindowPolicy, sizes: Sequence[int]) -> WindowPolicy:
+    """The model's way over a picture, changed so that all windows are of the first of the sizes."""
+    side = sizes[0]
+    stride = window.stride if window.size == side else max(side * 5 // 6, 1)
+    short_side = max(window.short_side or 0, side)
+    return replace(window, size=side, stride=stride, short_side=short_side, long_side=None)
+
+
+def _graphs(segmenter: Segmenter, spec: ExportSpec) -> Iterator[Graph]:
+    """The image graphs in their order, and the text graph."""
+    model, unit = segmenter.model, spec.fit.unit
+    dimension = torch.export.Dim
+    words = torch.nn.functional.normalize(torch.randn(3, model.clip.embed_dim), dim=-1)
+    if spec.text.separate_templates:
+        words = words[:, None].repeat(1, len(spec.text.templates), 1)
+    batch, classes = dimension("batch", min=1, max=1024), dimension("words", min=2, max=4096)
+    for size in spec.sizes or ((5 * unit, 6 * unit),):
+        free: dict[int, Any] = {0: batch}
+        if not spec.sizes:
+            free |= {2: unit * dimension("rows", min=2, max=_SIDES), 3: unit * dimension("columns", min=2, max=_SIDES)}
+        inputs = {"images": torch.randn(2, 3, *size), "text": words}
+        yield Graph(_Images(model), inputs, {"images": free, "text": {0: classes}}, "grid")
+    tokens = model.clip.tokenize(["a photo of a cat", "a tree"])[:, :9]
+    # torch notes that the last length takes another path, which computes the same.
+    length = dimension("length", min=2, max=model.clip.context_length - 1)
+    free_text = {"tokens": {0: dimension("texts", min=1, max=_WORDS), 1: length}}
+    yield Graph(_Texts(model), {"tokens": tokens}, free_text, "vectors")
+
+
+@contextmanager
+def _traceable(model: SegmentationModel) -> Iterator[None]:
+    """The model without gradients, and without the fitting of windows, which `spec.Fit` does before the graph."""
+    required = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    same: dict[str, Any] = {"fit_to_patches": lambda images: images, "fitted": lambda images: (images, (0, 0))}
+    same = {name: function for name, function in same.items() if hasattr(model, name)}
+    level = logging.root.manager.disable
+    try:
+        logging.disable(logging.WARNING)  # the exporters' remarks about their own steps
+        model.eval().requires_grad_(False)
+        vars(model).update(same)
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)
+        for name in same:
+            vars(model).pop(name, None)
+        for parameter in required:
+            parameter.requires_grad_(True)
+
+
+def _write(graph: Graph, path: Path, spec: ExportSpec) -> bool:
+    """Trace a graph and write it; whether it was compiled."""
+    try:
+        program = torch.export.export(
+            graph.module.eval(), tuple(graph.inputs.values()), dynamic_shapes=graph.free, strict=False
+        )
+        if spec.kind == "torch":
+            return _write_torch(program, path)
+        onnx = path if spec.kind == "onnx" else path.with_suffix(".onnx")
+        _write_onnx(program, graph, onnx)
+    except LexisegError:
+        raise
+    except Exception as error:  # exporters raise errors of many kinds
+        cause = re.sub(r"\x1b\[[0-9;]*m", "", str(error.__cause__ or error))
+        first = shorten(cause.strip().partition("\n")[0], 300)
+        raise LexisegError(
+            f"torch {torch.__version__} cannot export {spec.system} as {spec.kind} ({first}); another version of torch "
+            "or fixed sizes (--size) may help."
+        ) from error
+    if spec.kind == "openvino":
+        import openvino
+
+        openvino.save_model(openvino.convert_model(onnx), path, compress_to_fp16=spec.precision == "fp16")
+        for file in onnx.parent.glob(f"{onnx.name}*"):
+            file.unlink()
+    elif spec.precision != "fp32":
+        _narrow(onnx, spec.precision)
+    return False
+
+
+def _write_torch(program: Any, path: Path) -> bool:
+    if shutil.which(os.environ.get("CXX", "g++")) is None and shutil.which("clang++") is None:
+        torch.export.save(program, path)
+        return False
+    from torch import _inductor
+
+    _inductor.aoti_compile_and_package(program, package_path=str(path))
+    return True
+
+
+def _write_onnx(program: Any, graph: Graph, path: Path) -> None:
+    written = torch.onnx.export(
+        program,
+        dynamo=True,
+        opset_version=_OPSET,
+        input_names=list(graph.inputs),
+        output_names=[graph.output],
+        verbose=False,
+    )
+    if written is None:
+        raise ValueError("the exporter gave no program")
+    size = sum(tensor.numel() * tensor.element_size() for tensor in program.state_dict.values())
+    written.save(str(path), external_data=size * 1.2 > _MAX_BYTES)
+
+
+def _narrow(path: Path, precision: str) -> None:
+    """Rewrite an ONNX file in fewer bits."""
+    if precision == "int8":
+        from onnxruntime.quantization import QuantType, quantize_dynamic
+
+        quantize_dynamic(path, path, op_types_to_quantize=["MatMul", "Gemm"], weight_type=QuantType.QInt8)
+        return
+    import onnx
+    from onnxruntime.transformers.float16 import convert_float_to_float16
+
+    narrowed = convert_float_to_float16(onnx.load(path), keep_io_types=True, disable_shape_infer=True)
+    onnx.save(narrowed, path)
+
+
+def _save_tokenizer(tokenizer: SimpleTokenizer, path: Path) -> None:
+    """open_clip's byte-pair tokenizer as a file of the library tokenizers; cleaning stays with the caller."""
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
+
+    merges = sorted(tokenizer.bpe_ranks, key=lambda pair: tokenizer.bpe_ranks[pair])
+    bpe = models.BPE(vocab=tokenizer.encoder, merges=merges, end_of_word_suffix="</w>", ignore_merges=False)
+    made = Tokenizer(bpe)
+    pieces = pre_tokenizers.Split(Regex(tokenizer.pat.pattern), "removed", invert=True)
+    made.pre_tokenizer = pre_tokenizers.Sequence([pieces, pre_tokenizers.ByteLevel(False, use_regex=False)])
+    marks = ("<start_of_text>", "<end_of_text>")
+    made.add_special_tokens(list(marks))
+    made.post_processor = processors.TemplateProcessing(
+        single=f"{marks[0]} $A {marks[1]}", special_tokens=[(mark, tokenizer.encoder[mark]) for mark in marks]
+    )
+    made.save(str(path), pretty=False)
+
+
+def _put(temporary: Path, folder: Path) -> None:
+    """Put a whole folder where it belongs; what was there goes when the new one is in its place."""
+    old = temporary.with_suffix(".old")
+    try:
+        if folder.exists():
+            folder.rename(old)
+        temporary.rename(folder)
+    except OSError as error:
+        if old.exists() and not folder.exists():
+            old.rename(folder)
+        raise LexisegError(f"Cannot write the folder '{folder}' ({error.strerror}); choose another.") from error
+    shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,343 @@
+"""Predicting with an exported model, without importing torch: numpy, Pillow, a tokenizer and the graphs' library."""
+
+from __future__ import annotations
+
+import copy
+import html
+import threading
+from collections.abc import Sequence
+from dataclasses import asdict
+from functools import cached_property
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lexiseg import notes
+from lexiseg.background import BackgroundSource
+from lexiseg.errors import LexisegError
+from lexiseg.export.decoding import Part, decode
+from lexiseg.export.graphs import Graph, open_graph
+from lexiseg.export.spec import ExportSpec, read_spec
+from lexiseg.images import DEFAULT_MAX_PIXELS, ImageSource
+from lexiseg.label_ids import ignore_index
+from lexiseg.pictures import HeldPicture, Picture, WindowSource, window_policy
+from lexiseg.predictor import BATCH_SIZE, Predictor, Words
+from lexiseg.resampling import resize_floats
+from lexiseg.segmentation import Segmentation
+from lexiseg.vocabulary import TemplateSource, VocabularySource
+from lexiseg.windows import Box, WindowPolicy
+from lexiseg.words import shorten
+
+if TYPE_CHECKING:
+    from lexiseg.scores import Scores
+
+_TEXTS = 64  # encoded at a time
+
+
+class TextEncoder:
+    """Words to unit vectors, by the exported text tower and tokenizer; what was encoded is remembered in memory.
+
+    Raises LexisegError if the tokenizer is damaged or a graph cannot be loaded.
+    """
+
+    def __init__(self, folder: Path, spec: ExportSpec, device: str) -> None:
+        from tokenizers import Tokenizer
+
+        path = folder / spec.text.tokenizer
+        try:
+            self._tokenizer = Tokenizer.from_file(str(path))
+        except Exception as error:  # of tokenizers' own kinds
+            raise LexisegError(f"The tokenizer '{path}' cannot be read; export the model again.") from error
+        self.rule = spec.text
+        self._open = lambda: open_graph(folder / spec.text.graph, spec, device)
+        self._known: dict[tuple[str, tuple[str, ...]], np.ndarray] = {}
+        self._lock = threading.Lock()
+
+    @cached_property
+    def _graph(self) -> Graph:
+        return self._open()
+
+    def tokens(self, text: str) -> list[int]:
+        """Token ids, marks included; the cleaning is open_clip's."""
+        import ftfy
+
+        cleaned = html.unescape(html.unescape(ftfy.fix_text(text)))
+        return self._tokenizer.encode(" ".join(cleaned.split()).lower()).ids
+
+    def count_tokens(self, text: str) -> int:
+        """How many token ids a text needs."""
+        return len(self.tokens(text))
+
+    def __call__(self, words: Sequence[str], templates: tuple[str, ...]) -> np.ndarray:
+        """Vectors (W, D), the mean over the templates; or (W, P, D), one a template. Raises LexisegError as `_encode`.
+
+        As `lexiseg.clip.text.TextEmbedder` does it, and `lexiseg.models.cat_seg` what is special there.
+        """
+        if self.rule.first_of_name:
+            words = [word.split(", ")[0] for word in words]
+        if self.rule.separate_templates:
+            return np.stack([self._embed(words, (template,)) for template in templates], axis=1)
+        return self._embed(words, templates)
+
+    def _embed(self, words: Sequence[str], templates: tuple[str, ...]) -> np.ndarray:
+        with self._lock:
+            unknown = list(dict.fromkeys(word for word in words if (word, templates) not in self._known))
+            if unknown:
+                texts = [template.replace("{}", word) for word in unknown for template in templates]
+                vectors = _unit(self._encode(texts)).reshape(len(unknown), len(templates), -1)
+                fresh = zip(unknown, _unit(vectors.mean(axis=1)), strict=True)
+                self._known |= {(word, templates): vector for word, vector in fresh}
+            return np.stack([self._known[word, templates] for word in words])
+
+    def _encode(self, texts: Sequence[str]) -> np.ndarray:
+        ids = [self.tokens(text) for text in texts]
+        for text, one in zip(texts, ids, strict=True):
+            if len(one) > self.rule.context_length:
+                raise LexisegError(
+                    f"'{shorten(text)}' needs {len(one)} tokens and the text tower takes {self.rule.context_length}; "
+                    "shorten the class name or the template."
+                )
+        order = sorted(range(len(ids)), key=lambda index: len(ids[index]))  # so that little is padded
+        rows: list[Any] = [None] * len(ids)
+        for start in range(0, len(order), _TEXTS):
+            chosen = order[start : start + _TEXTS]
+            tokens = np.zeros((len(chosen), len(ids[chosen[-1]])), np.int64)
+            for row, index in enumerate(chosen):
+                tokens[row, : len(ids[index])] = ids[index]
+            for index, vector in zip(chosen, self._graph(tokens), strict=True):
+                rows[index] = vector
+        return np.stack(rows)
+
+
+def _unit(vectors: np.ndarray) -> np.ndarray:
+    return vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)
+
+
+class ExportedModel:
+    """What a `lexiseg.predictor.Predictor` asks of a model; see `lexiseg.export.spec.ExportSpec`."""
+
+    def __init__(self, folder: Path, device: str) -> None:
+        self.spec = spec = read_spec(folder)
+        self.text = TextEncoder(folder, spec, device)
+        self.system, self.seen_names, self.metadata = spec.system, spec.seen_names, {"exported": spec.kind}
+        self.default_templates, self.window, self.words_rule = spec.text.templates, spec.policy, None
+        self.clip = SimpleNamespace(
+            name=spec.name, count_tokens=self.text.count_tokens, context_length=spec.text.context_length
+        )
+        self.options = SimpleNamespace(model_dump=lambda mode="json": dict(spec.options))
+        self._open = lambda name: open_graph(folder / name, spec, device)
+        self._graphs: dict[str, Graph] = {}
+        self._lock = threading.Lock()
+
+    def num_parameters(self, *, trainable: bool = False) -> int:
+        """Parameters of the model that was exported; none of them trains."""
+        return 0 if trainable else self.spec.parameters
+
+    def grids(self, pixels: np.ndarray, text: np.ndarray) -> np.ndarray:
+        """Grids (B, W, h, w) of windows (B, 3, H, W), normalised. Raises LexisegError if no graph takes their size."""
+        spec, fit = self.spec, self.spec.fit
+        height, width = (int(side) for side in pixels.shape[2:])
+        size = fit.to((height, width))
+        if spec.sizes and size not in spec.sizes:
+            known = ", ".join(f"{one[1]} x {one[0]}" for one in spec.sizes)
+            raise LexisegError(
+                f"This model was exported for windows of {known} pixels, not of {width} x {height}; choose such a "
+                "window, or export it again without --size."
+            )
+        if fit.kind == "pad":
+            top, left = (size[0] - height) // 2, (size[1] - width) // 2
+            around = (top, size[0] - height - top), (left, size[1] - width - left)
+            pixels = np.pad(pixels, ((0, 0), (0, 0), *around))
+        elif fit.kind == "crop" and size[0] <= height and size[1] <= width:
+            pixels = pixels[:, :, : size[0], : size[1]]
+        pixels = resize_floats(pixels, size)
+        name = spec.graphs[spec.sizes.index(size) if spec.sizes else 0]
+        with self._lock:
+            if name not in self._graphs:
+                self._graphs[name] = self._open(name)
+        # A graph for any number of words is made for two or more.
+        padded = np.concatenate([text, text]) if len(text) == 1 else text
+        return self._graphs[name](np.ascontiguousarray(pixels), padded)[:, : len(text)]
+
+
+class ExportedPredictor(Predictor):
+    """A `lexiseg.segmenter.Segmenter` of an exported model; results hold numpy arrays, and torch is not needed.
+
+    ``refine`` needs torch after all, and so do `scores`. Raises LexisegError if the folder is damaged, or a setting is
+    one that was decided when the model was exported.
+    """
+
+    _arrays = True
+    model: ExportedModel
+
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        device: Any = None,
+        dtype: Any = None,
+        compile: bool = False,
+        templates: TemplateSource = None,
+        max_pixels: float = DEFAULT_MAX_PIXELS,
+        refine: Any = None,
+    ) -> None:
+        if compile or str(dtype).removeprefix("torch.") not in ("None", "auto", "fp32", "float32"):
+            raise LexisegError("An exported model keeps the precision it was exported in; leave out dtype and compile.")
+        place = "auto" if device is None else str(device)
+        super().__init__(ExportedModel(Path(folder).expanduser(), place), templates=templates, max_pixels=max_pixels)
+        self.device = _Device(place)
+        self.refinement = _refinement(refine)
+
+    def refined(self, refine: Any) -> ExportedPredictor:
+        """This predictor with another refinement of its masks; see `lexiseg.segmenter.Segmenter.refined`."""
+        other = copy.copy(self)
+        other.refinement = _refinement(refine)
+        return other
+
+    def fingerprint(self) -> str:
+        """See `Predictor.fingerprint`."""
+        return self.model.spec.sha256
+
+    def set_image(
+        self, image: ImageSource, *, window: WindowSource = None, batch_size: int = BATCH_SIZE
+    ) -> HeldPicture:
+        """See `Predictor.set_image`; one graph looks at picture and words, so nothing is saved but the reading."""
+        policy = window_policy(self.model.window, window)
+        pixels = np.asarray(self._read_one(image, policy).image).transpose(1, 2, 0)
+
+        def predict(classes: VocabularySource, background: BackgroundSource) -> Segmentation:
+            return self.predict(pixels, classes, window=policy, batch_size=batch_size, background=background)
+
+        self._held.picture = HeldPicture(policy, predict)
+        return self._held.picture
+
+    def scores(
+        self,
+        image: ImageSource,
+        classes: VocabularySource,
+        *,
+        window: WindowSource = None,
+        batch_size: int = BATCH_SIZE,
+        background: BackgroundSource = None,
+    ) -> Scores:
+        """See `lexiseg.segmenter.Segmenter.scores`; this imports torch."""
+        policy = window_policy(self.model.window, window)
+        words, picture = self._words(classes, background), self._read_one(image, policy)
+        for start in range(0, len(picture.boxes), batch_size):
+            self._run([(picture, box) for box in picture.boxes[start : start + batch_size]], words)
+        return self._torch_scores(picture, words, policy)
+
+    def _words(self, classes: VocabularySource, background: BackgroundSource) -> Words:
+        vocabulary = self.vocabulary(classes, background=background)
+        notes.one_class(vocabulary)
+        if vocabulary.exemplars:
+            raise LexisegError("An exported model knows words alone; name the classes, or use the model itself.")
+        spec, words = self.model.spec, vocabulary.words
+        if spec.max_words is not None and len(words) > spec.max_words:
+            raise LexisegError(f"This exported model tells {spec.max_words} words apart at most, not {len(words)}.")
+        if spec.text.separate_templates and len(vocabulary.templates) != len(spec.text.templates):
+            raise LexisegError(
+                f"This model has {len(spec.text.templates)} templates and {len(vocabulary.templates)} are given; "
+                f"give {len(spec.text.templates)}."
+            )
+        owners = [(index, entry.seen is True) for index, entry in enumerate(vocabulary.classes) for _ in entry.words]
+        return Words(
+            vocabulary,
+            self.model.text(words, vocabulary.templates).astype(np.float32),
+            np.array([index for index, _ in owners]),
+            np.array([seen for _, seen in owners]),
+        )
+
+    def _run(self, batch: list[tuple[Picture, Box]], words: Words) -> None:
+        spec = self.model.spec
+        pixels = np.stack([picture.crop(box) for picture, box in batch]).astype(np.float32) / 255
+        mean, std = (np.array(values, np.float32).reshape(1, 3, 1, 1) for values in (spec.mean, spec.std))
+        for (picture, _), grid in zip(batch, self.model.grids((pixels - mean) / std, words.text), strict=True):
+            picture.parts.append(grid)
+
+    def _decode(self, picture: Picture, words: Words, policy: WindowPolicy) -> Segmentation:
+        vocabulary = words.vocabulary
+        try:
+            labels, best = self._labels(picture, words, policy)
+        except LexisegError as error:
+            raise LexisegError(f"{shorten(picture.name, 200)}: {error}") from error
+        labels = labels.astype(np.uint8 if len(vocabulary) <= 255 else np.int32)
+        if vocabulary.background.threshold is not None:
+            labels[best < vocabulary.background.threshold] = ignore_index(len(vocabulary))
+        metadata = {
+            "system": self.model.system,
+            "clip": self.model.clip.name,
+            "window": asdict(policy),
+            "dtype": self.model.spec.precision,
+            "refine": self.refinement.kind,
+            "runtime": self.model.spec.kind,
+        }
+        arrays: list[Any] = [labels, best, picture.image]
+        return Segmentation(arrays[0], vocabulary, arrays[1], arrays[2], picture.name, metadata)
+
+    def _labels(self, picture: Picture, words: Words, policy: WindowPolicy) -> tuple[np.ndarray, np.ndarray]:
+        if self.refinement.kind != "none":
+            import torch
+
+            from lexiseg.refine import refine
+
+            image = torch.from_numpy(np.ascontiguousarray(picture.image))
+            found = refine(self._torch_scores(picture, words, policy), image, self.refinement)
+            return found[0].numpy(), found[1].numpy()
+        spec = self.model.spec
+        offsets = spec.decode.seen_offset * words.seen_words.astype(np.float32) if words.seen_words.any() else None
+        size = (int(picture.image.shape[1]), int(picture.image.shape[2]))
+        canvas = size if policy.size is None else (int(picture.canvas.shape[1]), int(picture.canvas.shape[2]))
+        parts = []
+        for grid, seen in zip(picture.parts, picture.boxes, strict=True):
+            # A picture that was run at once goes from its own window straight to its own size.
+            box = (0, 0, *canvas) if policy.size is None or seen[0] < 0 else seen
+            parts.append(Part.of(grid, box, spec.decode, spec.fit, offsets, seen))  # type: ignore[arg-type]
+        whole = parts.pop() if picture.whole is not None else None
+        winners, best = decode(parts, canvas, size, whole)
+        return words.word_to_class[winners], best
+
+    def _torch_scores(self, picture: Picture, words: Words, policy: WindowPolicy) -> Scores:
+        """The scores in torch's form, for whatever asks for more than labels."""
+        import torch
+
+        from lexiseg.scores import GridScores
+
+        rule, fit = self.model.spec.decode, self.model.spec.fit
+        owners, seen = torch.from_numpy(words.word_to_class), torch.from_numpy(words.seen_words)
+        parts = []
+        for grid, box in zip(picture.parts, picture.boxes, strict=True):
+            size, more = box[2:], {}
+            if rule.resize_to == "frame":
+                frame = fit.to(size)
+                place = ((frame[0] - size[0]) // 2, (frame[1] - size[1]) // 2)
+                more = {"resize_to": frame, "crop": size, "crop_place": place}
+            elif rule.resize_to == "window":
+                side = rule.square_side
+                more = {"resize_to": size if side is None or size[0] != size[1] else (side, side)}
+            offsets = rule.seen_offset * seen.float() if rule.seen_offset and bool(seen.any()) else None
+            values: Any = torch.from_numpy(grid[None])  # type: ignore[index]
+            settings: dict[str, Any] = {"word_to_class": owners, "sigmoid": rule.sigmoid, "offsets": offsets, **more}
+            parts.append(GridScores(values, **settings))
+        joined: Any = copy.copy(picture)
+        joined.parts = parts
+        return joined.joined(policy)
+
+
+class _Device(str):
+    """The name of a device, with its kind as torch's has it."""
+
+    @property
+    def type(self) -> str:
+        return self.partition(":")[0]
+
+
+def _refinement(refine: Any) -> Any:
+    """What is asked for; without torch as long as that is nothing."""
+    if refine in (None, "none"):
+        return SimpleNamespace(kind="none")
+    from lexiseg.refine import Refinement
+
+    return Refinement.parse(refine)

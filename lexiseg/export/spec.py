@@ -1,0 +1,149 @@
+"""``export.json``: what is around the graphs of an exported model, checked as a stranger's file."""
+
+from __future__ import annotations
+
+import json
+from contextlib import suppress
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from lexiseg.checking import check
+from lexiseg.errors import LexisegError
+from lexiseg.windows import WindowPolicy
+from lexiseg.words import describe
+
+FILE = "export.json"
+FORMAT = 1
+
+Side = Annotated[int, Field(ge=1, le=65536)]
+Size = tuple[Side, Side]
+Number = Annotated[float, Field(allow_inf_nan=False)]
+Deviation = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,100}$")]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Fit(_Part):
+    """How a window is brought to a size that the graph takes."""
+
+    kind: Literal["resize", "crop", "pad"]
+    unit: Side  # sides become multiples of this
+    size: Size | None = None  # resize: always to this size
+
+    def to(self, size: tuple[int, int]) -> tuple[int, int]:
+        """The size that a window becomes; at least two units a side, which is the least that a graph takes."""
+        if self.size is not None:
+            return self.size
+        if self.kind == "pad":
+            height, width = (-(-side // self.unit) * self.unit for side in size)
+        elif self.kind == "crop" and min(size) >= 2 * self.unit:
+            height, width = (side - side % self.unit for side in size)
+        else:
+            height, width = (max(round(side / self.unit), 2) * self.unit for side in size)
+        return height, width
+
+
+class Decode(_Part):
+    """How a grid becomes scores, see `lexiseg.scores.GridScores`."""
+
+    resize_to: Literal["window", "frame", "none"]  # first to the window, the padded window, or not
+    square_side: Side | None = None  # of square windows to this side instead
+    sigmoid: bool
+    seen_offset: Number = 0.0  # taken off the score of words that had masks in training
+
+
+class Window(_Part):
+    """A `lexiseg.windows.WindowPolicy`."""
+
+    size: Side | None = None
+    stride: Annotated[int, Field(ge=0, le=65536)] = 0
+    short_side: Side | None = None
+    long_side: Side | None = None
+    antialias: bool = True
+    canvas: Size | None = None
+    whole: bool = False
+
+    @model_validator(mode="after")
+    def _check_stride(self) -> Window:
+        if self.size is not None and not 1 <= self.stride <= self.size:
+            raise ValueError(f"a stride of {self.stride} cannot cover a picture with windows of {self.size}")
+        return self
+
+
+class Text(_Part):
+    """The text tower, its tokenizer, and how words go through them."""
+
+    graph: FileName
+    tokenizer: FileName
+    context_length: Annotated[int, Field(ge=3, le=65536)]
+    templates: Annotated[tuple[str, ...], Field(min_length=1)]
+    separate_templates: bool = False  # a vector a template, not their mean
+    first_of_name: bool = False  # of a name with ", " in it only what stands before it
+
+
+class ExportSpec(_Part):
+    """The whole file. Names of files are in its folder."""
+
+    format: Literal[1]
+    lexiseg: str
+    kind: Literal["onnx", "openvino", "torch"]
+    precision: Literal["fp32", "fp16", "int8"]
+    compiled: bool = False  # torch: by AOTInductor
+    system: str
+    name: str  # of the towers
+    options: dict[str, Any]
+    parameters: Annotated[int, Field(ge=0)]
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]  # of the weights
+    mean: tuple[Number, Number, Number]
+    std: tuple[Deviation, Deviation, Deviation]
+    graphs: Annotated[tuple[FileName, ...], Field(min_length=1)]  # one a size, or one for all
+    sizes: tuple[Size, ...] = ()  # of the graphs; empty: any
+    fit: Fit
+    window: Window
+    decode: Decode
+    text: Text
+    seen_names: tuple[str, ...] = ()
+    max_words: Side | None = None
+
+    @model_validator(mode="after")
+    def _check_graphs(self) -> ExportSpec:
+        if len(self.graphs) != max(len(self.sizes), 1):
+            raise ValueError(f"{len(self.graphs)} graphs are named for {len(self.sizes)} sizes")
+        return self
+
+    @property
+    def policy(self) -> WindowPolicy:
+        """How the model is run over a picture by default."""
+        return WindowPolicy(**self.window.model_dump())
+
+
+def is_export(name: object) -> bool:
+    """Whether a name is that of a folder of an exported model."""
+    with suppress(OSError, ValueError, RuntimeError):  # names that no path can have
+        return isinstance(name, str | Path) and (Path(name).expanduser() / FILE).is_file()
+    return False
+
+
+def read_spec(folder: Path) -> ExportSpec:
+    """Read the description of an exported model. Raises LexisegError if it is damaged or of another version."""
+    path = folder / FILE
+    try:
+        values = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise LexisegError(f"'{path}' is not readable JSON; export the model again.") from error
+    if not isinstance(values, dict) or "format" not in values:
+        raise LexisegError(f"'{path}' does not describe an exported model; export the model again.")
+    if values["format"] != FORMAT:
+        raise LexisegError(
+            f"'{path}' has format {describe(values['format'])} and this lexiseg reads {FORMAT}; export the model again."
+        )
+    spec = check(ExportSpec, values, f"'{path}'")
+    for file in (*spec.graphs, spec.text.graph, spec.text.tokenizer):
+        if not (folder / file).is_file():
+            raise LexisegError(f"The exported model '{folder}' has no {file}; copy the whole folder again.")
+    return spec

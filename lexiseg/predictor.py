@@ -1,0 +1,256 @@
+"""From pictures and words to results, whatever runs the model; nothing here needs torch."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, overload
+
+from lexiseg import notes
+from lexiseg.background import BackgroundSource
+from lexiseg.errors import LexisegError
+from lexiseg.files import as_path
+from lexiseg.images import DEFAULT_MAX_PIXELS, ImageSource, list_images
+from lexiseg.pictures import (
+    Failure,
+    HeldPicture,
+    Picture,
+    WindowSource,
+    read_picture,
+    run_in_batches,
+    window_policy,
+)
+from lexiseg.segmentation import Segmentation
+from lexiseg.vocabulary import SINGLE_TEMPLATE, TemplateSource, Vocabulary, VocabularySource
+from lexiseg.windows import Box, WindowPolicy
+from lexiseg.words import describe, whole_number
+
+BATCH_SIZE = 4
+"""Windows in one forward pass."""
+
+
+@dataclass
+class Words:
+    """A vocabulary as the model takes it: tensors, or numpy arrays."""
+
+    vocabulary: Vocabulary
+    text: Any
+    word_to_class: Any
+    seen_words: Any
+
+
+class Predictor(ABC):
+    """What `lexiseg.load` gives: a model that segments pictures by words. Threads may share it.
+
+    A subclass turns words into text embeddings (`_words`), runs windows (`_run`) and makes labels (`_decode`).
+    ``model`` has ``system``, ``clip``, ``window``, ``default_templates`` and ``seen_names``; ``templates`` stand in the
+    place of those a vocabulary states. Raises LexisegError if a template or the limit of pixels is wrong.
+    """
+
+    _arrays = False  # whether pictures are read into arrays instead of tensors
+
+    def __init__(self, model: Any, *, templates: TemplateSource = None, max_pixels: float = DEFAULT_MAX_PIXELS) -> None:
+        if isinstance(max_pixels, bool) or not isinstance(max_pixels, int | float) or not max_pixels > 0:
+            raise LexisegError(f"The limit of pixels must be a number above 0, not {describe(max_pixels)}.")
+        self.model = model
+        self.dtype: Any = None
+        self.max_pixels = max_pixels
+        self.templates = None if templates is None else Vocabulary.parse("any", templates=templates).templates
+        self._held = threading.local()  # one picture a thread
+        self._note_photographs = "emoji" in model.clip.name
+        self._last: tuple[Any, Any, Vocabulary] | None = None
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """SHA-256 of the model's weights: results of equal models can be put together."""
+
+    @abstractmethod
+    def set_image(
+        self, image: ImageSource, *, window: WindowSource = None, batch_size: int = BATCH_SIZE
+    ) -> HeldPicture:
+        """Look at a picture once, so that predicting it again only has to score words; see `predict`.
+
+        Returns the held picture, whose `HeldPicture.predict` takes words. `predict` without a picture takes the one
+        that was set last in the same thread. Raises LexisegError if the picture is wrong.
+        """
+
+    @abstractmethod
+    def _words(self, classes: VocabularySource, background: BackgroundSource) -> Words:
+        """The classes as the model takes them."""
+
+    @abstractmethod
+    def _run(self, batch: list[tuple[Picture, Box]], words: Words) -> None:
+        """Run windows of one shape and add the scores of each to its picture's parts."""
+
+    @abstractmethod
+    def _decode(self, picture: Picture, words: Words, policy: WindowPolicy) -> Segmentation:
+        """The result of a picture whose windows were all run."""
+
+    def vocabulary(self, classes: VocabularySource, *, background: BackgroundSource = None) -> Vocabulary:
+        """The vocabulary that `predict` makes of ``classes``: templates chosen, seen classes marked, lengths checked.
+
+        Raises LexisegError if something is wrong with the classes, or a name is too long for the text tower.
+        """
+        last = self._last
+        if last is not None and classes is last[0] and background is last[1]:
+            return last[2]
+        default = self.templates or self.model.default_templates
+        vocabulary = Vocabulary.parse(classes, background=background, default_templates=default)
+        if self.templates is not None or vocabulary.templates == SINGLE_TEMPLATE:
+            vocabulary = replace(vocabulary, templates=default)
+        if self.model.seen_names:
+            vocabulary = vocabulary.with_seen(self.model.seen_names)
+        vocabulary.spoken().check_lengths(self.model.clip.count_tokens, self.model.clip.context_length)
+        # Only what cannot change behind our back is remembered; a list could.
+        if isinstance(classes, Vocabulary | str) and not isinstance(background, dict):
+            self._last = classes, background, vocabulary
+        return vocabulary
+
+    @overload
+    def predict(
+        self,
+        image: list[ImageSource] | tuple[ImageSource, ...],
+        classes: VocabularySource,
+        *,
+        window: WindowSource = ...,
+        batch_size: int = ...,
+        background: BackgroundSource = ...,
+    ) -> list[Segmentation]: ...
+
+    @overload
+    def predict(
+        self,
+        image: ImageSource | None = ...,
+        classes: VocabularySource | None = ...,
+        *,
+        window: WindowSource = ...,
+        batch_size: int = ...,
+        background: BackgroundSource = ...,
+    ) -> Segmentation: ...
+
+    def predict(
+        self,
+        image: ImageSource | Sequence[ImageSource] | None = None,
+        classes: VocabularySource | None = None,
+        *,
+        window: WindowSource = None,
+        batch_size: int = BATCH_SIZE,
+        background: BackgroundSource = None,
+    ) -> Segmentation | list[Segmentation]:
+        """Segment a picture, or several, by words.
+
+        Args:
+            image: anything `lexiseg.images.read_image` takes, or a list of such; None takes the picture of `set_image`.
+            classes: anything ``Vocabulary.parse`` takes, such as ``["giraffe", "tree, bush", "sky"]``.
+            window: how the model is run over the picture: the side of a sliding window in pixels, its side and stride,
+                0 for whole pictures, or a `WindowPolicy`; None takes the model's own way.
+            batch_size: windows in one forward pass; those of several pictures share it. The result does not depend on
+                it beyond rounding.
+            background: replaces the vocabulary's background: "none"; a class name; or a score below which pixels are
+                ignored (255).
+
+        Returns:
+            The result at the picture's own size, or a list of results in the pictures' order.
+
+        Raises:
+            LexisegError: a picture or the classes are wrong; one sentence says which and what to do.
+        """
+        if classes is None:
+            raise LexisegError("No classes are given; name at least one, for example ['cat', 'tree, bush'].")
+        if image is None:
+            held: HeldPicture | None = getattr(self._held, "picture", None)
+            if held is None:
+                raise LexisegError("No picture is given; pass one to predict, or call set_image first, in this thread.")
+            if window is not None and window_policy(self.model.window, window) != held.window:
+                raise LexisegError("The window was chosen when the picture was set; give it to set_image instead.")
+            return held.predict(classes, background=background)
+        batch_size, policy = whole_number(batch_size, "The batch size", 1), window_policy(self.model.window, window)
+        if "torch" in sys.modules and isinstance(image, sys.modules["torch"].Tensor):
+            image = list(image) if not image.is_nested and image.ndim == 4 else image
+        words = self._words(classes, background)
+        many = isinstance(image, list | tuple)
+        sources: list[Any] = list(image) if isinstance(image, list | tuple) else [image]
+        pictures = (self._read(index, source, policy) for index, source in enumerate(sources))
+        results = []
+        for _, result in self._stream(pictures, words, batch_size, policy):
+            if isinstance(result, LexisegError):
+                raise result
+            results.append(result)
+        return results if many else results[0]
+
+    def __call__(
+        self, image: ImageSource | Sequence[ImageSource], candidate_labels: VocabularySource, **options: Any
+    ) -> list[dict[str, Any]] | list[list[dict[str, Any]]]:
+        """Segment as a pipeline of Hugging Face's transformers does; the arguments are those of `predict`.
+
+        Returns `lexiseg.segmentation.Segmentation.segments`, ``[{"label", "score", "mask"}, ...]`` with masks as PIL
+        images of mode L (255 inside); of several pictures a list of such. Raises LexisegError as `predict`.
+        """
+        result: Any = self.predict(image, candidate_labels, **options)  # type: ignore[arg-type]
+        return [one.segments for one in result] if isinstance(result, list) else result.segments
+
+    def predict_folder(
+        self,
+        target: str | Path | Iterable[str | Path],
+        classes: VocabularySource,
+        *,
+        window: WindowSource = None,
+        batch_size: int = BATCH_SIZE,
+        background: BackgroundSource = None,
+    ) -> Iterator[tuple[Path, Segmentation | LexisegError]]:
+        """Segment the pictures of a folder one after the other; pictures of one size share a forward pass.
+
+        Args:
+            target: a folder, a pattern, a file (see `lexiseg.images.list_images`), or a list of paths.
+            classes: as in `predict`, and so are the others.
+            window: see there.
+            batch_size: see there.
+            background: see there.
+
+        Returns:
+            An iterator of the path and its result, in the paths' order; where a picture is broken, the error that names
+            it
+            stands in the result's place. At most ``batch_size`` pictures are held at a time.
+
+        Raises:
+            LexisegError: there are no pictures, or the classes are wrong. This is raised at the call, not later.
+        """
+        if isinstance(target, str | Path):
+            paths = list_images(target)
+        elif isinstance(target, Iterable):
+            paths = [as_path(path, "Each picture of a folder") for path in target]
+        else:
+            raise LexisegError(f"Pictures are a folder, a pattern or a list of paths, not {describe(target)}.")
+        batch_size, policy = whole_number(batch_size, "The batch size", 1), window_policy(self.model.window, window)
+        words = self._words(classes, background)
+        return self._stream((self._read(path, path, policy) for path in paths), words, batch_size, policy)
+
+    def _read(self, key: Any, source: ImageSource, policy: WindowPolicy) -> Picture | Failure:
+        """Read a picture; an error is a value here, so that a folder can go on."""
+        try:
+            return self._read_one(source, policy, key)
+        except LexisegError as error:
+            return key, error
+
+    def _read_one(self, source: ImageSource, policy: WindowPolicy, key: Any = 0) -> Picture:
+        if self._note_photographs and notes.picture_world_model(source):
+            self._note_photographs = False  # once is enough
+        return read_picture(key, source, policy, self.max_pixels, arrays=self._arrays)
+
+    def _stream(
+        self, pictures: Iterable[Picture | Failure], words: Words, batch_size: int, policy: WindowPolicy
+    ) -> Iterator[tuple[Any, Segmentation | LexisegError]]:
+        """Run the pictures in batches and yield their results in their order."""
+        for picture in run_in_batches(pictures, batch_size, lambda batch: self._run(batch, words)):
+            if not isinstance(picture, Picture):
+                yield picture
+                continue
+            try:
+                result: Segmentation | LexisegError = self._decode(picture, words, policy)
+            except LexisegError as error:
+                result = error
+            yield picture.key, result

@@ -175,7 +175,7 @@ def _load_yaml(text: str) -> Any:
     import yaml
 
     if is_deep(text):
-        raise LexisegError("The file holds lists within lists without end; write a class a line instead.")
+        raise LexisegError("The file nests lists too deeply; write one class per line instead.")
     try:
         # The base loader leaves every scalar as text, so that classes named no, on or 2024 stay what they say.
         return yaml.load(text, Loader=yaml.BaseLoader)

@@ -46,7 +46,7 @@ class Exemplar:
         image, where = image.strip(), where.strip()
         if not mark or not image or not where:
             raise LexisegError(
-                f"'{describe(text)}' does not say where in the picture the thing is; write a mask or a box behind a #, "
+                f"'{describe(text)}' does not say where in the picture the thing is; write a mask or a box after a #, "
                 "such as 'photo:mug.png#mask.png' or 'photo:mug.png#10 20 110 220'."
             )
         numbers = where.split()

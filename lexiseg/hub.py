@@ -32,7 +32,7 @@ def cached(repository: str, filenames: tuple[str, ...]) -> Path | None:
         paths = [try_to_load_from_cache(repository, filename) for filename in filenames]
     except HFValidationError as error:
         raise LexisegError(
-            f"'{shorten(repository)}' is neither here nor a name that a hub repository could have; check the name."
+            f"'{shorten(repository)}' is neither here nor a valid name of a hub repository; check the name."
         ) from error
     return next((Path(path) for path in paths if isinstance(path, str)), None)
 

@@ -129,9 +129,7 @@ def list_images(target: str | Path) -> list[Path]:
     except (OSError, ValueError, re.error) as error:
         raise LexisegError(f"Cannot list '{shorten(text, 200)}' ({_reason(error)}); check the path.") from error
     if not found:
-        raise LexisegError(
-            f"There is no picture in '{path}'; endings that count are {', '.join(sorted(IMAGE_SUFFIXES))}."
-        )
+        raise LexisegError(f"There is no picture in '{path}'; known endings are {', '.join(sorted(IMAGE_SUFFIXES))}.")
     return sorted(found, key=_natural_key)
 
 
@@ -253,7 +251,7 @@ def _open(file: IO[bytes], name: str, suffix: str) -> Image.Image:
     except Exception as error:  # decoders of hostile bytes raise nearly anything
         if suffix in FOREIGN_SUFFIXES:
             raise LexisegError(
-                f"{_capital(name)} is of a format that is not read here ({suffix}); convert it to JPEG, PNG or TIFF."
+                f"{_capital(name)} is in a format that is not supported ({suffix}); convert it to JPEG, PNG or TIFF."
             ) from error
         raise LexisegError(
             f"{_capital(name)} is not a picture that can be read (PNG, JPEG, WebP, TIFF, GIF, BMP ...); convert it or "

@@ -109,7 +109,7 @@ def refined_dense(scores: Scores, image: Tensor, refinement: Refinement) -> Tens
     """
     if refinement.kind not in ("none", "pamr"):
         raise LexisegError(
-            f"The protocols of the training-free papers know no refinement '{refinement.kind}'; choose none or pamr."
+            f"The protocols of the training-free papers have no refinement '{refinement.kind}'; choose none or pamr."
         )
     size = (int(image.shape[1]), int(image.shape[2]))
     dense = scores.dense(size)

@@ -85,7 +85,7 @@ class VocabularyClass:
         object.__setattr__(self, "seen", None if self.seen is None else bool(self.seen))
         object.__setattr__(self, "exemplars", tuple(self.exemplars))
         if not (self.scored or synonyms or self.exemplars):
-            raise LexisegError(f"The class '{shorten(name)}' has no words; give one behind the =.")
+            raise LexisegError(f"The class '{shorten(name)}' has no words; give one after the =.")
         if self.color is not None:
             object.__setattr__(self, "color", parse_color(self.color, f"the class '{shorten(name)}'"))
 

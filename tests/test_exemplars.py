@@ -113,7 +113,7 @@ def test_what_is_wrong_is_said(files: Path, segmenter: Segmenter) -> None:
     picture = files / "mug.png"
     for classes, problem in {
         f"photo:{picture}#1 2 3 4": "needs a name",
-        f"mug = photo:{picture}": "a mask or a box behind a #",
+        f"mug = photo:{picture}": "a mask or a box after a #",
         f"mug = photo:{picture}#40 2 3 4": "not left, top, right, bottom",
         f"mug = photo:{picture}#0 0 96 64": "everywhere",
         f"mug = photo:{picture}#200 0 300 10": "nowhere",

@@ -168,7 +168,7 @@ def top_classes_figure(
     if len(several) > 1 and by != "clip":
         raise LexisegError("Several models share the first one's proposals only by 'clip'; draw ensembles one by one.")
     if not 1 <= proposals <= _MAX_PROPOSALS:
-        raise LexisegError(f"{proposals} proposals do not fit a figure; choose from 1 to {_MAX_PROPOSALS}.")
+        raise LexisegError(f"{proposals} proposals do not fit into one figure; choose from 1 to {_MAX_PROPOSALS}.")
     first = several[0]
     vocabulary = first.vocabulary(classes)
     picture = read_picture(first, image)
@@ -220,9 +220,7 @@ def _checked(segmenter: Segmenter, by: ScoresBy) -> DecoupledModel:
 def _region_scores(segmenter: Segmenter, image: str | Path, vocabulary: Vocabulary) -> RegionScores:
     scores = segmenter.scores(image, vocabulary)
     if not isinstance(scores, RegionScores):
-        raise LexisegError(
-            "Proposals are drawn of whole pictures; this model runs in windows, take its window_size out."
-        )
+        raise LexisegError("Proposals are drawn of whole pictures; this model runs in windows, remove its window_size.")
     return scores
 
 

@@ -30,7 +30,7 @@ Seen = Annotated[
     Path | None,
     typer.Option(
         "--seen",
-        help="Segmenters: a file of the classes it was trained on, one a line; they are not in the checkpoint.",
+        help="Segmenters: a file of the classes it was trained on, one per line; they are not in the checkpoint.",
     ),
 ]
 Transductive = Annotated[

@@ -91,9 +91,9 @@ def verify(
     ] = None,
     classes: Classes = None,
     workers: Annotated[
-        int | None, typer.Option("--workers", min=1, help="Threads that read. Default: one a processor.")
+        int | None, typer.Option("--workers", min=1, help="Threads that read. Default: one per processor.")
     ] = None,
-    every: Annotated[bool, typer.Option("--all", help="Report every file, not one line a kind of fault.")] = False,
+    every: Annotated[bool, typer.Option("--all", help="Report every file, not one line per kind of fault.")] = False,
     json: Json = False,
 ) -> None:
     """Read every file of a data set and report what is wrong: missing, damaged, of another size, unknown ids and more.
@@ -156,7 +156,7 @@ def _name_and_root(name: str, root: Path | None) -> tuple[str, Path]:
     from lexiseg.data.sets.catalog import NAMES
 
     if name in NAMES:
-        raise LexisegError(f"Where is {name}? Give its folder as well: lexiseg data verify {name} FOLDER.")
+        raise LexisegError(f"'{name}' needs its folder as well: lexiseg data verify {name} FOLDER.")
     if not Path(name).is_dir():
         raise LexisegError(f"'{name}' is neither a folder nor a data set; there are {', '.join(NAMES)}.")
     return "own", Path(name)

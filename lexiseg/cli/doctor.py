@@ -45,7 +45,7 @@ def doctor(
 ) -> None:
     """Say what this machine has and segment a sample picture with the shipped weights.
 
-    Exit code 1 when something is amiss.
+    Exit code 1 when something is wrong.
     """
     with waiting("looking around"):
         machine = _machine()
@@ -220,7 +220,7 @@ def _print(report: dict[str, Any], requirements: list[_Requirement]) -> None:
         [[asked.name, report["packages"][asked.name] or _absent(asked)] for asked in requirements],
     )
     if not requirements:
-        say_note("lexiseg is run without having been installed, so what it needs is not known; run: pip install -e .")
+        say_note("lexiseg runs without being installed, so what it needs is not known; run: pip install -e .")
     say()
     if self_test is not None and self_test["ok"]:
         found = ", ".join(self_test["found"])

@@ -51,7 +51,7 @@ def list_weights(json: bool) -> None:
     if json:
         say_json([{**asdict(one), "model": one.model, "here": one.here} for one in entries])
         return
-    say("Weights of others, each with the method that does best on it; auto takes the first that it can:")
+    say("Published weights, each with the method that does best on it; auto takes the first that it can get:")
     for one in sorted(entries, key=lambda one: one.auto or len(entries)):
         place = "on this machine" if one.here else f"about {one.size} MB to download"
         say(one.model)

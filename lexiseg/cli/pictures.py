@@ -157,7 +157,7 @@ def _plan(
 
 
 def _settings(segmenter: Predictor, vocabulary: Vocabulary, wanted: Wanted) -> dict[str, Any]:
-    """What decides how results look: a run can only be gone on with where all of it is the same."""
+    """What decides how results look: a run can only be resumed where all of it is the same."""
     model = segmenter.model
     return {
         "model": {

@@ -46,7 +46,7 @@ Save = Annotated[
     typer.Option(
         "--save",
         help="What to write, with commas: overlay, labels (png), json; coco (one annotations.json a run); geojson, "
-        "yolo, labelme, cvat; masks (a PNG a class).",
+        "yolo, labelme, cvat; masks (one PNG per class).",
     ),
 ]
 Instances = Annotated[
@@ -74,7 +74,9 @@ OnCluster = Annotated[
 ]
 Workers = Annotated[
     int | None,
-    typer.Option("--workers", min=1, help="Cluster: models at work at most. Default: one a GPU, or a CPU without any."),
+    typer.Option(
+        "--workers", min=1, help="Cluster: models at work at most. Default: one per GPU, or per CPU without GPUs."
+    ),
 ]
 Address = Annotated[
     str | None,
@@ -176,7 +178,7 @@ def _kinds(save: str, instances: str | None) -> list[str]:
         if kind not in SAVE_FORMATS:
             raise LexisegError(f"--save does not know '{kind}'; choose from {', '.join(SAVE_FORMATS)}.")
     if instances is not None and not _OBJECT_KINDS & set(kinds):
-        raise LexisegError(f"--instances changes none of what --save writes; add one of {', '.join(_OBJECT_KINDS)}.")
+        raise LexisegError(f"--instances affects none of what --save writes; add one of {', '.join(_OBJECT_KINDS)}.")
     return kinds
 
 

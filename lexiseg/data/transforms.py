@@ -117,20 +117,20 @@ class TopLeft:
 class RandomCrop:
     """Crop a window of at most ``size x size``, redrawn while one class fills too much of it.
 
-    A window is accepted when it shows more than one class and the largest takes less than ``max_share`` of its
+    A window is accepted when it shows more than one class and the largest takes less than ``max_fraction`` of its
     labelled pixels; after ``attempts`` redraws the last window is taken as it is. Pixels labelled ``ignored`` do not
     count.
     """
 
     size: int = 512
-    max_share: float = 0.75
+    max_fraction: float = 0.75
     attempts: int = 10
     ignored: int = IGNORE_INDEX
 
     def __call__(self, image: Tensor, label: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
         """Cut the same window from both."""
         box = self._draw(image, rng)
-        if self.max_share < 1.0:
+        if self.max_fraction < 1.0:
             for _ in range(self.attempts):
                 if self._accept(label[box]):
                     break
@@ -146,7 +146,7 @@ class RandomCrop:
         counts = torch.bincount(label.reshape(-1), minlength=self.ignored + 1)
         counts[self.ignored] = 0
         counts = counts[counts > 0]
-        return counts.numel() > 1 and counts.max().item() / counts.sum().item() < self.max_share
+        return counts.numel() > 1 and counts.max().item() / counts.sum().item() < self.max_fraction
 
 
 @dataclass(frozen=True)
@@ -305,7 +305,7 @@ def short_edge_pipeline(
     Source: the released settings of ZSSeg, ZegFormer, FreeSeg, DeOP and MAFT (detectron2's mapper of MaskFormer).
     """
     lengths = tuple(sides) if sides else tuple(int(tenth * 0.1 * crop) for tenth in range(5, 16))
-    steps: list[Step] = [RandomShortEdge(lengths, longest), RandomCrop(crop, max_share=1.0)]
+    steps: list[Step] = [RandomShortEdge(lengths, longest), RandomCrop(crop, max_fraction=1.0)]
     steps += [PhotometricDistortion(), RandomFlip()]
     if cut is not None:
         steps.append(TopLeft(cut))
@@ -322,7 +322,7 @@ def light_pipeline(
     """
     return Pipeline(
         (
-            RandomCrop(crop, max_share=1.0),
+            RandomCrop(crop, max_fraction=1.0),
             RandomFlip(flip),
             Normalize(_triple(mean), _triple(std)),
             Pad(crop, pad_label),

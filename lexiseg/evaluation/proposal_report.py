@@ -39,9 +39,9 @@ class ProposalReport:
     def to_dict(self) -> dict[str, Any]:
         """Everything as JSON holds it: recalls as fractions, the upper bound in percent, None for what is missing."""
         return {
-            "recall": {f"{threshold:g}": _shares(value) for threshold, value in self.recall.items()},
+            "recall": {f"{threshold:g}": _fractions(value) for threshold, value in self.recall.items()},
             "upper_bound": self.upper_bound.summary(),
-            "released": {f"{threshold:g}": _shares(value) for threshold, value in self.released.items()},
+            "released": {f"{threshold:g}": _fractions(value) for threshold, value in self.released.items()},
             "num_pictures": self.num_pictures,
             "num_proposals": self.num_proposals,
         }
@@ -51,15 +51,15 @@ class ProposalReport:
         counted = [("recall", self.recall), ("released counters", self.released)]
         rows = [
             [f"{what} at IoU {threshold:g}", *(_text(100 * part) for part in (found.all, found.seen, found.unseen))]
-            for what, shares in counted
-            for threshold, found in shares.items()
+            for what, recalls in counted
+            for threshold, found in recalls.items()
         ]
         best = self.upper_bound
         means = (best.miou, best.miou_seen, best.miou_unseen)
         return ["", "all", "seen", "unseen"], [*rows, ["mIoU they allow", *(_text(100 * part) for part in means)]]
 
 
-def _shares(recall: Recall) -> dict[str, float | None]:
+def _fractions(recall: Recall) -> dict[str, float | None]:
     return {name: None if math.isnan(value) else value for name, value in asdict(recall).items()}
 
 

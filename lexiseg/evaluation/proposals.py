@@ -63,7 +63,7 @@ def upper_bound_scores(masks: Tensor, label: Tensor, num_classes: int, *, ignore
 
 @dataclass(frozen=True)
 class Recall:
-    """Shares in 0..1; NaN where there was nothing to find."""
+    """Fractions in 0..1; NaN where there was nothing to find."""
 
     all: float
     seen: float
@@ -71,7 +71,7 @@ class Recall:
 
 
 class ProposalRecall:
-    """The share of labelled regions that the proposals cover.
+    """The fraction of labelled regions that the proposals cover.
 
     A region is all pixels of one class in one picture. A proposal covers it if their intersection over union is larger
     than the threshold; ignored pixels are left out of both and are no region. Each region counts once, however
@@ -111,12 +111,12 @@ class ProposalRecall:
     def compute(self) -> dict[float, Recall]:
         """The recall of all, seen and unseen regions at each threshold."""
 
-        def share(threshold: float, classes: frozenset[int] | None) -> float:
+        def fraction(threshold: float, classes: frozenset[int] | None) -> float:
             found = [iou > threshold for index, iou in self.best if classes is None or index in classes]
             return sum(found) / len(found) if found else math.nan
 
         return {
-            threshold: Recall(share(threshold, None), share(threshold, self.seen), share(threshold, self.unseen))
+            threshold: Recall(*(fraction(threshold, which) for which in (None, self.seen, self.unseen)))
             for threshold in self.thresholds
         }
 

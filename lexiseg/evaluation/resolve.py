@@ -110,7 +110,7 @@ def evaluate(
     if proposals and processes.launched():
         raise LexisegError("Proposals are judged in one process; leave them out, or start without a launcher.")
     if resume and output is None:
-        raise LexisegError("What was counted so far is kept in the output folder; name it to go on.")
+        raise LexisegError("--resume needs the output folder, which holds what was counted so far; name it.")
     processes.init(device, patience=PATIENCE)
     with processes.together():
         folder = None if output is None else make_folder(output)

@@ -119,7 +119,7 @@ def label_on_ray(
         text = str(error).strip()
         reason = text.splitlines()[0] if text else type(error).__name__
         raise LexisegError(
-            f"The cluster's workers failed ({reason}); what is done is recorded, so mend that and go on with --resume."
+            f"The cluster's workers failed ({reason}); what is done is recorded, so fix that and go on with --resume."
         ) from error
     finally:
         if started:

@@ -137,8 +137,8 @@ class Record:
             return {}
         if before != run:
             raise LexisegError(
-                f"'{self.output}' holds results of other settings ({_difference(before, run)}), so they cannot be gone "
-                "on with; choose another --output, or leave --resume out to make them anew."
+                f"'{self.output}' holds results made with other settings ({_difference(before, run)}), so this run "
+                "cannot resume them; choose another --output, or leave out --resume to start again."
             )
         self._mark(manifest)
         return self._done()

@@ -88,7 +88,7 @@ def describe_recipes() -> dict[str, str]:
 def find_recipe(name: str | Path) -> tuple[str, str]:
     """The text of the file a recipe is in and what to call it in messages.
 
-    ``name``: of a recipe in the package, or the path of a YAML file; behind a colon a variant in it. Raises
+    ``name``: of a recipe in the package, or the path of a YAML file; after a colon a variant in it. Raises
     LexisegError if there is neither.
     """
     path, where, _ = _find(str(name))
@@ -104,7 +104,7 @@ def load_recipe(
 ) -> Recipe:
     """Read and check a recipe.
 
-    ``name``: of a recipe in the package, or the path of a YAML file; behind a colon a variant in it. ``overrides``:
+    ``name``: of a recipe in the package, or the path of a YAML file; after a colon a variant in it. ``overrides``:
     values by keys such as "train.steps", or texts ``KEY=VALUE`` whose values are YAML, or plain text where they are
     none. An ``initial`` given so takes the place of ``proposals_from``. ``data``: a folder of one's own that replaces
     the recipe's data; crop and augmentation stay the recipe's. Raises LexisegError if it does not exist, is not YAML,
@@ -179,16 +179,16 @@ def _text(path: Path, name: str) -> str:
 def _read(text: str, where: str) -> Content:
     """YAML as keys and values."""
     if is_deep(text):
-        raise LexisegError(f"The recipe '{where}' holds lists within lists without end; write 'key: value' lines.")
+        raise LexisegError(f"The recipe '{where}' nests lists too deeply; write 'key: value' lines.")
     try:
         content = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f" in line {mark.line + 1}" if mark is not None else ""
         problem = getattr(error, "problem", None) or "it cannot be parsed"
-        raise LexisegError(f"The recipe '{where}' is not right YAML{line}: {problem}.") from error
+        raise LexisegError(f"The recipe '{where}' is not valid YAML{line}: {problem}.") from error
     except (ValueError, RecursionError) as error:
-        raise LexisegError(f"The recipe '{where}' is not right YAML: a value cannot be read.") from error
+        raise LexisegError(f"The recipe '{where}' is not valid YAML: a value cannot be read.") from error
     if not isinstance(content, dict):
         raise LexisegError(f"The recipe '{where}' must be a list of 'key: value' lines.")
     return content
@@ -212,7 +212,7 @@ def _choose_variant(content: Content, variant: str | None, where: str) -> Conten
     if variants is None or variant is None or variant not in variants:
         what = "consists of variants; name one" if variant is None else f"has no variant '{variant}'; choose one"
         raise LexisegError(
-            f"The recipe '{where}' {what} behind a colon: {', '.join(map(str, variants or ())) or 'none'}."
+            f"The recipe '{where}' {what} after a colon: {', '.join(map(str, variants or ())) or 'none'}."
         )
     if not isinstance(variants[variant], dict):
         raise LexisegError(

@@ -26,7 +26,7 @@ def sample_path(name: str) -> Path:
 
 
 def sample_classes(name: str) -> Path:
-    """Return the path of the text file with the classes to look for in the sample ``name``, one a line."""
+    """Return the path of the text file with the classes to look for in the sample ``name``, one per line."""
     return sample_path(name).with_suffix(".txt")
 
 

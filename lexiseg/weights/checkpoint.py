@@ -124,7 +124,9 @@ class _Choice:
         name, other = (names[0].rstrip(".") or "the others" if names else "" for names in (averages, plain))
         if not plain:
             if self.ema is False:
-                raise LexisegError(f"'{self.path}' holds only a moving average of weights ('{name}'); take that.")
+                raise LexisegError(
+                    f"'{self.path}' holds only a moving average of weights ('{name}'); leave out --no-ema."
+                )
             self.notes.append(f"The weights are a moving average (EMA), '{name}'; the file holds no others.")
         elif self.ema:
             self.notes.append(f"The moving average (EMA) of the weights, '{name}', was taken, not '{other}'.")
@@ -172,7 +174,7 @@ def _safetensors(path: Path) -> tuple[dict[str, Reader], dict[str, str]]:
         file = safe_open(path, framework="pt")
     except Exception as error:
         raise LexisegError(
-            f"'{path}' cannot be read as weights (it is damaged or no checkpoint); download it again."
+            f"'{path}' cannot be read as weights (it is damaged or not a checkpoint); download it again."
         ) from error
     return {key: partial(file.get_tensor, key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
 

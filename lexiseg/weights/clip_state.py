@@ -140,10 +140,14 @@ def infer_vit_architecture(
     rows = sizes["visual.positional_embedding"][0] - 1
     side = math.isqrt(rows)
     if side * side != rows or not side:
-        raise LexisegError(f"The position table of the CLIP in {name} has {rows} rows of patches, no square grid.")
+        raise LexisegError(
+            f"The position table of the CLIP in {name} has {rows} rows of patches, which is not a square grid."
+        )
     for channels, number in ((width, heads), (text_width, text_heads)):
         if number is not None and (number < 1 or channels % number):
-            raise LexisegError(f"The CLIP in {name} has {channels} channels, which do not make {number} heads.")
+            raise LexisegError(
+                f"The CLIP in {name} has {channels} channels, which cannot be split into {number} heads."
+            )
     block, text_block = layers
     return {
         "model_cfg": {
@@ -225,11 +229,13 @@ def transformers_architecture(state: Mapping[str, Tensor], config: Mapping[str, 
     activations = {part.get("hidden_act", "quick_gelu") for part in parts}
     if not activations <= {"quick_gelu", "gelu"} or len(activations) > 1:
         raise LexisegError(
-            f"{name} has other activations than QuickGELU or GELU in its config.json; give another CLIP."
+            f"{name} has activations other than QuickGELU or GELU in its config.json; give another CLIP."
         )
     heads = [part.get("num_attention_heads") for part in parts]
     if any(type(number) not in (int, type(None)) for number in heads):
-        raise LexisegError(f"The config.json beside {name} has no numbers of heads; copy the original again.")
+        raise LexisegError(
+            f"The config.json beside {name} does not give the numbers of heads; copy the original again."
+        )
     return infer_vit_architecture(
         state,
         transformers_source,

@@ -117,7 +117,7 @@ def convert(
     found = read_checkpoint(path, _known, ema=ema)
     if found.metadata.get("system") in SYSTEMS:
         raise LexisegError(
-            f"'{path}' is a part of a lexiseg model already ({found.metadata['system']}); give its folder "
+            f"'{path}' is already part of a lexiseg model ({found.metadata['system']}); give its folder "
             f"'{found.path.parent}' to --model or lexiseg.load."
         )
     state = found.state
@@ -141,7 +141,7 @@ def convert(
         idle = {"class_names", "templates", "transductive", "clip"}
     elif recognise_sam(state):
         parameters = convert_sam(state, folder, name=f"'{path}'")
-        note = "It makes proposals and is no model by itself: give the folder as the option proposals.weights."
+        note = "It makes proposals and is not a model by itself; give the folder as the option proposals.weights."
         report = ConversionReport("sam", Path(folder), len(state), parameters, notes=(note,))
         idle = set(given)
     else:
@@ -211,7 +211,9 @@ def _read_one_stage(
                 "the papers' ten."
             )
     if not seen_known and not transductive:
-        notes.append("The classes it was trained on are not in the file: none counts as seen, no score offset applies.")
+        notes.append(
+            "The classes it was trained on are not in the file: none counts as seen, and no score offset applies."
+        )
     return model, unused, notes
 
 
@@ -255,5 +257,5 @@ def _convert_clip(
     said = "its config.json says" if theirs and found.config else "OpenAI files have" if quick else "most others have"
     note = f"Its activation is taken to be {'QuickGELU' if quick else 'GELU'}, as {said}."
     if quick_gelu is not None:
-        note = f"Its activation is {'QuickGELU' if quick else 'GELU'}, as you say."
+        note = f"Its activation is {'QuickGELU' if quick else 'GELU'}, as given."
     return ConversionReport("clip", Path(folder), len(found.state), count_parameters(clip), tuple(unused), (note,))

@@ -12,7 +12,7 @@ from lexiseg.models import SegmentationModel
 from lexiseg.models.region_base import RegionModel
 from lexiseg.weights.deop_checkpoint import read_deop
 from lexiseg.weights.detectron_checkpoint import System
-from lexiseg.weights.region_host_checkpoint import read_region_host
+from lexiseg.weights.region_checkpoint import read_region_model
 
 DECOUPLED_NAMES = {
     "deop": "DeOP",
@@ -69,13 +69,13 @@ def read_decoupled(
             "which has the prompt in it."
         )
     options = {"seen_offset": 0.0} if transductive else {}
-    host, unused = read_region_host(state, clip=clip, heads=heads, text_heads=text_heads, options=options, name=name)
-    return host, unused, _host_notes(system, host, seen_known, transductive)
+    region, unused = read_region_model(state, clip=clip, heads=heads, text_heads=text_heads, options=options, name=name)
+    return region, unused, _region_notes(system, region, seen_known, transductive)
 
 
-def _host_notes(system: System, host: RegionModel, seen_known: bool, transductive: bool) -> list[str]:
-    """What the file of a region host does not say, and what was assumed."""
-    options, notes = host.options, []
+def _region_notes(system: System, model: RegionModel, seen_known: bool, transductive: bool) -> list[str]:
+    """What the file of a region model does not say, and what was assumed."""
+    options, notes = model.options, []
     if options.ensemble.rule == "region":
         notes.append(
             "CLIP alone scores, as in the released code, which the file does not say; the paper has an ensemble."

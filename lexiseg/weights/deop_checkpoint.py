@@ -158,7 +158,7 @@ def read_deop(
     parts = split_checkpoint(state)
     if parts.left_over or parts.region_adapter is not None or parts.image_tower:
         odd = parts.left_over or ["a second adapter or image tower"]
-        raise LexisegError(f"{name} looks like DeOP but has tensors that DeOP has not: {', '.join(odd[:5])}.")
+        raise LexisegError(f"{name} looks like DeOP but has tensors that DeOP does not have: {', '.join(odd[:5])}.")
     proposals = infer_generator_options(parts.generator, heads=generator_heads)
     architecture = infer_vit_architecture(parts.adapter.clip, heads=heads, text_heads=text_heads, name=name)
     chosen = {"proposals": proposals, **infer_options(parts), **(options or {})}

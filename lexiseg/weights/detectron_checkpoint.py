@@ -132,7 +132,7 @@ def split_checkpoint(state: Mapping[str, Tensor]) -> CheckpointParts:
     if system is None:
         first = ", ".join(sorted(state)[:3])
         raise LexisegError(
-            f"The checkpoint is of none of DeOP, ZSSeg, ZegFormer, FreeSeg and MAFT (its keys begin with {first}); "
+            f"The checkpoint is not one of DeOP, ZSSeg, ZegFormer, FreeSeg or MAFT (its keys begin with {first}); "
             "give a file as their authors published it."
         )
     if system in ("freeseg", "maft") and not any(key.startswith(_INTERACTION) for key in state):

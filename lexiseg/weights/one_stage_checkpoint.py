@@ -226,7 +226,7 @@ def read_one_stage(
     """
     system = recognise(state)
     if system is None:
-        raise LexisegError(f"{name} is no checkpoint of {', '.join(NAMES.values())}.")
+        raise LexisegError(f"{name} is not a checkpoint of {', '.join(NAMES.values())}.")
     found = {**infer_options(state, system, name), **(options or {})}
     architecture = infer_architecture(state, heads=heads, text_heads=text_heads, name=name)
 

@@ -155,7 +155,7 @@ class PickledFile:
             self.content = self._open_zip() if zipfile.is_zipfile(path) else self._open_plain()
         except Exception as error:  # a file of noise makes an unpickler raise almost anything
             raise LexisegError(
-                f"'{path}' cannot be read as weights (it is damaged or no checkpoint); download it again."
+                f"'{path}' cannot be read as weights (it is damaged or not a checkpoint); download it again."
             ) from error
         self._refuse_foreign()
 
@@ -222,7 +222,7 @@ class PickledFile:
             return self._array(value) if _ARRAY.fullmatch(value.name) else self._tensor(value)
         except Exception as error:
             raise LexisegError(
-                f"'{self.path}' is damaged: the values of {shorten(where)} are not in it as it says; download it again."
+                f"'{self.path}' is damaged: the values of {shorten(where)} are missing or cut off; download it again."
             ) from error
 
     def _tensor(self, stub: Stub) -> Tensor:

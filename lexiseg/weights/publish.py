@@ -133,7 +133,7 @@ def push_folder(folder: str | Path, repository: str, *, private: bool = False) -
         raise LexisegError(f"'{printable(repository)}' is not a name of the form OWNER/NAME on the hub.") from error
     except (HfHubHTTPError, OSError) as error:
         raise LexisegError(
-            f"The hub did not take '{printable(repository)}' ({first_line(error)}); check the name and the token in "
+            f"The hub refused '{printable(repository)}' ({first_line(error)}); check the name and the token in "
             "HF_TOKEN, then try again."
         ) from error
     return f"{api.endpoint}/{repository}"

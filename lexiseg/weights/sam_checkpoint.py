@@ -156,7 +156,7 @@ def convert_sam(state: Mapping[str, Tensor], folder: str | Path, *, name: str = 
     try:
         model = sketch(lambda: SamModel(SamConfig(**config)), len(state), f"The SAM in {name}")
     except (ValueError, TypeError, ZeroDivisionError, RuntimeError) as error:  # wherever sizes first disagree
-        raise LexisegError(f"The SAM in {name} has shapes that do not go together; download it again.") from error
+        raise LexisegError(f"The SAM in {name} has shapes that do not match; download it again.") from error
 
     def source_of(ours: str) -> Source:
         return Source((authors_key(ours, layers),))

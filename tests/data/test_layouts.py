@@ -207,7 +207,7 @@ def test_other_shapes_of_labelme(tmp_path: Path) -> None:
         ("1 .1 .1 .5 .1 .5 .5", "the class 1"),
         ("0 .1 .1 .5 .1 .5", "5 coordinates, an odd number"),
         ("cat .1 .1 .5 .1 .5 .5", "not a class id"),
-        ("0 10 10 50 10 50 50", "no fractions"),
+        ("0 10 10 50 10 50 50", "fractions of the picture"),
     ],
 )
 def test_lines_of_yolo_that_are_wrong(tmp_path: Path, line: str, words: str) -> None:
@@ -244,10 +244,10 @@ def test_verify_speaks_once_a_kind(tmp_path: Path, capsys: pytest.CaptureFixture
     assert main(["data", "verify", str(tmp_path)]) == 1
     said = capsys.readouterr().out
     assert said.count("the value 11 in 2 of 2 labels (83 % of the pixels), first in") == 2
-    assert "it is no class: list it as ignored or add a class" in said and "4 errors" in said
+    assert "no class has it: list it as ignored or add a class" in said and "4 errors" in said
     assert main(["data", "verify", str(tmp_path), "--all"]) == 1
-    assert capsys.readouterr().out.count("holds the value 11 at 1280 pixels; it is no class") == 4
-    with pytest.raises(LexisegError, match="holds the value 11 at 1280 pixels; it is no class: list it as ignored"):
+    assert capsys.readouterr().out.count("holds the value 11 at 1280 pixels; no class has it") == 4
+    with pytest.raises(LexisegError, match="holds the value 11 at 1280 pixels; no class has it: list it as ignored"):
         open_data_set("own", tmp_path, "val")[0]
 
 

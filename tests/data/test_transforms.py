@@ -92,7 +92,7 @@ def test_crop_avoids_windows_of_one_class():
     label[:, 104:] = 255
     image = torch.zeros(3, 32, 200, dtype=torch.uint8)
     rng = np.random.default_rng(0)
-    plain = [RandomCrop(32, max_share=1.0)(image, label, rng)[1] for _ in range(200)]
+    plain = [RandomCrop(32, max_fraction=1.0)(image, label, rng)[1] for _ in range(200)]
     careful = [RandomCrop(32)(image, label, rng)[1] for _ in range(200)]
 
     def mixed(windows):

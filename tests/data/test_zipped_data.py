@@ -85,8 +85,8 @@ def test_what_is_wrong_in_an_archive_is_found(tmp_path: Path) -> None:
     path.write_bytes(data)
     (finding,) = verify("coco-stuff-164k", tmp_path, splits=["val"]).errors
     assert finding.kind == "damaged-picture" and "val2017.zip/val2017/" in finding.path
-    assert "fetch the archive again" in finding.problem
-    with pytest.raises(LexisegError, match="fetch the archive again"):
+    assert "download the archive again" in finding.problem
+    with pytest.raises(LexisegError, match="download the archive again"):
         list(open_data_set("coco-stuff-164k", tmp_path, "val"))
     path.write_bytes(data[:-40])
     (finding,) = verify("coco-stuff-164k", tmp_path, splits=["val"]).errors

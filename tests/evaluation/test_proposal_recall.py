@@ -151,7 +151,7 @@ def picture(tmp_path: Path) -> Path:
     return tmp_path / "p.png"
 
 
-def test_attention_maps_are_shares(segmenter: Segmenter) -> None:
+def test_attention_maps_are_fractions(segmenter: Segmenter) -> None:
     model = segmenter.model
     assert isinstance(model, DeOP)
     with torch.no_grad():

@@ -19,7 +19,7 @@ from lexiseg.proposals.base import Proposals
 from lexiseg.proposals.mask2former import Mask2Former
 from lexiseg.proposals.maskformer import MaskFormer
 from lexiseg.regions.ensemble import EnsembleOptions, class_probabilities, ensemble
-from lexiseg.weights.region_host_checkpoint import read_region_host
+from lexiseg.weights.region_checkpoint import read_region_model
 from tests.parity.case import Case, UnsupportedError
 from tests.parity.clip_build import text_sizes, under, vision_sizes
 from tests.parity.decoupled_clip import inputs
@@ -51,7 +51,7 @@ def read(case: Case, **options: Any) -> RegionModel:
     config = case.config
     small = config.get("config", config)
     interaction = config.get("interaction") or {}
-    model, _ = read_region_host(
+    model, _ = read_region_model(
         case.params(),
         heads=small.get("vision_heads", small.get("vh")),
         text_heads=small.get("text_heads", small.get("th")),
@@ -289,7 +289,7 @@ def simple_baseline(case: Case) -> None:
         options: dict[str, Any] = {"weight": opts.get("MODEL.CLIP_ADAPTER.CLIP_ENSEMBLE_WEIGHT", 0.8)}
         if not opts.get("MODEL.CLIP_ADAPTER.CLIP_ENSEMBLE", True):
             options["rule"] = "proposal"
-        model, _ = read_region_host(
+        model, _ = read_region_model(
             case.params(),
             heads=config["vh"],
             text_heads=config["th"],

@@ -288,7 +288,7 @@ def test_every_row_of_the_ablations_is_there() -> None:
     }
     for table, rows in tables.items():
         assert sum(name.startswith(f"{table}:") for name in list_recipes()) == rows, table
-    with pytest.raises(LexisegError, match="consists of variants; name one behind a colon: mps, mps-sum"):
+    with pytest.raises(LexisegError, match="consists of variants; name one after a colon: mps, mps-sum"):
         load_recipe("deop-table-4")
     assert options_of("deop-table-4:gps-0.5-1")["alpha"] == (0.5, 1.0)
     assert options_of("deop-table-9:gps-1-6")["severed_blocks"] == (0, 1, 2, 3, 4, 5)

@@ -96,9 +96,9 @@ def test_folder_data():
             "needs 'kind', one of contrastive, evaluation, prompts, segmentation",
         ),
         ("  size: 64", "  size: 64\n  size: 3", "the key 'size' is given twice"),
-        ("train:", "train: [", "not right YAML in line"),
-        ("model:", "? [1]\n: 2\nmodel:", "not right YAML"),
-        ("steps: 4", "steps: !!python/object/apply:os.getcwd []", "not right YAML"),
+        ("train:", "train: [", "not valid YAML in line"),
+        ("model:", "? [1]\n: 2\nmodel:", "not valid YAML"),
+        ("steps: 4", "steps: !!python/object/apply:os.getcwd []", "not valid YAML"),
     ],
 )
 def test_mistakes(before, after, words):

@@ -157,7 +157,7 @@ def test_deop_stage_by_stage(tmp_path: Path, clip_folder: Path) -> None:
     assert all(torch.equal(row.state_dict()[name], value) for name, value in first.state_dict().items())
     assert row.default_templates == first.default_templates
     assert not (tmp_path / "gps" / "checkpoints").exists() and (tmp_path / "gps" / "recipe.yaml").is_file()
-    with pytest.raises(LexisegError, match="consists of variants; name one behind a colon: gps, mps"):
+    with pytest.raises(LexisegError, match="consists of variants; name one after a colon: gps, mps"):
         load_recipe(tmp_path / "table.yaml")
     with pytest.raises(LexisegError, match="has no variant 'gsp'"):
         load_recipe(f"{tmp_path / 'table.yaml'}:gsp")

@@ -239,7 +239,7 @@ def test_sizes_that_are_not_in_the_file(clip_state: State, tmp_path: Path) -> No
         ({"compress": zipfile.ZIP_DEFLATED}, "cannot be read"),
         ({"pickle": b"\x80\x02r\xff\xff\xff\x7f" + records[record][2:]}, "cannot be read"),  # a huge place in its memo
         ({"pickle": b"\x80\x05\x96" + b"\xff" * 7 + b"\x0f."}, "cannot be read"),  # a huge array of bytes
-        ({"pickle": records[record].replace(b"K@", b"K\xff")}, "is damaged|not fit|no square grid|is not"),
+        ({"pickle": records[record].replace(b"K@", b"K\xff")}, "is damaged|not fit|not a square grid|is not"),
     ):
         with zipfile.ZipFile(tmp_path / "y.pt", "w", change.get("compress", zipfile.ZIP_STORED)) as archive:  # type: ignore[arg-type]
             for name, data in records.items():

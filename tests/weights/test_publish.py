@@ -118,7 +118,7 @@ def test_what_the_hub_refuses_is_a_sentence(
 ) -> None:
     monkeypatch.setattr(hub, "refuse", True)
     assert main(["push", str(folder), "owner/name"]) == 2
-    assert "did not take 'owner/name'" in capsys.readouterr().err
+    assert "refused 'owner/name'" in capsys.readouterr().err
     assert main(["push", str(folder), "no name at all"]) == 2
     assert "OWNER/NAME" in capsys.readouterr().err
     assert main(["push", str(folder.parent), "owner/name"]) == 2

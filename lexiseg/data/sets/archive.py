@@ -70,9 +70,9 @@ class Member:
         except KeyError as error:
             raise LexisegError(f"'{self}' is no longer in the archive; look at the data set again.") from error
         except _DAMAGE as error:
-            raise LexisegError(f"'{self}' cannot be read ({error}); fetch the archive again.") from error
+            raise LexisegError(f"'{self}' cannot be read ({error}); download the archive again.") from error
         if len(data) != self.size:
-            raise LexisegError(f"'{self}' has another size than the archive says; fetch the archive again.")
+            raise LexisegError(f"'{self}' has another size than the archive says; download the archive again.")
         return data
 
     def open(self) -> IO[bytes]:
@@ -127,7 +127,7 @@ def _index(archive: Path, size: int, changed: int) -> dict[str, tuple[Member, ..
                     folder = entry.filename.rpartition("/")[0]
                     folders.setdefault(folder, []).append(Member(archive, entry.filename, entry.file_size))
     except _DAMAGE as error:
-        problem = f"The archive '{archive}' cannot be read ({error}); fetch it again."
+        problem = f"The archive '{archive}' cannot be read ({error}); download it again."
         raise DataSetError(problem, "damaged-archive") from error
     return {folder: tuple(members) for folder, members in folders.items()}
 

@@ -44,7 +44,7 @@ def list_coco_json(
         order = {number: index for index, number in enumerate(in_order)}
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataSetError(
-            f"'{path}' is no COCO-style JSON; it must hold images, annotations and categories with ids and names.",
+            f"'{path}' is not COCO-style JSON; it must hold images, annotations and categories with ids and names.",
             "wrong-record",
         ) from error
     if not names:
@@ -66,7 +66,7 @@ def list_coco_json(
             if size[0] * size[1] > MAX_PIXELS:
                 raise ValueError
         except (KeyError, TypeError, ValueError, OverflowError):
-            problem = f"'{path}': entry {index} of images has no right id, file_name, height or width; complete it."
+            problem = f"'{path}': entry {index} of images has no valid id, file_name, height or width; complete it."
             findings.append(Finding("wrong-record", problem, str(path), split=split))
             continue
         if number in ids or name in taken:
@@ -161,7 +161,7 @@ def _by_image(
             findings.append(Finding("wrong-record", problem, str(path), split=split))
         elif category is None or category not in order:
             number = describe(entry.get("category_id"))
-            problem = f"'{path}': {where} has the category_id {number}, which is no category; fix one of them."
+            problem = f"'{path}': {where} has the category_id {number}, which is not a category; fix one of them."
             findings.append(Finding("unknown-id", problem, str(path), split=split))
         else:
             found[image].append(Outline(order[category], entry["segmentation"], f"'{path}': {where}"))

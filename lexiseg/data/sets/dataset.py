@@ -160,9 +160,9 @@ def misfit(item: Item, image: tuple[int, ...], label: tuple[int, ...]) -> tuple[
     raw = image[::-1] if orientation > 4 else image
     if orientation > 1 and label == raw:
         return "open-orientation", (
-            f"The camera's orientation flag ({orientation}) turns the picture '{item.image}', and it is open whether "
-            f"its label '{item.label}' was drawn on the turned picture or on the pixels as the file holds them; write "
-            "'exif: apply' or 'exif: raw' into classes.yaml or lexiseg.yaml beside the data."
+            f"The camera's orientation flag ({orientation}) turns the picture '{item.image}', and it is unclear "
+            f"whether its label '{item.label}' was drawn on the turned picture or on the pixels as the file holds "
+            "them; write 'exif: apply' or 'exif: raw' into classes.yaml or lexiseg.yaml beside the data."
         )
     if image == label:
         return None
@@ -187,7 +187,7 @@ def unknown_value(item: Item, values: NDArray[np.int64]) -> str:
     more = f" and {len(found) - 1} more" if len(found) > 1 else ""
     return (
         f"The label '{item.label}' holds {value_name(item.kind, int(found[0]))}{more} at {values.size} pixels; it is "
-        f"no class: {item.table.remedy}."
+        f"no class has it: {item.table.remedy}."
     )
 
 

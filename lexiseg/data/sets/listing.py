@@ -130,7 +130,7 @@ def same_stems(names: Iterable[str], folder: Path, suffixes: Iterable[str], spli
         Finding(
             "duplicate-entry",
             f"{' and '.join(found[name])} in '{folder}' differ in their ending or spelling alone, so it is "
-            f"open which of them belongs to '{name}'; remove or rename the others.",
+            f"unclear which of them belongs to '{name}'; remove or rename the others.",
             str(folder),
             name,
             split,
@@ -184,7 +184,7 @@ def read_list(path: Path, split: str) -> tuple[list[str], list[Finding]]:
         else:
             names[name] = None
     if not names and not findings:
-        problem = f"The list '{path}' is empty; it must name a picture a line, without the ending."
+        problem = f"The list '{path}' is empty; it must name one picture per line, without its ending."
         findings.append(Finding("empty-list", problem, str(path), split=split))
     return list(names), findings
 
@@ -218,7 +218,7 @@ def with_unseen(vocabulary: Vocabulary, root: Path, unseen: str | None, source: 
     path = root / "unseen.txt"
     if unseen == "none" or not path.is_file():
         return vocabulary
-    lines = read_lines(path, "name the unseen classes, one a line")
+    lines = read_lines(path, "name the unseen classes, one per line")
     hidden = {word_key(line): line for line in lines}
     known = {word_key(name) for name in vocabulary.names}
     stranger = next((name for key, name in hidden.items() if key not in known), None)

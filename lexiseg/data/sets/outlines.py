@@ -128,7 +128,7 @@ def read_labelme(path: Path) -> list[dict[str, Any]]:
             raise TypeError
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise LexisegError(
-            f"'{path}' is no labelme file; it must hold shapes, each with a label and points."
+            f"'{path}' is not a labelme file; it must hold shapes, each with a label and points."
         ) from error
     return shapes
 
@@ -151,7 +151,8 @@ def draw_labelme(
             continue
         if name not in ids:
             raise LexisegError(
-                f"{who} has the label '{shorten(describe(shape['label']))}', which is no class; fix it or add a class."
+                f"{who} has the label '{shorten(describe(shape['label']))}', which is not a class; fix it or "
+                "add the class."
             )
         outlines.append(Outline(ids[name], _labelme_shape(shape, size, who), who))
     return draw_outlines(outlines, size, rest)
@@ -213,10 +214,10 @@ def draw_yolo(path: Path, image: Place, num_classes: int, rest: int, turned: boo
         if not 0 <= index < num_classes:
             raise LexisegError(f"{who} has the class {index}, but there are {num_classes} classes, counted from 0.")
         if corners.size == 4:
-            raise LexisegError(f"{who} is a box and no outline; export the data set for segmentation.")
+            raise LexisegError(f"{who} is a box, not an outline; export the data set for segmentation.")
         if corners.size % 2 == 0:
             if not (np.abs(corners) <= 2).all():
-                raise LexisegError(f"{who} has coordinates that are no fractions of the picture, 0 to 1.")
+                raise LexisegError(f"{who} has coordinates outside 0 to 1; they must be fractions of the picture.")
             corners *= np.tile([width, height], corners.size // 2)
         outlines.append(Outline(index, [corners.tolist()], who))
     return draw_outlines(outlines, (height, width), rest)

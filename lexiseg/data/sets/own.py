@@ -87,7 +87,7 @@ def list_own(root: Path, split: str, unseen: str | None, classes: Path | None) -
         settings = replace(settings, classes=_labelme_classes(root))
     if not settings.classes:
         raise LexisegError(
-            f"'{root / CLASS_FILES[0]}' does not exist; it must list the classes, one a line, in the order of their "
+            f"'{root / CLASS_FILES[0]}' does not exist; it must list the classes, one per line, in the order of their "
             "ids."
         )
     vocabulary = with_unseen(Vocabulary.parse(settings.without_shared()), root, unseen, "the class file")
@@ -118,7 +118,9 @@ def _unlisted(
     findings = orphans(labels, pictures, split) if labels[0].ending == ".png" else []
     for name in entries(place.images):
         if name.lower().endswith(tuple(FOREIGN_SUFFIXES)):
-            problem = f"The picture '{place.images / name}' is of a kind that is not read; save it as JPEG or PNG."
+            problem = (
+                f"The picture '{place.images / name}' is in a format that is not supported; save it as JPEG or PNG."
+            )
             findings.append(Finding("unread-picture", problem, str(place.images / name), name, split, "warning"))
     if not pictures:
         problem = f"The folder '{place.images}' holds no pictures; put .jpg or .png files into it."

@@ -57,12 +57,12 @@ def unpack(archive: Path, target: Path) -> Unpacked:
             with tarfile.open(archive) as tar:
                 return _unpack(archive, target, part, _tar_members(tar))
     except _DAMAGE as error:
-        raise LexisegError(f"The archive '{archive}' is damaged ({error}); fetch it again.") from error
+        raise LexisegError(f"The archive '{archive}' is damaged ({error}); download it again.") from error
     except OSError as error:
         raise LexisegError(f"Cannot unpack '{archive}' ({error.strerror or error}); check the disk.") from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
-    raise LexisegError(f"'{archive}' is neither a zip nor a tar archive, or it is damaged; fetch it again.")
+    raise LexisegError(f"'{archive}' is neither a zip nor a tar archive, or it is damaged; download it again.")
 
 
 def _unpack(archive: Path, target: Path, part: Path, members: list[_Member]) -> Unpacked:
@@ -79,7 +79,7 @@ def _unpack(archive: Path, target: Path, part: Path, members: list[_Member]) -> 
         extract(part)
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         if (part / name).stat().st_size != size:
-            raise LexisegError(f"The archive '{archive}' ends early in '{name}'; fetch it again.")
+            raise LexisegError(f"The archive '{archive}' ends early in '{name}'; download it again.")
         os.replace(part / name, target / name)
     skipped = tuple(name for name, _, extract in members if extract is None)
     return Unpacked(archive, len(missing), len(files) - len(missing), skipped)

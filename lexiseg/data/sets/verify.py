@@ -110,13 +110,13 @@ def _values_told(group: Sequence[Finding], samples: int, pixels: int) -> list[Fi
         fraction = 100 * sizes[value] / max(1, pixels)
         problem = (
             f"{value_name(kind, value)} in {number} of {samples} labels ({fraction:.2g} % of the pixels), first in "
-            f"'{first.path}'; it is no class: {remedy}"
+            f"'{first.path}'; no class has it: {remedy}"
         )
         told.append(replace(first, problem=problem, sample="", values=((value, sizes[value]),)))
     if len(labels) > _SHOWN:
         problem = (
-            f"{len(labels) - _SHOWN} further values are no class either; so many come of masks that were smoothed, "
-            "saved as JPEG, or hold something else than classes."
+            f"{len(labels) - _SHOWN} further values have no class either; so many usually mean masks that were "
+            "smoothed, saved as JPEG, or hold something other than classes."
         )
         told.append(replace(group[0], problem=problem, sample="", values=()))
     return told
@@ -266,7 +266,7 @@ def check_sample(item: Item, num_classes: int) -> SampleCheck:
     is_class = (label >= 0) & (label < num_classes)
     counts = np.bincount(label[is_class], minlength=num_classes).astype(np.int64)
     if not counts.any() and not findings:
-        problem = f"The label '{item.label}' has no pixel of any class; '{item.name}' can teach and judge nothing."
+        problem = f"The label '{item.label}' has no pixel of any class, so '{item.name}' is of no use; remove it."
         findings.append(replace(_finding(item, "empty-label", problem, item.label), severity="warning"))
     return SampleCheck(tuple(findings), counts, int((label == item.table.ignore).sum()), int(unknown.size))
 

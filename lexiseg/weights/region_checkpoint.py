@@ -23,7 +23,12 @@ from lexiseg.weights.clip_state import clip_from_state, shape_of
 from lexiseg.weights.detectron_checkpoint import AdapterParts, CheckpointParts, generator_tensors, split_checkpoint
 from lexiseg.weights.detectron_keys import infer_generator_options
 
-HOSTS: dict[str, type[RegionModel]] = {"zsseg": ZSSeg, "zegformer": ZegFormer, "freeseg": FreeSeg, "maft": FreeSeg}
+SYSTEMS: dict[str, type[RegionModel]] = {
+    "zsseg": ZSSeg,
+    "zegformer": ZegFormer,
+    "freeseg": FreeSeg,
+    "maft": FreeSeg,
+}
 
 # The side that the released configurations for COCO-Stuff resize pictures' shorter side to.
 _SHORT_SIDE = 640
@@ -46,7 +51,7 @@ def infer_options(parts: CheckpointParts) -> dict[str, Any]:
     return options
 
 
-def read_region_host(
+def read_region_model(
     state: Mapping[str, Tensor],
     *,
     clip: CLIP | None = None,
@@ -69,7 +74,7 @@ def read_region_host(
     missing, left over or of another shape; they are listed.
     """
     parts = split_checkpoint(state)
-    if parts.system not in HOSTS:
+    if parts.system not in SYSTEMS:
         raise LexisegError(f"{name} is a checkpoint of {parts.system}, not of ZSSeg, ZegFormer, FreeSeg or MAFT.")
     if parts.left_over or parts.adapter.tables:
         odd = parts.left_over or list(parts.adapter.tables)
@@ -79,11 +84,11 @@ def read_region_host(
     proposals = infer_generator_options(
         parts.generator, heads=generator_heads, encoder_heads=encoder_heads, interaction_heads=interaction_heads
     )
-    host = HOSTS[parts.system]
+    system = SYSTEMS[parts.system]
     chosen = {"proposals": proposals, **infer_options(parts), **(options or {})}
 
     def build(clip: CLIP) -> RegionModel:
-        return cast(RegionModel, host.build(clip, chosen))
+        return cast(RegionModel, system.build(clip, chosen))
 
     found = _own_tensors(parts)
     plan = sketch(lambda: build(copy.deepcopy(clip).to("meta")), len(state), name)

@@ -186,8 +186,8 @@ def unknown_value(item: Item, values: NDArray[np.int64]) -> str:
     found = np.unique(values)
     more = f" and {len(found) - 1} more" if len(found) > 1 else ""
     return (
-        f"The label '{item.label}' holds {value_name(item.kind, int(found[0]))}{more} at {values.size} pixels; it is "
-        f"no class has it: {item.table.remedy}."
+        f"The label '{item.label}' holds {value_name(item.kind, int(found[0]))}{more} at {values.size} pixels; no "
+        f"class has it: {item.table.remedy}."
     )
 
 

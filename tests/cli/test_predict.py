@@ -130,7 +130,7 @@ def test_instances_are_regions(call: Call, folder: Path, tmp_path: Path) -> None
     assert count["regions"] >= count["classes"]
     for more, words in (
         (["--instances", "cat"], "none of them"),
-        (["--instances", "dog", "--save", "labels"], "changes none"),
+        (["--instances", "dog", "--save", "labels"], "affects none"),
     ):
         code, _, err = call(picture, WORDS, *["--save", "coco", *more])
         assert code == 2 and words in err

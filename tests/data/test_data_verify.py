@@ -153,9 +153,9 @@ FAULTS = {
     "an image listed twice": ("own-json", lambda r: _edit_json(r / "annotations/instances_val.json",
                               lambda c: c["images"].append(c["images"][0])), "duplicate-entry", "val0.jpg"),
     "images that are no list": ("own-json", lambda r: _edit_json(r / "annotations/instances_val.json",
-                                lambda c: c.update(images=3)), "wrong-record", "no COCO-style JSON"),
+                                lambda c: c.update(images=3)), "wrong-record", "not COCO-style JSON"),
     "annotations that are no list": ("own-json", lambda r: _edit_json(r / "annotations/instances_val.json",
-                                     lambda c: c.update(annotations=5)), "wrong-record", "no COCO-style JSON"),
+                                     lambda c: c.update(annotations=5)), "wrong-record", "not COCO-style JSON"),
     "a category_id that is a list": ("own-json", lambda r: _edit_json(r / "annotations/instances_val.json",
                                      lambda c: c["annotations"][0].update(category_id=[7])), "unknown-id", "a list"),
     "an image_id that is a list": ("own-json", lambda r: _edit_json(r / "annotations/instances_val.json",
@@ -365,7 +365,7 @@ def test_command(clean, tmp_path, capsys):
     assert found["splits"][1]["class_pixels"] and found["classes"] == ["cat", "tree", "sky"]
     assert main(["data", "verify", "own", str(root), "--split", "val"]) == 0
     assert main(["data", "verify", "voc2012"]) == 2
-    assert "Give its folder" in capsys.readouterr().err
+    assert "needs its folder" in capsys.readouterr().err
     assert main(["data", "verify", "voc2112", str(root)]) == 2
 
 

@@ -253,7 +253,7 @@ def test_the_function_of_the_command_in_python(tmp_path):
         ({"what": "clip-emoji"}, "no labels to evaluate with"),
         ({"what": "tiny", "split": "val"}, "says itself what it is evaluated on"),
         ({"what": "nowhere", "protocol": "gzs-voc"}, "is not a folder"),
-        ({"what": data, "resume": True}, "name it to go on"),
+        ({"what": data, "resume": True}, "which holds what was counted"),
     ):
         with pytest.raises(LexisegError, match=words):
             evaluate(weights="zegclip-emoji", **wrong)

@@ -168,7 +168,7 @@ def test_transformers_clip_gives_the_same_embeddings(tmp_path: Path) -> None:
     back = put_tensors(clip.model.state_dict(), transformers_source)
     assert all(torch.equal(back[key], value) for key, value in model.state_dict().items())
     (folder / "config.json").write_text('{"vision_config": {"hidden_act": "relu"}}')
-    with pytest.raises(LexisegError, match="other activations"):
+    with pytest.raises(LexisegError, match="activations other"):
         convert(folder, tmp_path / "out")
     (tmp_path / "empty").mkdir()
     with pytest.raises(LexisegError, match=r"neither model\.safetensors nor pytorch_model\.bin"):
@@ -223,7 +223,7 @@ def test_what_is_refused_is_named(
         convert(tmp_path / "b.pkl", tmp_path / "out")
     for content in (b"not a checkpoint", b"", b"junk", b"\x80", pickle.dumps({"a": 1})[:-3]):
         (tmp_path / "c.pth").write_bytes(content)
-        with pytest.raises(LexisegError, match=r"cannot be read as weights \(it is damaged or no checkpoint\)"):
+        with pytest.raises(LexisegError, match=r"cannot be read as weights \(it is damaged or not a checkpoint\)"):
             convert(tmp_path / "c.pth", tmp_path / "out")
     assert not (tmp_path / "exploded").exists() and not (tmp_path / "out").exists()
 

@@ -152,7 +152,7 @@ def test_other_files_are_not_recognised() -> None:
     assert recognise_detectron({"backbone.patch_embed.weight": torch.zeros(1)}) is None
     prompts = ("clip_adapter.prompt_learner.prefix_prompt", "clip_adapter.clip_model.ln_final.weight")
     assert recognise_detectron(dict.fromkeys(prompts, torch.zeros(1))) == "prompts"
-    with pytest.raises(LexisegError, match="none of DeOP, ZSSeg, ZegFormer, FreeSeg and MAFT"):
+    with pytest.raises(LexisegError, match="not one of DeOP, ZSSeg, ZegFormer, FreeSeg or MAFT"):
         split_checkpoint({"head.weight": torch.zeros(1)})
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import types
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
@@ -10,7 +9,7 @@ from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 
 from lexiseg.errors import LexisegError
-from lexiseg.words import shorten
+from lexiseg.words import did_you_mean, shorten
 
 _Model = TypeVar("_Model", bound=BaseModel)
 _UNKNOWN = ("extra_forbidden", "unexpected_keyword_argument")
@@ -43,9 +42,7 @@ def _fault(error: ValidationError, schema: type[BaseModel], values: Mapping[str,
     key = ".".join(map(shorten, keys))
     if problem["type"] in _UNKNOWN:
         known = _fields(schema, keys[:-1], values)
-        near = difflib.get_close_matches(shorten(keys[-1]), known, n=1)
-        hint = f"did you mean '{near[0]}'?" if near else f"the {noun}s there are {', '.join(known)}."
-        return f"has the unknown {noun} '{key}'; {hint}"
+        return f"has the unknown {noun} '{key}'; {did_you_mean(shorten(keys[-1]), known, f'the {noun}s there are')}"
     if problem["type"] == "missing":
         return f"lacks the {noun} '{'.'.join(map(shorten, [*keys, str(problem['loc'][-1])]))}'."
     message = shorten(problem["msg"].removeprefix("Value error, ").rstrip("."), 1000)

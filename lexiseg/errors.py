@@ -15,3 +15,14 @@ class LexisegWarning(UserWarning):
     The command line prints each distinct sentence once, as ``note: ...`` on stderr; ``--quiet`` silences it. In Python
     it is an ordinary warning, so that ``warnings.simplefilter("ignore", LexisegWarning)`` silences it.
     """
+
+
+class DataSetError(LexisegError):
+    """What keeps a whole split from being listed: a folder, a class list, or a file of annotations.
+
+    ``kind``: of the finding it amounts to; see :class:`lexiseg.data.sets.dataset.Finding`.
+    """
+
+    def __init__(self, problem: str, kind: str = "missing-folder") -> None:
+        super().__init__(problem)
+        self.kind = kind

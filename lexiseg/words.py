@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import operator
 import re
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from lexiseg.errors import LexisegError
@@ -88,6 +89,12 @@ def word_key(text: str) -> str:
         return " ".join(text.casefold().split())
     folded = unicodedata.normalize("NFD", text.translate(_INVISIBLE)).casefold()
     return " ".join(unicodedata.normalize("NFC", folded).split())
+
+
+def did_you_mean(name: str, known: Iterable[str], what: str = "there are") -> str:
+    """The end of a sentence about a name that is not known: the nearest one there is, else all of them."""
+    near = difflib.get_close_matches(name, known := list(known), n=1)
+    return f"did you mean '{near[0]}'?" if near else f"{what} {', '.join(known)}."
 
 
 def refuse_unknown(value: Mapping[Any, Any], known: Sequence[str], what: str) -> None:

@@ -13,8 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lexiseg.analysis.measures import linear_cka, patch_similarity
-from lexiseg.analysis.panels import ACCENT, INK, Panel, Scale, compose, new_figure, set_title
-from lexiseg.analysis.points import Point, chosen_points
+from lexiseg.analysis.panels import ACCENT, INK, Panel, Point, Scale, chosen_points, compose, new_figure, set_title
 from lexiseg.analysis.towers import Blocks, has_own_clip, learnt_in_tower, plain_blocks, system_blocks
 from lexiseg.errors import LexisegError
 from lexiseg.images import image_name, read_image

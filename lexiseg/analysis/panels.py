@@ -4,21 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lexiseg.errors import LexisegError
+from lexiseg.images import image_name
+from lexiseg.words import shorten
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from matplotlib.image import AxesImage
 
+Point = tuple[int, int]
+"""Column and row of a pixel."""
+
 ACCENT, INK, MUTED = "#c81e28", "#212121", "#6e6e6e"
 _PANEL, _WIDE = 2.6, 4.2
 _BAR = 0.34
+_MAX_POINTS = 6
 
 
 @dataclass(frozen=True)
@@ -139,3 +146,22 @@ def _draw_bars(axes: Axes, bars: Sequence[Bar]) -> None:
         ink = ACCENT if bar.unseen else INK
         axes.text(left, place - 0.2, bar.name, fontsize=8, color=ink, clip_on=True, parse_math=False)
         axes.text(right, place - 0.2, f"{bar.value:.2f}", fontsize=8, color=ink, ha="right")
+
+
+def chosen_points(points: Sequence[Point], size: tuple[int, int], image: str | Path) -> list[Point]:
+    """The points, or the middle where none is given.
+
+    ``size``: width and height of the picture. Raises LexisegError if there are too many, or one lies outside the
+    picture.
+    """
+    width, height = size
+    chosen = list(points) or [(width // 2, height // 2)]
+    if len(chosen) > _MAX_POINTS:
+        raise LexisegError(f"{len(chosen)} points are too many for one figure; choose at most {_MAX_POINTS}.")
+    for column, row in chosen:
+        if not (0 <= column < width and 0 <= row < height):
+            raise LexisegError(
+                f"The point {column},{row} lies outside '{shorten(image_name(image), 200)}', which has {width} x "
+                f"{height} pixels; columns go from 0 to {width - 1} and rows from 0 to {height - 1}."
+            )
+    return chosen

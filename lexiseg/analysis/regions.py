@@ -15,8 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lexiseg.analysis.figures import in_rows, read_picture
-from lexiseg.analysis.panels import Bar, Panel, Scale, compose
-from lexiseg.analysis.points import Point, chosen_points
+from lexiseg.analysis.panels import Bar, Panel, Point, Scale, chosen_points, compose
 from lexiseg.errors import LexisegError
 from lexiseg.images import image_name
 from lexiseg.models import DeOP

@@ -52,7 +52,7 @@ def doctor(
         requirements = _requirements()
         packages = {requirement.name: _version(requirement.name) for requirement in requirements}
         torch_facts = None if quick else _torch()
-        folders = {"hub cache": _hub_cache(), "text cache": _text_cache()}
+        folders = _folders()
         models = [entry.name for entry in lexiseg.list_models()]
     self_test = None
     if not quick:
@@ -144,16 +144,13 @@ def _torch() -> dict[str, Any]:
     }
 
 
-def _hub_cache() -> dict[str, Any]:
+def _folders() -> dict[str, dict[str, Any]]:
     from huggingface_hub import constants
 
-    return {**_folder(Path(constants.HF_HUB_CACHE)), "offline": bool(constants.HF_HUB_OFFLINE)}
-
-
-def _text_cache() -> dict[str, Any]:
     from lexiseg.files import default_cache_folder
 
-    return _folder(default_cache_folder())
+    hub = {**_folder(Path(constants.HF_HUB_CACHE)), "offline": bool(constants.HF_HUB_OFFLINE)}
+    return {"hub cache": hub, "text cache": _folder(default_cache_folder())}
 
 
 def _folder(path: Path) -> dict[str, Any]:

@@ -27,7 +27,6 @@ size of the label file; labels are never resized.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -44,6 +43,7 @@ from lexiseg.models.dense_clip import DenseCLIP
 from lexiseg.models.region_base import RegionModel
 from lexiseg.vocabulary import PAPER_TEMPLATES, SINGLE_TEMPLATE
 from lexiseg.windows import WindowPolicy
+from lexiseg.words import did_you_mean
 
 ONE_STAGE = WindowPolicy(size=512, stride=426, short_side=512, antialias=False)
 """ZegCLIP's and Cascade-CLIP's code (mmsegmentation): sliding windows on a picture whose shorter side is 512."""
@@ -302,7 +302,5 @@ PROTOCOLS: Mapping[str, Protocol] = {
 def find_protocol(name: str) -> Protocol:
     """The protocol called ``name``. Raises LexisegError if there is none of that name."""
     if name not in PROTOCOLS:
-        near = difflib.get_close_matches(name, PROTOCOLS, n=1)
-        hint = f"did you mean '{near[0]}'?" if near else f"there are {', '.join(PROTOCOLS)}."
-        raise LexisegError(f"There is no protocol '{name}'; {hint}")
+        raise LexisegError(f"There is no protocol '{name}'; {did_you_mean(name, PROTOCOLS)}")
     return PROTOCOLS[name]

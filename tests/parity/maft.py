@@ -19,7 +19,7 @@ from lexiseg.proposals.base import Proposals
 from lexiseg.proposals.mask2former import Mask2Former
 from lexiseg.proposals.maskformer import MaskFormer
 from lexiseg.regions.ensemble import EnsembleOptions, class_probabilities, ensemble
-from lexiseg.weights.region_checkpoint import read_region_model
+from lexiseg.weights.decoupled_checkpoints import read_region_model
 from tests.parity.case import Case, UnsupportedError
 from tests.parity.clip_build import text_sizes, under, vision_sizes
 from tests.parity.decoupled_clip import inputs

@@ -16,7 +16,7 @@ from lexiseg.models.maft import MaftOptions, mask_aware_step
 from lexiseg.models.region_base import RegionModel
 from lexiseg.regions.crops import CropOptions, aligned_crops, boxes_of, in_chunks, near_duplicates, tight_crops
 from lexiseg.regions.ensemble import EnsembleOptions, class_probabilities, ensemble
-from lexiseg.weights.region_checkpoint import read_region_model
+from lexiseg.weights.decoupled_checkpoints import read_region_model
 from tests.models.test_region_models import make
 from tests.parity.runner import run_case
 from tests.towers import small_clip

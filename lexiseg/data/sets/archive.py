@@ -18,8 +18,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import IO, TypeAlias
 
-from lexiseg.data.sets.errors import DataSetError
-from lexiseg.errors import LexisegError
+from lexiseg.errors import DataSetError, LexisegError
 
 MAX_BYTES = 256 << 20
 """Members that unpack to more than this are refused before a byte is unpacked; a picture has a few megabytes."""

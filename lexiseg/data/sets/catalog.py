@@ -7,7 +7,6 @@ The lists are YAML files beside this module, each with its source. Where a list 
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -19,7 +18,7 @@ import yaml
 from lexiseg.errors import LexisegError
 from lexiseg.label_ids import IGNORE_INDEX, ignore_index
 from lexiseg.vocabulary import Vocabulary, VocabularyClass
-from lexiseg.words import word_key
+from lexiseg.words import did_you_mean, word_key
 
 NAMES = (
     *("voc2012", "coco-stuff-164k", "coco-object", "pascal-context-59", "pascal-context-459"),
@@ -171,9 +170,7 @@ def _unshared(words: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]
 def data_set(name: str) -> DataSetInfo:
     """What is known of the data set called ``name``. Raises LexisegError if there is none of that name."""
     if name not in NAMES:
-        near = difflib.get_close_matches(name, NAMES, n=1)
-        hint = f"did you mean '{near[0]}'?" if near else f"there are {', '.join(NAMES)}."
-        raise LexisegError(f"There is no data set '{name}'; {hint}")
+        raise LexisegError(f"There is no data set '{name}'; {did_you_mean(name, NAMES)}")
     text = (resources.files("lexiseg") / "data" / "sets" / f"{name}.yaml").read_text(encoding="utf-8")
     return _read(name, yaml.safe_load(text))
 

@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from lexiseg.data.sets.dataset import Finding, Item, SplitFiles
-from lexiseg.data.sets.errors import DataSetError
 from lexiseg.data.sets.labels import MAX_PIXELS, LabelKind, ValueTable
 from lexiseg.data.sets.listing import is_safe, key, with_unseen
 from lexiseg.data.sets.outlines import Outline, draw_outlines, rest_of
-from lexiseg.errors import LexisegError
+from lexiseg.errors import DataSetError, LexisegError
 from lexiseg.files import spelled
 from lexiseg.label_ids import ignore_index
 from lexiseg.vocabulary import Vocabulary, VocabularyClass

@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lexiseg.data.sets.dataset import Finding, SplitFiles
-from lexiseg.data.sets.errors import DataSetError
 from lexiseg.data.sets.listing import by_stem, child, entries, folders_in, listed_as, read_list
+from lexiseg.errors import DataSetError
 from lexiseg.images import IMAGE_SUFFIXES
 
 IMAGE_FOLDERS = ("images", "JPEGImages", "imgs", "image", "img", "photos", "data")

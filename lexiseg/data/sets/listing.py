@@ -8,8 +8,7 @@ from collections.abc import Container, Iterable, Sequence
 from pathlib import Path, PurePosixPath
 
 from lexiseg.data.sets.dataset import Finding
-from lexiseg.data.sets.errors import DataSetError
-from lexiseg.errors import LexisegError
+from lexiseg.errors import DataSetError, LexisegError
 from lexiseg.vocabulary import Vocabulary
 from lexiseg.words import shorten, word_key
 

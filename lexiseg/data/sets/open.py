@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +19,7 @@ from lexiseg.data.sets.own import list_own
 from lexiseg.data.sets.voc import list_voc
 from lexiseg.errors import LexisegError
 from lexiseg.vocabulary import Vocabulary, VocabularyClass
+from lexiseg.words import did_you_mean
 
 OWN = "own"
 """Name of a folder of one's own among the data sets."""
@@ -126,9 +126,7 @@ def list_split(
     missing are findings.
     """
     if name not in _LAYOUTS:
-        near = difflib.get_close_matches(name, _LAYOUTS, n=1)
-        hint = f"did you mean '{near[0]}'?" if near else f"there are {', '.join(_LAYOUTS)}."
-        raise LexisegError(f"There is no data set '{name}'; {hint}")
+        raise LexisegError(f"There is no data set '{name}'; {did_you_mean(name, _LAYOUTS)}")
     if classes is not None and name not in _TAKES_CLASSES:
         raise LexisegError(f"The classes of {name} are known, so a list of them cannot be given; leave it out.")
     if name in NAMES and split not in data_set(name).splits:

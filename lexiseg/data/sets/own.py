@@ -30,7 +30,6 @@ from lexiseg.class_forms import ListedClass
 from lexiseg.class_list import ClassList, read_class_list
 from lexiseg.data.sets.coco_json import list_coco_json
 from lexiseg.data.sets.dataset import Finding, Item, SplitFiles
-from lexiseg.data.sets.errors import DataSetError
 from lexiseg.data.sets.labels import LabelKind, ValueTable, read_values
 from lexiseg.data.sets.layouts import (
     CLASS_FILES,
@@ -49,7 +48,7 @@ from lexiseg.data.sets.layouts import (
 from lexiseg.data.sets.listing import by_stem, entries, same_stems, with_unseen
 from lexiseg.data.sets.outlines import draw_labelme, draw_yolo, read_labelme, rest_of
 from lexiseg.data.sets.pairing import LabelFolder, orphans, pair
-from lexiseg.errors import LexisegError
+from lexiseg.errors import DataSetError, LexisegError
 from lexiseg.images import FOREIGN_SUFFIXES, IMAGE_SUFFIXES
 from lexiseg.label_ids import IGNORE_INDEX, ignore_index
 from lexiseg.vocabulary import Vocabulary

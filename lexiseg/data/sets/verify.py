@@ -26,11 +26,10 @@ from lexiseg.data.sets.dataset import (
     unknown_value,
     value_name,
 )
-from lexiseg.data.sets.errors import DataSetError
 from lexiseg.data.sets.labels import UNKNOWN, LabelKind, png_fault
 from lexiseg.data.sets.listing import unreadable
 from lexiseg.data.sets.open import OWN, list_split, splits_of
-from lexiseg.errors import LexisegError
+from lexiseg.errors import DataSetError, LexisegError
 from lexiseg.windows import check_proportions
 
 _SHOWN = 12

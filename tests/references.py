@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from lexiseg.label_ids import IGNORE_INDEX
@@ -68,3 +70,14 @@ def pixel_accuracy(logits: Tensor, labels: Tensor) -> Tensor:
     counted = labels != ignored_among(logits.shape[1])
     right = (logits.argmax(dim=1) == labels) & counted
     return 100.0 * right.sum() / counted.sum().clamp(min=1)
+
+
+def reduce_zero_label(label: NDArray[np.integer]) -> NDArray[np.uint8]:
+    """Turn labels that count from 1 with 0 = background into ids from 0 with 255 = ignored.
+
+    0 becomes 255, ``v`` becomes ``v - 1``, 255 stays. Apply it once only.
+
+    ``label``: values 0..255 of any shape.
+    """
+    values = np.asarray(label)
+    return np.where((values == 0) | (values == 255), 255, values - 1).astype(np.uint8)

@@ -19,7 +19,7 @@ PACKAGE = Path(__file__).parents[1] / "lexiseg"
 WORDS = {"errors", "label_ids", "files", "words", "colors", "background", "class_forms", "class_list", "vocabulary"}
 WORDS |= {"exemplars"}
 PICTURES = {"images", "formats", "fonts", "overlay", "segmentation"}
-MODELS = {"clip", "refine", "scores", "proposals", "regions", "losses", "models", "weights"}
+MODELS = {"devices", "clip", "refine", "scores", "proposals", "regions", "losses", "models", "weights"}
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "label_ids": set(),

@@ -15,6 +15,7 @@ from torch import Tensor
 from lexiseg.analysis.measures import linear_cka, patch_similarity
 from lexiseg.analysis.panels import ACCENT, INK, Panel, Point, Scale, chosen_points, compose, new_figure, set_title
 from lexiseg.analysis.towers import Blocks, has_own_clip, learnt_in_tower, plain_blocks, system_blocks
+from lexiseg.devices import EvaluationMode
 from lexiseg.errors import LexisegError
 from lexiseg.images import image_name, read_image
 from lexiseg.models import CascadeCLIP, SegmentationModel
@@ -242,14 +243,8 @@ def _percent(fraction: float) -> str:
 
 
 def _run(segmenter: Segmenter, image: str | Path, *, plain: bool = False) -> Blocks:
-    model = segmenter.model
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            return (plain_blocks if plain else system_blocks)(model, segmenter.pixels(image))
-    finally:
-        model.train(training)
+    with EvaluationMode(segmenter.model, None)():
+        return (plain_blocks if plain else system_blocks)(segmenter.model, segmenter.pixels(image))
 
 
 def _samples(found: Sequence[Blocks]) -> list[Tensor]:

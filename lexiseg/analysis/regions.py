@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from lexiseg.analysis.figures import in_rows, read_picture
 from lexiseg.analysis.panels import Bar, Panel, Point, Scale, chosen_points, compose
+from lexiseg.devices import EvaluationMode
 from lexiseg.errors import LexisegError
 from lexiseg.images import image_name
 from lexiseg.models import DeOP
@@ -83,9 +84,7 @@ def anchor_figure(segmenter: Segmenter, image: str | Path, points: Sequence[Poin
     chosen = chosen_points(points, (picture.shape[1], picture.shape[0]), image)
     images = segmenter.pixels(image)
     height, width = images.shape[-2:]
-    training = model.training
-    model.eval()
-    try:
+    with EvaluationMode(model, None)():
         padded = model.pad(images)
         text = model.no_object_row() if model.generator.needs_text else None
         proposals = model.propose(padded, text, (int(height), int(width)))
@@ -95,8 +94,6 @@ def anchor_figure(segmenter: Segmenter, image: str | Path, points: Sequence[Poin
         heat = model.pool(model.patches(padded, mask_logits, (height, width)), mask_logits).mean_heatmaps[0].cpu()
         attention = attention_maps(model, padded).cpu()
         masks = model.upsampled(mask_logits.float(), padded)[0, :, :height, :width].sigmoid().cpu()
-    finally:
-        model.train(training)
     rows, columns = model.grid(padded)
     patch = model.clip.patch_size
     shown = (-(-min(rows * patch, height) // patch), -(-min(columns * patch, width) // patch))

@@ -33,19 +33,6 @@ def _scaled(height: int, width: int, factor: float) -> tuple[int, int]:
     return max(1, int(height * factor + 0.5)), max(1, int(width * factor + 0.5))
 
 
-def test_size(height: int, width: int, short_side: int = 512) -> tuple[int, int]:
-    """Size of a test picture: aspect kept, the short side exactly ``short_side``, the long side without a limit.
-
-    ``short_side``: wanted length of the shorter side in pixels. Returns ``(new_height, new_width)``, each rounded half
-    up. 100 x 900 becomes 512 x 4608.
-    """
-    return _scaled(height, width, short_side / min(height, width))
-
-
-# A name that starts with "test_" must not be collected when a test module imports it.
-test_size.__test__ = False  # type: ignore[attr-defined]
-
-
 def train_size(height: int, width: int, ratio: float, scale: tuple[int, int] = TRAIN_SCALE) -> tuple[int, int]:
     """Size of a training picture: aspect kept, fitted into ``scale * ratio``.
 

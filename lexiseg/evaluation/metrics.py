@@ -17,17 +17,6 @@ from lexiseg.label_ids import IGNORE_INDEX
 _CHUNK = 1 << 16  # pixels counted at a time: their numbers then stay in the processor's cache
 
 
-def reduce_zero_label(label: NDArray[np.integer]) -> NDArray[np.uint8]:
-    """Turn labels that count from 1 with 0 = background into ids from 0 with 255 = ignored.
-
-    0 becomes 255, ``v`` becomes ``v - 1``, 255 stays. Apply it once only.
-
-    ``label``: values 0..255 of any shape.
-    """
-    values = np.asarray(label)
-    return np.where((values == 0) | (values == 255), 255, values - 1).astype(np.uint8)
-
-
 def harmonic_mean(seen: float, unseen: float) -> float:
     """``2 * seen * unseen / (seen + unseen)``: hIoU. NaN if either is NaN, 0 if both are 0."""
     if math.isnan(seen) or math.isnan(unseen):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lexiseg.data.base import SegmentationDataset, seen_ids, unseen_ids
+from lexiseg.devices import EvaluationMode
 from lexiseg.errors import LexisegError
 from lexiseg.evaluation.metrics import Confusion, Metrics
 from lexiseg.evaluation.proposals import ProposalRecall, Recall, ReleasedRecall, upper_bound_scores
@@ -67,7 +68,6 @@ def _text(value: float) -> str:
     return "-" if math.isnan(value) else f"{value:.2f}"
 
 
-@torch.no_grad()
 def evaluate_proposals(
     segmenter: Segmenter,
     dataset: SegmentationDataset,
@@ -100,9 +100,7 @@ def evaluate_proposals(
     text = model.embed_text(segmenter.embedder, segmenter.vocabulary(vocabulary)).to(segmenter.device)
     words = text[:, 0] if text.dim() == 3 else text  # with several sources of text the first one is the generator's
     total = 0
-    training = model.training
-    model.eval()
-    try:
+    with EvaluationMode(model, None)():
         for index in indices:
             sample = dataset[index]
             images = segmenter.pixels(sample.image)
@@ -124,8 +122,6 @@ def evaluate_proposals(
                 prediction = segmenter.predict(sample.image, vocabulary).label_map.long()
                 for counter in counters.values():
                     counter.update_map(prediction, sample.label)
-    finally:
-        model.train(training)
     return ProposalReport(
         recall.compute(),
         confusion.compute(seen, unseen),

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from safetensors.numpy import load_file
 
-from lexiseg.evaluation.metrics import Confusion, harmonic_mean, nanmean, percent, reduce_zero_label
+from lexiseg.evaluation.metrics import Confusion, harmonic_mean, nanmean, percent
+from tests.references import reduce_zero_label
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 

@@ -26,25 +26,18 @@ def resize_positions(
     *,
     by_count: bool = False,
 ) -> Tensor:
-    """Resize a position table to another patch grid; row 0, the class token's, is copied.
+    """Resize a position table (1 + h0 * w0, W) to another patch grid (h, w); row 0, the class token's, is copied.
 
     Args:
-        table: (1 + h0 * w0, W).
+        table: given back itself when the grids agree.
         grid: the target (h, w).
-        source: (h0, w0); None means a square grid.
-        interpolation: "bilinear" is what ZegCLIP does at every forward (align_corners False, no antialias);
-            "bicubic" is DeOP's and ZSSeg's; "bicubic-corners" (align_corners True) is MAFT's and FreeSeg's;
-            "bicubic-antialias" is open_clip's when it loads weights; "bicubic-offset" is what DINO, SCLIP, ClearCLIP,
-            NACLIP, ProxyCLIP and ResCLIP do, sampling with the scale (h + 0.1) / h0; "bilinear-antialias" is TIPSv2's
-            and SigLIP 2's.
-        by_count: take the table as it is whenever it has 1 + h * w rows, even if its own grid has another shape. DeOP's
-            released code asks for the number of rows only.
-
-    Returns:
-        (1 + h * w, W); the table itself when the grids agree.
-
-    Raises:
-        LexisegError: the rows do not form the source grid.
+        source: (h0, w0); None means a square grid. Rows that do not form it are a `LexisegError`.
+        interpolation: "bilinear" is what ZegCLIP does at every forward (align_corners False, no antialias); "bicubic"
+            is DeOP's and ZSSeg's; "bicubic-corners" (align_corners True) is MAFT's and FreeSeg's; "bicubic-antialias"
+            is open_clip's when it loads weights; "bicubic-offset" is what DINO, SCLIP, ClearCLIP, NACLIP, ProxyCLIP and
+            ResCLIP do, sampling with the scale (h + 0.1) / h0; "bilinear-antialias" is TIPSv2's and SigLIP 2's.
+        by_count: take the table as it is whenever it has 1 + h * w rows, whatever its grid, as DeOP's released code
+            does.
     """
     rows = table.shape[0] - 1
     if source is None:

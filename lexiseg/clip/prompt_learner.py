@@ -45,21 +45,16 @@ def hide_background(images: Tensor, masks: Tensor, clip: CLIP) -> Tensor:
 class PromptLearner(nn.Module):
     """Prompts of the form ``[start][prefix ...] name [suffix ...][.][end]``, shared by all classes.
 
-    DeOP and ZSSeg learn a prefix of 16 vectors; FreeSeg puts its task in front of the start mark:
-    ``[task name][task prompt ...][start][prefix ...] name ...``. The start mark, the full stop and the end mark are
-    CLIP's own tokens, and the feature is read at the end mark.
+    DeOP and ZSSeg learn a prefix of 16 vectors; FreeSeg puts its task in front of the start mark: ``[task name][task
+    prompt ...][start][prefix ...] name ...``. The start mark, the full stop and the end mark are CLIP's own tokens, and
+    the feature is read at the end mark.
 
     Args:
         width: width of the text tower's tokens, `CLIP.text_width`.
         prefix: number of vectors in front of the name.
         suffix: number of vectors behind it.
-        task: number of vectors behind the task's name; 0 means no task part at all.
-
-    Attributes:
-        prefix_prompt: (prefix, width), or None. `suffix_prompt` and `task_prompt` likewise.
-
-    Raises:
-        LexisegError: there would be nothing to learn, or a count is negative.
+        task: number of vectors behind the task's name; 0 means no task part at all. Nothing to learn is a
+            `LexisegError`.
     """
 
     def __init__(self, width: int, prefix: int = 16, suffix: int = 0, task: int = 0) -> None:

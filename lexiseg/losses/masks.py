@@ -66,25 +66,20 @@ def mask_losses(
 ) -> MaskLosses:
     """Focal and dice loss of class masks (ZegCLIP, Sec. 3.2 and its released code).
 
-    The focal term is ``alpha_t (1 - p_t)^2 BCE`` averaged over all pixels of a mask and summed over images and
-    classes, with every pixel that is not of the class a negative, 255 included. The dice term
-    ``1 - (2 sum(p t) + 1) / (sum p + sum t + 1)`` is taken for the classes present in an image only. Both are divided
-    by the number of masks.
-
-    The prediction is upsampled to the labels' size one image at a time, and the gradient is computed on the way, so
-    that neither the upsampled masks of a batch nor one-hot labels are ever held in memory.
+    The focal term is ``alpha_t (1 - p_t)^2 BCE`` averaged over all pixels of a mask and summed over images and classes,
+    with every pixel that is not of the class a negative, 255 included. The dice term ``1 - (2 sum(p t) + 1) / (sum p +
+    sum t + 1)`` is taken for the classes present in an image only. Both are divided by the number of masks. The
+    prediction is upsampled one image at a time, and the gradient is computed on the way, so that neither upsampled
+    masks of a batch nor one-hot labels are ever held in memory.
 
     Args:
         logits: (B, C, h, w) mask logits, before the sigmoid; upsampled bilinearly where the labels are larger.
-        labels: (B, H, W) long in 0..C-1, or 255.
+        labels: (B, H, W) long in 0..C-1, or 255; others, or another batch size, are a `LexisegError`.
         focal_weight: factor on the focal term.
         dice_weight: factor on the dice term.
         alpha: weight of positives; negatives have 1 - alpha.
         num_masks: what to divide by; None counts the masks of ``labels``.
         weights: (C,) factors on the terms of each class; None is 1 for all.
-
-    Raises:
-        LexisegError: a label is neither in 0..C-1 nor 255, or the batch sizes differ.
     """
     if labels.ndim != 3 or logits.ndim != 4 or len(labels) != len(logits):
         raise LexisegError(

@@ -35,24 +35,17 @@ def region_map_losses(
     takes the pixels labelled 255: they are positives of that channel, not left out. Focal: -a (1 - p_t)^2 log p_t, with
     p_t kept 1e-4 away from 0 and 1 in the logarithm and a = 0.25 for positives, averaged over images, channels and
     pixels. Dice: 1 - (2 sum(x t) + 1) / (sum x + sum t + 1) over all pixels and real classes of an image at once,
-    averaged over the images.
-
-    The map is made a few rows at a time and its gradient on the way, so that memory grows with neither the classes nor
-    the picture.
+    averaged over the images. The map and its gradient are made a few rows at a time, so that memory grows with neither
+    the classes nor the picture.
 
     Args:
         class_probabilities: (B, N, C + 1), softmax over the classes and "no object", which is the last.
         mask_logits: (B, N, h, w).
-        labels: (B, H, W) long in 0..C-1, 255 = no class.
+        labels: (B, H, W) long in 0..C-1, 255 = no class; others, or shapes that do not belong together, are a
+            `LexisegError`.
         scale: steepness of the squashing (released: 3).
         focal_weight: factor on the focal term (released: 2).
         dice_weight: factor on the dice term (released: 0.8).
-
-    Returns:
-        the weighted terms; ``total`` carries the gradient, to both the probabilities and the masks.
-
-    Raises:
-        LexisegError: a label is neither in 0..C-1 nor 255, or the shapes do not belong together.
     """
     if (
         class_probabilities.ndim != 3

@@ -22,19 +22,12 @@ _Sides = tuple[Tensor, Tensor]
 
 
 def ssim_loss(logits: Tensor, labels: Tensor, *, weight: float = 1.0) -> Tensor:
-    """``weight * (1 - SSIM)`` of mask logits and binary masks, a scalar.
+    """``weight * (1 - SSIM)`` of mask logits (B, C, h, w), upsampled bilinearly, and binary masks of labels (B, H, W).
 
     The statistics are those of a Gaussian window of 11 x 11 and sigma 1.5, with zeros around the map; the mean is over
-    images, all classes and pixels. A class that is absent from an image, and a pixel labelled 255, have the target 0.
-    The prediction is upsampled a few classes at a time and the gradient computed on the way, as in `mask_losses`.
-
-    Args:
-        logits: (B, C, h, w) mask logits, upsampled bilinearly where the labels are larger.
-        labels: (B, H, W) long in 0..C-1, or 255.
-        weight: factor.
-
-    Raises:
-        LexisegError: a label is neither in 0..C-1 nor 255.
+    images, all classes and pixels. A class that is absent from an image, and a pixel labelled 255, have the target 0; a
+    label that is neither that nor in 0..C-1 is a `LexisegError`. The gradient is computed on the way, as in
+    `mask_losses`.
     """
     check_labels(labels, logits.shape[1])
     with torch.autocast(logits.device.type, enabled=False):

@@ -102,12 +102,8 @@ class _Projections(nn.Module):
 class WindowBlock(nn.Module):
     """Attention in windows of a class's map, all classes alike (Sec. 3.3, spatial aggregation).
 
-    Args:
-        dim: width C.
-        guidance: width G of the image guidance, which queries and keys see.
-        heads: attention heads.
-        window: side of a window in patches.
-        shifted: begin the windows half a window further, so that they lie across those of the block before.
+    Queries and keys see an image guidance of width G. A ``shifted`` block begins half a window further, so that its
+    windows lie across those of the block before.
     """
 
     def __init__(self, dim: int, guidance: int, heads: int, window: int, *, shifted: bool) -> None:
@@ -254,13 +250,10 @@ class AggregationLayer(nn.Module):
         )
 
     def forward(self, x: Tensor, appearance: Tensor, words: Tensor, pooling: tuple[int, int]) -> Tensor:
-        """Aggregate x (B, T, H, W, C); it is written over where no gradient is needed.
+        """Aggregate x (B, T, H, W, C), which is written over where no gradient is needed.
 
-        Args:
-            x: class maps.
-            appearance: (B, H, W, G).
-            words: (B, T, G).
-            pooling: sides of the average pooling before the aggregation over classes.
+        ``appearance`` (B, H, W, G) and ``words`` (B, T, G) guide it; ``pooling`` are the sides of the average pooling
+        before the aggregation over classes.
         """
         x = _in_parts(lambda part: self.swin_block(part, appearance), x, 1, _CLASSES_AT_ONCE)
         grid = (x.shape[2], x.shape[3])
@@ -307,12 +300,7 @@ class Upsample(nn.Module):
 
 
 class CostAggregator(nn.Module):
-    """Aggregates the cosines of patches and words into a map of logits a word, four times as fine.
-
-    Args:
-        dim: D of patches and words.
-        options: the sizes.
-    """
+    """Aggregates the cosines of patches and words into a map of logits a word, four times as fine."""
 
     def __init__(self, dim: int, options: AggregationOptions) -> None:
         super().__init__()
@@ -333,16 +321,13 @@ class CostAggregator(nn.Module):
     def forward(
         self, features: Tensor, text: Tensor, guidance: Sequence[Tensor], pooling: tuple[int, int] = (1, 1)
     ) -> Tensor:
-        """Logits of words.
+        """Logits (B, T, 4 H, 4 W) of words; -100 for words that the released limit leaves out.
 
         Args:
             features: (B, D, H, W) patches, of any length.
             text: (B, T, P, D) words in P templates, of any length.
             guidance: (B, D, H, W), (B, G1, 2 H, 2 W) and (B, G2, 4 H, 4 W).
             pooling: see `AggregationLayer`.
-
-        Returns:
-            (B, T, 4 H, 4 W); -100 for words that the released limit leaves out.
         """
         cost = self.cost_volume(features, text)
         classes, kept = text.shape[1], None

@@ -37,19 +37,12 @@ class FeatureBackbone(nn.Module):
 
 
 class ResNetBackbone(FeatureBackbone):
-    """timm's ResNet with frozen batch norms, stride in the 3x3 convolution.
+    """timm's ResNet with frozen batch norms, stride in the 3x3 convolution: "r50", "r101", "r50c" or "r101c".
 
     The variants with "c" are detectron2's DeepLab ResNets as the released DeOP, ZSSeg and FreeSeg configure them: a
     stem of three 3x3 convolutions, and dilations 1, 2, 4 in the last stage. Frozen batch norms use given statistics,
-    and all four of their tensors are buffers: the optimiser never sees them.
-
-    Args:
-        kind: "r50", "r101", "r50c" or "r101c".
-        widths: inner widths of the four stages; the features are four times as wide.
-        stem_width: width of the stem's output; even.
-
-    Raises:
-        LexisegError: timm is not installed, or the stem's width is odd.
+    and all four of their tensors are buffers: the optimiser never sees them. ``widths`` are the stages' inner ones, a
+    quarter of the features'. A `LexisegError` says that timm is not installed, or that the stem's width is odd.
     """
 
     def __init__(self, kind: Backbone, widths: tuple[int, int, int, int], stem_width: int) -> None:
@@ -122,12 +115,8 @@ def _frozen(module: nn.Module) -> nn.Module:
 class TinyBackbone(FeatureBackbone):
     """A light residual network with group norms: it trains from scratch, with any batch, and has no statistics.
 
-    Two strided 3x3 convolutions, then a residual block of two 3x3 convolutions a stage, strided in all but the first.
-    About 50 million multiply-adds for 128 x 128 pixels at its usual widths.
-
-    Args:
-        widths: widths of the four features.
-        stem_width: width after the first convolution.
+    Two strided 3x3 convolutions, the first to ``stem_width``, then a residual block of two a stage, strided in all but
+    the first. About 50 million multiply-adds for 128 x 128 pixels at its usual widths.
     """
 
     def __init__(self, widths: tuple[int, int, int, int] = TINY_WIDTHS, stem_width: int = 16) -> None:

@@ -14,15 +14,9 @@ from lexiseg.proposals.base import HARD_LOGIT, ProposalGenerator, Proposals, che
 
 
 def ground_truth_proposals(labels: Tensor, *, ignore_index: int = 255) -> Proposals:
-    """One binary mask for each class that occurs.
+    """One binary mask for each class of labels (B, H, W), but ``ignore_index``, in ascending order.
 
-    Args:
-        labels: (B, H, W) integers; ``ignore_index`` belongs to no mask.
-        ignore_index: the label of no class.
-
-    Returns:
-        mask logits (B, N, H, W), -/+ `HARD_LOGIT`, classes in ascending order; N is the largest number of classes in
-        an image, at least 1, and ``valid`` says which slots hold a mask.
+    N is the largest number of classes in an image, at least 1, and ``valid`` says which slots hold a mask.
     """
     present = [values[values != ignore_index] for values in (image.unique() for image in labels)]
     num = max(1, *(len(values) for values in present))
@@ -59,11 +53,7 @@ class GroundTruth(ProposalGenerator):
             self.labels = before
 
     def forward(self, images: Tensor, text: Tensor | None = None) -> Proposals:
-        """Return the masks of the given labels, padded like the images; ``text`` is not looked at.
-
-        Raises:
-            LexisegError: no labels were given, or they are of other images.
-        """
+        """The masks of the given labels, padded like the images; a `LexisegError` if they do not fit."""
         check_images(images, self.stride)
         labels = self.labels
         if labels is None:

@@ -56,11 +56,7 @@ def build_class_head(options: QueryOptions) -> nn.Module | None:
 
 
 def check_query_options(options: QueryOptions) -> None:
-    """See that widths fit together.
-
-    Raises:
-        LexisegError: they do not; the sentence says which.
-    """
+    """See that widths fit together; a `LexisegError` says which do not."""
     if options.pixel_dim % _GROUPS:
         raise LexisegError(f"pixel_dim must be a multiple of {_GROUPS} (its group norms), not {options.pixel_dim}.")
     # The sine position embedding fills each half of the width with pairs of sine and cosine.
@@ -72,11 +68,7 @@ def check_query_options(options: QueryOptions) -> None:
 
 
 def need_transformers() -> None:
-    """See that `transformers` is there.
-
-    Raises:
-        LexisegError: it is not; the sentence says how to get it.
-    """
+    """See that `transformers` is there; a `LexisegError` says how to get it."""
     try:
         import transformers  # noqa: F401
     except ImportError as error:

@@ -42,18 +42,8 @@ def add_leftover(proposals: Proposals, options: LeftoverOptions, inside: tuple[f
 
     Their mask logits say how far below the threshold the best of the proposals is there, so that their borders lie
     between two places of the grid as those of other masks do. Their embeddings are 0: a class head says nothing of
-    them.
-
-    Args:
-        proposals: (B, N, h, w); slots that are not valid claim nothing.
-        options: see `LeftoverOptions`.
-        inside: fraction of the masks' height and width that shows the picture; the rest is padding.
-
-    Returns:
-        (B, N + count, h, w) with ``valid``, and without the earlier levels; the same proposals if ``count`` is 0.
-
-    Raises:
-        LexisegError: scipy is not installed.
+    them. Slots that are not valid claim nothing, and earlier levels are dropped. ``inside`` is the fraction of the
+    masks' height and width that shows the picture. A `LexisegError` says that scipy is not installed.
     """
     if not options.count:
         return proposals

@@ -33,17 +33,10 @@ _GAMMA = 0.1
 
 
 class ContextInteraction(nn.Module):
-    """Image features attend to words, level after level (FreeSeg's released code).
+    """Image features attend to words of width ``text_dim``, level after level (FreeSeg's released code).
 
     The residual starts from the normalised feature, and the words are normalised once more at every level: both are as
     the released checkpoints were trained.
-
-    Args:
-        width: width of the features.
-        text_dim: width of the words' embeddings.
-        inner: width of the attention.
-        heads: its heads.
-        dropout: dropout on its weights.
     """
 
     def __init__(self, width: int, text_dim: int, inner: int, heads: int, dropout: float) -> None:
@@ -64,12 +57,7 @@ class ContextInteraction(nn.Module):
             nn.init.zeros_(layer.bias)
 
     def forward(self, features: Sequence[Tensor], text: Tensor) -> list[Tensor]:
-        """Let the features look at the words, in the order given.
-
-        Args:
-            features: each (B, C, h, w).
-            text: (B, K, T).
-        """
+        """Let features (B, C, h, w) attend to the words (B, K, T), in the order given."""
         result = []
         for feature in features:
             text = self.norm_text(text)
@@ -91,11 +79,7 @@ class ContextInteraction(nn.Module):
 class Mask2Former(ProposalGenerator):
     """Queries that become masks through masked attention; N masks at a quarter of the image's size.
 
-    Args:
-        options: see `Mask2FormerOptions`.
-
-    Raises:
-        LexisegError: transformers or timm is missing, or widths do not fit together.
+    A `LexisegError` says that transformers or timm is missing, or that widths do not fit together.
     """
 
     def __init__(self, options: Mask2FormerOptions) -> None:
@@ -185,11 +169,7 @@ class Mask2Former(ProposalGenerator):
         return list(found.multi_scale_features), found.mask_features
 
     def interact(self, levels: list[Tensor], pixels: Tensor, text: Tensor | None) -> tuple[list[Tensor], Tensor]:
-        """Let what `pixel_features` gave look at the words.
-
-        Raises:
-            LexisegError: there are no words, or they have another width.
-        """
+        """Let what `pixel_features` gave attend to the words; a `LexisegError` if they are missing or do not fit."""
         if self.interaction is None:
             return levels, pixels
         if text is None:

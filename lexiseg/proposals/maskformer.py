@@ -26,11 +26,7 @@ from lexiseg.proposals.options import MaskFormerOptions
 class MaskFormer(ProposalGenerator):
     """Queries that become masks: N masks at a quarter of the image's size, and an embedding for each.
 
-    Args:
-        options: see `MaskFormerOptions`.
-
-    Raises:
-        LexisegError: transformers or timm is missing, or widths do not fit together.
+    A `LexisegError` says that transformers or timm is missing, or that widths do not fit together.
     """
 
     def __init__(self, options: MaskFormerOptions) -> None:

@@ -26,12 +26,6 @@ class Sam(ProposalGenerator):
 
     The model is loaded when it is first run. It is not a part of this module: it is not saved with the system, has no
     parameters here, and is never trained.
-
-    Args:
-        options: see `SamOptions`.
-
-    Raises:
-        LexisegError: transformers is not installed.
     """
 
     def __init__(self, options: SamOptions) -> None:
@@ -76,14 +70,7 @@ class Sam(ProposalGenerator):
 
     @torch.no_grad()
     def forward(self, images: Tensor, text: Tensor | None = None) -> Proposals:
-        """Propose the masks that SAM finds, the best first; ``text`` is not looked at.
-
-        Returns:
-            binary masks; N is the largest number found in an image, at least 1, ``valid`` says which slots hold one.
-
-        Raises:
-            LexisegError: the model cannot be loaded.
-        """
+        """Propose the binary masks that SAM finds, the best first; a `LexisegError` if it cannot be loaded."""
         check_images(images, self.stride)
         found = [self._masks(image) for image in images]
         num = max(1, *(len(masks) for masks in found))
@@ -122,13 +109,7 @@ class Sam(ProposalGenerator):
 
 
 def without_overlaps(masks: Tensor, keeper: str) -> Tensor:
-    """Give every pixel to one mask at most.
-
-    Args:
-        masks: (N, H, W) bool.
-        keeper: "largest" or "smallest", the mask that keeps a pixel that lies in several (the first of equals);
-            "all": nothing changes.
-    """
+    """Give every pixel of masks (N, H, W) bool to the "largest" or the "smallest" that has it, or to "all" of them."""
     if keeper == "all" or len(masks) < 2:
         return masks
     areas = masks.flatten(1).sum(1)

@@ -88,21 +88,16 @@ class QueryAnchors(nn.Module):
 
     H = softmax(q F / sqrt(d)) * M: the queries, once more through self-attention, are multiplied with the patches as
     they are, and the heatmap of a proposal pools whole patches. The patches have unit length, as in the released code;
-    the paper does not say.
-
-    Query i makes the heatmap of proposal i. Queries never see the masks before the product in Eq. 3, so the attention
-    maps are made once for the Q queries; with more than Q proposals, proposal n takes query n mod Q.
+    the paper does not say. Query i makes the heatmap of proposal i. Queries never see the masks before the product, so
+    the attention maps are made once for the Q queries; with more than Q proposals, proposal n takes query n mod Q.
 
     Args:
-        dim: E, a multiple of 4 and of the heads.
+        dim: E, a multiple of 4 and of the heads, else a `LexisegError`.
         num_queries: Q, the number of proposals it is trained with.
         num_layers: K, 0 included; each costs 3.15 M parameters at E = 512.
         num_heads: heads of the attentions (released: 8).
         hidden: width of the feed-forward parts (released: 1024); None is 2 E.
-        dropout: see `AnchorLayer` (released: 0.1).
-
-    Raises:
-        LexisegError: the numbers do not fit each other.
+        dropout: of attentions, their outputs and the feed-forward parts (released: 0.1).
     """
 
     def __init__(

@@ -118,26 +118,12 @@ def save_checkpoint(
     keep: int = 2,
     write: bool = True,
 ) -> Path:
-    """Write the checkpoint of ``step`` and remove all but the newest ``keep``.
+    """Write the checkpoint of ``step``, remove all but the newest ``keep``, and return its folder in ``root``.
 
     The files are the same whether the model lies in one process or in parts in several. In the latter case every
-    process must call this, and one of them writes.
-
-    Args:
-        root: folder of the run's checkpoints.
-        step: number of optimizer steps done.
-        model: the module whose trainable tensors are saved.
-        optimizer: made of this model's parameters.
-        rng: each process's :func:`capture_rng`, in the order of their ranks.
-        settings: JSON values that a continuation is compared with.
-        keep: number of checkpoints left.
-        write: False in the processes that only contribute their parts.
-
-    Returns:
-        The checkpoint's folder.
-
-    Raises:
-        LexisegError: the folder cannot be written.
+    process must call this, and one of them ``write``s. ``rng`` are the processes' :func:`capture_rng` in the order of
+    their ranks, ``settings`` JSON values that a continuation is compared with. A folder that cannot be written is a
+    `LexisegError`.
     """
     tensors, options = model_state(model, full=True), StateDictOptions(full_state_dict=True, cpu_offload=True)
     states: Any = get_optimizer_state_dict(model, optimizer, options=options).get("state", {})

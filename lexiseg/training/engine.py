@@ -61,15 +61,10 @@ def _accelerator(settings: TrainSettings, device: str | None) -> Accelerator:
 
 
 class Engine:
-    """Runs a task's loss and gradient on the processes there are.
-
-    Args:
-        task: what is trained; its model is moved to the device, and sharded where the settings say so.
-        settings: precision, sharding and batch size.
-        device: "cpu" to stay off an accelerator; None takes what there is.
+    """Runs a task's loss and gradient on the processes there are, and moves its model there.
 
     Attributes:
-        accelerator: of accelerate.
+        accelerator: of accelerate; ``device`` "cpu" stays off an accelerator, None takes what there is.
         sharded: whether each process keeps a part of the model only.
 
     Raises:

@@ -167,16 +167,11 @@ def refuse_leaks(what: str, before: Sequence[str], now: Sequence[str], vocabular
 
 
 def take_prompts(model: SegmentationModel, source: str, vocabulary: Vocabulary) -> None:
-    """Put text prompts that were learned offline into a model.
-
-    Args:
-        model: gets the prompts.
-        source: folder of a run of the kind "prompts", or of the model in it.
-        vocabulary: of the data; a class that has no masks in the training to come must have had none before.
+    """Put text prompts that were learned offline, in a run of the kind "prompts", into a model.
 
     Raises:
         LexisegError: there are no prompts, the model has no place for them or one of another size, or they were learned
-            with another CLIP, or with a class that is unseen now.
+            with another CLIP, or with a class of the ``vocabulary`` that is unseen now.
     """
     folder, target = prompts_folder(source), model.learned_prompts
     learner, card = load_prompts(folder), read_card(folder)
@@ -286,13 +281,7 @@ def first_stage(recipe: SegmentationRecipe) -> SegmentationRecipe:
 def refuse_misfit(first: SegmentationRecipe, recipe: SegmentationRecipe, clip: CLIP | None = None) -> None:
     """See, before the first stage is trained, that a model of ``recipe`` can start from one of it.
 
-    Args:
-        first: see `first_stage`.
-        recipe: whose ``initial`` it is.
-        clip: the towers of both; None loads them.
-
-    Raises:
-        LexisegError: it cannot, or one of the two cannot be built.
+    ``clip`` are the towers of both; None loads them. A `LexisegError` says that it cannot, or that one cannot be built.
     """
     (before, own), (after, wanted) = system_of(first), system_of(recipe)
     after.check_init(wanted, before, own, lambda: clip or load_clip(recipe.model.clip), str(recipe.initial))

@@ -51,21 +51,18 @@ class Prompted(nn.Module):
 
 
 class PromptTask(Task):
-    """Cross entropy of 100 x cosine between masked crops and the seen classes.
+    """Cross entropy of 100 x cosine between masked crops and the seen classes; no picture with one is a `LexisegError`.
 
     Args:
         clip: the towers.
         learner: the prompts.
-        dataset: pictures with masks; unseen classes take no part.
+        dataset: pictures with masks; unseen classes take no part, unless the ``setting`` is "supervised".
         batch_size: crops a step.
         per_class: at most so many pictures of each class (the authors': 32 on COCO-Stuff, 128 on VOC).
         size: side of a crop; None takes the side CLIP was trained at.
         seed: decides which pictures, which crops and in which order.
         task: see `PromptLearner`.
-        setting: "inductive" leaves unseen classes out, "supervised" takes all.
-
-    Raises:
-        LexisegError: no picture shows a seen class.
+        setting: "inductive" or "supervised".
     """
 
     model: Prompted

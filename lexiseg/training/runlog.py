@@ -145,12 +145,9 @@ class RunLog:
 
 
 class Best:
-    """The largest value of a metric so far, and how long ago that was; what the log says is all it remembers.
+    """The largest value of ``metric`` in the log so far, and how long ago that was; a metric of None follows none.
 
-    Args:
-        metric: its name in the log; None follows none.
-        patience: so many evaluations in a row without a larger value are enough; None waits for ever.
-        log: of the run.
+    ``patience`` evaluations in a row without a larger value are enough; None waits for ever.
     """
 
     def __init__(self, metric: str | None, patience: int | None, log: RunLog) -> None:
@@ -165,11 +162,7 @@ class Best:
         return bool(values) and len(values) - 1 - values.index(max(values)) >= self.patience
 
     def improved_by(self, step: int, values: Mapping[str, float]) -> bool:
-        """Whether the evaluation at ``step``, which is in the log, has the largest value so far.
-
-        Raises:
-            LexisegError: it does not measure the metric.
-        """
+        """Whether ``step`` has the largest value so far; a `LexisegError` if the metric is not measured."""
         if self.metric is None:
             return False
         if self.metric not in values:

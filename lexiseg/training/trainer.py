@@ -103,21 +103,17 @@ class Trainer:
         return self._engine.device
 
     def run(self, *, resume: bool = False, until: int | None = None) -> Path:
-        """Train to the end, or to some step before it.
+        """Train to the end, or to ``until`` steps in all, and return the folder the task exported its model to.
 
         Args:
             resume: continue from the newest checkpoint in ``run_dir``; without one, start. More steps than the run
                 began with are allowed, and what that does to the schedule is said.
-            until: stop after this many steps in all and export what is there; the schedule stays that of the whole run,
-                which can be resumed. None trains to the end.
-
-        Returns:
-            The folder the task exported its model to.
+            until: stop there and export; the schedule stays that of the whole run, which can be resumed.
 
         Raises:
-            LexisegError: ``run_dir`` holds checkpoints and ``resume`` is not asked for; the checkpoint does not fit;
-                or the loss or a gradient is not finite (the message names step and samples, nothing is saved of it);
-                or ``until`` lies behind the run or behind its checkpoint.
+            LexisegError: ``run_dir`` holds checkpoints and ``resume`` is not asked for; the checkpoint does not fit; or
+                the loss or a gradient is not finite (step and samples are named, nothing is saved of it); or ``until``
+                lies behind the run or behind its checkpoint.
         """
         settings, task = self.settings, self.task
         end = settings.steps if until is None else until

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,6 @@ from lexiseg.clip.load import count_parameters, load_clip, random_clip
 from lexiseg.clip.model import CLIP, build_clip
 from lexiseg.clip.prompt_learner import PromptLearner
 from lexiseg.errors import LexisegError
-from lexiseg.models.options import ModelOptions
 from lexiseg.proposals.pretrained import describe_start
 from lexiseg.recipes import ContrastiveRecipe, EvaluationRecipe, PromptRecipe, Recipe, SegmentationRecipe, TrainSettings
 from lexiseg.training.init import build_model, first_stage, is_recipe, proposals_of, refuse_misfit
@@ -47,18 +46,18 @@ class DryRun:
 
     system: str
     clip: str
-    random_weights: str | None
-    setting: str | None
-    data: str | None
-    seen: tuple[str, ...]
-    unseen: tuple[str, ...]
-    text: int
     parameters: int
     trainable: int
-    starts_from: str | None
     options: dict[str, Any]
     train: TrainSettings
-    rates: tuple[dict[str, Any], ...] = field(default=())
+    rates: tuple[dict[str, Any], ...]
+    random_weights: str | None = None
+    setting: str | None = None
+    data: str | None = None
+    seen: tuple[str, ...] = ()
+    unseen: tuple[str, ...] = ()
+    text: int = 0
+    starts_from: str | None = None
     prompts_from: str | None = None
     proposals_from: str | None = None
     teacher: str | None = None
@@ -80,14 +79,9 @@ class DryRun:
                 ("classes with masks", f"{len(self.seen)}: {_shortened(self.seen)}"),
                 ("classes without", f"{len(self.unseen)}: {', '.join(self.unseen)}" if self.unseen else "none"),
             ]
-        if self.starts_from:
-            rows.append(("starts from", self.starts_from))
-        if self.prompts_from:
-            rows.append(("prompts from", self.prompts_from))
-        if self.proposals_from:
-            rows.append(("proposals from", self.proposals_from))
-        if self.teacher:
-            rows.append(("teacher", self.teacher))
+        for title in ("starts from", "prompts from", "proposals from", "teacher"):
+            if source := getattr(self, title.replace(" ", "_")):
+                rows.append((title, source))
         rows += [
             ("parameters", f"{self.parameters:,}"),
             ("trainable", f"{self.trainable:,}"),
@@ -164,15 +158,12 @@ def _segmentation(recipe: SegmentationRecipe) -> DryRun:
         seen=seen,
         unseen=tuple(name for name in vocabulary.names if name not in seen),
         text=len(trained),
-        parameters=model.num_parameters(),
-        trainable=model.num_parameters(trainable=True),
         starts_from=_initial(recipe),
         prompts_from=recipe.prompts_from,
         proposals_from=described,
         teacher=recipe.teacher,
-        options=_options(model.options),
-        train=recipe.train,
-        rates=_rates(model, recipe.train),
+        options=model.options.model_dump(mode="json"),
+        **_numbers(model, recipe.train),
     )
 
 
@@ -190,12 +181,8 @@ def _prompts(recipe: PromptRecipe) -> DryRun:
         seen=trained.names,
         unseen=tuple(name for name in vocabulary.names if name not in trained.names),
         text=len(trained),
-        parameters=count_parameters(model),
-        trainable=count_parameters(model, trainable=True),
-        starts_from=None,
         options=said.model_dump(mode="json", exclude={"clip"}),
-        train=recipe.train,
-        rates=_rates(model, recipe.train),
+        **_numbers(model, recipe.train),
     )
 
 
@@ -211,18 +198,9 @@ def _contrastive(recipe: ContrastiveRecipe) -> DryRun:
     return DryRun(
         system="CLIP",
         clip="from the recipe",
-        random_weights=None,
-        setting=None,
-        data=None,
-        seen=(),
-        unseen=(),
-        text=0,
-        parameters=count_parameters(clip),
-        trainable=count_parameters(clip, trainable=True),
         starts_from=recipe.model.initial,
         options=recipe.model.model_dump(mode="json", exclude={"model_cfg", "initial"}),
-        train=recipe.train,
-        rates=_rates(clip, recipe.train),
+        **_numbers(clip, recipe.train),
     )
 
 
@@ -243,18 +221,12 @@ def clip_or_random(name: str) -> tuple[CLIP, str | None]:
             raise error from None
 
 
-def _options(options: ModelOptions) -> dict[str, Any]:
-    values: dict[str, Any] = options.model_dump(mode="json")
-    return values
-
-
-def _rates(model: nn.Module, train: TrainSettings) -> tuple[dict[str, Any], ...]:
-    return tuple(
-        {
-            "key": group.key,
-            "lr": group.lr,
-            "weight_decay": group.weight_decay,
-            "parameters": sum(parameter.numel() for parameter in group.parameters),
-        }
+def _numbers(model: nn.Module, train: TrainSettings) -> dict[str, Any]:
+    """What is counted, and the rates by group."""
+    rates = [
+        {"key": group.key, "lr": group.lr, "weight_decay": group.weight_decay}
+        | {"parameters": sum(parameter.numel() for parameter in group.parameters)}
         for group in group_parameters(model, train)
-    )
+    ]
+    counts = {"parameters": count_parameters(model), "trainable": count_parameters(model, trainable=True)}
+    return {**counts, "train": train, "rates": tuple(rates)}

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import torch
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass as checked_dataclass
 from torch import Tensor
 
-from lexiseg.errors import LexisegError
 from lexiseg.losses.masks import IGNORE_INDEX
 from lexiseg.losses.masks import ignore_index as ignored_among
 from lexiseg.losses.reduction import mean_count, reduction_weight
@@ -93,7 +92,8 @@ def match(
     Returns:
         for each image the indices of queries and of the targets they are matched to, min(N, M) of them.
     """
-    modules = _transformers()
+    from transformers.models.maskformer import modeling_maskformer as modules
+
     mask_logits, class_logits = _full(mask_logits), None if class_logits is None else _full(class_logits)
     cost_class = 0.0 if class_logits is None else weights.cost_class
     matcher = modules.MaskFormerHungarianMatcher(cost_class, weights.mask_weight, weights.dice_weight)
@@ -137,7 +137,6 @@ def proposal_losses(
         over processes; the cross entropy by its weights.
 
     Raises:
-        LexisegError: transformers or scipy is not installed.
         ValueError: there are not as many ``class_logits`` as levels.
     """
     if isinstance(targets, Tensor):
@@ -164,7 +163,8 @@ def level_losses(
     mask_logits: Tensor, class_logits: Tensor | None, targets: Sequence[MaskTargets], weights: ProposalWeights
 ) -> dict[str, Tensor]:
     """Match and compare one level; arguments as for `match`, the result as for `proposal_losses` without a sum."""
-    modules = _transformers()
+    from transformers.models.maskformer import modeling_maskformer as modules
+
     mask_logits, class_logits = _full(mask_logits), None if class_logits is None else _full(class_logits)
     scores = _scores(mask_logits, class_logits, targets)
     criterion = modules.MaskFormerLoss(scores.shape[-1] - 1, None, {}, weights.no_object).to(mask_logits)
@@ -201,15 +201,3 @@ def _scores(mask_logits: Tensor, class_logits: Tensor | None, targets: Sequence[
         return class_logits
     most = max((int(target.classes.max()) for target in targets if len(target.classes)), default=0)
     return mask_logits.new_zeros((*mask_logits.shape[:2], most + 2))
-
-
-def _transformers() -> Any:
-    try:
-        import scipy  # noqa: F401
-        from transformers.models.maskformer import modeling_maskformer
-    except ImportError as error:
-        raise LexisegError(
-            f"Training mask proposals needs the package {error.name}, which is not installed; run: pip install "
-            "transformers scipy"
-        ) from error
-    return modeling_maskformer

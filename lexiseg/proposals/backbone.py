@@ -42,17 +42,13 @@ class ResNetBackbone(FeatureBackbone):
     The variants with "c" are detectron2's DeepLab ResNets as the released DeOP, ZSSeg and FreeSeg configure them: a
     stem of three 3x3 convolutions, and dilations 1, 2, 4 in the last stage. Frozen batch norms use given statistics,
     and all four of their tensors are buffers: the optimiser never sees them. ``widths`` are the stages' inner ones, a
-    quarter of the features'. A `LexisegError` says that timm is not installed, or that the stem's width is odd.
+    quarter of the features'. An odd width of the stem is a `LexisegError`.
     """
 
     def __init__(self, kind: Backbone, widths: tuple[int, int, int, int], stem_width: int) -> None:
         super().__init__()
-        try:
-            from timm.models.resnet import Bottleneck, ResNet
-        except ImportError as error:
-            raise LexisegError(
-                f"The backbone {kind} needs the package timm, which is not installed; run: pip install timm"
-            ) from error
+        from timm.models.resnet import Bottleneck, ResNet
+
         if stem_width % 2:
             raise LexisegError(f"The stem width of {kind} must be even, not {stem_width}; change stem_width.")
         deep = kind.endswith("c")

@@ -67,16 +67,6 @@ def check_query_options(options: QueryOptions) -> None:
         raise LexisegError(f"hidden_dim {options.hidden_dim} cannot be split into {options.heads} heads; change heads.")
 
 
-def need_transformers() -> None:
-    """See that `transformers` is there; a `LexisegError` says how to get it."""
-    try:
-        import transformers  # noqa: F401
-    except ImportError as error:
-        raise LexisegError(
-            "Mask proposals need the package transformers, which is not installed; run: pip install transformers"
-        ) from error
-
-
 def start_convolutions(module: nn.Module) -> None:
     """Start convolutions as the papers do: uniform by fan-in (Caffe2's "Xavier fill"), biases zero."""
     for child in module.modules():

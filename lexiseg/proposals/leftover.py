@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 from torch.nn import functional as F
 
-from lexiseg.errors import LexisegError
 from lexiseg.proposals.base import HARD_LOGIT, Proposals
 
 
@@ -43,7 +42,7 @@ def add_leftover(proposals: Proposals, options: LeftoverOptions, inside: tuple[f
     Their mask logits say how far below the threshold the best of the proposals is there, so that their borders lie
     between two places of the grid as those of other masks do. Their embeddings are 0: a class head says nothing of
     them. Slots that are not valid claim nothing, and earlier levels are dropped. ``inside`` is the fraction of the
-    masks' height and width that shows the picture. A `LexisegError` says that scipy is not installed.
+    masks' height and width that shows the picture.
     """
     if not options.count:
         return proposals
@@ -78,18 +77,10 @@ def add_leftover(proposals: Proposals, options: LeftoverOptions, inside: tuple[f
 
 def _parts(left: Tensor, smallest: float, count: int) -> Tensor:
     """The connected parts of a map (h, w), largest first: (K, h, w) bool, K at most ``count``."""
-    labels, found = _ndimage().label(left.cpu().numpy())
+    from scipy import ndimage
+
+    labels, found = ndimage.label(left.cpu().numpy())
     parts = torch.from_numpy(labels).to(left.device)
     areas = torch.bincount(parts.flatten(), minlength=found + 1)[1:]
     order = [int(index) for index in areas.argsort(descending=True, stable=True) if areas[index] >= smallest]
     return torch.stack([parts == index + 1 for index in order[:count]]) if order else left.new_zeros(0, *left.shape)
-
-
-def _ndimage() -> Any:
-    try:
-        from scipy import ndimage
-    except ImportError as error:
-        raise LexisegError(
-            "What the proposals leave over is found with the package scipy, which is missing; run: pip install scipy"
-        ) from error
-    return ndimage

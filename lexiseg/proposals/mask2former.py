@@ -21,7 +21,6 @@ from lexiseg.proposals.heads import (
     accept_any_size,
     build_class_head,
     check_query_options,
-    need_transformers,
     start_convolutions,
     start_matrices,
 )
@@ -79,7 +78,7 @@ class ContextInteraction(nn.Module):
 class Mask2Former(ProposalGenerator):
     """Queries that become masks through masked attention; N masks at a quarter of the image's size.
 
-    A `LexisegError` says that transformers or timm is missing, or that widths do not fit together.
+    Widths that do not fit together are a `LexisegError`.
     """
 
     def __init__(self, options: Mask2FormerOptions) -> None:
@@ -95,7 +94,6 @@ class Mask2Former(ProposalGenerator):
             raise LexisegError(
                 f"pixel_dim {options.pixel_dim} cannot be split into {encoder_heads} heads; change encoder_heads."
             )
-        need_transformers()
         from transformers import Mask2FormerConfig
         from transformers.models.mask2former.modeling_mask2former import (
             Mask2FormerPixelDecoder,

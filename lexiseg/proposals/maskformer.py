@@ -16,7 +16,6 @@ from lexiseg.proposals.heads import (
     accept_any_size,
     build_class_head,
     check_query_options,
-    need_transformers,
     start_convolutions,
     start_matrices,
 )
@@ -26,13 +25,12 @@ from lexiseg.proposals.options import MaskFormerOptions
 class MaskFormer(ProposalGenerator):
     """Queries that become masks: N masks at a quarter of the image's size, and an embedding for each.
 
-    A `LexisegError` says that transformers or timm is missing, or that widths do not fit together.
+    Widths that do not fit together are a `LexisegError`.
     """
 
     def __init__(self, options: MaskFormerOptions) -> None:
         super().__init__(frozen_dropout=options.frozen_dropout)
         check_query_options(options)
-        need_transformers()
         from transformers import MaskFormerConfig, MaskFormerDetrConfig, ResNetConfig
         from transformers.models.maskformer.modeling_maskformer import (
             MaskformerMLPPredictionHead,

@@ -23,7 +23,6 @@ from lexiseg.errors import LexisegError
 from lexiseg.hub import cached, download, first_line
 from lexiseg.proposals.backbone import RESNET_WIDTHS, ResNetBackbone
 from lexiseg.proposals.base import ProposalGenerator
-from lexiseg.proposals.heads import need_transformers
 from lexiseg.proposals.mask2former import Mask2Former
 from lexiseg.proposals.maskformer import MaskFormer
 from lexiseg.proposals.options import Mask2FormerOptions, QueryOptions
@@ -236,7 +235,6 @@ def _transformers_tensors(generator: MaskFormer | Mask2Former, source: str) -> d
     found_kind = _kind_of(settings, source)
     if found_kind != kind:
         raise LexisegError(f"'{source}' is a {found_kind}, but this generator is a {kind}; set {OPTION}kind.")
-    need_transformers()
     from transformers import (
         Mask2FormerConfig,
         Mask2FormerForUniversalSegmentation,

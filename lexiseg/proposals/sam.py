@@ -17,7 +17,6 @@ from lexiseg.errors import LexisegError
 from lexiseg.normalisation import IMAGENET_MEAN, IMAGENET_STD, pixels_of
 from lexiseg.proposals.base import ProposalGenerator, Proposals, check_images
 from lexiseg.proposals.given import hard_logits
-from lexiseg.proposals.heads import need_transformers
 from lexiseg.proposals.options import SamOptions
 
 
@@ -30,7 +29,6 @@ class Sam(ProposalGenerator):
 
     def __init__(self, options: SamOptions) -> None:
         super().__init__()
-        need_transformers()
         self.options = options
         self._pipeline: Any = None
         # Follows the module to its device.

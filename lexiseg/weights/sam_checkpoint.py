@@ -16,7 +16,6 @@ from torch import Tensor
 from lexiseg.clip.load import count_parameters, shapes_of, sketch
 from lexiseg.errors import LexisegError
 from lexiseg.files import make_folder
-from lexiseg.proposals.heads import need_transformers
 from lexiseg.weights.clip_state import count_blocks, shape_of
 from lexiseg.weights.filling import Source, take_tensors
 
@@ -148,7 +147,6 @@ def convert_sam(state: Mapping[str, Tensor], folder: str | Path, *, name: str = 
     Returns the number of its parameters. Raises LexisegError if transformers is not installed, tensors are missing,
     left over or of another shape (all are listed), or the folder cannot be written.
     """
-    need_transformers()
     from transformers import SamConfig, SamImageProcessor, SamModel
 
     config = infer_config(state, name)

@@ -178,7 +178,7 @@ def test_another_kind_of_model(tmp_path: Path, folders: dict[str, str]) -> None:
         with pytest.raises(LexisegError, match=sentence):
             start_proposals(make(kind), str(source))
     (tmp_path / "config.json").write_text('{"model_type": "zsseg"}')
-    with pytest.raises(LexisegError, match=r"no MaskFormer or Mask2Former of transformers.*as 'initial'"):
+    with pytest.raises(LexisegError, match=r"no MaskFormer or Mask2Former of transformers.*name the run's folder"):
         start_proposals(make("maskformer"), str(tmp_path))
     theirs("maskformer", {"downsample_in_bottleneck": True}).save_pretrained(tmp_path / "caffe")
     with pytest.raises(LexisegError, match="has downsample_in_bottleneck True"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -241,16 +240,6 @@ def test_what_does_not_fit() -> None:
     ):
         with pytest.raises(LexisegError, match=sentence):
             make(kind, **changes)
-
-
-def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(LexisegError, match="pip install transformers"):
-        make("maskformer")
-    monkeypatch.setitem(sys.modules, "timm.models.resnet", None)
-    monkeypatch.delitem(sys.modules, "transformers")
-    with pytest.raises(LexisegError, match="pip install timm"):
-        make("maskformer", backbone="r50")
 
 
 def test_ground_truth() -> None:

@@ -113,14 +113,19 @@ class VocabularyClass:
 class Vocabulary:
     """The classes a picture is segmented into, in the user's order.
 
-    Raises LexisegError if there are no classes, two words are the same after NFC, case folding and folding of white
-    space (within one class or across two), or a template has not exactly one ``{}``.
+    Attributes:
+        classes: at least one; a background of kind "class" that is not among them is appended as the last.
+        templates: sentences with one ``{}`` each, into which every word is put.
+        background: what happens to pixels that no class fits.
+
+    Raises:
+        LexisegError: there are no classes, two words are the same after NFC, case folding and folding of white space
+            (within one class or across two), or a template has not exactly one ``{}``.
     """
 
-    # at least one class. A background of kind "class" that is not among them is appended as the last.
     classes: tuple[VocabularyClass, ...]
-    templates: tuple[str, ...] = SINGLE_TEMPLATE  # sentences with one ``{}`` each, into which every word is put
-    background: Background = field(default_factory=Background)  # what happens to pixels that no class fits
+    templates: tuple[str, ...] = SINGLE_TEMPLATE
+    background: Background = field(default_factory=Background)
 
     def __post_init__(self) -> None:
         classes, background = list(self.classes), self.background

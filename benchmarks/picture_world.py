@@ -55,6 +55,7 @@ SYSTEMS: dict[str, str | Variant | None] = {
     "cascade-clip": "cascade-clip-picture-world",
     "cascade-clip on spt-seg": "cascade-clip-spt-picture-world",
     "second-look": "second-look-picture-world",
+    "cat-seg": "cat-seg-picture-world",
     "zegclip, self-training": "zegclip-picture-world-transductive",
     "spt-seg, self-training": "spt-seg-picture-world-transductive",
     "cascade-clip, self-training": "cascade-clip-picture-world-transductive",

@@ -4,14 +4,20 @@
 normalisation, the tower, the decoder over all classes, and the decode to pixels. Its text embeddings come from the
 cache. "tower" is the same image tower with the same prompts and nothing else; "tower, prompts as rows" computes the
 prompts' own rows as well, as the authors' code does. The goal is at most 1.25 towers for one predict of ZegCLIP, and
-1.35 for one of Cascade-CLIP.
+1.35 for one of Cascade-CLIP. ``--against`` times other systems in the same run, each its own way over the picture:
+CAT-Seg in four windows and the whole, as released.
 """
 
 from __future__ import annotations
 
+import copy
+from functools import partial
+from typing import Any
+
 import numpy as np
 import torch
 
+from benchmarks.cost.one_stage import CAT_SEG
 from benchmarks.measure import VIT_B_16, alternate, parser, report, set_up, summary
 from lexiseg.clip.model import build_clip
 from lexiseg.errors import LexisegError
@@ -21,6 +27,7 @@ from lexiseg.segmenter import Segmenter
 
 GOALS = {"zegclip": 1.25, "cascade-clip": 1.35, "spt-seg": None}
 TOWER = "tower"
+OTHERS = ("cascade-clip", "cat-seg", "dense-clip", "spt-seg", "zegclip")
 
 
 def main() -> None:
@@ -30,22 +37,27 @@ def main() -> None:
     arguments.add_argument("--classes", type=int, default=171, help="classes (COCO-Stuff has 171)")
     arguments.add_argument("--prompts", type=int, default=100, help="prompts a block")
     arguments.add_argument("--system", choices=sorted(GOALS), default="zegclip", help="what predicts")
+    arguments.add_argument("--against", nargs="*", choices=OTHERS, default=[], help="systems timed in the same run")
     options = arguments.parse_args()
     set_up(options)
     side = options.side
     # One window, as the papers' 512 over a picture of 512.
     policy = {"window_size": side, "window_stride": side * 426 // 512, "short_side": side}
     clip = build_clip({"model_cfg": VIT_B_16})
-    model = SYSTEMS[options.system].build(clip, {"num_prompts": options.prompts, **policy}).eval()
+    settings: dict[str, dict[str, Any]] = {"cat-seg": CAT_SEG, "dense-clip": {"short_side": side}}
+
+    def build(system: str) -> Segmenter:
+        given = settings.get(system, {"num_prompts": options.prompts, **policy})
+        made = SYSTEMS[system].build(copy.deepcopy(clip), given).eval()
+        return Segmenter(made, device=options.device, disk_cache=False)
+
+    segmenter = build(options.system)
+    model = segmenter.model
     if not isinstance(model, ZegCLIP):
         raise LexisegError(f"{options.system} is no one-stage system.")
-    segmenter = Segmenter(model, device=options.device, disk_cache=False)
     picture = np.random.default_rng(options.seed).integers(0, 256, (side, side, 3), dtype=np.uint8)
     classes = [f"class {index}" for index in range(options.classes)]
     images = torch.randn(1, 3, side, side, device=options.device)
-
-    def predict() -> None:
-        segmenter.predict(picture, classes)
 
     @torch.inference_mode()
     def tower() -> None:
@@ -55,7 +67,9 @@ def main() -> None:
     def tower_with_rows() -> None:
         model.finish(model.run_tower(images, keep_rows=True))
 
-    candidates = {TOWER: tower, "tower, prompts as rows": tower_with_rows, "predict": predict}
+    candidates = {TOWER: tower, "tower, prompts as rows": tower_with_rows}
+    candidates["predict"] = partial(segmenter.predict, picture, classes)
+    candidates |= {f"predict of {other}": partial(build(other).predict, picture, classes) for other in options.against}
     rows = summary(alternate(candidates, options.repeats, options.device), TOWER)
     ratio = next(row["ratio"] for row in rows if row["what"] == "predict")
     goal = GOALS[options.system]

@@ -26,6 +26,14 @@ VIT_B_16: dict[str, Any] = {
 }
 """The size of the papers' tower. Tables of cost fill it with random weights: cost does not depend on their values."""
 
+VIT_L_14_336: dict[str, Any] = {
+    "embed_dim": 768,
+    "quick_gelu": True,
+    "vision_cfg": {"image_size": 336, "layers": 24, "width": 1024, "patch_size": 14},
+    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 768, "heads": 12, "layers": 12},
+}
+"""The tower of CAT-Seg's large model."""
+
 SIDE = 512
 CLASSES = 171
 

@@ -7,8 +7,9 @@ from typing import Any, ClassVar
 
 import torch
 
-from benchmarks.cost.case import CLASSES, SIDE, CostCase, Published, Step, shapes_of, shared_clip
+from benchmarks.cost.case import CLASSES, SIDE, VIT_L_14_336, CostCase, Published, Step, shapes_of, shared_clip
 from benchmarks.cost.counting import FVCORE_NORM, count, fvcore_resize
+from lexiseg.clip.model import build_clip
 from lexiseg.models import (
     CascadeCLIP,
     CascadeCLIPOptions,
@@ -172,10 +173,23 @@ class SPTSegCase(CostCase):
         return [*prompt_steps(model), Step("padding of the decoder's windows carried along", 3 * (mapped + attended))]
 
 
+CAT_SEG: dict[str, Any] = {
+    "resolution": 384,
+    "window_size": 384,
+    "window_stride": 256,
+    "short_side": 640,
+    "canvas": (640, 640),
+    "whole": True,
+}
+"""CAT-Seg as released: four windows and the whole picture."""
+_CAT_SEG_WINDOWS = 5
+
+
 class CATSegCase(CostCase):
-    """CAT-Seg (base) as released: four windows of 384 pixels and the whole picture."""
+    """CAT-Seg (base) as released: four windows of 384 pixels and the whole picture; it is counted and not run."""
 
     name: ClassVar[str] = "cat-seg"
+    runs: ClassVar[bool] = False
     convention: ClassVar[str] = (
         "Its paper's table is not at hand, and the code was not run: the last figure is what its code computes beyond "
         "lexiseg, worked out from its shapes. lexiseg lets one padding token stand for all 85, and computes what the "
@@ -184,20 +198,15 @@ class CATSegCase(CostCase):
 
     def build(self, side: int) -> SegmentationModel:
         """See `CostCase.build`; the windows are the released ones whatever the picture's side."""
-        options = CATSegOptions(
-            resolution=384, window_size=384, window_stride=256, short_side=640, canvas=(640, 640), whole=True
-        )
-        return CATSeg(copy.deepcopy(shared_clip(224)), options)  # its towers are changed and trained
+        return CATSeg(copy.deepcopy(shared_clip(224)), CATSegOptions(**CAT_SEG))  # its towers are changed and trained
 
     def steps(self, model: SegmentationModel) -> list[Step]:
         """See `CostCase.steps`."""
         if not isinstance(model, CATSeg):
             raise TypeError(f"{model.system} is not CAT-Seg")
         options, dim = model.options, model.options.hidden_dim
-        shape, windows = shapes_of(model), 5
-        images = torch.empty(1, 3, 384, 384, device="meta")
-        ours = count(lambda: shape(images, torch.empty(CLASSES, model.clip.embed_dim, device="meta")))
-        places, classes, missing = (384 // model.patch_size) ** 2, CLASSES, options.padding - CLASSES
+        windows, side = _CAT_SEG_WINDOWS, options.resolution or 384
+        places, classes, missing = (side // model.patch_size) ** 2, CLASSES, options.padding - CLASSES
         per_token = 2 * (dim + options.text_dim) * dim + 9 * dim * dim + 2 * dim * dim // options.heads
         # Two blocks a layer over space; queries and keys each.
         space = 2 * 2 * (classes - 1) * places * options.appearance_dim * dim
@@ -207,11 +216,40 @@ class CATSegCase(CostCase):
             for scale, guidance, out in zip((2, 4), options.decoder_guidance_dims, options.decoder_dims, strict=True)
         )
         return [
-            Step(f"lexiseg's forward of {windows} windows of 384 x 384 with {classes} classes", windows * ours.macs),
+            self.ours(model),
             Step(f"{missing} padding tokens carried along", windows * options.layers * places * missing * per_token),
             Step("guidance mapped for each class, and each place", windows * options.layers * (space + words)),
             Step("guidance convolved for each class in the decoder", windows * decoder),
         ]
+
+    def further(self, model: SegmentationModel) -> list[Step]:
+        """See `CostCase.further`."""
+        return [self.ours(model)]
+
+    @staticmethod
+    def ours(model: SegmentationModel) -> Step:
+        """What lexiseg computes, counted on tensors without values: to run it takes minutes on a CPU."""
+        shape = shapes_of(model)
+        images = torch.empty(1, 3, 384, 384, device="meta")
+        one = count(lambda: shape(images, torch.empty(CLASSES, model.clip.embed_dim, device="meta")))
+        what = f"lexiseg's forward of {_CAT_SEG_WINDOWS} windows of 384 x 384 with {CLASSES} classes"
+        return Step(what, _CAT_SEG_WINDOWS * one.macs)
+
+
+class CATSegLargeCase(CATSegCase):
+    """CAT-Seg (large), ViT-L/14 at 336 pixels."""
+
+    name: ClassVar[str] = "cat-seg-large"
+    convention: ClassVar[str] = (
+        "As for the base model, on windows of 384 that the tower sees at 336 pixels, so that there are as many patches."
+    )
+
+    def build(self, side: int) -> SegmentationModel:
+        """See `CostCase.build`."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            clip = build_clip({"model_cfg": VIT_L_14_336}, name="ViT-L-14-336 (random)")
+        return CATSeg(clip, CATSegOptions(**{**CAT_SEG, "resolution": 336}))
 
 
 def dead_spectral_parameters(dim: int, layers: int, hidden: int) -> int:

@@ -18,6 +18,7 @@ from benchmarks.cost.decoupled import DECOUPLED
 from benchmarks.cost.one_stage import (
     CascadeCLIPCase,
     CATSegCase,
+    CATSegLargeCase,
     DenseCLIPCase,
     SecondLookCase,
     SPTSegCase,
@@ -35,6 +36,7 @@ _CASES: tuple[type[CostCase], ...] = (
     SPTSegCase,
     SecondLookCase,
     CATSegCase,
+    CATSegLargeCase,
     *DECOUPLED,
 )
 _GIGA, _MEGA = 1e9, 1e6
@@ -122,7 +124,6 @@ _COMPARED = (
     ("zegclip", "zsseg", "the same"),
     ("cascade-clip", "zegclip", "Cascade-CLIP's Table 12: 18.4 against 20.9 frames a second"),
     ("second-look", "zegclip", "lexiseg's own combination; half as fast is its limit"),
-    ("cat-seg", "zegclip", "five windows, and a map of features for each class"),
     ("deop", "zsseg", "DeOP's paper: 4 to 7 times"),
     ("zegformer+maft", "zegformer", "MAFT's Table 4a counts 21 times fewer operations in CLIP"),
     ("zsseg+maft", "zsseg", "the same"),

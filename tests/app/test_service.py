@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 import uvicorn
+from fastapi.testclient import TestClient
 from PIL import Image
 from pycocotools import mask as coco
 
@@ -29,7 +30,9 @@ from lexiseg.app.settings import ServiceSettings
 from lexiseg.exemplars import Exemplar
 from lexiseg.formats import to_geojson
 from lexiseg.samples import sample_path
+from lexiseg.segmenter import Segmenter
 from lexiseg.vocabulary import Vocabulary, VocabularyClass
+from tests.models.test_cat_seg import build
 
 WORDS = "giraffe; elephant; butterfly; tree; leaves, bush; grass"
 SMALL = ServiceSettings(max_bytes=2 * 2**20, max_pixels=1_000_000, max_classes=50, seconds=20, queue=4, max_pictures=3)
@@ -118,6 +121,19 @@ def test_a_picture_in_every_form(running: Running) -> None:
     assert found["geojson"]["geojson"] == to_geojson(expected)
     assert all(ring[0] == ring[-1] for one in features for part in one["geometry"]["coordinates"] for ring in part)
     assert set(found["scores"]["scores"]["maps"]) == set(expected.classes)
+
+
+def test_a_cat_seg_is_served_like_any_other() -> None:
+    """In windows and the whole, as the released models run."""
+    model = build(resolution=32, window_size=32, window_stride=24, canvas=(48, 48), whole=True)
+    segmenter = Segmenter(model, disk_cache=False)
+    asked = {"image": b64(png()), "classes": "cat; dog, puppy; grass", "output": "png"}
+    with TestClient(create_app({"cat-seg": segmenter}, SMALL)) as client:
+        reply = client.post("/v1/segment", json=asked)
+    assert reply.status_code == 200, reply.text
+    picture = np.asarray(Image.open(io.BytesIO(base64.b64decode(reply.json()["png"]))))
+    expected = segmenter.predict(png(), "cat; dog, puppy; grass").label_map
+    assert np.array_equal(picture, np.asarray(expected)) and len(np.unique(picture)) > 1
 
 
 def test_a_refinement_can_be_asked_for(running: Running) -> None:

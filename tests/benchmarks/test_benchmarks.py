@@ -41,6 +41,22 @@ def test_benchmark_runs_small(name: str, rows: set[str]) -> None:
 
 
 @pytest.mark.slow
+def test_other_systems_are_timed_in_the_same_run() -> None:
+    small = ("--repeats", "1", "--threads", "1", "--side", "64", "--classes", "3", "--prompts", "2", "--json")
+    result = subprocess.run(
+        [sys.executable, "-m", "benchmarks.predict", *small, "--against", "dense-clip", "cascade-clip"],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=True,
+    )
+    found = {row["what"] for row in json.loads(result.stdout)["rows"]}
+    assert {"tower", "predict", "predict of dense-clip", "predict of cascade-clip"} <= found
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "small", "columns"),
     [

@@ -178,6 +178,14 @@ def collapse(rows: list[dict[str, Any]]) -> list[str]:
     ]
 
 
+def place(found: dict[str, Any]) -> str:
+    """The machine in a sentence."""
+    return (
+        f"{found['processor']}, torch {found['torch']}, Python {found['python']}; load average when the run ended: "
+        f"{found['load']}."
+    )
+
+
 def page(result: dict[str, Any]) -> str:
     """The results as a page."""
     lines = ["# Training-free on the picture world", ""]
@@ -189,7 +197,7 @@ def page(result: dict[str, Any]) -> str:
             f"ResCLIP with the blocks {list(found['middle_blocks'])}; scenes and towers are fixed: there is no seed. "
             f"*Boundary* and *interior* are the accuracy of pixels within {BORDER} of a border of the labels and of "
             "the others; ms is a picture's processor time with its refinement, with one thread. `regions` votes inside "
-            f"the proposals of `deop-emoji`. {result['machine_world']}",
+            f"the proposals of `deop-emoji`. {place(result['machine_world'])}",
             "",
             "| method | refine | seen | unseen | hIoU | boundary | interior | ms |",
             "|---|---|---|---|---|---|---|---|",
@@ -201,13 +209,14 @@ def page(result: dict[str, Any]) -> str:
         lines += ["", *collapse(found["rows"]), ""]
     if "cost" in result:
         found = result["cost"]
+        turns = "one turn" if found["repeats"] == 1 else f"medians of {found['repeats']} alternating turns"
         lines += [
             "## Cost",
             "",
-            f"ViT-B/16 with random weights, one picture of 512 x 512, {found['threads']} threads, medians of "
-            f"{found['repeats']} alternating turns, processor time. Methods: encoding and scoring over the bare tower "
-            "(ProxyCLIP: over both towers, the proxy a DINO ViT-B/16). Refinements: what they add to the labels, in "
-            f"towers. {result['machine_cost']}",
+            f"ViT-B/16 with random weights, one picture of 512 x 512, {found['threads']} threads, {turns}, processor "
+            "time. Methods: encoding and scoring over the bare tower (ProxyCLIP: over both towers, the proxy a DINO "
+            "ViT-B/16). Refinements: what they add to the labels, in "
+            f"towers. {place(result['machine_cost'])}",
             "",
             "| | goal | 21 classes | 171 classes |",
             "|---|---|---|---|",

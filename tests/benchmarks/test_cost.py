@@ -23,7 +23,7 @@ from benchmarks.cost.decoupled import (
     ZSSegMaftCase,
     sam_steps,
 )
-from benchmarks.cost.one_stage import CascadeCLIPCase, CATSegCase, SPTSegCase, ZegCLIPCase
+from benchmarks.cost.one_stage import CascadeCLIPCase, CATSegCase, CATSegLargeCase, SPTSegCase, ZegCLIPCase
 from benchmarks.cost.page import explanation, page, short_table
 from benchmarks.cost.table import _CASES, CostRow, CostTable, cost_systems, measure_cost, speed_ratios
 from lexiseg.errors import LexisegError
@@ -322,7 +322,7 @@ def test_page_and_terminal_say_the_same() -> None:
 
 def test_every_row_says_how_its_paper_counts() -> None:
     assert len(set(cost_systems())) == len(_CASES)
-    bases = {"deop-baseline": "deop"}
+    bases = {"deop-baseline": "deop", "cat-seg-large": "cat-seg"}
     assert {bases.get(base := case.name.split("+")[0], base) for case in _CASES} == set(SYSTEMS)
     variants = {"deop-baseline", "deop-baseline+", "deop+sam", "zsseg+sam+maft"}
     assert variants <= set(cost_systems())
@@ -342,3 +342,7 @@ def test_cat_seg_computes_less_than_its_code() -> None:
     # A class costs the same whichever it is, but for what is computed once for each 32 of them in the decoder.
     assert abs(5 * (one + 170 * (two - one)) - ours.macs) < 0.01 * ours.macs
     assert [round(step.macs / 1e9) for step in (ours, *more)] == [1351, 108, 96, 72]
+    large = CATSegLargeCase()
+    model = large.build(512)
+    assert (model.num_parameters(), model.num_parameters(trainable=True)) == (433_726_946, 70_270_177)
+    assert [round(step.macs / 1e9) for step in large.steps(model)] == [2029, 108, 96, 72]

@@ -1,6 +1,6 @@
 """The training-free methods: what they are worth on the picture world, and what they cost over the bare tower.
 
-    python -m benchmarks.training_free --world --limit 100     # docs/results/training-free.json and .md
+    python -m benchmarks.training_free --world --limit 20      # docs/results/training-free.json and .md
     python -m benchmarks.training_free --cost --threads 2      # ViT-B/16 at 512 x 512, random weights
 
 Nothing is trained. On the picture world all methods run whole pictures at the same size, because the authors' windows

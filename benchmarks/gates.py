@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.timing import machine
-from lexiseg.clip.blocks import token_values
+from lexiseg.clip.blocks import Attention, block_attention, run_block, token_values
 from lexiseg.clip.embeddings import image_embeddings
 from lexiseg.clip.load import load_clip
 from lexiseg.clip.model import CLIP
@@ -55,21 +55,35 @@ def patch_labels(label: Tensor, patch: int) -> Tensor:
     return torch.where((cells == cells[..., :1]).all(2), cells[..., 0], 255)
 
 
-def patch_accuracy(clip: CLIP, dataset: PictureWorld, *, value: bool) -> dict[str, float]:
-    """Percent of the patches inside regions to whose class CLIP compares them best: all, things and stuff."""
+def patch_accuracy(
+    clip: CLIP, dataset: PictureWorld, attention: Attention = block_attention, *, shortcut: bool = True
+) -> dict[str, float]:
+    """Percent of the patches inside regions to whose class CLIP compares them best.
+
+    Of ``all`` patches, of those of ``things`` and of ``stuff``; ``present`` compares with the names of the classes in
+    the picture alone. ``attention`` is what mixes in the last block; without its ``shortcut`` and its MLP a patch is
+    what the mixing gives and nothing else (ClearCLIP, ECCV 2024).
+    """
     tower, text = clip.image_tower, text_of(clip, dataset.world)
-    attention = {tower.num_blocks - 1: value_path} if value else None
-    split, right, total = len(dataset.world.things), torch.zeros(2), torch.zeros(2)
+    last, block = tower.num_blocks - 1, clip.visual.transformer.resblocks[-1]
+    split, counts = len(dataset.world.things), torch.zeros(2, 4)
     for sample in dataset:
         tokens, grid = tower.embed(normalised(clip, sample.image))
-        patches = tower.project(tower.run(tokens, grid, attention=attention).tokens[:, 1:])[0]
+        tokens = tower.run(tokens, grid, stop=last).tokens
+        if shortcut:
+            tokens = run_block(block, tokens, attention=attention)
+        else:
+            tokens = attention(block.attn, block.ln_1(tokens), None)
+        patches = tower.project(tokens[:, 1:])[0]
         truth = patch_labels(sample.label, clip.patch_size).flatten()
-        correct = (F.normalize(patches, dim=-1) @ text.T).argmax(1) == truth
-        for kind, which in enumerate((truth < split, (truth >= split) & (truth != 255))):
-            right[kind] += correct[which].sum()
-            total[kind] += which.sum()
-    shares = 100 * torch.cat([right.sum()[None], right]) / torch.cat([total.sum()[None], total])
-    return dict(zip(("all", "things", "stuff"), shares.tolist(), strict=True))
+        patches, truth = patches[truth != 255], truth[truth != 255]
+        similarity = F.normalize(patches, dim=-1) @ text.T
+        correct, present = similarity.argmax(1) == truth, sample.label.unique()
+        among = present[similarity[:, present].argmax(1)] == truth
+        every = torch.ones_like(correct)
+        kinds = ((correct, every), (correct, truth < split), (correct, truth >= split), (among, every))
+        counts += torch.tensor([[int((right & kind).sum()), int(kind.sum())] for right, kind in kinds]).T
+    return dict(zip(("all", "things", "stuff", "present"), (100 * counts[0] / counts[1]).tolist(), strict=True))
 
 
 def half_of(mask: Tensor, rng: torch.Generator) -> Tensor:
@@ -146,7 +160,8 @@ def measure(clip: CLIP, world: World, limit: int, seed: int) -> dict[str, Any]:
     """All gates of a CLIP: rows of ``gate``, ``value``, ``wanted`` and ``ok``, and what they were made from."""
     dataset = PictureWorld("val", world=world, size=SIZE, length=limit)
     top1, top5 = zero_shot_accuracy(clip, world=world, num_rounds=3, size=SIZE)
-    value, plain = (patch_accuracy(clip, dataset, value=cut) for cut in (True, False))
+    plain, value = patch_accuracy(clip, dataset), patch_accuracy(clip, dataset, value_path)
+    alone = patch_accuracy(clip, dataset, value_path, shortcut=False)
     exact, half = mask_probabilities(clip, dataset, seed)
     blocks = separation(clip, dataset)
     gain, third = value["all"] - plain["all"], len(blocks) // 3
@@ -166,6 +181,7 @@ def measure(clip: CLIP, world: World, limit: int, seed: int) -> dict[str, Any]:
         ],
         "top5": round(100 * top5, 2),
         "patches_value_path": {key: round(number, 2) for key, number in value.items()},
+        "patches_value_alone": {key: round(number, 2) for key, number in alone.items()},
         "patches_plain": {key: round(number, 2) for key, number in plain.items()},
         "neighbours_by_block": [round(number, 2) for number in blocks],
     }
@@ -186,7 +202,7 @@ def main() -> None:
     print({key: value for key, value in result.items() if key != "rows"})
     if not options.no_pages:
         command = f"python -m benchmarks.gates --clip {options.clip}"
-        card = {"machine": machine(), "seed": options.seed, "command": command, "scenes": options.limit}
+        card = {"machine": machine("cpu"), "seed": options.seed, "command": command, "scenes": options.limit}
         print("wrote", write_json(RESULTS / "gates.json", {**card, **result}))
 
 

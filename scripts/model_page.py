@@ -26,6 +26,9 @@ ROWS = {
 }
 """The row of the results that a packaged model belongs to."""
 
+GATES = "[gates](picture-world.md#the-clip-of-the-second-world)"
+"""In the place of a score: of the second world's CLIP, on which nothing is trained yet."""
+
 CONVERTIBLE = (
     ("ZegCLIP", "`zegclip`", "CVPR 2023, mmsegmentation's layout; VOC 2012, Context, COCO-Stuff"),
     ("SPT-SEG", "`spt-seg`", "AAAI 2024, mmsegmentation's layout"),
@@ -46,7 +49,8 @@ CONVERTIBLE = (
 
 LICENCE = (
     "All packaged weights are under the Apache License 2.0 like the code; the glyphs they were trained on come from "
-    "the font Noto Color Emoji, SIL Open Font License 1.1. Weights you convert or download keep their authors' "
+    "the font Noto Color Emoji, SIL Open Font License 1.1, and those of `clip-world2` from Noto Emoji (Apache 2.0) and "
+    "Fluent Emoji (MIT). Weights you convert or download keep their authors' "
     "licences, which lexiseg does not change; read them before you use them."
 )
 
@@ -64,11 +68,11 @@ def _packaged_row(folder: Path, results: list[dict[str, object]]) -> str:
         about = content["metadata"]
         trained = f"`{content['system']}`, {about['steps'] or about['initial']['steps']} steps, seed {about['seed']}"
     else:
-        trained = "a CLIP; scenes and captions alone, `lexiseg train clip-emoji`"
-    scores = [row["test_hiou"] for row in results if row["system"] == ROWS[folder.name]]
-    measured = f"{statistics.mean(float(str(score)) for score in scores):.1f}"
+        trained = f"a CLIP; scenes and captions alone, `lexiseg train {folder.name}`"
+    scores = [row["test_hiou"] for row in results if row["system"] == ROWS.get(folder.name)]
+    measured = f"{statistics.mean(float(str(score)) for score in scores):.1f} ({len(scores)})" if scores else GATES
     size = f"{weights.stat().st_size / 1e6:.1f} MB"
-    return f"| `{folder.name}` | {trained} | {measured} ({len(scores)}) | {size} | `{sha256(weights)}` |"
+    return f"| `{folder.name}` | {trained} | {measured} | {size} | `{sha256(weights)}` |"
 
 
 def _known_row(one: KnownWeights) -> str:

@@ -90,7 +90,7 @@ def half_of(mask: Tensor, rng: torch.Generator) -> Tensor:
     """The pixels (H, W) of a mask on one side of a line through its middle: left, right, upper or lower."""
     rows, columns = mask.nonzero().T
     place = columns if torch.rand((), generator=rng) < 0.5 else rows
-    near = place <= place.median() if torch.rand((), generator=rng) < 0.5 else place >= place.median()
+    near = place <= place.median() if torch.rand((), generator=rng) < 0.5 else place > place.median()
     half = torch.zeros_like(mask)
     half[rows[near], columns[near]] = True
     return half

@@ -102,6 +102,8 @@ def _licence(tower: str) -> str:
             return f"{one.licence} ({one.source})."
     if "emoji" in tower:
         return "Apache-2.0; trained on drawings of Noto Color Emoji (SIL OFL 1.1)."
+    if "world2" in tower:
+        return "Apache-2.0; trained on drawings of Noto Emoji (Apache-2.0) and Fluent Emoji (MIT)."
     return "their licence is not known to lexiseg; ask where they came from."
 
 

@@ -17,7 +17,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
@@ -58,8 +58,9 @@ HEAD = """\
 Made by `benchmarks/claims.py`; do not edit by hand. Each row trains two systems with the same seeds, on the recipes
 `one-stage-picture-world` and `decoupled-picture-world`, which start and train as the papers do, and judges them on the
 same scenes of a drawn world: it says whether a phenomenon shows here, and nothing about photographs. The interval is of
-95 %, from 2,000 draws of seeds and scenes in pairs. A claim about something that is trained needs two seeds to be
-decided; with one the interval covers the scenes alone. Rows are in `results/claims.json`.
+95 %, from 2,000 draws of seeds and scenes in pairs. A claim about something that is trained needs two seeds and the
+recipes' full steps to be decided; one that trains nothing has no seeds, and its interval is of the scenes alone. Rows
+are in `results/claims.json`, those of the proposals in `results/proposals.json`.
 
 ```bash
 python -m benchmarks.claims --list
@@ -90,25 +91,15 @@ def claims() -> list[Claim]:
 
 @dataclass(frozen=True)
 class Study:
-    """Where runs are, and what all of them share.
-
-    Attributes:
-        runs: their folder.
-        world: the data set.
-        clip: the towers.
-        scale: factor on the steps of every training.
-        scenes: how many are judged, of the split's.
-        split: which one.
-        curves: measure while training, too.
-    """
+    """Where runs are, and what all of them share."""
 
     runs: Path
-    world: str = "picture-world"
-    clip: str = "clip-emoji"
-    scale: float = 1.0
-    scenes: int | None = None
+    world: str = "picture-world"  # the data set
+    clip: str = "clip-emoji"  # the towers
+    scale: float = 1.0  # factor on the steps of every training
+    scenes: int | None = None  # how many of the split's are judged
     split: str = "val"
-    curves: bool = True
+    curves: bool = True  # measure while training, too
 
     def recipe(self, system: str, seed: int) -> SegmentationRecipe:
         """The recipe of a system in this study, or any other recipe by its name."""
@@ -287,7 +278,7 @@ def row_of(claim: Claim, study: Study, seeds: Sequence[int]) -> dict[str, Any]:
         sides = zip((claim.system, claim.baseline), trains, strict=True)
         pairs.append(tuple(study.counts(system, seed if varies else 0, claim.masks) for system, varies in sides))
     found = compare(cast(Any, pairs), claim.metric)
-    decided = len(pairs) > 1 or not any(trains)
+    decided = not any(trains) or (len(pairs) > 1 and study.scale >= 1)
     verdict = "holds" if found["low"] > 0 else "does not hold" if found["high"] < 0 else "undecided"
     shared = {"world": study.world, "clip": study.clip, "split": study.split, "scenes": len(pairs[0][0].classes)}
     steps = study.recipe(claim.system, 0).train.steps
@@ -309,14 +300,17 @@ def stated(claim: Claim) -> dict[str, Any]:
 
 
 def recalls(study: Study) -> list[dict[str, Any]]:
-    """Recall of the generators that are there, on the scenes of the study."""
+    """Recall of the generators that were trained, on the scenes of both worlds."""
     found = []
     for system in ("shapes:mask2former", "shapes:maskformer", "decoupled:proposals"):
         folder = study.runs / f"{system.replace(':', '-')}-0"
         if (folder / "model" / "config.json").is_file():
             segmenter = lexiseg.load(str(folder / "model"), device="cpu")
-            report = evaluate_proposals(segmenter, study.dataset, limit=study.scenes).to_dict()
-            found.append({"proposals": system, "world": study.world, **report})
+            steps = segmenter.model.metadata.get("steps")
+            for world in ("picture-world", "picture-world-2"):
+                scenes = replace(study, world=world).dataset
+                report = evaluate_proposals(segmenter, scenes, limit=study.scenes).to_dict()
+                found.append({"proposals": system, "world": world, "steps": steps, **report})
     return found
 
 
@@ -329,59 +323,60 @@ def collect(runs: Path) -> dict[str, Any]:
     return {"rows": rows, "proposals": json.loads(recall.read_text("utf-8")) if recall.is_file() else []}
 
 
+def table(titles: str, rows: list[list[str]]) -> list[str]:
+    """A table's lines, with titles as ``one | two``."""
+    cells = [titles, "|".join("---" for _ in titles.split("|")), *(" | ".join(row) for row in rows)]
+    return ["", *(f"| {line} |" for line in cells)]
+
+
 def page(results: dict[str, Any]) -> str:
     """The page of the claims."""
-    lines = HEAD.splitlines()
-    said = {claim.claim: claim for claim in claims()}
+    lines, said = HEAD.splitlines(), {claim.claim: claim for claim in claims()}
     measured = [row for row in results["rows"] if row["seeds"]]
-    for title, verdict in (("Holds", "holds"), ("Does not hold", "does not hold"), ("Undecided", "undecided")):
-        rows = [row for row in measured if row["verdict"] == verdict]
-        if not rows:
-            continue
-        lines += ["", f"## {title}", ""]
-        lines += ["| claim | paper | metric | system | baseline | difference (95 %) | seeds | world, steps |"]
-        lines += ["|---|---|---|---|---|---|---|---|"]
-        for row in rows:
+    for verdict in ("holds", "does not hold", "undecided"):
+        rows = []
+        for row in (row for row in measured if row["verdict"] == verdict):
             claim, metric = said[row["claim"]], row["metric"]
             sides = [f"{row['values'][side][metric]:.1f}" for side in ("system", "baseline")]
             interval = f"{row['difference']:+.1f} ({row['low']:+.1f} to {row['high']:+.1f})"
-            said_by = f"`{claim.claim}`: {claim.says} | {claim.paper} | {METRICS[metric]}"
-            cells = [said_by, *sides, interval, str(row["seeds"]), f"{row['world']}, {row['steps']}"]
-            lines.append(f"| {' | '.join(cells)} |")
+            place = f"{row['world']}, {row['split']}, {row['scenes']}"
+            rows.append([f"`{claim.claim}`: {claim.says}", claim.paper, METRICS[metric], *sides, interval])
+            rows[-1] += [str(row["seeds"]), place, str(row["steps"])]
+        if rows:
+            titles = "claim | paper | metric | system | baseline | difference (95 %) | seeds | scenes | steps"
+            lines += ["", f"## {verdict.capitalize()}", *table(titles, rows)]
     if measured:
-        lines += ["", "## Interior and boundary", ""]
-        lines += [
-            f"Accuracy of pixels within {BORDER} of a border of the labels and of the others, system / baseline.",
-            "",
+        titles = "claim | boundary, seen | boundary, unseen | interior, seen | interior, unseen | unseen taken for seen"
+        rows = [
+            [f"`{row['claim']}`"]
+            + [" / ".join(f"{row['values'][side][name]:.1f}" for side in row["values"]) for name in PLACES]
+            for row in measured
         ]
-        titles = ("boundary, seen", "boundary, unseen", "interior, seen", "interior, unseen", "unseen taken for seen")
-        lines += [f"| claim | {' | '.join(titles)} |", "|---|---|---|---|---|---|"]
-        for row in measured:
-            both = [" / ".join(f"{row['values'][side][name]:.1f}" for side in row["values"]) for name in PLACES]
-            lines.append(f"| `{row['claim']}` | {' | '.join(both)} |")
+        lines += [
+            "",
+            "## Interior and boundary",
+            "",
+            f"Accuracy of pixels within {BORDER} of a border of the labels and",
+        ]
+        lines += [
+            "of the others, and unseen pixels taken for a seen class, in percent: system / baseline.",
+            *table(titles, rows),
+        ]
     if results["proposals"]:
-        lines += [
-            "",
-            "## Proposals",
-            "",
-            "| proposals | world | recall at 0.5: seen | unseen | at 0.3: seen | unseen |",
+        titles = "proposals | steps | world, val | recall at 0.5: seen | unseen | at 0.3: seen | unseen"
+        rows = [
+            [f"`{row['proposals']}`", str(row["steps"]), row["world"]]
+            + [f"{100 * row['recall'][at][kind]:.1f}" for at in ("0.5", "0.3") for kind in ("seen", "unseen")]
+            for row in results["proposals"]
         ]
-        lines += ["|---|---|---|---|---|---|"]
-        for row in results["proposals"]:
-            parts = [f"{100 * row['recall'][at][kind]:.1f}" for at in ("0.5", "0.3") for kind in ("seen", "unseen")]
-            lines.append(f"| `{row['proposals']}` | {row['world']} | {' | '.join(parts)} |")
+        lines += ["", "## Proposals", *table(titles, rows)]
     if (DOCS / "images" / "claims-curves.png").is_file():
         lines += ["", "## While training", "", "![Metrics over the steps of the trainings](images/claims-curves.png)"]
+    left = [claim for claim, row in zip(claims(), results["rows"], strict=True) if not row["seeds"]]
     lines += ["", "## Not measured", ""]
-    lines += [
-        f"- `{row['claim']}`: {said[row['claim']].says} ({row['paper']})."
-        for row in results["rows"]
-        if not row["seeds"] and not said[row["claim"]].unseen_here
-    ]
+    lines += [f"- `{claim.claim}`: {claim.says} ({claim.paper})." for claim in left if not claim.unseen_here]
     lines += ["", "## Cannot be seen here", ""]
-    lines += [
-        f"- {claim.says} ({claim.paper}), because {claim.unseen_here}." for claim in claims() if claim.unseen_here
-    ]
+    lines += [f"- {claim.says} ({claim.paper}), because {claim.unseen_here}." for claim in left if claim.unseen_here]
     return "\n".join(lines) + "\n"
 
 
@@ -389,6 +384,7 @@ def write(runs: Path) -> None:
     """Write what was measured as pages: the rows, the page, and the curves of the runs with the first seed."""
     results = collect(runs)
     print("wrote", write_json(DOCS / "results" / "claims.json", results["rows"]))
+    print("wrote", write_json(DOCS / "results" / "proposals.json", results["proposals"]))
     print("wrote", write_text(DOCS / "claims.md", page(results)))
     logs = [folder for name in CURVES if (folder := runs / f"one-stage-{name}-0" / "model").is_dir()]
     if logs:

@@ -87,7 +87,7 @@ def test_what_was_not_measured_is_undecided(tmp_path: Path) -> None:
     assert all(f"`{claim.claim}`" in text for claim in MADE)
     assert all(claim.unseen_here in text for claim in claims() if claim.unseen_here)
     measured = {**stated(MADE[0]), **compare([(counts(0.8), counts(0.6))], MADE[0].metric), "seeds": 2}
-    measured |= {"verdict": "holds", "world": "picture-world-2", "steps": 10}
+    measured |= {"verdict": "holds", "world": "picture-world-2", "split": "val", "scenes": 30, "steps": 10}
     (tmp_path / "claims.json").write_text(json.dumps({MADE[0].claim: measured}))
     assert "## Holds" in page(collect(tmp_path))
 

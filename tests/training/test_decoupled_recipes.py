@@ -326,7 +326,7 @@ def test_new_proposals_start_from_imagenet(name: str) -> None:
         return
     trained = isinstance(getattr(system_of(recipe)[1], "proposals", None), QueryOptions)
     new = trained and recipe.initial is None and recipe.data.source not in ("picture-world", "shapes")
-    shapes = name == "decoupled-picture-world:proposals"
+    shapes = name.startswith(tuple(f"decoupled-picture-world:{part}" for part in ("proposals", "pooled", "deop")))
     assert recipe.proposals_from == ("imagenet" if new else "shapes:mask2former" if shapes else None)
 
 

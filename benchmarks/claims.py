@@ -134,7 +134,8 @@ class Study:
             if "ensemble" in options:
                 options["ensemble"] = {"rule": "region"}
             model = recipe.model.model_copy(update={"options": options})
-            recipe, folder = recipe.model_copy(update={"initial": None, "model": model}), Path(f"{folder}-labels")
+            start = {"initial": None, "proposals_from": None, "model": model}
+            recipe, folder = recipe.model_copy(update=start), Path(f"{folder}-labels")
         if (folder / "model" / "config.json").is_file():
             return folder
         # Proposals are trained once, for all seeds; a self-training starts from its own seed's half-trained model.

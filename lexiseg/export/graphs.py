@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -90,8 +91,14 @@ def _torch(path: Path, spec: ExportSpec, device: str) -> Graph:
 
     if device not in ("auto", "cpu"):
         raise LexisegError("An exported model in torch's format runs where it was exported, on the cpu.")
-    compiled = spec.compiled
-    call: Any = torch._inductor.aoti_load_package(str(path)) if compiled else torch.export.load(path).module()
+    call: Any
+    if spec.compiled:
+        call = torch._inductor.aoti_load_package(str(path))
+    else:
+        # Sizes at which the model takes a shorter way to the same numbers are ruled out by guards that nobody needs.
+        known = signature(torch.export.ExportedProgram.module).parameters
+        loose = {"check_guards": False} if "check_guards" in known else {}
+        call = torch.export.load(path).module(**loose)
 
     def run(*inputs: np.ndarray) -> np.ndarray:
         with torch.no_grad():

@@ -1,9 +1,9 @@
 """The service under load, and what it answers to clients that misuse it.
 
 Starts ``lexiseg serve`` with the packaged ZegCLIP and lets clients ask at once, each again as soon as it was answered,
-or after the seconds that a 503 says. The service states a queue: a picture waits for at most that many others, and for
-the batch that runs, so p99 must stay below (queue + batch) / (pictures a second), and half of that again for what the
-machine does meanwhile. Memory is that of the service's process, after a fifth of the time and at the end.
+or after the seconds that a 503 says. The service states a queue: a picture waits for at most so many others, for the
+batch that runs and for its own. So "others" counts the pictures that were answered while one waited, which does not
+depend on what else the machine does: its p99 must stay below queue + 2 batches. Memory is that of the server.
 """
 
 from __future__ import annotations
@@ -51,10 +51,12 @@ def memory(process: int) -> float:
     return int(re.search(r"VmRSS:\s+(\d+)", status)[1]) / 1024  # type: ignore[index]
 
 
-async def ask(client: httpx.AsyncClient, data: bytes, until: float, waits: list[float], codes: Counter[Any]) -> None:
+async def ask(
+    client: httpx.AsyncClient, data: bytes, until: float, waits: list[tuple[float, int]], codes: Counter[Any]
+) -> None:
     """One client: ask until the time is over."""
     while time.monotonic() < until:
-        start = time.monotonic()
+        start, before = time.monotonic(), codes[200]
         try:
             reply = await client.post("/v1/segment", content=data, headers=JSON)
         except httpx.HTTPError as error:
@@ -62,7 +64,7 @@ async def ask(client: httpx.AsyncClient, data: bytes, until: float, waits: list[
             continue
         codes[reply.status_code] += 1
         if reply.status_code == 200:
-            waits.append(time.monotonic() - start)
+            waits.append((time.monotonic() - start, codes[200] - before))
         elif reply.status_code == 503:
             await asyncio.sleep(float(reply.headers["Retry-After"]))
 
@@ -90,7 +92,7 @@ async def run(port: int, process: int, options: argparse.Namespace) -> dict[str,
     data = body(sample_path("demo").read_bytes())
     limits = httpx.Limits(max_connections=None)
     codes: Counter[Any] = Counter()
-    waits: list[float] = []
+    waits: list[tuple[float, int]] = []
     sizes: list[float] = []
     async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=2 * SECONDS, limits=limits) as client:
         until = time.monotonic() + options.seconds
@@ -112,12 +114,12 @@ async def run(port: int, process: int, options: argparse.Namespace) -> dict[str,
         }
         metrics = (await client.get("/metrics")).text
         left = re.search(r'lexiseg_requests_total\{path="/v1/segment",status="499"\} (\d+)', metrics)
-        misuse["clients that left (of 20)"] = left[1] if left else "0"
+        misuse["clients seen to leave (of 20)"] = left[1] if left else "0"
     rate = len(waits) / options.seconds
-    bound = 1.5 * (QUEUE + BATCH) / rate
-    p50, p99 = np.percentile(waits, (50, 99))
+    p50, p99 = np.percentile(waits, (50, 99), axis=0)
     return {
-        "pictures a second": rate, "p50 s": float(p50), "p99 s": float(p99), "bound s": bound,
+        "pictures a second": rate, "p50 s": float(p50[0]), "p99 s": float(p99[0]),
+        "p99 others": float(p99[1]),
         "answers": {str(code): count for code, count in sorted(codes.items(), key=str)},
         "MiB": [round(sizes[len(sizes) // 5]), round(max(sizes)), round(sizes[-1])], "misuse": misuse,
     }  # fmt: skip
@@ -143,12 +145,12 @@ def main() -> None:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 server.wait(30)
     misuse, answers, sizes = found.pop("misuse"), found.pop("answers"), found.pop("MiB")
-    fine = set(answers) <= {"200", "503"} and found["p99 s"] <= found["bound s"]
+    fine = set(answers) <= {"200", "503"} and found["p99 others"] <= QUEUE + 2 * BATCH
     report(
         "The service under load", [found], options, limits=limits, clients=options.clients,
         answers=answers, misuse=misuse, memory=f"{sizes[0]} MiB after a fifth of the time, {sizes[1]} at most, "
         f"{sizes[2]} at the end", stopped=f"exit code {server.returncode} after SIGTERM",
-        verdict=f"no error but 503 and p99 within the bound: {'yes' if fine else 'no'}",
+        verdict=f"no error but 503 and p99 of the others at most {QUEUE + 2 * BATCH}: {'yes' if fine else 'no'}",
     )  # fmt: skip
 
 

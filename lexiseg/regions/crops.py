@@ -27,7 +27,7 @@ from torch.nn import functional as F
 
 # Masks are brought to full resolution this many pixels at a time: a hundred of them at once take gigabytes.
 _PIXELS = 1 << 23
-# What a processor's caches hold; larger batches take 1.13 times as long a crop (benchmarks/decoupled_speed.py).
+# What a processor's caches hold; larger batches take longer (benchmarks/decoupled_speed.py).
 _CPU_CHUNK = 4
 _CHUNK = 32
 

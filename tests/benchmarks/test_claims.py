@@ -114,7 +114,8 @@ def test_one_claim_is_reproduced_small(tmp_path: Path) -> None:
 
 
 def test_what_trains_nothing_is_judged_inside_the_labels_masks_without_proposals(tmp_path: Path) -> None:
-    result = run("gps-untrained-labels", "--scenes", "2", "--runs", str(tmp_path), "--world", "picture-world-2")
+    small = ("--scenes", "2", "--runs", str(tmp_path), "--clip", "clip-emoji")
+    result = run("gps-untrained-labels", *small)
     assert result.returncode == 0, result.stderr
     row = json.loads(result.stdout.splitlines()[-1])
     assert (row["seeds"], row["steps"], row["scenes"], row["world"]) == (1, 0, 2, "picture-world-2")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import time
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -66,15 +66,14 @@ class Parts:
     """The folder of an evaluation's parts.
 
     ``folder``: where they are; it holds nothing else. ``identity``: JSON values that say which evaluation it is; parts
-    of another one do not count. ``ignored``: label of pixels that are not judged.
+    of another one do not count. ``empty`` makes the counts of nothing.
     """
 
-    def __init__(self, folder: Path, identity: Mapping[str, Any], num_classes: int, ignored: int, every: float) -> None:
+    def __init__(self, folder: Path, identity: Mapping[str, Any], empty: Callable[[], Tally], every: float) -> None:
         self.folder = folder
         # Through JSON, because that is what the parts' values have been through.
         self._identity = _flat(json.loads(json.dumps(dict(identity))))
-        self._num_classes, self._ignored = num_classes, ignored
-        self._every, self._written = every, time.monotonic()
+        self._empty, self._every, self._written = empty, every, time.monotonic()
         self._file = folder / f"{uuid.uuid4().hex}.json"
 
     def begin(self) -> Tally:
@@ -100,9 +99,6 @@ class Parts:
             write_json(self._file, {"identity": self._identity, **tally.to_dict()})
             self._written = time.monotonic()
 
-    def _empty(self) -> Tally:
-        return Tally(Confusion(self._num_classes, ignore_index=self._ignored))
-
     def _read(self, path: Path) -> Tally:
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
@@ -111,7 +107,7 @@ class Parts:
             if before == self._identity:
                 for name in _COUNTS:
                     counts = np.asarray(values[name], np.int64)
-                    if counts.shape != (self._num_classes,):
+                    if counts.shape != (tally.confusion.num_classes,):
                         raise ValueError("another number of classes")
                     setattr(tally.confusion, name, counts)
                 tally.batches = set(map(int, values["batches"]))

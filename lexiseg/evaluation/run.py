@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -73,7 +74,6 @@ def run_evaluation(
         offsets = offsets or ("all" if _had_every_mask(segmenter, dataset.vocabulary) else "data")
         asked = dataset.vocabulary if offsets == "data" else _flagged(dataset.vocabulary, offsets == "all")
         num_classes = len(dataset.vocabulary)
-        ignored = ignore_index(num_classes)
         if not (indices := spread(len(dataset), limit)):
             raise LexisegError(f"The split '{split}' of '{name}' is empty, so there is nothing to evaluate.")
         # A background class the dataset does not have is dropped again: it is judged as no class.
@@ -82,7 +82,7 @@ def run_evaluation(
         facts = {"dataset": name, "split": split, "num_pictures": len(indices), **_classes(judged, seen_split)}
         facts |= {"vocabulary_sha256": vocabulary.hash(), "window": asdict(window or segmenter.model.window)}
         facts |= {"templates": list(vocabulary.templates), "background": vocabulary.background.to_dict()}
-        facts |= {"refine": segmenter.refinement.kind, "offsets": offsets, "ignore_index": ignored}
+        facts |= {"refine": segmenter.refinement.kind, "offsets": offsets, "ignore_index": ignore_index(num_classes)}
         facts |= {
             "batch_size": batch_size,
             "seed": seed,
@@ -93,10 +93,11 @@ def run_evaluation(
         # Whole batches are divided, not pictures, so that each is predicted exactly as in one process.
         batches = [indices[start : start + batch_size] for start in range(0, len(indices), batch_size)]
         identity = {**facts, "device": segmenter.device.type, "length": len(dataset)}
-        store = None if parts is None else Parts(parts, identity, num_classes, ignored, save_every)
-    before = _before(store, resume, Tally(Confusion(num_classes, ignore_index=ignored, seen=seen_ids(judged))), shared)
+        empty = partial(_nothing, num_classes, seen_ids(judged))
+        store = None if parts is None else Parts(parts, identity, empty, save_every)
+    before = _before(store, resume, empty(), shared)
     wanted = {indices[position] for position in spread(len(indices), num_examples)}
-    judge = _Judge(segmenter, dataset, asked, background, window, batch_size, wanted, seen_ids(judged))
+    judge = _Judge(segmenter, dataset, asked, background, window, batch_size, wanted, empty)
     tally = judge.count(batches, before, store, progress, shared)
     for other, shown in processes.gather((tally, judge.examples)) if shared else [(tally, judge.examples)]:
         before.merge(other)
@@ -113,6 +114,11 @@ def run_evaluation(
     return Report(metrics, before.confusion, judged, facts, before.seconds, pictures)
 
 
+def _nothing(num_classes: int, seen: Sequence[int]) -> Tally:
+    """The counts of no picture."""
+    return Tally(Confusion(num_classes, ignore_index=ignore_index(num_classes), seen=seen))
+
+
 @dataclass
 class _Judge:
     """A segmenter at work on a dataset: predicts batches of indices, counts them, and keeps the pictures to show."""
@@ -124,15 +130,14 @@ class _Judge:
     window: WindowPolicy | None
     batch_size: int
     wanted: set[int]
-    seen: list[int]
+    empty: Callable[[], Tally]
     examples: dict[int, Example] = field(default_factory=dict)
 
     def count(
         self, batches: Sequence[list[int]], before: Tally, store: Parts | None, progress: bool, shared: bool
     ) -> Tally:
         """Predict and count this process's part of the batches that are not in ``before``."""
-        num_classes = len(self.dataset.vocabulary)
-        tally = Tally(Confusion(num_classes, ignore_index=ignore_index(num_classes), seen=self.seen))
+        tally = self.empty()
         rank, count = (processes.rank(), processes.count()) if shared else (0, 1)
         # In turns, not in runs as accelerate's split_between_processes does it: data sets are sorted, and so are sizes.
         mine = missing(before, range(len(batches)))[rank::count]

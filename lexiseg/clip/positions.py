@@ -80,6 +80,6 @@ def _bicubic(grid: tuple[int, int], source: tuple[int, int]) -> tuple[Tensor, Te
         far = ((-0.75 * distance + 3.75) * distance - 6) * distance + 3
         weights = torch.where(distance <= 1, near, far)[..., None] * (taps.clamp(0, count - 1)[..., None] == every)
         matrices.append((weights.sum(1), (index == every).float()))
-        agree = agree & (index.amax() == count - 1)
+        agree = agree & (index.max() == count - 1)
     rows, columns = (torch.where(agree, same, resized) for resized, same in matrices)
     return rows, columns

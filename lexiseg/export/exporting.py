@@ -93,6 +93,7 @@ def export(
         raise LexisegError("This model is exported already; export the one that it was made of.")
     model, folder = segmenter.model, Path(folder).expanduser()
     _check(model, folder, kind, precision)
+    model.eval()  # in training some systems leave steps out
     spec = _describe(segmenter, kind, sizes, precision)
     temporary = make_folder(folder.parent / f".{folder.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
@@ -213,7 +214,9 @@ def _graphs(segmenter: Segmenter, spec: ExportSpec) -> Iterator[Graph]:
     if spec.text.separate_templates:
         words = words[:, None].repeat(1, len(spec.text.templates), 1)
     batch, classes = dimension("batch", min=1, max=1024), dimension("words", min=2, max=4096)
-    for size in spec.sizes or ((5 * unit, 6 * unit),):
+    # An example of no side that the tower has a table for, not even less one patch: a trace would keep to that side.
+    beyond = model.clip.image_size // unit
+    for size in spec.sizes or (((beyond + 2) * unit, (beyond + 3) * unit),):
         free: dict[int, Any] = {0: batch}
         if not spec.sizes:
             free |= {2: unit * dimension("rows", min=2, max=_SIDES), 3: unit * dimension("columns", min=2, max=_SIDES)}

@@ -173,7 +173,8 @@ class SpectralGuide(nn.Module):
         # Without a bias the maps of padding are zero: padding after the map is the same, and less work.
         windows = self._windows(self.high(memory), grid).transpose(2, 3)
         batch, rows, columns = windows.shape[:3]
-        query, key, value = windows.reshape(batch * rows * columns, _WINDOW**2, -1).chunk(3, dim=-1)
+        # One head, said as an axis: exporters take attention of four axes only.
+        query, key, value = windows.reshape(batch * rows * columns, 1, _WINDOW**2, -1).chunk(3, dim=-1)
         mixed = F.scaled_dot_product_attention(query, key, value)
         mixed = mixed.reshape(batch, rows, columns, _WINDOW, _WINDOW, -1).transpose(2, 3)
         return mixed.flatten(3, 4).flatten(1, 2)[:, : grid[0], : grid[1]].flatten(1, 2)
@@ -206,7 +207,8 @@ class SpectralLayer(DecoderLayer):
 
     def attend(self, queries: Tensor, seen: tuple[Tensor, ...], dropout: float) -> Tensor:
         """The mean of z, weighted by the softmax of those products."""
-        return F.scaled_dot_product_attention(queries, seen[0], seen[0], dropout_p=dropout, scale=1.0)
+        memory = seen[0][:, None]  # one head, as in `SpectralFilter`
+        return F.scaled_dot_product_attention(queries[:, None], memory, memory, dropout_p=dropout, scale=1.0).squeeze(1)
 
 
 class SpectralDecoder(MaskDecoder):

@@ -56,7 +56,8 @@ def assert_same(segmenter: Segmenter, exported: Any, images: list[np.ndarray], c
         assert equal >= 0.999
         for a, b in zip(want, got, strict=True):
             assert isinstance(b.label_map, np.ndarray) and b.vocabulary == a.vocabulary
-            np.testing.assert_allclose(np.asarray(a.scores), b.scores, atol=2e-3)
+            # Pillow's resize differs from torch's by a level here and there; sharp attention makes most of it.
+            np.testing.assert_allclose(np.asarray(a.scores), b.scores, atol=1e-2)
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,7 @@ ROWS = {
     "zegclip-emoji": "zegclip",
     "cascade-clip-emoji": "cascade-clip",
     "second-look-emoji": "second-look",
-    "deop-emoji": "deop with remainder",
+    "deop-emoji": "deop with leftover proposals",
 }
 """The row of the results that a packaged model belongs to."""
 

@@ -241,6 +241,22 @@ class Predictor(ABC):
             self._note_photographs = False  # once is enough
         return read_picture(key, source, policy, self.max_pixels, arrays=self._arrays)
 
+    def _run_whole(
+        self,
+        image: ImageSource,
+        classes: VocabularySource,
+        window: WindowSource,
+        batch_size: int,
+        background: BackgroundSource,
+    ) -> tuple[Picture, Words, WindowPolicy]:
+        """Run all windows of one picture; arguments as in `predict`."""
+        batch_size, policy = whole_number(batch_size, "The batch size", 1), window_policy(self.model.window, window)
+        words = self._words(classes, background)
+        picture = self._read_one(image, policy)
+        for start in range(0, len(picture.boxes), batch_size):
+            self._run([(picture, box) for box in picture.boxes[start : start + batch_size]], words)
+        return picture, words, policy
+
     def _stream(
         self, pictures: Iterable[Picture | Failure], words: Words, batch_size: int, policy: WindowPolicy
     ) -> Iterator[tuple[Any, Segmentation | LexisegError]]:

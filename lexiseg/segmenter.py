@@ -168,11 +168,7 @@ class Segmenter(Predictor):
 
         Raises LexisegError if the picture or the classes are wrong.
         """
-        batch_size, policy = whole_number(batch_size, "The batch size", 1), window_policy(self.model.window, window)
-        words = self._words(classes, background)
-        picture = self._read_one(image, policy)
-        for start in range(0, len(picture.boxes), batch_size):
-            self._run([(picture, box) for box in picture.boxes[start : start + batch_size]], words)
+        picture, _, policy = self._run_whole(image, classes, window, batch_size, background)
         return picture.joined(policy)
 
     def pixels(self, image: ImageSource) -> Tensor:

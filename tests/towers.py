@@ -11,6 +11,22 @@ import torch
 
 from lexiseg.clip.model import CLIP, build_clip
 
+SMALL_PROPOSALS: dict[str, Any] = {
+    "backbone": "tiny",
+    "widths": (8, 8, 16, 16),
+    "stem_width": 8,
+    "num_queries": 6,
+    "hidden_dim": 16,
+    "pixel_dim": 32,
+    "mask_dim": 32,
+    "heads": 2,
+    "decoder_layers": 2,
+    "ffn_dim": 32,
+    "class_hidden": 16,
+    "embed_dim": 16,
+}
+"""Options of a tiny proposal generator, which fit the width of `small_clip`'s text."""
+
 
 def small_architecture(**changes: Any) -> dict[str, Any]:
     """A CLIP of a few thousand parameters: 16-pixel-wide text, four vision blocks, patches of 8 pixels."""

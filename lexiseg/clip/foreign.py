@@ -180,10 +180,24 @@ def _transformers(source: str, name: str) -> ForeignCLIP:
         raise LexisegError(
             f"'{name}' is a {kind}, which has no patches that meet text; choose one of {', '.join(_KINDS)}."
         )
-    from transformers import AutoModel, AutoTokenizer
+    from transformers import AutoModel
+
+    # TIPSv2's files have no temperature, which only training needs.
+    model, tokenizer = read_transformers(folder, name, AutoModel, optional=("temperature",))
+    mean, std = _normalisation(folder, kind)
+    return ForeignCLIP(model, tokenizer, name, mean=mean, std=std)
+
+
+def read_transformers(folder: Path, name: str, kind: Any, *, optional: Sequence[str] = ()) -> tuple[Any, Any]:
+    """The model, in float32 and evaluation mode, and the tokenizer of a folder as transformers writes it.
+
+    ``kind``: the class of transformers that reads the model. ``optional``: weights that may be missing. Raises
+    LexisegError if the files are damaged, or another weight is missing.
+    """
+    from transformers import AutoTokenizer
 
     try:
-        model, report = AutoModel.from_pretrained(
+        model, report = kind.from_pretrained(
             folder, local_files_only=True, use_safetensors=True, output_loading_info=True
         )
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
@@ -191,12 +205,9 @@ def _transformers(source: str, name: str) -> ForeignCLIP:
         raise LexisegError(
             f"The model '{name}' in '{folder}' cannot be read ({first_line(error)}); download it again."
         ) from error
-    # TIPSv2's files have no temperature, which only training needs.
-    missing = sorted(key for key in report["missing_keys"] if key != "temperature")
-    if missing:
+    if missing := sorted(set(report["missing_keys"]).difference(optional)):
         raise LexisegError(f"The model '{name}' in '{folder}' lacks {missing[0]}; download it again.")
-    mean, std = _normalisation(folder, kind)
-    return ForeignCLIP(model.float().eval(), tokenizer, name, mean=mean, std=std)
+    return model.float().eval(), tokenizer
 
 
 def read_kind(folder: Path, name: str) -> str:

@@ -238,7 +238,7 @@ def _traceable(model: SegmentationModel) -> Iterator[None]:
     level = logging.root.manager.disable
     try:
         logging.disable(logging.WARNING)  # the exporters' remarks about their own steps
-        model.eval().requires_grad_(False)
+        model.requires_grad_(False)
         vars(model).update(same)
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")

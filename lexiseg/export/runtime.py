@@ -223,11 +223,7 @@ class ExportedPredictor(Predictor):
         background: BackgroundSource = None,
     ) -> Scores:
         """See `lexiseg.segmenter.Segmenter.scores`; this imports torch."""
-        policy = window_policy(self.model.window, window)
-        words, picture = self._words(classes, background), self._read_one(image, policy)
-        for start in range(0, len(picture.boxes), batch_size):
-            self._run([(picture, box) for box in picture.boxes[start : start + batch_size]], words)
-        return self._torch_scores(picture, words, policy)
+        return self._torch_scores(*self._run_whole(image, classes, window, batch_size, background))
 
     def _words(self, classes: VocabularySource, background: BackgroundSource) -> Words:
         vocabulary = self.vocabulary(classes, background=background)

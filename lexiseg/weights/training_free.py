@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lexiseg.errors import LexisegError
-from lexiseg.hub import cached, download_folder, first_line
+from lexiseg.hub import cached, download_folder
 
 if TYPE_CHECKING:
     from lexiseg.models.base import SegmentationModel
@@ -59,7 +59,7 @@ def load_sam3(name: str = SAM3_WEIGHTS) -> SAM3:
     transformers, or ``OWNER/NAME`` on the hub. Raises LexisegError if the weights cannot be had, are gated, damaged or
     of another model.
     """
-    from lexiseg.clip.foreign import read_kind
+    from lexiseg.clip.foreign import read_kind, read_transformers
 
     folder = Path(name).expanduser()
     if not folder.is_dir():
@@ -73,20 +73,8 @@ def load_sam3(name: str = SAM3_WEIGHTS) -> SAM3:
     kind = read_kind(folder, name)
     if kind not in ("sam3", "sam3_video"):
         raise LexisegError(f"'{name}' is a {kind} and no SAM 3; write sam3/{SAM3_WEIGHTS}, or a folder of it.")
-    from transformers import AutoTokenizer, Sam3Model
+    from transformers import Sam3Model
 
     from lexiseg.models.sam3 import SAM3, SAM3Towers
 
-    try:
-        model, report = Sam3Model.from_pretrained(
-            folder, local_files_only=True, use_safetensors=True, output_loading_info=True
-        )
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # transformers raises errors of many kinds
-        raise LexisegError(
-            f"The model '{name}' in '{folder}' cannot be read ({first_line(error)}); download it again."
-        ) from error
-    missing = sorted(report["missing_keys"])
-    if missing:
-        raise LexisegError(f"The model '{name}' in '{folder}' lacks {missing[0]}; download it again.")
-    return SAM3(SAM3Towers(model.float().eval(), tokenizer, f"sam3/{name}"))
+    return SAM3(SAM3Towers(*read_transformers(folder, name, Sam3Model), f"sam3/{name}"))

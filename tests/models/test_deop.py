@@ -25,23 +25,10 @@ from lexiseg.vocabulary import Vocabulary
 from lexiseg.weights import load_model, save_model
 from tests.parity.runner import run_case
 from tests.system_tester import DIM, DecoupledTester, SystemTester
+from tests.towers import SMALL_PROPOSALS as SMALL
 from tests.towers import small_clip, unit_rows
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-SMALL: dict[str, Any] = {
-    "backbone": "tiny",
-    "widths": (8, 8, 16, 16),
-    "stem_width": 8,
-    "num_queries": 6,
-    "hidden_dim": 16,
-    "pixel_dim": 32,
-    "mask_dim": 32,
-    "heads": 2,
-    "decoder_layers": 2,
-    "ffn_dim": 32,
-    "class_hidden": 16,
-    "embed_dim": DIM,
-}
 OPTIONS: dict[str, Any] = {
     "proposals": {"kind": "maskformer", **SMALL},
     "text_prompts": "templates",

@@ -23,22 +23,9 @@ from lexiseg.weights import load_model, save_model
 from tests.proposals.test_sam_proposals import tiny_sam
 from tests.references import pseudo_label
 from tests.system_tester import DIM, DecoupledTester, SystemTester
-from tests.towers import small_clip, unit_rows
+from tests.towers import SMALL_PROPOSALS, small_clip, unit_rows
 
-QUERIES: dict[str, Any] = {
-    "backbone": "tiny",
-    "widths": [8, 8, 16, 16],
-    "stem_width": 8,
-    "num_queries": 5,
-    "hidden_dim": 32,
-    "pixel_dim": 32,
-    "mask_dim": 32,
-    "heads": 2,
-    "decoder_layers": 2,
-    "ffn_dim": 32,
-    "class_hidden": 16,
-    "embed_dim": DIM,
-}
+QUERIES: dict[str, Any] = {**SMALL_PROPOSALS, "num_queries": 5, "hidden_dim": 32}
 MASKFORMER = {"kind": "maskformer", **QUERIES}
 LINEAR = {**MASKFORMER, "class_head": "linear"}
 MASK2FORMER = {"kind": "mask2former", **QUERIES, "encoder_layers": 1, "encoder_ffn_dim": 32, "interaction_dim": 32}

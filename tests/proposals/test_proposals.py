@@ -17,21 +17,9 @@ from lexiseg.proposals.given import GroundTruth, ground_truth_proposals
 from lexiseg.proposals.options import GroundTruthOptions, Mask2FormerOptions, MaskFormerOptions
 from tests.parity.case import load_case
 from tests.parity.proposals import KINDS as CASES
+from tests.towers import SMALL_PROPOSALS
 
-SMALL: dict[str, Any] = {
-    "backbone": "tiny",
-    "widths": (8, 8, 16, 16),
-    "stem_width": 8,
-    "num_queries": 6,
-    "hidden_dim": 16,
-    "pixel_dim": 32,
-    "mask_dim": 32,
-    "heads": 2,
-    "decoder_layers": 2,
-    "ffn_dim": 32,
-    "class_hidden": 16,
-    "embed_dim": 12,
-}
+SMALL: dict[str, Any] = {**SMALL_PROPOSALS, "embed_dim": 12}
 MASKED: dict[str, Any] = {
     "hidden_dim": 32,
     "encoder_layers": 1,

@@ -27,6 +27,7 @@ ALLOWED: dict[str, set[str]] = {
     "progress": set(),
     "startup": set(),
     "files": {"errors"},
+    "journal": {"errors", "files", "words"},
     "words": {"errors"},
     "colors": {"errors", "words"},
     "background": {"errors", "words"},
@@ -70,10 +71,14 @@ ALLOWED: dict[str, set[str]] = {
     | {"checking", "notes", "pictures", "predictor", "resampling", "segmenter"}
     | {"samples", "windows"},
     "recipes": WORDS | {"checking", "clip", "proposals", "models", "data", "windows"},
-    "labelling": WORDS | PICTURES | {"predictor", "windows"},
-    "evaluation": WORDS | PICTURES | MODELS | {"data", "pictures", "recipes", "segmenter", "processes", "windows"},
+    "labelling": WORDS | PICTURES | {"journal", "predictor", "windows"},
+    "evaluation": WORDS
+    | PICTURES
+    | MODELS
+    | {"data", "journal", "pictures", "recipes", "segmenter", "processes"}
+    | {"windows"},
     "analysis": WORDS | PICTURES | MODELS | {"segmenter"},
-    "training": WORDS | PICTURES | MODELS | {"data", "recipes", "segmenter", "evaluation", "processes"},
+    "training": WORDS | PICTURES | MODELS | {"data", "journal", "recipes", "segmenter", "evaluation"} | {"processes"},
 }
 # What depends on nothing of ours may be used everywhere.
 EVERYWHERE = {part for part, below in ALLOWED.items() if not below}

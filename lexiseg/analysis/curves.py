@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lexiseg.analysis.panels import new_figure
 from lexiseg.errors import LexisegError
+from lexiseg.files import read_lines
 from lexiseg.words import printable
 
 if TYPE_CHECKING:
@@ -54,18 +54,14 @@ def _read(run: Path, metrics: Sequence[str]) -> list[dict[str, float]]:
     """The lines of a run's log that hold one of the metrics."""
     path = run / _LOG
     try:
-        text = path.read_text(encoding="utf-8", errors="replace")
+        records = read_lines(path)
     except OSError as error:
         raise LexisegError(
             f"'{run}' holds no log of a training, '{_LOG}' ({error.strerror}); give the folder of a run."
         ) from error
     lines = []
-    for line in text.splitlines():
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError):
-            continue  # cut short by a kill
-        if isinstance(record, dict) and isinstance(record.get("step"), int):
+    for record in records:
+        if isinstance(record.get("step"), int):
             numbers = {key: value for key, value in record.items() if isinstance(value, int | float)}
             if any(f"val/{metric}" in numbers for metric in metrics):
                 lines.append(numbers)

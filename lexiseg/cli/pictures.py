@@ -147,7 +147,7 @@ def _plan(
     manifest: bool,
 ) -> tuple[dict[str, Entry], list[Picture]]:
     """What an earlier run has done, by absolute path, and what there is to do; the record is begun."""
-    before = {} if record is None else record.begin(settings, resume=resume, manifest=manifest)
+    before = {} if record is None else record.begin_run(settings, resume=resume, manifest=manifest)
     stems = _stems(paths, {image: entry.stem for image, entry in before.items()})
     done = {image: entry for image, entry in before.items() if set(kinds) <= set(entry.files)}
     todo = [Picture(str(path), stems[path], str(path)) for path in paths if absolute(path) not in done]

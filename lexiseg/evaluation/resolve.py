@@ -13,11 +13,11 @@ from lexiseg import processes
 from lexiseg.background import BackgroundSource
 from lexiseg.data.base import SegmentationDataset
 from lexiseg.errors import LexisegError
-from lexiseg.evaluation.parts import clear
 from lexiseg.evaluation.protocols import Protocol, find_protocol
 from lexiseg.evaluation.report import Report
 from lexiseg.evaluation.run import Offsets, run_evaluation
 from lexiseg.files import make_folder
+from lexiseg.journal import Journal
 from lexiseg.pictures import WindowSource, window_policy
 from lexiseg.recipes import CatalogData, ContrastiveRecipe, EvaluationRecipe, load_recipe
 from lexiseg.refine import Refinement
@@ -132,9 +132,9 @@ def evaluate(
         settings |= {"seen_split": asked.seen_split, "card": card, "seed": segmenter.model.metadata.get("seed")}
         settings |= {"window": asked.window_for(segmenter, window, stride), "background": background}
         settings |= {"batch_size": batch_size, "limit": limit, "progress": progress, "resume": resume}
-    parts = None if folder is None else folder / PARTS
+    journal = None if folder is None else Journal(folder / PARTS)
     try:
-        report = run_evaluation(segmenter, data, shared=True, parts=parts, **settings)
+        report = run_evaluation(segmenter, data, shared=True, journal=journal, **settings)
     except KeyboardInterrupt as stop:
         kept = f"what was counted is kept in '{folder}', and the same command with --resume goes on from there"
         stop.args = (f"Stopped; {'nothing is kept' if folder is None else kept}.",)
@@ -143,9 +143,9 @@ def evaluate(
         from lexiseg.evaluation.proposal_report import evaluate_proposals
 
         report = replace(report, proposals=evaluate_proposals(segmenter, data, released=True, limit=limit))
-    if folder is not None and processes.is_main():
+    if folder is not None and journal is not None and processes.is_main():
         report.save(folder)
-        clear(folder / PARTS)
+        journal.remove()
     return report
 
 

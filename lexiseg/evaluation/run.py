@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -19,9 +18,9 @@ from lexiseg.data.base import Sample, SegmentationDataset, seen_ids, unseen_ids
 from lexiseg.errors import LexisegError
 from lexiseg.evaluation.grid import Example
 from lexiseg.evaluation.metrics import Confusion
-from lexiseg.evaluation.parts import Parts, Tally, missing
 from lexiseg.evaluation.report import Report, versions
 from lexiseg.images import ImageSource
+from lexiseg.journal import Journal, Writer
 from lexiseg.label_ids import ignore_index
 from lexiseg.progress import progress_bar
 from lexiseg.segmenter import Segmenter
@@ -49,9 +48,8 @@ def run_evaluation(
     card: Mapping[str, Any] | None = None,
     progress: bool = True,
     shared: bool = False,
-    parts: Path | None = None,
+    journal: Journal | None = None,
     resume: bool = False,
-    save_every: float = 5.0,
 ) -> Report:
     """Predict every picture of ``dataset`` and compare with its labels; label maps are counted and dropped one by one.
 
@@ -63,10 +61,10 @@ def run_evaluation(
     but "all" for a model that had masks of every class, as the authors' code does it for fully supervised models.
     ``seen_split``: False, across data sets, says nothing of seen and unseen classes. ``num_examples``: pictures in the
     report's grid. ``shared``: divide the pictures among the processes of a launcher, all of which call this; each gets
-    the whole report, whose numbers are those of one process. ``parts``: a folder for what has been counted so far, to
-    ``resume`` from, written every ``save_every`` seconds; the caller removes it (`lexiseg.evaluation.parts.clear`).
+    the whole report, whose numbers are those of one process. ``journal``: what has been counted so far, to ``resume``
+    from; the caller removes it.
 
-    Raises LexisegError if a sample cannot be read, its label does not fit the classes, or the parts are of another
+    Raises LexisegError if a sample cannot be read, its label does not fit the classes, or the journal is of another
     evaluation.
     """
     with processes.together() if shared else nullcontext():
@@ -94,11 +92,10 @@ def run_evaluation(
         batches = [indices[start : start + batch_size] for start in range(0, len(indices), batch_size)]
         identity = {**facts, "device": segmenter.device.type, "length": len(dataset)}
         empty = partial(_nothing, num_classes, seen_ids(judged))
-        store = None if parts is None else Parts(parts, identity, empty, save_every)
-    before = _before(store, resume, empty(), shared)
+    before = _before(journal, identity, resume, empty(), shared)
     wanted = {indices[position] for position in spread(len(indices), num_examples)}
     judge = _Judge(segmenter, dataset, asked, background, window, batch_size, wanted, empty)
-    tally = judge.count(batches, before, store, progress, shared)
+    tally = judge.count(batches, before, journal, progress, shared)
     for other, shown in processes.gather((tally, judge.examples)) if shared else [(tally, judge.examples)]:
         before.merge(other)
         judge.examples.update(shown)
@@ -112,6 +109,57 @@ def run_evaluation(
     metrics = before.confusion.compute(seen_ids(judged), unseen_ids(judged))
     pictures = tuple(judge.examples[index] for index in sorted(wanted))
     return Report(metrics, before.confusion, judged, facts, before.seconds, pictures)
+
+
+_COUNTS = ("intersection", "predicted", "labelled", "as_seen")
+
+
+@dataclass(eq=False)
+class Tally:
+    """Counts over some batches of an evaluation. Integers add up exactly, in whatever order and number of processes."""
+
+    confusion: Confusion
+    batches: set[int] = field(default_factory=set)  # numbers of the batches they are of
+    smallest: tuple[int, int] | None = None  # the smallest (height, width), by height first; None without a picture
+    largest: tuple[int, int] | None = None  # the largest
+    seconds: float = 0.0  # time the predictions took
+
+    def saw(self, size: Sequence[int]) -> None:
+        """Take a picture's (height, width) into account."""
+        height, width = size
+        self.smallest = min(self.smallest or (height, width), (height, width))
+        self.largest = max(self.largest or (height, width), (height, width))
+
+    def merge(self, other: Tally) -> None:
+        """Add what another process, or an earlier run, has counted. Raises LexisegError if a batch is in both."""
+        twice = self.batches & other.batches
+        if twice:
+            raise LexisegError(
+                f"Batch {min(twice)} has been counted twice, so two evaluations wrote to one folder at a time; start "
+                "again without --resume, into a folder of its own."
+            )
+        self.confusion.merge(other.confusion)
+        self.batches |= other.batches
+        for size in filter(None, (other.smallest, other.largest)):
+            self.saw(size)
+        self.seconds += other.seconds
+
+    def to_line(self) -> dict[str, Any]:
+        """All of it as JSON holds it, without the classes that do not occur."""
+        counts = np.stack([getattr(self.confusion, name) for name in _COUNTS], axis=1)
+        classes = {int(index): counts[index].tolist() for index in np.flatnonzero(counts.any(axis=1))}
+        sizes = [self.smallest, self.largest]
+        return {"batches": sorted(self.batches), "classes": classes, "sizes": sizes, "seconds": self.seconds}
+
+    def merge_line(self, line: Mapping[str, Any]) -> None:
+        """Add what `to_line` gave."""
+        part = Tally(Confusion(self.confusion.num_classes), set(line["batches"]), seconds=float(line["seconds"]))
+        for index, counts in line["classes"].items():
+            for name, count in zip(_COUNTS, counts, strict=True):
+                getattr(part.confusion, name)[int(index)] = count
+        for size in line["sizes"]:
+            part.saw(size)
+        self.merge(part)
 
 
 def _nothing(num_classes: int, seen: Sequence[int]) -> Tally:
@@ -134,21 +182,24 @@ class _Judge:
     examples: dict[int, Example] = field(default_factory=dict)
 
     def count(
-        self, batches: Sequence[list[int]], before: Tally, store: Parts | None, progress: bool, shared: bool
+        self, batches: Sequence[list[int]], before: Tally, journal: Journal | None, progress: bool, shared: bool
     ) -> Tally:
         """Predict and count this process's part of the batches that are not in ``before``."""
         tally = self.empty()
         rank, count = (processes.rank(), processes.count()) if shared else (0, 1)
         # In turns, not in runs as accelerate's split_between_processes does it: data sets are sorted, and so are sizes.
-        mine = missing(before, range(len(batches)))[rank::count]
+        mine = [number for number in range(len(batches)) if number not in before.batches][rank::count]
         total, done = sum(map(len, batches)), sum(len(batches[number]) for number in before.batches)
-        with progress_bar(show=progress and rank == 0) as bar:
+        writing = nullcontext() if journal is None else closing(Writer(journal, f"process-{rank}"))
+        with writing as writer, progress_bar(show=progress and rank == 0) as bar:
             task = bar.add_task("evaluating", total=total, completed=done)
             for number in mine:
-                self.predict(batches[number], tally)
-                tally.batches.add(number)
-                if store is not None:
-                    store.write(tally, now=number == mine[-1])
+                part = self.empty()
+                part.batches.add(number)
+                self.predict(batches[number], part)
+                tally.merge(part)
+                if writer is not None:
+                    writer.write(part.to_line())
                 # The others are about as far as this one.
                 bar.update(task, completed=min(total, done + len(tally.batches) * self.batch_size * count))
         return tally
@@ -168,7 +219,7 @@ class _Judge:
                 prediction = prediction.astype(np.int64)
             if tally is not None:
                 _count(tally.confusion, sample, prediction)
-                tally.saw((int(sample.label.shape[0]), int(sample.label.shape[1])))
+                tally.saw(sample.label.shape)
             if index in self.wanted:
                 image = sample.image.permute(1, 2, 0).numpy()
                 self.examples[index] = Example(image, sample.label.numpy(), prediction, sample.name)
@@ -179,17 +230,16 @@ def _classes(judged: Vocabulary, seen_split: bool) -> dict[str, Any]:
     return {"num_classes": len(judged), "num_seen": seen, "num_unseen": unseen, "num_words": len(judged.words)}
 
 
-def _before(store: Parts | None, resume: bool, nothing: Tally, shared: bool) -> Tally:
-    """What earlier runs have counted; one process reads it, for all."""
-    if store is None:
-        return nothing
-    if not shared:
-        return store.resume() if resume else store.begin()
-    found = nothing
-    with processes.together():
-        if processes.is_main():
-            found = store.resume() if resume else store.begin()
-    return processes.gather(found)[0]
+def _before(journal: Journal | None, identity: Mapping[str, Any], resume: bool, found: Tally, shared: bool) -> Tally:
+    """What earlier runs have counted, added to ``found``; one process reads it, for all."""
+    if journal is None:
+        return found
+    with processes.together() if shared else nullcontext():
+        if (not shared or processes.is_main()) and journal.begin(identity, resume=resume):
+            for line in journal.lines():
+                if "batches" in line:
+                    found.merge_line(line)
+    return processes.gather(found)[0] if shared else found
 
 
 def _had_every_mask(segmenter: Segmenter, vocabulary: Vocabulary) -> bool:

@@ -53,7 +53,7 @@ class Worker:
         self._record = Record(job.output)
         self._labeller: Labeller | None = None
         self._fatal = ""
-        if not self._record.is_there:
+        if self._record.settings is None:
             self._fatal = (
                 f"The machine '{platform.node()}' does not see the folder '{job.output}'; put pictures and results on "
                 "a file system that all machines of the cluster share."

@@ -95,7 +95,7 @@ class Labeller:
         announcing attempts with it is reported and left out; the others are not lost with it. Raises LexisegError as
         :meth:`label`.
         """
-        attempt = record.open_shard(number)
+        attempt = Attempt(record, number)
         try:
             before = dict(attempt.done)
             yield from (before[picture.image] for picture in pictures if picture.image in before)
@@ -104,12 +104,11 @@ class Labeller:
             for entry in made:
                 attempt.finish(entry)
                 yield entry
-            attempt.close([picture.image for picture in pictures])
         finally:
-            attempt.stop()
+            attempt.close()
 
     def _one(self, attempt: Attempt, picture: Picture) -> Entry:
-        if attempt.begun.get(picture.image, 0) >= TRIES:
+        if attempt.begun[picture.image] >= TRIES:
             problem = (
                 f"The worker was killed each time it came to '{picture.path}', most likely for want of memory; lower "
                 "--max-pixels or give workers more memory."

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import TextColumn, TimeElapsedColumn
 
 from lexiseg.errors import LexisegError
-from lexiseg.files import atomic_write, make_folder, write_text
+from lexiseg.files import atomic_write, make_folder, read_lines, write_text
 from lexiseg.progress import progress_bar
 
 _log = logging.getLogger("lexiseg")
@@ -27,19 +27,6 @@ def _tensorboard(folder: Path, first_step: int) -> Any:
         _log.warning("TensorBoard is not installed, so only metrics.jsonl is written; `pip install tensorboard`.")
         return None
     return SummaryWriter(str(folder), purge_step=first_step)
-
-
-def _lines_before(path: Path, step: int) -> list[dict[str, Any]]:
-    """The lines of an earlier part of the run; a line cut short by a kill, and what came after ``step``, go."""
-    kept = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(record, dict) and isinstance(record.get("step"), int) and record["step"] <= step:
-            kept.append(record)
-    return kept
 
 
 class RunLog:
@@ -81,7 +68,11 @@ class RunLog:
         if enabled:
             path = folder / "metrics.jsonl"
             try:
-                self.records = _lines_before(path, first_step) if first_step and path.exists() else []
+                # A line that was cut short by a kill, and what came after the step, go.
+                earlier = read_lines(path) if first_step and path.exists() else []
+                self.records = [
+                    line for line in earlier if isinstance(at := line.get("step"), int) and at <= first_step
+                ]
                 write_text(path, "".join(json.dumps(record) + "\n" for record in self.records))
                 self._file = path.open("a", encoding="utf-8")
             except OSError as error:

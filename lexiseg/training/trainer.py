@@ -8,7 +8,6 @@ Several processes share each batch, so a recipe's numbers mean the same whatever
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import random
@@ -27,6 +26,7 @@ from accelerate.utils import send_to_device
 from lexiseg import processes
 from lexiseg.errors import LexisegError, LexisegWarning
 from lexiseg.files import make_folder, write_text
+from lexiseg.journal import changed, flat
 from lexiseg.recipes import TrainSettings
 from lexiseg.training.checkpoint import capture_rng, load_checkpoint, restore_rng
 from lexiseg.training.checkpoint import save_checkpoint as write_checkpoint
@@ -44,14 +44,6 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one with dotted keys, so that a difference can be named."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
-    return flat
 
 
 class Trainer:
@@ -227,10 +219,7 @@ class Trainer:
                 )
 
     def _identity(self) -> dict[str, Any]:
-        values = identity_of(self.settings)
-        # Through JSON, because that is what the checkpoint's values have been through.
-        everything = {**self._given_identity, **values, "processes": processes.count()}
-        return _flat(json.loads(json.dumps(everything)))
+        return flat({**self._given_identity, **identity_of(self.settings), "processes": processes.count()})
 
     def _newest(self) -> Path | None:
         """The newest checkpoint that the first process sees."""
@@ -259,12 +248,11 @@ class Trainer:
         before, now = dict(read_state(newest)["settings"]), self._identity()
         was, count = before.pop("processes", 1), now.pop("processes")
         longer = isinstance(before.get("steps"), int) and before["steps"] < now["steps"]
-        for key in sorted(before.keys() | now.keys()):
-            if before.get(key) != now.get(key) and not (longer and key == "steps"):
-                raise LexisegError(
-                    f"Cannot resume '{self.run_dir}': '{key}' was {before.get(key)} and is now {now.get(key)}; use "
-                    "the settings that started the run or choose another output folder."
-                )
+        if difference := changed(before, {**now, "steps": before["steps"]} if longer else now):
+            raise LexisegError(
+                f"Cannot resume '{self.run_dir}': {difference}; use the settings that started the run or choose "
+                "another output folder."
+            )
         step = load_checkpoint(newest, model=self.task.model, optimizer=self.optimizer, rank=rank)
         if longer and processes.is_main():
             rate = learning_rate(step, self.settings.lr, self.settings)

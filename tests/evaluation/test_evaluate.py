@@ -15,8 +15,8 @@ from lexiseg.data.picture_world import write_voc
 from lexiseg.errors import LexisegError
 from lexiseg.evaluation import evaluate
 from lexiseg.evaluation.grid import Example, draw_grid
-from lexiseg.evaluation.parts import clear
 from lexiseg.evaluation.run import run_evaluation, spread
+from lexiseg.journal import Journal
 from lexiseg.models import ZegCLIP
 from lexiseg.segmentation import Segmentation
 from lexiseg.segmenter import Segmenter
@@ -199,15 +199,14 @@ def counts(report):
 
 @pytest.mark.parametrize("batch_size", [1, 2])
 def test_an_evaluation_goes_on_from_its_parts(model, tmp_path, batch_size):
-    segmenter, parts = Segmenter(model, disk_cache=False), tmp_path / "parts"
-    options = {"parts": parts, "save_every": 0.0, "batch_size": batch_size, "num_examples": 3}
+    segmenter, journal = Segmenter(model, disk_cache=False), Journal(tmp_path / "parts")
+    options = {"journal": journal, "batch_size": batch_size, "num_examples": 3}
     whole = run(segmenter, Noise(), batch_size=batch_size, num_examples=3)
     with pytest.raises(LexisegError, match="noise-3"):
         run(segmenter, Noise(bad=3), **options)
-    (parts / ".half.tmp.json").write_text('{"batches": [')  # what a kill in the middle of a write leaves
-    (path,) = parts.glob("[!.]*.json")
-    counted = json.loads(path.read_text())["batches"]
-    assert counted == list(range(3 // batch_size))
+    assert [line["batches"] for line in journal.lines() if "batches" in line] == [[n] for n in range(3 // batch_size)]
+    with journal.files()[0].open("a") as file:
+        file.write('{"batches": [')  # what a kill in the middle of a write leaves
     left = Noise()
     resumed = run(segmenter, left, resume=True, **options)
     assert counts(resumed) == counts(whole) and resumed.summary() == whole.summary()
@@ -223,21 +222,19 @@ def test_an_evaluation_goes_on_from_its_parts(model, tmp_path, batch_size):
     assert counts(again) == counts(whole) and finished.read == []
     anew = Noise()
     assert counts(run(segmenter, anew, **options)) == counts(whole) and len(anew.read) == 5
-    clear(parts)
-    assert not parts.exists()
+    journal.remove()
+    assert not journal.folder.exists()
 
 
 def test_parts_that_do_not_fit_are_named(model, tmp_path):
-    segmenter, options = Segmenter(model, disk_cache=False), {"parts": tmp_path, "save_every": 0.0, "num_examples": 0}
+    journal = Journal(tmp_path / "parts")
+    segmenter, options = Segmenter(model, disk_cache=False), {"journal": journal, "num_examples": 0}
     run(segmenter, Noise(3), **options)
-    with pytest.raises(LexisegError, match="another evaluation: 'length' was 3 and is now 4"):
+    with pytest.raises(LexisegError, match="other settings: 'length' was 3 and is now 4"):
         run(segmenter, Noise(4), resume=True, **options)
-    (path,) = tmp_path.glob("*.json")
-    (tmp_path / "copy.json").write_bytes(path.read_bytes())
+    (path,) = journal.files()
+    (journal.folder / "copy.0.jsonl").write_bytes(path.read_bytes())
     with pytest.raises(LexisegError, match="counted twice"):
-        run(segmenter, Noise(3), resume=True, **options)
-    (tmp_path / "copy.json").write_bytes(path.read_bytes()[:40])
-    with pytest.raises(LexisegError, match=r"copy\.json' is damaged"):
         run(segmenter, Noise(3), resume=True, **options)
 
 

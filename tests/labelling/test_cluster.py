@@ -20,6 +20,8 @@ from PIL import Image
 import lexiseg
 from lexiseg.cli import main
 from lexiseg.errors import LexisegError
+from lexiseg.files import read_lines
+from lexiseg.journal import Journal
 from lexiseg.labelling.ray_data import check_reachable
 from lexiseg.labelling.record import FOLDER, MANIFEST
 from tests.cli.test_cli import WORDS, assert_sentence, call, leftovers, tiny_model  # noqa: F401 (fixtures)
@@ -60,11 +62,8 @@ def wait_for_part(out: Path, process: subprocess.Popen[str], limit: float = 900)
     while time.monotonic() < until:
         if process.poll() is not None:
             raise AssertionError(process.communicate())
-        for path in out.joinpath(FOLDER).glob("*.part"):
-            try:
-                lines = [json.loads(line) for line in path.read_text().split("\n")[:-1]]
-            except FileNotFoundError:
-                continue
+        for path in out.joinpath(FOLDER).glob("*.*.jsonl"):
+            lines = read_lines(path)
             done = [line["image"] for line in lines if "image" in line]
             if 2 <= len(done) <= 9:
                 return int(lines[0]["process"]), done
@@ -85,10 +84,7 @@ def check_results(out: Path, folder: Path) -> None:
             labels.load()
         assert json.loads((out / line["files"]["json"]).read_text())["width"] == 400
     assert not leftovers(out)
-    assert not list((out / FOLDER).glob("*.part"))
-    recorded = [
-        json.loads(text)["image"] for path in (out / FOLDER).glob("*.jsonl") for text in path.read_text().splitlines()
-    ]
+    recorded = [line["image"] for line in Journal(out / FOLDER).lines() if "image" in line]
     assert sorted(recorded) == sorted(line["image"] for line in lines)  # each picture once
 
 

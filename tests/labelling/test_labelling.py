@@ -16,7 +16,7 @@ from PIL import Image
 from lexiseg.clip.model import build_clip
 from lexiseg.errors import LexisegError
 from lexiseg.files import write_text
-from lexiseg.labelling.record import MANIFEST, Entry, Picture, Record, absolute, file_state
+from lexiseg.labelling.record import MANIFEST, Attempt, Entry, Picture, Record, absolute, file_state
 from lexiseg.labelling.shards import TRIES, Labeller, Wanted, shards_of
 from lexiseg.models import DenseCLIP
 from lexiseg.models.dense_clip import DenseCLIPOptions
@@ -72,14 +72,14 @@ def test_a_shard_goes_on_where_it_was_stopped(
 ) -> None:
     todo = pictures(tmp_path / "in")
     record = Record(tmp_path / "out")
-    assert record.begin(SETTINGS, resume=False) == {}
+    assert record.begin_run(SETTINGS, resume=False) == {}
     ((number, shard),) = shards_of(record, todo).items()
     with monkeypatch.context() as patch:
         seen = stop_at(labeller, patch, "p2")
         with pytest.raises(Killed):
             list(labeller.label_shard(record, number, shard))
         assert seen == ["p0", "p1"]
-    (part,) = record.folder.glob("*.part")
+    (part,) = record.files()
     with part.open("a") as file:
         file.write('{"image": "half a li')  # what a killed process may leave
     with monkeypatch.context() as patch:
@@ -87,13 +87,12 @@ def test_a_shard_goes_on_where_it_was_stopped(
         entries = list(labeller.label_shard(record, number, shard))
     assert seen == ["p2", "p3"]
     assert [entry.stem for entry in entries] == ["p0", "p1", "p2", "p3"]
-    assert not list(record.folder.glob("*.part"))
-    assert len((record.folder / "000000.jsonl").read_text().splitlines()) == 4
+    assert sorted(line["stem"] for line in record.lines() if "stem" in line) == ["p0", "p1", "p2", "p3"]
     # A shard that is given out once more, because its result was lost, is not done once more.
     with monkeypatch.context() as patch:
         assert stop_at(labeller, patch, "p0") == []
         assert list(labeller.label_shard(record, number, shard)) == entries
-    assert record.begin(SETTINGS, resume=True) == {entry.image: entry for entry in entries}
+    assert record.begin_run(SETTINGS, resume=True) == {entry.image: entry for entry in entries}
     assert record.next_shard() == 1
 
 
@@ -102,7 +101,7 @@ def test_a_picture_that_kills_its_worker_is_left_out(
 ) -> None:
     todo = pictures(tmp_path / "in")
     record = Record(tmp_path / "out")
-    record.begin(SETTINGS, resume=False)
+    record.begin_run(SETTINGS, resume=False)
     stop_at(labeller, monkeypatch, "p1")
     for _ in range(1 + TRIES):
         with pytest.raises(Killed):
@@ -119,23 +118,23 @@ def test_what_counts_as_done(tmp_path: Path, labeller: Labeller) -> None:
     todo.append(Picture(str(bad), "bad", "bad.png"))
     out = tmp_path / "out"
     record = Record(out)
-    record.begin(SETTINGS, resume=False)
+    record.begin_run(SETTINGS, resume=False)
     for number, shard in shards_of(record, todo, 2).items():
         list(labeller.label_shard(record, number, shard))
-    done = Record(out).begin(SETTINGS, resume=True)
+    done = Record(out).begin_run(SETTINGS, resume=True)
     assert [entry.stem for entry in done.values()] == ["p0", "p1", "p2", "p3"]  # the bad one is tried again
     (out / "p1.json").unlink()
     os.utime(todo[2].path, ns=(1, 1))
-    assert [entry.stem for entry in Record(out).begin(SETTINGS, resume=True).values()] == ["p0", "p3"]
-    with pytest.raises(LexisegError, match=r"other settings \(classes\).*--output"):
-        record.begin({**SETTINGS, "classes": "other"}, resume=True)
-    assert record.begin({**SETTINGS, "classes": "other"}, resume=False) == {}
-    assert record.begin({**SETTINGS, "classes": "other"}, resume=True) == {}
+    assert [entry.stem for entry in Record(out).begin_run(SETTINGS, resume=True).values()] == ["p0", "p3"]
+    with pytest.raises(LexisegError, match=r"other settings: 'classes' was abc and is now other;.*--output"):
+        record.begin_run({**SETTINGS, "classes": "other"}, resume=True)
+    assert record.begin_run({**SETTINGS, "classes": "other"}, resume=False) == {}
+    assert record.begin_run({**SETTINGS, "classes": "other"}, resume=True) == {}
 
 
 def test_what_is_left_of_a_killed_process_is_removed(tmp_path: Path) -> None:
     record = Record(tmp_path)
-    record.begin(SETTINGS, resume=False)
+    record.begin_run(SETTINGS, resume=False)
     gone = [".p0_labels.0123abcd.tmp.png", ".p0.0123abcd.tmp.json", ".p0_overlay.ffffffff.tmp.png"]
     kept = [".other_labels.0123abcd.tmp.png", ".p0.txt", "p0.json"]
     for name in (*gone, *kept):
@@ -146,18 +145,16 @@ def test_what_is_left_of_a_killed_process_is_removed(tmp_path: Path) -> None:
 
 def test_attempts_do_not_write_into_each_other(tmp_path: Path) -> None:
     record = Record(tmp_path)
-    record.begin(SETTINGS, resume=False)
-    first, second = record.open_shard(3), record.open_shard(3)
+    record.begin_run(SETTINGS, resume=False)
+    first, second = Attempt(record, 3), Attempt(record, 3)
     entry = Entry("/a.png", "a", files={"labels": "a.png"}, size=(2, 3), classes=({"class": "dog", "fraction": 1.0},))
     first.finish(entry)
     second.finish(replace(entry, image="/b.png", stem="b"))
-    third = record.open_shard(3)
+    third = Attempt(record, 3)
     assert third.number == 3 and set(third.done) == {"/a.png", "/b.png"}
     assert third.done["/a.png"] == replace(entry, classes=[{"class": "dog", "fraction": 1.0}])
-    third.close(["/a.png", "/b.png"])
-    assert [path.name for path in record.folder.iterdir() if path.name != "run.json"] == ["000003.jsonl"]
-    first.finish(entry)  # somebody thought to be dead goes on; nobody reads it
-    assert [path.name for path in record.folder.iterdir() if path.name != "run.json"] == ["000003.jsonl"]
+    first.begin("/c.png")  # somebody thought to be dead goes on, into a file of its own
+    assert len(record.files("000003")) == 3 and Attempt(record, 3).begun == {"/c.png": 1}
 
 
 def test_manifest_has_a_line_a_picture(tmp_path: Path) -> None:

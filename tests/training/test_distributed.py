@@ -22,6 +22,7 @@ from lexiseg.data.picture_world import PictureWorld, write_voc
 from lexiseg.data.transforms import light_pipeline
 from lexiseg.errors import LexisegError
 from lexiseg.evaluation.run import run_evaluation
+from lexiseg.journal import Journal
 from lexiseg.losses.exclusive import exclusive_losses
 from lexiseg.losses.mask_aware import distillation_loss, mask_aware_loss
 from lexiseg.losses.masks import mask_losses
@@ -397,23 +398,26 @@ def test_evaluate_command_killed_resumed_and_shared(tmp_path):
     """kill -9 leaves parts and no report; what goes on, with any number of processes, ends with the same report."""
     words = ["--limit", "180", "--json"]
     whole = launch(tmp_path, evaluate_words("zegclip-emoji", tmp_path / "whole", *words), count=1)
-    parts = tmp_path / "broken" / "evaluation-parts"
+    parts = Journal(tmp_path / "broken" / "evaluation-parts")
+
+    def counted():
+        return [number for line in parts.lines() for number in line.get("batches", ())]
+
     for count in (1, 2):
         broken = Launch(tmp_path, evaluate_words("zegclip-emoji", tmp_path / "broken", *words, "--resume"), count)
-        before = len(list(parts.glob("*.json")))
-        broken.until(lambda before=before: len(list(parts.glob("[!.]*.json"))) > before)
+        before = len(counted())
+        broken.until(lambda before=before: len(counted()) > before)
         os.kill(broken.workers()[-1], signal.SIGKILL)
         assert broken.wait(120) != 0
         assert not (tmp_path / "broken" / "report.json").exists()
     refused = launch(tmp_path, evaluate_words("zegclip-emoji", tmp_path / "broken", "--resume"), expect=1)
-    assert refused.count("holds parts of another evaluation: 'num_pictures' was 180") == 1
-    counted = sum(len(json.loads(path.read_text())["batches"]) for path in parts.glob("[!.]*.json"))
-    assert 0 < counted < 180
+    assert refused.count("made with other settings: 'num_pictures' was 180") == 1
+    assert 0 < len(counted()) < 180
     said = launch(tmp_path, evaluate_words("zegclip-emoji", tmp_path / "broken", *words, "--resume"), count=2)
     assert said.count('"metrics"') == whole.count('"metrics"') == 1
     assert judged(tmp_path / "broken") == judged(tmp_path / "whole")
     assert (tmp_path / "broken" / "grid.png").read_bytes() == (tmp_path / "whole" / "grid.png").read_bytes()
-    assert not parts.exists()
+    assert not parts.folder.exists()
     launch(tmp_path, evaluate_words("zegclip-emoji", tmp_path / "few", "--limit", "1"), count=3)
     assert json.loads((tmp_path / "few" / "report.json").read_text())["protocol"]["num_pictures"] == 1
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any, ClassVar, cast
 
 import pytest
@@ -16,12 +15,9 @@ from lexiseg.scores import GridScores
 from lexiseg.segmenter import Segmenter
 from lexiseg.vocabulary import Vocabulary, VocabularyClass
 from lexiseg.windows import WindowPolicy
-from tests.parity.runner import run_case
 from tests.system_tester import DIM, SystemTester
 from tests.towers import small_clip, unit_rows
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "cat-seg"
-SHARED = Path(__file__).parents[3] / "shared" / "golden" / "cat-seg"
 SMALL: dict[str, Any] = {
     "hidden_dim": 16,
     "heads": 2,
@@ -44,14 +40,6 @@ def build(**options: Any) -> CATSeg:
         if "padding_" in name:
             torch.nn.init.normal_(parameter.data)
     return model
-
-
-@pytest.mark.parametrize(
-    "path", sorted({path.stem: path for root in (SHARED, GOLDEN) for path in root.glob("*.json")}.values()), ids=str
-)
-def test_golden_case(path: Path) -> None:
-    case = run_case(path)
-    assert case.passed, case.problems
 
 
 class TestCATSeg(SystemTester):

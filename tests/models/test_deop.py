@@ -23,12 +23,10 @@ from lexiseg.scores import RegionScores
 from lexiseg.training.init import start_from
 from lexiseg.vocabulary import Vocabulary
 from lexiseg.weights import load_model, save_model
-from tests.parity.runner import run_case
 from tests.system_tester import DIM, DecoupledTester, SystemTester
 from tests.towers import SMALL_PROPOSALS as SMALL
 from tests.towers import small_clip, unit_rows
 
-GOLDEN = Path(__file__).parents[1] / "golden"
 OPTIONS: dict[str, Any] = {
     "proposals": {"kind": "maskformer", **SMALL},
     "text_prompts": "templates",
@@ -363,9 +361,3 @@ def test_the_map_loss_without_proposals_and_with_wrong_shapes() -> None:
 def test_the_label_frame_follows_smaller_labels() -> None:
     padded, labels = torch.zeros(1, 3, 64, 64), torch.zeros(1, 20, 24)
     assert DecoupledModel.label_frame(padded, (40, 48), labels) == (32, 32)
-
-
-@pytest.mark.parametrize("name", ["b_cal_query_k1", "b_cal_conv", "f_stage3_loss", "g_e2e_train", "j_eval"])
-def test_golden_cases(name: str) -> None:
-    case = run_case(GOLDEN / f"{name}.json")
-    assert case.passed, case.problems

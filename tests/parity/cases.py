@@ -1,4 +1,4 @@
-"""Which kind of golden case it is: that shows in its contents, not in its name."""
+"""Which kind of golden case it is: the JSON says so under ``runner``, or its other contents show it."""
 
 from __future__ import annotations
 
@@ -38,6 +38,8 @@ def families() -> Kinds:
 def compare(case: Case) -> None:
     """Find out what kind of case this is and compare it."""
     config = case.config
+    if "runner" in config:
+        return importlib.import_module(f"tests.parity.{config['runner']}").compare(case)
     if "method" in config and "source_files" in config:
         return training_free(case)
     one_stage, read = "repo" in config, set(case.read)

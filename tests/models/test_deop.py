@@ -23,7 +23,7 @@ from lexiseg.scores import RegionScores
 from lexiseg.training.init import start_from
 from lexiseg.vocabulary import Vocabulary
 from lexiseg.weights import load_model, save_model
-from tests.system_tester import DIM, DecoupledTester, SystemTester
+from tests.system_tester import DIM, SystemTester
 from tests.towers import SMALL_PROPOSALS as SMALL
 from tests.towers import small_clip, unit_rows
 
@@ -42,7 +42,7 @@ def make(**changes: Any) -> DeOP:
     return model
 
 
-class TestDeOP(DecoupledTester):
+class TestDeOP(SystemTester):
     system = "deop"
     options: ClassVar = {**OPTIONS, "heatmaps": "query-released"}
 
@@ -89,7 +89,7 @@ class TestDeOP(DecoupledTester):
         assert torch.isfinite(scores.class_scores).all()
 
 
-class TestDeOPBaseline(DecoupledTester):
+class TestDeOPBaseline(SystemTester):
     """Patches of the plain tower pooled under the masks, and the stage that trains the masks."""
 
     system = "deop"

@@ -22,7 +22,7 @@ from lexiseg.vocabulary import Vocabulary, VocabularyClass
 from lexiseg.weights import load_model, save_model
 from tests.proposals.test_sam_proposals import tiny_sam
 from tests.references import pseudo_label
-from tests.system_tester import DIM, DecoupledTester, SystemTester
+from tests.system_tester import DIM, SystemTester
 from tests.towers import SMALL_PROPOSALS, small_clip, unit_rows
 
 QUERIES: dict[str, Any] = {**SMALL_PROPOSALS, "num_queries": 5, "hidden_dim": 32}
@@ -41,7 +41,7 @@ def make(system: str = "zsseg", **changes: Any) -> RegionModel:
     return model
 
 
-class HostTester(DecoupledTester):
+class HostTester(SystemTester):
     """What differs for systems that compare the words of a region with each other."""
 
     # The classes share a softmax, so that only the images are apart.

@@ -20,7 +20,7 @@ from benchmarks.measure import VIT_B_16, Timing, parser, report, set_up, summary
 from lexiseg.clip.model import build_clip
 from lexiseg.models.zegclip import ZegCLIP, ZegCLIPOptions
 from lexiseg.recipes import TrainSettings
-from lexiseg.training.task import Task
+from lexiseg.training.engine import Task
 from lexiseg.training.trainer import Trainer
 
 BARE, STEP = "forward + backward", "training step"

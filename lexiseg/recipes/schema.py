@@ -23,7 +23,7 @@ Setting: TypeAlias = Literal["inductive", "transductive", "supervised"]
 """What is known of the unseen classes in training: nothing, their names, or their masks as well."""
 
 Unlabelled: TypeAlias = Literal["marked", "ignored"]
-"""How self-training learns where pixels without a label are; see `lexiseg.training.labels.self_training_labels`."""
+"""How self-training learns where pixels without a label are; see `self_training_labels`."""
 
 
 class Multiplier(Strict):
@@ -142,7 +142,7 @@ class SegmentationRecipe(Strict):
     # for self-training, how it learns where pixels without a label are: "marked" as the authors' code, which takes the
     # place of unseen classes, though not their names, from the ground truth; "ignored" takes every pixel that has no
     # seen label and is no padding. In the picture world, which hides the unseen classes and has no void, both are the
-    # same. See :func:`lexiseg.training.labels.self_training_labels`.
+    # same. See :func:`lexiseg.training.segmentation.self_training_labels`.
     unlabelled: Unlabelled = "marked"
     # a trained model whose weights, CLIP's included, the run starts from, with a fresh optimizer and schedule: its
     # folder, or the name of a recipe, which is then trained first, in the run's folder, on this recipe's data and

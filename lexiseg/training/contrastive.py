@@ -30,7 +30,7 @@ from lexiseg.data.picture_world import FIRST, STUFF, World, find_world, render_s
 from lexiseg.data.picture_world.scene import Scene, caption
 from lexiseg.normalisation import normalise
 from lexiseg.recipes.schema import HELD_OUT_SEED, ContrastiveSettings, TrainSettings
-from lexiseg.training.task import Task
+from lexiseg.training.engine import Task
 
 TEMPLATES = (
     "a photo of a {}",

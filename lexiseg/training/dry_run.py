@@ -15,9 +15,9 @@ from lexiseg.errors import LexisegError
 from lexiseg.proposals.pretrained import describe_start
 from lexiseg.recipes import ContrastiveRecipe, EvaluationRecipe, PromptRecipe, Recipe, SegmentationRecipe, TrainSettings
 from lexiseg.training.init import build_model, first_stage, is_recipe, proposals_of, refuse_misfit
-from lexiseg.training.labels import masked_names, training_vocabulary
-from lexiseg.training.optim import group_parameters, learning_rate
 from lexiseg.training.prompts import Prompted
+from lexiseg.training.segmentation import masked_names, training_vocabulary
+from lexiseg.training.trainer import group_parameters, learning_rate
 
 
 @dataclass(frozen=True)
@@ -224,8 +224,8 @@ def clip_or_random(name: str) -> tuple[CLIP, str | None]:
 def _numbers(model: nn.Module, train: TrainSettings) -> dict[str, Any]:
     """What is counted, and the rates by group."""
     rates = [
-        {"key": group.key, "lr": group.lr, "weight_decay": group.weight_decay}
-        | {"parameters": sum(parameter.numel() for parameter in group.parameters)}
+        {"key": group["key"], "lr": group["initial_lr"], "weight_decay": group["weight_decay"]}
+        | {"parameters": sum(parameter.numel() for parameter in group["params"])}
         for group in group_parameters(model, train)
     ]
     counts = {"parameters": count_parameters(model), "trainable": count_parameters(model, trainable=True)}

@@ -29,11 +29,10 @@ from lexiseg.recipes import (
     load_recipe,
 )
 from lexiseg.recipes.data import AUGMENTATION
-from lexiseg.training.labels import masked_names, training_vocabulary
+from lexiseg.training.segmentation import masked_names, refuse_leaks, training_vocabulary
 from lexiseg.vocabulary import Vocabulary
 from lexiseg.weights import load_model
 from lexiseg.weights.hashes import tensors_hash, weights_hash
-from lexiseg.words import word_key
 
 _log = logging.getLogger("lexiseg")
 _Stage = TypeVar("_Stage", SegmentationRecipe, PromptRecipe)
@@ -149,21 +148,6 @@ def start_from(
     if parts:
         model.metadata["initial"]["part"] = ", ".join(parts)
     return model
-
-
-def refuse_leaks(what: str, before: Sequence[str], now: Sequence[str], vocabulary: Vocabulary) -> None:
-    """Refuse what had masks of a class, ``before``, that is unseen in a training whose classes with masks are ``now``.
-
-    Raises:
-        LexisegError: a class had masks before and has none now; ``what`` begins the sentence.
-    """
-    known = {word_key(name) for name in before} - {word_key(name) for name in now}
-    leaked = [name for name in vocabulary.names if word_key(name) in known]
-    if leaked:
-        raise LexisegError(
-            f"{what} was trained on masks of '{leaked[0]}', which is unseen in this training; take one that never had "
-            "them."
-        )
 
 
 def take_prompts(model: SegmentationModel, source: str, vocabulary: Vocabulary) -> None:

@@ -24,7 +24,7 @@ from lexiseg.data.base import SegmentationDataset, seen_ids
 from lexiseg.data.sets.dataset import FileDataset
 from lexiseg.errors import LexisegError
 from lexiseg.losses.reduction import reduction_weight
-from lexiseg.training.task import Task, part_of
+from lexiseg.training.engine import Task, part_of
 
 AREA = (0.08, 1.0)
 """Fraction of the box that a crop takes."""

@@ -24,11 +24,10 @@ from lexiseg.recipes import (
     as_yaml,
 )
 from lexiseg.training.contrastive import ContrastiveTask
+from lexiseg.training.engine import Task
 from lexiseg.training.init import build_model, with_stages
-from lexiseg.training.labels import PADDING, class_weights, training_vocabulary
 from lexiseg.training.prompts import PromptTask
-from lexiseg.training.segmentation import SegmentationTask, load_teacher
-from lexiseg.training.task import Task
+from lexiseg.training.segmentation import PADDING, SegmentationTask, class_weights, load_teacher, training_vocabulary
 from lexiseg.training.trainer import Trainer, seed_everything
 from lexiseg.weights.folder import save_model
 from lexiseg.weights.hashes import weights_hash

@@ -1,4 +1,4 @@
-"""The training loop: AdamW, schedule, precision, accumulation, log and checkpoints, on accelerate.
+"""The training loop: optimizer, schedule, precision, accumulation, log and checkpoints, on accelerate.
 
 On a CPU a run that was killed and resumed ends with the same bits as one that was not: batches are numbered and pure
 functions of their number, the rate is a function of the step, and everything else is in the checkpoint.
@@ -14,7 +14,7 @@ import random
 import time
 import warnings
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,18 +22,17 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate.utils import send_to_device
+from torch import nn
 
 from lexiseg import processes
 from lexiseg.errors import LexisegError, LexisegWarning
 from lexiseg.files import make_folder, write_text
 from lexiseg.journal import changed, flat
 from lexiseg.recipes import TrainSettings
-from lexiseg.training.checkpoint import capture_rng, load_checkpoint, restore_rng
+from lexiseg.recipes.schema import Multiplier
+from lexiseg.training.checkpoint import Best, RunLog, capture_rng, load_checkpoint, restore_rng
 from lexiseg.training.checkpoint import save_checkpoint as write_checkpoint
-from lexiseg.training.engine import Engine
-from lexiseg.training.optim import build_optimizer, identity_of, learning_rate
-from lexiseg.training.runlog import Best, RunLog
-from lexiseg.training.task import Task, prefetch
+from lexiseg.training.engine import Engine, Task, prefetch
 from lexiseg.weights.runs import BASE, find_checkpoints, read_state
 
 _log = logging.getLogger("lexiseg")
@@ -44,6 +43,100 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
+
+
+RESUMABLE = {"workers", "log_every", "checkpoint_every", "keep_checkpoints", "snapshot_every", "keep_best", "patience"}
+RESUMABLE |= {"sharding"}
+"""Settings that may differ between the first part of a run and its continuation: they do not touch the weights."""
+
+
+def identity_of(settings: TrainSettings) -> dict[str, Any]:
+    """The settings that must be the same when a run is resumed, as JSON values.
+
+    Keys with their default are left out, so that a run begun before there were such keys can be resumed.
+    """
+    values = settings.model_dump(mode="json", exclude=RESUMABLE, exclude_defaults=True)
+    return {**values, "steps": settings.steps}
+
+
+def rule_for(name: str, keys: Iterable[str]) -> str:
+    """The rule for the parameter ``name``: the longest key it contains, else the alphabetically first, else ""."""
+    return next((key for key in sorted(sorted(keys), key=len, reverse=True) if key in name), "")
+
+
+_NORMS = (
+    nn.LayerNorm,
+    nn.GroupNorm,
+    nn.modules.batchnorm._BatchNorm,
+    nn.modules.instancenorm._InstanceNorm,
+    nn.LocalResponseNorm,
+)
+
+
+def undecayed_names(model: nn.Module, settings: TrainSettings) -> frozenset[str]:
+    """Names of the parameters that ``settings.no_decay`` takes from the weight decay."""
+    kinds = {"norm": _NORMS, "embedding": (nn.Embedding,)}
+    wanted = tuple(layer for kind in settings.no_decay for layer in kinds[kind])
+    if not wanted:
+        return frozenset()
+    return frozenset(
+        f"{place}.{name}" if place else name
+        for place, module in model.named_modules()
+        if isinstance(module, wanted)
+        for name, _ in module.named_parameters(recurse=False)
+    )
+
+
+def group_parameters(model: nn.Module, settings: TrainSettings) -> list[dict[str, Any]]:
+    """Sort the parameters that need a gradient into the optimizer's groups by the rules of ``settings``.
+
+    In the order in which the model first needs them; those of one rule with and without decay are apart. Beside what
+    torch reads, a group has the ``key`` of its rule ("" for the parameters no rule names), the ``names`` of its
+    parameters, and ``initial_lr``, its peak learning rate.
+    """
+    groups: dict[tuple[str, bool], dict[str, Any]] = {}
+    undecayed = undecayed_names(model, settings)
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        key, spared = rule_for(name, settings.multipliers), name in undecayed
+        rule = settings.multipliers.get(key, Multiplier())
+        decay = 0.0 if spared else settings.weight_decay * rule.decay
+        fresh = {"params": [], "names": [], "key": key, "initial_lr": settings.lr * rule.lr, "weight_decay": decay}
+        group = groups.setdefault((key, spared), fresh)
+        group["names"].append(name)
+        group["params"].append(parameter)
+    return list(groups.values())
+
+
+def build_optimizer(groups: Iterable[dict[str, Any]], settings: TrainSettings) -> torch.optim.Optimizer:
+    """The optimizer of ``settings`` for these groups; the loop sets their rates."""
+    if settings.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=settings.lr, momentum=settings.momentum)
+    return torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas)
+
+
+def learning_rate(step: int, base_lr: float, settings: TrainSettings) -> float:
+    """The rate of a group with peak rate ``base_lr`` for the update made at 0-based ``step``.
+
+    A pure function of the step, so that a resumed run needs no state of a scheduler. With ``p = step / steps``, at most
+    1, and ``m = min_lr``: "poly" is ``(base_lr - m) * (1 - p) ** power + m``, as ZegCLIP and Cascade-CLIP train (the
+    authors' configuration, Sec. 4.2); "cosine" is half a cosine from ``base_lr`` down to ``m``, as ZSSeg, FreeSeg and
+    DeOP learn their prompts. In the warm-up this is multiplied with ``warmup_ratio``, constantly, or with what climbs
+    linearly from that to 1. A group's multiplier belongs into ``base_lr``: the floor ``min_lr`` is absolute.
+    """
+    if base_lr == 0.0:
+        return 0.0
+    rate, progress = base_lr, min(1.0, step / settings.steps)
+    if settings.schedule != "constant":
+        half = 0.5 * (1.0 + math.cos(math.pi * progress))
+        fraction = half if settings.schedule == "cosine" else (1.0 - progress) ** settings.power
+        rate = (base_lr - settings.min_lr) * fraction + settings.min_lr
+    if step >= settings.warmup_steps:
+        return rate
+    ratio = settings.warmup_ratio
+    linear = 1.0 - (1.0 - step / settings.warmup_steps) * (1.0 - ratio)
+    return rate * (ratio if settings.warmup == "constant" else linear)
 
 
 class Trainer:
@@ -85,9 +178,9 @@ class Trainer:
         self._tensorboard = tensorboard
         self._progress = progress
         self._engine = Engine(task, settings, device)
-        self._groups = task.parameter_groups(settings)
-        self._check_groups()
-        self.optimizer = build_optimizer(self._groups, settings)
+        groups = group_parameters(task.model, settings)
+        self._check(groups)
+        self.optimizer = build_optimizer(groups, settings)
 
     @property
     def device(self) -> torch.device:
@@ -202,16 +295,16 @@ class Trainer:
                 write=processes.is_main(),
             )
 
-    def _check_groups(self) -> None:
-        if not self._groups:
+    def _check(self, groups: list[dict[str, Any]]) -> None:
+        if not groups:
             raise LexisegError("The model has no trainable parameters, so there is nothing to train.")
-        if not any(group.lr for group in self._groups):
+        if not any(group["initial_lr"] for group in groups):
             raise LexisegError(
                 "Every learning rate is 0, so nothing would be trained; set a multiplier above 0, or train.steps to 0."
             )
         if self.settings.keep_best is not None and self._engine.sharded:
             raise LexisegError("A sharded model is not evaluated while it trains; set train.keep_best to null.")
-        names = [name for group in self._groups for name in group.names]
+        names = [name for group in groups for name in group["names"]]
         for key in self.settings.multipliers:
             if not any(key in name for name in names):
                 raise LexisegError(
@@ -276,8 +369,8 @@ class Trainer:
 
     def _step(self, step: int, batches: Iterator[Any]) -> dict[str, float]:
         settings = self.settings
-        for group, options in zip(self._groups, self.optimizer.param_groups, strict=True):
-            options["lr"] = learning_rate(step, group.lr, settings)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(step, group["initial_lr"], settings)
         self.optimizer.zero_grad(set_to_none=True)
         sums: dict[str, float] = defaultdict(float)
         names: list[str] = []
@@ -298,13 +391,13 @@ class Trainer:
                 self._engine.backward(losses["loss"] / settings.accumulate)
         record = processes.mean({**sums, "time/data_seconds": waited})
         self._require_finite("loss", record["loss"], step, bad)
-        parameters = [parameter for group in self._groups for parameter in group.parameters]
+        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         record["grad_norm"] = self._engine.gradient_norm(parameters, settings.clip_norm)
         self._require_finite("gradient", record["grad_norm"], step, names)
         self.optimizer.step()
         with torch.no_grad():
             self.task.after_step(step)
-        record["lr"] = max(options["lr"] for options in self.optimizer.param_groups)
+        record["lr"] = max(group["lr"] for group in self.optimizer.param_groups)
         return record
 
     def _require_finite(self, what: str, value: float, step: int, names: list[str]) -> None:

@@ -16,9 +16,8 @@ from lexiseg.errors import LexisegError
 from lexiseg.losses.proposals import mask_targets
 from lexiseg.recipes import ContrastiveRecipe, SegmentationRecipe, list_recipes, load_recipe
 from lexiseg.training.contrastive import HELD_OUT_SEED, ContrastiveTask
-from lexiseg.training.labels import UNLABELLED, masked_names, training_vocabulary
 from lexiseg.training.run import build_task
-from lexiseg.training.segmentation import SegmentationTask
+from lexiseg.training.segmentation import UNLABELLED, SegmentationTask, masked_names, training_vocabulary
 from tests.towers import small_clip
 
 RECIPES = {name: load_recipe(name) for name in list_recipes()}

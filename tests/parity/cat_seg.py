@@ -12,8 +12,9 @@ from lexiseg.clip.model import CLIP, OPENAI_MEAN, OPENAI_STD, build_clip
 from lexiseg.clip.text import TextEmbedder
 from lexiseg.models.cat_seg import CATSeg
 from lexiseg.pictures import cut_windows, read_picture
+from lexiseg.recipes import TrainSettings
 from lexiseg.scores import GridScores
-from lexiseg.training.optim import ParameterGroup, TrainSettings, build_optimizer, cosine, group_parameters
+from lexiseg.training.trainer import build_optimizer, group_parameters, learning_rate
 from lexiseg.weights.cat_seg_checkpoint import CLIP_PREFIX, authors_key, read_cat_seg
 from lexiseg.windows import WindowPolicy
 from tests.parity.case import Case
@@ -243,9 +244,11 @@ def settings(base_lr: float, multiplier: float, steps: int = 1, clip_norm: float
     )
 
 
-def check_groups(case: Case, what: str, groups: list[ParameterGroup], stated: list[dict[str, Any]]) -> None:
+def check_groups(case: Case, what: str, groups: list[dict[str, Any]], stated: list[dict[str, Any]]) -> None:
     """Compare which parameters train, at which rates and decays."""
-    found = {authors_key(name): (group.lr, group.weight_decay) for group in groups for name in group.names}
+    found = {
+        authors_key(name): (group["initial_lr"], group["weight_decay"]) for group in groups for name in group["names"]
+    }
     wanted = {entry["name"]: (entry["lr"], entry["weight_decay"]) for entry in stated}
     case.check_that(f"{what} names", found.keys() == wanted.keys(), str(sorted(found.keys() ^ wanted.keys())[:3]))
     same = all(torch.allclose(torch.tensor(found[key]), torch.tensor(wanted[key])) for key in found.keys() & wanted)
@@ -278,7 +281,7 @@ def training_step(case: Case) -> None:
     plan = settings(sizes["base_lr"], sizes["clip_multiplier"], clip_norm=sizes["clip_value"])
     groups = group_parameters(model, plan)
     check_groups(case, "groups", groups, optimiser["groups"])
-    every = [parameter for group in groups for parameter in group.parameters]
+    every = [parameter for group in groups for parameter in group["params"]]
     frozen = {authors_key(name) for name, parameter in model.named_parameters() if not parameter.requires_grad}
     case.check_stated("frozen", config, {"frozen": sorted(frozen)})
     zero = [authors_key(n) for n, p in model.named_parameters() if p.grad is not None and not p.grad.any()]
@@ -287,8 +290,8 @@ def training_step(case: Case) -> None:
     case.check("grad_norm_all_trainable", norm)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     optimizer = build_optimizer(groups, plan)
-    for group, ours in zip(optimizer.param_groups, groups, strict=True):
-        group["lr"] = cosine(0, 1000, ours.lr)
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(0, group["initial_lr"], plan)
         case.check_stated("optimizer", optimiser, {"betas": list(group["betas"]), "eps": group["eps"]})
     optimizer.step()
     for name, parameter in model.named_parameters():
@@ -410,7 +413,7 @@ def groups_and_schedule(case: Case) -> None:
         check_groups(case, mode, group_parameters(model, plan), stated)
     steps = [int(step) for step in case.input("iterations")]
     rates = {
-        name: [cosine(step, plan.steps, rate) for step in steps]
+        name: [learning_rate(step, rate, plan) for step in steps]
         for name, rate in (("lr_other", plan.lr), ("lr_clip", plan.lr * plan.multipliers["clip."].lr))
     }
     for name, values in rates.items():

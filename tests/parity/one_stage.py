@@ -14,8 +14,9 @@ from lexiseg.losses.masks import pseudo_labels
 from lexiseg.models.cascade_clip import CascadeCLIP, format_groups
 from lexiseg.models.spt_seg import SpectralLayer, SPTSeg
 from lexiseg.models.zegclip import ZegCLIP
+from lexiseg.recipes import TrainSettings
 from lexiseg.scores import WindowScores
-from lexiseg.training.optim import poly_warmup
+from lexiseg.training.trainer import learning_rate
 from lexiseg.weights.one_stage_checkpoint import authors_key, read_one_stage
 from lexiseg.windows import Box, cover
 from tests.parity.case import Case, UnsupportedError
@@ -344,19 +345,20 @@ def optimizer_steps(case: Case) -> None:
         )
     check_groups(case, model, groups, names, optimizer_config["lr"])
     optimizer = torch.optim.AdamW(groups, lr=optimizer_config["lr"])
+    plan = TrainSettings(
+        steps=hook["max_iters"],
+        batch_size=1,
+        lr=optimizer_config["lr"],
+        power=hook["power"],
+        min_lr=hook["min_lr"],
+        warmup_steps=hook["warmup_iters"],
+        warmup_ratio=hook["warmup_ratio"],
+    )
     largest = []
     steps = sorted({int(name.split("/")[0].removeprefix("step")) for name in case.expected_names("step")})
     for step in steps:
         for group in optimizer.param_groups:
-            group["lr"] = poly_warmup(
-                step,
-                hook["max_iters"],
-                group["base"],
-                warmup_steps=hook["warmup_iters"],
-                power=hook["power"],
-                min_lr=hook["min_lr"],
-                warmup_ratio=hook["warmup_ratio"],
-            )
+            group["lr"] = learning_rate(step, group["base"], plan)
         largest.append(max(group["lr"] for group in optimizer.param_groups))
         labels = remap_to_seen(case.input(f"step{step}/labels")[:, 0].long(), case.input("seen_idx").tolist())
         losses = model.losses(case.input(f"step{step}/image"), labels, text)

@@ -15,7 +15,8 @@ from lexiseg.evaluation.metrics import Confusion, Metrics, nanmean, percent
 from lexiseg.losses.masks import count_masks, mask_losses
 from lexiseg.losses.ssim import ssim_loss
 from lexiseg.normalisation import IMAGENET_MEAN, IMAGENET_STD
-from lexiseg.training.optim import poly_warmup
+from lexiseg.recipes import TrainSettings
+from lexiseg.training.trainer import learning_rate
 from lexiseg.windows import working_size
 from tests.parity.case import Case
 from tests.references import reduce_zero_label
@@ -34,8 +35,9 @@ def learning_rates(case: Case) -> None:
     config = case.config
     bases = [config["lr_mult_10_group"], config["base_lr"]]
     for total, rows in config["table"].items():
+        plan = TrainSettings(steps=int(total), batch_size=1, lr=1.0, warmup_steps=1500)
         for column, base in enumerate(bases, start=1):
-            actual = [poly_warmup(int(row[0]), int(total), base) for row in rows]
+            actual = [learning_rate(int(row[0]), base, plan) for row in rows]
             case.check_numbers(f"{total} iterations, base {base:g}", actual, [row[column] for row in rows])
 
 

@@ -22,9 +22,8 @@ from lexiseg.losses.regions import region_map_losses
 from lexiseg.losses.ssim import ssim_loss
 from lexiseg.models import SYSTEMS as KINDS
 from lexiseg.recipes import parse_recipe
-from lexiseg.training.labels import PADDING, UNLABELLED, self_training_labels
 from lexiseg.training.run import build_task, train
-from lexiseg.training.segmentation import SegmentationTask
+from lexiseg.training.segmentation import PADDING, UNLABELLED, SegmentationTask, self_training_labels
 from lexiseg.weights import save_model
 from tests.miniatures import ade847
 from tests.models.test_deop import OPTIONS as DEOP

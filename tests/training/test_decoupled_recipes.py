@@ -27,7 +27,7 @@ from lexiseg.recipes import (
 )
 from lexiseg.training.dry_run import dry_run
 from lexiseg.training.init import build_model, first_stage, prompt_stage, system_of
-from lexiseg.training.optim import learning_rate
+from lexiseg.training.trainer import learning_rate
 from tests.miniatures import ade847
 
 FAMILY = ("deop", "zsseg", "zegformer", "freeseg")

@@ -34,9 +34,8 @@ from lexiseg.recipes import TrainSettings
 from lexiseg.regions.mask_attention import region_embeddings
 from lexiseg.segmenter import Segmenter
 from lexiseg.training.checkpoint import find_checkpoints, whole
-from lexiseg.training.engine import shard
+from lexiseg.training.engine import Task, part_of, shard
 from lexiseg.training.segmentation import SegmentationTask
-from lexiseg.training.task import Task, part_of
 from lexiseg.training.trainer import Trainer, seed_everything
 from tests.launching import Launch, free_port, in_processes, launch
 from tests.towers import small_clip

@@ -27,7 +27,7 @@ from lexiseg.recipes import (
 )
 from lexiseg.training.dry_run import clip_or_random, dry_run
 from lexiseg.training.init import first_stage, system_of
-from lexiseg.training.optim import learning_rate
+from lexiseg.training.trainer import learning_rate
 from tests.towers import small_clip
 
 # data: source, classes, seen classes, steps of a whole training, templates, folder of the recipes

@@ -14,7 +14,7 @@ from lexiseg.cli.train import run_name
 from lexiseg.errors import LexisegError
 from lexiseg.recipes import SegmentationRecipe, TrainSettings, as_yaml, find_recipe, load_recipe, parse_recipe
 from lexiseg.recipes.reading import merge
-from lexiseg.training.optim import build_optimizer, group_parameters, identity_of, learning_rate
+from lexiseg.training.trainer import build_optimizer, group_parameters, identity_of, learning_rate
 
 
 def write(folder: Path, name: str, **content: Any) -> Path:
@@ -99,7 +99,7 @@ def test_layers_that_do_not_decay() -> None:
     model[0].bias.requires_grad_(False)
     rules = {"2.weight": {"lr": 0.1}}
     groups = group_parameters(model, settings(weight_decay=0.5, no_decay=("norm", "embedding"), multipliers=rules))
-    assert [(group.names, group.weight_decay, group.lr) for group in groups] == [
+    assert [(group["names"], group["weight_decay"], group["initial_lr"]) for group in groups] == [
         (["0.weight"], 0.5, 1.0),
         (["1.weight", "1.bias", "3.0.weight", "3.0.bias"], 0.0, 1.0),
         (["2.weight"], 0.0, 0.1),

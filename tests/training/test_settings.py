@@ -31,9 +31,15 @@ from lexiseg.segmenter import Segmenter
 from lexiseg.training.checkpoint import find_checkpoints
 from lexiseg.training.dry_run import dry_run
 from lexiseg.training.init import first_stage, prompt_stage, with_stages
-from lexiseg.training.labels import PADDING, UNLABELLED, masked_names, self_training_labels, training_vocabulary
 from lexiseg.training.run import build_task, train
-from lexiseg.training.segmentation import SegmentationTask
+from lexiseg.training.segmentation import (
+    PADDING,
+    UNLABELLED,
+    SegmentationTask,
+    masked_names,
+    self_training_labels,
+    training_vocabulary,
+)
 from lexiseg.training.trainer import Trainer
 from lexiseg.vocabulary import Vocabulary
 from lexiseg.weights import load_model

@@ -16,9 +16,8 @@ from torch import nn
 from lexiseg.errors import LexisegError
 from lexiseg.recipes import TrainSettings
 from lexiseg.training.checkpoint import find_checkpoints
-from lexiseg.training.optim import Multiplier, poly_warmup, rule_for
-from lexiseg.training.task import Task, prefetch
-from lexiseg.training.trainer import Trainer, seed_everything
+from lexiseg.training.engine import Task, prefetch
+from lexiseg.training.trainer import Multiplier, Trainer, learning_rate, rule_for, seed_everything
 
 
 class TinyTask(Task):
@@ -100,16 +99,14 @@ class StoppingTask(TinyTask):
 def test_lr_schedule_golden():
     golden = json.loads((Path(__file__).parents[1] / "golden" / "lr_schedule.json").read_text())
     for total, rows in golden["table"].items():
+        plan = settings(steps=int(total), warmup_steps=1500)
         for step, high, low in rows:
             for base, expected in ((golden["lr_mult_10_group"], high), (golden["base_lr"], low)):
-                assert poly_warmup(step, int(total), base) == pytest.approx(expected, rel=1e-12)
+                assert learning_rate(step, base, plan) == pytest.approx(expected, rel=1e-12)
 
 
 def test_schedule_edges():
-    assert poly_warmup(10, 10, 1.0, warmup_steps=0) == 1e-6
-    assert poly_warmup(99, 10, 1.0, warmup_steps=0) == 1e-6
-    with pytest.raises(ValueError, match="step"):
-        poly_warmup(-1, 10, 1.0)
+    assert [learning_rate(step, 1.0, settings(steps=10)) for step in (10, 99)] == [1e-6, 1e-6]
 
 
 def test_longest_rule_wins():
@@ -123,10 +120,13 @@ def test_longest_rule_wins():
 def test_multipliers_reach_the_optimizer(tmp_path):
     rules = {"norm": Multiplier(decay=0), "head": Multiplier(lr=10)}
     trainer = Trainer(TinyTask(), settings(multipliers=rules), tmp_path, device="cpu", progress=False)
-    by_key = {group.key: group for group in trainer._groups}
-    assert by_key["norm"].weight_decay == 0 and by_key["norm"].lr == pytest.approx(1e-2)
-    assert by_key["head"].lr == pytest.approx(0.1) and by_key["head"].names == ["head.weight", "head.bias"]
-    assert by_key[""].names == ["out.weight", "out.bias"]
+    by_key = {group["key"]: group for group in trainer.optimizer.param_groups}
+    assert by_key["norm"]["weight_decay"] == 0 and by_key["norm"]["initial_lr"] == pytest.approx(1e-2)
+    assert by_key["head"]["initial_lr"] == pytest.approx(0.1) and by_key["head"]["names"] == [
+        "head.weight",
+        "head.bias",
+    ]
+    assert by_key[""]["names"] == ["out.weight", "out.bias"]
 
 
 def test_unmatched_multiplier_is_an_error(tmp_path):

@@ -21,9 +21,8 @@ from lexiseg.errors import LexisegError
 from lexiseg.models import ZegCLIP
 from lexiseg.recipes import parse_recipe
 from lexiseg.training.checkpoint import find_checkpoints
-from lexiseg.training.labels import training_vocabulary
 from lexiseg.training.run import build_task, train
-from lexiseg.training.segmentation import SegmentationTask
+from lexiseg.training.segmentation import SegmentationTask, training_vocabulary
 from lexiseg.vocabulary import Vocabulary
 from lexiseg.weights import load_model
 

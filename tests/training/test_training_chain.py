@@ -24,9 +24,8 @@ from lexiseg.recipes import load_recipe
 from lexiseg.recipes.reading import merge
 from lexiseg.segmenter import Segmenter
 from lexiseg.training.init import is_recipe
-from lexiseg.training.labels import UNLABELLED
 from lexiseg.training.run import build_task, train
-from lexiseg.training.segmentation import SegmentationTask, Teacher
+from lexiseg.training.segmentation import UNLABELLED, SegmentationTask, Teacher
 from lexiseg.vocabulary import Vocabulary
 from lexiseg.weights import load_model
 from tests.models.test_region_models import LINEAR, MASKFORMER

@@ -5,12 +5,13 @@ from __future__ import annotations
 import csv
 import re
 import unicodedata
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from lexiseg.colors import parse_color
-from lexiseg.errors import LexisegError
+from lexiseg.errors import LexisegError, LexisegWarning
 from lexiseg.exemplars import PREFIX
 from lexiseg.words import describe, flag, null, refuse_unknown, shorten
 
@@ -25,7 +26,10 @@ _COLUMNS = {
     **dict.fromkeys(("id", "idx", "index", "value", "class_id", "label_id", "pixel value"), "id"),
     **{"r": "r", "red": "r", "g": "g", "green": "g", "b": "b", "blue": "b"},
     **{"color": "color", "colour": "color", "hex": "color"},
+    **dict.fromkeys(("synonyms", "synonym", "aliases"), "synonyms"),
 }
+_HEADINGS = ("name", "class", "classname", "class_name", "category")  # a column of names alone may have one
+_QUOTED = re.compile(r"""(["']).*\1|[“„].*[”“]|«.*»""")
 _NUMBERED = re.compile(r"([0-9]+)\s*[:\t]\s*(.+)")
 _RGB = r"([0-9]{1,3})\s*[,\s]\s*([0-9]{1,3})\s*[,\s]\s*([0-9]{1,3})"
 _NAME_COLOR = re.compile(rf"(.+?)\s*[,:\s]\s*{_RGB}\s*(?::.*)?")
@@ -53,8 +57,15 @@ class ListedClass:
 
 
 def split_words(text: str) -> list[str]:
-    """Split words joined by commas. Raises LexisegError if one of them is empty."""
+    """Split words joined by commas, and take quotation marks off. Raises LexisegError if a word is empty."""
     words = [word.strip() for word in text.split(",")]
+    words = [word[1:-1].strip() if len(word) > 1 and _QUOTED.fullmatch(word) else word for word in words]
+    open_mark = next((word for word in words if word[:1] in ('"', "“", "„", "«")), None)
+    if open_mark is not None:
+        raise LexisegError(
+            f"'{describe(open_mark)}' has a quotation mark that nothing closes: a comma joins synonyms, between "
+            "quotation marks too; remove them."
+        )
     if not all(words):
         raise LexisegError(
             f"'{describe(text.strip())}' has a comma with no word beside it; write a word or remove the comma."
@@ -100,6 +111,10 @@ def lines_read(lines: Sequence[str]) -> list[ListedClass]:
         if heading.count("name") == 1 and len(set(heading) - {""}) > 1:
             return _table(lines, heading, separator)
     bare = [line.strip() for line in lines]
+    if len(bare) > 1 and bare[0].strip('"').lower() in _HEADINGS:
+        text = f"The first line, '{bare[0]}', is taken for the heading of a column and is no class."
+        warnings.warn(text, LexisegWarning, stacklevel=2)
+        lines, bare = lines[1:], bare[1:]
     numbered = [_NUMBERED.fullmatch(line) for line in bare]
     forms: tuple[tuple[re.Pattern[str], Callable[[re.Match[str]], ListedClass], int], ...] = (
         (_COLOR_NAME, lambda m: ListedClass(m[4], color=color_of((m[1], m[2], m[3]), m[4])), 1),
@@ -130,7 +145,7 @@ def _table(lines: Sequence[str], heading: Sequence[str], separator: str) -> list
         if len(cells) < len(set(heading) - {""}) or not cells["name"]:
             columns = ", ".join(column for column in heading if column)
             raise LexisegError(f"The line '{describe(line)}' does not fill the columns {columns}.")
-        words = split_words(cells["name"].replace(";", ","))
+        words = split_words(", ".join(filter(None, (cells["name"], cells.get("synonyms")))).replace(";", ","))
         color: Any = cells.get("color") or None
         if "r" in cells:
             color = cells["r"], cells.get("g"), cells.get("b")

@@ -5,7 +5,7 @@ Text, lists and mappings in Python, and files, whose content decides what they a
 * a class a line, or several between semicolons; a comma joins synonyms, a line that begins with # is left out;
 * lines with numbers: "12: cat", "12<tab>cat", "12 cat", "cat: 12", and with colours: "cat,255,0,0", "255 0 0 cat",
   "cat:255,0,0::";
-* a table with a heading: name and any of id, r/g/b, color (class_dict.csv, ADE20K's objectInfo150.txt);
+* a table with a heading: name and any of id, synonyms, r/g/b, color (class_dict.csv, ADE20K's objectInfo150.txt);
 * JSON or YAML: a list of names or of mappings (name, id, synonyms, seen, color), by itself or under "classes"; a
   mapping of ids to names, names to ids or names to colours; COCO's "categories", YOLO's "names", "id2label".
 

@@ -18,7 +18,7 @@ import numpy as np
 from PIL import ExifTags, Image
 from PIL.Image import Transpose
 
-from lexiseg.errors import LexisegError
+from lexiseg.errors import LexisegError, LexisegWarning
 from lexiseg.files import spelled
 from lexiseg.words import describe, shorten
 
@@ -69,8 +69,8 @@ def read_image(source: ImageSource, *, max_pixels: float = DEFAULT_MAX_PIXELS) -
 def read_pixels(source: ImageSource, *, max_pixels: float = DEFAULT_MAX_PIXELS, orient: bool = True) -> np.ndarray:
     """Read a picture, whatever holds it.
 
-    Of an animation the first frame is taken. Transparency is laid over white, because cut-outs and logos are drawn for
-    a white page and the colours hidden under transparent pixels are arbitrary.
+    Of several frames or pages the first is taken, and a LexisegWarning says so. Transparency is laid over white,
+    because cut-outs and logos are drawn for a white page and the colours hidden under transparent pixels are arbitrary.
 
     Numbers that are not bytes are read by their depth, the same for files, arrays and tensors: floats in 0..1 run from
     black to white; other numbers are of the depth of 8, 10, 12, 14, 16 ... bits that just holds the largest of them, so
@@ -124,6 +124,9 @@ def list_images(target: str | Path) -> list[Path]:
             return [path]
         else:
             found = [Path(name) for name in glob.glob(text, recursive=True)]  # noqa: PTH207 (patterns may be absolute)
+            # A folder that links lead to in several ways, or in a circle, is one folder, by its shortest name.
+            found.sort(key=lambda entry: (len(entry.parts), entry), reverse=True)
+            found = list({(entry.parent.resolve(), entry.name): entry for entry in found}.values())
         endings = IMAGE_SUFFIXES | FOREIGN_SUFFIXES
         found = [entry for entry in found if entry.suffix.lower() in endings and (entry.is_file() or _is_broken(entry))]
     except (OSError, ValueError, re.error) as error:
@@ -226,9 +229,21 @@ def _from_file(file: IO[bytes], name: str, max_pixels: float, orient: bool, suff
     with _pillow_warnings.silenced():
         image = _open(file, name, suffix)
         try:
-            return _from_pil(image, name, max_pixels, orient)
+            pixels, count = _from_pil(image, name, max_pixels, orient), _count_frames(image)
         finally:
             image.close()
+    if count > 1:
+        text = f"{_capital(name)} holds {count} frames or pages, of which only the first is read; save the others as "
+        warnings.warn(f"{text}pictures of their own if you want them too.", LexisegWarning, stacklevel=2)
+    return pixels
+
+
+def _count_frames(image: Image.Image) -> int:
+    """How many pictures a file holds; a camera's second one (MPO) is a preview or a depth map and does not count."""
+    try:
+        return 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
+    except Exception:  # the first can be read, whatever is wrong with the others
+        return 1
 
 
 def _open(file: IO[bytes], name: str, suffix: str) -> Image.Image:
@@ -323,10 +338,11 @@ def _from_tensor(tensor: torch.Tensor, max_pixels: float) -> np.ndarray:
 
     usable = not (tensor.is_nested or tensor.is_quantized or tensor.is_meta) and tensor.layout == torch.strided
     if not usable or tensor.dim() not in (2, 3) or (tensor.ndim == 3 and tensor.shape[0] not in (1, 2, 3, 4)):
+        last = usable and tensor.dim() == 3 and tensor.shape[2] in (3, 4)
         kind = f"the shape {tuple(tensor.shape)}" if usable else "other storage (nested, sparse, quantised or meta)"
         raise LexisegError(
-            f"A picture as a tensor must be dense with the shape (3, height, width), not of {kind}; for several "
-            "pictures give a list."
+            f"A picture as a tensor must be dense with the shape (3, height, width), not of {kind}; "
+            + ("give tensor.permute(2, 0, 1)." if last else "for several pictures give a list.")
         )
     try:
         tensor = tensor.detach().cpu().resolve_conj().resolve_neg()
@@ -340,9 +356,10 @@ def _from_array(array: np.ndarray, name: str, max_pixels: float) -> np.ndarray:
     if array.ndim == 2:
         array = np.asarray(array)[:, :, None]
     if array.ndim != 3 or array.shape[2] not in (1, 2, 3, 4):
+        first = array.ndim == 3 and array.shape[0] in (3, 4)
         raise LexisegError(
-            f"A picture as an array must have the shape (height, width, 3), not {array.shape}; for several pictures "
-            "give a list."
+            f"A picture as an array must have the shape (height, width, 3), not {array.shape}; "
+            + ("give array.transpose(1, 2, 0)." if first else "for several pictures give a list.")
         )
     _check_size(array.shape[1], array.shape[0], name, max_pixels)
     array = _to_bytes(np.asarray(array), name)

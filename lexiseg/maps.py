@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -65,8 +66,10 @@ def is_map(path: str | Path) -> bool:
     except LexisegError:
         return False
     try:
-        with rasterio.open(path) as source:
-            return source.crs is not None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)  # that is what is asked here
+            with rasterio.open(path) as source:
+                return source.crs is not None
     except rasterio.errors.RasterioError:
         return False
 

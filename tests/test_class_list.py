@@ -122,6 +122,24 @@ def test_a_word_of_two_classes_is_left_out_of_a_file_and_said(tmp_path: Path) ->
         assert Vocabulary.load(path).words == ("tree", "oak", "cat")
 
 
+def test_tables_with_synonyms_and_columns_with_a_heading(tmp_path: Path) -> None:
+    path = tmp_path / "list.csv"
+    path.write_text('name,synonyms\n"giraffe, tall","a;b"\ngrass,\n')
+    assert [one.text for one in read_class_list(path).classes] == ["giraffe, tall, a, b", "grass"]
+    path.write_text("Name\ngiraffe\ngrass\n")
+    with pytest.warns(LexisegWarning, match="'Name', is taken for the heading"):
+        assert Vocabulary.load(path).names == ("giraffe", "grass")
+    path.write_text("class\n")
+    assert Vocabulary.load(path).names == ("class",)
+
+
+def test_quotation_marks_are_no_part_of_a_word() -> None:
+    words = Vocabulary.parse("\"giraffe\"; 'grass', “lawn”; rock 'n' roll; 5\" disc").words
+    assert words == ("giraffe", "grass", "lawn", "rock 'n' roll", '5" disc')
+    with pytest.raises(LexisegError, match="'\"tree' has a quotation mark that nothing closes"):
+        Vocabulary.parse('giraffe; "tree, bush"')
+
+
 def test_files_and_paths_are_never_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for name in ("my.names", "cat", "a, b"):

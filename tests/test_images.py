@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageFile
 
-from lexiseg.errors import LexisegError
+from lexiseg.errors import LexisegError, LexisegWarning
 from lexiseg.images import IMAGE_SUFFIXES, image_name, list_images, read_image, read_pixels
 
 RNG = np.random.default_rng(0)
@@ -227,7 +227,8 @@ def test_threads_leave_the_warning_filters_as_they_were(tmp_path: Path) -> None:
 def test_the_first_frame_of_an_animation() -> None:
     frames = [Image.new("RGB", (3, 2), color) for color in ("red", "blue")]
     data = encode(frames[0], "GIF", save_all=True, append_images=frames[1:])
-    assert read_image(data)[:, 0, 0].tolist() == [255, 0, 0]
+    with pytest.warns(LexisegWarning, match="holds 2 frames"):
+        assert read_image(data)[:, 0, 0].tolist() == [255, 0, 0]
     opened = Image.open(io.BytesIO(data))
     opened.seek(1)
     assert read_image(opened)[:, 0, 0].tolist() == [0, 0, 255]
@@ -320,6 +321,32 @@ def test_damaged_metadata_does_not_spoil_the_picture() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert read_image(data).shape == (3, 7, 5)
+
+
+def test_a_circle_of_links_lists_a_picture_once(tmp_path: Path) -> None:
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / "a.png").touch()
+    (tmp_path / "deep" / "again").symlink_to("../deep")
+    (tmp_path / "zoo").symlink_to("deep")
+    assert list_images(str(tmp_path / "**" / "*.png")) == [tmp_path / "deep" / "a.png"]
+
+
+@pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG", "TIFF"])
+def test_frames_that_are_not_read_are_said(kind: str) -> None:
+    first, second = Image.new("RGB", (8, 6)), Image.new("RGB", (8, 6), "white")
+    with pytest.warns(LexisegWarning, match="holds 2 frames or pages, of which only the first is read"):
+        pixels = read_pixels(encode(first, kind, save_all=True, append_images=[second]))
+    assert not pixels.any()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        read_pixels(encode(first, kind))
+
+
+def test_channels_at_the_other_end_are_named() -> None:
+    with pytest.raises(LexisegError, match=r"not \(3, 7, 5\); give array.transpose\(1, 2, 0\)"):
+        read_pixels(PICTURE.transpose(2, 0, 1))
+    with pytest.raises(LexisegError, match=r"the shape \(7, 5, 3\); give tensor.permute\(2, 0, 1\)"):
+        read_image(torch.from_numpy(PICTURE))
 
 
 def test_listing(tmp_path: Path) -> None:

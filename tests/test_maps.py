@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import resource
+import warnings
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 import lexiseg
 from lexiseg.cli import main
@@ -39,6 +41,13 @@ def run(segmenter: Any, source: Path, folder: Path, **options: Any) -> dict[str,
     for _ in segment_map(segmenter, source, segmenter.vocabulary(WORDS), folder, chosen):
         pass
     return map_files(source, folder, chosen)
+
+
+def test_a_tiff_without_a_place_is_no_map_and_nothing_is_said(tmp_path: Path) -> None:
+    Image.new("RGB", (8, 6)).save(tmp_path / "plain.tif")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not is_map(tmp_path / "plain.tif")
 
 
 def test_labels_and_polygons_lie_where_the_map_does(segmenter: Any, tmp_path: Path) -> None:

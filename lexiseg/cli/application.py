@@ -97,7 +97,7 @@ def _quiet(
 
 def _usage_sentence(error: Any) -> str:
     """What typer says about a wrong command line, as one sentence that also says where the help is."""
-    message = " ".join(error.format_message().split()).rstrip(".")
+    message = " ".join(error.format_message().split()).rstrip(".").replace("Value error, ", "")
     context = getattr(error, "ctx", None)
     command = context.command_path if context is not None else "lexiseg"
     return f"{message}; see '{command} --help'."

@@ -498,7 +498,9 @@ def test_usage_errors_are_sentences(call: Call) -> None:
     assert_sentence(*call("predict", "--modle", "x"), "--modle", "lexiseg predict --help")
     assert_sentence(*call("predict", "a", "b", "--batch-size", "0"), "--batch-size")
     assert_sentence(*call("convert", "a.pth"), "--output")
-    assert_sentence(*call("predict", "a", "b", "--refine", "x"), "Invalid value for '--refine': 'x' is not one of 'none'")
+    assert_sentence(
+        *call("predict", "a", "b", "--refine", "x"), "Invalid value for '--refine': 'x' is not one of 'none'"
+    )
     for arguments in ((), ("--help",), ("data",), ("predict", "-h")):
         code, out, err = call(*arguments)
         assert code == 0 and "Usage" in out and not err

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 PACKAGED_FOLDER = Path(__file__).resolve().parent / "pretrained"
 CONFIG_NAME = "config.json"
@@ -31,6 +32,11 @@ def packaged_models() -> dict[str, Path]:
 def packaged_clips() -> list[str]:
     """Names of the CLIPs that come with lexiseg."""
     return sorted(path.parent.name for path in PACKAGED_FOLDER.glob(f"*/{CLIP_CONFIG_NAME}"))
+
+
+def clip_config(name: str) -> dict[str, Any]:
+    """The configuration of a CLIP that comes with lexiseg."""
+    return json.loads((PACKAGED_FOLDER / name / CLIP_CONFIG_NAME).read_text("utf-8"))
 
 
 def list_models() -> list[ModelEntry]:

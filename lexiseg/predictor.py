@@ -61,7 +61,7 @@ class Predictor(ABC):
         self.max_pixels = max_pixels
         self.templates = None if templates is None else Vocabulary.parse("any", templates=templates).templates
         self._held = threading.local()  # one picture a thread
-        self._note_photographs = any(word in model.clip.name for word in ("emoji", "world2"))
+        self._note_photographs = (model.clip.trained_on or "").startswith("picture-world")
         self._last: tuple[Any, Any, Vocabulary] | None = None
 
     @abstractmethod

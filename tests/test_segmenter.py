@@ -563,7 +563,7 @@ def test_a_model_of_the_picture_world_notes_other_pictures_once(tmp_path: Path) 
     drawn.save(scene, **mark_drawn(".png"))
     drawn.save(tmp_path / "scene.jpg", **mark_drawn(".jpg"))
     taken.save(photo)
-    model = Patchwork(build_clip(ARCHITECTURE, name="clip-emoji"))
+    model = Patchwork(build_clip({**ARCHITECTURE, "trained_on": "picture-world"}))
     own = [sample_path("demo"), scene, tmp_path / "scene.jpg", scene.read_bytes(), Image.open(scene), picture(40, 40)]
     with warnings.catch_warnings(), scene.open("rb") as file:
         warnings.simplefilter("error")

@@ -44,7 +44,8 @@ class CLIP(nn.Module):
     Args:
         model: an ``open_clip.CLIP`` or ``open_clip.CustomTextCLIP``.
         architecture: ``{"model_cfg": ..., "preprocess_cfg": {"mean", "std"}}``, the contents of open_clip's
-            ``open_clip_config.json``: enough to build the same model again with `build_clip`.
+            ``open_clip_config.json``: enough to build the same model again with `build_clip`. Lexiseg's own may say
+            what it was "trained_on".
         tokenizer: turns a list of strings into ids (n, context_length).
         name: what the user called it.
 
@@ -114,6 +115,11 @@ class CLIP(nn.Module):
         """Standard deviation of the training images, RGB in 0..1."""
         red, green, blue = self.architecture["preprocess_cfg"]["std"]
         return float(red), float(green), float(blue)
+
+    @property
+    def trained_on(self) -> str | None:
+        """What the weights were trained on, such as "picture-world", where the configuration says so."""
+        return self.architecture.get("trained_on")
 
     @property
     def device(self) -> torch.device:
@@ -338,7 +344,8 @@ def build_clip(architecture: dict[str, Any], *, name: str = "clip", tokenizer: A
     given = config.get("preprocess_cfg") or {}
     preprocess.update({key: list(given[key]) for key in _PREPROCESS_KEYS if key in given})
     model.eval()
-    return CLIP(model, {"model_cfg": model_cfg, "preprocess_cfg": preprocess}, tokenizer, name)
+    said = {"trained_on": str(config["trained_on"])} if "trained_on" in config else {}
+    return CLIP(model, {"model_cfg": model_cfg, "preprocess_cfg": preprocess, **said}, tokenizer, name)
 
 
 def save_clip(clip: CLIP, folder: str | Path, *, dtype: torch.dtype | None = None) -> Path:

@@ -174,6 +174,7 @@ def _describe(segmenter: Segmenter, kind: str, sizes: Sequence[int], precision: 
         "precision": precision,
         "system": model.system,
         "name": model.clip.name,
+        "trained_on": model.clip.trained_on,
         "options": options,
         "parameters": model.num_parameters(),
         "sha256": segmenter.fingerprint(),

@@ -96,6 +96,7 @@ class ExportSpec(_Part):
     compiled: bool = False  # torch: by AOTInductor
     system: str
     name: str  # of the towers
+    trained_on: str | None = None  # see `lexiseg.clip.model.CLIP.trained_on`
     options: dict[str, Any]
     parameters: Annotated[int, Field(ge=0)]
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]  # of the weights

@@ -132,7 +132,7 @@ class ContrastiveTask(Task):
         torch.manual_seed(train.seed)
         self.settings, self.batch_size, self.seed = settings, train.batch_size, train.seed
         self.world = find_world(settings.scenes.world)
-        self.clip = build_clip({"model_cfg": settings.model_cfg}, name="clip-emoji")
+        self.clip = build_clip({"model_cfg": settings.model_cfg, "trained_on": self.world.name}, name="clip-emoji")
         if settings.initial is not None:
             self._start_from(load_clip(settings.initial))
         self.model = self.clip

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lexiseg.catalog import clip_config, packaged_clips
 from lexiseg.errors import LexisegError
 from lexiseg.files import write_text
 from lexiseg.hub import first_line
@@ -12,6 +14,10 @@ from lexiseg.weights.checkpoint import read_json
 from lexiseg.words import printable
 
 CARD = "README.md"
+_DRAWINGS = {
+    "picture-world": "Apache-2.0; trained on drawings of Noto Color Emoji (SIL OFL 1.1).",
+    "picture-world-2": "Apache-2.0; trained on drawings of Noto Emoji (Apache-2.0) and Fluent Emoji (MIT).",
+}
 REPORT = "report.json"
 """What ``lexiseg evaluate -o FOLDER`` writes; beside a model, its metrics go into the card."""
 
@@ -59,7 +65,7 @@ def model_card(folder: str | Path, repository: str = "OWNER/NAME") -> str:
         "",
         "## Licence",
         "",
-        f"The image and text towers are those of `{printable(tower)}`: {_licence(tower)} The rest was trained on the "
+        f"The image and text towers are those of `{printable(tower)}`: {_licence(clip)} The rest was trained on the "
         "data named above, whose terms may bind you as well.",
         "",
     ]
@@ -94,17 +100,16 @@ def _measured(folder: Path) -> list[str]:
     return [*lines, "| metric | value |", "|---|---|", *(f"| {printable(name)} | {value:g} |" for name, value in rows)]
 
 
-def _licence(tower: str) -> str:
+def _licence(clip: Mapping[str, Any]) -> str:
     from lexiseg.weights.auto import known_weights
 
+    tower = str(clip.get("name"))
     for one in known_weights():
         if one.name.partition("+")[0] == tower:
             return f"{one.licence} ({one.source})."
-    if "emoji" in tower:
-        return "Apache-2.0; trained on drawings of Noto Color Emoji (SIL OFL 1.1)."
-    if "world2" in tower:
-        return "Apache-2.0; trained on drawings of Noto Emoji (Apache-2.0) and Fluent Emoji (MIT)."
-    return "their licence is not known to lexiseg; ask where they came from."
+    config = clip.get("architecture") or (clip_config(tower) if tower in packaged_clips() else {})
+    unknown = "their licence is not known to lexiseg; ask where they came from."
+    return _DRAWINGS.get(config.get("trained_on"), unknown)
 
 
 def push_folder(folder: str | Path, repository: str, *, private: bool = False) -> str:

@@ -11,14 +11,9 @@ from PIL import Image
 
 from lexiseg.data.picture_world import (
     ABROAD,
-    CLASS_IDS,
-    CLASSES,
     FIRST,
     SECOND,
-    SEEN,
     STUFF,
-    THINGS,
-    UNSEEN,
     WORLDS,
     PictureWorld,
     World,
@@ -33,31 +28,31 @@ from lexiseg.data.picture_world.dataset import SPLIT_SEEDS
 from lexiseg.data.picture_world.scene import caption
 from lexiseg.errors import LexisegError
 
-UNSEEN_IDS = [CLASS_IDS[name] for name in UNSEEN]
+UNSEEN_IDS = [FIRST.class_ids[name] for name in FIRST.unseen]
 worlds = pytest.mark.parametrize("world", WORLDS.values(), ids=WORLDS)
 
 
 def test_the_benchmark_has_the_promised_size() -> None:
-    assert len(THINGS) >= 80 and len(STUFF) >= 12
-    assert sum(name in THINGS for name in UNSEEN) >= 12 and sum(name in STUFF for name in UNSEEN) >= 3
-    assert len(set(CLASSES)) == len(CLASSES) == len(SEEN) + len(UNSEEN)
-    assert vocabulary().names == CLASSES
+    assert len(FIRST.things) >= 80 and len(STUFF) >= 12
+    assert sum(name in FIRST.things for name in FIRST.unseen) >= 12 and sum(name in STUFF for name in FIRST.unseen) >= 3
+    assert len(set(FIRST.classes)) == len(FIRST.classes) == len(FIRST.seen) + len(FIRST.unseen)
+    assert vocabulary().names == FIRST.classes
     assert [entry.name for entry in vocabulary().classes if entry.seen is False] == [
-        name for name in CLASSES if name in UNSEEN
+        name for name in FIRST.classes if name in FIRST.unseen
     ]
 
 
 def test_every_thing_has_a_glyph_of_its_own() -> None:
     glyphs = [np.asarray(glyph, np.float32) for glyph in load_atlas()]
-    assert len(glyphs) == len(THINGS)
+    assert len(glyphs) == len(FIRST.things)
     for index, glyph in enumerate(glyphs):
         assert glyph.shape == (CELL, CELL, 4)
-        assert (glyph[..., 3] > 127).mean() > 0.1, THINGS[index]
+        assert (glyph[..., 3] > 127).mean() > 0.1, FIRST.things[index]
         assert (glyph[..., :3] <= glyph[..., 3:] + 1).all(), "premultiplied"
     small = np.stack([glyph.reshape(16, 8, 16, 8, 4).mean((1, 3)).ravel() for glyph in glyphs])
     distance = np.abs(small[:, None] - small[None]).mean(2) + 1000 * np.eye(len(small))
     first, second = np.unravel_index(distance.argmin(), distance.shape)
-    assert distance.min() > 10, f"{THINGS[first]} looks like {THINGS[second]}"
+    assert distance.min() > 10, f"{FIRST.things[first]} looks like {FIRST.things[second]}"
 
 
 def test_the_second_world_has_families_of_which_training_sees_a_part() -> None:
@@ -67,7 +62,6 @@ def test_the_second_world_has_families_of_which_training_sees_a_part() -> None:
         assert 1 <= len(set(family) & set(SECOND.unseen)) <= 2 < len(family)
     assert set(SECOND.unseen) < set(SECOND.classes) and len(set(STUFF) & set(SECOND.unseen)) == 3
     assert ABROAD.classes == SECOND.classes and not set(ABROAD.styles) & set(SECOND.styles)
-    assert FIRST.classes == CLASSES and FIRST.seen == SEEN
     with pytest.raises(LexisegError, match="no picture world 'x'; choose one of picture-world, "):
         find_world("x")
 
@@ -125,7 +119,7 @@ def test_the_caption_names_what_is_visible_and_nothing_else(world: World) -> Non
 
 def test_a_label_is_where_the_thing_is() -> None:
     with_thing = render_scene([11, 3], 128, things=("apple",))
-    mask = with_thing.label == CLASS_IDS["apple"]
+    mask = with_thing.label == FIRST.class_ids["apple"]
     assert 0.02 < mask.mean() < 0.6
     inside = with_thing.image[mask].astype(float).mean(0)
     assert inside[0] > inside[1] + 40 and inside[0] > inside[2] + 40, "an apple is red where its mask says it is"
@@ -156,7 +150,7 @@ def test_the_train_split_never_shows_a_mask_of_an_unseen_class(world: World) -> 
 def test_val_and_test_show_every_kind_of_class_exactly(split: Literal["val", "test"]) -> None:
     val = PictureWorld(split, size=64, length=60)
     ids = torch.cat([sample.label.flatten() for sample in val]).unique().tolist()
-    assert set(ids) & set(UNSEEN_IDS) and max(ids) < len(CLASSES)
+    assert set(ids) & set(UNSEEN_IDS) and max(ids) < len(FIRST.classes)
     assert len(val) == 60 and val[3].image.dtype == torch.uint8 and val[3].image.shape == (3, 64, 64)
     with pytest.raises(IndexError):
         val[60]
@@ -181,8 +175,8 @@ def test_written_to_disk_it_is_a_voc_folder(tmp_path) -> None:
             assert np.abs(image - data[index].image.permute(1, 2, 0).numpy()).mean() < 8
             if split == "train":
                 assert not np.isin(np.asarray(mask), UNSEEN_IDS).any()
-    assert (root / "classes.txt").read_text().splitlines() == list(CLASSES)
-    assert (root / "unseen.txt").read_text().splitlines() == list(UNSEEN)
+    assert (root / "classes.txt").read_text().splitlines() == list(FIRST.classes)
+    assert (root / "unseen.txt").read_text().splitlines() == list(FIRST.unseen)
     assert len((root / "captions.txt").read_text().splitlines()) == 10
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from lexiseg.data.picture_world import CLASS_IDS, CLASSES, SEEN, UNSEEN, find_world, render_scene
+from lexiseg.data.picture_world import FIRST, find_world, render_scene
 from lexiseg.data.picture_world.dataset import SPLIT_SEEDS
 from lexiseg.data.picture_world.scene import Scene
 from lexiseg.errors import LexisegError
@@ -27,7 +27,7 @@ SEGMENTATION = [
     if isinstance(recipe, SegmentationRecipe) and recipe.data.source.startswith("picture-world")
 ]
 CONTRASTIVE = [name for name, recipe in RECIPES.items() if isinstance(recipe, ContrastiveRecipe)]
-UNSEEN_IDS = [CLASS_IDS[name] for name in UNSEEN]
+UNSEEN_IDS = [FIRST.class_ids[name] for name in FIRST.unseen]
 
 
 def test_both_kinds_of_recipe_are_shipped() -> None:
@@ -59,7 +59,9 @@ def test_a_batch_of_labels_holds_ranks_of_seen_classes_only() -> None:
 
     recipe = RECIPES["zegclip-picture-world"]
     dataset = recipe.data.open("train")
-    model = ZegCLIP.build(small_clip(), {"num_prompts": 1, "decoder_layers": 1, "decoder_heads": 1}, seen_names=SEEN)
+    model = ZegCLIP.build(
+        small_clip(), {"num_prompts": 1, "decoder_layers": 1, "decoder_heads": 1}, seen_names=FIRST.seen
+    )
     task = SegmentationTask(
         model,
         dataset,
@@ -67,9 +69,9 @@ def test_a_batch_of_labels_holds_ranks_of_seen_classes_only() -> None:
         batch_size=4,
         label_stride=recipe.data.label_stride,
     )
-    assert task.text.shape[0] == len(SEEN)
+    assert task.text.shape[0] == len(FIRST.seen)
     labels = task.batch(0).labels
-    assert labels[labels != 255].max() < len(SEEN)
+    assert labels[labels != 255].max() < len(FIRST.seen)
 
 
 @pytest.mark.parametrize("unlabelled", ["marked", "ignored"])
@@ -80,9 +82,9 @@ def test_self_training_learns_the_place_of_unseen_classes_and_nothing_else(
     recipe = small_self_training(unlabelled)
     task = build_task(recipe)
     assert isinstance(task, SegmentationTask)
-    assert task.vocabulary.names == CLASSES and task.model.seen_names == SEEN
+    assert task.vocabulary.names == FIRST.classes and task.model.seen_names == FIRST.seen
     labels = [task.batch(index).labels for index in range(3)]
-    seen_ids = {CLASS_IDS[name] for name in SEEN}
+    seen_ids = {FIRST.class_ids[name] for name in FIRST.seen}
     for batch in labels:
         assert set(batch.unique().tolist()) <= seen_ids | {UNLABELLED}
     assert any((batch == UNLABELLED).any() for batch in labels), "otherwise this shows nothing"

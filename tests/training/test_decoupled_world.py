@@ -11,7 +11,7 @@ from benchmarks.decoupled_world import DECOUPLED, Variant, WithMasks, folder_of,
 from benchmarks.picture_world import SYSTEMS as BENCHMARKED
 from benchmarks.picture_world import has_seeds
 from lexiseg.clip.load import load_clip
-from lexiseg.data.picture_world import SEEN, PictureWorld
+from lexiseg.data.picture_world import FIRST, PictureWorld
 from lexiseg.errors import LexisegError
 from lexiseg.models.decoupled import DecoupledModel
 from lexiseg.models.region_base import RegionModel
@@ -124,7 +124,7 @@ def test_variants_are_right(system: str) -> None:
 
 def test_a_host_takes_the_proposals_over(proposals: Path) -> None:
     model, shared = host("freeseg-picture-world", proposals), load_model(proposals)
-    assert isinstance(shared, RegionModel) and model.seen_names == SEEN
+    assert isinstance(shared, RegionModel) and model.seen_names == FIRST.seen
     assert torch.equal(model.no_object, shared.no_object)
     assert model.metadata["initial"]["model"] == str(proposals)
 
@@ -141,7 +141,7 @@ def test_ground_truth_masks_of_the_picture_asked_for() -> None:
 def test_ground_truth_masks_are_put_to_use() -> None:
     variant = Variant("deop-baseline-picture-world", ("model.options.proposals={kind: ground-truth}",), "", True)
     kind, options = system_of(recipe_of(variant, 0))
-    model = kind(load_clip("clip-emoji"), options, SEEN).eval()
+    model = kind(load_clip("clip-emoji"), options, FIRST.seen).eval()
     assert isinstance(model, DecoupledModel) and isinstance(model.generator, GroundTruth)
     data = WithMasks(PictureWorld("val", size=128), model.generator, 128)
     sample = data[0]

@@ -20,7 +20,7 @@ from lexiseg.cli import main
 from lexiseg.clip.load import load_clip
 from lexiseg.clip.model import save_clip
 from lexiseg.data.base import Sample
-from lexiseg.data.picture_world import CLASSES, SEEN, write_voc
+from lexiseg.data.picture_world import FIRST, write_voc
 from lexiseg.data.transforms import light_pipeline, paper_pipeline
 from lexiseg.errors import LexisegError
 from lexiseg.evaluation.run import run_evaluation
@@ -204,16 +204,16 @@ def test_pixels_without_a_label_get_unseen_classes_only(clip_folder: Path, monke
 def test_self_training_from_a_recipe_or_a_folder(tmp_path: Path, clip_folder: Path, system: str) -> None:
     first = quietly(recipe_of(clip_folder, system), tmp_path / "first", until=2)
     start = load_model(first)
-    assert start.metadata["steps"] == 2 and start.seen_names == SEEN
+    assert start.metadata["steps"] == 2 and start.seen_names == FIRST.seen
     recipe = recipe_of(clip_folder, system, setting="transductive", initial=str(tmp_path / "first"), initial_steps=2)
     task = build_task(recipe)
     assert isinstance(task, SegmentationTask)
     before = start.state_dict()
     assert all(torch.equal(value, before[name]) for name, value in task.model.state_dict().items())
-    assert task.vocabulary.names == CLASSES and task.model.seen_names == SEEN
+    assert task.vocabulary.names == FIRST.classes and task.model.seen_names == FIRST.seen
     folder = quietly(recipe, tmp_path / "second")
     model = load_model(folder)
-    assert model.options.seen_offset == 0 and model.seen_names == SEEN
+    assert model.options.seen_offset == 0 and model.seen_names == FIRST.seen
     assert model.metadata["setting"] == "transductive" and model.metadata["initial"]["steps"] == 2
     assert any(not torch.equal(value, before[name]) for name, value in model.state_dict().items())
     record = json.loads((tmp_path / "second" / "metrics.jsonl").read_text().splitlines()[0])
@@ -339,7 +339,7 @@ def test_what_cannot_be_started_from(tmp_path: Path, clip_folder: Path, caplog: 
         build_task(recipe_of(clip_folder, setting="transductive", initial=start, initial_steps=2))
     assert "trained for 1 steps" in caplog.text
     config = json.loads((folder / "config.json").read_text())
-    config["seen_names"] = [*CLASSES]
+    config["seen_names"] = [*FIRST.classes]
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(LexisegError, match="masks of 'cow', which is unseen"):
         build_task(recipe_of(clip_folder, setting="transductive", initial=start))
@@ -360,7 +360,7 @@ def test_supervised_training_and_its_evaluation(tmp_path: Path, clip_folder: Pat
     data = {"source": "own", "root": str(root), "augment": "light", "crop": 32}
     folder = quietly(recipe_of(clip_folder, setting="supervised", data=data, train={"steps": 1}), tmp_path / "run")
     model = load_model(folder)
-    assert model.seen_names == CLASSES and model.options.seen_offset == 0.1
+    assert model.seen_names == FIRST.classes and model.options.seen_offset == 0.1
     dataset = build_task(recipe_of(clip_folder, data=data)).dataset
     reports = {
         offsets: run_evaluation(

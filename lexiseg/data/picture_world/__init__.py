@@ -2,14 +2,9 @@
 
 from lexiseg.data.picture_world.classes import (
     ABROAD,
-    CLASS_IDS,
-    CLASSES,
     FIRST,
     SECOND,
-    SEEN,
     STUFF,
-    THINGS,
-    UNSEEN,
     WORLDS,
     World,
     find_world,
@@ -19,14 +14,9 @@ from lexiseg.data.picture_world.scene import Scene, render_scene
 
 __all__ = [
     "ABROAD",
-    "CLASSES",
-    "CLASS_IDS",
     "FIRST",
     "SECOND",
-    "SEEN",
     "STUFF",
-    "THINGS",
-    "UNSEEN",
     "WORLDS",
     "PictureWorld",
     "Scene",

@@ -1,5 +1,10 @@
 """What lexiseg raises: the user can fix this; and what it warns of: this is probably not what you meant."""
 
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
 
 class LexisegError(Exception):
     """A mistake the user can fix, said in one sentence: what is wrong, where, and what to do.
@@ -7,6 +12,14 @@ class LexisegError(Exception):
     The command line prints the sentence without a traceback and exits with code 2; in Python it is an ordinary
     exception, so that a script can catch it.
     """
+
+
+def need(module: str, what: str, extra: str) -> Any:
+    """A library of one of lexiseg's extras. Raises LexisegError if it is not there; ``what`` begins the sentence."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise LexisegError(f"{what}; install it with pip install 'lexiseg[{extra}]'.") from error
 
 
 class LexisegWarning(UserWarning):

@@ -15,6 +15,7 @@ from lexiseg.exemplars import Exemplar
 from lexiseg.images import read_image
 from lexiseg.models.base import SegmentationModel
 from lexiseg.models.dense_clip import DenseCLIP, DenseCLIPOptions
+from lexiseg.normalisation import normalise
 from lexiseg.vocabulary import Vocabulary
 from lexiseg.windows import working_size
 
@@ -111,8 +112,7 @@ def _encode(model: DenseCLIP, image: Tensor, mask: Tensor) -> tuple[Tensor, Tens
     device, policy = model.device, model.window
     size = working_size(int(image.shape[1]), int(image.shape[2]), policy.short_side, policy.long_side)
     pixels = F.interpolate(image[None].to(device).float() / 255, size=size, mode="bilinear", antialias=True)
-    mean, std = (torch.tensor(numbers, device=device)[:, None, None] for numbers in (model.mean, model.std))
-    patches = model.dense_features((pixels - mean) / std)[0].float()
+    patches = model.dense_features(normalise(pixels, model.mean, model.std))[0].float()
     weights = F.interpolate(mask[None, None].to(device).float(), size=patches.shape[:2], mode="area")[0, 0]
     thing, rest = (F.normalize((part[..., None] * patches).sum(dim=(0, 1)), dim=0) for part in (weights, 1 - weights))
     return thing, rest

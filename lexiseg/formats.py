@@ -6,51 +6,24 @@ import json
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
 
 import numpy as np
 
-from lexiseg.errors import LexisegError
+from lexiseg.errors import LexisegError, need
 from lexiseg.files import atomic_write
 from lexiseg.label_ids import ignore_index
 from lexiseg.words import describe, shorten
+
+if TYPE_CHECKING:
+    from lexiseg.segmentation import Segmentation, TableRow
 
 SAVE_FORMATS = ("labels", "overlay", "json", "coco", "geojson", "yolo", "labelme", "cvat", "masks")
 """What `lexiseg.segmentation.Segmentation.save` writes."""
 
 Ring = list[list[float]]
 Polygon = list[Ring]
-
-
-class Row(Protocol):
-    """A class of a result; see `lexiseg.segmentation.TableRow`."""
-
-    name: str
-    score: float | None
-    index: int
-
-
-class Result(Protocol):
-    """What is needed of a `lexiseg.segmentation.Segmentation`."""
-
-    @property
-    def name(self) -> str:
-        """What the picture is called."""
-
-    @property
-    def classes(self) -> tuple[str, ...]:
-        """Their names."""
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """Height and width in pixels."""
-
-    def table(self) -> list[Any]:
-        """A `Row` a class in the picture."""
-
-    def mask(self, name_or_index: str | int) -> Any:
-        """The pixels of one class, a bool tensor."""
 
 
 def encode_rle(mask: np.ndarray) -> dict[str, Any]:
@@ -83,11 +56,7 @@ def polygons_of(mask: np.ndarray, tolerance: float = 1.0) -> list[Polygon]:
     """
     if not mask.any():
         return []
-    try:
-        import cv2
-    except ImportError as error:
-        raise LexisegError('Outlines need OpenCV; run `pip install "lexiseg[polygons]"`.') from error
-
+    cv2 = need("cv2", "Outlines need OpenCV", "polygons")
     left, top, width, height = bounding_box(mask)
     # A grid of pixels (odd places) and edges (even places): OpenCV's outlines run through the places they are made of,
     # which cuts half a pixel off on every side unless those are edges.
@@ -127,7 +96,7 @@ def _one_ring(polygon: Polygon) -> Ring:
     return outline
 
 
-def objects_of(result: Result, instances: Collection[str] = ()) -> Iterator[tuple[Row, np.ndarray]]:
+def objects_of(result: Segmentation, instances: Collection[str] = ()) -> Iterator[tuple[TableRow, np.ndarray]]:
     """The masks of a result: one a class, or one a connected region of the classes that are ``instances``.
 
     A region is no object: things that touch are one region, and a thing that something covers in part may be two.
@@ -146,7 +115,7 @@ def objects_of(result: Result, instances: Collection[str] = ()) -> Iterator[tupl
             yield row, regions == number
 
 
-def coco_annotations(result: Result, instances: Collection[str] = ()) -> list[dict[str, Any]]:
+def coco_annotations(result: Segmentation, instances: Collection[str] = ()) -> list[dict[str, Any]]:
     """A result as COCO's annotations, without the ids that belong to a data set.
 
     Returns a mapping a mask of `objects_of`: ``category_id`` (1 for the first class), ``segmentation`` (run lengths),
@@ -165,7 +134,7 @@ def coco_annotations(result: Result, instances: Collection[str] = ()) -> list[di
     ]
 
 
-def to_coco(results: Sequence[Result], instances: Collection[str] = ()) -> dict[str, Any]:
+def to_coco(results: Sequence[Segmentation], instances: Collection[str] = ()) -> dict[str, Any]:
     """Results of one vocabulary as a COCO data set, which ``pycocotools.coco.COCO`` loads.
 
     Its annotations carry scores and are what ``COCO.loadRes`` takes. Ids count from 1; a category's is its place in the
@@ -247,7 +216,7 @@ def read_coco(dataset: Mapping[str, Any], image_id: int | None = None) -> tuple[
     return labels, names, str(images[0].get("file_name", ""))
 
 
-def to_geojson(result: Result, instances: Collection[str] = (), tolerance: float = 1.0) -> dict[str, Any]:
+def to_geojson(result: Segmentation, instances: Collection[str] = (), tolerance: float = 1.0) -> dict[str, Any]:
     """A result as a GeoJSON feature collection, in pixels (x to the right, y down), not in degrees.
 
     A feature has the class's ``id`` and ``name``, and its own ``score`` and ``fraction`` of the picture.
@@ -266,7 +235,7 @@ def to_geojson(result: Result, instances: Collection[str] = (), tolerance: float
     return {"type": "FeatureCollection", "features": features}
 
 
-def to_yolo(result: Result, instances: Collection[str] = (), tolerance: float = 1.0) -> str:
+def to_yolo(result: Segmentation, instances: Collection[str] = (), tolerance: float = 1.0) -> str:
     """A result as lines of YOLO's segmentation format: class index, then x and y in fractions of the picture."""
     height, width = result.size
     lines = []
@@ -277,7 +246,7 @@ def to_yolo(result: Result, instances: Collection[str] = (), tolerance: float = 
     return "".join(lines)
 
 
-def to_labelme(result: Result, instances: Collection[str] = (), tolerance: float = 1.0) -> dict[str, Any]:
+def to_labelme(result: Segmentation, instances: Collection[str] = (), tolerance: float = 1.0) -> dict[str, Any]:
     """A result as labelme's JSON, without the picture itself; a group a mask."""
     shapes = [
         {"label": row.name, "points": _one_ring(polygon), "group_id": group, "shape_type": "polygon", "flags": {}}
@@ -289,7 +258,7 @@ def to_labelme(result: Result, instances: Collection[str] = (), tolerance: float
     return {"version": "5.0.0", "flags": {}, "shapes": shapes, **facts}
 
 
-def to_cvat(result: Result, instances: Collection[str] = ()) -> str:
+def to_cvat(result: Segmentation, instances: Collection[str] = ()) -> str:
     """A result as CVAT's XML for images, version 1.1, with masks, which keep every pixel."""
     height, width = result.size
     root = ElementTree.Element("annotations")
@@ -308,15 +277,12 @@ def to_cvat(result: Result, instances: Collection[str] = ()) -> str:
     return ElementTree.tostring(root, encoding="unicode") + "\n"
 
 
-def to_supervision(result: Result, instances: Collection[str] = ()) -> Any:
+def to_supervision(result: Segmentation, instances: Collection[str] = ()) -> Any:
     """A result as ``supervision.Detections``: a mask a class, with scores, class ids and names.
 
     Raises LexisegError if supervision is not installed.
     """
-    try:
-        import supervision
-    except ImportError as error:
-        raise LexisegError('This needs supervision; run `pip install "lexiseg[supervision]"`.') from error
+    supervision = need("supervision", "This needs supervision", "supervision")
     found = list(objects_of(result, instances))
     boxes = np.array([bounding_box(mask) for _, mask in found], np.float32).reshape(-1, 4)
     boxes[:, 2:] += boxes[:, :2] - 1  # supervision's boxes end at the last pixel

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lexiseg.errors import LexisegError
+from lexiseg.errors import LexisegError, need
 from lexiseg.files import atomic_write, make_folder
 from lexiseg.words import describe, printable
 
@@ -33,21 +33,14 @@ _OVERVIEW = 1024
 
 @dataclass(frozen=True)
 class MapOptions:
-    """How a map is segmented.
+    """How a map is segmented."""
 
-    Attributes:
-        bands: red, green and blue, counted from 1; None takes the first three, or the first alone of one or two.
-        tile: side of a tile in pixels; a multiple of 16.
-        margin: pixels that a tile sees of its neighbours on each side.
-        polygons: write polygons as well: "none", "geojson" or "gpkg" (GeoPackage).
-        smallest: polygons of fewer pixels are left out.
-    """
-
+    # red, green and blue, counted from 1; None takes the first three, or the first alone of one or two
     bands: tuple[int, int, int] | None = None
-    tile: int = 1024
-    margin: int = 64
-    polygons: str = "geojson"
-    smallest: int = 16
+    tile: int = 1024  # side of a tile in pixels; a multiple of 16
+    margin: int = 64  # pixels that a tile sees of its neighbours on each side
+    polygons: str = "geojson"  # write polygons as well: "none", "geojson" or "gpkg" (GeoPackage)
+    smallest: int = 16  # polygons of fewer pixels are left out
 
     def __post_init__(self) -> None:
         if self.tile < 16 or self.tile % 16 or self.margin < 0:
@@ -62,15 +55,11 @@ def is_map(path: str | Path) -> bool:
     if path.suffix.lower() not in MAP_SUFFIXES or not path.is_file():
         return False
     try:
-        rasterio = _import_rasterio()
-    except LexisegError:
-        return False
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)  # that is what is asked here
-            with rasterio.open(path) as source:
+        with warnings.catch_warnings():  # whether it lies anywhere is what is asked here
+            warnings.simplefilter("ignore")
+            with _opened(path) as source:
                 return source.crs is not None
-    except rasterio.errors.RasterioError:
+    except LexisegError:
         return False
 
 
@@ -84,17 +73,9 @@ def map_files(source: str | Path, folder: str | Path, options: MapOptions) -> di
 
 
 def count_tiles(source: str | Path, options: MapOptions) -> int:
-    """How many tiles a map is cut into at most.
-
-    Raises:
-        LexisegError: rasterio is not installed, or the raster cannot be read.
-    """
-    rasterio = _import_rasterio()
-    try:
-        with rasterio.open(source) as raster:
-            return math.ceil(raster.width / options.tile) * math.ceil(raster.height / options.tile)
-    except rasterio.errors.RasterioError as error:
-        raise LexisegError(f"'{printable(str(source))}' cannot be read as a map; check the file.") from error
+    """How many tiles a map is cut into at most. Raises LexisegError if it cannot be read, or without rasterio."""
+    with _opened(source) as raster:
+        return math.ceil(raster.width / options.tile) * math.ceil(raster.height / options.tile)
 
 
 def segment_map(
@@ -112,30 +93,15 @@ def segment_map(
     beyond 255 classes). Polygons are in the source's coordinates and are cut where tiles meet. Memory is that of some
     tiles.
 
-    Args:
-        segmenter: with the model.
-        source: the raster.
-        vocabulary: the classes.
-        folder: to write into.
-        options: see `MapOptions`.
-        settings: ``window`` and others that `Segmenter.predict` takes.
-
-    Returns:
-        An iterator that does the work, a tile at a time, and gives its row, its column and its labels. Files are there
-        when it ends.
-
-    Raises:
-        LexisegError: rasterio is not installed, or the raster or the bands are wrong.
+    ``settings``: ``window`` and others that `Segmenter.predict` takes. Returns an iterator that does the work, a tile
+    at a time, and gives its row, its column and its labels; files are there when it ends. Raises LexisegError if
+    rasterio is not installed, or the raster or the bands are wrong.
     """
-    rasterio = _import_rasterio()
     options = options or MapOptions()
-    try:
-        raster = rasterio.open(source)
-    except rasterio.errors.RasterioError as error:
-        raise LexisegError(f"'{printable(str(source))}' cannot be read as a map; check the file.") from error
+    raster = _opened(source)
     bands = _bands(options.bands, int(raster.count))
     files = map_files(source, make_folder(folder), options)
-    return _segment(rasterio, raster, bands, segmenter, vocabulary, files, options, settings)
+    return _segment(_import_rasterio(), raster, bands, segmenter, vocabulary, files, options, settings)
 
 
 def _segment(
@@ -182,14 +148,17 @@ def _segment(
 
 
 def _import_rasterio() -> Any:
+    for part in ("features", "shutil", "windows"):
+        need(f"rasterio.{part}", "Maps need rasterio", "geo")
+    return need("rasterio", "Maps need rasterio", "geo")
+
+
+def _opened(source: str | Path) -> Any:
+    rasterio = _import_rasterio()
     try:
-        import rasterio
-        import rasterio.features
-        import rasterio.shutil
-        import rasterio.windows
-    except ImportError as error:
-        raise LexisegError("Maps need rasterio; install it with pip install 'lexiseg[geo]'.") from error
-    return rasterio
+        return rasterio.open(source)
+    except rasterio.errors.RasterioError as error:
+        raise LexisegError(f"'{printable(str(source))}' cannot be read as a map; check the file.") from error
 
 
 def _bands(wanted: tuple[int, int, int] | None, count: int) -> tuple[int, ...]:
@@ -236,7 +205,7 @@ class _Polygons:
         self.crs = crs
         self.count = 0
         self._stack = ExitStack()
-        self._kept: list[tuple[dict[str, Any], int, str]] = []
+        self._kept: list[tuple[Any, int, str]] = []
 
     def __enter__(self) -> _Polygons:
         self.temporary = self._stack.enter_context(atomic_write(self.path))
@@ -245,7 +214,7 @@ class _Polygons:
             name = {"type": "name", "properties": {"name": self.crs.to_string()}} if self.crs else None
             self.file.write('{"type": "FeatureCollection", "crs": ' + json.dumps(name) + ', "features": [')
         else:
-            _import_pyogrio()
+            need("pyogrio", "GeoPackages need pyogrio", "geo")
         return self
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> bool | None:
@@ -261,25 +230,27 @@ class _Polygons:
     ) -> None:
         """Add the polygons of a tile."""
         from rasterio import features
+        from shapely.geometry import shape
 
         smallest = options.smallest * abs(transform.determinant)
         for geometry, value in features.shapes(labels, mask=labels != nodata, transform=transform):
-            if _area(geometry) < smallest:
+            outline, index = shape(geometry), int(value)
+            if outline.area < smallest:
                 continue
-            index = int(value)
             if self.path.suffix == ".geojson":
                 properties = {"id": index, "name": vocabulary.names[index]}
                 feature = {"type": "Feature", "properties": properties, "geometry": geometry}
                 self.file.write(("," if self.count else "") + "\n" + json.dumps(feature))
             else:
-                self._kept.append((geometry, index, vocabulary.names[index]))
+                self._kept.append((outline, index, vocabulary.names[index]))
                 if len(self._kept) >= 10_000:
                     self._flush()
             self.count += 1
 
     def _flush(self) -> None:
-        pyogrio, shapely = _import_pyogrio()
-        geometry = np.array([shapely.to_wkb(shapely.geometry.shape(one)) for one, _, _ in self._kept], dtype=object)
+        import pyogrio
+
+        geometry = np.array([shape.wkb for shape, _, _ in self._kept], dtype=object)
         fields = [
             np.array([index for _, index, _ in self._kept], dtype=np.int32),
             np.array([name for _, _, name in self._kept], dtype=object),
@@ -290,24 +261,3 @@ class _Polygons:
             append=self.temporary.exists() and self.temporary.stat().st_size > 0,
         )  # fmt: skip
         self._kept = []
-
-
-def _import_pyogrio() -> tuple[Any, Any]:
-    try:
-        import pyogrio
-        import shapely
-        import shapely.geometry
-    except ImportError as error:
-        raise LexisegError("GeoPackages need pyogrio; install it with pip install 'lexiseg[geo]'.") from error
-    return pyogrio, shapely
-
-
-def _area(geometry: dict[str, Any]) -> float:
-    """Area of a polygon with holes, in squares of its coordinates."""
-
-    def ring(points: Sequence[Sequence[float]]) -> float:
-        x, y = np.asarray(points, np.float64).T
-        return abs(float(np.dot(x[:-1] - x[0], y[1:] - y[0]) - np.dot(x[1:] - x[0], y[:-1] - y[0]))) / 2
-
-    outside, *holes = geometry["coordinates"]
-    return ring(outside) - sum(map(ring, holes))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from lexiseg.background import BackgroundSource
 from lexiseg.errors import LexisegError
 from lexiseg.images import ImageSource, image_name, read_image, read_pixels
+from lexiseg.normalisation import normalise
 from lexiseg.resampling import resize_bytes, resize_floats
 from lexiseg.vocabulary import VocabularySource
 from lexiseg.windows import Box, WindowPolicy, check_proportions, cover, working_size
@@ -62,32 +63,35 @@ WHOLE = (-1, -1)
 """The place of the box that is the whole picture."""
 
 
-def window_policy(default: WindowPolicy, window: WindowSource = None) -> WindowPolicy:
+def window_policy(default: WindowPolicy, window: WindowSource = None, stride: int | None = None) -> WindowPolicy:
     """How a model is run over a picture: its own way, changed by what a user gives.
 
     ``window``: a policy; the side of the window in pixels; its side and stride; 0 for whole pictures; None for the
-    model's own way. Without a stride it is the model's, or the window's side where that is smaller. Raises LexisegError
-    if it is none of these, or numbers that cannot cover a picture.
+    model's own way. ``stride``: of the window, where that is no more than its side; without one it is the model's, or
+    the window's side where that is smaller. Raises LexisegError if it is none of these, or numbers that cannot cover a
+    picture.
     """
+    if stride is not None:
+        window = (default.size or 0 if window is None else window, stride)  # type: ignore[assignment]
     if window is None or isinstance(window, WindowPolicy):
         return window or default
     if isinstance(window, Sequence) and not isinstance(window, str | bytes) and len(window) == 2:
-        side, stride = (whole_number(number, "A window's side or stride") for number in window)
+        side, step = (whole_number(number, "A window's side or stride") for number in window)
     elif isinstance(window, Sequence):
         raise LexisegError(f"A window is its side, or its side and stride, in pixels, not {describe(window)}.")
     else:
-        side, stride = whole_number(window, "A window's side"), None
+        side, step = whole_number(window, "A window's side"), None
     if side == 0:
-        if stride:
+        if step:
             raise LexisegError("A stride needs a window, and 0 stands for whole pictures; give the window's side.")
         return replace(default, size=None, stride=0)
-    stride = min(default.stride or side, side) if stride is None else stride
-    if side < _MIN_WINDOW or not 1 <= stride <= side:
+    step = min(default.stride or side, side) if step is None else step
+    if side < _MIN_WINDOW or not 1 <= step <= side:
         raise LexisegError(
-            f"A window of {side} with a stride of {stride} cannot cover a picture; give a window of at least "
+            f"A window of {side} with a stride of {step} cannot cover a picture; give a window of at least "
             f"{_MIN_WINDOW} pixels and a stride of 1 to {max(side, _MIN_WINDOW)}."
         )
-    return replace(default, size=side, stride=stride)
+    return replace(default, size=side, stride=step)
 
 
 Failure = tuple[Any, LexisegError]
@@ -191,14 +195,7 @@ def cut_windows(
     """Cut out windows of one shape and normalise them: float32 (B, 3, H, W) on ``device``."""
     import torch
 
-    images = torch.stack([picture.crop(box).to(device).float() for picture, box in windows]) / 255
-    return (images - _channels(mean, device)) / _channels(std, device)
-
-
-def _channels(values: tuple[float, float, float], device: torch.device) -> Tensor:
-    import torch
-
-    return torch.tensor(values, dtype=torch.float32, device=device).view(1, 3, 1, 1)
+    return normalise(torch.stack([picture.crop(box).to(device).float() for picture, box in windows]) / 255, mean, std)
 
 
 def _stretch(image: Tensor, size: tuple[int, int]) -> Tensor:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Literal, get_args
 
 import torch
@@ -22,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lexiseg.errors import LexisegError
-from lexiseg.normalisation import IMAGENET_MEAN, IMAGENET_STD
+from lexiseg.normalisation import IMAGENET_MEAN, IMAGENET_STD, normalise
 from lexiseg.scores import GridScores, Scores
 
 Kind = Literal["none", "edges", "pamr", "regions"]
@@ -140,8 +141,7 @@ def _fit(size: Size, *, short: int | None = None, pixels: int | None = None) -> 
 
 def _guide(image: Tensor, size: Size, device: torch.device) -> Tensor:
     """The picture's colours (1, 3, h, w), RGB in 0..1, each the mean of its cell."""
-    colours = F.interpolate(image[None].to(device).float() / 255, size=size, mode="area")
-    return colours
+    return F.interpolate(image[None].to(device).float() / 255, size=size, mode="area")
 
 
 # ---- edges
@@ -255,13 +255,11 @@ def region_map(image: Tensor, size: Size, generator: Any, device: torch.device) 
     ``image``: uint8 (3, H, W). ``generator``: a `lexiseg.proposals.ProposalGenerator`; None is SAM. Raises LexisegError
     if SAM's weights cannot be had.
     """
-    if generator is None:
-        generator = _sam()
-    pixels = image[None].to(device).float() / 255
-    mean, std = (torch.tensor(values, device=device)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
+    generator = _sam() if generator is None else generator
+    pixels = normalise(image[None].to(device).float() / 255, IMAGENET_MEAN, IMAGENET_STD)
     height, width = (int(side) for side in image.shape[-2:])
     stride = int(generator.stride)
-    padded = F.pad((pixels - mean) / std, (0, -width % stride, 0, -height % stride))
+    padded = F.pad(pixels, (0, -width % stride, 0, -height % stride))
     proposals = generator.to(device).eval()(padded)
     masks = proposals.mask_logits[0].float()
     if proposals.valid is not None:
@@ -277,17 +275,13 @@ def region_map(image: Tensor, size: Size, generator: Any, device: torch.device) 
     return regions
 
 
-_SAM: list[Any] = []
-
-
+@cache
 def _sam() -> Any:
     """SAM's automatic masks, loaded once."""
-    if not _SAM:
-        from lexiseg.proposals.build import build_generator
-        from lexiseg.proposals.options import SamOptions
+    from lexiseg.proposals.build import build_generator
+    from lexiseg.proposals.options import SamOptions
 
-        _SAM.append(build_generator(SamOptions(overlaps="all", points_per_side=16)))
-    return _SAM[0]
+    return build_generator(SamOptions(overlaps="all", points_per_side=16))
 
 
 def vote(labels: Tensor, values: Tensor, regions: Tensor) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lexiseg.errors import LexisegError
+from lexiseg.errors import LexisegError, need
 from lexiseg.files import atomic_write, make_folder
 from lexiseg.formats import encode_rle
 from lexiseg.words import describe, printable
@@ -36,22 +36,15 @@ def is_video(source: str | Path) -> bool:
 
 @dataclass(frozen=True)
 class VideoOptions:
-    """How a video is segmented.
+    """How a video is segmented."""
 
-    Attributes:
-        every: every how many frames labels are made; those between keep the last ones.
-        smooth: weight of the frames before, 0 (none) to below 1, in a running mean of the scores; it calms labels that
-            flicker and lags behind what moves. Of systems that score patches only.
-        overlay: write a video with the classes painted over the frames.
-        resume: go on where an earlier run into the same folder stopped.
-        frames: stop after this many frames; None goes to the end. A camera has none.
-    """
-
-    every: int = 1
+    every: int = 1  # every how many frames labels are made; those between keep the last ones
+    # weight of the frames before, 0 (none) to below 1, in a running mean of the scores; it calms labels that flicker
+    # and lags behind what moves. Of systems that score patches only.
     smooth: float = 0.0
-    overlay: bool = True
-    resume: bool = False
-    frames: int | None = None
+    overlay: bool = True  # write a video with the classes painted over the frames
+    resume: bool = False  # go on where an earlier run into the same folder stopped
+    frames: int | None = None  # stop after this many frames; None goes to the end. A camera has none.
 
     def __post_init__(self) -> None:
         if self.every < 1 or (self.frames is not None and self.frames < 1):
@@ -62,19 +55,12 @@ class VideoOptions:
 
 @dataclass(frozen=True)
 class Frame:
-    """What came of a frame.
+    """What came of a frame."""
 
-    Attributes:
-        index: of the frame, from 0.
-        seconds: its time in the video.
-        labels: (H, W) ids; 255, or 65535 beyond 255 classes, is no class.
-        reused: its labels are those of an earlier run.
-    """
-
-    index: int
-    seconds: float
-    labels: NDArray[np.integer]
-    reused: bool
+    index: int  # of the frame, from 0
+    seconds: float  # its time in the video
+    labels: NDArray[np.integer]  # (H, W) ids; 255, or 65535 beyond 255 classes, is no class
+    reused: bool  # its labels are those of an earlier run
 
 
 def video_files(source: str | Path, folder: str | Path) -> dict[str, Path]:
@@ -84,12 +70,8 @@ def video_files(source: str | Path, folder: str | Path) -> dict[str, Path]:
 
 
 def count_frames(source: str | Path, options: VideoOptions) -> int:
-    """How many frames there will be, as far as the file says; 0 where it does not.
-
-    Raises:
-        LexisegError: PyAV is not installed.
-    """
-    av = _import_av()
+    """How many frames there will be, as far as the file says; 0 where it does not. LexisegError without PyAV."""
+    av = need("av", "Videos need PyAV", "video")
     try:
         with av.open(str(source)) as container:
             count = int(container.streams.video[0].frames)
@@ -112,21 +94,11 @@ def segment_video(
     ``segments``, a list of ``category_id`` and COCO's compressed run lengths ``rle``; it is written as soon as the
     frame is done, so that what was finished outlives an interruption. A class keeps its colour in all frames.
 
-    Args:
-        segmenter: with the model.
-        source: a file, or a camera such as ``/dev/video0``.
-        vocabulary: the classes.
-        folder: to write into.
-        options: see `VideoOptions`.
-        settings: ``window`` and others that `Segmenter.predict` takes.
-
-    Returns:
-        An iterator that does the work, a frame at a time.
-
-    Raises:
-        LexisegError: PyAV is not installed, the video cannot be read, or an earlier run had other settings.
+    ``source``: a file, or a camera such as ``/dev/video0``. ``settings``: ``window`` and others that
+    `Segmenter.predict` takes. Returns an iterator that does the work, a frame at a time. Raises LexisegError if PyAV is
+    not installed, the video cannot be read, or an earlier run had other settings.
     """
-    av = _import_av()
+    av = need("av", "Videos need PyAV", "video")
     options = options or VideoOptions()
     files = video_files(source, make_folder(folder))
     head = {
@@ -176,14 +148,6 @@ def _segment(
                     overlay = stack.enter_context(_Overlay(av, temporary, rate, pixels.shape, labels.vocabulary))
                 overlay.write(pixels, labels.current)
             yield Frame(index, seconds, np.asarray(labels.current), index in known)
-
-
-def _import_av() -> Any:
-    try:
-        import av
-    except ImportError as error:
-        raise LexisegError("Videos need PyAV; install it with pip install 'lexiseg[video]'.") from error
-    return av
 
 
 def _decoded(av: Any, container: Any, stream: Any) -> Iterator[Any]:

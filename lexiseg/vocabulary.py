@@ -403,7 +403,7 @@ def _refuse_duplicates(classes: Sequence[VocabularyClass]) -> None:
             raise LexisegError(f"{detail}; remove one of them.")
 
 
-def _check_templates(templates: Sequence[str]) -> tuple[str, ...]:
+def _check_templates(templates: object) -> tuple[str, ...]:
     if isinstance(templates, str) or not isinstance(templates, Sequence):
         raise LexisegError(f"The templates must be a list of texts, not {describe(templates)}.")
     if not templates:
@@ -420,8 +420,7 @@ def _check_templates(templates: Sequence[str]) -> tuple[str, ...]:
 def _read_templates(source: object) -> tuple[str, ...]:
     if source is None:
         return SINGLE_TEMPLATE
-    if isinstance(source, str):
-        return _NAMED_TEMPLATES.get(source) or _check_templates((source,))
-    if not isinstance(source, Sequence):
-        raise LexisegError(f"The templates must be a list of texts, not {describe(source)}.")
-    return _check_templates(source)
+    given = [source] if isinstance(source, str) else source
+    if isinstance(given, Sequence) and len(given) == 1 and isinstance(given[0], str) and given[0] in _NAMED_TEMPLATES:
+        return _NAMED_TEMPLATES[given[0]]
+    return _check_templates(given)

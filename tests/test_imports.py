@@ -38,7 +38,7 @@ ALLOWED: dict[str, set[str]] = {
     "vocabulary": WORDS,
     "notes": WORDS,
     "images": {"errors", "files", "words"},
-    "formats": {"errors", "files", "label_ids", "words"},
+    "formats": {"errors", "files", "label_ids", "words", "segmentation"},  # the last for its types alone
     "fonts": {"errors", "words"},
     "overlay": {"errors", "fonts"},
     "segmentation": WORDS | PICTURES,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from lexiseg.errors import LexisegError
+from lexiseg.errors import LexisegError, need
 from lexiseg.images import image_name
 from lexiseg.words import shorten
 
@@ -68,11 +68,8 @@ class Scale:
 
 def new_figure(width: float, height: float) -> Figure:
     """An empty figure of a size in inches. Raises LexisegError if matplotlib is not installed."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise LexisegError("Figures need matplotlib; install it with pip install 'lexiseg[plots]'.") from error
-    return Figure(figsize=(width, height), dpi=110, layout="constrained", facecolor="white")
+    figure = need("matplotlib.figure", "Figures need matplotlib", "plots").Figure
+    return figure(figsize=(width, height), dpi=110, layout="constrained", facecolor="white")
 
 
 def set_title(figure: Figure, title: str, subtitle: str) -> None:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from lexiseg.cli.console import say, say_json, say_note, say_written, waiting
-from lexiseg.cli.options import Json, Template, templates_of
+from lexiseg.cli.options import Json, Template
 
 # What the arguments of `lexiseg.weights.convert` are called here.
 _OPTIONS = {
@@ -82,8 +82,7 @@ def convert(
     from lexiseg.weights import convert as run
 
     names = None if seen is None else Vocabulary.load(seen).names
-    chosen = templates_of(template)
-    templates = None if chosen is None else Vocabulary.parse("any", templates=chosen).templates
+    templates = Vocabulary.parse("any", templates=template).templates if template else None
     with waiting(f"converting {weights}"):
         report = run(
             weights,

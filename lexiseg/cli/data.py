@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -18,14 +17,6 @@ if TYPE_CHECKING:
 
 app = typer.Typer(help="Write the picture world to disk, look at it; prepare and check a data set.")
 app.callback(invoke_without_command=True)(show_help)
-
-
-class Split(str, Enum):
-    """The splits of the picture world."""
-
-    train = "train"
-    val = "val"
-    test = "test"
 
 
 World = Annotated[
@@ -57,7 +48,7 @@ def show(
     output: Annotated[
         Path, typer.Option("--output", "-o", help="The picture to write, a .png.", callback=check_png)
     ] = Path("out/picture-world.png"),
-    split: Annotated[Split, typer.Option(help="Which scenes.")] = Split.val,
+    split: Annotated[Literal["train", "val", "test"], typer.Option(help="Which scenes.")] = "val",
     rows: Annotated[int, typer.Option(min=1, max=20, help="Scenes from top to bottom.")] = 3,
     columns: Annotated[int, typer.Option(min=1, max=20, help="Scenes from left to right.")] = 5,
     size: Annotated[int, typer.Option(min=16, max=1024, help="Side of a scene in pixels.")] = 256,
@@ -67,7 +58,7 @@ def show(
     from lexiseg.data.picture_world import contact_sheet, find_world
 
     with waiting(f"drawing {rows * columns} scenes"):
-        sheet = contact_sheet(split.value, world=find_world(name), rows=rows, columns=columns, size=size)
+        sheet = contact_sheet(split, world=find_world(name), rows=rows, columns=columns, size=size)
     write_png(output, sheet.save)
 
 

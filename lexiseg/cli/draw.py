@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -38,13 +37,6 @@ At = Annotated[
     typer.Option("--at", help="Pixel of the patch as COLUMN,ROW; repeat it for several. Default: the middle."),
 ]
 Output = Annotated[Path, typer.Option("--output", "-o", help="The picture to write, a .png.", callback=check_png)]
-
-
-class By(str, Enum):
-    """Whose scores of a proposal are drawn."""
-
-    clip = "clip"
-    ensemble = "ensemble"
 
 
 @app.command("similarity")
@@ -129,11 +121,11 @@ def proposals(
     classes: Classes,
     count: Annotated[int, typer.Option("--count", help="Proposals to show at most.")] = 8,
     by: Annotated[
-        By,
+        Literal["clip", "ensemble"],
         typer.Option(
             "--by", help="Whose scores: clip's of the region alone, as in the paper, or the prediction's (ensemble)."
         ),
-    ] = By.clip,
+    ] = "clip",
     against: Annotated[
         list[str] | None,
         typer.Option("--against", help="Another model that judges the same proposals; repeat it for several."),
@@ -148,7 +140,7 @@ def proposals(
     _draw(
         output,
         lambda: top_classes_figure(
-            [_load(name, device) for name in (model, *(against or ()))], image, vocabulary, proposals=count, by=by.value
+            [_load(name, device) for name in (model, *(against or ()))], image, vocabulary, proposals=count, by=by
         ),
     )
 

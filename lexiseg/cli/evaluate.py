@@ -10,17 +10,14 @@ import typer
 from lexiseg.cli.console import say, say_json, say_table, say_written
 from lexiseg.cli.options import (
     Background,
-    Cleaning,
     Compile,
     Device,
     Dtype,
     Json,
-    Precision,
     Refine,
     Stride,
     Template,
     Window,
-    templates_of,
 )
 
 Dataset = Annotated[
@@ -86,11 +83,11 @@ def evaluate(
     proposals: Proposals = False,
     resume: Resume = False,
     device: Device = "auto",
-    dtype: Dtype = Precision.fp32,
+    dtype: Dtype = "fp32",
     compile: Compile = False,
     template: Template = None,
     background: Background = None,
-    refine: Refine = Cleaning.none,
+    refine: Refine = "none",
     json: Json = False,
 ) -> None:
     """Predict a dataset, compare with its labels, and write a report: pAcc, mIoU, seen, unseen, hIoU.
@@ -115,13 +112,13 @@ def evaluate(
         stride=stride,
         batch_size=batch_size,
         background=background,
-        templates=templates_of(template),
+        templates=template or None,
         proposals=proposals,
         resume=resume,
         device=device,
-        dtype=dtype.value,
+        dtype=dtype,
         compile=compile,
-        refine=refine.value,
+        refine=refine,
     )
     main = processes.is_main()
     processes.destroy()

@@ -2,30 +2,13 @@
 
 from __future__ import annotations
 
-from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from lexiseg.cli.console import say, say_json, say_table, say_written, waiting
-from lexiseg.cli.options import Json, Template, templates_of
-
-
-class Format(str, Enum):
-    """Forms of graphs."""
-
-    onnx = "onnx"
-    torch = "torch"
-    openvino = "openvino"
-
-
-class Bits(str, Enum):
-    """Precisions of graphs."""
-
-    fp32 = "fp32"
-    fp16 = "fp16"
-    int8 = "int8"
+from lexiseg.cli.options import Json, Template
 
 
 def export(
@@ -35,8 +18,9 @@ def export(
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.", show_default=False)],
     format: Annotated[
-        Format, typer.Option("--format", "-f", help="onnx; openvino; or torch (torch.export with AOTInductor).")
-    ] = Format.onnx,
+        Literal["onnx", "torch", "openvino"],
+        typer.Option("--format", "-f", help="onnx; openvino; or torch (torch.export with AOTInductor)."),
+    ] = "onnx",
     size: Annotated[
         list[int] | None,
         typer.Option(
@@ -48,8 +32,9 @@ def export(
         ),
     ] = None,
     dtype: Annotated[
-        Bits, typer.Option("--dtype", help="fp16 halves the files; int8 quantises products, for processors.")
-    ] = Bits.fp32,
+        Literal["fp32", "fp16", "int8"],
+        typer.Option("--dtype", help="fp16 halves the files; int8 quantises products, for processors."),
+    ] = "fp32",
     template: Template = None,
     json: Json = False,
 ) -> None:
@@ -63,9 +48,9 @@ def export(
     from lexiseg.export.measuring import REPORT, measure
 
     with waiting(f"loading {model}"):
-        segmenter = lexiseg.load(model, device="cpu", templates=templates_of(template))
+        segmenter = lexiseg.load(model, device="cpu", templates=template or None)
     with waiting(f"exporting {model}"):
-        spec = write(segmenter, output, kind=format.value, sizes=size or (), precision=dtype.value)
+        spec = write(segmenter, output, kind=format, sizes=size or (), precision=dtype)
     with waiting("comparing labels"):
         report = measure(segmenter, output.expanduser(), spec)
     if json:
@@ -76,7 +61,7 @@ def export(
         for row in report["pictures"]
     ]
     say_table("Compared with the model in float32:", ["picture", "equal labels", "largest difference of a score"], rows)
-    if format is Format.torch:
+    if format == "torch":
         say("compiled by AOTInductor" if spec.compiled else "a program of torch.export: there is no C++ compiler here")
     sizes = ", ".join(f"{side[1]} x {side[0]}" for side in spec.sizes) or "any size"
     say(f"{sum(report['bytes'].values()) / 2**20:,.1f} MiB, for windows of {sizes}")

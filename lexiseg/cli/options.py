@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -13,30 +12,12 @@ from lexiseg.cli.console import say_written
 from lexiseg.errors import LexisegError
 from lexiseg.files import atomic_write, make_folder
 
-if TYPE_CHECKING:
-    from lexiseg.windows import WindowPolicy
-
 DEFAULT_MODEL = "auto"
 DEFAULT_MAX_PIXELS = 200_000_000
 
 
-class Precision(str, Enum):
-    """Precisions a model can be run in."""
-
-    fp32 = "fp32"
-    bf16 = "bf16"
-    fp16 = "fp16"
-    auto = "auto"
-
-
-class Cleaning(str, Enum):
-    """How masks are cleaned up, see `lexiseg.refine`."""
-
-    none = "none"
-    edges = "edges"
-    pamr = "pamr"
-    regions = "regions"
-
+Precision = Literal["fp32", "bf16", "fp16", "auto"]
+Cleaning = Literal["none", "edges", "pamr", "regions"]
 
 Device = Annotated[
     str, typer.Option("--device", help="cpu, cuda, cuda:1, mps; auto takes an accelerator where there is one.")
@@ -76,28 +57,6 @@ Refine = Annotated[
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
-
-
-def templates_of(given: list[str] | None) -> str | list[str] | None:
-    """The ``--template`` values as `lexiseg.Segmenter` takes them: one may be a name such as ``paper``."""
-    if not given:
-        return None
-    return given[0] if len(given) == 1 else given
-
-
-def window_of(default: WindowPolicy, window: int | None, stride: int | None) -> WindowPolicy | None:
-    """What ``--window`` and ``--stride`` make of a model's own way of running over a picture.
-
-    ``window``: side in pixels, 0 for whole pictures, None to keep the model's. ``stride``: in pixels, None to keep the
-    model's, or the window's side where that is smaller. Returns the policy, or None where neither was given. Raises
-    LexisegError if a stride without a window, or numbers that cannot cover a picture.
-    """
-    from lexiseg.pictures import window_policy
-
-    if window is None and stride is None:
-        return None
-    side = default.size or 0 if window is None else window
-    return window_policy(default, side if stride is None else (side, stride))
 
 
 def check_png(output: Path) -> Path:

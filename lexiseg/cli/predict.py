@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -20,12 +19,6 @@ if TYPE_CHECKING:
 
 _ALIASES = {"png": "labels", "rle": "coco"}
 _OBJECT_KINDS = {"coco", "geojson", "yolo", "labelme", "cvat"}
-
-
-class Cluster(str, Enum):
-    """What spreads pictures over machines."""
-
-    ray = "ray"
 
 
 Words = Annotated[
@@ -69,7 +62,7 @@ Resume = Annotated[
 BatchSize = Annotated[int, typer.Option("--batch-size", "-b", min=1, help="Windows in one forward pass.")]
 MaxPixels = Annotated[int, typer.Option("--max-pixels", min=1, help="Refuse pictures with more pixels than this.")]
 OnCluster = Annotated[
-    Cluster | None,
+    Literal["ray"] | None,
     typer.Option("--cluster", help="Spread the pictures over machines: ray. Default: this process does all."),
 ]
 Workers = Annotated[
@@ -110,11 +103,11 @@ def predict(
     stride: shared.Stride = None,
     batch_size: BatchSize = 4,
     device: shared.Device = "auto",
-    dtype: shared.Dtype = shared.Precision.fp32,
+    dtype: shared.Dtype = "fp32",
     compile: shared.Compile = False,
     template: shared.Template = None,
     background: shared.Background = None,
-    refine: shared.Refine = shared.Cleaning.none,
+    refine: shared.Refine = "none",
     max_pixels: MaxPixels = shared.DEFAULT_MAX_PIXELS,
     cluster: OnCluster = None,
     workers: Workers = None,
@@ -137,6 +130,7 @@ def predict(
     sources, classes = _split(words, classes_file)
     from lexiseg.cli.streams import predict_map, predict_video, read_bands
     from lexiseg.maps import MapOptions, is_map
+    from lexiseg.pictures import window_policy
     from lexiseg.video import VideoOptions, is_video
 
     video = VideoOptions(every, smooth, "overlay" in kinds, resume, frames) if is_video(sources[0]) else None
@@ -148,12 +142,12 @@ def predict(
     from lexiseg.files import make_folder
 
     make_folder(output)
-    loading: dict[str, Any] = {"dtype": dtype.value, "compile": compile, "templates": shared.templates_of(template)}
-    loading |= {"max_pixels": max_pixels, "refine": refine.value}
+    loading: dict[str, Any] = {"dtype": dtype, "compile": compile, "templates": template or None}
+    loading |= {"max_pixels": max_pixels, "refine": refine}
     with waiting(f"loading {model}"):
         # On a cluster the workers load it where they are; here it is needed to look at the words.
         segmenter = lexiseg.load(model, device=device if cluster is None else "cpu", **loading)
-    policy = shared.window_of(segmenter.model.window, window, stride)
+    policy = window_policy(segmenter.model.window, window, stride)
     checked = segmenter.vocabulary(vocabulary, background=background)
     if chart:
         predict_map(segmenter, sources[0], checked, output, chart, json, window=policy, batch_size=batch_size)

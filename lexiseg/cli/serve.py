@@ -9,8 +9,8 @@ from typing import Annotated
 import typer
 
 from lexiseg.cli.console import say, say_note, waiting
-from lexiseg.cli.options import Dtype, Precision
-from lexiseg.errors import LexisegError
+from lexiseg.cli.options import Dtype
+from lexiseg.errors import LexisegError, need
 
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _TOKEN = "LEXISEG_TOKEN"
@@ -24,7 +24,7 @@ def serve(
     host: Annotated[str, typer.Option("--host", help="Address to listen at; 0.0.0.0 is every network.")] = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", min=0, max=65535, help="Port; 0 takes a free one.")] = 8080,
     device: Annotated[str, typer.Option("--device", help="cpu, cuda, mps; auto takes an accelerator.")] = "auto",
-    dtype: Dtype = Precision.fp32,
+    dtype: Dtype = "fp32",
     classes: Annotated[
         str | None, typer.Option("--classes", help="Classes for tools that send none (CVAT).", show_default=False)
     ] = None,
@@ -50,14 +50,10 @@ def serve(
         )
     if files is not None and not files.is_dir():
         raise LexisegError(f"'{files}' is not a folder; name the folder of Label Studio's local files.")
-    try:
-        import fastapi
-        import prometheus_client
-        import uvicorn
+    for module in ("fastapi", "prometheus_client", "uvicorn"):
+        need(module, f"Serving needs {module}", "app")
+    import uvicorn
 
-        del fastapi, prometheus_client
-    except ImportError as error:
-        raise LexisegError("Serving needs more packages; install them with pip install 'lexiseg[app]'.") from error
     import lexiseg
     from lexiseg.app.service import create_app
     from lexiseg.app.settings import ServiceSettings
@@ -76,7 +72,7 @@ def serve(
     segmenters = {}
     for name in model or ["auto"]:
         with waiting(f"loading {name}"):
-            segmenters[name] = lexiseg.load(name, device=device, dtype=dtype.value, max_pixels=settings.max_pixels)
+            segmenters[name] = lexiseg.load(name, device=device, dtype=dtype, max_pixels=settings.max_pixels)
     config = uvicorn.Config(
         create_app(segmenters, settings),
         host=host,

@@ -62,9 +62,7 @@ class Question:
         if self.protocol is not None:
             told = self.protocol.window_for(segmenter.model.system)
         default = told or segmenter.model.window
-        if stride is not None:
-            window = (default.size or 0 if window is None else window, stride)  # type: ignore[assignment]
-        return told if window is None else window_policy(default, window)
+        return told if window is None and stride is None else window_policy(default, window, stride)
 
 
 def evaluate(

@@ -109,7 +109,7 @@ def _licence(clip: Mapping[str, Any]) -> str:
             return f"{one.licence} ({one.source})."
     config = clip.get("architecture") or (clip_config(tower) if tower in packaged_clips() else {})
     unknown = "their licence is not known to lexiseg; ask where they came from."
-    return _DRAWINGS.get(config.get("trained_on"), unknown)
+    return _DRAWINGS.get(str(config.get("trained_on")), unknown)
 
 
 def push_folder(folder: str | Path, repository: str, *, private: bool = False) -> str:

@@ -110,10 +110,8 @@ def _picture(picture: Image.Image, path: Place, kind: LabelKind) -> NDArray[np.i
 def _mat(path: Place, kind: LabelKind) -> NDArray[np.int64]:
     if isinstance(path, Path) and not path.is_file():
         raise FileNotFoundError(path)
-    try:
-        from scipy.io import loadmat
-    except ImportError as error:
-        raise LexisegError(f"Reading '{path}' needs scipy; install it with: pip install scipy.") from error
+    from scipy.io import loadmat
+
     content: dict[str, Any] = loadmat(str(path) if isinstance(path, Path) else path.open())
     name = "LabelMap" if kind is LabelKind.context_mat else "GTcls"
     if name not in content:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+
+from tests.miniatures import MINIATURES
 
 torch.set_num_threads(max(1, min(2, int(os.environ.get("OMP_NUM_THREADS", "2")))))
 
@@ -32,3 +35,16 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         del os.environ["LEXISEG_CACHE"]
     else:
         os.environ["LEXISEG_CACHE"] = before
+
+
+@pytest.fixture(scope="session")
+def clean(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A clean miniature of each kind of data set, written once; tests that change one copy it or write their own."""
+
+    @cache
+    def of(name: str) -> Path:
+        root = tmp_path_factory.mktemp(name)
+        MINIATURES[name][1](root)
+        return root
+
+    return of

@@ -1,238 +1,217 @@
-"""`lexiseg predict` where things go otherwise than planned: names, stops, full disks, closed pipes, data sets."""
+"""``lexiseg predict``: through its entry point, the essential through a real process."""
 
 from __future__ import annotations
 
 import io
 import json
-import os
-import signal
-import subprocess
+import shutil
 import sys
-import time
-import unicodedata
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from pycocotools.coco import COCO
+from safetensors.torch import load_file, save_file
 
 import lexiseg
+import lexiseg.training.run
 from lexiseg.cli import main
-from lexiseg.cli.pictures import SOME_FAILED
-from lexiseg.errors import LexisegError
-from lexiseg.models.zegclip import ZegCLIP, ZegCLIPOptions
-from lexiseg.segmentation import Segmentation
-from lexiseg.weights import save_model
-from tests.towers import small_clip
-
-WORDS = "dog; grass, lawn; giraffe"
-Call = Callable[..., tuple[int, str, str]]
+from tests.cli.calling import WORDS, Call, assert_sentence, bad_pictures, command, leftovers, results
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(0)
-    options = ZegCLIPOptions(num_prompts=2, decoder_layers=1, decoder_heads=2)
-    return save_model(ZegCLIP(small_clip(), options, ["dog", "grass"]), tmp_path_factory.mktemp("models") / "tiny")
-
-
-@pytest.fixture
-def call(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, model: Path) -> Call:
-    monkeypatch.chdir(tmp_path)
-
-    def run(*args: object) -> tuple[int, str, str]:
-        capsys.readouterr()
-        code = main(["predict", *(str(arg) for arg in args), "--model", str(model)])
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    return write_pictures(tmp_path / "in", ["a_first.png", "caf\udce9.png", "z_last.png"])
-
-
-def write_pictures(folder: Path, names: list[str]) -> Path:
-    folder.mkdir()
-    for index, name in enumerate(names):
-        pixels = np.random.default_rng(index).integers(0, 256, (40, 56, 3), dtype=np.uint8)
-        file = io.BytesIO()
-        Image.fromarray(pixels).save(file, "PNG")
-        (folder / name).write_bytes(file.getvalue())
-    return folder
-
-
-def test_a_name_that_is_not_utf8_is_a_name_like_any_other(call: Call, folder: Path, tmp_path: Path) -> None:
-    for more in ([], ["--resume"], ["--save", "labels", "-o", "labels"], ["--save", "coco", "-o", "coco"]):
-        code, out, err = call(folder, WORDS, *more)
-        assert code == 0 and err.startswith("3 of 3 pictures segmented"), err
-        assert "\udce9" not in out + err and (r"caf\xe9" in out or "--resume" in more)
-    assert (tmp_path / "out" / "caf\udce9_labels.png").is_file()
-    names = {image["file_name"] for image in COCO(str(tmp_path / "coco" / "annotations.json")).imgs.values()}
-    assert names == {"a_first.png", "caf\udce9.png", "z_last.png"}
-    code, out, err = call(folder, WORDS, "--json")
-    assert [Path(image["image"]).name for image in json.loads(out)["images"]] == sorted(names)
-
-
-def test_two_spellings_of_a_name_are_one_name(call: Call, tmp_path: Path) -> None:
-    forms = [unicodedata.normalize(form, "é.png") for form in ("NFC", "NFD")]
-    write_pictures(tmp_path / "in", forms)
-    assert call("in", WORDS, "--save", "labels")[0] == 0
-    stems = {unicodedata.normalize("NFC", path.name) for path in (tmp_path / "out").glob("*.png")}
-    assert len(stems) == 2  # neither overwrote the other, also where a disk takes both for one
-    write_pictures(tmp_path / "one", [forms[1]])
-    assert call(f"one/{forms[0]}", WORDS, "--save", "labels")[0] == 0
-
-
-def test_nothing_of_a_folder_is_passed_over(call: Call, folder: Path) -> None:
-    (folder / "phone.heic").write_bytes(b"\0\0\0\x18ftypheic")
-    (folder / "gone.png").symlink_to("nothing.png")
-    code, _, err = call(folder, WORDS, "--save", "labels")
-    assert code == SOME_FAILED
-    assert "phone.heic" in err and "gone.png" in err and err.endswith("3 of 5 pictures segmented\n")
-
-
-def test_coco_is_one_data_set_a_run_also_after_a_stop(call: Call, tmp_path: Path, folder: Path) -> None:
-    code, out, _ = call(folder, WORDS, "--save", "coco")
-    assert code == 0 and "wrote out/annotations.json\n" in out
-    assert [path.name for path in (tmp_path / "out").iterdir() if not path.name.startswith(".")] == ["annotations.json"]
-    first = (tmp_path / "out" / "annotations.json").read_bytes()
-    write_pictures(tmp_path / "more", ["b.png"])
-    assert call(folder, "more", WORDS, "--save", "coco,labels", "--resume")[0] == 0
-    dataset = COCO(str(tmp_path / "out" / "annotations.json"))
-    assert [image["file_name"] for image in dataset.imgs.values()][-1] == "more/b.png"
-    assert sorted(dataset.imgs) == [1, 2, 3, 4] and len(dataset.getCatIds()) == 3
-    assert len(json.loads(first)["images"]) == 3
-    assert dataset.loadRes(json.loads((tmp_path / "out" / "annotations.json").read_text())["annotations"])
-    labels = np.asarray(Image.open(tmp_path / "out" / "b_labels.png"))
-    painted = np.full(labels.shape, 255)
-    for annotation in dataset.loadAnns(dataset.getAnnIds(imgIds=[4])):
-        painted[dataset.annToMask(annotation) > 0] = annotation["category_id"] - 1
-    assert np.array_equal(painted, labels)
-    code, out, _ = call(folder / "a_first.png", WORDS, "--save", "coco", "-o", "single")
-    assert code == 0 and (tmp_path / "single" / "annotations.json").is_file()
-
-
-def test_instances_are_regions(call: Call, folder: Path, tmp_path: Path) -> None:
-    picture = folder / "a_first.png"
-    assert call(picture, WORDS, "--save", "coco", "-o", "classes")[0] == 0
-    assert call(picture, WORDS, "--save", "coco", "-o", "regions", "--instances", "all")[0] == 0
-    count = {
-        name: len(json.loads((tmp_path / name / "annotations.json").read_text())["annotations"])
-        for name in ("classes", "regions")
+def test_real_folder_with_bad_pictures(tmp_path: Path, tiny_model: Path, picture: Path) -> None:
+    folder = tmp_path / "pictures"
+    bad = bad_pictures(folder)
+    shutil.copy(picture, folder / "good.png")
+    grey = Image.fromarray(np.random.default_rng(2).integers(0, 256, (30, 40, 2), dtype=np.uint8), "LA")
+    grey.save(folder / "grey-alpha.png")
+    result = command(tmp_path, "predict", folder, WORDS, "--model", tiny_model, "-o", "out")
+    assert result.returncode == 1, result.stderr
+    lines = result.stderr.strip().splitlines()
+    assert len(lines) == len(bad) + 1
+    for said, path in bad.items():
+        line = next(line for line in lines if path.name in line)
+        assert said.casefold() in line.casefold()
+    assert lines[-1] == "2 of 7 pictures segmented"
+    assert results(tmp_path / "out") == {
+        f"{stem}{ending}" for stem in ("good", "grey-alpha") for ending in ("_overlay.png", "_labels.png", ".json")
     }
-    assert count["regions"] >= count["classes"]
-    for more, words in (
-        (["--instances", "cat"], "none of them"),
-        (["--instances", "dog", "--save", "labels"], "affects none"),
-    ):
-        code, _, err = call(picture, WORDS, *["--save", "coco", *more])
-        assert code == 2 and words in err
+    assert "good_overlay.png" in result.stdout
 
 
-def stop_after(monkeypatch: pytest.MonkeyPatch, count: int, error: BaseException) -> None:
-    """Let something end the run once ``count`` pictures are written."""
-    save, written = Segmentation.save, [0]
-
-    def fragile(self: Segmentation, *args: Any, **options: Any) -> dict[str, Path]:
-        if written[0] == count:
-            raise error
-        written[0] += 1
-        return save(self, *args, **options)
-
-    monkeypatch.setattr(Segmentation, "save", fragile)
+def test_real_missing_file_and_version(tmp_path: Path, tiny_model: Path) -> None:
+    result = command(tmp_path, "predict", "nowhere.jpg", WORDS, "--model", tiny_model)
+    assert_sentence(result.returncode, result.stdout, result.stderr, "nowhere.jpg")
+    assert not (tmp_path / "out").exists()
+    assert command(tmp_path, "--version").stdout == f"lexiseg {lexiseg.__version__}\n"
 
 
-def test_a_stop_says_what_is_done_and_how_to_go_on(
-    call: Call, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with monkeypatch.context() as patch:
-        stop_after(patch, 2, KeyboardInterrupt())
-        code, _, err = call(folder, WORDS, "--save", "labels")
-    assert code == 130 and len(err.splitlines()) == 1
-    assert err.startswith("Stopped; 2 of 3 pictures are done") and "--resume" in err
-    assert len(list((tmp_path / "out").glob("*_labels.png"))) == 2
-    code, _, err = call(folder, WORDS, "--save", "labels", "--resume")
-    assert code == 0 and err == "3 of 3 pictures segmented, 2 of them earlier\n"
-
-
-@pytest.mark.parametrize(("count", "code"), [(0, 2), (2, 1)])
-def test_a_full_disk_keeps_what_is_whole(
-    call: Call, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int, code: int
-) -> None:
-    stop_after(monkeypatch, count, LexisegError("Cannot write 'x' (No space left on device); choose another place."))
-    result, _, err = call(folder, WORDS, "--save", "labels")
-    assert result == code and "No space left" in err.splitlines()[0]
-    assert (f"{count} of 3 pictures segmented" in err) == (count > 0)
-    for path in (tmp_path / "out").glob("*_labels.png"):
-        Image.open(path).load()
-
-
-def start(folder: Path, *args: object, **options: Any) -> subprocess.Popen[str]:
-    environment = {**os.environ, "PYTHONPATH": str(Path(lexiseg.__file__).parents[1]), "PYTHONUNBUFFERED": "1"}
-    command = [sys.executable, "-m", "lexiseg", *(str(arg) for arg in args)]
-    streams: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
-    return subprocess.Popen(command, cwd=folder, env=environment, text=True, **streams)
+def test_real_json_is_all_there_is_on_stdout(tmp_path: Path, tiny_model: Path, picture: Path) -> None:
+    result = command(tmp_path, "predict", picture, WORDS, "--model", tiny_model, "--json", "--save", "overlay,png,rle")
+    assert result.returncode == 0, result.stderr
+    entry = json.loads(result.stdout)["images"][0]
+    assert {row["class"] for row in entry["classes"]} == {"dog", "grass", "giraffe"}
+    assert sum(row["fraction"] for row in entry["classes"]) == pytest.approx(1)
+    assert [row["seen"] for row in sorted(entry["classes"], key=lambda row: row["class"])] == [True, False, True]
+    assert set(entry["files"]) == {"overlay", "labels", "coco"}
+    assert all((tmp_path / path).is_file() for path in entry["files"].values())
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_signals_stop_a_real_run(tmp_path: Path, model: Path, number: signal.Signals, code: int) -> None:
-    write_pictures(tmp_path / "in", [f"{index:04d}.png" for index in range(400)])
-    process = start(tmp_path, "predict", "in", WORDS, "--model", model, "--save", "labels")
-    try:
-        until = time.monotonic() + 120
-        while time.monotonic() < until and len(list(tmp_path.glob("out/*_labels.png"))) < 5:
-            time.sleep(0.05)
-        process.send_signal(number)
-        _, err = process.communicate(timeout=60)
-    finally:
-        process.kill()
-    assert process.returncode == code
-    assert len(err.splitlines()) == 1 and err.startswith("Stopped; ") and "of 400 pictures are done" in err
-    for path in tmp_path.glob("out/*_labels.png"):
-        Image.open(path).load()
+def test_real_bad_input_one_by_one(tmp_path: Path, tiny_model: Path, picture: Path) -> None:
+    for said, path in bad_pictures(tmp_path / "bad").items():
+        result = command(tmp_path, "predict", path, WORDS, "--model", tiny_model)
+        assert_sentence(result.returncode, result.stdout, result.stderr, path.name, said)
+    for words, said in (("", "empty"), ("cat; Cat", "given twice"), (" ".join(["word"] * 100), "tokens")):
+        result = command(tmp_path, "predict", picture, words, "--model", tiny_model)
+        assert_sentence(result.returncode, result.stdout, result.stderr, said)
+    result = command(tmp_path, "predict", picture, WORDS, "--model", "zegclip-emoij")
+    assert_sentence(result.returncode, result.stdout, result.stderr, "zegclip-emoij")
+    result = command(tmp_path, "predict", picture, WORDS, "--model", tiny_model, "-o", picture / "out")
+    assert_sentence(result.returncode, result.stdout, result.stderr, "photo.png")
 
 
-def test_a_reader_that_goes_away_is_no_error(
-    call: Call, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_predict_prints_a_table_and_says_where(call: Call, tiny_model: Path, picture: Path, tmp_path: Path) -> None:
+    code, out, _ = call("predict", picture, WORDS, "-m", tiny_model, "-o", "results", "--save", "labels,json")
+    assert code == 0
+    assert "unseen" in out and "giraffe" in out and "56 x 40" in out
+    labels = Image.open(tmp_path / "results" / "photo_labels.png")
+    assert labels.mode == "P" and labels.size == (56, 40)
+    assert json.loads((tmp_path / "results" / "photo.json").read_text())["vocabulary"]["classes"][1]["synonyms"] == [
+        "lawn"
+    ]
+    for name in ("photo_labels.png", "photo.json"):
+        assert f"wrote {Path('results') / name}" in out
+    assert not leftovers(tmp_path)
+
+
+def test_predict_takes_classes_from_files(call: Call, tiny_model: Path, picture: Path, tmp_path: Path) -> None:
+    (tmp_path / "classes.txt").write_text("dog\ngrass, lawn\n")
+    (tmp_path / "words").write_text("dog; cat")
+    for arguments, names in (
+        ((picture, "classes.txt"), {"dog", "grass"}),
+        ((picture, "@words"), {"dog", "cat"}),
+        ((picture, "--classes-file", "classes.txt"), {"dog", "grass"}),
+    ):
+        code, out, err = call("predict", *arguments, "-m", tiny_model, "--save", "json", "--json")
+        assert code == 0, err
+        assert {row["class"] for row in json.loads(out)["images"][0]["classes"]} == names
+
+
+def test_names_in_any_script_on_any_terminal(
+    call: Call, tiny_model: Path, picture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read, write = os.pipe()
-    os.close(read)
-    with os.fdopen(write, "w") as broken:
-        monkeypatch.setattr(sys, "stdout", broken)
-        assert call(folder, WORDS, "--save", "labels")[0] == 0
-        assert main(["models"]) == 0
-        monkeypatch.undo()
-    assert len(list((tmp_path / "out").glob("*_labels.png"))) == 3
+    words = "キリン; café"
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
+        assert main(["predict", str(picture), words, "-m", str(tiny_model), "--save", "json"]) == 0
+    assert "キリン" in (tmp_path / "out" / "photo.json").read_text(encoding="utf-8")
+    _, out, _ = call("predict", picture, words, "-m", tiny_model, "--save", "json", "--json")
+    assert out.isascii()
+    assert {row["class"] for row in json.loads(out)["images"][0]["classes"]} == {"キリン", "café"}
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_closed_and_full_outputs_of_a_real_process(tmp_path: Path) -> None:
-    with Path("/dev/full").open("w") as full:
-        process = start(tmp_path, "models", stdout=full)
-        _, err = process.communicate(timeout=60)
-    assert (
-        process.returncode == 2
-        and err == "Cannot write (No space left on device); make room on the disk, or write elsewhere.\n"
-    )
-    closed = subprocess.run(
-        [sys.executable, "-m", "lexiseg", "models"],
-        env={**os.environ, "PYTHONPATH": str(Path(lexiseg.__file__).parents[1])},
-        preexec_fn=lambda: os.close(1),
-        stderr=subprocess.PIPE,
-        check=False,
-    )
-    assert closed.returncode == 0 and closed.stderr == b""
+def test_predict_many_pictures_and_equal_names(call: Call, tiny_model: Path, picture: Path, tmp_path: Path) -> None:
+    Image.open(picture).save(tmp_path / "photo.jpg")
+    code, out, err = call("predict", "photo.jpg", "photo.png", "*.png", WORDS, "-m", tiny_model, "--save", "labels")
+    assert code == 0
+    assert "2 of 2" in err
+    assert results(tmp_path / "out") == {"photo_labels.png", "photo_png_labels.png"}
+    assert out.count("wrote") == 2
 
 
-def test_labelling_one_picture_needs_no_record(call: Call, folder: Path, tmp_path: Path) -> None:
-    code, out, err = call(folder / "a_first.png", WORDS)
-    assert code == 0 and err == "" and "wrote out/a_first.json\n" in out
-    assert not (tmp_path / "out" / ".lexiseg-predict").exists()
+def test_a_clusters_manifest_is_kept_up_by_one_machine(
+    call: Call, tiny_model: Path, picture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lexiseg.labelling import ray_data
+
+    def stopped(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    Image.open(picture).save(tmp_path / "photo.jpg")
+    words = ("predict", "photo.jpg", "photo.png", WORDS, "-m", tiny_model, "--save", "labels")
+    manifest = tmp_path / "out" / "manifest.jsonl"
+    with monkeypatch.context() as patch:
+        patch.setattr(ray_data, "label_on_ray", stopped)
+        assert call(*words, "--cluster", "ray")[0] == 130
+    assert not manifest.exists()
+    for _ in range(2):  # the run that was stopped, and one more
+        assert call(*words, "--resume")[0] == 0
+        lines = [json.loads(line) for line in manifest.read_text().splitlines()]
+        assert [Path(line["image"]).name for line in lines] == ["photo.jpg", "photo.png"]
+        manifest.unlink()
+    assert call(*words)[0] == 0  # a run of its own has none
+    assert not manifest.exists()
+    assert call(*words, "--resume")[0] == 0
+    assert not manifest.exists()
+
+
+def test_predict_options(call: Call, tiny_model: Path, picture: Path) -> None:
+    options = ("-m", tiny_model, "--save", "json", "--json", "--device", "cpu")
+    windows = ("--window", 32, "--stride", 16, "-b", 2)
+    code, out, err = call("predict", picture, WORDS, *options, *windows, "--template", "paper", "--background", "0.99")
+    assert code == 0, err
+    entry = json.loads(out)["images"][0]
+    assert sum(row["fraction"] for row in entry["classes"]) == 0
+    assert call("predict", picture, WORDS, *options, "--dtype", "auto")[0] == 0
+    assert_sentence(*call("predict", picture, WORDS, *options, "--window", 16, "--stride", 17), "stride of 17")
+    assert_sentence(*call("predict", picture, WORDS, *options, "--stride", 17), "window's side")
+    assert_sentence(*call("predict", picture, WORDS, *options, "--window", -5), "--window", "equal to 0")
+    assert_sentence(*call("predict", picture, WORDS, *options, "--window", 16, "--stride", 0), "--stride", "equal to 1")
+    assert_sentence(*call("predict", picture, WORDS, *options, "--template", "no place"), "no place")
+    assert_sentence(*call("predict", picture, WORDS, *options, "--save", "gif"), "gif", "overlay")
+    assert_sentence(*call("predict", picture, WORDS, *options[:-1], "warp"), "device", "warp")
+    assert_sentence(*call("predict", picture, WORDS, *options, "--max-pixels", 100), "photo.png", "limit")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("", "empty"),
+        ("  ; ", "empty"),
+        ("cat; Cat", "given twice"),
+        ("cat, dog; dog", "dog"),
+        (" ".join(["word"] * 100), "tokens"),
+        ("absent.txt", "absent.txt"),
+        ("@absent", "absent"),
+        ("other.png", "classes after the pictures"),
+    ],
+)
+def test_predict_bad_classes(call: Call, tiny_model: Path, picture: Path, words: str, said: str) -> None:
+    assert_sentence(*call("predict", picture, words, "-m", tiny_model), said)
+
+
+def test_predict_bad_pictures(call: Call, tiny_model: Path, tmp_path: Path) -> None:
+    for said, path in bad_pictures(tmp_path / "bad").items():
+        assert_sentence(*call("predict", path, WORDS, "-m", tiny_model), path.name, said)
+    assert_sentence(*call("predict", tmp_path / "nowhere.jpg", WORDS, "-m", tiny_model), "nowhere.jpg")
+    assert_sentence(*call("predict", "http://example.org/a.jpg", WORDS, "-m", tiny_model), "URL")
+    assert_sentence(*call("predict", "photo.jpg"), "classes")
+    assert not leftovers(tmp_path)
+    code, _, err = call("predict", tmp_path / "bad", WORDS, "-m", tiny_model)
+    assert code == 2 and "0 of 5" in err
+
+
+def test_predict_unwritable_output(call: Call, tiny_model: Path, picture: Path) -> None:
+    assert_sentence(*call("predict", picture, WORDS, "-m", tiny_model, "-o", picture / "out"), "photo.png")
+    assert_sentence(*call("predict", picture, WORDS, "-m", tiny_model, "-o", picture), "photo.png")
+
+
+def test_unknown_and_wrong_models(call: Call, tiny_model: Path, picture: Path, tmp_path: Path) -> None:
+    assert_sentence(*call("predict", picture, WORDS, "-m", "zegclip-emoij"), "zegclip-emoij")
+    assert_sentence(*call("predict", picture, WORDS, "-m", "dense-clip/ViT-B-16/opnai"), "opnai")
+    assert_sentence(*call("predict", picture, WORDS, "-m", picture), "photo.png")
+    torch.save({"state_dict": {}}, tmp_path / "model.pth")
+    assert_sentence(*call("predict", picture, WORDS, "-m", "model.pth"), "lexiseg convert")
+
+    changed = tmp_path / "changed"
+    shutil.copytree(tiny_model, changed)
+    tensors = load_file(changed / "model.safetensors")
+    tensors["query_proj.weight"] = torch.zeros(3, 5)
+    save_file(tensors, changed / "model.safetensors")
+    assert_sentence(*call("predict", picture, WORDS, "-m", changed), "query_proj.weight", "(3, 5)")
+    (changed / "model.safetensors").write_bytes(b"no weights")
+    assert_sentence(*call("predict", picture, WORDS, "-m", changed), "model.safetensors")
+    (changed / "config.json").write_text("{}")
+    assert_sentence(*call("predict", picture, WORDS, "-m", changed), "config.json")

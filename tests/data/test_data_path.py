@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import lexiseg.data.sets.dataset as reading
-from lexiseg.clip.model import CLIP, build_clip
+from lexiseg.clip.model import CLIP
 from lexiseg.data.sets.open import open_data_set
 from lexiseg.data.transforms import paper_pipeline
 from lexiseg.models import ZegCLIP, ZegCLIPOptions
@@ -18,7 +18,7 @@ from lexiseg.recipes import TrainSettings
 from lexiseg.training.segmentation import SegmentationTask
 from lexiseg.training.trainer import Trainer
 from tests import miniatures
-from tests.cli.test_cli import ARCHITECTURE
+from tests.towers import small_clip
 
 STEPS, BATCH = 3, 2
 
@@ -28,7 +28,7 @@ def test_a_step_decodes_each_picture_once_and_embeds_no_text(tmp_path: Path, mon
     torch.manual_seed(0)
     dataset = open_data_set("voc2012", tmp_path / "voc", "train")
     seen = [entry.name for entry in dataset.vocabulary.classes if entry.seen]
-    model = ZegCLIP(build_clip(ARCHITECTURE), ZegCLIPOptions(num_prompts=2, decoder_layers=1, decoder_heads=2), seen)
+    model = ZegCLIP(small_clip(), ZegCLIPOptions(num_prompts=2, decoder_layers=1, decoder_heads=2), seen)
     counts: Counter[str] = Counter()
 
     def counting(name: str, real: Any) -> Any:

@@ -20,20 +20,6 @@ from tests import miniatures
 from tests.miniatures import ADE_847, CONTEXT_459, MINIATURES, SIZE, WIDE, save_index, values_in
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """Each miniature, written once; tests that change one write their own."""
-    written: dict[str, Path] = {}
-
-    def of(name: str) -> Path:
-        if name not in written:
-            written[name] = tmp_path_factory.mktemp(name)
-            MINIATURES[name][1](written[name])
-        return written[name]
-
-    return of
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_catalog(name):
     info = data_set(name)
@@ -132,35 +118,35 @@ def _expected(name: str) -> np.ndarray:
 
 
 @pytest.mark.parametrize("name", MINIATURES)
-def test_readers(folder, name):
+def test_readers(clean, name):
     data_name = MINIATURES[name][0]
-    data = open_data_set(data_name, folder(name), "val")
+    data = open_data_set(data_name, clean(name), "val")
     assert isinstance(data, SegmentationDataset) and len(data) == (1 if name == "own-folders" else 2)
     sample = data[0]
     assert sample.image.shape == (3, *SIZE) and sample.image.dtype == torch.uint8
     assert sample.label.dtype == torch.int64
     np.testing.assert_array_equal(sample.label.numpy(), _expected(name))
-    train, _ = splits_of(data_name, folder(name))
-    other = open_data_set(data_name, folder(name), train)
+    train, _ = splits_of(data_name, clean(name))
+    other = open_data_set(data_name, clean(name), train)
     assert not set(other.names) & set(data.names)
     assert [sample.name for sample in other] == list(other.names)
     assert other.vocabulary == data.vocabulary
 
 
-def test_voc_training_is_train_and_aug(folder):
+def test_voc_training_is_train_and_aug(clean):
     for name in ("voc2012", "voc2012-aug"):
-        assert open_data_set("voc2012", folder(name), "aug").names == ("2008_000002", "2008_000003")
-        names = open_data_set("voc2012", folder(name), "trainaug").names
+        assert open_data_set("voc2012", clean(name), "aug").names == ("2008_000002", "2008_000003")
+        names = open_data_set("voc2012", clean(name), "trainaug").names
         assert names == ("2007_000032", "2007_000039", "2008_000002", "2008_000003")
-    assert len(open_data_set("voc2012", folder("voc2012"), "trainval")) == 4
+    assert len(open_data_set("voc2012", clean("voc2012"), "trainval")) == 4
     # SBD's own picture of VOC's val split must not be trained on.
     assert "2007_000033" not in names
 
 
-def test_the_home_may_be_given_itself(folder):
-    root = folder("voc2012") / "VOCdevkit" / "VOC2012"
+def test_the_home_may_be_given_itself(clean):
+    root = clean("voc2012") / "VOCdevkit" / "VOC2012"
     assert len(open_data_set("voc2012", root, "trainaug")) == 4
-    assert len(open_data_set("ade20k-150", folder("ade150") / "ADEChallengeData2016", "val")) == 2
+    assert len(open_data_set("ade20k-150", clean("ade150") / "ADEChallengeData2016", "val")) == 2
 
 
 def test_coco_as_its_archives_unpack(tmp_path):
@@ -176,12 +162,12 @@ def test_coco_as_its_archives_unpack(tmp_path):
     assert len(data) == 2 and not verify("coco-stuff-164k", tmp_path).findings
 
 
-def test_unseen_lists_reach_the_vocabulary(folder):
-    root = folder("context59")
+def test_unseen_lists_reach_the_vocabulary(clean):
+    root = clean("context59")
     assert unseen_ids(open_data_set("pascal-context-59", root, "val", unseen="papers").vocabulary)[1] == 6
     assert unseen_ids(open_data_set("pascal-context-59", root, "val", unseen="none").vocabulary) == []
-    assert unseen_ids(open_data_set("own", folder("own-folders"), "val").vocabulary) == [2]
-    assert unseen_ids(open_data_set("own", folder("own-folders"), "val", unseen="none").vocabulary) == []
+    assert unseen_ids(open_data_set("own", clean("own-folders"), "val").vocabulary) == [2]
+    assert unseen_ids(open_data_set("own", clean("own-folders"), "val", unseen="none").vocabulary) == []
 
 
 def test_seen_classes_of_ade847(tmp_path):
@@ -196,11 +182,11 @@ def test_seen_classes_of_ade847(tmp_path):
     assert data.vocabulary.names[0] == "object 0, thing 0"
 
 
-def test_background_as_a_class(folder):
+def test_background_as_a_class(clean):
     """VOC's 21 classes and PASCAL Context's 60; of Context's .mat files the other 400 classes are background too."""
     for name, miniature, classes in (("voc2012", "voc2012", 21), ("pascal-context-59", "context59", 60),
                                      ("pascal-context-59", "context59-mat", 60)):  # fmt: skip
-        plain = open_data_set(name, folder(miniature), "val")
+        plain = open_data_set(name, clean(miniature), "val")
         data = with_background(plain, ["backdrop"])
         assert data.vocabulary.classes[-1].words == ("background", "backdrop") and len(data.vocabulary) == classes
         void = (plain.items[0].values() == 255) & (miniature != "context59-mat")
@@ -209,12 +195,12 @@ def test_background_as_a_class(folder):
         np.testing.assert_array_equal(data[0].label.numpy(), expected)
 
 
-def test_palette_indices_not_colors(folder):
+def test_palette_indices_not_colors(clean):
     """The palette PNGs of VOC must not be read by their colours: 15 stays 15 and is no brightness."""
-    path = next((folder("voc2012") / "VOCdevkit/VOC2012/SegmentationClass").glob("*.png"))
+    path = next((clean("voc2012") / "VOCdevkit/VOC2012/SegmentationClass").glob("*.png"))
     with Image.open(path) as picture:
         assert picture.mode == "P" and np.array(picture.convert("L")).max() > 100
-    label = open_data_set("voc2012", folder("voc2012"), "val")[0].label
+    label = open_data_set("voc2012", clean("voc2012"), "val")[0].label
     assert set(label.unique().tolist()) == {*range(20), 255}
 
 
@@ -231,29 +217,29 @@ def test_numbers_of_a_class_list_are_those_of_the_masks(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["own-folders", "own-colors"])
-def test_masks_may_be_tiff(folder, tmp_path, name):
+def test_masks_may_be_tiff(clean, tmp_path, name):
     root = tmp_path / "data"
-    shutil.copytree(folder(name), root)
+    shutil.copytree(clean(name), root)
     for path in (root / "masks").rglob("*.png"):
         with Image.open(path) as picture:
             picture.save(path.with_suffix(".tif"))
         path.unlink()
     assert verify("own", root, workers=1).findings == ()
-    for ours, theirs in zip(open_data_set("own", root, "val"), open_data_set("own", folder(name), "val"), strict=True):
+    for ours, theirs in zip(open_data_set("own", root, "val"), open_data_set("own", clean(name), "val"), strict=True):
         assert torch.equal(ours.label, theirs.label)
 
 
-def test_wrong_requests(tmp_path, folder):
+def test_wrong_requests(tmp_path, clean):
     cases = [
         ("voc2021", tmp_path, "val", {}, "did you mean 'voc2012'"),
         ("voc2012", tmp_path / "none", "val", {}, "does not exist"),
         ("voc2012", tmp_path, "val", {}, "holds no PASCAL VOC 2012"),
-        ("voc2012", folder("voc2012"), "test", {}, "no split 'test'"),
-        ("voc2012", folder("voc2012"), "val", {"classes": "x.txt"}, "are known"),
+        ("voc2012", clean("voc2012"), "test", {}, "no split 'test'"),
+        ("voc2012", clean("voc2012"), "val", {"classes": "x.txt"}, "are known"),
         ("own", tmp_path, "val", {}, "no folder of pictures"),
-        ("own", folder("own-folders"), "test", {}, "no such split"),
-        ("own", folder("own-folders"), "val", {"classes": tmp_path / "no.txt"}, "does not exist"),
-        ("pascal-context-59", folder("context59"), "val", {"unseen": "all"}, "released, papers"),
+        ("own", clean("own-folders"), "test", {}, "no such split"),
+        ("own", clean("own-folders"), "val", {"classes": tmp_path / "no.txt"}, "does not exist"),
+        ("pascal-context-59", clean("context59"), "val", {"unseen": "all"}, "released, papers"),
     ]
     for name, root, split, options, words in cases:
         with pytest.raises(LexisegError, match=words):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -31,20 +30,6 @@ from lexiseg.windows import WindowPolicy
 from tests.miniatures import MINIATURES, SIZE, WIDE, save_index, save_list, save_picture, save_wide
 from tests.models.test_region_models import make
 from tests.towers import small_clip
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    written: dict[str, Path] = {}
-
-    def of(name: str) -> Path:
-        if name not in written:
-            written[name] = tmp_path_factory.mktemp(name)
-            MINIATURES[name][1](written[name])
-        return written[name]
-
-    return of
-
 
 OF_DATA = {"voc2012": "voc2012", "coco-stuff-164k": "coco-stuff", "pascal-context-59": "context59",
            "pascal-context-459": "context459", "ade20k-150": "ade150", "ade20k-847": "ade847"}  # fmt: skip
@@ -159,9 +144,9 @@ def test_what_is_not_judged(tmp_path, name):
     assert report.summary()["miou"] == round(100 * float(np.mean(ious)), 2)
 
 
-def test_background_is_what_context_has_beyond_voc(folder):
+def test_background_is_what_context_has_beyond_voc(clean):
     protocol = find_protocol("voc-20b")
-    classes = protocol.open(folder("voc2012")).vocabulary.classes
+    classes = protocol.open(clean("voc2012")).vocabulary.classes
     assert [entry.name for entry in classes[:20]] == list(data_set("voc2012").classes)
     assert classes[20].name == "background" and {"sky", "grass", "wall"} < set(classes[20].words)
     assert not set(classes[20].words) & {*data_set("voc2012").classes, "table"} and len(classes[20].words) == 40
@@ -201,11 +186,11 @@ def test_ade_with_seen_and_unseen_classes(tmp_path):
         find_protocol("gzs-ade").open(tmp_path)
 
 
-def test_nothing_is_seen_or_unseen_across_data_sets(folder, tmp_path):
+def test_nothing_is_seen_or_unseen_across_data_sets(clean, tmp_path):
     """Names that the model was trained on by accident make no class a seen one."""
     model = ZegCLIP.build(small_clip(), {"decoder_heads": 2}, seen_names=("person", "cat"))
     protocol = find_protocol("voc-20")
-    data = protocol.open(folder("voc2012"), system="zegclip")
+    data = protocol.open(clean("voc2012"), system="zegclip")
     options = {"name": "voc2012", "split": "val", "limit": 1, "progress": False, "num_examples": 0,
                "window": WindowPolicy(32, 32)}  # fmt: skip
     across = run_evaluation(Segmenter(model, disk_cache=False), data, offsets=protocol.offsets,
@@ -250,16 +235,16 @@ def test_windows_of_the_authors():
         find_protocol("voc20")
 
 
-def test_names_of_the_authors(folder):
+def test_names_of_the_authors(clean):
     protocol = find_protocol("voc-20")
-    assert protocol.open(folder("voc2012"), system="freeseg").vocabulary.names[19] == "tv"
-    assert protocol.open(folder("voc2012"), system="zegclip").vocabulary.names[19] == "tvmonitor"
-    assert find_protocol("gzs-voc").open(folder("voc2012"), system="zegformer").vocabulary.names[15] == "potted plant"
+    assert protocol.open(clean("voc2012"), system="freeseg").vocabulary.names[19] == "tv"
+    assert protocol.open(clean("voc2012"), system="zegclip").vocabulary.names[19] == "tvmonitor"
+    assert find_protocol("gzs-voc").open(clean("voc2012"), system="zegformer").vocabulary.names[15] == "potted plant"
 
 
-def test_words_of_the_authors(folder):
+def test_words_of_the_authors(clean):
     """ADE20K's synonyms are scored where somebody asks for them, and the card says what was done."""
-    protocol, root = find_protocol("a-150"), folder("ade150")
+    protocol, root = find_protocol("a-150"), clean("ade150")
     own, more = protocol.open(root).vocabulary, protocol.open(root, synonyms=True).vocabulary
     assert own.names == more.names and own.words == own.names
     assert more.classes[1].words == ("building", "edifice") and len(more.words) > 250
@@ -270,7 +255,7 @@ def test_words_of_the_authors(folder):
     for protocol in PROTOCOLS.values():
         assert ("as one name" in protocol.card()["protocol"]["words"]) == (protocol.data_set == "ade20k-847")
     with pytest.raises(LexisegError, match="voc2012 gives its classes no synonyms"):
-        find_protocol("voc-20").open(folder("voc2012"), synonyms=True)
+        find_protocol("voc-20").open(clean("voc2012"), synonyms=True)
 
 
 def test_words_of_the_847_classes(tmp_path):
@@ -287,8 +272,8 @@ def test_words_of_the_847_classes(tmp_path):
     assert more.names == tuple(names) and more.classes[571].seen and more.classes[572].seen is False
 
 
-def test_synonyms_of_a_recipe(folder, tmp_path):
-    root = str(folder("ade150"))
+def test_synonyms_of_a_recipe(clean, tmp_path):
+    root = str(clean("ade150"))
     for synonyms, count in ((None, 1), (False, 1), (True, 2)):
         data = CatalogData(source="ade20k-150", root=root, synonyms=synonyms)
         for vocabulary in (data.vocabulary(), data.open("val").vocabulary):
@@ -342,10 +327,10 @@ def test_maft_keeps_its_own_settings_on_other_hosts():
     assert find_protocol("a-847").set_up(model) == {"ensemble": {"rule": "region"}}
 
 
-def test_an_ensemble_knows_of_no_seen_class_across_data_sets(folder):
+def test_an_ensemble_knows_of_no_seen_class_across_data_sets(clean):
     """ZSSeg's two opinions are joined as for unseen classes, though the model was trained on some of the names."""
     model, protocol = make("zsseg"), find_protocol("voc-20")
-    data, window = protocol.open(folder("voc2012"), system="zsseg"), WindowPolicy()
+    data, window = protocol.open(clean("voc2012"), system="zsseg"), WindowPolicy()
     told: list[object] = []
     real = model.score
     model.score = lambda *args, seen_words=None, **more: (
@@ -355,7 +340,7 @@ def test_an_ensemble_knows_of_no_seen_class_across_data_sets(folder):
     assert told == [None]
 
 
-def test_the_authors_size_for_real(folder, tmp_path, capsys, monkeypatch):
+def test_the_authors_size_for_real(clean, tmp_path, capsys, monkeypatch):
     """The shorter side of 512, windows and all, under --protocol; in the other tests pictures stay small."""
     monkeypatch.chdir(tmp_path)
     clip = small_clip(vision_cfg={"patch_size": 32})
@@ -368,7 +353,7 @@ def test_the_authors_size_for_real(folder, tmp_path, capsys, monkeypatch):
         ZegCLIP, "encode_images", lambda self, images: (shapes.append(tuple(images.shape)), real(self, images))[1]
     )
     words = ["--protocol", "voc-20", "-w", "model", "--limit", "1", "--json"]
-    assert main(["evaluate", str(folder("voc2012")), *words]) == 0
+    assert main(["evaluate", str(clean("voc2012")), *words]) == 0
     card = json.loads(capsys.readouterr().out)["protocol"]
     assert card["window"]["size"] == card["window"]["short_side"] == 512 and card["templates"] == list(SINGLE_TEMPLATE)
     # 36 x 48 becomes 512 x 683, which two windows cover.
@@ -377,25 +362,25 @@ def test_the_authors_size_for_real(folder, tmp_path, capsys, monkeypatch):
     words = [*words, "--window", "64", "--stride", "64", "--template", "the {}"]
     monkeypatch.setattr("lexiseg.windows.working_size", lambda *sizes: sizes[:2])
     monkeypatch.setattr("lexiseg.pictures.working_size", lambda *sizes: sizes[:2])
-    assert main(["evaluate", str(folder("voc2012")), *words]) == 0
+    assert main(["evaluate", str(clean("voc2012")), *words]) == 0
     assert json.loads(capsys.readouterr().out)["protocol"]["templates"] == ["the {}"]
 
 
-def test_command_without_an_ensemble(folder, tmp_path, capsys, monkeypatch):
+def test_command_without_an_ensemble(clean, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     save_model(make("freeseg", regions="mask-attention"), tmp_path / "model")
     words = ["--protocol", "voc-20", "-w", "model", "--limit", "1", "--json"]
-    assert main(["evaluate", str(folder("voc2012")), *words]) == 0
+    assert main(["evaluate", str(clean("voc2012")), *words]) == 0
     card = json.loads(capsys.readouterr().out)["protocol"]
     assert card["protocol"]["settings"] == {"ensemble": {"rule": "region"}}
     assert card["model"]["options"]["ensemble"]["rule"] == "region" and card["window"]["short_side"] == 640
 
 
-def test_command_with_synonyms(folder, tmp_path, capsys, monkeypatch):
+def test_command_with_synonyms(clean, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     save_model(DenseCLIP.build(small_clip(), {"short_side": 32}), tmp_path / "model")
     words = ["-w", "model", "--limit", "1", "--json"]
-    root = str(folder("ade150"))
+    root = str(clean("ade150"))
     counts = {}
     for option in ((), ("--synonyms",), ("--no-synonyms",)):
         assert main(["evaluate", root, "--protocol", "a-150", *words, *option]) == 0
@@ -407,19 +392,19 @@ def test_command_with_synonyms(folder, tmp_path, capsys, monkeypatch):
     assert "leave it out" in capsys.readouterr().err
 
 
-def test_command(folder, tmp_path, capsys, monkeypatch):
+def test_command(clean, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     model = ZegCLIP.build(small_clip(), {"decoder_heads": 2}, seen_names=("person", "cat"))
     save_model(model, tmp_path / "model")
     small = ["--window", "64", "--stride", "64", "--limit", "1", "-w", "model", "--json"]
     monkeypatch.setattr("lexiseg.windows.working_size", lambda *sizes: sizes[:2])
     monkeypatch.setattr("lexiseg.pictures.working_size", lambda *sizes: sizes[:2])
-    root = str(folder("voc2012"))
+    root = str(clean("voc2012"))
     assert main(["evaluate", root, "--protocol", "gzs-voc", *small]) == 0
     card = json.loads(capsys.readouterr().out)["protocol"]
     assert card["protocol"]["name"] == "gzs-voc" and (card["num_seen"], card["num_unseen"]) == (15, 5)
     assert card["window"]["size"] == 64 and card["window"]["short_side"] == 512 and not card["window"]["antialias"]
-    assert main(["evaluate", str(folder("ade847")), "--protocol", "a-847", *small]) == 0
+    assert main(["evaluate", str(clean("ade847")), "--protocol", "a-847", *small]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["protocol"]["num_classes"] == 847 and found["protocol"]["offsets"] == "none"
     assert found["metrics"]["hiou"] is None and "one name" in found["protocol"]["protocol"]["words"]
@@ -450,8 +435,8 @@ def _train(name, root, run_dir):
 
 
 @pytest.mark.parametrize("name", [name for name in MINIATURES if "459" not in name and "847" not in name])
-def test_train_and_evaluate(folder, tmp_path, name):
-    model, val = _train(name, folder(name), tmp_path / "run")
+def test_train_and_evaluate(clean, tmp_path, name):
+    model, val = _train(name, clean(name), tmp_path / "run")
     report = run_evaluation(
         Segmenter(model, disk_cache=False), val, name=name, split="val", progress=False, num_examples=1
     )
@@ -461,9 +446,9 @@ def test_train_and_evaluate(folder, tmp_path, name):
 
 
 @pytest.mark.parametrize("name", ["context459", "context459-tiff", "ade847", "ade847-full"])
-def test_evaluate_many_classes(folder, tmp_path, name):
+def test_evaluate_many_classes(clean, tmp_path, name):
     """More than 255 classes: class 255 counts as any other, 65535 is ignored, and no tensor is classes x H x W."""
-    val = open_data_set(MINIATURES[name][0], folder(name), "val")
+    val = open_data_set(MINIATURES[name][0], clean(name), "val")
     largest = 0
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):
@@ -506,8 +491,8 @@ class _Enlarged:
         return replace(sample, image=image, label=label)
 
 
-def test_training_on_many_classes(folder, tmp_path):
-    _train("ade847", folder("ade847"), tmp_path / "run")
+def test_training_on_many_classes(clean, tmp_path):
+    _train("ade847", clean("ade847"), tmp_path / "run")
     assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
 
 

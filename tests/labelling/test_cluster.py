@@ -24,7 +24,8 @@ from lexiseg.files import read_lines
 from lexiseg.journal import Journal
 from lexiseg.labelling.ray_data import check_reachable
 from lexiseg.labelling.record import FOLDER, MANIFEST
-from tests.cli.test_cli import WORDS, assert_sentence, call, leftovers, tiny_model  # noqa: F401 (fixtures)
+from tests.cli.calling import WORDS, assert_sentence, leftovers
+from tests.cli.conftest import call, tiny_model  # noqa: F401 (fixtures)
 
 COUNT = 24
 LIMIT = 1500  # seconds; seconds on a quiet machine, minutes on a busy one

@@ -13,7 +13,6 @@ import pytest
 import torch
 from PIL import Image
 
-from lexiseg.clip.model import build_clip
 from lexiseg.errors import LexisegError
 from lexiseg.files import write_text
 from lexiseg.labelling.record import MANIFEST, Attempt, Entry, Picture, Record, absolute, file_state
@@ -22,7 +21,7 @@ from lexiseg.models import DenseCLIP
 from lexiseg.models.dense_clip import DenseCLIPOptions
 from lexiseg.segmenter import Segmenter
 from lexiseg.vocabulary import Vocabulary
-from tests.cli.test_cli import ARCHITECTURE
+from tests.towers import small_clip
 
 SETTINGS = {"classes": "abc", "window": {"size": None}}
 
@@ -41,7 +40,7 @@ def pictures(folder: Path, count: int = 4) -> list[Picture]:
 @pytest.fixture
 def labeller(tmp_path: Path) -> Labeller:
     torch.manual_seed(0)
-    model = DenseCLIP(build_clip(ARCHITECTURE), DenseCLIPOptions(short_side=0))
+    model = DenseCLIP(small_clip(), DenseCLIPOptions(short_side=0))
     (tmp_path / "out").mkdir()
     wanted = Wanted(Vocabulary.parse("dog; grass"), ("labels", "json"))
     return Labeller(Segmenter(model, disk_cache=False), wanted, tmp_path / "out")

@@ -1,0 +1,216 @@
+"""`lexiseg predict` where things go otherwise than planned: names, stops, full disks, closed pipes, data sets."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import unicodedata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from pycocotools.coco import COCO
+
+import lexiseg
+from lexiseg.cli import main
+from lexiseg.cli.pictures import SOME_FAILED
+from lexiseg.errors import LexisegError
+from lexiseg.segmentation import Segmentation
+from tests.cli.calling import WORDS, Call
+
+
+@pytest.fixture
+def predict(call: Call, tiny_model: Path) -> Call:
+    return lambda *args: call("predict", *args, "-m", tiny_model)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return write_pictures(tmp_path / "in", ["a_first.png", "caf\udce9.png", "z_last.png"])
+
+
+def write_pictures(folder: Path, names: list[str]) -> Path:
+    folder.mkdir()
+    for index, name in enumerate(names):
+        pixels = np.random.default_rng(index).integers(0, 256, (40, 56, 3), dtype=np.uint8)
+        file = io.BytesIO()
+        Image.fromarray(pixels).save(file, "PNG")
+        (folder / name).write_bytes(file.getvalue())
+    return folder
+
+
+def test_a_name_that_is_not_utf8_is_a_name_like_any_other(predict: Call, folder: Path, tmp_path: Path) -> None:
+    for more in ([], ["--resume"], ["--save", "labels", "-o", "labels"], ["--save", "coco", "-o", "coco"]):
+        code, out, err = predict(folder, WORDS, *more)
+        assert code == 0 and err.startswith("3 of 3 pictures segmented"), err
+        assert "\udce9" not in out + err and (r"caf\xe9" in out or "--resume" in more)
+    assert (tmp_path / "out" / "caf\udce9_labels.png").is_file()
+    names = {image["file_name"] for image in COCO(str(tmp_path / "coco" / "annotations.json")).imgs.values()}
+    assert names == {"a_first.png", "caf\udce9.png", "z_last.png"}
+    code, out, err = predict(folder, WORDS, "--json")
+    assert [Path(image["image"]).name for image in json.loads(out)["images"]] == sorted(names)
+
+
+def test_two_spellings_of_a_name_are_one_name(predict: Call, tmp_path: Path) -> None:
+    forms = [unicodedata.normalize(form, "é.png") for form in ("NFC", "NFD")]
+    write_pictures(tmp_path / "in", forms)
+    assert predict("in", WORDS, "--save", "labels")[0] == 0
+    stems = {unicodedata.normalize("NFC", path.name) for path in (tmp_path / "out").glob("*.png")}
+    assert len(stems) == 2  # neither overwrote the other, also where a disk takes both for one
+    write_pictures(tmp_path / "one", [forms[1]])
+    assert predict(f"one/{forms[0]}", WORDS, "--save", "labels")[0] == 0
+
+
+def test_nothing_of_a_folder_is_passed_over(predict: Call, folder: Path) -> None:
+    (folder / "phone.heic").write_bytes(b"\0\0\0\x18ftypheic")
+    (folder / "gone.png").symlink_to("nothing.png")
+    code, _, err = predict(folder, WORDS, "--save", "labels")
+    assert code == SOME_FAILED
+    assert "phone.heic" in err and "gone.png" in err and err.endswith("3 of 5 pictures segmented\n")
+
+
+def test_coco_is_one_data_set_a_run_also_after_a_stop(predict: Call, tmp_path: Path, folder: Path) -> None:
+    code, out, _ = predict(folder, WORDS, "--save", "coco")
+    assert code == 0 and "wrote out/annotations.json\n" in out
+    assert [path.name for path in (tmp_path / "out").iterdir() if not path.name.startswith(".")] == ["annotations.json"]
+    first = (tmp_path / "out" / "annotations.json").read_bytes()
+    write_pictures(tmp_path / "more", ["b.png"])
+    assert predict(folder, "more", WORDS, "--save", "coco,labels", "--resume")[0] == 0
+    dataset = COCO(str(tmp_path / "out" / "annotations.json"))
+    assert [image["file_name"] for image in dataset.imgs.values()][-1] == "more/b.png"
+    assert sorted(dataset.imgs) == [1, 2, 3, 4] and len(dataset.getCatIds()) == 3
+    assert len(json.loads(first)["images"]) == 3
+    assert dataset.loadRes(json.loads((tmp_path / "out" / "annotations.json").read_text())["annotations"])
+    labels = np.asarray(Image.open(tmp_path / "out" / "b_labels.png"))
+    painted = np.full(labels.shape, 255)
+    for annotation in dataset.loadAnns(dataset.getAnnIds(imgIds=[4])):
+        painted[dataset.annToMask(annotation) > 0] = annotation["category_id"] - 1
+    assert np.array_equal(painted, labels)
+    code, out, _ = predict(folder / "a_first.png", WORDS, "--save", "coco", "-o", "single")
+    assert code == 0 and (tmp_path / "single" / "annotations.json").is_file()
+
+
+def test_instances_are_regions(predict: Call, folder: Path, tmp_path: Path) -> None:
+    picture = folder / "a_first.png"
+    assert predict(picture, WORDS, "--save", "coco", "-o", "classes")[0] == 0
+    assert predict(picture, WORDS, "--save", "coco", "-o", "regions", "--instances", "all")[0] == 0
+    count = {
+        name: len(json.loads((tmp_path / name / "annotations.json").read_text())["annotations"])
+        for name in ("classes", "regions")
+    }
+    assert count["regions"] >= count["classes"]
+    for more, words in (
+        (["--instances", "cat"], "none of them"),
+        (["--instances", "dog", "--save", "labels"], "affects none"),
+    ):
+        code, _, err = predict(picture, WORDS, *["--save", "coco", *more])
+        assert code == 2 and words in err
+
+
+def stop_after(monkeypatch: pytest.MonkeyPatch, count: int, error: BaseException) -> None:
+    """Let something end the run once ``count`` pictures are written."""
+    save, written = Segmentation.save, [0]
+
+    def fragile(self: Segmentation, *args: Any, **options: Any) -> dict[str, Path]:
+        if written[0] == count:
+            raise error
+        written[0] += 1
+        return save(self, *args, **options)
+
+    monkeypatch.setattr(Segmentation, "save", fragile)
+
+
+def test_a_stop_says_what_is_done_and_how_to_go_on(
+    predict: Call, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        stop_after(patch, 2, KeyboardInterrupt())
+        code, _, err = predict(folder, WORDS, "--save", "labels")
+    assert code == 130 and len(err.splitlines()) == 1
+    assert err.startswith("Stopped; 2 of 3 pictures are done") and "--resume" in err
+    assert len(list((tmp_path / "out").glob("*_labels.png"))) == 2
+    code, _, err = predict(folder, WORDS, "--save", "labels", "--resume")
+    assert code == 0 and err == "3 of 3 pictures segmented, 2 of them earlier\n"
+
+
+@pytest.mark.parametrize(("count", "code"), [(0, 2), (2, 1)])
+def test_a_full_disk_keeps_what_is_whole(
+    predict: Call, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int, code: int
+) -> None:
+    stop_after(monkeypatch, count, LexisegError("Cannot write 'x' (No space left on device); choose another place."))
+    result, _, err = predict(folder, WORDS, "--save", "labels")
+    assert result == code and "No space left" in err.splitlines()[0]
+    assert (f"{count} of 3 pictures segmented" in err) == (count > 0)
+    for path in (tmp_path / "out").glob("*_labels.png"):
+        Image.open(path).load()
+
+
+def start(folder: Path, *args: object, **options: Any) -> subprocess.Popen[str]:
+    environment = {**os.environ, "PYTHONPATH": str(Path(lexiseg.__file__).parents[1]), "PYTHONUNBUFFERED": "1"}
+    command = [sys.executable, "-m", "lexiseg", *(str(arg) for arg in args)]
+    streams: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
+    return subprocess.Popen(command, cwd=folder, env=environment, text=True, **streams)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_signals_stop_a_real_run(tmp_path: Path, tiny_model: Path, number: signal.Signals, code: int) -> None:
+    write_pictures(tmp_path / "in", [f"{index:04d}.png" for index in range(400)])
+    process = start(tmp_path, "predict", "in", WORDS, "--model", tiny_model, "--save", "labels")
+    try:
+        until = time.monotonic() + 120
+        while time.monotonic() < until and len(list(tmp_path.glob("out/*_labels.png"))) < 5:
+            time.sleep(0.05)
+        process.send_signal(number)
+        _, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == code
+    assert len(err.splitlines()) == 1 and err.startswith("Stopped; ") and "of 400 pictures are done" in err
+    for path in tmp_path.glob("out/*_labels.png"):
+        Image.open(path).load()
+
+
+def test_a_reader_that_goes_away_is_no_error(
+    predict: Call, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w") as broken:
+        monkeypatch.setattr(sys, "stdout", broken)
+        assert predict(folder, WORDS, "--save", "labels")[0] == 0
+        assert main(["models"]) == 0
+        monkeypatch.undo()
+    assert len(list((tmp_path / "out").glob("*_labels.png"))) == 3
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_closed_and_full_outputs_of_a_real_process(tmp_path: Path) -> None:
+    with Path("/dev/full").open("w") as full:
+        process = start(tmp_path, "models", stdout=full)
+        _, err = process.communicate(timeout=60)
+    assert (
+        process.returncode == 2
+        and err == "Cannot write (No space left on device); make room on the disk, or write elsewhere.\n"
+    )
+    closed = subprocess.run(
+        [sys.executable, "-m", "lexiseg", "models"],
+        env={**os.environ, "PYTHONPATH": str(Path(lexiseg.__file__).parents[1])},
+        preexec_fn=lambda: os.close(1),
+        stderr=subprocess.PIPE,
+        check=False,
+    )
+    assert closed.returncode == 0 and closed.stderr == b""
+
+
+def test_labelling_one_picture_needs_no_record(predict: Call, folder: Path, tmp_path: Path) -> None:
+    code, out, err = predict(folder / "a_first.png", WORDS)
+    assert code == 0 and err == "" and "wrote out/a_first.json\n" in out
+    assert not (tmp_path / "out" / ".lexiseg-predict").exists()

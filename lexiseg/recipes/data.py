@@ -37,6 +37,9 @@ class PictureWorldData(Strict):
     length: int | None = Field(default=None, ge=1)  # number of training scenes; None takes the benchmark's
     val_size: int = Field(default=256, ge=16)  # side of a validation picture
     val_length: int = Field(default=200, ge=1)  # number of validation scenes
+    # whether training scenes show unseen classes, with their pixels hidden; "drop" draws none (strictly inductive)
+    unseen_pictures: Literal["hide", "drop"] = "hide"
+    keep: Path | None = None  # a folder in which rendered scenes are kept, for trainings that share them
 
     @property
     def title(self) -> str:
@@ -54,8 +57,11 @@ class PictureWorldData(Strict):
             return Shapes(split, size=size, length=length)
         world = find_world(self.source)
         if split == "train":
-            return PictureWorld("train", world=world, size=self.size, length=self.length)
-        return PictureWorld("val", world=world, size=self.val_size, length=self.val_length)
+            shown = self.unseen_pictures == "hide"
+            return PictureWorld(
+                "train", world=world, size=self.size, length=self.length, unseen=shown, keep=self.keep
+            )
+        return PictureWorld("val", world=world, size=self.val_size, length=self.val_length, keep=self.keep)
 
     def vocabulary(self) -> Vocabulary:
         """The classes."""

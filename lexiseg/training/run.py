@@ -96,7 +96,7 @@ def _identity(recipe: Recipe, task: Task) -> dict[str, Any]:
     for key in ("initial", "prompts_from", "proposals_from", "teacher"):
         if Path(str(values.get(key, ""))).exists():
             values.pop(key, None)  # what it holds is told by its hash
-    for key in ("root", "classes"):
+    for key in ("root", "classes", "keep"):
         values.get("data", {}).pop(key, None)
     if isinstance(task, SegmentationTask | PromptTask):
         values["pictures"] = _fingerprint(task.dataset)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -182,3 +183,31 @@ def test_written_to_disk_it_is_a_voc_folder(tmp_path) -> None:
 
 def test_the_contact_sheet_is_one_picture() -> None:
     assert contact_sheet(rows=1, columns=2, size=32).size == (68, 32)
+
+
+@worlds
+def test_scenes_can_do_without_unseen_classes(world: World) -> None:
+    unseen = {world.class_ids[name] for name in world.unseen}
+    hidden, shown = (PictureWorld("train", world=world, size=32, unseen=unseen) for unseen in (True, False))
+    assert any((hidden[index].label == 255).any() for index in range(20))
+    for index in range(60):
+        assert not unseen & set(shown[index].label.unique().tolist()) and (shown[index].label != 255).all()
+
+
+def test_kept_scenes_are_those_that_would_be_rendered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, kept = PictureWorld("train", size=32), PictureWorld("train", size=32, keep=tmp_path)
+    for _ in range(2):
+        for index in (7, 2):
+            assert torch.equal(kept[index].image, plain[index].image)
+            assert torch.equal(kept[index].label, plain[index].label)
+    (file,) = tmp_path.iterdir()
+    file.write_bytes(file.read_bytes()[:-1])  # as if stopped while it was written
+    assert torch.equal(kept[7].image, plain[7].image)
+    image, label = plain[2].image, plain[7].label
+    monkeypatch.setattr("lexiseg.data.picture_world.dataset.render_scene", None)
+    again = PictureWorld("train", size=32, keep=tmp_path)
+    assert torch.equal(again[2].image, image) and torch.equal(again[7].label, label)
+    with pytest.raises(TypeError):
+        again[3]  # between the two, and never rendered
+    with pytest.raises(IndexError):
+        again[len(again)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
@@ -45,6 +46,9 @@ class PictureWorld:
         length: number of scenes; default: the world's.
         num_things: smallest and largest number of things a scene.
         extents: smallest and largest size of a thing as a fraction of the side; default: the world's.
+        unseen: False draws no unseen class at all, so that nothing need be hidden.
+        keep: a folder in which rendered scenes are kept, for runs that share them and processes at the same time;
+            to be emptied after a change to how scenes are drawn.
 
     Raises:
         LexisegError: unknown split.
@@ -59,14 +63,22 @@ class PictureWorld:
         length: int | None = None,
         num_things: tuple[int, int] = (1, 6),
         extents: tuple[float, float] | None = None,
+        unseen: bool = True,
+        keep: Path | None = None,
     ) -> None:
         if split not in SPLIT_SEEDS:
             raise LexisegError(f"{world.name} has no split '{split}'; choose 'train', 'val' or 'test'.")
         self.split, self.world, self.size = split, world, size
-        self._num_things, self._extents = num_things, extents
+        self._num_things, self._extents, self._without = num_things, extents, () if unseen else world.unseen
         self._length = dict(zip(SPLIT_SEEDS, world.num_scenes, strict=True))[split] if length is None else length
         self._hidden = np.arange(256, dtype=np.int64)
         self._hidden[[world.class_ids[name] for name in world.unseen]] = IGNORE_INDEX
+        self._kept: Path | None = None
+        if keep is not None:
+            what = repr((world, split, size, num_things, extents, unseen))
+            name = f"{world.name}-{split}-{size}-{hashlib.sha256(what.encode()).hexdigest()[:8]}.scenes"
+            self._kept = make_folder(keep) / name
+            self._kept.touch()
 
     @cached_property
     def vocabulary(self) -> Vocabulary:
@@ -76,9 +88,12 @@ class PictureWorld:
     def __len__(self) -> int:
         return self._length
 
-    def _scene(self, index: int) -> Scene:
+    def _check(self, index: int) -> None:
         if not 0 <= index < self._length:
             raise IndexError(f"{self.world.name} {self.split} has {self._length} scenes, there is no index {index}")
+
+    def _scene(self, index: int) -> Scene:
+        self._check(index)
         seed = [SPLIT_SEEDS[self.split], index]
         return render_scene(
             seed,
@@ -87,16 +102,39 @@ class PictureWorld:
             held_out=self.split != "train",
             num_things=self._num_things,
             extents=self._extents,
+            without=self._without,
         )
+
+    def _pixels(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """Picture and label of a scene, rendered, or read if it was kept."""
+        if self._kept is None:
+            scene = self._scene(index)
+            return scene.image, scene.label
+        # A place of its own for each scene, whose last byte says that the others are there: processes that render one
+        # scene at the same time write the same bytes.
+        self._check(index)
+        shape = (self.size, self.size, 4)
+        length = self.size**2 * 4 + 1
+        with self._kept.open("r+b") as file:
+            file.seek(index * length)
+            found = file.read(length)
+            if len(found) < length or not found[-1]:
+                scene = self._scene(index)
+                joined = np.dstack([scene.image, scene.label])
+                file.seek(index * length)
+                file.write(joined.tobytes() + b"\1")
+            else:
+                joined = np.frombuffer(found, np.uint8, length - 1).reshape(shape)
+        return joined[..., :3].copy(), joined[..., 3]
 
     def __getitem__(self, index: int) -> Sample:
         """Return the sample: image (3, S, S) uint8, label (S, S) int64 with 255 where a class is hidden."""
-        scene = self._scene(index)
-        label = scene.label.astype(np.int64)
+        image, label = self._pixels(index)
+        label = label.astype(np.int64)
         if self.split == "train":
             label = self._hidden[label]
         return Sample(
-            image=torch.from_numpy(scene.image).permute(2, 0, 1).contiguous(),
+            image=torch.from_numpy(image).permute(2, 0, 1).contiguous(),
             label=torch.from_numpy(label),
             name=f"{self.world.name}/{self.split}/{index:05d}",
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -73,21 +74,24 @@ def horizon_line(rng: np.random.Generator, size: int, low: float, high: float) -
 
 
 def _background(
-    rng: np.random.Generator, size: int, ids: dict[str, int], variants: tuple[int, int]
+    rng: np.random.Generator, size: int, ids: dict[str, int], variants: tuple[int, int], without: Collection[str]
 ) -> tuple[np.ndarray, np.ndarray, list[str], float]:
     """Return the picture (float32), its labels, the stuff names from top to bottom and the horizon (0..1)."""
+
+    def one_of(names: Iterable[str]) -> str:
+        allowed = [name for name in names if name not in without]
+        return allowed[rng.integers(len(allowed))]
+
     layout = rng.random()
     if layout < 0.2:
-        names = [STUFF[rng.integers(len(STUFF))]]
+        names = [one_of(STUFF)]
         lines: list[np.ndarray] = []
     else:
-        above = _ABOVE[rng.integers(len(_ABOVE))]
-        grounds = _GROUNDS[above]
-        names = [above, grounds[rng.integers(len(grounds))]]
+        names = [one_of(_ABOVE)]
+        names.append(one_of(_GROUNDS[names[0]]))
         lines = [horizon_line(rng, size, 0.25, 0.6)]
         if layout > 0.7:
-            rest = [name for name in _SECOND_GROUNDS if name not in names]
-            names.append(rest[rng.integers(len(rest))])
+            names.append(one_of(name for name in _SECOND_GROUNDS if name not in names))
             lines.append(lines[0] + horizon_line(rng, size, 0.22, 0.38))
     image = _stuff_patch(rng, names[0], size, variants)
     label = np.full((size, size), ids[names[0]], np.uint8)
@@ -225,15 +229,16 @@ def _weather(rng: np.random.Generator, image: np.ndarray) -> np.ndarray:
     return image
 
 
-def _choose_things(rng: np.random.Generator, world: World, count: int) -> tuple[str, ...]:
+def _choose_things(rng: np.random.Generator, world: World, count: int, without: Collection[str]) -> tuple[str, ...]:
     """Return names of different things; in a varied world often several of one family."""
+    things = [name for name in world.things if name not in without]
     if not world.varied:
-        return tuple(world.things[index] for index in rng.choice(len(world.things), count, replace=False))
+        return tuple(things[index] for index in rng.choice(len(things), count, replace=False))
     chosen: list[str] = []
     while len(chosen) < count:
         like = next((family for family in world.families if chosen and chosen[-1] in family), ())
-        near = [name for name in like if name not in chosen] if rng.random() < _WITH_ITS_LIKE else []
-        pool = near or [name for name in world.things if name not in chosen]
+        near = [name for name in like if name in things and name not in chosen] if rng.random() < _WITH_ITS_LIKE else []
+        pool = near or [name for name in things if name not in chosen]
         chosen.append(pool[rng.integers(len(pool))])
     return tuple(chosen)
 
@@ -269,6 +274,7 @@ def render_scene(
     num_things: tuple[int, int] = (1, 6),
     extents: tuple[float, float] | None = None,
     things: tuple[str, ...] | None = None,
+    without: Collection[str] = (),
 ) -> Scene:
     """Render a scene; the same arguments always give the same pixels.
 
@@ -281,12 +287,13 @@ def render_scene(
         extents: smallest and largest size of a thing as a fraction of the picture's side, before crowding shrinks it;
             default: the world's.
         things: the things to draw; default: drawn at random without repetition.
+        without: classes, things and stuff, that are not drawn at random.
     """
     rng = np.random.default_rng(seed)
     ids, variants = world.class_ids, world.held_out_textures if held_out else world.train_textures
-    image, label, stuff, horizon = _background(rng, size, ids, variants)
+    image, label, stuff, horizon = _background(rng, size, ids, variants, without)
     if things is None:
-        things = _choose_things(rng, world, int(rng.integers(num_things[0], num_things[1] + 1)))
+        things = _choose_things(rng, world, int(rng.integers(num_things[0], num_things[1] + 1)), without)
     if world.varied:
         image = _clutter(rng, image)
     drawn = _place_things(rng, world, image, label, list(things), horizon, extents or world.extents)

@@ -14,29 +14,30 @@ in pairs, 2,000 times.
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
-import yaml
 
 import lexiseg
+from benchmarks.claims_page import CURVES, METRICS, PLACES, Claim, claims, stated, write
 from benchmarks.decoupled_world import judged_on
-from benchmarks.training_free import BORDER, border_of
-from lexiseg.analysis.curves import curves_figure
+from benchmarks.training_free import border_of
 from lexiseg.data.base import seen_ids, unseen_ids
 from lexiseg.data.picture_world import PictureWorld, find_world
 from lexiseg.errors import LexisegError
 from lexiseg.evaluation.metrics import Confusion, harmonic_mean
 from lexiseg.evaluation.proposal_report import evaluate_proposals
 from lexiseg.evaluation.run import spread
-from lexiseg.files import atomic_write, make_folder, write_json, write_text
+from lexiseg.files import atomic_write, make_folder, write_json
 from lexiseg.models.decoupled import DecoupledModel
 from lexiseg.models.region_base import RegionModel
 from lexiseg.proposals.given import GroundTruth
@@ -44,52 +45,18 @@ from lexiseg.recipes import SegmentationRecipe, load_recipe
 from lexiseg.segmenter import Segmenter
 from lexiseg.training.init import is_recipe
 from lexiseg.training.run import train
+from lexiseg.weights.runs import find_checkpoints
 
-HERE = Path(__file__).resolve().parent
-DOCS = HERE.parent / "docs"
 DRAWS = 2000
 SMALL: dict[str, Any] = {"scale": 0.05, "scenes": 20, "seeds": [0], "curves": False}
-METRICS = {"miou": "mIoU", "miou_seen": "mIoU(S)", "miou_unseen": "mIoU(U)", "hiou": "hIoU"}
-PLACES = ("boundary_seen", "boundary_unseen", "interior_seen", "interior_unseen", "unseen_to_seen")
-CURVES = ("zegclip", "finetune", "no-descriptor", "exclusive", "cascade", "spt-seg")
-HEAD = """\
-# The papers' claims
-
-Made by `benchmarks/claims.py`; do not edit by hand. Each row trains two systems with the same seeds, on the recipes
-`one-stage-picture-world` and `decoupled-picture-world`, which start and train as the papers do, and judges them on the
-same scenes of a drawn world: it says whether a phenomenon shows here, and nothing about photographs. The interval is of
-95 %, from 2,000 draws of seeds and scenes in pairs. A claim about something that is trained needs two seeds and the
-recipes' full steps to be decided; one that trains nothing has no seeds, and its interval is of the scenes alone. Rows
-are in `results/claims.json`, those of the proposals in `results/proposals.json`.
-
-```bash
-python -m benchmarks.claims --list
-make reproduce CLAIM=nga                          # one claim at a small size, in minutes: does it run, not does it hold
-python -m benchmarks.claims nga --runs runs/claims --split test   # in full, five seeds; may be stopped
-```
-
-The CLIP is `clip-world2`, which learnt whole pictures and captions alone and has poor patches
-([its gates](results/gates.json)), so that all values are low. "Scenes" of a row are spread evenly over its split.
-"""
 
 
-@dataclass(frozen=True)
-class Claim:
-    """What a paper says, as a comparison that can be made here; see ``claims.yaml``."""
-
-    claim: str
-    paper: str
-    says: str
-    system: str = ""
-    baseline: str = ""
-    metric: str = ""
-    masks: str = "proposals"
-    unseen_here: str = ""
-
-
-def claims() -> list[Claim]:
-    """All of them, in the order in which they are to be decided."""
-    return [Claim(**entry) for entry in yaml.safe_load((HERE / "claims.yaml").read_text("utf-8"))["claims"]]
+@contextmanager
+def alone(path: Path, *, wait: bool = False) -> Iterator[None]:
+    """Make ``path`` while no other process does; a `BlockingIOError` says that one of them is at it."""
+    with Path(f"{path}.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        yield
 
 
 @dataclass(frozen=True)
@@ -102,7 +69,7 @@ class Study:
     scale: float = 1.0  # factor on the steps of every training
     scenes: int | None = None  # how many of the split's are judged
     split: str = "val"
-    curves: bool = True  # measure while training, too
+    curves: bool = True  # measure while training, too, the first seed of some
 
     def recipe(self, system: str, seed: int) -> SegmentationRecipe:
         """The recipe of a system in this study, or any other recipe by its name."""
@@ -111,11 +78,14 @@ class Study:
         recipe = load_recipe(name, {"model.clip": self.clip}, seed=seed)
         if not isinstance(recipe, SegmentationRecipe):
             raise LexisegError(f"The recipe '{name}' trains no segmentation system.")
+        keep = {"keep": self.runs.resolve() / "scenes"}
         if recipe.data.source == "picture-world":
-            recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"source": self.world})})
+            recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"source": self.world, **keep})})
         keys = ("steps", "warmup_steps", "snapshot_every")
         numbers = {key: self._scaled(getattr(recipe.train, key)) for key in keys}
-        if not self.curves:
+        # Self-training starts from the checkpoint in the middle; scenes that are kept need no process to render them.
+        numbers |= {"checkpoint_every": max(1, numbers["steps"] // 2), "workers": 0}
+        if not (self.curves and system in CURVES and seed == 0):
             numbers["snapshot_every"] = 0
         update: dict[str, Any] = {"train": recipe.train.model_copy(update=numbers)}
         if recipe.initial_steps is not None:
@@ -139,53 +109,65 @@ class Study:
             model = recipe.model.model_copy(update={"options": options})
             start = {"initial": None, "proposals_from": None, "model": model}
             recipe, folder = recipe.model_copy(update=start), Path(f"{folder}-labels")
-        if (folder / "model" / "config.json").is_file():
+        finished = folder / "model" / "config.json"
+        if finished.is_file():
             return folder
-        # Proposals are trained once, for all seeds; a self-training starts from its own seed's half-trained model.
+        with alone(folder):
+            if not finished.is_file():
+                train(recipe.model_copy(update=self._starts(recipe, seed)), folder, resume=True, tensorboard=False)
+        return folder
+
+    def _starts(self, recipe: SegmentationRecipe, seed: int) -> dict[str, str]:
+        """What a recipe starts from, as folders, trained first.
+
+        Proposals are trained once, for all seeds; a self-training starts from the middle of its own seed's training.
+        """
         shared = 0 if recipe.model.system in ("zsseg", "zegformer", "freeseg", "deop") else seed
         starts = {}
         for key in ("initial", "proposals_from", "teacher"):
-            name = getattr(recipe, key)
-            if key == "initial" and recipe.initial_steps is not None:
-                half = self.recipe(self._short(name), seed)
-                starts[key] = str(train(half, Path(f"{folder}-initial"), resume=True, until=recipe.initial_steps))
-            elif is_recipe(name):
-                starts[key] = str(self.trained(self._short(name), shared) / "model")
-        train(recipe.model_copy(update=starts), folder, resume=True, tensorboard=False)
-        return folder
+            if is_recipe(name := getattr(recipe, key)):
+                system = name.replace("-picture-world:", ":")
+                folder = self.trained(system, shared)
+                half = key == "initial" and recipe.initial_steps is not None
+                starts[key] = str(find_checkpoints(folder / "checkpoints")[0] if half else folder / "model")
+        return starts
 
-    @staticmethod
-    def _short(recipe: str) -> str:
-        """A system's name of its recipe's."""
-        return recipe.replace("-picture-world:", ":")
+    def counts(self, system: str, seed: int, masks: str = "proposals", world: str = "", extra: str = "none") -> Counts:
+        """What a system makes of every scene, counted once and kept in its run's folder.
 
-    def counts(self, system: str, seed: int, masks: str) -> Counts:
-        """What a system makes of every scene, counted once and kept in its run's folder."""
+        Args:
+            system: see `recipe`.
+            seed: of its training.
+            masks: "labels" judges a decoupled system with the labels' masks.
+            world: the scenes' data set; "" is that of the study.
+            extra: one of `EXTRAS`.
+        """
         folder = self.trained(system, seed, masks)
         number = "all" if self.scenes is None else self.scenes
-        path = folder / f"counts-{self.split}-{number}{'' if masks == 'proposals' else '-labels'}.npz"
+        notes = [note for note in (masks, world, extra) if note not in ("proposals", "", "none")]
+        path = folder / f"{'-'.join(['counts', self.split, str(number), *notes])}.npz"
+        dataset = self.dataset(world)
         if not path.is_file():
-            segmenter = lexiseg.load(str(folder / "model"), device="cpu")
-            found = judge(segmenter, self.dataset, self.scenes, masks)
-            with atomic_write(path) as temporary, temporary.open("wb") as file:
-                np.savez_compressed(file, **cast(Any, found))
+            with alone(path):
+                segmenter = with_extra(lexiseg.load(str(folder / "model"), device="cpu"), extra)
+                found = judge(segmenter, dataset, self.scenes, masks)
+                with atomic_write(path) as temporary, temporary.open("wb") as file:
+                    np.savez_compressed(file, **cast(Any, found))
         with np.load(path) as file:
-            return Counts(file["classes"], file["places"], self.seen, self.unseen)
+            vocabulary = dataset.vocabulary
+            return Counts(file["classes"], file["places"], seen_ids(vocabulary), unseen_ids(vocabulary))
 
-    @cached_property
-    def dataset(self) -> PictureWorld:
+    def dataset(self, world: str = "") -> PictureWorld:
         """The scenes that are judged."""
-        return PictureWorld(cast(Any, self.split), world=find_world(self.world), size=256)
+        split, keep = cast(Any, self.split), self.runs / "scenes"
+        return PictureWorld(split, world=find_world(world or self.world), size=256, keep=keep)
 
-    @property
-    def seen(self) -> list[int]:
-        """Ids of the seen classes."""
-        return seen_ids(self.dataset.vocabulary)
 
-    @property
-    def unseen(self) -> list[int]:
-        """Ids of the unseen classes."""
-        return unseen_ids(self.dataset.vocabulary)
+def with_extra(segmenter: Segmenter, extra: str) -> Segmenter:
+    """A segmenter with something that any system can have at test time."""
+    if extra != "none":
+        raise NotImplementedError
+    return segmenter
 
 
 @torch.inference_mode()
@@ -274,33 +256,53 @@ def compare(pairs: Sequence[tuple[Counts, Counts]], metric: str, *, draws: int =
     }
 
 
-def row_of(claim: Claim, study: Study, seeds: Sequence[int]) -> dict[str, Any]:
-    """Train and judge what a claim compares; its row."""
-    trains = [study.recipe(system, 0).train.steps > 0 for system in (claim.system, claim.baseline)]
-    pairs = []
-    for seed in seeds if any(trains) else [0]:
-        sides = zip((claim.system, claim.baseline), trains, strict=True)
-        pairs.append(tuple(study.counts(system, seed if varies else 0, claim.masks) for system, varies in sides))
+def row_of(claim: Claim, study: Study, seeds: Sequence[int]) -> dict[str, Any] | None:
+    """Train and judge what a claim compares; its row, or None while another process is at a part of it."""
+
+    def counts(system: str, seed: int) -> Counts | None:
+        try:
+            return study.counts(system, seed, claim.masks, claim.world)
+        except BlockingIOError:
+            return None
+
+    sides = [(system, study.recipe(system, 0).train.steps > 0) for system in (claim.system, claim.baseline)]
+    trained = any(trains for _, trains in sides)
+    seeds = seeds if trained else [0]
+    pairs = [[counts(system, seed if trains else 0) for system, trains in sides] for seed in seeds]
+    if any(side is None for pair in pairs for side in pair):
+        return None
     found = compare(cast(Any, pairs), claim.metric)
-    decided = not any(trains) or (len(pairs) > 1 and study.scale >= 1)
+    decided = not trained or (len(pairs) > 1 and study.scale >= 1)
     verdict = "holds" if found["low"] > 0 else "does not hold" if found["high"] < 0 else "undecided"
-    shared = {"world": study.world, "clip": study.clip, "split": study.split, "scenes": len(pairs[0][0].classes)}
-    steps = study.recipe(claim.system, 0).train.steps
+    recipe, scenes = study.recipe(claim.system, 0), len(cast(Counts, pairs[0][0]).classes)
     return {
         **stated(claim),
         **found,
         "seeds": len(pairs),
         "verdict": verdict if decided else "undecided",
-        **shared,
-        "steps": steps,
+        "world": claim.world or study.world,
+        "clip": study.clip,
+        "split": study.split,
+        "scenes": scenes,
+        "steps": recipe.train.steps,
+        "batch_size": recipe.train.batch_size,
     }
 
 
-def stated(claim: Claim) -> dict[str, Any]:
-    """What a row says before anything is measured."""
-    empty = {"difference": None, "low": None, "high": None, "seeds": 0, "verdict": "undecided"}
-    said = {key: getattr(claim, key) for key in ("claim", "paper", "system", "baseline", "metric", "masks")}
-    return {**said, **empty}
+def measure(wanted: Sequence[Claim], study: Study, seeds: Sequence[int]) -> None:
+    """Keep and print the rows of claims; several processes may share a folder of runs, each waits for the others."""
+    while wanted:
+        left = []
+        for claim in wanted:
+            row = row_of(claim, study, seeds)
+            if row is None:
+                left.append(claim)
+                continue
+            keep(row, study.runs)
+            print(json.dumps(row), flush=True)
+        if len(left) == len(wanted):
+            time.sleep(2)
+        wanted = left
 
 
 def recalls(study: Study) -> list[dict[str, Any]]:
@@ -312,95 +314,18 @@ def recalls(study: Study) -> list[dict[str, Any]]:
             segmenter = lexiseg.load(str(folder / "model"), device="cpu")
             steps = segmenter.model.metadata.get("steps")
             for world in ("picture-world", "picture-world-2"):
-                scenes = replace(study, world=world).dataset
+                scenes = replace(study, world=world).dataset()
                 report = evaluate_proposals(segmenter, scenes, limit=study.scenes).to_dict()
                 found.append({"proposals": system, "world": world, "steps": steps, **report})
     return found
 
 
-def collect(runs: Path) -> dict[str, Any]:
-    """The rows of all claims: those that were measured, and the others as undecided."""
-    path = runs / "claims.json"
-    measured = json.loads(path.read_text("utf-8")) if path.is_file() else {}
-    rows = [{**stated(claim), **measured.get(claim.claim, {})} for claim in claims()]
-    recall = runs / "recall.json"
-    return {"rows": rows, "proposals": json.loads(recall.read_text("utf-8")) if recall.is_file() else []}
-
-
-def table(titles: str, rows: list[list[str]]) -> list[str]:
-    """A table's lines, with titles as ``one | two``."""
-    cells = [titles, "|".join("---" for _ in titles.split("|")), *(" | ".join(row) for row in rows)]
-    return ["", *(f"| {line} |" for line in cells)]
-
-
-def page(results: dict[str, Any]) -> str:
-    """The page of the claims."""
-    lines, said = HEAD.splitlines(), {claim.claim: claim for claim in claims()}
-    measured = [row for row in results["rows"] if row["seeds"]]
-    for verdict in ("holds", "does not hold", "undecided"):
-        rows = []
-        for row in (row for row in measured if row["verdict"] == verdict):
-            claim, metric = said[row["claim"]], row["metric"]
-            sides = [f"{row['values'][side][metric]:.1f}" for side in ("system", "baseline")]
-            interval = f"{row['difference']:+.1f} ({row['low']:+.1f} to {row['high']:+.1f})"
-            place = f"{row['world']}, {row['split']}, {row['scenes']}"
-            rows.append([f"`{claim.claim}`: {claim.says}", claim.paper, METRICS[metric], *sides, interval])
-            rows[-1] += [str(row["seeds"]), place, str(row["steps"])]
-        if rows:
-            titles = "claim | paper | metric | system | baseline | difference (95 %) | seeds | scenes | steps"
-            lines += ["", f"## {verdict.capitalize()}", *table(titles, rows)]
-    if measured:
-        titles = "claim | boundary, seen | boundary, unseen | interior, seen | interior, unseen | unseen taken for seen"
-        rows = [
-            [f"`{row['claim']}`"]
-            + [" / ".join(f"{row['values'][side][name]:.1f}" for side in row["values"]) for name in PLACES]
-            for row in measured
-        ]
-        lines += [
-            "",
-            "## Interior and boundary",
-            "",
-            f"Accuracy of pixels within {BORDER} of a border of the labels and",
-        ]
-        lines += [
-            "of the others, and unseen pixels taken for a seen class, in percent: system / baseline.",
-            *table(titles, rows),
-        ]
-    if results["proposals"]:
-        titles = "proposals | steps | world, val | recall at 0.5: seen | unseen | at 0.3: seen | unseen"
-        rows = [
-            [f"`{row['proposals']}`", str(row["steps"]), row["world"]]
-            + [f"{100 * row['recall'][at][kind]:.1f}" for at in ("0.5", "0.3") for kind in ("seen", "unseen")]
-            for row in results["proposals"]
-        ]
-        lines += ["", "## Proposals", *table(titles, rows)]
-    if (DOCS / "images" / "claims-curves.png").is_file():
-        lines += ["", "## While training", "", "![Metrics over the steps of the trainings](images/claims-curves.png)"]
-    left = [claim for claim, row in zip(claims(), results["rows"], strict=True) if not row["seeds"]]
-    lines += ["", "## Not measured", ""]
-    lines += [f"- `{claim.claim}`: {claim.says} ({claim.paper})." for claim in left if not claim.unseen_here]
-    lines += ["", "## Cannot be seen here", ""]
-    lines += [f"- {claim.says} ({claim.paper}), because {claim.unseen_here}." for claim in left if claim.unseen_here]
-    return "\n".join(lines) + "\n"
-
-
-def write(runs: Path) -> None:
-    """Write what was measured as pages: the rows, the page, and the curves of the runs with the first seed."""
-    results = collect(runs)
-    print("wrote", write_json(DOCS / "results" / "claims.json", results["rows"]))
-    print("wrote", write_json(DOCS / "results" / "proposals.json", results["proposals"]))
-    print("wrote", write_text(DOCS / "claims.md", page(results)))
-    logs = [folder for name in CURVES if (folder := runs / f"one-stage-{name}-0" / "model").is_dir()]
-    if logs:
-        figure = curves_figure([folder.parent for folder in logs])
-        figure.savefig(DOCS / "images" / "claims-curves.png", dpi=80)
-
-
 def keep(row: dict[str, Any], runs: Path) -> None:
     """Put a row into the study's file."""
     path = runs / "claims.json"
-    rows = json.loads(path.read_text("utf-8")) if path.is_file() else {}
-    write_json(path, {**rows, row["claim"]: row})
+    with alone(path, wait=True):
+        rows = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+        write_json(path, {**rows, row["claim"]: row})
 
 
 def main() -> None:
@@ -439,11 +364,7 @@ def main() -> None:
     if said.recall:
         print("wrote", write_json(runs / "recall.json", recalls(study)))
         return
-    for claim in known.values():
-        if (not said.claims or claim.claim in said.claims) and not claim.unseen_here:
-            row = row_of(claim, study, said.seeds)
-            keep(row, runs)
-            print(json.dumps(row), flush=True)
+    measure([known[name] for name in said.claims or known if not known[name].unseen_here], study, said.seeds)
 
 
 if __name__ == "__main__":

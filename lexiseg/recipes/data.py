@@ -58,9 +58,7 @@ class PictureWorldData(Strict):
         world = find_world(self.source)
         if split == "train":
             shown = self.unseen_pictures == "hide"
-            return PictureWorld(
-                "train", world=world, size=self.size, length=self.length, unseen=shown, keep=self.keep
-            )
+            return PictureWorld("train", world=world, size=self.size, length=self.length, unseen=shown, keep=self.keep)
         return PictureWorld("val", world=world, size=self.val_size, length=self.val_length, keep=self.keep)
 
     def vocabulary(self) -> Vocabulary:

@@ -1,0 +1,146 @@
+"""The papers' claims as statements, and the page of what `benchmarks.claims` measured of them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from benchmarks.training_free import BORDER
+from lexiseg.analysis.curves import curves_figure
+from lexiseg.files import write_json, write_text
+
+HERE = Path(__file__).resolve().parent
+DOCS = HERE.parent / "docs"
+METRICS = {"miou": "mIoU", "miou_seen": "mIoU(S)", "miou_unseen": "mIoU(U)", "hiou": "hIoU"}
+PLACES = ("boundary_seen", "boundary_unseen", "interior_seen", "interior_unseen", "unseen_to_seen")
+CURVES = tuple(
+    f"one-stage:{name}" for name in ("zegclip", "finetune", "no-descriptor", "exclusive", "cascade", "spt-seg")
+)
+HEAD = """\
+# The papers' claims
+
+Made by `benchmarks/claims.py`; do not edit by hand. Each row trains two systems with the same seeds, on the recipes
+`one-stage-picture-world` and `decoupled-picture-world`, which start and train as the papers do, and judges them on the
+same scenes of a drawn world: it says whether a phenomenon shows here, and nothing about photographs. The interval is of
+95 %, from 2,000 draws of seeds and scenes in pairs. A claim about something that is trained needs two seeds and the
+recipes' full steps to be decided; one that trains nothing has no seeds, and its interval is of the scenes alone. Rows
+are in `results/claims.json`, those of the proposals in `results/proposals.json`.
+
+```bash
+python -m benchmarks.claims --list
+make reproduce CLAIM=nga                          # one claim at a small size, in minutes: does it run, not does it hold
+python -m benchmarks.claims nga --runs runs/claims --split test   # in full, five seeds; may be stopped
+```
+
+The CLIP is `clip-world2`, which learnt whole pictures and captions alone and has poor patches
+([its gates](results/gates.json)), so that all values are low. "Scenes" of a row are spread evenly over its split.
+"""
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What a paper says, as a comparison that can be made here; see ``claims.yaml``."""
+
+    claim: str
+    paper: str
+    says: str
+    system: str = ""
+    baseline: str = ""
+    metric: str = ""
+    masks: str = "proposals"
+    world: str = ""
+    unseen_here: str = ""
+
+
+def claims() -> list[Claim]:
+    """All of them, in the order in which they are to be decided."""
+    return [Claim(**entry) for entry in yaml.safe_load((HERE / "claims.yaml").read_text("utf-8"))["claims"]]
+
+
+def stated(claim: Claim) -> dict[str, Any]:
+    """What a row says before anything is measured."""
+    empty = {"difference": None, "low": None, "high": None, "seeds": 0, "verdict": "undecided"}
+    said = {key: getattr(claim, key) for key in ("claim", "paper", "system", "baseline", "metric", "masks")}
+    return {**said, **empty}
+
+
+def collect(runs: Path) -> dict[str, Any]:
+    """The rows of all claims: those that were measured, and the others as undecided."""
+    path = runs / "claims.json"
+    measured = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    rows = [{**stated(claim), **measured.get(claim.claim, {})} for claim in claims()]
+    recall = runs / "recall.json"
+    return {"rows": rows, "proposals": json.loads(recall.read_text("utf-8")) if recall.is_file() else []}
+
+
+def table(titles: str, rows: list[list[str]]) -> list[str]:
+    """A table's lines, with titles as ``one | two``."""
+    cells = [titles, "|".join("---" for _ in titles.split("|")), *(" | ".join(row) for row in rows)]
+    return ["", *(f"| {line} |" for line in cells)]
+
+
+def page(results: dict[str, Any]) -> str:
+    """The page of the claims."""
+    lines, said = HEAD.splitlines(), {claim.claim: claim for claim in claims()}
+    measured = [row for row in results["rows"] if row["seeds"]]
+    for verdict in ("holds", "does not hold", "undecided"):
+        rows = []
+        for row in (row for row in measured if row["verdict"] == verdict):
+            claim, metric = said[row["claim"]], row["metric"]
+            sides = [f"{row['values'][side][metric]:.1f}" for side in ("system", "baseline")]
+            interval = f"{row['difference']:+.1f} ({row['low']:+.1f} to {row['high']:+.1f})"
+            place = f"{row['world']}, {row['split']}, {row['scenes']}"
+            rows.append([f"`{claim.claim}`: {claim.says}", claim.paper, METRICS[metric], *sides, interval])
+            rows[-1] += [str(row["seeds"]), place, str(row["steps"])]
+        if rows:
+            titles = "claim | paper | metric | system | baseline | difference (95 %) | seeds | scenes | steps"
+            lines += ["", f"## {verdict.capitalize()}", *table(titles, rows)]
+    if measured:
+        titles = "claim | boundary, seen | boundary, unseen | interior, seen | interior, unseen | unseen taken for seen"
+        rows = [
+            [f"`{row['claim']}`"]
+            + [" / ".join(f"{row['values'][side][name]:.1f}" for side in row["values"]) for name in PLACES]
+            for row in measured
+        ]
+        lines += [
+            "",
+            "## Interior and boundary",
+            "",
+            f"Accuracy of pixels within {BORDER} of a border of the labels and",
+        ]
+        lines += [
+            "of the others, and unseen pixels taken for a seen class, in percent: system / baseline.",
+            *table(titles, rows),
+        ]
+    if results["proposals"]:
+        titles = "proposals | steps | world, val | recall at 0.5: seen | unseen | at 0.3: seen | unseen"
+        rows = [
+            [f"`{row['proposals']}`", str(row["steps"]), row["world"]]
+            + [f"{100 * row['recall'][at][kind]:.1f}" for at in ("0.5", "0.3") for kind in ("seen", "unseen")]
+            for row in results["proposals"]
+        ]
+        lines += ["", "## Proposals", *table(titles, rows)]
+    if (DOCS / "images" / "claims-curves.png").is_file():
+        lines += ["", "## While training", "", "![Metrics over the steps of the trainings](images/claims-curves.png)"]
+    left = [claim for claim, row in zip(claims(), results["rows"], strict=True) if not row["seeds"]]
+    lines += ["", "## Not measured", ""]
+    lines += [f"- `{claim.claim}`: {claim.says} ({claim.paper})." for claim in left if not claim.unseen_here]
+    lines += ["", "## Cannot be seen here", ""]
+    lines += [f"- {claim.says} ({claim.paper}), because {claim.unseen_here}." for claim in left if claim.unseen_here]
+    return "\n".join(lines) + "\n"
+
+
+def write(runs: Path) -> None:
+    """Write what was measured as pages: the rows, the page, and the curves of the runs with the first seed."""
+    results = collect(runs)
+    print("wrote", write_json(DOCS / "results" / "claims.json", results["rows"]))
+    print("wrote", write_json(DOCS / "results" / "proposals.json", results["proposals"]))
+    print("wrote", write_text(DOCS / "claims.md", page(results)))
+    logs = [folder for name in CURVES if (folder := runs / f"{name.replace(':', '-')}-0" / "model").is_dir()]
+    if logs:
+        figure = curves_figure([folder.parent for folder in logs])
+        figure.savefig(DOCS / "images" / "claims-curves.png", dpi=80)

@@ -66,7 +66,7 @@ class Field(ABC):
     def interval(self, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
         """Lower and upper bounds (num_words, n, m) for every pair of a row range (2, n) and a column range (2, m).
 
-        A range is its first and its last index; they ascend.
+        A range is its first and its last index; they ascend. Bounds are equal only where all values are.
         """
 
     @abstractmethod
@@ -218,7 +218,10 @@ class Squashed(Field):
 
     def interval(self, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
         low, high = self.child.interval(rows, columns)
-        return self._apply(low, slice(None)), self._apply(high, slice(None))
+        constant = low == high
+        low, high = self._apply(low, slice(None)), self._apply(high, slice(None))
+        # Where the sigmoid is flat, its last bit may differ between two values that give equal bounds.
+        return low, torch.where(constant, high, high.nextafter(torch.full_like(high[:1], torch.inf)))
 
     def extremes(self, words: Tensor, tiles: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
         low, high = self.child.extremes(words, tiles, rows, columns)

@@ -86,8 +86,13 @@ class _Candidates:
 def prune(field: Field, rows: Tensor, columns: Tensor, margin: float, writer: Writer) -> bool:
     """Decide the pixels of the tiles ``rows`` (2, n) x ``columns`` (2, m), inclusive; False if it does not pay."""
     lower, upper = field.interval(rows, columns)
-    keep = (upper >= lower.amax(0) - margin).flatten(1)
-    del lower, upper
+    largest = lower.amax(0)
+    keep = upper >= largest - margin
+    # Words that have the same value all over a tile tie there, and the first one wins.
+    tied = (lower == largest) & (upper == largest)
+    keep &= ~tied | (tied.byte().argmax(0) == torch.arange(len(tied), device=tied.device)[:, None, None])
+    keep = keep.flatten(1)
+    del lower, upper, tied
     tiles, words = keep.t().contiguous().nonzero().unbind(1)
     if len(words) > max(_MOST_KEPT * keep.numel(), 2 * keep.shape[1]):
         return False

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lexiseg.clip.tower import unit
 from lexiseg.data.picture_world import PictureWorld
 from lexiseg.models import CascadeCLIP, DenseCLIP, SecondLook, ZegCLIP
 from lexiseg.models.base import ImageFeatures
 from lexiseg.models.decoupled import DecoupledModel
-from lexiseg.models.mask_decoder import unit
 from lexiseg.regions.mask_attention import region_embeddings
 from lexiseg.scores import GridScores, Scores
 from lexiseg.segmenter import Segmenter

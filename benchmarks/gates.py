@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.timing import machine
-from lexiseg.clip.blocks import Attention, block_attention, run_block, token_values
 from lexiseg.clip.embeddings import image_embeddings
 from lexiseg.clip.load import load_clip
 from lexiseg.clip.model import CLIP
+from lexiseg.clip.tower import Attention, block_attention, run_block, token_values
 from lexiseg.data.picture_world import PictureWorld, World, find_world
 from lexiseg.files import write_json
 from lexiseg.regions.crops import CropOptions, tight_crops

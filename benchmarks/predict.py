@@ -19,6 +19,7 @@ import torch
 
 from benchmarks.cost.one_stage import CAT_SEG
 from benchmarks.measure import VIT_B_16, alternate, parser, report, set_up, summary
+from benchmarks.prompt_rows import prompts_as_rows
 from lexiseg.clip.model import build_clip
 from lexiseg.errors import LexisegError
 from lexiseg.models import SYSTEMS
@@ -63,9 +64,9 @@ def main() -> None:
     def tower() -> None:
         model.finish(model.run_tower(images))
 
-    @torch.inference_mode()
     def tower_with_rows() -> None:
-        model.finish(model.run_tower(images, keep_rows=True))
+        with prompts_as_rows(model):
+            tower()
 
     candidates = {TOWER: tower, "tower, prompts as rows": tower_with_rows}
     candidates["predict"] = partial(segmenter.predict, picture, classes)

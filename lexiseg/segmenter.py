@@ -192,7 +192,7 @@ class Segmenter(Predictor):
         with self._evaluating():
             for features, count in held:
                 scores = self.model.score(
-                    features, words.text, word_to_class=words.word_to_class, seen_words=words.seen_words
+                    features, words.text, word_to_class=words.word_to_class, seen=words.seen_words
                 )
                 picture.parts.extend(scores[index] for index in range(count))
         return self._decode(picture, words, policy)
@@ -218,7 +218,7 @@ class Segmenter(Predictor):
         try:
             with self._evaluating():
                 scores = self._forward(
-                    self._crops(batch), words.text, word_to_class=words.word_to_class, seen_words=words.seen_words
+                    self._crops(batch), words.text, word_to_class=words.word_to_class, seen=words.seen_words
                 )
         except torch.OutOfMemoryError as error:
             raise LexisegError(

@@ -68,7 +68,7 @@ class SystemTester:
     def test_any_number_of_classes(self, model: SegmentationModel, count: int) -> None:
         text = unit_rows(count, DIM)
         with torch.no_grad():
-            scores = model(self.images(count=1), text, seen_words=torch.arange(count) % 3 == 0)
+            scores = model(self.images(count=1), text, seen=torch.arange(count) % 3 == 0)
         labels = scores.label_map((21, 30))
         assert labels.shape == (1, 21, 30)
         assert 0 <= int(labels.min()) <= int(labels.max()) < count
@@ -77,7 +77,7 @@ class SystemTester:
         text = unit_rows(37, DIM)
         text[11] = text[4]  # a tie everywhere
         with torch.no_grad():
-            scores = model(self.images(), text, seen_words=torch.arange(37) < 12)
+            scores = model(self.images(), text, seen=torch.arange(37) < 12)
         for size in [(40, 48), (97, 31), (3, 200)]:
             dense = scores.dense(size)
             assert torch.equal(scores.label_map(size), dense.argmax(dim=1))

@@ -54,7 +54,7 @@ def test_a_compiled_model_is_compiled_for_any_number_of_windows_and_words(monkey
     width = model.clip.embed_dim
     for windows, words in ((4, 6), (2, 6), (5, 3), (3, 40), (1, 40), (1, 5), (4, 7)):
         images, text = torch.randn(windows, 3, 64, 64), torch.nn.functional.normalize(torch.randn(words, width), dim=-1)
-        scores = [run(images, text, word_to_class=None, seen_words=None) for run in (compiled, model)]
+        scores = [run(images, text, word_to_class=None, seen=None) for run in (compiled, model)]
         assert torch.allclose(scores[0].logits, scores[1].logits, atol=1e-5)
     # One for several windows, one for a single one; and none of them is broken into pieces.
     assert counters["stats"]["unique_graphs"] == 2 and not counters["graph_break"]

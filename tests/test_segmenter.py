@@ -68,14 +68,9 @@ class Patchwork(SegmentationModel):
         return ImageFeatures(size, {"pooled": torch.einsum("bchw,cd->bdhw", pooled, self.mix)})
 
     def score(
-        self,
-        features: ImageFeatures,
-        text: Tensor,
-        *,
-        word_to_class: Tensor | None = None,
-        seen_words: Tensor | None = None,
+        self, features: ImageFeatures, text: Tensor, *, word_to_class: Tensor | None = None, seen: Tensor | None = None
     ) -> GridScores:
-        self.last_seen_words = seen_words
+        self.last_seen_words = seen
         logits = torch.einsum("bdyx,wd->bwyx", features.values["pooled"], text)
         return GridScores(logits, word_to_class=word_to_class)
 

@@ -12,8 +12,8 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor
 
-from lexiseg.clip.blocks import block_attention, run_block
 from lexiseg.clip.model import CLIP, build_clip
+from lexiseg.clip.tower import block_attention, run_block
 from lexiseg.models import SegmentationModel
 
 Model = TypeVar("Model", bound=SegmentationModel)

@@ -9,6 +9,7 @@ import torch
 
 from benchmarks.cost.case import CLASSES, SIDE, VIT_L_14_336, CostCase, Published, Step, shapes_of, shared_clip
 from benchmarks.cost.counting import FVCORE_NORM, count, fvcore_resize
+from benchmarks.prompt_rows import prompts_as_rows
 from lexiseg.clip.model import build_clip
 from lexiseg.models import (
     CascadeCLIP,
@@ -281,7 +282,8 @@ def prompt_steps(model: SegmentationModel, *, levels: int = 0, keys_in_queries: 
     images, text = torch.empty(1, 3, SIDE, SIDE, device="meta"), torch.empty(CLASSES, dim, device="meta")
     ours = count(lambda: shape(images, text))
     lean = count(lambda: shape.run_tower(images))
-    rows = count(lambda: shape.run_tower(images, keep_rows=True))
+    with prompts_as_rows(shape):
+        rows = count(lambda: shape.run_tower(images))
     # Two norms over the prompts behind the last block, and two over class token and prompts of each level.
     norms = ours.norms + rows.norms - lean.norms + FVCORE_NORM * width * (2 * prompts + 2 * levels * (1 + prompts))
     steps = [

@@ -19,7 +19,8 @@ from lexiseg.devices import EvaluationMode
 from lexiseg.errors import LexisegError
 from lexiseg.images import image_name, read_image
 from lexiseg.models import CascadeCLIP, SegmentationModel
-from lexiseg.models.cascade_clip import WeightedSum, format_groups
+from lexiseg.models.cascade_clip import WeightedSum
+from lexiseg.models.options import format_groups
 from lexiseg.segmenter import Segmenter
 from lexiseg.vocabulary import VocabularySource
 

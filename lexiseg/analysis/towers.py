@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lexiseg.clip.image import ImageTokens, ImageTower
+from lexiseg.clip.tower import ImageTokens, ImageTower
 from lexiseg.models import SegmentationModel
 from lexiseg.models.decoupled import DecoupledModel
 from lexiseg.models.region_base import RegionModel

@@ -5,10 +5,9 @@ from __future__ import annotations
 from open_clip.modified_resnet import ModifiedResNet
 from torch import Tensor, nn
 
-from lexiseg.clip.blocks import run_block
-from lexiseg.clip.image import ImageTower
 from lexiseg.clip.positions import Interpolation
 from lexiseg.clip.resnet import attention_pool, resnet_features
+from lexiseg.clip.tower import ImageTower, run_block
 
 
 def image_embeddings(

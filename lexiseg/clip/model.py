@@ -19,10 +19,9 @@ from open_clip.transformer import ResidualAttentionBlock, TextTransformer
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lexiseg.clip.blocks import block_attention, run_block
-from lexiseg.clip.image import ImageTower
 from lexiseg.clip.patch_tower import OpenCLIPTower, PatchTower
 from lexiseg.clip.resnet import RESNET_STRIDE
+from lexiseg.clip.tower import ImageTower, block_attention, run_block
 from lexiseg.errors import LexisegError
 from lexiseg.files import atomic_write, make_folder, write_json
 from lexiseg.words import describe, shorten

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lexiseg.clip.image import ImageTower
 from lexiseg.clip.positions import Interpolation, resize_positions
+from lexiseg.clip.tower import ImageTower
 from lexiseg.errors import LexisegError
 
 Module = Callable[[Tensor], Tensor]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lexiseg.clip.blocks import Attention, block_attention, token_values
+from lexiseg.clip.tower import Attention, block_attention, token_values
 from lexiseg.errors import LexisegError
 
 SeveranceKind = Literal["gps", "mps", "mps-sum", "released"]
@@ -64,7 +64,7 @@ class Severance:
         return (affinity.softmax(dim=-1) if self.kind == "mps" else affinity) @ value
 
     def attention(self, region_masks: Tensor | None = None) -> Attention:
-        """Make what mixes the tokens of a severed block, see `lexiseg.clip.blocks.run_block`."""
+        """Make what mixes the tokens of a severed block, see `lexiseg.clip.tower.run_block`."""
 
         def mix(attention: nn.MultiheadAttention, x: Tensor, context: Tensor | None) -> Tensor:
             value = token_values(attention, x)

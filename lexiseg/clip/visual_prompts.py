@@ -8,8 +8,8 @@ from collections.abc import Collection, Sequence
 import torch
 from torch import Tensor, nn
 
-from lexiseg.clip.image import BeforeBlock
 from lexiseg.clip.positions import resize_positions
+from lexiseg.clip.tower import BeforeBlock
 from lexiseg.errors import LexisegError
 
 

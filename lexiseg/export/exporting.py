@@ -157,7 +157,7 @@ def _describe(segmenter: Segmenter, kind: str, sizes: Sequence[int], precision: 
         text = torch.eye(2, model.clip.embed_dim, device=model.device)
         if options.get("templates", 1) != 1:
             text = text[:, None].expand(-1, options["templates"], -1)
-        scores = model(torch.zeros(1, 3, side, side), text, seen_words=torch.ones(2, dtype=torch.bool))
+        scores = model(torch.zeros(1, 3, side, side), text, seen=torch.ones(2, dtype=torch.bool))
     if not isinstance(scores, GridScores):
         raise LexisegError(f"{model.system} does not score a grid of patches, so it cannot be exported.")
     decode = {

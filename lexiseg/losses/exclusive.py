@@ -18,7 +18,6 @@ from lexiseg.losses.reduction import mean_count
 def exclusive_losses(
     logits: Tensor,
     labels: Tensor,
-    *,
     entropy_weight: float = 1.0,
     dice_weight: float = 0.0,
     weights: Tensor | None = None,

@@ -57,12 +57,12 @@ def check_labels(labels: Tensor, num_classes: int) -> None:
 def mask_losses(
     logits: Tensor,
     labels: Tensor,
-    *,
     focal_weight: float = 100.0,
     dice_weight: float = 1.0,
+    weights: Tensor | None = None,
+    *,
     alpha: float = 0.25,
     num_masks: float | None = None,
-    weights: Tensor | None = None,
 ) -> MaskLosses:
     """Focal and dice loss of class masks (ZegCLIP, Sec. 3.2 and its released code).
 

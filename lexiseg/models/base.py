@@ -245,12 +245,7 @@ class SegmentationModel(nn.Module, ABC):
 
     @abstractmethod
     def score(
-        self,
-        features: ImageFeatures,
-        text: Tensor,
-        *,
-        word_to_class: Tensor | None = None,
-        seen_words: Tensor | None = None,
+        self, features: ImageFeatures, text: Tensor, *, word_to_class: Tensor | None = None, seen: Tensor | None = None
     ) -> Scores:
         """Score words against images.
 
@@ -258,7 +253,7 @@ class SegmentationModel(nn.Module, ABC):
             features: from `encode_images`.
             text: (W, D) unit vectors, one a word.
             word_to_class: (W,) class of each word, non-decreasing; None = each word is a class.
-            seen_words: (W,) bool, True for words that had masks in training; None = unknown, treated as not seen.
+            seen: (W,) bool, True for words that had masks in training; None = unknown, treated as not seen.
         """
 
     def score_grid(self, features: ImageFeatures, text: Tensor) -> Tensor:
@@ -279,15 +274,10 @@ class SegmentationModel(nn.Module, ABC):
         return True
 
     def forward(
-        self,
-        images: Tensor,
-        text: Tensor,
-        *,
-        word_to_class: Tensor | None = None,
-        seen_words: Tensor | None = None,
+        self, images: Tensor, text: Tensor, *, word_to_class: Tensor | None = None, seen: Tensor | None = None
     ) -> Scores:
         """`encode_images`, then `score`; the arguments are theirs."""
-        return self.score(self.encode_images(images), text, word_to_class=word_to_class, seen_words=seen_words)
+        return self.score(self.encode_images(images), text, word_to_class=word_to_class, seen=seen)
 
     def losses(self, images: Tensor, labels: Tensor, text: Tensor, *, seen: Tensor | None = None) -> dict[str, Tensor]:
         """Training losses.

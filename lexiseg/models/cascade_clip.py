@@ -13,75 +13,26 @@ decoder on fused layers: "{6-12}" with "concat", as in SegFormer, which the pape
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable
-from itertools import pairwise
+from itertools import count
 from typing import Annotated, Any, ClassVar, Literal, cast
 
 import torch
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from lexiseg.checking import check
-from lexiseg.clip.image import ImageTokens
 from lexiseg.clip.model import CLIP
+from lexiseg.clip.tower import ImageTokens, unit
 from lexiseg.errors import LexisegError
 from lexiseg.models.base import ImageFeatures
 from lexiseg.models.clip_similarity import patch_directions
-from lexiseg.models.mask_decoder import MaskDecoder, unit
-from lexiseg.models.options import Count, ModelOptions
+from lexiseg.models.one_stage import MaskDecoder
+from lexiseg.models.options import BlockGroups, Count, ModelOptions, parse_groups
 from lexiseg.models.zegclip import Head, ZegCLIP, ZegCLIPOptions
 
-Groups = tuple[tuple[int, ...], ...]
 Aggregation = Literal["nga", "nga-fixed", "nga-printed", "sum", "trainable-sum", "concat", "self-attention"]
 LevelProjection = Literal["released", "clip", "trained"]
 _FIXED = ("nga-fixed", "sum")  # sums whose weights do not train
-_SPECTRAL = ("filter_blocks", "filter_grid", "train_filter")
-
-
-def parse_groups(text: str | Iterable[Iterable[int]]) -> Groups:
-    """Read groups of blocks, counted from 1: ``"{6-8},{9-11},{12}"``, ``"{6,8,11}"``, or lists of numbers.
-
-    Raises:
-        ValueError: it is not of that form, a group is empty, or the blocks of a group do not rise.
-    """
-    if isinstance(text, str):
-        if not re.fullmatch(r"\s*(\{[\d\s,-]*\}\s*)(,\s*\{[\d\s,-]*\}\s*)*", text):
-            raise ValueError(f"'{text}' names no groups of blocks; write them like {{6-8}},{{9-11}},{{12}}")
-        groups = [_parse_group(part) for part in re.findall(r"\{([^}]*)\}", text)]
-    else:
-        groups = [tuple(int(block) for block in group) for group in text]
-    if not groups:
-        raise ValueError("there is not a group of blocks; write them like {6-8},{9-11},{12}")
-    for group in groups:
-        if not group or group[0] < 1 or any(b <= a for a, b in pairwise(group)):
-            raise ValueError(f"the group {list(group)} must hold rising block numbers, counted from 1")
-    return tuple(groups)
-
-
-def _parse_group(text: str) -> tuple[int, ...]:
-    blocks: list[int] = []
-    for part in text.split(","):
-        span = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
-        if span is None:
-            raise ValueError(f"'{{{text}}}' is not a group of blocks; write it like {{6-8}} or {{6,7,8}}")
-        first, last = int(span[1]), int(span[2] or span[1])
-        if last - first >= 1000:
-            raise ValueError(f"'{{{text}}}' has more blocks than any tower")
-        blocks += range(first, last + 1) if first <= last else [first, last]  # a falling span is refused later
-    return tuple(blocks)
-
-
-def format_groups(groups: Groups) -> str:
-    """Write groups as `parse_groups` reads them, with spans where blocks follow each other."""
-
-    def write(group: tuple[int, ...]) -> str:
-        if len(group) > 1 and group[-1] - group[0] == len(group) - 1:
-            return f"{{{group[0]}-{group[-1]}}}"
-        return "{" + ",".join(str(block) for block in group) + "}"
-
-    return ",".join(write(group) for group in groups)
 
 
 class CascadeCLIPOptions(ZegCLIPOptions):
@@ -108,25 +59,13 @@ class CascadeCLIPOptions(ZegCLIPOptions):
     }
 
     base: Literal["zegclip", "spt-seg"] = "zegclip"
-    groups: str = "{6-8},{9-11},{12}"
+    groups: BlockGroups = "{6-8},{9-11},{12}"
     aggregation: Aggregation | tuple[Aggregation, ...] = "nga"
     aggregate: Literal["projected", "raw"] = "projected"
     sigma: Annotated[float, Field(gt=0)] = 1.0
     text_projection: Literal["independent", "shared"] = "independent"
     level_projection: LevelProjection = "released"
     predict_with: tuple[Count, ...] | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _drop_spectral(cls, given: Any) -> Any:
-        # Models of the first release name SPT-SEG's options whatever their base is.
-        spare = isinstance(given, dict) and given.get("base", "zegclip") == "zegclip"
-        return {key: value for key, value in given.items() if key not in _SPECTRAL} if spare else given
-
-    @field_validator("groups", mode="before")
-    @classmethod
-    def _write_groups(cls, value: Any) -> Any:
-        return format_groups(parse_groups(value)) if isinstance(value, str | list | tuple) else value
 
     @model_validator(mode="after")
     def _count_groups(self) -> CascadeCLIPOptions:
@@ -140,7 +79,7 @@ class CascadeCLIPOptions(ZegCLIPOptions):
         return self
 
     @property
-    def blocks(self) -> Groups:
+    def blocks(self) -> tuple[tuple[int, ...], ...]:
         """The groups as tuples of block numbers, counted from 1."""
         return parse_groups(self.groups)
 
@@ -216,17 +155,13 @@ class LevelAttention(nn.Module):
 
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
-        self.num_heads = num_heads
-        self.inputs, self.out = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+        self.attention = nn.MultiheadAttention(dim, num_heads, batch_first=True)
 
     def forward(self, levels: list[Tensor]) -> Tensor:
         """Join levels (B, N, D) into one (B, N, D)."""
-        x = torch.stack(levels, dim=2)
-        batch, count, depth, dim = x.shape
-        parts = self.inputs(x).reshape(batch * count, depth, 3, self.num_heads, dim // self.num_heads)
-        query, key, value = parts.permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).reshape(x.shape)
-        return (x + self.out(mixed)).sum(dim=2)
+        x = torch.stack(levels, dim=2).flatten(0, 1)
+        mixed = x + self.attention(x, x, x, need_weights=False)[0]
+        return mixed.sum(dim=1).unflatten(0, levels[0].shape[:2])
 
 
 def build_aggregation(kind: Aggregation, count: int, dim: int, *, sigma: float, num_heads: int) -> nn.Module:
@@ -252,8 +187,7 @@ class CascadeCLIP(ZegCLIP):
     options_class: ClassVar[type[ModelOptions]] = CascadeCLIPOptions
     options: CascadeCLIPOptions
 
-    bases: ClassVar[dict[str, type[CascadeCLIP]]] = {}
-    """Cascades that stand on another system than ZegCLIP, by the option ``base``."""
+    bases: ClassVar[dict[str, type[CascadeCLIP]]] = {}  # those on another system than ZegCLIP, by the option ``base``
 
     @classmethod
     def parse_options(cls, options: dict[str, Any]) -> ModelOptions:
@@ -275,11 +209,10 @@ class CascadeCLIP(ZegCLIP):
                 f"The groups {options.groups} name block {beyond}, but the image tower has {self.last} blocks; set "
                 "groups to blocks it has."
             )
-        raw = options.aggregate == "raw"
+        raw, visual = options.aggregate == "raw", clip.visual
         self.level_blocks = tuple(sorted({block - 1 for group in options.blocks for block in group} - {self.last - 1}))
-        self.joined_groups = tuple(i for i, group in enumerate(options.blocks) if group != (self.last,))
-        count = len(self.joined_groups if raw else self.level_blocks)
-        width, visual = clip.image_tower.width if raw else clip.embed_dim, clip.visual
+        joined_groups = [group for group in options.blocks if group != (self.last,)]
+        count, width = (len(joined_groups), clip.image_tower.width) if raw else (len(self.level_blocks), clip.embed_dim)
         self.levels: LevelProjections | None = None
         if count:
             self.levels = LevelProjections(count, visual.ln_post, visual.proj, options.level_projection)
@@ -287,43 +220,24 @@ class CascadeCLIP(ZegCLIP):
             build_aggregation(kind, len(group), width, sigma=options.sigma, num_heads=options.decoder_heads)
             for kind, group in zip(options.aggregations, options.blocks, strict=True)
         )
+        self.frozen += () if options.level_projection == "trained" else ("levels.",)
+        self.frozen += tuple(f"aggregations.{i}." for i, kind in enumerate(options.aggregations) if kind in _FIXED)
         projections = 1 if options.text_projection == "shared" else len(options.blocks)
         self.query_projs = nn.ModuleList(self.build_query_proj() for _ in range(projections))
         self.decoders = nn.ModuleList(self.build_decoder() for _ in options.blocks)
 
     def init_from_clip_similarity(self) -> None:
         """Let the deepest group start from CLIP's own comparison of patches and words, and the others from zero."""
-        loud, basis = self._deepest(), patch_directions(self.clip.visual.proj)
+        options, groups, basis = self.options, self.options.blocks, patch_directions(self.clip.visual.proj)
+        loud = max(range(len(groups)), key=lambda i: (groups[i][-1], -len(groups[i]), i))
+        random = options.level_projection == "released" and groups[loud][-1] != self.last
+        if random or (len(groups[loud]) > 1 and options.aggregations[loud] in ("concat", "self-attention")):
+            raise LexisegError(
+                f"init 'clip-similarity' compares patches with words, which the groups {options.groups} do not let the "
+                "deepest one do; put the last block in a group of its own."
+            )
         for index, head in enumerate(self.heads()):
-            self.init_decoder(*head, basis, silent=index != loud)
-
-    def _deepest(self) -> int:
-        """The deepest group, and the last of those, if CLIP's comparison makes sense there."""
-        options, groups = self.options, self.options.blocks
-        index = max(range(len(groups)), key=lambda i: (groups[i][-1], -len(groups[i]), i))
-        if groups[index][-1] != self.last and options.level_projection == "released":
-            raise LexisegError(
-                f"init 'clip-similarity' compares patches with words, but no group of {options.groups} has the last "
-                "block and the projections of the others are random; set level_projection to 'clip'."
-            )
-        if options.aggregations[index] in ("concat", "self-attention") and len(groups[index]) > 1:
-            raise LexisegError(
-                f"init 'clip-similarity' compares patches with words, which the aggregation "
-                f"'{options.aggregations[index]}' of the deepest group changes; put the last block in a group of its "
-                "own."
-            )
-        return index
-
-    def frozen_names(self) -> tuple[str, ...]:
-        """The level projections unless they train, and the weights of fixed sums."""
-        levels = () if self.options.level_projection == "trained" else ("levels.",)
-        fixed = (f"aggregations.{i}." for i, kind in enumerate(self.options.aggregations) if kind in _FIXED)
-        return (*super().frozen_names(), *levels, *fixed)
-
-    def level_patches(self, result: ImageTokens, block: int) -> Tensor:
-        """The patches (B, N, W) that a block (0-based) left."""
-        tokens = result.tokens if block == self.last - 1 else result.levels[block]
-        return tokens[:, -result.num_patches :]
+            self.init_decoder(head.decoder, head.query_proj, basis, silent=index != loud)
 
     def project_level(self, index: int, patches: Tensor) -> Tensor:
         """Unit vectors (B, N, D) of patches (B, N, W), by the prompts' norm, then the norm and projection ``index``."""
@@ -332,41 +246,31 @@ class CascadeCLIP(ZegCLIP):
         return projected
 
     def level_features(self, result: ImageTokens) -> dict[int, Tensor]:
-        """Unit vectors (B, N, D) of the patches that each of the `level_blocks` left, where those are joined."""
+        """Unit vectors (B, N, D) of the patches that each of the `level_blocks` left."""
         return {
-            block: self.project_level(index, self.level_patches(result, block))
+            block: self.project_level(index, result.levels[block][:, -result.num_patches :])
             for index, block in enumerate(self.level_blocks)
         }
 
     def encode_images(self, images: Tensor) -> ImageFeatures:
         """Run the image tower and join each group; see `SegmentationModel.encode_images`."""
-        result = self.run_tower(self.fit_to_patches(images), levels=self.level_blocks)
+        result = self.run_tower(self.fit_to_patches(images), levels=(*self.level_blocks, self.last - 1))
         cls, final = self.finish(result)
-        raw = self.options.aggregate == "raw"
-        features = {} if raw else self.level_features(result)
-        values = {"cls": cls}
+        values, raw, projections = {"cls": cls}, self.options.aggregate == "raw", count()
+        features = {block: tokens[:, -result.num_patches :] for block, tokens in result.levels.items()}
+        if not raw:
+            features = {**self.level_features(result), self.last - 1: final}
         for index, (join, group) in enumerate(zip(self.aggregations, self.options.blocks, strict=True)):
-            if raw:
-                levels = [self.level_patches(result, block - 1) for block in group]
-            else:
-                levels = [final if block == self.last else features[block - 1] for block in group]
+            levels = [features[block - 1] for block in group]
             joined = levels[0] if len(levels) == 1 else join(levels)
             if raw:
-                own = index in self.joined_groups
-                joined = self.project_level(self.joined_groups.index(index), joined) if own else final
+                joined = final if group == (self.last,) else self.project_level(next(projections), joined)
             values[f"group_{index}"] = joined.unflatten(1, result.grid)
         return ImageFeatures((images.shape[-2], images.shape[-1]), values)
 
-    def summed(self) -> list[int]:
-        """The decoders that are summed, counted from 0: in training all of them."""
-        chosen = None if self.training else self.options.predict_with
-        return list(range(len(self.decoders))) if chosen is None else [number - 1 for number in chosen]
-
     def heads(self) -> list[Head]:
-        """One decoder a group, of those that are `summed`."""
-        projs = list(self.query_projs) * (len(self.decoders) if len(self.query_projs) == 1 else 1)
-        return [Head(cast(MaskDecoder, self.decoders[i]), cast(nn.Linear, projs[i])) for i in self.summed()]
-
-    def memories(self, features: ImageFeatures) -> list[Tensor]:
-        """Each decoder sees its group."""
-        return [features.values[f"group_{index}"] for index in self.summed()]
+        """One decoder a group: in training all of them, at prediction those of ``predict_with``."""
+        numbers = (not self.training and self.options.predict_with) or range(1, len(self.decoders) + 1)
+        projs = cast(list[nn.Linear], list(self.query_projs) * len(self.decoders))  # one may serve all
+        decoders = cast(list[MaskDecoder], list(self.decoders))
+        return [Head(decoders[number - 1], projs[number - 1], f"group_{number - 1}") for number in numbers]

@@ -18,9 +18,9 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lexiseg.clip.blocks import token_values
 from lexiseg.clip.model import CLIP
 from lexiseg.clip.text import TextEmbedder
+from lexiseg.clip.tower import token_values
 from lexiseg.errors import LexisegError, LexisegWarning
 from lexiseg.losses.masks import check_labels
 from lexiseg.losses.reduction import reduction_weight
@@ -80,7 +80,7 @@ class CATSegOptions(AggregationOptions):
 class SplitAttention(nn.Module):
     """The weights of an attention with query, key and value projections of their own, so that two can be trained.
 
-    It takes the place of a block's ``nn.MultiheadAttention``; `lexiseg.clip.blocks.block_attention` runs it.
+    It takes the place of a block's ``nn.MultiheadAttention``; `lexiseg.clip.tower.block_attention` runs it.
     """
 
     def __init__(self, attention: nn.MultiheadAttention) -> None:
@@ -257,12 +257,7 @@ class CATSeg(SegmentationModel):
         return torch.cat([run(*part) for part in parts]).float()
 
     def score(
-        self,
-        features: ImageFeatures,
-        text: Tensor,
-        *,
-        word_to_class: Tensor | None = None,
-        seen_words: Tensor | None = None,
+        self, features: ImageFeatures, text: Tensor, *, word_to_class: Tensor | None = None, seen: Tensor | None = None
     ) -> GridScores:
         """Score words against images; see `SegmentationModel.score`. Whether a word was seen makes no difference."""
         limit = self.options.padding

@@ -12,7 +12,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from lexiseg.models.mask_decoder import DecoderLayer, MaskDecoder
+from lexiseg.models.one_stage import DecoderLayer, MaskDecoder
 
 GAIN = 20.0
 OFFSET = 9.0

@@ -19,9 +19,9 @@ from torch.nn import functional as F
 
 from lexiseg.clip.load import shapes_of
 from lexiseg.clip.model import CLIP
+from lexiseg.clip.tower import unit
 from lexiseg.errors import LexisegError
 from lexiseg.models.base import ImageFeatures, SegmentationModel
-from lexiseg.models.mask_decoder import unit
 from lexiseg.models.options import Deviations, ModelOptions, Pixels, Triple, WindowOptions
 from lexiseg.normalisation import IMAGENET_MEAN, IMAGENET_STD, normalise, pixels_of
 from lexiseg.proposals.base import ProposalGenerator, Proposals
@@ -275,12 +275,7 @@ class DecoupledModel(SegmentationModel):
 
     @abstractmethod
     def score(
-        self,
-        features: ImageFeatures,
-        text: Tensor,
-        *,
-        word_to_class: Tensor | None = None,
-        seen_words: Tensor | None = None,
+        self, features: ImageFeatures, text: Tensor, *, word_to_class: Tensor | None = None, seen: Tensor | None = None
     ) -> RegionScores:
         """Score words against images; see `SegmentationModel.score`."""
 

@@ -22,6 +22,7 @@ from lexiseg.clip.model import CLIP
 from lexiseg.clip.patch_tower import PatchTower
 from lexiseg.clip.positions import Interpolation
 from lexiseg.clip.templates import IMAGENET_80
+from lexiseg.clip.tower import unit
 from lexiseg.errors import LexisegError
 from lexiseg.models.base import ImageFeatures, SegmentationModel
 from lexiseg.models.last_block import (
@@ -35,7 +36,6 @@ from lexiseg.models.last_block import (
     proxy_attention,
     self_self,
 )
-from lexiseg.models.mask_decoder import unit
 from lexiseg.models.options import ModelOptions, WindowOptions
 from lexiseg.normalisation import pixels_of
 from lexiseg.refine import pamr
@@ -353,14 +353,9 @@ class DenseCLIP(SegmentationModel):
 
     @torch.no_grad()
     def score(
-        self,
-        features: ImageFeatures,
-        text: Tensor,
-        *,
-        word_to_class: Tensor | None = None,
-        seen_words: Tensor | None = None,
+        self, features: ImageFeatures, text: Tensor, *, word_to_class: Tensor | None = None, seen: Tensor | None = None
     ) -> GridScores:
-        """Score words against images; see `SegmentationModel.score`. ``seen_words`` makes no difference."""
+        """Score words against images; see `SegmentationModel.score`. ``seen`` makes no difference."""
         logits = self.score_grid(features, text)
         height, width = features.size
         if self._pads:

@@ -296,12 +296,7 @@ class DeOP(DecoupledModel):
         return self.options.temperature * (regions.float() @ self.text_rows(text).float().T)
 
     def score(
-        self,
-        features: ImageFeatures,
-        text: Tensor,
-        *,
-        word_to_class: Tensor | None = None,
-        seen_words: Tensor | None = None,
+        self, features: ImageFeatures, text: Tensor, *, word_to_class: Tensor | None = None, seen: Tensor | None = None
     ) -> RegionScores:
         """Score words against images; see `SegmentationModel.score`. Seen words are treated like all others.
 

@@ -1,5 +1,6 @@
 """What the one-stage systems share: a place is a patch, and mask logits on the grid of patches are scores and losses.
 
+Text-image matching decoders make such logits: class queries attend to patches, and the last attention's are the masks.
 Where the authors' code and the papers differ the code is followed, and said so at that line, because the published
 checkpoints need it.
 """
@@ -8,17 +9,122 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import replace
-from typing import Any, ClassVar, Literal
+from typing import Literal, cast
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lexiseg.errors import LexisegError
 from lexiseg.losses.exclusive import exclusive_logits, exclusive_losses
 from lexiseg.losses.masks import MaskLosses, mask_losses, pseudo_labels
 from lexiseg.models.base import ImageFeatures, SegmentationModel
-from lexiseg.models.options import Deviations, LossWeight, ModelOptions, Pixels, Triple, WindowOptions
+from lexiseg.models.options import Deviations, LossWeight, Pixels, Triple, WindowOptions
 from lexiseg.scores import GridScores
 from lexiseg.windows import WindowPolicy
+
+
+class DecoderLayer(nn.Module):
+    """Cross-attention from queries to patches (ZegCLIP, Sec. 3.3), residual and norm, and an FFN likewise.
+
+    What it makes of the patches does not depend on the queries, so it is computed once for all classes (`see`). With
+    ``logits_only`` only what the mask logits need is built: the last layer's output queries are used by nobody. (The
+    authors' checkpoints carry those weights, untrained.) A subclass may give another attention.
+    """
+
+    def __init__(self, dim: int, num_heads: int, ffn_ratio: float, dropout: float, *, logits_only: bool) -> None:
+        super().__init__()
+        self.num_heads, self.logits_only = num_heads, logits_only
+        if not logits_only:
+            hidden = int(dim * ffn_ratio)
+            self.out = nn.Linear(dim, dim)
+            self.norm_attention, self.norm_ffn = nn.LayerNorm(dim), nn.LayerNorm(dim)
+            self.ffn_in, self.ffn_out = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
+            self.dropout = nn.Dropout(dropout)
+        self.build_attention(dim)
+
+    def build_attention(self, dim: int) -> None:
+        """Make the maps of the attention."""
+        self.query, self.key = nn.Linear(dim, dim), nn.Linear(dim, dim)
+        if not self.logits_only:
+            self.value = nn.Linear(dim, dim)
+
+    def see(self, patches: Tensor, grid: tuple[int, int]) -> tuple[Tensor, ...]:
+        """The patches (B, N, D) of a grid (h, w) and, where queries are updated, their keys and values."""
+        return (patches,) if self.logits_only else (patches, self.key(patches), self.value(patches))
+
+    def mask_logits(self, queries: Tensor, seen: tuple[Tensor, ...]) -> Tensor:
+        """Mean over the heads of the scaled attention logits, (B, C, N), of queries (B, C, D).
+
+        The sum over heads is one product of D numbers: one matrix product, and no logits per head. The map to keys goes
+        to whichever side is shorter, queries or patches: q (m K)^T and (q K^T) m^T are the same.
+        """
+        patches = seen[0]
+        scale = (queries.shape[-1] // self.num_heads) ** -0.5 / self.num_heads
+        mapped = self.query(queries) * scale
+        # (A graph that is made for any number of queries takes the way that suits fewer queries than patches.)
+        if not torch.compiler.is_compiling() and mapped.shape[1] >= patches.shape[1]:
+            return mapped @ self.key(patches).transpose(1, 2)
+        return (mapped @ self.key.weight) @ patches.transpose(1, 2) + (mapped @ self.key.bias)[..., None]
+
+    def attend(self, queries: Tensor, seen: tuple[Tensor, ...], dropout: float) -> Tensor:
+        """What queries (B, C, D) get from the patches, before the output map."""
+        query, key, value = (
+            x.unflatten(2, (self.num_heads, -1)).transpose(1, 2) for x in (self.query(queries), *seen[1:])
+        )
+        mixed = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout)
+        return mixed.transpose(1, 2).flatten(2)
+
+    def forward(self, queries: Tensor, seen: tuple[Tensor, ...]) -> Tensor:
+        """Update queries (B, C, D) with what `see` made of the patches."""
+        mixed = self.attend(queries, seen, self.dropout.p if self.training else 0.0)
+        queries = self.norm_attention(queries + self.dropout(self.out(mixed)))
+        hidden = self.ffn_out(self.dropout(F.relu(self.ffn_in(queries))))
+        return self.norm_ffn(queries + self.dropout(hidden))
+
+
+class MaskDecoder(nn.Module):
+    """A stack of layers; the mask logits of the last one are the result (ZegCLIP, Sec. 3.3, Eq. 3 to 5).
+
+    Queries do not see each other, so classes can be decoded in any order and in parts. A `LexisegError` says that there
+    is no layer, or that the heads do not divide the width ``dim``.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_layers: int = 3,
+        num_heads: int = 8,
+        ffn_ratio: float = 4.0,
+        dropout: float = 0.1,
+        layer: type[DecoderLayer] = DecoderLayer,
+    ) -> None:
+        super().__init__()
+        if num_layers < 1 or dim % num_heads:
+            raise LexisegError(
+                f"A decoder of {num_layers} layers, width {dim} and {num_heads} heads cannot be built; take at least "
+                "one layer and a number of heads that divides the width."
+            )
+        self.layers = nn.ModuleList(
+            layer(dim, num_heads, ffn_ratio, dropout, logits_only=index == num_layers - 1)
+            for index in range(num_layers)
+        )
+        # Released decoders start as copies of their first layer.
+        prototype = self.layers[0].state_dict()
+        for copy in self.layers:
+            copy.load_state_dict({key: prototype[key] for key in copy.state_dict()})
+
+    def project_memory(self, patches: Tensor) -> list[tuple[Tensor, ...]]:
+        """What each layer sees of patches (B, h, w, D), once for all classes."""
+        grid = (patches.shape[1], patches.shape[2])
+        return [cast(DecoderLayer, layer).see(patches.flatten(1, 2), grid) for layer in self.layers]
+
+    def forward(self, queries: Tensor, memory: list[tuple[Tensor, ...]]) -> Tensor:
+        """Mask logits (B, C, N) of class queries (B, C, D) over the patches of a memory from `project_memory`."""
+        *inner, last = (cast(DecoderLayer, layer) for layer in self.layers)
+        for layer, seen in zip(inner, memory[:-1], strict=True):
+            queries = layer(queries, seen)
+        return last.mask_logits(queries, memory[-1])
 
 
 class OneStageOptions(WindowOptions):
@@ -35,11 +141,9 @@ class OneStageOptions(WindowOptions):
         mean: mean of the images, RGB in 0..1; None is CLIP's. (Released: ImageNet's.)
         std: standard deviation of the images, RGB in 0..1; None is CLIP's.
         antialias: whether the resize before prediction smooths what it shrinks; the authors' (mmcv's) does not.
-
-    ``weights_depend_on`` names the options that must be the same in a training and in the one that it starts from.
     """
 
-    weights_depend_on: ClassVar[frozenset[str]] = frozenset({"mean", "std"})
+    weights_depend_on = frozenset({"mean", "std"})
 
     seen_offset: float = 0.1
     mask_size: Pixels | None = None
@@ -54,14 +158,6 @@ class OneStageOptions(WindowOptions):
         """How the system is run over a picture by default."""
         return replace(super().window(), antialias=self.antialias)
 
-    def changes_to_init(self, wanted: ModelOptions, given: dict[str, Any], name: str) -> dict[str, Any]:
-        """The options that weights depend on, as the model to come has them; see `ModelOptions.changes_to_init`."""
-        if not isinstance(wanted, OneStageOptions):
-            return {}
-        before, after = self.model_dump(mode="json"), wanted.model_dump(mode="json")
-        names = sorted(self.weights_depend_on & wanted.weights_depend_on)
-        return {name: after[name] for name in names if before[name] != after[name]}
-
 
 class OneStageModel(SegmentationModel):
     """A system that gives mask logits (B, C, h, w) on the h x w patches of images (B, 3, H, W), for text (C, D)."""
@@ -74,23 +170,19 @@ class OneStageModel(SegmentationModel):
     def grid_logits(self, features: ImageFeatures, text: Tensor) -> Tensor:
         """Mask logits (B, C, h, w), float32, of classes ``text`` (C, D), before any resize."""
 
-    def mask_loss(self, logits: Tensor, labels: Tensor, *, dice_weight: float) -> MaskLosses:
+    def mask_loss(self, logits: Tensor, labels: Tensor, dice_weight: float) -> MaskLosses:
         """Focal loss or cross entropy, and dice, of mask logits (B, C, h, w) upsampled to labels (B, H, W).
 
         Focal: alpha_t (1 - p_t)^2 BCE with alpha 0.25, the mean over pixels, the sum over classes and images. Dice: 1 -
         (2 sum(p t) + 1) / (sum p + sum t + 1) of the classes in an image. Both are divided by the number of masks in
         the batch. A pixel without a class is a negative of all.
         """
-        weight = self.options.mask_weight
-        if self.options.mask_loss == "focal":
-            return mask_losses(logits, labels, focal_weight=weight, dice_weight=dice_weight, weights=self.class_weights)
-        return exclusive_losses(
-            logits, labels, entropy_weight=weight, dice_weight=dice_weight, weights=self.class_weights
-        )
+        losses = mask_losses if self.options.mask_loss == "focal" else exclusive_losses
+        return losses(logits, labels, self.options.mask_weight, dice_weight, self.class_weights)
 
     def class_losses(self, logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """The terms of `losses`, see `mask_loss`."""
-        parts = self.mask_loss(logits, labels, dice_weight=self.options.dice_weight)
+        parts = self.mask_loss(logits, labels, self.options.dice_weight)
         return {"loss": parts.total, "loss_mask": parts.mask, "loss_dice": parts.dice}
 
     def mask_size(self, size: tuple[int, int]) -> tuple[int, int]:
@@ -98,28 +190,19 @@ class OneStageModel(SegmentationModel):
         side = self.options.mask_size
         return size if side is None or size[0] != size[1] else (side, side)
 
-    def seen_offsets(self, seen_words: Tensor | None, text: Tensor) -> Tensor | None:
+    def seen_offsets(self, seen: Tensor | None, text: Tensor) -> Tensor | None:
         """What is subtracted from the score of each word, (W,), or None for nothing."""
-        if seen_words is None or not self.options.seen_offset:
+        if seen is None or not self.options.seen_offset:
             return None
-        return seen_words.to(text.device).float() * self.options.seen_offset
+        return seen.to(text.device).float() * self.options.seen_offset
 
-    def patch_scores(self, features: ImageFeatures, text: Tensor) -> Tensor:
+    def score_grid(self, features: ImageFeatures, text: Tensor) -> Tensor:
         """Logits (B, C, h, w) whose sigmoid is a class's score at a patch; with "cross-entropy" that is a softmax."""
         logits = self.grid_logits(features, text)
         return logits if self.options.mask_loss == "focal" else exclusive_logits(logits)
 
-    def score_grid(self, features: ImageFeatures, text: Tensor) -> Tensor:
-        """`patch_scores`; see `SegmentationModel.score_grid`."""
-        return self.patch_scores(features, text)
-
     def score(
-        self,
-        features: ImageFeatures,
-        text: Tensor,
-        *,
-        word_to_class: Tensor | None = None,
-        seen_words: Tensor | None = None,
+        self, features: ImageFeatures, text: Tensor, *, word_to_class: Tensor | None = None, seen: Tensor | None = None
     ) -> GridScores:
         """Score words against images; see `SegmentationModel.score`.
 
@@ -131,7 +214,7 @@ class OneStageModel(SegmentationModel):
             word_to_class=word_to_class,
             resize_to=self.mask_size(features.size),
             sigmoid=True,
-            offsets=self.seen_offsets(seen_words, text),
+            offsets=self.seen_offsets(seen, text),
         )
 
     def losses(self, images: Tensor, labels: Tensor, text: Tensor, *, seen: Tensor | None = None) -> dict[str, Tensor]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+import re
+from collections.abc import Iterable
+from itertools import pairwise
+from typing import Annotated, Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from lexiseg.windows import WindowPolicy
 
@@ -18,9 +21,13 @@ Count = Annotated[int, Field(ge=1)]
 
 
 class ModelOptions(BaseModel):
-    """Options of a system: immutable; an unknown key, or a number that is not finite, is an error that names it."""
+    """Options of a system: immutable; an unknown key, or a number that is not finite, is an error that names it.
+
+    ``weights_depend_on`` names those that must be the same in a training and in the one that it starts from.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    weights_depend_on: ClassVar[frozenset[str]] = frozenset()
 
     def window(self) -> WindowPolicy:
         """How the system is run over a picture by default."""
@@ -41,7 +48,9 @@ class ModelOptions(BaseModel):
         Raises:
             LexisegError: nothing helps.
         """
-        return {}
+        before, after = self.model_dump(mode="json"), wanted.model_dump(mode="json")
+        names = sorted(self.weights_depend_on & wanted.weights_depend_on)
+        return {name: after[name] for name in names if before[name] != after[name]}
 
 
 class WindowOptions(ModelOptions):
@@ -70,3 +79,45 @@ class WindowOptions(ModelOptions):
         """How the system is run over a picture by default."""
         stride = self.window_stride or self.window_size or 0
         return WindowPolicy(self.window_size, stride, self.short_side, getattr(self, "long_side", None))
+
+
+_SPAN = r"\s*(\d{1,3})\s*(?:-\s*(\d{1,3})\s*)?"
+_GROUP = rf"\s*\{{{_SPAN}(?:,{_SPAN})*\}}\s*"
+
+
+def parse_groups(groups: str | Iterable[Iterable[int]]) -> tuple[tuple[int, ...], ...]:
+    """Read groups of blocks, counted from 1: ``"{6-8},{9-11},{12}"``, ``"{6,8,11}"``, or lists of numbers.
+
+    Raises:
+        ValueError: it is not of that form, a group is empty, or the blocks of a group do not rise.
+    """
+    text = groups if isinstance(groups, str) else ",".join(f"{{{','.join(map(str, group))}}}" for group in groups)
+    if not re.fullmatch(f"{_GROUP}(?:,{_GROUP})*", text):
+        raise ValueError(f"'{text}' names no groups of blocks; write them like {{6-8}},{{9-11}},{{12}}")
+    found = []
+    for part in re.findall(r"\{[^}]*\}", text):
+        spans = [(int(first), int(last or first)) for first, last in re.findall(_SPAN, part)]
+        group = tuple(block for first, last in spans for block in range(first, last + 1))
+        if any(last < first for first, last in spans) or group[0] < 1 or any(b <= a for a, b in pairwise(group)):
+            raise ValueError(f"the group {part} must hold rising block numbers, counted from 1")
+        found.append(group)
+    return tuple(found)
+
+
+def format_groups(groups: Iterable[tuple[int, ...]]) -> str:
+    """Write groups as `parse_groups` reads them, with spans where blocks follow each other."""
+
+    def write(group: tuple[int, ...]) -> str:
+        if len(group) > 1 and group[-1] - group[0] == len(group) - 1:
+            return f"{{{group[0]}-{group[-1]}}}"
+        return "{" + ",".join(str(block) for block in group) + "}"
+
+    return ",".join(write(group) for group in groups)
+
+
+def _plain_groups(value: Any) -> Any:
+    return format_groups(parse_groups(value)) if isinstance(value, str | list | tuple) else value
+
+
+BlockGroups = Annotated[str, BeforeValidator(_plain_groups)]
+"""Groups of a tower's blocks as `format_groups` writes them; also read from what else `parse_groups` takes."""

@@ -301,18 +301,13 @@ class RegionModel(DecoupledModel):
         return scores if chosen is None else scores * chosen[..., None]
 
     def score(
-        self,
-        features: ImageFeatures,
-        text: Tensor,
-        *,
-        word_to_class: Tensor | None = None,
-        seen_words: Tensor | None = None,
+        self, features: ImageFeatures, text: Tensor, *, word_to_class: Tensor | None = None, seen: Tensor | None = None
     ) -> RegionScores:
         """Score words against images; see `SegmentationModel.score`.
 
         The score of a class at a pixel is the sum over the regions of its score there times their masks.
         """
-        seen = None if seen_words is None else seen_words.to(text.device).bool()
+        seen = None if seen is None else seen.to(text.device).bool()
         proposals = self.proposals_of(features, self.texts(text)[0])
         scores = self.class_scores(features, proposals, text, seen)
         offsets = None if seen is None or not self.options.seen_offset else seen.float() * self.options.seen_offset

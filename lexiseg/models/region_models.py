@@ -18,9 +18,9 @@ from lexiseg.clip.model import CLIP
 from lexiseg.clip.positions import Interpolation
 from lexiseg.clip.templates import ZEGFORMER_32
 from lexiseg.clip.text import TextEmbedder
+from lexiseg.clip.tower import unit
 from lexiseg.losses.proposals import ProposalWeights
 from lexiseg.models.base import ImageFeatures
-from lexiseg.models.mask_decoder import unit
 from lexiseg.models.options import ModelOptions
 from lexiseg.models.region_base import RegionModel, RegionModelOptions
 from lexiseg.proposals.options import GeneratorOptions, Mask2FormerOptions, MaskFormerOptions
@@ -148,19 +148,14 @@ class ZegFormer(RegionModel):
         return torch.cat([logits, proposal_logits[..., -1:]], dim=-1).softmax(dim=-1)[..., :-1]
 
     def score(
-        self,
-        features: ImageFeatures,
-        text: Tensor,
-        *,
-        word_to_class: Tensor | None = None,
-        seen_words: Tensor | None = None,
+        self, features: ImageFeatures, text: Tensor, *, word_to_class: Tensor | None = None, seen: Tensor | None = None
     ) -> RegionScores:
         """Score classes against images; see `SegmentationModel.score`. Synonyms are not scored one by one."""
         if word_to_class is not None:
             index = word_to_class.to(text.device, torch.long)
             count = int(index[-1]) + 1
             text = unit(text.new_zeros(count, *text.shape[1:]).index_add_(0, index, text))
-            if seen_words is not None:
-                seen = torch.zeros(count, dtype=torch.bool, device=text.device)
-                seen_words = seen.index_put_((index,), seen_words.to(text.device).bool(), accumulate=False)
-        return super().score(features, text, seen_words=seen_words)
+            if seen is not None:
+                classes = torch.zeros(count, dtype=torch.bool, device=text.device)
+                seen = classes.index_put_((index,), seen.to(text.device).bool(), accumulate=False)
+        return super().score(features, text, seen=seen)

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lexiseg.clip.image import ImageTower
 from lexiseg.clip.model import CLIP
 from lexiseg.clip.text import TextEmbedder
+from lexiseg.clip.tower import ImageTower
 from lexiseg.errors import LexisegError
 from lexiseg.models.base import ImageFeatures, SegmentationModel
 from lexiseg.models.options import Count, ModelOptions
@@ -232,14 +232,9 @@ class SAM3(SegmentationModel):
         return torch.maximum(things, everything) * found.presence_logits.float().sigmoid()[..., None]
 
     def score(
-        self,
-        features: ImageFeatures,
-        text: Tensor,
-        *,
-        word_to_class: Tensor | None = None,
-        seen_words: Tensor | None = None,
+        self, features: ImageFeatures, text: Tensor, *, word_to_class: Tensor | None = None, seen: Tensor | None = None
     ) -> RegionScores:
-        """Score words against images; see `SegmentationModel.score`. ``seen_words`` makes no difference.
+        """Score words against images; see `SegmentationModel.score`. ``seen`` makes no difference.
 
         Returns:
             a region for each of the `SAM3Options.most_words` words that are kept, which only its word scores.

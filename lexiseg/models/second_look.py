@@ -81,11 +81,11 @@ class SecondLook(ZegCLIP):
 
     def lattice_logits(self, features: ImageFeatures, text: Tensor) -> Tensor:
         """Mask logits (B, C, 4 h, 4 w) on quarters of patches: the mean of the runs that cover a place."""
-        joined = resize(self.patch_scores(features, text), _CELLS)
+        joined = resize(super().score_grid(features, text), _CELLS)
         values = features.values
         if "shifted_patches" in values:
             other = ImageFeatures(features.size, {"cls": values["shifted_cls"], "patches": values["shifted_patches"]})
-            shifted = resize(self.patch_scores(other, text), _CELLS)
+            shifted = resize(super().score_grid(other, text), _CELLS)
             top, left = ((a - b) // 2 for a, b in zip(joined.shape[-2:], shifted.shape[-2:], strict=True))
             inside = joined[..., top : top + shifted.shape[-2], left : left + shifted.shape[-1]]
             inside.add_(shifted).mul_(0.5)
@@ -106,19 +106,14 @@ class SecondLook(ZegCLIP):
 
     @torch.no_grad()
     def score(
-        self,
-        features: ImageFeatures,
-        text: Tensor,
-        *,
-        word_to_class: Tensor | None = None,
-        seen_words: Tensor | None = None,
+        self, features: ImageFeatures, text: Tensor, *, word_to_class: Tensor | None = None, seen: Tensor | None = None
     ) -> GridScores:
         """Score words against images; see `SegmentationModel.score`.
 
         A score is the sigmoid of the mean of both runs' mask logits, smoothed over cells of like colour, less
         `OneStageOptions.seen_offset` for seen words. No gradient goes through it; losses take one run.
         """
-        scores, offsets = self.score_grid(features, text), self.seen_offsets(seen_words, text)
+        scores, offsets = self.score_grid(features, text), self.seen_offsets(seen, text)
         sigmoid = "colours" not in features.values
         return GridScores(scores, word_to_class=word_to_class, sigmoid=sigmoid, offsets=offsets)
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lexiseg.errors import LexisegError
 from lexiseg.models.clip_similarity import GAIN, IMAGE_WEIGHT, OFFSET, pass_text, silence_updates
-from lexiseg.models.mask_decoder import MaskDecoder
+from lexiseg.models.one_stage import MaskDecoder
 
 if TYPE_CHECKING:
     from lexiseg.models.spt_seg import SpectralGuide, SpectralLayer

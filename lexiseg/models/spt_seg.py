@@ -17,10 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lexiseg.clip.image import BeforeBlock
-from lexiseg.errors import LexisegError
+from lexiseg.clip.tower import BeforeBlock
 from lexiseg.losses.ssim import ssim_loss
-from lexiseg.models.mask_decoder import DecoderLayer, MaskDecoder
+from lexiseg.models.one_stage import DecoderLayer, MaskDecoder
 from lexiseg.models.options import Count, ModelOptions
 from lexiseg.models.spectral_similarity import init_spectral_decoder
 from lexiseg.models.zegclip import ZegCLIP, ZegCLIPOptions
@@ -56,8 +55,6 @@ class SpectralFilter(nn.Module):
 
     def __init__(self, grid: tuple[int, int], width: int) -> None:
         super().__init__()
-        if min(grid) < 1:
-            raise LexisegError(f"A spectral filter of {grid[0]} x {grid[1]} patches cannot be built; give a grid.")
         self.grid = grid
         self.weight = nn.Parameter(0.02 * torch.randn(grid[0], grid[1] // 2 + 1, width, 2))
 
@@ -68,66 +65,39 @@ class SpectralFilter(nn.Module):
         the first axis frequencies wrap around.
         """
         weight = self.weight.float()
-        if grid != self.grid:
-            places = torch.arange(grid[0])
-            signed = torch.where(2 * places < grid[0], places, places - grid[0]) / grid[0]
-            rows = _interpolation(signed, self.grid[0], self.grid[0], wrap=True)
-            columns = torch.arange(grid[1] // 2 + 1) / grid[1]
-            columns = _interpolation(columns, self.grid[1], weight.shape[1], wrap=False)
-            rows, columns = rows.to(weight.device), columns.to(weight.device)
-            weight = torch.einsum("ag,bf,gfwc->abwc", rows, columns, weight)
-        return weight.contiguous()
+        if grid == self.grid:
+            return weight
+        rows, columns = (torch.arange(count, device=weight.device) for count in (grid[0], grid[1] // 2 + 1))
+        row = torch.where(2 * rows < grid[0], rows, rows - grid[0]) * (self.grid[0] / grid[0])
+        low = row.floor().long()
+        fraction = (row - low)[:, None, None, None]
+        weight = weight[low % self.grid[0]].lerp(weight[(low + 1) % self.grid[0]], fraction)
+        column = (columns * (self.grid[1] / grid[1])).clamp(max=weight.shape[1] - 1)
+        low = column.floor().long()
+        high = (low + 1).clamp(max=weight.shape[1] - 1)
+        return weight[:, low].lerp(weight[:, high], (column - low)[:, None, None])
 
     def forward(self, patches: Tensor, cls: Tensor, grid: tuple[int, int]) -> Tensor:
         """What is added to patches (B, N, W) of a grid (h, w), given the class token (B, 1, W); in float32."""
         with torch.autocast(patches.device.type, enabled=False):
-            z = (patches.float() * cls.float()).unflatten(1, grid)
+            z, weights = patches.float() * cls.float(), self.weights(grid)
             if torch.compiler.is_compiling():  # exported graphs have no transform of any size
-                return _filtered(z, self.weights(grid), grid).flatten(1, 2).to(patches.dtype)
-            spectrum = torch.fft.rfft2(z, dim=(1, 2), norm="ortho") * torch.view_as_complex(self.weights(grid))
-            z = torch.fft.irfft2(spectrum, s=grid, dim=(1, 2), norm="ortho")
-        return z.flatten(1, 2).to(patches.dtype)
-
-
-def _interpolation(frequencies: Tensor, period: int, samples: int, *, wrap: bool) -> Tensor:
-    """The matrix (targets, samples) that interpolates samples at k / period linearly at ``frequencies``."""
-    place = frequencies * period
-    place = place % period if wrap else place.clamp(max=samples - 1)
-    low = place.floor()
-    fraction = place - low
-    low_index = low.long() % samples
-    high_index = (low.long() + 1) % samples if wrap else (low.long() + 1).clamp(max=samples - 1)
-    every = torch.arange(samples)
-    low_part = (low_index[:, None] == every) * (1 - fraction)[:, None]
-    return low_part + (high_index[:, None] == every) * fraction[:, None]
+                return _filtered(z, weights, grid).to(patches.dtype)
+            spectrum = torch.fft.rfft2(z.unflatten(1, grid), dim=(1, 2), norm="ortho") * torch.view_as_complex(weights)
+            return torch.fft.irfft2(spectrum, s=grid, dim=(1, 2), norm="ortho").flatten(1, 2).to(patches.dtype)
 
 
 def _filtered(z: Tensor, weights: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Maps z (B, h, w, W) filtered by ``weights`` (h, w // 2 + 1, W, 2), with the transforms as matrix products."""
-
-    def waves(length: int, count: int) -> tuple[Tensor, Tensor]:
-        angle = torch.outer(torch.arange(count), torch.arange(length)).double() * (2 * math.pi / length)
-        return angle.cos().to(z), angle.sin().to(z)
-
-    height, width = grid
-    half = width // 2 + 1
-    (row_cos, row_sin), (column_cos, column_sin) = waves(height, height), waves(width, half)
-    real, imaginary = (torch.einsum("fx,byxc->byfc", part, z) for part in (column_cos, -column_sin))
-    real, imaginary = (
-        torch.einsum("gy,byfc->bgfc", row_cos, real) + torch.einsum("gy,byfc->bgfc", row_sin, imaginary),
-        torch.einsum("gy,byfc->bgfc", row_cos, imaginary) - torch.einsum("gy,byfc->bgfc", row_sin, real),
-    )
-    a, b = weights.unbind(-1)
-    real, imaginary = real * a - imaginary * b, real * b + imaginary * a
-    real, imaginary = (
-        torch.einsum("gy,bgfc->byfc", row_cos, real) - torch.einsum("gy,bgfc->byfc", row_sin, imaginary),
-        torch.einsum("gy,bgfc->byfc", row_cos, imaginary) + torch.einsum("gy,bgfc->byfc", row_sin, real),
-    )
+    """Patches z (B, N, W) filtered by ``weights`` (h, w // 2 + 1, W, 2), with the transforms as matrix products."""
+    (height, width), half = grid, grid[1] // 2 + 1
+    down, across = (torch.outer(torch.arange(side), torch.arange(side)).double() / side for side in grid)
+    angle = 2 * math.pi * (down[:, None, :, None] + across[:, None, :half]).reshape(height * width, -1)
+    cos, sin = angle.cos().to(z), angle.sin().to(z)
+    (real, imaginary), (a, b) = (cos.T @ z, -(sin.T @ z)), weights.flatten(0, 1).unbind(-1)
     # A real map's spectrum is stored in half: each frequency counts twice but those that are their own mirror.
-    place = torch.arange(half)
-    twice = torch.where((place == 0) | (2 * place == width), 1.0, 2.0).to(z)[:, None] / (height * width)
-    real = torch.einsum("fx,byfc->byxc", column_cos * twice, real)
-    return real - torch.einsum("fx,byfc->byxc", column_sin * twice, imaginary)
+    column = torch.arange(half)
+    twice = torch.where((column == 0) | (2 * column == width), 1.0, 2.0).to(z).repeat(height) / (height * width)
+    return (cos * twice) @ (real * a - imaginary * b) - (sin * twice) @ (real * b + imaginary * a)
 
 
 class SpectralGuide(nn.Module):
@@ -140,11 +110,6 @@ class SpectralGuide(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        if dim % _HEADS:
-            raise LexisegError(
-                f"The spectral guided decoder has {_HEADS} heads, which do not divide the width {dim}; "
-                "take a CLIP with another embedding."
-            )
         self.head_dim = dim // _HEADS
         low = dim - self.head_dim
         self.low_query = nn.Linear(dim, low, bias=False)
@@ -211,12 +176,6 @@ class SpectralLayer(DecoderLayer):
         return F.scaled_dot_product_attention(queries[:, None], memory, memory, dropout_p=dropout, scale=1.0).squeeze(1)
 
 
-class SpectralDecoder(MaskDecoder):
-    """A stack of `SpectralLayer`."""
-
-    layer_class: ClassVar[type[DecoderLayer]] = SpectralLayer
-
-
 class SPTSeg(ZegCLIP):
     """SPT-SEG; the width of CLIP's joint embedding must be a multiple of eight."""
 
@@ -231,19 +190,16 @@ class SPTSeg(ZegCLIP):
         options, tower = self.options, self.clip.image_tower
         side = options.filter_grid or max((options.window_size or self.clip.image_size) // tower.patch_size, 1)
         self.spectral = SpectralFilter((side, side), tower.width)
+        self.frozen += () if options.train_filter else ("spectral.",)
 
     def build_decoder(self) -> MaskDecoder:
         """Make the spectral guided decoder of a head."""
-        options = self.options
-        return SpectralDecoder(self.clip.embed_dim, options.decoder_layers, _HEADS, options.ffn_ratio, options.dropout)
+        count, ratio, dropout = self.options.decoder_layers, self.options.ffn_ratio, self.options.dropout
+        return MaskDecoder(self.clip.embed_dim, count, _HEADS, ratio, dropout, SpectralLayer)
 
-    def frozen_names(self) -> tuple[str, ...]:
-        """The filter, unless it trains."""
-        return (*super().frozen_names(), *(() if self.options.train_filter else ("spectral.",)))
-
-    def before_block(self, grid: tuple[int, int], *, keep_rows: bool = False) -> BeforeBlock:
+    def before_block(self, grid: tuple[int, int]) -> BeforeBlock:
         """Add the filtered patches before the first blocks; then the prompts, see `ZegCLIP.before_block`."""
-        prompts, count = super().before_block(grid, keep_rows=keep_rows), grid[0] * grid[1]
+        prompts, count = super().before_block(grid), grid[0] * grid[1]
 
         def before_block(index: int, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
             if index < self.options.filter_blocks:
@@ -255,6 +211,6 @@ class SPTSeg(ZegCLIP):
 
     def class_losses(self, logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """Focal loss, and one minus the structural similarity, both weighted."""
-        parts = self.mask_loss(logits, labels, dice_weight=0.0)
+        parts = self.mask_loss(logits, labels, 0.0)
         ssim = ssim_loss(logits, labels, weight=self.options.dice_weight)
         return {"loss": parts.total + ssim, "loss_mask": parts.mask, "loss_ssim": ssim.detach()}

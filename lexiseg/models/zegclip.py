@@ -2,7 +2,7 @@
 
 Zhou et al., "ZegCLIP: Towards Adapting CLIP for Zero-shot Semantic Segmentation", CVPR 2023. A frozen CLIP runs once
 with learnt prompts in every block (`VisualPrompts`, the paper's DPT); each word becomes a query that knows the image
-(`ZegCLIP.descriptor`, RD); a decoder matches queries with patches (`lexiseg.models.mask_decoder`); and every class is
+(`ZegCLIP.descriptor`, RD); a decoder matches queries with patches (`MaskDecoder`); and every class is
 judged by itself (NEL: focal and dice loss, `lexiseg.models.one_stage`).
 """
 
@@ -10,20 +10,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import reduce
 from typing import Annotated, ClassVar, Literal, NamedTuple
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from lexiseg.clip.image import BeforeBlock, ImageTokens
 from lexiseg.clip.model import CLIP
 from lexiseg.clip.positions import Interpolation
+from lexiseg.clip.tower import BeforeBlock, ImageTokens, ImageTower, unit
 from lexiseg.errors import LexisegError
 from lexiseg.models.base import ImageFeatures
 from lexiseg.models.clip_similarity import init_matching_decoder, patch_directions
-from lexiseg.models.mask_decoder import MaskDecoder, unit
-from lexiseg.models.one_stage import OneStageModel, OneStageOptions
+from lexiseg.models.one_stage import MaskDecoder, OneStageModel, OneStageOptions
 from lexiseg.models.options import Count, Dropout, ModelOptions
 
 _CLASS_CHUNK = 4096
@@ -76,14 +76,13 @@ class VisualPrompts(nn.Module):
     prompts enter the last |n| blocks only (Appendix B). A depth that does not fit the tower is a `LexisegError`.
     """
 
-    def __init__(
-        self, num_prompts: int, width: int, num_blocks: int, patch_size: int, depth: int, dropout: float = 0.1
-    ) -> None:
+    def __init__(self, num_prompts: int, tower: ImageTower, depth: int, dropout: float) -> None:
         super().__init__()
-        if num_prompts < 1 or not -num_blocks <= depth < num_blocks:
+        width, num_blocks = tower.width, tower.num_blocks
+        if not -num_blocks <= depth < num_blocks:
             raise LexisegError(
-                f"{num_prompts} prompts at depth {depth} do not fit a tower of {num_blocks} blocks; "
-                f"take at least one prompt and a depth from {-num_blocks} to {num_blocks - 1}."
+                f"Prompts at depth {depth} do not fit a tower of {num_blocks} blocks; take a depth from {-num_blocks} "
+                f"to {num_blocks - 1}."
             )
         self.num_prompts, self.num_blocks, self.depth = num_prompts, num_blocks, depth
         self.embeddings = nn.Parameter(torch.empty(1, num_prompts, width)) if depth >= 0 else None
@@ -92,7 +91,7 @@ class VisualPrompts(nn.Module):
         # The released code makes this norm in shallow mode too but does not apply it there.
         self.norm = nn.LayerNorm(width, eps=1e-6) if depth else nn.Identity()
         self.dropout = nn.Dropout(dropout)
-        bound = math.sqrt(6.0 / (3 * patch_size**2 + width))
+        bound = math.sqrt(6.0 / (3 * tower.patch_size**2 + width))
         for embeddings in (self.embeddings, self.deep_embeddings):
             if embeddings is not None:
                 nn.init.uniform_(embeddings, -bound, bound)
@@ -104,23 +103,13 @@ class VisualPrompts(nn.Module):
         first = self.num_blocks + self.depth if self.depth < 0 else 0
         return {first + index: row[None] for index, row in enumerate(rows)}
 
-    def hook(self, num_patches: int, *, keep_rows: bool = False) -> BeforeBlock:
-        """Make the function that puts the prompts into an image tower, between class token and ``num_patches`` patches.
-
-        Where their outputs are thrown away they are keys and values only, unless ``keep_rows``: then they are rows of
-        their own, as in the authors' code. The rest comes out the same; it is slower, for comparisons.
-        """
+    def hook(self) -> BeforeBlock:
+        """Make the function that puts the prompts into an image tower, as keys and values where no output is kept."""
         prompts = self()
 
         def before_block(index: int, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
-            if not self.depth and index:
-                return tokens, None
-            if tokens.shape[1] > 1 + num_patches:
-                tokens = torch.cat([tokens[:, :1], tokens[:, -num_patches:]], dim=1)
             prompt = prompts.get(index)
-            if prompt is None:
-                return tokens, None
-            if self.depth and not keep_rows:
+            if self.depth or prompt is None:
                 return tokens, prompt
             rows = prompt.expand(tokens.shape[0], -1, -1)
             return torch.cat([tokens[:, :1], rows, tokens[:, 1:]], dim=1), None
@@ -129,10 +118,11 @@ class VisualPrompts(nn.Module):
 
 
 class Head(NamedTuple):
-    """A decoder, and the linear map that makes its queries of descriptors or text."""
+    """A decoder, the linear map that makes its queries of descriptors or text, and the name of the patches it sees."""
 
     decoder: MaskDecoder
     query_proj: nn.Linear
+    patches: str
 
 
 class ZegCLIP(OneStageModel):
@@ -148,6 +138,7 @@ class ZegCLIP(OneStageModel):
 
     def __init__(self, clip: CLIP, options: ZegCLIPOptions | None = None, seen_names: Sequence[str] = ()) -> None:
         super().__init__(clip, options or self.parse_options({}), tuple(seen_names))
+        self.frozen: tuple[str, ...] = ("clip.",)  # how the names of parameters that do not train begin
         self.build_prompts()
         self.build_heads()
         if self.options.init == "clip-similarity":
@@ -160,9 +151,7 @@ class ZegCLIP(OneStageModel):
         self.prompts: VisualPrompts | None = None
         if options.backbone == "prompt":
             depth = tower.num_blocks - 1 if options.prompt_depth is None else options.prompt_depth
-            self.prompts = VisualPrompts(
-                options.num_prompts, tower.width, tower.num_blocks, tower.patch_size, depth, options.prompt_dropout
-            )
+            self.prompts = VisualPrompts(options.num_prompts, tower, depth, options.prompt_dropout)
 
     def build_heads(self) -> None:
         """Make what decodes: here one head."""
@@ -179,43 +168,34 @@ class ZegCLIP(OneStageModel):
 
     def init_from_clip_similarity(self) -> None:
         """Let the heads start from CLIP's own comparison of patches and words."""
-        self.init_decoder(*self.heads()[0], patch_directions(self.clip.visual.proj))
-
-    def frozen_names(self) -> tuple[str, ...]:
-        """Beginnings of the names of parameters outside CLIP that do not train."""
-        return ()
+        self.init_decoder(self.decoder, self.query_proj, patch_directions(self.clip.visual.proj))
 
     def trainable_names(self) -> tuple[str, ...]:
-        """Everything outside CLIP but the `frozen_names`; with a fine-tuned backbone the image tower as well."""
+        """All but what is `frozen`; with a fine-tuned backbone the image tower as well."""
         tower = ("clip.model.visual.",) if self.options.backbone == "finetune" else ()
-        frozen = ("clip.", *self.frozen_names())
         names = (name for name, _ in self.named_parameters())
-        return tuple(name for name in names if name.startswith(tower) or not name.startswith(frozen))
+        return tuple(name for name in names if name.startswith(tower) or not name.startswith(self.frozen))
 
-    def before_block(self, grid: tuple[int, int], *, keep_rows: bool = False) -> BeforeBlock | None:
+    def before_block(self, grid: tuple[int, int]) -> BeforeBlock | None:
         """The function that changes the tokens in front of each block, of a grid (h, w)."""
-        return None if self.prompts is None else self.prompts.hook(grid[0] * grid[1], keep_rows=keep_rows)
+        return None if self.prompts is None else self.prompts.hook()
 
-    def run_tower(self, images: Tensor, *, levels: Sequence[int] = (), keep_rows: bool = False) -> ImageTokens:
+    def run_tower(self, images: Tensor, *, levels: Sequence[int] = ()) -> ImageTokens:
         """Run the image tower with the prompts on images (B, 3, H, W), sides multiples of the patch size.
 
-        ``levels`` are blocks (0-based) whose outputs are wanted; for ``keep_rows`` see `VisualPrompts.hook`.
+        ``levels`` are blocks (0-based) whose outputs are wanted.
         """
         tower, options = self.clip.image_tower, self.options
         with torch.set_grad_enabled(torch.is_grad_enabled() and options.backbone != "fixed"):
             twice, how = options.class_embedding_twice, options.position_interpolation
             tokens, grid = tower.embed(images, interpolation=how, class_embedding_twice=twice)
-            return tower.run(tokens, grid, before_block=self.before_block(grid, keep_rows=keep_rows), levels=levels)
+            return tower.run(tokens, grid, before_block=self.before_block(grid), levels=levels)
 
     def finish(self, result: ImageTokens) -> tuple[Tensor, Tensor]:
         """Turn the tower's last tokens into unit vectors: class embedding (B, D) and patches (B, N, D)."""
-        tokens = result.tokens
-        if tokens.shape[1] > 1 + result.num_patches:
-            tokens = torch.cat([tokens[:, :1], tokens[:, -result.num_patches :]], dim=1)
-        if self.prompts is not None:
-            tokens = self.prompts.norm(tokens)
+        tokens = result.tokens if self.prompts is None else self.prompts.norm(result.tokens)
         tokens = unit(self.clip.image_tower.project(tokens))
-        return tokens[:, 0], tokens[:, 1:]
+        return tokens[:, 0], tokens[:, -result.num_patches :]
 
     def encode_images(self, images: Tensor) -> ImageFeatures:
         """Run the image tower; see `SegmentationModel.encode_images`."""
@@ -226,11 +206,7 @@ class ZegCLIP(OneStageModel):
 
     def heads(self) -> list[Head]:
         """The decoders whose mask logits are summed."""
-        return [Head(self.decoder, self.query_proj)]
-
-    def memories(self, features: ImageFeatures) -> list[Tensor]:
-        """The patches (B, h, w, D) that each of the `heads` sees."""
-        return [features.values["patches"]]
+        return [Head(self.decoder, self.query_proj, "patches")]
 
     def descriptor(self, cls: Tensor, text: Tensor) -> Tensor:
         """Relationship descriptor [t * cls, t] of class embeddings (B, D) and text (C, D): (B, C, 2 D) (Sec. 3.3)."""
@@ -244,16 +220,14 @@ class ZegCLIP(OneStageModel):
 
     def grid_logits(self, features: ImageFeatures, text: Tensor) -> Tensor:
         """Mask logits (B, C, h, w), summed over the heads; see `OneStageModel.grid_logits`."""
-        cls, heads, memories = features.values["cls"], self.heads(), self.memories(features)
-        grid = (memories[0].shape[1], memories[0].shape[2])
-        pairs = zip(heads, memories, strict=True)
-        projected = [head.decoder.project_memory(memory.flatten(1, 2), grid) for head, memory in pairs]
+        cls, heads = features.values["cls"], self.heads()
+        grid = tuple(features.values[heads[0].patches].shape[1:3])
+        memories = [head.decoder.project_memory(features.values[head.patches]) for head in heads]
 
         def decode(part: Tensor) -> Tensor:
-            triples = zip(heads, self.queries(cls, part), projected, strict=True)
-            first, *others = (head.decoder(queries, seen) for head, queries, seen in triples)
-            # A sum, not a mean, and no loss of its own for any head (Cascade-CLIP, Eq. 2).
-            return sum(others, first).float()
+            triples = zip(heads, self.queries(cls, part), memories, strict=True)
+            # A sum, not a mean, and no loss of its own for any head.
+            return reduce(torch.add, (head.decoder(queries, memory) for head, queries, memory in triples)).float()
 
         if self.training or text.shape[0] <= _CLASS_CHUNK:
             return decode(text).unflatten(2, grid)

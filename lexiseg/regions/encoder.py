@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lexiseg.clip.embeddings import image_embeddings, whole_patches
-from lexiseg.clip.image import ImageTower
 from lexiseg.clip.model import CLIP
 from lexiseg.clip.positions import Interpolation
 from lexiseg.clip.severance import severed_attention
+from lexiseg.clip.tower import ImageTower
 from lexiseg.regions.crops import CropOptions, Crops, aligned_crops, in_chunks, near_duplicates, tight_crops
 from lexiseg.regions.mask_attention import region_embeddings
 from lexiseg.regions.pooling import mask_pool, resize_masks, unit_or_zero

@@ -15,11 +15,10 @@ import torch
 from open_clip.modified_resnet import ModifiedResNet
 from torch import Tensor, nn
 
-from lexiseg.clip.blocks import block_attention, run_block
 from lexiseg.clip.embeddings import whole_patches
-from lexiseg.clip.image import ImageTower
 from lexiseg.clip.positions import Interpolation
 from lexiseg.clip.resnet import attention_pool, resnet_features
+from lexiseg.clip.tower import ImageTower, block_attention, run_block
 from lexiseg.errors import LexisegError
 from lexiseg.regions.pooling import resize_masks
 

@@ -23,9 +23,9 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from lexiseg.clip.image import resize_positions
 from lexiseg.clip.load import load_clip
 from lexiseg.clip.model import CLIP, build_clip, save_clip
+from lexiseg.clip.positions import resize_positions
 from lexiseg.data.picture_world import FIRST, STUFF, World, find_world, render_scene
 from lexiseg.data.picture_world.scene import Scene, caption
 from lexiseg.normalisation import normalise

@@ -30,7 +30,7 @@ from torch.torch_version import TorchVersion
 from torch.utils.data import DataLoader, Dataset
 
 from lexiseg import processes
-from lexiseg.clip.blocks import run_as_module
+from lexiseg.clip.tower import run_as_module
 from lexiseg.errors import LexisegError
 from lexiseg.recipes import TrainSettings
 from lexiseg.training.checkpoint import model_state, put, whole

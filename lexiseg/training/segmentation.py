@@ -268,7 +268,7 @@ class Teacher:
         if own != (tuple(mean), tuple(std)):
             images = normalise(pixels_of(images, mean, std), *own)
         seen = self._seen.to(images.device)
-        scores = self.model.score(self.model.encode_images(images), self._text.to(images.device), seen_words=seen)
+        scores = self.model.score(self.model.encode_images(images), self._text.to(images.device), seen=seen)
         if not isinstance(scores, GridScores | RegionScores):
             raise LexisegError(f"A model of the system '{self.model.system}' cannot be a teacher; choose another one.")
         scores.offsets = seen.float() * _NEVER

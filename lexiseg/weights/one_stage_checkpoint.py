@@ -19,7 +19,7 @@ from lexiseg.clip.load import shapes_of, sketch
 from lexiseg.clip.model import build_clip
 from lexiseg.errors import LexisegError
 from lexiseg.models import SYSTEMS
-from lexiseg.models.cascade_clip import format_groups
+from lexiseg.models.options import format_groups
 from lexiseg.models.spt_seg import SPTSeg
 from lexiseg.models.zegclip import ZegCLIP
 from lexiseg.normalisation import IMAGENET_MEAN, IMAGENET_STD

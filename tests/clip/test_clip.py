@@ -18,14 +18,13 @@ from torch.nn import functional as F
 
 import lexiseg.clip.text
 from lexiseg.catalog import packaged_clips
-from lexiseg.clip.blocks import block_attention, run_block
-from lexiseg.clip.image import ImageTower
 from lexiseg.clip.load import load_clip
 from lexiseg.clip.model import CLIP, save_clip
 from lexiseg.clip.positions import resize_positions
 from lexiseg.clip.severance import Severance
 from lexiseg.clip.text import TextEmbedder
 from lexiseg.clip.text_cache import TextCache
+from lexiseg.clip.tower import ImageTower, block_attention, run_block
 from lexiseg.errors import LexisegError
 from lexiseg.vocabulary import PAPER_TEMPLATES, Vocabulary
 from tests.towers import small_architecture, small_clip

@@ -333,8 +333,8 @@ def test_an_ensemble_knows_of_no_seen_class_across_data_sets(clean):
     data, window = protocol.open(clean("voc2012"), system="zsseg"), WindowPolicy()
     told: list[object] = []
     real = model.score
-    model.score = lambda *args, seen_words=None, **more: (
-        told.append(seen_words), real(*args, seen_words=seen_words, **more))[1]  # fmt: skip
+    model.score = lambda *args, seen=None, **more: (
+        told.append(seen), real(*args, seen=seen, **more))[1]  # fmt: skip
     run_evaluation(Segmenter(model, disk_cache=False), data, name="voc2012", split="val", offsets=protocol.offsets,
              seen_split=protocol.seen_split, limit=1, progress=False, num_examples=0, window=window)  # fmt: skip
     assert told == [None]

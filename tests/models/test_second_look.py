@@ -50,7 +50,7 @@ class TestSecondLook(SystemTester):
     def test_the_seen_offset(self, model: SegmentationModel) -> None:
         text, images = unit_rows(3, DIM), self.images()
         plain = self.dense(model, images, text)
-        offset = self.dense(model, images, text, seen_words=torch.tensor([True, False, True]))
+        offset = self.dense(model, images, text, seen=torch.tensor([True, False, True]))
         expected = plain - torch.tensor([0.1, 0.0, 0.1])[:, None, None]
         torch.testing.assert_close(offset, expected, rtol=0, atol=1e-6)
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from benchmarks.prompt_rows import prompts_as_rows
 from lexiseg.errors import LexisegError
 from lexiseg.models import SegmentationModel, ZegCLIP
 from lexiseg.scores import GridScores
@@ -23,7 +24,7 @@ class TestZegCLIP(SystemTester):
     def test_the_seen_offset(self, model: SegmentationModel) -> None:
         text, images = unit_rows(3, DIM), self.images()
         plain = self.dense(model, images, text)
-        offset = self.dense(model, images, text, seen_words=torch.tensor([True, False, True]))
+        offset = self.dense(model, images, text, seen=torch.tensor([True, False, True]))
         expected = plain - torch.tensor([0.1, 0.0, 0.1])[:, None, None]
         torch.testing.assert_close(offset, expected, rtol=0, atol=1e-6)
         assert float(plain.min()) >= 0.0
@@ -46,8 +47,9 @@ class TestZegCLIP(SystemTester):
         model = ZegCLIP.build(small_clip(), {**self.options, "prompt_depth": depth}).eval()
         assert isinstance(model, ZegCLIP)
         with torch.no_grad():
-            fast = model.finish(model.run_tower(self.images(), levels=[1]))
-            rows = model.finish(model.run_tower(self.images(), levels=[1], keep_rows=True))
+            fast = model.finish(model.run_tower(self.images()))
+            with prompts_as_rows(model):
+                rows = model.finish(model.run_tower(self.images()))
         for ours, theirs in zip(fast, rows, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 

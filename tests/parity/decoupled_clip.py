@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from lexiseg.clip.embeddings import image_embeddings, whole_patches
-from lexiseg.clip.image import ImageTower
 from lexiseg.clip.model import CLIP
 from lexiseg.clip.resnet import attention_pool, resnet_features
 from lexiseg.clip.severance import Severance, released_residual, severance_masks, severed_attention
+from lexiseg.clip.tower import ImageTower
 from lexiseg.clip.visual_prompts import AddedTables, PrependedPrompts
 from lexiseg.regions.mask_attention import INSIDE, attention_mask, encode_regions, region_embeddings
 from lexiseg.regions.pooling import resize_masks

@@ -115,7 +115,7 @@ def full(case: Case) -> None:
         for index, image in enumerate(images):
             size = (int(image.shape[-2]), int(image.shape[-1]))
             features = model.encode_padded(batch[index][None], size)
-            scores = model.score(features, text, seen_words=seen)
+            scores = model.score(features, text, seen=seen)
             check_output(case, "", f".{index}", scores, config["output_sizes"][index])
     text = words(model, names["train"])
     if isinstance(model, ZegFormer):
@@ -314,7 +314,7 @@ def simple_baseline(case: Case) -> None:
             regions = F.normalize(features.values["regions"][0], dim=-1)
             case.check("region_logits", (100 * regions @ rows.T)[encoded])
         text = words(model, config["test_names"])
-        scores = model.score(features, text, seen_words=seen)
+        scores = model.score(features, text, seen=seen)
         output = case.config["output_size"]
         case.check(f"{mode}/sem_seg", scores.dense((output[0], output[1]))[0], tolerance=SOFTMAX)
 

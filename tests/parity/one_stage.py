@@ -8,10 +8,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from benchmarks.prompt_rows import prompts_as_rows
 from lexiseg.clip.model import build_clip
 from lexiseg.data.base import remap_to_seen
 from lexiseg.losses.masks import pseudo_labels
-from lexiseg.models.cascade_clip import CascadeCLIP, format_groups
+from lexiseg.models.cascade_clip import CascadeCLIP
+from lexiseg.models.options import format_groups
 from lexiseg.models.spt_seg import SpectralLayer, SPTSeg
 from lexiseg.models.zegclip import ZegCLIP
 from lexiseg.recipes import TrainSettings
@@ -121,8 +123,8 @@ def compare_blocks(case: Case, model: ZegCLIP, images: Tensor) -> None:
     names = case.expected_names("block_")
     if not names:
         return
-    with torch.no_grad():
-        result = model.run_tower(images, levels=range(model.clip.image_tower.num_blocks), keep_rows=True)
+    with torch.no_grad(), prompts_as_rows(model):
+        result = model.run_tower(images, levels=range(model.clip.image_tower.num_blocks))
     for name in names:
         case.check(name, result.levels[int(name.split("_")[1])].transpose(0, 1))
 
@@ -150,8 +152,8 @@ def compare_spectral(case: Case, model: ZegCLIP, images: Tensor) -> None:
     handle.remove()
     case.check("spectral_prompt_call0_p0", added[0])
     case.check("spectral_prompt_call1_p1", added[1].transpose(0, 1))
-    head, memory = model.heads()[0], model.memories(features)[0]
-    layer = head.decoder.layers[0]
+    head = model.heads()[0]
+    memory, layer = features.values[head.patches], head.decoder.layers[0]
     if isinstance(layer, SpectralLayer):
         guide, grid = layer.guide, (memory.shape[1], memory.shape[2])
         with torch.no_grad():
@@ -173,14 +175,14 @@ def compare_forward(case: Case, model: ZegCLIP, images: Tensor, text: Tensor) ->
         features = model.encode_images(images)
         cls = features.values["cls"]
         case.check("relationship_descriptor", model.descriptor(cls, text))
-        all_queries, memories = model.queries(cls, text), model.memories(features)
         logits = model.grid_logits(features, text)
-        for index, (head, queries, memory) in enumerate(zip(model.heads(), all_queries, memories, strict=True)):
+        for index, (head, queries) in enumerate(zip(model.heads(), model.queries(cls, text), strict=True)):
+            memory = features.values[head.patches]
             prefix = f"cascade_{index}" if isinstance(model, CascadeCLIP) else "decoder_1"
             case.check(f"q_projs_{index}_out" if isinstance(model, CascadeCLIP) else "q_proj_out", queries)
             case.check(f"{prefix}_query_in_LND", queries.transpose(0, 1))
             case.check(f"{prefix}_memory_LND", memory.flatten(1, 2).transpose(0, 1))
-            seen = head.decoder.project_memory(memory.flatten(1, 2), (memory.shape[1], memory.shape[2]))
+            seen = head.decoder.project_memory(memory)
             for number, (layer, part) in enumerate(zip(head.decoder.layers, seen, strict=True)):
                 case.check(f"{prefix}_layer{number}_attn_logits", layer.mask_logits(queries, part))
                 if layer.logits_only:
@@ -206,7 +208,7 @@ def evaluation(case: Case) -> None:
     compare_forward(case, model, images, text.float())
     size = tuple(images.shape[-2:])
     with torch.no_grad():
-        scores = model(images, text, seen_words=_seen(case, len(text)))
+        scores = model(images, text, seen=_seen(case, len(text)))
     case.check("pred", scores.dense(model.mask_size(size)))
     case.check("scores", scores.dense(size))
     if case.has("argmax"):
@@ -287,7 +289,7 @@ def training(case: Case) -> None:
     if case.has("eval_scores"):
         model.eval()
         with torch.no_grad():
-            scores = model(images, text, seen_words=seen)
+            scores = model(images, text, seen=seen)
         case.check("eval_scores", scores.dense(tuple(images.shape[-2:])))
 
 
@@ -436,7 +438,7 @@ def text_path(case: Case) -> None:
     seen[torch.tensor(config["base_class"])] = True
     for name, text in (("scores_single", unit[:, 0]), ("scores_multi", multi)):
         with torch.no_grad():
-            scores = model(images, text, seen_words=seen)
+            scores = model(images, text, seen=seen)
         case.check(name, scores.dense(tuple(images.shape[-2:])))
 
 
@@ -463,7 +465,7 @@ def slide(case: Case) -> None:
     parts = []
     with torch.no_grad():
         for top, left, height, width in boxes:
-            parts.append(model(images[:, :, top : top + height, left : left + width], text, seen_words=seen))
+            parts.append(model(images[:, :, top : top + height, left : left + width], text, seen=seen))
     for name, index in (("window_scores_first", 0), ("window_scores_last", -1)):
         case.check(name, parts[index].dense(boxes[index][2:]))
     scores = WindowScores(parts, boxes, canvas)

@@ -103,7 +103,7 @@ def test_systems_take_it_at_prediction_only(system: str, more: dict[str, Any]) -
     features = model.encode_images(images)
     assert features.values["mask_logits"].shape[1] == 8 and features.values["valid"].shape == (2, 8)
     seen = torch.tensor([True, False, False, True, False])
-    dense = model.score(features, text, seen_words=seen).dense((64, 80))
+    dense = model.score(features, text, seen=seen).dense((64, 80))
     assert dense.shape == (2, 5, 64, 80) and torch.isfinite(dense).all()
     plain = SYSTEMS[system].build(small_clip(), {**options, "leftover": {}}, seen_names=("cat",)).eval()
     assert isinstance(plain, DecoupledModel)

@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lexiseg.clip.blocks import block_attention
 from lexiseg.clip.embeddings import image_embeddings
 from lexiseg.clip.load import load_clip
 from lexiseg.clip.model import CLIP, build_clip, save_clip
+from lexiseg.clip.tower import block_attention
 from lexiseg.errors import LexisegError
 from lexiseg.models import DenseCLIP
 from lexiseg.regions.mask_attention import (

@@ -110,7 +110,7 @@ def same(a: SegmentationModel, b: SegmentationModel, size: tuple[int, int] = (32
     images, text = torch.randn(1, 3, *size), unit_rows(5, a.clip.embed_dim)
     seen = torch.tensor([True, False, True, True, False])
     with torch.no_grad():
-        ours, theirs = (model(images, text, seen_words=seen).dense(size) for model in (a, b))
+        ours, theirs = (model(images, text, seen=seen).dense(size) for model in (a, b))
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 

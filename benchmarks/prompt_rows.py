@@ -1,0 +1,39 @@
+"""The authors' form of a prompted tower: prompts are rows with outputs of their own, which are thrown away."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lexiseg.models.zegclip import ZegCLIP
+
+
+@contextmanager
+def prompts_as_rows(model: ZegCLIP) -> Iterator[None]:
+    """Inside the ``with`` block the tower of ``model`` carries its prompts along; the rest comes out the same."""
+    prompts: Any = model.prompts
+
+    def hook() -> Callable[[int, Tensor], tuple[Tensor, None]]:
+        rows = prompts()
+
+        def before_block(index: int, tokens: Tensor) -> tuple[Tensor, None]:
+            fresh = rows.get(index)
+            if prompts.depth and index - 1 in rows:
+                tokens = torch.cat([tokens[:, :1], tokens[:, 1 + prompts.num_prompts :]], dim=1)
+            if fresh is not None:
+                tokens = torch.cat([tokens[:, :1], fresh.expand(len(tokens), -1, -1), tokens[:, 1:]], dim=1)
+            return tokens, None
+
+        return before_block
+
+    if prompts is not None:
+        prompts.hook = hook
+    try:
+        yield
+    finally:
+        if prompts is not None:
+            del prompts.hook

@@ -215,9 +215,9 @@ def nga_weights(model: SegmentationModel) -> list[GroupWeights]:
         raise LexisegError(f"{model.system} has no NGA weights; choose a cascade-clip model.")
     options = model.options
     groups = []
-    for module, kind, blocks in zip(model.aggregations, options.aggregations, options.blocks, strict=True):
+    for module, blocks in zip(model.aggregations, options.blocks, strict=True):
         if isinstance(module, WeightedSum):
-            start = WeightedSum(len(blocks), options.sigma if kind in ("nga", "nga-fixed") else None)
+            start = WeightedSum(len(blocks), options.sigma if options.aggregation in ("nga", "nga-fixed") else None)
             before, after = (tuple(part.weights.detach().cpu().tolist()) for part in (start, module))
             groups.append(GroupWeights(tuple(blocks), before, after))
     if not groups:

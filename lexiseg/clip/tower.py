@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
-from types import MethodType
 from typing import Any, cast
 
 import torch
@@ -75,19 +74,15 @@ def run_block(
     ``context`` (B or 1, P, W) is attended to and has no output: prompts whose outputs would be thrown away cost no
     queries and no MLP so. ``attention`` mixes the tokens, ``residual`` is a factor on the shortcut around it.
     """
-    run = block if "forward" in vars(block) else partial(_run, block)
+    run = block if "forward" in vars(block) else partial(run_plain, block)
     return run(x, context, attention, residual)
 
 
-def _run(block: Any, x: Tensor, context: Tensor | None, attention: Attention, residual: float) -> Tensor:
+def run_plain(block: Any, x: Tensor, context: Tensor | None, attention: Attention, residual: float) -> Tensor:
+    """`run_block`, past the hooks of the module; with sharding this is the block's own ``forward``."""
     mixed = attention(block.attn, block.ln_1(x), None if context is None else block.ln_1(context))
     x = (x if residual == 1.0 else residual * x) + block.ls_1(mixed)
     return x + block.ls_2(block.mlp(block.ln_2(x)))
-
-
-def run_as_module(block: nn.Module) -> None:
-    """Let `run_block` go through the block's ``__call__``, so that its forward hooks are called, as sharding needs."""
-    block.forward = MethodType(_run, block)
 
 
 @dataclass(frozen=True)
@@ -148,7 +143,6 @@ class ImageTower:
         interpolation: Interpolation = "bilinear",
         by_count: bool = False,
         added: Tensor | None = None,
-        class_embedding_twice: bool = False,
     ) -> tuple[Tensor, tuple[int, int]]:
         """Turn normalised images (B, 3, H, W) into tokens (B, 1 + h * w, W) for the first block, and the grid (h, w).
 
@@ -156,21 +150,17 @@ class ImageTower:
             images: H and W multiples of the patch size, else a `LexisegError`; any aspect.
             interpolation: how the position table is resized to the grid, see `resize_positions`.
             by_count: see `resize_positions`.
-            added: (1 + h * w, W), added to the tokens together with the positions, before the first norm.
-            class_embedding_twice: let 2 e + p_0 enter, as in the released ZegCLIP code and its checkpoints; not in
-                CLIP's.
+            added: (R, W), added to the first R tokens together with the positions, before the first norm.
         """
         visual, grid = self.visual, patch_grid(images, self.patch_size)
         patches = visual.conv1(images.to(visual.conv1.weight.dtype)).flatten(2).transpose(1, 2)
         table, source = visual.positional_embedding, tuple(visual.grid_size)
         positions = resize_positions(table, grid, source, interpolation, by_count=by_count)
-        positions = (positions if added is None else positions + added).to(patches.dtype)
-        class_embedding = visual.class_embedding.to(patches.dtype)
-        first = class_embedding + positions[0]
-        if class_embedding_twice:
-            first = first + class_embedding
-        tokens = torch.cat([first.expand(patches.shape[0], 1, -1), patches + positions[1:]], dim=1)
-        return visual.ln_pre(tokens), grid
+        if added is not None:
+            positions = torch.cat([positions[: len(added)] + added, positions[len(added) :]])
+        first = (visual.class_embedding + positions[0]).to(patches.dtype)
+        patches = patches + positions[1:].to(patches.dtype)
+        return visual.ln_pre(torch.cat([first.expand(patches.shape[0], 1, -1), patches], dim=1)), grid
 
     def run(
         self,

@@ -79,12 +79,17 @@ class SegmentationModel(nn.Module, ABC):
     @classmethod
     def build(cls, clip: CLIP, options: dict[str, Any] | None = None, **fields: Any) -> SegmentationModel:
         """Build the system with options given as a plain dict; a wrong one is a `LexisegError` that names it."""
-        return cls(clip, cls.parse_options(options or {}), **fields)
+        return cls.variant(options or {})(clip, cls.parse_options(options or {}), **fields)
+
+    @classmethod
+    def variant(cls, options: dict[str, Any]) -> type[SegmentationModel]:
+        """The class of a model of this system with these options: this one, where a system is not several."""
+        return cls
 
     @classmethod
     def parse_options(cls, options: dict[str, Any]) -> ModelOptions:
         """Check options given as a plain dict; a wrong one is a `LexisegError` that names it."""
-        return check(cls.options_class, options, f"The system '{cls.system}'", noun="option")
+        return check(cls.variant(options).options_class, options, f"The system '{cls.system}'", noun="option")
 
     @property
     def mean(self) -> Triple:
@@ -142,7 +147,8 @@ class SegmentationModel(nn.Module, ABC):
             # Shapes are all that is asked for, and torch warns of the values that are lost.
             with torch.device("meta"), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                there, here = shapes_of(other(towers, other_options)), shapes_of(cls(towers, options))
+                pairs = ((other, other_options), (cls, options))
+                there, here = (shapes_of(system.build(towers, given.model_dump())) for system, given in pairs)
             if there == here:
                 return
             if other is cls:

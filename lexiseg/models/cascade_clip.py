@@ -6,9 +6,7 @@ The blocks' features are unit vectors made by a norm and a projection each, exce
 final feature; a group's features are joined (neighborhood Gaussian aggregation, Eq. 4), each group has a decoder, and
 their mask logits are summed (Eq. 2).
 
-The paper's comparisons are groups too. Table 7: "{12},{12},{12}" gives several decoders the last layer, and
-"{6-12},{6-12},{6-12}" with the aggregation "sum" gives each the direct fusion of all layers. Table 1 and Fig. 2b, one
-decoder on fused layers: "{6-12}" with "concat", as in SegFormer, which the paper names as the model for it.
+The paper's comparisons are groups too, such as "{12},{12},{12}" (Table 7), or "{6-12}" with "concat" (Table 1).
 """
 
 from __future__ import annotations
@@ -20,11 +18,9 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from lexiseg.checking import check
-from lexiseg.clip.model import CLIP
 from lexiseg.clip.tower import ImageTokens, unit
 from lexiseg.errors import LexisegError
-from lexiseg.models.base import ImageFeatures
+from lexiseg.models.base import ImageFeatures, SegmentationModel
 from lexiseg.models.clip_similarity import patch_directions
 from lexiseg.models.one_stage import MaskDecoder
 from lexiseg.models.options import BlockGroups, Count, ModelOptions, parse_groups
@@ -32,7 +28,6 @@ from lexiseg.models.zegclip import Head, ZegCLIP, ZegCLIPOptions
 
 Aggregation = Literal["nga", "nga-fixed", "nga-printed", "sum", "trainable-sum", "concat", "self-attention"]
 LevelProjection = Literal["released", "clip", "trained"]
-_FIXED = ("nga-fixed", "sum")  # sums whose weights do not train
 
 
 class CascadeCLIPOptions(ZegCLIPOptions):
@@ -42,9 +37,8 @@ class CascadeCLIPOptions(ZegCLIPOptions):
         base: what the cascade is built on (Table 10): "zegclip", with the ``backbone`` "prompt", "fixed" (the paper's
             frozen CLIP) or "finetune"; or "spt-seg", see `lexiseg.models.cascade_on_spt`.
         groups: the groups of blocks, counted from 1, shallow to deep in each, one decoder a group (Tables 5, 6, 15).
-        aggregation: how a group of several blocks is joined (Table 8), one word for all groups or a list of one each:
-            "nga", "nga-fixed", "sum", "trainable-sum", "concat", "self-attention", and "nga-printed", with the initial
-            weights that Eq. 4 prints, see `WeightedSum`.
+        aggregation: how a group of several blocks is joined (Table 8): "nga", "nga-fixed", "sum", "trainable-sum",
+            "concat", "self-attention", and "nga-printed", with the initial weights that Eq. 4 prints.
         aggregate: what is joined: "projected", each block's features after its norm and projection, as in the authors'
             code; "raw", the tokens as the blocks leave them, as in Eq. 4, with one norm and projection a group behind.
         sigma: width of the Gaussian of "nga" (Table 16 compares 0.8, 1 and 1.2).
@@ -60,7 +54,7 @@ class CascadeCLIPOptions(ZegCLIPOptions):
 
     base: Literal["zegclip", "spt-seg"] = "zegclip"
     groups: BlockGroups = "{6-8},{9-11},{12}"
-    aggregation: Aggregation | tuple[Aggregation, ...] = "nga"
+    aggregation: Aggregation = "nga"
     aggregate: Literal["projected", "raw"] = "projected"
     sigma: Annotated[float, Field(gt=0)] = 1.0
     text_projection: Literal["independent", "shared"] = "independent"
@@ -70,12 +64,8 @@ class CascadeCLIPOptions(ZegCLIPOptions):
     @model_validator(mode="after")
     def _count_groups(self) -> CascadeCLIPOptions:
         count, chosen = len(self.blocks), self.predict_with
-        if not isinstance(self.aggregation, str) and len(self.aggregation) != count:
-            raise ValueError(f"{len(self.aggregation)} aggregations are given for {count} groups")
         if chosen is not None and (not chosen or len(set(chosen)) < len(chosen) or max(chosen) > count):
-            raise ValueError(
-                f"predict_with is {list(chosen)}; name one or more of the decoders 1 to {count}, each once"
-            )
+            raise ValueError(f"predict_with is {list(chosen)}; name decoders from 1 to {count}, each once")
         return self
 
     @property
@@ -83,28 +73,23 @@ class CascadeCLIPOptions(ZegCLIPOptions):
         """The groups as tuples of block numbers, counted from 1."""
         return parse_groups(self.groups)
 
-    @property
-    def aggregations(self) -> tuple[Aggregation, ...]:
-        """How each group is joined."""
-        return (self.aggregation,) * len(self.blocks) if isinstance(self.aggregation, str) else self.aggregation
-
 
 class LevelProjections(nn.Module):
     """Norms and projections of ``count`` intermediate blocks: patches of width W become unit vectors of width D.
 
     With ``init`` "released" norms have weight one and projections are N(0, 1) / sqrt(W), drawn once and never trained,
-    so that they must come from the checkpoint. "clip" and "trained" copy CLIP's final ``norm`` and ``proj`` (W, D).
+    so that they must come from the checkpoint. "clip" and "trained" copy the final ones of the tower ``visual``.
     """
 
-    def __init__(self, count: int, norm: nn.LayerNorm, proj: Tensor, init: LevelProjection) -> None:
+    def __init__(self, count: int, visual: Any, init: LevelProjection) -> None:
         super().__init__()
-        width, dim = proj.shape
+        width, dim = visual.proj.shape
         self.norms = nn.ModuleList(nn.LayerNorm(width, eps=1e-5) for _ in range(count))
         self.projections = nn.Parameter(torch.randn(count, width, dim) * width**-0.5)
         if init != "released":
             for level in self.norms:
-                level.load_state_dict(norm.state_dict())
-            self.projections.data.copy_(proj.detach().expand_as(self.projections))
+                level.load_state_dict(visual.ln_post.state_dict())
+            self.projections.data.copy_(visual.proj.detach().expand_as(self.projections))
 
     def forward(self, index: int, patches: Tensor) -> Tensor:
         """Unit vectors (B, N, D) of patches (B, N, W) by the norm and projection ``index``."""
@@ -125,54 +110,33 @@ class WeightedSum(nn.Module):
         weights = torch.ones(count) if sigma is None else torch.exp(-0.5 * (distance / sigma) ** 2)
         self.weights = nn.Parameter(weights)
 
-    def forward(self, levels: list[Tensor]) -> Tensor:
-        """Join levels (B, N, D) into one (B, N, D)."""
-        weights = self.weights.to(levels[0].dtype).unbind()
-        result = levels[0] * weights[0]
-        for level, weight in zip(levels[1:], weights[1:], strict=True):
-            result = torch.addcmul(result, level, weight)
-        return result
+    def forward(self, levels: Tensor) -> Tensor:
+        """Join levels (d, B, N, D) into one (B, N, D)."""
+        return torch.tensordot(self.weights.to(levels.dtype), levels, 1)
 
 
 class Concatenation(nn.Module):
-    """The blocks' features side by side, mapped back to D by a linear layer (Table 8, "Concat")."""
+    """The ``count`` blocks' features side by side, mapped back to D by a linear layer (Table 8, "Concat")."""
 
     def __init__(self, count: int, dim: int) -> None:
         super().__init__()
         self.proj = nn.Linear(count * dim, dim)
 
-    def forward(self, levels: list[Tensor]) -> Tensor:
-        """Join levels (B, N, D) into one (B, N, D)."""
-        return self.proj(torch.cat(levels, dim=-1))
+    def forward(self, levels: Tensor) -> Tensor:
+        """Join levels (d, B, N, D) into one (B, N, D)."""
+        return self.proj(levels.movedim(0, 2).flatten(2))
 
 
-class LevelAttention(nn.Module):
-    """Self-attention among a patch's features from the blocks of a group, summed (Table 8).
+class LevelAttention(nn.MultiheadAttention):
+    """Self-attention among a patch's features from the blocks of a group, summed; the paper names it only (Table 8).
 
-    The paper names this comparison and does not describe it. Here the d features of one patch attend to each other with
-    learnt maps, and their outputs are added to them and summed.
+    Here the d features of one patch attend to each other, and what they get is added to them and summed.
     """
 
-    def __init__(self, dim: int, num_heads: int) -> None:
-        super().__init__()
-        self.attention = nn.MultiheadAttention(dim, num_heads, batch_first=True)
-
-    def forward(self, levels: list[Tensor]) -> Tensor:
-        """Join levels (B, N, D) into one (B, N, D)."""
-        x = torch.stack(levels, dim=2).flatten(0, 1)
-        mixed = x + self.attention(x, x, x, need_weights=False)[0]
-        return mixed.sum(dim=1).unflatten(0, levels[0].shape[:2])
-
-
-def build_aggregation(kind: Aggregation, count: int, dim: int, *, sigma: float, num_heads: int) -> nn.Module:
-    """Make the module that joins ``count`` levels of width ``dim``; of one level, it gives that one back."""
-    if count == 1:
-        return nn.Identity()
-    if kind == "concat":
-        return Concatenation(count, dim)
-    if kind == "self-attention":
-        return LevelAttention(dim, num_heads)
-    return WeightedSum(count, sigma if kind.startswith("nga") else None, nearest=int(kind == "nga-printed"))
+    def forward(self, levels: Tensor) -> Tensor:  # type: ignore[override]
+        """Join levels (d, B, N, D) into one (B, N, D)."""
+        x = levels.flatten(1, 2)
+        return (x + super().forward(x, x, x, need_weights=False)[0]).sum(dim=0).unflatten(0, levels.shape[1:3])
 
 
 class CascadeCLIP(ZegCLIP):
@@ -190,14 +154,9 @@ class CascadeCLIP(ZegCLIP):
     bases: ClassVar[dict[str, type[CascadeCLIP]]] = {}  # those on another system than ZegCLIP, by the option ``base``
 
     @classmethod
-    def parse_options(cls, options: dict[str, Any]) -> ModelOptions:
-        """Those of the cascade on the base that they name; see `SegmentationModel.parse_options`."""
-        chosen = cls.bases.get(str(options.get("base")), cls)
-        return check(chosen.options_class, options, f"The system '{cls.system}'", noun="option")
-
-    def __new__(cls, clip: CLIP | None = None, options: CascadeCLIPOptions | None = None, *_: Any, **__: Any) -> Any:
-        """Choose the class that stands on what the options name as the base."""
-        return super().__new__(cls if options is None else cls.bases.get(options.base, cls))
+    def variant(cls, options: dict[str, Any]) -> type[SegmentationModel]:
+        """The cascade on the base that the options name; see `SegmentationModel.variant`."""
+        return cls.bases.get(str(options.get("base")), cls)
 
     def build_heads(self) -> None:
         """Make the groups' norms, projections, aggregations and heads."""
@@ -209,29 +168,35 @@ class CascadeCLIP(ZegCLIP):
                 f"The groups {options.groups} name block {beyond}, but the image tower has {self.last} blocks; set "
                 "groups to blocks it has."
             )
-        raw, visual = options.aggregate == "raw", clip.visual
         self.level_blocks = tuple(sorted({block - 1 for group in options.blocks for block in group} - {self.last - 1}))
-        joined_groups = [group for group in options.blocks if group != (self.last,)]
-        count, width = (len(joined_groups), clip.image_tower.width) if raw else (len(self.level_blocks), clip.embed_dim)
-        self.levels: LevelProjections | None = None
-        if count:
-            self.levels = LevelProjections(count, visual.ln_post, visual.proj, options.level_projection)
-        self.aggregations = nn.ModuleList(
-            build_aggregation(kind, len(group), width, sigma=options.sigma, num_heads=options.decoder_heads)
-            for kind, group in zip(options.aggregations, options.blocks, strict=True)
-        )
+        count, width = len(self.level_blocks), clip.embed_dim
+        if options.aggregate == "raw":
+            count, width = sum(group != (self.last,) for group in options.blocks), clip.image_tower.width
+        self.levels = LevelProjections(count, clip.visual, options.level_projection) if count else None
+        self.aggregations = nn.ModuleList(self.build_aggregation(len(group), width) for group in options.blocks)
         self.frozen += () if options.level_projection == "trained" else ("levels.",)
-        self.frozen += tuple(f"aggregations.{i}." for i, kind in enumerate(options.aggregations) if kind in _FIXED)
+        self.frozen += ("aggregations.",) if options.aggregation in ("nga-fixed", "sum") else ()
         projections = 1 if options.text_projection == "shared" else len(options.blocks)
         self.query_projs = nn.ModuleList(self.build_query_proj() for _ in range(projections))
         self.decoders = nn.ModuleList(self.build_decoder() for _ in options.blocks)
+
+    def build_aggregation(self, count: int, width: int) -> nn.Module:
+        """Make the module that joins ``count`` levels of a ``width``; a single one needs none."""
+        kind = self.options.aggregation
+        if count == 1:
+            return nn.Identity()
+        if kind == "concat":
+            return Concatenation(count, width)
+        if kind == "self-attention":
+            return LevelAttention(width, self.options.decoder_heads)
+        return WeightedSum(count, self.options.sigma if kind.startswith("nga") else None, int(kind == "nga-printed"))
 
     def init_from_clip_similarity(self) -> None:
         """Let the deepest group start from CLIP's own comparison of patches and words, and the others from zero."""
         options, groups, basis = self.options, self.options.blocks, patch_directions(self.clip.visual.proj)
         loud = max(range(len(groups)), key=lambda i: (groups[i][-1], -len(groups[i]), i))
         random = options.level_projection == "released" and groups[loud][-1] != self.last
-        if random or (len(groups[loud]) > 1 and options.aggregations[loud] in ("concat", "self-attention")):
+        if random or (len(groups[loud]) > 1 and options.aggregation in ("concat", "self-attention")):
             raise LexisegError(
                 f"init 'clip-similarity' compares patches with words, which the groups {options.groups} do not let the "
                 "deepest one do; put the last block in a group of its own."
@@ -262,7 +227,7 @@ class CascadeCLIP(ZegCLIP):
             features = {**self.level_features(result), self.last - 1: final}
         for index, (join, group) in enumerate(zip(self.aggregations, self.options.blocks, strict=True)):
             levels = [features[block - 1] for block in group]
-            joined = levels[0] if len(levels) == 1 else join(levels)
+            joined = levels[0] if len(levels) == 1 else join(torch.stack(levels))
             if raw:
                 joined = final if group == (self.last,) else self.project_level(next(projections), joined)
             values[f"group_{index}"] = joined.unflatten(1, result.grid)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
@@ -29,7 +28,6 @@ from lexiseg.models.cost_aggregation import AggregationOptions, CostAggregator
 from lexiseg.models.options import Count, ModelOptions, Pixels
 from lexiseg.scores import GridScores
 from lexiseg.vocabulary import Vocabulary
-from lexiseg.windows import WindowPolicy
 
 CAT_SEG_TEMPLATE = "A photo of a {} in the scene"
 """The template of the released models."""
@@ -71,10 +69,6 @@ class CATSegOptions(AggregationOptions):
         if self.whole and self.window_size is None:
             raise ValueError("whole averages windows with the whole picture, so it needs a window_size")
         return self
-
-    def window(self) -> WindowPolicy:
-        """How the system is run over a picture by default."""
-        return replace(super().window(), canvas=self.canvas, whole=self.whole)
 
 
 class SplitAttention(nn.Module):

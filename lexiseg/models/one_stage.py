@@ -8,7 +8,6 @@ checkpoints need it.
 from __future__ import annotations
 
 from abc import abstractmethod
-from dataclasses import replace
 from typing import Literal, cast
 
 import torch
@@ -21,7 +20,6 @@ from lexiseg.losses.masks import MaskLosses, mask_losses, pseudo_labels
 from lexiseg.models.base import ImageFeatures, SegmentationModel
 from lexiseg.models.options import Deviations, LossWeight, Pixels, Triple, WindowOptions
 from lexiseg.scores import GridScores
-from lexiseg.windows import WindowPolicy
 
 
 class DecoderLayer(nn.Module):
@@ -86,29 +84,18 @@ class DecoderLayer(nn.Module):
 class MaskDecoder(nn.Module):
     """A stack of layers; the mask logits of the last one are the result (ZegCLIP, Sec. 3.3, Eq. 3 to 5).
 
-    Queries do not see each other, so classes can be decoded in any order and in parts. A `LexisegError` says that there
-    is no layer, or that the heads do not divide the width ``dim``.
+    Queries do not see each other, so classes can be decoded in any order and in parts. A `LexisegError` says that the
+    heads do not divide the width ``dim``.
     """
 
     def __init__(
-        self,
-        dim: int,
-        num_layers: int = 3,
-        num_heads: int = 8,
-        ffn_ratio: float = 4.0,
-        dropout: float = 0.1,
-        layer: type[DecoderLayer] = DecoderLayer,
+        self, layer: type[DecoderLayer], num_layers: int, dim: int, num_heads: int, ffn_ratio: float, dropout: float
     ) -> None:
         super().__init__()
-        if num_layers < 1 or dim % num_heads:
-            raise LexisegError(
-                f"A decoder of {num_layers} layers, width {dim} and {num_heads} heads cannot be built; take at least "
-                "one layer and a number of heads that divides the width."
-            )
-        self.layers = nn.ModuleList(
-            layer(dim, num_heads, ffn_ratio, dropout, logits_only=index == num_layers - 1)
-            for index in range(num_layers)
-        )
+        if dim % num_heads:
+            raise LexisegError(f"A decoder of width {dim} cannot have {num_heads} heads; take a divisor of it.")
+        last = (index == num_layers - 1 for index in range(num_layers))
+        self.layers = nn.ModuleList(layer(dim, num_heads, ffn_ratio, dropout, logits_only=is_last) for is_last in last)
         # Released decoders start as copies of their first layer.
         prototype = self.layers[0].state_dict()
         for copy in self.layers:
@@ -153,10 +140,6 @@ class OneStageOptions(WindowOptions):
     mean: Triple | None = None
     std: Deviations | None = None
     antialias: bool = True
-
-    def window(self) -> WindowPolicy:
-        """How the system is run over a picture by default."""
-        return replace(super().window(), antialias=self.antialias)
 
 
 class OneStageModel(SegmentationModel):

@@ -78,7 +78,9 @@ class WindowOptions(ModelOptions):
     def window(self) -> WindowPolicy:
         """How the system is run over a picture by default."""
         stride = self.window_stride or self.window_size or 0
-        return WindowPolicy(self.window_size, stride, self.short_side, getattr(self, "long_side", None))
+        named = ("long_side", "antialias", "canvas", "whole")
+        more = {name: getattr(self, name) for name in named if name in type(self).model_fields}
+        return WindowPolicy(self.window_size, stride, self.short_side, **more)
 
 
 _SPAN = r"\s*(\d{1,3})\s*(?:-\s*(\d{1,3})\s*)?"

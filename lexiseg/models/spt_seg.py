@@ -195,7 +195,7 @@ class SPTSeg(ZegCLIP):
     def build_decoder(self) -> MaskDecoder:
         """Make the spectral guided decoder of a head."""
         count, ratio, dropout = self.options.decoder_layers, self.options.ffn_ratio, self.options.dropout
-        return MaskDecoder(self.clip.embed_dim, count, _HEADS, ratio, dropout, SpectralLayer)
+        return MaskDecoder(SpectralLayer, count, self.clip.embed_dim, _HEADS, ratio, dropout)
 
     def before_block(self, grid: tuple[int, int]) -> BeforeBlock:
         """Add the filtered patches before the first blocks; then the prompts, see `ZegCLIP.before_block`."""

@@ -23,7 +23,7 @@ from lexiseg.clip.tower import BeforeBlock, ImageTokens, ImageTower, unit
 from lexiseg.errors import LexisegError
 from lexiseg.models.base import ImageFeatures
 from lexiseg.models.clip_similarity import init_matching_decoder, patch_directions
-from lexiseg.models.one_stage import MaskDecoder, OneStageModel, OneStageOptions
+from lexiseg.models.one_stage import DecoderLayer, MaskDecoder, OneStageModel, OneStageOptions
 from lexiseg.models.options import Count, Dropout, ModelOptions
 
 _CLASS_CHUNK = 4096
@@ -164,7 +164,8 @@ class ZegCLIP(OneStageModel):
     def build_decoder(self) -> MaskDecoder:
         """Make the decoder of a head."""
         options, dim = self.options, self.clip.embed_dim
-        return MaskDecoder(dim, options.decoder_layers, options.decoder_heads, options.ffn_ratio, options.dropout)
+        count, heads = options.decoder_layers, options.decoder_heads
+        return MaskDecoder(DecoderLayer, count, dim, heads, options.ffn_ratio, options.dropout)
 
     def init_from_clip_similarity(self) -> None:
         """Let the heads start from CLIP's own comparison of patches and words."""
@@ -187,8 +188,8 @@ class ZegCLIP(OneStageModel):
         """
         tower, options = self.clip.image_tower, self.options
         with torch.set_grad_enabled(torch.is_grad_enabled() and options.backbone != "fixed"):
-            twice, how = options.class_embedding_twice, options.position_interpolation
-            tokens, grid = tower.embed(images, interpolation=how, class_embedding_twice=twice)
+            twice = tower.visual.class_embedding[None] if options.class_embedding_twice else None
+            tokens, grid = tower.embed(images, interpolation=options.position_interpolation, added=twice)
             return tower.run(tokens, grid, before_block=self.before_block(grid), levels=levels)
 
     def finish(self, result: ImageTokens) -> tuple[Tensor, Tensor]:

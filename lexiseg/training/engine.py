@@ -17,6 +17,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from types import MethodType
 from typing import Any, ClassVar
 
 import torch
@@ -30,7 +31,7 @@ from torch.torch_version import TorchVersion
 from torch.utils.data import DataLoader, Dataset
 
 from lexiseg import processes
-from lexiseg.clip.tower import run_as_module
+from lexiseg.clip.tower import run_plain
 from lexiseg.errors import LexisegError
 from lexiseg.recipes import TrainSettings
 from lexiseg.training.checkpoint import model_state, put, whole
@@ -316,7 +317,7 @@ def shard(module: nn.Module, device: torch.device) -> nn.Module:
             raise LexisegError(f"'{name}' is a single number, which train.sharding cannot divide; set it to none.")
     mesh, whole_ones = init_device_mesh(device.type, (processes.count(),)), set(single.values())
     for block in [part for part in module.modules() if isinstance(part, ResidualAttentionBlock)]:
-        run_as_module(block)
+        block.forward = MethodType(run_plain, block)  # so that `run_block` calls the module, whose hooks gather weights
         fully_shard(block, mesh=mesh)
     fully_shard(module, mesh=mesh, ignored_params=whole_ones)
     return module

@@ -39,6 +39,7 @@ _ONE_STAGE: dict[str, Change] = {
     "decoder_dim": lambda value: {},
     "project_memory": lambda value: {},
 }
+_SPECTRAL = {"filter_blocks", "filter_grid", "train_filter"}
 _HOSTS = {
     "zegclip": {"base": "zegclip", "backbone": "prompt"},
     "frozen": {"base": "zegclip", "backbone": "fixed"},
@@ -78,6 +79,9 @@ def renamed_options(system: str, options: Mapping[str, Any], where: str) -> dict
     """
     found = {key: dict(value) if isinstance(value, dict) else value for key, value in options.items()}
     said = []
+    if system == "cascade-clip" and found.get("base", "zegclip") == "zegclip":
+        for spare in _SPECTRAL & found.keys():  # named whatever the base was
+            del found[spare]
     for old, change in RENAMED_OPTIONS.get(system, {}).items():
         inside, _, key = old.rpartition(".")
         place = found.get(inside) if inside else found

@@ -132,7 +132,7 @@ def test_the_class_embedding_can_enter_twice(clip: CLIP) -> None:
     clip.visual.ln_pre = torch.nn.Identity()
     images = torch.randn(1, 3, 32, 32)
     once = clip.image_tower.embed(images)[0]
-    twice = clip.image_tower.embed(images, class_embedding_twice=True)[0]
+    twice = clip.image_tower.embed(images, added=clip.visual.class_embedding[None])[0]
     torch.testing.assert_close(twice[0, 0] - once[0, 0], clip.visual.class_embedding)
     assert torch.equal(once[:, 1:], twice[:, 1:])
 

@@ -104,8 +104,6 @@ def test_wrong_groups_are_one_sentence(text: Any) -> None:
 def test_groups_must_fit_the_tower_and_the_aggregations() -> None:
     with pytest.raises(LexisegError, match="name block 12, but the image tower has 4"):
         CascadeCLIP.build(small_clip())
-    with pytest.raises(LexisegError, match="2 aggregations are given for 3 groups"):
-        CascadeCLIP.parse_options({**CASCADE, "aggregation": ["nga", "sum"]})
 
 
 @pytest.mark.parametrize("groups", ["{4}", "{2-3},{4}", "{1},{2},{3},{4}", "{1-2},{3-4}", "{1,3},{2}", "{4},{4},{4}"])
@@ -120,9 +118,7 @@ def test_any_groups(groups: str) -> None:
     )
 
 
-@pytest.mark.parametrize(
-    "aggregation", ["nga", "nga-fixed", "sum", "trainable-sum", "concat", "self-attention", ["concat", "nga", "sum"]]
-)
+@pytest.mark.parametrize("aggregation", ["nga", "nga-fixed", "sum", "trainable-sum", "concat", "self-attention"])
 def test_every_aggregation(aggregation: Any) -> None:
     model = cascade(aggregation=aggregation)
     images, text = torch.randn(2, 3, 16, 24), unit_rows(3, DIM)
@@ -136,7 +132,7 @@ def test_the_weights_of_the_gaussian() -> None:
     for sigma, expected in ((0.8, (0.04, 0.46, 1.0)), (1.0, (0.14, 0.61, 1.0)), (1.2, (0.25, 0.71, 1.0))):
         weights = WeightedSum(3, sigma).weights.detach()
         torch.testing.assert_close(weights, torch.tensor(expected), rtol=0, atol=0.006)  # Table 16, two digits
-    levels = [torch.randn(1, 2, 3) for _ in range(3)]
+    levels = torch.randn(3, 1, 2, 3)
     torch.testing.assert_close(WeightedSum(3, None)(levels), levels[0] + levels[1] + levels[2])
 
 

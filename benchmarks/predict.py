@@ -62,7 +62,7 @@ def main() -> None:
 
     @torch.inference_mode()
     def tower() -> None:
-        model.finish(model.run_tower(images))
+        model.project_tokens(model.run_tower(images))
 
     def tower_with_rows() -> None:
         with prompts_as_rows(model):

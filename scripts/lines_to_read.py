@@ -31,8 +31,8 @@ INTERFACES = {
     "clip.templates": "lists of sentences",
     "clip.positions": "resizes a position table",
     "losses": "formulas, which the systems' docstrings repeat, computed with little memory and over processes",
-    "models.clip_similarity": "an initial state of our own, which no paper has",
-    "models.spectral_similarity": "the same for SPT-SEG",
+    "models.similarity_init": "an initial state of our own, which no paper has",
+    "models.spectral_init": "the same for SPT-SEG",
 }
 """Rooms, or parts of rooms, that a reader need not enter, and what is in them."""
 SYSTEMS = ("zegclip", "cascade_clip", "spt_seg", "dense_clip", "cat_seg", "deop", "region_models", "maft")

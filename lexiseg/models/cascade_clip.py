@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from lexiseg.clip.tower import ImageTokens, unit
 from lexiseg.errors import LexisegError
 from lexiseg.models.base import ImageFeatures, SegmentationModel
-from lexiseg.models.clip_similarity import patch_directions
 from lexiseg.models.one_stage import MaskDecoder
 from lexiseg.models.options import BlockGroups, Count, ModelOptions, parse_groups
+from lexiseg.models.similarity_init import patch_directions
 from lexiseg.models.zegclip import Head, ZegCLIP, ZegCLIPOptions
 
 Aggregation = Literal["nga", "nga-fixed", "nga-printed", "sum", "trainable-sum", "concat", "self-attention"]
@@ -220,7 +220,7 @@ class CascadeCLIP(ZegCLIP):
     def encode_images(self, images: Tensor) -> ImageFeatures:
         """Run the image tower and join each group; see `SegmentationModel.encode_images`."""
         result = self.run_tower(self.fit_to_patches(images), levels=(*self.level_blocks, self.last - 1))
-        cls, final = self.finish(result)
+        cls, final = self.project_tokens(result)
         values, raw, projections = {"cls": cls}, self.options.aggregate == "raw", count()
         features = {block: tokens[:, -result.num_patches :] for block, tokens in result.levels.items()}
         if not raw:

@@ -25,7 +25,7 @@ from lexiseg.scores import GridScores
 class DecoderLayer(nn.Module):
     """Cross-attention from queries to patches (ZegCLIP, Sec. 3.3), residual and norm, and an FFN likewise.
 
-    What it makes of the patches does not depend on the queries, so it is computed once for all classes (`see`). With
+    What it makes of the patches does not depend on the queries, so it is computed once for all classes (`project_memory`). With
     ``logits_only`` only what the mask logits need is built: the last layer's output queries are used by nobody. (The
     authors' checkpoints carry those weights, untrained.) A subclass may give another attention.
     """
@@ -47,17 +47,17 @@ class DecoderLayer(nn.Module):
         if not self.logits_only:
             self.value = nn.Linear(dim, dim)
 
-    def see(self, patches: Tensor, grid: tuple[int, int]) -> tuple[Tensor, ...]:
+    def project_memory(self, patches: Tensor, grid: tuple[int, int]) -> tuple[Tensor, ...]:
         """The patches (B, N, D) of a grid (h, w) and, where queries are updated, their keys and values."""
         return (patches,) if self.logits_only else (patches, self.key(patches), self.value(patches))
 
-    def mask_logits(self, queries: Tensor, seen: tuple[Tensor, ...]) -> Tensor:
+    def mask_logits(self, queries: Tensor, memory: tuple[Tensor, ...]) -> Tensor:
         """Mean over the heads of the scaled attention logits, (B, C, N), of queries (B, C, D).
 
         The sum over heads is one product of D numbers: one matrix product, and no logits per head. The map to keys goes
         to whichever side is shorter, queries or patches: q (m K)^T and (q K^T) m^T are the same.
         """
-        patches = seen[0]
+        patches = memory[0]
         scale = (queries.shape[-1] // self.num_heads) ** -0.5 / self.num_heads
         mapped = self.query(queries) * scale
         # (A graph that is made for any number of queries takes the way that suits fewer queries than patches.)
@@ -65,17 +65,17 @@ class DecoderLayer(nn.Module):
             return mapped @ self.key(patches).transpose(1, 2)
         return (mapped @ self.key.weight) @ patches.transpose(1, 2) + (mapped @ self.key.bias)[..., None]
 
-    def attend(self, queries: Tensor, seen: tuple[Tensor, ...], dropout: float) -> Tensor:
+    def attend(self, queries: Tensor, memory: tuple[Tensor, ...], dropout: float) -> Tensor:
         """What queries (B, C, D) get from the patches, before the output map."""
         query, key, value = (
-            x.unflatten(2, (self.num_heads, -1)).transpose(1, 2) for x in (self.query(queries), *seen[1:])
+            x.unflatten(2, (self.num_heads, -1)).transpose(1, 2) for x in (self.query(queries), *memory[1:])
         )
         mixed = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout)
         return mixed.transpose(1, 2).flatten(2)
 
-    def forward(self, queries: Tensor, seen: tuple[Tensor, ...]) -> Tensor:
-        """Update queries (B, C, D) with what `see` made of the patches."""
-        mixed = self.attend(queries, seen, self.dropout.p if self.training else 0.0)
+    def forward(self, queries: Tensor, memory: tuple[Tensor, ...]) -> Tensor:
+        """Update queries (B, C, D) with what `project_memory` made of the patches."""
+        mixed = self.attend(queries, memory, self.dropout.p if self.training else 0.0)
         queries = self.norm_attention(queries + self.dropout(self.out(mixed)))
         hidden = self.ffn_out(self.dropout(F.relu(self.ffn_in(queries))))
         return self.norm_ffn(queries + self.dropout(hidden))
@@ -104,13 +104,13 @@ class MaskDecoder(nn.Module):
     def project_memory(self, patches: Tensor) -> list[tuple[Tensor, ...]]:
         """What each layer sees of patches (B, h, w, D), once for all classes."""
         grid = (patches.shape[1], patches.shape[2])
-        return [cast(DecoderLayer, layer).see(patches.flatten(1, 2), grid) for layer in self.layers]
+        return [cast(DecoderLayer, layer).project_memory(patches.flatten(1, 2), grid) for layer in self.layers]
 
     def forward(self, queries: Tensor, memory: list[tuple[Tensor, ...]]) -> Tensor:
         """Mask logits (B, C, N) of class queries (B, C, D) over the patches of a memory from `project_memory`."""
         *inner, last = (cast(DecoderLayer, layer) for layer in self.layers)
-        for layer, seen in zip(inner, memory[:-1], strict=True):
-            queries = layer(queries, seen)
+        for layer, part in zip(inner, memory[:-1], strict=True):
+            queries = layer(queries, part)
         return last.mask_logits(queries, memory[-1])
 
 

@@ -21,7 +21,7 @@ from lexiseg.clip.tower import BeforeBlock
 from lexiseg.losses.ssim import ssim_loss
 from lexiseg.models.one_stage import DecoderLayer, MaskDecoder
 from lexiseg.models.options import Count, ModelOptions
-from lexiseg.models.spectral_similarity import init_spectral_decoder
+from lexiseg.models.spectral_init import init_spectral_decoder
 from lexiseg.models.zegclip import ZegCLIP, ZegCLIPOptions
 
 _HEADS = 8  # fixed in the authors' code, whatever the number of attention heads elsewhere
@@ -162,18 +162,18 @@ class SpectralLayer(DecoderLayer):
         """Make the guide in the place of maps."""
         self.guide = SpectralGuide(dim)
 
-    def see(self, patches: Tensor, grid: tuple[int, int]) -> tuple[Tensor, ...]:
-        """Z (B, N, D); see `DecoderLayer.see`."""
+    def project_memory(self, patches: Tensor, grid: tuple[int, int]) -> tuple[Tensor, ...]:
+        """Z (B, N, D); see `DecoderLayer.project_memory`."""
         return (self.guide(patches, grid),)
 
-    def mask_logits(self, queries: Tensor, seen: tuple[Tensor, ...]) -> Tensor:
+    def mask_logits(self, queries: Tensor, memory: tuple[Tensor, ...]) -> Tensor:
         """The products of queries and z, (B, C, N)."""
-        return queries @ seen[0].transpose(1, 2)
+        return queries @ memory[0].transpose(1, 2)
 
-    def attend(self, queries: Tensor, seen: tuple[Tensor, ...], dropout: float) -> Tensor:
+    def attend(self, queries: Tensor, memory: tuple[Tensor, ...], dropout: float) -> Tensor:
         """The mean of z, weighted by the softmax of those products."""
-        memory = seen[0][:, None]  # one head, as in `SpectralFilter`
-        return F.scaled_dot_product_attention(queries[:, None], memory, memory, dropout_p=dropout, scale=1.0).squeeze(1)
+        z = memory[0][:, None]  # one head, said as an axis as in `SpectralGuide`
+        return F.scaled_dot_product_attention(queries[:, None], z, z, dropout_p=dropout, scale=1.0).squeeze(1)
 
 
 class SPTSeg(ZegCLIP):

@@ -22,9 +22,9 @@ from lexiseg.clip.positions import Interpolation
 from lexiseg.clip.tower import BeforeBlock, ImageTokens, ImageTower, unit
 from lexiseg.errors import LexisegError
 from lexiseg.models.base import ImageFeatures
-from lexiseg.models.clip_similarity import init_matching_decoder, patch_directions
 from lexiseg.models.one_stage import DecoderLayer, MaskDecoder, OneStageModel, OneStageOptions
 from lexiseg.models.options import Count, Dropout, ModelOptions
+from lexiseg.models.similarity_init import init_matching_decoder, patch_directions
 
 _CLASS_CHUNK = 4096
 
@@ -43,7 +43,7 @@ class ZegCLIPOptions(OneStageOptions):
         decoder_heads: its attention heads.
         ffn_ratio: hidden width of its feed-forward part over its width.
         dropout: dropout in the decoder.
-        init: "random" is released; "clip-similarity" suits short trainings, see `lexiseg.models.clip_similarity`.
+        init: "random" is released; "clip-similarity" suits short trainings, see `lexiseg.models.similarity_init`.
         class_embedding_twice: add the class embedding twice, as the released code does and its checkpoints need; a
             model trained here does better without.
         position_interpolation: how position embeddings follow the resolution.
@@ -192,7 +192,7 @@ class ZegCLIP(OneStageModel):
             tokens, grid = tower.embed(images, interpolation=options.position_interpolation, added=twice)
             return tower.run(tokens, grid, before_block=self.before_block(grid), levels=levels)
 
-    def finish(self, result: ImageTokens) -> tuple[Tensor, Tensor]:
+    def project_tokens(self, result: ImageTokens) -> tuple[Tensor, Tensor]:
         """Turn the tower's last tokens into unit vectors: class embedding (B, D) and patches (B, N, D)."""
         tokens = result.tokens if self.prompts is None else self.prompts.norm(result.tokens)
         tokens = unit(self.clip.image_tower.project(tokens))
@@ -201,7 +201,7 @@ class ZegCLIP(OneStageModel):
     def encode_images(self, images: Tensor) -> ImageFeatures:
         """Run the image tower; see `SegmentationModel.encode_images`."""
         result = self.run_tower(self.fit_to_patches(images))
-        cls, patches = self.finish(result)
+        cls, patches = self.project_tokens(result)
         size = (images.shape[-2], images.shape[-1])
         return ImageFeatures(size, {"cls": cls, "patches": patches.unflatten(1, result.grid)})
 

@@ -47,9 +47,9 @@ class TestZegCLIP(SystemTester):
         model = ZegCLIP.build(small_clip(), {**self.options, "prompt_depth": depth}).eval()
         assert isinstance(model, ZegCLIP)
         with torch.no_grad():
-            fast = model.finish(model.run_tower(self.images()))
+            fast = model.project_tokens(model.run_tower(self.images()))
             with prompts_as_rows(model):
-                rows = model.finish(model.run_tower(self.images()))
+                rows = model.project_tokens(model.run_tower(self.images()))
         for ours, theirs in zip(fast, rows, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 

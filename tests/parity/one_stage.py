@@ -134,7 +134,7 @@ def compare_features(case: Case, model: ZegCLIP, images: Tensor) -> None:
     with torch.no_grad():
         cascade = isinstance(model, CascadeCLIP)
         result = model.run_tower(images, levels=model.level_blocks if cascade else ())
-        cls, patches = model.finish(result)
+        cls, patches = model.project_tokens(result)
         levels = list(model.level_features(result).values()) if cascade else []
     case.check("cls", cls)
     for index, level in enumerate([*levels, patches]):

@@ -1,4 +1,4 @@
-"""`lexiseg.models.clip_similarity` for SPT-SEG's decoder: an initial state of our own, which no paper has."""
+"""`lexiseg.models.similarity_init` for SPT-SEG's decoder: an initial state of our own, which no paper has."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from lexiseg.errors import LexisegError
-from lexiseg.models.clip_similarity import GAIN, IMAGE_WEIGHT, OFFSET, pass_text, silence_updates
 from lexiseg.models.one_stage import MaskDecoder
+from lexiseg.models.similarity_init import GAIN, IMAGE_WEIGHT, OFFSET, pass_text, silence_updates
 
 if TYPE_CHECKING:
     from lexiseg.models.spt_seg import SpectralGuide, SpectralLayer
@@ -23,7 +23,7 @@ _CONSTANT = 2.0
 def init_spectral_decoder(decoder: MaskDecoder, query_proj: nn.Linear, basis: Tensor, *, silent: bool = False) -> None:
     """Set the weights so that the mask logits are those of queries and patches compared directly.
 
-    See `lexiseg.models.clip_similarity.init_matching_decoder`; the last but one layer's norm, which must be there,
+    See `lexiseg.models.similarity_init.init_matching_decoder`; the last but one layer's norm, which must be there,
     gives the gain, and a bias of the queries against the constant part of z the offset.
     """
     *inner, last = cast("list[SpectralLayer]", list(decoder.layers))

@@ -25,7 +25,7 @@ from lexiseg.scores import GridScores
 class DecoderLayer(nn.Module):
     """Cross-attention from queries to patches (ZegCLIP, Sec. 3.3), residual and norm, and an FFN likewise.
 
-    What it makes of the patches does not depend on the queries, so it is computed once for all classes (`project_memory`). With
+    What it makes of the patches, its memory, does not depend on the queries: it is computed once for all classes. With
     ``logits_only`` only what the mask logits need is built: the last layer's output queries are used by nobody. (The
     authors' checkpoints carry those weights, untrained.) A subclass may give another attention.
     """

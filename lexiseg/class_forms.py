@@ -34,7 +34,7 @@ _NUMBERED = re.compile(r"([0-9]+)\s*[:\t]\s*(.+)")
 _RGB = r"([0-9]{1,3})\s*[,\s]\s*([0-9]{1,3})\s*[,\s]\s*([0-9]{1,3})"
 _NAME_COLOR = re.compile(rf"(.+?)\s*[,:\s]\s*{_RGB}\s*(?::.*)?")
 _COLOR_NAME = re.compile(rf"{_RGB}[\s,:]+(.+)")
-_SPACED = re.compile(r"([0-9]+)\s*[\s,;]\s*(.*\D.*)")
+_SPACED = re.compile(r"([0-9]+)\s*(?:[\s,;=]|[.)]\s)\s*(.*\D.*)")
 _NUMBER_LAST = re.compile(r"(.*\D.*?)\s*:\s*([0-9]+)")
 
 
@@ -58,7 +58,7 @@ class ListedClass:
 
 def split_words(text: str) -> list[str]:
     """Split words joined by commas, and take quotation marks off. Raises LexisegError if a word is empty."""
-    words = [word.strip() for word in text.split(",")]
+    words = [word.strip() for word in re.split("[,\uff0c\u3001]", text)]
     words = [word[1:-1].strip() if len(word) > 1 and _QUOTED.fullmatch(word) else word for word in words]
     open_mark = next((word for word in words if word[:1] in ('"', "“", "„", "«")), None)
     if open_mark is not None:
@@ -74,7 +74,7 @@ def split_words(text: str) -> list[str]:
 
 
 def split_classes(text: str) -> list[ListedClass]:
-    """Split ``"cat; tree, bush"``: semicolons and line breaks separate classes, commas join synonyms.
+    """Split ``"cat; tree, bush"``: semicolons and line breaks separate classes, commas join synonyms; Chinese ones too.
 
     ``"mug = cup, tumbler"`` is a class that is called mug and looked for as cup and tumbler only. Raises LexisegError
     if a class or a word of it is empty.
@@ -83,7 +83,7 @@ def split_classes(text: str) -> list[ListedClass]:
     text = unicodedata.normalize("NFC", text)
     found: list[ListedClass] = []
     for line in text.splitlines():
-        parts = line.split(";")
+        parts = re.split("[;\uff1b]", line)
         if not parts[-1].strip():
             parts.pop()  # an empty line, or a semicolon that ends one
         for part in parts:

@@ -3,11 +3,11 @@
 Text, lists and mappings in Python, and files, whose content decides what they are, whatever they are called:
 
 * a class a line, or several between semicolons; a comma joins synonyms, a line that begins with # is left out;
-* lines with numbers: "12: cat", "12<tab>cat", "12 cat", "cat: 12", and with colours: "cat,255,0,0", "255 0 0 cat",
-  "cat:255,0,0::";
+* lines with numbers: "12: cat", "12<tab>cat", "12 cat", "12. cat", "12=cat", "cat: 12", and with colours:
+  "cat,255,0,0", "255 0 0 cat", "cat:255,0,0::";
 * a table with a heading: name and any of id, synonyms, r/g/b, color (class_dict.csv, ADE20K's objectInfo150.txt);
-* JSON or YAML: a list of names or of mappings (name, id, synonyms, seen, color), by itself or under "classes"; a
-  mapping of ids to names, names to ids or names to colours; COCO's "categories", YOLO's "names", "id2label".
+* JSON, YAML or Python: a list of names or of mappings (name, id, synonyms, seen, color), by itself or under "classes";
+  a mapping of ids to names, names to ids or names to colours; COCO's "categories", YOLO's "names", "id2label".
 
 Numbers are what label files hold: any from 0 to 65535, wherever they start and with gaps. Class ids are places in the
 list all the same. An entry that is called "(ignore)" is no class: its number or colour has none.
@@ -32,7 +32,7 @@ from lexiseg.words import describe, is_deep, null, refuse_unknown, shorten, word
 _MAX_FILE_BYTES = 64 * 2**20
 _ENDINGS = (".txt", ".json", ".yaml", ".yml", ".csv", ".tsv", ".names", ".list", ".lst", ".labels", ".classes", ".data")
 _KEYS = ("classes", "templates", "background", "ignore", "masks", "exif")
-_LISTS = ("classes", "categories", "names", "id2label", "label2id")
+_LISTS = ("classes", "categories", "names", "labels", "id2label", "label2id")
 _YAML_START = re.compile(rf"(?:-\s|---|(?:{'|'.join((*_KEYS, *_LISTS, 'nc', 'path', 'train', 'val'))})\s*:)")
 _JSON_START = re.compile(r"\s*(?:\[\s*[\"\[{\]]|\{\s*[\"}])")
 
@@ -107,7 +107,7 @@ def read_classes(source: object) -> ClassList:
     if isinstance(source, Path):
         return read_class_list(source)
     if isinstance(source, str):
-        return ClassList(tuple(split_classes(source)))
+        return _bracketed(source) or ClassList(tuple(split_classes(source)))
     if isinstance(source, set | frozenset):
         raise LexisegError("A set of class names has no order; give them as a list.")
     if isinstance(source, bytes | bytearray) or not isinstance(source, Iterable):
@@ -168,7 +168,13 @@ def read_class_text(text: str, ending: str = "") -> ClassList:
         value = _load_yaml(text)
         if not isinstance(value, str):
             return _structured(value)
-    return _sorted_out(lines_read(lines)) if lines else ClassList(())
+    return _bracketed(text) or (_sorted_out(lines_read(lines)) if lines else ClassList(()))
+
+
+def _bracketed(text: str) -> ClassList | None:
+    """Read a list as Python or JSON write it, ``['cat', "dog"]``; None where the text is none."""
+    listed = re.fullmatch(r"\s*\[.*\]\s*", text, re.DOTALL) is not None
+    return _structured(_load_yaml(text)) if listed else None
 
 
 def _load_yaml(text: str) -> Any:

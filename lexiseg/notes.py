@@ -16,6 +16,8 @@ from lexiseg.words import shorten
 
 _MARK = "lexiseg picture world"
 _LARGEST_SCENE = 1024
+# What other tools put between classes.
+_SEPARATORS = re.compile(r"\s*(?:[|/&+]|\\n)\s*|\.(?:\s+|$)|\s+and\s+")
 
 
 def one_class(vocabulary: Vocabulary) -> None:
@@ -23,7 +25,7 @@ def one_class(vocabulary: Vocabulary) -> None:
     if len(vocabulary) > 1 or vocabulary.background.kind != "none":
         return
     (only,) = vocabulary.classes
-    words = only.words if only.synonyms else [word for word in re.split(r"\s*[|/]\s*|\.(?:\s+|$)", only.name) if word]
+    words = only.words if only.synonyms else list(filter(None, _SEPARATORS.split(only.name)))
     if len(words) > 1:
         text = f"'{shorten(', '.join(only.words))}' is one class, which takes every pixel; separate classes by "
         text += f"semicolons, '{shorten('; '.join(words))}', or as the items of a list."

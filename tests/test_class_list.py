@@ -17,6 +17,8 @@ COLORED = [("cat", None, (255, 128, 0)), ("dog", None, (0, 0, 255))]
 FORMS = {
     "cat\n\n# no class\ndog\n": PLAIN,
     "cat; dog": PLAIN,
+    "cat\uff1bdog": PLAIN,
+    '{"labels": ["cat", "dog"]}': PLAIN,
     "- cat\n- dog\n": PLAIN,
     '["cat", "dog"]': PLAIN,
     "path: /data\ntrain: images/train\nnc: 2\nnames: [cat, dog]\n": PLAIN,
@@ -25,6 +27,9 @@ FORMS = {
     "1\tcat\n12\tdog\n": NUMBERED,
     "1 cat\n12 dog\n": NUMBERED,
     "1,cat\n12,dog\n": NUMBERED,
+    "1. cat\n12. dog\n": NUMBERED,
+    "1) cat\n12) dog\n": NUMBERED,
+    "1=cat\n12 = dog\n": NUMBERED,
     "cat: 1\ndog: 12\n": NUMBERED,
     "id,name\n1,cat\n12,dog\n": NUMBERED,
     "Idx\tRatio\tTrain\tVal\tStuff\tName\n1\t.1\t5\t5\t0\tcat\n12\t.1\t5\t5\t0\tdog\n": NUMBERED,
@@ -131,6 +136,14 @@ def test_tables_with_synonyms_and_columns_with_a_heading(tmp_path: Path) -> None
         assert Vocabulary.load(path).names == ("giraffe", "grass")
     path.write_text("class\n")
     assert Vocabulary.load(path).names == ("class",)
+
+
+@pytest.mark.parametrize(
+    "text", ["['giraffe', 'tree, bush']", '["giraffe",\n "tree\uff0c bush"]', "[giraffe, tree\u3001bush]"]
+)
+def test_lists_as_python_writes_them(tmp_path: Path, text: str) -> None:
+    (tmp_path / "list").write_text(text)
+    assert Vocabulary.parse(text).words == Vocabulary.load(tmp_path / "list").words == ("giraffe", "tree", "bush")
 
 
 def test_quotation_marks_are_no_part_of_a_word() -> None:

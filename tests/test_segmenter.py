@@ -536,6 +536,7 @@ def test_wrong_segmenters_are_one_sentence(clip: CLIP) -> None:
         ("giraffe, elephant, grass", "'giraffe; elephant; grass'"),
         ("giraffe. elephant. grass.", "'giraffe; elephant; grass'"),
         ("giraffe | elephant|grass", "'giraffe; elephant; grass'"),
+        ("giraffe and elephant & grass", "'giraffe; elephant; grass'"),
         (["giraffe"], "'giraffe; grass; sky'"),
         ({"classes": [{"name": "giraffe", "synonyms": ["elephant"]}]}, "'giraffe; elephant'"),
     ],

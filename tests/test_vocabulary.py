@@ -254,7 +254,8 @@ def vocabularies(draw: st.DrawFn) -> Vocabulary:
                 name = VocabularyClass(text).name
             except LexisegError:
                 continue
-            if word_key(name) not in taken and not any(mark in name for mark in ",;") and name[0] not in "#\"'“„«":
+            marks = set(",;\uff0c\u3001\uff1b")  # the full-width ones count as well
+            if word_key(name) not in taken and not marks.intersection(name) and name[0] not in "#\"'“„«":
                 taken.add(word_key(name))
                 kept.append(name)
         if kept:

@@ -1,4 +1,4 @@
-"""Models from the checkpoints of the decoupled systems' authors: ZSSeg, ZegFormer, FreeSeg and MAFT here, DeOP beside.
+"""Models from the checkpoints of the decoupled systems' authors: ZSSeg, ZegFormer, FreeSeg, MAFT and DeOP.
 
 What a file is and what lies where in it is found in `lexiseg.weights.detectron_checkpoint`. What no shape tells, the
 sizes of pictures and how scores are joined, is taken as the authors' released code has it.
@@ -7,6 +7,8 @@ sizes of pictures and how scores are joined, is taken as the authors' released c
 from __future__ import annotations
 
 import copy
+import math
+import re
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -17,11 +19,12 @@ from lexiseg.clip.load import check_state, shapes_of, sketch
 from lexiseg.clip.model import CLIP
 from lexiseg.clip.templates import IN_THE_SCENE, SCULPTURE, VILD_14
 from lexiseg.errors import LexisegError
-from lexiseg.models import SegmentationModel
+from lexiseg.models.decoupled import DecoupledModel
+from lexiseg.models.deop import DeOP
 from lexiseg.models.region_base import RegionModel
 from lexiseg.models.region_models import FreeSeg, ZegFormer, ZSSeg
-from lexiseg.weights.clip_state import clip_from_state, shape_of
-from lexiseg.weights.deop_checkpoint import read_deop
+from lexiseg.normalisation import IMAGENET_MEAN, IMAGENET_STD
+from lexiseg.weights.clip_state import clip_from_state, count_blocks, shape_of
 from lexiseg.weights.detectron_checkpoint import (
     AdapterParts,
     CheckpointParts,
@@ -30,6 +33,7 @@ from lexiseg.weights.detectron_checkpoint import (
     split_checkpoint,
 )
 from lexiseg.weights.detectron_keys import infer_generator_options
+from lexiseg.weights.filling import renamed
 
 DECOUPLED_NAMES = {
     "deop": "DeOP",
@@ -39,7 +43,8 @@ DECOUPLED_NAMES = {
     "maft": "MAFT",
     "prompts": "ZSSeg's and DeOP's prompt stage",
 }
-SYSTEMS: dict[str, type[RegionModel]] = {
+SYSTEMS: dict[str, type[DecoupledModel]] = {
+    "deop": DeOP,
     "zsseg": ZSSeg,
     "zegformer": ZegFormer,
     "freeseg": FreeSeg,
@@ -50,9 +55,107 @@ SYSTEMS: dict[str, type[RegionModel]] = {
 _SHORT_SIDE = 640
 _TEMPLATES = {"zsseg": SCULPTURE, "zegformer": IN_THE_SCENE, "freeseg": VILD_14, "maft": VILD_14}
 
+# ---- DeOP's own parts: the heatmap decoder, and tables and prompts in CLIP's image tower
 
-def infer_options(parts: CheckpointParts) -> dict[str, Any]:
-    """Read the options of the system off a checkpoint; what no shape tells is as in the authors' code."""
+_DEOP_CLIP = "clip_adapter.clip_model."
+_OUTLAYER, _LAYER = "decoder.outlayer.", r"anchors\.layers\.(\d+)\."
+_DEOP_KEYS = (
+    (r"clip\.model\.(.+)", _DEOP_CLIP + r"\1"),
+    (r"prompt\.(.+)", r"clip_adapter.prompt_learner.\1"),
+    (r"no_object", "clip_adapter.non_object_embedding"),
+    (r"tables\.table", _DEOP_CLIP + "visual.learned_position"),
+    (r"tables\.embeddings", _DEOP_CLIP + "visual.transformer.deep_prompt_embeddings"),
+    (r"tables\.block_tables\.(\d+)", _DEOP_CLIP + r"visual.transformer.resblocks.\1.learned_position"),
+    (r"anchors\.queries", "query_embedding.weight"),
+    (r"anchors\.weight", "decoderConv.weight"),
+    (r"anchors\.heatmap\.(in_proj_.+)", _OUTLAYER + r"multihead_attn_my.\1"),
+    (r"anchors\.heatmap\.(self_attn\..+)", _OUTLAYER + r"\1"),
+    (r"anchors\.heatmap\.norm\.(.+)", _OUTLAYER + r"norm1.\1"),
+    (_LAYER + r"(self_attn\..+)", r"decoder.layers.\1.\2"),
+    (_LAYER + r"cross_attn\.(.+)", r"decoder.layers.\1.multihead_attn_my.\2"),
+    (_LAYER + r"ffn_in\.(.+)", r"decoder.layers.\1.linear1.\2"),
+    (_LAYER + r"ffn_out\.(.+)", r"decoder.layers.\1.linear2.\2"),
+    (_LAYER + r"norm_self\.(.+)", r"decoder.layers.\1.norm1.\2"),
+    (_LAYER + r"norm_cross\.(.+)", r"decoder.layers.\1.norm2.\2"),
+    (_LAYER + r"norm_ffn\.(.+)", r"decoder.layers.\1.norm3.\2"),
+)
+# The norm behind the decoder's layers feeds outputs that nothing reads; the copies of the convolution are one module.
+_DEAD = re.compile(r"decoder\.norm\.(weight|bias)|decoderConvs\.\d+\.weight")
+_HEADS = 8
+
+
+def deop_key(name: str) -> str | None:
+    """The authors' key of a tensor of our `DeOP`, or None for those of the generator, whose keys are elsewhere."""
+    return renamed(name, _DEOP_KEYS)
+
+
+def infer_anchor_options(own: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Read the options of the heatmap decoder off DeOP's own tensors, by the authors' keys."""
+    if "decoderConv.weight" in own:
+        return {"heatmaps": "conv-released"}
+    if "query_embedding.weight" not in own:
+        return {"heatmaps": "none"}
+    options: dict[str, Any] = {
+        "heatmaps": "query-released",
+        "anchor_layers": count_blocks(own, "decoder.layers."),
+        "anchor_queries": shape_of(own, "query_embedding.weight", 2)[0],
+        "anchor_heads": _HEADS,
+    }
+    first = "decoder.layers.0.linear1.weight"
+    return {**options, "anchor_hidden": shape_of(own, first, 2)[0]} if first in own else options
+
+
+def _deop_options(parts: CheckpointParts) -> dict[str, Any]:
+    tables, prompt = parts.adapter.tables, parts.adapter.prompt
+    options: dict[str, Any] = {
+        **infer_anchor_options(parts.own),
+        "severance": "released",
+        "released_residual": True,
+        "visual_prompts": "none",
+        "text_prompts": "templates",
+        "mean": IMAGENET_MEAN,
+        "std": IMAGENET_STD,
+        "short_side": 512,
+    }
+    deep_key = "visual.transformer.deep_prompt_embeddings"
+    if "visual.learned_position" in tables:
+        blocks = [int(key.split(".")[3]) for key in tables if key.startswith("visual.transformer.resblocks.")]
+        side = math.isqrt(shape_of(tables, "visual.learned_position", 2)[0] - 1)
+        options |= {"visual_prompts": "added", "prompt_blocks": tuple(sorted(blocks)), "table_side": side}
+    elif deep_key in tables:
+        depth, count, _ = shape_of(tables, deep_key, 3)
+        # Which blocks they belong to is not in the file; the scripts list 1, 2, ...
+        options |= {
+            "visual_prompts": "prepended",
+            "num_prompts": count,
+            "prompt_blocks": tuple(range(1, 1 + depth)),
+        }
+    if prompt:
+        options["text_prompts"] = "end-to-end"
+        for name in ("prefix", "suffix"):
+            key = f"{name}_prompt"
+            options[f"prompt_{name}"] = shape_of(prompt, key, 2)[0] if key in prompt else 0
+    return options
+
+
+def _deop_tensors(model: DeOP, parts: CheckpointParts) -> tuple[dict[str, Tensor], list[str]]:
+    """Everything but generator and CLIP by our names, and DeOP's own keys that are left out."""
+    unused = [key for key in parts.own if _DEAD.fullmatch(key)]
+    source = {key: value for key, value in parts.own.items() if key not in unused}
+    source |= {_DEOP_CLIP + key: value for key, value in parts.adapter.tables.items()}
+    names = {f"prompt.{key}": value for key, value in parts.adapter.prompt.items()}
+    if parts.adapter.non_object is not None:
+        names["no_object"] = parts.adapter.non_object
+    for ours in model.state_dict():
+        if (key := deop_key(ours)) in source:
+            names[ours] = source.pop(str(key))
+    return names | source, unused  # what nothing of ours asked for keeps its key, so that it is named as left over
+
+
+# ---- the others
+
+
+def _region_options(parts: CheckpointParts) -> dict[str, Any]:
     options: dict[str, Any] = {"short_side": _SHORT_SIDE}
     if parts.system == "maft":
         # The released model scores by CLIP alone: its code for the ensemble does not run.
@@ -67,55 +170,66 @@ def infer_options(parts: CheckpointParts) -> dict[str, Any]:
     return options
 
 
-def read_region_model(
+def _region_tensors(parts: CheckpointParts) -> dict[str, Tensor]:
+    """Everything but the generator and CLIP, by our names."""
+    prompts = parts.region_adapter.prompt if parts.region_adapter is not None else parts.adapter.prompt
+    found = {f"prompts.{key}": value for key, value in prompts.items()}
+    found |= {f"student.{key.removeprefix('visual.')}": value for key, value in parts.image_tower.items()}
+    if parts.adapter.non_object is not None:
+        found["no_object"] = parts.adapter.non_object
+    for key, value in parts.own.items():
+        found["no_object" if key == "bg_feature" else key] = value
+    return found
+
+
+# ---- all of them
+
+
+def read_parts(
     state: Mapping[str, Tensor],
     *,
     clip: CLIP | None = None,
-    heads: int | None = None,
-    text_heads: int | None = None,
-    generator_heads: int | None = None,
-    encoder_heads: int | None = None,
-    interaction_heads: int | None = None,
+    generator: Mapping[str, int | None] | None = None,
     options: Mapping[str, Any] | None = None,
-    tokenizer: Any = None,
     name: str = "the checkpoint",
-) -> tuple[RegionModel, list[str]]:
-    """Build ZSSeg, ZegFormer, FreeSeg or FreeSeg + MAFT from the authors' tensors.
+    **sizes: Any,
+) -> tuple[DecoupledModel, list[str]]:
+    """Build DeOP, ZSSeg, ZegFormer, FreeSeg or FreeSeg + MAFT from the authors' tensors.
 
-    ``clip``: for files without one (ZegFormer's training checkpoints): OpenAI's ViT-B/16. ``heads``: of the image
-    tower, see `infer_vit_architecture`. ``text_heads``: of the text tower, see there. ``generator_heads``: of the
-    generator, see `infer_generator_options`. ``options``: replace what `infer_options` finds. ``tokenizer``: see
-    `lexiseg.clip.model.build_clip`. Returns the model, and the keys that take part in no computation and were left out.
-    Raises LexisegError if it is none of these systems' checkpoints, it has no CLIP and none is given, or tensors are
-    missing, left over or of another shape; they are listed.
+    ``clip``: for files without one (ZegFormer's training checkpoints): OpenAI's ViT-B/16. ``generator``: numbers of
+    attention heads, which no shape tells, see `infer_generator_options`. ``options``: replace what shapes and the
+    authors' code say. ``sizes``: ``heads``, ``text_heads`` and ``tokenizer`` of `clip_from_state`. Returns the model,
+    and the keys that take part in no computation and were left out. Raises LexisegError if it is none of these systems'
+    checkpoints, it has no CLIP and none is given, or tensors are missing, left over or of another shape; they are
+    listed.
     """
     parts = split_checkpoint(state)
     if parts.system not in SYSTEMS:
         raise LexisegError(f"{name} is a checkpoint of {parts.system}, not of ZSSeg, ZegFormer, FreeSeg or MAFT.")
-    if parts.left_over or parts.adapter.tables:
-        odd = parts.left_over or list(parts.adapter.tables)
-        raise LexisegError(f"{name} has tensors that {parts.system} does not have: {', '.join(odd[:5])}.")
-    unused = list(parts.unused)
-    clip, dropped = _clip_of(parts, clip, heads=heads, text_heads=text_heads, tokenizer=tokenizer, name=name)
-    proposals = infer_generator_options(
-        parts.generator, heads=generator_heads, encoder_heads=encoder_heads, interaction_heads=interaction_heads
-    )
-    system = SYSTEMS[parts.system]
-    chosen = {"proposals": proposals, **infer_options(parts), **(options or {})}
+    deop, odd = parts.system == "deop", list(parts.left_over)
+    if deop and (parts.region_adapter is not None or parts.image_tower):
+        odd.append("a second adapter or image tower")
+    odd += [] if deop else parts.adapter.tables
+    if odd:
+        said = DECOUPLED_NAMES[parts.system]
+        raise LexisegError(f"{name} looks like {said} but has tensors that {said} does not have: {', '.join(odd[:5])}.")
+    clip, dropped = _clip_of(parts, clip, name=name, **sizes)
+    system, proposals = SYSTEMS[parts.system], infer_generator_options(parts.generator, **(generator or {}))
+    chosen = {"proposals": proposals, **(_deop_options if deop else _region_options)(parts), **(options or {})}
 
-    def build(clip: CLIP) -> RegionModel:
-        return cast(RegionModel, system.build(clip, chosen))
+    def build(clip: CLIP) -> DecoupledModel:
+        return cast(DecoupledModel, system.build(clip, chosen))
 
-    found = _own_tensors(parts)
     plan = sketch(lambda: build(copy.deepcopy(clip).to("meta")), len(state), name)
-    shapes = {key: shape for key, shape in shapes_of(plan).items() if not key.startswith(("generator.", "clip."))}
-    check_state(found, shapes, name)
     tensors = generator_tensors(plan.generator, parts.generator, name=name)
+    found, unused = _deop_tensors(plan, parts) if isinstance(plan, DeOP) else (_region_tensors(parts), [])
+    shapes = {key: shape for key, shape in shapes_of(plan).items() if not key.startswith(("generator.", "clip."))}
+    check_state(found, shapes, name, optional={"no_object"} if deop else ())
     model = build(clip)
     model.generator.load_state_dict(tensors)
     model.load_state_dict({key: value.to(torch.float32) for key, value in found.items()}, strict=False)
-    model.default_templates = _TEMPLATES[parts.system]
-    return model.eval(), [*unused, *dropped]
+    model.default_templates = _TEMPLATES.get(parts.system, model.default_templates)
+    return model.eval(), [*parts.unused, *unused, *dropped]
 
 
 def _clip_of(parts: CheckpointParts, clip: CLIP | None, *, name: str, **sizes: Any) -> tuple[CLIP, list[str]]:
@@ -145,55 +259,37 @@ def _same(first: AdapterParts, second: AdapterParts) -> bool:
     return all(torch.equal(value.float(), second.clip[key].float()) for key, value in first.clip.items())
 
 
-def _own_tensors(parts: CheckpointParts) -> dict[str, Tensor]:
-    """Everything but the generator and CLIP, by our names."""
-    prompts = parts.region_adapter.prompt if parts.region_adapter is not None else parts.adapter.prompt
-    found = {f"prompts.{key}": value for key, value in prompts.items()}
-    found |= {f"student.{key.removeprefix('visual.')}": value for key, value in parts.image_tower.items()}
-    if parts.adapter.non_object is not None:
-        found["no_object"] = parts.adapter.non_object
-    for key, value in parts.own.items():
-        found["no_object" if key == "bg_feature" else key] = value
-    return found
-
-
 def read_decoupled(
     system: System,
     state: Mapping[str, Tensor],
     *,
-    heads: int | None = None,
-    text_heads: int | None = None,
-    clip: CLIP | None = None,
     seen_known: bool = False,
     transductive: bool = False,
     name: str = "the checkpoint",
-) -> tuple[SegmentationModel, list[str], list[str]]:
+    **how: Any,
+) -> tuple[DecoupledModel, list[str], list[str]]:
     """Build the model of a checkpoint in detectron2's layout.
 
-    ``system``: from `recognise_detectron`. ``heads``, ``text_heads``: attention heads of CLIP's towers; None is one for
-    every 64 channels. ``clip``: for a file without one (ZegFormer's training checkpoints). ``seen_known``: somebody
-    says which classes it was trained on. ``transductive``: by self-training, where seen classes have no score offset.
+    ``system``: from `recognise_detectron`. ``seen_known``: somebody says which classes it was trained on.
+    ``transductive``: by self-training, where seen classes have no score offset. ``how``: see `read_parts`.
 
     Returns the model; the keys that take part in no computation and were left out; and what no shape tells and was
     assumed, a sentence each. Raises LexisegError if the checkpoint has no model or no CLIP in it, or tensors are
     missing, left over or of another shape.
     """
-    if system == "deop":
-        model, unused = read_deop(state, heads=heads, text_heads=text_heads, name=name)
-        notes = [
-            "The severance is the released one, values scaled by the masks, in the last block; the file does not say."
-        ]
-        if model.options.visual_prompts == "prepended":
-            notes.append(f"The prepended prompts are taken to belong to the blocks {model.options.prompt_blocks}.")
-        return model, unused, notes
     if system == "prompts":
         raise LexisegError(
             f"{name} holds a learned text prompt and CLIP but no proposals; convert a checkpoint of a later stage, "
             "which has the prompt in it."
         )
-    options = {"seen_offset": 0.0} if transductive else {}
-    region, unused = read_region_model(state, clip=clip, heads=heads, text_heads=text_heads, options=options, name=name)
-    return region, unused, _region_notes(system, region, seen_known, transductive)
+    options = {"seen_offset": 0.0} if transductive and system != "deop" else {}
+    model, unused = read_parts(state, options=options, name=name, **how)
+    if isinstance(model, RegionModel):
+        return model, unused, _region_notes(system, model, seen_known, transductive)
+    notes = ["The severance is the released one, values scaled by the masks, in the last block; the file does not say."]
+    if isinstance(model, DeOP) and model.options.visual_prompts == "prepended":
+        notes.append(f"The prepended prompts are taken to belong to the blocks {model.options.prompt_blocks}.")
+    return model, unused, notes
 
 
 def _region_notes(system: System, model: RegionModel, seen_known: bool, transductive: bool) -> list[str]:

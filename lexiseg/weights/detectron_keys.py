@@ -14,7 +14,7 @@ from torch import Tensor
 from lexiseg.errors import LexisegError
 from lexiseg.proposals.options import Mask2FormerOptions, MaskFormerOptions
 from lexiseg.weights.clip_state import count_blocks, shape_of
-from lexiseg.weights.filling import Source
+from lexiseg.weights.filling import Source, renamed
 
 HEAD = "sem_seg_head."
 _PIXEL = HEAD + "pixel_decoder."
@@ -27,23 +27,34 @@ _LEVELS = 3
 _BACKBONES = {23: "r101", 6: "r50"}
 
 
+_BODY, _STEM = r"backbone\.body\.", "backbone.stem."
+# A convolution and the norm behind it are two modules of ours, and one with the norm inside it there.
+_CONV_NORM = ((0, ""), (1, "norm."))
 _BACKBONE = (
-    (r"layer(\d)\.(\d+)\.conv(\d)\.(.+)", r"res{stage}.\2.conv\3.\4"),
-    (r"layer(\d)\.(\d+)\.bn(\d)\.(.+)", r"res{stage}.\2.conv\3.norm.\4"),
-    (r"layer(\d)\.(\d+)\.downsample\.0\.(.+)", r"res{stage}.\2.shortcut.\3"),
-    (r"layer(\d)\.(\d+)\.downsample\.1\.(.+)", r"res{stage}.\2.shortcut.norm.\3"),
-    (r"conv1\.0\.(.+)", r"stem.conv1.\1"),
-    (r"conv1\.1\.(.+)", r"stem.conv1.norm.\1"),
-    (r"conv1\.3\.(.+)", r"stem.conv2.\1"),
-    (r"conv1\.4\.(.+)", r"stem.conv2.norm.\1"),
-    (r"conv1\.6\.(.+)", r"stem.conv3.\1"),
-    (r"conv1\.(.+)", r"stem.conv1.\1"),
-)
-_NORM_OR_ITSELF = {"0": "", "1": "norm."}
+    *((rf"{_BODY}layer{stage}\.(\d+)\.{ours}", rf"backbone.res{stage + 1}.\1.{theirs}")
+      for stage in (1, 2, 3, 4)
+      for ours, theirs in ((r"conv(\d)\.(.+)", r"conv\2.\3"), (r"bn(\d)\.(.+)", r"conv\2.norm.\3"),
+                           (r"downsample\.0\.(.+)", r"shortcut.\2"), (r"downsample\.1\.(.+)", r"shortcut.norm.\2"))),
+    *((rf"{_BODY}conv1\.{3 * index + part}\.(.+)", rf"{_STEM}conv{index + 1}.{norm}\1")
+      for index in (0, 1, 2)
+      for part, norm in _CONV_NORM),
+    (_BODY + r"conv1\.(.+)", _STEM + r"conv1.\1"),
+)  # fmt: skip
 _ATTENTION = {"q_proj": 0, "k_proj": 1, "v_proj": 2}
 _LAYER = r"transformer\.decoder\.layers\.(\d+)\."
 _THEIR_LAYER = _PREDICTOR + r"transformer.decoder.layers.\1."
+# Ours count from the coarsest: stem is their layer 4, layers.0 their layer 3 and adapter 3.
+_FPN = (
+    ("stem", "layer_4"),
+    *((rf"layers\.{index}\.proj", f"adapter_{3 - index}") for index in (0, 1, 2)),
+    *((rf"layers\.{index}\.block", f"layer_{3 - index}") for index in (0, 1, 2)),
+)
 _MASKFORMER = (
+    *(
+        (rf"pixel_decoder\.fpn\.{ours}\.{part}\.(.+)", rf"{_PIXEL}{theirs}.{norm}\1")
+        for ours, theirs in _FPN
+        for part, norm in _CONV_NORM
+    ),
     (r"pixel_decoder\.mask_projection\.(.+)", _PIXEL + r"mask_features.\1"),
     (r"transformer\.queries_embedder\.(.+)", _PREDICTOR + r"query_embed.\1"),
     (r"transformer\.input_projection\.(.+)", _PREDICTOR + r"input_proj.\1"),
@@ -67,6 +78,7 @@ _CROSS = _PREDICTOR + r"transformer_cross_attention_layers.\1."
 _FFN = _PREDICTOR + r"transformer_ffn_layers.\1."
 _INTERACTION = HEAD + "interaction."
 _MASK2FORMER = (
+    *((rf"pixel_decoder\.((?:adapter|layer)_\d)\.{part}\.(.+)", rf"{_PIXEL}\1.{norm}\2") for part, norm in _CONV_NORM),
     (r"pixel_decoder\.mask_projection\.(.+)", _PIXEL + r"mask_features.\1"),
     (r"pixel_decoder\.input_projections\.(.+)", _PIXEL + r"input_proj.\1"),
     (r"pixel_decoder\.level_embed", _PIXEL + "transformer.level_embed"),
@@ -102,28 +114,13 @@ def source_of(name: str, *, deep_stem: bool, masked: bool) -> Source:
     ``name``: its name in our generator's state dict. ``deep_stem``: the backbone has a stem of three convolutions.
     ``masked``: the generator is Mask2Former, not MaskFormer. Raises KeyError if no generator has such a tensor.
     """
-    if name.startswith("backbone.body."):
-        return Source(("backbone." + _backbone_key(name.removeprefix("backbone.body."), deep_stem),))
     if (attention := _query_key_value(name, masked)) is not None:
         return attention
-    if not masked and (found := re.fullmatch(r"pixel_decoder\.fpn\.(.+)", name)):
-        return Source((_PIXEL + _fpn_key(found[1]),))
-    if masked and (found := re.fullmatch(r"pixel_decoder\.((?:adapter|layer)_\d)\.(\d)\.(.+)", name)):
-        return Source((f"{_PIXEL}{found[1]}.{_NORM_OR_ITSELF[found[2]]}{found[3]}",))
-    for pattern, replacement in (*(_MASK2FORMER if masked else _MASKFORMER), *_CLASS_HEAD):
-        if found := re.fullmatch(pattern, name):
-            return Source((found.expand(replacement),))
-    raise KeyError(name)
-
-
-def _backbone_key(name: str, deep_stem: bool) -> str:
-    if found := re.fullmatch(r"bn1\.(.+)", name):
-        return f"stem.conv{3 if deep_stem else 1}.norm.{found[1]}"
-    for pattern, replacement in _BACKBONE:
-        if found := re.fullmatch(pattern, name):
-            stage = int(found[1]) + 1 if "{stage}" in replacement else 0
-            return found.expand(replacement.replace("{stage}", str(stage)))
-    raise KeyError(name)
+    stem = (_BODY + r"bn1\.(.+)", rf"{_STEM}conv{3 if deep_stem else 1}.norm.\1")
+    key = renamed(name, (stem, *_BACKBONE, *(_MASK2FORMER if masked else _MASKFORMER), *_CLASS_HEAD))
+    if key is None:
+        raise KeyError(name)
+    return Source((key,))
 
 
 def _query_key_value(name: str, masked: bool) -> Source | None:
@@ -138,16 +135,6 @@ def _query_key_value(name: str, masked: bool) -> Source | None:
         where = f"{_PREDICTOR}transformer.decoder.layers.{layer}."
         where += "self_attn" if attention == "self" else "multihead_attn"
     return Source((f"{where}.in_proj_{kind}",), _ATTENTION[part])
-
-
-def _fpn_key(name: str) -> str:
-    # Ours count from the coarsest: stem is their layer 4, layers.0 their layer 3 and adapter 3.
-    if found := re.fullmatch(r"stem\.(\d)\.(.+)", name):
-        return f"layer_4.{_NORM_OR_ITSELF[found[1]]}{found[2]}"
-    if found := re.fullmatch(r"layers\.(\d)\.(proj|block)\.(\d)\.(.+)", name):
-        part = "adapter" if found[2] == "proj" else "layer"
-        return f"{part}_{3 - int(found[1])}.{_NORM_OR_ITSELF[found[3]]}{found[4]}"
-    raise KeyError(name)
 
 
 def infer_generator_options(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -64,3 +65,11 @@ def take_tensors(
         tensor = tensor if source.block is None else tensor.chunk(3)[source.block]
         found[name] = (tensor.T if source.transposed else tensor).to(torch.float32)
     return found
+
+
+def renamed(name: str, rules: Iterable[tuple[str, str]]) -> str | None:
+    """What the first rule makes of a name, of those whose pattern is all of it; None if no rule's is."""
+    for pattern, replacement in rules:
+        if found := re.fullmatch(pattern, name):
+            return found.expand(replacement)
+    return None

@@ -19,7 +19,7 @@ from lexiseg.proposals.base import Proposals
 from lexiseg.proposals.maskformer import MaskFormer
 from lexiseg.regions.anchors import ConvAnchors, ReleasedQueryAnchors, sine_positions
 from lexiseg.regions.pooling import patch_masks, unit_or_zero
-from lexiseg.weights.deop_checkpoint import anchor_key, authors_key, infer_anchor_options, read_deop
+from lexiseg.weights.decoupled_checkpoints import deop_key, infer_anchor_options, read_parts
 from tests.parity.case import Case, UnsupportedError
 from tests.parity.clip_build import IdTokenizer, toy_sizes, under
 from tests.parity.clip_texts import x_dot
@@ -42,7 +42,7 @@ def query_anchors(case: Case) -> None:
         config["heads"],
         config["dim_feedforward"],
     ).eval()
-    anchors.load_state_dict({name: params[anchor_key(name)] for name in anchors.state_dict()})
+    anchors.load_state_dict({name: params[str(deop_key(f"anchors.{name}"))] for name in anchors.state_dict()})
     case.check_that("K", options["anchor_layers"] == config["K"], f"the file has {options['anchor_layers']}")
     case.check_stated("queries", config, {"num_queries": options["anchor_queries"]})
     features = case.input("features").permute(0, 2, 3, 1)
@@ -128,17 +128,18 @@ def build(case: Case, names: list[str], options: Options) -> DeOP:
     texts = dict(zip(names, case.input("name_token_ids"), strict=True))
     prompt = under(params, "clip_adapter.prompt_learner.")
     texts["X."] = x_dot(prompt, params["clip_adapter.clip_model.token_embedding.weight"], texts[names[0]])
-    model, unused = read_deop(
+    model, unused = read_parts(
         params,
         heads=config["vh"],
         text_heads=config["th"],
-        generator_heads=config["nh"],
+        generator={"heads": config["nh"]},
         tokenizer=IdTokenizer(texts),
         options={"anchor_dropout": 0.0, "prompt_dropout": 0.0, **options},
         name=case.name,
     )
     if unused:
         case.notes.append(f"{len(unused)} parameters take part in no computation")
+    assert isinstance(model, DeOP)
     check_sizes(case, model)
     in_double(model)
     return model
@@ -286,7 +287,7 @@ def training(case: Case) -> None:
     }
     model = build(case, names, options)
     model.train()
-    keys = {name: authors_key(name) for name in model.trainable_names()}
+    keys = {name: deop_key(name) for name in model.trainable_names()}
     wanted = set(case.config["trainable"]) - set(case.config.get("zero_grad", []))
     differ = sorted(wanted ^ {str(key) for key in keys.values()})
     case.check_that("what trains", not differ, f"it differs in {differ[:3]}")

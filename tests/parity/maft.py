@@ -19,7 +19,7 @@ from lexiseg.proposals.base import Proposals
 from lexiseg.proposals.mask2former import Mask2Former
 from lexiseg.proposals.maskformer import MaskFormer
 from lexiseg.regions.ensemble import EnsembleOptions, class_probabilities, ensemble
-from lexiseg.weights.decoupled_checkpoints import read_region_model
+from lexiseg.weights.decoupled_checkpoints import read_parts
 from tests.parity.case import Case, UnsupportedError
 from tests.parity.clip_build import text_sizes, under, vision_sizes
 from tests.parity.decoupled_clip import inputs
@@ -51,15 +51,15 @@ def read(case: Case, **options: Any) -> RegionModel:
     config = case.config
     small = config.get("config", config)
     interaction = config.get("interaction") or {}
-    model, _ = read_region_model(
+    model, _ = read_parts(
         case.params(),
         heads=small.get("vision_heads", small.get("vh")),
         text_heads=small.get("text_heads", small.get("th")),
-        generator_heads=small.get("nheads", small.get("nh")),
-        interaction_heads=interaction.get("heads"),
+        generator={"heads": small.get("nheads", small.get("nh")), "interaction_heads": interaction.get("heads")},
         options=options,
         name=case.name,
     )
+    assert isinstance(model, RegionModel)
     return model
 
 
@@ -289,15 +289,16 @@ def simple_baseline(case: Case) -> None:
         options: dict[str, Any] = {"weight": opts.get("MODEL.CLIP_ADAPTER.CLIP_ENSEMBLE_WEIGHT", 0.8)}
         if not opts.get("MODEL.CLIP_ADAPTER.CLIP_ENSEMBLE", True):
             options["rule"] = "proposal"
-        model, _ = read_region_model(
+        model, _ = read_parts(
             case.params(),
             heads=config["vh"],
             text_heads=config["th"],
-            generator_heads=config["nh"],
+            generator={"heads": config["nh"]},
             options={"crops": crops, "ensemble": options},
             tokenizer=clip._tokenizer,
             name=case.name,
         )
+        assert isinstance(model, RegionModel)
         features = model.encode_images(normalised(image)[None])
         if first:
             first = False

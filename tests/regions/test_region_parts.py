@@ -15,7 +15,7 @@ from lexiseg.models.maft import MaftOptions, mask_aware_step
 from lexiseg.models.region_base import RegionModel
 from lexiseg.regions.crops import CropOptions, aligned_crops, boxes_of, in_chunks, near_duplicates, tight_crops
 from lexiseg.regions.ensemble import EnsembleOptions, class_probabilities, ensemble
-from lexiseg.weights.decoupled_checkpoints import read_region_model
+from lexiseg.weights.decoupled_checkpoints import read_parts
 from tests.models.test_region_models import make
 from tests.towers import small_clip
 from tests.weights.test_detectron_checkpoint import layout
@@ -194,7 +194,7 @@ def test_full_size_checkpoints(system: str) -> None:
     """A random file in the published layout becomes a model, tensor for tensor, of the published size."""
     generator = torch.Generator().manual_seed(0)
     state = {key: torch.randn(shape, generator=generator) * 0.02 for key, shape in layout(system).items()}
-    model, unused = read_region_model(state, name=system)
+    model, unused = read_parts(state, name=system)
     assert model.system == ("freeseg" if system == "maft" else system)
     ours = model.state_dict()
     prefix = "sem_seg_head.predictor.clip_model." if system == "zegformer" else "clip_adapter.clip_model."

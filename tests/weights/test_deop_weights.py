@@ -14,7 +14,7 @@ from lexiseg.models import DeOP
 from lexiseg.models.decoupled import DecoupledModel
 from lexiseg.weights import load_model
 from lexiseg.weights.convert import convert
-from lexiseg.weights.deop_checkpoint import authors_key, read_deop
+from lexiseg.weights.decoupled_checkpoints import deop_key, read_parts
 from lexiseg.weights.detectron_checkpoint import generator_source, recognise_detectron
 from tests.parity.case import load_case
 from tests.references import put_tensors
@@ -42,7 +42,7 @@ def test_a_small_checkpoint_becomes_a_folder(small: dict[str, Tensor], tmp_path:
     assert model.options.prompt_blocks == (1, 2)
     assert model.seen_names == ("cat", "road")
     for name, value in model.state_dict().items():
-        key = authors_key(name)
+        key = deop_key(name)
         if key is not None:
             assert torch.equal(value, small[key].float()), name
     with torch.no_grad():
@@ -53,19 +53,19 @@ def test_a_small_checkpoint_becomes_a_folder(small: dict[str, Tensor], tmp_path:
 def test_what_does_not_fit_is_named(small: dict[str, Tensor]) -> None:
     without = {key: value for key, value in small.items() if key != "decoder.outlayer.norm1.weight"}
     with pytest.raises(LexisegError, match=r"missing: anchors.heatmap.norm.weight"):
-        read_deop(without, heads=4, text_heads=4)
+        read_parts(without, heads=4, text_heads=4)
     with pytest.raises(LexisegError, match=r"left over: decoder.moon"):
-        read_deop({**small, "decoder.moon": torch.ones(1)}, heads=4, text_heads=4)
+        read_parts({**small, "decoder.moon": torch.ones(1)}, heads=4, text_heads=4)
     with pytest.raises(LexisegError, match=r"tensors that DeOP does not have: sun"):
-        read_deop({**small, "sun": torch.ones(1)}, heads=4, text_heads=4)
+        read_parts({**small, "sun": torch.ones(1)}, heads=4, text_heads=4)
     wrong = {**small, "query_embedding.weight": torch.ones(100, 7)}
     with pytest.raises(LexisegError, match=r"anchors.queries is \(100, 7\) instead of \(100, 48\)"):
-        read_deop(wrong, heads=4, text_heads=4)
+        read_parts(wrong, heads=4, text_heads=4)
 
 
 def authors_tensors(model: DecoupledModel) -> dict[str, Tensor]:
     """A model's tensors by the authors' keys, with those that their files have beside."""
-    own = {str(authors_key(name)): value for name, value in model.state_dict().items() if "generator." not in name}
+    own = {str(deop_key(name)): value for name, value in model.state_dict().items() if "generator." not in name}
     found = own | put_tensors(model.generator.state_dict(), generator_source(model.generator))
     width = found["query_embedding.weight"].shape[1]
     text_width = found["clip_adapter.clip_model.ln_final.weight"].shape[0]

@@ -189,8 +189,7 @@ def judge(segmenter: Segmenter, dataset: PictureWorld, scenes: int | None, masks
             labels = segmenter.predict(sample.image, vocabulary).label_map.long()
             counted = Confusion(len(vocabulary), seen=seen.tolist())
             counted.update(labels.numpy(), sample.label.numpy())
-            rows = (counted.intersection, counted.predicted, counted.labelled, counted.as_seen)
-            classes.append(np.stack(rows).astype(np.int32))
+            classes.append(counted.counts.astype(np.int32))
             border, known, right = border_of(sample.label), torch.isin(sample.label, seen), labels == sample.label
             parts = [(where & which) for where in (border, ~border) for which in (known, ~known)]
             places.append([[int((part & right).sum()), int(part.sum())] for part in parts])

@@ -72,10 +72,10 @@ class Confusion:
     Pixels whose label is ``ignore_index`` are dropped. A prediction that is no class (a pixel the background rule left
     without one) misses its label's class and counts for no other.
 
-    ``labelled``: ``(C,)`` int64, pixels of a class. ``predicted``: ``(C,)`` int64, judged pixels predicted as a class.
-    ``intersection``: ``(C,)`` int64, pixels of a class that were predicted as it. ``as_seen``: ``(C,)`` int64, pixels
-    of a class that were predicted as one of ``seen``. ``ignore_index``: label of pixels that are not judged. Source:
-    the evaluation of ZegCLIP and Cascade-CLIP, which is mmsegmentation's.
+    ``counts``: ``(4, C)`` int64: ``intersection``, pixels of a class that were predicted as it; ``predicted``, judged
+    pixels predicted as it; ``labelled``, pixels of it; and ``as_seen``, pixels of it that were predicted as one of
+    ``seen``. ``ignore_index``: label of pixels that are not judged. Source: the evaluation of ZegCLIP and Cascade-CLIP,
+    which is mmsegmentation's.
     """
 
     def __init__(self, num_classes: int, *, ignore_index: int = IGNORE_INDEX, seen: Sequence[int] = ()) -> None:
@@ -83,16 +83,23 @@ class Confusion:
             raise ValueError(f"num_classes must be positive, got {num_classes}")
         self.num_classes = num_classes
         self.ignore_index = ignore_index
-        self.intersection = np.zeros(num_classes, np.int64)
-        self.predicted = np.zeros(num_classes, np.int64)
-        self.labelled = np.zeros(num_classes, np.int64)
-        self.as_seen = np.zeros(num_classes, np.int64)
+        self.counts = np.zeros((4, num_classes), np.int64)
         self._is_seen = np.isin(np.arange(num_classes), np.asarray(seen, np.int64))
 
     @property
-    def union(self) -> NDArray[np.int64]:
-        """``(C,)`` int64, pixels that label or prediction give to a class."""
-        return self.predicted + self.labelled - self.intersection
+    def intersection(self) -> NDArray[np.int64]:
+        """``(C,)`` int64, pixels of a class that were predicted as it."""
+        return self.counts[0]
+
+    @property
+    def predicted(self) -> NDArray[np.int64]:
+        """``(C,)`` int64, judged pixels predicted as a class."""
+        return self.counts[1]
+
+    @property
+    def labelled(self) -> NDArray[np.int64]:
+        """``(C,)`` int64, pixels of a class."""
+        return self.counts[2]
 
     def update(self, pred: ArrayLike, label: ArrayLike) -> None:
         """Add one picture or a batch.
@@ -104,14 +111,11 @@ class Confusion:
         if pred_ids.shape != label_ids.shape:
             raise ValueError(f"the prediction is {pred_ids.shape} and the label {label_ids.shape}")
         pred_ids, label_ids = pred_ids.reshape(-1), label_ids.reshape(-1)
-        counts = np.zeros((4, self.num_classes), np.int64)
+        counts = np.zeros_like(self.counts)
         for start in range(0, label_ids.size, _CHUNK):
             part = slice(start, start + _CHUNK)
             counts += self._count_part(pred_ids[part], label_ids[part])
-        self.intersection += counts[0]
-        self.predicted += counts[1]
-        self.labelled += counts[2]
-        self.as_seen += counts[3]
+        self.counts += counts  # all of it or, of a label that is wrong, nothing
 
     def merge(self, other: Confusion) -> None:
         """Add the counts of another process or part of the dataset.
@@ -120,10 +124,7 @@ class Confusion:
         """
         if other.num_classes != self.num_classes:
             raise ValueError(f"cannot add counts of {other.num_classes} classes to {self.num_classes}")
-        self.intersection += other.intersection
-        self.predicted += other.predicted
-        self.labelled += other.labelled
-        self.as_seen += other.as_seen
+        self.counts += other.counts
 
     def compute(self, seen_idx: Sequence[int] = (), unseen_idx: Sequence[int] = ()) -> Metrics:
         """Metrics of all pictures added so far.
@@ -131,23 +132,24 @@ class Confusion:
         ``seen_idx``: ids of the classes that had masks in training. ``unseen_idx``: ids of those that had none. Either
         may be empty: its mean, and hIoU, are then NaN.
         """
+        intersection, predicted, labelled, as_seen = self.counts
         with np.errstate(divide="ignore", invalid="ignore"):
-            iou = self.intersection / self.union
-            accuracy = self.intersection / self.labelled
-        total = int(self.labelled.sum())
+            iou = intersection / (predicted + labelled - intersection)
+            accuracy = intersection / labelled
+        total = int(labelled.sum())
         seen = nanmean(iou[np.asarray(seen_idx, np.int64)])
         hidden = np.asarray(unseen_idx, np.int64)
-        unseen, pixels = nanmean(iou[hidden]), int(self.labelled[hidden].sum())
+        unseen, pixels = nanmean(iou[hidden]), int(labelled[hidden].sum())
         return Metrics(
             iou=iou,
             accuracy=accuracy,
-            pacc=float(self.intersection.sum() / total) if total else math.nan,
+            pacc=float(intersection.sum() / total) if total else math.nan,
             macc=nanmean(accuracy),
             miou=nanmean(iou),
             miou_seen=seen,
             miou_unseen=unseen,
             hiou=harmonic_mean(seen, unseen),
-            unseen_to_seen=float(self.as_seen[hidden].sum() / pixels) if pixels and self._is_seen.any() else math.nan,
+            unseen_to_seen=float(as_seen[hidden].sum() / pixels) if pixels and self._is_seen.any() else math.nan,
         )
 
     def _count_part(self, pred: NDArray[np.integer], label: NDArray[np.integer]) -> NDArray[np.int64]:

@@ -111,9 +111,6 @@ def run_evaluation(
     return Report(metrics, before.confusion, judged, facts, before.seconds, pictures)
 
 
-_COUNTS = ("intersection", "predicted", "labelled", "as_seen")
-
-
 @dataclass(eq=False)
 class Tally:
     """Counts over some batches of an evaluation. Integers add up exactly, in whatever order and number of processes."""
@@ -146,8 +143,8 @@ class Tally:
 
     def to_line(self) -> dict[str, Any]:
         """All of it as JSON holds it, without the classes that do not occur."""
-        counts = np.stack([getattr(self.confusion, name) for name in _COUNTS], axis=1)
-        classes = {int(index): counts[index].tolist() for index in np.flatnonzero(counts.any(axis=1))}
+        counts = self.confusion.counts
+        classes = {int(index): counts[:, index].tolist() for index in np.flatnonzero(counts.any(axis=0))}
         sizes = [self.smallest, self.largest]
         return {"batches": sorted(self.batches), "classes": classes, "sizes": sizes, "seconds": self.seconds}
 
@@ -155,8 +152,7 @@ class Tally:
         """Add what `to_line` gave."""
         part = Tally(Confusion(self.confusion.num_classes), set(line["batches"]), seconds=float(line["seconds"]))
         for index, counts in line["classes"].items():
-            for name, count in zip(_COUNTS, counts, strict=True):
-                getattr(part.confusion, name)[int(index)] = count
+            part.confusion.counts[:, int(index)] = counts
         for size in line["sizes"]:
             part.saw(size)
         self.merge(part)

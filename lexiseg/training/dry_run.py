@@ -22,45 +22,26 @@ from lexiseg.training.trainer import group_parameters, learning_rate
 
 @dataclass(frozen=True)
 class DryRun:
-    """What :func:`dry_run` found.
+    """What :func:`dry_run` found."""
 
-    Attributes:
-        system: what is trained.
-        clip: the towers, by name.
-        random_weights: why the towers have random weights; None where they are the named ones.
-        setting: of the training; None for a CLIP.
-        data: name of the data; None for a CLIP.
-        seen: names of the classes with masks in training.
-        unseen: names of the others.
-        text: number of classes whose text takes part in training.
-        parameters: of the model, its text tower included.
-        trainable: those that training changes.
-        starts_from: the model or recipe whose weights the run starts from.
-        prompts_from: the folder or recipe whose learned text prompts it takes over.
-        proposals_from: what its proposals start from, and whether that is on this machine.
-        teacher: the model or recipe that labels pixels in self-training.
-        options: of the system, defaults included.
-        train: the numbers of the loop.
-        rates: peak learning rate and weight decay of each group of parameters, with its number of parameters.
-    """
-
-    system: str
-    clip: str
-    parameters: int
-    trainable: int
-    options: dict[str, Any]
-    train: TrainSettings
+    system: str  # what is trained
+    clip: str  # the towers, by name
+    parameters: int  # of the model, its text tower included
+    trainable: int  # those that training changes
+    options: dict[str, Any]  # of the system, defaults included
+    train: TrainSettings  # the numbers of the loop
+    # peak learning rate and weight decay of each group of parameters, with its number of parameters
     rates: tuple[dict[str, Any], ...]
-    random_weights: str | None = None
-    setting: str | None = None
-    data: str | None = None
-    seen: tuple[str, ...] = ()
-    unseen: tuple[str, ...] = ()
-    text: int = 0
-    starts_from: str | None = None
-    prompts_from: str | None = None
-    proposals_from: str | None = None
-    teacher: str | None = None
+    random_weights: str | None = None  # why the towers have random weights; None where they are the named ones
+    setting: str | None = None  # of the training; None for a CLIP
+    data: str | None = None  # name of the data; None for a CLIP
+    seen: tuple[str, ...] = ()  # names of the classes with masks in training
+    unseen: tuple[str, ...] = ()  # names of the others
+    text: int = 0  # number of classes whose text takes part in training
+    starts_from: str | None = None  # the model or recipe whose weights the run starts from
+    prompts_from: str | None = None  # the folder or recipe whose learned text prompts it takes over
+    proposals_from: str | None = None  # what its proposals start from, and whether that is on this machine
+    teacher: str | None = None  # the model or recipe that labels pixels in self-training
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, as JSON holds it."""

@@ -8,12 +8,11 @@ from typing import Any
 
 from torch import Tensor
 
-from lexiseg.clip.load import shapes_of, sketch
 from lexiseg.clip.model import build_clip
 from lexiseg.errors import LexisegError
 from lexiseg.models.cat_seg import CATSeg, CATSegOptions
 from lexiseg.weights.clip_state import count_blocks, infer_vit_architecture, missing_shape_keys, shape_of
-from lexiseg.weights.filling import Source, take_tensors
+from lexiseg.weights.filling import Source, filled
 
 CLIP_PREFIX = "sem_seg_head.predictor.clip_model."
 AGGREGATOR = "sem_seg_head.predictor.transformer."
@@ -86,36 +85,30 @@ def infer_options(state: Mapping[str, Tensor], name: str = "the checkpoint") -> 
 def read_cat_seg(
     state: Mapping[str, Tensor],
     *,
-    heads: int | None = None,
-    text_heads: int | None = None,
     options: Mapping[str, Any] | None = None,
     name: str = "The checkpoint",
+    **heads: Any,
 ) -> tuple[CATSeg, list[str]]:
     """Build a CAT-Seg from the authors' tensors.
 
-    ``heads``: attention heads of the image tower, which no shape tells; None is one a 64 channels, as in all CLIPs.
-    ``text_heads``: the same for the text tower. ``options``: replace what `infer_options` finds and the released way of
-    prediction. ``name``: what to call the file in messages. Returns the model, and the keys that take part in no
+    ``options``: replace what `infer_options` finds and the released way of prediction. ``name``: what to call the file
+    in messages. ``heads``: those of `infer_vit_architecture`. Returns the model, and the keys that take part in no
     computation and were left out. Raises LexisegError if tensors are missing, left over or of another shape; all of
     them are listed.
     """
     if lacking := missing_shape_keys(state, _clip_source):
         raise LexisegError(f"{name} looks like CAT-Seg but lacks {', '.join(lacking)}; take a complete file.")
-    architecture = infer_vit_architecture(state, _clip_source, heads=heads, text_heads=text_heads, name=name)
+    architecture = infer_vit_architecture(state, _clip_source, name=name, **heads)
     patch = architecture["model_cfg"]["vision_cfg"]["patch_size"]
     found = {**_RELEASED, "resolution": _GRID * patch, **infer_options(state, name), **(options or {})}
 
     def build() -> CATSeg:
         return CATSeg(build_clip(architecture, name="clip"), CATSegOptions.model_validate(CATSeg.parse_options(found)))
 
-    said = f"{name}, which looks like CAT-Seg,"
-    shapes = shapes_of(sketch(build, len(state), said))
     unused = [key for key in state if _MASK.fullmatch(key)]
     given = {key: value for key, value in state.items() if key not in unused}
-    tensors = take_tensors(shapes, lambda own: Source((authors_key(own),)), given, said)
-    model = build()
-    model.load_state_dict(tensors)
-    return model.eval(), unused
+    said = f"{name}, which looks like CAT-Seg,"
+    return filled(build, lambda own: Source((authors_key(own),)), given, said).eval(), unused
 
 
 def _clip_source(name: str) -> Source:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from lexiseg.clip.load import check_state
+from lexiseg.clip.load import check_state, shapes_of, sketch
+
+_Model = TypeVar("_Model", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,21 @@ def take_tensors(
         tensor = tensor if source.block is None else tensor.chunk(3)[source.block]
         found[name] = (tensor.T if source.transposed else tensor).to(torch.float32)
     return found
+
+
+def filled(
+    build: Callable[[], _Model],
+    source_of: SourceOf,
+    state: Mapping[str, Tensor],
+    what: str,
+    *,
+    optional: Collection[str] = (),
+) -> _Model:
+    """What ``build`` builds with another program's tensors, once they are seen to fit; see `take_tensors`."""
+    tensors = take_tensors(shapes_of(sketch(build, len(state), what)), source_of, state, what, optional=optional)
+    model = build()
+    model.load_state_dict({**model.state_dict(), **tensors})
+    return model
 
 
 def renamed(name: str, rules: Iterable[tuple[str, str]]) -> str | None:

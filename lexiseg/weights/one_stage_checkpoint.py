@@ -24,7 +24,7 @@ from lexiseg.models.spt_seg import SPTSeg
 from lexiseg.models.zegclip import ZegCLIP
 from lexiseg.normalisation import IMAGENET_MEAN, IMAGENET_STD
 from lexiseg.weights.clip_state import count_blocks, infer_vit_architecture, missing_shape_keys, shape_of
-from lexiseg.weights.filling import Source, take_tensors
+from lexiseg.weights.filling import Source, filled
 
 NAMES = {"zegclip": "ZegCLIP", "cascade-clip": "Cascade-CLIP", "spt-seg": "SPT-SEG"}
 
@@ -125,17 +125,6 @@ def _clip_source(name: str) -> Source:
     return Source((f"text_encoder.{name}" if visual == name else f"backbone.{visual}",))
 
 
-def infer_architecture(
-    state: Mapping[str, Tensor],
-    *,
-    heads: int | None = None,
-    text_heads: int | None = None,
-    name: str = "the checkpoint",
-) -> dict[str, Any]:
-    """Read the CLIP architecture off the shapes of a checkpoint; see `infer_vit_architecture`."""
-    return infer_vit_architecture(state, _clip_source, heads=heads, text_heads=text_heads, name=name)
-
-
 def _check_shapes(state: Mapping[str, Tensor], system: str, name: str) -> None:
     """See that every tensor is there whose shape tells how the model is built; without it no other can be judged."""
     wanted = ["decode_head.q_proj.weight"]
@@ -211,16 +200,14 @@ def _infer_groups(state: Mapping[str, Tensor], name: str) -> str:
 def read_one_stage(
     state: Mapping[str, Tensor],
     *,
-    heads: int | None = None,
-    text_heads: int | None = None,
     options: Mapping[str, Any] | None = None,
     name: str = "The checkpoint",
+    **heads: Any,
 ) -> tuple[ZegCLIP, list[str]]:
     """Build a one-stage model from the authors' tensors.
 
-    ``heads``: attention heads of the image tower, which no shape tells; None is one a 64 channels, as in all CLIPs.
-    ``text_heads``: the same for the text tower. ``options``: replace what `infer_options` finds. ``name``: what to call
-    the file in messages. Returns the model, and the keys that take part in no computation and were left out. Raises
+    ``options``: replace what `infer_options` finds. ``name``: what to call the file in messages. ``heads``: those of
+    `infer_vit_architecture`. Returns the model, and the keys that take part in no computation and were left out. Raises
     LexisegError if it is of none of the systems, or tensors are missing, left over or of the wrong shape; all of them
     are listed.
     """
@@ -228,7 +215,7 @@ def read_one_stage(
     if system is None:
         raise LexisegError(f"{name} is not a checkpoint of {', '.join(NAMES.values())}.")
     found = {**infer_options(state, system, name), **(options or {})}
-    architecture = infer_architecture(state, heads=heads, text_heads=text_heads, name=name)
+    architecture = infer_vit_architecture(state, _clip_source, name=name, **heads)
 
     def build() -> ZegCLIP:
         return cast(ZegCLIP, SYSTEMS[system].build(build_clip(architecture, name="clip"), found))
@@ -242,7 +229,4 @@ def read_one_stage(
     wanted = {authors_key(ours, system) for ours in shapes_of(plan)}
     unused = [key for key in state if key not in wanted and is_unused(key, plan)]
     used = {key: value for key, value in state.items() if key not in unused}
-    tensors = take_tensors(shapes_of(plan), source_of, used, said)
-    model = build()
-    model.load_state_dict({**model.state_dict(), **tensors})
-    return model.eval(), unused
+    return filled(build, source_of, used, said).eval(), unused

@@ -73,7 +73,7 @@ def test_the_metrics_are_those_of_the_evaluation() -> None:
         one = Confusion(4, seen=[0, 1])
         for each in (one, whole):
             each.update(guess, label)
-        scenes.append(np.stack([one.intersection, one.predicted, one.labelled, one.as_seen]))
+        scenes.append(one.counts)
     ours = Counts(np.stack(scenes), np.ones((3, 4, 2), int), [0, 1], [2, 3]).metrics(np.ones((1, 3)))
     theirs = whole.compute([0, 1], [2, 3])
     for name in ("miou", "miou_seen", "miou_unseen", "hiou", "unseen_to_seen"):

@@ -81,7 +81,7 @@ def metric(case: Case) -> None:
     result = confusion.compute(case.input("seen_idx").tolist(), case.input("unseen_idx").tolist())
     found = {
         "area_intersect": confusion.intersection,
-        "area_union": confusion.union,
+        "area_union": confusion.predicted + confusion.labelled - confusion.intersection,
         "area_pred": confusion.predicted,
         "area_label": confusion.labelled,
         "IoU": result.iou,

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, overload
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, overload
 
 from lexiseg import notes
 from lexiseg.background import BackgroundSource
 from lexiseg.errors import LexisegError
 from lexiseg.files import as_path
 from lexiseg.images import DEFAULT_MAX_PIXELS, ImageSource, list_images
+from lexiseg.label_ids import ignore_index
 from lexiseg.pictures import (
     Failure,
     HeldPicture,
@@ -27,7 +30,13 @@ from lexiseg.pictures import (
 from lexiseg.segmentation import Segmentation
 from lexiseg.vocabulary import SINGLE_TEMPLATE, TemplateSource, Vocabulary, VocabularySource
 from lexiseg.windows import Box, WindowPolicy
-from lexiseg.words import describe, whole_number
+from lexiseg.words import describe, shorten, whole_number
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+    from lexiseg.refine import Refinement
+    from lexiseg.scores import Scores
 
 BATCH_SIZE = 4
 """Windows in one forward pass."""
@@ -46,19 +55,28 @@ class Words:
 class Predictor(ABC):
     """What `lexiseg.load` gives: a model that segments pictures by words. Threads may share it.
 
-    A subclass turns words into text embeddings (`_words`), runs windows (`_run`) and makes labels (`_decode`).
-    ``model`` has ``system``, ``clip``, ``window``, ``default_templates`` and ``seen_names``; ``templates`` stand in the
-    place of those a vocabulary states. Raises LexisegError if a template or the limit of pixels is wrong.
+    A subclass turns words into text embeddings (`_words`), runs windows (`_run`) and makes scores (`_joined`) or labels
+    (`_labels`) of what they give. ``model`` has ``system``, ``clip``, ``window``, ``default_templates`` and
+    ``seen_names``; ``templates`` stand in the place of those a vocabulary states. Raises LexisegError if a template,
+    the refinement or the limit of pixels is wrong.
     """
 
     _arrays = False  # whether pictures are read into arrays instead of tensors
 
-    def __init__(self, model: Any, *, templates: TemplateSource = None, max_pixels: float = DEFAULT_MAX_PIXELS) -> None:
+    def __init__(
+        self,
+        model: Any,
+        *,
+        templates: TemplateSource = None,
+        max_pixels: float = DEFAULT_MAX_PIXELS,
+        refine: str | Refinement | None = None,
+    ) -> None:
         if isinstance(max_pixels, bool) or not isinstance(max_pixels, int | float) or not max_pixels > 0:
             raise LexisegError(f"The limit of pixels must be a number above 0, not {describe(max_pixels)}.")
         self.model = model
         self.dtype: Any = None
         self.max_pixels = max_pixels
+        self.refinement = _refinement(refine)
         self.templates = None if templates is None else Vocabulary.parse("any", templates=templates).templates
         self._held = threading.local()  # one picture a thread
         self._note_photographs = (model.clip.trained_on or "").startswith("picture-world")
@@ -87,8 +105,58 @@ class Predictor(ABC):
         """Run windows of one shape and add the scores of each to its picture's parts."""
 
     @abstractmethod
+    def _joined(self, picture: Picture, words: Words, policy: WindowPolicy) -> Scores:
+        """The scores of a picture whose windows were all run."""
+
+    @abstractmethod
+    def _labels(self, picture: Picture, words: Words, policy: WindowPolicy) -> tuple[Any, Any]:
+        """The labels (H, W) of such a picture, refined, and their scores."""
+
+    @abstractmethod
+    def _about(self) -> dict[str, str]:
+        """What a result says of how the model was run."""
+
+    def refined(self, refine: str | Refinement | None) -> Self:
+        """This with another refinement of its masks; model and caches are shared.
+
+        Raises LexisegError if there is no such refinement.
+        """
+        other = copy.copy(self)
+        other.refinement = _refinement(refine)
+        return other
+
+    def scores(
+        self,
+        image: ImageSource,
+        classes: VocabularySource,
+        *,
+        window: WindowSource = None,
+        batch_size: int = BATCH_SIZE,
+        background: BackgroundSource = None,
+    ) -> Scores:
+        """The scores of one picture that `predict` makes its labels of, in factorised form; arguments as in `predict`.
+
+        Raises LexisegError if the picture or the classes are wrong.
+        """
+        batch_size, policy = whole_number(batch_size, "The batch size", 1), window_policy(self.model.window, window)
+        words = self._words(classes, background)
+        picture = self._read_one(image, policy)
+        for start in range(0, len(picture.boxes), batch_size):
+            self._run([(picture, box) for box in picture.boxes[start : start + batch_size]], words)
+        return self._joined(picture, words, policy)
+
     def _decode(self, picture: Picture, words: Words, policy: WindowPolicy) -> Segmentation:
         """The result of a picture whose windows were all run."""
+        vocabulary = words.vocabulary
+        try:
+            labels, best = self._labels(picture, words, policy)
+        except LexisegError as error:
+            raise LexisegError(f"{shorten(picture.name, 200)}: {error}") from error
+        if vocabulary.background.threshold is not None:
+            labels[best < vocabulary.background.threshold] = ignore_index(len(vocabulary))
+        metadata = {"system": self.model.system, "clip": self.model.clip.name, "window": asdict(policy)}
+        metadata |= {**self._about(), "refine": self.refinement.kind}
+        return Segmentation(labels, vocabulary, best, picture.image, picture.name, metadata)
 
     def vocabulary(self, classes: VocabularySource, *, background: BackgroundSource = None) -> Vocabulary:
         """The vocabulary that `predict` makes of ``classes``: templates chosen, seen classes marked, lengths checked.
@@ -204,20 +272,10 @@ class Predictor(ABC):
     ) -> Iterator[tuple[Path, Segmentation | LexisegError]]:
         """Segment the pictures of a folder one after the other; pictures of one size share a forward pass.
 
-        Args:
-            target: a folder, a pattern, a file (see `lexiseg.images.list_images`), or a list of paths.
-            classes: as in `predict`, and so are the others.
-            window: see there.
-            batch_size: see there.
-            background: see there.
-
-        Returns:
-            An iterator of the path and its result, in the paths' order; where a picture is broken, the error that names
-            it
-            stands in the result's place. At most ``batch_size`` pictures are held at a time.
-
-        Raises:
-            LexisegError: there are no pictures, or the classes are wrong. This is raised at the call, not later.
+        ``target``: a folder, a pattern, a file (see `lexiseg.images.list_images`), or a list of paths; the rest as in
+        `predict`. Returns an iterator of the path and its result, in the paths' order; where a picture is broken, the
+        error that names it stands in the result's place. At most ``batch_size`` pictures are held at a time. Raises
+        LexisegError if there are no pictures, or the classes are wrong: at the call, not later.
         """
         if isinstance(target, str | Path):
             paths = list_images(target)
@@ -241,22 +299,6 @@ class Predictor(ABC):
             self._note_photographs = False  # once is enough
         return read_picture(key, source, policy, self.max_pixels, arrays=self._arrays)
 
-    def _run_whole(
-        self,
-        image: ImageSource,
-        classes: VocabularySource,
-        window: WindowSource,
-        batch_size: int,
-        background: BackgroundSource,
-    ) -> tuple[Picture, Words, WindowPolicy]:
-        """Run all windows of one picture; arguments as in `predict`."""
-        batch_size, policy = whole_number(batch_size, "The batch size", 1), window_policy(self.model.window, window)
-        words = self._words(classes, background)
-        picture = self._read_one(image, policy)
-        for start in range(0, len(picture.boxes), batch_size):
-            self._run([(picture, box) for box in picture.boxes[start : start + batch_size]], words)
-        return picture, words, policy
-
     def _stream(
         self, pictures: Iterable[Picture | Failure], words: Words, batch_size: int, policy: WindowPolicy
     ) -> Iterator[tuple[Any, Segmentation | LexisegError]]:
@@ -270,3 +312,12 @@ class Predictor(ABC):
             except LexisegError as error:
                 result = error
             yield picture.key, result
+
+
+def _refinement(refine: str | Refinement | None) -> Any:
+    """What is asked for; torch is not imported as long as that is nothing."""
+    if refine in (None, "none"):
+        return SimpleNamespace(kind="none")
+    from lexiseg.refine import Refinement
+
+    return Refinement.parse(refine)

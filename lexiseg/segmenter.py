@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -21,7 +20,6 @@ from lexiseg.errors import LexisegError
 from lexiseg.exemplar_vectors import with_exemplars
 from lexiseg.files import as_path, default_cache_folder, write_text
 from lexiseg.images import DEFAULT_MAX_PIXELS, ImageSource
-from lexiseg.label_ids import ignore_index
 from lexiseg.models.base import ImageFeatures, SegmentationModel
 from lexiseg.pictures import (
     HeldPicture,
@@ -35,10 +33,10 @@ from lexiseg.refine import Refinement, refine, refined_dense
 from lexiseg.scores import Scores
 from lexiseg.scores.words import words_to_classes
 from lexiseg.segmentation import Segmentation
-from lexiseg.vocabulary import TemplateSource, Vocabulary, VocabularySource
+from lexiseg.vocabulary import TemplateSource, VocabularySource
 from lexiseg.weights.hashes import weights_hash
 from lexiseg.windows import Box, WindowPolicy
-from lexiseg.words import describe, shorten, whole_number
+from lexiseg.words import describe, whole_number
 
 
 class Segmenter(Predictor):
@@ -82,10 +80,9 @@ class Segmenter(Predictor):
     ) -> None:
         if not isinstance(model, SegmentationModel):
             raise LexisegError(f"A segmenter is made of a model, not {describe(model)}; lexiseg.load(name) makes one.")
-        super().__init__(model, templates=templates, max_pixels=max_pixels)
+        super().__init__(model, templates=templates, max_pixels=max_pixels, refine=refine)
         self.model = model if device is None else model.to(pick_device(device))
         self.dtype = pick_dtype(dtype, self.model.device)
-        self.refinement = Refinement.parse(refine)
         cache = default_cache_folder() if cache_dir is None else as_path(cache_dir, "cache_dir")
         self.embedder = TextEmbedder(model.clip, cache if disk_cache else None)
         self._forward: Any = compiled(model) if compile else model
@@ -122,15 +119,6 @@ class Segmenter(Predictor):
         with TemporaryDirectory() as folder:
             return push_folder(save_model(self.model, folder), repository, private=private)
 
-    def refined(self, refine: str | Refinement | None) -> Segmenter:
-        """This segmenter with another refinement of its masks; model and caches are shared.
-
-        Raises LexisegError if there is no such refinement.
-        """
-        other = copy.copy(self)
-        other.refinement = Refinement.parse(refine)
-        return other
-
     def fingerprint(self) -> str:
         """See `Predictor.fingerprint`."""
         return weights_hash(self.model)
@@ -154,22 +142,6 @@ class Segmenter(Predictor):
                 features.append((self.model.encode_images(batch), len(boxes)))
         self._held.picture = HeldPicture(policy, partial(self._predict_held, picture, tuple(features), policy))
         return self._held.picture
-
-    def scores(
-        self,
-        image: ImageSource,
-        classes: VocabularySource,
-        *,
-        window: WindowSource = None,
-        batch_size: int = BATCH_SIZE,
-        background: BackgroundSource = None,
-    ) -> Scores:
-        """The scores of one picture that `predict` makes its labels of, in factorised form; arguments as in `predict`.
-
-        Raises LexisegError if the picture or the classes are wrong.
-        """
-        picture, _, policy = self._run_whole(image, classes, window, batch_size, background)
-        return picture.joined(policy)
 
     def pixels(self, image: ImageSource) -> Tensor:
         """A whole picture as the model sees it when it is run without windows: float32 (1, 3, h, w), normalised.
@@ -232,30 +204,21 @@ class Segmenter(Predictor):
         """Windows of one shape as the model takes them: float32 (B, 3, H, W) on its device."""
         return cut_windows(batch, self.model.mean, self.model.std, self.device)
 
-    def _decode(self, picture: Picture, words: Words, policy: WindowPolicy) -> Segmentation:
-        vocabulary = words.vocabulary
-        scores = picture.joined(policy)
-        try:
-            with float32_default():
-                found, values = self._labels(scores, picture.image, vocabulary)
-        except LexisegError as error:
-            raise LexisegError(f"{shorten(picture.name, 200)}: {error}") from error
-        labels, best = found.cpu(), values.cpu()
-        labels = labels.to(torch.uint8 if len(vocabulary) <= 255 else torch.int32)
-        if vocabulary.background.threshold is not None:
-            labels[best < vocabulary.background.threshold] = ignore_index(len(vocabulary))
-        metadata = {"system": self.model.system, "clip": self.model.clip.name, "window": asdict(policy)}
-        dtype = str(self.dtype or torch.float32).removeprefix("torch.")
-        metadata |= {"dtype": dtype, "refine": self.refinement.kind}
-        return Segmentation(labels, vocabulary, best, picture.image, picture.name, metadata)
+    def _joined(self, picture: Picture, words: Words, policy: WindowPolicy) -> Scores:
+        return picture.joined(policy)
 
-    def _labels(self, scores: Scores, image: Tensor, vocabulary: Vocabulary) -> tuple[Tensor, Tensor]:
-        """Labels (H, W) and winning scores: refined, or by the rule of a training-free protocol."""
-        rule = self.model.words_rule
-        if rule is None:
-            return refine(scores, image, self.refinement)
-        # Protocols only: every word at every pixel, as their authors have it.
-        cosines = refined_dense(scores, image, self.refinement)
-        owners, background = vocabulary.word_to_class.to(cosines.device), vocabulary.names.index("background")
-        labels, probabilities = words_to_classes(cosines, owners, rule, background)
-        return labels, probabilities.amax(dim=0)
+    def _about(self) -> dict[str, str]:
+        return {"dtype": str(self.dtype or torch.float32).removeprefix("torch.")}
+
+    def _labels(self, picture: Picture, words: Words, policy: WindowPolicy) -> tuple[Tensor, Tensor]:
+        scores, image, rule = picture.joined(policy), picture.image, self.model.words_rule
+        with float32_default():
+            if rule is None:
+                labels, best = refine(scores, image, self.refinement)
+                return labels.cpu(), best.cpu()
+            # Protocols only: every word at every pixel, as their authors have it.
+            cosines = refined_dense(scores, image, self.refinement)
+            vocabulary = words.vocabulary
+            owners, background = vocabulary.word_to_class.to(cosines.device), vocabulary.names.index("background")
+            labels, probabilities = words_to_classes(cosines, owners, rule, background)
+            return labels.cpu(), probabilities.amax(dim=0).cpu()

@@ -60,7 +60,7 @@ ALLOWED: dict[str, set[str]] = {
     "data": WORDS | {"images", "notes", "windows"},
     "resampling": set(),
     "pictures": WORDS | {"images", "resampling", "scores", "windows"},
-    "predictor": WORDS | PICTURES | {"notes", "pictures", "windows"},
+    "predictor": WORDS | PICTURES | {"notes", "pictures", "refine", "scores", "windows"},
     "segmenter": WORDS
     | PICTURES
     | MODELS

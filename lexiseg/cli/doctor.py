@@ -10,9 +10,8 @@ import shutil
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import typer
 
@@ -28,13 +27,12 @@ SELF_TEST_SAMPLE = "demo"
 _DEVELOPMENT = "dev"
 
 
-@dataclass(frozen=True)
-class _Requirement:
-    """A package that lexiseg asks for: its name, what to give pip, and the extra that asks for it, None for all."""
+class _Requirement(NamedTuple):
+    """A package that lexiseg asks for."""
 
     name: str
-    text: str
-    extra: str | None
+    text: str  # what to give pip
+    extra: str | None  # that asks for it; None for all
 
 
 def doctor(
@@ -48,39 +46,27 @@ def doctor(
     Exit code 1 when something is wrong.
     """
     with waiting("looking around"):
-        machine = _machine()
         requirements = _requirements()
-        packages = {requirement.name: _version(requirement.name) for requirement in requirements}
-        torch_facts = None if quick else _torch()
-        folders = _folders()
-        models = [entry.name for entry in lexiseg.list_models()]
-    self_test = None
-    if not quick:
-        with waiting("segmenting a sample"):
-            self_test = _self_test()
-    problems = [
-        *(
-            f"The package '{requirement.name}' is not installed; run: pip install '{requirement.text}'"
-            for requirement in requirements
-            if requirement.extra is None and packages[requirement.name] is None
-        ),
-        *(
-            f"The {name} '{facts['path']}' cannot be written."
-            for name, facts in folders.items()
-            if not facts["writable"]
-        ),
-        *([f"The self-test failed: {self_test['problem']}"] if self_test and not self_test["ok"] else []),
+        report = {
+            "lexiseg": {"version": lexiseg.__version__, "path": str(Path(lexiseg.__file__).parent)},
+            "machine": _machine(),
+            "torch": None if quick else _torch(),
+            "packages": {asked.name: _version(asked.name) for asked in requirements},
+            "folders": _folders(),
+            "models": [entry.name for entry in lexiseg.list_models()],
+        }
+    with waiting("segmenting a sample"):
+        report["self_test"] = self_test = None if quick else _self_test()
+    report["problems"] = problems = [
+        f"The package '{asked.name}' is not installed; run: pip install '{asked.text}'"
+        for asked in requirements
+        if asked.extra is None and report["packages"][asked.name] is None
     ]
-    report = {
-        "lexiseg": {"version": lexiseg.__version__, "path": str(Path(lexiseg.__file__).parent)},
-        "machine": machine,
-        "torch": torch_facts,
-        "packages": packages,
-        "folders": folders,
-        "models": models,
-        "self_test": self_test,
-        "problems": problems,
-    }
+    for name, facts in report["folders"].items():
+        if not facts["writable"]:
+            problems.append(f"The {name} '{facts['path']}' cannot be written.")
+    if self_test is not None and not self_test["ok"]:
+        problems.append(f"The self-test failed: {self_test['problem']}")
     if json:
         say_json(report)
     else:
@@ -128,18 +114,12 @@ def _version(package: str) -> str | None:
 def _torch() -> dict[str, Any]:
     import torch
 
-    devices = [
-        {
-            "name": torch.cuda.get_device_name(index),
-            "memory_gib": round(torch.cuda.get_device_properties(index).total_memory / 2**30, 1),
-        }
-        for index in range(torch.cuda.device_count())
-    ]
+    devices = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
     return {
         "version": torch.__version__,
         "threads": torch.get_num_threads(),
         "cuda_build": torch.version.cuda,
-        "cuda_devices": devices,
+        "cuda_devices": [{"name": one.name, "memory_gib": round(one.total_memory / 2**30, 1)} for one in devices],
         "mps": torch.backends.mps.is_available(),
     }
 
@@ -161,12 +141,8 @@ def _folder(path: Path) -> dict[str, Any]:
             writable = True
     except OSError:
         writable = False
-    return {
-        "path": str(path),
-        "exists": path.is_dir(),
-        "writable": writable,
-        "free_gib": round(shutil.disk_usage(standing).free / 2**30, 1),
-    }
+    free = round(shutil.disk_usage(standing).free / 2**30, 1)
+    return {"path": str(path), "exists": path.is_dir(), "writable": writable, "free_gib": free}
 
 
 def _self_test() -> dict[str, Any]:
@@ -181,7 +157,7 @@ def _self_test() -> dict[str, Any]:
     except LexisegError as error:
         return {**facts, "ok": False, "problem": str(error)}
     seconds = time.perf_counter() - start
-    found = [row.name for row in sorted(result.table(), key=lambda row: -row.fraction) if row.fraction >= 0.01]
+    found = [row.name for row in result.table() if row.fraction >= 0.01]
     facts |= {"seconds": round(seconds, 2), "found": found, "ok": len(found) > 1}
     if not facts["ok"]:
         facts["problem"] = f"only {found or 'nothing'} was found in the sample; the weights or this torch are broken."
@@ -192,30 +168,31 @@ def _self_test() -> dict[str, Any]:
 
 def _print(report: dict[str, Any], requirements: list[_Requirement]) -> None:
     machine, torch_facts, self_test = report["machine"], report["torch"], report["self_test"]
-    accelerators = []
-    if torch_facts is not None:
-        devices = ", ".join(f"{device['name']} ({device['memory_gib']} GiB)" for device in torch_facts["cuda_devices"])
-        accelerators = [
-            ["torch", f"{torch_facts['version']}, {torch_facts['threads']} threads"],
-            ["CUDA", devices or "none"],
-            ["Apple GPU", "yes" if torch_facts["mps"] else "none"],
-        ]
     rows = [
         ["lexiseg", f"{report['lexiseg']['version']} in {report['lexiseg']['path']}"],
         ["python", f"{machine['python']} ({machine['executable']})"],
         ["system", machine["system"]],
         ["cores, memory", f"{machine['cores']}, {machine.get('memory_gib', '?')} GiB"],
-        *accelerators,
-        *([name, _folder_line(facts)] for name, facts in report["folders"].items()),
-        ["models", ", ".join(report["models"]) or "none"],
     ]
-    say_table(None, ["what", "found"], rows)
+    if torch_facts is not None:
+        devices = ", ".join(f"{device['name']} ({device['memory_gib']} GiB)" for device in torch_facts["cuda_devices"])
+        rows += [
+            ["torch", f"{torch_facts['version']}, {torch_facts['threads']} threads"],
+            ["CUDA", devices or "none"],
+            ["Apple GPU", "yes" if torch_facts["mps"] else "none"],
+        ]
+    for name, facts in report["folders"].items():
+        state = "writable" if facts["writable"] else "NOT writable"
+        offline = ", offline" if facts.get("offline") else ""
+        rows.append([name, f"{facts['path']} ({state}, {facts['free_gib']} GiB free{offline})"])
+    say_table(None, ["what", "found"], [*rows, ["models", ", ".join(report["models"]) or "none"]])
     say()
-    say_table(
-        None,
-        ["package", "version"],
-        [[asked.name, report["packages"][asked.name] or _absent(asked)] for asked in requirements],
-    )
+    absent = {
+        asked.name: "absent" if asked.extra is None else f"absent, for '{asked.extra}'; pip install '{asked.text}'"
+        for asked in requirements
+    }
+    packages = [[name, version or absent[name]] for name, version in report["packages"].items()]
+    say_table(None, ["package", "version"], packages)
     if not requirements:
         say_note("lexiseg runs without being installed, so what it needs is not known; run: pip install -e .")
     say()
@@ -226,13 +203,3 @@ def _print(report: dict[str, Any], requirements: list[_Requirement]) -> None:
             say_note(f"self-test: {self_test['note']}")
     for problem in report["problems"]:
         say_note(problem)
-
-
-def _folder_line(facts: dict[str, Any]) -> str:
-    state = "writable" if facts["writable"] else "NOT writable"
-    offline = ", offline" if facts.get("offline") else ""
-    return f"{facts['path']} ({state}, {facts['free_gib']} GiB free{offline})"
-
-
-def _absent(asked: _Requirement) -> str:
-    return "absent" if asked.extra is None else f"absent, for '{asked.extra}'; pip install '{asked.text}'"

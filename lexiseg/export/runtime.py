@@ -6,7 +6,6 @@ import copy
 import html
 import threading
 from collections.abc import Sequence
-from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,7 +20,6 @@ from lexiseg.export.decoding import Part, decode
 from lexiseg.export.graphs import Graph, open_graph
 from lexiseg.export.spec import ExportSpec, read_spec
 from lexiseg.images import DEFAULT_MAX_PIXELS, ImageSource
-from lexiseg.label_ids import ignore_index
 from lexiseg.pictures import HeldPicture, Picture, WindowSource, window_policy
 from lexiseg.predictor import BATCH_SIZE, Predictor, Words
 from lexiseg.resampling import resize_floats
@@ -185,15 +183,9 @@ class ExportedPredictor(Predictor):
         if compile or str(dtype).removeprefix("torch.") not in ("None", "auto", "fp32", "float32"):
             raise LexisegError("An exported model keeps the precision it was exported in; leave out dtype and compile.")
         place = "auto" if device is None else str(device)
-        super().__init__(ExportedModel(Path(folder).expanduser(), place), templates=templates, max_pixels=max_pixels)
+        model = ExportedModel(Path(folder).expanduser(), place)
+        super().__init__(model, templates=templates, max_pixels=max_pixels, refine=refine)
         self.device = _Device(place)
-        self.refinement = _refinement(refine)
-
-    def refined(self, refine: Any) -> ExportedPredictor:
-        """This predictor with another refinement of its masks; see `lexiseg.segmenter.Segmenter.refined`."""
-        other = copy.copy(self)
-        other.refinement = _refinement(refine)
-        return other
 
     def fingerprint(self) -> str:
         """See `Predictor.fingerprint`."""
@@ -211,18 +203,6 @@ class ExportedPredictor(Predictor):
 
         self._held.picture = HeldPicture(policy, predict)
         return self._held.picture
-
-    def scores(
-        self,
-        image: ImageSource,
-        classes: VocabularySource,
-        *,
-        window: WindowSource = None,
-        batch_size: int = BATCH_SIZE,
-        background: BackgroundSource = None,
-    ) -> Scores:
-        """See `lexiseg.segmenter.Segmenter.scores`; this imports torch."""
-        return self._torch_scores(*self._run_whole(image, classes, window, batch_size, background))
 
     def _words(self, classes: VocabularySource, background: BackgroundSource) -> Words:
         vocabulary = self.vocabulary(classes, background=background)
@@ -252,25 +232,8 @@ class ExportedPredictor(Predictor):
         for (picture, _), grid in zip(batch, self.model.grids((pixels - mean) / std, words.text), strict=True):
             picture.parts.append(grid)
 
-    def _decode(self, picture: Picture, words: Words, policy: WindowPolicy) -> Segmentation:
-        vocabulary = words.vocabulary
-        try:
-            labels, best = self._labels(picture, words, policy)
-        except LexisegError as error:
-            raise LexisegError(f"{shorten(picture.name, 200)}: {error}") from error
-        labels = labels.astype(np.uint8 if len(vocabulary) <= 255 else np.int32)
-        if vocabulary.background.threshold is not None:
-            labels[best < vocabulary.background.threshold] = ignore_index(len(vocabulary))
-        metadata = {
-            "system": self.model.system,
-            "clip": self.model.clip.name,
-            "window": asdict(policy),
-            "dtype": self.model.spec.precision,
-            "refine": self.refinement.kind,
-            "runtime": self.model.spec.kind,
-        }
-        arrays: list[Any] = [labels, best, picture.image]
-        return Segmentation(arrays[0], vocabulary, arrays[1], arrays[2], picture.name, metadata)
+    def _about(self) -> dict[str, str]:
+        return {"dtype": self.model.spec.precision, "runtime": self.model.spec.kind}
 
     def _labels(self, picture: Picture, words: Words, policy: WindowPolicy) -> tuple[np.ndarray, np.ndarray]:
         if self.refinement.kind != "none":
@@ -279,7 +242,7 @@ class ExportedPredictor(Predictor):
             from lexiseg.refine import refine
 
             image = torch.from_numpy(np.ascontiguousarray(picture.image))
-            found = refine(self._torch_scores(picture, words, policy), image, self.refinement)
+            found = refine(self._joined(picture, words, policy), image, self.refinement)
             return found[0].numpy(), found[1].numpy()
         spec = self.model.spec
         offsets = spec.decode.seen_offset * words.seen_words.astype(np.float32) if words.seen_words.any() else None
@@ -294,7 +257,7 @@ class ExportedPredictor(Predictor):
         winners, best = decode(parts, canvas, size, whole)
         return words.word_to_class[winners], best
 
-    def _torch_scores(self, picture: Picture, words: Words, policy: WindowPolicy) -> Scores:
+    def _joined(self, picture: Picture, words: Words, policy: WindowPolicy) -> Scores:
         """The scores in torch's form, for whatever asks for more than labels."""
         import torch
 
@@ -327,12 +290,3 @@ class _Device(str):
     @property
     def type(self) -> str:
         return self.partition(":")[0]
-
-
-def _refinement(refine: Any) -> Any:
-    """What is asked for; without torch as long as that is nothing."""
-    if refine in (None, "none"):
-        return SimpleNamespace(kind="none")
-    from lexiseg.refine import Refinement
-
-    return Refinement.parse(refine)

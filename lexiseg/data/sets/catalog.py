@@ -64,11 +64,6 @@ class DataSetInfo:
         """The default list of unseen classes; empty where the papers have none."""
         return next(iter(self.unseen_lists.values()), ())
 
-    @property
-    def seen(self) -> tuple[str, ...]:
-        """All classes that are not in :attr:`unseen`, in order; empty where the papers split nothing."""
-        return tuple(name for name in self.classes if name not in self.unseen) if self.unseen_lists else ()
-
     def unseen_names(self, which: str | None = None) -> tuple[str, ...]:
         """The list of unseen classes called ``which``; None takes the default.
 
@@ -80,14 +75,6 @@ class DataSetInfo:
             known = ", ".join(self.unseen_lists) or "none"
             raise LexisegError(f"{self.name} has no list of unseen classes called '{which}'; there are: {known}.")
         return self.unseen_lists[which]
-
-    def ids(self, names: tuple[str, ...]) -> list[int]:
-        """The class ids of ``names``, ascending. Raises LexisegError if one of them is no class of this data set."""
-        known = {word_key(name): index for index, name in enumerate(self.classes)}
-        for name in names:
-            if word_key(name) not in known:
-                raise LexisegError(f"{self.name} has no class '{name}'; see its list of classes.")
-        return sorted(known[word_key(name)] for name in names)
 
     def with_classes(self, classes: tuple[str, ...]) -> DataSetInfo:
         """The same data set with the list of classes that its distribution carries.
@@ -120,7 +107,7 @@ class DataSetInfo:
         renamed = self.renamed[names_of] if names_of else {}
         hidden = () if unseen == "none" else self.unseen_names(unseen)
         split = bool(hidden)
-        words = self._own_synonyms() if synonyms else {}
+        words = _unshared({name: self.synonyms.get(name, ()) for name in self.classes}) if synonyms else {}
         return Vocabulary(
             tuple(
                 VocabularyClass(
@@ -132,9 +119,6 @@ class DataSetInfo:
                 for index, name in enumerate(self.classes)
             )
         )
-
-    def _own_synonyms(self) -> dict[str, tuple[str, ...]]:
-        return _unshared({name: self.synonyms.get(name, ()) for name in self.classes})
 
 
 def split_names(vocabulary: Vocabulary) -> Vocabulary:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
-from itertools import islice, zip_longest
+from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,15 +18,7 @@ from PIL import Image
 
 from lexiseg.data.sets.archive import Place, place_size, readable
 from lexiseg.data.sets.catalog import NAMES, data_set
-from lexiseg.data.sets.dataset import (
-    Finding,
-    Item,
-    SplitFiles,
-    misfit,
-    nothing_labelled,
-    unknown_value,
-    value_name,
-)
+from lexiseg.data.sets.dataset import Finding, Item, SplitFiles, misfit, nothing_labelled, unknown_value, value_name
 from lexiseg.data.sets.labels import UNKNOWN, LabelKind, png_fault
 from lexiseg.data.sets.listing import unreadable
 from lexiseg.data.sets.open import OWN, list_split, splits_of
@@ -250,7 +243,7 @@ def check_sample(item: Item, num_classes: int) -> SampleCheck:
     """Read a picture and its label wholly and say what is wrong with them."""
     findings: list[Finding] = []
     size = _check_picture(item, findings)
-    values = _check_label(item, findings)
+    values = _read(item, "label", findings)
     if values is None:
         return SampleCheck(tuple(findings))
     label = item.table.look_up(values)
@@ -271,20 +264,9 @@ def check_sample(item: Item, num_classes: int) -> SampleCheck:
 
 
 def _check_picture(item: Item, findings: list[Finding]) -> tuple[int, int] | None:
-    try:
-        if place_size(item.image) == 0:
-            problem = f"The picture '{item.image}' is an empty file; copy it again."
-            findings.append(_finding(item, "empty-file", problem, item.image))
-            return None
-        image = item.pixels()
-    except (OSError, LexisegError) as error:
-        said = unreadable(Path(str(item.image)), error) if isinstance(error, OSError) else error
-        findings.append(_finding(item, "damaged-picture", str(said), item.image))
+    image = _read(item, "picture", findings)
+    if image is None:
         return None
-    fault = png_fault(item.image)
-    if fault is not None:
-        problem = f"The picture '{item.image}' is damaged: {fault}; copy it again."
-        findings.append(_finding(item, "damaged-picture", problem, item.image))
     height, width = image.shape[:2]
     try:
         check_proportions(height, width)
@@ -293,26 +275,26 @@ def _check_picture(item: Item, findings: list[Finding]) -> tuple[int, int] | Non
     return height, width
 
 
-def _check_label(item: Item, findings: list[Finding]) -> NDArray[np.int64] | None:
-    if item.draw is None:
-        try:
-            if place_size(item.label) == 0:
-                problem = f"The label '{item.label}' is an empty file; copy it again."
-                findings.append(_finding(item, "empty-file", problem, item.label))
-                return None
-        except OSError:
-            pass  # reading it says what is wrong
+def _read(item: Item, part: Literal["picture", "label"], findings: list[Finding]) -> NDArray[Any] | None:
+    """The picture or its label; None where it cannot be read, or the label is damaged."""
+    place, drawn = (item.image, False) if part == "picture" else (item.label, item.draw is not None)
+    with suppress(OSError):  # reading it says what is wrong
+        if not drawn and place_size(place) == 0:
+            problem = f"The {part} '{place}' is an empty file; copy it again."
+            findings.append(_finding(item, "empty-file", problem, place))
+            return None
     try:
-        values = item.values()
-    except LexisegError as error:
-        findings.append(_finding(item, _label_fault(item), str(error), item.label))
+        values: NDArray[Any] = item.pixels() if part == "picture" else item.values()
+    except (OSError, LexisegError) as error:
+        said = unreadable(Path(str(place)), error) if isinstance(error, OSError) else error
+        kind = "damaged-picture" if part == "picture" else _label_fault(item)
+        findings.append(_finding(item, kind, str(said), place))
         return None
-    fault = png_fault(item.label) if item.draw is None else None
+    fault = None if drawn else png_fault(place)
     if fault is not None:
-        problem = f"The label '{item.label}' is damaged: {fault}; copy it again."
-        findings.append(_finding(item, "damaged-label", problem, item.label))
-        return None
-    return values
+        problem = f"The {part} '{place}' is damaged: {fault}; copy it again."
+        findings.append(_finding(item, f"damaged-{part}", problem, place))
+    return None if fault is not None and part == "label" else values
 
 
 def _label_fault(item: Item) -> str:
@@ -338,45 +320,39 @@ def _finding(item: Item, kind: str, problem: str, path: Place) -> Finding:
 
 def _overlaps(members: dict[str, dict[str, Place]]) -> list[Finding]:
     """Pictures that are both trained on and judged on."""
-    findings: list[Finding] = []
-    if "val" not in members:
-        return findings
-    for split, names in members.items():
-        if split in ("val", "trainval"):
-            continue
-        for name, path in names.items():
-            if members["val"].get(name) == path:
-                problem = f"'{name}' is in both '{split}' and 'val', so it would be judged after being trained on."
-                findings.append(Finding("split-overlap", problem, str(path), name, split))
-    return findings
+    return [
+        Finding(
+            "split-overlap",
+            f"'{name}' is in both '{split}' and 'val', so it would be judged after being trained on.",
+            str(path),
+            name,
+            split,
+        )
+        for split, names in members.items()
+        if split not in ("val", "trainval")
+        for name, path in names.items()
+        if members.get("val", {}).get(name) == path
+    ]
 
 
 def _other_classes(classes_of: Mapping[str, tuple[str, ...]], root: Path) -> list[Finding]:
     """Splits that each bring their classes (COCO-style JSON) must bring the same: an id means one thing only."""
     findings: list[Finding] = []
-    first = next(iter(classes_of), "")
+    first, ours = next(iter(classes_of.items()), ("", ()))
     for split, names in classes_of.items():
-        ours = classes_of[first]
-        if names == ours:
-            continue
-        index, ones = next((i, both) for i, both in enumerate(zip_longest(ours, names)) if both[0] != both[1])
-        told = ["none" if one is None else f"'{one}'" for one in ones]
-        problem = (
-            f"The classes of '{first}' and '{split}' differ: class {index} is {told[0]} in one and {told[1]} in the "
-            "other; list the same categories in both."
-        )
-        findings.append(Finding("class-list", problem, str(root), split=split))
+        if names != ours:
+            index, ones = next((i, both) for i, both in enumerate(zip_longest(ours, names)) if both[0] != both[1])
+            told = ["none" if one is None else f"'{one}'" for one in ones]
+            problem = (
+                f"The classes of '{first}' and '{split}' differ: class {index} is {told[0]} in one and {told[1]} in "
+                "the other; list the same categories in both."
+            )
+            findings.append(Finding("class-list", problem, str(root), split=split))
     return findings
 
 
 def _map(check: Callable[[Item], SampleCheck], items: Sequence[Item], workers: int) -> Iterator[SampleCheck]:
-    """``check`` of each item, in their order, a few ahead of the one that is taken."""
-    if workers < 2:
-        yield from map(check, items)
-        return
+    """``check`` of each item, in their order; a few wait to be taken at most."""
     with ThreadPoolExecutor(workers) as pool:
-        remaining = iter(items)
-        pending: list[Future[SampleCheck]] = [pool.submit(check, item) for item in islice(remaining, 4 * workers)]
-        while pending:
-            yield pending.pop(0).result()
-            pending += [pool.submit(check, item) for item in islice(remaining, 1)]
+        for start in range(0, len(items), 16 * workers):
+            yield from pool.map(check, items[start : start + 16 * workers])

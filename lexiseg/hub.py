@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-import socket
+import ssl
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -132,10 +132,7 @@ def _unreachable(endpoint: str) -> str | None:
             return None
     except urllib.error.HTTPError:
         return None
-    except urllib.error.URLError as error:
-        reason = error.reason
-        network = isinstance(reason, socket.gaierror | TimeoutError | ConnectionError | OSError)
-        certificate = type(reason).__name__.startswith("SSL")
-        return first_line(reason) if network and not certificate and isinstance(reason, BaseException) else None
-    except (TimeoutError, OSError) as error:
-        return first_line(error)
+    except OSError as error:
+        reason = error.reason if isinstance(error, urllib.error.URLError) else error
+        # What is wrong with a certificate, the client says.
+        return first_line(reason) if isinstance(reason, OSError) and not isinstance(reason, ssl.SSLError) else None

@@ -31,21 +31,13 @@ _NOTEBOOK_SIDE = 1024
 
 @dataclass(frozen=True)
 class TableRow:
-    """One class of a result.
+    """One class of a result."""
 
-    Attributes:
-        name: the class.
-        seen: whether masks of it were trained on; None where nobody said.
-        fraction: its pixels as a fraction of the picture's, in 0..1.
-        score: the mean over its pixels of the winning score; None where it has no pixel or no scores are kept.
-        index: its id in the label map.
-    """
-
-    name: str
-    seen: bool | None
-    fraction: float
-    score: float | None
-    index: int
+    name: str  # of the class
+    seen: bool | None  # whether masks of it were trained on; None where nobody said
+    fraction: float  # its pixels as a fraction of the picture's, in 0..1
+    score: float | None  # the mean over its pixels of the winning score; None where it has none, or none are kept
+    index: int  # its id in the label map
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,16 +69,15 @@ class Segmentation:
 
     def __post_init__(self) -> None:
         labels = self.label_map
-        array = _as_array(labels)
+        array: Any = _as_array(labels)
         if array.ndim != 2 or array.dtype.kind not in "iub" or array.size == 0:
             raise LexisegError(f"A label map must be whole numbers of shape (H, W), not {tuple(labels.shape)}.")
         array = array.astype(np.uint8 if self.num_classes <= 255 else np.int32, copy=False)
         if not isinstance(labels, np.ndarray):
             import torch
 
-            object.__setattr__(self, "label_map", torch.from_numpy(array))
-        else:
-            object.__setattr__(self, "label_map", array)
+            array = torch.from_numpy(array)
+        object.__setattr__(self, "label_map", array)
         for what, other in (("scores", self.scores), ("image", self.image)):
             if other is not None and other.shape[-2:] != labels.shape:
                 raise LexisegError(
@@ -99,12 +90,7 @@ class Segmentation:
     def from_coco(cls, dataset: Mapping[str, Any], image_id: int | None = None) -> Segmentation:
         """A picture of a COCO data set; pixels without an annotation are ignored, later annotations cover earlier ones.
 
-        Args:
-            dataset: the content of the JSON file.
-            image_id: which picture; None takes the only one.
-
-        Raises:
-            LexisegError: there is no such picture, or the data set is not one.
+        Arguments and errors are those of `lexiseg.formats.read_coco`.
         """
         import torch
 
@@ -168,11 +154,7 @@ class Segmentation:
         return sorted(rows, key=lambda row: -row.fraction)
 
     def mask(self, name_or_index: str | int) -> torch.Tensor:
-        """The pixels of one class: bool, shape (H, W).
-
-        Raises:
-            LexisegError: there is no such class.
-        """
+        """The pixels of one class: bool, shape (H, W). Raises LexisegError if there is no such class."""
         return self.label_map == self._index(name_or_index)
 
     def _index(self, name_or_index: str | int) -> int:
@@ -216,10 +198,8 @@ class Segmentation:
     def label_image(self) -> Image.Image:
         """The label map as a picture whose pixel values are the ids.
 
-        Mode P with the classes' colours, 255 = ignored; with more than 255 classes 16-bit grey, 65535 = ignored.
-
-        Raises:
-            LexisegError: there are more than 65,535 classes, which no PNG can number.
+        Mode P with the classes' colours, 255 = ignored; with more than 255 classes 16-bit grey, 65535 = ignored. Raises
+        LexisegError if there are more than 65,535, which no PNG can number.
         """
         labels = self._labels
         if self.num_classes > 65535:
@@ -243,14 +223,10 @@ class Segmentation:
         Classes known to have had no masks in training are noted as unseen. Pixels of a background class keep the
         picture's own colours; ignored pixels are shown faded. Without a picture the colours alone are drawn.
 
-        Args:
-            alpha: how much the colours cover the picture, 0..1.
-            legend: add a panel with the names and fractions; without it the result has the picture's size.
-            outlines: draw a thin light line between classes.
-            font: a TrueType or OpenType file to use first; what it lacks is drawn in fonts of this machine.
-
-        Raises:
-            LexisegError: ``alpha`` is outside 0..1 or the font cannot be read.
+        ``alpha``: how much the colours cover the picture, 0..1. ``legend``: add a panel with the names and fractions;
+        without it the result has the picture's size. ``outlines``: draw a thin light line between classes. ``font``: a
+        TrueType or OpenType file to use first; what it lacks is drawn in fonts of this machine. Raises LexisegError if
+        ``alpha`` is outside 0..1 or the font cannot be read.
         """
         alpha = finite(alpha, "The overlay's alpha")
         if not 0 <= alpha <= 1:
@@ -281,8 +257,7 @@ class Segmentation:
     def polygons(self, tolerance: float = 1.0) -> dict[str, list[formats.Polygon]]:
         """The outlines of each class in the picture, by its name; see `lexiseg.formats.polygons_of`.
 
-        Raises:
-            LexisegError: OpenCV (the extra ``polygons``) is not installed, or the tolerance is not a number.
+        Raises LexisegError if OpenCV (the extra ``polygons``) is not installed, or the tolerance is not a number.
         """
         tolerance = finite(tolerance, "The tolerance of polygons")
         return {row.name: formats.polygons_of(self._mask_array(row.index), tolerance) for row in self._rows_in_order()}
@@ -304,11 +279,7 @@ class Segmentation:
         return file.getvalue()
 
     def to_dict(self, *, masks: bool = False) -> dict[str, Any]:
-        """Everything about the result that JSON can hold.
-
-        Args:
-            masks: add each segment's mask as COCO's run lengths; without them there are only figures.
-        """
+        """Everything about the result that JSON can hold; ``masks`` adds each segment's as COCO's run lengths."""
         palette = self.palette()
         segments = []
         for row in self._rows_in_order():
@@ -344,8 +315,7 @@ class Segmentation:
     def save_png(self, path: str | Path) -> Path:
         """Write `label_image` as a PNG, atomically, and return the path.
 
-        Raises:
-            LexisegError: the file cannot be written, or there are more than 65,535 classes.
+        Raises LexisegError if the file cannot be written, or there are more than 65,535 classes.
         """
         return _save_image(self.label_image(), Path(path))
 

@@ -17,7 +17,7 @@ import yaml
 
 from lexiseg.background import Background, BackgroundSource
 from lexiseg.class_forms import ListedClass, split_words
-from lexiseg.class_list import ClassList, read_class_text, read_classes
+from lexiseg.class_list import ClassList, class_source, read_class_text, read_classes
 from lexiseg.colors import BACKGROUND_COLOR, distinct_colors, parse_color
 from lexiseg.errors import LexisegError, LexisegWarning
 from lexiseg.exemplars import PREFIX, Exemplar
@@ -113,19 +113,14 @@ class VocabularyClass:
 class Vocabulary:
     """The classes a picture is segmented into, in the user's order.
 
-    Attributes:
-        classes: at least one; a background of kind "class" that is not among them is appended as the last.
-        templates: sentences with one ``{}`` each, into which every word is put.
-        background: what happens to pixels that no class fits.
-
-    Raises:
-        LexisegError: there are no classes, two words are the same after NFC, case folding and folding of white space
-            (within one class or across two), or a template has not exactly one ``{}``.
+    Raises LexisegError if there are no classes, two words are the same after NFC, case folding and folding of white
+    space (within one class or across two), or a template has not exactly one ``{}``.
     """
 
+    # at least one; a background of kind "class" that is not among them is appended as the last
     classes: tuple[VocabularyClass, ...]
-    templates: tuple[str, ...] = SINGLE_TEMPLATE
-    background: Background = field(default_factory=Background)
+    templates: tuple[str, ...] = SINGLE_TEMPLATE  # sentences with one ``{}`` each, into which every word is put
+    background: Background = field(default_factory=Background)  # what happens to pixels that no class fits
 
     def __post_init__(self) -> None:
         classes, background = list(self.classes), self.background
@@ -214,16 +209,19 @@ class Vocabulary:
     def to_text(self) -> str:
         """The short form, such as ``cat; tree, bush``: names and synonyms only.
 
-        Raises LexisegError if a word holds a comma, a semicolon or " = ", which the short form cannot say.
+        Raises LexisegError if a word holds a comma, a semicolon or " = ", or it all reads like the name of a file.
         """
         for word in (word for entry in self.classes for word in (entry.name, *entry.words)):
             if "," in word or ";" in word or " = " in word:
                 raise LexisegError(
                     f"The word '{shorten(word)}' holds a comma, a semicolon or an equals sign; save it as JSON instead."
                 )
-        return "; ".join(
+        text = "; ".join(
             ("" if entry.scored else f"{entry.name} = ") + ", ".join(entry.words) for entry in self.classes
         )
+        if class_source(text) is not text:
+            raise LexisegError(f"'{shorten(text)}' would be read as the name of a file; save it as JSON instead.")
+        return text
 
     def save(self, path: str | Path) -> Path:
         """Write the vocabulary to a .json, .yaml, .yml or .txt file, atomically, and return the path.

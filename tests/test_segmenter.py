@@ -1,84 +1,37 @@
+"""Pictures and words in, results out: windows, batches, backgrounds, threads, mistakes."""
+
 from __future__ import annotations
 
 import io
 import threading
-import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.nn import functional as F
 
-from lexiseg.clip.model import CLIP, build_clip
-from lexiseg.errors import LexisegError, LexisegWarning
+from lexiseg.clip.model import CLIP
+from lexiseg.errors import LexisegError
 from lexiseg.models.base import ImageFeatures, SegmentationModel
 from lexiseg.models.dense_clip import DenseCLIP
-from lexiseg.models.options import ModelOptions
 from lexiseg.models.zegclip import ZegCLIP
-from lexiseg.notes import mark_drawn
-from lexiseg.pictures import window_policy
-from lexiseg.samples import sample_path
 from lexiseg.scores import GridScores
 from lexiseg.segmentation import Segmentation
 from lexiseg.segmenter import Segmenter, pick_device
 from lexiseg.vocabulary import PAPER_TEMPLATES, SINGLE_TEMPLATE, Vocabulary
-from lexiseg.windows import WindowPolicy, check_proportions, cover, working_size
-
-ARCHITECTURE = {
-    "model_cfg": {
-        "embed_dim": 16,
-        "vision_cfg": {"image_size": 32, "layers": 2, "width": 32, "head_width": 16, "patch_size": 8},
-        "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1},
-    }
-}
-WORDS = "cat; tree, bush; sky"
-
-
-class Patchwork(SegmentationModel):
-    """Scores a patch by its mean colour: cheap, and every window sees the same thing at the same place."""
-
-    system: ClassVar[str] = "patchwork"
-    options_class: ClassVar[type[ModelOptions]] = ModelOptions
-
-    def __init__(self, clip: CLIP, policy: WindowPolicy | None = None, seen_names: tuple[str, ...] = ()) -> None:
-        super().__init__(clip, ModelOptions(), seen_names)
-        generator = torch.Generator().manual_seed(0)
-        self.register_buffer("mix", torch.randn(3, clip.embed_dim, generator=generator))
-        self.policy = policy or WindowPolicy()
-        self.num_encoded = 0
-        self.batch_sizes: list[int] = []
-        self.last_seen_words: Tensor | None = None
-
-    @property
-    def window(self) -> WindowPolicy:
-        return self.policy
-
-    def encode_images(self, images: Tensor) -> ImageFeatures:
-        assert images.dtype == torch.float32
-        self.num_encoded += len(images)
-        self.batch_sizes.append(len(images))
-        pooled = F.avg_pool2d(self.fit_to_patches(images), self.patch_size)
-        size = int(images.shape[2]), int(images.shape[3])
-        return ImageFeatures(size, {"pooled": torch.einsum("bchw,cd->bdhw", pooled, self.mix)})
-
-    def score(
-        self, features: ImageFeatures, text: Tensor, *, word_to_class: Tensor | None = None, seen: Tensor | None = None
-    ) -> GridScores:
-        self.last_seen_words = seen
-        logits = torch.einsum("bdyx,wd->bwyx", features.values["pooled"], text)
-        return GridScores(logits, word_to_class=word_to_class)
+from lexiseg.windows import WindowPolicy, check_proportions
+from tests.patchwork import WORDS, Patchwork, picture, segmenter
+from tests.towers import small_clip
 
 
 @pytest.fixture(scope="module")
 def clip() -> CLIP:
-    torch.manual_seed(0)
-    return build_clip(ARCHITECTURE)
+    return small_clip()
 
 
 @pytest.fixture(scope="module")
@@ -91,15 +44,6 @@ def zegclip(clip: CLIP) -> SegmentationModel:
 @pytest.fixture(scope="module")
 def dense(clip: CLIP) -> SegmentationModel:
     return DenseCLIP.build(clip, {}).eval()
-
-
-def segmenter(model: SegmentationModel, **options: Any) -> Segmenter:
-    return Segmenter(model, disk_cache=False, **options)
-
-
-def picture(height: int, width: int, seed: int = 0) -> np.ndarray:
-    coarse = np.random.default_rng(seed).integers(0, 256, (max(2, height // 9), max(2, width // 9), 3), dtype=np.uint8)
-    return np.array(Image.fromarray(coarse).resize((width, height)))
 
 
 @pytest.fixture()
@@ -116,28 +60,6 @@ def same(a: Segmentation, b: Segmentation) -> None:
     assert torch.equal(a.label_map, b.label_map)
     assert a.scores is not None and b.scores is not None
     torch.testing.assert_close(a.scores, b.scores)
-
-
-def test_the_windows_of_the_published_protocol() -> None:
-    assert working_size(100, 400, 512) == (512, 2048)
-    assert working_size(100, 900, 512) == (228, 2048)  # a strip is not blown up
-    assert working_size(600, 5400, 512) == (512, 4608)
-    assert working_size(375, 500, 512) == (512, 683)
-    assert working_size(375, 500, None) == (375, 500)
-    boxes = cover(512, 1000, 512, 426)
-    assert boxes == [(0, 0, 512, 512), (0, 426, 512, 512), (0, 488, 512, 512)]
-    assert cover(20, 30, None, 0) == [(0, 0, 20, 30)]
-    assert cover(20, 30, 64, 64) == [(0, 0, 20, 30)]
-    for length in range(1, 70):
-        rows = cover(length, 8, 8, 5)
-        seen = np.zeros(length, bool)
-        for top, left, height, width in rows:
-            assert left == 0 and width == 8 and top >= 0 and top + height <= length
-            seen[top : top + height] = True
-        assert seen.all() and len(rows) == max(length - 8 + 5 - 1, 0) // 5 + 1
-    for size, stride in ((0, 1), (8, 0), (8, 9)):
-        with pytest.raises(LexisegError, match="stride"):
-            cover(10, 10, size, stride)
 
 
 @pytest.mark.parametrize("name", ["patchwork", "zegclip", "dense"])
@@ -481,22 +403,6 @@ def test_any_default_dtype(name: str, default: torch.dtype, request: pytest.Fixt
 
 
 @pytest.mark.parametrize(
-    ("window", "policy"),
-    [
-        (None, WindowPolicy(32, 24, 20)),
-        (16, WindowPolicy(16, 16, 20)),
-        (np.int64(48), WindowPolicy(48, 24, 20)),
-        ((16, 8), WindowPolicy(16, 8, 20)),
-        ([16, 8], WindowPolicy(16, 8, 20)),
-        (0, WindowPolicy(None, 0, 20)),
-        (WindowPolicy(9, 7), WindowPolicy(9, 7)),
-    ],
-)
-def test_windows_in_every_form(window: Any, policy: WindowPolicy) -> None:
-    assert window_policy(WindowPolicy(32, 24, 20), window) == policy
-
-
-@pytest.mark.parametrize(
     ("options", "words"),
     [
         ({"window": 1}, "at least 8 pixels"),
@@ -528,57 +434,3 @@ def test_wrong_segmenters_are_one_sentence(clip: CLIP) -> None:
     for limit in (0, -1, float("nan"), "many", True, None):
         with pytest.raises(LexisegError, match="limit of pixels"):
             Segmenter(Patchwork(clip), max_pixels=limit)  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize(
-    ("classes", "advice"),
-    [
-        ("giraffe, elephant, grass", "'giraffe; elephant; grass'"),
-        ("giraffe. elephant. grass.", "'giraffe; elephant; grass'"),
-        ("giraffe | elephant|grass", "'giraffe; elephant; grass'"),
-        ("giraffe and elephant & grass", "'giraffe; elephant; grass'"),
-        (["giraffe"], "'giraffe; grass; sky'"),
-        ({"classes": [{"name": "giraffe", "synonyms": ["elephant"]}]}, "'giraffe; elephant'"),
-    ],
-)
-def test_one_class_comes_with_a_note_and_any_other_rule_without(clip: CLIP, classes: Any, advice: str) -> None:
-    run, image = segmenter(Patchwork(clip)), picture(16, 16)
-    with pytest.warns(LexisegWarning, match="every pixel") as caught:
-        run.predict(image, classes)
-    assert len(caught) == 1 and advice in str(caught[0].message)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        run.predict(image, classes, background="background")
-        run.predict(image, classes, background=0.1)
-        run.predict(image, "giraffe. elephant; sky")
-
-
-def test_a_model_of_the_picture_world_notes_other_pictures_once(tmp_path: Path) -> None:
-    scene, photo = tmp_path / "scene.png", tmp_path / "photo.png"
-    drawn, taken = Image.fromarray(picture(40, 40)), Image.fromarray(picture(40, 40, seed=1))
-    drawn.save(scene, **mark_drawn(".png"))
-    drawn.save(tmp_path / "scene.jpg", **mark_drawn(".jpg"))
-    taken.save(photo)
-    model = Patchwork(build_clip({**ARCHITECTURE, "trained_on": "picture-world"}))
-    own = [sample_path("demo"), scene, tmp_path / "scene.jpg", scene.read_bytes(), Image.open(scene), picture(40, 40)]
-    with warnings.catch_warnings(), scene.open("rb") as file:
-        warnings.simplefilter("error")
-        for source in (*own, file, torch.zeros(3, 40, 40)):
-            segmenter(model).predict(source, WORDS)
-        segmenter(Patchwork(build_clip(ARCHITECTURE))).predict(photo, WORDS)
-    for source in (photo, photo.read_bytes(), taken, io.BytesIO(photo.read_bytes()), picture(40, 50)):
-        run = segmenter(model)
-        with pytest.warns(LexisegWarning, match="real weights") as caught:
-            run.predict([scene, source, source], WORDS)
-            run.predict(source, WORDS)
-        assert len(caught) == 1
-
-
-def test_a_strip_costs_no_more_than_a_picture(clip: CLIP) -> None:
-    policy = WindowPolicy(512, 341, 512)
-
-    def pixels(height: int, width: int) -> int:
-        size = working_size(height, width, policy.short_side, policy.long_side)
-        return sum(box[2] * box[3] for box in cover(*size, policy.size, policy.stride))
-
-    assert max(pixels(3, 100), pixels(100, 3), pixels(2, 128)) <= pixels(512, 512)

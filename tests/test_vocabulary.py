@@ -273,11 +273,15 @@ def test_round_trips(tmp_path: Path, vocabulary: Vocabulary) -> None:
     again = Vocabulary.from_dict(json.loads(json.dumps(vocabulary.to_dict())))
     assert again == vocabulary
     assert again.hash() == vocabulary.hash()
-    assert Vocabulary.parse(vocabulary.to_text()).words == vocabulary.words
-    plain = Vocabulary.parse(vocabulary.to_text())
+    assert Vocabulary.load(vocabulary.save(tmp_path / "v.yaml")) == vocabulary
+    try:
+        text = vocabulary.to_text()
+    except LexisegError:  # "@a" is the name of a file
+        return
+    plain = Vocabulary.parse(text)
+    assert plain.words == vocabulary.words
     with suppress(LexisegError):  # words such as "[" or "0: a" are refused
         assert Vocabulary.load(plain.save(tmp_path / "v.txt")) == plain
-    assert Vocabulary.load(vocabulary.save(tmp_path / "v.yaml")) == vocabulary
 
 
 def test_hash_is_stable_and_sees_everything() -> None:

@@ -47,7 +47,7 @@ def doctor(
     """
     with waiting("looking around"):
         requirements = _requirements()
-        report = {
+        report: dict[str, Any] = {
             "lexiseg": {"version": lexiseg.__version__, "path": str(Path(lexiseg.__file__).parent)},
             "machine": _machine(),
             "torch": None if quick else _torch(),

@@ -159,6 +159,8 @@ def draw_labelme(
 
 
 def _labelme_shape(shape: Mapping[str, Any], size: tuple[int, int], who: str) -> Any:
+    from pycocotools import mask as rle
+
     kind = shape.get("shape_type") or "polygon"
     try:
         points = np.asarray(shape["points"], np.float64).reshape(-1, 2)
@@ -181,10 +183,7 @@ def _labelme_shape(shape: Mapping[str, Any], size: tuple[int, int], who: str) ->
             whole = np.zeros(size, np.uint8)
             top, left = round(y), round(x)
             whole[top : top + mask.shape[0], left : left + mask.shape[1]] = mask[: size[0] - top, : size[1] - left]
-            flat = whole.reshape(-1, order="F")
-            starts = np.flatnonzero(np.diff(flat, prepend=0))
-            counts = np.diff(np.concatenate([[0], starts, [flat.size]])).tolist()
-            return {"size": list(size), "counts": counts}
+            return {"size": list(size), "counts": rle.encode(np.asfortranarray(whole))["counts"].decode("ascii")}
     except Exception as error:  # whatever a damaged shape makes of itself
         raise LexisegError(f"{who}: the outline cannot be drawn, it is damaged; draw it again or remove it.") from error
     raise LexisegError(f"{who} is a {shorten(describe(kind))}, which has no area; draw a polygon or remove it.")

@@ -20,7 +20,7 @@ from PIL.Image import Transpose
 
 from lexiseg.errors import LexisegError, LexisegWarning
 from lexiseg.files import spelled
-from lexiseg.words import describe, shorten
+from lexiseg.words import describe, kind, shorten
 
 if TYPE_CHECKING:
     import torch
@@ -34,11 +34,11 @@ IMAGE_SUFFIXES = frozenset(
         *(".png", ".pnm", ".ppm", ".tga", ".tif", ".tiff", ".webp"),
     )
 )
-# Photographs that Pillow does not read. Listings of folders name them, so that they are reported, not passed over.
+# Pictures that are not read here. Listings of folders name them, so that they are reported, not passed over.
 FOREIGN_SUFFIXES = frozenset(
     (
-        *(".heic", ".heif", ".hif", ".jxl", ".psd"),
-        *(".arw", ".cr2", ".cr3", ".dng", ".nef", ".orf", ".pef", ".raf", ".rw2", ".srw"),
+        *(".dcm", ".eps", ".exr", ".hdr", ".heic", ".heif", ".hif", ".jxl", ".psd", ".svg", ".xcf"),
+        *(".arw", ".cr2", ".cr3", ".dng", ".nef", ".orf", ".pef", ".raf", ".raw", ".rw2", ".srw"),
     )
 )
 # Formats that are pictures and decode in this process. Left out on purpose: EPS starts Ghostscript, and formats
@@ -97,7 +97,7 @@ def read_pixels(source: ImageSource, *, max_pixels: float = DEFAULT_MAX_PIXELS, 
     if not callable(getattr(source, "read", None)):
         raise LexisegError(
             f"A picture must be a path, bytes, a file object, a PIL image, a numpy array or a tensor, not "
-            f"{describe(source) if source is None else f'a {type(source).__name__}'}."
+            f"{describe(source) if source is None else kind(source)}."
         )
     name = f"the file '{shorten(image_name(source), 200)}'" if _own_name(source) else "the given file object"
     return _from_file(io.BytesIO(_all_bytes(source, name)), name, max_pixels, orient)
@@ -190,7 +190,7 @@ def _all_bytes(source: Any, name: str) -> bytes:
     except Exception as error:  # the object is the caller's and may raise anything
         raise LexisegError(f"Cannot read {name} ({shorten(str(error))}); open it again in binary mode.") from error
     if not isinstance(data, bytes | bytearray | memoryview):
-        raise LexisegError(f"Reading {name} gives a {type(data).__name__}, not bytes; open it in binary mode.")
+        raise LexisegError(f"Reading {name} gives {kind(data)}, not bytes; open it in binary mode.")
     return bytes(data)
 
 
@@ -386,7 +386,7 @@ def _capital(name: str) -> str:
 
 def image_name(source: Any) -> str:
     """What to call a picture in messages and reports: its path or file name where it has one, else its kind."""
-    return _own_name(source) or f"a {type(source).__name__}"
+    return _own_name(source) or kind(source)
 
 
 def _own_name(source: Any) -> str:

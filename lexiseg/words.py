@@ -62,7 +62,13 @@ def describe(value: object) -> str:
         return "a huge number"
     if value is None or isinstance(value, bool | int | float | str):
         return shorten(printable(value))
-    return f"a {type(value).__name__}"
+    return kind(value)
+
+
+def kind(value: object) -> str:
+    """What a value is, by the name of its type, with an article: "an Image", "a list"."""
+    name = type(value).__name__
+    return f"{'an' if name[:1] in 'AEIOaeio' else 'a'} {name}"
 
 
 def clean_word(text: object, what: str) -> str:

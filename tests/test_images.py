@@ -258,7 +258,7 @@ def test_pixel_limit_is_checked_before_decoding() -> None:
         ("empty.png", b"", "empty file"),
         ("short.jpg", "truncate", "truncated or damaged"),
         ("header.png", encode(Image.fromarray(PICTURE))[:20], "not a picture|truncated"),
-        ("vector.eps", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n", "not a picture that can be read"),
+        ("vector.eps", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n", "format that is not supported"),
     ],
 )
 def test_broken_files_are_one_sentence_with_the_name(

@@ -18,7 +18,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from lexiseg.errors import LexisegError
-from lexiseg.weights.pickles import PickledFile, entries, is_tensor
+from lexiseg.weights.pickles import PickledFile, entries, is_tensor, unreadable
 from lexiseg.words import shorten
 
 Reader = Callable[[], Tensor]
@@ -38,6 +38,8 @@ _PLAIN = (
     "student",
     "clip",
     "clip_model",
+    "backbone",
+    "encoder",
     "segmentor",
 )
 _AVERAGE = (
@@ -173,9 +175,7 @@ def _safetensors(path: Path) -> tuple[dict[str, Reader], dict[str, str]]:
     try:
         file = safe_open(path, framework="pt")
     except Exception as error:
-        raise LexisegError(
-            f"'{path}' cannot be read as weights (it is damaged or not a checkpoint); download it again."
-        ) from error
+        raise unreadable(path) from error
     return {key: partial(file.get_tensor, key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
 
 

@@ -141,6 +141,24 @@ class _Unpickler(pickle._Unpickler):  # the one in Python: that in C fills gigab
     dispatch[pickle.BYTEARRAY8[0]] = load_bytearray8
 
 
+def unreadable(path: Path) -> LexisegError:
+    """What to say of a file that holds no weights, or none that can be read."""
+    with path.open("rb") as file:
+        start = file.read(20)
+    if start == b"version https://git-":
+        return LexisegError(
+            f"'{path}' is a pointer of Git LFS in the place of a file of weights; fetch the file with git lfs pull."
+        )
+    try:
+        with zipfile.ZipFile(path) as archive:
+            foreign = not any(name.endswith("data.pkl") for name in archive.namelist())
+    except Exception:  # no archive, or a damaged one
+        foreign = start[:2] == b"\x1f\x8b"  # gzip
+    if foreign:
+        return LexisegError(f"'{path}' is an archive; unpack it and give the checkpoint inside.")
+    return LexisegError(f"'{path}' cannot be read as weights (it is damaged or not a checkpoint); download it again.")
+
+
 class PickledFile:
     """A checkpoint in a pickle, opened.
 
@@ -154,9 +172,7 @@ class PickledFile:
         try:
             self.content = self._open_zip() if zipfile.is_zipfile(path) else self._open_plain()
         except Exception as error:  # a file of noise makes an unpickler raise almost anything
-            raise LexisegError(
-                f"'{path}' cannot be read as weights (it is damaged or not a checkpoint); download it again."
-            ) from error
+            raise unreadable(path) from error
         self._refuse_foreign()
 
     def _open_zip(self) -> Any:

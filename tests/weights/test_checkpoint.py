@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import collections
 import datetime
+import gzip
 import pathlib
 import pickle
 import sys
@@ -87,6 +88,7 @@ def test_wrappings(state: State, tmp_path: Path) -> None:
         {"model": collections.OrderedDict(prefixed(state, "module."))},
         {"model": {"state_dict": prefixed(state, "net.module._orig_mod.")}},
         prefixed(state, "_orig_mod.module.model."),
+        prefixed(state, "backbone.clip."),
         {key.replace("visual.", "visual._orig_mod.", 1): value for key, value in state.items()},
         {"model": {key: value.numpy() for key, value in state.items()}},
         {
@@ -225,6 +227,20 @@ def test_what_is_refused_is_named(
         (tmp_path / "c.pth").write_bytes(content)
         with pytest.raises(LexisegError, match=r"cannot be read as weights \(it is damaged or not a checkpoint\)"):
             convert(tmp_path / "c.pth", tmp_path / "out")
+    with zipfile.ZipFile(tmp_path / "c.zip", "w") as archive:
+        archive.write(tmp_path / "x.pt", "x.pt")
+    (tmp_path / "c.tar.gz").write_bytes(gzip.compress(b"junk"))
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n"
+    for name in ("c.pt", "c.safetensors"):
+        (tmp_path / name).write_bytes(pointer)
+    for name, sentence in (
+        ("zip", "an archive; unpack"),
+        ("tar.gz", "an archive"),
+        ("pt", "LFS"),
+        ("safetensors", "LFS"),
+    ):
+        with pytest.raises(LexisegError, match=sentence):
+            convert(tmp_path / f"c.{name}", tmp_path / "out")
     assert not (tmp_path / "exploded").exists() and not (tmp_path / "out").exists()
 
 

@@ -26,6 +26,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+from torch import Tensor
 
 import lexiseg
 from benchmarks.claims_page import CURVES, METRICS, PLACES, Claim, claims, stated, write
@@ -42,12 +43,16 @@ from lexiseg.models.decoupled import DecoupledModel
 from lexiseg.models.region_base import RegionModel
 from lexiseg.proposals.given import GroundTruth
 from lexiseg.recipes import SegmentationRecipe, load_recipe
+from lexiseg.refine import Refinement, refine
+from lexiseg.scores import WindowScores
 from lexiseg.segmenter import Segmenter
 from lexiseg.training.init import is_recipe
 from lexiseg.training.run import train
+from lexiseg.vocabulary import Vocabulary
 from lexiseg.weights.runs import find_checkpoints
 
 DRAWS = 2000
+EXTRAS = ("none", "edges", "shift", "both")
 SMALL: dict[str, Any] = {"scale": 0.05, "scenes": 20, "seeds": [0], "curves": False}
 
 
@@ -149,8 +154,8 @@ class Study:
         dataset = self.dataset(world)
         if not path.is_file():
             with alone(path):
-                segmenter = with_extra(lexiseg.load(str(folder / "model"), device="cpu"), extra)
-                found = judge(segmenter, dataset, self.scenes, masks)
+                segmenter = lexiseg.load(str(folder / "model"), device="cpu")
+                found = judge(segmenter, dataset, self.scenes, masks, extra)
                 with atomic_write(path) as temporary, temporary.open("wb") as file:
                     np.savez_compressed(file, **cast(Any, found))
         with np.load(path) as file:
@@ -163,15 +168,31 @@ class Study:
         return PictureWorld(split, world=find_world(world or self.world), size=256, keep=keep)
 
 
-def with_extra(segmenter: Segmenter, extra: str) -> Segmenter:
-    """A segmenter with something that any system can have at test time."""
-    if extra != "none":
-        raise NotImplementedError
-    return segmenter
+def labels_of(segmenter: Segmenter, image: Tensor, vocabulary: Vocabulary, extra: str = "none") -> Tensor:
+    """Labels (H, W) of a square picture, with one of `EXTRAS`, which any system can have at test time.
+
+    "edges" is the package's refinement of that name, "shift" a second look at the picture without a border of half a
+    patch: scores of both are averaged where they overlap.
+    """
+    if extra == "none":
+        return segmenter.predict(image, vocabulary).label_map.long()
+    refinement = Refinement.parse("none" if extra == "shift" else "edges")
+    scores = segmenter.scores(image, vocabulary)
+    if extra != "edges":
+        policy, half = segmenter.model.window, segmenter.model.patch_size // 2
+        side = policy.short_side or image.shape[-1]
+        border, inner = round(half * image.shape[-1] / side), side - 2 * half
+        cut = image[:, border:-border, border:-border]
+        again = segmenter.scores(cut, vocabulary, window=replace(policy, short_side=inner))
+        boxes = [(0, 0, side, side), (half, half, inner, inner)]
+        scores = WindowScores([scores, again], boxes, (side, side))
+    return refine(scores, image, refinement)[0]
 
 
 @torch.inference_mode()
-def judge(segmenter: Segmenter, dataset: PictureWorld, scenes: int | None, masks: str) -> dict[str, np.ndarray]:
+def judge(
+    segmenter: Segmenter, dataset: PictureWorld, scenes: int | None, masks: str, extra: str
+) -> dict[str, np.ndarray]:
     """Counts of every scene: ``classes`` (scenes, 4, C), see `Confusion`, and ``places`` (scenes, 4, 2).
 
     Places are the first four of `PLACES`; of each its right pixels and all of them are counted.
@@ -186,7 +207,7 @@ def judge(segmenter: Segmenter, dataset: PictureWorld, scenes: int | None, masks
     with judged_on(segmenter, dataset) as judged:
         for index in spread(len(dataset), scenes):
             sample = judged[index]
-            labels = segmenter.predict(sample.image, vocabulary).label_map.long()
+            labels = labels_of(segmenter, sample.image, vocabulary, extra)
             counted = Confusion(len(vocabulary), seen=seen.tolist())
             counted.update(labels.numpy(), sample.label.numpy())
             classes.append(counted.counts.astype(np.int32))
@@ -207,11 +228,13 @@ class Counts:
 
     def metrics(self, weights: np.ndarray) -> dict[str, np.ndarray]:
         """Metrics in percent of draws (D, scenes) of how often each scene is taken: (D,) each."""
-        sums = np.tensordot(weights, self.classes, axes=1).astype(float)
+        # As floating point numbers, whose products a library makes.
+        weights, counts, places = (values.astype(float) for values in (weights, self.classes, self.places))
+        sums = np.tensordot(weights, counts, axes=1)
         with np.errstate(divide="ignore", invalid="ignore"):
             iou = sums[:, 0] / (sums[:, 1] + sums[:, 2] - sums[:, 0])
             confused = sums[:, 3, self.unseen].sum(1) / sums[:, 2, self.unseen].sum(1)
-            places = np.tensordot(weights, self.places, axes=1).astype(float)
+            places = np.tensordot(weights, places, axes=1)
             right = places[..., 0] / places[..., 1]
         found = {
             "miou": np.nanmean(iou, axis=1),

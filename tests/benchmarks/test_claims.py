@@ -10,9 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
-from benchmarks.claims import Counts, Study, compare
+from benchmarks.claims import EXTRAS, Counts, Study, alone, compare, labels_of, row_of
 from benchmarks.claims_page import METRICS, claims, collect, page, stated
+from lexiseg.data.picture_world import PictureWorld
 
 ROOT = Path(__file__).parents[2]
 MADE = [claim for claim in claims() if not claim.unseen_here]
@@ -90,7 +92,46 @@ def test_what_was_not_measured_is_undecided(tmp_path: Path) -> None:
     measured = {**stated(MADE[0]), **compare([(counts(0.8), counts(0.6))], MADE[0].metric), "seeds": 2}
     measured |= {"verdict": "holds", "world": "picture-world-2", "split": "val", "scenes": 30, "steps": 10}
     (tmp_path / "claims.json").write_text(json.dumps({MADE[0].claim: measured}))
-    assert "## Holds" in page(collect(tmp_path))
+    extra = {"system": "one-stage:zegclip", "extra": "edges", "split": "val", "time": 1.25, "seeds": 2, "scenes": 30}
+    extra |= {"values": measured["values"]["system"], "difference": 1.5, "low": 0.5, "high": 2.5}
+    extras = {"rows": [extra], "command": "a command", "machine": {"processor": "a processor"}}
+    (tmp_path / "extras.json").write_text(json.dumps(extras))
+    text = page(collect(tmp_path))
+    assert "## Holds" in text and "| +1.5 (+0.5 to +2.5) | 1.25 |" in text
+
+
+def test_extras_fit_any_system() -> None:
+    import lexiseg
+
+    segmenter = lexiseg.load("zegclip-emoji", device="cpu")
+    dataset = PictureWorld("val", size=128)
+    image, vocabulary = dataset[0].image, dataset.vocabulary
+    found = {extra: labels_of(segmenter, image, vocabulary, extra) for extra in EXTRAS}
+    assert torch.equal(found["none"], segmenter.predict(image, vocabulary).label_map.long())
+    assert torch.equal(found["edges"], segmenter.refined("edges").predict(image, vocabulary).label_map.long())
+    for extra in ("edges", "shift", "both"):
+        assert 0.6 < (found[extra] == found["none"]).float().mean() < 1, extra
+    # The border has one look alone.
+    assert torch.equal(found["shift"][:3], found["none"][:3]) and not torch.equal(found["shift"], found["both"])
+
+
+def test_two_processes_share_a_folder(tmp_path: Path) -> None:
+    with alone(tmp_path / "run"):
+        with pytest.raises(BlockingIOError), alone(tmp_path / "run"):
+            pass
+        with alone(tmp_path / "another"):
+            pass
+    with alone(tmp_path / "run"):
+        pass
+    # A claim of which another process is at a part has no row yet, and its other parts are finished meanwhile.
+    study = Study(tmp_path, clip="clip-emoji", world="picture-world-2", scenes=1)
+    claim = next(claim for claim in MADE if claim.claim == "gps-untrained-labels")
+    with alone(tmp_path / "decoupled-pooled-gps-0-labels"):
+        assert row_of(claim, study, [0]) is None
+    assert (tmp_path / "decoupled-pooled-0-labels" / "counts-val-1-labels.npz").is_file()
+    assert not (tmp_path / "decoupled-pooled-gps-0-labels").exists()
+    row = row_of(claim, study, [0])
+    assert row is not None and row["scenes"] == 1
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:

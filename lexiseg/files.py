@@ -47,6 +47,20 @@ def make_folder(folder: str | Path) -> Path:
     return folder
 
 
+@contextmanager
+def new_folder(folder: str | Path) -> Iterator[Path]:
+    """`make_folder` for a block; what it made goes again if the block fails and has left nothing in it."""
+    folder = as_path(folder, "A folder")
+    made = [place for place in (folder, *folder.parents) if not os.path.lexists(place)]
+    try:
+        yield make_folder(folder)
+    except BaseException:
+        with suppress(OSError):  # it is not empty
+            for place in made:
+                place.rmdir()
+        raise
+
+
 def spelled(path: str | Path) -> Path:
     """``path`` as the disk spells it: where there is no such name, its composed or decomposed form if that is there.
 

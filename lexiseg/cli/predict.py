@@ -139,28 +139,28 @@ def predict(
         raise LexisegError("A video or a map is segmented by itself; give one, and no --cluster.")
     paths = [] if video or chart else _pictures(sources)
     vocabulary = lexiseg.Vocabulary.parse(classes)
-    from lexiseg.files import make_folder
+    from lexiseg.files import new_folder
 
-    make_folder(output)
     loading: dict[str, Any] = {"dtype": dtype, "compile": compile, "templates": template or None}
     loading |= {"max_pixels": max_pixels, "refine": refine}
-    with waiting(f"loading {model}"):
-        # On a cluster the workers load it where they are; here it is needed to look at the words.
-        segmenter = lexiseg.load(model, device=device if cluster is None else "cpu", **loading)
-    policy = window_policy(segmenter.model.window, window, stride)
-    checked = segmenter.vocabulary(vocabulary, background=background)
-    if chart:
-        predict_map(segmenter, sources[0], checked, output, chart, json, window=policy, batch_size=batch_size)
-    elif video:
-        predict_video(segmenter, sources[0], checked, output, video, json, window=policy, batch_size=batch_size)
-    else:
-        from lexiseg.cli.pictures import Spread, predict_pictures
-        from lexiseg.labelling.shards import Wanted
+    with new_folder(output):
+        with waiting(f"loading {model}"):
+            # On a cluster the workers load it where they are; here it is needed to look at the words.
+            segmenter = lexiseg.load(model, device=device if cluster is None else "cpu", **loading)
+        policy = window_policy(segmenter.model.window, window, stride)
+        checked = segmenter.vocabulary(vocabulary, background=background)
+        if chart:
+            predict_map(segmenter, sources[0], checked, output, chart, json, window=policy, batch_size=batch_size)
+        elif video:
+            predict_video(segmenter, sources[0], checked, output, video, json, window=policy, batch_size=batch_size)
+        else:
+            from lexiseg.cli.pictures import Spread, predict_pictures
+            from lexiseg.labelling.shards import Wanted
 
-        regions, face = _instances(instances, checked), None if font is None else str(font)
-        wanted = Wanted(vocabulary, tuple(kinds), policy, batch_size, background, regions, face)
-        spread = Spread(device, loading, workers, address, shard_size) if cluster else None
-        predict_pictures(segmenter, model, paths, checked, wanted, output, json=json, resume=resume, spread=spread)
+            regions, face = _instances(instances, checked), None if font is None else str(font)
+            wanted = Wanted(vocabulary, tuple(kinds), policy, batch_size, background, regions, face)
+            spread = Spread(device, loading, workers, address, shard_size) if cluster else None
+            predict_pictures(segmenter, model, paths, checked, wanted, output, json=json, resume=resume, spread=spread)
 
 
 def _kinds(save: str, instances: str | None) -> list[str]:

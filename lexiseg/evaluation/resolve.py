@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -16,7 +17,7 @@ from lexiseg.errors import LexisegError
 from lexiseg.evaluation.protocols import Protocol, find_protocol
 from lexiseg.evaluation.report import Report
 from lexiseg.evaluation.run import Offsets, run_evaluation
-from lexiseg.files import make_folder
+from lexiseg.files import new_folder
 from lexiseg.journal import Journal
 from lexiseg.pictures import WindowSource, window_policy
 from lexiseg.recipes import CatalogData, ContrastiveRecipe, EvaluationRecipe, load_recipe
@@ -110,8 +111,7 @@ def evaluate(
     if resume and output is None:
         raise LexisegError("--resume needs the output folder, which holds what was counted so far; name it.")
     processes.init(device, patience=PATIENCE)
-    with processes.together():
-        folder = None if output is None else make_folder(output)
+    with processes.together(), nullcontext() if output is None else new_folder(output) as folder:
         asked = _question(str(what), protocol, split, size, classes, synonyms)
         segmenter = weights
         if not isinstance(segmenter, Segmenter):

@@ -107,6 +107,7 @@ def test_evaluate_mistakes(call: Call, tiny_model: Path, tmp_path: Path) -> None
     assert_sentence(*call("evaluate", "clip-emoji", "-w", tiny_model), "captions")
     (tmp_path / "empty").mkdir()
     assert_sentence(*call("evaluate", "empty", "-w", tiny_model), "no folder of pictures")
+    assert not (tmp_path / "out").exists()
 
 
 def test_convert(call: Call, tiny_clip: Path, picture: Path, tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -111,33 +111,36 @@ def segment_video(
         "model": segmenter.model.system,
         "vocabulary": vocabulary.hash(),
     }
-    known = _finished(files["frames"], head) if options.resume else {}
+    resumed = options.resume and _is_begun(files["frames"], head)
     try:
         container = av.open(str(source), format="v4l2" if str(source).startswith("/dev/video") else None)
         stream = container.streams.video[0]
     except (OSError, av.FFmpegError, IndexError) as error:
         raise LexisegError(f"'{printable(str(source))}' cannot be read as a video; check the file.") from error
-    return _segment(av, container, stream, _Labels(segmenter, vocabulary, options, settings), files, head, known)
+    return _segment(av, container, stream, _Labels(segmenter, vocabulary, options, settings), files, head, resumed)
 
 
 def _segment(
-    av: Any, container: Any, stream: Any, labels: _Labels, files: dict[str, Path], head: dict[str, Any],
-    known: dict[int, dict[str, Any]],
+    av: Any, container: Any, stream: Any, labels: _Labels, files: dict[str, Path], head: dict[str, Any], resumed: bool
 ) -> Iterator[Frame]:  # fmt: skip
     options = labels.options
     with ExitStack() as stack:
         stack.enter_context(container)
-        journal = stack.enter_context(files["frames"].open("a" if known else "w", encoding="utf-8"))
-        if not known:
+        journal = stack.enter_context(files["frames"].open("a" if resumed else "w", encoding="utf-8"))
+        if not resumed:
             _append(journal, head)
+        earlier = stack.enter_context(files["frames"].open("rb"))
+        ahead = _next_line(earlier) and _next_line(earlier)
         overlay: _Overlay | None = None
         for index, picture in enumerate(_decoded(av, container, stream)):
             if options.frames is not None and index >= options.frames:
                 break
             pixels = picture.to_ndarray(format="rgb24")
             seconds = float(picture.time or 0.0)
-            if index in known:
-                labels.current = _labels_of(known[index], pixels.shape[:2], len(labels.vocabulary))
+            reused = ahead is not None and ahead["frame"] == index
+            if ahead is not None and reused:
+                labels.current = _labels_of(ahead, pixels.shape[:2], len(labels.vocabulary))
+                ahead = _next_line(earlier)
             elif index % options.every == 0 or labels.current is None:
                 labels.make(pixels)
                 _append(journal, {"frame": index, "seconds": seconds, "segments": _segments_of(labels.current)})
@@ -147,7 +150,7 @@ def _segment(
                     rate = stream.average_rate or Fraction(25)
                     overlay = stack.enter_context(_Overlay(av, temporary, rate, pixels.shape, labels.vocabulary))
                 overlay.write(pixels, labels.current)
-            yield Frame(index, seconds, np.asarray(labels.current), index in known)
+            yield Frame(index, seconds, np.asarray(labels.current), reused)
 
 
 def _decoded(av: Any, container: Any, stream: Any) -> Iterator[Any]:
@@ -236,29 +239,26 @@ def _append(journal: Any, value: dict[str, Any]) -> None:
     journal.flush()
 
 
-def _finished(path: Path, head: dict[str, Any]) -> dict[int, dict[str, Any]]:
-    """The frames of an earlier run by index; a line that was cut off is taken away."""
+def _next_line(journal: Any) -> dict[str, Any] | None:
+    """The next whole line, or None."""
+    line = journal.readline()
+    return json.loads(line) if line.endswith(b"\n") else None
+
+
+def _is_begun(path: Path, head: dict[str, Any]) -> bool:
+    """Whether an earlier run labelled frames; a line that was cut off is taken away."""
     if not path.is_file():
-        return {}
-    whole = 0
-    found: dict[int, dict[str, Any]] = {}
-    with path.open("rb") as file:
-        for number, line in enumerate(file):
-            try:
-                content = json.loads(line) if line.endswith(b"\n") else None
-                if content is None:
-                    break
-                if number == 0 and content != head:
-                    raise LexisegError(
-                        f"'{path}' is of another model, other classes or settings; choose another folder."
-                    )
-                if number:
-                    found[int(content["frame"])] = content
-            except (ValueError, KeyError, TypeError):
+        return False
+    lines = whole = 0
+    with path.open("rb") as file, suppress(ValueError, KeyError, TypeError):
+        while (content := _next_line(file)) is not None:
+            if lines == 0 and content != head:
+                raise LexisegError(f"'{path}' is of another model, other classes or settings; choose another folder.")
+            if lines and not isinstance(content["frame"] + 1, int):
                 break
-            whole = file.tell()
+            lines, whole = lines + 1, file.tell()
     os.truncate(path, whole)
-    return found
+    return lines > 1
 
 
 def _segments_of(labels: NDArray[np.integer] | None) -> list[dict[str, Any]]:

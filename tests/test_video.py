@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import resource
+import tracemalloc
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ import pytest
 import lexiseg
 from lexiseg.cli import main
 from lexiseg.errors import LexisegError
+from lexiseg.formats import encode_rle
 from lexiseg.images import read_pixels
 from lexiseg.samples import sample_path
 from lexiseg.video import VideoOptions, is_video, segment_video, video_files
@@ -95,6 +98,51 @@ def test_an_interrupted_run_goes_on(segmenter: Any, clip: Path, tmp_path: Path) 
     assert files["overlay"].is_file()
     with pytest.raises(LexisegError, match="other classes or settings"):
         run(segmenter, clip, tmp_path / "part", resume=True, every=2)
+
+
+def write_moving(path: Path, frames: int) -> Path:
+    """A video of so many frames, no two alike."""
+    pixels = read_pixels(sample_path("demo"))
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=25)
+        stream.width = stream.height = 128
+        stream.pix_fmt = "yuv420p"
+        for step in range(frames):
+            part = np.ascontiguousarray(np.roll(pixels, 3 * step, axis=1)[:128, :128])
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(part, format="rgb24")))
+        container.mux(stream.encode())
+    return path
+
+
+def resident() -> int:
+    """Bytes of this process in memory."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/statm").is_file(), reason="reads Linux's account of memory")
+def test_memory_does_not_grow_with_the_length(segmenter: Any, tmp_path: Path) -> None:
+    """240 more frames with their labels would be 16 MB, and 63 as they are painted."""
+    long, vocabulary = write_moving(tmp_path / "long.mp4", 300), segmenter.vocabulary(WORDS)
+    used = [resident() for _ in segment_video(segmenter, long, vocabulary, tmp_path, VideoOptions(smooth=0.5))]
+    assert len(used) == 300 and max(used[240:]) - max(used[30:60]) < 8e6
+
+
+def test_going_on_does_not_read_what_is_there_into_memory(segmenter: Any, tmp_path: Path) -> None:
+    long, vocabulary = write_moving(tmp_path / "long.mp4", 150), segmenter.vocabulary(WORDS)
+    list(segment_video(segmenter, long, vocabulary, tmp_path, VideoOptions(frames=1)))
+    journal, peaks = video_files(long, tmp_path)["frames"], []
+    head = journal.read_text().splitlines()[0]
+    noise = encode_rle(np.random.default_rng(0).random((128, 128)) < 0.5)
+    lines = [{"frame": index, "segments": [{"category_id": 1, "rle": noise}]} for index in range(150)]
+    for count in (30, 150):
+        journal.write_text("\n".join([head, *map(json.dumps, lines[:count])]) + "\n")
+        tracemalloc.start()
+        stream = segment_video(segmenter, long, vocabulary, tmp_path, VideoOptions(frames=count, resume=True))
+        assert all(frame.reused for frame in stream)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] - peaks[0] < 2e5 < journal.stat().st_size / 4
 
 
 def test_frames_without_any_class_go_on_too(segmenter: Any, clip: Path, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ memory does not grow with the vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal, get_args
@@ -168,34 +168,50 @@ def smooth(scores: Tensor, colours: Tensor, distances: Sequence[int], width: flo
     """
     passes = [(distance, edge_weights(colours, distance, width)) for distance in distances]
 
-    def smooth_part(part: Tensor) -> Tensor:
+    def smoothed(part: Tensor) -> Tensor:
         for distance, weights in passes:
-            total = torch.zeros_like(part)
-            for index, moved in enumerate(_around(part, distance)):
-                total.addcmul_(moved, weights[:, index : index + 1])
-            part = total
+            part = _add_weighted(torch.zeros_like(part), part, distance, weights)
         return part
 
+    return _by_parts(smoothed, scores, _WORDS)
+
+
+def _by_parts(function: Callable[[Tensor], Tensor], scores: Tensor, count: int) -> Tensor:
+    """A function of so many words at a time: they do not meet in it, and a part stays in the cache."""
     if torch.compiler.is_compiling():  # a graph for any number of words has no loop over them
-        return smooth_part(scores)
-    smoothed = torch.empty_like(scores)
-    for start in range(0, scores.shape[1], _WORDS):  # the words do not meet, and a part stays in the cache
-        smoothed[:, start : start + _WORDS] = smooth_part(scores[:, start : start + _WORDS])
-    return smoothed
+        return function(scores)
+    found = torch.empty_like(scores)
+    for start in range(0, scores.shape[1], count):
+        found[:, start : start + count] = function(scores[:, start : start + count])
+    return found
 
 
 def _around(cells: Tensor, distance: int) -> Iterator[Tensor]:
     """The cells (B, C, h, w) as seen from nine places around them, row by row; the fifth is the place itself."""
     height, width = cells.shape[-2:]
-    if torch.compiler.is_compiling():  # exporters lose the size of slices of what is padded
-        rows, columns = (
-            [torch.minimum((index + step).clamp(min=0), index[-1:]) for step in (-distance, 0, distance)]
-            for index in (torch.arange(height, device=cells.device), torch.arange(width, device=cells.device))
-        )
-        return (cells.index_select(-2, row).index_select(-1, column) for row in rows for column in columns)
     padded = F.pad(cells, (distance,) * 4, mode="replicate")
+    if torch.compiler.is_compiling():  # exporters lose the size of slices of what is padded
+        return iter(_moved(padded, distance).unbind(2))
     steps = (0, distance, 2 * distance)
     return (padded[..., top : top + height, left : left + width] for top in steps for left in steps)
+
+
+def _moved(padded: Tensor, distance: int) -> Tensor:
+    """What `_around` gives, as one tensor (B, C, 9, h, w) of cells that are padded."""
+    kernel = torch.eye(9, device=padded.device, dtype=padded.dtype).view(9, 1, 3, 3)
+    return F.conv2d(padded.flatten(0, 1)[:, None], kernel, dilation=distance).unflatten(0, padded.shape[:2])
+
+
+def _add_weighted(total: Tensor, cells: Tensor, distance: int, weights: Tensor) -> Tensor:
+    """Add cells as seen from the places around, by weights (B, 9, h, w), or (B, 8, h, w) of the others alone."""
+    places = [place for place in range(9) if place != 4 or weights.shape[1] == 9]
+    if torch.compiler.is_compiling():  # few steps: exporters are slow
+        moved = _moved(F.pad(cells, (distance,) * 4, mode="replicate"), distance)
+        return total + (moved[:, :, places] * weights[:, None]).sum(dim=2)
+    seen = list(_around(cells, distance))
+    for index, place in enumerate(places):
+        total.addcmul_(seen[place], weights[:, index : index + 1])
+    return total
 
 
 # ---- PAMR
@@ -229,20 +245,17 @@ def pamr(scores: Tensor, image: Tensor, steps: int = 10, dilations: Sequence[int
     ``scores``: (B, W, h, w), each word by itself. ``image``: (B, 3, h, w), see `pamr_weights`. ``dilations``: distances
     of the neighbours in pixels. Returns (B, W, h, w).
     """
-    weights = pamr_weights(image, dilations)
-    refined = torch.empty_like(scores)
-    for start in range(0, scores.shape[1], _PAMR_WORDS):
-        part = scores[:, start : start + _PAMR_WORDS]
+    rings = pamr_weights(image, dilations).split(8, dim=1)
+
+    def refined(part: Tensor) -> Tensor:
         for _ in range(steps):
-            total, index = torch.zeros_like(part), 0
-            for distance in dilations:
-                for place, moved in enumerate(_around(part, distance)):
-                    if place != 4:
-                        total.addcmul_(moved, weights[:, index : index + 1])
-                        index += 1
+            total = torch.zeros_like(part)
+            for distance, weights in zip(dilations, rings, strict=True):
+                total = _add_weighted(total, part, distance, weights)
             part = total
-        refined[:, start : start + part.shape[1]] = part
-    return refined
+        return part
+
+    return _by_parts(refined, scores, _PAMR_WORDS)
 
 
 # ---- regions

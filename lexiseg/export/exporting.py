@@ -52,6 +52,7 @@ class _Images(nn.Module):
     def __init__(self, model: SegmentationModel) -> None:
         super().__init__()
         self.model = model
+        self.beside = nn.ModuleList(getattr(model, "_proxy", ()))  # which the model keeps out of its own state
 
     def forward(self, images: Tensor, text: Tensor) -> Tensor:
         return self.model.score_grid(self.model.encode_images(images), text)

@@ -50,6 +50,7 @@ Grid = tuple[int, int]
 
 # ResCLIP's first pass refines words that are among the best somewhere, and of the others at most so many.
 _FEEDBACK_WORDS = 32
+_NOTHING = -1e4  # a logit of no weight, which interpolation can take
 _SETTINGS = Path(__file__).with_name("training_free.yaml")
 
 
@@ -256,7 +257,7 @@ class DenseCLIP(SegmentationModel):
         first = max(len(tower.blocks) - options.last_blocks, 0)
         tokens, kept = tower.run(tokens, stop=first, attending=options.middle_blocks)
         if options.feedback:
-            values = {"tokens": tokens, "images": fitted, "grid": torch.tensor(grid)}
+            values = {"tokens": tokens, "images": fitted}
             for index, (query, key) in kept.items():
                 values |= {f"query_{index}": query, f"key_{index}": key}
             return ImageFeatures(size, values)
@@ -301,7 +302,7 @@ class DenseCLIP(SegmentationModel):
     def _first_pass(self, features: ImageFeatures) -> tuple[Tensor, Feedback]:
         """ResCLIP's patches before any label is known, and what the middle blocks add."""
         values, options = features.values, self.options
-        grid = (int(values["grid"][0]), int(values["grid"][1]))
+        grid = self.tower.grid(values["images"])
         middle = [(values[f"query_{index}"], values[f"key_{index}"]) for index in options.middle_blocks]
         feedback = Feedback(middle, options.middle_weights)
         return self._unit_patches(self.last_blocks(values["tokens"], grid, feedback), grid), feedback
@@ -322,7 +323,9 @@ class DenseCLIP(SegmentationModel):
         """ProxyCLIP's patches (B, h2, w2, D), on the grid of the proxy."""
         block = self.tower.blocks[-1]
         value = block.qkv(tokens)[2][:, :, -grid[0] * grid[1] :]
-        proxy = self._proxy[0].to(images.device)
+        proxy = self._proxy[0]
+        if not torch.compiler.is_compiling():  # an exporter follows no module to another device
+            proxy.to(images.device)
         features = proxy(pixels_of(images, self.mean, self.std))
         proxy_grid = (features.shape[2], features.shape[3])
         attention = proxy_attention(features.float(), self.options.beta, self.options.gamma)
@@ -333,18 +336,11 @@ class DenseCLIP(SegmentationModel):
     def _unit_patches(tokens: Tensor, grid: Grid) -> Tensor:
         return unit(tokens[:, -grid[0] * grid[1] :].unflatten(1, grid))
 
-    def check_exportable(self) -> None:
-        """See `SegmentationModel.check_exportable`."""
-        if self.options.feedback:
-            raise LexisegError(
-                "resclip's second pass follows the labels of its first one, which no fixed graph can do; export "
-                "another method, such as naclip."
-            )
-
     @property
     def exports_any_size(self) -> bool:
-        """Unless a second encoder has a size of its own, or positions are taken by their number."""
-        return self.options.mixing != "proxy" and not self.options.positions_by_count
+        """Unless a second encoder or a second pass makes a grid of its own, or positions are taken by their number."""
+        options = self.options
+        return options.mixing != "proxy" and not options.feedback and not options.positions_by_count
 
     def score_grid(self, features: ImageFeatures, text: Tensor) -> Tensor:
         """Cosines of patches and words; see `SegmentationModel.score_grid`."""
@@ -371,47 +367,43 @@ class DenseCLIP(SegmentationModel):
         """ResCLIP: the labels of a first pass over the last block steer a second one. (B, h, w, D) of unit length."""
         values, options = features.values, self.options
         first, feedback = self._first_pass(features)
-        grid = (int(first.shape[1]), int(first.shape[2]))
-        agreement = []
-        for logits, image in zip(_cosines(first, text), values["images"], strict=True):
-            labels = self.first_labels(logits[None], image[None])
-            agree = label_agreement(majority(labels, grid), options.neighbour_std, options.feedback_same_entity)
-            agreement.append(agree / agree.max())
-        num_prefix = self.tower.num_prefix
-        weights = F.pad(torch.stack(agreement), (num_prefix, 0, num_prefix, 0))
+        grid, num_prefix = self.tower.grid(values["images"]), self.tower.num_prefix
+        labels = majority(self.first_labels(_cosines(first, text), values["images"]), grid)
+        agree = label_agreement(labels, options.neighbour_std, options.feedback_same_entity)
+        weights = F.pad(agree / agree.amax(dim=(1, 2), keepdim=True), (num_prefix, 0, num_prefix, 0))
         feedback = Feedback(feedback.middle, options.middle_weights, weights, options.feedback_weights)
         return self._unit_patches(self.last_blocks(values["tokens"], grid, feedback), grid)
 
-    def first_labels(self, logits: Tensor, image: Tensor) -> Tensor:
+    def first_labels(self, logits: Tensor, images: Tensor) -> Tensor:
         """The word of each pixel in ResCLIP's first pass, 0 where none is likely.
 
         The cosines are interpolated to the image and refined by PAMR, whatever comes after. Of many words only those
         that lead somewhere are refined; what the others take of the probability is interpolated.
 
         Args:
-            logits: (1, W, h, w) cosines.
-            image: (1, 3, H, W).
+            logits: (B, W, h, w) cosines.
+            images: (B, 3, H, W).
 
         Returns:
-            (H, W) int64.
+            (B, H, W) int64.
         """
-        scale, size = self.options.logit_scale, (int(image.shape[-2]), int(image.shape[-1]))
+        scale, size = self.options.logit_scale, (int(images.shape[-2]), int(images.shape[-1]))
         logits = logits.float()
-        words = torch.arange(logits.shape[1], device=logits.device)
-        rest = None
-        if len(words) > _FEEDBACK_WORDS:
-            best = logits[0].flatten(1).amax(dim=1)
-            leading = torch.zeros_like(best).index_fill_(0, logits[0].argmax(0).unique(), 4.0)
-            words = (best + leading).topk(_FEEDBACK_WORDS).indices.sort().values
-            other = torch.ones_like(best, dtype=torch.bool).index_fill_(0, words, False)
-            rest = (scale * logits[:, other]).logsumexp(dim=1, keepdim=True)
-            rest = F.interpolate(rest, size=size, mode="bilinear", align_corners=False)[0, 0]
-        refined = F.interpolate(logits[:, words], size=size, mode="bilinear", align_corners=False)
-        refined = scale * pamr(refined, image.float())[0]
-        total = refined.logsumexp(dim=0)
-        largest, winner = refined.max(dim=0)
-        total = total if rest is None else torch.logaddexp(total, rest)
-        return words[winner].masked_fill((largest - total).exp() < self.options.feedback_threshold, 0)
+        best = logits.flatten(2).amax(dim=2)
+        leading = torch.zeros_like(best).scatter_(1, logits.argmax(dim=1).flatten(1), 4.0)
+        # No topk: an exported graph cannot show that a tensor of any number of words has that many.
+        ranks = torch.arange(torch.sym_min(logits.shape[1], _FEEDBACK_WORDS), device=logits.device)
+        words = (best + leading).argsort(dim=1, descending=True)[:, ranks].sort().values
+        chosen = torch.zeros_like(best, dtype=torch.bool).scatter_(1, words, True)[..., None, None]
+        rest = (scale * logits).masked_fill(chosen, _NOTHING).logsumexp(dim=1, keepdim=True)
+        rest = F.interpolate(rest, size=size, mode="bilinear", align_corners=False)[:, 0]
+        refined = logits.gather(1, words[..., None, None].expand(-1, -1, *logits.shape[2:]))
+        refined = F.interpolate(refined, size=size, mode="bilinear", align_corners=False)
+        refined = scale * pamr(refined, images.float())
+        largest, winner = refined.max(dim=1)
+        total = torch.logaddexp(refined.logsumexp(dim=1), rest)
+        labels = words.gather(1, winner.flatten(1)).unflatten(1, size)
+        return labels.masked_fill((largest - total).exp() < self.options.feedback_threshold, 0)
 
 
 def _cosines(patches: Tensor, text: Tensor) -> Tensor:

@@ -161,14 +161,15 @@ def self_self(block: Block, tokens: Tensor, iterations: int, temperature: float 
 
 
 def label_agreement(labels: Tensor, std: float, same_entity_only: bool = True) -> Tensor:
-    """ResCLIP's feedback (h * w, h * w), rows that sum to 1: which patches belong together, by labels (h, w).
+    """ResCLIP's feedback (..., h * w, h * w), rows that sum to 1: which patches belong together, by labels (..., h, w).
 
     Two patches of one label agree, by 1; where another label lies on the straight line between them (unless not
     ``same_entity_only``), by exp(-distance / largest distance). The rows are smoothed with ``std`` patches along the
     flattened grid, across the ends of its rows, as released.
     """
-    flat, count = labels.flatten(), labels.numel()
-    agree = (flat[:, None] == flat).float()
+    flat = labels.flatten(-2)
+    count = flat.shape[-1]
+    agree = (flat[..., None] == flat[..., None, :]).float()
     if same_entity_only and count > 1:
         agree = agree * _line_weights(labels)
     length = min(count, int(6 * std) + 1)
@@ -176,37 +177,38 @@ def label_agreement(labels: Tensor, std: float, same_entity_only: bool = True) -
     offsets = torch.arange(length, device=labels.device, dtype=torch.float32) - length // 2
     kernel = (-offsets.square() / (2 * std**2)).exp()
     kernel = kernel / kernel.sum()
-    agree = F.conv1d(agree[:, None], kernel[None, None], padding=length // 2)[:, 0]
+    agree = F.conv1d(agree.reshape(-1, 1, count), kernel[None, None], padding=length // 2).view_as(agree)
     return agree / (agree.sum(dim=-1, keepdim=True) + 1e-8)
 
 
 def _line_weights(labels: Tensor) -> Tensor:
-    """The factor of each pair of patches (h * w, h * w) for what lies between them, which counts for pairs that agree.
+    """The factor of pairs of patches (..., h * w, h * w) for what lies between them, which counts for pairs that agree.
 
     The row of a point on the line is that of two rows and its column that of two columns, so that tables of those give
     the labels on all lines at once.
     """
-    height, width = (int(side) for side in labels.shape)
+    height, width = (int(side) for side in labels.shape[-2:])
     longest = max(height, width) - 1
     rows, columns = (torch.arange(side, device=labels.device) for side in (height, width))
     down, right = rows - rows[:, None], columns - columns[:, None]
-    labels = labels.unique(return_inverse=True)[1].int()
-    # All of it lies as (first row, second row, first column, second column).
+    labels = labels.int()
+    # All of it lies as (first row, second row, first column, second column), after what is in front.
     distance = torch.maximum(down.abs()[:, :, None, None], right.abs()[None, None]).short()
-    own = labels[:, None, :, None]
-    crossed = torch.zeros_like(distance, dtype=torch.bool)
+    own = labels[..., :, None, :, None]
+    crossed = torch.zeros((), dtype=torch.bool, device=labels.device)
     for index in range(1, longest + 1):
         # Steps are as long as those of the longest pair, so that near pairs are checked on part of their way only.
         part = index / longest
         row, column = (rows[:, None] + down * part).round().long(), (columns[:, None] + right * part).round().long()
-        met = labels[:, column.flatten()][row.flatten()].view_as(crossed)
-        crossed |= (met != own) & (distance >= index)
+        met = labels[..., column.flatten()][..., row.flatten(), :].unflatten(-1, (width, width))
+        met = met.unflatten(-3, (height, height))
+        crossed = crossed | ((met != own) & (distance >= index))
     weights = torch.where(crossed, (-distance.float() / longest).exp(), 1.0)
-    return weights.transpose(1, 2).reshape(height * width, -1)
+    return weights.transpose(-3, -2).flatten(-2).flatten(-3, -2)
 
 
 def majority(labels: Tensor, grid: Grid) -> Tensor:
-    """The most frequent label (h, w) in each cell of labels (h * a, w * b); of several the smallest."""
-    height, width = labels.shape[0] // grid[0], labels.shape[1] // grid[1]
-    cells = labels.unflatten(0, (grid[0], height)).unflatten(2, (grid[1], width))
-    return cells.permute(0, 2, 1, 3).flatten(2).mode(dim=-1).values
+    """The most frequent label (..., h, w) in each cell of labels (..., h * a, w * b); of several the smallest."""
+    cells = labels.unflatten(-1, (grid[1], -1)).unflatten(-3, (grid[0], -1)).transpose(-3, -2).flatten(-2)
+    counts = (cells[..., None] == cells[..., None, :]).sum(-1)
+    return cells.masked_fill(counts < counts.amax(-1, keepdim=True), torch.iinfo(cells.dtype).max).amin(-1)

@@ -9,7 +9,7 @@ from lexiseg.clip import positions
 from lexiseg.clip.positions import resize_positions
 from lexiseg.models.last_block import neighbourhood
 from lexiseg.models.spt_seg import SpectralFilter
-from lexiseg.refine import smooth
+from lexiseg.refine import pamr, smooth
 
 GRIDS = [(4, 4), (5, 6), (6, 5), (1, 3), (13, 2)]
 
@@ -43,6 +43,8 @@ def test_the_spectral_filter_of_any_size(grid: tuple[int, int], as_graph: object
 def test_smoothing_and_neighbours_of_any_size(as_graph: object) -> None:
     scores, colours = torch.rand(2, 5, 7, 9), torch.rand(2, 3, 7, 9)
     want, near = smooth(scores, colours, (1, 2, 4), 0.1), neighbourhood((3, 5), 2.0)
+    adapted = pamr(scores, colours, steps=2)
     as_graph()  # type: ignore[operator]
     torch.testing.assert_close(smooth(scores, colours, (1, 2, 4), 0.1), want, rtol=0, atol=1e-6)
+    torch.testing.assert_close(pamr(scores, colours, steps=2), adapted, rtol=0, atol=1e-6)
     torch.testing.assert_close(neighbourhood((3, 5), 2.0), near)

@@ -295,7 +295,7 @@ def resclip_tower(case: Case) -> None:
         if variant["use_sfr"]:
             first = model._unit_patches(model.last_blocks(tokens, grid, feedback), grid)
             logits = torch.einsum("bhwd,qd->bqhw", first, text)
-            labels = majority(model.first_labels(logits, images), grid)
+            labels = majority(model.first_labels(logits, images), grid)[0]
             found = label_agreement(labels, model.options.neighbour_std, model.options.feedback_same_entity)
             if name == "resclip-both":
                 compare_feedback(case, model, logits, labels, middle)
@@ -390,10 +390,10 @@ def first_patch_labels(model: DenseCLIP, crop: Tensor, text: Tensor) -> Tensor:
     """The labels that steer ResCLIP's second pass in a window."""
     values = model.encode_images(crop).values
     middle = [(values[f"query_{index}"], values[f"key_{index}"]) for index in model.options.middle_blocks]
-    grid = (int(values["grid"][0]), int(values["grid"][1]))
+    grid = model.tower.grid(values["images"])
     first = model.last_blocks(values["tokens"], grid, Feedback(middle, model.options.middle_weights))
     logits = torch.einsum("bhwd,qd->bqhw", model._unit_patches(first, grid), text)
-    return majority(model.first_labels(logits, values["images"]), grid)
+    return majority(model.first_labels(logits, values["images"]), grid)[0]
 
 
 def compare_margins(case: Case, probabilities: Tensor, labels: Tensor, threshold: float) -> None:

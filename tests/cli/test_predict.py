@@ -215,3 +215,4 @@ def test_unknown_and_wrong_models(call: Call, tiny_model: Path, picture: Path, t
     assert_sentence(*call("predict", picture, WORDS, "-m", changed), "model.safetensors")
     (changed / "config.json").write_text("{}")
     assert_sentence(*call("predict", picture, WORDS, "-m", changed), "config.json")
+    assert not (tmp_path / "out").exists()

@@ -16,6 +16,14 @@ IGNORED_COLOR = (224, 224, 192)
 _GOLDEN = 0.6180339887498949
 _LIGHTNESS = (0.70, 0.58, 0.80, 0.64, 0.52, 0.75)
 _CHROMA = (0.17, 0.15, 0.12)
+_OKLAB_TO_LMS = np.array([[0.3963377774, 0.2158037573], [-0.1055613458, -0.0638541728], [-0.0894841775, -1.2914855480]])
+_LMS_TO_RGB = np.array(
+    [
+        [4.0767416621, -3.3077115913, 0.2309699292],
+        [-1.2684380046, 2.6097574011, -0.3413193965],
+        [-0.0041960863, -0.7034186147, 1.7076147010],
+    ]
+)
 
 
 def parse_color(value: Any, what: str) -> tuple[int, int, int]:
@@ -78,22 +86,7 @@ def _free_color(color: tuple[int, ...], taken: set[tuple[int, int, int]]) -> tup
 
 
 def _oklch_to_srgb(lightness: np.ndarray, chroma: np.ndarray, hue: np.ndarray) -> np.ndarray:
-    a, b = chroma * np.cos(hue), chroma * np.sin(hue)
-    lms = np.stack(
-        [
-            lightness + 0.3963377774 * a + 0.2158037573 * b,
-            lightness - 0.1055613458 * a - 0.0638541728 * b,
-            lightness - 0.0894841775 * a - 1.2914855480 * b,
-        ],
-        axis=-1,
-    )
-    matrix = np.array(
-        [
-            [4.0767416621, -3.3077115913, 0.2309699292],
-            [-1.2684380046, 2.6097574011, -0.3413193965],
-            [-0.0041960863, -0.7034186147, 1.7076147010],
-        ]
-    )
-    linear = np.clip(lms**3 @ matrix.T, 0.0, 1.0)
+    plane = np.stack([chroma * np.cos(hue), chroma * np.sin(hue)], axis=-1)
+    linear = np.clip((lightness[:, None] + plane @ _OKLAB_TO_LMS.T) ** 3 @ _LMS_TO_RGB.T, 0.0, 1.0)
     encoded = np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
     return np.round(encoded * 255).astype(np.uint8)

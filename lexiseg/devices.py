@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lexiseg.errors import LexisegError
+from lexiseg.first_and_last import SharedContext
 
 _DTYPES = {
     "bf16": torch.bfloat16,
@@ -81,31 +81,19 @@ def use_threads(count: int) -> None:
     torch.set_num_threads(count)
 
 
-_lock = threading.Lock()
-_inside = 0
-_outside = torch.float32
-
-
 @contextmanager
-def float32_default() -> Iterator[None]:
-    """Run the body under torch's own default of float32, whatever the program around it has set.
-
-    Models are built from tensors made without a type. The default is one of the whole process, so it is given back when
-    the last thread has left.
-    """
-    global _inside, _outside
-    with _lock:
-        if not _inside:
-            _outside = torch.get_default_dtype()
-            torch.set_default_dtype(torch.float32)
-        _inside += 1
+def _float32() -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
     try:
         yield
     finally:
-        with _lock:
-            _inside -= 1
-            if not _inside:
-                torch.set_default_dtype(_outside)
+        torch.set_default_dtype(before)
+
+
+float32_default = SharedContext(_float32)
+"""A context of torch's own default of float32, whatever the program around it has set: models are built from tensors
+made without a type. The default is one of the whole process."""
 
 
 class EvaluationMode:
@@ -113,25 +101,24 @@ class EvaluationMode:
 
     def __init__(self, model: torch.nn.Module, dtype: torch.dtype | None) -> None:
         self._model, self._dtype = model, torch.float32 if dtype is None else dtype
-        self._lock, self._running, self._were_training = threading.Lock(), 0, list[torch.nn.Module]()
+        self._evaluating = SharedContext(self._evaluation)
+
+    @contextmanager
+    def _evaluation(self) -> Iterator[None]:
+        training = [module for module in self._model.modules() if module.training]
+        for module in training:
+            module.training = False
+        try:
+            yield
+        finally:
+            for module in training:
+                module.training = True
 
     @contextmanager
     def __call__(self) -> Iterator[None]:
         """Run the body so; the modules' modes come back when the last thread has left."""
-        with self._lock:
-            if not self._running:
-                self._were_training = [module for module in self._model.modules() if module.training]
-                for module in self._were_training:
-                    module.training = False
-            self._running += 1
         half = self._dtype != torch.float32
         device = next(self._model.parameters()).device.type
-        try:
-            with float32_default(), torch.no_grad(), torch.autocast(device, self._dtype, enabled=half):
-                yield
-        finally:
-            with self._lock:
-                self._running -= 1
-                if not self._running:
-                    for module in self._were_training:
-                        module.training = True
+        autocast = torch.autocast(device, self._dtype, enabled=half)
+        with self._evaluating(), float32_default(), torch.no_grad(), autocast:
+            yield

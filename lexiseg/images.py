@@ -20,6 +20,7 @@ from PIL.Image import Transpose
 
 from lexiseg.errors import LexisegError, LexisegWarning
 from lexiseg.files import spelled
+from lexiseg.first_and_last import SharedContext
 from lexiseg.words import describe, kind, shorten
 
 if TYPE_CHECKING:
@@ -194,39 +195,19 @@ def _all_bytes(source: Any, name: str) -> bytes:
     return bytes(data)
 
 
-class _PillowWarnings:
-    """Pillow's warnings of large pictures and damaged metadata, silenced while any thread decodes.
-
-    The first is checked here, the second is harmless. ``warnings.catch_warnings`` alone restores the process's filters
-    in the order in which threads happen to end, and can leave another thread's in place for ever.
-    """
-
-    def __init__(self) -> None:
-        self._lock, self._depth = threading.Lock(), 0
-        self._filters = warnings.catch_warnings()
-
-    @contextmanager
-    def silenced(self) -> Iterator[None]:
-        with self._lock:
-            self._depth += 1
-            if self._depth == 1:
-                self._filters = warnings.catch_warnings()
-                self._filters.__enter__()
-                warnings.filterwarnings("ignore", module=r"PIL\b")
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._depth -= 1
-                if self._depth == 0:
-                    self._filters.__exit__(None, None, None)
+@contextmanager
+def _without_warnings() -> Iterator[None]:
+    # Pillow's, of large pictures and damaged metadata: the first is checked here, the second is harmless.
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"PIL\b")
+        yield
 
 
-_pillow_warnings = _PillowWarnings()
+_pillow_silenced = SharedContext(_without_warnings)
 
 
 def _from_file(file: IO[bytes], name: str, max_pixels: float, orient: bool, suffix: str = "") -> np.ndarray:
-    with _pillow_warnings.silenced():
+    with _pillow_silenced():
         image = _open(file, name, suffix)
         try:
             pixels, count = _from_pil(image, name, max_pixels, orient), _count_frames(image)

@@ -22,6 +22,7 @@ PICTURES = {"images", "formats", "fonts", "overlay", "segmentation"}
 MODELS = {"devices", "clip", "refine", "scores", "proposals", "regions", "losses", "models", "weights"}
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
+    "first_and_last": set(),
     "label_ids": set(),
     "normalisation": set(),
     "progress": set(),

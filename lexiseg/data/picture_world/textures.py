@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import zlib
-from collections.abc import Callable
 
 import numpy as np
 
@@ -152,22 +151,8 @@ def _carpet(rng: np.random.Generator) -> Array:
     return image
 
 
-_MAKERS: dict[str, Callable[[np.random.Generator], Array]] = {
-    "sky": _sky,
-    "night": _night,
-    "grass": _grass,
-    "water": _water,
-    "sand": _sand,
-    "snow": _snow,
-    "road": _road,
-    "soil": _soil,
-    "gravel": _gravel,
-    "leaves": _leaves,
-    "brick": _brick,
-    "wood": _wood,
-    "tiles": _tiles,
-    "carpet": _carpet,
-}
+_MAKERS = {make.__name__[1:]: make for make in (_sky, _night, _grass, _water, _sand, _snow, _road)}
+_MAKERS |= {make.__name__[1:]: make for make in (_soil, _gravel, _leaves, _brick, _wood, _tiles, _carpet)}
 
 
 @functools.cache

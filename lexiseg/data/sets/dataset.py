@@ -89,28 +89,18 @@ class FileDataset:
         fault = next((finding for finding in files.faults() if finding.severity == "error"), None)
         if fault is not None:
             raise LexisegError(fault.problem)
-        self._items: Sequence[Item] = files.items
-        self._vocabulary = files.vocabulary
+        self.items: Sequence[Item] = files.items  # where the samples are, in order
+        self.vocabulary = files.vocabulary  # the classes in the order of their ids, with flags where they are known
         self.split = files.split
         self.ignore_index = files.ignore
 
     @property
-    def vocabulary(self) -> Vocabulary:
-        """The classes in the order of their ids, with seen and unseen flags where they are known."""
-        return self._vocabulary
-
-    @property
-    def items(self) -> Sequence[Item]:
-        """Where the samples are, in order."""
-        return self._items
-
-    @property
     def names(self) -> tuple[str, ...]:
         """Names of the samples, in order."""
-        return tuple(item.name for item in self._items)
+        return tuple(item.name for item in self.items)
 
     def __len__(self) -> int:
-        return len(self._items)
+        return len(self.items)
 
     def __iter__(self) -> Iterator[Sample]:
         return (self[index] for index in range(len(self)))
@@ -123,7 +113,7 @@ class FileDataset:
         """
         import torch
 
-        item = self._items[index]
+        item = self.items[index]
         image, label = item.pixels(), self._ids(item)
         fault = misfit(item, image.shape[:2], label.shape)
         if fault is not None:
@@ -138,7 +128,7 @@ class FileDataset:
         """
         import torch
 
-        return torch.from_numpy(self._ids(self._items[index]))
+        return torch.from_numpy(self._ids(self.items[index]))
 
     @staticmethod
     def _ids(item: Item) -> NDArray[np.int64]:

@@ -58,15 +58,9 @@ def entries(folder: Path) -> list[str]:
 
     Raises DataSetError if it is a file, or may not be read.
     """
-    try:
-        with os.scandir(folder) as found:
-            return sorted(entry.name for entry in found if not entry.name.startswith(".") and not _is_folder(entry))
-    except FileNotFoundError:
-        return []
-    except NotADirectoryError as error:
-        raise DataSetError(f"'{folder}' is a file, but must be a folder; move the file away.") from error
-    except OSError as error:
-        raise unreadable(folder, error) from error
+    if folder.is_file():
+        raise DataSetError(f"'{folder}' is a file, but must be a folder; move the file away.")
+    return _names_in(folder, folders=False)
 
 
 def folders_in(folder: Path) -> list[Path]:
@@ -74,9 +68,13 @@ def folders_in(folder: Path) -> list[Path]:
 
     Raises DataSetError if it may not be read.
     """
+    return [folder / name for name in _names_in(folder, folders=True)]
+
+
+def _names_in(folder: Path, *, folders: bool) -> list[str]:
     try:
         with os.scandir(folder) as found:
-            return sorted(folder / one.name for one in found if not one.name.startswith(".") and _is_folder(one))
+            return sorted(one.name for one in found if not one.name.startswith(".") and _is_folder(one) == folders)
     except (FileNotFoundError, NotADirectoryError):
         return []
     except OSError as error:

@@ -168,7 +168,7 @@ def measure(clip: CLIP, world: World, limit: int, seed: int) -> dict[str, Any]:
     middle = max(blocks[third : 2 * third + 1])
     rows = [
         ("top-1 of pictures of single things (%)", 100 * top1, "above 80", 100 * top1 > 80),
-        ("patches inside regions, value path (%)", value["all"], "40 to 65", 40 <= value["all"] <= 65),
+        ("patches inside regions, the last values alone (%)", alone["all"], "40 to 65", 40 <= alone["all"] <= 65),
         ("value path above plain (points)", gain, "at least 5", gain >= 5),
         ("probability by half a mask over that by the exact one", half / exact, "above 0.9", half / exact > 0.9),
         ("neighbours told apart, best middle block above the last (points)", middle - blocks[-1], "above 0",

@@ -78,7 +78,7 @@ def train(
             task,
             recipe.train,
             run_dir,
-            identity=_identity(recipe, task),
+            identity=identity(recipe, task),
             recipe=as_yaml(recipe),
             device=device,
             tensorboard=tensorboard,
@@ -87,7 +87,7 @@ def train(
     return trainer.run(resume=resume, until=until)
 
 
-def _identity(recipe: Recipe, task: Task) -> dict[str, Any]:
+def identity(recipe: Recipe, task: Task | None) -> dict[str, Any]:
     """What must be the same when a run is resumed, beside the numbers of the loop: contents, not how paths are written.
 
     Defaults are left out, so that a run begun before there was a key can be resumed.

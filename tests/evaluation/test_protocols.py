@@ -1,9 +1,8 @@
-"""The papers' protocols on miniatures and on hand-made labels, and training and evaluation on every data set."""
+"""The papers' protocols on miniatures and on hand-made labels."""
 
 from __future__ import annotations
 
 import json
-import shutil
 
 import numpy as np
 import pytest
@@ -12,27 +11,20 @@ from scipy.io import savemat
 
 from lexiseg.cli import main
 from lexiseg.data.sets.catalog import data_set
-from lexiseg.data.sets.open import open_data_set, splits_of
-from lexiseg.data.transforms import light_pipeline
 from lexiseg.errors import LexisegError
 from lexiseg.evaluation.protocols import PROTOCOLS, find_protocol
 from lexiseg.evaluation.run import run_evaluation
 from lexiseg.models import DenseCLIP, ZegCLIP
-from lexiseg.recipes import CatalogData, TrainSettings, load_recipe
+from lexiseg.recipes import CatalogData, load_recipe
 from lexiseg.segmentation import Segmentation
 from lexiseg.segmenter import Segmenter
-from lexiseg.training.run import _identity
-from lexiseg.training.segmentation import SegmentationTask
-from lexiseg.training.trainer import Trainer
+from lexiseg.training.run import identity
 from lexiseg.vocabulary import PAPER_TEMPLATES, SINGLE_TEMPLATE
 from lexiseg.weights.folder import save_model
 from lexiseg.windows import WindowPolicy
-from tests.miniatures import MINIATURES, SIZE, WIDE, save_index, save_list, save_picture, save_wide
+from tests.miniatures import MINIATURES, WIDE, save_index, save_list, save_picture, save_wide
 from tests.models.test_region_models import make
 from tests.towers import small_clip
-
-OF_DATA = {"voc2012": "voc2012", "coco-stuff-164k": "coco-stuff", "pascal-context-59": "context59",
-           "pascal-context-459": "context459", "ade20k-150": "ade150", "ade20k-847": "ade847"}  # fmt: skip
 
 
 class Fixed(Segmenter):
@@ -279,7 +271,7 @@ def test_synonyms_of_a_recipe(clean, tmp_path):
         for vocabulary in (data.vocabulary(), data.open("val").vocabulary):
             assert len(vocabulary.classes[1].words) == count
     # A run that was begun when there was no such key can be gone on with.
-    assert "synonyms" not in _identity(load_recipe("zegclip-voc2012"), None)["data"]
+    assert "synonyms" not in identity(load_recipe("zegclip-voc2012"), None)["data"]
     MINIATURES["own-folders"][1](tmp_path)
     (tmp_path / "classes.txt").write_text("road\ncar, auto\nsky, heaven\n")
     words = [len(CatalogData(source="own", root=tmp_path, synonyms=told).open("val").vocabulary.words)
@@ -412,100 +404,3 @@ def test_command(clean, tmp_path, capsys, monkeypatch):
     assert "leave out --split" in capsys.readouterr().err
     assert main(["evaluate", "nowhere", "--protocol", "voc-20", *small]) == 2
     assert "voc2012" in capsys.readouterr().err
-
-
-# Training and evaluation for real on every miniature.
-
-
-def _train(name, root, run_dir):
-    """One step of the real loop on the real reader's samples; the weights must move."""
-    data_name = MINIATURES[name][0]
-    train, _ = splits_of(data_name, root)
-    data, val = open_data_set(data_name, root, train), open_data_set(data_name, root, "val")
-    seen = tuple(entry.name for entry in data.vocabulary.classes if entry.seen is not False)
-    model = ZegCLIP.build(small_clip(), {"decoder_heads": 2, "short_side": 32, "window_size": 32}, seen_names=seen)
-    model.set_trainable()
-    pipeline = light_pipeline(model.mean, model.std, crop=32)
-    task = SegmentationTask(model, data, pipeline, batch_size=2, templates="single")
-    settings = TrainSettings(steps=1, batch_size=2, lr=1e-3)
-    before = {key: value.clone() for key, value in model.trainable_parameters()}
-    Trainer(task, settings, run_dir, device="cpu", tensorboard=False, progress=False).run()
-    assert any(not torch.equal(before[key], value) for key, value in model.trainable_parameters())
-    return model, val
-
-
-@pytest.mark.parametrize("name", [name for name in MINIATURES if "459" not in name and "847" not in name])
-def test_train_and_evaluate(clean, tmp_path, name):
-    model, val = _train(name, clean(name), tmp_path / "run")
-    report = run_evaluation(
-        Segmenter(model, disk_cache=False), val, name=name, split="val", progress=False, num_examples=1
-    )
-    labels = [sample.label for sample in val]
-    assert report.confusion.labelled.sum() == sum(int((label != 255).sum()) for label in labels)
-    assert report.summary()["pacc"] is not None and report.save(tmp_path / "report")
-
-
-@pytest.mark.parametrize("name", ["context459", "context459-tiff", "ade847", "ade847-full"])
-def test_evaluate_many_classes(clean, tmp_path, name):
-    """More than 255 classes: class 255 counts as any other, 65535 is ignored, and no tensor is classes x H x W."""
-    val = open_data_set(MINIATURES[name][0], clean(name), "val")
-    largest = 0
-
-    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            nonlocal largest
-            found = function(*args, **(kwargs or {}))
-            if isinstance(found, torch.Tensor) and found.is_floating_point():
-                largest = max(largest, found.numel())
-            return found
-
-    model = DenseCLIP.build(small_clip(), {"short_side": 32})
-    segmenter = Segmenter(model, disk_cache=False, templates="single")
-    segmenter.vocabulary(val.vocabulary)
-    segmenter.embedder(segmenter.vocabulary(val.vocabulary))
-    big = 8
-    with Watch():
-        report = run_evaluation(segmenter, _Enlarged(val, big), name=name, split="val", num_examples=1)
-    num_classes = len(val.vocabulary)
-    pixels = big * big * SIZE[0] * SIZE[1]
-    assert largest < num_classes * pixels / 8
-    assert report.confusion.labelled.sum() == sum(int((s.label != WIDE).sum()) * big * big for s in val)
-    assert report.confusion.labelled[255] > 0 and (report.confusion.labelled > 0).all()
-
-
-class _Enlarged:
-    def __init__(self, data, factor):
-        self.vocabulary, self._data, self._factor = data.vocabulary, data, factor
-
-    def __len__(self):
-        return len(self._data)
-
-    def __getitem__(self, index):
-        from dataclasses import replace
-
-        sample = self._data[index]
-        image, label = (
-            value.repeat_interleave(self._factor, -1).repeat_interleave(self._factor, -2)
-            for value in (sample.image, sample.label)
-        )
-        return replace(sample, image=image, label=label)
-
-
-def test_training_on_many_classes(clean, tmp_path):
-    _train("ade847", clean("ade847"), tmp_path / "run")
-    assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
-
-
-def test_own_data_with_the_recipe_option(tmp_path, capsys, monkeypatch):
-    """``train RECIPE --data``: the recipe's crop and augmentation stay, its data are the folder's."""
-
-    MINIATURES["own-folders"][1](tmp_path / "my")
-    recipe = load_recipe("zegclip-voc2012", ["train.steps=3"], data=tmp_path / "my")
-    assert recipe.data.source == "own" and recipe.data.crop == 512 and recipe.data.augment == "paper"
-    assert recipe.train.steps == 3
-    recipe = load_recipe("zegclip-picture-world", [], data=tmp_path / "my")
-    assert recipe.data.source == "own" and recipe.data.crop == 128 and recipe.data.label_stride == 2
-    for wrong, words in ((["clip-emoji", tmp_path / "my"], "captions"), (["tiny", tmp_path / "no"], "does not exist")):
-        with pytest.raises(LexisegError, match=words):
-            load_recipe(wrong[0], [], data=wrong[1])
-    shutil.rmtree(tmp_path / "my")

@@ -1,25 +1,23 @@
-"""Folders of models, names, and converting checkpoints of the authors' layout."""
+"""Converting checkpoints of the one-stage systems in their authors' layout, and of CLIPs."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lexiseg.clip.load import load_clip
-from lexiseg.clip.model import build_clip, save_clip
-from lexiseg.errors import LexisegError, LexisegWarning
+from lexiseg.clip.model import build_clip
+from lexiseg.errors import LexisegError
 from lexiseg.models import SYSTEMS, DenseCLIP, SegmentationModel, ZegCLIP
 from lexiseg.models.one_stage import OneStageModel
 from lexiseg.vocabulary import PAPER_TEMPLATES, SINGLE_TEMPLATE
-from lexiseg.weights import convert, list_models, load_model, renames, save_model
+from lexiseg.weights import convert, load_model, save_model
 from lexiseg.weights.one_stage_checkpoint import NAMES, authors_key
-from tests.towers import small_architecture, small_clip, unit_rows
+from tests.towers import small_clip, unit_rows
 
 
 def one_stage(system: str, layers: int = 3, **options: Any) -> OneStageModel:
@@ -56,14 +54,10 @@ def authors_state(model: OneStageModel) -> dict[str, Tensor]:
         decoder = f"decode_head.{f'cascade_decoders.{head}' if cascade else 'decoder_1'}.layers."
         for index in range(model.options.decoder_layers):
             prefix = f"{decoder}{index}."
-            unused |= {
-                f"{prefix}self_attn.in_proj_weight": (3 * dim, dim),
-                f"{prefix}self_attn.in_proj_bias": (3 * dim,),
-                f"{prefix}self_attn.out_proj.weight": (dim, dim),
-                f"{prefix}self_attn.out_proj.bias": (dim,),
-                f"{prefix}norm1.weight": (dim,),
-                f"{prefix}norm1.bias": (dim,),
-            }
+            unused |= linear(f"{prefix}self_attn.in_proj_", 3 * dim, dim) | linear(
+                f"{prefix}self_attn.out_proj.", dim, dim
+            )
+            unused |= {f"{prefix}norm1.{part}": (dim,) for part in ("weight", "bias")}
             if spectral:
                 unused |= linear(f"{prefix}hlfs.h_proj.", dim // 8, dim // 8)
                 for part in ("q", "k", "v", "proj"):
@@ -88,21 +82,9 @@ def linear(prefix: str, outputs: int, inputs: int) -> dict[str, tuple[int, ...]]
 
 def write_checkpoint(path: Path, state: dict[str, Tensor]) -> Path:
     """A file as mmcv writes it."""
-    content = {
-        "meta": {
-            "epoch": 1,
-            "iter": 20000,
-            "mmcv_version": "1.4.4",
-            "CLASSES": ("aeroplane", "bicycle"),
-            "hook_msgs": {},
-        },
-        "state_dict": state,
-        "optimizer": {
-            "state": {0: {"step": 5, "exp_avg": torch.zeros(2)}},
-            "param_groups": [{"lr": 1e-6, "params": [0]}],
-        },
-    }
-    torch.save(content, path)
+    meta = {"epoch": 1, "iter": 20000, "mmcv_version": "1.4.4", "CLASSES": ("aeroplane", "bicycle"), "hook_msgs": {}}
+    optimizer = {"state": {0: {"step": 5, "exp_avg": torch.zeros(2)}}, "param_groups": [{"lr": 1e-6, "params": [0]}]}
+    torch.save({"meta": meta, "state_dict": state, "optimizer": optimizer}, path)
     return path
 
 
@@ -112,9 +94,6 @@ def same(a: SegmentationModel, b: SegmentationModel, size: tuple[int, int] = (32
     with torch.no_grad():
         ours, theirs = (model(images, text, seen=seen).dense(size) for model in (a, b))
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
-
-
-# ---- converting ----
 
 
 @pytest.mark.parametrize(
@@ -214,15 +193,11 @@ FULL_SIZE = {
 }
 
 
+FULL = [("zegclip", 100, 376, 164_907_264), ("cascade-clip", 50, 527, 193_088_774), ("spt-seg", 100, 412, 170_304_266)]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("system", "prompts", "tensors", "parameters"),
-    [
-        ("zegclip", 100, 376, 164_907_264),
-        ("cascade-clip", 50, 527, 193_088_774),
-        ("spt-seg", 100, 412, 170_304_266),
-    ],
-)
+@pytest.mark.parametrize(("system", "prompts", "tensors", "parameters"), FULL)
 def test_convert_a_full_size_checkpoint(
     system: str, prompts: int, tensors: int, parameters: int, tmp_path: Path
 ) -> None:
@@ -325,156 +300,3 @@ def test_convert_a_clip(openai: bool, tmp_path: Path) -> None:
         ours, theirs = again.model.encode_image(images), clip.model.encode_image(images)
     torch.testing.assert_close(ours, theirs, rtol=1e-2 if openai else 1e-6, atol=1e-2 if openai else 1e-6)
     assert isinstance(load_model(f"dense-clip/{tmp_path / 'clip'}"), DenseCLIP)
-
-
-# ---- folders and names ----
-
-
-def test_wrong_folders(tmp_path: Path) -> None:
-    with pytest.raises(LexisegError, match=r"has no config.json"):
-        load_model(tmp_path)
-    folder = save_model(zegclip(), tmp_path / "model")
-    config = json.loads((folder / "config.json").read_text())
-
-    def architecture(preprocess_cfg: Any = None, **changes: Any) -> dict[str, Any]:
-        model_cfg = {**config["clip"]["architecture"]["model_cfg"], **changes}
-        return {"architecture": {"model_cfg": model_cfg, "preprocess_cfg": preprocess_cfg}}
-
-    def changed(**changes: Any) -> Path:
-        (folder / "config.json").write_text(json.dumps({**config, **changes}))
-        return folder
-
-    for changes, sentence in (
-        ({"format": 2}, "has format 2 and this lexiseg reads 1"),
-        ({"system": "segnext"}, "of the system 'segnext'.* it has zegclip, dense-clip"),
-        ({"options": {**config["options"], "colour": 1}}, "unknown option 'colour'"),
-        ({"options": {**config["options"], "num_prompts": 0}}, "wrong value for 'num_prompts'"),
-        (
-            {"options": {**config["options"], "num_prompts": 5}},
-            r"prompts.embeddings is \(1, 4, 128\) instead of \(1, 5",
-        ),
-        ({"clip": {"name": "clip-nowhere", "fingerprint": "0"}}, "No CLIP is called 'clip-nowhere'"),
-        ({"system": ["a"]}, "of the system"),
-        *(({"options": value}, "its options should be a mapping") for value in (5, [1])),
-        *(({"metadata": value}, "its metadata should be a mapping") for value in ("x", [1])),
-        ({"clip": "foo"}, "its clip should be a mapping"),
-        ({"clip": {"architecture": 5}}, "has no model_cfg"),
-        ({"clip": architecture(vision_cfg=5)}, "a vision_cfg that is no mapping"),
-        ({"clip": architecture(embed_dim=[])}, "open_clip cannot build"),
-        ({"clip": architecture(text_cfg={"tokenizer_kwargs": 5})}, "open_clip cannot build"),
-        ({"clip": architecture(preprocess_cfg=5)}, "a preprocess_cfg that is no mapping"),
-        ({"clip": architecture(preprocess_cfg={"mean": [0, 1, None]})}, "write three numbers"),
-        *(
-            ({key: value}, f"its {key} should be a list of texts")
-            for key in ("seen_names", "templates")
-            for value in (5, None, [5], "x")
-        ),
-    ):
-        with pytest.raises(LexisegError, match=sentence):
-            load_model(changed(**changes))
-    (folder / "config.json").write_text("[]")
-    with pytest.raises(LexisegError, match="not a lexiseg configuration"):
-        load_model(folder)
-    (folder / "config.json").write_text("{")
-    with pytest.raises(LexisegError, match="not readable JSON"):
-        load_model(folder)
-    changed()
-    (folder / "model.safetensors").write_bytes(b"x")
-    with pytest.raises(LexisegError, match="not a readable safetensors file"):
-        load_model(folder)
-    (folder / "model.safetensors").unlink()
-    with pytest.raises(LexisegError, match=r"has no model.safetensors"):
-        load_model(folder)
-    save_clip(small_clip(), tmp_path / "clip")
-    with pytest.raises(LexisegError, match="write 'naclip/' before it"):
-        load_model(tmp_path / "clip")
-
-
-def test_wrong_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lexiseg.catalog.PACKAGED_FOLDER", tmp_path)
-    save_model(zegclip(), tmp_path / "zegclip-test")
-    (tmp_path / "a.pth").touch()
-    for name, sentence in (
-        ("zegclip-tset", "did you mean 'zegclip-test'"),
-        ("dense-clip", "lacks a tower"),
-        ("dense-clip/ViT-B-16/opnai", "known tags: openai"),
-        (str(tmp_path / "a.pth"), "run `lexiseg convert"),
-        (str(tmp_path / "nowhere"), "No model is called"),
-        ("qqqq", "known are zegclip-test"),
-    ):
-        with pytest.raises(LexisegError, match=sentence):
-            load_model(name)
-
-
-def test_a_packaged_clip_is_named_and_not_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lexiseg.catalog.PACKAGED_FOLDER", tmp_path)
-    save_clip(small_clip(), tmp_path / "clip-test", dtype=torch.float16)
-    model = ZegCLIP.build(load_clip("clip-test"), {"decoder_heads": 4}).eval()
-    model.metadata = {"description": "a test"}
-    folder = save_model(model, tmp_path / "zegclip-test")
-    assert not any(key.startswith("clip.") for key in load_file(folder / "model.safetensors"))
-    same(load_model("zegclip-test"), model)
-    assert [(entry.name, entry.system) for entry in list_models()] == [
-        ("zegclip-test", "zegclip"),
-        ("maskclip/clip-test", "dense-clip"),
-        ("naclip/clip-test", "dense-clip"),
-    ]
-    assert list_models()[0].description == "a test"
-    assert isinstance(load_model("dense-clip/clip-test"), DenseCLIP)
-    # A tower that training changed goes into the folder.
-    with torch.no_grad():
-        model.clip.visual.conv1.weight.mul_(1.5)
-    save_model(model, tmp_path / "changed")
-    assert any(key.startswith("clip.") for key in load_file(tmp_path / "changed" / "model.safetensors"))
-    same(load_model(tmp_path / "changed"), model)
-    # Another CLIP under the same name is noticed.
-    save_clip(small_clip(seed=9), tmp_path / "clip-test")
-    with pytest.raises(LexisegError, match="another version of 'clip-test'"):
-        load_model("zegclip-test")
-
-
-def test_a_model_from_the_hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = zegclip()
-    folder = save_model(model, tmp_path / "model")
-    monkeypatch.setattr("lexiseg.hub.try_to_load_from_cache", lambda _, name: str(folder / name))
-    same(load_model("somebody/zegclip"), model)
-
-
-def test_half_precision_on_disk(tmp_path: Path) -> None:
-    folder = save_model(zegclip(), tmp_path / "model", dtype=torch.float16)
-    state = load_file(folder / "model.safetensors")
-    assert {value.dtype for value in state.values()} == {torch.float16}
-    assert next(load_model(folder).parameters()).dtype == torch.float32
-    save_file({**state, "extra": torch.ones(1)}, folder / "model.safetensors")
-    with pytest.raises(LexisegError, match="does not fit; left over: extra"):
-        load_model(folder)
-
-
-def test_old_names_are_read_and_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = zegclip()
-    folder = save_model(model, tmp_path / "model")
-    config = json.loads((folder / "config.json").read_text())
-    options = {"prompts": config["options"].pop("num_prompts"), "old": {"a": 1}, "gone": 7, **config["options"]}
-    del options["dropout"]
-    (folder / "config.json").write_text(json.dumps({**config, "options": options}))
-    state = load_file(folder / "model.safetensors")
-    save_file(
-        {key.replace("prompts.", "prompt_tokens."): value for key, value in state.items()}, folder / "model.safetensors"
-    )
-    changes = {"prompts": "num_prompts", "old.a": lambda value: {"dropout": value / 2}, "gone": lambda _: {}}
-    monkeypatch.setitem(renames.RENAMED_OPTIONS, "zegclip", {**changes, "old": lambda _: {}})
-    monkeypatch.setitem(renames.RENAMED_TENSORS, "zegclip", {"prompt_tokens.": "prompts."})
-    with pytest.warns(LexisegWarning, match=r"'prompts' is 'num_prompts'; 'old.a' is 'dropout'; 'gone' is gone"):
-        again = load_model(folder)
-    assert again.options.dropout == 0.5  # type: ignore[attr-defined]
-    same(again, model)
-
-
-def test_the_small_architecture_builds() -> None:
-    assert build_clip(small_architecture()).embed_dim == 16
-
-
-def test_dense_clip_on_the_packaged_clip_is_the_row_of_the_results() -> None:
-    model = load_model("dense-clip/clip-emoji")
-    options = model.options.model_dump()
-    assert (options["method"], options["short_side"], options["window_size"]) == ("maskclip", 128, None)

@@ -64,7 +64,7 @@ def predict_pictures(
 
         del segmenter
         todo = [replace(picture, path=picture.image) for picture in todo]
-        job = Job(absolute(output), wanted, model_argument(model), spread.device, **spread.loading)
+        job = Job(absolute(output), wanted, model_argument(model), spread.device, spread.loading)
         shards = shards_of(record, todo, spread.shard_size)
         entries = label_on_ray(job, shards, workers=spread.workers, address=spread.address)
     given = {absolute(path): path for path in paths}

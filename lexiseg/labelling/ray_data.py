@@ -14,7 +14,7 @@ import os
 import platform
 import socket
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +36,7 @@ class Job:
     wanted: Wanted  # what to make of every picture
     model: str  # as `lexiseg.load` takes it; a folder by its absolute path
     device: str = "auto"  # likewise; "auto" takes the GPU that Ray gives a worker, where there is one
-    dtype: str = "fp32"  # likewise
-    compile: bool = False  # likewise
-    templates: str | list[str] | None = None  # likewise
-    max_pixels: int | None = None  # likewise
-    refine: str | None = None  # likewise
+    loading: Mapping[str, Any] = field(default_factory=dict)  # its other arguments
 
 
 class Worker:
@@ -60,15 +56,7 @@ class Worker:
             )
             return
         try:
-            segmenter = lexiseg.load(
-                job.model,
-                device=job.device,
-                dtype=job.dtype,
-                compile=job.compile,
-                templates=job.templates,
-                max_pixels=job.max_pixels,
-                refine=job.refine,
-            )
+            segmenter = lexiseg.load(job.model, device=job.device, **job.loading)
             self._labeller = Labeller(segmenter, job.wanted, job.output)
         except LexisegError as error:
             self._fatal = f"The machine '{platform.node()}' cannot begin: {error}"

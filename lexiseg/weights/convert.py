@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ from lexiseg.weights.clip_state import (
     transformers_source,
 )
 from lexiseg.weights.decoupled_checkpoints import DECOUPLED_NAMES, read_decoupled
-from lexiseg.weights.detectron_checkpoint import recognise_detectron
+from lexiseg.weights.detectron_checkpoint import System, recognise_detectron
 from lexiseg.weights.folder import CONFIG_NAME, save_model
 from lexiseg.weights.one_stage_checkpoint import NAMES, read_one_stage, recognise
 from lexiseg.weights.sam_checkpoint import convert_sam, recognise_sam
@@ -42,25 +42,15 @@ _OPENAI_NOTES = frozenset({"input_resolution", "context_length", "vocab_size"})
 
 @dataclass(frozen=True)
 class ConversionReport:
-    """What `convert` found and wrote.
+    """What `convert` found and wrote."""
 
-    Attributes:
-        kind: "zegclip", "cascade-clip", "spt-seg", "cat-seg", a decoupled system's name, "sam", or "clip".
-        folder: where the result is.
-        num_tensors: tensors read from the checkpoint.
-        num_parameters: parameters of the result.
-        unused: keys that were recognised but take part in no computation, and were left out.
-        notes: what could not be read off the file and was assumed, a sentence each.
-        ignored: arguments of `convert` that were given and make no difference to a file of this kind.
-    """
-
-    kind: str
-    folder: Path
-    num_tensors: int
-    num_parameters: int
-    unused: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()
-    ignored: tuple[str, ...] = ()
+    kind: str  # "zegclip", "cascade-clip", "spt-seg", "cat-seg", a decoupled system's name, "sam", or "clip"
+    folder: Path  # where the result is
+    num_tensors: int  # tensors read from the checkpoint
+    num_parameters: int  # parameters of the result
+    unused: tuple[str, ...] = ()  # keys that were recognised but take part in no computation, and were left out
+    notes: tuple[str, ...] = ()  # what could not be read off the file and was assumed, a sentence each
+    ignored: tuple[str, ...] = ()  # arguments of `convert` that were given and make no difference to such a file
 
     def __str__(self) -> str:
         names = {**_MODELS, "sam": "Segment Anything"}
@@ -114,72 +104,68 @@ def convert(
     Raises:
         LexisegError: the file cannot be read, is of no known kind, or lacks tensors or has some left over, with a list.
     """
-    found = read_checkpoint(path, _known, ema=ema)
+    found = read_checkpoint(path, lambda state: _kind(state) is not None, ema=ema)
     if found.metadata.get("system") in SYSTEMS:
         raise LexisegError(
             f"'{path}' is already part of a lexiseg model ({found.metadata['system']}); give its folder "
             f"'{found.path.parent}' to --model or lexiseg.load."
         )
-    state = found.state
-    given = {"class_names": bool(class_names), "templates": bool(templates), "transductive": transductive}
-    given |= {"quick_gelu": quick_gelu is not None, "clip": clip is not None, "dtype": dtype is not None}
+    state, kind = found.state, _kind(found.state)
+    if kind is None:
+        raise _unknown(state, path)
+    given: dict[str, Any] = {
+        "class_names": class_names or None,
+        "templates": templates or None,
+        "transductive": transductive or None,
+    }
+    given |= {"quick_gelu": quick_gelu, "clip": clip, "dtype": dtype}
     sizes: dict[str, Any] = {"heads": heads, "text_heads": text_heads}
-    idle: set[str] = set()  # arguments that make no difference
-    if (
-        model := _read_model(found, {**sizes, "class_names": class_names, "clip": clip}, transductive, idle)
-    ) is not None:
-        kind, segmenter, unused, notes = model
-        segmenter.seen_names = tuple(class_names or ())
-        segmenter.default_templates = tuple(templates or segmenter.default_templates)
-        description = f"{_MODELS[kind]} converted from the authors' checkpoint"
-        segmenter.metadata = {"description": description, "source": found.path.name}
-        save_model(segmenter, folder, dtype=dtype)
-        counts = len(state), segmenter.num_parameters()
-        report = ConversionReport(kind, Path(folder), *counts, tuple(unused), tuple(notes))
-    elif is_openai(state) or is_transformers(state):
-        report = _convert_clip(found, folder, quick_gelu, sizes, dtype)
-        idle = {"class_names", "templates", "transductive", "clip"}
-    elif recognise_sam(state):
+    if kind == "sam":
+        uses: set[str] = set()
         parameters = convert_sam(state, folder, name=f"'{path}'")
         note = "It makes proposals and is not a model by itself; give the folder as the option proposals.weights."
         report = ConversionReport("sam", Path(folder), len(state), parameters, notes=(note,))
-        idle = set(given)
+    elif kind == "clip":
+        uses = {"quick_gelu", "dtype"}
+        report = _convert_clip(found, folder, quick_gelu, sizes, dtype)
     else:
-        raise _unknown(state, path)
-    ignored = tuple(name for name, there in given.items() if there and name in idle)
+        uses = {"class_names", "templates", "dtype"} | ({"transductive"} if kind in (*NAMES, "zegformer") else set())
+        # Only files in detectron2's layout may lack a CLIP.
+        uses |= {"clip"} if kind in DECOUPLED_NAMES and not any(".clip_model." in key for key in state) else set()
+        tower = load_clip(str(clip)) if clip is not None and "clip" in uses else None
+        model, unused, notes = _read_model(kind, found, bool(class_names), transductive, {**sizes, "clip": tower})
+        model.seen_names = tuple(class_names or ())
+        model.default_templates = tuple(templates or model.default_templates)
+        description = f"{_MODELS[kind]} converted from the authors' checkpoint"
+        model.metadata = {"description": description, "source": found.path.name}
+        save_model(model, folder, dtype=dtype)
+        counts = len(state), model.num_parameters()
+        report = ConversionReport(kind, Path(folder), *counts, tuple(unused), tuple(notes))
+    ignored = tuple(key for key, value in given.items() if value is not None and key not in uses)
     return replace(report, notes=(*found.notes, *report.notes), ignored=ignored)
 
 
 def _read_model(
-    found: Checkpoint, given: dict[str, Any], transductive: bool, idle: set[str]
-) -> tuple[str, SegmentationModel, list[str], list[str]] | None:
-    """The kind, model, unused keys and notes of a segmentation system's file; None where it is none."""
+    kind: str, found: Checkpoint, seen_known: bool, transductive: bool, how: dict[str, Any]
+) -> tuple[SegmentationModel, list[str], list[str]]:
+    """The model of a segmentation system's file, its unused keys, and notes."""
     state, name = found.state, f"'{found.path}'"
-    sizes = {key: given[key] for key in ("heads", "text_heads")}
-    seen_known = bool(given["class_names"])
-    kind = recognise(state)
-    system = recognise_detectron(state)
-    idle.add("quick_gelu")
-    if system is None or any(".clip_model." in key for key in state):
-        given["clip"] = None
-        idle.add("clip")
+    if kind in DECOUPLED_NAMES:
+        known = {"seen_known": seen_known, "transductive": transductive}
+        return read_decoupled(cast(System, kind), state, name=name, **known, **how)
+    sizes = {key: how[key] for key in ("heads", "text_heads")}
+    if kind == "cat-seg":
+        return _read_cat_seg(state, sizes, name)
+    return _read_one_stage(state, seen_known, transductive, sizes, name)
+
+
+def _kind(state: Mapping[str, Any]) -> str | None:
+    """What a checkpoint is of, by its keys; None if it is of nothing that can be converted."""
     if is_cat_seg(state):
-        idle.add("transductive")
-        return ("cat-seg", *_read_cat_seg(state, sizes, name))
-    if kind is not None:
-        return (kind, *_read_one_stage(state, kind, seen_known, transductive, sizes, name))
-    if system is None:
-        return None
-    if system != "zegformer":
-        idle.add("transductive")
-    clip = None if given["clip"] is None else load_clip(str(given["clip"]))
-    how: dict[str, Any] = {**sizes, "clip": clip, "seen_known": seen_known, "transductive": transductive, "name": name}
-    return (system, *read_decoupled(system, state, **how))
-
-
-def _known(state: Mapping[str, Any]) -> bool:
-    checks = (is_cat_seg, recognise, recognise_detectron, is_openai, is_transformers, recognise_sam)
-    return any(check(state) for check in checks)
+        return "cat-seg"
+    if (kind := recognise(state) or recognise_detectron(state)) is not None:
+        return kind
+    return "clip" if is_openai(state) or is_transformers(state) else "sam" if recognise_sam(state) else None
 
 
 def _unknown(state: Mapping[str, Tensor], path: str | Path) -> LexisegError:
@@ -192,7 +178,7 @@ def _unknown(state: Mapping[str, Tensor], path: str | Path) -> LexisegError:
 
 
 def _read_one_stage(
-    state: dict[str, Tensor], kind: str, seen_known: bool, transductive: bool, sizes: dict[str, Any], name: str
+    state: dict[str, Tensor], seen_known: bool, transductive: bool, sizes: dict[str, Any], name: str
 ) -> tuple[SegmentationModel, list[str], list[str]]:
     options = {"seen_offset": 0.0} if transductive else {}
     model, unused = read_one_stage(state, **sizes, options=options, name=name)

@@ -21,6 +21,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -52,7 +53,7 @@ from lexiseg.vocabulary import Vocabulary
 from lexiseg.weights.runs import find_checkpoints
 
 DRAWS = 2000
-EXTRAS = ("none", "edges", "shift", "both")
+EXTRAS = ("none", "edges", "shift", "shift+edges", "frozen", "frozen+edges")
 SMALL: dict[str, Any] = {"scale": 0.05, "scenes": 20, "seeds": [0], "curves": False}
 
 
@@ -168,25 +169,34 @@ class Study:
         return PictureWorld(split, world=find_world(world or self.world), size=256, keep=keep)
 
 
+@cache
+def frozen(clip: str) -> Segmenter:
+    """CLIP's own patches against the words, by the last block's value path."""
+    return lexiseg.load(f"dense-clip/{clip}", device="cpu")
+
+
 def labels_of(segmenter: Segmenter, image: Tensor, vocabulary: Vocabulary, extra: str = "none") -> Tensor:
     """Labels (H, W) of a square picture, with one of `EXTRAS`, which any system can have at test time.
 
-    "edges" is the package's refinement of that name, "shift" a second look at the picture without a border of half a
-    patch: scores of both are averaged where they overlap.
+    "edges" is the package's refinement of that name; "shift" a second look at the picture without a border of half a
+    patch, "frozen" one by the `frozen` CLIP: scores are averaged where they overlap.
     """
-    if extra == "none":
+    chosen = extra.split("+")
+    if chosen == ["none"]:
         return segmenter.predict(image, vocabulary).label_map.long()
-    refinement = Refinement.parse("none" if extra == "shift" else "edges")
-    scores = segmenter.scores(image, vocabulary)
-    if extra != "edges":
-        policy, half = segmenter.model.window, segmenter.model.patch_size // 2
-        side = policy.short_side or image.shape[-1]
+    policy, half = segmenter.model.window, segmenter.model.patch_size // 2
+    side = policy.short_side or image.shape[-1]
+    parts, boxes = [segmenter.scores(image, vocabulary)], [(0, 0, side, side)]
+    if "shift" in chosen:
         border, inner = round(half * image.shape[-1] / side), side - 2 * half
         cut = image[:, border:-border, border:-border]
-        again = segmenter.scores(cut, vocabulary, window=replace(policy, short_side=inner))
-        boxes = [(0, 0, side, side), (half, half, inner, inner)]
-        scores = WindowScores([scores, again], boxes, (side, side))
-    return refine(scores, image, refinement)[0]
+        parts.append(segmenter.scores(cut, vocabulary, window=replace(policy, short_side=inner)))
+        boxes.append((half, half, inner, inner))
+    if "frozen" in chosen:
+        parts.append(frozen(segmenter.model.clip.name).scores(image, vocabulary, window=policy))
+        boxes.append(boxes[0])
+    scores = WindowScores(parts, boxes, (side, side)) if len(parts) > 1 else parts[0]
+    return refine(scores, image, Refinement.parse("edges" if "edges" in chosen else "none"))[0]
 
 
 @torch.inference_mode()

@@ -1,10 +1,11 @@
-"""What any system can have at test time, on the runs of the papers' claims: edge-aware smoothing and half-patch shift.
+"""What any system can have at test time, on the runs of the papers' claims, each with and without smoothing.
 
     python -m benchmarks.extras --runs runs/claims --split test --scenes 500 --seeds 0 1
 
+Edge-aware smoothing, a second look at the picture half a patch away, and a second opinion by the frozen CLIP.
 `python -m benchmarks.claims --collect` writes what was found: docs/results/extras.json, and a part of docs/claims.md.
-Nothing is trained: every system whose run is finished is judged again with each extra. Their settings are the package's
-defaults, which were chosen on val scenes of another world, so that no choice is made here.
+Nothing is trained: every system whose run is finished is judged again with each extra. The smoothing's settings are the
+package's defaults, chosen on val scenes of another world; the means have no setting.
 """
 
 from __future__ import annotations

@@ -109,10 +109,10 @@ def test_extras_fit_any_system() -> None:
     found = {extra: labels_of(segmenter, image, vocabulary, extra) for extra in EXTRAS}
     assert torch.equal(found["none"], segmenter.predict(image, vocabulary).label_map.long())
     assert torch.equal(found["edges"], segmenter.refined("edges").predict(image, vocabulary).label_map.long())
-    for extra in ("edges", "shift", "both"):
+    for extra in EXTRAS[1:]:
         assert 0.6 < (found[extra] == found["none"]).float().mean() < 1, extra
     # The border has one look alone.
-    assert torch.equal(found["shift"][:3], found["none"][:3]) and not torch.equal(found["shift"], found["both"])
+    assert torch.equal(found["shift"][:3], found["none"][:3]) and not torch.equal(found["shift"], found["shift+edges"])
 
 
 def test_two_processes_share_a_folder(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ what waits for the others runs inside `watching`.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -71,20 +72,12 @@ def destroy() -> None:
 
 def count() -> int:
     """Number of processes."""
-    if not _initialised():
-        return 1
-    import torch.distributed
-
-    return torch.distributed.get_world_size()
+    return _distributed().get_world_size() if _initialised() else 1
 
 
 def rank() -> int:
     """Number of this process, from 0."""
-    if not _initialised():
-        return 0
-    import torch.distributed
-
-    return torch.distributed.get_rank()
+    return _distributed().get_rank() if _initialised() else 0
 
 
 def is_main() -> bool:
@@ -194,11 +187,11 @@ def _device() -> Any:
 
 
 def _initialised() -> bool:
-    import sys
-
     # Whoever has not imported torch has no processes to meet, and `lexiseg --help` must not import it.
-    if "torch" not in sys.modules:
-        return False
+    return "torch" in sys.modules and _distributed().is_available() and _distributed().is_initialized()
+
+
+def _distributed() -> Any:
     import torch.distributed
 
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed

@@ -2,10 +2,8 @@ from __future__ import annotations
 
 import io
 import os
-import struct
 import unicodedata
 import warnings
-import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ from PIL import Image, ImageFile
 
 from lexiseg.errors import LexisegError, LexisegWarning
 from lexiseg.images import IMAGE_SUFFIXES, image_name, list_images, read_image, read_pixels
+from tests.miniatures import png_header
 
 RNG = np.random.default_rng(0)
 PICTURE = RNG.integers(0, 256, (7, 5, 3), dtype=np.uint8)
@@ -29,16 +28,6 @@ def encode(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, kind, **options)
     return buffer.getvalue()
-
-
-def png_header(width: int, height: int) -> bytes:
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return (
-        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 100)) + chunk(b"IEND", b"")
-    )
 
 
 class Raising(io.RawIOBase):

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import os
-import struct
 import subprocess
 import sys
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 import lexiseg
+from tests.miniatures import png_header
 from tests.towers import small_architecture
 
 ARCHITECTURE = small_architecture(vision_cfg={"layers": 2, "width": 16, "head_width": 8}, text_cfg={"layers": 1})
@@ -35,18 +34,6 @@ def command(folder: Path, *args: object) -> subprocess.CompletedProcess[str]:
     )
 
 
-def bomb(path: Path, side: int = 40_000) -> Path:
-    """A PNG of a few hundred bytes whose header announces ``side`` x ``side`` pixels."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
-    pixels = zlib.compress(bytes(1000))
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b""))
-    return path
-
-
 def bad_pictures(folder: Path) -> dict[str, Path]:
     """Pictures that cannot be segmented, by what the sentence about each must say."""
     folder.mkdir(exist_ok=True)
@@ -59,13 +46,15 @@ def bad_pictures(folder: Path) -> dict[str, Path]:
     whole.unlink()
     pixel = folder / "pixel.png"
     Image.new("RGB", (1, 1)).save(pixel)
+    bomb = folder / "bomb.png"
+    bomb.write_bytes(png_header(40_000, 40_000))
     empty = folder / "empty.png"
     empty.touch()
     return {
         "not a picture": text,
         "truncated": truncated,
         "1 x 1": pixel,
-        "megapixels": bomb(folder / "bomb.png"),
+        "megapixels": bomb,
         "empty file": empty,
     }
 

@@ -55,9 +55,12 @@ def list_coco_json(
     table = ValueTable({index: index for index in range(len(names))}, (ignore,), ignore)
     rest = rest_of(names, ignore)
     outlines, findings = _by_image(annotations, order, path, split)
+
+    def wrong(kind: str, problem: str, sample: str = "", severity: str = "error") -> None:
+        findings.append(Finding(kind, problem, str(path), sample, split, severity))
+
     items: list[Item] = []
-    ids: set[int | str] = set()
-    taken: set[str] = set()
+    ids, taken = set[int | str](), set[str]()
     for index, record in enumerate(records):
         try:
             number, name = _id(record["id"]), _name(record["file_name"])
@@ -66,24 +69,23 @@ def list_coco_json(
                 raise ValueError
         except (KeyError, TypeError, ValueError, OverflowError):
             problem = f"'{path}': entry {index} of images has no valid id, file_name, height or width; complete it."
-            findings.append(Finding("wrong-record", problem, str(path), split=split))
+            wrong("wrong-record", problem)
             continue
         if number in ids or name in taken:
-            problem = f"'{path}' lists the image '{name}' twice; remove one."
-            findings.append(Finding("duplicate-entry", problem, str(path), name, split))
+            wrong("duplicate-entry", f"'{path}' lists the image '{name}' twice; remove one.", name)
             continue
         ids.add(number)
         taken.add(name)
         if not is_safe(name):
             problem = f"'{path}' names '{name[:80]}', which leads outside the data folder; fix it."
-            findings.append(Finding("wrong-name", problem, str(path), name[:80], split))
+            wrong("wrong-name", problem, name[:80])
             continue
         last = name.rpartition("/")[2]
         image = _first_file([*(folder / name for folder in folders), *(folder / last for folder in folders)])
         if image is None:
             where = ", ".join(f"'{folder}'" for folder in folders)
             problem = f"The picture '{name}' of '{path}' is in none of {where}; put it there or remove its record."
-            findings.append(Finding("missing-picture", problem, str(path), name, split))
+            wrong("missing-picture", problem, name)
             continue
         draw = partial(draw_outlines, outlines.get(number, []), size, rest)
         items.append(Item(key(Path(name).stem), image, path, LabelKind.index, table, draw, exif))
@@ -94,11 +96,9 @@ def list_coco_json(
             "image, so these outlines are never drawn; fix the ids or remove the annotations."
         )
         # Pictures may be left out on purpose; where not a single id fits, the two lists count differently.
-        severity = "warning" if len(strangers) < len(outlines) else "error"
-        findings.append(Finding("wrong-record", problem, str(path), split=split, severity=severity))
+        wrong("wrong-record", problem, severity="warning" if len(strangers) < len(outlines) else "error")
     if not records:
-        problem = f"'{path}' lists no images."
-        findings.append(Finding("empty-list", problem, str(path), split=split))
+        wrong("empty-list", f"'{path}' lists no images.")
     return SplitFiles(split, tuple(items), vocabulary, ignore, tuple(findings))
 
 

@@ -100,7 +100,8 @@ def _first_equal(values: Tensor, largest: Tensor) -> Tensor:
     for start in range((len(values) - 1) // size * size, -1, -size):
         part = values[start : start + size]
         order = torch.arange(len(part), dtype=torch.uint8, device=values.device).view(-1, *[1] * largest.dim())
-        first = torch.where(part == largest, order, size).amin(0)
+        # The position where they are equal, 255 elsewhere; torch.where takes three times as long.
+        first = (part != largest).view(torch.uint8).neg_().bitwise_or_(order).amin(0)
         found = torch.where(first < size, first.long() + start, found)
     return found
 

@@ -24,7 +24,7 @@ from lexiseg.scores._indexing import bounds_of, every, pool, shift, spread
 Words = slice | Tensor
 """Which words a block is asked for: a range, or int64 indices."""
 
-BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_WORDS = 8, 64, 2048
+BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_WORDS = 16, 128, 1024
 """`Mixture` takes matrix products in blocks of exactly this size: a value's bits do not depend on what is asked for."""
 
 

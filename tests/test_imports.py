@@ -24,6 +24,7 @@ ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "first_and_last": set(),
     "label_ids": set(),
+    "matmul": set(),
     "normalisation": set(),
     "progress": set(),
     "startup": set(),

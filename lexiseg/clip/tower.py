@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from lexiseg.clip.positions import Interpolation, resize_positions
 from lexiseg.errors import LexisegError
+from lexiseg.matmul import linear
 
 # What mixes the tokens of a block: the block's ``nn.MultiheadAttention``, its normalised tokens (B, L, W) and, or None,
 # normalised tokens (B or 1, P, W) that are keys and values only; gives (B, L, W), after the output projection.
@@ -45,20 +46,20 @@ def block_attention(
     """
     width, num_heads = attention.embed_dim, attention.num_heads
     weight, bias = attention.in_proj_weight, attention.in_proj_bias
-    query, key, value = F.linear(x, weight, bias).chunk(3, dim=-1)
+    query, key, value = linear(x, weight, bias).chunk(3, dim=-1)
     if context is not None:
         rows = F.linear(context, weight[width:], None if bias is None else bias[width:])
         more_keys, more_values = rows.expand(x.shape[0], -1, -1).chunk(2, dim=-1)
         key, value = torch.cat([key, more_keys], dim=1), torch.cat([value, more_values], dim=1)
     query, key, value = (rows.unflatten(2, (num_heads, -1)).transpose(1, 2) for rows in (query, key, value))
     mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal)
-    return attention.out_proj(mixed.transpose(1, 2).flatten(2))
+    return linear(mixed.transpose(1, 2).flatten(2), attention.out_proj.weight, attention.out_proj.bias)
 
 
 def token_values(attention: nn.MultiheadAttention, x: Tensor) -> Tensor:
     """Each token's own value (B, L, W), all heads side by side: what attention mixes."""
     width, bias = attention.embed_dim, attention.in_proj_bias
-    return F.linear(x, attention.in_proj_weight[2 * width :], None if bias is None else bias[2 * width :])
+    return linear(x, attention.in_proj_weight[2 * width :], None if bias is None else bias[2 * width :])
 
 
 def run_block(
@@ -82,7 +83,9 @@ def run_plain(block: Any, x: Tensor, context: Tensor | None, attention: Attentio
     """`run_block`, past the hooks of the module; with sharding this is the block's own ``forward``."""
     mixed = attention(block.attn, block.ln_1(x), None if context is None else block.ln_1(context))
     x = (x if residual == 1.0 else residual * x) + block.ls_1(mixed)
-    return x + block.ls_2(block.mlp(block.ln_2(x)))
+    expand, shrink = block.mlp.c_fc, block.mlp.c_proj
+    hidden = block.mlp.gelu(linear(block.ln_2(x), expand.weight, expand.bias))
+    return x + block.ls_2(linear(hidden, shrink.weight, shrink.bias))
 
 
 @dataclass(frozen=True)

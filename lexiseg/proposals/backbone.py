@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
 from lexiseg.errors import LexisegError
+from lexiseg.matmul import convolve, plain
 
 if TYPE_CHECKING:
     from lexiseg.proposals.options import Backbone, QueryOptions
@@ -81,6 +82,8 @@ class ResNetBackbone(FeatureBackbone):
     def forward(self, images: Tensor) -> list[Tensor]:
         """Return the features of `FeatureBackbone`."""
         body: Any = self.body
+        if plain(images):
+            return _channels_last(body, images)
         x = body.maxpool(body.act1(body.bn1(body.conv1(images))))
         features = []
         for stage in (body.layer1, body.layer2, body.layer3, body.layer4):
@@ -92,9 +95,13 @@ class ResNetBackbone(FeatureBackbone):
 class _FrozenNorm(FrozenBatchNorm2d):
     """torchvision's frozen batch norm in one pass over the features instead of two."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def affine(self) -> tuple[Tensor, Tensor]:
+        """The factor and the term (C,) that the norm amounts to."""
         scale = self.weight * (self.running_var + self.eps).rsqrt()
-        bias = self.bias - self.running_mean * scale
+        return scale, self.bias - self.running_mean * scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale, bias = self.affine()
         return torch.addcmul(bias[:, None, None], x, scale[:, None, None])
 
 
@@ -106,6 +113,29 @@ def _frozen(module: nn.Module) -> nn.Module:
         else:
             _frozen(child)
     return module
+
+
+def _channels_last(body: Any, x: Tensor) -> list[Tensor]:
+    """A ResNet's features as a processor computes them fastest: channels last, norms within the convolutions."""
+    first = body.conv1 if isinstance(body.conv1, nn.Sequential) else [body.conv1]
+    stem: list[Any] = [layer for layer in (*first, body.bn1) if not isinstance(layer, nn.ReLU)]
+    x = x.contiguous(memory_format=torch.channels_last)
+    for convolution, norm in zip(stem[::2], stem[1::2], strict=True):
+        x = _normed(convolution, norm, x, relu=True)
+    x = body.maxpool(x)
+    features = []
+    for stage in (body.layer1, body.layer2, body.layer3, body.layer4):
+        for block in stage:
+            inner = _normed(block.conv2, block.bn2, _normed(block.conv1, block.bn1, x, relu=True), relu=True)
+            shortcut = x if block.downsample is None else _normed(block.downsample[0], block.downsample[1], x)
+            x = _normed(block.conv3, block.bn3, inner).add_(shortcut).relu_()
+        features.append(x)
+    return features
+
+
+def _normed(convolution: nn.Conv2d, norm: _FrozenNorm, x: Tensor, *, relu: bool = False) -> Tensor:
+    scale, bias = norm.affine()
+    return convolve(convolution, x, convolution.weight * scale[:, None, None, None], bias, relu=relu)
 
 
 class TinyBackbone(FeatureBackbone):

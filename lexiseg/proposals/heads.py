@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from lexiseg.errors import LexisegError
+from lexiseg.matmul import convolve, linear
 from lexiseg.proposals.options import QueryOptions
 
 # The groups of every group norm in the pixel decoders of `transformers`.
@@ -23,12 +24,32 @@ class AnySizeGroupNorm(nn.GroupNorm):
         return torch.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
 
 
-def accept_any_size(module: nn.Module) -> None:
-    """Turn every group norm under ``module`` into an `AnySizeGroupNorm`."""
+class FastLinear(nn.Linear):
+    """A linear layer by `lexiseg.matmul.linear`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map x (..., K) to (..., N)."""
+        return linear(x, self.weight, self.bias)
+
+
+class FastConv2d(nn.Conv2d):
+    """A convolution of single pixels by `lexiseg.matmul.convolve`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map x (B, C, h, w) to (B, N, h, w), or less with a stride."""
+        return convolve(self, x)
+
+
+def use_own_layers(module: nn.Module) -> None:
+    """Turn every group norm under ``module`` into an `AnySizeGroupNorm`, and products of matrices into fast ones."""
     for child in module.modules():
+        # In place: some parts of transformers hold their layers in a plain list as well.
         if type(child) is nn.GroupNorm:
-            # In place: some parts of transformers hold their layers in a plain list as well.
             child.__class__ = AnySizeGroupNorm
+        elif type(child) is nn.Linear:
+            child.__class__ = FastLinear
+        elif type(child) is nn.Conv2d and child.kernel_size == (1, 1) and child.groups == 1:
+            child.__class__ = FastConv2d
 
 
 class ClassMLP(nn.Module):

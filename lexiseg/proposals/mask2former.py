@@ -18,11 +18,11 @@ from lexiseg.errors import LexisegError
 from lexiseg.proposals.backbone import build_backbone
 from lexiseg.proposals.base import ProposalGenerator, Proposals, check_images
 from lexiseg.proposals.heads import (
-    accept_any_size,
     build_class_head,
     check_query_options,
     start_convolutions,
     start_matrices,
+    use_own_layers,
 )
 from lexiseg.proposals.options import Mask2FormerOptions
 
@@ -145,7 +145,7 @@ class Mask2Former(ProposalGenerator):
         self.needs_text = options.interaction
         self.class_embed = build_class_head(options)
         self.embed_dim = None if self.class_embed is None else options.embed_dim
-        accept_any_size(self)
+        use_own_layers(self)
 
     def forward(self, images: Tensor, text: Tensor | None = None) -> Proposals:
         """Propose regions. See `ProposalGenerator.forward`."""

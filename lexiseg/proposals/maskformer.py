@@ -10,14 +10,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lexiseg.matmul import convolve, plain
 from lexiseg.proposals.backbone import build_backbone
 from lexiseg.proposals.base import ProposalGenerator, Proposals, check_images
 from lexiseg.proposals.heads import (
-    accept_any_size,
     build_class_head,
     check_query_options,
     start_convolutions,
     start_matrices,
+    use_own_layers,
 )
 from lexiseg.proposals.options import MaskFormerOptions
 
@@ -64,7 +65,7 @@ class MaskFormer(ProposalGenerator):
         self.mask_embed = MaskformerMLPPredictionHead(options.hidden_dim, options.hidden_dim, options.mask_dim)
         self.class_embed = build_class_head(options)
         self.embed_dim = None if self.class_embed is None else options.embed_dim
-        accept_any_size(self)
+        use_own_layers(self)
         start_convolutions(self.pixel_decoder)
         start_matrices(self.transformer.decoder)
 
@@ -75,8 +76,11 @@ class MaskFormer(ProposalGenerator):
 
     def propose(self, features: list[Tensor]) -> Proposals:
         """Propose regions from the backbone's features, at strides 4, 8, 16, 32."""
-        pixels = self.pixel_decoder(features).last_hidden_state
+        pixels = self.pixel_decoder.fpn(features)[-1]
         states = self.decode(features[-1])
+        if plain(pixels):
+            return self._last_level(states[-1], pixels)
+        pixels = self.pixel_decoder.mask_projection(pixels)
         # Earlier layers serve the losses alone; their masks cost as much as those of the last.
         levels = [
             Proposals(
@@ -86,6 +90,17 @@ class MaskFormer(ProposalGenerator):
             for state in (states if torch.is_grad_enabled() else states[-1:])
         ]
         return Proposals(levels[-1].mask_logits, levels[-1].embeddings, aux=tuple(levels[:-1]))
+
+    def _last_level(self, state: Tensor, pixels: Tensor) -> Proposals:
+        """The result alone, of what the pixel decoder projects to mask features (B, C, h, w).
+
+        The projection and the products with the N queries are linear both, so that one convolution to N masks does.
+        """
+        projection = self.pixel_decoder.mask_projection
+        weight = torch.einsum("bnc,cdij->bndij", self.mask_embed(state), projection.weight)
+        bias = self.mask_embed(state) @ projection.bias
+        masks = [convolve(projection, *one) for one in zip(pixels.split(1), weight, bias, strict=True)]
+        return Proposals(torch.cat(masks).contiguous(), None if self.class_embed is None else self.class_embed(state))
 
     def decode(self, feature: Tensor) -> list[Tensor]:
         """Run the query decoder on the feature of stride 32.

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lexiseg.clip.positions import Interpolation, resize_positions
-from lexiseg.clip.tower import ImageTower
+from lexiseg.clip.tower import ImageTower, patch_grid
 from lexiseg.errors import LexisegError
 
 Module = Callable[[Tensor], Tensor]
@@ -111,17 +111,6 @@ class PatchTower(ABC):
             tokens = block.finish(tokens, F.scaled_dot_product_attention(query, key, value))
         return tokens, kept
 
-    def grid(self, images: Tensor) -> Grid:
-        """The patches a side of images; sides that are no multiples of the patch are a `LexisegError`."""
-        height, width = images.shape[-2:]
-        patch = self.patch_size
-        if height % patch or width % patch or not height or not width:
-            raise LexisegError(
-                f"An image of {height} x {width} does not divide into {patch} x {patch} patches; "
-                f"resize it to multiples of {patch}."
-            )
-        return height // patch, width // patch
-
 
 def _resize_table(table: Tensor, source: Grid, grid: Grid, interpolation: Interpolation, by_count: bool) -> Tensor:
     """Resize the positions of patches (h0 * w0, W) alone: (h * w, W)."""
@@ -194,7 +183,7 @@ class TimmTower(PatchTower):
         self, images: Tensor, *, interpolation: Interpolation | None = None, by_count: bool = False
     ) -> tuple[Tensor, Grid]:
         """See `PatchTower.embed`."""
-        trunk, grid = self.trunk, self.grid(images)
+        trunk, grid = self.trunk, patch_grid(images, self.patch_size)
         patches = trunk.patch_embed.proj(images.to(trunk.patch_embed.proj.weight.dtype)).flatten(2).transpose(1, 2)
         prefix = [
             part.expand(images.shape[0], -1, -1) for part in (trunk.cls_token, trunk.reg_token) if part is not None
@@ -264,7 +253,7 @@ class TransformersTower(PatchTower):
         self, images: Tensor, *, interpolation: Interpolation | None = None, by_count: bool = False
     ) -> tuple[Tensor, Grid]:
         """See `PatchTower.embed`."""
-        grid, embeddings = self.grid(images), self.vision.embeddings
+        grid, embeddings = patch_grid(images, self.patch_size), self.vision.embeddings
         kind = interpolation or self.positions
         if self.is_tips:
             patches = embeddings.patch_embeddings(images)
@@ -287,7 +276,7 @@ class TransformersTower(PatchTower):
         if isinstance(embedding, nn.Conv2d):
             return embedding(images.to(embedding.weight.dtype)).flatten(2).transpose(1, 2)
         # SigLIP 2 multiplies patches that were cut out and flattened, colour last, by a matrix.
-        patch, (height, width) = self.patch_size, self.grid(images)
+        patch, (height, width) = self.patch_size, patch_grid(images, self.patch_size)
         cut = images.reshape(images.shape[0], 3, height, patch, width, patch).permute(0, 2, 4, 3, 5, 1)
         return embedding(cut.reshape(images.shape[0], height * width, -1))
 

@@ -8,7 +8,6 @@ only. So the patches do not depend on the masks: they run once, and a region cos
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -29,21 +28,6 @@ FROZEN_UNITS = ("conv", "cls", "pos", "ln_pre", "mlp", "proj")
 """What the authors' code keeps of CLIP, by the names of the paper's ablation (MAFT, Table 4d; ln_pre is not in it)."""
 
 
-@dataclass(frozen=True)
-class RegionTokens:
-    """What the blocks leave behind, before the final norm.
-
-    ``regions`` (B, N, W); ``patches`` (B, gh * gw, W), or None if nobody asked for them; ``grid`` (gh, gw); ``levels``,
-    outputs of the blocks asked for, by index: (B, N + gh * gw, W), or (B, 1 + gh * gw, W) before the class token is
-    copied.
-    """
-
-    regions: Tensor
-    patches: Tensor | None
-    grid: tuple[int, int]
-    levels: dict[int, Tensor]
-
-
 def attention_mask(inside: Tensor) -> Tensor:
     """What each region's class token may attend to: itself and the patches inside, of (B, N, gh, gw) boolean.
 
@@ -62,10 +46,9 @@ def attend_regions(
     inside: Tensor,
     *,
     start_block: int,
-    patches: bool = False,
-    levels: Collection[int] = (),
-) -> RegionTokens:
-    """Run the blocks from ``start_block`` on with a class token for each region.
+    stop: int | None = None,
+) -> Tensor:
+    """Run the blocks from ``start_block`` on with a class token for each region (MAFT, Sec. 4.1).
 
     Args:
         tower: the image tower.
@@ -74,58 +57,24 @@ def attend_regions(
         grid: (gh, gw).
         inside: (B, N, gh, gw) boolean, the patches of each region; any N, and a region may be empty.
         start_block: index (0-based) of the first block with masks, L in the paper; none such is a `LexisegError`.
-        patches: whether the patches of the last block are wanted.
-        levels: indices of the blocks whose outputs are wanted.
+        stop: index of the first block that is not run; None runs all.
+
+    Returns:
+        (B, N, W), the regions' class tokens, before the final norm.
     """
-    check_start_block(tower, start_block)
-    blocks = tower.visual.transformer.resblocks
-    num_regions, num_patches = inside.shape[1], grid[0] * grid[1]
-    regions = tokens[:, :1].expand(-1, num_regions, -1)
-    rows = tokens[:, -num_patches:]
+    if not 0 <= start_block < tower.num_blocks:
+        raise LexisegError(
+            f"Mask attention cannot start at block {start_block} of a tower of {tower.num_blocks} blocks; "
+            f"choose one from 0 to {tower.num_blocks - 1}, for example {tower.num_blocks * 2 // 3}."
+        )
+    regions, rows = tokens[:, :1].expand(-1, inside.shape[1], -1), tokens[:, -grid[0] * grid[1] :]
     inside_only = partial(block_attention, mask=attention_mask(inside))
-    kept: dict[int, Tensor] = {}
-    for index in range(start_block, len(blocks)):
-        # The patches' keys and values are computed here and in their own run again: a sixth of a block more, and worth
-        # one function for every kind of block. The last block's patches are not computed unless they are wanted.
-        context = rows
-        if patches or levels or index + 1 < len(blocks):
-            rows = run_block(blocks[index], rows)
-        if num_regions:
-            regions = run_block(blocks[index], regions, context, attention=inside_only)
-        if index in levels:
-            kept[index] = torch.cat([regions, rows], dim=1)
-    return RegionTokens(regions, rows if patches else None, grid, kept)
-
-
-def encode_regions(
-    tower: ImageTower,
-    images: Tensor,
-    masks: Tensor,
-    *,
-    start_block: int,
-    position_interpolation: Interpolation = "bicubic-corners",
-    patches: bool = False,
-    levels: Collection[int] = (),
-) -> RegionTokens:
-    """Run a vision transformer with a class token for each region (MAFT, Sec. 4.1); see `attend_regions`.
-
-    Images (B, 3, H, W), normalised; what is left over of whole patches at the right and lower edge is cut off, as the
-    patch convolution does. Masks (B, N, h, w) in 0..1 cover the same frame. Positions: "bicubic-corners" as MAFT and
-    FreeSeg, "bicubic" as ZSSeg. A missing block or an image smaller than a patch is a `LexisegError`.
-    """
-    check_start_block(tower, start_block)
-    tokens, grid = tower.embed(whole_patches(images, tower.patch_size), interpolation=position_interpolation)
-    early = tower.run(tokens, grid, stop=start_block, levels=levels)
-    result = attend_regions(
-        tower,
-        early.tokens,
-        grid,
-        resize_masks(masks, grid) >= INSIDE,
-        start_block=start_block,
-        patches=patches,
-        levels=levels,
-    )
-    return RegionTokens(result.regions, result.patches, grid, {**early.levels, **result.levels})
+    *blocks, last = list(tower.visual.transformer.resblocks)[start_block:stop] if inside.shape[1] else [None]
+    for block in blocks:
+        # The patches' keys and values are computed here and in their own run: a sixth of a block more, and worth one
+        # function for every kind of block.
+        regions, rows = run_block(block, regions, rows, attention=inside_only), run_block(block, rows)
+    return regions if last is None else run_block(last, regions, rows, attention=inside_only)
 
 
 def region_embeddings(
@@ -140,11 +89,12 @@ def region_embeddings(
 
     Args:
         visual: ``model.visual`` of an open_clip model: a vision transformer or a CLIP ResNet.
-        images: (B, 3, H, W) normalised, any size from one patch on and any aspect.
+        images: (B, 3, H, W) normalised, any aspect and any size from one patch on; what is left over of whole patches
+            at the right and lower edge is cut off.
         masks: (B, N, h, w) in 0..1 over the same frame, any h and w; N may be 0.
         start_block: first block (0-based) with masks, L in the paper: 8 for ViT-B/16, 16 for ViT-L/14. A ResNet has
             none: there the masks act in the attention pool.
-        position_interpolation: see `encode_regions`.
+        position_interpolation: "bicubic-corners" as MAFT and FreeSeg, "bicubic" as ZSSeg.
 
     Raises:
         LexisegError: the tower is of another kind, there is no block ``start_block``, or an image is too small.
@@ -154,19 +104,10 @@ def region_embeddings(
         inside = resize_masks(masks, (features.shape[-2], features.shape[-1])) >= INSIDE
         return attention_pool(visual.attnpool, features, inside, position_interpolation=position_interpolation)
     tower = ImageTower(visual)
-    result = encode_regions(
-        tower, images, masks, start_block=start_block, position_interpolation=position_interpolation
-    )
-    return tower.project(result.regions)
-
-
-def check_start_block(tower: ImageTower, start_block: int) -> None:
-    """Refuse a block from which no mask could act, with a `LexisegError`."""
-    if not 0 <= start_block < tower.num_blocks:
-        raise LexisegError(
-            f"Mask attention cannot start at block {start_block} of a tower of {tower.num_blocks} blocks; "
-            f"choose one from 0 to {tower.num_blocks - 1}, for example {tower.num_blocks * 2 // 3}."
-        )
+    tokens, grid = tower.embed(whole_patches(images, tower.patch_size), interpolation=position_interpolation)
+    tokens = tower.run(tokens, grid, stop=start_block).tokens
+    inside = resize_masks(masks, grid) >= INSIDE
+    return tower.project(attend_regions(tower, tokens, grid, inside, start_block=start_block))
 
 
 def trainable_names(visual: nn.Module, frozen: Collection[str] = FROZEN_UNITS) -> tuple[str, ...]:

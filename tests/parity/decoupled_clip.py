@@ -14,7 +14,7 @@ from lexiseg.clip.resnet import attention_pool, resnet_features
 from lexiseg.clip.severance import Severance, released_residual, severance_masks, severed_attention
 from lexiseg.clip.tower import ImageTower
 from lexiseg.clip.visual_prompts import AddedTables, PrependedPrompts
-from lexiseg.regions.mask_attention import INSIDE, attention_mask, encode_regions, region_embeddings
+from lexiseg.regions.mask_attention import INSIDE, attend_regions, attention_mask, region_embeddings
 from lexiseg.regions.pooling import resize_masks
 from tests.parity.case import Case
 from tests.parity.clip_build import make_clip, vision_sizes
@@ -134,15 +134,19 @@ def ip_clip(case: Case) -> None:
     case.check_stated("dense", config, {"dense": dense_kept})
     for start in config["L"]:
         name = f"L{start}"
-        run = encode_regions(tower, images, masks, start_block=start, patches=True, levels=range(tower.num_blocks))
         case.check(f"{name}/cls", region_embeddings(clip.visual, images, masks, start_block=start))
-        case.check(f"{name}/cls", tower.project(run.regions))
-        if run.patches is not None:
-            case.check(f"{name}/dense", tower.project(run.patches).unflatten(1, run.grid))
-        for index, level in run.levels.items():
-            case.check(f"{name}/tokens_after_layer_{index}", level)
-        tokens, _ = tower.embed(whole_patches(images, tower.patch_size), interpolation="bicubic-corners")
+        tokens, run_grid = tower.embed(whole_patches(images, tower.patch_size), interpolation="bicubic-corners")
         case.check(f"{name}/tokens_after_ln_pre", tokens)
+        early = tower.run(tokens, run_grid, stop=start, levels=range(start))
+        # The patches are a run of their own behind the first masked block.
+        late = tower.run(early.tokens[:, 1:], run_grid, first=start, levels=range(tower.num_blocks))
+        case.check(f"{name}/dense", tower.project(late.tokens).unflatten(1, run_grid))
+        for index, level in {**early.levels, **late.levels}.items():
+            if index >= start:
+                stop = index + 1
+                regions = attend_regions(tower, early.tokens, run_grid, on_grid >= INSIDE, start_block=start, stop=stop)
+                level = torch.cat([regions, level], dim=1)
+            case.check(f"{name}/tokens_after_layer_{index}", level)
         case.check(f"{name}/attn_blocked", blocked(on_grid, config["heads"]))
     for key in case.expected_names():
         if key.endswith("/single_mask_cls"):

@@ -9,9 +9,10 @@ from torch import Tensor
 from lexiseg.errors import LexisegError
 from lexiseg.models import DenseCLIP
 from lexiseg.proposals.base import ProposalGenerator, Proposals
-from lexiseg.refine import Refinement, candidates, pamr, pamr_weights, refine, region_map, vote
+from lexiseg.refine import Refinement, candidates, refine, region_map, vote
 from lexiseg.scores import GridScores
 from lexiseg.segmenter import Segmenter
+from lexiseg.smoothing import pamr, pamr_weights
 from tests.towers import small_clip
 
 SIZE = (96, 128)

@@ -38,9 +38,9 @@ from lexiseg.models.last_block import (
 )
 from lexiseg.models.options import ModelOptions, WindowOptions
 from lexiseg.normalisation import pixels_of
-from lexiseg.refine import pamr
 from lexiseg.scores import GridScores
 from lexiseg.scores.words import WordsRule
+from lexiseg.smoothing import pamr
 from lexiseg.windows import WindowPolicy
 
 Method = Literal["maskclip", "clip", "sclip", "clearclip", "naclip", "resclip", "proxyclip", "gem"]

@@ -4,7 +4,7 @@ This is no paper's system but a combination found by searching what composes her
 is ZegCLIP's (Zhou et al., CVPR 2023) to the letter, and its weights fit. At prediction the same tower and decoder also
 see the picture without a border of half a patch, so that their patches lie across the corners of the first ones; the
 mask logits of both are averaged on a lattice of quarter patches; and their probabilities are smoothed where the colours
-of the picture are, see `lexiseg.refine`.
+of the picture are, see `lexiseg.smoothing`.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from lexiseg.models.base import ImageFeatures
 from lexiseg.models.options import Count, ModelOptions
 from lexiseg.models.zegclip import ZegCLIP, ZegCLIPOptions
 from lexiseg.normalisation import pixels_of
-from lexiseg.refine import smooth
 from lexiseg.scores import GridScores
+from lexiseg.smoothing import smooth
 
 # Cells of the lattice along a patch: the shifted patches begin in the middle of the first ones.
 _CELLS = 4
@@ -34,7 +34,7 @@ class SecondLookOptions(ZegCLIPOptions):
         half_patch_shift: see the picture twice, half a patch apart.
         smoothing_distances: of the neighbours in each pass of smoothing, in quarters of a patch; empty does not smooth.
         colour_width: the difference of colours, RGB in 0..1, beyond which neighbours stop counting, see
-            `lexiseg.refine.edge_weights`.
+            `lexiseg.smoothing.edge_weights`.
     """
 
     half_patch_shift: bool = True

@@ -9,7 +9,7 @@ from lexiseg.clip import positions
 from lexiseg.clip.positions import resize_positions
 from lexiseg.models.last_block import neighbourhood
 from lexiseg.models.spt_seg import SpectralFilter
-from lexiseg.refine import pamr, smooth
+from lexiseg.smoothing import pamr, smooth
 
 GRIDS = [(4, 4), (5, 6), (6, 5), (1, 3), (13, 2)]
 

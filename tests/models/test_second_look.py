@@ -13,8 +13,8 @@ from torch.nn import functional as F
 from lexiseg.errors import LexisegError
 from lexiseg.models import CascadeCLIP, SecondLook, SegmentationModel, ZegCLIP
 from lexiseg.recipes import load_recipe
-from lexiseg.refine import edge_weights, smooth
 from lexiseg.scores import GridScores
+from lexiseg.smoothing import edge_weights, smooth
 from lexiseg.training.init import start_from
 from lexiseg.vocabulary import Vocabulary
 from lexiseg.weights import save_model
@@ -151,7 +151,7 @@ def test_words_are_smoothed_by_themselves(monkeypatch: pytest.MonkeyPatch) -> No
     generator = torch.Generator().manual_seed(0)
     scores, colours = torch.rand(2, 9, 5, 7, generator=generator), torch.rand(2, 3, 5, 7, generator=generator)
     whole = smooth(scores, colours, (1, 2), 0.3)
-    monkeypatch.setattr("lexiseg.refine._WORDS", 4)
+    monkeypatch.setattr("lexiseg.smoothing._WORDS", 4)
     assert torch.equal(smooth(scores, colours, (1, 2), 0.3), whole)
     assert torch.equal(smooth(scores[1:, 3:5], colours[1:], (1, 2), 0.3), whole[1:, 3:5])
     constant = torch.full((1, 2, 5, 7), 0.25)

@@ -24,9 +24,9 @@ from lexiseg.models.last_block import (
     neighbourhood,
     proxy_attention,
 )
-from lexiseg.refine import pamr, pamr_weights
 from lexiseg.scores import WindowScores
 from lexiseg.scores.words import WordsRule, words_to_classes
+from lexiseg.smoothing import pamr, pamr_weights
 from lexiseg.windows import cover
 from tests.parity.case import Case, UnsupportedError
 from tests.parity.clip_build import IdTokenizer, make_clip, vision_sizes

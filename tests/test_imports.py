@@ -27,6 +27,7 @@ ALLOWED: dict[str, set[str]] = {
     "matmul": set(),
     "normalisation": set(),
     "smoothing": set(),
+    "strict": set(),
     "progress": set(),
     "startup": set(),
     "files": {"errors"},

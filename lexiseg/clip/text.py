@@ -68,7 +68,7 @@ class TextEmbedder:
 
         A filled template that is too long for the text tower is a `LexisegError`.
         """
-        return self._remembered(
+        return self.remember(
             ["words", list(templates)], words, lambda found: self._encode([(words[i],) for i in found], templates)
         )
 
@@ -78,7 +78,7 @@ class TextEmbedder:
         ZegFormer's rule for a class name such as "grass, lawn".
         """
         keys = [json.dumps(list(group), ensure_ascii=False) for group in groups]
-        return self._remembered(
+        return self.remember(
             ["joined", list(templates)], keys, lambda found: self._encode([groups[i] for i in found], templates)
         )
 
@@ -96,25 +96,22 @@ class TextEmbedder:
             self.num_forwards += 1
             return learner(self.clip, [words[i] for i in found], task, chunk=self.chunk)
 
-        return self._remembered(["prompted", learner.fingerprint(), task], words, encode, disk=disk)
+        return self.remember(["prompted", learner.fingerprint(), task], words, encode, disk=disk)
 
-    def remember(self, manner: Sequence[Any], keys: Sequence[str], encode: Callable[[list[int]], Tensor]) -> Tensor:
-        """Vectors (len(keys), D) of other things than words, kept like those of words, float32, on clip's device.
+    def remember(
+        self, manner: Sequence[Any], keys: Sequence[str], encode: Callable[[list[int]], Tensor], *, disk: bool = True
+    ) -> Tensor:
+        """Vectors (len(keys), D) from memory or disk, or made now, of words or other things; on clip's device.
 
         Args:
             manner: what the vectors depend on beside the keys and the text tower; JSON can hold it.
             keys: a text for each vector.
             encode: makes the vectors (n, D) of the keys with the given indices.
+            disk: look and keep on disk too.
         """
-        return self._remembered(manner, keys, encode)
-
-    def _remembered(
-        self, manner: Sequence[Any], words: Sequence[str], encode: Callable[[list[int]], Tensor], *, disk: bool = True
-    ) -> Tensor:
-        """Answer from memory or disk, and encode what neither knows; the text tower is part of the key."""
         text = json.dumps([*manner, self.clip.text_fingerprint()], ensure_ascii=False)
         shelf = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
-        return self._cache.get(shelf, words, encode, disk=disk).to(self.clip.device)
+        return self._cache.get(shelf, keys, encode, disk=disk).to(self.clip.device)
 
     def _encode(self, groups: Sequence[Sequence[str]], templates: Sequence[str]) -> Tensor:
         parts = []

@@ -9,12 +9,13 @@ from __future__ import annotations
 from typing import Annotated, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
 from lexiseg.losses.masks import check_labels, ignore_index
 from lexiseg.losses.reduction import reduction_weight
+from lexiseg.strict import StrictModel
 
 Distance = Literal["smooth-l1", "l1", "l2", "kl"]
 Normalisation = Literal["row", "matrix"]
@@ -23,7 +24,7 @@ _EPS_IOU = 1e-7
 _EPS_RANGE = 1e-8
 
 
-class MaskAwareOptions(BaseModel):
+class MaskAwareOptions(StrictModel):
     """Options of `mask_aware_loss` and `distillation_loss`.
 
     Attributes:
@@ -35,8 +36,6 @@ class MaskAwareOptions(BaseModel):
         binary: take the IoU of masks cut at 0.5 instead of soft ones.
         distillation: weight of the self-distillation (released: 0.1; paper: 1; 0 leaves it out).
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     distance: Distance = "smooth-l1"
     normalise: Normalisation = "row"

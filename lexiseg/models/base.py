@@ -26,6 +26,8 @@ from lexiseg.windows import WindowPolicy
 if TYPE_CHECKING:
     from lexiseg.clip.prompt_learner import PromptLearner
 
+Towers = Callable[[], CLIP]
+
 
 @dataclass(frozen=True)
 class ImageFeatures:
@@ -123,12 +125,7 @@ class SegmentationModel(nn.Module, ABC):
 
     @classmethod
     def check_init(
-        cls,
-        options: ModelOptions,
-        other: type[SegmentationModel],
-        other_options: ModelOptions,
-        clip: Callable[[], CLIP],
-        name: str,
+        cls, options: ModelOptions, other: type[SegmentationModel], other_options: ModelOptions, clip: Towers, name: str
     ) -> None:
         """See, before a model of another system is trained, that one of this system can start from it.
 

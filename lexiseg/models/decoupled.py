@@ -8,8 +8,7 @@ regions to pixels (MaskFormer's semantic inference).
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import torch
@@ -21,7 +20,7 @@ from lexiseg.clip.load import shapes_of
 from lexiseg.clip.model import CLIP
 from lexiseg.clip.tower import unit
 from lexiseg.errors import LexisegError
-from lexiseg.models.base import ImageFeatures, SegmentationModel
+from lexiseg.models.base import ImageFeatures, SegmentationModel, Towers
 from lexiseg.models.options import Deviations, ModelOptions, Pixels, Triple, WindowOptions
 from lexiseg.normalisation import IMAGENET_MEAN, IMAGENET_STD, normalise, pixels_of
 from lexiseg.proposals.base import ProposalGenerator, Proposals
@@ -108,12 +107,7 @@ class DecoupledModel(SegmentationModel):
 
     @classmethod
     def check_init(
-        cls,
-        options: ModelOptions,
-        other: type[SegmentationModel],
-        other_options: ModelOptions,
-        clip: Callable[[], CLIP],
-        name: str,
+        cls, options: ModelOptions, other: type[SegmentationModel], other_options: ModelOptions, clip: Towers, name: str
     ) -> None:
         """Decoupled systems take over what fits; see `SegmentationModel.check_init`."""
         if cls.family != other.family:
@@ -272,12 +266,6 @@ class DecoupledModel(SegmentationModel):
             sigmoid=sigmoid,
             offsets=offsets,
         )
-
-    @abstractmethod
-    def score(
-        self, features: ImageFeatures, text: Tensor, *, word_to_class: Tensor | None = None, seen: Tensor | None = None
-    ) -> RegionScores:
-        """Score words against images; see `SegmentationModel.score`."""
 
     def set_trainable(self) -> SegmentationModel:
         """Let exactly the `trainable_names` require gradients; a frozen generator is told so."""

@@ -7,8 +7,9 @@ from collections.abc import Iterable
 from itertools import pairwise
 from typing import Annotated, Any, ClassVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
+from lexiseg.strict import StrictModel
 from lexiseg.windows import WindowPolicy
 
 _Deviation = Annotated[float, Field(gt=0)]
@@ -20,13 +21,12 @@ Dropout = Annotated[float, Field(ge=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]
 
 
-class ModelOptions(BaseModel):
+class ModelOptions(StrictModel):
     """Options of a system: immutable; an unknown key, or a number that is not finite, is an error that names it.
 
     ``weights_depend_on`` names those that must be the same in a training and in the one that it starts from.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
     weights_depend_on: ClassVar[frozenset[str]] = frozenset()
 
     def window(self) -> WindowPolicy:

@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal, cast
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from lexiseg.clip.model import CLIP
@@ -31,10 +31,11 @@ from lexiseg.regions.ensemble import EnsembleOptions, class_probabilities, ensem
 from lexiseg.regions.mask_attention import trainable_names
 from lexiseg.regions.pooling import resize_masks, unit_or_zero
 from lexiseg.scores import RegionScores
+from lexiseg.strict import StrictModel
 from lexiseg.vocabulary import Vocabulary
 
 
-class PromptOptions(BaseModel):
+class PromptOptions(StrictModel):
     """Learned words around the class names (CoOp).
 
     Attributes:
@@ -44,8 +45,6 @@ class PromptOptions(BaseModel):
         proposals: False leaves the generator's own scores to the templates: only CLIP's words are learned prompts.
         frozen: keep the prompts as they are while the proposals are trained.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     prefix: Annotated[int, Field(ge=0)] = 16
     suffix: Annotated[int, Field(ge=0)] = 0

@@ -12,14 +12,15 @@ from dataclasses import replace
 from typing import Annotated
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
 from lexiseg.proposals.base import HARD_LOGIT, Proposals
+from lexiseg.strict import StrictModel
 
 
-class LeftoverOptions(BaseModel):
+class LeftoverOptions(StrictModel):
     """Options of `add_leftover`.
 
     Attributes:
@@ -27,8 +28,6 @@ class LeftoverOptions(BaseModel):
         threshold: a place is left over where every mask has a smaller probability than this.
         min_fraction: smallest region, as a fraction of the area of the masks.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     count: Annotated[int, Field(ge=0)] = 0
     threshold: Annotated[float, Field(gt=0, lt=1)] = 0.85

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
+
+from lexiseg.strict import StrictModel
 
 Backbone = Literal["r50", "r101", "r50c", "r101c", "tiny"]
 ClassHead = Literal["cosine-mlp", "linear", "none"]
@@ -12,11 +14,7 @@ Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 
-class _Options(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-class QueryOptions(_Options):
+class QueryOptions(StrictModel):
     """What MaskFormer and Mask2Former have in common. The defaults are the papers'.
 
     Attributes:
@@ -102,7 +100,7 @@ class Mask2FormerOptions(QueryOptions):
     text_dim: Positive | None = None
 
 
-class SamOptions(_Options):
+class SamOptions(StrictModel):
     """Options of `lexiseg.proposals.sam.Sam`: Segment Anything's automatic masks, training-free and without classes.
 
     Attributes:
@@ -131,7 +129,7 @@ class SamOptions(_Options):
     mask_stride: Positive = 4
 
 
-class GroundTruthOptions(_Options):
+class GroundTruthOptions(StrictModel):
     """Options of `lexiseg.proposals.given.GroundTruth`: the masks of labels that are given, for analysis.
 
     Attributes:

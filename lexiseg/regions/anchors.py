@@ -41,26 +41,6 @@ class Anchored:
         return self.heatmaps.mean(dim=1)
 
 
-def sine_positions(grid: tuple[int, int], width: int, *, device: torch.device | None = None) -> Tensor:
-    """MaskFormer's sine position encoding of a grid (gh, gw): 1-based positions scaled to 2 pi, temperature 10,000.
-
-    (gh * gw, width) float32; ``width`` is a multiple of 4: the first half encodes the row and the second half the
-    column.
-    """
-    half = width // 2
-    step = torch.arange(half, device=device, dtype=torch.float32)
-    scale = 10000.0 ** (2.0 * torch.div(step, 2, rounding_mode="floor") / half)
-    parts = []
-    for count in grid:
-        place = torch.arange(1, count + 1, device=device, dtype=torch.float32) / (count + 1e-6) * (2.0 * math.pi)
-        angle = place[:, None] / scale
-        parts.append(torch.stack([angle[:, 0::2].sin(), angle[:, 1::2].cos()], dim=2).flatten(1))
-    rows, columns = parts
-    return torch.cat([rows[:, None].expand(-1, grid[1], -1), columns[None].expand(grid[0], -1, -1)], dim=-1).flatten(
-        0, 1
-    )
-
-
 class AnchorLayer(nn.Module):
     """A transformer decoder layer, post-norm: self-attention among queries, attention to patches, feed-forward part."""
 
@@ -131,7 +111,7 @@ class QueryAnchors(nn.Module):
     def states(self, features: Tensor) -> list[Tensor]:
         """What the queries become, K + 1 tensors (B, Q, E): after each layer, and after Eq. 3's self-attention."""
         memory = features.flatten(1, 2)
-        keys = memory + self._positions(features)
+        keys = memory + self.positions(features)
         queries = self.queries.expand(len(memory), -1, -1)
         state = torch.zeros_like(queries)
         found = []
@@ -157,9 +137,13 @@ class QueryAnchors(nn.Module):
         pooled = (heatmaps.flatten(3) @ values.to(maps.dtype)).transpose(1, 2).flatten(2)
         return Anchored(unit_or_zero(pooled), pooled, heatmaps)
 
-    def _positions(self, features: Tensor) -> Tensor:
-        grid = (int(features.shape[1]), int(features.shape[2]))
-        return sine_positions(grid, features.shape[-1], device=features.device).to(features.dtype)
+    def positions(self, features: Tensor) -> Tensor:
+        """MaskFormer's sine encoding (1, gh * gw, E) of the grid, the first half of it of the rows."""
+        from transformers.models.maskformer.modeling_maskformer import MaskFormerSinePositionEmbedding
+
+        channels = features.permute(0, 3, 1, 2)[:1]
+        encode = MaskFormerSinePositionEmbedding(channels.shape[1] // 2, normalize=True)
+        return encode(channels.shape, channels.device, torch.float32).flatten(2).transpose(1, 2).to(features.dtype)
 
 
 class OutputLayer(nn.Module):
@@ -216,7 +200,7 @@ class ReleasedQueryAnchors(QueryAnchors):
 
     def attention(self, features: Tensor) -> Tensor:
         """Attention maps (B, heads, Q, gh, gw) before the masks, each a distribution over the patches."""
-        keys = features.flatten(1, 2) + self._positions(features)
+        keys = features.flatten(1, 2) + self.positions(features)
         maps = self.heatmap(self.states(features)[-1] + self.queries, keys)
         return maps.unflatten(-1, features.shape[1:3])
 

@@ -21,9 +21,11 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
+
+from lexiseg.strict import StrictModel
 
 # Masks are brought to full resolution this many pixels at a time: a hundred of them at once take gigabytes.
 _PIXELS = 1 << 23
@@ -32,7 +34,7 @@ _CPU_CHUNK = 4
 _CHUNK = 32
 
 
-class CropOptions(BaseModel):
+class CropOptions(StrictModel):
     """How sub-images are made of regions.
 
     Attributes:
@@ -49,8 +51,6 @@ class CropOptions(BaseModel):
         min_score: regions whose best class, by the generator's own scores, has less than this probability are not
             shown to CLIP and take no part; 0 shows all, as the released code does.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     convention: Literal["tight", "roi-align"] = "tight"
     merge: Literal["mask-crop", "crop", "mask"] = "mask-crop"

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import torch
 from open_clip.modified_resnet import ModifiedResNet
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -20,6 +20,7 @@ from lexiseg.clip.tower import ImageTower
 from lexiseg.regions.crops import CropOptions, Crops, aligned_crops, in_chunks, near_duplicates, tight_crops
 from lexiseg.regions.mask_attention import region_embeddings
 from lexiseg.regions.pooling import mask_pool, resize_masks, unit_or_zero
+from lexiseg.strict import StrictModel
 
 Size = tuple[int, int]
 RegionKind = Literal["crops", "mask-attention", "pooled"]
@@ -31,7 +32,7 @@ _ATTENTION_START = 2 / 3
 _PIXELS = 1 << 23
 
 
-class AttentionOptions(BaseModel):
+class AttentionOptions(StrictModel):
     """Options of mask attention, MAFT's IP-CLIP encoder (Sec. 4.1).
 
     Attributes:
@@ -41,8 +42,6 @@ class AttentionOptions(BaseModel):
             trained at 224, and in proportion.
         positions: how the position table follows that size (released: "bicubic-corners").
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     start_block: Annotated[int, Field(ge=0)] | None = None
     image_size: Annotated[int, Field(ge=1)] | None = None

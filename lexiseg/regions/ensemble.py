@@ -9,13 +9,15 @@ from __future__ import annotations
 from typing import Annotated, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor
+
+from lexiseg.strict import StrictModel
 
 Rule = Literal["released", "paper", "proposal", "region"]
 
 
-class EnsembleOptions(BaseModel):
+class EnsembleOptions(StrictModel):
     """How the two scores of a region become one.
 
     With w the weight, for seen and for unseen classes:
@@ -46,8 +48,6 @@ class EnsembleOptions(BaseModel):
             for every class, as the released code does; "drop" lets it take no part. The rule "paper" takes what mask
             attention says of such a region as it is.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     rule: Rule = "released"
     weight: Annotated[float, Field(le=1)] = 0.8

@@ -17,7 +17,7 @@ from lexiseg.models.deop import DeOP
 from lexiseg.normalisation import IMAGENET_MEAN, IMAGENET_STD
 from lexiseg.proposals.base import Proposals
 from lexiseg.proposals.maskformer import MaskFormer
-from lexiseg.regions.anchors import ConvAnchors, ReleasedQueryAnchors, sine_positions
+from lexiseg.regions.anchors import ConvAnchors, ReleasedQueryAnchors
 from lexiseg.regions.pooling import patch_masks, unit_or_zero
 from lexiseg.weights.decoupled_checkpoints import deop_key, infer_anchor_options, read_parts
 from tests.parity.case import Case, UnsupportedError
@@ -49,7 +49,7 @@ def query_anchors(case: Case) -> None:
     grid = (int(features.shape[1]), int(features.shape[2]))
     masks = patch_masks(case.input("mask_logits"), grid)
     case.check("mask_downsampled", masks)
-    case.check("pos", sine_positions(grid, features.shape[-1])[:, None].expand(-1, len(features), -1))
+    case.check("pos", anchors.positions(features).transpose(0, 1).expand(-1, len(features), -1))
     case.check("attention_before_mask", anchors.attention(features).flatten(3))
     states = anchors.states(features)
     case.check("outlayer_query", states[-1])

@@ -238,7 +238,9 @@ def _judged(
             kept = other.kept(other.proposals_of(theirs, text[0]))
             mine = model.encode_images(segmenter.pixels(image))
             mine = replace(mine, values={"images": mine.values["images"], **kept})
-            return model.score(mine, text[1], word_to_class=vocabulary.word_to_class)
+            scores = model.score(mine, text[1], word_to_class=vocabulary.word_to_class)
+            assert isinstance(scores, RegionScores)
+            return scores
 
 
 @contextmanager

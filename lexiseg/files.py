@@ -118,6 +118,22 @@ def write_json(path: str | Path, value: Any) -> Path:
     return write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
+def read_json(path: str | Path, advice: str = "copy the original again") -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises LexisegError, which ends with ``advice``, if it is missing, damaged or holds something else.
+    """
+    try:
+        value = json.loads(Path(path).read_text("utf-8"))
+    except FileNotFoundError as error:
+        raise LexisegError(f"There is no '{path}'; give the whole folder.") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise LexisegError(f"'{path}' is not readable JSON ({error}); {advice}.") from error
+    if not isinstance(value, dict):
+        raise LexisegError(f"'{path}' should hold a mapping; {advice}.")
+    return value
+
+
 def read_lines(path: str | Path) -> list[dict[str, Any]]:
     """The JSON objects of a file with one a line; a line that is none, such as one cut short by a kill, is left out."""
     found = []

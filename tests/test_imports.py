@@ -54,7 +54,7 @@ ALLOWED: dict[str, set[str]] = {
     "hub": {"errors", "words"},
     "catalog": set(),
     "scores": {"errors"},
-    "proposals": {"errors", "hub"},
+    "proposals": {"errors", "files", "hub"},
     "regions": {"errors", "clip"},
     "losses": {"errors", "label_ids", "proposals"},
     "refine": {"errors", "scores", "proposals"},

@@ -19,6 +19,7 @@ from lexiseg.clip.model import CLIP, OPENAI_MEAN, OPENAI_STD
 from lexiseg.clip.patch_tower import PatchTower, TimmTower, TransformersTower
 from lexiseg.clip.tower import ImageTower
 from lexiseg.errors import LexisegError
+from lexiseg.files import read_json
 from lexiseg.hub import download, download_folder, first_line
 
 TRANSFORMERS, TIMM = "transformers:", "timm:"
@@ -212,13 +213,10 @@ def read_transformers(folder: Path, name: str, kind: Any, *, optional: Sequence[
 
 def read_kind(folder: Path, name: str) -> str:
     """The ``model_type`` that a folder of transformers states; a `LexisegError` if it has no readable config.json."""
-    try:
-        return str(json.loads((folder / "config.json").read_text("utf-8"))["model_type"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise LexisegError(
-            f"'{name}' has no readable config.json with a model_type in '{folder}'; give a model as transformers "
-            "writes it."
-        ) from error
+    config = read_json(folder / "config.json", f"give '{name}' as transformers writes it")
+    if "model_type" not in config:
+        raise LexisegError(f"'{name}' has no model_type in '{folder}'; give a model as transformers writes it.")
+    return str(config["model_type"])
 
 
 def _normalisation(folder: Path, kind: str) -> tuple[Sequence[float], Sequence[float]]:

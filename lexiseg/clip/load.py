@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import json
 import math
 import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -22,6 +21,7 @@ from lexiseg.clip.foreign import load_foreign
 from lexiseg.clip.model import CLIP, CONFIG_NAME, WEIGHTS_NAME, build_clip, check_architecture
 from lexiseg.clip.positions import resize_positions
 from lexiseg.errors import LexisegError
+from lexiseg.files import read_json
 from lexiseg.hub import download, first_line
 from lexiseg.words import printable, shorten
 
@@ -187,11 +187,8 @@ def _download_tag(name: str, tag: dict[str, Any]) -> Path:
 
 def read_config(path: Path) -> dict[str, Any]:
     """Read an ``open_clip_config.json``; a `LexisegError` if it is not JSON or has no ``model_cfg``."""
-    try:
-        config = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise LexisegError(f"'{path}' is not a readable JSON file ({first_line(error)}); write it again.") from error
-    if not isinstance(config, dict) or "model_cfg" not in config:
+    config = read_json(path)
+    if "model_cfg" not in config:
         raise LexisegError(f"'{path}' has no model_cfg; take the {CONFIG_NAME} that open_clip writes.")
     return config
 

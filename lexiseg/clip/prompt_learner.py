@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from torch.nn import functional as F
 from lexiseg.clip.embeddings import image_embeddings
 from lexiseg.clip.model import CLIP
 from lexiseg.errors import LexisegError
-from lexiseg.files import atomic_write, make_folder, write_json
+from lexiseg.files import atomic_write, make_folder, read_json, write_json
 from lexiseg.normalisation import normalise
 
 SEMANTIC_TASK = "semantic segmentation."
@@ -183,15 +182,7 @@ def prompts_folder(name: str | Path) -> Path:
 def read_card(folder: str | Path) -> dict[str, Any]:
     """What `save_prompts` was told of how prompts were learned; {} where nothing, a `LexisegError` if it is damaged."""
     path = Path(folder) / _CARD_NAME
-    if not path.is_file():
-        return {}
-    try:
-        card = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise LexisegError(f"'{path}' is damaged; train the prompts again or remove the file.") from error
-    if not isinstance(card, dict):
-        raise LexisegError(f"'{path}' holds something else than it should; train the prompts again or remove the file.")
-    return card
+    return read_json(path, "train the prompts again or remove the file") if path.is_file() else {}
 
 
 def load_prompts(folder: str | Path) -> PromptLearner:

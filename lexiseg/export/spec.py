@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -11,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from lexiseg.checking import check
 from lexiseg.errors import LexisegError
+from lexiseg.files import read_json
 from lexiseg.windows import WindowPolicy
 from lexiseg.words import describe
 
@@ -133,11 +133,8 @@ def is_export(name: object) -> bool:
 def read_spec(folder: Path) -> ExportSpec:
     """Read the description of an exported model. Raises LexisegError if it is damaged or of another version."""
     path = folder / FILE
-    try:
-        values = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise LexisegError(f"'{path}' is not readable JSON; export the model again.") from error
-    if not isinstance(values, dict) or "format" not in values:
+    values = read_json(path, "export the model again")
+    if "format" not in values:
         raise LexisegError(f"'{path}' does not describe an exported model; export the model again.")
     if values["format"] != FORMAT:
         raise LexisegError(

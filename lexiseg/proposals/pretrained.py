@@ -8,7 +8,6 @@ published MaskFormer has them.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,6 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from lexiseg.errors import LexisegError
+from lexiseg.files import read_json
 from lexiseg.hub import cached, download, first_line
 from lexiseg.proposals.backbone import RESNET_WIDTHS, ResNetBackbone
 from lexiseg.proposals.base import ProposalGenerator
@@ -267,13 +267,7 @@ def _transformers_tensors(generator: MaskFormer | Mask2Former, source: str) -> d
 
 
 def _kind_of(settings: Path, source: str) -> str:
-    try:
-        values = json.loads(settings.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise LexisegError(
-            f"'{source}' has no readable config.json; give a MaskFormer or Mask2Former as transformers writes it."
-        ) from error
-    kind = values.get("model_type") if isinstance(values, dict) else None
+    kind = read_json(settings, "give a MaskFormer or Mask2Former as transformers writes it").get("model_type")
     if kind not in ("maskformer", "mask2former"):
         raise LexisegError(
             f"'{source}' is no MaskFormer or Mask2Former of transformers; give one (of what "

@@ -6,7 +6,6 @@ moving average, with ``module.``, ``model.`` or ``_orig_mod.`` in front of every
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from lexiseg.errors import LexisegError
+from lexiseg.files import read_json
 from lexiseg.weights.pickles import PickledFile, entries, is_tensor, unreadable
 from lexiseg.words import shorten
 
@@ -138,19 +138,6 @@ class _Choice:
                 "taken, --ema takes the average."
             )
         return averages[0] if self.ema or not plain else plain[0]
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON file that holds a mapping. Raises LexisegError if it is missing, damaged or holds something else."""
-    try:
-        value = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError as error:
-        raise LexisegError(f"There is no '{path}'; give the whole folder.") from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise LexisegError(f"'{path}' is not readable JSON ({error}); copy the original again.") from error
-    if not isinstance(value, dict):
-        raise LexisegError(f"'{path}' should hold a mapping; copy the original again.")
-    return value
 
 
 def _folder_files(folder: Path) -> list[Path]:

@@ -8,9 +8,8 @@ from typing import Any
 
 from lexiseg.catalog import clip_config, packaged_clips
 from lexiseg.errors import LexisegError
-from lexiseg.files import write_text
+from lexiseg.files import read_json, write_text
 from lexiseg.hub import first_line
-from lexiseg.weights.checkpoint import read_json
 from lexiseg.words import printable
 
 CARD = "README.md"

@@ -171,7 +171,7 @@ def test_another_kind_of_model(tmp_path: Path, folders: dict[str, str]) -> None:
     with pytest.raises(LexisegError, match="is a mask2former, but this generator is a maskformer"):
         start_proposals(make("maskformer"), folders["mask2former"])
     for kind, source, sentence in (
-        ("maskformer", tmp_path, "has no readable config.json"),
+        ("maskformer", tmp_path, "There is no .*config.json"),
         ("maskformer", tmp_path / "nowhere", "There is no folder"),
         ("maskformer", "a/b/c", "There is no folder"),
     ):

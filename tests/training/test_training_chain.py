@@ -223,7 +223,7 @@ def test_prompts_that_do_not_fit(tmp_path: Path, clip_folder: Path) -> None:
     with pytest.raises(LexisegError, match="learned with another CLIP"):
         baseline()
     (folder / "prompts.json").write_text("[")
-    with pytest.raises(LexisegError, match="is damaged"):
+    with pytest.raises(LexisegError, match="is not readable JSON"):
         baseline()
 
 

@@ -111,6 +111,10 @@ class PatchTower(ABC):
             tokens = block.finish(tokens, F.scaled_dot_product_attention(query, key, value))
         return tokens, kept
 
+    def grid(self, images: Tensor) -> Grid:
+        """The patches a side of images, see `patch_grid`."""
+        return patch_grid(images, self.patch_size)
+
 
 def _resize_table(table: Tensor, source: Grid, grid: Grid, interpolation: Interpolation, by_count: bool) -> Tensor:
     """Resize the positions of patches (h0 * w0, W) alone: (h * w, W)."""

@@ -177,6 +177,12 @@ class Service:
         finally:
             for job in jobs:
                 job.future.cancel()
+        for number, future in enumerate(futures, 1):  # others may not have ended when one has failed
+            failed = future.exception() if future.done() and not future.cancelled() else None
+            if isinstance(failed, LexisegError) and len(futures) > 1:
+                raise LexisegError(f"Picture {number}: {failed}") from failed
+            if failed is not None:
+                raise failed
         return name, [future.result() for future in futures]
 
     async def _wait(self, request: Request, futures: list[asyncio.Future[Answer]]) -> None:

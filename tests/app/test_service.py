@@ -195,6 +195,11 @@ def test_a_batch_keeps_the_order(running: Running) -> None:
     assert [one["width"] for one in reply.json()["results"]] == [40, 48, 56]
     reply = running.client.post("/v1/batch", json={"images": [b64(pictures[2])], "classes": "cat; dog"})
     assert [one["width"] for one in reply.json()["results"]] == [56]
+    for broken in (b"no picture", pictures[1][:60]):
+        for place in (0, 1, 2):
+            images = [b64(broken if index == place else one) for index, one in enumerate(pictures)]
+            reply = running.client.post("/v1/batch", json={"images": images, "classes": "cat; dog"})
+            assert reply.status_code == 422 and reply.json()["error"].startswith(f"Picture {place + 1}: "), reply.text
 
 
 def test_what_is_wrong_is_a_sentence_with_its_status(running: Running) -> None:

@@ -191,7 +191,8 @@ def load_checkpoint(folder: Path, *, model: nn.Module, optimizer: torch.optim.Op
         name, _, kind = key.rpartition("/")
         if name not in parameters:
             raise damaged(folder / "optimizer.safetensors")
-        # AdamW counts its steps on the CPU, wherever the moments live.
+        # Not by torch's set_optimizer_state_dict: what no gradient has reached yet, and so has no state, would get one
+        # at step 1 there, and the run would not go on bit for bit. AdamW counts steps on the CPU, wherever moments are.
         optimizer.state[parameters[name]][kind] = value if kind == "step" else _like(value, parameters[name])
     try:
         rng = state["rng"]

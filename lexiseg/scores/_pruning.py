@@ -88,13 +88,15 @@ def prune(field: Field, rows: Tensor, columns: Tensor, margin: float, writer: Wr
     lower, upper = field.interval(rows, columns)
     largest = lower.amax(0)
     keep = upper >= largest - margin
-    # Words that have the same value all over a tile tie there, and the first one wins.
-    tied = (lower == largest) & (upper == largest)
-    keep &= ~tied | (tied.byte().argmax(0) == torch.arange(len(tied), device=tied.device)[:, None, None])
+    most = max(_MOST_KEPT * keep.numel(), 2 * keep[0].numel())
+    if int(keep.sum()) > most:
+        # Words that have the same value all over a tile tie there, and the first one wins.
+        tied = (lower == largest) & (upper == largest)
+        keep &= ~tied | (tied.byte().argmax(0) == torch.arange(len(tied), device=tied.device)[:, None, None])
     keep = keep.flatten(1)
-    del lower, upper, tied
+    del lower, upper
     tiles, words = keep.t().contiguous().nonzero().unbind(1)
-    if len(words) > max(_MOST_KEPT * keep.numel(), 2 * keep.shape[1]):
+    if len(words) > most:
         return False
     stack = [_Candidates(words, tiles, rows.repeat_interleave(columns.shape[1], 1), columns.repeat(1, rows.shape[1]))]
     while stack:

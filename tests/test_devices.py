@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from functools import partial
 
 import pytest
@@ -11,7 +12,10 @@ from torch._dynamo.utils import counters
 import lexiseg
 from lexiseg import devices
 from lexiseg.errors import LexisegError
+from lexiseg.models import SYSTEMS
 from lexiseg.samples import list_samples, sample_path
+from lexiseg.segmenter import Segmenter
+from tests.towers import small_clip
 
 
 @pytest.mark.parametrize(
@@ -58,3 +62,31 @@ def test_a_compiled_model_is_compiled_for_any_number_of_windows_and_words(monkey
         assert torch.allclose(scores[0].logits, scores[1].logits, atol=1e-5)
     # One for several windows, one for a single one; and none of them is broken into pieces.
     assert counters["stats"]["unique_graphs"] == 2 and not counters["graph_break"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor compiles C++")
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
+def test_pictures_of_any_size_are_run_by_the_same_graphs(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    torch._dynamo.reset()
+    counters.clear()
+    windows = {"window_size": 32, "window_stride": 24, "short_side": 32}
+    options = {"num_prompts": 2, "decoder_heads": 2, "decoder_layers": 1, **windows}
+    plain, compiled = (
+        Segmenter(SYSTEMS["zegclip"].build(small_clip(vision_cfg={"layers": 1}), options), disk_cache=False, compile=on)
+        for on in (False, True)
+    )
+    compiled.model.load_state_dict(plain.model.state_dict())
+    graphs = []
+    # Windows: 4 + 1, 3 * 4 + 1, 1, 2, 4 + 3, 1.
+    for height, width in ((32, 128), (32, 300), (48, 48), (30, 41), (57, 300), (32, 32)):
+        image = torch.randint(
+            0, 256, (3, height, width), dtype=torch.uint8, generator=torch.Generator().manual_seed(width)
+        )
+        for classes in ("cat; sky; a tree", "; ".join(f"thing {index}" for index in range(7))):
+            labels = [one.predict(image, classes).label_map for one in (plain, compiled)]
+            assert float((labels[0] == labels[1]).float().mean()) >= 0.999
+        graphs.append(counters["stats"]["unique_graphs"])
+    # One for several windows and one for a single one, both made for the first picture and its first words.
+    assert graphs == [2] * 6 and not counters["graph_break"]

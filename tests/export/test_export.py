@@ -287,3 +287,15 @@ def test_other_formats(segmenter: Segmenter, tmp_path: Path, kind: str, monkeypa
     monkeypatch.setattr("lexiseg.export.exporting.shutil.which", lambda _: None)  # compiling takes minutes
     export(segmenter, tmp_path / "model", kind=kind)
     assert_same(segmenter, lexiseg.load(tmp_path / "model"), [picture(), picture(41, 33, 1)])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="AOTInductor compiles C++")
+def test_torch_is_compiled_where_there_is_a_compiler(tmp_path: Path) -> None:
+    clip = small_clip(vision_cfg={"layers": 1}, text_cfg={"layers": 1})
+    model = SYSTEMS["zegclip"].build(clip, {**ZEGCLIP, "decoder_layers": 1})
+    segmenter = Segmenter(model, disk_cache=False)
+    assert export(segmenter, tmp_path / "model", kind="torch").compiled
+    exported = lexiseg.load(tmp_path / "model")
+    assert exported.model.spec.compiled
+    assert_same(segmenter, exported, [picture(), picture(41, 33, 1)])

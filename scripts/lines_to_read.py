@@ -22,6 +22,7 @@ INTERFACES = {
     "checking": "pydantic's findings as one sentence",
     "hub": "downloads",
     "files": "writes files",
+    "matmul": "torch's linear layers and convolutions, by faster code",
     "scores": "what a model gives back: logits on a grid or a region, made into pixels",
     "models.base": "what every system is: images and text in, scores out",
     "models.options": "options as pydantic models",

@@ -4,9 +4,8 @@ Li et al., "Cascade-CLIP: Cascaded Vision-Language Embeddings Alignment for Zero
 Everything but the groups is that of the system it is built on: ZegCLIP, prompted, frozen or fine-tuned, or SPT-SEG.
 The blocks' features are unit vectors made by a norm and a projection each, except the last block's, which is CLIP's own
 final feature; a group's features are joined (neighborhood Gaussian aggregation, Eq. 4), each group has a decoder, and
-their mask logits are summed (Eq. 2).
-
-The paper's comparisons are groups too, such as "{12},{12},{12}" (Table 7), or "{6-12}" with "concat" (Table 1).
+their mask logits are summed (Eq. 2). The paper's comparisons are groups too, such as "{12},{12},{12}" (Table 7), or
+"{6-12}" with "concat" (Table 1).
 """
 
 from __future__ import annotations
@@ -107,8 +106,7 @@ class WeightedSum(nn.Module):
     def __init__(self, count: int, sigma: float | None, nearest: int = 0) -> None:
         super().__init__()
         distance = torch.arange(count - 1 + nearest, nearest - 1, -1, dtype=torch.float32)
-        weights = torch.ones(count) if sigma is None else torch.exp(-0.5 * (distance / sigma) ** 2)
-        self.weights = nn.Parameter(weights)
+        self.weights = nn.Parameter(torch.ones(count) if sigma is None else torch.exp(-0.5 * (distance / sigma) ** 2))
 
     def forward(self, levels: Tensor) -> Tensor:
         """Join levels (d, B, N, D) into one (B, N, D)."""
@@ -207,8 +205,7 @@ class CascadeCLIP(ZegCLIP):
     def project_level(self, index: int, patches: Tensor) -> Tensor:
         """Unit vectors (B, N, D) of patches (B, N, W), by the prompts' norm, then the norm and projection ``index``."""
         assert self.levels is not None
-        projected: Tensor = self.levels(index, patches if self.prompts is None else self.prompts.norm(patches))
-        return projected
+        return cast(Tensor, self.levels(index, patches if self.prompts is None else self.prompts.norm(patches)))
 
     def level_features(self, result: ImageTokens) -> dict[int, Tensor]:
         """Unit vectors (B, N, D) of the patches that each of the `level_blocks` left."""

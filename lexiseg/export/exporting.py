@@ -224,7 +224,8 @@ def _graphs(segmenter: Segmenter, spec: ExportSpec) -> Iterator[Graph]:
             free |= {2: unit * dimension("rows", min=2, max=_SIDES), 3: unit * dimension("columns", min=2, max=_SIDES)}
         inputs = {"images": torch.randn(2, 3, *size), "text": words}
         yield Graph(_Images(model), inputs, {"images": free, "text": {0: classes}}, "grid")
-    tokens = model.clip.tokenize(["a photo of a cat", "a tree"])[:, :9]
+    # In memory as a call lays them out: compiled code relies on the example's strides.
+    tokens = model.clip.tokenize(["a photo of a cat", "a tree"])[:, :9].contiguous()
     # torch notes that the last length takes another path, which computes the same.
     length = dimension("length", min=2, max=model.clip.context_length - 1)
     free_text = {"tokens": {0: dimension("texts", min=1, max=_WORDS), 1: length}}

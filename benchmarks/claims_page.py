@@ -36,11 +36,10 @@ make reproduce CLAIM=nga                          # one claim at a small size, i
 python -m benchmarks.claims nga --runs runs/claims --split test   # in full, five seeds; may be stopped, and shared
 ```
 
-The CLIP is `clip-world2`, which learnt whole pictures and captions alone and has poor patches
-([its gates](results/gates.json)), so that all values are low. One-stage systems see 6,000 pictures of 165 classes, far
-fewer than it would take until their loss stands still: **a row says which of two systems learns more from so little**,
-and where both have next to no seen IoU, it says nothing of what a finished training forgets. "Scenes" of a row are
-spread evenly over its split.
+The CLIP is `clip-world2`, which learnt whole pictures and captions alone ([its gates](results/gates.json)). One-stage
+systems see 6,000 pictures of 165 classes, far fewer than it would take until their loss stands still, so that all
+values are low: **a row says which of two systems learns more from so little**, and where both have next to no seen IoU,
+it says nothing of what a finished training forgets. "Scenes" of a row are spread evenly over its split.
 
 Where a row is "undecided" its interval holds zero, or it has too few seeds. No claims are tested of the
 [training-free methods](results/training-free.md) and of

@@ -188,6 +188,7 @@ def _region_tensors(parts: CheckpointParts) -> dict[str, Tensor]:
 def read_parts(
     state: Mapping[str, Tensor],
     *,
+    kind: System | None = None,
     clip: CLIP | None = None,
     generator: Mapping[str, int | None] | None = None,
     options: Mapping[str, Any] | None = None,
@@ -196,14 +197,16 @@ def read_parts(
 ) -> tuple[DecoupledModel, list[str]]:
     """Build DeOP, ZSSeg, ZegFormer, FreeSeg or FreeSeg + MAFT from the authors' tensors.
 
-    ``clip``: for files without one (ZegFormer's training checkpoints): OpenAI's ViT-B/16. ``generator``: numbers of
-    attention heads, which no shape tells, see `infer_generator_options`. ``options``: replace what shapes and the
-    authors' code say. ``sizes``: ``heads``, ``text_heads`` and ``tokenizer`` of `clip_from_state`. Returns the model,
+    ``kind``: what the file is of, where no tensor tells: DeOP without heatmaps looks like ZSSeg. ``clip``: for files
+    without one (ZegFormer's training checkpoints): OpenAI's ViT-B/16. ``generator``: numbers of attention heads, which
+    no shape tells, see `infer_generator_options`. ``options``: replace what shapes and the authors' code say.
+    ``sizes``: ``heads``, ``text_heads`` and ``tokenizer`` of `clip_from_state`. Returns the model,
     and the keys that take part in no computation and were left out. Raises LexisegError if it is none of these systems'
     checkpoints, it has no CLIP and none is given, or tensors are missing, left over or of another shape; they are
     listed.
     """
     parts = split_checkpoint(state)
+    parts.system = kind or parts.system
     if parts.system not in SYSTEMS:
         raise LexisegError(f"{name} is a checkpoint of {parts.system}, not of ZSSeg, ZegFormer, FreeSeg or MAFT.")
     deop, odd = parts.system == "deop", list(parts.left_over)

@@ -130,6 +130,7 @@ def build(case: Case, names: list[str], options: Options) -> DeOP:
     texts["X."] = x_dot(prompt, params["clip_adapter.clip_model.token_embedding.weight"], texts[names[0]])
     model, unused = read_parts(
         params,
+        kind="deop",
         heads=config["vh"],
         text_heads=config["th"],
         generator={"heads": config["nh"]},

@@ -148,6 +148,11 @@ class Case:
         """Whether there is a tensor ``expected/name``."""
         return f"expected/{name}" in self.tensors
 
+    def numbered(self, prefix: str) -> int:
+        """How many inputs are called ``prefix`` with a number behind it."""
+        start = f"input/{prefix}"
+        return sum(key.startswith(start) and key.removeprefix(start).isdigit() for key in self.tensors)
+
     def expected_names(self, prefix: str = "") -> list[str]:
         """Names of the ``expected/`` tensors that begin with ``prefix``."""
         start = f"expected/{prefix}"

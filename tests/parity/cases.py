@@ -6,7 +6,8 @@ import importlib
 from collections.abc import Callable
 
 from tests.parity.case import Case, UnsupportedError
-from tests.parity.one_stage import backbone, evaluation, optimizer_steps, slide, text_path, training
+from tests.parity.one_stage import backbone, evaluation, slide, text_path, training
+from tests.parity.one_stage_steps import optimizer_steps
 from tests.parity.pieces import learning_rates, loss_only, metric, positions, sizes, tokens
 from tests.parity.training_free import training_free
 

@@ -260,7 +260,7 @@ def training_step(case: Case) -> None:
     model, config = whole(case), case.config
     sizes, optimiser = config["config"], config["optimiser"]
     model.train()
-    names = [f"image_{index}" for index in range(_count(case))]
+    names = [f"image_{index}" for index in range(case.numbered("image_"))]
     images = _batch(case, names, sizes["size_divisibility"])
     labels = torch.stack([case.input(f"sem_seg_{index}").long() for index in range(len(images))])
     labels = torch.where(labels == config["ignore_value"], 255, labels)
@@ -308,10 +308,6 @@ def _check_delta(case: Case, name: str, actual: Tensor) -> None:
     expected = case.tensors[f"expected/{name}"]
     near = (actual - expected).abs() <= 0.01 * expected.abs().max()
     case.check_that(name, float(near.float().mean()) >= 0.995, "more than 0.5 % of the entries differ")
-
-
-def _count(case: Case) -> int:
-    return sum(key.startswith("input/image_") for key in case.tensors)
 
 
 def _batch(case: Case, names: list[str], divisibility: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Golden cases of DeOP: heatmap decoders, pooling, the last stage's loss, the whole system, evaluation."""
+"""Golden cases of DeOP: heatmap decoders, pooling, the last stage's loss, the whole system."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lexiseg.evaluation.metrics import Confusion
-from lexiseg.evaluation.proposals import ReleasedRecall
 from lexiseg.losses.regions import region_map_losses
 from lexiseg.models.deop import DeOP
 from lexiseg.normalisation import IMAGENET_MEAN, IMAGENET_STD
@@ -24,8 +22,8 @@ from tests.parity.case import Case, UnsupportedError
 from tests.parity.clip_build import IdTokenizer, toy_sizes, under
 from tests.parity.clip_texts import x_dot
 from tests.parity.decoupled_clip import inputs
+from tests.parity.deop_metrics import evaluation
 from tests.parity.proposals import generator_sizes
-from tests.references import pseudo_label
 
 Options = dict[str, Any]
 
@@ -237,7 +235,7 @@ def learned_text(model: DeOP, names: list[str]) -> Tensor:
 def batches(case: Case) -> None:
     """Pictures of several sizes in one padded frame, in several variants of the system."""
     names = case.config["config"]["test_names"]
-    images = [normalised(case.input(f"image_{index}")) for index in range(numbered(case, "image_"))]
+    images = [normalised(case.input(f"image_{index}")) for index in range(case.numbered("image_"))]
     frame = [max(int(image.shape[axis]) for image in images) for axis in (1, 2)]
     batch = torch.stack(
         [F.pad(image, (0, frame[1] - image.shape[2], 0, frame[0] - image.shape[1])) for image in images]
@@ -292,7 +290,7 @@ def training(case: Case) -> None:
     wanted = set(case.config["trainable"]) - set(case.config.get("zero_grad", []))
     differ = sorted(wanted ^ {str(key) for key in keys.values()})
     case.check_that("what trains", not differ, f"it differs in {differ[:3]}")
-    count = numbered(case, "image_")
+    count = case.numbered("image_")
     # A batch is padded to its largest picture, and with labels of no class.
     images, labels = (
         torch.stack([F.pad(one, (0, width - one.shape[-1], 0, height - one.shape[-2]), value=value) for one in given])
@@ -320,127 +318,6 @@ def training(case: Case) -> None:
             case.check(f"grad/{keys[name]}", parameter.grad)
             total += parameter.grad.square().sum()
     case.check("grad_norm/all", total.sqrt())
-
-
-def evaluation(case: Case) -> None:
-    """Metrics, the counters behind DeOP's Table 8, and pseudo labels."""
-    config, count = case.config, numbered(case, "scores_")
-    scores = [case.input(f"scores_{index}") for index in range(count)]
-    labels = [case.input(f"gt_{index}").long() for index in range(count)]
-    masks = [case.input(f"mask_logits_{index}").sigmoid() > 0.5 for index in range(count)]
-    predictions = [score.argmax(dim=0) for score in scores]
-    unseen = frozenset(config["novel"])
-    for name, expected in config["results"].items():
-        head, _, threshold = name.rpartition("_thr")
-        if name == "generalized":
-            confusion = measure(case, predictions, labels)
-            counts_of_confusion(case, confusion)
-            compare_metrics(case, name, metrics(case, confusion), expected)
-        elif head:
-            recall = ReleasedRecall(unseen, float(threshold))
-            for prediction, mask, label in zip(predictions, masks, labels, strict=True):
-                if head.startswith("recall"):
-                    recall.update_map(prediction, label)
-                else:
-                    recall.update_proposals(mask, label)
-            compare_metrics(case, name, counters(recall), expected)
-        elif name.startswith("pseudo"):
-            found = [
-                pseudo_label(
-                    score,
-                    label,
-                    config["base"],
-                    reject=rejection(name),
-                    prior="noprior" not in name,
-                    ignore_index=config["num_classes"],
-                )
-                for score, label in zip(scores, labels, strict=True)
-            ]
-            for index, pseudo in enumerate(found):
-                case.check(f"{name}/{index}", pseudo)
-            # Rejected pixels are not judged.
-            judged = [
-                label.masked_fill(pseudo == config["num_classes"], config["ignore"])
-                for pseudo, label in zip(found, labels, strict=True)
-            ]
-            compare_metrics(case, name, metrics(case, measure(case, found, judged)), expected)
-        else:
-            raise UnsupportedError(f"results called {name} are not known")
-
-
-def rejection(name: str) -> float:
-    """The threshold in names such as ``rej0`` and ``rej04``, which are 0 and 0.4."""
-    digits = name.rpartition("rej")[2] if "rej" in name else "0"
-    return float(f"{digits[0]}.{digits[1:] or '0'}")
-
-
-def measure(case: Case, predictions: list[Tensor], labels: list[Tensor]) -> Confusion:
-    confusion = Confusion(case.config["num_classes"], ignore_index=case.config["ignore"])
-    for prediction, label in zip(predictions, labels, strict=True):
-        confusion.update(prediction.numpy(), label.numpy())
-    return confusion
-
-
-def counts_of_confusion(case: Case, confusion: Confusion) -> None:
-    """Compare with the authors' matrix (prediction x label, the ignored last), of which we keep three sums."""
-    matrix, classes = case.tensors["expected/confusion"], case.config["num_classes"]
-    case.skip("confusion")
-    for name, ours, theirs in (
-        ("intersection", confusion.intersection, matrix.diagonal()[:classes]),
-        ("predicted", confusion.predicted, matrix[:classes, :classes].sum(dim=1)),
-        ("labelled", confusion.labelled, matrix[:, :classes].sum(dim=0)),
-    ):
-        case.check_numbers(f"confusion: {name}", [float(value) for value in ours], [float(value) for value in theirs])
-
-
-def metrics(case: Case, confusion: Confusion) -> dict[str, float]:
-    """Our metrics in percent under the authors' names."""
-    base, novel = case.config["base"], case.config["novel"]
-    found = confusion.compute(base, novel)
-    share = confusion.labelled / confusion.labelled.sum()
-    values = {
-        "mIoU": found.miou,
-        "mACC": found.macc,
-        "pACC": found.pacc,
-        "mIoU-base": found.miou_seen,
-        "mIoU-unbase": found.miou_unseen,
-        "hIoU-base": found.hiou,
-        "fwIoU": float((share * torch.nan_to_num(torch.tensor(found.iou)).numpy()).sum()),
-    }
-    for name, ids in (("pAcc-base", base), ("pAcc-unbase", novel)):
-        values[name] = float(confusion.intersection[ids].sum() / confusion.labelled[ids].sum())
-    for index in range(case.config["num_classes"]):
-        # The authors print no IoU for a class without labels; in the means it is 0 if it was predicted, as with us.
-        values[f"IoU-c{index}"] = float(found.iou[index]) if confusion.labelled[index] else float("nan")
-        values[f"ACC-c{index}"] = float(found.accuracy[index])
-    return {name: 100 * value for name, value in values.items()}
-
-
-def counters(recall: ReleasedRecall) -> dict[str, float]:
-    shares = recall.compute()
-    return {
-        "countIoU": recall.matched,
-        "countIoUSeen": recall.matched_seen,
-        "countIoUUnseen": recall.matched_unseen,
-        "countAllMask": recall.predicted,
-        "countSeenAllMask": recall.labelled_seen,
-        "countUnseenAllMask": recall.labelled_unseen,
-        "AP": shares.all,
-        "Recall": shares.all,
-        "R_Seen": shares.seen,
-        "R_Unseen": shares.unseen,
-    }
-
-
-def compare_metrics(case: Case, name: str, found: dict[str, float], expected: dict[str, float]) -> None:
-    unknown = sorted(expected.keys() - found.keys())
-    case.check_that(f"{name}: names", not unknown, f"{unknown[:3]} are not known")
-    known = [key for key in expected if key in found]
-    case.check_numbers(name, [float(found[key]) for key in known], [float(expected[key]) for key in known])
-
-
-def numbered(case: Case, prefix: str) -> int:
-    return sum(name.startswith(prefix) and name.removeprefix(prefix).isdigit() for name in inputs(case))
 
 
 def _param(case: Case, key: str) -> bool:

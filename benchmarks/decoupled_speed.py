@@ -40,13 +40,13 @@ STAGES = ("propose", "patches", "pool", "encode_regions", "score")
 @contextmanager
 def authors_way(segmenter: Segmenter) -> Iterator[None]:
     """Compute as the released code does."""
-    chunk = crops._CPU_CHUNK
+    before = crops._CPU_CHUNK, matmul._enabled
     crops._CPU_CHUNK, matmul._enabled = 32, False
     segmenter._labels = dense_labels  # type: ignore[method-assign]
     try:
         yield
     finally:
-        crops._CPU_CHUNK, matmul._enabled = chunk, True
+        crops._CPU_CHUNK, matmul._enabled = before
         del segmenter._labels
 
 

@@ -96,9 +96,9 @@ class MaskFormer(ProposalGenerator):
 
         The projection and the products with the N queries are linear both, so that one convolution to N masks does.
         """
-        projection = self.pixel_decoder.mask_projection
-        weight = torch.einsum("bnc,cdij->bndij", self.mask_embed(state), projection.weight)
-        bias = self.mask_embed(state) @ projection.bias
+        projection, queries = self.pixel_decoder.mask_projection, self.mask_embed(state)
+        weight = torch.einsum("bnc,cdij->bndij", queries, projection.weight)
+        bias = queries @ projection.bias
         masks = [convolve(projection, *one) for one in zip(pixels.split(1), weight, bias, strict=True)]
         return Proposals(torch.cat(masks).contiguous(), None if self.class_embed is None else self.class_embed(state))
 

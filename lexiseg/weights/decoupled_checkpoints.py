@@ -200,10 +200,9 @@ def read_parts(
     ``kind``: what the file is of, where no tensor tells: DeOP without heatmaps looks like ZSSeg. ``clip``: for files
     without one (ZegFormer's training checkpoints): OpenAI's ViT-B/16. ``generator``: numbers of attention heads, which
     no shape tells, see `infer_generator_options`. ``options``: replace what shapes and the authors' code say.
-    ``sizes``: ``heads``, ``text_heads`` and ``tokenizer`` of `clip_from_state`. Returns the model,
-    and the keys that take part in no computation and were left out. Raises LexisegError if it is none of these systems'
-    checkpoints, it has no CLIP and none is given, or tensors are missing, left over or of another shape; they are
-    listed.
+    ``sizes``: ``heads``, ``text_heads`` and ``tokenizer`` of `clip_from_state`. Returns the model, and the keys that
+    take part in no computation and were left out. Raises LexisegError if it is none of these systems' checkpoints, it
+    has no CLIP and none is given, or tensors are missing, left over or of another shape; they are listed.
     """
     parts = split_checkpoint(state)
     parts.system = kind or parts.system

@@ -28,7 +28,7 @@ $(STAMP): pyproject.toml
 	@touch $@
 
 demo: $(STAMP) ## Segment a sample picture with classes the model was trained on and classes it was not
-	$(BIN)/lexiseg predict $(DEMO_IMAGE) $(DEMO_CLASSES) --model zegclip-emoji -o $(DEMO_OUT)
+	$(BIN)/lexiseg predict $(DEMO_IMAGE) $(DEMO_CLASSES) --model second-look-emoji -o $(DEMO_OUT)
 
 test: $(STAMP) ## Run every test but the slow ones
 	$(BIN)/python -m pytest

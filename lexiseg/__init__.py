@@ -1,7 +1,7 @@
 """lexiseg segments a picture by words.
 
 >>> import lexiseg
->>> model = lexiseg.load("zegclip-emoji")  # a name, a folder or a hub id
+>>> model = lexiseg.load("second-look-emoji")  # a name, a folder or a hub id
 >>> result = model.predict("photo.jpg", ["giraffe", "tree, bush", "sky"])  # a comma joins synonyms
 >>> result.overlay().save("out.png")
 

@@ -20,7 +20,7 @@ from lexiseg.samples import list_samples, sample_classes, sample_path
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-MODEL = "zegclip-emoji"
+MODEL = "second-look-emoji"
 
 
 def blocks(page: Path, language: str) -> list[str]:

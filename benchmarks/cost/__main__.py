@@ -20,21 +20,23 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 def cost(
     system: Annotated[
         list[str] | None,
-        typer.Option("--system", "-s", help="A row; repeat it for several. Default: all.", show_default=False),
+        typer.Option("--system", "-s", help="A row; may be repeated. Default: all.", show_default=False),
     ] = None,
     side: Annotated[int, typer.Option("--side", help="Side of the picture in pixels.")] = 512,
     classes: Annotated[int, typer.Option("--classes", help="Number of classes; COCO-Stuff has 171.")] = 171,
     threads: Annotated[
         int | None,
-        typer.Option("--threads", min=1, help="Threads of torch. Default: its own choice.", show_default=False),
+        typer.Option("--threads", min=1, help="Number of torch threads. Default: torch's choice.", show_default=False),
     ] = None,
     repeats: Annotated[
         int,
         typer.Option(
-            "--repeats", min=1, help="Measurements of each system's speed; the median counts. Slow ones have one."
+            "--repeats",
+            min=1,
+            help="Speed measurements per system, of which the median is taken; slow systems get one.",
         ),
     ] = 3,
-    no_speed: Annotated[bool, typer.Option("--no-speed", help="Count only; frames a second stay empty.")] = False,
+    no_speed: Annotated[bool, typer.Option("--no-speed", help="Count only; do not measure frames/s.")] = False,
     device: Annotated[str, typer.Option("--device", help="cpu, or an accelerator such as cuda.")] = "cpu",
     output: Annotated[
         Path | None,
@@ -44,8 +46,8 @@ def cost(
 ) -> None:
     """Count parameters and multiply-adds of every system at its paper's size, and time it.
 
-    ViT-B/16 with random weights, for cost does not depend on their values. Beside lexiseg's own count stands the
-    paper's figure with the convention that gives it.
+    ViT-B/16 with random weights, whose values do not affect the cost. Next to lexiseg's own count is the paper's figure
+    with the counting convention that reproduces it.
     """
     if output is not None and output.suffix.lower() != ".md":
         raise LexisegError(f"'{output}' must end in .md.")

@@ -63,7 +63,7 @@ def _root(
 
 
 def _command() -> Any:
-    """The application as a command of click's, with ``--quiet`` among every verb's options."""
+    """The application as a click command, with ``--quiet`` as an option of every command."""
     command: Any = typer.main.get_command(app)
     # Made by typer from a function, since the class of an option and what it takes change with typer's releases.
     maker = typer.Typer(add_completion=False)
@@ -86,7 +86,7 @@ def _quiet(
         bool,
         typer.Option(
             "--quiet",
-            help="Leave out the notes about results that are probably not meant.",
+            help="Suppress the notes about suspicious results.",
             callback=_silence,
             is_eager=True,
             expose_value=False,
@@ -96,7 +96,7 @@ def _quiet(
 
 
 def _usage_sentence(error: Any) -> str:
-    """What typer says about a wrong command line, as one sentence that also says where the help is."""
+    """Typer's message about a wrong command line, as one sentence that points to the help."""
     message = " ".join(error.format_message().split()).rstrip(".").replace("Value error, ", "")
     context = getattr(error, "ctx", None)
     command = context.command_path if context is not None else "lexiseg"
@@ -104,7 +104,7 @@ def _usage_sentence(error: Any) -> str:
 
 
 def _say(error: LexisegError) -> None:
-    """Print a mistake; of the processes of a launcher one does, where all know of it."""
+    """Print a user error; if all processes of a launcher have it, only one prints it."""
     from lexiseg import processes
 
     # Before the processes have met, what is wrong is the command line, and all have the same.
@@ -118,7 +118,7 @@ def _say(error: LexisegError) -> None:
 
 
 def _memory_sentence() -> str:
-    return "The memory of the device ran out; use a smaller --window or --batch-size, or --device cpu."
+    return "The device ran out of memory; use a smaller --window or --batch-size, or --device cpu."
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
@@ -165,7 +165,7 @@ def main(args: Sequence[str] | None = None) -> int:
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
-            say_error(f"Cannot write ({error.strerror}); make room on the disk, or write elsewhere.")
+            say_error(f"Cannot write ({error.strerror}); free disk space or write elsewhere.")
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         except Exception as error:
             if not _is_out_of_memory(error):

@@ -1,4 +1,4 @@
-"""``lexiseg benchmark``: the door to what lies in ``benchmarks/`` of the repository."""
+"""``lexiseg benchmark``: run ``benchmarks/`` of the repository."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the commands print: results on stdout, everything about the work itself on stderr.
+"""What the commands print: results on stdout, notes, progress and errors on stderr.
 
 With ``--json`` stdout carries one JSON value and nothing else, so that a script can read it. Whatever is printed here
 may hold text from a stranger's file, so all of it goes through `lexiseg.words.printable`.
@@ -28,13 +28,13 @@ T = TypeVar("T")
 
 
 class Notes:
-    """What becomes of each `LexisegWarning` while a command runs. ``quiet``: leave them all out."""
+    """How each `LexisegWarning` is shown while a command runs. ``quiet``: not at all."""
 
     quiet = False
 
     @contextmanager
     def printed(self) -> Iterator[None]:
-        """Print each distinct one once, as ``note: ...`` on stderr, while the body runs."""
+        """Print each distinct warning once, as ``note: ...`` on stderr, while the body runs."""
         said: set[str] = set()
         self.quiet = False
 
@@ -60,7 +60,7 @@ def say(line: str = "") -> None:
 
 
 def _print(text: str) -> None:
-    """Print on stdout; where its reader went away (``lexiseg predict ... | head -1``) the work goes on in silence."""
+    """Print on stdout; if its reader is gone (``lexiseg predict ... | head -1``), go on silently."""
     try:
         typer.echo(text)
     except BrokenPipeError:
@@ -68,7 +68,7 @@ def _print(text: str) -> None:
 
 
 def say_error(sentence: str) -> None:
-    """Print ``sentence`` on stderr as one line, whatever line breaks a library put into it."""
+    """Print ``sentence`` on stderr as one line, without the line breaks of a library's message."""
     say_note(" ".join(sentence.split()))
 
 
@@ -78,7 +78,7 @@ def say_note(sentence: str) -> None:
 
 
 def say_written(paths: Iterable[object]) -> None:
-    """Print one line a file written, on stdout."""
+    """Print one line per file written, on stdout."""
     for path in paths:
         say(f"wrote {path}")
 

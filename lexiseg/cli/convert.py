@@ -1,4 +1,4 @@
-"""``lexiseg convert``: checkpoints of other programs become folders that lexiseg loads."""
+"""``lexiseg convert``: convert checkpoints of other programs to folders that lexiseg loads."""
 
 from __future__ import annotations
 
@@ -30,19 +30,17 @@ Seen = Annotated[
     Path | None,
     typer.Option(
         "--seen",
-        help="Segmenters: a file of the classes it was trained on, one per line; they are not in the checkpoint.",
+        help="Segmenters: a file of the classes with masks in training, one per line; checkpoints do not list them.",
     ),
 ]
 Transductive = Annotated[
     bool,
     typer.Option(
         "--transductive",
-        help="One-stage systems and ZegFormer: it was trained with self-training; no offset on seen classes.",
+        help="One-stage systems and ZegFormer: trained with self-training; no offset on seen classes.",
     ),
 ]
-QuickGelu = Annotated[
-    bool | None, typer.Option("--quick-gelu/--gelu", help="CLIP: its activation. Default: told by the file.")
-]
+QuickGelu = Annotated[bool | None, typer.Option("--quick-gelu/--gelu", help="CLIP: its activation. Default: detected.")]
 Clip = Annotated[
     str | None,
     typer.Option(
@@ -52,7 +50,7 @@ Clip = Annotated[
 Ema = Annotated[
     bool | None,
     typer.Option(
-        "--ema/--no-ema", help="Take the moving average of the weights, or not. Default: not, where a file has both."
+        "--ema/--no-ema", help="Use the moving average of the weights, or not. Default: not, if a file has both."
     ),
 ]
 Half = Annotated[bool, typer.Option("--half", help="Store the weights in 16 bits.")]
@@ -70,11 +68,11 @@ def convert(
     half: Half = False,
     json: Json = False,
 ) -> None:
-    """Turn a checkpoint into a folder for --model.
+    """Convert a checkpoint to a folder for --model.
 
-    Reads checkpoints of ZegCLIP, Cascade-CLIP, SPT-SEG, DeOP, ZSSeg, ZegFormer, FreeSeg and MAFT in their authors'
-    layout, CLIPs with a vision transformer (OpenAI's, open_clip's and transformers'), and Segment Anything. Nothing in
-    a pickle is executed.
+    Reads checkpoints of ZegCLIP, Cascade-CLIP, SPT-SEG, CAT-Seg, DeOP, ZSSeg, ZegFormer, FreeSeg and MAFT in their
+    authors' layout, CLIPs with a vision transformer (OpenAI's, open_clip's and transformers'), and Segment Anything.
+    Nothing in a pickle is executed.
     """
     import torch
 

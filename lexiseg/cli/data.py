@@ -1,4 +1,4 @@
-"""``lexiseg data``: datasets on disk and a look at them."""
+"""``lexiseg data``: write, show, verify and prepare datasets."""
 
 from __future__ import annotations
 
@@ -15,24 +15,25 @@ from lexiseg.errors import LexisegError
 if TYPE_CHECKING:
     from lexiseg.data.sets.verify import SampleCheck
 
-app = typer.Typer(help="Write the picture world to disk, look at it; prepare and check a data set.")
+app = typer.Typer(help="Write or show the picture world; prepare or verify a dataset.")
 app.callback(invoke_without_command=True)(show_help)
 
 
 World = Annotated[
-    str, typer.Option("--world", help="picture-world, picture-world-2 or picture-world-2-twemoji (other drawings).")
+    str,
+    typer.Option("--world", help="picture-world, picture-world-2 or picture-world-2-twemoji (another drawing style)."),
 ]
 
 
 @app.command("world")
 def world(
-    folder: Annotated[Path, typer.Argument(help="Where to write; created where it is missing.")],
+    folder: Annotated[Path, typer.Argument(help="Folder to write.")],
     train: Annotated[int, typer.Option(min=0, help="Number of training scenes.")] = 200,
     val: Annotated[int, typer.Option(min=0, help="Number of validation scenes.")] = 50,
     size: Annotated[int, typer.Option(min=16, help="Side of a scene in pixels.")] = 256,
     name: World = "picture-world",
 ) -> None:
-    """Write a picture world in the layout of PASCAL VOC, as any dataset on disk would be.
+    """Write a picture world to disk in the layout of PASCAL VOC.
 
     The masks of the training scenes have 255 ("ignored") where a class is unseen.
     """
@@ -46,15 +47,15 @@ def world(
 @app.command("show")
 def show(
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="The picture to write, a .png.", callback=check_png)
+        Path, typer.Option("--output", "-o", help="The figure to write, a .png.", callback=check_png)
     ] = Path("out/picture-world.png"),
-    split: Annotated[Literal["train", "val", "test"], typer.Option(help="Which scenes.")] = "val",
-    rows: Annotated[int, typer.Option(min=1, max=20, help="Scenes from top to bottom.")] = 3,
-    columns: Annotated[int, typer.Option(min=1, max=20, help="Scenes from left to right.")] = 5,
+    split: Annotated[Literal["train", "val", "test"], typer.Option(help="Split of the scenes.")] = "val",
+    rows: Annotated[int, typer.Option(min=1, max=20, help="Number of rows.")] = 3,
+    columns: Annotated[int, typer.Option(min=1, max=20, help="Number of columns.")] = 5,
     size: Annotated[int, typer.Option(min=16, max=1024, help="Side of a scene in pixels.")] = 256,
     name: World = "picture-world",
 ) -> None:
-    """Draw the first scenes of a split side by side, to look at."""
+    """Draw the first scenes of a split side by side."""
     from lexiseg.data.picture_world import contact_sheet, find_world
 
     with waiting(f"drawing {rows * columns} scenes"):
@@ -67,31 +68,31 @@ _NAME = (
     "or own"
 )
 
-Classes = Annotated[Path | None, typer.Option("--classes", help="A list of the classes, where the data carries none.")]
+Classes = Annotated[Path | None, typer.Option("--classes", help="A list of the classes, if the data has none.")]
 
 
 @app.command("verify")
 def verify(
     name: Annotated[str, typer.Argument(metavar="NAME", help=f"{_NAME}; or the folder of your own data.")],
     root: Annotated[
-        Path | None, typer.Argument(metavar="[ROOT]", help="The folder the data set was unpacked in.")
+        Path | None, typer.Argument(metavar="[ROOT]", help="The folder the dataset was unpacked in.")
     ] = None,
     split: Annotated[
         list[str] | None,
-        typer.Option("--split", help="A split to look at; may be repeated. Default: training and val."),
+        typer.Option("--split", help="A split; may be repeated. Default: training and val."),
     ] = None,
     classes: Classes = None,
     workers: Annotated[
-        int | None, typer.Option("--workers", min=1, help="Threads that read. Default: one per processor.")
+        int | None, typer.Option("--workers", min=1, help="Reader threads. Default: one per processor.")
     ] = None,
-    every: Annotated[bool, typer.Option("--all", help="Report every file, not one line per kind of fault.")] = False,
+    every: Annotated[bool, typer.Option("--all", help="Report every file, not one line per kind of problem.")] = False,
     json: Json = False,
 ) -> None:
-    """Read every file of a data set and report what is wrong: missing, damaged, of another size, unknown ids and more.
+    """Read every file of a dataset and report problems: missing or damaged files, wrong sizes, unknown ids and more.
 
-    A line a kind of fault, with how often it is and where first; --all names every file.
+    One line per kind of problem, with its count and first place; --all reports every file.
 
-    Exit code 1 when something would make training or evaluation fail or go wrong; warnings alone are 0.
+    Exit code 1 if there are errors; warnings alone give 0.
     """
     from lexiseg.data.sets.verify import verify as run
 
@@ -122,10 +123,10 @@ def prepare(
     classes: Classes = None,
     json: Json = False,
 ) -> None:
-    """Unpack the archives in a folder and write the lists that are missing; needs no network.
+    """Unpack the archives in a folder and write missing lists; needs no network.
 
-    A run that was stopped goes on where it was, and one on a folder that is ready does nothing. Archives are kept.
-    Exit code 2 when something of the data set is missing afterwards.
+    A stopped run continues when repeated; a folder that is ready is left alone. Archives are kept. Exit code 2 if part
+    of the dataset is missing afterwards.
     """
     from dataclasses import asdict
 
@@ -137,19 +138,19 @@ def prepare(
         return
     for step in steps:
         say(f"{step.what}: {step.path}")
-    say(f"{name} in '{root}' is prepared; `lexiseg data verify {name} {root}` looks at every file.")
+    say(f"{name} in '{root}' is prepared; `lexiseg data verify {name} {root}` reads every file.")
 
 
 def _name_and_root(name: str, root: Path | None) -> tuple[str, Path]:
-    """A folder alone is one's own data."""
+    """A folder alone means the user's own data."""
     if root is not None:
         return name, root
     from lexiseg.data.sets.catalog import NAMES
 
     if name in NAMES:
-        raise LexisegError(f"'{name}' needs its folder as well: lexiseg data verify {name} FOLDER.")
+        raise LexisegError(f"'{name}' needs its folder too: lexiseg data verify {name} FOLDER.")
     if not Path(name).is_dir():
-        raise LexisegError(f"'{name}' is neither a folder nor a data set; there are {', '.join(NAMES)}.")
+        raise LexisegError(f"'{name}' is neither a folder nor a dataset; the datasets are {', '.join(NAMES)}.")
     return "own", Path(name)
 
 

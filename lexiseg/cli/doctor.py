@@ -1,4 +1,4 @@
-"""``lexiseg doctor``: what this machine has, and whether lexiseg works on it."""
+"""``lexiseg doctor``: check the machine and the installation."""
 
 from __future__ import annotations
 
@@ -37,15 +37,15 @@ class _Requirement(NamedTuple):
 
 def doctor(
     quick: Annotated[
-        bool, typer.Option("--quick", help="Leave out what needs torch: accelerators and the self-test.")
+        bool, typer.Option("--quick", help="Skip what needs torch: accelerators and the self-test.")
     ] = False,
     json: Json = False,
 ) -> None:
-    """Say what this machine has and segment a sample picture with the shipped weights.
+    """Check the installation and segment a sample picture with packaged weights.
 
     Exit code 1 when something is wrong.
     """
-    with waiting("looking around"):
+    with waiting("checking the machine"):
         requirements = _requirements()
         report: dict[str, Any] = {
             "lexiseg": {"version": lexiseg.__version__, "path": str(Path(lexiseg.__file__).parent)},
@@ -89,7 +89,7 @@ def _machine() -> dict[str, Any]:
 
 
 def _requirements() -> list[_Requirement]:
-    """What lexiseg asks for, as its own metadata have it; nothing where it is run without having been installed."""
+    """The packages that lexiseg's metadata require; empty if lexiseg is not installed."""
     try:
         lines = importlib.metadata.requires("lexiseg") or []
     except importlib.metadata.PackageNotFoundError:
@@ -134,7 +134,7 @@ def _folders() -> dict[str, dict[str, Any]]:
 
 
 def _folder(path: Path) -> dict[str, Any]:
-    """Whether ``path`` can be written, asked of it or of the nearest folder above it that exists; nothing is kept."""
+    """Whether ``path``, or the nearest folder above it that exists, can be written; leaves nothing behind."""
     standing = next(parent for parent in (path, *path.parents) if parent.exists())
     try:
         with tempfile.TemporaryFile(dir=standing):
@@ -146,7 +146,7 @@ def _folder(path: Path) -> dict[str, Any]:
 
 
 def _self_test() -> dict[str, Any]:
-    """Segment a sample picture with the shipped weights and see that what is in it was found."""
+    """Segment a sample picture with packaged weights and check that its classes are found."""
     from lexiseg.samples import sample_classes, sample_path
 
     facts: dict[str, Any] = {"model": SELF_TEST_MODEL, "sample": SELF_TEST_SAMPLE}
@@ -194,7 +194,7 @@ def _print(report: dict[str, Any], requirements: list[_Requirement]) -> None:
     packages = [[name, version or absent[name]] for name, version in report["packages"].items()]
     say_table(None, ["package", "version"], packages)
     if not requirements:
-        say_note("lexiseg runs without being installed, so what it needs is not known; run: pip install -e .")
+        say_note("lexiseg is not installed, so its dependencies are not known; run: pip install -e .")
     say()
     if self_test is not None and self_test["ok"]:
         found = ", ".join(self_test["found"])

@@ -1,4 +1,4 @@
-"""``lexiseg draw``: the papers' figures of what a model does, for any model and picture."""
+"""``lexiseg draw``: the papers' figures, for any model and picture."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from lexiseg.segmenter import Segmenter
 
 app = typer.Typer(
-    help="Draw what a model sees: similarity of patches, alignment of blocks, scores of classes, weights of blocks."
+    help="Draw the papers' figures: similarity of patches, scores of classes, alignment of blocks, proposals and more."
 )
 app.callback(invoke_without_command=True)(show_help)
 
@@ -34,9 +34,9 @@ Classes = Annotated[
 ]
 At = Annotated[
     list[str] | None,
-    typer.Option("--at", help="Pixel of the patch as COLUMN,ROW; repeat it for several. Default: the middle."),
+    typer.Option("--at", help="Pixel of the patch as COLUMN,ROW; may be repeated. Default: the centre."),
 ]
-Output = Annotated[Path, typer.Option("--output", "-o", help="The picture to write, a .png.", callback=check_png)]
+Output = Annotated[Path, typer.Option("--output", "-o", help="The figure to write, a .png.", callback=check_png)]
 
 
 @app.command("similarity")
@@ -74,11 +74,11 @@ def scores(
 def compare(
     image: Picture,
     classes: Classes,
-    model: Annotated[list[str], typer.Option("--model", "-m", help="A model; repeat it for several.")],
+    model: Annotated[list[str], typer.Option("--model", "-m", help="A model; may be repeated.")],
     output: Output = Path("out/compare.png"),
     device: Device = "auto",
 ) -> None:
-    """Draw what several models make of one picture, side by side (Cascade-CLIP, Fig. 5 and 8; MAFT, Fig. 4)."""
+    """Draw the predictions of several models for one picture (Cascade-CLIP, Fig. 5 and 8; MAFT, Fig. 4)."""
     vocabulary = lexiseg.Vocabulary.parse(classes)
     from lexiseg.analysis import compare_figure
 
@@ -90,12 +90,12 @@ def cka(
     model: Model,
     images: Annotated[list[str], typer.Argument(metavar="IMAGE...", help="Pictures, folders or patterns.")],
     before: Annotated[
-        str | None, typer.Option("--before", help="Model to compare with. Default: the CLIP inside the model alone.")
+        str | None, typer.Option("--before", help="Model to compare with. Default: the model's CLIP alone.")
     ] = None,
     output: Output = Path("out/cka.png"),
     device: Device = "auto",
 ) -> None:
-    """Draw how alike the blocks of the image tower are, before and after training (Cascade-CLIP, Fig. 4)."""
+    """Draw how similar the blocks of the image tower are, before and after training (Cascade-CLIP, Fig. 4)."""
     from lexiseg.analysis import cka_figure
     from lexiseg.images import list_images
 
@@ -107,7 +107,7 @@ def cka(
 def anchors(
     model: Model, image: Picture, at: At = None, output: Output = Path("out/anchors.png"), device: Device = "auto"
 ) -> None:
-    """Draw a patch's self-attention, its proposal and that proposal's anchors, of a deop model (DeOP, Fig. 5)."""
+    """Draw a patch's self-attention, its proposal and that proposal's anchors, for a deop model (DeOP, Fig. 5)."""
     points = [_point(text) for text in at or ()]
     from lexiseg.analysis.regions import anchor_figure
 
@@ -119,16 +119,17 @@ def proposals(
     model: Model,
     image: Picture,
     classes: Classes,
-    count: Annotated[int, typer.Option("--count", help="Proposals to show at most.")] = 8,
+    count: Annotated[int, typer.Option("--count", help="Maximum number of proposals.")] = 8,
     by: Annotated[
         Literal["clip", "ensemble"],
         typer.Option(
-            "--by", help="Whose scores: clip's of the region alone, as in the paper, or the prediction's (ensemble)."
+            "--by",
+            help="Scores to show: CLIP's for the region alone (clip), as in the paper, or the prediction's (ensemble).",
         ),
     ] = "clip",
     against: Annotated[
         list[str] | None,
-        typer.Option("--against", help="Another model that judges the same proposals; repeat it for several."),
+        typer.Option("--against", help="Another model that classifies the same proposals; may be repeated."),
     ] = None,
     output: Output = Path("out/proposals.png"),
     device: Device = "auto",
@@ -155,13 +156,14 @@ def nga(model: Model, output: Output = Path("out/nga.png")) -> None:
 
 @app.command("curves")
 def curves(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of trainings.")],
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of training runs.")],
     metrics: Annotated[
-        str, typer.Option("--metrics", help="What to draw, separated by commas, as metrics.jsonl names it after val/.")
+        str,
+        typer.Option("--metrics", help="Metrics to draw, separated by commas, named as in metrics.jsonl after val/."),
     ] = "miou_seen,miou_unseen,hiou",
     output: Output = Path("out/curves.png"),
 ) -> None:
-    """Draw what runs measured over their steps, such as S, U and hIoU (Cascade-CLIP, Fig. 7; ZegCLIP, Fig. 6)."""
+    """Draw metrics of runs over their steps, such as S, U and hIoU (Cascade-CLIP, Fig. 7; ZegCLIP, Fig. 6)."""
     from lexiseg.analysis.curves import curves_figure
 
     _draw(output, lambda: curves_figure(runs, [name.strip() for name in metrics.split(",") if name.strip()]))

@@ -1,4 +1,4 @@
-"""``lexiseg evaluate``: how good a model is on a dataset."""
+"""``lexiseg evaluate``: evaluate a model on a dataset."""
 
 from __future__ import annotations
 
@@ -35,36 +35,32 @@ Protocol = Annotated[
     str | None,
     typer.Option(
         "--protocol",
-        help="Judge a folder as the papers do: gzs-voc, gzs-coco, gzs-context, gzs-context-papers, gzs-ade (seen "
-        "and unseen classes); voc-20, voc-20b, pc-59, pc-459, a-150, a-847 (across data sets).",
+        help="Evaluate a folder as the papers do: gzs-voc, gzs-coco, gzs-context, gzs-context-papers, gzs-ade (seen "
+        "and unseen classes); voc-20, voc-20b, pc-59, pc-459, a-150, a-847 (cross-dataset).",
     ),
 ]
-Classes = Annotated[
-    Path | None, typer.Option("--classes", help="A list of the classes, where the folder carries none.")
-]
+Classes = Annotated[Path | None, typer.Option("--classes", help="A list of the classes, if the folder has none.")]
 Synonyms = Annotated[
     bool | None,
     typer.Option(
         "--synonyms/--no-synonyms",
-        help="Score the further words of the data set's list as well, or names alone. Default: the recipe's or the "
-        "protocol's choice; of your own data all words.",
+        help="Score the synonyms in the dataset's list, or names alone. Default: the recipe's or the protocol's "
+        "choice; for your own data all words.",
     ),
 ]
 Split = Annotated[str | None, typer.Option("--split", help="Split of a folder. Default: val.")]
 Size = Annotated[
     int | None, typer.Option("--size", min=16, help="Side of a picture of picture-world in pixels. Default: 256.")
 ]
-Limit = Annotated[int | None, typer.Option("--limit", min=1, help="Take only so many samples, spread evenly.")]
-BatchSize = Annotated[int, typer.Option("--batch-size", "-b", min=1, help="Pictures predicted together.")]
+Limit = Annotated[int | None, typer.Option("--limit", min=1, help="Use only this many samples, evenly spaced.")]
+BatchSize = Annotated[int, typer.Option("--batch-size", "-b", min=1, help="Pictures per batch.")]
 Proposals = Annotated[
     bool,
     typer.Option(
-        "--proposals", help="Decoupled models: judge the proposals too: recall, DeOP's Table 8, the best they allow."
+        "--proposals", help="Decoupled models: evaluate the proposals too: recall, DeOP's Table 8, upper bound."
     ),
 ]
-Resume = Annotated[
-    bool, typer.Option("--resume", help="Go on with an evaluation into the same folder that was stopped.")
-]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue a stopped evaluation into the same folder.")]
 
 
 def evaluate(
@@ -92,8 +88,8 @@ def evaluate(
 ) -> None:
     """Predict a dataset, compare with its labels, and write a report: pAcc, mIoU, seen, unseen, hIoU.
 
-    The report says by which protocol it was made, down to the hash of the weights. Under a launcher (torchrun,
-    accelerate) the processes share the pictures; the numbers are the same.
+    The report states its protocol, down to the hash of the weights. Under a launcher (torchrun, accelerate) the
+    pictures are divided among the processes; the numbers are the same.
     """
     from lexiseg import processes
     from lexiseg.evaluation import evaluate as run

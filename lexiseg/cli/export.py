@@ -26,22 +26,21 @@ def export(
         typer.Option(
             "--size",
             min=8,
-            help="Side of the windows that a graph takes; repeat it for several. Default: any size, where the system "
-            "allows it.",
+            help="Side of a graph's windows; may be repeated. Default: any size, if the system allows it.",
             show_default=False,
         ),
     ] = None,
     dtype: Annotated[
         Literal["fp32", "fp16", "int8"],
-        typer.Option("--dtype", help="fp16 halves the files; int8 quantises products, for processors."),
+        typer.Option("--dtype", help="fp16 halves the files; int8 quantises matrix products, for CPUs."),
     ] = "fp32",
     template: Template = None,
     json: Json = False,
 ) -> None:
-    """Write a model as graphs for ONNX Runtime, OpenVINO or torch.
+    """Export a model as graphs for ONNX Runtime, OpenVINO or torch.
 
-    The folder is a model for --model and `lexiseg.load`, and predicts without PyTorch. Labels are compared with the
-    model's own on sample pictures; report.json keeps the figures.
+    The folder is a model for --model and `lexiseg.load`; ONNX and OpenVINO predict without PyTorch. Labels are compared
+    with the model's own on sample pictures; the result is in report.json.
     """
     import lexiseg
     from lexiseg.export.exporting import export as write

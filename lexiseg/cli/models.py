@@ -24,11 +24,11 @@ _OTHERS = (
 
 def models(
     weights: Annotated[
-        bool, typer.Option("--weights", help="List weights that others publish: licence, size, best method.")
+        bool, typer.Option("--weights", help="List published weights: licence, size, best method.")
     ] = False,
     json: Json = False,
 ) -> None:
-    """List the models that come with the package and the ways to name others."""
+    """List the packaged models and how to name others."""
     if weights:
         list_weights(json)
         return
@@ -38,13 +38,13 @@ def models(
         return
     rows = [[entry.name, entry.system, entry.description] for entry in entries]
     if rows:
-        say_table("These come with the package:", ["name", "system", "what it is"], rows)
+        say_table("Packaged models:", ["name", "system", "what it is"], rows)
         say()
-    say_table("And --model takes:", ["name", "what it is"], _OTHERS)
+    say_table("--model also takes:", ["name", "what it is"], _OTHERS)
 
 
 def list_weights(json: bool) -> None:
-    """List the weights of towers that lexiseg knows of."""
+    """List the known published weights of towers."""
     from lexiseg.weights.auto import known_weights
 
     entries = known_weights()

@@ -1,4 +1,4 @@
-"""Options that several commands share, so that they mean and say the same everywhere."""
+"""Options that several commands share, so that they mean the same everywhere."""
 
 from __future__ import annotations
 
@@ -20,13 +20,14 @@ Precision = Literal["fp32", "bf16", "fp16", "auto"]
 Cleaning = Literal["none", "edges", "pamr", "regions"]
 
 Device = Annotated[
-    str, typer.Option("--device", help="cpu, cuda, cuda:1, mps; auto takes an accelerator where there is one.")
+    str, typer.Option("--device", help="cpu, cuda, cuda:1, mps; auto uses an accelerator if there is one.")
 ]
 Dtype = Annotated[
-    Precision, typer.Option("--dtype", help="Precision the model is run in; auto is bf16 on a processor made for it.")
+    Precision,
+    typer.Option("--dtype", help="Precision of the model; auto is bf16 on processors with bf16 instructions."),
 ]
 Compile = Annotated[
-    bool, typer.Option("--compile", help="Compile the model first: minutes once, worth it for many pictures.")
+    bool, typer.Option("--compile", help="Compile the model first; takes minutes, pays off for many pictures.")
 ]
 Window = Annotated[
     int | None,
@@ -35,39 +36,37 @@ Window = Annotated[
     ),
 ]
 Stride = Annotated[
-    int | None, typer.Option("--stride", min=1, help="Distance of the windows in pixels. Default: the model's.")
+    int | None, typer.Option("--stride", min=1, help="Stride of the windows in pixels. Default: the model's.")
 ]
 Template = Annotated[
     list[str] | None,
-    typer.Option(
-        "--template", help="single, paper, or a sentence with one {}; repeat it for several. Default: the model's."
-    ),
+    typer.Option("--template", help="single, paper, or a sentence with one {}; may be repeated. Default: the model's."),
 ]
 Background = Annotated[
     str | None,
     typer.Option(
-        "--background", help="none; a name for one more class; or a score below which pixels are left without a class."
+        "--background", help="none; the name of an additional class; or a score below which pixels get no class."
     ),
 ]
 Refine = Annotated[
     Cleaning,
     typer.Option(
         "--refine",
-        help="Clean masks up by the picture: edges (fast), pamr (slow), or regions (a vote inside SAM's regions).",
+        help="Refine masks by the picture: edges (fast), pamr (slow), or regions (majority vote in SAM's regions).",
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 
 
 def check_png(output: Path) -> Path:
-    """A picture's name, for typer to check. Raises LexisegError if it does not end in .png."""
+    """The path of a figure, checked by typer. Raises LexisegError if it does not end in .png."""
     if output.suffix.lower() != ".png":
         raise LexisegError(f"'{output}' must end in .png.")
     return output
 
 
 def write_png(output: Path, save: Callable[[Path], object]) -> None:
-    """Write a picture whole, with its folder, and say where it is."""
+    """Write a figure, create its folder, and print its path."""
     make_folder(output.parent)
     with atomic_write(output) as temporary:
         save(temporary)
@@ -75,6 +74,6 @@ def write_png(output: Path, save: Callable[[Path], object]) -> None:
 
 
 def show_help(context: typer.Context) -> None:
-    """What a group of commands does where no command is named."""
+    """What a group of commands does if no command is given."""
     if context.invoked_subcommand is None:
         typer.echo(context.get_help())

@@ -1,4 +1,4 @@
-"""``lexiseg predict`` of pictures: one by one, several with a record, or spread over a cluster."""
+"""``lexiseg predict`` for pictures: one, several with a journal, or distributed over a cluster."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SOME_FAILED, ALL_FAILED = 1, 2
 
 @dataclass(frozen=True)
 class Spread:
-    """How the pictures are spread over a cluster."""
+    """How the pictures are distributed over a cluster."""
 
     device: str
     loading: Mapping[str, Any]  # what `lexiseg.load` is given beside the model
@@ -48,7 +48,7 @@ def predict_pictures(
     resume: bool,
     spread: Spread | None,
 ) -> None:
-    """Segment pictures, and say what was found and where it is; ``vocabulary`` is the checked one of ``wanted``."""
+    """Segment pictures and print classes and files; ``vocabulary`` is the checked form of ``wanted``."""
     kinds = wanted.kinds
     record = Record(output) if len(paths) > 1 or resume or spread or "coco" in kinds else None
     settings = {} if record is None else _settings(segmenter, vocabulary, wanted)
@@ -103,8 +103,8 @@ def _follow(
                 show(entry)
     except KeyboardInterrupt as stop:
         finished = sum(not entry.error for entry in done.values())
-        advice = "the same command with --resume goes on from there" if resumable else "run the command again"
-        stop.args = (f"Stopped; {finished} of {total} pictures are done and complete, and {advice}.",)
+        advice = "the same command with --resume continues" if resumable else "run the command again"
+        stop.args = (f"Stopped; {finished} of {total} pictures are complete; {advice}.",)
         raise
     except LexisegError as error:
         # What is whole stays, and is counted: the disk may be full after a thousand pictures.
@@ -113,7 +113,7 @@ def _follow(
         say_error(str(error))
         return True
     if len(done) < total:
-        say_error(f"{total - len(done)} pictures came back without a result; use --resume.")
+        say_error(f"{total - len(done)} pictures have no result; run again with --resume.")
         return True
     return False
 
@@ -126,7 +126,7 @@ def _finish(
     kinds: Sequence[str],
     on_cluster: bool,
 ) -> list[Path]:
-    """Write what is written once a run, and return it."""
+    """Write the files that are written once per run, and return them."""
     if record is None:
         return []
     if on_cluster:
@@ -157,7 +157,7 @@ def _plan(
 
 
 def _settings(segmenter: Predictor, vocabulary: Vocabulary, wanted: Wanted) -> dict[str, Any]:
-    """What decides how results look: a run can only be resumed where all of it is the same."""
+    """What results depend on: a run can only be resumed if all of it is the same."""
     model = segmenter.model
     return {
         "model": {
@@ -193,7 +193,7 @@ def _stems(paths: Sequence[Path], kept: Mapping[str, str] | None = None) -> dict
 
 
 def _rows(entry: Entry, vocabulary: Vocabulary) -> list[dict[str, Any]]:
-    """The classes by falling fraction, and those without a pixel at the end."""
+    """The classes by decreasing fraction; those without a pixel come last."""
     found = {row["class"] for row in entry.classes}
     absent = [
         {"class": item.name, "seen": item.seen, "fraction": 0.0, "score": None}
@@ -204,7 +204,7 @@ def _rows(entry: Entry, vocabulary: Vocabulary) -> list[dict[str, Any]]:
 
 
 def _files(entry: Entry, output: Path) -> dict[str, Path]:
-    """Where a picture's results are, by kind; those of coco are part of one file."""
+    """The files of a picture's results, by kind; those of coco are part of one file."""
     return {kind: output / (COCO if kind == "coco" else name) for kind, name in entry.files.items()}
 
 

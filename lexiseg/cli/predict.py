@@ -25,12 +25,12 @@ Words = Annotated[
     list[str],
     typer.Argument(
         metavar="IMAGE... CLASSES",
-        help="Pictures, folders or patterns, and at the end the classes: 'giraffe; tree, bush; sky' (a semicolon "
+        help="Pictures, folders or patterns, followed by the classes: 'giraffe; tree, bush; sky' (a semicolon "
         "separates classes, a comma joins synonyms) or a file of them.",
     ),
 ]
 ClassesFile = Annotated[
-    Path | None, typer.Option("--classes-file", "-c", help="File of classes; then all arguments are pictures.")
+    Path | None, typer.Option("--classes-file", "-c", help="File of classes; all arguments are then pictures.")
 ]
 Model = Annotated[str, typer.Option("--model", "-m", help="A name that `lexiseg models` lists, a folder, or auto.")]
 Output = Annotated[Path, typer.Option("--output", "-o", help="Folder to write into.")]
@@ -38,55 +38,55 @@ Save = Annotated[
     str,
     typer.Option(
         "--save",
-        help="What to write, with commas: overlay, labels (png), json; coco (one annotations.json a run); geojson, "
-        "yolo, labelme, cvat; masks (one PNG per class).",
+        help="What to write, separated by commas: overlay, labels (png), json; coco (one annotations.json per run); "
+        "geojson, yolo, labelme, cvat; masks (one PNG per class).",
     ),
 ]
 Instances = Annotated[
     str | None,
     typer.Option(
         "--instances",
-        help="Classes whose connected regions become annotations of their own, 'giraffe; tree' or all, in coco, "
-        "geojson, yolo, labelme and cvat. Things that touch are one region.",
+        help="Classes, 'giraffe; tree' or all, whose connected regions become separate annotations in coco, geojson, "
+        "yolo, labelme and cvat. Objects that touch are one region.",
     ),
 ]
 Font = Annotated[
     Path | None,
     typer.Option(
-        "--font", help="TrueType or OpenType file for the legend. Default: fonts of this machine that have the letters."
+        "--font", help="TrueType or OpenType file for the legend. Default: installed fonts that have the letters."
     ),
 ]
 Resume = Annotated[
-    bool, typer.Option("--resume", help="Leave out pictures that a run into the same folder has finished.")
+    bool, typer.Option("--resume", help="Skip pictures that an earlier run into the same folder finished.")
 ]
-BatchSize = Annotated[int, typer.Option("--batch-size", "-b", min=1, help="Windows in one forward pass.")]
+BatchSize = Annotated[int, typer.Option("--batch-size", "-b", min=1, help="Windows per forward pass.")]
 MaxPixels = Annotated[int, typer.Option("--max-pixels", min=1, help="Refuse pictures with more pixels than this.")]
 OnCluster = Annotated[
     Literal["ray"] | None,
-    typer.Option("--cluster", help="Spread the pictures over machines: ray. Default: this process does all."),
+    typer.Option("--cluster", help="Distribute the pictures over a cluster: ray. Default: run in this process."),
 ]
 Workers = Annotated[
     int | None,
     typer.Option(
-        "--workers", min=1, help="Cluster: models at work at most. Default: one per GPU, or per CPU without GPUs."
+        "--workers", min=1, help="Cluster: maximum number of workers. Default: one per GPU, or per CPU without GPUs."
     ),
 ]
 Address = Annotated[
     str | None,
     typer.Option(
         "--address",
-        help="Cluster: where it is, HOST:PORT; auto: the one this machine is part of; local starts one here. "
+        help="Cluster: HOST:PORT; auto: the one this machine is part of; local starts one here. "
         "Default: $RAY_ADDRESS, or local.",
     ),
 ]
 ShardSize = Annotated[
-    int | None, typer.Option("--shard-size", min=1, help="Cluster: pictures that a worker is given at a time.")
+    int | None, typer.Option("--shard-size", min=1, help="Cluster: pictures that a worker gets at a time.")
 ]
-Every = Annotated[int, typer.Option("--every", min=1, help="Video: label every so many frames.")]
+Every = Annotated[int, typer.Option("--every", min=1, help="Video: run the model on every Nth frame.")]
 Smooth = Annotated[float, typer.Option("--smooth", help="Video: weight of earlier frames in the scores, 0 to below 1.")]
-Bands = Annotated[str | None, typer.Option("--bands", help="Map: its bands for red, green and blue: 4,3,2.")]
+Bands = Annotated[str | None, typer.Option("--bands", help="Map: bands for red, green and blue, such as 4,3,2.")]
 Polygons = Annotated[str, typer.Option("--polygons", help="Map: geojson, gpkg or none.")]
-Frames = Annotated[int | None, typer.Option("--frames", min=1, help="Video: stop after so many frames.")]
+Frames = Annotated[int | None, typer.Option("--frames", min=1, help="Video: stop after this many frames.")]
 
 
 def predict(
@@ -136,7 +136,7 @@ def predict(
     video = VideoOptions(every, smooth, "overlay" in kinds, resume, frames) if is_video(sources[0]) else None
     chart = MapOptions(read_bands(bands), polygons=polygons) if is_map(sources[0]) else None
     if (video or chart) and (len(sources) > 1 or cluster):
-        raise LexisegError("A video or a map is segmented by itself; give one, and no --cluster.")
+        raise LexisegError("A video or a map must be the only input; give one, without --cluster.")
     paths = [] if video or chart else _pictures(sources)
     vocabulary = lexiseg.Vocabulary.parse(classes)
     from lexiseg.files import new_folder
@@ -170,7 +170,7 @@ def _kinds(save: str, instances: str | None) -> list[str]:
     kinds = list(dict.fromkeys(_ALIASES.get(name, name) for name in names))
     for kind in kinds:
         if kind not in SAVE_FORMATS:
-            raise LexisegError(f"--save does not know '{kind}'; choose from {', '.join(SAVE_FORMATS)}.")
+            raise LexisegError(f"--save has no format '{kind}'; choose from {', '.join(SAVE_FORMATS)}.")
     if instances is not None and not _OBJECT_KINDS & set(kinds):
         raise LexisegError(f"--instances affects none of what --save writes; add one of {', '.join(_OBJECT_KINDS)}.")
     return kinds
@@ -186,7 +186,9 @@ def _instances(text: str | None, vocabulary: Vocabulary) -> tuple[str, ...]:
     wanted = [word for word in text.split(";") if word.strip()]
     unknown = [word for word in wanted if word_key(word) not in names]
     if unknown or not wanted:
-        raise LexisegError(f"--instances takes names of classes, or all; '{(unknown or [text])[0]}' is none of them.")
+        raise LexisegError(
+            f"--instances takes class names, or all; '{(unknown or [text])[0]}' is not one of the classes."
+        )
     return tuple(names[word_key(word)] for word in wanted)
 
 

@@ -11,12 +11,12 @@ from lexiseg.cli.console import say, waiting
 
 
 def push(
-    folder: Annotated[Path, typer.Argument(help="A model that train or convert wrote.")],
-    repository: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="Its name on the hub.")],
+    folder: Annotated[Path, typer.Argument(help="A model that train, convert or export wrote.")],
+    repository: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="Repository on the hub.")],
     private: Annotated[bool, typer.Option("--private", help="Make the repository private.")] = False,
-    card: Annotated[bool, typer.Option("--card", help="Print the model card and send nothing.")] = False,
+    card: Annotated[bool, typer.Option("--card", help="Print the model card and upload nothing.")] = False,
 ) -> None:
-    """Put a model folder on the Hugging Face hub, with a card made from its run.
+    """Upload a model folder to the Hugging Face hub, with a card made from its run.
 
     The token comes from HF_TOKEN or `hf auth login`.
     """
@@ -25,6 +25,6 @@ def push(
     if card:
         say(model_card(folder, repository))
         return
-    with waiting(f"sending {folder}"):
+    with waiting(f"uploading {folder}"):
         address = push_folder(folder, repository, private=private)
     say(f"it is at {address}")

@@ -19,9 +19,9 @@ _TOKEN = "LEXISEG_TOKEN"
 def serve(
     model: Annotated[
         list[str] | None,
-        typer.Option("--model", "-m", help="A model; repeat it for several, the first is the default."),
+        typer.Option("--model", "-m", help="A model; may be repeated, the first is the default."),
     ] = None,
-    host: Annotated[str, typer.Option("--host", help="Address to listen at; 0.0.0.0 is every network.")] = "127.0.0.1",
+    host: Annotated[str, typer.Option("--host", help="Address to listen on; 0.0.0.0 is every network.")] = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", min=0, max=65535, help="Port; 0 takes a free one.")] = 8080,
     device: Annotated[str, typer.Option("--device", help="cpu, cuda, mps; auto takes an accelerator.")] = "auto",
     dtype: Dtype = "fp32",
@@ -33,11 +33,17 @@ def serve(
         typer.Option("--files", help="Folder of Label Studio's local files.", file_okay=False, show_default=False),
     ] = None,
     max_megabytes: Annotated[int, typer.Option("--max-megabytes", min=1, help="Largest request in MiB.")] = 32,
-    max_megapixels: Annotated[float, typer.Option("--max-megapixels", min=0.001, help="Largest picture.")] = 40,
-    max_classes: Annotated[int, typer.Option("--max-classes", min=1, help="Most classes in a request.")] = 1000,
-    seconds: Annotated[float, typer.Option("--seconds", min=0.1, help="Longest time for a request.")] = 120,
-    queue: Annotated[int, typer.Option("--queue", min=1, help="Pictures that wait at most; more get 503.")] = 32,
-    batch: Annotated[int, typer.Option("--batch", min=1, help="Pictures in one forward pass at most.")] = 8,
+    max_megapixels: Annotated[
+        float, typer.Option("--max-megapixels", min=0.001, help="Largest picture in megapixels.")
+    ] = 40,
+    max_classes: Annotated[
+        int, typer.Option("--max-classes", min=1, help="Maximum number of classes per request.")
+    ] = 1000,
+    seconds: Annotated[float, typer.Option("--seconds", min=0.1, help="Time limit of a request in seconds.")] = 120,
+    queue: Annotated[
+        int, typer.Option("--queue", min=1, help="Maximum number of waiting pictures; more get 503.")
+    ] = 32,
+    batch: Annotated[int, typer.Option("--batch", min=1, help="Maximum number of pictures per forward pass.")] = 8,
 ) -> None:
     """Serve a web page and an HTTP service that segment pictures by words.
 
@@ -45,7 +51,7 @@ def serve(
     """
     if host not in _LOOPBACK and not os.environ.get(_TOKEN):
         say_note(
-            f"Everyone who reaches {host} can use this service; set {_TOKEN} to ask for a token, and put a proxy with "
+            f"Anyone who can reach {host} can use this service; set {_TOKEN} to ask for a token, and put a proxy with "
             "TLS in front of it."
         )
     if files is not None and not files.is_dir():

@@ -1,4 +1,4 @@
-"""``lexiseg predict`` of a video or a map: labels that come piece by piece."""
+"""``lexiseg predict`` for a video or a map, which is labelled piece by piece."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def predict_video(
     segmenter: Segmenter, source: str, vocabulary: Vocabulary, output: Path, options: VideoOptions, json: bool,
     **settings: Any,
 ) -> None:  # fmt: skip
-    """Segment a video, and say what was found and where it is."""
+    """Segment a video and print the classes and the files."""
     from lexiseg.video import count_frames, segment_video, video_files
 
     frames = segment_video(segmenter, source, vocabulary, output, options, **settings)
@@ -58,7 +58,7 @@ def predict_map(
     segmenter: Segmenter, source: str, vocabulary: Vocabulary, output: Path, options: MapOptions, json: bool,
     **settings: Any,
 ) -> None:  # fmt: skip
-    """Segment a map, and say what was found and where it is."""
+    """Segment a map and print the classes and the files."""
     from lexiseg.maps import count_tiles, map_files, segment_map
 
     tiles = segment_map(segmenter, source, vocabulary, output, options, **settings)
@@ -68,7 +68,7 @@ def predict_map(
 
 
 def _count(pieces: Iterable[NDArray[np.integer]], vocabulary: Vocabulary, length: int) -> tuple[NDArray[np.int64], int]:
-    """Go through the labels with a progress bar: pixels of each class, and of all."""
+    """Iterate over the labels with a progress bar: pixels of each class, and of all."""
     pixels, total = np.zeros(len(vocabulary), np.int64), 0
     for labels in with_progress(pieces, length, "segmenting"):
         pixels += np.bincount(labels.reshape(-1), minlength=len(vocabulary))[: len(vocabulary)]

@@ -15,16 +15,14 @@ if TYPE_CHECKING:
     from lexiseg.recipes import Recipe
 
 
-RecipeName = Annotated[str | None, typer.Argument(help="Name of a recipe that comes with the package, or a YAML file.")]
-Output = Annotated[
-    Path | None, typer.Option("--output", "-o", help="Folder of the run. Default: runs/ and the recipe's name.")
-]
-Resume = Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in the folder.")]
+RecipeName = Annotated[str | None, typer.Argument(help="Name of a packaged recipe, or a YAML file.")]
+Output = Annotated[Path | None, typer.Option("--output", "-o", help="Folder of the run. Default: runs/RECIPE.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue from the newest checkpoint in the folder.")]
 Until = Annotated[
-    int | None, typer.Option("--until", min=1, help="Stop after this step and write the model; --resume goes on.")
+    int | None, typer.Option("--until", min=1, help="Stop after this step and write the model; --resume continues.")
 ]
 DryRun = Annotated[
-    bool, typer.Option("--dry-run", help="Build the model, say what would be trained, and stop; needs no data.")
+    bool, typer.Option("--dry-run", help="Build the model, print what would be trained, and stop; needs no data.")
 ]
 Data = Annotated[
     Path | None, typer.Option("--data", help="Train on a folder of your own instead of the recipe's data.")
@@ -32,14 +30,17 @@ Data = Annotated[
 Initial = Annotated[
     str | None, typer.Option("--initial", help="Start from this run, model or recipe, not the recipe's `initial`.")
 ]
-Seed = Annotated[int | None, typer.Option("--seed", min=0, help="Replace the recipe's seed.")]
+Seed = Annotated[int | None, typer.Option("--seed", min=0, help="Override the recipe's seed.")]
 Values = Annotated[
     list[str] | None,
-    typer.Option("--set", help="Replace a value: KEY=VALUE, such as train.steps=100; may be repeated."),
+    typer.Option("--set", help="Override a value: KEY=VALUE, such as train.steps=100; may be repeated."),
 ]
-Device = Annotated[str | None, typer.Option("--device", help="cpu keeps off an accelerator. Default: what there is.")]
+Device = Annotated[
+    str | None,
+    typer.Option("--device", help="cpu: do not use an accelerator. Default: an accelerator if there is one."),
+]
 Tensorboard = Annotated[bool, typer.Option(help="Write TensorBoard files.")]
-Listing = Annotated[bool, typer.Option("--list", help="List the recipes that come with the package, and stop.")]
+Listing = Annotated[bool, typer.Option("--list", help="List the packaged recipes, and stop.")]
 
 
 def train(
@@ -57,7 +58,7 @@ def train(
     list_: Listing = False,
     json: Json = False,
 ) -> None:
-    """Train what a recipe says; --resume goes on where a run was stopped, bit for bit on a CPU."""
+    """Train by a recipe; --resume continues a stopped run, bit for bit on a CPU."""
     from json import dumps as quoted  # a JSON string is YAML
 
     from lexiseg.recipes import describe_recipes, load_recipe
@@ -70,9 +71,9 @@ def train(
             say_table(None, ["recipe", "what it is"], entries)
         return
     if recipe is None:
-        raise LexisegError("No recipe is given; name one of `lexiseg train --list`, or a YAML file.")
+        raise LexisegError("No recipe was given; name one that `lexiseg train --list` shows, or a YAML file.")
     if device not in (None, "cpu"):
-        raise LexisegError(f"Training takes the accelerator there is; --device can only be cpu, not '{device}'.")
+        raise LexisegError(f"Training uses an accelerator if there is one; --device can only be cpu, not '{device}'.")
     from lexiseg import processes
 
     if not dry_run:
@@ -90,7 +91,7 @@ def train(
         folder = run(chosen, run_dir, resume=resume, until=until, device=device, tensorboard=tensorboard)
     except KeyboardInterrupt as stop:
         if not str(stop):  # before the first step, or between two stages
-            stop.args = (f"Stopped; the same command with --resume goes on with what '{run_dir}' holds.",)
+            stop.args = (f"Stopped; the same command with --resume continues the run in '{run_dir}'.",)
         raise
     speaks = processes.is_main()
     processes.destroy()
@@ -103,7 +104,7 @@ def train(
 
 
 def run_name(recipe: str) -> str:
-    """The folder of a run: the recipe's name, its variant behind a hyphen."""
+    """The folder of a run: the recipe's name, followed by a hyphen and its variant."""
     file, _, variant = Path(recipe).name.partition(":")
     return "-".join(part for part in (Path(file).stem, variant) if part)
 

@@ -198,7 +198,7 @@ def test_closed_and_full_outputs_of_a_real_process(tmp_path: Path) -> None:
         _, err = process.communicate(timeout=60)
     assert (
         process.returncode == 2
-        and err == "Cannot write (No space left on device); make room on the disk, or write elsewhere.\n"
+        and err == "Cannot write (No space left on device); free disk space or write elsewhere.\n"
     )
     closed = subprocess.run(
         [sys.executable, "-m", "lexiseg", "models"],

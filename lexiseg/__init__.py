@@ -83,23 +83,27 @@ def load(
 
         how: dict[str, Any] = {"dtype": dtype, "compile": compile, "templates": templates, "refine": refine}
         return ExportedPredictor(name, device=device, max_pixels=limit, **how)  # type: ignore[return-value]
+    import torch
+
     from lexiseg.devices import float32_default, pick_device
     from lexiseg.segmenter import Segmenter
     from lexiseg.weights import load_model
 
     # A wrong device is said before gigabytes are read.
     place = pick_device("auto" if device is None else device)
-    with float32_default():
-        model = load_model(name)
-    return Segmenter(
-        model,
-        device=place,
-        dtype=dtype,
-        compile=compile,
-        templates=templates,
-        max_pixels=limit,
-        refine=refine,
-    )
+    # Weights made in a caller's inference mode could never be trained, nor be asked whether they changed.
+    with torch.inference_mode(False):
+        with float32_default():
+            model = load_model(name)
+        return Segmenter(
+            model,
+            device=place,
+            dtype=dtype,
+            compile=compile,
+            templates=templates,
+            max_pixels=limit,
+            refine=refine,
+        )
 
 
 def __getattr__(name: str) -> Any:

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+import lexiseg
 from lexiseg.clip.model import CLIP
 from lexiseg.errors import LexisegError
 from lexiseg.models.base import ImageFeatures, SegmentationModel
@@ -434,3 +435,13 @@ def test_wrong_segmenters_are_one_sentence(clip: CLIP) -> None:
     for limit in (0, -1, float("nan"), "many", True, None):
         with pytest.raises(LexisegError, match="limit of pixels"):
             Segmenter(Patchwork(clip), max_pixels=limit)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["zegclip-emoji", "deop-emoji", "naclip/clip-emoji"])
+def test_a_model_loaded_in_inference_mode_predicts_and_can_be_trained(name: str) -> None:
+    with torch.inference_mode():
+        model = lexiseg.load(name, device="cpu")
+        found = model.predict(picture(64, 64), WORDS)
+    assert not any(weight.is_inference() for weight in model.model.parameters())
+    expected = lexiseg.load(name, device="cpu").predict(picture(64, 64), WORDS)
+    assert torch.equal(found.label_map, expected.label_map)

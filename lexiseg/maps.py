@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from lexiseg.errors import LexisegError, need
 from lexiseg.files import atomic_write, make_folder
-from lexiseg.words import describe, printable
+from lexiseg.words import counted, describe, printable
 
 if TYPE_CHECKING:
     from lexiseg.segmenter import Segmenter
@@ -165,7 +165,7 @@ def _bands(wanted: tuple[int, int, int] | None, count: int) -> tuple[int, ...]:
     if wanted is None:
         return (1, 2, 3) if count >= 3 else (1, 1, 1)
     if any(not 1 <= band <= count for band in wanted):
-        raise LexisegError(f"The map has {count} bands, counted from 1; choose three of them, not {wanted}.")
+        raise LexisegError(f"The map has {counted(count, 'band')}, counted from 1; choose three of them, not {wanted}.")
     return wanted
 
 

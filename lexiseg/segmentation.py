@@ -20,7 +20,7 @@ from lexiseg.files import atomic_write, make_folder, write_json, write_text
 from lexiseg.label_ids import ignore_index
 from lexiseg.overlay import LegendEntry, draw_legend, paint_classes
 from lexiseg.vocabulary import Vocabulary
-from lexiseg.words import describe, finite, shorten
+from lexiseg.words import counted, describe, finite, shorten
 
 if TYPE_CHECKING:
     import torch
@@ -84,7 +84,7 @@ class Segmentation:
                     f"The {what} are of size {tuple(other.shape[-2:])}, the label map of {tuple(labels.shape)}."
                 )
         if sum(self._counts[0]) + self.num_ignored != self._labels.size:
-            raise LexisegError(f"The label map holds ids that are none of the {self.num_classes} classes.")
+            raise LexisegError(f"The label map holds ids that are none of the {counted(self.num_classes, 'class')}.")
 
     @classmethod
     def from_coco(cls, dataset: Mapping[str, Any], image_id: int | None = None) -> Segmentation:

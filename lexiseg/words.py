@@ -71,6 +71,11 @@ def kind(value: object) -> str:
     return f"{'an' if name[:1] in 'AEIOaeio' else 'a'} {name}"
 
 
+def counted(number: int, noun: str) -> str:
+    """A number and its noun, in the plural but for one: "1 picture", "2 classes"."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}{'es' if noun.endswith('s') else 's'}"
+
+
 def clean_word(text: object, what: str) -> str:
     """Bring a name into the form that is kept: NFC, single spaces, no invisible characters. Case stays.
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from lexiseg.errors import LexisegError
 from lexiseg.files import read_json
 from lexiseg.weights.pickles import PickledFile, entries, is_tensor, unreadable
-from lexiseg.words import shorten
+from lexiseg.words import counted, shorten
 
 Reader = Callable[[], Tensor]
 """Reads one tensor of a file, which is not done before it is wanted: optimizers are twice as large as models."""
@@ -220,5 +220,5 @@ def _unwrapped(keys: list[str], known: Callable[[Mapping[str, Any]], bool], choi
     averages = [prefix for prefix in found if any(part in _AVERAGE for part in prefix.split("."))]
     prefix = choice.of([prefix for prefix in found if prefix not in averages], averages)
     if left := len(clean) - sum(map(len, found.values())):
-        choice.notes.append(f"{left} tensors whose keys do not begin with {prefix} were left out.")
+        choice.notes.append(f"Left out: {counted(left, 'tensor')} whose keys do not begin with {prefix}.")
     return found[prefix]

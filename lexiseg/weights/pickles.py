@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from lexiseg.errors import LexisegError
-from lexiseg.words import shorten
+from lexiseg.words import counted, shorten
 
 _TENSORS = frozenset(
     f"torch.{name}"
@@ -223,7 +223,7 @@ class PickledFile:
             found.append((next((text for part, text in _KINDS.items() if part in kind), kind), where()))
         if found:
             kind, where_ = found[0]
-            more = f" (and {len(found) - 1} more such objects)" if len(found) > 1 else ""
+            more = f" (and {counted(len(found) - 1, 'more such object')})" if len(found) > 1 else ""
             place = f" at '{where_}'" if where_ else ""
             raise LexisegError(
                 f"'{self.path}' holds a {shorten(kind)}{place}{more}, which lexiseg does not read; {_REMEDY}."

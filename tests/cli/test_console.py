@@ -9,7 +9,7 @@ import pytest
 from lexiseg.cli import application, main
 from lexiseg.cli.console import say, say_error, say_note, say_table, say_written
 from lexiseg.errors import LexisegError, LexisegWarning
-from lexiseg.words import printable
+from lexiseg.words import counted, printable
 
 EVIL = "a\x1b[31mb\x07\u202ec\n\rd\u2028e\udce9f\x9bg"
 
@@ -28,6 +28,11 @@ EVIL = "a\x1b[31mb\x07\u202ec\n\rd\u2028e\udce9f\x9bg"
 )
 def test_a_text_is_shown_without_power_over_the_terminal(text: str, shown: str) -> None:
     assert printable(text) == shown
+
+
+def test_one_is_no_plural() -> None:
+    assert [counted(number, "class") for number in (0, 1, 2)] == ["0 classes", "1 class", "2 classes"]
+    assert [counted(number, "error") for number in (0, 1, 2)] == ["0 errors", "1 error", "2 errors"]
 
 
 def test_everything_the_commands_print_is_escaped(capsys: pytest.CaptureFixture[str]) -> None:

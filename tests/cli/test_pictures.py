@@ -134,7 +134,7 @@ def test_a_stop_says_what_is_done_and_how_to_go_on(
         stop_after(patch, 2, KeyboardInterrupt())
         code, _, err = predict(folder, WORDS, "--save", "labels")
     assert code == 130 and len(err.splitlines()) == 1
-    assert err.startswith("Stopped; 2 of 3 pictures are done") and "--resume" in err
+    assert err.startswith("Stopped with 2 of 3 pictures complete") and "--resume" in err
     assert len(list((tmp_path / "out").glob("*_labels.png"))) == 2
     code, _, err = predict(folder, WORDS, "--save", "labels", "--resume")
     assert code == 0 and err == "3 of 3 pictures segmented, 2 of them earlier\n"
@@ -173,7 +173,7 @@ def test_signals_stop_a_real_run(tmp_path: Path, tiny_model: Path, number: signa
     finally:
         process.kill()
     assert process.returncode == code
-    assert len(err.splitlines()) == 1 and err.startswith("Stopped; ") and "of 400 pictures are done" in err
+    assert len(err.splitlines()) == 1 and err.startswith("Stopped with ") and "of 400 pictures complete" in err
     for path in tmp_path.glob("out/*_labels.png"):
         Image.open(path).load()
 

@@ -91,7 +91,7 @@ JSON_FAULTS = {
                                    "damaged-label", "outline"),
     "an outline without end": (_first(segmentation=[[0, 0, 1e300, 0, 0, 1e300]]), "damaged-label", "outline"),
     "an outline of no picture": (lambda c: c["annotations"].append({**c["annotations"][0], "image_id": 12}),
-                                 "wrong-record", "such as 12, belong to no image"),
+                                 "wrong-record", "1 image_id of annotations, such as 12, so"),
     "other categories": (_without_tree, "class-list", "class 0 is 'tree' in one and 'cat' in the other"),
 }  # fmt: skip
 

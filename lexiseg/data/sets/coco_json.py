@@ -18,7 +18,7 @@ from lexiseg.errors import DataSetError, LexisegError
 from lexiseg.files import spelled
 from lexiseg.label_ids import ignore_index
 from lexiseg.vocabulary import Vocabulary, VocabularyClass
-from lexiseg.words import describe, word_key
+from lexiseg.words import counted, describe, word_key
 
 
 def list_coco_json(
@@ -92,8 +92,8 @@ def list_coco_json(
     strangers = [number for number in outlines if number not in ids]
     if strangers:
         problem = (
-            f"'{path}': {len(strangers)} image_ids of annotations, such as {describe(strangers[0])}, belong to no "
-            "image, so these outlines are never drawn; fix the ids or remove the annotations."
+            f"'{path}' has no image for {counted(len(strangers), 'image_id')} of annotations, such as "
+            f"{describe(strangers[0])}, so these outlines are never drawn; fix the ids or remove the annotations."
         )
         # Pictures may be left out on purpose; where not a single id fits, the two lists count differently.
         wrong("wrong-record", problem, severity="warning" if len(strangers) < len(outlines) else "error")

@@ -18,7 +18,7 @@ from PIL import Image
 from lexiseg.data.sets.archive import Place, readable
 from lexiseg.data.sets.labels import MAX_PIXELS
 from lexiseg.errors import LexisegError
-from lexiseg.words import describe, shorten, word_key
+from lexiseg.words import counted, describe, shorten, word_key
 
 _FAR = 1_000_000.0  # pycocotools walks along an outline pixel by pixel: one that leads farther would fill the memory
 BACKGROUNDS = ("background", "_background_", "__background__")
@@ -211,7 +211,7 @@ def draw_yolo(path: Path, image: Place, num_classes: int, rest: int, turned: boo
         except ValueError as error:
             raise LexisegError(f"{who} is not a class id and coordinates; fix it or remove it.") from error
         if not 0 <= index < num_classes:
-            raise LexisegError(f"{who} has the class {index}, but there are {num_classes} classes, counted from 0.")
+            raise LexisegError(f"{who} has the class {index}, beyond {counted(num_classes, 'class')} counted from 0.")
         if corners.size == 4:
             raise LexisegError(f"{who} is a box, not an outline; export the data set for segmentation.")
         if corners.size % 2 == 0:

@@ -17,6 +17,7 @@ from lexiseg.data.sets.voc import aug_names, find_sbd, voc_list
 from lexiseg.errors import DataSetError, LexisegError
 from lexiseg.files import make_folder, write_bytes
 from lexiseg.images import IMAGE_SUFFIXES
+from lexiseg.words import counted
 
 # Where an archive belongs, below the root, by the names they are distributed under; all others are unpacked into the
 # root, because they bring their own top folder (VOCdevkit, benchmark_RELEASE, ADEChallengeData2016 ...).
@@ -102,9 +103,9 @@ def _unpack_all(name: str, root: Path, say: Callable[[str], None]) -> list[Step]
         target = root / next(places, ".")
         say(f"unpacking {archive.name}")
         done = unpack(archive, target)
-        links = f", {len(done.skipped)} links left out" if done.skipped else ""
+        links = f", {counted(len(done.skipped), 'link')} left out" if done.skipped else ""
         if done.written:
-            what = f"unpacked {archive.name}: {done.written} files, {done.kept} there already{links}"
+            what = f"unpacked {archive.name}: {counted(done.written, 'file')}, {done.kept} there already{links}"
             steps.append(Step(what, str(target)))
     return steps
 
@@ -120,7 +121,7 @@ def _voc_lists(root: Path) -> list[Step]:
     if findings or not names:
         return []
     write_bytes(path, _listed(names))
-    return [Step(f"listed {len(names)} augmented pictures", str(path))]
+    return [Step(f"listed {counted(len(names), 'augmented picture')}", str(path))]
 
 
 def _context_lists(name: str, root: Path) -> list[Step]:
@@ -140,7 +141,7 @@ def _context_lists(name: str, root: Path) -> list[Step]:
         if names:
             make_folder(path.parent)
             write_bytes(path, _listed(names))
-            steps.append(Step(f"listed {len(names)} pictures", str(path)))
+            steps.append(Step(f"listed {counted(len(names), 'picture')}", str(path)))
     return steps
 
 
@@ -159,8 +160,8 @@ def _own_lists(root: Path) -> list[Step]:
     if not names or any(path.read_bytes() != _listed(lists[split]) for split, path in written.items()):
         return []  # the lists that are there are somebody's own
     return [
-        Step(f"listed {len(lists[split])} pictures", str(write_bytes(root / f"{split}.txt", _listed(lists[split]))))
-        for split in lists
+        Step(f"listed {counted(len(names), 'picture')}", str(write_bytes(root / f"{split}.txt", _listed(names))))
+        for split, names in lists.items()
         if split not in written
     ]
 

@@ -24,6 +24,7 @@ from lexiseg.data.sets.listing import unreadable
 from lexiseg.data.sets.open import OWN, list_split, splits_of
 from lexiseg.errors import DataSetError, LexisegError
 from lexiseg.windows import check_proportions
+from lexiseg.words import counted
 
 _SHOWN = 12
 Progress = Callable[[Iterable["SampleCheck"], int, str], Iterable["SampleCheck"]]
@@ -101,14 +102,14 @@ def _values_told(group: Sequence[Finding], samples: int, pixels: int) -> list[Fi
         first = next(finding for finding in group if value in dict(finding.values))
         fraction = 100 * sizes[value] / max(1, pixels)
         problem = (
-            f"{value_name(kind, value)} in {number} of {samples} labels ({fraction:.2g} % of the pixels), first in "
-            f"'{first.path}'; no class has it: {remedy}"
+            f"{value_name(kind, value)} in {number} of {counted(samples, 'label')} ({fraction:.2g} % of the pixels), "
+            f"first in '{first.path}'; no class has it: {remedy}"
         )
         told.append(replace(first, problem=problem, sample="", values=((value, sizes[value]),)))
     if len(labels) > _SHOWN:
         problem = (
-            f"{len(labels) - _SHOWN} further values have no class either; so many usually mean masks that were "
-            "smoothed, saved as JPEG, or hold something other than classes."
+            f"{counted(len(labels) - _SHOWN, 'further value')} without a class as well; so many usually mean masks "
+            "that were smoothed, saved as JPEG, or hold something other than classes."
         )
         told.append(replace(group[0], problem=problem, sample="", values=()))
     return told
@@ -231,7 +232,9 @@ def _check_split(files: SplitFiles, workers: int, progress: Progress | None) -> 
         if empty:
             shown = ", ".join(f"'{name}'" for name in empty[:_SHOWN])
             more = f" and {len(empty) - _SHOWN} more" if len(empty) > _SHOWN else ""
-            problem = f"No label of the split '{files.split}' has a pixel of {len(empty)} classes: {shown}{more}."
+            problem = (
+                f"No label of the split '{files.split}' has a pixel of {counted(len(empty), 'class')}: {shown}{more}."
+            )
             findings.append(Finding("empty-class", problem, where, split=files.split, severity="warning"))
     elif files.items and not any(finding.severity == "error" for finding in findings):
         findings = [Finding("no-labels", nothing_labelled(files.split), where, split=files.split)]

@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 from lexiseg.cli.console import say, say_json, say_note, say_written, waiting
-from lexiseg.cli.options import Json, Template
+from lexiseg.cli.options import Json, Template, output_option
+from lexiseg.words import counted
 
 # What the arguments of `lexiseg.weights.convert` are called here.
 _OPTIONS = {
@@ -25,7 +26,7 @@ Weights = Annotated[
     Path,
     typer.Argument(help="A .pth, .pt, .ckpt, .bin, .pkl or .safetensors file, or a CLIPModel folder of transformers."),
 ]
-Output = Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")]
+Output = Annotated[Path, output_option("Folder to write.")]
 Seen = Annotated[
     Path | None,
     typer.Option(
@@ -107,11 +108,9 @@ def convert(
             }
         )
         return
-    say(f"{report.kind}: {report.num_tensors} tensors, {report.num_parameters / 1e6:.1f} M parameters")
-    if report.unused:
-        say_note(f"{len(report.unused)} tensors that no computation uses were left out, {report.unused[0]} first.")
-    for note in report.notes:
-        say_note(note)
+    say(f"{report.kind}: {counted(report.num_tensors, 'tensor')}, {report.num_parameters / 1e6:.1f} M parameters")
+    for remark in report.remarks:
+        say_note(remark)
     uses = {"clip": f"--model naclip/{report.folder}", "sam": f"--set model.options.proposals.weights={report.folder}"}
     say_written([report.folder])
     say(f"use it with {uses.get(report.kind, f'--model {report.folder}')}")

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from lexiseg.cli.console import say, say_json, say_note, say_table, say_written, waiting, with_progress
-from lexiseg.cli.options import Json, check_png, show_help, write_png
+from lexiseg.cli.options import Json, check_png, output_option, show_help, write_png
 from lexiseg.errors import LexisegError
+from lexiseg.words import counted
 
 if TYPE_CHECKING:
     from lexiseg.data.sets.verify import SampleCheck
@@ -39,16 +40,16 @@ def world(
     """
     from lexiseg.data.picture_world import find_world, write_voc
 
-    with waiting(f"drawing {train + val} scenes"):
+    with waiting(f"drawing {counted(train + val, 'scene')}"):
         root = write_voc(folder, world=find_world(name), num_train=train, num_val=val, size=size)
     say_written([root])
 
 
 @app.command("show")
 def show(
-    output: Annotated[
-        Path, typer.Option("--output", "-o", help="The figure to write, a .png.", callback=check_png)
-    ] = Path("out/picture-world.png"),
+    output: Annotated[Path, output_option("The figure to write, a .png.", callback=check_png)] = Path(
+        "out/picture-world.png"
+    ),
     split: Annotated[Literal["train", "val", "test"], typer.Option(help="Split of the scenes.")] = "val",
     rows: Annotated[int, typer.Option(min=1, max=20, help="Number of rows.")] = 3,
     columns: Annotated[int, typer.Option(min=1, max=20, help="Number of columns.")] = 5,
@@ -58,7 +59,7 @@ def show(
     """Draw the first scenes of a split side by side."""
     from lexiseg.data.picture_world import contact_sheet, find_world
 
-    with waiting(f"drawing {rows * columns} scenes"):
+    with waiting(f"drawing {counted(rows * columns, 'scene')}"):
         sheet = contact_sheet(split, world=find_world(name), rows=rows, columns=columns, size=size)
     write_png(output, sheet.save)
 
@@ -109,9 +110,11 @@ def verify(
              f"{100 * check.ignored / max(1, check.labelled + check.ignored):.1f} %"]
             for check in found.splits
         ]  # fmt: skip
-        say_table(f"{chosen}, {len(found.classes)} classes", ["split", "samples", "classes there", "no class"], rows)
+        say_table(
+            f"{chosen}, {counted(len(found.classes), 'class')}", ["split", "samples", "classes there", "no class"], rows
+        )
         warnings = len(found.findings) - len(found.errors)
-        say(f"{len(found.errors)} errors, {warnings} warnings")
+        say(f"{counted(len(found.errors), 'error')}, {counted(warnings, 'warning')}")
     if found.errors:
         raise typer.Exit(1)
 

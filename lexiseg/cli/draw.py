@@ -10,7 +10,7 @@ import typer
 
 import lexiseg
 from lexiseg.cli.console import waiting
-from lexiseg.cli.options import DEFAULT_MAX_PIXELS, Device, check_png, show_help, write_png
+from lexiseg.cli.options import DEFAULT_MAX_PIXELS, Device, check_png, output_option, show_help, write_png
 from lexiseg.errors import LexisegError
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ At = Annotated[
     list[str] | None,
     typer.Option("--at", help="Pixel of the patch as COLUMN,ROW; may be repeated. Default: the centre."),
 ]
-Output = Annotated[Path, typer.Option("--output", "-o", help="The figure to write, a .png.", callback=check_png)]
+Output = Annotated[Path, output_option("The figure to write, a .png.", callback=check_png)]
 
 
 @app.command("similarity")

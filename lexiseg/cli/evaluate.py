@@ -18,7 +18,9 @@ from lexiseg.cli.options import (
     Stride,
     Template,
     Window,
+    output_option,
 )
+from lexiseg.words import counted
 
 Dataset = Annotated[
     str,
@@ -30,7 +32,7 @@ Dataset = Annotated[
 Weights = Annotated[
     str, typer.Option("--weights", "-w", help="The model: a name that `lexiseg models` lists, or a folder.")
 ]
-Output = Annotated[Path, typer.Option("--output", "-o", help="Folder for the report.")]
+Output = Annotated[Path, output_option("Folder for the report.")]
 Protocol = Annotated[
     str | None,
     typer.Option(
@@ -129,7 +131,7 @@ def evaluate(
         say_json({"metrics": report.summary(), "protocol": report.protocol, **more, "files": files})
         return
     facts = report.protocol
-    say_table(f"{facts['dataset']}, {facts['split']}, {facts['num_pictures']} pictures", *report.table())
+    say_table(f"{facts['dataset']}, {facts['split']}, {counted(facts['num_pictures'], 'picture')}", *report.table())
     say(report.summary_line())
     if judged is not None:
         say_table("proposals", *judged.table())

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from lexiseg.cli.console import say, say_json, say_table, say_written, waiting
-from lexiseg.cli.options import Json, Template
+from lexiseg.cli.options import Json, Template, output_option
 
 
 def export(
@@ -16,7 +16,7 @@ def export(
         str,
         typer.Argument(metavar="MODEL", help="A name that `lexiseg models` lists, or a folder.", show_default=False),
     ],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.", show_default=False)],
+    output: Annotated[Path, output_option("Folder to write.", show_default=False)],
     format: Annotated[
         Literal["onnx", "torch", "openvino"],
         typer.Option("--format", "-f", help="onnx; openvino; or torch (torch.export with AOTInductor)."),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -56,6 +56,17 @@ Refine = Annotated[
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
+
+
+def output_option(help: str, **more: Any) -> Any:
+    """The option ``--output``, whose name cannot be empty: an unset variable of a script would mean this folder."""
+    return typer.Option("--output", "-o", help=help, parser=_output, metavar="PATH", **more)
+
+
+def _output(name: str | Path) -> Path:
+    if not str(name).strip():
+        raise LexisegError("The name of the output (-o) is empty; name a place to write to, or leave -o out.")
+    return Path(name)
 
 
 def check_png(output: Path) -> Path:

@@ -16,7 +16,7 @@ from lexiseg.cli.console import say, say_error, say_json, say_note, say_table, s
 from lexiseg.errors import LexisegError
 from lexiseg.labelling.record import COCO, Entry, Picture, Record, absolute
 from lexiseg.labelling.shards import Labeller, Wanted, label_all, shards_of
-from lexiseg.words import word_key
+from lexiseg.words import counted, word_key
 
 if TYPE_CHECKING:
     from lexiseg.predictor import Predictor
@@ -81,7 +81,7 @@ def predict_pictures(
         say_written(written)
         earlier = f", {len(ordered) - len(todo)} of them earlier" if len(todo) < len(ordered) else ""
         if len(given) > 1 or broken:
-            say_note(f"{len(given) - failed} of {len(given)} pictures segmented{earlier}")
+            say_note(f"{len(given) - failed} of {counted(len(given), 'picture')} segmented{earlier}")
     if failed:
         raise typer.Exit(ALL_FAILED if failed == len(given) else SOME_FAILED)
 
@@ -104,7 +104,7 @@ def _follow(
     except KeyboardInterrupt as stop:
         finished = sum(not entry.error for entry in done.values())
         advice = "the same command with --resume continues" if resumable else "run the command again"
-        stop.args = (f"Stopped; {finished} of {total} pictures are complete; {advice}.",)
+        stop.args = (f"Stopped with {finished} of {counted(total, 'picture')} complete; {advice}.",)
         raise
     except LexisegError as error:
         # What is whole stays, and is counted: the disk may be full after a thousand pictures.
@@ -113,7 +113,8 @@ def _follow(
         say_error(str(error))
         return True
     if len(done) < total:
-        say_error(f"{total - len(done)} pictures have no result; run again with --resume.")
+        missing = counted(total - len(done), "picture")
+        say_error(f"No result for {missing}; run again with --resume.")
         return True
     return False
 

@@ -33,7 +33,7 @@ ClassesFile = Annotated[
     Path | None, typer.Option("--classes-file", "-c", help="File of classes; all arguments are then pictures.")
 ]
 Model = Annotated[str, typer.Option("--model", "-m", help="A name that `lexiseg models` lists, a folder, or auto.")]
-Output = Annotated[Path, typer.Option("--output", "-o", help="Folder to write into.")]
+Output = Annotated[Path, shared.output_option("Folder to write into.")]
 Save = Annotated[
     str,
     typer.Option(

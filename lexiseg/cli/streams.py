@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from lexiseg.cli.console import say_json, say_note, say_table, say_written, with_progress
 from lexiseg.errors import LexisegError
+from lexiseg.words import counted
 
 if TYPE_CHECKING:
     from lexiseg.maps import MapOptions
@@ -49,9 +50,17 @@ def predict_video(
     pixels, total = _count(labels(), vocabulary, count_frames(source, options))
     files = {kind: path for kind, path in video_files(source, output).items() if kind != "overlay" or options.overlay}
     about = {"video": source, "frames": len(reused)}
-    _say(about, f"{source}, {len(reused)} frames", "of all pixels", pixels / max(1, total), vocabulary, files, json)
+    _say(
+        about,
+        f"{source}, {counted(len(reused), 'frame')}",
+        "of all pixels",
+        pixels / max(1, total),
+        vocabulary,
+        files,
+        json,
+    )
     if any(reused) and not json:
-        say_note(f"{sum(reused)} frames were labelled by an earlier run")
+        say_note(f"{counted(sum(reused), 'frame')} labelled by an earlier run")
 
 
 def predict_map(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lexiseg.cli.console import say_json, say_table, say_written, waiting
-from lexiseg.cli.options import Json
+from lexiseg.cli.options import Json, output_option
 from lexiseg.errors import LexisegError
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 RecipeName = Annotated[str | None, typer.Argument(help="Name of a packaged recipe, or a YAML file.")]
-Output = Annotated[Path | None, typer.Option("--output", "-o", help="Folder of the run. Default: runs/RECIPE.")]
+Output = Annotated[Path | None, output_option("Folder of the run. Default: runs/RECIPE.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue from the newest checkpoint in the folder.")]
 Until = Annotated[
     int | None, typer.Option("--until", min=1, help="Stop after this step and write the model; --resume continues.")

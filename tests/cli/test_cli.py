@@ -52,6 +52,12 @@ def test_usage_errors_are_sentences(call: Call) -> None:
     assert_sentence(
         *call("predict", "a", "b", "--refine", "x"), "Invalid value for '--refine': 'x' is not one of 'none'"
     )
+    for verb in (
+        *(("predict", "a", "b"), ("convert", "a.pth"), ("evaluate", "tiny", "-w", "a"), ("export", "a")),
+        *(("train", "tiny"), ("data", "show"), ("draw", "nga", "a")),
+    ):
+        for empty in (("-o", ""), ("--output= ",)):
+            assert_sentence(*call(*verb, *empty), "(-o) is empty", "place to write")
     for arguments in ((), ("--help",), ("data",), ("predict", "-h")):
         code, out, err = call(*arguments)
         assert code == 0 and "Usage" in out and not err

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any, Literal
 import lexiseg
 from lexiseg import processes
 from lexiseg.background import BackgroundSource
+from lexiseg.clip.load import local
 from lexiseg.data.base import SegmentationDataset
 from lexiseg.errors import LexisegError
 from lexiseg.evaluation.protocols import Protocol, find_protocol
@@ -20,11 +22,12 @@ from lexiseg.evaluation.run import Offsets, run_evaluation
 from lexiseg.files import new_folder
 from lexiseg.journal import Journal
 from lexiseg.pictures import WindowSource, window_policy
-from lexiseg.recipes import CatalogData, ContrastiveRecipe, EvaluationRecipe, load_recipe
+from lexiseg.recipes import CatalogData, ContrastiveRecipe, EvaluationRecipe, is_recipe, list_recipes, load_recipe
 from lexiseg.refine import Refinement
 from lexiseg.segmenter import Segmenter
 from lexiseg.vocabulary import TemplateSource
 from lexiseg.windows import WindowPolicy
+from lexiseg.words import shorten
 
 PICTURE_WORLD = "picture-world"
 DEFAULT_SIZE = 256
@@ -152,7 +155,8 @@ def _question(
 ) -> Question:
     if protocol is not None:
         return _by_protocol(what, protocol, {"split": split, "size": size})
-    if what.startswith(PICTURE_WORLD) and not Path(what).exists():
+    place = local(what)
+    if what.startswith(PICTURE_WORLD) and place is None:
         _refuse_synonyms(synonyms, what)
         from lexiseg.data.picture_world import PictureWorld, find_world
 
@@ -165,11 +169,13 @@ def _question(
         raise LexisegError(
             f"--size is for {PICTURE_WORLD}, which is drawn at any size, not for '{what}'; leave it out."
         )
-    if Path(what).is_dir():
+    if place is not None and place.is_dir():
         from lexiseg.data.sets.open import OWN, open_data_set
 
-        data = open_data_set(OWN, what, split or "val", classes=classes, synonyms=synonyms)
-        return Question(Path(what).resolve().name, data, split or "val")
+        data = open_data_set(OWN, place, split or "val", classes=classes, synonyms=synonyms)
+        return Question(place.resolve().name, data, split or "val")
+    if place is None and not is_recipe(what):
+        raise _neither(what)
     if classes is not None:
         raise LexisegError(f"--classes is for folders, not for '{what}'; leave it out.")
     recipe = load_recipe(what)
@@ -183,6 +189,18 @@ def _question(
             _refuse_synonyms(synonyms, what)
         said = said.model_copy(update={"synonyms": synonyms})
     return Question(said.title, said.open("val"), recipe=recipe if isinstance(recipe, EvaluationRecipe) else None)
+
+
+def _neither(what: str) -> LexisegError:
+    """The sentence about a name of nothing, with the nearest names of folders, recipes and picture worlds."""
+    from lexiseg.data.picture_world import WORLDS
+
+    folders: list[str] = []
+    with suppress(OSError, ValueError):  # no usable file name
+        folders = [str(path) for path in Path(what).parent.iterdir() if path.is_dir()]
+    near = difflib.get_close_matches(what, [*folders, *WORLDS, *list_recipes()], n=3)
+    hint = f"did you mean {' or '.join(near)}?" if near else "`lexiseg train --list` shows the recipes."
+    return LexisegError(f"There is neither a data folder nor a recipe '{shorten(what, 200)}'; {hint}")
 
 
 def _by_protocol(folder: str, name: str, options: Mapping[str, Any]) -> Question:

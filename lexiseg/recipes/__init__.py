@@ -4,7 +4,15 @@ Training and evaluation both read them, so they lie below both. The files beside
 """
 
 from lexiseg.recipes.data import CatalogData, Data, PictureWorldData
-from lexiseg.recipes.reading import as_yaml, describe_recipes, find_recipe, list_recipes, load_recipe, parse_recipe
+from lexiseg.recipes.reading import (
+    as_yaml,
+    describe_recipes,
+    find_recipe,
+    is_recipe,
+    list_recipes,
+    load_recipe,
+    parse_recipe,
+)
 from lexiseg.recipes.schema import (
     ContrastiveRecipe,
     EvaluationRecipe,
@@ -27,6 +35,7 @@ __all__ = [
     "as_yaml",
     "describe_recipes",
     "find_recipe",
+    "is_recipe",
     "list_recipes",
     "load_recipe",
     "parse_recipe",

@@ -85,6 +85,14 @@ def describe_recipes() -> dict[str, str]:
     return dict(_described())
 
 
+def is_recipe(name: str) -> bool:
+    """Whether there is a recipe or a file of that name, with or without a variant."""
+    try:
+        return _find(name)[0].exists()
+    except (OSError, ValueError):  # no usable file name
+        return False
+
+
 def find_recipe(name: str | Path) -> tuple[str, str]:
     """The text of the file a recipe is in and what to call it in messages.
 

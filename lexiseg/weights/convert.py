@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, cast
 
@@ -31,12 +33,13 @@ from lexiseg.weights.detectron_checkpoint import System, recognise_detectron
 from lexiseg.weights.folder import CONFIG_NAME, save_model
 from lexiseg.weights.one_stage_checkpoint import NAMES, read_one_stage, recognise
 from lexiseg.weights.sam_checkpoint import convert_sam, recognise_sam
-from lexiseg.words import printable, shorten
+from lexiseg.words import counted, printable, shorten
 
 # Prompts a block of the papers' VOC and Context models.
 _VOC_PROMPTS, _CONTEXT_PROMPTS = 10, 35
-# What OpenAI's own state dict holds beside its tensors; their presence also tells that it is OpenAI's.
+_TOWER = 8  # weights of two blocks
 _MODELS = {**NAMES, "cat-seg": "CAT-Seg", **DECOUPLED_NAMES}
+# What OpenAI's own state dict holds beside its tensors; their presence also tells that it is OpenAI's.
 _OPENAI_NOTES = frozenset({"input_resolution", "context_length", "vocab_size"})
 
 
@@ -54,13 +57,17 @@ class ConversionReport:
 
     def __str__(self) -> str:
         names = {**_MODELS, "sam": "Segment Anything"}
-        lines = [
-            f"Found a {f'{names[self.kind]} model' if self.kind in names else 'CLIP'}: {self.num_tensors} tensors, "
-            f"{self.num_parameters / 1e6:.1f} M parameters.",
-        ]
-        if self.unused:
-            lines.append(f"{len(self.unused)} tensors that no computation uses were left out, {self.unused[0]} first.")
-        return "\n".join([*lines, *self.notes, f"Wrote {self.folder}."])
+        what = f"{names[self.kind]} model" if self.kind in names else "CLIP"
+        sizes = f"{counted(self.num_tensors, 'tensor')}, {self.num_parameters / 1e6:.1f} M parameters"
+        return "\n".join([f"Found a {what}: {sizes}.", *self.remarks, f"Wrote {self.folder}."])
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """The notes, and what was left out, a sentence each."""
+        if not self.unused:
+            return self.notes
+        count = counted(len(self.unused), "tensor")
+        return (f"Left out, as no computation uses it: {count}, {self.unused[0]} first.", *self.notes)
 
 
 def convert(
@@ -113,12 +120,9 @@ def convert(
     state, kind = found.state, _kind(found.state)
     if kind is None:
         raise _unknown(state, path)
-    given: dict[str, Any] = {
-        "class_names": class_names or None,
-        "templates": templates or None,
-        "transductive": transductive or None,
-    }
-    given |= {"quick_gelu": quick_gelu, "clip": clip, "dtype": dtype}
+    empty = _zeros(state, path)
+    given: dict[str, Any] = {"class_names": class_names or None, "templates": templates or None}
+    given |= {"transductive": transductive or None, "quick_gelu": quick_gelu, "clip": clip, "dtype": dtype}
     sizes: dict[str, Any] = {"heads": heads, "text_heads": text_heads}
     if kind == "sam":
         uses: set[str] = set()
@@ -142,7 +146,7 @@ def convert(
         counts = len(state), model.num_parameters()
         report = ConversionReport(kind, Path(folder), *counts, tuple(unused), tuple(notes))
     ignored = tuple(key for key, value in given.items() if value is not None and key not in uses)
-    return replace(report, notes=(*found.notes, *report.notes), ignored=ignored)
+    return replace(report, notes=(*found.notes, *empty, *report.notes), ignored=ignored)
 
 
 def _read_model(
@@ -166,6 +170,27 @@ def _kind(state: Mapping[str, Any]) -> str | None:
     if (kind := recognise(state) or recognise_detectron(state)) is not None:
         return kind
     return "clip" if is_openai(state) or is_transformers(state) else "sam" if recognise_sam(state) else None
+
+
+def _zeros(state: Mapping[str, Tensor], path: str | Path) -> list[str]:
+    """A note on weights that are zero throughout, as the last layer of an untrained branch may be.
+
+    Raises LexisegError if a part of `_TOWER` weights or more holds nothing else.
+    """
+    weights = {key: tensor for key, tensor in state.items() if tensor.is_floating_point() and tensor.ndim > 1}
+    zero = [key for key, tensor in weights.items() if not tensor.float().any()]
+    all_of, zero_of = (
+        Counter(part for key in keys for part in accumulate(key.split("."), "{}.{}".format)) for keys in (weights, zero)
+    )
+    for part, count in zero_of.items():
+        if count == all_of[part] >= _TOWER:
+            raise LexisegError(
+                f"All {count} weights of '{printable(part)}' in '{path}' are zero, as in a placeholder or after a "
+                "broken download; get the file again."
+            )
+    if not zero:
+        return []
+    return [f"Zero throughout, as if never trained: {counted(len(zero), 'weight')}, {printable(zero[0])} first."]
 
 
 def _unknown(state: Mapping[str, Tensor], path: str | Path) -> LexisegError:

@@ -99,7 +99,12 @@ def test_train_lists_recipes(call: Call) -> None:
 
 
 def test_evaluate_mistakes(call: Call, tiny_model: Path, tmp_path: Path) -> None:
-    assert_sentence(*call("evaluate", "no-such-recipe", "-w", tiny_model), "no-such-recipe")
+    said = "neither a data folder nor a recipe"
+    assert_sentence(*call("evaluate", "no/such/recipe", "-w", tiny_model), said, "'no/such/recipe'", "train --list")
+    (tmp_path / "photos").mkdir()
+    assert_sentence(*call("evaluate", "phtos", "-w", tiny_model), said, "did you mean photos")
+    assert_sentence(*call("evaluate", "tinny", "-w", tiny_model), said, "did you mean tiny")
+    assert_sentence(*call("evaluate", "a" * 5000, "-w", tiny_model), said)
     assert_sentence(*call("evaluate", "picture-world", "-w", tiny_model, "--split", "train"), "test split")
     assert_sentence(*call("evaluate", "picture-world"), "--weights")
     assert_sentence(*call("evaluate", "tiny", "-w", tiny_model, "--size", 32), "--size")
@@ -119,6 +124,11 @@ def test_convert(call: Call, tiny_clip: Path, picture: Path, tmp_path: Path) -> 
     assert "wrote clip" in out and "--model naclip/clip" in out
     assert call("predict", picture, WORDS, "-m", "naclip/clip", "--save", "json")[0] == 0
 
+    name = "visual.transformer.resblocks.0.mlp.c_fc.weight"
+    torch.save({**state, name: torch.zeros_like(state[name])}, tmp_path / "clip.pt")
+    assert f"1 weight, {name} first" in call("convert", "clip.pt", "-o", "clip", "--gelu")[2]
+    torch.save({key: value * 0 if "visual" in key else value for key, value in state.items()}, tmp_path / "zero.pt")
+    assert_sentence(*call("convert", "zero.pt", "-o", "other"), "weights of 'visual' in 'zero.pt' are zero", "again")
     (tmp_path / "garbage.pth").write_bytes(b"garbage")
     assert_sentence(*call("convert", "garbage.pth", "-o", "other"), "garbage.pth")
     torch.save({"weight": torch.zeros(2)}, tmp_path / "other.pth")

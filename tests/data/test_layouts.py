@@ -260,6 +260,10 @@ def test_black_and_white_masks_are_asked_about(tmp_path: Path) -> None:
         with pytest.raises(LexisegError) as caught:
             open_data_set("own", tmp_path, "train")
         assert str(caught.value) == finding.problem
+    mask = next((tmp_path / "masks").rglob("*.png"))
+    save_index(mask, np.arange(2).repeat(SIZE[0] * SIZE[1] // 2).reshape(SIZE))
+    with pytest.raises(LexisegError, match="write '0: background' and '255: cat'"):  # one of 0 and 1 hides nothing
+        open_data_set("own", tmp_path, "train")
     _write(tmp_path / "classes.txt", "0: background\n255: cat\n")
     assert sorted(open_data_set("own", tmp_path, "val")[0].label.unique().tolist()) == [0, 1]
     _write(tmp_path / "lexiseg.yaml", "ignore: 255\n")

@@ -19,6 +19,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -240,7 +241,7 @@ def _reading(listed: ClassList, files: Mapping[str, Path], ignore: int, root: Pa
     if len(classes) <= 2 and IGNORE_INDEX not in (*id_map, *listed.ignored) and _are_black_and_white(paths):
         name = classes[-1].name
         raise DataSetError(
-            f"The masks of '{root}' hold 0 and 255 alone, as black and white masks do, and it is open what they stand "
+            f"Masks of '{root}' hold 0 and 255 alone, as black and white masks do, and it is open what they stand "
             f"for: write '0: background' and '255: {name}' into classes.txt if white is {name}, '255: {name}' alone if "
             "black is to be left out, or 'ignore: 255' into classes.yaml or lexiseg.yaml if white is no class.",
             "black-and-white",
@@ -255,16 +256,20 @@ def _packed(color: tuple[int, int, int]) -> int:
 
 
 def _are_black_and_white(paths: Sequence[Path]) -> bool:
-    """Whether masks hold nothing but 0 and 255, and both of them somewhere."""
+    """Whether half of the masks hold 0 and 255 alone, both somewhere, and no other one has 255 beside its classes."""
     found: set[int] = set()
+    white = others = 0
     for path in paths:
-        try:
-            found |= set(np.unique(read_values(path, LabelKind.index)).tolist())
-        except LexisegError:  # whoever reads it says so
-            continue
-        if found - {0, 255}:
-            return False
-    return found == {0, 255}
+        with suppress(LexisegError):  # whoever reads it says so
+            values = set(np.unique(read_values(path, LabelKind.index)).tolist())
+            if values <= {0, 255}:
+                found |= values
+                white += 255 in values
+            elif 255 in values:
+                return False
+            else:
+                others += 1
+    return found == {0, 255} and white >= others
 
 
 def _are_colored(paths: Sequence[Path]) -> bool:

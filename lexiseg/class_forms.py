@@ -35,6 +35,7 @@ _RGB = r"([0-9]{1,3})\s*[,\s]\s*([0-9]{1,3})\s*[,\s]\s*([0-9]{1,3})"
 _NAME_COLOR = re.compile(rf"(.+?)\s*[,:\s]\s*{_RGB}\s*(?::.*)?")
 _COLOR_NAME = re.compile(rf"{_RGB}[\s,:]+(.+)")
 _SPACED = re.compile(r"([0-9]+)\s*(?:[\s,;=]|[.)]\s)\s*(.*\D.*)")
+_FIELD = re.compile(r"""\b(\w+)\s*:\s*("[^"\n]*"|'[^'\n]*'|-?[\w.]+)|([{}])""")  # of a label map
 _NUMBER_LAST = re.compile(r"(.*\D.*?)\s*:\s*([0-9]+)")
 
 
@@ -237,6 +238,22 @@ def entries_read(values: Iterable[object]) -> list[ListedClass]:
             for place, one in sorted(zip(places, found, strict=True), key=lambda both: both[0])
         ]
     return found
+
+
+def items_read(text: str) -> list[ListedClass]:
+    """Read a label map of TensorFlow, ``item { id: 1 name: 'cat' }``; a ``display_name`` is what people call it.
+
+    Raises LexisegError if an item has no name, or says something wrong.
+    """
+    items: list[dict[str, str]] = []
+    depth = 0
+    for key, value, brace in _FIELD.findall(text):
+        depth += {"{": 1, "}": -1}.get(brace, 0)
+        if brace == "{" and depth == 1:
+            items.append({})
+        elif key and depth == 1:
+            items[-1][key] = value.strip("\"'")
+    return entries_read({**one, "name": one["display_name"]} if "display_name" in one else one for one in items)
 
 
 def _entry(value: Mapping[str, Any], position: int) -> ListedClass:

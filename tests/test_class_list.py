@@ -32,6 +32,9 @@ FORMS = {
     "1=cat\n12 = dog\n": NUMBERED,
     "cat: 1\ndog: 12\n": NUMBERED,
     "id,name\n1,cat\n12,dog\n": NUMBERED,
+    "item {\n  id: 1\n  name: 'cat'\n}\nitem { id: 12, name: 'dog' }\n": NUMBERED,
+    'item\n{ name: "/m/01yrx"\n id: 1 display_name: "cat" keypoints { id: 5 name: "{" } }\nitem: {name: "dog" '
+    "id: 12}\n": NUMBERED,
     "Idx\tRatio\tTrain\tVal\tStuff\tName\n1\t.1\t5\t5\t0\tcat\n12\t.1\t5\t5\t0\tdog\n": NUMBERED,
     '{"1": "cat", "12": "dog"}': NUMBERED,
     '{"id2label": {"12": "dog", "1": "cat"}, "model": "x"}': NUMBERED,

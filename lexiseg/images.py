@@ -343,6 +343,11 @@ def _from_array(array: np.ndarray, name: str, max_pixels: float) -> np.ndarray:
             + ("give array.transpose(1, 2, 0)." if first else "for several pictures give a list.")
         )
     _check_size(array.shape[1], array.shape[0], name, max_pixels)
+    if array.dtype.kind in "iu" and array.max() == 1:
+        text = (
+            f"{_capital(name)} holds whole numbers from 0 to 1, so the picture is black; if it is a picture of floats "
+        )
+        warnings.warn(f"{text}in 0..1, give those, and if it is a mask, the picture instead.", LexisegWarning, 2)
     array = _to_bytes(np.asarray(array), name)
     channels = array.shape[2]
     if channels in (2, 4):

@@ -338,6 +338,17 @@ def test_channels_at_the_other_end_are_named() -> None:
         read_image(torch.from_numpy(PICTURE))
 
 
+def test_numbers_up_to_1_are_said_to_be_black() -> None:
+    mask = (PICTURE > 127).astype(np.uint8)
+    for source in (mask, mask[..., 0].astype(np.int64), torch.from_numpy(mask).permute(2, 0, 1)):
+        with pytest.warns(LexisegWarning, match="whole numbers from 0 to 1, so the picture is black"):
+            read_pixels(source)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for picture in (mask.astype(np.float32), mask.astype(bool), mask * 0, mask * 255):
+            read_pixels(picture)
+
+
 def test_listing(tmp_path: Path) -> None:
     for name in ("img10.png", "img2.PNG", "Img1.jpg", "notes.txt", ".hidden.png"):
         (tmp_path / name).touch()

@@ -125,20 +125,20 @@ class ClassesRequest(BaseModel):
     model: str | None = None
 
 
-def decode_picture(text: str) -> bytes:
-    """The bytes of a picture in base64.
+def decode_picture(text: str, what: str = "The picture") -> bytes:
+    """The bytes of a picture in base64; ``what`` it is called in messages.
 
     Raises:
         ServiceError: it is none.
     """
     if text.lstrip()[:8].lower().startswith(("http:", "https:", "ftp:", "file:", "s3:", "gs:")):
-        raise ServiceError(422, "This service fetches no addresses; send the picture itself, in base64.")
+        raise ServiceError(422, f"{what} is an address, and this service fetches no addresses; send it in base64.")
     if text.startswith("data:"):
         text = text.partition(",")[2]
     try:
         return base64.b64decode("".join(text.split()), validate=True)
     except (binascii.Error, ValueError) as error:
-        raise ServiceError(422, "The picture is not valid base64; encode the bytes of its file.") from error
+        raise ServiceError(422, f"{what} is not valid base64; encode the bytes of its file.") from error
 
 
 async def _form_question(request: Request) -> tuple[Question, list[bytes]]:
@@ -163,8 +163,10 @@ async def read_question(request: Request, shape: type[BaseModel]) -> tuple[Any, 
     if request.headers.get("content-type", "").startswith("multipart/form-data"):
         return await _form_question(request)
     content = shape.model_validate_json(await request.body())
-    images = content.images if isinstance(content, BatchRequest) else [content.image]  # type: ignore[attr-defined]
-    return content, [decode_picture(text) for text in images]
+    if isinstance(content, BatchRequest) and len(content.images) > 1:
+        return content, [decode_picture(text, f"Picture {place}") for place, text in enumerate(content.images, 1)]
+    (image,) = content.images if isinstance(content, BatchRequest) else (content.image,)  # type: ignore[attr-defined]
+    return content, [decode_picture(image)]
 
 
 def first_complaint(errors: Sequence[Any]) -> str:

@@ -230,6 +230,8 @@ def test_what_is_wrong_is_a_sentence_with_its_status(running: Running) -> None:
     assert_sentence(
         client.post("/v1/batch", json={"images": [good["image"]] * 4, "classes": "a; b"}), 422, "more than 3"
     )
+    images = [good["image"], "%%%"]
+    assert_sentence(client.post("/v1/batch", json={"images": images, "classes": "a; b"}), 422, "Picture 2 is not valid")
     assert_sentence(client.get("/nothing"), 404, "Not Found")
     assert_sentence(client.get("/v1/segment"), 405, "Method")
 

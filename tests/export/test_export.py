@@ -237,6 +237,7 @@ def test_one_fixed_size_and_a_folder_that_is_replaced(segmenter: Segmenter, tmp_
     ("system", "options"),
     [
         ("cascade-clip", {**ZEGCLIP, "groups": "{1},{2}"}),
+        ("cascade-clip", {**ZEGCLIP, "groups": "{1},{2}", "base": "spt-seg"}),
         ("spt-seg", ZEGCLIP),
         ("second-look", ZEGCLIP),
         ("cat-seg", CAT_SEG),
@@ -248,7 +249,7 @@ def test_one_fixed_size_and_a_folder_that_is_replaced(segmenter: Segmenter, tmp_
         ("dense-clip", {"method": "resclip", "middle_blocks": [0], **WINDOWS}),
         ("dense-clip", {"method": "proxyclip", "proxy": "small.dino", "pad_to": 16, **WINDOWS}),
     ],
-    ids=lambda value: value if isinstance(value, str) else value.get("method", ""),
+    ids=lambda value: value if isinstance(value, str) else value.get("method", value.get("base", "")),
 )
 def test_every_system_makes_the_round_trip(
     system: str, options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -1,6 +1,6 @@
 """The data path alone: seconds of one core that a training sample costs, stage by stage, and what a step costs beside.
 
-A row is a data set as the readers see it, with its training pipeline: VOC's pictures (500 x 375) and COCO's (640 x
+A row is a dataset as the readers see it, with its training pipeline: VOC's pictures (500 x 375) and COCO's (640 x
 480), JPEGs and label PNGs in the distributions' folders, filled with scenes of the picture world, and the papers'
 pipeline at a crop of 512; or the picture world's own generator at 256. "decode" is the picture alone, "read" the sample
 with its label, "per s" how many samples a second one core prepares: divide the pictures a second that an accelerator

@@ -105,7 +105,7 @@ def recipe_of(variant: Variant, seed: int) -> SegmentationRecipe:
     """The recipe of a system, with its changes and a seed."""
     recipe = load_recipe(variant.recipe, list(variant.changes), seed=seed)
     if not isinstance(recipe, SegmentationRecipe):
-        raise LexisegError(f"The recipe '{variant.recipe}' trains no segmentation system.")
+        raise LexisegError(f"The recipe '{variant.recipe}' does not train a segmentation system.")
     return recipe
 
 

@@ -113,7 +113,7 @@ def lines_read(lines: Sequence[str]) -> list[ListedClass]:
             return _table(lines, heading, separator)
     bare = [line.strip() for line in lines]
     if len(bare) > 1 and bare[0].strip('"').lower() in _HEADINGS:
-        text = f"The first line, '{bare[0]}', is taken for the heading of a column and is no class."
+        text = f"The first line, '{bare[0]}', was read as a column header, not as a class."
         warnings.warn(text, LexisegWarning, stacklevel=2)
         lines, bare = lines[1:], bare[1:]
     numbered = [_NUMBERED.fullmatch(line) for line in bare]
@@ -145,7 +145,7 @@ def _table(lines: Sequence[str], heading: Sequence[str], separator: str) -> list
         cells = {column: cell.strip() for column, cell in zip(heading, row, strict=False) if column}
         if len(cells) < len(set(heading) - {""}) or not cells["name"]:
             columns = ", ".join(column for column in heading if column)
-            raise LexisegError(f"The line '{describe(line)}' does not fill the columns {columns}.")
+            raise LexisegError(f"The line '{describe(line)}' does not match the columns {columns}.")
         words = split_words(", ".join(filter(None, (cells["name"], cells.get("synonyms")))).replace(";", ","))
         color: Any = cells.get("color") or None
         if "r" in cells:
@@ -190,7 +190,7 @@ def number_of(value: Any, name: str) -> int:
         raise LexisegError(f"'{shorten(describe(name))}' has the id {describe(value)}; ids are whole numbers.")
     if not 0 <= number <= _LAST_VALUE:
         raise LexisegError(
-            f"'{shorten(describe(name))}' has a number that no label file can hold; numbers go from 0 to {_LAST_VALUE}."
+            f"'{shorten(describe(name))}' has an id outside the range of label files; ids go from 0 to {_LAST_VALUE}."
         )
     return number
 
@@ -257,7 +257,7 @@ def items_read(text: str) -> list[ListedClass]:
 
 
 def _entry(value: Mapping[str, Any], position: int) -> ListedClass:
-    if "id" not in value and "trainId" not in value:  # lists of data sets carry keys of their own
+    if "id" not in value and "trainId" not in value:  # lists of datasets carry keys of their own
         refuse_unknown(value, _ENTRY_KEYS, f"class {position}")
     if "name" not in value:
         raise LexisegError(f"Class {position} has no name; add the key 'name'.")

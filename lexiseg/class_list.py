@@ -1,4 +1,4 @@
-"""Lists of classes, however people and data sets write them: the one reader of all commands.
+"""Lists of classes, however people and datasets write them: the one reader of all commands.
 
 Text, lists and mappings in Python, and files, whose content decides what they are, whatever they are called:
 
@@ -208,7 +208,7 @@ def _load_yaml(text: str) -> Any:
     import yaml
 
     if is_deep(text):
-        raise LexisegError("The file nests lists too deeply; write one class per line instead.")
+        raise LexisegError("The file has too many nested lists; write one class per line instead.")
     try:
         # The base loader leaves every scalar as text, so that classes named no, on or 2024 stay what they say.
         return yaml.load(text, Loader=yaml.BaseLoader)
@@ -222,7 +222,7 @@ def _structured(value: Any) -> ClassList:
     """Read what JSON, YAML or Python hold."""
     if not isinstance(value, Mapping):
         if isinstance(value, str | bytes) or not isinstance(value, Iterable):
-            raise LexisegError("There is no list of names and no mapping with the key 'classes'.")
+            raise LexisegError("The file has neither a list of names nor the key 'classes'.")
         return _sorted_out(entries_read(value))
     key = next((key for key in _LISTS if key in value), None)
     if key is None and not value.keys() & set(_KEYS) and value:

@@ -116,7 +116,7 @@ def objects_of(result: Segmentation, instances: Collection[str] = ()) -> Iterato
 
 
 def coco_annotations(result: Segmentation, instances: Collection[str] = ()) -> list[dict[str, Any]]:
-    """A result as COCO's annotations, without the ids that belong to a data set.
+    """A result as COCO's annotations, without the ids that belong to a dataset.
 
     Returns a mapping a mask of `objects_of`: ``category_id`` (1 for the first class), ``segmentation`` (run lengths),
     ``area`` (pixels), ``bbox`` (left, top, width, height in pixels), ``iscrowd`` and ``score``.
@@ -135,13 +135,13 @@ def coco_annotations(result: Segmentation, instances: Collection[str] = ()) -> l
 
 
 def to_coco(results: Sequence[Segmentation], instances: Collection[str] = ()) -> dict[str, Any]:
-    """Results of one vocabulary as a COCO data set, which ``pycocotools.coco.COCO`` loads.
+    """Results of one vocabulary as a COCO dataset, which ``pycocotools.coco.COCO`` loads.
 
     Its annotations carry scores and are what ``COCO.loadRes`` takes. Ids count from 1; a category's is its place in the
     vocabulary. Raises LexisegError if there are no results, or they are of different classes.
     """
     if not results or any(result.classes != results[0].classes for result in results):
-        raise LexisegError("A COCO data set holds results of the same classes; give at least one, or several sets.")
+        raise LexisegError("A COCO dataset holds results of the same classes; give at least one, or several sets.")
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     for image_id, result in enumerate(results, 1):
@@ -153,15 +153,15 @@ def to_coco(results: Sequence[Segmentation], instances: Collection[str] = ()) ->
 
 
 def coco_head(classes: Iterable[str]) -> dict[str, Any]:
-    """What a COCO data set has besides pictures and annotations."""
+    """What a COCO dataset has besides pictures and annotations."""
     categories = [{"id": index, "name": name, "supercategory": ""} for index, name in enumerate(classes, 1)]
     return {"info": {"description": "made by lexiseg"}, "licenses": [], "categories": categories}
 
 
 def merge_coco(path: Path, classes: Iterable[str], pieces: Iterable[tuple[str, Path]]) -> Path:
-    """Join data sets of one picture each to one, without holding them all.
+    """Join datasets of one picture each to one, without holding them all.
 
-    ``pieces``: each picture's file name, and the file with its data set. Raises LexisegError if the file cannot be
+    ``pieces``: each picture's file name, and the file with its dataset. Raises LexisegError if the file cannot be
     written, or a piece cannot be read.
     """
     images: list[dict[str, Any]] = []
@@ -185,19 +185,19 @@ def merge_coco(path: Path, classes: Iterable[str], pieces: Iterable[tuple[str, P
 
 
 def read_coco(dataset: Mapping[str, Any], image_id: int | None = None) -> tuple[np.ndarray, list[str], str]:
-    """Paint a picture's annotations of a COCO data set, later ones over earlier ones.
+    """Paint a picture's annotations of a COCO dataset, later ones over earlier ones.
 
     ``dataset``: the content of the JSON file. ``image_id``: which picture; None takes the only one. Returns the place
     of each pixel's category among the categories, int32, shape (H, W), with `ignore_index` where there is no
     annotation; the categories' names; the picture's file name. Raises LexisegError if there is no such picture, or the
-    data set is not one.
+    dataset is not one.
     """
     from pycocotools import mask as coco
 
     try:
         images = [image for image in dataset["images"] if image_id is None or image["id"] == image_id]
         if len(images) != 1:
-            raise LexisegError(f"The data set has {len(images)} pictures to choose from; give the id of one.")
+            raise LexisegError(f"The dataset has {len(images)} pictures; give the id of one.")
         height, width = int(images[0]["height"]), int(images[0]["width"])
         places = {category["id"]: place for place, category in enumerate(dataset["categories"])}
         labels = np.full((height, width), ignore_index(len(places)), np.int32)
@@ -208,11 +208,11 @@ def read_coco(dataset: Mapping[str, Any], image_id: int | None = None) -> tuple[
                     runs = coco.frPyObjects(runs, height, width)
                 runs = coco.merge(runs) if isinstance(runs, list) else runs
                 if list(runs["size"]) != [height, width]:
-                    raise LexisegError(f"An annotation is of size {describe(runs['size'])}, its picture is not.")
+                    raise LexisegError(f"An annotation has the size {describe(runs['size'])}, its picture does not.")
                 labels[coco.decode(runs).astype(bool)] = places[annotation["category_id"]]
         names = [str(category["name"]) for category in dataset["categories"]]
     except (KeyError, TypeError, ValueError, IndexError) as error:
-        raise LexisegError(f"This is no COCO data set ({shorten(str(error))}); give the content of one.") from error
+        raise LexisegError(f"This is not a COCO dataset ({shorten(str(error))}); give the contents of one.") from error
     return labels, names, str(images[0].get("file_name", ""))
 
 

@@ -301,7 +301,7 @@ def _to_bytes(values: np.ndarray, name: str) -> np.ndarray:
         raise LexisegError(f"{_capital(name)} is of type {values.dtype}; give whole numbers, bool or float in 0..1.")
     low, high = float(values.min()), float(values.max())
     if not 0 <= low <= high < float(2**64):
-        raise LexisegError(f"{_capital(name)} holds numbers below 0 or none at all (NaN, infinite); scale it to 0..1.")
+        raise LexisegError(f"{_capital(name)} holds values that are negative, NaN or infinite; scale it to 0..1.")
     whole = values.dtype.kind != "f"
     if not whole and 1 < high < 2:
         raise LexisegError(f"{_capital(name)} holds floats up to {high:.4g}, outside 0..1; clip or scale it.")

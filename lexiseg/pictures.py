@@ -78,17 +78,19 @@ def window_policy(default: WindowPolicy, window: WindowSource = None, stride: in
     if isinstance(window, Sequence) and not isinstance(window, str | bytes) and len(window) == 2:
         side, step = (whole_number(number, "A window's side or stride") for number in window)
     elif isinstance(window, Sequence):
-        raise LexisegError(f"A window is its side, or its side and stride, in pixels, not {describe(window)}.")
+        raise LexisegError(f"A window is given as its side, or its side and stride, in pixels, not {describe(window)}.")
     else:
         side, step = whole_number(window, "A window's side"), None
     if side == 0:
         if step:
-            raise LexisegError("A stride needs a window, and 0 stands for whole pictures; give the window's side.")
+            raise LexisegError(
+                "A stride needs a window, and a window of 0 means whole pictures; give the window's side."
+            )
         return replace(default, size=None, stride=0)
     step = min(default.stride or side, side) if step is None else step
     if side < _MIN_WINDOW or not 1 <= step <= side:
         raise LexisegError(
-            f"A window of {side} with a stride of {step} cannot cover a picture; give a window of at least "
+            f"A window of {side} with a stride of {step} does not cover a picture; use a window of at least "
             f"{_MIN_WINDOW} pixels and a stride of 1 to {max(side, _MIN_WINDOW)}."
         )
     return replace(default, size=side, stride=step)

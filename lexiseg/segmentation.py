@@ -88,7 +88,7 @@ class Segmentation:
 
     @classmethod
     def from_coco(cls, dataset: Mapping[str, Any], image_id: int | None = None) -> Segmentation:
-        """A picture of a COCO data set; pixels without an annotation are ignored, later annotations cover earlier ones.
+        """A picture of a COCO dataset; pixels without an annotation are ignored, later annotations cover earlier ones.
 
         Arguments and errors are those of `lexiseg.formats.read_coco`.
         """
@@ -263,7 +263,7 @@ class Segmentation:
         return {row.name: formats.polygons_of(self._mask_array(row.index), tolerance) for row in self._rows_in_order()}
 
     def to_coco(self, instances: Collection[str] = ()) -> dict[str, Any]:
-        """The result as a COCO data set of one picture; see `lexiseg.formats.to_coco`."""
+        """The result as a COCO dataset of one picture; see `lexiseg.formats.to_coco`."""
         return formats.to_coco([self], instances)
 
     def to_supervision(self, instances: Collection[str] = ()) -> Any:
@@ -334,7 +334,7 @@ class Segmentation:
             folder: created with its parents where it is missing.
             stem: the beginning of the file names.
             kinds: any of ``labels`` (STEM_labels.png), ``overlay`` (STEM_overlay.png), ``json`` (STEM.json), ``coco``
-                (STEM_coco.json, a COCO data set), ``geojson`` (STEM.geojson, in pixels), ``yolo`` (yolo/STEM.txt with
+                (STEM_coco.json, a COCO dataset), ``geojson`` (STEM.geojson, in pixels), ``yolo`` (yolo/STEM.txt with
                 yolo/classes.txt), ``labelme`` (labelme/STEM.json), ``cvat`` (STEM_cvat.xml) and ``masks`` (a PNG a
                 class in STEM_masks).
             instances: names of classes whose connected regions are annotations of their own, see

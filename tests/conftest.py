@@ -39,7 +39,7 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(scope="session")
 def clean(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """A clean miniature of each kind of data set, written once; tests that change one copy it or write their own."""
+    """A clean miniature of each kind of dataset, written once; tests that change one copy it or write their own."""
 
     @cache
     def of(name: str) -> Path:

@@ -1,4 +1,4 @@
-"""Each data set in miniature: a few small pictures in exactly the distribution's folders and file formats."""
+"""Each dataset in miniature: a few small pictures in exactly the distribution's folders and file formats."""
 
 from __future__ import annotations
 
@@ -319,4 +319,4 @@ MINIATURES: dict[str, tuple[str, Callable[[Path], None]]] = {
     "own-colors": ("own", own_colors),
     "own-json": ("own", own_json),
 }
-"""By name: the data set a miniature is of, and what writes it into a folder."""
+"""By name: the dataset a miniature is of, and what writes it into a folder."""

@@ -95,15 +95,15 @@ def test_colors_that_are_no_class_and_how_masks_lie(tmp_path: Path) -> None:
         ("cat\nCat\n", "'Cat' twice"),
         ("1: cat\n1: dog\n", "number 1"),
         ("0: cat\ndog\n2: sky\n", "numbers 'cat' and not 'dog'"),
-        ("0: cat\n70000: dog\n", "no label file can hold"),
-        (f"0: cat\n{'9' * 5000}: dog\n", "no label file can hold"),
-        ("Idx\tName\n-1\tcat\n", "no label file can hold"),
+        ("0: cat\n70000: dog\n", "outside the range of label files"),
+        (f"0: cat\n{'9' * 5000}: dog\n", "outside the range of label files"),
+        ("Idx\tName\n-1\tcat\n", "outside the range of label files"),
         ("name,r,g,b\ncat,1,2\n", "columns name, r, g, b"),
         ("Idx\tName\nx\tcat\n", "ids are whole numbers"),
         ("- {name: cat, synonyms: [[4]]}", "list of texts"),
         ("- {name: cat, id: 3}\n- dog", "numbers 'cat' and not 'dog'"),
-        ("- {name: cat, id: -1}", "no label file can hold"),
-        (f"- {{name: cat, id: {10**40}}}", "no label file can hold"),
+        ("- {name: cat, id: -1}", "outside the range of label files"),
+        (f"- {{name: cat, id: {10**40}}}", "outside the range of label files"),
         ("- {name: cat, trainId: 0}\n- {name: dog}", "trainId"),
         ("- 'cat", "not valid YAML"),
         ("- [cat]", "must be text"),
@@ -135,7 +135,7 @@ def test_tables_with_synonyms_and_columns_with_a_heading(tmp_path: Path) -> None
     path.write_text('name,synonyms\n"giraffe, tall","a;b"\ngrass,\n')
     assert [one.text for one in read_class_list(path).classes] == ["giraffe, tall, a, b", "grass"]
     path.write_text("Name\ngiraffe\ngrass\n")
-    with pytest.warns(LexisegWarning, match="'Name', is taken for the heading"):
+    with pytest.warns(LexisegWarning, match="'Name', was read as a column header"):
         assert Vocabulary.load(path).names == ("giraffe", "grass")
     path.write_text("class\n")
     assert Vocabulary.load(path).names == ("class",)

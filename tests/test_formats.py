@@ -113,9 +113,9 @@ def test_coco_of_others_is_read(tmp_path: Path) -> None:
     assert read.label_map[:, 0].tolist() == [0] * 8 and read.label_map[2:4, 2:5].unique().tolist() == [1]
     for change, words in (
         ({"images": []}, "0 pictures"),
-        ({"categories": None}, "no COCO data set"),
-        ({"annotations": [{"image_id": 7}]}, "no COCO data set"),
-        ({"categories": [{"id": 3, "name": "cat"}]}, "no COCO data set"),
+        ({"categories": None}, "not a COCO dataset"),
+        ({"annotations": [{"image_id": 7}]}, "not a COCO dataset"),
+        ({"categories": [{"id": 3, "name": "cat"}]}, "not a COCO dataset"),
     ):
         with pytest.raises(LexisegError, match=words):
             Segmentation.from_coco({**dataset, **change})

@@ -179,7 +179,7 @@ def _transformers(source: str, name: str) -> ForeignCLIP:
     kind = read_kind(folder, name)
     if kind not in _KINDS:
         raise LexisegError(
-            f"'{name}' is a {kind}, which has no patches that meet text; choose one of {', '.join(_KINDS)}."
+            f"'{name}' is a {kind}, whose patches cannot be compared with text; choose one of {', '.join(_KINDS)}."
         )
     from transformers import AutoModel
 

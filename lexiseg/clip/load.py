@@ -158,7 +158,7 @@ def random_clip(name: str) -> CLIP:
 def _load_hub(name: str) -> CLIP:
     repository = name.removeprefix("hf-hub:")
     if repository.count("/") != 1:
-        raise LexisegError(f"'{name}' is no hub repository; write hf-hub:OWNER/NAME.")
+        raise LexisegError(f"'{name}' is not a hub repository; write hf-hub:OWNER/NAME.")
     architecture = read_config(download(repository, (CONFIG_NAME,), name))
     check_architecture(architecture, name)
     path = download(repository, _HUB_WEIGHTS, name)
@@ -255,7 +255,7 @@ def sketch(build: Callable[[], M], num_tensors: int, what: str) -> M:
         nonlocal made
         made += threading.get_ident() == thread
         if made > 4 * num_tensors + 1000:
-            raise LexisegError(f"{what} is of a model with far more tensors than the {num_tensors} that there are.")
+            raise LexisegError(f"{what} belongs to a model with far more tensors than the {num_tensors} in the file.")
 
     hook = register_module_parameter_registration_hook(count)
     try:
@@ -295,7 +295,7 @@ def check_state(
     """
     odd = next((key for key, value in state.items() if not _plain(value)), None)
     if odd is not None:
-        raise LexisegError(f"{what} has a tensor that is no plain array of real numbers: {_listed([odd])}.")
+        raise LexisegError(f"{what} has a tensor that is not a plain array of real numbers: {_listed([odd])}.")
     wrong = [
         f"{key} is {tuple(value.shape)} instead of {shapes[key]}"
         for key, value in state.items()

@@ -282,8 +282,8 @@ def check_architecture(architecture: dict[str, Any], name: str) -> None:
     for key, value in (("vision_cfg", vision), ("text_cfg", text), ("preprocess_cfg", preprocess)):
         if not isinstance(value, dict):
             raise LexisegError(
-                f"The architecture of '{name}' has a {key} that is no mapping; take the {CONFIG_NAME} that open_clip "
-                "writes."
+                f"The architecture of '{name}' has a {key} that is not a mapping; take the {CONFIG_NAME} that "
+                "open_clip writes."
             )
     for key in _PREPROCESS_KEYS:
         value = preprocess.get(key, list(OPENAI_MEAN))

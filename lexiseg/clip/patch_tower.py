@@ -174,7 +174,7 @@ class TimmTower(PatchTower):
         plain = isinstance(trunk, VisionTransformer) and all(isinstance(block, TimmBlock) for block in trunk.blocks)
         if not plain or trunk.pos_embed is None:
             raise LexisegError(
-                f"A {type(trunk).__name__} of timm has blocks or positions that lexiseg does not run one by one; "
+                f"A {type(trunk).__name__} of timm has blocks or position embeddings that lexiseg does not support; "
                 "choose a plain vision transformer such as 'vit_base_patch8_224.dino'."
             )
         self.trunk = trunk
@@ -239,8 +239,8 @@ class TransformersTower(PatchTower):
         kind = next((value for start, value in known.items() if type(vision).__name__.startswith(start)), None)
         if kind is None or (hasattr(vision, "use_head") and not vision.use_head):
             raise LexisegError(
-                f"lexiseg does not know how the patches of a {type(vision).__name__} meet text; choose CLIP, "
-                "MetaCLIP 2, SigLIP, SigLIP 2 or TIPSv2."
+                f"lexiseg does not know how to compare the patches of a {type(vision).__name__} with text; choose "
+                "CLIP, MetaCLIP 2, SigLIP, SigLIP 2 or TIPSv2."
             )
         self.positions = kind  # type: ignore[assignment]
         self.is_tips = hasattr(embeddings, "register_tokens")

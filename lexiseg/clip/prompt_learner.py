@@ -61,7 +61,7 @@ class PromptLearner(nn.Module):
         if min(prefix, suffix, task) < 0 or not prefix + suffix + task:
             raise LexisegError(
                 f"A learned prompt of {prefix} + {suffix} vectors and {task} for the task has nothing to learn; "
-                "take for example 16 in front of the name."
+                "use for example 16 vectors before the name."
             )
         self.prefix_prompt = nn.Parameter(torch.randn(prefix, width) * 0.02) if prefix else None
         self.suffix_prompt = nn.Parameter(torch.randn(suffix, width) * 0.02) if suffix else None

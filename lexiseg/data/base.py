@@ -82,8 +82,8 @@ def without_unseen(dataset: SegmentationDataset) -> Subset:
             kept.append(index)
     if not kept:
         raise LexisegError(
-            f"Each training picture of {len(dataset)} shows an unseen class, so nothing is left to train on; hide "
-            "their pixels instead."
+            f"Every training picture of {len(dataset)} shows an unseen class, so nothing is left to train on; set "
+            "unseen_pictures to hide instead."
         )
     return Subset(dataset, kept)
 

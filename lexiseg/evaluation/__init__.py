@@ -1,7 +1,7 @@
 """How good a model is: `evaluate` takes what ``lexiseg evaluate`` takes, and gives the report.
 
 >>> from lexiseg.evaluation import evaluate
->>> report = evaluate("my-photos", "runs/mine", output="out/evaluation")  # a recipe, a data set's folder, ...
+>>> report = evaluate("my-photos", "runs/mine", output="out/evaluation")  # a recipe, a dataset's folder, ...
 >>> report.summary()["miou"]
 """
 

@@ -86,10 +86,10 @@ def evaluate_proposals(
     """
     model = segmenter.model
     if not isinstance(model, DecoupledModel):
-        raise LexisegError(f"{model.system} has no proposals to judge; choose zsseg, zegformer, freeseg or deop.")
+        raise LexisegError(f"{model.system} has no proposals to evaluate; choose zsseg, zegformer, freeseg or deop.")
     indices = spread(len(dataset), limit)
     if not indices:
-        raise LexisegError("There is no picture to judge proposals on; check the data's list of pictures.")
+        raise LexisegError("There are no pictures to evaluate proposals on; check the dataset's list of pictures.")
     vocabulary = dataset.vocabulary
     num_classes = len(vocabulary)
     ignore = ignore_index(num_classes)
@@ -114,7 +114,7 @@ def evaluate_proposals(
             try:
                 scores = upper_bound_scores(masks, sample.label, num_classes, ignore_index=ignore)
             except ValueError as error:
-                raise LexisegError(f"The sample '{sample.name}' cannot be judged: {error}.") from error
+                raise LexisegError(f"The sample '{sample.name}' cannot be evaluated: {error}.") from error
             features = ImageFeatures(frame, {"images": padded})
             best = model.pixel_scores(scores[None].to(segmenter.device), proposals, features)
             confusion.update(best.label_map(size)[0].cpu().numpy(), sample.label.numpy())

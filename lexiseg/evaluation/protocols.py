@@ -1,15 +1,15 @@
 """The papers' evaluations by name: which data, which classes are seen, how a picture is run, and what is not judged.
 
-Two kinds. *Generalised zero-shot* (``gzs-...``): a model trained on the seen classes of a data set chooses among all of
+Two kinds. *Generalised zero-shot* (``gzs-...``): a model trained on the seen classes of a dataset chooses among all of
 them; mIoU over seen, over unseen, and their harmonic mean. *Cross-dataset* (``voc-20`` and so on): a model trained on
-COCO-Stuff chooses among another data set's classes; one mIoU.
+COCO-Stuff chooses among another dataset's classes; one mIoU.
 
-In all of them every pixel gets one of the data set's classes: there is no background class and no score threshold
+In all of them every pixel gets one of the dataset's classes: there is no background class and no score threshold
 (ZegCLIP, Cascade-CLIP, DeOP, MAFT), but for ``voc-20b``, in which VOC's background is a class. Pixels whose truth is no
 class are not judged, whatever is predicted there:
 
 ========================  =============================================================================================
-data set                  values of the label file that are not judged
+dataset                  values of the label file that are not judged
 ========================  =============================================================================================
 voc2012                   0, the background, and 255, the border of objects
 coco-stuff-164k           255, unlabelled
@@ -55,12 +55,12 @@ WHOLE_512_COCO = WindowPolicy(short_side=512, long_side=2560)
 """The same with the longer side at most 2560: DeOP on COCO-Stuff."""
 
 WHOLE_640 = WindowPolicy(short_side=640, long_side=2560)
-"""Whole pictures, the shorter side 640, the longer at most 2560: MAFT on all data sets; its hosts on COCO-Stuff."""
+"""Whole pictures, the shorter side 640, the longer at most 2560: MAFT on all datasets; its hosts on COCO-Stuff."""
 
 _ONE_STAGE = ("zegclip", "cascade-clip", "spt-seg", "second-look")
 _HOSTS_512: Mapping[str, WindowPolicy] = dict.fromkeys(("deop", "zsseg", "zegformer"), WHOLE_512)
 
-_BARE = "the names alone, as the authors' code puts them into sentences; this data set has no synonyms"
+_BARE = "the names alone, as the authors' code puts them into sentences; this dataset has no synonyms"
 _OWN_LIST = "the names as labels.txt has them; what the authors used is not known"
 _FIRST = (
     "the first word of each line of objectInfo150.txt; whether the authors used its synonyms is not known, and "
@@ -76,14 +76,14 @@ _BACKGROUND = (
 )
 _WORDS = {"pascal-context-459": _OWN_LIST, "ade20k-150": _FIRST, "ade20k-847": _WHOLE}
 
-# ZegCLIP and Cascade-CLIP print their templates for these three data sets; no paper does for the others.
+# ZegCLIP and Cascade-CLIP print their templates for these three datasets; no paper does for the others.
 _ONE_STAGE_TEMPLATES: Mapping[str, tuple[str, ...]] = {
     "voc2012": SINGLE_TEMPLATE,
     "coco-stuff-164k": PAPER_TEMPLATES,
     "pascal-context-59": PAPER_TEMPLATES,
 }
 
-# ZSSeg across data sets: the weight of the ensemble and the threshold of masks that are cropped, as its release has
+# ZSSeg across datasets: the weight of the ensemble and the threshold of masks that are cropped, as its release has
 # them. It has none for the others.
 _ZSSEG_ACROSS: Mapping[str, tuple[float, float]] = {
     "pascal-context-59": (0.4, 0.5),
@@ -102,7 +102,7 @@ class Protocol:
     data_set: str  # what is judged on, always its val split
     unseen: str  # which list of unseen classes; "none" for cross-dataset evaluations
     # which classes lose the score that a model takes off seen ones; see :func:`lexiseg.evaluation.run.run_evaluation`.
-    # Across data sets none does, and none counts as seen in an ensemble of two opinions, so that none is favoured for
+    # Across datasets none does, and none counts as seen in an ensemble of two opinions, so that none is favoured for
     # its name being among those of the training: there the authors' code knows of no seen class either (ZSSeg, FreeSeg,
     # MAFT), or takes the score off all, which changes no label (ZegCLIP, Cascade-CLIP).
     offsets: Offsets
@@ -125,7 +125,7 @@ class Protocol:
 
     @property
     def seen_split(self) -> bool:
-        """Whether classes count as seen and unseen; across data sets they do not."""
+        """Whether classes count as seen and unseen; across datasets they do not."""
         return self.unseen != "none"
 
     def window_for(self, system: str) -> WindowPolicy | None:
@@ -221,7 +221,7 @@ def _generalised(name: str, title: str, data: str, unseen: str, source: str, **w
 
 
 def _across(name: str, title: str, data: str, rest: tuple[str, ...] = ()) -> Protocol:
-    # MAFT's released configurations have a shorter side of 640 on every data set, and its Table 3 is by CLIP alone.
+    # MAFT's released configurations have a shorter side of 640 on every dataset, and its Table 3 is by CLIP alone.
     settings: dict[str, Mapping[str, Mapping[str, Any]]] = {"freeseg": {"ensemble": {"rule": "region"}}}
     if data in _ZSSEG_ACROSS:
         weight, threshold = _ZSSEG_ACROSS[data]
@@ -270,7 +270,7 @@ PROTOCOLS: Mapping[str, Protocol] = {
                      **_HOSTS_512, freeseg=WHOLE_512),
         _generalised("gzs-coco", "COCO-Stuff 164K, 156 seen and 15 unseen classes", "coco-stuff-164k", "papers",
                      _PAPERS, deop=WHOLE_512_COCO, zsseg=WHOLE_640, zegformer=WHOLE_640, freeseg=WHOLE_640),
-        # No paper judges a decoupled system here; the sizes are those of the same pictures across data sets.
+        # No paper judges a decoupled system here; the sizes are those of the same pictures across datasets.
         _generalised("gzs-context", "PASCAL Context, unseen classes of Cascade-CLIP's released settings",
                      "pascal-context-59", "released", "Cascade-CLIP's released settings",
                      **_HOSTS_512, freeseg=WHOLE_640),

@@ -79,11 +79,11 @@ class Report:
 
     @property
     def has_seen(self) -> bool:
-        """Whether classes count as seen and unseen; across data sets they do not."""
+        """Whether classes count as seen and unseen; across datasets they do not."""
         return any(entry.seen is not None for entry in self.vocabulary.classes)
 
     def summary_line(self) -> str:
-        """The numbers the papers print, as one line: five, or across data sets the first two."""
+        """The numbers the papers print, as one line: five, or across datasets the first two."""
         summary = self.summary()
         keys = [key for key in _TITLES if self.has_seen or key not in _OF_SEEN]
         return "  ".join(f"{_TITLES[key]} {_text(summary[key])}" for key in keys)
@@ -91,7 +91,7 @@ class Report:
     def table(self) -> tuple[list[str], list[list[str]]]:
         """Column titles and rows of text, by class, for printing.
 
-        Across data sets, where no class counts as seen or unseen, there is no column for it.
+        Across datasets, where no class counts as seen or unseen, there is no column for it.
         """
         words = {True: "seen", False: "unseen", None: "-"}
         titles, rows = ["class", "IoU", "Acc", "pixels"], []

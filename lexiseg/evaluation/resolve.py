@@ -1,4 +1,4 @@
-"""From a recipe, a data set's name or a folder, and a model, to a report: what ``lexiseg evaluate`` does."""
+"""From a recipe, a dataset's name or a folder, and a model, to a report: what ``lexiseg evaluate`` does."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Question:
 
     @property
     def seen_split(self) -> bool:
-        """Whether classes count as seen and unseen; across data sets they do not."""
+        """Whether classes count as seen and unseen; across datasets they do not."""
         if self.protocol is not None:
             return self.protocol.seen_split
         data = None if self.recipe is None else self.recipe.data
@@ -93,7 +93,7 @@ def evaluate(
     refine: str | Refinement | None = None,
     progress: bool = True,
 ) -> Report:
-    """Predict a data set's pictures, compare them with its labels, and report.
+    """Predict a dataset's pictures, compare them with its labels, and report.
 
     Under a launcher the processes share the pictures, and each gets the whole report; the first one writes.
 
@@ -101,7 +101,7 @@ def evaluate(
     ``weights``: a model as `lexiseg.load` takes it, a folder of a training included; or a segmenter. ``output``: a
     folder for ``report.json`` and ``grid.png``; None writes nothing. ``protocol``: judge the folder as the papers do,
     see `lexiseg.evaluation.protocols`. ``classes``: a list of them, where the folder carries none. ``synonyms``: score
-    the further words of the data set's list, or not. ``split``: of a folder or of picture-world; None is "val".
+    the further words of the dataset's list, or not. ``split``: of a folder or of picture-world; None is "val".
     ``size``: side of a picture of picture-world; None is 256. ``limit``: take only so many samples, spread evenly.
     ``window``, ``stride``, ``templates``, ``synonyms``: None is the recipe's, the protocol's or the model's way.
     ``proposals``: judge the proposals of a decoupled model, too; in one process. ``resume``: go on with an evaluation
@@ -110,9 +110,9 @@ def evaluate(
     Raises LexisegError if something of this is not there, does not fit together or cannot be read.
     """
     if proposals and processes.launched():
-        raise LexisegError("Proposals are judged in one process; leave them out, or start without a launcher.")
+        raise LexisegError("Proposals are evaluated in one process; drop --proposals, or start without a launcher.")
     if resume and output is None:
-        raise LexisegError("--resume needs the output folder, which holds what was counted so far; name it.")
+        raise LexisegError("--resume needs the output folder with the earlier counts; name it.")
     processes.init(device, patience=PATIENCE)
     with processes.together(), nullcontext() if output is None else new_folder(output) as folder:
         asked = _question(str(what), protocol, split, size, classes, synonyms)
@@ -137,7 +137,7 @@ def evaluate(
     try:
         report = run_evaluation(segmenter, data, shared=True, journal=journal, **settings)
     except KeyboardInterrupt as stop:
-        kept = f"what was counted is kept in '{folder}', and the same command with --resume goes on from there"
+        kept = f"the counts so far are in '{folder}', and the same command with --resume continues"
         stop.args = (f"Stopped; {'nothing is kept' if folder is None else kept}.",)
         raise
     if proposals:
@@ -182,7 +182,7 @@ def _question(
     if isinstance(recipe, ContrastiveRecipe):
         raise LexisegError(f"The recipe '{what}' trains a CLIP on captions and has no labels to evaluate with.")
     if split is not None:
-        raise LexisegError(f"The recipe '{what}' says itself what it is evaluated on; leave out --split.")
+        raise LexisegError(f"The recipe '{what}' already defines its evaluation data; drop --split.")
     said = recipe.data
     if synonyms is not None:
         if not isinstance(said, CatalogData):
@@ -207,7 +207,7 @@ def _by_protocol(folder: str, name: str, options: Mapping[str, Any]) -> Question
     chosen = find_protocol(name)
     for option, value in options.items():
         if value is not None:
-            raise LexisegError(f"The protocol {name} says itself what is judged; leave out --{option} {value}.")
+            raise LexisegError(f"The protocol {name} already defines this; drop --{option} {value}.")
     if not Path(folder).is_dir():
         raise LexisegError(f"'{folder}' is not a folder; with --protocol {name} give the one {chosen.data_set} is in.")
     return Question(chosen.data_set, None, protocol=chosen)
@@ -216,4 +216,4 @@ def _by_protocol(folder: str, name: str, options: Mapping[str, Any]) -> Question
 def _refuse_synonyms(synonyms: bool | None, text: str) -> None:
     if synonyms is not None:
         option = "--synonyms" if synonyms else "--no-synonyms"
-        raise LexisegError(f"{option} is for data sets with a list of classes, not for '{text}'; leave it out.")
+        raise LexisegError(f"{option} is for datasets with a list of classes, not for '{text}'; leave it out.")

@@ -59,7 +59,7 @@ def run_evaluation(
     ``limit``: take only this many, spread evenly. ``offsets``: which classes lose the score that a model takes off
     those it had masks of: "data" those that count as seen, "all" every class alike, "none" no class; None is "data",
     but "all" for a model that had masks of every class, as the authors' code does it for fully supervised models.
-    ``seen_split``: False, across data sets, says nothing of seen and unseen classes. ``num_examples``: pictures in the
+    ``seen_split``: False, across datasets, says nothing of seen and unseen classes. ``num_examples``: pictures in the
     report's grid. ``shared``: divide the pictures among the processes of a launcher, all of which call this; each gets
     the whole report, whose numbers are those of one process. ``journal``: what has been counted so far, to ``resume``
     from; the caller removes it.
@@ -132,8 +132,8 @@ class Tally:
         twice = self.batches & other.batches
         if twice:
             raise LexisegError(
-                f"Batch {min(twice)} has been counted twice, so two evaluations wrote to one folder at a time; start "
-                "again without --resume, into a folder of its own."
+                f"Batch {min(twice)} was counted twice, so two evaluations wrote to the same folder at once; start "
+                "again without --resume, into another folder."
             )
         self.confusion.merge(other.confusion)
         self.batches |= other.batches
@@ -183,7 +183,7 @@ class _Judge:
         """Predict and count this process's part of the batches that are not in ``before``."""
         tally = self.empty()
         rank, count = (processes.rank(), processes.count()) if shared else (0, 1)
-        # In turns, not in runs as accelerate's split_between_processes does it: data sets are sorted, and so are sizes.
+        # In turns, not in runs as accelerate's split_between_processes does it: datasets are sorted, and so are sizes.
         mine = [number for number in range(len(batches)) if number not in before.batches][rank::count]
         total, done = sum(map(len, batches)), sum(len(batches[number]) for number in before.batches)
         writing = nullcontext() if journal is None else closing(Writer(journal, f"process-{rank}"))
@@ -259,7 +259,7 @@ def _count(confusion: Confusion, sample: Sample, prediction: np.ndarray) -> None
     try:
         confusion.update(prediction, sample.label.numpy())
     except ValueError as error:
-        raise LexisegError(f"The sample '{sample.name}' cannot be judged: {error}.") from error
+        raise LexisegError(f"The sample '{sample.name}' cannot be evaluated: {error}.") from error
 
 
 def _describe(segmenter: Segmenter) -> dict[str, Any]:

@@ -59,7 +59,7 @@ class Worker:
             segmenter = lexiseg.load(job.model, device=job.device, **job.loading)
             self._labeller = Labeller(segmenter, job.wanted, job.output)
         except LexisegError as error:
-            self._fatal = f"The machine '{platform.node()}' cannot begin: {error}"
+            self._fatal = f"The machine '{platform.node()}' cannot start: {error}"
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[Any]]:
         """Do the shards of ``batch``."""
@@ -107,7 +107,8 @@ def label_on_ray(
         text = str(error).strip()
         reason = text.splitlines()[0] if text else type(error).__name__
         raise LexisegError(
-            f"The cluster's workers failed ({reason}); what is done is recorded, so fix that and go on with --resume."
+            f"The cluster's workers failed ({reason}); finished work is recorded, so fix the cause and continue with "
+            "--resume."
         ) from error
     finally:
         if started:
@@ -120,7 +121,7 @@ def _run(ray: Any, job: Job, shards: Mapping[int, Sequence[Picture]], workers: i
     on_gpu = gpus > 0 and job.device != "cpu"
     free = gpus if on_gpu else cpus
     if not free:
-        raise LexisegError("The Ray cluster has no CPU to give; add machines to it with `ray start --address=...`.")
+        raise LexisegError("The Ray cluster has no free CPU; add machines to it with `ray start --address=...`.")
     if job.device.startswith("cuda") and not on_gpu:
         raise LexisegError("The Ray cluster has no GPU; add machines that have one, or use --device cpu.")
     most = max(1, min(workers or free, len(shards)))

@@ -131,7 +131,7 @@ class Record(Journal):
                 (self.output / name).unlink(missing_ok=True)
 
     def write_coco(self, classes: Iterable[str], entries: Iterable[Entry]) -> Path:
-        """Write the pictures' annotations as one COCO data set; a picture that could not be done is none of it.
+        """Write the pictures' annotations as one COCO dataset; a picture that could not be done is none of it.
 
         Names of files are relative to the folder that holds all the pictures.
         """

@@ -110,7 +110,7 @@ class Labeller:
     def _one(self, attempt: Attempt, picture: Picture) -> Entry:
         if attempt.begun[picture.image] >= TRIES:
             problem = (
-                f"The worker was killed each time it came to '{picture.path}', most likely for want of memory; lower "
+                f"The worker was killed each time it reached '{picture.path}', probably for lack of memory; lower "
                 "--max-pixels or give workers more memory."
             )
             return Entry(picture.image, picture.stem, error=problem, state=file_state(picture.path))

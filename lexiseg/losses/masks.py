@@ -83,7 +83,7 @@ def mask_losses(
     """
     if labels.ndim != 3 or logits.ndim != 4 or len(labels) != len(logits):
         raise LexisegError(
-            f"Mask logits {tuple(logits.shape)} and labels {tuple(labels.shape)} do not belong together; "
+            f"Mask logits {tuple(logits.shape)} and labels {tuple(labels.shape)} do not match; "
             "give (B, C, h, w) and (B, H, W)."
         )
     check_labels(labels, logits.shape[1])

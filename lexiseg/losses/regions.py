@@ -56,12 +56,12 @@ def region_map_losses(
     ):
         shapes = ", ".join(str(tuple(x.shape)) for x in (class_probabilities, mask_logits, labels))
         raise LexisegError(
-            f"Class probabilities, mask logits and labels of the shapes {shapes} do not belong together; "
+            f"Class probabilities, mask logits and labels of the shapes {shapes} do not match; "
             "give (B, N, C + 1), (B, N, h, w) and (B, H, W)."
         )
     check_labels(labels, class_probabilities.shape[2] - 1)
     if not labels.numel():
-        raise LexisegError("There is no pixel to compute a loss of; give at least one image.")
+        raise LexisegError("There are no pixels for the loss; give at least one image.")
     batch, _, channels = class_probabilities.shape
     gradients = gradient_of(class_probabilities), gradient_of(mask_logits)
     focal, dice = mask_logits.new_zeros((2,), dtype=torch.float32)

@@ -232,7 +232,9 @@ class SegmentationModel(nn.Module, ABC):
         Raises:
             LexisegError: the system takes none.
         """
-        raise LexisegError(f"{self.system} has several vectors a word, so a picture cannot be a class; use words.")
+        raise LexisegError(
+            f"{self.system} has several vectors per word, so it cannot use a picture as a class; use words."
+        )
 
     def training_text(self, vocabulary: Vocabulary, text: Tensor) -> Tensor:
         """The text of a training step, of what `embed_text` gave before: with gradients where its maker is trained."""
@@ -267,8 +269,8 @@ class SegmentationModel(nn.Module, ABC):
         """Raise LexisegError if no graph can hold what the model does."""
         if type(self).score_grid is SegmentationModel.score_grid:
             raise LexisegError(
-                f"{self.system} is a decoupled system: which regions it proposes and crops depends on the picture, "
-                "which no fixed graph can follow, so it is not exported; export a one-stage or a training-free model."
+                f"{self.system} is a decoupled system, whose regions and crops depend on the picture, so it cannot be "
+                "exported as a fixed graph; export a one-stage or a training-free model."
             )
 
     @property
@@ -297,7 +299,7 @@ class SegmentationModel(nn.Module, ABC):
         Raises:
             LexisegError: the system is training-free.
         """
-        raise LexisegError(f"{self.system} is training-free: it has nothing to train; choose another system.")
+        raise LexisegError(f"{self.system} is training-free, so there is nothing to train; choose another system.")
 
     def trainable_names(self) -> tuple[str, ...]:
         """Names of the parameters that training changes, as in ``named_parameters``; none for a training-free model."""

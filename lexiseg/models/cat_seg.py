@@ -67,7 +67,7 @@ class CATSegOptions(AggregationOptions):
     @model_validator(mode="after")
     def _check_whole(self) -> CATSegOptions:
         if self.whole and self.window_size is None:
-            raise ValueError("whole averages windows with the whole picture, so it needs a window_size")
+            raise ValueError("the option whole averages windows with the whole picture, so it needs a window_size")
         return self
 
 
@@ -208,7 +208,7 @@ class CATSeg(SegmentationModel):
         if wanted == 1:
             return embedder.embed(words, given)
         if len(given) != wanted:
-            raise LexisegError(f"This CAT-Seg has {wanted} templates and {len(given)} are given; give {wanted}.")
+            raise LexisegError(f"This CAT-Seg has {wanted} templates, but {len(given)} were given; give {wanted}.")
         return torch.stack([embedder.embed(words, (template,)) for template in given], dim=1)
 
     def training_text(self, vocabulary: Vocabulary, text: Tensor) -> Tensor:
@@ -257,8 +257,8 @@ class CATSeg(SegmentationModel):
         limit = self.options.padding
         if self.options.released and 0 < limit < len(text):
             warnings.warn(
-                f"CAT-Seg as released tells {limit} classes apart: in each window the others of {len(text)} are left "
-                "out; the option released: false scores all.",
+                f"CAT-Seg as released scores {limit} classes per window and drops the others of {len(text)}; the "
+                "option released: false scores all.",
                 LexisegWarning,
                 stacklevel=2,
             )

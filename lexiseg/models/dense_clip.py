@@ -164,7 +164,7 @@ class DenseCLIP(SegmentationModel):
         count = len(clip.patch_tower.blocks)
         if options.middle_blocks and max(options.middle_blocks) >= count - 1:
             raise LexisegError(
-                f"{options.method} reads the blocks {list(options.middle_blocks)} and the tower of '{clip.name}' has "
+                f"{options.method} reads the blocks {list(options.middle_blocks)}, but the tower of '{clip.name}' has "
                 f"{count}; choose another method, or other middle_blocks before the last."
             )
         if options.mixing == "proxy" and proxy is None:

@@ -70,8 +70,8 @@ class WindowOptions(ModelOptions):
     def _check_stride(self) -> WindowOptions:
         if self.window_size is not None and self.window_stride > self.window_size:
             raise ValueError(
-                f"a window_stride of {self.window_stride} leaves pixels between windows of {self.window_size} out; use "
-                f"1 to {self.window_size}"
+                f"a window_stride of {self.window_stride} leaves gaps between windows of {self.window_size}; use 1 to "
+                f"{self.window_size}"
             )
         return self
 
@@ -95,13 +95,13 @@ def parse_groups(groups: str | Iterable[Iterable[int]]) -> tuple[tuple[int, ...]
     """
     text = groups if isinstance(groups, str) else ",".join(f"{{{','.join(map(str, group))}}}" for group in groups)
     if not re.fullmatch(f"{_GROUP}(?:,{_GROUP})*", text):
-        raise ValueError(f"'{text}' names no groups of blocks; write them like {{6-8}},{{9-11}},{{12}}")
+        raise ValueError(f"'{text}' does not name groups of blocks; write them like {{6-8}},{{9-11}},{{12}}")
     found = []
     for part in re.findall(r"\{[^}]*\}", text):
         spans = [(int(first), int(last or first)) for first, last in re.findall(_SPAN, part)]
         group = tuple(block for first, last in spans for block in range(first, last + 1))
         if any(last < first for first, last in spans) or group[0] < 1 or any(b <= a for a, b in pairwise(group)):
-            raise ValueError(f"the group {part} must hold rising block numbers, counted from 1")
+            raise ValueError(f"the group {part} must hold increasing block numbers, counted from 1")
         found.append(group)
     return tuple(found)
 

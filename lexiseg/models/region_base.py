@@ -139,18 +139,18 @@ class RegionModel(DecoupledModel):
     def _check(self, kind: str) -> None:
         options, classes = self.options, self.generator.embed_dim is not None
         if options.maft is not None and kind != "mask-attention":
-            raise LexisegError(f"maft tunes mask attention, not regions '{kind}'; leave out one of the two.")
+            raise LexisegError(f"maft tunes mask attention, not regions '{kind}'; remove one of the two.")
         if options.stage == "maft" and options.maft is None:
             raise LexisegError("The stage 'maft' trains what the option maft adds; give maft (it may be empty).")
         if not classes and (kind == "none" or options.ensemble.rule == "proposal"):
             raise LexisegError(
-                "These proposals know no classes, so CLIP has to judge the regions; set regions to 'crops' or "
+                "These proposals have no classes, so CLIP has to classify the regions; set regions to 'crops' or "
                 "'mask-attention', and the ensemble's rule to 'region'."
             )
         if options.crops.min_score and not (classes and kind == "crops"):
             raise LexisegError(
-                "crops.min_score goes by the classes of the proposals and spares crops, and one of the two is missing "
-                "here; leave it out."
+                "crops.min_score needs proposals with classes and regions 'crops', and one of the two is missing here; "
+                "remove it."
             )
 
     @property
@@ -201,7 +201,7 @@ class RegionModel(DecoupledModel):
         plain = self.clip.visual.state_dict()
         if all(torch.equal(value, plain[name]) for name, value in self.student.state_dict().items()):
             raise LexisegError(
-                "The recipe adds 'maft', but 'train.steps' is 0 and what it starts from has no tuned tower, so that "
+                "The recipe adds 'maft', but 'train.steps' is 0 and what it starts from has no tuned tower, so "
                 "nothing would be tuned; set train.steps, as the packaged recipes with 'maft' in their names do."
             )
 
@@ -246,7 +246,7 @@ class RegionModel(DecoupledModel):
     ) -> RegionFeatures:
         """What CLIP, or its tuned copy, makes of regions; see `RegionEncoder.encode`."""
         if self.region_encoder is None:
-            raise ValueError("regions are 'none': CLIP sees none")
+            raise ValueError("regions is 'none', so CLIP gets no regions")
         visual = self.clip.visual if self.student is None else self.student
         frame = self.clip_frame(padded, size)
         return self.region_encoder.encode(self.clip, visual, frame, size, mask_logits, chosen)

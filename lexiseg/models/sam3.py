@@ -66,7 +66,7 @@ class SAM3Towers(CLIP):
         Raises:
             LexisegError: always.
         """
-        raise LexisegError("SAM 3 has no image tower that other systems could use; choose a CLIP.")
+        raise LexisegError("SAM 3's image tower does not fit other systems; choose a CLIP.")
 
     @property
     def patch_size(self) -> int:
@@ -147,7 +147,7 @@ class SAM3(SegmentationModel):
             LexisegError: there are several templates.
         """
         if len(vocabulary.templates) > 1:
-            raise LexisegError(f"SAM 3 takes one template and {len(vocabulary.templates)} are given; give one.")
+            raise LexisegError(f"SAM 3 takes one template, but {len(vocabulary.templates)} were given; give one.")
         towers, template = self.clip, vocabulary.templates[0]
         assert isinstance(towers, SAM3Towers)
         return towers.word_tokens([template.replace("{}", word) for word in vocabulary.words])

@@ -86,8 +86,8 @@ class Mask2Former(ProposalGenerator):
         check_query_options(options)
         if options.interaction and options.pixel_dim != options.mask_dim:
             raise LexisegError(
-                f"The context interaction treats all features alike: mask_dim {options.mask_dim} must equal pixel_dim "
-                f"{options.pixel_dim}."
+                f"The context interaction needs features of one width: mask_dim {options.mask_dim} must equal "
+                f"pixel_dim {options.pixel_dim}."
             )
         encoder_heads = options.encoder_heads or options.heads
         if options.pixel_dim % encoder_heads:
@@ -172,12 +172,12 @@ class Mask2Former(ProposalGenerator):
             return levels, pixels
         if text is None:
             raise LexisegError(
-                "This proposal generator looks at the words (interaction) and was given none; pass the text embeddings."
+                "This proposal generator reads the words (interaction), but got none; pass the text embeddings."
             )
         width = self.options.text_dim or self.options.embed_dim
         if text.shape[-1] != width:
             raise LexisegError(
-                f"This proposal generator looks at words of width {width}, and was given {text.shape[-1]}; use the "
+                f"This proposal generator reads text embeddings of width {width}, but got {text.shape[-1]}; use the "
                 "CLIP model it was trained with, or set text_dim."
             )
         if text.dim() == 2:

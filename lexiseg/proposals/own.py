@@ -75,4 +75,4 @@ def first_problem(tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -
         if tensors[name].shape != ours.shape:
             shapes = (" x ".join(map(str, tensor.shape)) for tensor in (tensors[name], ours))
             return name, "'{}' is {} there and {} here".format(name, *shapes)
-    return next(((name, f"its '{name}' has no place here") for name in tensors if name not in wanted), None)
+    return next(((name, f"its '{name}' is not expected here") for name in tensors if name not in wanted), None)

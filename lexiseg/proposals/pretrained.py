@@ -126,8 +126,8 @@ def _query_generator(generator: ProposalGenerator, source: str) -> MaskFormer | 
     """The generator, if it is one that can be filled."""
     if not isinstance(generator, MaskFormer | Mask2Former):
         raise LexisegError(
-            f"'proposals_from' is '{source}', but only a maskformer or mask2former can start from weights, and this "
-            "generator has none to fill; set proposals_from to null."
+            f"'proposals_from' is '{source}', but only a maskformer or mask2former can start from weights; "
+            "set proposals_from to null."
         )
     if not isinstance(generator.backbone, ResNetBackbone) and own_folder(source) is None:
         raise LexisegError(
@@ -167,13 +167,13 @@ def _read_resnet(path: Path) -> dict[str, Tensor]:
         raise LexisegError(f"'{path}' is damaged ({first_line(error)}); download it again.") from error
     except Exception as error:  # what weights_only refuses comes as errors of many kinds
         raise LexisegError(
-            f"'{path}' is damaged or holds more than tensors, so it is not opened; give a .safetensors file."
+            f"'{path}' is damaged or holds more than tensors, so it was not loaded; give a .safetensors file."
         ) from error
     for wrapping in ("state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(wrapping), dict):
             state = state[wrapping]
     if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
-        raise LexisegError(f"'{path}' is no state dict; give the file of a ResNet's weights.")
+        raise LexisegError(f"'{path}' is not a state dict; give the file of a ResNet's weights.")
     return {
         str(name): tensor
         for name, tensor in state.items()
@@ -270,7 +270,7 @@ def _kind_of(settings: Path, source: str) -> str:
     kind = read_json(settings, "give a MaskFormer or Mask2Former as transformers writes it").get("model_type")
     if kind not in ("maskformer", "mask2former"):
         raise LexisegError(
-            f"'{source}' is no MaskFormer or Mask2Former of transformers; give one (of what "
+            f"'{source}' is not a MaskFormer or Mask2Former of transformers; give one (of what "
             "lexiseg trained, name the run's folder)."
         )
     return str(kind)
@@ -281,7 +281,7 @@ def _check_form(config: Any, masked: bool, source: str) -> None:
     backbone = config.backbone_config
     if backbone.model_type != "resnet":
         raise LexisegError(
-            f"The backbone of '{source}' is a {backbone.model_type}, and generators have ResNets here; give a model "
+            f"The backbone of '{source}' is a {backbone.model_type}, but only ResNets are supported; give a model "
             "with one."
         )
     decoder = {"activation_function": "relu"} if not masked else _MASK2FORMER_FORM
@@ -374,12 +374,14 @@ def _fit(
         for key, value in theirs.items()
         if ours[key] != value
     ]
-    advice = f"set {' and '.join(changes)}" if changes else "give a model of the same form"
+    advice = f"set {' and '.join(changes)}" if changes else "give a model with the same architecture"
     problem = first_problem(tensors, wanted)
     if problem is not None:
         raise LexisegError(f"The proposals of '{source}' do not fit this generator: {problem[1]}; {advice}.")
     if changes:
-        raise LexisegError(f"The proposals of '{source}' were trained in another form, though all sizes fit; {advice}.")
+        raise LexisegError(
+            f"The proposals of '{source}' were trained with another architecture, though all sizes match; {advice}."
+        )
 
 
 def _own_options(options: QueryOptions) -> dict[str, Any]:

@@ -117,7 +117,7 @@ AUGMENTATION = tuple(_Augmented.model_fields)
 
 
 class CatalogData(_Augmented):
-    """A data set of the papers, as it is distributed, or a folder of one's own; see :mod:`lexiseg.data.sets`."""
+    """A dataset of the papers, as it is distributed, or a folder of one's own; see :mod:`lexiseg.data.sets`."""
 
     # which; it says the classes, their order and the meaning of label values. "own" is a folder in one of the layouts
     # of :mod:`lexiseg.data.sets.own`.
@@ -143,11 +143,11 @@ class CatalogData(_Augmented):
     unseen: str | None = None
     # the split that is trained on; None takes the papers' (of VOC 2012 "trainaug", the augmented set)
     train: str | None = None
-    classes: Path | None = None  # the class list, of a data set whose distribution carries it in a file of its own
+    classes: Path | None = None  # the class list, of a dataset whose distribution carries it in a file of its own
     # the paper whose names of the classes are used, where it calls some otherwise (VOC: "zegformer", "maft")
     names_of: str | None = None
-    # whether a class has the further words of the data set's list beside its name, where it is judged; training takes
-    # names alone. None: of the papers' data sets the names, of one's own data all words.
+    # whether a class has the further words of the dataset's list beside its name, where it is judged; training takes
+    # names alone. None: of the papers' datasets the names, of one's own data all words.
     synonyms: bool | None = None
 
     @property

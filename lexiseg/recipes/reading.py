@@ -187,7 +187,7 @@ def _text(path: Path, name: str) -> str:
 def _read(text: str, where: str) -> Content:
     """YAML as keys and values."""
     if is_deep(text):
-        raise LexisegError(f"The recipe '{where}' nests lists too deeply; write 'key: value' lines.")
+        raise LexisegError(f"The recipe '{where}' has too many nested lists; write 'key: value' lines.")
     try:
         content = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
@@ -241,7 +241,7 @@ def _with_base(content: Content, where: str) -> Content:
     base, name = _content(content["base"] if content["base"].partition(":")[0] in _files() else str(beside))
     if "base" in base:
         raise LexisegError(
-            f"The base '{name}' of the recipe '{where}' has a base itself, '{base['base']}'; write '{name}' out in "
+            f"The base '{name}' of the recipe '{where}' has a base of its own, '{base['base']}'; write '{name}' out in "
             "full, or take its base and the keys it changes over."
         )
     if own.get("kind", base.get("kind")) != base.get("kind"):

@@ -269,7 +269,7 @@ def _window(window: WindowPolicy) -> WindowPolicy:
         raise ValueError("'long_side' limits the resize to 'short_side', which is missing; name it")
     if window.size is not None and not 0 <= window.stride <= window.size:
         raise ValueError(
-            f"a stride of {window.stride} leaves pixels between windows of {window.size} out; use 1 to {window.size}"
+            f"a stride of {window.stride} leaves gaps between windows of {window.size}; use 1 to {window.size}"
         )
     return replace(window, stride=window.stride or window.size or 0)
 

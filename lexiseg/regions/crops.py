@@ -41,7 +41,7 @@ class CropOptions(StrictModel):
         convention: "tight" or "roi-align", see the module.
         merge: the paper's three operations.
         size: side of the sub-images; None is the size CLIP was trained at (released: 224, which it is there).
-        threshold: mask probability above which a pixel is inside (released: 0.5; ZSSeg across data sets 0.4 or 0.3).
+        threshold: mask probability above which a pixel is inside (released: 0.5; ZSSeg across datasets 0.4 or 0.3).
         fill: what is outside in the tight convention: "mean" is CLIP's mean colour, "zero" black.
         matting: paint over by the soft mask instead of the binary one (tight only).
         expand: factor on the box's sides about its centre (tight only).

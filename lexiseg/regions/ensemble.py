@@ -89,10 +89,10 @@ def ensemble(
         ValueError: both are missing.
     """
     if proposal is None and region is None:
-        raise ValueError("there is neither a proposal's nor a region's score to make an ensemble of")
+        raise ValueError("there are neither proposal nor region scores for an ensemble")
     if region is None or (options.rule == "proposal" and proposal is not None):
         if proposal is None:
-            raise ValueError("there is no proposal's score")
+            raise ValueError("there are no proposal scores")
         return proposal
     present = None if encoded is None else encoded[..., None].to(region.dtype)
     if proposal is None or options.rule == "region" or options.weight <= 0:

@@ -298,7 +298,7 @@ class RunLog:
         except OSError as error:
             raise LexisegError(
                 f"Cannot write the run's log '{self._folder / 'metrics.jsonl'}' ({error.strerror}); free some space, "
-                "then go on with --resume."
+                "then continue with --resume."
             ) from error
         if self._board is not None:
             for name, value in values.items():

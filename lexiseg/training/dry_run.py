@@ -69,7 +69,7 @@ class DryRun:
             ("options", ", ".join(f"{key} {value}" for key, value in self.options.items())),
         ]
         if not train.steps:
-            return [*rows, ("steps", "0: the model is put together and written")]
+            return [*rows, ("steps", "0: the model is only assembled and written")]
         rows += [
             ("steps", f"{train.steps:,}, batches of {train.batch_size * train.accumulate} on one process"),
             ("schedule", _schedule(train)),

@@ -172,7 +172,7 @@ def prefetch(make: Callable[[int], Any], indices: Sequence[int], *, workers: int
         if "DataLoader worker" not in str(error) or "exited unexpectedly" not in str(error):
             raise
         raise LexisegError(
-            "A background process that prepares batches was killed, most likely for want of memory; resume with fewer "
+            "A background process that prepares batches was killed, probably for lack of memory; resume with fewer "
             "workers or smaller batches."
         ) from error
 
@@ -225,8 +225,8 @@ class Engine:
         count = processes.count()
         if settings.batch_size < count:
             raise LexisegError(
-                f"A batch of {settings.batch_size} cannot be shared by {count} processes; set train.batch_size, which "
-                f"counts the samples of all processes together, to at least {count}, or start fewer processes."
+                f"A batch of {settings.batch_size} cannot be divided among {count} processes; set train.batch_size, "
+                f"which is the batch of all processes together, to at least {count}, or start fewer processes."
             )
         self.sharded = settings.sharding == "fsdp" and count > 1
         self._plain: nn.Module | None = None
@@ -314,7 +314,7 @@ def shard(module: nn.Module, device: torch.device) -> nn.Module:
     single = {name: value for name, value in module.named_parameters() if not value.ndim}
     for name, value in single.items():
         if value.requires_grad:
-            raise LexisegError(f"'{name}' is a single number, which train.sharding cannot divide; set it to none.")
+            raise LexisegError(f"'{name}' is a single number, which train.sharding cannot shard; set it to none.")
     mesh, whole_ones = init_device_mesh(device.type, (processes.count(),)), set(single.values())
     for block in [part for part in module.modules() if isinstance(part, ResidualAttentionBlock)]:
         block.forward = MethodType(run_plain, block)  # so that `run_block` calls the module, whose hooks gather weights

@@ -135,7 +135,7 @@ def start_from(
     model = system(start.clip, options, tuple(seen_names))
     parts = model.init_from(start, what)
     if parts:
-        _log.info("Of '%s' the %s are taken: the rest is of another form.", initial, " and ".join(parts))
+        _log.info("Of '%s' the %s are taken: the rest is of another architecture.", initial, " and ".join(parts))
     done = start.metadata.get("steps")
     if steps is not None and done is not None and done != steps:
         _log.warning(
@@ -179,16 +179,14 @@ def take_prompts(model: SegmentationModel, source: str, vocabulary: Vocabulary) 
 def proposals_of(model: SegmentationModel, source: str) -> ProposalGenerator:
     """The generator that ``proposals_from``, which is ``source``, is meant for; a `LexisegError` if there is none."""
     if not isinstance(model, DecoupledModel):
-        raise LexisegError(
-            f"'proposals_from' is '{source}', but {model.system} proposes no regions; leave the key out."
-        )
+        raise LexisegError(f"'proposals_from' is '{source}', but {model.system} proposes no regions; remove the key.")
     return model.generator
 
 
 def _no_prompts(source: str | None, system: str) -> LexisegError:
     return LexisegError(
         f"'prompts_from' is '{source}', but this {system} has no learned prompts; set its options to have some, or "
-        "leave the key out."
+        "remove the key."
     )
 
 
@@ -249,7 +247,7 @@ def first_stage(recipe: SegmentationRecipe) -> SegmentationRecipe:
     that weights depend on are those of ``recipe``, see `ModelOptions.changes_to_init`.
 
     Raises:
-        LexisegError: it trains no segmentation system, one whose weights do not fit, or for fewer steps than
+        LexisegError: it does not train a segmentation system, one whose weights do not fit, or for fewer steps than
             ``initial_steps``.
     """
     first = _stage(recipe, "initial", SegmentationRecipe)
@@ -296,7 +294,7 @@ def _stage(recipe: SegmentationRecipe, key: str, kind: type[_Stage]) -> _Stage:
     name = str(getattr(recipe, key))
     stage = load_recipe(name, seed=recipe.train.seed)
     if not isinstance(stage, kind):
-        what = "trains no segmentation system" if kind is SegmentationRecipe else "learns no text prompts"
+        what = "does not train a segmentation system" if kind is SegmentationRecipe else "does not learn text prompts"
         raise LexisegError(f"'{key}' names '{name}', which {what}; name one that does.")
     model = stage.model.model_copy(update={"clip": recipe.model.clip})
     return stage.model_copy(update={"data": _same_pictures(stage.data, recipe.data), "model": model})

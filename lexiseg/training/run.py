@@ -111,7 +111,7 @@ def identity(recipe: Recipe, task: Task | None) -> dict[str, Any]:
 
 
 def _fingerprint(dataset: SegmentationDataset) -> str:
-    """How many pictures a data set has, and a hash of their names and of its classes."""
+    """How many pictures a dataset has, and a hash of their names and of its classes."""
     names = "\n".join(getattr(dataset, "names", ()))
     digest = hashlib.sha256(f"{dataset.vocabulary.hash()}\n{names}".encode("utf-8", "surrogateescape")).hexdigest()
     return f"{len(dataset)} ({digest[:16]})"

@@ -270,7 +270,9 @@ class Teacher:
         seen = self._seen.to(images.device)
         scores = self.model.score(self.model.encode_images(images), self._text.to(images.device), seen=seen)
         if not isinstance(scores, GridScores | RegionScores):
-            raise LexisegError(f"A model of the system '{self.model.system}' cannot be a teacher; choose another one.")
+            raise LexisegError(
+                f"A model of the system '{self.model.system}' cannot be a teacher; choose another model."
+            )
         scores.offsets = seen.float() * _NEVER
         return torch.where(missing, scores.label_map((labels.shape[-2], labels.shape[-1])), labels)
 
@@ -283,7 +285,7 @@ def load_teacher(name: str, vocabulary: Vocabulary, *, cache_dir: Path | None = 
     model = load_model(name)
     seen = [entry.name for entry in vocabulary.classes if entry.seen]
     if len(seen) == len(vocabulary):
-        raise LexisegError("Every class has masks, so a teacher has nothing to say; leave out 'teacher'.")
+        raise LexisegError("Every class has masks, so there is nothing for a teacher to label; remove 'teacher'.")
     refuse_leaks(f"The teacher '{name}'", model.seen_names, seen, vocabulary)
     return Teacher(model, vocabulary, cache_dir=cache_dir)
 
@@ -306,7 +308,8 @@ def training_vocabulary(
     """
     if len(vocabulary) > WIDE_IGNORE_INDEX:
         raise LexisegError(
-            f"The dataset has {len(vocabulary)} classes and labels have room for {WIDE_IGNORE_INDEX}; shorten its list."
+            f"The dataset has {len(vocabulary)} classes and label files have room for {WIDE_IGNORE_INDEX}; "
+            "shorten its list."
         )
     unflagged = all(entry.seen is None for entry in vocabulary.classes)
     seen = [entry.seen is True or unflagged for entry in vocabulary.classes]
@@ -314,8 +317,8 @@ def training_vocabulary(
         raise LexisegError("The dataset has no seen class, so there is nothing to train on; fix its unseen list.")
     if setting == "transductive" and all(seen):
         raise LexisegError(
-            "The dataset has no unseen class, so self-training has none to find; name some in its unseen list, or "
-            "take the setting 'supervised'."
+            "The dataset has no unseen class, so self-training has nothing to label; list some as unseen, or use the "
+            "setting 'supervised'."
         )
     classes = tuple(
         VocabularyClass(entry.name, seen=masks or setting == "supervised", color=entry.color)

@@ -278,7 +278,7 @@ class Trainer:
     def _stopped(self, step: int, end: int) -> str:
         found = find_checkpoints(self.checkpoint_dir)
         kept = f"the newest checkpoint is '{found[-1]}'" if found else "there is no checkpoint yet"
-        return f"Stopped after step {step} of {end}; {kept}, and the same command with --resume goes on from there."
+        return f"Stopped after step {step} of {end}; {kept}, and the same command with --resume continues."
 
     def save_checkpoint(self, step: int) -> None:
         """Write the checkpoint of ``step`` finished steps and remove old ones."""
@@ -328,15 +328,15 @@ class Trainer:
             )
         rank, seed = processes.rank(), self.settings.seed
         if self._engine.sharded and self.settings.snapshot_every and processes.is_main():
-            _log.warning("The model is sharded, so no sample pictures are made while it trains.")
+            _log.warning("The model is sharded, so no sample pictures are made during training.")
         if newest is None:
             seed_everything(seed + rank)
             self._write_recipe()
             return 0
         if not newest.is_dir():
             raise LexisegError(
-                f"Process {rank} does not see the checkpoint '{newest}' that process 0 wrote; put the output folder on "
-                "a file system that all machines share."
+                f"Process {rank} does not find the checkpoint '{newest}' that process 0 wrote; put the output folder "
+                "on a file system that all machines share."
             )
         before, now = dict(read_state(newest)["settings"]), self._identity()
         was, count = before.pop("processes", 1), now.pop("processes")
@@ -357,7 +357,9 @@ class Trainer:
                 stacklevel=2,
             )
         if was != count and processes.is_main():
-            _log.warning("The run began with %s processes and goes on with %s, so its bits may differ.", was, count)
+            _log.warning(
+                "The run began with %s processes and goes on with %s, so the result may differ in rounding.", was, count
+            )
         self._write_recipe()
         if rank >= was:  # a process that was not there before has no random state to take up
             seed_everything(1_000_003 * (seed + step) + rank)

@@ -66,7 +66,7 @@ def pick_auto() -> str:
     reason = unreachable()
     if reason:
         raise LexisegError(
-            f"No weights for photographs are on this machine and the hub is out of reach ({reason}); fetch "
+            f"No weights for photographs are on this machine, and the hub cannot be reached ({reason}); fetch "
             f"{order[-2].name} elsewhere and give it with --model (see docs/photographs.md), or use --model "
             "zegclip-emoji for drawn pictures."
         )

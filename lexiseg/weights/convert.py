@@ -198,7 +198,7 @@ def _unknown(state: Mapping[str, Tensor], path: str | Path) -> LexisegError:
     known = ", ".join(_MODELS.values())
     return LexisegError(
         f"'{path}' is neither a checkpoint of {known} or Segment Anything nor a CLIP with a vision transformer (its "
-        f"keys begin with {first}); lexiseg converts only those."
+        f"keys begin with {first}); lexiseg converts nothing else."
     )
 
 
@@ -208,7 +208,7 @@ def _read_one_stage(
     options = {"seen_offset": 0.0} if transductive else {}
     model, unused = read_one_stage(state, **sizes, options=options, name=name)
     model.default_templates = SINGLE_TEMPLATE if model.options.num_prompts <= _VOC_PROMPTS else PAPER_TEMPLATES
-    notes = ["logit_scale is not in such a checkpoint and nothing here uses it; it has its initial value."]
+    notes = ["logit_scale is not in the checkpoint; it is not used and keeps its initial value."]
     if isinstance(model, CascadeCLIP):
         notes.append(
             f"Which blocks its groups hold is not in the file; {model.options.groups} fits its shapes and is what the "

@@ -43,7 +43,9 @@ def save_model(model: SegmentationModel, folder: str | Path, *, dtype: torch.dty
     LexisegError if the folder cannot be written, or the system is another library's and has nothing to save.
     """
     if model.system not in SYSTEMS:
-        raise LexisegError(f"'{model.system}' has nothing of its own to save; load it by its name, {model.clip.name}.")
+        raise LexisegError(
+            f"'{model.system}' has no weights of its own to save; load it by its name, {model.clip.name}."
+        )
     clip = model.clip
     fingerprint = clip.fingerprint()
     own_clip = not (clip.packaged and load_clip(clip.name).fingerprint() == fingerprint)
@@ -221,13 +223,12 @@ def _packaged_clip(reference: dict[str, Any], folder: Path) -> CLIP:
     name = str(reference.get("name", "clip"))
     if name not in packaged_clips() and not name.startswith((TRANSFORMERS, TIMM)):
         raise LexisegError(
-            f"No CLIP is called '{shorten(name)}' of lexiseg's own, which the model in '{folder}' asks "
-            f"for; {_COPY_AGAIN}."
+            f"No CLIP is called '{shorten(name)}', which the model in '{folder}' asks for; {_COPY_AGAIN}."
         )
     clip = load_clip(name)
     if clip.fingerprint() != reference.get("fingerprint"):
         raise LexisegError(
-            f"The model in '{folder}' was trained on another version of '{name}' than this lexiseg carries; "
+            f"The model in '{folder}' was trained with another version of '{name}' than this lexiseg has; "
             "install the lexiseg it was made with, or train it again."
         )
     return clip

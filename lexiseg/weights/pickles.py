@@ -146,9 +146,7 @@ def unreadable(path: Path) -> LexisegError:
     with path.open("rb") as file:
         start = file.read(20)
     if start == b"version https://git-":
-        return LexisegError(
-            f"'{path}' is a pointer of Git LFS in the place of a file of weights; fetch the file with git lfs pull."
-        )
+        return LexisegError(f"'{path}' is a Git LFS pointer, not the weights; fetch the file with git lfs pull.")
     try:
         with zipfile.ZipFile(path) as archive:
             foreign = not any(name.endswith("data.pkl") for name in archive.namelist())

@@ -82,14 +82,14 @@ def _training(config: dict[str, Any], about: dict[str, Any]) -> list[str]:
         "classes with masks": len(config.get("seen_names") or ()) or None,
     }
     return [f"- {name}: {printable(str(value))}" for name, value in facts.items() if value is not None] or [
-        "The folder does not say how it was trained."
+        "The folder has no record of its training."
     ]
 
 
 def _measured(folder: Path) -> list[str]:
     path = folder / REPORT
     if not path.is_file():
-        return [f"No evaluation lies in this folder; `lexiseg evaluate ... -o FOLDER` writes a `{REPORT}`."]
+        return [f"There is no evaluation in this folder; `lexiseg evaluate ... -o FOLDER` writes a `{REPORT}`."]
     report = read_json(path)
     metrics = report.get("metrics") or {}
     rows = [(name, value) for name, value in metrics.items() if isinstance(value, int | float) and name != "seconds"]
@@ -107,7 +107,7 @@ def _licence(clip: Mapping[str, Any]) -> str:
         if one.name.partition("+")[0] == tower:
             return f"{one.licence} ({one.source})."
     config = clip.get("architecture") or (clip_config(tower) if tower in packaged_clips() else {})
-    unknown = "their licence is not known to lexiseg; ask where they came from."
+    unknown = "their licence is unknown to lexiseg; check their source."
     return _DRAWINGS.get(str(config.get("trained_on")), unknown)
 
 
@@ -134,7 +134,7 @@ def push_folder(folder: str | Path, repository: str, *, private: bool = False) -
             repo_id=repository, folder_path=folder, allow_patterns=patterns, commit_message="lexiseg model"
         )
     except LocalTokenNotFoundError as error:
-        raise LexisegError("There is no token for the hub; set HF_TOKEN or run 'hf auth login'.") from error
+        raise LexisegError("No hub token was found; set HF_TOKEN or run 'hf auth login'.") from error
     except HFValidationError as error:
         raise LexisegError(f"'{printable(repository)}' is not a name of the form OWNER/NAME on the hub.") from error
     except (HfHubHTTPError, OSError) as error:

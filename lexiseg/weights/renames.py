@@ -20,7 +20,7 @@ def _only(usual: float, name: str) -> Callable[[Any], dict[str, Any]]:
     def change(value: Any) -> dict[str, Any]:
         if value != usual:
             raise LexisegError(
-                f"'{name}' is {value}, which this lexiseg no longer has for dense-clip; load the tower itself as "
+                f"'{name}' is {value}, which dense-clip no longer has; load the tower itself as "
                 "'maskclip/...' or 'clip/...'."
             )
         return {}

@@ -65,14 +65,14 @@ def load_sam3(name: str = SAM3_WEIGHTS) -> SAM3:
     if not folder.is_dir():
         if name == SAM3_WEIGHTS and cached(name, ("model.safetensors",)) is None:
             print(
-                f"sam3: the weights of {name} are gated and under the SAM License, which is Meta's own and not a free "
-                "one: read and accept it on the hub, then log in with `hf auth login`; about 3,360 MB to download.",
+                f"sam3: the weights of {name} are gated and under the SAM License, which is not an open-source "
+                "licence: accept it on the hub, then log in with `hf auth login`; about 3,360 MB to download.",
                 file=sys.stderr,
             )
         folder = download_folder(name, name)
     kind = read_kind(folder, name)
     if kind not in ("sam3", "sam3_video"):
-        raise LexisegError(f"'{name}' is a {kind} and no SAM 3; write sam3/{SAM3_WEIGHTS}, or a folder of it.")
+        raise LexisegError(f"'{name}' is a {kind}, not a SAM 3; write sam3/{SAM3_WEIGHTS}, or a folder of it.")
     from transformers import Sam3Model
 
     from lexiseg.models.sam3 import SAM3, SAM3Towers

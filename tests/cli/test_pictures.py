@@ -1,4 +1,4 @@
-"""`lexiseg predict` where things go otherwise than planned: names, stops, full disks, closed pipes, data sets."""
+"""`lexiseg predict` where things go otherwise than planned: names, stops, full disks, closed pipes, datasets."""
 
 from __future__ import annotations
 

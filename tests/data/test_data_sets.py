@@ -1,4 +1,4 @@
-"""Readers, class lists and label values of the real data sets, on their miniatures."""
+"""Readers, class lists and label values of the real datasets, on their miniatures."""
 
 from __future__ import annotations
 

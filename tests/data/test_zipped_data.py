@@ -1,4 +1,4 @@
-"""Data sets read out of the archives they are distributed in, without unpacking."""
+"""Datasets read out of the archives they are distributed in, without unpacking."""
 
 from __future__ import annotations
 

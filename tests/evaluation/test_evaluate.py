@@ -159,7 +159,7 @@ def test_nan_is_null_in_json(model, tmp_path):
 
 def test_a_label_that_is_no_class_names_the_sample(model):
     data = Noise(bad=3)
-    with pytest.raises(LexisegError, match=r"'noise-3' cannot be judged: the label 9 "):
+    with pytest.raises(LexisegError, match=r"'noise-3' cannot be evaluated: the label 9 "):
         run(Segmenter(model, disk_cache=False), data)
     with pytest.raises(LexisegError, match="'val' of 'noise' is empty"):
         run(Segmenter(model, disk_cache=False), Noise(0))
@@ -249,9 +249,9 @@ def test_the_function_of_the_command_in_python(tmp_path):
         ({"what": "picture-world", "split": "train"}, "its val or its test split"),
         ({"what": data, "size": 64}, "--size is for picture-world"),
         ({"what": "clip-emoji"}, "no labels to evaluate with"),
-        ({"what": "tiny", "split": "val"}, "says itself what it is evaluated on"),
+        ({"what": "tiny", "split": "val"}, "already defines its evaluation data"),
         ({"what": "nowhere", "protocol": "gzs-voc"}, "is not a folder"),
-        ({"what": data, "resume": True}, "which holds what was counted"),
+        ({"what": data, "resume": True}, "with the earlier counts"),
     ):
         with pytest.raises(LexisegError, match=words):
             evaluate(weights="zegclip-emoji", **wrong)

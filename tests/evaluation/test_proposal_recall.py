@@ -131,9 +131,9 @@ def test_proposals_of_a_dataset_are_judged(segmenter: Segmenter) -> None:
     counted = [f"{what} at IoU {iou}" for what in ("recall", "released counters") for iou in (0.3, 0.5)]
     assert [row[0] for row in rows] == [*counted, "mIoU they allow"]
     dataset.odd = 3
-    with pytest.raises(LexisegError, match="'p0' cannot be judged: the label 3"):
+    with pytest.raises(LexisegError, match="'p0' cannot be evaluated: the label 3"):
         evaluate_proposals(segmenter, dataset)
-    with pytest.raises(LexisegError, match="has no proposals to judge"):
+    with pytest.raises(LexisegError, match="has no proposals to evaluate"):
         evaluate_proposals(Segmenter(DenseCLIP(small_clip()), disk_cache=False), dataset)
 
 

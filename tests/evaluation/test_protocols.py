@@ -159,7 +159,7 @@ def test_seen_and_unseen_lists(tmp_path):
         report, _ = judge(find_protocol(name), tmp_path, [[[0, 58, 0]]])
         rows = {row.name: row.seen for row in report.class_rows()}
         assert rows[unseen] is False and sum(seen is False for seen in rows.values()) == 10
-    # Across data sets no class counts as seen to the model, whatever its name.
+    # Across datasets no class counts as seen to the model, whatever its name.
     _, segmenter = judge(find_protocol("pc-59"), tmp_path, [[[0, 58, 0]]])
     assert {entry.seen for entry in segmenter.asked[0][0].classes} == {False}
 

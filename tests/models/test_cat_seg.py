@@ -130,7 +130,7 @@ def test_beyond_the_padding_nothing_is_left_out_unless_as_released() -> None:
     text, images = unit_rows(20, DIM), torch.randn(1, 3, 40, 48)
     with torch.no_grad():
         assert float(exact(images, text).logits.min()) > -100
-        with pytest.warns(LexisegWarning, match="tells 8 classes apart: in each window the others of 20"):
+        with pytest.warns(LexisegWarning, match="scores 8 classes per window and drops the others of 20"):
             scores = released(images, text)
     assert isinstance(scores, GridScores)
     left_out = (scores.logits == -100).flatten(2).all(2)
@@ -262,7 +262,7 @@ def test_the_loss_is_the_mean_over_pixels_and_classes_with_ignored_pixels() -> N
         ({"heads": 3}, "a hidden_dim of 16 is not a multiple of its 3 heads"),
         ({"decoder_guidance_dims": [16, 3]}, "leaves no room"),
         ({"decoder_dims": [16, 50]}, "does not divide into groups"),
-        ({"window_size": 8, "window_stride": 9}, "leaves pixels between windows"),
+        ({"window_size": 8, "window_stride": 9}, "leaves gaps between windows"),
         ({"whole": True}, "whole .* needs a window_size"),
     ],
 )

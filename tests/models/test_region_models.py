@@ -316,11 +316,11 @@ def test_a_generator_without_classes_is_trained_by_its_masks(system: str) -> Non
 
 def test_options_that_contradict_each_other_are_refused() -> None:
     for regions in ("pooled", "none"):
-        with pytest.raises(LexisegError, match=f"not regions '{regions}'; leave out one of the two"):
+        with pytest.raises(LexisegError, match=f"not regions '{regions}'; remove one of the two"):
             make(maft={}, regions=regions)
     with pytest.raises(LexisegError, match="give maft"):
         make(stage="maft")
-    with pytest.raises(LexisegError, match="know no classes"):
+    with pytest.raises(LexisegError, match="have no classes"):
         make(proposals={"kind": "ground-truth"}, regions="none")
     with pytest.raises(LexisegError, match="min_score"):
         make(regions="mask-attention", crops={"min_score": 0.1})

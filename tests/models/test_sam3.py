@@ -190,9 +190,9 @@ def test_wrong_words_and_templates_are_sentences(model: SAM3, tmp_path: Path) ->
     picture = Image.new("RGB", (20, 20))
     with pytest.raises(LexisegError, match="reads at most 32"):
         segmenter.predict(picture, ["x" * 40])
-    with pytest.raises(LexisegError, match="SAM 3 takes one template and 2 are given"):
+    with pytest.raises(LexisegError, match="SAM 3 takes one template, but 2 were given"):
         Segmenter(model, disk_cache=False, templates=["a {}", "{}s"]).predict(picture, WORDS)
-    with pytest.raises(LexisegError, match="nothing of its own to save"):
+    with pytest.raises(LexisegError, match="no weights of its own to save"):
         save_model(model, tmp_path / "saved")
     assert not (tmp_path / "saved").exists()
     with pytest.raises(LexisegError, match="training-free"):
@@ -211,7 +211,7 @@ def test_a_folder_is_loaded_and_a_wrong_one_refused(tmp_path: Path, monkeypatch:
     assert all(torch.equal(state[key], value) for key, value in saved.state_dict().items())
     config = tmp_path / "sam3" / "config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "model_type": "vit"}))
-    with pytest.raises(LexisegError, match="is a vit and no SAM 3"):
+    with pytest.raises(LexisegError, match="is a vit, not a SAM 3"):
         load_sam3(str(tmp_path / "sam3"))
     weights = tmp_path / "sam3" / "model.safetensors"
     config.write_text(json.dumps({**json.loads(config.read_text()), "model_type": "sam3"}))

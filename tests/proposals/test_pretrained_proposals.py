@@ -141,11 +141,15 @@ def test_the_look_at_the_words_stays_as_it_was(folders: dict[str, str]) -> None:
             r"'transformer.queries_embedder.weight' is 5 x 32 there and 7 x 32 here; "
             r"set model.options.proposals.num_queries to 5\.",
         ),
-        ("maskformer", {"heads": 4}, r"all sizes fit; set model.options.proposals.heads to 2\."),
+        ("maskformer", {"heads": 4}, r"all sizes match; set model.options.proposals.heads to 2\."),
         ("maskformer", {"backbone": "r50c"}, r"there is no 'backbone.body.conv1.0.weight' in it; .*backbone to r50"),
         ("maskformer", {"backbone": "r101"}, r"no 'backbone.body.layer3.6.conv1.weight' in it; set .*backbone to r50"),
         ("maskformer", {"widths": (4, 4, 8, 16)}, r"widths to \[4, 4, 8, 8\]\.$"),
-        ("maskformer", {"decoder_layers": 1}, r"its 'transformer.decoder.layers.1.* has no place here; .*_layers to 2"),
+        (
+            "maskformer",
+            {"decoder_layers": 1},
+            r"its 'transformer.decoder.layers.1.* is not expected here; .*_layers to 2",
+        ),
         (
             "mask2former",
             {"ffn_dim": 16},
@@ -178,14 +182,14 @@ def test_another_kind_of_model(tmp_path: Path, folders: dict[str, str]) -> None:
         with pytest.raises(LexisegError, match=sentence):
             start_proposals(make(kind), str(source))
     (tmp_path / "config.json").write_text('{"model_type": "zsseg"}')
-    with pytest.raises(LexisegError, match=r"no MaskFormer or Mask2Former of transformers.*name the run's folder"):
+    with pytest.raises(LexisegError, match=r"not a MaskFormer or Mask2Former of transformers.*name the run's folder"):
         start_proposals(make("maskformer"), str(tmp_path))
     theirs("maskformer", {"downsample_in_bottleneck": True}).save_pretrained(tmp_path / "caffe")
     with pytest.raises(LexisegError, match="has downsample_in_bottleneck True"):
         start_proposals(make("maskformer"), str(tmp_path / "caffe"))
     config = json.loads((Path(folders["maskformer"]) / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "backbone_config": {"model_type": "swin"}}))
-    with pytest.raises(LexisegError, match=r"is a .*swin, and generators have ResNets here"):
+    with pytest.raises(LexisegError, match=r"is a .*swin, but only ResNets are supported"):
         start_proposals(make("maskformer"), str(tmp_path))
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "model.safetensors").write_bytes(b"nothing")
@@ -244,7 +248,7 @@ def test_a_resnet_file_that_does_not_fit(tmp_path: Path) -> None:
             start_proposals(make("maskformer", **changes), str(path))
     deeper = resnet_state(make("maskformer")) | {"layer3.6.conv1.weight": torch.zeros(1)}
     save_file(deeper, path)
-    with pytest.raises(LexisegError, match=r"its 'layer3.6.conv1.weight' has no place here; change .*\.backbone"):
+    with pytest.raises(LexisegError, match=r"its 'layer3.6.conv1.weight' is not expected here; change .*\.backbone"):
         start_proposals(make("maskformer"), str(path))
     path.write_bytes(b"nothing")
     with pytest.raises(LexisegError, match="is damaged"):
@@ -262,10 +266,10 @@ class Evil:
 
 def test_a_pickle_that_holds_more_than_tensors_is_not_opened(tmp_path: Path) -> None:
     torch.save({"conv1.weight": Evil()}, tmp_path / "evil.pth")
-    with pytest.raises(LexisegError, match=r"holds more than tensors, so it is not opened; give a \.safetensors file"):
+    with pytest.raises(LexisegError, match=r"holds more than tensors, so it was not loaded; give a \.safetensors file"):
         start_proposals(make("maskformer"), str(tmp_path / "evil.pth"))
     torch.save([1, 2], tmp_path / "list.pth")
-    with pytest.raises(LexisegError, match="is no state dict"):
+    with pytest.raises(LexisegError, match="is not a state dict"):
         start_proposals(make("maskformer"), str(tmp_path / "list.pth"))
 
 
@@ -366,7 +370,7 @@ def test_the_key_in_a_recipe(tmp_path: Path) -> None:
         load(recipe_file(tmp_path, None, proposals_form="imagenet"))
     with pytest.raises(LexisegError, match="contradicts itself: 'initial' brings its proposals"):
         load(recipe_file(tmp_path, "imagenet", initial="runs/one"))
-    with pytest.raises(LexisegError, match="but zegclip proposes no regions; leave the key out"):
+    with pytest.raises(LexisegError, match="but zegclip proposes no regions; remove the key"):
         dry_run(load_recipe("tiny").model_copy(update={"proposals_from": "imagenet"}))
 
 

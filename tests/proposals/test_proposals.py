@@ -210,7 +210,7 @@ def test_what_does_not_fit() -> None:
     images = torch.randn(1, 3, 32, 32)
     with pytest.raises(LexisegError, match="looks at the words"):
         generator(images)
-    with pytest.raises(LexisegError, match="width 12, and was given 5"):
+    with pytest.raises(LexisegError, match="width 12, but got 5"):
         generator(images, torch.randn(3, 5))
     with pytest.raises(ValueError, match="multiples of 32, not 30 x 32"):
         generator(torch.randn(1, 3, 30, 32), words())

@@ -1,4 +1,4 @@
-"""Training and evaluation for real on a miniature of every data set."""
+"""Training and evaluation for real on a miniature of every dataset."""
 
 from __future__ import annotations
 

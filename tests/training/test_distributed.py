@@ -372,7 +372,7 @@ def test_mistakes_are_said_once(clip_folder, tmp_path):
     text = recipe.read_text()
     recipe.write_text(text.replace("batch_size: 4", "batch_size: 1"))
     said = launch(tmp_path, train_words(recipe, tmp_path / "run"), expect=1)
-    assert said.count("cannot be shared by 2 processes") == 1
+    assert said.count("cannot be divided among 2 processes") == 1
     recipe.write_text(text.replace("num_prompts", "num_prompt"))
     said = launch(tmp_path, train_words(recipe, tmp_path / "run"), expect=1)
     assert said.count("'num_prompt'") == 1

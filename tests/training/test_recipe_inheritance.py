@@ -66,8 +66,8 @@ def test_variants(tmp_path: Path) -> None:
     [
         ({"base": "tiny", "train": {"stepss": 3}}, "'mine.yaml' has the unknown key 'train.stepss'; did you mean"),
         ({"base": "zegclip-picture-word"}, "no recipe or file"),
-        ({"base": "mine.yaml"}, "has a base itself"),
-        ({"base": "deop-table-4:mps"}, "has a base itself, 'deop-baseline-coco-stuff'"),
+        ({"base": "mine.yaml"}, "has a base of its own"),
+        ({"base": "deop-table-4:mps"}, "has a base of its own, 'deop-baseline-coco-stuff'"),
         ({"base": 3}, "'base' of the recipe"),
         ({"base": "tiny", "kind": "prompts"}, "is of the kind 'prompts' and its base 'segmentation'"),
         ({"base": "tiny", "variants": {"a": {}}}, "consists of variants; name one after a colon: a"),

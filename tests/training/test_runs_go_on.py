@@ -208,7 +208,7 @@ def test_a_stopped_training_says_how_to_go_on(place: Path, tmp_path: Path, numbe
         process.send_signal(number)
         assert process.wait(60) == code
     last = (tmp_path / "said").read_text().strip().splitlines()[-1]
-    assert last.startswith("Stopped after step ") and "--resume goes on from there" in last and "step-0000" in last
+    assert last.startswith("Stopped after step ") and "--resume continues" in last and "step-0000" in last
 
 
 def test_class_weights(place: Path, tmp_path: Path) -> None:

@@ -374,7 +374,7 @@ def test_supervised_training_and_its_evaluation(tmp_path: Path, clip_folder: Pat
     assert predicted["auto"] == predicted["all"] != predicted["data"]
 
 
-# --- a data set of the papers -----------------------------------------------------------------------------------
+# --- a dataset of the papers -----------------------------------------------------------------------------------
 
 
 def write_mini_voc(root: Path) -> Path:

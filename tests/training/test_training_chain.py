@@ -195,7 +195,7 @@ def test_a_teacher_labels_what_has_no_label(tmp_path: Path, clip_folder: Path) -
     pixels = pixels_of(batch.images, task.model.mean, task.model.std)
     assert torch.equal(task.teacher.label(pixels, batch.labels, *white), labels)
     assert torch.isfinite(task.losses(batch)["loss"])
-    with pytest.raises(LexisegError, match="a teacher has nothing to say"):
+    with pytest.raises(LexisegError, match="nothing for a teacher to label"):
         build_task(recipe.model_copy(update={"setting": "supervised", "data": recipe.data}))
 
 

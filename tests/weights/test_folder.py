@@ -48,10 +48,10 @@ def test_wrong_folders(tmp_path: Path) -> None:
         *(({"metadata": value}, "its metadata should be a mapping") for value in ("x", [1])),
         ({"clip": "foo"}, "its clip should be a mapping"),
         ({"clip": {"architecture": 5}}, "has no model_cfg"),
-        ({"clip": architecture(vision_cfg=5)}, "a vision_cfg that is no mapping"),
+        ({"clip": architecture(vision_cfg=5)}, "a vision_cfg that is not a mapping"),
         ({"clip": architecture(embed_dim=[])}, "open_clip cannot build"),
         ({"clip": architecture(text_cfg={"tokenizer_kwargs": 5})}, "open_clip cannot build"),
-        ({"clip": architecture(preprocess_cfg=5)}, "a preprocess_cfg that is no mapping"),
+        ({"clip": architecture(preprocess_cfg=5)}, "a preprocess_cfg that is not a mapping"),
         ({"clip": architecture(preprocess_cfg={"mean": [0, 1, None]})}, "write three numbers"),
         *(
             ({key: value}, f"its {key} should be a list of texts")

@@ -87,7 +87,7 @@ def test_the_card_says_what_the_run_says(folder: Path) -> None:
         assert words in card, words
     assert "hiou" not in card
     (folder / "report.json").unlink()
-    assert "No evaluation lies in this folder" in model_card(folder)
+    assert "There is no evaluation in this folder" in model_card(folder)
     with pytest.raises(LexisegError):
         model_card(folder.parent)
 

@@ -23,7 +23,7 @@ STUFF: tuple[str, ...] = tuple(_FIRST["stuff"])
 class World:
     """What scenes are made of."""
 
-    name: str  # of the data set
+    name: str  # of the dataset
     families: tuple[tuple[str, ...], ...]  # names of the things; those of one family look alike
     unseen: tuple[str, ...]  # classes whose masks no training gets
     # files in ``assets`` with one drawing a thing, in the order of ``things``; a scene mixes them

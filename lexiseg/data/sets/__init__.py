@@ -1,1 +1,1 @@
-"""Real data sets: their class lists, and readers for the files as they are distributed."""
+"""Real datasets: their class lists, and readers for the files as they are distributed."""

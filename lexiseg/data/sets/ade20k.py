@@ -23,7 +23,7 @@ def list_ade150(root: Path, split: str, unseen: str | None) -> SplitFiles:
     """ADE20K 150 (ADEChallengeData2016): ``train`` or ``val``; label values 1..150, 0 = no class.
 
     Where it is not unpacked, it is read out of ADEChallengeData2016.zip. Raises LexisegError if ``root`` holds no such
-    data set, or there is no list ``unseen`` of unseen classes.
+    dataset, or there is no list ``unseen`` of unseen classes.
     """
     info = data_set("ade20k-150")
     marks = ("images", "annotations")
@@ -64,8 +64,8 @@ def list_ade847(root: Path, split: str, unseen: str | None, classes: Path | None
 
     A class is called by all its words ("building, edifice"): many share the first one, and the papers' code puts the
     whole text into its sentences. The list is read from ``classes``, or from classes.txt, classes.json, classes.yaml or
-    ADE20K_847_pure_class.json in the data set's folder. Where ADE20K_572_pure_class.json lies beside it, the classes
-    that it lacks are unseen. Raises LexisegError if ``root`` holds no such data set; the class list is missing, wrong,
+    ADE20K_847_pure_class.json in the dataset's folder. Where ADE20K_572_pure_class.json lies beside it, the classes
+    that it lacks are unseen. Raises LexisegError if ``root`` holds no such dataset; the class list is missing, wrong,
     not of 847 classes, or without the ids that colour PNGs need; or there is no list ``unseen`` of unseen classes.
     """
     marks = ("images_detectron2", "images/ADE", "images")

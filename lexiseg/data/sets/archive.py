@@ -67,7 +67,9 @@ class Member:
                 # Not more than the index says, whatever the file holds.
                 data = file.read(self.size + 1)
         except KeyError as error:
-            raise LexisegError(f"'{self}' is no longer in the archive; look at the data set again.") from error
+            raise LexisegError(
+                f"'{self}' is no longer in the archive; unpack the dataset or restore the archive."
+            ) from error
         except _DAMAGE as error:
             raise LexisegError(f"'{self}' cannot be read ({error}); download the archive again.") from error
         if len(data) != self.size:

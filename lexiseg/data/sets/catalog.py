@@ -1,4 +1,4 @@
-"""What is known of each data set before a file of it is opened: classes, splits into seen and unseen, label values.
+"""What is known of each dataset before a file of it is opened: classes, splits into seen and unseen, label values.
 
 The lists are YAML files beside this module, each with its source. Where a list cannot be known for certain
 (PASCAL Context 459, ADE20K 847) it is read from the distribution's own file; see
@@ -24,12 +24,12 @@ NAMES = (
     *("voc2012", "coco-stuff-164k", "coco-object", "pascal-context-59", "pascal-context-459"),
     *("ade20k-150", "ade20k-847", "cityscapes"),
 )
-"""The data sets there are."""
+"""The datasets there are."""
 
 
 @dataclass(frozen=True)
 class DataSetInfo:
-    """One data set."""
+    """One dataset."""
 
     name: str  # as a user writes it, such as "voc2012"
     title: str  # as a report writes it
@@ -77,9 +77,9 @@ class DataSetInfo:
         return self.unseen_lists[which]
 
     def with_classes(self, classes: tuple[str, ...]) -> DataSetInfo:
-        """The same data set with the list of classes that its distribution carries.
+        """The same dataset with the list of classes that its distribution carries.
 
-        Raises LexisegError if the list has another length than the data set has classes.
+        Raises LexisegError if the list has another length than the dataset has classes.
         """
         if len(classes) != self.num_classes:
             raise LexisegError(
@@ -99,7 +99,7 @@ class DataSetInfo:
         """
         if not self.classes:
             raise LexisegError(
-                f"The class names of {self.name} come from a file beside its pictures; open the data set to read them."
+                f"The class names of {self.name} come from a file beside its pictures; open the dataset to read them."
             )
         if names_of is not None and names_of not in self.renamed:
             known = ", ".join(self.renamed) or "none"
@@ -152,9 +152,9 @@ def _unshared(words: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]
 
 @cache
 def data_set(name: str) -> DataSetInfo:
-    """What is known of the data set called ``name``. Raises LexisegError if there is none of that name."""
+    """What is known of the dataset called ``name``. Raises LexisegError if there is none of that name."""
     if name not in NAMES:
-        raise LexisegError(f"There is no data set '{name}'; {did_you_mean(name, NAMES)}")
+        raise LexisegError(f"There is no dataset '{name}'; {did_you_mean(name, NAMES)}")
     text = (resources.files("lexiseg") / "data" / "sets" / f"{name}.yaml").read_text(encoding="utf-8")
     return _read(name, yaml.safe_load(text))
 

@@ -20,7 +20,7 @@ def list_cityscapes(root: Path, split: str, unseen: str | None) -> SplitFiles:
 
     Labels are the distribution's ``*_gtFine_labelIds.png`` (ids 0..33, of which 19 are judged), or, where they were
     made, ``*_gtFine_labelTrainIds.png`` (0..18, 255 = not judged), which come first. Raises LexisegError if ``root``
-    holds no such data set, or there is no list ``unseen`` of unseen classes.
+    holds no such dataset, or there is no list ``unseen`` of unseen classes.
     """
     info = data_set("cityscapes")
     home = find_home(root, ("cityscapes",), ("leftImg8bit",), "Cityscapes")

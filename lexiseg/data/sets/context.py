@@ -22,7 +22,7 @@ def list_context59(root: Path, split: str, unseen: str | None) -> SplitFiles:
 
     Labels are the PNGs of SegmentationClassContext (1..59 in alphabetical order, 0 = none of them), or the
     distribution's own .mat files of 459 classes with its labels.txt, by whose names the 59 are picked; the pixels of
-    the other 400 classes then have no class. Raises LexisegError if ``root`` holds no such data set; labels.txt is
+    the other 400 classes then have no class. Raises LexisegError if ``root`` holds no such dataset; labels.txt is
     needed and missing, wrong or without one of the 59; or there is no list ``unseen`` of unseen classes.
     """
     info = data_set("pascal-context-59")
@@ -50,7 +50,7 @@ def list_context459(root: Path, split: str, unseen: str | None, classes: Path | 
 
     Labels are the distribution's .mat files (``trainval/*.mat``, variable LabelMap, 0 = no class), or 16-bit TIFFs made
     of them (``annotations_detectron2/pc459_SPLIT``: class ids from 0, 65535 = no class). The names come from
-    labels.txt. Raises LexisegError if ``root`` holds no such data set; the class list is missing, wrong or not of 459
+    labels.txt. Raises LexisegError if ``root`` holds no such dataset; the class list is missing, wrong or not of 459
     classes; or there is no list ``unseen`` of unseen classes.
     """
     home = _context_home(root)

@@ -1,4 +1,4 @@
-"""A split of a data set on disk: which files belong together, and the samples made of them."""
+"""A split of a dataset on disk: which files belong together, and the samples made of them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Finding:
-    """Something that is wrong with a data set."""
+    """Something that is wrong with a dataset."""
 
     kind: str  # what, in one or two words with a hyphen; the same fault always has the same kind
     problem: str  # one sentence: what, where, and what to do
@@ -73,7 +73,7 @@ class SplitFiles:
         """The findings, and one more where nothing is left of the split."""
         if self.items or any(finding.severity == "error" for finding in self.findings):
             return self.findings
-        problem = f"The split '{self.split}' has no pictures with labels; check the data set's folder and its lists."
+        problem = f"The split '{self.split}' has no pictures with labels; check the dataset's folder and its lists."
         return (*self.findings, Finding("empty-split", problem, split=self.split))
 
 
@@ -151,8 +151,8 @@ def misfit(item: Item, image: tuple[int, ...], label: tuple[int, ...]) -> tuple[
     if orientation > 1 and label == raw:
         return "open-orientation", (
             f"The camera's orientation flag ({orientation}) turns the picture '{item.image}', and it is unclear "
-            f"whether its label '{item.label}' was drawn on the turned picture or on the pixels as the file holds "
-            "them; write 'exif: apply' or 'exif: raw' into classes.yaml or lexiseg.yaml beside the data."
+            f"whether its label '{item.label}' was drawn on the turned picture or on the pixels as stored; write "
+            "'exif: apply' or 'exif: raw' into classes.yaml or lexiseg.yaml next to the data."
         )
     if image == label:
         return None

@@ -1,4 +1,4 @@
-"""Label files of every kind the data sets are distributed with, and the step from a file's values to class ids.
+"""Label files of every kind the datasets are distributed with, and the step from a file's values to class ids.
 
 Two steps, each in one place: :func:`read_values` gives the numbers as they stand in the file, and :class:`ValueTable`
 says what each of them is: a class, no class, or a fault of the file.
@@ -96,7 +96,7 @@ def _picture(picture: Image.Image, path: Place, kind: LabelKind) -> NDArray[np.i
         )
     if kind is LabelKind.index and mode not in ("P", "L", "1"):
         raise LexisegError(
-            f"The label '{path}' is a 16-bit picture (mode {mode}), but this data set's ids fit 8 bits; save it as an "
+            f"The label '{path}' is a 16-bit picture (mode {mode}), but this dataset's ids fit 8 bits; save it as an "
             "8-bit palette or grey PNG."
         )
     if mode.startswith("F"):
@@ -115,7 +115,7 @@ def _mat(path: Place, kind: LabelKind) -> NDArray[np.int64]:
     content: dict[str, Any] = loadmat(str(path) if isinstance(path, Path) else path.open())
     name = "LabelMap" if kind is LabelKind.context_mat else "GTcls"
     if name not in content:
-        raise LexisegError(f"The label '{path}' holds no variable '{name}'; it belongs to another data set.")
+        raise LexisegError(f"The label '{path}' holds no variable '{name}'; it belongs to another dataset.")
     values = content[name] if kind is LabelKind.context_mat else content[name][0]["Segmentation"][0]
     if values.ndim != 2 or not np.issubdtype(values.dtype, np.integer):
         raise LexisegError(f"The label '{path}' holds {values.dtype} of shape {values.shape} instead of class ids.")

@@ -132,7 +132,7 @@ def json_of(root: Path, split: str) -> tuple[Path | None, bool]:
 
 
 def is_labelme(path: Path) -> bool:
-    """Whether a JSON file is of one picture, by its beginning: files of whole data sets may be large."""
+    """Whether a JSON file is of one picture, by its beginning: files of whole datasets may be large."""
     try:
         with path.open("rb") as file:
             head = file.read(4096)
@@ -186,7 +186,7 @@ def names_of(root: Path, split: str, place: Layout, pictures: Sequence[str]) -> 
 
 
 def part_in_split(files: SplitFiles, root: Path, split: str) -> SplitFiles:
-    """The part of a JSON file of the whole data set that is in a split."""
+    """The part of a JSON file of the whole dataset that is in a split."""
     pictures = [item.name for item in files.items]
     names, findings = names_of(root, split, Layout(root, root, False), sorted(pictures))
     wanted = {listed_as(name, pictures) for name in names}

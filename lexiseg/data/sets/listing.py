@@ -1,4 +1,4 @@
-"""Finding files: the folder a data set is in, its lists, and what stands beside what."""
+"""Finding files: the folder a dataset is in, its lists, and what stands beside what."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ def key(name: str) -> str:
 def find_home(
     root: str | Path, inside: Sequence[str], marks: Sequence[str], what: str, archives: Sequence[str] = ()
 ) -> Path:
-    """The folder a data set's own folders are in: ``root`` itself or a place below it.
+    """The folder a dataset's own folders are in: ``root`` itself or a place below it.
 
     ``inside``: places below it to look at as well, such as "VOCdevkit/VOC2012". ``marks``: the folder is right where
-    one of these is in it. ``what``: the data set, for the sentence. ``archives``: where nothing is unpacked, the folder
+    one of these is in it. ``what``: the dataset, for the sentence. ``archives``: where nothing is unpacked, the folder
     is right that has one of these. Raises DataSetError if there is none.
     """
     root = Path(root)
     if not root.is_dir():
-        raise DataSetError(f"The data set folder '{root}' does not exist; give the folder that {what} was unpacked in.")
+        raise DataSetError(f"The dataset folder '{root}' does not exist; give the folder that {what} was unpacked in.")
     homes = [root, *(root / place for place in inside)]
     for wanted in (marks, archives):
         for home in homes:
@@ -175,7 +175,7 @@ def read_list(path: Path, split: str) -> tuple[list[str], list[Finding]]:
             problem = f"The list '{path}' names '{name}' twice; remove one line."
             findings.append(Finding("duplicate-entry", problem, str(path), name, split))
         elif not is_safe(name) or len(name) > _LONGEST:
-            why = "is too long for a file" if is_safe(name) else "leads outside the data set's folder"
+            why = "is too long for a file" if is_safe(name) else "leads outside the dataset's folder"
             problem = f"The list '{path}' names '{name[:80]}', which {why}; fix the line."
             findings.append(Finding("wrong-name", problem, str(path), name[:80], split))
         else:

@@ -1,4 +1,4 @@
-"""From a data set's name and folder to its samples."""
+"""From a dataset's name and folder to its samples."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from lexiseg.vocabulary import Vocabulary, VocabularyClass
 from lexiseg.words import did_you_mean
 
 OWN = "own"
-"""Name of a folder of one's own among the data sets."""
+"""Name of a folder of one's own among the datasets."""
 
 _LAYOUTS: Mapping[str, Callable[[Path, str, str | None, Path | None], SplitFiles]] = {
     "voc2012": lambda root, split, unseen, _: list_voc(root, split, unseen),
@@ -48,22 +48,22 @@ def open_data_set(
     names_of: str | None = None,
     synonyms: bool | None = None,
 ) -> FileDataset:
-    """Open a split of a data set.
+    """Open a split of a dataset.
 
     Args:
         name: one of :data:`lexiseg.data.sets.catalog.NAMES`, or "own" for a folder of one's own; see
             :mod:`lexiseg.data.sets.own`.
         root: the folder it was unpacked in; a relative path starts at the working directory.
         split: "train" or "val"; of VOC also "aug", "trainaug" and "trainval".
-        unseen: which list of unseen classes; None takes the data set's first, "none" none.
+        unseen: which list of unseen classes; None takes the dataset's first, "none" none.
         classes: the class list, where the distribution does not carry one.
         names_of: the paper whose names to use for the classes it calls otherwise; see
             :attr:`lexiseg.data.sets.catalog.DataSetInfo.renamed`.
-        synonyms: whether a class has the further words of the data set's list beside its name; see
+        synonyms: whether a class has the further words of the dataset's list beside its name; see
             :func:`synonyms_of`.
 
     Raises:
-        LexisegError: there is no such data set, split, list or paper, synonyms are asked for where there are none, or
+        LexisegError: there is no such dataset, split, list or paper, synonyms are asked for where there are none, or
             files are missing; the sentence names the first.
     """
     files = list_split(name, root, split, unseen=unseen, classes=classes)
@@ -91,12 +91,12 @@ def with_background(data: FileDataset, words: Sequence[str] = ()) -> FileDataset
 
 
 def synonyms_of(name: str, vocabulary: Vocabulary, wanted: bool | None) -> Vocabulary:
-    """The vocabulary with, or without, the further words of the data set's list.
+    """The vocabulary with, or without, the further words of the dataset's list.
 
     A word that belongs to two classes is left out, because it could not say which of them it means.
 
-    ``wanted``: None leaves the vocabulary as it is: of the papers' data sets the names alone, of one's own data all
-    words of its list. Raises LexisegError if synonyms are asked for and the data set gives none.
+    ``wanted``: None leaves the vocabulary as it is: of the papers' datasets the names alone, of one's own data all
+    words of its list. Raises LexisegError if synonyms are asked for and the dataset gives none.
     """
     if wanted is None:
         return vocabulary
@@ -126,7 +126,7 @@ def list_split(
     missing are findings.
     """
     if name not in _LAYOUTS:
-        raise LexisegError(f"There is no data set '{name}'; {did_you_mean(name, _LAYOUTS)}")
+        raise LexisegError(f"There is no dataset '{name}'; {did_you_mean(name, _LAYOUTS)}")
     if classes is not None and name not in _TAKES_CLASSES:
         raise LexisegError(f"The classes of {name} are known, so a list of them cannot be given; leave it out.")
     if name in NAMES and split not in data_set(name).splits:
@@ -145,7 +145,7 @@ def train_split(name: str) -> str:
 def splits_of(name: str, root: str | Path) -> tuple[str, ...]:
     """The splits that are trained and judged on: the papers' training split and "val".
 
-    Raises LexisegError if there is no such data set, or a folder of one's own may not be read.
+    Raises LexisegError if there is no such dataset, or a folder of one's own may not be read.
     """
     try:
         return own_splits(Path(root)) if name == OWN else (train_split(name), "val")

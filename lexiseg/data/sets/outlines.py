@@ -88,7 +88,7 @@ def _check(shape: Any, size: tuple[int, int]) -> None:
             continue
         corners = np.asarray(polygon, np.float64)
         if corners.ndim != 1:
-            raise ValueError("it is no list of numbers x, y, x, y")
+            raise ValueError("it is not a list of numbers x, y, x, y")
         if corners.size % 2:
             raise ValueError(f"it has {corners.size} coordinates, an odd number")
         if corners.size < 6:
@@ -213,7 +213,7 @@ def draw_yolo(path: Path, image: Place, num_classes: int, rest: int, turned: boo
         if not 0 <= index < num_classes:
             raise LexisegError(f"{who} has the class {index}, beyond {counted(num_classes, 'class')} counted from 0.")
         if corners.size == 4:
-            raise LexisegError(f"{who} is a box, not an outline; export the data set for segmentation.")
+            raise LexisegError(f"{who} is a box, not an outline; export the dataset for segmentation.")
         if corners.size % 2 == 0:
             if not (np.abs(corners) <= 2).all():
                 raise LexisegError(f"{who} has coordinates outside 0 to 1; they must be fractions of the picture.")

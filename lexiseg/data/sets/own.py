@@ -127,7 +127,7 @@ def _unlisted(
         findings.append(Finding("missing-folder", problem, str(place.images), split=split))
     elif not any_named:
         problem = (
-            f"'{place.images}' holds one picture in all, so none is left for the split '{split}'; add pictures, or "
+            f"'{place.images}' holds one picture in total, so none is left for the split '{split}'; add pictures, or "
             "write train.txt and val.txt."
         )
         findings.append(Finding("empty-split", problem, str(place.images), split=split))
@@ -215,8 +215,8 @@ def _left_out(listed: ClassList, class_file: Path | None) -> list[Finding]:
     return [
         Finding(
             "class-list",
-            f"The class list '{class_file}' gives the word '{word}' to '{name}' and to another class, so it is no "
-            "synonym of either; take it out of one.",
+            f"The class list '{class_file}' gives the word '{word}' to '{name}' and to another class, so it is a "
+            "synonym of neither; remove it from one.",
             str(class_file),
             severity="warning",
         )
@@ -241,9 +241,9 @@ def _reading(listed: ClassList, files: Mapping[str, Path], ignore: int, root: Pa
     if len(classes) <= 2 and IGNORE_INDEX not in (*id_map, *listed.ignored) and _are_black_and_white(paths):
         name = classes[-1].name
         raise DataSetError(
-            f"Masks of '{root}' hold 0 and 255 alone, as black and white masks do, and it is open what they stand "
-            f"for: write '0: background' and '255: {name}' into classes.txt if white is {name}, '255: {name}' alone if "
-            "black is to be left out, or 'ignore: 255' into classes.yaml or lexiseg.yaml if white is no class.",
+            f"Masks of '{root}' hold only 0 and 255, like black and white masks, so their meaning is unclear: write "
+            f"'0: background' and '255: {name}' into classes.txt if white is {name}, '255: {name}' alone to ignore "
+            "black, or 'ignore: 255' into classes.yaml or lexiseg.yaml to ignore white.",
             "black-and-white",
         )
     void = (0,) if numbered else ()

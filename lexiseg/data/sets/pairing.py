@@ -1,4 +1,4 @@
-"""Pictures and their labels, side by side: what the layouts of all data sets share."""
+"""Pictures and their labels, side by side: what the layouts of all datasets share."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def _unread(folder: Path) -> dict[str, str]:
 
 
 def orphans(labels: Sequence[LabelFolder], images: Mapping[str, Place], split: str) -> list[Finding]:
-    """A warning for each label without a picture, in data sets that have no lists."""
+    """A warning for each label without a picture, in datasets that have no lists."""
     return [
         Finding(
             "label-without-picture",

@@ -1,4 +1,4 @@
-"""Making a folder of downloaded archives into a data set that can be opened, without a network."""
+"""Making a folder of downloaded archives into a dataset that can be opened, without a network."""
 
 from __future__ import annotations
 
@@ -50,9 +50,9 @@ def prepare(
     end the splits are listed, without opening a picture, so that what is missing is said here.
 
     ``name``: as in :func:`lexiseg.data.sets.open.open_data_set`. ``root``: the folder with the archives, which becomes
-    the data set's folder. ``classes``: the class list, where the distribution does not carry one. Returns what was
-    done, in order; empty where there was nothing to do. Raises LexisegError if there is no such data set or folder, an
-    archive is damaged or unsafe, or something of the data set is missing after all; what was done stays and ``say`` was
+    the dataset's folder. ``classes``: the class list, where the distribution does not carry one. Returns what was
+    done, in order; empty where there was nothing to do. Raises LexisegError if there is no such dataset or folder, an
+    archive is damaged or unsafe, or something of the dataset is missing after all; what was done stays and ``say`` was
     told of it.
     """
     root = Path(root)
@@ -91,7 +91,7 @@ def _check(name: str, root: Path, classes: str | Path | None, steps: list[Step],
         say(f"{step.what}: {step.path}")
     notes = [f"the split '{split}' is" for split in complete]
     if len(problems) > 1:
-        notes.append(f"the first of {len(problems)} faults that `lexiseg data verify` lists")
+        notes.append(f"the first of {len(problems)} problems that `lexiseg data verify` lists")
     note = f" ({'; '.join(notes)})" if notes else ""
     raise LexisegError(f"{name} in '{root}' is not complete{note}: {problems[0]}")
 
@@ -103,9 +103,9 @@ def _unpack_all(name: str, root: Path, say: Callable[[str], None]) -> list[Step]
         target = root / next(places, ".")
         say(f"unpacking {archive.name}")
         done = unpack(archive, target)
-        links = f", {counted(len(done.skipped), 'link')} left out" if done.skipped else ""
+        links = f", {counted(len(done.skipped), 'link')} skipped" if done.skipped else ""
         if done.written:
-            what = f"unpacked {archive.name}: {counted(done.written, 'file')}, {done.kept} there already{links}"
+            what = f"unpacked {archive.name}: {counted(done.written, 'file')}, {done.kept} already there{links}"
             steps.append(Step(what, str(target)))
     return steps
 

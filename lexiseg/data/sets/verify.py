@@ -1,4 +1,4 @@
-"""Finding what is wrong with a data set before anything trains on it."""
+"""Finding what is wrong with a dataset before anything trains on it."""
 
 from __future__ import annotations
 
@@ -47,11 +47,11 @@ class SplitCheck:
 class Verification:
     """The result of :func:`verify`."""
 
-    name: str  # of the data set
+    name: str  # of the dataset
     root: str  # its folder
     classes: tuple[str, ...] = ()  # names of the classes; empty where they could not be read
     splits: tuple[SplitCheck, ...] = ()  # what was counted
-    findings: tuple[Finding, ...] = ()  # what is wrong; empty for a data set that can be used
+    findings: tuple[Finding, ...] = ()  # what is wrong; empty for a dataset that can be used
 
     @property
     def errors(self) -> tuple[Finding, ...]:
@@ -134,13 +134,13 @@ def verify(
     workers: int | None = None,
     progress: Progress | None = None,
 ) -> Verification:
-    """Read every file of a data set and say what is wrong with it.
+    """Read every file of a dataset and say what is wrong with it.
 
     ``name``: as in :func:`lexiseg.data.sets.open.open_data_set`. ``splits``: which to look at; None takes the one the
     papers train on and "val". ``classes``: the class list, where the distribution does not carry one. ``workers``:
     threads that read; None takes one a processor. Returns the findings: those of lists and folders first, then sample
     by sample in their order, then those of a whole split. A fault of one file never hides those of another. Raises
-    LexisegError if there is no data set of that name. Everything that is wrong on disk is a finding.
+    LexisegError if there is no dataset of that name. Everything that is wrong on disk is a finding.
     """
     root = Path(root)
     given = splits is not None
@@ -191,7 +191,7 @@ def _absent(name: str, root: Path, split: str, classes: str | Path | None) -> st
 def usable_splits(name: str, root: Path) -> tuple[Sequence[str], list[Finding]]:
     """The splits to look at where nobody names any, and a warning where that is not all the papers train on.
 
-    Raises LexisegError if there is no data set of that name, or its folder may not be read.
+    Raises LexisegError if there is no dataset of that name, or its folder may not be read.
     """
     chosen = splits_of(name, root)
     if name not in NAMES or "aug" not in data_set(name).splits:
@@ -261,7 +261,7 @@ def check_sample(item: Item, num_classes: int) -> SampleCheck:
     is_class = (label >= 0) & (label < num_classes)
     counts = np.bincount(label[is_class], minlength=num_classes).astype(np.int64)
     if not counts.any() and not findings:
-        problem = f"The label '{item.label}' has no pixel of any class, so '{item.name}' is of no use; remove it."
+        problem = f"The label '{item.label}' has no pixel of any class, so '{item.name}' cannot be used; remove it."
         findings.append(replace(_finding(item, "empty-label", problem, item.label), severity="warning"))
     return SampleCheck(tuple(findings), counts, int((label == item.table.ignore).sum()), int(unknown.size))
 
@@ -326,7 +326,7 @@ def _overlaps(members: dict[str, dict[str, Place]]) -> list[Finding]:
     return [
         Finding(
             "split-overlap",
-            f"'{name}' is in both '{split}' and 'val', so it would be judged after being trained on.",
+            f"'{name}' is in both '{split}' and 'val', so it would be evaluated after being trained on.",
             str(path),
             name,
             split,

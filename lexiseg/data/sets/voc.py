@@ -18,7 +18,7 @@ def list_voc(root: Path, split: str, unseen: str | None) -> SplitFiles:
     The labels of ``aug`` are the PNGs of SegmentationClassAug, or the .mat files of the Semantic Boundaries Dataset as
     it is distributed (``benchmark_RELEASE/dataset/cls``). Its list is aug.txt; where that is missing, what trainaug.txt
     has beyond train.txt; or what SBD's own lists have beyond VOC's train and val. Raises LexisegError if ``root`` holds
-    no such data set, or there is no list ``unseen`` of unseen classes.
+    no such dataset, or there is no list ``unseen`` of unseen classes.
     """
     info = data_set("voc2012")
     home = find_home(root, ("VOCdevkit/VOC2012", "VOC2012"), ("JPEGImages",), "PASCAL VOC 2012")

@@ -173,10 +173,9 @@ def region_map(image: Tensor, size: Size, generator: Any, device: torch.device) 
 @cache
 def _sam() -> Any:
     """SAM's automatic masks, loaded once."""
-    from lexiseg.proposals.build import build_generator
     from lexiseg.proposals.options import SamOptions
 
-    return build_generator(SamOptions(overlaps="all", points_per_side=16))
+    return SamOptions(overlaps="all", points_per_side=16).build()
 
 
 def vote(labels: Tensor, values: Tensor, regions: Tensor) -> tuple[Tensor, Tensor]:

@@ -24,7 +24,6 @@ from lexiseg.models.base import ImageFeatures, SegmentationModel, Towers
 from lexiseg.models.options import Deviations, ModelOptions, Pixels, Triple, WindowOptions
 from lexiseg.normalisation import IMAGENET_MEAN, IMAGENET_STD, normalise, pixels_of
 from lexiseg.proposals.base import ProposalGenerator, Proposals
-from lexiseg.proposals.build import build_generator
 from lexiseg.proposals.leftover import LeftoverOptions, add_leftover
 from lexiseg.proposals.options import GeneratorOptions, MaskFormerOptions, QueryOptions
 from lexiseg.regions.pooling import full_precision, resize_masks, unit_or_zero
@@ -97,7 +96,7 @@ class DecoupledModel(SegmentationModel):
 
     def __init__(self, clip: CLIP, options: DecoupledOptions, seen_names: Sequence[str] = ()) -> None:
         super().__init__(clip, options, tuple(seen_names))
-        self.generator: ProposalGenerator = build_generator(options.proposals)
+        self.generator: ProposalGenerator = options.proposals.build()
         if self.generator.embed_dim not in (None, clip.embed_dim):
             raise LexisegError(
                 f"The proposals' class embeddings have {self.generator.embed_dim} numbers and CLIP's text embeddings "

@@ -18,7 +18,6 @@ RESNET_WIDTHS = (64, 128, 256, 512)
 TINY_WIDTHS = (32, 48, 64, 96)
 _DEPTHS = {"r50": (3, 4, 6, 3), "r101": (3, 4, 23, 3)}
 _EXPANSION = 4
-_BATCH_NORM_EPS = 1e-5
 # Dilations of the last stage's 3x3 convolutions in the "c" variants, which keep its stride of 2.
 _MULTI_GRID = (1, 2, 4)
 
@@ -64,6 +63,7 @@ class ResNetBackbone(FeatureBackbone):
             stem_width=stem_width // 2,
             channels=widths,
             zero_init_last=False,
+            norm_layer=lambda width, **place: FrozenNorm(width),
         )
         if deep:
             for block, dilation in zip(body.layer4, _MULTI_GRID, strict=True):
@@ -71,7 +71,8 @@ class ResNetBackbone(FeatureBackbone):
         else:
             body.conv1 = nn.Conv2d(3, stem_width, 7, stride=2, padding=3, bias=False)
             nn.init.kaiming_normal_(body.conv1.weight, mode="fan_out", nonlinearity="relu")
-        self.body = _frozen(body)
+        _join_norms(body)
+        self.body = body
         self.channels = (
             widths[0] * _EXPANSION,
             widths[1] * _EXPANSION,
@@ -82,8 +83,8 @@ class ResNetBackbone(FeatureBackbone):
     def forward(self, images: Tensor) -> list[Tensor]:
         """Return the features of `FeatureBackbone`."""
         body: Any = self.body
-        if plain(images):
-            return _channels_last(body, images)
+        if plain(images):  # as a processor computes convolutions fastest
+            images = images.contiguous(memory_format=torch.channels_last)
         x = body.maxpool(body.act1(body.bn1(body.conv1(images))))
         features = []
         for stage in (body.layer1, body.layer2, body.layer3, body.layer4):
@@ -92,8 +93,8 @@ class ResNetBackbone(FeatureBackbone):
         return features
 
 
-class _FrozenNorm(FrozenBatchNorm2d):
-    """torchvision's frozen batch norm in one pass over the features instead of two."""
+class FrozenNorm(FrozenBatchNorm2d):
+    """torchvision's frozen batch norm, in one pass over the features, or none behind a `NormedConv2d`."""
 
     def affine(self) -> tuple[Tensor, Tensor]:
         """The factor and the term (C,) that the norm amounts to."""
@@ -101,41 +102,33 @@ class _FrozenNorm(FrozenBatchNorm2d):
         return scale, self.bias - self.running_mean * scale
 
     def forward(self, x: Tensor) -> Tensor:
+        """Normalise x (B, C, h, w), unless the convolution before has done so."""
+        if plain(x):
+            return x
         scale, bias = self.affine()
         return torch.addcmul(bias[:, None, None], x, scale[:, None, None])
 
 
-def _frozen(module: nn.Module) -> nn.Module:
-    """Replace every batch norm under ``module`` by a frozen one."""
-    for name, child in module.named_children():
-        if isinstance(child, nn.BatchNorm2d):
-            setattr(module, name, _FrozenNorm(child.num_features, eps=_BATCH_NORM_EPS))
-        else:
-            _frozen(child)
-    return module
+class NormedConv2d(nn.Conv2d):
+    """A convolution that applies the frozen norm behind it as well where a processor computes it, see `plain`."""
+
+    norm: tuple[FrozenNorm]  # a tuple hides it from the state of the module
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Convolve x (B, C, h, w)."""
+        if not plain(x):
+            return super().forward(x)
+        scale, bias = self.norm[0].affine()
+        return convolve(self, x, self.weight * scale[:, None, None, None], bias)
 
 
-def _channels_last(body: Any, x: Tensor) -> list[Tensor]:
-    """A ResNet's features as a processor computes them fastest: channels last, norms within the convolutions."""
-    first = body.conv1 if isinstance(body.conv1, nn.Sequential) else [body.conv1]
-    stem: list[Any] = [layer for layer in (*first, body.bn1) if not isinstance(layer, nn.ReLU)]
-    x = x.contiguous(memory_format=torch.channels_last)
-    for convolution, norm in zip(stem[::2], stem[1::2], strict=True):
-        x = _normed(convolution, norm, x, relu=True)
-    x = body.maxpool(x)
-    features = []
-    for stage in (body.layer1, body.layer2, body.layer3, body.layer4):
-        for block in stage:
-            inner = _normed(block.conv2, block.bn2, _normed(block.conv1, block.bn1, x, relu=True), relu=True)
-            shortcut = x if block.downsample is None else _normed(block.downsample[0], block.downsample[1], x)
-            x = _normed(block.conv3, block.bn3, inner).add_(shortcut).relu_()
-        features.append(x)
-    return features
-
-
-def _normed(convolution: nn.Conv2d, norm: _FrozenNorm, x: Tensor, *, relu: bool = False) -> Tensor:
-    scale, bias = norm.affine()
-    return convolve(convolution, x, convolution.weight * scale[:, None, None, None], bias, relu=relu)
+def _join_norms(body: nn.Module) -> None:
+    """Let every convolution of a ResNet know the norm behind it."""
+    convolutions, norms = (
+        [layer for layer in body.modules() if isinstance(layer, kind)] for kind in (nn.Conv2d, FrozenNorm)
+    )
+    for convolution, norm in zip(convolutions, norms, strict=True):
+        convolution.__class__, convolution.norm = NormedConv2d, (norm,)
 
 
 class TinyBackbone(FeatureBackbone):

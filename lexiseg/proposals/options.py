@@ -1,12 +1,20 @@
-"""Options of the generators of mask proposals: which there are, and how each is built."""
+"""Options of the generators of mask proposals: which there are, and how each is built.
+
+``options.build()`` imports the generator that the options are of and builds it, with random weights but for SAM, which
+loads the weights it names when it is first run. A library that is missing, or options that contradict each other, are a
+`LexisegError`.
+"""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
 
 from pydantic import Field
 
 from lexiseg.strict import StrictModel
+
+if TYPE_CHECKING:
+    from lexiseg.proposals.base import ProposalGenerator
 
 Backbone = Literal["r50", "r101", "r50c", "r101c", "tiny"]
 ClassHead = Literal["cosine-mlp", "linear", "none"]
@@ -67,6 +75,12 @@ class MaskFormerOptions(QueryOptions):
 
     kind: Literal["maskformer"] = "maskformer"
 
+    def build(self) -> ProposalGenerator:
+        """A `MaskFormer` with these options."""
+        from lexiseg.proposals.maskformer import MaskFormer
+
+        return MaskFormer(self)
+
 
 class Mask2FormerOptions(QueryOptions):
     """Options of `lexiseg.proposals.mask2former.Mask2Former` (FreeSeg, MAFT).
@@ -99,6 +113,12 @@ class Mask2FormerOptions(QueryOptions):
     interaction_heads: Positive | None = None
     text_dim: Positive | None = None
 
+    def build(self) -> ProposalGenerator:
+        """A `Mask2Former` with these options."""
+        from lexiseg.proposals.mask2former import Mask2Former
+
+        return Mask2Former(self)
+
 
 class SamOptions(StrictModel):
     """Options of `lexiseg.proposals.sam.Sam`: Segment Anything's automatic masks, training-free and without classes.
@@ -128,6 +148,12 @@ class SamOptions(StrictModel):
     max_masks: Positive | None = None
     mask_stride: Positive = 4
 
+    def build(self) -> ProposalGenerator:
+        """A `Sam` with these options."""
+        from lexiseg.proposals.sam import Sam
+
+        return Sam(self)
+
 
 class GroundTruthOptions(StrictModel):
     """Options of `lexiseg.proposals.given.GroundTruth`: the masks of labels that are given, for analysis.
@@ -137,6 +163,12 @@ class GroundTruthOptions(StrictModel):
     """
 
     kind: Literal["ground-truth"] = "ground-truth"
+
+    def build(self) -> ProposalGenerator:
+        """A `GroundTruth` with these options."""
+        from lexiseg.proposals.given import GroundTruth
+
+        return GroundTruth()
 
 
 # The field `kind` says which; an option that the kind does not have is an error.

@@ -16,7 +16,6 @@ from lexiseg.cli import main
 from lexiseg.clip.model import save_clip
 from lexiseg.errors import LexisegError
 from lexiseg.proposals.base import ProposalGenerator
-from lexiseg.proposals.build import build_generator
 from lexiseg.proposals.options import Mask2FormerOptions, MaskFormerOptions, SamOptions
 from lexiseg.proposals.pretrained import IMAGENET_WEIGHTS, _fit_resnet, describe_start, start_proposals
 from lexiseg.recipes import SegmentationRecipe, load_recipe
@@ -37,8 +36,8 @@ KINDS = ("maskformer", "mask2former")
 def make(kind: str, **changes: Any) -> Any:
     torch.manual_seed(1)
     if kind == "maskformer":
-        return build_generator(MaskFormerOptions(**{**SMALL, **changes})).eval()
-    return build_generator(Mask2FormerOptions(**{**SMALL, **MASKED, **changes})).eval()
+        return MaskFormerOptions(**{**SMALL, **changes}).build().eval()
+    return Mask2FormerOptions(**{**SMALL, **MASKED, **changes}).build().eval()
 
 
 def theirs(kind: str, resnet: dict[str, Any] | None = None, **changes: Any) -> Any:
@@ -282,7 +281,7 @@ def test_timms_resnets_have_our_names(kind: Any) -> None:
     assert config is not None and config.hf_hub_id == IMAGENET_WEIGHTS[kind]
     assert (config.mean, config.std) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     with torch.device("meta"):
-        generator = build_generator(MaskFormerOptions(backbone=kind))
+        generator = MaskFormerOptions(backbone=kind).build()
         state = timm.create_model(name, pretrained=False).state_dict()
     useful = {
         name: tensor for name, tensor in state.items() if not name.startswith("fc.") and "num_batches" not in name
@@ -299,7 +298,7 @@ def no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_hub_out_of_reach(monkeypatch: pytest.MonkeyPatch) -> None:
     no_hub(monkeypatch)
     with torch.device("meta"):
-        generator = build_generator(MaskFormerOptions())
+        generator = MaskFormerOptions().build()
     for source, name in (("imagenet", "timm/resnet101s.gluon_in1k"), ("facebook/maskformer", "facebook/maskformer")):
         with pytest.raises(LexisegError) as error:
             start_proposals(generator, source)
@@ -324,7 +323,7 @@ def test_a_model_in_the_hubs_cache(folders: dict[str, str], monkeypatch: pytest.
 
 def test_generators_without_such_weights() -> None:
     for generator, sentence in (
-        (build_generator(SamOptions()), "only a maskformer or mask2former can start from weights"),
+        (SamOptions().build(), "only a maskformer or mask2former can start from weights"),
         (make("maskformer", backbone="tiny"), "no such weights for the backbone 'tiny'"),
         (make("maskformer"), "no ImageNet weights for a r50 with these widths"),
     ):

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from lexiseg.errors import LexisegError
 from lexiseg.losses.proposals import MaskTargets, ProposalWeights, mask_targets, match, proposal_losses
 from lexiseg.proposals.base import HARD_LOGIT, ProposalGenerator, Proposals
-from lexiseg.proposals.build import build_generator
 from lexiseg.proposals.given import GroundTruth, ground_truth_proposals
 from lexiseg.proposals.options import GroundTruthOptions, Mask2FormerOptions, MaskFormerOptions
 from tests.towers import SMALL_PROPOSALS
@@ -30,8 +29,8 @@ KINDS = ("maskformer", "mask2former")
 def make(kind: str, **changes: Any) -> ProposalGenerator:
     torch.manual_seed(0)
     if kind == "maskformer":
-        return build_generator(MaskFormerOptions(**{**SMALL, **changes}))
-    return build_generator(Mask2FormerOptions(**{**SMALL, **MASKED, **changes}))
+        return MaskFormerOptions(**{**SMALL, **changes}).build()
+    return Mask2FormerOptions(**{**SMALL, **MASKED, **changes}).build()
 
 
 def words(count: int = 4) -> Tensor:
@@ -201,7 +200,7 @@ def test_sizes_of_the_published_generators() -> None:
     }
     for count, options in published.items():
         with torch.device("meta"):
-            found = sum(parameter.numel() for parameter in build_generator(options).parameters())
+            found = sum(parameter.numel() for parameter in options.build().parameters())
         assert abs(found - count) < 2000
 
 
@@ -231,7 +230,7 @@ def test_ground_truth() -> None:
     labels = torch.full((2, 20, 40), 255)
     labels[0, :10] = 3
     labels[0, 10:, :5] = 1
-    generator = build_generator(GroundTruthOptions())
+    generator = GroundTruthOptions().build()
     assert isinstance(generator, GroundTruth)
     images = torch.zeros(2, 3, 32, 64)
     with pytest.raises(LexisegError, match="need labels"):

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from lexiseg.errors import LexisegError
-from lexiseg.proposals.build import build_generator
 from lexiseg.proposals.options import SamOptions
 from lexiseg.proposals.sam import Sam, without_overlaps
 
@@ -48,7 +47,7 @@ def tiny_sam() -> tuple[Any, Any]:
 
 def sam(**changes: Any) -> Sam:
     options = {"points_per_side": 2, "pred_iou": -10.0, "stability": -1.0, **changes}
-    generator = build_generator(SamOptions(**options))
+    generator = SamOptions(**options).build()
     assert isinstance(generator, Sam)
     return generator
 

@@ -14,7 +14,6 @@ from torch import Tensor
 from lexiseg.clip.load import shapes_of
 from lexiseg.errors import LexisegError
 from lexiseg.proposals.base import ProposalGenerator
-from lexiseg.proposals.build import build_generator
 from lexiseg.proposals.options import Mask2FormerOptions, MaskFormerOptions
 from lexiseg.weights.detectron_checkpoint import (
     CheckpointParts,
@@ -68,7 +67,7 @@ def on_meta(system: str) -> dict[str, Tensor]:
 def rebuild(parts: CheckpointParts, heads: int | None = None, name: str = "the checkpoint") -> ProposalGenerator:
     """The generator of a checkpoint, as the readers of whole models make it."""
     options = infer_generator_options(parts.generator, heads=heads)
-    generator = build_generator(options)
+    generator = options.build()
     generator.load_state_dict(generator_tensors(generator, parts.generator, name=name))
     return generator
 
@@ -81,9 +80,9 @@ def authors_state(generator: ProposalGenerator) -> dict[str, Tensor]:
 def make(kind: str, **changes: Any) -> ProposalGenerator:
     torch.manual_seed(1)
     if kind == "mask2former":
-        generator = build_generator(Mask2FormerOptions(**{**SMALL, **MASKED, **RESNET, **changes}))
+        generator = Mask2FormerOptions(**{**SMALL, **MASKED, **RESNET, **changes}).build()
     else:
-        generator = build_generator(MaskFormerOptions(**{**SMALL, **RESNET, **changes}))
+        generator = MaskFormerOptions(**{**SMALL, **RESNET, **changes}).build()
     state = {name: torch.rand_like(tensor) for name, tensor in generator.state_dict().items()}
     generator.load_state_dict(state)
     return generator
@@ -104,7 +103,7 @@ def test_published_layouts_fit(system: str) -> None:
     assert not parts.left_over
     options = infer_generator_options(parts.generator)
     with torch.device("meta"):
-        generator = build_generator(options)
+        generator = options.build()
     wanted = expected_shapes(shapes_of(generator), generator_source(generator))
     assert wanted == {key: tuple(value.shape) for key, value in parts.generator.items()}
     assert options.num_queries == 100 and options.embed_dim == 512 and options.hidden_dim == 256

@@ -16,7 +16,7 @@ from lexiseg.data.picture_world import PictureWorld
 from lexiseg.models import CascadeCLIP, DenseCLIP, SecondLook, ZegCLIP
 from lexiseg.models.base import ImageFeatures
 from lexiseg.models.decoupled import DecoupledModel
-from lexiseg.regions.mask_attention import region_embeddings
+from lexiseg.models.maft import region_embeddings
 from lexiseg.scores import GridScores, Scores
 from lexiseg.segmenter import Segmenter
 from lexiseg.weights import load_model

@@ -13,7 +13,7 @@ import torch
 from benchmarks.measure import VIT_B_16, alternate, parser, report, set_up, summary
 from lexiseg.clip.embeddings import image_embeddings
 from lexiseg.clip.model import build_clip
-from lexiseg.regions.mask_attention import region_embeddings
+from lexiseg.models.maft import region_embeddings
 
 GOAL = 1.6
 CROPS_GOAL = 5.0

@@ -31,11 +31,18 @@ INTERFACES = {
     "clip.load": "finds a CLIP by name",
     "clip.templates": "lists of sentences",
     "clip.positions": "resizes a position table",
+    "clip.embeddings": "CLIP as it is: a picture in, the embedding of the whole or of its patches out",
+    "clip.prompt_learner": "CoOp, another paper's: vectors around a name where a template has words",
+    "proposals.options": "MaskFormer, Mask2Former, SAM: other papers' systems, which are to a model what "
+    "proposals.base says, and which its option `proposals` names and builds",
+    "proposals.leftover": "proposals of our own, which no paper has and which are off by default",
+    "models.maft": "MAFT, which plugs into the region models by their option of this name; read it as a system",
+    "regions.pooled": "a choice of the option `regions` that no paper of a region model has",
     "losses": "formulas, which the systems' docstrings repeat, computed with little memory and over processes",
     "models.similarity_init": "an initial state of our own, which no paper has",
     "models.spectral_init": "the same for SPT-SEG",
 }
-"""Rooms, or parts of rooms, that a reader need not enter, and what is in them."""
+"""Rooms, or parts of rooms, that a reader need not enter unless they are the system asked for, and what is in them."""
 SYSTEMS = ("zegclip", "cascade_clip", "spt_seg", "dense_clip", "cat_seg", "deop", "region_models", "maft")
 
 

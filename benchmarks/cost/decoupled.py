@@ -22,10 +22,9 @@ from lexiseg.models import (
 )
 from lexiseg.models.decoupled import DecoupledModel
 from lexiseg.models.deop import DeOPOptions
-from lexiseg.models.maft import MaftOptions
+from lexiseg.models.maft import MaftOptions, region_embeddings
 from lexiseg.models.region_base import PromptOptions
 from lexiseg.proposals.options import SamOptions
-from lexiseg.regions.mask_attention import region_embeddings
 
 _TABLE_12 = "Cascade-CLIP, Table 12"
 _TABLE_4A = "MAFT, Table 4a, CLIP's image tower alone"

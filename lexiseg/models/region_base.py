@@ -7,7 +7,6 @@ options of all of them; the systems themselves are in `lexiseg.models.region_mod
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal, cast
 
 import torch
@@ -23,12 +22,12 @@ from lexiseg.losses.masks import check_labels, fill_unseen
 from lexiseg.losses.proposals import ProposalWeights, proposal_losses
 from lexiseg.models.base import ImageFeatures
 from lexiseg.models.decoupled import DecoupledModel, DecoupledOptions, Size, copied
-from lexiseg.models.maft import MaftOptions, maft_losses, student_of
+from lexiseg.models.maft import AttentionOptions, MaftOptions, MaskAttention, maft_losses, student_of, trainable_names
 from lexiseg.proposals.base import Proposals
-from lexiseg.regions.crops import CropOptions
-from lexiseg.regions.encoder import AttentionOptions, RegionEncoder, RegionFeatures
+from lexiseg.regions.crops import CropEncoder, CropOptions
+from lexiseg.regions.encoder import RegionEncoder, RegionFeatures, RegionKind
 from lexiseg.regions.ensemble import EnsembleOptions, class_probabilities, ensemble
-from lexiseg.regions.mask_attention import trainable_names
+from lexiseg.regions.pooled import PooledPatches
 from lexiseg.regions.pooling import resize_masks, unit_or_zero
 from lexiseg.scores import RegionScores
 from lexiseg.strict import StrictModel
@@ -120,24 +119,31 @@ class RegionModel(DecoupledModel):
     def __init__(self, clip: CLIP, options: RegionModelOptions | None = None, seen_names: Sequence[str] = ()) -> None:
         options = options or cast(RegionModelOptions, self.options_class())
         super().__init__(clip, options, seen_names)
-        kind = options.regions or "crops"
-        # MAFT takes the place of crops: the one key has to be enough where a base model's recipe says so in words.
-        if options.maft is not None and kind == "crops":
-            kind = "mask-attention"
-        self._check(kind)
-        self.region_encoder: RegionEncoder | None = None
-        if kind != "none":
-            self.region_encoder = RegionEncoder(
-                kind, options.crops, options.attention, options.positions, options.align_corners
-            )
+        self._check()
+        self.region_encoder = self._make_encoder()
         self.student: nn.Module | None = None if options.maft is None else student_of(clip.visual)
         self.prompts: PromptLearner | None = None
         if (given := options.prompts) is not None:
             self.prompts = PromptLearner(clip.text_width, given.prefix, given.suffix, given.task)
         self.set_trainable()
 
-    def _check(self, kind: str) -> None:
-        options, classes = self.options, self.generator.embed_dim is not None
+    @property
+    def region_kind(self) -> RegionKind | Literal["none"]:
+        """How CLIP sees a region. MAFT takes the place of crops, also where a base model's recipe names them."""
+        kind = self.options.regions or "crops"
+        return "mask-attention" if kind == "crops" and self.options.maft is not None else kind
+
+    def _make_encoder(self) -> RegionEncoder | None:
+        options = self.options
+        shared = (options.crops.threshold, options.align_corners)
+        if self.region_kind == "mask-attention":
+            return MaskAttention(*shared, options.attention)
+        if self.region_kind == "pooled":
+            return PooledPatches(*shared, options.positions)
+        return CropEncoder(*shared, options.crops, options.positions) if self.region_kind == "crops" else None
+
+    def _check(self) -> None:
+        options, kind, classes = self.options, self.region_kind, self.generator.embed_dim is not None
         if options.maft is not None and kind != "mask-attention":
             raise LexisegError(f"maft tunes mask attention, not regions '{kind}'; remove one of the two.")
         if options.stage == "maft" and options.maft is None:
@@ -261,8 +267,7 @@ class RegionModel(DecoupledModel):
             for key, old, new in (("crops", told.crops, crops or {}), ("ensemble", told.ensemble, ensemble or {}))
         }
         self.options = told.model_copy(update=changed)
-        if self.region_encoder is not None:
-            self.region_encoder = replace(self.region_encoder, crops=self.options.crops)
+        self.region_encoder = self._make_encoder()
 
     def region_probabilities(self, regions: Tensor, text: Tensor, proposal_logits: Tensor | None) -> Tensor:
         """A^c (..., C): the softmax over the classes ``text`` (C, D) of what CLIP says of regions (..., D).
@@ -293,7 +298,7 @@ class RegionModel(DecoupledModel):
         # Mask attention says something of every region, of one without a pixel too. MAFT's final model keeps it, and so
         # does Eq. 9, where A^c = 1 for such regions would give every unseen class the largest score there is.
         kept = opinion is None or options.ensemble.rule in ("region", "paper") or options.ensemble.weight <= 0
-        encoded = None if kept and self.region_encoder.kind == "mask-attention" else found.encoded
+        encoded = None if kept and self.region_kind == "mask-attention" else found.encoded
         scores = ensemble(
             opinion, probabilities, options.ensemble, seen=seen, encoded=encoded, seen_mean=self.seen_mean
         )
@@ -344,7 +349,7 @@ class RegionModel(DecoupledModel):
     ) -> dict[str, Tensor]:
         """MAFT's losses, see `maft_losses`; ``frame`` is the padded one as CLIP wants it, see `clip_frame`."""
         encoder, options = self.region_encoder, self.options.maft
-        if options is None or self.student is None or encoder is None:
+        if options is None or self.student is None or not isinstance(encoder, MaskAttention):
             raise ValueError("there is no tower to tune")
         own, clips = self.texts(text)
         with torch.no_grad():

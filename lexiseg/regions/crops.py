@@ -18,17 +18,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lexiseg.clip.embeddings import image_embeddings
+from lexiseg.clip.model import CLIP
+from lexiseg.clip.positions import Interpolation
+from lexiseg.regions.encoder import PIXELS, RegionEncoder, RegionFeatures, RegionKind, Size
 from lexiseg.strict import StrictModel
 
-# Masks are brought to full resolution this many pixels at a time: a hundred of them at once take gigabytes.
-_PIXELS = 1 << 23
 # What a processor's caches hold; larger batches take longer (benchmarks/decoupled_speed.py).
 _CPU_CHUNK = 4
 _CHUNK = 32
@@ -134,7 +136,7 @@ def cut_tight(
     """What ``finish`` makes of each painted box (3, h, w) of `tight_crops`, then ``valid`` and the boxes."""
     height, width = image.shape[-2:]
     paint = (black if options.fill == "zero" else torch.zeros_like(black))[:, None, None]
-    step = max(_PIXELS // (height * width), 1)
+    step = max(PIXELS // (height * width), 1)
     images, valid, boxes = [], [], []
     for start in range(0, num_masks, step):
         soft = masks(start, min(start + step, num_masks))
@@ -180,7 +182,7 @@ def aligned_crops(
     from torchvision.ops import roi_align
 
     height, width = frame.shape[-2:]
-    step = max(_PIXELS // (height * width), 1)
+    step = max(PIXELS // (height * width), 1)
     images, boxes = [], []
     small = F.interpolate(frame[None], size=(size, size), mode="bilinear", align_corners=False)
     for start in range(0, num_masks, step):
@@ -237,3 +239,64 @@ def near_duplicates(mask_logits: Tensor, threshold: float) -> Tensor:
         if first[index] == index:
             kept.append(index)
     return torch.tensor(first, dtype=torch.long, device=mask_logits.device)
+
+
+@dataclass(frozen=True)
+class CropEncoder(RegionEncoder):
+    """Runs the tower once a region, on its crop.
+
+    Attributes:
+        crops: how crops are made.
+        positions: how CLIP's position table follows another size than it was trained at.
+    """
+
+    kind: ClassVar[RegionKind] = "crops"
+    crops: CropOptions
+    positions: Interpolation
+
+    def cut(self, clip: CLIP, frame: Tensor, size: Size, mask_logits: Tensor) -> Crops:
+        """Sub-images of the regions of one picture: frame (3, H', W'), mask logits (N, h, w)."""
+        side, count = self.crops.size or clip.image_size, len(mask_logits)
+        if self.crops.convention == "roi-align":
+            return aligned_crops(frame, self.masks(mask_logits, frame, None), count, self.crops, size=side)
+        mean, std = frame.new_tensor(clip.mean), frame.new_tensor(clip.std)
+        image = frame[:, : size[0], : size[1]]
+        masks = self.masks(mask_logits, frame, size)
+        return tight_crops(image, masks, count, self.crops, size=side, black=-mean / std)
+
+    def embed_crops(self, visual: nn.Module, crops: Tensor, dim: int) -> Tensor:
+        """CLIP embeddings (M, dim) of crops (M, 3, S, S), not normalised."""
+
+        def embed(images: Tensor) -> Tensor:
+            return image_embeddings(visual, images, position_interpolation=self.positions)
+
+        return in_chunks(embed, crops, dim)
+
+    def encode(
+        self,
+        clip: CLIP,
+        visual: nn.Module,
+        frame: Tensor,
+        size: Size,
+        mask_logits: Tensor,
+        chosen: Tensor | None = None,
+    ) -> RegionFeatures:
+        """See `RegionEncoder.encode`."""
+        batch, count = mask_logits.shape[:2]
+        regions = frame.new_ones(batch, count, clip.embed_dim)
+        encoded = torch.zeros(batch, count, dtype=torch.bool, device=frame.device)
+        for index in range(batch):
+            places = torch.arange(count, device=frame.device)
+            if chosen is not None:
+                places = places[chosen[index]]
+            first = torch.arange(len(places), device=frame.device)
+            if self.crops.duplicates is not None and len(places):
+                first = near_duplicates(mask_logits[index, places], self.crops.duplicates)
+            originals = first.unique()
+            crops = self.cut(clip, frame[index], size, mask_logits[index, places[originals]])
+            found = frame.new_ones(len(places), clip.embed_dim)
+            there = torch.zeros(len(places), dtype=torch.bool, device=frame.device)
+            found[originals[crops.valid]] = self.embed_crops(visual, crops.images, clip.embed_dim).to(found.dtype)
+            there[originals[crops.valid]] = True
+            regions[index, places], encoded[index, places] = found[first], there[first]
+        return RegionFeatures(regions, encoded)

@@ -16,7 +16,7 @@ from lexiseg.clip.model import CLIP, build_clip, save_clip
 from lexiseg.clip.tower import block_attention
 from lexiseg.errors import LexisegError
 from lexiseg.models import DenseCLIP
-from lexiseg.regions.mask_attention import (
+from lexiseg.models.maft import (
     FROZEN_UNITS,
     attend_regions,
     attention_mask,

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from lexiseg.clip.templates import IMAGENET_SELECT, IN_THE_SCENE
 from lexiseg.clip.text import TextEmbedder
+from lexiseg.models.maft import MaskAttention
 from lexiseg.models.region_base import RegionModel
 from lexiseg.models.region_models import FreeSeg, ZegFormer, ZSSeg
 from lexiseg.proposals.base import Proposals
@@ -230,7 +231,7 @@ def maft_step(case: Case) -> None:
     config = case.config
     attention = {"start_block": config["start_layer"], "image_size": config["clip_size"]}
     model = read(case, attention=attention)
-    assert model.student is not None and model.region_encoder is not None
+    assert model.student is not None and isinstance(model.region_encoder, MaskAttention)
     names = config["class_names"]
     case.check_that(
         "templates", tuple(config["templates"]) == model.default_templates, "the model has others by default"

@@ -19,7 +19,7 @@ from lexiseg.models.region_base import RegionModel
 from lexiseg.models.region_models import FreeSeg, ZegFormer, ZSSeg
 from lexiseg.normalisation import IMAGENET_MEAN, IMAGENET_STD
 from lexiseg.proposals.base import Proposals
-from lexiseg.regions.crops import CropOptions, cut_tight, tight_crops
+from lexiseg.regions.crops import CropEncoder, CropOptions, cut_tight, tight_crops
 from lexiseg.regions.ensemble import EnsembleOptions, class_probabilities, ensemble
 from lexiseg.scores import RegionScores
 from lexiseg.vocabulary import Vocabulary, VocabularyClass
@@ -203,7 +203,7 @@ def region_crops(case: Case) -> None:
         "mask_thr": "threshold",
     }
     model = ZSSeg.build(clip, GIVEN)
-    assert isinstance(model, ZSSeg) and model.region_encoder is not None
+    assert isinstance(model, ZSSeg) and isinstance(model.region_encoder, CropEncoder)
     for mode, given in case.config["modes"].items():
         options = CropOptions(size=size, **{names[key]: value for key, value in given.items()})
         black = clip_normalised(torch.zeros(3, 1, 1)).flatten()
@@ -352,7 +352,7 @@ def classify_zegformer(case: Case) -> None:
             "seen_offset": max(offset, 0.0),
         }
         model = ZegFormer.build(clip, {**GIVEN, **options})
-        assert isinstance(model, ZegFormer) and model.region_encoder is not None
+        assert isinstance(model, ZegFormer) and isinstance(model.region_encoder, CropEncoder)
         text = model.embed_text(TextEmbedder(clip), vocabulary(names))
         case.check("text_features_test_clip", text[:, 1])
         cut, found, scores = [], [], []

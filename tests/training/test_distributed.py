@@ -29,8 +29,8 @@ from lexiseg.losses.proposals import MaskTargets, ProposalWeights, level_losses
 from lexiseg.losses.regions import region_map_losses
 from lexiseg.losses.ssim import ssim_loss
 from lexiseg.models import ZegCLIP
+from lexiseg.models.maft import region_embeddings
 from lexiseg.recipes import TrainSettings
-from lexiseg.regions.mask_attention import region_embeddings
 from lexiseg.segmenter import Segmenter
 from lexiseg.training.checkpoint import find_checkpoints, whole
 from lexiseg.training.engine import Task, part_of, shard

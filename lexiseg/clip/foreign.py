@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lexiseg.clip.library_towers import TimmTower, TransformersTower
 from lexiseg.clip.model import CLIP, OPENAI_MEAN, OPENAI_STD
-from lexiseg.clip.patch_tower import PatchTower, TimmTower, TransformersTower
+from lexiseg.clip.patch_tower import PatchTower
 from lexiseg.clip.tower import ImageTower
 from lexiseg.errors import LexisegError
 from lexiseg.files import read_json

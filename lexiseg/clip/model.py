@@ -19,7 +19,8 @@ from open_clip.transformer import ResidualAttentionBlock, TextTransformer
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lexiseg.clip.patch_tower import OpenCLIPTower, PatchTower
+from lexiseg.clip.library_towers import OpenCLIPTower
+from lexiseg.clip.patch_tower import PatchTower
 from lexiseg.clip.resnet import RESNET_STRIDE
 from lexiseg.clip.tower import ImageTower, block_attention, run_block
 from lexiseg.errors import LexisegError

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lexiseg.clip.patch_tower import TimmTower
+from lexiseg.clip.library_towers import TimmTower
 from lexiseg.clip.positions import Interpolation
 from lexiseg.errors import LexisegError
 from lexiseg.normalisation import IMAGENET_MEAN, IMAGENET_STD, normalise

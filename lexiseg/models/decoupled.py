@@ -18,7 +18,6 @@ from torch.nn import functional as F
 
 from lexiseg.clip.load import shapes_of
 from lexiseg.clip.model import CLIP
-from lexiseg.clip.tower import unit
 from lexiseg.errors import LexisegError
 from lexiseg.models.base import ImageFeatures, SegmentationModel, Towers
 from lexiseg.models.options import Deviations, ModelOptions, Pixels, Triple, WindowOptions
@@ -162,7 +161,7 @@ class DecoupledModel(SegmentationModel):
 
     def no_object_row(self) -> Tensor:
         """The row (1, D) that stands for "no object"; of unit length."""
-        return unit(self.no_object)
+        return unit_or_zero(self.no_object)
 
     def text_rows(self, text: Tensor) -> Tensor:
         """Classes and, last, "no object": text (C, D) to (C + 1, D)."""

@@ -22,7 +22,6 @@ from lexiseg.clip.model import CLIP
 from lexiseg.clip.patch_tower import PatchTower
 from lexiseg.clip.positions import Interpolation
 from lexiseg.clip.templates import IMAGENET_80
-from lexiseg.clip.tower import unit
 from lexiseg.errors import LexisegError
 from lexiseg.models.base import ImageFeatures, SegmentationModel
 from lexiseg.models.last_block import (
@@ -330,11 +329,11 @@ class DenseCLIP(SegmentationModel):
         proxy_grid = (features.shape[2], features.shape[3])
         attention = proxy_attention(features.float(), self.options.beta, self.options.gamma)
         mixed = mix_by_proxy(value, grid, attention, proxy_grid)
-        return unit(self.tower.project(block.output(mixed)).unflatten(1, proxy_grid))
+        return F.normalize(self.tower.project(block.output(mixed)).unflatten(1, proxy_grid), dim=-1)
 
     @staticmethod
     def _unit_patches(tokens: Tensor, grid: Grid) -> Tensor:
-        return unit(tokens[:, -grid[0] * grid[1] :].unflatten(1, grid))
+        return F.normalize(tokens[:, -grid[0] * grid[1] :].unflatten(1, grid), dim=-1)
 
     @property
     def exports_any_size(self) -> bool:

@@ -18,7 +18,6 @@ from lexiseg.clip.model import CLIP
 from lexiseg.clip.positions import Interpolation
 from lexiseg.clip.templates import ZEGFORMER_32
 from lexiseg.clip.text import TextEmbedder
-from lexiseg.clip.tower import unit
 from lexiseg.losses.proposals import ProposalWeights
 from lexiseg.models.base import ImageFeatures
 from lexiseg.models.options import ModelOptions
@@ -154,7 +153,7 @@ class ZegFormer(RegionModel):
         if word_to_class is not None:
             index = word_to_class.to(text.device, torch.long)
             count = int(index[-1]) + 1
-            text = unit(text.new_zeros(count, *text.shape[1:]).index_add_(0, index, text))
+            text = unit_or_zero(text.new_zeros(count, *text.shape[1:]).index_add_(0, index, text))
             if seen is not None:
                 classes = torch.zeros(count, dtype=torch.bool, device=text.device)
                 seen = classes.index_put_((index,), seen.to(text.device).bool(), accumulate=False)

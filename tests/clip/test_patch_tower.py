@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from lexiseg.clip.foreign import ForeignCLIP, load_foreign
+from lexiseg.clip.library_towers import TimmTower, TransformersTower
 from lexiseg.clip.load import load_clip
-from lexiseg.clip.patch_tower import PatchTower, TimmTower, TransformersTower
+from lexiseg.clip.patch_tower import PatchTower
 from lexiseg.clip.proxy import Proxy, load_proxy, positions_of
 from lexiseg.clip.text import TextEmbedder
 from lexiseg.errors import LexisegError

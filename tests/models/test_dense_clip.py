@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lexiseg.clip.patch_tower import OpenCLIPTower
+from lexiseg.clip.library_towers import OpenCLIPTower
 from lexiseg.errors import LexisegError
 from lexiseg.models import DenseCLIP, SegmentationModel
 from lexiseg.models.dense_clip import DenseCLIPOptions, methods

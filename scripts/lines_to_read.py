@@ -42,6 +42,7 @@ INTERFACES = {
     "models.maft": "MAFT, which plugs into the region models by their option of this name; read it as a system",
     "regions.pooled": "a choice of the option `regions` that no paper of a region model has",
     "losses": "formulas, which the systems' docstrings repeat, computed with little memory and over processes",
+    "models.decoupled_init": "what a training may take over from another system's model",
     "models.similarity_init": "an initial state of our own, which no paper has",
     "models.spectral_init": "the same for SPT-SEG",
 }

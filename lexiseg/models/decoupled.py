@@ -16,21 +16,21 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lexiseg.clip.load import shapes_of
 from lexiseg.clip.model import CLIP
 from lexiseg.errors import LexisegError
-from lexiseg.models.base import ImageFeatures, SegmentationModel, Towers
+from lexiseg.losses.masks import check_labels
+from lexiseg.losses.proposals import ProposalWeights, proposal_losses
+from lexiseg.models.base import ImageFeatures, SegmentationModel
+from lexiseg.models.decoupled_init import StartsFromParts, changes_to_proposals
 from lexiseg.models.options import Deviations, ModelOptions, Pixels, Triple, WindowOptions
 from lexiseg.normalisation import IMAGENET_MEAN, IMAGENET_STD, normalise, pixels_of
 from lexiseg.proposals.base import ProposalGenerator, Proposals
 from lexiseg.proposals.leftover import LeftoverOptions, add_leftover
-from lexiseg.proposals.options import GeneratorOptions, MaskFormerOptions, QueryOptions
+from lexiseg.proposals.options import GeneratorOptions, MaskFormerOptions
 from lexiseg.regions.pooling import full_precision, resize_masks, unit_or_zero
 from lexiseg.scores import RegionScores
 
 Size = tuple[int, int]
-NO_WEIGHTS = {"dropout", "frozen_dropout"}
-"""Options of a generator that its weights do not depend on."""
 
 
 class DecoupledOptions(WindowOptions):
@@ -63,21 +63,10 @@ class DecoupledOptions(WindowOptions):
     def changes_to_init(self, wanted: ModelOptions, given: dict[str, Any], name: str) -> dict[str, Any]:
         """How the proposals are built, as the model to come has them; see `ModelOptions.changes_to_init`."""
         theirs = wanted.proposals if isinstance(wanted, DecoupledOptions) else None
-        # SAM is not trained, so whoever has it takes no proposals over, and only the rest has to fit.
-        if not isinstance(self.proposals, QueryOptions) or not isinstance(theirs, QueryOptions):
-            return {}
-        before, after = self.proposals.model_dump(mode="json"), theirs.model_dump(mode="json")
-        if before["kind"] != after["kind"]:
-            raise LexisegError(
-                f"'{name}' trains proposals of the kind '{before['kind']}', and the recipe's are of the kind "
-                f"'{after['kind']}'; give both the same."
-            )
-        changes = {key: after[key] for key in after if key not in NO_WEIGHTS and before[key] != after[key]}
-        said = given.get("proposals") or {"kind": after["kind"]}
-        return {"proposals": {**said, **changes}} if changes else {}
+        return changes_to_proposals(self.proposals, theirs, given, name)
 
 
-class DecoupledModel(SegmentationModel):
+class DecoupledModel(StartsFromParts):
     """A generator of proposals beside a CLIP.
 
     Images are padded at the right and the bottom, after they were normalised, with zeros to multiples of the
@@ -91,7 +80,6 @@ class DecoupledModel(SegmentationModel):
     """
 
     options: DecoupledOptions
-    family = "decoupled"
 
     def __init__(self, clip: CLIP, options: DecoupledOptions, seen_names: Sequence[str] = ()) -> None:
         super().__init__(clip, options, tuple(seen_names))
@@ -102,49 +90,6 @@ class DecoupledModel(SegmentationModel):
                 f"{clip.embed_dim}; set proposals.embed_dim to {clip.embed_dim}."
             )
         self.no_object = nn.Parameter(torch.randn(1, clip.embed_dim) * clip.embed_dim**-0.5)
-
-    @classmethod
-    def check_init(
-        cls, options: ModelOptions, other: type[SegmentationModel], other_options: ModelOptions, clip: Towers, name: str
-    ) -> None:
-        """Decoupled systems take over what fits; see `SegmentationModel.check_init`."""
-        if cls.family != other.family:
-            super().check_init(options, other, other_options, clip, name)
-
-    def init_from(self, other: SegmentationModel, what: str) -> tuple[str, ...]:
-        """All weights of the same form of the same system, else the parts that fit; see `SegmentationModel.init_from`.
-
-        Proposals are taken where the generators are equal, so that one training of proposals serves all.
-        """
-        alike = other.system == self.system and shapes_of(other) == shapes_of(self)
-        parts = self.take_parts(other, what) if isinstance(other, DecoupledModel) and not alike else ()
-        return parts or super().init_from(other, what)
-
-    def take_parts(self, other: DecoupledModel, what: str) -> tuple[str, ...]:
-        """Copy the parts of ``other`` that fit, and name them; a `LexisegError` if it proposes regions differently."""
-        parts: tuple[str, ...] = ()
-        # SAM comes trained: there is nothing to take over, and the rest may still be of use.
-        if any(True for _ in self.generator.parameters()):
-            before, now = (one.options.proposals.model_dump(exclude=NO_WEIGHTS) for one in (other, self))
-            if before != now:
-                key = next(key for key in (*now, *before) if now.get(key) != before.get(key))
-                raise LexisegError(
-                    f"{what} has other proposals than the recipe: '{key}' is {before.get(key)} in the model and "
-                    f"{now.get(key)} in the recipe; give both the same."
-                )
-            self.generator.load_state_dict(other.generator.state_dict())
-            self.no_object.data.copy_(other.no_object.data)
-            parts = ("proposals",)
-        return (*parts, "prompts") if copied(other.learned_prompts, self.learned_prompts) else parts
-
-    def check_start(self, *, proposals: bool, steps: int) -> None:
-        """Refuse random proposals that are not trained: its loss would fall for days, and nothing would be learned."""
-        if not proposals and not self.generator.trainable and any(True for _ in self.generator.parameters()):
-            raise LexisegError(
-                f"This training of '{self.system}' builds on proposals that it does not train itself, and they have "
-                "random weights; let 'initial' name a model or a recipe that trains them, as the packaged recipes with "
-                "'maft' or 'deop' in their names do."
-            )
 
     def pad(self, images: Tensor) -> Tensor:
         """Put normalised images (B, 3, H, W) into the padded frame: zeros at the right and the bottom."""
@@ -228,6 +173,19 @@ class DecoupledModel(SegmentationModel):
         """Mask logits (B, N, h, w) at every pixel of the padded frame: (B, N, H', W')."""
         return resize_masks(mask_logits, (int(padded.shape[-2]), int(padded.shape[-1])), self.options.align_corners)
 
+    def proposal_losses(
+        self, padded: Tensor, size: Size, labels: Tensor, text: Tensor, weights: ProposalWeights
+    ) -> dict[str, Tensor]:
+        """MaskFormer's criterion over every level of the generator, see `lexiseg.losses.proposals`.
+
+        Pictures of ``size`` lie in the padded frame; labels (B, h, w) may be smaller; text (C, D) is the generator's.
+        """
+        check_labels(labels, len(text))
+        proposals = self.propose(padded, text)
+        logits = [self.proposal_logits(x.embeddings, text) for x in proposals.levels if x.embeddings is not None]
+        frame = self.label_frame(padded, size, labels)
+        return proposal_losses(proposals, logits or None, labels, weights, size=frame, num_classes=len(text))
+
     @staticmethod
     def label_frame(padded: Tensor, size: Size, labels: Tensor) -> Size:
         """The size of the padded frame in pixels of the labels, which may be smaller than the pictures."""
@@ -271,11 +229,3 @@ class DecoupledModel(SegmentationModel):
         self.generator.trainable = any(parameter.requires_grad for parameter in self.generator.parameters())
         self.generator.train(self.training)
         return self
-
-
-def copied(source: nn.Module | None, target: nn.Module | None) -> bool:
-    """Copy weights if both modules are there and of one form; whether that was so."""
-    if source is None or target is None or shapes_of(source) != shapes_of(target):
-        return False
-    target.load_state_dict(source.state_dict())
-    return True

@@ -23,8 +23,8 @@ from lexiseg.clip.templates import SCULPTURE
 from lexiseg.clip.text import TextEmbedder
 from lexiseg.clip.visual_prompts import AddedTables, PrependedPrompts
 from lexiseg.errors import LexisegError
-from lexiseg.losses.masks import check_labels, pseudo_labels
-from lexiseg.losses.proposals import ProposalWeights, proposal_losses
+from lexiseg.losses.masks import pseudo_labels
+from lexiseg.losses.proposals import ProposalWeights
 from lexiseg.losses.regions import region_map_losses
 from lexiseg.models.base import ImageFeatures
 from lexiseg.models.decoupled import DecoupledModel, DecoupledOptions
@@ -327,7 +327,7 @@ class DeOP(DecoupledModel):
             if seen is not None:
                 with torch.no_grad():
                     labels = pseudo_labels(_score_map(*self._region_map(padded, size, text), labels), labels, seen)
-            return self._proposal_losses(padded, size, labels, text)
+            return self.proposal_losses(padded, size, labels, text, ProposalWeights(cost_class=0.0))
         probabilities, masks = self._region_map(padded, size, text)
         if seen is not None:
             labels = pseudo_labels(_score_map(probabilities, masks, labels), labels, seen)
@@ -352,16 +352,6 @@ class DeOP(DecoupledModel):
         if tuple(padded.shape[-2:]) != size:
             masks = self.upsampled(masks, padded)[..., : size[0], : size[1]]
         return probabilities, masks
-
-    def _proposal_losses(
-        self, padded: Tensor, size: tuple[int, int], labels: Tensor, text: Tensor
-    ) -> dict[str, Tensor]:
-        check_labels(labels, len(text))
-        proposals = self.propose(padded, text)
-        logits = [self.proposal_logits(x.embeddings, text) for x in proposals.levels if x.embeddings is not None]
-        frame = self.label_frame(padded, size, labels)
-        weights = ProposalWeights(cost_class=0.0)
-        return proposal_losses(proposals, logits or None, labels, weights, size=frame, num_classes=len(text))
 
 
 @torch.no_grad()

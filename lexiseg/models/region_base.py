@@ -18,10 +18,10 @@ from lexiseg.clip.positions import Interpolation
 from lexiseg.clip.prompt_learner import PromptLearner
 from lexiseg.clip.text import TextEmbedder
 from lexiseg.errors import LexisegError
-from lexiseg.losses.masks import check_labels, fill_unseen
-from lexiseg.losses.proposals import ProposalWeights, proposal_losses
+from lexiseg.losses.masks import fill_unseen
+from lexiseg.losses.proposals import ProposalWeights
 from lexiseg.models.base import ImageFeatures
-from lexiseg.models.decoupled import DecoupledModel, DecoupledOptions, Size, copied
+from lexiseg.models.decoupled import DecoupledModel, DecoupledOptions, Size
 from lexiseg.models.maft import AttentionOptions, MaftOptions, MaskAttention, maft_losses, student_of, trainable_names
 from lexiseg.proposals.base import Proposals
 from lexiseg.regions.crops import CropEncoder, CropOptions
@@ -193,23 +193,10 @@ class RegionModel(DecoupledModel):
             self.student.eval()
         return self
 
-    def take_parts(self, other: DecoupledModel, what: str) -> tuple[str, ...]:
-        """And the tuned tower; see `DecoupledModel.take_parts`."""
-        parts = super().take_parts(other, what)
-        tuned = isinstance(other, RegionModel) and copied(other.student, self.student)
-        return (*parts, "tuned tower") if tuned else parts
-
-    def check_start(self, *, proposals: bool, steps: int) -> None:
-        """Refuse 0 steps with MAFT and a tower that nothing tuned; see `DecoupledModel.check_start`."""
-        super().check_start(proposals=proposals, steps=steps)
-        if steps or self.student is None:
-            return
-        plain = self.clip.visual.state_dict()
-        if all(torch.equal(value, plain[name]) for name, value in self.student.state_dict().items()):
-            raise LexisegError(
-                "The recipe adds 'maft', but 'train.steps' is 0 and what it starts from has no tuned tower, so "
-                "nothing would be tuned; set train.steps, as the packaged recipes with 'maft' in their names do."
-            )
+    @property
+    def tuned_tower(self) -> nn.Module | None:
+        """The copy of CLIP's image tower that MAFT tunes, or None."""
+        return self.student
 
     # Words.
 
@@ -336,13 +323,7 @@ class RegionModel(DecoupledModel):
             labels = self.pseudo_labels(padded, size, labels, text, seen)
         if self.stage == "maft":
             return self.mask_aware_losses(padded, self.clip_frame(padded, size), size, labels, text)
-        own = self.texts(text)[0]
-        check_labels(labels, len(own))
-        proposals = self.propose(padded, own)
-        logits = [self.proposal_logits(x.embeddings, own) for x in proposals.levels if x.embeddings is not None]
-        frame = self.label_frame(padded, size, labels)
-        weights = self.options.criterion
-        return proposal_losses(proposals, logits or None, labels, weights, size=frame, num_classes=len(own))
+        return self.proposal_losses(padded, size, labels, self.texts(text)[0], self.options.criterion)
 
     def mask_aware_losses(
         self, padded: Tensor, frame: Tensor, size: Size, labels: Tensor, text: Tensor

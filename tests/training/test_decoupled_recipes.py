@@ -13,7 +13,7 @@ import torch
 
 from lexiseg.clip.load import random_clip
 from lexiseg.errors import LexisegError
-from lexiseg.models.decoupled import NO_WEIGHTS
+from lexiseg.models.decoupled_init import NO_WEIGHTS
 from lexiseg.models.deop import DeOPOptions
 from lexiseg.models.region_base import RegionModelOptions
 from lexiseg.proposals.options import QueryOptions, SamOptions

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from lexiseg.clip.positions import Interpolation
 from lexiseg.clip.resnet import attention_pool, resnet_features
-from lexiseg.clip.severance import severed_attention
+from lexiseg.clip.severance import Severance, severed_attention
 from lexiseg.clip.tower import ImageTower, run_block
 
 
@@ -38,7 +38,7 @@ def patch_embeddings(visual: nn.Module, images: Tensor, *, position_interpolatio
     """
     tower = ImageTower(visual)
     tokens, grid = tower.embed(images, interpolation=position_interpolation)
-    result = tower.run(tokens, grid, attention=severed_attention({tower.num_blocks - 1: 1.0}))
+    result = tower.run(tokens, grid, attention=severed_attention({tower.num_blocks - 1: Severance("gps")}))
     return tower.project(result.tokens[:, -result.num_patches :]).unflatten(1, grid)
 
 

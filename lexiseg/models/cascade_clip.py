@@ -25,7 +25,7 @@ from lexiseg.models.options import BlockGroups, Count, ModelOptions, parse_group
 from lexiseg.models.similarity_init import patch_directions
 from lexiseg.models.zegclip import Head, ZegCLIP, ZegCLIPOptions
 
-Aggregation = Literal["nga", "nga-fixed", "nga-printed", "sum", "trainable-sum", "concat", "self-attention"]
+AggregationRule = Literal["nga", "nga-fixed", "nga-printed", "sum", "trainable-sum", "concat", "self-attention"]
 LevelProjection = Literal["released", "clip", "trained"]
 
 
@@ -36,9 +36,9 @@ class CascadeCLIPOptions(ZegCLIPOptions):
         base: what the cascade is built on (Table 10): "zegclip", with the ``backbone`` "prompt", "fixed" (the paper's
             frozen CLIP) or "finetune"; or "spt-seg", see `lexiseg.models.cascade_on_spt`.
         groups: the groups of blocks, counted from 1, shallow to deep in each, one decoder a group (Tables 5, 6, 15).
-        aggregation: how a group of several blocks is joined (Table 8): "nga", "nga-fixed", "sum", "trainable-sum",
+        aggregation: the rule that joins the blocks of a group (Table 8): "nga", "nga-fixed", "sum", "trainable-sum",
             "concat", "self-attention", and "nga-printed", with the initial weights that Eq. 4 prints.
-        aggregate: what is joined: "projected", each block's features after its norm and projection, as in the authors'
+        aggregate: what it joins: "projected", each block's features after its norm and projection, as in the authors'
             code; "raw", the tokens as the blocks leave them, as in Eq. 4, with one norm and projection a group behind.
         sigma: width of the Gaussian of "nga" (Table 16 compares 0.8, 1 and 1.2).
         text_projection: "independent" projects the words for each decoder, "shared" once for all (Table 9).
@@ -53,7 +53,7 @@ class CascadeCLIPOptions(ZegCLIPOptions):
 
     base: Literal["zegclip", "spt-seg"] = "zegclip"
     groups: BlockGroups = "{6-8},{9-11},{12}"
-    aggregation: Aggregation = "nga"
+    aggregation: AggregationRule = "nga"
     aggregate: Literal["projected", "raw"] = "projected"
     sigma: Annotated[float, Field(gt=0)] = 1.0
     text_projection: Literal["independent", "shared"] = "independent"
@@ -171,23 +171,23 @@ class CascadeCLIP(ZegCLIP):
         if options.aggregate == "raw":
             count, width = sum(group != (self.last,) for group in options.blocks), clip.image_tower.width
         self.levels = LevelProjections(count, clip.visual, options.level_projection) if count else None
-        self.aggregations = nn.ModuleList(self.build_aggregation(len(group), width) for group in options.blocks)
+        self.aggregations = nn.ModuleList(self.build_aggregator(len(group), width) for group in options.blocks)
         self.frozen += () if options.level_projection == "trained" else ("levels.",)
         self.frozen += ("aggregations.",) if options.aggregation in ("nga-fixed", "sum") else ()
         projections = 1 if options.text_projection == "shared" else len(options.blocks)
         self.query_projs = nn.ModuleList(self.build_query_proj() for _ in range(projections))
         self.decoders = nn.ModuleList(self.build_decoder() for _ in options.blocks)
 
-    def build_aggregation(self, count: int, width: int) -> nn.Module:
+    def build_aggregator(self, count: int, width: int) -> nn.Module:
         """Make the module that joins ``count`` levels of a ``width``; a single one needs none."""
-        kind = self.options.aggregation
+        rule = self.options.aggregation
         if count == 1:
             return nn.Identity()
-        if kind == "concat":
+        if rule == "concat":
             return Concatenation(count, width)
-        if kind == "self-attention":
+        if rule == "self-attention":
             return LevelAttention(width, self.options.decoder_heads)
-        return WeightedSum(count, self.options.sigma if kind.startswith("nga") else None, int(kind == "nga-printed"))
+        return WeightedSum(count, self.options.sigma if rule.startswith("nga") else None, int(rule == "nga-printed"))
 
     def init_from_clip_similarity(self) -> None:
         """Let the deepest group start from CLIP's own comparison of patches and words, and the others from zero."""
@@ -218,14 +218,14 @@ class CascadeCLIP(ZegCLIP):
         """Run the image tower and join each group; see `SegmentationModel.encode_images`."""
         result = self.run_tower(self.fit_to_patches(images), levels=(*self.level_blocks, self.last - 1))
         cls, final = self.project_tokens(result)
-        values, raw, projections = {"cls": cls}, self.options.aggregate == "raw", count()
+        values, joins_tokens, projections = {"cls": cls}, self.options.aggregate == "raw", count()
         features = {block: tokens[:, -result.num_patches :] for block, tokens in result.levels.items()}
-        if not raw:
+        if not joins_tokens:
             features = {**self.level_features(result), self.last - 1: final}
         for index, (join, group) in enumerate(zip(self.aggregations, self.options.blocks, strict=True)):
             levels = [features[block - 1] for block in group]
             joined = levels[0] if len(levels) == 1 else join(torch.stack(levels))
-            if raw:
+            if joins_tokens:
                 joined = final if group == (self.last,) else self.project_level(next(projections), joined)
             values[f"group_{index}"] = joined.unflatten(1, result.grid)
         return ImageFeatures((images.shape[-2], images.shape[-1]), values)

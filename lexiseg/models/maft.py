@@ -13,7 +13,6 @@ do not depend on the masks: they run once, and a region costs one query a block.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -235,11 +234,6 @@ class MaftOptions(MaskAwareOptions):
     """
 
     frozen: tuple[FrozenUnit, ...] = FROZEN_UNITS
-
-
-def student_of(visual: nn.Module) -> nn.Module:
-    """A copy of CLIP's image tower, to be tuned."""
-    return copy.deepcopy(visual).eval()
 
 
 def maft_losses(

@@ -6,6 +6,7 @@ options of all of them; the systems themselves are in `lexiseg.models.region_mod
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal, cast
 
@@ -22,7 +23,7 @@ from lexiseg.losses.masks import fill_unseen
 from lexiseg.losses.proposals import ProposalWeights
 from lexiseg.models.base import ImageFeatures
 from lexiseg.models.decoupled import DecoupledModel, DecoupledOptions, Size
-from lexiseg.models.maft import AttentionOptions, MaftOptions, MaskAttention, maft_losses, student_of, trainable_names
+from lexiseg.models.maft import AttentionOptions, MaftOptions, MaskAttention, maft_losses, trainable_names
 from lexiseg.proposals.base import Proposals
 from lexiseg.regions.crops import CropEncoder, CropOptions
 from lexiseg.regions.encoder import RegionEncoder, RegionFeatures, RegionKind
@@ -121,7 +122,7 @@ class RegionModel(DecoupledModel):
         super().__init__(clip, options, seen_names)
         self._check()
         self.region_encoder = self._make_encoder()
-        self.student: nn.Module | None = None if options.maft is None else student_of(clip.visual)
+        self.student: nn.Module | None = None if options.maft is None else copy.deepcopy(clip.visual).eval()
         self.prompts: PromptLearner | None = None
         if (given := options.prompts) is not None:
             self.prompts = PromptLearner(clip.text_width, given.prefix, given.suffix, given.task)

@@ -124,9 +124,8 @@ class NormedConv2d(nn.Conv2d):
 
 def _join_norms(body: nn.Module) -> None:
     """Let every convolution of a ResNet know the norm behind it."""
-    convolutions, norms = (
-        [layer for layer in body.modules() if isinstance(layer, kind)] for kind in (nn.Conv2d, FrozenNorm)
-    )
+    convolutions: list[Any] = [layer for layer in body.modules() if isinstance(layer, nn.Conv2d)]
+    norms = [layer for layer in body.modules() if isinstance(layer, FrozenNorm)]
     for convolution, norm in zip(convolutions, norms, strict=True):
         convolution.__class__, convolution.norm = NormedConv2d, (norm,)
 

@@ -6,11 +6,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from lexiseg.checking import check
 from lexiseg.errors import LexisegError
 from lexiseg.files import read_json
+from lexiseg.strict import StrictModel
 from lexiseg.windows import WindowPolicy
 from lexiseg.words import describe
 
@@ -19,16 +20,11 @@ FORMAT = 1
 
 Side = Annotated[int, Field(ge=1, le=65536)]
 Size = tuple[Side, Side]
-Number = Annotated[float, Field(allow_inf_nan=False)]
-Deviation = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Deviation = Annotated[float, Field(gt=0)]
 FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,100}$")]
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Fit(_Part):
+class Fit(StrictModel):
     """How a window is brought to a size that the graph takes."""
 
     kind: Literal["resize", "crop", "pad"]
@@ -48,16 +44,16 @@ class Fit(_Part):
         return height, width
 
 
-class Decode(_Part):
+class Decode(StrictModel):
     """How a grid becomes scores, see `lexiseg.scores.GridScores`."""
 
     resize_to: Literal["window", "frame", "none"]  # first to the window, the padded window, or not
     square_side: Side | None = None  # of square windows to this side instead
     sigmoid: bool
-    seen_offset: Number = 0.0  # taken off the score of words that had masks in training
+    seen_offset: float = 0.0  # taken off the score of words that had masks in training
 
 
-class Window(_Part):
+class Window(StrictModel):
     """A `lexiseg.windows.WindowPolicy`."""
 
     size: Side | None = None
@@ -75,7 +71,7 @@ class Window(_Part):
         return self
 
 
-class Text(_Part):
+class Text(StrictModel):
     """The text tower, its tokenizer, and how words go through them."""
 
     graph: FileName
@@ -86,7 +82,7 @@ class Text(_Part):
     first_of_name: bool = False  # of a name with ", " in it only what stands before it
 
 
-class ExportSpec(_Part):
+class ExportSpec(StrictModel):
     """The whole file. Names of files are in its folder."""
 
     format: Literal[1]
@@ -100,7 +96,7 @@ class ExportSpec(_Part):
     options: dict[str, Any]
     parameters: Annotated[int, Field(ge=0)]
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]  # of the weights
-    mean: tuple[Number, Number, Number]
+    mean: tuple[float, float, float]
     std: tuple[Deviation, Deviation, Deviation]
     graphs: Annotated[tuple[FileName, ...], Field(min_length=1)]  # one a size, or one for all
     sizes: tuple[Size, ...] = ()  # of the graphs; empty: any

@@ -8,7 +8,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
+
+from lexiseg.strict import StrictModel
 
 if TYPE_CHECKING:
     from lexiseg.data.base import SegmentationDataset
@@ -18,13 +20,7 @@ if TYPE_CHECKING:
 Triple: TypeAlias = tuple[float, float, float]
 
 
-class Strict(BaseModel):
-    """Keys that must be known, with finite numbers."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class PictureWorldData(Strict):
+class PictureWorldData(StrictModel):
     """Scenes of a picture world, rendered while training."""
 
     # the world's name; or "shapes", pictures whose regions no word means, to train proposals on
@@ -72,7 +68,7 @@ class PictureWorldData(Strict):
         return light_pipeline(mean, std, crop=self.crop or self.size, flip=self.flip, pad_label=pad_label)
 
 
-class _Augmented(Strict):
+class _Augmented(StrictModel):
     """How pictures on disk become crops, and which are left out."""
 
     # "paper" for the one-stage papers' pipeline, "short-edge" for the decoupled papers', "light" for crop and flip

@@ -13,7 +13,8 @@ from typing import Annotated, Any, Literal, TypeAlias
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from lexiseg.clip.templates import TEMPLATE_SETS
-from lexiseg.recipes.data import Data, PictureWorldData, Strict
+from lexiseg.recipes.data import Data, PictureWorldData
+from lexiseg.strict import StrictModel
 from lexiseg.windows import WindowPolicy
 
 HELD_OUT_SEED = 900_001
@@ -26,14 +27,14 @@ Unlabelled: TypeAlias = Literal["marked", "ignored"]
 """How self-training learns where pixels without a label are; see `self_training_labels`."""
 
 
-class Multiplier(Strict):
+class Multiplier(StrictModel):
     """Factors on learning rate and weight decay for the parameters whose name contains the rule's key."""
 
     lr: float = Field(default=1.0, ge=0)  # factor on the base learning rate; 0 keeps the parameters where they are
     decay: float = Field(default=1.0, ge=0)  # factor on the weight decay
 
 
-class TrainSettings(Strict):
+class TrainSettings(StrictModel):
     """Everything the loop needs to know, apart from the task."""
 
     # number of optimizer steps. 0 trains nothing: the model is put together, from CLIP and what it starts from, and
@@ -95,7 +96,7 @@ class TrainSettings(Strict):
         return self
 
 
-class ModelRecipe(Strict):
+class ModelRecipe(StrictModel):
     """What is built."""
 
     system: str  # a segmentation system, such as "zegclip"
@@ -103,7 +104,7 @@ class ModelRecipe(Strict):
     options: dict[str, Any] = Field(default_factory=dict)  # of the system; the system checks them
 
 
-class SnapshotRecipe(Strict):
+class SnapshotRecipe(StrictModel):
     """How the trained model is judged while training; the full evaluation is the ``evaluate`` command's."""
 
     pictures: int = Field(default=4, ge=0)  # number of overlays at each snapshot
@@ -131,7 +132,7 @@ def _known_start(source: str) -> str:
     raise ValueError(f"'{source}' is nothing that proposals can start from{hint}")
 
 
-class SegmentationRecipe(Strict):
+class SegmentationRecipe(StrictModel):
     """Training of a segmentation system."""
 
     kind: Literal["segmentation"]  # names this kind of recipe
@@ -191,7 +192,7 @@ class SegmentationRecipe(Strict):
         return self
 
 
-class PromptSettings(Strict):
+class PromptSettings(StrictModel):
     """Learned text prompts."""
 
     clip: str  # name of the towers, as ``load_clip`` takes it
@@ -202,7 +203,7 @@ class PromptSettings(Strict):
     per_class: int = Field(default=32, ge=1)  # at most so many pictures of each class
 
 
-class PromptRecipe(Strict):
+class PromptRecipe(StrictModel):
     """Learning text prompts offline: CLIP classifies masked crops of the classes with masks."""
 
     kind: Literal["prompts"]  # names this kind of recipe
@@ -219,7 +220,7 @@ class PromptRecipe(Strict):
         return self
 
 
-class SceneSettings(Strict):
+class SceneSettings(StrictModel):
     """Which scenes a training sees."""
 
     world: Literal["picture-world", "picture-world-2"] = "picture-world"
@@ -237,7 +238,7 @@ class SceneSettings(Strict):
     lag: int = Field(default=48, ge=1)  # steps between two showings of a scene
 
 
-class ContrastiveSettings(Strict):
+class ContrastiveSettings(StrictModel):
     """A CLIP, the scenes it learns from, and the weights of the three terms; a term of weight 0 is left out."""
 
     model_cfg: dict[str, Any]  # open_clip's description of the architecture
@@ -274,7 +275,7 @@ def _window(window: WindowPolicy) -> WindowPolicy:
     return replace(window, stride=window.stride or window.size or 0)
 
 
-class EvaluationRecipe(Strict):
+class EvaluationRecipe(StrictModel):
     """An evaluation without a training, such as that of a model on another dataset than its own."""
 
     kind: Literal["evaluation"]  # names this kind of recipe
@@ -290,7 +291,7 @@ class EvaluationRecipe(Strict):
     offsets: Literal["data", "all", "none"] = "data"
 
 
-class ContrastiveRecipe(Strict):
+class ContrastiveRecipe(StrictModel):
     """Training of a CLIP on captions."""
 
     kind: Literal["contrastive"]  # names this kind of recipe

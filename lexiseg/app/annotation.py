@@ -66,11 +66,8 @@ class CvatRequest(BaseModel):
 class Interface:
     """The part of a Label Studio project that lexiseg fills.
 
-    Args:
-        label_config: XML with an ``Image`` and ``BrushLabels`` or ``PolygonLabels``.
-
-    Raises:
-        LexisegError: it has none.
+    ``label_config``: XML with an ``Image`` and ``BrushLabels`` or ``PolygonLabels``. Raises LexisegError if there is
+    none.
     """
 
     def __init__(self, label_config: str) -> None:

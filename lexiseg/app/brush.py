@@ -15,11 +15,7 @@ _LONGEST = 1 << _WIDTHS[-1]
 
 
 def encode_brush(mask: NDArray[np.bool_]) -> list[int]:
-    """A mask as the bytes of Label Studio's ``rle``: RGBA pixels, 255 in all four where the mask is set.
-
-    Args:
-        mask: (H, W).
-    """
+    """A mask (H, W) as the bytes of Label Studio's ``rle``: RGBA pixels, 255 in all four where the mask is set."""
     flat = mask.reshape(-1)
     bits = [f"{flat.size * 4:032b}", f"{7:05b}", *(f"{width - 1:04b}" for width in _WIDTHS)]
     edges = np.flatnonzero(np.diff(flat)) + 1
@@ -35,39 +31,3 @@ def encode_brush(mask: NDArray[np.bool_]) -> list[int]:
     text = "".join(bits)
     text += "0" * (-len(text) % 8)
     return np.packbits(np.frombuffer(text.encode(), np.uint8) - ord("0")).tolist()
-
-
-def decode_brush(data: list[int], size: tuple[int, int]) -> NDArray[np.bool_]:
-    """The mask (H, W) of Label Studio's ``rle``.
-
-    Args:
-        data: its bytes.
-        size: height and width of the picture.
-
-    Raises:
-        ValueError: the stream is cut off or of another size.
-    """
-    bits = np.unpackbits(np.asarray(data, np.uint8))
-    place = 0
-
-    def take(count: int) -> int:
-        nonlocal place
-        if place + count > len(bits):
-            raise ValueError("the run lengths end too early")
-        value = int("".join(map(str, bits[place : place + count].tolist())) or "0", 2)
-        place += count
-        return value
-
-    total, width = take(32), take(5) + 1
-    widths = [take(4) + 1 for _ in range(4)]
-    if total != 4 * size[0] * size[1]:
-        raise ValueError(f"the run lengths have {total} values, not {4 * size[0] * size[1]}")
-    values = np.empty(total, np.uint8)
-    filled = 0
-    while filled < total:
-        repeats, run = take(1), take(widths[take(2)]) + 1
-        if filled + run > total:
-            raise ValueError("a run leaves the picture")
-        values[filled : filled + run] = take(width) if repeats else [take(width) for _ in range(run)]
-        filled += run
-    return values.reshape(*size, 4)[..., 3] > 0

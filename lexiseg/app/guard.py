@@ -26,10 +26,7 @@ Count = Callable[[str, int, float], None]
 class Guard:
     """ASGI middleware that refuses bodies that are too large or too slow, and clients without the token.
 
-    Args:
-        app: what is guarded.
-        settings: the limits.
-        count: told of every answer.
+    ``count`` is told of every answer.
     """
 
     def __init__(self, app: Callable[..., Awaitable[None]], settings: ServiceSettings, count: Count) -> None:

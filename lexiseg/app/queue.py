@@ -26,64 +26,41 @@ _GATHER_SECONDS = 0.005
 
 
 class BusyError(Exception):
-    """The queue is full, or the service is stopping.
-
-    Attributes:
-        retry_after: whole seconds after which there may be room.
-    """
+    """The queue is full, or the service is stopping."""
 
     def __init__(self, retry_after: int) -> None:
         super().__init__("busy")
-        self.retry_after = retry_after
+        self.retry_after = retry_after  # whole seconds after which there may be room
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What came of a picture.
-
-    Attributes:
-        result: the segmentation.
-        scores: factorised scores, where they were asked for.
-        notes: what is probably not meant.
-    """
+    """What came of a picture."""
 
     result: Segmentation
-    scores: Scores | None
-    notes: tuple[str, ...]
+    scores: Scores | None  # where they were asked for
+    notes: tuple[str, ...]  # what is probably not meant
 
 
 @dataclass
 class Job:
-    """A picture to segment.
+    """A picture to segment."""
 
-    Attributes:
-        picture: the bytes of its file.
-        key: jobs of one key may run in one call.
-        segmenter: that runs it.
-        arguments: of `Segmenter.predict`, the picture apart.
-        scores: whether scores are asked for as well; such a job runs alone.
-        future: of the answer; cancelling it takes a waiting job out of the queue.
-    """
-
-    picture: bytes
-    key: Hashable
-    segmenter: Segmenter
-    arguments: dict[str, Any]
-    scores: bool = False
+    picture: bytes  # of its file
+    key: Hashable  # jobs of one key may run in one call
+    segmenter: Segmenter  # that runs it
+    arguments: dict[str, Any]  # of `Segmenter.predict`, the picture apart
+    scores: bool = False  # whether scores are asked for as well; such a job runs alone
+    # of the answer; cancelling it takes a waiting job out of the queue
     future: Future[Answer] = field(default_factory=Future)
 
 
 class Queue:
-    """One worker thread that takes jobs in their order.
-
-    Args:
-        size: jobs that wait at most.
-        batch: jobs that run together at most.
-    """
+    """One worker thread that takes jobs in their order."""
 
     def __init__(self, size: int, batch: int) -> None:
-        self.size = size
-        self.batch = batch
+        self.size = size  # jobs that wait at most
+        self.batch = batch  # jobs that run together at most
         self.waiting: deque[Job] = deque()
         self.seconds_a_job = 1.0
         self._changed = threading.Condition()
@@ -93,11 +70,7 @@ class Queue:
         self._worker.start()
 
     def submit(self, jobs: list[Job]) -> None:
-        """Put jobs into the queue, all or none.
-
-        Raises:
-            BusyError: there is no room for them.
-        """
+        """Put jobs into the queue, all or none. Raises BusyError if there is no room for them."""
         with self._changed:
             self.waiting = deque(job for job in self.waiting if not job.future.cancelled())
             # A batch that is larger than the queue would never fit, so an empty queue takes any.

@@ -17,12 +17,7 @@ from lexiseg.app.results import Output
 
 
 class ServiceError(Exception):
-    """A request that is answered with a sentence.
-
-    Attributes:
-        status: of the answer.
-        headers: of the answer.
-    """
+    """A request that is answered with a sentence, and with the status and headers of the answer."""
 
     def __init__(self, status: int, sentence: str, headers: dict[str, str] | None = None) -> None:
         super().__init__(sentence)
@@ -126,11 +121,7 @@ class ClassesRequest(BaseModel):
 
 
 def decode_picture(text: str, what: str = "The picture") -> bytes:
-    """The bytes of a picture in base64; ``what`` it is called in messages.
-
-    Raises:
-        ServiceError: it is none.
-    """
+    """The bytes of a picture in base64, which messages call ``what``. Raises ServiceError if it is none."""
     if text.lstrip()[:8].lower().startswith(("http:", "https:", "ftp:", "file:", "s3:", "gs:")):
         raise ServiceError(422, f"{what} is an address, and this service fetches no addresses; send it in base64.")
     if text.startswith("data:"):

@@ -30,12 +30,9 @@ def encode_png(image: Image.Image) -> str:
 def describe_result(answer: Answer, model: str, output: Output) -> dict[str, Any]:
     """The answer as JSON holds it.
 
-    Args:
-        answer: from the queue.
-        model: name of the model.
-        output: "rle" gives each class COCO's compressed run lengths, area and box; "png" one PNG of ids in base64;
-            "polygons" each class's outlines in pixels with holes; "geojson" a FeatureCollection; "scores" each class's
-            map of scores as a grey PNG in base64, 255 at the picture's highest score, 0 at its lowest.
+    ``output``: "rle" gives each class COCO's compressed run lengths, area and box; "png" one PNG of ids in base64;
+    "polygons" each class's outlines in pixels with holes; "geojson" a FeatureCollection; "scores" each class's map of
+    scores as a grey PNG in base64, 255 at the picture's highest score, 0 at its lowest.
     """
     result = answer.result
     height, width = result.size

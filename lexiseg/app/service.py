@@ -65,12 +65,7 @@ _ERROR: dict[int | str, dict[str, Any]] = {
 
 
 class Service:
-    """The models, the queue before them, and the counters.
-
-    Args:
-        segmenters: the models by name; the first is the default.
-        settings: the limits.
-    """
+    """The models by name, the first of which is the default, the queue before them, and the counters."""
 
     def __init__(self, segmenters: dict[str, Segmenter], settings: ServiceSettings) -> None:
         if not segmenters:
@@ -91,11 +86,7 @@ class Service:
         self.seconds.labels(path).observe(seconds)
 
     def segmenter(self, name: str | None) -> tuple[str, Segmenter]:
-        """A model by its name, or the first.
-
-        Raises:
-            ServiceError: it is not served.
-        """
+        """A model by its name, or the first. Raises ServiceError if it is not served."""
         name = next(iter(self.segmenters)) if name is None else name
         if name not in self.segmenters:
             raise ServiceError(404, f"The model is not served here; choose {' or '.join(self.segmenters)}.")
@@ -106,14 +97,8 @@ class Service:
     ) -> Vocabulary:
         """The classes of a client: words and pictures; nothing in the words is ever taken for a file.
 
-        Args:
-            classes: as in `Question`.
-            exemplars: as in `Question`.
-            picture: what exemplars without a picture show.
-
-        Raises:
-            LexisegError: they are wrong.
-            ServiceError: they are too many.
+        ``classes``, ``exemplars``: as in `Question`. ``picture``: what exemplars without a picture show. Raises
+        LexisegError if they are wrong, ServiceError if they are too many.
         """
         texts = [classes] if isinstance(classes, str) else list(classes)
         if sum(text.count(";") + text.count("\n") + 1 for text in texts) > 4 * self.settings.max_classes:
@@ -146,9 +131,8 @@ class Service:
     ) -> tuple[str, list[Answer]]:
         """Put pictures into the queue and wait for them, as long as the client does.
 
-        Raises:
-            ServiceError: there is no room, it takes too long, or the client has gone.
-            LexisegError: a picture or the classes are wrong.
+        Raises ServiceError if there is no room, it takes too long, or the client has gone; LexisegError if a picture or
+        the classes are wrong.
         """
         if len(pictures) > self.settings.max_pictures:
             raise ServiceError(422, f"There are more than {self.settings.max_pictures} pictures; send fewer at a time.")
@@ -203,12 +187,8 @@ class Service:
 def create_app(segmenters: dict[str, Segmenter], settings: ServiceSettings | None = None) -> FastAPI:
     """The service as an ASGI application.
 
-    Args:
-        segmenters: the models by name; the first is the default.
-        settings: the limits; None takes the defaults.
-
-    Raises:
-        LexisegError: there is no model.
+    ``segmenters``: the models by name; the first is the default. ``settings``: the limits; None takes the defaults.
+    Raises LexisegError if there is no model.
     """
     settings = settings or ServiceSettings()
     service = Service(segmenters, settings)
@@ -245,11 +225,8 @@ def _handle_errors(app: FastAPI, service: Service) -> None:
         return JSONResponse({"error": sentence}, error.status_code, error.headers)
 
     @app.exception_handler(RequestValidationError)
-    async def _(_: Request, error: RequestValidationError) -> JSONResponse:
-        return JSONResponse({"error": first_complaint(error.errors())}, 422)
-
     @app.exception_handler(ValidationError)
-    async def _(_: Request, error: ValidationError) -> JSONResponse:
+    async def _(_: Request, error: RequestValidationError | ValidationError) -> JSONResponse:
         return JSONResponse({"error": first_complaint(error.errors())}, 422)
 
 

@@ -7,7 +7,7 @@ tensor than in its body; these cannot, so a score has the same bits whichever ti
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,21 +16,13 @@ UNIT_ROUNDOFF = 2.0**-24
 """Largest relative error of one float32 operation."""
 
 
-@dataclass(frozen=True)
-class Axis:
-    """Bilinear interpolation along one axis: output place i is ``w_low * x[low] + w_high * x[high]``.
+class Axis(NamedTuple):
+    """Bilinear interpolation along one axis: output place i is ``w_low * x[low] + w_high * x[high]``."""
 
-    Attributes:
-        low: (out,) int64, index of the lower neighbour.
-        high: (out,) int64, index of the upper neighbour, at most one more than ``low``.
-        w_low: (out,) float32 weight of the lower neighbour, in [0, 1].
-        w_high: (out,) float32 weight of the upper neighbour, in [0, 1].
-    """
-
-    low: Tensor
-    high: Tensor
-    w_low: Tensor
-    w_high: Tensor
+    low: Tensor  # (out,) int64, index of the lower neighbour
+    high: Tensor  # (out,) int64, index of the upper neighbour, at most one more than ``low``
+    w_low: Tensor  # (out,) float32 weight of the lower neighbour, in [0, 1]
+    w_high: Tensor  # (out,) float32 weight of the upper neighbour, in [0, 1]
 
     @classmethod
     def between(cls, num_in: int, num_out: int, device: torch.device, align_corners: bool = False) -> Axis:

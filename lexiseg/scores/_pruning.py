@@ -51,19 +51,12 @@ class Writer:
 
 @dataclass(frozen=True)
 class _Candidates:
-    """Tiles that are not decided, and the words that can still win in them.
+    """Tiles that are not decided, and the words that can still win in them."""
 
-    Attributes:
-        words: (P,) the candidates; those of a tile are adjacent and ascending.
-        tiles: (P,) which tile each stands in, non-decreasing from 0 without gaps.
-        rows: (2, T) inclusive ranges.
-        columns: (2, T) inclusive ranges.
-    """
-
-    words: Tensor
-    tiles: Tensor
-    rows: Tensor
-    columns: Tensor
+    words: Tensor  # (P,) the candidates; those of a tile are adjacent and ascending
+    tiles: Tensor  # (P,) which tile each stands in, non-decreasing from 0 without gaps
+    rows: Tensor  # (2, T) inclusive ranges
+    columns: Tensor  # (2, T) inclusive ranges
 
     def part(self, pairs: Tensor) -> _Candidates:
         """These of the candidates, and the tiles they stand in."""

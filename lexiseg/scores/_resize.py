@@ -100,17 +100,11 @@ def _steps(axis: Axis) -> float:
 
 
 def _part(axis: Axis, start: int, stop: int) -> Axis:
-    return Axis(axis.low[start:stop], axis.high[start:stop], axis.w_low[start:stop], axis.w_high[start:stop])
+    return Axis(*(values[start:stop] for values in axis))
 
 
 def _take(axis: Axis, index: Tensor) -> Axis:
-    flat = index.reshape(-1)
-    return Axis(
-        axis.low.index_select(0, flat).view(index.shape),
-        axis.high.index_select(0, flat).view(index.shape),
-        axis.w_low.index_select(0, flat).view(index.shape),
-        axis.w_high.index_select(0, flat).view(index.shape),
-    )
+    return Axis(*(values.index_select(0, index.reshape(-1)).view(index.shape) for values in axis))
 
 
 def _support(axis: Axis, ranges: Tensor) -> Tensor:
@@ -129,18 +123,12 @@ def _turning_points(axis: Axis, ranges: Tensor) -> Axis | None:
     if most > 1:
         return None
     if most == 1:
-        first, last = (Axis(ends.low[:, i], ends.high[:, i], ends.w_low[:, i], ends.w_high[:, i]) for i in (0, 1))
+        first, last = (Axis(*(values[:, end] for values in ends)) for end in (0, 1))
         w_high = torch.where(knots > 0, 0.0, first.w_high)
         # Without a knot the first end is repeated.
         middle = Axis(last.low, torch.where(knots > 0, last.low, first.high), 1.0 - w_high, w_high)
-        points = (first, middle, last)
-        ends = Axis(
-            torch.stack([point.low for point in points], 1),
-            torch.stack([point.high for point in points], 1),
-            torch.stack([point.w_low for point in points], 1),
-            torch.stack([point.w_high for point in points], 1),
-        )
-    return Axis(*(values.flatten(0, 1) for values in (ends.low, ends.high, ends.w_low, ends.w_high)))
+        ends = Axis(*(torch.stack(values, 1) for values in zip(first, middle, last, strict=True)))
+    return Axis(*(values.flatten(0, 1) for values in ends))
 
 
 def _neighbours(axis: Axis) -> tuple[Tensor, Tensor | int, Tensor | int]:

@@ -10,17 +10,11 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class WordsRule:
-    """How a protocol makes labels of cosines.
+    """How a protocol makes labels of cosines."""
 
-    Attributes:
-        scale: of the cosines in the softmax.
-        threshold: pixels whose best class is less probable become background.
-        area: see `words_to_classes`.
-    """
-
-    scale: float
-    threshold: float = 0.0
-    area: float = 0.0
+    scale: float  # of the cosines in the softmax
+    threshold: float = 0.0  # pixels whose best class is less probable become background
+    area: float = 0.0  # see `words_to_classes`
 
 
 def words_to_classes(

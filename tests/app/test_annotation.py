@@ -11,7 +11,7 @@ import pytest
 from fastapi.testclient import TestClient
 
 import lexiseg
-from lexiseg.app.brush import decode_brush, encode_brush
+from lexiseg.app.brush import encode_brush
 from lexiseg.app.service import create_app
 from lexiseg.app.settings import ServiceSettings
 from lexiseg.samples import sample_path
@@ -44,15 +44,32 @@ def client(segmenter: Any, folder: Path) -> Any:
         yield found
 
 
+def decode_brush(data: list[int], size: tuple[int, int]) -> np.ndarray:
+    """The mask (H, W) of Label Studio's ``rle``, ``data`` its bytes."""
+    bits = "".join(f"{byte:08b}" for byte in data)
+    place = 0
+
+    def take(count: int) -> int:
+        nonlocal place
+        place += count
+        assert place <= len(bits)
+        return int(bits[place - count : place] or "0", 2)
+
+    total, width = take(32), take(5) + 1
+    widths = [take(4) + 1 for _ in range(4)]
+    assert total == 4 * size[0] * size[1]
+    values: list[int] = []
+    while len(values) < total:
+        repeats, run = take(1), take(widths[take(2)]) + 1
+        values += [take(width)] * run if repeats else [take(width) for _ in range(run)]
+    return np.array(values).reshape(*size, 4)[..., 3] > 0
+
+
 def test_brush_labels_survive_a_round_trip() -> None:
     rng = np.random.default_rng(0)
     masks = [rng.random((7, 9)) > 0.5, np.zeros((300, 260), bool), np.ones((300, 260), bool), np.eye(40, dtype=bool)]
     for mask in masks:
         assert np.array_equal(decode_brush(encode_brush(mask), mask.shape), mask)
-    with pytest.raises(ValueError, match="values"):
-        decode_brush(encode_brush(masks[0]), (7, 8))
-    with pytest.raises(ValueError, match="too early"):
-        decode_brush(encode_brush(masks[0])[:9], (7, 9))
 
 
 def test_label_studio_connects_and_predicts(client: TestClient, segmenter: Any) -> None:

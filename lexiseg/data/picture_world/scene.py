@@ -29,21 +29,13 @@ _WITH_ITS_LIKE = 0.4  # in a varied world, how often a thing is of the same fami
 
 @dataclass(frozen=True)
 class Scene:
-    """A picture with exact labels.
+    """A picture with exact labels."""
 
-    Attributes:
-        image: (H, W, 3) uint8, RGB.
-        label: (H, W) uint8, class ids of its world; every pixel has a class.
-        things: names of the things, in drawing order.
-        stuff: names of the stuff in the background, top to bottom.
-        caption: an English sentence that names them.
-    """
-
-    image: np.ndarray
-    label: np.ndarray
-    things: tuple[str, ...]
-    stuff: tuple[str, ...]
-    caption: str
+    image: np.ndarray  # (H, W, 3) uint8, RGB
+    label: np.ndarray  # (H, W) uint8, class ids of its world; every pixel has a class
+    things: tuple[str, ...]  # names of the things, in drawing order
+    stuff: tuple[str, ...]  # names of the stuff in the background, top to bottom
+    caption: str  # an English sentence that names them
 
     @property
     def names(self) -> tuple[str, ...]:

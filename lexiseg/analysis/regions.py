@@ -38,21 +38,20 @@ ScoresBy = Literal["clip", "ensemble"]
 _SCORES_OF = {"clip": "by CLIP alone", "ensemble": "as predicted"}
 
 
-def attention_maps(model: DeOP, padded: Tensor, block: int = -1) -> Tensor:
-    """How much each patch attends to each other one in a block of CLIP alone, averaged over the heads.
+def attention_maps(model: DeOP, padded: Tensor) -> Tensor:
+    """How much each patch attends to each other one in the last block of CLIP alone, averaged over the heads.
 
     No prompt and no severance takes part: this is what DeOP's Fig. 5 sets against its heatmaps.
 
-    ``padded``: (1, 3, H', W'), see `DecoupledModel.pad`. ``block``: index of the block, negative from the end. Returns
-    (P, P), rows attend; with the class token's column each row would sum to 1.
+    ``padded``: (1, 3, H', W'), see `DecoupledModel.pad`. Returns (P, P), rows attend; with the class token's column
+    each row would sum to 1.
     """
     tower, (rows, columns) = model.clip.image_tower, model.grid(padded)
-    index = range(tower.num_blocks)[block]
     patch = tower.patch_size
     images = padded[..., : rows * patch, : columns * patch]
     tokens, grid = tower.embed(images, interpolation=model.options.position_interpolation, by_count=True)
-    tokens = tower.run(tokens, grid, stop=index).tokens
-    layer = tower.visual.transformer.resblocks[index]
+    tokens = tower.run(tokens, grid, stop=tower.num_blocks - 1).tokens
+    layer = tower.visual.transformer.resblocks[-1]
     attention = layer.attn
     width = attention.embed_dim
     query, key = (
@@ -123,13 +122,13 @@ def anchor_figure(segmenter: Segmenter, image: str | Path, points: Sequence[Poin
     )
 
 
-def top_classes(scores: RegionScores, picture: int = 0, k: int = 5) -> tuple[Tensor, Tensor]:
-    """The best classes of each proposal.
+def top_classes(scores: RegionScores, k: int) -> tuple[Tensor, Tensor]:
+    """The best classes of each proposal of one picture.
 
     ``k``: how many, at most as many as there are classes. Returns values and class indices, (N, k) each, best first. A
     class of several words has the score of its best one.
     """
-    values = scores.class_scores[picture].detach().float()
+    values = scores.class_scores[0].detach().float()
     if scores.word_to_class is not None:
         index = scores.word_to_class.expand(len(values), -1)
         lowest = values.new_full((len(values), scores.num_classes), -torch.inf)
@@ -174,7 +173,7 @@ def top_classes_figure(
     factor = min(1.0, _MASK_SIDE / max(picture.shape[:2]))
     size = (max(1, round(picture.shape[0] * factor)), max(1, round(picture.shape[1] * factor)))
     masks = region_masks(scores, size)
-    deciding = top_classes(scores, 0, 1)[0].cpu()
+    deciding = top_classes(scores, 1)[0].cpu()
     owner = (masks * deciding[:, :, None]).argmax(dim=0)
     pixels = torch.bincount(owner.flatten(), minlength=len(masks))
     order = [int(index) for index in pixels.argsort(descending=True, stable=True)[:proposals] if pixels[index]]
@@ -184,7 +183,7 @@ def top_classes_figure(
     for segmenter, model in zip(several, models, strict=True):
         shared = None if segmenter is first else (first, models[0])
         judged = scores if by == "ensemble" else _judged(segmenter, model, image, vocabulary, shared)
-        values, indices = (found.cpu() for found in top_classes(judged, 0, k))
+        values, indices = (found.cpu() for found in top_classes(judged, k))
         panels = []
         for index in order:
             fraction = float(pixels[index]) / owner.numel()
@@ -257,9 +256,9 @@ def _clip_alone(model: DecoupledModel) -> Iterator[None]:
         model.options = options
 
 
-def region_masks(scores: RegionScores, size: tuple[int, int], picture: int = 0) -> Tensor:
-    """The masks of region scores at a size: (N, H, W) float32 on the CPU, in 0..1 where they are logits or 0..1."""
-    masks = scores.masks[picture][None].detach().float().cpu()
+def region_masks(scores: RegionScores, size: tuple[int, int]) -> Tensor:
+    """The masks of one picture's region scores at a size, (N, H, W) float32 on the CPU; logits come as 0..1."""
+    masks = scores.masks[:1].detach().float().cpu()
     if scores.resize_to is not None:
         masks = F.interpolate(masks, size=scores.resize_to, mode="bilinear", align_corners=scores.align_corners)
     if scores.crop is not None:

@@ -72,7 +72,6 @@ def evaluate_proposals(
     segmenter: Segmenter,
     dataset: SegmentationDataset,
     *,
-    thresholds: tuple[float, ...] = (0.3, 0.5),
     released: bool = False,
     limit: int | None = None,
 ) -> ProposalReport:
@@ -94,8 +93,8 @@ def evaluate_proposals(
     num_classes = len(vocabulary)
     ignore = ignore_index(num_classes)
     seen, unseen = seen_ids(vocabulary), unseen_ids(vocabulary)
-    recall = ProposalRecall(seen, unseen, thresholds, ignore_index=ignore)
-    counters = {threshold: ReleasedRecall(frozenset(unseen), threshold) for threshold in thresholds}
+    recall = ProposalRecall(seen, unseen, ignore_index=ignore)
+    counters = {threshold: ReleasedRecall(frozenset(unseen), threshold) for threshold in recall.thresholds}
     confusion = Confusion(num_classes, ignore_index=ignore)
     text = model.embed_text(segmenter.embedder, segmenter.vocabulary(vocabulary)).to(segmenter.device)
     words = text[:, 0] if text.dim() == 3 else text  # with several sources of text the first one is the generator's
@@ -107,7 +106,9 @@ def evaluate_proposals(
             frame = (int(images.shape[-2]), int(images.shape[-1]))
             size = (int(sample.label.shape[0]), int(sample.label.shape[1]))
             padded = model.pad(images)
-            proposals = _valid(model.propose(padded, words, frame))
+            proposals = model.propose(padded, words, frame)
+            if proposals.valid is not None:  # without the slots that hold no region
+                proposals = Proposals(proposals.mask_logits[:, proposals.valid[0]])
             masks = _binary(model, proposals, padded, frame, size)
             total += len(masks)
             recall.update(masks, sample.label)
@@ -129,13 +130,6 @@ def evaluate_proposals(
         len(indices),
         total,
     )
-
-
-def _valid(proposals: Proposals) -> Proposals:
-    """The proposals of one picture without the slots that hold no region."""
-    if proposals.valid is None:
-        return Proposals(proposals.mask_logits)
-    return Proposals(proposals.mask_logits[:, proposals.valid[0]])
 
 
 def _binary(

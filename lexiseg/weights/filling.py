@@ -70,16 +70,9 @@ def take_tensors(
     return found
 
 
-def filled(
-    build: Callable[[], _Model],
-    source_of: SourceOf,
-    state: Mapping[str, Tensor],
-    what: str,
-    *,
-    optional: Collection[str] = (),
-) -> _Model:
+def filled(build: Callable[[], _Model], source_of: SourceOf, state: Mapping[str, Tensor], what: str) -> _Model:
     """What ``build`` builds with another program's tensors, once they are seen to fit; see `take_tensors`."""
-    tensors = take_tensors(shapes_of(sketch(build, len(state), what)), source_of, state, what, optional=optional)
+    tensors = take_tensors(shapes_of(sketch(build, len(state), what)), source_of, state, what)
     model = build()
     model.load_state_dict({**model.state_dict(), **tensors})
     return model

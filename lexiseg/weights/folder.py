@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import difflib
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -17,12 +16,12 @@ from lexiseg.clip.foreign import TIMM, TRANSFORMERS
 from lexiseg.clip.load import check_state, load_clip, local, read_safetensors, shapes_of, sketch
 from lexiseg.clip.model import CLIP, build_clip
 from lexiseg.errors import LexisegError
-from lexiseg.files import atomic_write, make_folder, write_json
+from lexiseg.files import atomic_write, make_folder, read_json, write_json
 from lexiseg.hub import download
 from lexiseg.models import SYSTEMS, SegmentationModel
 from lexiseg.weights import runs
 from lexiseg.weights.auto import AUTO, pick_auto
-from lexiseg.weights.renames import renamed_options, renamed_tensor
+from lexiseg.weights.renames import renamed_options
 from lexiseg.weights.training_free import TRAINING_FREE, load_training_free
 from lexiseg.words import describe, shorten
 
@@ -130,17 +129,14 @@ def _load_hub(repository: str) -> SegmentationModel:
 
 def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG_NAME
-    try:
-        config = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError as error:
+    if not path.is_file():
         other = " It is a CLIP: write 'naclip/' before it." if (folder / "open_clip_config.json").exists() else ""
         raise LexisegError(
             f"The folder '{folder}' has no {CONFIG_NAME}, so it is not a lexiseg model; give one that "
             f"`lexiseg train` or `lexiseg convert` wrote.{other}"
-        ) from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise LexisegError(f"'{path}' is not readable JSON ({error}); {_COPY_AGAIN}.") from error
-    if not isinstance(config, dict) or not {"format", "system", "clip", "options"} <= config.keys():
+        )
+    config = read_json(path, _COPY_AGAIN)
+    if not {"format", "system", "clip", "options"} <= config.keys():
         raise LexisegError(f"'{path}' is not a lexiseg configuration; give a folder that lexiseg wrote.")
     if config["format"] != FORMAT:
         raise LexisegError(
@@ -179,7 +175,7 @@ def _load_folder(folder: Path) -> SegmentationModel:
     reference = config["clip"]
     own_clip = "architecture" in reference
     clip = None if own_clip else _packaged_clip(reference, folder)
-    state = {renamed_tensor(system.system, name): value for name, value in read_safetensors(weights).items()}
+    state = read_safetensors(weights)
 
     def build(clip: CLIP | None) -> SegmentationModel:
         if clip is None:

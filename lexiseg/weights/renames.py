@@ -1,6 +1,6 @@
-"""Options and tensors that have another name now: model folders of the release before are still read, and say so.
+"""Options that have another name now: model folders of the release before are still read, and say so.
 
-Whoever renames an option or a module of a shipped system notes it here; what has stood here for a release can go.
+Whoever renames an option of a shipped system notes it here; what has stood here for a release can go.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from lexiseg.errors import LexisegError, LexisegWarning
 Change = str | Callable[[Any], dict[str, Any]]
 
 
-def _only(usual: float, name: str) -> Callable[[Any], dict[str, Any]]:
-    """For an option that is gone: its usual value says nothing, and another one has no successor."""
+def _only_1(name: str) -> Callable[[Any], dict[str, Any]]:
+    """For an option that is gone: its usual value, 1, says nothing, and another one has no successor."""
 
     def change(value: Any) -> dict[str, Any]:
-        if value != usual:
+        if value != 1.0:
             raise LexisegError(
                 f"'{name}' is {value}, which dense-clip no longer has; load the tower itself as "
                 "'maskclip/...' or 'clip/...'."
@@ -58,17 +58,14 @@ RENAMED_OPTIONS: dict[str, dict[str, Change]] = {
         "anchors": lambda value: {"heatmaps": "query-released" if value == "query" else value},
     },
     "dense-clip": {
-        "severance": _only(1.0, "severance"),
-        "residual": _only(1.0, "residual"),
+        "severance": _only_1("severance"),
+        "residual": _only_1("residual"),
         "position_interpolation": "positions",
     },
 }
 """Of each system, what became of an old option: its new name (``"proposals.new"`` for one inside ``proposals``), or a
 function from its value to the new options, which gives ``{}`` where there is nothing left to say. An old name inside
 another option is written ``"proposals.old"``."""
-
-RENAMED_TENSORS: dict[str, dict[str, str]] = {}
-"""Of each system, what the names of old tensors began with, and what they begin with now."""
 
 
 def renamed_options(system: str, options: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -103,11 +100,3 @@ def renamed_options(system: str, options: Mapping[str, Any], where: str) -> dict
             stacklevel=2,
         )
     return found
-
-
-def renamed_tensor(system: str, name: str) -> str:
-    """Today's name of a tensor in a model folder of ``system``."""
-    for old, new in RENAMED_TENSORS.get(system, {}).items():
-        if name.startswith(old):
-            return new + name[len(old) :]
-    return name

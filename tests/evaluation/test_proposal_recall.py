@@ -206,9 +206,9 @@ def test_top_classes_of_a_host_are_clip_s_own(picture: Path, monkeypatch: pytest
     model = host("zsseg")
     drawn: list[Tensor] = []
 
-    def kept(scores: RegionScores, index: int, k: int) -> tuple[Tensor, Tensor]:
+    def kept(scores: RegionScores, k: int) -> tuple[Tensor, Tensor]:
         drawn.append(scores.class_scores)
-        return top_classes(scores, index, k)
+        return top_classes(scores, k)
 
     monkeypatch.setattr("lexiseg.analysis.regions.top_classes", kept)
     segmenter = Segmenter(model, disk_cache=False)

@@ -146,13 +146,8 @@ def test_old_names_are_read_and_said(tmp_path: Path, monkeypatch: pytest.MonkeyP
     options = {"prompts": config["options"].pop("num_prompts"), "old": {"a": 1}, "gone": 7, **config["options"]}
     del options["dropout"]
     (folder / "config.json").write_text(json.dumps({**config, "options": options}))
-    state = load_file(folder / "model.safetensors")
-    save_file(
-        {key.replace("prompts.", "prompt_tokens."): value for key, value in state.items()}, folder / "model.safetensors"
-    )
     changes = {"prompts": "num_prompts", "old.a": lambda value: {"dropout": value / 2}, "gone": lambda _: {}}
     monkeypatch.setitem(renames.RENAMED_OPTIONS, "zegclip", {**changes, "old": lambda _: {}})
-    monkeypatch.setitem(renames.RENAMED_TENSORS, "zegclip", {"prompt_tokens.": "prompts."})
     with pytest.warns(LexisegWarning, match=r"'prompts' is 'num_prompts'; 'old.a' is 'dropout'; 'gone' is gone"):
         again = load_model(folder)
     assert again.options.dropout == 0.5  # type: ignore[attr-defined]

@@ -44,8 +44,6 @@ class PictureWorld:
         world: what the scenes are made of.
         size: pixels a side.
         length: number of scenes; default: the world's.
-        num_things: smallest and largest number of things a scene.
-        extents: smallest and largest size of a thing as a fraction of the side; default: the world's.
         unseen: False draws no unseen class at all, so that nothing need be hidden.
         keep: a folder in which rendered scenes are kept, for runs that share them and processes at the same time;
             to be emptied after a change to how scenes are drawn.
@@ -61,21 +59,19 @@ class PictureWorld:
         world: World = FIRST,
         size: int = 256,
         length: int | None = None,
-        num_things: tuple[int, int] = (1, 6),
-        extents: tuple[float, float] | None = None,
         unseen: bool = True,
         keep: Path | None = None,
     ) -> None:
         if split not in SPLIT_SEEDS:
             raise LexisegError(f"{world.name} has no split '{split}'; choose 'train', 'val' or 'test'.")
         self.split, self.world, self.size = split, world, size
-        self._num_things, self._extents, self._without = num_things, extents, () if unseen else world.unseen
+        self._without = () if unseen else world.unseen
         self._length = dict(zip(SPLIT_SEEDS, world.num_scenes, strict=True))[split] if length is None else length
         self._hidden = np.arange(256, dtype=np.int64)
         self._hidden[[world.class_ids[name] for name in world.unseen]] = IGNORE_INDEX
         self._kept: Path | None = None
         if keep is not None:
-            what = repr((world, split, size, num_things, extents, unseen))
+            what = repr((world, split, size, unseen))
             name = f"{world.name}-{split}-{size}-{hashlib.sha256(what.encode()).hexdigest()[:8]}.scenes"
             self._kept = make_folder(keep) / name
             self._kept.touch()
@@ -95,15 +91,8 @@ class PictureWorld:
     def _scene(self, index: int) -> Scene:
         self._check(index)
         seed = [SPLIT_SEEDS[self.split], index]
-        return render_scene(
-            seed,
-            self.size,
-            world=self.world,
-            held_out=self.split != "train",
-            num_things=self._num_things,
-            extents=self._extents,
-            without=self._without,
-        )
+        held_out = self.split != "train"
+        return render_scene(seed, self.size, world=self.world, held_out=held_out, without=self._without)
 
     def _pixels(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """Picture and label of a scene, rendered, or read if it was kept."""

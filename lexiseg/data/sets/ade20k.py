@@ -35,7 +35,7 @@ def list_ade150(root: Path, split: str, unseen: str | None) -> SplitFiles:
     packed, inner = [root / _ADE_150, home / _ADE_150], "ADEChallengeData2016"
     images = images or zipped(packed, f"{inner}/images/{part}", (".jpg",))
     if not labels.files:
-        labels = zipped_labels(packed, f"{inner}/annotations/{part}", LabelKind.index, table_of(info))
+        labels = zipped_labels(packed, f"{inner}/annotations/{part}", table_of(info))
     files = by_folder(info, split, unseen, images, image_folder, [labels])
     listed = home / "objectInfo150.txt"
     if not listed.is_file():

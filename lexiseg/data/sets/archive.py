@@ -85,22 +85,16 @@ Place: TypeAlias = "Path | Member"
 """Where a picture or a label is."""
 
 
-def place_size(place: Place) -> int:
-    """Size in bytes. Raises OSError if there is no such file."""
-    return place.size if isinstance(place, Member) else place.stat().st_size
-
-
 def readable(place: Place) -> Path | IO[bytes]:
     """What Pillow and `lexiseg.images.read_image` read."""
     return place.open() if isinstance(place, Member) else place
 
 
-def zipped(archives: Iterable[Path], folder: str, suffixes: Sequence[str], without: str = "") -> dict[str, Place]:
+def zipped(archives: Iterable[Path], folder: str, suffixes: Sequence[str]) -> dict[str, Place]:
     """The files directly in ``folder`` of the first archive that is there, by their names without the suffix.
 
     ``folder``: in the archive, with ``/``. ``suffixes``: the files that count end in one of them, whatever the case.
-    ``without``: files whose names end in this (before the suffix) do not count. Raises DataSetError if the archive's
-    index cannot be read.
+    Raises DataSetError if the archive's index cannot be read.
     """
     archive = next((path for path in archives if path.is_file()), None)
     if archive is None:
@@ -111,9 +105,7 @@ def zipped(archives: Iterable[Path], folder: str, suffixes: Sequence[str], witho
         name = member.name.rpartition("/")[2]
         ending = next((suffix for suffix in suffixes if name.lower().endswith(suffix)), None)
         if ending is not None and not name.startswith("."):
-            stem = name[: -len(ending)]
-            if not (without and stem.endswith(without)):
-                found.setdefault(stem, member)
+            found.setdefault(name[: -len(ending)], member)
     return dict(sorted(found.items()))
 
 

@@ -59,18 +59,13 @@ class DataSetInfo:
         """The split the papers train on."""
         return "trainaug" if "trainaug" in self.splits else "train"
 
-    @property
-    def unseen(self) -> tuple[str, ...]:
-        """The default list of unseen classes; empty where the papers have none."""
-        return next(iter(self.unseen_lists.values()), ())
-
     def unseen_names(self, which: str | None = None) -> tuple[str, ...]:
-        """The list of unseen classes called ``which``; None takes the default.
+        """The list of unseen classes called ``which``; None takes the default, empty where the papers have none.
 
         Raises LexisegError if there is no such list.
         """
         if which is None:
-            return self.unseen
+            return next(iter(self.unseen_lists.values()), ())
         if which not in self.unseen_lists:
             known = ", ".join(self.unseen_lists) or "none"
             raise LexisegError(f"{self.name} has no list of unseen classes called '{which}'; there are: {known}.")

@@ -47,5 +47,5 @@ def list_coco(root: Path, split: str, unseen: str | None, name: str = "coco-stuf
         label_folder(folder, (".png",), LabelKind.index, raw, without=tuple(_ENDINGS.values())),
     ]
     if not any(source.files for source in labels):
-        labels.append(zipped_labels([place / _MAPS for place in packed], year, LabelKind.index, raw))
+        labels.append(zipped_labels([place / _MAPS for place in packed], year, raw))
     return by_folder(info, split, unseen, images, image_folder, labels)

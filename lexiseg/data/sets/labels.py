@@ -47,12 +47,11 @@ class LabelKind(Enum):
     sbd_mat = "sbd_mat"
 
 
-def read_values(path: str | Place, kind: LabelKind) -> NDArray[np.int64]:
+def read_values(path: Place, kind: LabelKind) -> NDArray[np.int64]:
     """The numbers of a label file as they stand in it: ``(H, W)`` int64.
 
     Raises LexisegError if the file is missing, damaged or of another kind than ``kind``; one sentence says which.
     """
-    path = Path(path) if isinstance(path, str) else path
     try:
         if kind in (LabelKind.context_mat, LabelKind.sbd_mat):
             return _mat(path, kind)

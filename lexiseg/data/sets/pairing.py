@@ -109,12 +109,9 @@ def label_folder(
     return LabelFolder(files, folder, kind, table, suffixes[0])
 
 
-def zipped_labels(
-    archives: Sequence[Path], inner: str, kind: LabelKind, table: ValueTable, ending: str = ".png", without: str = ""
-) -> LabelFolder:
-    """The same in the folder ``inner`` of a zip archive, which may be at any of ``archives``."""
-    files = zipped(archives, inner, (ending,), without)
-    return LabelFolder(files, archives[0] / inner, kind, table)
+def zipped_labels(archives: Sequence[Path], inner: str, table: ValueTable) -> LabelFolder:
+    """The PNGs in the folder ``inner`` of a zip archive, which may be at any of ``archives``."""
+    return LabelFolder(zipped(archives, inner, (".png",)), archives[0] / inner, LabelKind.index, table)
 
 
 def by_folder(

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from lexiseg.data.sets.archive import Place, place_size, readable
+from lexiseg.data.sets.archive import Member, Place, readable
 from lexiseg.data.sets.catalog import NAMES, data_set
 from lexiseg.data.sets.dataset import Finding, Item, SplitFiles, misfit, nothing_labelled, unknown_value, value_name
 from lexiseg.data.sets.labels import UNKNOWN, LabelKind, png_fault
@@ -282,7 +282,7 @@ def _read(item: Item, part: Literal["picture", "label"], findings: list[Finding]
     """The picture or its label; None where it cannot be read, or the label is damaged."""
     place, drawn = (item.image, False) if part == "picture" else (item.label, item.draw is not None)
     with suppress(OSError):  # reading it says what is wrong
-        if not drawn and place_size(place) == 0:
+        if not drawn and (place.size if isinstance(place, Member) else place.stat().st_size) == 0:
             problem = f"The {part} '{place}' is an empty file; copy it again."
             findings.append(_finding(item, "empty-file", problem, place))
             return None

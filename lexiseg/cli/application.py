@@ -117,10 +117,6 @@ def _say(error: LexisegError) -> None:
             processes.barrier()
 
 
-def _memory_sentence() -> str:
-    return "The device ran out of memory; use a smaller --window or --batch-size, or --device cpu."
-
-
 def _is_out_of_memory(error: BaseException) -> bool:
     # By name: torch must not be imported to report a mistake made before it was needed.
     return isinstance(error, MemoryError) or any(base.__name__ == "OutOfMemoryError" for base in type(error).__mro__)
@@ -170,7 +166,7 @@ def main(args: Sequence[str] | None = None) -> int:
         except Exception as error:
             if not _is_out_of_memory(error):
                 raise
-            say_error(_memory_sentence())
+            say_error("The device ran out of memory; use a smaller --window or --batch-size, or --device cpu.")
         else:
             return 0
         return NOTHING_DONE

@@ -49,16 +49,7 @@ class Metrics:
 
     def summary(self) -> dict[str, float | None]:
         """The scalars in percent, rounded to two decimals as the papers print them; None instead of NaN."""
-        values = {
-            "pacc": self.pacc,
-            "macc": self.macc,
-            "miou": self.miou,
-            "miou_seen": self.miou_seen,
-            "miou_unseen": self.miou_unseen,
-            "hiou": self.hiou,
-            "unseen_to_seen": self.unseen_to_seen,
-        }
-        return {name: percent(value) for name, value in values.items()}
+        return {name: percent(value) for name, value in vars(self).items() if not isinstance(value, np.ndarray)}
 
 
 def percent(fraction: float) -> float | None:

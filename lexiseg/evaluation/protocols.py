@@ -128,14 +128,6 @@ class Protocol:
         """Whether classes count as seen and unseen; across datasets they do not."""
         return self.unseen != "none"
 
-    def window_for(self, system: str) -> WindowPolicy | None:
-        """How the authors of ``system`` run it in this protocol; None where no paper says."""
-        return self.windows.get(system)
-
-    def templates_for(self, system: str) -> tuple[str, ...] | None:
-        """The sentences of the authors of ``system`` in this protocol; None where no paper says, or it learns them."""
-        return self.templates.get(system)
-
     def set_up(self, model: SegmentationModel) -> dict[str, Any]:
         """Let ``model`` show and score regions as its authors do in this protocol; the changes come back.
 

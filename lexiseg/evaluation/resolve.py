@@ -64,7 +64,7 @@ class Question:
         """How the model is run: what the user gives, else the recipe, the protocol, and the model's own way."""
         told = self.recipe.window if self.recipe is not None else None
         if self.protocol is not None:
-            told = self.protocol.window_for(segmenter.model.system)
+            told = self.protocol.windows.get(segmenter.model.system)
         default = told or segmenter.model.window
         return told if window is None and stride is None else window_policy(default, window, stride)
 
@@ -126,7 +126,7 @@ def evaluate(
         if asked.protocol is not None:
             system = segmenter.model.system
             data = asked.protocol.open(str(what), system=system, classes=classes, synonyms=synonyms)
-            segmenter.templates = segmenter.templates or asked.protocol.templates_for(system)
+            segmenter.templates = segmenter.templates or asked.protocol.templates.get(system)
             card = asked.protocol.card(synonyms=synonyms, settings=asked.protocol.set_up(segmenter.model))
         assert data is not None
         settings: dict[str, Any] = {"name": asked.name, "split": asked.split, "offsets": asked.offsets}

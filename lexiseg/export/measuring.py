@@ -35,7 +35,10 @@ def measure(segmenter: Segmenter, folder: Path, spec: ExportSpec, limit: int = 2
             start = time.process_time()
             results.append(predictor.predict(sample_path(name), classes, window=spec.policy))
             seconds.append(round(time.process_time() - start, 3))
-        labels, scores = ([np.asarray(part) for part in kind] for kind in zip(*map(_parts, results), strict=True))
+        labels, scores = (
+            [np.asarray(part) for part in kind]
+            for kind in zip(*((one.label_map, one.scores) for one in results), strict=True)
+        )
         equal = labels[0] == labels[1]
         total, same = total + equal.size, same + int(equal.sum())
         rows.append(
@@ -61,10 +64,6 @@ def measure(segmenter: Segmenter, folder: Path, spec: ExportSpec, limit: int = 2
     }
     write_json(folder / REPORT, report)
     return report
-
-
-def _parts(result: Any) -> tuple[Any, Any]:
-    return result.label_map, result.scores
 
 
 def _version(name: str) -> str | None:

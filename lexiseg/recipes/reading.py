@@ -54,8 +54,9 @@ def _files() -> dict[str, Path]:
 
 
 @lru_cache(maxsize=1)
-def _described() -> dict[str, str]:
-    """Names and descriptions of the package's recipes, by their lines: to parse all files takes seconds."""
+def describe_recipes() -> dict[str, str]:
+    """What each recipe that comes with the package is, in one line."""
+    # Read off the files' lines: to parse all of them takes seconds.
     found: dict[str, str] = {}
     for path in _files().values():
         variant, inside = "", False
@@ -77,12 +78,7 @@ def _described() -> dict[str, str]:
 
 def list_recipes() -> list[str]:
     """Names of the recipes that come with the package."""
-    return list(_described())
-
-
-def describe_recipes() -> dict[str, str]:
-    """What each recipe that comes with the package is, in one line."""
-    return dict(_described())
+    return list(describe_recipes())
 
 
 def is_recipe(name: str) -> bool:

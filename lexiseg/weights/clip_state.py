@@ -256,9 +256,3 @@ def is_transformers(state: Mapping[str, Any]) -> bool:
 def is_openai(state: Mapping[str, Any]) -> bool:
     """Say by its keys whether a state dict is OpenAI's or open_clip's."""
     return "visual.conv1.weight" in state and "token_embedding.weight" in state
-
-
-def drop_constants(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
-    """Leave out what files of `transformers` hold beside learnt tensors; its keys are the second value."""
-    constants = [key for key in state if key.endswith("embeddings.position_ids")]
-    return {key: value for key, value in state.items() if key not in constants}, constants

@@ -21,7 +21,6 @@ from lexiseg.weights.cat_seg_checkpoint import is_cat_seg, read_cat_seg
 from lexiseg.weights.checkpoint import Checkpoint, read_checkpoint
 from lexiseg.weights.clip_state import (
     clip_from_state,
-    drop_constants,
     infer_vit_architecture,
     is_openai,
     is_transformers,
@@ -251,9 +250,9 @@ def _convert_clip(
 ) -> ConversionReport:
     what = f"'{found.path}'"
     openai = bool(_OPENAI_NOTES & found.state.keys())
-    state, unused = drop_constants(found.state)
-    unused += sorted((_OPENAI_NOTES | {"attn_mask"}) & state.keys())
-    state = {key: value for key, value in state.items() if key not in unused}
+    unused = [key for key in found.state if key.endswith("embeddings.position_ids")]
+    unused += sorted((_OPENAI_NOTES | {"attn_mask"}) & found.state.keys())
+    state = {key: value for key, value in found.state.items() if key not in unused}
     theirs = is_transformers(state)
     if theirs:
         architecture = transformers_architecture(state, found.config, what)

@@ -19,10 +19,10 @@ from lexiseg.clip.load import check_state, shapes_of, sketch
 from lexiseg.clip.model import CLIP
 from lexiseg.clip.templates import IN_THE_SCENE, SCULPTURE, VILD_14
 from lexiseg.errors import LexisegError
+from lexiseg.models import SYSTEMS
 from lexiseg.models.decoupled import DecoupledModel
 from lexiseg.models.deop import DeOP
 from lexiseg.models.region_base import RegionModel
-from lexiseg.models.region_models import FreeSeg, ZegFormer, ZSSeg
 from lexiseg.normalisation import IMAGENET_MEAN, IMAGENET_STD
 from lexiseg.weights.clip_state import clip_from_state, count_blocks, shape_of
 from lexiseg.weights.detectron_checkpoint import (
@@ -42,13 +42,6 @@ DECOUPLED_NAMES = {
     "freeseg": "FreeSeg",
     "maft": "MAFT",
     "prompts": "ZSSeg's and DeOP's prompt stage",
-}
-SYSTEMS: dict[str, type[DecoupledModel]] = {
-    "deop": DeOP,
-    "zsseg": ZSSeg,
-    "zegformer": ZegFormer,
-    "freeseg": FreeSeg,
-    "maft": FreeSeg,
 }
 
 # The side that the released configurations for COCO-Stuff resize pictures' shorter side to.
@@ -206,7 +199,7 @@ def read_parts(
     """
     parts = split_checkpoint(state)
     parts.system = kind or parts.system
-    if parts.system not in SYSTEMS:
+    if parts.system == "prompts":
         raise LexisegError(f"{name} is a checkpoint of {parts.system}, not of ZSSeg, ZegFormer, FreeSeg or MAFT.")
     deop, odd = parts.system == "deop", list(parts.left_over)
     if deop and (parts.region_adapter is not None or parts.image_tower):
@@ -216,7 +209,8 @@ def read_parts(
         said = DECOUPLED_NAMES[parts.system]
         raise LexisegError(f"{name} looks like {said} but has tensors that {said} does not have: {', '.join(odd[:5])}.")
     clip, dropped = _clip_of(parts, clip, name=name, **sizes)
-    system, proposals = SYSTEMS[parts.system], infer_generator_options(parts.generator, **(generator or {}))
+    system = SYSTEMS["freeseg" if parts.system == "maft" else parts.system]
+    proposals = infer_generator_options(parts.generator, **(generator or {}))
     chosen = {"proposals": proposals, **(_deop_options if deop else _region_options)(parts), **(options or {})}
 
     def build(clip: CLIP) -> DecoupledModel:

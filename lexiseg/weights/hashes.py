@@ -20,10 +20,5 @@ def tensors_hash(tensors: Mapping[str, torch.Tensor]) -> str:
     for name, value in sorted(tensors.items()):
         tensor = value.detach().cpu().contiguous()
         digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
-        digest.update(_bytes(tensor))
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)  # by bytes: numpy knows no bfloat16
     return digest.hexdigest()
-
-
-def _bytes(tensor: torch.Tensor) -> memoryview:
-    # By bytes, because numpy knows no bfloat16.
-    return tensor.reshape(-1).view(torch.uint8).numpy().data

@@ -33,7 +33,7 @@ def test_catalog(name):
         assert len(info.classes) == info.num_classes
         vocabulary = info.vocabulary(synonyms=True)
         assert vocabulary.names == info.classes
-        assert {vocabulary.names[index] for index in unseen_ids(vocabulary)} == set(info.unseen)
+        assert {vocabulary.names[index] for index in unseen_ids(vocabulary)} == set(info.unseen_names())
         assert info.vocabulary(unseen="none").classes[0].seen is None
     else:
         with pytest.raises(LexisegError, match="beside its pictures"):

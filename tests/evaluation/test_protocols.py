@@ -45,7 +45,7 @@ def judge(protocol, root, answers, **options):
     segmenter = Fixed(answers)
     return run_evaluation(
         segmenter, data, name=protocol.data_set, split="val", offsets=protocol.offsets,
-        window=protocol.window_for("zegclip"), card=protocol.card(), seen_split=protocol.seen_split, progress=False,
+        window=protocol.windows.get("zegclip"), card=protocol.card(), seen_split=protocol.seen_split, progress=False,
         num_examples=1,
     ), segmenter  # fmt: skip
 
@@ -202,11 +202,11 @@ def test_nothing_is_seen_or_unseen_across_data_sets(clean, tmp_path):
 def test_every_system_of_the_papers_has_a_window(name):
     protocol = PROTOCOLS[name]
     for system in ("zegclip", "cascade-clip", "spt-seg", "deop", "zsseg", "zegformer", "freeseg"):
-        window = protocol.window_for(system)
+        window = protocol.windows.get(system)
         assert window is not None and window.short_side in (512, 640), system
     for system in ("deop", "zsseg", "zegformer"):
         side = 640 if name == "gzs-coco" and system != "deop" else 512
-        window = protocol.window_for(system)
+        window = protocol.windows.get(system)
         assert (window.size, window.short_side) == (None, side)
         assert window.long_side == (2560 if name == "gzs-coco" else 2048)
 
@@ -215,14 +215,14 @@ def test_windows_of_the_authors():
     for name, protocol in PROTOCOLS.items():
         assert protocol.name == name and data_set(protocol.data_set).num_classes
         for system in ("zegclip", "cascade-clip", "spt-seg"):
-            window = protocol.window_for(system)
+            window = protocol.windows.get(system)
             assert (window.size, window.stride, window.short_side, window.antialias) == (512, 426, 512, False)
-        assert protocol.window_for("dense-clip") is None
-    whole = find_protocol("a-847").window_for("freeseg")
+        assert protocol.windows.get("dense-clip") is None
+    whole = find_protocol("a-847").windows.get("freeseg")
     assert (whole.size, whole.short_side, whole.long_side) == (None, 640, 2560)
-    assert find_protocol("a-847").window_for("deop").long_side == 2048
-    assert find_protocol("gzs-coco").window_for("zsseg").short_side == 640
-    assert find_protocol("gzs-voc").window_for("zsseg").short_side == 512
+    assert find_protocol("a-847").windows.get("deop").long_side == 2048
+    assert find_protocol("gzs-coco").windows.get("zsseg").short_side == 640
+    assert find_protocol("gzs-voc").windows.get("zsseg").short_side == 512
     with pytest.raises(LexisegError, match="did you mean 'voc-20'"):
         find_protocol("voc20")
 
@@ -283,9 +283,9 @@ def test_templates_of_the_authors():
     for name, templates in {"gzs-voc": SINGLE_TEMPLATE, "voc-20": SINGLE_TEMPLATE, "gzs-coco": PAPER_TEMPLATES,
                             "gzs-context": PAPER_TEMPLATES, "pc-59": PAPER_TEMPLATES, "pc-459": None, "a-150": None,
                             "a-847": None}.items():  # fmt: skip
-        assert find_protocol(name).templates_for("cascade-clip") == templates, name
-        assert find_protocol(name).templates_for("deop") is None
-    assert find_protocol("gzs-coco").templates_for("zegformer") == ("A photo of a {} in the scene",)
+        assert find_protocol(name).templates.get("cascade-clip") == templates, name
+        assert find_protocol(name).templates.get("deop") is None
+    assert find_protocol("gzs-coco").templates.get("zegformer") == ("A photo of a {} in the scene",)
 
 
 @pytest.mark.parametrize(

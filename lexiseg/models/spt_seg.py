@@ -68,11 +68,12 @@ class SpectralFilter(nn.Module):
         if grid == self.grid:
             return weight
         rows, columns = (torch.arange(count, device=weight.device) for count in (grid[0], grid[1] // 2 + 1))
-        row = torch.where(2 * rows < grid[0], rows, rows - grid[0]) * (self.grid[0] / grid[0])
+        # In this order: ONNX's exporter takes no factor that is a ratio of sizes known only when the graph runs.
+        row = torch.where(2 * rows < grid[0], rows, rows - grid[0]) * self.grid[0] / grid[0]
         low = row.floor().long()
         fraction = (row - low)[:, None, None, None]
         weight = weight[low % self.grid[0]].lerp(weight[(low + 1) % self.grid[0]], fraction)
-        column = (columns * (self.grid[1] / grid[1])).clamp(max=weight.shape[1] - 1)
+        column = (columns * self.grid[1] / grid[1]).clamp(max=weight.shape[1] - 1)
         low = column.floor().long()
         high = (low + 1).clamp(max=weight.shape[1] - 1)
         return weight[:, low].lerp(weight[:, high], (column - low)[:, None, None])

@@ -24,26 +24,26 @@ HEAD = """\
 # The papers' claims
 
 Made by `benchmarks/claims.py`; do not edit by hand. Each row trains two systems with the same seeds, on the recipes
-`one-stage-picture-world` and `decoupled-picture-world`, which start and train as the papers do, and judges them on the
-same scenes of a drawn world: it says whether a phenomenon shows here, and nothing about photographs. The interval is of
-95 %, from 2,000 draws of seeds and scenes in pairs. A claim about something that is trained needs two seeds and the
-recipes' full steps to be decided; one that trains nothing has no seeds, and its interval is of the scenes alone. Rows
-are in `results/claims.json`, those of the proposals in `results/proposals.json`.
+`one-stage-picture-world` and `decoupled-picture-world`, which start and train as the papers do, and evaluates them on
+the same scenes of a synthetic world: it shows whether an effect appears here, and says nothing about photographs. The
+intervals are 95 % intervals from 2,000 paired bootstrap samples of seeds and scenes. A claim about something that is
+trained is decided only with two seeds and the recipes' full steps; one that trains nothing has no seeds, and its
+interval covers the scenes alone. Rows are in `results/claims.json`, those of the proposals in `results/proposals.json`.
 
 ```bash
 python -m benchmarks.claims --list
-make reproduce CLAIM=nga                          # one claim at a small size, in minutes: does it run, not does it hold
-python -m benchmarks.claims nga --runs runs/claims --split test   # in full, five seeds; may be stopped, and shared
+make reproduce CLAIM=nga                          # one claim at a small size, in minutes: checks that it runs
+python -m benchmarks.claims nga --runs runs/claims --split test   # in full, five seeds; may be stopped and resumed
 ```
 
-The CLIP is `clip-world2`, which learnt whole pictures and captions alone ([its gates](results/gates.json)). One-stage
-systems see 6,000 pictures of 165 classes, far fewer than it would take until their loss stands still, so that all
-values are low: **a row says which of two systems learns more from so little**, and where both have next to no seen IoU,
-it says nothing of what a finished training forgets. "Scenes" of a row are spread evenly over its split.
+The CLIP is `clip-world2`, trained on whole pictures and captions alone ([its gates](results/gates.json)). One-stage
+systems are trained on 6,000 pictures of 165 classes, far too few to converge, so all values are low: **a row shows
+which of two systems learns more from so little data**; if both have almost no seen IoU, it does not show what a
+converged training forgets. The scenes of a row are evenly spaced over its split.
 
-Where a row is "undecided" its interval holds zero, or it has too few seeds. No claims are tested of the
-[training-free methods](results/training-free.md) and of
-[CAT-Seg](picture-world.md#the-papers-claims-in-miniature), whose rows are elsewhere. The claims as they were measured
+A row is "undecided" if its interval contains zero or it has too few seeds. Claims about the
+[training-free methods](results/training-free.md) and
+[CAT-Seg](picture-world.md#the-papers-claims-in-miniature) are not tested here. The earlier measurements
 [on the first world](picture-world.md#the-papers-claims-in-miniature) are withdrawn.
 """
 

@@ -1,4 +1,4 @@
-"""Files of the Hugging Face hub, and what to tell people where it is out of reach."""
+"""Files of the Hugging Face hub, and the error messages if it cannot be reached."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def download(
     reason = _unreachable(constants.ENDPOINT)
     if reason:
         raise LexisegError(
-            f"Cannot download '{name}': {constants.ENDPOINT} is out of reach ({reason}); "
+            f"Cannot download '{name}': {constants.ENDPOINT} cannot be reached ({reason}); "
             f"check the network, or {advice}."
         )
     for filename in filenames:

@@ -46,8 +46,8 @@ def picture_world_model(source: object) -> bool:
     if _is_drawn(source):
         return False
     warnings.warn(
-        "This model knows nothing but the drawn scenes that lexiseg carries (its picture world), so its labels of "
-        "other pictures mean little; use a model with real weights, as `lexiseg models` lists.",
+        "This model knows only the drawn scenes of lexiseg's picture world, so its labels of other pictures mean "
+        "little; use a model with real weights, see `lexiseg models`.",
         LexisegWarning,
         stacklevel=2,
     )

@@ -166,8 +166,8 @@ def watching() -> Iterator[None]:
         if count() == 1 or not any(word in text for word in ("gloo", "NCCL", "onnection", "Socket")):
             raise
         raise PeerError(
-            "Another process of this run ended or did not answer, so this one stops as well; what it said is above, "
-            "and --resume goes on."
+            "Another process of this run ended or did not answer, so this one stops too; see its message above, "
+            "and continue with --resume."
         ) from error
 
 

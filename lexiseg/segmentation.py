@@ -84,7 +84,7 @@ class Segmentation:
                     f"The {what} are of size {tuple(other.shape[-2:])}, the label map of {tuple(labels.shape)}."
                 )
         if sum(self._counts[0]) + self.num_ignored != self._labels.size:
-            raise LexisegError(f"The label map holds ids that are none of the {counted(self.num_classes, 'class')}.")
+            raise LexisegError(f"The label map holds ids outside the {counted(self.num_classes, 'class')}.")
 
     @classmethod
     def from_coco(cls, dataset: Mapping[str, Any], image_id: int | None = None) -> Segmentation:
@@ -164,7 +164,7 @@ class Segmentation:
                 raise LexisegError(f"There is no class '{shorten(index)}' in this result; see its `classes`.")
             index = self.classes.index(index)
         if not isinstance(index, int) or isinstance(index, bool):
-            raise LexisegError(f"A class is called by its name or its number, not {describe(index)}.")
+            raise LexisegError(f"A class is given by its name or its number, not {describe(index)}.")
         if not 0 <= index < self.num_classes:
             raise LexisegError(f"There is no class {describe(index)}; the result has {self.num_classes}.")
         return index

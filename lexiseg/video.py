@@ -158,7 +158,7 @@ def _decoded(av: Any, container: Any, stream: Any) -> Iterator[Any]:
     try:
         yield from container.decode(stream)
     except av.FFmpegError as error:
-        raise LexisegError(f"The video breaks off ({printable(str(error))}); what was read before is kept.") from error
+        raise LexisegError(f"The video ends early ({printable(str(error))}); the frames before are kept.") from error
 
 
 class _Labels:
@@ -174,7 +174,7 @@ class _Labels:
         self.current: NDArray[np.integer] | None = None
         self._mean: Scores | None = None
         if options.smooth and vocabulary.background.kind == "threshold":
-            raise LexisegError("Smoothing knows no background below a score; name a class for it.")
+            raise LexisegError("Smoothing does not support a background threshold; name a background class instead.")
 
     def make(self, pixels: NDArray[np.uint8]) -> None:
         """Segment a frame (H, W, 3)."""
@@ -199,7 +199,7 @@ def _blended(before: Scores, now: Scores, weight: float) -> Scores:
     if isinstance(before, GridScores) and isinstance(now, GridScores):
         now.logits = weight * before.logits + (1 - weight) * now.logits
         return now
-    raise LexisegError("Smoothing works for systems that score patches, not for those with proposals; leave it out.")
+    raise LexisegError("Smoothing works for systems that score patches, not for those with proposals; remove it.")
 
 
 class _Overlay:
@@ -253,7 +253,7 @@ def _is_begun(path: Path, head: dict[str, Any]) -> bool:
     with path.open("rb") as file, suppress(ValueError, KeyError, TypeError):
         while (content := _next_line(file)) is not None:
             if lines == 0 and content != head:
-                raise LexisegError(f"'{path}' is of another model, other classes or settings; choose another folder.")
+                raise LexisegError(f"'{path}' was written with other classes or settings; choose another folder.")
             if lines and not isinstance(content["frame"] + 1, int):
                 break
             lines, whole = lines + 1, file.tell()

@@ -170,7 +170,7 @@ class Vocabulary:
             if kept is not said:
                 name, word = said.shared_words()[0]
                 text = f"{said.path}: the word '{word}' of the class '{name}' belongs to another class too, so it is "
-                warnings.warn(f"{text}left out; take it out of one.", LexisegWarning, stacklevel=2)
+                warnings.warn(f"{text}dropped; remove it from one.", LexisegWarning, stacklevel=2)
             folder = None if said.path is None else said.path.parent
             try:
                 classes = tuple(given.get(index) or _class_of(one, folder) for index, one in enumerate(kept.classes))

@@ -95,8 +95,8 @@ def page() -> str:
         "## In the package",
         "",
         "Trained in [the picture world](picture-world.md) by `make weights`; they know its words and drawings, not "
-        "photographs. *hIoU* is that of the recipe on 200 test scenes, the mean over the number of seeds in brackets "
-        "([all results](results/picture-world.md)); the hash is SHA-256 of the safetensors file.",
+        "photographs. *hIoU* is the recipe's on 200 test scenes, averaged over the number of seeds in brackets "
+        "([all results](results/picture-world.md)); the hash is the SHA-256 of the safetensors file.",
         "",
         "| name | how trained | hIoU | size | hash |",
         "|---|---|---|---|---|",
@@ -104,13 +104,12 @@ def page() -> str:
         "",
         LICENCE,
         "",
-        "## Weights that others publish",
+        "## Published weights",
         "",
-        "For pictures of your own: `METHOD/NAME`, such as `naclip/ViT-B-16/openai`, loads them and needs no training "
-        "([Your own photographs](photographs.md)). *Permissive* says whether the licence lets anybody use them for "
-        "anything, *best* which method goes with them by the published figures, *auto* their place in the order in "
-        "which `--model auto` looks for them. Sizes are reckoned from the numbers of parameters. `lexiseg models "
-        "--weights` shows which of them this machine has.",
+        "For your own pictures: `METHOD/NAME`, such as `naclip/ViT-B-16/openai`, loads them; no training is needed "
+        "([Your own photographs](photographs.md)). *Permissive*: the licence allows any use. *Best*: the best method "
+        "by published results. *Auto*: the order in which `--model auto` tries them. Sizes are estimated from the "
+        "numbers of parameters. `lexiseg models --weights` shows which of them are on this machine.",
         "",
         "| name | licence | permissive | size | where from | best | auto |",
         "|---|---|---|---|---|---|---|",
@@ -118,9 +117,9 @@ def page() -> str:
         "",
         "## Convertible",
         "",
-        "`lexiseg convert FILE -o FOLDER` reads these ([how](weights.md#converting)). The authors' files were not at "
-        "hand here: the converter is tested on files of full size with random weights in their layout, and the systems "
-        "are compared with numbers that the authors' code gave ([parity](weights.md#parity-with-the-authors-code)).",
+        "`lexiseg convert FILE -o FOLDER` reads these ([details](weights.md#converting)). The authors' files were not "
+        "available: the converter is tested on full-size files with random weights in their layout, and the systems "
+        "are compared with the output of the authors' code ([parity](weights.md#parity-with-the-authors-code)).",
         "",
         "| checkpoint | becomes | layout |",
         "|---|---|---|",

@@ -32,7 +32,7 @@ def curves_figure(runs: Sequence[str | Path], metrics: Sequence[str] = tuple(MET
     """
     found = [(Path(run).resolve().name, _read(Path(run), metrics)) for run in runs]
     if not found:
-        raise LexisegError("There is no run to draw; name the folder of one, or of several.")
+        raise LexisegError("No run was given; name the folder of one or more runs.")
     figure = new_figure(4.2 * len(metrics), 3.4)
     panels = figure.subplots(1, len(metrics), squeeze=False)[0]
     for panel, metric in zip(panels, metrics, strict=True):
@@ -57,7 +57,7 @@ def _read(run: Path, metrics: Sequence[str]) -> list[dict[str, float]]:
         records = read_lines(path)
     except OSError as error:
         raise LexisegError(
-            f"'{run}' holds no log of a training, '{_LOG}' ({error.strerror}); give the folder of a run."
+            f"'{run}' has no training log, '{_LOG}' ({error.strerror}); give the folder of a run."
         ) from error
     lines = []
     for record in records:

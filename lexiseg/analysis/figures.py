@@ -133,8 +133,8 @@ def compare_figure(segmenters: Sequence[Segmenter], image: str | Path, classes: 
 def cka_figure(segmenter: Segmenter, images: Sequence[str | Path], before: Segmenter | None = None) -> Figure:
     """Alignment of the blocks of a tower with each other, before and after training (Cascade-CLIP, Fig. 4).
 
-    Linear CKA of the patches of all pictures. "Before" is the CLIP inside the model without what was learnt beside it,
-    or ``before``'s tower. A model that learnt nothing inside its tower has one map only. Raises LexisegError if a
+    Linear CKA of the patches of all pictures. "Before" is the CLIP inside the model without what was learned beside it,
+    or ``before``'s tower. A model that learned nothing inside its tower has one map only. Raises LexisegError if a
     picture is wrong, or training changed CLIP itself and ``before`` is missing.
     """
     if not images:
@@ -142,8 +142,8 @@ def cka_figure(segmenter: Segmenter, images: Sequence[str | Path], before: Segme
     model = segmenter.model
     if before is None and has_own_clip(model):
         raise LexisegError(
-            f"This {model.system} was trained with its CLIP, so that the CLIP it started from is not in it; "
-            "name that one, such as maskclip/ViT-B-16/openai, to compare with."
+            f"This {model.system} was trained together with its CLIP and does not contain the original one; name it, "
+            "such as maskclip/ViT-B-16/openai, to compare with."
         )
     after = linear_cka(_samples([_run(segmenter, image) for image in images]))
     found: list[tuple[str, Tensor]] = []
@@ -164,7 +164,7 @@ def cka_figure(segmenter: Segmenter, images: Sequence[str | Path], before: Segme
     pictures = f"{len(images)} pictures" if len(images) > 1 else Path(image_name(images[0])).name
     set_title(
         figure,
-        "How alike the blocks of the image tower are",
+        "Similarity of the blocks of the image tower",
         f"linear CKA of the patches of {pictures}; the last block is framed in red",
     )
     return figure
@@ -255,7 +255,7 @@ def _samples(found: Sequence[Blocks]) -> list[Tensor]:
 
 def _tower_words(segmenter: Segmenter) -> str:
     model = segmenter.model
-    return "tower with what was learnt in it" if learnt_in_tower(model) else f"the tower of {model.clip.name} as it is"
+    return "tower with the learned parts" if learnt_in_tower(model) else f"the tower of {model.clip.name} as it is"
 
 
 def _blocks_to_show(blocks: Sequence[int], count: int) -> list[int]:

@@ -208,14 +208,16 @@ def _checked(segmenter: Segmenter, by: ScoresBy) -> DecoupledModel:
     if not isinstance(model, DecoupledModel):
         raise LexisegError(f"{model.system} has no proposals; choose zsseg, zegformer, freeseg or deop.")
     if by == "clip" and isinstance(model, RegionModel) and model.region_encoder is None:
-        raise LexisegError("In this model the proposals decide alone and CLIP is shown none; draw by 'ensemble'.")
+        raise LexisegError("In this model the proposals alone decide, without CLIP; draw by 'ensemble'.")
     return model
 
 
 def _region_scores(segmenter: Segmenter, image: str | Path, vocabulary: Vocabulary) -> RegionScores:
     scores = segmenter.scores(image, vocabulary)
     if not isinstance(scores, RegionScores):
-        raise LexisegError("Proposals are drawn of whole pictures; this model runs in windows, remove its window_size.")
+        raise LexisegError(
+            "Proposals are drawn on whole pictures; this model runs in windows, so remove its window_size."
+        )
     return scores
 
 

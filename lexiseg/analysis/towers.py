@@ -24,7 +24,7 @@ class Blocks:
 
 
 def plain_blocks(model: SegmentationModel, images: Tensor) -> Blocks:
-    """Run the model's CLIP without anything that was learnt beside it: no prompts, no severance.
+    """Run the model's CLIP without anything that was learned beside it: no prompts, no severance.
 
     ``model``: any system with a vision transformer. ``images``: (1, 3, H, W) normalised. Raises LexisegError if the
     image tower is no vision transformer.

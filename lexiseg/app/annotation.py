@@ -73,11 +73,11 @@ class Interface:
     def __init__(self, label_config: str) -> None:
         # A document type can define entities that expand without bound; the interface needs none.
         if "<!" in label_config.replace("<!--", ""):
-            raise LexisegError("The labelling interface declares a document type or entities; take them out.")
+            raise LexisegError("The labelling interface declares a document type or entities; remove them.")
         try:
             root = ElementTree.fromstring(label_config)
         except ElementTree.ParseError as error:
-            raise LexisegError(f"The labelling interface is not XML that can be read ({error}).") from error
+            raise LexisegError(f"The labelling interface is not valid XML ({error}).") from error
         tags = {tag.tag: tag for tag in root.iter() if tag.tag in ("BrushLabels", "PolygonLabels")}
         control = next(iter(tags.values()), None)
         image = next(root.iter("Image"), None)

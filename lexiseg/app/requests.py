@@ -123,7 +123,7 @@ class ClassesRequest(BaseModel):
 def decode_picture(text: str, what: str = "The picture") -> bytes:
     """The bytes of a picture in base64, which messages call ``what``. Raises ServiceError if it is none."""
     if text.lstrip()[:8].lower().startswith(("http:", "https:", "ftp:", "file:", "s3:", "gs:")):
-        raise ServiceError(422, f"{what} is an address, and this service fetches no addresses; send it in base64.")
+        raise ServiceError(422, f"{what} is a URL, and this service does not fetch URLs; send it in base64.")
     if text.startswith("data:"):
         text = text.partition(",")[2]
     try:

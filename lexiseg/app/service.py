@@ -57,7 +57,7 @@ _ERROR: dict[int | str, dict[str, Any]] = {
         (404, "There is no such model."),
         (408, "The request arrived too slowly."),
         (413, "The request is too large."),
-        (422, "Something in the request is wrong; the sentence says what."),
+        (422, "The request is invalid; the message says why."),
         (503, "The service is busy; Retry-After says when to try again."),
         (504, "It took too long."),
     )
@@ -109,7 +109,7 @@ class Service:
         if len(exemplars) > self.settings.max_pictures:
             raise ServiceError(422, f"There are more than {self.settings.max_pictures} exemplars; send fewer.")
         if any(word.startswith(PREFIX) for one in listed for word in (one.name, *one.synonyms)):
-            raise ServiceError(422, "This service opens no files; send a picture as a class in 'exemplars'.")
+            raise ServiceError(422, "This service does not open files; send a picture as a class in 'exemplars'.")
         words = [VocabularyClass(one.name, one.synonyms, scored=one.scored) for one in listed]
         places = {word.name: place for place, word in enumerate(words)}
         for one in exemplars:
@@ -177,7 +177,7 @@ class Service:
             if any(future.done() and future.exception() for future in futures):
                 return
             if pending and await request.is_disconnected():
-                raise ServiceError(_GONE, "The client has gone.")
+                raise ServiceError(_GONE, "The client has disconnected.")
             if pending and time.monotonic() > deadline:
                 raise ServiceError(
                     504, f"It took longer than {self.settings.seconds:g} seconds; send a smaller picture."

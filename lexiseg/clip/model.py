@@ -209,7 +209,7 @@ class CLIP(nn.Module):
         return self._text.token_embedding(tokens)
 
     def encode_embeddings(self, embeddings: Tensor, end: Tensor) -> Tensor:
-        """Encode texts given as token embeddings, so that some of them can be learnt: (n, D), not normalised.
+        """Encode texts given as token embeddings, so that some of them can be learned: (n, D), not normalised.
 
         Args:
             embeddings: (n, L, W) without positions, L at most the context length; what lies behind a text's end mark

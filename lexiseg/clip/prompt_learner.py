@@ -35,7 +35,7 @@ def hide_background(images: Tensor, masks: Tensor, clip: CLIP) -> Tensor:
 
     Outside the masks (B, H, W), true or above 0 on the object, the normalised image takes the numbers of CLIP's mean,
     (0.48, 0.46, 0.41). The authors of ZSSeg, FreeSeg and DeOP fill after normalising, so this is not the mean colour,
-    which would be 0 there; their published prompts were learnt so. Images (B, 3, H, W) in 0..1 come back normalised.
+    which would be 0 there; their published prompts were learned so. Images (B, 3, H, W) in 0..1 come back normalised.
     """
     inside = normalise(images, clip.mean, clip.std)
     return torch.where((masks > 0)[:, None], inside, images.new_tensor(clip.mean)[:, None, None])

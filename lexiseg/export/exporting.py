@@ -91,7 +91,7 @@ def export(
         LexisegError: the system or its tower cannot be exported, an argument is wrong, or a library is missing.
     """
     if not isinstance(segmenter, Segmenter):
-        raise LexisegError("This model is exported already; export the one that it was made of.")
+        raise LexisegError("This model is already exported; export the original model.")
     model, folder = segmenter.model, Path(folder).expanduser()
     _check(model, folder, kind, precision)
     model.eval()  # in training some systems leave steps out
@@ -118,7 +118,7 @@ def _check(model: SegmentationModel, folder: Path, kind: str, precision: str) ->
     if (precision == "int8" and kind != "onnx") or (precision == "fp16" and kind == "torch"):
         raise LexisegError(f"The format {kind} is not written in {precision}; choose --format onnx or --dtype fp32.")
     if folder.exists() and not (folder / FILE).is_file() and (not folder.is_dir() or any(folder.iterdir())):
-        raise LexisegError(f"'{folder}' is there and not an exported model; choose another folder.")
+        raise LexisegError(f"'{folder}' exists and is not an exported model; choose another folder.")
     model.check_exportable()
     clip = model.clip
     plain = isinstance(clip._tokenizer, SimpleTokenizer) and clip._tokenizer.clean_fn is _clean_lower

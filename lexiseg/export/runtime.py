@@ -208,10 +208,10 @@ class ExportedPredictor(Predictor):
         vocabulary = self.vocabulary(classes, background=background)
         notes.one_class(vocabulary)
         if vocabulary.exemplars:
-            raise LexisegError("An exported model knows words alone; name the classes, or use the model itself.")
+            raise LexisegError("An exported model takes only words; name the classes, or use the model itself.")
         spec, words = self.model.spec, vocabulary.words
         if spec.max_words is not None and len(words) > spec.max_words:
-            raise LexisegError(f"This exported model tells {spec.max_words} words apart at most, not {len(words)}.")
+            raise LexisegError(f"This exported model takes {spec.max_words} words at most, not {len(words)}.")
         if spec.text.separate_templates and len(vocabulary.templates) != len(spec.text.templates):
             raise LexisegError(
                 f"This model has {len(spec.text.templates)} templates and {len(vocabulary.templates)} are given; "

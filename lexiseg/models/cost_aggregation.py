@@ -34,7 +34,7 @@ class AggregationOptions(WindowOptions):
         heads: attention heads of both.
         attention_window: side of the windows of the spatial aggregation, in patches.
         class_attention: of the aggregation over classes; "full" is softmax attention, the paper's ablation.
-        padding: a learnt padding token stands for each class that is missing to this number; 0 has none.
+        padding: a learned padding token stands for each class that is missing to this number; 0 has none.
         pooling: sides of the average pooling before the aggregation over classes, in training only.
         appearance_dim: width of the image guidance of the aggregation.
         text_dim: width of its text guidance.
@@ -173,7 +173,7 @@ class SpatialLayer(nn.Module):
 class ClassLayer(nn.Module):
     """Attention among the classes at each place (Sec. 3.3, class aggregation), without positions.
 
-    Missing classes up to ``padding`` take part as copies of one learnt token, so that results depend on the padding.
+    Missing classes up to ``padding`` take part as copies of one learned token, so that results depend on the padding.
     The copies are alike: one stands for all, with their number as its weight.
     """
 

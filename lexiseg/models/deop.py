@@ -53,13 +53,13 @@ class DeOPOptions(DecoupledOptions):
         alpha: of "gps": one number, or one for each severed block in their order (Table 4).
         released_residual: without visual prompts, the released encoder's factor 0.2 on the shortcut of block 11.
         heatmaps: "query" (Eq. 3 to the letter) or "query-released" (its output layer as released, with eight heads and
-            learnt projections); "conv" (Eq. 4) or "conv-released"; see `lexiseg.regions.anchors`. "none" pools under
+            learned projections); "conv" (Eq. 4) or "conv-released"; see `lexiseg.regions.anchors`. "none" pools under
             the masks themselves, which is the baseline.
         anchor_layers: K (Table 5); not of "conv-released".
         anchor_heads: attention heads of the decoders with queries.
         anchor_hidden: width of their feed-forward parts, and of the channels of "conv". None: 2 E and E, with E the
             width of CLIP's embeddings, which are the released 1024 and the paper's 512 for ViT-B/16.
-        anchor_queries: their learnt queries; None is the number of proposals.
+        anchor_queries: their learned queries; None is the number of proposals.
         anchor_dropout: their dropout.
         anchor_activation: of "conv-released".
         visual_prompts: "added", "prepended" or "none" (Table 7).

@@ -61,7 +61,7 @@ def init_matching_decoder(decoder: MaskDecoder, query_proj: nn.Linear, basis: Te
 
 @torch.no_grad()
 def silence_updates(layer: DecoderLayer) -> None:
-    """Let a layer's attention and its feed-forward part add nothing, as long as nothing is learnt."""
+    """Let a layer's attention and its feed-forward part add nothing, as long as nothing is learned."""
     for linear in (layer.out, layer.ffn_out):
         nn.init.zeros_(linear.weight)
         nn.init.zeros_(linear.bias)

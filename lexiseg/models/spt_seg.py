@@ -1,7 +1,7 @@
 """SPT-SEG: ZegCLIP with spectral prompts and a spectral guided decoder.
 
 Xu et al., "Spectral Prompt Tuning: Unveiling Unseen Classes for Zero-Shot Semantic Segmentation", AAAI 2024. This
-follows the authors' code: a learnt filter in the frequency domain is added to the patches before the first two blocks
+follows the authors' code: a learned filter in the frequency domain is added to the patches before the first two blocks
 (`SpectralFilter`; the paper's "spectral prompts" are no tokens of their own there), the decoder's layers split patches
 into high and low frequencies (`SpectralLayer`), and the structural similarity of the raw mask logits takes the place of
 the dice loss (`lexiseg.losses.ssim`). Everything else is as in ZegCLIP. The code works on a grid of 32 x 32 patches
@@ -102,7 +102,7 @@ def _filtered(z: Tensor, weights: Tensor, grid: tuple[int, int]) -> Tensor:
 
 
 class SpectralGuide(nn.Module):
-    """High and low frequencies of the patches, gated by a learnt prompt: z of patches m.
+    """High and low frequencies of the patches, gated by a learned prompt: z of patches m.
 
     One of eight heads attends within windows of 3 x 3 patches (high frequencies); seven attend from every patch to the
     3 x 3 averages of the map (low frequencies). The map is padded with zeros to whole windows, and the zeros take part,

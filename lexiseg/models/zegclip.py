@@ -1,7 +1,7 @@
 """ZegCLIP: CLIP with deep prompts, a relationship descriptor and a matching decoder, one stage from patch to mask.
 
 Zhou et al., "ZegCLIP: Towards Adapting CLIP for Zero-shot Semantic Segmentation", CVPR 2023. A frozen CLIP runs once
-with learnt prompts in every block (`VisualPrompts`, the paper's DPT); each word becomes a query that knows the image
+with learned prompts in every block (`VisualPrompts`, the paper's DPT); each word becomes a query that knows the image
 (`ZegCLIP.descriptor`, RD); a decoder matches queries with patches (`MaskDecoder`); and every class is
 judged by itself (NEL: focal and dice loss, `lexiseg.models.one_stage`).
 """

@@ -157,14 +157,14 @@ class OutputLayer(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def update(self, state: Tensor, queries: Tensor) -> Tensor:
-        """The state of the queries (B, Q, E), to which the learnt ``queries`` are added where logits are made."""
+        """The state of the queries (B, Q, E), to which the learned ``queries`` are added where logits are made."""
         asking = state + queries
         mixed = self.self_attn(asking, asking, state, need_weights=False)[0]
         return self.norm(state + self.dropout(mixed))
 
 
 class ReleasedOutputLayer(OutputLayer):
-    """The output layer as released: queries ask the patches head by head, with learnt projections."""
+    """The output layer as released: queries ask the patches head by head, with learned projections."""
 
     def __init__(self, dim: int, num_heads: int, dropout: float) -> None:
         super().__init__(dim, num_heads, dropout)
@@ -188,7 +188,7 @@ class ReleasedOutputLayer(OutputLayer):
 class ReleasedQueryAnchors(QueryAnchors):
     """The query-based heatmap decoder as released.
 
-    Eq. 3 has eight heads with learnt projections, the learnt queries and sine positions are added before it, and each
+    Eq. 3 has eight heads with learned projections, the learned queries and sine positions are added before it, and each
     head pools its own E / 8 channels of the patches, which it takes as they are.
     """
 

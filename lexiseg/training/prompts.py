@@ -36,7 +36,7 @@ _ATTEMPTS = 10
 
 
 class Prompted(nn.Module):
-    """A frozen CLIP, in evaluation mode, and the prompts that are learnt for it."""
+    """A frozen CLIP, in evaluation mode, and the prompts that are learned for it."""
 
     def __init__(self, clip: CLIP, learner: PromptLearner) -> None:
         super().__init__()

@@ -1,7 +1,7 @@
 """The authors' checkpoints of DeOP, ZSSeg, ZegFormer, FreeSeg and MAFT: recognised by their keys and taken apart.
 
 They have detectron2's layout: ``backbone.`` and ``sem_seg_head.`` are the proposal generator, ``clip_adapter.`` is CLIP
-with OpenAI's names and what was learnt around it. The parts a system adds of its own are handed on as they are; its
+with OpenAI's names and what was learned around it. The parts a system adds of its own are handed on as they are; its
 own file knows them.
 """
 
@@ -49,12 +49,12 @@ _UNUSED = re.compile(
 
 @dataclass
 class AdapterParts:
-    """A CLIP and what was learnt around it."""
+    """A CLIP and what was learned around it."""
 
     clip: dict[str, Tensor] = field(default_factory=dict)  # tensors by OpenAI's names; {} where the file has none
     # tables and prompts of the image tower (DeOP), by OpenAI-like names from ``visual.`` on
     tables: dict[str, Tensor] = field(default_factory=dict)
-    # "prefix_prompt", "suffix_prompt", "task_prompt", as far as they were learnt
+    # "prefix_prompt", "suffix_prompt", "task_prompt", as far as they were learned
     prompt: dict[str, Tensor] = field(default_factory=dict)
     non_object: Tensor | None = None  # (1, D), the row of no class; None where the file has none
 
@@ -68,7 +68,7 @@ class CheckpointParts:
     system: System
     # the proposal generator's tensors by the authors' keys, in the newest layout
     generator: dict[str, Tensor] = field(default_factory=dict)
-    # CLIP and what was learnt around it. ZegFormer's training checkpoints have no CLIP.
+    # CLIP and what was learned around it. ZegFormer's training checkpoints have no CLIP.
     adapter: AdapterParts = field(default_factory=AdapterParts)
     # the second adapter that some of ZSSeg's files hold, which classifies the crops
     region_adapter: AdapterParts | None = None
@@ -88,8 +88,8 @@ def recognise_detectron(state: Mapping[str, Tensor]) -> System | None:
         return any(key.startswith(prefixes) for key in state)
 
     if not has("backbone.stem.", HEAD):
-        learnt = has(_ADAPTER + "prompt_learner.") and has(_ADAPTER + "clip_model.")
-        return "prompts" if learnt and not has(*_DEOP) else None
+        learned = has(_ADAPTER + "prompt_learner.") and has(_ADAPTER + "clip_model.")
+        return "prompts" if learned and not has(*_DEOP) else None
     if has("IPCLIP."):
         return "maft"
     if has(*_DEOP) or any(_TABLES.fullmatch(key.removeprefix(_ADAPTER + "clip_model.")) for key in state):

@@ -210,7 +210,7 @@ def test_cka_has_one_map_where_nothing_was_learnt_and_two_where_something_was(ph
         (cka_figure(frozen, [photo], prompted), 2),
     ):
         assert sum(axes.get_xlabel() == "block" for axes in figure.axes) == maps
-    with pytest.raises(LexisegError, match="trained with its CLIP"):
+    with pytest.raises(LexisegError, match="trained together with its CLIP"):
         cka_figure(segmenter("zegclip", backbone="finetune"), [photo])
     with pytest.raises(LexisegError, match="at least one picture"):
         cka_figure(prompted, [])

@@ -112,9 +112,9 @@ def test_label_studio_polygons(client: TestClient) -> None:
     [
         ("/data/local-files/?d=../outside.png", INTERFACE, "no such file"),
         ("/data/local-files/?d=/etc/passwd", INTERFACE, "no such file"),
-        ("http://example.org/a.png", INTERFACE, "fetches no addresses"),
+        ("http://example.org/a.png", INTERFACE, "does not fetch URLs"),
         (None, INTERFACE, "no picture under 'photo'"),
-        ("x", "<View>", "not XML"),
+        ("x", "<View>", "not valid XML"),
         ("x", "<View/>", "needs an Image"),
         ("x", '<!DOCTYPE a [<!ENTITY b "c">]>' + INTERFACE, "document type"),
         ("x", INTERFACE.replace("<Label ", "<Other "), "no Label"),

@@ -173,7 +173,7 @@ def test_a_box_on_a_picture_is_a_class(running: Running) -> None:
         ({"name": "thing", "box": [9, 9, 3, 3]}, "left, top, right, bottom"),
         ({"name": "thing", "box": [5000, 5000, 6000, 6000]}, "nowhere"),
         ({"name": "", "box": box}, "class name"),
-        ({"name": "thing", "box": box, "image": "http://a/b"}, "fetches no"),
+        ({"name": "thing", "box": box, "image": "http://a/b"}, "does not fetch"),
         ({"name": "thing", "box": box, "image": b64(b"no picture")}, "picture"),
         ({"name": "thing"}, "box"),
     ):
@@ -207,7 +207,7 @@ def test_what_is_wrong_is_a_sentence_with_its_status(running: Running) -> None:
     huge = io.BytesIO()
     Image.new("L", (3000, 3000)).save(huge, "PNG")
     for change, status, says in (
-        ({"image": "http://example.org/a.png"}, 422, "fetches no addresses"),
+        ({"image": "http://example.org/a.png"}, 422, "does not fetch URLs"),
         ({"image": "%%%"}, 422, "base64"),
         ({"image": b64(b"not a picture")}, 422, "picture"),
         ({"image": b64(huge.getvalue())}, 422, "pixels"),
@@ -243,7 +243,7 @@ def test_words_of_clients_are_never_files(running: Running, tmp_path: Path) -> N
         reply = running.client.post("/v1/classes", json={"classes": text})
         assert "hunter2" not in reply.text
         if text.startswith("mug"):
-            assert_sentence(reply, 422, "opens no files")
+            assert_sentence(reply, 422, "does not open files")
         elif reply.status_code == 200:
             assert secret.name in reply.text  # the words themselves
 

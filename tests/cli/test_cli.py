@@ -76,10 +76,10 @@ def test_interruption_and_memory(call: Call, picture: Path, monkeypatch: pytest.
     assert err == "Stopped.\n"
 
     def stop_and_say(*_: object, **__: object) -> None:
-        raise KeyboardInterrupt("Stopped after step 3; --resume goes on.")  # as the trainer does
+        raise KeyboardInterrupt("Stopped after step 3; --resume continues.")  # as the trainer does
 
     monkeypatch.setattr(lexiseg.training.run, "train", stop_and_say)
-    assert call("train", "tiny") == (130, "", "Stopped after step 3; --resume goes on.\n")
+    assert call("train", "tiny") == (130, "", "Stopped after step 3; --resume continues.\n")
     monkeypatch.setattr(lexiseg, "load", burst)
     assert_sentence(*call("predict", picture, WORDS), "memory")
 

@@ -224,7 +224,7 @@ def test_top_classes_of_a_host_are_clip_s_own(picture: Path, monkeypatch: pytest
     assert isinstance(again, RegionScores)
     torch.testing.assert_close(predicted, again.class_scores)
     assert not torch.allclose(by_clip, predicted)
-    with pytest.raises(LexisegError, match="CLIP is shown none; draw by 'ensemble'"):
+    with pytest.raises(LexisegError, match="without CLIP; draw by 'ensemble'"):
         top_classes_figure(Segmenter(host("zsseg", regions="none"), disk_cache=False), picture, asked)
 
 

@@ -149,8 +149,8 @@ def test_what_an_export_does_not_do_is_a_sentence(folder: Path, exported: Any, t
     for call, sentence in (
         (lambda: lexiseg.load(folder, dtype="bf16"), "precision it was exported in"),
         (lambda: lexiseg.load(folder, device="moon").predict(picture(), CLASSES), "no device 'moon'"),
-        (lambda: exported.predict(picture(), mug), "words alone"),
-        (lambda: export(exported, tmp_path / "again"), "exported already"),
+        (lambda: exported.predict(picture(), mug), "only words"),
+        (lambda: export(exported, tmp_path / "again"), "already exported"),
     ):
         with pytest.raises(LexisegError, match=sentence):
             call()

@@ -22,7 +22,7 @@ from tests.fuzz.mutations import NASTY_TEXTS, spoil_bytes
 _SETTINGS = ("exif: raw\n", "exif: apply\n", "ignore: [1, 255]\n", "masks: NAME_mask\n", "masks: m_NAME\n", "exif: x\n")
 _NAMES = (*NASTY_TEXTS, "cafe\u0301", "CAFÉ", "train", "val", "a_mask")
 _LINES = (*NASTY_TEXTS, "a", "b.jpg", "images\\c.jpg", "../a", "", "nobody")
-# What verify calls a fault although a sample can be read, because something would be learnt or judged wrongly.
+# What verify calls a fault although a sample can be read, because something would be learned or judged wrongly.
 _STRICTER = {"damaged-picture", "damaged-label", "odd-proportions", "split-overlap", "no-labels", "class-list"}
 
 

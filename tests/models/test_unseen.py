@@ -129,7 +129,7 @@ def test_every_stage_of_the_decoupled_systems_is_among_these_recipes() -> None:
         recipe = RECIPES[name]
         assert isinstance(recipe, SegmentationRecipe)
         assert recipe.setting == "inductive" and recipe.initial in (None, *DECOUPLED)
-    # The same systems on proposals that learnt shapes outside the vocabulary.
+    # The same systems on proposals that learned shapes outside the vocabulary.
     for name in FAMILY:
         recipe = RECIPES[name]
         assert isinstance(recipe, SegmentationRecipe)

@@ -261,7 +261,7 @@ def test_curves_of_runs(tmp_path: Path) -> None:
     assert drawn == {"one": ([0, 2], [10, 20]), "two": ([0, 2], [15, 12])}
     assert main(["draw", "curves", str(tmp_path / "one"), "--metrics", "hiou", "-o", str(tmp_path / "c.png")]) == 0
     assert Image.open(tmp_path / "c.png").width > 100
-    for wrong, words in (([tmp_path / "none"], "holds no log"), ([], "no run to draw")):
+    for wrong, words in (([tmp_path / "none"], "has no training log"), ([], "No run was given")):
         with pytest.raises(LexisegError, match=words):
             curves_figure(wrong)
     with pytest.raises(LexisegError, match="measured none of miou_seen"):

@@ -93,7 +93,7 @@ def test_what_was_not_measured_is_undecided(tmp_path: Path) -> None:
     measured |= {"verdict": "holds", "world": "picture-world-2", "split": "val", "scenes": 30, "steps": 10}
     (tmp_path / "claims.json").write_text(json.dumps({MADE[0].claim: measured}))
     extra = {"system": "one-stage:zegclip", "extra": "edges", "split": "val", "time": 1.25, "seeds": 2, "scenes": 30}
-    extra |= {"values": measured["values"]["system"], "difference": 1.5, "low": 0.5, "high": 2.5}
+    extra |= {"against": "none", "values": measured["values"], "difference": 1.5, "low": 0.5, "high": 2.5}
     extras = {"rows": [extra], "command": "a command", "machine": {"processor": "a processor"}}
     (tmp_path / "extras.json").write_text(json.dumps(extras))
     text = page(collect(tmp_path))
@@ -109,8 +109,10 @@ def test_extras_fit_any_system() -> None:
     found = {extra: labels_of(segmenter, image, vocabulary, extra) for extra in EXTRAS}
     assert torch.equal(found["none"], segmenter.predict(image, vocabulary).label_map.long())
     assert torch.equal(found["edges"], segmenter.refined("edges").predict(image, vocabulary).label_map.long())
-    for extra in EXTRAS[1:]:
+    for extra in EXTRAS[1:6]:
         assert 0.6 < (found[extra] == found["none"]).float().mean() < 1, extra
+    alone = lexiseg.load("naclip/clip-emoji", device="cpu").predict(image, vocabulary).label_map
+    assert (found["frozen alone"] == alone).float().mean() > 0.95
     # The border has one look alone.
     assert torch.equal(found["shift"][:3], found["none"][:3]) and not torch.equal(found["shift"], found["shift+edges"])
 

@@ -65,7 +65,7 @@ def test_segments_have_the_shape_of_the_hugging_face_pipeline() -> None:
 
 
 def test_wrong_parts_are_refused() -> None:
-    with pytest.raises(LexisegError, match="none of the 3 classes"):
+    with pytest.raises(LexisegError, match="outside the 3 classes"):
         small(label_map=torch.full((2, 4), 7))
     with pytest.raises(LexisegError, match="scores are of size"):
         small(scores=torch.zeros(3, 3))

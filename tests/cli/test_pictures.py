@@ -107,7 +107,7 @@ def test_instances_are_regions(predict: Call, folder: Path, tmp_path: Path) -> N
     }
     assert count["regions"] >= count["classes"]
     for more, words in (
-        (["--instances", "cat"], "none of them"),
+        (["--instances", "cat"], "'cat' is not one of the classes"),
         (["--instances", "dog", "--save", "labels"], "affects none"),
     ):
         code, _, err = predict(picture, WORDS, *["--save", "coco", *more])

@@ -70,7 +70,7 @@ def test_prepare_unpacks_again_what_was_removed(clean, tmp_path):
     assert step.what.startswith("unpacked all.zip") and verify("voc2012", root, workers=1).findings == ()
     (root / VOC / f"JPEGImages/{NAME}.jpg").unlink()
     (step,) = prepare("voc2012", root)
-    assert "1 files, " in step.what
+    assert "1 file, " in step.what
     assert prepare("voc2012", root) == []
 
 

@@ -401,6 +401,6 @@ def test_command(clean, tmp_path, capsys, monkeypatch):
     assert found["protocol"]["num_classes"] == 847 and found["protocol"]["offsets"] == "none"
     assert found["metrics"]["hiou"] is None and "one name" in found["protocol"]["protocol"]["words"]
     assert main(["evaluate", root, "--protocol", "voc-20", "--split", "train", *small]) == 2
-    assert "leave out --split" in capsys.readouterr().err
+    assert "drop --split" in capsys.readouterr().err
     assert main(["evaluate", "nowhere", "--protocol", "voc-20", *small]) == 2
     assert "voc2012" in capsys.readouterr().err

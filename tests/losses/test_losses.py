@@ -81,7 +81,7 @@ def test_autocast_changes_nothing() -> None:
 def test_wrong_labels_are_refused() -> None:
     with pytest.raises(LexisegError, match="label is 5 but there are 3 classes"):
         mask_losses(torch.zeros(1, 3, 2, 2), torch.full((1, 2, 2), 5))
-    with pytest.raises(LexisegError, match="do not belong together"):
+    with pytest.raises(LexisegError, match="do not match"):
         mask_losses(torch.zeros(1, 3, 2, 2), torch.zeros(2, 2, 2, dtype=torch.long))
 
 

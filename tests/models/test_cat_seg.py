@@ -227,7 +227,7 @@ def test_templates_stay_apart_as_channels() -> None:
     text = model.embed_text(segmenter.embedder, vocabulary)
     assert text.shape == (2, 2, DIM)
     torch.testing.assert_close(model.training_text(vocabulary, text), text, rtol=1e-4, atol=1e-5)
-    with pytest.raises(LexisegError, match="has 2 templates and 1 are given"):
+    with pytest.raises(LexisegError, match="has 2 templates, but 1 were given"):
         model.embed_text(segmenter.embedder, Vocabulary.parse("cat", templates=["a {}"]))
 
 

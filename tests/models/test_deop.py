@@ -354,7 +354,7 @@ def test_the_map_loss_in_parts_equals_the_plain_one(monkeypatch: pytest.MonkeyPa
 def test_the_map_loss_without_proposals_and_with_wrong_shapes() -> None:
     empty = torch.zeros(1, 0, 4), torch.zeros(1, 0, 3, 3)
     assert torch.isfinite(region_map_losses(*empty, torch.zeros(1, 6, 6, dtype=torch.long)).total)
-    with pytest.raises(LexisegError, match="do not belong together"):
+    with pytest.raises(LexisegError, match="do not match"):
         region_map_losses(torch.zeros(1, 2, 4), torch.zeros(1, 3, 3, 3), torch.zeros(1, 6, 6, dtype=torch.long))
 
 

@@ -303,7 +303,7 @@ def test_a_hub_out_of_reach(monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(LexisegError) as error:
             start_proposals(generator, source)
         said = str(error.value)
-        assert f"Cannot download '{name}'" in said and "out of reach" in said and "\n" not in said
+        assert f"Cannot download '{name}'" in said and "cannot be reached" in said and "\n" not in said
         assert "--set proposals_from=PATH" in said and "--set proposals_from=null" in said
         assert describe_start(generator, source).endswith("(not on this machine yet, to be downloaded)")
 

@@ -207,7 +207,7 @@ def test_sizes_of_the_published_generators() -> None:
 def test_what_does_not_fit() -> None:
     generator = make("mask2former")
     images = torch.randn(1, 3, 32, 32)
-    with pytest.raises(LexisegError, match="looks at the words"):
+    with pytest.raises(LexisegError, match="reads the words"):
         generator(images)
     with pytest.raises(LexisegError, match="width 12, but got 5"):
         generator(images, torch.randn(3, 5))

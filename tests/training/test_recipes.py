@@ -148,7 +148,7 @@ def test_the_window_of_an_evaluation():
     assert window(**given) == WindowPolicy(**given)
     for wrong, words in (
         ({"long_side": 640}, "'long_side' limits the resize"),
-        ({"size": 8, "stride": 9}, "a stride of 9 leaves pixels"),
+        ({"size": 8, "stride": 9}, "a stride of 9 leaves gaps"),
         ({"size": 0}, "'size' must be at least 1"),
         ({"sise": 8}, "unknown key 'window.sise'; did you mean 'size'"),
     ):

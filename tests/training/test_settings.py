@@ -233,7 +233,7 @@ def test_the_first_stage_is_trained_with_this_data_and_clip(tmp_path: Path, clip
     wrong = recipe.model_copy(update={"initial_steps": 5})
     with pytest.raises(LexisegError, match="only 4 steps"):
         quietly(wrong, tmp_path / "other")
-    with pytest.raises(LexisegError, match="no segmentation system"):
+    with pytest.raises(LexisegError, match="does not train a segmentation system"):
         quietly(recipe.model_copy(update={"initial": "clip-emoji"}), tmp_path / "other")
 
 

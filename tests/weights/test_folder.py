@@ -62,7 +62,7 @@ def test_wrong_folders(tmp_path: Path) -> None:
         with pytest.raises(LexisegError, match=sentence):
             load_model(changed(**changes))
     (folder / "config.json").write_text("[]")
-    with pytest.raises(LexisegError, match="not a lexiseg configuration"):
+    with pytest.raises(LexisegError, match="should hold a mapping"):
         load_model(folder)
     (folder / "config.json").write_text("{")
     with pytest.raises(LexisegError, match="not readable JSON"):

@@ -170,7 +170,8 @@ def extras(results: dict[str, Any]) -> list[str]:
         "sides, and `frozen` is compared with NACLIP alone as well. Metrics are those of both sides; time is the",
         "processor time of a prediction with the extra over that without any, in one run. NACLIP was taken in place of",
         "the value path by 50 val scenes; the smoothing's settings are the package's defaults, chosen on val scenes of",
-        "another world; the means have no setting.",
+        "another world; the means have no setting. The trained systems have seen so little that NACLIP, which is not",
+        "trained, is ahead of them.",
         f"`{results['command']}`, one thread of {results['machine']['processor']}.",
         *table(titles, rows),
     ]

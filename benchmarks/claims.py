@@ -196,11 +196,12 @@ def labels_of(segmenter: Segmenter, image: Tensor, vocabulary: Vocabulary, extra
         cut = image[:, border:-border, border:-border]
         parts.append(segmenter.scores(cut, vocabulary, window=replace(policy, short_side=inner)))
         boxes.append((half, half, inner, inner))
-    if chosen[0].startswith("frozen"):
+    asks_frozen = chosen[0] in ("frozen", "frozen alone")
+    if asks_frozen:
         parts.append(frozen(segmenter.model.clip.name).scores(image, vocabulary, window=policy))
         boxes.append((0, 0, side, side))
     scores: Scores = WindowScores(parts, boxes, (side, side)) if len(parts) > 1 else parts[0]
-    if chosen[0].startswith("frozen"):
+    if asks_frozen:
         # On a lattice of quarter patches: over pixels, classes of two models that nearly tie take 30 times as long.
         scores = GridScores(scores.dense((2 * side // half, 2 * side // half)))
     return refine(scores, image, Refinement.parse("edges" if "edges" in chosen else "none"))[0]

@@ -108,6 +108,12 @@ def did_you_mean(name: str, known: Iterable[str], what: str = "there are") -> st
     return f"did you mean '{near[0]}'?" if near else f"{what} {', '.join(known)}."
 
 
+def near_names(name: str, known: Iterable[str], otherwise: str) -> str:
+    """The end of a sentence about a name that is not known: up to three near ones, else ``otherwise``."""
+    near = difflib.get_close_matches(name, list(known), n=3)
+    return f"did you mean {' or '.join(near)}?" if near else otherwise
+
+
 def refuse_unknown(value: Mapping[Any, Any], known: Sequence[str], what: str) -> None:
     """See that ``value`` has no keys but the ``known`` ones.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
@@ -22,12 +21,12 @@ from lexiseg.evaluation.run import Offsets, run_evaluation
 from lexiseg.files import new_folder
 from lexiseg.journal import Journal
 from lexiseg.pictures import WindowSource, window_policy
-from lexiseg.recipes import CatalogData, ContrastiveRecipe, EvaluationRecipe, is_recipe, list_recipes, load_recipe
+from lexiseg.recipes import CatalogData, ContrastiveRecipe, EvaluationRecipe, has_recipe_file, list_recipes, load_recipe
 from lexiseg.refine import Refinement
 from lexiseg.segmenter import Segmenter
 from lexiseg.vocabulary import TemplateSource
 from lexiseg.windows import WindowPolicy
-from lexiseg.words import shorten
+from lexiseg.words import near_names, shorten
 
 PICTURE_WORLD = "picture-world"
 DEFAULT_SIZE = 256
@@ -174,7 +173,7 @@ def _question(
 
         data = open_data_set(OWN, place, split or "val", classes=classes, synonyms=synonyms)
         return Question(place.resolve().name, data, split or "val")
-    if place is None and not is_recipe(what):
+    if place is None and not has_recipe_file(what):
         raise _neither(what)
     if classes is not None:
         raise LexisegError(f"--classes is for folders, not for '{what}'; leave it out.")
@@ -198,8 +197,7 @@ def _neither(what: str) -> LexisegError:
     folders: list[str] = []
     with suppress(OSError, ValueError):  # no usable file name
         folders = [str(path) for path in Path(what).parent.iterdir() if path.is_dir()]
-    near = difflib.get_close_matches(what, [*folders, *WORLDS, *list_recipes()], n=3)
-    hint = f"did you mean {' or '.join(near)}?" if near else "`lexiseg train --list` shows the recipes."
+    hint = near_names(what, [*folders, *WORLDS, *list_recipes()], "`lexiseg train --list` shows the recipes.")
     return LexisegError(f"There is neither a data folder nor a recipe '{shorten(what, 200)}'; {hint}")
 
 

@@ -31,7 +31,7 @@ from lexiseg.clip.resnet import attention_pool, resnet_features
 from lexiseg.clip.tower import ImageTower, block_attention, run_block
 from lexiseg.errors import LexisegError
 from lexiseg.losses.mask_aware import MaskAwareOptions, distillation_loss, iou_targets, mask_aware_loss, mask_ious
-from lexiseg.regions.encoder import RegionEncoder, RegionFeatures, RegionKind, Size
+from lexiseg.regions.encoder import OnePassEncoder, RegionKind
 from lexiseg.regions.pooling import resize_masks
 from lexiseg.strict import StrictModel
 
@@ -175,25 +175,16 @@ class AttentionOptions(StrictModel):
 
 
 @dataclass(frozen=True)
-class MaskAttention(RegionEncoder):
+class MaskAttention(OnePassEncoder):
     """Runs the tower once for all regions, by mask attention over a square picture."""
 
     kind: ClassVar[RegionKind] = "mask-attention"
     attention: AttentionOptions
 
-    def encode(
-        self,
-        clip: CLIP,
-        visual: nn.Module,
-        frame: Tensor,
-        size: Size,
-        mask_logits: Tensor,
-        chosen: Tensor | None = None,
-    ) -> RegionFeatures:
-        """See `RegionEncoder.encode`."""
+    def embed(self, clip: CLIP, visual: nn.Module, frame: Tensor, mask_logits: Tensor) -> Tensor:
+        """See `OnePassEncoder.embed`."""
         image = self.square(clip, frame)
-        regions = self.attend(visual, image, self.square_masks(visual, image, frame, mask_logits))
-        return RegionFeatures(regions, self.inside(mask_logits, frame, size, chosen))
+        return self.attend(visual, image, self.square_masks(visual, image, frame, mask_logits))
 
     def square(self, clip: CLIP, frame: Tensor) -> Tensor:
         """The frame as the square picture that mask attention sees."""

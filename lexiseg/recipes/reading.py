@@ -7,7 +7,6 @@ silently ignored costs a night of training.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -18,7 +17,7 @@ import yaml
 from lexiseg.checking import check
 from lexiseg.errors import LexisegError
 from lexiseg.recipes.schema import KINDS, Recipe
-from lexiseg.words import is_deep, shorten
+from lexiseg.words import is_deep, near_names, shorten
 
 Content: TypeAlias = dict[str, Any]
 
@@ -81,8 +80,8 @@ def list_recipes() -> list[str]:
     return list(describe_recipes())
 
 
-def is_recipe(name: str) -> bool:
-    """Whether there is a recipe or a file of that name, with or without a variant."""
+def has_recipe_file(name: str) -> bool:
+    """Whether there is a file behind a recipe's name, whatever variant it names."""
     try:
         return _find(name)[0].exists()
     except (OSError, ValueError):  # no usable file name
@@ -173,8 +172,7 @@ def _text(path: Path, name: str) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError as error:
-        near = difflib.get_close_matches(str(name), list_recipes(), n=3)
-        hint = f"did you mean {' or '.join(near)}?" if near else "`lexiseg train --list` shows those there are."
+        hint = near_names(str(name), list_recipes(), "`lexiseg train --list` shows those there are.")
         raise LexisegError(f"There is no recipe or file '{name}'; {hint}") from error
     except (OSError, UnicodeDecodeError, ValueError) as error:
         raise LexisegError(f"The recipe '{name}' cannot be read as text; give a YAML file.") from error

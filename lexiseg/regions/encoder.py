@@ -89,6 +89,27 @@ class RegionEncoder(ABC):
 
         return masks
 
+
+class OnePassEncoder(RegionEncoder):
+    """Encodes any number of regions by one run of the tower."""
+
+    @abstractmethod
+    def embed(self, clip: CLIP, visual: nn.Module, frame: Tensor, mask_logits: Tensor) -> Tensor:
+        """All regions, (B, N, D), not normalised; the arguments are those of `encode`."""
+
+    def encode(
+        self,
+        clip: CLIP,
+        visual: nn.Module,
+        frame: Tensor,
+        size: Size,
+        mask_logits: Tensor,
+        chosen: Tensor | None = None,
+    ) -> RegionFeatures:
+        """See `RegionEncoder.encode`; all regions are embedded, whichever are chosen."""
+        regions = self.embed(clip, visual, frame, mask_logits)
+        return RegionFeatures(regions, self.inside(mask_logits, frame, size, chosen))
+
     def inside(self, mask_logits: Tensor, frame: Tensor, size: Size, chosen: Tensor | None) -> Tensor:
         """Whether a region, of those chosen, has a pixel above the threshold in the picture: (B, N) bool."""
         batch, count = mask_logits.shape[:2]

@@ -11,30 +11,21 @@ from torch.nn import functional as F
 from lexiseg.clip.embeddings import patch_embeddings
 from lexiseg.clip.model import CLIP
 from lexiseg.clip.positions import Interpolation
-from lexiseg.regions.encoder import RegionEncoder, RegionFeatures, RegionKind, Size
+from lexiseg.regions.encoder import OnePassEncoder, RegionKind
 from lexiseg.regions.pooling import mask_pool, unit_or_zero
 
 
 @dataclass(frozen=True)
-class PooledPatches(RegionEncoder):
+class PooledPatches(OnePassEncoder):
     """Pools the patches by the masks; ``positions`` is how CLIP's position table follows the frame."""
 
     kind: ClassVar[RegionKind] = "pooled"
     positions: Interpolation
 
-    def encode(
-        self,
-        clip: CLIP,
-        visual: nn.Module,
-        frame: Tensor,
-        size: Size,
-        mask_logits: Tensor,
-        chosen: Tensor | None = None,
-    ) -> RegionFeatures:
-        """See `RegionEncoder.encode`."""
+    def embed(self, clip: CLIP, visual: nn.Module, frame: Tensor, mask_logits: Tensor) -> Tensor:
+        """See `OnePassEncoder.embed`."""
         patch = clip.patch_size
         image = F.pad(frame, (0, -frame.shape[-1] % patch, 0, -frame.shape[-2] % patch))
         patches = unit_or_zero(patch_embeddings(visual, image, position_interpolation=self.positions))
         grid = (int(patches.shape[1]), int(patches.shape[2]))
-        regions = mask_pool(patches, self.small_masks(mask_logits, frame, grid), normalise=False)
-        return RegionFeatures(regions, self.inside(mask_logits, frame, size, chosen))
+        return mask_pool(patches, self.small_masks(mask_logits, frame, grid), normalise=False)

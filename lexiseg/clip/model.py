@@ -74,12 +74,18 @@ class CLIP(nn.Module):
 
     @property
     def image_tower(self) -> ImageTower:
-        """The image tower as tokens in, tokens out; a `LexisegError` if it is no plain vision transformer."""
+        """Open_clip's image tower for systems that change it or train it: prompts, masks, any block's output.
+
+        A `LexisegError` if it is not a plain vision transformer of open_clip.
+        """
         return ImageTower(self.model.visual)
 
     @property
     def patch_tower(self) -> PatchTower:
-        """The image tower block by block; a `LexisegError` if it is no plain vision transformer."""
+        """The image tower for systems that only read it, whichever library it comes from; see `PatchTower`.
+
+        A `LexisegError` if it is not a plain vision transformer.
+        """
         return OpenCLIPTower(self.image_tower)
 
     @property

@@ -21,13 +21,13 @@ from lexiseg.clip.prompt_learner import PromptLearner
 from lexiseg.clip.severance import Severance, released_residual, severance_masks, severed_attention
 from lexiseg.clip.templates import SCULPTURE
 from lexiseg.clip.text import TextEmbedder
-from lexiseg.clip.visual_prompts import AddedTables, PrependedPrompts
 from lexiseg.errors import LexisegError
 from lexiseg.losses.masks import pseudo_labels
 from lexiseg.losses.proposals import ProposalWeights
 from lexiseg.losses.regions import region_map_losses
 from lexiseg.models.base import ImageFeatures
 from lexiseg.models.decoupled import DecoupledModel, DecoupledOptions
+from lexiseg.models.deop_prompts import AddedTables, PrependedPrompts
 from lexiseg.models.options import Dropout, LossWeight, ModelOptions
 from lexiseg.proposals.base import Proposals
 from lexiseg.proposals.options import QueryOptions

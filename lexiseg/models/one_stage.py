@@ -1,8 +1,8 @@
-"""What the one-stage systems share: a place is a patch, and mask logits on the grid of patches are scores and losses.
+"""What the one-stage systems share: mask logits on the grid of patches, and the scores and losses made of them.
 
-Text-image matching decoders make such logits: class queries attend to patches, and the last attention's are the masks.
-Where the authors' code and the papers differ the code is followed, and said so at that line, because the published
-checkpoints need it.
+A decoder (`MaskDecoder`) makes such logits: class queries attend to the patches, and the attention logits of the last
+layer are the mask logits. Where the papers leave out what their numbers were measured with, the authors' code is
+followed, and the docstring there says so.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from lexiseg.scores import GridScores
 class DecoderLayer(nn.Module):
     """Cross-attention from queries to patches (ZegCLIP, Sec. 3.3), residual and norm, and an FFN likewise.
 
-    What it makes of the patches, its memory, does not depend on the queries: it is computed once for all classes. With
-    ``logits_only`` only what the mask logits need is built: the last layer's output queries are used by nobody. (The
-    authors' checkpoints carry those weights, untrained.) A subclass may give another attention.
+    The patches' keys and values, its memory, do not depend on the queries and are computed once for all classes. With
+    ``logits_only`` only what the mask logits need is built, because nothing uses the queries that the last layer would
+    return. (The authors' checkpoints hold those weights, untrained.) A subclass may have another attention.
     """
 
     def __init__(self, dim: int, num_heads: int, ffn_ratio: float, dropout: float, *, logits_only: bool) -> None:
@@ -42,7 +42,7 @@ class DecoderLayer(nn.Module):
         self.build_attention(dim)
 
     def build_attention(self, dim: int) -> None:
-        """Make the maps of the attention."""
+        """Make the linear maps of the attention."""
         self.query, self.key = nn.Linear(dim, dim), nn.Linear(dim, dim)
         if not self.logits_only:
             self.value = nn.Linear(dim, dim)
@@ -60,13 +60,13 @@ class DecoderLayer(nn.Module):
         patches = memory[0]
         scale = (queries.shape[-1] // self.num_heads) ** -0.5 / self.num_heads
         mapped = self.query(queries) * scale
-        # (A graph that is made for any number of queries takes the way that suits fewer queries than patches.)
+        # (An exported graph, whose number of queries is open, takes the branch for fewer queries than patches.)
         if not torch.compiler.is_compiling() and mapped.shape[1] >= patches.shape[1]:
             return mapped @ self.key(patches).transpose(1, 2)
         return (mapped @ self.key.weight) @ patches.transpose(1, 2) + (mapped @ self.key.bias)[..., None]
 
     def attend(self, queries: Tensor, memory: tuple[Tensor, ...], dropout: float) -> Tensor:
-        """What queries (B, C, D) get from the patches, before the output map."""
+        """The patches' values that queries (B, C, D) attend to, (B, C, D), before the output projection."""
         query, key, value = (
             x.unflatten(2, (self.num_heads, -1)).transpose(1, 2) for x in (self.query(queries), *memory[1:])
         )
@@ -119,15 +119,15 @@ class OneStageOptions(WindowOptions):
 
     Attributes:
         seen_offset: subtracted from the score of seen classes; the released code uses 0.1, and 0 after self-training.
-        mask_size: side that masks of square images are upsampled to before the sigmoid (released: 512); None is the
-            images' own size, as for images of other shapes.
+        mask_size: side that the masks of square images are upsampled to before the sigmoid (released: 512); None, and
+            any image that is not square, takes the image's own size.
         mask_loss: "focal" judges each class by itself (ZegCLIP's non-mutually exclusive loss, Sec. 3.2); with
             "cross-entropy" classes exclude each other, as in ZegCLIP's ablation: softmax, in loss and scores.
         mask_weight: factor on the mask loss (focal: Cascade-CLIP's Table 18 compares 10, 50, 100 and 150).
         dice_weight: factor on the dice loss, or on what takes its place.
         mean: mean of the images, RGB in 0..1; None is CLIP's. (Released: ImageNet's.)
         std: standard deviation of the images, RGB in 0..1; None is CLIP's.
-        antialias: whether the resize before prediction smooths what it shrinks; the authors' (mmcv's) does not.
+        antialias: whether images are shrunk with antialiasing before prediction; the authors' (mmcv's) resize does not.
     """
 
     weights_depend_on = frozenset({"mean", "std"})
@@ -174,7 +174,7 @@ class OneStageModel(SegmentationModel):
         return size if side is None or size[0] != size[1] else (side, side)
 
     def seen_offsets(self, seen: Tensor | None, text: Tensor) -> Tensor | None:
-        """What is subtracted from the score of each word, (W,), or None for nothing."""
+        """What is subtracted from the score of each word, (W,), or None."""
         if seen is None or not self.options.seen_offset:
             return None
         return seen.to(text.device).float() * self.options.seen_offset
@@ -203,9 +203,9 @@ class OneStageModel(SegmentationModel):
     def losses(self, images: Tensor, labels: Tensor, text: Tensor, *, seen: Tensor | None = None) -> dict[str, Tensor]:
         """Losses of the class masks (ZegCLIP, Sec. 3.2; Cascade-CLIP, Eq. 3); see `SegmentationModel.losses`.
 
-        Inductive: ``text`` holds the seen classes, ``labels`` their ranks, and pixels of unseen classes are 255 before
-        they get here. Self-training: ``text`` holds all classes and ``seen`` says which had masks; pixels of other
-        classes, or -1, get the model's own best unseen class.
+        Inductive: ``text`` holds the seen classes, ``labels`` index it, and pixels of unseen classes are already 255.
+        Self-training: ``text`` holds all classes and ``seen`` says which had masks; pixels of the others, or -1, are
+        labelled with the unseen class that the model itself scores highest there.
         """
         features = self.encode_images(images)
         logits = self.grid_logits(features, text)

@@ -1,9 +1,12 @@
 """ZegCLIP: CLIP with deep prompts, a relationship descriptor and a matching decoder, one stage from patch to mask.
 
 Zhou et al., "ZegCLIP: Towards Adapting CLIP for Zero-shot Semantic Segmentation", CVPR 2023. A frozen CLIP runs once
-with learned prompts in every block (`VisualPrompts`, the paper's DPT); each word becomes a query that knows the image
-(`ZegCLIP.descriptor`, RD); a decoder matches queries with patches (`MaskDecoder`); and every class is
-judged by itself (NEL: focal and dice loss, `lexiseg.models.one_stage`).
+with learned prompts in every block (`PromptTokens`, the paper's DPT); each word becomes a query that knows the image
+(`ZegCLIP.descriptor`, RD); a decoder matches queries with patches (`MaskDecoder`); and every class is judged by itself
+(NEL: focal and dice loss, `OneStageModel.losses`).
+
+Read `ZegCLIP.encode_images` and `ZegCLIP.grid_logits`, which are the forward pass; `OneStageModel` turns its logits
+into scores and losses. Cascade-CLIP and SPT-SEG subclass `ZegCLIP` and override its small methods.
 """
 
 from __future__ import annotations
@@ -26,7 +29,7 @@ from lexiseg.models.one_stage import DecoderLayer, MaskDecoder, OneStageModel, O
 from lexiseg.models.options import Count, Dropout, ModelOptions
 from lexiseg.models.similarity_init import init_matching_decoder, patch_directions
 
-_CLASS_CHUNK = 4096
+_CLASS_CHUNK = 4096  # classes decoded at once at prediction, which bounds the memory of a large vocabulary
 
 
 class ZegCLIPOptions(OneStageOptions):
@@ -35,15 +38,17 @@ class ZegCLIPOptions(OneStageOptions):
     Attributes:
         backbone: "prompt" keeps CLIP frozen and learns prompts; the baselines are "fixed", frozen without prompts, and
             "finetune".
-        num_prompts: prompts a block (10 on VOC, 35 on Context, 100 on COCO-Stuff; Fig. 6).
-        prompt_depth: see `VisualPrompts`; None is deep, in every block. Of Table 8, "1" is 0, "1-3" 2, "4-12" -9.
+        num_prompts: prompts per block (10 on VOC, 35 on Context, 100 on COCO-Stuff; Fig. 6).
+        prompt_depth: which blocks get prompts, see `PromptTokens`; None is all of them. Table 8's blocks "1", "1-3" and
+            "4-12" are 0, 2 and -9.
         prompt_dropout: dropout on the prompts.
-        descriptor: make queries of [t * cls, t] (Sec. 3.3); False, the paper's ablation, of the text t alone.
+        descriptor: make queries from [t * cls, t] (Sec. 3.3); False, the paper's ablation, from the text t alone.
         decoder_layers: layers of a decoder.
         decoder_heads: its attention heads.
         ffn_ratio: hidden width of its feed-forward part over its width.
         dropout: dropout in the decoder.
-        init: "random" is released; "clip-similarity" suits short trainings, see `lexiseg.models.similarity_init`.
+        init: how the decoder starts: "random", as in the released code, or "clip-similarity", which suits short
+            trainings, see `lexiseg.models.similarity_init`.
         class_embedding_twice: add the class embedding twice, as the released code does and its checkpoints need; a
             model trained here does better without.
         position_interpolation: how position embeddings follow the resolution.
@@ -68,12 +73,15 @@ class ZegCLIPOptions(OneStageOptions):
     }
 
 
-class VisualPrompts(nn.Module):
+class PromptTokens(nn.Module):
     """P prompts for each of several blocks, with one linear map shared by all (Sec. 3.2: deep prompt tuning).
 
     With a ``depth`` n > 0, "deep", fresh prompts enter blocks 0 to n, their outputs are thrown away each time, and
     later blocks have none. n = 0, "shallow": prompts enter block 0 and pass through all. n < 0, "reverse": fresh
     prompts enter the last |n| blocks only (Appendix B). A depth that does not fit the tower is a `LexisegError`.
+
+    Attributes:
+        norm: applied to all tokens behind the last block, in front of CLIP's own (`ZegCLIP.project_tokens`).
     """
 
     def __init__(self, num_prompts: int, tower: ImageTower, depth: int, dropout: float) -> None:
@@ -104,7 +112,11 @@ class VisualPrompts(nn.Module):
         return {first + index: row[None] for index, row in enumerate(rows)}
 
     def hook(self) -> BeforeBlock:
-        """Make the function that puts the prompts into an image tower, as keys and values where no output is kept."""
+        """Make the function that puts the prompts into an image tower, see `BeforeBlock`.
+
+        Deep prompts are keys and values only, which comes to the same as dropping their outputs and costs less; shallow
+        ones become tokens behind the class token.
+        """
         prompts = self()
 
         def before_block(index: int, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -118,17 +130,27 @@ class VisualPrompts(nn.Module):
 
 
 class Head(NamedTuple):
-    """A decoder, the linear map that makes its queries of descriptors or text, and the name of the patches it sees."""
+    """A decoder and what it is given.
+
+    Attributes:
+        decoder: matches queries with patches.
+        query_proj: linear map from descriptors, or text, to queries.
+        feature: key in `ImageFeatures.values` of the patches it matches.
+    """
 
     decoder: MaskDecoder
     query_proj: nn.Linear
-    patches: str
+    feature: str
 
 
 class ZegCLIP(OneStageModel):
     """ZegCLIP and its one-stage baselines; a `LexisegError` says that the options do not fit the tower.
 
-    Features hold ``cls`` (B, D), the class embedding, and ``patches`` (B, h, w, D), both of unit length.
+    Features hold ``cls`` (B, D), the embedding of the whole image, and ``patches`` (B, h, w, D), both of unit length.
+
+    Attributes:
+        init_decoder: how a decoder starts with the option ``init`` "clip-similarity"; depends on the kind of layer.
+        frozen_prefixes: parameters whose names begin like this are not trained.
     """
 
     system: ClassVar[str] = "zegclip"
@@ -138,7 +160,7 @@ class ZegCLIP(OneStageModel):
 
     def __init__(self, clip: CLIP, options: ZegCLIPOptions | None = None, seen_names: Sequence[str] = ()) -> None:
         super().__init__(clip, options or self.parse_options({}), tuple(seen_names))
-        self.frozen: tuple[str, ...] = ("clip.",)  # how the names of parameters that do not train begin
+        self.frozen_prefixes: tuple[str, ...] = ("clip.",)
         self.build_prompts()
         self.build_heads()
         if self.options.init == "clip-similarity":
@@ -146,19 +168,19 @@ class ZegCLIP(OneStageModel):
         self.set_trainable()
 
     def build_prompts(self) -> None:
-        """Make what changes the image tower."""
+        """Make the prompts, or none."""
         options, tower = self.options, self.clip.image_tower
-        self.prompts: VisualPrompts | None = None
+        self.prompts: PromptTokens | None = None
         if options.backbone == "prompt":
             depth = tower.num_blocks - 1 if options.prompt_depth is None else options.prompt_depth
-            self.prompts = VisualPrompts(options.num_prompts, tower, depth, options.prompt_dropout)
+            self.prompts = PromptTokens(options.num_prompts, tower, depth, options.prompt_dropout)
 
     def build_heads(self) -> None:
-        """Make what decodes: here one head."""
+        """Make the decoders and their query projections: here one of each."""
         self.query_proj, self.decoder = self.build_query_proj(), self.build_decoder()
 
     def build_query_proj(self) -> nn.Linear:
-        """Make the linear map of a head."""
+        """Make the linear map from descriptors, or text, to the queries of a head."""
         return nn.Linear((2 if self.options.descriptor else 1) * self.clip.embed_dim, self.clip.embed_dim)
 
     def build_decoder(self) -> MaskDecoder:
@@ -168,17 +190,17 @@ class ZegCLIP(OneStageModel):
         return MaskDecoder(DecoderLayer, count, dim, heads, options.ffn_ratio, options.dropout)
 
     def init_from_clip_similarity(self) -> None:
-        """Let the heads start from CLIP's own comparison of patches and words."""
+        """Let the decoder start from CLIP's own comparison of patches and words."""
         self.init_decoder(self.decoder, self.query_proj, patch_directions(self.clip.visual.proj))
 
     def trainable_names(self) -> tuple[str, ...]:
-        """All but what is `frozen`; with a fine-tuned backbone the image tower as well."""
+        """All but the `frozen_prefixes`; with a fine-tuned backbone the image tower as well."""
         tower = ("clip.model.visual.",) if self.options.backbone == "finetune" else ()
         names = (name for name, _ in self.named_parameters())
-        return tuple(name for name in names if name.startswith(tower) or not name.startswith(self.frozen))
+        return tuple(name for name in names if name.startswith(tower) or not name.startswith(self.frozen_prefixes))
 
     def before_block(self, grid: tuple[int, int]) -> BeforeBlock | None:
-        """The function that changes the tokens in front of each block, of a grid (h, w)."""
+        """What changes the tokens of a patch grid (h, w) in front of each block, or None."""
         return None if self.prompts is None else self.prompts.hook()
 
     def run_tower(self, images: Tensor, *, levels: Sequence[int] = ()) -> ImageTokens:
@@ -193,7 +215,7 @@ class ZegCLIP(OneStageModel):
             return tower.run(tokens, grid, before_block=self.before_block(grid), levels=levels)
 
     def project_tokens(self, result: ImageTokens) -> tuple[Tensor, Tensor]:
-        """Turn the tower's last tokens into unit vectors: class embedding (B, D) and patches (B, N, D)."""
+        """Turn the tower's last tokens into unit vectors: class token (B, D) and patches (B, N, D), without prompts."""
         tokens = result.tokens if self.prompts is None else self.prompts.norm(result.tokens)
         tokens = unit(self.clip.image_tower.project(tokens))
         return tokens[:, 0], tokens[:, -result.num_patches :]
@@ -210,24 +232,24 @@ class ZegCLIP(OneStageModel):
         return [Head(self.decoder, self.query_proj, "patches")]
 
     def descriptor(self, cls: Tensor, text: Tensor) -> Tensor:
-        """Relationship descriptor [t * cls, t] of class embeddings (B, D) and text (C, D): (B, C, 2 D) (Sec. 3.3)."""
+        """Relationship descriptor [t * cls, t] of images ``cls`` (B, D) and text (C, D): (B, C, 2 D) (Sec. 3.3)."""
         text = text.to(cls.dtype)[None]
         return torch.cat([text * cls[:, None], text.expand(cls.shape[0], -1, -1)], dim=-1)
 
     def queries(self, cls: Tensor, text: Tensor) -> list[Tensor]:
-        """Class queries (B, C, D) of each of the `heads`, of class embeddings (B, D) and text (C, D)."""
+        """Class queries (B, C, D) of each of the `heads`, of images ``cls`` (B, D) and text (C, D)."""
         inputs = self.descriptor(cls, text) if self.options.descriptor else text.to(cls.dtype)[None]
         return [head.query_proj(inputs).expand(cls.shape[0], -1, -1) for head in self.heads()]
 
     def grid_logits(self, features: ImageFeatures, text: Tensor) -> Tensor:
         """Mask logits (B, C, h, w), summed over the heads; see `OneStageModel.grid_logits`."""
         cls, heads = features.values["cls"], self.heads()
-        grid = tuple(features.values[heads[0].patches].shape[1:3])
-        memories = [head.decoder.project_memory(features.values[head.patches]) for head in heads]
+        grid = tuple(features.values[heads[0].feature].shape[1:3])
+        memories = [head.decoder.project_memory(features.values[head.feature]) for head in heads]
 
         def decode(part: Tensor) -> Tensor:
             triples = zip(heads, self.queries(cls, part), memories, strict=True)
-            # A sum, not a mean, and no loss of its own for any head.
+            # Several heads are Cascade-CLIP's: a sum, not a mean, and no loss of its own for any head.
             return reduce(torch.add, (head.decoder(queries, memory) for head, queries, memory in triples)).float()
 
         if self.training or text.shape[0] <= _CLASS_CHUNK:

@@ -18,8 +18,8 @@ from lexiseg.clip.severance import (
     severed_attention,
     token_weights,
 )
-from lexiseg.clip.visual_prompts import AddedTables, PrependedPrompts
 from lexiseg.errors import LexisegError
+from lexiseg.models.deop_prompts import AddedTables, PrependedPrompts
 from tests.towers import small_clip
 
 DEPTH = 4

@@ -45,7 +45,7 @@ class TestCascadeCLIP(SystemTester):
         with torch.no_grad():
             features = model.encode_images(images)
             for head, queries in zip(model.heads(), model.queries(features.values["cls"], text), strict=True):
-                parts.append(head.decoder(queries, head.decoder.project_memory(features.values[head.patches])))
+                parts.append(head.decoder(queries, head.decoder.project_memory(features.values[head.feature])))
         torch.testing.assert_close(torch.stack(parts).sum(0).unflatten(2, (5, 6)), whole)
         assert all(float(part.abs().max()) > 0 for part in parts)
 

@@ -151,7 +151,7 @@ def compare_spectral(case: Case, model: ZegCLIP, images: Tensor) -> None:
     case.check("spectral_prompt_call0_p0", added[0])
     case.check("spectral_prompt_call1_p1", added[1].transpose(0, 1))
     head = model.heads()[0]
-    memory, layer = features.values[head.patches], head.decoder.layers[0]
+    memory, layer = features.values[head.feature], head.decoder.layers[0]
     if isinstance(layer, SpectralLayer):
         guide, grid = layer.guide, (memory.shape[1], memory.shape[2])
         with torch.no_grad():
@@ -175,7 +175,7 @@ def compare_forward(case: Case, model: ZegCLIP, images: Tensor, text: Tensor) ->
         case.check("relationship_descriptor", model.descriptor(cls, text))
         logits = model.grid_logits(features, text)
         for index, (head, queries) in enumerate(zip(model.heads(), model.queries(cls, text), strict=True)):
-            memory = features.values[head.patches]
+            memory = features.values[head.feature]
             prefix = f"cascade_{index}" if isinstance(model, CascadeCLIP) else "decoder_1"
             case.check(f"q_projs_{index}_out" if isinstance(model, CascadeCLIP) else "q_proj_out", queries)
             case.check(f"{prefix}_query_in_LND", queries.transpose(0, 1))

@@ -9,7 +9,7 @@ from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 
 from lexiseg.errors import LexisegError
-from lexiseg.words import did_you_mean, shorten
+from lexiseg.words import near_names, shorten
 
 _Model = TypeVar("_Model", bound=BaseModel)
 _UNKNOWN = ("extra_forbidden", "unexpected_keyword_argument")
@@ -42,7 +42,8 @@ def _fault(error: ValidationError, schema: type[BaseModel], values: Mapping[str,
     key = ".".join(map(shorten, keys))
     if problem["type"] in _UNKNOWN:
         known = _fields(schema, keys[:-1], values)
-        return f"has the unknown {noun} '{key}'; {did_you_mean(shorten(keys[-1]), known, f'the {noun}s there are')}"
+        others = f"the {noun}s there are {', '.join(known)}."
+        return f"has the unknown {noun} '{key}'; {near_names(keys[-1], known, others, 1)}"
     if problem["type"] == "missing":
         return f"lacks the {noun} '{'.'.join(map(shorten, [*keys, str(problem['loc'][-1])]))}'."
     message = shorten(problem["msg"].removeprefix("Value error, ").rstrip("."), 1000)

@@ -102,16 +102,12 @@ def word_key(text: str) -> str:
     return " ".join(unicodedata.normalize("NFC", folded).split())
 
 
-def did_you_mean(name: str, known: Iterable[str], what: str = "there are") -> str:
-    """The end of a sentence about a name that is not known: the nearest one there is, else all of them."""
-    near = difflib.get_close_matches(name, known := list(known), n=1)
-    return f"did you mean '{near[0]}'?" if near else f"{what} {', '.join(known)}."
-
-
-def near_names(name: str, known: Iterable[str], otherwise: str) -> str:
-    """The end of a sentence about a name that is not known: up to three near ones, else ``otherwise``."""
-    near = difflib.get_close_matches(name, list(known), n=3)
-    return f"did you mean {' or '.join(near)}?" if near else otherwise
+def near_names(name: str, known: Iterable[str], otherwise: str | None = None, most: int = 3) -> str:
+    """The end of a sentence about a name that is not known: some near ones, else ``otherwise``, else all there are."""
+    near = difflib.get_close_matches(shorten(name), known := list(known), n=most, cutoff=0.5)
+    if near:
+        return f"did you mean {' or '.join(map(repr, near))}?"
+    return f"there are {', '.join(known)}." if otherwise is None else otherwise
 
 
 def refuse_unknown(value: Mapping[Any, Any], known: Sequence[str], what: str) -> None:

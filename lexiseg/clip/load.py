@@ -23,7 +23,7 @@ from lexiseg.clip.positions import resize_positions
 from lexiseg.errors import LexisegError
 from lexiseg.files import read_json
 from lexiseg.hub import download, first_line
-from lexiseg.words import printable, shorten
+from lexiseg.words import near_names, printable, shorten
 
 # A picture of 4096 pixels in patches of 16; a table of positions is not stretched further.
 _MOST_PATCHES = 256 * 256
@@ -82,12 +82,11 @@ def load_clip(name: str | Path, *, device: str | torch.device = "cpu") -> CLIP:
 def _unknown(name: str) -> str:
     known = catalog.packaged_clips() + [f"{arch}/{tag}" for arch, tag in open_clip.list_pretrained() if "ViT" in arch]
     shown = shorten(name)
-    near = difflib.get_close_matches(shown, known, n=3, cutoff=0.5)
-    if "/" not in name:
-        near = near or [f"{arch}/{tag}" for arch, tag in open_clip.list_pretrained() if arch == name][:3]
-    hint = f"did you mean {' or '.join(repr(item) for item in near)}?" if near else "for example 'ViT-B-16/openai'."
+    if get_model_config(name) is not None:  # an architecture alone, which may be far from any of its names with a tag
+        known = [one for one in known if one.startswith(f"{name}/")][:3]
     if Path(name).suffix or name.startswith((".", "/", "~")):
         return f"There is no folder '{shown}' with a CLIP in it; give a folder with {CONFIG_NAME} and {WEIGHTS_NAME}."
+    hint = near_names(name, known, "for example 'ViT-B-16/openai'.")
     return f"No CLIP is called '{shown}'; {hint}"
 
 

@@ -43,7 +43,7 @@ from lexiseg.models.dense_clip import DenseCLIP
 from lexiseg.models.region_base import RegionModel
 from lexiseg.vocabulary import PAPER_TEMPLATES, SINGLE_TEMPLATE
 from lexiseg.windows import WindowPolicy
-from lexiseg.words import did_you_mean
+from lexiseg.words import near_names
 
 ONE_STAGE = WindowPolicy(size=512, stride=426, short_side=512, antialias=False)
 """ZegCLIP's and Cascade-CLIP's code (mmsegmentation): sliding windows on a picture whose shorter side is 512."""
@@ -294,5 +294,5 @@ PROTOCOLS: Mapping[str, Protocol] = {
 def find_protocol(name: str) -> Protocol:
     """The protocol called ``name``. Raises LexisegError if there is none of that name."""
     if name not in PROTOCOLS:
-        raise LexisegError(f"There is no protocol '{name}'; {did_you_mean(name, PROTOCOLS)}")
+        raise LexisegError(f"There is no protocol '{name}'; {near_names(name, PROTOCOLS)}")
     return PROTOCOLS[name]

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-import difflib
 import re
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,8 @@ from lexiseg.hub import download
 from lexiseg.models import SYSTEMS, SegmentationModel
 from lexiseg.weights import runs
 from lexiseg.weights.auto import AUTO, pick_auto
-from lexiseg.weights.renames import renamed_options
 from lexiseg.weights.training_free import TRAINING_FREE, load_training_free
-from lexiseg.words import describe, shorten
+from lexiseg.words import describe, near_names, shorten
 
 FORMAT = 1
 WEIGHTS_NAME = "model.safetensors"
@@ -74,7 +73,7 @@ def save_model(model: SegmentationModel, folder: str | Path, *, dtype: torch.dty
     return folder
 
 
-def load_model(name: str | Path, *, device: str | torch.device = "cpu") -> SegmentationModel:
+def load_model(name: str | Path) -> SegmentationModel:
     """Load a model by name.
 
     ``name``: one of - a model that comes with lexiseg, see `list_models`; - a folder written by `save_model`; - a
@@ -102,7 +101,7 @@ def load_model(name: str | Path, *, device: str | torch.device = "cpu") -> Segme
         model = _load_hub(text.removeprefix("hf-hub:"))
     else:
         raise LexisegError(_unknown(text))
-    return model.to(device).eval()
+    return model.eval()
 
 
 def _not_a_folder(path: Path) -> str:
@@ -113,14 +112,11 @@ def _not_a_folder(path: Path) -> str:
 
 def _unknown(name: str) -> str:
     known = [entry.name for entry in list_models()] + ["naclip/ViT-B-16/openai", "auto"]
-    near = difflib.get_close_matches(shorten(name), known, n=3, cutoff=0.4)
-    hint = f"did you mean {' or '.join(repr(item) for item in near)}?" if near else f"known are {', '.join(known)}."
-    return f"No model is called '{shorten(name)}' and there is no such folder; {hint}"
+    return f"No model is called '{shorten(name)}' and there is no such folder; {near_names(name, known)}"
 
 
 def _load_hub(repository: str) -> SegmentationModel:
-    near = difflib.get_close_matches(repository, [entry.name for entry in list_models()], n=1, cutoff=0.7)
-    if near:
+    if get_close_matches(repository, [entry.name for entry in list_models()], n=1, cutoff=0.7):
         raise LexisegError(_unknown(repository))
     config = download(repository, (CONFIG_NAME,), repository)
     download(repository, (WEIGHTS_NAME,), repository)
@@ -171,7 +167,6 @@ def _load_folder(folder: Path) -> SegmentationModel:
         raise LexisegError(f"The folder '{folder}' has no {WEIGHTS_NAME}; copy the whole folder.")
     system = SYSTEMS[config["system"]]
     where = f"'{folder / CONFIG_NAME}'"
-    options = renamed_options(system.system, config["options"], where)
     reference = config["clip"]
     own_clip = "architecture" in reference
     clip = None if own_clip else _packaged_clip(reference, folder)
@@ -180,7 +175,7 @@ def _load_folder(folder: Path) -> SegmentationModel:
     def build(clip: CLIP | None) -> SegmentationModel:
         if clip is None:
             clip = build_clip(reference["architecture"], name=str(reference.get("name", "clip")))
-        return system.build(clip, options, seen_names=tuple(config.get("seen_names", ())))
+        return system.build(clip, config["options"], seen_names=tuple(config.get("seen_names", ())))
 
     def check(model: SegmentationModel) -> None:
         wanted = {key: shape for key, shape in shapes_of(model).items() if own_clip or not key.startswith(_CLIP_PREFIX)}

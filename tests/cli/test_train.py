@@ -102,8 +102,8 @@ def test_evaluate_mistakes(call: Call, tiny_model: Path, tmp_path: Path) -> None
     said = "neither a data folder nor a recipe"
     assert_sentence(*call("evaluate", "no/such/recipe", "-w", tiny_model), said, "'no/such/recipe'", "train --list")
     (tmp_path / "photos").mkdir()
-    assert_sentence(*call("evaluate", "phtos", "-w", tiny_model), said, "did you mean photos")
-    assert_sentence(*call("evaluate", "tinny", "-w", tiny_model), said, "did you mean tiny")
+    assert_sentence(*call("evaluate", "phtos", "-w", tiny_model), said, "did you mean 'photos'")
+    assert_sentence(*call("evaluate", "tinny", "-w", tiny_model), said, "did you mean 'tiny'")
     assert_sentence(*call("evaluate", "a" * 5000, "-w", tiny_model), said)
     assert_sentence(*call("evaluate", "picture-world", "-w", tiny_model, "--split", "train"), "test split")
     assert_sentence(*call("evaluate", "picture-world"), "--weights")

@@ -110,7 +110,7 @@ def test_mistakes(before, after, words):
 
 
 def test_unknown_name_and_unreadable_file(tmp_path):
-    with pytest.raises(LexisegError, match="did you mean zegclip-picture-world"):
+    with pytest.raises(LexisegError, match="did you mean 'zegclip-picture-world"):
         load_recipe("zegclip-picture-word")
     (tmp_path / "x.yaml").write_bytes(b"\xff\xfe\x00")
     for path in (tmp_path / "x.yaml", tmp_path, "a\x00b"):

@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 
 from lexiseg.clip.load import load_clip
 from lexiseg.clip.model import save_clip
-from lexiseg.errors import LexisegError, LexisegWarning
+from lexiseg.errors import LexisegError
 from lexiseg.models import DenseCLIP, ZegCLIP
-from lexiseg.weights import list_models, load_model, renames, save_model
+from lexiseg.weights import list_models, load_model, save_model
 from tests.towers import small_clip
 from tests.weights.test_one_stage_checkpoint import same, zegclip
 
@@ -89,7 +89,7 @@ def test_wrong_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("dense-clip/ViT-B-16/opnai", "known tags: openai"),
         (str(tmp_path / "a.pth"), "run `lexiseg convert"),
         (str(tmp_path / "nowhere"), "No model is called"),
-        ("qqqq", "known are zegclip-test"),
+        ("qqqq", "there are zegclip-test"),
     ):
         with pytest.raises(LexisegError, match=sentence):
             load_model(name)
@@ -137,21 +137,6 @@ def test_half_precision_on_disk(tmp_path: Path) -> None:
     save_file({**state, "extra": torch.ones(1)}, folder / "model.safetensors")
     with pytest.raises(LexisegError, match="does not fit; left over: extra"):
         load_model(folder)
-
-
-def test_old_names_are_read_and_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = zegclip()
-    folder = save_model(model, tmp_path / "model")
-    config = json.loads((folder / "config.json").read_text())
-    options = {"prompts": config["options"].pop("num_prompts"), "old": {"a": 1}, "gone": 7, **config["options"]}
-    del options["dropout"]
-    (folder / "config.json").write_text(json.dumps({**config, "options": options}))
-    changes = {"prompts": "num_prompts", "old.a": lambda value: {"dropout": value / 2}, "gone": lambda _: {}}
-    monkeypatch.setitem(renames.RENAMED_OPTIONS, "zegclip", {**changes, "old": lambda _: {}})
-    with pytest.warns(LexisegWarning, match=r"'prompts' is 'num_prompts'; 'old.a' is 'dropout'; 'gone' is gone"):
-        again = load_model(folder)
-    assert again.options.dropout == 0.5  # type: ignore[attr-defined]
-    same(again, model)
 
 
 def test_dense_clip_on_the_packaged_clip_is_the_row_of_the_results() -> None:

@@ -18,7 +18,7 @@ import yaml
 from lexiseg.errors import LexisegError
 from lexiseg.label_ids import IGNORE_INDEX, ignore_index
 from lexiseg.vocabulary import Vocabulary, VocabularyClass
-from lexiseg.words import did_you_mean, word_key
+from lexiseg.words import near_names, word_key
 
 NAMES = (
     *("voc2012", "coco-stuff-164k", "coco-object", "pascal-context-59", "pascal-context-459"),
@@ -149,7 +149,7 @@ def _unshared(words: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]
 def data_set(name: str) -> DataSetInfo:
     """What is known of the dataset called ``name``. Raises LexisegError if there is none of that name."""
     if name not in NAMES:
-        raise LexisegError(f"There is no dataset '{name}'; {did_you_mean(name, NAMES)}")
+        raise LexisegError(f"There is no dataset '{name}'; {near_names(name, NAMES)}")
     text = (resources.files("lexiseg") / "data" / "sets" / f"{name}.yaml").read_text(encoding="utf-8")
     return _read(name, yaml.safe_load(text))
 

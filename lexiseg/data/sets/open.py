@@ -19,7 +19,7 @@ from lexiseg.data.sets.own import list_own
 from lexiseg.data.sets.voc import list_voc
 from lexiseg.errors import LexisegError
 from lexiseg.vocabulary import Vocabulary, VocabularyClass
-from lexiseg.words import did_you_mean
+from lexiseg.words import near_names
 
 OWN = "own"
 """Name of a folder of one's own among the datasets."""
@@ -126,7 +126,7 @@ def list_split(
     missing are findings.
     """
     if name not in _LAYOUTS:
-        raise LexisegError(f"There is no dataset '{name}'; {did_you_mean(name, _LAYOUTS)}")
+        raise LexisegError(f"There is no dataset '{name}'; {near_names(name, _LAYOUTS)}")
     if classes is not None and name not in _TAKES_CLASSES:
         raise LexisegError(f"The classes of {name} are known, so a list of them cannot be given; leave it out.")
     if name in NAMES and split not in data_set(name).splits:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
-from lexiseg.errors import LexisegError
 from lexiseg.label_ids import IGNORE_INDEX, ignore_index
 
 if TYPE_CHECKING:
@@ -44,48 +43,11 @@ class SegmentationDataset(Protocol):
         ...
 
 
-class Subset:
-    """The samples of ``dataset`` at ``indices``, as a dataset of their own with the same vocabulary."""
-
-    def __init__(self, dataset: SegmentationDataset, indices: Sequence[int]) -> None:
-        self._dataset = dataset
-        self._indices = tuple(indices)
-
-    @property
-    def vocabulary(self) -> Vocabulary:
-        """The vocabulary of the dataset this is a part of."""
-        return self._dataset.vocabulary
-
-    def __len__(self) -> int:
-        return len(self._indices)
-
-    def __getitem__(self, index: int) -> Sample:
-        return self._dataset[self._indices[index]]
-
-    def __iter__(self) -> Iterator[Sample]:
-        return (self._dataset[index] for index in self._indices)
-
-
-def without_unseen(dataset: SegmentationDataset) -> Subset:
-    """The samples without a pixel of an unseen class: training data in the strict inductive setting.
-
-    The usual inductive setting keeps such pictures and hides those pixels; here whole pictures are left out (DeOP, Sec.
-    5.1; Cascade-CLIP, Table 2). Labels are read once each, without their pictures where the dataset offers ``label``.
-    Raises LexisegError if none is left, or a label cannot be read.
-    """
-    hidden = unseen_ids(dataset.vocabulary)
-    label_of = getattr(dataset, "label", None) or (lambda index: dataset[index].label)
-    kept = []
-    for index in range(len(dataset)):
-        found = label_of(index).unique().tolist()
-        if not set(found) & set(hidden):
-            kept.append(index)
-    if not kept:
-        raise LexisegError(
-            f"Every training picture of {len(dataset)} shows an unseen class, so nothing is left to train on; set "
-            "unseen_pictures to hide instead."
-        )
-    return Subset(dataset, kept)
+def read_label(dataset: SegmentationDataset, index: int) -> Tensor:
+    """The label of one sample, without its picture where the dataset can do so."""
+    alone = getattr(dataset, "label", None)
+    label: Tensor = dataset[index].label if alone is None else alone(index)
+    return label
 
 
 def seen_ids(vocabulary: Vocabulary) -> list[int]:

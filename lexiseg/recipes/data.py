@@ -14,6 +14,7 @@ from lexiseg.strict import StrictModel
 
 if TYPE_CHECKING:
     from lexiseg.data.base import SegmentationDataset
+    from lexiseg.data.sets.dataset import FileDataset
     from lexiseg.data.transforms import Pipeline
     from lexiseg.vocabulary import Vocabulary
 
@@ -153,12 +154,10 @@ class CatalogData(_Augmented):
 
     def open(self, split: str) -> SegmentationDataset:
         """The "train" or the "val" split. Raises LexisegError if a file of it is missing or wrong."""
-        from lexiseg.data.base import without_unseen
-
         dataset = self._open(split)
-        return without_unseen(dataset) if split == "train" and self.unseen_pictures == "drop" else dataset
+        return dataset.without_unseen() if split == "train" and self.unseen_pictures == "drop" else dataset
 
-    def _open(self, split: str) -> SegmentationDataset:
+    def _open(self, split: str) -> FileDataset:
         from lexiseg.data.sets.open import open_data_set, train_split
 
         chosen = self.train or train_split(self.source) if split == "train" else "val"

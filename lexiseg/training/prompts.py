@@ -20,8 +20,7 @@ from torch.nn import functional as F
 
 from lexiseg.clip.model import CLIP
 from lexiseg.clip.prompt_learner import PromptLearner, hide_background, save_prompts
-from lexiseg.data.base import SegmentationDataset, seen_ids
-from lexiseg.data.sets.dataset import FileDataset
+from lexiseg.data.base import SegmentationDataset, read_label, seen_ids
 from lexiseg.errors import LexisegError
 from lexiseg.losses.reduction import reduction_weight
 from lexiseg.training.engine import Task, part_of
@@ -140,8 +139,7 @@ def _choose_examples(
         if not wanted:
             break
         # Rare classes make this go through the whole set, and reading pictures would be most of the work.
-        label = dataset.label(index) if isinstance(dataset, FileDataset) else dataset[index].label
-        for class_id in label.unique().tolist():
+        for class_id in read_label(dataset, index).unique().tolist():
             rank = rank_of.get(class_id)
             if rank in wanted:
                 found.append((index, rank))

@@ -28,7 +28,7 @@ from PIL import Image
 from torch import Tensor
 
 from lexiseg.clip.text import TextEmbedder
-from lexiseg.data.base import SegmentationDataset, remap_to_seen, seen_ids
+from lexiseg.data.base import SegmentationDataset, read_label, remap_to_seen, seen_ids
 from lexiseg.data.sets.dataset import nothing_labelled
 from lexiseg.data.transforms import Pipeline
 from lexiseg.errors import LexisegError
@@ -387,13 +387,6 @@ def class_weights(
     rarity = (counts[ids][found] / counts[ids].sum()).rsqrt()
     weights[found] = (rarity / rarity.mean()).clamp(max=10).float()
     return weights
-
-
-def read_label(dataset: SegmentationDataset, index: int) -> Tensor:
-    """The label of one sample, without its picture where the dataset can do so."""
-    alone = getattr(dataset, "label", None)
-    label: Tensor = dataset[index].label if alone is None else alone(index)
-    return label
 
 
 def refuse_leaks(what: str, before: Sequence[str], now: Sequence[str], vocabulary: Vocabulary) -> None:

@@ -7,7 +7,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from lexiseg.data.base import SegmentationDataset, Subset, remap_to_seen, seen_ids, unseen_ids, without_unseen
+from lexiseg.data.base import SegmentationDataset, remap_to_seen, seen_ids, unseen_ids
 from lexiseg.data.sets.labels import LabelKind, read_values
 from lexiseg.data.sets.open import open_data_set
 from lexiseg.errors import LexisegError
@@ -54,8 +54,6 @@ def test_reads_palette_indices(root):
     assert data[1].label[0].tolist() == [0, 1, 2] and (data[1].label[1:] == 255).all()
     assert data.vocabulary.names == ("cat", "tree", "sky")
     assert seen_ids(data.vocabulary) == [0, 1] and unseen_ids(data.vocabulary) == [2]
-    part = Subset(data, [1])
-    assert len(part) == 1 and part[0].name == "two" and [s.name for s in part] == ["two"]
 
 
 def test_without_unseen_nothing_is_flagged(root):
@@ -163,8 +161,11 @@ def test_without_unseen_leaves_whole_pictures_out(tmp_path):
         miniatures.save_index(root / "masks" / f"{index}.png", miniatures.values_in(values, index))
     (root / "classes.txt").write_text("cat\ntree\nsky\n")
     (root / "train.txt").write_text("0\n1\n2\n3\n")
+    (root / "unseen.txt").write_text("cat\nsky\n")
+    assert [sample.name for sample in open_data_set("own", root, "train").without_unseen()] == ["2"]
+    (root / "train.txt").write_text("0\n1\n3\n")
     with pytest.raises(LexisegError, match="nothing is left"):
-        (root / "unseen.txt").write_text("cat\nsky\n")
-        without_unseen(Subset(open_data_set("own", root, "train"), [0, 1, 3]))
+        open_data_set("own", root, "train").without_unseen()
+    (root / "train.txt").write_text("0\n1\n2\n3\n")
     (root / "unseen.txt").write_text("sky\n")
-    assert [sample.name for sample in without_unseen(open_data_set("own", root, "train"))] == ["0", "2"]
+    assert [sample.name for sample in open_data_set("own", root, "train").without_unseen()] == ["0", "2"]

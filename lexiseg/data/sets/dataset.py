@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image
 
-from lexiseg.data.base import Sample
+from lexiseg.data.base import Sample, unseen_ids
 from lexiseg.data.sets.archive import Place, readable
 from lexiseg.data.sets.labels import UNKNOWN, LabelKind, ValueTable, read_values
 from lexiseg.errors import LexisegError
@@ -129,6 +129,22 @@ class FileDataset:
         import torch
 
         return torch.from_numpy(self._ids(self.items[index]))
+
+    def without_unseen(self) -> FileDataset:
+        """The samples without a pixel of an unseen class: training data in the strict inductive setting.
+
+        The usual inductive setting keeps such pictures and hides those pixels; here whole pictures are left out (DeOP,
+        Sec. 5.1; Cascade-CLIP, Table 2). Labels are read once each. Raises LexisegError if none is left, or a label
+        cannot be read.
+        """
+        hidden = unseen_ids(self.vocabulary)
+        items = tuple(item for item in self.items if not np.isin(self._ids(item), hidden).any())
+        if not items:
+            raise LexisegError(
+                f"Every training picture of {len(self)} shows an unseen class, so nothing is left to train on; set "
+                "unseen_pictures to hide instead."
+            )
+        return FileDataset(SplitFiles(self.split, items, self.vocabulary, self.ignore_index))
 
     @staticmethod
     def _ids(item: Item) -> NDArray[np.int64]:

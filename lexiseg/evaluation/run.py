@@ -104,8 +104,7 @@ def run_evaluation(
     for chosen in batches:  # pictures to show that were counted before a kill
         if any(index in wanted and index not in judge.examples for index in chosen):
             judge.predict(chosen, None)
-    sizes = {"smallest": list(before.smallest or ()), "largest": list(before.largest or ())}
-    facts |= {"picture_sizes": sizes, "processes": processes.count() if shared else 1}
+    facts["processes"] = processes.count() if shared else 1
     metrics = before.confusion.compute(seen_ids(judged), unseen_ids(judged))
     pictures = tuple(judge.examples[index] for index in sorted(wanted))
     return Report(metrics, before.confusion, judged, facts, before.seconds, pictures)
@@ -117,15 +116,7 @@ class Tally:
 
     confusion: Confusion
     batches: set[int] = field(default_factory=set)  # numbers of the batches they are of
-    smallest: tuple[int, int] | None = None  # the smallest (height, width), by height first; None without a picture
-    largest: tuple[int, int] | None = None  # the largest
     seconds: float = 0.0  # time the predictions took
-
-    def saw(self, size: Sequence[int]) -> None:
-        """Take a picture's (height, width) into account."""
-        height, width = size
-        self.smallest = min(self.smallest or (height, width), (height, width))
-        self.largest = max(self.largest or (height, width), (height, width))
 
     def merge(self, other: Tally) -> None:
         """Add what another process, or an earlier run, has counted. Raises LexisegError if a batch is in both."""
@@ -137,24 +128,19 @@ class Tally:
             )
         self.confusion.merge(other.confusion)
         self.batches |= other.batches
-        for size in filter(None, (other.smallest, other.largest)):
-            self.saw(size)
         self.seconds += other.seconds
 
     def to_line(self) -> dict[str, Any]:
         """All of it as JSON holds it, without the classes that do not occur."""
         counts = self.confusion.counts
         classes = {int(index): counts[:, index].tolist() for index in np.flatnonzero(counts.any(axis=0))}
-        sizes = [self.smallest, self.largest]
-        return {"batches": sorted(self.batches), "classes": classes, "sizes": sizes, "seconds": self.seconds}
+        return {"batches": sorted(self.batches), "classes": classes, "seconds": self.seconds}
 
     def merge_line(self, line: Mapping[str, Any]) -> None:
         """Add what `to_line` gave."""
         part = Tally(Confusion(self.confusion.num_classes), set(line["batches"]), seconds=float(line["seconds"]))
         for index, counts in line["classes"].items():
             part.confusion.counts[:, int(index)] = counts
-        for size in line["sizes"]:
-            part.saw(size)
         self.merge(part)
 
 
@@ -215,7 +201,6 @@ class _Judge:
                 prediction = prediction.astype(np.int64)
             if tally is not None:
                 _count(tally.confusion, sample, prediction)
-                tally.saw(sample.label.shape)
             if index in self.wanted:
                 image = sample.image.permute(1, 2, 0).numpy()
                 self.examples[index] = Example(image, sample.label.numpy(), prediction, sample.name)

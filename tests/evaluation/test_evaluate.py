@@ -129,7 +129,7 @@ def test_the_real_segmenter_and_the_protocol_card(model, tmp_path):
     assert card["dataset"] == "noise" and card["split"] == "val" and card["num_pictures"] == 4
     assert card["window"] == asdict(window) and card["templates"] == list(PAPER_TEMPLATES)
     assert card["background"]["kind"] == "none"
-    assert card["picture_sizes"] == {"smallest": [20, 30], "largest": [29, 30]} and card["seed"] == 11
+    assert card["seed"] == 11
     assert card["model"]["system"] == "zegclip" and card["model"]["clip"] == "tiny"
     assert card["model"]["weights_sha256"] == weights_hash(model) and len(weights_hash(model)) == 64
     assert card["dtype"] == "float32" and card["device"] == "cpu" and card["versions"]["torch"] == torch.__version__
@@ -210,7 +210,6 @@ def test_an_evaluation_goes_on_from_its_parts(model, tmp_path, batch_size):
     left = Noise()
     resumed = run(segmenter, left, resume=True, **options)
     assert counts(resumed) == counts(whole) and resumed.summary() == whole.summary()
-    assert resumed.protocol["picture_sizes"] == whole.protocol["picture_sizes"]
     assert [example.name for example in resumed.examples] == [example.name for example in whole.examples]
     # What was counted is not predicted again, but for the pictures that are shown.
     shown = {int(example.name.split("-")[1]) for example in whole.examples}

@@ -33,7 +33,7 @@ def measure(segmenter: Segmenter, folder: Path, spec: ExportSpec, limit: int = 2
         classes, seconds, results = Vocabulary.load(sample_classes(name)), [], []
         for predictor in (segmenter, exported):
             start = time.process_time()
-            results.append(predictor.predict(sample_path(name), classes, window=spec.policy))
+            results.append(predictor.predict(sample_path(name), classes, window=spec.window))
             seconds.append(round(time.process_time() - start, 3))
         labels, scores = (
             [np.asarray(part) for part in kind]

@@ -6,7 +6,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from lexiseg.checking import check
 from lexiseg.errors import LexisegError
@@ -18,7 +18,8 @@ from lexiseg.words import describe
 FILE = "export.json"
 FORMAT = 1
 
-Side = Annotated[int, Field(ge=1, le=65536)]
+_LONGEST = 65536
+Side = Annotated[int, Field(ge=1, le=_LONGEST)]
 Size = tuple[Side, Side]
 Deviation = Annotated[float, Field(gt=0)]
 FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,100}$")]
@@ -53,22 +54,13 @@ class Decode(StrictModel):
     seen_offset: float = 0.0  # taken off the score of words that had masks in training
 
 
-class Window(StrictModel):
-    """A `lexiseg.windows.WindowPolicy`."""
-
-    size: Side | None = None
-    stride: Annotated[int, Field(ge=0, le=65536)] = 0
-    short_side: Side | None = None
-    long_side: Side | None = None
-    antialias: bool = True
-    canvas: Size | None = None
-    whole: bool = False
-
-    @model_validator(mode="after")
-    def _check_stride(self) -> Window:
-        if self.size is not None and not 1 <= self.stride <= self.size:
-            raise ValueError(f"a stride of {self.stride} cannot cover a picture with windows of {self.size}")
-        return self
+def _check_window(window: WindowPolicy) -> WindowPolicy:
+    sides = (window.size, window.short_side, window.long_side, *(window.canvas or ()))
+    if not all(side is None or 1 <= side <= _LONGEST for side in sides):
+        raise ValueError(f"sides are from 1 to {_LONGEST} pixels")
+    if window.size is not None and not 1 <= window.stride <= window.size:
+        raise ValueError(f"a stride of {window.stride} cannot cover a picture with windows of {window.size}")
+    return window
 
 
 class Text(StrictModel):
@@ -101,7 +93,7 @@ class ExportSpec(StrictModel):
     graphs: Annotated[tuple[FileName, ...], Field(min_length=1)]  # one a size, or one for all
     sizes: tuple[Size, ...] = ()  # of the graphs; empty: any
     fit: Fit
-    window: Window
+    window: Annotated[WindowPolicy, AfterValidator(_check_window)]  # how the model is run over a picture by default
     decode: Decode
     text: Text
     seen_names: tuple[str, ...] = ()
@@ -112,11 +104,6 @@ class ExportSpec(StrictModel):
         if len(self.graphs) != max(len(self.sizes), 1):
             raise ValueError(f"{len(self.graphs)} graphs are named for {len(self.sizes)} sizes")
         return self
-
-    @property
-    def policy(self) -> WindowPolicy:
-        """How the model is run over a picture by default."""
-        return WindowPolicy(**self.window.model_dump())
 
 
 def is_export(name: object) -> bool:

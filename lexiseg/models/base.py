@@ -269,8 +269,8 @@ class SegmentationModel(nn.Module, ABC):
         """Raise LexisegError if no graph can hold what the model does."""
         if type(self).score_grid is SegmentationModel.score_grid:
             raise LexisegError(
-                f"{self.system} is a decoupled system, whose regions and crops depend on the picture, so it cannot be "
-                "exported as a fixed graph; export a one-stage or a training-free model."
+                f"{self.system} has no grid of patches that vectors of words score, so it cannot be exported as a "
+                "fixed graph; export a one-stage or a training-free model."
             )
 
     @property

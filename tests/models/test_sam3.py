@@ -16,6 +16,7 @@ from torch.nn import functional as F
 import lexiseg
 from lexiseg.errors import LexisegError
 from lexiseg.exemplars import Exemplar
+from lexiseg.export.exporting import export
 from lexiseg.models.sam3 import SAM3, SAM3Towers
 from lexiseg.segmenter import Segmenter
 from lexiseg.vocabulary import VocabularyClass
@@ -195,6 +196,8 @@ def test_wrong_words_and_templates_are_sentences(model: SAM3, tmp_path: Path) ->
     with pytest.raises(LexisegError, match="no weights of its own to save"):
         save_model(model, tmp_path / "saved")
     assert not (tmp_path / "saved").exists()
+    with pytest.raises(LexisegError, match=r"sam3 has no grid of patches .* cannot be exported"):
+        export(segmenter, tmp_path / "exported")
     with pytest.raises(LexisegError, match="training-free"):
         model.losses(images(), torch.zeros(2, 40, 56, dtype=torch.long), text(model))
 

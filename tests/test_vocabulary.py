@@ -194,7 +194,7 @@ def test_background_policies() -> None:
     assert named.palette()[2].tolist() == [0, 0, 0]
     known = Vocabulary.parse("Sky; dog", background="sky")
     assert known.names == ("Sky", "dog") and known.background_index == 0
-    assert Vocabulary.from_dict(named.to_dict()) == named
+    assert Vocabulary.parse(named.to_dict()) == named
     with pytest.raises(LexisegError, match="synonyms there"):
         Vocabulary.parse("sky; dog", background="sky, heaven")
     with pytest.raises(LexisegError, match="finite"):
@@ -270,7 +270,7 @@ def vocabularies(draw: st.DrawFn) -> Vocabulary:
 @FEW
 @given(vocabularies())
 def test_round_trips(tmp_path: Path, vocabulary: Vocabulary) -> None:
-    again = Vocabulary.from_dict(json.loads(json.dumps(vocabulary.to_dict())))
+    again = Vocabulary.parse(json.loads(json.dumps(vocabulary.to_dict())))
     assert again == vocabulary
     assert again.hash() == vocabulary.hash()
     assert Vocabulary.load(vocabulary.save(tmp_path / "v.yaml")) == vocabulary
@@ -310,7 +310,7 @@ def test_arbitrary_text_never_crashes(text: str) -> None:
     except LexisegError as error:
         assert "\n" not in str(error)
         return
-    assert Vocabulary.from_dict(vocabulary.to_dict()) == vocabulary
+    assert Vocabulary.parse(vocabulary.to_dict()) == vocabulary
 
 
 @FEW

@@ -20,6 +20,7 @@ from torchvision.transforms.v2 import functional as F
 
 from lexiseg.data.photometric import scale_contrast, scale_saturation, shift_brightness, turn_hue
 from lexiseg.label_ids import IGNORE_INDEX
+from lexiseg.normalisation import normalise
 from lexiseg.windows import working_size
 
 TRAIN_SCALE = (2048, 512)
@@ -194,14 +195,7 @@ class Normalize:
 
     def __call__(self, image: Tensor, label: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
         """Turn picture bytes into floats; the label stays."""
-        return normalize(image, self.mean, self.std), label
-
-
-def normalize(image: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Picture bytes ``(..., 3, H, W)`` to float32 with the mean removed and divided by ``std`` (0..1 units)."""
-    shape = (3, 1, 1)
-    values = image.to(torch.float32, copy=True).div_(255.0)
-    return values.sub_(torch.tensor(mean).view(shape)).div_(torch.tensor(std).view(shape))
+        return normalise(image.float() / 255, self.mean, self.std), label
 
 
 @dataclass(frozen=True)

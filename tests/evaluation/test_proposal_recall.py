@@ -101,7 +101,7 @@ class Pictures:
 
     odd = 255
 
-    vocabulary = Vocabulary.from_dict(
+    vocabulary = Vocabulary.parse(
         {"classes": [{"name": "cat", "seen": True}, {"name": "sky", "seen": True}, {"name": "sea", "seen": False}]}
     )
 

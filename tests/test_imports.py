@@ -46,7 +46,7 @@ ALLOWED: dict[str, set[str]] = {
     "fonts": {"errors", "words"},
     "overlay": {"errors", "fonts"},
     "segmentation": WORDS | PICTURES,
-    "samples": {"errors", "files", "data", "notes"},
+    "samples": {"errors"},
     "windows": {"errors"},
     "checking": {"errors", "words"},
     "processes": {"errors"},

@@ -1,4 +1,4 @@
-"""Draw the sample pictures again: ``python -m lexiseg.samples [FOLDER]``."""
+"""Draw the sample pictures that the package carries again: ``python -m scripts.draw_samples [FOLDER]``."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from lexiseg import samples
 from lexiseg.data.picture_world import render_scene
 from lexiseg.files import atomic_write, make_folder, write_text
 from lexiseg.notes import mark_drawn
@@ -39,5 +40,5 @@ def write_samples(folder: Path) -> list[Path]:
 
 
 if __name__ == "__main__":
-    for written in write_samples(Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent):
+    for written in write_samples(Path(sys.argv[1]) if len(sys.argv) > 1 else Path(samples.__file__).parent):
         print(written)

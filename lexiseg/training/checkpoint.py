@@ -1,7 +1,7 @@
 """What a training writes into its folder: checkpoints, without pickles, and the log with its sample pictures.
 
-A checkpoint is a folder with the trainable tensors and buffers of the model, the optimizer's state, every random
-generator's state and the step. Tensors are safetensors, the rest is JSON with the checksums of all of it, so that a run
+A checkpoint is a folder with the trainable tensors and buffers of the model, the optimizer's state, the random state
+of every process and the step. Tensors are safetensors, the rest is JSON with the checksums of all of it, so that a run
 never goes on with other weights than were saved. It is written under a temporary name and renamed when it is complete:
 a run killed at any moment leaves only whole checkpoints.
 """
@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import random
 import shutil
 import uuid
 from collections.abc import Mapping, Sequence
@@ -19,7 +18,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
-import numpy as np
 import torch
 from PIL import Image
 from rich.console import Console
@@ -44,32 +42,18 @@ _TEMPORARY = ".tmp-"
 _log = logging.getLogger("lexiseg")
 
 
-def capture_rng() -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The states of the torch (CPU and every CUDA device), numpy and Python generators: tensors and JSON values."""
-    tensors = {"torch": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        tensors.update({f"cuda.{index}": state for index, state in enumerate(torch.cuda.get_rng_state_all())})
-    _, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
-    tensors["numpy"] = torch.from_numpy(np.asarray(keys, dtype=np.int64))
-    version, words, gauss_next = random.getstate()
-    values = {
-        "numpy": [int(position), int(has_gauss), float(gauss)],
-        "python": [version, list(words), gauss_next],
-    }
-    return tensors, values
+def capture_rng() -> dict[str, Tensor]:
+    """The states of torch's generators, on the CPU and on every CUDA device; nothing else draws from a global one."""
+    devices = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return {"torch": torch.get_rng_state(), **{f"cuda.{index}": state for index, state in enumerate(devices)}}
 
 
-def restore_rng(tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
+def restore_rng(states: Mapping[str, Tensor]) -> None:
     """Put back what :func:`capture_rng` returned."""
-    torch.set_rng_state(tensors["torch"])
-    if torch.cuda.is_available():
-        for index in range(torch.cuda.device_count()):
-            if f"cuda.{index}" in tensors:
-                torch.cuda.set_rng_state(tensors[f"cuda.{index}"], index)
-    position, has_gauss, gauss = values["numpy"]
-    np.random.set_state(("MT19937", tensors["numpy"].numpy().astype(np.uint32), position, has_gauss, gauss))
-    version, words, gauss_next = values["python"]
-    random.setstate((version, tuple(words), gauss_next))
+    torch.set_rng_state(states["torch"])
+    for index in range(torch.cuda.device_count()):
+        if f"cuda.{index}" in states:
+            torch.cuda.set_rng_state(states[f"cuda.{index}"], index)
 
 
 def model_state(model: nn.Module, *, full: bool = False) -> dict[str, Tensor]:
@@ -121,7 +105,7 @@ def save_checkpoint(
     step: int,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
-    rng: Sequence[tuple[dict[str, Tensor], dict[str, Any]]],
+    rng: Sequence[Mapping[str, Tensor]],
     settings: Mapping[str, Any],
     keep: int = 2,
     write: bool = True,
@@ -147,9 +131,9 @@ def save_checkpoint(
         temporary.mkdir()
         _save_tensors(temporary / TENSORS, tensors)
         _save_tensors(temporary / "optimizer.safetensors", moments)
-        for rank, (generators, _) in enumerate(rng):
-            _save_tensors(temporary / f"rng-{rank}.safetensors", generators)
-        seal(temporary, {"step": step, "settings": dict(settings), "rng": [values for _, values in rng]})
+        for rank, states in enumerate(rng):
+            _save_tensors(temporary / f"rng-{rank}.safetensors", states)
+        seal(temporary, {"step": step, "settings": dict(settings)})
         if folder.exists():
             shutil.rmtree(folder)
         os.replace(temporary, folder)
@@ -194,10 +178,10 @@ def load_checkpoint(folder: Path, *, model: nn.Module, optimizer: torch.optim.Op
         # Not by torch's set_optimizer_state_dict: what no gradient has reached yet, and so has no state, would get one
         # at step 1 there, and the run would not go on bit for bit. AdamW counts steps on the CPU, wherever moments are.
         optimizer.state[parameters[name]][kind] = value if kind == "step" else _like(value, parameters[name])
+    generators = folder / f"rng-{rank}.safetensors"
     try:
-        rng = state["rng"]
-        if rank < len(rng):
-            restore_rng(read_tensors(folder / f"rng-{rank}.safetensors"), rng[rank])
+        if generators.is_file():  # there may be more processes now
+            restore_rng(read_tensors(generators))
         return int(state["step"])
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise damaged(folder / "state.json") from error

@@ -428,5 +428,5 @@ class Trainer:
                 self.task.reached(done)
                 self._engine.export(self.run_dir / "best")
         finally:
-            restore_rng(*state)
+            restore_rng(state)
             self.task.model.train()

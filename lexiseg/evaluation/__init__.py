@@ -5,17 +5,6 @@
 >>> report.summary()["miou"]
 """
 
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from lexiseg.evaluation.resolve import evaluate
+from lexiseg.evaluation.resolve import evaluate
 
 __all__ = ["evaluate"]
-
-
-def __getattr__(name: str) -> Any:
-    if name != "evaluate":
-        raise AttributeError(f"module 'lexiseg.evaluation' has no attribute '{name}'")
-    from lexiseg.evaluation.resolve import evaluate
-
-    return evaluate

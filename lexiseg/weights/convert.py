@@ -54,12 +54,6 @@ class ConversionReport:
     notes: tuple[str, ...] = ()  # what could not be read off the file and was assumed, a sentence each
     ignored: tuple[str, ...] = ()  # arguments of `convert` that were given and make no difference to such a file
 
-    def __str__(self) -> str:
-        names = {**_MODELS, "sam": "Segment Anything"}
-        what = f"{names[self.kind]} model" if self.kind in names else "CLIP"
-        sizes = f"{counted(self.num_tensors, 'tensor')}, {self.num_parameters / 1e6:.1f} M parameters"
-        return "\n".join([f"Found a {what}: {sizes}.", *self.remarks, f"Wrote {self.folder}."])
-
     @property
     def remarks(self) -> tuple[str, ...]:
         """The notes, and what was left out, a sentence each."""

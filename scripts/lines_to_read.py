@@ -40,7 +40,6 @@ INTERFACES = {
     "proposals.base says, and which its option `proposals` names and builds",
     "proposals.leftover": "proposals of our own, which no paper has and which are off by default",
     "models.maft": "MAFT, which plugs into the region models by their option of this name; read it as a system",
-    "regions.pooled": "a choice of the option `regions` that no paper of a region model has",
     "losses": "formulas, which the systems' docstrings repeat, computed with little memory and over processes",
     "models.decoupled_init": "what a training may take over from another system's model",
     "models.similarity_init": "an initial state of our own, which no paper has",

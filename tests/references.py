@@ -46,7 +46,7 @@ def pseudo_label(
     found = found.masked_fill(best < reject, ignore_index)
     trained = torch.zeros(len(scores), dtype=torch.bool, device=scores.device)
     trained[seen_ids] = True
-    return fill_unseen(label.long(), found, trained, label_void=True)
+    return fill_unseen(label.long().where(label != 255, -1), found, trained)
 
 
 def put_tensors(ours: Mapping[str, Tensor], source_of: SourceOf) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""What CLIP says of whole images or of their patches: the image tower as it is, at any resolution."""
+"""What CLIP says of whole images: the image tower as it is, at any resolution."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from torch import Tensor, nn
 
 from lexiseg.clip.positions import Interpolation
 from lexiseg.clip.resnet import attention_pool, resnet_features
-from lexiseg.clip.severance import Severance, severed_attention
 from lexiseg.clip.tower import ImageTower, run_block
 
 
@@ -29,17 +28,6 @@ def image_embeddings(
     # Of the last block only the class token is wanted: the patches are its context, and need no queries and no MLP.
     tokens = run_block(tower.visual.transformer.resblocks[last], tokens[:, :1], tokens[:, 1:])
     return tower.project(tokens)[:, 0]
-
-
-def patch_embeddings(visual: nn.Module, images: Tensor, *, position_interpolation: Interpolation = "bicubic") -> Tensor:
-    """CLIP embeddings (B, h, w, D), not normalised, of patches that the last block keeps apart (MaskCLIP's value path).
-
-    ``visual`` is a vision transformer, else a `LexisegError`; the sides of the images are multiples of its patch.
-    """
-    tower = ImageTower(visual)
-    tokens, grid = tower.embed(images, interpolation=position_interpolation)
-    result = tower.run(tokens, grid, attention=severed_attention({tower.num_blocks - 1: Severance("gps")}))
-    return tower.project(result.tokens[:, -result.num_patches :]).unflatten(1, grid)
 
 
 def whole_patches(images: Tensor, patch_size: int) -> Tensor:

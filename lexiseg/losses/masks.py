@@ -234,18 +234,16 @@ def pseudo_labels(logits: Tensor, labels: Tensor, seen: Tensor) -> Tensor:
     return fill_unseen(labels, best, seen)
 
 
-def fill_unseen(labels: Tensor, best: Tensor, seen: Tensor, *, label_void: bool = False) -> Tensor:
+def fill_unseen(labels: Tensor, best: Tensor, seen: Tensor) -> Tensor:
     """The rule of every self-training here: labels of seen classes stay, and pixels of unseen ones get another.
 
     Args:
-        labels: (..., H, W) long; ids of seen classes are kept, and 255 unless ``label_void``; all others (ids of unseen
-            classes, or -1 where only the place of unseen pixels is known) are replaced.
+        labels: (..., H, W) long; ids of seen classes and 255 are kept; all others (ids of unseen classes, or -1 where
+            only the place of unseen pixels is known) are replaced.
         best: (..., H, W) long, what they get.
         seen: (C,) bool.
-        label_void: whether 255 is replaced too, as in ZSSeg's released code.
     """
-    void = labels == ignore_index(len(seen))
-    kept = torch.zeros_like(void) if label_void else void.clone()
-    known = (labels >= 0) & (labels < len(seen)) & ~void
+    kept = labels == ignore_index(len(seen))
+    known = (labels >= 0) & (labels < len(seen))
     kept[known] = seen[labels[known]]
     return torch.where(kept, labels, best)

@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Literal
 
 import torch
 from open_clip.modified_resnet import ModifiedResNet
@@ -31,7 +31,8 @@ from lexiseg.clip.resnet import attention_pool, resnet_features
 from lexiseg.clip.tower import ImageTower, block_attention, run_block
 from lexiseg.errors import LexisegError
 from lexiseg.losses.mask_aware import MaskAwareOptions, distillation_loss, iou_targets, mask_aware_loss, mask_ious
-from lexiseg.regions.encoder import OnePassEncoder, RegionKind
+from lexiseg.proposals.base import Proposals
+from lexiseg.regions.encoder import PIXELS, RegionEncoder, RegionFeatures, Size
 from lexiseg.regions.pooling import resize_masks
 from lexiseg.strict import StrictModel
 
@@ -175,39 +176,52 @@ class AttentionOptions(StrictModel):
 
 
 @dataclass(frozen=True)
-class MaskAttention(OnePassEncoder):
+class MaskAttention(RegionEncoder):
     """Runs the tower once for all regions, by mask attention over a square picture."""
 
-    kind: ClassVar[RegionKind] = "mask-attention"
     attention: AttentionOptions
 
-    def embed(self, clip: CLIP, visual: nn.Module, frame: Tensor, mask_logits: Tensor) -> Tensor:
-        """See `OnePassEncoder.embed`."""
+    def encode(
+        self, clip: CLIP, visual: nn.Module, frame: Tensor, size: Size, mask_logits: Tensor, valid: Tensor | None
+    ) -> RegionFeatures:
+        """See `RegionEncoder.encode`; all regions are embedded, whichever are valid."""
         image = self.square(clip, frame)
-        return self.attend(visual, image, self.square_masks(visual, image, frame, mask_logits))
+        masks, found = self.square_masks(visual, image, frame, mask_logits, size)
+        return RegionFeatures(self.attend(visual, image, masks), found if valid is None else found & valid)
 
     def square(self, clip: CLIP, frame: Tensor) -> Tensor:
         """The frame as the square picture that mask attention sees."""
         side = self.attention.image_size or max(round(clip.image_size * _ATTENTION_SIDE), clip.patch_size)
         return F.interpolate(frame, size=(side, side), mode="bilinear", align_corners=False)
 
-    def square_masks(self, visual: nn.Module, image: Tensor, frame: Tensor, mask_logits: Tensor) -> Tensor:
-        """Masks (B, N, g, g) in [0, 1] on the tower's grid of the square picture."""
+    def square_masks(
+        self, visual: nn.Module, image: Tensor, frame: Tensor, mask_logits: Tensor, size: Size
+    ) -> tuple[Tensor, Tensor]:
+        """Masks (B, N, g, g) in [0, 1] on the tower's grid of the square picture, by way of every pixel of the frame.
+
+        And whether each has a pixel above the threshold in the picture of ``size``, (B, N) bool.
+        """
         side = int(image.shape[-1])
         # A ResNet halves five times: its first convolution rounds up, everything after it down.
         places = (side + 1) // 2 // 16 if isinstance(visual, ModifiedResNet) else side // ImageTower(visual).patch_size
-        return self.small_masks(mask_logits, frame, (places, places))
-
-    def start_block(self, visual: nn.Module) -> int:
-        """L for a tower."""
-        if self.attention.start_block is not None:
-            return self.attention.start_block
-        return 0 if isinstance(visual, ModifiedResNet) else round(ImageTower(visual).num_blocks * _ATTENTION_START)
+        batch, count = mask_logits.shape[:2]
+        masks = frame.new_zeros(batch, count, places, places)
+        found = torch.zeros(batch, count, dtype=torch.bool, device=frame.device)
+        step = max(PIXELS // (batch * frame.shape[-2] * frame.shape[-1]), 1)
+        for start in range(0, count, step):
+            part = slice(start, start + step)
+            large = self.upsampled(mask_logits[:, part], frame).sigmoid()
+            masks[:, part] = resize_masks(large, (places, places))
+            found[:, part] = large[..., : size[0], : size[1]].amax(dim=(2, 3)) > self.threshold
+        return masks, found
 
     def attend(self, visual: nn.Module, image: Tensor, masks: Tensor) -> Tensor:
         """Mask attention over the square picture: (B, N, D), not normalised."""
-        start, how = self.start_block(visual), self.attention.positions
-        return region_embeddings(visual, image, masks, start_block=start, position_interpolation=how)
+        start, positions = self.attention.start_block, self.attention.positions
+        if start is None:
+            resnet = isinstance(visual, ModifiedResNet)
+            start = 0 if resnet else round(ImageTower(visual).num_blocks * _ATTENTION_START)
+        return region_embeddings(visual, image, masks, start_block=start, position_interpolation=positions)
 
     def whole(self, visual: nn.Module, image: Tensor) -> Tensor:
         """The tower as it is, on the square picture: (B, D), not normalised."""
@@ -229,43 +243,46 @@ class MaftOptions(MaskAwareOptions):
 
 def maft_losses(
     encoder: MaskAttention,
+    clip: CLIP,
     student: nn.Module,
-    teacher: nn.Module,
-    image: Tensor,
-    grid_masks: Tensor,
-    masks: Iterable[Tensor],
+    frame: Tensor,
+    size: Size,
+    proposals: Proposals,
     labels: Tensor,
-    valid: Tensor | None,
     options: MaftOptions,
-    *,
-    region_probabilities: Probabilities,
-    image_probabilities: Probabilities,
+    probabilities: Probabilities,
 ) -> dict[str, Tensor]:
     """MAFT's losses of a batch (Sec. 4.2), on the masks of a frozen generator.
 
     Args:
         encoder: how regions are encoded.
+        clip: whose own image tower, frozen, is the teacher.
         student: the tower that is tuned.
-        teacher: the frozen one.
-        image: (B, 3, S, S), the square picture.
-        grid_masks: (B, N, g, g) in [0, 1], the masks as mask attention reads them.
-        masks: for each picture the masks (N, h, w) in [0, 1] at the size of its labels; asked for one after another.
+        frame: (B, 3, H', W'), see `RegionEncoder`.
+        size: (H, W) of the pictures in it.
+        proposals: regions; one that is not valid adds 0 to the loss and takes no part in the targets.
         labels: (B, h, w) long in 0..C-1, or 255; another value is a `LexisegError`.
-        valid: (B, N) bool or None; a region that is not valid adds 0 to the loss and takes no part in the targets.
         options: see `MaftOptions`.
-        region_probabilities: from region features (B, N, D) to A^c (B, N, C).
-        image_probabilities: the same of whole images (B, D) to (B, C).
+        probabilities: from features (B, N, D) of regions to A^c (B, N, C), or (B, D) of whole images to (B, C).
 
     Returns:
         "loss" and its parts, weighted: "loss_mask_aware", and "loss_distillation" unless its weight is 0.
     """
-    probabilities = region_probabilities(encoder.attend(student, image, grid_masks))
-    loss = mask_aware_step(probabilities, masks, labels, valid, options)
+    label_size = (int(labels.shape[-2]), int(labels.shape[-1]))
+    with torch.no_grad():
+        image = encoder.square(clip, frame)
+        grid_masks, _ = encoder.square_masks(student, image, frame, proposals.mask_logits, size)
+    masks = (
+        resize_masks(encoder.upsampled(one[None], frame)[..., : size[0], : size[1]].sigmoid(), label_size)[0]
+        for one in proposals.mask_logits
+    )
+    scores = probabilities(encoder.attend(student, image, grid_masks))
+    loss = mask_aware_step(scores, masks, labels, proposals.valid, options)
     losses = {"loss": loss, "loss_mask_aware": loss.detach()}
     if options.distillation:
         with torch.no_grad():
-            target = image_probabilities(encoder.whole(teacher, image))
-        own = image_probabilities(encoder.whole(student, image))
+            target = probabilities(encoder.whole(clip.visual, image))
+        own = probabilities(encoder.whole(student, image))
         distillation = options.distillation * distillation_loss(own, target)
         losses |= {"loss": loss + distillation, "loss_distillation": distillation.detach()}
     return losses
@@ -274,7 +291,7 @@ def maft_losses(
 def mask_aware_step(
     probabilities: Tensor, masks: Iterable[Tensor], labels: Tensor, valid: Tensor | None, options: MaskAwareOptions
 ) -> Tensor:
-    """The mask-aware loss of a batch; the arguments are those of `maft_losses`, and A^c (B, N, C)."""
+    """The mask-aware loss of a batch, of A^c (B, N, C) and each picture's masks (N, h, w) at the size of its labels."""
     scores, targets = [], []
     for index, mask in enumerate(masks):
         there = torch.ones_like(mask[:, 0, 0], dtype=torch.bool) if valid is None else valid[index]

@@ -26,10 +26,9 @@ from lexiseg.models.decoupled import DecoupledModel, DecoupledOptions, Size
 from lexiseg.models.maft import AttentionOptions, MaftOptions, MaskAttention, maft_losses, trainable_names
 from lexiseg.proposals.base import Proposals
 from lexiseg.regions.crops import CropEncoder, CropOptions
-from lexiseg.regions.encoder import RegionEncoder, RegionFeatures, RegionKind
+from lexiseg.regions.encoder import RegionEncoder, RegionFeatures
 from lexiseg.regions.ensemble import EnsembleOptions, class_probabilities, ensemble
-from lexiseg.regions.pooled import PooledPatches
-from lexiseg.regions.pooling import resize_masks, unit_or_zero
+from lexiseg.regions.pooling import unit_or_zero
 from lexiseg.scores import RegionScores
 from lexiseg.strict import StrictModel
 from lexiseg.vocabulary import Vocabulary
@@ -57,26 +56,22 @@ class RegionModelOptions(DecoupledOptions):
     """Options of systems that ask CLIP about each region.
 
     Attributes:
-        regions: how CLIP sees a region: "crops" (one run a region), "mask-attention" (one run for all), "pooled" (the
-            patches of one plain run whose last block keeps them apart, pooled by the mask) or "none" (the generator
-            decides alone). None is "crops". With ``maft`` both become "mask-attention", which takes their place, and
-            the last two are refused.
+        regions: how CLIP sees a region: "crops" (one run a region), "mask-attention" (one run for all) or "none" (the
+            generator decides alone, without ``maft``). None is "crops", and "mask-attention" with ``maft``, which takes
+            the place of crops that are named as well.
         crops: how crops are made.
         attention: how mask attention runs.
-        positions: how CLIP's position table follows another size than it was trained at, for crops or patches.
+        positions: how CLIP's position table follows another size than it was trained at, for crops.
         ensemble: how the generator's and CLIP's scores become one; a rule's name alone keeps the system's weight.
         region_temperature: factor on CLIP's cosines; None is ``temperature``, which is the generator's factor as well.
-
         seen_offset: subtracted from the scores of seen classes.
         prompts: learned prompts; None uses templates.
-        maft: tune a copy of CLIP's image tower to masks; None leaves it out.
-        stage: what training trains: "proposals" the generator with its class head, the no-object row and the prompts;
-            "maft" the tower's copy. "auto" is "maft" where ``maft`` is given, else "proposals".
-        criterion: weights of the losses of the stage "proposals".
-        label_void: in self-training, label pixels without any label as well.
+        maft: tune a copy of CLIP's image tower to masks, which is all that is trained then; None trains the generator
+            with its class head, the no-object row and the prompts.
+        criterion: weights of the losses of that.
     """
 
-    regions: Literal["crops", "mask-attention", "pooled", "none"] | None = None
+    regions: Literal["crops", "mask-attention", "none"] | None = None
     crops: CropOptions = CropOptions()
     attention: AttentionOptions = AttentionOptions()
     positions: Interpolation = "bicubic"
@@ -85,9 +80,7 @@ class RegionModelOptions(DecoupledOptions):
     seen_offset: Annotated[float, Field(ge=0)] = 0.0
     prompts: PromptOptions | None = None
     maft: MaftOptions | None = None
-    stage: Literal["auto", "proposals", "maft"] = "auto"
     criterion: ProposalWeights = ProposalWeights()
-    label_void: bool = False
 
     @field_validator("ensemble", mode="before")
     @classmethod
@@ -104,7 +97,7 @@ class RegionModel(DecoupledModel):
     """Proposals, CLIP's opinion of each region, and an ensemble of the two; what such systems share.
 
     Features hold, beside those of `DecoupledModel`, ``regions`` (B, N, D) and ``encoded`` (B, N), see `RegionFeatures`:
-    unless the words decide which regions there are, or which of them CLIP sees. Text is (W, D), or (W, 2, D) where the
+    unless the words decide which regions there are. Text is (W, D), or (W, 2, D) where the
     generator's words (first) differ from CLIP's. Options that contradict each other are a `LexisegError`.
 
     Attributes:
@@ -128,64 +121,37 @@ class RegionModel(DecoupledModel):
             self.prompts = PromptLearner(clip.text_width, given.prefix, given.suffix, given.task)
         self.set_trainable()
 
-    @property
-    def region_kind(self) -> RegionKind | Literal["none"]:
-        """How CLIP sees a region. MAFT takes the place of crops, also where a base model's recipe names them."""
-        kind = self.options.regions or "crops"
-        return "mask-attention" if kind == "crops" and self.options.maft is not None else kind
-
     def _make_encoder(self) -> RegionEncoder | None:
         options = self.options
+        if options.regions == "none":
+            return None
         shared = (options.crops.threshold, options.align_corners)
-        if self.region_kind == "mask-attention":
+        # Also where a base model's recipe names crops.
+        if options.regions == "mask-attention" or options.maft is not None:
             return MaskAttention(*shared, options.attention)
-        if self.region_kind == "pooled":
-            return PooledPatches(*shared, options.positions)
-        return CropEncoder(*shared, options.crops, options.positions) if self.region_kind == "crops" else None
+        return CropEncoder(*shared, options.crops, options.positions)
 
     def _check(self) -> None:
-        options, kind, classes = self.options, self.region_kind, self.generator.embed_dim is not None
-        if options.maft is not None and kind != "mask-attention":
-            raise LexisegError(f"maft tunes mask attention, not regions '{kind}'; remove one of the two.")
-        if options.stage == "maft" and options.maft is None:
-            raise LexisegError("The stage 'maft' trains what the option maft adds; give maft (it may be empty).")
-        if not classes and (kind == "none" or options.ensemble.rule == "proposal"):
+        options, alone = self.options, self.options.regions == "none"
+        if alone and options.maft is not None:
+            raise LexisegError("maft tunes mask attention, not regions 'none'; remove one of the two.")
+        if self.generator.embed_dim is None and (alone or options.ensemble.rule == "proposal"):
             raise LexisegError(
                 "These proposals have no classes, so CLIP has to classify the regions; set regions to 'crops' or "
                 "'mask-attention', and the ensemble's rule to 'region'."
             )
-        if options.crops.min_score and not (classes and kind == "crops"):
-            raise LexisegError(
-                "crops.min_score needs proposals with classes and regions 'crops', and one of the two is missing here; "
-                "remove it."
-            )
-
-    @property
-    def stage(self) -> Literal["proposals", "maft"]:
-        """What training trains."""
-        if self.options.stage == "auto":
-            return "maft" if self.options.maft is not None else "proposals"
-        return self.options.stage
 
     def trainable_names(self) -> tuple[str, ...]:
-        """The parameters of the stage, see `RegionModelOptions`; none for a generator that comes trained."""
-        if self.stage == "maft" and self.student is not None and self.options.maft is not None:
+        """Those of the tower's copy with MAFT, else of the proposals; none for a generator that comes trained."""
+        if self.student is not None and self.options.maft is not None:
             return tuple(f"student.{name}" for name in trainable_names(self.student, self.options.maft.frozen))
-        prefixes = ["generator."]
-        if self._words_matter:
-            prefixes.append("no_object")
-        if self._prompts_train():
-            prefixes.append("prompts.")
-        return tuple(name for name, _ in self.named_parameters() if name.startswith(tuple(prefixes)))
-
-    @property
-    def _words_matter(self) -> bool:
-        """Whether the proposals depend on words, so that "no object" and the prompts have something to learn from."""
-        return self.generator.embed_dim is not None or self.generator.needs_text
-
-    def _prompts_train(self) -> bool:
-        given = self.options.prompts
-        return given is not None and given.proposals and not given.frozen and self._words_matter
+        parts = ["generator."]
+        # Only where the proposals depend on words do "no object" and the prompts have something to learn from.
+        if self.generator.embed_dim is not None or self.generator.needs_text:
+            parts.append("no_object")
+            if (given := self.options.prompts) is not None and given.proposals and not given.frozen:
+                parts.append("prompts.")
+        return tuple(name for name, _ in self.named_parameters() if name.startswith(tuple(parts)))
 
     def train(self, mode: bool = True) -> RegionModel:
         """Set the training mode; the tuned tower has no dropout, and a ResNet's batch norms stay as they are."""
@@ -215,9 +181,8 @@ class RegionModel(DecoupledModel):
 
     def training_text(self, vocabulary: Vocabulary, text: Tensor) -> Tensor:
         """The text of a training step: with learned prompts that are being trained it is made anew in each."""
-        if self.prompts is None or self.stage != "proposals" or not self._prompts_train():
-            return text
-        return self.prompts(self.clip, vocabulary.words)
+        trained = self.prompts is not None and any("prompts." in name for name in self.trainable_names())
+        return self.prompts(self.clip, vocabulary.words) if self.prompts is not None and trained else text
 
     @staticmethod
     def texts(text: Tensor) -> tuple[Tensor, Tensor]:
@@ -229,21 +194,21 @@ class RegionModel(DecoupledModel):
     def encode_padded(self, padded: Tensor, size: Size) -> ImageFeatures:
         """Propose regions and encode them, as far as that does not depend on words; see the class."""
         features = super().encode_padded(padded, size)
-        if "mask_logits" in features.values and self.region_encoder is not None and not self.options.crops.min_score:
-            values = features.values
+        values = features.values
+        if "mask_logits" in values and self.region_encoder is not None:
             found = self.encode_regions(padded, size, values["mask_logits"], values.get("valid"))
             values.update(regions=found.regions, encoded=found.encoded)
         return features
 
     def encode_regions(
-        self, padded: Tensor, size: Size, mask_logits: Tensor, chosen: Tensor | None = None
+        self, padded: Tensor, size: Size, mask_logits: Tensor, valid: Tensor | None = None
     ) -> RegionFeatures:
         """What CLIP, or its tuned copy, makes of regions; see `RegionEncoder.encode`."""
         if self.region_encoder is None:
             raise ValueError("regions is 'none', so CLIP gets no regions")
         visual = self.clip.visual if self.student is None else self.student
         frame = self.clip_frame(padded, size)
-        return self.region_encoder.encode(self.clip, visual, frame, size, mask_logits, chosen)
+        return self.region_encoder.encode(self.clip, visual, frame, size, mask_logits, valid)
 
     # Scores.
 
@@ -274,23 +239,17 @@ class RegionModel(DecoupledModel):
         opinion = None if logits is None else class_probabilities(logits)
         if self.region_encoder is None:
             return ensemble(opinion, None, options.ensemble, seen=seen)
-        values, chosen, floor = features.values, proposals.valid, options.crops.min_score
-        if floor and opinion is not None:
-            good = opinion.amax(dim=-1) >= floor
-            chosen = good if chosen is None else good & chosen
+        values = features.values
         if "regions" in values:
             found = RegionFeatures(values["regions"], values["encoded"])
         else:
-            found = self.encode_regions(values["images"], features.size, proposals.mask_logits, chosen)
+            found = self.encode_regions(values["images"], features.size, proposals.mask_logits, proposals.valid)
         probabilities = self.region_probabilities(found.regions, clips, logits)
         # Mask attention says something of every region, of one without a pixel too. MAFT's final model keeps it, and so
         # does Eq. 9, where A^c = 1 for such regions would give every unseen class the largest score there is.
         kept = opinion is None or options.ensemble.rule in ("region", "paper") or options.ensemble.weight <= 0
-        encoded = None if kept and self.region_kind == "mask-attention" else found.encoded
-        scores = ensemble(
-            opinion, probabilities, options.ensemble, seen=seen, encoded=encoded, seen_mean=self.seen_mean
-        )
-        return scores if chosen is None else scores * chosen[..., None]
+        encoded = None if kept and isinstance(self.region_encoder, MaskAttention) else found.encoded
+        return ensemble(opinion, probabilities, options.ensemble, seen=seen, encoded=encoded, seen_mean=self.seen_mean)
 
     def score(
         self, features: ImageFeatures, text: Tensor, *, word_to_class: Tensor | None = None, seen: Tensor | None = None
@@ -308,7 +267,7 @@ class RegionModel(DecoupledModel):
     # Training.
 
     def losses(self, images: Tensor, labels: Tensor, text: Tensor, *, seen: Tensor | None = None) -> dict[str, Tensor]:
-        """Losses of the stage that is trained; see `SegmentationModel.losses`.
+        """Losses of what is trained; see `SegmentationModel.losses`.
 
         Labels are as large as the images, or smaller. With ``seen`` pixels of other classes, or -1, get the model's own
         best unseen class.
@@ -322,7 +281,7 @@ class RegionModel(DecoupledModel):
         padded, size = self.pad(images), (int(images.shape[-2]), int(images.shape[-1]))
         if seen is not None:
             labels = self.pseudo_labels(padded, size, labels, text, seen)
-        if self.stage == "maft":
+        if self.student is not None:
             return self.mask_aware_losses(padded, self.clip_frame(padded, size), size, labels, text)
         return self.proposal_losses(padded, size, labels, self.texts(text)[0], self.options.criterion)
 
@@ -337,26 +296,11 @@ class RegionModel(DecoupledModel):
         with torch.no_grad():
             proposals = self.propose(padded, own).detach()
             logits = None if proposals.embeddings is None else self.proposal_logits(proposals.embeddings, own)
-            image = encoder.square(self.clip, frame)
-            grid_masks = encoder.square_masks(self.student, image, frame, proposals.mask_logits)
-        label_size = (int(labels.shape[-2]), int(labels.shape[-1]))
-        masks = (
-            resize_masks(self.upsampled(one[None], padded)[..., : size[0], : size[1]].sigmoid(), label_size)[0]
-            for one in proposals.mask_logits
-        )
-        return maft_losses(
-            encoder,
-            self.student,
-            self.clip.visual,
-            image,
-            grid_masks,
-            masks,
-            labels,
-            proposals.valid,
-            options,
-            region_probabilities=lambda regions: self.region_probabilities(regions, clips, logits),
-            image_probabilities=lambda whole: self.region_probabilities(whole, clips, None),
-        )
+
+        def probabilities(features: Tensor) -> Tensor:
+            return self.region_probabilities(features, clips, logits if features.dim() == 3 else None)
+
+        return maft_losses(encoder, self.clip, self.student, frame, size, proposals, labels, options, probabilities)
 
     @torch.no_grad()
     def pseudo_labels(self, padded: Tensor, size: Size, labels: Tensor, text: Tensor, seen: Tensor) -> Tensor:
@@ -372,4 +316,4 @@ class RegionModel(DecoupledModel):
         proposals = self.proposals_of(features, self.texts(text)[0])
         scores = self.class_scores(features, proposals, text, seen)[..., unseen]
         best = self.pixel_scores(scores, proposals, features).label_map((labels.shape[-2], labels.shape[-1]))
-        return fill_unseen(labels, unseen[best], seen, label_void=self.options.label_void)
+        return fill_unseen(labels, unseen[best], seen)

@@ -16,9 +16,10 @@ MAFT's figure 6 shows it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal
+from functools import partial
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
@@ -28,7 +29,8 @@ from torch.nn import functional as F
 from lexiseg.clip.embeddings import image_embeddings
 from lexiseg.clip.model import CLIP
 from lexiseg.clip.positions import Interpolation
-from lexiseg.regions.encoder import PIXELS, RegionEncoder, RegionFeatures, RegionKind, Size
+from lexiseg.regions.encoder import PIXELS, RegionEncoder, RegionFeatures, Size
+from lexiseg.regions.pooling import resize_masks
 from lexiseg.strict import StrictModel
 
 # What a processor's caches hold; larger batches take longer (benchmarks/decoupled_speed.py).
@@ -50,8 +52,6 @@ class CropOptions(StrictModel):
         align_corners: how the bicubic resize places its corners (FreeSeg: True; tight only).
         duplicates: a region whose mask has at least this IoU with an earlier one takes over that one's embedding
             instead of another run of the tower; None runs it for each, as the released code does.
-        min_score: regions whose best class, by the generator's own scores, has less than this probability are not
-            shown to CLIP and take no part; 0 shows all, as the released code does.
     """
 
     convention: Literal["tight", "roi-align"] = "tight"
@@ -63,7 +63,6 @@ class CropOptions(StrictModel):
     expand: Annotated[float, Field(gt=0)] = 1.0
     align_corners: bool = False
     duplicates: Annotated[float, Field(gt=0, le=1)] | None = None
-    min_score: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
 
 @dataclass(frozen=True)
@@ -89,11 +88,10 @@ def boxes_of(inside: Tensor) -> tuple[Tensor, Tensor]:
     """
     found = []
     for axis in (1, 2):
-        line = inside.any(dim=axis)
-        last = line.shape[1] - 1 - line.flip(1).to(torch.uint8).argmax(dim=1)
-        found.append((line.to(torch.uint8).argmax(dim=1), last))
-    valid = inside.flatten(1).any(dim=1) if inside.shape[0] else inside.new_zeros(0)
+        line = inside.any(dim=axis).to(torch.uint8)
+        found.append((line.argmax(dim=1), line.shape[1] - 1 - line.flip(1).argmax(dim=1)))
     (left, right), (top, bottom) = found
+    valid = inside.flatten(1).any(dim=1)
     return torch.stack([left, top, right, bottom], dim=1) * valid[:, None], valid
 
 
@@ -116,49 +114,39 @@ def tight_crops(
         size: side S of the sub-images.
         black: (3,), black after normalisation.
     """
+    images, valid, boxes = [image.new_zeros(0, 3, size, size)], [], []
+    for soft in _in_parts(masks, num_masks, image):
+        box, there = boxes_of(soft > options.threshold)
+        box = (box + box.new_tensor([0, 0, 1, 1]))[there]
+        images += [
+            F.interpolate(part[None], size=(size, size), mode="bicubic", align_corners=options.align_corners)
+            for part in painted_boxes(image, soft[there], box, options, black)
+        ]
+        valid.append(there)
+        boxes.append(box.float())
+    return Crops(torch.cat(images), torch.cat(valid), torch.cat(boxes))
 
-    def resize(part: Tensor) -> Tensor:
-        return F.interpolate(part[None], size=(size, size), mode="bicubic", align_corners=options.align_corners)[0]
 
-    images, valid, boxes = cut_tight(image, masks, num_masks, options, black=black, finish=resize)
-    return Crops(torch.stack(images) if images else image.new_zeros(0, 3, size, size), valid, boxes)
-
-
-def cut_tight(
-    image: Tensor,
-    masks: Callable[[int, int], Tensor],
-    num_masks: int,
-    options: CropOptions,
-    *,
-    black: Tensor,
-    finish: Callable[[Tensor], Tensor],
-) -> tuple[list[Tensor], Tensor, Tensor]:
-    """What ``finish`` makes of each painted box (3, h, w) of `tight_crops`, then ``valid`` and the boxes."""
+def painted_boxes(image: Tensor, masks: Tensor, boxes: Tensor, options: CropOptions, black: Tensor) -> Iterator[Tensor]:
+    """The box (3, h, w) of each mask (M, H, W) as `tight_crops` cuts and paints it, before the resize."""
     height, width = image.shape[-2:]
     paint = (black if options.fill == "zero" else torch.zeros_like(black))[:, None, None]
-    step = max(PIXELS // (height * width), 1)
-    images, valid, boxes = [], [], []
-    for start in range(0, num_masks, step):
-        soft = masks(start, min(start + step, num_masks))
-        inside = soft > options.threshold
-        found, there = boxes_of(inside)
-        valid.append(there)
-        found = found + found.new_tensor([0, 0, 1, 1])
-        # One transfer for all boxes: their corners are Python numbers from here on.
-        kept = there.nonzero().flatten().tolist()
-        boxes.append(found[there])
-        for index, box in zip(kept, found[there].tolist(), strict=True):
-            left, top, right, bottom = (
-                (0, 0, width, height) if options.merge == "mask" else _expand(box, options.expand, width, height)
-            )
-            part = image[:, top:bottom, left:right]
-            if options.merge != "crop":
-                mask = (soft if options.matting else inside)[index, top:bottom, left:right].to(part.dtype)
-                part = part * mask + paint * (1 - mask)
-            images.append(finish(part))
-    all_valid = torch.cat(valid) if valid else torch.zeros(0, dtype=torch.bool, device=image.device)
-    all_boxes = torch.cat(boxes).float() if boxes else image.new_zeros(0, 4)
-    return images, all_valid, all_boxes
+    # One transfer for all boxes: their corners are Python numbers from here on.
+    for soft, box in zip(masks, boxes.tolist(), strict=True):
+        left, top, right, bottom = (
+            (0, 0, width, height) if options.merge == "mask" else _expand(box, options.expand, width, height)
+        )
+        part, mask = image[:, top:bottom, left:right], soft[top:bottom, left:right]
+        if options.merge != "crop":
+            mask = (mask if options.matting else mask > options.threshold).to(part.dtype)
+            part = part * mask + paint * (1 - mask)
+        yield part
+
+
+def _in_parts(masks: Callable[[int, int], Tensor], num_masks: int, image: Tensor) -> Iterator[Tensor]:
+    """All masks of an image, some at a time; none at all are one part as well."""
+    step = max(PIXELS // (image.shape[-2] * image.shape[-1]), 1)
+    return (masks(start, min(start + step, num_masks)) for start in range(0, max(num_masks, 1), step))
 
 
 def _expand(box: list[int], ratio: float, width: int, height: int) -> tuple[int, int, int, int]:
@@ -181,31 +169,24 @@ def aligned_crops(
     """
     from torchvision.ops import roi_align
 
-    height, width = frame.shape[-2:]
-    step = max(PIXELS // (height * width), 1)
-    images, boxes = [], []
+    whole = frame.new_tensor([0, 0, frame.shape[-1], frame.shape[-2]])
     small = F.interpolate(frame[None], size=(size, size), mode="bilinear", align_corners=False)
-    for start in range(0, num_masks, step):
-        logits = masks(start, min(start + step, num_masks))
+    images, boxes = [frame.new_zeros(0, 3, size, size)], []
+    for logits in _in_parts(masks, num_masks, frame):
         inside = logits.sigmoid() > options.threshold
         box = boxes_of(inside)[0].float()
         flat = (box[:, 2] - box[:, 0]) * (box[:, 3] - box[:, 1]) == 0
-        box = torch.where(flat[:, None], box.new_tensor([0, 0, width, height]), box)
+        box = torch.where(flat[:, None], whole, box)
         boxes.append(box)
         if options.merge == "mask":
-            mask = F.interpolate(logits[None], size=(size, size), mode="bilinear", align_corners=False)[0]
+            mask = resize_masks(logits[None], (size, size))[0]
             images.append(small * (mask.sigmoid() > options.threshold)[:, None])
             continue
-        if options.merge == "crop":
-            places = torch.cat([torch.zeros_like(box[:, :1]), box], dim=1)
-            images.append(roi_align(frame[None], places, (size, size), 1.0, -1, aligned=True))
-            continue
-        for index, one in enumerate(inside):
-            place = torch.cat([box.new_zeros(1, 1), box[index : index + 1]], dim=1)
-            images.append(roi_align((frame * one)[None], place, (size, size), 1.0, -1, aligned=True))
+        for one, place in zip(inside, box, strict=True):
+            shown = frame if options.merge == "crop" else frame * one
+            images.append(roi_align(shown[None], [place[None]], (size, size), 1.0, -1, aligned=True))
     valid = torch.ones(num_masks, dtype=torch.bool, device=frame.device)
-    stacked = torch.cat(images) if images else frame.new_zeros(0, 3, size, size)
-    return Crops(stacked, valid, torch.cat(boxes) if boxes else frame.new_zeros(0, 4))
+    return Crops(torch.cat(images), valid, torch.cat(boxes))
 
 
 def in_chunks(function: Callable[[Tensor], Tensor], images: Tensor, width: int) -> Tensor:
@@ -216,10 +197,9 @@ def in_chunks(function: Callable[[Tensor], Tensor], images: Tensor, width: int) 
     if not len(images):
         return images.new_zeros(0, width)
     distinct, place = torch.unique(images.flatten(1), dim=0, return_inverse=True)
-    if len(distinct) < len(images):
-        return in_chunks(function, distinct.unflatten(1, images.shape[1:]), width)[place]
     chunk = _CPU_CHUNK if images.device.type == "cpu" else _CHUNK
-    return torch.cat([function(part) for part in images.split(chunk)])
+    parts = distinct.unflatten(1, images.shape[1:]).split(chunk)
+    return torch.cat([function(part) for part in parts])[place]
 
 
 def near_duplicates(mask_logits: Tensor, threshold: float) -> Tensor:
@@ -228,16 +208,11 @@ def near_duplicates(mask_logits: Tensor, threshold: float) -> Tensor:
     (N,) long, itself for a region that repeats none before it. A region is never mapped to one that is itself mapped.
     """
     inside = (mask_logits > 0).flatten(1).float()
-    common = inside @ inside.T
-    area = inside.sum(dim=1)
+    common, area = inside @ inside.T, inside.sum(dim=1)
     iou = common / (area[:, None] + area[None] - common).clamp(min=1.0)
-    alike = (iou >= threshold).tolist()
-    first = list(range(len(alike)))
-    kept: list[int] = []
-    for index, row in enumerate(alike):
-        first[index] = next((other for other in kept if row[other]), index)
-        if first[index] == index:
-            kept.append(index)
+    first: list[int] = []
+    for index, alike in enumerate((iou >= threshold).tolist()):
+        first.append(next((other for other in range(index) if alike[other] and first[other] == other), index))
     return torch.tensor(first, dtype=torch.long, device=mask_logits.device)
 
 
@@ -250,53 +225,47 @@ class CropEncoder(RegionEncoder):
         positions: how CLIP's position table follows another size than it was trained at.
     """
 
-    kind: ClassVar[RegionKind] = "crops"
     crops: CropOptions
     positions: Interpolation
 
     def cut(self, clip: CLIP, frame: Tensor, size: Size, mask_logits: Tensor) -> Crops:
         """Sub-images of the regions of one picture: frame (3, H', W'), mask logits (N, h, w)."""
         side, count = self.crops.size or clip.image_size, len(mask_logits)
+
+        def logits(start: int, stop: int) -> Tensor:
+            return self.upsampled(mask_logits[None, start:stop], frame)[0]
+
         if self.crops.convention == "roi-align":
-            return aligned_crops(frame, self.masks(mask_logits, frame, None), count, self.crops, size=side)
-        mean, std = frame.new_tensor(clip.mean), frame.new_tensor(clip.std)
-        image = frame[:, : size[0], : size[1]]
-        masks = self.masks(mask_logits, frame, size)
-        return tight_crops(image, masks, count, self.crops, size=side, black=-mean / std)
+            return aligned_crops(frame, logits, count, self.crops, size=side)
+        height, width = size
+        black = -frame.new_tensor(clip.mean) / frame.new_tensor(clip.std)
+
+        def masks(start: int, stop: int) -> Tensor:
+            return logits(start, stop)[:, :height, :width].sigmoid()
+
+        return tight_crops(frame[:, :height, :width], masks, count, self.crops, size=side, black=black)
 
     def embed_crops(self, visual: nn.Module, crops: Tensor, dim: int) -> Tensor:
         """CLIP embeddings (M, dim) of crops (M, 3, S, S), not normalised."""
-
-        def embed(images: Tensor) -> Tensor:
-            return image_embeddings(visual, images, position_interpolation=self.positions)
-
-        return in_chunks(embed, crops, dim)
+        return in_chunks(partial(image_embeddings, visual, position_interpolation=self.positions), crops, dim)
 
     def encode(
-        self,
-        clip: CLIP,
-        visual: nn.Module,
-        frame: Tensor,
-        size: Size,
-        mask_logits: Tensor,
-        chosen: Tensor | None = None,
+        self, clip: CLIP, visual: nn.Module, frame: Tensor, size: Size, mask_logits: Tensor, valid: Tensor | None
     ) -> RegionFeatures:
         """See `RegionEncoder.encode`."""
         batch, count = mask_logits.shape[:2]
         regions = frame.new_ones(batch, count, clip.embed_dim)
         encoded = torch.zeros(batch, count, dtype=torch.bool, device=frame.device)
-        for index in range(batch):
-            places = torch.arange(count, device=frame.device)
-            if chosen is not None:
-                places = places[chosen[index]]
+        for index, masks in enumerate(mask_logits):
+            places = torch.arange(count, device=frame.device) if valid is None else valid[index].nonzero().flatten()
             first = torch.arange(len(places), device=frame.device)
-            if self.crops.duplicates is not None and len(places):
-                first = near_duplicates(mask_logits[index, places], self.crops.duplicates)
-            originals = first.unique()
-            crops = self.cut(clip, frame[index], size, mask_logits[index, places[originals]])
-            found = frame.new_ones(len(places), clip.embed_dim)
-            there = torch.zeros(len(places), dtype=torch.bool, device=frame.device)
-            found[originals[crops.valid]] = self.embed_crops(visual, crops.images, clip.embed_dim).to(found.dtype)
-            there[originals[crops.valid]] = True
-            regions[index, places], encoded[index, places] = found[first], there[first]
+            if self.crops.duplicates is not None:
+                first = near_duplicates(masks[places], self.crops.duplicates)
+            originals = places[first.unique()]
+            crops = self.cut(clip, frame[index], size, masks[originals])
+            shown = originals[crops.valid]
+            regions[index, shown] = self.embed_crops(visual, crops.images, clip.embed_dim).to(regions.dtype)
+            encoded[index, shown] = True
+            # A near-duplicate takes over what became of the first one.
+            regions[index, places], encoded[index, places] = (x[index, places[first]] for x in (regions, encoded))
         return RegionFeatures(regions, encoded)

@@ -250,7 +250,7 @@ def maft_step(case: Case) -> None:
             [model.clip_frame(one[None], tuple(image.shape[-2:])) for one, image in zip(batch, images, strict=True)]
         )
         square = model.region_encoder.square(model.clip, own)
-        masks = model.region_encoder.square_masks(model.student, square, own, found.mask_logits)
+        masks, _ = model.region_encoder.square_masks(model.student, square, own, found.mask_logits, frame)
         case.check("ip_masked", model.region_encoder.attend(model.student, square, masks))
         case.check("ip_plain", model.region_encoder.whole(model.student, square))
         for index, image in enumerate(images):

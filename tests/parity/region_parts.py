@@ -19,7 +19,7 @@ from lexiseg.models.region_base import RegionModel
 from lexiseg.models.region_models import FreeSeg, ZegFormer, ZSSeg
 from lexiseg.normalisation import IMAGENET_MEAN, IMAGENET_STD
 from lexiseg.proposals.base import Proposals
-from lexiseg.regions.crops import CropEncoder, CropOptions, cut_tight, tight_crops
+from lexiseg.regions.crops import CropEncoder, CropOptions, boxes_of, painted_boxes, tight_crops
 from lexiseg.regions.ensemble import EnsembleOptions, class_probabilities, ensemble
 from lexiseg.scores import RegionScores
 from lexiseg.vocabulary import Vocabulary, VocabularyClass
@@ -174,7 +174,9 @@ def merge(case: Case) -> None:
         case.check(f"{mode}/crops_sub", crops.images[..., rows, columns])
         case.check(f"{mode}/crops_mean", crops.images.mean(dim=(2, 3)), zero_below=1e-6)
         case.check(f"{mode}/crops_std", crops.images.std(dim=(2, 3)))
-        raw, _, _ = cut_tight(image, _slices(masks), len(masks), options, black=black, finish=lambda part: part)
+        boxes, there = boxes_of(masks > options.threshold)
+        boxes = boxes[there] + boxes.new_tensor([0, 0, 1, 1])
+        raw = list(painted_boxes(image, masks[there], boxes, options, black))
         for name in case.expected_names(f"{mode}/"):
             stem, _, index = name.rpartition("_")
             if stem == f"{mode}/full_crop":

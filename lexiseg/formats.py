@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
@@ -13,6 +13,8 @@ import numpy as np
 
 from lexiseg.errors import LexisegError, need
 from lexiseg.files import atomic_write
+from lexiseg.label_ids import ignore_index
+from lexiseg.words import describe, shorten
 
 if TYPE_CHECKING:
     from lexiseg.segmentation import Segmentation, TableRow
@@ -180,6 +182,38 @@ def merge_coco(path: Path, classes: Iterable[str], pieces: Iterable[tuple[str, P
                 file.write(("\n" if count == 1 else ",\n") + line)
         file.write('],\n"images": ' + json.dumps(images) + "}\n")
     return path
+
+
+def read_coco(dataset: Mapping[str, Any], image_id: int | None = None) -> tuple[np.ndarray, list[str], str]:
+    """Paint a picture's annotations of a COCO dataset, later ones over earlier ones.
+
+    ``dataset``: the content of the JSON file. ``image_id``: which picture; None takes the only one. Returns the place
+    of each pixel's category among the categories, int32, shape (H, W), with `ignore_index` where there is no
+    annotation; the categories' names; the picture's file name. Raises LexisegError if there is no such picture, or the
+    dataset is not one.
+    """
+    from pycocotools import mask as coco
+
+    try:
+        images = [image for image in dataset["images"] if image_id is None or image["id"] == image_id]
+        if len(images) != 1:
+            raise LexisegError(f"The dataset has {len(images)} pictures; give the id of one.")
+        height, width = int(images[0]["height"]), int(images[0]["width"])
+        places = {category["id"]: place for place, category in enumerate(dataset["categories"])}
+        labels = np.full((height, width), ignore_index(len(places)), np.int32)
+        for annotation in dataset["annotations"]:
+            if annotation["image_id"] == images[0]["id"]:
+                runs = annotation["segmentation"]
+                if isinstance(runs, list) or isinstance(runs["counts"], list):
+                    runs = coco.frPyObjects(runs, height, width)
+                runs = coco.merge(runs) if isinstance(runs, list) else runs
+                if list(runs["size"]) != [height, width]:
+                    raise LexisegError(f"An annotation has the size {describe(runs['size'])}, its picture does not.")
+                labels[coco.decode(runs).astype(bool)] = places[annotation["category_id"]]
+        names = [str(category["name"]) for category in dataset["categories"]]
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        raise LexisegError(f"This is not a COCO dataset ({shorten(str(error))}); give the contents of one.") from error
+    return labels, names, str(images[0].get("file_name", ""))
 
 
 def to_geojson(result: Segmentation, instances: Collection[str] = (), tolerance: float = 1.0) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -86,6 +86,17 @@ class Segmentation:
         if sum(self._counts[0]) + self.num_ignored != self._labels.size:
             raise LexisegError(f"The label map holds ids outside the {counted(self.num_classes, 'class')}.")
 
+    @classmethod
+    def from_coco(cls, dataset: Mapping[str, Any], image_id: int | None = None) -> Segmentation:
+        """A picture of a COCO dataset; pixels without an annotation are ignored, later annotations cover earlier ones.
+
+        Arguments and errors are those of `lexiseg.formats.read_coco`.
+        """
+        import torch
+
+        labels, names, name = formats.read_coco(dataset, image_id)
+        return cls(torch.from_numpy(labels), Vocabulary.parse([{"name": word} for word in names]), name=name)
+
     @property
     def classes(self) -> tuple[str, ...]:
         """The class names, in the user's order; the label map indexes them."""
@@ -131,14 +142,14 @@ class Segmentation:
                 sums += np.bincount(part[keep], weights=values, minlength=self.num_classes)
         return pixels.tolist(), sums.tolist()
 
-    def table(self) -> list[TableRow]:
-        """The classes that have a pixel, by falling fraction of the picture."""
+    def table(self, *, include_absent: bool = False) -> list[TableRow]:
+        """The classes by falling fraction of the picture; those without a pixel only when asked for, in their order."""
         pixels, sums = self._counts
         total = self._labels.size
         rows = []
         for index, entry in enumerate(self.vocabulary.classes):
-            if pixels[index]:
-                score = None if self.scores is None else sums[index] / pixels[index]
+            if pixels[index] or include_absent:
+                score = sums[index] / pixels[index] if pixels[index] and self.scores is not None else None
                 rows.append(TableRow(entry.name, entry.seen, pixels[index] / total, score, index))
         return sorted(rows, key=lambda row: -row.fraction)
 

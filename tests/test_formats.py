@@ -96,6 +96,29 @@ def test_coco_loads_the_data_set_and_its_annotations(tmp_path: Path, instances: 
     assert np.array_equal(labels, result().label_map)
     detections = truth.loadRes(dataset["annotations"])
     assert len(detections.anns) == 2 * count
+    back = Segmentation.from_coco(dataset, image_id=2)
+    assert torch.equal(back.label_map, result().label_map) and back.classes == NAMES
+
+
+def test_coco_of_others_is_read(tmp_path: Path) -> None:
+    dataset = {
+        "images": [{"id": 7, "file_name": "x.jpg", "width": 10, "height": 8}],
+        "categories": [{"id": 3, "name": "cat"}, {"id": 90, "name": "dog"}],
+        "annotations": [
+            {"image_id": 7, "category_id": 90, "segmentation": [[1, 1, 6, 1, 6, 5, 1, 5]]},
+            {"image_id": 7, "category_id": 3, "segmentation": {"size": [8, 10], "counts": [0, 8, 72]}},
+        ],
+    }
+    read = Segmentation.from_coco(dataset)
+    assert read.label_map[:, 0].tolist() == [0] * 8 and read.label_map[2:4, 2:5].unique().tolist() == [1]
+    for change, words in (
+        ({"images": []}, "0 pictures"),
+        ({"categories": None}, "not a COCO dataset"),
+        ({"annotations": [{"image_id": 7}]}, "not a COCO dataset"),
+        ({"categories": [{"id": 3, "name": "cat"}]}, "not a COCO dataset"),
+    ):
+        with pytest.raises(LexisegError, match=words):
+            Segmentation.from_coco({**dataset, **change})
 
 
 def test_geojson_yolo_and_labelme_cover_the_masks() -> None:

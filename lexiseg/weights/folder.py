@@ -21,6 +21,7 @@ from lexiseg.hub import download
 from lexiseg.models import SYSTEMS, SegmentationModel
 from lexiseg.weights import runs
 from lexiseg.weights.auto import AUTO, pick_auto
+from lexiseg.weights.renames import renamed_options
 from lexiseg.weights.training_free import TRAINING_FREE, load_training_free
 from lexiseg.words import describe, near_names, shorten
 
@@ -167,6 +168,7 @@ def _load_folder(folder: Path) -> SegmentationModel:
         raise LexisegError(f"The folder '{folder}' has no {WEIGHTS_NAME}; copy the whole folder.")
     system = SYSTEMS[config["system"]]
     where = f"'{folder / CONFIG_NAME}'"
+    options = renamed_options(system.system, config["options"], where)
     reference = config["clip"]
     own_clip = "architecture" in reference
     clip = None if own_clip else _packaged_clip(reference, folder)
@@ -175,7 +177,7 @@ def _load_folder(folder: Path) -> SegmentationModel:
     def build(clip: CLIP | None) -> SegmentationModel:
         if clip is None:
             clip = build_clip(reference["architecture"], name=str(reference.get("name", "clip")))
-        return system.build(clip, config["options"], seen_names=tuple(config.get("seen_names", ())))
+        return system.build(clip, options, seen_names=tuple(config.get("seen_names", ())))
 
     def check(model: SegmentationModel) -> None:
         wanted = {key: shape for key, shape in shapes_of(model).items() if own_clip or not key.startswith(_CLIP_PREFIX)}

@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 
 from lexiseg.clip.load import load_clip
 from lexiseg.clip.model import save_clip
-from lexiseg.errors import LexisegError
+from lexiseg.errors import LexisegError, LexisegWarning
 from lexiseg.models import DenseCLIP, ZegCLIP
-from lexiseg.weights import list_models, load_model, save_model
+from lexiseg.weights import list_models, load_model, renames, save_model
 from tests.towers import small_clip
 from tests.weights.test_one_stage_checkpoint import same, zegclip
 
@@ -137,6 +137,29 @@ def test_half_precision_on_disk(tmp_path: Path) -> None:
     save_file({**state, "extra": torch.ones(1)}, folder / "model.safetensors")
     with pytest.raises(LexisegError, match="does not fit; left over: extra"):
         load_model(folder)
+
+
+def test_old_names_are_read_and_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = zegclip()
+    folder = save_model(model, tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    options = {"prompts": config["options"].pop("num_prompts"), "old": {"a": 1}, "gone": 7, **config["options"]}
+    del options["dropout"]
+    (folder / "config.json").write_text(json.dumps({**config, "options": options}))
+    changes = {"prompts": "num_prompts", "old.a": lambda value: {"dropout": value / 2}, "gone": lambda _: {}}
+    monkeypatch.setitem(renames.RENAMED_OPTIONS, "zegclip", {**changes, "old": lambda _: {}})
+    with pytest.warns(LexisegWarning, match=r"'prompts' is 'num_prompts'; 'old.a' is 'dropout'; 'gone' is gone"):
+        again = load_model(folder)
+    assert again.options.dropout == 0.5  # type: ignore[attr-defined]
+    same(again, model)
+
+
+def test_an_option_that_is_gone_is_dropped_at_its_usual_value_alone() -> None:
+    options = {"stage": "auto", "crops": {"min_score": 0.0, "merge": "mask"}}
+    with pytest.warns(LexisegWarning, match=r"'crops\.min_score' is gone"):
+        assert renames.renamed_options("zsseg", options, "it") == {"crops": {"merge": "mask"}}
+    with pytest.raises(LexisegError, match=r"'crops\.min_score' is 0\.1, which this release no longer has"):
+        renames.renamed_options("zsseg", {"crops": {"min_score": 0.1}}, "it")
 
 
 def test_dense_clip_on_the_packaged_clip_is_the_row_of_the_results() -> None:

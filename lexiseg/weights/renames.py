@@ -1,0 +1,110 @@
+"""Options that have another name now: model folders of the release before are still read, and say so.
+
+Whoever renames an option of a shipped system notes it here; what has stood here for a release can go.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from lexiseg.errors import LexisegError, LexisegWarning
+
+Change = str | Callable[[Any], dict[str, Any]]
+
+
+def _gone(name: str, usual: Any, instead: str) -> Callable[[Any], dict[str, Any]]:
+    """For an option that is gone: its usual value says nothing, and another one has no successor."""
+
+    def change(value: Any) -> dict[str, Any]:
+        if value != usual:
+            raise LexisegError(f"'{name}' is {value!r}, which this release no longer has; {instead}.")
+        return {}
+
+    return change
+
+
+def _leftover(value: Any) -> dict[str, Any]:
+    """The option ``leftover`` of an old ``remainder``."""
+    known = value if isinstance(value, dict) else {}
+    return {"leftover": {"min_fraction" if key == "min_share" else key: each for key, each in known.items()}}
+
+
+_ONE_STAGE: dict[str, Change] = {
+    "start": lambda value: {"init": "clip-similarity" if value == "matching" else value},
+    "decoder_dim": lambda value: {},
+    "project_memory": lambda value: {},
+}
+_SPECTRAL = {"filter_blocks", "filter_grid", "train_filter"}
+_HOSTS = {
+    "zegclip": {"base": "zegclip", "backbone": "prompt"},
+    "frozen": {"base": "zegclip", "backbone": "fixed"},
+    "finetune": {"base": "zegclip", "backbone": "finetune"},
+    "spt-seg": {"base": "spt-seg", "backbone": "prompt"},
+}
+
+_TOWER = "load the tower itself as 'maskclip/...' or 'clip/...'"
+_RELEASE_BEFORE = "use the release before"
+_REGION_MODELS: dict[str, Change] = {
+    "stage": _gone("stage", "auto", _RELEASE_BEFORE),
+    "label_void": _gone("label_void", False, _RELEASE_BEFORE),
+    "crops.min_score": _gone("crops.min_score", 0.0, _RELEASE_BEFORE),
+}
+
+RENAMED_OPTIONS: dict[str, dict[str, Change]] = {
+    "zegclip": _ONE_STAGE,
+    "spt-seg": _ONE_STAGE,
+    "cascade-clip": {**_ONE_STAGE, "host": lambda value: dict(_HOSTS.get(value, {"base": value}))},
+    "second-look": {**_ONE_STAGE, "second_look": "half_patch_shift", "distances": "smoothing_distances"},
+    "deop": {
+        "remainder": _leftover,
+        # "query" was the released form, and is the paper's now.
+        "anchors": lambda value: {"heatmaps": "query-released" if value == "query" else value},
+    },
+    "zsseg": _REGION_MODELS,
+    "zegformer": _REGION_MODELS,
+    "freeseg": _REGION_MODELS,
+    "dense-clip": {
+        "severance": _gone("severance", 1.0, _TOWER),
+        "residual": _gone("residual", 1.0, _TOWER),
+        "position_interpolation": "positions",
+    },
+}
+"""Of each system, what became of an old option: its new name (``"proposals.new"`` for one inside ``proposals``), or a
+function from its value to the new options, which gives ``{}`` where there is nothing left to say. An old name inside
+another option is written ``"proposals.old"``."""
+
+
+def renamed_options(system: str, options: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Bring the options of a model folder to today's names.
+
+    ``options``: as its ``config.json`` has them. ``where``: what the note calls the file. Returns a copy under the new
+    names; where both are given the new one stands. A `LexisegWarning` names what was old.
+    """
+    found = {key: dict(value) if isinstance(value, dict) else value for key, value in options.items()}
+    said = []
+    if system == "cascade-clip" and found.get("base", "zegclip") == "zegclip":
+        for spare in _SPECTRAL & found.keys():  # named whatever the base was
+            del found[spare]
+    for old, change in RENAMED_OPTIONS.get(system, {}).items():
+        inside, _, key = old.rpartition(".")
+        place = found.get(inside) if inside else found
+        if not isinstance(place, dict) or key not in place:
+            continue
+        value = place.pop(key)
+        fresh = {change: value} if isinstance(change, str) else change(value)
+        for name, new in fresh.items():
+            part, _, last = name.rpartition(".")
+            home = found.setdefault(part, {}) if part else found
+            if isinstance(home, dict):
+                home.setdefault(last, new)
+        said.append(f"'{old}' is {' and '.join(repr(name) for name in fresh) or 'gone'}")
+    if said:
+        warnings.warn(
+            f"{where} has old names of options, which the next release will not read ({'; '.join(said)}); load the "
+            "model and save it again.",
+            LexisegWarning,
+            stacklevel=2,
+        )
+    return found

@@ -193,8 +193,13 @@ class Vocabulary:
         """
         return cls.parse(Path(path))
 
+    @classmethod
+    def from_dict(cls, value: Mapping[str, Any]) -> Vocabulary:
+        """The inverse of ``to_dict``."""
+        return cls.parse(value)
+
     def to_dict(self) -> dict[str, Any]:
-        """A mapping that JSON can hold and `parse` reads back."""
+        """A mapping that JSON can hold and ``from_dict`` reads back."""
         return {
             "classes": [entry.to_dict() for entry in self.classes],
             "templates": list(self.templates),

@@ -177,19 +177,9 @@ class Segmentation:
         over the mask) and ``mask`` (a PIL image of mode L, 255 inside and 0 outside).
         """
         return [
-            {
-                "label": row.name,
-                "score": row.score,
-                "mask": Image.fromarray(self._mask_array(row.index) * np.uint8(255)),
-            }
-            for row in self._rows_in_order()
+            {"label": row.name, "score": row.score, "mask": Image.fromarray(mask * np.uint8(255))}
+            for row, mask in formats.objects_of(self)
         ]
-
-    def _rows_in_order(self) -> list[TableRow]:
-        return sorted(self.table(), key=lambda row: row.index)
-
-    def _mask_array(self, index: int) -> np.ndarray:
-        return self._labels == index
 
     def palette(self) -> np.ndarray:
         """The classes' colours: uint8, shape (C, 3)."""
@@ -260,7 +250,7 @@ class Segmentation:
         Raises LexisegError if OpenCV (the extra ``polygons``) is not installed, or the tolerance is not a number.
         """
         tolerance = finite(tolerance, "The tolerance of polygons")
-        return {row.name: formats.polygons_of(self._mask_array(row.index), tolerance) for row in self._rows_in_order()}
+        return {row.name: formats.polygons_of(mask, tolerance) for row, mask in formats.objects_of(self)}
 
     def to_coco(self, instances: Collection[str] = ()) -> dict[str, Any]:
         """The result as a COCO dataset of one picture; see `lexiseg.formats.to_coco`."""
@@ -282,8 +272,7 @@ class Segmentation:
         """Everything about the result that JSON can hold; ``masks`` adds each segment's as COCO's run lengths."""
         palette = self.palette()
         segments = []
-        for row in self._rows_in_order():
-            mask = self._mask_array(row.index)
+        for row, mask in formats.objects_of(self):
             segment: dict[str, Any] = {
                 "label": row.name,
                 "index": row.index,
@@ -384,9 +373,8 @@ class Segmentation:
 
     def _save_masks(self, folder: Path) -> Path:
         make_folder(folder)
-        for row in self._rows_in_order():
-            mask = Image.fromarray(self._mask_array(row.index) * np.uint8(255))
-            _save_image(mask, folder / f"{formats.file_part(row.name, row.index)}.png")
+        for row, mask in formats.objects_of(self):
+            _save_image(Image.fromarray(mask * np.uint8(255)), folder / f"{formats.file_part(row.name, row.index)}.png")
         return folder
 
 

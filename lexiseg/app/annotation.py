@@ -16,7 +16,6 @@ from pydantic import BaseModel, ConfigDict, Field
 from lexiseg.app.brush import encode_brush
 from lexiseg.app.queue import Answer
 from lexiseg.app.requests import EXAMPLE_PICTURE, Question, ServiceError, decode_picture
-from lexiseg.app.results import outlines
 from lexiseg.errors import LexisegError
 from lexiseg.formats import bounding_box
 
@@ -117,6 +116,7 @@ def _picture(task: dict[str, Any], key: str, folder: Path | None) -> bytes:
 def _brush_results(answer: Answer, interface: Interface) -> dict[str, Any]:
     result = answer.result
     height, width = result.size
+    outlines = {} if interface.brush else result.polygons()
     found = []
     for row in result.table():
         label = interface.labels.get(row.name)
@@ -135,7 +135,7 @@ def _brush_results(answer: Answer, interface: Interface) -> dict[str, Any]:
             value["brushlabels"] = [label]
             found.append({"id": uuid.uuid4().hex[:10], "type": "brushlabels", **common, "value": value})
             continue
-        for polygon in outlines(result, row.index):
+        for polygon in outlines[row.name]:
             # A polygon of Label Studio has no holes, and its numbers are percentages.
             points = [[100 * x / width, 100 * y / height] for x, y in polygon[0]]
             value = {"points": points, "closed": True, "polygonlabels": [label]}
@@ -146,6 +146,7 @@ def _brush_results(answer: Answer, interface: Interface) -> dict[str, Any]:
 
 def _cvat_results(answer: Answer, threshold: float) -> list[dict[str, Any]]:
     result = answer.result
+    outlines = result.polygons()
     found = []
     for row in result.table():
         if row.score is not None and row.score < threshold:
@@ -154,8 +155,7 @@ def _cvat_results(answer: Answer, threshold: float) -> list[dict[str, Any]]:
         left, top, width, height = bounding_box(mask)
         right, bottom = left + width - 1, top + height - 1
         inside = mask[top : bottom + 1, left : right + 1]
-        polygons = outlines(result, row.index)
-        largest = max((polygon[0] for polygon in polygons), key=len, default=[])
+        largest = max((polygon[0] for polygon in outlines[row.name]), key=len, default=[])
         found.append(
             {
                 "confidence": None if row.score is None else str(row.score),

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import base64
 import io
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from PIL import Image
 
 from lexiseg.app.queue import Answer
-
-if TYPE_CHECKING:
-    from lexiseg.segmentation import Segmentation
 
 Output: TypeAlias = Literal["rle", "png", "polygons", "geojson", "scores"]
 OUTPUTS: tuple[Output, ...] = ("rle", "png", "polygons", "geojson", "scores")
@@ -67,8 +64,9 @@ def describe_result(answer: Answer, model: str, output: Output) -> dict[str, Any
             entry = entries[row["id"] + 1]
             row |= {"rle": entry["segmentation"], "area": entry["area"], "bbox": entry["bbox"]}
     elif output == "polygons":
+        outlines = result.polygons()
         for row in rows:
-            row["polygons"] = outlines(result, int(row["id"]))
+            row["polygons"] = outlines[row["name"]]
     elif output == "geojson":
         from lexiseg.formats import to_geojson
 
@@ -76,13 +74,6 @@ def describe_result(answer: Answer, model: str, output: Output) -> dict[str, Any
     elif answer.scores is not None:
         found["scores"] = _score_maps(answer, (height, width))
     return found
-
-
-def outlines(result: Segmentation, index: int) -> list[list[list[list[float]]]]:
-    """Outlines of a class: polygons of rings of (x, y) in pixels, the first ring outside and the others holes."""
-    from lexiseg.formats import polygons_of
-
-    return polygons_of(np.asarray(result.mask(index)))
 
 
 def _score_maps(answer: Answer, size: tuple[int, int]) -> dict[str, Any]:

@@ -34,7 +34,7 @@ from lexiseg.segmenter import Segmenter
 from lexiseg.windows import WindowPolicy
 
 DECOUPLED = ("deop", "zegformer", "zsseg", "freeseg")
-STAGES = ("propose", "patches", "pool", "encode_regions", "score")
+STAGES = ("propose", "patches", "heatmaps", "encode_regions", "score")
 
 
 @contextmanager

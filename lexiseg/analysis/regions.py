@@ -20,10 +20,11 @@ from lexiseg.devices import EvaluationMode
 from lexiseg.errors import LexisegError
 from lexiseg.images import image_name
 from lexiseg.models import DeOP
+from lexiseg.models.base import ImageFeatures
 from lexiseg.models.decoupled import DecoupledModel
 from lexiseg.models.region_base import RegionModel
 from lexiseg.regions.ensemble import EnsembleOptions
-from lexiseg.regions.pooling import resize_masks
+from lexiseg.regions.pooling import resize_masks, unit_or_zero
 from lexiseg.scores import RegionScores
 from lexiseg.segmenter import Segmenter
 from lexiseg.vocabulary import Vocabulary, VocabularySource
@@ -90,7 +91,8 @@ def anchor_figure(segmenter: Segmenter, image: str | Path, points: Sequence[Poin
         mask_logits = proposals.mask_logits
         if not mask_logits.shape[1]:
             raise LexisegError(f"The model proposes no region in '{image_name(image)}', so there is nothing to draw.")
-        heat = model.pool(model.patches(padded, mask_logits, (height, width)), mask_logits).mean_heatmaps[0].cpu()
+        features = unit_or_zero(model.patches(padded, mask_logits, (height, width)))
+        heat = model.heatmaps(features, mask_logits).mean(dim=1)[0].cpu()  # over the heads
         attention = attention_maps(model, padded).cpu()
         masks = model.upsampled(mask_logits.float(), padded)[0, :, :height, :width].sigmoid().cpu()
     rows, columns = model.grid(padded)
@@ -236,9 +238,10 @@ def _judged(
         with torch.no_grad():
             text = [one.model.embed_text(one.embedder, vocabulary) for one in (owner, segmenter)]
             theirs = other.encode_images(owner.pixels(image))
-            kept = other.kept(other.proposals_of(theirs, text[0]))
-            mine = model.encode_images(segmenter.pixels(image))
-            mine = replace(mine, values={"images": mine.values["images"], **kept})
+            proposals = other.proposals_of(other.proposed(theirs, text[0]))
+            images = segmenter.pixels(image)
+            mine = ImageFeatures((int(images.shape[-2]), int(images.shape[-1])), {"images": model.pad(images)})
+            mine = model.with_proposals(mine, proposals)
             scores = model.score(mine, text[1], word_to_class=vocabulary.word_to_class)
             assert isinstance(scores, RegionScores)
             return scores

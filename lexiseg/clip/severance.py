@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lexiseg.clip.tower import Attention, block_attention, token_values
-from lexiseg.errors import LexisegError
 
 SeveranceKind = Literal["gps", "mps", "mps-sum", "released"]
 
@@ -38,61 +35,27 @@ class Severance:
     kind: SeveranceKind = "gps"
     alpha: float = 1.0
 
-    @property
-    def needs_masks(self) -> bool:
-        """Whether the kind reads region masks."""
-        return self.kind != "gps"
-
-    def mix(self, value: Tensor, weights: Tensor | None) -> Tensor:
-        """Mix values (B, T, W) of all heads by the masks' weights G (B, N, T), see `token_weights`."""
-        if weights is None:
-            raise LexisegError(f"Severance '{self.kind}' needs region masks; give the tower region_masks.")
-        weights = weights.to(value.dtype)
+    def mix(self, value: Tensor, masks: Tensor) -> Tensor:
+        """Mix values (B, T, W) of all heads by masks (B, N, gh, gw); tokens before the patches are in every region."""
+        patches = masks.flatten(2).to(value.dtype)
+        weights = F.pad(patches, (value.shape[1] - patches.shape[2], 0), value=1.0)
         if self.kind == "released":
             return weights.sum(dim=1).unsqueeze(-1) * value
         affinity = weights.transpose(1, 2) @ weights
         return (affinity.softmax(dim=-1) if self.kind == "mps" else affinity) @ value
 
-    def attention(self, region_masks: Tensor | None = None) -> Attention:
-        """Make what mixes the tokens of a severed block, see `lexiseg.clip.tower.run_block`."""
+    def attention(self, masks: Tensor) -> Attention:
+        """What mixes the tokens of a severed block, see `lexiseg.clip.tower.run_block`; masks are those of `mix`."""
+        if self.kind == "gps" and not self.alpha:
+            return block_attention
 
         def mix(attention: nn.MultiheadAttention, x: Tensor, context: Tensor | None) -> Tensor:
             value = token_values(attention, x)
-            if self.needs_masks:
-                value = self.mix(value, None if region_masks is None else token_weights(region_masks, x.shape[1]))
+            if self.kind != "gps":
+                value = self.mix(value, masks)
             own: Tensor = attention.out_proj(value)
-            if self.needs_masks or self.alpha == 1.0:
+            if self.kind != "gps" or self.alpha == 1.0:
                 return own
             return self.alpha * own + (1.0 - self.alpha) * block_attention(attention, x, context)
 
         return mix
-
-
-def severed_attention(severance: Mapping[int, Severance], region_masks: Tensor | None = None) -> dict[int, Attention]:
-    """What `ImageTower.run` takes as ``attention``, given severance by block index."""
-    return {index: kind.attention(region_masks) for index, kind in severance.items() if kind.needs_masks or kind.alpha}
-
-
-def token_weights(region_masks: Tensor, num_tokens: int) -> Tensor:
-    """Masks (B, N, gh, gw) as weights (B, N, T) of T tokens; those before the patches have weight 1."""
-    patches = region_masks.flatten(2)
-    return F.pad(patches, (num_tokens - patches.shape[-1], 0), value=1.0)
-
-
-def severance_masks(mask_logits: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Bring mask logits (B, N, h, w) to the patch grid as severance reads them, in 0..1: resized first, sigmoid after.
-
-    (The masks that DeOP pools with are made in the other order.)
-    """
-    if mask_logits.shape[1] == 0:
-        return mask_logits.new_zeros(len(mask_logits), 0, *grid)
-    return torch.sigmoid(F.interpolate(mask_logits, size=grid, mode="bilinear", align_corners=False))
-
-
-def released_residual(severed: Iterable[int]) -> dict[int, float]:
-    """Factors on the shortcut around the attention that the authors' encoder without added tables uses, by block.
-
-    There a severed block has the factor 0.2 if its index is 11, whatever the depth of the tower, and 1 otherwise; the
-    paper does not mention it.
-    """
-    return {11: 0.2} if 11 in set(severed) else {}

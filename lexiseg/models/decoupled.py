@@ -9,6 +9,7 @@ regions to pixels (MaskFormer's semantic inference).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Annotated, Any
 
 import torch
@@ -20,7 +21,7 @@ from lexiseg.clip.model import CLIP
 from lexiseg.errors import LexisegError
 from lexiseg.losses.masks import check_labels
 from lexiseg.losses.proposals import ProposalWeights, proposal_losses
-from lexiseg.models.base import ImageFeatures, SegmentationModel
+from lexiseg.models.base import ImageFeatures
 from lexiseg.models.decoupled_init import StartsFromParts, changes_to_proposals
 from lexiseg.models.options import Deviations, ModelOptions, Pixels, Triple, WindowOptions
 from lexiseg.normalisation import IMAGENET_MEAN, IMAGENET_STD, normalise, pixels_of
@@ -72,7 +73,8 @@ class DecoupledModel(StartsFromParts):
     Images are padded at the right and the bottom, after they were normalised, with zeros to multiples of the
     generator's stride: the *padded frame*. Mask logits cover that frame. Features (`encode_images`) hold ``images`` (B,
     3, H', W'), the padded frame, and, unless the generator needs to see the words, the proposals: ``mask_logits`` (B,
-    N, h, w), ``embeddings`` (B, N, E) and ``valid`` (B, N) where it gives them.
+    N, h, w), ``embeddings`` (B, N, E) and ``valid`` (B, N) where it gives them, and what `encode_regions` makes
+    of them.
 
     Attributes:
         generator: proposes regions; a `LexisegError` if its class embeddings do not have CLIP's width.
@@ -142,31 +144,35 @@ class DecoupledModel(StartsFromParts):
 
     def encode_images(self, images: Tensor) -> ImageFeatures:
         """Pad the images and, if the words do not matter for that, propose regions; see the class."""
-        size = (int(images.shape[-2]), int(images.shape[-1]))
-        return self.encode_padded(self.pad(images), size)
+        return self.encode_padded(self.pad(images), (int(images.shape[-2]), int(images.shape[-1])))
 
     def encode_padded(self, padded: Tensor, size: Size) -> ImageFeatures:
         """`encode_images` of normalised pictures of ``size`` that lie in a padded frame (B, 3, H', W') already."""
-        values = {"images": padded}
-        if not self.generator.needs_text:
-            values |= self.kept(self.propose(padded, None, size))
-        return ImageFeatures(size, values)
+        features = ImageFeatures(size, {"images": padded})
+        return (
+            features if self.generator.needs_text else self.with_proposals(features, self.propose(padded, None, size))
+        )
+
+    def with_proposals(self, features: ImageFeatures, proposals: Proposals) -> ImageFeatures:
+        """The frame of ``features`` with these proposals, and with what the system makes of them."""
+        named = {name: getattr(proposals, name) for name in ("mask_logits", "embeddings", "valid")}
+        values = {"images": features.values["images"], **{name: x for name, x in named.items() if x is not None}}
+        return replace(features, values=values | self.encode_regions(values["images"], features.size, proposals))
+
+    def encode_regions(self, padded: Tensor, size: Size, proposals: Proposals) -> dict[str, Tensor]:
+        """What the system makes of proposals for pictures of ``size`` in a padded frame, as named tensors."""
+        return {}
+
+    def proposed(self, features: ImageFeatures, text: Tensor) -> ImageFeatures:
+        """``features`` as they are if they hold proposals, else with those for the words ``text`` (C, D)."""
+        if "mask_logits" in features.values:
+            return features
+        return self.with_proposals(features, self.propose(features.values["images"], text, features.size))
 
     @staticmethod
-    def kept(proposals: Proposals) -> dict[str, Tensor]:
-        """Proposals as named tensors, without the earlier levels."""
-        values = {"mask_logits": proposals.mask_logits}
-        if proposals.embeddings is not None:
-            values["embeddings"] = proposals.embeddings
-        if proposals.valid is not None:
-            values["valid"] = proposals.valid
-        return values
-
-    def proposals_of(self, features: ImageFeatures, text: Tensor) -> Proposals:
-        """The proposals kept in ``features``; made now, from the words ``text`` (C, D), if they are not."""
+    def proposals_of(features: ImageFeatures) -> Proposals:
+        """The proposals that ``features`` hold."""
         values = features.values
-        if "mask_logits" not in values:
-            return self.propose(values["images"], text, features.size)
         return Proposals(values["mask_logits"], values.get("embeddings"), values.get("valid"))
 
     def upsampled(self, mask_logits: Tensor, padded: Tensor) -> Tensor:
@@ -198,23 +204,25 @@ class DecoupledModel(StartsFromParts):
     def pixel_scores(
         self,
         class_scores: Tensor,
-        proposals: Proposals,
         features: ImageFeatures,
         *,
         word_to_class: Tensor | None = None,
         offsets: Tensor | None = None,
+        mask_logits: Tensor | None = None,
         sigmoid: bool = True,
     ) -> RegionScores:
-        """Class scores (B, N, W) of regions as scores of pixels, sum_n class_scores[n] * sigmoid(mask_n).
+        """Class scores (B, N, W) of the regions as scores of pixels, sum_n class_scores[n] * sigmoid(mask_n).
 
-        Proposals that are not valid take no part; ``offsets`` (W,) are subtracted from the words' scores.
+        Proposals that are not valid take no part; ``offsets`` (W,) are subtracted from the words' scores. Others than
+        the features' ``mask_logits``, and masks without ``sigmoid``, are what released variants have.
         """
-        if proposals.valid is not None:
-            class_scores = class_scores * proposals.valid[..., None].to(class_scores.dtype)
-        padded = features.values["images"].shape
+        values = features.values
+        if "valid" in values:
+            class_scores = class_scores * values["valid"][..., None].to(class_scores.dtype)
+        padded = values["images"].shape
         return RegionScores(
             class_scores.float(),
-            proposals.mask_logits.float(),
+            (values["mask_logits"] if mask_logits is None else mask_logits).float(),
             word_to_class=word_to_class,
             resize_to=(int(padded[-2]), int(padded[-1])),
             align_corners=self.options.align_corners,
@@ -222,10 +230,3 @@ class DecoupledModel(StartsFromParts):
             sigmoid=sigmoid,
             offsets=offsets,
         )
-
-    def set_trainable(self) -> SegmentationModel:
-        """Let exactly the `trainable_names` require gradients; a frozen generator is told so."""
-        super().set_trainable()
-        self.generator.trainable = any(parameter.requires_grad for parameter in self.generator.parameters())
-        self.generator.train(self.training)
-        return self

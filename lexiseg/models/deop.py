@@ -8,7 +8,6 @@ differ both are there: the paper's form under the paper's name, the other one wi
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Annotated, ClassVar, Literal
 
 import torch
@@ -16,30 +15,30 @@ from pydantic import Field
 from torch import Tensor
 
 from lexiseg.clip.model import CLIP
-from lexiseg.clip.positions import Interpolation
 from lexiseg.clip.prompt_learner import PromptLearner
-from lexiseg.clip.severance import Severance, released_residual, severance_masks, severed_attention
+from lexiseg.clip.severance import Severance
 from lexiseg.clip.templates import SCULPTURE
 from lexiseg.clip.text import TextEmbedder
 from lexiseg.errors import LexisegError
-from lexiseg.losses.masks import pseudo_labels
 from lexiseg.losses.proposals import ProposalWeights
 from lexiseg.losses.regions import region_map_losses
 from lexiseg.models.base import ImageFeatures
-from lexiseg.models.decoupled import DecoupledModel, DecoupledOptions
+from lexiseg.models.decoupled import DecoupledModel, DecoupledOptions, Size
 from lexiseg.models.deop_prompts import AddedTables, PrependedPrompts
 from lexiseg.models.options import Dropout, LossWeight, ModelOptions
 from lexiseg.proposals.base import Proposals
-from lexiseg.proposals.options import QueryOptions
-from lexiseg.regions.anchors import Anchored, ConvAnchors, QueryAnchors, ReleasedQueryAnchors, StackedConvAnchors
-from lexiseg.regions.pooling import mask_pool, patch_masks, resize_masks, unit_or_zero
+from lexiseg.regions.anchors import ConvAnchors, QueryAnchors, ReleasedConvAnchors, pool
+from lexiseg.regions.pooling import resize_masks, unit_or_zero
 from lexiseg.scores import RegionScores
 from lexiseg.vocabulary import Vocabulary
 
 _ADDED_BLOCKS = (1, 2, 3, 4, 5)
 _QUERIES = 100
+# The released encoder without tables has this factor on the shortcut around the attention of a severed block of this
+# index, whatever the depth of the tower; the paper does not mention it.
+RELEASED_RESIDUAL = (11, 0.2)
 
-Anchors = ReleasedQueryAnchors | QueryAnchors | ConvAnchors | StackedConvAnchors
+Anchors = QueryAnchors | ConvAnchors | ReleasedConvAnchors
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -61,7 +60,6 @@ class DeOPOptions(DecoupledOptions):
             width of CLIP's embeddings, which are the released 1024 and the paper's 512 for ViT-B/16.
         anchor_queries: their learned queries; None is the number of proposals.
         anchor_dropout: their dropout.
-        anchor_activation: of "conv-released".
         visual_prompts: "added", "prepended" or "none" (Table 7).
         prompt_blocks: blocks with prompts of their own; None is the released 1 to 5, as far as the tower has them.
         table_side: patches per side of the added tables.
@@ -80,7 +78,6 @@ class DeOPOptions(DecoupledOptions):
             "patches-twice" (those, squashed once more) behind a switch that is off.
         clip_images: "shared" shows CLIP the pictures as the generator sees them, as released; "own" with CLIP's mean
             and standard deviation.
-        position_interpolation: how CLIP's position table follows the resolution.
         train: "regions" is the last stage: everything but the proposals and the two towers. "proposals" is the stage
             before, with matching by masks alone; there is a class loss where the proposals have a class head, which the
             released ones have and the paper's have not (``proposals: {class_head: none}``).
@@ -99,7 +96,6 @@ class DeOPOptions(DecoupledOptions):
     anchor_hidden: Annotated[int, Field(ge=1)] | None = None
     anchor_queries: Annotated[int, Field(ge=1)] | None = None
     anchor_dropout: Dropout = 0.1
-    anchor_activation: Literal["sigmoid", "softmax"] = "sigmoid"
     visual_prompts: Literal["added", "prepended", "none"] = "added"
     prompt_blocks: tuple[int, ...] | None = None
     table_side: Annotated[int, Field(ge=1)] = 24
@@ -112,7 +108,6 @@ class DeOPOptions(DecoupledOptions):
     class_scores: Literal["softmax", "cosine"] = "softmax"
     masks: Literal["sigmoid", "logits", "patches", "patches-twice"] = "sigmoid"
     clip_images: Literal["shared", "own"] = "shared"
-    position_interpolation: Interpolation = "bicubic"
     train: Literal["regions", "proposals"] = "regions"
     squash: Annotated[float, Field(gt=0)] = 3.0
     focal_weight: LossWeight = 2.0
@@ -129,10 +124,10 @@ class DeOP(DecoupledModel):
     """DeOP, its baseline and what lies between; both towers stay frozen.
 
     Features hold, beside those of `DecoupledModel`, ``regions`` (B, N, D), the embeddings of the proposals: they do not
-    depend on the words. With a generator that reads the words they are made when the words are scored. Options that do
-    not fit the tower or each other are a `LexisegError`.
+    depend on the words, unless the proposals do. Options that do not fit the tower or each other are a `LexisegError`.
 
     Attributes:
+        severed: severance by block.
         tables: the visual prompts, or None.
         prompt: the learned text prompt, or None.
         anchors: the heatmap decoder, or None.
@@ -154,16 +149,22 @@ class DeOP(DecoupledModel):
         self.anchors: Anchors | None = self._make_anchors()
         self.set_trainable()
 
-    def _severed_blocks(self) -> dict[int, Severance]:
-        options, count = self.options, self.clip.image_tower.num_blocks
-        if options.severance == "none":
-            return {}
-        blocks = [index + count if index < 0 else index for index in options.severed_blocks]
+    def _blocks(self, listed: Sequence[int], option: str) -> list[int]:
+        """Indices of the tower's blocks, of which negative ones count from the end."""
+        count = self.clip.image_tower.num_blocks
+        blocks = [index + count if index < 0 else index for index in listed]
         if len(set(blocks)) != len(blocks) or not all(0 <= index < count for index in blocks):
             raise LexisegError(
-                f"severed_blocks {list(options.severed_blocks)} do not fit a tower of {count} blocks; list each once, "
-                f"from 0 to {count - 1}, or from the end with -1 to -{count}."
+                f"{option} {list(listed)} do not fit a tower of {count} blocks; list each once, from 0 to {count - 1}, "
+                f"or from the end with -1 to -{count}."
             )
+        return blocks
+
+    def _severed_blocks(self) -> dict[int, Severance]:
+        options = self.options
+        if options.severance == "none":
+            return {}
+        blocks = self._blocks(options.severed_blocks, "severed_blocks")
         alphas = options.alpha if isinstance(options.alpha, tuple) else (options.alpha,) * len(blocks)
         if len(alphas) != len(blocks):
             raise LexisegError(
@@ -173,37 +174,35 @@ class DeOP(DecoupledModel):
 
     def _make_visual_prompts(self) -> AddedTables | PrependedPrompts | None:
         options, tower = self.options, self.clip.image_tower
+        if options.visual_prompts == "none":
+            return None
         blocks = options.prompt_blocks
         if blocks is None:
             blocks = tuple(index for index in _ADDED_BLOCKS if index < tower.num_blocks)
-        if options.visual_prompts == "added":
-            tables = AddedTables(tower.width, tower.num_blocks, blocks, side=options.table_side)
-            if options.table_start == "zero":
-                for table in tables.parameters():
-                    torch.nn.init.zeros_(table)
-            return tables
+        places = self._blocks(blocks, "prompt_blocks")
         if options.visual_prompts == "prepended":
-            return PrependedPrompts(
-                options.num_prompts, tower.width, tower.num_blocks, tower.patch_size, blocks, options.prompt_dropout
-            )
-        return None
+            return PrependedPrompts(options.num_prompts, tower.width, tower.patch_size, places, options.prompt_dropout)
+        tables = AddedTables(tower.width, places, options.table_side)
+        if options.table_start == "zero":
+            for table in tables.parameters():
+                torch.nn.init.zeros_(table)
+        return tables
 
     def _make_anchors(self) -> Anchors | None:
         options, dim = self.options, self.clip.embed_dim
         if options.heatmaps in ("query", "query-released"):
-            proposals = options.proposals
-            given = proposals.num_queries if isinstance(proposals, QueryOptions) else _QUERIES
-            return (QueryAnchors if options.heatmaps == "query" else ReleasedQueryAnchors)(
+            return QueryAnchors(
                 dim,
-                options.anchor_queries or given,
+                options.anchor_queries or int(getattr(options.proposals, "num_queries", _QUERIES)),
                 options.anchor_layers,
                 options.anchor_heads,
                 options.anchor_hidden,
                 options.anchor_dropout,
+                released=options.heatmaps == "query-released",
             )
         if options.heatmaps == "conv":
-            return StackedConvAnchors(dim, options.anchor_layers, options.anchor_hidden)
-        return ConvAnchors(dim, options.anchor_activation) if options.heatmaps == "conv-released" else None
+            return ConvAnchors(dim, options.anchor_layers, options.anchor_hidden)
+        return ReleasedConvAnchors(dim) if options.heatmaps == "conv-released" else None
 
     @property
     def learned_prompts(self) -> PromptLearner | None:
@@ -245,51 +244,30 @@ class DeOP(DecoupledModel):
         options, tower, grid = self.options, self.clip.image_tower, self.grid(padded)
         images = padded if options.clip_images == "shared" else self.clip_frame(padded, size)
         images = images[..., : grid[0] * tower.patch_size, : grid[1] * tower.patch_size]
-        added, hook, residual = None, None, None
+        added, hook, residual = None, None, {}
         if isinstance(self.tables, AddedTables):
             added, hook = self.tables.at_input(grid), self.tables.hook(grid)
         elif isinstance(self.tables, PrependedPrompts):
-            hook = self.tables.hook(grid[0] * grid[1], severed=self.severed)
-        elif options.released_residual:
-            residual = released_residual(self.severed)
-        tokens, _ = tower.embed(images, interpolation=options.position_interpolation, by_count=True, added=added)
-        needed = any(severance.needs_masks for severance in self.severed.values())
-        result = tower.run(
-            tokens,
-            grid,
-            before_block=hook,
-            attention=severed_attention(self.severed, severance_masks(mask_logits, grid) if needed else None),
-            residual=residual,
-        )
+            hook = self.tables.hook(grid[0] * grid[1], self.severed)
+        elif options.released_residual and RELEASED_RESIDUAL[0] in self.severed:
+            residual = dict([RELEASED_RESIDUAL])
+        tokens, _ = tower.embed(images, interpolation="bicubic", by_count=True, added=added)
+        # Masks that sever are resized before the sigmoid, those that are pooled under after it.
+        masks = resize_masks(mask_logits, grid).sigmoid()
+        severed = {block: kind.attention(masks) for block, kind in self.severed.items()}
+        result = tower.run(tokens, grid, before_block=hook, attention=severed, residual=residual)
         return tower.project(result.tokens[:, -result.num_patches :]).unflatten(1, grid)
 
-    def pool(self, patches: Tensor, mask_logits: Tensor) -> Anchored:
-        """Embed regions of mask logits (B, N, h, w), given the `patches` (B, gh, gw, D)."""
-        features = unit_or_zero(patches.float())
-        masks = patch_masks(mask_logits.float(), (int(patches.shape[1]), int(patches.shape[2])))
-        if self.anchors is not None:
-            return self.anchors(features, masks)
-        pooled = mask_pool(features, masks, normalise=False)
-        return Anchored(unit_or_zero(pooled), pooled, masks[:, None])
+    def heatmaps(self, features: Tensor, mask_logits: Tensor) -> Tensor:
+        """Heatmaps (B, heads, N, gh, gw) over patches (B, gh, gw, D) of unit length, given mask logits (B, N, h, w)."""
+        masks = resize_masks(mask_logits.float().sigmoid(), (int(features.shape[1]), int(features.shape[2])))
+        return masks[:, None] if self.anchors is None else self.anchors(features, masks)
 
-    def encode_padded(self, padded: Tensor, size: tuple[int, int]) -> ImageFeatures:
-        """Propose regions and embed them; see `DecoupledModel.encode_padded`."""
-        features = super().encode_padded(padded, size)
-        if self.generator.needs_text:
-            return features
-        mask_logits = features.values["mask_logits"]
-        regions = self.pool(self.patches(padded, mask_logits, size), mask_logits).embeddings
-        return replace(features, values={**features.values, "regions": regions})
-
-    def regions_of(self, features: ImageFeatures, text: Tensor) -> tuple[Proposals, Tensor]:
-        """The proposals and their embeddings (B, N, D), made now from the words ``text`` if not kept."""
-        proposals = self.proposals_of(features, text)
-        regions = features.values.get("regions")
-        if regions is None:
-            padded = features.values["images"]
-            patches = self.patches(padded, proposals.mask_logits, features.size)
-            regions = self.pool(patches, proposals.mask_logits).embeddings
-        return proposals, regions
+    def encode_regions(self, padded: Tensor, size: Size, proposals: Proposals) -> dict[str, Tensor]:
+        """The embeddings of proposals, see the class."""
+        features = unit_or_zero(self.patches(padded, proposals.mask_logits, size).float())
+        pooled = pool(features, self.heatmaps(features, proposals.mask_logits))
+        return {"regions": pooled if self.options.heatmaps == "conv-released" else unit_or_zero(pooled)}
 
     def class_logits(self, regions: Tensor, text: Tensor) -> Tensor:
         """Logits (B, N, C + 1) of region embeddings (B, N, D) over the text (C, D) and, last, "no object"."""
@@ -304,33 +282,35 @@ class DeOP(DecoupledModel):
         its part of the softmax and no more: every pixel gets a class.
         """
         options = self.options
-        proposals, regions = self.regions_of(features, text)
-        logits = self.class_logits(regions, text)
+        features = self.proposed(features, text)
+        logits = self.class_logits(features.values["regions"], text)
         scores = (logits.softmax(dim=-1) if options.class_scores == "softmax" else logits)[..., :-1]
+        masks = None
         if options.masks in ("patches", "patches-twice"):
-            masks = patch_masks(proposals.mask_logits.float(), self.grid(features.values["images"]))
-            proposals = replace(proposals, mask_logits=masks)
+            grid = self.grid(features.values["images"])
+            masks = resize_masks(features.values["mask_logits"].float().sigmoid(), grid)
         squashed = options.masks in ("sigmoid", "patches-twice")
-        return self.pixel_scores(scores, proposals, features, word_to_class=word_to_class, sigmoid=squashed)
+        return self.pixel_scores(scores, features, word_to_class=word_to_class, mask_logits=masks, sigmoid=squashed)
 
     def losses(self, images: Tensor, labels: Tensor, text: Tensor, *, seen: Tensor | None = None) -> dict[str, Tensor]:
         """The loss of the stage that ``train`` names; see `SegmentationModel.losses`.
 
         "regions": focal and dice of the map of class scores, see `lexiseg.losses.regions`. "proposals": matching and
-        mask losses, and the class loss of the generator's own embeddings, of every level. In self-training, in both,
-        pixels without a label first get the unseen class with the largest score in the map.
+        mask losses, and the class loss of the generator's own embeddings, of every level. There is no self-training.
         """
         if not self.trainable_names():
             return super().losses(images, labels, text, seen=seen)
+        if seen is not None:
+            raise LexisegError("DeOP has no self-training; train it in the inductive setting.")
         padded, size = self.pad(images), (int(images.shape[-2]), int(images.shape[-1]))
         if self.options.train == "proposals":
-            if seen is not None:
-                with torch.no_grad():
-                    labels = pseudo_labels(_score_map(*self._region_map(padded, size, text), labels), labels, seen)
             return self.proposal_losses(padded, size, labels, text, ProposalWeights(cost_class=0.0))
-        probabilities, masks = self._region_map(padded, size, text)
-        if seen is not None:
-            labels = pseudo_labels(_score_map(probabilities, masks, labels), labels, seen)
+        values = self.proposed(self.encode_padded(padded, size), text).values
+        probabilities, masks = self.class_logits(values["regions"], text).softmax(dim=-1), values["mask_logits"]
+        if "valid" in values:
+            probabilities = probabilities * values["valid"][..., None]
+        if tuple(padded.shape[-2:]) != size:
+            masks = self.upsampled(masks, padded)[..., : size[0], : size[1]]
         parts = region_map_losses(
             probabilities,
             masks,
@@ -340,23 +320,3 @@ class DeOP(DecoupledModel):
             dice_weight=self.options.dice_weight,
         )
         return {"loss": parts.total, "loss_mask": parts.mask, "loss_dice": parts.dice}
-
-    def _region_map(self, padded: Tensor, size: tuple[int, int], text: Tensor) -> tuple[Tensor, Tensor]:
-        """Class probabilities (B, N, C + 1) of proposals and their mask logits (B, N, h, w), without the padding."""
-        features = self.encode_padded(padded, size)
-        proposals, regions = self.regions_of(features, text)
-        probabilities = self.class_logits(regions, text).softmax(dim=-1)
-        if proposals.valid is not None:
-            probabilities = probabilities * proposals.valid[..., None]
-        masks = proposals.mask_logits
-        if tuple(padded.shape[-2:]) != size:
-            masks = self.upsampled(masks, padded)[..., : size[0], : size[1]]
-        return probabilities, masks
-
-
-@torch.no_grad()
-def _score_map(probabilities: Tensor, mask_logits: Tensor, labels: Tensor) -> Tensor:
-    """The map (B, C, H, W) of class scores at the labels' size."""
-    size = (int(labels.shape[-2]), int(labels.shape[-1]))
-    masks = resize_masks(mask_logits.float(), size).sigmoid()
-    return (probabilities[..., :-1].transpose(1, 2) @ masks.flatten(2)).unflatten(2, size)

@@ -26,7 +26,7 @@ from lexiseg.models.decoupled import DecoupledModel, DecoupledOptions, Size
 from lexiseg.models.maft import AttentionOptions, MaftOptions, MaskAttention, maft_losses, trainable_names
 from lexiseg.proposals.base import Proposals
 from lexiseg.regions.crops import CropEncoder, CropOptions
-from lexiseg.regions.encoder import RegionEncoder, RegionFeatures
+from lexiseg.regions.encoder import RegionEncoder
 from lexiseg.regions.ensemble import EnsembleOptions, class_probabilities, ensemble
 from lexiseg.regions.pooling import unit_or_zero
 from lexiseg.scores import RegionScores
@@ -96,7 +96,7 @@ class RegionModelOptions(DecoupledOptions):
 class RegionModel(DecoupledModel):
     """Proposals, CLIP's opinion of each region, and an ensemble of the two; what such systems share.
 
-    Features hold, beside those of `DecoupledModel`, ``regions`` (B, N, D) and ``encoded`` (B, N), see `RegionFeatures`:
+    Features hold, beside those of `DecoupledModel`, ``regions`` (B, N, D) and ``encoded`` (B, N), see `RegionFeatures`,
     unless the words decide which regions there are. Text is (W, D), or (W, 2, D) where the
     generator's words (first) differ from CLIP's. Options that contradict each other are a `LexisegError`.
 
@@ -191,24 +191,14 @@ class RegionModel(DecoupledModel):
 
     # Regions.
 
-    def encode_padded(self, padded: Tensor, size: Size) -> ImageFeatures:
-        """Propose regions and encode them, as far as that does not depend on words; see the class."""
-        features = super().encode_padded(padded, size)
-        values = features.values
-        if "mask_logits" in values and self.region_encoder is not None:
-            found = self.encode_regions(padded, size, values["mask_logits"], values.get("valid"))
-            values.update(regions=found.regions, encoded=found.encoded)
-        return features
-
-    def encode_regions(
-        self, padded: Tensor, size: Size, mask_logits: Tensor, valid: Tensor | None = None
-    ) -> RegionFeatures:
-        """What CLIP, or its tuned copy, makes of regions; see `RegionEncoder.encode`."""
+    def encode_regions(self, padded: Tensor, size: Size, proposals: Proposals) -> dict[str, Tensor]:
+        """What CLIP, or its tuned copy, makes of proposals, see the class."""
         if self.region_encoder is None:
-            raise ValueError("regions is 'none', so CLIP gets no regions")
+            return {}
         visual = self.clip.visual if self.student is None else self.student
         frame = self.clip_frame(padded, size)
-        return self.region_encoder.encode(self.clip, visual, frame, size, mask_logits, valid)
+        found = self.region_encoder.encode(self.clip, visual, frame, size, proposals.mask_logits, proposals.valid)
+        return {"regions": found.regions, "encoded": found.encoded}
 
     # Scores.
 
@@ -230,25 +220,18 @@ class RegionModel(DecoupledModel):
         cosines = unit_or_zero(regions.float()) @ text.float().T
         return ((self.options.region_temperature or self.options.temperature) * cosines).softmax(dim=-1)
 
-    def class_scores(
-        self, features: ImageFeatures, proposals: Proposals, text: Tensor, seen: Tensor | None = None
-    ) -> Tensor:
-        """The scores (B, N, C) of classes for the regions; text is (C, D) or (C, 2, D), ``seen`` (C,) bool."""
-        options, (own, clips) = self.options, self.texts(text)
-        logits = None if proposals.embeddings is None else self.proposal_logits(proposals.embeddings, own)
+    def class_scores(self, features: ImageFeatures, text: Tensor, seen: Tensor | None = None) -> Tensor:
+        """The scores (B, N, C) of classes for the regions in ``features``; text is (C, D) or (C, 2, D)."""
+        options, (own, clips), values = self.options, self.texts(text), features.values
+        logits = self.proposal_logits(values["embeddings"], own) if "embeddings" in values else None
         opinion = None if logits is None else class_probabilities(logits)
         if self.region_encoder is None:
             return ensemble(opinion, None, options.ensemble, seen=seen)
-        values = features.values
-        if "regions" in values:
-            found = RegionFeatures(values["regions"], values["encoded"])
-        else:
-            found = self.encode_regions(values["images"], features.size, proposals.mask_logits, proposals.valid)
-        probabilities = self.region_probabilities(found.regions, clips, logits)
+        probabilities = self.region_probabilities(values["regions"], clips, logits)
         # Mask attention says something of every region, of one without a pixel too. MAFT's final model keeps it, and so
         # does Eq. 9, where A^c = 1 for such regions would give every unseen class the largest score there is.
         kept = opinion is None or options.ensemble.rule in ("region", "paper") or options.ensemble.weight <= 0
-        encoded = None if kept and isinstance(self.region_encoder, MaskAttention) else found.encoded
+        encoded = None if kept and isinstance(self.region_encoder, MaskAttention) else values["encoded"]
         return ensemble(opinion, probabilities, options.ensemble, seen=seen, encoded=encoded, seen_mean=self.seen_mean)
 
     def score(
@@ -259,10 +242,10 @@ class RegionModel(DecoupledModel):
         The score of a class at a pixel is the sum over the regions of its score there times their masks.
         """
         seen = None if seen is None else seen.to(text.device).bool()
-        proposals = self.proposals_of(features, self.texts(text)[0])
-        scores = self.class_scores(features, proposals, text, seen)
+        features = self.proposed(features, self.texts(text)[0])
+        scores = self.class_scores(features, text, seen)
         offsets = None if seen is None or not self.options.seen_offset else seen.float() * self.options.seen_offset
-        return self.pixel_scores(scores, proposals, features, word_to_class=word_to_class, offsets=offsets)
+        return self.pixel_scores(scores, features, word_to_class=word_to_class, offsets=offsets)
 
     # Training.
 
@@ -312,8 +295,7 @@ class RegionModel(DecoupledModel):
         if bool(seen.all()):
             raise LexisegError("Self-training needs at least one unseen class; give the text of all classes.")
         unseen = (~seen).nonzero().flatten()
-        features = self.encode_padded(padded, size)
-        proposals = self.proposals_of(features, self.texts(text)[0])
-        scores = self.class_scores(features, proposals, text, seen)[..., unseen]
-        best = self.pixel_scores(scores, proposals, features).label_map((labels.shape[-2], labels.shape[-1]))
+        features = self.proposed(self.encode_padded(padded, size), self.texts(text)[0])
+        scores = self.class_scores(features, text, seen)[..., unseen]
+        best = self.pixel_scores(scores, features).label_map((labels.shape[-2], labels.shape[-1]))
         return fill_unseen(labels, unseen[best], seen)

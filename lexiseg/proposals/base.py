@@ -50,8 +50,6 @@ class ProposalGenerator(nn.Module, ABC):
         stride: the sides of the images must be multiples of it.
         needs_text: `forward` needs ``text``.
         embed_dim: E of the embeddings it gives; None if it gives none.
-        trainable: whether the owner trains it; only decides what `train` does to its dropout. Does not touch
-            ``requires_grad``.
         frozen_dropout: see `lexiseg.proposals.options.QueryOptions`.
     """
 
@@ -61,8 +59,12 @@ class ProposalGenerator(nn.Module, ABC):
 
     def __init__(self, *, frozen_dropout: bool = False) -> None:
         super().__init__()
-        self.trainable = True
         self.frozen_dropout = frozen_dropout
+
+    @property
+    def trainable(self) -> bool:
+        """Whether training changes it."""
+        return any(parameter.requires_grad for parameter in self.parameters())
 
     def train(self, mode: bool = True) -> ProposalGenerator:
         """Set the training mode; a generator that is not trained stays in evaluation unless ``frozen_dropout``."""

@@ -1,19 +1,10 @@
-"""Mask pooling: a region is the sum of its patches, each weighted by the region's mask there.
-
-This is the classification stream of DeOP's baseline (Han et al., ICCV 2023, Sec. 3.1, after OpenSeg): CLIP sees the
-picture once, and any number of masks are pooled from its patches.
-"""
+"""Masks resized, and vectors of unit length, as every system of regions needs them."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-
-
-def patch_masks(mask_logits: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Mask logits (B, N, h, w) on the grid (gh, gw), in [0, 1]: sigmoid first, then bilinear resize, as released."""
-    return resize_masks(mask_logits.sigmoid(), grid)
 
 
 def resize_masks(masks: Tensor, size: tuple[int, int], align_corners: bool = False) -> Tensor:
@@ -41,13 +32,3 @@ def unit_or_zero(x: Tensor) -> Tensor:
     """
     length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     return x / torch.where(length > 0, length, torch.ones_like(length))
-
-
-def mask_pool(features: Tensor, masks: Tensor, *, normalise: bool = True) -> Tensor:
-    """Sum the patches (B, gh, gw, E) of each mask (B, N, gh, gw): (B, N, E) (DeOP, Sec. 3.1).
-
-    The masks are not divided by their sum. ``normalise`` divides the result by its length (the released code; the paper
-    does not say).
-    """
-    pooled = masks.flatten(2).to(features.dtype) @ features.flatten(1, 2)
-    return unit_or_zero(pooled) if normalise else pooled

@@ -122,8 +122,8 @@ def test_severance_is_a_mixture_of_value_and_attention(clip: CLIP) -> None:
     expected = attention(x, x, x, need_weights=False)[0]
     torch.testing.assert_close(plain, expected, rtol=1e-4, atol=1e-5)
     value = attention.out_proj(F.linear(x, attention.in_proj_weight[48:], attention.in_proj_bias[48:]))
-    torch.testing.assert_close(Severance("gps", 1.0).attention()(attention, x, None), value)
-    mixed = Severance("gps", 0.3).attention()(attention, x, None)
+    torch.testing.assert_close(Severance("gps", 1.0).attention(torch.ones(1, 1, 1, 1))(attention, x, None), value)
+    mixed = Severance("gps", 0.3).attention(torch.ones(1, 1, 1, 1))(attention, x, None)
     torch.testing.assert_close(mixed, 0.3 * value + 0.7 * plain, rtol=1e-4, atol=1e-5)
 
 

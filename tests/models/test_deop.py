@@ -16,9 +16,9 @@ from lexiseg.errors import LexisegError
 from lexiseg.losses.regions import region_map_losses
 from lexiseg.models import SYSTEMS, DeOP, SegmentationModel
 from lexiseg.models.decoupled import DecoupledModel
-from lexiseg.proposals.base import HARD_LOGIT
-from lexiseg.regions.anchors import ConvAnchors, ReleasedQueryAnchors, StackedConvAnchors
-from lexiseg.regions.pooling import mask_pool, unit_or_zero
+from lexiseg.proposals.base import HARD_LOGIT, Proposals
+from lexiseg.regions.anchors import ConvAnchors, QueryAnchors, ReleasedConvAnchors, pool
+from lexiseg.regions.pooling import unit_or_zero
 from lexiseg.scores import RegionScores
 from lexiseg.training.init import start_from
 from lexiseg.vocabulary import Vocabulary
@@ -120,11 +120,8 @@ class TestDeOPBaseline(SystemTester):
 
 def with_masks(model: DeOP, mask_logits: Tensor, text: Tensor) -> RegionScores:
     """Score an image of 32 x 48 with the given masks instead of proposed ones."""
-    padded = model.pad(SystemTester.images(32, 48, 1))
-    regions = model.pool(model.patches(padded, mask_logits, (32, 48)), mask_logits).embeddings
     features = model.encode_images(SystemTester.images(32, 48, 1))
-    features.values.update({"mask_logits": mask_logits, "regions": regions})
-    return model.score(features, text)
+    return model.score(model.with_proposals(features, Proposals(mask_logits)), text)
 
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -180,21 +177,9 @@ def test_the_proposal_stage_trains_the_generator() -> None:
         model.losses(SystemTester.images(), torch.full((2, 40, 48), 7), unit_rows(4, DIM))
 
 
-@pytest.mark.parametrize("stage", ["regions", "proposals"])
-def test_self_training_labels_pixels_with_the_best_unseen_class(stage: str) -> None:
-    model = make(train=stage)
-    images, text = SystemTester.images(), unit_rows(3, DIM)
-    seen = torch.tensor([True, False, True])
-    given = torch.full((2, 40, 48), -1)
-    given[:, :8], given[:, 8:16] = 255, 2
-    losses = model.losses(images, given, text, seen=seen)
-    same = model.losses(images, torch.where(given == -1, 1, given), text)  # there is one unseen class only
-    torch.testing.assert_close(losses, same)
-    losses["loss"].backward()
-    missing = [name for name, parameter in model.trainable_parameters() if parameter.grad is None]
-    assert not missing
-    with pytest.raises(LexisegError, match="unseen class"):
-        model.losses(images, given, text, seen=torch.ones(3, dtype=torch.bool))
+def test_there_is_no_self_training() -> None:
+    with pytest.raises(LexisegError, match="no self-training"):
+        make().losses(SystemTester.images(), SystemTester().labels(), unit_rows(4, DIM), seen=torch.arange(4) < 2)
 
 
 def test_learned_text_is_encoded_once(tmp_path: Path) -> None:
@@ -281,21 +266,18 @@ def test_tables_of_zeros_leave_clip_as_it_is() -> None:
 def test_heatmaps_lie_inside_the_masks() -> None:
     features, masks = unit_or_zero(torch.randn(2, 3, 5, 16)), torch.rand(2, 7, 3, 5)
     masks[:, 3] = 0.0
-    anchors = ReleasedQueryAnchors(16, 4, 1).eval()
+    anchors = QueryAnchors(16, 4, 1, released=True).eval()
     found = anchors(features, masks)
-    assert found.heatmaps.shape == (2, 8, 7, 3, 5)
-    assert bool((found.heatmaps <= masks[:, None] + 1e-6).all())
-    assert torch.equal(found.embeddings[:, 3], torch.zeros(2, 16))
-    lengths = found.embeddings.norm(dim=-1)
-    torch.testing.assert_close(lengths[:, [0, 1, 2, 4]], torch.ones(2, 4))
+    assert found.shape == (2, 8, 7, 3, 5)
+    assert bool((found <= masks[:, None] + 1e-6).all())
+    assert torch.equal(pool(features, found)[:, 3], torch.zeros(2, 16))
     # Proposal n takes query n mod Q.
-    again = anchors(features, masks[:, [1, 5, 2, 3, 0, 1]])
-    torch.testing.assert_close(again.embeddings[:, 5], found.embeddings[:, 1])
+    torch.testing.assert_close(anchors(features, masks[:, [1, 5, 2, 3, 0, 1]])[:, :, 5], found[:, :, 1])
 
 
 def test_the_released_convolution_equals_a_plain_one() -> None:
     features, masks = torch.randn(2, 3, 5, 16), torch.rand(2, 7, 3, 5)
-    anchors = ConvAnchors(16)
+    anchors = ReleasedConvAnchors(16)
     weighted = features.permute(0, 3, 1, 2)[:, None] * masks[:, :, None]
     padded = F.pad(weighted.flatten(0, 1), (1, 1, 1, 1), mode="replicate")
     expected = F.conv2d(padded, anchors.weight)[:, 0].unflatten(0, (2, 7))
@@ -304,18 +286,18 @@ def test_the_released_convolution_equals_a_plain_one() -> None:
 
 def test_stacked_convolutions_are_the_same_in_parts() -> None:
     features, masks = unit_or_zero(torch.randn(2, 3, 5, 8)), torch.rand(2, 20, 3, 5)
-    anchors = StackedConvAnchors(8, 2, 4).eval()
+    anchors = ConvAnchors(8, 2, 4).eval()
     found = anchors(features, masks)
     one = anchors(features[1:], masks[1:, 17:18])
-    torch.testing.assert_close(found.embeddings[1:, 17:18], one.embeddings, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(found.heatmaps.sum(dim=(3, 4)), torch.ones(2, 1, 20))
+    torch.testing.assert_close(found[1:, :, 17:18], one, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found.sum(dim=(3, 4)), torch.ones(2, 1, 20))
 
 
 def test_a_mask_of_one_patch_pools_that_patch() -> None:
     features = unit_or_zero(torch.randn(1, 2, 2, 16))
     masks = torch.eye(4).view(1, 4, 2, 2)
-    torch.testing.assert_close(mask_pool(features, masks), features.flatten(1, 2))
-    assert mask_pool(features, masks[:, :0]).shape == (1, 0, 16)
+    torch.testing.assert_close(pool(features, masks[:, None]), features.flatten(1, 2))
+    assert pool(features, masks[:, None, :0]).shape == (1, 0, 16)
 
 
 def plain_loss(probabilities: Tensor, masks: Tensor, labels: Tensor) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -16,7 +15,7 @@ from lexiseg.errors import LexisegError
 from lexiseg.models import SYSTEMS, SegmentationModel
 from lexiseg.models.maft import MaskAttention
 from lexiseg.models.region_base import RegionModel
-from lexiseg.proposals.base import HARD_LOGIT
+from lexiseg.proposals.base import HARD_LOGIT, Proposals
 from lexiseg.regions.crops import CropEncoder
 from lexiseg.scores import RegionScores
 from lexiseg.training.init import start_from
@@ -252,11 +251,8 @@ def with_masks(model: RegionModel, mask_logits: Tensor, **more: Any) -> RegionSc
     """Score an image of 32 x 48 with the given masks instead of proposed ones."""
     images, count = SystemTester.images(32, 48, 1), mask_logits.shape[1]
     with torch.no_grad():
-        features = model.encode_images(images)
-        for name in ("regions", "encoded", "embeddings"):
-            features.values.pop(name, None)
-        features.values["mask_logits"] = mask_logits
-        features.values["embeddings"] = torch.randn(1, count, DIM, generator=torch.Generator().manual_seed(0))
+        embeddings = torch.randn(1, count, DIM, generator=torch.Generator().manual_seed(0))
+        features = model.with_proposals(model.encode_images(images), Proposals(mask_logits, embeddings))
         return model.score(features, unit_rows(3, DIM), **more)
 
 
@@ -363,13 +359,12 @@ def test_self_training_in_steps_is_the_rule_that_the_released_code_has(monkeypat
     padded, size = model.pad(images), (40, 48)
     with torch.no_grad():
         features = model.encode_padded(padded, size)
-        proposals = model.proposals_of(features, text)
     # So untrained a model would say the same everywhere.
-    proposals = replace(proposals, mask_logits=5 * torch.randn_like(proposals.mask_logits))
-    scores = torch.rand(*proposals.mask_logits.shape[:2], 5)
-    monkeypatch.setattr(model, "proposals_of", lambda *_: proposals)
+    features.values["mask_logits"] = 5 * torch.randn_like(features.values["mask_logits"])
+    scores = torch.rand(*features.values["mask_logits"].shape[:2], 5)
+    monkeypatch.setattr(model, "encode_padded", lambda *_: features)
     monkeypatch.setattr(model, "class_scores", lambda *_: scores)
-    dense = model.pixel_scores(scores, proposals, features).dense(size)
+    dense = model.pixel_scores(scores, features).dense(size)
     expected = torch.stack([pseudo_label(one, label, [0, 2]) for one, label in zip(dense, given, strict=True)])
     assert set(expected.unique().tolist()) == {1, 2, 3, 4}
     hidden = given.where(given != 255, -1)  # the released rule labels what has no label as well

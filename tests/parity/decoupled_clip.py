@@ -11,8 +11,9 @@ from torch import Tensor
 from lexiseg.clip.embeddings import image_embeddings, whole_patches
 from lexiseg.clip.model import CLIP
 from lexiseg.clip.resnet import attention_pool, resnet_features
-from lexiseg.clip.severance import Severance, released_residual, severance_masks, severed_attention
+from lexiseg.clip.severance import Severance
 from lexiseg.clip.tower import ImageTower
+from lexiseg.models.deop import RELEASED_RESIDUAL
 from lexiseg.models.deop_prompts import AddedTables, PrependedPrompts
 from lexiseg.models.maft import INSIDE, attend_regions, attention_mask, region_embeddings
 from lexiseg.regions.pooling import resize_masks
@@ -37,48 +38,45 @@ def deop_visual(case: Case) -> None:
         {**vision_sizes(clip, config["input_resolution"]), "image_size": list(case.input("image").shape[-2:])},
     )
     grid = (images.shape[-2] // tower.patch_size, images.shape[-1] // tower.patch_size)
-    region_masks = severance_masks(case.input("mask_logits"), grid)
+    region_masks = resize_masks(case.input("mask_logits"), grid).sigmoid()
     modes = config.get("modes", {"": config})
     for name, mode in modes.items():
         start = f"{name}/" if name else ""
         severed = severances(mode)
         added = None
-        hooks: list[Any] = [None]
+        hook: Any = None
         residual: dict[int, float] = {}
         if config["cls"] == "VisionTransformerLearnPosition":
             side = round((len(params["learned_position"]) - 1) ** 0.5)
             run = config.get("input_resolution_run", tower.patch_size * side)
             case.check_stated(f"{start}table", {"run": run // tower.patch_size}, {"run": side})
             tables = added_tables(params, tower, config["position_layers"])
-            added, hooks = tables.at_input(grid), [tables.hook(grid)]
+            added, hook = tables.at_input(grid), tables.hook(grid)
         elif config["cls"] == "VisionTransformerLearnToken":
             rows = params["transformer.deep_prompt_embeddings"]
             case.check_stated("prompts", config, {"num_prompt_tokens": rows.shape[1]})
             used = min(len(rows), len(mode.get("prompt_layers", config.get("prompt_layers", []))))
             case.check_stated(f"{start}prompts", mode, {"deep_prompt_rows_used": used})
             prompts = prepended(params, tower, mode.get("prompt_layers", config.get("prompt_layers", [])))
-            num_patches = grid[0] * grid[1]
-            hooks = [prompts.hook(num_patches, severed=severed, keep_rows=keep) for keep in (True, False)]
+            hook = prompts.hook(grid[0] * grid[1], severed)
         else:
-            residual = released_residual(severed)
+            residual = dict([RELEASED_RESIDUAL]) if RELEASED_RESIDUAL[0] in severed else {}
         tokens, _ = tower.embed(images, interpolation="bicubic", by_count=True, added=added)
-        for hook in hooks:
-            run = tower.run(
-                tokens,
-                grid,
-                before_block=hook,
-                levels=range(tower.num_blocks),
-                attention=severed_attention(severed, region_masks),
-                residual=residual,
-            )
-            features = tower.project(run.tokens[:, -run.num_patches :]).unflatten(1, grid)
-            case.check(f"{start}features", features)
-            case.check(f"{start}cls", tower.project(run.tokens[:, :1])[:, 0])
-            if hook is hooks[0]:
-                case.check(f"{start}tokens_last", run.tokens)
-                case.check(f"{start}tokens_second_last", run.levels[max(tower.num_blocks - 2, 0)])
-                for index, level in run.levels.items():
-                    case.check(f"{start}block_{index}", level)
+        run = tower.run(
+            tokens,
+            grid,
+            before_block=hook,
+            levels=range(tower.num_blocks),
+            attention={index: kind.attention(region_masks) for index, kind in severed.items()},
+            residual=residual,
+        )
+        features = tower.project(run.tokens[:, -run.num_patches :]).unflatten(1, grid)
+        case.check(f"{start}features", features)
+        case.check(f"{start}cls", tower.project(run.tokens[:, :1])[:, 0])
+        case.check(f"{start}tokens_last", run.tokens)
+        case.check(f"{start}tokens_second_last", run.levels[max(tower.num_blocks - 2, 0)])
+        for index, level in run.levels.items():
+            case.check(f"{start}block_{index}", level)
 
 
 def severances(mode: dict[str, Any]) -> dict[int, Severance]:
@@ -92,23 +90,17 @@ def severances(mode: dict[str, Any]) -> dict[int, Severance]:
 
 
 def added_tables(params: dict[str, Tensor], tower: ImageTower, blocks: list[int]) -> AddedTables:
-    def side(rows: int) -> int:
-        return round((rows - 1) ** 0.5)
-
     names = {index: f"transformer.resblocks.{index}.learned_position" for index in blocks}
-    block_side = side(len(params[names[blocks[0]]])) if blocks else None
-    tables = AddedTables(
-        tower.width, tower.num_blocks, blocks, side=side(len(params["learned_position"])), block_side=block_side
-    )
-    state = {"table": params["learned_position"]}
-    state |= {f"block_tables.{index}": params[name] for index, name in names.items()}
-    tables.load_state_dict(state)
+    tables = AddedTables(tower.width, blocks)
+    tables.table = torch.nn.Parameter(params["learned_position"])
+    for index, name in names.items():  # of another size, in some
+        tables.block_tables[str(index)] = torch.nn.Parameter(params[name])
     return tables
 
 
 def prepended(params: dict[str, Tensor], tower: ImageTower, blocks: list[int]) -> PrependedPrompts:
     rows = params["transformer.deep_prompt_embeddings"][: len(blocks)]
-    prompts = PrependedPrompts(rows.shape[1], tower.width, tower.num_blocks, tower.patch_size, blocks).eval()
+    prompts = PrependedPrompts(rows.shape[1], tower.width, tower.patch_size, blocks[: len(rows)]).eval()
     prompts.load_state_dict({"embeddings": rows})
     return prompts
 

@@ -15,8 +15,8 @@ from lexiseg.models.deop import DeOP
 from lexiseg.normalisation import IMAGENET_MEAN, IMAGENET_STD
 from lexiseg.proposals.base import Proposals
 from lexiseg.proposals.maskformer import MaskFormer
-from lexiseg.regions.anchors import ConvAnchors, ReleasedQueryAnchors
-from lexiseg.regions.pooling import patch_masks, unit_or_zero
+from lexiseg.regions.anchors import QueryAnchors, ReleasedConvAnchors, pool
+from lexiseg.regions.pooling import resize_masks, unit_or_zero
 from lexiseg.weights.decoupled_checkpoints import deop_key, infer_anchor_options, read_parts
 from tests.parity.case import Case, UnsupportedError
 from tests.parity.clip_build import IdTokenizer, toy_sizes, under
@@ -33,35 +33,37 @@ def query_anchors(case: Case) -> None:
     """The query-based heatmap decoder, with every intermediate result."""
     params, config = case.params(), case.config
     options = infer_anchor_options(params)
-    anchors = ReleasedQueryAnchors(
+    anchors = QueryAnchors(
         config["d_model"],
         options["anchor_queries"],
         options["anchor_layers"],
         config["heads"],
         config["dim_feedforward"],
+        released=True,
     ).eval()
     anchors.load_state_dict({name: params[str(deop_key(f"anchors.{name}"))] for name in anchors.state_dict()})
     case.check_that("K", options["anchor_layers"] == config["K"], f"the file has {options['anchor_layers']}")
     case.check_stated("queries", config, {"num_queries": options["anchor_queries"]})
     features = case.input("features").permute(0, 2, 3, 1)
     grid = (int(features.shape[1]), int(features.shape[2]))
-    masks = patch_masks(case.input("mask_logits"), grid)
+    masks = resize_masks(case.input("mask_logits").sigmoid(), grid)
     case.check("mask_downsampled", masks)
     case.check("pos", anchors.positions(features).transpose(0, 1).expand(-1, len(features), -1))
     case.check("attention_before_mask", anchors.attention(features).flatten(3))
     states = anchors.states(features)
     case.check("outlayer_query", states[-1])
-    found = anchors(features, masks)
-    case.check("heatmap_per_head", found.heatmaps)
-    case.check("heatmap_mean", found.mean_heatmaps)
-    case.check("pooled_before_norm", found.pooled)
-    case.check("pooled", found.embeddings)
+    heatmaps = anchors(features, masks)
+    pooled = pool(features, heatmaps)
+    case.check("heatmap_per_head", heatmaps)
+    case.check("heatmap_mean", heatmaps.mean(dim=1))
+    case.check("pooled_before_norm", pooled)
+    case.check("pooled", unit_or_zero(pooled))
     # The authors' code also returns the layers' outputs under a norm that nothing else uses.
     norm = [
         F.layer_norm(state, state.shape[-1:], params["decoder.norm.weight"], params["decoder.norm.bias"])
         for state in states[:-1]
     ]
-    case.check("hs", torch.stack([*norm, found.embeddings]))
+    case.check("hs", torch.stack([*norm, unit_or_zero(pooled)]))
 
 
 @torch.no_grad()
@@ -73,13 +75,14 @@ def conv_anchors(case: Case) -> None:
         sizes["num_queries"] = case.input(f"{mode}/mask_logits").shape[1]
         case.check_stated(f"{mode}: sizes", case.config, sizes)
         features = unit_or_zero(case.input(f"{mode}/features"))
-        masks = patch_masks(case.input(f"{mode}/mask_logits"), (int(features.shape[1]), int(features.shape[2])))
-        anchors = ConvAnchors(features.shape[-1], "sigmoid" if mode.endswith("sigmoid") else "softmax")
+        masks = case.input(f"{mode}/mask_logits").sigmoid()
+        masks = resize_masks(masks, (int(features.shape[1]), int(features.shape[2])))
+        anchors = ReleasedConvAnchors(features.shape[-1], "sigmoid" if mode.endswith("sigmoid") else "softmax")
         anchors.load_state_dict({"weight": params["decoderConv.weight"]})
-        found = anchors(features, masks)
+        heatmaps = anchors(features, masks)
         case.check(f"{mode}/scores", anchors.scores(features, masks))
-        case.check(f"{mode}/heatmap", found.mean_heatmaps)
-        case.check(f"{mode}/pooled", found.embeddings)
+        case.check(f"{mode}/heatmap", heatmaps.mean(dim=1))
+        case.check(f"{mode}/pooled", pool(features, heatmaps))
 
 
 def map_loss(case: Case) -> None:

@@ -306,7 +306,7 @@ def simple_baseline(case: Case) -> None:
             assert isinstance(model.generator, MaskFormer)
             case.check_stated("sizes of the generator", config, generator_sizes(model.generator))
             assert model.prompts is not None
-            proposals = model.proposals_of(features, rows[:-1])
+            proposals = model.proposals_of(features)
             large = model.upsampled(proposals.mask_logits, features.values["images"])
             case.check("mask_logits", large[0, :, : size[0], : size[1]])
             assert proposals.embeddings is not None
@@ -323,11 +323,11 @@ def simple_baseline(case: Case) -> None:
 
 def _given_masks(case: Case, model: Any, rows: Tensor, seen: Tensor | None, weight: float) -> None:
     image, logits = case.input("image"), case.input("direct/mask_logits")
-    views = model.encode_regions(normalised(image)[None], tuple(image.shape[-2:]), logits[None])
-    encoded = views.encoded[0]
+    views = model.encode_regions(normalised(image)[None], tuple(image.shape[-2:]), Proposals(logits[None]))
+    encoded = views["encoded"][0]
     case.check("direct/valid", encoded)
-    case.check("direct/region_logits", (100 * F.normalize(views.regions[0], dim=-1) @ rows.T)[encoded])
-    said = model.region_probabilities(views.regions, rows[:-1], None)[0]
+    case.check("direct/region_logits", (100 * F.normalize(views["regions"][0], dim=-1) @ rows.T)[encoded])
+    said = model.region_probabilities(views["regions"], rows[:-1], None)[0]
     opinion = class_probabilities(case.input("direct/cls_logits"))
     scores = ensemble(opinion, said, EnsembleOptions(weight=weight), seen=seen, encoded=encoded)
     case.check("direct/sem_seg", torch.einsum("nc,nhw->chw", scores, logits.sigmoid()), tolerance=SOFTMAX)

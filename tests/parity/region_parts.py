@@ -313,11 +313,11 @@ def classify(case: Case) -> None:
     stated = {"prompt_shape": prompt[:2], "task_prompt_len": prompt[2] or None, "N": len(logits), "H": size[0]}
     stated |= {"W": size[1], "C": len(config["class_names"])}
     case.check_stated("sizes", config, {**text_sizes(clip), **vision_sizes(clip, config["native"]), **stated})
-    views = model.encode_regions(normalised(image)[None], size, logits[None])
-    encoded = views.encoded[0]
+    views = model.encode_regions(normalised(image)[None], size, Proposals(logits[None]))
+    encoded = views["encoded"][0]
     case.check("valid", encoded)
-    case.check("clip_logits", (100 * F.normalize(views.regions[0], dim=-1) @ rows.T)[encoded])
-    said = model.region_probabilities(views.regions, rows[:-1], None)[0]
+    case.check("clip_logits", (100 * F.normalize(views["regions"][0], dim=-1) @ rows.T)[encoded])
+    said = model.region_probabilities(views["regions"], rows[:-1], None)[0]
     case.check("clip_probs", said[encoded], tolerance=SOFTMAX)
     opinion = class_probabilities(case.input("class_logits"))
     check_ensembles(case, opinion, said, logits.sigmoid(), encoded, lambda name: True)
@@ -379,10 +379,10 @@ def classify_zegformer(case: Case) -> None:
             case.tensors[key] = case.tensors[key].softmax(dim=-1)[..., : len(names)]
         case.check(f"{name}/class_scores", class_scores, tolerance=SOFTMAX)
         for index, output in enumerate(config["output_sizes"]):
-            features = ImageFeatures(tuple(config["sizes"][index]), {"images": batch[index][None]})
-            given = Proposals(mask_logits[index][None])
+            values = {"images": batch[index][None], "mask_logits": mask_logits[index][None]}
+            features = ImageFeatures(tuple(config["sizes"][index]), values)
             offsets = seen.float() * max(offset, 0.0)
-            result = model.pixel_scores(class_scores[index][None], given, features, offsets=offsets)
+            result = model.pixel_scores(class_scores[index][None], features, offsets=offsets)
             check_output(case, f"{name}/", f".{index}", result, output)
 
 

@@ -50,7 +50,7 @@ def attention_maps(model: DeOP, padded: Tensor) -> Tensor:
     tower, (rows, columns) = model.clip.image_tower, model.grid(padded)
     patch = tower.patch_size
     images = padded[..., : rows * patch, : columns * patch]
-    tokens, grid = tower.embed(images, interpolation=model.options.position_interpolation, by_count=True)
+    tokens, grid = tower.embed(images, interpolation="bicubic", by_count=True)
     tokens = tower.run(tokens, grid, stop=tower.num_blocks - 1).tokens
     layer = tower.visual.transformer.resblocks[-1]
     attention = layer.attn

@@ -116,8 +116,8 @@ def evaluate_proposals(
                 scores = upper_bound_scores(masks, sample.label, num_classes, ignore_index=ignore)
             except ValueError as error:
                 raise LexisegError(f"The sample '{sample.name}' cannot be evaluated: {error}.") from error
-            features = ImageFeatures(frame, {"images": padded})
-            best = model.pixel_scores(scores[None].to(segmenter.device), proposals, features)
+            features = ImageFeatures(frame, {"images": padded, "mask_logits": proposals.mask_logits})
+            best = model.pixel_scores(scores[None].to(segmenter.device), features)
             confusion.update(best.label_map(size)[0].cpu().numpy(), sample.label.numpy())
             if released:
                 prediction = segmenter.predict(sample.image, vocabulary).label_map.long()

@@ -244,7 +244,8 @@ class DeOP(DecoupledModel):
         options, tower, grid = self.options, self.clip.image_tower, self.grid(padded)
         images = padded if options.clip_images == "shared" else self.clip_frame(padded, size)
         images = images[..., : grid[0] * tower.patch_size, : grid[1] * tower.patch_size]
-        added, hook, residual = None, None, {}
+        added, hook = None, None
+        residual: dict[int, float] = {}
         if isinstance(self.tables, AddedTables):
             added, hook = self.tables.at_input(grid), self.tables.hook(grid)
         elif isinstance(self.tables, PrependedPrompts):

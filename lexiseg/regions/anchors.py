@@ -9,6 +9,7 @@ heatmaps (B, heads, N, gh, gw).
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Literal, cast
 
 import torch
@@ -224,7 +225,7 @@ class ConvAnchors(nn.Module):
             for part in own.split(_CONV_CHUNK)
         )
         # In training batch norm looks at all regions of the batch together.
-        parts = [torch.cat(list(weighted))] if self.training else weighted
+        parts: Iterable[Tensor] = [torch.cat(list(weighted))] if self.training else weighted
         scores = torch.cat([self.layers(part)[:, 0] for part in parts])
         return _softmax(scores.unflatten(0, masks.shape[:2]))[:, None]
 

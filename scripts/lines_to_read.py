@@ -23,6 +23,8 @@ INTERFACES = {
     "hub": "downloads",
     "files": "writes files",
     "smoothing": "filters of maps: PAMR, another paper's, and edge-avoiding smoothing",
+    "strict": "a pydantic model that cannot be changed",
+    "normalisation": "a mean and a standard deviation of colours, taken off and put back",
     "matmul": "torch's linear layers and convolutions, by faster code",
     "scores": "what a model gives back: logits on a grid or a region, made into pixels",
     "models.base": "what every system is: images and text in, scores out",
@@ -38,7 +40,9 @@ INTERFACES = {
     "clip.prompt_learner": "CoOp, another paper's: vectors around a name where a template has words",
     "proposals.options": "MaskFormer, Mask2Former, SAM: other papers' systems, which are to a model what "
     "proposals.base says, and which its option `proposals` names and builds",
+    "proposals.base": "what every generator of masks is: images in, regions out",
     "proposals.leftover": "proposals of our own, which no paper has and which are off by default",
+    "models.deop_ablations": "what DeOP is compared with in its Tables 5 and 7; the paper's system has none of it",
     "models.maft": "MAFT, which plugs into the region models by their option of this name; read it as a system",
     "losses": "formulas, which the systems' docstrings repeat, computed with little memory and over processes",
     "models.decoupled_init": "what a training may take over from another system's model",
@@ -46,7 +50,7 @@ INTERFACES = {
     "models.spectral_init": "the same for SPT-SEG",
 }
 """Rooms, or parts of rooms, that a reader need not enter unless they are the system asked for, and what is in them."""
-SYSTEMS = ("zegclip", "cascade_clip", "spt_seg", "dense_clip", "cat_seg", "deop", "region_models", "maft")
+SYSTEMS = ("zegclip", "cascade_clip", "spt_seg", "dense_clip", "cat_seg", "deop", "region_models", "zegformer", "maft")
 
 
 def module_file(package: Path, module: str) -> Path | None:

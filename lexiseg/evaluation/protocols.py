@@ -114,7 +114,7 @@ class Protocol:
     # learned prompts uses none.
     templates: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     # by system, how regions are shown and scored here where its authors do it otherwise than in training; see
-    # :meth:`lexiseg.models.region_models.RegionModel.judge_with`
+    # :meth:`lexiseg.models.region_base.RegionModel.judge_with`
     settings: Mapping[str, Mapping[str, Mapping[str, Any]]] = field(default_factory=dict)
     synonyms: bool = False  # whether classes have further words; see :func:`lexiseg.data.sets.open.synonyms_of`
     words: str = _BARE  # what a class is called, and on whose word

@@ -7,10 +7,11 @@ from lexiseg.models.cat_seg import CATSeg, CATSegOptions
 from lexiseg.models.dense_clip import DenseCLIP, DenseCLIPOptions
 from lexiseg.models.deop import DeOP, DeOPOptions
 from lexiseg.models.options import ModelOptions
-from lexiseg.models.region_models import FreeSeg, FreeSegOptions, ZegFormer, ZegFormerOptions, ZSSeg, ZSSegOptions
+from lexiseg.models.region_models import FreeSeg, FreeSegOptions, ZSSeg, ZSSegOptions
 from lexiseg.models.second_look import SecondLook, SecondLookOptions
 from lexiseg.models.spt_seg import SPTSeg, SPTSegOptions
 from lexiseg.models.zegclip import ZegCLIP, ZegCLIPOptions
+from lexiseg.models.zegformer import ZegFormer, ZegFormerOptions
 from lexiseg.windows import WindowPolicy
 
 SYSTEMS: dict[str, type[SegmentationModel]] = {

@@ -208,13 +208,12 @@ class DecoupledModel(StartsFromParts):
         *,
         word_to_class: Tensor | None = None,
         offsets: Tensor | None = None,
-        mask_logits: Tensor | None = None,
         sigmoid: bool = True,
     ) -> RegionScores:
         """Class scores (B, N, W) of the regions as scores of pixels, sum_n class_scores[n] * sigmoid(mask_n).
 
-        Proposals that are not valid take no part; ``offsets`` (W,) are subtracted from the words' scores. Others than
-        the features' ``mask_logits``, and masks without ``sigmoid``, are what released variants have.
+        Proposals that are not valid take no part; ``offsets`` (W,) are subtracted from the words' scores. Masks without
+        ``sigmoid`` are what released variants have.
         """
         values = features.values
         if "valid" in values:
@@ -222,7 +221,7 @@ class DecoupledModel(StartsFromParts):
         padded = values["images"].shape
         return RegionScores(
             class_scores.float(),
-            (values["mask_logits"] if mask_logits is None else mask_logits).float(),
+            values["mask_logits"].float(),
             word_to_class=word_to_class,
             resize_to=(int(padded[-2]), int(padded[-1])),
             align_corners=self.options.align_corners,

@@ -7,27 +7,30 @@ differ both are there: the paper's form under the paper's name, the other one wi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import replace
 from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from lexiseg.clip.model import CLIP
+from lexiseg.clip.positions import resize_positions
 from lexiseg.clip.prompt_learner import PromptLearner
 from lexiseg.clip.severance import Severance
 from lexiseg.clip.templates import SCULPTURE
 from lexiseg.clip.text import TextEmbedder
+from lexiseg.clip.tower import BeforeBlock
 from lexiseg.errors import LexisegError
 from lexiseg.losses.proposals import ProposalWeights
 from lexiseg.losses.regions import region_map_losses
 from lexiseg.models.base import ImageFeatures
 from lexiseg.models.decoupled import DecoupledModel, DecoupledOptions, Size
-from lexiseg.models.deop_prompts import AddedTables, PrependedPrompts
+from lexiseg.models.deop_ablations import ConvAnchors, PrependedPrompts, ReleasedConvAnchors
 from lexiseg.models.options import Dropout, LossWeight, ModelOptions
 from lexiseg.proposals.base import Proposals
-from lexiseg.regions.anchors import ConvAnchors, QueryAnchors, ReleasedConvAnchors, pool
+from lexiseg.regions.anchors import QueryAnchors, pool
 from lexiseg.regions.pooling import resize_masks, unit_or_zero
 from lexiseg.scores import RegionScores
 from lexiseg.vocabulary import Vocabulary
@@ -120,6 +123,42 @@ class DeOPOptions(DecoupledOptions):
         return {"prefix": self.prompt_prefix, "suffix": self.prompt_suffix, "task": 0}
 
 
+class AddedTables(nn.Module):
+    """Learnt tables added to the tokens, class token included: one at the input and one at each of several ``blocks``.
+
+    DeOP's prompts of the kind "adding" (released option LEARN_POSITION). The table at the input joins CLIP's position
+    table before the first norm; that of a block is added where the tokens enter the block, so it stays in the residual
+    stream. Tables of ``side`` patches a side (DeOP: 24, for 384 pixels) are resized to the patch grid bicubically
+    (align_corners False, row 0 copied), unless their number of rows is right already: the released code looks at the
+    number only, not at the shape of the grid.
+    """
+
+    def __init__(self, width: int, blocks: Collection[int], side: int = 24) -> None:
+        super().__init__()
+
+        def table() -> nn.Parameter:
+            # The released initial values: a normal distribution with deviation W^-0.5, not zero.
+            return nn.Parameter(torch.randn(1 + side**2, width) * width**-0.5)
+
+        self.table = table()
+        self.block_tables = nn.ParameterDict({str(index): table() for index in blocks})
+
+    def at_input(self, grid: tuple[int, int]) -> Tensor:
+        """The input's table for a patch grid (h, w): (1 + h * w, W), what `ImageTower.embed` takes as ``added``."""
+        return resize_positions(self.table, grid, interpolation="bicubic", by_count=True)
+
+    def hook(self, grid: tuple[int, int]) -> BeforeBlock:
+        """Make the function that adds the blocks' tables in an image tower run on the patch grid (h, w)."""
+
+        def before_block(index: int, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
+            if str(index) in self.block_tables:
+                table = self.block_tables[str(index)]
+                tokens = tokens + resize_positions(table, grid, interpolation="bicubic", by_count=True).to(tokens.dtype)
+            return tokens, None
+
+        return before_block
+
+
 class DeOP(DecoupledModel):
     """DeOP, its baseline and what lies between; both towers stay frozen.
 
@@ -185,7 +224,7 @@ class DeOP(DecoupledModel):
         tables = AddedTables(tower.width, places, options.table_side)
         if options.table_start == "zero":
             for table in tables.parameters():
-                torch.nn.init.zeros_(table)
+                nn.init.zeros_(table)
         return tables
 
     def _make_anchors(self) -> Anchors | None:
@@ -286,12 +325,12 @@ class DeOP(DecoupledModel):
         features = self.proposed(features, text)
         logits = self.class_logits(features.values["regions"], text)
         scores = (logits.softmax(dim=-1) if options.class_scores == "softmax" else logits)[..., :-1]
-        masks = None
         if options.masks in ("patches", "patches-twice"):
             grid = self.grid(features.values["images"])
             masks = resize_masks(features.values["mask_logits"].float().sigmoid(), grid)
+            features = replace(features, values={**features.values, "mask_logits": masks})
         squashed = options.masks in ("sigmoid", "patches-twice")
-        return self.pixel_scores(scores, features, word_to_class=word_to_class, mask_logits=masks, sigmoid=squashed)
+        return self.pixel_scores(scores, features, word_to_class=word_to_class, sigmoid=squashed)
 
     def losses(self, images: Tensor, labels: Tensor, text: Tensor, *, seen: Tensor | None = None) -> dict[str, Tensor]:
         """The loss of the stage that ``train`` names; see `SegmentationModel.losses`.

@@ -1,7 +1,8 @@
 """Regions are proposed, a frozen CLIP is asked about each, and two opinions become one: what such systems share.
 
 How CLIP sees regions, how the two opinions are joined, and whether CLIP is tuned to masks (`lexiseg.models.maft`) are
-options of all of them; the systems themselves are in `lexiseg.models.region_models`.
+options of all of them; the systems themselves are in `lexiseg.models.region_models` and
+`lexiseg.models.zegformer`.
 """
 
 from __future__ import annotations
@@ -107,6 +108,8 @@ class RegionModel(DecoupledModel):
     """
 
     options: RegionModelOptions
+    crop_encoder: ClassVar[type[CropEncoder]] = CropEncoder
+    """How crops are cut."""
     seen_mean: ClassVar[bool] = False
     """Whether the released ensemble gives all seen classes the mean of what CLIP says of them."""
 
@@ -129,12 +132,14 @@ class RegionModel(DecoupledModel):
         # Also where a base model's recipe names crops.
         if options.regions == "mask-attention" or options.maft is not None:
             return MaskAttention(*shared, options.attention)
-        return CropEncoder(*shared, options.crops, options.positions)
+        return self.crop_encoder(*shared, options.crops, options.positions)
 
     def _check(self) -> None:
         options, alone = self.options, self.options.regions == "none"
         if alone and options.maft is not None:
             raise LexisegError("maft tunes mask attention, not regions 'none'; remove one of the two.")
+        if options.crops.convention == "roi-align" and self.crop_encoder is CropEncoder:
+            raise LexisegError("Only zegformer cuts regions out by 'roi-align'; set crops.convention to 'tight'.")
         if self.generator.embed_dim is None and (alone or options.ensemble.rule == "proposal"):
             raise LexisegError(
                 "These proposals have no classes, so CLIP has to classify the regions; set regions to 'crops' or "

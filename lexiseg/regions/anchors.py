@@ -1,24 +1,20 @@
 """Classification anchor learning: which patches of a region tell its class (DeOP, Sec. 4.2).
 
 A decoder makes a heatmap for each proposed region; the region's embedding is the sum of the patches under it (`pool`).
-There are two decoders, by queries and by convolution, and each exists in two forms where the released code departs from
-the paper. Each takes patches (B, gh, gw, E) of unit length and masks (B, N, gh, gw) in [0, 1], for any N, and gives
-heatmaps (B, heads, N, gh, gw).
+It takes patches (B, gh, gw, E) of unit length and masks (B, N, gh, gw) in [0, 1], for any N, and gives heatmaps (B,
+heads, N, gh, gw). This one does so by queries, the paper's choice; those by convolution are in
+`lexiseg.models.deop_ablations`.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable
-from typing import Literal, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lexiseg.errors import LexisegError
-
-_CONV_CHUNK = 16
 
 
 def pool(features: Tensor, heatmaps: Tensor) -> Tensor:
@@ -160,76 +156,3 @@ class QueryAnchors(nn.Module):
         channels = features.permute(0, 3, 1, 2)[:1]
         encode = MaskFormerSinePositionEmbedding(channels.shape[1] // 2, normalize=True)
         return encode(channels.shape, channels.device, torch.float32).flatten(2).transpose(1, 2).to(features.dtype)
-
-
-class ReleasedConvAnchors(nn.Module):
-    """The convolutional heatmap decoder as released: one 3 x 3 convolution of each region's masked patches.
-
-    Neither batch norm nor ReLU, and however many layers the configuration asks for, each is the same convolution of the
-    same input. What is pooled so is not divided by its length. "sigmoid" is the released default; "softmax" over all
-    patches is what any other setting gives. The paper's Eq. 4 is `ConvAnchors`.
-    """
-
-    def __init__(self, dim: int, activation: Literal["sigmoid", "softmax"] = "sigmoid") -> None:
-        super().__init__()
-        self.activation = activation
-        self.weight = nn.Parameter(torch.empty(1, dim, 3, 3))
-        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))  # as nn.Conv2d starts
-
-    def scores(self, features: Tensor, masks: Tensor) -> Tensor:
-        """Convolve mask * patches, its border repeated outwards: (B, N, gh, gw).
-
-        A mask is a scalar a patch, so each of the kernel's nine taps is applied to the patches once for all regions.
-        """
-        taps = F.linear(features, self.weight[0].flatten(1).t().to(features.dtype)).permute(0, 3, 1, 2)
-        taps, near = (F.pad(x.to(taps.dtype), (1, 1, 1, 1), mode="replicate") for x in (taps, masks))
-        height, width = features.shape[1:3]
-        scores = masks.new_zeros(masks.shape, dtype=taps.dtype)
-        for tap in range(9):
-            rows, columns = slice(tap // 3, tap // 3 + height), slice(tap % 3, tap % 3 + width)
-            scores = scores + near[:, :, rows, columns] * taps[:, tap, None, rows, columns]
-        return scores
-
-    def forward(self, features: Tensor, masks: Tensor) -> Tensor:
-        """Heatmaps (B, 1, N, gh, gw) of regions, see the module."""
-        if not masks.shape[1]:
-            return masks[:, None]
-        scores = self.scores(features, masks)
-        return (scores.sigmoid() if self.activation == "sigmoid" else _softmax(scores))[:, None]
-
-
-class ConvAnchors(nn.Module):
-    """The convolutional heatmap decoder of the paper (DeOP, Eq. 4): K x (conv, batch norm, ReLU), conv, softmax.
-
-    It was never released; the borders' padding and the division of what is pooled by its length follow the other
-    decoders. Each region is convolved on its own: 2.4 M products a patch, layer and region at E = 512. The paper has K
-    = 3 layers of 512 channels; a ``width`` of None is E.
-    """
-
-    def __init__(self, dim: int, num_layers: int = 3, width: int | None = None) -> None:
-        super().__init__()
-        layers: list[nn.Module] = []
-        for _ in range(num_layers):
-            convolution = nn.Conv2d(dim, width or dim, 3, padding=1, padding_mode="replicate", bias=False)
-            dim = convolution.out_channels
-            layers += [convolution, nn.BatchNorm2d(dim), nn.ReLU()]
-        self.layers = nn.Sequential(*layers, nn.Conv2d(dim, 1, 3, padding=1, padding_mode="replicate"))
-
-    def forward(self, features: Tensor, masks: Tensor) -> Tensor:
-        """Heatmaps (B, 1, N, gh, gw) of regions, see the module."""
-        if not masks.shape[1]:
-            return masks[:, None]
-        weighted = (
-            (image * part[:, None].to(image.dtype))
-            for image, own in zip(features.permute(0, 3, 1, 2), masks, strict=True)
-            for part in own.split(_CONV_CHUNK)
-        )
-        # In training batch norm looks at all regions of the batch together.
-        parts: Iterable[Tensor] = [torch.cat(list(weighted))] if self.training else weighted
-        scores = torch.cat([self.layers(part)[:, 0] for part in parts])
-        return _softmax(scores.unflatten(0, masks.shape[:2]))[:, None]
-
-
-def _softmax(scores: Tensor) -> Tensor:
-    """The softmax of scores (B, N, gh, gw) over all patches."""
-    return scores.flatten(2).softmax(dim=-1).view_as(scores)

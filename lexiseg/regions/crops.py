@@ -7,8 +7,7 @@ and the resize:
 - ``tight`` (ZSSeg, FreeSeg): the box around the pixels above the threshold, its right and lower edge excluded, in the
   picture without its padding; outside is CLIP's mean colour; a bicubic resize that does not keep the aspect. A mask
   without such a pixel is skipped.
-- ``roi-align`` (ZegFormer): a box that ends *at* the last pixel, the whole padded frame if it has no area, cut out by
-  RoIAlign; outside is 0 after normalisation. Every mask gives a sub-image, an empty one a blank picture.
+- ``roi-align`` (ZegFormer), see `lexiseg.models.zegformer`.
 
 Source: methods as released by the authors of ZSSeg, ZegFormer and FreeSeg; neither pads a crop to a square, though
 MAFT's figure 6 shows it.
@@ -30,7 +29,6 @@ from lexiseg.clip.embeddings import image_embeddings
 from lexiseg.clip.model import CLIP
 from lexiseg.clip.positions import Interpolation
 from lexiseg.regions.encoder import PIXELS, RegionEncoder, RegionFeatures, Size
-from lexiseg.regions.pooling import resize_masks
 from lexiseg.strict import StrictModel
 
 # What a processor's caches hold; larger batches take longer (benchmarks/decoupled_speed.py).
@@ -42,7 +40,7 @@ class CropOptions(StrictModel):
     """How sub-images are made of regions.
 
     Attributes:
-        convention: "tight" or "roi-align", see the module.
+        convention: "tight" or, of ZegFormer alone, "roi-align"; see the module.
         merge: the paper's three operations.
         size: side of the sub-images; None is the size CLIP was trained at (released: 224, which it is there).
         threshold: mask probability above which a pixel is inside (released: 0.5; ZSSeg across datasets 0.4 or 0.3).
@@ -115,7 +113,7 @@ def tight_crops(
         black: (3,), black after normalisation.
     """
     images, valid, boxes = [image.new_zeros(0, 3, size, size)], [], []
-    for soft in _in_parts(masks, num_masks, image):
+    for soft in in_parts(masks, num_masks, image):
         box, there = boxes_of(soft > options.threshold)
         box = (box + box.new_tensor([0, 0, 1, 1]))[there]
         images += [
@@ -143,7 +141,7 @@ def painted_boxes(image: Tensor, masks: Tensor, boxes: Tensor, options: CropOpti
         yield part
 
 
-def _in_parts(masks: Callable[[int, int], Tensor], num_masks: int, image: Tensor) -> Iterator[Tensor]:
+def in_parts(masks: Callable[[int, int], Tensor], num_masks: int, image: Tensor) -> Iterator[Tensor]:
     """All masks of an image, some at a time; none at all are one part as well."""
     step = max(PIXELS // (image.shape[-2] * image.shape[-1]), 1)
     return (masks(start, min(start + step, num_masks)) for start in range(0, max(num_masks, 1), step))
@@ -157,36 +155,6 @@ def _expand(box: list[int], ratio: float, width: int, height: int) -> tuple[int,
     left = min(max(int(x - half_width), 0), width - 1)
     top = min(max(int(y - half_height), 0), height - 1)
     return left, top, max(min(int(x + half_width), width), left + 1), max(min(int(y + half_height), height), top + 1)
-
-
-def aligned_crops(
-    frame: Tensor, masks: Callable[[int, int], Tensor], num_masks: int, options: CropOptions, *, size: int
-) -> Crops:
-    """Sub-images of size S in ZegFormer's convention; all N of them.
-
-    ``frame`` (3, H', W') is padded, normalised for CLIP, its padding 0; ``masks`` gives mask *logits* (stop - start,
-    H', W'). The options ``matting``, ``expand`` and ``fill`` have no meaning here.
-    """
-    from torchvision.ops import roi_align
-
-    whole = frame.new_tensor([0, 0, frame.shape[-1], frame.shape[-2]])
-    small = F.interpolate(frame[None], size=(size, size), mode="bilinear", align_corners=False)
-    images, boxes = [frame.new_zeros(0, 3, size, size)], []
-    for logits in _in_parts(masks, num_masks, frame):
-        inside = logits.sigmoid() > options.threshold
-        box = boxes_of(inside)[0].float()
-        flat = (box[:, 2] - box[:, 0]) * (box[:, 3] - box[:, 1]) == 0
-        box = torch.where(flat[:, None], whole, box)
-        boxes.append(box)
-        if options.merge == "mask":
-            mask = resize_masks(logits[None], (size, size))[0]
-            images.append(small * (mask.sigmoid() > options.threshold)[:, None])
-            continue
-        for one, place in zip(inside, box, strict=True):
-            shown = frame if options.merge == "crop" else frame * one
-            images.append(roi_align(shown[None], [place[None]], (size, size), 1.0, -1, aligned=True))
-    valid = torch.ones(num_masks, dtype=torch.bool, device=frame.device)
-    return Crops(torch.cat(images), valid, torch.cat(boxes))
 
 
 def in_chunks(function: Callable[[Tensor], Tensor], images: Tensor, width: int) -> Tensor:
@@ -230,18 +198,12 @@ class CropEncoder(RegionEncoder):
 
     def cut(self, clip: CLIP, frame: Tensor, size: Size, mask_logits: Tensor) -> Crops:
         """Sub-images of the regions of one picture: frame (3, H', W'), mask logits (N, h, w)."""
-        side, count = self.crops.size or clip.image_size, len(mask_logits)
-
-        def logits(start: int, stop: int) -> Tensor:
-            return self.upsampled(mask_logits[None, start:stop], frame)[0]
-
-        if self.crops.convention == "roi-align":
-            return aligned_crops(frame, logits, count, self.crops, size=side)
         height, width = size
+        side, count = self.crops.size or clip.image_size, len(mask_logits)
         black = -frame.new_tensor(clip.mean) / frame.new_tensor(clip.std)
 
         def masks(start: int, stop: int) -> Tensor:
-            return logits(start, stop)[:, :height, :width].sigmoid()
+            return self.upsampled(mask_logits[None, start:stop], frame)[0, :, :height, :width].sigmoid()
 
         return tight_crops(frame[:, :height, :width], masks, count, self.crops, size=side, black=black)
 

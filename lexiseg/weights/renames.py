@@ -61,6 +61,8 @@ RENAMED_OPTIONS: dict[str, dict[str, Change]] = {
         "remainder": _leftover,
         # "query" was the released form, and is the paper's now.
         "anchors": lambda value: {"heatmaps": "query-released" if value == "query" else value},
+        "anchor_activation": _gone("anchor_activation", "sigmoid", _RELEASE_BEFORE),
+        "position_interpolation": _gone("position_interpolation", "bicubic", _RELEASE_BEFORE),
     },
     "zsseg": _REGION_MODELS,
     "zegformer": _REGION_MODELS,

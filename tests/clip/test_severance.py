@@ -12,7 +12,8 @@ from lexiseg.clip.model import CLIP
 from lexiseg.clip.positions import resize_positions
 from lexiseg.clip.severance import Severance, SeveranceKind
 from lexiseg.clip.tower import Attention
-from lexiseg.models.deop_prompts import AddedTables, PrependedPrompts
+from lexiseg.models.deop import AddedTables
+from lexiseg.models.deop_ablations import PrependedPrompts
 from tests.towers import small_clip
 
 DEPTH = 4

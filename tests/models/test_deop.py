@@ -16,8 +16,9 @@ from lexiseg.errors import LexisegError
 from lexiseg.losses.regions import region_map_losses
 from lexiseg.models import SYSTEMS, DeOP, SegmentationModel
 from lexiseg.models.decoupled import DecoupledModel
+from lexiseg.models.deop_ablations import ConvAnchors, ReleasedConvAnchors
 from lexiseg.proposals.base import HARD_LOGIT, Proposals
-from lexiseg.regions.anchors import ConvAnchors, QueryAnchors, ReleasedConvAnchors, pool
+from lexiseg.regions.anchors import QueryAnchors, pool
 from lexiseg.regions.pooling import unit_or_zero
 from lexiseg.scores import RegionScores
 from lexiseg.training.init import start_from

@@ -13,8 +13,8 @@ from lexiseg.clip.model import CLIP
 from lexiseg.clip.resnet import attention_pool, resnet_features
 from lexiseg.clip.severance import Severance
 from lexiseg.clip.tower import ImageTower
-from lexiseg.models.deop import RELEASED_RESIDUAL
-from lexiseg.models.deop_prompts import AddedTables, PrependedPrompts
+from lexiseg.models.deop import RELEASED_RESIDUAL, AddedTables
+from lexiseg.models.deop_ablations import PrependedPrompts
 from lexiseg.models.maft import INSIDE, attend_regions, attention_mask, region_embeddings
 from lexiseg.regions.pooling import resize_masks
 from tests.parity.case import Case

@@ -12,10 +12,11 @@ from torch.nn import functional as F
 
 from lexiseg.losses.regions import region_map_losses
 from lexiseg.models.deop import DeOP
+from lexiseg.models.deop_ablations import ReleasedConvAnchors
 from lexiseg.normalisation import IMAGENET_MEAN, IMAGENET_STD
 from lexiseg.proposals.base import Proposals
 from lexiseg.proposals.maskformer import MaskFormer
-from lexiseg.regions.anchors import QueryAnchors, ReleasedConvAnchors, pool
+from lexiseg.regions.anchors import QueryAnchors, pool
 from lexiseg.regions.pooling import resize_masks, unit_or_zero
 from lexiseg.weights.decoupled_checkpoints import deop_key, infer_anchor_options, read_parts
 from tests.parity.case import Case, UnsupportedError

@@ -15,7 +15,8 @@ from lexiseg.clip.templates import IMAGENET_SELECT, IN_THE_SCENE
 from lexiseg.clip.text import TextEmbedder
 from lexiseg.models.maft import MaskAttention
 from lexiseg.models.region_base import RegionModel
-from lexiseg.models.region_models import FreeSeg, ZegFormer, ZSSeg
+from lexiseg.models.region_models import FreeSeg, ZSSeg
+from lexiseg.models.zegformer import ZegFormer
 from lexiseg.proposals.base import Proposals
 from lexiseg.proposals.mask2former import Mask2Former
 from lexiseg.proposals.maskformer import MaskFormer

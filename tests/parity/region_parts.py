@@ -16,7 +16,8 @@ from lexiseg.losses import mask_aware
 from lexiseg.losses.mask_aware import distillation_loss, iou_targets, mask_aware_loss, mask_ious
 from lexiseg.models.base import ImageFeatures
 from lexiseg.models.region_base import RegionModel
-from lexiseg.models.region_models import FreeSeg, ZegFormer, ZSSeg
+from lexiseg.models.region_models import FreeSeg, ZSSeg
+from lexiseg.models.zegformer import ZegFormer
 from lexiseg.normalisation import IMAGENET_MEAN, IMAGENET_STD
 from lexiseg.proposals.base import Proposals
 from lexiseg.regions.crops import CropEncoder, CropOptions, boxes_of, painted_boxes, tight_crops

@@ -13,7 +13,8 @@ from lexiseg.errors import LexisegError
 from lexiseg.losses.mask_aware import distillation_loss, iou_targets, mask_aware_loss, mask_ious
 from lexiseg.models.maft import MaftOptions, mask_aware_step
 from lexiseg.models.region_base import RegionModel
-from lexiseg.regions.crops import CropOptions, aligned_crops, boxes_of, in_chunks, near_duplicates, tight_crops
+from lexiseg.models.zegformer import aligned_crops
+from lexiseg.regions.crops import CropOptions, boxes_of, in_chunks, near_duplicates, tight_crops
 from lexiseg.regions.ensemble import EnsembleOptions, class_probabilities, ensemble
 from lexiseg.weights.decoupled_checkpoints import read_parts
 from tests.models.test_region_models import make

@@ -20,8 +20,7 @@ app.callback(invoke_without_command=True)(show_help)
 def cost(context: typer.Context) -> None:
     """Parameters, multiply-adds and speed of every system beside its paper's figures; ``--help`` lists the options.
 
-    Raises:
-        LexisegError: lexiseg was not installed from its repository, where the benchmarks are.
+    Raises LexisegError if lexiseg was not installed from its repository, where the benchmarks are.
     """
     root = Path(lexiseg.__file__).resolve().parents[1]
     if not (root / "benchmarks" / "cost").is_dir():

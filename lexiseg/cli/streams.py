@@ -23,8 +23,7 @@ if TYPE_CHECKING:
 def read_bands(text: str | None) -> tuple[int, int, int] | None:
     """Read ``4,3,2``.
 
-    Raises:
-        LexisegError: it is something else.
+    Raises LexisegError if it is something else.
     """
     parts = [] if text is None else [part.strip() for part in text.split(",")]
     if text is not None and (len(parts) != 3 or not all(part.isdigit() for part in parts)):

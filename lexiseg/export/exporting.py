@@ -87,8 +87,7 @@ def export(
             system allows that.
         precision: "fp16" halves the files, "int8" quantises the weights of products (dynamic quantisation).
 
-    Raises:
-        LexisegError: the system or its tower cannot be exported, an argument is wrong, or a library is missing.
+    Raises LexisegError if the system or its tower cannot be exported, an argument is wrong, or a library is missing.
     """
     if not isinstance(segmenter, Segmenter):
         raise LexisegError("This model is already exported; export the original model.")

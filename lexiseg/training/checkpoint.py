@@ -154,11 +154,8 @@ def save_checkpoint(
 def load_checkpoint(folder: Path, *, model: nn.Module, optimizer: torch.optim.Optimizer, rank: int = 0) -> int:
     """Put a checkpoint's tensors into ``model`` and ``optimizer`` and set the random generators, those of ``rank``.
 
-    Returns:
-        The number of optimizer steps done.
-
-    Raises:
-        LexisegError: a file is damaged, or the tensors do not fit the model.
+    Returns the number of optimizer steps done. Raises LexisegError if a file is damaged, or the tensors do not fit the
+    model.
     """
     state = read_state(folder)
     saved = read_tensors(folder / TENSORS)
@@ -211,8 +208,7 @@ class RunLog:
         records: the lines so far; none where it is not enabled.
         step: steps done.
 
-    Raises:
-        LexisegError: the log of an earlier part cannot be read, or none can be written.
+    Raises LexisegError if the log of an earlier part cannot be read, or none can be written.
     """
 
     def __init__(

@@ -102,8 +102,7 @@ def dry_run(recipe: Recipe) -> DryRun:
     Where the named CLIP cannot be had, the model gets random weights of the same architecture. What its proposals start
     from is not downloaded; what is on this machine is seen to fit.
 
-    Raises:
-        LexisegError: the recipe only evaluates; its system, options, data or initial model are wrong.
+    Raises LexisegError if the recipe only evaluates; its system, options, data or initial model are wrong.
     """
     if isinstance(recipe, EvaluationRecipe):
         raise LexisegError("This recipe only evaluates, so there is nothing to train; give it to `lexiseg evaluate`.")
@@ -188,8 +187,7 @@ def _contrastive(recipe: ContrastiveRecipe) -> DryRun:
 def clip_or_random(name: str) -> tuple[CLIP, str | None]:
     """The named CLIP; or its architecture with random weights, and why.
 
-    Raises:
-        LexisegError: the name is unknown, or its files are damaged.
+    Raises LexisegError if the name is unknown, or its files are damaged.
     """
     try:
         return load_clip(name), None

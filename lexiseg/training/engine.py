@@ -63,8 +63,7 @@ class Task(ABC):
         model: it runs in background processes, and a resumed run continues by calling it with the next index. With
         accumulation there are several batches a step.
 
-        Returns:
-            Tensors in dicts, lists or tuples, or an object with a method ``to(device)``.
+        Returns tensors in dicts, lists or tuples, or an object with a method ``to(device)``.
         """
 
     def part(self, index: int, rank: int, processes: int) -> Any:
@@ -210,8 +209,7 @@ class Engine:
         accelerator: of accelerate; ``device`` "cpu" stays off an accelerator, None takes what there is.
         sharded: whether each process keeps a part of the model only.
 
-    Raises:
-        LexisegError: the batch has fewer samples than there are processes, or accelerate is told to shard as well.
+    Raises LexisegError if the batch has fewer samples than there are processes, or accelerate is told to shard as well.
     """
 
     def __init__(self, task: Task, settings: TrainSettings, device: str | None) -> None:

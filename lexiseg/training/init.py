@@ -43,8 +43,7 @@ def system_of(recipe: SegmentationRecipe) -> tuple[type[SegmentationModel], Mode
 
     A model trained transductively takes nothing off the scores of seen classes unless the recipe says so.
 
-    Raises:
-        LexisegError: there is no such system, or an option is unknown or wrong.
+    Raises LexisegError if there is no such system, or an option is unknown or wrong.
     """
     system = SYSTEMS.get(recipe.model.system)
     if system is None:
@@ -63,12 +62,9 @@ def build_model(recipe: SegmentationRecipe, vocabulary: Vocabulary, *, clip: CLI
         vocabulary: of the data.
         clip: the towers, in place of those the recipe names; it then starts from nothing else.
 
-    Returns:
-        the model, with exactly those parameters requiring gradients that are trained.
-
-    Raises:
-        LexisegError: the system, an option, the CLIP or what it starts from is not there or does not fit; or the
-            training builds on proposals or a tuned tower that come from nowhere.
+    Returns the model, with exactly those parameters requiring gradients that are trained. Raises LexisegError if the
+    system, an option, the CLIP or what it starts from is not there or does not fit; or the training builds on proposals
+    or a tuned tower that come from nowhere.
     """
     system, options = system_of(recipe)
     seen = masked_names(training_vocabulary(vocabulary, setting=recipe.setting))
@@ -123,11 +119,8 @@ def start_from(
         vocabulary: of the data; a class that has no masks in the training to come must have had none before.
         steps: how many steps ``initial`` should have been trained for; another number is warned of.
 
-    Returns:
-        The model; its metadata say where the weights come from.
-
-    Raises:
-        LexisegError: there is no such model, it does not fit, or it had masks of a class that is unseen now.
+    Returns the model; its metadata say where the weights come from. Raises LexisegError if there is no such model, it
+    does not fit, or it had masks of a class that is unseen now.
     """
     what = f"The initial model '{initial}'"
     start = load_model(initial)
@@ -153,9 +146,8 @@ def start_from(
 def take_prompts(model: SegmentationModel, source: str, vocabulary: Vocabulary) -> None:
     """Put text prompts that were learned offline, in a run of the kind "prompts", into a model.
 
-    Raises:
-        LexisegError: there are no prompts, the model has no place for them or one of another size, or they were learned
-            with another CLIP, or with a class of the ``vocabulary`` that is unseen now.
+    Raises LexisegError if there are no prompts, the model has no place for them or one of another size, or they were
+    learned with another CLIP, or with a class of the ``vocabulary`` that is unseen now.
     """
     folder, target = prompts_folder(source), model.learned_prompts
     learner, card = load_prompts(folder), read_card(folder)
@@ -216,8 +208,7 @@ def with_stages(recipe: Recipe, run_dir: Path, train: Callable[..., Path]) -> Re
         train: trains a recipe in a folder and gives the folder of the model; takes ``until``. A finished run that is
             resumed only exports again.
 
-    Raises:
-        LexisegError: a key names a recipe that cannot come before this one; nothing is trained then.
+    Raises LexisegError if a key names a recipe that cannot come before this one; nothing is trained then.
     """
     if isinstance(recipe, ContrastiveRecipe) and recipe.model.initial in list_recipes():
         model = train(load_recipe(recipe.model.initial, seed=recipe.train.seed), run_dir / "initial")
@@ -246,9 +237,8 @@ def first_stage(recipe: SegmentationRecipe) -> SegmentationRecipe:
     How pictures are cropped and augmented stays the stage's own: the decoupled papers' stages differ in that. Options
     that weights depend on are those of ``recipe``, see `ModelOptions.changes_to_init`.
 
-    Raises:
-        LexisegError: it does not train a segmentation system, one whose weights do not fit, or for fewer steps than
-            ``initial_steps``.
+    Raises LexisegError if it does not train a segmentation system, one whose weights do not fit, or for fewer steps
+    than ``initial_steps``.
     """
     first = _stage(recipe, "initial", SegmentationRecipe)
     if recipe.initial_steps is not None and recipe.initial_steps > first.train.steps:
@@ -274,8 +264,7 @@ def prompt_stage(recipe: SegmentationRecipe) -> PromptRecipe:
 
     It learns from all classes if ``recipe`` does.
 
-    Raises:
-        LexisegError: it learns no prompts, or the recipe's model has no learned ones.
+    Raises LexisegError if it learns no prompts, or the recipe's model has no learned ones.
     """
     first = _stage(recipe, "prompts_from", PromptRecipe)
     system, options = system_of(recipe)

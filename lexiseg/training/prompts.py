@@ -158,8 +158,7 @@ def crop_object(image: Tensor, mask: Tensor, size: int, rng: np.random.Generator
         size: side S of the result.
         rng: draws the part and whether it is mirrored.
 
-    Returns:
-        image (3, S, S) float in 0..1, mask (S, S) bool that is empty only if resizing lost the object.
+    Returns image (3, S, S) float in 0..1, mask (S, S) bool that is empty only if resizing lost the object.
     """
     rows, columns = mask.any(dim=1).nonzero().flatten(), mask.any(dim=0).nonzero().flatten()
     top, left = int(rows[0]), int(columns[0])

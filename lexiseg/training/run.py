@@ -55,12 +55,8 @@ def train(
         tensorboard: whether to write TensorBoard event files.
         progress: whether to show a bar.
 
-    Returns:
-        The folder of the trained model.
-
-    Raises:
-        LexisegError: the data, the CLIP, the system or an option is not there or wrong, ``run_dir`` holds another run,
-            or the loss is not finite.
+    Returns the folder of the trained model. Raises LexisegError if the data, the CLIP, the system or an option is not
+    there or wrong, ``run_dir`` holds another run, or the loss is not finite.
     """
     if isinstance(recipe, EvaluationRecipe):
         raise LexisegError("This recipe only evaluates, so there is nothing to train; give it to `lexiseg evaluate`.")
@@ -140,8 +136,7 @@ def _put_together(recipe: Recipe, built: SegmentationRecipe, run_dir: Path, unti
 def build_task(recipe: Recipe) -> Task:
     """Model, data and loss of a recipe; the initial weights depend on its seed, and on what it starts from, only.
 
-    Raises:
-        LexisegError: as :func:`train`.
+    Raises LexisegError as :func:`train` does.
     """
     if isinstance(recipe, EvaluationRecipe):
         raise LexisegError("This recipe only evaluates, so there is nothing to train; give it to `lexiseg evaluate`.")

@@ -106,9 +106,8 @@ class SegmentationTask(Task):
         cache_dir: of the text embeddings on disk; None keeps them in memory.
         teacher: in self-training, what labels the pixels without a label; None is the model itself.
 
-    Raises:
-        LexisegError: the dataset is empty, or its classes do not suit the setting.
-        ValueError: the model's seen names are not the dataset's.
+    Raises LexisegError if the dataset is empty, or its classes do not suit the setting. Raises ValueError if the
+    model's seen names are not the dataset's.
     """
 
     model: SegmentationModel
@@ -302,9 +301,8 @@ def training_vocabulary(
     all, in the vocabulary's order; each class is flagged as seen if its masks are trained on. ``templates`` replace the
     vocabulary's.
 
-    Raises:
-        LexisegError: every class is flagged as unseen, self-training has none to find, or there are more classes than
-            16-bit labels can hold.
+    Raises LexisegError if every class is flagged as unseen, self-training has none to find, or there are more classes
+    than 16-bit labels can hold.
     """
     if len(vocabulary) > WIDE_IGNORE_INDEX:
         raise LexisegError(
@@ -392,8 +390,7 @@ def class_weights(
 def refuse_leaks(what: str, before: Sequence[str], now: Sequence[str], vocabulary: Vocabulary) -> None:
     """Refuse what had masks of a class, ``before``, that is unseen in a training whose classes with masks are ``now``.
 
-    Raises:
-        LexisegError: a class had masks before and has none now; ``what`` begins the sentence.
+    Raises LexisegError if a class had masks before and has none now; ``what`` begins the sentence.
     """
     known = {word_key(name) for name in before} - {word_key(name) for name in now}
     leaked = [name for name in vocabulary.names if word_key(name) in known]

@@ -153,8 +153,7 @@ class Trainer:
         tensorboard: whether to write TensorBoard event files.
         progress: whether to show a bar.
 
-    Raises:
-        LexisegError: a multiplier's key is contained in no trainable parameter's name, or nothing is trainable.
+    Raises LexisegError if a multiplier's key is contained in no trainable parameter's name, or nothing is trainable.
     """
 
     def __init__(
@@ -195,10 +194,9 @@ class Trainer:
                 began with are allowed, and what that does to the schedule is said.
             until: stop there and export; the schedule stays that of the whole run, which can be resumed.
 
-        Raises:
-            LexisegError: ``run_dir`` holds checkpoints and ``resume`` is not asked for; the checkpoint does not fit; or
-                the loss or a gradient is not finite (step and samples are named, nothing is saved of it); or ``until``
-                lies behind the run or behind its checkpoint.
+        Raises LexisegError if ``run_dir`` holds checkpoints and ``resume`` is not asked for; the checkpoint does not
+        fit; or the loss or a gradient is not finite (step and samples are named, nothing is saved of it); or ``until``
+        lies behind the run or behind its checkpoint.
         """
         settings, task = self.settings, self.task
         end = settings.steps if until is None else until

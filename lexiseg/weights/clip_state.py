@@ -196,8 +196,7 @@ def clip_from_state(
         name: how errors call the file.
         sizes: ``heads`` and ``text_heads`` of `infer_vit_architecture`.
 
-    Raises:
-        LexisegError: tensors are missing, left over, of another shape or not finite.
+    Raises LexisegError if tensors are missing, left over, of another shape or not finite.
     """
     if architecture is None:
         architecture = infer_vit_architecture(state, source_of, name=name, **sizes)

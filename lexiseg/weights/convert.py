@@ -101,8 +101,8 @@ def convert(
         ema: take the moving average of the weights or not; None takes the weights where a file has both, and says so.
         dtype: what to store the weights in; None is float32. (A Segment Anything is always stored in it.)
 
-    Raises:
-        LexisegError: the file cannot be read, is of no known kind, or lacks tensors or has some left over, with a list.
+    Raises LexisegError if the file cannot be read, is of no known kind, or lacks tensors or has some left over, with a
+    list.
     """
     found = read_checkpoint(path, lambda state: _kind(state) is not None, ema=ema)
     if found.metadata.get("system") in SYSTEMS:

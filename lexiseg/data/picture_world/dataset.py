@@ -48,8 +48,7 @@ class PictureWorld:
         keep: a folder in which rendered scenes are kept, for runs that share them and processes at the same time;
             to be emptied after a change to how scenes are drawn.
 
-    Raises:
-        LexisegError: unknown split.
+    Raises LexisegError if there is no such split.
     """
 
     def __init__(
@@ -145,8 +144,7 @@ def write_voc(
     ``ImageSets/Segmentation/{train,val}.txt``, ``captions.txt`` (name, tab, sentence), ``classes.txt`` and
     ``unseen.txt``. The masks of the train split have 255 where an unseen class is. Files that exist are written anew.
 
-    Raises:
-        LexisegError: the folder cannot be written.
+    Raises LexisegError if the folder cannot be written.
     """
     root = make_folder(folder)
     images, masks = make_folder(root / "JPEGImages"), make_folder(root / "SegmentationClass")

@@ -38,8 +38,7 @@ class Shapes:
         size: pixels a side.
         length: number of pictures; default 20,000 (train) and 200 (val).
 
-    Raises:
-        LexisegError: there is no such split.
+    Raises LexisegError if there is no such split.
     """
 
     def __init__(self, split: str, *, size: int = 128, length: int | None = None) -> None:

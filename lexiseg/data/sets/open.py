@@ -62,9 +62,8 @@ def open_data_set(
         synonyms: whether a class has the further words of the dataset's list beside its name; see
             :func:`synonyms_of`.
 
-    Raises:
-        LexisegError: there is no such dataset, split, list or paper, synonyms are asked for where there are none, or
-            files are missing; the sentence names the first.
+    Raises LexisegError if there is no such dataset, split, list or paper, synonyms are asked for where there are none,
+    or files are missing; the sentence names the first.
     """
     files = list_split(name, root, split, unseen=unseen, classes=classes)
     if names_of is not None:

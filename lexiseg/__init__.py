@@ -96,13 +96,7 @@ def load(
         with float32_default():
             model = load_model(name)
         return Segmenter(
-            model,
-            device=place,
-            dtype=dtype,
-            compile=compile,
-            templates=templates,
-            max_pixels=limit,
-            refine=refine,
+            model, device=place, dtype=dtype, compile=compile, templates=templates, max_pixels=limit, refine=refine
         )
 
 

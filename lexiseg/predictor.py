@@ -18,15 +18,7 @@ from lexiseg.errors import LexisegError
 from lexiseg.files import as_path
 from lexiseg.images import DEFAULT_MAX_PIXELS, ImageSource, list_images
 from lexiseg.label_ids import ignore_index
-from lexiseg.pictures import (
-    Failure,
-    HeldPicture,
-    Picture,
-    WindowSource,
-    read_picture,
-    run_in_batches,
-    window_policy,
-)
+from lexiseg.pictures import Failure, HeldPicture, Picture, WindowSource, read_picture, run_in_batches, window_policy
 from lexiseg.segmentation import Segmentation
 from lexiseg.vocabulary import SINGLE_TEMPLATE, TemplateSource, Vocabulary, VocabularySource
 from lexiseg.windows import Box, WindowPolicy

@@ -21,13 +21,7 @@ from lexiseg.exemplar_vectors import with_exemplars
 from lexiseg.files import as_path, default_cache_folder, write_text
 from lexiseg.images import DEFAULT_MAX_PIXELS, ImageSource
 from lexiseg.models.base import ImageFeatures, SegmentationModel
-from lexiseg.pictures import (
-    HeldPicture,
-    Picture,
-    WindowSource,
-    cut_windows,
-    window_policy,
-)
+from lexiseg.pictures import HeldPicture, Picture, WindowSource, cut_windows, window_policy
 from lexiseg.predictor import BATCH_SIZE, Predictor, Words
 from lexiseg.refine import Refinement, refine, refined_dense
 from lexiseg.scores import Scores

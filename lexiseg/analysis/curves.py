@@ -14,12 +14,7 @@ from lexiseg.words import printable
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-METRICS = {
-    "miou_seen": "mIoU(S)",
-    "miou_unseen": "mIoU(U)",
-    "hiou": "hIoU",
-    "unseen_to_seen": "unseen taken for seen",
-}
+METRICS = {"miou_seen": "mIoU(S)", "miou_unseen": "mIoU(U)", "hiou": "hIoU", "unseen_to_seen": "unseen taken for seen"}
 _LOG = "metrics.jsonl"
 
 

@@ -37,8 +37,7 @@ Seen = Annotated[
 Transductive = Annotated[
     bool,
     typer.Option(
-        "--transductive",
-        help="One-stage systems and ZegFormer: trained with self-training; no offset on seen classes.",
+        "--transductive", help="One-stage systems and ZegFormer: trained with self-training; no offset on seen classes."
     ),
 ]
 QuickGelu = Annotated[bool | None, typer.Option("--quick-gelu/--gelu", help="CLIP: its activation. Default: detected.")]

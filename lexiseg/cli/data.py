@@ -79,8 +79,7 @@ def verify(
         Path | None, typer.Argument(metavar="[ROOT]", help="The folder the dataset was unpacked in.")
     ] = None,
     split: Annotated[
-        list[str] | None,
-        typer.Option("--split", help="A split; may be repeated. Default: training and val."),
+        list[str] | None, typer.Option("--split", help="A split; may be repeated. Default: training and val.")
     ] = None,
     classes: Classes = None,
     workers: Annotated[

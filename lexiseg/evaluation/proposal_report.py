@@ -69,11 +69,7 @@ def _text(value: float) -> str:
 
 
 def evaluate_proposals(
-    segmenter: Segmenter,
-    dataset: SegmentationDataset,
-    *,
-    released: bool = False,
-    limit: int | None = None,
+    segmenter: Segmenter, dataset: SegmentationDataset, *, released: bool = False, limit: int | None = None
 ) -> ProposalReport:
     """Compare the proposals for every picture with its labels, at the labels' size.
 

@@ -23,13 +23,7 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 _PACKAGES = ("open_clip_torch", "numpy", "Pillow")
-_TITLES = {
-    "pacc": "pAcc",
-    "miou": "mIoU",
-    "miou_seen": "mIoU(S)",
-    "miou_unseen": "mIoU(U)",
-    "hiou": "hIoU",
-}
+_TITLES = {"pacc": "pAcc", "miou": "mIoU", "miou_seen": "mIoU(S)", "miou_unseen": "mIoU(U)", "hiou": "hIoU"}
 _OF_SEEN = ("miou_seen", "miou_unseen", "hiou")
 
 

@@ -70,12 +70,7 @@ class _Texts(nn.Module):
 
 
 def export(
-    segmenter: Segmenter,
-    folder: str | Path,
-    *,
-    kind: str = "onnx",
-    sizes: Sequence[int] = (),
-    precision: str = "fp32",
+    segmenter: Segmenter, folder: str | Path, *, kind: str = "onnx", sizes: Sequence[int] = (), precision: str = "fp32"
 ) -> ExportSpec:
     """Write a model as graphs; the folder appears when it is whole.
 

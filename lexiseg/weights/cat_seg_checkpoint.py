@@ -83,11 +83,7 @@ def infer_options(state: Mapping[str, Tensor], name: str = "the checkpoint") -> 
 
 
 def read_cat_seg(
-    state: Mapping[str, Tensor],
-    *,
-    options: Mapping[str, Any] | None = None,
-    name: str = "The checkpoint",
-    **heads: Any,
+    state: Mapping[str, Tensor], *, options: Mapping[str, Any] | None = None, name: str = "The checkpoint", **heads: Any
 ) -> tuple[CATSeg, list[str]]:
     """Build a CAT-Seg from the authors' tensors.
 

@@ -236,11 +236,7 @@ def _read_cat_seg(
 
 
 def _convert_clip(
-    found: Checkpoint,
-    folder: str | Path,
-    quick_gelu: bool | None,
-    sizes: dict[str, Any],
-    dtype: torch.dtype | None,
+    found: Checkpoint, folder: str | Path, quick_gelu: bool | None, sizes: dict[str, Any], dtype: torch.dtype | None
 ) -> ConversionReport:
     what = f"'{found.path}'"
     openai = bool(_OPENAI_NOTES & found.state.keys())

@@ -118,11 +118,7 @@ def _deop_options(parts: CheckpointParts) -> dict[str, Any]:
     elif deep_key in tables:
         depth, count, _ = shape_of(tables, deep_key, 3)
         # Which blocks they belong to is not in the file; the scripts list 1, 2, ...
-        options |= {
-            "visual_prompts": "prepended",
-            "num_prompts": count,
-            "prompt_blocks": tuple(range(1, 1 + depth)),
-        }
+        options |= {"visual_prompts": "prepended", "num_prompts": count, "prompt_blocks": tuple(range(1, 1 + depth))}
     if prompt:
         options["text_prompts"] = "end-to-end"
         for name in ("prefix", "suffix"):

@@ -198,11 +198,7 @@ def _infer_groups(state: Mapping[str, Tensor], name: str) -> str:
 
 
 def read_one_stage(
-    state: Mapping[str, Tensor],
-    *,
-    options: Mapping[str, Any] | None = None,
-    name: str = "The checkpoint",
-    **heads: Any,
+    state: Mapping[str, Tensor], *, options: Mapping[str, Any] | None = None, name: str = "The checkpoint", **heads: Any
 ) -> tuple[ZegCLIP, list[str]]:
     """Build a one-stage model from the authors' tensors.
 

@@ -1,14 +1,6 @@
 """The picture worlds: scenes of emoji things over procedural stuff, with exact masks and captions."""
 
-from lexiseg.data.picture_world.classes import (
-    ABROAD,
-    FIRST,
-    SECOND,
-    STUFF,
-    WORLDS,
-    World,
-    find_world,
-)
+from lexiseg.data.picture_world.classes import ABROAD, FIRST, SECOND, STUFF, WORLDS, World, find_world
 from lexiseg.data.picture_world.dataset import PictureWorld, contact_sheet, vocabulary, write_voc
 from lexiseg.data.picture_world.scene import Scene, render_scene
 

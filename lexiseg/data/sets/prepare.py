@@ -22,11 +22,7 @@ from lexiseg.words import counted
 # Where an archive belongs, below the root, by the names they are distributed under; all others are unpacked into the
 # root, because they bring their own top folder (VOCdevkit, benchmark_RELEASE, ADEChallengeData2016 ...).
 _PLACES: dict[str, tuple[tuple[str, str], ...]] = {
-    "coco-stuff-164k": (
-        ("stuffthingmaps*", "stuffthingmaps"),
-        ("train2017.*", "images"),
-        ("val2017.*", "images"),
-    ),
+    "coco-stuff-164k": (("stuffthingmaps*", "stuffthingmaps"), ("train2017.*", "images"), ("val2017.*", "images")),
     "voc2012": (("SegmentationClassAug*", "VOCdevkit/VOC2012"),),
     "pascal-context-59": (("SegmentationClassContext*", "VOCdevkit/VOC2010"), ("trainval.*", "VOCdevkit/VOC2010")),
     "pascal-context-459": (("trainval.*", "VOCdevkit/VOC2010"),),

@@ -44,6 +44,7 @@ INTERFACES = {
     "proposals.leftover": "proposals of our own, which no paper has and which are off by default",
     "models.deop_ablations": "what DeOP is compared with in its Tables 5 and 7; the paper's system has none of it",
     "models.maft": "MAFT, which plugs into the region models by their option of this name; read it as a system",
+    "regions.duplicates": "an option of our own, which no paper has and which is off by default",
     "losses": "formulas, which the systems' docstrings repeat, computed with little memory and over processes",
     "models.decoupled_init": "what a training may take over from another system's model",
     "models.similarity_init": "an initial state of our own, which no paper has",

@@ -53,7 +53,7 @@ ALLOWED: dict[str, set[str]] = {
     "devices": {"errors"},
     "hub": {"errors", "words"},
     "catalog": set(),
-    "scores": {"errors"},
+    "scores": {"errors", "windows"},
     "proposals": {"errors", "files", "hub"},
     "regions": {"errors", "clip"},
     "losses": {"errors", "label_ids", "proposals"},

@@ -3,42 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lexiseg.clip.embeddings import image_embeddings
 from lexiseg.clip.model import CLIP
 from lexiseg.errors import LexisegError
-from lexiseg.files import atomic_write, make_folder, read_json, write_json
-from lexiseg.normalisation import normalise
 
 SEMANTIC_TASK = "semantic segmentation."
 """FreeSeg's name of our task; the full stop is a token of it."""
 
-PROMPTS_NAME = "prompts.safetensors"
-_CARD_NAME = "prompts.json"
-
 _CHUNK = 256
-_COUNTS = ("prefix", "suffix", "task")
-_PARTS = tuple(f"{part}_prompt" for part in _COUNTS)
-
-
-def hide_background(images: Tensor, masks: Tensor, clip: CLIP) -> Tensor:
-    """Prepare masked crops for learning prompts offline: only the object's pixels stay.
-
-    Outside the masks (B, H, W), true or above 0 on the object, the normalised image takes the numbers of CLIP's mean,
-    (0.48, 0.46, 0.41). The authors of ZSSeg, FreeSeg and DeOP fill after normalising, so this is not the mean colour,
-    which would be 0 there; their published prompts were learned so. Images (B, 3, H, W) in 0..1 come back normalised.
-    """
-    inside = normalise(images, clip.mean, clip.std)
-    return torch.where((masks > 0)[:, None], inside, images.new_tensor(clip.mean)[:, None, None])
 
 
 class PromptLearner(nn.Module):
@@ -118,17 +95,6 @@ class PromptLearner(nn.Module):
             tail = torch.where(inside[..., None], suffix, tail)
         return torch.cat([head.to(tail.dtype).expand(len(names), -1, -1), tail], dim=1), end
 
-    def logits(
-        self, clip: CLIP, images: Tensor, names: Sequence[str], task: str | None = None, *, temperature: float = 100.0
-    ) -> Tensor:
-        """``temperature`` times the cosines (B, C) of whole crops; their cross entropy teaches prompts offline.
-
-        Images (B, 3, H, W) are those of `hide_background`; the image tower gets no gradient.
-        """
-        with torch.no_grad():
-            embeddings = image_embeddings(clip.visual, images, position_interpolation="bicubic")
-        return temperature * F.normalize(embeddings.float(), dim=-1) @ self(clip, names, task).T
-
     def fingerprint(self) -> str:
         """SHA-256 (hex) of the prompts: what text features made with them are remembered by."""
         digest = hashlib.sha256()
@@ -158,50 +124,3 @@ class PromptLearner(nn.Module):
                 f"'{names[longest][:80]}' needs {needed} tokens with its learned prompt and the text tower takes "
                 f"{clip.context_length}; shorten the class name."
             )
-
-
-def save_prompts(learner: PromptLearner, folder: str | Path, card: Mapping[str, Any] | None = None) -> Path:
-    """Write prompts into ``folder/prompts.safetensors``, and how they were learned, ``card``, into ``prompts.json``.
-
-    A folder that cannot be written is a `LexisegError`.
-    """
-    path = make_folder(folder) / PROMPTS_NAME
-    with atomic_write(path) as temporary:
-        save_file({name: value.detach().cpu().contiguous() for name, value in learner.state_dict().items()}, temporary)
-    if card is not None:
-        write_json(path.with_name(_CARD_NAME), dict(card))
-    return path
-
-
-def prompts_folder(name: str | Path) -> Path:
-    """The folder with the prompts in the folder of a run; a folder that has them itself stays."""
-    inside = Path(name) / "model"
-    return inside if (inside / PROMPTS_NAME).is_file() else Path(name)
-
-
-def read_card(folder: str | Path) -> dict[str, Any]:
-    """What `save_prompts` was told of how prompts were learned; {} where nothing, a `LexisegError` if it is damaged."""
-    path = Path(folder) / _CARD_NAME
-    return read_json(path, "train the prompts again or remove the file") if path.is_file() else {}
-
-
-def load_prompts(folder: str | Path) -> PromptLearner:
-    """Read what `save_prompts` wrote; how many vectors there are shows in the file.
-
-    A file that is not there or holds something else is a `LexisegError`.
-    """
-    path = Path(folder) / PROMPTS_NAME
-    try:
-        tensors = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise LexisegError(
-            f"'{path}' is not a readable file of prompts; give the folder they were trained in."
-        ) from error
-    if not tensors or set(tensors) - set(_PARTS) or len({value.shape[-1] for value in tensors.values()}) != 1:
-        raise LexisegError(
-            f"'{path}' holds no prompts but {', '.join(sorted(tensors)) or 'nothing'}; give another folder."
-        )
-    counts = {part: len(tensors[f"{part}_prompt"]) if f"{part}_prompt" in tensors else 0 for part in _COUNTS}
-    learner = PromptLearner(next(iter(tensors.values())).shape[-1], **counts)
-    learner.load_state_dict(tensors)
-    return learner

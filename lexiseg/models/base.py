@@ -208,8 +208,9 @@ class SegmentationModel(nn.Module, ABC):
     def embed_text(self, embedder: TextEmbedder, vocabulary: Vocabulary) -> Tensor:
         """Embed the words of a vocabulary as this system does it; the result is what `score` and `losses` take as text.
 
-        By default the vocabulary's templates are encoded and averaged. A system with prompts, templates or sources of
-        text of its own overrides it, and asks the embedder, which remembers the vectors.
+        By default they are put into the learned prompts, or else into the vocabulary's templates, encoded and averaged.
+        A system with templates or sources of text of its own overrides it, and asks the embedder, which remembers the
+        vectors.
 
         Returns:
             (W, D) unit vectors, one a word; or (W, S, D) of a system with S sources of text.
@@ -217,7 +218,10 @@ class SegmentationModel(nn.Module, ABC):
         Raises:
             LexisegError: a word is too long for the text tower.
         """
-        return embedder(vocabulary)
+        prompts = self.learned_prompts
+        if prompts is None:
+            return embedder(vocabulary)
+        return embedder.embed_prompted(prompts, vocabulary.words, disk=not self.training)
 
     def embed_exemplar(self, image: Tensor, mask: Tensor) -> Tensor:
         """The text of a thing in a picture, of a system that has several vectors a word and takes pictures as well.
@@ -238,7 +242,10 @@ class SegmentationModel(nn.Module, ABC):
 
     def training_text(self, vocabulary: Vocabulary, text: Tensor) -> Tensor:
         """The text of a training step, of what `embed_text` gave before: with gradients where its maker is trained."""
-        return text
+        prompts = self.learned_prompts
+        if prompts is None or not any(parameter.requires_grad for parameter in prompts.parameters()):
+            return text
+        return prompts(self.clip, vocabulary.words)
 
     @abstractmethod
     def encode_images(self, images: Tensor) -> ImageFeatures:

@@ -20,7 +20,6 @@ from lexiseg.clip.positions import resize_positions
 from lexiseg.clip.prompt_learner import PromptLearner
 from lexiseg.clip.severance import Severance
 from lexiseg.clip.templates import SCULPTURE
-from lexiseg.clip.text import TextEmbedder
 from lexiseg.clip.tower import BeforeBlock
 from lexiseg.errors import LexisegError
 from lexiseg.losses.proposals import ProposalWeights
@@ -33,7 +32,6 @@ from lexiseg.proposals.base import Proposals
 from lexiseg.regions.anchors import QueryAnchors, pool
 from lexiseg.regions.pooling import resize_masks, unit_or_zero
 from lexiseg.scores import RegionScores
-from lexiseg.vocabulary import Vocabulary
 
 _ADDED_BLOCKS = (1, 2, 3, 4, 5)
 _QUERIES = 100
@@ -257,18 +255,6 @@ class DeOP(DecoupledModel):
             if self.options.text_prompts == "end-to-end":
                 parts.append("prompt.")
         return tuple(name for name, _ in self.named_parameters() if name.startswith(tuple(parts)))
-
-    def embed_text(self, embedder: TextEmbedder, vocabulary: Vocabulary) -> Tensor:
-        """Text (W, D) of a vocabulary's words, with the learned prompt if there is one; remembered by ``embedder``."""
-        if self.prompt is None:
-            return embedder(vocabulary)
-        return embedder.embed_prompted(self.prompt, vocabulary.words, disk=not self.training)
-
-    def training_text(self, vocabulary: Vocabulary, text: Tensor) -> Tensor:
-        """Text (W, D) for a training step: with gradients where the prompt is trained, else the given one."""
-        if self.prompt is None or self.options.text_prompts != "end-to-end":
-            return text
-        return self.prompt(self.clip, vocabulary.words)
 
     def grid(self, padded: Tensor) -> tuple[int, int]:
         """Patches (gh, gw) of the padded frame; a part of a patch at the right or the bottom is not seen by CLIP."""

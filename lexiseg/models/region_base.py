@@ -1,8 +1,7 @@
 """Regions are proposed, a frozen CLIP is asked about each, and two opinions become one: what such systems share.
 
 How CLIP sees regions, how the two opinions are joined, and whether CLIP is tuned to masks (`lexiseg.models.maft`) are
-options of all of them; the systems themselves are in `lexiseg.models.region_models` and
-`lexiseg.models.zegformer`.
+options of all of them.
 """
 
 from __future__ import annotations
@@ -98,8 +97,8 @@ class RegionModel(DecoupledModel):
     """Proposals, CLIP's opinion of each region, and an ensemble of the two; what such systems share.
 
     Features hold, beside those of `DecoupledModel`, ``regions`` (B, N, D) and ``encoded`` (B, N), see `RegionFeatures`,
-    unless the words decide which regions there are. Text is (W, D), or (W, 2, D) where the
-    generator's words (first) differ from CLIP's. Options that contradict each other are a `LexisegError`.
+    unless the words decide which regions there are. Text is (W, D), or (W, 2, D) where the generator's words (first)
+    differ from CLIP's. Options that contradict each other are a `LexisegError`.
 
     Attributes:
         student: the copy of CLIP's image tower that MAFT tunes, or None.
@@ -139,7 +138,7 @@ class RegionModel(DecoupledModel):
         if alone and options.maft is not None:
             raise LexisegError("maft tunes mask attention, not regions 'none'; remove one of the two.")
         if options.crops.convention == "roi-align" and self.crop_encoder is CropEncoder:
-            raise LexisegError("Only zegformer cuts regions out by 'roi-align'; set crops.convention to 'tight'.")
+            raise LexisegError(f"{self.system} does not cut by 'roi-align'; set crops.convention to 'tight'.")
         if self.generator.embed_dim is None and (alone or options.ensemble.rule == "proposal"):
             raise LexisegError(
                 "These proposals have no classes, so CLIP has to classify the regions; set regions to 'crops' or "
@@ -179,15 +178,8 @@ class RegionModel(DecoupledModel):
 
     def embed_text(self, embedder: TextEmbedder, vocabulary: Vocabulary) -> Tensor:
         """Text rows of a vocabulary: (W, D), or (W, 2, D) where only CLIP's words are learned prompts."""
-        if self.prompts is None or self.options.prompts is None:
-            return embedder(vocabulary)
-        learned = embedder.embed_prompted(self.prompts, vocabulary.words, disk=not self.training)
-        return learned if self.options.prompts.proposals else torch.stack([embedder(vocabulary), learned], dim=1)
-
-    def training_text(self, vocabulary: Vocabulary, text: Tensor) -> Tensor:
-        """The text of a training step: with learned prompts that are being trained it is made anew in each."""
-        trained = self.prompts is not None and any("prompts." in name for name in self.trainable_names())
-        return self.prompts(self.clip, vocabulary.words) if self.prompts is not None and trained else text
+        text, given = super().embed_text(embedder, vocabulary), self.options.prompts
+        return text if given is None or given.proposals else torch.stack([embedder(vocabulary), text], dim=1)
 
     @staticmethod
     def texts(text: Tensor) -> tuple[Tensor, Tensor]:

@@ -28,6 +28,7 @@ from torch.nn import functional as F
 from lexiseg.clip.embeddings import image_embeddings
 from lexiseg.clip.model import CLIP
 from lexiseg.clip.positions import Interpolation
+from lexiseg.regions.duplicates import near_duplicates
 from lexiseg.regions.encoder import PIXELS, RegionEncoder, RegionFeatures, Size
 from lexiseg.strict import StrictModel
 
@@ -168,20 +169,6 @@ def in_chunks(function: Callable[[Tensor], Tensor], images: Tensor, width: int) 
     chunk = _CPU_CHUNK if images.device.type == "cpu" else _CHUNK
     parts = distinct.unflatten(1, images.shape[1:]).split(chunk)
     return torch.cat([function(part) for part in parts])[place]
-
-
-def near_duplicates(mask_logits: Tensor, threshold: float) -> Tensor:
-    """For each region (N, h, w) of mask logits the first one whose binary mask it repeats with an IoU of ``threshold``.
-
-    (N,) long, itself for a region that repeats none before it. A region is never mapped to one that is itself mapped.
-    """
-    inside = (mask_logits > 0).flatten(1).float()
-    common, area = inside @ inside.T, inside.sum(dim=1)
-    iou = common / (area[:, None] + area[None] - common).clamp(min=1.0)
-    first: list[int] = []
-    for index, alike in enumerate((iou >= threshold).tolist()):
-        first.append(next((other for other in range(index) if alike[other] and first[other] == other), index))
-    return torch.tensor(first, dtype=torch.long, device=mask_logits.device)
 
 
 @dataclass(frozen=True)

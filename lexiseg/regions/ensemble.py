@@ -33,13 +33,7 @@ class EnsembleOptions(StrictModel):
 
     In ZegFormer's released form A^c of a seen class is its mean over all seen classes.
 
-    What Eq. 9 can mean: MAFT prints A^p with a column for each seen class and none for the others, so that an unseen
-    class has no A^p to be multiplied with. But it prints the equation as what ZegFormer, ZSSeg and FreeSeg do, and all
-    three compare the generator's embedding with every class's words: their A^p has a column for each class, and the
-    factor A^p ^ (1-w) that Eq. 9 leaves out. It is not idle: with it a region that the generator takes for no object
-    counts for little, without it each such region speaks for some unseen class at full weight. So "released" is what
-    the tables can have been made with, and what the recipes take on both sides; `docs/methods.md` has what the other
-    readings cost.
+    ``docs/methods.md`` says what Eq. 9 can mean and what each reading costs.
 
     Attributes:
         rule: the row of the table.

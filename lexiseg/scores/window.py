@@ -11,9 +11,7 @@ from lexiseg.scores._fields import Field
 from lexiseg.scores._mean import Mean
 from lexiseg.scores._resize import resized
 from lexiseg.scores.base import Scores, Size, check_pair
-
-Box = tuple[int, int, int, int]
-"""(top, left, height, width) of a window on its canvas, in pixels."""
+from lexiseg.windows import Box
 
 
 class WindowScores(Scores):

@@ -9,7 +9,6 @@ from typing import Any, TypeVar
 
 from lexiseg.clip.load import load_clip, shapes_of
 from lexiseg.clip.model import CLIP
-from lexiseg.clip.prompt_learner import load_prompts, prompts_folder, read_card
 from lexiseg.errors import LexisegError
 from lexiseg.models import SYSTEMS
 from lexiseg.models.base import SegmentationModel
@@ -29,6 +28,7 @@ from lexiseg.recipes import (
     load_recipe,
 )
 from lexiseg.recipes.data import AUGMENTATION
+from lexiseg.training.prompt_files import load_prompts, prompts_folder, read_card
 from lexiseg.training.segmentation import masked_names, refuse_leaks, training_vocabulary
 from lexiseg.vocabulary import Vocabulary
 from lexiseg.weights import load_model

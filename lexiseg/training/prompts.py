@@ -18,12 +18,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lexiseg.clip.embeddings import image_embeddings
 from lexiseg.clip.model import CLIP
-from lexiseg.clip.prompt_learner import PromptLearner, hide_background, save_prompts
+from lexiseg.clip.prompt_learner import PromptLearner
 from lexiseg.data.base import SegmentationDataset, read_label, seen_ids
 from lexiseg.errors import LexisegError
 from lexiseg.losses.reduction import reduction_weight
+from lexiseg.normalisation import normalise
 from lexiseg.training.engine import Task, part_of
+from lexiseg.training.prompt_files import save_prompts
 
 AREA = (0.08, 1.0)
 """Fraction of the box that a crop takes."""
@@ -32,6 +35,26 @@ ASPECT = (3 / 4, 4 / 3)
 """Width by height of a crop, before it becomes a square."""
 
 _ATTEMPTS = 10
+
+
+def hide_background(images: Tensor, masks: Tensor, clip: CLIP) -> Tensor:
+    """Prepare masked crops for learning prompts offline: only the object's pixels stay.
+
+    Outside the masks (B, H, W), true or above 0 on the object, the normalised image takes the numbers of CLIP's mean,
+    (0.48, 0.46, 0.41). The authors of ZSSeg, FreeSeg and DeOP fill after normalising, so this is not the mean colour,
+    which would be 0 there; their published prompts were learned so. Images (B, 3, H, W) in 0..1 come back normalised.
+    """
+    inside = normalise(images, clip.mean, clip.std)
+    return torch.where((masks > 0)[:, None], inside, images.new_tensor(clip.mean)[:, None, None])
+
+
+def crop_logits(
+    learner: PromptLearner, clip: CLIP, images: Tensor, names: Sequence[str], task: str | None = None
+) -> Tensor:
+    """100 times the cosines (B, C) of whole crops of `hide_background`; the image tower gets no gradient."""
+    with torch.no_grad():
+        embeddings = image_embeddings(clip.visual, images, position_interpolation="bicubic")
+    return 100.0 * F.normalize(embeddings.float(), dim=-1) @ learner(clip, names, task).T
 
 
 class Prompted(nn.Module):
@@ -105,13 +128,13 @@ class PromptTask(Task):
         """The cross entropy, and the percentage of crops that get their class."""
         clip = self.model.clip
         crops = hide_background(batch["images"], batch["masks"], clip)
-        logits = self.model.learner.logits(clip, crops, self.names, self.task)
+        logits = crop_logits(self.model.learner, clip, crops, self.names, self.task)
         correct = (logits.detach().argmax(dim=1) == batch["labels"]).float().mean()
         weight = reduction_weight(len(logits), logits.device)
         return {"loss": F.cross_entropy(logits, batch["labels"]) * weight, "accuracy": 100.0 * correct * weight}
 
     def export(self, folder: Path) -> None:
-        """Write the prompts; `lexiseg.clip.prompt_learner.load_prompts` reads them."""
+        """Write the prompts; `lexiseg.training.prompt_files.load_prompts` reads them."""
         clip = self.model.clip
         card = {"clip": clip.name, "clip_fingerprint": clip.fingerprint(), "seen_names": self.names}
         save_prompts(self.model.learner, folder, card | {"pictures": len(self.examples), "seed": self.seed})

@@ -11,13 +11,14 @@ import torch
 from torch.nn import functional as F
 
 from lexiseg.clip.model import CLIP
-from lexiseg.clip.prompt_learner import PromptLearner, hide_background, load_prompts
+from lexiseg.clip.prompt_learner import PromptLearner
 from lexiseg.clip.templates import TEMPLATE_SETS
 from lexiseg.clip.text import TextEmbedder
 from lexiseg.data.base import Sample
 from lexiseg.errors import LexisegError
 from lexiseg.models import DenseCLIP
-from lexiseg.training.prompts import PromptTask, crop_object
+from lexiseg.training.prompt_files import load_prompts
+from lexiseg.training.prompts import PromptTask, crop_logits, crop_object, hide_background
 from lexiseg.vocabulary import Vocabulary
 from tests.towers import small_clip
 
@@ -103,7 +104,7 @@ def test_prompts_learn(clip: CLIP) -> None:
     labels = torch.tensor([0, 1, 2, 0])
     losses = []
     for _ in range(8):
-        loss = F.cross_entropy(learner.logits(frozen, crops, NAMES), labels)
+        loss = F.cross_entropy(crop_logits(learner, frozen, crops, NAMES), labels)
         losses.append(float(loss.detach()))
         gradients = torch.autograd.grad(loss, list(learner.parameters()))
         # Prompts start small and the tower normalises them, so a step's length counts, not the gradient's.

@@ -10,9 +10,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lexiseg.clip.model import CLIP, build_clip
-from lexiseg.clip.prompt_learner import PromptLearner, hide_background
+from lexiseg.clip.prompt_learner import PromptLearner
 from lexiseg.clip.templates import IMAGENET_80, IMAGENET_SELECT, IN_THE_SCENE, VILD_14, ZEGFORMER_32
 from lexiseg.clip.text import TextEmbedder
+from lexiseg.training.prompts import crop_logits, hide_background
 from tests.parity.case import Case
 from tests.parity.clip_build import IdTokenizer, make_clip, text_sizes, toy_sizes, under
 
@@ -147,7 +148,7 @@ def stage1_prompt(case: Case) -> None:
     masks = torch.stack([case.input(f"mask_{index}") for index in range(count)])
     crops = hide_background(images / 255, masks, clip)
     case.check("model_input", crops)
-    logits = learner.logits(clip, crops, names)
+    logits = crop_logits(learner, clip, crops, names)
     case.check("logits", logits)
     loss = F.cross_entropy(logits, case.input("labels").long())
     case.check("loss_cls", loss)

@@ -14,7 +14,8 @@ from lexiseg.losses.mask_aware import distillation_loss, iou_targets, mask_aware
 from lexiseg.models.maft import MaftOptions, mask_aware_step
 from lexiseg.models.region_base import RegionModel
 from lexiseg.models.zegformer import aligned_crops
-from lexiseg.regions.crops import CropOptions, boxes_of, in_chunks, near_duplicates, tight_crops
+from lexiseg.regions.crops import CropOptions, boxes_of, in_chunks, tight_crops
+from lexiseg.regions.duplicates import near_duplicates
 from lexiseg.regions.ensemble import EnsembleOptions, class_probabilities, ensemble
 from lexiseg.weights.decoupled_checkpoints import read_parts
 from tests.models.test_region_models import make

@@ -11,11 +11,11 @@ import torch
 import yaml
 
 from lexiseg.clip.model import save_clip
-from lexiseg.clip.prompt_learner import load_prompts, prompts_folder, read_card
 from lexiseg.data.sets.open import open_data_set
 from lexiseg.data.transforms import RandomShortEdge, TopLeft, short_edge_pipeline
 from lexiseg.recipes import load_recipe, parse_recipe
 from lexiseg.training.dry_run import dry_run
+from lexiseg.training.prompt_files import load_prompts, prompts_folder, read_card
 from lexiseg.training.prompts import PromptTask
 from lexiseg.training.run import build_task, train
 from tests.miniatures import voc2012

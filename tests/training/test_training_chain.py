@@ -15,7 +15,6 @@ import yaml
 from lexiseg.cli import main
 from lexiseg.clip.load import load_clip
 from lexiseg.clip.model import save_clip
-from lexiseg.clip.prompt_learner import load_prompts, read_card
 from lexiseg.errors import LexisegError
 from lexiseg.models.deop import DeOP
 from lexiseg.models.region_base import RegionModel
@@ -24,6 +23,7 @@ from lexiseg.recipes import load_recipe
 from lexiseg.recipes.reading import merge
 from lexiseg.segmenter import Segmenter
 from lexiseg.training.init import is_recipe
+from lexiseg.training.prompt_files import load_prompts, read_card
 from lexiseg.training.run import build_task, train
 from lexiseg.training.segmentation import UNLABELLED, SegmentationTask, Teacher
 from lexiseg.vocabulary import Vocabulary

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from lexiseg.errors import LexisegError, need
 from lexiseg.files import atomic_write, make_folder
+from lexiseg.label_ids import ignore_index
 from lexiseg.words import counted, describe, printable
 
 if TYPE_CHECKING:
@@ -108,8 +109,8 @@ def _segment(
     rasterio: Any, raster: Any, bands: Sequence[int], segmenter: Segmenter, vocabulary: Vocabulary,
     files: dict[str, Path], options: MapOptions, settings: dict[str, Any],
 ) -> Iterator[tuple[int, int, NDArray[np.integer]]]:  # fmt: skip
-    wide = len(vocabulary) > 255
-    nodata = 65535 if wide else 255
+    nodata = ignore_index(len(vocabulary))
+    wide = nodata > 255
     profile = {
         "driver": "GTiff", "width": raster.width, "height": raster.height, "count": 1,
         "dtype": "uint16" if wide else "uint8", "nodata": nodata, "crs": raster.crs, "transform": raster.transform,

@@ -202,13 +202,11 @@ def cut_windows(
 
 def _stretch(image: Tensor, size: tuple[int, int]) -> Tensor:
     """Resize to floats, whatever the aspect, bilinearly and without smoothing."""
-    from torch.nn import functional as F
-
-    return F.interpolate(image[None].float(), size=size, mode="bilinear", align_corners=False)[0]
+    return _resize(image.float(), size, False)
 
 
 def _resize(image: Tensor, size: tuple[int, int], antialias: bool) -> Tensor:
-    """Resize bytes bilinearly; usually antialiased, because a photograph shrunk without it is noise to a tower."""
+    """Resize bilinearly; usually antialiased, because a photograph shrunk without it is noise to a tower."""
     from torch.nn import functional as F
 
     return F.interpolate(image[None], size=size, mode="bilinear", align_corners=False, antialias=antialias)[0]

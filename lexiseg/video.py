@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from lexiseg.errors import LexisegError, need
 from lexiseg.files import atomic_write, make_folder
 from lexiseg.formats import encode_rle
+from lexiseg.label_ids import ignore_index
 from lexiseg.words import describe, printable
 
 if TYPE_CHECKING:
@@ -271,7 +272,7 @@ def _segments_of(labels: NDArray[np.integer] | None) -> list[dict[str, Any]]:
 def _labels_of(line: dict[str, Any], size: tuple[int, ...], num_classes: int) -> NDArray[np.integer]:
     from pycocotools import mask as coco
 
-    labels = np.full(size, 255, np.uint8) if num_classes <= 255 else np.full(size, 65535, np.uint16)
+    labels = np.full(size, ignore_index(num_classes), np.uint8 if num_classes <= 255 else np.uint16)
     for segment in line["segments"]:
         labels[coco.decode(segment["rle"]).astype(bool)] = segment["category_id"]
     return labels

@@ -258,11 +258,6 @@ class Engine:
         context: AbstractContextManager[Any] = nullcontext() if now else self.accelerator.no_sync(self._module)
         return context
 
-    def backward(self, loss: Tensor) -> None:
-        """Add the gradient of ``loss`` to the parameters'."""
-        # Not accelerator.backward, which divides by the accumulation steps of accelerate's configuration.
-        loss.backward()
-
     def gradient_norm(self, parameters: Sequence[nn.Parameter], largest: float | None) -> float:
         """The norm of all gradients together; where it exceeds ``largest`` they are scaled down to it."""
         if largest is None:

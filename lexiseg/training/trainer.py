@@ -181,11 +181,6 @@ class Trainer:
         self._check(groups)
         self.optimizer = build_optimizer(groups, settings)
 
-    @property
-    def device(self) -> torch.device:
-        """Where the model is trained."""
-        return self._engine.device
-
     def run(self, *, resume: bool = False, until: int | None = None) -> Path:
         """Train to the end, or to ``until`` steps in all, and return the folder the task exported its model to.
 
@@ -383,12 +378,13 @@ class Trainer:
             waited += time.perf_counter() - since
             names.extend(self.task.sample_names(batch))
             with self._engine.exchanging(part == settings.accumulate - 1):
-                losses = self._engine.losses(send_to_device(batch, self.device))
+                losses = self._engine.losses(send_to_device(batch, self._engine.device))
                 for name, value in losses.items():
                     sums[name] += float(value.detach()) / settings.accumulate
                 if not math.isfinite(float(losses["loss"].detach())):
                     bad.extend(self.task.sample_names(batch))
-                self._engine.backward(losses["loss"] / settings.accumulate)
+                # Not accelerator.backward, which divides by the accumulation steps of accelerate's configuration.
+                (losses["loss"] / settings.accumulate).backward()
         record = processes.mean({**sums, "time/data_seconds": waited})
         self._require_finite("loss", record["loss"], step, bad)
         parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]

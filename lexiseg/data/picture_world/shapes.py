@@ -49,8 +49,8 @@ class Shapes:
 
     @functools.cached_property
     def vocabulary(self) -> Vocabulary:
-        """Names that number the regions."""
-        return vocabulary()
+        """Names that number the regions of a picture: "region 1" to "region 12"."""
+        return Vocabulary(tuple(VocabularyClass(f"region {number + 1}") for number in range(MOST)))
 
     def __len__(self) -> int:
         return self._length
@@ -68,11 +68,6 @@ class Shapes:
 
     def __iter__(self) -> Iterator[Sample]:
         return (self[index] for index in range(len(self)))
-
-
-def vocabulary() -> Vocabulary:
-    """Return the names that number the regions of a picture: "region 1" to "region 12"."""
-    return Vocabulary(classes=tuple(VocabularyClass(f"region {number + 1}") for number in range(MOST)))
 
 
 def render_shapes(seed: int | list[int], size: int) -> tuple[Array, Array]:

@@ -26,32 +26,12 @@ Reader = Callable[[], Tensor]
 
 # Entries and prefixes that hold weights, and such that hold their moving average.
 _PLAIN = (
-    "state_dict",
-    "model",
-    "model_state_dict",
-    "model_state",
-    "net",
-    "network",
-    "module",
-    "weights",
-    "params",
-    "student",
-    "clip",
-    "clip_model",
-    "backbone",
-    "encoder",
-    "segmentor",
+    *("state_dict", "model", "model_state_dict", "model_state", "net", "network", "module", "weights"),
+    *("params", "student", "clip", "clip_model", "backbone", "encoder", "segmentor"),
 )
 _AVERAGE = (
-    "state_dict_ema",
-    "model_ema",
-    "ema_state_dict",
-    "ema",
-    "ema_model",
-    "model_ema_state_dict",
-    "params_ema",
-    "ema_model_state_dict",
-    "teacher",
+    *("state_dict_ema", "model_ema", "ema_state_dict", "ema", "ema_model", "model_ema_state_dict"),
+    *("params_ema", "ema_model_state_dict", "teacher"),
 )
 # What compilers and sharding put into keys, at any place.
 _WRAPPERS = re.compile(r"(?<![^.])(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)\.")

@@ -24,6 +24,7 @@ from lexiseg.weights.clip_state import (
     infer_vit_architecture,
     is_openai,
     is_transformers,
+    openai_source,
     transformers_architecture,
     transformers_source,
 )
@@ -245,13 +246,10 @@ def _convert_clip(
     state = {key: value for key, value in found.state.items() if key not in unused}
     theirs = is_transformers(state)
     if theirs:
-        architecture = transformers_architecture(state, found.config, what)
-        clip = clip_from_state(state, transformers_source, architecture=architecture, quick_gelu=quick_gelu, name=what)
+        architecture, source_of = transformers_architecture(state, found.config, what), transformers_source
     else:
-        architecture = infer_vit_architecture(
-            state, heads=sizes["heads"], text_heads=sizes["text_heads"], quick_gelu=openai, name=what
-        )
-        clip = clip_from_state(state, architecture=architecture, quick_gelu=quick_gelu, name=what)
+        architecture, source_of = infer_vit_architecture(state, **sizes, quick_gelu=openai, name=what), openai_source
+    clip = clip_from_state(state, source_of, architecture=architecture, quick_gelu=quick_gelu, name=what)
     quick = clip.architecture["model_cfg"]["quick_gelu"]
     save_clip(clip, folder, dtype=dtype)
     said = "its config.json says" if theirs and found.config else "OpenAI files have" if quick else "most others have"

@@ -198,11 +198,10 @@ def page(results: dict[str, Any]) -> str:
         "- tiny CLIP, zero-shot over all 84 thing names on single-thing scenes: "
         f"top-1 {results['zero_shot_top1']:.1f} %, top-5 {results['zero_shot_top5']:.1f} %",
         "",
-        "Settings were chosen while looking at val; the test scenes were drawn afterwards and chose nothing. All runs",
-        "share one CLIP, so the spread is that of the segmentation training alone: see",
-        "[how to read this](../picture-world.md).",
+        "Settings were chosen on val; the test scenes were drawn afterwards and used for no choice. All runs share one",
+        "CLIP, so the spread is that of the segmentation training alone: see [how to read this](../picture-world.md).",
         "",
-        "Time is that of a prediction over that of the bare image tower on the same picture, in one run.",
+        "Time is a prediction's, divided by that of the image tower alone on the same picture, in one run.",
         "",
         "| system | seeds | pAcc | mIoU | mIoU(S) | mIoU(U) | hIoU | test: S | test: U | test: hIoU "
         "| parameters (M) | trainable (M) | time |",

@@ -174,10 +174,10 @@ def collapse(rows: list[dict[str, Any]]) -> list[str]:
     if not set(BLOCKS) <= set(hiou):
         return []
     return [
-        "ClearCLIP, NACLIP and ResCLIP project the attention of the last block alone, without shortcut and MLP, by "
-        "which OpenAI's CLIP gains. In this tiny CLIP what a patch knows lies in the shortcut (on a val scene the "
-        "tokens that enter the last block have a mean length of 33.2, its attention's output of 7.2), so that they "
-        "fall to hIoU "
+        "ClearCLIP, NACLIP and ResCLIP project the last block's attention output alone, without the residual "
+        "connection and the MLP, which improves OpenAI's CLIP. In this tiny CLIP a patch's information is in the "
+        "residual stream (on a val scene the tokens that enter the last block have a mean length of 33.2, its "
+        "attention's output of 7.2), so they fall to hIoU "
         f"{hiou['clearclip']}, {hiou['naclip']} and {hiou['resclip']}; with the whole block they have "
         f"{hiou['clearclip, whole block']}, {hiou['naclip, whole block']} and {hiou['resclip, whole block']}, and "
         f"without it MaskCLIP falls from {hiou['maskclip']} to {hiou['maskclip, attention alone']} and SCLIP from "
@@ -202,10 +202,10 @@ def page(result: dict[str, Any]) -> str:
             f"## {name}",
             "",
             f"{found['scenes']} val scenes, the packaged `{found['clip']}`, whole pictures at twice the tower's size, "
-            f"ResCLIP with the blocks {list(found['middle_blocks'])}; scenes and towers are fixed: there is no seed. "
-            f"*Boundary* and *interior* are the accuracy of pixels within {BORDER} of a border of the labels and of "
-            "the others; ms is a picture's processor time with its refinement, with one thread. `regions` votes inside "
-            f"the proposals of `deop-emoji`. {place(found['machine'])}",
+            f"ResCLIP with the blocks {list(found['middle_blocks'])}; scenes and towers are fixed, so there is no "
+            f"seed. *Boundary* and *interior* are the accuracy of pixels within {BORDER} of a border of the labels "
+            "and of the others; ms is a picture's processor time, refinement included, with one thread. `regions` "
+            f"votes inside the proposals of `deop-emoji`. {place(found['machine'])}",
             "",
             "| method | refine | seen | unseen | hIoU | boundary | interior | ms |",
             "|---|---|---|---|---|---|---|---|",
@@ -222,9 +222,9 @@ def page(result: dict[str, Any]) -> str:
             "## Cost",
             "",
             f"ViT-B/16 with random weights, one picture of 512 x 512, {found['threads']} threads, {turns}, processor "
-            "time. Methods: encoding and scoring over the bare tower (ProxyCLIP: over both towers, the proxy a DINO "
-            "ViT-B/16). Refinements: what they add to the labels, in "
-            f"towers. {place(result['machine_cost'])}",
+            "time. Methods: encoding and scoring, divided by the tower alone (ProxyCLIP: by both towers, with DINO "
+            "ViT-B/16 as the proxy). Refinements: the time they add to the labels', divided by the tower's. "
+            f"{place(result['machine_cost'])}",
             "",
             "| | goal | 21 classes | 171 classes |",
             "|---|---|---|---|",

@@ -41,12 +41,12 @@ class Count:
 
     @property
     def norms(self) -> int:
-        """What fvcore adds for the layer norms: five for each number."""
+        """What fvcore adds for the layer norms: five per element."""
         return FVCORE_NORM * self.norm_elements
 
     @property
     def resizes(self) -> int:
-        """What fvcore adds for the bilinear resizes: four for each number made."""
+        """What fvcore adds for the bilinear resizes: four per element of the result."""
         return FVCORE_BILINEAR * self.bilinear_elements
 
 
@@ -54,7 +54,7 @@ def count(run: Callable[[], Any], module: nn.Module | None = None) -> Count:
     """Run once and count.
 
     A multiply-add counts as one, as in the papers' figures (they call it a FLOP). Attention products count in full,
-    masked or not. Elementwise work, softmax, norms, resizes and Fourier transforms are no multiply-adds.
+    masked or not. Elementwise work, softmax, norms, resizes and Fourier transforms do not count.
 
     Args:
         run: the forward pass; it may run on the meta device, where it costs nothing.

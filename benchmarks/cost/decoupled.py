@@ -46,8 +46,8 @@ class ZegFormerCase(CostCase):
     convention: ClassVar[str] = (
         "The table says 512 x 512, but 1875.1 is the count of one forward at 640 x 640, ZegFormer's test size, with "
         "171 classes and 100 crops: fvcore's multiply-adds, attention products, norms, resizes and the sum over "
-        "regions included, text cached. Its 210.0 M parameters count the affine numbers of frozen batch norms (0.1 M); "
-        "60.3 M are the generator. The terms below leave 0.7 G of 1875.2 unexplained."
+        "regions included, text cached. Its 210.0 M parameters count the affine parameters of frozen batch norms "
+        "(0.1 M); 60.3 M are the generator. The terms below leave 0.7 G of 1875.2 unexplained."
     )
 
     def build(self, side: int) -> SegmentationModel:
@@ -71,8 +71,8 @@ class ZegFormerCase(CostCase):
                 _QUERIES * crop.macs,
             ),
             Step("class scores times masks at every pixel", _QUERIES * CLASSES * side**2),
-            Step("layer norms, five for each number", norms),
-            Step("bilinear resizes of the masks, four for each number", resizes),
+            Step("layer norms, five per element", norms),
+            Step("bilinear resizes of the masks, four per element", resizes),
         ]
 
 
@@ -101,7 +101,7 @@ class FreeSegCase(CostCase):
     convention: ClassVar[str] = (
         "1127.0 is CLIP's image tower on 100 crops as thop counts it: multiply-adds of the patch convolution and of "
         "the two linear maps of each MLP, for it does not see attention, its maps, or the final projection. Every "
-        "operation counted it is 1756.3 G, and the proposals come on top."
+        "operation counted it is 1756.3 G, and the proposals are extra."
     )
 
     def build(self, side: int) -> SegmentationModel:
@@ -114,7 +114,7 @@ class FreeSegCase(CostCase):
         patches = (_TRAINED_AT // _PATCH) ** 2
         return [
             Step(f"patch convolution of {_QUERIES} crops", _QUERIES * patches * _WIDTH * 3 * _PATCH**2),
-            Step(f"MLPs of {_BLOCKS} blocks on {patches + 1} tokens a crop", _QUERIES * _BLOCKS * (patches + 1) * _MLP),
+            Step(f"MLPs of {_BLOCKS} blocks, {patches + 1} tokens per crop", _QUERIES * _BLOCKS * (patches + 1) * _MLP),
         ]
 
     def further(self, model: SegmentationModel) -> list[Step]:
@@ -149,8 +149,8 @@ class DeOPCase(CostCase):
             *parts,
             Step(f"text tower on {CLASSES} classes of {text_tokens} tokens", words.macs),
             Step("fused attention products in both towers, which fvcore does not see", -unseen),
-            Step("layer norms, five for each number", norms),
-            Step("bilinear resizes, four for each number", resizes),
+            Step("layer norms, five per element", norms),
+            Step("bilinear resizes, four per element", resizes),
         ]
 
     def further(self, model: SegmentationModel) -> list[Step]:
@@ -215,9 +215,9 @@ class _MaftCase(CostCase):
     """A host whose crops are replaced by one pass of a tuned tower with mask attention."""
 
     convention: ClassVar[str] = (
-        "No table prints it for this host. One pass of the tuned tower at 480 x 480 takes the place of 100 crops, "
+        "No table prints it for this base model. One pass of the tuned tower at 480 x 480 replaces 100 crops, "
         "96.0 G instead of 1756.3 with every operation counted in the authors' code, and 92.1 G in lexiseg, whose "
-        "patches do not look at the regions."
+        "patches do not attend to the regions."
     )
 
     def further(self, model: SegmentationModel) -> list[Step]:
@@ -256,8 +256,8 @@ class FreeSegMaftCase(_MaftCase):
     convention: ClassVar[str] = (
         "53.4 is the tower with mask attention at 480 x 480 and 100 regions as thop counts it, patch convolution and "
         "MLPs only; every operation counted it is 96.0 G. lexiseg runs the regions' class tokens beside the patches, "
-        "which do not look at them. The authors' module has 390.5 M parameters, two tuned copies of the tower of which "
-        "one is not used; at inference 218.2 M are needed, for the frozen tower is not."
+        "which do not attend to them. The authors' module has 390.5 M parameters, two tuned copies of the tower of "
+        "which one is not used; at inference 218.2 M are needed, for the frozen tower is not."
     )
 
     def build(self, side: int) -> SegmentationModel:
@@ -290,9 +290,9 @@ class SamCase(CostCase):
     runs: ClassVar[bool] = False
     convention: ClassVar[str] = (
         "No table prints its cost. Counted on shapes and not run: the number of masks that SAM keeps depends on its "
-        "weights, and with random ones there is none to keep. SAM (ViT-H, 1024 x 1024 pixels whatever the picture's "
+        "weights, and random ones keep none. SAM (ViT-H, 1024 x 1024 pixels whatever the picture's "
         "size, 32 x 32 points) is not a part of the model, and its 641.1 M parameters are not in this row's. Class "
-        "scores times masks come on top, which is small beside it."
+        "scores times masks are extra, and small in comparison."
     )
 
     def build(self, side: int) -> SegmentationModel:

@@ -71,7 +71,7 @@ class ZegCLIPCase(CostCase):
         "fvcore on the authors' code gives 123.94 G multiply-adds: attention products counted, text embeddings from a "
         "file, the last decoder layer's dead value path traced away, and 0.5 G for layer norms and two bilinear "
         "resizes of the scores. lexiseg computes less because prompts are keys and values only: the authors' code "
-        "also carries each prompt through every block as a query and through its MLP, and then throws it away. The "
+        "also carries each prompt through every block as a query and through its MLP, and then discards it. The "
         "parameter figures include decoder weights that no output depends on."
     )
     num_prompts: ClassVar[int] = 100
@@ -96,7 +96,7 @@ class SecondLookCase(CostCase):
 
     name: ClassVar[str] = "second-look"
     convention: ClassVar[str] = (
-        "No paper's system: ZegCLIP's weights run twice, and smoothing, which is no matrix product. Its parameters are "
+        "Not a paper's system: ZegCLIP run twice, and smoothing, which has no matrix products. Its parameters are "
         "those of ZegCLIP that lexiseg holds."
     )
 
@@ -115,7 +115,7 @@ class CascadeCLIPCase(CostCase):
     convention: ClassVar[str] = (
         "The paper's 123.8 is not what the released code gives: counted as ZegCLIP is, by fvcore, it has 125.51 G "
         "multiply-adds. The difference of 1.7 G is that of four of its six level projections (0.42 G each), as if "
-        "blocks had been joined before they were projected. lexiseg computes less than the code because prompts are "
+        "blocks were aggregated before they are projected. lexiseg computes less than the code because prompts are "
         "keys and values only, and because class tokens and prompts of intermediate blocks, which nobody reads, are "
         "not projected. The parameter figures match the code's, dead decoder weights included."
     )
@@ -143,9 +143,9 @@ class SPTSegCase(CostCase):
     name: ClassVar[str] = "spt-seg"
     published: ClassVar[Published] = Published(code_gmac=125.52, code_parameters_m=170.30, code_trainable_m=19.20)
     convention: ClassVar[str] = (
-        "Its cost is in no paper at hand. fvcore on the authors' code with ZegCLIP's configuration gives 125.52 G "
-        "multiply-adds and 170.30 / 19.20 M parameters; that configuration would leave the spectral filter (0.84 M) "
-        "untrained, which lexiseg trains. Fourier transforms are no multiply-adds in any of these counts."
+        "No paper available to us prints its cost. fvcore on the authors' code with ZegCLIP's configuration gives "
+        "125.52 G multiply-adds and 170.30 / 19.20 M parameters; that configuration would leave the spectral filter "
+        "(0.84 M) untrained, which lexiseg trains. Fourier transforms count as no multiply-adds here."
     )
     num_prompts: ClassVar[int] = 100
 
@@ -192,9 +192,10 @@ class CATSegCase(CostCase):
     name: ClassVar[str] = "cat-seg"
     runs: ClassVar[bool] = False
     convention: ClassVar[str] = (
-        "Its paper's table is not at hand, and the code was not run: the last figure is what its code computes beyond "
-        "lexiseg, worked out from its shapes. lexiseg lets one padding token stand for all 85, and computes what the "
-        "guidance adds to queries, keys and the decoder's first convolutions once and not for each class."
+        "Its paper's table was not available to us, and the code was not run: the last figure is what its code "
+        "computes beyond lexiseg, worked out from its shapes. lexiseg lets one padding token stand for all 85, "
+        "and computes what the guidance adds to queries, keys and the decoder's first convolutions once, not for each "
+        "class."
     )
 
     def build(self, side: int) -> SegmentationModel:
@@ -242,7 +243,7 @@ class CATSegLargeCase(CATSegCase):
 
     name: ClassVar[str] = "cat-seg-large"
     convention: ClassVar[str] = (
-        "As for the base model, on windows of 384 that the tower sees at 336 pixels, so that there are as many patches."
+        "As for the base model, with windows of 384 pixels resized to 336 for the tower, so it has as many patches."
     )
 
     def build(self, side: int) -> SegmentationModel:
@@ -298,11 +299,11 @@ def prompt_steps(model: SegmentationModel, *, levels: int = 0, keys_in_queries: 
         patches = (SIDE // model.patch_size) ** 2
         steps.append(
             Step(
-                "the last decoder layer's keys made of all patches; lexiseg folds that map into the fewer queries",
+                "the last decoder layer's keys for all patches; lexiseg applies that map to queries, which are fewer",
                 keys_in_queries * (patches - CLASSES) * dim * dim,
             )
         )
-    steps.append(Step("layer norms, five for each number", norms))
+    steps.append(Step("layer norms, five per element", norms))
     resizes = 2 * fvcore_resize(CLASSES, SIDE, SIDE)
-    steps.append(Step("two bilinear resizes of the scores, four for each number", resizes))
+    steps.append(Step("two bilinear resizes of the scores, four per element", resizes))
     return steps

@@ -17,7 +17,7 @@ COLUMNS = {
     "paper_parameters_m": "paper: parameters",
     "paper_trainable_m": "paper: trainable",
     "paper_gmac": "paper: G",
-    "convention_gmac": "counted its way",
+    "convention_gmac": "in the paper's convention",
 }
 _DECIMALS = {"gmac": 1, "paper_gmac": 1, "convention_gmac": 1, "paper_parameters_m": 1, "paper_trainable_m": 1}
 
@@ -29,7 +29,7 @@ def cells(row: CostRow) -> list[str]:
 
 def short_table(table: CostTable) -> tuple[list[str], list[list[str]]]:
     """Columns and rows for a terminal: pairs are parameters in all and those trained."""
-    columns = ["system", "parameters", "GMAC", "frames/s", "paper", "paper: G", "its way"]
+    columns = ["system", "parameters", "GMAC", "frames/s", "paper", "paper: G", "in its convention"]
     rows = []
     for row in table.rows:
         whole = dict(zip(COLUMNS, cells(row), strict=True))
@@ -78,7 +78,7 @@ def page(table: CostTable, command: str) -> str:
         "*parameters* and *trainable* (millions) are counted as the authors do, with weights in their modules that no "
         "output depends on; *held* is what lexiseg has. *GMAC* is every multiply-add of one prediction, attention "
         "products included, from a picture in memory to its label map. *paper: G* is what the papers call GFLOPs, and "
-        "*counted its way* is lexiseg's own count brought to that convention, term by term below.",
+        "*in the paper's convention* is lexiseg's own count converted to that convention, term by term below.",
         "",
         f"| {' | '.join(COLUMNS.values())} |",
         f"|{'---|' * len(COLUMNS)}",

@@ -237,8 +237,8 @@ def _judged(
         owner, other = shared
         with torch.no_grad():
             text = [one.model.embed_text(one.embedder, vocabulary) for one in (owner, segmenter)]
-            theirs = other.encode_images(owner.pixels(image))
-            proposals = other.proposals_of(other.proposed(theirs, text[0]))
+            images = owner.pixels(image)
+            proposals = other.propose(other.pad(images), text[0], (int(images.shape[-2]), int(images.shape[-1])))
             images = segmenter.pixels(image)
             mine = ImageFeatures((int(images.shape[-2]), int(images.shape[-1])), {"images": model.pad(images)})
             mine = model.with_proposals(mine, proposals)

@@ -109,6 +109,14 @@ def match(
     return found
 
 
+def label_frame(frame: tuple[int, int], size: tuple[int, int], labels: Tensor) -> tuple[int, int]:
+    """The padded frame (H', W') of pictures of ``size`` in pixels of their labels, which may be smaller."""
+    height, width = (
+        max(round(full * part / whole), part) for full, part, whole in zip(frame, labels.shape[-2:], size, strict=True)
+    )
+    return height, width
+
+
 def proposal_losses(
     proposals: Proposals,
     class_logits: Sequence[Tensor] | None,

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from lexiseg.clip.model import CLIP
 from lexiseg.errors import LexisegError
 from lexiseg.losses.masks import check_labels
-from lexiseg.losses.proposals import ProposalWeights, proposal_losses
+from lexiseg.losses.proposals import ProposalWeights, label_frame, proposal_losses
 from lexiseg.models.base import ImageFeatures
 from lexiseg.models.decoupled_init import StartsFromParts, changes_to_proposals
 from lexiseg.models.options import Deviations, ModelOptions, Pixels, Triple, WindowOptions
@@ -73,8 +73,8 @@ class DecoupledModel(StartsFromParts):
     Images are padded at the right and the bottom, after they were normalised, with zeros to multiples of the
     generator's stride: the *padded frame*. Mask logits cover that frame. Features (`encode_images`) hold ``images`` (B,
     3, H', W'), the padded frame, and, unless the generator needs to see the words, the proposals: ``mask_logits`` (B,
-    N, h, w), ``embeddings`` (B, N, E) and ``valid`` (B, N) where it gives them, and what `encode_regions` makes
-    of them.
+    N, h, w), ``embeddings`` (B, N, E) and ``valid`` (B, N) where it gives them, and what the system
+    makes of them (`encode_regions`).
 
     Attributes:
         generator: proposes regions; a `LexisegError` if its class embeddings do not have CLIP's width.
@@ -169,12 +169,6 @@ class DecoupledModel(StartsFromParts):
             return features
         return self.with_proposals(features, self.propose(features.values["images"], text, features.size))
 
-    @staticmethod
-    def proposals_of(features: ImageFeatures) -> Proposals:
-        """The proposals that ``features`` hold."""
-        values = features.values
-        return Proposals(values["mask_logits"], values.get("embeddings"), values.get("valid"))
-
     def upsampled(self, mask_logits: Tensor, padded: Tensor) -> Tensor:
         """Mask logits (B, N, h, w) at every pixel of the padded frame: (B, N, H', W')."""
         return resize_masks(mask_logits, (int(padded.shape[-2]), int(padded.shape[-1])), self.options.align_corners)
@@ -189,17 +183,8 @@ class DecoupledModel(StartsFromParts):
         check_labels(labels, len(text))
         proposals = self.propose(padded, text)
         logits = [self.proposal_logits(x.embeddings, text) for x in proposals.levels if x.embeddings is not None]
-        frame = self.label_frame(padded, size, labels)
+        frame = label_frame((padded.shape[-2], padded.shape[-1]), size, labels)
         return proposal_losses(proposals, logits or None, labels, weights, size=frame, num_classes=len(text))
-
-    @staticmethod
-    def label_frame(padded: Tensor, size: Size, labels: Tensor) -> Size:
-        """The size of the padded frame in pixels of the labels, which may be smaller than the pictures."""
-        height, width = (
-            max(round(int(full) * int(part) / whole), int(part))
-            for full, part, whole in zip(padded.shape[-2:], labels.shape[-2:], size, strict=True)
-        )
-        return height, width
 
     def pixel_scores(
         self,

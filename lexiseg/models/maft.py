@@ -32,7 +32,7 @@ from lexiseg.clip.tower import ImageTower, block_attention, run_block
 from lexiseg.errors import LexisegError
 from lexiseg.losses.mask_aware import MaskAwareOptions, distillation_loss, iou_targets, mask_aware_loss, mask_ious
 from lexiseg.proposals.base import Proposals
-from lexiseg.regions.encoder import PIXELS, RegionEncoder, RegionFeatures, Size
+from lexiseg.regions.encoder import PIXELS, RegionEncoder, Size
 from lexiseg.regions.pooling import resize_masks
 from lexiseg.strict import StrictModel
 
@@ -183,11 +183,11 @@ class MaskAttention(RegionEncoder):
 
     def encode(
         self, clip: CLIP, visual: nn.Module, frame: Tensor, size: Size, mask_logits: Tensor, valid: Tensor | None
-    ) -> RegionFeatures:
+    ) -> tuple[Tensor, Tensor]:
         """See `RegionEncoder.encode`; all regions are embedded, whichever are valid."""
         image = self.square(clip, frame)
         masks, found = self.square_masks(visual, image, frame, mask_logits, size)
-        return RegionFeatures(self.attend(visual, image, masks), found if valid is None else found & valid)
+        return self.attend(visual, image, masks), found if valid is None else found & valid
 
     def square(self, clip: CLIP, frame: Tensor) -> Tensor:
         """The frame as the square picture that mask attention sees."""

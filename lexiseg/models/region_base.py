@@ -96,9 +96,9 @@ class RegionModelOptions(DecoupledOptions):
 class RegionModel(DecoupledModel):
     """Proposals, CLIP's opinion of each region, and an ensemble of the two; what such systems share.
 
-    Features hold, beside those of `DecoupledModel`, ``regions`` (B, N, D) and ``encoded`` (B, N), see `RegionFeatures`,
-    unless the words decide which regions there are. Text is (W, D), or (W, 2, D) where the generator's words (first)
-    differ from CLIP's. Options that contradict each other are a `LexisegError`.
+    Features hold, beside those of `DecoupledModel`, ``regions`` (B, N, D) and ``encoded`` (B, N), see
+    `RegionEncoder.encode`, unless the words decide which regions there are. Text is (W, D), or (W, 2, D) where the
+    generator's words (first) differ from CLIP's. Options that contradict each other are a `LexisegError`.
 
     Attributes:
         student: the copy of CLIP's image tower that MAFT tunes, or None.
@@ -195,7 +195,7 @@ class RegionModel(DecoupledModel):
         visual = self.clip.visual if self.student is None else self.student
         frame = self.clip_frame(padded, size)
         found = self.region_encoder.encode(self.clip, visual, frame, size, proposals.mask_logits, proposals.valid)
-        return {"regions": found.regions, "encoded": found.encoded}
+        return dict(zip(("regions", "encoded"), found, strict=True))
 
     # Scores.
 

@@ -80,14 +80,8 @@ class QueryAnchors(nn.Module):
     In the ``released`` form Eq. 3 has all heads with learned projections, the learned queries and sine positions are
     added before it, and each head pools its own channels of the patches, which it takes as they are.
 
-    Args:
-        dim: E, a multiple of 4 and of the heads, else a `LexisegError`.
-        num_queries: Q, the number of proposals it is trained with.
-        num_layers: K, 0 included; each costs 3.15 M parameters at E = 512.
-        num_heads: heads of the attentions (released: 8).
-        hidden: width of the feed-forward parts (released: 1024); None is 2 E.
-        dropout: of attentions, their outputs and the feed-forward parts (released: 0.1).
-        released: see above.
+    ``dim`` is E, a multiple of 4 and of the heads, else a `LexisegError`. A layer costs 3.15 M parameters at E = 512.
+    The other arguments are options of `lexiseg.models.deop.DeOPOptions`.
     """
 
     def __init__(

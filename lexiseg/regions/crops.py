@@ -29,7 +29,7 @@ from lexiseg.clip.embeddings import image_embeddings
 from lexiseg.clip.model import CLIP
 from lexiseg.clip.positions import Interpolation
 from lexiseg.regions.duplicates import near_duplicates
-from lexiseg.regions.encoder import PIXELS, RegionEncoder, RegionFeatures, Size
+from lexiseg.regions.encoder import PIXELS, RegionEncoder, Size
 from lexiseg.strict import StrictModel
 
 # What a processor's caches hold; larger batches take longer (benchmarks/decoupled_speed.py).
@@ -200,7 +200,7 @@ class CropEncoder(RegionEncoder):
 
     def encode(
         self, clip: CLIP, visual: nn.Module, frame: Tensor, size: Size, mask_logits: Tensor, valid: Tensor | None
-    ) -> RegionFeatures:
+    ) -> tuple[Tensor, Tensor]:
         """See `RegionEncoder.encode`."""
         batch, count = mask_logits.shape[:2]
         regions = frame.new_ones(batch, count, clip.embed_dim)
@@ -217,4 +217,4 @@ class CropEncoder(RegionEncoder):
             encoded[index, shown] = True
             # A near-duplicate takes over what became of the first one.
             regions[index, places], encoded[index, places] = (x[index, places[first]] for x in (regions, encoded))
-        return RegionFeatures(regions, encoded)
+        return regions, encoded

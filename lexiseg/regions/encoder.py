@@ -17,20 +17,6 @@ PIXELS = 1 << 23
 
 
 @dataclass(frozen=True)
-class RegionFeatures:
-    """What CLIP made of regions.
-
-    Attributes:
-        regions: (B, N, D), not normalised; arbitrary where a region was not encoded.
-        encoded: (B, N) bool, False where CLIP saw nothing of a region: its mask has no pixel above the threshold in the
-            picture, or it was left out.
-    """
-
-    regions: Tensor
-    encoded: Tensor
-
-
-@dataclass(frozen=True)
 class RegionEncoder(ABC):
     """How CLIP encodes regions. Holds options only, no weights.
 
@@ -47,7 +33,7 @@ class RegionEncoder(ABC):
     @abstractmethod
     def encode(
         self, clip: CLIP, visual: nn.Module, frame: Tensor, size: Size, mask_logits: Tensor, valid: Tensor | None
-    ) -> RegionFeatures:
+    ) -> tuple[Tensor, Tensor]:
         """Encode regions.
 
         Args:
@@ -57,6 +43,10 @@ class RegionEncoder(ABC):
             size: (H, W) of the pictures in it.
             mask_logits: (B, N, h, w).
             valid: (B, N) bool, the only regions that are encoded; None: all of them.
+
+        Returns:
+            (B, N, D), not normalised, arbitrary where a region was not encoded; and (B, N) bool, False where CLIP saw
+                nothing of one: its mask has no pixel above the threshold in the picture, or it is not valid.
         """
 
     def upsampled(self, mask_logits: Tensor, frame: Tensor) -> Tensor:

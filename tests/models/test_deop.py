@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from lexiseg.clip.text import TextEmbedder
 from lexiseg.errors import LexisegError
+from lexiseg.losses.proposals import label_frame
 from lexiseg.losses.regions import region_map_losses
 from lexiseg.models import SYSTEMS, DeOP, SegmentationModel
 from lexiseg.models.decoupled import DecoupledModel
@@ -342,5 +343,4 @@ def test_the_map_loss_without_proposals_and_with_wrong_shapes() -> None:
 
 
 def test_the_label_frame_follows_smaller_labels() -> None:
-    padded, labels = torch.zeros(1, 3, 64, 64), torch.zeros(1, 20, 24)
-    assert DecoupledModel.label_frame(padded, (40, 48), labels) == (32, 32)
+    assert label_frame((64, 64), (40, 48), torch.zeros(1, 20, 24)) == (32, 32)

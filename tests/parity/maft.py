@@ -307,11 +307,10 @@ def simple_baseline(case: Case) -> None:
             assert isinstance(model.generator, MaskFormer)
             case.check_stated("sizes of the generator", config, generator_sizes(model.generator))
             assert model.prompts is not None
-            proposals = model.proposals_of(features)
-            large = model.upsampled(proposals.mask_logits, features.values["images"])
+            values = features.values
+            large = model.upsampled(values["mask_logits"], values["images"])
             case.check("mask_logits", large[0, :, : size[0], : size[1]])
-            assert proposals.embeddings is not None
-            case.check("proposal_logits", model.proposal_logits(proposals.embeddings, rows[:-1])[0])
+            case.check("proposal_logits", model.proposal_logits(values["embeddings"], rows[:-1])[0])
             encoded = features.values["encoded"][0]
             case.check("valid", encoded)
             regions = F.normalize(features.values["regions"][0], dim=-1)

@@ -46,11 +46,9 @@ class DecoupledOptions(WindowOptions):
         align_corners: how mask logits are interpolated to the padded frame (FreeSeg and MAFT: True).
         mean: mean of the images, RGB in 0..1. The generators' backbones were trained with ImageNet's.
         std: their standard deviation.
-        short_side: length that pictures' shorter side is resized to at prediction (released: 640 or 512); None keeps
-            the picture's size.
+        short_side: see `WindowOptions` (released: 640 or 512).
         long_side: then the longer side becomes no longer than this (released: 2560 on COCO-Stuff, else 2048).
-        window_size: side of a sliding window at prediction; None runs whole pictures, as all released systems do.
-        window_stride: its stride.
+        window_size: see `WindowOptions` (released: None).
     """
 
     proposals: GeneratorOptions = MaskFormerOptions()
@@ -79,6 +77,7 @@ class DecoupledModel(StartsFromParts):
     Attributes:
         generator: proposes regions; a `LexisegError` if its class embeddings do not have CLIP's width.
         no_object: (1, D), the row "no object" behind the text rows.
+        student: the copy of CLIP's image tower that MAFT tunes, or None.
     """
 
     options: DecoupledOptions
@@ -91,6 +90,7 @@ class DecoupledModel(StartsFromParts):
                 f"The proposals' class embeddings have {self.generator.embed_dim} numbers and CLIP's text embeddings "
                 f"{clip.embed_dim}; set proposals.embed_dim to {clip.embed_dim}."
             )
+        self.student: nn.Module | None = None
         self.no_object = nn.Parameter(torch.randn(1, clip.embed_dim) * clip.embed_dim**-0.5)
 
     def pad(self, images: Tensor) -> Tensor:

@@ -42,16 +42,13 @@ class StartsFromParts(SegmentationModel):
     Attributes:
         generator: proposes regions.
         no_object: (1, D), which goes with the proposals.
+        student: the copy of CLIP's image tower that MAFT tunes, or None.
     """
 
     family = "decoupled"
     generator: ProposalGenerator
     no_object: nn.Parameter
-
-    @property
-    def tuned_tower(self) -> nn.Module | None:
-        """The copy of CLIP's image tower that MAFT tunes, or None."""
-        return None
+    student: nn.Module | None
 
     @classmethod
     def check_init(
@@ -88,7 +85,7 @@ class StartsFromParts(SegmentationModel):
             self.no_object.data.copy_(other.no_object.data)
             parts = ("proposals",)
         parts += ("prompts",) if _copied(other.learned_prompts, self.learned_prompts) else ()
-        return (*parts, "tuned tower") if _copied(other.tuned_tower, self.tuned_tower) else parts
+        return (*parts, "tuned tower") if _copied(other.student, self.student) else parts
 
     def check_start(self, *, proposals: bool, steps: int) -> None:
         """Refuse random proposals that are not trained, whose loss would fall for days and nothing be learned.
@@ -101,10 +98,10 @@ class StartsFromParts(SegmentationModel):
                 "random weights; let 'initial' name a model or a recipe that trains them, as the packaged recipes with "
                 "'maft' or 'deop' in their names do."
             )
-        if steps or self.tuned_tower is None:
+        if steps or self.student is None:
             return
         plain = self.clip.visual.state_dict()
-        if all(torch.equal(value, plain[name]) for name, value in self.tuned_tower.state_dict().items()):
+        if all(torch.equal(value, plain[name]) for name, value in self.student.state_dict().items()):
             raise LexisegError(
                 "The recipe adds 'maft', but 'train.steps' is 0 and what it starts from has no tuned tower, so "
                 "nothing would be tuned; set train.steps, as the packaged recipes with 'maft' in their names do."

@@ -12,7 +12,7 @@ from typing import Annotated, Any, ClassVar, Literal, cast
 
 import torch
 from pydantic import Field, field_validator
-from torch import Tensor, nn
+from torch import Tensor
 
 from lexiseg.clip.model import CLIP
 from lexiseg.clip.positions import Interpolation
@@ -101,7 +101,6 @@ class RegionModel(DecoupledModel):
     generator's words (first) differ from CLIP's. Options that contradict each other are a `LexisegError`.
 
     Attributes:
-        student: the copy of CLIP's image tower that MAFT tunes, or None.
         prompts: learned prompts, or None.
         region_encoder: how CLIP sees regions, or None.
     """
@@ -117,7 +116,8 @@ class RegionModel(DecoupledModel):
         super().__init__(clip, options, seen_names)
         self._check()
         self.region_encoder = self._make_encoder()
-        self.student: nn.Module | None = None if options.maft is None else copy.deepcopy(clip.visual).eval()
+        if options.maft is not None:
+            self.student = copy.deepcopy(clip.visual).eval()
         self.prompts: PromptLearner | None = None
         if (given := options.prompts) is not None:
             self.prompts = PromptLearner(clip.text_width, given.prefix, given.suffix, given.task)
@@ -164,11 +164,6 @@ class RegionModel(DecoupledModel):
             self.student.eval()
         return self
 
-    @property
-    def tuned_tower(self) -> nn.Module | None:
-        """The copy of CLIP's image tower that MAFT tunes, or None."""
-        return self.student
-
     # Words.
 
     @property
@@ -192,8 +187,7 @@ class RegionModel(DecoupledModel):
         """What CLIP, or its tuned copy, makes of proposals, see the class."""
         if self.region_encoder is None:
             return {}
-        visual = self.clip.visual if self.student is None else self.student
-        frame = self.clip_frame(padded, size)
+        visual, frame = self.student or self.clip.visual, self.clip_frame(padded, size)
         found = self.region_encoder.encode(self.clip, visual, frame, size, proposals.mask_logits, proposals.valid)
         return dict(zip(("regions", "encoded"), found, strict=True))
 

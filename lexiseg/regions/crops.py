@@ -103,15 +103,10 @@ def tight_crops(
     size: int,
     black: Tensor,
 ) -> Crops:
-    """Sub-images of the N regions of one picture in the convention of ZSSeg and FreeSeg.
+    """Sub-images of size S of the N regions of one picture in the convention of ZSSeg and FreeSeg.
 
-    Args:
-        image: (3, H, W), normalised for CLIP, so that its mean colour is 0; without padding.
-        masks: gives the mask probabilities (stop - start, H, W) of regions start to stop.
-        num_masks: N.
-        options: see `CropOptions`.
-        size: side S of the sub-images.
-        black: (3,), black after normalisation.
+    The image (3, H, W) is normalised for CLIP, so that its mean colour is 0, and without padding; ``masks`` gives the
+    mask probabilities (stop - start, H, W) of regions start to stop; ``black`` (3,) is black after normalisation.
     """
     images, valid, boxes = [image.new_zeros(0, 3, size, size)], [], []
     for soft in in_parts(masks, num_masks, image):

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 import lexiseg
-from lexiseg.errors import LexisegError
+from lexiseg.errors import LexisegError, need
 from lexiseg.labelling.record import Entry, Picture, Record
 from lexiseg.labelling.shards import Labeller, Wanted
 
@@ -159,13 +159,9 @@ def _import_ray() -> Any:
     # Ray reports its use over the network unless it is told not to; nothing here goes to a network by itself.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-    try:
-        import ray
-        import ray.data
-        import ray.exceptions
-    except ImportError as error:
-        raise LexisegError("--cluster ray needs Ray Data; install it with: pip install 'lexiseg[ray]'.") from error
-    return ray
+    for part in ("ray.data", "ray.exceptions"):
+        need(part, "--cluster ray needs Ray Data", "ray")
+    return need("ray", "--cluster ray needs Ray Data", "ray")
 
 
 def _connect(ray: Any, address: str | None, workers: int | None) -> None:
@@ -176,9 +172,7 @@ def _connect(ray: Any, address: str | None, workers: int | None) -> None:
         try:
             ray.init(address=address, **quiet)
         except (ConnectionError, RuntimeError, ValueError) as error:
-            raise LexisegError(
-                f"There is no Ray cluster at '{address}'; check the address, or use --address local to start one here."
-            ) from error
+            raise _no_cluster(address) from error
         return
     cpus = max(workers or 0, os.cpu_count() or 1)
     # Ray makes workers yield to everything else; here they are the work, at this command's own priority.
@@ -198,9 +192,13 @@ def check_reachable(address: str, patience: float = 10.0) -> None:
     try:
         socket.create_connection((host, int(port)), timeout=patience).close()
     except (OSError, OverflowError) as error:
-        raise LexisegError(
-            f"There is no Ray cluster at '{address}'; check the address, or use --address local to start one here."
-        ) from error
+        raise _no_cluster(address) from error
+
+
+def _no_cluster(address: str) -> LexisegError:
+    return LexisegError(
+        f"There is no Ray cluster at '{address}'; check the address, or use --address local to start one here."
+    )
 
 
 def model_argument(model: str) -> str:

@@ -17,10 +17,9 @@ In every setting the losses treat 255 as a negative of every class, as the autho
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -57,24 +56,14 @@ PADDING = -2
 _NEVER = 1e4
 
 
-@dataclass(frozen=True)
-class SegmentationBatch:
-    """Pictures and labels of one forward pass.
+class SegmentationBatch(NamedTuple):
+    """Pictures and labels of one forward pass."""
 
-    Attributes:
-        images: ``(B, 3, H, W)`` float32, normalised.
-        labels: ``(B, h, w)`` int64, of the pictures' size or smaller: ranks among the classes whose text is trained on,
-            255 (or 65535) = none of them, and in self-training -1 = to be chosen by the model.
-        names: of the samples.
-    """
-
-    images: Tensor
+    images: Tensor  # ``(B, 3, H, W)`` float32, normalised
+    # ``(B, h, w)`` int64, of the pictures' size or smaller: ranks among the classes whose text is trained on, 255 (or
+    # 65535) = none of them, and in self-training -1 = to be chosen by the model
     labels: Tensor
-    names: tuple[str, ...]
-
-    def to(self, device: torch.device, **options: Any) -> SegmentationBatch:
-        """The batch on ``device``."""
-        return replace(self, images=self.images.to(device, **options), labels=self.labels.to(device, **options))
+    names: tuple[str, ...]  # of the samples
 
 
 class SegmentationTask(Task):

@@ -64,13 +64,8 @@ def rule_for(name: str, keys: Iterable[str]) -> str:
     return next((key for key in sorted(sorted(keys), key=len, reverse=True) if key in name), "")
 
 
-_NORMS = (
-    nn.LayerNorm,
-    nn.GroupNorm,
-    nn.modules.batchnorm._BatchNorm,
-    nn.modules.instancenorm._InstanceNorm,
-    nn.LocalResponseNorm,
-)
+# Batch and instance norms are both of the third kind.
+_NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase, nn.LocalResponseNorm)
 
 
 def undecayed_names(model: nn.Module, settings: TrainSettings) -> frozenset[str]:

@@ -269,14 +269,10 @@ def _from_pil(image: Image.Image, name: str, max_pixels: float, orient: bool) ->
     except LexisegError:
         raise
     except Exception as error:  # see _open
-        raise _broken(name) from error
+        raise LexisegError(f"{_capital(name)} is truncated or damaged; copy or save the picture again.") from error
     if orientation in _TURNS:
         pixels = pixels.transpose(_TURNS[orientation])
     return np.array(pixels)
-
-
-def _broken(name: str) -> LexisegError:
-    return LexisegError(f"{_capital(name)} is truncated or damaged; copy or save the picture again.")
 
 
 def _to_rgb(image: Image.Image, name: str) -> Image.Image:

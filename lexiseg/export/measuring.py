@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,10 @@ def measure(segmenter: Segmenter, folder: Path, spec: ExportSpec, limit: int = 2
             }
         )
     files = {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.name != REPORT}
+    versions = {}
+    for package in _PACKAGES:
+        with suppress(PackageNotFoundError):
+            versions[package] = version(package)
     report = {
         "lexiseg": lexiseg.__version__,
         "format": spec.kind,
@@ -60,14 +65,7 @@ def measure(segmenter: Segmenter, folder: Path, spec: ExportSpec, limit: int = 2
         "equal": same / total,
         "pictures": rows,
         "bytes": files,
-        "versions": {name: found for name in _PACKAGES if (found := _version(name))},
+        "versions": versions,
     }
     write_json(folder / REPORT, report)
     return report
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-import resource
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -95,7 +96,7 @@ def test_what_the_map_leaves_out_has_no_class(segmenter: Any, tmp_path: Path) ->
 
 
 @pytest.mark.slow
-def test_fifty_thousand_pixels_a_side_in_two_gigabytes(segmenter: Any, tmp_path: Path) -> None:
+def test_fifty_thousand_pixels_a_side_in_two_gigabytes(tmp_path: Path) -> None:
     path = tmp_path / "huge.tif"
     profile = {"driver": "GTiff", "crs": "EPSG:32632", "transform": PLACE, "count": 3, "dtype": "uint8", "nodata": 0}
     with rasterio.open(
@@ -104,12 +105,15 @@ def test_fifty_thousand_pixels_a_side_in_two_gigabytes(segmenter: Any, tmp_path:
         pixels = read_pixels(sample_path("demo")).transpose(2, 0, 1)
         for row, column in ((0, 0), (25_000, 31_000), (49_488, 49_488)):
             file.write(pixels, window=rasterio.windows.Window(column, row, 512, 512))
-    files = run(segmenter, path, tmp_path / "out")
-    with rasterio.open(files["labels"]) as labels:
+    asked = ["predict", str(path), WORDS, "--model", "zegclip-emoji", "-o", str(tmp_path), "--device", "cpu"]
+    # The peak of a process of its own; what getrusage says of one begins at what its parent holds.
+    code = "import sys; from lexiseg.cli import main; main(sys.argv[1:]); print(open('/proc/self/status').read())"
+    done = subprocess.run([sys.executable, "-c", code, *asked], check=True, capture_output=True, text=True)
+    assert int(done.stdout.split("VmHWM:")[1].split()[0]) < 2 * 2**20
+    with rasterio.open(tmp_path / "huge_labels.tif") as labels:
         assert labels.shape == (50_000, 50_000)
         part = labels.read(1, window=rasterio.windows.Window(31_000, 25_000, 512, 512))
     assert (part < 6).mean() > 0.9
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < 2 * 2**20
 
 
 def test_the_command_and_mistakes(segmenter: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,6 +12,7 @@ from lexiseg.clip.model import build_clip
 from lexiseg.errors import LexisegError
 from lexiseg.models import DeOP
 from lexiseg.models.decoupled import DecoupledModel
+from lexiseg.models.deop import DeOPOptions
 from lexiseg.weights import load_model
 from lexiseg.weights.convert import convert
 from lexiseg.weights.decoupled_checkpoints import deop_key, read_parts
@@ -86,7 +87,7 @@ def test_a_full_size_checkpoint_makes_the_round_trip(tmp_path: Path) -> None:
         "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 512, "heads": 8, "layers": 12},
     }
     clip = build_clip({"model_cfg": architecture})
-    model = DeOP(clip).eval()
+    model = DeOP(clip, DeOPOptions(heatmaps="query-released")).eval()
     assert model.num_parameters() == pytest.approx(218.4e6, rel=0.01)
     assert model.num_parameters(trainable=True) == pytest.approx(7.7e6, rel=0.01)
     state = authors_tensors(model)

@@ -34,7 +34,7 @@ def with_exemplars(
     ``model``: the system; its tower sees the exemplars as its dense features see pictures. ``embedder``: remembers the
     vectors like those of words. ``text``: (W, D) unit vectors of the words, or what else the system makes of them; what
     stands at the exemplars' places is replaced. Returns the text, of the same shape. Raises LexisegError if a picture
-    or mask is wrong, or the system's text has several vectors a word and it takes no picture.
+    or mask is wrong, or the system's text has several vectors per word and it takes no picture.
     """
     places = vocabulary.exemplars
     if text.dim() != 2:

@@ -135,7 +135,7 @@ def read_json(path: str | Path, advice: str = "copy the original again") -> dict
 
 
 def read_lines(path: str | Path) -> list[dict[str, Any]]:
-    """The JSON objects of a file with one a line; a line that is none, such as one cut short by a kill, is left out."""
+    """The JSON objects of a file with one per line; any other line, such as one cut short by a kill, is skipped."""
     found = []
     for line in Path(path).read_text(encoding="utf-8", errors="replace").split("\n"):
         with suppress(ValueError, RecursionError):

@@ -1,4 +1,4 @@
-"""Results in the forms that other tools read: COCO, GeoJSON, YOLO, labelme, CVAT, a mask a class, supervision."""
+"""Results in the forms that other tools read: COCO, GeoJSON, YOLO, labelme, CVAT, one mask per class, supervision."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def _one_ring(polygon: Polygon) -> Ring:
 
 
 def objects_of(result: Segmentation, instances: Collection[str] = ()) -> Iterator[tuple[TableRow, np.ndarray]]:
-    """The masks of a result: one a class, or one a connected region of the classes that are ``instances``.
+    """The masks of a result: one per class, or one per connected region of the classes that are ``instances``.
 
     A region is no object: things that touch are one region, and a thing that something covers in part may be two.
 
@@ -278,7 +278,7 @@ def to_cvat(result: Segmentation, instances: Collection[str] = ()) -> str:
 
 
 def to_supervision(result: Segmentation, instances: Collection[str] = ()) -> Any:
-    """A result as ``supervision.Detections``: a mask a class, with scores, class ids and names.
+    """A result as ``supervision.Detections``: one mask per class, with scores, class ids and names.
 
     Raises LexisegError if supervision is not installed.
     """

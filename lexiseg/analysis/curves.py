@@ -19,7 +19,7 @@ _LOG = "metrics.jsonl"
 
 
 def curves_figure(runs: Sequence[str | Path], metrics: Sequence[str] = tuple(METRICS)) -> Figure:
-    """Draw metrics of several runs over their steps, a panel a metric and a line a run.
+    """Draw metrics of several runs over their steps, one panel per metric and one line per run.
 
     ``runs``: folders of trainings with ``train.snapshot_every``, whose logs hold ``val/...``. ``metrics``: which, by
     their names in the log without ``val/``, in percent. Raises LexisegError if a folder is no run, a run measured

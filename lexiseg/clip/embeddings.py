@@ -1,4 +1,4 @@
-"""What CLIP says of whole images: the image tower as it is, at any resolution."""
+"""CLIP's embeddings of whole images: the unchanged image tower, at any resolution."""
 
 from __future__ import annotations
 

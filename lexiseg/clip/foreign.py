@@ -1,8 +1,8 @@
-"""Dual encoders of other libraries behind the face of `CLIP`: MetaCLIP 2, SigLIP, SigLIP 2 and TIPSv2.
+"""Dual encoders of other libraries with the interface of `CLIP`: MetaCLIP 2, SigLIP, SigLIP 2 and TIPSv2.
 
 They come from transformers (``transformers:OWNER/NAME`` or a folder); TIPSv2's image tower from timm as well
-(``timm:NAME``), with its text tower from transformers. They serve segmentation without training; what needs open_clip's
-own tower refuses them in words.
+(``timm:NAME``), with its text tower from transformers. They serve training-free segmentation; systems that need
+open_clip's own tower refuse them with a `LexisegError`.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class ForeignCLIP(CLIP):
         name: what the user called it.
         mean: of the images, RGB in 0..1.
         std: of the images.
-        trunk: stands in the place of the model's image tower.
+        trunk: replaces the model's image tower.
     """
 
     def __init__(
@@ -135,7 +135,7 @@ def load_foreign(name: str) -> ForeignCLIP:
     """Load ``transformers:OWNER/NAME``, ``transformers:FOLDER``, or ``timm:NAME`` of a TIPSv2 tower.
 
     Raises:
-        LexisegError: there is no such model, it is of another kind, or its weights cannot be had or are damaged.
+        LexisegError: there is no such model, it is of another kind, or its weights cannot be loaded.
     """
     if name.startswith(TRANSFORMERS):
         return _transformers(name.removeprefix(TRANSFORMERS), name)

@@ -1,4 +1,4 @@
-"""A second image encoder beside CLIP, whose features say which places belong together (ProxyCLIP)."""
+"""A second image encoder beside CLIP, whose features tell which places belong together (ProxyCLIP)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Feature = Literal["out", "q", "k", "v"]
 
 
 class Proxy(nn.Module):
-    """A vision transformer of timm as a map of features.
+    """A timm vision transformer that returns a feature map.
 
     Args:
         model: with plain blocks (DINO, DINOv2) or any with ``forward_features`` that gives tokens (DINOv3).

@@ -32,11 +32,11 @@ def attention_pool(
     patches: bool = False,
     position_interpolation: Interpolation = "bicubic-corners",
 ) -> Tensor:
-    """Pool a feature map (B, C, h, w) with CLIP's attention: the mean of the map asks, the mean and the map answer.
+    """Pool a feature map (B, C, h, w) with CLIP's attention: its mean is the query; mean and map are keys and values.
 
-    With masks (B, N, h, w), boolean, the mean asks once for each region, and the places outside the region do not
-    answer (MAFT, Eq. 2 and 3 applied to the pool; Sec. 5.5 describes it and no code for it was released). With
-    ``patches``, and no masks, every place asks as well.
+    With masks (B, N, h, w), boolean, the mean is a query once per region, and places outside the region are
+    masked (MAFT, Eq. 2 and 3 applied to the pool; Sec. 5.5 describes it and no code for it was released). With
+    ``patches``, and no masks, every place is a query as well.
 
     Returns:
         (B, N, D) with masks, (B, D) without, (B, h, w, D) with ``patches``; not normalised.

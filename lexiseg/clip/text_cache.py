@@ -1,4 +1,4 @@
-"""Text embeddings that were made before, each remembered by its word and by what the word was put into.
+"""A cache of text embeddings, by word and by the templates it was put into.
 
 A shelf holds the vectors of all words that one text tower met in one set of templates. On disk a shelf is one file,
 read whole and replaced whole, so that several processes may share a folder: the worst that can happen is that two of

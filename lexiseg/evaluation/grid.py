@@ -1,4 +1,4 @@
-"""The qualitative grid: a row a picture, with the picture, the truth and the prediction side by side."""
+"""The qualitative grid: one row per picture, with the picture, the ground truth and the prediction side by side."""
 
 from __future__ import annotations
 

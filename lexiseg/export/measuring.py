@@ -25,7 +25,7 @@ _PACKAGES = ("torch", "onnx", "onnxscript", "onnxruntime", "openvino", "numpy", 
 def measure(segmenter: Segmenter, folder: Path, spec: ExportSpec, limit: int = 2) -> dict[str, Any]:
     """Compare labels with those of the model in float32, and write ``report.json`` into the folder.
 
-    Returns what was written: a row a picture with the fraction of equal labels, the largest difference of a winning
+    Returns what was written: one row per picture with the fraction of equal labels, the largest difference of a winning
     score, and processor seconds of both; ``equal``, the fraction over all pixels; and the size of the files.
     """
     exported = ExportedPredictor(folder, device="cpu", templates=segmenter.templates)

@@ -69,7 +69,7 @@ class TextEncoder:
         return len(self.tokens(text))
 
     def __call__(self, words: Sequence[str], templates: tuple[str, ...]) -> np.ndarray:
-        """Vectors (W, D), the mean over the templates; or (W, P, D), one a template. Raises LexisegError as `_encode`.
+        """Vectors (W, D), the mean over the templates; or (W, P, D), one per template; see `_encode` for errors.
 
         As `lexiseg.clip.text.TextEmbedder` does it, and `lexiseg.models.cat_seg` what is special there.
         """

@@ -70,7 +70,7 @@ class Text(StrictModel):
     tokenizer: FileName
     context_length: Annotated[int, Field(ge=3, le=65536)]
     templates: Annotated[tuple[str, ...], Field(min_length=1)]
-    separate_templates: bool = False  # a vector a template, not their mean
+    separate_templates: bool = False  # one vector per template, not their mean
     first_of_name: bool = False  # of a name with ", " in it only what stands before it
 
 

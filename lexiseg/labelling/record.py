@@ -2,7 +2,7 @@
 
 The record is a journal in a hidden folder among the results, and has more than that beside it::
 
-    OUTPUT/.lexiseg-predict/000012.HEX.jsonl     an attempt at a shard, a line a picture
+    OUTPUT/.lexiseg-predict/000012.HEX.jsonl     an attempt at a shard, one line per picture
     OUTPUT/.lexiseg-predict/manifest             there where the results have a manifest, which a cluster writes
     OUTPUT/.lexiseg-predict/coco/                each picture's part of OUTPUT/annotations.json
 """
@@ -141,7 +141,7 @@ class Record(Journal):
         return merge_coco(self.output / COCO, classes, pieces)
 
     def write_manifest(self, entries: Iterable[Entry]) -> Path:
-        """Write a line a picture, in the order of ``entries``, with the paths of files relative to the folder."""
+        """Write one line per picture, in the order of ``entries``, with the paths of files relative to the folder."""
         lines = (json.dumps(entry.to_manifest(), ensure_ascii=False) + "\n" for entry in entries)
         return write_text(self.output / MANIFEST, "".join(lines))
 

@@ -1,4 +1,4 @@
-"""Cross entropy over classes that exclude each other: what ZegCLIP's non-mutually exclusive loss takes the place of.
+"""Cross entropy over classes that exclude each other: what ZegCLIP's non-mutually exclusive loss replaces.
 
 A pixel's logits go through a softmax over the classes, so a class gains only what others lose; `lexiseg.losses.masks`
 judges every class by itself. A pixel labelled 255 has no class that could exclude the others and is left out here,

@@ -1,4 +1,4 @@
-"""MAFT's two losses: CLIP's score of a region shall follow how well its mask fits, and CLIP shall stay itself.
+"""MAFT's two losses: CLIP's score of a region should follow the quality of its mask, and CLIP should not drift.
 
 Jiao et al., "Learning Mask-aware CLIP Representations for Zero-Shot Segmentation", NeurIPS 2023, Sec. 4.2. The released
 code and the paper differ in what the target is; both are options, and the released form is the default.
@@ -64,8 +64,8 @@ def mask_ious(masks: Tensor, labels: Tensor, num_classes: int) -> tuple[Tensor, 
 def iou_targets(ious: Tensor, normalise: Normalisation = "row") -> Tensor:
     """Min-max normalisation of the IoUs (k, N) of one picture (Eq. 5).
 
-    CLIP's best score is near 1 and a proposal's best IoU is not, so the IoUs are stretched to 0..1. Where all are equal
-    the target is 0.
+    CLIP's best score is near 1 and a proposal's best IoU is not, so the IoUs are stretched to 0..1. Where all are
+    equal, the target is 0.
     """
     if not ious.numel():
         return ious
@@ -87,7 +87,7 @@ def mask_aware_loss(scores: Tensor, targets: Tensor, distance: Distance = "smoot
         distance: see `MaskAwareOptions`.
 
     Returns:
-        a scalar; 0, with a gradient of 0, where there is nothing to compare.
+        a scalar; 0, with a gradient of 0, if there is nothing to compare.
     """
     weight = reduction_weight(len(scores) if distance == "kl" else scores.numel(), scores.device)
     if not scores.numel():

@@ -186,7 +186,7 @@ def _image_losses(
     torch.sigmoid(torch.neg(x, out=q), out=q)  # 1 - p, without the rounding of a difference
     torch.log(q.clamp_(min=1e-38), out=softplus).neg_()  # -log(1 - p)
     torch.mul(p, p, out=squared)
-    # Everything is a negative first; the few positives (at most one a pixel) are corrected afterwards.
+    # Everything is a negative first; the few positives (at most one per pixel) are corrected afterwards.
     negatives = torch.dot(squared.flatten(), softplus.flatten())
     if weights is not None:
         negatives = torch.linalg.vecdot(squared, softplus) @ weights

@@ -86,7 +86,7 @@ def match(
     Args:
         mask_logits: (B, N, h, w).
         class_logits: (B, N, C + 1), the last one "no object"; None matches by the masks alone.
-        targets: one an image. Their masks are resized to h x w, taking the nearest pixel.
+        targets: one per image. Their masks are resized to h x w, taking the nearest pixel.
         weights: of the costs.
 
     Returns:

@@ -1,8 +1,8 @@
-"""Reduction of losses over a batch that is divided among processes.
+"""Reduction of losses over a batch that is split among processes.
 
 Gradients are averaged over the processes, so a mean over the samples (pixels, masks, regions) of one process would
-weigh a sample by how few others that process has. Multiplied by `reduction_weight`, the mean over the processes is the
-mean over the whole batch, however it is divided.
+weight a sample more the fewer samples its process has. Multiplied by `reduction_weight`, the mean over the processes is
+the mean over the whole batch, however it is split.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import torch
 
 
 def mean_count(count: float, device: torch.device) -> float:
-    """The mean of ``count`` over the processes, where a sum of 0 counts as 1; every process must call it as often."""
+    """The mean of ``count`` over the processes, a sum of 0 counting as 1; all processes must call it equally often."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return count or 1.0
     total = torch.tensor(count, dtype=torch.float64, device=device)  # float32 does not count so many pixels exactly

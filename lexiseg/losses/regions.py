@@ -1,7 +1,7 @@
-"""The loss of DeOP's last stage: the map of class scores itself, squashed, against the label map; nothing is matched.
+"""The loss of DeOP's last stage: the squashed map of class scores against the label map, without matching.
 
 Han et al., "Open-Vocabulary Semantic Segmentation with Decoupled One-Pass Network", ICCV 2023, Sec. 3.2: dice and
-focal loss. How they are put together is only in the released code, which this follows.
+focal loss. How they are combined is only in the released code, which this follows.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What every segmentation system is to the rest of lexiseg: images and text embeddings in, factorised scores out."""
+"""The interface of every segmentation system: images and text embeddings in, factorised scores out."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ Towers = Callable[[], CLIP]
 
 @dataclass(frozen=True)
 class ImageFeatures:
-    """What a model keeps of a batch of images, so that many vocabularies can be scored against it.
+    """What a model computes from a batch of images, so that many vocabularies can be scored against it.
 
     Attributes:
         size: (H, W) of the images the features are of.
@@ -45,7 +45,7 @@ class ImageFeatures:
 class SegmentationModel(nn.Module, ABC):
     """A segmentation system: one file that turns images and text embeddings into `Scores`.
 
-    Pixels, windows, files and training loops are made from those by code that knows no system.
+    Code that knows no particular system turns those into pixels, windows, files and training steps.
 
     Args:
         clip: the towers; the model owns them from here on.
@@ -55,9 +55,9 @@ class SegmentationModel(nn.Module, ABC):
     Attributes:
         system: name of the system, as in ``config.json``.
         options_class: the pydantic class of its options.
-        family: systems of one family may start from each other's models, see `init_from`; "" for none.
-        metadata: free notes saved with the model (data, steps, measured results).
-        weighs_classes: whether its mask losses heed ``class_weights``.
+        family: systems of the same family can be initialised from each other's models, see `init_from`; "" for none.
+        metadata: free-form notes saved with the model (data, steps, measured results).
+        weighs_classes: whether its mask losses use ``class_weights``.
         class_weights: (C,) factors on the losses of the classes trained on; None is 1 for all.
         words_rule: makes labels by probabilities of words, where a protocol of the training-free papers asks for it;
             None compares scores.
@@ -85,7 +85,7 @@ class SegmentationModel(nn.Module, ABC):
 
     @classmethod
     def variant(cls, options: dict[str, Any]) -> type[SegmentationModel]:
-        """The class of a model of this system with these options: this one, where a system is not several."""
+        """The class that these options ask for: this one, unless the system has several variants."""
         return cls
 
     @classmethod
@@ -105,7 +105,7 @@ class SegmentationModel(nn.Module, ABC):
 
     @property
     def window(self) -> WindowPolicy:
-        """How to run it over a picture by default."""
+        """How it is run over a picture by default."""
         return self.options.window()
 
     @property
@@ -127,17 +127,17 @@ class SegmentationModel(nn.Module, ABC):
     def check_init(
         cls, options: ModelOptions, other: type[SegmentationModel], other_options: ModelOptions, clip: Towers, name: str
     ) -> None:
-        """See, before a model of another system is trained, that one of this system can start from it.
+        """Check that a model of this system can be initialised from another's, before that other one is trained.
 
         Args:
-            options: of the model to come.
-            other: system of the one it shall start from.
-            other_options: its options.
-            clip: gives the towers of both.
-            name: of the recipe that trains it, for the message.
+            options: of the new model.
+            other: the system it would be initialised from.
+            other_options: that system's options.
+            clip: builds the towers of both.
+            name: of the recipe that trains the other, for the message.
 
         Raises:
-            LexisegError: it cannot, or one of the two cannot be built.
+            LexisegError: it cannot be, or one of the two cannot be built.
         """
         if other is cls or (cls.family and cls.family == other.family):
             towers = clip()
@@ -169,7 +169,7 @@ class SegmentationModel(nn.Module, ABC):
             what: names it in messages, such as "The initial model 'runs/a'".
 
         Returns:
-            the parts taken where only some fit; () for all of it.
+            names of the parts taken, where only some fit; () if all do.
 
         Raises:
             LexisegError: it is of another system or of other shapes.
@@ -186,14 +186,14 @@ class SegmentationModel(nn.Module, ABC):
         return ()
 
     def check_start(self, *, proposals: bool, steps: int) -> None:
-        """See before a training that what it builds on and leaves as it is comes from somewhere.
+        """Check before training that the parts it does not train have trained weights.
 
         Args:
-            proposals: whether trained proposals were taken over.
-            steps: of the training.
+            proposals: whether the proposals' weights come from a trained model.
+            steps: how many the training has.
 
         Raises:
-            LexisegError: it does not.
+            LexisegError: some have none.
         """
 
     def fit_to_patches(self, images: Tensor) -> Tensor:
@@ -206,14 +206,13 @@ class SegmentationModel(nn.Module, ABC):
         return F.interpolate(images, size=target, mode="bilinear", align_corners=False)
 
     def embed_text(self, embedder: TextEmbedder, vocabulary: Vocabulary) -> Tensor:
-        """Embed the words of a vocabulary as this system does it; the result is what `score` and `losses` take as text.
+        """Embed the words of a vocabulary in this system's way; `score` and `losses` take the result as text.
 
         By default they are put into the learned prompts, or else into the vocabulary's templates, encoded and averaged.
-        A system with templates or sources of text of its own overrides it, and asks the embedder, which remembers the
-        vectors.
+        A system with its own templates or sources of text overrides it and calls the embedder, which caches vectors.
 
         Returns:
-            (W, D) unit vectors, one a word; or (W, S, D) of a system with S sources of text.
+            (W, D) unit vectors, one per word; or (W, S, D) for a system with S sources of text.
 
         Raises:
             LexisegError: a word is too long for the text tower.
@@ -224,7 +223,7 @@ class SegmentationModel(nn.Module, ABC):
         return embedder.embed_prompted(prompts, vocabulary.words, disk=not self.training)
 
     def embed_exemplar(self, image: Tensor, mask: Tensor) -> Tensor:
-        """The text of a thing in a picture, of a system that has several vectors a word and takes pictures as well.
+        """The text row of a thing in a picture, for a system with several vectors per word that takes pictures too.
 
         Args:
             image: uint8 (3, H, W).
@@ -234,14 +233,14 @@ class SegmentationModel(nn.Module, ABC):
             one row of what `embed_text` gives.
 
         Raises:
-            LexisegError: the system takes none.
+            LexisegError: the system does not take pictures.
         """
         raise LexisegError(
             f"{self.system} has several vectors per word, so it cannot use a picture as a class; use words."
         )
 
     def training_text(self, vocabulary: Vocabulary, text: Tensor) -> Tensor:
-        """The text of a training step, of what `embed_text` gave before: with gradients where its maker is trained."""
+        """The text for a training step, from `embed_text`'s result; with gradients where the text tower is trained."""
         prompts = self.learned_prompts
         if prompts is None or not any(parameter.requires_grad for parameter in prompts.parameters()):
             return text
@@ -249,7 +248,7 @@ class SegmentationModel(nn.Module, ABC):
 
     @abstractmethod
     def encode_images(self, images: Tensor) -> ImageFeatures:
-        """Do everything that does not depend on the words.
+        """Compute everything that does not depend on the words.
 
         Args:
             images: (B, 3, H, W) float, normalised with `mean` and `std`; any H and W.
@@ -263,17 +262,17 @@ class SegmentationModel(nn.Module, ABC):
 
         Args:
             features: from `encode_images`.
-            text: (W, D) unit vectors, one a word.
+            text: (W, D) unit vectors, one per word.
             word_to_class: (W,) class of each word, non-decreasing; None = each word is a class.
             seen: (W,) bool, True for words that had masks in training; None = unknown, treated as not seen.
         """
 
     def score_grid(self, features: ImageFeatures, text: Tensor) -> Tensor:
-        """The numbers (B, W, h, w) that `score` makes its scores of, where a place is a patch: what is exported."""
+        """The values (B, W, h, w) behind `score`, for systems that score patches; an exported graph returns them."""
         raise NotImplementedError
 
     def check_exportable(self) -> None:
-        """Raise LexisegError if no graph can hold what the model does."""
+        """Raise LexisegError if the model cannot be exported as a graph."""
         if type(self).score_grid is SegmentationModel.score_grid:
             raise LexisegError(
                 f"{self.system} has no grid of patches that vectors of words score, so it cannot be exported as a "
@@ -282,13 +281,13 @@ class SegmentationModel(nn.Module, ABC):
 
     @property
     def exports_any_size(self) -> bool:
-        """Whether one exported graph can take images of any size."""
+        """Whether one exported graph takes images of any size."""
         return True
 
     def forward(
         self, images: Tensor, text: Tensor, *, word_to_class: Tensor | None = None, seen: Tensor | None = None
     ) -> Scores:
-        """`encode_images`, then `score`; the arguments are theirs."""
+        """Call `encode_images`, then `score`; the arguments are theirs."""
         return self.score(self.encode_images(images), text, word_to_class=word_to_class, seen=seen)
 
     def losses(self, images: Tensor, labels: Tensor, text: Tensor, *, seen: Tensor | None = None) -> dict[str, Tensor]:
@@ -313,7 +312,7 @@ class SegmentationModel(nn.Module, ABC):
         return ()
 
     def set_trainable(self) -> SegmentationModel:
-        """Let exactly the `trainable_names` require gradients, and return the model."""
+        """Make exactly the `trainable_names` require gradients, and return the model."""
         names = set(self.trainable_names())
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(name in names)

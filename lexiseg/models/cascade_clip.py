@@ -1,11 +1,11 @@
-"""Cascade-CLIP: groups of blocks of the image tower are matched with the words by decoders of their own, and added.
+"""Cascade-CLIP: groups of the image tower's blocks are each matched with the words by a decoder, and the logits summed.
 
 Li et al., "Cascade-CLIP: Cascaded Vision-Language Embeddings Alignment for Zero-Shot Semantic Segmentation", ICML 2024.
-Everything but the groups is that of the system it is built on: ZegCLIP, prompted, frozen or fine-tuned, or SPT-SEG.
-The blocks' features are unit vectors made by a norm and a projection each, except the last block's, which is CLIP's own
-final feature; a group's features are joined (neighborhood Gaussian aggregation, Eq. 4), each group has a decoder, and
-their mask logits are summed (Eq. 2). The paper's comparisons are groups too, such as "{12},{12},{12}" (Table 7), or
-"{6-12}" with "concat" (Table 1).
+Everything but the groups comes from the system it builds on: ZegCLIP, prompted, frozen or fine-tuned, or SPT-SEG. Each
+block's features are normalised, projected and brought to unit length, except the last block's, which are CLIP's own
+final features; a group's features are aggregated (neighborhood Gaussian aggregation, Eq. 4), each group has a decoder,
+and their mask logits are summed (Eq. 2). The paper's baselines are groups as well, such as "{12},{12},{12}" (Table 7),
+or "{6-12}" with "concat" (Table 1).
 """
 
 from __future__ import annotations
@@ -35,11 +35,12 @@ class CascadeCLIPOptions(ZegCLIPOptions):
     Attributes:
         base: what the cascade is built on (Table 10): "zegclip", with the ``backbone`` "prompt", "fixed" (the paper's
             frozen CLIP) or "finetune"; or "spt-seg", see `lexiseg.models.cascade_on_spt`.
-        groups: the groups of blocks, counted from 1, shallow to deep in each, one decoder a group (Tables 5, 6, 15).
-        aggregation: the rule that joins the blocks of a group (Table 8): "nga", "nga-fixed", "sum", "trainable-sum",
+        groups: the groups of blocks, counted from 1, shallow to deep in each, one decoder per group (Tables 5, 6, 15).
+        aggregation: how the blocks of a group are aggregated (Table 8): "nga", "nga-fixed", "sum", "trainable-sum",
             "concat", "self-attention", and "nga-printed", with the initial weights that Eq. 4 prints.
-        aggregate: what it joins: "projected", each block's features after its norm and projection, as in the authors'
-            code; "raw", the tokens as the blocks leave them, as in Eq. 4, with one norm and projection a group behind.
+        aggregate: what is aggregated: "projected", each block's features after its norm and projection, as in the
+            authors' code; "raw", the tokens as the blocks leave them, as in Eq. 4, followed by one norm and projection
+            per group.
         sigma: width of the Gaussian of "nga" (Table 16 compares 0.8, 1 and 1.2).
         text_projection: "independent" projects the words for each decoder, "shared" once for all (Table 9).
         level_projection: norm and projection of intermediate blocks. "released": random and frozen, as in the authors'
@@ -96,7 +97,7 @@ class LevelProjections(nn.Module):
 
 
 class WeightedSum(nn.Module):
-    """Z = sum of w_l f_l over the ``count`` blocks of a group, without dividing by anything.
+    """Z = sum of w_l f_l over the ``count`` blocks of a group, without normalising the weights.
 
     Neighborhood Gaussian aggregation (Eq. 4) starts from w_l = exp(-(d - l)^2 / (2 sigma^2)) for the l-th of d blocks:
     0.135, 0.607, 1 for three, as in the code and in Tables 16 and 17. The paper prints d - l + 1 in the exponent, which
@@ -126,9 +127,9 @@ class Concatenation(nn.Module):
 
 
 class LevelAttention(nn.MultiheadAttention):
-    """Self-attention among a patch's features from the blocks of a group, summed; the paper names it only (Table 8).
+    """Self-attention among a patch's features from the blocks of a group, summed; the paper only names it (Table 8).
 
-    Here the d features of one patch attend to each other, and what they get is added to them and summed.
+    Here the d features of one patch attend to each other, and the result is added to them and summed.
     """
 
     def forward(self, levels: Tensor) -> Tensor:  # type: ignore[override]
@@ -231,7 +232,7 @@ class CascadeCLIP(ZegCLIP):
         return ImageFeatures((images.shape[-2], images.shape[-1]), values)
 
     def heads(self) -> list[Head]:
-        """One decoder a group: in training all of them, at prediction those of ``predict_with``."""
+        """One decoder per group: all of them in training, at prediction those of ``predict_with``."""
         numbers = (not self.training and self.options.predict_with) or range(1, len(self.decoders) + 1)
         projs = cast(list[nn.Linear], list(self.query_projs) * len(self.decoders))  # one may serve all
         decoders = cast(list[MaskDecoder], list(self.decoders))

@@ -3,7 +3,7 @@
 Cho, Shin et al., "CAT-Seg: Cost Aggregation for Open-Vocabulary Semantic Segmentation", CVPR 2024. CLIP's patches are
 made dense by the value path of its last block; their cosines with the words are aggregated over space, guided by
 CLIP's features, and over classes, guided by the text, and upsampled four times (`lexiseg.models.cost_aggregation`).
-Where paper and released code differ the code is followed.
+Where the paper and the released code differ, the code is followed.
 """
 
 from __future__ import annotations
@@ -39,18 +39,18 @@ class CATSegOptions(AggregationOptions):
     """Options of `CATSeg`, with those of `AggregationOptions`.
 
     Attributes:
-        finetune: what of CLIP is trained: "attention" the query and value projections of both towers (the released
-            setting), "full" all of their blocks, "prompt" deep visual prompts, "none" nothing.
-        prompt_length: visual prompts a block; 0 has none.
+        finetune: which part of CLIP is trained: "attention" the query and value projections of both towers (the
+            released setting), "full" all of their blocks, "prompt" deep visual prompts, "none" nothing.
+        prompt_length: visual prompts per block; 0 for none.
         prompt_depth: blocks with prompts, from the first on; None is all.
-        resolution: side that images are resized to for CLIP, whatever their aspect (released: 384 with patches of 16,
-            336 with patches of 14); None keeps their size, rounded to whole patches.
+        resolution: side that images are resized to for CLIP, whatever their aspect ratio (released: 384 with patches of
+            16, 336 with patches of 14); None keeps their size, rounded to whole patches.
         guidance_blocks: blocks (0-based) whose outputs guide the decoder; None is a third and two thirds of the way (3
             and 7 of 12, 7 and 15 of 24).
         window_size: side of the sliding window at prediction; None runs whole pictures (released: 384).
         window_stride: its stride (released: 256).
-        short_side: pictures' shorter side is first resized to this; None keeps it (released: 640).
-        long_side: limit of the longer side in that (released: 2560).
+        short_side: length that pictures' shorter side is first resized to; None keeps it (released: 640).
+        long_side: limit of the longer side in that resize (released: 2560).
         canvas: sides (height, width) to which the picture is stretched then, on which the windows lie (released: 640).
         whole: average the windows with the whole picture, stretched to one window (released: True).
     """
@@ -72,7 +72,7 @@ class CATSegOptions(AggregationOptions):
 
 
 class SplitAttention(nn.Module):
-    """The weights of an attention with query, key and value projections of their own, so that two can be trained.
+    """Attention weights with separate query, key and value projections, so that two of them can be trained.
 
     It takes the place of a block's ``nn.MultiheadAttention``; `lexiseg.clip.tower.block_attention` runs it.
     """
@@ -100,7 +100,7 @@ class CATSeg(SegmentationModel):
     """CAT-Seg.
 
     Args:
-        clip: the towers; the text tower must be CLIP's causal one, since it is trained as well.
+        clip: the towers; the text tower must be CLIP's causal one, since it may be trained as well.
         options: see `CATSegOptions`.
         seen_names: classes that had masks in training.
 
@@ -143,7 +143,7 @@ class CATSeg(SegmentationModel):
         self.set_trainable()
 
     def trainable_names(self) -> tuple[str, ...]:
-        """Everything outside CLIP, and what ``finetune`` says of it."""
+        """Everything outside CLIP, and the part of CLIP that ``finetune`` names."""
         parts = {"attention": (".attn.q_proj", ".attn.v_proj"), "full": (".resblocks.",)}.get(self.options.finetune, ())
         prompts = self.options.finetune in ("prompt", "full")
         return tuple(
@@ -153,7 +153,7 @@ class CATSeg(SegmentationModel):
         )
 
     def run_tower(self, images: Tensor) -> tuple[Tensor, dict[int, Tensor], tuple[int, int]]:
-        """Run the image tower up to the last block, which only its value path goes through.
+        """Run the image tower; of the last block only the value path is run.
 
         Returns:
             tokens (B, 1 + h * w, W) of the last block, the outputs of the `guidance_blocks` in the same layout, and the
@@ -200,7 +200,7 @@ class CATSeg(SegmentationModel):
         return ImageFeatures(size, {"dense": dense, "middle": self.upsample1(middle), "fine": self.upsample2(fine)})
 
     def embed_text(self, embedder: TextEmbedder, vocabulary: Vocabulary) -> Tensor:
-        """Embed the words: (W, D) unit vectors, or with the option ``templates`` over 1, (W, P, D), one a template.
+        """Embed the words: (W, D) unit vectors, or with the option ``templates`` over 1, (W, P, D), one per template.
 
         Another number of templates than the option's is a `LexisegError`.
         """
@@ -212,7 +212,7 @@ class CATSeg(SegmentationModel):
         return torch.stack([embedder.embed(words, (template,)) for template in given], dim=1)
 
     def training_text(self, vocabulary: Vocabulary, text: Tensor) -> Tensor:
-        """The text encoded anew, with gradients, where the text tower is trained."""
+        """The text, encoded again with gradients if the text tower is trained."""
         if self.options.finetune not in ("attention", "full"):
             return text
         parts = []
@@ -228,7 +228,7 @@ class CATSeg(SegmentationModel):
 
     @property
     def exports_any_size(self) -> bool:
-        """No: windows of attention, and the padding to whole ones, follow the size."""
+        """False: attention windows, and the padding to whole ones, depend on the size."""
         return False
 
     def score_grid(self, features: ImageFeatures, text: Tensor) -> Tensor:
@@ -268,7 +268,7 @@ class CATSeg(SegmentationModel):
     def losses(self, images: Tensor, labels: Tensor, text: Tensor, *, seen: Tensor | None = None) -> dict[str, Tensor]:
         """Binary cross entropy of every class at every pixel (released code); text is (C, D) or (C, P, D).
 
-        Pixels without a class are in the mean as negatives of all classes. There is no self-training: ``seen`` is a
+        Pixels without a class count in the mean as negatives of all classes. There is no self-training: ``seen`` is a
         `LexisegError`.
         """
         if seen is not None:

@@ -1,8 +1,8 @@
-"""The cost aggregation of CAT-Seg: cosines of patches and words in, a map of logits a word out.
+"""The cost aggregation of CAT-Seg: cosines of patches and words in, one map of logits per word out.
 
 Cho, Shin et al., "CAT-Seg: Cost Aggregation for Open-Vocabulary Semantic Segmentation", CVPR 2024, Sec. 3.3. It knows
-no CLIP and no pictures, hence a file of its own. Modules have the names of the released checkpoints. What is the same
-for all classes is computed once, and without a graph the classes go through in parts.
+neither CLIP nor pictures, hence a file of its own. Modules have the names of the released checkpoints. What is the
+same for all classes is computed once, and without gradients the classes are processed in parts.
 """
 
 from __future__ import annotations
@@ -28,21 +28,21 @@ class AggregationOptions(WindowOptions):
     """Sizes of the aggregation; the defaults are the released models'.
 
     Attributes:
-        templates: how many templates stay apart, as channels of the cost volume; with 1 any number is averaged.
+        templates: how many templates are kept as channels of the cost volume; with 1 any number is averaged.
         hidden_dim: width of the aggregation.
         layers: of the aggregation, each one over space and one over classes.
         heads: attention heads of both.
         attention_window: side of the windows of the spatial aggregation, in patches.
         class_attention: of the aggregation over classes; "full" is softmax attention, the paper's ablation.
-        padding: a learned padding token stands for each class that is missing to this number; 0 has none.
+        padding: vocabularies with fewer classes are padded to this number with a learned token; 0 for no padding.
         pooling: sides of the average pooling before the aggregation over classes, in training only.
         appearance_dim: width of the image guidance of the aggregation.
         text_dim: width of its text guidance.
         guidance_dims: widths of the two upsampled CLIP features.
         decoder_guidance_dims: widths to which the decoder projects them.
         decoder_dims: widths of the decoder.
-        released: limits of the released code: of more classes than ``padding`` those with the largest cosine anywhere
-            in the picture are kept and all others get the logit -100, and of a name with commas in it the first part is
+        released: the released code's limits: with more classes than ``padding``, those with the largest cosine anywhere
+            in the picture are kept and all others get the logit -100; of a name with commas, the first part is
             embedded.
     """
 
@@ -100,10 +100,10 @@ class _Projections(nn.Module):
 
 
 class WindowBlock(nn.Module):
-    """Attention in windows of a class's map, all classes alike (Sec. 3.3, spatial aggregation).
+    """Attention in windows of each class's map (Sec. 3.3, spatial aggregation).
 
-    Queries and keys see an image guidance of width G. A ``shifted`` block begins half a window further, so that its
-    windows lie across those of the block before.
+    Queries and keys see an image guidance of width G. The windows of a ``shifted`` block are
+    shifted by half a window, so that they overlap those of the block before.
     """
 
     def __init__(self, dim: int, guidance: int, heads: int, window: int, *, shifted: bool) -> None:
@@ -173,8 +173,8 @@ class SpatialLayer(nn.Module):
 class ClassLayer(nn.Module):
     """Attention among the classes at each place (Sec. 3.3, class aggregation), without positions.
 
-    Missing classes up to ``padding`` take part as copies of one learned token, so that results depend on the padding.
-    The copies are alike: one stands for all, with their number as its weight.
+    Missing classes up to ``padding`` take part as copies of one learned token, so results depend on the padding. Since
+    the copies are equal, a single one is computed and weighted by their number.
     """
 
     def __init__(self, dim: int, guidance: int, heads: int, padding: int, *, linear: bool) -> None:
@@ -250,7 +250,7 @@ class AggregationLayer(nn.Module):
         )
 
     def forward(self, x: Tensor, appearance: Tensor, words: Tensor, pooling: tuple[int, int]) -> Tensor:
-        """Aggregate x (B, T, H, W, C), which is written over where no gradient is needed.
+        """Aggregate x (B, T, H, W, C), which is overwritten where no gradient is needed.
 
         ``appearance`` (B, H, W, G) and ``words`` (B, T, G) guide it; ``pooling`` are the sides of the average pooling
         before the aggregation over classes.
@@ -300,7 +300,7 @@ class Upsample(nn.Module):
 
 
 class CostAggregator(nn.Module):
-    """Aggregates the cosines of patches and words into a map of logits a word, four times as fine."""
+    """Aggregates the cosines of patches and words into one map of logits per word, at four times the resolution."""
 
     def __init__(self, dim: int, options: AggregationOptions) -> None:
         super().__init__()

@@ -1,7 +1,7 @@
-"""Dense CLIP: segmentation by an image tower and its text tower alone, patch by patch, without any training.
+"""Dense CLIP: training-free segmentation that compares an image tower's patches with the text tower's words.
 
-Each patch is compared with each word. A tower was trained on its class token, and attention in the last block mixes
-what patches know; the methods here differ in what they put in its place (`lexiseg.models.last_block`), and each has its
+Each patch is compared with each word. A tower was trained through its class token, and the attention of its last block
+mixes the patches; the methods here differ in what they replace it with (`lexiseg.models.last_block`), and each has its
 authors' settings (``training_free.yaml``).
 """
 
@@ -60,20 +60,21 @@ def methods() -> dict[str, dict[str, Any]]:
 
 
 class DenseCLIPOptions(WindowOptions):
-    """Options of `DenseCLIP`. What is not given is as the method's authors have it.
+    """Options of `DenseCLIP`. What is not given is set as by the method's authors.
 
     Attributes:
         method: whose options these are by default.
-        mixing: what stands in the place of the last block's token mixing, see `lexiseg.models.last_block.mix`; "proxy"
-            is ProxyCLIP's, which needs a second encoder, and "self-self" GEM's, which reaches over several blocks.
-        whole_block: keep the last block's shortcut and MLP; otherwise the attention's output alone is projected.
-        last_blocks: sum what that many blocks say, the last ones (ClearCLIP's ``last_n_layers``).
+        mixing: what replaces the last block's token mixing, see `lexiseg.models.last_block.mix`; "proxy"
+            is ProxyCLIP's, which needs a second encoder, and "self-self" GEM's, which spans several blocks.
+        whole_block: keep the last block's residual connection and MLP; otherwise only its attention output is
+            projected.
+        last_blocks: sum the outputs of that many last blocks (ClearCLIP's ``last_n_layers``).
         positions: how position embeddings follow the resolution.
-        positions_by_count: see `lexiseg.clip.resize_positions`; a quirk of the released codes.
-        fit: what happens to images whose sides are no multiples of the patch: they are resized, what is left over is
-            cut off, or windows are padded with zeros all around.
-        pad_to: with ``fit`` pad, a multiple of this and not of the patch.
-        resize_to_window: interpolate scores to the image first, and from there to the size asked for.
+        positions_by_count: see `lexiseg.clip.resize_positions`; a quirk of the released code.
+        fit: what happens to images whose sides are not multiples of the patch size: they are resized, the rest is cut
+            off, or windows are padded with zeros on all sides.
+        pad_to: with ``fit`` "pad", pad to a multiple of this instead of the patch size.
+        resize_to_window: interpolate scores to the image's size first, and from there to the size asked for.
         neighbour_std: of NACLIP's Gaussian, in patches.
         beta: see `lexiseg.models.last_block.proxy_attention`.
         gamma: see there.
@@ -84,9 +85,9 @@ class DenseCLIPOptions(WindowOptions):
         feedback_weights: tau and lambda of that.
         feedback_threshold: probability below which a pixel of the first pass counts as the first word.
         feedback_same_entity: see `lexiseg.models.last_block.label_agreement`.
-        depth: of GEM: the last ``depth - 1`` blocks have a self-self path.
-        iterations: of GEM, see `lexiseg.models.last_block.self_self`.
-        temperature: of GEM, see there.
+        depth: GEM's: the last ``depth - 1`` blocks have a self-self path.
+        iterations: GEM's, see `lexiseg.models.last_block.self_self`.
+        temperature: GEM's, see there.
         logit_scale: of the cosines where they become probabilities: in ResCLIP's first pass, and where a protocol has
             a threshold.
         window_size: side of the sliding window; None runs whole pictures.
@@ -132,8 +133,8 @@ class DenseCLIPOptions(WindowOptions):
 class DenseCLIP(SegmentationModel):
     """Patches against text, by the methods of `DenseCLIPOptions`.
 
-    The score of a word is the cosine of the angle between patch and text, -1..1. But for ResCLIP, whose second pass
-    looks at all words, it does not depend on which other words are asked for, so a threshold on it means the same in
+    The score of a word is the cosine of patch and text, -1..1. Except with ResCLIP, whose second pass depends on all
+    words, it does not depend on which other words are asked for, so a threshold on it means the same in
     every vocabulary.
 
     Args:

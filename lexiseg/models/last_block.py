@@ -1,7 +1,7 @@
-"""What the training-free methods put in the place of the last block's token mixing, softmax(q k^T) v.
+"""The training-free methods' replacements for the last block's token mixing, softmax(q k^T) v.
 
-All of it works on queries, keys and values (B, heads, T, d) of any tower, patches last among the tokens, and needs no
-attention matrix but where a method is defined by one. Sources: MaskCLIP (Zhou et al., ECCV 2022), SCLIP (Wang et al.,
+All of it works on queries, keys and values (B, heads, T, d) of any tower, patches last among the tokens, and builds no
+attention matrix unless a method is defined by one. Sources: MaskCLIP (Zhou et al., ECCV 2022), SCLIP (Wang et al.,
 ECCV 2024), ClearCLIP (Lan et al., ECCV 2024), NACLIP (Hajimiri et al., WACV 2025), ProxyCLIP (Lan et al., ECCV 2024),
 ResCLIP (Yang et al., CVPR 2025), GEM (Bousselham et al., CVPR 2024).
 """
@@ -47,12 +47,13 @@ def neighbourhood(grid: Grid, std: float, num_prefix: int = 1) -> Tensor:
 
 @dataclass(frozen=True)
 class Feedback:
-    """What ResCLIP adds to a mixing.
+    """What ResCLIP adds to the token mixing.
 
     Attributes:
         middle: queries and keys of the middle blocks, whose mean attention R is mixed in; empty for none.
         middle_weights: (tau, lambda): the weights become tau * ((1 - lambda) A + lambda R).
-        labels: E (B, T, T), 1 at most, how much patches belong together by the labels of a first pass; None for none.
+        labels: E (B, T, T), 1 at most, how strongly patches belong together by the labels of a first pass; None for
+            none.
         label_weights: (tau, lambda): the logits become tau * ((1 - lambda) logits + lambda E).
     """
 
@@ -72,7 +73,7 @@ def mix(
 
     Args:
         qkv: queries, keys and values (B, heads, T, d); the values may be of another width.
-        mixing: ``value``: each token keeps to itself (MaskCLIP). ``qk``: CLIP's own attention. ``qq``, ``kk``: the
+        mixing: ``value``: each token keeps its own value (MaskCLIP). ``qk``: CLIP's own attention. ``qq``, ``kk``: the
             softmax of queries with queries (ClearCLIP), of keys with keys. ``qq+kk``: the sum of both, whose rows sum
             to 2 (SCLIP). ``kk+neighbours``: keys with keys, and the neighbourhood added to the scaled logits (NACLIP).
             ``neighbours``: the neighbourhood alone, at the scale of the mean product of two keys' lengths.
@@ -109,11 +110,11 @@ def mix(
 
 
 def proxy_attention(features: Tensor, beta: float, gamma: float) -> Tensor:
-    """ProxyCLIP's attention (B, h * w, h * w) between places (B, C, h, w), by how alike they look to another encoder.
+    """ProxyCLIP's attention (B, h * w, h * w) between places, from another encoder's features (B, C, h, w).
 
     With S the cosines, the weights are softmax(gamma * (S - beta * mean(S))) over the places where that is not
-    negative. The mean is that of each image, as the paper has it (the released code takes the batch's), and a place
-    always attends to the most alike, so that a picture of one colour has weights too.
+    negative. The mean is over each image, as in the paper (the released code's is over the batch), and a place always
+    attends to the most similar one, so that a picture of a single colour has weights too.
     """
     with torch.autocast(features.device.type, enabled=False):  # the cut at zero wants the digits
         unit = F.normalize(features.float().flatten(2), dim=1, eps=1e-12)
@@ -124,7 +125,7 @@ def proxy_attention(features: Tensor, beta: float, gamma: float) -> Tensor:
 
 
 def mix_by_proxy(value: Tensor, grid: Grid, attention: Tensor, proxy_grid: Grid) -> Tensor:
-    """Lay the values of patches (B, heads, h * w, d) on the proxy's grid, bilinearly, and mix them there.
+    """Interpolate the values of patches (B, heads, h * w, d) bilinearly to the proxy's grid, and mix them there.
 
     Returns:
         (B, heads, h2 * w2, d).
@@ -163,7 +164,7 @@ def self_self(block: Block, tokens: Tensor, iterations: int, temperature: float 
 def label_agreement(labels: Tensor, std: float, same_entity_only: bool = True) -> Tensor:
     """ResCLIP's feedback (..., h * w, h * w), rows that sum to 1: which patches belong together, by labels (..., h, w).
 
-    Two patches of one label agree, by 1; where another label lies on the straight line between them (unless not
+    Two patches with the same label agree by 1; where another label lies on the straight line between them (unless not
     ``same_entity_only``), by exp(-distance / largest distance). The rows are smoothed with ``std`` patches along the
     flattened grid, across the ends of its rows, as released.
     """
@@ -208,7 +209,7 @@ def _line_weights(labels: Tensor) -> Tensor:
 
 
 def majority(labels: Tensor, grid: Grid) -> Tensor:
-    """The most frequent label (..., h, w) in each cell of labels (..., h * a, w * b); of several the smallest."""
+    """The most frequent label (..., h, w) in each cell of labels (..., h * a, w * b); the smallest of several."""
     cells = labels.unflatten(-1, (grid[1], -1)).unflatten(-3, (grid[0], -1)).transpose(-3, -2).flatten(-2)
     counts = (cells[..., None] == cells[..., None, :]).sum(-1)
     return cells.masked_fill(counts < counts.amax(-1, keepdim=True), torch.iinfo(cells.dtype).max).amin(-1)

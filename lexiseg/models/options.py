@@ -1,4 +1,4 @@
-"""What options of systems are: immutable pydantic models, whose mistakes are one sentence."""
+"""Options of systems: immutable pydantic models, with one sentence for every mistake."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Count = Annotated[int, Field(ge=1)]
 class ModelOptions(StrictModel):
     """Options of a system: immutable; an unknown key, or a number that is not finite, is an error that names it.
 
-    ``weights_depend_on`` names those that must be the same in a training and in the one that it starts from.
+    ``weights_depend_on`` names the options that a model and the one it is initialised from must have in common.
     """
 
     weights_depend_on: ClassVar[frozenset[str]] = frozenset()
@@ -38,15 +38,15 @@ class ModelOptions(StrictModel):
         return None
 
     def changes_to_init(self, wanted: ModelOptions, given: dict[str, Any], name: str) -> dict[str, Any]:
-        """What a training must change of these options so that a model of the ``wanted`` ones can start from its own.
+        """What to change in these options so that the model they train can initialise one with the ``wanted`` options.
 
         Args:
-            wanted: options of the model to come.
+            wanted: options of the model to be initialised.
             given: these options as they were written.
-            name: of the recipe they are of, for the message.
+            name: of their recipe, for the message.
 
         Raises:
-            LexisegError: nothing helps.
+            LexisegError: no change makes it fit.
         """
         before, after = self.model_dump(mode="json"), wanted.model_dump(mode="json")
         names = sorted(self.weights_depend_on & wanted.weights_depend_on)
@@ -91,7 +91,7 @@ def parse_groups(groups: str | Iterable[Iterable[int]]) -> tuple[tuple[int, ...]
     """Read groups of blocks, counted from 1: ``"{6-8},{9-11},{12}"``, ``"{6,8,11}"``, or lists of numbers.
 
     Raises:
-        ValueError: it is not of that form, a group is empty, or the blocks of a group do not rise.
+        ValueError: it is not of that form, a group is empty, or the blocks of a group do not increase.
     """
     text = groups if isinstance(groups, str) else ",".join(f"{{{','.join(map(str, group))}}}" for group in groups)
     if not re.fullmatch(f"{_GROUP}(?:,{_GROUP})*", text):
@@ -107,7 +107,7 @@ def parse_groups(groups: str | Iterable[Iterable[int]]) -> tuple[tuple[int, ...]
 
 
 def format_groups(groups: Iterable[tuple[int, ...]]) -> str:
-    """Write groups as `parse_groups` reads them, with spans where blocks follow each other."""
+    """Write groups as `parse_groups` reads them, with spans for consecutive blocks."""
 
     def write(group: tuple[int, ...]) -> str:
         if len(group) > 1 and group[-1] - group[0] == len(group) - 1:
@@ -122,4 +122,4 @@ def _plain_groups(value: Any) -> Any:
 
 
 BlockGroups = Annotated[str, BeforeValidator(_plain_groups)]
-"""Groups of a tower's blocks as `format_groups` writes them; also read from what else `parse_groups` takes."""
+"""Groups of a tower's blocks as `format_groups` writes them; also read from anything else `parse_groups` takes."""

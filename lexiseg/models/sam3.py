@@ -1,9 +1,9 @@
-"""SAM 3: a detector that is prompted by each word, as an engine for label maps.
+"""SAM 3: a detector prompted with each word, whose masks become a label map.
 
 Carion et al., "SAM 3: Segment Anything with Concepts", 2025, through transformers. One pass of the image serves all
 words, which go through the detector in batches. For each word it gives scored masks of the things that are called so, a
 map of all of them together, and how likely any is there at all; what they become here, one map of probabilities a word,
-is ours. Its weights are gated and under a licence of their own, so that nothing takes them by itself.
+is ours. Its weights are gated and have their own licence, so they are never downloaded unasked.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ class SAM3Options(ModelOptions):
     """Options of `SAM3`.
 
     Attributes:
-        words_at_once: words that go through the detector together; more take more memory.
-        most_words: of so many words the maps are kept, those with the highest value anywhere; others score 0.
+        words_at_once: how many words the detector takes at once; more need more memory.
+        most_words: keep the maps of this many words, those with the highest value anywhere; others score 0.
     """
 
     words_at_once: Count = 4
@@ -43,7 +43,7 @@ class SAM3Options(ModelOptions):
 
 
 class SAM3Towers(CLIP):
-    """The network of transformers behind the face of `CLIP`.
+    """The transformers network with the interface of `CLIP`.
 
     Args:
         model: a ``Sam3Model``.
@@ -94,7 +94,7 @@ class SAM3Towers(CLIP):
 
     @torch.no_grad()
     def word_tokens(self, words: Sequence[str]) -> Tensor:
-        """What the detector is told of words.
+        """The detector's input for words.
 
         Returns:
             (W, L, D + 1) float32: a word's tokens, each with a 1 behind it, or 0 for padding.
@@ -117,8 +117,8 @@ class SAM3Towers(CLIP):
 class SAM3(SegmentationModel):
     """SAM 3 as a segmentation system.
 
-    A word's value at a pixel is a probability: that of the word being in the picture, times the larger of the map of
-    everything that is called so and of the best mask there, times its score.
+    A word's value at a pixel is a probability: that of the word being in the picture, times the larger of two: the map
+    of everything with that name, and the best mask there times its score.
 
     Args:
         clip: the network.
@@ -156,12 +156,12 @@ class SAM3(SegmentationModel):
     def embed_exemplar(self, image: Tensor, mask: Tensor) -> Tensor:
         """What the detector is told of a thing in a picture: its box, which is encoded with that picture's features.
 
-        SAM 3 is trained with boxes in the very picture that is segmented; with one in another picture it is used as its
-        authors do not.
+        SAM 3 is trained with boxes in the picture that is segmented; a box in another picture is a use its authors do
+        not describe.
 
         Args:
             image: uint8 (3, H, W).
-            mask: where the thing is, bool (H, W); the box around it counts.
+            mask: where the thing is, bool (H, W); its bounding box is used.
 
         Returns:
             (L, D + 1), as those of a word.
@@ -189,7 +189,7 @@ class SAM3(SegmentationModel):
 
     @torch.no_grad()
     def encode_images(self, images: Tensor) -> ImageFeatures:
-        """Run the image tower on images brought to its square; see `SegmentationModel.encode_images`.
+        """Run the image tower on images resized to its square input; see `SegmentationModel.encode_images`.
 
         Returns:
             features with ``level_N`` and ``position_N`` (B, D, h, w), the finest first.
@@ -237,9 +237,9 @@ class SAM3(SegmentationModel):
         """Score words against images; see `SegmentationModel.score`. ``seen`` makes no difference.
 
         Returns:
-            a region for each of the `SAM3Options.most_words` words that are kept, which only its word scores.
+            one region for each of the `SAM3Options.most_words` words kept, in which only that word has a score.
         """
-        if text.dim() == 2:  # a vector a word is a sequence of one
+        if text.dim() == 2:  # one vector per word is a sequence of one
             text = F.pad(text, (0, 1), value=1.0)[:, None]
         options, count = self.options, len(text)
         regions, owners = [], []

@@ -1,10 +1,10 @@
 """Second look: ZegCLIP with half-patch-shift test-time augmentation and edge-aware smoothing of its scores.
 
-This is no paper's system but a combination found by searching what composes here, see ``docs/combination.md``. Training
-is ZegCLIP's (Zhou et al., CVPR 2023) to the letter, and its weights fit. At prediction the same tower and decoder also
+This is not a paper's system but a combination found by a search, see ``docs/combination.md``. Training
+is exactly ZegCLIP's (Zhou et al., CVPR 2023), and its weights fit. At prediction the same tower and decoder also
 see the picture without a border of half a patch, so that their patches lie across the corners of the first ones; the
-mask logits of both are averaged on a lattice of quarter patches; and their probabilities are smoothed where the colours
-of the picture are, see `lexiseg.smoothing`.
+mask logits of both are averaged on a lattice of quarter patches; and their probabilities are smoothed within the
+picture's edges, see `lexiseg.smoothing`.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ class SecondLookOptions(ZegCLIPOptions):
     """Options of `SecondLook`, with those of `ZegCLIPOptions`; ``mask_size`` is not used.
 
     Attributes:
-        half_patch_shift: see the picture twice, half a patch apart.
+        half_patch_shift: also run the picture shifted by half a patch.
         smoothing_distances: of the neighbours in each pass of smoothing, in quarters of a patch; empty does not smooth.
-        colour_width: the difference of colours, RGB in 0..1, beyond which neighbours stop counting, see
+        colour_width: colour difference, RGB in 0..1, beyond which neighbours stop counting, see
             `lexiseg.smoothing.edge_weights`.
     """
 
@@ -46,7 +46,7 @@ class SecondLook(ZegCLIP):
     """ZegCLIP's model, run twice, with edge-aware scores.
 
     Features hold, beside those of `ZegCLIP`: ``shifted_cls`` and ``shifted_patches``, the same of the shifted picture;
-    and ``colours`` (B, 3, 4 h, 4 w), RGB in 0..1, for h x w patches. In training mode the picture is seen once, and the
+    and ``colours`` (B, 3, 4 h, 4 w), RGB in 0..1, for h x w patches. In training mode there is no shifted run, and the
     losses are ZegCLIP's.
     """
 
@@ -57,7 +57,7 @@ class SecondLook(ZegCLIP):
     def encode_images(self, images: Tensor) -> ImageFeatures:
         """Run the image tower, twice unless the model is being trained; see `SegmentationModel.encode_images`.
 
-        A side of one patch is not cut for the shifted run; where both are, there is none.
+        A side of only one patch is not cut for the shifted run; if both sides are, there is no shifted run.
         """
         fitted = self.fit_to_patches(images)
         size = (images.shape[-2], images.shape[-1])
@@ -110,7 +110,7 @@ class SecondLook(ZegCLIP):
     ) -> GridScores:
         """Score words against images; see `SegmentationModel.score`.
 
-        A score is the sigmoid of the mean of both runs' mask logits, smoothed over cells of like colour, less
+        A score is the sigmoid of the mean of both runs' mask logits, smoothed over cells of similar colour, less
         `OneStageOptions.seen_offset` for seen words. No gradient goes through it; losses take one run.
         """
         scores, offsets = self.score_grid(features, text), self.seen_offsets(seen, text)
@@ -119,6 +119,6 @@ class SecondLook(ZegCLIP):
 
 
 def resize(logits: Tensor, factor: int) -> Tensor:
-    """Interpolate (B, C, h, w) bilinearly to ``factor`` times as many places a side, in memory of its own."""
+    """Interpolate (B, C, h, w) bilinearly to ``factor`` times as many places per side, in new memory."""
     size = (logits.shape[-2] * factor, logits.shape[-1] * factor)
     return F.interpolate(logits, size=size, mode="bilinear", align_corners=False)

@@ -1,6 +1,6 @@
-"""An initial state that no paper has: decoders that begin with CLIP's own comparison of patches and words.
+"""An initial state of our own, from no paper: decoders that start as CLIP's own comparison of patches and words.
 
-From random weights a decoder takes thousands of steps to find that comparison; trainings on the picture world are
+From random weights a decoder needs thousands of steps to learn that comparison; trainings on the picture world are
 shorter. The mask logits of unit queries and patches are then about ``GAIN * cosine - OFFSET``, so that most classes
 start as absent.
 """
@@ -16,7 +16,7 @@ from lexiseg.models.one_stage import DecoderLayer, MaskDecoder
 
 GAIN = 20.0
 OFFSET = 9.0
-"""A cosine of 0.45 is undecided."""
+"""A cosine of 0.45 has a mask logit of 0."""
 IMAGE_WEIGHT = 0.25
 """Weight of a word's cosine with the whole image beside that with a patch."""
 _KEY_BIAS = 4.0
@@ -61,7 +61,7 @@ def init_matching_decoder(decoder: MaskDecoder, query_proj: nn.Linear, basis: Te
 
 @torch.no_grad()
 def silence_updates(layer: DecoderLayer) -> None:
-    """Let a layer's attention and its feed-forward part add nothing, as long as nothing is learned."""
+    """Make a layer's attention and feed-forward part add nothing until they are trained."""
     for linear in (layer.out, layer.ffn_out):
         nn.init.zeros_(linear.weight)
         nn.init.zeros_(linear.bias)
@@ -69,7 +69,7 @@ def silence_updates(layer: DecoderLayer) -> None:
 
 @torch.no_grad()
 def pass_text(query_proj: nn.Linear, direction: Tensor, image_weight: float) -> None:
-    """Let queries be the text embeddings t, which come last in what ``query_proj`` maps.
+    """Make the queries the text embeddings t, which come last in the input of ``query_proj``.
 
     With a relationship descriptor they are shifted along ``direction`` by ``image_weight`` times the cosine of word and
     image, the sum of t * cls.

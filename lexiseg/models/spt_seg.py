@@ -32,11 +32,11 @@ class SPTSegOptions(ZegCLIPOptions):
     """Options of `SPTSeg`, with those of `ZegCLIPOptions`; the spectral decoder has its own eight heads.
 
     Attributes:
-        filter_blocks: the filter is added before each of the first so many blocks (released: 2).
+        filter_blocks: how many blocks, from the first on, have the filter added in front of them (released: 2).
         filter_grid: side of the patch grid the filter is made for; None is that of ``window_size``, or else the
             tower's own. On other grids its transfer function is interpolated.
-        train_filter: train the filter, as the paper means it. The authors' code would leave it at its random start,
-            if it is configured like ZegCLIP's; that configuration was never released.
+        train_filter: train the filter, as the paper intends. The authors' code, configured like ZegCLIP's, would leave
+            it at its random initial values; its own configuration was never released.
     """
 
     weights_depend_on = ZegCLIPOptions.weights_depend_on | {"filter_blocks", "filter_grid"}
@@ -61,8 +61,8 @@ class SpectralFilter(nn.Module):
     def weights(self, grid: tuple[int, int]) -> Tensor:
         """The weight (h, w // 2 + 1, W, 2), real and imaginary, on another grid, which the released code does not know.
 
-        The weight is read as samples of a function of the frequency in cycles a patch, and interpolated linearly; along
-        the first axis frequencies wrap around.
+        The weight is read as samples of a function of the frequency in cycles per patch, and interpolated linearly;
+        along the first axis frequencies wrap around.
         """
         weight = self.weight.float()
         if grid == self.grid:

@@ -133,8 +133,8 @@ def _join_norms(body: nn.Module) -> None:
 class TinyBackbone(FeatureBackbone):
     """A light residual network with group norms: it trains from scratch, with any batch, and has no statistics.
 
-    Two strided 3x3 convolutions, the first to ``stem_width``, then a residual block of two a stage, strided in all but
-    the first. About 50 million multiply-adds for 128 x 128 pixels at its usual widths.
+    Two strided 3x3 convolutions, the first to ``stem_width``, then a residual block of two per stage, strided in all
+    but the first. About 50 million multiply-adds for 128 x 128 pixels at its usual widths.
     """
 
     def __init__(self, widths: tuple[int, int, int, int] = TINY_WIDTHS, stem_width: int = 16) -> None:

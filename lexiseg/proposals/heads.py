@@ -1,4 +1,4 @@
-"""What the two query-based generators share: class heads, norms, and the way their parts start."""
+"""What the two query-based generators share: class heads, norms and initial weights."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _GROUPS = 32
 
 
 class AnySizeGroupNorm(nn.GroupNorm):
-    """Group norm that also takes a single value a group (one channel, one pixel), which then becomes the bias.
+    """Group norm that also takes a single value per group (one channel, one pixel), which then becomes the bias.
 
     PyTorch's module refuses that as a likely mistake; here it is an image of 32 x 32 pixels in a narrow generator.
     """
@@ -77,7 +77,7 @@ def build_class_head(options: QueryOptions) -> nn.Module | None:
 
 
 def check_query_options(options: QueryOptions) -> None:
-    """See that widths fit together; a `LexisegError` says which do not."""
+    """Check that widths fit together; a `LexisegError` says which do not."""
     if options.pixel_dim % _GROUPS:
         raise LexisegError(f"pixel_dim must be a multiple of {_GROUPS} (its group norms), not {options.pixel_dim}.")
     # The sine position embedding fills each half of the width with pairs of sine and cosine.

@@ -1,7 +1,7 @@
 """What no proposal claims, as proposals of its own: regions of classes that had no masks in training.
 
 A generator that is trained on the masks of seen classes learns to leave out everything else: pixels of unseen classes
-have no label there, and are negatives of every mask. So what its masks leave of a picture is where unseen things are.
+have no label there, and are negatives of every mask. So what its masks leave uncovered is where unseen things are.
 None of the papers does this; it needs no training and no words.
 """
 

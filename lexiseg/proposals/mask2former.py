@@ -1,8 +1,8 @@
 """Mask2Former with context interaction as FreeSeg and MAFT use it, from the parts in `transformers`.
 
 Cheng et al., "Masked-attention Mask Transformer for Universal Image Segmentation", CVPR 2022, with the module that
-FreeSeg (Qin et al., CVPR 2023) puts between its two halves: the image features look at the words. `transformers` has
-the halves; the whole model there has no room for that module.
+FreeSeg (Qin et al., CVPR 2023) puts between its two halves, in which the image features attend to the words.
+`transformers` has the halves; its whole model has no place for that module.
 """
 
 from __future__ import annotations

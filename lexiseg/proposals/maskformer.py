@@ -1,7 +1,7 @@
 """MaskFormer as DeOP, ZSSeg and ZegFormer use it, from the parts in `transformers`.
 
 Cheng et al., "Per-Pixel Classification is Not All You Need for Semantic Segmentation", NeurIPS 2021. The pixel decoder
-and the query decoder are `transformers`' modules; the whole model there cannot be used, for it lacks the backbone and
+and the query decoder are `transformers`' modules; its whole model cannot be used, because it lacks the backbone and
 the class heads, and predicts its auxiliary masks from states without the final norm.
 """
 
@@ -70,7 +70,7 @@ class MaskFormer(ProposalGenerator):
         start_matrices(self.transformer.decoder)
 
     def forward(self, images: Tensor, text: Tensor | None = None) -> Proposals:
-        """Propose regions; ``text`` is not looked at. See `ProposalGenerator.forward`."""
+        """Propose regions; ``text`` is ignored. See `ProposalGenerator.forward`."""
         check_images(images, self.stride)
         return self.propose(self.backbone(images))
 

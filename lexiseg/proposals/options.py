@@ -94,12 +94,12 @@ class Mask2FormerOptions(QueryOptions):
         encoder_layers: layers of the deformable encoder.
         encoder_ffn_dim: hidden width of its feed-forward parts (released: 1024, whatever the configuration says).
         encoder_heads: its heads; None: ``heads``.
-        encoder_points: its sampling points a level.
-        interaction: let the features look at the words before the masked decoder (FreeSeg). The generator then needs
+        encoder_points: its sampling points per level.
+        interaction: let the features attend to the words before the masked decoder (FreeSeg). The generator then needs
             ``text``.
         interaction_dim: inner width of that attention (released: 2048).
         interaction_heads: its heads; None: ``heads``.
-        text_dim: width of the text embeddings it looks at; None: ``embed_dim``.
+        text_dim: width of the text embeddings it attends to; None: ``embed_dim``.
     """
 
     kind: Literal["mask2former"] = "mask2former"
@@ -133,7 +133,7 @@ class SamOptions(StrictModel):
         nms: of two masks whose boxes overlap by more than this IoU, the worse is dropped.
         overlaps: which mask keeps a pixel that lies in several: the "largest" (DeOP's demonstration goes through the
             masks from the largest on), the "smallest", or "all" of them; masks left empty are dropped.
-        max_masks: at most this many masks an image, the best first; None: all.
+        max_masks: at most this many masks per image, the best first; None for all.
         mask_stride: masks are averaged over squares of this side; 1 keeps every pixel.
     """
 

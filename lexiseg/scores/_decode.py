@@ -191,7 +191,7 @@ def _class_chunks(field: Field, area: int, classes: Tensor, words: Tensor | None
 
 
 def thread_parts(rows: Tensor, device: torch.device, work: int) -> list[Tensor]:
-    """Cut ranges (2, n) of rows into one piece a thread, or one where ``work`` scores or the device do not pay.
+    """Cut ranges (2, n) of rows into one piece per thread, or a single one where ``work`` scores do not pay for more.
 
     The decode is many small steps, between which cores wait for each other; rows do not depend on each other, so each
     core takes rows of its own.

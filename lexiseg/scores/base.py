@@ -165,7 +165,7 @@ def check_offsets(offsets: Tensor | None, num_words: int, device: torch.device) 
         return None
     offsets = offsets.detach().to(device, torch.float32)
     if offsets.shape != (num_words,) or not bool(offsets.isfinite().all()):
-        raise ValueError(f"offsets must be {num_words} finite numbers, one a word, not {tuple(offsets.shape)}")
+        raise ValueError(f"offsets must be {num_words} finite numbers, one per word, not {tuple(offsets.shape)}")
     return offsets
 
 
@@ -195,7 +195,7 @@ def _check_words(word_to_class: Tensor, num_words: int, device: torch.device) ->
     """``word_to_class`` on ``device``, or None where it says nothing, and the number of classes."""
     index = word_to_class.detach().to("cpu", torch.long)
     if index.shape != (num_words,):
-        raise ValueError(f"word_to_class must be ({num_words},), one class a word, not {tuple(index.shape)}")
+        raise ValueError(f"word_to_class must be ({num_words},), one class per word, not {tuple(index.shape)}")
     steps = index.diff(prepend=index.new_zeros(1))
     if bool(((steps < 0) | (steps > 1)).any()) or int(index[0]) != 0:
         raise ValueError("word_to_class must go 0, 1, 2 ... without gaps, each class's words side by side")

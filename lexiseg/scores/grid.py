@@ -15,11 +15,11 @@ class GridScores(Scores):
     """A grid of logits (B, W, h, w), one for each word and patch.
 
     The score at a pixel is, in this order: the logits interpolated bilinearly to ``resize_to``; cut to ``crop``; their
-    sigmoid; minus the word's offset; interpolated bilinearly to the size asked for. What is not given is left out.
-    Interpolation is that of ``torch.nn.functional.interpolate`` (align_corners=False, no antialiasing).
+    sigmoid; minus the word's offset; interpolated bilinearly to the size asked for. Steps whose argument is not given
+    are skipped. Interpolation is that of ``torch.nn.functional.interpolate`` (align_corners=False, no antialiasing).
 
-    ZegCLIP takes all of it: logits to the crop's size, sigmoid, 0.1 off the seen classes, then the size of the picture
-    (ZegCLIP, Sec. 3.4; the constant is in the authors' code only).
+    ZegCLIP uses all of it: logits to the crop's size, sigmoid, 0.1 subtracted from seen classes, then the picture's
+    size (ZegCLIP, Sec. 3.4; the constant is in the authors' code only).
 
     Attributes:
         logits: (B, W, h, w), any float type and strides; decoded in float32, a tile at a time.

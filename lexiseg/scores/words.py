@@ -10,7 +10,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class WordsRule:
-    """How a protocol makes labels of cosines."""
+    """How a protocol turns cosines into labels."""
 
     scale: float  # of the cosines in the softmax
     threshold: float = 0.0  # pixels whose best class is less probable become background
@@ -29,7 +29,7 @@ def words_to_classes(
         cosines: (W, H, W') of words.
         word_to_class: (W,) the class of each word, non-decreasing.
         rule: scale, threshold and area. Classes other than the background that win no more than the fraction ``area``
-            of the pixels that such classes win are given up before the labels are made (SCLIP's rule); 0 gives up none.
+            of the pixels that such classes win are dropped before the labels are made (SCLIP's rule); 0 drops none.
         background: the class that pixels below the threshold become.
 
     Returns:

@@ -61,7 +61,7 @@ class Task(ABC):
 
         It must be a pure function of the task's seed and ``index`` and must not touch global random state or the
         model: it runs in background processes, and a resumed run continues by calling it with the next index. With
-        accumulation there are several batches a step.
+        accumulation there are several batches per step.
 
         Returns tensors in dicts, lists or tuples, or an object with a method ``to(device)``.
         """

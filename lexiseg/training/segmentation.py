@@ -81,7 +81,7 @@ class SegmentationTask(Task):
         model: the system; its seen names must be the classes with masks in training, in the dataset's order.
         dataset: what to train on.
         pipeline: from a sample's picture and label to the model's input.
-        batch_size: samples a batch.
+        batch_size: samples per batch.
         seed: of the order of the samples and of their augmentation.
         templates: for the text; None takes the model's.
         validation: pictures to look at while training; None looks at none.

@@ -15,7 +15,7 @@ _Y, _X = np.meshgrid(np.arange(SIZE) / SIZE, np.arange(SIZE) / SIZE, indexing="i
 
 
 def noise(rng: np.random.Generator, low: float, high: float, stretch: float = 1.0) -> Array:
-    """Return periodic noise in 0..1 with spatial frequencies from ``low`` to ``high`` cycles a tile.
+    """Return periodic noise in 0..1 with spatial frequencies from ``low`` to ``high`` cycles per tile.
 
     ``stretch`` > 1 makes horizontal streaks, < 1 vertical ones.
     """

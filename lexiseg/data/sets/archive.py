@@ -126,7 +126,7 @@ def _index(archive: Path, size: int, changed: int) -> dict[str, tuple[Member, ..
 
 
 def _opened(archive: Path) -> zipfile.ZipFile:
-    """The archive, opened once a process: a forked loader process must not share the place in the file with others."""
+    """The archive, opened once per process: a forked loader process must not share its file position with others."""
     key = os.getpid(), archive
     with _lock:
         if key not in _handles:

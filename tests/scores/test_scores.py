@@ -357,7 +357,7 @@ def test_wrong_arguments() -> None:
         GridScores(logits.long())
     with pytest.raises(ValueError, match="without gaps"):
         GridScores(logits, word_to_class=torch.tensor([0, 2, 2]))
-    with pytest.raises(ValueError, match="one class a word"):
+    with pytest.raises(ValueError, match="one class per word"):
         GridScores(logits, word_to_class=torch.tensor([0, 0]))
     with pytest.raises(ValueError, match="offsets"):
         GridScores(logits, offsets=torch.zeros(2))

@@ -27,7 +27,7 @@ from lexiseg.models.maft import AttentionOptions, MaftOptions, MaskAttention, ma
 from lexiseg.proposals.base import Proposals
 from lexiseg.regions.crops import CropEncoder, CropOptions
 from lexiseg.regions.encoder import RegionEncoder
-from lexiseg.regions.ensemble import EnsembleOptions, class_probabilities, ensemble
+from lexiseg.regions.ensemble import EnsembleOptions, ensemble
 from lexiseg.regions.pooling import unit_or_zero
 from lexiseg.scores import RegionScores
 from lexiseg.strict import StrictModel
@@ -215,7 +215,8 @@ class RegionModel(DecoupledModel):
         """The scores (B, N, C) of classes for the regions in ``features``; text is (C, D) or (C, 2, D)."""
         options, (own, clips), values = self.options, self.texts(text), features.values
         logits = self.proposal_logits(values["embeddings"], own) if "embeddings" in values else None
-        opinion = None if logits is None else class_probabilities(logits)
+        # "No object" is dropped after the softmax, so that the classes' probabilities may sum to little.
+        opinion = None if logits is None else logits.softmax(dim=-1)[..., :-1]
         if self.region_encoder is None:
             return ensemble(opinion, None, options.ensemble, seen=seen)
         probabilities = self.region_probabilities(values["regions"], clips, logits)

@@ -48,15 +48,6 @@ class EnsembleOptions(StrictModel):
     empty: Literal["one", "drop"] = "one"
 
 
-def class_probabilities(logits: Tensor, *, drop_first: bool = False) -> Tensor:
-    """Softmax over K = C + 1 logits, the last of which is "no object", which is dropped: (..., K) to (..., C).
-
-    ``drop_first`` drops it before the softmax (CLIP's scores) and not after it (the generator's: rows sum to less than
-    1).
-    """
-    return logits[..., :-1].softmax(dim=-1) if drop_first else logits.softmax(dim=-1)[..., :-1]
-
-
 def ensemble(
     proposal: Tensor | None,
     region: Tensor | None,

@@ -20,7 +20,7 @@ from lexiseg.models.zegformer import ZegFormer
 from lexiseg.proposals.base import Proposals
 from lexiseg.proposals.mask2former import Mask2Former
 from lexiseg.proposals.maskformer import MaskFormer
-from lexiseg.regions.ensemble import EnsembleOptions, class_probabilities, ensemble
+from lexiseg.regions.ensemble import EnsembleOptions, ensemble
 from lexiseg.weights.decoupled_checkpoints import read_parts
 from tests.parity.case import Case, UnsupportedError
 from tests.parity.clip_build import text_sizes, under, vision_sizes
@@ -328,7 +328,7 @@ def _given_masks(case: Case, model: Any, rows: Tensor, seen: Tensor | None, weig
     case.check("direct/valid", encoded)
     case.check("direct/region_logits", (100 * F.normalize(views["regions"][0], dim=-1) @ rows.T)[encoded])
     said = model.region_probabilities(views["regions"], rows[:-1], None)[0]
-    opinion = class_probabilities(case.input("direct/cls_logits"))
+    opinion = case.input("direct/cls_logits").softmax(dim=-1)[..., :-1]
     scores = ensemble(opinion, said, EnsembleOptions(weight=weight), seen=seen, encoded=encoded)
     case.check("direct/sem_seg", torch.einsum("nc,nhw->chw", scores, logits.sigmoid()), tolerance=SOFTMAX)
 

@@ -21,7 +21,7 @@ from lexiseg.models.zegformer import ZegFormer
 from lexiseg.normalisation import IMAGENET_MEAN, IMAGENET_STD
 from lexiseg.proposals.base import Proposals
 from lexiseg.regions.crops import CropEncoder, CropOptions, boxes_of, painted_boxes, tight_crops
-from lexiseg.regions.ensemble import EnsembleOptions, class_probabilities, ensemble
+from lexiseg.regions.ensemble import EnsembleOptions, ensemble
 from lexiseg.scores import RegionScores
 from lexiseg.vocabulary import Vocabulary, VocabularyClass
 from tests.parity.case import Case, UnsupportedError
@@ -260,8 +260,8 @@ def ensembles(case: Case) -> None:
     case.check("valid", encoded)
     sizes = dict(zip("NHW", masks.shape, strict=True))
     case.check_stated("sizes", case.config, {**sizes, "C": case.input("class_logits").shape[-1] - 1})
-    opinion = class_probabilities(case.input("class_logits"))
-    said = class_probabilities(case.input("clip_logits"), drop_first=True)
+    opinion = case.input("class_logits").softmax(dim=-1)[..., :-1]
+    said = case.input("clip_logits")[..., :-1].softmax(dim=-1)
     check_ensembles(case, opinion, said, masks, encoded, lambda name: "maft" not in name)
     pixels = torch.einsum("nc,nhw->chw", opinion, masks)
     check_sub(case, "proposal_only/sem_seg", pixels)
@@ -320,7 +320,7 @@ def classify(case: Case) -> None:
     case.check("clip_logits", (100 * F.normalize(views["regions"][0], dim=-1) @ rows.T)[encoded])
     said = model.region_probabilities(views["regions"], rows[:-1], None)[0]
     case.check("clip_probs", said[encoded], tolerance=SOFTMAX)
-    opinion = class_probabilities(case.input("class_logits"))
+    opinion = case.input("class_logits").softmax(dim=-1)[..., :-1]
     check_ensembles(case, opinion, said, logits.sigmoid(), encoded, lambda name: True)
 
 
@@ -365,7 +365,7 @@ def classify_zegformer(case: Case) -> None:
             cut.append(model.region_encoder.cut(clip, own[0], size, mask_logits[index]))
             found.append(model.region_encoder.embed_crops(clip.visual, cut[-1].images, clip.embed_dim))
             said = model.region_probabilities(found[-1], text[:, 1], class_logits[index])
-            opinion = class_probabilities(class_logits[index])
+            opinion = class_logits[index].softmax(dim=-1)[..., :-1]
             scores.append(ensemble(opinion, said, model.options.ensemble, seen=flagged, seen_mean=model.seen_mean))
         crops = torch.stack([one.images for one in cut])
         case.check("boxes", torch.stack([one.boxes for one in cut]))

@@ -169,7 +169,7 @@ def test_dropout_of_a_frozen_generator(kind: str) -> None:
     images, text = torch.randn(1, 3, 32, 32), words()
     still, released = make(kind), make(kind, frozen_dropout=True)
     for generator, same in ((still, True), (released, False)):
-        generator.trainable = False
+        generator.requires_grad_(False)
         generator.train()
         with torch.no_grad():
             first, second = (generator(images, text).mask_logits for _ in range(2))

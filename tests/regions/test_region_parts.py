@@ -16,7 +16,7 @@ from lexiseg.models.region_base import RegionModel
 from lexiseg.models.zegformer import aligned_crops
 from lexiseg.regions.crops import CropOptions, boxes_of, in_chunks, tight_crops
 from lexiseg.regions.duplicates import near_duplicates
-from lexiseg.regions.ensemble import EnsembleOptions, class_probabilities, ensemble
+from lexiseg.regions.ensemble import EnsembleOptions, ensemble
 from lexiseg.weights.decoupled_checkpoints import read_parts
 from tests.models.test_region_models import make
 from tests.towers import small_clip
@@ -123,12 +123,6 @@ def test_the_rules_of_the_ensemble() -> None:
     assert torch.equal(ensemble(None, clips, EnsembleOptions()), clips)
     with pytest.raises(ValueError, match="neither"):
         ensemble(None, None, EnsembleOptions())
-
-
-def test_the_no_object_column_is_dropped_before_or_after() -> None:
-    logits = torch.tensor([[2.0, 1.0, 5.0]])
-    assert float(class_probabilities(logits).sum()) < 0.1
-    assert float(class_probabilities(logits, drop_first=True).sum()) == pytest.approx(1.0)
 
 
 def test_targets_of_the_mask_aware_loss() -> None:

@@ -219,7 +219,8 @@ def judge(
     if masks == "labels" and isinstance(model, DecoupledModel):
         model.generator = GroundTruth()
         if isinstance(model, RegionModel):
-            model.judge_with(ensemble={"rule": "region"})
+            told = model.options
+            model.options = told.model_copy(update={"ensemble": told.ensemble.model_copy(update={"rule": "region"})})
     seen = torch.tensor(seen_ids(vocabulary))
     classes, places = [], []
     with judged_on(segmenter, dataset) as judged:

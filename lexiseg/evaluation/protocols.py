@@ -114,7 +114,7 @@ class Protocol:
     # learned prompts uses none.
     templates: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     # by system, how regions are shown and scored here where its authors do it otherwise than in training; see
-    # :meth:`lexiseg.models.region_base.RegionModel.judge_with`
+    # `RegionModelOptions`, whose ``crops`` and ``ensemble`` no weight depends on
     settings: Mapping[str, Mapping[str, Mapping[str, Any]]] = field(default_factory=dict)
     synonyms: bool = False  # whether classes have further words; see :func:`lexiseg.data.sets.open.synonyms_of`
     words: str = _BARE  # what a class is called, and on whose word
@@ -139,8 +139,9 @@ class Protocol:
         changes = self.settings.get(model.system, {})
         if not isinstance(model, RegionModel) or (model.system == "zsseg" and model.options.maft is not None):
             return {}
-        if changes:
-            model.judge_with(**changes)
+        told = model.options
+        changed = {key: getattr(told, key).model_dump() | dict(values) for key, values in changes.items()}
+        model.options = type(told).model_validate({**told.model_dump(), **changed})
         return {key: dict(values) for key, values in changes.items()}
 
     def open(

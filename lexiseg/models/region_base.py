@@ -7,7 +7,7 @@ options of all of them.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal, cast
 
 import torch
@@ -102,7 +102,6 @@ class RegionModel(DecoupledModel):
 
     Attributes:
         prompts: learned prompts, or None.
-        region_encoder: how CLIP sees regions, or None.
     """
 
     options: RegionModelOptions
@@ -115,7 +114,6 @@ class RegionModel(DecoupledModel):
         options = options or cast(RegionModelOptions, self.options_class())
         super().__init__(clip, options, seen_names)
         self._check()
-        self.region_encoder = self._make_encoder()
         if options.maft is not None:
             self.student = copy.deepcopy(clip.visual).eval()
         self.prompts: PromptLearner | None = None
@@ -123,7 +121,9 @@ class RegionModel(DecoupledModel):
             self.prompts = PromptLearner(clip.text_width, given.prefix, given.suffix, given.task)
         self.set_trainable()
 
-    def _make_encoder(self) -> RegionEncoder | None:
+    @property
+    def region_encoder(self) -> RegionEncoder | None:
+        """How CLIP sees regions, or None."""
         options = self.options
         if options.regions == "none":
             return None
@@ -185,23 +185,14 @@ class RegionModel(DecoupledModel):
 
     def encode_regions(self, padded: Tensor, size: Size, proposals: Proposals) -> dict[str, Tensor]:
         """What CLIP, or its tuned copy, makes of proposals, see the class."""
-        if self.region_encoder is None:
+        encoder = self.region_encoder
+        if encoder is None:
             return {}
         visual, frame = self.student or self.clip.visual, self.clip_frame(padded, size)
-        found = self.region_encoder.encode(self.clip, visual, frame, size, proposals.mask_logits, proposals.valid)
+        found = encoder.encode(self.clip, visual, frame, size, proposals.mask_logits, proposals.valid)
         return dict(zip(("regions", "encoded"), found, strict=True))
 
     # Scores.
-
-    def judge_with(self, *, crops: Mapping[str, Any] | None = None, ensemble: Mapping[str, Any] | None = None) -> None:
-        """Change options of `CropOptions` and of `EnsembleOptions`; no weight depends on either."""
-        told = self.options
-        changed = {
-            key: type(old).model_validate({**old.model_dump(), **new})
-            for key, old, new in (("crops", told.crops, crops or {}), ("ensemble", told.ensemble, ensemble or {}))
-        }
-        self.options = told.model_copy(update=changed)
-        self.region_encoder = self._make_encoder()
 
     def region_probabilities(self, regions: Tensor, text: Tensor, proposal_logits: Tensor | None) -> Tensor:
         """A^c (..., C): the softmax over the classes ``text`` (C, D) of what CLIP says of regions (..., D).

@@ -87,7 +87,6 @@ def test_images_do_not_touch_each_other() -> None:
 @pytest.mark.parametrize(
     ("system", "more"),
     [
-        ("zsseg", {"regions": "pooled"}),
         ("zsseg", {"regions": "mask-attention"}),
         ("zegformer", {"regions": "crops"}),
         ("deop", {"text_prompts": "templates", "table_side": 2}),

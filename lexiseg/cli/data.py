@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import typer
 
@@ -12,9 +11,6 @@ from lexiseg.cli.console import say, say_json, say_note, say_table, say_written,
 from lexiseg.cli.options import Json, check_png, output_option, show_help, write_png
 from lexiseg.errors import LexisegError
 from lexiseg.words import counted
-
-if TYPE_CHECKING:
-    from lexiseg.data.sets.verify import SampleCheck
 
 app = typer.Typer(help="Write or show the picture world; prepare or verify a dataset.")
 app.callback(invoke_without_command=True)(show_help)
@@ -97,7 +93,7 @@ def verify(
     from lexiseg.data.sets.verify import verify as run
 
     chosen, folder = _name_and_root(name, root)
-    found = run(chosen, folder, splits=split, classes=classes, workers=workers, progress=_progress)
+    found = run(chosen, folder, splits=split, classes=classes, workers=workers, progress=with_progress)
     if json:
         say_json(found.to_dict())
     else:
@@ -154,7 +150,3 @@ def _name_and_root(name: str, root: Path | None) -> tuple[str, Path]:
     if not Path(name).is_dir():
         raise LexisegError(f"'{name}' is neither a folder nor a dataset; the datasets are {', '.join(NAMES)}.")
     return "own", Path(name)
-
-
-def _progress(checks: Iterable[SampleCheck], total: int, split: str) -> Iterator[SampleCheck]:
-    return with_progress(checks, total, f"reading {split}")

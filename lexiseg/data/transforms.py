@@ -190,8 +190,8 @@ class PhotometricDistortion:
 class Normalize:
     """Bytes to ``(x / 255 - mean) / std`` in float32; mean and std are in 0..1 units, RGB."""
 
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    mean: Sequence[float]
+    std: Sequence[float]
 
     def __call__(self, image: Tensor, label: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
         """Turn picture bytes into floats; the label stays."""
@@ -256,7 +256,7 @@ def paper_pipeline(
             RandomCrop(crop, ignored=ignored),
             RandomFlip(),
             PhotometricDistortion(),
-            Normalize(_triple(mean), _triple(std)),
+            Normalize(mean, std),
             Pad(crop, pad_label),
         )
     )
@@ -290,7 +290,7 @@ def short_edge_pipeline(
     steps += [PhotometricDistortion(), RandomFlip()]
     if cut is not None:
         steps.append(TopLeft(cut))
-    return Pipeline((*steps, Pad(cut or crop, pad_label, value=128), Normalize(_triple(mean), _triple(std))))
+    return Pipeline((*steps, Pad(cut or crop, pad_label, value=128), Normalize(mean, std)))
 
 
 def light_pipeline(
@@ -305,12 +305,7 @@ def light_pipeline(
         (
             RandomCrop(crop, max_fraction=1.0),
             RandomFlip(flip),
-            Normalize(_triple(mean), _triple(std)),
+            Normalize(mean, std),
             Pad(crop, pad_label),
         )
     )
-
-
-def _triple(values: Sequence[float]) -> tuple[float, float, float]:
-    red, green, blue = (float(value) for value in values)
-    return red, green, blue

@@ -61,7 +61,7 @@ def pick_auto() -> str:
     order = auto_order()
     found = next((one for one in order if one.here), None)
     if found is not None:
-        _say(f"auto: {found.model} ({found.licence}), from this machine's cache")
+        print(f"auto: {found.model} ({found.licence}), from this machine's cache", file=sys.stderr)
         return found.model
     reason = unreachable()
     if reason:
@@ -71,9 +71,5 @@ def pick_auto() -> str:
             "zegclip-emoji for drawn pictures."
         )
     best = order[0]
-    _say(f"auto: {best.model} ({best.licence}), to be downloaded once ({best.size} MB)")
+    print(f"auto: {best.model} ({best.licence}), to be downloaded once ({best.size} MB)", file=sys.stderr)
     return best.model
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr)

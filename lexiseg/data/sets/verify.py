@@ -28,7 +28,7 @@ from lexiseg.words import counted
 
 _SHOWN = 12
 Progress = Callable[[Iterable["SampleCheck"], int, str], Iterable["SampleCheck"]]
-"""Shows that the samples of a split pass by: the checks, their number, and the split's name."""
+"""Shows that the samples of a split pass by: the checks, their number, and what is done."""
 
 
 @dataclass(frozen=True)
@@ -215,7 +215,7 @@ def _check_split(files: SplitFiles, workers: int, progress: Progress | None) -> 
     findings: list[Finding] = []
     checks: Iterable[SampleCheck] = _map(lambda item: check_sample(item, num_classes), files.items, workers)
     if progress is not None:
-        checks = progress(checks, len(files.items), files.split)
+        checks = progress(checks, len(files.items), f"reading {files.split}")
     for check in checks:
         findings += [replace(finding, split=files.split) for finding in check.findings]
         if check.counts.size:

@@ -39,16 +39,14 @@ class ZegCLIPOptions(OneStageOptions):
         backbone: "prompt" keeps CLIP frozen and learns prompts; the baselines are "fixed", frozen without prompts, and
             "finetune".
         num_prompts: prompts per block (10 on VOC, 35 on Context, 100 on COCO-Stuff; Fig. 6).
-        prompt_depth: which blocks get prompts, see `PromptTokens`; None is all of them. Table 8's blocks "1", "1-3" and
-            "4-12" are 0, 2 and -9.
+        prompt_depth: which blocks get prompts, see `PromptTokens`; None is all. Table 8: "1" is 0, "1-3" 2, "4-12" -9.
         prompt_dropout: dropout on the prompts.
         descriptor: make queries from [t * cls, t] (Sec. 3.3); False, the paper's ablation, from the text t alone.
         decoder_layers: layers of a decoder.
         decoder_heads: its attention heads.
         ffn_ratio: hidden width of its feed-forward part over its width.
         dropout: dropout in the decoder.
-        init: how the decoder starts: "random", as in the released code, or "clip-similarity", which suits short
-            trainings, see `lexiseg.models.similarity_init`.
+        init: "random", as released, or "clip-similarity", for short trainings: see `lexiseg.models.similarity_init`.
         class_embedding_twice: add the class embedding twice, as the released code does and its checkpoints need; a
             model trained here does better without.
         position_interpolation: how position embeddings follow the resolution.
@@ -79,9 +77,6 @@ class PromptTokens(nn.Module):
     With a ``depth`` n > 0, "deep", fresh prompts enter blocks 0 to n, their outputs are thrown away each time, and
     later blocks have none. n = 0, "shallow": prompts enter block 0 and pass through all. n < 0, "reverse": fresh
     prompts enter the last |n| blocks only (Appendix B). A depth that does not fit the tower is a `LexisegError`.
-
-    Attributes:
-        norm: applied to all tokens behind the last block, in front of CLIP's own (`ZegCLIP.project_tokens`).
     """
 
     def __init__(self, num_prompts: int, tower: ImageTower, depth: int, dropout: float) -> None:
@@ -96,7 +91,7 @@ class PromptTokens(nn.Module):
         self.embeddings = nn.Parameter(torch.empty(1, num_prompts, width)) if depth >= 0 else None
         self.deep_embeddings = nn.Parameter(torch.empty(abs(depth), num_prompts, width)) if depth else None
         self.proj = nn.Linear(width, width)
-        # The released code makes this norm in shallow mode too but does not apply it there.
+        # Of all tokens, in front of CLIP's own last norm. The released code makes it in shallow mode too, for nothing.
         self.norm = nn.LayerNorm(width, eps=1e-6) if depth else nn.Identity()
         self.dropout = nn.Dropout(dropout)
         bound = math.sqrt(6.0 / (3 * tower.patch_size**2 + width))
@@ -112,16 +107,12 @@ class PromptTokens(nn.Module):
         return {first + index: row[None] for index, row in enumerate(rows)}
 
     def hook(self) -> BeforeBlock:
-        """Make the function that puts the prompts into an image tower, see `BeforeBlock`.
-
-        Deep prompts are keys and values only, which comes to the same as dropping their outputs and costs less; shallow
-        ones become tokens behind the class token.
-        """
+        """Make the function that puts the prompts into an image tower, see `BeforeBlock`."""
         prompts = self()
 
         def before_block(index: int, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
             prompt = prompts.get(index)
-            if self.depth or prompt is None:
+            if self.depth or prompt is None:  # keys and values alone: their outputs would be dropped
                 return tokens, prompt
             rows = prompt.expand(tokens.shape[0], -1, -1)
             return torch.cat([tokens[:, :1], rows, tokens[:, 1:]], dim=1), None
@@ -130,37 +121,27 @@ class PromptTokens(nn.Module):
 
 
 class Head(NamedTuple):
-    """A decoder and what it is given.
-
-    Attributes:
-        decoder: matches queries with patches.
-        query_proj: linear map from descriptors, or text, to queries.
-        feature: key in `ImageFeatures.values` of the patches it matches.
-    """
+    """A decoder, what makes its queries and which patches it matches them with."""
 
     decoder: MaskDecoder
-    query_proj: nn.Linear
-    feature: str
+    query_proj: nn.Linear  # from descriptors, or text
+    feature: str  # key of the patches in `ImageFeatures.values`
 
 
 class ZegCLIP(OneStageModel):
     """ZegCLIP and its one-stage baselines; a `LexisegError` says that the options do not fit the tower.
 
     Features hold ``cls`` (B, D), the embedding of the whole image, and ``patches`` (B, h, w, D), both of unit length.
-
-    Attributes:
-        init_decoder: how a decoder starts with the option ``init`` "clip-similarity"; depends on the kind of layer.
-        frozen_prefixes: parameters whose names begin like this are not trained.
     """
 
     system: ClassVar[str] = "zegclip"
     options_class: ClassVar[type[ModelOptions]] = ZegCLIPOptions
     options: ZegCLIPOptions
-    init_decoder = staticmethod(init_matching_decoder)
+    init_decoder = staticmethod(init_matching_decoder)  # of a decoder's layers with ``init`` "clip-similarity"
 
     def __init__(self, clip: CLIP, options: ZegCLIPOptions | None = None, seen_names: Sequence[str] = ()) -> None:
         super().__init__(clip, options or self.parse_options({}), tuple(seen_names))
-        self.frozen_prefixes: tuple[str, ...] = ("clip.",)
+        self.frozen_prefixes: tuple[str, ...] = ("clip.",)  # parameters whose names begin so are not trained
         self.build_prompts()
         self.build_heads()
         if self.options.init == "clip-similarity":
@@ -185,9 +166,8 @@ class ZegCLIP(OneStageModel):
 
     def build_decoder(self) -> MaskDecoder:
         """Make the decoder of a head."""
-        options, dim = self.options, self.clip.embed_dim
-        count, heads = options.decoder_layers, options.decoder_heads
-        return MaskDecoder(DecoderLayer, count, dim, heads, options.ffn_ratio, options.dropout)
+        options, dim, layers = self.options, self.clip.embed_dim, self.options.decoder_layers
+        return MaskDecoder(DecoderLayer, layers, dim, options.decoder_heads, options.ffn_ratio, options.dropout)
 
     def init_from_clip_similarity(self) -> None:
         """Let the decoder start from CLIP's own comparison of patches and words."""
@@ -204,10 +184,7 @@ class ZegCLIP(OneStageModel):
         return None if self.prompts is None else self.prompts.hook()
 
     def run_tower(self, images: Tensor, *, levels: Sequence[int] = ()) -> ImageTokens:
-        """Run the image tower with the prompts on images (B, 3, H, W), sides multiples of the patch size.
-
-        ``levels`` are blocks (0-based) whose outputs are wanted.
-        """
+        """Run the image tower with the prompts on whole patches (B, 3, H, W); keep what blocks ``levels`` give."""
         tower, options = self.clip.image_tower, self.options
         with torch.set_grad_enabled(torch.is_grad_enabled() and options.backbone != "fixed"):
             twice = tower.visual.class_embedding[None] if options.class_embedding_twice else None
@@ -224,8 +201,8 @@ class ZegCLIP(OneStageModel):
         """Run the image tower; see `SegmentationModel.encode_images`."""
         result = self.run_tower(self.fit_to_patches(images))
         cls, patches = self.project_tokens(result)
-        size = (images.shape[-2], images.shape[-1])
-        return ImageFeatures(size, {"cls": cls, "patches": patches.unflatten(1, result.grid)})
+        values = {"cls": cls, "patches": patches.unflatten(1, result.grid)}
+        return ImageFeatures((images.shape[-2], images.shape[-1]), values)
 
     def heads(self) -> list[Head]:
         """The decoders whose mask logits are summed."""

@@ -16,8 +16,8 @@ BackgroundSource: TypeAlias = "Background | str | float | Mapping[str, Any] | No
 class Background:
     """What happens to pixels that none of the classes fits.
 
-    Raises LexisegError if a field that the kind needs is missing, one it does not use is given, or the name is no
-    class's.
+    Raises LexisegError if a field that the kind needs is missing, one it does not use is given, or the name is not
+    a class's.
     """
 
     # "none" gives every pixel one of the classes; "class" has a class of its own whose words are scored like any

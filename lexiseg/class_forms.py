@@ -18,7 +18,7 @@ from lexiseg.words import describe, flag, null, refuse_unknown, shorten
 _LAST_VALUE = 65535  # of label files, which have 16 bits at most
 _ENTRY_KEYS = ("name", "synonyms", "seen", "color", "scored", "id", "trainId")
 IGNORED = ("(ignore)", "(ignored)", "(void)")
-"""Names of entries that are no class."""
+"""Names of entries that are not classes."""
 
 _LONGEST = 2000
 _COLUMNS = {
@@ -41,7 +41,7 @@ _NUMBER_LAST = re.compile(r"(.*\D.*?)\s*:\s*([0-9]+)")
 
 @dataclass(frozen=True)
 class ListedClass:
-    """One entry of a list; what makes a right name, ``lexiseg.vocabulary`` says."""
+    """One entry of a list; ``lexiseg.vocabulary`` says which names are valid."""
 
     name: str  # of the class
     synonyms: tuple[str, ...] = ()  # further words
@@ -178,7 +178,7 @@ def _is_number(value: Any) -> bool:
 
 
 def number_of(value: Any, name: str) -> int:
-    """A number that a label file may hold. Raises LexisegError if it is none."""
+    """A number that a label file may hold. Raises LexisegError if it is not one."""
     number = None
     if isinstance(value, float) and value.is_integer():
         number = int(value)
@@ -196,7 +196,7 @@ def number_of(value: Any, name: str) -> int:
 
 
 def color_of(value: Any, name: str) -> tuple[int, int, int] | None:
-    """A colour, or None where nothing is said. Raises LexisegError if it is none."""
+    """A colour, or None where nothing is said. Raises LexisegError if it is not one."""
     return None if null(value) is None else parse_color(value, f"the class '{shorten(describe(name))}'")
 
 

@@ -2,7 +2,7 @@
 
 Text, lists and mappings in Python, and files, whose content decides what they are, whatever they are called:
 
-* a class a line, or several between semicolons; a comma joins synonyms, a line that begins with # is left out;
+* one class per line, or several separated by semicolons; a comma joins synonyms, a line that begins with # is skipped;
 * lines with numbers: "12: cat", "12<tab>cat", "12 cat", "12. cat", "12=cat", "cat: 12", and with colours:
   "cat,255,0,0", "255 0 0 cat", "cat:255,0,0::";
 * a table with a heading: name and any of id, synonyms, r/g/b, color (class_dict.csv, ADE20K's objectInfo150.txt);
@@ -10,8 +10,8 @@ Text, lists and mappings in Python, and files, whose content decides what they a
   a mapping of ids to names, names to ids or names to colours; COCO's "categories", YOLO's "names", "id2label";
 * a label map of TensorFlow (.pbtxt): "item { id: 1 name: 'cat' }".
 
-Numbers are what label files hold: any from 0 to 65535, wherever they start and with gaps. Class ids are places in the
-list all the same. An entry that is called "(ignore)" is no class: its number or colour has none.
+Numbers are what label files hold: any from 0 to 65535, wherever they start and with gaps. Class ids are positions in
+the list all the same. An entry called "(ignore)" is not a class: pixels with its number or colour have none.
 """
 
 from __future__ import annotations

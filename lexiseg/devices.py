@@ -63,7 +63,7 @@ def multiplies_bf16() -> bool:
 
 
 def compiled(model: nn.Module) -> Callable[..., Any]:
-    """A segmentation model, compiled once for any number of windows and of words from two on, not anew for each."""
+    """A segmentation model, compiled once for any number of windows, and of words from two on."""
     run = torch.compile(model)
 
     def forward(images: Tensor, text: Tensor, **words: Tensor | None) -> Any:
@@ -76,7 +76,7 @@ def compiled(model: nn.Module) -> Callable[..., Any]:
 
 
 def use_threads(count: int) -> None:
-    """Let torch use so many threads for what the calling thread asks for."""
+    """Set how many threads torch uses for the calling thread's work."""
     torch.get_num_threads()  # the first question in a thread gives it the process's number, whatever was set before
     torch.set_num_threads(count)
 

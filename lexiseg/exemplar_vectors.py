@@ -1,4 +1,4 @@
-"""Vectors of exemplars, made of a tower's own dense features, where the vectors of words would stand."""
+"""Vectors of exemplars, made from a tower's own dense features, in place of the vectors of words."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def with_exemplars(
     """Put the vectors of the exemplars in the place of their words.
 
     A tower's patches lie closer to other patches than to any text, so that an exemplar by itself would win everywhere.
-    Its vector is therefore the difference between the thing and what else its picture shows, on top of the mean of the
-    words: other places score it as an average word, and like things more.
+    Its vector is therefore the difference between the thing and the rest of its picture, added to the mean of the
+    words: other places score it like an average word, and similar things higher.
 
     ``model``: the system; its tower sees the exemplars as its dense features see pictures. ``embedder``: remembers the
     vectors like those of words. ``text``: (W, D) unit vectors of the words, or what else the system makes of them; what

@@ -1,4 +1,4 @@
-"""A picture as a class: an image with a mask or a box, which stands where a word would."""
+"""A picture as a class: an image with a mask or a box, which takes the place of a word."""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ def make_folder(folder: str | Path) -> Path:
 
 @contextmanager
 def new_folder(folder: str | Path) -> Iterator[Path]:
-    """`make_folder` for a block; what it made goes again if the block fails and has left nothing in it."""
+    """`make_folder` for a block; what it made is removed if the block fails and has left nothing in it."""
     folder = as_path(folder, "A folder")
     made = [place for place in (folder, *folder.parents) if not os.path.lexists(place)]
     try:

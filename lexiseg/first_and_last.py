@@ -8,9 +8,9 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 
 
 class SharedContext:
-    """Calling it gives a context that runs ``enter``'s once, for however many threads are inside at a time.
+    """Calling it gives a context that runs ``enter``'s once, however many threads are inside at a time.
 
-    What a context sets for a whole process would otherwise be given back in whatever order threads end.
+    What a context sets for a whole process would otherwise be restored in whatever order threads end.
     """
 
     def __init__(self, enter: Callable[[], AbstractContextManager[object]]) -> None:

@@ -127,7 +127,7 @@ def _font_folders() -> list[Path]:
 
 @lru_cache(maxsize=1)
 def font_files() -> list[Path]:
-    """The font files of this machine, those of the widest use first."""
+    """The font files of this machine, the most widely used first."""
     found = {
         Path(folder, name)
         for start in _font_folders()

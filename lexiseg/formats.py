@@ -49,10 +49,10 @@ def polygons_of(mask: np.ndarray, tolerance: float = 1.0) -> list[Polygon]:
     """The outlines of a mask.
 
     ``tolerance``: how far in pixels an outline may run from the true one, so that it has fewer points (Douglas and
-    Peucker); 0 keeps every corner. Returns a polygon a connected region. Each is a list of rings, the outer one first,
-    then its holes; a ring is a list of points ``[x, y]``, its first not repeated. Coordinates are pixels from the upper
-    left corner, along the pixels' edges: a mask of one pixel at the corner is the square from 0, 0 to 1, 1. Raises
-    LexisegError if OpenCV is not installed.
+    Peucker); 0 keeps every corner. Returns one polygon per connected region. Each is a list of rings, the outer one
+    first, then its holes; a ring is a list of points ``[x, y]``, its first not repeated. Coordinates are pixels from
+    the upper left corner, along the pixels' edges: a mask of one pixel at the corner is the square from 0, 0 to 1, 1.
+    Raises LexisegError if OpenCV is not installed.
     """
     if not mask.any():
         return []
@@ -99,7 +99,7 @@ def _one_ring(polygon: Polygon) -> Ring:
 def objects_of(result: Segmentation, instances: Collection[str] = ()) -> Iterator[tuple[TableRow, np.ndarray]]:
     """The masks of a result: one per class, or one per connected region of the classes that are ``instances``.
 
-    A region is no object: things that touch are one region, and a thing that something covers in part may be two.
+    A region is not an object: things that touch are one region, and a thing that something covers in part may be two.
 
     ``instances``: names of classes to take apart. Yields the class's row of the table, and a mask: bool, shape (H, W).
     """
@@ -118,8 +118,8 @@ def objects_of(result: Segmentation, instances: Collection[str] = ()) -> Iterato
 def coco_annotations(result: Segmentation, instances: Collection[str] = ()) -> list[dict[str, Any]]:
     """A result as COCO's annotations, without the ids that belong to a dataset.
 
-    Returns a mapping a mask of `objects_of`: ``category_id`` (1 for the first class), ``segmentation`` (run lengths),
-    ``area`` (pixels), ``bbox`` (left, top, width, height in pixels), ``iscrowd`` and ``score``.
+    Returns one mapping per mask of `objects_of`: ``category_id`` (1 for the first class), ``segmentation`` (run
+    lengths), ``area`` (pixels), ``bbox`` (left, top, width, height in pixels), ``iscrowd`` and ``score``.
     """
     return [
         {
@@ -247,7 +247,7 @@ def to_yolo(result: Segmentation, instances: Collection[str] = (), tolerance: fl
 
 
 def to_labelme(result: Segmentation, instances: Collection[str] = (), tolerance: float = 1.0) -> dict[str, Any]:
-    """A result as labelme's JSON, without the picture itself; a group a mask."""
+    """A result as labelme's JSON, without the picture itself; one group per mask."""
     shapes = [
         {"label": row.name, "points": _one_ring(polygon), "group_id": group, "shape_type": "polygon", "flags": {}}
         for group, (row, mask) in enumerate(objects_of(result, instances))

@@ -24,7 +24,7 @@ _TIMEOUT_SECONDS = 5.0
 
 
 def cached(repository: str, filenames: tuple[str, ...]) -> Path | None:
-    """The first of ``filenames`` that the local cache has of a hub repository; None if it has none. Asks no one.
+    """The first of ``filenames`` that the local cache has of a hub repository; None if it has none. It asks no server.
 
     Raises LexisegError if no repository could be called so.
     """

@@ -1,9 +1,9 @@
-"""A journal of finished work, from which a stopped run goes on: no stop of any kind loses a piece or repeats it.
+"""A journal of finished work, from which a stopped run resumes: no interruption loses a piece or repeats it.
 
 A journal is a folder of files that only grow::
 
     FOLDER/run.json           the settings that the work is done with
-    FOLDER/NAME.HEX.jsonl     what one writer has finished, a line a piece, written when the piece is complete
+    FOLDER/NAME.HEX.jsonl     what one writer has finished, one line per piece, written when the piece is complete
 
 Every writer has a file of its own, so that two of them (a worker that is only thought to be dead) never write into one.
 A line that cannot be read, such as one cut short by a kill, is work to be done again.
@@ -61,7 +61,7 @@ class Journal:
         return found if isinstance(found, dict) else None
 
     def begin(self, settings: Mapping[str, Any], *, resume: bool) -> bool:
-        """Start, or go on with what is recorded; whether anything is.
+        """Start, or continue what is recorded; returns whether anything is.
 
         ``settings``: JSON values, everything that decides what the results are. Raises LexisegError if what is recorded
         was done with other settings, or the folder cannot be written.

@@ -1,4 +1,4 @@
-"""Maps: GeoTIFFs of any size, by windows, with their place on the earth kept (extra ``geo``)."""
+"""Maps: GeoTIFFs of any size, by windows, with their georeference kept (extra ``geo``)."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class MapOptions:
 
 
 def is_map(path: str | Path) -> bool:
-    """Whether a file is a TIFF or another raster that says where on the earth it lies."""
+    """Whether a file is a TIFF or another raster with a georeference."""
     path = Path(path)
     if path.suffix.lower() not in MAP_SUFFIXES or not path.is_file():
         return False

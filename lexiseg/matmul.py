@@ -27,8 +27,8 @@ def plain(x: Tensor) -> bool:
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, relu: bool = False) -> Tensor:
     """``torch.nn.functional.linear`` of x (..., K) and weight (N, K), and a ReLU if that is asked for.
 
-    torch gives float32 to MKL, which on other makers' processors takes a quarter longer than oneDNN, and has no
-    instructions for rows of 512 bits there.
+    torch computes float32 with MKL, which on processors not made by Intel takes a quarter longer than oneDNN, because
+    it uses no AVX-512 there.
     """
     if plain(x) and weight.dtype == x.dtype and x.numel() * len(weight) >= _LEAST:
         result: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "relu" if relu else "none", [], "")

@@ -1,4 +1,4 @@
-"""The colours that encoders expect, means and deviations of RGB in 0..1, and pictures brought to them and back."""
+"""The means and standard deviations of RGB in 0..1 that encoders expect, and normalisation by them and back."""
 
 from __future__ import annotations
 

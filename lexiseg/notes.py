@@ -21,7 +21,7 @@ _SEPARATORS = re.compile(r"\s*(?:[|/&+]|\\n)\s*|\.(?:\s+|$)|\s+and\s+")
 
 
 def one_class(vocabulary: Vocabulary) -> None:
-    """Say that one class takes every pixel, which nobody wants, and what was most likely meant."""
+    """Warn that one class takes every pixel, and say what was most likely meant."""
     if len(vocabulary) > 1 or vocabulary.background.kind != "none":
         return
     (only,) = vocabulary.classes
@@ -36,7 +36,7 @@ def one_class(vocabulary: Vocabulary) -> None:
 
 
 def picture_world_model(source: object) -> bool:
-    """Say that a model of the picture world means nothing on a picture that is not of it.
+    """Warn that the result of a picture-world model means nothing on any other picture.
 
     Drawn scenes and photographs have the same statistics of colour and texture, so files of the picture world carry a
     mark; arrays and tensors cannot, and are taken for scenes where they are square and small.

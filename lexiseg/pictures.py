@@ -1,4 +1,4 @@
-"""A picture on its way through a model: read, brought to its working size, cut into windows, and put together again."""
+"""A picture on its way through a model: read, resized to its working size, cut into windows, and put together again."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ Failure = tuple[Any, LexisegError]
 
 @dataclass(frozen=True)
 class HeldPicture:
-    """A picture that `lexiseg.segmenter.Segmenter.set_image` looked at once: `predict` only has to score words.
+    """A picture that `lexiseg.segmenter.Segmenter.set_image` has encoded: `predict` only has to score words.
 
     It belongs to whoever asked for it, so that threads which share a segmenter each hold their own.
     """

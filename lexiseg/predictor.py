@@ -49,7 +49,7 @@ class Predictor(ABC):
 
     A subclass turns words into text embeddings (`_words`), runs windows (`_run`) and makes scores (`_joined`) or labels
     (`_labels`) of what they give. ``model`` has ``system``, ``clip``, ``window``, ``default_templates`` and
-    ``seen_names``; ``templates`` stand in the place of those a vocabulary states. Raises LexisegError if a template,
+    ``seen_names``; ``templates`` replace those a vocabulary states. Raises LexisegError if a template,
     the refinement or the limit of pixels is wrong.
     """
 
@@ -82,7 +82,7 @@ class Predictor(ABC):
     def set_image(
         self, image: ImageSource, *, window: WindowSource = None, batch_size: int = BATCH_SIZE
     ) -> HeldPicture:
-        """Look at a picture once, so that predicting it again only has to score words; see `predict`.
+        """Encode a picture once, so that predicting it again only has to score words; see `predict`.
 
         Returns the held picture, whose `HeldPicture.predict` takes words. `predict` without a picture takes the one
         that was set last in the same thread. Raises LexisegError if the picture is wrong.
@@ -126,7 +126,7 @@ class Predictor(ABC):
         batch_size: int = BATCH_SIZE,
         background: BackgroundSource = None,
     ) -> Scores:
-        """The scores of one picture that `predict` makes its labels of, in factorised form; arguments as in `predict`.
+        """One picture's scores in factorised form, from which `predict` makes its labels; arguments as in `predict`.
 
         Raises LexisegError if the picture or the classes are wrong.
         """

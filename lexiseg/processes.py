@@ -1,7 +1,7 @@
-"""The processes of a run that a launcher started (torchrun, accelerate, SLURM): how they begin, agree and end.
+"""The processes of a run that a launcher started (torchrun, accelerate, SLURM): how they start, synchronise and end.
 
-Without a launcher there is one process, and everything here does nothing. The processes must meet in the same places in
-the same order, or they wait for each other for ever; so what can fail in one of them alone runs inside `together`, and
+Without a launcher there is one process, and everything here does nothing. The processes must reach the same barriers in
+the same order, or they wait for each other forever; so what can fail in one of them alone runs inside `together`, and
 what waits for the others runs inside `watching`.
 """
 
@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 
 class SharedError(LexisegError):
-    """A mistake that every process raises in the same place, whichever found it; the first process reports it."""
+    """An error that every process raises in the same place, whichever found it; the first process reports it."""
 
 
 class PeerError(LexisegError):
@@ -38,8 +38,8 @@ def launched() -> bool:
 def init(device: str | None = None, *, patience: timedelta = timedelta(minutes=30)) -> None:
     """Join the other processes; without a launcher, or a second time, this does nothing.
 
-    ``device``: "cpu" to stay off accelerators; None or "auto" takes one accelerator a process where there are any.
-    ``patience``: how long a process waits for the others wherever they meet. Raises LexisegError if the processes do
+    ``device``: "cpu" to stay off accelerators; None or "auto" takes one accelerator per process where there are any.
+    ``patience``: how long a process waits for the others at a barrier. Raises LexisegError if the processes do
     not find each other.
     """
     if not launched() or _initialised():
@@ -129,8 +129,8 @@ def barrier() -> None:
 def together() -> Iterator[None]:
     """Run the body in every process and wait for the others; a `LexisegError` in one of them is raised in all.
 
-    The processes must not meet within the body, unless inside another `together`. Raises SharedError if what the first
-    process that failed has to say. Raises PeerError if another process ended.
+    The body must contain no barrier, unless inside another `together`. Raises SharedError with the message of
+    the first process that failed, PeerError if another process ended.
     """
     if count() == 1:
         yield

@@ -3,7 +3,7 @@
 - ``edges``: smoothing that stops where colours change, after the edge-avoiding "a trous" filter (Dammertz et al.,
   HPG 2010), on a lattice coarser than the picture: fast.
 - ``pamr``: pixel-adaptive mask refinement (Araslanov and Roth, "Single-Stage Semantic Segmentation from Image Labels",
-  CVPR 2020), as the training-free papers use it: each pixel takes the mean of like pixels around it, several times.
+  CVPR 2020), as the training-free papers use it: each pixel takes the mean of similar pixels around it, several times.
 - ``regions``: a vote inside the regions that a proposal generator finds: each region gets the label of most of its
   pixels (as in CorrCLIP, Zhang et al., ICCV 2025).
 

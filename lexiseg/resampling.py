@@ -47,7 +47,7 @@ def resize_floats(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 def resize_bytes(image: np.ndarray, size: tuple[int, int], antialias: bool = True) -> np.ndarray:
     """Resize bytes (3, H, W) bilinearly, smoothing what is shrunk or not: uint8 (3, h, w).
 
-    Pillow's filter is what torch's for bytes was made after; a byte may differ by one.
+    torch's filter for bytes is modelled on Pillow's; a byte may differ by one.
     """
     if not antialias:  # along one axis and then the other, each rounded to bytes
         across = np.floor(resize_floats(image, (image.shape[1], size[1])) + 0.5)

@@ -143,7 +143,7 @@ class Segmentation:
         return pixels.tolist(), sums.tolist()
 
     def table(self, *, include_absent: bool = False) -> list[TableRow]:
-        """The classes by falling fraction of the picture; those without a pixel only when asked for, in their order."""
+        """The classes by decreasing fraction of the picture; those without a pixel only on request, in their order."""
         pixels, sums = self._counts
         total = self._labels.size
         rows = []
@@ -324,8 +324,8 @@ class Segmentation:
             stem: the beginning of the file names.
             kinds: any of ``labels`` (STEM_labels.png), ``overlay`` (STEM_overlay.png), ``json`` (STEM.json), ``coco``
                 (STEM_coco.json, a COCO dataset), ``geojson`` (STEM.geojson, in pixels), ``yolo`` (yolo/STEM.txt with
-                yolo/classes.txt), ``labelme`` (labelme/STEM.json), ``cvat`` (STEM_cvat.xml) and ``masks`` (a PNG a
-                class in STEM_masks).
+                yolo/classes.txt), ``labelme`` (labelme/STEM.json), ``cvat`` (STEM_cvat.xml) and ``masks`` (one PNG
+                per class in STEM_masks).
             instances: names of classes whose connected regions are annotations of their own, see
                 `lexiseg.formats.objects_of`; for the kinds from ``coco`` to ``cvat``.
             font: see `overlay`.

@@ -38,7 +38,7 @@ class Segmenter(Predictor):
 
     Args:
         model: any segmentation model. It is moved to ``device`` and run in evaluation mode; its mode is restored
-            afterwards, so a model in training can be looked at.
+            afterwards, so a model can be tried while it trains.
         device: such as "cpu", "cuda" or "cuda:1"; "auto" takes an accelerator where there is one; None leaves the model
             where it is.
         dtype: "bf16" or "fp16" (or torch's names for them) run the model in mixed precision; scores are decoded in

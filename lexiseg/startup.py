@@ -1,4 +1,4 @@
-"""Starting quickly: open_clip imported without the libraries that most of its models do without.
+"""Starting quickly: open_clip imported without the libraries that most of its models do not need.
 
 ``import open_clip`` takes timm, transformers and, through torchvision, torch's compiler with it: three seconds of
 processor time, for a command that may only segment one picture. `import_open_clip_lean` has the command line's own

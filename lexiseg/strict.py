@@ -1,4 +1,4 @@
-"""What every set of options is: immutable, and strict about names and numbers."""
+"""The base of all options: immutable, and strict about names and numbers."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ _ALPHA = 0.55
 
 
 def is_video(source: str | Path) -> bool:
-    """Whether a name is that of a video, or of a camera of Linux such as ``/dev/video0``."""
+    """Whether a name is a video's, or a Linux camera's such as ``/dev/video0``."""
     return Path(source).suffix.lower() in VIDEO_SUFFIXES or str(source).startswith("/dev/video")
 
 
@@ -56,7 +56,7 @@ class VideoOptions:
 
 @dataclass(frozen=True)
 class Frame:
-    """What came of a frame."""
+    """The result of a frame."""
 
     index: int  # of the frame, from 0
     seconds: float  # its time in the video
@@ -65,7 +65,7 @@ class Frame:
 
 
 def video_files(source: str | Path, folder: str | Path) -> dict[str, Path]:
-    """Where `segment_video` writes: "frames", a line of JSON a frame, and "overlay", a video."""
+    """Where `segment_video` writes: "frames", one line of JSON per frame, and "overlay", a video."""
     stem = Path(source).stem
     return {"frames": Path(folder) / f"{stem}_frames.jsonl", "overlay": Path(folder) / f"{stem}_overlay.mp4"}
 

@@ -150,7 +150,7 @@ class Vocabulary:
         (:func:`lexiseg.class_list.class_source`); what :func:`lexiseg.class_list.read_class_list` gives; or a
         vocabulary. Of a file, a synonym that belongs to two classes is left out. ``templates``: replaces the source's
         templates: a list, one template, "single" or "paper". ``background``: replaces the source's background; see
-        ``Background.parse``. ``default_templates``: used where neither ``templates`` nor the source says anything.
+        ``Background.parse``. ``default_templates``: used where neither ``templates`` nor the source gives any.
         Returns the vocabulary, in the order of the source. Raises LexisegError if anything is wrong with the source;
         the sentence names the class or file.
         """
@@ -317,7 +317,7 @@ class Vocabulary:
         return replace(self, classes=classes)
 
     def prompts(self, word: str) -> tuple[str, ...]:
-        """The sentences for one word, a template each."""
+        """The sentences for one word, one per template."""
         return tuple(template.replace("{}", word) for template in self.templates)
 
     def palette(self) -> np.ndarray:

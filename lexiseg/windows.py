@@ -1,4 +1,4 @@
-"""Where a picture is looked at: its working size and the windows that cover it."""
+"""How a picture is cut up for a model: its working size and the windows that cover it."""
 
 from __future__ import annotations
 
@@ -53,9 +53,9 @@ def working_size(height: int, width: int, short_side: int | None, long_side: int
 
 
 def check_proportions(height: int, width: int) -> None:
-    """Refuse pictures in which there is nothing to see.
+    """Refuse pictures that are too narrow to segment.
 
-    Raises LexisegError if a side has one pixel, or one side is more than 64 times the other. Brought to the short side
+    Raises LexisegError if a side has one pixel, or one side is more than 64 times the other. Resized to the short side
     of 512 pixels that models want, such a line would grow to gigapixels.
     """
     if min(height, width) < MIN_SIDE:

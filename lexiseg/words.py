@@ -111,7 +111,7 @@ def near_names(name: str, known: Iterable[str], otherwise: str | None = None, mo
 
 
 def refuse_unknown(value: Mapping[Any, Any], known: Sequence[str], what: str) -> None:
-    """See that ``value`` has no keys but the ``known`` ones.
+    """Check that ``value`` has no keys but the ``known`` ones.
 
     Raises LexisegError if it has; the sentence names the first.
     """
@@ -121,7 +121,7 @@ def refuse_unknown(value: Mapping[Any, Any], known: Sequence[str], what: str) ->
 
 
 def null(value: Any) -> Any:
-    """None for the ways in which a YAML scalar says nothing, else the value itself."""
+    """None for the spellings of null in YAML, else the value itself."""
     return None if isinstance(value, str) and value.strip().lower() in ("", "null", "~") else value
 
 
@@ -140,7 +140,7 @@ def flag(value: object, what: str) -> bool | None:
 def whole_number(value: object, what: str, low: int = 0) -> int:
     """Read a whole number of any integer type.
 
-    Raises LexisegError if it is none, or below ``low``; ``what`` begins the sentence.
+    Raises LexisegError if it is not one, or below ``low``; ``what`` begins the sentence.
     """
     try:
         number = None if isinstance(value, bool) else operator.index(value)  # type: ignore[arg-type]
@@ -154,7 +154,7 @@ def whole_number(value: object, what: str, low: int = 0) -> int:
 def finite(value: object, what: str) -> float:
     """Read a finite number, also from text as a YAML file holds it.
 
-    Raises LexisegError if it is none; ``what`` begins the sentence.
+    Raises LexisegError if it is not one; ``what`` begins the sentence.
     """
     number: float | None = None
     if isinstance(value, int | float | str) and not isinstance(value, bool):

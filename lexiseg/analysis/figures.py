@@ -114,7 +114,7 @@ def scores_figure(segmenter: Segmenter, image: str | Path, classes: VocabularySo
 
 
 def compare_figure(segmenters: Sequence[Segmenter], image: str | Path, classes: VocabularySource) -> Figure:
-    """What several models make of one picture, side by side (Cascade-CLIP, Fig. 5 and 8; MAFT, Fig. 4).
+    """Several models' results on one picture, side by side (Cascade-CLIP, Fig. 5 and 8; MAFT, Fig. 4).
 
     ``segmenters``: one or more models, in the order of the panels. ``classes``: the words, as `Segmenter.predict` takes
     them. Raises LexisegError if the picture or the classes are wrong, or no model is given.

@@ -1,4 +1,4 @@
-"""What is measured of a tower's tokens."""
+"""Measures of a tower's tokens."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def linear_cka(features: Sequence[Tensor], *, max_samples: int = _MAX_SAMPLES) -
     Network Representations Revisited", ICML 2019, Sec. 3), computed from the samples' products with each other, which
     gives the same. It does not change when a representation is rotated or scaled.
 
-    ``features``: L tensors (n, width); widths may differ. ``max_samples``: of more samples so many are taken, evenly
+    ``features``: L tensors (n, width); widths may differ. ``max_samples``: of more samples, this many are taken, evenly
     spread. Returns (L, L), symmetric, in 0..1, float32. Raises LexisegError if there are fewer than two samples, or a
     representation is the same for all of them.
     """

@@ -1,4 +1,4 @@
-"""Figures of the decoupled papers: where attention and anchors look (DeOP), what a proposal is taken for (MAFT)."""
+"""Figures of the decoupled papers: where attention and anchors look (DeOP), how a proposal is classified (MAFT)."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def attention_maps(model: DeOP, padded: Tensor) -> Tensor:
 
 @torch.no_grad()
 def anchor_figure(segmenter: Segmenter, image: str | Path, points: Sequence[Point] = ()) -> Figure:
-    """What surrounds a patch for CLIP's attention, for the proposal it lies in, and for that proposal's anchors.
+    """CLIP's attention from a patch, the proposal it lies in, and the heatmap of that proposal's anchors.
 
     DeOP, Fig. 5 and 8: the picture with the patch, CLIP's self-attention from it in the last block, the proposal whose
     mask is largest there, and the heatmap that pools this proposal (averaged over the heads). The proposals are those
@@ -151,7 +151,7 @@ def top_classes_figure(
     """The proposals that decide most of a picture, and the best classes of each (MAFT, Fig. 1, 3 and 7).
 
     A proposal decides a pixel if its mask there times the score of its best class is the largest in the prediction.
-    Of several models all judge the first one's proposals, so that what differs is their classifiers alone.
+    Several models all classify the first one's proposals, so that only their classifiers differ.
 
     ``segmenters``: one or several, each with a decoupled model; a row of panels each. ``classes``: the words, as
     `Segmenter.predict` takes them; names of unseen classes are red. ``proposals``: how many are shown at most. ``by``:

@@ -1,4 +1,4 @@
-"""What annotation tools ask for: Label Studio's ML backend and CVAT's serverless functions."""
+"""Endpoints for annotation tools: Label Studio's ML backend and CVAT's serverless functions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What stands in front of every request: its size, its time, and the token."""
+"""Checks in front of every request: its size, its duration, and the token."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Count = Callable[[str, int, float], None]
 class Guard:
     """ASGI middleware that refuses bodies that are too large or too slow, and clients without the token.
 
-    ``count`` is told of every answer.
+    ``count`` is called for every answer.
     """
 
     def __init__(self, app: Callable[..., Awaitable[None]], settings: ServiceSettings, count: Count) -> None:

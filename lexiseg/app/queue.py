@@ -35,7 +35,7 @@ class BusyError(Exception):
 
 @dataclass(frozen=True)
 class Answer:
-    """What came of a picture."""
+    """The result of a picture."""
 
     result: Segmentation
     scores: Scores | None  # where they were asked for

@@ -1,4 +1,4 @@
-"""Requests: what they may say, and how they are read."""
+"""Requests: what they may contain, and how they are read."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ Exemplars = Annotated[
 
 
 class Question(BaseModel):
-    """What is asked of a picture.
+    """What a client asks of a picture.
 
     Attributes:
         classes: a semicolon or a line break separates classes, a comma joins synonyms; or a list of such texts.
@@ -121,7 +121,7 @@ class ClassesRequest(BaseModel):
 
 
 def decode_picture(text: str, what: str = "The picture") -> bytes:
-    """The bytes of a picture in base64, which messages call ``what``. Raises ServiceError if it is none."""
+    """The bytes of a picture in base64, which messages call ``what``. Raises ServiceError if it is not one."""
     if text.lstrip()[:8].lower().startswith(("http:", "https:", "ftp:", "file:", "s3:", "gs:")):
         raise ServiceError(422, f"{what} is a URL, and this service does not fetch URLs; send it in base64.")
     if text.startswith("data:"):

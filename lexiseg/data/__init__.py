@@ -1,1 +1,1 @@
-"""What models are trained and judged on: datasets, their transforms, and the picture world."""
+"""What models are trained and evaluated on: datasets, their transforms, and the picture world."""

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Sample:
-    """One picture with its truth."""
+    """One picture with its ground truth."""
 
     image: Tensor  # ``(3, H, W)`` uint8, RGB, 0..255
     # ``(H, W)`` int64, 0-based ids into the dataset's vocabulary, 255 = ignored; 65535 = ignored where the dataset has
@@ -61,7 +61,7 @@ def unseen_ids(vocabulary: Vocabulary) -> list[int]:
 
 
 def remap_to_seen(label: Tensor, seen: Sequence[int], *, void: int = IGNORE_INDEX) -> Tensor:
-    """Number the seen classes by their rank and ignore all other ids: the labels of inductive training.
+    """Renumber the seen classes from 0 and ignore all other ids: the labels of inductive training.
 
     ``label``: integer tensor of any shape with dataset ids 0..void. ``seen``: the seen ids; the id at position k
     becomes k. ``void``: the dataset's own label of pixels without a class, which is its largest. Returns int64 tensor

@@ -200,9 +200,9 @@ class Normalize:
 
 @dataclass(frozen=True)
 class Pad:
-    """Fill up to ``size x size`` at the right and the bottom: ``value`` in the picture, ``label`` in the mask.
+    """Pad to ``size x size`` at the right and the bottom: ``value`` in the picture, ``label`` in the mask.
 
-    The filled pixels are 255 unless padding must be told from other pixels without a class.
+    Padding has the label 255 unless it must be told from other pixels without a class.
     """
 
     size: int = 512
@@ -280,7 +280,7 @@ def short_edge_pipeline(
         crop: side of the random crop, which may show a single class.
         sides: lengths of the shorter side, one of which is drawn; None is 0.5 to 1.5 times ``crop`` in steps of 0.1.
         longest: the longer side becomes no longer than this.
-        cut: keep so many pixels a side of the crop, see :class:`TopLeft`; None keeps it whole.
+        cut: keep this many pixels per side of the crop, see :class:`TopLeft`; None keeps it whole.
         pad_label: label of the pixels that fill a picture up.
 
     Source: the released settings of ZSSeg, ZegFormer, FreeSeg, DeOP and MAFT (detectron2's mapper of MaskFormer).

@@ -1,6 +1,6 @@
 """Pixel accuracy and intersection over union, from histograms that are summed picture by picture.
 
-Only three counts a class are kept, so the label maps of a dataset never have to be in memory together.
+Only a few counts per class are kept, so the label maps of a dataset never have to be in memory together.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def nanmean(values: NDArray[np.float64]) -> float:
 
 @dataclass(frozen=True)
 class Metrics:
-    """What a confusion amounts to; all fractions are in 0..1, NaN where nothing was there to measure."""
+    """The metrics of a confusion; all fractions are in 0..1, NaN where there was nothing to measure."""
 
     # ``(C,)`` float64, intersection over union. NaN for a class that neither label nor prediction shows; 0 for one that
     # was predicted but is nowhere in the labels.
@@ -60,13 +60,13 @@ def percent(fraction: float) -> float | None:
 class Confusion:
     """Counts of label, prediction and their intersection for each class.
 
-    Pixels whose label is ``ignore_index`` are dropped. A prediction that is no class (a pixel the background rule left
-    without one) misses its label's class and counts for no other.
+    Pixels whose label is ``ignore_index`` are dropped. A prediction that is not a class (a pixel the background rule
+    left without one) misses its label's class and counts for no other.
 
-    ``counts``: ``(4, C)`` int64: ``intersection``, pixels of a class that were predicted as it; ``predicted``, judged
-    pixels predicted as it; ``labelled``, pixels of it; and ``as_seen``, pixels of it that were predicted as one of
-    ``seen``. ``ignore_index``: label of pixels that are not judged. Source: the evaluation of ZegCLIP and Cascade-CLIP,
-    which is mmsegmentation's.
+    ``counts``: ``(4, C)`` int64: ``intersection``, pixels of a class that were predicted as it; ``predicted``,
+    evaluated pixels predicted as it; ``labelled``, pixels of it; and ``as_seen``, pixels of it that were predicted as
+    one of ``seen``. ``ignore_index``: label of pixels that are not evaluated. Source: the evaluation of ZegCLIP and
+    Cascade-CLIP, which is mmsegmentation's.
     """
 
     def __init__(self, num_classes: int, *, ignore_index: int = IGNORE_INDEX, seen: Sequence[int] = ()) -> None:
@@ -84,7 +84,7 @@ class Confusion:
 
     @property
     def predicted(self) -> NDArray[np.int64]:
-        """``(C,)`` int64, judged pixels predicted as a class."""
+        """``(C,)`` int64, evaluated pixels predicted as a class."""
         return self.counts[1]
 
     @property

@@ -1,4 +1,4 @@
-"""Judging a decoupled model's proposals on a dataset: recall, and the best that they allow."""
+"""Evaluating a decoupled model's proposals on a dataset: recall, and the upper bound that they allow."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class ProposalReport:
     upper_bound: Metrics
     # the counters of DeOP's Table 8, by IoU, of the model's own label maps; {} unless asked for
     released: dict[float, Recall]
-    num_pictures: int  # how many were judged
+    num_pictures: int  # how many were evaluated
     num_proposals: int  # how many there were, all together; those that the generator marks as no region are not counted
 
     def to_dict(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""How good proposals are, whatever the classifier says of them: recall, the best that they allow, and pseudo labels."""
+"""How good proposals are, whatever their classifier: recall and the upper bound that they allow."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ def upper_bound_scores(masks: Tensor, label: Tensor, num_classes: int, *, ignore
     Put into `lexiseg.scores.RegionScores` instead of the model's own, they give the best that these proposals allow.
 
     ``masks``: (N, H, W) bool, the proposals binarised. ``label``: (H, W), 0..C-1 or ``ignore_index``. ``ignore_index``:
-    label of pixels that are not judged; they are left out of the masks too. Returns (N, C) float32; 0 for classes that
-    are not in the picture. Raises ValueError if a label is no class. Source: MAFT (NeurIPS 2023), appendix C.1 and
+    label of pixels that are not evaluated; they are left out of the masks too. Returns (N, C) float32; 0 for classes
+    that are not in the picture. Raises ValueError if a label is no class. Source: MAFT (NeurIPS 2023), appendix C.1 and
     Table 7, which does not say how the proposals are binarised.
     """
     present = _ids(label, ignore_index)
@@ -74,7 +74,7 @@ class ProposalRecall:
     """The fraction of labelled regions that the proposals cover.
 
     A region is all pixels of one class in one picture. A proposal covers it if their intersection over union is larger
-    than the threshold; ignored pixels are left out of both and are no region. Each region counts once, however
+    than the threshold; ignored pixels are left out of both and are not a region. Each region counts once, however
     many proposals cover it, and proposals that cover nothing cost nothing: this is recall. DeOP's Table 8 counts
     otherwise, see `ReleasedRecall`.
 
@@ -123,7 +123,7 @@ class ProposalRecall:
 
 @dataclass
 class ReleasedRecall:
-    """The counters behind DeOP's Table 8, as its released code has them. They are no recall of proposals.
+    """The counters behind DeOP's Table 8, as its released code has them. They are not a recall of proposals.
 
     What is counted are the regions of the *final* label map (`update_map`); the code has a second evaluator that counts
     raw proposals in the same way (`update_proposals`). Each predicted region takes the first labelled region, in the

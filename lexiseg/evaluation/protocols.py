@@ -1,4 +1,4 @@
-"""The papers' evaluations by name: which data, which classes are seen, how a picture is run, and what is not judged.
+"""The papers' evaluations by name: which data, which classes are seen, how a picture is run, and what is not evaluated.
 
 Two kinds. *Generalised zero-shot* (``gzs-...``): a model trained on the seen classes of a dataset chooses among all of
 them; mIoU over seen, over unseen, and their harmonic mean. *Cross-dataset* (``voc-20`` and so on): a model trained on
@@ -6,10 +6,10 @@ COCO-Stuff chooses among another dataset's classes; one mIoU.
 
 In all of them every pixel gets one of the dataset's classes: there is no background class and no score threshold
 (ZegCLIP, Cascade-CLIP, DeOP, MAFT), but for ``voc-20b``, in which VOC's background is a class. Pixels whose truth is no
-class are not judged, whatever is predicted there:
+class are not evaluated, whatever is predicted there:
 
 ========================  =============================================================================================
-dataset                  values of the label file that are not judged
+dataset                  values of the label file that are not evaluated
 ========================  =============================================================================================
 voc2012                   0, the background, and 255, the border of objects
 coco-stuff-164k           255, unlabelled
@@ -55,7 +55,7 @@ WHOLE_512_COCO = WindowPolicy(short_side=512, long_side=2560)
 """The same with the longer side at most 2560: DeOP on COCO-Stuff."""
 
 WHOLE_640 = WindowPolicy(short_side=640, long_side=2560)
-"""Whole pictures, the shorter side 640, the longer at most 2560: MAFT on all datasets; its hosts on COCO-Stuff."""
+"""Whole pictures, the shorter side 640, the longer at most 2560: MAFT everywhere; its base models on COCO-Stuff."""
 
 _ONE_STAGE = ("zegclip", "cascade-clip", "spt-seg", "second-look")
 _HOSTS_512: Mapping[str, WindowPolicy] = dict.fromkeys(("deop", "zsseg", "zegformer"), WHOLE_512)
@@ -99,7 +99,7 @@ class Protocol:
     name: str  # as a user writes it
     title: str  # one line for people
     source: str  # where the numbers come from
-    data_set: str  # what is judged on, always its val split
+    data_set: str  # what is evaluated on, always its val split
     unseen: str  # which list of unseen classes; "none" for cross-dataset evaluations
     # which classes lose the score that a model takes off seen ones; see :func:`lexiseg.evaluation.run.run_evaluation`.
     # Across datasets none does, and none counts as seen in an ensemble of two opinions, so that none is favoured for
@@ -118,7 +118,7 @@ class Protocol:
     settings: Mapping[str, Mapping[str, Mapping[str, Any]]] = field(default_factory=dict)
     synonyms: bool = False  # whether classes have further words; see :func:`lexiseg.data.sets.open.synonyms_of`
     words: str = _BARE  # what a class is called, and on whose word
-    # words of one more class, "background", which is the label files' 0; none where that is not judged
+    # words of one more class, "background", which is the label files' 0; none where that is not evaluated
     rest: tuple[str, ...] = ()
     benchmark: str = ""  # what the training-free papers' settings call it; none where they have none
     background: bool = False  # the label files' 0 is one more class, called "background" alone
@@ -147,12 +147,12 @@ class Protocol:
     def open(
         self, root: str | Path, *, system: str = "", classes: str | Path | None = None, synonyms: bool | None = None
     ) -> FileDataset:
-        """The pictures that are judged.
+        """The pictures that are evaluated.
 
-        ``system``: the system that is judged, whose authors may call a class otherwise. ``classes``: the class list,
-        where the distribution does not carry one. ``synonyms``: whether classes have further words; None takes the
-        protocol's choice. Raises LexisegError if files are missing; the sentence names the first. Or synonyms are asked
-        for and there are none.
+        ``system``: the system that is evaluated, whose authors may name a class differently. ``classes``: the class
+        list, where the distribution does not carry one. ``synonyms``: whether classes have further words; None takes
+        the protocol's choice. Raises LexisegError if files are missing; the sentence names the first. Or synonyms are
+        asked for and there are none.
         """
         data = open_data_set(
             self.data_set,

@@ -36,7 +36,7 @@ class ClassRow:
     iou: float | None  # intersection over union in percent; None where the class is in neither labels nor predictions
     accuracy: float | None  # fraction of its pixels found, in percent; None where it has no pixel
     labelled: int  # pixels of the class
-    predicted: int  # judged pixels predicted as it
+    predicted: int  # evaluated pixels predicted as it
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,7 +108,7 @@ class Report:
         }
 
     def grid(self) -> Image.Image | None:
-        """Picture, truth and prediction of the examples; None where there are none."""
+        """Picture, ground truth and prediction of the examples; None if there are none."""
         return draw_grid(self.examples, self.vocabulary) if self.examples else None
 
     def save(self, folder: str | Path) -> list[Path]:

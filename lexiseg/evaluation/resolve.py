@@ -37,17 +37,17 @@ PATIENCE = timedelta(hours=12)
 
 @dataclass(frozen=True)
 class Question:
-    """What is judged, and how."""
+    """What is evaluated, and how."""
 
     name: str  # of the data
-    data: SegmentationDataset | None  # pictures with labels; None where they depend on the system that is judged
+    data: SegmentationDataset | None  # pictures with labels; None where they depend on the system that is evaluated
     split: str = "val"  # of the data
     recipe: EvaluationRecipe | None = None  # the evaluation recipe that was named, if one was
     protocol: Protocol | None = None  # of the papers, if one was named
 
     @property
     def offsets(self) -> Offsets | None:
-        """Which classes lose a model's offset; None where neither recipe nor protocol says."""
+        """Which classes the score offset is subtracted from; None where neither recipe nor protocol says."""
         source = self.recipe or self.protocol
         return None if source is None else source.offsets
 
@@ -98,13 +98,13 @@ def evaluate(
 
     ``what``: a recipe (its validation data), a picture world's name, or a folder: one's own data, or a protocol's.
     ``weights``: a model as `lexiseg.load` takes it, a folder of a training included; or a segmenter. ``output``: a
-    folder for ``report.json`` and ``grid.png``; None writes nothing. ``protocol``: judge the folder as the papers do,
-    see `lexiseg.evaluation.protocols`. ``classes``: a list of them, where the folder carries none. ``synonyms``: score
-    the further words of the dataset's list, or not. ``split``: of a folder or of picture-world; None is "val".
+    folder for ``report.json`` and ``grid.png``; None writes nothing. ``protocol``: evaluate the folder as the papers
+    do, see `lexiseg.evaluation.protocols`. ``classes``: a list of them, where the folder carries none. ``synonyms``:
+    score the further words of the dataset's list, or not. ``split``: of a folder or of picture-world; None is "val".
     ``size``: side of a picture of picture-world; None is 256. ``limit``: take only so many samples, spread evenly.
     ``window``, ``stride``, ``templates``, ``synonyms``: None is the recipe's, the protocol's or the model's way.
-    ``proposals``: judge the proposals of a decoupled model, too; in one process. ``resume``: go on with an evaluation
-    into the same ``output`` that was stopped. The others are as in `lexiseg.load` and `lexiseg.Segmenter.predict`.
+    ``proposals``: evaluate a decoupled model's proposals, too; in one process. ``resume``: continue an evaluation into
+    the same ``output`` that was stopped. The others are as in `lexiseg.load` and `lexiseg.Segmenter.predict`.
 
     Raises LexisegError if something of this is not there, does not fit together or cannot be read.
     """

@@ -56,8 +56,8 @@ def run_evaluation(
     Classes are seen or unseen as the dataset says, and where it says nothing as the model was trained. ``name``,
     ``split``, ``seed`` (the training's) and ``card`` are for the report. ``background``: None takes the dataset's rule;
     a background class that the dataset does not have counts as no class. ``window``: None takes the model's own.
-    ``limit``: take only this many, spread evenly. ``offsets``: which classes lose the score that a model takes off
-    those it had masks of: "data" those that count as seen, "all" every class alike, "none" no class; None is "data",
+    ``limit``: take only this many, spread evenly. ``offsets``: which classes the model's score offset is
+    subtracted from: "data" those that count as seen, "all" every class alike, "none" no class; None is "data",
     but "all" for a model that had masks of every class, as the authors' code does it for fully supervised models.
     ``seen_split``: False, across datasets, says nothing of seen and unseen classes. ``num_examples``: pictures in the
     report's grid. ``shared``: divide the pictures among the processes of a launcher, all of which call this; each gets
@@ -74,7 +74,7 @@ def run_evaluation(
         num_classes = len(dataset.vocabulary)
         if not (indices := spread(len(dataset), limit)):
             raise LexisegError(f"The split '{split}' of '{name}' is empty, so there is nothing to evaluate.")
-        # A background class the dataset does not have is dropped again: it is judged as no class.
+        # A background class the dataset does not have is dropped again: it counts as no class.
         judged = Vocabulary(vocabulary.classes[:num_classes], vocabulary.templates)
         judged = judged if seen_split else _flagged(judged, None)
         facts = {"dataset": name, "split": split, "num_pictures": len(indices), **_classes(judged, seen_split)}

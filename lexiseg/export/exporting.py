@@ -72,14 +72,14 @@ class _Texts(nn.Module):
 def export(
     segmenter: Segmenter, folder: str | Path, *, kind: str = "onnx", sizes: Sequence[int] = (), precision: str = "fp32"
 ) -> ExportSpec:
-    """Write a model as graphs; the folder appears when it is whole.
+    """Write a model as graphs; the folder appears only when it is complete.
 
     Args:
         segmenter: with the model, on the CPU, and the templates to keep.
         folder: new, empty, or of an earlier export, which is replaced.
         kind: "onnx", "openvino", or "torch" (torch.export, compiled by AOTInductor where there is a compiler).
-        sizes: sides of square windows that the graphs take, a graph each; none makes one graph for all sizes where the
-            system allows that.
+        sizes: sides of square windows that the graphs take, one graph each; none makes one graph for all sizes where
+            the system allows that.
         precision: "fp16" halves the files, "int8" quantises the weights of products (dynamic quantisation).
 
     Raises LexisegError if the system or its tower cannot be exported, an argument is wrong, or a library is missing.

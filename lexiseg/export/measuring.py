@@ -1,4 +1,4 @@
-"""How far an exported model departs from the model it was made of, on the package's sample pictures."""
+"""How far an exported model departs from the original model, on the package's sample pictures."""
 
 from __future__ import annotations
 

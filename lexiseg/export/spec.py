@@ -1,4 +1,4 @@
-"""``export.json``: what is around the graphs of an exported model, checked as a stranger's file."""
+"""``export.json``: what an exported model has besides its graphs, validated like any untrusted file."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Fit(StrictModel):
     size: Size | None = None  # resize: always to this size
 
     def to(self, size: tuple[int, int]) -> tuple[int, int]:
-        """The size that a window becomes; at least two units a side, which is the least that a graph takes."""
+        """The size that a window becomes; at least two units per side, which is the least that a graph takes."""
         if self.size is not None:
             return self.size
         if self.kind == "pad":

@@ -98,7 +98,7 @@ class Record(Journal):
         self._promise = self.folder / "manifest"
 
     def begin_run(self, settings: Mapping[str, Any], *, resume: bool, manifest: bool = False) -> dict[str, Entry]:
-        """Start a run, or go on with the one that is recorded; see `Journal.begin`.
+        """Start a run, or continue the recorded one; see `Journal.begin`.
 
         ``manifest``: the run will write a manifest; every run that goes on with it then has to as well, because the old
         one would not say what it did. Returns the pictures that are done, by path: those without an error, whose files

@@ -44,7 +44,7 @@ def count_masks(labels: Tensor, num_classes: int = IGNORE_INDEX) -> float:
 
 
 def check_labels(labels: Tensor, num_classes: int) -> None:
-    """See that labels are in 0..C-1, or `ignore_index`; another is a `LexisegError`."""
+    """Check that labels are in 0..C-1, or `ignore_index`; another is a `LexisegError`."""
     ignored = ignore_index(num_classes)
     wrong = (labels != ignored) & ((labels >= num_classes) | (labels < 0))
     if bool(wrong.any()):

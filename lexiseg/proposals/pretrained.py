@@ -182,7 +182,7 @@ def _read_resnet(path: Path) -> dict[str, Tensor]:
 
 
 def _fit_resnet(generator: MaskFormer | Mask2Former, tensors: Mapping[str, Tensor], what: str) -> None:
-    """See that a ResNet's tensors are those of the backbone.
+    """Check that a ResNet's tensors are those of the backbone.
 
     Raises:
         LexisegError: they are not; the first one and the option to change are named.
@@ -277,7 +277,7 @@ def _kind_of(settings: Path, source: str) -> str:
 
 
 def _check_form(config: Any, masked: bool, source: str) -> None:
-    """See that a model computes what our generators do, as far as no tensor's shape tells."""
+    """Check that a model computes what our generators do, as far as no tensor's shape tells."""
     backbone = config.backbone_config
     if backbone.model_type != "resnet":
         raise LexisegError(
@@ -358,7 +358,7 @@ def _options_of(config: Any, masked: bool) -> dict[str, Any]:
 def _fit(
     generator: MaskFormer | Mask2Former, tensors: Mapping[str, Tensor], theirs: Mapping[str, Any], source: str
 ) -> None:
-    """See that a model's tensors are those of the generator, and that it reads them in the same way.
+    """Check that a model's tensors are those of the generator, and that it reads them in the same way.
 
     Raises:
         LexisegError: they are not; the first one and the options to change are named.

@@ -94,8 +94,8 @@ class _Augmented(StrictModel):
     def pipeline(self, mean: Triple, std: Triple, *, pad_label: int = 255, ignored: int = 255) -> Pipeline:
         """The augmentation, ending in the model's normalisation.
 
-        ``mean``: of the model's images, in 0..1. ``std``: of the model's images, in 0..1. ``pad_label``: label of the
-        pixels that fill a picture up. ``ignored``: label of pixels without a class.
+        ``mean``: of the model's images, in 0..1. ``std``: of the model's images, in 0..1. ``pad_label``: label of
+        padding pixels. ``ignored``: label of pixels without a class.
         """
         from lexiseg.data.transforms import light_pipeline, paper_pipeline, short_edge_pipeline
 

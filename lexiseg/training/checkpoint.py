@@ -1,9 +1,9 @@
 """What a training writes into its folder: checkpoints, without pickles, and the log with its sample pictures.
 
-A checkpoint is a folder with the trainable tensors and buffers of the model, the optimizer's state, the random state
-of every process and the step. Tensors are safetensors, the rest is JSON with the checksums of all of it, so that a run
-never goes on with other weights than were saved. It is written under a temporary name and renamed when it is complete:
-a run killed at any moment leaves only whole checkpoints.
+A checkpoint is a folder with the trainable tensors and buffers of the model, the optimizer's state, the random state of
+every process and the step. Tensors are safetensors, the rest is JSON with the checksums of all of it, so that a run
+never continues with weights other than those saved. It is written under a temporary name and renamed when it is
+complete: a run killed at any moment leaves only whole checkpoints.
 """
 
 from __future__ import annotations
@@ -298,7 +298,7 @@ class RunLog:
 class Best:
     """The largest value of ``metric`` in the log so far, and how long ago that was; a metric of None follows none.
 
-    ``patience`` evaluations in a row without a larger value are enough; None waits for ever.
+    ``patience`` evaluations in a row without a larger value are enough; None waits forever.
     """
 
     def __init__(self, metric: str | None, patience: int | None, log: RunLog) -> None:

@@ -97,10 +97,10 @@ def _schedule(train: TrainSettings) -> str:
 
 
 def dry_run(recipe: Recipe) -> DryRun:
-    """Build what a recipe trains at its full size and say what it is; the data need not be on disk.
+    """Build a recipe's model at its full size and describe it; the data need not be on disk.
 
-    Where the named CLIP cannot be had, the model gets random weights of the same architecture. What its proposals start
-    from is not downloaded; what is on this machine is seen to fit.
+    If the named CLIP is not available, the model gets random weights of the same architecture. What its proposals start
+    from is not downloaded; files on this machine are checked to fit.
 
     Raises LexisegError if the recipe only evaluates; its system, options, data or initial model are wrong.
     """

@@ -1,6 +1,6 @@
-"""What is trained, and what runs its loss and its gradient: one process, several with a copy each, or with a part each.
+"""The task that is trained, and the engine that runs it: in one process, or several with a copy or a shard each.
 
-Copies exchange gradients (`DistributedDataParallel`, through accelerate). Parts are torch's `fully_shard` (FSDP2):
+Copies exchange gradients (`DistributedDataParallel`, through accelerate). Shards are torch's `fully_shard` (FSDP2):
 every weight, its gradient and its optimizer state are spread over the processes, and a transformer block of CLIP is
 whole only while it runs. accelerate's own FSDP is not used: it leaves processes on CPUs alone, and it would wrap blocks
 whose weights we use outside of their own forward.
@@ -40,7 +40,7 @@ _log = logging.getLogger("lexiseg")
 
 
 def part_of(batch_size: int, rank: int, processes: int) -> range:
-    """The places in a batch that process ``rank`` of ``processes`` takes; their numbers differ by one at most."""
+    """The places in a batch that process ``rank`` of ``processes`` takes; their numbers differ by at most one."""
     return range(batch_size * rank // processes, batch_size * (rank + 1) // processes)
 
 
@@ -207,7 +207,7 @@ class Engine:
 
     Attributes:
         accelerator: of accelerate; ``device`` "cpu" stays off an accelerator, None takes what there is.
-        sharded: whether each process keeps a part of the model only.
+        sharded: whether each process keeps only a shard of the model.
 
     Raises LexisegError if the batch has fewer samples than there are processes, or accelerate is told to shard as well.
     """

@@ -1,4 +1,4 @@
-"""From a recipe to the model it trains, with what it starts from in place, or trained first where that is a recipe."""
+"""From a recipe to the model it trains, initialised from another model, which is trained first if a recipe names it."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ _Stage = TypeVar("_Stage", SegmentationRecipe, PromptRecipe)
 def system_of(recipe: SegmentationRecipe) -> tuple[type[SegmentationModel], ModelOptions]:
     """The system a recipe trains and its options.
 
-    A model trained transductively takes nothing off the scores of seen classes unless the recipe says so.
+    A model trained transductively subtracts nothing from seen classes' scores unless the recipe says so.
 
     Raises LexisegError if there is no such system, or an option is unknown or wrong.
     """
@@ -117,7 +117,7 @@ def start_from(
         options: of the model that is built.
         seen_names: classes with masks in the training to come.
         vocabulary: of the data; a class that has no masks in the training to come must have had none before.
-        steps: how many steps ``initial`` should have been trained for; another number is warned of.
+        steps: how many steps ``initial`` should have been trained for; another number gives a warning.
 
     Returns the model; its metadata say where the weights come from. Raises LexisegError if there is no such model, it
     does not fit, or it had masks of a class that is unseen now.

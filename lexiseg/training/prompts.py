@@ -79,8 +79,8 @@ class PromptTask(Task):
         clip: the towers.
         learner: the prompts.
         dataset: pictures with masks; unseen classes take no part, unless the ``setting`` is "supervised".
-        batch_size: crops a step.
-        per_class: at most so many pictures of each class (the authors': 32 on COCO-Stuff, 128 on VOC).
+        batch_size: crops per step.
+        per_class: at most this many pictures of each class (the authors': 32 on COCO-Stuff, 128 on VOC).
         size: side of a crop; None takes the side CLIP was trained at.
         seed: decides which pictures, which crops and in which order.
         task: see `PromptLearner`.

@@ -1,11 +1,11 @@
-"""Training a segmentation system on a dataset: the task, and what an id of a label means to its loss.
+"""Training a segmentation system on a dataset: the task, and what a label id means to its loss.
 
 ZegCLIP (Sec. 4.1) and Cascade-CLIP (Sec. 4.3) train inductively, transductively (self-training) and fully supervised:
 
 ============= =========================== ====================================================================
 setting       text of                     labels
 ============= =========================== ====================================================================
-inductive     the seen classes            ranks among the seen classes; everything else is 255
+inductive     the seen classes            indices among the seen ones; everything else is 255
 transductive  all classes                 ids of seen classes; 255; -1 = no label, filled in by the model itself
 supervised    all classes                 ids of all classes; 255
 ============= =========================== ====================================================================
@@ -50,7 +50,7 @@ UNLABELLED = -1
 """Label of a pixel whose class self-training chooses itself."""
 
 PADDING = -2
-"""Label of the pixels that fill a picture up, where they must be told from void ones."""
+"""Label of padding pixels, where they must be told from void ones."""
 
 # More than scores ever differ by, and little enough that nothing of a score is lost beside it.
 _NEVER = 1e4
@@ -60,7 +60,7 @@ class SegmentationBatch(NamedTuple):
     """Pictures and labels of one forward pass."""
 
     images: Tensor  # ``(B, 3, H, W)`` float32, normalised
-    # ``(B, h, w)`` int64, of the pictures' size or smaller: ranks among the classes whose text is trained on, 255 (or
+    # ``(B, h, w)`` int64, of the pictures' size or smaller: indices into the classes whose text is trained on, 255 (or
     # 65535) = none of them, and in self-training -1 = to be chosen by the model
     labels: Tensor
     names: tuple[str, ...]  # of the samples
@@ -84,13 +84,13 @@ class SegmentationTask(Task):
         batch_size: samples per batch.
         seed: of the order of the samples and of their augmentation.
         templates: for the text; None takes the model's.
-        validation: pictures to look at while training; None looks at none.
-        num_pictures: overlays a snapshot.
-        num_scored: validation samples scored at a snapshot.
-        label_stride: distance of the label pixels the loss sees; 2 takes a quarter of them, which makes a step cheaper.
+        validation: pictures for the snapshots while training; None for none.
+        num_pictures: overlays per snapshot.
+        num_scored: validation samples scored per snapshot.
+        label_stride: distance of the label pixels the loss sees; 2 uses a quarter of them, which makes a step cheaper.
         setting: see above.
         unlabelled: where self-training finds pixels without a label; see
-            :func:`self_training_labels`. With "ignored" the pipeline must fill up pictures with
+            :func:`self_training_labels`. With "ignored" the pipeline must pad pictures with
             :data:`PADDING`, or padding is unlabelled as well.
         cache_dir: of the text embeddings on disk; None keeps them in memory.
         teacher: in self-training, what labels the pixels without a label; None is the model itself.

@@ -117,8 +117,8 @@ def learning_rate(step: int, base_lr: float, settings: TrainSettings) -> float:
     A pure function of the step, so that a resumed run needs no state of a scheduler. With ``p = step / steps``, at most
     1, and ``m = min_lr``: "poly" is ``(base_lr - m) * (1 - p) ** power + m``, as ZegCLIP and Cascade-CLIP train (the
     authors' configuration, Sec. 4.2); "cosine" is half a cosine from ``base_lr`` down to ``m``, as ZSSeg, FreeSeg and
-    DeOP learn their prompts. In the warm-up this is multiplied with ``warmup_ratio``, constantly, or with what climbs
-    linearly from that to 1. A group's multiplier belongs into ``base_lr``: the floor ``min_lr`` is absolute.
+    DeOP learn their prompts. During warm-up this is multiplied by ``warmup_ratio``, either constant or rising linearly
+    from it to 1. A group's multiplier belongs in ``base_lr``: the floor ``min_lr`` is absolute.
     """
     if base_lr == 0.0:
         return 0.0

@@ -55,8 +55,8 @@ def auto_order() -> list[KnownWeights]:
 def pick_auto() -> str:
     """The model that ``auto`` means here: the first of `auto_order` in the cache, else the first that the hub gives.
 
-    It says on stderr which it took. It never is a model of the picture world. Raises LexisegError if nothing is in the
-    cache and the hub is out of reach.
+    It says on stderr which it took, and never takes a model of the picture world. Raises LexisegError if nothing is in
+    the cache and the hub is out of reach.
     """
     order = auto_order()
     found = next((one for one in order if one.here), None)

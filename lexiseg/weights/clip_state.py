@@ -1,4 +1,4 @@
-"""A CLIP built from nothing but its tensors, which every checkpoint of the field holds under names of its own."""
+"""A CLIP built from its tensors alone, which every kind of checkpoint holds under its own names."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def infer_vit_architecture(
     """Read the architecture of a CLIP with a vision transformer off its shapes.
 
     ``source_of``: where a tensor by OpenAI's name (``visual.conv1.weight``, ``token_embedding.weight`` ...) lies there.
-    ``heads``: attention heads of the image tower, which no shape tells; None is one a 64 channels, as in all CLIPs.
+    ``heads``: attention heads of the image tower, which no shape tells; None is one per 64 channels, as in all CLIPs.
     ``text_heads``: the same for the text tower. ``quick_gelu``: which activation the towers use; OpenAI's is QuickGELU.
     Returns what `lexiseg.clip.model.build_clip` takes. Raises LexisegError if tensors that are needed are missing (all
     are listed) or of no sensible shape.

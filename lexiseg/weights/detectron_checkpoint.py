@@ -1,7 +1,7 @@
 """The authors' checkpoints of DeOP, ZSSeg, ZegFormer, FreeSeg and MAFT: recognised by their keys and taken apart.
 
 They have detectron2's layout: ``backbone.`` and ``sem_seg_head.`` are the proposal generator, ``clip_adapter.`` is CLIP
-with OpenAI's names and what was learned around it. The parts a system adds of its own are handed on as they are; its
+with OpenAI's names and what was learned around it. The parts that a system adds are passed on as they are; its
 own file knows them.
 """
 

@@ -126,7 +126,7 @@ def _clip_source(name: str) -> Source:
 
 
 def _check_shapes(state: Mapping[str, Tensor], system: str, name: str) -> None:
-    """See that every tensor is there whose shape tells how the model is built; without it no other can be judged."""
+    """Check that every tensor is there whose shape tells how the model is built; no other can be checked without it."""
     wanted = ["decode_head.q_proj.weight"]
     if system == "cascade-clip":
         # The last group is one block and has no weights.

@@ -2,7 +2,7 @@
 
 A run's folder holds ``model/`` at its end, and ``checkpoints/`` meanwhile: ``base/`` is the whole model as the run
 began, and each ``step-NNNNNNNN/`` holds the tensors that training changes. ``state.json`` has the checksums of a
-checkpoint's files, so that nobody goes on with other weights than were saved.
+checkpoint's files, so that nothing continues with weights other than those saved.
 """
 
 from __future__ import annotations

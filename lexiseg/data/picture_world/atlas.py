@@ -1,4 +1,4 @@
-"""The glyph atlases: sheets with one transparent picture a thing, drawn once and shipped with their licences.
+"""The glyph atlases: sheets with one transparent picture per thing, drawn once and shipped with their licences.
 
 ``scripts/draw_atlas.py`` draws them: the first world's from the Noto Color Emoji font, the others from icon sets.
 """

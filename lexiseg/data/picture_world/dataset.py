@@ -42,9 +42,9 @@ class PictureWorld:
     Args:
         split: ``"train"``, ``"val"`` or ``"test"``.
         world: what the scenes are made of.
-        size: pixels a side.
+        size: pixels per side.
         length: number of scenes; default: the world's.
-        unseen: False draws no unseen class at all, so that nothing need be hidden.
+        unseen: False draws no unseen class at all, so that nothing has to be hidden.
         keep: a folder in which rendered scenes are kept, for runs that share them and processes at the same time;
             to be emptied after a change to how scenes are drawn.
 
@@ -142,7 +142,7 @@ def write_voc(
 
     ``JPEGImages/*.jpg``, ``SegmentationClass/*.png`` (palette, 255 = ignored), the lists
     ``ImageSets/Segmentation/{train,val}.txt``, ``captions.txt`` (name, tab, sentence), ``classes.txt`` and
-    ``unseen.txt``. The masks of the train split have 255 where an unseen class is. Files that exist are written anew.
+    ``unseen.txt``. The masks of the train split have 255 where an unseen class is. Existing files are overwritten.
 
     Raises LexisegError if the folder cannot be written.
     """

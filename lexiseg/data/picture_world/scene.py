@@ -272,9 +272,9 @@ def render_scene(
 
     Args:
         seed: seed, or a list of integers that together are one (e.g. ``[stage, index]``).
-        size: pixels a side.
+        size: pixels per side.
         world: what the scene is made of.
-        held_out: whether stuff has the textures of the val and test splits in place of the training's.
+        held_out: whether stuff has the textures of the val and test splits instead of the training's.
         num_things: smallest and largest number of things, drawn uniformly.
         extents: smallest and largest size of a thing as a fraction of the picture's side, before crowding shrinks it;
             default: the world's.

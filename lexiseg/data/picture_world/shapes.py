@@ -1,8 +1,8 @@
-"""Shapes that no word means: pictures with masks for a class-agnostic training of proposals.
+"""Shapes that no word names: pictures with masks for the class-agnostic training of proposals.
 
 Blobs, polygons, strokes and figures put together of several such parts lie over regions of random texture. Nothing is
 drawn from a vocabulary: no glyph, and no texture of a stuff class, so that a generator that has seen these masks has
-seen none of an unseen class. It stands where ImageNet and SAM stand behind the papers' proposals.
+seen none of an unseen class. This takes the place of the ImageNet and SAM pretraining behind the papers' proposals.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from lexiseg.errors import LexisegError
 from lexiseg.vocabulary import Vocabulary, VocabularyClass
 
 MOST = 12
-"""Regions a picture: at most 3 of stuff and 9 shapes."""
+"""Regions per picture: at most 3 of stuff and 9 shapes."""
 
 # First integers of the seeds, beside those of the picture world's splits.
 SPLIT_SEEDS = {"train": 11, "val": 12}
@@ -35,7 +35,7 @@ class Shapes:
 
     Args:
         split: "train" or "val".
-        size: pixels a side.
+        size: pixels per side.
         length: number of pictures; default 20,000 (train) and 200 (val).
 
     Raises LexisegError if there is no such split.

@@ -33,7 +33,7 @@ def blend(t: Array, dark: tuple[int, int, int], light: tuple[int, int, int]) -> 
 
 
 def cells(rng: np.random.Generator, count: int) -> tuple[Array, Array]:
-    """Return a periodic Voronoi pattern: the distance to the cell's border (0 there) and a random tone a cell."""
+    """Return a periodic Voronoi pattern: the distance to the cell's border (0 there) and a random tone per cell."""
     points = rng.random((count, 2))
     best = np.full((SIZE, SIZE), 9.0)
     second = best.copy()

@@ -16,10 +16,10 @@ _MADE, _RAW = "_gtFine_labelTrainIds", "_gtFine_labelIds"
 
 
 def list_cityscapes(root: Path, split: str, unseen: str | None) -> SplitFiles:
-    """Cityscapes: ``train`` or ``val``, with a folder a city: leftImg8bit/SPLIT/CITY and gtFine/SPLIT/CITY.
+    """Cityscapes: ``train`` or ``val``, with one folder per city: leftImg8bit/SPLIT/CITY and gtFine/SPLIT/CITY.
 
-    Labels are the distribution's ``*_gtFine_labelIds.png`` (ids 0..33, of which 19 are judged), or, where they were
-    made, ``*_gtFine_labelTrainIds.png`` (0..18, 255 = not judged), which come first. Raises LexisegError if ``root``
+    Labels are the distribution's ``*_gtFine_labelIds.png`` (ids 0..33, of which 19 are evaluated), or, where they were
+    made, ``*_gtFine_labelTrainIds.png`` (0..18, 255 = not evaluated), which come first. Raises LexisegError if ``root``
     holds no such dataset, or there is no list ``unseen`` of unseen classes.
     """
     info = data_set("cityscapes")

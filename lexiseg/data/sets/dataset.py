@@ -124,7 +124,7 @@ class FileDataset:
         """Read one label (H, W) without its picture.
 
         Raises IndexError if there are fewer samples. Raises LexisegError if the file is damaged, or holds a value that
-        stands for nothing.
+        has no meaning.
         """
         import torch
 
@@ -157,7 +157,7 @@ class FileDataset:
 
 
 def misfit(item: Item, image: tuple[int, ...], label: tuple[int, ...]) -> tuple[str, str] | None:
-    """The kind of fault and its sentence where a label does not lie on its picture, or it is open how.
+    """The kind of fault and its sentence where a label does not fit its picture, or how it does is ambiguous.
 
     ``image``: height and width of the picture as :meth:`Item.pixels` gives it. ``label``: height and width of the
     label.

@@ -208,7 +208,7 @@ def is_safe(name: str) -> bool:
 def with_unseen(vocabulary: Vocabulary, root: Path, unseen: str | None, source: str) -> Vocabulary:
     """The classes with the flags that unseen.txt gives them.
 
-    ``root``: the folder that may hold unseen.txt, with the name of an unseen class a line. ``unseen``: "none" leaves
+    ``root``: the folder that may hold unseen.txt, with the name of one unseen class per line. ``unseen``: "none" leaves
     the file aside. ``source``: where the classes come from, for the sentence. Raises LexisegError if the file cannot be
     read, or names a class that there is not, or every one there is.
     """

@@ -74,7 +74,7 @@ def open_data_set(
 def with_background(data: FileDataset, words: Sequence[str] = ()) -> FileDataset:
     """The same pictures with one more class, "background", as the last: what VOC and PASCAL Context label 0.
 
-    Of PASCAL Context's .mat files it is the other 400 classes, too. The border of VOC's objects (255) stays unjudged.
+    Of PASCAL Context's .mat files it is the other 400 classes, too. The border of VOC's objects (255) stays ignored.
 
     ``data``: a split of VOC 2012 or PASCAL Context 59.
     """
@@ -142,7 +142,7 @@ def train_split(name: str) -> str:
 
 
 def splits_of(name: str, root: str | Path) -> tuple[str, ...]:
-    """The splits that are trained and judged on: the papers' training split and "val".
+    """The splits for training and evaluation: the papers' training split and "val".
 
     Raises LexisegError if there is no such dataset, or a folder of one's own may not be read.
     """

@@ -119,7 +119,7 @@ def picture_size(place: Place, *, turned: bool) -> tuple[int, int]:
 
 
 def read_labelme(path: Path) -> list[dict[str, Any]]:
-    """The shapes of a labelme file. Raises LexisegError if it is none."""
+    """The shapes of a labelme file. Raises LexisegError if it is not one."""
     try:
         shapes = json.loads(path.read_text(encoding="utf-8-sig"))["shapes"]
         if not isinstance(shapes, list) or not all(
@@ -190,7 +190,7 @@ def _labelme_shape(shape: Mapping[str, Any], size: tuple[int, int], who: str) ->
 
 
 def draw_yolo(path: Path, image: Place, num_classes: int, rest: int, turned: bool) -> NDArray[np.int64]:
-    """Draw a text file of YOLO's: a line a thing, its class id and the corners as fractions of width and height.
+    """Draw a text file of YOLO's: one line per thing, its class id and the corners as fractions of width and height.
 
     ``image``: its picture, whose size the label has. ``rest``: label of the pixels in no outline. ``turned``: whether
     the corners lie on the picture as its orientation turns it. Raises LexisegError if a line is none of these, or of no

@@ -42,8 +42,8 @@ def prepare(
 ) -> list[Step]:
     """Unpack the archives that lie in ``root`` and write the lists that the reader needs.
 
-    A run that was stopped goes on where it was; a run on a folder that is ready does nothing. Archives are kept. At the
-    end the splits are listed, without opening a picture, so that what is missing is said here.
+    A run that was stopped continues where it was; a run on a folder that is ready does nothing. Archives are kept. At
+    the end the splits are listed, without opening a picture, so that what is missing is said here.
 
     ``name``: as in :func:`lexiseg.data.sets.open.open_data_set`. ``root``: the folder with the archives, which becomes
     the dataset's folder. ``classes``: the class list, where the distribution does not carry one. Returns what was

@@ -25,7 +25,7 @@ _Member: TypeAlias = "tuple[str, int, Callable[[Path], object] | None]"
 
 @dataclass(frozen=True)
 class Unpacked:
-    """What became of an archive."""
+    """The result of unpacking an archive."""
 
     archive: Path  # its path
     written: int  # number of files written
@@ -42,7 +42,7 @@ def unpack(archive: Path, target: Path) -> Unpacked:
     """Unpack a zip or tar archive into a folder.
 
     Every file is unpacked aside and moved when it is complete. A file that is there with the size it has in the archive
-    is left alone, so that an interrupted run goes on where it was stopped; what such a run left is removed.
+    is left alone, so that an interrupted run continues where it stopped; what such a run left is removed.
 
     ``target``: the folder; created where it is missing. Raises LexisegError if the archive is damaged or no archive,
     the disk is too small, or a member's name leads outside ``target`` or through a link; nothing is written in the last

@@ -59,7 +59,7 @@ class Verification:
         return tuple(finding for finding in self.findings if finding.severity == "error")
 
     def summary(self) -> tuple[Finding, ...]:
-        """The findings, one a kind and split (of unknown values one a value), with how many samples have it."""
+        """The findings, one per kind and split (for unknown values, one per value), with how many samples have it."""
         groups: dict[tuple[str, str, str], list[Finding]] = {}
         for finding in self.findings:
             groups.setdefault((finding.kind, finding.severity, finding.split), []).append(finding)
@@ -117,7 +117,7 @@ def _values_told(group: Sequence[Finding], samples: int, pixels: int) -> list[Fi
 
 @dataclass(frozen=True)
 class SampleCheck:
-    """What one sample amounts to."""
+    """The findings of one sample."""
 
     findings: tuple[Finding, ...]  # what is wrong with it
     counts: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))  # pixels of each class
@@ -138,7 +138,7 @@ def verify(
 
     ``name``: as in :func:`lexiseg.data.sets.open.open_data_set`. ``splits``: which to look at; None takes the one the
     papers train on and "val". ``classes``: the class list, where the distribution does not carry one. ``workers``:
-    threads that read; None takes one a processor. Returns the findings: those of lists and folders first, then sample
+    threads that read; None takes one per processor. Returns the findings: those of lists and folders first, then sample
     by sample in their order, then those of a whole split. A fault of one file never hides those of another. Raises
     LexisegError if there is no dataset of that name. Everything that is wrong on disk is a finding.
     """
@@ -322,7 +322,7 @@ def _finding(item: Item, kind: str, problem: str, path: Place) -> Finding:
 
 
 def _overlaps(members: dict[str, dict[str, Place]]) -> list[Finding]:
-    """Pictures that are both trained on and judged on."""
+    """Pictures in both the training and the evaluation split."""
     return [
         Finding(
             "split-overlap",

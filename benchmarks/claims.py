@@ -54,6 +54,7 @@ from lexiseg.weights.runs import find_checkpoints
 
 DRAWS = 2000
 EXTRAS = ("none", "edges", "shift", "shift+edges", "frozen", "frozen+edges", "frozen alone", "frozen alone+edges")
+EXTRAS += ("frozen values",)
 SMALL: dict[str, Any] = {"scale": 0.05, "scenes": 20, "seeds": [0], "curves": False}
 
 
@@ -170,9 +171,9 @@ class Study:
 
 
 @cache
-def frozen(clip: str) -> Segmenter:
-    """The untrained opinion: CLIP's patches against the words, as NACLIP has them."""
-    return lexiseg.load(f"naclip/{clip}", device="cpu")
+def frozen(clip: str, method: str) -> Segmenter:
+    """The untrained opinion: CLIP's patches against the words, as a training-free method has them."""
+    return lexiseg.load(f"{method}/{clip}", device="cpu")
 
 
 def labels_of(segmenter: Segmenter, image: Tensor, vocabulary: Vocabulary, extra: str = "none") -> Tensor:
@@ -180,7 +181,7 @@ def labels_of(segmenter: Segmenter, image: Tensor, vocabulary: Vocabulary, extra
 
     "edges" is the package's refinement of that name; "shift" a second look at the picture without a border of half a
     patch, "frozen" one by the `frozen` CLIP: scores are averaged where they overlap, those of "frozen" at each patch.
-    "frozen alone" leaves the system out.
+    The frozen CLIP's method is NACLIP, with "frozen values" MaskCLIP, and "frozen alone" leaves the system out.
     """
     chosen = extra.split("+")
     if chosen == ["none"]:
@@ -196,9 +197,9 @@ def labels_of(segmenter: Segmenter, image: Tensor, vocabulary: Vocabulary, extra
         cut = image[:, border:-border, border:-border]
         parts.append(segmenter.scores(cut, vocabulary, window=replace(policy, short_side=inner)))
         boxes.append((half, half, inner, inner))
-    asks_frozen = chosen[0] in ("frozen", "frozen alone")
-    if asks_frozen:
-        parts.append(frozen(segmenter.model.clip.name).scores(image, vocabulary, window=policy))
+    if chosen[0].startswith("frozen"):
+        method = "maskclip" if chosen[0] == "frozen values" else "naclip"
+        parts.append(frozen(segmenter.model.clip.name, method).scores(image, vocabulary, window=policy))
         # Patch by patch: over pixels, classes of two models that nearly tie take 30 times as long.
         places = (side // segmenter.model.patch_size,) * 2
         scores: Scores = GridScores(torch.stack([part.dense(places) for part in parts]).mean(0))

@@ -2,8 +2,8 @@
 
     python -m benchmarks.extras --runs runs/claims --split test --scenes 500 --seeds 0 1
 
-Edge-aware smoothing, a second look at the picture half a patch away, and a second opinion by the frozen CLIP, which is
-NACLIP: on val scenes its mean with a trained system was better than that of the value path.
+Edge-aware smoothing, a second look at the picture half a patch away, and a second opinion by the frozen CLIP: NACLIP's,
+or that of the values alone, which is MaskCLIP.
 `python -m benchmarks.claims --collect` writes what was found: docs/results/extras.json, and a part of docs/claims.md.
 Nothing is trained: every system whose run is finished is judged again with each extra. The smoothing's settings are the
 package's defaults, chosen on val scenes of another world; the means have no setting.
@@ -33,6 +33,7 @@ COMPARED = (
     ("frozen+edges", "edges"),
     ("frozen", "frozen alone"),
     ("frozen+edges", "frozen alone+edges"),
+    ("frozen", "frozen values"),
 )
 """Extras, and against which: what is compared has the same smoothing."""
 REFERENCE = "one-stage:zegclip"

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from lexiseg.clip.model import CLIP
 from lexiseg.errors import LexisegError
-from lexiseg.losses.masks import check_labels
+from lexiseg.losses.masks import check_labels, fill_unseen
 from lexiseg.losses.proposals import ProposalWeights, label_frame, proposal_losses
 from lexiseg.models.base import ImageFeatures
 from lexiseg.models.decoupled_init import StartsFromParts, changes_to_proposals
@@ -185,6 +185,18 @@ class DecoupledModel(StartsFromParts):
         logits = [self.proposal_logits(x.embeddings, text) for x in proposals.levels if x.embeddings is not None]
         frame = label_frame((padded.shape[-2], padded.shape[-1]), size, labels)
         return proposal_losses(proposals, logits or None, labels, weights, size=frame, num_classes=len(text))
+
+    @torch.no_grad()
+    def label_unseen(self, labels: Tensor, features: ImageFeatures, scores: Tensor, seen: Tensor) -> Tensor:
+        """Give pixels of unseen classes the unseen class of the highest score (self-training); see `fill_unseen`.
+
+        ``scores`` (B, N, C) are the regions'. A `LexisegError` says that every class is seen.
+        """
+        if bool(seen.all()):
+            raise LexisegError("Self-training needs at least one unseen class; give the text of all classes.")
+        unseen = (~seen).nonzero().flatten()
+        best = self.pixel_scores(scores[..., unseen], features).label_map((labels.shape[-2], labels.shape[-1]))
+        return fill_unseen(labels, unseen[best], seen)
 
     def pixel_scores(
         self,

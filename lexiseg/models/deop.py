@@ -322,17 +322,22 @@ class DeOP(DecoupledModel):
         """The loss of the stage that ``train`` names; see `SegmentationModel.losses`.
 
         "regions": focal and dice of the map of class scores, see `lexiseg.losses.regions`. "proposals": matching and
-        mask losses, and the class loss of the generator's own embeddings, of every level. There is no self-training.
+        mask losses, and the class loss of the generator's own embeddings, of every level. In self-training, in both,
+        pixels without a label first get the unseen class with the largest score.
         """
         if not self.trainable_names():
             return super().losses(images, labels, text, seen=seen)
-        if seen is not None:
-            raise LexisegError("DeOP has no self-training; train it in the inductive setting.")
         padded, size = self.pad(images), (int(images.shape[-2]), int(images.shape[-1]))
-        if self.options.train == "proposals":
+        proposals_only = self.options.train == "proposals"
+        if not proposals_only or seen is not None:
+            with torch.set_grad_enabled(torch.is_grad_enabled() and not proposals_only):
+                features = self.proposed(self.encode_padded(padded, size), text)
+                probabilities = self.class_logits(features.values["regions"], text).softmax(dim=-1)
+        if seen is not None:
+            labels = self.label_unseen(labels, features, probabilities[..., :-1], seen)
+        if proposals_only:
             return self.proposal_losses(padded, size, labels, text, ProposalWeights(cost_class=0.0))
-        values = self.proposed(self.encode_padded(padded, size), text).values
-        probabilities, masks = self.class_logits(values["regions"], text).softmax(dim=-1), values["mask_logits"]
+        values, masks = features.values, features.values["mask_logits"]
         if "valid" in values:
             probabilities = probabilities * values["valid"][..., None]
         if tuple(padded.shape[-2:]) != size:

@@ -19,7 +19,6 @@ from lexiseg.clip.positions import Interpolation
 from lexiseg.clip.prompt_learner import PromptLearner
 from lexiseg.clip.text import TextEmbedder
 from lexiseg.errors import LexisegError
-from lexiseg.losses.masks import fill_unseen
 from lexiseg.losses.proposals import ProposalWeights
 from lexiseg.models.base import ImageFeatures
 from lexiseg.models.decoupled import DecoupledModel, DecoupledOptions, Size
@@ -273,12 +272,7 @@ class RegionModel(DecoupledModel):
         """Fill in pixels of unseen classes with the model's own best unseen class (self-training); see `fill_unseen`.
 
         The released code does this once, with a trained model, for the whole training set; here it is done in every
-        step with the model as it is. A `LexisegError` says that every class is seen.
+        step with the model as it is.
         """
-        if bool(seen.all()):
-            raise LexisegError("Self-training needs at least one unseen class; give the text of all classes.")
-        unseen = (~seen).nonzero().flatten()
         features = self.proposed(self.encode_padded(padded, size), self.texts(text)[0])
-        scores = self.class_scores(features, text, seen)[..., unseen]
-        best = self.pixel_scores(scores, features).label_map((labels.shape[-2], labels.shape[-1]))
-        return fill_unseen(labels, unseen[best], seen)
+        return self.label_unseen(labels, features, self.class_scores(features, text, seen), seen)

@@ -179,9 +179,21 @@ def test_the_proposal_stage_trains_the_generator() -> None:
         model.losses(SystemTester.images(), torch.full((2, 40, 48), 7), unit_rows(4, DIM))
 
 
-def test_there_is_no_self_training() -> None:
-    with pytest.raises(LexisegError, match="no self-training"):
-        make().losses(SystemTester.images(), SystemTester().labels(), unit_rows(4, DIM), seen=torch.arange(4) < 2)
+@pytest.mark.parametrize("stage", ["regions", "proposals"])
+def test_self_training_labels_pixels_with_the_best_unseen_class(stage: str) -> None:
+    model = make(train=stage)
+    images, text = SystemTester.images(), unit_rows(3, DIM)
+    seen = torch.tensor([True, False, True])
+    given = torch.full((2, 40, 48), -1)
+    given[:, :8], given[:, 8:16] = 255, 2
+    losses = model.losses(images, given, text, seen=seen)
+    same = model.losses(images, torch.where(given == -1, 1, given), text)  # there is one unseen class only
+    torch.testing.assert_close(losses, same)
+    losses["loss"].backward()
+    missing = [name for name, parameter in model.trainable_parameters() if parameter.grad is None]
+    assert not missing
+    with pytest.raises(LexisegError, match="unseen class"):
+        model.losses(images, given, text, seen=torch.ones(3, dtype=torch.bool))
 
 
 def test_learned_text_is_encoded_once(tmp_path: Path) -> None:

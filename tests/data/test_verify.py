@@ -322,12 +322,9 @@ def test_png_fault(tmp_path):
     path = tmp_path / "a.png"
     save_index(path, values_in(range(5), 0))
     assert png_fault(path) is None
-    whole = path.read_bytes()
-    for keep in (60, len(whole) - 12):
-        (tmp_path / "b.png").write_bytes(whole[:keep])
+    for keep in (9, 40, path.stat().st_size - 1):
+        (tmp_path / "b.png").write_bytes(path.read_bytes()[:keep])
         assert png_fault(tmp_path / "b.png") == "the file ends early"
-    (tmp_path / "b.png").write_bytes(whole[:-20] + bytes([whole[-20] ^ 1]) + whole[-19:])
-    assert png_fault(tmp_path / "b.png") == "a block's checksum is wrong"
     (tmp_path / "c.jpg").write_bytes(b"no PNG")
     assert png_fault(tmp_path / "c.jpg") is None
 

@@ -82,11 +82,11 @@ def load_clip(name: str | Path, *, device: str | torch.device = "cpu") -> CLIP:
 def _unknown(name: str) -> str:
     known = catalog.packaged_clips() + [f"{arch}/{tag}" for arch, tag in open_clip.list_pretrained() if "ViT" in arch]
     shown = shorten(name)
-    if get_model_config(name) is not None:  # an architecture alone, which may be far from any of its names with a tag
-        known = [one for one in known if one.startswith(f"{name}/")][:3]
+    if tags := [f"'{arch}/{tag}'" for arch, tag in open_clip.list_pretrained() if arch == name][:3]:
+        return f"No CLIP is called '{shown}'; did you mean {' or '.join(tags)}?"
     if Path(name).suffix or name.startswith((".", "/", "~")):
         return f"There is no folder '{shown}' with a CLIP in it; give a folder with {CONFIG_NAME} and {WEIGHTS_NAME}."
-    hint = near_names(name, known, "for example 'ViT-B-16/openai'.")
+    hint = near_names(name, known, "give one such as 'ViT-B-16/openai'.")
     return f"No CLIP is called '{shown}'; {hint}"
 
 

@@ -274,9 +274,12 @@ class SegmentationModel(nn.Module, ABC):
     def check_exportable(self) -> None:
         """Raise LexisegError if the model cannot be exported as a graph."""
         if type(self).score_grid is SegmentationModel.score_grid:
+            why = "has no grid of patches that vectors of words score"
+            if self.family == "decoupled":
+                why = "is a decoupled system, whose regions and crops depend on the picture"
             raise LexisegError(
-                f"{self.system} has no grid of patches that vectors of words score, so it cannot be exported as a "
-                "fixed graph; export a one-stage or a training-free model."
+                f"{self.system} {why}, so it cannot be exported as a fixed graph; export a one-stage or a "
+                "training-free model."
             )
 
     @property

@@ -278,9 +278,10 @@ class DeOP(DecoupledModel):
         elif options.released_residual and RELEASED_RESIDUAL[0] in self.severed:
             residual = dict([RELEASED_RESIDUAL])
         tokens, _ = tower.embed(images, interpolation="bicubic", by_count=True, added=added)
-        # Masks that sever are resized before the sigmoid, those that are pooled under after it.
-        masks = resize_masks(mask_logits, grid).sigmoid()
-        severed = {block: kind.attention(masks) for block, kind in self.severed.items()}
+        # Masks that sever are resized before the sigmoid, those that are pooled under after it. "gps" reads none.
+        reads = any(severance.kind != "gps" for severance in self.severed.values())
+        masks = resize_masks(mask_logits, grid).sigmoid() if reads else mask_logits
+        severed = {block: severance.attention(masks) for block, severance in self.severed.items()}
         result = tower.run(tokens, grid, before_block=hook, attention=severed, residual=residual)
         return tower.project(result.tokens[:, -result.num_patches :]).unflatten(1, grid)
 

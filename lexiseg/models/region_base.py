@@ -67,7 +67,7 @@ class RegionModelOptions(DecoupledOptions):
         prompts: learned prompts; None uses templates.
         maft: tune a copy of CLIP's image tower to masks, which is all that is trained then; None trains the generator
             with its class head, the no-object row and the prompts.
-        criterion: weights of the losses of that.
+        criterion: weights of the generator's losses, without ``maft``.
     """
 
     regions: Literal["crops", "mask-attention", "none"] | None = None
@@ -136,7 +136,7 @@ class RegionModel(DecoupledModel):
         options, alone = self.options, self.options.regions == "none"
         if alone and options.maft is not None:
             raise LexisegError("maft tunes mask attention, not regions 'none'; remove one of the two.")
-        if options.crops.convention == "roi-align" and self.crop_encoder is CropEncoder:
+        if options.crops.convention == "roi-align" and type(self.region_encoder) is CropEncoder:
             raise LexisegError(f"{self.system} does not cut by 'roi-align'; set crops.convention to 'tight'.")
         if self.generator.embed_dim is None and (alone or options.ensemble.rule == "proposal"):
             raise LexisegError(

@@ -162,6 +162,8 @@ def in_chunks(function: Callable[[Tensor], Tensor], images: Tensor, width: int) 
         return images.new_zeros(0, width)
     distinct, place = torch.unique(images.flatten(1), dim=0, return_inverse=True)
     chunk = _CPU_CHUNK if images.device.type == "cpu" else _CHUNK
+    if len(distinct) == len(images):
+        return torch.cat([function(part) for part in images.split(chunk)])
     parts = distinct.unflatten(1, images.shape[1:]).split(chunk)
     return torch.cat([function(part) for part in parts])[place]
 

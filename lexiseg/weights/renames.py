@@ -47,8 +47,12 @@ _HOSTS = {
 _TOWER = "load the tower itself as 'maskclip/...' or 'clip/...'"
 _RELEASE_BEFORE = "use the release before"
 _REGION_MODELS: dict[str, Change] = {
-    "stage": _gone("stage", "auto", _RELEASE_BEFORE),
-    "label_void": _gone("label_void", False, _RELEASE_BEFORE),
+    # Of these two prediction takes no notice.
+    "stage": lambda value: {},
+    "label_void": lambda value: {},
+    "regions": lambda value: (
+        {"regions": value} if value != "pooled" else _gone("regions", None, _RELEASE_BEFORE)(value)
+    ),
     "crops.min_score": _gone("crops.min_score", 0.0, _RELEASE_BEFORE),
 }
 
@@ -96,6 +100,9 @@ def renamed_options(system: str, options: Mapping[str, Any], where: str) -> dict
             continue
         value = place.pop(key)
         fresh = {change: value} if isinstance(change, str) else change(value)
+        if fresh == {old: value}:  # of this name only some values are old
+            place[key] = value
+            continue
         for name, new in fresh.items():
             part, _, last = name.rpartition(".")
             home = found.setdefault(part, {}) if part else found

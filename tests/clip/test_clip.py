@@ -197,7 +197,7 @@ def test_fingerprints_follow_the_weights(clip: CLIP) -> None:
         ("ViT-B-16/opnai", "known tags: openai"),
         ("VitB16/openai", "did you mean 'ViT-B-16/openai'"),
         ("ViT-B-16", "did you mean 'ViT-B-16/"),
-        ("nothing/like/this", "for example 'ViT-B-16/openai'"),
+        ("nothing/like/this", "give one such as 'ViT-B-16/openai'"),
         ("./nowhere", "no folder './nowhere'"),
         ("hf-hub:alone", "write hf-hub:OWNER/NAME"),
         ("ViT-B-16-SigLIP/webli", "timm library"),

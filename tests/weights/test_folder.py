@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -155,11 +156,16 @@ def test_old_names_are_read_and_said(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_an_option_that_is_gone_is_dropped_at_its_usual_value_alone() -> None:
-    options = {"stage": "auto", "crops": {"min_score": 0.0, "merge": "mask"}}
+    options = {"stage": "maft", "crops": {"min_score": 0.0, "merge": "mask"}}
     with pytest.warns(LexisegWarning, match=r"'crops\.min_score' is gone"):
         assert renames.renamed_options("zsseg", options, "it") == {"crops": {"merge": "mask"}}
     with pytest.raises(LexisegError, match=r"'crops\.min_score' is 0\.1, which this release no longer has"):
         renames.renamed_options("zsseg", {"crops": {"min_score": 0.1}}, "it")
+    with pytest.raises(LexisegError, match="'regions' is 'pooled', which this release no longer has"):
+        renames.renamed_options("zsseg", {"regions": "pooled"}, "it")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert renames.renamed_options("zsseg", {"regions": "crops"}, "it") == {"regions": "crops"}
 
 
 def test_dense_clip_on_the_packaged_clip_is_the_row_of_the_results() -> None:

@@ -112,8 +112,14 @@ def gather(value: T) -> list[T]:
 
 def mean(values: Mapping[str, float]) -> dict[str, float]:
     """The mean over the processes of each of ``values``, whose keys are the same everywhere."""
-    parts = gather(dict(values))
-    return {name: sum(part[name] for part in parts) / len(parts) for name in values}
+    if count() == 1:
+        return dict(values)
+    import torch
+
+    with watching():
+        total = torch.tensor(list(values.values()), dtype=torch.float64, device=_device())
+        torch.distributed.all_reduce(total)
+    return dict(zip(values, (total / count()).tolist(), strict=True))
 
 
 def barrier() -> None:
@@ -142,7 +148,8 @@ def together() -> Iterator[None]:
         raise
     except LexisegError as error:
         said = str(error)
-    if sentences := [sentence for sentence in gather(said) if sentence is not None]:
+    if _any(said is not None):
+        sentences = [sentence for sentence in gather(said) if sentence is not None]
         raise SharedError(sentences[0])
 
 
@@ -162,6 +169,21 @@ def watching() -> Iterator[None]:
             "Another process of this run ended or did not answer, so this one stops too; see its message above, "
             "and continue with --resume."
         ) from error
+
+
+def _any(mine: bool) -> bool:
+    import torch
+
+    with watching():
+        failed = torch.tensor(float(mine), device=_device())
+        torch.distributed.all_reduce(failed)
+    return bool(failed.item() > 0)
+
+
+def _device() -> Any:
+    from accelerate import PartialState
+
+    return PartialState().device
 
 
 def _initialised() -> bool:

@@ -23,7 +23,6 @@ from lexiseg.models import DeOP
 from lexiseg.models.base import ImageFeatures
 from lexiseg.models.decoupled import DecoupledModel
 from lexiseg.models.region_base import RegionModel
-from lexiseg.regions.ensemble import EnsembleOptions
 from lexiseg.regions.pooling import resize_masks, unit_or_zero
 from lexiseg.scores import RegionScores
 from lexiseg.segmenter import Segmenter
@@ -254,7 +253,7 @@ def _clip_alone(model: DecoupledModel) -> Iterator[None]:
         yield
         return
     options = model.options
-    model.options = options.model_copy(update={"ensemble": EnsembleOptions(rule="region")})
+    model.options = options.with_values({"ensemble": {"rule": "region"}})
     try:
         yield
     finally:

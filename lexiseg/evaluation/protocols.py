@@ -139,9 +139,7 @@ class Protocol:
         changes = self.settings.get(model.system, {})
         if not isinstance(model, RegionModel) or (model.system == "zsseg" and model.options.maft is not None):
             return {}
-        told = model.options
-        changed = {key: getattr(told, key).model_dump() | dict(values) for key, values in changes.items()}
-        model.options = type(told).model_validate({**told.model_dump(), **changed})
+        model.options = model.options.with_values(changes)
         return {key: dict(values) for key, values in changes.items()}
 
     def open(

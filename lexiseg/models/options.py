@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from itertools import pairwise
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
 from pydantic import BeforeValidator, Field, model_validator
 
 from lexiseg.strict import StrictModel
 from lexiseg.windows import WindowPolicy
 
+Options = TypeVar("Options", bound="ModelOptions")
 _Deviation = Annotated[float, Field(gt=0)]
 Triple = tuple[float, float, float]
 Deviations = tuple[_Deviation, _Deviation, _Deviation]
@@ -36,6 +37,14 @@ class ModelOptions(StrictModel):
     def prompt_places(self) -> dict[str, int] | None:
         """How many vectors the learned text prompts have: "prefix", "suffix" and "task"; None without such prompts."""
         return None
+
+    def with_values(self: Options, groups: Mapping[str, Mapping[str, Any]]) -> Options:
+        """The same options but for single values of some of their groups, such as ``{"ensemble": {"rule": "region"}}``.
+
+        They are validated as any options are.
+        """
+        changed = {key: getattr(self, key).model_dump() | dict(values) for key, values in groups.items()}
+        return type(self).model_validate({**self.model_dump(), **changed})
 
     def changes_to_init(self, wanted: ModelOptions, given: dict[str, Any], name: str) -> dict[str, Any]:
         """What to change in these options so that the model they train can initialise one with the ``wanted`` options.

@@ -224,14 +224,19 @@ def _image_losses(
 def pseudo_labels(logits: Tensor, labels: Tensor, seen: Tensor) -> Tensor:
     """Fill in pixels of unseen classes with the model's own best unseen class (ZegCLIP's transductive setting).
 
-    Logits (B, C, H, W) of all classes; labels (B, H, W) and ``seen`` (C,) as for `fill_unseen`. A `LexisegError` says
-    that every class is seen, so that there is nothing to choose from.
+    Logits (B, C, H, W) of all classes; labels (B, H, W) and ``seen`` (C,) as for `fill_unseen`. For errors see
+    `unseen_of`.
     """
-    if bool(seen.all()):
-        raise LexisegError("Self-training needs at least one unseen class; give the text of all classes.")
-    unseen = (~seen).nonzero().flatten()
+    unseen = unseen_of(seen)
     best = unseen[logits.detach()[:, unseen].argmax(dim=1)]
     return fill_unseen(labels, best, seen)
+
+
+def unseen_of(seen: Tensor) -> Tensor:
+    """The ids of the classes that are not ``seen`` (C,) bool; a `LexisegError` says that self-training has none."""
+    if bool(seen.all()):
+        raise LexisegError("Self-training needs at least one unseen class; give the text of all classes.")
+    return (~seen).nonzero().flatten()
 
 
 def fill_unseen(labels: Tensor, best: Tensor, seen: Tensor) -> Tensor:

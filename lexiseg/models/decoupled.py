@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from lexiseg.clip.model import CLIP
 from lexiseg.errors import LexisegError
-from lexiseg.losses.masks import check_labels, fill_unseen
+from lexiseg.losses.masks import check_labels, fill_unseen, unseen_of
 from lexiseg.losses.proposals import ProposalWeights, label_frame, proposal_losses
 from lexiseg.models.base import ImageFeatures
 from lexiseg.models.decoupled_init import StartsFromParts, changes_to_proposals
@@ -71,8 +71,8 @@ class DecoupledModel(StartsFromParts):
     Images are padded at the right and the bottom, after they were normalised, with zeros to multiples of the
     generator's stride: the *padded frame*. Mask logits cover that frame. Features (`encode_images`) hold ``images`` (B,
     3, H', W'), the padded frame, and, unless the generator needs to see the words, the proposals: ``mask_logits`` (B,
-    N, h, w), ``embeddings`` (B, N, E) and ``valid`` (B, N) where it gives them, and what the system
-    makes of them (`encode_regions`).
+    N, h, w), ``embeddings`` (B, N, E) and ``valid`` (B, N) where it gives them, and what the system makes of them
+    (`encode_regions`).
 
     Attributes:
         generator: proposes regions; a `LexisegError` if its class embeddings do not have CLIP's width.
@@ -149,9 +149,9 @@ class DecoupledModel(StartsFromParts):
     def encode_padded(self, padded: Tensor, size: Size) -> ImageFeatures:
         """`encode_images` of normalised pictures of ``size`` that lie in a padded frame (B, 3, H', W') already."""
         features = ImageFeatures(size, {"images": padded})
-        return (
-            features if self.generator.needs_text else self.with_proposals(features, self.propose(padded, None, size))
-        )
+        if self.generator.needs_text:
+            return features
+        return self.with_proposals(features, self.propose(padded, None, size))
 
     def with_proposals(self, features: ImageFeatures, proposals: Proposals) -> ImageFeatures:
         """The frame of ``features`` with these proposals, and with what the system makes of them."""
@@ -192,9 +192,7 @@ class DecoupledModel(StartsFromParts):
 
         ``scores`` (B, N, C) are the regions'. A `LexisegError` says that every class is seen.
         """
-        if bool(seen.all()):
-            raise LexisegError("Self-training needs at least one unseen class; give the text of all classes.")
-        unseen = (~seen).nonzero().flatten()
+        unseen = unseen_of(seen)
         best = self.pixel_scores(scores[..., unseen], features).label_map((labels.shape[-2], labels.shape[-1]))
         return fill_unseen(labels, unseen[best], seen)
 
@@ -209,8 +207,8 @@ class DecoupledModel(StartsFromParts):
     ) -> RegionScores:
         """Class scores (B, N, W) of the regions as scores of pixels, sum_n class_scores[n] * sigmoid(mask_n).
 
-        Proposals that are not valid take no part; ``offsets`` (W,) are subtracted from the words' scores. Masks without
-        ``sigmoid`` are what released variants have.
+        Proposals that are not valid take no part; ``offsets`` (W,) are subtracted from the words' scores. With
+        ``sigmoid`` False masks are taken as they are, as DeOP's released variants do.
         """
         values = features.values
         if "valid" in values:

@@ -37,7 +37,7 @@ _ADDED_BLOCKS = (1, 2, 3, 4, 5)
 _QUERIES = 100
 # The released encoder without tables has this factor on the shortcut around the attention of a severed block of this
 # index, whatever the depth of the tower; the paper does not mention it.
-RELEASED_RESIDUAL = (11, 0.2)
+RELEASED_RESIDUAL = {11: 0.2}
 
 Anchors = QueryAnchors | ConvAnchors | ReleasedConvAnchors
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -275,8 +275,8 @@ class DeOP(DecoupledModel):
             added, hook = self.tables.at_input(grid), self.tables.hook(grid)
         elif isinstance(self.tables, PrependedPrompts):
             hook = self.tables.hook(grid[0] * grid[1], self.severed)
-        elif options.released_residual and RELEASED_RESIDUAL[0] in self.severed:
-            residual = dict([RELEASED_RESIDUAL])
+        elif options.released_residual and RELEASED_RESIDUAL.keys() <= self.severed.keys():
+            residual = RELEASED_RESIDUAL
         tokens, _ = tower.embed(images, interpolation="bicubic", by_count=True, added=added)
         # Masks that sever are resized before the sigmoid, those that are pooled under after it. "gps" reads none.
         reads = any(severance.kind != "gps" for severance in self.severed.values())
@@ -329,15 +329,15 @@ class DeOP(DecoupledModel):
         if not self.trainable_names():
             return super().losses(images, labels, text, seen=seen)
         padded, size = self.pad(images), (int(images.shape[-2]), int(images.shape[-1]))
-        proposals_only = self.options.train == "proposals"
-        if not proposals_only or seen is not None:
-            with torch.set_grad_enabled(torch.is_grad_enabled() and not proposals_only):
-                features = self.proposed(self.encode_padded(padded, size), text)
-                probabilities = self.class_logits(features.values["regions"], text).softmax(dim=-1)
+        if self.options.train == "proposals":
+            if seen is not None:
+                with torch.no_grad():
+                    features, probabilities = self._classified(padded, size, text)
+                labels = self.label_unseen(labels, features, probabilities[..., :-1], seen)
+            return self.proposal_losses(padded, size, labels, text, ProposalWeights(cost_class=0.0))
+        features, probabilities = self._classified(padded, size, text)
         if seen is not None:
             labels = self.label_unseen(labels, features, probabilities[..., :-1], seen)
-        if proposals_only:
-            return self.proposal_losses(padded, size, labels, text, ProposalWeights(cost_class=0.0))
         values, masks = features.values, features.values["mask_logits"]
         if "valid" in values:
             probabilities = probabilities * values["valid"][..., None]
@@ -352,3 +352,8 @@ class DeOP(DecoupledModel):
             dice_weight=self.options.dice_weight,
         )
         return {"loss": parts.total, "loss_mask": parts.mask, "loss_dice": parts.dice}
+
+    def _classified(self, padded: Tensor, size: Size, text: Tensor) -> tuple[ImageFeatures, Tensor]:
+        """Features with proposals, and the probabilities (B, N, C + 1) of their classes and of "no object"."""
+        features = self.proposed(self.encode_padded(padded, size), text)
+        return features, self.class_logits(features.values["regions"], text).softmax(dim=-1)

@@ -60,7 +60,7 @@ def deop_visual(case: Case) -> None:
             prompts = prepended(params, tower, mode.get("prompt_layers", config.get("prompt_layers", [])))
             hook = prompts.hook(grid[0] * grid[1], severed)
         else:
-            residual = dict([RELEASED_RESIDUAL]) if RELEASED_RESIDUAL[0] in severed else {}
+            residual = RELEASED_RESIDUAL if RELEASED_RESIDUAL.keys() <= set(severed) else {}
         tokens, _ = tower.embed(images, interpolation="bicubic", by_count=True, added=added)
         run = tower.run(
             tokens,

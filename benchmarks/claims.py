@@ -53,8 +53,10 @@ from lexiseg.vocabulary import Vocabulary
 from lexiseg.weights.runs import find_checkpoints
 
 DRAWS = 2000
-EXTRAS = ("none", "edges", "shift", "shift+edges", "frozen", "frozen+edges", "frozen alone", "frozen alone+edges")
-EXTRAS += ("frozen values",)
+EXTRAS = (
+    *("none", "edges", "shift", "shift+edges", "frozen", "frozen+edges", "frozen alone", "frozen alone+edges"),
+    "frozen values",
+)
 SMALL: dict[str, Any] = {"scale": 0.05, "scenes": 20, "seeds": [0], "curves": False}
 
 
@@ -220,8 +222,7 @@ def judge(
     if masks == "labels" and isinstance(model, DecoupledModel):
         model.generator = GroundTruth()
         if isinstance(model, RegionModel):
-            told = model.options
-            model.options = told.model_copy(update={"ensemble": told.ensemble.model_copy(update={"rule": "region"})})
+            model.options = model.options.with_values({"ensemble": {"rule": "region"}})
     seen = torch.tensor(seen_ids(vocabulary))
     classes, places = [], []
     with judged_on(segmenter, dataset) as judged:

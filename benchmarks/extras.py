@@ -36,6 +36,7 @@ COMPARED = (
     ("frozen", "frozen values"),
 )
 """Extras, and against which: what is compared has the same smoothing."""
+COMMAND = "python -m benchmarks.extras --runs runs/claims --split SPLIT --scenes SCENES"  # as each row says
 REFERENCE = "one-stage:zegclip"
 """What times are compared with; its run must be finished."""
 ONE_STAGE = ("zegclip", "finetune", "cascade", "spt-seg", "zegclip-self-training", "cascade-self-training")
@@ -101,8 +102,7 @@ def main() -> None:
         if not said.systems or system in said.systems:
             rows = rows_of(study, system, seeds, said.repeats)
             others = [row for row in results["rows"] if (row["system"], row["split"]) != (system, said.split)]
-            command = "python -m benchmarks.extras --runs runs/claims --split SPLIT --scenes SCENES"  # as each row says
-            results = {"command": command, "machine": machine("cpu"), "rows": others + rows}
+            results = {"command": COMMAND, "machine": machine("cpu"), "rows": others + rows}
             write_json(kept, results)
             print(*(json.dumps(row) for row in rows), sep="\n", flush=True)
 

@@ -104,10 +104,14 @@ def word_key(text: str) -> str:
 
 def near_names(name: str, known: Iterable[str], otherwise: str | None = None, most: int = 3) -> str:
     """The end of a sentence about a name that is not known: some near ones, else ``otherwise``, else all there are."""
-    near = difflib.get_close_matches(shorten(name), known := list(known), n=most, cutoff=0.5)
-    if near:
-        return f"did you mean {' or '.join(map(repr, near))}?"
+    if near := difflib.get_close_matches(shorten(name), known := list(known), n=most, cutoff=0.5):
+        return did_you_mean(near)
     return f"there are {', '.join(known)}." if otherwise is None else otherwise
+
+
+def did_you_mean(names: Iterable[str]) -> str:
+    """The end of a sentence about a name that is not known, when these are meant most likely."""
+    return f"did you mean {' or '.join(map(repr, names))}?"
 
 
 def refuse_unknown(value: Mapping[Any, Any], known: Sequence[str], what: str) -> None:

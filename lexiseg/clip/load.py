@@ -23,7 +23,7 @@ from lexiseg.clip.positions import resize_positions
 from lexiseg.errors import LexisegError
 from lexiseg.files import read_json
 from lexiseg.hub import download, first_line
-from lexiseg.words import near_names, printable, shorten
+from lexiseg.words import did_you_mean, near_names, printable, shorten
 
 # A picture of 4096 pixels in patches of 16; a table of positions is not stretched further.
 _MOST_PATCHES = 256 * 256
@@ -82,8 +82,8 @@ def load_clip(name: str | Path, *, device: str | torch.device = "cpu") -> CLIP:
 def _unknown(name: str) -> str:
     known = catalog.packaged_clips() + [f"{arch}/{tag}" for arch, tag in open_clip.list_pretrained() if "ViT" in arch]
     shown = shorten(name)
-    if tags := [f"'{arch}/{tag}'" for arch, tag in open_clip.list_pretrained() if arch == name][:3]:
-        return f"No CLIP is called '{shown}'; did you mean {' or '.join(tags)}?"
+    if tags := [f"{arch}/{tag}" for arch, tag in open_clip.list_pretrained() if arch == name][:3]:
+        return f"No CLIP is called '{shown}'; {did_you_mean(tags)}"
     if Path(name).suffix or name.startswith((".", "/", "~")):
         return f"There is no folder '{shown}' with a CLIP in it; give a folder with {CONFIG_NAME} and {WEIGHTS_NAME}."
     hint = near_names(name, known, "give one such as 'ViT-B-16/openai'.")

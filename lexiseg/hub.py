@@ -8,16 +8,10 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
-from huggingface_hub import constants, hf_hub_download, snapshot_download, try_to_load_from_cache
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    RepositoryNotFoundError,
-)
+import huggingface_hub  # which imports what is asked of it when it is: most runs need no hub
+from huggingface_hub import constants
 
-from lexiseg.errors import LexisegError
+from lexiseg.errors import LexisegError, first_line
 from lexiseg.words import shorten
 
 _TIMEOUT_SECONDS = 5.0
@@ -28,8 +22,10 @@ def cached(repository: str, filenames: tuple[str, ...]) -> Path | None:
 
     Raises LexisegError if no repository could be called so.
     """
+    from huggingface_hub.errors import HFValidationError
+
     try:
-        paths = [try_to_load_from_cache(repository, filename) for filename in filenames]
+        paths = [huggingface_hub.try_to_load_from_cache(repository, filename) for filename in filenames]
     except HFValidationError as error:
         raise LexisegError(
             f"'{shorten(repository)}' is neither here nor a valid name of a hub repository; check the name."
@@ -86,16 +82,24 @@ def download_folder(repository: str, name: str) -> Path:
     reason = unreachable()
     if reason:
         raise LexisegError(f"Only a part of '{name}' is on this machine ({reason}); {advice}.")
+    from huggingface_hub.errors import HfHubHTTPError
+
     try:
-        return Path(snapshot_download(repository, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt"]))
+        return Path(
+            huggingface_hub.snapshot_download(
+                repository, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt"]
+            )
+        )
     except (HfHubHTTPError, OSError, ValueError) as error:
         raise LexisegError(f"Downloading '{name}' from the hub failed ({first_line(error)}); {advice}.") from error
 
 
 def _fetch(repository: str, filename: str, name: str, advice: str) -> Path | None:
     """Download one file; None if the repository does not have it."""
+    from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
+
     try:
-        return Path(hf_hub_download(repository, filename))
+        return Path(huggingface_hub.hf_hub_download(repository, filename))
     except EntryNotFoundError:
         return None
     except GatedRepoError as error:
@@ -112,11 +116,6 @@ def _fetch(repository: str, filename: str, name: str, advice: str) -> Path | Non
         raise LexisegError(
             f"Downloading '{name}' from the hub failed ({first_line(error)}); try again later, or {advice}."
         ) from error
-
-
-def first_line(error: BaseException) -> str:
-    """What an error says in its first line; its type's name where it says nothing."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def unreachable() -> str | None:

@@ -1,13 +1,14 @@
 """Starting quickly: open_clip imported without the libraries that most of its models do not need.
 
-``import open_clip`` takes timm, transformers and, through torchvision, torch's compiler with it: three seconds of
-processor time, for a command that may only segment one picture. `import_open_clip_lean` has the command line's own
-process leave them out; whoever needs them imports them as ever. open_clip's own towers of timm and transformers, which
-`lexiseg.clip.model.build_clip` refuses, cannot be built in such a process.
+``import open_clip`` takes timm, transformers, the hub's client and, through torchvision, torch's compiler with it: more
+than three seconds of processor time, for a command that may only segment one picture. `start_quickly` has the command
+line's own process leave them out; whoever needs them imports them as ever. open_clip's own towers of timm and
+transformers, which `lexiseg.clip.model.build_clip` refuses, cannot be built in such a process.
 """
 
 from __future__ import annotations
 
+import gc
 import importlib
 import importlib.abc
 import importlib.machinery
@@ -16,7 +17,8 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
-_OPTIONAL = ("timm", "transformers")  # open_clip asks for these and goes on without them
+# open_clip asks for these and goes on without them; what lexiseg needs of the hub, `lexiseg.hub` imports itself.
+_OPTIONAL = ("timm", "transformers", "huggingface_hub", "torch.distributed.nn")
 _COMPILER = "torch._dynamo"  # torchvision wants one function of it, which says whether a compiler is there
 
 
@@ -60,7 +62,9 @@ def _is_compile_supported(device_type: str) -> bool:
     return bool(importlib.import_module(f"{_COMPILER}.utils").is_compile_supported(device_type))
 
 
-def import_open_clip_lean() -> None:
+def start_quickly() -> None:
     """Have the first ``import open_clip`` of this process leave out what it can; for a process of lexiseg's own."""
+    # Importing makes many objects that stay: to look through them after every 700 takes a tenth of a short command.
+    gc.set_threshold(10_000, *gc.get_threshold()[1:])
     if "open_clip" not in sys.modules and not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())

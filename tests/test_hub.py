@@ -18,7 +18,7 @@ from lexiseg.errors import LexisegError
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """A hub within reach, with nothing in the cache."""
-    monkeypatch.setattr("lexiseg.hub.try_to_load_from_cache", lambda *given: None)
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *given: None)
     monkeypatch.setattr("lexiseg.hub._unreachable", lambda endpoint: None)
     monkeypatch.setattr("lexiseg.hub.constants.HF_HUB_OFFLINE", False)
     return tmp_path
@@ -30,7 +30,7 @@ def refuse(monkeypatch: pytest.MonkeyPatch, kind: type[Exception], status: int) 
     def fetch(*given: Any, **named: Any) -> str:
         raise kind("Access is restricted.\nMore lines.", response=response)  # type: ignore[call-arg]
 
-    monkeypatch.setattr("lexiseg.hub.hf_hub_download", fetch)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", fetch)
 
 
 @pytest.mark.parametrize(
@@ -56,7 +56,7 @@ def test_gated_and_unknown_repositories(
 def test_half_of_a_repository_is_here(hub: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     (hub / "config.json").write_text("{}")
     monkeypatch.setattr(
-        "lexiseg.hub.try_to_load_from_cache",
+        "huggingface_hub.try_to_load_from_cache",
         lambda _, filename: str(hub / filename) if (hub / filename).exists() else None,
     )
     monkeypatch.setattr("lexiseg.hub.constants.HF_HUB_OFFLINE", True)
@@ -79,7 +79,7 @@ def test_a_download_that_fails(hub: Path, monkeypatch: pytest.MonkeyPatch) -> No
     def broken(*given: Any, **named: Any) -> str:
         raise OSError("connection reset\nmore")
 
-    monkeypatch.setattr("lexiseg.hub.hf_hub_download", broken)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", broken)
     with pytest.raises(LexisegError, match=r"failed \(connection reset\); try again later") as error:
         load_clip("hf-hub:owner/name")
     assert "\n" not in str(error.value)

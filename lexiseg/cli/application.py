@@ -19,7 +19,7 @@ import lexiseg
 from lexiseg.cli import benchmark, convert, data, doctor, draw, evaluate, export, models, predict, push, serve, train
 from lexiseg.cli.console import notes, say_error
 from lexiseg.errors import LexisegError
-from lexiseg.startup import import_open_clip_lean
+from lexiseg.startup import start_quickly
 
 NOTHING_DONE = 2
 STOPPED, TERMINATED = 130, 143
@@ -128,7 +128,7 @@ def main(args: Sequence[str] | None = None) -> int:
     ``args``: the words after ``lexiseg``; taken from ``sys.argv`` when left out. Returns 0, 1, 2, 130 or 143, as the
     documentation of :mod:`lexiseg.cli` says.
     """
-    import_open_clip_lean()
+    start_quickly()
     for descriptor, stream in ((1, sys.stdout), (2, sys.stderr)):
         if stream is None:
             # Closed before we came (``>&-``): the next file that is opened would get the number, and what is printed.

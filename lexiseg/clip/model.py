@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import json
 import math
 from collections.abc import Iterable, Sequence
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import open_clip
 import torch
+from open_clip import tokenizer as open_clip_tokenizer
 from open_clip.modified_resnet import ModifiedResNet
 from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
 from open_clip.transformer import ResidualAttentionBlock, TextTransformer
@@ -266,12 +266,6 @@ class CLIP(nn.Module):
         return digest.hexdigest()
 
 
-@lru_cache(maxsize=4)
-def _tokenizer(arguments: str) -> SimpleTokenizer:
-    """CLIP's byte-pair tokenizer; reading its 49,152 merges takes longer than building a small model."""
-    return SimpleTokenizer(**json.loads(arguments))
-
-
 def check_architecture(architecture: dict[str, Any], name: str) -> None:
     """Refuse towers that are never run here, by the configuration alone: before a gigabyte is downloaded.
 
@@ -340,7 +334,9 @@ def build_clip(architecture: dict[str, Any], *, name: str = "clip", tokenizer: A
     try:
         model = model_class(**arguments)
         if tokenizer is None:
-            tokenizer = _tokenizer(json.dumps(text.get("tokenizer_kwargs") or {}))
+            arguments = text.get("tokenizer_kwargs")
+            # Reading its 49,152 merges takes longer than building a small model, and open_clip has done it already.
+            tokenizer = SimpleTokenizer(**arguments) if arguments else open_clip_tokenizer._tokenizer
     except Exception as error:  # a value of a wrong type or size fails wherever open_clip first computes with it
         raise LexisegError(
             f"open_clip cannot build the architecture of '{name}' ({shorten(str(error), 200)}); check its "

@@ -10,8 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lexiseg.errors import LexisegError
-from lexiseg.hub import first_line
+from lexiseg.errors import LexisegError, first_line
 from lexiseg.proposals.mask2former import Mask2Former
 from lexiseg.proposals.maskformer import MaskFormer
 

@@ -18,9 +18,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lexiseg.errors import LexisegError
+from lexiseg.errors import LexisegError, first_line
 from lexiseg.files import read_json
-from lexiseg.hub import cached, download, first_line
+from lexiseg.hub import cached, download
 from lexiseg.proposals.backbone import RESNET_WIDTHS, ResNetBackbone
 from lexiseg.proposals.base import ProposalGenerator
 from lexiseg.proposals.mask2former import Mask2Former

@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from lexiseg.catalog import clip_config, packaged_clips
-from lexiseg.errors import LexisegError
+from lexiseg.errors import LexisegError, first_line
 from lexiseg.files import read_json, write_text
-from lexiseg.hub import first_line
 from lexiseg.words import printable
 
 CARD = "README.md"

@@ -51,7 +51,7 @@ def test_predict_imports_torch_and_open_clip_alone(tmp_path: Path) -> None:
 
 def test_what_was_left_out_can_be_imported_afterwards() -> None:
     script = (
-        "from lexiseg.startup import import_open_clip_lean as lean; lean(); import open_clip, sys; "
+        "from lexiseg.startup import start_quickly as lean; lean(); import open_clip, sys; "
         "assert not {'timm', 'transformers', 'torch._dynamo'} & set(sys.modules); "
         "import timm, transformers, torch, torchvision.ops; from torch._dynamo.utils import is_compile_supported; "
         "assert torch.compile(lambda x: x + 1, backend='eager')(torch.ones(1)) == 2; "

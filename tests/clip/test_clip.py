@@ -213,7 +213,7 @@ def test_unknown_names(name: str, sentence: str) -> None:
 
 
 def test_offline(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lexiseg.hub.try_to_load_from_cache", lambda *_: None)
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: None)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(LexisegError, match=r"HF_HUB_OFFLINE is set.*give the folder with all its files instead"):
         load_clip("hf-hub:somebody/something")
@@ -226,7 +226,7 @@ def test_offline(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_cached_hub_file_is_used_without_the_hub(clip: CLIP, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = save_clip(clip, tmp_path)
     monkeypatch.setattr(
-        "lexiseg.hub.try_to_load_from_cache",
+        "huggingface_hub.try_to_load_from_cache",
         lambda _, name: str(folder / name) if (folder / name).exists() else None,
     )
     assert load_clip("hf-hub:somebody/something").fingerprint() == clip.fingerprint()

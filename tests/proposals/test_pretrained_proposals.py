@@ -290,7 +290,7 @@ def test_timms_resnets_have_our_names(kind: Any) -> None:
 
 
 def no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lexiseg.hub.try_to_load_from_cache", lambda *_: None)
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: None)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
 
@@ -312,7 +312,7 @@ def test_a_model_in_the_hubs_cache(folders: dict[str, str], monkeypatch: pytest.
     no_hub(monkeypatch)
     folder = Path(folders["maskformer"])
     monkeypatch.setattr(
-        "lexiseg.hub.try_to_load_from_cache",
+        "huggingface_hub.try_to_load_from_cache",
         lambda _, name: str(folder / name) if (folder / name).exists() else None,
     )
     first, second = make("maskformer"), make("maskformer")

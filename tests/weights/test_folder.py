@@ -126,7 +126,7 @@ def test_a_packaged_clip_is_named_and_not_copied(tmp_path: Path, monkeypatch: py
 def test_a_model_from_the_hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = zegclip()
     folder = save_model(model, tmp_path / "model")
-    monkeypatch.setattr("lexiseg.hub.try_to_load_from_cache", lambda _, name: str(folder / name))
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda _, name: str(folder / name))
     same(load_model("somebody/zegclip"), model)
 
 

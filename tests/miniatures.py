@@ -120,7 +120,7 @@ def coco_stuff_train_ids(root: Path) -> None:
         save_index(path.with_name(f"{path.stem}_labelTrainIds.png"), ids, palette=False)
 
 
-def _context_names() -> list[str]:
+def context_names() -> list[str]:
     known = data_set("pascal-context-59").classes
     # Names that no list has: only the 59 must be right, and in alphabetical order as in the distribution's file.
     return sorted([*known, *(f"thing{number:03d}" for number in range(CONTEXT_459 - len(known)))])
@@ -147,7 +147,7 @@ def context59(root: Path) -> None:
 def context459(root: Path) -> None:
     """The distribution: trainval/*.mat with 16-bit LabelMap, labels.txt, and VOC's own lists of the detection task."""
     home, names = _context_pictures(root)
-    lines = [f"{number}: {name}" for number, name in enumerate(_context_names(), 1)]
+    lines = [f"{number}: {name}" for number, name in enumerate(context_names(), 1)]
     (home / "labels.txt").write_text("\n".join(lines) + "\n")
     (home / "trainval").mkdir()
     for split, members in names.items():

@@ -16,7 +16,7 @@ from lexiseg.data.sets.dataset import FileDataset
 from lexiseg.data.sets.open import open_data_set
 from lexiseg.data.sets.verify import verify
 from lexiseg.errors import LexisegError
-from tests.data.test_layouts import LAYOUTS
+from tests.data.sets.test_layouts import LAYOUTS
 from tests.fuzz.mutations import NASTY_TEXTS, spoil_bytes
 
 _SETTINGS = ("exif: raw\n", "exif: apply\n", "ignore: [1, 255]\n", "masks: NAME_mask\n", "masks: m_NAME\n", "exif: x\n")

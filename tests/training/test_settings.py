@@ -292,7 +292,7 @@ def test_resume_of_self_training_is_bit_for_bit(
     quietly(recipe_of(clip_folder), tmp_path / "first")
     recipe = recipe_of(clip_folder, setting="transductive", initial=str(tmp_path / "first"))
     whole = quietly(recipe, tmp_path / "whole")
-    step = Trainer._step
+    step = Trainer.run_step
 
     def stopping(self: Trainer, number: int, batches: Any) -> Any:
         if number == 3:
@@ -300,7 +300,7 @@ def test_resume_of_self_training_is_bit_for_bit(
         return step(self, number, batches)
 
     with monkeypatch.context() as patch, pytest.raises(StopError):
-        patch.setattr(Trainer, "_step", stopping)
+        patch.setattr(Trainer, "run_step", stopping)
         quietly(recipe, tmp_path / "broken")
     torch.rand(3)
     resumed = quietly(recipe, tmp_path / "broken", resume=True)

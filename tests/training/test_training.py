@@ -135,11 +135,11 @@ torch.set_num_threads(int(sys.argv[3]))
 from lexiseg.training.trainer import Trainer
 from lexiseg.recipes import load_recipe
 from lexiseg.training.run import train
-step = Trainer._step
+step = Trainer.run_step
 def slow(*arguments):
     time.sleep(0.1)
     return step(*arguments)
-Trainer._step = slow
+Trainer.run_step = slow
 train(load_recipe(sys.argv[1]), sys.argv[2], device="cpu", tensorboard=False, progress=False)
 """
 

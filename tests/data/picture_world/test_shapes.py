@@ -50,7 +50,7 @@ def test_no_texture_of_a_stuff_class_is_used(monkeypatch: pytest.MonkeyPatch) ->
     ours = {texture(name, variant).tobytes() for name in STUFF for variant in range(NUM_VARIANTS)}
     from lexiseg.data.picture_world import shapes
 
-    assert not ours & {shapes._texture(number).tobytes() for number in range(8)}
+    assert not ours & {shapes.texture(number).tobytes() for number in range(8)}
     assert not hasattr(shapes, "load_atlas")
 
 

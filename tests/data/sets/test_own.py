@@ -12,7 +12,7 @@ import pytest
 
 from lexiseg.cli import main
 
-PAGE = Path(__file__).parents[2] / "docs" / "own-data.md"
+PAGE = Path(__file__).parents[3] / "docs" / "own-data.md"
 
 
 def _lines() -> list[str]:
@@ -55,7 +55,7 @@ def _said_kinds(path: Path) -> set[str]:
 
 
 def test_every_kind_of_finding_is_in_the_tutorial() -> None:
-    package = Path(__file__).parents[2] / "lexiseg" / "data" / "sets"
+    package = Path(__file__).parents[3] / "lexiseg" / "data" / "sets"
     text = PAGE.read_text(encoding="utf-8")
     kinds = set().union(*(_said_kinds(path) for path in package.glob("*.py")))
     assert kinds >= {"damaged-archive", "no-augmented-labels", "unknown-color", "index-label", "missing-folder"}

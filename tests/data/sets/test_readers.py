@@ -81,9 +81,9 @@ def _expected(name: str) -> np.ndarray:
         values = values_in(range(CONTEXT_459 + 1), 0)
         if name == "context459":
             return np.where(values == 0, WIDE, values - 1)
-        from tests.miniatures import _context_names
+        from tests.miniatures import context_names
 
-        names, known = _context_names(), data_set("pascal-context-59").classes
+        names, known = context_names(), data_set("pascal-context-59").classes
         table = {0: 255, **{k + 1: known.index(n) if n in known else 255 for k, n in enumerate(names)}}
         return np.vectorize(table.get)(values)
     if name == "coco-object":

@@ -40,14 +40,14 @@ STAGES = ("propose", "patches", "heatmaps", "encode_regions", "score")
 @contextmanager
 def authors_way(segmenter: Segmenter) -> Iterator[None]:
     """Compute as the released code does."""
-    before = crops._CPU_CHUNK, matmul._enabled
-    crops._CPU_CHUNK, matmul._enabled = 32, False
-    segmenter._labels = dense_labels  # type: ignore[method-assign]
+    before = crops.CPU_CHUNK, matmul.enabled
+    crops.CPU_CHUNK, matmul.enabled = 32, False
+    segmenter.labels_of = dense_labels  # type: ignore[method-assign]
     try:
         yield
     finally:
-        crops._CPU_CHUNK, matmul._enabled = before
-        del segmenter._labels
+        crops.CPU_CHUNK, matmul.enabled = before
+        del segmenter.labels_of
 
 
 def dense_labels(picture: Picture, words: Words, policy: WindowPolicy) -> tuple[Tensor, Tensor]:
@@ -84,7 +84,7 @@ def stages_of(segmenter: Segmenter, predict: Callable[[], Any]) -> dict[str, flo
 
         setattr(owner, name, run)
 
-    owners = [(segmenter.model, name) for name in STAGES if hasattr(segmenter.model, name)] + [(segmenter, "_labels")]
+    owners = [(segmenter.model, name) for name in STAGES if hasattr(segmenter.model, name)] + [(segmenter, "labels_of")]
     for owner, name in owners:
         timed(owner, name)
     predict()

@@ -148,10 +148,11 @@ def separation(clip: CLIP, dataset: PictureWorld) -> list[float]:
             kept.append((patches[:, :-1] * patches[:, 1:]).sum(-1)[known[0]])
             kept.append((patches[:-1] * patches[1:]).sum(-1)[known[1]])
     alike = torch.cat(same)
-    return [_area(torch.cat(kept), alike) for kept in cosines]
+    return [auc(torch.cat(kept), alike) for kept in cosines]
 
 
-def _area(score: Tensor, positive: Tensor) -> float:
+def auc(score: Tensor, positive: Tensor) -> float:
+    """Area under the ROC curve in percent, of scores (N,) and which of them belong to positives, without ties."""
     ranks = score.argsort().argsort().double() + 1
     yes, no = int(positive.sum()), int((~positive).sum())
     return float(100 * (ranks[positive].sum() - yes * (yes + 1) / 2) / (yes * no))

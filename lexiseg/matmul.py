@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 # Turned off where a benchmark compares.
-_enabled = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+enabled = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 # Below this many multiply-adds starting oneDNN's product takes what it saves.
 _LEAST = 1 << 25
 
@@ -15,7 +15,7 @@ _LEAST = 1 << 25
 def plain(x: Tensor) -> bool:
     """Whether ``x`` is computed as it is: float32 on a processor, no gradient, no autocast, no graph being made."""
     return (
-        _enabled
+        enabled
         and x.device.type == "cpu"
         and x.dtype == torch.float32
         and not torch.is_grad_enabled()

@@ -48,7 +48,7 @@ class Predictor(ABC):
     """What `lexiseg.load` gives: a model that segments pictures by words. Threads may share it.
 
     A subclass turns words into text embeddings (`_words`), runs windows (`_run`) and makes scores (`_joined`) or labels
-    (`_labels`) of what they give. ``model`` has ``system``, ``clip``, ``window``, ``default_templates`` and
+    (`labels_of`) of what they give. ``model`` has ``system``, ``clip``, ``window``, ``default_templates`` and
     ``seen_names``; ``templates`` replace those a vocabulary states. Raises LexisegError if a template,
     the refinement or the limit of pixels is wrong.
     """
@@ -101,7 +101,7 @@ class Predictor(ABC):
         """The scores of a picture whose windows were all run."""
 
     @abstractmethod
-    def _labels(self, picture: Picture, words: Words, policy: WindowPolicy) -> tuple[Any, Any]:
+    def labels_of(self, picture: Picture, words: Words, policy: WindowPolicy) -> tuple[Any, Any]:
         """The labels (H, W) of such a picture, refined, and their scores."""
 
     @abstractmethod
@@ -141,7 +141,7 @@ class Predictor(ABC):
         """The result of a picture whose windows were all run."""
         vocabulary = words.vocabulary
         try:
-            labels, best = self._labels(picture, words, policy)
+            labels, best = self.labels_of(picture, words, policy)
         except LexisegError as error:
             raise LexisegError(f"{shorten(picture.name, 200)}: {error}") from error
         if vocabulary.background.threshold is not None:

@@ -31,7 +31,7 @@ Size = tuple[int, int]
 
 # Classes that are refined at most, of those that are among the best `_RANKS` somewhere on a lattice of `_CELLS`: what
 # smoothing keeps of a class is a lattice of edges, or a picture of PAMR.
-_MAX_CLASSES = {"edges": 512, "pamr": 64}
+MAX_CLASSES = {"edges": 512, "pamr": 64}
 _RANKS = 3
 _CELLS = 64
 
@@ -80,7 +80,7 @@ def refine(scores: Scores, image: Tensor, refinement: Refinement, size: Size | N
         if refinement.kind == "none":
             return found[0], values[0]
         return vote(found[0], values[0], region_map(image, size, refinement.regions, scores.device))
-    classes = candidates(scores, size, _MAX_CLASSES[refinement.kind])
+    classes = candidates(scores, size, MAX_CLASSES[refinement.kind])
     if refinement.kind == "edges":
         grid = _fit(size, short=refinement.cells)
         parts = scores.dense(grid, classes)
@@ -91,7 +91,7 @@ def refine(scores: Scores, image: Tensor, refinement: Refinement, size: Size | N
         smoothed = pamr(parts, _guide(image, grid, scores.device), refinement.steps, refinement.dilations)
     found, values = GridScores(smoothed).label_and_score(size)
     labels = classes[found[0]]
-    if len(classes) == _MAX_CLASSES[refinement.kind] < scores.num_classes:
+    if len(classes) == MAX_CLASSES[refinement.kind] < scores.num_classes:
         # So many classes win that not all were refined: where one of the others does, it keeps the pixel.
         plain, plain_values = scores.label_and_score(size)
         others = ~torch.isin(plain[0], classes)

@@ -204,7 +204,8 @@ class Segmenter(Predictor):
     def _about(self) -> dict[str, str]:
         return {"dtype": str(self.dtype or torch.float32).removeprefix("torch.")}
 
-    def _labels(self, picture: Picture, words: Words, policy: WindowPolicy) -> tuple[Tensor, Tensor]:
+    def labels_of(self, picture: Picture, words: Words, policy: WindowPolicy) -> tuple[Tensor, Tensor]:
+        """The labels (H, W) of such a picture, refined, and their scores."""
         scores, image, rule = picture.joined(policy), picture.image, self.model.words_rule
         with float32_default():
             if rule is None:

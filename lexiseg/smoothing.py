@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 # The weights of a binomial filter of three: near cells count more than far ones, whatever their colour.
 _BINOMIAL = (1.0, 2.0, 1.0)
-_WORDS = 128
+WORDS = 128
 _PAMR_WORDS = 8
 
 
@@ -44,7 +44,7 @@ def smooth(scores: Tensor, colours: Tensor, distances: Sequence[int], width: flo
             part = _add_weighted(torch.zeros_like(part), part, distance, weights)
         return part
 
-    return _by_parts(smoothed, scores, _WORDS)
+    return _by_parts(smoothed, scores, WORDS)
 
 
 def _by_parts(function: Callable[[Tensor], Tensor], scores: Tensor, count: int) -> Tensor:

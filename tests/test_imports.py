@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import graphlib
 import inspect
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -185,3 +186,29 @@ def test_files_and_functions_are_short_enough_to_read() -> None:
                 if lines > MAX_FUNCTION and REASON not in (ast.get_docstring(node) or ""):
                     long.append(f"{path.relative_to(PACKAGE)}: {node.name} has {lines} lines")
     assert not long
+
+
+TESTS = Path(__file__).parent
+OUTSIDE = {"benchmarks", "browser", "fuzz", "parity"}  # of tests whose subject is no folder of the package
+
+
+def test_tests_mirror_the_package() -> None:
+    parts = {path.parent.relative_to(PACKAGE) for path in SOURCES if path.name != "__init__.py"}
+    mirrored = {path.parent.relative_to(TESTS) for path in TESTS.rglob("test_*.py")}
+    assert {part for part in mirrored if not OUTSIDE & set(part.parts)} == parts
+
+
+def test_tests_name_nothing_private_of_the_package() -> None:
+    private: list[str] = []
+    for path in sorted(TESTS.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom):
+                names = [f"{node.module}.{alias.name}" for alias in node.names]
+            else:
+                names = [node.value] if isinstance(node, ast.Constant) and isinstance(node.value, str) else []
+            private += [
+                f"{path.relative_to(TESTS)}: {name}"
+                for name in names
+                if re.fullmatch(r"(lexiseg|benchmarks|scripts|tests)(\.\w+)*\._[a-z]\w*(\.\w+)*", name, re.IGNORECASE)
+            ]
+    assert not private

@@ -95,7 +95,7 @@ def test_only_classes_that_lead_somewhere_are_refined() -> None:
 
 
 def test_where_more_classes_win_than_are_refined_the_others_keep_their_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lexiseg.refine._MAX_CLASSES", {"edges": 2})
+    monkeypatch.setattr("lexiseg.refine.MAX_CLASSES", {"edges": 2})
     logits = torch.zeros(1, 5, 6, 8)
     for word, columns in enumerate([(0, 3), (3, 6), (6, 7), (7, 8)]):
         logits[0, word, :, slice(*columns)] = 1

@@ -46,7 +46,7 @@ def small_architecture(**changes: Any) -> dict[str, Any]:
 def small_clip(seed: int = 0, **changes: Any) -> CLIP:
     """Build `small_architecture` with weights large enough that every term matters."""
     clip = _small_clip(seed, json.dumps(changes, sort_keys=True))
-    return copy.deepcopy(clip, {id(clip._tokenizer): clip._tokenizer})  # the tokenizer is large and does not change
+    return copy.deepcopy(clip, {id(clip.tokenizer): clip.tokenizer})  # the tokenizer is large and does not change
 
 
 @lru_cache(maxsize=8)

@@ -29,7 +29,7 @@ from lexiseg.errors import LexisegError
 from lexiseg.models import SegmentationModel
 from lexiseg.segmenter import Segmenter
 
-_CASES: tuple[type[CostCase], ...] = (
+CASES: tuple[type[CostCase], ...] = (
     DenseCLIPCase,
     ZegCLIPCase,
     CascadeCLIPCase,
@@ -174,7 +174,7 @@ class CostTable:
 
 def cost_systems() -> tuple[str, ...]:
     """Names of the rows there are."""
-    return tuple(case.name for case in _CASES)
+    return tuple(case.name for case in CASES)
 
 
 def measure_cost(
@@ -200,7 +200,7 @@ def measure_cost(
     Raises:
         LexisegError: a system or a number is wrong.
     """
-    cases = [_case(name) for name in dict.fromkeys(systems)] if systems else [case() for case in _CASES]
+    cases = [_case(name) for name in dict.fromkeys(systems)] if systems else [case() for case in CASES]
     if side < 16 or classes < 1 or repeats < 1:
         raise LexisegError(
             f"A side of {side}, {classes} classes and {repeats} repeats cannot be measured; take a side of at least 16 "
@@ -235,7 +235,7 @@ def _seconds(runs: Mapping[str, Callable[[], object]], repeats: int, device: str
 
 
 def _case(name: str) -> CostCase:
-    for case in _CASES:
+    for case in CASES:
         if case.name == name:
             return case()
     near = difflib.get_close_matches(name, cost_systems(), n=1)

@@ -106,22 +106,22 @@ class ForeignCLIP(CLIP):
     def tokenize(self, texts: Sequence[str]) -> Tensor:
         """Turn texts into token ids (n, context_length), each 1 more than the library's so that 0 is padding."""
         length = self.context_length
-        rows = [list(self._tokenizer(text, truncation=True, max_length=length)["input_ids"]) for text in texts]
+        rows = [list(self.tokenizer(text, truncation=True, max_length=length)["input_ids"]) for text in texts]
         return torch.tensor([[token + 1 for token in row] + [0] * (length - len(row)) for row in rows])
 
     def count_tokens(self, text: str) -> int:
         """Number of tokens ``text`` needs, marks included."""
-        return len(self._tokenizer(text)["input_ids"])
+        return len(self.tokenizer(text)["input_ids"])
 
     def encode_text(self, tokens: Tensor) -> Tensor:
         """Encode token ids (n, L) from `tokenize`: (n, D), not normalised."""
         given = tokens != 0
-        if self._tokenizer.padding_side == "left":  # a stable sort moves the padding to the front
+        if self.tokenizer.padding_side == "left":  # a stable sort moves the padding to the front
             order = given.int().argsort(dim=1, stable=True)
             tokens, given = tokens.gather(1, order), given.gather(1, order)
-        pad = self._tokenizer.pad_token_id
+        pad = self.tokenizer.pad_token_id
         ids = torch.where(given, tokens - 1, 0 if pad is None else pad)
-        masked = "attention_mask" in self._tokenizer.model_input_names
+        masked = "attention_mask" in self.tokenizer.model_input_names
         inputs = {"attention_mask": given.long()} if masked else {}
         return self.model.get_text_features(input_ids=ids, **inputs).pooler_output
 
@@ -147,7 +147,7 @@ def load_foreign(name: str) -> ForeignCLIP:
             "'timm:vit_base_patch14_reg1_tipsv2.webli'."
         )
     text = _transformers(f"google/tipsv2-{_TIPS_TEXT[size]}", name)
-    return ForeignCLIP(text.model, text._tokenizer, name, mean=text.mean, std=text.std, trunk=timm_model(trunk_name))
+    return ForeignCLIP(text.model, text.tokenizer, name, mean=text.mean, std=text.std, trunk=timm_model(trunk_name))
 
 
 def timm_model(name: str) -> Any:

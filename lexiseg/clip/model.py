@@ -63,7 +63,7 @@ class CLIP(nn.Module):
         self.architecture = architecture
         self.name = name
         self.packaged = packaged
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
         self._name_tokens: dict[str, tuple[int, ...]] = {}
         self._digests: dict[str, tuple[tuple[tuple[int, int], ...], str]] = {}
 
@@ -134,15 +134,15 @@ class CLIP(nn.Module):
 
     def tokenize(self, texts: Sequence[str]) -> Tensor:
         """Turn texts into token ids (n, context_length), long, on the CPU. An over-long text is cut."""
-        return self._tokenizer(list(texts), context_length=self.context_length).long()
+        return self.tokenizer(list(texts), context_length=self.context_length).long()
 
     def count_tokens(self, text: str) -> int:
         """Number of tokens ``text`` needs, the start and the end mark included."""
-        if isinstance(self._tokenizer, SimpleTokenizer):
-            return len(self._tokenizer.encode(text)) + 2
-        if isinstance(self._tokenizer, HFTokenizer):
-            return len(self._tokenizer.tokenizer(text)["input_ids"])
-        return int((self._tokenizer([text], context_length=self.context_length) != 0).sum())
+        if isinstance(self.tokenizer, SimpleTokenizer):
+            return len(self.tokenizer.encode(text)) + 2
+        if isinstance(self.tokenizer, HFTokenizer):
+            return len(self.tokenizer.tokenizer(text)["input_ids"])
+        return int((self.tokenizer([text], context_length=self.context_length) != 0).sum())
 
     @property
     def text_width(self) -> int:

@@ -53,7 +53,7 @@ def resize_positions(
     patches = table[1:].reshape(1, source[0], source[1], -1).permute(0, 3, 1, 2)
     mode, _, variant = interpolation.partition("-")
     if variant == "offset" and torch.compiler.is_compiling():
-        down, across = (matrix.to(patches.device) for matrix in _bicubic(grid, source))
+        down, across = (matrix.to(patches.device) for matrix in bicubic(grid, source))
         patches = down @ patches.float() @ across.T
     elif variant == "offset":
         scale = ((grid[0] + _OFFSET) / source[0], (grid[1] + _OFFSET) / source[1])
@@ -65,7 +65,7 @@ def resize_positions(
     return torch.cat([table[:1], patches])
 
 
-def _bicubic(grid: tuple[int, int], source: tuple[int, int]) -> tuple[Tensor, Tensor]:
+def bicubic(grid: tuple[int, int], source: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """What "bicubic-offset" does along each axis as matrices (h, h0) and (w, w0), for graphs of any size.
 
     Exporters can neither follow a scale that depends on the size nor take the table as it is where the grids agree.

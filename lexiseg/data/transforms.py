@@ -120,7 +120,7 @@ class RandomCrop:
         box = self._draw(image, rng)
         if self.max_fraction < 1.0:
             for _ in range(self.attempts):
-                if self._accept(label[box]):
+                if self.accepts(label[box]):
                     break
                 box = self._draw(image, rng)
         rows, columns = box
@@ -130,7 +130,8 @@ class RandomCrop:
         top, left = (int(rng.integers(0, max(side - self.size, 0) + 1)) for side in image.shape[-2:])
         return slice(top, top + self.size), slice(left, left + self.size)
 
-    def _accept(self, label: Tensor) -> bool:
+    def accepts(self, label: Tensor) -> bool:
+        """Whether a crop has at least two classes and none has more than ``max_fraction`` of its pixels."""
         counts = torch.bincount(label.reshape(-1), minlength=self.ignored + 1)
         counts[self.ignored] = 0
         counts = counts[counts > 0]

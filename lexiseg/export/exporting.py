@@ -92,7 +92,7 @@ def export(
     spec = _describe(segmenter, kind, sizes, precision)
     temporary = make_folder(folder.parent / f".{folder.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
-        _save_tokenizer(model.clip._tokenizer, temporary / spec.text.tokenizer)
+        _save_tokenizer(model.clip.tokenizer, temporary / spec.text.tokenizer)
         compiled = False
         with _traceable(model):
             for name, graph in zip((*spec.graphs, spec.text.graph), _graphs(segmenter, spec), strict=True):
@@ -115,8 +115,8 @@ def _check(model: SegmentationModel, folder: Path, kind: str, precision: str) ->
         raise LexisegError(f"'{folder}' exists and is not an exported model; choose another folder.")
     model.check_exportable()
     clip = model.clip
-    plain = isinstance(clip._tokenizer, SimpleTokenizer) and clip._tokenizer.clean_fn is _clean_lower
-    if not clip.plain_text or not plain or clip._tokenizer.reduction_fn is not None:
+    plain = isinstance(clip.tokenizer, SimpleTokenizer) and clip.tokenizer.clean_fn is _clean_lower
+    if not clip.plain_text or not plain or clip.tokenizer.reduction_fn is not None:
         raise LexisegError(
             f"The text tower or the tokenizer of '{clip.name}' is not CLIP's own, and only that is exported; choose a "
             "model on a CLIP such as 'ViT-B-16/openai'."

@@ -235,7 +235,8 @@ class ExportedPredictor(Predictor):
     def _about(self) -> dict[str, str]:
         return {"dtype": self.model.spec.precision, "runtime": self.model.spec.kind}
 
-    def _labels(self, picture: Picture, words: Words, policy: WindowPolicy) -> tuple[np.ndarray, np.ndarray]:
+    def labels_of(self, picture: Picture, words: Words, policy: WindowPolicy) -> tuple[np.ndarray, np.ndarray]:
+        """The labels (H, W) and their scores, without torch where nothing is refined."""
         if self.refinement.kind != "none":
             import torch
 

@@ -20,8 +20,8 @@ from lexiseg.strict import StrictModel
 Distance = Literal["smooth-l1", "l1", "l2", "kl"]
 Normalisation = Literal["row", "matrix"]
 
-_EPS_IOU = 1e-7
-_EPS_RANGE = 1e-8
+EPS_IOU = 1e-7
+EPS_RANGE = 1e-8
 
 
 class MaskAwareOptions(StrictModel):
@@ -58,7 +58,7 @@ def mask_ious(masks: Tensor, labels: Tensor, num_classes: int) -> tuple[Tensor, 
     flat = masks.flatten(1)
     common = truth @ flat.T
     union = truth.sum(dim=1)[:, None] + flat.sum(dim=1)[None] - common
-    return common / (union + _EPS_IOU), present
+    return common / (union + EPS_IOU), present
 
 
 def iou_targets(ious: Tensor, normalise: Normalisation = "row") -> Tensor:
@@ -74,7 +74,7 @@ def iou_targets(ious: Tensor, normalise: Normalisation = "row") -> Tensor:
         if normalise == "row"
         else (ious.min(), ious.max())
     )
-    return (ious - low) / (high - low + _EPS_RANGE)
+    return (ious - low) / (high - low + EPS_RANGE)
 
 
 def mask_aware_loss(scores: Tensor, targets: Tensor, distance: Distance = "smooth-l1") -> Tensor:
@@ -100,9 +100,9 @@ def mask_aware_loss(scores: Tensor, targets: Tensor, distance: Distance = "smoot
     if distance == "l2":
         return F.mse_loss(scores, targets) * weight
     total = targets.sum(dim=1, keepdim=True)
-    target = targets / total.clamp(min=_EPS_RANGE)
-    ours = scores / scores.sum(dim=1, keepdim=True).clamp(min=_EPS_RANGE)
-    divergence = torch.xlogy(target, target) - target * ours.clamp(min=_EPS_RANGE).log()
+    target = targets / total.clamp(min=EPS_RANGE)
+    ours = scores / scores.sum(dim=1, keepdim=True).clamp(min=EPS_RANGE)
+    divergence = torch.xlogy(target, target) - target * ours.clamp(min=EPS_RANGE).log()
     return divergence.sum(dim=1).mean() * weight
 
 

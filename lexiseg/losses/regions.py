@@ -16,7 +16,7 @@ from lexiseg.losses.reduction import reduction_weight
 _ALPHA = 0.25
 _CLAMP = 1e-4
 # Entries of the score map that are held at a time; at 157 classes that is 16 rows of 512 pixels.
-_CHUNK = 1 << 20
+CHUNK = 1 << 20
 
 
 def region_map_losses(
@@ -95,7 +95,7 @@ class _Image:
         # A resize by two matrix products can be done row by row.
         self.rows = bilinear_matrix(mask_logits.shape[1], height, mask_logits.device)
         self.columns = bilinear_matrix(mask_logits.shape[2], width, mask_logits.device)
-        step = max(1, _CHUNK // (max(self.last + 1, len(mask_logits)) * width))
+        step = max(1, CHUNK // (max(self.last + 1, len(mask_logits)) * width))
         self.parts = [slice(start, min(start + step, height)) for start in range(0, height, step)]
 
     def map(self, part: slice) -> tuple[Tensor, Tensor]:

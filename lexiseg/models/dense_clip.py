@@ -253,7 +253,7 @@ class DenseCLIP(SegmentationModel):
         fitted, _ = self.fitted(images)
         tokens, grid = tower.embed(fitted, interpolation=options.positions, by_count=options.positions_by_count)
         if options.mixing == "self-self":
-            return ImageFeatures(size, {"patches": self._unit_patches(self._self_self(tokens), grid)})
+            return ImageFeatures(size, {"patches": self.unit_patches(self.self_self(tokens), grid)})
         first = max(len(tower.blocks) - options.last_blocks, 0)
         tokens, kept = tower.run(tokens, stop=first, attending=options.middle_blocks)
         if options.feedback:
@@ -265,7 +265,7 @@ class DenseCLIP(SegmentationModel):
         if options.mixing == "proxy":
             return ImageFeatures(size, {"patches": self._by_proxy(tokens, grid, fitted)})
         said = self.last_blocks(tokens, grid, feedback)
-        return ImageFeatures(size, {"patches": self._unit_patches(said, grid)})
+        return ImageFeatures(size, {"patches": self.unit_patches(said, grid)})
 
     def last_blocks(self, tokens: Tensor, grid: Grid, feedback: Feedback | None = None) -> Tensor:
         """What the last blocks say of the tokens that enter the first of them, as the method has it.
@@ -305,9 +305,9 @@ class DenseCLIP(SegmentationModel):
         grid = self.tower.grid(values["images"])
         middle = [(values[f"query_{index}"], values[f"key_{index}"]) for index in options.middle_blocks]
         feedback = Feedback(middle, options.middle_weights)
-        return self._unit_patches(self.last_blocks(values["tokens"], grid, feedback), grid), feedback
+        return self.unit_patches(self.last_blocks(values["tokens"], grid, feedback), grid), feedback
 
-    def _self_self(self, tokens: Tensor) -> Tensor:
+    def self_self(self, tokens: Tensor) -> Tensor:
         """GEM: a path of self-self attention beside the last blocks."""
         options, tower = self.options, self.tower
         first = max(len(tower.blocks) - options.depth + 1, 0)
@@ -333,7 +333,8 @@ class DenseCLIP(SegmentationModel):
         return F.normalize(self.tower.project(block.output(mixed)).unflatten(1, proxy_grid), dim=-1)
 
     @staticmethod
-    def _unit_patches(tokens: Tensor, grid: Grid) -> Tensor:
+    def unit_patches(tokens: Tensor, grid: Grid) -> Tensor:
+        """The patches of tokens (B, K, D), without what stands before them, at unit length (B, h, w, D)."""
         return F.normalize(tokens[:, -grid[0] * grid[1] :].unflatten(1, grid), dim=-1)
 
     @property
@@ -372,7 +373,7 @@ class DenseCLIP(SegmentationModel):
         agree = label_agreement(labels, options.neighbour_std, options.feedback_same_entity)
         weights = F.pad(agree / agree.amax(dim=(1, 2), keepdim=True), (num_prefix, 0, num_prefix, 0))
         feedback = Feedback(feedback.middle, options.middle_weights, weights, options.feedback_weights)
-        return self._unit_patches(self.last_blocks(values["tokens"], grid, feedback), grid)
+        return self.unit_patches(self.last_blocks(values["tokens"], grid, feedback), grid)
 
     def first_labels(self, logits: Tensor, images: Tensor) -> Tensor:
         """The word of each pixel in ResCLIP's first pass, 0 where none is likely.

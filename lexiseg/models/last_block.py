@@ -172,7 +172,7 @@ def label_agreement(labels: Tensor, std: float, same_entity_only: bool = True) -
     count = flat.shape[-1]
     agree = (flat[..., None] == flat[..., None, :]).float()
     if same_entity_only and count > 1:
-        agree = agree * _line_weights(labels)
+        agree = agree * line_weights(labels)
     length = min(count, int(6 * std) + 1)
     length += 1 - length % 2
     offsets = torch.arange(length, device=labels.device, dtype=torch.float32) - length // 2
@@ -182,7 +182,7 @@ def label_agreement(labels: Tensor, std: float, same_entity_only: bool = True) -
     return agree / (agree.sum(dim=-1, keepdim=True) + 1e-8)
 
 
-def _line_weights(labels: Tensor) -> Tensor:
+def line_weights(labels: Tensor) -> Tensor:
     """The factor of pairs of patches (..., h * w, h * w) for what lies between them, which counts for pairs that agree.
 
     The row of a point on the line is that of two rows and its column that of two columns, so that tables of those give

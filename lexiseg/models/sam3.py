@@ -90,7 +90,7 @@ class SAM3Towers(CLIP):
 
     def count_tokens(self, text: str) -> int:
         """Number of tokens ``text`` needs, marks included."""
-        return len(self._tokenizer(text)["input_ids"])
+        return len(self.tokenizer(text)["input_ids"])
 
     @torch.no_grad()
     def word_tokens(self, words: Sequence[str]) -> Tensor:
@@ -101,7 +101,7 @@ class SAM3Towers(CLIP):
         """
         parts = []
         for start in range(0, len(words), _TEXTS_AT_ONCE):
-            inputs = self._tokenizer(
+            inputs = self.tokenizer(
                 list(words[start : start + _TEXTS_AT_ONCE]),
                 padding="max_length",
                 truncation=True,

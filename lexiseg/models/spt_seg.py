@@ -125,7 +125,7 @@ class SpectralGuide(nn.Module):
 
         Where z points away from the prompt it is zero: all classes then have the logit 0 there.
         """
-        z = torch.cat([self._high(memory, grid), self._low(memory, grid)], dim=-1)
+        z = torch.cat([self.high_frequency(memory, grid), self.low_frequency(memory, grid)], dim=-1)
         gate = (F.normalize(z, dim=-1, eps=1e-12) @ F.normalize(self.prompt, dim=0, eps=1e-12)).clamp(0.0, 1.0)
         return (z * gate[..., None]) @ self.transform
 
@@ -135,7 +135,8 @@ class SpectralGuide(nn.Module):
         x = F.pad(x.unflatten(1, grid), (0, 0, 0, -width % _WINDOW, 0, -height % _WINDOW))
         return x.unflatten(2, (-1, _WINDOW)).unflatten(1, (-1, _WINDOW))
 
-    def _high(self, memory: Tensor, grid: tuple[int, int]) -> Tensor:
+    def high_frequency(self, memory: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Local details (B, N, E / 2): attention inside windows of 3 x 3 patches."""
         # Without a bias the maps of padding are zero: padding after the map is the same, and less work.
         windows = self._windows(self.high(memory), grid).transpose(2, 3)
         batch, rows, columns = windows.shape[:3]
@@ -145,7 +146,8 @@ class SpectralGuide(nn.Module):
         mixed = mixed.reshape(batch, rows, columns, _WINDOW, _WINDOW, -1).transpose(2, 3)
         return mixed.flatten(3, 4).flatten(1, 2)[:, : grid[0], : grid[1]].flatten(1, 2)
 
-    def _low(self, memory: Tensor, grid: tuple[int, int]) -> Tensor:
+    def low_frequency(self, memory: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Global structure (B, N, E / 2): attention from all patches to the means of the windows."""
         pooled = self._windows(memory, grid).mean(dim=(2, 4)).flatten(1, 2)
         key, value = self.low_key_value(pooled).chunk(2, dim=-1)
 

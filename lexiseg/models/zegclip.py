@@ -29,7 +29,7 @@ from lexiseg.models.one_stage import DecoderLayer, MaskDecoder, OneStageModel, O
 from lexiseg.models.options import Count, Dropout, ModelOptions
 from lexiseg.models.similarity_init import init_matching_decoder, patch_directions
 
-_CLASS_CHUNK = 4096  # classes decoded at once at prediction, which bounds the memory of a large vocabulary
+CLASS_CHUNK = 4096  # classes decoded at once at prediction, which bounds the memory of a large vocabulary
 
 
 class ZegCLIPOptions(OneStageOptions):
@@ -229,10 +229,10 @@ class ZegCLIP(OneStageModel):
             # Several heads are Cascade-CLIP's: a sum, not a mean, and no loss of its own for any head.
             return reduce(torch.add, (head.decoder(queries, memory) for head, queries, memory in triples)).float()
 
-        if self.training or text.shape[0] <= _CLASS_CHUNK:
+        if self.training or text.shape[0] <= CLASS_CHUNK:
             return decode(text).unflatten(2, grid)
         # Queries are independent of each other: many classes are decoded in parts, into one tensor.
         logits = cls.new_empty((len(cls), len(text), grid[0] * grid[1]), dtype=torch.float32)
-        for part, place in zip(text.split(_CLASS_CHUNK), logits.split(_CLASS_CHUNK, 1), strict=True):
+        for part, place in zip(text.split(CLASS_CHUNK), logits.split(CLASS_CHUNK, 1), strict=True):
             place.copy_(decode(part))
         return logits.unflatten(2, grid)

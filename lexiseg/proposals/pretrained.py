@@ -90,11 +90,11 @@ def start_proposals(generator: ProposalGenerator, source: str) -> list[str]:
         found = own_tensors(generator, own, source)
     elif source == IMAGENET:
         tensors = _read_resnet(_imagenet_file(generator.options))
-        _fit_resnet(generator, tensors, f"the ImageNet weights {IMAGENET_WEIGHTS[generator.options.backbone]}")
+        fit_resnet(generator, tensors, f"the ImageNet weights {IMAGENET_WEIGHTS[generator.options.backbone]}")
         found = {_BODY + name: tensor for name, tensor in tensors.items()}
     elif source.endswith(WEIGHT_FILES):
         tensors = _read_resnet(Path(source).expanduser())
-        _fit_resnet(generator, tensors, f"'{source}'")
+        fit_resnet(generator, tensors, f"'{source}'")
         found = {_BODY + name: tensor for name, tensor in tensors.items()}
     else:
         found = _transformers_tensors(generator, source)
@@ -181,7 +181,7 @@ def _read_resnet(path: Path) -> dict[str, Tensor]:
     }
 
 
-def _fit_resnet(generator: MaskFormer | Mask2Former, tensors: Mapping[str, Tensor], what: str) -> None:
+def fit_resnet(generator: MaskFormer | Mask2Former, tensors: Mapping[str, Tensor], what: str) -> None:
     """Check that a ResNet's tensors are those of the backbone.
 
     Raises:

@@ -30,7 +30,7 @@ class Sam(ProposalGenerator):
     def __init__(self, options: SamOptions) -> None:
         super().__init__()
         self.options = options
-        self._pipeline: Any = None
+        self.pipeline: Any = None
         # Follows the module to its device.
         self.register_buffer("where", torch.zeros(()), persistent=False)
 
@@ -38,13 +38,13 @@ class Sam(ProposalGenerator):
         """Run this SAM of `transformers` instead of the one the options name, and return the generator."""
         from transformers.pipelines.mask_generation import MaskGenerationPipeline
 
-        self._pipeline = MaskGenerationPipeline(
+        self.pipeline = MaskGenerationPipeline(
             model=model.eval(), image_processor=image_processor, device=self.where.device
         )
         return self
 
     def _load(self) -> Any:
-        if self._pipeline is None:
+        if self.pipeline is None:
             name = self.options.weights
             if Path(name).is_file():
                 raise LexisegError(
@@ -60,7 +60,7 @@ class Sam(ProposalGenerator):
                     f"The SAM model '{name}' could not be loaded ({type(error).__name__}); give a local folder "
                     "of it, or the name of a SAM on the Hugging Face hub with the network on."
                 ) from error
-        pipeline = self._pipeline
+        pipeline = self.pipeline
         if pipeline.device != self.where.device:
             pipeline.device = self.where.device
             pipeline.model.to(self.where.device)

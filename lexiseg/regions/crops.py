@@ -33,7 +33,7 @@ from lexiseg.regions.encoder import PIXELS, RegionEncoder, Size
 from lexiseg.strict import StrictModel
 
 # What a processor's caches hold; larger batches take longer (benchmarks/decoupled_speed.py).
-_CPU_CHUNK = 4
+CPU_CHUNK = 4
 _CHUNK = 32
 
 
@@ -161,7 +161,7 @@ def in_chunks(function: Callable[[Tensor], Tensor], images: Tensor, width: int) 
     if not len(images):
         return images.new_zeros(0, width)
     distinct, place = torch.unique(images.flatten(1), dim=0, return_inverse=True)
-    chunk = _CPU_CHUNK if images.device.type == "cpu" else _CHUNK
+    chunk = CPU_CHUNK if images.device.type == "cpu" else _CHUNK
     if len(distinct) == len(images):
         return torch.cat([function(part) for part in images.split(chunk)])
     parts = distinct.unflatten(1, images.shape[1:]).split(chunk)

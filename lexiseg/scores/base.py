@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from lexiseg.errors import LexisegError
-from lexiseg.scores import _decode
-from lexiseg.scores._fields import Field
+from lexiseg.scores import decode
+from lexiseg.scores.fields import Field
 
 Size = tuple[int, int]
 """(height, width) in pixels."""
@@ -73,7 +73,7 @@ class Scores(ABC):
         values = torch.empty(self.batch_size, k, *size, device=self.device)
         indices = torch.empty(values.shape, dtype=torch.long, device=self.device)
         for picture, field in self._fields(size):
-            _decode.top_k(field, self.word_to_class, values[picture], indices[picture])
+            decode.top_k(field, self.word_to_class, values[picture], indices[picture])
         return values, indices
 
     def dense(self, size: Size, classes: Tensor | None = None) -> Tensor:
@@ -90,26 +90,26 @@ class Scores(ABC):
         count = self.num_classes if classes is None else len(classes)
         out = torch.empty(self.batch_size, count, *size, device=self.device)
         for picture, field in self._fields(size):
-            _decode.dense(field, self.word_to_class, out[picture], None if count == self.num_classes else classes)
+            decode.dense(field, self.word_to_class, out[picture], None if count == self.num_classes else classes)
         return out
 
     def __getitem__(self, picture: int) -> Scores:
-        return self._map(lambda values: values[picture][None])
+        return self.map(lambda values: values[picture][None])
 
     def to(self, device: torch.device | str) -> Scores:
         """The same scores on another device."""
-        return self._map(lambda values: values.to(device))
+        return self.map(lambda values: values.to(device))
 
     def detach(self) -> Scores:
         """The same scores, cut off from the graph that made them."""
-        return self._map(Tensor.detach)
+        return self.map(Tensor.detach)
 
     @abstractmethod
-    def _map(self, change: Callable[[Tensor], Tensor]) -> Scores:
+    def map(self, change: Callable[[Tensor], Tensor]) -> Scores:
         """The same kind of scores, of changed tensors."""
 
     @abstractmethod
-    def _field(self, picture: int, size: Size) -> Field:
+    def field(self, picture: int, size: Size) -> Field:
         """The virtual (num_words, height, width) array of one picture."""
 
     @abstractmethod
@@ -128,19 +128,20 @@ class Scores(ABC):
         labels = torch.empty(self.batch_size, *size, dtype=torch.long, device=self.device)
         scores = torch.empty(labels.shape if with_scores else 0, device=self.device)
         for picture, field in self._fields(size):
-            _decode.best(field, self.word_to_class, labels[picture], scores[picture] if with_scores else None)
+            decode.best(field, self.word_to_class, labels[picture], scores[picture] if with_scores else None)
         return labels, scores
 
     def _fields(self, size: Size) -> Iterator[tuple[int, Field]]:
         """Each picture's number and field, inside which neither a graph nor autocast is."""
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
             for picture in range(self.batch_size):
-                field = self._field(picture, size) if math.isfinite(self._largest()) else None
+                field = self.field(picture, size) if math.isfinite(self.largest()) else None
                 if field is None or not field.limits()[0] < torch.finfo(torch.float32).max:
                     raise LexisegError(_NOT_FINITE)
                 yield picture, field
 
-    def _largest(self) -> float:
+    def largest(self) -> float:
+        """At least as large as the magnitude of every value; not finite if one is not."""
         if self._limit is None:
             self._limit = self._magnitude()
         return self._limit

@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from lexiseg.scores._fields import Field, Source, Squashed
-from lexiseg.scores._resize import cropped, resized
 from lexiseg.scores.base import Scores, Size, check_crop, check_offsets, check_pair, largest_magnitude
+from lexiseg.scores.fields import Field, Source, Squashed
+from lexiseg.scores.resize import cropped, resized
 
 
 class GridScores(Scores):
@@ -60,7 +60,7 @@ class GridScores(Scores):
         self.sigmoid = sigmoid
         self.offsets = check_offsets(offsets, self.num_words, self.device)
 
-    def _map(self, change: Callable[[Tensor], Tensor]) -> GridScores:
+    def map(self, change: Callable[[Tensor], Tensor]) -> GridScores:
         return GridScores(
             change(self.logits),
             word_to_class=self.word_to_class,
@@ -74,8 +74,8 @@ class GridScores(Scores):
     def _magnitude(self) -> float:
         return largest_magnitude(self.logits)
 
-    def _field(self, picture: int, size: Size) -> Field:
-        field = resized(Source(self.logits[picture].detach(), self._largest()), self.resize_to)
+    def field(self, picture: int, size: Size) -> Field:
+        field = resized(Source(self.logits[picture].detach(), self.largest()), self.resize_to)
         field = cropped(field, self.crop, self.crop_place)
         if self.sigmoid or self.offsets is not None:
             field = Squashed(field, self.sigmoid, self.offsets)

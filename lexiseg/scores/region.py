@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from lexiseg.scores._fields import Field, Mixture, Source, Squashed
-from lexiseg.scores._resize import cropped, resized
 from lexiseg.scores.base import Scores, Size, check_crop, check_offsets, check_pair, largest_magnitude
+from lexiseg.scores.fields import Field, Mixture, Source, Squashed
+from lexiseg.scores.resize import cropped, resized
 
 
 class RegionScores(Scores):
@@ -69,7 +69,7 @@ class RegionScores(Scores):
         self.sigmoid = sigmoid
         self.offsets = check_offsets(offsets, self.num_words, self.device)
 
-    def _map(self, change: Callable[[Tensor], Tensor]) -> RegionScores:
+    def map(self, change: Callable[[Tensor], Tensor]) -> RegionScores:
         return RegionScores(
             change(self.class_scores),
             change(self.masks),
@@ -85,11 +85,11 @@ class RegionScores(Scores):
         # Summed, so that one that is not finite shows.
         return largest_magnitude(self.masks) + largest_magnitude(self.class_scores)
 
-    def _field(self, picture: int, size: Size) -> Field:
+    def field(self, picture: int, size: Size) -> Field:
         class_scores, masks = self.class_scores[picture].detach(), self.masks[picture].detach()
         if not len(masks):
             class_scores, masks = class_scores.new_zeros(1, self.num_words), masks.new_zeros(1, *masks.shape[1:])
-        field = resized(Source(masks, self._largest()), self.resize_to, self.align_corners)
+        field = resized(Source(masks, self.largest()), self.resize_to, self.align_corners)
         field = cropped(field, self.crop)
         if self.sigmoid:
             field = Squashed(field if self.resize_to is not None else resized(field, size), True, None)

@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from lexiseg.scores._fields import Field
-from lexiseg.scores._mean import Mean
-from lexiseg.scores._resize import resized
 from lexiseg.scores.base import Scores, Size, check_pair
+from lexiseg.scores.fields import Field
+from lexiseg.scores.mean import Mean
+from lexiseg.scores.resize import resized
 from lexiseg.windows import Box
 
 
@@ -46,15 +46,15 @@ class WindowScores(Scores):
         self.boxes: list[Box] = [(int(y), int(x), int(h), int(w)) for y, x, h, w in boxes]
         _check_boxes(self.boxes, self.canvas)
 
-    def _map(self, change: Callable[[Tensor], Tensor]) -> WindowScores:
-        return WindowScores([part._map(change) for part in self.parts], self.boxes, self.canvas)
+    def map(self, change: Callable[[Tensor], Tensor]) -> WindowScores:
+        return WindowScores([part.map(change) for part in self.parts], self.boxes, self.canvas)
 
     def _magnitude(self) -> float:
         # Added up, so that one that is not finite shows.
-        return sum(part._largest() for part in self.parts)
+        return sum(part.largest() for part in self.parts)
 
-    def _field(self, picture: int, size: Size) -> Field:
-        fields = [part._field(picture, box[2:]) for part, box in zip(self.parts, self.boxes, strict=True)]
+    def field(self, picture: int, size: Size) -> Field:
+        fields = [part.field(picture, box[2:]) for part, box in zip(self.parts, self.boxes, strict=True)]
         return resized(fields[0] if len(fields) == 1 else Mean(fields, self.boxes, *self.canvas), size)
 
 

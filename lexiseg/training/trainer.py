@@ -237,7 +237,7 @@ class Trainer:
         sums: dict[str, float] = defaultdict(float)
         since, logged = time.perf_counter(), first
         for step in range(first, end):
-            for name, value in self._step(step, batches).items():
+            for name, value in self.run_step(step, batches).items():
                 sums[name] += value
             done = step + 1
             last = done == end
@@ -357,7 +357,8 @@ class Trainer:
         if self._recipe and processes.is_main():
             write_text(self.run_dir / "recipe.yaml", self._recipe)
 
-    def _step(self, step: int, batches: Iterator[Any]) -> dict[str, float]:
+    def run_step(self, step: int, batches: Iterator[Any]) -> dict[str, float]:
+        """Train on the next batch of every accumulation; what is to be logged of it."""
         settings = self.settings
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(step, group["initial_lr"], settings)

@@ -25,7 +25,7 @@ from benchmarks.cost.decoupled import (
 )
 from benchmarks.cost.one_stage import CascadeCLIPCase, CATSegCase, CATSegLargeCase, SPTSegCase, ZegCLIPCase
 from benchmarks.cost.page import explanation, page, short_table
-from benchmarks.cost.table import _CASES, CostRow, CostTable, cost_systems, measure_cost, speed_ratios
+from benchmarks.cost.table import CASES, CostRow, CostTable, cost_systems, measure_cost, speed_ratios
 from lexiseg.errors import LexisegError
 from lexiseg.models import SYSTEMS, ZegCLIP, ZegCLIPOptions
 from lexiseg.segmenter import Segmenter
@@ -256,7 +256,7 @@ def test_table_in_one_run(monkeypatch: pytest.MonkeyPatch) -> None:
     class Other(SmallCase):
         name = "other"
 
-    monkeypatch.setattr("benchmarks.cost.table._CASES", (SmallCase, Other))
+    monkeypatch.setattr("benchmarks.cost.table.CASES", (SmallCase, Other))
     table = measure_cost(side=32, classes=3, repeats=2)
     assert [row.system for row in table.rows] == ["small", "other"] == list(cost_systems())
     for row in table.rows:
@@ -280,7 +280,7 @@ def test_slow_systems_are_timed_once_and_some_are_only_counted(monkeypatch: pyte
         def further(self, model: object) -> list[Step]:
             return [Step("three", 3 * 10**9)]
 
-    monkeypatch.setattr("benchmarks.cost.table._CASES", (SmallCase, Counted))
+    monkeypatch.setattr("benchmarks.cost.table.CASES", (SmallCase, Counted))
     monkeypatch.setattr("benchmarks.cost.table.SLOW", 0.0)
     table = measure_cost(side=32, classes=3, repeats=3)
     small, counted = table.rows
@@ -321,13 +321,13 @@ def test_page_and_terminal_say_the_same() -> None:
 
 
 def test_every_row_says_how_its_paper_counts() -> None:
-    assert len(set(cost_systems())) == len(_CASES)
+    assert len(set(cost_systems())) == len(CASES)
     bases = {"deop-baseline": "deop", "cat-seg-large": "cat-seg"}
-    assert {bases.get(base := case.name.split("+")[0], base) for case in _CASES} == set(SYSTEMS)
+    assert {bases.get(base := case.name.split("+")[0], base) for case in CASES} == set(SYSTEMS)
     variants = {"deop-baseline", "deop-baseline+", "deop+sam", "zsseg+sam+maft"}
     assert variants <= set(cost_systems())
     assert {f"{host}+maft" for host in ("zegformer", "zsseg", "freeseg")} <= set(cost_systems())
-    assert all(case.convention.endswith(".") for case in _CASES)
+    assert all(case.convention.endswith(".") for case in CASES)
 
 
 @pytest.mark.slow

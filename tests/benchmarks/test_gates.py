@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from benchmarks.gates import RESULTS, _area, half_of, measure, patch_labels
+from benchmarks.gates import RESULTS, auc, half_of, measure, patch_labels
 from lexiseg.data.picture_world import SECOND
 from tests.towers import small_clip
 
@@ -29,8 +29,8 @@ def test_half_of_a_mask_is_a_side_of_it() -> None:
 
 def test_the_area_under_the_curve() -> None:
     positive = torch.tensor([False, False, True, True])
-    assert _area(torch.tensor([0.1, 0.2, 0.3, 0.4]), positive) == 100
-    assert _area(torch.tensor([0.1, 0.3, 0.2, 0.4]), positive) == 75
+    assert auc(torch.tensor([0.1, 0.2, 0.3, 0.4]), positive) == 100
+    assert auc(torch.tensor([0.1, 0.3, 0.2, 0.4]), positive) == 75
 
 
 def test_every_gate_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -156,7 +156,7 @@ def test_a_folder_of_transformers_segments(kind: str, tmp_path: Path) -> None:
     clip = model.clip
     assert isinstance(clip, ForeignCLIP) and isinstance(clip.patch_tower, PatchTower)
     tokens = clip.tokenize(["a photo of cat", "sky"])
-    given = clip._tokenizer(["a photo of cat", "sky"], padding="max_length", max_length=16, return_tensors="pt")
+    given = clip.tokenizer(["a photo of cat", "sky"], padding="max_length", max_length=16, return_tensors="pt")
     masked = {"attention_mask": given["attention_mask"]} if "attention_mask" in given else {}
     with torch.no_grad():
         theirs = clip.model.get_text_features(input_ids=given["input_ids"], **masked).pooler_output

@@ -24,7 +24,7 @@ def as_graph(monkeypatch: pytest.MonkeyPatch) -> object:
 def test_positions_of_any_size(grid: tuple[int, int], as_graph: object) -> None:
     table = torch.randn(17, 6)
     want = resize_positions(table, grid, (4, 4), "bicubic-offset")
-    down, across = positions._bicubic(grid, (4, 4))
+    down, across = positions.bicubic(grid, (4, 4))
     patches = table[1:].view(4, 4, 6).permute(2, 0, 1)
     got = (down @ patches @ across.T).flatten(1).T
     torch.testing.assert_close(got, want[1:], rtol=0, atol=1e-5)

@@ -14,7 +14,7 @@ from lexiseg.clip.library_towers import OpenCLIPTower
 from lexiseg.errors import LexisegError
 from lexiseg.models import DenseCLIP, SegmentationModel
 from lexiseg.models.dense_clip import DenseCLIPOptions, methods
-from lexiseg.models.last_block import _line_weights, label_agreement, majority, mix, neighbourhood, proxy_attention
+from lexiseg.models.last_block import label_agreement, line_weights, majority, mix, neighbourhood, proxy_attention
 from tests.system_tester import DIM, SystemTester
 from tests.towers import small_clip, unit_rows
 
@@ -156,7 +156,7 @@ def test_agreement_falls_where_another_label_lies_between() -> None:
 def test_lines_are_walked_in_steps_of_the_longest_one(grid: tuple[int, int]) -> None:
     """Pair by pair as the rule says it."""
     labels = torch.randint(0, 2, grid)
-    weights, longest = _line_weights(labels), max(grid) - 1
+    weights, longest = line_weights(labels), max(grid) - 1
     places = [(row, column) for row in range(grid[0]) for column in range(grid[1])]
     for first, start in enumerate(places):
         for second, end in enumerate(places):

@@ -330,7 +330,7 @@ def plain_loss(probabilities: Tensor, masks: Tensor, labels: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("chunk", [1 << 22, 100])
 def test_the_map_loss_in_parts_equals_the_plain_one(monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
-    monkeypatch.setattr("lexiseg.losses.regions._CHUNK", chunk)
+    monkeypatch.setattr("lexiseg.losses.regions.CHUNK", chunk)
     labels = torch.randint(0, 3, (2, 9, 11))
     labels[0, :4] = 255
     found = []

@@ -151,7 +151,7 @@ def test_words_are_smoothed_by_themselves(monkeypatch: pytest.MonkeyPatch) -> No
     generator = torch.Generator().manual_seed(0)
     scores, colours = torch.rand(2, 9, 5, 7, generator=generator), torch.rand(2, 3, 5, 7, generator=generator)
     whole = smooth(scores, colours, (1, 2), 0.3)
-    monkeypatch.setattr("lexiseg.smoothing._WORDS", 4)
+    monkeypatch.setattr("lexiseg.smoothing.WORDS", 4)
     assert torch.equal(smooth(scores, colours, (1, 2), 0.3), whole)
     assert torch.equal(smooth(scores[1:, 3:5], colours[1:], (1, 2), 0.3), whole[1:, 3:5])
     constant = torch.full((1, 2, 5, 7), 0.25)

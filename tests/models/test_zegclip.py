@@ -33,7 +33,7 @@ class TestZegCLIP(SystemTester):
     def test_many_classes_are_decoded_in_parts(self, model: SegmentationModel, monkeypatch: pytest.MonkeyPatch) -> None:
         text, images = unit_rows(50, DIM), self.images()
         whole = self.dense(model, images, text)
-        monkeypatch.setattr("lexiseg.models.zegclip._CLASS_CHUNK", 7)
+        monkeypatch.setattr("lexiseg.models.zegclip.CLASS_CHUNK", 7)
         torch.testing.assert_close(self.dense(model, images, text), whole, rtol=1e-5, atol=1e-6)
 
     def test_mask_size_applies_to_square_images_only(self) -> None:

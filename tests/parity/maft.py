@@ -297,7 +297,7 @@ def simple_baseline(case: Case) -> None:
             text_heads=config["th"],
             generator={"heads": config["nh"]},
             options={"crops": crops, "ensemble": options},
-            tokenizer=clip._tokenizer,
+            tokenizer=clip.tokenizer,
             name=case.name,
         )
         assert isinstance(model, RegionModel)

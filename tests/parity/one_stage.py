@@ -155,7 +155,10 @@ def compare_spectral(case: Case, model: ZegCLIP, images: Tensor) -> None:
     if isinstance(layer, SpectralLayer):
         guide, grid = layer.guide, (memory.shape[1], memory.shape[2])
         with torch.no_grad():
-            parts = {"hf": guide._high(memory.flatten(1, 2), grid), "lf": guide._low(memory.flatten(1, 2), grid)}
+            parts = {
+                "hf": guide.high_frequency(memory.flatten(1, 2), grid),
+                "lf": guide.low_frequency(memory.flatten(1, 2), grid),
+            }
         for name, part in parts.items():
             # The authors' maps are padded; what lies in the padding is cut off later, and lexiseg has less of it.
             key = f"expected/sgd_layer0_{name}_padded"

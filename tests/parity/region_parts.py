@@ -126,7 +126,7 @@ def losses(case: Case) -> None:
     config = case.config
     text, labels = case.input("text_features")[:-1], case.input("labels").long()
     shape = dict(zip("BNDHW", (*case.input("feat_masked").shape, *labels.shape[-2:]), strict=True))
-    constants = {"eps_iou": mask_aware._EPS_IOU, "eps_norm": mask_aware._EPS_RANGE}
+    constants = {"eps_iou": mask_aware.EPS_IOU, "eps_norm": mask_aware.EPS_RANGE}
     case.check_stated("stated sizes and constants", config, {**shape, "C": len(text), **constants})
     regions, plain = (case.input(name).clone().requires_grad_() for name in ("feat_masked", "feat_plain_student"))
 

@@ -112,7 +112,7 @@ def gem(case: Case) -> None:
             temperature=said["ss_attn_temp"], whole_block=not said["ignore_residual"],
         )  # fmt: skip
         tokens, _ = model.tower.embed(images, interpolation="bicubic-antialias")
-        case.check(f"{name}/patches", model._self_self(tokens)[:, 1:])
+        case.check(f"{name}/patches", model.self_self(tokens)[:, 1:])
 
 
 def windows(case: Case) -> None:
@@ -293,7 +293,7 @@ def resclip_tower(case: Case) -> None:
         middle = list(kept.values())
         feedback = Feedback(middle if variant["use_rcs"] else (), model.options.middle_weights)
         if variant["use_sfr"]:
-            first = model._unit_patches(model.last_blocks(tokens, grid, feedback), grid)
+            first = model.unit_patches(model.last_blocks(tokens, grid, feedback), grid)
             logits = torch.einsum("bhwd,qd->bqhw", first, text)
             labels = majority(model.first_labels(logits, images), grid)[0]
             found = label_agreement(labels, model.options.neighbour_std, model.options.feedback_same_entity)
@@ -392,7 +392,7 @@ def first_patch_labels(model: DenseCLIP, crop: Tensor, text: Tensor) -> Tensor:
     middle = [(values[f"query_{index}"], values[f"key_{index}"]) for index in model.options.middle_blocks]
     grid = model.tower.grid(values["images"])
     first = model.last_blocks(values["tokens"], grid, Feedback(middle, model.options.middle_weights))
-    logits = torch.einsum("bhwd,qd->bqhw", model._unit_patches(first, grid), text)
+    logits = torch.einsum("bhwd,qd->bqhw", model.unit_patches(first, grid), text)
     return majority(model.first_labels(logits, values["images"]), grid)[0]
 
 

@@ -17,7 +17,7 @@ from lexiseg.clip.model import save_clip
 from lexiseg.errors import LexisegError
 from lexiseg.proposals.base import ProposalGenerator
 from lexiseg.proposals.options import Mask2FormerOptions, MaskFormerOptions, SamOptions
-from lexiseg.proposals.pretrained import IMAGENET_WEIGHTS, _fit_resnet, describe_start, start_proposals
+from lexiseg.proposals.pretrained import IMAGENET_WEIGHTS, describe_start, fit_resnet, start_proposals
 from lexiseg.recipes import SegmentationRecipe, load_recipe
 from lexiseg.training.dry_run import dry_run
 from lexiseg.training.run import build_task, train
@@ -286,7 +286,7 @@ def test_timms_resnets_have_our_names(kind: Any) -> None:
     useful = {
         name: tensor for name, tensor in state.items() if not name.startswith("fc.") and "num_batches" not in name
     }
-    _fit_resnet(generator, useful, "timm's")  # type: ignore[arg-type]
+    fit_resnet(generator, useful, "timm's")  # type: ignore[arg-type]
 
 
 def no_hub(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -137,5 +137,5 @@ def test_a_crop_counts_255_where_it_is_a_class() -> None:
     image, label = torch.zeros(3, 8, 8, dtype=torch.uint8), torch.full((8, 8), 255)
     label[:, 4:] = 3
     step = RandomCrop(8, ignored=WIDE)
-    assert step._accept(label) and not RandomCrop(8)._accept(label)
+    assert step.accepts(label) and not RandomCrop(8).accepts(label)
     assert step(image, label, np.random.default_rng(0))[1].shape == (8, 8)

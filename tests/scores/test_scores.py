@@ -20,12 +20,14 @@ from lexiseg.scores import (
     RegionScores,
     Scores,
     WindowScores,
-    _decode,
-    _fields,
-    _pruning,
-    _resize,
+    decode,
+    fields,
+    pruning,
 )
-from lexiseg.scores._arithmetic import sigmoid
+from lexiseg.scores import (
+    resize as resizing,
+)
+from lexiseg.scores.arithmetic import sigmoid
 
 Size = tuple[int, int]
 SHARED = {"shared": 1e-2, "hairs": 1e-6}
@@ -135,10 +137,10 @@ def cases(draw: st.DrawFn) -> Case:
 def test_decoding_is_exact(case: Case) -> None:
     """Also when the budget is so small that everything is cut into pieces."""
     with pytest.MonkeyPatch.context() as patch:
-        for module in (_pruning, _decode):
+        for module in (pruning, decode):
             patch.setattr(module, "budget", lambda field: case.budget)
         if case.budget == 1 << 10:
-            for module in (_fields, _decode):
+            for module in (fields, decode):
                 patch.setattr(module, "BLOCK_WORDS", 4)
         check_agreement(case.scores, case.size)
 
@@ -157,7 +159,7 @@ def test_pruning_is_exact(kind: str, nested: bool) -> None:
 @given(case=cases(), seed=st.integers(0, 999))
 def test_bounds_are_certain(case: Case, seed: int) -> None:
     """No value in a tile lies outside its bounds, but for rounding."""
-    field = case.scores._field(0, case.size)
+    field = case.scores.field(0, case.size)
     generator = torch.Generator().manual_seed(seed)
 
     def some(count: int, top: int) -> Tensor:
@@ -179,7 +181,7 @@ def test_bounds_are_certain(case: Case, seed: int) -> None:
 @given(case=cases(), seed=st.integers(0, 999))
 def test_some_rows_and_columns_have_the_bits_of_all(case: Case, seed: int) -> None:
     """Far apart, so that what lies between is not computed."""
-    field = case.scores._field(0, case.size)
+    field = case.scores.field(0, case.size)
     generator = torch.Generator().manual_seed(seed)
     rows, columns = (torch.randint(0, n, (3,), generator=generator).unique() for n in case.size)
     dense = field.block(slice(None), 0, case.size[0], 0, case.size[1])
@@ -188,7 +190,7 @@ def test_some_rows_and_columns_have_the_bits_of_all(case: Case, seed: int) -> No
 
 def test_a_coarse_map_computes_no_fine_one(monkeypatch: pytest.MonkeyPatch) -> None:
     logits = torch.randn(1, 4, 8, 8)
-    largest, mix = 0, _resize.mix
+    largest, mix = 0, resizing.mix
 
     def counted(*parts: Tensor) -> Tensor:
         nonlocal largest
@@ -196,7 +198,7 @@ def test_a_coarse_map_computes_no_fine_one(monkeypatch: pytest.MonkeyPatch) -> N
         largest = max(largest, mixed.numel())
         return mixed
 
-    monkeypatch.setattr(_resize, "mix", counted)
+    monkeypatch.setattr(resizing, "mix", counted)
     coarse = GridScores(logits, resize_to=(512, 512)).dense((16, 16))
     assert largest <= 4 * 32 * 32
     expected = resize(resize(logits, (512, 512)), (16, 16))
@@ -339,9 +341,9 @@ def test_numbers_that_are_not_finite(bad: float) -> None:
     logits = torch.zeros(1, 3, 4, 4)
     logits[0, 1, 2, 3] = bad
     scores = GridScores(logits)
-    for decode in (scores.label_map, scores.dense, lambda size: scores.top_k(size, 2)):
+    for read in (scores.label_map, scores.dense, lambda size: scores.top_k(size, 2)):
         with pytest.raises(LexisegError, match="NaN or infinite"):
-            decode((8, 8))
+            read((8, 8))
     with pytest.raises(LexisegError, match="NaN or infinite"):
         RegionScores(torch.full((1, 2, 3), bad), torch.rand(1, 2, 4, 4)).label_map((8, 8))
     fine = GridScores(torch.zeros(1, 3, 4, 4))
@@ -412,9 +414,9 @@ def test_rows_shared_among_threads_give_the_same_bits(monkeypatch: pytest.Monkey
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     try:
-        monkeypatch.setattr(_decode, "_LEAST_WORK", 1)
+        monkeypatch.setattr(decode, "_LEAST_WORK", 1)
         rows = torch.arange(14).view(2, 7)
-        assert [piece.shape[1] for piece in _decode.thread_parts(rows, logits.device, 1)] == [3, 2, 2]
+        assert [piece.shape[1] for piece in decode.thread_parts(rows, logits.device, 1)] == [3, 2, 2]
         with torch.inference_mode(inference):
             shared = scores.label_and_score((150, 130))
         assert torch.get_num_threads() == 3
@@ -428,4 +430,4 @@ def test_an_error_in_a_thread_is_the_callers() -> None:
         raise LexisegError("no")
 
     with pytest.raises(LexisegError, match="no"):
-        _decode.run_all([lambda: None, wrong])
+        decode.run_all([lambda: None, wrong])

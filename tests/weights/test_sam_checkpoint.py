@@ -76,7 +76,7 @@ def test_a_checkpoint_becomes_proposals(
         sam(weights=str(tmp_path / "sam.pth"))(images)
     found, expected = generator(images), sam().use(model, processor)(images)
     assert bool(found.valid.any()) and torch.equal(found.mask_logits, expected.mask_logits)
-    again = generator._pipeline.model
+    again = generator.pipeline.model
     assert {**again.config.vision_config.to_dict(), "dtype": None} == {
         **model.config.vision_config.to_dict(),
         "dtype": None,

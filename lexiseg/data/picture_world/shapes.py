@@ -98,7 +98,7 @@ def render_shapes(seed: int | list[int], size: int) -> tuple[Array, Array]:
 
 
 @functools.cache
-def _texture(number: int) -> Array:
+def texture(number: int) -> Array:
     """Texture ``number``, (2 SIZE, 2 SIZE, 3) uint8: noise, stripes, checks or cells in two random colours."""
     rng = np.random.default_rng([13, number])
     dark, light = rng.uniform(0, 255, (2, 3))
@@ -120,7 +120,7 @@ def _texture(number: int) -> Array:
 
 def _patch(rng: np.random.Generator, size: int) -> Array:
     """(size, size, 3) float32: a texture, placed, scaled and coloured at random."""
-    tile = _texture(int(rng.integers(_TEXTURES)))
+    tile = texture(int(rng.integers(_TEXTURES)))
     span = int(SIZE * rng.uniform(0.3, 0.95))
     top, left = rng.integers(0, SIZE, 2)
     crop = Image.fromarray(tile[top : top + span, left : left + span])

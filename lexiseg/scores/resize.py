@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lexiseg.scores._arithmetic import UNIT_ROUNDOFF, Axis, mix
-from lexiseg.scores._fields import Field, Words
-from lexiseg.scores._indexing import bounds_of, every, spread
+from lexiseg.scores.arithmetic import UNIT_ROUNDOFF, Axis, mix
+from lexiseg.scores.fields import Field, Words
+from lexiseg.scores.indexing import bounds_of, every, spread
 
 
 class Resized(Field):

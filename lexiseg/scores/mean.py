@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lexiseg.scores._arithmetic import UNIT_ROUNDOFF
-from lexiseg.scores._fields import Field, Words
-from lexiseg.scores._indexing import shift, spread
+from lexiseg.scores.arithmetic import UNIT_ROUNDOFF
+from lexiseg.scores.fields import Field, Words
+from lexiseg.scores.indexing import shift, spread
 
 
 class Mean(Field):

@@ -18,8 +18,8 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
-from lexiseg.scores._arithmetic import UNIT_ROUNDOFF, sigmoid
-from lexiseg.scores._indexing import bounds_of, every, pool, shift, spread
+from lexiseg.scores.arithmetic import UNIT_ROUNDOFF, sigmoid
+from lexiseg.scores.indexing import bounds_of, every, pool, shift, spread
 
 Words = slice | Tensor
 """Which words a block is asked for: a range, or int64 indices."""

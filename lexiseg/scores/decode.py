@@ -1,6 +1,6 @@
 """From a field to pixels: the best class, the best k, or all of them; all but the last in memory bounded for any C.
 
-Where the grid is much coarser than the picture, candidates are pruned by bounds (`lexiseg.scores._pruning`); elsewhere,
+Where the grid is much coarser than the picture, candidates are pruned by bounds (`lexiseg.scores.pruning`); elsewhere,
 or where that drops too few, all words are streamed over in tiles.
 """
 
@@ -14,8 +14,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from lexiseg.scores._fields import BLOCK_COLUMNS, BLOCK_ROWS, BLOCK_WORDS, Field, Words
-from lexiseg.scores._pruning import Writer, budget, margin_of, prune, tile_ranges
+from lexiseg.scores.fields import BLOCK_COLUMNS, BLOCK_ROWS, BLOCK_WORDS, Field, Words
+from lexiseg.scores.pruning import Writer, budget, margin_of, prune, tile_ranges
 
 Rectangle = tuple[int, int, int, int]
 """(top, bottom, left, right) in pixels."""

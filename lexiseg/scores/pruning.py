@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lexiseg.scores._fields import Field
-from lexiseg.scores._indexing import spread
+from lexiseg.scores.fields import Field
+from lexiseg.scores.indexing import spread
 
 LONGEST_TILE = 32
 LEAF = 4

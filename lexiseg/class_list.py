@@ -211,7 +211,7 @@ def _structured(value: Any) -> ClassList:
     """Read what JSON, YAML or Python hold."""
     if not isinstance(value, Mapping):
         if isinstance(value, str | bytes) or not isinstance(value, Iterable):
-            raise LexisegError("The file has neither a list of names nor the key 'classes'.")
+            raise LexisegError("The file holds no list of names; write one, or put it under the key 'classes'.")
         return _sorted_out(entries_read(value))
     key = next((key for key in _LISTS if key in value), None)
     if key is None and not value.keys() & set(_KEYS) and value:

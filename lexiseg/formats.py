@@ -208,7 +208,10 @@ def read_coco(dataset: Mapping[str, Any], image_id: int | None = None) -> tuple[
                     runs = coco.frPyObjects(runs, height, width)
                 runs = coco.merge(runs) if isinstance(runs, list) else runs
                 if list(runs["size"]) != [height, width]:
-                    raise LexisegError(f"An annotation has the size {describe(runs['size'])}, its picture does not.")
+                    raise LexisegError(
+                        f"An annotation has the size {describe(runs['size'])}, its picture {[height, width]}; fix one "
+                        "of them."
+                    )
                 labels[coco.decode(runs).astype(bool)] = places[annotation["category_id"]]
         names = [str(category["name"]) for category in dataset["categories"]]
     except (KeyError, TypeError, ValueError, IndexError) as error:

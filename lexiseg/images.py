@@ -354,7 +354,7 @@ def _from_array(array: np.ndarray, name: str, max_pixels: float) -> np.ndarray:
 
 def _check_size(width: int, height: int, name: str, max_pixels: float) -> None:
     if width < 1 or height < 1:
-        raise LexisegError(f"{_capital(name)} has no pixels ({width} x {height}).")
+        raise LexisegError(f"{_capital(name)} has no pixels ({width} x {height}); give another.")
     if width * height > max_pixels:
         raise LexisegError(
             f"{_capital(name)} has {width} x {height} = {width * height / 1e6:,.1f} megapixels, more than the limit of "

@@ -81,10 +81,14 @@ class Segmentation:
         for what, other in (("scores", self.scores), ("image", self.image)):
             if other is not None and other.shape[-2:] != labels.shape:
                 raise LexisegError(
-                    f"The {what} are of size {tuple(other.shape[-2:])}, the label map of {tuple(labels.shape)}."
+                    f"The {what} are of size {tuple(other.shape[-2:])}, the label map of {tuple(labels.shape)}; "
+                    "resize one of them."
                 )
         if sum(self._counts[0]) + self.num_ignored != self._labels.size:
-            raise LexisegError(f"The label map holds ids outside the {counted(self.num_classes, 'class')}.")
+            raise LexisegError(
+                f"The label map holds ids outside the {counted(self.num_classes, 'class')}; correct them or add "
+                "classes."
+            )
 
     @classmethod
     def from_coco(cls, dataset: Mapping[str, Any], image_id: int | None = None) -> Segmentation:

@@ -89,7 +89,7 @@ def anchor_figure(segmenter: Segmenter, image: str | Path, points: Sequence[Poin
         proposals = model.propose(padded, text, (int(height), int(width)))
         mask_logits = proposals.mask_logits
         if not mask_logits.shape[1]:
-            raise LexisegError(f"The model proposes no region in '{image_name(image)}', so there is nothing to draw.")
+            raise LexisegError(f"The model proposes no region in '{image_name(image)}'; choose another picture.")
         features = unit_or_zero(model.patches(padded, mask_logits, (height, width)))
         heat = model.heatmaps(features, mask_logits).mean(dim=1)[0].cpu()  # over the heads
         attention = attention_maps(model, padded).cpu()
@@ -170,7 +170,7 @@ def top_classes_figure(
     picture = read_picture(first, image)
     scores = _region_scores(first, image, vocabulary)
     if not scores.masks.shape[1]:
-        raise LexisegError(f"The model proposes no region in '{image_name(image)}', so there is nothing to draw.")
+        raise LexisegError(f"The model proposes no region in '{image_name(image)}'; choose another picture.")
     factor = min(1.0, _MASK_SIDE / max(picture.shape[:2]))
     size = (max(1, round(picture.shape[0] * factor)), max(1, round(picture.shape[1] * factor)))
     masks = region_masks(scores, size)

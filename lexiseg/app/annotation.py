@@ -76,7 +76,7 @@ class Interface:
         try:
             root = ElementTree.fromstring(label_config)
         except ElementTree.ParseError as error:
-            raise LexisegError(f"The labelling interface is not valid XML ({error}).") from error
+            raise LexisegError(f"The labelling interface is not valid XML ({error}); fix it.") from error
         tags = {tag.tag: tag for tag in root.iter() if tag.tag in ("BrushLabels", "PolygonLabels")}
         control = next(iter(tags.values()), None)
         image = next(root.iter("Image"), None)

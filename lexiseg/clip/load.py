@@ -226,7 +226,9 @@ def fitted(clip: CLIP, state: Mapping[str, torch.Tensor], path: Path) -> dict[st
     if key in found and key in shapes and tuple(found[key].shape) != shapes[key]:
         grid = tuple(clip.visual.grid_size)
         if not 0 < math.prod(grid) <= _MOST_PATCHES or found[key].dim() != 2 or len(found[key]) < 2:
-            raise LexisegError(f"'{path}' does not fit a CLIP of {' x '.join(map(str, grid))} patches.")
+            raise LexisegError(
+                f"'{path}' does not fit a CLIP of {' x '.join(map(str, grid))} patches; check the architecture."
+            )
         found[key] = resize_positions(found[key], grid, interpolation="bicubic-antialias")
     for scalar in ("logit_scale", "logit_bias"):
         if scalar in found and scalar in shapes and found[scalar].numel() == 1:
@@ -254,7 +256,10 @@ def sketch(build: Callable[[], M], num_tensors: int, what: str) -> M:
         nonlocal made
         made += threading.get_ident() == thread
         if made > 4 * num_tensors + 1000:
-            raise LexisegError(f"{what} belongs to a model with far more tensors than the {num_tensors} in the file.")
+            raise LexisegError(
+                f"{what} belongs to a model with far more tensors than the {num_tensors} in the file; check that both "
+                "belong together."
+            )
 
     hook = register_module_parameter_registration_hook(count)
     try:
@@ -294,7 +299,9 @@ def check_state(
     """
     odd = next((key for key, value in state.items() if not _plain(value)), None)
     if odd is not None:
-        raise LexisegError(f"{what} has a tensor that is not a plain array of real numbers: {_listed([odd])}.")
+        raise LexisegError(
+            f"{what} has a tensor that is not a plain array of real numbers ({_listed([odd])}); save it as one."
+        )
     wrong = [
         f"{key} is {tuple(value.shape)} instead of {shapes[key]}"
         for key, value in state.items()

@@ -74,7 +74,7 @@ class PromptLearner(nn.Module):
                 is ``length``, or just long enough (the authors' code has the text tower's context length).
         """
         if task is not None and self.task_prompt is None:
-            raise LexisegError(f"This learned prompt has no task part, so it cannot be asked for '{task}'.")
+            raise LexisegError(f"This learned prompt has no task part; ask without '{task}'.")
         device = clip.device
         start, stop, end_mark = clip.mark_tokens()
         head = self._head(clip, start, task)

@@ -179,7 +179,10 @@ def _question(
         raise LexisegError(f"--classes is for folders, not for '{what}'; leave it out.")
     recipe = load_recipe(what)
     if isinstance(recipe, ContrastiveRecipe):
-        raise LexisegError(f"The recipe '{what}' trains a CLIP on captions and has no labels to evaluate with.")
+        raise LexisegError(
+            f"The recipe '{what}' trains a CLIP on captions and has no labels; choose one that trains a segmentation "
+            "system."
+        )
     if split is not None:
         raise LexisegError(f"The recipe '{what}' already defines its evaluation data; drop --split.")
     said = recipe.data

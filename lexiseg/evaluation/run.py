@@ -73,7 +73,7 @@ def run_evaluation(
         asked = dataset.vocabulary if offsets == "data" else _flagged(dataset.vocabulary, offsets == "all")
         num_classes = len(dataset.vocabulary)
         if not (indices := spread(len(dataset), limit)):
-            raise LexisegError(f"The split '{split}' of '{name}' is empty, so there is nothing to evaluate.")
+            raise LexisegError(f"The split '{split}' of '{name}' is empty; choose another split.")
         # A background class the dataset does not have is dropped again: it counts as no class.
         judged = Vocabulary(vocabulary.classes[:num_classes], vocabulary.templates)
         judged = judged if seen_split else _flagged(judged, None)

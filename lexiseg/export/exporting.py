@@ -145,7 +145,9 @@ def _describe(segmenter: Segmenter, kind: str, sizes: Sequence[int], precision: 
     elif square or not model.exports_any_size:
         square = square or [window.size or model.clip.image_size]
         if wrong := [side for side in square if side % fit["unit"]]:
-            raise LexisegError(f"A size of {wrong[0]} is not a multiple of the patch of {fit['unit']} pixels.")
+            raise LexisegError(
+                f"A size of {wrong[0]} is not a multiple of the patch of {fit['unit']} pixels; choose another."
+            )
         window = _window_of(window, square)
     with torch.no_grad():
         side = square[0] if square else 4 * fit["unit"]
@@ -154,7 +156,9 @@ def _describe(segmenter: Segmenter, kind: str, sizes: Sequence[int], precision: 
             text = text[:, None].expand(-1, options["templates"], -1)
         scores = model(torch.zeros(1, 3, side, side), text, seen=torch.ones(2, dtype=torch.bool))
     if not isinstance(scores, GridScores):
-        raise LexisegError(f"{model.system} does not score a grid of patches, so it cannot be exported.")
+        raise LexisegError(
+            f"{model.system} does not score a grid of patches and cannot be exported; use the model itself."
+        )
     decode = {
         "resize_to": "none" if scores.resize_to is None else "frame" if fit["kind"] == "pad" else "window",
         "square_side": options.get("mask_size") if scores.resize_to is not None else None,

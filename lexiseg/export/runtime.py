@@ -211,7 +211,10 @@ class ExportedPredictor(Predictor):
             raise LexisegError("An exported model takes only words; name the classes, or use the model itself.")
         spec, words = self.model.spec, vocabulary.words
         if spec.max_words is not None and len(words) > spec.max_words:
-            raise LexisegError(f"This exported model takes {spec.max_words} words at most, not {len(words)}.")
+            raise LexisegError(
+                f"This exported model takes {spec.max_words} words at most, not {len(words)}; give fewer, or use the "
+                "model itself."
+            )
         if spec.text.separate_templates and len(vocabulary.templates) != len(spec.text.templates):
             raise LexisegError(
                 f"This model has {len(spec.text.templates)} templates and {len(vocabulary.templates)} are given; "

@@ -28,7 +28,10 @@ def init_spectral_decoder(decoder: MaskDecoder, query_proj: nn.Linear, basis: Te
     """
     *inner, last = cast("list[SpectralLayer]", list(decoder.layers))
     if not inner:
-        raise LexisegError("init 'clip-similarity' needs a spectral guided decoder of two layers at least.")
+        raise LexisegError(
+            "init 'clip-similarity' needs a spectral guided decoder of two layers at least; choose more layers or "
+            "another init."
+        )
     for layer in inner:
         _init_as_identity(layer.guide, basis)
         silence_updates(layer)

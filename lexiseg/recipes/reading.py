@@ -256,7 +256,9 @@ def _replace(content: Content, key: str, value: Any, where: str, *, as_text: boo
     for parent in parents:
         inner = place.get(parent)
         if inner is not None and not isinstance(inner, dict):
-            raise LexisegError(f"--set cannot reach '{key}' in '{where}': '{parent}' holds a value, not keys.")
+            raise LexisegError(
+                f"--set cannot reach '{key}' in '{where}': '{parent}' holds a value, not keys; set that one."
+            )
         place[parent] = dict(inner or {})  # a copy: the base's content may be shared
         place = place[parent]
     place[last] = _value(value, parents, last, content) if as_text else value
@@ -286,7 +288,7 @@ def _value(text: str, parents: Sequence[str], key: str, recipe: Content) -> Any:
 def _own_data(name: str, said: Any, folder: Path) -> Content:
     """The recipe's data replaced by a folder: how pictures are cropped and augmented stays."""
     if not isinstance(said, dict):
-        raise LexisegError(f"The recipe '{name}' trains a CLIP on captions, so --data has nothing to replace.")
+        raise LexisegError(f"The recipe '{name}' trains a CLIP on captions, not on masks; leave out --data.")
     if not folder.is_dir():
         raise LexisegError(f"The data folder '{folder}' does not exist; check the path.")
     own: Content = {"source": "own", "root": str(folder)}

@@ -243,7 +243,8 @@ def first_stage(recipe: SegmentationRecipe) -> SegmentationRecipe:
     first = _stage(recipe, "initial", SegmentationRecipe)
     if recipe.initial_steps is not None and recipe.initial_steps > first.train.steps:
         raise LexisegError(
-            f"'initial_steps' is {recipe.initial_steps}, but '{recipe.initial}' has only {first.train.steps} steps."
+            f"'initial_steps' is {recipe.initial_steps}, but '{recipe.initial}' has only {first.train.steps} steps; "
+            "choose fewer."
         )
     given = first.model.options
     changes = system_of(first)[1].changes_to_init(system_of(recipe)[1], given, str(recipe.initial))

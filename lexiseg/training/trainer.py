@@ -285,7 +285,7 @@ class Trainer:
 
     def _check(self, groups: list[dict[str, Any]]) -> None:
         if not groups:
-            raise LexisegError("The model has no trainable parameters, so there is nothing to train.")
+            raise LexisegError("The model has no trainable parameters; choose options that train a part of it.")
         if not any(group["initial_lr"] for group in groups):
             raise LexisegError(
                 "Every learning rate is 0, so nothing would be trained; set a multiplier above 0, or train.steps to 0."

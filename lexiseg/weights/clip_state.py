@@ -96,7 +96,8 @@ def shape_of(state: Mapping[str, Tensor], key: str, dimensions: int, what: str =
     shape = tuple(state[key].shape)
     if len(shape) != dimensions or 0 in shape:
         raise LexisegError(
-            f"{printable(shorten(key))} in {what} has the shape {shape}, not {dimensions} sizes above 0."
+            f"{printable(shorten(key))} in {what} has the shape {shape}, not {dimensions} sizes above 0; get the file "
+            "again."
         )
     return shape
 
@@ -141,12 +142,14 @@ def infer_vit_architecture(
     side = math.isqrt(rows)
     if side * side != rows or not side:
         raise LexisegError(
-            f"The position table of the CLIP in {name} has {rows} rows of patches, which is not a square grid."
+            f"The position table of the CLIP in {name} has {rows} rows of patches, which is not a square grid; give a "
+            "CLIP of square pictures."
         )
     for channels, number in ((width, heads), (text_width, text_heads)):
         if number is not None and (number < 1 or channels % number):
             raise LexisegError(
-                f"The CLIP in {name} has {channels} channels, which cannot be split into {number} heads."
+                f"The CLIP in {name} has {channels} channels, which cannot be split into {number} heads; give another "
+                "number."
             )
     block, text_block = layers
     return {

@@ -196,14 +196,19 @@ def read_parts(
     parts = split_checkpoint(state)
     parts.system = kind or parts.system
     if parts.system == "prompts":
-        raise LexisegError(f"{name} is a checkpoint of {parts.system}, not of ZSSeg, ZegFormer, FreeSeg or MAFT.")
+        raise LexisegError(
+            f"{name} is a checkpoint of {parts.system}, not of ZSSeg, ZegFormer, FreeSeg or MAFT; give one of theirs."
+        )
     deop, odd = parts.system == "deop", list(parts.left_over)
     if deop and (parts.region_adapter is not None or parts.image_tower):
         odd.append("a second adapter or image tower")
     odd += [] if deop else parts.adapter.tables
     if odd:
         said = DECOUPLED_NAMES[parts.system]
-        raise LexisegError(f"{name} looks like {said} but has tensors that {said} does not have: {', '.join(odd[:5])}.")
+        raise LexisegError(
+            f"{name} looks like {said} but has tensors that {said} does not have ({', '.join(odd[:5])}); check that "
+            "it is the authors' file."
+        )
     clip, dropped = _clip_of(parts, clip, name=name, **sizes)
     system = SYSTEMS["freeseg" if parts.system == "maft" else parts.system]
     proposals = infer_generator_options(parts.generator, **(generator or {}))

@@ -209,7 +209,9 @@ def read_one_stage(
     """
     system = recognise(state)
     if system is None:
-        raise LexisegError(f"{name} is not a checkpoint of {', '.join(NAMES.values())}.")
+        raise LexisegError(
+            f"{name} is not a checkpoint of {', '.join(NAMES.values())}; check that it is the authors' file."
+        )
     found = {**infer_options(state, system, name), **(options or {})}
     architecture = infer_vit_architecture(state, _clip_source, name=name, **heads)
 

@@ -117,7 +117,9 @@ def _mat(path: Place, kind: LabelKind) -> NDArray[np.int64]:
         raise LexisegError(f"The label '{path}' holds no variable '{name}'; it belongs to another dataset.")
     values = content[name] if kind is LabelKind.context_mat else content[name][0]["Segmentation"][0]
     if values.ndim != 2 or not np.issubdtype(values.dtype, np.integer):
-        raise LexisegError(f"The label '{path}' holds {values.dtype} of shape {values.shape} instead of class ids.")
+        raise LexisegError(
+            f"The label '{path}' holds {values.dtype} of shape {values.shape} instead of class ids; get the file again."
+        )
     return np.asarray(values).astype(np.int64)
 
 

@@ -179,7 +179,8 @@ def names_of(root: Path, split: str, place: Layout, pictures: Sequence[str]) -> 
         return list(pictures), []
     if split not in SPLITS:
         raise DataSetError(
-            f"'{root}' has no list '{split}.txt' and no pictures for it in a folder, so there is no such split.",
+            f"'{root}' has no list '{split}.txt' and no pictures for it in a folder, so there is no such split; "
+            "choose another.",
             "missing-list",
         )
     return every_fifth(pictures, split), []

@@ -112,7 +112,7 @@ def picture_size(place: Place, *, turned: bool) -> tuple[int, int]:
             width, height = picture.size
             sideways = turned and picture.getexif().get(0x0112, 1) in (5, 6, 7, 8)
     except Exception as error:  # decoders of hostile bytes raise nearly anything
-        raise LexisegError(f"The picture '{place}' cannot be read, so its outlines cannot be drawn.") from error
+        raise LexisegError(f"The picture '{place}' cannot be read; replace it or remove it.") from error
     if width * height > MAX_PIXELS:
         raise LexisegError(f"The picture '{place}' has more than {MAX_PIXELS // 1_000_000} megapixels; shrink it.")
     return (width, height) if sideways else (height, width)
@@ -211,7 +211,10 @@ def draw_yolo(path: Path, image: Place, num_classes: int, rest: int, turned: boo
         except ValueError as error:
             raise LexisegError(f"{who} is not a class id and coordinates; fix it or remove it.") from error
         if not 0 <= index < num_classes:
-            raise LexisegError(f"{who} has the class {index}, beyond {counted(num_classes, 'class')} counted from 0.")
+            raise LexisegError(
+                f"{who} has the class {index}, beyond {counted(num_classes, 'class')} counted from 0; fix it or "
+                "complete the classes."
+            )
         if corners.size == 4:
             raise LexisegError(f"{who} is a box, not an outline; export the dataset for segmentation.")
         if corners.size % 2 == 0:

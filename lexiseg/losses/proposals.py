@@ -94,7 +94,8 @@ def match(
     """
     from transformers.models.maskformer import modeling_maskformer as modules
 
-    mask_logits, class_logits = _full(mask_logits), None if class_logits is None else _full(class_logits)
+    mask_logits = full_precision(mask_logits)
+    class_logits = None if class_logits is None else full_precision(class_logits)
     cost_class = 0.0 if class_logits is None else weights.cost_class
     matcher = modules.MaskFormerHungarianMatcher(cost_class, weights.mask_weight, weights.dice_weight)
     scores = _scores(mask_logits, class_logits, targets)
@@ -173,7 +174,8 @@ def level_losses(
     """Match and compare one level; arguments as for `match`, the result as for `proposal_losses` without a sum."""
     from transformers.models.maskformer import modeling_maskformer as modules
 
-    mask_logits, class_logits = _full(mask_logits), None if class_logits is None else _full(class_logits)
+    mask_logits = full_precision(mask_logits)
+    class_logits = None if class_logits is None else full_precision(class_logits)
     scores = _scores(mask_logits, class_logits, targets)
     criterion = modules.MaskFormerLoss(scores.shape[-1] - 1, None, {}, weights.no_object).to(mask_logits)
     classes = [target.classes for target in targets]
@@ -198,9 +200,9 @@ def level_losses(
     return result
 
 
-def _full(logits: Tensor) -> Tensor:
+def full_precision(x: Tensor) -> Tensor:
     """In single precision at least, whatever the network was run in: costs are compared, and sums run over images."""
-    return logits if logits.dtype == torch.float64 else logits.float()
+    return x if x.dtype == torch.float64 else x.float()
 
 
 def _scores(mask_logits: Tensor, class_logits: Tensor | None, targets: Sequence[MaskTargets]) -> Tensor:

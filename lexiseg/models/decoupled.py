@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from lexiseg.clip.model import CLIP
 from lexiseg.errors import LexisegError
 from lexiseg.losses.masks import check_labels, fill_unseen, unseen_of
-from lexiseg.losses.proposals import ProposalWeights, label_frame, proposal_losses
+from lexiseg.losses.proposals import ProposalWeights, full_precision, label_frame, proposal_losses
 from lexiseg.models.base import ImageFeatures
 from lexiseg.models.decoupled_init import StartsFromParts, changes_to_proposals
 from lexiseg.models.options import Deviations, ModelOptions, Pixels, Triple, WindowOptions
@@ -28,7 +28,7 @@ from lexiseg.normalisation import IMAGENET_MEAN, IMAGENET_STD, normalise, pixels
 from lexiseg.proposals.base import ProposalGenerator, Proposals
 from lexiseg.proposals.leftover import LeftoverOptions, add_leftover
 from lexiseg.proposals.options import GeneratorOptions, MaskFormerOptions
-from lexiseg.regions.pooling import full_precision, resize_masks, unit_or_zero
+from lexiseg.regions.pooling import resize_masks, unit_or_zero
 from lexiseg.scores import RegionScores
 
 Size = tuple[int, int]
@@ -171,7 +171,7 @@ class DecoupledModel(StartsFromParts):
 
     def upsampled(self, mask_logits: Tensor, padded: Tensor) -> Tensor:
         """Mask logits (B, N, h, w) at every pixel of the padded frame: (B, N, H', W')."""
-        return resize_masks(mask_logits, (int(padded.shape[-2]), int(padded.shape[-1])), self.options.align_corners)
+        return resize_masks(mask_logits, padded.shape[-2:], self.options.align_corners)
 
     def proposal_losses(
         self, padded: Tensor, size: Size, labels: Tensor, text: Tensor, weights: ProposalWeights

@@ -7,8 +7,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-def resize_masks(masks: Tensor, size: tuple[int, int], align_corners: bool = False) -> Tensor:
-    """Resize (B, N, h, w) bilinearly to ``size``, also where there is no mask at all, which torch refuses.
+def resize_masks(masks: Tensor, size: tuple[int, ...], align_corners: bool = False) -> Tensor:
+    """Resize (B, N, h, w) bilinearly to ``size`` (H, W), also where there is no mask at all, which torch refuses.
 
     No antialias: where the grid is much smaller only the pixels next to each place count, as in the authors' codes.
     """
@@ -17,11 +17,6 @@ def resize_masks(masks: Tensor, size: tuple[int, int], align_corners: bool = Fal
     if not masks.shape[0] * masks.shape[1]:
         return masks.new_zeros((*masks.shape[:2], *size))
     return F.interpolate(masks, size=size, mode="bilinear", align_corners=align_corners)
-
-
-def full_precision(x: Tensor) -> Tensor:
-    """In single precision, or in double where it is so already."""
-    return x if x.dtype == torch.float64 else x.float()
 
 
 def unit_or_zero(x: Tensor) -> Tensor:

@@ -177,8 +177,12 @@ class AttentionOptions(StrictModel):
 
 @dataclass(frozen=True)
 class MaskAttention(RegionEncoder):
-    """Runs the tower once for all regions, by mask attention over a square picture."""
+    """Runs the tower once for all regions, by mask attention over a square picture.
 
+    ``threshold`` is the mask probability above which a pixel is inside a region.
+    """
+
+    threshold: float
     attention: AttentionOptions
 
     def encode(

@@ -126,11 +126,10 @@ class RegionModel(DecoupledModel):
         options = self.options
         if options.regions == "none":
             return None
-        shared = (options.crops.threshold, options.align_corners)
         # Also where a base model's recipe names crops.
         if options.regions == "mask-attention" or options.maft is not None:
-            return MaskAttention(*shared, options.attention)
-        return self.crop_encoder(*shared, options.crops, options.positions)
+            return MaskAttention(options.align_corners, options.crops.threshold, options.attention)
+        return self.crop_encoder(options.align_corners, options.crops, options.positions)
 
     def _check(self) -> None:
         options, alone = self.options, self.options.regions == "none"

@@ -7,7 +7,7 @@ Ding et al., "Decoupling Zero-Shot Semantic Segmentation", CVPR 2022. What it sh
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
@@ -15,7 +15,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
-from torchvision.ops import roi_align
+from torchvision.ops import masks_to_boxes, roi_align
 
 from lexiseg.clip.model import CLIP
 from lexiseg.clip.templates import ZEGFORMER_32
@@ -24,7 +24,7 @@ from lexiseg.models.base import ImageFeatures
 from lexiseg.models.options import ModelOptions
 from lexiseg.models.region_base import RegionModel, RegionModelOptions
 from lexiseg.proposals.options import GeneratorOptions, MaskFormerOptions
-from lexiseg.regions.crops import CropEncoder, CropOptions, Crops, boxes_of, in_parts
+from lexiseg.regions.crops import CropEncoder, CropOptions, Crops, in_parts
 from lexiseg.regions.encoder import Size
 from lexiseg.regions.ensemble import EnsembleOptions
 from lexiseg.regions.pooling import resize_masks, unit_or_zero
@@ -32,50 +32,42 @@ from lexiseg.scores import RegionScores
 from lexiseg.vocabulary import Vocabulary
 
 
-def aligned_crops(
-    frame: Tensor, masks: Callable[[int, int], Tensor], num_masks: int, options: CropOptions, *, size: int
-) -> Crops:
-    """Sub-images of size S in ZegFormer's convention; all N of them.
-
-    The box ends *at* the last pixel, or is the whole padded frame if it has no area, and is cut out by RoIAlign; what
-    is outside the mask is 0 after normalisation. Every mask gives a sub-image, an empty one a blank picture.
-
-    ``frame`` (3, H', W') is padded, normalised for CLIP, its padding 0; ``masks`` gives mask *logits* (stop - start,
-    H', W'). The options ``matting``, ``expand`` and ``fill`` have no meaning here.
-    """
-    whole = frame.new_tensor([0, 0, frame.shape[-1], frame.shape[-2]])
-    small = F.interpolate(frame[None], size=(size, size), mode="bilinear", align_corners=False)
-    images, boxes = [frame.new_zeros(0, 3, size, size)], []
-    for logits in in_parts(masks, num_masks, frame):
-        inside = logits.sigmoid() > options.threshold
-        box = boxes_of(inside)[0].float()
-        flat = (box[:, 2] - box[:, 0]) * (box[:, 3] - box[:, 1]) == 0
-        box = torch.where(flat[:, None], whole, box)
-        boxes.append(box)
-        if options.merge == "mask":
-            mask = resize_masks(logits[None], (size, size))[0]
-            images.append(small * (mask.sigmoid() > options.threshold)[:, None])
-            continue
-        for one, place in zip(inside, box, strict=True):
-            shown = frame if options.merge == "crop" else frame * one
-            images.append(roi_align(shown[None], [place[None]], (size, size), 1.0, -1, aligned=True))
-    valid = torch.ones(num_masks, dtype=torch.bool, device=frame.device)
-    return Crops(torch.cat(images), valid, torch.cat(boxes))
-
-
 @dataclass(frozen=True)
 class ZegFormerCrops(CropEncoder):
-    """Runs the tower once a region, on what RoIAlign cuts out of the padded frame, unless its options are "tight"."""
+    """Runs the tower once a region, on what RoIAlign cuts out of the padded frame, unless its options are "tight".
+
+    The box ends *at* the last pixel, or is the whole padded frame if it has no area; what is outside the mask is 0
+    after normalisation. Every mask gives a sub-image, an empty one a blank picture. The options ``matting``,
+    ``expand`` and ``fill`` have no meaning.
+    """
 
     def cut(self, clip: CLIP, frame: Tensor, size: Size, mask_logits: Tensor) -> Crops:
         """See `CropEncoder.cut`."""
-        if self.crops.convention == "tight":
+        options, side = self.crops, self.crops.size or clip.image_size
+        if options.convention == "tight":
             return super().cut(clip, frame, size, mask_logits)
 
         def masks(start: int, stop: int) -> Tensor:
             return self.upsampled(mask_logits[None, start:stop], frame)[0]
 
-        return aligned_crops(frame, masks, len(mask_logits), self.crops, size=self.crops.size or clip.image_size)
+        whole = frame.new_tensor([0, 0, frame.shape[-1], frame.shape[-2]])
+        small = F.interpolate(frame[None], size=(side, side), mode="bilinear", align_corners=False)
+        images, boxes = [frame.new_zeros(0, 3, side, side)], []
+        for logits in in_parts(masks, len(mask_logits), frame):
+            inside = logits.sigmoid() > options.threshold
+            box, there = whole.repeat(len(inside), 1), inside.flatten(1).any(dim=1)
+            box[there] = masks_to_boxes(inside[there]).to(box.dtype)
+            box[(box[:, 2:] == box[:, :2]).any(dim=1)] = whole
+            boxes.append(box)
+            if options.merge == "mask":
+                mask = resize_masks(logits[None], (side, side))[0]
+                images.append(small * (mask.sigmoid() > options.threshold)[:, None])
+                continue
+            for one, place in zip(inside, box, strict=True):
+                shown = frame if options.merge == "crop" else frame * one
+                images.append(roi_align(shown[None], [place[None]], (side, side), 1.0, -1, aligned=True))
+        valid = torch.ones(len(mask_logits), dtype=torch.bool, device=frame.device)
+        return Crops(torch.cat(images), valid, torch.cat(boxes))
 
 
 class ZegFormerOptions(RegionModelOptions):

@@ -17,13 +17,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torchvision.ops import masks_to_boxes
 
 from lexiseg.clip.embeddings import image_embeddings
 from lexiseg.clip.model import CLIP
@@ -79,21 +79,6 @@ class Crops:
     boxes: Tensor
 
 
-def boxes_of(inside: Tensor) -> tuple[Tensor, Tensor]:
-    """The first and last row and column that hold a True, of (N, H, W) bool.
-
-    Returns:
-        (N, 4) long x1, y1, x2, y2, all of them included, and (N,) bool, False where there is no True (the box is 0).
-    """
-    found = []
-    for axis in (1, 2):
-        line = inside.any(dim=axis).to(torch.uint8)
-        found.append((line.argmax(dim=1), line.shape[1] - 1 - line.flip(1).argmax(dim=1)))
-    (left, right), (top, bottom) = found
-    valid = inside.flatten(1).any(dim=1)
-    return torch.stack([left, top, right, bottom], dim=1) * valid[:, None], valid
-
-
 def tight_crops(
     image: Tensor,
     masks: Callable[[int, int], Tensor],
@@ -110,14 +95,15 @@ def tight_crops(
     """
     images, valid, boxes = [image.new_zeros(0, 3, size, size)], [], []
     for soft in in_parts(masks, num_masks, image):
-        box, there = boxes_of(soft > options.threshold)
-        box = (box + box.new_tensor([0, 0, 1, 1]))[there]
+        inside = soft > options.threshold
+        there = inside.flatten(1).any(dim=1)
+        box = masks_to_boxes(inside[there]) + image.new_tensor([0, 0, 1, 1])
         images += [
             F.interpolate(part[None], size=(size, size), mode="bicubic", align_corners=options.align_corners)
             for part in painted_boxes(image, soft[there], box, options, black)
         ]
         valid.append(there)
-        boxes.append(box.float())
+        boxes.append(box)
     return Crops(torch.cat(images), torch.cat(valid), torch.cat(boxes))
 
 
@@ -126,7 +112,7 @@ def painted_boxes(image: Tensor, masks: Tensor, boxes: Tensor, options: CropOpti
     height, width = image.shape[-2:]
     paint = (black if options.fill == "zero" else torch.zeros_like(black))[:, None, None]
     # One transfer for all boxes: their corners are Python numbers from here on.
-    for soft, box in zip(masks, boxes.tolist(), strict=True):
+    for soft, box in zip(masks, boxes.long().tolist(), strict=True):
         left, top, right, bottom = (
             (0, 0, width, height) if options.merge == "mask" else _expand(box, options.expand, width, height)
         )
@@ -153,29 +139,9 @@ def _expand(box: list[int], ratio: float, width: int, height: int) -> tuple[int,
     return left, top, max(min(int(x + half_width), width), left + 1), max(min(int(y + half_height), height), top + 1)
 
 
-def in_chunks(function: Callable[[Tensor], Tensor], images: Tensor, width: int) -> Tensor:
-    """Run ``function`` over images (M, ...) some at a time: (M, width), also where M is 0.
-
-    Images that repeat, such as the blank ones that empty masks leave, are run once.
-    """
-    if not len(images):
-        return images.new_zeros(0, width)
-    distinct, place = torch.unique(images.flatten(1), dim=0, return_inverse=True)
-    chunk = CPU_CHUNK if images.device.type == "cpu" else _CHUNK
-    if len(distinct) == len(images):
-        return torch.cat([function(part) for part in images.split(chunk)])
-    parts = distinct.unflatten(1, images.shape[1:]).split(chunk)
-    return torch.cat([function(part) for part in parts])[place]
-
-
 @dataclass(frozen=True)
 class CropEncoder(RegionEncoder):
-    """Runs the tower once a region, on its crop.
-
-    Attributes:
-        crops: how crops are made.
-        positions: how CLIP's position table follows another size than it was trained at.
-    """
+    """Runs the tower once a region, on its crop; ``crops`` and ``positions`` are those of `RegionModelOptions`."""
 
     crops: CropOptions
     positions: Interpolation
@@ -191,9 +157,17 @@ class CropEncoder(RegionEncoder):
 
         return tight_crops(frame[:, :height, :width], masks, count, self.crops, size=side, black=black)
 
-    def embed_crops(self, visual: nn.Module, crops: Tensor, dim: int) -> Tensor:
-        """CLIP embeddings (M, dim) of crops (M, 3, S, S), not normalised."""
-        return in_chunks(partial(image_embeddings, visual, position_interpolation=self.positions), crops, dim)
+    def embed_crops(self, visual: nn.Module, crops: Tensor) -> Tensor:
+        """CLIP embeddings (M, D) of crops (M, 3, S, S), not normalised.
+
+        Those that repeat, such as the blank ones that empty masks leave, are run once.
+        """
+        distinct, place = torch.unique(crops.flatten(1), dim=0, return_inverse=True)
+        repeats = len(distinct) < len(crops)
+        shown = distinct.unflatten(1, crops.shape[1:]) if repeats else crops
+        parts = shown.split(CPU_CHUNK if crops.device.type == "cpu" else _CHUNK)
+        found = torch.cat([image_embeddings(visual, part, position_interpolation=self.positions) for part in parts])
+        return found[place] if repeats else found
 
     def encode(
         self, clip: CLIP, visual: nn.Module, frame: Tensor, size: Size, mask_logits: Tensor, valid: Tensor | None
@@ -210,8 +184,9 @@ class CropEncoder(RegionEncoder):
             originals = places[first.unique()]
             crops = self.cut(clip, frame[index], size, masks[originals])
             shown = originals[crops.valid]
-            regions[index, shown] = self.embed_crops(visual, crops.images, clip.embed_dim).to(regions.dtype)
-            encoded[index, shown] = True
+            if len(shown):
+                regions[index, shown] = self.embed_crops(visual, crops.images).to(regions.dtype)
+                encoded[index, shown] = True
             # A near-duplicate takes over what became of the first one.
             regions[index, places], encoded[index, places] = (x[index, places[first]] for x in (regions, encoded))
         return regions, encoded

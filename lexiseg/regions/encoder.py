@@ -20,14 +20,10 @@ PIXELS = 1 << 23
 class RegionEncoder(ABC):
     """How CLIP encodes regions. Holds options only, no weights.
 
-    The *frame* is the padded picture, normalised for CLIP, with the padding 0; mask logits cover it.
-
-    Attributes:
-        threshold: mask probability above which a pixel is inside a region.
-        align_corners: how mask logits are interpolated to the frame.
+    The *frame* is the padded picture, normalised for CLIP, with the padding 0; mask logits cover it, and are
+    interpolated to it by ``align_corners``.
     """
 
-    threshold: float
     align_corners: bool
 
     @abstractmethod
@@ -51,4 +47,4 @@ class RegionEncoder(ABC):
 
     def upsampled(self, mask_logits: Tensor, frame: Tensor) -> Tensor:
         """Mask logits (B, N, h, w) at every pixel of the frame."""
-        return resize_masks(mask_logits.float(), (int(frame.shape[-2]), int(frame.shape[-1])), self.align_corners)
+        return resize_masks(mask_logits.float(), frame.shape[-2:], self.align_corners)

@@ -20,7 +20,7 @@ from lexiseg.models.region_models import FreeSeg, ZSSeg
 from lexiseg.models.zegformer import ZegFormer
 from lexiseg.normalisation import IMAGENET_MEAN, IMAGENET_STD
 from lexiseg.proposals.base import Proposals
-from lexiseg.regions.crops import CropEncoder, CropOptions, boxes_of, painted_boxes, tight_crops
+from lexiseg.regions.crops import CropEncoder, CropOptions, painted_boxes, tight_crops
 from lexiseg.regions.ensemble import EnsembleOptions, ensemble
 from lexiseg.scores import RegionScores
 from lexiseg.vocabulary import Vocabulary, VocabularyClass
@@ -175,9 +175,7 @@ def merge(case: Case) -> None:
         case.check(f"{mode}/crops_sub", crops.images[..., rows, columns])
         case.check(f"{mode}/crops_mean", crops.images.mean(dim=(2, 3)), zero_below=1e-6)
         case.check(f"{mode}/crops_std", crops.images.std(dim=(2, 3)))
-        boxes, there = boxes_of(masks > options.threshold)
-        boxes = boxes[there] + boxes.new_tensor([0, 0, 1, 1])
-        raw = list(painted_boxes(image, masks[there], boxes, options, black))
+        raw = list(painted_boxes(image, masks[crops.valid], crops.boxes, options, black))
         for name in case.expected_names(f"{mode}/"):
             stem, _, index = name.rpartition("_")
             if stem == f"{mode}/full_crop":
@@ -218,7 +216,7 @@ def region_crops(case: Case) -> None:
             case.check(name, crops.images[..., ::step, ::step])
         moments = torch.stack([crops.images.mean(dim=(2, 3)), crops.images.std(dim=(2, 3))], dim=-1)
         case.check(f"{mode}/regions_mean_std", moments)
-        features = F.normalize(model.region_encoder.embed_crops(clip.visual, crops.images, clip.embed_dim), dim=-1)
+        features = F.normalize(model.region_encoder.embed_crops(clip.visual, crops.images), dim=-1)
         case.check(f"{mode}/region_features", features)
         case.check(f"{mode}/logits", 100 * features @ rows.T)
 
@@ -363,7 +361,7 @@ def classify_zegformer(case: Case) -> None:
             size = (int(image.shape[-2]), int(image.shape[-1]))
             own = model.clip_frame(batch[index][None], size)
             cut.append(model.region_encoder.cut(clip, own[0], size, mask_logits[index]))
-            found.append(model.region_encoder.embed_crops(clip.visual, cut[-1].images, clip.embed_dim))
+            found.append(model.region_encoder.embed_crops(clip.visual, cut[-1].images))
             said = model.region_probabilities(found[-1], text[:, 1], class_logits[index])
             opinion = class_logits[index].softmax(dim=-1)[..., :-1]
             scores.append(ensemble(opinion, said, model.options.ensemble, seen=flagged, seen_mean=model.seen_mean))

@@ -9,12 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from lexiseg.clip.embeddings import image_embeddings
 from lexiseg.errors import LexisegError
 from lexiseg.losses.mask_aware import distillation_loss, iou_targets, mask_aware_loss, mask_ious
 from lexiseg.models.maft import MaftOptions, mask_aware_step
 from lexiseg.models.region_base import RegionModel
-from lexiseg.models.zegformer import aligned_crops
-from lexiseg.regions.crops import CropOptions, boxes_of, in_chunks, tight_crops
+from lexiseg.models.zegformer import ZegFormerCrops
+from lexiseg.regions.crops import CropEncoder, CropOptions, tight_crops
 from lexiseg.regions.duplicates import near_duplicates
 from lexiseg.regions.ensemble import EnsembleOptions, ensemble
 from lexiseg.weights.decoupled_checkpoints import read_parts
@@ -37,11 +38,9 @@ def tight(masks: Tensor, image: Tensor | None = None, size: int = 6, **options: 
 
 
 def test_boxes_of_all_kinds_of_masks() -> None:
-    inside = masks_of((0, 0, 30, 20), (5, 7, 6, 8), (0, 0, 0, 0), (29, 19, 30, 20)).bool()
-    boxes, valid = boxes_of(inside)
-    assert boxes.tolist() == [[0, 0, 29, 19], [5, 7, 5, 7], [0, 0, 0, 0], [29, 19, 29, 19]]
-    assert valid.tolist() == [True, True, False, True]
-    assert boxes_of(torch.zeros(0, 4, 4, dtype=torch.bool))[0].shape == (0, 4)
+    crops = tight(masks_of((0, 0, 30, 20), (5, 7, 6, 8), (0, 0, 0, 0), (29, 19, 30, 20)))
+    assert crops.boxes.tolist() == [[0, 0, 30, 20], [5, 7, 6, 8], [29, 19, 30, 20]]
+    assert crops.valid.tolist() == [True, True, False, True]
 
 
 def test_a_tight_crop_paints_what_is_outside() -> None:
@@ -68,28 +67,30 @@ def test_empty_masks_are_skipped_or_blank() -> None:
     assert crops.valid.tolist() == [False, True, False]
     assert crops.images.shape == (1, 3, 6, 6)
     assert tight(masks[:0]).images.shape == (0, 3, 6, 6)
-    options = CropOptions(convention="roi-align")
-    logits = (masks - 0.5) * 40
+    masks[2, 5, 3:9] = 1.0  # of no area
+    encoder = ZegFormerCrops(False, CropOptions(convention="roi-align", size=6), "bicubic")
     frame = torch.rand(3, 20, 30) + 1
-    aligned = aligned_crops(frame, lambda a, b: logits[a:b], 3, options, size=6)
+    aligned = encoder.cut(small_clip(), frame, (20, 30), (masks - 0.5) * 40)
     assert aligned.valid.tolist() == [True, True, True]
-    assert aligned.boxes[0].tolist() == [0, 0, 30, 20]  # the whole frame
+    assert aligned.boxes.tolist() == [[0, 0, 30, 20], [3, 3, 8, 8], [0, 0, 30, 20]]  # the first and last: all of it
     assert float(aligned.images[0].abs().max()) == 0.0
 
 
 def test_crops_that_repeat_are_run_once() -> None:
-    shown: list[int] = []
+    encoder, visual, shown = CropEncoder(False, CropOptions(), "bicubic"), small_clip().visual, []
+    visual.conv1.register_forward_pre_hook(lambda _, given: shown.append(len(given[0])))
+    images = torch.rand(9, 3, 32, 32)
 
-    def embed(part: torch.Tensor) -> torch.Tensor:
-        shown.append(len(part))
-        return part.mean(dim=(2, 3))
+    def compare() -> None:
+        expected = image_embeddings(visual, images, position_interpolation="bicubic")
+        shown.clear()
+        torch.testing.assert_close(encoder.embed_crops(visual, images), expected)
 
-    images = torch.rand(9, 3, 5, 5)
-    assert torch.allclose(in_chunks(embed, images, 3), images.mean(dim=(2, 3))) and sum(shown) == 9
+    compare()
+    assert sum(shown) == 9
     images[[2, 4, 7]] = 0
-    shown.clear()
-    assert torch.allclose(in_chunks(embed, images, 3), images.mean(dim=(2, 3))) and sum(shown) == 7
-    assert in_chunks(embed, images[:0], 3).shape == (0, 3)
+    compare()
+    assert sum(shown) == 7
 
 
 def test_near_duplicates_point_at_the_first() -> None:

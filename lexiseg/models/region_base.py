@@ -206,14 +206,16 @@ class RegionModel(DecoupledModel):
         logits = self.proposal_logits(values["embeddings"], own) if "embeddings" in values else None
         # "No object" is dropped after the softmax, so that the classes' probabilities may sum to little.
         opinion = None if logits is None else logits.softmax(dim=-1)[..., :-1]
-        if self.region_encoder is None:
-            return ensemble(opinion, None, options.ensemble, seen=seen)
-        probabilities = self.region_probabilities(values["regions"], clips, logits)
-        # Mask attention says something of every region, of one without a pixel too. MAFT's final model keeps it, and so
-        # does Eq. 9, where A^c = 1 for such regions would give every unseen class the largest score there is.
-        kept = opinion is None or options.ensemble.rule in ("region", "paper") or options.ensemble.weight <= 0
-        encoded = None if kept and isinstance(self.region_encoder, MaskAttention) else values["encoded"]
-        return ensemble(opinion, probabilities, options.ensemble, seen=seen, encoded=encoded, seen_mean=self.seen_mean)
+        said = self.region_probabilities(values["regions"], clips, logits) if "regions" in values else None
+        return ensemble(
+            opinion,
+            said,
+            options.ensemble,
+            seen=seen,
+            encoded=values.get("encoded"),
+            always=isinstance(self.region_encoder, MaskAttention),
+            seen_mean=self.seen_mean,
+        )
 
     def score(
         self, features: ImageFeatures, text: Tensor, *, word_to_class: Tensor | None = None, seen: Tensor | None = None

@@ -39,8 +39,7 @@ class EnsembleOptions(StrictModel):
         rule: the row of the table.
         weight: w. 0 is the rule "region", as in the released code, and not the limit of the formula.
         empty: what is said of a region that CLIP saw nothing of, where both opinions are joined: "one" gives it A^c = 1
-            for every class, as the released code does; "drop" lets it take no part. The rule "paper" takes what mask
-            attention says of such a region as it is.
+            for every class, as the released code does; "drop" lets it take no part.
     """
 
     rule: Rule = "released"
@@ -55,6 +54,7 @@ def ensemble(
     *,
     seen: Tensor | None = None,
     encoded: Tensor | None = None,
+    always: bool = False,
     seen_mean: bool = False,
 ) -> Tensor:
     """Combine the scores of regions.
@@ -65,25 +65,23 @@ def ensemble(
         options: see `EnsembleOptions`. With one of the two missing the other decides alone.
         seen: (C,) bool; None treats every class as unseen.
         encoded: (B, N) bool, False where CLIP saw nothing of a region; None: it saw all of them.
+        always: CLIP says something of the others too (mask attention), which MAFT's final model keeps, and so does Eq.
+            9, where A^c = 1 for them would give every unseen class the largest score there is.
         seen_mean: with the rule "released", give each seen class the mean of A^c over the seen ones.
 
     Returns:
-        (B, N, C), not normalised: no logarithm is taken, nothing is divided.
-
-    Raises:
-        ValueError: both are missing.
+        (B, N, C), not normalised: no logarithm is taken, nothing is divided. Nothing to combine is a ValueError.
     """
-    if proposal is None and region is None:
-        raise ValueError("there are neither proposal nor region scores for an ensemble")
-    if region is None or (options.rule == "proposal" and proposal is not None):
-        if proposal is None:
-            raise ValueError("there are no proposal scores")
+    if proposal is not None and (region is None or options.rule == "proposal"):
         return proposal
-    present = None if encoded is None else encoded[..., None].to(region.dtype)
-    if proposal is None or options.rule == "region" or options.weight <= 0:
-        return region if present is None else region * present
-    if present is not None:
-        region = region * present + (1 - present) if options.empty == "one" else region * present
+    if region is None:
+        raise ValueError("there are neither proposal nor region scores for an ensemble")
+    alone = proposal is None or options.rule == "region" or options.weight <= 0
+    if encoded is not None and not (always and (alone or options.rule == "paper")):
+        present = encoded[..., None].to(region.dtype)
+        region = region * present + (1 - present) if options.empty == "one" and not alone else region * present
+    if proposal is None or alone:
+        return region
     weight = options.weight
     unseen_scores = region**weight if options.rule == "paper" else proposal ** (1 - weight) * region**weight
     if seen is None or not bool(seen.any()):

@@ -10,6 +10,7 @@ import torch
 from benchmarks.cost.case import CLASSES, SIDE, CostCase, Published, Step, shapes_of, shared_clip, text_pass
 from benchmarks.cost.counting import FVCORE_NORM, Count, count, fvcore_resize
 from lexiseg.clip.model import CLIP
+from lexiseg.clip.prompt_learner import PromptOptions
 from lexiseg.models import (
     DeOP,
     FreeSeg,
@@ -23,7 +24,6 @@ from lexiseg.models import (
 from lexiseg.models.decoupled import DecoupledModel
 from lexiseg.models.deop import DeOPOptions
 from lexiseg.models.maft import MaftOptions, region_embeddings
-from lexiseg.models.region_base import PromptOptions
 from lexiseg.proposals.options import SamOptions
 
 _TABLE_12 = "Cascade-CLIP, Table 12"

@@ -4,18 +4,39 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from typing import Annotated
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lexiseg.clip.model import CLIP
 from lexiseg.errors import LexisegError
+from lexiseg.strict import StrictModel
 
 SEMANTIC_TASK = "semantic segmentation."
 """FreeSeg's name of our task; the full stop is a token of it."""
 
 _CHUNK = 256
+
+
+class PromptOptions(StrictModel):
+    """Learned words around the class names, of a system with a `PromptLearner` and proposals.
+
+    Attributes:
+        prefix: vectors in front of a name.
+        suffix: vectors behind it.
+        task: vectors behind the name of the task; 0 leaves the task out.
+        proposals: False leaves the generator's own scores to the templates: only CLIP's words are learned prompts.
+        frozen: keep the prompts as they are while the proposals are trained.
+    """
+
+    prefix: Annotated[int, Field(ge=0)] = 16
+    suffix: Annotated[int, Field(ge=0)] = 0
+    task: Annotated[int, Field(ge=0)] = 0
+    proposals: bool = True
+    frozen: bool = False
 
 
 class PromptLearner(nn.Module):

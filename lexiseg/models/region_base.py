@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lexiseg.clip.model import CLIP
 from lexiseg.clip.positions import Interpolation
-from lexiseg.clip.prompt_learner import PromptLearner
+from lexiseg.clip.prompt_learner import PromptLearner, PromptOptions
 from lexiseg.clip.text import TextEmbedder
 from lexiseg.errors import LexisegError
 from lexiseg.losses.proposals import ProposalWeights
@@ -29,26 +29,7 @@ from lexiseg.regions.encoder import RegionEncoder
 from lexiseg.regions.ensemble import EnsembleOptions, ensemble
 from lexiseg.regions.pooling import unit_or_zero
 from lexiseg.scores import RegionScores
-from lexiseg.strict import StrictModel
 from lexiseg.vocabulary import Vocabulary
-
-
-class PromptOptions(StrictModel):
-    """Learned words around the class names (CoOp).
-
-    Attributes:
-        prefix: vectors in front of a name.
-        suffix: vectors behind it.
-        task: vectors behind the name of the task; 0 leaves the task out.
-        proposals: False leaves the generator's own scores to the templates: only CLIP's words are learned prompts.
-        frozen: keep the prompts as they are while the proposals are trained.
-    """
-
-    prefix: Annotated[int, Field(ge=0)] = 16
-    suffix: Annotated[int, Field(ge=0)] = 0
-    task: Annotated[int, Field(ge=0)] = 0
-    proposals: bool = True
-    frozen: bool = False
 
 
 class RegionModelOptions(DecoupledOptions):

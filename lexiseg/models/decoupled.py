@@ -8,6 +8,7 @@ regions to pixels (MaskFormer's semantic inference).
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Annotated, Any
@@ -111,34 +112,33 @@ class DecoupledModel(StartsFromParts):
         return unit_or_zero(self.no_object)
 
     def text_rows(self, text: Tensor) -> Tensor:
-        """Classes and, last, "no object": text (C, D) to (C + 1, D)."""
+        """The generator's words and, last, "no object": text (C, D), or (C, S, D) with those first, to (C + 1, D)."""
         row = self.no_object_row()
-        return torch.cat([text.to(row.dtype), row])
+        return torch.cat([(text[:, 0] if text.dim() == 3 else text).to(row.dtype), row])
 
     def proposal_scale(self) -> Tensor | float:
         """Factor on the cosines of the generator's class embeddings."""
         return self.options.temperature
 
     def proposal_logits(self, embeddings: Tensor, text: Tensor) -> Tensor:
-        """What the generator itself says of its regions: embeddings (B, N, D), text (C, D), logits (B, N, C + 1).
+        """What the generator itself says of its regions: embeddings (B, N, D) and text to logits (B, N, C + 1).
 
         The last column is "no object". An embedding of 0 says nothing: all its logits are 0.
         """
-        return self.proposal_scale() * (
-            unit_or_zero(full_precision(embeddings)) @ full_precision(self.text_rows(text)).T
-        )
+        cosines = unit_or_zero(full_precision(embeddings)) @ full_precision(self.text_rows(text)).T
+        return self.proposal_scale() * cosines
 
     def propose(self, padded: Tensor, text: Tensor | None = None, size: Size | None = None) -> Proposals:
         """Run the generator on the padded frame, and outside training add what it leaves over, if that is asked for.
 
-        ``text`` (C, D) is shown to a generator that reads words; ``size`` (H, W) is that of the pictures in the frame,
-        None if they fill it.
+        ``text`` is shown to a generator that reads words; ``size`` (H, W) is that of the pictures in the frame, None if
+        they fill it.
         """
         rows = self.text_rows(text) if self.generator.needs_text and text is not None else None
         proposals: Proposals = self.generator(padded, rows)
         if self.training:
             return proposals
-        height, width = size or (int(padded.shape[-2]), int(padded.shape[-1]))
+        height, width = size or padded.shape[-2:]
         inside = (height / padded.shape[-2], width / padded.shape[-1])
         return add_leftover(proposals, self.options.leftover, inside)
 
@@ -149,9 +149,7 @@ class DecoupledModel(StartsFromParts):
     def encode_padded(self, padded: Tensor, size: Size) -> ImageFeatures:
         """`encode_images` of normalised pictures of ``size`` that lie in a padded frame (B, 3, H', W') already."""
         features = ImageFeatures(size, {"images": padded})
-        if self.generator.needs_text:
-            return features
-        return self.with_proposals(features, self.propose(padded, None, size))
+        return features if self.generator.needs_text else self.proposed(features)
 
     def with_proposals(self, features: ImageFeatures, proposals: Proposals) -> ImageFeatures:
         """The frame of ``features`` with these proposals, and with what the system makes of them."""
@@ -159,12 +157,16 @@ class DecoupledModel(StartsFromParts):
         values = {"images": features.values["images"], **{name: x for name, x in named.items() if x is not None}}
         return replace(features, values=values | self.encode_regions(values["images"], features.size, proposals))
 
+    @abstractmethod
     def encode_regions(self, padded: Tensor, size: Size, proposals: Proposals) -> dict[str, Tensor]:
         """What the system makes of proposals for pictures of ``size`` in a padded frame, as named tensors."""
-        return {}
 
-    def proposed(self, features: ImageFeatures, text: Tensor) -> ImageFeatures:
-        """``features`` as they are if they hold proposals, else with those for the words ``text`` (C, D)."""
+    @abstractmethod
+    def class_scores(self, features: ImageFeatures, text: Tensor, seen: Tensor | None = None) -> Tensor:
+        """The scores (B, N, C) of classes for the regions in ``features``."""
+
+    def proposed(self, features: ImageFeatures, text: Tensor | None = None) -> ImageFeatures:
+        """``features`` as they are if they hold proposals, else with those for the words of ``text``."""
         if "mask_logits" in features.values:
             return features
         return self.with_proposals(features, self.propose(features.values["images"], text, features.size))
@@ -174,26 +176,29 @@ class DecoupledModel(StartsFromParts):
         return resize_masks(mask_logits, padded.shape[-2:], self.options.align_corners)
 
     def proposal_losses(
-        self, padded: Tensor, size: Size, labels: Tensor, text: Tensor, weights: ProposalWeights
+        self, features: ImageFeatures, labels: Tensor, text: Tensor, weights: ProposalWeights
     ) -> dict[str, Tensor]:
         """MaskFormer's criterion over every level of the generator, see `lexiseg.losses.proposals`.
 
-        Pictures of ``size`` lie in the padded frame; labels (B, h, w) may be smaller; text (C, D) is the generator's.
+        Of ``features`` the padded frame counts; labels (B, h, w) may be smaller than the pictures.
         """
         check_labels(labels, len(text))
+        padded = features.values["images"]
         proposals = self.propose(padded, text)
         logits = [self.proposal_logits(x.embeddings, text) for x in proposals.levels if x.embeddings is not None]
-        frame = label_frame((padded.shape[-2], padded.shape[-1]), size, labels)
+        frame = label_frame((padded.shape[-2], padded.shape[-1]), features.size, labels)
         return proposal_losses(proposals, logits or None, labels, weights, size=frame, num_classes=len(text))
 
     @torch.no_grad()
-    def label_unseen(self, labels: Tensor, features: ImageFeatures, scores: Tensor, seen: Tensor) -> Tensor:
-        """Give pixels of unseen classes the unseen class of the highest score (self-training); see `fill_unseen`.
+    def pseudo_labels(self, features: ImageFeatures, labels: Tensor, text: Tensor, seen: Tensor) -> Tensor:
+        """Give pixels of unseen classes the model's own best unseen class (self-training); see `fill_unseen`.
 
-        ``scores`` (B, N, C) are the regions'. A `LexisegError` says that every class is seen.
+        The released codes do this once, with a trained model, for the whole training set; here it is done in every step
+        with the model as it is. A `LexisegError` says that every class is seen.
         """
-        unseen = unseen_of(seen)
-        best = self.pixel_scores(scores[..., unseen], features).label_map((labels.shape[-2], labels.shape[-1]))
+        unseen, features = unseen_of(seen), self.proposed(features, text)
+        scores = self.class_scores(features, text, seen)[..., unseen]
+        best = self.pixel_scores(scores, features).label_map((labels.shape[-2], labels.shape[-1]))
         return fill_unseen(labels, unseen[best], seen)
 
     def pixel_scores(

@@ -300,6 +300,14 @@ class DeOP(DecoupledModel):
         """Logits (B, N, C + 1) of region embeddings (B, N, D) over the text (C, D) and, last, "no object"."""
         return self.options.temperature * (regions.float() @ self.text_rows(text).float().T)
 
+    def probabilities(self, regions: Tensor, text: Tensor) -> Tensor:
+        """The softmax of `class_logits`."""
+        return self.class_logits(regions, text).softmax(dim=-1)
+
+    def class_scores(self, features: ImageFeatures, text: Tensor, seen: Tensor | None = None) -> Tensor:
+        """See `DecoupledModel.class_scores`."""
+        return self.probabilities(features.values["regions"], text)[..., :-1]
+
     def score(
         self, features: ImageFeatures, text: Tensor, *, word_to_class: Tensor | None = None, seen: Tensor | None = None
     ) -> RegionScores:
@@ -310,8 +318,8 @@ class DeOP(DecoupledModel):
         """
         options = self.options
         features = self.proposed(features, text)
-        logits = self.class_logits(features.values["regions"], text)
-        scores = (logits.softmax(dim=-1) if options.class_scores == "softmax" else logits)[..., :-1]
+        softmax = options.class_scores == "softmax"
+        scores = (self.probabilities if softmax else self.class_logits)(features.values["regions"], text)[..., :-1]
         if options.masks in ("patches", "patches-twice"):
             grid = self.grid(features.values["images"])
             masks = resize_masks(features.values["mask_logits"].float().sigmoid(), grid)
@@ -328,21 +336,20 @@ class DeOP(DecoupledModel):
         """
         if not self.trainable_names():
             return super().losses(images, labels, text, seen=seen)
-        padded, size = self.pad(images), (int(images.shape[-2]), int(images.shape[-1]))
-        if self.options.train == "proposals":
-            if seen is not None:
-                with torch.no_grad():
-                    features, probabilities = self._classified(padded, size, text)
-                labels = self.label_unseen(labels, features, probabilities[..., :-1], seen)
-            return self.proposal_losses(padded, size, labels, text, ProposalWeights(cost_class=0.0))
-        features, probabilities = self._classified(padded, size, text)
+        size, last = (int(images.shape[-2]), int(images.shape[-1])), self.options.train == "regions"
+        features = ImageFeatures(size, {"images": self.pad(images)})
+        if last:
+            features = self.proposed(features, text)
         if seen is not None:
-            labels = self.label_unseen(labels, features, probabilities[..., :-1], seen)
+            labels = self.pseudo_labels(features, labels, text, seen)
+        if not last:
+            return self.proposal_losses(features, labels, text, ProposalWeights(cost_class=0.0))
         values, masks = features.values, features.values["mask_logits"]
+        probabilities = self.probabilities(values["regions"], text)
         if "valid" in values:
             probabilities = probabilities * values["valid"][..., None]
-        if tuple(padded.shape[-2:]) != size:
-            masks = self.upsampled(masks, padded)[..., : size[0], : size[1]]
+        if values["images"].shape[-2:] != size:
+            masks = self.upsampled(masks, values["images"])[..., : size[0], : size[1]]
         parts = region_map_losses(
             probabilities,
             masks,
@@ -352,8 +359,3 @@ class DeOP(DecoupledModel):
             dice_weight=self.options.dice_weight,
         )
         return {"loss": parts.total, "loss_mask": parts.mask, "loss_dice": parts.dice}
-
-    def _classified(self, padded: Tensor, size: Size, text: Tensor) -> tuple[ImageFeatures, Tensor]:
-        """Features with proposals, and the probabilities (B, N, C + 1) of their classes and of "no object"."""
-        features = self.proposed(self.encode_padded(padded, size), text)
-        return features, self.class_logits(features.values["regions"], text).softmax(dim=-1)

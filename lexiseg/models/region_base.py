@@ -155,11 +155,6 @@ class RegionModel(DecoupledModel):
         text, given = super().embed_text(embedder, vocabulary), self.options.prompts
         return text if given is None or given.proposals else torch.stack([embedder(vocabulary), text], dim=1)
 
-    @staticmethod
-    def texts(text: Tensor) -> tuple[Tensor, Tensor]:
-        """The generator's words (W, D) and CLIP's, of what `embed_text` gives."""
-        return (text[:, 0], text[:, -1]) if text.dim() == 3 else (text, text)
-
     # Regions.
 
     def encode_regions(self, padded: Tensor, size: Size, proposals: Proposals) -> dict[str, Tensor]:
@@ -182,16 +177,16 @@ class RegionModel(DecoupledModel):
         return ((self.options.region_temperature or self.options.temperature) * cosines).softmax(dim=-1)
 
     def class_scores(self, features: ImageFeatures, text: Tensor, seen: Tensor | None = None) -> Tensor:
-        """The scores (B, N, C) of classes for the regions in ``features``; text is (C, D) or (C, 2, D)."""
-        options, (own, clips), values = self.options, self.texts(text), features.values
-        logits = self.proposal_logits(values["embeddings"], own) if "embeddings" in values else None
+        """See `DecoupledModel.class_scores`."""
+        values, clips = features.values, text[:, -1] if text.dim() == 3 else text
+        logits = self.proposal_logits(values["embeddings"], text) if "embeddings" in values else None
         # "No object" is dropped after the softmax, so that the classes' probabilities may sum to little.
         opinion = None if logits is None else logits.softmax(dim=-1)[..., :-1]
         said = self.region_probabilities(values["regions"], clips, logits) if "regions" in values else None
         return ensemble(
             opinion,
             said,
-            options.ensemble,
+            self.options.ensemble,
             seen=seen,
             encoded=values.get("encoded"),
             always=isinstance(self.region_encoder, MaskAttention),
@@ -206,7 +201,7 @@ class RegionModel(DecoupledModel):
         The score of a class at a pixel is the sum over the regions of its score there times their masks.
         """
         seen = None if seen is None else seen.to(text.device).bool()
-        features = self.proposed(features, self.texts(text)[0])
+        features = self.proposed(features, text)
         scores = self.class_scores(features, text, seen)
         offsets = None if seen is None or not self.options.seen_offset else seen.float() * self.options.seen_offset
         return self.pixel_scores(scores, features, word_to_class=word_to_class, offsets=offsets)
@@ -225,36 +220,27 @@ class RegionModel(DecoupledModel):
         """
         if not self.trainable_names():
             return super().losses(images, labels, text, seen=seen)
-        padded, size = self.pad(images), (int(images.shape[-2]), int(images.shape[-1]))
+        size = (int(images.shape[-2]), int(images.shape[-1]))
+        features = ImageFeatures(size, {"images": self.pad(images)})
         if seen is not None:
-            labels = self.pseudo_labels(padded, size, labels, text, seen)
+            labels = self.pseudo_labels(features, labels, text, seen)
         if self.student is not None:
-            return self.mask_aware_losses(padded, self.clip_frame(padded, size), size, labels, text)
-        return self.proposal_losses(padded, size, labels, self.texts(text)[0], self.options.criterion)
+            return self.mask_aware_losses(features, self.clip_frame(features.values["images"], size), labels, text)
+        return self.proposal_losses(features, labels, text, self.options.criterion)
 
     def mask_aware_losses(
-        self, padded: Tensor, frame: Tensor, size: Size, labels: Tensor, text: Tensor
+        self, features: ImageFeatures, frame: Tensor, labels: Tensor, text: Tensor
     ) -> dict[str, Tensor]:
         """MAFT's losses, see `maft_losses`; ``frame`` is the padded one as CLIP wants it, see `clip_frame`."""
         encoder, options = self.region_encoder, self.options.maft
-        if options is None or self.student is None or not isinstance(encoder, MaskAttention):
-            raise ValueError("there is no tower to tune")
-        own, clips = self.texts(text)
+        assert options is not None and self.student is not None and isinstance(encoder, MaskAttention)
+        clips = text[:, -1] if text.dim() == 3 else text
         with torch.no_grad():
-            proposals = self.propose(padded, own).detach()
-            logits = None if proposals.embeddings is None else self.proposal_logits(proposals.embeddings, own)
+            proposals = self.propose(features.values["images"], text).detach()
+            logits = None if proposals.embeddings is None else self.proposal_logits(proposals.embeddings, text)
 
-        def probabilities(features: Tensor) -> Tensor:
-            return self.region_probabilities(features, clips, logits if features.dim() == 3 else None)
+        def probabilities(found: Tensor) -> Tensor:
+            return self.region_probabilities(found, clips, logits if found.dim() == 3 else None)
 
+        size = features.size
         return maft_losses(encoder, self.clip, self.student, frame, size, proposals, labels, options, probabilities)
-
-    @torch.no_grad()
-    def pseudo_labels(self, padded: Tensor, size: Size, labels: Tensor, text: Tensor, seen: Tensor) -> Tensor:
-        """Fill in pixels of unseen classes with the model's own best unseen class (self-training); see `fill_unseen`.
-
-        The released code does this once, with a trained model, for the whole training set; here it is done in every
-        step with the model as it is.
-        """
-        features = self.proposed(self.encode_padded(padded, size), self.texts(text)[0])
-        return self.label_unseen(labels, features, self.class_scores(features, text, seen), seen)

@@ -39,7 +39,8 @@ class EnsembleOptions(StrictModel):
         rule: the row of the table.
         weight: w. 0 is the rule "region", as in the released code, and not the limit of the formula.
         empty: what is said of a region that CLIP saw nothing of, where both opinions are joined: "one" gives it A^c = 1
-            for every class, as the released code does; "drop" lets it take no part.
+            for every class, as the released code does; "drop" lets it take no part. The rule "paper" takes what mask
+            attention says of such a region as it is.
     """
 
     rule: Rule = "released"
@@ -65,8 +66,8 @@ def ensemble(
         options: see `EnsembleOptions`. With one of the two missing the other decides alone.
         seen: (C,) bool; None treats every class as unseen.
         encoded: (B, N) bool, False where CLIP saw nothing of a region; None: it saw all of them.
-        always: CLIP says something of the others too (mask attention), which MAFT's final model keeps, and so does Eq.
-            9, where A^c = 1 for them would give every unseen class the largest score there is.
+        always: CLIP says something of the others too (mask attention). MAFT's final model keeps it, and so does Eq. 9,
+            where A^c = 1 for such regions would give every unseen class the largest score there is.
         seen_mean: with the rule "released", give each seen class the mean of A^c over the seen ones.
 
     Returns:

@@ -343,10 +343,10 @@ def test_self_training_labels_pixels_with_the_best_unseen_class() -> None:
     given = torch.full((2, 40, 48), -1)
     given[:, :8], given[:, 8:16] = 255, 2
     expected = torch.where(given == -1, 1, given)  # there is one unseen class only
-    args = (model.pad(images), (40, 48))
-    assert torch.equal(model.pseudo_labels(*args, given, text, seen), expected)
+    features = model.encode_images(images)
+    assert torch.equal(model.pseudo_labels(features, given, text, seen), expected)
     with pytest.raises(LexisegError, match="unseen class"):
-        model.pseudo_labels(*args, given, text, torch.ones(3, dtype=torch.bool))
+        model.pseudo_labels(features, given, text, torch.ones(3, dtype=torch.bool))
 
 
 def test_self_training_in_steps_is_the_rule_that_the_released_code_has(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -356,19 +356,17 @@ def test_self_training_in_steps_is_the_rule_that_the_released_code_has(monkeypat
     given = torch.full((2, 40, 48), -1)
     given[:, :8], given[:, 8:16], given[:, 16:20] = 255, 2, 3
     model = make()
-    padded, size = model.pad(images), (40, 48)
     with torch.no_grad():
-        features = model.encode_padded(padded, size)
+        features = model.encode_images(images)
     # So untrained a model would say the same everywhere.
     features.values["mask_logits"] = 5 * torch.randn_like(features.values["mask_logits"])
     scores = torch.rand(*features.values["mask_logits"].shape[:2], 5)
-    monkeypatch.setattr(model, "encode_padded", lambda *_: features)
     monkeypatch.setattr(model, "class_scores", lambda *_: scores)
-    dense = model.pixel_scores(scores, features).dense(size)
+    dense = model.pixel_scores(scores, features).dense((40, 48))
     expected = torch.stack([pseudo_label(one, label, [0, 2]) for one, label in zip(dense, given, strict=True)])
     assert set(expected.unique().tolist()) == {1, 2, 3, 4}
     hidden = given.where(given != 255, -1)  # the released rule labels what has no label as well
-    assert torch.equal(model.pseudo_labels(padded, size, hidden, text, seen), expected)
+    assert torch.equal(model.pseudo_labels(features, hidden, text, seen), expected)
 
 
 def test_near_duplicates_are_not_shown() -> None:

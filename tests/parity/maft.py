@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from lexiseg.clip.templates import IMAGENET_SELECT, IN_THE_SCENE
 from lexiseg.clip.text import TextEmbedder
+from lexiseg.models.base import ImageFeatures
 from lexiseg.models.maft import MaskAttention
 from lexiseg.models.region_base import RegionModel
 from lexiseg.models.region_models import FreeSeg, ZSSeg
@@ -112,7 +113,7 @@ def full(case: Case) -> None:
             case.check("text_features_test", text[:, 0])
             case.check("text_features_test_clip", text[:, 1])
         check_backbone(case, model, batch)
-        found = model.propose(batch, model.texts(text)[0])
+        found = model.propose(batch, text)
         check_proposals(case, model, found, text)
         for index, image in enumerate(images):
             size = (int(image.shape[-2]), int(image.shape[-1]))
@@ -211,7 +212,7 @@ def check_proposals(case: Case, model: RegionModel, found: Proposals, text: Tens
     case.check("pred_masks", found.mask_logits)
     if found.embeddings is not None:
         case.check("pred_embed", found.embeddings)
-        case.check("pred_logits", model.proposal_logits(found.embeddings, model.texts(text)[0]))
+        case.check("pred_logits", model.proposal_logits(found.embeddings, text))
 
 
 def own_gradients(model: RegionModel) -> dict[str, Tensor]:
@@ -262,7 +263,7 @@ def maft_step(case: Case) -> None:
     case.check_that("trainable", stated == set(config["trainable"]), f"{sorted(stated)}")
     labels = torch.stack([padded(case.input(f"labels.{index}").long(), frame, 255) for index in range(len(images))])
     # Each picture is padded after it was normalised for CLIP, so pictures of several sizes have frames of their own.
-    result = model.mask_aware_losses(batch, own, frame, labels, text)
+    result = model.mask_aware_losses(ImageFeatures(frame, {"images": batch}), own, labels, text)
     case.check("ma_loss", result["loss_mask_aware"])
     case.check("dis_loss_weighted", result["loss_distillation"])
     result["loss"].backward()

@@ -46,16 +46,11 @@ class Severance:
 
     def attention(self, masks: Tensor) -> Attention:
         """What mixes the tokens of a severed block, see `lexiseg.clip.tower.run_block`; masks are those of `mix`."""
-        if self.kind == "gps" and not self.alpha:
-            return block_attention
+        alpha = self.alpha if self.kind == "gps" else 1.0
 
         def mix(attention: nn.MultiheadAttention, x: Tensor, context: Tensor | None) -> Tensor:
             value = token_values(attention, x)
-            if self.kind != "gps":
-                value = self.mix(value, masks)
-            own: Tensor = attention.out_proj(value)
-            if self.kind != "gps" or self.alpha == 1.0:
-                return own
-            return self.alpha * own + (1.0 - self.alpha) * block_attention(attention, x, context)
+            own: Tensor = attention.out_proj(value if self.kind == "gps" else self.mix(value, masks))
+            return own if alpha == 1.0 else alpha * own + (1.0 - alpha) * block_attention(attention, x, context)
 
-        return mix
+        return mix if alpha else block_attention

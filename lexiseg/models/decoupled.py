@@ -11,7 +11,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 from pydantic import Field
@@ -23,23 +23,21 @@ from lexiseg.errors import LexisegError
 from lexiseg.losses.masks import check_labels, fill_unseen, unseen_of
 from lexiseg.losses.proposals import ProposalWeights, full_precision, label_frame, proposal_losses
 from lexiseg.models.base import ImageFeatures
-from lexiseg.models.decoupled_init import StartsFromParts, changes_to_proposals
-from lexiseg.models.options import Deviations, ModelOptions, Pixels, Triple, WindowOptions
+from lexiseg.models.decoupled_init import PartsOptions, StartsFromParts
+from lexiseg.models.options import Deviations, Pixels, Triple
 from lexiseg.normalisation import IMAGENET_MEAN, IMAGENET_STD, normalise, pixels_of
 from lexiseg.proposals.base import ProposalGenerator, Proposals
 from lexiseg.proposals.leftover import LeftoverOptions, add_leftover
-from lexiseg.proposals.options import GeneratorOptions, MaskFormerOptions
 from lexiseg.regions.pooling import resize_masks, unit_or_zero
 from lexiseg.scores import RegionScores
 
 Size = tuple[int, int]
 
 
-class DecoupledOptions(WindowOptions):
-    """Options that every decoupled system has.
+class DecoupledOptions(PartsOptions):
+    """Options that every decoupled system has, beside its ``proposals``.
 
     Attributes:
-        proposals: which generator proposes the regions, and how it is built.
         leftover: what no proposal claims as proposals of their own, see `lexiseg.proposals.leftover`; the default adds
             none. They are there at prediction, and take no part in any training.
         temperature: factor on cosines before a softmax over classes. The released code has 100 in it and does not look
@@ -52,18 +50,12 @@ class DecoupledOptions(WindowOptions):
         window_size: see `WindowOptions` (released: None).
     """
 
-    proposals: GeneratorOptions = MaskFormerOptions()
     leftover: LeftoverOptions = LeftoverOptions()
     temperature: Annotated[float, Field(gt=0)] = 100.0
     align_corners: bool = False
     mean: Triple = IMAGENET_MEAN
     std: Deviations = IMAGENET_STD
     long_side: Pixels | None = None
-
-    def changes_to_init(self, wanted: ModelOptions, given: dict[str, Any], name: str) -> dict[str, Any]:
-        """How the proposals are built, as the model to come has them; see `ModelOptions.changes_to_init`."""
-        theirs = wanted.proposals if isinstance(wanted, DecoupledOptions) else None
-        return changes_to_proposals(self.proposals, theirs, given, name)
 
 
 class DecoupledModel(StartsFromParts):

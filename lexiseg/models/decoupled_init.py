@@ -10,9 +10,9 @@ from torch import nn
 from lexiseg.clip.load import shapes_of
 from lexiseg.errors import LexisegError
 from lexiseg.models.base import SegmentationModel, Towers
-from lexiseg.models.options import ModelOptions
+from lexiseg.models.options import ModelOptions, WindowOptions
 from lexiseg.proposals.base import ProposalGenerator
-from lexiseg.proposals.options import GeneratorOptions, QueryOptions
+from lexiseg.proposals.options import GeneratorOptions, MaskFormerOptions, QueryOptions
 
 NO_WEIGHTS = {"dropout", "frozen_dropout"}
 """Options of a generator that its weights do not depend on."""
@@ -34,6 +34,21 @@ def changes_to_proposals(
     changes = {key: after[key] for key in after if key not in NO_WEIGHTS and before[key] != after[key]}
     said = given.get("proposals") or {"kind": after["kind"]}
     return {"proposals": {**said, **changes}} if changes else {}
+
+
+class PartsOptions(WindowOptions):
+    """Options of systems whose proposals can come from another system's model.
+
+    Attributes:
+        proposals: which generator proposes the regions, and how it is built.
+    """
+
+    proposals: GeneratorOptions = MaskFormerOptions()
+
+    def changes_to_init(self, wanted: ModelOptions, given: dict[str, Any], name: str) -> dict[str, Any]:
+        """How the proposals are built, as the model to come has them; see `ModelOptions.changes_to_init`."""
+        theirs = wanted.proposals if isinstance(wanted, PartsOptions) else None
+        return changes_to_proposals(self.proposals, theirs, given, name)
 
 
 class StartsFromParts(SegmentationModel):

@@ -15,6 +15,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from lexiseg.clip.embeddings import whole_patches
 from lexiseg.clip.model import CLIP
 from lexiseg.clip.positions import resize_positions
 from lexiseg.clip.prompt_learner import PromptLearner
@@ -26,7 +27,7 @@ from lexiseg.losses.proposals import ProposalWeights
 from lexiseg.losses.regions import region_map_losses
 from lexiseg.models.base import ImageFeatures
 from lexiseg.models.decoupled import DecoupledModel, DecoupledOptions, Size
-from lexiseg.models.deop_ablations import ConvAnchors, PrependedPrompts, ReleasedConvAnchors
+from lexiseg.models.deop_ablations import ConvAnchors, PrependedPrompts, ReleasedConvAnchors, ReleasedQueryAnchors
 from lexiseg.models.options import Dropout, LossWeight, ModelOptions
 from lexiseg.proposals.base import Proposals
 from lexiseg.regions.anchors import QueryAnchors, pool
@@ -228,15 +229,10 @@ class DeOP(DecoupledModel):
     def _make_anchors(self) -> Anchors | None:
         options, dim = self.options, self.clip.embed_dim
         if options.heatmaps in ("query", "query-released"):
-            return QueryAnchors(
-                dim,
-                options.anchor_queries or int(getattr(options.proposals, "num_queries", _QUERIES)),
-                options.anchor_layers,
-                options.anchor_heads,
-                options.anchor_hidden,
-                options.anchor_dropout,
-                released=options.heatmaps == "query-released",
-            )
+            kind = QueryAnchors if options.heatmaps == "query" else ReleasedQueryAnchors
+            queries = options.anchor_queries or int(getattr(options.proposals, "num_queries", _QUERIES))
+            sizes = (queries, options.anchor_layers, options.anchor_heads, options.anchor_hidden)
+            return kind(dim, *sizes, options.anchor_dropout)
         if options.heatmaps == "conv":
             return ConvAnchors(dim, options.anchor_layers, options.anchor_hidden)
         return ReleasedConvAnchors(dim) if options.heatmaps == "conv-released" else None
@@ -258,17 +254,15 @@ class DeOP(DecoupledModel):
 
     def grid(self, padded: Tensor) -> tuple[int, int]:
         """Patches (gh, gw) of the padded frame; a part of a patch at the right or the bottom is not seen by CLIP."""
-        patch = self.clip.patch_size
-        return int(padded.shape[-2]) // patch, int(padded.shape[-1]) // patch
+        return padded.shape[-2] // self.clip.patch_size, padded.shape[-1] // self.clip.patch_size
 
-    def patches(self, padded: Tensor, mask_logits: Tensor, size: tuple[int, int]) -> Tensor:
+    def patches(self, padded: Tensor, mask_logits: Tensor, size: Size) -> Tensor:
         """CLIP's patches (B, gh, gw, D), projected and not normalised, of pictures of ``size`` in a padded frame.
 
         Mask logits (B, N, h, w) are for the kinds of severance that read them.
         """
         options, tower, grid = self.options, self.clip.image_tower, self.grid(padded)
         images = padded if options.clip_images == "shared" else self.clip_frame(padded, size)
-        images = images[..., : grid[0] * tower.patch_size, : grid[1] * tower.patch_size]
         added, hook = None, None
         residual: dict[int, float] = {}
         if isinstance(self.tables, AddedTables):
@@ -277,6 +271,7 @@ class DeOP(DecoupledModel):
             hook = self.tables.hook(grid[0] * grid[1], self.severed)
         elif options.released_residual and RELEASED_RESIDUAL.keys() <= self.severed.keys():
             residual = RELEASED_RESIDUAL
+        images = whole_patches(images, tower.patch_size)
         tokens, _ = tower.embed(images, interpolation="bicubic", by_count=True, added=added)
         # Masks that sever are resized before the sigmoid, those that are pooled under after it. "gps" reads none.
         reads = any(severance.kind != "gps" for severance in self.severed.values())
@@ -287,7 +282,7 @@ class DeOP(DecoupledModel):
 
     def heatmaps(self, features: Tensor, mask_logits: Tensor) -> Tensor:
         """Heatmaps (B, heads, N, gh, gw) over patches (B, gh, gw, D) of unit length, given mask logits (B, N, h, w)."""
-        masks = resize_masks(mask_logits.float().sigmoid(), (int(features.shape[1]), int(features.shape[2])))
+        masks = resize_masks(mask_logits.float().sigmoid(), features.shape[1:3])
         return masks[:, None] if self.anchors is None else self.anchors(features, masks)
 
     def encode_regions(self, padded: Tensor, size: Size, proposals: Proposals) -> dict[str, Tensor]:
@@ -300,13 +295,9 @@ class DeOP(DecoupledModel):
         """Logits (B, N, C + 1) of region embeddings (B, N, D) over the text (C, D) and, last, "no object"."""
         return self.options.temperature * (regions.float() @ self.text_rows(text).float().T)
 
-    def probabilities(self, regions: Tensor, text: Tensor) -> Tensor:
-        """The softmax of `class_logits`."""
-        return self.class_logits(regions, text).softmax(dim=-1)
-
     def class_scores(self, features: ImageFeatures, text: Tensor, seen: Tensor | None = None) -> Tensor:
         """See `DecoupledModel.class_scores`."""
-        return self.probabilities(features.values["regions"], text)[..., :-1]
+        return self.class_logits(features.values["regions"], text).softmax(dim=-1)[..., :-1]
 
     def score(
         self, features: ImageFeatures, text: Tensor, *, word_to_class: Tensor | None = None, seen: Tensor | None = None
@@ -316,10 +307,11 @@ class DeOP(DecoupledModel):
         A score is sum_n softmax(logits_n)_word * sigmoid(mask_n), see `DeOPOptions` for other forms. "No object" takes
         its part of the softmax and no more: every pixel gets a class.
         """
-        options = self.options
-        features = self.proposed(features, text)
-        softmax = options.class_scores == "softmax"
-        scores = (self.probabilities if softmax else self.class_logits)(features.values["regions"], text)[..., :-1]
+        options, features = self.options, self.proposed(features, text)
+        if options.class_scores == "softmax":
+            scores = self.class_scores(features, text)
+        else:
+            scores = self.class_logits(features.values["regions"], text)[..., :-1]
         if options.masks in ("patches", "patches-twice"):
             grid = self.grid(features.values["images"])
             masks = resize_masks(features.values["mask_logits"].float().sigmoid(), grid)
@@ -336,26 +328,20 @@ class DeOP(DecoupledModel):
         """
         if not self.trainable_names():
             return super().losses(images, labels, text, seen=seen)
-        size, last = (int(images.shape[-2]), int(images.shape[-1])), self.options.train == "regions"
+        options, size = self.options, (int(images.shape[-2]), int(images.shape[-1]))
         features = ImageFeatures(size, {"images": self.pad(images)})
-        if last:
+        if options.train == "regions":
             features = self.proposed(features, text)
         if seen is not None:
             labels = self.pseudo_labels(features, labels, text, seen)
-        if not last:
+        if options.train == "proposals":
             return self.proposal_losses(features, labels, text, ProposalWeights(cost_class=0.0))
         values, masks = features.values, features.values["mask_logits"]
-        probabilities = self.probabilities(values["regions"], text)
+        probabilities = self.class_logits(values["regions"], text).softmax(dim=-1)
         if "valid" in values:
             probabilities = probabilities * values["valid"][..., None]
         if values["images"].shape[-2:] != size:
             masks = self.upsampled(masks, values["images"])[..., : size[0], : size[1]]
-        parts = region_map_losses(
-            probabilities,
-            masks,
-            labels,
-            scale=self.options.squash,
-            focal_weight=self.options.focal_weight,
-            dice_weight=self.options.dice_weight,
-        )
+        weights = {"focal_weight": options.focal_weight, "dice_weight": options.dice_weight}
+        parts = region_map_losses(probabilities, masks, labels, scale=options.squash, **weights)
         return {"loss": parts.total, "loss_mask": parts.mask, "loss_dice": parts.dice}

@@ -1,4 +1,4 @@
-"""What DeOP is compared with: tokens as visual prompts (Table 7), and heatmaps by convolution (Table 5).
+"""What DeOP is compared with: tokens as visual prompts (Table 7), heatmaps by convolution and as released (Table 5).
 
 The decoders take and give what `lexiseg.regions.anchors` says.
 """
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lexiseg.clip.tower import BeforeBlock
+from lexiseg.regions.anchors import OutputLayer, QueryAnchors
 
 _CHUNK = 16
 
@@ -46,6 +47,38 @@ class PrependedPrompts(nn.Module):
             return tokens, None
 
         return before_block
+
+
+class ReleasedOutputLayer(OutputLayer):
+    """With projections of queries and keys, and a third of rows that nothing reads but parameter counts include."""
+
+    def __init__(self, dim: int, num_heads: int, dropout: float) -> None:
+        super().__init__(dim, num_heads, dropout)
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * dim, dim))
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * dim))
+
+
+class ReleasedQueryAnchors(QueryAnchors):
+    """The query-based heatmap decoder as released.
+
+    Eq. 3 has all heads with learned projections, the learned queries and sine positions are added before it, and each
+    head pools its own channels of the patches, which it takes as they are.
+    """
+
+    output_layer = ReleasedOutputLayer
+    heatmap: ReleasedOutputLayer
+
+    def attention(self, features: Tensor) -> Tensor:
+        """Attention maps (B, heads, Q, gh, gw) before the masks, distributions over the patches but for dropout."""
+        layer, dim, heads = self.heatmap, features.shape[-1], self.num_heads
+        projection = layer.in_proj_weight, layer.in_proj_bias
+        given = self.states(features)[-1] + self.queries, features.flatten(1, 2) + self.positions(features)
+        query, key = (
+            F.linear(rows, weight, bias).unflatten(-1, (heads, -1)).transpose(1, 2)
+            for rows, weight, bias in zip(given, *(x[: 2 * dim].split(dim) for x in projection), strict=True)
+        )
+        maps = (query @ key.transpose(-1, -2) * (dim // heads) ** -0.5).softmax(dim=-1)
+        return layer.dropout(maps).unflatten(-1, features.shape[1:3])
 
 
 class ReleasedConvAnchors(nn.Module):

@@ -2,13 +2,13 @@
 
 A decoder makes a heatmap for each proposed region; the region's embedding is the sum of the patches under it (`pool`).
 It takes patches (B, gh, gw, E) of unit length and masks (B, N, gh, gw) in [0, 1], for any N, and gives heatmaps (B,
-heads, N, gh, gw). This one does so by queries, the paper's choice; those by convolution are in
+heads, N, gh, gw). This one does so by queries, the paper's choice; its released form, and those by convolution, are in
 `lexiseg.models.deop_ablations`.
 """
 
 from __future__ import annotations
 
-from typing import cast
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -50,17 +50,13 @@ class AnchorLayer(nn.Module):
 
 
 class OutputLayer(nn.Module):
-    """The self-attention among the queries that Eq. 3 begins with, and what the released form learns behind it."""
+    """The self-attention among the queries that Eq. 3 begins with."""
 
-    def __init__(self, dim: int, num_heads: int, dropout: float, released: bool) -> None:
+    def __init__(self, dim: int, num_heads: int, dropout: float) -> None:
         super().__init__()
         self.self_attn = nn.MultiheadAttention(dim, num_heads, dropout=dropout, batch_first=True)
         self.norm = nn.LayerNorm(dim)
         self.dropout = nn.Dropout(dropout)
-        if released:
-            # With a third of rows for values that nothing reads: the papers' parameter counts include them.
-            self.in_proj_weight = nn.Parameter(torch.empty(3 * dim, dim))
-            self.in_proj_bias = nn.Parameter(torch.zeros(3 * dim))
 
     def forward(self, state: Tensor, queries: Tensor) -> Tensor:
         """The state of the queries (B, Q, E), to which the learned ``queries`` are added where logits are made."""
@@ -70,19 +66,18 @@ class OutputLayer(nn.Module):
 
 
 class QueryAnchors(nn.Module):
-    """The query-based heatmap decoder (DeOP, Sec. 4.2.1), by default to the letter of Eq. 3.
+    """The query-based heatmap decoder (DeOP, Sec. 4.2.1) to the letter of Eq. 3.
 
     H = softmax(q F / sqrt(d)) * M: the queries, once more through self-attention, are multiplied with the patches as
     they are, and the heatmap of a proposal pools whole patches. The patches have unit length, as in the released code;
     the paper does not say. Query i makes the heatmap of proposal i. Queries never see the masks before the product, so
     the attention maps are made once for the Q queries; with more than Q proposals, proposal n takes query n mod Q.
 
-    In the ``released`` form Eq. 3 has all heads with learned projections, the learned queries and sine positions are
-    added before it, and each head pools its own channels of the patches, which it takes as they are.
-
     ``dim`` is E, a multiple of 4 and of the heads, else a `LexisegError`. A layer costs 3.15 M parameters at E = 512.
     The other arguments are options of `lexiseg.models.deop.DeOPOptions`.
     """
+
+    output_layer: ClassVar[type[OutputLayer]] = OutputLayer
 
     def __init__(
         self,
@@ -92,8 +87,6 @@ class QueryAnchors(nn.Module):
         num_heads: int = 8,
         hidden: int | None = None,
         dropout: float = 0.1,
-        *,
-        released: bool = False,
     ) -> None:
         super().__init__()
         if dim % num_heads or dim % 4:
@@ -101,12 +94,12 @@ class QueryAnchors(nn.Module):
                 f"An anchor decoder of {num_heads} heads and width {dim} cannot be built; its width must be a multiple "
                 "of 4 and of its heads."
             )
-        self.num_heads, self.released = num_heads, released
+        self.num_heads = num_heads
         self.queries = nn.Parameter(torch.randn(num_queries, dim))
         self.layers = nn.ModuleList(
             AnchorLayer(dim, num_heads, 2 * dim if hidden is None else hidden, dropout) for _ in range(num_layers)
         )
-        self.heatmap = OutputLayer(dim, num_heads, dropout, released)
+        self.heatmap = self.output_layer(dim, num_heads, dropout)
         for name, parameter in self.named_parameters():
             if parameter.ndim > 1 and name != "queries":
                 nn.init.xavier_uniform_(parameter)
@@ -124,16 +117,10 @@ class QueryAnchors(nn.Module):
         return [*found, self.heatmap(state, queries)]
 
     def attention(self, features: Tensor) -> Tensor:
-        """Attention maps (B, heads, Q, gh, gw) before the masks, distributions over the patches; one head by Eq. 3."""
-        query, key, heads, dim = self.states(features)[-1], features.flatten(1, 2), 1, features.shape[-1]
-        if self.released:
-            query, key, heads = query + self.queries, key + self.positions(features), self.num_heads
-            weight, bias = self.heatmap.in_proj_weight, self.heatmap.in_proj_bias
-            query = F.linear(query, weight[:dim], bias[:dim])
-            key = F.linear(key, weight[dim : 2 * dim], bias[dim : 2 * dim])
-        query, key = (rows.unflatten(-1, (heads, -1)).transpose(1, 2) for rows in (query, key))
-        maps = (query @ key.transpose(-1, -2) * (dim // heads) ** -0.5).softmax(dim=-1)
-        return (self.heatmap.dropout(maps) if self.released else maps).unflatten(-1, features.shape[1:3])
+        """Attention maps (B, 1, Q, gh, gw) before the masks, distributions over the patches."""
+        query, key = self.states(features)[-1][:, None], features.flatten(1, 2)[:, None]
+        maps = (query @ key.transpose(-1, -2) * features.shape[-1] ** -0.5).softmax(dim=-1)
+        return maps.unflatten(-1, features.shape[1:3])
 
     def forward(self, features: Tensor, masks: Tensor) -> Tensor:
         """Heatmaps (B, heads, N, gh, gw) of regions, see the module."""

@@ -17,9 +17,9 @@ from lexiseg.losses.proposals import label_frame
 from lexiseg.losses.regions import region_map_losses
 from lexiseg.models import SYSTEMS, DeOP, SegmentationModel
 from lexiseg.models.decoupled import DecoupledModel
-from lexiseg.models.deop_ablations import ConvAnchors, ReleasedConvAnchors
+from lexiseg.models.deop_ablations import ConvAnchors, ReleasedConvAnchors, ReleasedQueryAnchors
 from lexiseg.proposals.base import HARD_LOGIT, Proposals
-from lexiseg.regions.anchors import QueryAnchors, pool
+from lexiseg.regions.anchors import pool
 from lexiseg.regions.pooling import unit_or_zero
 from lexiseg.scores import RegionScores
 from lexiseg.training.init import start_from
@@ -280,7 +280,7 @@ def test_tables_of_zeros_leave_clip_as_it_is() -> None:
 def test_heatmaps_lie_inside_the_masks() -> None:
     features, masks = unit_or_zero(torch.randn(2, 3, 5, 16)), torch.rand(2, 7, 3, 5)
     masks[:, 3] = 0.0
-    anchors = QueryAnchors(16, 4, 1, released=True).eval()
+    anchors = ReleasedQueryAnchors(16, 4, 1).eval()
     found = anchors(features, masks)
     assert found.shape == (2, 8, 7, 3, 5)
     assert bool((found <= masks[:, None] + 1e-6).all())

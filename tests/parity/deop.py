@@ -12,11 +12,11 @@ from torch.nn import functional as F
 
 from lexiseg.losses.regions import region_map_losses
 from lexiseg.models.deop import DeOP
-from lexiseg.models.deop_ablations import ReleasedConvAnchors
+from lexiseg.models.deop_ablations import ReleasedConvAnchors, ReleasedQueryAnchors
 from lexiseg.normalisation import IMAGENET_MEAN, IMAGENET_STD
 from lexiseg.proposals.base import Proposals
 from lexiseg.proposals.maskformer import MaskFormer
-from lexiseg.regions.anchors import QueryAnchors, pool
+from lexiseg.regions.anchors import pool
 from lexiseg.regions.pooling import resize_masks, unit_or_zero
 from lexiseg.weights.decoupled_checkpoints import deop_key, infer_anchor_options, read_parts
 from tests.parity.case import Case, UnsupportedError
@@ -34,14 +34,8 @@ def query_anchors(case: Case) -> None:
     """The query-based heatmap decoder, with every intermediate result."""
     params, config = case.params(), case.config
     options = infer_anchor_options(params)
-    anchors = QueryAnchors(
-        config["d_model"],
-        options["anchor_queries"],
-        options["anchor_layers"],
-        config["heads"],
-        config["dim_feedforward"],
-        released=True,
-    ).eval()
+    sizes = (options["anchor_queries"], options["anchor_layers"], config["heads"], config["dim_feedforward"])
+    anchors = ReleasedQueryAnchors(config["d_model"], *sizes).eval()
     anchors.load_state_dict({name: params[str(deop_key(f"anchors.{name}"))] for name in anchors.state_dict()})
     case.check_that("K", options["anchor_layers"] == config["K"], f"the file has {options['anchor_layers']}")
     case.check_stated("queries", config, {"num_queries": options["anchor_queries"]})

@@ -197,8 +197,3 @@ class ImageTower:
         """Apply CLIP's final norm and projection to each token: (B, L, W) to (B, L, D), not normalised."""
         tokens = self.visual.ln_post(tokens)
         return tokens if self.visual.proj is None else tokens @ self.visual.proj
-
-
-def unit(x: Tensor) -> Tensor:
-    """Divide by the length along the last axis, without an epsilon, as the authors' code does."""
-    return x / torch.linalg.vector_norm(x, dim=-1, keepdim=True)

@@ -16,8 +16,9 @@ from typing import Annotated, Any, ClassVar, Literal, cast
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from lexiseg.clip.tower import ImageTokens, unit
+from lexiseg.clip.tower import ImageTokens
 from lexiseg.errors import LexisegError
 from lexiseg.models.base import ImageFeatures, SegmentationModel
 from lexiseg.models.one_stage import MaskDecoder
@@ -93,7 +94,7 @@ class LevelProjections(nn.Module):
 
     def forward(self, index: int, patches: Tensor) -> Tensor:
         """Unit vectors (B, N, D) of patches (B, N, W) by the norm and projection ``index``."""
-        return unit(self.norms[index](patches) @ self.projections[index])
+        return F.normalize(self.norms[index](patches) @ self.projections[index], dim=-1)
 
 
 class WeightedSum(nn.Module):

@@ -19,10 +19,11 @@ from typing import Annotated, ClassVar, Literal, NamedTuple
 import torch
 from pydantic import Field
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from lexiseg.clip.model import CLIP
 from lexiseg.clip.positions import Interpolation
-from lexiseg.clip.tower import BeforeBlock, ImageTokens, ImageTower, unit
+from lexiseg.clip.tower import BeforeBlock, ImageTokens, ImageTower
 from lexiseg.errors import LexisegError
 from lexiseg.models.base import ImageFeatures
 from lexiseg.models.one_stage import DecoderLayer, MaskDecoder, OneStageModel, OneStageOptions
@@ -194,7 +195,7 @@ class ZegCLIP(OneStageModel):
     def project_tokens(self, result: ImageTokens) -> tuple[Tensor, Tensor]:
         """Turn the tower's last tokens into unit vectors: class token (B, D) and patches (B, N, D), without prompts."""
         tokens = result.tokens if self.prompts is None else self.prompts.norm(result.tokens)
-        tokens = unit(self.clip.image_tower.project(tokens))
+        tokens = F.normalize(self.clip.image_tower.project(tokens), dim=-1)
         return tokens[:, 0], tokens[:, -result.num_patches :]
 
     def encode_images(self, images: Tensor) -> ImageFeatures:

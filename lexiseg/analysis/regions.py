@@ -20,7 +20,6 @@ from lexiseg.devices import EvaluationMode
 from lexiseg.errors import LexisegError
 from lexiseg.images import image_name
 from lexiseg.models import DeOP
-from lexiseg.models.base import ImageFeatures
 from lexiseg.models.decoupled import DecoupledModel
 from lexiseg.models.region_base import RegionModel
 from lexiseg.regions.pooling import resize_masks, unit_or_zero
@@ -239,8 +238,7 @@ def _judged(
             images = owner.pixels(image)
             proposals = other.propose(other.pad(images), text[0], (int(images.shape[-2]), int(images.shape[-1])))
             images = segmenter.pixels(image)
-            mine = ImageFeatures((int(images.shape[-2]), int(images.shape[-1])), {"images": model.pad(images)})
-            mine = model.with_proposals(mine, proposals)
+            mine = model.with_proposals(model.frame(images), proposals)
             scores = model.score(mine, text[1], word_to_class=vocabulary.word_to_class)
             assert isinstance(scores, RegionScores)
             return scores

@@ -6,7 +6,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from lexiseg.checking import check
 from lexiseg.clip.load import check_state, shapes_of
 from lexiseg.clip.model import CLIP
+from lexiseg.clip.prompt_learner import PromptLearner
 from lexiseg.clip.text import TextEmbedder
 from lexiseg.errors import LexisegError
 from lexiseg.models.options import ModelOptions, Triple
@@ -22,9 +23,6 @@ from lexiseg.scores import Scores
 from lexiseg.scores.words import WordsRule
 from lexiseg.vocabulary import SINGLE_TEMPLATE, Vocabulary
 from lexiseg.windows import WindowPolicy
-
-if TYPE_CHECKING:
-    from lexiseg.clip.prompt_learner import PromptLearner
 
 Towers = Callable[[], CLIP]
 
@@ -120,8 +118,8 @@ class SegmentationModel(nn.Module, ABC):
 
     @property
     def learned_prompts(self) -> PromptLearner | None:
-        """The learned text prompts, or None."""
-        return None
+        """The part of the model that is its learned text prompts, or None."""
+        return next((part for part in self.children() if isinstance(part, PromptLearner)), None)
 
     @classmethod
     def check_init(

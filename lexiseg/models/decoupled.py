@@ -134,13 +134,13 @@ class DecoupledModel(StartsFromParts):
         inside = (height / padded.shape[-2], width / padded.shape[-1])
         return add_leftover(proposals, self.options.leftover, inside)
 
+    def frame(self, images: Tensor) -> ImageFeatures:
+        """Features of normalised images (B, 3, H, W) that hold their padded frame and nothing else yet."""
+        return ImageFeatures((int(images.shape[-2]), int(images.shape[-1])), {"images": self.pad(images)})
+
     def encode_images(self, images: Tensor) -> ImageFeatures:
         """Pad the images and, if the words do not matter for that, propose regions; see the class."""
-        return self.encode_padded(self.pad(images), (int(images.shape[-2]), int(images.shape[-1])))
-
-    def encode_padded(self, padded: Tensor, size: Size) -> ImageFeatures:
-        """`encode_images` of normalised pictures of ``size`` that lie in a padded frame (B, 3, H', W') already."""
-        features = ImageFeatures(size, {"images": padded})
+        features = self.frame(images)
         return features if self.generator.needs_text else self.proposed(features)
 
     def with_proposals(self, features: ImageFeatures, proposals: Proposals) -> ImageFeatures:

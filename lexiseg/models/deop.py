@@ -181,9 +181,8 @@ class DeOP(DecoupledModel):
         self.default_templates = SCULPTURE
         self.severed = self._severed_blocks()
         self.tables = self._make_visual_prompts()
-        self.prompt: PromptLearner | None = None
-        if options.text_prompts != "templates":
-            self.prompt = PromptLearner(clip.text_width, options.prompt_prefix, options.prompt_suffix)
+        places = options.prompt_places()
+        self.prompt = None if places is None else PromptLearner(clip.text_width, **places)
         self.anchors: Anchors | None = self._make_anchors()
         self.set_trainable()
 
@@ -236,11 +235,6 @@ class DeOP(DecoupledModel):
         if options.heatmaps == "conv":
             return ConvAnchors(dim, options.anchor_layers, options.anchor_hidden)
         return ReleasedConvAnchors(dim) if options.heatmaps == "conv-released" else None
-
-    @property
-    def learned_prompts(self) -> PromptLearner | None:
-        """The learned text prompt, or None."""
-        return self.prompt
 
     def trainable_names(self) -> tuple[str, ...]:
         """Of the last stage: prompts, anchors and "no object". Of the one before: the generator and "no object"."""
@@ -328,8 +322,7 @@ class DeOP(DecoupledModel):
         """
         if not self.trainable_names():
             return super().losses(images, labels, text, seen=seen)
-        options, size = self.options, (int(images.shape[-2]), int(images.shape[-1]))
-        features = ImageFeatures(size, {"images": self.pad(images)})
+        options, features = self.options, self.frame(images)
         if options.train == "regions":
             features = self.proposed(features, text)
         if seen is not None:
@@ -340,8 +333,8 @@ class DeOP(DecoupledModel):
         probabilities = self.class_logits(values["regions"], text).softmax(dim=-1)
         if "valid" in values:
             probabilities = probabilities * values["valid"][..., None]
-        if values["images"].shape[-2:] != size:
-            masks = self.upsampled(masks, values["images"])[..., : size[0], : size[1]]
+        if values["images"].shape[-2:] != features.size:
+            masks = self.upsampled(masks, values["images"])[..., : features.size[0], : features.size[1]]
         weights = {"focal_weight": options.focal_weight, "dice_weight": options.dice_weight}
         parts = region_map_losses(probabilities, masks, labels, scale=options.squash, **weights)
         return {"loss": parts.total, "loss_mask": parts.mask, "loss_dice": parts.dice}

@@ -96,9 +96,8 @@ class RegionModel(DecoupledModel):
         self._check()
         if options.maft is not None:
             self.student = copy.deepcopy(clip.visual).eval()
-        self.prompts: PromptLearner | None = None
-        if (given := options.prompts) is not None:
-            self.prompts = PromptLearner(clip.text_width, given.prefix, given.suffix, given.task)
+        places = options.prompt_places()
+        self.prompts = None if places is None else PromptLearner(clip.text_width, **places)
         self.set_trainable()
 
     @property
@@ -144,11 +143,6 @@ class RegionModel(DecoupledModel):
         return self
 
     # Words.
-
-    @property
-    def learned_prompts(self) -> PromptLearner | None:
-        """The learned text prompts, or None."""
-        return self.prompts
 
     def embed_text(self, embedder: TextEmbedder, vocabulary: Vocabulary) -> Tensor:
         """Text rows of a vocabulary: (W, D), or (W, 2, D) where only CLIP's words are learned prompts."""
@@ -220,12 +214,12 @@ class RegionModel(DecoupledModel):
         """
         if not self.trainable_names():
             return super().losses(images, labels, text, seen=seen)
-        size = (int(images.shape[-2]), int(images.shape[-1]))
-        features = ImageFeatures(size, {"images": self.pad(images)})
+        features = self.frame(images)
         if seen is not None:
             labels = self.pseudo_labels(features, labels, text, seen)
         if self.student is not None:
-            return self.mask_aware_losses(features, self.clip_frame(features.values["images"], size), labels, text)
+            frame = self.clip_frame(features.values["images"], features.size)
+            return self.mask_aware_losses(features, frame, labels, text)
         return self.proposal_losses(features, labels, text, self.options.criterion)
 
     def mask_aware_losses(

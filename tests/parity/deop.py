@@ -247,7 +247,7 @@ def batches(case: Case) -> None:
             options["masks"] = "patches-twice" if value else "sigmoid"
         model = build(case, names, options)
         text = learned_text(model, names)
-        features = model.encode_padded(model.pad(batch), (frame[0], frame[1]))
+        features = model.encode_images(batch)
         for index, image in enumerate(images):
             size = (int(image.shape[1]), int(image.shape[2]))
             scores = model.score(replace(features, size=size), text)[index]

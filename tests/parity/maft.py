@@ -117,7 +117,7 @@ def full(case: Case) -> None:
         check_proposals(case, model, found, text)
         for index, image in enumerate(images):
             size = (int(image.shape[-2]), int(image.shape[-1]))
-            features = model.encode_padded(batch[index][None], size)
+            features = model.proposed(ImageFeatures(size, {"images": batch[index][None]}), text)
             scores = model.score(features, text, seen=seen)
             check_output(case, "", f".{index}", scores, config["output_sizes"][index])
     text = words(model, names["train"])
@@ -256,7 +256,7 @@ def maft_step(case: Case) -> None:
         case.check("ip_masked", model.region_encoder.attend(model.student, square, masks))
         case.check("ip_plain", model.region_encoder.whole(model.student, square))
         for index, image in enumerate(images):
-            features = model.encode_padded(batch[index][None], tuple(image.shape[-2:]))
+            features = ImageFeatures((image.shape[-2], image.shape[-1]), {"images": batch[index][None]})
             check_output(case, "", f".{index}", model.score(features, text), config["output_sizes"][index])
     names_trained = {f"IPCLIP.{name.removeprefix('student.')}" for name in model.trainable_names()}
     stated = {re.sub(r"\.\d+\.", ".*.", name) for name in names_trained}

@@ -11,7 +11,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from pydantic import Field
@@ -194,18 +194,12 @@ class DecoupledModel(StartsFromParts):
         return fill_unseen(labels, unseen[best], seen)
 
     def pixel_scores(
-        self,
-        class_scores: Tensor,
-        features: ImageFeatures,
-        *,
-        word_to_class: Tensor | None = None,
-        offsets: Tensor | None = None,
-        sigmoid: bool = True,
+        self, class_scores: Tensor, features: ImageFeatures, *, sigmoid: bool = True, **more: Any
     ) -> RegionScores:
         """Class scores (B, N, W) of the regions as scores of pixels, sum_n class_scores[n] * sigmoid(mask_n).
 
-        Proposals that are not valid take no part; ``offsets`` (W,) are subtracted from the words' scores. With
-        ``sigmoid`` False masks are taken as they are, as DeOP's released variants do.
+        Proposals that are not valid take no part. With ``sigmoid`` False masks are taken as they are, as DeOP's
+        released variants do. What else `RegionScores` takes of words is in ``more``.
         """
         values = features.values
         if "valid" in values:
@@ -214,10 +208,9 @@ class DecoupledModel(StartsFromParts):
         return RegionScores(
             class_scores.float(),
             values["mask_logits"].float(),
-            word_to_class=word_to_class,
             resize_to=(int(padded[-2]), int(padded[-1])),
             align_corners=self.options.align_corners,
             crop=features.size,
             sigmoid=sigmoid,
-            offsets=offsets,
+            **more,
         )

@@ -42,7 +42,8 @@ INTERFACES = {
     "proposals.base says, and which its option `proposals` names and builds",
     "proposals.base": "what every generator of masks is: images in, regions out",
     "proposals.leftover": "proposals of our own, which no paper has and which are off by default",
-    "models.deop_ablations": "what DeOP is compared with in its Tables 5 and 7; the paper's system has none of it",
+    "models.deop_ablations": "what DeOP is compared with in its Tables 4, 5 and 7, and forms that only the released "
+    "code has; the paper's system has none of it",
     "models.maft": "MAFT, which plugs into the region models by their option of this name; read it as a system",
     "regions.duplicates": "an option of our own, which no paper has and which is off by default",
     "losses": "formulas, which the systems' docstrings repeat, computed with little memory and over processes",

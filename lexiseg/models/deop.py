@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Annotated, ClassVar, Literal
 
 import torch
@@ -19,15 +20,20 @@ from lexiseg.clip.embeddings import whole_patches
 from lexiseg.clip.model import CLIP
 from lexiseg.clip.positions import resize_positions
 from lexiseg.clip.prompt_learner import PromptLearner
-from lexiseg.clip.severance import Severance
 from lexiseg.clip.templates import SCULPTURE
-from lexiseg.clip.tower import BeforeBlock
+from lexiseg.clip.tower import Attention, BeforeBlock, block_attention, token_values
 from lexiseg.errors import LexisegError
 from lexiseg.losses.proposals import ProposalWeights
 from lexiseg.losses.regions import region_map_losses
 from lexiseg.models.base import ImageFeatures
 from lexiseg.models.decoupled import DecoupledModel, DecoupledOptions, Size
-from lexiseg.models.deop_ablations import ConvAnchors, PrependedPrompts, ReleasedConvAnchors, ReleasedQueryAnchors
+from lexiseg.models.deop_ablations import (
+    ConvAnchors,
+    PrependedPrompts,
+    ReleasedConvAnchors,
+    ReleasedQueryAnchors,
+    mask_severance,
+)
 from lexiseg.models.options import Dropout, LossWeight, ModelOptions
 from lexiseg.proposals.base import Proposals
 from lexiseg.regions.anchors import QueryAnchors, pool
@@ -49,7 +55,8 @@ class DeOPOptions(DecoupledOptions):
 
     Attributes:
         severance: "gps" (Eq. 2), "mps" and "mps-sum" (Eq. 1 with and without the softmax of the released code),
-            "released" (the authors' checkpoint) or "none"; see `lexiseg.clip.severance.Severance`.
+            "released" (the authors' checkpoint) or "none"; see `patch_severance` and
+            `lexiseg.models.deop_ablations.mix_by_masks`.
         severed_blocks: 0-based indices, negative ones from the end. (Table 9 counts from 1.)
         alpha: of "gps": one number, or one for each severed block in their order (Table 4).
         released_residual: without visual prompts, the released encoder's factor 0.2 on the shortcut of block 11.
@@ -122,6 +129,19 @@ class DeOPOptions(DecoupledOptions):
         return {"prefix": self.prompt_prefix, "suffix": self.prompt_suffix, "task": 0}
 
 
+def patch_severance(
+    attention: nn.MultiheadAttention, x: Tensor, context: Tensor | None = None, *, alpha: float = 1.0
+) -> Tensor:
+    """General patch severance, in the place of a block's token mixing softmax(q k^T / sqrt(d)) v (DeOP, Eq. 2).
+
+    With v the values of the tokens it is alpha v + (1 - alpha) softmax(q k^T / sqrt(d)) v, so that patches keep to what
+    they show; everything else in the block stays. ``alpha`` 0 is ordinary attention, 1 the value path, where each token
+    keeps to itself.
+    """
+    own: Tensor = attention.out_proj(token_values(attention, x))
+    return own if alpha == 1.0 else alpha * own + (1.0 - alpha) * block_attention(attention, x, context)
+
+
 class AddedTables(nn.Module):
     """Learnt tables added to the tokens, class token included: one at the input and one at each of several ``blocks``.
 
@@ -165,7 +185,7 @@ class DeOP(DecoupledModel):
     depend on the words, unless the proposals do. Options that do not fit the tower or each other are a `LexisegError`.
 
     Attributes:
-        severed: severance by block.
+        severed: alpha by severed block.
         tables: the visual prompts, or None.
         prompt: the learned text prompt, or None.
         anchors: the heatmap decoder, or None.
@@ -197,7 +217,7 @@ class DeOP(DecoupledModel):
             )
         return blocks
 
-    def _severed_blocks(self) -> dict[int, Severance]:
+    def _severed_blocks(self) -> dict[int, float]:
         options = self.options
         if options.severance == "none":
             return {}
@@ -207,7 +227,7 @@ class DeOP(DecoupledModel):
             raise LexisegError(
                 f"There are {len(alphas)} numbers alpha for {len(blocks)} severed blocks; give one for each, or one."
             )
-        return {block: Severance(options.severance, alpha) for block, alpha in zip(blocks, alphas, strict=True)}
+        return dict(zip(blocks, alphas, strict=True))
 
     def _make_visual_prompts(self) -> AddedTables | PrependedPrompts | None:
         options, tower = self.options, self.clip.image_tower
@@ -267,10 +287,13 @@ class DeOP(DecoupledModel):
             residual = RELEASED_RESIDUAL
         images = whole_patches(images, tower.patch_size)
         tokens, _ = tower.embed(images, interpolation="bicubic", by_count=True, added=added)
-        # Masks that sever are resized before the sigmoid, those that are pooled under after it. "gps" reads none.
-        reads = any(severance.kind != "gps" for severance in self.severed.values())
-        masks = resize_masks(mask_logits, grid).sigmoid() if reads else mask_logits
-        severed = {block: severance.attention(masks) for block, severance in self.severed.items()}
+        severed: dict[int, Attention] = {
+            block: partial(patch_severance, alpha=alpha) for block, alpha in self.severed.items()
+        }
+        if options.severance != "gps":
+            # Masks that sever are resized before the sigmoid, those that are pooled under after it.
+            masks = resize_masks(mask_logits, grid).sigmoid()
+            severed = dict.fromkeys(severed, partial(mask_severance, masks=masks, kind=options.severance))
         result = tower.run(tokens, grid, before_block=hook, attention=severed, residual=residual)
         return tower.project(result.tokens[:, -result.num_patches :]).unflatten(1, grid)
 

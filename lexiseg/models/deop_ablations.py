@@ -1,4 +1,4 @@
-"""What DeOP is compared with: tokens as visual prompts (Table 7), heatmaps by convolution and as released (Table 5).
+"""What DeOP is compared with: severance guided by masks (Table 4), other heatmaps (5) and visual prompts (7).
 
 The decoders take and give what `lexiseg.regions.anchors` says.
 """
@@ -7,16 +7,41 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lexiseg.clip.tower import BeforeBlock
+from lexiseg.clip.tower import BeforeBlock, token_values
 from lexiseg.regions.anchors import OutputLayer, QueryAnchors
 
 _CHUNK = 16
+
+
+def mix_by_masks(value: Tensor, masks: Tensor, kind: str) -> Tensor:
+    """Mix values (B, T, W) of all heads by region masks (B, N, gh, gw); tokens before the patches are in every region.
+
+    With v the values and G (N, T) the weight of each token in each of the N masks, 1 for the class token, ``kind`` is
+
+    - ``"mps"``: softmax(G^T G) v, the mask-guided form as the authors' code has it, the same for all heads.
+    - ``"mps-sum"``: (G^T G) v, the mask-guided form as the paper prints it (DeOP, Eq. 1), a plain sum.
+    - ``"released"``: the sum over the masks of G at a token, times its value. This is what the authors' published
+      checkpoint was trained with; it is neither of the paper's forms.
+    """
+    patches = masks.flatten(2).to(value.dtype)
+    weights = F.pad(patches, (value.shape[1] - patches.shape[2], 0), value=1.0)
+    if kind == "released":
+        return weights.sum(dim=1).unsqueeze(-1) * value
+    affinity = weights.transpose(1, 2) @ weights
+    return (affinity.softmax(dim=-1) if kind == "mps" else affinity) @ value
+
+
+def mask_severance(
+    attention: nn.MultiheadAttention, x: Tensor, context: Tensor | None = None, *, masks: Tensor, kind: str
+) -> Tensor:
+    """In the place of a block's token mixing, see `lexiseg.clip.tower.Attention`: `mix_by_masks`."""
+    return cast(Tensor, attention.out_proj(mix_by_masks(token_values(attention, x), masks, kind)))
 
 
 class PrependedPrompts(nn.Module):

@@ -21,11 +21,11 @@ from lexiseg.catalog import packaged_clips
 from lexiseg.clip.load import load_clip
 from lexiseg.clip.model import CLIP, save_clip
 from lexiseg.clip.positions import resize_positions
-from lexiseg.clip.severance import Severance
 from lexiseg.clip.text import TextEmbedder
 from lexiseg.clip.text_cache import TextCache
 from lexiseg.clip.tower import ImageTower, block_attention, run_block
 from lexiseg.errors import LexisegError
+from lexiseg.models.deop import patch_severance
 from lexiseg.vocabulary import PAPER_TEMPLATES, Vocabulary
 from tests.towers import small_architecture, small_clip
 
@@ -122,8 +122,8 @@ def test_severance_is_a_mixture_of_value_and_attention(clip: CLIP) -> None:
     expected = attention(x, x, x, need_weights=False)[0]
     torch.testing.assert_close(plain, expected, rtol=1e-4, atol=1e-5)
     value = attention.out_proj(F.linear(x, attention.in_proj_weight[48:], attention.in_proj_bias[48:]))
-    torch.testing.assert_close(Severance("gps", 1.0).attention(torch.ones(1, 1, 1, 1))(attention, x, None), value)
-    mixed = Severance("gps", 0.3).attention(torch.ones(1, 1, 1, 1))(attention, x, None)
+    torch.testing.assert_close(patch_severance(attention, x), value)
+    mixed = patch_severance(attention, x, alpha=0.3)
     torch.testing.assert_close(mixed, 0.3 * value + 0.7 * plain, rtol=1e-4, atol=1e-5)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,10 +12,9 @@ from torch import Tensor
 from lexiseg.clip.embeddings import image_embeddings, whole_patches
 from lexiseg.clip.model import CLIP
 from lexiseg.clip.resnet import attention_pool, resnet_features
-from lexiseg.clip.severance import Severance
-from lexiseg.clip.tower import ImageTower
-from lexiseg.models.deop import RELEASED_RESIDUAL, AddedTables
-from lexiseg.models.deop_ablations import PrependedPrompts
+from lexiseg.clip.tower import Attention, ImageTower
+from lexiseg.models.deop import RELEASED_RESIDUAL, AddedTables, patch_severance
+from lexiseg.models.deop_ablations import PrependedPrompts, mask_severance
 from lexiseg.models.maft import INSIDE, attend_regions, attention_mask, region_embeddings
 from lexiseg.regions.pooling import resize_masks
 from tests.parity.case import Case
@@ -42,7 +42,7 @@ def deop_visual(case: Case) -> None:
     modes = config.get("modes", {"": config})
     for name, mode in modes.items():
         start = f"{name}/" if name else ""
-        severed = severances(mode)
+        severed = severances(mode, region_masks)
         added = None
         hook: Any = None
         residual: dict[int, float] = {}
@@ -67,7 +67,7 @@ def deop_visual(case: Case) -> None:
             grid,
             before_block=hook,
             levels=range(tower.num_blocks),
-            attention={index: kind.attention(region_masks) for index, kind in severed.items()},
+            attention=severed,
             residual=residual,
         )
         features = tower.project(run.tokens[:, -run.num_patches :]).unflatten(1, grid)
@@ -79,14 +79,12 @@ def deop_visual(case: Case) -> None:
             case.check(f"{start}block_{index}", level)
 
 
-def severances(mode: dict[str, Any]) -> dict[int, Severance]:
+def severances(mode: dict[str, Any], masks: Tensor) -> dict[int, Attention]:
     blocks, alphas = mode["layermaskvit"], mode.get("gps_alpha_paper") or {}
     severed, softmax = mode.get("maskselfattn"), mode.get("maskselfattnsoftmax")
-    if not severed:
-        return {index: Severance("released") for index in blocks}
-    if softmax:
-        return {index: Severance("mps") for index in blocks}
-    return {index: Severance("gps", float(alphas.get(str(index), 1.0))) for index in blocks}
+    if severed and not softmax:
+        return {index: partial(patch_severance, alpha=float(alphas.get(str(index), 1.0))) for index in blocks}
+    return dict.fromkeys(blocks, partial(mask_severance, masks=masks, kind="mps" if severed else "released"))
 
 
 def added_tables(params: dict[str, Tensor], tower: ImageTower, blocks: list[int]) -> AddedTables:

@@ -93,7 +93,16 @@ class RegionModel(DecoupledModel):
     def __init__(self, clip: CLIP, options: RegionModelOptions | None = None, seen_names: Sequence[str] = ()) -> None:
         options = options or cast(RegionModelOptions, self.options_class())
         super().__init__(clip, options, seen_names)
-        self._check()
+        alone = options.regions == "none"
+        if alone and options.maft is not None:
+            raise LexisegError("maft tunes mask attention, not regions 'none'; remove one of the two.")
+        if options.crops.convention == "roi-align" and type(self.region_encoder) is CropEncoder:
+            raise LexisegError(f"{self.system} does not cut by 'roi-align'; set crops.convention to 'tight'.")
+        if self.generator.embed_dim is None and (alone or options.ensemble.rule == "proposal"):
+            raise LexisegError(
+                "These proposals have no classes, so CLIP has to classify the regions; set regions to 'crops' or "
+                "'mask-attention', and the ensemble's rule to 'region'."
+            )
         if options.maft is not None:
             self.student = copy.deepcopy(clip.visual).eval()
         places = options.prompt_places()
@@ -110,18 +119,6 @@ class RegionModel(DecoupledModel):
         if options.regions == "mask-attention" or options.maft is not None:
             return MaskAttention(options.align_corners, options.crops.threshold, options.attention)
         return self.crop_encoder(options.align_corners, options.crops, options.positions)
-
-    def _check(self) -> None:
-        options, alone = self.options, self.options.regions == "none"
-        if alone and options.maft is not None:
-            raise LexisegError("maft tunes mask attention, not regions 'none'; remove one of the two.")
-        if options.crops.convention == "roi-align" and type(self.region_encoder) is CropEncoder:
-            raise LexisegError(f"{self.system} does not cut by 'roi-align'; set crops.convention to 'tight'.")
-        if self.generator.embed_dim is None and (alone or options.ensemble.rule == "proposal"):
-            raise LexisegError(
-                "These proposals have no classes, so CLIP has to classify the regions; set regions to 'crops' or "
-                "'mask-attention', and the ensemble's rule to 'region'."
-            )
 
     def trainable_names(self) -> tuple[str, ...]:
         """Those of the tower's copy with MAFT, else of the proposals; none for a generator that comes trained."""

@@ -148,6 +148,5 @@ class ZegFormer(RegionModel):
             count = int(index[-1]) + 1
             text = unit_or_zero(text.new_zeros(count, *text.shape[1:]).index_add_(0, index, text))
             if seen is not None:
-                classes = torch.zeros(count, dtype=torch.bool, device=text.device)
-                seen = classes.index_put_((index,), seen.to(text.device).bool(), accumulate=False)
+                seen = index.new_zeros(count, dtype=torch.bool).scatter(0, index, seen.to(index.device).bool())
         return super().score(features, text, seen=seen)

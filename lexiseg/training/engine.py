@@ -15,7 +15,7 @@ import os
 import signal
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from types import MethodType
 from typing import Any, ClassVar
@@ -128,9 +128,9 @@ class _Batches(Dataset[Any]):
 
 
 def _deaf(worker: int) -> None:
-    """Let the main process alone be stopped by Ctrl-C; it ends the workers, and says what was done."""
+    """Let the main process alone be stopped, as Ctrl-C and schedulers tell all; it ends the workers and reports."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _as_is(batch: Any) -> Any:
@@ -162,13 +162,23 @@ def prefetch(make: Callable[[int], Any], indices: Sequence[int], *, workers: int
         # Its own generator: the loader's default would draw from the global one and so change the dropout.
         generator=torch.Generator(),
     )
-    try:
+    with watched_workers():
         for batch in loader:
             if isinstance(batch, _Failure):
                 raise LexisegError(batch.message)
             yield batch
+
+
+@contextmanager
+def watched_workers() -> Iterator[None]:
+    """Around all that is done while workers prepare batches: torch says there, wherever it is, that one was killed.
+
+    Raises LexisegError if one was.
+    """
+    try:
+        yield
     except RuntimeError as error:
-        if "DataLoader worker" not in str(error) or "exited unexpectedly" not in str(error):
+        if "DataLoader worker" not in str(error):
             raise
         raise LexisegError(
             "A background process that prepares batches was killed, probably for lack of memory; resume with fewer "

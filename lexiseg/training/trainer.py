@@ -32,7 +32,7 @@ from lexiseg.recipes import TrainSettings
 from lexiseg.recipes.schema import Multiplier
 from lexiseg.training.checkpoint import Best, RunLog, capture_rng, load_checkpoint, restore_rng
 from lexiseg.training.checkpoint import save_checkpoint as write_checkpoint
-from lexiseg.training.engine import Engine, Task, prefetch
+from lexiseg.training.engine import Engine, Task, prefetch, watched_workers
 from lexiseg.weights.runs import BASE, find_checkpoints, read_state
 
 _log = logging.getLogger("lexiseg")
@@ -213,7 +213,7 @@ class Trainer:
             progress=self._progress,
             enabled=processes.is_main(),
         )
-        with log, processes.watching():
+        with log, processes.watching(), watched_workers():
             try:
                 done = self._loop(first, end, log)
             except KeyboardInterrupt as stop:

@@ -193,19 +193,20 @@ def test_a_tampered_run_gives_one_sentence(place: Path, run: Path, tmp_path: Pat
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("send", [os.kill, os.killpg])  # as schedulers do, with all its workers
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_stopped_training_says_how_to_go_on(place: Path, tmp_path: Path, number: int, code: int) -> None:
+def test_a_stopped_training_says_how_to_go_on(place: Path, tmp_path: Path, number: int, code: int, send: Any) -> None:
     path = tmp_path / "long.yaml"
     steps = {"steps": 100_000, "checkpoint_every": 2, "log_every": 1, "workers": 1}
     path.write_text(yaml.safe_dump(recipe_of(place, train=steps).model_dump(mode="json")))
     command = [sys.executable, "-m", "lexiseg", "train", str(path), "-o", str(tmp_path / "run"), "--no-tensorboard"]
     alone = {**os.environ, "OMP_NUM_THREADS": "1"}
     with (tmp_path / "said").open("w") as said:
-        process = subprocess.Popen(command, stderr=said, stdout=subprocess.DEVNULL, env=alone)
+        process = subprocess.Popen(command, stderr=said, stdout=subprocess.DEVNULL, env=alone, preexec_fn=os.setpgrp)
         until = time.monotonic() + 300
         while not find_checkpoints(tmp_path / "run/checkpoints") and time.monotonic() < until:
             time.sleep(0.2)
-        process.send_signal(number)
+        send(process.pid, number)
         assert process.wait(60) == code
     last = (tmp_path / "said").read_text().strip().splitlines()[-1]
     assert last.startswith("Stopped after step ") and "--resume continues" in last and "step-0000" in last

@@ -1,6 +1,7 @@
 """The loop: exact resume after a kill, accumulation, groups, logs, and a loss that is not finite."""
 
 import json
+import multiprocessing
 import os
 import signal
 import sys
@@ -216,9 +217,28 @@ def _killed(index):
     return index
 
 
-def test_a_killed_worker_is_one_sentence():
+class KillingTask(TinyTask):
+    """Its worker is killed while the main process computes, where torch says so at once."""
+
+    def after_step(self, step):
+        multiprocessing.active_children()[0].kill()
+        time.sleep(60)
+
+
+def test_a_killed_worker_is_one_sentence(tmp_path):
     with pytest.raises(LexisegError, match="background process"):
         list(prefetch(_killed, range(5), workers=1))
+    with pytest.raises(LexisegError, match="background process"):
+        train(tmp_path, task=KillingTask(), workers=1)
+
+
+def _told_to_stop(index):
+    os.kill(os.getpid(), signal.SIGTERM)
+    return index
+
+
+def test_workers_leave_stopping_to_the_main_process():
+    assert list(prefetch(_told_to_stop, range(3), workers=1)) == [0, 1, 2]
 
 
 def test_a_users_mistake_in_a_worker_keeps_its_sentence():

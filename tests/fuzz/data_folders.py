@@ -67,12 +67,18 @@ def _spoil(root: Path, rng: random.Random) -> None:
         if not os.path.lexists(target):
             path.rename(target)
     elif kind == 5:
-        (root / "lexiseg.yaml").write_text(rng.choice(_SETTINGS))
+        _put(root / "lexiseg.yaml", rng.choice(_SETTINGS))
     elif kind == 6:
         path.write_bytes(rng.choice(files).read_bytes())
     else:
         text = "\n".join(rng.choice(_LINES) for _ in range(3))
-        (root / rng.choice(("train.txt", "val.txt", "unseen.txt"))).write_text(text, errors="surrogateescape")
+        _put(root / rng.choice(("train.txt", "val.txt", "unseen.txt")), text)
+
+
+def _put(path: Path, text: str) -> None:
+    if not path.is_dir():
+        path.unlink(missing_ok=True)  # it may be a link to itself or out of the folder
+        path.write_text(text, errors="surrogateescape")
 
 
 def compare(root: Path) -> None:

@@ -21,14 +21,15 @@ IGNORED = ("(ignore)", "(ignored)", "(void)")
 """Names of entries that are not classes."""
 
 _LONGEST = 2000
-_COLUMNS = {
-    **dict.fromkeys(("name", "class", "label", "classname", "class_name", "category"), "name"),
-    **dict.fromkeys(("id", "idx", "index", "value", "class_id", "label_id", "pixel value"), "id"),
+_COLUMNS = {  # headings without spaces and underscores
+    **dict.fromkeys(("name", "class", "label", "category", "classname", "labelname", "categoryname"), "name"),
+    **dict.fromkeys(("id", "idx", "index", "value", "classid", "labelid", "categoryid", "pixelvalue"), "id"),
     **{"r": "r", "red": "r", "g": "g", "green": "g", "b": "b", "blue": "b"},
     **{"color": "color", "colour": "color", "hex": "color"},
     **dict.fromkeys(("synonyms", "synonym", "aliases"), "synonyms"),
 }
-_HEADINGS = ("name", "class", "classname", "class_name", "category")  # a column of names alone may have one
+# What a column of names alone may have; "label" could be a class.
+_HEADINGS = ("name", "class", "category", "classname", "labelname", "categoryname")
 _QUOTED = re.compile(r"""(["']).*\1|[“„].*[”“]|«.*»""")
 _NUMBERED = re.compile(r"([0-9]+)\s*[:\t]\s*(.+)")
 _RGB = r"([0-9]{1,3})\s*[,\s]\s*([0-9]{1,3})\s*[,\s]\s*([0-9]{1,3})"
@@ -36,7 +37,7 @@ _NAME_COLOR = re.compile(rf"(.+?)\s*[,:\s]\s*{_RGB}\s*(?::.*)?")
 _COLOR_NAME = re.compile(rf"{_RGB}[\s,:]+(.+)")
 _SPACED = re.compile(r"([0-9]+)\s*(?:[\s,;=]|[.)]\s)\s*(.*\D.*)")
 _FIELD = re.compile(r"""\b(\w+)\s*:\s*("[^"\n]*"|'[^'\n]*'|-?[\w.]+)|([{}])""")  # of a label map
-_NUMBER_LAST = re.compile(r"(.*\D.*?)\s*:\s*([0-9]+)")
+_NUMBER_LAST = re.compile(r"(.*\D.*?)\s*[:\t,;=]\s*([0-9]+)")
 
 
 @dataclass(frozen=True)
@@ -93,9 +94,10 @@ def split_classes(text: str) -> list[ListedClass]:
                     f"Class {len(found) + 1} in '{describe(line.strip())}' is empty; write a name or remove the "
                     "semicolon."
                 )
-            label, named, words = part.partition(" = ")
-            if named and label.strip() and words.strip():
-                found.append(ListedClass(label.strip(), tuple(split_words(words)), scored=False))
+            label, named, words = f"{part.rstrip()} ".partition(" = ")
+            if named and label.strip():
+                synonyms = split_words(words) if words.strip() else ()
+                found.append(ListedClass(label.strip(), tuple(synonyms), scored=False))
                 continue
             name, *synonyms = split_words(part)
             found.append(ListedClass(name, tuple(synonyms)))
@@ -108,11 +110,13 @@ def lines_read(lines: Sequence[str]) -> list[ListedClass]:
     Raises LexisegError if a line is not as the others are, or says something wrong.
     """
     for separator in "\t,;":
-        heading = [_COLUMNS.get(part.strip().strip('"').lower(), "") for part in lines[0].split(separator)]
+        heading = [_COLUMNS.get(_bare_heading(part), "") for part in lines[0].split(separator)]
+        if lines[0].startswith(separator):  # as pandas writes its index
+            heading[0] = "id"
         if heading.count("name") == 1 and len(set(heading) - {""}) > 1:
             return _table(lines, heading, separator)
-    bare = [line.strip() for line in lines]
-    if len(bare) > 1 and bare[0].strip('"').lower() in _HEADINGS:
+    bare = [re.sub(r"^[*•]\s+", "", line.strip()) for line in lines]
+    if len(bare) > 1 and _bare_heading(bare[0]) in _HEADINGS:
         text = f"The first line, '{bare[0]}', was read as a column header, not as a class."
         warnings.warn(text, LexisegWarning, stacklevel=2)
         lines, bare = lines[1:], bare[1:]
@@ -133,6 +137,10 @@ def lines_read(lines: Sequence[str]) -> list[ListedClass]:
     for line, match in zip(bare, numbered, strict=True):
         found += [_named(match[2], number_of(match[1], match[2]))] if match else split_classes(line)
     return found
+
+
+def _bare_heading(text: str) -> str:
+    return re.sub(r'["\s_]', "", text.lower())
 
 
 def _table(lines: Sequence[str], heading: Sequence[str], separator: str) -> list[ListedClass]:
@@ -166,7 +174,8 @@ def mapping_read(value: Mapping[Any, Any]) -> list[ListedClass]:
         )
     if all(isinstance(name, str) and _is_number(number) for name, number in value.items()):
         return [_named(name, number_of(number, name)) for name, number in value.items()]
-    if all(isinstance(name, str) and isinstance(color, list | tuple) for name, color in value.items()):
+    colors = [color for color in value.values() if isinstance(color, list | tuple) and all(map(_is_number, color))]
+    if len(colors) == len(value) and all(isinstance(name, str) for name in value):
         return [replace(_named(name), color=color_of(color, name)) for name, color in value.items()]
     raise LexisegError("There are no classes; add the key 'classes' with a list of names.")
 
@@ -187,7 +196,7 @@ def number_of(value: Any, name: str) -> int:
     elif isinstance(value, str) and re.fullmatch(r"\s*-?[0-9]+\s*", value):
         number = int(value.strip()[:20])  # thousands of digits are more than int() takes
     if number is None:
-        raise LexisegError(f"'{shorten(describe(name))}' has the id {describe(value)}; ids are whole numbers.")
+        raise LexisegError(f"'{shorten(describe(name))}' has the id '{describe(value)}'; ids are whole numbers.")
     if not 0 <= number <= _LAST_VALUE:
         raise LexisegError(
             f"'{shorten(describe(name))}' has an id outside the range of label files; ids go from 0 to {_LAST_VALUE}."

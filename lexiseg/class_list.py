@@ -3,7 +3,7 @@
 Text, lists and mappings in Python, and files, whose content decides what they are, whatever they are called:
 
 * one class per line, or several separated by semicolons; a comma joins synonyms, a line that begins with # is skipped;
-* lines with numbers: "12: cat", "12<tab>cat", "12 cat", "12. cat", "12=cat", "cat: 12", and with colours:
+* lines with numbers: "12: cat", "12<tab>cat", "12 cat", "12. cat", "12=cat", "cat: 12", "cat,12", and with colours:
   "cat,255,0,0", "255 0 0 cat", "cat:255,0,0::";
 * a table with a heading: name and any of id, synonyms, r/g/b, color (class_dict.csv, ADE20K's objectInfo150.txt);
 * JSON, YAML or Python: a list of names or of mappings (name, id, synonyms, seen, color), by itself or under "classes";
@@ -48,6 +48,7 @@ _KEYS = ("classes", "templates", "background", "ignore", "masks", "exif")
 _LISTS = ("classes", "categories", "names", "labels", "id2label", "label2id")
 _YAML_START = re.compile(rf"(?:-\s|---|(?:{'|'.join((*_KEYS, *_LISTS, 'nc', 'path', 'train', 'val'))})\s*:)")
 _ITEM_START = re.compile(r"item\s*:?\s*(\{|$)")
+_BRACKETED = re.compile(r"\s*(?:\[.*\]|\{\s*[0-9].*\}|\((\s*[\"'].*[\"'],?\s*)\))\s*", re.DOTALL)
 _JSON_START = re.compile(r"\s*(?:\[\s*[\"\[{\]]|\{\s*[\"}])")
 
 
@@ -151,7 +152,9 @@ def read_class_list(path: str | Path, *, settings_only: bool = False) -> ClassLi
         )
     try:
         text = data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
-    except UnicodeDecodeError as error:
+        if "\0" in text:
+            raise ValueError("text of another encoding, or none")
+    except ValueError as error:
         raise LexisegError(f"The class list '{path}' is not UTF-8 text; save it as UTF-8.") from error
     try:
         found = read_class_text(text, path.suffix.lower())
@@ -173,7 +176,7 @@ def read_class_text(text: str, ending: str = "") -> ClassList:
     first = lines[0].lstrip() if lines else ""
     if ending == ".json" or (_JSON_START.match(text) and ending not in (".yaml", ".yml")):
         try:
-            return _structured(json.loads(text))
+            return _structured(json.loads(text, object_pairs_hook=_without_twins))
         except (ValueError, RecursionError) as error:
             where = f" in line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
             raise LexisegError(f"The file is not valid JSON{where}; fix it or write a text file instead.") from error
@@ -188,19 +191,36 @@ def read_class_text(text: str, ending: str = "") -> ClassList:
 
 
 def _bracketed(text: str) -> ClassList | None:
-    """Read a list as Python or JSON write it, ``['cat', "dog"]``; None where the text is none."""
-    listed = re.fullmatch(r"\s*\[.*\]\s*", text, re.DOTALL) is not None
-    return _structured(_load_yaml(text)) if listed else None
+    """Read a list or tuple of names, or a mapping of numbers, as Python writes them; None where the text is none."""
+    inside = _BRACKETED.fullmatch(text)
+    if inside is None:
+        return None
+    return _structured(_load_yaml(text if inside[1] is None else f"[{inside[1]}]"))
+
+
+def _without_twins(pairs: Iterable[tuple[Any, Any]]) -> dict[Any, Any]:
+    """A mapping, of whose keys readers of JSON and YAML would keep the last without a word."""
+    found: dict[Any, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise LexisegError(f"The key '{describe(key)}' is given twice; remove one.")
+        found[key] = value
+    return found
 
 
 def _load_yaml(text: str) -> Any:
     import yaml
 
+    # The base loader leaves every scalar as text, so that classes named no, on or 2024 stay what they say.
+    class Loader(yaml.BaseLoader):
+        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+            _without_twins((key.value, None) for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+            return dict(super().construct_mapping(node, deep))
+
     if is_deep(text):
         raise LexisegError("The file has too many nested lists; write one class per line instead.")
     try:
-        # The base loader leaves every scalar as text, so that classes named no, on or 2024 stay what they say.
-        return yaml.load(text, Loader=yaml.BaseLoader)
+        return yaml.load(text, Loader=Loader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f" in line {mark.line + 1}" if mark else ""
@@ -225,6 +245,8 @@ def _structured(value: Any) -> ClassList:
         split_classes if isinstance(inner, str) else mapping_read if isinstance(inner, Mapping) else entries_read
     )
     classes = read(inner)
+    if key is not None and str(value.get("nc", len(classes))) != str(len(classes)):
+        raise LexisegError(f"'nc' says {describe(value['nc'])} and '{key}' has {len(classes)} names; correct one.")
     if key == "categories":
         classes.sort(key=lambda one: -1 if one.value is None else one.value)
     settings = {name: null(value.get(name)) for name in _KEYS[1:]}

@@ -31,6 +31,12 @@ FORMS = {
     "1) cat\n12) dog\n": NUMBERED,
     "1=cat\n12 = dog\n": NUMBERED,
     "cat: 1\ndog: 12\n": NUMBERED,
+    "cat\t1\ndog\t12\n": NUMBERED,
+    "cat,1\ndog, 12\n": NUMBERED,
+    "cat;1\ndog;12\n": NUMBERED,
+    "• cat\n• dog\n": PLAIN,
+    ",name\n1,cat\n12,dog\n": NUMBERED,
+    "Class ID,Class Name\n1,cat\n12,dog\n": NUMBERED,
     "id,name\n1,cat\n12,dog\n": NUMBERED,
     "item {\n  id: 1\n  name: 'cat'\n}\nitem { id: 12, name: 'dog' }\n": NUMBERED,
     'item\n{ name: "/m/01yrx"\n id: 1 display_name: "cat" keypoints { id: 5 name: "{" } }\nitem: {name: "dog" '
@@ -113,6 +119,10 @@ def test_colors_that_are_no_class_and_how_masks_lie(tmp_path: Path) -> None:
         ("classes: [cat]\ncolours: [red]", "Unknown key 'colours'"),
         ("ignore: [3]", "is empty"),
         ('["cat", "dog"', "not valid JSON"),
+        ('{"0": "cat", "0": "dog"}', "key '0' is given twice"),
+        ("names:\n  0: cat\n  0: dog\n", "key '0' is given twice"),
+        ("nc: 3\nnames: [cat, dog]\n", "'nc' says 3 and 'names' has 2"),
+        ("c\0a\0t\0", "not UTF-8"),
     ],
 )
 def test_mistakes_name_the_file(tmp_path: Path, text: str, words: str) -> None:
@@ -142,7 +152,14 @@ def test_tables_with_synonyms_and_columns_with_a_heading(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    "text", ["['giraffe', 'tree, bush']", '["giraffe",\n "tree\uff0c bush"]', "[giraffe, tree\u3001bush]"]
+    "text",
+    [
+        "['giraffe', 'tree, bush']",
+        '["giraffe",\n "tree\uff0c bush"]',
+        "[giraffe, tree\u3001bush]",
+        "('giraffe',\n 'tree, bush',)\n",
+        "{0: 'giraffe', 1: 'tree, bush'}",
+    ],
 )
 def test_lists_as_python_writes_them(tmp_path: Path, text: str) -> None:
     (tmp_path / "list").write_text(text)

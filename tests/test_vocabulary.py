@@ -119,6 +119,8 @@ def test_save_and_load(tmp_path: Path) -> None:
         ({"classes": ["cat"], "colors": []}, "Unknown key 'colors'"),
         ({}, "no classes"),
         ({"classes": 3}, "list of names"),
+        ({"clases": ["cat", "dog"]}, "add the key 'classes'"),
+        ("mug =; dog", "give one after the ="),
         ([{"synonyms": ["cat"]}], "has no name"),
         ([{"name": "cat", "colour": "red"}], "Unknown key 'colour'"),
         ([{"name": "cat", "color": "red"}], "colour of the class 'cat'"),

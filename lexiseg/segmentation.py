@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import warnings
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -15,7 +16,7 @@ from PIL import Image
 
 from lexiseg import formats
 from lexiseg.colors import IGNORED_COLOR
-from lexiseg.errors import LexisegError
+from lexiseg.errors import LexisegError, LexisegWarning
 from lexiseg.files import atomic_write, make_folder, write_json, write_text
 from lexiseg.label_ids import ignore_index
 from lexiseg.overlay import LegendEntry, draw_legend, paint_classes
@@ -370,15 +371,22 @@ class Segmentation:
         return {kind: write() for kind, write in writers.items() if kind in kinds}
 
     def _save_yolo(self, folder: Path, stem: str, instances: Collection[str]) -> Path:
-        names = make_folder(folder) / "classes.txt"
-        if not names.exists():
-            write_text(names, "".join(f"{name}\n" for name in self.classes))
+        names, text = make_folder(folder) / "classes.txt", "".join(f"{name}\n" for name in self.classes)
+        before = names.read_text("utf-8", "replace") if names.is_file() else None
+        if before != text:
+            write_text(names, text)
+        if before not in (None, text):
+            said = f"'{names}' named other classes and was replaced; what an earlier run wrote beside it counts by the "
+            warnings.warn(f"{said}old list, so write runs of other classes into other folders.", LexisegWarning, 2)
         return write_text(folder / f"{stem}.txt", formats.to_yolo(self, instances))
 
     def _save_masks(self, folder: Path) -> Path:
-        make_folder(folder)
+        stale = set(make_folder(folder).glob("[0-9][0-9][0-9]*.png"))
         for row, mask in formats.objects_of(self):
-            _save_image(Image.fromarray(mask * np.uint8(255)), folder / f"{formats.file_part(row.name, row.index)}.png")
+            path = folder / f"{formats.file_part(row.name, row.index)}.png"
+            stale.discard(_save_image(Image.fromarray(mask * np.uint8(255)), path))
+        for path in stale:  # of an earlier result, whose classes this one may not have
+            path.unlink(missing_ok=True)
         return folder
 
 

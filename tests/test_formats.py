@@ -17,7 +17,7 @@ from pycocotools import mask as coco
 from pycocotools.coco import COCO
 
 from lexiseg import formats
-from lexiseg.errors import LexisegError
+from lexiseg.errors import LexisegError, LexisegWarning
 from lexiseg.segmentation import Segmentation
 from lexiseg.vocabulary import Vocabulary
 
@@ -172,6 +172,11 @@ def test_every_kind_is_saved(tmp_path: Path) -> None:
         "002.png",
     ]
     assert np.array_equal(np.asarray(Image.open(paths["masks"] / "000_giraffe.png")) > 0, ring_with_a_dot())
+    other = Segmentation(torch.zeros((4, 4), dtype=torch.uint8), Vocabulary.parse("sky; sea"))
+    with pytest.warns(LexisegWarning, match="named other classes and was replaced"):
+        other.save(tmp_path, "photo", ("yolo", "masks"))
+    assert (tmp_path / "yolo" / "classes.txt").read_text(encoding="utf-8") == "sky\nsea\n"
+    assert [path.name for path in paths["masks"].iterdir()] == ["000_sky.png"]
     with pytest.raises(LexisegError, match="no class 'cat'"):
         result().save(tmp_path, "photo", instances=["cat"])
     with pytest.raises(LexisegError, match="same classes"):

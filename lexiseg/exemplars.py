@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lexiseg.errors import LexisegError
-from lexiseg.words import describe
+from lexiseg.words import describe, whole_number
 
 PREFIX = "photo:"
 
@@ -31,9 +31,10 @@ class Exemplar:
                 "'mug = photo:mug.png#mask.png' or 'mug = photo:mug.png#10 20 110 220'."
             )
         if self.box is not None:
-            box = tuple(int(side) for side in self.box)
-            if len(box) != 4 or box[0] >= box[2] or box[1] >= box[3] or min(box) < 0:
-                raise LexisegError(f"The box {describe(self.box)} is not left, top, right, bottom in pixels.")
+            box = tuple(whole_number(side, "A side of an exemplar's box") for side in self.box)
+            if len(box) != 4 or box[0] >= box[2] or box[1] >= box[3]:
+                said = " ".join(map(str, box))
+                raise LexisegError(f"The box {said} is not left, top, right, bottom in pixels; correct it.")
             object.__setattr__(self, "box", box)
 
     @classmethod

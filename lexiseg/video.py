@@ -6,18 +6,20 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from lexiseg.errors import LexisegError, need
 from lexiseg.files import atomic_write, make_folder
 from lexiseg.formats import encode_rle
 from lexiseg.label_ids import ignore_index
+from lexiseg.pictures import window_policy
 from lexiseg.words import describe, printable
 
 if TYPE_CHECKING:
@@ -25,13 +27,20 @@ if TYPE_CHECKING:
     from lexiseg.segmenter import Segmenter
     from lexiseg.vocabulary import Vocabulary
 
-VIDEO_SUFFIXES = frozenset({".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".mpg", ".mpeg", ".gif"})
+VIDEO_SUFFIXES = frozenset({".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".mpg", ".mpeg"})
 _FORMAT = 1
 _ALPHA = 0.55
 
 
-def is_video(source: str | Path) -> bool:
-    """Whether a name is a video's, or a Linux camera's such as ``/dev/video0``."""
+def is_video(source: str | Path, *, animations: bool = True) -> bool:
+    """Whether a name is a video's, or a Linux camera's such as ``/dev/video0``.
+
+    ``animations``: count a GIF of several frames; one of a single frame is a picture.
+    """
+    if Path(source).suffix.lower() == ".gif":
+        with suppress(OSError, ValueError, SyntaxError), Image.open(source) as picture:
+            return animations and getattr(picture, "is_animated", False)
+        return False  # whoever reads it as a picture says what is wrong
     return Path(source).suffix.lower() in VIDEO_SUFFIXES or str(source).startswith("/dev/video")
 
 
@@ -109,7 +118,10 @@ def segment_video(
         "colors": vocabulary.palette().tolist(),
         "every": options.every,
         "smooth": options.smooth,
-        "model": segmenter.model.system,
+        "model": segmenter.fingerprint(),
+        "window": asdict(window_policy(segmenter.model.window, settings.get("window"))),
+        "dtype": str(segmenter.dtype),
+        "refine": segmenter.refinement.kind,
         "vocabulary": vocabulary.hash(),
     }
     resumed = options.resume and _is_begun(files["frames"], head)

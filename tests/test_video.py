@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 import lexiseg
 from lexiseg.cli import main
@@ -98,6 +99,10 @@ def test_an_interrupted_run_goes_on(segmenter: Any, clip: Path, tmp_path: Path) 
     assert files["overlay"].is_file()
     with pytest.raises(LexisegError, match="classes or settings"):
         run(segmenter, clip, tmp_path / "part", resume=True, every=2)
+    vocabulary, on = segmenter.vocabulary(WORDS), VideoOptions(resume=True)
+    for one, settings in ((segmenter, {"window": 64}), (segmenter.refined("edges"), {})):
+        with pytest.raises(LexisegError, match="classes or settings"):
+            list(segment_video(one, clip, vocabulary, tmp_path / "part", on, **settings))
 
 
 def write_moving(path: Path, frames: int) -> Path:
@@ -159,7 +164,17 @@ def test_the_command(clip: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     said = json.loads(capsys.readouterr().out)
     assert said["frames"] == 2 and Path(said["files"]["overlay"]).is_file()
     assert sum(row["fraction"] for row in said["classes"]) == pytest.approx(1)
-    assert main(["predict", str(clip), str(clip), WORDS, "--model", "zegclip-emoji"]) == 2
+    picture = str(sample_path("demo"))
+    for wrong in ([str(clip), str(clip), WORDS], [picture, str(clip), WORDS], [str(clip), WORDS, "--save", "coco"]):
+        assert main(["predict", *wrong, "--model", "zegclip-emoji"]) == 2
+
+
+def test_a_gif_that_does_not_move_is_a_picture(tmp_path: Path) -> None:
+    frames = [Image.new("L", (16, 16), grey) for grey in (0, 200)]
+    frames[0].save(tmp_path / "still.gif")
+    frames[0].save(tmp_path / "moving.gif", save_all=True, append_images=frames[1:])
+    assert is_video(tmp_path / "moving.gif") and not is_video(tmp_path / "moving.gif", animations=False)
+    assert not is_video(tmp_path / "still.gif") and not is_video(tmp_path / "missing.gif")
 
 
 def test_mistakes(segmenter: Any, clip: Path, tmp_path: Path) -> None:

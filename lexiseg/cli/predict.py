@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -12,13 +13,14 @@ import lexiseg
 from lexiseg.cli import options as shared
 from lexiseg.cli.console import waiting
 from lexiseg.errors import LexisegError
+from lexiseg.exemplars import PREFIX
 from lexiseg.words import word_key
 
 if TYPE_CHECKING:
     from lexiseg.vocabulary import Vocabulary
 
 _ALIASES = {"png": "labels", "rle": "coco"}
-_OBJECT_KINDS = {"coco", "geojson", "yolo", "labelme", "cvat"}
+_OBJECT_KINDS = ("coco", "geojson", "yolo", "labelme", "cvat")
 
 
 Words = Annotated[
@@ -133,10 +135,18 @@ def predict(
     from lexiseg.pictures import window_policy
     from lexiseg.video import VideoOptions, is_video
 
-    video = VideoOptions(every, smooth, "overlay" in kinds, resume, frames) if is_video(sources[0]) else None
+    moves = any(is_video(source, animations=len(sources) == 1) for source in sources)
+    video = VideoOptions(every, smooth, "overlay" in kinds, resume, frames) if moves else None
     chart = MapOptions(read_bands(bands), polygons=polygons) if is_map(sources[0]) else None
-    if (video or chart) and (len(sources) > 1 or cluster):
-        raise LexisegError("A video or a map must be the only input; give one, without --cluster.")
+    streams = (
+        ("--every, --smooth and --frames", every > 1 or smooth or frames, "video", video),
+        ("--bands and --polygons", bands or polygons != "geojson", "map with a georeference", chart),
+    )
+    for names, given, kind, found in streams:
+        if given and not found:
+            raise LexisegError(f"{names} are for a {kind}, which '{sources[0]}' is not; leave them out.")
+    if video or chart:
+        _refuse_for_streams(len(sources) > 1 or cluster, font or instances, kinds)
     paths = [] if video or chart else _pictures(sources)
     vocabulary = lexiseg.Vocabulary.parse(classes)
     from lexiseg.files import new_folder
@@ -163,6 +173,17 @@ def predict(
             predict_pictures(segmenter, model, paths, checked, wanted, output, json=json, resume=resume, spread=spread)
 
 
+def _refuse_for_streams(many: object, dressed: object, kinds: Sequence[str]) -> None:
+    """Refuse what a video or a map would pass over."""
+    if many:
+        raise LexisegError("A video or a map must be the only input; give one, without --cluster.")
+    if dressed or not {"overlay", "labels", "json"}.issuperset(kinds):
+        raise LexisegError(
+            "A video gives NAME_frames.jsonl and an overlay, a map labels and polygons; leave out --instances, --font "
+            "and other formats of --save, which are for pictures."
+        )
+
+
 def _kinds(save: str, instances: str | None) -> list[str]:
     from lexiseg.formats import SAVE_FORMATS
 
@@ -171,7 +192,7 @@ def _kinds(save: str, instances: str | None) -> list[str]:
     for kind in kinds:
         if kind not in SAVE_FORMATS:
             raise LexisegError(f"--save has no format '{kind}'; choose from {', '.join(SAVE_FORMATS)}.")
-    if instances is not None and not _OBJECT_KINDS & set(kinds):
+    if instances is not None and not set(_OBJECT_KINDS) & set(kinds):
         raise LexisegError(f"--instances affects none of what --save writes; add one of {', '.join(_OBJECT_KINDS)}.")
     return kinds
 
@@ -204,8 +225,13 @@ def _split(words: Sequence[str], classes_file: Path | None) -> tuple[list[str], 
     last = words[-1]
     from lexiseg.images import IMAGE_SUFFIXES
 
-    if Path(last).suffix.lower() in IMAGE_SUFFIXES:
-        raise LexisegError(f"The last argument, '{last}', is a picture; write the classes after the pictures.")
+    # A folder's bare name may be a word; os.path because a text of classes may be too long for pathlib.
+    is_folder = Path(last).name != last and os.path.isdir(last)  # noqa: PTH112
+    if PREFIX not in last and (is_folder or Path(last).suffix.lower() in IMAGE_SUFFIXES):
+        raise LexisegError(
+            f"The last argument, '{last}', is a {'folder' if is_folder else 'picture'}; write the classes after the "
+            "pictures."
+        )
     return list(words[:-1]), last
 
 

@@ -163,6 +163,8 @@ def test_predict_options(call: Call, tiny_model: Path, picture: Path) -> None:
     assert_sentence(*call("predict", picture, WORDS, *options, "--save", "gif"), "gif", "overlay")
     assert_sentence(*call("predict", picture, WORDS, *options[:-1], "warp"), "device", "warp")
     assert_sentence(*call("predict", picture, WORDS, *options, "--max-pixels", 100), "photo.png", "limit")
+    assert_sentence(*call("predict", picture, WORDS, *options, "--every", 2), "for a video", "photo.png")
+    assert_sentence(*call("predict", picture, WORDS, *options, "--bands", "1,2,3"), "for a map", "photo.png")
 
 
 @pytest.mark.parametrize(
@@ -176,6 +178,9 @@ def test_predict_options(call: Call, tiny_model: Path, picture: Path) -> None:
         ("absent.txt", "absent.txt"),
         ("@absent", "absent"),
         ("other.png", "classes after the pictures"),
+        ("./", "is a folder; write the classes after"),
+        ("dog; mug = photo:nowhere.png#mask.png", "no picture 'nowhere.png'"),
+        ("dog; mug = photo:photo.png#9 9 3 3", "The box 9 9 3 3 is not"),
     ],
 )
 def test_predict_bad_classes(call: Call, tiny_model: Path, picture: Path, words: str, said: str) -> None:

@@ -178,9 +178,7 @@ class CropEncoder(RegionEncoder):
         encoded = torch.zeros(batch, count, dtype=torch.bool, device=frame.device)
         for index, masks in enumerate(mask_logits):
             places = torch.arange(count, device=frame.device) if valid is None else valid[index].nonzero().flatten()
-            first = torch.arange(len(places), device=frame.device)
-            if self.crops.duplicates is not None:
-                first = near_duplicates(masks[places], self.crops.duplicates)
+            first = near_duplicates(masks[places], self.crops.duplicates)
             originals = places[first.unique()]
             crops = self.cut(clip, frame[index], size, masks[originals])
             shown = originals[crops.valid]

@@ -6,11 +6,14 @@ import torch
 from torch import Tensor
 
 
-def near_duplicates(mask_logits: Tensor, threshold: float) -> Tensor:
+def near_duplicates(mask_logits: Tensor, threshold: float | None) -> Tensor:
     """For each region (N, h, w) of mask logits the first one whose binary mask it repeats with an IoU of ``threshold``.
 
-    (N,) long, itself for a region that repeats none before it. A region is never mapped to one that is itself mapped.
+    (N,) long, itself for a region that repeats none before it; with None that is each. A region is never mapped to one
+    that is itself mapped.
     """
+    if threshold is None:
+        return torch.arange(len(mask_logits), device=mask_logits.device)
     inside = (mask_logits > 0).flatten(1).float()
     common, area = inside @ inside.T, inside.sum(dim=1)
     iou = common / (area[:, None] + area[None] - common).clamp(min=1.0)

@@ -15,7 +15,7 @@ from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass as checked_dataclass
 from torch import Tensor
 
-from lexiseg.losses.masks import IGNORE_INDEX
+from lexiseg.losses.masks import IGNORE_INDEX, check_labels
 from lexiseg.losses.masks import ignore_index as ignored_among
 from lexiseg.losses.reduction import mean_count, reduction_weight
 
@@ -110,7 +110,7 @@ def match(
     return found
 
 
-def label_frame(frame: tuple[int, int], size: tuple[int, int], labels: Tensor) -> tuple[int, int]:
+def label_frame(frame: tuple[int, ...], size: tuple[int, int], labels: Tensor) -> tuple[int, int]:
     """The padded frame (H', W') of pictures of ``size`` in pixels of their labels, which may be smaller."""
     height, width = (
         max(round(full * part / whole), part) for full, part, whole in zip(frame, labels.shape[-2:], size, strict=True)
@@ -124,6 +124,7 @@ def proposal_losses(
     targets: Tensor | Sequence[MaskTargets],
     weights: ProposalWeights = _WEIGHTS,
     *,
+    frame: tuple[int, ...] | None = None,
     size: tuple[int, int] | None = None,
     num_classes: int | None = None,
 ) -> dict[str, Tensor]:
@@ -136,9 +137,10 @@ def proposal_losses(
         targets: labels (B, H, W) in 0..C-1, 255 = no class; or the targets themselves. Predictions are resized to
             their masks bilinearly.
         weights: the system's.
-        size: (height, width) the images were padded to, if ``targets`` are labels of the images before that.
+        frame: (H', W') the images were padded to, if ``targets`` are labels of the images before that.
+        size: (H, W) of those images, with ``frame``; their labels may be smaller.
         num_classes: C, if ``targets`` are labels and there are no ``class_logits`` to tell: with more than 255 classes
-            the label of no class is 65535.
+            the label of no class is 65535. Labels that are no class are a `LexisegError` then.
 
     Returns:
         weighted scalars: ``loss_ce``, ``loss_mask`` (focal) and ``loss_dice`` of the last level, the same with ``_i``
@@ -149,9 +151,12 @@ def proposal_losses(
         ValueError: there are not as many ``class_logits`` as levels.
     """
     if isinstance(targets, Tensor):
-        if num_classes is None and class_logits:
+        if num_classes is not None:
+            check_labels(targets, num_classes)
+        elif class_logits:
             num_classes = class_logits[0].shape[-1] - 1
-        targets = mask_targets(targets, size, ignore_index=ignored_among(num_classes or IGNORE_INDEX))
+        padded = None if frame is None or size is None else label_frame(frame, size, targets)
+        targets = mask_targets(targets, padded, ignore_index=ignored_among(num_classes or IGNORE_INDEX))
     levels = proposals.levels
     if class_logits is not None and len(class_logits) != len(levels):
         raise ValueError(f"there are {len(levels)} levels and class logits for {len(class_logits)}")

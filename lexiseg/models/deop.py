@@ -28,6 +28,7 @@ from lexiseg.losses.regions import region_map_losses
 from lexiseg.models.base import ImageFeatures
 from lexiseg.models.decoupled import DecoupledModel, DecoupledOptions, Size
 from lexiseg.models.deop_ablations import (
+    RELEASED_RESIDUAL,
     ConvAnchors,
     PrependedPrompts,
     ReleasedConvAnchors,
@@ -42,9 +43,6 @@ from lexiseg.scores import RegionScores
 
 _ADDED_BLOCKS = (1, 2, 3, 4, 5)
 _QUERIES = 100
-# The released encoder without tables has this factor on the shortcut around the attention of a severed block of this
-# index, whatever the depth of the tower; the paper does not mention it.
-RELEASED_RESIDUAL = {11: 0.2}
 
 Anchors = QueryAnchors | ConvAnchors | ReleasedConvAnchors
 Fraction = Annotated[float, Field(ge=0, le=1)]

@@ -16,6 +16,9 @@ from torch.nn import functional as F
 from lexiseg.clip.tower import BeforeBlock, token_values
 from lexiseg.regions.anchors import OutputLayer, QueryAnchors
 
+# The released encoder without tables has this factor on the shortcut around the attention of a severed block of this
+# index, whatever the depth of the tower; the paper does not mention it.
+RELEASED_RESIDUAL = {11: 0.2}
 _CHUNK = 16
 
 

@@ -13,8 +13,8 @@ from lexiseg.clip.embeddings import image_embeddings, whole_patches
 from lexiseg.clip.model import CLIP
 from lexiseg.clip.resnet import attention_pool, resnet_features
 from lexiseg.clip.tower import Attention, ImageTower
-from lexiseg.models.deop import RELEASED_RESIDUAL, AddedTables, patch_severance
-from lexiseg.models.deop_ablations import PrependedPrompts, mask_severance
+from lexiseg.models.deop import AddedTables, patch_severance
+from lexiseg.models.deop_ablations import RELEASED_RESIDUAL, PrependedPrompts, mask_severance
 from lexiseg.models.maft import INSIDE, attend_regions, attention_mask, region_embeddings
 from lexiseg.regions.pooling import resize_masks
 from tests.parity.case import Case

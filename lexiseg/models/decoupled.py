@@ -28,10 +28,8 @@ from lexiseg.models.options import Deviations, Pixels, Triple
 from lexiseg.normalisation import IMAGENET_MEAN, IMAGENET_STD, normalise, pixels_of
 from lexiseg.proposals.base import ProposalGenerator, Proposals
 from lexiseg.proposals.leftover import LeftoverOptions, add_leftover
-from lexiseg.regions.pooling import resize_masks, unit_or_zero
+from lexiseg.regions.pooling import Size, resize_masks, unit_or_zero
 from lexiseg.scores import RegionScores
-
-Size = tuple[int, int]
 
 
 class DecoupledOptions(PartsOptions):

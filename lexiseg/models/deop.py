@@ -26,7 +26,7 @@ from lexiseg.errors import LexisegError
 from lexiseg.losses.proposals import ProposalWeights
 from lexiseg.losses.regions import region_map_losses
 from lexiseg.models.base import ImageFeatures
-from lexiseg.models.decoupled import DecoupledModel, DecoupledOptions, Size
+from lexiseg.models.decoupled import DecoupledModel, DecoupledOptions
 from lexiseg.models.deop_ablations import (
     RELEASED_RESIDUAL,
     ConvAnchors,
@@ -38,7 +38,7 @@ from lexiseg.models.deop_ablations import (
 from lexiseg.models.options import Dropout, LossWeight, ModelOptions
 from lexiseg.proposals.base import Proposals
 from lexiseg.regions.anchors import QueryAnchors, pool
-from lexiseg.regions.pooling import resize_masks, unit_or_zero
+from lexiseg.regions.pooling import Size, resize_masks, unit_or_zero
 from lexiseg.scores import RegionScores
 
 _ADDED_BLOCKS = (1, 2, 3, 4, 5)

@@ -32,8 +32,7 @@ from lexiseg.clip.tower import ImageTower, block_attention, run_block
 from lexiseg.errors import LexisegError
 from lexiseg.losses.mask_aware import MaskAwareOptions, distillation_loss, iou_targets, mask_aware_loss, mask_ious
 from lexiseg.proposals.base import Proposals
-from lexiseg.regions.encoder import PIXELS, RegionEncoder, Size
-from lexiseg.regions.pooling import resize_masks
+from lexiseg.regions.pooling import PIXELS, Size, resize_masks
 from lexiseg.strict import StrictModel
 
 FrozenUnit = Literal["conv", "cls", "pos", "ln_pre", "mlp", "proj"]
@@ -176,19 +175,22 @@ class AttentionOptions(StrictModel):
 
 
 @dataclass(frozen=True)
-class MaskAttention(RegionEncoder):
-    """Runs the tower once for all regions, by mask attention over a square picture.
+class MaskAttention:
+    """How CLIP encodes regions: the tower is run once for all of them, by mask attention over a square picture.
 
-    ``threshold`` is the mask probability above which a pixel is inside a region.
+    Holds options only, no weights. The *frame* is the padded picture, normalised for CLIP, with the padding 0; mask
+    logits cover it, and are interpolated to it by ``align_corners``. ``threshold`` is the mask probability above which
+    a pixel is inside a region.
     """
 
+    align_corners: bool
     threshold: float
     attention: AttentionOptions
 
     def encode(
         self, clip: CLIP, visual: nn.Module, frame: Tensor, size: Size, mask_logits: Tensor, valid: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """See `RegionEncoder.encode`; all regions are embedded, whichever are valid."""
+        """See `lexiseg.regions.crops.CropEncoder.encode`; all regions are embedded, whichever are valid."""
         image = self.square(clip, frame)
         masks, found = self.square_masks(visual, image, frame, mask_logits, size)
         return self.attend(visual, image, masks), found if valid is None else found & valid
@@ -214,7 +216,7 @@ class MaskAttention(RegionEncoder):
         step = max(PIXELS // (batch * frame.shape[-2] * frame.shape[-1]), 1)
         for start in range(0, count, step):
             part = slice(start, start + step)
-            large = self.upsampled(mask_logits[:, part], frame).sigmoid()
+            large = resize_masks(mask_logits[:, part].float(), frame.shape[-2:], self.align_corners).sigmoid()
             masks[:, part] = resize_masks(large, (places, places))
             found[:, part] = large[..., : size[0], : size[1]].amax(dim=(2, 3)) > self.threshold
         return masks, found
@@ -262,7 +264,7 @@ def maft_losses(
         encoder: how regions are encoded.
         clip: whose own image tower, frozen, is the teacher.
         student: the tower that is tuned.
-        frame: (B, 3, H', W'), see `RegionEncoder`.
+        frame: (B, 3, H', W'), see `MaskAttention`.
         size: (H, W) of the pictures in it.
         proposals: regions; one that is not valid adds 0 to the loss and takes no part in the targets.
         labels: (B, h, w) long in 0..C-1, or 255; another value is a `LexisegError`.
@@ -276,10 +278,11 @@ def maft_losses(
     with torch.no_grad():
         image = encoder.square(clip, frame)
         grid_masks, _ = encoder.square_masks(student, image, frame, proposals.mask_logits, size)
-    masks = (
-        resize_masks(encoder.upsampled(one[None], frame)[..., : size[0], : size[1]].sigmoid(), label_size)[0]
+    large = (
+        resize_masks(one[None].float(), frame.shape[-2:], encoder.align_corners)[..., : size[0], : size[1]]
         for one in proposals.mask_logits
     )
+    masks = (resize_masks(one.sigmoid(), label_size)[0] for one in large)
     scores = probabilities(encoder.attend(student, image, grid_masks))
     loss = mask_aware_step(scores, masks, labels, proposals.valid, options)
     losses = {"loss": loss, "loss_mask_aware": loss.detach()}

@@ -21,13 +21,12 @@ from lexiseg.clip.text import TextEmbedder
 from lexiseg.errors import LexisegError
 from lexiseg.losses.proposals import ProposalWeights
 from lexiseg.models.base import ImageFeatures
-from lexiseg.models.decoupled import DecoupledModel, DecoupledOptions, Size
+from lexiseg.models.decoupled import DecoupledModel, DecoupledOptions
 from lexiseg.models.maft import AttentionOptions, MaftOptions, MaskAttention, maft_losses, trainable_names
 from lexiseg.proposals.base import Proposals
 from lexiseg.regions.crops import CropEncoder, CropOptions
-from lexiseg.regions.encoder import RegionEncoder
 from lexiseg.regions.ensemble import EnsembleOptions, ensemble
-from lexiseg.regions.pooling import unit_or_zero
+from lexiseg.regions.pooling import Size, unit_or_zero
 from lexiseg.scores import RegionScores
 from lexiseg.vocabulary import Vocabulary
 
@@ -77,7 +76,7 @@ class RegionModel(DecoupledModel):
     """Proposals, CLIP's opinion of each region, and an ensemble of the two; what such systems share.
 
     Features hold, beside those of `DecoupledModel`, ``regions`` (B, N, D) and ``encoded`` (B, N), see
-    `RegionEncoder.encode`, unless the words decide which regions there are. Text is (W, D), or (W, 2, D) where the
+    `CropEncoder.encode`, unless the words decide which regions there are. Text is (W, D), or (W, 2, D) where the
     generator's words (first) differ from CLIP's. Options that contradict each other are a `LexisegError`.
 
     Attributes:
@@ -110,7 +109,7 @@ class RegionModel(DecoupledModel):
         self.set_trainable()
 
     @property
-    def region_encoder(self) -> RegionEncoder | None:
+    def region_encoder(self) -> CropEncoder | MaskAttention | None:
         """How CLIP sees regions, or None."""
         options = self.options
         if options.regions == "none":

@@ -25,9 +25,8 @@ from lexiseg.models.options import ModelOptions
 from lexiseg.models.region_base import RegionModel, RegionModelOptions
 from lexiseg.proposals.options import GeneratorOptions, MaskFormerOptions
 from lexiseg.regions.crops import CropEncoder, CropOptions, Crops, in_parts
-from lexiseg.regions.encoder import Size
 from lexiseg.regions.ensemble import EnsembleOptions
-from lexiseg.regions.pooling import resize_masks, unit_or_zero
+from lexiseg.regions.pooling import Size, resize_masks, unit_or_zero
 from lexiseg.scores import RegionScores
 from lexiseg.vocabulary import Vocabulary
 
@@ -48,7 +47,7 @@ class ZegFormerCrops(CropEncoder):
             return super().cut(clip, frame, size, mask_logits)
 
         def masks(start: int, stop: int) -> Tensor:
-            return self.upsampled(mask_logits[None, start:stop], frame)[0]
+            return resize_masks(mask_logits[None, start:stop].float(), frame.shape[-2:], self.align_corners)[0]
 
         whole = frame.new_tensor([0, 0, frame.shape[-1], frame.shape[-2]])
         small = F.interpolate(frame[None], size=(side, side), mode="bilinear", align_corners=False)

@@ -29,7 +29,7 @@ from lexiseg.clip.embeddings import image_embeddings
 from lexiseg.clip.model import CLIP
 from lexiseg.clip.positions import Interpolation
 from lexiseg.regions.duplicates import near_duplicates
-from lexiseg.regions.encoder import PIXELS, RegionEncoder, Size
+from lexiseg.regions.pooling import PIXELS, Size, resize_masks
 from lexiseg.strict import StrictModel
 
 # What a processor's caches hold; larger batches take longer (benchmarks/decoupled_speed.py).
@@ -140,9 +140,14 @@ def _expand(box: list[int], ratio: float, width: int, height: int) -> tuple[int,
 
 
 @dataclass(frozen=True)
-class CropEncoder(RegionEncoder):
-    """Runs the tower once a region, on its crop; ``crops`` and ``positions`` are those of `RegionModelOptions`."""
+class CropEncoder:
+    """How CLIP encodes regions: the tower is run once a region, on its crop. Holds options only, no weights.
 
+    The *frame* is the padded picture, normalised for CLIP, with the padding 0; mask logits cover it, and are
+    interpolated to it by ``align_corners``. The other attributes are options of `RegionModelOptions`.
+    """
+
+    align_corners: bool
     crops: CropOptions
     positions: Interpolation
 
@@ -153,7 +158,8 @@ class CropEncoder(RegionEncoder):
         black = -frame.new_tensor(clip.mean) / frame.new_tensor(clip.std)
 
         def masks(start: int, stop: int) -> Tensor:
-            return self.upsampled(mask_logits[None, start:stop], frame)[0, :, :height, :width].sigmoid()
+            large = resize_masks(mask_logits[None, start:stop].float(), frame.shape[-2:], self.align_corners)
+            return large[0, :, :height, :width].sigmoid()
 
         return tight_crops(frame[:, :height, :width], masks, count, self.crops, size=side, black=black)
 
@@ -172,7 +178,20 @@ class CropEncoder(RegionEncoder):
     def encode(
         self, clip: CLIP, visual: nn.Module, frame: Tensor, size: Size, mask_logits: Tensor, valid: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """See `RegionEncoder.encode`."""
+        """Encode regions.
+
+        Args:
+            clip: says what size and colours the tower wants.
+            visual: the image tower, CLIP's own or a tuned copy.
+            frame: (B, 3, H', W').
+            size: (H, W) of the pictures in it.
+            mask_logits: (B, N, h, w).
+            valid: (B, N) bool, the only regions that are encoded; None: all of them.
+
+        Returns:
+            (B, N, D), not normalised, arbitrary where a region was not encoded; and (B, N) bool, False where CLIP saw
+                nothing of one: its mask has no pixel above the threshold in the picture, or it is not valid.
+        """
         batch, count = mask_logits.shape[:2]
         regions = frame.new_ones(batch, count, clip.embed_dim)
         encoded = torch.zeros(batch, count, dtype=torch.bool, device=frame.device)

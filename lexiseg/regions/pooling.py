@@ -6,6 +6,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+Size = tuple[int, int]
+
+PIXELS = 1 << 23
+"""Masks are brought to full resolution this many pixels at a time: a hundred of them at once take gigabytes."""
+
 
 def resize_masks(masks: Tensor, size: tuple[int, ...], align_corners: bool = False) -> Tensor:
     """Resize (B, N, h, w) bilinearly to ``size`` (H, W), also where there is no mask at all, which torch refuses.

@@ -132,8 +132,9 @@ class RegionModel(DecoupledModel):
         return tuple(name for name, _ in self.named_parameters() if name.startswith(tuple(parts)))
 
     def train(self, mode: bool = True) -> RegionModel:
-        """Set the training mode; the tuned tower has no dropout, and a ResNet's batch norms stay as they are."""
+        """Set the training mode but for CLIP and its tuned copy: a ResNet's batch norms stay as they are."""
         super().train(mode)
+        self.clip.eval()
         if self.student is not None:
             self.student.eval()
         return self

@@ -175,6 +175,7 @@ def test_maft_tunes_a_resnet() -> None:
     clip = small_clip(vision_cfg={**vision, "patch_size": None})
     model = type(make()).build(clip, {**make().options.model_dump(), "maft": {}, "attention": {"image_size": 96}})
     assert isinstance(model, RegionModel)
+    teacher = {name: value.clone() for name, value in model.clip.state_dict().items()}
     model.train()
     images = torch.randn(1, 3, 40, 48)
     labels = torch.arange(4).repeat(1, 40, 12)
@@ -183,6 +184,7 @@ def test_maft_tunes_a_resnet() -> None:
     trained = dict(model.trainable_parameters())
     assert trained and all(name.startswith("student.attnpool.") for name in trained)
     assert all(parameter.grad is not None for parameter in trained.values())
+    assert all(torch.equal(value, teacher[name]) for name, value in model.clip.state_dict().items())
 
 
 @pytest.mark.slow

@@ -130,7 +130,8 @@ class _Batches(Dataset[Any]):
 def _deaf(worker: int) -> None:
     """Let the main process alone be stopped, as Ctrl-C and schedulers tell all; it ends the workers and reports."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(5))  # for then the main process may be waiting for their end
 
 
 def _as_is(batch: Any) -> Any:

@@ -207,7 +207,7 @@ def test_a_stopped_training_says_how_to_go_on(place: Path, tmp_path: Path, numbe
         while not find_checkpoints(tmp_path / "run/checkpoints") and time.monotonic() < until:
             time.sleep(0.2)
         send(process.pid, number)
-        assert process.wait(60) == code
+        assert process.wait(60) == code, (tmp_path / "said").read_text()
     last = (tmp_path / "said").read_text().strip().splitlines()[-1]
     assert last.startswith("Stopped after step ") and "--resume continues" in last and "step-0000" in last
 

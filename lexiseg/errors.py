@@ -22,11 +22,6 @@ def need(module: str, what: str, extra: str) -> Any:
         raise LexisegError(f"{what}; install it with pip install 'lexiseg[{extra}]'.") from error
 
 
-def first_line(error: BaseException) -> str:
-    """What an error says in its first line; its type's name where it says nothing."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
 class LexisegWarning(UserWarning):
     """A result that is probably not what the user meant, said in one sentence with what to do.
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import huggingface_hub  # which imports what is asked of it when it is: most runs need no hub
 from huggingface_hub import constants
 
-from lexiseg.errors import LexisegError, first_line
-from lexiseg.words import shorten
+from lexiseg.errors import LexisegError
+from lexiseg.words import first_line, shorten
 
 _TIMEOUT_SECONDS = 5.0
 

@@ -26,6 +26,11 @@ def shorten(text: str, limit: int = 60) -> str:
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says in its first line, no more than a sentence can hold; its type's name where it says nothing."""
+    return shorten((str(error).strip() or type(error).__name__).splitlines()[0], 300)
+
+
 def printable(text: object) -> str:
     r"""A text from a file, a path or a user as it may be shown on a terminal: on one line, without any power over it.
 

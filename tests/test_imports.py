@@ -55,7 +55,7 @@ ALLOWED: dict[str, set[str]] = {
     "hub": {"errors", "words"},
     "catalog": set(),
     "scores": {"errors", "windows"},
-    "proposals": {"errors", "files", "hub"},
+    "proposals": {"errors", "files", "hub", "words"},
     "regions": {"errors", "clip"},
     "losses": {"errors", "label_ids", "proposals"},
     "refine": {"errors", "scores", "proposals"},

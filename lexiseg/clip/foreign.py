@@ -19,9 +19,10 @@ from lexiseg.clip.library_towers import TimmTower, TransformersTower
 from lexiseg.clip.model import CLIP, OPENAI_MEAN, OPENAI_STD
 from lexiseg.clip.patch_tower import PatchTower
 from lexiseg.clip.tower import ImageTower
-from lexiseg.errors import LexisegError, first_line
+from lexiseg.errors import LexisegError
 from lexiseg.files import read_json
 from lexiseg.hub import download, download_folder
+from lexiseg.words import first_line
 
 TRANSFORMERS, TIMM = "transformers:", "timm:"
 _KINDS = ("clip", "metaclip_2", "siglip", "siglip2", "tipsv2")

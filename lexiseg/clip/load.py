@@ -20,10 +20,10 @@ from lexiseg import catalog
 from lexiseg.clip.foreign import load_foreign
 from lexiseg.clip.model import CLIP, CONFIG_NAME, WEIGHTS_NAME, build_clip, check_architecture
 from lexiseg.clip.positions import resize_positions
-from lexiseg.errors import LexisegError, first_line
+from lexiseg.errors import LexisegError
 from lexiseg.files import read_json
 from lexiseg.hub import download
-from lexiseg.words import did_you_mean, near_names, printable, shorten
+from lexiseg.words import did_you_mean, first_line, near_names, printable, shorten
 
 # A picture of 4096 pixels in patches of 16; a table of positions is not stretched further.
 _MOST_PATCHES = 256 * 256

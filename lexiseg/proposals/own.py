@@ -10,9 +10,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lexiseg.errors import LexisegError, first_line
+from lexiseg.errors import LexisegError
 from lexiseg.proposals.mask2former import Mask2Former
 from lexiseg.proposals.maskformer import MaskFormer
+from lexiseg.words import first_line
 
 OPTION = "model.options.proposals."
 

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lexiseg.errors import LexisegError, first_line
+from lexiseg.errors import LexisegError
 from lexiseg.files import read_json
 from lexiseg.hub import cached, download
 from lexiseg.proposals.backbone import RESNET_WIDTHS, ResNetBackbone
@@ -27,6 +27,7 @@ from lexiseg.proposals.mask2former import Mask2Former
 from lexiseg.proposals.maskformer import MaskFormer
 from lexiseg.proposals.options import Mask2FormerOptions, QueryOptions
 from lexiseg.proposals.own import OPTION, first_problem, own_folder, own_tensors
+from lexiseg.words import first_line
 
 IMAGENET = "imagenet"
 WEIGHT_FILES = (".safetensors", ".pth", ".pt", ".bin")

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from lexiseg.catalog import clip_config, packaged_clips
-from lexiseg.errors import LexisegError, first_line
+from lexiseg.errors import LexisegError
 from lexiseg.files import read_json, write_text
-from lexiseg.words import printable
+from lexiseg.words import first_line, printable
 
 CARD = "README.md"
 _DRAWINGS = {

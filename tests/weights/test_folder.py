@@ -69,9 +69,12 @@ def test_wrong_folders(tmp_path: Path) -> None:
     with pytest.raises(LexisegError, match="not readable JSON"):
         load_model(folder)
     changed()
-    (folder / "model.safetensors").write_bytes(b"x")
-    with pytest.raises(LexisegError, match="not a readable safetensors file"):
-        load_model(folder)
+    long = json.dumps({"head": "a" * 9000}).encode()
+    for content in (b"x", len(long).to_bytes(8, "little") + long):
+        (folder / "model.safetensors").write_bytes(content)
+        with pytest.raises(LexisegError, match="not a readable safetensors file") as caught:
+            load_model(folder)
+        assert len(str(caught.value)) < 1000
     (folder / "model.safetensors").unlink()
     with pytest.raises(LexisegError, match=r"has no model.safetensors"):
         load_model(folder)

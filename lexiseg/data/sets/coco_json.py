@@ -124,7 +124,7 @@ def _id(value: Any) -> int | str:
 
 
 def _name(value: Any) -> str:
-    if isinstance(value, bool) or not isinstance(value, int | str):
+    if isinstance(value, bool) or not isinstance(value, int | str) or not str(value).strip():
         raise TypeError
     name = str(value).replace("\\", "/")  # as programs on Windows write it
     os.fsencode(name)  # JSON can hold half a character, which no file is called

@@ -168,10 +168,12 @@ def verify(
         findings += wrong
         checks.append(check)
         members[split] = {item.name: item.image for item in files.items}
+    absent = {split: _absent(name, root, split, classes) for split in wanted if split not in chosen}
+    said = {finding.problem for finding in findings}
     findings += [
-        Finding("missing-list", _absent(name, root, split, classes), str(root), split=split, severity="warning")
-        for split in wanted
-        if split not in chosen
+        Finding("missing-list", problem, str(root), split=split, severity="warning")
+        for split, problem in absent.items()
+        if problem not in said
     ]
     findings += _overlaps(members)
     findings += _other_classes(classes_of, root)

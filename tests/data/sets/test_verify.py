@@ -80,6 +80,7 @@ JSON_FAULTS = {
     "an outline that is none": (_first(segmentation=[[1, 2]]), "damaged-label", "outline"),
     "no outline": (lambda c: c["annotations"][0].pop("segmentation"), "wrong-record", "annotation 0"),
     "an image listed twice": (lambda c: c["images"].append(c["images"][0]), "duplicate-entry", "val0.jpg"),
+    "a category without a name": (lambda c: c["categories"][0].update(name=" "), "wrong-record", "ids and names"),
     "images that are no list": (lambda c: c.update(images=3), "wrong-record", "not COCO-style JSON"),
     "annotations that are no list": (lambda c: c.update(annotations=5), "wrong-record", "not COCO-style JSON"),
     "a category_id that is a list": (_first(category_id=[7]), "unknown-id", "a list"),
@@ -344,3 +345,13 @@ def test_command(clean, tmp_path, capsys):
     assert main(["data", "verify", "voc2012"]) == 2
     assert "needs its folder" in capsys.readouterr().err
     assert main(["data", "verify", "voc2112", str(root)]) == 2
+
+
+def test_what_keeps_both_splits_from_being_listed_is_said_once(tmp_path: Path) -> None:
+    save_picture(tmp_path / "images" / "a.png", 0)
+    save_index(tmp_path / "masks" / "a.png", values_in([0, 1], 0))
+    (tmp_path / "classes.txt").write_text("cat\ntree\n")
+    (tmp_path / "train.txt").write_text("a\n")
+    (tmp_path / "unseen.txt").write_text("zebra\n")
+    (finding,) = verify("own", tmp_path).findings
+    assert finding.kind == "class-list" and "'zebra'" in finding.problem

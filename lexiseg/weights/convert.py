@@ -169,8 +169,14 @@ def _kind(state: Mapping[str, Any]) -> str | None:
 def _zeros(state: Mapping[str, Tensor], path: str | Path) -> list[str]:
     """A note on weights that are zero throughout, as the last layer of an untrained branch may be.
 
-    Raises LexisegError if a part of `_TOWER` weights or more holds nothing else.
+    Raises LexisegError if a part of `_TOWER` weights or more holds nothing else, or weights are quantised.
     """
+    for key, tensor in state.items():
+        if tensor.ndim > 1 and tensor.dtype.itemsize == 1 and tensor.dtype != torch.bool:
+            raise LexisegError(
+                f"'{printable(shorten(key))}' in '{path}' is quantised ({str(tensor.dtype).removeprefix('torch.')}); "
+                "get the checkpoint in 16 or 32 bits."
+            )
     weights = {key: tensor for key, tensor in state.items() if tensor.is_floating_point() and tensor.ndim > 1}
     zero = [key for key, tensor in weights.items() if not tensor.float().any()]
     all_of, zero_of = (

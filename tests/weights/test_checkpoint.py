@@ -215,11 +215,16 @@ def test_what_is_refused_is_named(
             read(content, tmp_path)
     for content, sentence in (
         ({**clip_state, "ln_final.bias": torch.tensor([float("nan")] * 64)}, r"not finite in ln_final\.bias"),
+        ({**clip_state, "visual.proj": clip_state["visual.proj"].to(torch.int8)}, r"proj' in .* is quantised \(int8\)"),
         ({"a": torch.ones(1)}, "neither"),
         ({"\x1b[2J\u202e": torch.ones(1)}, r"begin with \\x1b\[2J\\u202e\)"),
     ):
         with pytest.raises(LexisegError, match=sentence):
             converted(content, tmp_path)
+    tiny = {key: value.to(torch.float8_e4m3fn) for key, value in clip_state.items()}
+    save_file(tiny, tmp_path / "f8.safetensors")
+    with pytest.raises(LexisegError, match=r"is quantised \(float8_e4m3fn\)"):
+        convert(tmp_path / "f8.safetensors", tmp_path / "out")
     (tmp_path / "b.pkl").write_bytes(pickle.dumps(Bomb()))
     with pytest.raises(LexisegError, match=r"holds a .*(getattr|touch).* which lexiseg does not read"):
         convert(tmp_path / "b.pkl", tmp_path / "out")

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lexiseg.errors import LexisegError
+from lexiseg.hub import cached, unreachable
 from lexiseg.normalisation import IMAGENET_MEAN, IMAGENET_STD, pixels_of
 from lexiseg.proposals.base import ProposalGenerator, Proposals, check_images
 from lexiseg.proposals.given import hard_logits
@@ -54,6 +55,9 @@ class Sam(ProposalGenerator):
             try:
                 from transformers import AutoImageProcessor, AutoModelForMaskGeneration
 
+                # The client would retry for half a minute, at every picture.
+                if not Path(name).is_dir() and cached(name, ("config.json",)) is None and unreachable():
+                    raise ConnectionError
                 self.use(AutoModelForMaskGeneration.from_pretrained(name), AutoImageProcessor.from_pretrained(name))
             except Exception as error:  # the hub's client raises errors of many kinds
                 raise LexisegError(

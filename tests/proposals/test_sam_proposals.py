@@ -124,6 +124,10 @@ def test_sam_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(LexisegError, match="'nobody/no-such-sam' could not be loaded"):
         sam(weights="nobody/no-such-sam")(torch.randn(1, 3, 32, 32))
+    monkeypatch.setattr("transformers.AutoModelForMaskGeneration.from_pretrained", None)  # it would retry and retry
+    monkeypatch.setattr("lexiseg.proposals.sam.unreachable", lambda: "no network")
+    with pytest.raises(LexisegError, match="ConnectionError"):
+        sam(weights="nobody/no-such-sam")(torch.randn(1, 3, 32, 32))
 
 
 def test_overlaps() -> None:

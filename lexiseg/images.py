@@ -368,7 +368,7 @@ def _capital(name: str) -> str:
 
 def image_name(source: Any) -> str:
     """What to call a picture in messages and reports: its path or file name where it has one, else its kind."""
-    return _own_name(source) or kind(source)
+    return _own_name(source) or ("the given data" if isinstance(source, bytes | bytearray) else kind(source))
 
 
 def _own_name(source: Any) -> str:

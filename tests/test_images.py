@@ -377,7 +377,7 @@ def test_listing(tmp_path: Path) -> None:
 
 def test_names(tmp_path: Path) -> None:
     assert image_name(tmp_path / "a.png") == str(tmp_path / "a.png")
-    assert image_name(b"abc") == "a bytes"
+    assert image_name(b"abc") == "the given data"
 
 
 SEEDS = [

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Annotated, Any
 
 from fastapi import Request
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictFloat, WithJsonSchema
 from pydantic_core import from_json
 from starlette.datastructures import UploadFile
 
@@ -75,7 +75,7 @@ class Question(BaseModel):
 
     classes: str | list[str]
     exemplars: Exemplars = []
-    background: str | float | None = None
+    background: str | StrictFloat | None = None
     window: int | None = Field(default=None, ge=0)
     refine: str | None = None
     output: Output = "rle"

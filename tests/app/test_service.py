@@ -219,6 +219,7 @@ def test_what_is_wrong_is_a_sentence_with_its_status(running: Running) -> None:
         ({"classes": 5}, 422, "classes"),
         ({"model": "other"}, 404, "not served"),
         ({"window": -3}, 422, "window"),
+        ({"background": True}, 422, "background"),
         ({"output": "bitmap"}, 422, "output"),
         ({"colour": "red"}, 422, "colour"),
         ({"refine": "polish"}, 422, "refine"),

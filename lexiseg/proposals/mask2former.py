@@ -131,6 +131,8 @@ class Mask2Former(ProposalGenerator):
         self.transformer = Mask2FormerTransformerModule(
             options.pixel_dim, Mask2FormerConfig(**shared, num_attention_heads=options.heads)
         )
+        # In some releases (5.20, the last for Python 3.10) it is a plain list, whose weights belong to no module.
+        self.transformer.input_projections = nn.ModuleList(self.transformer.input_projections)
         start_convolutions(self.transformer.input_projections)
         start_matrices(self.transformer.decoder.layers)
         self.interaction: ContextInteraction | None = None

@@ -174,7 +174,8 @@ def _from_path(source: str | os.PathLike[Any], max_pixels: float, orient: bool) 
         with path.open("rb") as file:
             if path.is_file() and path.stat().st_size == 0:
                 raise LexisegError(f"The picture {name} is an empty file; copy it again.")
-            return _from_file(file, name, max_pixels, orient, path.suffix.lower())
+            whole = file if file.seekable() else io.BytesIO(file.read())  # a pipe gives its bytes once
+            return _from_file(whole, name, max_pixels, orient, path.suffix.lower())
     except FileNotFoundError as error:
         raise LexisegError(f"There is no picture {name}; check the path.") from error
     except (OSError, ValueError) as error:

@@ -72,6 +72,8 @@ def _is_drawn(source: Any) -> bool:
         return _has_mark(source)
     file = io.BytesIO(source) if isinstance(source, bytes | bytearray | memoryview) else source
     try:
+        if isinstance(file, str | os.PathLike) and not os.path.isfile(file):  # noqa: PTH113 - of any text
+            return True  # a pipe can be read once, which is not here
         place = None if isinstance(file, str | os.PathLike) else file.tell()
         with Image.open(file) as image:
             marked = _has_mark(image)

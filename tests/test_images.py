@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import os
+import threading
 import unicodedata
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +18,7 @@ from PIL import Image, ImageFile
 
 from lexiseg.errors import LexisegError, LexisegWarning
 from lexiseg.images import IMAGE_SUFFIXES, image_name, list_images, read_image, read_pixels
+from lexiseg.notes import picture_world_model
 from tests.miniatures import png_header
 
 RNG = np.random.default_rng(0)
@@ -421,3 +423,15 @@ def test_truncated_files_are_refused_whatever_other_code_asked_of_pillow(monkeyp
     noise = encode(Image.fromarray(RNG.integers(0, 256, (64, 64, 3), dtype=np.uint8)))
     with pytest.raises(LexisegError, match="truncated"):
         read_image(noise[: len(noise) // 2])
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+def test_a_picture_comes_from_a_pipe(tmp_path: Path) -> None:
+    content, pipe = io.BytesIO(), tmp_path / "pipe"
+    Image.new("RGB", (300, 200), "red").save(content, "PNG")
+    os.mkfifo(pipe)
+    writer = threading.Thread(target=pipe.write_bytes, args=(content.getvalue(),))
+    writer.start()
+    picture_world_model(pipe)  # which may not read what can be read only once
+    assert read_image(pipe).shape == (3, 200, 300)
+    writer.join()

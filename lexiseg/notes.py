@@ -35,6 +35,12 @@ def one_class(vocabulary: Vocabulary) -> None:
     warnings.warn(text, LexisegWarning, stacklevel=2)
 
 
+def no_class(threshold: float) -> None:
+    """Warn that the threshold of a background has left no pixel with a class; of many pictures it is said once."""
+    text = f"No pixel reaches the background's threshold of {threshold:g}, so none has a class; give a lower one."
+    warnings.warn(text, LexisegWarning, stacklevel=2)
+
+
 def picture_world_model(source: object) -> bool:
     """Warn that the result of a picture-world model means nothing on any other picture.
 

@@ -144,8 +144,10 @@ class Predictor(ABC):
             labels, best = self.labels_of(picture, words, policy)
         except LexisegError as error:
             raise LexisegError(f"{shorten(picture.name, 200)}: {error}") from error
-        if vocabulary.background.threshold is not None:
-            labels[best < vocabulary.background.threshold] = ignore_index(len(vocabulary))
+        if (threshold := vocabulary.background.threshold) is not None:
+            labels[best < threshold] = ignore_index(len(vocabulary))
+            if best.max() < threshold:
+                notes.no_class(threshold)
         metadata = {"system": self.model.system, "clip": self.model.clip.name, "window": asdict(policy)}
         metadata |= {**self._about(), "refine": self.refinement.kind}
         return Segmentation(labels, vocabulary, best, picture.image, picture.name, metadata)

@@ -42,6 +42,16 @@ def test_one_class_comes_with_a_note_and_any_other_rule_without(classes: Any, ad
         run.predict(image, "giraffe. elephant; sky")
 
 
+def test_a_threshold_that_leaves_nothing_comes_with_a_note() -> None:
+    run, image = segmenter(Patchwork(small_clip())), picture(16, 16)
+    largest = float(run.predict(image, "giraffe; sky").scores.max())
+    with pytest.warns(LexisegWarning, match="none has a class"):
+        assert run.predict(image, "giraffe; sky", background=largest + 0.1).num_ignored == 256
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run.predict(image, "giraffe; sky", background=largest)
+
+
 def test_a_model_of_the_picture_world_notes_other_pictures_once(tmp_path: Path) -> None:
     scene, photo = tmp_path / "scene.png", tmp_path / "photo.png"
     drawn, taken = Image.fromarray(picture(40, 40)), Image.fromarray(picture(40, 40, seed=1))

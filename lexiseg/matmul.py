@@ -9,7 +9,7 @@ from torch.nn import functional as F
 # Turned off where a benchmark compares.
 enabled = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 # Below this many multiply-adds starting oneDNN's product takes what it saves.
-_LEAST = 1 << 25
+LEAST = 1 << 25
 
 
 def plain(x: Tensor) -> bool:
@@ -30,7 +30,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, relu: bool 
     torch computes float32 with MKL, which on processors not made by Intel takes a quarter longer than oneDNN, because
     it uses no AVX-512 there.
     """
-    if plain(x) and weight.dtype == x.dtype and x.numel() * len(weight) >= _LEAST:
+    if plain(x) and weight.dtype == x.dtype and x.numel() * len(weight) >= LEAST:
         result: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "relu" if relu else "none", [], "")
         return result
     x = F.linear(x, weight, bias)

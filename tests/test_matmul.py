@@ -14,7 +14,7 @@ from lexiseg.proposals.options import Backbone, MaskFormerOptions
 
 @pytest.fixture(autouse=True)
 def any_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(matmul, "_LEAST", 0)
+    monkeypatch.setattr(matmul, "LEAST", 0)
 
 
 @pytest.mark.parametrize("shape", [(5, 16), (2, 3, 16), (2, 3, 4, 16)])
@@ -63,7 +63,7 @@ def test_proposals_are_the_same(monkeypatch: pytest.MonkeyPatch, backbone: Backb
             values.uniform_(0.5, 1.5)
     images = torch.randn(2, 3, 64, 96)
     fast = generator(images)
-    monkeypatch.setattr(matmul, "_enabled", False)
+    monkeypatch.setattr(matmul, "enabled", False)
     usual = generator(images)
     assert usual.embeddings is not None
     torch.testing.assert_close(fast.mask_logits, usual.mask_logits, atol=1e-4, rtol=1e-4)

@@ -65,7 +65,7 @@ class Queue:
         self.seconds_a_job = 1.0
         self._changed = threading.Condition()
         self._open = True
-        self._threads = torch.get_num_threads()
+        self.threads = torch.get_num_threads()
         self._worker = threading.Thread(target=self._work, name="lexiseg-queue", daemon=True)
         self._worker.start()
 
@@ -119,7 +119,7 @@ class Queue:
                         return
                 continue
             start = time.monotonic()
-            use_threads(self._threads)  # each time: others set theirs, and some libraries share one number
+            use_threads(self.threads)  # each time: others set theirs, and some libraries share one number
             self._run(jobs)
             self.seconds_a_job += 0.2 * ((time.monotonic() - start) / len(jobs) - self.seconds_a_job)
 

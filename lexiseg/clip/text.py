@@ -21,15 +21,15 @@ from lexiseg.vocabulary import Vocabulary
 _CHUNK = 256
 # Texts that are put together at once: a hundred thousand words in fifteen templates are gigabytes of vectors, of which
 # only the means are wanted.
-_BLOCK = 16_384
+BLOCK = 16_384
 
 
 def _blocks(groups: Sequence[Sequence[str]], num_templates: int) -> Iterator[list[Sequence[str]]]:
-    """The groups in their order, in parts of about `_BLOCK` texts."""
+    """The groups in their order, in parts of about `BLOCK` texts."""
     block: list[Sequence[str]] = []
     count = 0
     for group in groups:
-        if block and count + len(group) * num_templates > _BLOCK:
+        if block and count + len(group) * num_templates > BLOCK:
             yield block
             block, count = [], 0
         block.append(group)

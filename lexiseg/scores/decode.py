@@ -19,7 +19,7 @@ from lexiseg.scores.pruning import Writer, budget, margin_of, prune, tile_ranges
 
 Rectangle = tuple[int, int, int, int]
 """(top, bottom, left, right) in pixels."""
-_LEAST_WORK = 1 << 23
+LEAST_WORK = 1 << 23
 """Scores below which a thread costs more than it saves."""
 
 
@@ -197,7 +197,7 @@ def thread_parts(rows: Tensor, device: torch.device, work: int) -> list[Tensor]:
     core takes rows of its own.
     """
     threads = torch.get_num_threads()
-    if device.type != "cpu" or threads < 2 or work < _LEAST_WORK:
+    if device.type != "cpu" or threads < 2 or work < LEAST_WORK:
         return [rows]
     return [piece for piece in rows.tensor_split(threads, 1) if piece.shape[1]]
 

@@ -323,7 +323,7 @@ def test_the_model_has_the_threads_and_answers_have_one_each(running: Running, m
     monkeypatch.setattr(running.segmenter, "predict", counted_predict)
     monkeypatch.setattr(service, "describe_result", counted_describe)
     queue = running.service.queue
-    monkeypatch.setattr(queue, "_threads", 3)
+    monkeypatch.setattr(queue, "threads", 3)
     for _ in range(3):
         assert running.client.post("/v1/segment", json={"image": b64(png()), "classes": "cat; dog"}).status_code == 200
     assert found == {"model": {3}, "answer": {1}}

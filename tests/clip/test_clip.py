@@ -296,7 +296,7 @@ def test_many_texts_are_never_held_at_once(clip: CLIP, monkeypatch: pytest.Monke
     joined = TextEmbedder(clip).embed_joined([words[:7], words[7:]], templates)
     sizes: list[int] = []
     tokenize = clip.tokenize
-    monkeypatch.setattr(lexiseg.clip.text, "_BLOCK", 10)
+    monkeypatch.setattr(lexiseg.clip.text, "BLOCK", 10)
     monkeypatch.setattr(clip, "tokenize", lambda texts: sizes.append(len(texts)) or tokenize(texts))
     embedder = TextEmbedder(clip, chunk=4)
     torch.testing.assert_close(embedder.embed(words, templates), whole)

@@ -247,7 +247,7 @@ def test_the_function_of_the_command_in_python(tmp_path):
     for wrong, words in (
         ({"what": "picture-world", "split": "train"}, "its val or its test split"),
         ({"what": data, "size": 64}, "--size is for picture-world"),
-        ({"what": "clip-emoji"}, "no labels to evaluate with"),
+        ({"what": "clip-emoji"}, "has no labels"),
         ({"what": "tiny", "split": "val"}, "already defines its evaluation data"),
         ({"what": "nowhere", "protocol": "gzs-voc"}, "is not a folder"),
         ({"what": data, "resume": True}, "with the earlier counts"),

@@ -21,7 +21,7 @@ Maker = Callable[[random.Random, Path], Callable[[], object]]
 
 CANARY = "canary"
 # Of processor time, since other programs may keep the processor busy; somebody who waits, for a network, waits longer.
-_SECONDS, _WAITED = 5.0, 60.0
+SECONDS, WAITED = 5.0, 60.0
 _GIBIBYTES = 2
 _LONGEST_SENTENCE = 4000
 
@@ -44,7 +44,7 @@ def _alarm() -> Iterator[None]:
     def ring(_: int, __: FrameType | None) -> None:
         raise Hang
 
-    timers = ((signal.SIGPROF, signal.ITIMER_PROF, _SECONDS), (signal.SIGALRM, signal.ITIMER_REAL, _WAITED))
+    timers = ((signal.SIGPROF, signal.ITIMER_PROF, SECONDS), (signal.SIGALRM, signal.ITIMER_REAL, WAITED))
     before = [(number, signal.signal(number, ring)) for number, _, _ in timers]
     for _, timer, seconds in timers:
         signal.setitimer(timer, seconds)
@@ -75,7 +75,7 @@ def run(make: Maker, count: int, seed: int, folder: Path, *, stop_after: int = 2
             report.refused += 1
             said = None if len(str(error)) < _LONGEST_SENTENCE else f"a sentence of {len(str(error))} characters"
         except Hang:
-            said = f"more than {_SECONDS:g} s\n{traceback.format_exc(limit=-6)}"
+            said = f"more than {SECONDS:g} s\n{traceback.format_exc(limit=-6)}"
         except Exception:  # which is what this looks for
             said = traceback.format_exc(limit=-6)
         used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

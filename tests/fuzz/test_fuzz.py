@@ -25,8 +25,8 @@ def test_mutated_inputs(name: str, tmp_path: Path) -> None:
 
 
 def test_the_runner_notices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runner, "_SECONDS", 0.2)
-    monkeypatch.setattr(runner, "_WAITED", 0.3)
+    monkeypatch.setattr(runner, "SECONDS", 0.2)
+    monkeypatch.setattr(runner, "WAITED", 0.3)
 
     def make(rng: random.Random, folder: Path) -> Callable[[], object]:
         def refuse() -> None:

@@ -414,7 +414,7 @@ def test_rows_shared_among_threads_give_the_same_bits(monkeypatch: pytest.Monkey
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     try:
-        monkeypatch.setattr(decode, "_LEAST_WORK", 1)
+        monkeypatch.setattr(decode, "LEAST_WORK", 1)
         rows = torch.arange(14).view(2, 7)
         assert [piece.shape[1] for piece in decode.thread_parts(rows, logits.device, 1)] == [3, 2, 2]
         with torch.inference_mode(inference):

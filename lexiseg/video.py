@@ -38,8 +38,9 @@ def is_video(source: str | Path, *, animations: bool = True) -> bool:
     ``animations``: count a GIF of several frames; one of a single frame is a picture.
     """
     if Path(source).suffix.lower() == ".gif":
-        with suppress(OSError, ValueError, SyntaxError), Image.open(source) as picture:
-            return animations and getattr(picture, "is_animated", False)
+        if animations:
+            with suppress(OSError, ValueError, SyntaxError), Image.open(source) as picture:
+                return getattr(picture, "is_animated", False)
         return False  # whoever reads it as a picture says what is wrong
     return Path(source).suffix.lower() in VIDEO_SUFFIXES or str(source).startswith("/dev/video")
 

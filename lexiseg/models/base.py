@@ -54,6 +54,7 @@ class SegmentationModel(nn.Module, ABC):
         system: name of the system, as in ``config.json``.
         options_class: the pydantic class of its options.
         family: systems of the same family can be initialised from each other's models, see `init_from`; "" for none.
+        no_graph: why a system without `score_grid` has none, said of it where it is to be exported.
         metadata: free-form notes saved with the model (data, steps, measured results).
         weighs_classes: whether its mask losses use ``class_weights``.
         class_weights: (C,) factors on the losses of the classes trained on; None is 1 for all.
@@ -64,6 +65,7 @@ class SegmentationModel(nn.Module, ABC):
     system: ClassVar[str]
     options_class: ClassVar[type[ModelOptions]]
     family: ClassVar[str] = ""
+    no_graph: ClassVar[str] = "has no grid of patches that vectors of words score"
     weighs_classes: ClassVar[bool] = False
     class_weights: Tensor | None = None
 
@@ -272,11 +274,8 @@ class SegmentationModel(nn.Module, ABC):
     def check_exportable(self) -> None:
         """Raise LexisegError if the model cannot be exported as a graph."""
         if type(self).score_grid is SegmentationModel.score_grid:
-            why = "has no grid of patches that vectors of words score"
-            if self.family == "decoupled":
-                why = "is a decoupled system, whose regions and crops depend on the picture"
             raise LexisegError(
-                f"{self.system} {why}, so it cannot be exported as a fixed graph; export a one-stage or a "
+                f"{self.system} {self.no_graph}, so it cannot be exported as a fixed graph; export a one-stage or a "
                 "training-free model."
             )
 

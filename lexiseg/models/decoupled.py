@@ -72,6 +72,7 @@ class DecoupledModel(StartsFromParts):
     """
 
     options: DecoupledOptions
+    no_graph = "is a decoupled system, whose regions and crops depend on the picture"
 
     def __init__(self, clip: CLIP, options: DecoupledOptions, seen_names: Sequence[str] = ()) -> None:
         super().__init__(clip, options, tuple(seen_names))

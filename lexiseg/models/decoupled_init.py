@@ -18,24 +18,6 @@ NO_WEIGHTS = {"dropout", "frozen_dropout"}
 """Options of a generator that its weights do not depend on."""
 
 
-def changes_to_proposals(
-    own: GeneratorOptions, wanted: GeneratorOptions | None, given: dict[str, Any], name: str
-) -> dict[str, Any]:
-    """What makes a generator one that another of ``wanted`` options can take; see `ModelOptions.changes_to_init`."""
-    # SAM is not trained, so whoever has it takes no proposals over, and only the rest has to fit.
-    if not isinstance(own, QueryOptions) or not isinstance(wanted, QueryOptions):
-        return {}
-    before, after = own.model_dump(mode="json"), wanted.model_dump(mode="json")
-    if before["kind"] != after["kind"]:
-        raise LexisegError(
-            f"'{name}' trains proposals of the kind '{before['kind']}', and the recipe's are of the kind "
-            f"'{after['kind']}'; give both the same."
-        )
-    changes = {key: after[key] for key in after if key not in NO_WEIGHTS and before[key] != after[key]}
-    said = given.get("proposals") or {"kind": after["kind"]}
-    return {"proposals": {**said, **changes}} if changes else {}
-
-
 class PartsOptions(WindowOptions):
     """Options of systems whose proposals can come from another system's model.
 
@@ -47,8 +29,19 @@ class PartsOptions(WindowOptions):
 
     def changes_to_init(self, wanted: ModelOptions, given: dict[str, Any], name: str) -> dict[str, Any]:
         """How the proposals are built, as the model to come has them; see `ModelOptions.changes_to_init`."""
-        theirs = wanted.proposals if isinstance(wanted, PartsOptions) else None
-        return changes_to_proposals(self.proposals, theirs, given, name)
+        own, theirs = self.proposals, wanted.proposals if isinstance(wanted, PartsOptions) else None
+        # SAM is not trained, so whoever has it takes no proposals over, and only the rest has to fit.
+        if not isinstance(own, QueryOptions) or not isinstance(theirs, QueryOptions):
+            return {}
+        before, after = own.model_dump(mode="json"), theirs.model_dump(mode="json")
+        if before["kind"] != after["kind"]:
+            raise LexisegError(
+                f"'{name}' trains proposals of the kind '{before['kind']}', and the recipe's are of the kind "
+                f"'{after['kind']}'; give both the same."
+            )
+        changes = {key: after[key] for key in after if key not in NO_WEIGHTS and before[key] != after[key]}
+        said = given.get("proposals") or {"kind": after["kind"]}
+        return {"proposals": {**said, **changes}} if changes else {}
 
 
 class StartsFromParts(SegmentationModel):

@@ -146,6 +146,11 @@ class RegionModel(DecoupledModel):
         text, given = super().embed_text(embedder, vocabulary), self.options.prompts
         return text if given is None or given.proposals else torch.stack([embedder(vocabulary), text], dim=1)
 
+    @staticmethod
+    def clip_text(text: Tensor) -> Tensor:
+        """CLIP's words (W, D), of what `embed_text` gives; for the generator's see `DecoupledModel.text_rows`."""
+        return text[:, -1] if text.dim() == 3 else text
+
     # Regions.
 
     def encode_regions(self, padded: Tensor, size: Size, proposals: Proposals) -> dict[str, Tensor]:
@@ -169,7 +174,7 @@ class RegionModel(DecoupledModel):
 
     def class_scores(self, features: ImageFeatures, text: Tensor, seen: Tensor | None = None) -> Tensor:
         """See `DecoupledModel.class_scores`."""
-        values, clips = features.values, text[:, -1] if text.dim() == 3 else text
+        values, clips = features.values, self.clip_text(text)
         logits = self.proposal_logits(values["embeddings"], text) if "embeddings" in values else None
         # "No object" is dropped after the softmax, so that the classes' probabilities may sum to little.
         opinion = None if logits is None else logits.softmax(dim=-1)[..., :-1]
@@ -225,7 +230,7 @@ class RegionModel(DecoupledModel):
         """MAFT's losses, see `maft_losses`; ``frame`` is the padded one as CLIP wants it, see `clip_frame`."""
         encoder, options = self.region_encoder, self.options.maft
         assert options is not None and self.student is not None and isinstance(encoder, MaskAttention)
-        clips = text[:, -1] if text.dim() == 3 else text
+        clips = self.clip_text(text)
         with torch.no_grad():
             proposals = self.propose(features.values["images"], text).detach()
             logits = None if proposals.embeddings is None else self.proposal_logits(proposals.embeddings, text)

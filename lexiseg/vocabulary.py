@@ -209,7 +209,8 @@ class Vocabulary:
     def to_text(self) -> str:
         """The short form, such as ``cat; tree, bush``: names and synonyms only.
 
-        Raises LexisegError if a word holds a comma, a semicolon or " = ", or it all reads like the name of a file.
+        Raises LexisegError if a word holds a comma, a semicolon or " = ", or it all reads like the name of a file or
+        like other classes.
         """
         for word in (word for entry in self.classes for word in (entry.name, *entry.words)):
             if "," in word or ";" in word or " = " in word:
@@ -221,7 +222,10 @@ class Vocabulary:
         )
         if class_source(text) is not text:
             raise LexisegError(f"'{shorten(text)}' would be read as the name of a file; save it as JSON instead.")
-        return text
+        with suppress(LexisegError):
+            if Vocabulary.parse(text).words == self.words:
+                return text
+        raise LexisegError(f"'{shorten(text)}' would be read as other classes; save it as JSON instead.")
 
     def save(self, path: str | Path) -> Path:
         """Write the vocabulary to a .json, .yaml, .yml or .txt file, atomically, and return the path.

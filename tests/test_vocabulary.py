@@ -286,6 +286,16 @@ def test_round_trips(tmp_path: Path, vocabulary: Vocabulary) -> None:
         assert Vocabulary.load(plain.save(tmp_path / "v.txt")) == plain
 
 
+@pytest.mark.parametrize(
+    "classes", [[("cup =",)], [("mug", "= cup")], [("mug", "cup =")], [("a = b",)], [("[a",), ("b]",)]]
+)
+def test_what_the_short_form_would_say_otherwise_it_does_not_say(classes: list[tuple[str, ...]]) -> None:
+    vocabulary = Vocabulary(tuple(VocabularyClass(name, synonyms) for name, *synonyms in classes))
+    with pytest.raises(LexisegError, match="save it as JSON instead"):
+        vocabulary.to_text()
+    assert Vocabulary.parse(json.loads(json.dumps(vocabulary.to_dict()))) == vocabulary
+
+
 def test_hash_is_stable_and_sees_everything() -> None:
     assert Vocabulary.parse("cat; tree, bush").hash() == Vocabulary.parse(["cat", "tree,  bush"]).hash()
     variants = [

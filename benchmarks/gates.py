@@ -115,8 +115,7 @@ def mask_probabilities(clip: CLIP, dataset: PictureWorld, seed: int) -> Tensor:
         masks = torch.cat([exact, torch.stack([half_of(mask, rng) for mask in exact])]).float()
         crops = tight_crops(
             normalised(clip, sample.image)[0],
-            lambda start, stop, masks=masks: masks[start:stop],
-            len(masks),
+            [masks],
             CropOptions(),
             size=clip.image_size,
             black=black,

@@ -19,10 +19,8 @@ from lexiseg.label_ids import ignore_index
 from lexiseg.models.base import ImageFeatures
 from lexiseg.models.decoupled import DecoupledModel
 from lexiseg.proposals.base import Proposals
-from lexiseg.regions.pooling import resize_masks
+from lexiseg.regions.pooling import full_resolution, resize_masks
 from lexiseg.segmenter import Segmenter
-
-_CHUNK = 16
 
 
 @dataclass(frozen=True)
@@ -132,8 +130,6 @@ def _binary(
     model: DecoupledModel, proposals: Proposals, padded: Tensor, frame: tuple[int, int], size: tuple[int, int]
 ) -> Tensor:
     """Masks (N, H, W), bool, on the CPU: upsampled, cut out of the padding, brought to ``size``, and halved at 0.5."""
-    parts = []
-    for logits in proposals.mask_logits.float().split(_CHUNK, dim=1):
-        masks = model.upsampled(logits, padded)[..., : frame[0], : frame[1]].sigmoid()
-        parts.append((resize_masks(masks, size)[0] > 0.5).cpu())
-    return torch.cat(parts) if parts else torch.zeros(0, *size, dtype=torch.bool)
+    parts = full_resolution(proposals.mask_logits, padded, model.options.align_corners)
+    masks = (part[..., : frame[0], : frame[1]].sigmoid() for part in parts)
+    return torch.cat([(resize_masks(part, size)[0] > 0.5).cpu() for part in masks])

@@ -32,7 +32,7 @@ from lexiseg.clip.tower import ImageTower, block_attention, run_block
 from lexiseg.errors import LexisegError
 from lexiseg.losses.mask_aware import MaskAwareOptions, distillation_loss, iou_targets, mask_aware_loss, mask_ious
 from lexiseg.proposals.base import Proposals
-from lexiseg.regions.pooling import PIXELS, Size, resize_masks
+from lexiseg.regions.pooling import Size, full_resolution, resize_masks
 from lexiseg.strict import StrictModel
 
 FrozenUnit = Literal["conv", "cls", "pos", "ln_pre", "mlp", "proj"]
@@ -210,16 +210,12 @@ class MaskAttention:
         side = int(image.shape[-1])
         # A ResNet halves five times: its first convolution rounds up, everything after it down.
         places = (side + 1) // 2 // 16 if isinstance(visual, ModifiedResNet) else side // ImageTower(visual).patch_size
-        batch, count = mask_logits.shape[:2]
-        masks = frame.new_zeros(batch, count, places, places)
-        found = torch.zeros(batch, count, dtype=torch.bool, device=frame.device)
-        step = max(PIXELS // (batch * frame.shape[-2] * frame.shape[-1]), 1)
-        for start in range(0, count, step):
-            part = slice(start, start + step)
-            large = resize_masks(mask_logits[:, part].float(), frame.shape[-2:], self.align_corners).sigmoid()
-            masks[:, part] = resize_masks(large, (places, places))
-            found[:, part] = large[..., : size[0], : size[1]].amax(dim=(2, 3)) > self.threshold
-        return masks, found
+        masks, found = [], []
+        for part in full_resolution(mask_logits, frame, self.align_corners):
+            large = part.sigmoid()
+            masks.append(resize_masks(large, (places, places)).to(frame.dtype))
+            found.append(large[..., : size[0], : size[1]].amax(dim=(2, 3)) > self.threshold)
+        return torch.cat(masks, dim=1), torch.cat(found, dim=1)
 
     def attend(self, visual: nn.Module, image: Tensor, masks: Tensor) -> Tensor:
         """Mask attention over the square picture: (B, N, D), not normalised."""
@@ -278,11 +274,11 @@ def maft_losses(
     with torch.no_grad():
         image = encoder.square(clip, frame)
         grid_masks, _ = encoder.square_masks(student, image, frame, proposals.mask_logits, size)
-    large = (
-        resize_masks(one[None].float(), frame.shape[-2:], encoder.align_corners)[..., : size[0], : size[1]]
-        for one in proposals.mask_logits
+    inside = ..., slice(size[0]), slice(size[1])
+    masks = (
+        torch.cat([resize_masks(part[inside].sigmoid(), label_size)[0] for part in parts])
+        for parts in (full_resolution(one[None], frame, encoder.align_corners) for one in proposals.mask_logits)
     )
-    masks = (resize_masks(one.sigmoid(), label_size)[0] for one in large)
     scores = probabilities(encoder.attend(student, image, grid_masks))
     loss = mask_aware_step(scores, masks, labels, proposals.valid, options)
     losses = {"loss": loss, "loss_mask_aware": loss.detach()}

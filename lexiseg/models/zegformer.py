@@ -24,9 +24,9 @@ from lexiseg.models.base import ImageFeatures
 from lexiseg.models.options import ModelOptions
 from lexiseg.models.region_base import RegionModel, RegionModelOptions
 from lexiseg.proposals.options import GeneratorOptions, MaskFormerOptions
-from lexiseg.regions.crops import CropEncoder, CropOptions, Crops, in_parts
+from lexiseg.regions.crops import CropEncoder, CropOptions, Crops
 from lexiseg.regions.ensemble import EnsembleOptions
-from lexiseg.regions.pooling import Size, resize_masks, unit_or_zero
+from lexiseg.regions.pooling import Size, full_resolution, resize_masks, unit_or_zero
 from lexiseg.scores import RegionScores
 from lexiseg.vocabulary import Vocabulary
 
@@ -45,22 +45,18 @@ class ZegFormerCrops(CropEncoder):
         options, side = self.crops, self.crops.size or clip.image_size
         if options.convention == "tight":
             return super().cut(clip, frame, size, mask_logits)
-
-        def masks(start: int, stop: int) -> Tensor:
-            return resize_masks(mask_logits[None, start:stop].float(), frame.shape[-2:], self.align_corners)[0]
-
         whole = frame.new_tensor([0, 0, frame.shape[-1], frame.shape[-2]])
         small = F.interpolate(frame[None], size=(side, side), mode="bilinear", align_corners=False)
         images, boxes = [frame.new_zeros(0, 3, side, side)], []
-        for logits in in_parts(masks, len(mask_logits), frame):
-            inside = logits.sigmoid() > options.threshold
+        for logits in full_resolution(mask_logits[None], frame, self.align_corners):
+            inside = logits[0].sigmoid() > options.threshold
             box, there = whole.repeat(len(inside), 1), inside.flatten(1).any(dim=1)
             box[there] = masks_to_boxes(inside[there]).to(box.dtype)
             box[(box[:, 2:] == box[:, :2]).any(dim=1)] = whole
             boxes.append(box)
             if options.merge == "mask":
-                mask = resize_masks(logits[None], (side, side))[0]
-                images.append(small * (mask.sigmoid() > options.threshold)[:, None])
+                mask = resize_masks(logits, (side, side))[0].sigmoid() > options.threshold
+                images.append(small * mask[:, None])
                 continue
             for one, place in zip(inside, box, strict=True):
                 shown = frame if options.merge == "crop" else frame * one

@@ -15,7 +15,7 @@ MAFT's figure 6 shows it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -29,7 +29,7 @@ from lexiseg.clip.embeddings import image_embeddings
 from lexiseg.clip.model import CLIP
 from lexiseg.clip.positions import Interpolation
 from lexiseg.regions.duplicates import near_duplicates
-from lexiseg.regions.pooling import PIXELS, Size, resize_masks
+from lexiseg.regions.pooling import Size, full_resolution
 from lexiseg.strict import StrictModel
 
 # What a processor's caches hold; larger batches take longer (benchmarks/decoupled_speed.py).
@@ -66,35 +66,21 @@ class CropOptions(StrictModel):
 
 @dataclass(frozen=True)
 class Crops:
-    """Sub-images of the regions of one picture.
+    """Sub-images of M of the N regions of one picture."""
 
-    Attributes:
-        images: (M, 3, S, S) normalised for CLIP.
-        valid: (N,) bool, which of the N regions they are of, in order; M of them are True.
-        boxes: (M, 4) float, x1, y1, x2, y2 of the boxes as found, before they were expanded.
-    """
-
-    images: Tensor
-    valid: Tensor
-    boxes: Tensor
+    images: Tensor  # (M, 3, S, S), normalised for CLIP
+    valid: Tensor  # (N,) bool, which of the regions they are of, in order
+    boxes: Tensor  # (M, 4) float, x1, y1, x2, y2 of the boxes as found, before they were expanded
 
 
-def tight_crops(
-    image: Tensor,
-    masks: Callable[[int, int], Tensor],
-    num_masks: int,
-    options: CropOptions,
-    *,
-    size: int,
-    black: Tensor,
-) -> Crops:
-    """Sub-images of size S of the N regions of one picture in the convention of ZSSeg and FreeSeg.
+def tight_crops(image: Tensor, masks: Iterable[Tensor], options: CropOptions, *, size: int, black: Tensor) -> Crops:
+    """Sub-images of size S of the regions of one picture in the convention of ZSSeg and FreeSeg.
 
-    The image (3, H, W) is normalised for CLIP, so that its mean colour is 0, and without padding; ``masks`` gives the
-    mask probabilities (stop - start, H, W) of regions start to stop; ``black`` (3,) is black after normalisation.
+    The image (3, H, W) is normalised for CLIP, so that its mean colour is 0, and without padding; ``masks`` are the
+    regions' mask probabilities, some (n, H, W) at a time; ``black`` (3,) is black after normalisation.
     """
     images, valid, boxes = [image.new_zeros(0, 3, size, size)], [], []
-    for soft in in_parts(masks, num_masks, image):
+    for soft in masks:
         inside = soft > options.threshold
         there = inside.flatten(1).any(dim=1)
         box = masks_to_boxes(inside[there]) + image.new_tensor([0, 0, 1, 1])
@@ -123,12 +109,6 @@ def painted_boxes(image: Tensor, masks: Tensor, boxes: Tensor, options: CropOpti
         yield part
 
 
-def in_parts(masks: Callable[[int, int], Tensor], num_masks: int, image: Tensor) -> Iterator[Tensor]:
-    """All masks of an image, some at a time; none at all are one part as well."""
-    step = max(PIXELS // (image.shape[-2] * image.shape[-1]), 1)
-    return (masks(start, min(start + step, num_masks)) for start in range(0, max(num_masks, 1), step))
-
-
 def _expand(box: list[int], ratio: float, width: int, height: int) -> tuple[int, int, int, int]:
     """A box (right and bottom excluded) grown about its centre, cut to the picture; at least one pixel."""
     left, top, right, bottom = box
@@ -153,15 +133,10 @@ class CropEncoder:
 
     def cut(self, clip: CLIP, frame: Tensor, size: Size, mask_logits: Tensor) -> Crops:
         """Sub-images of the regions of one picture: frame (3, H', W'), mask logits (N, h, w)."""
-        height, width = size
-        side, count = self.crops.size or clip.image_size, len(mask_logits)
+        inside = ..., slice(size[0]), slice(size[1])
+        masks = (part[0][inside].sigmoid() for part in full_resolution(mask_logits[None], frame, self.align_corners))
         black = -frame.new_tensor(clip.mean) / frame.new_tensor(clip.std)
-
-        def masks(start: int, stop: int) -> Tensor:
-            large = resize_masks(mask_logits[None, start:stop].float(), frame.shape[-2:], self.align_corners)
-            return large[0, :, :height, :width].sigmoid()
-
-        return tight_crops(frame[:, :height, :width], masks, count, self.crops, size=side, black=black)
+        return tight_crops(frame[inside], masks, self.crops, size=self.crops.size or clip.image_size, black=black)
 
     def embed_crops(self, visual: nn.Module, crops: Tensor) -> Tensor:
         """CLIP embeddings (M, D) of crops (M, 3, S, S), not normalised.

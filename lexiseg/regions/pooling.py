@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 Size = tuple[int, int]
 
-PIXELS = 1 << 23
-"""Masks are brought to full resolution this many pixels at a time: a hundred of them at once take gigabytes."""
+# A hundred masks at full resolution take gigabytes, so that they are made this many pixels at a time.
+_PIXELS = 1 << 23
 
 
 def resize_masks(masks: Tensor, size: tuple[int, ...], align_corners: bool = False) -> Tensor:
@@ -22,6 +24,16 @@ def resize_masks(masks: Tensor, size: tuple[int, ...], align_corners: bool = Fal
     if not masks.shape[0] * masks.shape[1]:
         return masks.new_zeros((*masks.shape[:2], *size))
     return F.interpolate(masks, size=size, mode="bilinear", align_corners=align_corners)
+
+
+def full_resolution(mask_logits: Tensor, frame: Tensor, align_corners: bool) -> Iterator[Tensor]:
+    """Mask logits (B, N, h, w) at every pixel of ``frame`` (..., H, W): float (B, n, H, W), some of the N at a time.
+
+    No masks at all are one part as well.
+    """
+    size = frame.shape[-2:]
+    step = max(_PIXELS // (len(mask_logits) * size[0] * size[1]), 1)
+    return (resize_masks(part.float(), size, align_corners) for part in mask_logits.split(step, dim=1))
 
 
 def unit_or_zero(x: Tensor) -> Tensor:

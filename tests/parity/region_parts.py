@@ -169,7 +169,7 @@ def merge(case: Case) -> None:
     case.check_stated("sizes and fill", config, {**sizes, "fill_mean": [255 * value for value in OPENAI_MEAN]})
     for mode in sorted({name.split("/")[0] for name in case.expected_names()}):
         options = crop_options(mode, align_corners="align_corners=True" in config["resize"])
-        crops = tight_crops(image, _slices(masks), len(masks), options, size=config["out"], black=black)
+        crops = tight_crops(image, [masks], options, size=config["out"], black=black)
         case.check(f"{mode}/valid", crops.valid)
         case.check(f"{mode}/boxes", crops.boxes)
         case.check(f"{mode}/crops_sub", crops.images[..., rows, columns])
@@ -184,10 +184,6 @@ def merge(case: Case) -> None:
                 case.check(name, raw[int(index)][None])
             elif stem == f"{mode}/unnormalised":
                 case.check(name, 255 * (raw[int(index)] * channels(OPENAI_STD) + channels(OPENAI_MEAN))[None])
-
-
-def _slices(masks: Tensor) -> Callable[[int, int], Tensor]:
-    return lambda start, stop: masks[start:stop]
 
 
 def region_crops(case: Case) -> None:
@@ -208,7 +204,7 @@ def region_crops(case: Case) -> None:
     for mode, given in case.config["modes"].items():
         options = CropOptions(size=size, **{names[key]: value for key, value in given.items()})
         black = clip_normalised(torch.zeros(3, 1, 1)).flatten()
-        crops = tight_crops(image, _slices(masks), len(masks), options, size=size, black=black)
+        crops = tight_crops(image, [masks], options, size=size, black=black)
         case.check(f"{mode}/valid", crops.valid)
         case.check(f"{mode}/boxes", crops.boxes)
         for name in case.expected_names(f"{mode}/regions_every"):

@@ -34,7 +34,7 @@ def masks_of(*boxes: tuple[int, int, int, int]) -> Tensor:
 def tight(masks: Tensor, image: Tensor | None = None, size: int = 6, **options: Any) -> Any:
     image = torch.rand(3, 20, 30) + 1 if image is None else image
     black = torch.full((3,), -1.0)
-    return tight_crops(image, lambda a, b: masks[a:b], len(masks), CropOptions(**options), size=size, black=black)
+    return tight_crops(image, [masks], CropOptions(**options), size=size, black=black)
 
 
 def test_boxes_of_all_kinds_of_masks() -> None:

@@ -139,8 +139,6 @@ class RegionModel(DecoupledModel):
             self.student.eval()
         return self
 
-    # Words.
-
     def embed_text(self, embedder: TextEmbedder, vocabulary: Vocabulary) -> Tensor:
         """Text rows of a vocabulary: (W, D), or (W, 2, D) where only CLIP's words are learned prompts."""
         text, given = super().embed_text(embedder, vocabulary), self.options.prompts
@@ -151,8 +149,6 @@ class RegionModel(DecoupledModel):
         """CLIP's words (W, D), of what `embed_text` gives; for the generator's see `DecoupledModel.text_rows`."""
         return text[:, -1] if text.dim() == 3 else text
 
-    # Regions.
-
     def encode_regions(self, padded: Tensor, size: Size, proposals: Proposals) -> dict[str, Tensor]:
         """What CLIP, or its tuned copy, makes of proposals, see the class."""
         encoder = self.region_encoder
@@ -161,8 +157,6 @@ class RegionModel(DecoupledModel):
         visual, frame = self.student or self.clip.visual, self.clip_frame(padded, size)
         found = encoder.encode(self.clip, visual, frame, size, proposals.mask_logits, proposals.valid)
         return dict(zip(("regions", "encoded"), found, strict=True))
-
-    # Scores.
 
     def region_probabilities(self, regions: Tensor, text: Tensor, proposal_logits: Tensor | None) -> Tensor:
         """A^c (..., C): the softmax over the classes ``text`` (C, D) of what CLIP says of regions (..., D).
@@ -202,8 +196,6 @@ class RegionModel(DecoupledModel):
         offsets = None if seen is None or not self.options.seen_offset else seen.float() * self.options.seen_offset
         return self.pixel_scores(scores, features, word_to_class=word_to_class, offsets=offsets)
 
-    # Training.
-
     def losses(self, images: Tensor, labels: Tensor, text: Tensor, *, seen: Tensor | None = None) -> dict[str, Tensor]:
         """Losses of what is trained; see `SegmentationModel.losses`.
 
@@ -216,27 +208,19 @@ class RegionModel(DecoupledModel):
         """
         if not self.trainable_names():
             return super().losses(images, labels, text, seen=seen)
-        features = self.frame(images)
+        features, encoder, options = self.frame(images), self.region_encoder, self.options.maft
+        padded, size = features.values["images"], features.size
         if seen is not None:
             labels = self.pseudo_labels(features, labels, text, seen)
-        if self.student is not None:
-            frame = self.clip_frame(features.values["images"], features.size)
-            return self.mask_aware_losses(features, frame, labels, text)
-        return self.proposal_losses(features, labels, text, self.options.criterion)
-
-    def mask_aware_losses(
-        self, features: ImageFeatures, frame: Tensor, labels: Tensor, text: Tensor
-    ) -> dict[str, Tensor]:
-        """MAFT's losses, see `maft_losses`; ``frame`` is the padded one as CLIP wants it, see `clip_frame`."""
-        encoder, options = self.region_encoder, self.options.maft
-        assert options is not None and self.student is not None and isinstance(encoder, MaskAttention)
-        clips = self.clip_text(text)
+        if options is None:
+            return self.proposal_losses(features, labels, text, self.options.criterion)
+        assert self.student is not None and isinstance(encoder, MaskAttention)
         with torch.no_grad():
-            proposals = self.propose(features.values["images"], text).detach()
+            proposals = self.propose(padded, text).detach()
             logits = None if proposals.embeddings is None else self.proposal_logits(proposals.embeddings, text)
 
         def probabilities(found: Tensor) -> Tensor:
-            return self.region_probabilities(found, clips, logits if found.dim() == 3 else None)
+            return self.region_probabilities(found, self.clip_text(text), logits if found.dim() == 3 else None)
 
-        size = features.size
+        frame = self.clip_frame(padded, size)
         return maft_losses(encoder, self.clip, self.student, frame, size, proposals, labels, options, probabilities)

@@ -263,7 +263,8 @@ def maft_step(case: Case) -> None:
     case.check_that("trainable", stated == set(config["trainable"]), f"{sorted(stated)}")
     labels = torch.stack([padded(case.input(f"labels.{index}").long(), frame, 255) for index in range(len(images))])
     # Each picture is padded after it was normalised for CLIP, so pictures of several sizes have frames of their own.
-    result = model.mask_aware_losses(ImageFeatures(frame, {"images": batch}), own, labels, text)
+    model.clip_frame = lambda *_: own  # type: ignore[method-assign]
+    result = model.losses(batch, labels, text)
     case.check("ma_loss", result["loss_mask_aware"])
     case.check("dis_loss_weighted", result["loss_distillation"])
     result["loss"].backward()

@@ -26,38 +26,34 @@ from lexiseg.errors import LexisegError
 from lexiseg.losses.proposals import ProposalWeights
 from lexiseg.losses.regions import region_map_losses
 from lexiseg.models.base import ImageFeatures
-from lexiseg.models.decoupled import DecoupledModel, DecoupledOptions
+from lexiseg.models.decoupled import DecoupledModel
 from lexiseg.models.deop_ablations import (
     RELEASED_RESIDUAL,
+    ComparedOptions,
     ConvAnchors,
     PrependedPrompts,
     ReleasedConvAnchors,
     ReleasedQueryAnchors,
     mask_severance,
 )
-from lexiseg.models.options import Dropout, LossWeight, ModelOptions
+from lexiseg.models.options import Count, Dropout, LossWeight, ModelOptions
 from lexiseg.proposals.base import Proposals
 from lexiseg.regions.anchors import QueryAnchors, pool
 from lexiseg.regions.pooling import Size, resize_masks, unit_or_zero
 from lexiseg.scores import RegionScores
 
-_ADDED_BLOCKS = (1, 2, 3, 4, 5)
-_QUERIES = 100
-
 Anchors = QueryAnchors | ConvAnchors | ReleasedConvAnchors
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
-class DeOPOptions(DecoupledOptions):
-    """Options of `DeOP`. The defaults are the paper's system.
+class DeOPOptions(ComparedOptions):
+    """Options of `DeOP`, with those of `ComparedOptions`. The defaults are the paper's system.
 
     Attributes:
-        severance: "gps" (Eq. 2), "mps" and "mps-sum" (Eq. 1 with and without the softmax of the released code),
-            "released" (the authors' checkpoint) or "none"; see `patch_severance` and
-            `lexiseg.models.deop_ablations.mix_by_masks`.
+        severance: "gps" (Eq. 2, see `patch_severance`) or "none"; "mps", "mps-sum" (Eq. 1 with and without the released
+            softmax) or "released" (the authors' checkpoint), see `lexiseg.models.deop_ablations.mix_by_masks`.
         severed_blocks: 0-based indices, negative ones from the end. (Table 9 counts from 1.)
         alpha: of "gps": one number, or one for each severed block in their order (Table 4).
-        released_residual: without visual prompts, the released encoder's factor 0.2 on the shortcut of block 11.
         heatmaps: "query" (Eq. 3 to the letter) or "query-released" (its output layer as released, with eight heads and
             learned projections); "conv" (Eq. 4) or "conv-released"; see `lexiseg.regions.anchors`. "none" pools under
             the masks themselves, which is the baseline.
@@ -70,21 +66,10 @@ class DeOPOptions(DecoupledOptions):
         visual_prompts: "added", "prepended" or "none" (Table 7).
         prompt_blocks: blocks with prompts of their own; None is the released 1 to 5, as far as the tower has them.
         table_side: patches per side of the added tables.
-        table_start: "random" is the released initialisation. "zero" starts the added tables from CLIP as it is, which a
-            short training needs.
-        num_prompts: prepended prompts a block.
-        prompt_dropout: on prepended prompts.
         text_prompts: "end-to-end" trains a learned prompt with the rest, "offline" keeps it as it was trained before,
             "templates" has none (Table 7).
         prompt_prefix: vectors in front of the name.
         prompt_suffix: vectors behind it.
-        class_scores: "softmax" over the classes and "no object"; "cosine" is temperature * cosine, as the released code
-            of the baseline has it.
-        masks: what the class scores are multiplied with: "sigmoid" of the upsampled logits, or what released variants
-            have: "logits" (never squashed) and "patches" (masks on the patch grid, upsampled) in the baseline's code,
-            "patches-twice" (those, squashed once more) behind a switch that is off.
-        clip_images: "shared" shows CLIP the pictures as the generator sees them, as released; "own" with CLIP's mean
-            and standard deviation.
         train: "regions" is the last stage: everything but the proposals and the two towers. "proposals" is the stage
             before, with matching by masks alone; there is a class loss where the proposals have a class head, which the
             released ones have and the paper's have not (``proposals: {class_head: none}``).
@@ -96,25 +81,18 @@ class DeOPOptions(DecoupledOptions):
     severance: Literal["gps", "mps", "mps-sum", "released", "none"] = "gps"
     severed_blocks: tuple[int, ...] = (-1,)
     alpha: Fraction | tuple[Fraction, ...] = 1.0
-    released_residual: bool = False
     heatmaps: Literal["query", "query-released", "conv", "conv-released", "none"] = "query"
     anchor_layers: Annotated[int, Field(ge=0)] = 1
-    anchor_heads: Annotated[int, Field(ge=1)] = 8
-    anchor_hidden: Annotated[int, Field(ge=1)] | None = None
-    anchor_queries: Annotated[int, Field(ge=1)] | None = None
+    anchor_heads: Count = 8
+    anchor_hidden: Count | None = None
+    anchor_queries: Count | None = None
     anchor_dropout: Dropout = 0.1
     visual_prompts: Literal["added", "prepended", "none"] = "added"
     prompt_blocks: tuple[int, ...] | None = None
-    table_side: Annotated[int, Field(ge=1)] = 24
-    table_start: Literal["random", "zero"] = "random"
-    num_prompts: Annotated[int, Field(ge=1)] = 5
-    prompt_dropout: Dropout = 0.1
+    table_side: Count = 24
     text_prompts: Literal["end-to-end", "offline", "templates"] = "end-to-end"
     prompt_prefix: Annotated[int, Field(ge=0)] = 16
     prompt_suffix: Annotated[int, Field(ge=0)] = 0
-    class_scores: Literal["softmax", "cosine"] = "softmax"
-    masks: Literal["sigmoid", "logits", "patches", "patches-twice"] = "sigmoid"
-    clip_images: Literal["shared", "own"] = "shared"
     train: Literal["regions", "proposals"] = "regions"
     squash: Annotated[float, Field(gt=0)] = 3.0
     focal_weight: LossWeight = 2.0
@@ -145,9 +123,8 @@ class AddedTables(nn.Module):
 
     DeOP's prompts of the kind "adding" (released option LEARN_POSITION). The table at the input joins CLIP's position
     table before the first norm; that of a block is added where the tokens enter the block, so it stays in the residual
-    stream. Tables of ``side`` patches a side (DeOP: 24, for 384 pixels) are resized to the patch grid bicubically
-    (align_corners False, row 0 copied), unless their number of rows is right already: the released code looks at the
-    number only, not at the shape of the grid.
+    stream. Tables of ``side`` patches a side (DeOP: 24, for 384 pixels) are resized to the patch grid bicubically, but
+    only if their number of rows is another: the released code does not look at the shape of the grid.
     """
 
     def __init__(self, width: int, blocks: Collection[int], side: int = 24) -> None:
@@ -160,20 +137,16 @@ class AddedTables(nn.Module):
         self.table = table()
         self.block_tables = nn.ParameterDict({str(index): table() for index in blocks})
 
-    def at_input(self, grid: tuple[int, int]) -> Tensor:
-        """The input's table for a patch grid (h, w): (1 + h * w, W), what `ImageTower.embed` takes as ``added``."""
-        return resize_positions(self.table, grid, interpolation="bicubic", by_count=True)
-
-    def hook(self, grid: tuple[int, int]) -> BeforeBlock:
-        """Make the function that adds the blocks' tables in an image tower run on the patch grid (h, w)."""
+    def forward(self, grid: tuple[int, int]) -> tuple[Tensor, BeforeBlock]:
+        """For a patch grid (h, w) the input's table (1 + h * w, W), and what adds the blocks' tables before them."""
+        resized = partial(resize_positions, grid=grid, interpolation="bicubic", by_count=True)
 
         def before_block(index: int, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
             if str(index) in self.block_tables:
-                table = self.block_tables[str(index)]
-                tokens = tokens + resize_positions(table, grid, interpolation="bicubic", by_count=True).to(tokens.dtype)
+                tokens = tokens + resized(self.block_tables[str(index)]).to(tokens.dtype)
             return tokens, None
 
-        return before_block
+        return resized(self.table), before_block
 
 
 class DeOP(DecoupledModel):
@@ -231,12 +204,10 @@ class DeOP(DecoupledModel):
         options, tower = self.options, self.clip.image_tower
         if options.visual_prompts == "none":
             return None
-        blocks = options.prompt_blocks
-        if blocks is None:
-            blocks = tuple(index for index in _ADDED_BLOCKS if index < tower.num_blocks)
-        places = self._blocks(blocks, "prompt_blocks")
+        released = range(1, min(6, tower.num_blocks))
+        places = self._blocks(released if options.prompt_blocks is None else options.prompt_blocks, "prompt_blocks")
         if options.visual_prompts == "prepended":
-            return PrependedPrompts(options.num_prompts, tower.width, tower.patch_size, places, options.prompt_dropout)
+            return PrependedPrompts(tower, places, self.severed, options.num_prompts, options.prompt_dropout)
         tables = AddedTables(tower.width, places, options.table_side)
         if options.table_start == "zero":
             for table in tables.parameters():
@@ -247,7 +218,8 @@ class DeOP(DecoupledModel):
         options, dim = self.options, self.clip.embed_dim
         if options.heatmaps in ("query", "query-released"):
             kind = QueryAnchors if options.heatmaps == "query" else ReleasedQueryAnchors
-            queries = options.anchor_queries or int(getattr(options.proposals, "num_queries", _QUERIES))
+            # The paper's 100 where proposals come without a number, as SAM's do.
+            queries = options.anchor_queries or int(getattr(options.proposals, "num_queries", 100))
             sizes = (queries, options.anchor_layers, options.anchor_heads, options.anchor_hidden)
             return kind(dim, *sizes, options.anchor_dropout)
         if options.heatmaps == "conv":
@@ -275,14 +247,8 @@ class DeOP(DecoupledModel):
         """
         options, tower, grid = self.options, self.clip.image_tower, self.grid(padded)
         images = padded if options.clip_images == "shared" else self.clip_frame(padded, size)
-        added, hook = None, None
-        residual: dict[int, float] = {}
-        if isinstance(self.tables, AddedTables):
-            added, hook = self.tables.at_input(grid), self.tables.hook(grid)
-        elif isinstance(self.tables, PrependedPrompts):
-            hook = self.tables.hook(grid[0] * grid[1], self.severed)
-        elif options.released_residual and RELEASED_RESIDUAL.keys() <= self.severed.keys():
-            residual = RELEASED_RESIDUAL
+        added, hook = (None, None) if self.tables is None else self.tables(grid)
+        plain = self.tables is None and options.released_residual and RELEASED_RESIDUAL.keys() <= self.severed.keys()
         images = whole_patches(images, tower.patch_size)
         tokens, _ = tower.embed(images, interpolation="bicubic", by_count=True, added=added)
         severed: dict[int, Attention] = {
@@ -292,7 +258,9 @@ class DeOP(DecoupledModel):
             # Masks that sever are resized before the sigmoid, those that are pooled under after it.
             masks = resize_masks(mask_logits, grid).sigmoid()
             severed = dict.fromkeys(severed, partial(mask_severance, masks=masks, kind=options.severance))
-        result = tower.run(tokens, grid, before_block=hook, attention=severed, residual=residual)
+        result = tower.run(
+            tokens, grid, before_block=hook, attention=severed, residual=RELEASED_RESIDUAL if plain else {}
+        )
         return tower.project(result.tokens[:, -result.num_patches :]).unflatten(1, grid)
 
     def heatmaps(self, features: Tensor, mask_logits: Tensor) -> Tensor:
@@ -319,8 +287,8 @@ class DeOP(DecoupledModel):
     ) -> RegionScores:
         """Score words against images; see `SegmentationModel.score`. Seen words are treated like all others.
 
-        A score is sum_n softmax(logits_n)_word * sigmoid(mask_n), see `DeOPOptions` for other forms. "No object" takes
-        its part of the softmax and no more: every pixel gets a class.
+        A score is sum_n softmax(logits_n)_word * sigmoid(mask_n), see `ComparedOptions` for other forms. "No object"
+        takes its part of the softmax and no more: every pixel gets a class.
         """
         options, features = self.options, self.proposed(features, text)
         if options.class_scores == "softmax":

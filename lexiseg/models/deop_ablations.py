@@ -1,25 +1,55 @@
 """What DeOP is compared with: severance guided by masks (Table 4), other heatmaps (5) and visual prompts (7).
 
-The decoders take and give what `lexiseg.regions.anchors` says.
+And what only its released code has. The decoders take and give what `lexiseg.regions.anchors` says.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable
-from typing import Literal, cast
+from typing import Annotated, Literal, cast
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lexiseg.clip.tower import BeforeBlock, token_values
+from lexiseg.clip.tower import BeforeBlock, ImageTower, token_values
+from lexiseg.models.decoupled import DecoupledOptions
+from lexiseg.models.options import Dropout
 from lexiseg.regions.anchors import OutputLayer, QueryAnchors
 
 # The released encoder without tables has this factor on the shortcut around the attention of a severed block of this
 # index, whatever the depth of the tower; the paper does not mention it.
 RELEASED_RESIDUAL = {11: 0.2}
 _CHUNK = 16
+
+
+class ComparedOptions(DecoupledOptions):
+    """Options of `lexiseg.models.deop.DeOP` that the paper's system does not need; the defaults leave it as it is.
+
+    Attributes:
+        released_residual: without visual prompts, the released encoder's factor 0.2 on the shortcut of block 11.
+        table_start: "random" is the released initialisation. "zero" starts the added tables from CLIP as it is, which a
+            short training needs.
+        num_prompts: prepended prompts a block.
+        prompt_dropout: on prepended prompts.
+        class_scores: "softmax" over the classes and "no object"; "cosine" is temperature * cosine, as the released code
+            of the baseline has it.
+        masks: what the class scores are multiplied with: "sigmoid" of the upsampled logits, or what released variants
+            have: "logits" (never squashed) and "patches" (masks on the patch grid, upsampled) in the baseline's code,
+            "patches-twice" (those, squashed once more) behind a switch that is off.
+        clip_images: "shared" shows CLIP the pictures as the generator sees them, as released; "own" with CLIP's mean
+            and standard deviation.
+    """
+
+    released_residual: bool = False
+    table_start: Literal["random", "zero"] = "random"
+    num_prompts: Annotated[int, Field(ge=1)] = 5
+    prompt_dropout: Dropout = 0.1
+    class_scores: Literal["softmax", "cosine"] = "softmax"
+    masks: Literal["sigmoid", "logits", "patches", "patches-twice"] = "sigmoid"
+    clip_images: Literal["shared", "own"] = "shared"
 
 
 def mix_by_masks(value: Tensor, masks: Tensor, kind: str) -> Tensor:
@@ -52,29 +82,32 @@ class PrependedPrompts(nn.Module):
 
     DeOP's prompts of the kind "prepending" (released option LEARN_TOKEN). Before a listed block its prompts take the
     place of the previous block's if that was listed as well, and are inserted otherwise; behind the last listed block
-    they go on as tokens. A severed block drops them. They have no positions.
+    they go on as tokens. A ``severed`` block drops them. They have no positions.
     """
 
-    def __init__(self, num: int, width: int, patch_size: int, blocks: Collection[int], dropout: float = 0.1) -> None:
+    def __init__(
+        self, tower: ImageTower, blocks: Collection[int], severed: Collection[int], num: int, dropout: float
+    ) -> None:
         super().__init__()
-        self.blocks = tuple(blocks)
-        bound = math.sqrt(6.0 / (3 * patch_size**2 + width))
-        self.embeddings = nn.Parameter(torch.empty(len(self.blocks), num, width).uniform_(-bound, bound))
+        self.blocks, self.severed = tuple(blocks), tuple(severed)
+        bound = math.sqrt(6.0 / (3 * tower.patch_size**2 + tower.width))
+        self.embeddings = nn.Parameter(torch.empty(len(self.blocks), num, tower.width).uniform_(-bound, bound))
         self.dropout = nn.Dropout(dropout)
 
-    def hook(self, num_patches: int, severed: Collection[int] = ()) -> BeforeBlock:
-        """Make the function that puts the prompts into an image tower; the ``severed`` blocks drop all of them."""
+    def forward(self, grid: tuple[int, int]) -> tuple[None, BeforeBlock]:
+        """As `lexiseg.models.deop.AddedTables.forward`: nothing at the input, and what puts prompts before blocks."""
         prompts = dict(zip(self.blocks, self.dropout(self.embeddings), strict=True))
+        num_patches = grid[0] * grid[1]
 
         def before_block(index: int, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
-            prompt = None if index in severed else prompts.get(index)
-            if index in severed or (prompt is not None and index - 1 in prompts):
+            prompt = None if index in self.severed else prompts.get(index)
+            if index in self.severed or (prompt is not None and index - 1 in prompts):
                 tokens = torch.cat([tokens[:, :1], tokens[:, -num_patches:]], dim=1)
             if prompt is not None:
                 tokens = torch.cat([tokens[:, :1], prompt.expand(len(tokens), -1, -1), tokens[:, 1:]], dim=1)
             return tokens, None
 
-        return before_block
+        return None, before_block
 
 
 class ReleasedOutputLayer(OutputLayer):
@@ -100,7 +133,7 @@ class ReleasedQueryAnchors(QueryAnchors):
         """Attention maps (B, heads, Q, gh, gw) before the masks, distributions over the patches but for dropout."""
         layer, dim, heads = self.heatmap, features.shape[-1], self.num_heads
         projection = layer.in_proj_weight, layer.in_proj_bias
-        given = self.states(features)[-1] + self.queries, features.flatten(1, 2) + self.positions(features)
+        given = self.decoded(features) + self.queries, features.flatten(1, 2) + self.positions(features)
         query, key = (
             F.linear(rows, weight, bias).unflatten(-1, (heads, -1)).transpose(1, 2)
             for rows, weight, bias in zip(given, *(x[: 2 * dim].split(dim) for x in projection), strict=True)

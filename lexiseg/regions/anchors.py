@@ -80,13 +80,7 @@ class QueryAnchors(nn.Module):
     output_layer: ClassVar[type[OutputLayer]] = OutputLayer
 
     def __init__(
-        self,
-        dim: int,
-        num_queries: int = 100,
-        num_layers: int = 1,
-        num_heads: int = 8,
-        hidden: int | None = None,
-        dropout: float = 0.1,
+        self, dim: int, num_queries: int, num_layers: int, num_heads: int, hidden: int | None, dropout: float
     ) -> None:
         super().__init__()
         if dim % num_heads or dim % 4:
@@ -96,38 +90,33 @@ class QueryAnchors(nn.Module):
             )
         self.num_heads = num_heads
         self.queries = nn.Parameter(torch.randn(num_queries, dim))
-        self.layers = nn.ModuleList(
-            AnchorLayer(dim, num_heads, 2 * dim if hidden is None else hidden, dropout) for _ in range(num_layers)
-        )
+        self.layers = nn.ModuleList(AnchorLayer(dim, num_heads, hidden or 2 * dim, dropout) for _ in range(num_layers))
         self.heatmap = self.output_layer(dim, num_heads, dropout)
         for name, parameter in self.named_parameters():
             if parameter.ndim > 1 and name != "queries":
                 nn.init.xavier_uniform_(parameter)
 
-    def states(self, features: Tensor) -> list[Tensor]:
-        """What the queries become, K + 1 tensors (B, Q, E): after each layer, and after Eq. 3's self-attention."""
+    def decoded(self, features: Tensor) -> Tensor:
+        """What the queries become, (B, Q, E): of the patches by each layer, and by Eq. 3's self-attention."""
         memory = features.flatten(1, 2)
         keys = memory + self.positions(features)
         queries = self.queries.expand(len(memory), -1, -1)
         state = torch.zeros_like(queries)
-        found = []
         for layer in self.layers:
-            state = cast(AnchorLayer, layer)(state, queries, memory, keys)
-            found.append(state)
-        return [*found, self.heatmap(state, queries)]
+            state = layer(state, queries, memory, keys)
+        return cast(Tensor, self.heatmap(state, queries))
 
     def attention(self, features: Tensor) -> Tensor:
         """Attention maps (B, 1, Q, gh, gw) before the masks, distributions over the patches."""
-        query, key = self.states(features)[-1][:, None], features.flatten(1, 2)[:, None]
+        query, key = self.decoded(features)[:, None], features.flatten(1, 2)[:, None]
         maps = (query @ key.transpose(-1, -2) * features.shape[-1] ** -0.5).softmax(dim=-1)
         return maps.unflatten(-1, features.shape[1:3])
 
     def forward(self, features: Tensor, masks: Tensor) -> Tensor:
         """Heatmaps (B, heads, N, gh, gw) of regions, see the module."""
-        maps = self.attention(features)
-        count, num_queries = masks.shape[1], maps.shape[2]
-        if count != num_queries:
-            maps = maps[:, :, torch.arange(count, device=maps.device) % num_queries]
+        maps, count = self.attention(features), masks.shape[1]
+        if count != len(self.queries):
+            maps = maps[:, :, torch.arange(count, device=maps.device) % len(self.queries)]
         return maps * masks[:, None].to(maps.dtype)
 
     def positions(self, features: Tensor) -> Tensor:

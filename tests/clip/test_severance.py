@@ -136,8 +136,8 @@ def test_tables_of_zeros_add_nothing_and_others_train(clip: CLIP) -> None:
     images = torch.randn(1, 3, 40, 24)
 
     def run() -> Tensor:
-        tokens, grid = tower.embed(images, added=tables.at_input((5, 3)))
-        return tower.run(tokens, grid, before_block=tables.hook(grid)).tokens
+        added, hook = tables((5, 3))
+        return tower.run(*tower.embed(images, added=added), before_block=hook).tokens
 
     with torch.enable_grad():
         run().square().sum().backward()
@@ -153,8 +153,9 @@ def test_tables_of_zeros_add_nothing_and_others_train(clip: CLIP) -> None:
 def test_a_block_table_reaches_the_residual_stream(clip: CLIP) -> None:
     tables = AddedTables(24, (2,), side=2)
     tokens = torch.zeros(2, 5, 24)
-    assert torch.equal(tables.hook((2, 2))(1, tokens)[0], tokens)
-    assert torch.equal(tables.hook((2, 2))(2, tokens)[0][1], tables.block_tables["2"])
+    _, hook = tables((2, 2))
+    assert torch.equal(hook(1, tokens)[0], tokens)
+    assert torch.equal(hook(2, tokens)[0][1], tables.block_tables["2"])
 
 
 # ---- prompts in front ----
@@ -167,8 +168,8 @@ def test_prompts_stand_behind_the_class_token_until_others_or_none_do(
     clip: CLIP, blocks: tuple[int, ...], severed: tuple[int, ...]
 ) -> None:
     tower = clip.image_tower
-    prompts = PrependedPrompts(3, tower.width, tower.patch_size, blocks).eval()
-    hook, tokens = prompts.hook(15, severed), torch.zeros(2, 16, tower.width)
+    prompts = PrependedPrompts(tower, blocks, severed, 3, 0.1).eval()
+    (_, hook), tokens = prompts((5, 3)), torch.zeros(2, 16, tower.width)
     extra = 0
     for index in range(DEPTH):
         tokens, context = hook(index, tokens)

@@ -280,7 +280,7 @@ def test_tables_of_zeros_leave_clip_as_it_is() -> None:
 def test_heatmaps_lie_inside_the_masks() -> None:
     features, masks = unit_or_zero(torch.randn(2, 3, 5, 16)), torch.rand(2, 7, 3, 5)
     masks[:, 3] = 0.0
-    anchors = ReleasedQueryAnchors(16, 4, 1).eval()
+    anchors = ReleasedQueryAnchors(16, 4, 1, 8, None, 0.0).eval()
     found = anchors(features, masks)
     assert found.shape == (2, 8, 7, 3, 5)
     assert bool((found <= masks[:, None] + 1e-6).all())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 from typing import Any
 
@@ -51,14 +51,14 @@ def deop_visual(case: Case) -> None:
             run = config.get("input_resolution_run", tower.patch_size * side)
             case.check_stated(f"{start}table", {"run": run // tower.patch_size}, {"run": side})
             tables = added_tables(params, tower, config["position_layers"])
-            added, hook = tables.at_input(grid), tables.hook(grid)
+            added, hook = tables(grid)
         elif config["cls"] == "VisionTransformerLearnToken":
             rows = params["transformer.deep_prompt_embeddings"]
             case.check_stated("prompts", config, {"num_prompt_tokens": rows.shape[1]})
             used = min(len(rows), len(mode.get("prompt_layers", config.get("prompt_layers", []))))
             case.check_stated(f"{start}prompts", mode, {"deep_prompt_rows_used": used})
-            prompts = prepended(params, tower, mode.get("prompt_layers", config.get("prompt_layers", [])))
-            hook = prompts.hook(grid[0] * grid[1], severed)
+            prompts = prepended(params, tower, mode.get("prompt_layers", config.get("prompt_layers", [])), severed)
+            added, hook = prompts(grid)
         else:
             residual = RELEASED_RESIDUAL if RELEASED_RESIDUAL.keys() <= set(severed) else {}
         tokens, _ = tower.embed(images, interpolation="bicubic", by_count=True, added=added)
@@ -96,9 +96,11 @@ def added_tables(params: dict[str, Tensor], tower: ImageTower, blocks: list[int]
     return tables
 
 
-def prepended(params: dict[str, Tensor], tower: ImageTower, blocks: list[int]) -> PrependedPrompts:
+def prepended(
+    params: dict[str, Tensor], tower: ImageTower, blocks: list[int], severed: Collection[int]
+) -> PrependedPrompts:
     rows = params["transformer.deep_prompt_embeddings"][: len(blocks)]
-    prompts = PrependedPrompts(rows.shape[1], tower.width, tower.patch_size, blocks[: len(rows)]).eval()
+    prompts = PrependedPrompts(tower, blocks[: len(rows)], severed, rows.shape[1], 0.0).eval()
     prompts.load_state_dict({"embeddings": rows})
     return prompts
 

@@ -35,7 +35,7 @@ def query_anchors(case: Case) -> None:
     params, config = case.params(), case.config
     options = infer_anchor_options(params)
     sizes = (options["anchor_queries"], options["anchor_layers"], config["heads"], config["dim_feedforward"])
-    anchors = ReleasedQueryAnchors(config["d_model"], *sizes).eval()
+    anchors = ReleasedQueryAnchors(config["d_model"], *sizes, 0.0).eval()
     anchors.load_state_dict({name: params[str(deop_key(f"anchors.{name}"))] for name in anchors.state_dict()})
     case.check_that("K", options["anchor_layers"] == config["K"], f"the file has {options['anchor_layers']}")
     case.check_stated("queries", config, {"num_queries": options["anchor_queries"]})
@@ -45,8 +45,10 @@ def query_anchors(case: Case) -> None:
     case.check("mask_downsampled", masks)
     case.check("pos", anchors.positions(features).transpose(0, 1).expand(-1, len(features), -1))
     case.check("attention_before_mask", anchors.attention(features).flatten(3))
-    states = anchors.states(features)
-    case.check("outlayer_query", states[-1])
+    states: list[Tensor] = []
+    for layer in anchors.layers:
+        layer.register_forward_hook(lambda _, __, found: states.append(found))
+    case.check("outlayer_query", anchors.decoded(features))
     heatmaps = anchors(features, masks)
     pooled = pool(features, heatmaps)
     case.check("heatmap_per_head", heatmaps)
@@ -56,7 +58,7 @@ def query_anchors(case: Case) -> None:
     # The authors' code also returns the layers' outputs under a norm that nothing else uses.
     norm = [
         F.layer_norm(state, state.shape[-1:], params["decoder.norm.weight"], params["decoder.norm.bias"])
-        for state in states[:-1]
+        for state in states[: len(anchors.layers)]
     ]
     case.check("hs", torch.stack([*norm, unit_or_zero(pooled)]))
 

@@ -63,12 +63,7 @@ def token_values(attention: nn.MultiheadAttention, x: Tensor) -> Tensor:
 
 
 def run_block(
-    block: Any,
-    x: Tensor,
-    context: Tensor | None = None,
-    *,
-    attention: Attention = block_attention,
-    residual: float = 1.0,
+    block: Any, x: Tensor, context: Tensor | None = None, *, attention: Attention = block_attention, residual: float = 1
 ) -> Tensor:
     """Run one pre-norm residual block of an open_clip tower: tokens (B, L, W) to (B, L, W).
 
@@ -90,15 +85,11 @@ def run_plain(block: Any, x: Tensor, context: Tensor | None, attention: Attentio
 
 @dataclass(frozen=True)
 class ImageTokens:
-    """What the blocks leave behind.
+    """What the blocks leave behind."""
 
-    ``tokens`` (B, L, W) of the last one, before the final norm; ``levels``, outputs of the blocks asked for by index
-    (0-based); and the ``grid`` (h, w) of patches.
-    """
-
-    tokens: Tensor
-    levels: dict[int, Tensor]
-    grid: tuple[int, int]
+    tokens: Tensor  # (B, L, W) of the last one, before the final norm
+    levels: dict[int, Tensor]  # the outputs of those asked for, by index (0-based)
+    grid: tuple[int, int]  # (h, w), of the patches
 
     @property
     def num_patches(self) -> int:

@@ -1,9 +1,7 @@
 """What the decoupled systems share: regions are proposed first, then each region is compared with the words.
 
-ZSSeg, ZegFormer, FreeSeg and DeOP are compositions of a proposal generator, a region classifier and a rule that joins
-the two opinions. This file holds what does not differ between them: the padded frame that everything lives in, the
-text rows with the no-object row behind them, the generator's own class scores, and the way from class scores of
-regions to pixels (MaskFormer's semantic inference).
+That is the padded frame that everything lives in, the text rows with "no object" behind them, the generator's own class
+scores, and the way from class scores of regions to pixels (MaskFormer's semantic inference).
 """
 
 from __future__ import annotations
@@ -26,7 +24,7 @@ from lexiseg.models.base import ImageFeatures
 from lexiseg.models.decoupled_init import PartsOptions, StartsFromParts
 from lexiseg.models.options import Deviations, Pixels, Triple
 from lexiseg.normalisation import IMAGENET_MEAN, IMAGENET_STD, normalise, pixels_of
-from lexiseg.proposals.base import ProposalGenerator, Proposals
+from lexiseg.proposals.base import Proposals
 from lexiseg.proposals.leftover import LeftoverOptions, add_leftover
 from lexiseg.regions.pooling import Size, resize_masks, unit_or_zero
 from lexiseg.scores import RegionScores
@@ -36,16 +34,13 @@ class DecoupledOptions(PartsOptions):
     """Options that every decoupled system has, beside its ``proposals``.
 
     Attributes:
-        leftover: what no proposal claims as proposals of their own, see `lexiseg.proposals.leftover`; the default adds
-            none. They are there at prediction, and take no part in any training.
-        temperature: factor on cosines before a softmax over classes. The released code has 100 in it and does not look
-            at CLIP's own scale.
+        leftover: adds what no proposal claims at prediction, see `lexiseg.proposals.leftover`; by default nothing.
+        temperature: factor on cosines before a softmax over classes (released: 100, whatever CLIP's own scale is).
         align_corners: how mask logits are interpolated to the padded frame (FreeSeg and MAFT: True).
         mean: mean of the images, RGB in 0..1. The generators' backbones were trained with ImageNet's.
         std: their standard deviation.
         short_side: see `WindowOptions` (released: 640 or 512).
         long_side: then the longer side becomes no longer than this (released: 2560 on COCO-Stuff, else 2048).
-        window_size: see `WindowOptions` (released: None).
     """
 
     leftover: LeftoverOptions = LeftoverOptions()
@@ -68,7 +63,6 @@ class DecoupledModel(StartsFromParts):
     Attributes:
         generator: proposes regions; a `LexisegError` if its class embeddings do not have CLIP's width.
         no_object: (1, D), the row "no object" behind the text rows.
-        student: the copy of CLIP's image tower that MAFT tunes, or None.
     """
 
     options: DecoupledOptions
@@ -76,13 +70,13 @@ class DecoupledModel(StartsFromParts):
 
     def __init__(self, clip: CLIP, options: DecoupledOptions, seen_names: Sequence[str] = ()) -> None:
         super().__init__(clip, options, tuple(seen_names))
-        self.generator: ProposalGenerator = options.proposals.build()
+        self.generator = options.proposals.build()
         if self.generator.embed_dim not in (None, clip.embed_dim):
             raise LexisegError(
                 f"The proposals' class embeddings have {self.generator.embed_dim} numbers and CLIP's text embeddings "
                 f"{clip.embed_dim}; set proposals.embed_dim to {clip.embed_dim}."
             )
-        self.student: nn.Module | None = None
+        self.student = None
         self.no_object = nn.Parameter(torch.randn(1, clip.embed_dim) * clip.embed_dim**-0.5)
 
     def pad(self, images: Tensor) -> Tensor:
@@ -120,18 +114,14 @@ class DecoupledModel(StartsFromParts):
         return self.proposal_scale() * cosines
 
     def propose(self, padded: Tensor, text: Tensor | None = None, size: Size | None = None) -> Proposals:
-        """Run the generator on the padded frame, and outside training add what it leaves over, if that is asked for.
+        """Run the generator on the padded frame, in which the pictures have the ``size`` (H, W); None if they fill it.
 
-        ``text`` is shown to a generator that reads words; ``size`` (H, W) is that of the pictures in the frame, None if
-        they fill it.
+        ``text`` is shown to a generator that reads words. Outside training leftover proposals are added, as configured.
         """
         rows = self.text_rows(text) if self.generator.needs_text and text is not None else None
         proposals: Proposals = self.generator(padded, rows)
-        if self.training:
-            return proposals
-        height, width = size or padded.shape[-2:]
-        inside = (height / padded.shape[-2], width / padded.shape[-1])
-        return add_leftover(proposals, self.options.leftover, inside)
+        frame = padded.shape[-2:]
+        return proposals if self.training else add_leftover(proposals, self.options.leftover, frame, size or frame)
 
     def frame(self, images: Tensor) -> ImageFeatures:
         """Features of normalised images (B, 3, H, W) that hold their padded frame and nothing else yet."""
@@ -183,8 +173,7 @@ class DecoupledModel(StartsFromParts):
     def pseudo_labels(self, features: ImageFeatures, labels: Tensor, text: Tensor, seen: Tensor) -> Tensor:
         """Give pixels of unseen classes the model's own best unseen class (self-training); see `fill_unseen`.
 
-        The released codes do this once, with a trained model, for the whole training set; here it is done in every step
-        with the model as it is. A `LexisegError` says that every class is seen.
+        The released codes do this once, with a trained model; here every step does. A `LexisegError` if all are seen.
         """
         unseen, features = unseen_of(seen), self.proposed(features, text)
         scores = self.class_scores(features, text, seen)[..., unseen]
@@ -192,12 +181,12 @@ class DecoupledModel(StartsFromParts):
         return fill_unseen(labels, unseen[best], seen)
 
     def pixel_scores(
-        self, class_scores: Tensor, features: ImageFeatures, *, sigmoid: bool = True, **more: Any
+        self, class_scores: Tensor, features: ImageFeatures, *, sigmoid: bool = True, **words: Any
     ) -> RegionScores:
         """Class scores (B, N, W) of the regions as scores of pixels, sum_n class_scores[n] * sigmoid(mask_n).
 
-        Proposals that are not valid take no part. With ``sigmoid`` False masks are taken as they are, as DeOP's
-        released variants do. What else `RegionScores` takes of words is in ``more``.
+        Proposals that are not valid take no part. Without ``sigmoid`` masks are taken as they are. What `RegionScores`
+        takes of words is in ``words``.
         """
         values = features.values
         if "valid" in values:
@@ -210,5 +199,5 @@ class DecoupledModel(StartsFromParts):
             align_corners=self.options.align_corners,
             crop=features.size,
             sigmoid=sigmoid,
-            **more,
+            **words,
         )

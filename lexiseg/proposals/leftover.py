@@ -8,6 +8,7 @@ None of the papers does this; it needs no training and no words.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Annotated
 
@@ -35,13 +36,15 @@ class LeftoverOptions(StrictModel):
 
 
 @torch.no_grad()
-def add_leftover(proposals: Proposals, options: LeftoverOptions, inside: tuple[float, float] = (1.0, 1.0)) -> Proposals:
+def add_leftover(
+    proposals: Proposals, options: LeftoverOptions, frame: Sequence[int] = (1, 1), size: Sequence[int] = (1, 1)
+) -> Proposals:
     """Append the connected parts of what no proposal claims.
 
     Their mask logits say how far below the threshold the best of the proposals is there, so that their borders lie
     between two places of the grid as those of other masks do. Their embeddings are 0: a class head says nothing of
-    them. Slots that are not valid claim nothing, and earlier levels are dropped. ``inside`` is the fraction of the
-    masks' height and width that shows the picture.
+    them. Slots that are not valid claim nothing, and earlier levels are dropped. The masks cover a padded ``frame``
+    (H', W'), in which the picture has the ``size`` (H, W).
     """
     if not options.count:
         return proposals
@@ -52,7 +55,7 @@ def add_leftover(proposals: Proposals, options: LeftoverOptions, inside: tuple[f
         claims = logits.masked_fill(~proposals.valid[..., None, None], -HARD_LOGIT)
     best = claims.amax(dim=1) if number else logits.new_full((batch, height, width), -HARD_LOGIT)
     lacking = (math.log(options.threshold / (1.0 - options.threshold)) - best).clamp(-HARD_LOGIT, HARD_LOGIT)
-    rows, columns = math.ceil(inside[0] * height), math.ceil(inside[1] * width)
+    rows, columns = math.ceil(size[0] / frame[0] * height), math.ceil(size[1] / frame[1] * width)
     lacking[:, rows:], lacking[:, :, columns:] = -HARD_LOGIT, -HARD_LOGIT
     added = logits.new_full((batch, options.count, height, width), -HARD_LOGIT)
     there = torch.zeros(batch, options.count, dtype=torch.bool, device=logits.device)

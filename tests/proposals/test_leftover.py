@@ -69,7 +69,7 @@ def test_borders_lie_where_the_threshold_is() -> None:
 def test_invalid_slots_claim_nothing_and_padding_is_not_left_over() -> None:
     given = left_half()
     hidden = Proposals(given.mask_logits, valid=torch.tensor([[False]]))
-    found = add_leftover(hidden, TWO, inside=(0.5, 1.0))
+    found = add_leftover(hidden, TWO, (16, 8), (8, 8))
     assert found.valid is not None and found.valid.tolist() == [[False, True, False]]
     assert (found.mask_logits[0, 1, :4] > 0).all() and (found.mask_logits[0, 1, 4:] < 0).all()
     nothing = add_leftover(Proposals(torch.zeros(2, 0, 8, 8)), TWO)

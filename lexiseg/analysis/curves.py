@@ -23,25 +23,26 @@ def curves_figure(runs: Sequence[str | Path], metrics: Sequence[str] = tuple(MET
 
     ``runs``: folders of trainings with ``train.snapshot_every``, whose logs hold ``val/...``. ``metrics``: which, by
     their names in the log without ``val/``, in percent. Raises LexisegError if a folder is no run, a run measured
-    nothing of that kind, or matplotlib is not installed.
+    nothing of that kind, no run or metric is given, or matplotlib is not installed.
     """
-    found = [(Path(run).resolve().name, _read(Path(run), metrics)) for run in runs]
-    if not found:
+    if not runs:
         raise LexisegError("No run was given; name the folder of one or more runs.")
+    if not metrics:
+        raise LexisegError(f"No metric was given; name one or more of {', '.join(METRICS)}.")
+    found = [(Path(run).resolve().name, _read(Path(run), metrics)) for run in runs]
     figure = new_figure(4.2 * len(metrics), 3.4)
     panels = figure.subplots(1, len(metrics), squeeze=False)[0]
     for panel, metric in zip(panels, metrics, strict=True):
         for name, lines in found:
             points = [(line["step"], line[f"val/{metric}"]) for line in lines if f"val/{metric}" in line]
-            if points:
-                panel.plot(*zip(*points, strict=True), marker="o", markersize=3, linewidth=1.2, label=printable(name))
+            xy = zip(*points, strict=True) if points else ([], [])
+            panel.plot(*xy, marker="o", markersize=3, linewidth=1.2, label=printable(name))
         panel.set_title(METRICS.get(metric, printable(metric)))
         panel.set_xlabel("step")
         panel.set_ylabel("%")
         panel.grid(alpha=0.3)
-        if panel.lines:
-            panel.legend(fontsize=8)
-    figure.set_layout_engine("tight")
+    figure.set_layout_engine("constrained")
+    figure.legend(handles=panels[0].lines, loc="outside lower center", ncols=2 * len(metrics), fontsize=8)
     return figure
 
 

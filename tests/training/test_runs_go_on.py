@@ -260,10 +260,13 @@ def test_curves_of_runs(tmp_path: Path) -> None:
     figure = curves_figure([tmp_path / "one", tmp_path / "two"], ["hiou", "miou"])
     drawn = {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in figure.axes[0].lines}
     assert drawn == {"one": ([0, 2], [10, 20]), "two": ([0, 2], [15, 12])}
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["one", "two"]  # one, of all panels
     assert main(["draw", "curves", str(tmp_path / "one"), "--metrics", "hiou", "-o", str(tmp_path / "c.png")]) == 0
     assert Image.open(tmp_path / "c.png").width > 100
     for wrong, words in (([tmp_path / "none"], "has no training log"), ([], "No run was given")):
         with pytest.raises(LexisegError, match=words):
             curves_figure(wrong)
+    with pytest.raises(LexisegError, match="No metric was given"):
+        curves_figure([tmp_path / "one"], [])
     with pytest.raises(LexisegError, match="measured none of miou_seen"):
         curves_figure([tmp_path / "one"], ["miou_seen"])

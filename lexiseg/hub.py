@@ -67,16 +67,17 @@ def download(
     raise LexisegError(f"The hub repository '{repository}' has no {' or '.join(filenames)}; choose another one.")
 
 
-def download_folder(repository: str, name: str) -> Path:
+def download_folder(repository: str, name: str, beside: str = "*token*") -> Path:
     """Fetch a whole model of a hub repository: its settings, tokenizer and safetensors, and nothing that is a pickle.
 
-    ``repository``: ``owner/name``. ``name``: what the user asked for, for messages. Raises LexisegError as `download`;
-    or only a part of it is here and the rest cannot be had.
+    ``repository``: ``owner/name``. ``name``: what the user asked for, for messages. ``beside``: the pattern of a file
+    that the model needs beside its weights. Raises LexisegError as `download`; or only a part of it is here and the
+    rest cannot be had.
     """
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", repository):
         raise LexisegError(f"'{repository}' is neither a folder nor OWNER/NAME on the hub; check the name.")
     folder = download(repository, ("config.json",), name).parent
-    if any(folder.glob("*.safetensors")) and any(folder.glob("*token*")):
+    if any(folder.glob("*.safetensors")) and any(folder.glob(beside)):
         return folder
     advice = f"fetch {repository} on a machine with a connection and give its folder"
     reason = unreachable()

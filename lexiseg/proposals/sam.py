@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lexiseg.errors import LexisegError
-from lexiseg.hub import cached, unreachable
+from lexiseg.hub import download_folder
 from lexiseg.normalisation import IMAGENET_MEAN, IMAGENET_STD, pixels_of
 from lexiseg.proposals.base import ProposalGenerator, Proposals, check_images
 from lexiseg.proposals.given import hard_logits
@@ -52,17 +52,15 @@ class Sam(ProposalGenerator):
                     f"The SAM '{name}' is a file; run `lexiseg convert {name} -o FOLDER` and give that folder as "
                     "proposals.weights."
                 )
-            try:
-                from transformers import AutoImageProcessor, AutoModelForMaskGeneration
+            from transformers import AutoImageProcessor, AutoModelForMaskGeneration
 
-                # The client would retry for half a minute, at every picture.
-                if not Path(name).is_dir() and cached(name, ("config.json",)) is None and unreachable():
-                    raise ConnectionError
-                self.use(AutoModelForMaskGeneration.from_pretrained(name), AutoImageProcessor.from_pretrained(name))
-            except Exception as error:  # the hub's client raises errors of many kinds
+            folder = name if Path(name).is_dir() else download_folder(name, name, "*processor*")
+            try:
+                self.use(AutoModelForMaskGeneration.from_pretrained(folder), AutoImageProcessor.from_pretrained(folder))
+            except Exception as error:  # transformers and safetensors raise errors of many kinds
                 raise LexisegError(
                     f"The SAM model '{name}' could not be loaded ({type(error).__name__}); give a local folder "
-                    "of it, or the name of a SAM on the Hugging Face hub with the network on."
+                    "of it, or the name of a SAM on the Hugging Face hub."
                 ) from error
         pipeline = self.pipeline
         if pipeline.device != self.where.device:

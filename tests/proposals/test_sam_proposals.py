@@ -121,13 +121,29 @@ def test_sam2_from_a_folder(tmp_path: Path) -> None:
 
 
 def test_sam_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    images = torch.randn(1, 3, 32, 32)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(LexisegError, match="'nobody/no-such-sam' could not be loaded"):
-        sam(weights="nobody/no-such-sam")(torch.randn(1, 3, 32, 32))
-    monkeypatch.setattr("transformers.AutoModelForMaskGeneration.from_pretrained", None)  # it would retry and retry
-    monkeypatch.setattr("lexiseg.proposals.sam.unreachable", lambda: "no network")
-    with pytest.raises(LexisegError, match="ConnectionError"):
-        sam(weights="nobody/no-such-sam")(torch.randn(1, 3, 32, 32))
+    with pytest.raises(LexisegError, match="'nobody/no-such-sam' is not in the local cache and HF_HUB_OFFLINE is set"):
+        sam(weights="nobody/no-such-sam")(images)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+
+    def refuse(*given: Any, **named: Any) -> Any:
+        raise OSError("no network")
+
+    monkeypatch.setattr("urllib.request.urlopen", refuse)
+    with pytest.raises(LexisegError, match=r"cannot be reached \(no network\)"):
+        sam(weights="nobody/no-such-sam")(images)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(LexisegError, match="could not be loaded"):
+        sam(weights=str(tmp_path))(images)
+
+
+def test_sam_from_the_local_cache_asks_no_server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for part in tiny_sam():
+        part.save_pretrained(tmp_path)
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda _, file: str(tmp_path / file))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert sam(weights="owner/name")(torch.randn(1, 3, 64, 96)).valid is not None
 
 
 def test_overlaps() -> None:

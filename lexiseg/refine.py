@@ -23,6 +23,7 @@ from torch.nn import functional as F
 
 from lexiseg.errors import LexisegError
 from lexiseg.normalisation import IMAGENET_MEAN, IMAGENET_STD, normalise
+from lexiseg.proposals.options import SamOptions
 from lexiseg.scores import GridScores, Scores
 from lexiseg.smoothing import pamr, smooth
 
@@ -150,7 +151,7 @@ def region_map(image: Tensor, size: Size, generator: Any, device: torch.device) 
     ``image``: uint8 (3, H, W). ``generator``: a `lexiseg.proposals.ProposalGenerator`; None is SAM. Raises LexisegError
     if SAM's weights cannot be had.
     """
-    generator = _sam() if generator is None else generator
+    generator = sam() if generator is None else generator
     pixels = normalise(image[None].to(device).float() / 255, IMAGENET_MEAN, IMAGENET_STD)
     height, width = (int(side) for side in image.shape[-2:])
     stride = int(generator.stride)
@@ -171,11 +172,13 @@ def region_map(image: Tensor, size: Size, generator: Any, device: torch.device) 
 
 
 @cache
-def _sam() -> Any:
-    """SAM's automatic masks, loaded once."""
-    from lexiseg.proposals.options import SamOptions
+def sam() -> Any:
+    """SAM's automatic masks, loaded once. Raises LexisegError if they cannot be had."""
+    from lexiseg.proposals.sam import Sam
 
-    return SamOptions(overlaps="all", points_per_side=16).build()
+    generator = Sam(SamOptions(overlaps="all", points_per_side=16))
+    generator.load()
+    return generator
 
 
 def vote(labels: Tensor, values: Tensor, regions: Tensor) -> tuple[Tensor, Tensor]:

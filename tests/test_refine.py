@@ -10,6 +10,7 @@ from lexiseg.errors import LexisegError
 from lexiseg.models import DenseCLIP
 from lexiseg.proposals.base import ProposalGenerator, Proposals
 from lexiseg.refine import Refinement, candidates, refine, region_map, vote
+from lexiseg.samples import sample_path
 from lexiseg.scores import GridScores
 from lexiseg.segmenter import Segmenter
 from lexiseg.smoothing import pamr, pamr_weights
@@ -78,6 +79,14 @@ def test_it_is_an_option_of_the_segmenter_and_said_in_the_result(kind: str) -> N
     result = Segmenter(model, disk_cache=False, refine=refinement(kind)).predict(image, ["cat", "sky", "tree, bush"])
     assert result.metadata["refine"] == kind
     assert result.label_map.shape == SIZE and result.scores is not None
+
+
+def test_a_sam_that_cannot_be_had_is_said_once_and_not_of_every_picture(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *given: None)
+    run = Segmenter(DenseCLIP.build(small_clip()), disk_cache=False, refine="regions")
+    with pytest.raises(LexisegError, match="'facebook/sam-vit-huge' is not in the local cache"):
+        list(run.predict_folder([sample_path("demo"), sample_path("street")], ["cat", "sky"]))
 
 
 def test_only_classes_that_lead_somewhere_are_refined() -> None:

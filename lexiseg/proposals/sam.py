@@ -44,7 +44,8 @@ class Sam(ProposalGenerator):
         )
         return self
 
-    def _load(self) -> Any:
+    def load(self) -> Any:
+        """The pipeline, on this module's device. Raises LexisegError if the model cannot be had."""
         if self.pipeline is None:
             name = self.options.weights
             if Path(name).is_file():
@@ -91,7 +92,7 @@ class Sam(ProposalGenerator):
         pixels = (pixels * 255).round().clamp(0, 255).to(torch.uint8)
         picture = Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
         options = self.options
-        pipeline = self._load()
+        pipeline = self.load()
         found = pipeline(
             picture,
             points_per_batch=options.points_per_batch,

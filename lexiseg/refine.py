@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lexiseg.errors import LexisegError
+from lexiseg.hub import cached
 from lexiseg.normalisation import IMAGENET_MEAN, IMAGENET_STD, normalise
 from lexiseg.proposals.options import SamOptions
 from lexiseg.scores import GridScores, Scores
@@ -169,6 +170,11 @@ def region_map(image: Tensor, size: Size, generator: Any, device: torch.device) 
             own = F.interpolate(own, size=size, mode="bilinear", align_corners=False)
         regions[own[0, 0] > 0] = index
     return regions
+
+
+def has_sam() -> bool:
+    """Whether SAM's weights are on this machine, so that `sam` downloads nothing."""
+    return cached(SamOptions().weights, ("model.safetensors",)) is not None
 
 
 @cache

@@ -58,7 +58,7 @@ ALLOWED: dict[str, set[str]] = {
     "proposals": {"errors", "files", "hub", "words"},
     "regions": {"errors", "clip"},
     "losses": {"errors", "label_ids", "proposals"},
-    "refine": {"errors", "scores", "proposals"},
+    "refine": {"errors", "hub", "scores", "proposals"},
     "clip": WORDS | {"catalog", "hub"},
     "models": WORDS | {"checking", "clip", "scores", "proposals", "regions", "losses", "windows"},
     "weights": WORDS | {"catalog", "hub", "clip", "proposals", "models"},

@@ -40,6 +40,7 @@ from lexiseg.class_list import split_classes
 from lexiseg.devices import use_threads
 from lexiseg.errors import LexisegError
 from lexiseg.exemplars import PREFIX, Exemplar
+from lexiseg.refine import has_sam
 from lexiseg.vocabulary import Vocabulary, VocabularyClass
 
 if TYPE_CHECKING:
@@ -137,7 +138,9 @@ class Service:
         if len(pictures) > self.settings.max_pictures:
             raise ServiceError(422, f"There are more than {self.settings.max_pictures} pictures; send fewer at a time.")
         name, segmenter = self.segmenter(question.model)
-        if question.refine is not None:
+        if question.refine not in (None, segmenter.refinement.kind):
+            if question.refine == "regions" and not has_sam():  # no client may have the service download gigabytes
+                raise ServiceError(422, "This service has no SAM for 'regions'; choose none, edges or pamr.")
             segmenter = segmenter.refined(question.refine)
         words = vocabulary
         if words is None:

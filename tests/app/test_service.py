@@ -146,6 +146,12 @@ def test_a_refinement_can_be_asked_for(running: Running) -> None:
     assert edges["png"] != plain["png"] and np.array_equal(np.asarray(picture), np.asarray(expected))
 
 
+def test_no_client_has_sam_downloaded(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = {"image": b64(png()), "classes": WORDS, "refine": "regions"}
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *given: None)
+    assert_sentence(running.client.post("/v1/segment", json=asked), 422, "no SAM for 'regions'; choose none, edges")
+
+
 def test_a_box_on_a_picture_is_a_class(running: Running) -> None:
     data, other = sample_path("demo").read_bytes(), sample_path("street").read_bytes()
     box = [40, 60, 200, 220]

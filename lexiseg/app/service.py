@@ -7,6 +7,7 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from copy import copy
 from dataclasses import replace
 from importlib import resources
 from typing import TYPE_CHECKING, Any
@@ -138,6 +139,7 @@ class Service:
         if len(pictures) > self.settings.max_pictures:
             raise ServiceError(422, f"There are more than {self.settings.max_pictures} pictures; send fewer at a time.")
         name, segmenter = self.segmenter(question.model)
+        segmenter = copy(segmenter)  # which has said no note yet: what is said once is said to every client
         if question.refine not in (None, segmenter.refinement.kind):
             if question.refine == "regions" and not has_sam():  # no client may have the service download gigabytes
                 raise ServiceError(422, "This service has no SAM for 'regions'; choose none, edges or pamr.")

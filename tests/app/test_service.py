@@ -152,6 +152,12 @@ def test_no_client_has_sam_downloaded(running: Running, monkeypatch: pytest.Monk
     assert_sentence(running.client.post("/v1/segment", json=asked), 422, "no SAM for 'regions'; choose none, edges")
 
 
+def test_every_client_gets_the_note_on_models_of_the_picture_world(running: Running) -> None:
+    asked = {"image": b64(png()), "classes": WORDS}
+    answers = [running.client.post("/v1/segment", json=asked).json() for _ in range(2)]
+    assert all(len(answer["notes"]) == 1 and "drawn scenes" in answer["notes"][0] for answer in answers)
+
+
 def test_a_box_on_a_picture_is_a_class(running: Running) -> None:
     data, other = sample_path("demo").read_bytes(), sample_path("street").read_bytes()
     box = [40, 60, 200, 220]

@@ -138,7 +138,9 @@ def same_stems(names: Iterable[str], folder: Path, suffixes: Iterable[str], spli
 
 
 def read_lines(path: Path, what: str) -> list[str]:
-    """The lines of a text file that are not empty, stripped. Names that are not UTF-8 are kept as the disk has them.
+    """The lines of a text file, stripped, without empty ones and comments (``# ...``), as in class lists.
+
+    Names that are not UTF-8 are kept as the disk has them.
 
     Raises FileNotFoundError if there is none. Raises DataSetError if it cannot be read as text; ``what`` says what it
     must hold.
@@ -153,7 +155,8 @@ def read_lines(path: Path, what: str) -> list[str]:
         raise
     except (OSError, ValueError) as error:
         raise DataSetError(f"'{path}' cannot be read as text; it must {what}.", "missing-list") from error
-    return [line.strip() for line in text.splitlines() if line.strip()]
+    lines = (line.strip() for line in text.splitlines())
+    return [line for line in lines if line and not line.startswith("#")]
 
 
 def read_list(path: Path, split: str) -> tuple[list[str], list[Finding]]:

@@ -149,8 +149,8 @@ def _own_lists(root: Path) -> list[Step]:
     if images is None or any(part_of(folder, "val") is not None for folder in (root, images)):
         return []
     names = list(by_stem(images, IMAGE_SUFFIXES))
-    if any(len(name.splitlines()) != 1 or name != name.strip() for name in names):
-        return []  # a list has a name a line, and the rule takes every name there is
+    if any(len(name.splitlines()) != 1 or name != name.strip() or name.startswith("#") for name in names):
+        return []  # a list has a name a line, or a comment, and the rule takes every name there is
     lists = {split: every_fifth(names, split) for split in ("train", "val")}
     written = {split: path for split in lists if (path := own_list(root, split)) is not None}
     if not names or any(path.read_bytes() != _listed(lists[split]) for split, path in written.items()):

@@ -163,7 +163,7 @@ def test_without_unseen_leaves_whole_pictures_out(tmp_path):
     (root / "train.txt").write_text("0\n1\n2\n3\n")
     (root / "unseen.txt").write_text("cat\nsky\n")
     assert [sample.name for sample in open_data_set("own", root, "train").without_unseen()] == ["2"]
-    (root / "train.txt").write_text("0\n1\n3\n")
+    (root / "train.txt").write_text("# without the second\n0\n1\n\n  # and the last\n3\n")
     with pytest.raises(LexisegError, match="nothing is left"):
         open_data_set("own", root, "train").without_unseen()
     (root / "train.txt").write_text("0\n1\n2\n3\n")

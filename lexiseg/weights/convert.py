@@ -172,7 +172,8 @@ def _zeros(state: Mapping[str, Tensor], path: str | Path) -> list[str]:
     Raises LexisegError if a part of `_TOWER` weights or more holds nothing else, or weights are quantised.
     """
     for key, tensor in state.items():
-        if tensor.ndim > 1 and tensor.dtype.itemsize == 1 and tensor.dtype != torch.bool:
+        # A mask of attention may be of bools; no authors' weights are, and ours would be zeros and ones.
+        if tensor.ndim > 1 and tensor.dtype.itemsize == 1 and not key.endswith("attn_mask"):
             raise LexisegError(
                 f"'{printable(shorten(key))}' in '{path}' is quantised ({str(tensor.dtype).removeprefix('torch.')}); "
                 "get the checkpoint in 16 or 32 bits."

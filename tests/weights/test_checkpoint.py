@@ -216,6 +216,7 @@ def test_what_is_refused_is_named(
     for content, sentence in (
         ({**clip_state, "ln_final.bias": torch.tensor([float("nan")] * 64)}, r"not finite in ln_final\.bias"),
         ({**clip_state, "visual.proj": clip_state["visual.proj"].to(torch.int8)}, r"proj' in .* is quantised \(int8\)"),
+        ({**clip_state, "visual.proj": clip_state["visual.proj"] > 0}, r"proj' in .* is quantised \(bool\)"),
         ({"a": torch.ones(1)}, "neither"),
         ({"\x1b[2J\u202e": torch.ones(1)}, r"begin with \\x1b\[2J\\u202e\)"),
     ):

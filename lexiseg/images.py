@@ -21,7 +21,7 @@ from PIL.Image import Transpose
 from lexiseg.errors import LexisegError, LexisegWarning
 from lexiseg.files import spelled
 from lexiseg.first_and_last import SharedContext
-from lexiseg.words import describe, kind, shorten
+from lexiseg.words import counted, describe, kind, shorten
 
 if TYPE_CHECKING:
     import torch
@@ -35,6 +35,7 @@ IMAGE_SUFFIXES = frozenset(
         *(".png", ".pnm", ".ppm", ".tga", ".tif", ".tiff", ".webp"),
     )
 )
+VIDEO_SUFFIXES = frozenset({".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".mpg", ".mpeg"})
 # Pictures that are not read here. Listings of folders name them, so that they are reported, not passed over.
 FOREIGN_SUFFIXES = frozenset(
     (
@@ -110,8 +111,8 @@ def list_images(target: str | Path) -> list[Path]:
     ``target``: a file (taken whatever its ending); a folder (its files with a picture's ending, hidden ones and
     subfolders left out); or a pattern with ``*``, ``?``, ``[]`` or ``**`` (files with a picture's ending). Returns the
     paths, in natural order: img2 comes before img10. Broken links and formats of cameras that cannot be read here
-    (.heic ...) are among them, so that whoever reads them reports them. Raises LexisegError if there is nothing of that
-    name, or no picture in it.
+    (.heic ...) are among them, so that whoever reads them reports them; videos are not, which a LexisegWarning says.
+    Raises LexisegError if there is nothing of that name, or no picture in it.
     """
     text = os.fsdecode(target)
     _refuse_url(text)
@@ -128,6 +129,9 @@ def list_images(target: str | Path) -> list[Path]:
             # A folder that links lead to in several ways, or in a circle, is one folder, by its shortest name.
             found.sort(key=lambda entry: (len(entry.parts), entry), reverse=True)
             found = list({(entry.parent.resolve(), entry.name): entry for entry in found}.values())
+        if videos := sum(entry.suffix.lower() in VIDEO_SUFFIXES for entry in found):
+            text = f"Left out of '{path}': {counted(videos, 'video')}; give each one by itself."
+            warnings.warn(text, LexisegWarning, stacklevel=2)
         endings = IMAGE_SUFFIXES | FOREIGN_SUFFIXES
         found = [entry for entry in found if entry.suffix.lower() in endings and (entry.is_file() or _is_broken(entry))]
     except (OSError, ValueError, re.error) as error:

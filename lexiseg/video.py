@@ -18,6 +18,7 @@ from PIL import Image
 from lexiseg.errors import LexisegError, need
 from lexiseg.files import atomic_write, make_folder
 from lexiseg.formats import encode_rle
+from lexiseg.images import VIDEO_SUFFIXES
 from lexiseg.label_ids import ignore_index
 from lexiseg.pictures import window_policy
 from lexiseg.words import describe, printable
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
     from lexiseg.segmenter import Segmenter
     from lexiseg.vocabulary import Vocabulary
 
-VIDEO_SUFFIXES = frozenset({".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".mpg", ".mpeg"})
 _FORMAT = 1
 _ALPHA = 0.55
 

@@ -362,6 +362,11 @@ def test_listing(tmp_path: Path) -> None:
     assert [path.name for path in list_images(str(tmp_path / "**" / "*.webp"))] == ["deep.webp"]
     (tmp_path / "odd[1].png").touch()
     assert list_images(tmp_path / "odd[1].png") == [tmp_path / "odd[1].png"]
+    for name in ("a.mp4", "b.MOV"):
+        (tmp_path / name).touch()
+    with pytest.warns(LexisegWarning, match="Left out of .*: 2 videos; give each one by itself") as caught:
+        assert len(list_images(tmp_path)) == 4
+    assert len(caught) == 1
     empty = tmp_path / "empty"
     empty.mkdir()
     for target, words in (

@@ -362,8 +362,8 @@ def _check_size(width: int, height: int, name: str, max_pixels: float) -> None:
         raise LexisegError(f"{_capital(name)} has no pixels ({width} x {height}); give another.")
     if width * height > max_pixels:
         raise LexisegError(
-            f"{_capital(name)} has {width} x {height} = {width * height / 1e6:,.1f} megapixels, more than the limit of "
-            f"{max_pixels / 1e6:,.1f}; raise the limit if you trust it, or shrink the picture."
+            f"{_capital(name)} has {width} x {height} = {width * height:,} pixels, more than the limit of "
+            f"{max_pixels:,.0f}; raise the limit if you trust it, or shrink the picture."
         )
 
 

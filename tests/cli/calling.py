@@ -54,7 +54,7 @@ def bad_pictures(folder: Path) -> dict[str, Path]:
         "not a picture": text,
         "truncated": truncated,
         "1 x 1": pixel,
-        "megapixels": bomb,
+        "= 1,600,000,000 pixels": bomb,
         "empty file": empty,
     }
 

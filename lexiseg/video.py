@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
@@ -15,11 +16,12 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from lexiseg.errors import LexisegError, need
+from lexiseg.errors import LexisegError, LexisegWarning, need
 from lexiseg.files import atomic_write, make_folder
 from lexiseg.formats import encode_rle
 from lexiseg.images import VIDEO_SUFFIXES
 from lexiseg.label_ids import ignore_index
+from lexiseg.labelling.record import file_state
 from lexiseg.pictures import window_policy
 from lexiseg.words import describe, printable
 
@@ -115,6 +117,7 @@ def segment_video(
     head = {
         "format": _FORMAT,
         "video": printable(Path(source).name),
+        "state": list(file_state(source)),
         "classes": list(vocabulary.names),
         "colors": vocabulary.palette().tolist(),
         "every": options.every,
@@ -266,8 +269,12 @@ def _is_begun(path: Path, head: dict[str, Any]) -> bool:
     lines = whole = 0
     with path.open("rb") as file, suppress(ValueError, KeyError, TypeError):
         while (content := _next_line(file)) is not None:
-            if lines == 0 and content != head:
+            if lines == 0 and {**content, "state": head["state"]} != head:
                 raise LexisegError(f"'{path}' was written with other classes or settings; choose another folder.")
+            if lines == 0 and content != head:
+                text = f"The video has changed since '{path}' was written, so it starts again from its first frame."
+                warnings.warn(text, LexisegWarning, stacklevel=2)
+                return False
             if lines and not isinstance(content["frame"] + 1, int):
                 break
             lines, whole = lines + 1, file.tell()

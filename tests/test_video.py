@@ -15,7 +15,7 @@ from PIL import Image
 
 import lexiseg
 from lexiseg.cli import main
-from lexiseg.errors import LexisegError
+from lexiseg.errors import LexisegError, LexisegWarning
 from lexiseg.formats import encode_rle
 from lexiseg.images import read_pixels
 from lexiseg.samples import sample_path
@@ -103,6 +103,17 @@ def test_an_interrupted_run_goes_on(segmenter: Any, clip: Path, tmp_path: Path) 
     for one, settings in ((segmenter, {"window": 64}), (segmenter.refined("edges"), {})):
         with pytest.raises(LexisegError, match="classes or settings"):
             list(segment_video(one, clip, vocabulary, tmp_path / "part", on, **settings))
+
+
+def test_a_changed_video_starts_again_with_a_note(segmenter: Any, clip: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy.mp4"
+    copy.write_bytes(clip.read_bytes())
+    run(segmenter, copy, tmp_path, frames=2, overlay=False)
+    write_moving(copy, 4)
+    with pytest.warns(LexisegWarning, match="has changed since"):
+        again = run(segmenter, copy, tmp_path, frames=2, overlay=False, resume=True)
+    assert not any(frame.reused for frame in again)
+    assert all(frame.reused for frame in run(segmenter, copy, tmp_path, frames=2, overlay=False, resume=True))
 
 
 def write_moving(path: Path, frames: int) -> Path:

@@ -90,8 +90,9 @@ def start_proposals(generator: ProposalGenerator, source: str) -> list[str]:
     if own is not None:
         found = own_tensors(generator, own, source)
     elif source == IMAGENET:
-        tensors = _read_resnet(_imagenet_file(generator.options))
-        fit_resnet(generator, tensors, f"the ImageNet weights {IMAGENET_WEIGHTS[generator.options.backbone]}")
+        repository = _imagenet_repository(generator.options)
+        tensors = _read_resnet(download(repository, _HUB_FILES, repository, instead=_INSTEAD))
+        fit_resnet(generator, tensors, f"the ImageNet weights {repository}")
         found = {_BODY + name: tensor for name, tensor in tensors.items()}
     elif source.endswith(WEIGHT_FILES):
         tensors = _read_resnet(Path(source).expanduser())
@@ -148,11 +149,6 @@ def _imagenet_repository(options: QueryOptions) -> str:
             "or proposals_from to null."
         )
     return IMAGENET_WEIGHTS[options.backbone]
-
-
-def _imagenet_file(options: QueryOptions) -> Path:
-    repository = _imagenet_repository(options)
-    return download(repository, _HUB_FILES, repository, instead=_INSTEAD)
 
 
 def _read_resnet(path: Path) -> dict[str, Tensor]:
@@ -232,26 +228,25 @@ def _transformers_tensors(generator: MaskFormer | Mask2Former, source: str) -> d
         folder = download(source, _HUB_FILES, source, instead=_INSTEAD).parent
     else:
         settings = folder / "config.json"
-    kind = generator.options.kind
-    found_kind = _kind_of(settings, source)
-    if found_kind != kind:
-        raise LexisegError(f"'{source}' is a {found_kind}, but this generator is a {kind}; set {OPTION}kind.")
-    from transformers import (
-        Mask2FormerConfig,
-        Mask2FormerForUniversalSegmentation,
-        MaskFormerConfig,
-        MaskFormerForInstanceSegmentation,
-    )
+    kind = read_json(settings, "give a MaskFormer or Mask2Former as transformers writes it").get("model_type")
+    if kind not in ("maskformer", "mask2former"):
+        raise LexisegError(
+            f"'{source}' is not a MaskFormer or Mask2Former of transformers; give one (of what "
+            "lexiseg trained, name the run's folder)."
+        )
+    if kind != generator.options.kind:
+        raise LexisegError(
+            f"'{source}' is a {kind}, but this generator is a {generator.options.kind}; set {OPTION}kind."
+        )
+    from transformers import AutoConfig, AutoModelForUniversalSegmentation
 
     masked = isinstance(generator, Mask2Former)
-    config_class: Any = Mask2FormerConfig if masked else MaskFormerConfig
-    model_class: Any = Mask2FormerForUniversalSegmentation if masked else MaskFormerForInstanceSegmentation
     try:
-        config = config_class.from_pretrained(settings.parent, local_files_only=True)
+        config = AutoConfig.from_pretrained(settings.parent, local_files_only=True)
         _check_form(config, masked, source)
         # It is built with random weights first, which must not change what comes after it.
         with torch.random.fork_rng(devices=[]):
-            model, report = model_class.from_pretrained(
+            model, report = AutoModelForUniversalSegmentation.from_pretrained(
                 folder, config=config, local_files_only=True, output_loading_info=True
             )
     except LexisegError:
@@ -265,16 +260,6 @@ def _transformers_tensors(generator: MaskFormer | Mask2Former, source: str) -> d
         raise LexisegError(f"The model '{source}' lacks '{name}'; give one as transformers writes it.")
     _fit(generator, tensors, _options_of(config, masked), source)
     return tensors
-
-
-def _kind_of(settings: Path, source: str) -> str:
-    kind = read_json(settings, "give a MaskFormer or Mask2Former as transformers writes it").get("model_type")
-    if kind not in ("maskformer", "mask2former"):
-        raise LexisegError(
-            f"'{source}' is not a MaskFormer or Mask2Former of transformers; give one (of what "
-            "lexiseg trained, name the run's folder)."
-        )
-    return str(kind)
 
 
 def _check_form(config: Any, masked: bool, source: str) -> None:

@@ -29,7 +29,7 @@ class FeatureBackbone(nn.Module):
         channels: widths of the four features.
     """
 
-    channels: tuple[int, int, int, int]
+    channels: tuple[int, ...]
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """Return features (B, channels[i], H / 2^(i+2), W / 2^(i+2)), i = 0..3; H and W are multiples of 32."""
@@ -73,12 +73,7 @@ class ResNetBackbone(FeatureBackbone):
             nn.init.kaiming_normal_(body.conv1.weight, mode="fan_out", nonlinearity="relu")
         _join_norms(body)
         self.body = body
-        self.channels = (
-            widths[0] * _EXPANSION,
-            widths[1] * _EXPANSION,
-            widths[2] * _EXPANSION,
-            widths[3] * _EXPANSION,
-        )
+        self.channels = tuple(width * _EXPANSION for width in widths)
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """Return the features of `FeatureBackbone`."""

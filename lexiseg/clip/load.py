@@ -116,11 +116,7 @@ def _load_architecture(name: str) -> CLIP:
         # The tag knows which activation its weights were trained with; the architecture name need not repeat it.
         model_cfg["quick_gelu"] = bool(tag.get("quick_gelu", False))
         check_architecture(architecture, name)
-        path = _download_tag(name, tag)
-        clip = build_clip(architecture, name=name)
-        state = load_state_dict(str(path), weights_only=True)
-        fill(clip, convert_state_dict(clip.model, state), path)
-        return clip
+        return _filled(architecture, name, _download_tag(name, tag))
     path = local(rest) or Path()
     if not path.is_file():
         tags = list_pretrained_tags_by_model(arch)
@@ -160,10 +156,13 @@ def _load_hub(name: str) -> CLIP:
         raise LexisegError(f"'{name}' is not a hub repository; write hf-hub:OWNER/NAME.")
     architecture = read_config(download(repository, (CONFIG_NAME,), name))
     check_architecture(architecture, name)
-    path = download(repository, _HUB_WEIGHTS, name)
+    return _filled(architecture, name, download(repository, _HUB_WEIGHTS, name))
+
+
+def _filled(architecture: dict[str, Any], name: str, path: Path) -> CLIP:
+    """A CLIP with the weights of a file of any kind that open_clip reads."""
     clip = build_clip(architecture, name=name)
-    state = load_state_dict(str(path), weights_only=True)
-    fill(clip, convert_state_dict(clip.model, state), path)
+    fill(clip, convert_state_dict(clip.model, load_state_dict(str(path), weights_only=True)), path)
     return clip
 
 

@@ -257,13 +257,18 @@ class CLIP(nn.Module):
         known = self._digests.get(part)
         if known is not None and known[0] == state:
             return known[1]
-        digest = hashlib.sha256()
-        for key, tensor in items:
-            values = tensor.detach().to("cpu", torch.float32).contiguous()
-            digest.update(f"{key}{tuple(values.shape)}".encode())
-            digest.update(values.numpy().tobytes())
-        self._digests[part] = (state, digest.hexdigest())
-        return digest.hexdigest()
+        self._digests[part] = (state, digest_of(items))
+        return self._digests[part][1]
+
+
+def digest_of(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """SHA-256 (hex) of tensors and their names, as float32, in the order of the names."""
+    digest = hashlib.sha256()
+    for key, tensor in sorted(tensors):
+        values = tensor.detach().to("cpu", torch.float32).contiguous()
+        digest.update(f"{key}{tuple(values.shape)}".encode())
+        digest.update(values.numpy().tobytes())
+    return digest.hexdigest()
 
 
 def check_architecture(architecture: dict[str, Any], name: str) -> None:

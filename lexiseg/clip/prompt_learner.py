@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from typing import Annotated
 
@@ -11,7 +10,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lexiseg.clip.model import CLIP
+from lexiseg.clip.model import CLIP, digest_of
 from lexiseg.errors import LexisegError
 from lexiseg.strict import StrictModel
 
@@ -118,12 +117,7 @@ class PromptLearner(nn.Module):
 
     def fingerprint(self) -> str:
         """SHA-256 (hex) of the prompts: what text features made with them are remembered by."""
-        digest = hashlib.sha256()
-        for name, tensor in sorted(self.state_dict().items()):
-            values = tensor.detach().to("cpu", torch.float32).contiguous()
-            digest.update(f"{name}{tuple(values.shape)}".encode())
-            digest.update(values.numpy().tobytes())
-        return digest.hexdigest()
+        return digest_of(self.state_dict().items())
 
     def _head(self, clip: CLIP, start: int, task: str | None) -> Tensor:
         """What stands in front of the name, the same for every class: (L, W)."""

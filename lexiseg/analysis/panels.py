@@ -74,7 +74,7 @@ def new_figure(width: float, height: float) -> Figure:
 
 def set_title(figure: Figure, title: str, subtitle: str) -> None:
     """Write title and subtitle; text is taken as it is, never as mathematics."""
-    figure.suptitle(f"{title}\n{subtitle}" if subtitle else title, fontsize=11, color=INK, parse_math=False)
+    figure.suptitle(f"{title}\n{subtitle}" if subtitle else title, fontsize=11, color=INK, parse_math=False, wrap=True)
 
 
 def compose(title: str, rows: Sequence[Sequence[Panel]], *, scale: Scale | None = None, subtitle: str = "") -> Figure:

@@ -226,6 +226,9 @@ def test_nga_weights_before_and_after() -> None:
     assert first.after == pytest.approx([0.8565, 1.25], abs=1e-4)
     assert second.before == pytest.approx(second.after)
     figure = nga_figure(Segmenter(model, disk_cache=False))
+    figure.canvas.draw()
+    title = figure.texts[0].get_window_extent()
+    assert title.x0 >= 0 and title.x1 <= figure.bbox.x1, "the title is cut off"
     heights = [bar.get_height() for axes in figure.axes for bar in axes.patches]
     assert heights == pytest.approx([*first.before, *first.after, *second.before, *second.after])
 

@@ -49,16 +49,9 @@ def download(
         f"fetch {filenames[0]} from {constants.ENDPOINT}/{repository} on a machine with a connection, copy it here "
         f"and give {instead} instead of the name"
     )
-    if constants.HF_HUB_OFFLINE:
+    if reason := unreachable():
         raise LexisegError(
-            f"'{name}' is not in the local cache and HF_HUB_OFFLINE is set, so it cannot be downloaded; "
-            f"unset HF_HUB_OFFLINE, or {advice}."
-        )
-    reason = _unreachable(constants.ENDPOINT)
-    if reason:
-        raise LexisegError(
-            f"Cannot download '{name}': {constants.ENDPOINT} cannot be reached ({reason}); "
-            f"check the network, or {advice}."
+            f"Cannot download '{name}': {constants.ENDPOINT} cannot be reached ({reason}); change that, or {advice}."
         )
     for filename in filenames:
         path = _fetch(repository, filename, name, advice)
@@ -80,8 +73,7 @@ def download_folder(repository: str, name: str, beside: str = "*token*") -> Path
     if any(folder.glob("*.safetensors")) and any(folder.glob(beside)):
         return folder
     advice = f"fetch {repository} on a machine with a connection and give its folder"
-    reason = unreachable()
-    if reason:
+    if reason := unreachable():
         raise LexisegError(f"Only a part of '{name}' is on this machine ({reason}); {advice}.")
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -120,13 +112,10 @@ def _fetch(repository: str, filename: str, name: str, advice: str) -> Path | Non
 
 
 def unreachable() -> str | None:
-    """Why nothing can be fetched from the hub now, or None."""
-    return "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else _unreachable(constants.ENDPOINT)
-
-
-def _unreachable(endpoint: str) -> str | None:
-    """Say why the hub cannot be reached, or None. Without this the client would retry for most of a minute."""
-    request = urllib.request.Request(endpoint, method="HEAD")
+    """Why nothing can be fetched from the hub now, or None; the client would retry for most of a minute to find out."""
+    if constants.HF_HUB_OFFLINE:
+        return "HF_HUB_OFFLINE is set"
+    request = urllib.request.Request(constants.ENDPOINT, method="HEAD")
     try:
         with urllib.request.urlopen(request, timeout=_TIMEOUT_SECONDS):
             return None

@@ -85,7 +85,7 @@ def test_a_sam_that_cannot_be_had_is_said_once_and_not_of_every_picture(monkeypa
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *given: None)
     run = Segmenter(DenseCLIP.build(small_clip()), disk_cache=False, refine="regions")
-    with pytest.raises(LexisegError, match="'facebook/sam-vit-huge' is not in the local cache"):
+    with pytest.raises(LexisegError, match="Cannot download 'facebook/sam-vit-huge'"):
         list(run.predict_folder([sample_path("demo"), sample_path("street")], ["cat", "sky"]))
 
 

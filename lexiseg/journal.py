@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from lexiseg.errors import LexisegError
-from lexiseg.files import make_folder, read_lines, write_json
+from lexiseg.files import make_folder, read_json, read_lines, write_json
 from lexiseg.words import shorten
 
 RUN, LINES = "run.json", ".jsonl"
@@ -54,11 +54,9 @@ class Journal:
     @property
     def settings(self) -> dict[str, Any] | None:
         """The settings of the work that is recorded; None where none is, or this machine does not see it."""
-        try:
-            found = json.loads((self.folder / RUN).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return None
-        return found if isinstance(found, dict) else None
+        with suppress(LexisegError):
+            return read_json(self.folder / RUN)
+        return None
 
     def begin(self, settings: Mapping[str, Any], *, resume: bool) -> bool:
         """Start, or continue what is recorded; returns whether anything is.

@@ -104,8 +104,8 @@ def decode(
         for x in range(0, size[1], _TILE):
             tile = (y, min(y + _TILE, size[0])), (x, min(x + _TILE, size[1]))
             rows, columns = (_support(axis, span) for axis, span in zip(axes, tile, strict=True))
-            near = [part for part in parts if _overlap(part, rows, columns)]
-            words = _candidates([*near, whole] if whole else near, rows, columns)
+            near = [(part, own) for part in parts if (own := _overlap(part, rows, columns))]
+            words = _candidates([*near, (whole, (rows, columns))] if whole else near)
             label, score = labels[slice(*tile[0]), slice(*tile[1])], scores[slice(*tile[0]), slice(*tile[1])]
             for start in range(0, len(words), _WORDS):
                 chosen = words[start : start + _WORDS]
@@ -132,32 +132,23 @@ def _overlap(part: Part, rows: Span, columns: Span) -> tuple[Span, Span] | None:
     return (own[0], own[1]) if own[0][0] < own[0][1] and own[1][0] < own[1][1] else None
 
 
-def _candidates(parts: Sequence[Part], rows: Span, columns: Span) -> np.ndarray:
-    """The words that can win in a rectangle of the canvas."""
-    lowest = highest = None
-    for part in parts:
-        own = _overlap(part, rows, columns)
-        if own is None:
-            continue
+def _candidates(parts: Sequence[tuple[Part, tuple[Span, Span]]]) -> np.ndarray:
+    """The words that can win in a place, of which each part has a rectangle."""
+    low, high = [], []
+    for part, own in parts:
         (top, bottom), (left, right) = part.cells(0, own[0]), part.cells(1, own[1])
         cells = part.grid[:, top:bottom, left:right]
-        low, high = (part.squash(bound, slice(None)) for bound in (cells.min((1, 2)), cells.max((1, 2))))
-        lowest = low if lowest is None else np.minimum(lowest, low)
-        highest = high if highest is None else np.maximum(highest, high)
-    if lowest is None or highest is None:
-        raise ValueError("no window covers the tile")
-    floor = lowest.max()
-    return np.flatnonzero(highest >= floor - _MARGIN * max(1.0, abs(float(floor))))
+        low.append(part.squash(cells.min((1, 2)), slice(None)))
+        high.append(part.squash(cells.max((1, 2)), slice(None)))
+    floor = np.minimum.reduce(low).max()
+    return np.flatnonzero(np.maximum.reduce(high) >= floor - _MARGIN * max(1.0, abs(float(floor))))
 
 
-def _mean(parts: Sequence[Part], words: np.ndarray, rows: Span, columns: Span) -> np.ndarray:
+def _mean(parts: Sequence[tuple[Part, tuple[Span, Span]]], words: np.ndarray, rows: Span, columns: Span) -> np.ndarray:
     """The mean of the parts' scores at each place of a rectangle of the canvas."""
     shape = rows[1] - rows[0], columns[1] - columns[0]
     total, count = np.zeros((len(words), *shape), np.float32), np.zeros(shape, np.float32)
-    for part in parts:
-        own = _overlap(part, rows, columns)
-        if own is None:
-            continue
+    for part, own in parts:
         top, left = part.box[0] + own[0][0] - rows[0], part.box[1] + own[1][0] - columns[0]
         place = slice(top, top + own[0][1] - own[0][0]), slice(left, left + own[1][1] - own[1][0])
         values = part.values(words, *own)

@@ -57,6 +57,11 @@ def percent(fraction: float) -> float | None:
     return None if math.isnan(fraction) else round(100.0 * float(fraction), 2)
 
 
+def percent_text(value: float | None) -> str:
+    """What `percent` gives, as a table shows it."""
+    return "-" if value is None else f"{value:.2f}"
+
+
 class Confusion:
     """Counts of label, prediction and their intersection for each class.
 

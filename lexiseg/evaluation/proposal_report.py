@@ -12,7 +12,7 @@ from torch import Tensor
 from lexiseg.data.base import SegmentationDataset, seen_ids, unseen_ids
 from lexiseg.devices import EvaluationMode
 from lexiseg.errors import LexisegError
-from lexiseg.evaluation.metrics import Confusion, Metrics
+from lexiseg.evaluation.metrics import Confusion, Metrics, percent, percent_text
 from lexiseg.evaluation.proposals import ProposalRecall, Recall, ReleasedRecall, upper_bound_scores
 from lexiseg.evaluation.run import spread
 from lexiseg.label_ids import ignore_index
@@ -47,23 +47,19 @@ class ProposalReport:
 
     def table(self) -> tuple[list[str], list[list[str]]]:
         """Column titles and rows of text, in percent, for printing."""
-        counted = [("recall", self.recall), ("released counters", self.released)]
         rows = [
-            [f"{what} at IoU {threshold:g}", *(_text(100 * part) for part in (found.all, found.seen, found.unseen))]
-            for what, recalls in counted
+            (f"{what} at IoU {threshold:g}", [found.all, found.seen, found.unseen])
+            for what, recalls in (("recall", self.recall), ("released counters", self.released))
             for threshold, found in recalls.items()
         ]
         best = self.upper_bound
-        means = (best.miou, best.miou_seen, best.miou_unseen)
-        return ["", "all", "seen", "unseen"], [*rows, ["mIoU they allow", *(_text(100 * part) for part in means)]]
+        rows.append(("mIoU they allow", [best.miou, best.miou_seen, best.miou_unseen]))
+        cells = [[what, *(percent_text(percent(value)) for value in values)] for what, values in rows]
+        return ["", "all", "seen", "unseen"], cells
 
 
 def _fractions(recall: Recall) -> dict[str, float | None]:
     return {name: None if math.isnan(value) else value for name, value in asdict(recall).items()}
-
-
-def _text(value: float) -> str:
-    return "-" if math.isnan(value) else f"{value:.2f}"
 
 
 def evaluate_proposals(

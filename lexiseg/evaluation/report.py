@@ -14,7 +14,7 @@ from PIL import Image
 
 import lexiseg
 from lexiseg.evaluation.grid import Example, draw_grid
-from lexiseg.evaluation.metrics import Confusion, Metrics, percent
+from lexiseg.evaluation.metrics import Confusion, Metrics, percent, percent_text
 from lexiseg.files import atomic_write, make_folder, write_json
 from lexiseg.vocabulary import Vocabulary
 
@@ -80,7 +80,7 @@ class Report:
         """The numbers the papers print, as one line: five, or across datasets the first two."""
         summary = self.summary()
         keys = [key for key in _TITLES if self.has_seen or key not in _OF_SEEN]
-        return "  ".join(f"{_TITLES[key]} {_text(summary[key])}" for key in keys)
+        return "  ".join(f"{_TITLES[key]} {percent_text(summary[key])}" for key in keys)
 
     def table(self) -> tuple[list[str], list[list[str]]]:
         """Column titles and rows of text, by class, for printing.
@@ -90,7 +90,7 @@ class Report:
         words = {True: "seen", False: "unseen", None: "-"}
         titles, rows = ["class", "IoU", "Acc", "pixels"], []
         for row in self.class_rows():
-            rows.append([row.name, _text(row.iou), _text(row.accuracy), f"{row.labelled:,}"])
+            rows.append([row.name, percent_text(row.iou), percent_text(row.accuracy), f"{row.labelled:,}"])
             if self.has_seen:
                 rows[-1].insert(1, words[row.seen])
         if self.has_seen:
@@ -129,10 +129,6 @@ class Report:
         # Last, so that where there is a new report there is everything.
         paths.insert(0, write_json(folder / "report.json", self.to_dict()))
         return paths
-
-
-def _text(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}"
 
 
 def versions() -> dict[str, str]:

@@ -197,7 +197,8 @@ def read_parts(
     parts.system = kind or parts.system
     if parts.system == "prompts":
         raise LexisegError(
-            f"{name} is a checkpoint of {parts.system}, not of ZSSeg, ZegFormer, FreeSeg or MAFT; give one of theirs."
+            f"{name} holds a learned text prompt and CLIP but no proposals; convert a checkpoint of a later stage, "
+            "which has the prompt in it."
         )
     deop, odd = parts.system == "deop", list(parts.left_over)
     if deop and (parts.region_adapter is not None or parts.image_tower):
@@ -274,11 +275,6 @@ def read_decoupled(
     assumed, a sentence each. Raises LexisegError if the checkpoint has no model or no CLIP in it, or tensors are
     missing, left over or of another shape.
     """
-    if system == "prompts":
-        raise LexisegError(
-            f"{name} holds a learned text prompt and CLIP but no proposals; convert a checkpoint of a later stage, "
-            "which has the prompt in it."
-        )
     options = {"seen_offset": 0.0} if transductive and system != "deop" else {}
     model, unused = read_parts(state, options=options, name=name, **how)
     if isinstance(model, RegionModel):

@@ -102,11 +102,14 @@ def unreadable(place: Path, error: OSError) -> DataSetError:
 
 def by_stem(folder: Path, suffixes: Iterable[str]) -> dict[str, Path]:
     """The files of ``folder`` that end in one of ``suffixes``, by their names without it, sorted; see :func:`key`."""
-    found: dict[str, Path] = {}
+    return {stem: folder / names[0] for stem, names in _by_stem(folder, suffixes).items()}
+
+
+def _by_stem(folder: Path, suffixes: Iterable[str]) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
     for name in entries(folder):
-        stem = stem_of(name, suffixes)
-        if stem is not None:
-            found.setdefault(stem, folder / name)
+        if (stem := stem_of(name, suffixes)) is not None:
+            found.setdefault(stem, []).append(name)
     return found
 
 
@@ -118,11 +121,7 @@ def stem_of(name: str, suffixes: Iterable[str]) -> str | None:
 
 def same_stems(names: Iterable[str], folder: Path, suffixes: Iterable[str], split: str) -> list[Finding]:
     """A finding for each of ``names`` that several files of ``folder`` have, of which :func:`by_stem` takes one."""
-    found: dict[str, list[str]] = {}
-    for name in entries(folder):
-        stem = stem_of(name, suffixes)
-        if stem is not None:
-            found.setdefault(stem, []).append(name)
+    found = _by_stem(folder, suffixes)
     return [
         Finding(
             "duplicate-entry",

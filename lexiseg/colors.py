@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -32,16 +33,13 @@ def parse_color(value: Any, what: str) -> tuple[int, int, int]:
     ``value``: three whole numbers in 0..255, or text such as ``#ff8800``. ``what``: whose colour it is, for the error.
     Raises LexisegError if the value is neither.
     """
-    if isinstance(value, str) and len(value) == 7 and value.startswith("#"):
-        value = [value[1:3], value[3:5], value[5:7]]
-        base = 16
-    else:
-        base = 10
+    if isinstance(value, str) and re.fullmatch("#[0-9a-fA-F]{6}", value):
+        value = list(bytes.fromhex(value[1:]))
     numbers: list[int] = []
     if isinstance(value, Sequence | np.ndarray) and not isinstance(value, str | bytes) and len(value) == 3:
         for part in value:
             try:
-                number = int(part, base) if isinstance(part, str) else int(part)
+                number = int(part)
             except (TypeError, ValueError, OverflowError):
                 break
             if isinstance(part, bool) or not 0 <= number <= 255 or (isinstance(part, float) and part != number):

@@ -66,18 +66,14 @@ def _fit(cell: Image.Image, width: int) -> Image.Image:
 
 
 def _legend(examples: Sequence[Example], vocabulary: Vocabulary, palette: NDArray[np.uint8]) -> list[LegendEntry]:
-    truth = np.zeros(len(vocabulary), np.int64)
-    shown = np.zeros(len(vocabulary), bool)
+    truth, predicted = np.zeros((2, len(vocabulary)), np.int64)
     for example in examples:
-        for labels in (example.truth, example.prediction):
-            ids = labels[(labels >= 0) & (labels < len(vocabulary))]
-            shown[np.unique(ids)] = True
-        ids = example.truth[(example.truth >= 0) & (example.truth < len(vocabulary))]
-        truth += np.bincount(ids.ravel(), minlength=len(vocabulary))
+        for counts, labels in ((truth, example.truth), (predicted, example.prediction)):
+            counts += np.bincount(labels[(labels >= 0) & (labels < len(vocabulary))], minlength=len(vocabulary))
     total = max(1, sum(example.truth.size for example in examples))
     # Unseen classes first: they are what a reader looks for. Then by fraction of the truth.
     order = sorted(
-        (int(index) for index in np.flatnonzero(shown)),
+        (int(index) for index in np.flatnonzero(truth + predicted)),
         key=lambda index: (vocabulary.classes[index].seen is not False, -truth[index]),
     )
     return [

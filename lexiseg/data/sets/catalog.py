@@ -7,6 +7,7 @@ The lists are YAML files beside this module, each with its source. Where a list 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -133,10 +134,7 @@ def split_names(vocabulary: Vocabulary) -> Vocabulary:
 
 def _unshared(words: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
     """Further words by class, each word once, without those that two classes have."""
-    count: dict[str, int] = {}
-    for name, further in words.items():
-        for key in {word_key(word) for word in (name, *further)}:
-            count[key] = count.get(key, 0) + 1
+    count = Counter(key for name, further in words.items() for key in {word_key(word) for word in (name, *further)})
     found = {}
     for name, further in words.items():
         once = {word_key(word): word for word in reversed(further) if count[word_key(word)] == 1}

@@ -22,6 +22,10 @@ if TYPE_CHECKING:
 SAVE_FORMATS = ("labels", "overlay", "json", "coco", "geojson", "yolo", "labelme", "cvat", "masks")
 """What `lexiseg.segmentation.Segmentation.save` writes."""
 
+FAR = 1_000_000.0
+"""How far from its picture's corner an outline may lead, in pixels: pycocotools walks along it pixel by pixel, so that
+one that leads farther would fill the memory."""
+
 Ring = list[list[float]]
 Polygon = list[Ring]
 
@@ -36,6 +40,58 @@ def encode_rle(mask: np.ndarray) -> dict[str, Any]:
 
     encoded = coco.encode(np.asfortranarray(mask, dtype=np.uint8))
     return {"size": list(mask.shape), "counts": encoded["counts"].decode("ascii")}
+
+
+def encode_outline(shape: Any, size: tuple[int, int]) -> dict[str, Any]:
+    """Encode an outline as run lengths that ``pycocotools.mask.decode`` takes.
+
+    ``shape``: polygons ``[[x, y, x, y, ...], ...]`` in pixels, or run lengths, as COCO has them. ``size``: height and
+    width of its picture. Raises ValueError if it is neither of a picture of this size; the text, as in "it is damaged",
+    is for a sentence.
+    """
+    from pycocotools import mask as coco
+
+    try:
+        _check_outline(shape, size)
+        if isinstance(shape, dict) and isinstance(shape["counts"], str):
+            code: Any = {"size": shape["size"], "counts": shape["counts"].encode("ascii")}
+        elif isinstance(shape, dict):
+            code = coco.frPyObjects(shape, *size)
+        else:
+            code = coco.merge(coco.frPyObjects(shape, *size))
+        if coco.decode(code).shape != size:
+            raise ValueError("it is of another size than its picture")
+        return code
+    except Exception as error:  # pycocotools raises nearly anything on damaged outlines
+        said = isinstance(error, ValueError) and str(error).startswith("it ")
+        raise ValueError(str(error) if said else "it is damaged") from error
+
+
+def _check_outline(shape: Any, size: tuple[int, int]) -> None:
+    """Refuse what pycocotools would not: it is written in C and reads and writes where an outline tells it to.
+
+    Raises ValueError, TypeError, KeyError if the outline is no polygons or run lengths of a picture of this size.
+    """
+    if isinstance(shape, dict):
+        counts = shape["counts"]
+        if tuple(shape["size"]) != size:
+            raise ValueError("it is of another size than its picture")
+        if isinstance(counts, list) and (min(counts, default=-1) < 0 or sum(counts) != size[0] * size[1]):
+            raise ValueError("its run lengths do not add up to its picture")
+        return
+    for polygon in shape:
+        if isinstance(polygon, dict):
+            _check_outline(polygon, size)
+            continue
+        corners = np.asarray(polygon, np.float64)
+        if corners.ndim != 1:
+            raise ValueError("it is not a list of numbers x, y, x, y")
+        if corners.size % 2:
+            raise ValueError(f"it has {corners.size} coordinates, an odd number")
+        if corners.size < 6:
+            raise ValueError(f"it has {corners.size} coordinates, and three corners need 6")
+        if not np.abs(corners).max() <= FAR:
+            raise ValueError("it leads far out of its picture")
 
 
 def bounding_box(mask: np.ndarray) -> list[int]:
@@ -189,8 +245,8 @@ def read_coco(dataset: Mapping[str, Any], image_id: int | None = None) -> tuple[
 
     ``dataset``: the content of the JSON file. ``image_id``: which picture; None takes the only one. Returns the place
     of each pixel's category among the categories, int32, shape (H, W), with `ignore_index` where there is no
-    annotation; the categories' names; the picture's file name. Raises LexisegError if there is no such picture, or the
-    dataset is not one.
+    annotation; the categories' names; the picture's file name. Raises LexisegError if there is no such picture, an
+    outline cannot be drawn, or the dataset is not one.
     """
     from pycocotools import mask as coco
 
@@ -203,15 +259,11 @@ def read_coco(dataset: Mapping[str, Any], image_id: int | None = None) -> tuple[
         labels = np.full((height, width), ignore_index(len(places)), np.int32)
         for annotation in dataset["annotations"]:
             if annotation["image_id"] == images[0]["id"]:
-                runs = annotation["segmentation"]
-                if isinstance(runs, list) or isinstance(runs["counts"], list):
-                    runs = coco.frPyObjects(runs, height, width)
-                runs = coco.merge(runs) if isinstance(runs, list) else runs
-                if list(runs["size"]) != [height, width]:
-                    raise LexisegError(
-                        f"An annotation has the size {describe(runs['size'])}, its picture {[height, width]}; fix one "
-                        "of them."
-                    )
+                try:
+                    runs = encode_outline(annotation["segmentation"], (height, width))
+                except ValueError as error:
+                    who = f"Annotation {describe(annotation.get('id', '?'))}"
+                    raise LexisegError(f"{who} cannot be drawn, {error}; draw it again or remove it.") from error
                 labels[coco.decode(runs).astype(bool)] = places[annotation["category_id"]]
         names = [str(category["name"]) for category in dataset["categories"]]
     except (KeyError, TypeError, ValueError, IndexError) as error:

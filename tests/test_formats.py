@@ -119,6 +119,15 @@ def test_coco_of_others_is_read(tmp_path: Path) -> None:
     ):
         with pytest.raises(LexisegError, match=words):
             Segmentation.from_coco({**dataset, **change})
+    for outline, words in (
+        ([[1, 1]], "three corners"),
+        ([[1, 1, 6, 1, 6, 1e12]], "far out"),
+        ([], "damaged"),
+        ({"size": [9, 9], "counts": [81]}, "another size"),
+    ):
+        annotation = {"id": 5, "image_id": 7, "category_id": 3, "segmentation": outline}
+        with pytest.raises(LexisegError, match=f"Annotation 5 .*{words}"):
+            Segmentation.from_coco({**dataset, "annotations": [annotation]})
 
 
 def test_geojson_yolo_and_labelme_cover_the_masks() -> None:

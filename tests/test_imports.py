@@ -62,7 +62,7 @@ ALLOWED: dict[str, set[str]] = {
     "clip": WORDS | {"catalog", "hub"},
     "models": WORDS | {"checking", "clip", "scores", "proposals", "regions", "losses", "windows"},
     "weights": WORDS | {"catalog", "hub", "clip", "proposals", "models"},
-    "data": WORDS | {"images", "notes", "windows"},
+    "data": WORDS | {"formats", "images", "notes", "windows"},
     "resampling": set(),
     "pictures": WORDS | {"images", "resampling", "scores", "windows"},
     "predictor": WORDS | PICTURES | {"notes", "pictures", "refine", "scores", "windows"},

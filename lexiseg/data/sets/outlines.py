@@ -18,9 +18,9 @@ from PIL import Image
 from lexiseg.data.sets.archive import Place, readable
 from lexiseg.data.sets.labels import MAX_PIXELS
 from lexiseg.errors import LexisegError
+from lexiseg.formats import FAR, encode_outline
 from lexiseg.words import counted, describe, shorten, word_key
 
-_FAR = 1_000_000.0  # pycocotools walks along an outline pixel by pixel: one that leads farther would fill the memory
 BACKGROUNDS = ("background", "_background_", "__background__")
 """Classes of these names are what lies in no outline."""
 
@@ -49,52 +49,14 @@ def draw_outlines(outlines: Sequence[Outline], size: tuple[int, int], rest: int)
     return label
 
 
-def _encoded(outline: Outline, size: tuple[int, int]) -> Any:
+def _encoded(outline: Outline, size: tuple[int, int]) -> dict[str, Any]:
     """The run lengths of an outline, which take less memory than its mask."""
-    from pycocotools import mask as rle
-
-    shape = outline.shape
     try:
-        _check(shape, size)
-        if isinstance(shape, dict) and isinstance(shape["counts"], str):
-            code: Any = {"size": shape["size"], "counts": shape["counts"].encode("ascii")}
-        elif isinstance(shape, dict):
-            code = rle.frPyObjects(shape, *size)
-        else:
-            code = rle.merge(rle.frPyObjects(shape, *size))
-        if rle.decode(code).shape != size:
-            raise ValueError("it is of another size than its picture")
-        return code
-    except Exception as error:  # pycocotools raises nearly anything on damaged outlines
-        why = str(error) if isinstance(error, ValueError) and str(error).startswith("it ") else "it is damaged"
-        raise LexisegError(f"{outline.who}: the outline cannot be drawn, {why}; draw it again or remove it.") from error
-
-
-def _check(shape: Any, size: tuple[int, int]) -> None:
-    """Refuse what pycocotools would not: it is written in C and reads and writes where an outline tells it to.
-
-    Raises ValueError, TypeError, KeyError if the outline is no polygons or run lengths of a picture of this size.
-    """
-    if isinstance(shape, dict):
-        counts = shape["counts"]
-        if tuple(shape["size"]) != size:
-            raise ValueError("it is of another size than its picture")
-        if isinstance(counts, list) and (min(counts, default=-1) < 0 or sum(counts) != size[0] * size[1]):
-            raise ValueError("its run lengths do not add up to its picture")
-        return
-    for polygon in shape:
-        if isinstance(polygon, dict):
-            _check(polygon, size)
-            continue
-        corners = np.asarray(polygon, np.float64)
-        if corners.ndim != 1:
-            raise ValueError("it is not a list of numbers x, y, x, y")
-        if corners.size % 2:
-            raise ValueError(f"it has {corners.size} coordinates, an odd number")
-        if corners.size < 6:
-            raise ValueError(f"it has {corners.size} coordinates, and three corners need 6")
-        if not np.abs(corners).max() <= _FAR:
-            raise ValueError("it leads far out of its picture")
+        return encode_outline(outline.shape, size)
+    except ValueError as error:
+        raise LexisegError(
+            f"{outline.who}: the outline cannot be drawn, {error}; draw it again or remove it."
+        ) from error
 
 
 def rest_of(names: Sequence[str], ignore: int) -> int:
@@ -164,7 +126,7 @@ def _labelme_shape(shape: Mapping[str, Any], size: tuple[int, int], who: str) ->
     kind = shape.get("shape_type") or "polygon"
     try:
         points = np.asarray(shape["points"], np.float64).reshape(-1, 2)
-        if not (np.abs(points) <= _FAR).all():
+        if not (np.abs(points) <= FAR).all():
             raise ValueError
         if kind == "polygon":
             return [points.reshape(-1).tolist()]

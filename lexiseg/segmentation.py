@@ -21,7 +21,7 @@ from lexiseg.files import atomic_write, make_folder, write_json, write_text
 from lexiseg.label_ids import ignore_index
 from lexiseg.overlay import LegendEntry, draw_legend, paint_classes
 from lexiseg.vocabulary import Vocabulary
-from lexiseg.words import counted, describe, finite, shorten
+from lexiseg.words import counted, describe, finite, kind, shorten, whole_number
 
 if TYPE_CHECKING:
     import torch
@@ -70,9 +70,15 @@ class Segmentation:
 
     def __post_init__(self) -> None:
         labels = self.label_map
+        if not hasattr(labels, "shape") or not isinstance(self.vocabulary, Vocabulary):
+            raise LexisegError(
+                "A result is made of a label map, a tensor or an array, and a Vocabulary, not "
+                f"{kind(labels)} and {kind(self.vocabulary)}."
+            )
         array: Any = _as_array(labels)
         if array.ndim != 2 or array.dtype.kind not in "iub" or array.size == 0:
             raise LexisegError(f"A label map must be whole numbers of shape (H, W), not {tuple(labels.shape)}.")
+        fits = array.min() >= 0 and array.max() <= self.ignore_index  # others would become classes in fewer bits
         array = array.astype(np.uint8 if self.num_classes <= 255 else np.int32, copy=False)
         if not isinstance(labels, np.ndarray):
             import torch
@@ -85,7 +91,7 @@ class Segmentation:
                     f"The {what} are of size {tuple(other.shape[-2:])}, the label map of {tuple(labels.shape)}; "
                     "resize one of them."
                 )
-        if sum(self._counts[0]) + self.num_ignored != self._labels.size:
+        if not fits or sum(self._counts[0]) + self.num_ignored != self._labels.size:
             raise LexisegError(
                 f"The label map holds ids outside the {counted(self.num_classes, 'class')}; correct them or add "
                 "classes."

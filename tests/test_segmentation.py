@@ -65,8 +65,11 @@ def test_segments_have_the_shape_of_the_hugging_face_pipeline() -> None:
 
 
 def test_wrong_parts_are_refused() -> None:
-    with pytest.raises(LexisegError, match="outside the 3 classes"):
-        small(label_map=torch.full((2, 4), 7))
+    for label in (7, 256, -1, 2**32):  # the last three would be classes, or ignored, in fewer bits
+        with pytest.raises(LexisegError, match="outside the 3 classes"):
+            small(label_map=torch.full((2, 4), label))
+    with pytest.raises(LexisegError, match="a list and a Vocabulary"):
+        small(label_map=[[0, 1]])
     with pytest.raises(LexisegError, match="scores are of size"):
         small(scores=torch.zeros(3, 3))
     with pytest.raises(LexisegError, match="image are of size"):

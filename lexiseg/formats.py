@@ -158,7 +158,9 @@ def objects_of(result: Segmentation, instances: Collection[str] = ()) -> Iterato
     A region is not an object: things that touch are one region, and a thing that something covers in part may be two.
 
     ``instances``: names of classes to take apart. Yields the class's row of the table, and a mask: bool, shape (H, W).
+    Raises LexisegError if there is no class of such a name.
     """
+    instances = names_in(result, instances)
     for row in sorted(result.table(), key=lambda row: row.index):
         mask = np.asarray(result.mask(row.index))
         if row.name not in instances:
@@ -169,6 +171,18 @@ def objects_of(result: Segmentation, instances: Collection[str] = ()) -> Iterato
         regions, count = ndimage.label(mask, np.ones((3, 3)))
         for number in range(1, count + 1):
             yield row, regions == number
+
+
+def names_in(result: Segmentation, names: Collection[str]) -> Collection[str]:
+    """Names of a result's classes as a collection, also where one alone is given.
+
+    Raises LexisegError if there is no class of such a name.
+    """
+    names = (names,) if isinstance(names, str) else names
+    for name in names:
+        if name not in result.classes:
+            raise LexisegError(f"There is no class '{shorten(str(name))}' in this result; see its `classes`.")
+    return names
 
 
 def coco_annotations(result: Segmentation, instances: Collection[str] = ()) -> list[dict[str, Any]]:

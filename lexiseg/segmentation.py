@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, SupportsIndex
 
 import numpy as np
 from PIL import Image
@@ -164,19 +164,16 @@ class Segmentation:
                 rows.append(TableRow(entry.name, entry.seen, pixels[index] / total, score, index))
         return sorted(rows, key=lambda row: -row.fraction)
 
-    def mask(self, name_or_index: str | int) -> torch.Tensor:
+    def mask(self, name_or_index: str | SupportsIndex) -> torch.Tensor:
         """The pixels of one class: bool, shape (H, W). Raises LexisegError if there is no such class."""
         return self.label_map == self._index(name_or_index)
 
-    def _index(self, name_or_index: str | int) -> int:
-        index = name_or_index
-        if isinstance(index, str):
-            if index not in self.classes:
-                raise LexisegError(f"There is no class '{shorten(index)}' in this result; see its `classes`.")
-            index = self.classes.index(index)
-        if not isinstance(index, int) or isinstance(index, bool):
-            raise LexisegError(f"A class is given by its name or its number, not {describe(index)}.")
-        if not 0 <= index < self.num_classes:
+    def _index(self, name_or_index: str | SupportsIndex) -> int:
+        if isinstance(name_or_index, str):
+            formats.names_in(self, name_or_index)
+            return self.classes.index(name_or_index)
+        index = whole_number(name_or_index, "A class is given by its name or its number, which")
+        if index >= self.num_classes:
             raise LexisegError(f"There is no class {describe(index)}; the result has {self.num_classes}.")
         return index
 
@@ -258,9 +255,12 @@ class Segmentation:
     def polygons(self, tolerance: float = 1.0) -> dict[str, list[formats.Polygon]]:
         """The outlines of each class in the picture, by its name; see `lexiseg.formats.polygons_of`.
 
-        Raises LexisegError if OpenCV (the extra ``polygons``) is not installed, or the tolerance is not a number.
+        Raises LexisegError if OpenCV (the extra ``polygons``) is not installed, or the tolerance is not a number of at
+        least 0.
         """
         tolerance = finite(tolerance, "The tolerance of polygons")
+        if tolerance < 0:
+            raise LexisegError(f"The tolerance of polygons must be 0 or more pixels, not {tolerance}.")
         return {row.name: formats.polygons_of(mask, tolerance) for row, mask in formats.objects_of(self)}
 
     def to_coco(self, instances: Collection[str] = ()) -> dict[str, Any]:
@@ -345,19 +345,18 @@ class Segmentation:
             The path of each kind written; of ``masks`` their folder.
 
         Raises:
-            LexisegError: a kind is unknown, the stem is not a file name, the folder cannot be written, or a kind needs
-                a package that is not installed.
+            LexisegError: a kind or an instance's class is unknown, the stem is not a file name, the folder cannot be
+                written, or a kind needs a package that is not installed.
         """
         kinds = (kinds,) if isinstance(kinds, str) else kinds
         if not isinstance(kinds, Collection) or not isinstance(stem, str):
             raise LexisegError("save takes a folder, the beginning of a file name, and a list of kinds.")
-        for kind in kinds:
-            if kind not in formats.SAVE_FORMATS:
+        for name in kinds:
+            if name not in formats.SAVE_FORMATS:
                 raise LexisegError(
-                    f"Unknown output '{shorten(str(kind))}'; known are {', '.join(formats.SAVE_FORMATS)}."
+                    f"Unknown output '{shorten(str(name))}'; known are {', '.join(formats.SAVE_FORMATS)}."
                 )
-        for name in instances:
-            self._index(name)
+        instances = formats.names_in(self, instances)
         if not stem or stem in (".", "..") or Path(stem).name != stem or "\0" in stem:
             raise LexisegError(f"'{shorten(stem)}' cannot begin a file name; give a name without folders.")
         folder = make_folder(folder)
@@ -374,7 +373,7 @@ class Segmentation:
             "cvat": lambda: write_text(folder / f"{stem}_cvat.xml", formats.to_cvat(self, instances)),
             "masks": lambda: self._save_masks(folder / f"{stem}_masks"),
         }
-        return {kind: write() for kind, write in writers.items() if kind in kinds}
+        return {name: write() for name, write in writers.items() if name in kinds}
 
     def _save_yolo(self, folder: Path, stem: str, instances: Collection[str]) -> Path:
         names, text = make_folder(folder) / "classes.txt", "".join(f"{name}\n" for name in self.classes)

@@ -96,6 +96,8 @@ def test_coco_loads_the_data_set_and_its_annotations(tmp_path: Path, instances: 
     assert np.array_equal(labels, result().label_map)
     detections = truth.loadRes(dataset["annotations"])
     assert len(detections.anns) == 2 * count
+    with pytest.raises(LexisegError, match="no class 'girafe'"):
+        formats.to_coco([result()], ["girafe"])
     back = Segmentation.from_coco(dataset, image_id=2)
     assert torch.equal(back.label_map, result().label_map) and back.classes == NAMES
 

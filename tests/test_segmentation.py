@@ -37,8 +37,9 @@ def test_facts() -> None:
     assert result.size == (2, 4) and result.ignore_index == 255 and result.num_ignored == 1
     assert result.mask("sky").tolist() == (LABELS == 2).tolist()
     assert result.mask(1).sum() == 0
-    for wrong in ("dog", 3, -1):
-        with pytest.raises(LexisegError, match="no class"):
+    assert result.mask(np.uint8(2)).sum() == 3  # as np.unique(label_map) gives it
+    for wrong, said in (("dog", "no class"), (3, "no class"), (-1, "at least 0")):
+        with pytest.raises(LexisegError, match=said):
             result.mask(wrong)
 
 

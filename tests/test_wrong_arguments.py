@@ -76,7 +76,7 @@ def test_results(result: Any, tmp_path: Any) -> None:
     assert_refused(
         {f"mask {one!r}": lambda one=one: result.mask(one) for one in (1.5, None, -1, 10**30, "zebra")}
         | {f"alpha {one!r}": lambda one=one: result.overlay(alpha=one) for one in (*NOT_NUMBERS, 2)}
-        | {f"tolerance {one!r}": lambda one=one: result.polygons(one) for one in NOT_NUMBERS}
+        | {f"tolerance {one!r}": lambda one=one: result.polygons(one) for one in (*NOT_NUMBERS, -1)}
         | {
             "kinds": lambda: result.save(tmp_path, "a", 3), "kind": lambda: result.save(tmp_path, "a", ("zip",)),
             "stem": lambda: result.save(tmp_path, 3), "above": lambda: result.save(tmp_path, "../a"),

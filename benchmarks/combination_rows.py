@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lexiseg.clip.tower import unit
 from lexiseg.data.picture_world import PictureWorld
 from lexiseg.models import CascadeCLIP, DenseCLIP, SecondLook, ZegCLIP
 from lexiseg.models.base import ImageFeatures
@@ -99,7 +98,7 @@ class Scene:
         """The cosines of the frozen CLIP's class token and the words (1, C, 1, 1)."""
         tower = self.parts.zegclip.clip.image_tower
         tokens, grid = tower.embed(self.pixels)
-        token = unit(tower.project(tower.run(tokens, grid).tokens[:, :1]))
+        token = F.normalize(tower.project(tower.run(tokens, grid).tokens[:, :1]), dim=-1)
         return (token @ self.parts.text.T).transpose(1, 2)[..., None]
 
 
@@ -165,8 +164,8 @@ def attended(scene: Scene) -> Scores:
     best = first.argmax(dim=1)
     found = best.unique()
     masks = (best[:, None] == found[:, None, None]).float()
-    regions = unit(region_embeddings(scene.parts.zegclip.clip.visual, scene.pixels, masks, start_block=6))
-    return as_scores(first + 3.0 * torch.einsum("bnhw,bnc->bchw", masks, regions @ text.T))
+    regions = region_embeddings(scene.parts.zegclip.clip.visual, scene.pixels, masks, start_block=6)
+    return as_scores(first + 3.0 * torch.einsum("bnhw,bnc->bchw", masks, F.normalize(regions, dim=-1) @ text.T))
 
 
 def voted(scene: Scene) -> Scores:

@@ -14,7 +14,8 @@ import pytest
 
 from lexiseg.models import SYSTEMS
 
-PACKAGE = Path(__file__).parents[1] / "lexiseg"
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "lexiseg"
 
 # A part may import from the parts named here and from itself. `weights` sits above `models`: it builds them from files.
 WORDS = {"errors", "label_ids", "files", "words", "colors", "background", "class_forms", "class_list", "vocabulary"}
@@ -196,6 +197,14 @@ def test_tests_mirror_the_package() -> None:
     parts = {path.parent.relative_to(PACKAGE) for path in SOURCES if path.name != "__init__.py"}
     mirrored = {path.parent.relative_to(TESTS) for path in TESTS.rglob("test_*.py")}
     assert {part for part in mirrored if not OUTSIDE & set(part.parts)} == parts
+
+
+@pytest.mark.parametrize("folder", ["benchmarks", "scripts"])
+def test_what_scripts_import_is_there(folder: str) -> None:
+    for path in sorted(ROOT.glob(f"{folder}/**/*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and str(node.module).startswith("lexiseg"):
+                exec(compile(ast.Module([node], []), str(path), "exec"), {})
 
 
 def test_tests_name_nothing_private_of_the_package() -> None:

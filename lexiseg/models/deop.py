@@ -21,7 +21,7 @@ from lexiseg.clip.model import CLIP
 from lexiseg.clip.positions import resize_positions
 from lexiseg.clip.prompt_learner import PromptLearner
 from lexiseg.clip.templates import SCULPTURE
-from lexiseg.clip.tower import Attention, BeforeBlock, block_attention, token_values
+from lexiseg.clip.tower import BeforeBlock, block_attention, token_values
 from lexiseg.errors import LexisegError
 from lexiseg.losses.proposals import ProposalWeights
 from lexiseg.losses.regions import region_map_losses
@@ -249,18 +249,15 @@ class DeOP(DecoupledModel):
         images = padded if options.clip_images == "shared" else self.clip_frame(padded, size)
         added, hook = (None, None) if self.tables is None else self.tables(grid)
         plain = self.tables is None and options.released_residual and RELEASED_RESIDUAL.keys() <= self.severed.keys()
+        residual = RELEASED_RESIDUAL if plain else {}
         images = whole_patches(images, tower.patch_size)
         tokens, _ = tower.embed(images, interpolation="bicubic", by_count=True, added=added)
-        severed: dict[int, Attention] = {
-            block: partial(patch_severance, alpha=alpha) for block, alpha in self.severed.items()
-        }
+        severed = {block: partial(patch_severance, alpha=alpha) for block, alpha in self.severed.items()}
         if options.severance != "gps":
             # Masks that sever are resized before the sigmoid, those that are pooled under after it.
             masks = resize_masks(mask_logits, grid).sigmoid()
             severed = dict.fromkeys(severed, partial(mask_severance, masks=masks, kind=options.severance))
-        result = tower.run(
-            tokens, grid, before_block=hook, attention=severed, residual=RELEASED_RESIDUAL if plain else {}
-        )
+        result = tower.run(tokens, grid, before_block=hook, attention=severed, residual=residual)
         return tower.project(result.tokens[:, -result.num_patches :]).unflatten(1, grid)
 
     def heatmaps(self, features: Tensor, mask_logits: Tensor) -> Tensor:
@@ -291,10 +288,8 @@ class DeOP(DecoupledModel):
         takes its part of the softmax and no more: every pixel gets a class.
         """
         options, features = self.options, self.proposed(features, text)
-        if options.class_scores == "softmax":
-            scores = self.class_scores(features, text)
-        else:
-            scores = self.class_logits(features.values["regions"], text)[..., :-1]
+        logits = self.class_logits(features.values["regions"], text)
+        scores = (logits.softmax(dim=-1) if options.class_scores == "softmax" else logits)[..., :-1]
         if options.masks in ("patches", "patches-twice"):
             grid = self.grid(features.values["images"])
             masks = resize_masks(features.values["mask_logits"].float().sigmoid(), grid)

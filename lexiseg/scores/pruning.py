@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lexiseg.scores.fields import Field
-from lexiseg.scores.indexing import spread
+from lexiseg.scores.indexing import every, spread
 
 LONGEST_TILE = 32
 LEAF = 4
@@ -139,7 +139,7 @@ def _settle(field: Field, candidates: _Candidates, writer: Writer) -> None:
     for start in range(0, len(candidates.words), step):
         part = slice(start, start + step)
         words = candidates.words[part]
-        y, x = _places(candidates.rows[:, part], height), _places(candidates.columns[:, part], width)
+        y, x = every(candidates.rows[:, part]), every(candidates.columns[:, part])
         tiles = torch.arange(len(words), device=field.device)
         scores = None if writer.scores is None else field.points(words, tiles, y, x)
         writer.places(y, x, words[None, None], scores)
@@ -148,8 +148,7 @@ def _settle(field: Field, candidates: _Candidates, writer: Writer) -> None:
 def _compare(field: Field, candidates: _Candidates, writer: Writer) -> None:
     """Compare the candidates of each small tile pixel by pixel: a knock-out in which a tie goes to the first."""
     tiles, num_tiles = candidates.tiles, candidates.rows.shape[1]
-    height, width = _longest(candidates.rows), _longest(candidates.columns)
-    y, x = _places(candidates.rows, height), _places(candidates.columns, width)
+    y, x = every(candidates.rows), every(candidates.columns)
     values = field.points(candidates.words, tiles, y, x).flatten(0, 1)
     winner = candidates.words.expand(values.shape)
     counts = tiles.bincount()
@@ -163,7 +162,7 @@ def _compare(field: Field, candidates: _Candidates, writer: Writer) -> None:
         winner = torch.where(beaten, winner, own_winner)
         values = torch.where(beaten, values, own_values)
         tiles, rank = tiles.index_select(0, stays), rank.index_select(0, stays) // 2
-    writer.places(y, x, winner.view(height, width, -1), values)
+    writer.places(y, x, winner.view(len(y), len(x), -1), values)
 
 
 def margin_of(field: Field) -> float:
@@ -195,11 +194,6 @@ def _halves(ranges: Tensor) -> Tensor:
     first, last = ranges
     half = (last - first) // 2
     return torch.stack((first, first + half, last - half, last)).view(2, 2, -1)
-
-
-def _places(ranges: Tensor, length: int) -> Tensor:
-    """(length, T) indices of inclusive ranges (2, T); shorter ones repeat their last."""
-    return torch.minimum(ranges[:1] + torch.arange(length, device=ranges.device)[:, None], ranges[1:])
 
 
 def _longest(ranges: Tensor) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lexiseg.errors import LexisegError
 
@@ -10,6 +10,7 @@ Box = tuple[int, int, int, int]
 """Top, left, height, width in pixels."""
 
 MIN_SIDE = 2
+LONGEST_SIDE = 65536
 MAX_ASPECT = 64
 _ENLARGED_ASPECT = 4
 _MAX_WINDOWS = 10_000
@@ -33,6 +34,23 @@ class WindowPolicy:
     # the whole picture, stretched to one window, is run as well, and a score is the mean of it and of what the windows
     # say
     whole: bool = False
+
+
+def check_policy(window: WindowPolicy) -> WindowPolicy:
+    """A policy as somebody wrote it, with a stride where it has a window.
+
+    Raises ValueError if no picture can be run so; what reads the file makes a sentence of it.
+    """
+    sides = (window.size, window.short_side, window.long_side, *(window.canvas or ()))
+    if not all(side is None or 1 <= side <= LONGEST_SIDE for side in sides):
+        raise ValueError(f"sides must be from 1 to {LONGEST_SIDE} pixels")
+    if window.long_side is not None and window.short_side is None:
+        raise ValueError("'long_side' limits the resize to 'short_side', which is missing; name it")
+    if window.size is not None and not 0 <= window.stride <= window.size:
+        raise ValueError(
+            f"a stride of {window.stride} leaves gaps between windows of {window.size}; use 1 to {window.size}"
+        )
+    return replace(window, stride=window.stride or window.size or 0)
 
 
 def working_size(height: int, width: int, short_side: int | None, long_side: int | None = None) -> tuple[int, int]:

@@ -12,14 +12,13 @@ from lexiseg.checking import check
 from lexiseg.errors import LexisegError
 from lexiseg.files import read_json
 from lexiseg.strict import StrictModel
-from lexiseg.windows import WindowPolicy
+from lexiseg.windows import LONGEST_SIDE, WindowPolicy, check_policy
 from lexiseg.words import describe
 
 FILE = "export.json"
 FORMAT = 1
 
-_LONGEST = 65536
-Side = Annotated[int, Field(ge=1, le=_LONGEST)]
+Side = Annotated[int, Field(ge=1, le=LONGEST_SIDE)]
 Size = tuple[Side, Side]
 Deviation = Annotated[float, Field(gt=0)]
 FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,100}$")]
@@ -54,21 +53,12 @@ class Decode(StrictModel):
     seen_offset: float = 0.0  # taken off the score of words that had masks in training
 
 
-def _check_window(window: WindowPolicy) -> WindowPolicy:
-    sides = (window.size, window.short_side, window.long_side, *(window.canvas or ()))
-    if not all(side is None or 1 <= side <= _LONGEST for side in sides):
-        raise ValueError(f"sides are from 1 to {_LONGEST} pixels")
-    if window.size is not None and not 1 <= window.stride <= window.size:
-        raise ValueError(f"a stride of {window.stride} cannot cover a picture with windows of {window.size}")
-    return window
-
-
 class Text(StrictModel):
     """The text tower, its tokenizer, and how words go through them."""
 
     graph: FileName
     tokenizer: FileName
-    context_length: Annotated[int, Field(ge=3, le=65536)]
+    context_length: Annotated[int, Field(ge=3, le=LONGEST_SIDE)]
     templates: Annotated[tuple[str, ...], Field(min_length=1)]
     separate_templates: bool = False  # one vector per template, not their mean
     first_of_name: bool = False  # of a name with ", " in it only what stands before it
@@ -93,7 +83,7 @@ class ExportSpec(StrictModel):
     graphs: Annotated[tuple[FileName, ...], Field(min_length=1)]  # one a size, or one for all
     sizes: tuple[Size, ...] = ()  # of the graphs; empty: any
     fit: Fit
-    window: Annotated[WindowPolicy, AfterValidator(_check_window)]  # how the model is run over a picture by default
+    window: Annotated[WindowPolicy, AfterValidator(check_policy)]  # how the model is run over a picture by default
     decode: Decode
     text: Text
     seen_names: tuple[str, ...] = ()

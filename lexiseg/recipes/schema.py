@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import difflib
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
@@ -15,7 +14,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from lexiseg.clip.templates import TEMPLATE_SETS
 from lexiseg.recipes.data import Data, PictureWorldData
 from lexiseg.strict import StrictModel
-from lexiseg.windows import WindowPolicy
+from lexiseg.windows import WindowPolicy, check_policy
 
 HELD_OUT_SEED = 900_001
 """First integer of the seeds of the scenes on which zero-shot accuracy is measured."""
@@ -262,19 +261,6 @@ def _require_steps(train: TrainSettings) -> None:
         raise ValueError("'train.steps' is 0, which only a recipe of the kind 'segmentation' can have")
 
 
-def _window(window: WindowPolicy) -> WindowPolicy:
-    for key in ("size", "short_side", "long_side"):
-        if getattr(window, key) is not None and getattr(window, key) < 1:
-            raise ValueError(f"'{key}' must be at least 1")
-    if window.long_side is not None and window.short_side is None:
-        raise ValueError("'long_side' limits the resize to 'short_side', which is missing; name it")
-    if window.size is not None and not 0 <= window.stride <= window.size:
-        raise ValueError(
-            f"a stride of {window.stride} leaves gaps between windows of {window.size}; use 1 to {window.size}"
-        )
-    return replace(window, stride=window.stride or window.size or 0)
-
-
 class EvaluationRecipe(StrictModel):
     """An evaluation without a training, such as that of a model on another dataset than its own."""
 
@@ -284,7 +270,7 @@ class EvaluationRecipe(StrictModel):
     templates: Annotated[str | list[str] | None, BeforeValidator(_known_set)] = None
     data: Data  # what it is judged on: the validation part
     # how the model is run over a picture; None takes the model's own way
-    window: Annotated[WindowPolicy, AfterValidator(_window)] | None = None
+    window: Annotated[WindowPolicy, AfterValidator(check_policy)] | None = None
     # which classes lose the score that a model takes off those it had masks of: "data" those the data flags as seen,
     # "all" every class alike, "none" no class. On another dataset the one-stage papers' code takes it off all, which
     # changes no label map; but an ensemble must count no class as seen there, so take "none".

@@ -149,7 +149,7 @@ def test_the_window_of_an_evaluation():
     for wrong, words in (
         ({"long_side": 640}, "'long_side' limits the resize"),
         ({"size": 8, "stride": 9}, "a stride of 9 leaves gaps"),
-        ({"size": 0}, "'size' must be at least 1"),
+        ({"size": 0}, "sides must be from 1 to 65536 pixels"),
         ({"sise": 8}, "unknown key 'window.sise'; did you mean 'size'"),
     ):
         with pytest.raises(LexisegError, match=words):

@@ -95,6 +95,16 @@ class TrainSettings(StrictModel):
         return self
 
 
+def _with_steps(train: TrainSettings) -> TrainSettings:
+    if not train.steps:
+        raise ValueError("'train.steps' is 0, which only a recipe of the kind 'segmentation' can have")
+    return train
+
+
+Training: TypeAlias = Annotated[TrainSettings, AfterValidator(_with_steps)]
+"""Settings of a training that there is."""
+
+
 class ModelRecipe(StrictModel):
     """What is built."""
 
@@ -211,12 +221,7 @@ class PromptRecipe(StrictModel):
     setting: Literal["inductive", "supervised"] = "inductive"
     model: PromptSettings  # the prompts
     data: Data  # whose masks are cropped; its augmentation is not used
-    train: TrainSettings  # the numbers of the loop
-
-    @model_validator(mode="after")
-    def _check(self) -> PromptRecipe:
-        _require_steps(self.train)
-        return self
+    train: Training  # the numbers of the loop
 
 
 class SceneSettings(StrictModel):
@@ -256,11 +261,6 @@ class ContrastiveSettings(StrictModel):
     coverage: float = Field(default=0.04, gt=0, le=1)  # fraction of the patches from which on a phrase counts as found
 
 
-def _require_steps(train: TrainSettings) -> None:
-    if not train.steps:
-        raise ValueError("'train.steps' is 0, which only a recipe of the kind 'segmentation' can have")
-
-
 class EvaluationRecipe(StrictModel):
     """An evaluation without a training, such as that of a model on another dataset than its own."""
 
@@ -283,12 +283,7 @@ class ContrastiveRecipe(StrictModel):
     kind: Literal["contrastive"]  # names this kind of recipe
     description: str = ""  # one line for people
     model: ContrastiveSettings  # the towers, the scenes and the weights of the loss
-    train: TrainSettings  # the numbers of the loop
-
-    @model_validator(mode="after")
-    def _check(self) -> ContrastiveRecipe:
-        _require_steps(self.train)
-        return self
+    train: Training  # the numbers of the loop
 
 
 Recipe: TypeAlias = SegmentationRecipe | PromptRecipe | ContrastiveRecipe | EvaluationRecipe

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import base64
 import io
-from typing import Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 from PIL import Image
 
 from lexiseg.app.queue import Answer
+
+if TYPE_CHECKING:
+    from lexiseg.scores.base import Scores
+    from lexiseg.segmentation import Segmentation
 
 Output: TypeAlias = Literal["rle", "png", "polygons", "geojson", "scores"]
 OUTPUTS: tuple[Output, ...] = ("rle", "png", "polygons", "geojson", "scores")
@@ -41,7 +45,7 @@ def describe_result(answer: Answer, model: str, output: Output) -> dict[str, Any
             "seen": row.seen,
             "fraction": row.fraction,
             "score": row.score,
-            "color": [int(part) for part in palette[row.index]],
+            "color": palette[row.index].tolist(),
         }
         for row in result.table()
     ]
@@ -72,18 +76,15 @@ def describe_result(answer: Answer, model: str, output: Output) -> dict[str, Any
 
         found["geojson"] = to_geojson(result)
     elif answer.scores is not None:
-        found["scores"] = _score_maps(answer, (height, width))
+        found["scores"] = _score_maps(answer.scores, result)
     return found
 
 
-def _score_maps(answer: Answer, size: tuple[int, int]) -> dict[str, Any]:
-    scores, names = answer.scores, answer.result.classes
-    if scores is None:
-        return {}
-    factor = min(1.0, SCORE_SIDE / max(size))
-    small = (max(1, round(size[0] * factor)), max(1, round(size[1] * factor)))
-    values = scores.dense(small)[0].float().cpu().numpy()
+def _score_maps(scores: Scores, result: Segmentation) -> dict[str, Any]:
+    factor = min(1.0, SCORE_SIDE / max(result.size))
+    height, width = (max(1, round(side * factor)) for side in result.size)
+    values = scores.dense((height, width))[0].cpu().numpy()
     low, high = float(values.min()), float(values.max())
     grey = np.round((values - low) / max(high - low, 1e-12) * 255).astype(np.uint8)
-    maps = {name: encode_png(Image.fromarray(values)) for name, values in zip(names, grey, strict=False)}
+    maps = {name: encode_png(Image.fromarray(values)) for name, values in zip(result.classes, grey, strict=False)}
     return {"low": low, "high": high, "maps": maps}

@@ -58,30 +58,22 @@ class Background:
         if isinstance(source, bool):
             raise LexisegError("A background is 'none', a class name or a threshold, not true or false.")
         if isinstance(source, int | float):
-            return cls("threshold", threshold=finite(source, "The background threshold"))
+            return cls("threshold", threshold=source)
         if isinstance(source, str):
             if source.strip().casefold() in ("none", "null", "~", ""):
                 return cls()
             try:
-                float(source)
+                return cls("threshold", threshold=float(source))
             except ValueError:
                 return cls("class", name=source)
-            return cls("threshold", threshold=finite(source, "The background threshold"))
         if isinstance(source, Mapping):
             refuse_unknown(source, ("kind", "name", "threshold"), "a background")
             name, threshold = null(source.get("name")), null(source.get("threshold"))
             guess = "class" if name is not None else "threshold" if threshold is not None else "none"
             kind = null(source.get("kind")) or guess
-            return cls(
-                cast("Any", kind), name, None if threshold is None else finite(threshold, "The background threshold")
-            )
+            return cls(cast("Any", kind), name, threshold)
         raise LexisegError(f"A background is 'none', a class name or a threshold, not {describe(source)}.")
 
     def to_dict(self) -> dict[str, Any]:
         """A mapping that JSON can hold; what is not set is left out."""
-        value: dict[str, Any] = {"kind": self.kind}
-        if self.name is not None:
-            value["name"] = self.name
-        if self.threshold is not None:
-            value["threshold"] = self.threshold
-        return value
+        return {key: value for key, value in vars(self).items() if value is not None}

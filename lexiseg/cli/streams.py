@@ -48,16 +48,8 @@ def predict_video(
 
     pixels, total = _count(labels(), vocabulary, count_frames(source, options))
     files = {kind: path for kind, path in video_files(source, output).items() if kind != "overlay" or options.overlay}
-    about = {"video": source, "frames": len(reused)}
-    _say(
-        about,
-        f"{source}, {counted(len(reused), 'frame')}",
-        "of all pixels",
-        pixels / max(1, total),
-        vocabulary,
-        files,
-        json,
-    )
+    about, title = {"video": source, "frames": len(reused)}, f"{source}, {counted(len(reused), 'frame')}"
+    _say(about, title, "of all pixels", pixels / max(1, total), vocabulary, files, json)
     if any(reused) and not json:
         say_note(f"{counted(sum(reused), 'frame')} labelled by an earlier run")
 

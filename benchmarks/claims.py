@@ -5,10 +5,10 @@
     python -m benchmarks.claims --runs runs/claims --seeds 0 1 2 3 4  # all, for days on two cores; may be stopped
     python -m benchmarks.claims --runs runs/claims --collect        # docs/results/claims.json and docs/claims.md
 
-Claims are data (``claims.yaml``), systems are variants of two recipes. A run is trained once, whatever number of claims
-it takes part in, and what others start from (shapes, proposals, half of a training) is shared. Of every judged scene
-the counts of each class are kept, so that an interval can be taken over seeds and scenes at once: both are drawn anew,
-in pairs, 2,000 times.
+Claims are data (``claims.yaml``), systems are variants of a few recipes. A run is trained once, whatever number of
+claims it takes part in, and what others start from (shapes, proposals, half of a training) is shared. Of every judged
+scene the counts of each class are kept, so that an interval can be taken over seeds and scenes at once: both are drawn
+anew, in pairs, 2,000 times.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ class Study:
     def recipe(self, system: str, seed: int) -> SegmentationRecipe:
         """The recipe of a system in this study, or any other recipe by its name."""
         family, _, variant = system.partition(":")
-        name = f"{family}-picture-world:{variant}" if family in ("one-stage", "decoupled") else system
+        name = f"{family}-picture-world:{variant}" if family in ("one-stage", "decoupled", "training-free") else system
         recipe = load_recipe(name, {"model.clip": self.clip}, seed=seed)
         if not isinstance(recipe, SegmentationRecipe):
             raise LexisegError(f"The recipe '{name}' trains no segmentation system.")

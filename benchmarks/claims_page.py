@@ -23,12 +23,13 @@ CURVES = tuple(
 HEAD = """\
 # The papers' claims
 
-Made by `benchmarks/claims.py`; do not edit by hand. Each row trains two systems with the same seeds, on the recipes
-`one-stage-picture-world` and `decoupled-picture-world`, which start and train as the papers do, and evaluates them on
-the same scenes of a synthetic world: it shows whether an effect appears here, and says nothing about photographs. The
-intervals are 95 % intervals from 2,000 paired bootstrap samples of seeds and scenes. A claim about something that is
-trained is decided only with two seeds and the recipes' full steps; one that trains nothing has no seeds, and its
-interval covers the scenes alone. Rows are in `results/claims.json`, those of the proposals in `results/proposals.json`.
+Made by `benchmarks/claims.py`; do not edit by hand. Each row trains two systems with the same seeds, most of them on
+the recipes `one-stage-picture-world` and `decoupled-picture-world`, which start and train as the papers do, and
+evaluates them on the same scenes of a synthetic world: it shows whether an effect appears here, and says nothing about
+photographs. The intervals are 95 % intervals from 2,000 paired bootstrap samples of seeds and scenes. A claim about
+something that is trained is decided only with two seeds and the recipes' full steps; one that trains nothing has no
+seeds, and its interval covers the scenes alone. Rows are in `results/claims.json`, those of the proposals in
+`results/proposals.json`.
 
 ```bash
 python -m benchmarks.claims --list
@@ -41,10 +42,11 @@ systems are trained on 6,000 pictures of 165 classes, far too few to converge, s
 which of two systems learns more from so little data**; if both have almost no seen IoU, it does not show what a
 converged training forgets. The scenes of a row are evenly spaced over its split.
 
-A row is "undecided" if its interval contains zero or it has too few seeds. Claims about the
-[training-free methods](results/training-free.md) and
-[CAT-Seg](picture-world.md#the-papers-claims-in-miniature) are not tested here. The earlier measurements
-[on the first world](picture-world.md#the-papers-claims-in-miniature) are withdrawn.
+A row is "undecided" if its interval contains zero or it has too few seeds. The training-free methods run whole pictures
+of 256 pixels, twice the side that the CLIP was trained at, with one template, without refinement and thresholds; their
+papers' claims are about all classes, hence mIoU. CAT-Seg has a recipe of its own, `cat-seg-picture-world`, with 4,000
+crops of 64 pixels. The earlier measurements [on the first world](picture-world.md#the-papers-claims-in-miniature) are
+withdrawn.
 """
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lexiseg.clip.model import CLIP
-from lexiseg.clip.patch_tower import PatchTower
+from lexiseg.clip.patch_tower import Grid, PatchTower
 from lexiseg.clip.positions import Interpolation
 from lexiseg.clip.templates import IMAGENET_80
 from lexiseg.errors import LexisegError
@@ -44,8 +44,6 @@ from lexiseg.windows import WindowPolicy
 
 Method = Literal["maskclip", "clip", "sclip", "clearclip", "naclip", "resclip", "proxyclip", "gem"]
 Weights = tuple[float, float]
-Grid = tuple[int, int]
-
 
 # ResCLIP's first pass refines words that are among the best somewhere, and of the others at most so many.
 _FEEDBACK_WORDS = 32
@@ -261,10 +259,9 @@ class DenseCLIP(SegmentationModel):
             for index, (query, key) in kept.items():
                 values |= {f"query_{index}": query, f"key_{index}": key}
             return ImageFeatures(size, values)
-        feedback = Feedback(list(kept.values()), options.middle_weights)
         if options.mixing == "proxy":
             return ImageFeatures(size, {"patches": self._by_proxy(tokens, grid, fitted)})
-        said = self.last_blocks(tokens, grid, feedback)
+        said = self.last_blocks(tokens, grid, Feedback(list(kept.values()), options.middle_weights))
         return ImageFeatures(size, {"patches": self.unit_patches(said, grid)})
 
     def last_blocks(self, tokens: Tensor, grid: Grid, feedback: Feedback | None = None) -> Tensor:

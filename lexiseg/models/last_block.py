@@ -17,9 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lexiseg.clip.patch_tower import Block, QueriesKeys
+from lexiseg.clip.patch_tower import Block, Grid, QueriesKeys
 
-Grid = tuple[int, int]
 Mixing = Literal["qk", "value", "qq", "kk", "qq+kk", "kk+neighbours", "neighbours"]
 
 _PAIRS = {"qk": (("q", "k"),), "qq": (("q", "q"),), "kk": (("k", "k"),), "qq+kk": (("q", "q"), ("k", "k"))}

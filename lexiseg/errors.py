@@ -31,7 +31,7 @@ class LexisegWarning(UserWarning):
 
 
 class DataSetError(LexisegError):
-    """What keeps a whole split from being listed: a folder, a class list, or a file of annotations.
+    """What keeps a whole split from being listed (a folder, a class list, a file of annotations), or a label's form.
 
     ``kind``: of the finding it amounts to; see :class:`lexiseg.data.sets.dataset.Finding`.
     """

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from lexiseg.data.sets.archive import Place, readable
-from lexiseg.errors import LexisegError
+from lexiseg.errors import DataSetError, LexisegError
 
 MAX_PIXELS = 200_000_000
 """Labels of more pixels are refused before one is decoded."""
@@ -50,7 +50,8 @@ class LabelKind(Enum):
 def read_values(path: Place, kind: LabelKind) -> NDArray[np.int64]:
     """The numbers of a label file as they stand in it: ``(H, W)`` int64.
 
-    Raises LexisegError if the file is missing, damaged or of another kind than ``kind``; one sentence says which.
+    Raises LexisegError if the file is missing, damaged or of another kind than ``kind``, which is a DataSetError; one
+    sentence says which.
     """
     try:
         if kind in (LabelKind.context_mat, LabelKind.sbd_mat):
@@ -77,9 +78,10 @@ def _picture(picture: Image.Image, path: Place, kind: LabelKind) -> NDArray[np.i
     mode = picture.mode
     if kind in (LabelKind.ade_full, LabelKind.color):
         if mode not in ("RGB", "RGBA"):
-            raise LexisegError(
+            raise DataSetError(
                 f"The label '{path}' holds single numbers (mode {mode}), but classes are told by colours here; save it "
-                "as an RGB PNG."
+                "as an RGB PNG.",
+                "index-label",
             )
         pixels = np.asarray(picture)[..., :3].astype(np.int64)
         red, green, blue = pixels[..., 0], pixels[..., 1], pixels[..., 2]
@@ -89,19 +91,20 @@ def _picture(picture: Image.Image, path: Place, kind: LabelKind) -> NDArray[np.i
         if all(np.array_equal(bands[..., 0], bands[..., band]) for band in range(1, bands.shape[-1] - (mode != "RGB"))):
             return bands[..., 0].astype(np.int64)
     if mode in ("RGB", "RGBA", "LA", "CMYK", "YCbCr"):
-        raise LexisegError(
+        raise DataSetError(
             f"The label '{path}' holds colours (mode {mode}) instead of class ids; save it as an 8-bit palette or grey "
-            "PNG."
+            "PNG.",
+            "color-label",
         )
     if kind is LabelKind.index and mode not in ("P", "L", "1"):
-        raise LexisegError(
+        raise DataSetError(
             f"The label '{path}' is a 16-bit picture (mode {mode}), but this dataset's ids fit 8 bits; save it as an "
-            "8-bit palette or grey PNG."
+            "8-bit palette or grey PNG.",
+            "wide-label",
         )
     if mode.startswith("F"):
-        raise LexisegError(
-            f"The label '{path}' holds fractions (mode {mode}) instead of class ids; save whole numbers."
-        )
+        problem = f"The label '{path}' holds fractions (mode {mode}) instead of class ids; save whole numbers."
+        raise DataSetError(problem, "wide-label")
     # Not convert("L"): that would turn palette indices into the brightness of their colours.
     return np.array(picture).astype(np.int64)
 

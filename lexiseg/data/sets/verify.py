@@ -14,9 +14,8 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
-from lexiseg.data.sets.archive import Member, Place, readable
+from lexiseg.data.sets.archive import Member, Place
 from lexiseg.data.sets.catalog import NAMES, data_set
 from lexiseg.data.sets.dataset import Finding, Item, SplitFiles, misfit, nothing_labelled, unknown_value, value_name
 from lexiseg.data.sets.labels import UNKNOWN, LabelKind, png_fault
@@ -292,7 +291,7 @@ def _read(item: Item, part: Literal["picture", "label"], findings: list[Finding]
         values: NDArray[Any] = item.pixels() if part == "picture" else item.values()
     except (OSError, LexisegError) as error:
         said = unreadable(Path(str(place)), error) if isinstance(error, OSError) else error
-        kind = "damaged-picture" if part == "picture" else _label_fault(item)
+        kind = error.kind if isinstance(error, DataSetError) else f"damaged-{part}"
         findings.append(_finding(item, kind, str(said), place))
         return None
     fault = None if drawn else png_fault(place)
@@ -300,23 +299,6 @@ def _read(item: Item, part: Literal["picture", "label"], findings: list[Finding]
         problem = f"The {part} '{place}' is damaged: {fault}; copy it again."
         findings.append(_finding(item, f"damaged-{part}", problem, place))
     return None if fault is not None and part == "label" else values
-
-
-def _label_fault(item: Item) -> str:
-    """The kind of fault of a label that cannot be read as what it should be."""
-    if item.kind in (LabelKind.context_mat, LabelKind.sbd_mat) or item.draw is not None:
-        return "damaged-label"
-    try:
-        with Image.open(readable(item.label)) as picture:
-            picture.load()
-            mode = picture.mode
-    except Exception:  # decoders of hostile bytes raise nearly anything
-        return "damaged-label"
-    if mode in ("RGB", "RGBA", "LA", "CMYK", "YCbCr"):
-        return "color-label"
-    if mode.startswith(("I", "F")):
-        return "wide-label"
-    return "index-label" if item.kind in (LabelKind.color, LabelKind.ade_full) else "damaged-label"
 
 
 def _finding(item: Item, kind: str, problem: str, path: Place) -> Finding:

@@ -41,9 +41,12 @@ class Field(ABC):
     def limits(self) -> tuple[float, float]:
         """A bound on the magnitude of every value, and one on how far rounding moves it from its exact value."""
 
-    @abstractmethod
     def cells(self, axis: int) -> Tensor:
-        """(height,) or (width,) int64, non-decreasing: places of one number lie between the same grid points."""
+        """(height,) or (width,) int64, non-decreasing: places of one number lie between the same grid points.
+
+        Where nothing is known between two places of the field's own raster, each is a cell.
+        """
+        return torch.arange(self.width if axis else self.height, device=self.device)
 
     @abstractmethod
     def block(self, words: Words, top: int, bottom: int, left: int, right: int) -> Tensor:
@@ -98,9 +101,6 @@ class Source(Field):
     def limits(self) -> tuple[float, float]:
         return self.magnitude, 0.0
 
-    def cells(self, axis: int) -> Tensor:
-        return torch.arange(self.width if axis else self.height, device=self.device)
-
     def block(self, words: Words, top: int, bottom: int, left: int, right: int) -> Tensor:
         view = self.values[:, top - self.top : bottom - self.top, left - self.left : right - self.left]
         return (view[words] if isinstance(words, slice) else view.index_select(0, words)).float()
@@ -145,10 +145,6 @@ class Mixture(Field):
         magnitude, error = self.masks.limits()
         num_regions, weight = len(self.class_scores), self.weight
         return weight * magnitude, weight * (error + (num_regions + 2) * UNIT_ROUNDOFF * magnitude)
-
-    def cells(self, axis: int) -> Tensor:
-        # Between two places of its own raster nothing is known: the masks may have been squashed there.
-        return torch.arange(self.width if axis else self.height, device=self.device)
 
     def block(self, words: Words, top: int, bottom: int, left: int, right: int) -> Tensor:
         chunk = words if isinstance(words, slice) else slice(0, self.num_words)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import io
 import os
 import stat
-import threading
 import zipfile
 import zlib
 from collections.abc import Iterable, Sequence
@@ -24,8 +23,6 @@ MAX_BYTES = 256 << 20
 """Members that unpack to more than this are refused before a byte is unpacked; a picture has a few megabytes."""
 
 _DAMAGE = (zipfile.BadZipFile, zlib.error, EOFError, ValueError, RuntimeError, NotImplementedError, OSError)
-_handles: dict[tuple[int, Path], zipfile.ZipFile] = {}
-_lock = threading.Lock()
 
 
 class _Named(io.BytesIO):
@@ -63,7 +60,7 @@ class Member:
                 "picture may have; do not use this archive."
             )
         try:
-            with _opened(self.archive).open(self.name) as file:
+            with _opened(self.archive, os.getpid()).open(self.name) as file:
                 # Not more than the index says, whatever the file holds.
                 data = file.read(self.size + 1)
         except KeyError as error:
@@ -125,12 +122,7 @@ def _index(archive: Path, size: int, changed: int) -> dict[str, tuple[Member, ..
     return {folder: tuple(members) for folder, members in folders.items()}
 
 
-def _opened(archive: Path) -> zipfile.ZipFile:
+@lru_cache(maxsize=8)
+def _opened(archive: Path, process: int) -> zipfile.ZipFile:
     """The archive, opened once per process: a forked loader process must not share its file position with others."""
-    key = os.getpid(), archive
-    with _lock:
-        if key not in _handles:
-            for other in [other for other in _handles if other[0] != key[0]]:
-                del _handles[other]  # inherited; closing it is its owner's business
-            _handles[key] = zipfile.ZipFile(archive)
-        return _handles[key]
+    return zipfile.ZipFile(archive)

@@ -117,10 +117,7 @@ def _refuse_links(archive: Path, target: Path, path: Path) -> None:
 
 
 def _check_space(archive: Path, target: Path, needed: int) -> None:
-    place = target
-    while not place.exists() and place != place.parent:
-        place = place.parent
-    free = shutil.disk_usage(place).free
+    free = shutil.disk_usage(next(place for place in (target, *target.parents) if place.exists())).free
     if needed > free:
         raise LexisegError(
             f"Unpacking '{archive}' needs {needed / 1e9:.1f} GB and the disk of '{target}' has {free / 1e9:.1f} GB; "

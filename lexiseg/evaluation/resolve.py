@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import nullcontext, suppress
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -24,7 +25,7 @@ from lexiseg.pictures import WindowSource, window_policy
 from lexiseg.recipes import CatalogData, ContrastiveRecipe, EvaluationRecipe, has_recipe_file, list_recipes, load_recipe
 from lexiseg.refine import Refinement
 from lexiseg.segmenter import Segmenter
-from lexiseg.vocabulary import TemplateSource
+from lexiseg.vocabulary import TemplateSource, Vocabulary
 from lexiseg.windows import WindowPolicy
 from lexiseg.words import near_names, shorten
 
@@ -97,14 +98,15 @@ def evaluate(
     Under a launcher the processes share the pictures, and each gets the whole report; the first one writes.
 
     ``what``: a recipe (its validation data), a picture world's name, or a folder: one's own data, or a protocol's.
-    ``weights``: a model as `lexiseg.load` takes it, a folder of a training included; or a segmenter. ``output``: a
-    folder for ``report.json`` and ``grid.png``; None writes nothing. ``protocol``: evaluate the folder as the papers
-    do, see `lexiseg.evaluation.protocols`. ``classes``: a list of them, where the folder carries none. ``synonyms``:
-    score the further words of the dataset's list, or not. ``split``: of a folder or of picture-world; None is "val".
-    ``size``: side of a picture of picture-world; None is 256. ``limit``: take only so many samples, spread evenly.
-    ``window``, ``stride``, ``templates``, ``synonyms``: None is the recipe's, the protocol's or the model's way.
-    ``proposals``: evaluate a decoupled model's proposals, too; in one process. ``resume``: continue an evaluation into
-    the same ``output`` that was stopped. The others are as in `lexiseg.load` and `lexiseg.Segmenter.predict`.
+    ``weights``: a model as `lexiseg.load` takes it, a folder of a training included; or a segmenter, which brings its
+    own device, dtype, templates and refinement, and is afterwards what it was. ``output``: a folder for ``report.json``
+    and ``grid.png``; None writes nothing. ``protocol``: evaluate the folder as the papers do, see
+    `lexiseg.evaluation.protocols`. ``classes``: a list of them, where the folder carries none. ``synonyms``: score the
+    further words of the dataset's list, or not. ``split``: of a folder or of picture-world; None is "val". ``size``:
+    side of a picture of picture-world; None is 256. ``limit``: take only so many samples, spread evenly. ``window``,
+    ``stride``, ``templates``, ``synonyms``: None is the recipe's, the protocol's or the model's way. ``proposals``:
+    evaluate a decoupled model's proposals, too; in one process. ``resume``: continue an evaluation into the same
+    ``output`` that was stopped. The others are as in `lexiseg.load` and `lexiseg.Segmenter.predict`.
 
     Raises LexisegError if something of this is not there, does not fit together or cannot be read.
     """
@@ -113,40 +115,60 @@ def evaluate(
     if resume and output is None:
         raise LexisegError("--resume needs the output folder with the earlier counts; name it.")
     processes.init(device, patience=PATIENCE)
-    with processes.together(), nullcontext() if output is None else new_folder(output) as folder:
-        asked = _question(str(what), protocol, split, size, classes, synonyms)
-        segmenter = weights
-        if not isinstance(segmenter, Segmenter):
-            words = templates or (None if asked.recipe is None else asked.recipe.templates)
-            place = processes.device_name(device or "auto")
-            how: dict[str, Any] = {"dtype": dtype, "compile": compile, "refine": refine}
-            segmenter = lexiseg.load(segmenter, device=place, templates=words, **how)
-        data, card = asked.data, None
-        if asked.protocol is not None:
-            system = segmenter.model.system
-            data = asked.protocol.open(str(what), system=system, classes=classes, synonyms=synonyms)
-            segmenter.templates = segmenter.templates or asked.protocol.templates.get(system)
-            card = asked.protocol.card(synonyms=synonyms, settings=asked.protocol.set_up(segmenter.model))
-        assert data is not None
-        settings: dict[str, Any] = {"name": asked.name, "split": asked.split, "offsets": asked.offsets}
-        settings |= {"seen_split": asked.seen_split, "card": card, "seed": segmenter.model.metadata.get("seed")}
-        settings |= {"window": asked.window_for(segmenter, window, stride), "background": background}
-        settings |= {"batch_size": batch_size, "limit": limit, "progress": progress, "resume": resume}
-    journal = None if folder is None else Journal(folder / PARTS)
-    try:
-        report = run_evaluation(segmenter, data, shared=True, journal=journal, **settings)
-    except KeyboardInterrupt as stop:
-        kept = f"the counts so far are in '{folder}', and the same command with --resume continues"
-        stop.args = (f"Stopped; {'nothing is kept' if folder is None else kept}.",)
-        raise
-    if proposals:
-        from lexiseg.evaluation.proposal_report import evaluate_proposals
+    how: dict[str, Any] = {"device": device, "dtype": dtype, "compile": compile, "refine": refine}
+    with ExitStack() as stack:
+        with processes.together(), nullcontext() if output is None else new_folder(output) as folder:
+            asked = _question(str(what), protocol, split, size, classes, synonyms)
+            segmenter = stack.enter_context(_segmenter(weights, asked, templates, how))
+            data, card = asked.data, None
+            if asked.protocol is not None:
+                system = segmenter.model.system
+                data = asked.protocol.open(str(what), system=system, classes=classes, synonyms=synonyms)
+                segmenter.templates = segmenter.templates or asked.protocol.templates.get(system)
+                card = asked.protocol.card(synonyms=synonyms, settings=asked.protocol.set_up(segmenter.model))
+            assert data is not None
+            settings: dict[str, Any] = {"name": asked.name, "split": asked.split, "offsets": asked.offsets}
+            settings |= {"seen_split": asked.seen_split, "card": card, "seed": segmenter.model.metadata.get("seed")}
+            settings |= {"window": asked.window_for(segmenter, window, stride), "background": background}
+            settings |= {"batch_size": batch_size, "limit": limit, "progress": progress, "resume": resume}
+        journal = None if folder is None else Journal(folder / PARTS)
+        try:
+            report = run_evaluation(segmenter, data, shared=True, journal=journal, **settings)
+        except KeyboardInterrupt as stop:
+            kept = f"the counts so far are in '{folder}', and the same command with --resume continues"
+            stop.args = (f"Stopped; {'nothing is kept' if folder is None else kept}.",)
+            raise
+        if proposals:
+            from lexiseg.evaluation.proposal_report import evaluate_proposals
 
-        report = replace(report, proposals=evaluate_proposals(segmenter, data, released=True, limit=limit))
+            report = replace(report, proposals=evaluate_proposals(segmenter, data, released=True, limit=limit))
     if folder is not None and journal is not None and processes.is_main():
         report.save(folder)
         journal.remove()
     return report
+
+
+@contextmanager
+def _segmenter(
+    weights: str | Path | Segmenter, asked: Question, templates: TemplateSource, how: dict[str, Any]
+) -> Iterator[Segmenter]:
+    """The segmenter that is evaluated; one that was given is afterwards what it was, whatever a protocol sets."""
+    words = templates or (None if asked.recipe is None else asked.recipe.templates)
+    if isinstance(weights, Segmenter):
+        for name, value in {"templates": templates, **how}.items():
+            if value:
+                raise LexisegError(f"The model is loaded already, so {name} is too late here; give it to lexiseg.load.")
+        segmenter = copy.copy(weights)
+        if words and segmenter.templates is None:
+            segmenter.templates = Vocabulary.parse("any", templates=words).templates
+    else:
+        place = processes.device_name(how["device"] or "auto")
+        segmenter = lexiseg.load(weights, templates=words, **{**how, "device": place})
+    before = dict(vars(segmenter.model))
+    try:
+        yield segmenter
+    finally:
+        vars(segmenter.model).update(before)
 
 
 def _question(

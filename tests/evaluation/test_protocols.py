@@ -12,6 +12,7 @@ from scipy.io import savemat
 from lexiseg.cli import main
 from lexiseg.data.sets.catalog import data_set
 from lexiseg.errors import LexisegError
+from lexiseg.evaluation import evaluate
 from lexiseg.evaluation.protocols import PROTOCOLS, find_protocol
 from lexiseg.evaluation.run import run_evaluation
 from lexiseg.models import DenseCLIP, ZegCLIP
@@ -317,6 +318,24 @@ def test_maft_keeps_its_own_settings_on_other_hosts():
     assert find_protocol("a-847").set_up(DenseCLIP.build(small_clip())) == {}
     model = make("freeseg", maft={})
     assert find_protocol("a-847").set_up(model) == {"ensemble": {"rule": "region"}}
+
+
+def test_a_segmenter_that_is_evaluated_keeps_its_own_settings(clean):
+    """The next evaluation of the same segmenter would else go by this protocol's templates, windows and threshold."""
+    model = DenseCLIP.build(small_clip(), {"method": "naclip"})
+    segmenter, before = Segmenter(model, disk_cache=False), (model.options, model.window)
+    report = evaluate(clean("voc2012"), segmenter, protocol="training-free-voc21", limit=1, progress=False)
+    assert (
+        report.protocol["protocol"]["settings"]["threshold"] == 0.1 and report.protocol["window"]["short_side"] == 336
+    )
+    assert (model.options, model.window) == before and model.words_rule is None
+    model = ZegCLIP.build(small_clip(), {"decoder_heads": 2})
+    segmenter = Segmenter(model, disk_cache=False)
+    report = evaluate(clean("voc2012"), segmenter, protocol="gzs-voc", limit=1, window=0, progress=False)
+    assert report.protocol["templates"] == list(SINGLE_TEMPLATE) and segmenter.templates is None
+    for late in ({"templates": "paper"}, {"refine": "edges"}, {"device": "cpu"}, {"dtype": "bf16"}):
+        with pytest.raises(LexisegError, match="give it to"):
+            evaluate("picture-world", segmenter, **late)
 
 
 def test_an_ensemble_knows_of_no_seen_class_across_data_sets(clean):

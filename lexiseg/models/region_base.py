@@ -173,14 +173,9 @@ class RegionModel(DecoupledModel):
         # "No object" is dropped after the softmax, so that the classes' probabilities may sum to little.
         opinion = None if logits is None else logits.softmax(dim=-1)[..., :-1]
         said = self.region_probabilities(values["regions"], clips, logits) if "regions" in values else None
+        encoded, always = values.get("encoded"), isinstance(self.region_encoder, MaskAttention)
         return ensemble(
-            opinion,
-            said,
-            self.options.ensemble,
-            seen=seen,
-            encoded=values.get("encoded"),
-            always=isinstance(self.region_encoder, MaskAttention),
-            seen_mean=self.seen_mean,
+            opinion, said, self.options.ensemble, seen=seen, encoded=encoded, always=always, seen_mean=self.seen_mean
         )
 
     def score(

@@ -14,8 +14,6 @@ from torch import Tensor
 
 from lexiseg.strict import StrictModel
 
-Rule = Literal["released", "paper", "proposal", "region"]
-
 
 class EnsembleOptions(StrictModel):
     """How the two scores of a region become one.
@@ -31,9 +29,8 @@ class EnsembleOptions(StrictModel):
     region   A^c                      A^c                      no ensemble: MAFT's Table 2 to 6, and its final model
     ======== ======================== ======================== =======================================================
 
-    In ZegFormer's released form A^c of a seen class is its mean over all seen classes.
-
-    ``docs/methods.md`` says what Eq. 9 can mean and what each reading costs.
+    In ZegFormer's released form A^c of a seen class is its mean over all seen classes. ``docs/methods.md`` says what
+    Eq. 9 can mean and what each reading costs.
 
     Attributes:
         rule: the row of the table.
@@ -43,7 +40,7 @@ class EnsembleOptions(StrictModel):
             attention says of such a region as it is.
     """
 
-    rule: Rule = "released"
+    rule: Literal["released", "paper", "proposal", "region"] = "released"
     weight: Annotated[float, Field(le=1)] = 0.8
     empty: Literal["one", "drop"] = "one"
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from lexiseg.models import SYSTEMS
+from scripts import lines_to_read
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "lexiseg"
@@ -173,6 +174,7 @@ def test_no_module_is_imported_in_a_circle() -> None:
 
 # A file or function may be longer where the comment or the docstring at its top gives the reason, after these words.
 MAX_FILE, MAX_FUNCTION, REASON = 450, 80, "Longer than others because"
+MAX_READING = 900  # lines that a system takes to read
 
 
 def test_files_and_functions_are_short_enough_to_read() -> None:
@@ -187,6 +189,12 @@ def test_files_and_functions_are_short_enough_to_read() -> None:
                 if lines > MAX_FUNCTION and REASON not in (ast.get_docstring(node) or ""):
                     long.append(f"{path.relative_to(PACKAGE)}: {node.name} has {lines} lines")
     assert not long
+
+
+@pytest.mark.parametrize("system", lines_to_read.SYSTEMS)
+def test_a_system_is_short_enough_to_read(system: str) -> None:
+    needed = lines_to_read.reading_list(PACKAGE, PACKAGE / "models" / f"{system}.py")
+    assert sum(needed.values()) <= MAX_READING, needed
 
 
 TESTS = Path(__file__).parent

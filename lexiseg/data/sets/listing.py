@@ -208,25 +208,26 @@ def is_safe(name: str) -> bool:
 
 
 def with_unseen(vocabulary: Vocabulary, root: Path, unseen: str | None, source: str) -> Vocabulary:
-    """The classes with the flags that unseen.txt gives them.
+    """The classes with the flags that unseen.txt gives them, beside those the class file flags itself as unseen.
 
     ``root``: the folder that may hold unseen.txt, with the name of one unseen class per line. ``unseen``: "none" leaves
-    the file aside. ``source``: where the classes come from, for the sentence. Raises LexisegError if the file cannot be
-    read, or names a class that there is not, or every one there is.
+    the file aside. ``source``: where the classes come from, for the sentence. Where any class is unseen, those that
+    nobody flags are seen. Raises LexisegError if the file cannot be read, or names a class that there is not, that the
+    class file flags as seen, or every one there is.
     """
     path = root / "unseen.txt"
-    if unseen == "none" or not path.is_file():
-        return vocabulary
-    lines = read_lines(path, "name the unseen classes, one per line")
+    there = unseen != "none" and path.is_file()
+    lines = read_lines(path, "name the unseen classes, one per line") if there else []
     hidden = {word_key(line): line for line in lines}
-    known = {word_key(name) for name in vocabulary.names}
-    stranger = next((name for key, name in hidden.items() if key not in known), None)
-    if stranger is not None:
-        raise LexisegError(f"'{path}' names '{shorten(stranger)}', which {source} does not; fix one of them.")
-    if len(hidden) == len(known):
+    flags = {word_key(entry.name): entry.seen for entry in vocabulary.classes}
+    for key, name in hidden.items():
+        if key not in flags:
+            raise LexisegError(f"'{path}' names '{shorten(name)}', which {source} does not; fix one of them.")
+        if flags[key]:
+            raise LexisegError(f"'{path}' names '{shorten(name)}', which {source} flags as seen; fix one of them.")
+    if len(hidden) == len(flags):
         raise LexisegError(f"'{path}' names every class, which leaves none to train on; name only the unseen ones.")
-    return (
-        vocabulary.with_seen(name for name in vocabulary.names if word_key(name) not in hidden)
-        if hidden
-        else vocabulary
-    )
+    unseen_keys = hidden.keys() | {key for key, seen in flags.items() if seen is False}
+    if not unseen_keys:
+        return vocabulary
+    return vocabulary.with_seen(name for name in vocabulary.names if word_key(name) not in unseen_keys)

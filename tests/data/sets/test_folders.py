@@ -62,6 +62,19 @@ def test_without_unseen_nothing_is_flagged(root):
     assert seen_ids(vocabulary) == [] and unseen_ids(vocabulary) == []
 
 
+def test_the_class_file_may_flag_unseen_classes_itself(root):
+    (root / "unseen.txt").unlink()
+    (root / "classes.txt").write_text('[{"name": "cat"}, {"name": "tree", "seen": false}, {"name": "sky"}]')
+    vocabulary = open_voc_folder(root, "val").vocabulary
+    assert seen_ids(vocabulary) == [0, 2] and unseen_ids(vocabulary) == [1]
+    (root / "unseen.txt").write_text("sky\n")
+    vocabulary = open_voc_folder(root, "val").vocabulary
+    assert seen_ids(vocabulary) == [0] and unseen_ids(vocabulary) == [1, 2]
+    (root / "classes.txt").write_text('[{"name": "cat"}, {"name": "tree"}, {"name": "sky", "seen": true}]')
+    with pytest.raises(LexisegError, match="'sky', which the class file flags as seen; fix one of them"):
+        open_voc_folder(root, "val")
+
+
 def _truncate(path):
     path.write_bytes(path.read_bytes()[:60])
 

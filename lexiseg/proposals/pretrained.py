@@ -91,13 +91,10 @@ def start_proposals(generator: ProposalGenerator, source: str) -> list[str]:
         found = own_tensors(generator, own, source)
     elif source == IMAGENET:
         repository = _imagenet_repository(generator.options)
-        tensors = _read_resnet(download(repository, _HUB_FILES, repository, instead=_INSTEAD))
-        fit_resnet(generator, tensors, f"the ImageNet weights {repository}")
-        found = {_BODY + name: tensor for name, tensor in tensors.items()}
+        file = download(repository, _HUB_FILES, repository, instead=_INSTEAD)
+        found = fit_resnet(generator, _read_resnet(file), f"the ImageNet weights {repository}")
     elif source.endswith(WEIGHT_FILES):
-        tensors = _read_resnet(Path(source).expanduser())
-        fit_resnet(generator, tensors, f"'{source}'")
-        found = {_BODY + name: tensor for name, tensor in tensors.items()}
+        found = fit_resnet(generator, _read_resnet(Path(source).expanduser()), f"'{source}'")
     else:
         found = _transformers_tensors(generator, source)
     generator.load_state_dict(found, strict=False)
@@ -178,8 +175,8 @@ def _read_resnet(path: Path) -> dict[str, Tensor]:
     }
 
 
-def fit_resnet(generator: MaskFormer | Mask2Former, tensors: Mapping[str, Tensor], what: str) -> None:
-    """Check that a ResNet's tensors are those of the backbone.
+def fit_resnet(generator: MaskFormer | Mask2Former, tensors: Mapping[str, Tensor], what: str) -> dict[str, Tensor]:
+    """See that a ResNet's tensors are those of the backbone, and give them by the generator's names.
 
     Raises:
         LexisegError: they are not; the first one and the option to change are named.
@@ -198,6 +195,7 @@ def fit_resnet(generator: MaskFormer | Mask2Former, tensors: Mapping[str, Tensor
             f"The backbone '{generator.options.backbone}' does not fit {what}: {said}; change {OPTION}{option}, or "
             "give other weights."
         )
+    return {_BODY + name: tensor for name, tensor in tensors.items()}
 
 
 # ---- a whole model of transformers

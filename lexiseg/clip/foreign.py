@@ -126,11 +126,6 @@ class ForeignCLIP(CLIP):
         inputs = {"attention_mask": given.long()} if masked else {}
         return self.model.get_text_features(input_ids=ids, **inputs).pooler_output
 
-    def text_fingerprint(self) -> str:
-        """See `CLIP.text_fingerprint`."""
-        tensors = self.model.state_dict(keep_vars=True).items()
-        return self._digest("text", ((key, value) for key, value in tensors if not key.startswith("vis")))
-
 
 def load_foreign(name: str) -> ForeignCLIP:
     """Load ``transformers:OWNER/NAME``, ``transformers:FOLDER``, or ``timm:NAME`` of a TIPSv2 tower.

@@ -248,7 +248,8 @@ class CLIP(nn.Module):
     def text_fingerprint(self) -> str:
         """SHA-256 (hex) of all weights but the image tower's: the key of cached text embeddings."""
         tensors = self.model.state_dict(keep_vars=True).items()
-        return self._digest("text", ((key, value) for key, value in tensors if not key.startswith("visual.")))
+        # "visual." in open_clip, "vision_model." and "visual_projection." in transformers.
+        return self._digest("text", ((key, value) for key, value in tensors if not key.startswith("vis")))
 
     def _digest(self, part: str, tensors: Iterable[tuple[str, Tensor]]) -> str:
         items = sorted(tensors)

@@ -136,26 +136,18 @@ def trainable_names(visual: nn.Module, frozen: Collection[FrozenUnit] = FROZEN_U
 
     By default those of the authors' code: attention and both norms of every block, those before the first masked block
     included, and the norm behind the last. The paper's default trains the projection as well: leave ``"proj"`` out of
-    ``frozen`` for that. Of a CLIP ResNet the pool's four maps are trained
-    (our choice: nobody says what the authors trained there).
+    ``frozen`` for that. Of a CLIP ResNet the pool's four maps are trained (our choice: nobody says what the authors
+    trained there).
     """
-    resnet = isinstance(visual, ModifiedResNet)
-    unit_of = _resnet_unit if resnet else _transformer_unit
-    return tuple(name for name, _ in visual.named_parameters() if unit_of(name) not in frozen)
 
+    def unit(name: str) -> str:
+        if isinstance(visual, ModifiedResNet):
+            return "conv" if not name.startswith("attnpool.") else "pos" if "positional" in name else "attention"
+        first = name.partition(".")[0]
+        units = {"conv1": "conv", "class_embedding": "cls", "positional_embedding": "pos"}
+        return "mlp" if ".mlp." in name else units.get(first, first)
 
-def _transformer_unit(name: str) -> str:
-    first = name.split(".", 1)[0]
-    if ".mlp." in name:
-        return "mlp"
-    units = {"conv1": "conv", "class_embedding": "cls", "positional_embedding": "pos"}
-    return units.get(first, first)
-
-
-def _resnet_unit(name: str) -> str:
-    if not name.startswith("attnpool."):
-        return "conv"
-    return "pos" if "positional" in name else "attention"
+    return tuple(name for name, _ in visual.named_parameters() if unit(name) not in frozen)
 
 
 class AttentionOptions(StrictModel):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -184,11 +185,5 @@ def _percent(fraction: float) -> str:
 def _ellipsise(name: str, face: Lettering, width: int) -> str:
     if face.length(name) <= width:
         return name
-    low, high = 0, len(name)
-    while low < high:
-        middle = (low + high + 1) // 2
-        if face.length(name[:middle].rstrip() + "…") <= width:
-            low = middle
-        else:
-            high = middle - 1
-    return name[:low].rstrip() + "…"
+    kept = bisect_right(range(1, len(name) + 1), float(width), key=lambda end: face.length(name[:end].rstrip() + "…"))
+    return name[:kept].rstrip() + "…"

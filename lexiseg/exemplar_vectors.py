@@ -69,8 +69,7 @@ def exemplar_vectors(
         keys += [f"{digest.hexdigest()} {part}" for part in ("thing", "rest")]
 
     def encode(found: list[int]) -> Tensor:
-        pairs = {index // 2: None for index in found}
-        made = {number: _encode(dense, images[number], masks[number]) for number in pairs}
+        made = {number: _encode(dense, images[number], masks[number]) for number in {index // 2 for index in found}}
         return torch.stack([made[index // 2][index % 2] for index in found]).cpu()
 
     return embedder.remember(manner, keys, encode).unflatten(0, (-1, 2))

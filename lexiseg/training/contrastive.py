@@ -12,8 +12,8 @@ tower, all of them contrasts between pictures and texts; a term of weight 0 is l
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -136,7 +136,8 @@ class ContrastiveTask(Task):
         if settings.initial is not None:
             self._start_from(load_clip(settings.initial))
         self.model = self.clip
-        self._cache: OrderedDict[int, list[Scene]] = OrderedDict()
+        # One more than are in use, or the newest block would drop the one that this step asks for next.
+        self._block = lru_cache(maxsize=settings.scenes.repeats * settings.scenes.lag + 1)(self._render_block)
 
     def _start_from(self, other: CLIP) -> None:
         key = "visual.positional_embedding"
@@ -145,27 +146,13 @@ class ContrastiveTask(Task):
         tensors[key] = resize_positions(tensors[key], (side, side))
         self.clip.model.load_state_dict(tensors)
 
-    def _block(self, number: int) -> list[Scene]:
-        """Return the scenes first shown at step ``number``; the latest blocks are kept for their later showings."""
+    def _render_block(self, number: int) -> list[Scene]:
+        """Return the scenes first shown at step ``number``."""
         scenes = self.settings.scenes
-        if number not in self._cache:
-            count = -(-self.batch_size // scenes.repeats)
-            first = (number + scenes.repeats * scenes.lag) * count
-            self._cache[number] = [
-                render_scene(
-                    [scenes.seed, index],
-                    scenes.size,
-                    world=self.world,
-                    num_things=scenes.num_things,
-                    extents=scenes.extents,
-                )
-                for index in range(first, first + count)
-            ]
-        self._cache.move_to_end(number)
-        # One more than are in use, or the newest block would drop the one that this step asks for next.
-        while len(self._cache) > scenes.repeats * scenes.lag + 1:
-            self._cache.popitem(last=False)
-        return self._cache[number]
+        count = -(-self.batch_size // scenes.repeats)
+        first = (number + scenes.repeats * scenes.lag) * count
+        how: dict[str, Any] = {"world": self.world, "num_things": scenes.num_things, "extents": scenes.extents}
+        return [render_scene([scenes.seed, index], scenes.size, **how) for index in range(first, first + count)]
 
     def batch(self, index: int) -> dict[str, Any]:
         """Return the pictures of a step, the names in their captions, and tokens of phrases and of the captions.

@@ -66,7 +66,7 @@ class TrainSettings(StrictModel):
     # "fsdp" spreads weights, gradients and optimizer over the processes instead of giving each a copy, for towers that
     # are too large; with one process it does nothing. Does not change results.
     sharding: Literal["none", "fsdp"] = "none"
-    seed: int = Field(default=0, ge=0)  # of the initial weights, data and dropout
+    seed: int = Field(default=0, ge=0, lt=2**32)  # of the initial weights, data and dropout
     # background processes that prepare batches; 0 prepares them in the loop. Does not change results.
     workers: int = Field(default=1, ge=0)
     log_every: int = Field(default=10, ge=1)  # steps between two lines of the log

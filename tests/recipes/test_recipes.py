@@ -64,6 +64,8 @@ def test_seed_and_file(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text(TINY)
     assert load_recipe(path, seed=7).train.seed == 7 and load_recipe(str(path)).train.seed == 0
+    with pytest.raises(LexisegError, match="input should be less than"):  # more than torch takes
+        load_recipe(path, seed=2**64)
 
 
 def test_folder_data():

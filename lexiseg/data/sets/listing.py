@@ -211,11 +211,13 @@ def with_unseen(vocabulary: Vocabulary, root: Path, unseen: str | None, source: 
     """The classes with the flags that unseen.txt gives them, beside those the class file flags itself as unseen.
 
     ``root``: the folder that may hold unseen.txt, with the name of one unseen class per line. ``unseen``: "none" leaves
-    the file aside. ``source``: where the classes come from, for the sentence. Where any class is unseen, those that
-    nobody flags are seen. Raises LexisegError if the file cannot be read, or names a class that there is not, that the
-    class file flags as seen, or every one there is.
+    the file aside, and there is no other list. ``source``: where the classes come from, for the sentence. Where any
+    class is unseen, those that nobody flags are seen. Raises LexisegError if ``unseen`` is another list; the file
+    cannot be read; or it names a class that there is not, that the class file flags as seen, or every one there is.
     """
     path = root / "unseen.txt"
+    if unseen not in (None, "none"):
+        raise LexisegError(f"There is no list '{shorten(unseen)}' of unseen classes but '{path}'; leave 'unseen' out.")
     there = unseen != "none" and path.is_file()
     lines = read_lines(path, "name the unseen classes, one per line") if there else []
     hidden = {word_key(line): line for line in lines}

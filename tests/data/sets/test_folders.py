@@ -62,6 +62,12 @@ def test_without_unseen_nothing_is_flagged(root):
     assert seen_ids(vocabulary) == [] and unseen_ids(vocabulary) == []
 
 
+def test_ones_own_data_has_one_list_of_unseen_classes(root):
+    assert unseen_ids(open_data_set("own", root, "val", unseen="none").vocabulary) == []
+    with pytest.raises(LexisegError, match="no list 'papers' of unseen classes but"):
+        open_data_set("own", root, "val", unseen="papers")
+
+
 def test_the_class_file_may_flag_unseen_classes_itself(root):
     (root / "unseen.txt").unlink()
     (root / "classes.txt").write_text('[{"name": "cat"}, {"name": "tree", "seen": false}, {"name": "sky"}]')

@@ -10,6 +10,7 @@ import zipfile
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import TypeAlias
 
@@ -109,11 +110,9 @@ def _is_there(path: Path, size: int) -> bool:
 
 def _refuse_links(archive: Path, target: Path, path: Path) -> None:
     """Refuse to write through a link that lies in the folder: it may lead anywhere."""
-    place = path
-    while place != target and place != place.parent:
+    for place in takewhile(lambda place: place != target, (path, *path.parents)):
         if place.is_symlink():
             raise LexisegError(f"Unpacking '{archive}' would write through the link '{place}'; remove the link.")
-        place = place.parent
 
 
 def _check_space(archive: Path, target: Path, needed: int) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 
 from lexiseg.errors import LexisegError
 from lexiseg.export.spec import ExportSpec
-from lexiseg.words import shorten
+from lexiseg.words import first_line, shorten
 
 Graph = Callable[..., np.ndarray]
 """Takes the inputs as arrays, in their order, and gives the output."""
@@ -36,8 +36,7 @@ def open_graph(path: Path, spec: ExportSpec, device: str) -> Graph:
         raise
     except Exception as error:  # each library has errors of its own
         raise LexisegError(
-            f"The graph '{path}' cannot be loaded ({shorten(str(error).splitlines()[0] if str(error) else '', 200)}); "
-            "export the model again."
+            f"The graph '{path}' cannot be loaded ({first_line(error)}); export the model again."
         ) from error
 
 

@@ -179,8 +179,6 @@ def _decoded(av: Any, container: Any, stream: Any) -> Iterator[Any]:
 
 
 class _Labels:
-    """Labels of one frame after the other."""
-
     def __init__(
         self, segmenter: Segmenter, vocabulary: Vocabulary, options: VideoOptions, settings: dict[str, Any]
     ) -> None:
@@ -220,8 +218,6 @@ def _blended(before: Scores, now: Scores, weight: float) -> Scores:
 
 
 class _Overlay:
-    """A video of painted frames."""
-
     def __init__(self, av: Any, path: Path, rate: Fraction, shape: tuple[int, ...], vocabulary: Vocabulary) -> None:
         self.av = av
         self.palette = vocabulary.palette().astype(np.float32)

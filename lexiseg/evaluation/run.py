@@ -145,7 +145,6 @@ class Tally:
 
 
 def _nothing(num_classes: int, seen: Sequence[int]) -> Tally:
-    """The counts of no picture."""
     return Tally(Confusion(num_classes, ignore_index=ignore_index(num_classes), seen=seen))
 
 

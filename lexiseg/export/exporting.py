@@ -308,7 +308,6 @@ def _write_onnx(program: Any, graph: Graph, path: Path) -> None:
 
 
 def _narrow(path: Path, precision: str) -> None:
-    """Rewrite an ONNX file in fewer bits."""
     if precision == "int8":
         from onnxruntime.quantization import QuantType, quantize_dynamic
 

@@ -168,7 +168,6 @@ def _text(path: Path, name: str) -> str:
 
 
 def _read(text: str, where: str) -> Content:
-    """YAML as keys and values."""
     if is_deep(text):
         raise LexisegError(f"The recipe '{where}' has too many nested lists; write 'key: value' lines.")
     try:
@@ -250,7 +249,6 @@ def _read_override(text: str) -> tuple[str, str]:
 
 
 def _replace(content: Content, key: str, value: Any, where: str, *, as_text: bool) -> None:
-    """Put a value into a recipe's content."""
     *parents, last = key.split(".")
     place = content
     for parent in parents:

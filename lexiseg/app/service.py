@@ -209,13 +209,13 @@ def create_app(segmenters: dict[str, Segmenter], settings: ServiceSettings | Non
     app = FastAPI(title="lexiseg", version=lexiseg.__version__, lifespan=lifespan, redoc_url=None)
     app.state.service = service
     app.add_middleware(Guard, settings=settings, count=service.count)
-    _handle_errors(app, service)
+    _handle_errors(app)
     _add_routes(app, service)
     add_annotation_routes(app, service)
     return app
 
 
-def _handle_errors(app: FastAPI, service: Service) -> None:
+def _handle_errors(app: FastAPI) -> None:
     @app.exception_handler(ServiceError)
     async def _(_: Request, error: ServiceError) -> JSONResponse:
         return JSONResponse({"error": str(error)}, error.status, error.headers)

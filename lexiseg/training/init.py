@@ -51,7 +51,7 @@ def system_of(recipe: SegmentationRecipe) -> tuple[type[SegmentationModel], Mode
     options = dict(recipe.model.options)
     if recipe.setting == "transductive" and "seen_offset" in system.options_class.model_fields:
         options.setdefault("seen_offset", 0.0)
-    return system, system.parse_options(options)
+    return system.variant(options), system.parse_options(options)
 
 
 def build_model(recipe: SegmentationRecipe, vocabulary: Vocabulary, *, clip: CLIP | None = None) -> SegmentationModel:

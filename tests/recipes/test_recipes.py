@@ -8,7 +8,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lexiseg.errors import LexisegError
-from lexiseg.models import SYSTEMS
 from lexiseg.recipes import (
     CatalogData,
     SegmentationRecipe,
@@ -19,6 +18,7 @@ from lexiseg.recipes import (
     load_recipe,
     parse_recipe,
 )
+from lexiseg.training.init import system_of
 from lexiseg.windows import WindowPolicy
 
 TINY = find_recipe("tiny")[0]
@@ -31,7 +31,8 @@ def test_shipped_recipes_are_right(name):
     recipe = load_recipe(name)
     assert recipe.description
     if isinstance(recipe, SegmentationRecipe):
-        SYSTEMS[recipe.model.system].parse_options(recipe.model.options)
+        system, options = system_of(recipe)
+        assert type(options) is system.options_class
     assert parse_recipe(as_yaml(recipe), "again") == recipe
 
 

@@ -50,6 +50,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "cascade-clip": {"num_prompts": 1, "decoder_layers": 1, "decoder_heads": 2, "groups": "{2-3},{4}"},
     "spt-seg": {"num_prompts": 1, "decoder_layers": 1},
 }
+CASCADE = {"base": "spt-seg", "groups": "{2-3},{4}"}
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +72,14 @@ def recipe_of(clip: Path, system: str = "zegclip", **changes: Any) -> Any:
 
 def quietly(recipe: Any, folder: Path, **options: Any) -> Path:
     return train(recipe, folder, device="cpu", tensorboard=False, progress=False, **options)
+
+
+def test_a_trained_cascade_on_spt_seg_has_its_parts_and_is_read_again(clip_folder: Path, tmp_path: Path) -> None:
+    """It was an ordinary cascade under the options of the other, whose folder could not be read."""
+    model = {"system": "cascade-clip", "clip": str(clip_folder), "options": {**OPTIONS["spt-seg"], **CASCADE}}
+    recipe = recipe_of(clip_folder, "cascade-clip", model=model, train={"steps": 1})
+    read = load_model(quietly(recipe, tmp_path / "run"))
+    assert any("guide" in name for name in read.state_dict())
 
 
 # --- which text and which labels --------------------------------------------------------------------------------

@@ -185,9 +185,7 @@ class Protocol:
                 "not_judged": f"values {', '.join(map(str, void))} of the label files" + outside.get(self.data_set, ""),
                 "synonyms": synonyms if changed else self.synonyms,
                 "words": f"chosen by the user; the protocol has {self.words}" if changed else self.words,
-                "settings": {
-                    key: dict(value) if isinstance(value, Mapping) else value for key, value in (settings or {}).items()
-                },
+                "settings": dict(settings or {}),
             }
         }
 

@@ -39,9 +39,9 @@ def changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """The first difference of two runs' settings, as ``'key' was A and is now B``; "" where there is none."""
     old, new = flat(before), flat(now)
     for key in sorted(old.keys() | new.keys()):
-        was, value = old.get(key), new.get(key)
-        if was != value:
-            return f"'{key}' was {shorten(str(was))} and is now {shorten(str(value))}"
+        if old.get(key) != new.get(key):
+            was, value = (shorten(str(settings.get(key, "not set"))) for settings in (old, new))
+            return f"'{key}' was {was} and is now {value}"
     return ""
 
 

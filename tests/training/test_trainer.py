@@ -277,6 +277,8 @@ def test_a_second_run_needs_resume(tmp_path):
     train(tmp_path, resume=True)  # finished already: exports again
     with pytest.raises(LexisegError, match=r"'lr' was 0\.01 and is now 0\.02"):
         train(tmp_path, resume=True, lr=0.02)
+    with pytest.raises(LexisegError, match=r"'power' was not set and is now 0\.5"):
+        train(tmp_path, resume=True, power=0.5)
 
 
 def test_keeps_the_newest_checkpoints(tmp_path):

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, overload
 
 from lexiseg import notes
 from lexiseg.background import BackgroundSource
+from lexiseg.class_list import class_source
 from lexiseg.errors import LexisegError
 from lexiseg.files import as_path
 from lexiseg.images import DEFAULT_MAX_PIXELS, ImageSource, list_images
@@ -167,8 +168,9 @@ class Predictor(ABC):
         if self.model.seen_names:
             vocabulary = vocabulary.with_seen(self.model.seen_names)
         vocabulary.spoken().check_lengths(self.model.clip.count_tokens, self.model.clip.context_length)
-        # Only what cannot change behind our back is remembered; a list could.
-        if isinstance(classes, Vocabulary | str) and not isinstance(background, dict):
+        # Only what cannot change behind our back is remembered; a list could, and so could a file.
+        words = isinstance(classes, str) and class_source(classes) is classes
+        if (words or isinstance(classes, Vocabulary)) and not isinstance(background, dict):
             self._last = classes, background, vocabulary
         return vocabulary
 

@@ -174,6 +174,14 @@ def test_a_folder_is_read_as_it_is_consumed(clip: CLIP, folder: Path) -> None:
     assert model.num_encoded == 1
 
 
+def test_a_file_of_classes_is_read_anew(clip: CLIP, tmp_path: Path) -> None:
+    segmenter, path = Segmenter(Patchwork(clip)), tmp_path / "classes.txt"
+    name = str(path)
+    for names in (("cat",), ("dog", "sky")):
+        path.write_text("\n".join(names))
+        assert segmenter.vocabulary(name).names == names
+
+
 def test_the_same_words_are_embedded_once(clip: CLIP, tmp_path: Path) -> None:
     run = Segmenter(Patchwork(clip), cache_dir=tmp_path)
     run.predict(picture(16, 16), WORDS)

@@ -158,11 +158,11 @@ class Vocabulary:
             vocabulary = source
         else:
             plain = str | Path | Mapping | bytes | set | frozenset | ClassList
-            given: dict[int, VocabularyClass] = {}  # whose exemplars may be in memory
+            given: dict[str, Exemplar] = {}  # by their words, for their pictures may be in memory
             if not isinstance(source, plain) and isinstance(source, Iterable):
                 source = list(source)
-                if all(isinstance(entry, VocabularyClass) for entry in source):
-                    given = {index: entry for index, entry in enumerate(source) if isinstance(entry, VocabularyClass)}
+                ready = [entry for entry in source if isinstance(entry, VocabularyClass)]
+                given = {exemplar.word: exemplar for entry in ready for exemplar in entry.exemplars}
                 source = [entry.to_dict() if isinstance(entry, VocabularyClass) else entry for entry in source]
             said = source if isinstance(source, ClassList) else read_classes(source)
             chosen = default_templates if said.templates is None else said.templates
@@ -173,7 +173,7 @@ class Vocabulary:
                 warnings.warn(f"{text}dropped; remove it from one.", LexisegWarning, stacklevel=2)
             folder = None if said.path is None else said.path.parent
             try:
-                classes = tuple(given.get(index) or _class_of(one, folder) for index, one in enumerate(kept.classes))
+                classes = tuple(_class_of(one, folder, given) for one in kept.classes)
                 vocabulary = cls(classes, _read_templates(chosen), Background.parse(said.background))
             except LexisegError as error:
                 if said.path is None:
@@ -230,11 +230,19 @@ class Vocabulary:
     def save(self, path: str | Path) -> Path:
         """Write the vocabulary to a .json, .yaml, .yml or .txt file, atomically, and return the path.
 
-        Raises LexisegError if the ending is another one, a text file would lose something (templates, background, seen,
-        colours, a word with a comma or semicolon or beginning with #), or the file cannot be written.
+        Raises LexisegError if the ending is another one, an exemplar is in memory, a text file would lose something
+        (templates, background, seen, colours, a word with a comma or semicolon or beginning with #), or the file cannot
+        be written.
         """
         path = Path(path)
         suffix = path.suffix.lower()
+        for entry in self.classes:
+            for one in entry.exemplars:
+                if not isinstance(one.image, str | Path) or not isinstance(one.mask, str | Path | None):
+                    raise LexisegError(
+                        f"A picture of the class '{shorten(entry.name)}' is in memory, which a file of classes cannot "
+                        "hold; save it with its mask, and give their paths."
+                    )
         if suffix == ".json":
             return write_json(path, self.to_dict())
         if suffix in (".yaml", ".yml"):
@@ -360,12 +368,13 @@ class Vocabulary:
                         )
 
 
-def _class_of(one: ListedClass, folder: Path | None) -> VocabularyClass:
-    """A class of a list; words that begin with "photo:" are exemplars, whose files may lie beside the list's."""
+def _class_of(one: ListedClass, folder: Path | None, given: Mapping[str, Exemplar]) -> VocabularyClass:
+    """A class of a list; words that begin with "photo:" are exemplars, given or with files that may lie beside it."""
     if one.name.startswith(PREFIX):
         raise LexisegError(f"'{shorten(one.name)}' needs a name; write for example 'mug = {shorten(one.name)}'.")
     words = tuple(word for word in one.synonyms if not word.startswith(PREFIX))
-    exemplars = tuple(Exemplar.parse(word, folder) for word in one.synonyms if word.startswith(PREFIX))
+    shown = (word for word in one.synonyms if word.startswith(PREFIX))
+    exemplars = tuple(given.get(word) or Exemplar.parse(word, folder) for word in shown)
     return VocabularyClass(one.name, words, one.seen, one.color, exemplars, one.scored)
 
 

@@ -82,6 +82,10 @@ def test_pictures_in_memory_serve_as_well_and_text_alone_opens_no_file(files: Pa
     by_file = Vocabulary.parse(f"mug = photo:{files / 'mug.png'}#{files / 'mask.png'}; sky")
     other, _ = scene((250, 20, 20), 56)
     ours = segmenter.predict(other, [entry, VocabularyClass("sky")])
+    mixed = segmenter.predict(other, [entry, "sky"])
+    assert torch.equal(mixed.label_map, ours.label_map)
+    with pytest.raises(LexisegError, match="'mug' is in memory"):
+        mixed.vocabulary.save(files / "classes.json")
     assert torch.equal(ours.label_map, segmenter.predict(other, by_file).label_map)
     listed = split_classes("mug = photo:/etc/hostname#1 2 3 4")  # what a service makes of a stranger's text
     assert VocabularyClass(listed[0].name, listed[0].synonyms).exemplars == ()

@@ -152,7 +152,8 @@ def _segment(
         for index, picture in enumerate(_decoded(av, container, stream)):
             if options.frames is not None and index >= options.frames:
                 break
-            pixels = picture.to_ndarray(format="rgb24")
+            # As it is shown: telephones store portraits lying on their side. Older releases of PyAV do not say so.
+            pixels = np.rot90(picture.to_ndarray(format="rgb24"), round(getattr(picture, "rotation", 0) / 90))
             seconds = float(picture.time or 0.0)
             reused = ahead is not None and ahead["frame"] == index
             if ahead is not None and reused:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import resource
+import struct
 import tracemalloc
 from itertools import pairwise
 from pathlib import Path
@@ -80,6 +81,17 @@ def test_smoothing_calms_the_labels(segmenter: Any, clip: Path, tmp_path: Path) 
     plain = run(segmenter, clip, tmp_path / "a", overlay=False)
     smooth = run(segmenter, clip, tmp_path / "b", overlay=False, smooth=0.9)
     assert np.array_equal(plain[0].labels, smooth[0].labels) and changes(smooth) < changes(plain)
+
+
+def test_a_video_that_lies_on_its_side_is_turned(segmenter: Any, clip: Path, tmp_path: Path) -> None:
+    turned, data = tmp_path / "turned.mp4", clip.read_bytes()
+    matrix = data.index(b"tkhd") + 44  # as telephones write it: a quarter to the right
+    words = (0, 1 << 16, 0, -1 << 16, 0, 0, 0, 0, 1 << 30)
+    turned.write_bytes(data[:matrix] + struct.pack(">9i", *words) + data[matrix + 36 :])
+    with av.open(str(clip)) as container:
+        first = next(container.decode(video=0)).to_ndarray(format="rgb24")
+    labels = run(segmenter, turned, tmp_path / "out", frames=1)[0].labels
+    assert np.array_equal(labels, segmenter.predict(np.rot90(first, -1), WORDS).label_map)
 
 
 def test_an_interrupted_run_goes_on(segmenter: Any, clip: Path, tmp_path: Path) -> None:

@@ -198,9 +198,14 @@ class _Labels:
             result = self.segmenter.predict(pixels, self.vocabulary, **self.settings)
             self.current = np.asarray(result.label_map)
             return
+        import torch
+
+        from lexiseg.refine import refine
+
         scores = self.segmenter.scores(pixels, self.vocabulary, **self.settings).detach()
         self._mean = scores if self._mean is None else _blended(self._mean, scores, self.options.smooth)
-        found = self._mean.label_map((pixels.shape[0], pixels.shape[1]))[0].cpu().numpy()
+        image = torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)
+        found = refine(self._mean, image, self.segmenter.refinement)[0].cpu().numpy()
         self.current = found.astype(np.uint8 if len(self.vocabulary) <= 255 else np.uint16)
 
 

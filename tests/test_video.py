@@ -83,6 +83,13 @@ def test_smoothing_calms_the_labels(segmenter: Any, clip: Path, tmp_path: Path) 
     assert np.array_equal(plain[0].labels, smooth[0].labels) and changes(smooth) < changes(plain)
 
 
+def test_smoothed_labels_are_refined(segmenter: Any, clip: Path, tmp_path: Path) -> None:
+    refined = segmenter.refined("edges")
+    labels = [run(refined, clip, tmp_path / str(smooth), frames=1, smooth=smooth)[0].labels for smooth in (0, 0.5)]
+    assert np.array_equal(*labels)  # before the first frame is nothing
+    assert not np.array_equal(labels[0], run(segmenter, clip, tmp_path / "plain", frames=1)[0].labels)
+
+
 def test_a_video_that_lies_on_its_side_is_turned(segmenter: Any, clip: Path, tmp_path: Path) -> None:
     turned, data = tmp_path / "turned.mp4", clip.read_bytes()
     matrix = data.index(b"tkhd") + 44  # as telephones write it: a quarter to the right

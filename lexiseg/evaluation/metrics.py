@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -49,7 +49,11 @@ class Metrics:
 
     def summary(self) -> dict[str, float | None]:
         """The scalars in percent, rounded to two decimals as the papers print them; None instead of NaN."""
-        return {name: percent(value) for name, value in vars(self).items() if not isinstance(value, np.ndarray)}
+        return {name: percent(getattr(self, name)) for name in SCALARS}
+
+
+SCALARS = tuple(one.name for one in fields(Metrics) if one.name not in ("iou", "accuracy"))
+"""Names of the metrics that are one number."""
 
 
 def percent(fraction: float) -> float | None:

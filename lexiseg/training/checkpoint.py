@@ -313,13 +313,13 @@ class Best:
         return bool(values) and len(values) - 1 - values.index(max(values)) >= self.patience
 
     def improved_by(self, step: int, values: Mapping[str, float]) -> bool:
-        """Whether ``step`` has the largest value so far; a `LexisegError` if the metric is not measured."""
+        """Whether ``step`` has the largest value so far; a `LexisegError` if its pictures do not show the metric."""
         if self.metric is None:
             return False
         if self.metric not in values:
-            known = ", ".join(values) or "nothing"
             raise LexisegError(
-                f"'train.keep_best' is '{self.metric}', but what is measured is {known}; name one of it."
+                f"'train.keep_best' is '{self.metric}', which the pictures evaluated at step {step} do not show; raise "
+                "evaluation.scored, or name another metric and go on with --resume."
             )
         return all(value < values[self.metric] for before, value in self._values() if before < step)
 

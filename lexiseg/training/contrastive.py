@@ -255,13 +255,17 @@ class ContrastiveTask(Task):
         names: Sequence[str] = batch["names"]
         return names
 
+    def measures(self) -> Sequence[str]:
+        """See `evaluate`."""
+        return ("zero_shot_top1", "zero_shot_top5")
+
     def evaluate(self, step: int) -> dict[str, float]:
         """Zero-shot top-1 and top-5 accuracy (0..1), see `zero_shot_accuracy`."""
         scenes = self.settings.scenes
         top1, top5 = zero_shot_accuracy(
             self.clip, world=self.world, num_rounds=3, size=scenes.size, extents=scenes.extents
         )
-        return {"zero_shot_top1": top1, "zero_shot_top5": top5}
+        return dict(zip(self.measures(), (top1, top5), strict=True))
 
     def export(self, folder: Path) -> None:
         """Write an open_clip folder with the weights in float16."""

@@ -97,6 +97,10 @@ class Task(ABC):
         """Sample pictures by name, made with the model in evaluation mode; random state is restored afterwards."""
         return {}
 
+    def measures(self) -> Sequence[str]:
+        """Names of the numbers that `evaluate` may give, one of which a run can keep its best model by."""
+        return ()
+
     def evaluate(self, step: int) -> Mapping[str, float]:
         """Numbers to log beside the losses whenever sample pictures are due."""
         return {}

@@ -31,6 +31,7 @@ from lexiseg.data.base import SegmentationDataset, read_label, remap_to_seen, se
 from lexiseg.data.sets.dataset import nothing_labelled
 from lexiseg.data.transforms import Pipeline
 from lexiseg.errors import LexisegError
+from lexiseg.evaluation.metrics import SCALARS
 from lexiseg.evaluation.report import Report
 from lexiseg.evaluation.run import run_evaluation, spread
 from lexiseg.label_ids import IGNORE_INDEX, WIDE_IGNORE_INDEX, ignore_index
@@ -185,6 +186,11 @@ class SegmentationTask(Task):
             return {}
         grid = self._judge(self.validation, self.num_pictures, self.num_pictures).grid()
         return {} if grid is None else {"validation": grid}
+
+    def measures(self) -> Sequence[str]:
+        """The metrics in the log, as `evaluate` calls them; a class that is not in the sample leaves some out."""
+        measured = self.validation is not None and self.num_scored
+        return [f"val/{name}" for name in SCALARS] if measured else []
 
     def evaluate(self, step: int) -> dict[str, float]:
         """The metrics on a part of the validation samples, in percent."""

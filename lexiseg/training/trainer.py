@@ -290,8 +290,14 @@ class Trainer:
             raise LexisegError(
                 "Every learning rate is 0, so nothing would be trained; set a multiplier above 0, or train.steps to 0."
             )
-        if self.settings.keep_best is not None and self._engine.sharded:
-            raise LexisegError("A sharded model is not evaluated while it trains; set train.keep_best to null.")
+        if (best := self.settings.keep_best) is not None:
+            if self._engine.sharded:
+                raise LexisegError("A sharded model is not evaluated while it trains; set train.keep_best to null.")
+            if best not in (known := self.task.measures()):
+                measured = ", ".join(known) or "nothing"
+                raise LexisegError(
+                    f"'train.keep_best' is '{best}', but what is measured is {measured}; name one of it."
+                )
         names = [name for group in groups for name in group["names"]]
         for key in self.settings.multipliers:
             if not any(key in name for name in names):

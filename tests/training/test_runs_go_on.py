@@ -142,8 +142,12 @@ def test_the_best_is_kept_and_patience_ends(place: Path, tmp_path: Path, monkeyp
         resume=True,
     )
     assert load_model(tmp_path / "run/best").metadata["steps"] == 5
-    with pytest.raises(LexisegError, match="is 'val/iou', but what is measured is val/hiou"):
+    with pytest.raises(LexisegError, match="is 'val/iou', but what is measured is val/pacc, "):
         quietly(recipe_of(place, train={**judged, "keep_best": "val/iou"}, evaluation={"pictures": 0}), tmp_path / "b")
+    assert not (tmp_path / "b/metrics.jsonl").exists()  # at once, not at the first evaluation
+    monkeypatch.setattr(SegmentationTask, "evaluate", lambda task, step: {"val/pacc": 1.0})
+    with pytest.raises(LexisegError, match="at step 1 do not show; raise evaluation"):
+        quietly(recipe, tmp_path / "c")
     with pytest.raises(LexisegError, match="set 'snapshot_every'"):
         recipe_of(place, train={"keep_best": "val/hiou"})
 

@@ -95,6 +95,7 @@ def list_own(root: Path, split: str, unseen: str | None, classes: Path | None) -
     files_of = others.get(ending, masks)
     kind, table = _reading(settings, {} if ending in others else masks, ignore, root)
     names, findings = names_of(root, split, place, list(pictures))
+    any_named = bool(names or findings)  # findings say why there are none
     labels = [LabelFolder(files_of, place.labels, kind, table, ending)]
     items, missing = pair(names, split, pictures, place.images, labels)
     items = [_finished(item, settings, ending if ending in others else "", ignore) for item in items]
@@ -107,7 +108,7 @@ def list_own(root: Path, split: str, unseen: str | None, classes: Path | None) -
     findings += same_stems(named, place.labels, [] if ending in others else MASK_SUFFIXES, split)
     findings += _left_out(settings, class_file)
     if own_list(root, split) is None:
-        findings += _unlisted(place, labels, pictures, split, bool(names))
+        findings += _unlisted(place, labels, pictures, split, any_named)
     return SplitFiles(split, tuple(items), vocabulary, ignore, tuple(findings))
 
 

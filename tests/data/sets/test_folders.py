@@ -10,6 +10,7 @@ from PIL import Image
 from lexiseg.data.base import SegmentationDataset, remap_to_seen, seen_ids, unseen_ids
 from lexiseg.data.sets.labels import LabelKind, read_values
 from lexiseg.data.sets.open import open_data_set
+from lexiseg.data.sets.verify import verify
 from lexiseg.errors import LexisegError
 from tests import miniatures
 
@@ -60,6 +61,11 @@ def test_without_unseen_nothing_is_flagged(root):
     (root / "unseen.txt").unlink()
     vocabulary = open_voc_folder(root, "val").vocabulary
     assert seen_ids(vocabulary) == [] and unseen_ids(vocabulary) == []
+
+
+def test_a_split_without_its_list_is_one_mistake(root):
+    found = verify("own", root, splits=["test"]).findings
+    assert [(one.kind, one.split) for one in found] == [("missing-list", "test")]
 
 
 def test_ones_own_data_has_one_list_of_unseen_classes(root):

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 import lexiseg
 from lexiseg.errors import LexisegError
 from lexiseg.export.spec import FILE, FORMAT, ExportSpec
-from lexiseg.files import make_folder, write_json
+from lexiseg.files import make_folder, write_json, write_text
 from lexiseg.models.base import SegmentationModel
 from lexiseg.scores import GridScores
 from lexiseg.segmenter import Segmenter
@@ -334,7 +334,7 @@ def _save_tokenizer(tokenizer: SimpleTokenizer, path: Path) -> None:
     made.post_processor = processors.TemplateProcessing(
         single=f"{marks[0]} $A {marks[1]}", special_tokens=[(mark, tokenizer.encoder[mark]) for mark in marks]
     )
-    made.save(str(path), pretty=False)
+    write_text(path, made.to_str())
 
 
 def _put(temporary: Path, folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -261,6 +262,16 @@ def test_every_system_makes_the_round_trip(
     assert_same(segmenter, exported, [picture(), picture(32, 32, 1), picture(57, 100, 2)])
     if options.get("method") == "resclip":  # whose second pass looks at 32 words at most
         assert_same(segmenter, exported, [picture()], "; ".join(f"thing {index}" for index in range(50)))
+
+
+def test_a_full_disk_is_a_sentence(segmenter: Segmenter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(LexisegError, match=r"Cannot write .*tokenizer.*No space left"):
+        export(segmenter, tmp_path / "model")
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_cannot_be_exported_is_a_sentence(tmp_path: Path) -> None:

@@ -6,7 +6,8 @@ with learned prompts in every block (`PromptTokens`, the paper's DPT); each word
 (NEL: focal and dice loss, `OneStageModel.losses`).
 
 Read `ZegCLIP.encode_images` and `ZegCLIP.grid_logits`, which are the forward pass; `OneStageModel` turns its logits
-into scores and losses. Cascade-CLIP and SPT-SEG subclass `ZegCLIP` and override its small methods.
+into scores and losses. Text is frozen CLIP's, in the recipe's `templates` (the authors have one sentence on VOC and 15
+elsewhere). Cascade-CLIP and SPT-SEG subclass `ZegCLIP` and override its small methods.
 """
 
 from __future__ import annotations
@@ -77,7 +78,8 @@ class PromptTokens(nn.Module):
 
     With a ``depth`` n > 0, "deep", fresh prompts enter blocks 0 to n, their outputs are thrown away each time, and
     later blocks have none. n = 0, "shallow": prompts enter block 0 and pass through all. n < 0, "reverse": fresh
-    prompts enter the last |n| blocks only (Appendix B). A depth that does not fit the tower is a `LexisegError`.
+    prompts enter the last |n| blocks only (Appendix B). Prompts have no positions and skip CLIP's first norm. A depth
+    that does not fit the tower is a `LexisegError`.
     """
 
     def __init__(self, num_prompts: int, tower: ImageTower, depth: int, dropout: float) -> None:
@@ -95,6 +97,7 @@ class PromptTokens(nn.Module):
         # Of all tokens, in front of CLIP's own last norm. The released code makes it in shallow mode too, for nothing.
         self.norm = nn.LayerNorm(width, eps=1e-6) if depth else nn.Identity()
         self.dropout = nn.Dropout(dropout)
+        # As in visual prompt tuning (Jia et al., ECCV 2022): Xavier's bound for a linear map from a patch's pixels.
         bound = math.sqrt(6.0 / (3 * tower.patch_size**2 + width))
         for embeddings in (self.embeddings, self.deep_embeddings):
             if embeddings is not None:

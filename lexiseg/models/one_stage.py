@@ -84,8 +84,9 @@ class DecoderLayer(nn.Module):
 class MaskDecoder(nn.Module):
     """A stack of layers; the mask logits of the last one are the result (ZegCLIP, Sec. 3.3, Eq. 3 to 5).
 
-    Queries do not see each other, so classes can be decoded in any order and in parts. A `LexisegError` says that the
-    heads do not divide the width ``dim``.
+    Queries do not see each other, so classes can be decoded in any order and in parts. Patches come as they are,
+    without positions, and inner layers have no loss of their own. A `LexisegError` says that the heads do not divide
+    the width ``dim``.
     """
 
     def __init__(
@@ -156,6 +157,7 @@ class OneStageModel(SegmentationModel):
     def mask_loss(self, logits: Tensor, labels: Tensor, dice_weight: float) -> MaskLosses:
         """Focal loss or cross entropy, and dice, of mask logits (B, C, h, w) upsampled to labels (B, H, W).
 
+        Mask c is that of class c: nothing is matched.
         Focal: alpha_t (1 - p_t)^2 BCE with alpha 0.25, the mean over pixels, the sum over classes and images. Dice: 1 -
         (2 sum(p t) + 1) / (sum p + sum t + 1) of the classes in an image. Both are divided by the number of masks in
         the batch. A pixel without a class is a negative of all.

@@ -1,8 +1,12 @@
 """DeOP: proposals beside one pass of CLIP, whose patches are severed from each other and pooled under heatmaps.
 
-Han et al., "Open-Vocabulary Semantic Segmentation with Decoupled One-Pass Network", ICCV 2023. The baseline, baseline+
-and every ablation of Tables 3, 4, 5, 7 and 9 are options of the same class. Where the released code and the paper
-differ both are there: the paper's form under the paper's name, the other one with "released" in its name.
+Han et al., "Open-Vocabulary Semantic Segmentation with Decoupled One-Pass Network", ICCV 2023. Every ablation of Tables
+3, 4, 5, 7 and 9 is an option of the same class: baseline+ has ``severance`` and ``heatmaps`` "none", the baseline also
+``visual_prompts`` "none", ``text_prompts`` "offline" and ``class_scores`` "cosine". Where the released code and the
+paper differ both are there: the paper's form under the paper's name, the other one with "released" in its name. Text
+prompts are trained first, by a recipe of the kind ``prompts``, then the proposals, then the rest (``train``).
+
+Read `DeOP.encode_regions` (called by `DecoupledModel.encode_images`, behind the proposals) and `DeOP.score`.
 """
 
 from __future__ import annotations

@@ -142,11 +142,17 @@ def write_voc(
 
     ``JPEGImages/*.jpg``, ``SegmentationClass/*.png`` (palette, 255 = ignored), the lists
     ``ImageSets/Segmentation/{train,val}.txt``, ``captions.txt`` (name, tab, sentence), ``classes.txt`` and
-    ``unseen.txt``. The masks of the train split have 255 where an unseen class is. Existing files are overwritten.
+    ``unseen.txt``. The masks of the train split have 255 where an unseen class is. Files of an earlier run are
+    overwritten.
 
-    Raises LexisegError if the folder cannot be written.
+    Raises LexisegError if the folder holds anything else, or cannot be written.
     """
     root = make_folder(folder)
+    classes, listed = "".join(f"{name}\n" for name in world.classes), root / "classes.txt"
+    shown = any(not entry.name.startswith(".") for entry in root.iterdir())
+    if shown and not (listed.is_file() and listed.read_bytes() == classes.encode()):
+        raise LexisegError(f"'{root}' holds other files than those of this world; give a new folder.")
+    write_text(listed, classes)  # first, so that a run that was stopped can be repeated
     images, masks = make_folder(root / "JPEGImages"), make_folder(root / "SegmentationClass")
     lists = make_folder(root / "ImageSets" / "Segmentation")
     palette = np.zeros((256, 3), np.uint8)
@@ -169,7 +175,6 @@ def write_voc(
             captions.append(f"{name}\t{dataset.caption(index)}")
         write_text(lists / f"{split}.txt", "".join(f"{name}\n" for name in names))
     write_text(root / "captions.txt", "".join(f"{line}\n" for line in captions))
-    write_text(root / "classes.txt", "".join(f"{name}\n" for name in world.classes))
     write_text(root / "unseen.txt", "".join(f"{name}\n" for name in world.unseen))
     return root
 

@@ -179,6 +179,12 @@ def test_written_to_disk_it_is_a_voc_folder(tmp_path) -> None:
     assert (root / "classes.txt").read_text().splitlines() == list(FIRST.classes)
     assert (root / "unseen.txt").read_text().splitlines() == list(FIRST.unseen)
     assert len((root / "captions.txt").read_text().splitlines()) == 10
+    write_voc(root, num_train=1, num_val=0, size=32)
+    (root / "classes.txt").write_text("cat\n")
+    for folder in (root, root / "JPEGImages"):  # somebody's own data
+        with pytest.raises(LexisegError, match="holds other files"):
+            write_voc(folder, num_train=1, num_val=0, size=32)
+    assert (root / "classes.txt").read_text() == "cat\n"
 
 
 def test_the_contact_sheet_is_one_picture() -> None:

@@ -53,8 +53,10 @@ def encode_outline(shape: Any, size: tuple[int, int]) -> dict[str, Any]:
 
     try:
         _check_outline(shape, size)
-        if isinstance(shape, dict) and isinstance(shape["counts"], str):
-            code: Any = {"size": shape["size"], "counts": shape["counts"].encode("ascii")}
+        counts = shape["counts"] if isinstance(shape, dict) else None
+        if isinstance(counts, str | bytes):  # in a file it is text, in memory what pycocotools gave
+            packed = counts.encode("ascii") if isinstance(counts, str) else counts
+            code: Any = {"size": shape["size"], "counts": packed}
         elif isinstance(shape, dict):
             code = coco.frPyObjects(shape, *size)
         else:

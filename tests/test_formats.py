@@ -113,6 +113,10 @@ def test_coco_of_others_is_read(tmp_path: Path) -> None:
     }
     read = Segmentation.from_coco(dataset)
     assert read.label_map[:, 0].tolist() == [0] * 8 and read.label_map[2:4, 2:5].unique().tolist() == [1]
+    runs = coco.encode(np.asfortranarray(read.mask("dog").numpy().astype(np.uint8)))  # bytes
+    annotation = {"image_id": 7, "category_id": 90, "segmentation": runs}
+    packed = Segmentation.from_coco({**dataset, "annotations": [annotation]})
+    assert torch.equal(packed.mask("dog"), read.mask("dog"))
     for change, words in (
         ({"images": []}, "0 pictures"),
         ({"categories": None}, "not a COCO dataset"),

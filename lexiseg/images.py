@@ -130,8 +130,8 @@ def list_images(target: str | Path) -> list[Path]:
             found.sort(key=lambda entry: (len(entry.parts), entry), reverse=True)
             found = list({(entry.parent.resolve(), entry.name): entry for entry in found}.values())
         if videos := sum(entry.suffix.lower() in VIDEO_SUFFIXES for entry in found):
-            text = f"Left out of '{path}': {counted(videos, 'video')}; give each one by itself."
-            warnings.warn(text, LexisegWarning, stacklevel=2)
+            note = f"Left out of '{path}': {counted(videos, 'video')}; give each one by itself."
+            warnings.warn(note, LexisegWarning, stacklevel=2)
         endings = IMAGE_SUFFIXES | FOREIGN_SUFFIXES
         found = [entry for entry in found if entry.suffix.lower() in endings and (entry.is_file() or _is_broken(entry))]
     except (OSError, ValueError, re.error) as error:

@@ -271,7 +271,7 @@ def _is_begun(path: Path, head: dict[str, Any]) -> bool:
     lines = whole = 0
     with path.open("rb") as file, suppress(ValueError, KeyError, TypeError):
         while (content := _next_line(file)) is not None:
-            if lines == 0 and {**content, "state": head["state"]} != head:
+            if lines == 0 and (not isinstance(content, dict) or {**content, "state": head["state"]} != head):
                 raise LexisegError(f"'{path}' was written with other classes or settings; choose another folder.")
             if lines == 0 and content != head:
                 text = f"The video has changed since '{path}' was written, so it starts again from its first frame."

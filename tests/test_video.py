@@ -133,6 +133,11 @@ def test_a_changed_video_starts_again_with_a_note(segmenter: Any, clip: Path, tm
         again = run(segmenter, copy, tmp_path, frames=2, overlay=False, resume=True)
     assert not any(frame.reused for frame in again)
     assert all(frame.reused for frame in run(segmenter, copy, tmp_path, frames=2, overlay=False, resume=True))
+    journal = video_files(copy, tmp_path)["frames"]
+    journal.write_text("[1, 2]\n")  # somebody else's
+    with pytest.raises(LexisegError, match="classes or settings"):
+        run(segmenter, copy, tmp_path, resume=True)
+    assert journal.read_text() == "[1, 2]\n"
 
 
 def write_moving(path: Path, frames: int) -> Path:

@@ -296,7 +296,7 @@ class Trainer:
             if best not in (known := self.task.measures()):
                 measured = ", ".join(known) or "nothing"
                 raise LexisegError(
-                    f"'train.keep_best' is '{best}', but what is measured is {measured}; name one of it."
+                    f"'train.keep_best' is '{best}', but what is measured is {measured}; name one of them."
                 )
         names = [name for group in groups for name in group["names"]]
         for key in self.settings.multipliers:

@@ -87,7 +87,8 @@ class WindowOptions(ModelOptions):
     def window(self) -> WindowPolicy:
         """How the system is run over a picture by default."""
         stride = self.window_stride or self.window_size or 0
-        named = ("long_side", "antialias", "canvas", "whole")
+        limits = () if self.short_side is None else ("long_side",)  # alone it limits nothing
+        named = (*limits, "antialias", "canvas", "whole")
         more = {name: getattr(self, name) for name in named if name in type(self).model_fields}
         return WindowPolicy(self.window_size, stride, self.short_side, **more)
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from lexiseg.errors import LexisegError
-from lexiseg.models import SYSTEMS, ZegCLIP
+from lexiseg.models import SYSTEMS, CATSeg, CATSegOptions, ZegCLIP
 from lexiseg.recipes import TrainSettings
 from tests.towers import small_clip
 
@@ -50,3 +50,10 @@ def test_numbers_of_the_loop_are_finite(key: str) -> None:
 def test_the_resize_before_the_windows_is_an_option() -> None:
     assert ZegCLIP.build(small_clip()).window.antialias
     assert not ZegCLIP.build(small_clip(), {"antialias": False}).window.antialias
+
+
+def test_a_long_side_limits_the_resize_of_the_short_one_alone() -> None:
+    """It must not stand in the description of an exported model, where it is refused without the other."""
+    model = CATSeg(small_clip(), CATSegOptions(long_side=100))
+    assert model.window.long_side is None
+    assert CATSegOptions(long_side=100, short_side=50).window().long_side == 100

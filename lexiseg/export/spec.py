@@ -58,7 +58,7 @@ class Text(StrictModel):
 
     graph: FileName
     tokenizer: FileName
-    context_length: Annotated[int, Field(ge=3, le=LONGEST_SIDE)]
+    context_length: Annotated[int, Field(ge=3, le=65536)]  # tokens
     templates: Annotated[tuple[str, ...], Field(min_length=1)]
     separate_templates: bool = False  # one vector per template, not their mean
     first_of_name: bool = False  # of a name with ", " in it only what stands before it

@@ -263,9 +263,9 @@ class CLIP(nn.Module):
 
 
 def digest_of(tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """SHA-256 (hex) of tensors and their names, as float32, in the order of the names."""
+    """SHA-256 (hex) of tensors and their names, as float32, in their order."""
     digest = hashlib.sha256()
-    for key, tensor in sorted(tensors):
+    for key, tensor in tensors:
         values = tensor.detach().to("cpu", torch.float32).contiguous()
         digest.update(f"{key}{tuple(values.shape)}".encode())
         digest.update(values.numpy().tobytes())

@@ -117,7 +117,7 @@ class PromptLearner(nn.Module):
 
     def fingerprint(self) -> str:
         """SHA-256 (hex) of the prompts: what text features made with them are remembered by."""
-        return digest_of(self.state_dict().items())
+        return digest_of(sorted(self.state_dict().items()))
 
     def _head(self, clip: CLIP, start: int, task: str | None) -> Tensor:
         """What stands in front of the name, the same for every class: (L, W)."""

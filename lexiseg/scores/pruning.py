@@ -19,8 +19,11 @@ from lexiseg.scores.indexing import every, spread
 LONGEST_TILE = 32
 LEAF = 4
 """Tiles of at most this side are compared pixel by pixel."""
-# Where bounds drop less than a tenth of the words, as in ties, comparing all of them is cheaper.
+# Where bounds drop less than a tenth of the words, as in ties, they are compared with the best one; where that drops
+# no more, comparing all of them everywhere is cheaper.
 _MOST_KEPT = 0.9
+MANY = 8
+"""Candidates a tile up to which it does not pay to compare them with the best one once more."""
 
 
 class Writer:
@@ -89,9 +92,13 @@ def prune(field: Field, rows: Tensor, columns: Tensor, margin: float, writer: Wr
     keep = keep.flatten(1)
     del lower, upper
     tiles, words = keep.t().contiguous().nonzero().unbind(1)
-    if len(words) > most:
+    start = _Candidates(words, tiles, rows.repeat_interleave(columns.shape[1], 1), columns.repeat(1, rows.shape[1]))
+    together = len(words) > most
+    if together:
+        start = _sift(field, start, margin)
+    if len(start.words) > most:
         return False
-    stack = [_Candidates(words, tiles, rows.repeat_interleave(columns.shape[1], 1), columns.repeat(1, rows.shape[1]))]
+    stack = [start]
     while stack:
         candidates = stack.pop()
         halves = candidates.cut(budget(field) // 16)
@@ -108,8 +115,35 @@ def prune(field: Field, rows: Tensor, columns: Tensor, margin: float, writer: Wr
         if max(_longest(candidates.rows), _longest(candidates.columns)) <= LEAF:
             _compare(field, candidates, writer)
         else:
-            stack.append(_quarter(field, candidates, margin))
+            candidates = _quarter(field, candidates, margin)
+            crowded = len(candidates.words) > MANY * candidates.rows.shape[1]
+            stack.append(_sift(field, candidates, margin) if together and crowded else candidates)
     return True
+
+
+def _sift(field: Field, candidates: _Candidates, margin: float) -> _Candidates:
+    """Drop the words that score less than their tile's leader, the best word in its middle, in all of it.
+
+    Bounds cannot tell words apart whose scores go up and down together; in their differences that cancels.
+    """
+    rows, columns = candidates.rows, candidates.columns
+    size = budget(field) // 4
+    chunks = list(zip(candidates.words.split(size), candidates.tiles.split(size), strict=True))
+    y, x = rows.sum(0, keepdim=True) // 2, columns.sum(0, keepdim=True) // 2
+    middle = torch.cat([field.points(words, tiles, y, x)[0, 0] for words, tiles in chunks])
+    largest = torch.full(rows.shape[1:], -torch.inf, device=field.device)
+    largest.scatter_reduce_(0, candidates.tiles, middle, "amax")
+    best = (middle == largest.index_select(0, candidates.tiles)).nonzero().view(-1)
+    # Any of the equal ones will do.
+    leaders = torch.empty(rows.shape[1:], dtype=torch.long, device=field.device)
+    leaders[candidates.tiles[best]] = candidates.words[best]
+    kept = []
+    for words, tiles in chunks:
+        gaps = field.gaps(words, tiles, leaders, rows, columns)
+        if gaps is None:
+            return candidates
+        kept.append((gaps <= margin) | (words == leaders[tiles]))
+    return candidates.part(torch.cat(kept).nonzero().view(-1))
 
 
 def _quarter(field: Field, candidates: _Candidates, margin: float) -> _Candidates:

@@ -58,6 +58,13 @@ class Resized(Field):
             return self.child.extremes(words, tiles, _support(self.rows, rows), _support(self.columns, columns))
         return bounds_of(self._at(words, tiles, y, x), len(rows), len(columns))
 
+    def gaps(self, words: Tensor, tiles: Tensor, leaders: Tensor, rows: Tensor, columns: Tensor) -> Tensor | None:
+        y, x = _turning_points(self.rows, rows[None]), _turning_points(self.columns, columns[None])
+        if y is None or x is None:
+            return self.child.gaps(words, tiles, leaders, _support(self.rows, rows), _support(self.columns, columns))
+        leading = self._at(leaders, torch.arange(len(leaders), device=self.device), y, x)
+        return (spread(leading, tiles) - self._at(words, tiles, y, x)).flatten(0, 1).amin(0)
+
     def local(self, top: int, bottom: int, left: int, right: int) -> Field:
         y, x = _part(self.rows, top, bottom), _part(self.columns, left, right)
         child = self.child.local(int(y.low[0]), int(y.high[-1]) + 1, int(x.low[0]), int(x.high[-1]) + 1)

@@ -139,6 +139,7 @@ def test_decoding_is_exact(case: Case) -> None:
     with pytest.MonkeyPatch.context() as patch:
         for module in (pruning, decode):
             patch.setattr(module, "budget", lambda field: case.budget)
+        patch.setattr(pruning, "MANY", 0 if case.budget == 1 << 10 else 8)
         if case.budget == 1 << 10:
             for module in (fields, decode):
                 patch.setattr(module, "BLOCK_WORDS", 4)
@@ -158,16 +159,17 @@ def test_pruning_is_exact(kind: str, nested: bool) -> None:
 @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
 @given(case=cases(), seed=st.integers(0, 999))
 def test_bounds_are_certain(case: Case, seed: int) -> None:
-    """No value in a tile lies outside its bounds, but for rounding."""
+    """No value in a tile lies outside its bounds, and no word is less than its gap below another, but for rounding."""
     field = case.scores.field(0, case.size)
     generator = torch.Generator().manual_seed(seed)
 
     def some(count: int, top: int) -> Tensor:
         return torch.randint(0, top, (count,), generator=generator)
 
-    words, tiles = some(30, field.num_words), some(30, 5)
+    words, tiles, leaders = some(30, field.num_words), some(30, 5), some(5, field.num_words)
     rows, columns = (torch.stack((some(5, n), some(5, n))).sort(0).values for n in case.size)
     lower, upper = field.extremes(words, tiles, rows[None], columns[None])
+    gaps = field.gaps(words, tiles, leaders, rows, columns)
     dense = field.block(slice(None), 0, case.size[0], 0, case.size[1])
     slack = 2 * field.limits()[1] + 1e-6
     for index, (word, tile) in enumerate(zip(words.tolist(), tiles.tolist(), strict=True)):
@@ -175,6 +177,20 @@ def test_bounds_are_certain(case: Case, seed: int) -> None:
         place = dense[word, top : bottom + 1, left : right + 1]
         assert float(place.min()) >= float(lower[0, 0, index]) - slack
         assert float(place.max()) <= float(upper[0, 0, index]) + slack
+        if gaps is not None:
+            leading = dense[int(leaders[tile]), top : bottom + 1, left : right + 1]
+            assert float((leading - place).min()) >= float(gaps[index]) - slack
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_words_that_rise_and_fall_together_are_told_apart(nested: bool) -> None:
+    """Bounds alone would keep them all, and the words would be streamed."""
+    size = (112, 128)
+    logits = torch.randn(1, 1, 7, 8) + 0.1 * torch.randn(1, 60, 1, 1) + 0.01 * torch.randn(1, 60, 7, 8)
+    field = GridScores(logits, resize_to=size if nested else None, sigmoid=True).field(0, size)
+    rows, columns = (pruning.tile_ranges(field.cells(axis)) for axis in (0, 1))
+    writer = pruning.Writer(None, torch.empty(size, dtype=torch.long), None)
+    assert pruning.prune(field, rows, columns, pruning.margin_of(field), writer)
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))

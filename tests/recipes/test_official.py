@@ -15,7 +15,7 @@ import lexiseg.training.dry_run
 from lexiseg.clip.load import random_clip
 from lexiseg.clip.model import CLIP
 from lexiseg.errors import LexisegError
-from lexiseg.evaluation.protocols import ONE_STAGE
+from lexiseg.evaluation.protocols import find_protocol
 from lexiseg.models import SYSTEMS
 from lexiseg.recipes import (
     ContrastiveRecipe,
@@ -233,8 +233,7 @@ def test_cross_dataset_evaluation(name: str, source: str, templates: str) -> Non
     recipe = load_recipe(name)
     assert isinstance(recipe, EvaluationRecipe) and recipe.window is not None
     assert (recipe.data.source, recipe.templates, recipe.offsets) == (source, templates, "none")
-    window = recipe.window
-    assert window == ONE_STAGE  # what `lexiseg evaluate --protocol` does
+    assert recipe.window == find_protocol("gzs-voc").windows["zegclip"]  # what `lexiseg evaluate --protocol` does
     assert all(entry.seen is None for entry in recipe.data.vocabulary().classes)
     with pytest.raises(LexisegError, match="only evaluates"):
         dry_run(recipe)

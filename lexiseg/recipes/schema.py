@@ -135,9 +135,7 @@ def _known_start(source: str) -> str:
     if source == IMAGENET or "/" in source or ":" in source or source.endswith(WEIGHT_FILES) or Path(source).is_dir():
         return source
     near = difflib.get_close_matches(source.lower(), [IMAGENET], cutoff=0.5)
-    hint = (
-        f"; did you mean '{IMAGENET}'?" if near else f"; give '{IMAGENET}', a file, a folder or OWNER/NAME on the hub"
-    )
+    hint = f"; did you mean '{IMAGENET}'?" if near else f"; give '{IMAGENET}', a ResNet's file or the folder of a run"
     raise ValueError(f"'{source}' is nothing that proposals can start from{hint}")
 
 
@@ -165,8 +163,7 @@ class SegmentationRecipe(StrictModel):
     # recipe, which is then trained first, in the run's folder, on this recipe's data and CLIP
     prompts_from: str | None = None
     # what the proposals of a decoupled system start from when a training begins: "imagenet" for a ResNet's ImageNet
-    # weights from the hub, a file of such weights, a MaskFormer or Mask2Former of `transformers`, a folder or
-    # ``OWNER/NAME`` on the hub, the folder of a run that trained some, or the recipe of one, such as
+    # weights from the hub, a file of such weights, the folder of a run that trained some, or the recipe of one, such as
     # "shapes:mask2former", which is then trained first; see :func:`lexiseg.proposals.pretrained.start_proposals`. None
     # starts from random weights. A model that ``initial`` names brings its own proposals, so both cannot be given.
     proposals_from: Annotated[str, AfterValidator(_known_start)] | None = None

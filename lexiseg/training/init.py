@@ -15,8 +15,7 @@ from lexiseg.models.base import SegmentationModel
 from lexiseg.models.decoupled import DecoupledModel
 from lexiseg.models.options import ModelOptions
 from lexiseg.proposals.base import ProposalGenerator
-from lexiseg.proposals.own import seen_by
-from lexiseg.proposals.pretrained import IMAGENET, WEIGHT_FILES, start_proposals
+from lexiseg.proposals.pretrained import IMAGENET, WEIGHT_FILES, seen_by, start_proposals
 from lexiseg.recipes import (
     ContrastiveRecipe,
     Data,

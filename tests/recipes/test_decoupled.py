@@ -343,8 +343,8 @@ def test_random_proposals_are_nothing_to_build_on(name: str, key: str | None) ->
         for source in (None, "imagenet", "resnet.pth"):
             with pytest.raises(LexisegError, match="builds on proposals that it does not train itself"):
                 build_model(alone.model_copy(update={"proposals_from": source}), vocabulary, clip=clip)
-        # A whole MaskFormer brings masks, and SAM comes trained.
-        build_model(alone.model_copy(update={"proposals_from": "somebody/maskformer"}), vocabulary, clip=clip)
+        # A whole generator brings masks, and SAM comes trained.
+        build_model(alone.model_copy(update={"proposals_from": "somebody/run"}), vocabulary, clip=clip)
         sam = given.model.model_copy(update={"options": {**options, "proposals": {"kind": "sam"}}})
         build_model(alone.model_copy(update={"model": sam}), vocabulary, clip=clip)
 

@@ -113,14 +113,9 @@ class Task(ABC):
         """Write the finished model into ``folder``."""
 
 
-class _Failure:
-    """A user's mistake found in a worker; the exception itself would arrive with a traceback as its message."""
-
-    def __init__(self, message: str) -> None:
-        self.message = message
-
-
 class _Batches(Dataset[Any]):
+    """What ``make`` gives, or the user's mistake it found: raised, it would arrive with a traceback as its message."""
+
     def __init__(self, make: Callable[[int], Any]) -> None:
         self._make = make
 
@@ -128,7 +123,7 @@ class _Batches(Dataset[Any]):
         try:
             return self._make(index)
         except LexisegError as error:
-            return _Failure(str(error))
+            return error
 
 
 def _deaf(worker: int) -> None:
@@ -136,10 +131,6 @@ def _deaf(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(5))  # for then the main process may be waiting for their end
-
-
-def _as_is(batch: Any) -> Any:
-    return batch
 
 
 def prefetch(make: Callable[[int], Any], indices: Sequence[int], *, workers: int) -> Iterator[Any]:
@@ -161,7 +152,7 @@ def prefetch(make: Callable[[int], Any], indices: Sequence[int], *, workers: int
         batch_size=None,
         num_workers=workers,
         prefetch_factor=2,
-        collate_fn=_as_is,
+        collate_fn=lambda batch: batch,
         worker_init_fn=_deaf,
         multiprocessing_context="fork",
         # Its own generator: the loader's default would draw from the global one and so change the dropout.
@@ -169,8 +160,8 @@ def prefetch(make: Callable[[int], Any], indices: Sequence[int], *, workers: int
     )
     with watched_workers():
         for batch in loader:
-            if isinstance(batch, _Failure):
-                raise LexisegError(batch.message)
+            if isinstance(batch, LexisegError):
+                raise batch
             yield batch
 
 

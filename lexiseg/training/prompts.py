@@ -48,13 +48,11 @@ def hide_background(images: Tensor, masks: Tensor, clip: CLIP) -> Tensor:
     return torch.where((masks > 0)[:, None], inside, images.new_tensor(clip.mean)[:, None, None])
 
 
-def crop_logits(
-    learner: PromptLearner, clip: CLIP, images: Tensor, names: Sequence[str], task: str | None = None
-) -> Tensor:
+def crop_logits(learner: PromptLearner, clip: CLIP, images: Tensor, names: Sequence[str]) -> Tensor:
     """100 times the cosines (B, C) of whole crops of `hide_background`; the image tower gets no gradient."""
     with torch.no_grad():
         embeddings = image_embeddings(clip.visual, images, position_interpolation="bicubic")
-    return 100.0 * F.normalize(embeddings.float(), dim=-1) @ learner(clip, names, task).T
+    return 100.0 * F.normalize(embeddings.float(), dim=-1) @ learner(clip, names).T
 
 
 class Prompted(nn.Module):
@@ -83,7 +81,6 @@ class PromptTask(Task):
         per_class: at most this many pictures of each class (the authors': 32 on COCO-Stuff, 128 on VOC).
         size: side of a crop; None takes the side CLIP was trained at.
         seed: decides which pictures, which crops and in which order.
-        task: see `PromptLearner`.
         setting: "inductive" or "supervised".
     """
 
@@ -99,11 +96,10 @@ class PromptTask(Task):
         per_class: int = 32,
         size: int | None = None,
         seed: int = 0,
-        task: str | None = None,
         setting: Literal["inductive", "supervised"] = "inductive",
     ) -> None:
         self.model = Prompted(clip, learner)
-        self.dataset, self.batch_size, self.seed, self.task = dataset, batch_size, seed, task
+        self.dataset, self.batch_size, self.seed = dataset, batch_size, seed
         self.size = clip.image_size if size is None else size
         everything = list(range(len(dataset.vocabulary)))
         self.classes = everything if setting == "supervised" else seen_ids(dataset.vocabulary) or everything
@@ -128,7 +124,7 @@ class PromptTask(Task):
         """The cross entropy, and the percentage of crops that get their class."""
         clip = self.model.clip
         crops = hide_background(batch["images"], batch["masks"], clip)
-        logits = crop_logits(self.model.learner, clip, crops, self.names, self.task)
+        logits = crop_logits(self.model.learner, clip, crops, self.names)
         correct = (logits.detach().argmax(dim=1) == batch["labels"]).float().mean()
         weight = reduction_weight(len(logits), logits.device)
         return {"loss": F.cross_entropy(logits, batch["labels"]) * weight, "accuracy": 100.0 * correct * weight}

@@ -61,7 +61,7 @@ ALLOWED: dict[str, set[str]] = {
     "regions": {"errors", "clip"},
     "losses": {"errors", "label_ids", "proposals"},
     "refine": {"errors", "hub", "scores", "proposals"},
-    "clip": WORDS | {"catalog", "hub"},
+    "clip": WORDS | {"catalog", "checking", "hub"},
     "models": WORDS | {"checking", "clip", "scores", "proposals", "regions", "losses", "windows"},
     "weights": WORDS | {"catalog", "hub", "clip", "proposals", "models"},
     "data": WORDS | {"formats", "images", "notes", "windows"},

@@ -39,7 +39,7 @@ def local(name: str) -> Path | None:
         return None
 
 
-def load_clip(name: str | Path, *, device: str | torch.device = "cpu") -> CLIP:
+def load_clip(name: str | Path) -> CLIP:
     """Load a CLIP.
 
     Args:
@@ -53,10 +53,9 @@ def load_clip(name: str | Path, *, device: str | torch.device = "cpu") -> CLIP:
             - a folder with ``open_clip_config.json`` and ``open_clip_model.safetensors``;
             - a hub repository of open_clip: ``"hf-hub:owner/name"``;
             - a dual encoder of another library: ``"transformers:google/tipsv2-b14"``, see `lexiseg.clip.foreign`.
-        device: where to put it.
 
     Returns:
-        the model in float32 and in evaluation mode.
+        the model in float32, in evaluation mode and on the CPU.
 
     Raises:
         LexisegError: the name is unknown (near names are listed), the weights do not fit, or the hub is out of reach.
@@ -76,7 +75,7 @@ def load_clip(name: str | Path, *, device: str | torch.device = "cpu") -> CLIP:
         clip = _load_architecture(text)
     else:
         raise LexisegError(_unknown(text))
-    return clip.to(device).eval()
+    return clip.eval()
 
 
 def _unknown(name: str) -> str:
@@ -95,7 +94,7 @@ def _load_folder(folder: Path, name: str) -> CLIP:
     for path in (config_path, weights_path):
         if not path.is_file():
             raise LexisegError(f"The folder '{folder}' has no {path.name}; a CLIP folder needs both files.")
-    architecture = read_config(config_path)
+    architecture = read_json(config_path)
     check_architecture(architecture, name)
     state = read_safetensors(weights_path)
     if folder.parent != catalog.PACKAGED_FOLDER:  # a stranger's configuration may ask for a model of any size
@@ -154,7 +153,7 @@ def _load_hub(name: str) -> CLIP:
     repository = name.removeprefix("hf-hub:")
     if repository.count("/") != 1:
         raise LexisegError(f"'{name}' is not a hub repository; write hf-hub:OWNER/NAME.")
-    architecture = read_config(download(repository, (CONFIG_NAME,), name))
+    architecture = read_json(download(repository, (CONFIG_NAME,), name))
     check_architecture(architecture, name)
     return _filled(architecture, name, download(repository, _HUB_WEIGHTS, name))
 
@@ -181,14 +180,6 @@ def _download_tag(name: str, tag: dict[str, Any]) -> Path:
     if tag.get("quick_gelu") and "quickgelu" not in arch:
         arch = f"{arch}-quickgelu"
     return download(repository, names, name, instead=f"{arch}/PATH/{names[0]}")
-
-
-def read_config(path: Path) -> dict[str, Any]:
-    """Read an ``open_clip_config.json``; a `LexisegError` if it is not JSON or has no ``model_cfg``."""
-    config = read_json(path)
-    if "model_cfg" not in config:
-        raise LexisegError(f"'{path}' has no model_cfg; take the {CONFIG_NAME} that open_clip writes.")
-    return config
 
 
 def read_safetensors(path: Path) -> dict[str, torch.Tensor]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import math
 from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
@@ -16,16 +15,18 @@ from open_clip import tokenizer as open_clip_tokenizer
 from open_clip.modified_resnet import ModifiedResNet
 from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
 from open_clip.transformer import ResidualAttentionBlock, TextTransformer
+from pydantic import BaseModel, FiniteFloat
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from lexiseg.checking import check
 from lexiseg.clip.library_towers import OpenCLIPTower
 from lexiseg.clip.patch_tower import PatchTower
 from lexiseg.clip.resnet import RESNET_STRIDE
 from lexiseg.clip.tower import ImageTower, block_attention, run_block
 from lexiseg.errors import LexisegError
 from lexiseg.files import atomic_write, make_folder, write_json
-from lexiseg.words import describe, shorten
+from lexiseg.words import shorten
 
 CONFIG_NAME = "open_clip_config.json"
 WEIGHTS_NAME = "open_clip_model.safetensors"
@@ -33,9 +34,6 @@ WEIGHTS_NAME = "open_clip_model.safetensors"
 # The mean and standard deviation OpenAI's CLIP was trained with, RGB in 0..1.
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
-
-# Stored in files or in the code of open_clip, but no part of what defines a tower.
-_PREPROCESS_KEYS = ("mean", "std")
 
 
 class CLIP(nn.Module):
@@ -272,39 +270,43 @@ def digest_of(tensors: Iterable[tuple[str, Tensor]]) -> str:
     return digest.hexdigest()
 
 
-def check_architecture(architecture: dict[str, Any], name: str) -> None:
+class Preprocessing(BaseModel):
+    """Mean and standard deviation of the images, RGB in 0..1."""
+
+    mean: tuple[FiniteFloat, FiniteFloat, FiniteFloat] = OPENAI_MEAN
+    std: tuple[FiniteFloat, FiniteFloat, FiniteFloat] = OPENAI_STD
+
+
+class ModelConfig(BaseModel):
+    """The towers; what is in them open_clip checks when it builds them."""
+
+    embed_dim: int
+    vision_cfg: dict[str, Any]
+    text_cfg: dict[str, Any]
+
+
+class Architecture(BaseModel):
+    """What is asked of an ``open_clip_config.json``; further keys are left alone."""
+
+    model_cfg: ModelConfig
+    preprocess_cfg: Preprocessing | None = None
+
+
+def check_architecture(architecture: dict[str, Any], name: str) -> Architecture:
     """Refuse towers that are never run here, by the configuration alone: before a gigabyte is downloaded.
 
     CLIP's own ResNets pass: mask attention runs them. What needs patches refuses them with `CLIP.image_tower`. A
     `LexisegError` says that the configuration is incomplete, or whose tower it has.
     """
-    model_cfg = architecture.get("model_cfg") if isinstance(architecture, dict) else None
-    if not isinstance(model_cfg, dict) or not {"embed_dim", "vision_cfg", "text_cfg"} <= model_cfg.keys():
-        raise LexisegError(
-            f"The architecture of '{name}' has no model_cfg with embed_dim, vision_cfg and text_cfg; "
-            f"take the {CONFIG_NAME} that open_clip writes."
-        )
-    vision, text = model_cfg["vision_cfg"], model_cfg["text_cfg"]
-    preprocess = architecture.get("preprocess_cfg") or {}
-    for key, value in (("vision_cfg", vision), ("text_cfg", text), ("preprocess_cfg", preprocess)):
-        if not isinstance(value, dict):
-            raise LexisegError(
-                f"The architecture of '{name}' has a {key} that is not a mapping; take the {CONFIG_NAME} that "
-                "open_clip writes."
-            )
-    for key in _PREPROCESS_KEYS:
-        value = preprocess.get(key, list(OPENAI_MEAN))
-        if not (isinstance(value, list | tuple) and len(value) == 3 and all(map(_is_number, value))):
-            raise LexisegError(
-                f"The architecture of '{name}' has {describe(value)} as preprocess_cfg.{key}; write three "
-                "numbers, red, green and blue."
-            )
+    what = f"The architecture of '{name}', as open_clip's {CONFIG_NAME} has it,"
+    found = check(Architecture, architecture if isinstance(architecture, dict) else {}, what)
+    vision, text = found.model_cfg.vision_cfg, found.model_cfg.text_cfg
     other = None
     if vision.get("timm_model_name"):
         other = f"an image tower of the timm library ({vision['timm_model_name']})"
     elif vision.get("attentional_pool"):
         other = "an image tower that pools with attention"
-    elif text.get("hf_model_name") or "multimodal_cfg" in model_cfg:
+    elif text.get("hf_model_name") or "multimodal_cfg" in architecture["model_cfg"]:
         other = "a text tower that is not open_clip's own"
     elif text.get("hf_tokenizer_name"):
         other = f"a tokenizer of the transformers library ({text['hf_tokenizer_name']})"
@@ -313,10 +315,7 @@ def check_architecture(architecture: dict[str, Any], name: str) -> None:
             f"'{name}' has {other}, which lexiseg does not run through open_clip; choose a plain ViT such as "
             "'ViT-B-16/openai', or take it from transformers, such as 'transformers:google/siglip2-base-patch16-256'."
         )
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return found
 
 
 def build_clip(architecture: dict[str, Any], *, name: str = "clip", tokenizer: Any = None) -> CLIP:
@@ -331,7 +330,7 @@ def build_clip(architecture: dict[str, Any], *, name: str = "clip", tokenizer: A
     Raises:
         LexisegError: the configuration is not one open_clip can build, or it needs a tower from another library.
     """
-    check_architecture(architecture, name)
+    preprocess = check_architecture(architecture, name).preprocess_cfg or Preprocessing()
     config = copy.deepcopy(architecture)
     model_cfg = config["model_cfg"]
     text = model_cfg["text_cfg"]
@@ -348,12 +347,11 @@ def build_clip(architecture: dict[str, Any], *, name: str = "clip", tokenizer: A
             f"open_clip cannot build the architecture of '{name}' ({shorten(str(error), 200)}); check its "
             f"{CONFIG_NAME}."
         ) from error
-    preprocess = {"mean": list(OPENAI_MEAN), "std": list(OPENAI_STD)}
-    given = config.get("preprocess_cfg") or {}
-    preprocess.update({key: list(given[key]) for key in _PREPROCESS_KEYS if key in given})
     model.eval()
-    said = {"trained_on": str(config["trained_on"])} if "trained_on" in config else {}
-    return CLIP(model, {"model_cfg": model_cfg, "preprocess_cfg": preprocess, **said}, tokenizer, name)
+    made = {"model_cfg": model_cfg, "preprocess_cfg": preprocess.model_dump(mode="json")}
+    if "trained_on" in config:
+        made["trained_on"] = str(config["trained_on"])
+    return CLIP(model, made, tokenizer, name)
 
 
 def save_clip(clip: CLIP, folder: str | Path, *, dtype: torch.dtype | None = None) -> Path:

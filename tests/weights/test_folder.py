@@ -48,12 +48,12 @@ def test_wrong_folders(tmp_path: Path) -> None:
         *(({"options": value}, "its options should be a mapping") for value in (5, [1])),
         *(({"metadata": value}, "its metadata should be a mapping") for value in ("x", [1])),
         ({"clip": "foo"}, "its clip should be a mapping"),
-        ({"clip": {"architecture": 5}}, "has no model_cfg"),
-        ({"clip": architecture(vision_cfg=5)}, "a vision_cfg that is not a mapping"),
-        ({"clip": architecture(embed_dim=[])}, "open_clip cannot build"),
+        ({"clip": {"architecture": 5}}, "open_clip_config.json has it, lacks the key 'model_cfg'"),
+        ({"clip": architecture(vision_cfg=5)}, "wrong value for 'model_cfg.vision_cfg'"),
+        ({"clip": architecture(embed_dim=[])}, "wrong value for 'model_cfg.embed_dim'"),
         ({"clip": architecture(text_cfg={"tokenizer_kwargs": 5})}, "open_clip cannot build"),
-        ({"clip": architecture(preprocess_cfg=5)}, "a preprocess_cfg that is not a mapping"),
-        ({"clip": architecture(preprocess_cfg={"mean": [0, 1, None]})}, "write three numbers"),
+        ({"clip": architecture(preprocess_cfg=5)}, "wrong value for 'preprocess_cfg'"),
+        ({"clip": architecture(preprocess_cfg={"mean": [0, 1, None]})}, "wrong value for 'preprocess_cfg.mean.2'"),
         *(
             ({key: value}, f"its {key} should be a list of texts")
             for key in ("seen_names", "templates")

@@ -182,7 +182,7 @@ class ContrastiveTask(Task):
             template = TEMPLATES[int(rng.integers(len(TEMPLATES)))]
             phrases = [template.format(name) for name in world.classes]
         return {
-            "images": self._normalise(pixels),
+            "images": _normalised(pixels, self.clip),
             "present": present,
             "tokens": self.clip.tokenize(phrases + captions),
             "names": [f"scene {settings.seed}/{index}/{row}" for row in range(len(scenes))],
@@ -194,10 +194,6 @@ class ContrastiveTask(Task):
         dy, dx = rng.integers(0, 2 * shift + 1, 2)
         padded = np.pad(image, ((shift, shift), (shift, shift), (0, 0)), mode="edge")
         return padded[dy : dy + size, dx : dx + size]
-
-    def _normalise(self, pixels: np.ndarray) -> Tensor:
-        images = torch.from_numpy(pixels).permute(0, 3, 1, 2).float().div_(255.0)
-        return normalise(images, self.clip.mean, self.clip.std)
 
     def encode_images(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Return unit vectors of the class token (B, D) and of the patches (B, P, D)."""
@@ -262,14 +258,17 @@ class ContrastiveTask(Task):
     def evaluate(self, step: int) -> dict[str, float]:
         """Zero-shot top-1 and top-5 accuracy (0..1), see `zero_shot_accuracy`."""
         scenes = self.settings.scenes
-        top1, top5 = zero_shot_accuracy(
-            self.clip, world=self.world, num_rounds=3, size=scenes.size, extents=scenes.extents
-        )
-        return dict(zip(self.measures(), (top1, top5), strict=True))
+        how: dict[str, Any] = {"num_rounds": 3, "size": scenes.size, "extents": scenes.extents}
+        return dict(zip(self.measures(), zero_shot_accuracy(self.clip, world=self.world, **how), strict=True))
 
     def export(self, folder: Path) -> None:
         """Write an open_clip folder with the weights in float16."""
         save_clip(self.clip, folder, dtype=torch.float16)
+
+
+def _normalised(pixels: np.ndarray, clip: CLIP) -> Tensor:
+    """Pixels (B, H, W, 3) uint8 as the image tower wants them, (B, 3, H, W)."""
+    return normalise(torch.from_numpy(pixels).permute(0, 3, 1, 2).float().div_(255.0), clip.mean, clip.std)
 
 
 @torch.no_grad()
@@ -298,8 +297,7 @@ def zero_shot_accuracy(
             ).image
             for index, name in enumerate(world.things)
         ]
-        pixels = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float().div_(255.0)
-        tokens, grid = tower.embed(normalise(pixels, clip.mean, clip.std))
+        tokens, grid = tower.embed(_normalised(np.stack(pictures), clip))
         image = F.normalize(tower.project(tower.run(tokens, grid).tokens[:, :1])[:, 0], dim=-1)
         correct = (image @ text.T).topk(5, dim=1).indices == truth
         top1 += int(correct[:, 0].sum())

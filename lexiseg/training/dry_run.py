@@ -18,6 +18,7 @@ from lexiseg.training.init import build_model, first_stage, is_recipe, proposals
 from lexiseg.training.prompts import Prompted
 from lexiseg.training.segmentation import masked_names, training_vocabulary
 from lexiseg.training.trainer import group_parameters, learning_rate
+from lexiseg.vocabulary import Vocabulary
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,6 @@ def dry_run(recipe: Recipe) -> DryRun:
 def _segmentation(recipe: SegmentationRecipe) -> DryRun:
     vocabulary = recipe.data.vocabulary()
     trained = training_vocabulary(vocabulary, setting=recipe.setting, templates=recipe.templates)
-    seen = masked_names(trained)
     reason = None
     # What is still to be trained cannot be started from, and what is there already should be.
     later = {key: None for key in ("initial", "prompts_from") if is_recipe(getattr(recipe, key))}
@@ -133,16 +133,12 @@ def _segmentation(recipe: SegmentationRecipe) -> DryRun:
         system=model.system,
         clip=recipe.model.clip,
         random_weights=reason,
-        setting=recipe.setting,
-        data=recipe.data.title,
-        seen=seen,
-        unseen=tuple(name for name in vocabulary.names if name not in seen),
-        text=len(trained),
         starts_from=_initial(recipe),
         prompts_from=recipe.prompts_from,
         proposals_from=described,
         teacher=recipe.teacher,
         options=model.options.model_dump(mode="json"),
+        **_classes(recipe, vocabulary, trained),
         **_numbers(model, recipe.train),
     )
 
@@ -156,14 +152,17 @@ def _prompts(recipe: PromptRecipe) -> DryRun:
         system="text prompts",
         clip=said.clip,
         random_weights=reason,
-        setting=recipe.setting,
-        data=recipe.data.title,
-        seen=trained.names,
-        unseen=tuple(name for name in vocabulary.names if name not in trained.names),
-        text=len(trained),
         options=said.model_dump(mode="json", exclude={"clip"}),
+        **_classes(recipe, vocabulary, trained),
         **_numbers(model, recipe.train),
     )
+
+
+def _classes(recipe: SegmentationRecipe | PromptRecipe, vocabulary: Vocabulary, trained: Vocabulary) -> dict[str, Any]:
+    """The data of a training and its classes, with masks and without."""
+    seen = masked_names(trained)
+    unseen = tuple(name for name in vocabulary.names if name not in seen)
+    return {"setting": recipe.setting, "data": recipe.data.title, "seen": seen, "unseen": unseen, "text": len(trained)}
 
 
 def _initial(recipe: SegmentationRecipe) -> str | None:

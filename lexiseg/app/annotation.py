@@ -12,10 +12,11 @@ from xml.etree import ElementTree
 import numpy as np
 from fastapi import FastAPI, Request
 from pydantic import BaseModel, ConfigDict, Field
+from starlette.exceptions import HTTPException
 
 from lexiseg.app.brush import encode_brush
 from lexiseg.app.queue import Answer
-from lexiseg.app.requests import EXAMPLE_PICTURE, Question, ServiceError, decode_picture
+from lexiseg.app.requests import EXAMPLE_PICTURE, Question, decode_picture
 from lexiseg.errors import LexisegError
 from lexiseg.formats import bounding_box
 
@@ -99,17 +100,17 @@ def _picture(task: dict[str, Any], key: str, folder: Path | None) -> bytes:
     """The picture of a task: in the task itself, or a file below the folder that the service was given."""
     source = (task.get("data") or {}).get(key)
     if not isinstance(source, str):
-        raise ServiceError(422, f"The task has no picture under '{key[:40]}'; check the value of the Image tag.")
+        raise HTTPException(422, f"The task has no picture under '{key[:40]}'; check the value of the Image tag.")
     parts = urlsplit(source) if not source.startswith("data:") else None
     if parts is None or not parts.path.startswith(_LOCAL_FILES):
         return decode_picture(source)
     name = parse_qs(parts.query).get("d", [""])[0]
     if folder is None:
-        raise ServiceError(422, "Local files need the folder they lie in; start the service with --files FOLDER.")
+        raise HTTPException(422, "Local files need the folder they lie in; start the service with --files FOLDER.")
     root = folder.resolve()
     path = (root / name.lstrip("/")).resolve()
     if not path.is_relative_to(root) or not path.is_file():
-        raise ServiceError(422, "There is no such file in the folder of local files.")
+        raise HTTPException(422, "There is no such file in the folder of local files.")
     return path.read_bytes()
 
 
@@ -196,7 +197,7 @@ def add_annotation_routes(app: FastAPI, service: Service) -> None:
     async def cvat(request: Request, content: CvatRequest) -> list[dict[str, Any]]:
         """A picture as CVAT sends it, segmented by the classes that the service was started with."""
         if service.settings.classes is None:
-            raise ServiceError(422, "CVAT sends no words; start the service with --classes 'cat; dog'.")
+            raise HTTPException(422, "CVAT sends no words; start the service with --classes 'cat; dog'.")
         words: Vocabulary = service.vocabulary(service.settings.classes)
         _, answers = await service.answer(request, Question(classes=""), [decode_picture(content.image)], words)
         return await asyncio.to_thread(_cvat_results, answers[0], content.threshold or 0.0)

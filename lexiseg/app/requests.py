@@ -12,18 +12,9 @@ from fastapi import Request
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictFloat, WithJsonSchema
 from pydantic_core import from_json
 from starlette.datastructures import UploadFile
+from starlette.exceptions import HTTPException
 
 from lexiseg.app.results import Output
-
-
-class ServiceError(Exception):
-    """A request that is answered with a sentence, and with the status and headers of the answer."""
-
-    def __init__(self, status: int, sentence: str, headers: dict[str, str] | None = None) -> None:
-        super().__init__(sentence)
-        self.status = status
-        self.headers = headers or {}
-
 
 # Eight by eight grey pixels, so that examples can be tried as they are.
 EXAMPLE_PICTURE = "data:image/gif;base64,R0lGODdhCAAIAIEAAFpaWgAAAAAAAAAAACwAAAAACAAIAAAIDwABCBxIsKDBgwgTKkwYEAA7"
@@ -121,15 +112,15 @@ class ClassesRequest(BaseModel):
 
 
 def decode_picture(text: str, what: str = "The picture") -> bytes:
-    """The bytes of a picture in base64, which messages call ``what``. Raises ServiceError if it is not one."""
+    """The bytes of a picture in base64, which messages call ``what``. Raises HTTPException if it is not one."""
     if text.lstrip()[:8].lower().startswith(("http:", "https:", "ftp:", "file:", "s3:", "gs:")):
-        raise ServiceError(422, f"{what} is a URL, and this service does not fetch URLs; send it in base64.")
+        raise HTTPException(422, f"{what} is a URL, and this service does not fetch URLs; send it in base64.")
     if text.startswith("data:"):
         text = text.partition(",")[2]
     try:
         return base64.b64decode("".join(text.split()), validate=True)
     except (binascii.Error, ValueError) as error:
-        raise ServiceError(422, f"{what} is not valid base64; encode the bytes of its file.") from error
+        raise HTTPException(422, f"{what} is not valid base64; encode the bytes of its file.") from error
 
 
 async def _form_question(request: Request) -> tuple[Question, list[bytes]]:
@@ -141,11 +132,11 @@ async def _form_question(request: Request) -> tuple[Question, list[bytes]]:
             if isinstance(value, UploadFile):
                 pictures.append(await value.read())
             elif key in fields:
-                raise ServiceError(422, f"The field '{key[:40]}' is given twice; send it once.")
+                raise HTTPException(422, f"The field '{key[:40]}' is given twice; send it once.")
             else:
                 fields[key] = value
     if not pictures:
-        raise ServiceError(422, "There is no picture; send one as the file 'image'.")
+        raise HTTPException(422, "There is no picture; send one as the file 'image'.")
     return Question.model_validate(fields), pictures
 
 

@@ -29,7 +29,6 @@ from lexiseg.app.requests import (
     ExemplarRequest,
     Question,
     SegmentRequest,
-    ServiceError,
     decode_picture,
     describe_body,
     first_complaint,
@@ -88,10 +87,10 @@ class Service:
         self.seconds.labels(path).observe(seconds)
 
     def segmenter(self, name: str | None) -> tuple[str, Segmenter]:
-        """A model by its name, or the first. Raises ServiceError if it is not served."""
+        """A model by its name, or the first. Raises HTTPException if it is not served."""
         name = next(iter(self.segmenters)) if name is None else name
         if name not in self.segmenters:
-            raise ServiceError(404, f"The model is not served here; choose {' or '.join(self.segmenters)}.")
+            raise HTTPException(404, f"The model is not served here; choose {' or '.join(self.segmenters)}.")
         return name, self.segmenters[name]
 
     def vocabulary(
@@ -100,7 +99,7 @@ class Service:
         """The classes of a client: words and pictures; nothing in the words is ever taken for a file.
 
         ``classes``, ``exemplars``: as in `Question`. ``picture``: what exemplars without a picture show. Raises
-        LexisegError if they are wrong, ServiceError if they are too many.
+        LexisegError if they are wrong, HTTPException if they are too many.
         """
         texts = [classes] if isinstance(classes, str) else list(classes)
         if sum(text.count(";") + text.count("\n") + 1 for text in texts) > 4 * self.settings.max_classes:
@@ -109,9 +108,9 @@ class Service:
         if len(listed) + len(exemplars) > self.settings.max_classes:
             raise self._too_many()
         if len(exemplars) > self.settings.max_pictures:
-            raise ServiceError(422, f"There are more than {self.settings.max_pictures} exemplars; send fewer.")
+            raise HTTPException(422, f"There are more than {self.settings.max_pictures} exemplars; send fewer.")
         if any(word.startswith(PREFIX) for one in listed for word in (one.name, *one.synonyms)):
-            raise ServiceError(422, "This service does not open files; send a picture as a class in 'exemplars'.")
+            raise HTTPException(422, "This service does not open files; send a picture as a class in 'exemplars'.")
         words = [VocabularyClass(one.name, one.synonyms, scored=one.scored) for one in listed]
         places = {word.name: place for place, word in enumerate(words)}
         for one in exemplars:
@@ -125,24 +124,26 @@ class Service:
                 words.append(made)
         return Vocabulary(tuple(words))
 
-    def _too_many(self) -> ServiceError:
-        return ServiceError(422, f"There are more than {self.settings.max_classes} classes; send fewer.")
+    def _too_many(self) -> HTTPException:
+        return HTTPException(422, f"There are more than {self.settings.max_classes} classes; send fewer.")
 
     async def answer(
         self, request: Request, question: Question, pictures: list[bytes], vocabulary: Vocabulary | None = None
     ) -> tuple[str, list[Answer]]:
         """Put pictures into the queue and wait for them, as long as the client does.
 
-        Raises ServiceError if there is no room, it takes too long, or the client has gone; LexisegError if a picture or
-        the classes are wrong.
+        Raises HTTPException if there is no room, it takes too long, or the client has gone; LexisegError if a picture
+        or the classes are wrong.
         """
         if len(pictures) > self.settings.max_pictures:
-            raise ServiceError(422, f"There are more than {self.settings.max_pictures} pictures; send fewer at a time.")
+            raise HTTPException(
+                422, f"There are more than {self.settings.max_pictures} pictures; send fewer at a time."
+            )
         name, segmenter = self.segmenter(question.model)
         segmenter = copy(segmenter)  # which has said no note yet: what is said once is said to every client
         if question.refine not in (None, segmenter.refinement.kind):
             if question.refine == "regions" and not has_sam():  # no client may have the service download gigabytes
-                raise ServiceError(422, "This service has no SAM for 'regions'; choose none, edges or pamr.")
+                raise HTTPException(422, "This service has no SAM for 'regions'; choose none, edges or pamr.")
             segmenter = segmenter.refined(question.refine)
         words = vocabulary
         if words is None:
@@ -157,7 +158,7 @@ class Service:
             self.queue.submit(jobs)
         except BusyError as error:
             sentence = f"The service is busy; try again in {error.retry_after} seconds."
-            raise ServiceError(503, sentence, {"Retry-After": str(error.retry_after)}) from error
+            raise HTTPException(503, sentence, {"Retry-After": str(error.retry_after)}) from error
         futures = [asyncio.wrap_future(job.future) for job in jobs]
         for future in futures:  # of several only the first error is told; asyncio need not report the others
             future.add_done_callback(lambda done: done.cancelled() or done.exception())
@@ -182,9 +183,9 @@ class Service:
             if any(future.done() and future.exception() for future in futures):
                 return
             if pending and await request.is_disconnected():
-                raise ServiceError(_GONE, "The client has disconnected.")
+                raise HTTPException(_GONE, "The client has disconnected.")
             if pending and time.monotonic() > deadline:
-                raise ServiceError(
+                raise HTTPException(
                     504, f"It took longer than {self.settings.seconds:g} seconds; send a smaller picture."
                 )
 
@@ -216,10 +217,6 @@ def create_app(segmenters: dict[str, Segmenter], settings: ServiceSettings | Non
 
 
 def _handle_errors(app: FastAPI) -> None:
-    @app.exception_handler(ServiceError)
-    async def _(_: Request, error: ServiceError) -> JSONResponse:
-        return JSONResponse({"error": str(error)}, error.status, error.headers)
-
     @app.exception_handler(LexisegError)
     async def _(_: Request, error: LexisegError) -> JSONResponse:
         return JSONResponse({"error": str(error)}, 422)
@@ -241,7 +238,7 @@ def _add_routes(app: FastAPI, service: Service) -> None:
         """Segment one picture; JSON with the picture in base64, or multipart with it as the file ``image``."""
         question, pictures = await read_question(request, SegmentRequest)
         if len(pictures) > 1:
-            raise ServiceError(422, "This takes one picture; send several to /v1/batch.")
+            raise HTTPException(422, "This takes one picture; send several to /v1/batch.")
         name, answers = await service.answer(request, question, pictures)
         return await asyncio.to_thread(describe_result, answers[0], name, question.output)
 

@@ -15,47 +15,35 @@ if TYPE_CHECKING:
     from lexiseg.recipes import Recipe
 
 
-RecipeName = Annotated[str | None, typer.Argument(help="Name of a packaged recipe, or a YAML file.")]
-Output = Annotated[Path | None, output_option("Folder of the run. Default: runs/RECIPE.")]
-Resume = Annotated[bool, typer.Option("--resume", help="Continue from the newest checkpoint in the folder.")]
-Until = Annotated[
-    int | None, typer.Option("--until", min=1, help="Stop after this step and write the model; --resume continues.")
-]
-DryRun = Annotated[
-    bool, typer.Option("--dry-run", help="Build the model, print what would be trained, and stop; needs no data.")
-]
-Data = Annotated[
-    Path | None, typer.Option("--data", help="Train on a folder of your own instead of the recipe's data.")
-]
-Initial = Annotated[
-    str | None, typer.Option("--initial", help="Start from this run, model or recipe, not the recipe's `initial`.")
-]
-Seed = Annotated[int | None, typer.Option("--seed", min=0, help="Override the recipe's seed.")]
-Values = Annotated[
-    list[str] | None,
-    typer.Option("--set", help="Override a value: KEY=VALUE, such as train.steps=100; may be repeated."),
-]
-Device = Annotated[
-    str | None,
-    typer.Option("--device", help="cpu: do not use an accelerator. Default: an accelerator if there is one."),
-]
-Tensorboard = Annotated[bool, typer.Option(help="Write TensorBoard files.")]
-Listing = Annotated[bool, typer.Option("--list", help="List the packaged recipes, and stop.")]
-
-
 def train(
-    recipe: RecipeName = None,
-    output: Output = None,
-    resume: Resume = False,
-    until: Until = None,
-    dry_run: DryRun = False,
-    data: Data = None,
-    initial: Initial = None,
-    seed: Seed = None,
-    set: Values = None,
-    device: Device = None,
-    tensorboard: Tensorboard = True,
-    list_: Listing = False,
+    recipe: Annotated[str | None, typer.Argument(help="Name of a packaged recipe, or a YAML file.")] = None,
+    output: Annotated[Path | None, output_option("Folder of the run. Default: runs/RECIPE.")] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue from the newest checkpoint in the folder.")
+    ] = False,
+    until: Annotated[
+        int | None, typer.Option("--until", min=1, help="Stop after this step and write the model; --resume continues.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Build the model, print what would be trained, and stop; needs no data.")
+    ] = False,
+    data: Annotated[
+        Path | None, typer.Option("--data", help="Train on a folder of your own instead of the recipe's data.")
+    ] = None,
+    initial: Annotated[
+        str | None, typer.Option("--initial", help="Start from this run, model or recipe, not the recipe's `initial`.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option("--seed", min=0, help="Override the recipe's seed.")] = None,
+    set: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Override a value: KEY=VALUE, such as train.steps=100; may be repeated."),
+    ] = None,
+    device: Annotated[
+        str | None,
+        typer.Option("--device", help="cpu: do not use an accelerator. Default: an accelerator if there is one."),
+    ] = None,
+    tensorboard: Annotated[bool, typer.Option(help="Write TensorBoard files.")] = True,
+    list_: Annotated[bool, typer.Option("--list", help="List the packaged recipes, and stop.")] = False,
     json: Json = False,
 ) -> None:
     """Train by a recipe; --resume continues a stopped run, bit for bit on a CPU."""

@@ -65,7 +65,6 @@ class ForeignCLIP(CLIP):
 
     @property
     def patch_tower(self) -> PatchTower:
-        """See `CLIP.patch_tower`."""
         return TransformersTower(self.model) if self.trunk is None else TimmTower(self.trunk, "bilinear-antialias")
 
     @property
@@ -78,7 +77,6 @@ class ForeignCLIP(CLIP):
 
     @property
     def patch_size(self) -> int:
-        """Side of a patch in pixels."""
         return self.patch_tower.patch_size
 
     @property
@@ -91,18 +89,15 @@ class ForeignCLIP(CLIP):
 
     @property
     def context_length(self) -> int:
-        """Number of token places of the text tower."""
         return int(self.model.config.text_config.max_position_embeddings)
 
     @property
     def text_width(self) -> int:
-        """Width of the tokens of the text tower."""
         return int(self.model.config.text_config.hidden_size)
 
     @property
     def plain_text(self) -> bool:
-        """False: the text tower is not open_clip's."""
-        return False
+        return False  # it is not open_clip's
 
     def tokenize(self, texts: Sequence[str]) -> Tensor:
         """Turn texts into token ids (n, context_length), each 1 more than the library's so that 0 is padding."""
@@ -111,11 +106,9 @@ class ForeignCLIP(CLIP):
         return torch.tensor([[token + 1 for token in row] + [0] * (length - len(row)) for row in rows])
 
     def count_tokens(self, text: str) -> int:
-        """Number of tokens ``text`` needs, marks included."""
         return len(self.tokenizer(text)["input_ids"])
 
     def encode_text(self, tokens: Tensor) -> Tensor:
-        """Encode token ids (n, L) from `tokenize`: (n, D), not normalised."""
         given = tokens != 0
         if self.tokenizer.padding_side == "left":  # a stable sort moves the padding to the front
             order = given.int().argsort(dim=1, stable=True)

@@ -34,11 +34,9 @@ class OpenCLIPTower(PatchTower):
     def embed(
         self, images: Tensor, *, interpolation: Interpolation | None = None, by_count: bool = False
     ) -> tuple[Tensor, Grid]:
-        """See `PatchTower.embed`."""
         return self.tower.embed(images, interpolation=interpolation or self.positions, by_count=by_count)
 
     def project(self, tokens: Tensor) -> Tensor:
-        """See `PatchTower.project`."""
         return self.tower.project(tokens)
 
 
@@ -84,7 +82,6 @@ class TimmTower(PatchTower):
     def embed(
         self, images: Tensor, *, interpolation: Interpolation | None = None, by_count: bool = False
     ) -> tuple[Tensor, Grid]:
-        """See `PatchTower.embed`."""
         trunk, grid = self.trunk, patch_grid(images, self.patch_size)
         patches = trunk.patch_embed.proj(images.to(trunk.patch_embed.proj.weight.dtype)).flatten(2).transpose(1, 2)
         prefix = [
@@ -100,21 +97,17 @@ class TimmTower(PatchTower):
         return trunk.norm_pre(tokens), grid
 
     def project(self, tokens: Tensor) -> Tensor:
-        """See `PatchTower.project`."""
         return self.trunk.norm(tokens)
 
 
 def _timm_block(block: Any) -> Block:
     attention = block.attn
-
-    def project_out(x: Tensor) -> Tensor:
-        return block.ls1(attention.proj(attention.norm(x) if hasattr(attention, "norm") else x))
-
+    norm = getattr(attention, "norm", nn.Identity())
     return Block(
         attention.num_heads,
         block.norm1,
         lambda x: _thirds(attention.qkv(x)),
-        project_out,
+        lambda x: block.ls1(attention.proj(norm(x))),
         lambda x: block.ls2(block.mlp(block.norm2(x))),
         (attention.q_norm, attention.k_norm),
     )
@@ -154,7 +147,6 @@ class TransformersTower(PatchTower):
     def embed(
         self, images: Tensor, *, interpolation: Interpolation | None = None, by_count: bool = False
     ) -> tuple[Tensor, Grid]:
-        """See `PatchTower.embed`."""
         grid, embeddings = patch_grid(images, self.patch_size), self.vision.embeddings
         kind = interpolation or self.positions
         if self.is_tips:
@@ -183,7 +175,6 @@ class TransformersTower(PatchTower):
         return embedding(cut.reshape(images.shape[0], height * width, -1))
 
     def project(self, tokens: Tensor) -> Tensor:
-        """See `PatchTower.project`."""
         vision = self.vision
         tokens = vision.layernorm(tokens) if self.is_tips else vision.post_layernorm(tokens)
         if hasattr(vision, "head"):
@@ -202,23 +193,17 @@ def pool_values(head: Any, tokens: Tensor) -> Tensor:
 
 
 def _transformers_block(layer: Any, heads: int) -> Block:
-    if hasattr(layer, "attention"):  # TIPSv2, which follows DINOv2
-        attention = layer.attention
-
-        def project_out(x: Tensor) -> Tensor:
-            return layer.layer_scale1(attention.o_proj(x))
-
-        def feed_forward(x: Tensor) -> Tensor:
-            return layer.layer_scale2(layer.mlp(layer.norm2(x)))
-
-        norm1 = layer.norm1
-    else:
-        attention, norm1, project_out = layer.self_attn, layer.layer_norm1, layer.self_attn.out_proj
-
-        def feed_forward(x: Tensor) -> Tensor:
-            return layer.mlp(layer.layer_norm2(x))
+    attention = layer.attention if hasattr(layer, "attention") else layer.self_attn
 
     def project_in(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return attention.q_proj(x), attention.k_proj(x), attention.v_proj(x)
 
-    return Block(heads, norm1, project_in, project_out, feed_forward)
+    if hasattr(layer, "attention"):  # TIPSv2, which follows DINOv2
+        return Block(
+            heads,
+            layer.norm1,
+            project_in,
+            lambda x: layer.layer_scale1(attention.o_proj(x)),
+            lambda x: layer.layer_scale2(layer.mlp(layer.norm2(x))),
+        )
+    return Block(heads, layer.layer_norm1, project_in, attention.out_proj, lambda x: layer.mlp(layer.layer_norm2(x)))

@@ -149,10 +149,10 @@ def take_prompts(model: SegmentationModel, source: str, vocabulary: Vocabulary) 
     learned with another CLIP, or with a class of the ``vocabulary`` that is unseen now.
     """
     folder, target = prompts_folder(source), model.learned_prompts
-    learner, card = load_prompts(folder), read_card(folder)
+    tensors, card = load_prompts(folder), read_card(folder)
     if target is None:
         raise _no_prompts(source, model.system)
-    found, wanted = shapes_of(learner), shapes_of(target)
+    found, wanted = {name: tuple(value.shape) for name, value in tensors.items()}, shapes_of(target)
     if found != wanted:
         raise LexisegError(
             f"The prompts in '{source}' are {_shapes(found)} and the recipe's model wants {_shapes(wanted)}; give both "
@@ -163,8 +163,8 @@ def take_prompts(model: SegmentationModel, source: str, vocabulary: Vocabulary) 
             f"The prompts in '{source}' were learned with another CLIP, {card.get('clip')}; learn them with this one."
         )
     refuse_leaks(f"What made the prompts in '{source}'", card.get("seen_names", ()), model.seen_names, vocabulary)
-    target.load_state_dict(learner.state_dict())
-    model.metadata["prompts"] = {"from": str(source), "sha256": learner.fingerprint()}
+    target.load_state_dict(tensors)
+    model.metadata["prompts"] = {"from": str(source), "sha256": target.fingerprint()}
 
 
 def proposals_of(model: SegmentationModel, source: str) -> ProposalGenerator:

@@ -8,6 +8,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from lexiseg.clip.prompt_learner import PromptLearner
 from lexiseg.errors import LexisegError
@@ -15,8 +16,6 @@ from lexiseg.files import atomic_write, make_folder, read_json, write_json
 
 PROMPTS_NAME = "prompts.safetensors"
 _CARD_NAME = "prompts.json"
-_COUNTS = ("prefix", "suffix", "task")
-_PARTS = tuple(f"{part}_prompt" for part in _COUNTS)
 
 
 def save_prompts(learner: PromptLearner, folder: str | Path, card: Mapping[str, Any] | None = None) -> Path:
@@ -44,23 +43,12 @@ def read_card(folder: str | Path) -> dict[str, Any]:
     return read_json(path, "train the prompts again or remove the file") if path.is_file() else {}
 
 
-def load_prompts(folder: str | Path) -> PromptLearner:
-    """Read what `save_prompts` wrote; how many vectors there are shows in the file.
-
-    A file that is not there or holds something else is a `LexisegError`.
-    """
+def load_prompts(folder: str | Path) -> dict[str, Tensor]:
+    """The vectors that `save_prompts` wrote, by name; a `LexisegError` if the file is not there or damaged."""
     path = Path(folder) / PROMPTS_NAME
     try:
-        tensors = load_file(path)
+        return load_file(path)
     except (SafetensorError, OSError) as error:
         raise LexisegError(
             f"'{path}' is not a readable file of prompts; give the folder they were trained in."
         ) from error
-    if not tensors or set(tensors) - set(_PARTS) or len({value.shape[-1] for value in tensors.values()}) != 1:
-        raise LexisegError(
-            f"'{path}' holds no prompts but {', '.join(sorted(tensors)) or 'nothing'}; give another folder."
-        )
-    counts = {part: len(tensors[f"{part}_prompt"]) if f"{part}_prompt" in tensors else 0 for part in _COUNTS}
-    learner = PromptLearner(next(iter(tensors.values())).shape[-1], **counts)
-    learner.load_state_dict(tensors)
-    return learner

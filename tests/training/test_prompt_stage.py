@@ -54,7 +54,7 @@ def test_a_resumed_run_learns_the_same(home: Path, tmp_path: Path) -> None:
     run(recipe, tmp_path / "parts", until=2)
     folder = run(recipe, tmp_path / "parts", resume=True)
     parts = load_prompts(folder)
-    assert whole.fingerprint() == parts.fingerprint() and set(parts.state_dict()) == set(whole.state_dict())
+    assert parts.keys() == whole.keys() and all(torch.equal(parts[name], whole[name]) for name in whole)
     assert prompts_folder(tmp_path / "parts") == folder == prompts_folder(folder)
     assert read_card(folder)["pictures"] > 0 and read_card(tmp_path) == {}
     assert yaml.safe_load((tmp_path / "parts" / "recipe.yaml").read_text())["kind"] == "prompts"

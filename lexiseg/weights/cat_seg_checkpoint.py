@@ -12,12 +12,12 @@ from lexiseg.clip.model import build_clip
 from lexiseg.errors import LexisegError
 from lexiseg.models.cat_seg import CATSeg, CATSegOptions
 from lexiseg.weights.clip_state import count_blocks, infer_vit_architecture, missing_shape_keys, shape_of
-from lexiseg.weights.filling import Source, filled
+from lexiseg.weights.filling import filled, key_map
 
 CLIP_PREFIX = "sem_seg_head.predictor.clip_model."
 AGGREGATOR = "sem_seg_head.predictor.transformer."
+_CLIP = key_map("cat-seg", inside="clip.model.")
 _PROMPTS = CLIP_PREFIX + "visual.transformer.prompt_tokens"
-_PREFIXES = (("clip.model.", CLIP_PREFIX), ("aggregator.", AGGREGATOR))
 # The masks of the shifted windows are computed here.
 _MASK = re.compile(re.escape(AGGREGATOR) + r"layers\.\d+\.swin_block\.block_2\.attn_mask")
 # The grid of patches of both released models, and their windows at prediction.
@@ -40,13 +40,6 @@ _SHAPES = (
     *(f"{AGGREGATOR}decoder_guidance_projection.{index}.0.weight" for index in (0, 1)),
     *(f"{AGGREGATOR}decoder{index}.conv.double_conv.0.weight" for index in (1, 2)),
 )
-
-
-def authors_key(name: str) -> str:
-    """The authors' key of one of our state dict's names."""
-    if name == "prompt_tokens":
-        return _PROMPTS
-    return next((theirs + name[len(ours) :] for ours, theirs in _PREFIXES if name.startswith(ours)), name)
 
 
 def is_cat_seg(state: Mapping[str, Tensor]) -> bool:
@@ -92,9 +85,9 @@ def read_cat_seg(
     computation and were left out. Raises LexisegError if tensors are missing, left over or of another shape; all of
     them are listed.
     """
-    if lacking := missing_shape_keys(state, _clip_source):
+    if lacking := missing_shape_keys(state, _CLIP):
         raise LexisegError(f"{name} looks like CAT-Seg but lacks {', '.join(lacking)}; take a complete file.")
-    architecture = infer_vit_architecture(state, _clip_source, name=name, **heads)
+    architecture = infer_vit_architecture(state, _CLIP, name=name, **heads)
     patch = architecture["model_cfg"]["vision_cfg"]["patch_size"]
     found = {**_RELEASED, "resolution": _GRID * patch, **infer_options(state, name), **(options or {})}
 
@@ -104,8 +97,4 @@ def read_cat_seg(
     unused = [key for key in state if _MASK.fullmatch(key)]
     given = {key: value for key, value in state.items() if key not in unused}
     said = f"{name}, which looks like CAT-Seg,"
-    return filled(build, lambda own: Source((authors_key(own),)), given, said).eval(), unused
-
-
-def _clip_source(name: str) -> Source:
-    return Source((CLIP_PREFIX + name,))
+    return filled(build, key_map("cat-seg"), given, said).eval(), unused

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -12,12 +11,13 @@ from torch import Tensor
 from lexiseg.clip.load import shapes_of, sketch
 from lexiseg.clip.model import CLIP, build_clip
 from lexiseg.errors import LexisegError
-from lexiseg.weights.filling import Source, SourceOf, take_tensors
+from lexiseg.weights.filling import SourceOf, key_map, take_tensors
 from lexiseg.words import printable, shorten
 
 _HEAD_WIDTH = 64
 _MOST_BLOCKS = 400
 _SCALE = "logit_scale"
+_OURS = key_map()  # OpenAI's and open_clip's own files, whose names are ours
 # The tensors whose shapes tell the architecture, with their number of dimensions.
 _SHAPE_KEYS = {
     "visual.conv1.weight": 4,
@@ -29,48 +29,9 @@ _SHAPE_KEYS = {
     "ln_final.weight": 1,
     "transformer.resblocks.0.mlp.c_fc.weight": 2,
 }
-_HF_BLOCK = (
-    ("attn.out_proj", "self_attn.out_proj"),
-    ("mlp.c_fc", "mlp.fc1"),
-    ("mlp.c_proj", "mlp.fc2"),
-    ("ln_1", "layer_norm1"),
-    ("ln_2", "layer_norm2"),
-)
-_HF_NAMES = {
-    "visual.class_embedding": "vision_model.embeddings.class_embedding",
-    "visual.conv1.weight": "vision_model.embeddings.patch_embedding.weight",
-    "visual.positional_embedding": "vision_model.embeddings.position_embedding.weight",
-    "token_embedding.weight": "text_model.embeddings.token_embedding.weight",
-    "positional_embedding": "text_model.embeddings.position_embedding.weight",
-    **{f"visual.ln_pre.{kind}": f"vision_model.pre_layrnorm.{kind}" for kind in ("weight", "bias")},
-    **{f"visual.ln_post.{kind}": f"vision_model.post_layernorm.{kind}" for kind in ("weight", "bias")},
-    **{f"ln_final.{kind}": f"text_model.final_layer_norm.{kind}" for kind in ("weight", "bias")},
-    _SCALE: _SCALE,
-}
 
-
-def openai_source(name: str) -> Source:
-    """The key map of OpenAI's and open_clip's own files, whose names are ours."""
-    return Source((name,))
-
-
-def transformers_source(name: str) -> Source | None:
-    """The key map of the ``CLIPModel`` of `transformers`: the source of a tensor by OpenAI's name."""
-    if name in _HF_NAMES:
-        return Source((_HF_NAMES[name],))
-    if name in ("visual.proj", "text_projection"):
-        return Source(("visual_projection.weight" if "visual" in name else "text_projection.weight",), transposed=True)
-    found = re.fullmatch(r"(visual\.)?transformer\.resblocks\.(\d+)\.(.+)", name)
-    if found is None:
-        return None
-    layer = f"{'vision' if found[1] else 'text'}_model.encoder.layers.{found[2]}."
-    if found[3].startswith("attn.in_proj_"):
-        kind = found[3].removeprefix("attn.in_proj_")
-        return Source(tuple(f"{layer}self_attn.{part}_proj.{kind}" for part in "qkv"))
-    rest = found[3]
-    for ours, theirs in _HF_BLOCK:
-        rest = rest.replace(ours, theirs)
-    return Source((layer + rest,))
+transformers_source = key_map("transformers")
+"""The key map of the ``CLIPModel`` of `transformers`, from OpenAI's names, which are ours."""
 
 
 def count_blocks(state: Mapping[str, Any], prefix: str, what: str = "the checkpoint") -> int:
@@ -102,7 +63,7 @@ def shape_of(state: Mapping[str, Tensor], key: str, dimensions: int, what: str =
     return shape
 
 
-def missing_shape_keys(state: Mapping[str, Any], source_of: SourceOf = openai_source) -> list[str]:
+def missing_shape_keys(state: Mapping[str, Any], source_of: SourceOf = _OURS) -> list[str]:
     """The tensors, by the file's keys, without which `infer_vit_architecture` cannot do and ``state`` is."""
     sources = (source_of(key) for key in _SHAPE_KEYS)
     return [source.keys[0] for source in sources if source is not None and source.keys[0] not in state]
@@ -110,7 +71,7 @@ def missing_shape_keys(state: Mapping[str, Any], source_of: SourceOf = openai_so
 
 def infer_vit_architecture(
     state: Mapping[str, Tensor],
-    source_of: SourceOf = openai_source,
+    source_of: SourceOf = _OURS,
     *,
     heads: int | None = None,
     text_heads: int | None = None,
@@ -178,7 +139,7 @@ def infer_vit_architecture(
 
 def clip_from_state(
     state: Mapping[str, Tensor],
-    source_of: SourceOf = openai_source,
+    source_of: SourceOf = _OURS,
     *,
     architecture: dict[str, Any] | None = None,
     optional: Collection[str] = (_SCALE,),

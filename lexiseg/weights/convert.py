@@ -24,12 +24,12 @@ from lexiseg.weights.clip_state import (
     infer_vit_architecture,
     is_openai,
     is_transformers,
-    openai_source,
     transformers_architecture,
     transformers_source,
 )
 from lexiseg.weights.decoupled_checkpoints import DECOUPLED_NAMES, read_decoupled
 from lexiseg.weights.detectron_checkpoint import System, recognise_detectron
+from lexiseg.weights.filling import key_map
 from lexiseg.weights.folder import CONFIG_NAME, save_model
 from lexiseg.weights.one_stage_checkpoint import NAMES, read_one_stage, recognise
 from lexiseg.weights.sam_checkpoint import convert_sam, recognise_sam
@@ -255,7 +255,7 @@ def _convert_clip(
     if theirs:
         architecture, source_of = transformers_architecture(state, found.config, what), transformers_source
     else:
-        architecture, source_of = infer_vit_architecture(state, **sizes, quick_gelu=openai, name=what), openai_source
+        architecture, source_of = infer_vit_architecture(state, **sizes, quick_gelu=openai, name=what), key_map()
     clip = clip_from_state(state, source_of, architecture=architecture, quick_gelu=quick_gelu, name=what)
     quick = clip.architecture["model_cfg"]["quick_gelu"]
     save_clip(clip, folder, dtype=dtype)

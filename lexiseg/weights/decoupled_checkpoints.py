@@ -32,8 +32,8 @@ from lexiseg.weights.detectron_checkpoint import (
     generator_tensors,
     split_checkpoint,
 )
-from lexiseg.weights.detectron_keys import infer_generator_options
-from lexiseg.weights.filling import renamed
+from lexiseg.weights.detectron_options import infer_generator_options
+from lexiseg.weights.filling import authors_key
 
 DECOUPLED_NAMES = {
     "deop": "DeOP",
@@ -51,35 +51,9 @@ _TEMPLATES = {"zsseg": SCULPTURE, "zegformer": IN_THE_SCENE, "freeseg": VILD_14,
 # ---- DeOP's own parts: the heatmap decoder, and tables and prompts in CLIP's image tower
 
 _DEOP_CLIP = "clip_adapter.clip_model."
-_OUTLAYER, _LAYER = "decoder.outlayer.", r"anchors\.layers\.(\d+)\."
-_DEOP_KEYS = (
-    (r"clip\.model\.(.+)", _DEOP_CLIP + r"\1"),
-    (r"prompt\.(.+)", r"clip_adapter.prompt_learner.\1"),
-    (r"no_object", "clip_adapter.non_object_embedding"),
-    (r"tables\.table", _DEOP_CLIP + "visual.learned_position"),
-    (r"tables\.embeddings", _DEOP_CLIP + "visual.transformer.deep_prompt_embeddings"),
-    (r"tables\.block_tables\.(\d+)", _DEOP_CLIP + r"visual.transformer.resblocks.\1.learned_position"),
-    (r"anchors\.queries", "query_embedding.weight"),
-    (r"anchors\.weight", "decoderConv.weight"),
-    (r"anchors\.heatmap\.(in_proj_.+)", _OUTLAYER + r"multihead_attn_my.\1"),
-    (r"anchors\.heatmap\.(self_attn\..+)", _OUTLAYER + r"\1"),
-    (r"anchors\.heatmap\.norm\.(.+)", _OUTLAYER + r"norm1.\1"),
-    (_LAYER + r"(self_attn\..+)", r"decoder.layers.\1.\2"),
-    (_LAYER + r"cross_attn\.(.+)", r"decoder.layers.\1.multihead_attn_my.\2"),
-    (_LAYER + r"ffn_in\.(.+)", r"decoder.layers.\1.linear1.\2"),
-    (_LAYER + r"ffn_out\.(.+)", r"decoder.layers.\1.linear2.\2"),
-    (_LAYER + r"norm_self\.(.+)", r"decoder.layers.\1.norm1.\2"),
-    (_LAYER + r"norm_cross\.(.+)", r"decoder.layers.\1.norm2.\2"),
-    (_LAYER + r"norm_ffn\.(.+)", r"decoder.layers.\1.norm3.\2"),
-)
 # The norm behind the decoder's layers feeds outputs that nothing reads; the copies of the convolution are one module.
 _DEAD = re.compile(r"decoder\.norm\.(weight|bias)|decoderConvs\.\d+\.weight")
 _HEADS = 8
-
-
-def deop_key(name: str) -> str | None:
-    """The authors' key of a tensor of our `DeOP`, or None for those of the generator, whose keys are elsewhere."""
-    return renamed(name, _DEOP_KEYS)
 
 
 def infer_anchor_options(own: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -136,7 +110,7 @@ def _deop_tensors(model: DeOP, parts: CheckpointParts) -> tuple[dict[str, Tensor
     if parts.adapter.non_object is not None:
         names["no_object"] = parts.adapter.non_object
     for ours in model.state_dict():
-        if (key := deop_key(ours)) in source:
+        if (key := authors_key(ours, "deop")) in source:
             names[ours] = source.pop(str(key))
     return names | source, unused  # what nothing of ours asked for keeps its key, so that it is named as left over
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Literal
 
 from torch import Tensor
@@ -19,8 +18,8 @@ from lexiseg.clip.load import shapes_of
 from lexiseg.errors import LexisegError
 from lexiseg.proposals.base import ProposalGenerator
 from lexiseg.proposals.options import Mask2FormerOptions
-from lexiseg.weights.detectron_keys import HEAD, source_of
-from lexiseg.weights.filling import SourceOf, take_tensors
+from lexiseg.weights.detectron_options import HEAD
+from lexiseg.weights.filling import SourceOf, key_map, take_tensors
 
 System = Literal["deop", "zsseg", "zegformer", "freeseg", "maft", "prompts"]
 
@@ -196,4 +195,6 @@ def generator_tensors(
 def generator_source(generator: ProposalGenerator) -> SourceOf:
     """The key map of a generator: where its tensors lie in the authors' files."""
     deep = "backbone.body.conv1.0.weight" in dict(generator.named_parameters())
-    return partial(source_of, deep_stem=deep, masked=isinstance(generator.options, Mask2FormerOptions))
+    masked = isinstance(generator.options, Mask2FormerOptions)
+    kind = "mask2former" if masked else "maskformer"
+    return key_map("deep-stem" if deep else "stem", "resnet", kind, "generator")

@@ -1,13 +1,19 @@
-"""Where tensors lie in another program's file, whether they fit, and how they are taken from it."""
+"""Where tensors lie in another program's file, whether they fit, and how they are taken from it.
+
+``keys.yaml`` says what every such program calls our tensors.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
 from typing import TypeVar
 
 import torch
+import yaml
 from torch import Tensor, nn
 
 from lexiseg.clip.load import check_state, shapes_of, sketch
@@ -26,6 +32,52 @@ class Source:
 
 SourceOf = Callable[[str], Source | None]
 """The key map of a format: the source of a tensor by our name, None where its files have no such tensor."""
+
+
+@cache
+def _replacements() -> dict[str, list[tuple[re.Pattern[str], str | None]]]:
+    """The tables of ``keys.yaml``: patterns, and what is put in their place."""
+
+    def pattern(ours: str) -> re.Pattern[str]:
+        parts = re.escape(ours.removeprefix("^")).replace(r"\#", r"(\d+)")
+        return re.compile(rf"{'^' if ours[0] == '^' else '(?<![^.])'}{parts}(?![^.])")
+
+    tables = yaml.safe_load(Path(__file__).with_name("keys.yaml").read_text("utf-8"))
+    return {name: [(pattern(ours), theirs) for ours, theirs in table.items()] for name, table in tables.items()}
+
+
+def _numbered(found: re.Match[str], theirs: str) -> str:
+    numbers = iter(found.groups())
+    return re.sub(r"#(\+1)?", lambda place: str(int(next(numbers)) + bool(place[1])), theirs)
+
+
+def authors_key(name: str, *tables: str) -> str | None:
+    """What a tensor of ours is called by these tables of ``keys.yaml``; None where their files do not have it."""
+    for pattern, theirs in (line for table in tables for line in _replacements()[table]):
+        if theirs is not None:
+            name = pattern.sub(partial(_numbered, theirs=theirs), name)
+        elif pattern.search(name):
+            return None
+    return name
+
+
+def key_map(*tables: str, inside: str = "") -> SourceOf:
+    """The key map of a format, by its tables in ``keys.yaml``; without any, its names are ours.
+
+    ``inside``: where in a model the names are that it is asked for, such as "clip.model.".
+    """
+
+    def source_of(name: str) -> Source | None:
+        key = authors_key(inside + name, *tables)
+        if key is None:
+            return None
+        if third := re.fullmatch(r"(.+\.in_proj)\.([qkv])\.(weight|bias)", key):
+            return Source((f"{third[1]}_{third[3]}",), "qkv".index(third[2]))
+        if ".qkv_proj." in key:
+            return Source(tuple(key.replace(".qkv_proj.", f".{part}_proj.") for part in "qkv"))
+        return Source((key.removesuffix(".T"),), transposed=key.endswith(".T"))
+
+    return source_of
 
 
 def expected_shapes(shapes: Mapping[str, tuple[int, ...]], source_of: SourceOf) -> dict[str, tuple[int, ...]]:
@@ -76,11 +128,3 @@ def filled(build: Callable[[], _Model], source_of: SourceOf, state: Mapping[str,
     model = build()
     model.load_state_dict({**model.state_dict(), **tensors})
     return model
-
-
-def renamed(name: str, rules: Iterable[tuple[str, str]]) -> str | None:
-    """What the first rule makes of a name, of those whose pattern is all of it; None if no rule's is."""
-    for pattern, replacement in rules:
-        if found := re.fullmatch(pattern, name):
-            return found.expand(replacement)
-    return None

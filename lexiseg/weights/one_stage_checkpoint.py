@@ -24,67 +24,12 @@ from lexiseg.models.spt_seg import SPTSeg
 from lexiseg.models.zegclip import ZegCLIP
 from lexiseg.normalisation import IMAGENET_MEAN, IMAGENET_STD
 from lexiseg.weights.clip_state import count_blocks, infer_vit_architecture, missing_shape_keys, shape_of
-from lexiseg.weights.filling import Source, filled
+from lexiseg.weights.filling import expected_shapes, filled, key_map
 
 NAMES = {"zegclip": "ZegCLIP", "cascade-clip": "Cascade-CLIP", "spt-seg": "SPT-SEG"}
 
-_PAIRS = (
-    ("clip.model.visual.", "backbone."),
-    ("prompts.embeddings", "backbone.prompt_embeddings"),
-    ("prompts.deep_embeddings", "backbone.deep_prompt_embeddings"),
-    ("prompts.proj.", "backbone.prompt_proj."),
-    ("prompts.norm.", "backbone.prompt_norm."),
-    ("spectral.weight", "backbone.complex_weight"),
-    ("levels.norms.", "backbone.ln_layers."),
-    ("levels.projections", "backbone.proj_layers"),
-    ("query_proj.", "decode_head.q_proj."),
-    ("query_projs.", "decode_head.q_projs."),
-    ("decoder.layers.", "decode_head.decoder_1.layers."),
-    ("decoders.", "decode_head.cascade_decoders."),
-    ("clip.model.", "text_encoder."),
-)
-_LAYER_PARTS = {
-    "query": "multihead_attn.q",
-    "key": "multihead_attn.k",
-    "value": "multihead_attn.v",
-    "out": "multihead_attn.proj",
-    "ffn_in": "linear1",
-    "ffn_out": "linear2",
-    "norm_attention": "norm2",
-    "norm_ffn": "norm3",
-}
-_SPECTRAL_PARTS = {
-    "guide.prompt": "hlfs.prompt",
-    "guide.transform": "hlfs.top_down_transform",
-    "guide.low_query": "hlfs.l_q",
-    "guide.low_key_value": "hlfs.l_kv",
-    "guide.low_out": "hlfs.l_proj",
-    "guide.high": "hlfs.h_qkv",
-    "out": "hlfs.proj",
-}
 _LAYER = re.compile(r"(decode_head\.(?:decoder_1|cascade_decoders\.\d+)\.layers)\.(\d+)\.(.+)")
-_NOT_STORED = frozenset({"clip.model.logit_scale"})
-
-
-def authors_key(name: str, system: str = "zegclip") -> str | None:
-    """The authors' key of one of our state dict's names, or None where their file has no such tensor."""
-    if name in _NOT_STORED:
-        return None
-    aggregation = re.fullmatch(r"aggregations\.(\d+)\.weights", name)
-    if aggregation is not None:
-        return f"decode_head.weights_s{int(aggregation[1]) + 1}"
-    for ours, theirs in _PAIRS:
-        if name.startswith(ours):
-            key = theirs + name[len(ours) :]
-            break
-    else:
-        return None
-    layer = _LAYER.fullmatch(key)
-    if layer is None:
-        return key
-    parts = {**_LAYER_PARTS, **_SPECTRAL_PARTS} if system == "spt-seg" else _LAYER_PARTS
-    part = next(part for part in parts if layer[3] == part or layer[3].startswith(f"{part}."))
-    return f"{layer[1]}.{layer[2]}.{parts[part]}{layer[3][len(part) :]}"
+_CLIP = key_map("zegclip", inside="clip.model.")  # the others have the same
 
 
 def is_unused(key: str, model: ZegCLIP) -> bool:
@@ -119,12 +64,6 @@ def recognise(state: Mapping[str, Tensor]) -> str | None:
     return None
 
 
-def _clip_source(name: str) -> Source:
-    """Where a tensor of CLIP by OpenAI's name lies."""
-    visual = name.removeprefix("visual.")
-    return Source((f"text_encoder.{name}" if visual == name else f"backbone.{visual}",))
-
-
 def _check_shapes(state: Mapping[str, Tensor], system: str, name: str) -> None:
     """Check that every tensor is there whose shape tells how the model is built; no other can be checked without it."""
     wanted = ["decode_head.q_proj.weight"]
@@ -132,7 +71,7 @@ def _check_shapes(state: Mapping[str, Tensor], system: str, name: str) -> None:
         # The last group is one block and has no weights.
         groups = count_blocks(state, "decode_head.q_projs.", name)
         wanted = ["decode_head.q_projs.0.weight", *(f"decode_head.weights_s{index}" for index in range(1, groups))]
-    missing = [key for key in wanted if key not in state] + missing_shape_keys(state, _clip_source)
+    missing = [key for key in wanted if key not in state] + missing_shape_keys(state, _CLIP)
     if missing:
         raise LexisegError(f"{name} lacks {', '.join(missing)}; take a complete file with the text encoder in it.")
 
@@ -213,18 +152,15 @@ def read_one_stage(
             f"{name} is not a checkpoint of {', '.join(NAMES.values())}; check that it is the authors' file."
         )
     found = {**infer_options(state, system, name), **(options or {})}
-    architecture = infer_vit_architecture(state, _clip_source, name=name, **heads)
+    architecture = infer_vit_architecture(state, _CLIP, name=name, **heads)
 
     def build() -> ZegCLIP:
         return cast(ZegCLIP, SYSTEMS[system].build(build_clip(architecture, name="clip"), found))
 
-    def source_of(ours: str) -> Source | None:
-        key = authors_key(ours, system)
-        return None if key is None else Source((key,))
-
+    source_of = key_map(system)
     said = f"{name} looks like {NAMES[system]} but"
     plan = sketch(build, len(state), said)
-    wanted = {authors_key(ours, system) for ours in shapes_of(plan)}
+    wanted = expected_shapes(shapes_of(plan), source_of)
     unused = [key for key in state if key not in wanted and is_unused(key, plan)]
     used = {key: value for key, value in state.items() if key not in unused}
     return filled(build, source_of, used, said).eval(), unused

@@ -6,7 +6,6 @@ The network of `transformers` is the same under other names. SAM 2, and networks
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from lexiseg.clip.load import count_parameters, shapes_of, sketch
 from lexiseg.errors import LexisegError
 from lexiseg.files import make_folder
 from lexiseg.weights.clip_state import count_blocks, shape_of
-from lexiseg.weights.filling import Source, take_tensors
+from lexiseg.weights.filling import key_map, take_tensors
 
 _BLOCKS = "image_encoder.blocks."
 _DECODER = "mask_decoder.transformer.layers."
@@ -25,8 +24,6 @@ _IOU_HEAD = "mask_decoder.iou_prediction_head.layers."
 _POSITIONS = "prompt_encoder.pe_layer.positional_encoding_gaussian_matrix"
 # Of the decoder; no shape tells it, and all released files have the same.
 _DECODER_HEADS = 8
-# Layers of the small networks that make a mask of a token.
-_MASK_LAYERS = 3
 # The tensors whose shapes tell the configuration.
 _SHAPE_KEYS = (
     "image_encoder.pos_embed",
@@ -41,51 +38,11 @@ _SHAPE_KEYS = (
     "mask_decoder.mask_tokens.weight",
     f"{_IOU_HEAD}0.weight",
 )
-_RENAMES = (
-    (r"^vision_encoder\.layers\.", _BLOCKS),
-    (r"^vision_encoder\.", "image_encoder."),
-    (r"\.patch_embed\.projection\.", ".patch_embed.proj."),
-    (r"\.neck\.conv1\.", ".neck.0."),
-    (r"\.neck\.layer_norm1\.", ".neck.1."),
-    (r"\.neck\.conv2\.", ".neck.2."),
-    (r"\.neck\.layer_norm2\.", ".neck.3."),
-    (r"\.mask_embed\.conv1\.", ".mask_downscaling.0."),
-    (r"\.mask_embed\.layer_norm1\.", ".mask_downscaling.1."),
-    (r"\.mask_embed\.conv2\.", ".mask_downscaling.3."),
-    (r"\.mask_embed\.layer_norm2\.", ".mask_downscaling.4."),
-    (r"\.mask_embed\.conv3\.", ".mask_downscaling.6."),
-    (r"\.point_embed\.", ".point_embeddings."),
-    (r"\.upscale_conv1\.", ".output_upscaling.0."),
-    (r"\.upscale_layer_norm\.", ".output_upscaling.1."),
-    (r"\.upscale_conv2\.", ".output_upscaling.3."),
-    (r"\.layer_norm(\d|_final_attn)\.", r".norm\1."),
-)
-_MLP = re.compile(
-    r"(mask_decoder\.(output_hypernetworks_mlps\.\d+|iou_prediction_head))\.(proj_in|layers\.\d+|proj_out)"
-)
 
 
 def recognise_sam(state: Mapping[str, Tensor]) -> bool:
     """Say whether a checkpoint is a Segment Anything, by its keys."""
     return "mask_decoder.iou_token.weight" in state and any(key.startswith("image_encoder.") for key in state)
-
-
-def authors_key(name: str, iou_layers: int = 3) -> str:
-    """The authors' key of a tensor of `transformers`' ``SamModel``.
-
-    ``iou_layers``: layers of the network that predicts the IoU.
-    """
-    if name.endswith("_embedding.positional_embedding"):
-        return _POSITIONS  # the picture's and the points' table are one
-    for ours, theirs in _RENAMES:
-        name = re.sub(ours, theirs, name)
-    found = _MLP.match(name)
-    if found is None:
-        return name
-    last = (iou_layers if found[2] == "iou_prediction_head" else _MASK_LAYERS) - 1
-    part = found[3]
-    index = 0 if part == "proj_in" else last if part == "proj_out" else int(part.removeprefix("layers.")) + 1
-    return f"{found[1]}.layers.{index}{name[found.end() :]}"
 
 
 def infer_config(state: Mapping[str, Tensor], name: str = "the checkpoint") -> dict[str, dict[str, Any]]:
@@ -150,16 +107,12 @@ def convert_sam(state: Mapping[str, Tensor], folder: str | Path, *, name: str = 
     from transformers import SamConfig, SamImageProcessor, SamModel
 
     config = infer_config(state, name)
-    layers = config["mask_decoder_config"]["iou_head_depth"]
     try:
         model = sketch(lambda: SamModel(SamConfig(**config)), len(state), f"The SAM in {name}")
     except (ValueError, TypeError, ZeroDivisionError, RuntimeError) as error:  # wherever sizes first disagree
         raise LexisegError(f"The SAM in {name} has shapes that do not match; download it again.") from error
 
-    def source_of(ours: str) -> Source:
-        return Source((authors_key(ours, layers),))
-
-    tensors = take_tensors(shapes_of(model), source_of, state, f"The SAM in {name}")
+    tensors = take_tensors(shapes_of(model), key_map("sam"), state, f"The SAM in {name}")
     model.load_state_dict(tensors, assign=True)
     folder = make_folder(folder)
     model.save_pretrained(folder)

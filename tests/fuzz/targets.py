@@ -32,8 +32,7 @@ from lexiseg.recipes.reading import as_yaml
 from lexiseg.vocabulary import Vocabulary
 from lexiseg.weights import convert, load_model, save_model
 from lexiseg.weights.clip_state import transformers_source
-from lexiseg.weights.filling import Source
-from lexiseg.weights.one_stage_checkpoint import authors_key
+from lexiseg.weights.filling import key_map
 from tests.fuzz.data_folders import data_folders
 from tests.fuzz.mutations import NASTY_NUMBERS, NASTY_TEXTS, nasty, spoil_bytes, spoil_json, spoil_value
 from tests.fuzz.runner import CANARY, Maker
@@ -251,12 +250,8 @@ def states() -> list[dict[str, Tensor]]:
     """Small checkpoints: OpenAI's CLIP, that of transformers, and ZegCLIP's."""
     clip = small_clip()
     model = SYSTEMS["zegclip"].build(clip, {"num_prompts": 2, "decoder_heads": 1, "decoder_layers": 1})
-
-    def zegclip(name: str) -> Source | None:
-        key = authors_key(name)
-        return None if key is None else Source((key,))
-
-    found = [state_of(clip), put_tensors(state_of(clip), transformers_source), put_tensors(model.state_dict(), zegclip)]
+    theirs = put_tensors(state_of(clip), transformers_source)
+    found = [state_of(clip), theirs, put_tensors(model.state_dict(), key_map("zegclip"))]
     return [{key: value.clone().contiguous() for key, value in state.items()} for state in found]
 
 

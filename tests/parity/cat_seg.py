@@ -15,7 +15,8 @@ from lexiseg.pictures import cut_windows, read_picture
 from lexiseg.recipes import TrainSettings
 from lexiseg.scores import GridScores
 from lexiseg.training.trainer import build_optimizer, group_parameters, learning_rate
-from lexiseg.weights.cat_seg_checkpoint import CLIP_PREFIX, authors_key, read_cat_seg
+from lexiseg.weights.cat_seg_checkpoint import CLIP_PREFIX, read_cat_seg
+from lexiseg.weights.filling import authors_key
 from lexiseg.windows import WindowPolicy
 from tests.parity.case import Case
 from tests.parity.clip_build import make_clip, text_sizes, under, vision_sizes
@@ -37,6 +38,11 @@ _NAMES = {
     "prompt_depth": "prompt_depth",
 }
 """Our options and what the cases' JSON calls them."""
+
+
+def _key(name: str) -> str:
+    """The authors' key of a tensor of ours."""
+    return str(authors_key(name, "cat-seg"))
 
 
 def options_of(case: Case, **more: Any) -> dict[str, Any]:
@@ -87,7 +93,7 @@ def partial(case: Case, **more: Any) -> CATSeg:
     if not towers:
         clip = _bare_clip(config["text_guidance_dim"])
     model = CATSeg.build(clip, options_of(case, **{"guidance_blocks": (0, 0), **more} if not towers else more))
-    own = {authors_key(name): name for name in model.state_dict() if not name.startswith("clip.")}
+    own = {_key(name): name for name in model.state_dict() if not name.startswith("clip.")}
     model.load_state_dict({own[key]: value for key, value in params.items() if key in own}, strict=False)
     known = own.keys() | {CLIP_PREFIX + key for key in under(params, CLIP_PREFIX)}
     left = [key for key in params if key not in known and not key.endswith("attn_mask")]
@@ -224,7 +230,7 @@ def aggregator(case: Case) -> None:
 
 def _check_gradients(case: Case, model: CATSeg) -> None:
     for name, parameter in model.named_parameters():
-        key = f"grad/{authors_key(name)}"
+        key = f"grad/{_key(name)}"
         if case.has(key) and parameter.grad is not None:
             case.check(key, parameter.grad)
 
@@ -246,9 +252,7 @@ def settings(base_lr: float, multiplier: float, steps: int = 1, clip_norm: float
 
 def check_groups(case: Case, what: str, groups: list[dict[str, Any]], stated: list[dict[str, Any]]) -> None:
     """Compare which parameters train, at which rates and decays."""
-    found = {
-        authors_key(name): (group["initial_lr"], group["weight_decay"]) for group in groups for name in group["names"]
-    }
+    found = {_key(name): (group["initial_lr"], group["weight_decay"]) for group in groups for name in group["names"]}
     wanted = {entry["name"]: (entry["lr"], entry["weight_decay"]) for entry in stated}
     case.check_that(f"{what} names", found.keys() == wanted.keys(), str(sorted(found.keys() ^ wanted.keys())[:3]))
     same = all(torch.allclose(torch.tensor(found[key]), torch.tensor(wanted[key])) for key in found.keys() & wanted)
@@ -282,9 +286,9 @@ def training_step(case: Case) -> None:
     groups = group_parameters(model, plan)
     check_groups(case, "groups", groups, optimiser["groups"])
     every = [parameter for group in groups for parameter in group["params"]]
-    frozen = {authors_key(name) for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    frozen = {_key(name) for name, parameter in model.named_parameters() if not parameter.requires_grad}
     case.check_stated("frozen", config, {"frozen": sorted(frozen)})
-    zero = [authors_key(n) for n, p in model.named_parameters() if p.grad is not None and not p.grad.any()]
+    zero = [_key(n) for n, p in model.named_parameters() if p.grad is not None and not p.grad.any()]
     case.check_stated("zero gradients", config, {"grad_all_zero": zero, "grad_none": []})
     norm = torch.nn.utils.clip_grad_norm_(every, optimiser["full_model_clip_norm"])
     case.check("grad_norm_all_trainable", norm)
@@ -295,7 +299,7 @@ def training_step(case: Case) -> None:
         case.check_stated("optimizer", optimiser, {"betas": list(group["betas"]), "eps": group["eps"]})
     optimizer.step()
     for name, parameter in model.named_parameters():
-        _check_delta(case, f"step1_delta/{authors_key(name)}", parameter.detach() - before[name])
+        _check_delta(case, f"step1_delta/{_key(name)}", parameter.detach() - before[name])
     with torch.no_grad():
         case.check("loss_after_step1", losses()["loss"])
 

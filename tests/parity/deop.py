@@ -18,7 +18,8 @@ from lexiseg.proposals.base import Proposals
 from lexiseg.proposals.maskformer import MaskFormer
 from lexiseg.regions.anchors import pool
 from lexiseg.regions.pooling import resize_masks, unit_or_zero
-from lexiseg.weights.decoupled_checkpoints import deop_key, infer_anchor_options, read_parts
+from lexiseg.weights.decoupled_checkpoints import infer_anchor_options, read_parts
+from lexiseg.weights.filling import authors_key
 from tests.parity.case import Case, UnsupportedError
 from tests.parity.clip_build import IdTokenizer, toy_sizes, under
 from tests.parity.clip_texts import x_dot
@@ -36,7 +37,9 @@ def query_anchors(case: Case) -> None:
     options = infer_anchor_options(params)
     sizes = (options["anchor_queries"], options["anchor_layers"], config["heads"], config["dim_feedforward"])
     anchors = ReleasedQueryAnchors(config["d_model"], *sizes, 0.0).eval()
-    anchors.load_state_dict({name: params[str(deop_key(f"anchors.{name}"))] for name in anchors.state_dict()})
+    anchors.load_state_dict(
+        {name: params[str(authors_key(f"anchors.{name}", "deop"))] for name in anchors.state_dict()}
+    )
     case.check_that("K", options["anchor_layers"] == config["K"], f"the file has {options['anchor_layers']}")
     case.check_stated("queries", config, {"num_queries": options["anchor_queries"]})
     features = case.input("features").permute(0, 2, 3, 1)
@@ -286,7 +289,7 @@ def training(case: Case) -> None:
     }
     model = build(case, names, options)
     model.train()
-    keys = {name: deop_key(name) for name in model.trainable_names()}
+    keys = {name: authors_key(name, "deop") for name in model.trainable_names()}
     wanted = set(case.config["trainable"]) - set(case.config.get("zero_grad", []))
     differ = sorted(wanted ^ {str(key) for key in keys.values()})
     case.check_that("what trains", not differ, f"it differs in {differ[:3]}")

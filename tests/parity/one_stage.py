@@ -17,7 +17,8 @@ from lexiseg.models.options import format_groups
 from lexiseg.models.spt_seg import SpectralLayer, SPTSeg
 from lexiseg.models.zegclip import ZegCLIP
 from lexiseg.scores import WindowScores
-from lexiseg.weights.one_stage_checkpoint import authors_key, read_one_stage
+from lexiseg.weights.filling import authors_key
+from lexiseg.weights.one_stage_checkpoint import read_one_stage
 from lexiseg.windows import Box, cover
 from tests.parity.case import Case, UnsupportedError
 from tests.parity.clip_build import text_sizes, vision_sizes

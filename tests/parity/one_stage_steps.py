@@ -10,7 +10,7 @@ from lexiseg.data.base import remap_to_seen
 from lexiseg.models.zegclip import ZegCLIP
 from lexiseg.recipes import TrainSettings
 from lexiseg.training.trainer import learning_rate
-from lexiseg.weights.one_stage_checkpoint import authors_key
+from lexiseg.weights.filling import authors_key
 from tests.parity.case import Case
 from tests.parity.one_stage import build
 

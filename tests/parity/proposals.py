@@ -22,7 +22,7 @@ from lexiseg.proposals.mask2former import Mask2Former
 from lexiseg.proposals.maskformer import MaskFormer
 from lexiseg.proposals.options import Mask2FormerOptions, MaskFormerOptions
 from lexiseg.weights.detectron_checkpoint import generator_source, generator_tensors
-from lexiseg.weights.detectron_keys import infer_generator_options
+from lexiseg.weights.detectron_options import infer_generator_options
 from tests.parity.case import Case
 from tests.parity.clip_build import IdTokenizer, make_clip, toy_sizes, under
 from tests.parity.clip_texts import prompt_learner, x_dot

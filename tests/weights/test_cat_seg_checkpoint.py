@@ -14,8 +14,9 @@ from lexiseg.clip.model import build_clip
 from lexiseg.errors import LexisegError
 from lexiseg.models import CATSeg
 from lexiseg.weights import load_model
-from lexiseg.weights.cat_seg_checkpoint import AGGREGATOR, authors_key
+from lexiseg.weights.cat_seg_checkpoint import AGGREGATOR
 from lexiseg.weights.convert import convert
+from lexiseg.weights.filling import authors_key
 from lexiseg.windows import WindowPolicy
 from tests.towers import small_clip, unit_rows
 
@@ -37,7 +38,7 @@ SMALL |= {"decoder_guidance_dims": [4, 3], "decoder_dims": [16, 16], "released":
 
 
 def authors_state(model: CATSeg) -> dict[str, Tensor]:
-    state = {authors_key(name): value for name, value in model.state_dict().items()}
+    state = {str(authors_key(name, "cat-seg")): value for name, value in model.state_dict().items()}
     for index in range(model.options.layers):
         state[f"{AGGREGATOR}layers.{index}.swin_block.block_2.attn_mask"] = torch.zeros(4, 144, 144)
     return state

@@ -15,8 +15,9 @@ from lexiseg.models.decoupled import DecoupledModel
 from lexiseg.models.deop import DeOPOptions
 from lexiseg.weights import load_model
 from lexiseg.weights.convert import convert
-from lexiseg.weights.decoupled_checkpoints import deop_key, read_parts
+from lexiseg.weights.decoupled_checkpoints import read_parts
 from lexiseg.weights.detectron_checkpoint import generator_source, recognise_detectron
+from lexiseg.weights.filling import authors_key
 from tests.parity.case import load_case
 from tests.references import put_tensors
 from tests.system_tester import SystemTester
@@ -43,7 +44,7 @@ def test_a_small_checkpoint_becomes_a_folder(small: dict[str, Tensor], tmp_path:
     assert model.options.prompt_blocks == (1, 2)
     assert model.seen_names == ("cat", "road")
     for name, value in model.state_dict().items():
-        key = deop_key(name)
+        key = authors_key(name, "deop")
         if key is not None:
             assert torch.equal(value, small[key].float()), name
     with torch.no_grad():
@@ -66,7 +67,9 @@ def test_what_does_not_fit_is_named(small: dict[str, Tensor]) -> None:
 
 def authors_tensors(model: DecoupledModel) -> dict[str, Tensor]:
     """A model's tensors by the authors' keys, with those that their files have beside."""
-    own = {str(deop_key(name)): value for name, value in model.state_dict().items() if "generator." not in name}
+    own = {
+        str(authors_key(name, "deop")): value for name, value in model.state_dict().items() if "generator." not in name
+    }
     found = own | put_tensors(model.generator.state_dict(), generator_source(model.generator))
     width = found["query_embedding.weight"].shape[1]
     text_width = found["clip_adapter.clip_model.ln_final.weight"].shape[0]

@@ -22,7 +22,7 @@ from lexiseg.weights.detectron_checkpoint import (
     recognise_detectron,
     split_checkpoint,
 )
-from lexiseg.weights.detectron_keys import infer_generator_options
+from lexiseg.weights.detectron_options import infer_generator_options
 from lexiseg.weights.filling import expected_shapes
 from tests.proposals.test_proposals import MASKED, SMALL
 from tests.references import put_tensors

@@ -16,7 +16,8 @@ from lexiseg.models import SYSTEMS, DenseCLIP, SegmentationModel, ZegCLIP
 from lexiseg.models.one_stage import OneStageModel
 from lexiseg.vocabulary import PAPER_TEMPLATES, SINGLE_TEMPLATE
 from lexiseg.weights import convert, load_model, save_model
-from lexiseg.weights.one_stage_checkpoint import NAMES, authors_key
+from lexiseg.weights.filling import authors_key
+from lexiseg.weights.one_stage_checkpoint import NAMES
 from tests.towers import small_clip, unit_rows
 
 
@@ -113,7 +114,7 @@ def test_convert_the_authors_checkpoint(options: dict[str, Any], tmp_path: Path)
     report = convert(path, tmp_path / "model", class_names=["cat", "sky"])
     assert report.kind == "zegclip"
     assert report.num_tensors == len(state)
-    assert set(report.unused) == state.keys() - {authors_key(name) for name in model.state_dict()}
+    assert set(report.unused) == state.keys() - {authors_key(name, "zegclip") for name in model.state_dict()}
     assert report.kind == "zegclip"
     again = load_model(tmp_path / "model")
     assert isinstance(again, ZegCLIP)

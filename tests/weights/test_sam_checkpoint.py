@@ -12,7 +12,8 @@ from torch import Tensor
 from lexiseg.cli import main
 from lexiseg.errors import LexisegError
 from lexiseg.weights import convert
-from lexiseg.weights.sam_checkpoint import authors_key, infer_config
+from lexiseg.weights.filling import authors_key
+from lexiseg.weights.sam_checkpoint import infer_config
 from tests.proposals.test_sam_proposals import sam, tiny_sam
 
 
@@ -33,7 +34,7 @@ def small() -> tuple[Any, Any]:
 
 
 def authors_state(model: Any) -> dict[str, Tensor]:
-    return {authors_key(name): tensor for name, tensor in model.state_dict().items()}
+    return {str(authors_key(name, "sam")): tensor for name, tensor in model.state_dict().items()}
 
 
 def test_keys_are_the_authors() -> None:
@@ -57,7 +58,7 @@ def test_keys_are_the_authors() -> None:
         ),
         ("mask_decoder.iou_prediction_head.proj_out.bias", "mask_decoder.iou_prediction_head.layers.2.bias"),
     ):
-        assert authors_key(name) == key
+        assert authors_key(name, "sam") == key
 
 
 def test_a_checkpoint_becomes_proposals(

@@ -33,41 +33,16 @@ def model_card(folder: str | Path, repository: str = "OWNER/NAME") -> str:
     about = config.get("metadata") or {}
     clip = config.get("clip") or {}
     tower = str(clip.get("name", "unknown"))
-    lines = [
-        "---",
-        "library_name: lexiseg",
-        "pipeline_tag: image-segmentation",
-        "tags: [open-vocabulary, zero-shot, semantic-segmentation, clip]",
-        "license: other",
-        "---",
-        "",
-        f"# {printable(str(about.get('description') or config['system']))}",
-        "",
-        f"A model of the system `{config['system']}` on the CLIP `{printable(tower)}`, in the format of lexiseg: a "
-        "picture and any list of class names in, a label for every pixel out.",
-        "",
-        "```python",
-        "import lexiseg",
-        "",
-        f'model = lexiseg.load("{repository}")',
-        'model.predict("photo.jpg", "giraffe; tree, bush; sky").overlay().save("out.png")',
-        "```",
-        "",
-        "## Training",
-        "",
-        *_training(config, about),
-        "",
-        "## Measured",
-        "",
-        *_measured(folder),
-        "",
-        "## Licence",
-        "",
-        f"The image and text towers are those of `{printable(tower)}`: {_licence(clip)} The rest was trained on the "
-        "data named above, whose terms may bind you as well.",
-        "",
-    ]
-    return "\n".join(lines)
+    card = Path(__file__).with_name("model_card.md").read_text("utf-8")
+    return card.format(
+        title=printable(str(about.get("description") or config["system"])),
+        system=config["system"],
+        tower=printable(tower),
+        repository=repository,
+        training="\n".join(_training(config, about)),
+        measured="\n".join(_measured(folder)),
+        licence=_licence(clip),
+    )
 
 
 def _training(config: dict[str, Any], about: dict[str, Any]) -> list[str]:

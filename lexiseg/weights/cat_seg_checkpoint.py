@@ -98,3 +98,15 @@ def read_cat_seg(
     given = {key: value for key, value in state.items() if key not in unused}
     said = f"{name}, which looks like CAT-Seg,"
     return filled(build, key_map("cat-seg"), given, said).eval(), unused
+
+
+def cat_seg_notes(model: CATSeg, state: Mapping[str, Tensor]) -> list[str]:
+    """What such a file does not tell and was assumed, a sentence each."""
+    notes = [
+        "It predicts as the released code does, for the published figures: of more than "
+        f"{model.options.padding} classes a window sees that many; the option released: false in config.json lifts "
+        "that limit."
+    ]
+    if not any(key.endswith("attn_mask") for key in state):
+        notes.append("The side of its attention windows is not in the file; it is taken to be 12 patches, as released.")
+    return notes

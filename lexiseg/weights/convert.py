@@ -15,9 +15,8 @@ from torch import Tensor
 from lexiseg.clip.load import count_parameters, load_clip
 from lexiseg.clip.model import save_clip
 from lexiseg.errors import LexisegError
-from lexiseg.models import SYSTEMS, CascadeCLIP, SegmentationModel
-from lexiseg.vocabulary import PAPER_TEMPLATES, SINGLE_TEMPLATE
-from lexiseg.weights.cat_seg_checkpoint import is_cat_seg, read_cat_seg
+from lexiseg.models import SYSTEMS, SegmentationModel
+from lexiseg.weights.cat_seg_checkpoint import cat_seg_notes, is_cat_seg, read_cat_seg
 from lexiseg.weights.checkpoint import Checkpoint, read_checkpoint
 from lexiseg.weights.clip_state import (
     clip_from_state,
@@ -27,16 +26,14 @@ from lexiseg.weights.clip_state import (
     transformers_architecture,
     transformers_source,
 )
-from lexiseg.weights.decoupled_checkpoints import DECOUPLED_NAMES, read_decoupled
+from lexiseg.weights.decoupled_checkpoints import DECOUPLED_NAMES, decoupled_notes, read_parts
 from lexiseg.weights.detectron_checkpoint import System, recognise_detectron
 from lexiseg.weights.filling import key_map
-from lexiseg.weights.folder import CONFIG_NAME, save_model
-from lexiseg.weights.one_stage_checkpoint import NAMES, read_one_stage, recognise
+from lexiseg.weights.folder import save_model
+from lexiseg.weights.one_stage_checkpoint import NAMES, one_stage_notes, read_one_stage, recognise
 from lexiseg.weights.sam_checkpoint import convert_sam, recognise_sam
 from lexiseg.words import counted, printable, shorten
 
-# Prompts a block of the papers' VOC and Context models.
-_VOC_PROMPTS, _CONTEXT_PROMPTS = 10, 35
 _TOWER = 8  # weights of two blocks
 _MODELS = {**NAMES, "cat-seg": "CAT-Seg", **DECOUPLED_NAMES}
 # What OpenAI's own state dict holds beside its tensors; their presence also tells that it is OpenAI's.
@@ -148,13 +145,17 @@ def _read_model(
 ) -> tuple[SegmentationModel, list[str], list[str]]:
     """The model of a segmentation system's file, its unused keys, and notes."""
     state, name = found.state, f"'{found.path}'"
+    options = {"seen_offset": 0.0} if transductive and kind not in ("deop", "cat-seg") else {}
     if kind in DECOUPLED_NAMES:
-        known = {"seen_known": seen_known, "transductive": transductive}
-        return read_decoupled(cast(System, kind), state, name=name, **known, **how)
+        system = cast(System, kind)
+        model, unused = read_parts(state, kind=system, options=options, name=name, **how)
+        return model, unused, decoupled_notes(system, model, seen_known, transductive)
     sizes = {key: how[key] for key in ("heads", "text_heads")}
     if kind == "cat-seg":
-        return _read_cat_seg(state, sizes, name)
-    return _read_one_stage(state, seen_known, transductive, sizes, name)
+        cat_seg, unused = read_cat_seg(state, name=name, **sizes)
+        return cat_seg, unused, cat_seg_notes(cat_seg, state)
+    one_stage, unused = read_one_stage(state, options=options, name=name, **sizes)
+    return one_stage, unused, one_stage_notes(one_stage, seen_known, transductive)
 
 
 def _kind(state: Mapping[str, Any]) -> str | None:
@@ -201,46 +202,6 @@ def _unknown(state: Mapping[str, Tensor], path: str | Path) -> LexisegError:
         f"'{path}' is neither a checkpoint of {known} or Segment Anything nor a CLIP with a vision transformer (its "
         f"keys begin with {first}); lexiseg converts nothing else."
     )
-
-
-def _read_one_stage(
-    state: dict[str, Tensor], seen_known: bool, transductive: bool, sizes: dict[str, Any], name: str
-) -> tuple[SegmentationModel, list[str], list[str]]:
-    options = {"seen_offset": 0.0} if transductive else {}
-    model, unused = read_one_stage(state, **sizes, options=options, name=name)
-    model.default_templates = SINGLE_TEMPLATE if model.options.num_prompts <= _VOC_PROMPTS else PAPER_TEMPLATES
-    notes = ["logit_scale is not in the checkpoint; it is not used and keeps its initial value."]
-    if isinstance(model, CascadeCLIP):
-        notes.append(
-            f"Which blocks its groups hold is not in the file; {model.options.groups} fits its shapes and is what the "
-            "released models have."
-        )
-        if model.options.num_prompts == _CONTEXT_PROMPTS:
-            # The ids in the authors' configuration belong to another order of the classes than their labels'.
-            notes.append(
-                "With 35 prompts it looks like the PASCAL Context model, whose unseen classes in the authors' "
-                "configuration are aeroplane, bed, bedclothes, boat, bottle, car, cloth, cow, keyboard and plate, not "
-                "the papers' ten."
-            )
-    if not seen_known and not transductive:
-        notes.append(
-            "The classes it was trained on are not in the file: none counts as seen, and no score offset applies."
-        )
-    return model, unused, notes
-
-
-def _read_cat_seg(
-    state: dict[str, Tensor], sizes: dict[str, Any], name: str
-) -> tuple[SegmentationModel, list[str], list[str]]:
-    model, unused = read_cat_seg(state, **sizes, name=name)
-    notes = [
-        "It predicts as the released code does, for the published figures: of more than "
-        f"{model.options.padding} classes a window sees that many; the option released: false in {CONFIG_NAME} lifts "
-        "that limit."
-    ]
-    if not any(key.endswith("attn_mask") for key in state):
-        notes.append("The side of its attention windows is not in the file; it is taken to be 12 patches, as released.")
-    return model, unused, notes
 
 
 def _convert_clip(

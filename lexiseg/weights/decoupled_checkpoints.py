@@ -231,37 +231,19 @@ def _same(first: AdapterParts, second: AdapterParts) -> bool:
     return all(torch.equal(value.float(), second.clip[key].float()) for key, value in first.clip.items())
 
 
-def read_decoupled(
-    system: System,
-    state: Mapping[str, Tensor],
-    *,
-    seen_known: bool = False,
-    transductive: bool = False,
-    name: str = "the checkpoint",
-    **how: Any,
-) -> tuple[DecoupledModel, list[str], list[str]]:
-    """Build the model of a checkpoint in detectron2's layout.
+def decoupled_notes(system: System, model: DecoupledModel, seen_known: bool, transductive: bool) -> list[str]:
+    """What no shape of such a file tells and `read_parts` assumed, a sentence each.
 
-    ``system``: from `recognise_detectron`. ``seen_known``: somebody says which classes it was trained on.
-    ``transductive``: by self-training, where seen classes have no score offset. ``how``: see `read_parts`.
-
-    Returns the model; the keys that take part in no computation and were left out; and what no shape tells and was
-    assumed, a sentence each. Raises LexisegError if the checkpoint has no model or no CLIP in it, or tensors are
-    missing, left over or of another shape.
+    ``seen_known``: somebody says which classes it was trained on. ``transductive``: by self-training.
     """
-    options = {"seen_offset": 0.0} if transductive and system != "deop" else {}
-    model, unused = read_parts(state, options=options, name=name, **how)
-    if isinstance(model, RegionModel):
-        return model, unused, _region_notes(system, model, seen_known, transductive)
-    notes = ["The severance is the released one, values scaled by the masks, in the last block; the file does not say."]
-    if isinstance(model, DeOP) and model.options.visual_prompts == "prepended":
-        notes.append(f"The prepended prompts are taken to belong to the blocks {model.options.prompt_blocks}.")
-    return model, unused, notes
-
-
-def _region_notes(system: System, model: RegionModel, seen_known: bool, transductive: bool) -> list[str]:
-    """What the file of a region model does not say, and what was assumed."""
-    options, notes = model.options, []
+    if isinstance(model, DeOP):
+        notes = [
+            "The severance is the released one, values scaled by the masks, in the last block; the file does not say."
+        ]
+        if model.options.visual_prompts == "prepended":
+            notes.append(f"The prepended prompts are taken to belong to the blocks {model.options.prompt_blocks}.")
+        return notes
+    notes, options = [], cast(RegionModel, model).options
     if options.ensemble.rule == "region":
         notes.append(
             "CLIP alone scores, as in the released code, which the file does not say; the paper has an ensemble."

@@ -18,16 +18,19 @@ from torch import Tensor
 from lexiseg.clip.load import shapes_of, sketch
 from lexiseg.clip.model import build_clip
 from lexiseg.errors import LexisegError
-from lexiseg.models import SYSTEMS
+from lexiseg.models import SYSTEMS, CascadeCLIP
 from lexiseg.models.options import format_groups
 from lexiseg.models.spt_seg import SPTSeg
 from lexiseg.models.zegclip import ZegCLIP
 from lexiseg.normalisation import IMAGENET_MEAN, IMAGENET_STD
+from lexiseg.vocabulary import PAPER_TEMPLATES, SINGLE_TEMPLATE
 from lexiseg.weights.clip_state import count_blocks, infer_vit_architecture, missing_shape_keys, shape_of
 from lexiseg.weights.filling import expected_shapes, filled, key_map
 
 NAMES = {"zegclip": "ZegCLIP", "cascade-clip": "Cascade-CLIP", "spt-seg": "SPT-SEG"}
 
+# Prompts a block of the papers' VOC and Context models.
+_VOC_PROMPTS, _CONTEXT_PROMPTS = 10, 35
 _LAYER = re.compile(r"(decode_head\.(?:decoder_1|cascade_decoders\.\d+)\.layers)\.(\d+)\.(.+)")
 _CLIP = key_map("zegclip", inside="clip.model.")  # the others have the same
 
@@ -163,4 +166,28 @@ def read_one_stage(
     wanted = expected_shapes(shapes_of(plan), source_of)
     unused = [key for key in state if key not in wanted and is_unused(key, plan)]
     used = {key: value for key, value in state.items() if key not in unused}
-    return filled(build, source_of, used, said).eval(), unused
+    model = filled(build, source_of, used, said).eval()
+    model.default_templates = SINGLE_TEMPLATE if model.options.num_prompts <= _VOC_PROMPTS else PAPER_TEMPLATES
+    return model, unused
+
+
+def one_stage_notes(model: ZegCLIP, seen_known: bool, transductive: bool) -> list[str]:
+    """What such a file does not tell and was assumed, a sentence each; see `decoupled_notes` for the arguments."""
+    notes = ["logit_scale is not in the checkpoint; it is not used and keeps its initial value."]
+    if isinstance(model, CascadeCLIP):
+        notes.append(
+            f"Which blocks its groups hold is not in the file; {model.options.groups} fits its shapes and is what the "
+            "released models have."
+        )
+        if model.options.num_prompts == _CONTEXT_PROMPTS:
+            # The ids in the authors' configuration belong to another order of the classes than their labels'.
+            notes.append(
+                "With 35 prompts it looks like the PASCAL Context model, whose unseen classes in the authors' "
+                "configuration are aeroplane, bed, bedclothes, boat, bottle, car, cloth, cow, keyboard and plate, not "
+                "the papers' ten."
+            )
+    if not seen_known and not transductive:
+        notes.append(
+            "The classes it was trained on are not in the file: none counts as seen, and no score offset applies."
+        )
+    return notes

@@ -39,14 +39,9 @@ class Part:
         if not np.isfinite(grid).all():
             raise LexisegError("The model's scores for this picture hold NaN or infinite values; check its weights.")
         window, target, cells = seen[2:], box[2:], grid.shape[1:]
-        frame: tuple[int, ...] = cells
-        crop, kept = (0, 0), (cells[0], cells[1])
-        if rule.resize_to == "frame":
-            frame, kept = fit.to(window), window
-            crop = (frame[0] - window[0]) // 2, (frame[1] - window[1]) // 2
-        elif rule.resize_to == "window":
-            side = rule.square_side
-            frame = kept = window if side is None or window[0] != window[1] else (side, side)
+        size, crop = rule.frame(fit, window)
+        frame = size or cells
+        kept = window if rule.resize_to == "frame" else frame
         axes: tuple[list[Axis | None], list[Axis | None]] = ([], [])
         for index in (0, 1):
             for length, to in ((cells[index], frame[index]), (kept[index], target[index])):

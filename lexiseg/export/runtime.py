@@ -271,18 +271,12 @@ class ExportedPredictor(Predictor):
         owners, seen = torch.from_numpy(words.word_to_class), torch.from_numpy(words.seen_words)
         parts = []
         for grid, box in zip(picture.parts, picture.boxes, strict=True):
-            size, more = box[2:], {}
-            if rule.resize_to == "frame":
-                frame = fit.to(size)
-                place = ((frame[0] - size[0]) // 2, (frame[1] - size[1]) // 2)
-                more = {"resize_to": frame, "crop": size, "crop_place": place}
-            elif rule.resize_to == "window":
-                side = rule.square_side
-                more = {"resize_to": size if side is None or size[0] != size[1] else (side, side)}
+            frame, place = rule.frame(fit, box[2:])
+            crop = {"crop": box[2:], "crop_place": place} if rule.resize_to == "frame" else {}
             offsets = rule.seen_offset * seen.float() if rule.seen_offset and bool(seen.any()) else None
             values: Any = torch.from_numpy(grid[None])  # type: ignore[index]
-            settings: dict[str, Any] = {"word_to_class": owners, "sigmoid": rule.sigmoid, "offsets": offsets, **more}
-            parts.append(GridScores(values, **settings))
+            settings: dict[str, Any] = {"resize_to": frame, "sigmoid": rule.sigmoid, "offsets": offsets, **crop}
+            parts.append(GridScores(values, word_to_class=owners, **settings))
         joined: Any = copy.copy(picture)
         joined.parts = parts
         return joined.joined(policy)

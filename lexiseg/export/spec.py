@@ -52,6 +52,16 @@ class Decode(StrictModel):
     sigmoid: bool
     seen_offset: float = 0.0  # taken off the score of words that had masks in training
 
+    def frame(self, fit: Fit, window: tuple[int, int]) -> tuple[tuple[int, int] | None, tuple[int, int]]:
+        """The size that a window's grid is brought to first, None for its own, and the window's place in that."""
+        if self.resize_to == "none":
+            return None, (0, 0)
+        if self.resize_to == "frame":
+            height, width = fit.to(window)
+            return (height, width), ((height - window[0]) // 2, (width - window[1]) // 2)
+        side = self.square_side
+        return (window if side is None or window[0] != window[1] else (side, side)), (0, 0)
+
 
 class Text(StrictModel):
     """The text tower, its tokenizer, and how words go through them."""

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing, nullcontext
+from copy import deepcopy
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -91,8 +91,8 @@ def run_evaluation(
         # Whole batches are divided, not pictures, so that each is predicted exactly as in one process.
         batches = [indices[start : start + batch_size] for start in range(0, len(indices), batch_size)]
         identity = {**facts, "device": segmenter.device.type, "length": len(dataset)}
-        empty = partial(_nothing, num_classes, seen_ids(judged))
-    before = _before(journal, identity, resume, empty(), shared)
+        empty = Tally(Confusion(num_classes, ignore_index=ignore_index(num_classes), seen=seen_ids(judged)))
+    before = _before(journal, identity, resume, deepcopy(empty), shared)
     wanted = {indices[position] for position in spread(len(indices), num_examples)}
     judge = _Judge(segmenter, dataset, asked, background, window, batch_size, wanted, empty)
     tally = judge.count(batches, before, journal, progress, shared)
@@ -144,10 +144,6 @@ class Tally:
         self.merge(part)
 
 
-def _nothing(num_classes: int, seen: Sequence[int]) -> Tally:
-    return Tally(Confusion(num_classes, ignore_index=ignore_index(num_classes), seen=seen))
-
-
 @dataclass
 class _Judge:
     """A segmenter at work on a dataset: predicts batches of indices, counts them, and keeps the pictures to show."""
@@ -159,14 +155,14 @@ class _Judge:
     window: WindowPolicy | None
     batch_size: int
     wanted: set[int]
-    empty: Callable[[], Tally]
+    empty: Tally
     examples: dict[int, Example] = field(default_factory=dict)
 
     def count(
         self, batches: Sequence[list[int]], before: Tally, journal: Journal | None, progress: bool, shared: bool
     ) -> Tally:
         """Predict and count this process's part of the batches that are not in ``before``."""
-        tally = self.empty()
+        tally = deepcopy(self.empty)
         rank, count = (processes.rank(), processes.count()) if shared else (0, 1)
         # In turns, not in runs as accelerate's split_between_processes does it: datasets are sorted, and so are sizes.
         mine = [number for number in range(len(batches)) if number not in before.batches][rank::count]
@@ -175,7 +171,7 @@ class _Judge:
         with writing as writer, progress_bar(show=progress and rank == 0) as bar:
             task = bar.add_task("evaluating", total=total, completed=done)
             for number in mine:
-                part = self.empty()
+                part = deepcopy(self.empty)
                 part.batches.add(number)
                 self.predict(batches[number], part)
                 tally.merge(part)

@@ -149,8 +149,7 @@ class _Attach(torch.autograd.Function):
 def with_gradients(value: Tensor, *pairs: tuple[Tensor, Tensor | None]) -> Tensor:
     """``value``, with these gradients by these tensors; None leaves one out."""
     known = [(tensor, gradient.to(tensor.dtype)) for tensor, gradient in pairs if gradient is not None]
-    result: Tensor = _Attach.apply(value, *(part for pair in known for part in pair)) if known else value
-    return result
+    return _Attach.apply(value, *(part for pair in known for part in pair)) if known else value
 
 
 def gradient_of(tensor: Tensor) -> Tensor | None:

@@ -61,8 +61,7 @@ def model_state(model: nn.Module, *, full: bool = False) -> dict[str, Tensor]:
     With ``full`` they are whole and on the CPU, in the first process alone; every process must ask then.
     """
     options = StateDictOptions(full_state_dict=full, cpu_offload=full, ignore_frozen_params=True)
-    state: Any = get_model_state_dict(model, options=options)
-    return state
+    return get_model_state_dict(model, options=options)  # type: ignore[return-value]
 
 
 def whole(tensor: Tensor) -> Tensor:

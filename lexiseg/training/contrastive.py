@@ -248,8 +248,7 @@ class ContrastiveTask(Task):
 
     def sample_names(self, batch: Mapping[str, Any]) -> Sequence[str]:
         """Name the scenes of a batch."""
-        names: Sequence[str] = batch["names"]
-        return names
+        return batch["names"]
 
     def measures(self) -> Sequence[str]:
         """See `evaluate`."""

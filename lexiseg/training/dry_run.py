@@ -58,7 +58,10 @@ class DryRun:
             rows += [
                 ("data", self.data),
                 ("setting", f"{self.setting}, the text of {self.text} classes"),
-                ("classes with masks", f"{len(self.seen)}: {_shortened(self.seen)}"),
+                (
+                    "classes with masks",
+                    f"{len(self.seen)}: {', '.join(self.seen[:8])}{', ...' if len(self.seen) > 8 else ''}",
+                ),
                 ("classes without", f"{len(self.unseen)}: {', '.join(self.unseen)}" if self.unseen else "none"),
             ]
         for title in ("starts from", "prompts from", "proposals from", "teacher"):
@@ -83,10 +86,6 @@ class DryRun:
             how = f"momentum {train.momentum:g}" if train.optimizer == "sgd" else betas
             rows.append((name, f"{peak}, {how}, {rate['parameters']:,} values"))
         return rows
-
-
-def _shortened(names: tuple[str, ...], limit: int = 8) -> str:
-    return ", ".join(names[:limit]) + (", ..." if len(names) > limit else "")
 
 
 def _schedule(train: TrainSettings) -> str:

@@ -213,6 +213,7 @@ class Engine:
 
     Attributes:
         accelerator: of accelerate; ``device`` "cpu" stays off an accelerator, None takes what there is.
+        device: where the model is trained.
         sharded: whether each process keeps only a shard of the model.
 
     Raises LexisegError if the batch has fewer samples than there are processes, or accelerate is told to shard as well.
@@ -226,6 +227,7 @@ class Engine:
                 "to fsdp in the recipe and leave FSDP out of accelerate's configuration."
             )
         self.accelerator = _accelerator(settings, device)
+        self.device: torch.device = self.accelerator.device
         count = processes.count()
         if settings.batch_size < count:
             raise LexisegError(
@@ -242,17 +244,10 @@ class Engine:
         else:
             self._module = self.accelerator.prepare(self._module)
 
-    @property
-    def device(self) -> torch.device:
-        """Where the model is trained."""
-        device: torch.device = self.accelerator.device
-        return device
-
     def losses(self, batch: Any) -> Mapping[str, Tensor]:
         """The losses of this process's part of a batch; the mean over the processes is that of the batch."""
         if not self.sharded:
-            losses: Mapping[str, Tensor] = self._module(batch)
-            return losses
+            return self._module(batch)
         with self.accelerator.autocast():
             return {name: value.float() for name, value in self._module(batch).items()}
 
@@ -261,8 +256,7 @@ class Engine:
         if self.sharded:
             self._module.set_requires_gradient_sync(now)
             return nullcontext()
-        context: AbstractContextManager[Any] = nullcontext() if now else self.accelerator.no_sync(self._module)
-        return context
+        return nullcontext() if now else self.accelerator.no_sync(self._module)
 
     def gradient_norm(self, parameters: Sequence[nn.Parameter], largest: float | None) -> float:
         """The norm of all gradients together; where it exceeds ``largest`` they are scaled down to it."""

@@ -64,22 +64,11 @@ def rule_for(name: str, keys: Iterable[str]) -> str:
     return next((key for key in sorted(sorted(keys), key=len, reverse=True) if key in name), "")
 
 
-# Batch and instance norms are both of the third kind.
-_NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase, nn.LocalResponseNorm)
-
-
-def undecayed_names(model: nn.Module, settings: TrainSettings) -> frozenset[str]:
-    """Names of the parameters that ``settings.no_decay`` takes from the weight decay."""
-    kinds = {"norm": _NORMS, "embedding": (nn.Embedding,)}
-    wanted = tuple(layer for kind in settings.no_decay for layer in kinds[kind])
-    if not wanted:
-        return frozenset()
-    return frozenset(
-        f"{place}.{name}" if place else name
-        for place, module in model.named_modules()
-        if isinstance(module, wanted)
-        for name, _ in module.named_parameters(recurse=False)
-    )
+# What `no_decay` names. Batch and instance norms are both of the third kind.
+_LAYERS: dict[str, tuple[type[nn.Module], ...]] = {
+    "norm": (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase, nn.LocalResponseNorm),
+    "embedding": (nn.Embedding,),
+}
 
 
 def group_parameters(model: nn.Module, settings: TrainSettings) -> list[dict[str, Any]]:
@@ -90,11 +79,17 @@ def group_parameters(model: nn.Module, settings: TrainSettings) -> list[dict[str
     parameters, and ``initial_lr``, its peak learning rate.
     """
     groups: dict[tuple[str, bool], dict[str, Any]] = {}
-    undecayed = undecayed_names(model, settings)
+    layers = tuple(layer for kind in settings.no_decay for layer in _LAYERS[kind])
+    undecayed = {
+        id(parameter)
+        for module in model.modules()
+        if isinstance(module, layers)
+        for parameter in module.parameters(recurse=False)
+    }
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        key, spared = rule_for(name, settings.multipliers), name in undecayed
+        key, spared = rule_for(name, settings.multipliers), id(parameter) in undecayed
         rule = settings.multipliers.get(key, Multiplier())
         decay = 0.0 if spared else settings.weight_decay * rule.decay
         fresh = {"params": [], "names": [], "key": key, "initial_lr": settings.lr * rule.lr, "weight_decay": decay}

@@ -123,8 +123,7 @@ class ForeignCLIP(CLIP):
 def load_foreign(name: str) -> ForeignCLIP:
     """Load ``transformers:OWNER/NAME``, ``transformers:FOLDER``, or ``timm:NAME`` of a TIPSv2 tower.
 
-    Raises:
-        LexisegError: there is no such model, it is of another kind, or its weights cannot be loaded.
+    Raises LexisegError if there is no such model, it is of another kind, or its weights cannot be loaded.
     """
     if name.startswith(TRANSFORMERS):
         return _transformers(name.removeprefix(TRANSFORMERS), name)

@@ -54,11 +54,8 @@ def load_clip(name: str | Path) -> CLIP:
             - a hub repository of open_clip: ``"hf-hub:owner/name"``;
             - a dual encoder of another library: ``"transformers:google/tipsv2-b14"``, see `lexiseg.clip.foreign`.
 
-    Returns:
-        the model in float32, in evaluation mode and on the CPU.
-
-    Raises:
-        LexisegError: the name is unknown (near names are listed), the weights do not fit, or the hub is out of reach.
+    Returns the model in float32, in evaluation mode and on the CPU. Raises LexisegError if the name is unknown (near
+    names are listed), the weights do not fit, or the hub is out of reach.
     """
     text = str(name)
     folder = local(text)
@@ -284,8 +281,7 @@ def check_state(
         what: whose tensors they are, for the message.
         optional: names that may be missing.
 
-    Raises:
-        LexisegError: tensors are missing, left over, of another shape, no plain numbers, or not finite.
+    Raises LexisegError if tensors are missing, left over, of another shape, no plain numbers, or not finite.
     """
     odd = next((key for key, value in state.items() if not _plain(value)), None)
     if odd is not None:

@@ -220,8 +220,7 @@ class CLIP(nn.Module):
                 does not matter.
             end: (n,) positions of the end marks.
 
-        Raises:
-            LexisegError: the text tower is not the causal one of CLIP.
+        Raises LexisegError if the text tower is not the causal one of CLIP.
         """
         if not self.plain_text:
             raise LexisegError(
@@ -327,8 +326,7 @@ def build_clip(architecture: dict[str, Any], *, name: str = "clip", tokenizer: A
         name: what to call it in messages and files.
         tokenizer: as open_clip's; None takes CLIP's own byte-pair tokenizer.
 
-    Raises:
-        LexisegError: the configuration is not one open_clip can build, or it needs a tower from another library.
+    Raises LexisegError if the configuration is not one open_clip can build, or it needs a tower from another library.
     """
     preprocess = check_architecture(architecture, name).preprocess_cfg or Preprocessing()
     config = copy.deepcopy(architecture)

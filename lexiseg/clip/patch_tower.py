@@ -23,22 +23,15 @@ QueriesKeys = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Block:
-    """A pre-norm transformer block, whatever its library calls the parts.
+    """A pre-norm transformer block, whatever its library calls the parts."""
 
-    Attributes:
-        heads: number of attention heads.
-        norm1: before the attention.
-        project_in: normalised tokens (B, T, W) to queries, keys and values, each (B, T, W).
-        project_out: the projection after the attention, with the layer scale behind it.
-        feed_forward: the second half, norm, MLP and layer scale, without the shortcut.
-        norm_heads: norms of the queries and the keys (B, heads, T, d); identities in most towers.
-    """
-
-    heads: int
-    norm1: Module
+    heads: int  # number of attention heads
+    norm1: Module  # before the attention
+    # normalised tokens (B, T, W) to queries, keys and values, each (B, T, W)
     project_in: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
-    project_out: Module
-    feed_forward: Module
+    project_out: Module  # the projection after the attention, with the layer scale behind it
+    feed_forward: Module  # the second half, norm, MLP and layer scale, without the shortcut
+    # norms of the queries and the keys (B, heads, T, d); identities in most towers
     norm_heads: tuple[Module, Module] = (nn.Identity(), nn.Identity())
 
     def qkv(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -61,20 +54,13 @@ class PatchTower(ABC):
     """An image tower as tokens in, tokens out; it holds no weights of its own.
 
     Tokens are laid out ``[prefix ..., patches ...]``: the class token, if there is one, and registers come first.
-
-    Attributes:
-        blocks: the blocks in their order.
-        patch_size: side of a patch in pixels.
-        num_prefix: how many tokens stand in front of the patches.
-        width: width W of the tokens.
-        positions: how the tower's own library resizes its position table.
     """
 
-    blocks: list[Block]
-    patch_size: int
-    num_prefix: int
-    width: int
-    positions: Interpolation
+    blocks: list[Block]  # in their order
+    patch_size: int  # side of a patch in pixels
+    num_prefix: int  # how many tokens stand in front of the patches
+    width: int  # W, of the tokens
+    positions: Interpolation  # how the tower's own library resizes its position table
 
     @abstractmethod
     def embed(
@@ -95,8 +81,7 @@ class PatchTower(ABC):
     ) -> tuple[Tensor, dict[int, QueriesKeys]]:
         """Run the blocks from ``first`` up to and without ``stop`` as the library does, on tokens (B, T, W).
 
-        Returns:
-            the tokens, and the queries and keys (B, heads, T, d) of the blocks in ``attending``, by block.
+        Returns the tokens, and the queries and keys (B, heads, T, d) of the blocks in ``attending``, by block.
         """
         kept: dict[int, QueriesKeys] = {}
         for index in range(first, len(self.blocks) if stop is None else stop):

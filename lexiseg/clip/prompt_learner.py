@@ -75,8 +75,8 @@ class PromptLearner(nn.Module):
             task: name of the task, only for prompts with a task part; None means `SEMANTIC_TASK`.
             chunk: number of names encoded at once.
 
-        Raises:
-            LexisegError: a name is too long, a task is given to prompts without one, or the text tower is not CLIP's.
+        Raises LexisegError if a name is too long, a task is given to prompts without one, or the text tower is not
+        CLIP's.
         """
         parts = []
         for start in range(0, len(names), chunk):
@@ -89,9 +89,8 @@ class PromptLearner(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Put token embeddings and prompts in a row; arguments and errors are those of `forward`.
 
-        Returns:
-            (C, L, W) embeddings without positions, padded with those of token 0, and the end marks' positions (C,). L
-                is ``length``, or just long enough (the authors' code has the text tower's context length).
+        Returns (C, L, W) embeddings without positions, padded with those of token 0, and the end marks' positions (C,).
+        L is ``length``, or just long enough (the authors' code has the text tower's context length).
         """
         if task is not None and self.task_prompt is None:
             raise LexisegError(f"This learned prompt has no task part; ask without '{task}'.")

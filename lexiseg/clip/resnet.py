@@ -38,8 +38,7 @@ def attention_pool(
     masked (MAFT, Eq. 2 and 3 applied to the pool; Sec. 5.5 describes it and no code for it was released). With
     ``patches``, and no masks, every place is a query as well.
 
-    Returns:
-        (B, N, D) with masks, (B, D) without, (B, h, w, D) with ``patches``; not normalised.
+    Returns (B, N, D) with masks, (B, D) without, (B, h, w, D) with ``patches``; not normalised.
     """
     height, width = features.shape[-2:]
     if masks is not None and masks.shape[1] == 0:

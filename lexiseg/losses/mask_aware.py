@@ -86,8 +86,7 @@ def mask_aware_loss(scores: Tensor, targets: Tensor, distance: Distance = "smoot
         targets: (R, N) from `iou_targets`, without gradient.
         distance: see `MaskAwareOptions`.
 
-    Returns:
-        a scalar; 0, with a gradient of 0, if there is nothing to compare.
+    Returns a scalar; 0, with a gradient of 0, if there is nothing to compare.
     """
     weight = reduction_weight(len(scores) if distance == "kl" else scores.numel(), scores.device)
     if not scores.numel():

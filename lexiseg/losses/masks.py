@@ -22,17 +22,11 @@ from lexiseg.losses.reduction import mean_count
 
 @dataclass(frozen=True)
 class MaskLosses:
-    """Losses of class masks, each a scalar.
+    """Losses of class masks, each a scalar."""
 
-    Attributes:
-        total: ``mask + dice``, weighted; carries the gradient.
-        mask: the weighted term that is summed over pixels, focal loss or cross entropy, detached.
-        dice: the weighted dice term, detached.
-    """
-
-    total: Tensor
-    mask: Tensor
-    dice: Tensor
+    total: Tensor  # ``mask + dice``, weighted; carries the gradient
+    mask: Tensor  # the weighted term that is summed over pixels, focal loss or cross entropy, detached
+    dice: Tensor  # the weighted dice term, detached
 
 
 def count_masks(labels: Tensor, num_classes: int = IGNORE_INDEX) -> float:

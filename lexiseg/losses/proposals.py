@@ -49,15 +49,10 @@ _WEIGHTS = ProposalWeights()
 
 @dataclass(frozen=True)
 class MaskTargets:
-    """What the queries of one image are to find.
+    """What the queries of one image are to find."""
 
-    Attributes:
-        classes: (M,) long, ascending.
-        masks: (M, H, W) float, 0 or 1.
-    """
-
-    classes: Tensor
-    masks: Tensor
+    classes: Tensor  # (M,) long, ascending
+    masks: Tensor  # (M, H, W) float, 0 or 1
 
 
 Match = tuple[Tensor, Tensor]
@@ -89,8 +84,7 @@ def match(
         targets: one per image. Their masks are resized to h x w, taking the nearest pixel.
         weights: of the costs.
 
-    Returns:
-        for each image the indices of queries and of the targets they are matched to, min(N, M) of them.
+    Returns for each image the indices of queries and of the targets they are matched to, min(N, M) of them.
     """
     from transformers.models.maskformer import modeling_maskformer as modules
 
@@ -142,13 +136,10 @@ def proposal_losses(
         num_classes: C, if ``targets`` are labels and there are no ``class_logits`` to tell: with more than 255 classes
             the label of no class is 65535. Labels that are no class are a `LexisegError` then.
 
-    Returns:
-        weighted scalars: ``loss_ce``, ``loss_mask`` (focal) and ``loss_dice`` of the last level, the same with ``_i``
-        of level i, and ``loss``, their sum. Each is divided by the number of masks in the batch (at least 1), averaged
-        over processes; the cross entropy by its weights.
-
-    Raises:
-        ValueError: there are not as many ``class_logits`` as levels.
+    Returns weighted scalars: ``loss_ce``, ``loss_mask`` (focal) and ``loss_dice`` of the last level, the same with
+    ``_i`` of level i, and ``loss``, their sum. Each is divided by the number of masks in the batch (at least 1),
+    averaged over processes; the cross entropy by its weights. Raises ValueError if there are not as many
+    ``class_logits`` as levels.
     """
     if isinstance(targets, Tensor):
         if num_classes is not None:

@@ -59,9 +59,8 @@ def patch_loss(logits: Tensor, positives: Tensor, coverage: float) -> Tensor:
         positives: (B, N) bool, the phrases of each picture's caption.
         coverage: the fraction of patches, in 0..1, from which on a phrase counts as found.
 
-    Returns:
-        The mean over patches of -log p(some phrase of the caption | patch), plus the mean over the captions' phrases of
-            -log(fraction of the patches / coverage) where that is positive.
+    Returns the mean over patches of -log p(some phrase of the caption | patch), plus the mean over the captions'
+    phrases of -log(fraction of the patches / coverage) where that is positive.
     """
     log_probabilities = logits.log_softmax(2)
     inside = log_probabilities.masked_fill(~positives[:, None], float("-inf")).logsumexp(2)

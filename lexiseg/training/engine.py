@@ -45,14 +45,10 @@ def part_of(batch_size: int, rank: int, processes: int) -> range:
 
 
 class Task(ABC):
-    """A model, its data and its loss.
+    """A model, its data and its loss."""
 
-    Attributes:
-        model: the module that is trained; its parameters that need a gradient are optimised and checkpointed.
-        loadable: whether `lexiseg.load` reads what `export` writes, so that its checkpoints can be loaded as well.
-    """
-
-    model: nn.Module
+    model: nn.Module  # what is trained: its parameters that need a gradient are optimised and checkpointed
+    # whether `lexiseg.load` reads what `export` writes, so that its checkpoints can be loaded as well
     loadable: ClassVar[bool] = False
 
     @abstractmethod

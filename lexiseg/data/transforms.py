@@ -10,10 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from torchvision import tv_tensors
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
@@ -56,170 +58,130 @@ def resize(image: Tensor, label: Tensor, size: tuple[int, int], *, antialias: bo
     return image.as_subclass(Tensor), label.as_subclass(Tensor)
 
 
-@dataclass(frozen=True)
-class RandomResize:
-    """Resize to :func:`train_size` with a ratio drawn uniformly from ``low..high``."""
-
-    low: float = 0.5
-    high: float = 2.0
-    scale: tuple[int, int] = TRAIN_SCALE
-
-    def __call__(self, image: Tensor, label: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-        """Resize both to one drawn size."""
-        ratio = float(rng.uniform(self.low, self.high))
-        return resize(image, label, train_size(image.shape[-2], image.shape[-1], ratio, self.scale))
+def random_resize(
+    image: Tensor, label: Tensor, rng: np.random.Generator, *, scale: tuple[int, int] = TRAIN_SCALE
+) -> tuple[Tensor, Tensor]:
+    """Resize to :func:`train_size` with a ratio drawn uniformly from 0.5..2."""
+    ratio = float(rng.uniform(0.5, 2.0))
+    return resize(image, label, train_size(image.shape[-2], image.shape[-1], ratio, scale))
 
 
-@dataclass(frozen=True)
-class RandomShortEdge:
+def random_short_edge(
+    image: Tensor, label: Tensor, rng: np.random.Generator, *, sides: Sequence[int], longest: int | None = None
+) -> tuple[Tensor, Tensor]:
     """Resize so that the shorter side gets one of several lengths, the longer one no more than ``longest``.
 
     The decoupled papers' resize (detectron2's): antialiased, the aspect kept, one length drawn uniformly.
     """
-
-    sides: tuple[int, ...]
-    longest: int | None = None
-
-    def __call__(self, image: Tensor, label: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-        """Resize both to one drawn size."""
-        side = self.sides[int(rng.integers(len(self.sides)))]
-        size = working_size(image.shape[-2], image.shape[-1], side, self.longest)
-        return resize(image, label, size, antialias=True)
+    side = sides[int(rng.integers(len(sides)))]
+    return resize(image, label, working_size(image.shape[-2], image.shape[-1], side, longest), antialias=True)
 
 
-@dataclass(frozen=True)
-class TopLeft:
+def top_left(image: Tensor, label: Tensor, rng: np.random.Generator, *, size: int) -> tuple[Tensor, Tensor]:
     """Keep the ``size x size`` pixels at the top left, or what there is of them.
 
     DeOP's last stage crops 640 pixels and then pads to 512: the released padding is negative there and cuts.
     """
-
-    size: int
-
-    def __call__(self, image: Tensor, label: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-        """Cut both."""
-        return image[:, : self.size, : self.size], label[: self.size, : self.size]
+    return image[:, :size, :size], label[:size, :size]
 
 
-@dataclass(frozen=True)
-class RandomCrop:
+def random_crop(
+    image: Tensor,
+    label: Tensor,
+    rng: np.random.Generator,
+    *,
+    size: int,
+    max_fraction: float = 0.75,
+    ignored: int = IGNORE_INDEX,
+) -> tuple[Tensor, Tensor]:
     """Crop a window of at most ``size x size``, redrawn while one class fills too much of it.
 
-    A window is accepted when it shows more than one class and the largest takes less than ``max_fraction`` of its
-    labelled pixels; after ``attempts`` redraws the last window is taken as it is. Pixels labelled ``ignored`` do not
-    count.
+    A window is accepted when :func:`is_varied`; after 10 redraws the last one is taken as it is. A
+    ``max_fraction`` of 1 takes the first.
     """
 
-    size: int = 512
-    max_fraction: float = 0.75
-    attempts: int = 10
-    ignored: int = IGNORE_INDEX
+    def draw() -> tuple[slice, slice]:
+        top, left = (int(rng.integers(0, max(side - size, 0) + 1)) for side in image.shape[-2:])
+        return slice(top, top + size), slice(left, left + size)
 
-    def __call__(self, image: Tensor, label: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-        """Cut the same window from both."""
-        box = self._draw(image, rng)
-        if self.max_fraction < 1.0:
-            for _ in range(self.attempts):
-                if self.accepts(label[box]):
-                    break
-                box = self._draw(image, rng)
-        rows, columns = box
-        return image[:, rows, columns], label[rows, columns]
-
-    def _draw(self, image: Tensor, rng: np.random.Generator) -> tuple[slice, slice]:
-        top, left = (int(rng.integers(0, max(side - self.size, 0) + 1)) for side in image.shape[-2:])
-        return slice(top, top + self.size), slice(left, left + self.size)
-
-    def accepts(self, label: Tensor) -> bool:
-        """Whether a crop has at least two classes and none has more than ``max_fraction`` of its pixels."""
-        counts = torch.bincount(label.reshape(-1), minlength=self.ignored + 1)
-        counts[self.ignored] = 0
-        counts = counts[counts > 0]
-        return counts.numel() > 1 and counts.max().item() / counts.sum().item() < self.max_fraction
+    box = draw()
+    if max_fraction < 1.0:
+        for _ in range(10):
+            if is_varied(label[box], max_fraction, ignored):
+                break
+            box = draw()
+    rows, columns = box
+    return image[:, rows, columns], label[rows, columns]
 
 
-@dataclass(frozen=True)
-class RandomFlip:
+def is_varied(label: Tensor, max_fraction: float = 0.75, ignored: int = IGNORE_INDEX) -> bool:
+    """Whether a label has at least two classes and none has ``max_fraction`` of its pixels or more.
+
+    Pixels labelled ``ignored`` do not count.
+    """
+    counts = torch.bincount(label.reshape(-1), minlength=ignored + 1)
+    counts[ignored] = 0
+    counts = counts[counts > 0]
+    return counts.numel() > 1 and counts.max().item() / counts.sum().item() < max_fraction
+
+
+def random_flip(
+    image: Tensor, label: Tensor, rng: np.random.Generator, *, probability: float = 0.5
+) -> tuple[Tensor, Tensor]:
     """Mirror left and right with the given probability."""
-
-    probability: float = 0.5
-
-    def __call__(self, image: Tensor, label: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-        """Mirror both or neither."""
-        if rng.random() < self.probability:
-            return image.flip(-1), label.flip(-1)
-        return image, label
+    return (image.flip(-1), label.flip(-1)) if rng.random() < probability else (image, label)
 
 
-@dataclass(frozen=True)
-class PhotometricDistortion:
-    """Random brightness, contrast, saturation and hue, each with probability a half.
+def distort_colours(image: Tensor, label: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+    """Random brightness, contrast, saturation and hue of a uint8 picture, each with probability a half.
 
-    Contrast comes before or after saturation and hue, at random. Strengths are in units of 8-bit values (brightness),
-    of OpenCV's half degrees (hue: 18 is a tenth of the circle) and factors 1/2 .. 3/2 (contrast, saturation).
+    Contrast comes before or after saturation and hue, at random. Brightness changes by up to 32 8-bit values, hue by up
+    to 18 of OpenCV's half degrees, contrast and saturation by a factor of 1/2 .. 3/2.
     """
 
-    brightness: float = 32.0
-    contrast: tuple[float, float] = (0.5, 1.5)
-    saturation: tuple[float, float] = (0.5, 1.5)
-    hue: int = 18
+    def change_contrast(image: Tensor) -> Tensor:
+        return scale_contrast(image, float(rng.uniform(0.5, 1.5))) if rng.random() < 0.5 else image
 
-    def __call__(self, image: Tensor, label: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-        """Change the uint8 picture; the label stays."""
-        # A crop of a decoded picture is neither in planes nor in one piece, and everything below is slow on such.
-        image = image.contiguous()
-        if rng.random() < 0.5:
-            image = shift_brightness(image, float(rng.uniform(-self.brightness, self.brightness)))
-        contrast_first = rng.random() < 0.5
-        if contrast_first:
-            image = self._change_contrast(image, rng)
-        if rng.random() < 0.5:
-            image = scale_saturation(image, float(rng.uniform(*self.saturation)))
-        if rng.random() < 0.5:
-            image = turn_hue(image, int(rng.integers(-self.hue, self.hue + 1)) / 180.0)
-        if not contrast_first:
-            image = self._change_contrast(image, rng)
-        return image, label
-
-    def _change_contrast(self, image: Tensor, rng: np.random.Generator) -> Tensor:
-        if rng.random() < 0.5:
-            return scale_contrast(image, float(rng.uniform(*self.contrast)))
-        return image
+    # A crop of a decoded picture is neither in planes nor in one piece, and everything below is slow on such.
+    image = image.contiguous()
+    if rng.random() < 0.5:
+        image = shift_brightness(image, float(rng.uniform(-32.0, 32.0)))
+    contrast_first = rng.random() < 0.5
+    if contrast_first:
+        image = change_contrast(image)
+    if rng.random() < 0.5:
+        image = scale_saturation(image, float(rng.uniform(0.5, 1.5)))
+    if rng.random() < 0.5:
+        image = turn_hue(image, int(rng.integers(-18, 19)) / 180.0)
+    return image if contrast_first else change_contrast(image), label
 
 
-@dataclass(frozen=True)
-class Normalize:
+def normalise_bytes(
+    image: Tensor, label: Tensor, rng: np.random.Generator, *, mean: Sequence[float], std: Sequence[float]
+) -> tuple[Tensor, Tensor]:
     """Bytes to ``(x / 255 - mean) / std`` in float32; mean and std are in 0..1 units, RGB."""
-
-    mean: Sequence[float]
-    std: Sequence[float]
-
-    def __call__(self, image: Tensor, label: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-        """Turn picture bytes into floats; the label stays."""
-        return normalise(image.float() / 255, self.mean, self.std), label
+    return normalise(image.float() / 255, mean, std), label
 
 
-@dataclass(frozen=True)
-class Pad:
-    """Pad to ``size x size`` at the right and the bottom: ``value`` in the picture, ``label`` in the mask.
+def pad_to(
+    image: Tensor,
+    label: Tensor,
+    rng: np.random.Generator,
+    *,
+    size: int,
+    pad_label: int = IGNORE_INDEX,
+    value: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """Pad to ``size x size`` at the right and the bottom: ``value`` in the picture, ``pad_label`` in the mask.
 
-    Padding has the label 255 unless it must be told from other pixels without a class.
+    Padding has the label 255 unless it must be told from other pixels without a class. A side that is long enough
+    stays.
     """
-
-    size: int = 512
-    label: int = IGNORE_INDEX
-    value: int = 0
-
-    def __call__(self, image: Tensor, label: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-        """Fill both up; a side that is long enough stays."""
-        bottom, right = (max(self.size - side, 0) for side in label.shape)
-        if not bottom and not right:
-            return image, label
-        padding = (0, right, 0, bottom)
-        return (
-            torch.nn.functional.pad(image, padding, value=self.value),
-            torch.nn.functional.pad(label, padding, value=self.label),
-        )
+    bottom, right = (max(size - side, 0) for side in label.shape)
+    if not bottom and not right:
+        return image, label
+    padding = (0, right, 0, bottom)
+    return pad(image, padding, value=value), pad(label, padding, value=pad_label)
 
 
 @dataclass(frozen=True)
@@ -253,12 +215,12 @@ def paper_pipeline(
     """
     return Pipeline(
         (
-            RandomResize(scale=(4 * crop, crop)),
-            RandomCrop(crop, ignored=ignored),
-            RandomFlip(),
-            PhotometricDistortion(),
-            Normalize(mean, std),
-            Pad(crop, pad_label),
+            partial(random_resize, scale=(4 * crop, crop)),
+            partial(random_crop, size=crop, ignored=ignored),
+            random_flip,
+            distort_colours,
+            partial(normalise_bytes, mean=mean, std=std),
+            partial(pad_to, size=crop, pad_label=pad_label),
         )
     )
 
@@ -281,17 +243,22 @@ def short_edge_pipeline(
         crop: side of the random crop, which may show a single class.
         sides: lengths of the shorter side, one of which is drawn; None is 0.5 to 1.5 times ``crop`` in steps of 0.1.
         longest: the longer side becomes no longer than this.
-        cut: keep this many pixels per side of the crop, see :class:`TopLeft`; None keeps it whole.
+        cut: keep this many pixels per side of the crop, see :func:`top_left`; None keeps it whole.
         pad_label: label of the pixels that fill a picture up.
 
     Source: the released settings of ZSSeg, ZegFormer, FreeSeg, DeOP and MAFT (detectron2's mapper of MaskFormer).
     """
     lengths = tuple(sides) if sides else tuple(int(tenth * 0.1 * crop) for tenth in range(5, 16))
-    steps: list[Step] = [RandomShortEdge(lengths, longest), RandomCrop(crop, max_fraction=1.0)]
-    steps += [PhotometricDistortion(), RandomFlip()]
+    steps: list[Step] = [
+        partial(random_short_edge, sides=lengths, longest=longest),
+        partial(random_crop, size=crop, max_fraction=1.0),
+        distort_colours,
+        random_flip,
+    ]
     if cut is not None:
-        steps.append(TopLeft(cut))
-    return Pipeline((*steps, Pad(cut or crop, pad_label, value=128), Normalize(mean, std)))
+        steps.append(partial(top_left, size=cut))
+    steps.append(partial(pad_to, size=cut or crop, pad_label=pad_label, value=128))
+    return Pipeline((*steps, partial(normalise_bytes, mean=mean, std=std)))
 
 
 def light_pipeline(
@@ -304,9 +271,9 @@ def light_pipeline(
     """
     return Pipeline(
         (
-            RandomCrop(crop, max_fraction=1.0),
-            RandomFlip(flip),
-            Normalize(mean, std),
-            Pad(crop, pad_label),
+            partial(random_crop, size=crop, max_fraction=1.0),
+            partial(random_flip, probability=flip),
+            partial(normalise_bytes, mean=mean, std=std),
+            partial(pad_to, size=crop, pad_label=pad_label),
         )
     )

@@ -13,14 +13,14 @@ from torchvision.tv_tensors import Image
 
 from lexiseg.data.photometric import scale_saturation, turn_hue
 from lexiseg.data.transforms import (
-    Normalize,
-    Pad,
-    PhotometricDistortion,
-    RandomCrop,
-    RandomFlip,
-    RandomResize,
+    distort_colours,
     light_pipeline,
+    normalise_bytes,
+    pad_to,
     paper_pipeline,
+    random_crop,
+    random_flip,
+    random_resize,
     resize,
     train_size,
 )
@@ -48,7 +48,7 @@ def test_golden_normalisation():
     mean, std = GOLDEN["normalisation"]["mean"], GOLDEN["normalisation"]["std"]
     image, _ = sample()
     expected = (image.double() - torch.tensor(mean).double()[:, None, None]) / torch.tensor(std)[:, None, None]
-    found, _ = Normalize(MEAN, STD)(image, image[0], np.random.default_rng(0))
+    found, _ = normalise_bytes(image, image[0], np.random.default_rng(0), mean=MEAN, std=STD)
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
 
 
@@ -70,9 +70,7 @@ def test_labels_are_resized_to_the_nearest_and_stay_ids():
 
 def test_random_resize_covers_its_range():
     image, label = sample(10, 20)
-    sizes = {
-        RandomResize(0.5, 2.0, (80, 20))(image, label, np.random.default_rng(seed))[1].shape[0] for seed in range(60)
-    }
+    sizes = {random_resize(image, label, np.random.default_rng(seed), scale=(80, 20))[1].shape[0] for seed in range(60)}
     assert min(sizes) == 10 and max(sizes) >= 38 and len(sizes) > 15
 
 
@@ -80,9 +78,9 @@ def test_crop_cuts_the_same_window():
     image, label = sample()
     image[0] = label.to(torch.uint8)
     for seed in range(10):
-        crop, cut = RandomCrop(16)(image, label, np.random.default_rng(seed))
+        crop, cut = random_crop(image, label, np.random.default_rng(seed), size=16)
         assert crop.shape == (3, 16, 16) and torch.equal(crop[0].long(), cut)
-    small, cut = RandomCrop(50)(image, label, np.random.default_rng(0))
+    small, cut = random_crop(image, label, np.random.default_rng(0), size=50)
     assert small.shape == (3, 40, 50) and cut.shape == (40, 50)
 
 
@@ -92,8 +90,8 @@ def test_crop_avoids_windows_of_one_class():
     label[:, 104:] = 255
     image = torch.zeros(3, 32, 200, dtype=torch.uint8)
     rng = np.random.default_rng(0)
-    plain = [RandomCrop(32, max_fraction=1.0)(image, label, rng)[1] for _ in range(200)]
-    careful = [RandomCrop(32)(image, label, rng)[1] for _ in range(200)]
+    plain = [random_crop(image, label, rng, size=32, max_fraction=1.0)[1] for _ in range(200)]
+    careful = [random_crop(image, label, rng, size=32)[1] for _ in range(200)]
 
     def mixed(windows):
         return sum(len(set(window.unique().tolist()) - {255}) > 1 for window in windows)
@@ -103,9 +101,9 @@ def test_crop_avoids_windows_of_one_class():
 
 def test_flip_mirrors_both():
     image, label = sample()
-    flipped, mirrored = RandomFlip(1.0)(image, label, np.random.default_rng(0))
+    flipped, mirrored = random_flip(image, label, np.random.default_rng(0), probability=1.0)
     assert torch.equal(flipped, image.flip(2)) and torch.equal(mirrored, label.flip(1))
-    same, _ = RandomFlip(0.0)(image, label, np.random.default_rng(0))
+    same, _ = random_flip(image, label, np.random.default_rng(0), probability=0.0)
     assert torch.equal(same, image)
 
 
@@ -123,7 +121,7 @@ def test_saturation_is_that_of_hsv():
 
 def test_distortion_changes_colours_only_and_half_of_the_time_each():
     image, label = sample()
-    found = [PhotometricDistortion()(image, label, np.random.default_rng(seed)) for seed in range(60)]
+    found = [distort_colours(image, label, np.random.default_rng(seed)) for seed in range(60)]
     assert all(torch.equal(after, label) and picture.dtype == torch.uint8 for picture, after in found)
     unchanged = sum(torch.equal(picture, image) for picture, _ in found)
     assert 0 < unchanged < 15  # expected 1/16, a little more for small draws
@@ -143,9 +141,8 @@ def test_turning_the_hue_is_what_torchvision_does():
 
 def test_normalise_then_pad():
     image, label = sample(3, 4)
-    picture, target = image, label
-    for step in (Normalize(MEAN, STD), Pad(6)):
-        picture, target = step(picture, target, np.random.default_rng(0))
+    rng = np.random.default_rng(0)
+    picture, target = pad_to(*normalise_bytes(image, label, rng, mean=MEAN, std=STD), rng, size=6)
     assert picture.shape == (3, 6, 6) and target.shape == (6, 6)
     assert (picture[:, 3:] == 0).all() and (picture[:, :, 4:] == 0).all()
     assert (target[3:] == 255).all() and (target[:, 4:] == 255).all() and torch.equal(target[:3, :4], label)

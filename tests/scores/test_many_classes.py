@@ -13,7 +13,7 @@ import yaml
 
 from lexiseg.clip.model import save_clip
 from lexiseg.data.base import remap_to_seen
-from lexiseg.data.transforms import RandomCrop
+from lexiseg.data.transforms import is_varied, random_crop
 from lexiseg.errors import LexisegError
 from lexiseg.label_ids import ignore_index
 from lexiseg.losses.mask_aware import mask_ious
@@ -136,6 +136,5 @@ def test_losses_know_255_as_a_class_where_it_is_one() -> None:
 def test_a_crop_counts_255_where_it_is_a_class() -> None:
     image, label = torch.zeros(3, 8, 8, dtype=torch.uint8), torch.full((8, 8), 255)
     label[:, 4:] = 3
-    step = RandomCrop(8, ignored=WIDE)
-    assert step.accepts(label) and not RandomCrop(8).accepts(label)
-    assert step(image, label, np.random.default_rng(0))[1].shape == (8, 8)
+    assert is_varied(label, ignored=WIDE) and not is_varied(label)
+    assert random_crop(image, label, np.random.default_rng(0), size=8, ignored=WIDE)[1].shape == (8, 8)

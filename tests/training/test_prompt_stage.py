@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import yaml
 
 from lexiseg.clip.model import save_clip
 from lexiseg.data.sets.open import open_data_set
-from lexiseg.data.transforms import RandomShortEdge, TopLeft, short_edge_pipeline
+from lexiseg.data.transforms import random_short_edge, short_edge_pipeline, top_left
 from lexiseg.recipes import load_recipe, parse_recipe
 from lexiseg.training.dry_run import dry_run
 from lexiseg.training.prompt_files import load_prompts, prompts_folder, read_card
@@ -86,13 +87,15 @@ def test_dry_run(home: Path) -> None:
 def test_the_decoupled_papers_pipeline() -> None:
     image, label = torch.randint(0, 255, (3, 40, 60), dtype=torch.uint8), torch.zeros(40, 60, dtype=torch.long)
     rng = np.random.default_rng
-    sizes = {tuple(RandomShortEdge((20, 30), 36)(image, label, rng(seed))[0].shape) for seed in range(9)}
+    sizes = {
+        tuple(random_short_edge(image, label, rng(seed), sides=(20, 30), longest=36)[0].shape) for seed in range(9)
+    }
     assert sizes == {(3, 20, 30), (3, 24, 36)}  # the longer side stops the second one
-    assert TopLeft(8)(image, label, rng(0))[0].shape == (3, 8, 8)
+    assert top_left(image, label, rng(0), size=8)[0].shape == (3, 8, 8)
     steps = short_edge_pipeline((0.0,) * 3, (1.0,) * 3, crop=64, sides=[32], cut=48, pad_label=255)
     cropped, labels = steps(image, label, rng(1))
     assert cropped.shape == (3, 48, 48) and labels.shape == (48, 48)
     assert set(labels.unique().tolist()) == {0, 255}
     assert bool((cropped[:, labels == 255] == 128 / 255).all())  # grey, not black
     defaults = short_edge_pipeline((0.0,) * 3, (1.0,) * 3, crop=640).steps[0]
-    assert isinstance(defaults, RandomShortEdge) and defaults.sides == tuple(range(320, 961, 64))
+    assert isinstance(defaults, partial) and defaults.keywords["sides"] == tuple(range(320, 961, 64))

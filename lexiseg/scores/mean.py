@@ -13,10 +13,7 @@ from lexiseg.scores.indexing import shift, spread
 
 
 class Mean(Field):
-    """The mean, at each place of a canvas, of the fields whose boxes (top, left, height, width) cover it.
-
-    Its bounds are the lowest and the highest of the parts that touch a place, whichever cover it whole.
-    """
+    """The mean, at each place of a canvas, of the fields whose boxes (top, left, height, width) cover it."""
 
     def __init__(
         self, parts: Sequence[Field], boxes: Sequence[tuple[int, int, int, int]], height: int, width: int
@@ -74,32 +71,48 @@ class Mean(Field):
         return total.div_(num_parts)
 
     def interval(self, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
-        lowest = torch.full((self.num_words, rows.shape[1], columns.shape[1]), torch.inf, device=self.device)
-        highest = -lowest
+        bounds = _Bounds(self.num_words, rows.shape[1], columns.shape[1], device=self.device)
         for part, (y, x, height, width) in self.parts:
             i, j = _overlap(rows, y, height), _overlap(columns, x, width)
             if i.start < i.stop and j.start < j.stop:
                 part_rows = (rows[:, i] - y).clamp_(0, height - 1)
-                low, high = part.interval(part_rows, (columns[:, j] - x).clamp_(0, width - 1))
-                lowest[:, i, j] = torch.minimum(lowest[:, i, j], low)
-                highest[:, i, j] = torch.maximum(highest[:, i, j], high)
-        return lowest, highest
+                part_columns = (columns[:, j] - x).clamp_(0, width - 1)
+                whole = (part_rows == rows[:, i] - y).all(0)[:, None] & (part_columns == columns[:, j] - x).all(0)
+                low, high = part.interval(part_rows, part_columns)
+                bounds.add((slice(None), i, j), low, high, torch.ones_like(whole), whole)
+        return bounds.result()
 
     def extremes(self, words: Tensor, tiles: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
-        lowest = torch.full((len(rows), len(columns), len(words)), torch.inf, device=self.device)
-        highest = -lowest
+        bounds = _Bounds(len(rows), len(columns), len(words), device=self.device)
         for part, (y, x, height, width) in self.parts:
             row_touch = (rows[:, 1] >= y) & (rows[:, 0] < y + height)
             column_touch = (columns[:, 1] >= x) & (columns[:, 0] < x + width)
             pairs, part_tiles, touched = _touched(row_touch.any(0) & column_touch.any(0), tiles)
             if len(pairs):
+                whole_rows = (rows[:, 0, touched] >= y) & (rows[:, 1, touched] < y + height)
+                whole_columns = (columns[:, 0, touched] >= x) & (columns[:, 1, touched] < x + width)
+                whole = spread(whole_rows[:, None] & whole_columns[None], part_tiles)
+                touch = spread(row_touch[:, None, touched] & column_touch[None, :, touched], part_tiles)
                 part_rows = (rows[..., touched] - y).clamp_(0, height - 1)
                 part_columns = (columns[..., touched] - x).clamp_(0, width - 1)
                 low, high = part.extremes(words[pairs], part_tiles, part_rows, part_columns)
-                touch = spread(row_touch[:, None, touched] & column_touch[None, :, touched], part_tiles)
-                lowest[:, :, pairs] = torch.minimum(lowest[:, :, pairs], torch.where(touch, low, torch.inf))
-                highest[:, :, pairs] = torch.maximum(highest[:, :, pairs], torch.where(touch, high, -torch.inf))
-        return lowest, highest
+                bounds.add((slice(None), slice(None), pairs), low, high, touch, whole)
+        return bounds.result()
+
+    def gaps(self, words: Tensor, tiles: Tensor, leaders: Tensor, rows: Tensor, columns: Tensor) -> Tensor | None:
+        # The smallest gap of any part bounds their mean, whichever parts cover a place.
+        smallest = torch.full(words.shape, torch.inf, device=self.device)
+        for part, (y, x, height, width) in self.parts:
+            touch = (rows[1] >= y) & (rows[0] < y + height) & (columns[1] >= x) & (columns[0] < x + width)
+            pairs, part_tiles, touched = _touched(touch, tiles)
+            if len(pairs):
+                part_rows = (rows[:, touched] - y).clamp_(0, height - 1)
+                part_columns = (columns[:, touched] - x).clamp_(0, width - 1)
+                gaps = part.gaps(words[pairs], part_tiles, leaders[touched], part_rows, part_columns)
+                if gaps is None:
+                    return None
+                smallest[pairs] = torch.minimum(smallest[pairs], gaps)
+        return smallest
 
     def local(self, top: int, bottom: int, left: int, right: int) -> Field:
         parts: list[Field] = []
@@ -112,6 +125,39 @@ class Mean(Field):
                 parts.append(part.local(*rows, *columns))
                 boxes.append(box)
         return Mean(parts, boxes, self.height, self.width)
+
+
+class _Bounds:
+    """Bounds of a mean, from those of its parts.
+
+    Where every part that touches a place covers it whole, the mean of the bounds bounds the mean. Elsewhere the parts
+    that are averaged change within the place, and only the lowest and the highest bound are certain.
+    """
+
+    def __init__(self, *shape: int, device: torch.device) -> None:
+        self.lowest = torch.full(shape, torch.inf, device=device)
+        self.highest = -self.lowest
+        self.low_sum, self.high_sum, self.count = torch.zeros(3, *shape, device=device)
+        self.split, self.varies = torch.zeros(2, *shape, dtype=torch.bool, device=device)
+
+    def add(
+        self, place: tuple[slice, slice, slice | Tensor], low: Tensor, high: Tensor, touch: Tensor, whole: Tensor
+    ) -> None:
+        """Add a part's bounds; ``touch`` and ``whole`` say where it has a share in the place, and covers all of it."""
+        self.lowest[place] = torch.minimum(self.lowest[place], torch.where(touch, low, torch.inf))
+        self.highest[place] = torch.maximum(self.highest[place], torch.where(touch, high, -torch.inf))
+        self.low_sum[place] += torch.where(touch, low, 0.0)
+        self.high_sum[place] += torch.where(touch, high, 0.0)
+        self.count[place] += touch
+        self.split[place] |= touch & ~whole
+        self.varies[place] |= touch & (low != high)
+
+    def result(self) -> tuple[Tensor, Tensor]:
+        """The lower and upper bounds."""
+        low = torch.where(self.split, self.lowest, self.low_sum.div_(self.count))
+        high = torch.where(self.split, self.highest, self.high_sum.div_(self.count))
+        # Sums of different bounds may be rounded to the same number.
+        return low, torch.where(self.varies, high.nextafter(torch.full_like(high[:1], torch.inf)), high)
 
 
 def _overlap(ranges: Tensor, start: int, length: int) -> slice:

@@ -19,9 +19,9 @@ from lexiseg.scores.indexing import every, spread
 LONGEST_TILE = 32
 LEAF = 4
 """Tiles of at most this side are compared pixel by pixel."""
-# Where bounds drop less than a tenth of the words, as in ties, they are compared with the best one; where that drops
-# no more, comparing all of them everywhere is cheaper.
-_MOST_KEPT = 0.9
+# Where bounds drop less than half of the words, these are compared with the best one; where that too drops less than a
+# tenth, as in ties, comparing all of them everywhere is cheaper.
+_MANY_KEPT, _MOST_KEPT = 0.5, 0.9
 MANY = 8
 """Candidates a tile up to which it does not pay to compare them with the best one once more."""
 
@@ -93,7 +93,7 @@ def prune(field: Field, rows: Tensor, columns: Tensor, margin: float, writer: Wr
     del lower, upper
     tiles, words = keep.t().contiguous().nonzero().unbind(1)
     start = _Candidates(words, tiles, rows.repeat_interleave(columns.shape[1], 1), columns.repeat(1, rows.shape[1]))
-    together = len(words) > most
+    together = len(words) > _MANY_KEPT * keep.numel()
     if together:
         start = _sift(field, start, margin)
     if len(start.words) > most:

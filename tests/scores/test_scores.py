@@ -182,12 +182,16 @@ def test_bounds_are_certain(case: Case, seed: int) -> None:
             assert float((leading - place).min()) >= float(gaps[index]) - slack
 
 
-@pytest.mark.parametrize("nested", [False, True])
-def test_words_that_rise_and_fall_together_are_told_apart(nested: bool) -> None:
+@pytest.mark.parametrize("kind", ["grid", "nested", "windows"])
+def test_words_that_rise_and_fall_together_are_told_apart(kind: str) -> None:
     """Bounds alone would keep them all, and the words would be streamed."""
     size = (112, 128)
     logits = torch.randn(1, 1, 7, 8) + 0.1 * torch.randn(1, 60, 1, 1) + 0.01 * torch.randn(1, 60, 7, 8)
-    field = GridScores(logits, resize_to=size if nested else None, sigmoid=True).field(0, size)
+    scores: Scores = GridScores(logits, resize_to=None if kind == "grid" else size, sigmoid=True)
+    if kind == "windows":
+        scores = WindowScores([scores, scores], [(0, 0, *size), (0, 48, *size)], (112, 176))
+        size = (90, 140)
+    field = scores.field(0, size)
     rows, columns = (pruning.tile_ranges(field.cells(axis)) for axis in (0, 1))
     writer = pruning.Writer(None, torch.empty(size, dtype=torch.long), None)
     assert pruning.prune(field, rows, columns, pruning.margin_of(field), writer)

@@ -38,35 +38,16 @@ PATIENCE = timedelta(hours=12)
 
 @dataclass(frozen=True)
 class Question:
-    """What is evaluated, and how."""
+    """What is evaluated, and how, where a recipe or a protocol says it."""
 
     name: str  # of the data
     data: SegmentationDataset | None  # pictures with labels; None where they depend on the system that is evaluated
     split: str = "val"  # of the data
-    recipe: EvaluationRecipe | None = None  # the evaluation recipe that was named, if one was
     protocol: Protocol | None = None  # of the papers, if one was named
-
-    @property
-    def offsets(self) -> Offsets | None:
-        """Which classes the score offset is subtracted from; None where neither recipe nor protocol says."""
-        source = self.recipe or self.protocol
-        return None if source is None else source.offsets
-
-    @property
-    def seen_split(self) -> bool:
-        """Whether classes count as seen and unseen; across datasets they do not."""
-        if self.protocol is not None:
-            return self.protocol.seen_split
-        data = None if self.recipe is None else self.recipe.data
-        return not (isinstance(data, CatalogData) and data.unseen == "none")
-
-    def window_for(self, segmenter: Segmenter, window: WindowSource, stride: int | None) -> WindowPolicy | None:
-        """How the model is run: what the user gives, else the recipe, the protocol, and the model's own way."""
-        told = self.recipe.window if self.recipe is not None else None
-        if self.protocol is not None:
-            told = self.protocol.windows.get(segmenter.model.system)
-        default = told or segmenter.model.window
-        return told if window is None and stride is None else window_policy(default, window, stride)
+    offsets: Offsets | None = None  # which classes the score offset is subtracted from
+    seen_split: bool = True  # whether classes count as seen and unseen; across datasets they do not
+    window: WindowPolicy | None = None  # how the model is run over a picture; a protocol says it by system
+    templates: TemplateSource = None  # what words are put into; a protocol says it by system
 
 
 def evaluate(
@@ -120,16 +101,19 @@ def evaluate(
         with processes.together(), nullcontext() if output is None else new_folder(output) as folder:
             asked = _question(str(what), protocol, split, size, classes, synonyms)
             segmenter = stack.enter_context(_segmenter(weights, asked, templates, how))
-            data, card = asked.data, None
+            data, card, told = asked.data, None, asked.window
             if asked.protocol is not None:
                 system = segmenter.model.system
                 data = asked.protocol.open(str(what), system=system, classes=classes, synonyms=synonyms)
                 segmenter.templates = segmenter.templates or asked.protocol.templates.get(system)
                 card = asked.protocol.card(synonyms=synonyms, settings=asked.protocol.set_up(segmenter.model))
+                told = asked.protocol.windows.get(system)
             assert data is not None
+            if window is not None or stride is not None:
+                told = window_policy(told or segmenter.model.window, window, stride)
             settings: dict[str, Any] = {"name": asked.name, "split": asked.split, "offsets": asked.offsets}
             settings |= {"seen_split": asked.seen_split, "card": card, "seed": segmenter.model.metadata.get("seed")}
-            settings |= {"window": asked.window_for(segmenter, window, stride), "background": background}
+            settings |= {"window": told, "background": background}
             settings |= {"batch_size": batch_size, "limit": limit, "progress": progress, "resume": resume}
         journal = None if folder is None else Journal(folder / PARTS)
         try:
@@ -153,7 +137,7 @@ def _segmenter(
     weights: str | Path | Segmenter, asked: Question, templates: TemplateSource, how: dict[str, Any]
 ) -> Iterator[Segmenter]:
     """The segmenter that is evaluated; one that was given is afterwards what it was, whatever a protocol sets."""
-    words = templates or (None if asked.recipe is None else asked.recipe.templates)
+    words = templates or asked.templates
     if isinstance(weights, Segmenter):
         for name, value in {"templates": templates, **how}.items():
             if value:
@@ -212,7 +196,13 @@ def _question(
         if not isinstance(said, CatalogData):
             _refuse_synonyms(synonyms, what)
         said = said.model_copy(update={"synonyms": synonyms})
-    return Question(said.title, said.open("val"), recipe=recipe if isinstance(recipe, EvaluationRecipe) else None)
+    asked = Question(said.title, said.open("val"))
+    if not isinstance(recipe, EvaluationRecipe):
+        return asked
+    across = isinstance(said, CatalogData) and said.unseen == "none"
+    return replace(
+        asked, offsets=recipe.offsets, seen_split=not across, window=recipe.window, templates=recipe.templates
+    )
 
 
 def _neither(what: str) -> LexisegError:
@@ -233,7 +223,7 @@ def _by_protocol(folder: str, name: str, options: Mapping[str, Any]) -> Question
             raise LexisegError(f"The protocol {name} already defines this; drop --{option} {value}.")
     if not Path(folder).is_dir():
         raise LexisegError(f"'{folder}' is not a folder; with --protocol {name} give the one {chosen.data_set} is in.")
-    return Question(chosen.data_set, None, protocol=chosen)
+    return Question(chosen.data_set, None, protocol=chosen, offsets=chosen.offsets, seen_split=chosen.seen_split)
 
 
 def _refuse_synonyms(synonyms: bool | None, text: str) -> None:

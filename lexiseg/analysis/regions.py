@@ -50,15 +50,7 @@ def attention_maps(model: DeOP, padded: Tensor) -> Tensor:
     images = padded[..., : rows * patch, : columns * patch]
     tokens, grid = tower.embed(images, interpolation="bicubic", by_count=True)
     tokens = tower.run(tokens, grid, stop=tower.num_blocks - 1).tokens
-    layer = tower.visual.transformer.resblocks[-1]
-    attention = layer.attn
-    width = attention.embed_dim
-    query, key = (
-        part.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2)
-        for part in F.linear(
-            layer.ln_1(tokens), attention.in_proj_weight[: 2 * width], attention.in_proj_bias[: 2 * width]
-        ).chunk(2, dim=-1)
-    )
+    query, key, _ = model.clip.patch_tower.blocks[-1].qkv(tokens)
     weights = (query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5).softmax(dim=-1)
     return weights.mean(dim=1)[0, 1:, 1:]
 

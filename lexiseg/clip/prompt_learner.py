@@ -101,7 +101,12 @@ class PromptLearner(nn.Module):
         name_ids = [clip.name_tokens(name) for name in names]
         name_lengths = torch.tensor([len(ids) for ids in name_ids], device=device)
         end = len(head) + name_lengths + num_suffix + 1
-        self._check(clip, names, end)
+        longest = int(end.argmax())
+        if (needed := int(end[longest]) + 1) > clip.context_length:
+            raise LexisegError(
+                f"'{names[longest][:80]}' needs {needed} tokens with its learned prompt and the text tower takes "
+                f"{clip.context_length}; shorten the class name."
+            )
         length = int(end.max()) + 1 if length is None else length
         tail_length = length - len(head)
         rows = [[*ids, *[0] * num_suffix, stop, end_mark] for ids in name_ids]
@@ -128,13 +133,3 @@ class PromptLearner(nn.Module):
         if self.prefix_prompt is not None:
             parts.append(self.prefix_prompt)
         return torch.cat(parts)
-
-    @staticmethod
-    def _check(clip: CLIP, names: Sequence[str], end: Tensor) -> None:
-        longest = int(end.argmax())
-        needed = int(end[longest]) + 1
-        if needed > clip.context_length:
-            raise LexisegError(
-                f"'{names[longest][:80]}' needs {needed} tokens with its learned prompt and the text tower takes "
-                f"{clip.context_length}; shorten the class name."
-            )

@@ -96,7 +96,7 @@ def main() -> None:
     )
     with tempfile.TemporaryDirectory() as folder:
         device = "cpu" if options.device == "cpu" else None
-        Trainer(task, settings, folder, device=device, tensorboard=False, progress=False).run()
+        Trainer(task, settings, Path(folder), device=device, tensorboard=False, progress=False).run()
     report(
         "A training step against a bare forward and backward pass",
         summary(task.timings, BARE),

@@ -12,6 +12,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from time import time
 
@@ -32,23 +33,17 @@ _SHELVES = 64
 _HALF_WRITTEN_SECONDS = 3600
 
 
+@dataclass(eq=False)
 class TextCache:
-    """Vectors by shelf and word.
+    """Vectors by shelf and word."""
 
-    Args:
-        folder: of the shelves' files; None remembers in memory only.
-        width: D, of the vectors.
-        disk_bytes: the most that the folder may hold.
-        memory_bytes: the most that is remembered in memory.
-    """
+    folder: Path | None  # of the shelves' files; None remembers in memory only
+    width: int  # D, of the vectors
+    _: KW_ONLY
+    disk_bytes: int = DISK_BYTES  # the most that the folder may hold
+    memory_bytes: int = MEMORY_BYTES  # the most that is remembered in memory
 
-    def __init__(
-        self, folder: Path | None, width: int, *, disk_bytes: int = DISK_BYTES, memory_bytes: int = MEMORY_BYTES
-    ) -> None:
-        self.folder = folder
-        self.width = width
-        self.disk_bytes = disk_bytes
-        self.memory_bytes = memory_bytes
+    def __post_init__(self) -> None:
         self._shelves: OrderedDict[str, _Shelf] = OrderedDict()
         self._lock = threading.RLock()
 

@@ -14,6 +14,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -191,43 +192,31 @@ def _tensorboard(folder: Path, first_step: int) -> Any:
     return SummaryWriter(str(folder), purge_step=first_step)
 
 
+@dataclass(eq=False, repr=False)
 class RunLog:
     """Writes what happens in a run; use it as a context manager.
-
-    Args:
-        folder: the run's folder.
-        total_steps: length of the bar.
-        first_step: steps already done; later lines of an older log are removed.
-        tensorboard: whether to write TensorBoard event files.
-        progress: whether to show a bar (a plain line now and then where the output is no terminal).
-        enabled: False makes every method do nothing, for the processes that are not the main one.
-
-    Attributes:
-        records: the lines so far; none where it is not enabled.
-        step: steps done.
 
     Raises LexisegError if the log of an earlier part cannot be read, or none can be written.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        total_steps: int,
-        *,
-        first_step: int = 0,
-        tensorboard: bool = True,
-        progress: bool = True,
-        enabled: bool = True,
-    ) -> None:
-        self._folder = folder
-        self._total_steps = total_steps
-        self._enabled = enabled
-        self._file: TextIO | None = None
-        self.records: list[dict[str, Any]] = []
+    folder: Path  # of the run
+    total_steps: int  # length of the bar
+    _: KW_ONLY
+    first_step: int = 0  # steps already done; later lines of an older log are removed
+    tensorboard: bool = True  # whether to write TensorBoard event files
+    progress: bool = True  # whether to show a bar (a plain line now and then where the output is no terminal)
+    enabled: bool = True  # False makes every method do nothing, for the processes that are not the main one
+    step: int = field(init=False)  # steps done
+    # the lines so far; none where it is not enabled
+    records: list[dict[str, Any]] = field(init=False, default_factory=list)
+
+    def __post_init__(self) -> None:
+        first_step, shown = self.first_step, self.progress and self.enabled
         self.step = first_step
+        self._file: TextIO | None = None
         self._board = None
-        if enabled:
-            path = folder / "metrics.jsonl"
+        if self.enabled:
+            path = self.folder / "metrics.jsonl"
             try:
                 # A line that was cut short by a kill, and what came after the step, go.
                 earlier = read_lines(path) if first_step and path.exists() else []
@@ -241,11 +230,11 @@ class RunLog:
                     f"The run's log '{path}' cannot be read or written ({error.strerror}); remove it, or choose "
                     "another output folder."
                 ) from error
-            self._board = _tensorboard(folder / "tensorboard", first_step) if tensorboard else None
-        self._console = Console(stderr=True, quiet=not (progress and enabled))
+            self._board = _tensorboard(self.folder / "tensorboard", first_step) if self.tensorboard else None
+        self._console = Console(stderr=True, quiet=not shown)
         text, spent = TextColumn("{task.fields[text]}"), TimeElapsedColumn()
-        self._bar = progress_bar(text, spent, show=progress and enabled, console=self._console)
-        self._bar_id = self._bar.add_task("training", total=total_steps, completed=first_step, text="")
+        self._bar = progress_bar(text, spent, show=shown, console=self._console)
+        self._bar_id = self._bar.add_task("training", total=self.total_steps, completed=first_step, text="")
 
     def __enter__(self) -> RunLog:
         self._bar.start()
@@ -273,7 +262,7 @@ class RunLog:
             self._file.flush()
         except OSError as error:
             raise LexisegError(
-                f"Cannot write the run's log '{self._folder / 'metrics.jsonl'}' ({error.strerror}); free some space, "
+                f"Cannot write the run's log '{self.folder / 'metrics.jsonl'}' ({error.strerror}); free some space, "
                 "then continue with --resume."
             ) from error
         if self._board is not None:
@@ -282,26 +271,28 @@ class RunLog:
         text = "  ".join(f"{name} {value:.4g}" for name, value in values.items() if not name.startswith("time/"))
         self._bar.update(self._bar_id, text=text)
         if not self._console.is_terminal:
-            self._console.print(f"step {step}/{self._total_steps}  {text}", highlight=False, soft_wrap=True)
+            self._console.print(f"step {step}/{self.total_steps}  {text}", highlight=False, soft_wrap=True)
 
     def pictures(self, step: int, pictures: Mapping[str, Image.Image]) -> None:
         """Save sample pictures as ``samples/step-NNNNNNNN-NAME.png``."""
-        if not pictures or not self._enabled:
+        if not pictures or not self.enabled:
             return
-        folder = make_folder(self._folder / "samples")
+        folder = make_folder(self.folder / "samples")
         for name, picture in pictures.items():
             with atomic_write(folder / f"step-{step:08d}-{name}.png") as temporary:
                 picture.save(temporary)
 
 
+@dataclass(eq=False)
 class Best:
     """The largest value of ``metric`` in the log so far, and how long ago that was; a metric of None follows none.
 
     ``patience`` evaluations in a row without a larger value are enough; None waits forever.
     """
 
-    def __init__(self, metric: str | None, patience: int | None, log: RunLog) -> None:
-        self.metric, self.patience, self._log = metric, patience, log
+    metric: str | None
+    patience: int | None
+    log: RunLog
 
     @property
     def exhausted(self) -> bool:
@@ -327,5 +318,5 @@ class Best:
         return f"{self.metric} has been below its {value:g} of step {step} for {self.patience} evaluations."
 
     def _values(self) -> list[tuple[int, float]]:
-        found = [(record["step"], record.get(self.metric)) for record in self._log.records if self.metric in record]
+        found = [(record["step"], record.get(self.metric)) for record in self.log.records if self.metric in record]
         return [(step, float(value)) for step, value in found if isinstance(value, int | float)]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import KW_ONLY, InitVar, dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Literal
@@ -70,41 +71,32 @@ class Prompted(nn.Module):
         return self
 
 
+@dataclass(eq=False, repr=False)
 class PromptTask(Task):
-    """Cross entropy of 100 x cosine between masked crops and the seen classes; no picture with one is a `LexisegError`.
+    """Cross entropy of 100 x cosine between masked crops and the seen classes.
 
-    Args:
-        clip: the towers.
-        learner: the prompts.
-        dataset: pictures with masks; unseen classes take no part, unless the ``setting`` is "supervised".
-        batch_size: crops per step.
-        per_class: at most this many pictures of each class (the authors': 32 on COCO-Stuff, 128 on VOC).
-        size: side of a crop; None takes the side CLIP was trained at.
-        seed: decides which pictures, which crops and in which order.
-        setting: "inductive" or "supervised".
+    No picture with a seen class is a `LexisegError`.
     """
 
-    model: Prompted
+    model: Prompted = field(init=False)
+    clip: InitVar[CLIP]  # the towers
+    learner: InitVar[PromptLearner]  # the prompts
+    # pictures with masks; unseen classes take no part, unless the ``setting`` is "supervised"
+    dataset: SegmentationDataset
+    _: KW_ONLY
+    batch_size: int  # crops per step
+    per_class: int = 32  # at most this many pictures of each class (the authors': 32 on COCO-Stuff, 128 on VOC)
+    size: int | None = None  # side of a crop; None takes the side CLIP was trained at
+    seed: int = 0  # decides which pictures, which crops and in which order
+    setting: Literal["inductive", "supervised"] = "inductive"
 
-    def __init__(
-        self,
-        clip: CLIP,
-        learner: PromptLearner,
-        dataset: SegmentationDataset,
-        *,
-        batch_size: int,
-        per_class: int = 32,
-        size: int | None = None,
-        seed: int = 0,
-        setting: Literal["inductive", "supervised"] = "inductive",
-    ) -> None:
+    def __post_init__(self, clip: CLIP, learner: PromptLearner) -> None:
         self.model = Prompted(clip, learner)
-        self.dataset, self.batch_size, self.seed = dataset, batch_size, seed
-        self.size = clip.image_size if size is None else size
+        dataset = self.dataset
         everything = list(range(len(dataset.vocabulary)))
-        self.classes = everything if setting == "supervised" else seen_ids(dataset.vocabulary) or everything
+        self.classes = everything if self.setting == "supervised" else seen_ids(dataset.vocabulary) or everything
         self.names = [dataset.vocabulary.names[index] for index in self.classes]
-        self.examples = _choose_examples(dataset, self.classes, per_class, seed)
+        self.examples = _choose_examples(dataset, self.classes, self.per_class, self.seed)
         if not self.examples:
             raise LexisegError("No training picture shows a seen class; check the labels and the list of classes.")
         self._order = lru_cache(maxsize=2)(self._epoch_order)
@@ -140,7 +132,8 @@ class PromptTask(Task):
         sample_index, rank = self.examples[int(self._order(epoch)[position])]
         rng = np.random.default_rng([self.seed, 3, place])
         sample = self.dataset[sample_index]
-        image, mask = crop_object(sample.image, sample.label == self.classes[rank], self.size, rng)
+        size = self.size or self.model.clip.image_size
+        image, mask = crop_object(sample.image, sample.label == self.classes[rank], size, rng)
         return image, mask, rank
 
     def _epoch_order(self, epoch: int) -> np.ndarray:

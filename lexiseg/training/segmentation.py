@@ -17,6 +17,7 @@ In every setting the losses treat 255 as a negative of every class, as the autho
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -67,79 +68,54 @@ class SegmentationBatch(NamedTuple):
     names: tuple[str, ...]  # of the samples
 
 
+@dataclass(eq=False, repr=False)
 class SegmentationTask(Task):
-    """A segmentation system, a dataset, and the text of the classes that take part.
+    """A segmentation system, a dataset, and the text of the classes that take part in the setting.
 
-    - "inductive": unseen classes take no part. Their names are never embedded for training, and their pixels are 255
-      before the loss, where they are negatives of every seen class, as in the authors' code (ZegCLIP, Sec. 4.1).
-    - "transductive": the text of all classes takes part. Pixels without a label get the model's own best unseen class,
-      chosen anew in every step from the masks that step computes (dropout on, no teacher, no threshold; ZegCLIP's
-      self-training as its code does it). ``"unlabelled"`` in the log is the percentage of such pixels: at 0 the
-      data marks none, and there is nothing to learn about unseen classes.
-    - "supervised": every class of the dataset has masks.
-
-    Args:
-        model: the system; its seen names must be the classes with masks in training, in the dataset's order.
-        dataset: what to train on.
-        pipeline: from a sample's picture and label to the model's input.
-        batch_size: samples per batch.
-        seed: of the order of the samples and of their augmentation.
-        templates: for the text; None takes the model's.
-        validation: pictures for the snapshots while training; None for none.
-        num_pictures: overlays per snapshot.
-        num_scored: validation samples scored per snapshot.
-        label_stride: distance of the label pixels the loss sees; 2 uses a quarter of them, which makes a step cheaper.
-        setting: see above.
-        unlabelled: where self-training finds pixels without a label; see
-            :func:`self_training_labels`. With "ignored" the pipeline must pad pictures with
-            :data:`PADDING`, or padding is unlabelled as well.
-        cache_dir: of the text embeddings on disk; None keeps them in memory.
-        teacher: in self-training, what labels the pixels without a label; None is the model itself.
+    In self-training pixels without a label get the model's own best unseen class, chosen anew in every step from the
+    masks that step computes (dropout on, no teacher, no threshold; ZegCLIP's self-training as its code does it).
+    ``"unlabelled"`` in the log is the percentage of such pixels: at 0 the data marks none, and there is nothing to
+    learn about unseen classes. In inductive training the names of unseen classes are never embedded.
 
     Raises LexisegError if the dataset is empty, or its classes do not suit the setting. Raises ValueError if the
     model's seen names are not the dataset's.
     """
 
+    # the system; its seen names must be the classes with masks in training, in the dataset's order
     model: SegmentationModel
+    dataset: SegmentationDataset  # what to train on
+    pipeline: Pipeline  # from a sample's picture and label to the model's input
+    _: KW_ONLY
+    batch_size: int  # samples per batch
+    seed: int = 0  # of the order of the samples and of their augmentation
+    templates: TemplateSource = None  # for the text; None takes the model's
+    validation: SegmentationDataset | None = None  # pictures for the snapshots while training; None for none
+    num_pictures: int = 4  # overlays per snapshot
+    num_scored: int = 40  # validation samples scored per snapshot
+    # distance of the label pixels the loss sees; 2 uses a quarter of them, which makes a step cheaper
+    label_stride: int = 1
+    setting: Setting = "inductive"
+    # where self-training finds pixels without a label; see :func:`self_training_labels`. With "ignored" the pipeline
+    # must pad pictures with :data:`PADDING`, or padding is unlabelled as well.
+    unlabelled: Unlabelled = "marked"
+    cache_dir: Path | None = None  # of the text embeddings on disk; None keeps them in memory
+    # in self-training, what labels the pixels without a label; None is the model itself
+    teacher: Teacher | None = None
+
     loadable = True
 
-    def __init__(
-        self,
-        model: SegmentationModel,
-        dataset: SegmentationDataset,
-        pipeline: Pipeline,
-        *,
-        batch_size: int,
-        seed: int = 0,
-        templates: TemplateSource = None,
-        validation: SegmentationDataset | None = None,
-        num_pictures: int = 4,
-        num_scored: int = 40,
-        label_stride: int = 1,
-        setting: Setting = "inductive",
-        unlabelled: Unlabelled = "marked",
-        cache_dir: Path | None = None,
-        teacher: Teacher | None = None,
-    ) -> None:
+    def __post_init__(self) -> None:
+        model, dataset, cache_dir = self.model, self.dataset, self.cache_dir
         if len(dataset) == 0:
             raise LexisegError("The training data is empty; check its list of pictures.")
-        self.model = model
-        self.dataset = dataset
-        self.pipeline = pipeline
-        self.batch_size = batch_size
-        self.seed = seed
-        self.label_stride = label_stride
-        self.validation = validation
-        self.num_pictures, self.num_scored = num_pictures, num_scored
-        self.setting, self.unlabelled, self.teacher = setting, unlabelled, teacher
         self.vocabulary = training_vocabulary(
-            dataset.vocabulary, setting=setting, templates=templates or model.default_templates
+            dataset.vocabulary, setting=self.setting, templates=self.templates or model.default_templates
         )
         if masked_names(self.vocabulary) != model.seen_names:
             raise ValueError("the model was built for other seen classes than the dataset's")
         self.void = ignore_index(len(dataset.vocabulary))
         everything = list(range(len(dataset.vocabulary)))
-        self.seen = everything if setting == "supervised" else seen_ids(dataset.vocabulary) or everything
+        self.seen = everything if self.setting == "supervised" else seen_ids(dataset.vocabulary) or everything
         if not any(
             bool(torch.isin(read_label(dataset, index), torch.tensor(self.seen)).any()) for index in range(len(dataset))
         ):

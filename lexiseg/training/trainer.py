@@ -15,6 +15,7 @@ import time
 import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import KW_ONLY, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -129,47 +130,32 @@ def learning_rate(step: int, base_lr: float, settings: TrainSettings) -> float:
     return rate * (ratio if settings.warmup == "constant" else linear)
 
 
+@dataclass(eq=False, repr=False)
 class Trainer:
     """Trains a task.
-
-    Args:
-        task: model, data and loss.
-        settings: the run's numbers.
-        run_dir: folder of the run: ``metrics.jsonl``, ``tensorboard/``, ``samples/``, ``checkpoints/``, ``best/`` with
-            ``keep_best``, and, at the end, ``model/``.
-        identity: JSON values beside the settings that must be the same when a run is resumed, such as its data.
-        recipe: text of ``recipe.yaml``, written when the run begins or goes on; "" writes none.
-        device: "cpu" to stay off an accelerator; None takes what there is.
-        tensorboard: whether to write TensorBoard event files.
-        progress: whether to show a bar.
 
     Raises LexisegError if a multiplier's key is contained in no trainable parameter's name, or nothing is trainable.
     """
 
-    def __init__(
-        self,
-        task: Task,
-        settings: TrainSettings,
-        run_dir: str | Path,
-        *,
-        identity: Mapping[str, Any] | None = None,
-        recipe: str = "",
-        device: str | None = None,
-        tensorboard: bool = True,
-        progress: bool = True,
-    ) -> None:
-        self.task = task
-        self.settings = settings
-        self.run_dir = Path(run_dir)
+    task: Task  # model, data and loss
+    settings: TrainSettings  # the run's numbers
+    # folder of the run: ``metrics.jsonl``, ``tensorboard/``, ``samples/``, ``checkpoints/``, ``best/`` with
+    # ``keep_best``, and, at the end, ``model/``
+    run_dir: Path
+    _: KW_ONLY
+    # JSON values beside the settings that must be the same when a run is resumed, such as its data
+    identity: Mapping[str, Any] = field(default_factory=dict)
+    recipe: str = ""  # text of ``recipe.yaml``, written when the run begins or goes on; "" writes none
+    device: str | None = None  # "cpu" to stay off an accelerator; None takes what there is
+    tensorboard: bool = True  # whether to write TensorBoard event files
+    progress: bool = True  # whether to show a bar
+
+    def __post_init__(self) -> None:
         self.checkpoint_dir = self.run_dir / "checkpoints"
-        self._recipe = recipe
-        self._given_identity = dict(identity or {})
-        self._tensorboard = tensorboard
-        self._progress = progress
-        self._engine = Engine(task, settings, device)
-        groups = group_parameters(task.model, settings)
+        self._engine = Engine(self.task, self.settings, self.device)
+        groups = group_parameters(self.task.model, self.settings)
         self._check(groups)
-        self.optimizer = build_optimizer(groups, settings)
+        self.optimizer = build_optimizer(groups, self.settings)
 
     def run(self, *, resume: bool = False, until: int | None = None) -> Path:
         """Train to the end, or to ``until`` steps in all, and return the folder the task exported its model to.
@@ -204,8 +190,8 @@ class Trainer:
             self.run_dir,
             end,
             first_step=first,
-            tensorboard=self._tensorboard,
-            progress=self._progress,
+            tensorboard=self.tensorboard,
+            progress=self.progress,
             enabled=processes.is_main(),
         )
         with log, processes.watching(), watched_workers():
@@ -301,7 +287,7 @@ class Trainer:
                 )
 
     def _identity(self) -> dict[str, Any]:
-        return flat({**self._given_identity, **identity_of(self.settings), "processes": processes.count()})
+        return flat({**self.identity, **identity_of(self.settings), "processes": processes.count()})
 
     def _newest(self) -> Path | None:
         """The newest checkpoint that the first process sees."""
@@ -355,8 +341,8 @@ class Trainer:
         return step
 
     def _write_recipe(self) -> None:
-        if self._recipe and processes.is_main():
-            write_text(self.run_dir / "recipe.yaml", self._recipe)
+        if self.recipe and processes.is_main():
+            write_text(self.run_dir / "recipe.yaml", self.recipe)
 
     def run_step(self, step: int, batches: Iterator[Any]) -> dict[str, float]:
         """Train on the next batch of every accumulation; what is to be logged of it."""

@@ -80,8 +80,9 @@ class TextCache:
         return known.vectors if rows == list(range(len(known.rows))) else known.vectors[rows]
 
     def _read(self, path: Path) -> _Shelf | None:
-        # A damaged file costs a text forward, never an error: it is ignored here and written anew.
-        with suppress(SafetensorError, OSError, KeyError, ValueError, TypeError, RecursionError):
+        # A damaged file, or one that another process replaces meanwhile (a RuntimeError), costs a text forward, never
+        # an error: it is ignored here and written anew.
+        with suppress(SafetensorError, OSError, KeyError, ValueError, TypeError, RuntimeError):
             content = load_file(path)
             words, vectors = json.loads(bytes(content["words"].tolist())), content["vectors"]
             fits = vectors.dtype == torch.float32 and vectors.shape == (len(words), self.width)

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from lexiseg.cli.console import say, say_json, say_note, say_table, say_written, waiting, with_progress
-from lexiseg.cli.options import Json, check_png, output_option, show_help, write_png
+from lexiseg.cli.options import Classes, Json, Png, show_help, write_png
 from lexiseg.errors import LexisegError
 from lexiseg.words import counted
 
@@ -43,9 +43,7 @@ def world(
 
 @app.command("show")
 def show(
-    output: Annotated[Path, output_option("The figure to write, a .png.", callback=check_png)] = Path(
-        "out/picture-world.png"
-    ),
+    output: Png = Path("out/picture-world.png"),
     split: Annotated[Literal["train", "val", "test"], typer.Option(help="Split of the scenes.")] = "val",
     rows: Annotated[int, typer.Option(min=1, max=20, help="Number of rows.")] = 3,
     columns: Annotated[int, typer.Option(min=1, max=20, help="Number of columns.")] = 5,
@@ -64,8 +62,6 @@ _NAME = (
     "voc2012, coco-stuff-164k, coco-object, pascal-context-59, pascal-context-459, ade20k-150, ade20k-847, cityscapes, "
     "or own"
 )
-
-Classes = Annotated[Path | None, typer.Option("--classes", help="A list of the classes, if the data has none.")]
 
 
 @app.command("verify")

@@ -10,7 +10,7 @@ import typer
 
 import lexiseg
 from lexiseg.cli.console import waiting
-from lexiseg.cli.options import DEFAULT_MAX_PIXELS, Device, check_png, output_option, show_help, write_png
+from lexiseg.cli.options import DEFAULT_MAX_PIXELS, Device, Png, show_help, write_png
 from lexiseg.errors import LexisegError
 
 if TYPE_CHECKING:
@@ -36,7 +36,6 @@ At = Annotated[
     list[str] | None,
     typer.Option("--at", help="Pixel of the patch as COLUMN,ROW; may be repeated. Default: the centre."),
 ]
-Output = Annotated[Path, output_option("The figure to write, a .png.", callback=check_png)]
 
 
 @app.command("similarity")
@@ -48,7 +47,7 @@ def similarity(
         str | None,
         typer.Option("--blocks", help="Blocks to show, counted from 1, such as 6,9,12 or 6-12. Default: all."),
     ] = None,
-    output: Output = Path("out/similarity.png"),
+    output: Png = Path("out/similarity.png"),
     device: Device = "auto",
 ) -> None:
     """Draw how similar every patch is to a chosen one, block by block (Cascade-CLIP, Fig. 1 and 6)."""
@@ -61,7 +60,7 @@ def similarity(
 
 @app.command("scores")
 def scores(
-    model: Model, image: Picture, classes: Classes, output: Output = Path("out/scores.png"), device: Device = "auto"
+    model: Model, image: Picture, classes: Classes, output: Png = Path("out/scores.png"), device: Device = "auto"
 ) -> None:
     """Draw the score of each class at every pixel (ZegCLIP, Fig. 8); unseen classes are red."""
     vocabulary = lexiseg.Vocabulary.parse(classes)
@@ -75,7 +74,7 @@ def compare(
     image: Picture,
     classes: Classes,
     model: Annotated[list[str], typer.Option("--model", "-m", help="A model; may be repeated.")],
-    output: Output = Path("out/compare.png"),
+    output: Png = Path("out/compare.png"),
     device: Device = "auto",
 ) -> None:
     """Draw the predictions of several models for one picture (Cascade-CLIP, Fig. 5 and 8; MAFT, Fig. 4)."""
@@ -92,7 +91,7 @@ def cka(
     before: Annotated[
         str | None, typer.Option("--before", help="Model to compare with. Default: the model's CLIP alone.")
     ] = None,
-    output: Output = Path("out/cka.png"),
+    output: Png = Path("out/cka.png"),
     device: Device = "auto",
 ) -> None:
     """Draw how similar the blocks of the image tower are, before and after training (Cascade-CLIP, Fig. 4)."""
@@ -105,7 +104,7 @@ def cka(
 
 @app.command("anchors")
 def anchors(
-    model: Model, image: Picture, at: At = None, output: Output = Path("out/anchors.png"), device: Device = "auto"
+    model: Model, image: Picture, at: At = None, output: Png = Path("out/anchors.png"), device: Device = "auto"
 ) -> None:
     """Draw a patch's self-attention, its proposal and that proposal's anchors, for a deop model (DeOP, Fig. 5)."""
     points = [_point(text) for text in at or ()]
@@ -131,7 +130,7 @@ def proposals(
         list[str] | None,
         typer.Option("--against", help="Another model that classifies the same proposals; may be repeated."),
     ] = None,
-    output: Output = Path("out/proposals.png"),
+    output: Png = Path("out/proposals.png"),
     device: Device = "auto",
 ) -> None:
     """Draw the proposals that decide most of a picture and their five best classes (MAFT, Fig. 1 and 3)."""
@@ -147,7 +146,7 @@ def proposals(
 
 
 @app.command("nga")
-def nga(model: Model, output: Output = Path("out/nga.png")) -> None:
+def nga(model: Model, output: Png = Path("out/nga.png")) -> None:
     """Draw the weights that Cascade-CLIP gives the blocks of a group, before and after training (its Table 17)."""
     from lexiseg.analysis import nga_figure
 
@@ -161,7 +160,7 @@ def curves(
         str,
         typer.Option("--metrics", help="Metrics to draw, separated by commas, named as in metrics.jsonl after val/."),
     ] = "miou_seen,miou_unseen,hiou",
-    output: Output = Path("out/curves.png"),
+    output: Png = Path("out/curves.png"),
 ) -> None:
     """Draw metrics of runs over their steps, such as S, U and hIoU (Cascade-CLIP, Fig. 7; ZegCLIP, Fig. 6)."""
     from lexiseg.analysis.curves import curves_figure

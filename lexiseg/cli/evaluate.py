@@ -7,19 +7,8 @@ from typing import Annotated
 
 import typer
 
+from lexiseg.cli import options as shared
 from lexiseg.cli.console import say, say_json, say_table, say_written
-from lexiseg.cli.options import (
-    Background,
-    Compile,
-    Device,
-    Dtype,
-    Json,
-    Refine,
-    Stride,
-    Template,
-    Window,
-    output_option,
-)
 from lexiseg.words import counted
 
 Dataset = Annotated[
@@ -32,7 +21,7 @@ Dataset = Annotated[
 Weights = Annotated[
     str, typer.Option("--weights", "-w", help="The model: a name that `lexiseg models` lists, or a folder.")
 ]
-Output = Annotated[Path, output_option("Folder for the report.")]
+Output = Annotated[Path, shared.output_option("Folder for the report.")]
 Protocol = Annotated[
     str | None,
     typer.Option(
@@ -41,7 +30,6 @@ Protocol = Annotated[
         "and unseen classes); voc-20, voc-20b, pc-59, pc-459, a-150, a-847 (cross-dataset).",
     ),
 ]
-Classes = Annotated[Path | None, typer.Option("--classes", help="A list of the classes, if the folder has none.")]
 Synonyms = Annotated[
     bool | None,
     typer.Option(
@@ -70,23 +58,23 @@ def evaluate(
     weights: Weights,
     output: Output = Path("out/evaluation"),
     protocol: Protocol = None,
-    classes: Classes = None,
+    classes: shared.Classes = None,
     synonyms: Synonyms = None,
     split: Split = None,
     size: Size = None,
     limit: Limit = None,
-    window: Window = None,
-    stride: Stride = None,
+    window: shared.Window = None,
+    stride: shared.Stride = None,
     batch_size: BatchSize = 1,
     proposals: Proposals = False,
     resume: Resume = False,
-    device: Device = "auto",
-    dtype: Dtype = "fp32",
-    compile: Compile = False,
-    template: Template = None,
-    background: Background = None,
-    refine: Refine = "none",
-    json: Json = False,
+    device: shared.Device = "auto",
+    dtype: shared.Dtype = "fp32",
+    compile: shared.Compile = False,
+    template: shared.Template = None,
+    background: shared.Background = None,
+    refine: shared.Refine = "none",
+    json: shared.Json = False,
 ) -> None:
     """Predict a dataset, compare with its labels, and write a report: pAcc, mIoU, seen, unseen, hIoU.
 

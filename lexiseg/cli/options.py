@@ -55,6 +55,7 @@ Refine = Annotated[
         help="Refine masks by the picture: edges (fast), pamr (slow), or regions (majority vote in SAM's regions).",
     ),
 ]
+Classes = Annotated[Path | None, typer.Option("--classes", help="A list of the classes, if the data has none.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 
 
@@ -74,6 +75,9 @@ def check_png(output: Path) -> Path:
     if output.suffix.lower() != ".png":
         raise LexisegError(f"'{output}' must end in .png.")
     return output
+
+
+Png = Annotated[Path, output_option("The figure to write, a .png.", callback=check_png)]
 
 
 def write_png(output: Path, save: Callable[[Path], object]) -> None:

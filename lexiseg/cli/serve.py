@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from lexiseg.cli.console import say, say_note, waiting
-from lexiseg.cli.options import Dtype
+from lexiseg.cli.options import Device, Dtype
 from lexiseg.errors import LexisegError, need
 
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -22,7 +22,7 @@ def serve(
     ] = None,
     host: Annotated[str, typer.Option("--host", help="Address to listen on; 0.0.0.0 is every network.")] = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", min=0, max=65535, help="Port; 0 takes a free one.")] = 8080,
-    device: Annotated[str, typer.Option("--device", help="cpu, cuda, mps; auto takes an accelerator.")] = "auto",
+    device: Device = "auto",
     dtype: Dtype = "fp32",
     classes: Annotated[
         str | None, typer.Option("--classes", help="Classes for tools that send none (CVAT).", show_default=False)

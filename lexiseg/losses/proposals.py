@@ -11,20 +11,19 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
 import torch
-from pydantic import ConfigDict, Field
-from pydantic.dataclasses import dataclass as checked_dataclass
+from pydantic import Field
 from torch import Tensor
 
 from lexiseg.losses.masks import IGNORE_INDEX, check_labels
 from lexiseg.losses.masks import ignore_index as ignored_among
 from lexiseg.losses.reduction import mean_count, reduction_weight
+from lexiseg.strict import StrictModel
 
 if TYPE_CHECKING:
     from lexiseg.proposals.base import Proposals
 
 
-@checked_dataclass(frozen=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
-class ProposalWeights:
+class ProposalWeights(StrictModel):
     """Weights of the criterion. The defaults are ZSSeg's and ZegFormer's; DeOP's proposal stage has ``cost_class`` 0.
 
     Attributes:

@@ -6,6 +6,7 @@ import asyncio
 import hmac
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
+from dataclasses import dataclass
 from typing import Any
 
 from starlette.exceptions import HTTPException
@@ -19,20 +20,13 @@ Send = Callable[[Message], Awaitable[None]]
 _OPEN = ("/health",)
 
 
-Count = Callable[[str, int, float], None]
-"""Takes the route, the status and the seconds of a request that was answered."""
-
-
+@dataclass(eq=False)
 class Guard:
-    """ASGI middleware that refuses bodies that are too large or too slow, and clients without the token.
+    """ASGI middleware that refuses bodies that are too large or too slow, and clients without the token."""
 
-    ``count`` is called for every answer.
-    """
-
-    def __init__(self, app: Callable[..., Awaitable[None]], settings: ServiceSettings, count: Count) -> None:
-        self.app = app
-        self.settings = settings
-        self.count = count
+    app: Callable[..., Awaitable[None]]
+    settings: ServiceSettings
+    count: Callable[[str, int, float], None]  # takes route, status and seconds of every request that was answered
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         """Pass a request on, or answer 401, 408 or 413."""

@@ -55,14 +55,16 @@ class Job:
     future: Future[Answer] = field(default_factory=Future)
 
 
+@dataclass(eq=False)
 class Queue:
     """One worker thread that takes jobs in their order."""
 
-    def __init__(self, size: int, batch: int) -> None:
-        self.size = size  # jobs that wait at most
-        self.batch = batch  # jobs that run together at most
-        self.waiting: deque[Job] = deque()
-        self.seconds_a_job = 1.0
+    size: int  # jobs that wait at most
+    batch: int  # jobs that run together at most
+    seconds_a_job: float = 1.0  # as far as can be told
+    waiting: deque[Job] = field(init=False, default_factory=deque)
+
+    def __post_init__(self) -> None:
         self._changed = threading.Condition()
         self._open = True
         self.threads = torch.get_num_threads()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,6 @@ from lexiseg.clip.text_cache import TextCache
 from lexiseg.errors import LexisegError
 from lexiseg.vocabulary import Vocabulary
 
-_CHUNK = 256
 # Texts that are put together at once: a hundred thousand words in fifteen templates are gigabytes of vectors, of which
 # only the means are wanted.
 BLOCK = 16_384
@@ -37,27 +37,24 @@ def _blocks(groups: Sequence[Sequence[str]], num_templates: int) -> Iterator[lis
     yield block
 
 
+@dataclass(eq=False, repr=False)
 class TextEmbedder:
     """Turns the words of a vocabulary into unit vectors and remembers each; threads may share it.
 
     Each word is put into each template, encoded and normalised; the mean over the templates is normalised again
     (CLIP's prompt ensemble; ZegCLIP's released embeddings are made the same way).
-
-    Args:
-        clip: the text tower. Its weights are part of the cache's key, so a changed tower is never served old vectors.
-        cache_dir: folder of the disk cache, see `lexiseg.clip.text_cache`; None keeps the vectors in memory only.
-        chunk: number of texts encoded at once.
-
-    Attributes:
-        num_forwards: how often the text tower ran, for words that the cache did not know.
     """
 
-    def __init__(self, clip: CLIP, cache_dir: str | Path | None = None, *, chunk: int = _CHUNK) -> None:
-        self.clip = clip
-        self.cache_dir = None if cache_dir is None else Path(cache_dir)
-        self.chunk = chunk
-        self.num_forwards = 0
-        self._cache = TextCache(None if self.cache_dir is None else self.cache_dir / "text", clip.embed_dim)
+    clip: CLIP  # the text tower. Its weights are part of the cache's key, so a changed tower never gets old vectors.
+    # folder of the disk cache, see `lexiseg.clip.text_cache`; None keeps the vectors in memory only
+    cache_dir: str | Path | None = None
+    _: KW_ONLY
+    chunk: int = 256  # number of texts encoded at once
+    num_forwards: int = field(init=False, default=0)  # how often the tower ran, for words that the cache did not know
+
+    def __post_init__(self) -> None:
+        folder = None if self.cache_dir is None else Path(self.cache_dir) / "text"
+        self._cache = TextCache(folder, self.clip.embed_dim)
 
     def __call__(self, vocabulary: Vocabulary) -> Tensor:
         """Embed ``vocabulary.words`` with ``vocabulary.templates``, see `embed`."""

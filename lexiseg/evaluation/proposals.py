@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 
 import torch
 from torch import Tensor
@@ -70,6 +70,7 @@ class Recall:
     unseen: float
 
 
+@dataclass
 class ProposalRecall:
     """The fraction of labelled regions that the proposals cover.
 
@@ -77,24 +78,15 @@ class ProposalRecall:
     than the threshold; ignored pixels are left out of both and are not a region. Each region counts once, however
     many proposals cover it, and proposals that cover nothing cost nothing: this is recall. DeOP's Table 8 counts
     otherwise, see `ReleasedRecall`.
-
-    ``best``: for every region so far, its class and the largest IoU that a proposal has with it. ``seen``: ids of the
-    classes that had masks in training. ``unseen``: ids of those that had none. ``ignore_index``: label of pixels that
-    are not judged.
     """
 
-    def __init__(
-        self,
-        seen: Collection[int],
-        unseen: Collection[int],
-        thresholds: Sequence[float] = (0.3, 0.5),
-        *,
-        ignore_index: int = IGNORE_INDEX,
-    ) -> None:
-        self.seen, self.unseen = frozenset(seen), frozenset(unseen)
-        self.ignore_index = ignore_index
-        self.thresholds = tuple(thresholds)
-        self.best: list[tuple[int, float]] = []
+    seen: Collection[int]  # ids of the classes that had masks in training
+    unseen: Collection[int]  # ids of those that had none
+    thresholds: Sequence[float] = (0.3, 0.5)  # IoU
+    _: KW_ONLY
+    ignore_index: int = IGNORE_INDEX  # label of pixels that are not judged
+    # for every region so far, its class and the largest IoU that a proposal has with it
+    best: list[tuple[int, float]] = field(default_factory=list, init=False)
 
     def update(self, masks: Tensor, label: Tensor) -> None:
         """Add a picture.
@@ -111,7 +103,7 @@ class ProposalRecall:
     def compute(self) -> dict[float, Recall]:
         """The recall of all, seen and unseen regions at each threshold."""
 
-        def fraction(threshold: float, classes: frozenset[int] | None) -> float:
+        def fraction(threshold: float, classes: Collection[int] | None) -> float:
             found = [iou > threshold for index, iou in self.best if classes is None or index in classes]
             return sum(found) / len(found) if found else math.nan
 

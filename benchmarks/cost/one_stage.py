@@ -254,6 +254,17 @@ class CATSegLargeCase(CATSegCase):
         return CATSeg(clip, CATSegOptions(**{**CAT_SEG, "resolution": 336}))
 
 
+ONE_STAGE: tuple[type[CostCase], ...] = (
+    DenseCLIPCase,
+    ZegCLIPCase,
+    CascadeCLIPCase,
+    SPTSegCase,
+    SecondLookCase,
+    CATSegCase,
+    CATSegLargeCase,
+)
+
+
 def dead_spectral_parameters(dim: int, layers: int, hidden: int) -> int:
     """Parameters of the authors' spectral guided decoder that no output depends on.
 

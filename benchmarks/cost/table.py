@@ -15,30 +15,13 @@ import torch
 from benchmarks.cost.case import CLASSES, SIDE, CostCase, Step
 from benchmarks.cost.counting import Count, count
 from benchmarks.cost.decoupled import DECOUPLED
-from benchmarks.cost.one_stage import (
-    CascadeCLIPCase,
-    CATSegCase,
-    CATSegLargeCase,
-    DenseCLIPCase,
-    SecondLookCase,
-    SPTSegCase,
-    ZegCLIPCase,
-)
+from benchmarks.cost.one_stage import ONE_STAGE
 from benchmarks.timing import alternate, machine
 from lexiseg.errors import LexisegError
 from lexiseg.models import SegmentationModel
 from lexiseg.segmenter import Segmenter
 
-CASES: tuple[type[CostCase], ...] = (
-    DenseCLIPCase,
-    ZegCLIPCase,
-    CascadeCLIPCase,
-    SPTSegCase,
-    SecondLookCase,
-    CATSegCase,
-    CATSegLargeCase,
-    *DECOUPLED,
-)
+CASES: tuple[type[CostCase], ...] = (*ONE_STAGE, *DECOUPLED)
 _GIGA, _MEGA = 1e9, 1e6
 SLOW = 10.0
 

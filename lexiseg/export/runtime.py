@@ -6,7 +6,7 @@ import copy
 import html
 import threading
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,7 @@ from lexiseg import notes
 from lexiseg.background import BackgroundSource
 from lexiseg.errors import LexisegError
 from lexiseg.export.decoding import Part, decode
-from lexiseg.export.graphs import Graph, open_graph
+from lexiseg.export.graphs import open_graph
 from lexiseg.export.spec import ExportSpec, read_spec
 from lexiseg.images import DEFAULT_MAX_PIXELS, ImageSource
 from lexiseg.pictures import HeldPicture, Picture, WindowSource, window_policy
@@ -49,13 +49,9 @@ class TextEncoder:
         except Exception as error:  # of tokenizers' own kinds
             raise LexisegError(f"The tokenizer '{path}' cannot be read; export the model again.") from error
         self.rule = spec.text
-        self._open = lambda: open_graph(folder / spec.text.graph, spec, device)
+        self._graph = cache(lambda: open_graph(folder / spec.text.graph, spec, device))
         self._known: dict[tuple[str, tuple[str, ...]], np.ndarray] = {}
         self._lock = threading.Lock()
-
-    @cached_property
-    def _graph(self) -> Graph:
-        return self._open()
 
     def tokens(self, text: str) -> list[int]:
         """Token ids, marks included; the cleaning is open_clip's."""
@@ -104,7 +100,7 @@ class TextEncoder:
             tokens = np.zeros((len(chosen), len(ids[chosen[-1]])), np.int64)
             for row, index in enumerate(chosen):
                 tokens[row, : len(ids[index])] = ids[index]
-            for index, vector in zip(chosen, self._graph(tokens), strict=True):
+            for index, vector in zip(chosen, self._graph()(tokens), strict=True):
                 rows[index] = vector
         return np.stack(rows)
 
@@ -124,8 +120,7 @@ class ExportedModel:
         read = {"count_tokens": self.text.count_tokens, "context_length": spec.text.context_length}
         self.clip = SimpleNamespace(name=spec.name, trained_on=spec.trained_on, **read)
         self.options = SimpleNamespace(model_dump=lambda mode="json": dict(spec.options))
-        self._open = lambda name: open_graph(folder / name, spec, device)
-        self._graphs: dict[str, Graph] = {}
+        self._graph = cache(lambda name: open_graph(folder / name, spec, device))
         self._lock = threading.Lock()
 
     def num_parameters(self, *, trainable: bool = False) -> int:
@@ -152,11 +147,10 @@ class ExportedModel:
         pixels = resize_floats(pixels, size)
         name = spec.graphs[spec.sizes.index(size) if spec.sizes else 0]
         with self._lock:
-            if name not in self._graphs:
-                self._graphs[name] = self._open(name)
+            graph = self._graph(name)
         # A graph for any number of words is made for two or more.
         padded = np.concatenate([text, text]) if len(text) == 1 else text
-        return self._graphs[name](np.ascontiguousarray(pixels), padded)[:, : len(text)]
+        return graph(np.ascontiguousarray(pixels), padded)[:, : len(text)]
 
 
 class ExportedPredictor(Predictor):

@@ -43,11 +43,10 @@ from lexiseg.files import atomic_write, make_folder, write_json
 from lexiseg.models.decoupled import DecoupledModel
 from lexiseg.models.region_base import RegionModel
 from lexiseg.proposals.given import GroundTruth
-from lexiseg.recipes import SegmentationRecipe, load_recipe
+from lexiseg.recipes import SegmentationRecipe, is_recipe, load_recipe
 from lexiseg.refine import Refinement, refine
 from lexiseg.scores import GridScores, Scores, WindowScores
 from lexiseg.segmenter import Segmenter
-from lexiseg.training.init import is_recipe
 from lexiseg.training.run import train
 from lexiseg.vocabulary import Vocabulary
 from lexiseg.weights.runs import find_checkpoints

@@ -22,7 +22,7 @@ from lexiseg.evaluation.run import Offsets, run_evaluation
 from lexiseg.files import new_folder
 from lexiseg.journal import Journal
 from lexiseg.pictures import WindowSource, window_policy
-from lexiseg.recipes import CatalogData, ContrastiveRecipe, EvaluationRecipe, has_recipe_file, list_recipes, load_recipe
+from lexiseg.recipes import CatalogData, ContrastiveRecipe, EvaluationRecipe, is_recipe, list_recipes, load_recipe
 from lexiseg.refine import Refinement
 from lexiseg.segmenter import Segmenter
 from lexiseg.vocabulary import TemplateSource, Vocabulary
@@ -179,7 +179,7 @@ def _question(
 
         data = open_data_set(OWN, place, split or "val", classes=classes, synonyms=synonyms)
         return Question(place.resolve().name, data, split or "val")
-    if place is None and not has_recipe_file(what):
+    if place is None and not is_recipe(what):
         raise _neither(what)
     if classes is not None:
         raise LexisegError(f"--classes is for folders, not for '{what}'; leave it out.")

@@ -69,10 +69,11 @@ def list_recipes() -> list[str]:
     return list(describe_recipes())
 
 
-def has_recipe_file(name: str) -> bool:
-    """Whether there is a file behind a recipe's name, whatever variant it names."""
+def is_recipe(name: str | None) -> bool:
+    """Whether ``name`` is a recipe of the package or a YAML file, whatever variant it names; None is neither."""
     try:
-        return _find(name)[0].exists()
+        path = _find(name or "")[0]
+        return path.suffix in (".yaml", ".yml") and path.is_file()
     except (OSError, ValueError):  # no usable file name
         return False
 

@@ -13,8 +13,16 @@ from lexiseg.clip.model import CLIP, build_clip
 from lexiseg.clip.prompt_learner import PromptLearner
 from lexiseg.errors import LexisegError
 from lexiseg.proposals.pretrained import describe_start
-from lexiseg.recipes import ContrastiveRecipe, EvaluationRecipe, PromptRecipe, Recipe, SegmentationRecipe, TrainSettings
-from lexiseg.training.init import build_model, first_stage, is_recipe, proposals_of, refuse_misfit
+from lexiseg.recipes import (
+    ContrastiveRecipe,
+    EvaluationRecipe,
+    PromptRecipe,
+    Recipe,
+    SegmentationRecipe,
+    TrainSettings,
+    is_recipe,
+)
+from lexiseg.training.init import build_model, first_stage, proposals_of, refuse_misfit
 from lexiseg.training.prompts import Prompted
 from lexiseg.training.segmentation import masked_names, training_vocabulary
 from lexiseg.training.trainer import group_parameters, learning_rate

@@ -23,7 +23,7 @@ from lexiseg.recipes import (
     PromptRecipe,
     Recipe,
     SegmentationRecipe,
-    list_recipes,
+    is_recipe,
     load_recipe,
 )
 from lexiseg.recipes.data import AUGMENTATION
@@ -188,16 +188,6 @@ def _shapes(shapes: dict[str, tuple[int, ...]]) -> str:
 # ---- recipes that are trained first
 
 
-def is_recipe(name: str | None) -> bool:
-    """Whether ``name`` is a recipe of the package, or a YAML file, and no folder of a trained model."""
-    if name is None:
-        return False
-    file = name.rpartition(":")[0] or name
-    return name in list_recipes() or any(
-        path.endswith((".yaml", ".yml")) and Path(path).is_file() for path in (name, file)
-    )
-
-
 def with_stages(recipe: Recipe, run_dir: Path, train: Callable[..., Path]) -> Recipe:
     """Train the recipes that another one builds on, in folders in its own, and name their models instead.
 
@@ -209,8 +199,8 @@ def with_stages(recipe: Recipe, run_dir: Path, train: Callable[..., Path]) -> Re
 
     Raises LexisegError if a key names a recipe that cannot come before this one; nothing is trained then.
     """
-    if isinstance(recipe, ContrastiveRecipe) and recipe.model.initial in list_recipes():
-        model = train(load_recipe(recipe.model.initial, seed=recipe.train.seed), run_dir / "initial")
+    if isinstance(recipe, ContrastiveRecipe) and is_recipe(recipe.model.initial):
+        model = train(load_recipe(str(recipe.model.initial), seed=recipe.train.seed), run_dir / "initial")
         return recipe.model_copy(update={"model": recipe.model.model_copy(update={"initial": str(model)})})
     if not isinstance(recipe, SegmentationRecipe):
         return recipe

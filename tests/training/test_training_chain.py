@@ -19,10 +19,9 @@ from lexiseg.errors import LexisegError
 from lexiseg.models.deop import DeOP
 from lexiseg.models.region_base import RegionModel
 from lexiseg.normalisation import pixels_of
-from lexiseg.recipes import load_recipe
+from lexiseg.recipes import is_recipe, load_recipe
 from lexiseg.recipes.reading import merge
 from lexiseg.segmenter import Segmenter
-from lexiseg.training.init import is_recipe
 from lexiseg.training.prompt_files import load_prompts, read_card
 from lexiseg.training.run import build_task, train
 from lexiseg.training.segmentation import UNLABELLED, SegmentationTask, Teacher

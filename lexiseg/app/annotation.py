@@ -117,7 +117,7 @@ def _picture(task: dict[str, Any], key: str, folder: Path | None) -> bytes:
 def _brush_results(answer: Answer, interface: Interface) -> dict[str, Any]:
     result = answer.result
     height, width = result.size
-    outlines = {} if interface.brush else result.polygons()
+    outlines, kind = ({}, "brushlabels") if interface.brush else (result.polygons(), "polygonlabels")
     found = []
     for row in result.table():
         label = interface.labels.get(row.name)
@@ -131,16 +131,16 @@ def _brush_results(answer: Answer, interface: Interface) -> dict[str, Any]:
             "image_rotation": 0,
             "score": row.score,
         }
+        values: list[dict[str, Any]]
         if interface.brush:
-            value: dict[str, Any] = {"format": "rle", "rle": encode_brush(np.asarray(result.mask(row.index)))}
-            value["brushlabels"] = [label]
-            found.append({"id": uuid.uuid4().hex[:10], "type": "brushlabels", **common, "value": value})
-            continue
-        for polygon in outlines[row.name]:
+            values = [{"format": "rle", "rle": encode_brush(np.asarray(result.mask(row.index)))}]
+        else:
             # A polygon of Label Studio has no holes, and its numbers are percentages.
-            points = [[100 * x / width, 100 * y / height] for x, y in polygon[0]]
-            value = {"points": points, "closed": True, "polygonlabels": [label]}
-            found.append({"id": uuid.uuid4().hex[:10], "type": "polygonlabels", **common, "value": value})
+            rings = ([[100 * x / width, 100 * y / height] for x, y in polygon[0]] for polygon in outlines[row.name])
+            values = [{"points": points, "closed": True} for points in rings]
+        found += [
+            {"id": uuid.uuid4().hex[:10], "type": kind, **common, "value": {**value, kind: [label]}} for value in values
+        ]
     scores = [row.score for row in result.table() if row.score is not None]
     return {"result": found, "score": float(np.mean(scores)) if scores else 0.0}
 

@@ -56,7 +56,6 @@ def mask_losses(
     weights: Tensor | None = None,
     *,
     alpha: float = 0.25,
-    num_masks: float | None = None,
 ) -> MaskLosses:
     """Focal and dice loss of class masks (ZegCLIP, Sec. 3.2 and its released code).
 
@@ -72,7 +71,6 @@ def mask_losses(
         focal_weight: factor on the focal term.
         dice_weight: factor on the dice term.
         alpha: weight of positives; negatives have 1 - alpha.
-        num_masks: what to divide by; None counts the masks of ``labels``.
         weights: (C,) factors on the terms of each class; None is 1 for all.
     """
     if labels.ndim != 3 or logits.ndim != 4 or len(labels) != len(logits):
@@ -81,7 +79,7 @@ def mask_losses(
             "give (B, C, h, w) and (B, H, W)."
         )
     check_labels(labels, logits.shape[1])
-    masks = count_masks(labels, logits.shape[1]) if num_masks is None else num_masks
+    masks = count_masks(labels, logits.shape[1])
     # The loss is computed in float32 whatever the model runs in: sums over so many pixels do not survive bfloat16.
     with torch.autocast(logits.device.type, enabled=False):
         gradient = gradient_of(logits)

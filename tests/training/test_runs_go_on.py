@@ -246,14 +246,14 @@ def test_class_weights_in_the_losses(exclusive: bool) -> None:
     def loss(values: torch.Tensor) -> torch.Tensor:
         if exclusive:
             return exclusive_losses(values, labels, dice_weight=1.0, weights=weights).total
-        return mask_losses(values, labels, weights=weights, num_masks=4.0).total
+        return mask_losses(values, labels, weights=weights).total
 
     (gradient,) = torch.autograd.grad(loss(logits), logits)
     step = torch.randn(logits.shape, generator=generator) * 1e-2
     with torch.no_grad():
         change = loss(logits + step) - loss(logits - step)
     torch.testing.assert_close(change, 2 * (gradient * step).sum(), rtol=2e-2, atol=1e-4)
-    assert not torch.allclose(loss(logits), mask_losses(logits, labels, num_masks=4.0).total)
+    assert not torch.allclose(loss(logits), mask_losses(logits, labels).total)
 
 
 def test_curves_of_runs(tmp_path: Path) -> None:

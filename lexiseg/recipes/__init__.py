@@ -7,7 +7,6 @@ from lexiseg.recipes.data import CatalogData, Data, PictureWorldData
 from lexiseg.recipes.reading import (
     as_yaml,
     describe_recipes,
-    find_recipe,
     is_recipe,
     list_recipes,
     load_recipe,
@@ -34,7 +33,6 @@ __all__ = [
     "TrainSettings",
     "as_yaml",
     "describe_recipes",
-    "find_recipe",
     "is_recipe",
     "list_recipes",
     "load_recipe",

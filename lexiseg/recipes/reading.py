@@ -78,16 +78,6 @@ def is_recipe(name: str | None) -> bool:
         return False
 
 
-def find_recipe(name: str | Path) -> tuple[str, str]:
-    """The text of the file a recipe is in and what to call it in messages.
-
-    ``name``: of a recipe in the package, or the path of a YAML file; after a colon a variant in it. Raises
-    LexisegError if there is neither.
-    """
-    path, where, _ = _find(str(name))
-    return _text(path, str(name)), where
-
-
 def load_recipe(
     name: str | Path,
     overrides: Sequence[str] | Mapping[str, Any] = (),

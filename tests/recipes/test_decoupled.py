@@ -20,7 +20,6 @@ from lexiseg.proposals.options import QueryOptions, SamOptions
 from lexiseg.recipes import (
     PromptRecipe,
     SegmentationRecipe,
-    find_recipe,
     list_recipes,
     load_recipe,
     parse_recipe,
@@ -29,6 +28,7 @@ from lexiseg.training.dry_run import dry_run
 from lexiseg.training.init import build_model, first_stage, prompt_stage, system_of
 from lexiseg.training.trainer import learning_rate
 from tests.miniatures import ade847
+from tests.recipes.texts import recipe_text
 
 FAMILY = ("deop", "zsseg", "zegformer", "freeseg")
 NAMES = [
@@ -230,7 +230,7 @@ def test_a_comparison_changes_one_thing(base: str, name: str, changed: set[str])
 def test_every_stage_fits_the_next(name: str) -> None:
     """What a recipe starts from has the same proposals and prompts, classes and crops of its own."""
     recipe = load_recipe(name)
-    text = find_recipe(name)[0]
+    text = recipe_text(name)
     assert text.startswith("#") and max(len(line) for line in text.splitlines()) <= 120
     if not isinstance(recipe, SegmentationRecipe):
         return
@@ -350,7 +350,7 @@ def test_random_proposals_are_nothing_to_build_on(name: str, key: str | None) ->
 
 
 def test_dry_run_names_the_stages() -> None:
-    text = find_recipe("tiny")[0].replace("kind: segmentation", "base: tiny\nkind: segmentation").split("model:")[0]
+    text = recipe_text("tiny").replace("kind: segmentation", "base: tiny\nkind: segmentation").split("model:")[0]
     recipe = parse_recipe(text + "initial: tiny\ntrain: {steps: 0}", "mine.yaml")
     shown = dict(dry_run(recipe).rows())
     assert shown["starts from"].startswith("tiny") and shown["steps"].startswith("0: ")

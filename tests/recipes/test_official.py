@@ -21,13 +21,13 @@ from lexiseg.recipes import (
     ContrastiveRecipe,
     EvaluationRecipe,
     SegmentationRecipe,
-    find_recipe,
     list_recipes,
     load_recipe,
 )
 from lexiseg.training.dry_run import clip_or_random, dry_run
 from lexiseg.training.init import first_stage, system_of
 from lexiseg.training.trainer import learning_rate
+from tests.recipes.texts import recipe_text
 from tests.towers import small_clip
 
 # data: source, classes, seen classes, steps of a whole training, templates, folder of the recipes
@@ -137,7 +137,7 @@ def test_numbers(name: str, system: str, data: str, setting: str) -> None:
 
 @pytest.mark.parametrize(("name", "system", "data", "setting"), OFFICIAL)
 def test_the_first_line_says_whose_numbers_they_are(name: str, system: str, data: str, setting: str) -> None:
-    text, _ = find_recipe(name)
+    text = recipe_text(name)
     assert text.startswith("# As released by" if name in RELEASED else "# Not released by")
     path = Path(lexiseg.__file__).parent / "recipes" / DATA[data][-1] / f"{name}.yaml"
     assert path.read_text() == text and max(len(line) for line in text.splitlines()) <= 120

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import yaml
 
-from lexiseg.recipes import find_recipe, load_recipe
+from lexiseg.recipes import load_recipe
 from lexiseg.training.init import system_of
+from tests.recipes.texts import recipe_text
 
 TABLE = yaml.safe_load((Path(__file__).parent / "papers.yaml").read_text(encoding="utf-8"))
 ROWS = [(entry, recipe) for entry in TABLE for recipe in entry["recipes"]]
@@ -30,7 +31,7 @@ def test_the_recipe_has_the_papers_numbers(entry: dict[str, Any], recipe: str) -
     departs = entry.get("departs", {}).get(recipe, {})
     for key, value in entry.get("values", {}).items():
         assert look_up(recipe, key) == departs.get(key, {}).get("value", value), f"{key}: {entry['source']}"
-    text = " ".join(find_recipe(recipe)[0].replace("#", " ").split())
+    text = " ".join(recipe_text(recipe).replace("#", " ").split())
     for key, departure in departs.items():
         assert departure["said"] in text, f"{recipe} does not say that {key} departs from {entry['source']}"
     if "same" in entry:

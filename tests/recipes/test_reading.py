@@ -12,7 +12,7 @@ from torch import nn
 
 from lexiseg.cli.train import run_name
 from lexiseg.errors import LexisegError
-from lexiseg.recipes import SegmentationRecipe, TrainSettings, as_yaml, find_recipe, load_recipe, parse_recipe
+from lexiseg.recipes import SegmentationRecipe, TrainSettings, as_yaml, load_recipe, parse_recipe
 from lexiseg.recipes.reading import merge
 from lexiseg.training.trainer import build_optimizer, group_parameters, identity_of, learning_rate
 
@@ -56,7 +56,6 @@ def test_variants(tmp_path: Path) -> None:
     assert isinstance(first, SegmentationRecipe) and isinstance(second, SegmentationRecipe)
     assert first.train.steps == 1 and len(first.templates) == 14 and isinstance(first.templates, list)
     assert second.model.options["num_prompts"] == 2 and second.train == load_recipe("tiny").train
-    assert find_recipe("deop-table-4:mps")[1] == "deop-table-4.yaml"
     assert run_name("deop-table-4:gps-0.5-1") == "deop-table-4-gps-0.5-1" and run_name("a/my.yaml:x") == "my-x"
     assert run_name("a/my.yaml") == "my" and run_name("tiny") == "tiny"
 

@@ -13,15 +13,15 @@ from lexiseg.recipes import (
     SegmentationRecipe,
     as_yaml,
     describe_recipes,
-    find_recipe,
     list_recipes,
     load_recipe,
     parse_recipe,
 )
 from lexiseg.training.init import system_of
 from lexiseg.windows import WindowPolicy
+from tests.recipes.texts import recipe_text
 
-TINY = find_recipe("tiny")[0]
+TINY = recipe_text("tiny")
 EXCLUSIVE = {"mask_loss": "cross-entropy", "mask_weight": 1.0, "dice_weight": 0.0}
 FOLDER = {"source": "own", "root": "data/voc", "synonyms": True}
 

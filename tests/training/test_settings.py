@@ -26,7 +26,7 @@ from lexiseg.errors import LexisegError
 from lexiseg.evaluation.run import run_evaluation
 from lexiseg.losses.masks import pseudo_labels
 from lexiseg.models import SYSTEMS
-from lexiseg.recipes import SegmentationRecipe, find_recipe, load_recipe, parse_recipe
+from lexiseg.recipes import SegmentationRecipe, load_recipe, parse_recipe
 from lexiseg.segmenter import Segmenter
 from lexiseg.training.checkpoint import find_checkpoints
 from lexiseg.training.dry_run import dry_run
@@ -43,6 +43,7 @@ from lexiseg.training.segmentation import (
 from lexiseg.training.trainer import Trainer
 from lexiseg.vocabulary import Vocabulary
 from lexiseg.weights import load_model
+from tests.recipes.texts import recipe_text
 from tests.towers import small_clip
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -425,7 +426,7 @@ def test_settings_on_voc(tmp_path: Path, clip_folder: Path, setting: str, unlabe
 def test_evaluation_on_another_data_set(tmp_path: Path, clip_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = write_mini_voc(tmp_path)
     quietly(recipe_of(clip_folder), tmp_path / "run", until=1)
-    values = yaml.safe_load(find_recipe("coco-to-voc2012")[0])
+    values = yaml.safe_load(recipe_text("coco-to-voc2012"))
     values["data"]["root"] = str(root)
     values["window"] = {"size": 32, "stride": 16, "short_side": 32}
     (tmp_path / "cross.yaml").write_text(yaml.safe_dump(values))

@@ -12,11 +12,12 @@ from lexiseg.data.picture_world.classes import STUFF
 from lexiseg.data.picture_world.shapes import MOST, Shapes, render_shapes
 from lexiseg.data.picture_world.textures import NUM_VARIANTS, texture
 from lexiseg.errors import LexisegError
-from lexiseg.recipes import SegmentationRecipe, find_recipe, load_recipe
+from lexiseg.recipes import SegmentationRecipe, load_recipe
 from lexiseg.training.dry_run import dry_run
 from lexiseg.training.run import build_task, train
 from lexiseg.training.segmentation import SegmentationTask
 from lexiseg.weights import load_model
+from tests.recipes.texts import recipe_text
 
 TINY = ["train.steps=2", "train.batch_size=2", "train.workers=0", "data.size=64", "data.length=4"]
 NARROW = {"num_queries": 4, "hidden_dim": 32, "pixel_dim": 32, "mask_dim": 32, "decoder_layers": 1, "ffn_dim": 16}
@@ -85,7 +86,7 @@ def test_other_systems_start_from_proposals_trained_on_shapes(kind: str, tmp_pat
 def test_a_recipe_of_proposals_is_trained_first(tmp_path: Path) -> None:
     path = tmp_path / "shapes.yaml"
     path.write_text(
-        find_recipe("shapes:maskformer")[0].replace("steps: 2400", "steps: 1").replace("size: 128", "size: 32")
+        recipe_text("shapes:maskformer").replace("steps: 2400", "steps: 1").replace("size: 128", "size: 32")
     )
     recipe = load_recipe("shapes:maskformer", [*TINY, "train.steps=0", f"proposals_from={path}:maskformer"])
     assert str(path) in str(dry_run(recipe).proposals_from)

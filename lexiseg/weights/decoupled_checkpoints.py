@@ -1,6 +1,6 @@
 """Models from the checkpoints of the decoupled systems' authors: ZSSeg, ZegFormer, FreeSeg, MAFT and DeOP.
 
-What a file is and what lies where in it is found in `lexiseg.weights.detectron_checkpoint`. What no shape tells, the
+What a file is is found in `lexiseg.weights.detectron_checkpoint`. What no shape tells, the
 sizes of pictures and how scores are joined, is taken as the authors' released code has it.
 """
 
@@ -12,11 +12,10 @@ import re
 from collections.abc import Mapping
 from typing import Any, cast
 
-import torch
 from torch import Tensor
 
-from lexiseg.clip.load import check_state, shapes_of, sketch
-from lexiseg.clip.model import CLIP
+from lexiseg.clip.load import shapes_of, sketch
+from lexiseg.clip.model import CLIP, build_clip
 from lexiseg.clip.templates import IN_THE_SCENE, SCULPTURE, VILD_14
 from lexiseg.errors import LexisegError
 from lexiseg.models import SYSTEMS
@@ -24,16 +23,16 @@ from lexiseg.models.decoupled import DecoupledModel
 from lexiseg.models.deop import DeOP
 from lexiseg.models.region_base import RegionModel
 from lexiseg.normalisation import IMAGENET_MEAN, IMAGENET_STD
-from lexiseg.weights.clip_state import clip_from_state, count_blocks, shape_of
+from lexiseg.weights.clip_state import count_blocks, infer_vit_architecture, shape_of
 from lexiseg.weights.detectron_checkpoint import (
-    AdapterParts,
-    CheckpointParts,
+    SECOND_ADAPTER,
     System,
-    generator_tensors,
-    split_checkpoint,
+    generator_source,
+    recognise_detectron,
+    used_tensors,
 )
-from lexiseg.weights.detectron_options import infer_generator_options
-from lexiseg.weights.filling import authors_key
+from lexiseg.weights.detectron_options import INTERACTION, infer_generator_options
+from lexiseg.weights.filling import Source, authors_key, key_map, take_tensors
 
 DECOUPLED_NAMES = {
     "deop": "DeOP",
@@ -48,11 +47,6 @@ DECOUPLED_NAMES = {
 _SHORT_SIDE = 640
 _TEMPLATES = {"zsseg": SCULPTURE, "zegformer": IN_THE_SCENE, "freeseg": VILD_14, "maft": VILD_14}
 
-# ---- DeOP's own parts: the heatmap decoder, and tables and prompts in CLIP's image tower
-
-_DEOP_CLIP = "clip_adapter.clip_model."
-# The norm behind the decoder's layers feeds outputs that nothing reads; the copies of the convolution are one module.
-_DEAD = re.compile(r"decoder\.norm\.(weight|bias)|decoderConvs\.\d+\.weight")
 _HEADS = 8
 
 
@@ -72,10 +66,9 @@ def infer_anchor_options(own: Mapping[str, Tensor]) -> dict[str, Any]:
     return {**options, "anchor_hidden": shape_of(own, first, 2)[0]} if first in own else options
 
 
-def _deop_options(parts: CheckpointParts) -> dict[str, Any]:
-    tables, prompt = parts.adapter.tables, parts.adapter.prompt
+def _deop_options(state: Mapping[str, Tensor]) -> dict[str, Any]:
     options: dict[str, Any] = {
-        **infer_anchor_options(parts.own),
+        **infer_anchor_options(state),
         "severance": "released",
         "released_residual": True,
         "visual_prompts": "none",
@@ -84,68 +77,61 @@ def _deop_options(parts: CheckpointParts) -> dict[str, Any]:
         "std": IMAGENET_STD,
         "short_side": 512,
     }
-    deep_key = "visual.transformer.deep_prompt_embeddings"
-    if "visual.learned_position" in tables:
-        blocks = [int(key.split(".")[3]) for key in tables if key.startswith("visual.transformer.resblocks.")]
-        side = math.isqrt(shape_of(tables, "visual.learned_position", 2)[0] - 1)
-        options |= {"visual_prompts": "added", "prompt_blocks": tuple(sorted(blocks)), "table_side": side}
-    elif deep_key in tables:
-        depth, count, _ = shape_of(tables, deep_key, 3)
+    visual = "clip_adapter.clip_model.visual."
+    if (table := visual + "learned_position") in state:
+        found = [
+            re.fullmatch(re.escape(visual) + r"transformer\.resblocks\.(\d+)\.learned_position", key) for key in state
+        ]
+        side = math.isqrt(shape_of(state, table, 2)[0] - 1)
+        blocks = tuple(sorted(int(block[1]) for block in found if block))
+        options |= {"visual_prompts": "added", "prompt_blocks": blocks, "table_side": side}
+    elif (deep := visual + "transformer.deep_prompt_embeddings") in state:
+        depth, count, _ = shape_of(state, deep, 3)
         # Which blocks they belong to is not in the file; the scripts list 1, 2, ...
         options |= {"visual_prompts": "prepended", "num_prompts": count, "prompt_blocks": tuple(range(1, 1 + depth))}
-    if prompt:
-        options["text_prompts"] = "end-to-end"
-        for name in ("prefix", "suffix"):
-            key = f"{name}_prompt"
-            options[f"prompt_{name}"] = shape_of(prompt, key, 2)[0] if key in prompt else 0
+    if prompts := _prompt_lengths(state, "prefix", "suffix"):
+        options |= {"text_prompts": "end-to-end", **{f"prompt_{part}": length for part, length in prompts.items()}}
     return options
 
 
-def _deop_tensors(model: DeOP, parts: CheckpointParts) -> tuple[dict[str, Tensor], list[str]]:
-    """Everything but generator and CLIP by our names, and DeOP's own keys that are left out."""
-    unused = [key for key in parts.own if _DEAD.fullmatch(key)]
-    source = {key: value for key, value in parts.own.items() if key not in unused}
-    source |= {_DEOP_CLIP + key: value for key, value in parts.adapter.tables.items()}
-    names = {f"prompt.{key}": value for key, value in parts.adapter.prompt.items()}
-    if parts.adapter.non_object is not None:
-        names["no_object"] = parts.adapter.non_object
-    for ours in model.state_dict():
-        if (key := authors_key(ours, "deop")) in source:
-            names[ours] = source.pop(str(key))
-    return names | source, unused  # what nothing of ours asked for keeps its key, so that it is named as left over
-
-
-# ---- the others
-
-
-def _region_options(parts: CheckpointParts) -> dict[str, Any]:
+def _region_options(state: Mapping[str, Tensor], system: System, *, for_crops: bool) -> dict[str, Any]:
     options: dict[str, Any] = {"short_side": _SHORT_SIDE}
-    if parts.system == "maft":
+    if system == "maft":
         # The released model scores by CLIP alone: its code for the ensemble does not run.
         options |= {"maft": {}, "ensemble": {"rule": "region"}}
-    prompts = parts.region_adapter.prompt if parts.region_adapter is not None else parts.adapter.prompt
-    if prompts:
-        counts = {
-            name: shape_of(prompts, f"{name}_prompt", 2)[0] if f"{name}_prompt" in prompts else 0
-            for name in ("prefix", "suffix", "task")
-        }
-        options["prompts"] = {**counts, "proposals": parts.region_adapter is None}
+    if prompts := _prompt_lengths(state, "prefix", "suffix", "task"):
+        options["prompts"] = {**prompts, "proposals": not for_crops}
     return options
 
 
-def _region_tensors(parts: CheckpointParts) -> dict[str, Tensor]:
-    """Everything but the generator and CLIP, by our names."""
-    prompts = parts.region_adapter.prompt if parts.region_adapter is not None else parts.adapter.prompt
-    found = {f"prompts.{key}": value for key, value in prompts.items()}
-    found |= {f"student.{key.removeprefix('visual.')}": value for key, value in parts.image_tower.items()}
-    if parts.adapter.non_object is not None:
-        found["no_object"] = parts.adapter.non_object
-    for key, value in parts.own.items():
-        found["no_object" if key == "bg_feature" else key] = value
-    return found
+def _prompt_lengths(state: Mapping[str, Tensor], *parts: str) -> dict[str, int]:
+    """The lengths of the parts of a learned text prompt; none where there is none at all."""
+    keys = {part: f"clip_adapter.prompt_learner.{part}_prompt" for part in parts}
+    if not any(key in state for key in keys.values()):
+        return {}
+    return {part: shape_of(state, key, 2)[0] if key in state else 0 for part, key in keys.items()}
 
 
-# ---- all of them
+def _system_of(state: Mapping[str, Tensor], kind: System | None, name: str) -> System:
+    """What a checkpoint is of, as far as it has what makes a model."""
+    system = kind or recognise_detectron(state)
+    if system is None:
+        first = ", ".join(sorted(state)[:3])
+        raise LexisegError(
+            f"{name} is not a checkpoint of DeOP, ZSSeg, ZegFormer, FreeSeg or MAFT (its keys begin with {first}); "
+            "give a file as their authors published it."
+        )
+    if system == "prompts":
+        raise LexisegError(
+            f"{name} holds a learned text prompt and CLIP but no proposals; convert a checkpoint of a later stage, "
+            "which has the prompt in it."
+        )
+    if system in ("freeseg", "maft") and not any(key.startswith(INTERACTION) for key in state):
+        raise LexisegError(
+            f"{name} has the proposals of FreeSeg but lacks {INTERACTION}*, the context interaction; take the complete "
+            "file."
+        )
+    return system
 
 
 def read_parts(
@@ -155,80 +141,57 @@ def read_parts(
     clip: CLIP | None = None,
     generator: Mapping[str, int | None] | None = None,
     options: Mapping[str, Any] | None = None,
+    tokenizer: Any = None,
     name: str = "the checkpoint",
-    **sizes: Any,
+    **heads: Any,
 ) -> tuple[DecoupledModel, list[str]]:
     """Build DeOP, ZSSeg, ZegFormer, FreeSeg or FreeSeg + MAFT from the authors' tensors.
 
     ``kind``: what the file is of, where no tensor tells: DeOP without heatmaps looks like ZSSeg. ``clip``: for files
     without one (ZegFormer's training checkpoints): OpenAI's ViT-B/16. ``generator``: numbers of attention heads, which
     no shape tells, see `infer_generator_options`. ``options``: replace what shapes and the authors' code say.
-    ``sizes``: ``heads``, ``text_heads`` and ``tokenizer`` of `clip_from_state`. Returns the model, and the keys that
-    take part in no computation and were left out. Raises LexisegError if it is none of these systems' checkpoints, it
-    has no CLIP and none is given, or tensors are missing, left over or of another shape; they are listed.
+    ``tokenizer``: see `lexiseg.clip.model.build_clip`. ``heads``: those of `infer_vit_architecture`. Returns the model,
+    and the keys that take part in no computation and were left out. Raises LexisegError if it is none of these systems'
+    checkpoints, it has no CLIP and none is given, or tensors are missing, left over or of another shape; they are
+    listed.
     """
-    parts = split_checkpoint(state)
-    parts.system = kind or parts.system
-    if parts.system == "prompts":
+    system = _system_of(state, kind, name)
+    used, unused = used_tensors(state, system, name)
+    architecture: dict[str, Any] | None = None
+    if any(".clip_model." in key for key in used):
+        architecture = infer_vit_architecture(used, key_map(system, inside="clip.model."), name=name, **heads)
+    elif clip is None:
         raise LexisegError(
-            f"{name} holds a learned text prompt and CLIP but no proposals; convert a checkpoint of a later stage, "
-            "which has the prompt in it."
+            f"{name} has no CLIP in it, as {system}'s training checkpoints have none; give the CLIP it was trained "
+            "with (OpenAI's ViT-B/16) beside it."
         )
-    deop, odd = parts.system == "deop", list(parts.left_over)
-    if deop and (parts.region_adapter is not None or parts.image_tower):
-        odd.append("a second adapter or image tower")
-    odd += [] if deop else parts.adapter.tables
-    if odd:
-        said = DECOUPLED_NAMES[parts.system]
-        raise LexisegError(
-            f"{name} looks like {said} but has tensors that {said} does not have ({', '.join(odd[:5])}); check that "
-            "it is the authors' file."
+    for_crops = any(key.startswith(SECOND_ADAPTER) for key in state)
+    own = _deop_options(used) if system == "deop" else _region_options(used, system, for_crops=for_crops)
+    chosen = {"proposals": infer_generator_options(used, **(generator or {})), **own, **(options or {})}
+
+    def build(given: CLIP | None) -> DecoupledModel:
+        tower = (
+            cast(CLIP, given) if architecture is None else build_clip(architecture, name="clip", tokenizer=tokenizer)
         )
-    clip, dropped = _clip_of(parts, clip, name=name, **sizes)
-    system = SYSTEMS["freeseg" if parts.system == "maft" else parts.system]
-    proposals = infer_generator_options(parts.generator, **(generator or {}))
-    chosen = {"proposals": proposals, **(_deop_options if deop else _region_options)(parts), **(options or {})}
+        return cast(DecoupledModel, SYSTEMS["freeseg" if system == "maft" else system].build(tower, chosen))
 
-    def build(clip: CLIP) -> DecoupledModel:
-        return cast(DecoupledModel, system.build(clip, chosen))
+    plan = sketch(lambda: build(copy.deepcopy(clip).to("meta") if clip is not None else None), len(state), name)
+    generator_keys, own_keys = generator_source(plan.generator), key_map(system)
 
-    plan = sketch(lambda: build(copy.deepcopy(clip).to("meta")), len(state), name)
-    tensors = generator_tensors(plan.generator, parts.generator, name=name)
-    found, unused = _deop_tensors(plan, parts) if isinstance(plan, DeOP) else (_region_tensors(parts), [])
-    shapes = {key: shape for key, shape in shapes_of(plan).items() if not key.startswith(("generator.", "clip."))}
-    check_state(found, shapes, name, optional={"no_object"} if deop else ())
+    def source_of(ours: str) -> Source | None:
+        part, _, rest = ours.partition(".")
+        if part == "clip" and architecture is None:
+            return None
+        return generator_keys(rest) if part == "generator" else own_keys(ours)
+
+    may_lack = {str(authors_key("clip.model.logit_scale", system))}
+    may_lack |= {str(authors_key("no_object", system))} if system == "deop" else set()
+    said = f"{name}, which looks like {DECOUPLED_NAMES[system]},"
+    tensors = take_tensors(shapes_of(plan), source_of, used, said, optional=may_lack)
     model = build(clip)
-    model.generator.load_state_dict(tensors)
-    model.load_state_dict({key: value.to(torch.float32) for key, value in found.items()}, strict=False)
-    model.default_templates = _TEMPLATES.get(parts.system, model.default_templates)
-    return model.eval(), [*parts.unused, *unused, *dropped]
-
-
-def _clip_of(parts: CheckpointParts, clip: CLIP | None, *, name: str, **sizes: Any) -> tuple[CLIP, list[str]]:
-    """The CLIP of a checkpoint, and the keys of a second copy of it."""
-    if parts.adapter.clip:
-        found = clip_from_state(parts.adapter.clip, name=name, **sizes)
-    elif clip is not None:
-        found = clip
-    else:
-        raise LexisegError(
-            f"{name} has no CLIP in it, as {parts.system}'s training checkpoints have none; give the CLIP it was "
-            "trained with (OpenAI's ViT-B/16) beside it."
-        )
-    second = parts.region_adapter
-    if second is None:
-        return found, []
-    if not _same(parts.adapter, second):
-        raise LexisegError(
-            f"The two CLIPs in {name}, of the proposals and of the crops, are not the same; lexiseg keeps one for both."
-        )
-    return found, [f"_region_clip_adapter.clip_model.{key}" for key in second.clip]
-
-
-def _same(first: AdapterParts, second: AdapterParts) -> bool:
-    if first.clip.keys() != second.clip.keys():
-        return False
-    return all(torch.equal(value.float(), second.clip[key].float()) for key, value in first.clip.items())
+    model.load_state_dict({**model.state_dict(), **tensors})
+    model.default_templates = _TEMPLATES.get(system, model.default_templates)
+    return model.eval(), unused
 
 
 def decoupled_notes(system: System, model: DecoupledModel, seen_known: bool, transductive: bool) -> list[str]:

@@ -23,7 +23,7 @@ _POINTS = 4
 _LEVELS = 3
 # The third stage's blocks tell the depth.
 _BACKBONES = {23: "r101", 6: "r50"}
-_INTERACTION = HEAD + "interaction."
+INTERACTION = HEAD + "interaction."
 
 
 def infer_generator_options(
@@ -73,9 +73,9 @@ def infer_generator_options(
     encoder = _PIXEL + "transformer.encoder.layers."
     pairs = shape(f"{encoder}0.self_attn.attention_weights.weight")[0] // _LEVELS
     encoder_heads = encoder_heads or max(pairs // _POINTS, 1)
-    interaction = _INTERACTION + "gamma" in state
+    interaction = INTERACTION + "gamma" in state
     if interaction:
-        inner, text = shape(_INTERACTION + "attn.k_proj.weight")
+        inner, text = shape(INTERACTION + "attn.k_proj.weight")
         common |= {"interaction_dim": inner, "text_dim": text, "interaction_heads": interaction_heads or heads}
     ffn = _PREDICTOR + "transformer_ffn_layers."
     return Mask2FormerOptions(

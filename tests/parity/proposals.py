@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lexiseg.clip.load import shapes_of
 from lexiseg.losses.proposals import (
     MaskTargets,
     ProposalWeights,
@@ -21,8 +22,9 @@ from lexiseg.proposals.base import Proposals
 from lexiseg.proposals.mask2former import Mask2Former
 from lexiseg.proposals.maskformer import MaskFormer
 from lexiseg.proposals.options import Mask2FormerOptions, MaskFormerOptions
-from lexiseg.weights.detectron_checkpoint import generator_source, generator_tensors
+from lexiseg.weights.detectron_checkpoint import generator_source
 from lexiseg.weights.detectron_options import infer_generator_options
+from lexiseg.weights.filling import take_tensors
 from tests.parity.case import Case
 from tests.parity.clip_build import IdTokenizer, make_clip, toy_sizes, under
 from tests.parity.clip_texts import prompt_learner, x_dot
@@ -76,7 +78,7 @@ def maskformer(case: Case, heads: int, *, dropout: float | None = None) -> MaskF
     if dropout is not None:
         options = options.model_copy(update={"dropout": dropout})
     model = MaskFormer(options)
-    model.load_state_dict(generator_tensors(model, params, name=case.name))
+    model.load_state_dict(_tensors(model, params, case.name))
     body: Any = model.backbone.body
     for block, dilation in zip(body.layer4, case.config.get("res5_dilations", [1, 2, 4]), strict=True):
         block.conv2.dilation = block.conv2.padding = (dilation, dilation)
@@ -199,7 +201,7 @@ def _head_only(config: dict[str, Any], params: dict[str, Tensor]) -> Mask2Former
     assert isinstance(options, Mask2FormerOptions)
     model = Mask2Former(options.model_copy(update={"backbone": "tiny"}))
     model.backbone = nn.Module()
-    model.load_state_dict(generator_tensors(model, params))
+    model.load_state_dict(_tensors(model, params, "it"))
     return model.eval()
 
 
@@ -291,6 +293,11 @@ def _zsseg_step(
 
 def _padded(image: Tensor, size: tuple[int, ...], value: float) -> Tensor:
     return F.pad(image, (0, size[1] - image.shape[-1], 0, size[0] - image.shape[-2]), value=value)
+
+
+def _tensors(model: MaskFormer | Mask2Former, params: dict[str, Tensor], name: str) -> dict[str, Tensor]:
+    """A generator's tensors from the authors'."""
+    return take_tensors(shapes_of(model), generator_source(model), params, name)
 
 
 def generator_gradients(model: MaskFormer | Mask2Former) -> dict[str, Tensor]:

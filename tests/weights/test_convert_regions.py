@@ -12,7 +12,8 @@ from torch import Tensor
 from lexiseg.clip.model import save_clip
 from lexiseg.errors import LexisegError
 from lexiseg.weights import ConversionReport, convert, load_model
-from lexiseg.weights.detectron_checkpoint import recognise_detectron, split_checkpoint
+from lexiseg.weights.decoupled_checkpoints import read_parts
+from lexiseg.weights.detectron_checkpoint import recognise_detectron
 from tests.parity.case import load_case
 from tests.towers import small_clip
 from tests.weights.test_detectron_checkpoint import authors_state, make, on_meta
@@ -42,7 +43,7 @@ def test_a_file_without_its_interaction_is_damaged(system: str) -> None:
     state = {key: value for key, value in on_meta(system).items() if ".interaction." not in key}
     assert recognise_detectron(state) == system
     with pytest.raises(LexisegError, match=r"lacks sem_seg_head\.interaction\.\*"):
-        split_checkpoint(state)
+        read_parts(state)
 
 
 def test_a_file_without_a_query_decoder_is_not_recognised() -> None:

@@ -54,14 +54,14 @@ def test_a_small_checkpoint_becomes_a_folder(small: dict[str, Tensor], tmp_path:
 
 def test_what_does_not_fit_is_named(small: dict[str, Tensor]) -> None:
     without = {key: value for key, value in small.items() if key != "decoder.outlayer.norm1.weight"}
-    with pytest.raises(LexisegError, match=r"missing: anchors.heatmap.norm.weight"):
+    with pytest.raises(LexisegError, match=r"missing: decoder.outlayer.norm1.weight"):
         read_parts(without, heads=4, text_heads=4)
     with pytest.raises(LexisegError, match=r"left over: decoder.moon"):
         read_parts({**small, "decoder.moon": torch.ones(1)}, heads=4, text_heads=4)
-    with pytest.raises(LexisegError, match=r"tensors that DeOP does not have \(sun"):
+    with pytest.raises(LexisegError, match=r"looks like DeOP, does not fit; left over: sun"):
         read_parts({**small, "sun": torch.ones(1)}, heads=4, text_heads=4)
     wrong = {**small, "query_embedding.weight": torch.ones(100, 7)}
-    with pytest.raises(LexisegError, match=r"anchors.queries is \(100, 7\) instead of \(100, 48\)"):
+    with pytest.raises(LexisegError, match=r"query_embedding.weight is \(100, 7\) instead of \(100, 48\)"):
         read_parts(wrong, heads=4, text_heads=4)
 
 

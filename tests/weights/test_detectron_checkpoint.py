@@ -15,15 +15,10 @@ from lexiseg.clip.load import shapes_of
 from lexiseg.errors import LexisegError
 from lexiseg.proposals.base import ProposalGenerator
 from lexiseg.proposals.options import Mask2FormerOptions, MaskFormerOptions
-from lexiseg.weights.detectron_checkpoint import (
-    CheckpointParts,
-    generator_source,
-    generator_tensors,
-    recognise_detectron,
-    split_checkpoint,
-)
+from lexiseg.weights.decoupled_checkpoints import read_parts
+from lexiseg.weights.detectron_checkpoint import generator_source, recognise_detectron, used_tensors
 from lexiseg.weights.detectron_options import infer_generator_options
-from lexiseg.weights.filling import expected_shapes
+from lexiseg.weights.filling import expected_shapes, take_tensors
 from tests.proposals.test_proposals import MASKED, SMALL
 from tests.references import put_tensors
 
@@ -64,11 +59,21 @@ def on_meta(system: str) -> dict[str, Tensor]:
     return {key: torch.empty(shape, device="meta") for key, shape in layout(system).items()}
 
 
-def rebuild(parts: CheckpointParts, heads: int | None = None, name: str = "the checkpoint") -> ProposalGenerator:
+def of_generator(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A file's tensors of the generator, in the newest layout."""
+    used, _ = used_tensors(state, "zsseg", "the checkpoint")
+    apart = (".clip_model.", ".bg_feature", "predictor.logit_scale")
+    return {
+        k: v for k, v in used.items() if k.startswith(("backbone.", "sem_seg_head.")) and not any(a in k for a in apart)
+    }
+
+
+def rebuild(state: dict[str, Tensor], heads: int | None = None, name: str = "the checkpoint") -> ProposalGenerator:
     """The generator of a checkpoint, as the readers of whole models make it."""
-    options = infer_generator_options(parts.generator, heads=heads)
-    generator = options.build()
-    generator.load_state_dict(generator_tensors(generator, parts.generator, name=name))
+    tensors = of_generator(state)
+    generator = infer_generator_options(tensors, heads=heads).build()
+    source = generator_source(generator)
+    generator.load_state_dict(take_tensors(shapes_of(generator), source, tensors, f"The generator of {name}"))
     return generator
 
 
@@ -98,14 +103,12 @@ def test_published_layouts_fit(system: str) -> None:
     state = on_meta(system)
     assert len(state) == {"deop": 1020, "zsseg": 987, "zegformer": 969, "freeseg": 1167, "maft": 1465}[system]
     assert recognise_detectron(state) == system
-    parts = split_checkpoint(state)
-    assert parts.system == system
-    assert not parts.left_over
-    options = infer_generator_options(parts.generator)
+    tensors = of_generator(state)
+    options = infer_generator_options(tensors)
     with torch.device("meta"):
         generator = options.build()
     wanted = expected_shapes(shapes_of(generator), generator_source(generator))
-    assert wanted == {key: tuple(value.shape) for key, value in parts.generator.items()}
+    assert wanted == {key: tuple(value.shape) for key, value in tensors.items()}
     assert options.num_queries == 100 and options.embed_dim == 512 and options.hidden_dim == 256
     if system in ("freeseg", "maft"):
         expected: MaskFormerOptions | Mask2FormerOptions = Mask2FormerOptions(interaction_heads=8, encoder_heads=8)
@@ -118,41 +121,26 @@ def test_published_layouts_fit(system: str) -> None:
     assert options == expected.model_copy(update=usual)
 
 
-def test_parts_of_the_files() -> None:
-    deop = split_checkpoint(on_meta("deop"))
-    assert len(deop.adapter.tables) == 6 and len(deop.own) == 29
-    assert deop.adapter.prompt.keys() == {"prefix_prompt"} and deop.adapter.non_object is not None
-    assert len(deop.adapter.clip) == 302
-    zegformer = split_checkpoint(on_meta("zegformer"))
-    assert zegformer.own.keys() == {"bg_feature", "logit_scale"}
-    assert len(zegformer.adapter.clip) == 302 and zegformer.adapter.non_object is None
-    freeseg = split_checkpoint(on_meta("freeseg"))
-    assert freeseg.adapter.prompt.keys() == {"prefix_prompt", "task_prompt"}
-    maft = split_checkpoint(on_meta("maft"))
-    visual = {key for key in maft.adapter.clip if key.startswith("visual.")}
-    assert maft.image_tower.keys() == visual
-    assert sum(key.startswith("T.") for key in maft.unused) == len(visual)
-    without = {key: value for key, value in on_meta("zegformer").items() if ".clip_model." not in key}
-    assert split_checkpoint(without).adapter.clip == {}
-
-
 def test_a_second_adapter() -> None:
-    state = on_meta("zsseg")
-    second = {f"_region_{key}": value for key, value in state.items() if key.startswith("clip_adapter.")}
-    parts = split_checkpoint({**state, **second, "something.else": torch.zeros(1)})
-    assert parts.region_adapter is not None
-    assert parts.region_adapter.clip.keys() == parts.adapter.clip.keys()
-    assert parts.region_adapter.prompt.keys() == {"prefix_prompt"}
-    assert parts.left_over == ["something.else"]
-    assert "_region_clip_adapter.pixel_mean" in parts.unused
+    """Its prompts count, its CLIP must be the first one's."""
+    state = {key: torch.zeros(()).expand(shape) for key, shape in layout("zsseg").items()}
+    first = {key: value for key, value in state.items() if key.startswith("clip_adapter.")}
+    second = {f"_region_{key}": value for key, value in first.items()}
+    prompt = "clip_adapter.prompt_learner.prefix_prompt"
+    used, unused = used_tensors({**state, **second, f"_region_{prompt}": torch.ones(3, 4)}, "zsseg", "it")
+    assert used[prompt].shape == (3, 4) and prompt in unused and not any("_region" in key for key in used)
+    assert {f"_region_{key}" for key in first if ".clip_model." in key or ".pixel_mean" in key} <= set(unused)
+    other = "_region_clip_adapter.clip_model.ln_final.bias"
+    with pytest.raises(LexisegError, match=r"The two CLIPs in it, .* are not the same"):
+        used_tensors({**state, **second, other: torch.ones(512)}, "zsseg", "it")
 
 
 def test_other_files_are_not_recognised() -> None:
     assert recognise_detectron({"backbone.patch_embed.weight": torch.zeros(1)}) is None
     prompts = ("clip_adapter.prompt_learner.prefix_prompt", "clip_adapter.clip_model.ln_final.weight")
     assert recognise_detectron(dict.fromkeys(prompts, torch.zeros(1))) == "prompts"
-    with pytest.raises(LexisegError, match="not one of DeOP, ZSSeg, ZegFormer, FreeSeg or MAFT"):
-        split_checkpoint({"head.weight": torch.zeros(1)})
+    with pytest.raises(LexisegError, match="not a checkpoint of DeOP, ZSSeg, ZegFormer, FreeSeg or MAFT"):
+        read_parts({"head.weight": torch.zeros(1)})
 
 
 @pytest.mark.parametrize(
@@ -177,7 +165,7 @@ def test_round_trip(kind: str, changes: dict[str, Any]) -> None:
     assert {key: value for key, value in options.model_dump().items() if key not in unseen} == {
         key: value for key, value in expected.items() if key not in unseen
     }
-    found = generator_tensors(generator, state)
+    found = take_tensors(shapes_of(generator), generator_source(generator), state, "it")
     assert all(torch.equal(found[name], tensor) for name, tensor in generator.state_dict().items())
 
 
@@ -189,7 +177,7 @@ def test_older_layouts() -> None:
     doubled = {key.replace(pixel, pixel + "pixel_decoder."): value for key, value in state.items()}
     assert old.keys() != state.keys() != doubled.keys()
     for variant in (state, old, doubled):
-        rebuilt = rebuild(split_checkpoint(variant), heads=2)
+        rebuilt = rebuild(variant, heads=2)
         ours = generator.state_dict()
         assert all(torch.equal(tensor, ours[name]) for name, tensor in rebuilt.state_dict().items())
 
@@ -199,22 +187,22 @@ def test_what_does_not_fit_is_listed() -> None:
     layer = "sem_seg_head.predictor.transformer.decoder.layers.1."
     missing = {key: value for key, value in state.items() if key != layer + "norm2.bias"}
     with pytest.raises(LexisegError, match=r"of 'x.pth' does not fit; missing: .*layers\.1\.norm2\.bias"):
-        rebuild(split_checkpoint(missing), heads=2, name="'x.pth'")
+        rebuild(missing, heads=2, name="'x.pth'")
     extra = {**state, "sem_seg_head.predictor.second_opinion": torch.zeros(1)}
     with pytest.raises(LexisegError, match=r"left over: sem_seg_head\.predictor\.second_opinion"):
-        rebuild(split_checkpoint(extra), heads=2)
+        rebuild(extra, heads=2)
     wrong = {**state, layer + "self_attn.in_proj_weight": torch.zeros(45, 16)}
     with pytest.raises(LexisegError, match=r"in_proj_weight is \(45, 16\) instead of \(48, 16\)"):
-        rebuild(split_checkpoint(wrong), heads=2)
+        rebuild(wrong, heads=2)
     for key, sentence in (
         ("backbone.res2.0.conv1.weight", "lacks backbone.res2.0.conv1.weight"),
         ("backbone.res4.5.conv1.weight", "missing: backbone.res4.5.conv1.weight"),
     ):
         with pytest.raises(LexisegError, match=sentence):
-            rebuild(split_checkpoint({k: v for k, v in state.items() if k != key}), heads=2)
+            rebuild({k: v for k, v in state.items() if k != key}, heads=2)
     shallow = {key: value for key, value in state.items() if not key.startswith("backbone.res4.5.")}
     with pytest.raises(LexisegError, match="5 blocks in res4"):
-        rebuild(split_checkpoint(shallow), heads=2)
+        rebuild(shallow, heads=2)
 
 
 @pytest.mark.slow
@@ -224,8 +212,6 @@ def test_full_size_round_trip(system: str) -> None:
     for key, shape in layout(system).items():
         real = key.startswith(("backbone.", "sem_seg_head.")) and ".clip_model." not in key
         state[key] = torch.randn(shape) if real else torch.zeros(()).expand(shape)
-    generator = rebuild(split_checkpoint(state))
-    there = authors_state(generator)
-    parts = split_checkpoint(state)
-    assert there.keys() == parts.generator.keys()
-    assert all(torch.equal(there[key], tensor) for key, tensor in parts.generator.items())
+    there, tensors = authors_state(rebuild(state)), of_generator(state)
+    assert there.keys() == tensors.keys()
+    assert all(torch.equal(there[key], tensor) for key, tensor in tensors.items())

@@ -14,12 +14,6 @@ from lexiseg.clip.tower import ImageTower, patch_grid
 from lexiseg.errors import LexisegError
 
 
-def _resize_table(table: Tensor, source: Grid, grid: Grid, interpolation: Interpolation, by_count: bool) -> Tensor:
-    """Resize the positions of patches (h0 * w0, W) alone: (h * w, W)."""
-    with_row = torch.cat([table.new_zeros(1, table.shape[1]), table])
-    return resize_positions(with_row, grid, source, interpolation, by_count=by_count)[1:]
-
-
 class OpenCLIPTower(PatchTower):
     """open_clip's plain vision transformer; a patch meets text as the class token does, by the norm and projection."""
 
@@ -87,13 +81,12 @@ class TimmTower(PatchTower):
         prefix = [
             part.expand(images.shape[0], -1, -1) for part in (trunk.cls_token, trunk.reg_token) if part is not None
         ]
-        table = trunk.pos_embed[0]
-        num_rows = 0 if trunk.no_embed_class else self.num_prefix
-        source = tuple(trunk.patch_embed.grid_size)
-        resized = _resize_table(table[num_rows:], source, grid, interpolation or self.positions, by_count)
-        tokens = torch.cat([*prefix, patches + resized.to(patches.dtype)], dim=1)
-        if num_rows:
-            tokens = torch.cat([tokens[:, :num_rows] + table[:num_rows], tokens[:, num_rows:]], dim=1)
+        rows, source = 0 if trunk.no_embed_class else self.num_prefix, tuple(trunk.patch_embed.grid_size)
+        kind = interpolation or self.positions
+        table = resize_positions(trunk.pos_embed[0], grid, source, kind, by_count=by_count, num_prefix=rows)
+        tokens = torch.cat([*prefix, patches + table[rows:].to(patches.dtype)], dim=1)
+        if rows:
+            tokens = torch.cat([tokens[:, :rows] + table[:rows], tokens[:, rows:]], dim=1)
         return trunk.norm_pre(tokens), grid
 
     def project(self, tokens: Tensor) -> Tensor:
@@ -155,10 +148,9 @@ class TransformersTower(PatchTower):
         else:
             patches = self._patches(images, embeddings.patch_embedding)
             table, prefix = embeddings.position_embedding.weight, getattr(embeddings, "class_embedding", None)
-        num_rows = int(prefix is not None)
-        side = round((len(table) - num_rows) ** 0.5)
-        resized = _resize_table(table[num_rows:], (side, side), grid, kind, by_count).to(patches.dtype)
-        parts = [patches + resized]
+        rows = int(prefix is not None)
+        table = resize_positions(table, grid, None, kind, by_count=by_count, num_prefix=rows)
+        parts = [patches + table[rows:].to(patches.dtype)]
         if prefix is not None:
             parts.insert(0, (prefix.reshape(1, 1, -1) + table[:1]).expand(images.shape[0], -1, -1).to(patches.dtype))
         if self.is_tips:

@@ -25,6 +25,7 @@ def resize_positions(
     interpolation: Interpolation = "bilinear",
     *,
     by_count: bool = False,
+    num_prefix: int = 1,
 ) -> Tensor:
     """Resize a position table (1 + h0 * w0, W) to another patch grid (h, w); row 0, the class token's, is copied.
 
@@ -38,19 +39,20 @@ def resize_positions(
             ResCLIP do, sampling with the scale (h + 0.1) / h0; "bilinear-antialias" is TIPSv2's and SigLIP 2's.
         by_count: take the table as it is whenever it has 1 + h * w rows, whatever its grid, as DeOP's released code
             does.
+        num_prefix: rows in front of the patches', such as those of registers, all of which are copied.
     """
-    rows = table.shape[0] - 1
+    rows = table.shape[0] - num_prefix
     if source is None:
         side = round(rows**0.5)
         source = (side, side)
     if source[0] * source[1] != rows:
         raise LexisegError(
-            f"A position table of {table.shape[0]} rows is not 1 + {source[0]} x {source[1]}; "
+            f"A position table of {table.shape[0]} rows is not {num_prefix} + {source[0]} x {source[1]}; "
             "check the image size and the patch size of the tower."
         )
     if source == grid or (by_count and source[0] * source[1] == grid[0] * grid[1]):
         return table
-    patches = table[1:].reshape(1, source[0], source[1], -1).permute(0, 3, 1, 2)
+    patches = table[num_prefix:].reshape(1, source[0], source[1], -1).permute(0, 3, 1, 2)
     mode, _, variant = interpolation.partition("-")
     if variant == "offset" and torch.compiler.is_compiling():
         down, across = (matrix.to(patches.device) for matrix in bicubic(grid, source))
@@ -62,7 +64,7 @@ def resize_positions(
         corners, antialias = variant == "corners", variant == "antialias"
         patches = F.interpolate(patches.float(), size=grid, mode=mode, align_corners=corners, antialias=antialias)
     patches = patches.permute(0, 2, 3, 1).reshape(grid[0] * grid[1], -1).to(table.dtype)
-    return torch.cat([table[:1], patches])
+    return torch.cat([table[:num_prefix], patches])
 
 
 def bicubic(grid: tuple[int, int], source: tuple[int, int]) -> tuple[Tensor, Tensor]:

@@ -138,19 +138,14 @@ def prefetch(make: Callable[[int], Any], indices: Sequence[int], *, workers: int
     if workers and "fork" not in multiprocessing.get_all_start_methods():
         _log.warning("This system cannot fork, so batches are prepared without background processes.")
         workers = 0
-    if not workers:
-        for index in indices:
-            yield make(index)
-        return
     loader = DataLoader(
         _Batches(make),
         sampler=indices,
         batch_size=None,
         num_workers=workers,
-        prefetch_factor=2,
         collate_fn=lambda batch: batch,
         worker_init_fn=_deaf,
-        multiprocessing_context="fork",
+        multiprocessing_context="fork" if workers else None,
         # Its own generator: the loader's default would draw from the global one and so change the dropout.
         generator=torch.Generator(),
     )

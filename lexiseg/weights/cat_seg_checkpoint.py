@@ -9,9 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from lexiseg.clip.model import build_clip
-from lexiseg.errors import LexisegError
 from lexiseg.models.cat_seg import CATSeg, CATSegOptions
-from lexiseg.weights.clip_state import count_blocks, infer_vit_architecture, missing_shape_keys, shape_of
+from lexiseg.weights.clip_state import count_blocks, infer_vit_architecture, require, shape_of
 from lexiseg.weights.filling import filled, key_map
 
 CLIP_PREFIX = "sem_seg_head.predictor.clip_model."
@@ -52,9 +51,7 @@ def infer_options(state: Mapping[str, Tensor], name: str = "the checkpoint") -> 
 
     Raises LexisegError if tensors are missing whose shapes are needed; all are listed.
     """
-    missing = [key for key in _SHAPES if key not in state]
-    if missing:
-        raise LexisegError(f"{name} looks like CAT-Seg but lacks {', '.join(missing)}; take a complete file.")
+    require(state, _SHAPES, f"{name} looks like CAT-Seg but")
     shape = {key.removeprefix(AGGREGATOR): shape_of(state, key, 2 if "text_g" in key else 4, name) for key in _SHAPES}
     masks = [key for key in state if _MASK.fullmatch(key)]
     options: dict[str, Any] = {
@@ -85,8 +82,6 @@ def read_cat_seg(
     computation and were left out. Raises LexisegError if tensors are missing, left over or of another shape; all of
     them are listed.
     """
-    if lacking := missing_shape_keys(state, _CLIP):
-        raise LexisegError(f"{name} looks like CAT-Seg but lacks {', '.join(lacking)}; take a complete file.")
     architecture = infer_vit_architecture(state, _CLIP, name=name, **heads)
     patch = architecture["model_cfg"]["vision_cfg"]["patch_size"]
     found = {**_RELEASED, "resolution": _GRID * patch, **infer_options(state, name), **(options or {})}

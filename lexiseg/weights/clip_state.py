@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -16,8 +16,6 @@ from lexiseg.words import printable, shorten
 
 _HEAD_WIDTH = 64
 _MOST_BLOCKS = 400
-_SCALE = "logit_scale"
-_OURS = key_map()  # OpenAI's and open_clip's own files, whose names are ours
 # The tensors whose shapes tell the architecture, with their number of dimensions.
 _SHAPE_KEYS = {
     "visual.conv1.weight": 4,
@@ -63,15 +61,20 @@ def shape_of(state: Mapping[str, Tensor], key: str, dimensions: int, what: str =
     return shape
 
 
-def missing_shape_keys(state: Mapping[str, Any], source_of: SourceOf = _OURS) -> list[str]:
-    """The tensors, by the file's keys, without which `infer_vit_architecture` cannot do and ``state`` is."""
-    sources = (source_of(key) for key in _SHAPE_KEYS)
-    return [source.keys[0] for source in sources if source is not None and source.keys[0] not in state]
+def require(state: Mapping[str, Any], keys: Iterable[str], what: str) -> None:
+    """Raise LexisegError if a file lacks any of these tensors, with all of them; ``what`` begins the sentence."""
+    if missing := [key for key in keys if key not in state]:
+        raise LexisegError(f"{what} lacks {', '.join(missing)}; take a complete file.")
+
+
+def shape_keys(source_of: SourceOf) -> list[str]:
+    """The tensors, by the file's keys, without which `infer_vit_architecture` cannot do."""
+    return [source.keys[0] for key in _SHAPE_KEYS if (source := source_of(key)) is not None]
 
 
 def infer_vit_architecture(
     state: Mapping[str, Tensor],
-    source_of: SourceOf = _OURS,
+    source_of: SourceOf,
     *,
     heads: int | None = None,
     text_heads: int | None = None,
@@ -86,8 +89,7 @@ def infer_vit_architecture(
     Returns what `lexiseg.clip.model.build_clip` takes. Raises LexisegError if tensors that are needed are missing (all
     are listed) or of no sensible shape.
     """
-    if missing := missing_shape_keys(state, source_of):
-        raise LexisegError(f"The CLIP in {name} lacks {', '.join(missing)}; take a complete file, with both towers.")
+    require(state, shape_keys(source_of), f"The CLIP in {name}")
     sizes: dict[str, tuple[int, ...]] = {}
     layers: dict[str, int] = {}
     for ours, dimensions in _SHAPE_KEYS.items():
@@ -138,42 +140,20 @@ def infer_vit_architecture(
 
 
 def clip_from_state(
-    state: Mapping[str, Tensor],
-    source_of: SourceOf = _OURS,
-    *,
-    architecture: dict[str, Any] | None = None,
-    optional: Collection[str] = (_SCALE,),
-    quick_gelu: bool | None = None,
-    tokenizer: Any = None,
-    name: str = "the checkpoint",
-    **sizes: Any,
+    state: Mapping[str, Tensor], source_of: SourceOf, architecture: dict[str, Any], name: str = "the checkpoint"
 ) -> CLIP:
-    """Build a CLIP with a vision transformer from its tensors alone, in float32.
+    """Build a CLIP from its tensors, in float32; only ``logit_scale`` may be missing, which nothing converted uses.
 
-    Args:
-        state: the file's tensors of it, no others.
-        source_of: see `infer_vit_architecture`.
-        architecture: what is known of it; None infers it.
-        optional: keys that may be missing; nothing that is converted uses ``logit_scale``.
-        quick_gelu: replaces what the architecture says; None leaves it.
-        tokenizer: see `lexiseg.clip.model.build_clip`.
-        name: how errors call the file.
-        sizes: ``heads`` and ``text_heads`` of `infer_vit_architecture`.
-
-    Raises LexisegError if tensors are missing, left over, of another shape or not finite.
+    ``state``: the file's tensors of it, no others. ``architecture``: see `infer_vit_architecture`. Raises LexisegError
+    if tensors are missing, left over, of another shape or not finite.
     """
-    if architecture is None:
-        architecture = infer_vit_architecture(state, source_of, name=name, **sizes)
-    if quick_gelu is not None:
-        architecture["model_cfg"]["quick_gelu"] = quick_gelu
-    known = architecture
     said = f"The CLIP in {name}"
 
     def build() -> CLIP:
-        return build_clip(known, name="clip", tokenizer=tokenizer)
+        return build_clip(architecture, name="clip")
 
     shapes = shapes_of(sketch(build, len(state), said).model)
-    found = take_tensors(shapes, source_of, state, said, optional=optional)
+    found = take_tensors(shapes, source_of, state, said, optional=("logit_scale",))
     clip = build()
     clip.model.load_state_dict({**clip.model.state_dict(), **found})
     return clip

@@ -216,9 +216,11 @@ def _convert_clip(
     if theirs:
         architecture, source_of = transformers_architecture(state, found.config, what), transformers_source
     else:
-        architecture, source_of = infer_vit_architecture(state, **sizes, quick_gelu=openai, name=what), key_map()
-    clip = clip_from_state(state, source_of, architecture=architecture, quick_gelu=quick_gelu, name=what)
-    quick = clip.architecture["model_cfg"]["quick_gelu"]
+        source_of = key_map()  # OpenAI's and open_clip's names are ours
+        architecture = infer_vit_architecture(state, source_of, **sizes, quick_gelu=openai, name=what)
+    quick = architecture["model_cfg"]["quick_gelu"] if quick_gelu is None else quick_gelu
+    architecture["model_cfg"]["quick_gelu"] = quick
+    clip = clip_from_state(state, source_of, architecture, what)
     save_clip(clip, folder, dtype=dtype)
     said = "its config.json says" if theirs and found.config else "OpenAI files have" if quick else "most others have"
     note = f"Its activation is taken to be {'QuickGELU' if quick else 'GELU'}, as {said}."

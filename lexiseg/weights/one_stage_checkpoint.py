@@ -24,7 +24,7 @@ from lexiseg.models.spt_seg import SPTSeg
 from lexiseg.models.zegclip import ZegCLIP
 from lexiseg.normalisation import IMAGENET_MEAN, IMAGENET_STD
 from lexiseg.vocabulary import PAPER_TEMPLATES, SINGLE_TEMPLATE
-from lexiseg.weights.clip_state import count_blocks, infer_vit_architecture, missing_shape_keys, shape_of
+from lexiseg.weights.clip_state import count_blocks, infer_vit_architecture, require, shape_keys, shape_of
 from lexiseg.weights.filling import expected_shapes, filled, key_map
 
 NAMES = {"zegclip": "ZegCLIP", "cascade-clip": "Cascade-CLIP", "spt-seg": "SPT-SEG"}
@@ -67,27 +67,19 @@ def recognise(state: Mapping[str, Tensor]) -> str | None:
     return None
 
 
-def _check_shapes(state: Mapping[str, Tensor], system: str, name: str) -> None:
-    """Check that every tensor is there whose shape tells how the model is built; no other can be checked without it."""
-    wanted = ["decode_head.q_proj.weight"]
-    if system == "cascade-clip":
-        # The last group is one block and has no weights.
-        groups = count_blocks(state, "decode_head.q_projs.", name)
-        wanted = ["decode_head.q_projs.0.weight", *(f"decode_head.weights_s{index}" for index in range(1, groups))]
-    missing = [key for key in wanted if key not in state] + missing_shape_keys(state, _CLIP)
-    if missing:
-        raise LexisegError(f"{name} lacks {', '.join(missing)}; take a complete file with the text encoder in it.")
-
-
 def infer_options(state: Mapping[str, Tensor], system: str, name: str = "the checkpoint") -> dict[str, Any]:
     """Read a system's options off a checkpoint; what shapes cannot tell is as in the authors' configurations.
 
     Raises LexisegError if tensors are missing whose shapes are needed; all are listed.
     """
-    _check_shapes(state, system, name)
     cascade = system == "cascade-clip"
+    query = f"decode_head.{'q_projs.0' if cascade else 'q_proj'}.weight"
+    # The last group of blocks is one block and has no weights.
+    groups = count_blocks(state, "decode_head.q_projs.", name) - 1 if cascade else 0
+    weights = [f"decode_head.weights_s{index + 1}" for index in range(groups)]
+    require(state, [query, *weights, *shape_keys(_CLIP)], name)
     embed_dim = shape_of(state, "backbone.proj", 2, name)[1]
-    dim, inputs = shape_of(state, f"decode_head.{'q_projs.0' if cascade else 'q_proj'}.weight", 2, name)
+    dim, inputs = shape_of(state, query, 2, name)
     patch = shape_of(state, "backbone.conv1.weight", 4, name)[-1]
     side = math.isqrt(shape_of(state, "backbone.positional_embedding", 2, name)[0] - 1) * patch
     layers = f"decode_head.{'cascade_decoders.0' if cascade else 'decoder_1'}.layers."

@@ -15,7 +15,7 @@ from torch import Tensor
 from lexiseg.clip.load import count_parameters, shapes_of, sketch
 from lexiseg.errors import LexisegError
 from lexiseg.files import make_folder
-from lexiseg.weights.clip_state import count_blocks, shape_of
+from lexiseg.weights.clip_state import count_blocks, require, shape_of
 from lexiseg.weights.filling import key_map, take_tensors
 
 _BLOCKS = "image_encoder.blocks."
@@ -50,9 +50,7 @@ def infer_config(state: Mapping[str, Tensor], name: str = "the checkpoint") -> d
 
     Raises LexisegError if tensors are missing whose shapes are needed; all are listed.
     """
-    missing = [key for key in _SHAPE_KEYS if key not in state]
-    if missing:
-        raise LexisegError(f"The SAM in {name} lacks {', '.join(missing)}; take a file as its authors published it.")
+    require(state, _SHAPE_KEYS, f"The SAM in {name}")
 
     def shape(key: str, dimensions: int = 2) -> tuple[int, ...]:
         return shape_of(state, key, dimensions, f"The SAM in {name}")

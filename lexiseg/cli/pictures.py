@@ -51,8 +51,15 @@ def predict_pictures(
     """Segment pictures and print classes and files; ``vocabulary`` is the checked form of ``wanted``."""
     kinds = wanted.kinds
     record = Record(output) if len(paths) > 1 or resume or spread or "coco" in kinds else None
-    settings = {} if record is None else _settings(segmenter, vocabulary, wanted)
-    done, todo = _plan(paths, kinds, record, settings, resume, manifest=spread is not None)
+    before: dict[str, Entry] = {}
+    if record is not None:
+        settings = _settings(segmenter, vocabulary, wanted)
+        before = record.begin_run(settings, resume=resume, manifest=spread is not None)
+    stems = _stems(paths, {image: entry.stem for image, entry in before.items()})
+    done = {image: entry for image, entry in before.items() if set(kinds) <= set(entry.files)}
+    todo = [Picture(str(path), stems[path], str(path)) for path in paths if absolute(path) not in done]
+    if record is not None:
+        record.clean(picture.stem for picture in todo)
     start = time.perf_counter()
     entries: Iterable[Entry]
     if record is None:
@@ -72,8 +79,14 @@ def predict_pictures(
     broken = _follow(with_progress(entries, len(todo), "segmenting"), done, len(given), shown, record is not None)
     ordered = [done[image] for image in given if image in done]
     failed = sum(bool(entry.error) for entry in ordered) + len(given) - len(ordered)
-    stems = [picture.stem for picture in todo]
-    written = _finish(record, ordered, stems, vocabulary.names, kinds, spread is not None)
+    written = []
+    if record is not None:
+        if spread is not None:
+            record.clean(picture.stem for picture in todo)  # what workers left that were killed
+        if record.has_manifest:
+            written.append(record.write_manifest(ordered))
+        if "coco" in kinds and failed < len(given):
+            written.append(record.write_coco(vocabulary.names, ordered))
     if json:
         images = [_listed(entry, given[entry.image], output, vocabulary) for entry in ordered]
         say_json({"model": model, "seconds": round(time.perf_counter() - start, 3), "images": images})
@@ -117,44 +130,6 @@ def _follow(
         say_error(f"No result for {missing}; run again with --resume.")
         return True
     return False
-
-
-def _finish(
-    record: Record | None,
-    entries: Sequence[Entry],
-    stems: Iterable[str],
-    classes: Sequence[str],
-    kinds: Sequence[str],
-    on_cluster: bool,
-) -> list[Path]:
-    """Write the files that are written once per run, and return them."""
-    if record is None:
-        return []
-    if on_cluster:
-        record.clean(stems)  # what workers left that were killed
-    written = [record.write_manifest(entries)] if record.has_manifest else []
-    if "coco" in kinds and any(not entry.error for entry in entries):
-        written.append(record.write_coco(classes, entries))
-    return written
-
-
-def _plan(
-    paths: Sequence[Path],
-    kinds: Sequence[str],
-    record: Record | None,
-    settings: Mapping[str, Any],
-    resume: bool,
-    *,
-    manifest: bool,
-) -> tuple[dict[str, Entry], list[Picture]]:
-    """What an earlier run has done, by absolute path, and what there is to do; the record is begun."""
-    before = {} if record is None else record.begin_run(settings, resume=resume, manifest=manifest)
-    stems = _stems(paths, {image: entry.stem for image, entry in before.items()})
-    done = {image: entry for image, entry in before.items() if set(kinds) <= set(entry.files)}
-    todo = [Picture(str(path), stems[path], str(path)) for path in paths if absolute(path) not in done]
-    if record is not None:
-        record.clean(picture.stem for picture in todo)
-    return done, todo
 
 
 def _settings(segmenter: Predictor, vocabulary: Vocabulary, wanted: Wanted) -> dict[str, Any]:

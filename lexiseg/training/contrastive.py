@@ -133,17 +133,12 @@ class ContrastiveTask(Task):
         self.world = find_world(settings.scenes.world)
         self.clip = build_clip({"model_cfg": settings.model_cfg, "trained_on": self.world.name}, name="clip-emoji")
         if settings.initial is not None:
-            self._start_from(load_clip(settings.initial))
+            key, side = "visual.positional_embedding", self.clip.image_size // self.clip.patch_size
+            tensors = load_clip(settings.initial).model.state_dict()
+            self.clip.model.load_state_dict({**tensors, key: resize_positions(tensors[key], (side, side))})
         self.model = self.clip
         # One more than are in use, or the newest block would drop the one that this step asks for next.
         self._block = lru_cache(maxsize=settings.scenes.repeats * settings.scenes.lag + 1)(self._render_block)
-
-    def _start_from(self, other: CLIP) -> None:
-        key = "visual.positional_embedding"
-        tensors = other.model.state_dict()
-        side = self.clip.image_size // self.clip.patch_size
-        tensors[key] = resize_positions(tensors[key], (side, side))
-        self.clip.model.load_state_dict(tensors)
 
     def _render_block(self, number: int) -> list[Scene]:
         """Return the scenes first shown at step ``number``."""

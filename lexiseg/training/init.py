@@ -18,7 +18,6 @@ from lexiseg.proposals.base import ProposalGenerator
 from lexiseg.proposals.pretrained import IMAGENET, WEIGHT_FILES, seen_by, start_proposals
 from lexiseg.recipes import (
     ContrastiveRecipe,
-    Data,
     PictureWorldData,
     PromptRecipe,
     Recipe,
@@ -275,12 +274,7 @@ def _stage(recipe: SegmentationRecipe, key: str, kind: type[_Stage]) -> _Stage:
     if not isinstance(stage, kind):
         what = "does not train a segmentation system" if kind is SegmentationRecipe else "does not learn text prompts"
         raise LexisegError(f"'{key}' names '{name}', which {what}; name one that does.")
-    model = stage.model.model_copy(update={"clip": recipe.model.clip})
-    return stage.model_copy(update={"data": _same_pictures(stage.data, recipe.data), "model": model})
-
-
-def _same_pictures(stage: Data, data: Data) -> Data:
-    """The pictures of ``data``, augmented as ``stage`` says."""
-    if isinstance(stage, PictureWorldData) or isinstance(data, PictureWorldData):
-        return data
-    return data.model_copy(update={key: getattr(stage, key) for key in AUGMENTATION})
+    model, data = stage.model.model_copy(update={"clip": recipe.model.clip}), recipe.data
+    if not isinstance(stage.data, PictureWorldData) and not isinstance(data, PictureWorldData):
+        data = data.model_copy(update={key: getattr(stage.data, key) for key in AUGMENTATION})
+    return stage.model_copy(update={"data": data, "model": model})

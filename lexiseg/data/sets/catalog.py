@@ -8,7 +8,7 @@ The lists are YAML files beside this module, each with its source. Where a list 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib import resources
@@ -83,15 +83,12 @@ class DataSetInfo:
             )
         return replace(self, classes=classes)
 
-    def vocabulary(
-        self, *, unseen: str | None = None, synonyms: bool = False, names_of: str | None = None
-    ) -> Vocabulary:
-        """The classes with their seen and unseen flags.
+    def vocabulary(self, *, unseen: str | None = None, names_of: str | None = None) -> Vocabulary:
+        """The classes with their seen and unseen flags, without synonyms.
 
-        ``unseen``: which list of unseen classes; None takes the default, "none" flags no class at all. ``synonyms``:
-        whether to add the distribution's synonyms. One that belongs to two classes is left out, because it could not
-        say which of them it means. ``names_of``: a paper in :attr:`renamed`, whose names to use. Raises LexisegError if
-        the names are not known without the distribution's list, or there is no such unseen list or paper.
+        ``unseen``: which list of unseen classes; None takes the default, "none" flags no class at all. ``names_of``: a
+        paper in :attr:`renamed`, whose names to use. Raises LexisegError if the names are not known without the
+        distribution's list, or there is no such unseen list or paper.
         """
         if not self.classes:
             raise LexisegError(
@@ -102,45 +99,32 @@ class DataSetInfo:
             raise LexisegError(f"{self.name} has no names of '{names_of}'; there are: {known}.")
         renamed = self.renamed[names_of] if names_of else {}
         hidden = () if unseen == "none" else self.unseen_names(unseen)
-        split = bool(hidden)
-        words = _unshared({name: self.synonyms.get(name, ()) for name in self.classes}) if synonyms else {}
         return Vocabulary(
             tuple(
                 VocabularyClass(
                     renamed.get(name, name),
-                    words.get(name, ()),
-                    name not in hidden if split else None,
-                    self.palette[index] if self.palette else None,
+                    seen=name not in hidden if hidden else None,
+                    color=self.palette[index] if self.palette else None,
                 )
                 for index, name in enumerate(self.classes)
             )
         )
 
+    def further_words(self, names: Sequence[str]) -> dict[str, tuple[str, ...]]:
+        """The distribution's synonyms of each class, each word once, without those that two classes have.
 
-def split_names(vocabulary: Vocabulary) -> Vocabulary:
-    """Classes that are called by all their words ("building, edifice") with those words as synonyms.
-
-    The name stays whole, because many classes share their first word. A word that belongs to two classes is left out,
-    because it could not say which of them it means.
-    """
-    words = _unshared({name: tuple(name.split(", ")) if ", " in name else () for name in vocabulary.names})
-    return replace(
-        vocabulary,
-        classes=tuple(
-            replace(entry, synonyms=entry.synonyms or words.get(entry.name, ())) for entry in vocabulary.classes
-        ),
-    )
-
-
-def _unshared(words: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
-    """Further words by class, each word once, without those that two classes have."""
-    count = Counter(key for name, further in words.items() for key in {word_key(word) for word in (name, *further)})
-    found = {}
-    for name, further in words.items():
-        once = {word_key(word): word for word in reversed(further) if count[word_key(word)] == 1}
-        once.pop(word_key(name), None)
-        found[name] = tuple(reversed(once.values()))
-    return found
+        A class that is called by all its words ("building, edifice") has these as synonyms: its name stays whole,
+        because many classes share their first word. ``names``: of the classes, where :attr:`classes` has none.
+        """
+        names = self.classes or names
+        words = {name: self.synonyms.get(name) or (name.split(", ") if ", " in name else ()) for name in names}
+        count = Counter(key for name, further in words.items() for key in {word_key(word) for word in (name, *further)})
+        found = {}
+        for name, further in words.items():
+            once = {word_key(word): word for word in reversed(further) if count[word_key(word)] == 1}
+            once.pop(word_key(name), None)
+            found[name] = tuple(reversed(once.values()))
+        return found
 
 
 @cache

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from lexiseg.data.sets.ade20k import list_ade150, list_ade847
-from lexiseg.data.sets.catalog import NAMES, data_set, split_names
+from lexiseg.data.sets.catalog import NAMES, data_set
 from lexiseg.data.sets.cityscapes import list_cityscapes
 from lexiseg.data.sets.coco_stuff import list_coco
 from lexiseg.data.sets.context import list_context59, list_context459
@@ -102,15 +102,9 @@ def synonyms_of(name: str, vocabulary: Vocabulary, wanted: bool | None) -> Vocab
     if not wanted:
         return replace(vocabulary, classes=tuple(replace(entry, synonyms=()) for entry in vocabulary.classes))
     if name in NAMES:
-        info = data_set(name)
-        if info.classes:
-            known = {entry.name: entry.synonyms for entry in info.vocabulary(unseen="none", synonyms=True).classes}
-            vocabulary = replace(
-                vocabulary,
-                classes=tuple(replace(entry, synonyms=known.get(entry.name, ())) for entry in vocabulary.classes),
-            )
-        else:
-            vocabulary = split_names(vocabulary)
+        words = data_set(name).further_words(vocabulary.names)
+        classes = (replace(one, synonyms=one.synonyms or words.get(one.name, ())) for one in vocabulary.classes)
+        vocabulary = replace(vocabulary, classes=tuple(classes))
     if not any(entry.synonyms for entry in vocabulary.classes):
         raise LexisegError(f"{name} gives its classes no synonyms, so there are none to use; leave synonyms out.")
     return vocabulary

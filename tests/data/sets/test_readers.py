@@ -13,7 +13,7 @@ from PIL import Image
 
 from lexiseg.data.base import SegmentationDataset, unseen_ids
 from lexiseg.data.sets.catalog import NAMES, data_set, voc_color
-from lexiseg.data.sets.open import open_data_set, splits_of, with_background
+from lexiseg.data.sets.open import open_data_set, splits_of, synonyms_of, with_background
 from lexiseg.data.sets.verify import verify
 from lexiseg.errors import LexisegError
 from tests import miniatures
@@ -31,7 +31,7 @@ def test_catalog(name):
     assert not set(info.void) & set(info.id_map)
     if info.classes:
         assert len(info.classes) == info.num_classes
-        vocabulary = info.vocabulary(synonyms=True)
+        vocabulary = info.vocabulary()
         assert vocabulary.names == info.classes
         assert {vocabulary.names[index] for index in unseen_ids(vocabulary)} == set(info.unseen_names())
         assert info.vocabulary(unseen="none").classes[0].seen is None
@@ -60,7 +60,7 @@ def test_names_of_single_papers_and_colors():
     assert voc.vocabulary(names_of="maft").names[19] == "tv"
     assert voc.vocabulary().classes[0].color == voc_color(1) == (128, 0, 0)
     assert [voc_color(value) for value in (0, 15, 255)] == [(0, 0, 0), (192, 128, 128), (224, 224, 192)]
-    words = data_set("ade20k-150").vocabulary(synonyms=True).words
+    words = synonyms_of("ade20k-150", data_set("ade20k-150").vocabulary(), True).words
     assert len(set(words)) == len(words) and "someone" in words
     with pytest.raises(LexisegError, match="did you mean 'voc2012'"):
         data_set("voc2021")

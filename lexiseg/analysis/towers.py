@@ -23,13 +23,18 @@ class Blocks:
     grid: tuple[int, int]  # (h, w), the patches per side; N = h * w in rows
 
 
-def plain_blocks(model: SegmentationModel, images: Tensor) -> Blocks:
+def plain_blocks(model: SegmentationModel, images: Tensor, tower: ImageTower | None = None) -> Blocks:
     """Run the model's CLIP without anything that was learned beside it: no prompts, no severance.
 
-    ``model``: any system with a vision transformer. ``images``: (1, 3, H, W) normalised. Raises LexisegError if the
-    image tower is no vision transformer.
+    ``model``: any system with a vision transformer. ``images``: (1, 3, H, W) normalised. ``tower``: runs in place of
+    the CLIP's. Raises LexisegError if the image tower is no vision transformer.
     """
-    return _run_plain(model, model.clip.image_tower, images)
+    tower = tower or model.clip.image_tower
+    if isinstance(model, DecoupledModel):
+        pixels = pixels_of(images, model.mean, model.std)
+        images = normalise(pixels, model.clip.mean, model.clip.std)  # they come as the generator wants them
+    tokens, grid = tower.embed(model.fit_to_patches(images))
+    return _blocks(tower.run(tokens, grid, levels=range(tower.num_blocks)), tower)
 
 
 def system_blocks(model: SegmentationModel, images: Tensor) -> Blocks:
@@ -42,7 +47,7 @@ def system_blocks(model: SegmentationModel, images: Tensor) -> Blocks:
         tower = model.clip.image_tower
         return _blocks(model.run_tower(model.fit_to_patches(images), levels=range(tower.num_blocks)), tower)
     student = _student(model)
-    return plain_blocks(model, images) if student is None else _run_plain(model, ImageTower(student), images)
+    return plain_blocks(model, images, None if student is None else ImageTower(student))
 
 
 def learnt_in_tower(model: SegmentationModel) -> bool:
@@ -58,14 +63,6 @@ def has_own_clip(model: SegmentationModel) -> bool:
 
 def _student(model: SegmentationModel) -> nn.Module | None:
     return model.student if isinstance(model, RegionModel) else None
-
-
-def _run_plain(model: SegmentationModel, tower: ImageTower, images: Tensor) -> Blocks:
-    if isinstance(model, DecoupledModel):
-        pixels = pixels_of(images, model.mean, model.std)
-        images = normalise(pixels, model.clip.mean, model.clip.std)  # they come as the generator wants them
-    tokens, grid = tower.embed(model.fit_to_patches(images))
-    return _blocks(tower.run(tokens, grid, levels=range(tower.num_blocks)), tower)
 
 
 def _blocks(result: ImageTokens, tower: ImageTower) -> Blocks:

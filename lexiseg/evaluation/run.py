@@ -81,13 +81,8 @@ def run_evaluation(
         facts |= {"vocabulary_sha256": vocabulary.hash(), "window": asdict(window or segmenter.model.window)}
         facts |= {"templates": list(vocabulary.templates), "background": vocabulary.background.to_dict()}
         facts |= {"refine": segmenter.refinement.kind, "offsets": offsets, "ignore_index": ignore_index(num_classes)}
-        facts |= {
-            "batch_size": batch_size,
-            "seed": seed,
-            **(card or {}),
-            **_describe(segmenter),
-            "versions": versions(),
-        }
+        facts |= {"batch_size": batch_size, "seed": seed, **(card or {}), **_describe(segmenter)}
+        facts["versions"] = versions()
         # Whole batches are divided, not pictures, so that each is predicted exactly as in one process.
         batches = [indices[start : start + batch_size] for start in range(0, len(indices), batch_size)]
         identity = {**facts, "device": segmenter.device.type, "length": len(dataset)}

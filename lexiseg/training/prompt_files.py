@@ -18,7 +18,7 @@ PROMPTS_NAME = "prompts.safetensors"
 _CARD_NAME = "prompts.json"
 
 
-def save_prompts(learner: PromptLearner, folder: str | Path, card: Mapping[str, Any] | None = None) -> Path:
+def save_prompts(learner: PromptLearner, folder: str | Path, card: Mapping[str, Any]) -> Path:
     """Write prompts into ``folder/prompts.safetensors``, and how they were learned, ``card``, into ``prompts.json``.
 
     A folder that cannot be written is a `LexisegError`.
@@ -26,8 +26,7 @@ def save_prompts(learner: PromptLearner, folder: str | Path, card: Mapping[str, 
     path = make_folder(folder) / PROMPTS_NAME
     with atomic_write(path) as temporary:
         save_file({name: value.detach().cpu().contiguous() for name, value in learner.state_dict().items()}, temporary)
-    if card is not None:
-        write_json(path.with_name(_CARD_NAME), dict(card))
+    write_json(path.with_name(_CARD_NAME), dict(card))
     return path
 
 

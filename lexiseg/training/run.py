@@ -145,7 +145,11 @@ def build_task(recipe: Recipe) -> Task:
         return ContrastiveTask(recipe.model, recipe.train)
     dataset = recipe.data.open("train")
     if isinstance(recipe, PromptRecipe):
-        return _prompt_task(recipe, dataset)
+        said, train = recipe.model, recipe.train
+        clip = load_clip(said.clip)
+        learner = PromptLearner(clip.text_width, said.prefix, said.suffix, said.task)
+        how: dict[str, Any] = {"batch_size": train.batch_size, "seed": train.seed, "setting": recipe.setting}
+        return PromptTask(clip, learner, dataset, per_class=said.per_class, size=said.size, **how)
     model = build_model(recipe, dataset.vocabulary)
     trained = training_vocabulary(dataset.vocabulary, setting=recipe.setting)
     if recipe.train.class_weights is not None:
@@ -178,19 +182,4 @@ def build_task(recipe: Recipe) -> Task:
         unlabelled="ignored" if hidden else recipe.unlabelled,
         cache_dir=default_cache_folder(),
         teacher=teacher,
-    )
-
-
-def _prompt_task(recipe: PromptRecipe, dataset: SegmentationDataset) -> PromptTask:
-    said = recipe.model
-    clip = load_clip(said.clip)
-    return PromptTask(
-        clip,
-        PromptLearner(clip.text_width, said.prefix, said.suffix, said.task),
-        dataset,
-        batch_size=recipe.train.batch_size,
-        per_class=said.per_class,
-        size=said.size,
-        seed=recipe.train.seed,
-        setting=recipe.setting,
     )

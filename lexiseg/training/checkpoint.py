@@ -33,6 +33,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from lexiseg import processes
 from lexiseg.errors import LexisegError
 from lexiseg.files import atomic_write, make_folder, read_lines, write_text
 from lexiseg.progress import progress_bar
@@ -106,22 +107,20 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer,
     rng: Sequence[Mapping[str, Tensor]],
     settings: Mapping[str, Any],
-    keep: int = 2,
-    write: bool = True,
-) -> Path:
-    """Write the checkpoint of ``step``, remove all but the newest ``keep``, and return its folder in ``root``.
+    keep: int,
+) -> None:
+    """Write the checkpoint of ``step`` into ``root`` and remove all but the newest ``keep``.
 
-    The files are the same whether the model lies in one process or in parts in several. In the latter case every
-    process must call this, and one of them ``write``s. ``rng`` are the processes' :func:`capture_rng` in the order of
-    their ranks, ``settings`` JSON values that a continuation is compared with. A folder that cannot be written is a
-    `LexisegError`.
+    The files are the same whether the model lies in one process or in parts in several. Every process must call this;
+    the first one writes. ``rng`` are the processes' :func:`capture_rng` in the order of their ranks, ``settings`` JSON
+    values that a continuation is compared with. A folder that cannot be written is a `LexisegError`.
     """
     tensors, options = model_state(model, full=True), StateDictOptions(full_state_dict=True, cpu_offload=True)
     states: Any = get_optimizer_state_dict(model, optimizer, options=options).get("state", {})
     moments = {f"{name}/{key}": value for name, values in states.items() for key, value in values.items()}
     folder = root / f"{STEP}{step:08d}"
-    if not write:
-        return folder
+    if not processes.is_main():
+        return
     make_folder(root)
     for leftover in root.glob(f"{_TEMPORARY}*"):
         shutil.rmtree(leftover, ignore_errors=True)
@@ -147,7 +146,6 @@ def save_checkpoint(
         shutil.rmtree(temporary, ignore_errors=True)
     for old in find_checkpoints(root)[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
-    return folder
 
 
 def load_checkpoint(folder: Path, *, model: nn.Module, optimizer: torch.optim.Optimizer, rank: int = 0) -> int:

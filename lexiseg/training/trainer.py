@@ -31,8 +31,7 @@ from lexiseg.files import make_folder, write_text
 from lexiseg.journal import changed, flat
 from lexiseg.recipes import TrainSettings
 from lexiseg.recipes.schema import Multiplier
-from lexiseg.training.checkpoint import Best, RunLog, capture_rng, load_checkpoint, restore_rng
-from lexiseg.training.checkpoint import save_checkpoint as write_checkpoint
+from lexiseg.training.checkpoint import Best, RunLog, capture_rng, load_checkpoint, restore_rng, save_checkpoint
 from lexiseg.training.engine import Engine, Task, prefetch, watched_workers
 from lexiseg.weights.runs import BASE, find_checkpoints, read_state
 
@@ -171,7 +170,9 @@ class Trainer:
         """
         settings, task = self.settings, self.task
         end = settings.steps if until is None else until
-        newest = self._newest()
+        found = find_checkpoints(self.checkpoint_dir)
+        name = processes.gather(found[-1].name if found else None)[0]  # what the first process sees
+        newest = None if name is None else self.checkpoint_dir / name
         with processes.together():
             if not 1 <= end <= settings.steps:
                 raise LexisegError(
@@ -238,7 +239,17 @@ class Trainer:
             else:
                 stop = False
             if done % settings.checkpoint_every == 0 or last or stop:
-                self.save_checkpoint(done)
+                rng = processes.gather(capture_rng())
+                with processes.together():
+                    save_checkpoint(
+                        self.checkpoint_dir,
+                        step=done,
+                        model=task.model,
+                        optimizer=self.optimizer,
+                        rng=rng,
+                        settings=self._identity(),
+                        keep=settings.keep_checkpoints,
+                    )
             if stop:
                 _log.warning("Stopped at step %d: %s", done, best)
                 return done
@@ -248,21 +259,6 @@ class Trainer:
         found = find_checkpoints(self.checkpoint_dir)
         kept = f"the newest checkpoint is '{found[-1]}'" if found else "there is no checkpoint yet"
         return f"Stopped after step {step} of {end}; {kept}, and the same command with --resume continues."
-
-    def save_checkpoint(self, step: int) -> None:
-        """Write the checkpoint of ``step`` finished steps and remove old ones."""
-        rng = processes.gather(capture_rng())
-        with processes.together():
-            write_checkpoint(
-                self.checkpoint_dir,
-                step=step,
-                model=self.task.model,
-                optimizer=self.optimizer,
-                rng=rng,
-                settings=self._identity(),
-                keep=self.settings.keep_checkpoints,
-                write=processes.is_main(),
-            )
 
     def _check(self, groups: list[dict[str, Any]]) -> None:
         if not groups:
@@ -288,12 +284,6 @@ class Trainer:
 
     def _identity(self) -> dict[str, Any]:
         return flat({**self.identity, **identity_of(self.settings), "processes": processes.count()})
-
-    def _newest(self) -> Path | None:
-        """The newest checkpoint that the first process sees."""
-        found = find_checkpoints(self.checkpoint_dir)
-        name = processes.gather(found[-1].name if found else None)[0]
-        return None if name is None else self.checkpoint_dir / name
 
     def _start(self, resume: bool, newest: Path | None) -> int:
         make_folder(self.run_dir)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,12 +58,17 @@ def prepare(
     if not root.is_dir():
         raise LexisegError(f"The folder '{root}' does not exist; put the archives of {name} into it first.")
     steps = [*_unpack_all(name, root, say)]
+    lists: dict[Path, list[str]] = {}
     if name == "voc2012":
-        steps += _voc_lists(root)
+        lists = _voc_lists(root)
     elif name == OWN:
-        steps += _own_lists(root)
+        lists = _own_lists(root)
     elif name.startswith("pascal-context"):
-        steps += _context_lists(name, root)
+        lists = _context_lists(name, root)
+    for path, names in lists.items():
+        make_folder(path.parent)
+        write_bytes(path, _listed(names))
+        steps.append(Step(f"listed {counted(len(names), 'picture')}", str(path)))
     _check(name, root, classes, steps, say)
     return steps
 
@@ -106,60 +112,43 @@ def _unpack_all(name: str, root: Path, say: Callable[[str], None]) -> list[Step]
     return steps
 
 
-def _voc_lists(root: Path) -> list[Step]:
+def _voc_lists(root: Path) -> dict[Path, list[str]]:
     home = first_folder((root / "VOCdevkit" / "VOC2012", root / "VOC2012", root))
-    if home is None or not voc_list(home, "train").is_file():
-        return []
-    path = voc_list(home, "aug")
-    if path.is_file():
-        return []
+    if home is None or not voc_list(home, "train").is_file() or voc_list(home, "aug").is_file():
+        return {}
     names, findings = aug_names(home, find_sbd(root, home))
-    if findings or not names:
-        return []
-    write_bytes(path, _listed(names))
-    return [Step(f"listed {counted(len(names), 'augmented picture')}", str(path))]
+    return {voc_list(home, "aug"): names} if names and not findings else {}
 
 
-def _context_lists(name: str, root: Path) -> list[Step]:
+def _context_lists(name: str, root: Path) -> dict[Path, list[str]]:
     """Lists of the pictures that Context annotates, out of those of VOC 2010's detection task."""
     home = first_folder((root / "VOCdevkit" / "VOC2010", root / "VOC2010", root))
-    steps: list[Step] = []
+    lists: dict[Path, list[str]] = {}
     if home is None:
-        return steps
+        return lists
     for split in ("train", "val"):
         path = home / "ImageSets" / "SegmentationContext" / f"{split}.txt"
-        if path.is_file() or not (home / "ImageSets" / "Main" / f"{split}.txt").is_file():
-            continue
-        try:
-            names = [item.name for item in list_split(name, root, split).items]
-        except LexisegError:
-            continue  # labels or names are not there yet; verify says which
-        if names:
-            make_folder(path.parent)
-            write_bytes(path, _listed(names))
-            steps.append(Step(f"listed {counted(len(names), 'picture')}", str(path)))
-    return steps
+        if not path.is_file() and (home / "ImageSets" / "Main" / f"{split}.txt").is_file():
+            with suppress(LexisegError):  # labels or names are not there yet; verify says which
+                lists[path] = [item.name for item in list_split(name, root, split).items]
+    return {path: names for path, names in lists.items() if names}
 
 
-def _own_lists(root: Path) -> list[Step]:
+def _own_lists(root: Path) -> dict[Path, list[str]]:
     """train.txt and val.txt for a folder without splits: what the reader would take without them, said explicitly."""
     if any(name.endswith(".json") for name in (*entries(root), *entries(root / "annotations"))):
-        return []
+        return {}
     images = child(root, IMAGE_FOLDERS)
     if images is None or any(part_of(folder, "val") is not None for folder in (root, images)):
-        return []
+        return {}
     names = list(by_stem(images, IMAGE_SUFFIXES))
     if any(len(name.splitlines()) != 1 or name != name.strip() or name.startswith("#") for name in names):
-        return []  # a list has a name a line, or a comment, and the rule takes every name there is
+        return {}  # a list has a name a line, or a comment, and the rule takes every name there is
     lists = {split: every_fifth(names, split) for split in ("train", "val")}
     written = {split: path for split in lists if (path := own_list(root, split)) is not None}
     if not names or any(path.read_bytes() != _listed(lists[split]) for split, path in written.items()):
-        return []  # the lists that are there are somebody's own
-    return [
-        Step(f"listed {counted(len(names), 'picture')}", str(write_bytes(root / f"{split}.txt", _listed(names))))
-        for split, names in lists.items()
-        if split not in written
-    ]
+        return {}  # the lists that are there are somebody's own
+    return {root / f"{split}.txt": names for split, names in lists.items() if split not in written}
 
 
 def _listed(names: Iterable[str]) -> bytes:

@@ -1,7 +1,7 @@
 """Models from the checkpoints of the decoupled systems' authors: ZSSeg, ZegFormer, FreeSeg, MAFT and DeOP.
 
-What a file is is found in `lexiseg.weights.detectron_checkpoint`. What no shape tells, the
-sizes of pictures and how scores are joined, is taken as the authors' released code has it.
+Which of them a file is of, `lexiseg.weights.detectron_checkpoint` finds out. What no shape tells, the sizes of pictures
+and how scores are joined, is taken as the authors' released code has it.
 """
 
 from __future__ import annotations
@@ -46,8 +46,7 @@ DECOUPLED_NAMES = {
 # The side that the released configurations for COCO-Stuff resize pictures' shorter side to.
 _SHORT_SIDE = 640
 _TEMPLATES = {"zsseg": SCULPTURE, "zegformer": IN_THE_SCENE, "freeseg": VILD_14, "maft": VILD_14}
-
-_HEADS = 8
+_HEADS = 8  # of DeOP's heatmap decoder
 
 
 def infer_anchor_options(own: Mapping[str, Tensor]) -> dict[str, Any]:

@@ -89,12 +89,13 @@ def used_tensors(state: Mapping[str, Tensor], system: System, name: str) -> tupl
     Some of ZSSeg's files hold a second adapter, which classifies the crops: its prompts take the place of the first
     one's. Raises LexisegError if its CLIP is another one; ``name`` says whose.
     """
-    unused = [key for key in state if _UNUSED.fullmatch(newest_key(key))]
-    used = {newest_key(key): tensor for key, tensor in state.items() if key not in set(unused)}
+    keys = {key: newest_key(key) for key in state}
+    used = {newest: state[key] for key, newest in keys.items() if not _UNUSED.fullmatch(newest)}
+    unused = [key for key, newest in keys.items() if _UNUSED.fullmatch(newest)]
     second = {key: used.pop(key) for key in [*used] if key.startswith(SECOND_ADAPTER) and system != "deop"}
-    if second:
-        unused += [key for key in used if key.startswith(_ADAPTER + "prompt_learner.")]
-        used = {key: tensor for key, tensor in used.items() if key not in set(unused)}
+    for key in [key for key in used if second and key.startswith(_ADAPTER + "prompt_learner.")]:
+        del used[key]
+        unused.append(key)
     for key, tensor in second.items():
         first = key.replace(SECOND_ADAPTER, _ADAPTER)
         if ".clip_model." in key and (first not in used or not torch.equal(tensor.float(), used[first].float())):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -62,17 +62,21 @@ def multiplies_bf16() -> bool:
     return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
 
 
-def compiled(model: nn.Module) -> Callable[..., Any]:
+class Compiled:
     """A segmentation model, compiled once for any number of windows, and of words from two on."""
-    run = torch.compile(model)
 
-    def forward(images: Tensor, text: Tensor, **words: Tensor | None) -> Any:
+    def __init__(self, model: nn.Module) -> None:
+        self._model, self._run = model, torch.compile(model)
+
+    def __call__(self, images: Tensor, text: Tensor, **words: Tensor | None) -> Any:
+        """The model's scores."""
         for tensor in (images, text, *words.values()):
             if tensor is not None and len(tensor) > 1:
                 torch._dynamo.maybe_mark_dynamic(tensor, 0)
-        return run(images, text, **words)
+        return self._run(images, text, **words)
 
-    return forward
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Compiled, (self._model,)  # a copy compiles its own
 
 
 def use_threads(count: int) -> None:
@@ -102,6 +106,9 @@ class EvaluationMode:
     def __init__(self, model: torch.nn.Module, dtype: torch.dtype | None) -> None:
         self._model, self._dtype = model, torch.float32 if dtype is None else dtype
         self._evaluating = SharedContext(self._evaluation)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return EvaluationMode, (self._model, self._dtype)  # nobody is inside a copy
 
     @contextmanager
     def _evaluation(self) -> Iterator[None]:

@@ -45,8 +45,17 @@ class Words:
     seen_words: Any
 
 
+class _Held(threading.local):
+    """One picture a thread."""
+
+    picture: HeldPicture | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Held, ()  # a copy holds none
+
+
 class Predictor(ABC):
-    """What `lexiseg.load` gives: a model that segments pictures by words. Threads may share it.
+    """What `lexiseg.load` gives: a model that segments pictures by words. Threads may share it; it can be pickled.
 
     A subclass turns words into text embeddings (`_words`), runs windows (`_run`) and makes scores (`_joined`) or labels
     (`labels_of`) of what they give. ``model`` has ``system``, ``clip``, ``window``, ``default_templates`` and
@@ -71,7 +80,7 @@ class Predictor(ABC):
         self.max_pixels = max_pixels
         self.refinement = _refinement(refine)
         self.templates = None if templates is None else Vocabulary.parse("any", templates=templates).templates
-        self._held = threading.local()  # one picture a thread
+        self._held = _Held()
         self._note_photographs = (model.clip.trained_on or "").startswith("picture-world")
         self._last: tuple[Any, Any, Vocabulary] | None = None
 
@@ -226,7 +235,7 @@ class Predictor(ABC):
         if classes is None:
             raise LexisegError("No classes are given; name at least one, for example ['cat', 'tree, bush'].")
         if image is None:
-            held: HeldPicture | None = getattr(self._held, "picture", None)
+            held = self._held.picture
             if held is None:
                 raise LexisegError("No picture is given; pass one to predict, or call set_image first, in this thread.")
             if window is not None and window_policy(self.model.window, window) != held.window:

@@ -15,7 +15,7 @@ from torch import Tensor
 from lexiseg import notes
 from lexiseg.background import BackgroundSource
 from lexiseg.clip.text import TextEmbedder
-from lexiseg.devices import EvaluationMode, compiled, float32_default, pick_device, pick_dtype
+from lexiseg.devices import Compiled, EvaluationMode, float32_default, pick_device, pick_dtype
 from lexiseg.errors import LexisegError
 from lexiseg.exemplar_vectors import with_exemplars
 from lexiseg.files import as_path, default_cache_folder, write_text
@@ -79,7 +79,7 @@ class Segmenter(Predictor):
         self.dtype = pick_dtype(dtype, self.model.device)
         cache = default_cache_folder() if cache_dir is None else as_path(cache_dir, "cache_dir")
         self.embedder = TextEmbedder(model.clip, cache if disk_cache else None)
-        self._forward: Any = compiled(model) if compile else model
+        self._forward: Any = Compiled(model) if compile else model
         self._evaluating = EvaluationMode(model, self.dtype)
 
     @classmethod

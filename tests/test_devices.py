@@ -54,7 +54,7 @@ def test_a_compiled_model_is_compiled_for_any_number_of_windows_and_words(monkey
     torch._dynamo.reset()
     counters.clear()
     model = lexiseg.load("zegclip-emoji", device="cpu").model.eval()
-    compiled = devices.compiled(model)
+    compiled = devices.Compiled(model)
     width = model.clip.embed_dim
     for windows, words in ((4, 6), (2, 6), (5, 3), (3, 40), (1, 40), (1, 5), (4, 7)):
         images, text = torch.randn(windows, 3, 64, 64), torch.nn.functional.normalize(torch.randn(words, width), dim=-1)

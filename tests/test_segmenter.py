@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import io
+import pickle
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -434,6 +436,25 @@ def test_wrong_options_are_one_sentence(clip: CLIP, options: dict[str, Any], wor
         with pytest.raises(LexisegError, match=words) as caught:
             call(image, WORDS, **options)
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda run: pickle.loads(pickle.dumps(run))])
+def test_a_copy_is_a_segmenter_of_its_own(
+    copied: Callable[[Any], Any], zegclip: SegmentationModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "compile", lambda model: model)  # as it is slow
+    run, image = segmenter(zegclip, compile=True), picture(40, 50)
+    expected = run.predict(image, WORDS)
+    run.set_image(image)
+    other = copied(run)
+    assert other.model is not run.model and other.embedder.clip is other.model.clip
+    same(other.predict(image, WORDS), expected)
+    with pytest.raises(LexisegError, match="set_image first"):
+        other.predict(classes=WORDS)
+    with torch.no_grad():
+        for weight in other.model.parameters():
+            weight.zero_()
+    same(run.predict(image, WORDS), expected)
 
 
 def test_wrong_segmenters_are_one_sentence(clip: CLIP) -> None:

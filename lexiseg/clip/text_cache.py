@@ -12,9 +12,11 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, asdict, dataclass
+from functools import partial
 from pathlib import Path
 from time import time
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -46,6 +48,9 @@ class TextCache:
     def __post_init__(self) -> None:
         self._shelves: OrderedDict[str, _Shelf] = OrderedDict()
         self._lock = threading.RLock()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return partial(TextCache, **asdict(self)), ()  # a copy remembers nothing yet
 
     def get(
         self, shelf: str, words: Sequence[str], encode: Callable[[list[int]], Tensor], *, disk: bool = True

@@ -121,7 +121,11 @@ class ExportedModel:
         self.clip = SimpleNamespace(name=spec.name, trained_on=spec.trained_on, **read)
         self.options = SimpleNamespace(model_dump=lambda mode="json": dict(spec.options))
         self._graph = cache(lambda name: open_graph(folder / name, spec, device))
+        self._from = folder, device
         self._lock = threading.Lock()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ExportedModel, self._from  # graphs cannot be copied: a copy opens its own
 
     def num_parameters(self, *, trainable: bool = False) -> int:
         """Parameters of the model that was exported; none of them trains."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -108,6 +109,8 @@ def test_settings_of_a_prediction_are_the_same(segmenter: Segmenter, exported: A
         got = exported.predict(image, CLASSES, **settings).label_map
         assert np.mean(want == got) >= 0.999, settings
     held = exported.set_image(image)
+    copied = pickle.loads(pickle.dumps(exported)).predict(image, CLASSES)
+    assert np.array_equal(copied.label_map, exported.predict(image, CLASSES).label_map)
     assert np.array_equal(held.predict(CLASSES).label_map, exported.predict(None, CLASSES).label_map)
     scores = exported.scores(image, CLASSES)
     assert np.mean(scores.label_map((80, 120))[0].numpy() == exported.predict(image, CLASSES).label_map) >= 0.999

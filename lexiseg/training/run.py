@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sized
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -95,7 +96,8 @@ def identity(recipe: Recipe, task: Task | None) -> dict[str, Any]:
     for key in ("root", "classes", "keep"):
         values.get("data", {}).pop(key, None)
     if isinstance(task, SegmentationTask | PromptTask):
-        values["pictures"] = _fingerprint(task.dataset)
+        vocabulary = task.dataset.vocabulary
+        values |= {"classes": _counted(vocabulary, vocabulary.hash()), "pictures": _fingerprint(task.dataset)}
     if isinstance(task, SegmentationTask):
         notes = task.model.metadata
         values |= {"initial_weights": notes["initial"]["weights_sha256"]} if "initial" in notes else {}
@@ -110,7 +112,11 @@ def _fingerprint(dataset: SegmentationDataset) -> str:
     """How many pictures a dataset has, and a hash of their names and of its classes."""
     names = "\n".join(getattr(dataset, "names", ()))
     digest = hashlib.sha256(f"{dataset.vocabulary.hash()}\n{names}".encode("utf-8", "surrogateescape")).hexdigest()
-    return f"{len(dataset)} ({digest[:16]})"
+    return _counted(dataset, digest)
+
+
+def _counted(things: Sized, digest: str) -> str:
+    return f"{len(things)} ({digest[:16]})"
 
 
 def _put_together(recipe: Recipe, built: SegmentationRecipe, run_dir: Path, until: int | None) -> Path:

@@ -305,6 +305,8 @@ class Trainer:
             )
         before, now = dict(read_state(newest)["settings"]), self._identity()
         was, count = before.pop("processes", 1), now.pop("processes")
+        if "classes" not in before:  # a run begun before there was this key: "pictures" tells of them too
+            now.pop("classes", None)
         longer = isinstance(before.get("steps"), int) and before["steps"] < now["steps"]
         if difference := changed(before, {**now, "steps": before["steps"]} if longer else now):
             raise LexisegError(

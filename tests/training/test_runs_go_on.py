@@ -91,10 +91,13 @@ def test_a_run_goes_on_where_its_data_are_named_otherwise(
     monkeypatch.chdir(tmp_path)
     recipe = recipe_of(tmp_path, "elsewhere", model={"system": "zegclip", "clip": "clip", "options": OPTIONS})
     assert same(weights(quietly(recipe, Path("run"), resume=True)), weights(whole))
-    (moved / "ImageSets/Segmentation/train.txt").write_text("0\n", encoding="utf-8")
     first = next((moved / "JPEGImages").iterdir()).stem
     (moved / "ImageSets/Segmentation/train.txt").write_text(f"{first}\n", encoding="utf-8")
     with pytest.raises(LexisegError, match=r"'pictures' was 6 .* and is now 1 "):
+        quietly(recipe, Path("run"), resume=True)
+    renamed = (moved / "classes.txt").read_text(encoding="utf-8").replace("grass", "lawn")
+    (moved / "classes.txt").write_text(renamed, encoding="utf-8")
+    with pytest.raises(LexisegError, match=r"'classes' was (\d+) \(\w+\) and is now \1 \(\w+\);"):
         quietly(recipe, Path("run"), resume=True)
 
 

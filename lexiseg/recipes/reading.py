@@ -7,6 +7,7 @@ silently ignored costs a night of training.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -44,6 +45,10 @@ def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
 
 
 _Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
+# 1e3 is a number to everyone but YAML 1.1, which wants 1.0e+3.
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("+-0123456789")
+)
 
 
 @lru_cache(maxsize=1)
@@ -261,7 +266,7 @@ def _value(text: str, parents: Sequence[str], key: str, recipe: Content) -> Any:
     The shell has taken the quotes that YAML needs around such values as ``{6-8},{12}``; ``{12}`` is a mapping to it.
     """
     try:
-        value = yaml.safe_load(text)
+        value = yaml.load(text, _Loader)
     except (yaml.YAMLError, ValueError, RecursionError):
         return text
     if list(parents) == ["model", "options"] and isinstance(value, dict | int | float):

@@ -169,3 +169,5 @@ def test_overrides_by_mapping_and_by_text():
     given = load_recipe("tiny", {"train.steps": 7, "model.options.num_prompts": 2})
     assert given == load_recipe("tiny", ["train.steps=7", "model.options.num_prompts=2"])
     assert given.train.steps == 7 and load_recipe("tiny").train.steps == 4
+    for text, steps in (("1e3", 1000), ("1.5e+3", 1500), ("1.0e+3", 1000)):
+        assert load_recipe("tiny", [f"train.steps={text}"]).train.steps == steps

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, Literal, TypeAlias, cast
 
 from lexiseg.errors import LexisegError
@@ -57,8 +58,8 @@ class Background:
             return cls()
         if isinstance(source, bool):
             raise LexisegError("A background is 'none', a class name or a threshold, not true or false.")
-        if isinstance(source, int | float):
-            return cls("threshold", threshold=source)
+        if isinstance(source, Real):  # numpy's too
+            return cls("threshold", threshold=cast("float", source))
         if isinstance(source, str):
             if source.strip().casefold() in ("none", "null", "~", ""):
                 return cls()

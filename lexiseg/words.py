@@ -8,6 +8,7 @@ import operator
 import re
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
+from numbers import Real
 from typing import Any
 
 from lexiseg.errors import LexisegError
@@ -166,7 +167,7 @@ def finite(value: object, what: str) -> float:
     Raises LexisegError if it is not one; ``what`` begins the sentence.
     """
     number: float | None = None
-    if isinstance(value, int | float | str) and not isinstance(value, bool):
+    if isinstance(value, Real | str) and not isinstance(value, bool):
         try:
             number = float(value)
         except (ValueError, OverflowError):

@@ -4,6 +4,7 @@ import json
 from contextlib import suppress
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from hypothesis import HealthCheck, given, settings
@@ -189,6 +190,7 @@ def test_background_policies() -> None:
     assert Vocabulary.parse("cat").background == Background()
     assert Vocabulary.parse("cat", background=0.5).background == Background("threshold", threshold=0.5)
     assert Vocabulary.parse("cat", background="0.5").background.threshold == 0.5
+    assert Vocabulary.parse("cat", background=np.float32(0.5)).background.threshold == 0.5  # type: ignore[arg-type]
     named = Vocabulary.parse("cat; dog", background="wall, backdrop")
     assert named.names == ("cat", "dog", "wall")
     assert named.words == ("cat", "dog", "wall", "backdrop")

@@ -308,14 +308,14 @@ class Predictor(ABC):
         self, pictures: Iterable[Picture | Failure], words: Words, batch_size: int, policy: WindowPolicy
     ) -> Iterator[tuple[Any, Segmentation | LexisegError]]:
         """Run the pictures in batches and yield their results in their order."""
-        if self.refinement.kind == "regions" and self.refinement.regions is None:
-            from lexiseg.refine import sam
-
-            sam()  # here, so that a SAM that cannot be had is said once and not of every picture
         for picture in run_in_batches(pictures, batch_size, lambda batch: self._run(batch, words)):
             if not isinstance(picture, Picture):
                 yield picture
                 continue
+            if self.refinement.kind == "regions" and self.refinement.regions is None:
+                from lexiseg.refine import sam
+
+                sam()  # here, so that a SAM that cannot be had is said once and not of every picture
             try:
                 result: Segmentation | LexisegError = self._decode(picture, words, policy)
             except LexisegError as error:

@@ -168,6 +168,20 @@ def test_a_folder_with_bad_files_goes_on(clip: CLIP, folder: Path) -> None:
         run.predict_folder(folder / "nothing", WORDS)
 
 
+def test_sam_is_loaded_for_a_picture_that_can_be_read(
+    clip: CLIP, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing() -> None:
+        raise LexisegError("SAM cannot be had.")
+
+    monkeypatch.setattr("lexiseg.refine.sam", missing)
+    run = segmenter(Patchwork(clip), refine="regions")
+    results = run.predict_folder([folder / "p3.png", folder / "p0.png", folder / "p1.png"], WORDS, batch_size=1)
+    assert "p3.png" in str(next(results)[1])
+    with pytest.raises(LexisegError, match="SAM cannot"):
+        next(results)
+
+
 def test_a_folder_is_read_as_it_is_consumed(clip: CLIP, folder: Path) -> None:
     model = Patchwork(clip)
     results: Iterator[Any] = segmenter(model).predict_folder(folder, WORDS, batch_size=1)

@@ -145,6 +145,7 @@ def _settings(segmenter: Predictor, vocabulary: Vocabulary, wanted: Wanted) -> d
         "background": vocabulary.background.to_dict(),
         "window": asdict(wanted.window or model.window),
         "dtype": str(segmenter.dtype),
+        **({"refine": segmenter.refinement.kind} if segmenter.refinement.kind != "none" else {}),
         **({"instances": list(wanted.instances)} if wanted.instances else {}),
     }
 

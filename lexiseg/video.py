@@ -155,6 +155,8 @@ def _segment(
             # As it is shown: telephones store portraits lying on their side. Older releases of PyAV do not say so.
             pixels = np.rot90(picture.to_ndarray(format="rgb24"), round(getattr(picture, "rotation", 0) / 90))
             seconds = float(picture.time or 0.0)
+            if labels.current is not None and labels.current.shape != pixels.shape[:2]:
+                labels.current = labels.mean = None  # the frames' size changes, so nothing of those before is kept
             reused = ahead is not None and ahead["frame"] == index
             if ahead is not None and reused:
                 labels.current = _labels_of(ahead, pixels.shape[:2], len(labels.vocabulary))
@@ -188,7 +190,7 @@ class _Labels:
         self.options = options
         self.settings = settings
         self.current: NDArray[np.integer] | None = None
-        self._mean: Scores | None = None
+        self.mean: Scores | None = None
         if options.smooth and vocabulary.background.kind == "threshold":
             raise LexisegError("Smoothing does not support a background threshold; name a background class instead.")
 
@@ -203,9 +205,9 @@ class _Labels:
         from lexiseg.refine import refine
 
         scores = self.segmenter.scores(pixels, self.vocabulary, **self.settings).detach()
-        self._mean = scores if self._mean is None else _blended(self._mean, scores, self.options.smooth)
+        self.mean = scores if self.mean is None else _blended(self.mean, scores, self.options.smooth)
         image = torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)
-        found = refine(self._mean, image, self.segmenter.refinement)[0].cpu().numpy()
+        found = refine(self.mean, image, self.segmenter.refinement)[0].cpu().numpy()
         self.current = found.astype(np.uint8 if len(self.vocabulary) <= 255 else np.uint16)
 
 
@@ -230,8 +232,7 @@ class _Overlay:
         self.container = av.open(str(path), "w")
         codec = "libx264" if "libx264" in av.codecs_available else "mpeg4"
         self.stream = self.container.add_stream(codec, rate=rate)
-        # These codecs want even sides.
-        self.stream.height, self.stream.width = shape[0] - shape[0] % 2 or 2, shape[1] - shape[1] % 2 or 2
+        self.stream.height, self.stream.width = _even(shape[0]), _even(shape[1])
         self.stream.pix_fmt = "yuv420p"
 
     def __enter__(self) -> _Overlay:
@@ -248,9 +249,16 @@ class _Overlay:
         if labels is not None:
             inside = labels < len(self.palette)
             painted[inside] = (1 - _ALPHA) * painted[inside] + _ALPHA * self.palette[labels[inside]]
-        cut = np.ascontiguousarray(painted[: self.stream.height, : self.stream.width].astype(np.uint8))
-        for packet in self.stream.encode(self.av.VideoFrame.from_ndarray(cut, format="rgb24")):
+        cut = np.ascontiguousarray(painted[: _even(pixels.shape[0]), : _even(pixels.shape[1])].astype(np.uint8))
+        frame = self.av.VideoFrame.from_ndarray(cut, format="rgb24")
+        # A frame of another size than the first is stretched.
+        for packet in self.stream.encode(frame.reformat(width=self.stream.width, height=self.stream.height)):
             self.container.mux(packet)
+
+
+def _even(side: int) -> int:
+    """The codecs want even sides."""
+    return side - side % 2 or 2
 
 
 def _append(journal: Any, value: dict[str, Any]) -> None:

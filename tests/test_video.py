@@ -101,6 +101,23 @@ def test_a_video_that_lies_on_its_side_is_turned(segmenter: Any, clip: Path, tmp
     assert np.array_equal(labels, segmenter.predict(np.rot90(first, -1), WORDS).label_map)
 
 
+def test_frames_whose_size_changes_midway(segmenter: Any, tmp_path: Path) -> None:
+    path = tmp_path / "two.m4v"
+    path.write_bytes(
+        b"".join(write_moving(tmp_path / "one.m4v", 2, size, "m4v").read_bytes() for size in ((64, 48), (48, 80)))
+    )
+    with av.open(str(path)) as container:
+        third = list(container.decode(video=0))[2].to_ndarray(format="rgb24")
+    for options in ({"smooth": 0.5}, {"every": 3}):
+        frames = run(segmenter, path, tmp_path / str(options), **options)
+        assert [frame.labels.shape for frame in frames] == [(48, 64), (48, 64), (80, 48), (80, 48)]
+        assert np.array_equal(frames[2].labels, segmenter.predict(third, WORDS).label_map)
+        with av.open(str(video_files(path, tmp_path / str(options))["overlay"])) as container:
+            assert [(frame.width, frame.height) for frame in container.decode(video=0)] == [(64, 48)] * 4
+        again = run(segmenter, path, tmp_path / str(options), resume=True, **options)
+        assert all(np.array_equal(a.labels, b.labels) for a, b in zip(frames, again, strict=True))
+
+
 def test_an_interrupted_run_goes_on(segmenter: Any, clip: Path, tmp_path: Path) -> None:
     whole = run(segmenter, clip, tmp_path / "whole")
     stream = segment_video(segmenter, clip, segmenter.vocabulary(WORDS), tmp_path / "part")
@@ -140,15 +157,15 @@ def test_a_changed_video_starts_again_with_a_note(segmenter: Any, clip: Path, tm
     assert journal.read_text() == "[1, 2]\n"
 
 
-def write_moving(path: Path, frames: int) -> Path:
-    """A video of so many frames, no two alike."""
+def write_moving(path: Path, frames: int, size: tuple[int, int] = (128, 128), form: str | None = None) -> Path:
+    """A video of so many frames, no two alike; ``size`` is width and height."""
     pixels = read_pixels(sample_path("demo"))
-    with av.open(str(path), "w") as container:
+    with av.open(str(path), "w", format=form) as container:
         stream = container.add_stream("mpeg4", rate=25)
-        stream.width = stream.height = 128
+        stream.width, stream.height = size
         stream.pix_fmt = "yuv420p"
         for step in range(frames):
-            part = np.ascontiguousarray(np.roll(pixels, 3 * step, axis=1)[:128, :128])
+            part = np.ascontiguousarray(np.roll(pixels, 3 * step, axis=1)[: size[1], : size[0]])
             container.mux(stream.encode(av.VideoFrame.from_ndarray(part, format="rgb24")))
         container.mux(stream.encode())
     return path

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -359,12 +359,27 @@ def save_clip(clip: CLIP, folder: str | Path, *, dtype: torch.dtype | None = Non
     written is a `LexisegError`.
     """
     folder = make_folder(folder)
-    tensors = {}
-    for key, tensor in clip.model.state_dict().items():
-        value = tensor.detach().cpu()
-        narrow = dtype is not None and value.is_floating_point()
-        tensors[key] = value.to(dtype).contiguous() if narrow else value.clone().contiguous()
-    with atomic_write(folder / WEIGHTS_NAME) as temporary:
-        save_file(tensors, temporary)
+    write_tensors(folder / WEIGHTS_NAME, clip.model.state_dict(), dtype=dtype)
     write_json(folder / CONFIG_NAME, clip.architecture)
     return folder
+
+
+def write_tensors(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    *,
+    dtype: torch.dtype | None = None,
+    metadata: dict[str, str] | None = None,
+) -> None:
+    """Write tensors, wherever they are, as a safetensors file, which is there as a whole or not at all.
+
+    ``dtype``: what to store floats in; None keeps them. ``metadata``: what the file notes of itself. Raises
+    LexisegError if it cannot be written.
+    """
+    stored = {}
+    for key, tensor in tensors.items():
+        value = tensor.detach().cpu()
+        kind = dtype if dtype is not None and value.is_floating_point() else value.dtype
+        stored[key] = value.to(kind, copy=True).contiguous()  # safetensors refuses tensors that share memory
+    with atomic_write(path) as temporary:
+        save_file(stored, temporary, metadata)

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
+from lexiseg.clip.model import write_tensors
 from lexiseg.clip.prompt_learner import PromptLearner
 from lexiseg.errors import LexisegError
-from lexiseg.files import atomic_write, make_folder, read_json, write_json
+from lexiseg.files import make_folder, read_json, write_json
 
 PROMPTS_NAME = "prompts.safetensors"
 _CARD_NAME = "prompts.json"
@@ -24,8 +25,7 @@ def save_prompts(learner: PromptLearner, folder: str | Path, card: Mapping[str, 
     A folder that cannot be written is a `LexisegError`.
     """
     path = make_folder(folder) / PROMPTS_NAME
-    with atomic_write(path) as temporary:
-        save_file({name: value.detach().cpu().contiguous() for name, value in learner.state_dict().items()}, temporary)
+    write_tensors(path, learner.state_dict())
     write_json(path.with_name(_CARD_NAME), dict(card))
     return path
 

@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
 from lexiseg.catalog import CONFIG_NAME, list_models, packaged_clips, packaged_models
 from lexiseg.clip.foreign import TIMM, TRANSFORMERS
 from lexiseg.clip.load import check_state, load_clip, local, read_safetensors, shapes_of, sketch
-from lexiseg.clip.model import CLIP, build_clip
+from lexiseg.clip.model import CLIP, build_clip, write_tensors
 from lexiseg.errors import LexisegError
-from lexiseg.files import atomic_write, make_folder, read_json, write_json
+from lexiseg.files import make_folder, read_json, write_json
 from lexiseg.hub import download
 from lexiseg.models import SYSTEMS, SegmentationModel
 from lexiseg.weights import runs
@@ -48,14 +47,9 @@ def save_model(model: SegmentationModel, folder: str | Path, *, dtype: torch.dty
     clip = model.clip
     fingerprint = clip.fingerprint()
     own_clip = not (clip.packaged and load_clip(clip.name).fingerprint() == fingerprint)
-    tensors = {}
-    for name, tensor in model.state_dict().items():
-        if name.startswith(_CLIP_PREFIX) and not own_clip:
-            continue
-        value = tensor.detach().cpu()
-        if dtype is not None and value.is_floating_point():
-            value = value.to(dtype)
-        tensors[name] = value.clone().contiguous()
+    tensors = {
+        name: tensor for name, tensor in model.state_dict().items() if own_clip or not name.startswith(_CLIP_PREFIX)
+    }
     reference: dict[str, Any] = {"name": clip.name}
     reference |= {"architecture": clip.architecture} if own_clip else {"fingerprint": fingerprint}
     config = {
@@ -68,8 +62,7 @@ def save_model(model: SegmentationModel, folder: str | Path, *, dtype: torch.dty
         "metadata": model.metadata,
     }
     folder = make_folder(folder)
-    with atomic_write(folder / WEIGHTS_NAME) as temporary:
-        save_file(tensors, temporary, metadata={"format": "pt", "system": model.system})
+    write_tensors(folder / WEIGHTS_NAME, tensors, dtype=dtype, metadata={"format": "pt", "system": model.system})
     write_json(folder / CONFIG_NAME, config)
     return folder
 

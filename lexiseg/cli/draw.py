@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -173,25 +174,20 @@ def _load(model: str, device: str) -> Segmenter:
 
 
 def _point(text: str) -> tuple[int, int]:
-    parts = [part.strip() for part in text.split(",")]
-    if len(parts) != 2 or not all(part.lstrip("-").isdigit() for part in parts):
+    parts = re.fullmatch(r"\s*(-?\d+)\s*,\s*(-?\d+)\s*", text)
+    if parts is None:
         raise LexisegError(f"--at takes the column and the row of a pixel, such as 120,80, not '{text}'.")
-    return int(parts[0]), int(parts[1])
+    return int(parts[1]), int(parts[2])
 
 
 def _numbers(text: str | None) -> list[int]:
-    """Read ``6,9,12`` or ``6-12``."""
+    """Read ``6,9,12`` or ``6-12``; no tower has more blocks than three digits count."""
     found: list[int] = []
-    for part in (text or "").split(","):
-        if not part.strip() and text is None:
-            continue
-        first, dash, last = (piece.strip() for piece in part.partition("-"))
-        if not first.isdigit() or (dash and not last.isdigit()):
+    for part in [] if text is None else text.split(","):
+        ends = re.fullmatch(r"\s*(\d{1,3})\s*(?:-\s*(\d{1,3})\s*)?", part)
+        if ends is None:
             raise LexisegError(f"--blocks takes numbers such as 6,9,12 or 6-12, not '{text}'.")
-        end = int(last) if dash else int(first)
-        if end - int(first) > 1000:
-            raise LexisegError(f"--blocks {text} names more blocks than any tower has; count from 1.")
-        found.extend(range(int(first), end + 1))
+        found.extend(range(int(ends[1]), int(ends[2] or ends[1]) + 1))
     return found
 
 

@@ -15,15 +15,11 @@ from lexiseg.files import atomic_write, make_folder
 DEFAULT_MODEL = "auto"
 DEFAULT_MAX_PIXELS = 200_000_000
 
-
-Precision = Literal["fp32", "bf16", "fp16", "auto"]
-Cleaning = Literal["none", "edges", "pamr", "regions"]
-
 Device = Annotated[
     str, typer.Option("--device", help="cpu, cuda, cuda:1, mps; auto uses an accelerator if there is one.")
 ]
 Dtype = Annotated[
-    Precision,
+    Literal["fp32", "bf16", "fp16", "auto"],
     typer.Option("--dtype", help="Precision of the model; auto is bf16 on processors with bf16 instructions."),
 ]
 Compile = Annotated[
@@ -49,7 +45,7 @@ Background = Annotated[
     ),
 ]
 Refine = Annotated[
-    Cleaning,
+    Literal["none", "edges", "pamr", "regions"],
     typer.Option(
         "--refine",
         help="Refine masks by the picture: edges (fast), pamr (slow), or regions (majority vote in SAM's regions).",

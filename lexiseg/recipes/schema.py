@@ -26,6 +26,9 @@ Unlabelled: TypeAlias = Literal["marked", "ignored"]
 """How self-training learns where pixels without a label are; see `self_training_labels`."""
 
 
+Beta: TypeAlias = Annotated[float, Field(ge=0, lt=1)]
+
+
 class Multiplier(StrictModel):
     """Factors on learning rate and weight decay for the parameters whose name contains the rule's key."""
 
@@ -45,7 +48,7 @@ class TrainSettings(StrictModel):
     # decoupled decay of AdamW; of SGD the usual one, added to the gradient
     weight_decay: float = Field(default=0.01, ge=0)
     optimizer: Literal["adamw", "sgd"] = "adamw"  # "adamw" or "sgd"
-    betas: tuple[float, float] = (0.9, 0.999)  # AdamW's averaging factors
+    betas: tuple[Beta, Beta] = (0.9, 0.999)  # AdamW's averaging factors
     momentum: float = Field(default=0.9, ge=0, lt=1)  # of SGD
     # kinds of layers whose parameters do not decay, whatever rule applies to them: "norm" layers and tables of
     # "embedding" (the decoupled papers' rule)
@@ -90,8 +93,6 @@ class TrainSettings(StrictModel):
             raise ValueError("'keep_best' needs evaluations to choose by; set 'snapshot_every'")
         if self.patience is not None and self.keep_best is None:
             raise ValueError("'patience' waits for a better value of 'keep_best', which is missing; name a metric")
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError("betas must be in 0..1")
         return self
 
 

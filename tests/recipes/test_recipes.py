@@ -90,7 +90,7 @@ def test_folder_data():
         ("steps: 4", "steps: -4", "wrong value for 'train.steps'"),
         ("  steps: 4\n", "", "lacks the key 'train.steps'"),
         ("lr: 1.0e-3", "lr: fast", "wrong value for 'train.lr'"),
-        ("lr: 1.0e-3", "lr: 1.0e-3\n  betas: [0.9, 1.5]", "betas must be in 0..1"),
+        ("lr: 1.0e-3", "lr: 1.0e-3\n  betas: [0.9, 1.5]", "train.betas.1': input should be less than 1"),
         ("templates: single", "templates: 3", "wrong value for 'templates'"),
         ("source: picture-world", "source: moon", "wrong value for 'data'"),
         (

@@ -32,10 +32,6 @@ Step = Callable[[Tensor, Tensor, np.random.Generator], tuple[Tensor, Tensor]]
 """One step of a pipeline: image ``(3, H, W)``, label ``(H, W)`` and the random generator to image and label."""
 
 
-def _scaled(height: int, width: int, factor: float) -> tuple[int, int]:
-    return max(1, int(height * factor + 0.5)), max(1, int(width * factor + 0.5))
-
-
 def train_size(height: int, width: int, ratio: float, scale: tuple[int, int] = TRAIN_SCALE) -> tuple[int, int]:
     """Size of a training picture: aspect kept, fitted into ``scale * ratio``.
 
@@ -45,7 +41,7 @@ def train_size(height: int, width: int, ratio: float, scale: tuple[int, int] = T
     """
     bounds = [int(side * ratio) for side in scale]
     factor = min(max(bounds) / max(height, width), min(bounds) / min(height, width))
-    return _scaled(height, width, factor)
+    return max(1, int(height * factor + 0.5)), max(1, int(width * factor + 0.5))
 
 
 def resize(image: Tensor, label: Tensor, size: tuple[int, int], *, antialias: bool = False) -> tuple[Tensor, Tensor]:

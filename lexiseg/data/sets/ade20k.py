@@ -93,7 +93,7 @@ def list_ade847(root: Path, split: str, unseen: str | None, classes: Path | None
     made = home / "images_detectron2" / part
     if made.is_dir():
         folder = home / "annotations_detectron2" / part
-        labels = [label_folder(folder, (".tif", ".tiff"), LabelKind.wide, plain_table(info))]
+        labels = [label_folder(folder, (".tif", ".tiff"), LabelKind.wide, plain_table(info.num_classes))]
         return by_folder(info, split, unseen, by_stem(made, (".jpg",)), made, labels)
     if any(entry.value is None for entry in listed):
         raise LexisegError(

@@ -27,7 +27,7 @@ def list_cityscapes(root: Path, split: str, unseen: str | None) -> SplitFiles:
     pictures, truth = home / "leftImg8bit" / split, home / "gtFine" / split
     images = _cities(pictures, _PICTURE)
     labels = [
-        LabelFolder(_cities(truth, _MADE), truth, LabelKind.index, plain_table(info), f"{_MADE}.png"),
+        LabelFolder(_cities(truth, _MADE), truth, LabelKind.index, plain_table(info.num_classes), f"{_MADE}.png"),
         LabelFolder(_cities(truth, _RAW), truth, LabelKind.index, table_of(info), f"{_RAW}.png"),
     ]
     return by_folder(info, split, unseen, images, pictures, labels if labels[0].files else labels[1:])

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from lexiseg.data.sets.dataset import Finding, Item, SplitFiles
-from lexiseg.data.sets.labels import MAX_PIXELS, LabelKind, ValueTable
+from lexiseg.data.sets.labels import MAX_PIXELS, LabelKind
 from lexiseg.data.sets.listing import is_safe, key, with_unseen
 from lexiseg.data.sets.outlines import Outline, draw_outlines, rest_of
+from lexiseg.data.sets.pairing import plain_table
 from lexiseg.errors import DataSetError, LexisegError
 from lexiseg.files import spelled
-from lexiseg.label_ids import ignore_index
 from lexiseg.vocabulary import Vocabulary, VocabularyClass
 from lexiseg.words import counted, describe, word_key
 
@@ -51,9 +51,8 @@ def list_coco_json(
     if len({word_key(name) for name in names}) < len(categories):
         raise LexisegError(f"'{path}' gives two categories the same name or id; fix one of them.")
     vocabulary = with_unseen(Vocabulary(tuple(map(VocabularyClass, names))), root, unseen, f"'{path}'")
-    ignore = ignore_index(len(names))
-    table = ValueTable({index: index for index in range(len(names))}, (ignore,), ignore)
-    rest = rest_of(names, ignore)
+    table = plain_table(len(names))
+    rest = rest_of(names, table.ignore)
     outlines, findings = _by_image(annotations, order, path, split)
 
     def wrong(kind: str, problem: str, sample: str = "", severity: str = "error") -> None:
@@ -99,7 +98,7 @@ def list_coco_json(
         wrong("wrong-record", problem, severity="warning" if len(strangers) < len(outlines) else "error")
     if not records:
         wrong("empty-list", f"'{path}' lists no images.")
-    return SplitFiles(split, tuple(items), vocabulary, ignore, tuple(findings))
+    return SplitFiles(split, tuple(items), vocabulary, tuple(findings))
 
 
 def _list_in(content: Any, key: str) -> list[Any]:

@@ -43,7 +43,7 @@ def list_coco(root: Path, split: str, unseen: str | None, name: str = "coco-stuf
         things = list(data_set("coco-stuff-164k").id_map)[:_THINGS]
         raw = ValueTable({**dict.fromkeys(range(256), 0), **{v: i for i, v in enumerate(things, 1)}}, (), info.ignore)
     labels = [
-        label_folder(folder, (f"{_ENDINGS[name]}.png",), LabelKind.index, plain_table(info)),
+        label_folder(folder, (f"{_ENDINGS[name]}.png",), LabelKind.index, plain_table(info.num_classes)),
         label_folder(folder, (".png",), LabelKind.index, raw, without=tuple(_ENDINGS.values())),
     ]
     if not any(source.files for source in labels):

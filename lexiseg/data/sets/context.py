@@ -59,7 +59,7 @@ def list_context459(root: Path, split: str, unseen: str | None, classes: Path | 
     info = data_set("pascal-context-459").with_classes(tuple(entry.text for entry in listed))
     made = home / "annotations_detectron2" / f"pc459_{split}"
     if _context_mat_folder(root, home) is None and made.is_dir():
-        labels = [label_folder(made, (".tif", ".tiff"), LabelKind.wide, plain_table(info))]
+        labels = [label_folder(made, (".tif", ".tiff"), LabelKind.wide, plain_table(info.num_classes))]
     else:
         id_map = {_value(entry, index): index for index, entry in enumerate(listed)}
         labels = [_context_mats(root, home, ValueTable(id_map, info.void, info.ignore))]
@@ -103,4 +103,4 @@ def _context_split(
     names, wrong = read_list(main if main.is_file() and not path.is_file() else path, split)
     images = by_stem(home / "JPEGImages", IMAGE_SUFFIXES)
     items, missing = pair(names, split, images, home / "JPEGImages", labels)
-    return SplitFiles(split, tuple(items), info.vocabulary(unseen=unseen), info.ignore, (*wrong, *missing))
+    return SplitFiles(split, tuple(items), info.vocabulary(unseen=unseen), (*wrong, *missing))

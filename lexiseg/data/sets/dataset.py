@@ -66,7 +66,6 @@ class SplitFiles:
     split: str  # its name
     items: tuple[Item, ...]  # picture and label files that should be there; whether they are is not said
     vocabulary: Vocabulary  # the classes
-    ignore: int  # label of pixels without a class
     findings: tuple[Finding, ...] = ()  # what is wrong with lists, folders and names
 
     def faults(self) -> tuple[Finding, ...]:
@@ -92,7 +91,6 @@ class FileDataset:
         self.items: Sequence[Item] = files.items  # where the samples are, in order
         self.vocabulary = files.vocabulary  # the classes in the order of their ids, with flags where they are known
         self.split = files.split
-        self.ignore_index = files.ignore
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -144,7 +142,7 @@ class FileDataset:
                 f"Every training picture of {len(self)} shows an unseen class, so nothing is left to train on; set "
                 "unseen_pictures to hide instead."
             )
-        return FileDataset(SplitFiles(self.split, items, self.vocabulary, self.ignore_index))
+        return FileDataset(SplitFiles(self.split, items, self.vocabulary))
 
     @staticmethod
     def _ids(item: Item) -> NDArray[np.int64]:

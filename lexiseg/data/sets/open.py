@@ -86,7 +86,7 @@ def with_background(data: FileDataset, words: Sequence[str] = ()) -> FileDataset
         kept = () if item.kind is LabelKind.context_mat else (item.table.ignore,)
         items.append(replace(item, table=item.table.with_rest(last, kept)))
     vocabulary = replace(data.vocabulary, classes=classes)
-    return FileDataset(SplitFiles(data.split, tuple(items), vocabulary, data.ignore_index))
+    return FileDataset(SplitFiles(data.split, tuple(items), vocabulary))
 
 
 def synonyms_of(name: str, vocabulary: Vocabulary, wanted: bool | None) -> Vocabulary:

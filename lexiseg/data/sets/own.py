@@ -109,7 +109,7 @@ def list_own(root: Path, split: str, unseen: str | None, classes: Path | None) -
     findings += _left_out(settings, class_file)
     if own_list(root, split) is None:
         findings += _unlisted(place, labels, pictures, split, any_named)
-    return SplitFiles(split, tuple(items), vocabulary, ignore, tuple(findings))
+    return SplitFiles(split, tuple(items), vocabulary, tuple(findings))
 
 
 def _unlisted(

@@ -11,6 +11,7 @@ from lexiseg.data.sets.catalog import DataSetInfo
 from lexiseg.data.sets.dataset import Finding, Item, SplitFiles
 from lexiseg.data.sets.labels import LabelKind, ValueTable
 from lexiseg.data.sets.listing import by_stem, entries, listed_as
+from lexiseg.label_ids import ignore_index
 
 
 @dataclass(frozen=True)
@@ -29,9 +30,10 @@ def table_of(info: DataSetInfo) -> ValueTable:
     return ValueTable(info.id_map, info.void, info.ignore)
 
 
-def plain_table(info: DataSetInfo) -> ValueTable:
-    """For label files that were converted already: class ids as they are, and the ignored value."""
-    return ValueTable({index: index for index in range(info.num_classes)}, (info.ignore,), info.ignore)
+def plain_table(num_classes: int) -> ValueTable:
+    """For labels that hold class ids as they are, and the ignored value."""
+    ignore = ignore_index(num_classes)
+    return ValueTable({index: index for index in range(num_classes)}, (ignore,), ignore)
 
 
 def pair(
@@ -123,12 +125,12 @@ def by_folder(
     labels: Sequence[LabelFolder],
 ) -> SplitFiles:
     """A split that is every picture of a folder."""
-    if not images:
+    if images:
+        items, findings = pair(images, split, images, image_folder, labels)
+        findings += orphans(labels, images, split)
+    else:
         problem = (
             f"The folder '{image_folder}' of the split '{split}' is missing or holds no pictures; unpack them there."
         )
-        findings = [Finding("missing-folder", problem, str(image_folder), split=split)]
-        return SplitFiles(split, (), info.vocabulary(unseen=unseen), info.ignore, tuple(findings))
-    items, findings = pair(images, split, images, image_folder, labels)
-    findings += orphans(labels, images, split)
-    return SplitFiles(split, tuple(items), info.vocabulary(unseen=unseen), info.ignore, tuple(findings))
+        items, findings = [], [Finding("missing-folder", problem, str(image_folder), split=split)]
+    return SplitFiles(split, tuple(items), info.vocabulary(unseen=unseen), tuple(findings))

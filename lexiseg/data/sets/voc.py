@@ -47,7 +47,7 @@ def list_voc(root: Path, split: str, unseen: str | None) -> SplitFiles:
         more, missing = pair((n for n in names if n not in taken), split, images, home / "JPEGImages", labels)
         items += more
         findings += [*wrong, *missing]
-    return SplitFiles(split, tuple(items), info.vocabulary(unseen=unseen), info.ignore, tuple(findings))
+    return SplitFiles(split, tuple(items), info.vocabulary(unseen=unseen), tuple(findings))
 
 
 def find_sbd(root: Path, home: Path) -> Path | None:

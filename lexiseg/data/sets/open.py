@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,13 +14,13 @@ from lexiseg.data.sets.coco_stuff import list_coco
 from lexiseg.data.sets.context import list_context59, list_context459
 from lexiseg.data.sets.dataset import FileDataset, SplitFiles
 from lexiseg.data.sets.labels import LabelKind
-from lexiseg.data.sets.layouts import own_splits
-from lexiseg.data.sets.listing import unreadable
+from lexiseg.data.sets.layouts import SPLITS, own_list, own_splits
+from lexiseg.data.sets.listing import listed_as, read_list, unreadable
 from lexiseg.data.sets.own import list_own
 from lexiseg.data.sets.voc import list_voc
-from lexiseg.errors import LexisegError
+from lexiseg.errors import LexisegError, LexisegWarning
 from lexiseg.vocabulary import Vocabulary, VocabularyClass
-from lexiseg.words import near_names
+from lexiseg.words import counted, near_names
 
 OWN = "own"
 """Name of a folder of one's own among the datasets."""
@@ -66,9 +67,24 @@ def open_data_set(
     or files are missing; the sentence names the first.
     """
     files = list_split(name, root, split, unseen=unseen, classes=classes)
+    for text in (*(one.problem for one in files.findings if one.kind == "class-list"), *_overlap(Path(root), files)):
+        warnings.warn(text, LexisegWarning, stacklevel=2)
     if names_of is not None:
         files = replace(files, vocabulary=data_set(name).vocabulary(unseen=unseen, names_of=names_of))
     return FileDataset(replace(files, vocabulary=synonyms_of(name, files.vocabulary, synonyms)))
+
+
+def _overlap(root: Path, files: SplitFiles) -> list[str]:
+    """What there is to say of pictures that the lists of both splits name."""
+    lists = [path for split in SPLITS if (path := own_list(root, split)) is not None]
+    names = {item.name for item in files.items}
+    shared = names.intersection(*([listed_as(one, names) for one in read_list(path, "")[0]] for path in lists))
+    if len(lists) < 2 or not shared:
+        return []
+    return [
+        f"'{lists[0]}' and '{lists[1].name}' share {counted(len(shared), 'picture')}, such as '{min(shared)}', so a "
+        "model is judged by what it was trained on; take them out of one list."
+    ]
 
 
 def with_background(data: FileDataset, words: Sequence[str] = ()) -> FileDataset:

@@ -107,6 +107,7 @@ def list_own(root: Path, split: str, unseen: str | None, classes: Path | None) -
     findings += same_stems(named, place.images, IMAGE_SUFFIXES - {".png"} if together else IMAGE_SUFFIXES, split)
     findings += same_stems(named, place.labels, [] if ending in others else MASK_SUFFIXES, split)
     findings += _left_out(settings, class_file)
+    findings += _passed_over(class_file) if classes is None and class_file is not None else []
     if own_list(root, split) is None:
         findings += _unlisted(place, labels, pictures, split, any_named)
     return SplitFiles(split, tuple(items), vocabulary, tuple(findings))
@@ -223,6 +224,29 @@ def _left_out(listed: ClassList, class_file: Path | None) -> list[Finding]:
         )
         for name, word in dict.fromkeys(listed.shared_words())
     ]
+
+
+def _passed_over(class_file: Path) -> list[Finding]:
+    """Class files beside the one that is read which say something else."""
+    said, findings = _said(class_file), []
+    for path in (class_file.parent / name for name in CLASS_FILES):
+        with suppress(LexisegError):  # of such a name, but no class file
+            if path.is_file() and _said(path) != said:
+                problem = (
+                    f"'{class_file}' lists the classes, and '{path.name}' beside it, which says something else, is "
+                    "not read; remove one of them."
+                )
+                findings.append(Finding("class-list", problem, str(path), severity="warning"))
+    return findings
+
+
+def _said(path: Path) -> ClassList:
+    """What a class file says, however it says it."""
+    listed = read_class_list(path)
+    numbered = (
+        replace(one, value=index if one.value is None else one.value) for index, one in enumerate(listed.classes)
+    )
+    return replace(listed, classes=tuple(numbered), path=None)
 
 
 def _reading(listed: ClassList, files: Mapping[str, Path], ignore: int, root: Path) -> tuple[LabelKind, ValueTable]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import unicodedata
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from lexiseg.cli import main
 from lexiseg.data.sets.open import open_data_set
 from lexiseg.data.sets.prepare import prepare
 from lexiseg.data.sets.verify import verify
-from lexiseg.errors import LexisegError
+from lexiseg.errors import LexisegError, LexisegWarning
 from tests.miniatures import save_index, save_picture
 
 SIZE = (32, 48)
@@ -233,6 +234,36 @@ def test_what_is_ignored_wins_over_a_class(tmp_path: Path) -> None:
     for text in ("cat\n11: (ignore)\n", "classes: [cat, b, c, d, e, f, g, h, i, j, k, Void]\nignore: [11]\n"):
         _write(tmp_path / "classes.txt", text)
         np.testing.assert_array_equal(open_data_set("own", tmp_path, "val")[0].label.numpy(), LABEL)
+
+
+def test_a_class_file_that_is_passed_over_is_named(tmp_path: Path) -> None:
+    camvid(tmp_path)
+    _write(tmp_path / "classes.txt", "cat\n11: (ignore)\n")
+    _write(tmp_path / "classes.yaml", "classes: [cat]\nignore: [11]\n")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", LexisegWarning)
+        open_data_set("own", tmp_path, "val")
+    _write(tmp_path / "classes.yaml", "classes: [dog]\nignore: [11]\n")
+    _write(tmp_path / "data.yaml", "path: nothing of classes\n")
+    with pytest.warns(
+        LexisegWarning, match=r"classes\.txt' lists the classes, and 'classes\.yaml' beside it"
+    ) as caught:
+        assert open_data_set("own", tmp_path, "val").vocabulary.names == ("cat",)
+    assert len(caught) == 1
+    assert [one.severity for one in verify("own", tmp_path, workers=1).findings] == ["warning"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", LexisegWarning)
+        open_data_set("own", tmp_path, "val", classes=tmp_path / "classes.txt")
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_lists_that_share_a_picture_are_noted(tmp_path: Path, split: str) -> None:
+    _pictures(tmp_path / "images", ("a", "b", "c"))
+    _masks(tmp_path / "masks", ("a", "b", "c"))
+    for name, lines in (("classes", "cat\ndog\nsky"), ("train", "a\nb\nc.jpg"), ("val", "c")):
+        _write(tmp_path / f"{name}.txt", f"{lines}\n")
+    with pytest.warns(LexisegWarning, match=r"train\.txt' and 'val\.txt' share 1 picture, such as 'c'"):
+        open_data_set("own", tmp_path, split)
 
 
 # One line a kind, in both directions.

@@ -12,6 +12,7 @@ from lexiseg.clip.load import count_parameters, load_clip, random_clip
 from lexiseg.clip.model import CLIP, build_clip
 from lexiseg.clip.prompt_learner import PromptLearner
 from lexiseg.errors import LexisegError
+from lexiseg.models.base import SegmentationModel
 from lexiseg.proposals.pretrained import describe_start
 from lexiseg.recipes import (
     ContrastiveRecipe,
@@ -115,13 +116,27 @@ def dry_run(recipe: Recipe) -> DryRun:
     if isinstance(recipe, EvaluationRecipe):
         raise LexisegError("This recipe only evaluates, so there is nothing to train; give it to `lexiseg evaluate`.")
     if isinstance(recipe, ContrastiveRecipe):
-        return _contrastive(recipe)
-    return _prompts(recipe) if isinstance(recipe, PromptRecipe) else _segmentation(recipe)
+        model: nn.Module = build_clip({"model_cfg": recipe.model.model_cfg})
+        facts: dict[str, Any] = {"system": "CLIP", "clip": "from the recipe", "starts_from": recipe.model.initial}
+        facts["options"] = recipe.model.model_dump(mode="json", exclude={"model_cfg", "initial"})
+    else:
+        vocabulary = recipe.data.vocabulary()
+        templates = recipe.templates if isinstance(recipe, SegmentationRecipe) else None
+        trained = training_vocabulary(vocabulary, setting=recipe.setting, templates=templates)
+        model, facts = _prompts(recipe) if isinstance(recipe, PromptRecipe) else _segmentation(recipe, vocabulary)
+        seen = masked_names(trained)
+        facts |= {"clip": recipe.model.clip, "setting": recipe.setting, "data": recipe.data.title, "text": len(trained)}
+        facts |= {"seen": seen, "unseen": tuple(name for name in vocabulary.names if name not in seen)}
+    rates = [
+        {"key": group["key"], "lr": group["initial_lr"], "weight_decay": group["weight_decay"]}
+        | {"parameters": sum(parameter.numel() for parameter in group["params"])}
+        for group in group_parameters(model, recipe.train)
+    ]
+    facts |= {"parameters": count_parameters(model), "trainable": count_parameters(model, trainable=True)}
+    return DryRun(**facts, train=recipe.train, rates=tuple(rates))
 
 
-def _segmentation(recipe: SegmentationRecipe) -> DryRun:
-    vocabulary = recipe.data.vocabulary()
-    trained = training_vocabulary(vocabulary, setting=recipe.setting, templates=recipe.templates)
+def _segmentation(recipe: SegmentationRecipe, vocabulary: Vocabulary) -> tuple[SegmentationModel, dict[str, Any]]:
     reason = None
     # What is still to be trained cannot be started from, and what is there already should be.
     later = {key: None for key in ("initial", "prompts_from") if is_recipe(getattr(recipe, key))}
@@ -136,40 +151,23 @@ def _segmentation(recipe: SegmentationRecipe) -> DryRun:
     if start is not None:
         generator = proposals_of(model, start)
         described = f"the recipe '{start}', trained first" if is_recipe(start) else describe_start(generator, start)
-    return DryRun(
-        system=model.system,
-        clip=recipe.model.clip,
-        random_weights=reason,
-        starts_from=_initial(recipe),
-        prompts_from=recipe.prompts_from,
-        proposals_from=described,
-        teacher=recipe.teacher,
-        options=model.options.model_dump(mode="json"),
-        **_classes(recipe, vocabulary, trained),
-        **_numbers(model, recipe.train),
-    )
+    return model, {
+        "system": model.system,
+        "random_weights": reason,
+        "starts_from": _initial(recipe),
+        "prompts_from": recipe.prompts_from,
+        "proposals_from": described,
+        "teacher": recipe.teacher,
+        "options": model.options.model_dump(mode="json"),
+    }
 
 
-def _prompts(recipe: PromptRecipe) -> DryRun:
-    said, vocabulary = recipe.model, recipe.data.vocabulary()
-    trained = training_vocabulary(vocabulary, setting=recipe.setting)
+def _prompts(recipe: PromptRecipe) -> tuple[Prompted, dict[str, Any]]:
+    said = recipe.model
     clip, reason = clip_or_random(said.clip)
     model = Prompted(clip, PromptLearner(clip.text_width, said.prefix, said.suffix, said.task))
-    return DryRun(
-        system="text prompts",
-        clip=said.clip,
-        random_weights=reason,
-        options=said.model_dump(mode="json", exclude={"clip"}),
-        **_classes(recipe, vocabulary, trained),
-        **_numbers(model, recipe.train),
-    )
-
-
-def _classes(recipe: SegmentationRecipe | PromptRecipe, vocabulary: Vocabulary, trained: Vocabulary) -> dict[str, Any]:
-    """The data of a training and its classes, with masks and without."""
-    seen = masked_names(trained)
-    unseen = tuple(name for name in vocabulary.names if name not in seen)
-    return {"setting": recipe.setting, "data": recipe.data.title, "seen": seen, "unseen": unseen, "text": len(trained)}
+    options = said.model_dump(mode="json", exclude={"clip"})
+    return model, {"system": "text prompts", "random_weights": reason, "options": options}
 
 
 def _initial(recipe: SegmentationRecipe) -> str | None:
@@ -177,17 +175,6 @@ def _initial(recipe: SegmentationRecipe) -> str | None:
         return recipe.initial
     first = first_stage(recipe)
     return f"{recipe.initial}, {recipe.initial_steps or first.train.steps:,} of its {first.train.steps:,} steps"
-
-
-def _contrastive(recipe: ContrastiveRecipe) -> DryRun:
-    clip = build_clip({"model_cfg": recipe.model.model_cfg})
-    return DryRun(
-        system="CLIP",
-        clip="from the recipe",
-        starts_from=recipe.model.initial,
-        options=recipe.model.model_dump(mode="json", exclude={"model_cfg", "initial"}),
-        **_numbers(clip, recipe.train),
-    )
 
 
 def clip_or_random(name: str) -> tuple[CLIP, str | None]:
@@ -204,14 +191,3 @@ def clip_or_random(name: str) -> tuple[CLIP, str | None]:
             return random_clip(name), str(error).partition(";")[0].rstrip(".")  # the advice after it is for a training
         except LexisegError:
             raise error from None
-
-
-def _numbers(model: nn.Module, train: TrainSettings) -> dict[str, Any]:
-    """What is counted, and the rates by group."""
-    rates = [
-        {"key": group["key"], "lr": group["initial_lr"], "weight_decay": group["weight_decay"]}
-        | {"parameters": sum(parameter.numel() for parameter in group["params"])}
-        for group in group_parameters(model, train)
-    ]
-    counts = {"parameters": count_parameters(model), "trainable": count_parameters(model, trainable=True)}
-    return {**counts, "train": train, "rates": tuple(rates)}

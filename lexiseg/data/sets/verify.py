@@ -151,42 +151,31 @@ def verify(
     checks: list[SplitCheck] = []
     classes_of: dict[str, tuple[str, ...]] = {}
     members: dict[str, dict[str, Place]] = {}
-    for split in chosen:
+    for split in dict.fromkeys((*chosen, *wanted)):
+        files: SplitFiles | None = None
         try:
             files = list_split(name, root, split, classes=classes)
+            faults = [replace(one, split=one.split or split) for one in files.faults()]
         except LexisegError as error:
-            # Lists of classes and folders are shared by the splits; what is wrong with them is said once.
+            # Lists of classes and folders are shared by the splits, so that what is wrong with them is not of one.
             kind = error.kind if isinstance(error, DataSetError) else "class-list"
-            if not any(finding.problem == str(error) for finding in findings):
-                findings.append(Finding(kind, str(error), str(root), split="" if not given else split))
+            faults = [Finding(kind, str(error), str(root), split=split if given else "")]
+        if split not in chosen:  # what training or evaluation would say of it
+            problem = faults[0].problem if faults else f"There is no split '{split}'."
+            files, faults = None, [Finding("missing-list", problem, str(root), split=split, severity="warning")]
+        said = {finding.problem for finding in findings}
+        findings += [fault for fault in faults if fault.problem not in said]
+        if files is None:
             continue
         classes_of[split] = files.vocabulary.names
-        said = {finding.problem for finding in findings}
-        findings += [replace(one, split=one.split or split) for one in files.faults() if one.problem not in said]
         check, wrong = _check_split(files, workers or os.cpu_count() or 1, progress)
         findings += wrong
         checks.append(check)
         members[split] = {item.name: item.image for item in files.items}
-    absent = {split: _absent(name, root, split, classes) for split in wanted if split not in chosen}
-    said = {finding.problem for finding in findings}
-    findings += [
-        Finding("missing-list", problem, str(root), split=split, severity="warning")
-        for split, problem in absent.items()
-        if problem not in said
-    ]
     findings += _overlaps(members)
     findings += _other_classes(classes_of, root)
     names = next(iter(classes_of.values()), ())
     return Verification(name, str(root), names, tuple(checks), tuple(findings))
-
-
-def _absent(name: str, root: Path, split: str, classes: str | Path | None) -> str:
-    """What training or evaluation says of a split that is not there."""
-    try:
-        fault = next(iter(list_split(name, root, split, classes=classes).faults()), None)
-    except LexisegError as error:
-        return str(error)
-    return fault.problem if fault is not None else f"There is no split '{split}'."
 
 
 def usable_splits(name: str, root: Path) -> tuple[Sequence[str], list[Finding]]:

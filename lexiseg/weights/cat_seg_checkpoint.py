@@ -89,10 +89,8 @@ def read_cat_seg(
     def build() -> CATSeg:
         return CATSeg(build_clip(architecture, name="clip"), CATSegOptions.model_validate(CATSeg.parse_options(found)))
 
-    unused = [key for key in state if _MASK.fullmatch(key)]
-    given = {key: value for key, value in state.items() if key not in unused}
     said = f"{name}, which looks like CAT-Seg,"
-    return filled(build, key_map("cat-seg"), given, said).eval(), unused
+    return filled(build, key_map("cat-seg"), state, said, lambda key, _: _MASK.fullmatch(key) is not None)
 
 
 def cat_seg_notes(model: CATSeg, state: Mapping[str, Tensor]) -> list[str]:

@@ -122,9 +122,23 @@ def take_tensors(
     return found
 
 
-def filled(build: Callable[[], _Model], source_of: SourceOf, state: Mapping[str, Tensor], what: str) -> _Model:
-    """What ``build`` builds with another program's tensors, once they are seen to fit; see `take_tensors`."""
-    tensors = take_tensors(shapes_of(sketch(build, len(state), what)), source_of, state, what)
+def filled(
+    build: Callable[[], _Model],
+    source_of: SourceOf,
+    state: Mapping[str, Tensor],
+    what: str,
+    is_unused: Callable[[str, _Model], bool],
+) -> tuple[_Model, list[str]]:
+    """What ``build`` builds with another program's tensors, once they are seen to fit; see `take_tensors`.
+
+    ``is_unused``: whether a key that nothing of ours asks for takes part in no computation of such a model. Returns the
+    model in evaluation mode, and these keys.
+    """
+    plan = sketch(build, len(state), what)
+    shapes = shapes_of(plan)
+    wanted = expected_shapes(shapes, source_of)
+    unused = {key for key in state if key not in wanted and is_unused(key, plan)}
+    tensors = take_tensors(shapes, source_of, {key: state[key] for key in state if key not in unused}, what)
     model = build()
     model.load_state_dict({**model.state_dict(), **tensors})
-    return model
+    return model.eval(), [key for key in state if key in unused]

@@ -15,7 +15,6 @@ from typing import Any, cast
 
 from torch import Tensor
 
-from lexiseg.clip.load import shapes_of, sketch
 from lexiseg.clip.model import build_clip
 from lexiseg.errors import LexisegError
 from lexiseg.models import SYSTEMS, CascadeCLIP
@@ -25,7 +24,7 @@ from lexiseg.models.zegclip import ZegCLIP
 from lexiseg.normalisation import IMAGENET_MEAN, IMAGENET_STD
 from lexiseg.vocabulary import PAPER_TEMPLATES, SINGLE_TEMPLATE
 from lexiseg.weights.clip_state import count_blocks, infer_vit_architecture, require, shape_keys, shape_of
-from lexiseg.weights.filling import expected_shapes, filled, key_map
+from lexiseg.weights.filling import filled, key_map
 
 NAMES = {"zegclip": "ZegCLIP", "cascade-clip": "Cascade-CLIP", "spt-seg": "SPT-SEG"}
 
@@ -152,13 +151,8 @@ def read_one_stage(
     def build() -> ZegCLIP:
         return cast(ZegCLIP, SYSTEMS[system].build(build_clip(architecture, name="clip"), found))
 
-    source_of = key_map(system)
     said = f"{name} looks like {NAMES[system]} but"
-    plan = sketch(build, len(state), said)
-    wanted = expected_shapes(shapes_of(plan), source_of)
-    unused = [key for key in state if key not in wanted and is_unused(key, plan)]
-    used = {key: value for key, value in state.items() if key not in unused}
-    model = filled(build, source_of, used, said).eval()
+    model, unused = filled(build, key_map(system), state, said, is_unused)
     model.default_templates = SINGLE_TEMPLATE if model.options.num_prompts <= _VOC_PROMPTS else PAPER_TEMPLATES
     return model, unused
 

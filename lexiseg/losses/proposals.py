@@ -87,11 +87,12 @@ def match(
     """
     from transformers.models.maskformer import modeling_maskformer as modules
 
-    mask_logits = full_precision(mask_logits)
-    class_logits = None if class_logits is None else full_precision(class_logits)
-    cost_class = 0.0 if class_logits is None else weights.cost_class
+    mask_logits, cost_class = full_precision(mask_logits), weights.cost_class
+    if class_logits is None:  # `transformers` always wants some: all alike
+        most = max((int(target.classes.max()) for target in targets if len(target.classes)), default=0)
+        class_logits, cost_class = mask_logits.new_zeros((*mask_logits.shape[:2], most + 2)), 0.0
     matcher = modules.MaskFormerHungarianMatcher(cost_class, weights.mask_weight, weights.dice_weight)
-    scores = _scores(mask_logits, class_logits, targets)
+    scores = full_precision(class_logits)
     found: list[Match] = []
     for logits, score, target in zip(mask_logits, scores, targets, strict=True):
         if len(target.classes):
@@ -171,8 +172,8 @@ def level_losses(
 
     mask_logits = full_precision(mask_logits)
     class_logits = None if class_logits is None else full_precision(class_logits)
-    scores = _scores(mask_logits, class_logits, targets)
-    criterion = modules.MaskFormerLoss(scores.shape[-1] - 1, None, {}, weights.no_object).to(mask_logits)
+    num_classes = 1 if class_logits is None else class_logits.shape[-1] - 1
+    criterion = modules.MaskFormerLoss(num_classes, None, {}, weights.no_object).to(mask_logits)
     classes = [target.classes for target in targets]
     matched = match(mask_logits, class_logits, targets, weights)
     result: dict[str, Tensor] = {}
@@ -198,11 +199,3 @@ def level_losses(
 def full_precision(x: Tensor) -> Tensor:
     """In single precision at least, whatever the network was run in: costs are compared, and sums run over images."""
     return x if x.dtype == torch.float64 else x.float()
-
-
-def _scores(mask_logits: Tensor, class_logits: Tensor | None, targets: Sequence[MaskTargets]) -> Tensor:
-    """The class logits; all alike if there are none, for `transformers` always wants some."""
-    if class_logits is not None:
-        return class_logits
-    most = max((int(target.classes.max()) for target in targets if len(target.classes)), default=0)
-    return mask_logits.new_zeros((*mask_logits.shape[:2], most + 2))

@@ -8,6 +8,7 @@ import signal
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -38,6 +39,14 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         del os.environ["LEXISEG_CACHE"]
     else:
         os.environ["LEXISEG_CACHE"] = before
+
+
+@pytest.fixture(scope="module")
+def clip() -> Any:
+    """A small CLIP of random weights; a module's tests share it."""
+    from tests.towers import small_clip  # open_clip takes seconds to import
+
+    return small_clip()
 
 
 @pytest.fixture(scope="session")

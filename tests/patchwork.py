@@ -14,6 +14,7 @@ from lexiseg.clip.model import CLIP
 from lexiseg.models.base import ImageFeatures, SegmentationModel
 from lexiseg.models.options import ModelOptions
 from lexiseg.scores import GridScores
+from lexiseg.segmentation import Segmentation
 from lexiseg.segmenter import Segmenter
 from lexiseg.windows import WindowPolicy
 
@@ -62,3 +63,9 @@ def segmenter(model: SegmentationModel, **options: Any) -> Segmenter:
 def picture(height: int, width: int, seed: int = 0) -> np.ndarray:
     coarse = np.random.default_rng(seed).integers(0, 256, (max(2, height // 9), max(2, width // 9), 3), dtype=np.uint8)
     return np.array(Image.fromarray(coarse).resize((width, height)))
+
+
+def same(a: Segmentation, b: Segmentation) -> None:
+    assert torch.equal(a.label_map, b.label_map)
+    assert a.scores is not None and b.scores is not None
+    torch.testing.assert_close(a.scores, b.scores)

@@ -25,11 +25,6 @@ from tests.towers import small_clip
 NAMES = ["cat", "traffic light", "wall-other"]
 
 
-@pytest.fixture(scope="module")
-def clip() -> CLIP:
-    return small_clip()
-
-
 def row(clip: CLIP, text: str) -> torch.Tensor:
     """The token embeddings of a sentence, marks included."""
     ids = clip.tokenize([text])

@@ -20,11 +20,6 @@ from tests.towers import small_clip
 DEPTH = 4
 
 
-@pytest.fixture(scope="module")
-def clip() -> CLIP:
-    return small_clip()
-
-
 def embedded(clip: CLIP, height: int = 40, width: int = 24) -> tuple[Tensor, tuple[int, int]]:
     images = torch.randn(2, 3, height, width, generator=torch.Generator().manual_seed(0))
     return clip.image_tower.embed(images)

@@ -25,16 +25,7 @@ from torch import Tensor
 from lexiseg.errors import LexisegError
 from lexiseg.words import counted, shorten
 
-_TENSORS = frozenset(
-    f"torch.{name}"
-    for name in (
-        "_utils._rebuild_tensor",
-        "_utils._rebuild_tensor_v2",
-        "_utils._rebuild_parameter",
-        "_utils._rebuild_parameter_with_state",
-        "_tensor._rebuild_from_type_v2",
-    )
-)
+_TENSOR = re.compile(r"torch\.(_utils\._rebuild_(tensor(_v2)?|parameter(_with_state)?)|_tensor\._rebuild_from_type_v2)")
 _ARRAY = re.compile(r"numpy\._?core\.(multiarray\._reconstruct|numeric\._frombuffer)")
 _MAPPINGS = ("collections.OrderedDict", "collections.defaultdict", "collections.Counter")
 _HPARAMS = re.compile(r"(pytorch_)?lightning(\.\w+)+\.AttributeDict")
@@ -212,11 +203,9 @@ class PickledFile:
         found: list[tuple[str, str]] = []
         for value, where in _walk(self.content):
             kind = _name(value)
-            only_named = isinstance(value, type)
-            fine = _TENSORS | {*_MAPPINGS}
-            if kind is None or kind in fine or _ARRAY.fullmatch(kind) or _HARMLESS.fullmatch(kind):
+            if kind is None or kind in _MAPPINGS or (isinstance(value, type) and _TYPES.fullmatch(kind)):
                 continue
-            if _HPARAMS.fullmatch(kind) or (only_named and _TYPES.fullmatch(kind)):
+            if any(known.fullmatch(kind) for known in (_TENSOR, _ARRAY, _HPARAMS, _HARMLESS)):
                 continue
             found.append((next((text for part, text in _KINDS.items() if part in kind), kind), where()))
         if found:
@@ -280,7 +269,7 @@ class PickledFile:
 
 def is_tensor(value: Any) -> bool:
     """Say whether a value of `PickledFile.content` is a tensor or a numpy array."""
-    return isinstance(value, Stub) and (value.name in _TENSORS or _ARRAY.fullmatch(value.name) is not None)
+    return isinstance(value, Stub) and any(known.fullmatch(value.name) for known in (_TENSOR, _ARRAY))
 
 
 def entries(value: Any) -> dict[str, Any] | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -45,7 +46,6 @@ class Scores(ABC):
         self.word_to_class: Tensor | None = None
         if word_to_class is not None:
             self.word_to_class, self.num_classes = _check_words(word_to_class, num_words, device)
-        self._limit: float | None = None
 
     def label_map(self, size: Size) -> Tensor:
         """The best class of each pixel: (B, H, W) int64 in 0..C-1, for ``size`` (height, width)."""
@@ -135,16 +135,15 @@ class Scores(ABC):
         """Each picture's number and field, inside which neither a graph nor autocast is."""
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
             for picture in range(self.batch_size):
-                field = self.field(picture, size) if math.isfinite(self.largest()) else None
+                field = self.field(picture, size) if math.isfinite(self.largest) else None
                 if field is None or not field.limits()[0] < torch.finfo(torch.float32).max:
                     raise LexisegError(_NOT_FINITE)
                 yield picture, field
 
+    @cached_property
     def largest(self) -> float:
         """At least as large as the magnitude of every value; not finite if one is not."""
-        if self._limit is None:
-            self._limit = self._magnitude()
-        return self._limit
+        return self._magnitude()
 
 
 _NOT_FINITE = (

@@ -26,13 +26,13 @@ MANY = 8
 """Candidates a tile up to which it does not pay to compare them with the best one once more."""
 
 
+@dataclass(frozen=True)
 class Writer:
     """Turns words into classes and puts them where they belong."""
 
-    def __init__(self, word_to_class: Tensor | None, labels: Tensor, scores: Tensor | None) -> None:
-        self.word_to_class = word_to_class
-        self.labels = labels
-        self.scores = scores
+    word_to_class: Tensor | None
+    labels: Tensor
+    scores: Tensor | None
 
     def rectangle(self, place: tuple[int, int, int, int], words: Tensor, scores: Tensor) -> None:
         top, bottom, left, right = place

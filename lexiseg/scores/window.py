@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from lexiseg.scores.resize import resized
 from lexiseg.windows import Box
 
 
+@dataclass(eq=False, repr=False)
 class WindowScores(Scores):
     """Scores of windows on a canvas: at each pixel the mean of those over it, then interpolated to the size asked for.
 
@@ -26,39 +28,41 @@ class WindowScores(Scores):
         parts: the scores of each window, for the same words and the same number of pictures.
         boxes: (top, left, height, width) of each window.
         canvas: (height, width) the windows lie on.
+
+    Raises:
+        ValueError: parts differ in words, pictures or device; a window leaves the canvas, or a pixel has none.
     """
 
-    def __init__(self, parts: Sequence[Scores], boxes: Sequence[Box], canvas: Size) -> None:
-        """Put ``parts`` on the canvas; nothing is computed yet.
+    parts: Sequence[Scores]
+    boxes: Sequence[Box]
+    canvas: Size
 
-        Raises:
-            ValueError: parts differ in words, pictures or device; a window leaves the canvas, or a pixel has none.
-        """
-        if not parts or len(parts) != len(boxes):
-            raise ValueError(f"there must be a part for each box, and one at least: {len(parts)} and {len(boxes)}")
+    def __post_init__(self) -> None:
+        parts = self.parts
+        if not parts or len(parts) != len(self.boxes):
+            raise ValueError(f"there must be a part for each box, and one at least: {len(parts)} and {len(self.boxes)}")
         first = parts[0]
         super().__init__(first.batch_size, first.num_words, first.device, first.word_to_class)
         kinds = {(part.num_words, part.num_classes, part.batch_size, part.device) for part in parts}
         if len(kinds) > 1:
             raise ValueError("all parts must have the same words, number of pictures and device")
-        self.parts = list(parts)
-        self.canvas = check_pair(canvas, "canvas") or canvas
-        self.boxes: list[Box] = [(int(y), int(x), int(h), int(w)) for y, x, h, w in boxes]
+        self.canvas = check_pair(self.canvas, "canvas") or self.canvas
+        self.boxes = [(int(y), int(x), int(h), int(w)) for y, x, h, w in self.boxes]
         _check_boxes(self.boxes, self.canvas)
 
     def map(self, change: Callable[[Tensor], Tensor]) -> WindowScores:
-        return WindowScores([part.map(change) for part in self.parts], self.boxes, self.canvas)
+        return replace(self, parts=[part.map(change) for part in self.parts])
 
     def _magnitude(self) -> float:
         # Added up, so that one that is not finite shows.
-        return sum(part.largest() for part in self.parts)
+        return sum(part.largest for part in self.parts)
 
     def field(self, picture: int, size: Size) -> Field:
         fields = [part.field(picture, box[2:]) for part, box in zip(self.parts, self.boxes, strict=True)]
         return resized(fields[0] if len(fields) == 1 else Mean(fields, self.boxes, *self.canvas), size)
 
 
-def _check_boxes(boxes: list[Box], canvas: Size) -> None:
+def _check_boxes(boxes: Sequence[Box], canvas: Size) -> None:
     for y, x, height, width in boxes:
         if min(y, x) < 0 or min(height, width) < 1 or y + height > canvas[0] or x + width > canvas[1]:
             raise ValueError(f"the window {(y, x, height, width)} does not lie on the canvas {canvas}")

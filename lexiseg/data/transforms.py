@@ -12,8 +12,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-import numpy as np
 import torch
+from numpy.random import Generator
 from torch import Tensor
 from torch.nn.functional import pad
 from torchvision import tv_tensors
@@ -28,8 +28,11 @@ from lexiseg.windows import working_size
 TRAIN_SCALE = (2048, 512)
 """Long and short side of the training resize at ratio 1."""
 
-Step = Callable[[Tensor, Tensor, np.random.Generator], tuple[Tensor, Tensor]]
-"""One step of a pipeline: image ``(3, H, W)``, label ``(H, W)`` and the random generator to image and label."""
+Pair = tuple[Tensor, Tensor]
+"""An image ``(3, H, W)`` and its label ``(H, W)``."""
+
+Step = Callable[[Tensor, Tensor, Generator], Pair]
+"""One step of a pipeline: image, label and the random generator to image and label."""
 
 
 def train_size(height: int, width: int, ratio: float, scale: tuple[int, int] = TRAIN_SCALE) -> tuple[int, int]:
@@ -44,7 +47,7 @@ def train_size(height: int, width: int, ratio: float, scale: tuple[int, int] = T
     return max(1, int(height * factor + 0.5)), max(1, int(width * factor + 0.5))
 
 
-def resize(image: Tensor, label: Tensor, size: tuple[int, int], *, antialias: bool = False) -> tuple[Tensor, Tensor]:
+def resize(image: Tensor, label: Tensor, size: tuple[int, int], *, antialias: bool = False) -> Pair:
     """Resize the picture bilinearly and the label to the nearest pixel.
 
     The one-stage papers' loader does not antialias, the decoupled papers' (Pillow) does.
@@ -54,17 +57,15 @@ def resize(image: Tensor, label: Tensor, size: tuple[int, int], *, antialias: bo
     return image.as_subclass(Tensor), label.as_subclass(Tensor)
 
 
-def random_resize(
-    image: Tensor, label: Tensor, rng: np.random.Generator, *, scale: tuple[int, int] = TRAIN_SCALE
-) -> tuple[Tensor, Tensor]:
+def random_resize(image: Tensor, label: Tensor, rng: Generator, *, scale: tuple[int, int] = TRAIN_SCALE) -> Pair:
     """Resize to :func:`train_size` with a ratio drawn uniformly from 0.5..2."""
     ratio = float(rng.uniform(0.5, 2.0))
     return resize(image, label, train_size(image.shape[-2], image.shape[-1], ratio, scale))
 
 
 def random_short_edge(
-    image: Tensor, label: Tensor, rng: np.random.Generator, *, sides: Sequence[int], longest: int | None = None
-) -> tuple[Tensor, Tensor]:
+    image: Tensor, label: Tensor, rng: Generator, *, sides: Sequence[int], longest: int | None = None
+) -> Pair:
     """Resize so that the shorter side gets one of several lengths, the longer one no more than ``longest``.
 
     The decoupled papers' resize (detectron2's): antialiased, the aspect kept, one length drawn uniformly.
@@ -73,7 +74,7 @@ def random_short_edge(
     return resize(image, label, working_size(image.shape[-2], image.shape[-1], side, longest), antialias=True)
 
 
-def top_left(image: Tensor, label: Tensor, rng: np.random.Generator, *, size: int) -> tuple[Tensor, Tensor]:
+def top_left(image: Tensor, label: Tensor, rng: Generator, *, size: int) -> Pair:
     """Keep the ``size x size`` pixels at the top left, or what there is of them.
 
     DeOP's last stage crops 640 pixels and then pads to 512: the released padding is negative there and cuts.
@@ -82,14 +83,8 @@ def top_left(image: Tensor, label: Tensor, rng: np.random.Generator, *, size: in
 
 
 def random_crop(
-    image: Tensor,
-    label: Tensor,
-    rng: np.random.Generator,
-    *,
-    size: int,
-    max_fraction: float = 0.75,
-    ignored: int = IGNORE_INDEX,
-) -> tuple[Tensor, Tensor]:
+    image: Tensor, label: Tensor, rng: Generator, *, size: int, max_fraction: float = 0.75, ignored: int = IGNORE_INDEX
+) -> Pair:
     """Crop a window of at most ``size x size``, redrawn while one class fills too much of it.
 
     A window is accepted when :func:`is_varied`; after 10 redraws the last one is taken as it is. A
@@ -121,14 +116,12 @@ def is_varied(label: Tensor, max_fraction: float = 0.75, ignored: int = IGNORE_I
     return counts.numel() > 1 and counts.max().item() / counts.sum().item() < max_fraction
 
 
-def random_flip(
-    image: Tensor, label: Tensor, rng: np.random.Generator, *, probability: float = 0.5
-) -> tuple[Tensor, Tensor]:
+def random_flip(image: Tensor, label: Tensor, rng: Generator, *, probability: float = 0.5) -> Pair:
     """Mirror left and right with the given probability."""
     return (image.flip(-1), label.flip(-1)) if rng.random() < probability else (image, label)
 
 
-def distort_colours(image: Tensor, label: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+def distort_colours(image: Tensor, label: Tensor, rng: Generator) -> Pair:
     """Random brightness, contrast, saturation and hue of a uint8 picture, each with probability a half.
 
     Contrast comes before or after saturation and hue, at random. Brightness changes by up to 32 8-bit values, hue by up
@@ -153,21 +146,15 @@ def distort_colours(image: Tensor, label: Tensor, rng: np.random.Generator) -> t
 
 
 def normalise_bytes(
-    image: Tensor, label: Tensor, rng: np.random.Generator, *, mean: Sequence[float], std: Sequence[float]
-) -> tuple[Tensor, Tensor]:
+    image: Tensor, label: Tensor, rng: Generator, *, mean: Sequence[float], std: Sequence[float]
+) -> Pair:
     """Bytes to ``(x / 255 - mean) / std`` in float32; mean and std are in 0..1 units, RGB."""
     return normalise(image.float() / 255, mean, std), label
 
 
 def pad_to(
-    image: Tensor,
-    label: Tensor,
-    rng: np.random.Generator,
-    *,
-    size: int,
-    pad_label: int = IGNORE_INDEX,
-    value: int = 0,
-) -> tuple[Tensor, Tensor]:
+    image: Tensor, label: Tensor, rng: Generator, *, size: int, pad_label: int = IGNORE_INDEX, value: int = 0
+) -> Pair:
     """Pad to ``size x size`` at the right and the bottom: ``value`` in the picture, ``pad_label`` in the mask.
 
     Padding has the label 255 unless it must be told from other pixels without a class. A side that is long enough
@@ -186,7 +173,7 @@ class Pipeline:
 
     steps: tuple[Step, ...]
 
-    def __call__(self, image: Tensor, label: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+    def __call__(self, image: Tensor, label: Tensor, rng: Generator) -> Pair:
         """Run every step; the results are contiguous."""
         for step in self.steps:
             image, label = step(image, label, rng)

@@ -11,12 +11,12 @@ from xml.etree import ElementTree
 
 import numpy as np
 from fastapi import FastAPI, Request
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import ConfigDict, Field
 from starlette.exceptions import HTTPException
 
 from lexiseg.app.brush import encode_brush
 from lexiseg.app.queue import Answer
-from lexiseg.app.requests import EXAMPLE_PICTURE, Question, decode_picture
+from lexiseg.app.requests import EXAMPLE_PICTURE, Body, Question, decode_picture
 from lexiseg.errors import LexisegError
 from lexiseg.formats import bounding_box
 
@@ -33,34 +33,28 @@ _INTERFACE = (
 _TASK: dict[str, Any] = {"tasks": [{"id": 1, "data": {"image": EXAMPLE_PICTURE}}], "label_config": _INTERFACE}
 
 
-class LabelStudioRequest(BaseModel):
-    """What Label Studio sends to ``/predict``; keys it adds are ignored.
-
-    Attributes:
-        tasks: each with ``data``, whose value under the image's key is the picture.
-        label_config: the project's labelling interface, as XML.
-        params: for example ``context``; not used.
-    """
+class LabelStudioRequest(Body):
+    """What Label Studio sends to ``/predict``; keys it adds are ignored."""
 
     model_config = ConfigDict(extra="ignore", json_schema_extra={"examples": [_TASK]})
 
     tasks: list[dict[str, Any]] = Field(min_length=1)
+    """Each with ``data``, whose value under the image's key is the picture."""
     label_config: str = Field(max_length=_MAX_CONFIG)
+    """The project's labelling interface, as XML."""
     params: dict[str, Any] | None = None
+    """For example ``context``; not used."""
 
 
-class CvatRequest(BaseModel):
-    """What CVAT sends to a serverless detector.
-
-    Attributes:
-        image: the picture in base64.
-        threshold: segments of a lower mean score are left out.
-    """
+class CvatRequest(Body):
+    """What CVAT sends to a serverless detector."""
 
     model_config = ConfigDict(extra="ignore", json_schema_extra={"examples": [{"image": EXAMPLE_PICTURE}]})
 
     image: str
+    """The picture in base64."""
     threshold: float | None = None
+    """Segments of a lower mean score are left out."""
 
 
 class Interface:

@@ -21,25 +21,21 @@ EXAMPLE_PICTURE = "data:image/gif;base64,R0lGODdhCAAIAIEAAFpaWgAAAAAAAAAAACwAAAA
 _EXAMPLE = {"classes": "giraffe; tree, bush; sky", "output": "rle"}
 
 
-def example(**fields: Any) -> ConfigDict:
-    """Settings of a request with an example of it."""
-    return ConfigDict(extra="forbid", json_schema_extra={"examples": [fields]})
+class Body(BaseModel):
+    """A request's body; OpenAPI describes a field by the text below it."""
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
 
-class ExemplarRequest(BaseModel):
-    """A picture as a class.
-
-    Attributes:
-        name: of the class; one of that name among the words gets the picture beside its words.
-        box: left, top, right and bottom of the thing in pixels.
-        image: the picture that shows it, in base64; None is the first picture that is asked about.
-    """
-
-    model_config = ConfigDict(extra="forbid")
+class ExemplarRequest(Body):
+    """A picture as a class."""
 
     name: str
+    """Of the class; one of that name among the words gets the picture beside its words."""
     box: list[int] = Field(min_length=4, max_length=4)
+    """Left, top, right and bottom of the thing in pixels."""
     image: str | None = None
+    """The picture that shows it, in base64; None is the first picture that is asked about."""
 
 
 # OpenAPI knows no definitions inside a body's schema, so the exemplar's stands where it is used. Forms hold it as text.
@@ -49,66 +45,52 @@ Exemplars = Annotated[
 ]
 
 
-class Question(BaseModel):
-    """What a client asks of a picture.
-
-    Attributes:
-        classes: a semicolon or a line break separates classes, a comma joins synonyms; or a list of such texts.
-        exemplars: pictures as classes, behind those of words.
-        background: "none", a class name, or a score below which pixels are ignored.
-        window: side of the sliding window in pixels; 0 runs whole pictures; None is the model's own way.
-        refine: how masks are cleaned up; None is the model's own way.
-        output: form of the masks; see `lexiseg.app.results.describe_result`.
-        model: one of those that ``GET /v1/models`` lists; None is the first.
-    """
-
-    model_config = ConfigDict(extra="forbid")
+class Question(Body):
+    """What a client asks of a picture."""
 
     classes: str | list[str]
+    """A semicolon or a line break separates classes, a comma joins synonyms; or a list of such texts."""
     exemplars: Exemplars = []
+    """Pictures as classes, behind those of words."""
     background: str | StrictFloat | None = None
+    """Either "none", a class name, or a score below which pixels are ignored."""
     window: int | None = Field(default=None, ge=0)
+    """Side of the sliding window in pixels; 0 runs whole pictures; None is the model's own way."""
     refine: str | None = None
+    """How masks are cleaned up; None is the model's own way."""
     output: Output = "rle"
+    """Form of the masks; see `lexiseg.app.results.describe_result`."""
     model: str | None = None
+    """One of those that ``GET /v1/models`` lists; None is the first."""
 
 
 class SegmentRequest(Question):
-    """A question and its picture.
+    """A question and its picture."""
 
-    Attributes:
-        image: the picture's file in base64, with or without a ``data:`` prefix. Addresses are not fetched.
-    """
-
-    model_config = example(image=EXAMPLE_PICTURE, **_EXAMPLE)
+    model_config = ConfigDict(json_schema_extra={"examples": [{"image": EXAMPLE_PICTURE, **_EXAMPLE}]})
 
     image: str
+    """The picture's file in base64, with or without a ``data:`` prefix. Addresses are not fetched."""
 
 
 class BatchRequest(Question):
-    """A question and its pictures.
+    """A question and its pictures."""
 
-    Attributes:
-        images: as in `SegmentRequest`.
-    """
-
-    model_config = example(images=[EXAMPLE_PICTURE], **_EXAMPLE)
+    model_config = ConfigDict(json_schema_extra={"examples": [{"images": [EXAMPLE_PICTURE], **_EXAMPLE}]})
 
     images: list[str] = Field(min_length=1)
+    """Each as in a request of one picture."""
 
 
-class ClassesRequest(BaseModel):
-    """Classes to check before a picture is sent.
+class ClassesRequest(Body):
+    """Classes to check before a picture is sent."""
 
-    Attributes:
-        classes: as in `Question`.
-        model: as in `Question`.
-    """
-
-    model_config = example(classes="giraffe; tree, bush; sky")
+    model_config = ConfigDict(json_schema_extra={"examples": [{"classes": "giraffe; tree, bush; sky"}]})
 
     classes: str | list[str]
+    """As in a request of one picture."""
     model: str | None = None
+    """Likewise."""
 
 
 def decode_picture(text: str, what: str = "The picture") -> bytes:

@@ -11,10 +11,10 @@ from xml.etree import ElementTree
 
 import numpy as np
 from fastapi import FastAPI, Request
+from numpy.typing import NDArray
 from pydantic import ConfigDict, Field
 from starlette.exceptions import HTTPException
 
-from lexiseg.app.brush import encode_brush
 from lexiseg.app.queue import Answer
 from lexiseg.app.requests import EXAMPLE_PICTURE, Body, Question, decode_picture
 from lexiseg.errors import LexisegError
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 _LOCAL_FILES = "/data/local-files/"
 _MAX_CONFIG = 1 << 20
+_RUN_WIDTHS = (3, 4, 8, 16)  # bits of the lengths of runs in a brush
 _INTERFACE = (
     '<View><Image name="image" value="$image"/><BrushLabels name="tag" toName="image"><Label value="tree"/>'
     '<Label value="sky"/></BrushLabels></View>'
@@ -106,6 +107,29 @@ def _picture(task: dict[str, Any], key: str, folder: Path | None) -> bytes:
     if not path.is_relative_to(root) or not path.is_file():
         raise HTTPException(422, "There is no such file in the folder of local files.")
     return path.read_bytes()
+
+
+def encode_brush(mask: NDArray[np.bool_]) -> list[int]:
+    """A mask (H, W) as the bytes of Label Studio's ``rle``: RGBA pixels, 255 in all four where the mask is set.
+
+    It is thi.ng's rle-pack format, bit by bit: the number of values (32 bits), their width less one (5), and four
+    widths of run lengths, each less one (4 bits each). Then runs: one bit that says whether the value repeats, two that
+    choose the width of the run's length, the length less one, and the values: one where it repeats, else all.
+    """
+    flat = mask.reshape(-1)
+    bits = [f"{flat.size * 4:032b}", f"{7:05b}", *(f"{width - 1:04b}" for width in _RUN_WIDTHS)]
+    starts = np.concatenate(([0], np.flatnonzero(np.diff(flat)) + 1)) if flat.size else np.empty(0, np.int64)
+    lengths = np.diff(np.concatenate((starts, [flat.size]))) * 4
+    for value, length in zip(flat[starts].tolist(), lengths.tolist(), strict=True):
+        byte = "11111111" if value else "00000000"
+        while length:
+            run = min(length, 1 << _RUN_WIDTHS[-1])
+            choice = next(index for index, width in enumerate(_RUN_WIDTHS) if run <= 1 << width)
+            bits.append(f"1{choice:02b}{run - 1:0{_RUN_WIDTHS[choice]}b}{byte}")
+            length -= run
+    text = "".join(bits)
+    text += "0" * (-len(text) % 8)
+    return np.packbits(np.frombuffer(text.encode(), np.uint8) - ord("0")).tolist()
 
 
 def _brush_results(answer: Answer, interface: Interface) -> dict[str, Any]:

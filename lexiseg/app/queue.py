@@ -144,8 +144,6 @@ def _answers(jobs: list[Job]) -> list[Answer]:
         warnings.simplefilter("always", LexisegWarning)
         pictures: Any = [job.picture for job in jobs]
         results = first.segmenter.predict(pictures, **first.arguments)
-        scores = None
-        if first.scores:
-            scores = first.segmenter.scores(first.picture, **first.arguments)
+        scores = first.segmenter.scores(first.picture, **first.arguments) if first.scores else None
     notes = tuple(dict.fromkeys(str(one.message) for one in caught if issubclass(one.category, LexisegWarning)))
     return [Answer(result, scores, notes) for result in results]

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import base64
 import io
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 import numpy as np
 from PIL import Image
 
 from lexiseg.app.queue import Answer
+from lexiseg.formats import coco_annotations, to_geojson
 
 if TYPE_CHECKING:
     from lexiseg.scores.base import Scores
     from lexiseg.segmentation import Segmentation
 
 Output: TypeAlias = Literal["rle", "png", "polygons", "geojson", "scores"]
-OUTPUTS: tuple[Output, ...] = ("rle", "png", "polygons", "geojson", "scores")
+OUTPUTS: tuple[Output, ...] = get_args(Output)
 SCORE_SIDE = 128
 """Longer side of a map of scores."""
 
@@ -61,8 +62,6 @@ def describe_result(answer: Answer, model: str, output: Output) -> dict[str, Any
     if output == "png":
         found |= {"png": encode_png(result.label_image()), "ignore_index": result.ignore_index}
     elif output == "rle":
-        from lexiseg.formats import coco_annotations
-
         entries = {entry["category_id"]: entry for entry in coco_annotations(result)}
         for row in rows:
             entry = entries[row["id"] + 1]
@@ -72,8 +71,6 @@ def describe_result(answer: Answer, model: str, output: Output) -> dict[str, Any
         for row in rows:
             row["polygons"] = outlines[row["name"]]
     elif output == "geojson":
-        from lexiseg.formats import to_geojson
-
         found["geojson"] = to_geojson(result)
     elif answer.scores is not None:
         found["scores"] = _score_maps(answer.scores, result)

@@ -11,7 +11,7 @@ import pytest
 from fastapi.testclient import TestClient
 
 import lexiseg
-from lexiseg.app.brush import encode_brush
+from lexiseg.app.annotation import encode_brush
 from lexiseg.app.service import create_app
 from lexiseg.app.settings import ServiceSettings
 from lexiseg.samples import sample_path

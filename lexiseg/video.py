@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Iterator
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -22,6 +22,7 @@ from lexiseg.formats import encode_rle
 from lexiseg.images import VIDEO_SUFFIXES
 from lexiseg.label_ids import ignore_index
 from lexiseg.labelling.record import file_state
+from lexiseg.overlay import paint_classes
 from lexiseg.pictures import window_policy
 from lexiseg.words import describe, printable
 
@@ -128,49 +129,51 @@ def segment_video(
         "refine": segmenter.refinement.kind,
         "vocabulary": vocabulary.hash(),
     }
+    label = _labeller(segmenter, vocabulary, options.smooth, settings)
     resumed = options.resume and _is_begun(files["frames"], head)
     try:
         container = av.open(str(source), format="v4l2" if str(source).startswith("/dev/video") else None)
         stream = container.streams.video[0]
     except (OSError, av.FFmpegError, IndexError) as error:
         raise LexisegError(f"'{printable(str(source))}' cannot be read as a video; check the file.") from error
-    return _segment(av, container, stream, _Labels(segmenter, vocabulary, options, settings), files, head, resumed)
+    return _segment(av, container, stream, label, vocabulary, options, files, None if resumed else head)
 
 
 def _segment(
-    av: Any, container: Any, stream: Any, labels: _Labels, files: dict[str, Path], head: dict[str, Any], resumed: bool
+    av: Any, container: Any, stream: Any, label: Callable[[NDArray[np.uint8]], NDArray[np.integer]],
+    vocabulary: Vocabulary, options: VideoOptions, files: dict[str, Path], head: dict[str, Any] | None,
 ) -> Iterator[Frame]:  # fmt: skip
-    options = labels.options
     with ExitStack() as stack:
         stack.enter_context(container)
-        journal = stack.enter_context(files["frames"].open("a" if resumed else "w", encoding="utf-8"))
-        if not resumed:
+        journal = stack.enter_context(files["frames"].open("w" if head else "a", encoding="utf-8"))
+        if head:
             _append(journal, head)
         earlier = stack.enter_context(files["frames"].open("rb"))
         ahead = _next_line(earlier) and _next_line(earlier)
-        overlay: _Overlay | None = None
+        labels: Any = None
+        paint: Any = None
         for index, picture in enumerate(_decoded(av, container, stream)):
             if options.frames is not None and index >= options.frames:
                 break
             # As it is shown: telephones store portraits lying on their side. Older releases of PyAV do not say so.
             pixels = np.rot90(picture.to_ndarray(format="rgb24"), round(getattr(picture, "rotation", 0) / 90))
             seconds = float(picture.time or 0.0)
-            if labels.current is not None and labels.current.shape != pixels.shape[:2]:
-                labels.current = labels.mean = None  # the frames' size changes, so nothing of those before is kept
             reused = ahead is not None and ahead["frame"] == index
             if ahead is not None and reused:
-                labels.current = _labels_of(ahead, pixels.shape[:2], len(labels.vocabulary))
+                labels = _labels_of(ahead, pixels.shape[:2], len(vocabulary))
                 ahead = _next_line(earlier)
-            elif index % options.every == 0 or labels.current is None:
-                labels.make(pixels)
-                _append(journal, {"frame": index, "seconds": seconds, "segments": _segments_of(labels.current)})
+            elif index % options.every == 0 or labels.shape != pixels.shape[:2]:  # whose size may change
+                labels = label(pixels)
+                ids = [int(one) for one in np.unique(labels) if one < len(vocabulary)]
+                segments = [{"category_id": one, "rle": encode_rle(labels == one)} for one in ids]
+                _append(journal, {"frame": index, "seconds": seconds, "segments": segments})
             if options.overlay:
-                if overlay is None:
+                if paint is None:
                     temporary = stack.enter_context(atomic_write(files["overlay"]))
                     rate = stream.average_rate or Fraction(25)
-                    overlay = stack.enter_context(_Overlay(av, temporary, rate, pixels.shape, labels.vocabulary))
-                overlay.write(pixels, labels.current)
-            yield Frame(index, seconds, np.asarray(labels.current), reused)
+                    paint = stack.enter_context(_overlay(av, temporary, rate, labels.shape, vocabulary))
+                paint(pixels, labels)
+            yield Frame(index, seconds, labels, reused)
 
 
 def _decoded(av: Any, container: Any, stream: Any) -> Iterator[Any]:
@@ -181,34 +184,31 @@ def _decoded(av: Any, container: Any, stream: Any) -> Iterator[Any]:
         raise LexisegError(f"The video ends early ({printable(str(error))}); the frames before are kept.") from error
 
 
-class _Labels:
-    def __init__(
-        self, segmenter: Segmenter, vocabulary: Vocabulary, options: VideoOptions, settings: dict[str, Any]
-    ) -> None:
-        self.segmenter = segmenter
-        self.vocabulary = vocabulary
-        self.options = options
-        self.settings = settings
-        self.current: NDArray[np.integer] | None = None
-        self.mean: Scores | None = None
-        if options.smooth and vocabulary.background.kind == "threshold":
-            raise LexisegError("Smoothing does not support a background threshold; name a background class instead.")
+def _labeller(
+    segmenter: Segmenter, vocabulary: Vocabulary, smooth: float, settings: dict[str, Any]
+) -> Callable[[NDArray[np.uint8]], NDArray[np.integer]]:
+    """A function that labels frames (H, W, 3) in their order; ``smooth`` is the weight of those before."""
+    if not smooth:
+        return lambda pixels: np.asarray(segmenter.predict(pixels, vocabulary, **settings).label_map)
+    if vocabulary.background.kind == "threshold":
+        raise LexisegError("Smoothing does not support a background threshold; name a background class instead.")
+    import torch
 
-    def make(self, pixels: NDArray[np.uint8]) -> None:
-        """Segment a frame (H, W, 3)."""
-        if not self.options.smooth:
-            result = self.segmenter.predict(pixels, self.vocabulary, **self.settings)
-            self.current = np.asarray(result.label_map)
-            return
-        import torch
+    from lexiseg.refine import refine
 
-        from lexiseg.refine import refine
+    mean: Scores | None = None
+    shape: tuple[int, ...] = ()
 
-        scores = self.segmenter.scores(pixels, self.vocabulary, **self.settings).detach()
-        self.mean = scores if self.mean is None else _blended(self.mean, scores, self.options.smooth)
+    def label(pixels: NDArray[np.uint8]) -> NDArray[np.integer]:
+        nonlocal mean, shape
+        scores = segmenter.scores(pixels, vocabulary, **settings).detach()
+        mean = _blended(mean, scores, smooth) if mean is not None and pixels.shape == shape else scores
+        shape = pixels.shape
         image = torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)
-        found = refine(self.mean, image, self.segmenter.refinement)[0].cpu().numpy()
-        self.current = found.astype(np.uint8 if len(self.vocabulary) <= 255 else np.uint16)
+        found = refine(mean, image, segmenter.refinement)[0].cpu().numpy()
+        return found.astype(np.uint8 if len(vocabulary) <= 255 else np.uint16)
+
+    return label
 
 
 def _blended(before: Scores, now: Scores, weight: float) -> Scores:
@@ -225,35 +225,26 @@ def _blended(before: Scores, now: Scores, weight: float) -> Scores:
     raise LexisegError("Smoothing works for systems that score patches, not for those with proposals; remove it.")
 
 
-class _Overlay:
-    def __init__(self, av: Any, path: Path, rate: Fraction, shape: tuple[int, ...], vocabulary: Vocabulary) -> None:
-        self.av = av
-        self.palette = vocabulary.palette().astype(np.float32)
-        self.container = av.open(str(path), "w")
-        codec = "libx264" if "libx264" in av.codecs_available else "mpeg4"
-        self.stream = self.container.add_stream(codec, rate=rate)
-        self.stream.height, self.stream.width = _even(shape[0]), _even(shape[1])
-        self.stream.pix_fmt = "yuv420p"
+@contextmanager
+def _overlay(
+    av: Any, path: Path, rate: Fraction, size: tuple[int, ...], vocabulary: Vocabulary
+) -> Iterator[Callable[[NDArray[np.uint8], NDArray[np.integer]], None]]:
+    """A video of frames of this height and width; gives a function that paints a frame and writes it."""
+    palette, unpainted = vocabulary.palette(), ignore_index(len(vocabulary))
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264" if "libx264" in av.codecs_available else "mpeg4", rate=rate)
+        stream.height, stream.width = map(_even, size)
+        stream.pix_fmt = "yuv420p"
 
-    def __enter__(self) -> _Overlay:
-        return self
+        def write(pixels: NDArray[np.uint8], labels: NDArray[np.integer]) -> None:
+            painted = paint_classes(pixels, labels, palette, alpha=_ALPHA, outlines=False, background=unpainted)
+            cut = np.ascontiguousarray(np.asarray(painted)[: _even(labels.shape[0]), : _even(labels.shape[1])])
+            frame = av.VideoFrame.from_ndarray(cut, format="rgb24")
+            # A frame of another size than the first is stretched.
+            container.mux(stream.encode(frame.reformat(width=stream.width, height=stream.height)))
 
-    def __exit__(self, *_: object) -> None:
-        for packet in self.stream.encode():
-            self.container.mux(packet)
-        self.container.close()
-
-    def write(self, pixels: NDArray[np.uint8], labels: NDArray[np.integer] | None) -> None:
-        """Paint a frame and write it."""
-        painted = pixels.astype(np.float32)
-        if labels is not None:
-            inside = labels < len(self.palette)
-            painted[inside] = (1 - _ALPHA) * painted[inside] + _ALPHA * self.palette[labels[inside]]
-        cut = np.ascontiguousarray(painted[: _even(pixels.shape[0]), : _even(pixels.shape[1])].astype(np.uint8))
-        frame = self.av.VideoFrame.from_ndarray(cut, format="rgb24")
-        # A frame of another size than the first is stretched.
-        for packet in self.stream.encode(frame.reformat(width=self.stream.width, height=self.stream.height)):
-            self.container.mux(packet)
+        yield write
+        container.mux(stream.encode())
 
 
 def _even(side: int) -> int:
@@ -290,13 +281,6 @@ def _is_begun(path: Path, head: dict[str, Any]) -> bool:
             lines, whole = lines + 1, file.tell()
     os.truncate(path, whole)
     return lines > 1
-
-
-def _segments_of(labels: NDArray[np.integer] | None) -> list[dict[str, Any]]:
-    if labels is None:
-        return []
-    ids = [int(one) for one in np.unique(labels) if one != (255 if labels.dtype == np.uint8 else 65535)]
-    return [{"category_id": one, "rle": encode_rle(labels == one)} for one in ids]
 
 
 def _labels_of(line: dict[str, Any], size: tuple[int, ...], num_classes: int) -> NDArray[np.integer]:

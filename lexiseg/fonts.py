@@ -16,7 +16,6 @@ from lexiseg.errors import LexisegError
 from lexiseg.words import printable, shorten
 
 _Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
-_PROBE_SIZE = 16
 _NO_CHARACTER = "\U0010ffff"
 _SUFFIXES = (".ttf", ".otf", ".ttc")
 # Upright sans serifs of the widest coverage first; fonts that draw a placeholder for everything never.
@@ -38,10 +37,17 @@ class Lettering:
         self._fonts.append(ImageFont.load_default(size))
         wanted = {character for text in texts for character in text if not _draws_nothing(character)}
         self.missing = {one for one in wanted if not any(_has(face, one) for face in self._fonts)}
-        for path in fonts_for(self.missing):
-            face = _load(path, size)
-            self._fonts.append(face)
-            self.missing -= {one for one in self.missing if _has(face, one)}
+        for path in font_files() if self.missing else ():
+            try:
+                face = _load(path, size)
+                found = {one for one in self.missing if _has(face, one)}
+            except (LexisegError, OSError):  # a damaged font, or pictures of one size (colour emoji)
+                continue
+            if found:
+                self._fonts.append(face)
+                self.missing -= found
+            if not self.missing:
+                break
 
     def length(self, text: str) -> float:
         """Width of a text in pixels."""
@@ -67,27 +73,6 @@ class Lettering:
             face, part = own, part + character
         if part:
             yield face, part
-
-
-def fonts_for(characters: Iterable[str]) -> list[Path]:
-    """Font files of this machine that together have as many of the characters as any do.
-
-    For figures too: matplotlib takes such files through ``matplotlib.font_manager.fontManager.addfont``.
-    """
-    wanted = {one for one in characters if not _draws_nothing(one)}
-    chosen = []
-    for path in font_files() if wanted else ():
-        try:
-            face = _load(path, _PROBE_SIZE)
-            found = {one for one in wanted if _has(face, one)}
-        except (LexisegError, OSError):  # a damaged font, or pictures of one size (colour emoji)
-            continue
-        if found:
-            chosen.append(path)
-            wanted -= found
-        if not wanted:
-            break
-    return chosen
 
 
 def _draws_nothing(character: str) -> bool:

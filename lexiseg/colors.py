@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -37,15 +38,9 @@ def parse_color(value: Any, what: str) -> tuple[int, int, int]:
         value = list(bytes.fromhex(value[1:]))
     numbers: list[int] = []
     if isinstance(value, Sequence | np.ndarray) and not isinstance(value, str | bytes) and len(value) == 3:
-        for part in value:
-            try:
-                number = int(part)
-            except (TypeError, ValueError, OverflowError):
-                break
-            if isinstance(part, bool) or not 0 <= number <= 255 or (isinstance(part, float) and part != number):
-                break
-            numbers.append(number)
-    if len(numbers) != 3:
+        with suppress(TypeError, ValueError, OverflowError):
+            numbers = [int(part) for part in value if not isinstance(part, bool) and float(part) == int(part)]
+    if len(numbers) != 3 or not all(0 <= number <= 255 for number in numbers):
         raise LexisegError(f"The colour of {what} must be three whole numbers in 0..255 or text such as #ff8800.")
     return numbers[0], numbers[1], numbers[2]
 
@@ -75,12 +70,10 @@ def distinct_colors(given: Sequence[tuple[int, int, int] | None]) -> np.ndarray:
 
 
 def _free_color(color: tuple[int, ...], taken: set[tuple[int, int, int]]) -> tuple[int, int, int]:
-    red, green, blue = color
-    code = (red << 16) | (green << 8) | blue
-    while (red, green, blue) in taken and len(taken) < 2**24:
+    code = int.from_bytes(bytes(color), "big")
+    while (free := (code >> 16, (code >> 8) & 255, code & 255)) in taken and len(taken) < 2**24:
         code = (code + 0x050301) % 2**24
-        red, green, blue = code >> 16, (code >> 8) & 255, code & 255
-    return red, green, blue
+    return free
 
 
 def _oklch_to_srgb(lightness: np.ndarray, chroma: np.ndarray, hue: np.ndarray) -> np.ndarray:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from lexiseg.class_list import read_class_list
 from lexiseg.data.sets.archive import Place, zipped
-from lexiseg.data.sets.catalog import data_set
+from lexiseg.data.sets.catalog import DataSetInfo
 from lexiseg.data.sets.dataset import Finding, SplitFiles
 from lexiseg.data.sets.labels import LabelKind, ValueTable
 from lexiseg.data.sets.listing import by_stem, entries, find_home, first_folder
@@ -19,13 +19,12 @@ from lexiseg.words import word_key
 _ADE_150 = "ADEChallengeData2016.zip"
 
 
-def list_ade150(root: Path, split: str, unseen: str | None) -> SplitFiles:
+def list_ade150(info: DataSetInfo, root: Path, split: str) -> SplitFiles:
     """ADE20K 150 (ADEChallengeData2016): ``train`` or ``val``; label values 1..150, 0 = no class.
 
     Where it is not unpacked, it is read out of ADEChallengeData2016.zip. Raises LexisegError if ``root`` holds no such
-    dataset, or there is no list ``unseen`` of unseen classes.
+    dataset.
     """
-    info = data_set("ade20k-150")
     marks = ("images", "annotations")
     home = find_home(root, ("ADEChallengeData2016",), marks, "ADEChallengeData2016", (_ADE_150,))
     part = {"train": "training", "val": "validation"}.get(split, split)
@@ -36,7 +35,7 @@ def list_ade150(root: Path, split: str, unseen: str | None) -> SplitFiles:
     images = images or zipped(packed, f"{inner}/images/{part}", (".jpg",))
     if not labels.files:
         labels = zipped_labels(packed, f"{inner}/annotations/{part}", table_of(info))
-    files = by_folder(info, split, unseen, images, image_folder, [labels])
+    files = by_folder(info, split, images, image_folder, [labels])
     listed = home / "objectInfo150.txt"
     if not listed.is_file():
         return files
@@ -54,7 +53,7 @@ def list_ade150(root: Path, split: str, unseen: str | None) -> SplitFiles:
     return replace(files, findings=(*files.findings, finding))
 
 
-def list_ade847(root: Path, split: str, unseen: str | None, classes: Path | None) -> SplitFiles:
+def list_ade847(info: DataSetInfo, root: Path, split: str, classes: Path | None) -> SplitFiles:
     """ADE20K 847: ``train`` or ``val``.
 
     Labels are 16-bit TIFFs (``annotations_detectron2``: class ids 0..846, 65535 = no class) beside
@@ -65,8 +64,8 @@ def list_ade847(root: Path, split: str, unseen: str | None, classes: Path | None
     A class is called by all its words ("building, edifice"): many share the first one, and the papers' code puts the
     whole text into its sentences. The list is read from ``classes``, or from classes.txt, classes.json, classes.yaml or
     ADE20K_847_pure_class.json in the dataset's folder. Where ADE20K_572_pure_class.json lies beside it, the classes
-    that it lacks are unseen. Raises LexisegError if ``root`` holds no such dataset; the class list is missing, wrong,
-    not of 847 classes, or without the ids that colour PNGs need; or there is no list ``unseen`` of unseen classes.
+    that it lacks are unseen. Raises LexisegError if ``root`` holds no such dataset, or the class list is missing,
+    wrong, not of 847 classes, or without the ids that colour PNGs need.
     """
     marks = ("images_detectron2", "images/ADE", "images")
     home = find_home(root, ("ADE20K_2021_17_01",), marks, "ADE20K's full set")
@@ -80,12 +79,12 @@ def list_ade847(root: Path, split: str, unseen: str | None, classes: Path | None
             "name it with --classes."
         )
     listed = read_class_list(found).classes
-    info = data_set("ade20k-847").with_classes(tuple(entry.text for entry in listed))
+    info = info.with_classes(tuple(entry.text for entry in listed))
     seen = next((path for place in (home, root) if (path := place / "ADE20K_572_pure_class.json").is_file()), None)
     if seen is not None:
         keys = {word_key(entry.text) for entry in read_class_list(seen).classes}
         info = replace(info, unseen_lists={"papers": tuple(n for n in info.classes if word_key(n) not in keys)})
-    elif unseen == "papers":
+    elif info.unseen == "papers":
         raise LexisegError(
             f"The list of ADE20K's 572 seen classes is missing: put ADE20K_572_pure_class.json into '{home}'."
         )
@@ -94,7 +93,7 @@ def list_ade847(root: Path, split: str, unseen: str | None, classes: Path | None
     if made.is_dir():
         folder = home / "annotations_detectron2" / part
         labels = [label_folder(folder, (".tif", ".tiff"), LabelKind.wide, plain_table(info.num_classes))]
-        return by_folder(info, split, unseen, by_stem(made, (".jpg",)), made, labels)
+        return by_folder(info, split, by_stem(made, (".jpg",)), made, labels)
     if any(entry.value is None for entry in listed):
         raise LexisegError(
             f"The class list '{found}' does not give the classes' ids in ADE20K's full set, which its colour PNGs "
@@ -104,9 +103,7 @@ def list_ade847(root: Path, split: str, unseen: str | None, classes: Path | None
     id_map = {entry.value: index for index, entry in enumerate(listed) if entry.value is not None}
     table = ValueTable(id_map, (), info.ignore, rest_is_void=True)
     images, files = _walk(folder)
-    return by_folder(
-        info, split, unseen, images, folder, [LabelFolder(files, folder, LabelKind.ade_full, table, "_seg.png")]
-    )
+    return by_folder(info, split, images, folder, [LabelFolder(files, folder, LabelKind.ade_full, table, "_seg.png")])
 
 
 def _walk(folder: Path) -> tuple[dict[str, Path], dict[str, Path]]:

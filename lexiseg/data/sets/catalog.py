@@ -54,6 +54,7 @@ class DataSetInfo:
     # fault of the file.
     void: tuple[int, ...] = (IGNORE_INDEX,)
     splits: tuple[str, ...] = ("train", "val")  # the splits there are
+    unseen: str | None = None  # which of the lists of unseen classes is meant; None is the default, "none" none
 
     @property
     def train_split(self) -> str:
@@ -86,8 +87,8 @@ class DataSetInfo:
     def vocabulary(self, *, unseen: str | None = None, names_of: str | None = None) -> Vocabulary:
         """The classes with their seen and unseen flags, without synonyms.
 
-        ``unseen``: which list of unseen classes; None takes the default, "none" flags no class at all. ``names_of``: a
-        paper in :attr:`renamed`, whose names to use. Raises LexisegError if the names are not known without the
+        ``unseen``: which list of unseen classes; None takes :attr:`unseen`, "none" flags no class at all. ``names_of``:
+        a paper in :attr:`renamed`, whose names to use. Raises LexisegError if the names are not known without the
         distribution's list, or there is no such unseen list or paper.
         """
         if not self.classes:
@@ -98,7 +99,8 @@ class DataSetInfo:
             known = ", ".join(self.renamed) or "none"
             raise LexisegError(f"{self.name} has no names of '{names_of}'; there are: {known}.")
         renamed = self.renamed[names_of] if names_of else {}
-        hidden = () if unseen == "none" else self.unseen_names(unseen)
+        which = unseen or self.unseen
+        hidden = () if which == "none" else self.unseen_names(which)
         return Vocabulary(
             tuple(
                 VocabularyClass(

@@ -25,16 +25,15 @@ from lexiseg.words import counted, near_names
 OWN = "own"
 """Name of a folder of one's own among the datasets."""
 
-_LAYOUTS: Mapping[str, Callable[[Path, str, str | None, Path | None], SplitFiles]] = {
-    "voc2012": lambda root, split, unseen, _: list_voc(root, split, unseen),
-    "coco-stuff-164k": lambda root, split, unseen, _: list_coco(root, split, unseen),
-    "coco-object": lambda root, split, unseen, _: list_coco(root, split, unseen, "coco-object"),
-    "cityscapes": lambda root, split, unseen, _: list_cityscapes(root, split, unseen),
-    "pascal-context-59": lambda root, split, unseen, _: list_context59(root, split, unseen),
+_LAYOUTS: Mapping[str, Callable[..., SplitFiles]] = {
+    "voc2012": list_voc,
+    "coco-stuff-164k": list_coco,
+    "coco-object": list_coco,
+    "cityscapes": list_cityscapes,
+    "pascal-context-59": list_context59,
     "pascal-context-459": list_context459,
-    "ade20k-150": lambda root, split, unseen, _: list_ade150(root, split, unseen),
+    "ade20k-150": list_ade150,
     "ade20k-847": list_ade847,
-    OWN: list_own,
 }
 _TAKES_CLASSES = ("pascal-context-459", "ade20k-847", OWN)
 
@@ -131,17 +130,21 @@ def list_split(
 ) -> SplitFiles:
     """Find the files of a split without opening a picture; the arguments are those of :func:`open_data_set`.
 
-    Raises LexisegError if the folder is not there or may not be read, or the classes cannot be known. Files that are
-    missing are findings.
+    Raises LexisegError if the folder is not there or may not be read, the classes cannot be known, or there is no such
+    list of unseen classes. Files that are missing are findings.
     """
-    if name not in _LAYOUTS:
-        raise LexisegError(f"There is no dataset '{name}'; {near_names(name, _LAYOUTS)}")
+    if name not in (*_LAYOUTS, OWN):
+        raise LexisegError(f"There is no dataset '{name}'; {near_names(name, (*_LAYOUTS, OWN))}")
     if classes is not None and name not in _TAKES_CLASSES:
         raise LexisegError(f"The classes of {name} are known, so a list of them cannot be given; leave it out.")
     if name in NAMES and split not in data_set(name).splits:
         raise LexisegError(f"{name} has no split '{split}'; there are {', '.join(data_set(name).splits)}.")
     try:
-        return _LAYOUTS[name](Path(root), split, unseen, None if classes is None else Path(classes))
+        listed = None if classes is None else Path(classes)
+        if name == OWN:
+            return list_own(Path(root), split, unseen, listed)
+        info = replace(data_set(name), unseen=unseen)
+        return _LAYOUTS[name](info, Path(root), split, *([listed] if name in _TAKES_CLASSES else []))
     except OSError as error:  # any look at a folder may fail: no permission, a name too long, a disk that is gone
         raise unreadable(Path(root), error) from error
 

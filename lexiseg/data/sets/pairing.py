@@ -119,7 +119,6 @@ def zipped_labels(archives: Sequence[Path], inner: str, table: ValueTable) -> La
 def by_folder(
     info: DataSetInfo,
     split: str,
-    unseen: str | None,
     images: Mapping[str, Place],
     image_folder: Path,
     labels: Sequence[LabelFolder],
@@ -133,4 +132,4 @@ def by_folder(
             f"The folder '{image_folder}' of the split '{split}' is missing or holds no pictures; unpack them there."
         )
         items, findings = [], [Finding("missing-folder", problem, str(image_folder), split=split)]
-    return SplitFiles(split, tuple(items), info.vocabulary(unseen=unseen), tuple(findings))
+    return SplitFiles(split, tuple(items), info.vocabulary(), tuple(findings))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lexiseg.data.sets.catalog import data_set
+from lexiseg.data.sets.catalog import DataSetInfo
 from lexiseg.data.sets.dataset import Finding, Item, SplitFiles
 from lexiseg.data.sets.labels import LabelKind
 from lexiseg.data.sets.listing import by_stem, find_home, first_folder, read_list
@@ -12,15 +12,14 @@ from lexiseg.data.sets.pairing import label_folder, pair, table_of
 from lexiseg.images import IMAGE_SUFFIXES
 
 
-def list_voc(root: Path, split: str, unseen: str | None) -> SplitFiles:
+def list_voc(info: DataSetInfo, root: Path, split: str) -> SplitFiles:
     """PASCAL VOC 2012: ``train``, ``val``, ``trainval``, ``aug`` or ``trainaug`` (train and aug, the papers' training).
 
     The labels of ``aug`` are the PNGs of SegmentationClassAug, or the .mat files of the Semantic Boundaries Dataset as
     it is distributed (``benchmark_RELEASE/dataset/cls``). Its list is aug.txt; where that is missing, what trainaug.txt
     has beyond train.txt; or what SBD's own lists have beyond VOC's train and val. Raises LexisegError if ``root`` holds
-    no such dataset, or there is no list ``unseen`` of unseen classes.
+    no such dataset.
     """
-    info = data_set("voc2012")
     home = find_home(root, ("VOCdevkit/VOC2012", "VOC2012"), ("JPEGImages",), "PASCAL VOC 2012")
     table = table_of(info)
     images = by_stem(home / "JPEGImages", IMAGE_SUFFIXES)
@@ -47,7 +46,7 @@ def list_voc(root: Path, split: str, unseen: str | None) -> SplitFiles:
         more, missing = pair((n for n in names if n not in taken), split, images, home / "JPEGImages", labels)
         items += more
         findings += [*wrong, *missing]
-    return SplitFiles(split, tuple(items), info.vocabulary(unseen=unseen), tuple(findings))
+    return SplitFiles(split, tuple(items), info.vocabulary(), tuple(findings))
 
 
 def find_sbd(root: Path, home: Path) -> Path | None:

@@ -130,19 +130,19 @@ def _segment(
             if not wide:
                 palette = vocabulary.palette().tolist()
                 labels.write_colormap(1, {index: (*color, 255) for index, color in enumerate(palette)})
-            for top, left, inner, outer in _tiles(rasterio, raster.width, raster.height, options):
+            for inner, outer in _tiles(rasterio, raster, options):
                 valid = raster.dataset_mask(window=outer) > 0
                 if not valid.any():
                     continue  # a part that holds nothing is not written, so an empty map stays small
                 pixels = _pixels(raster.read(bands, window=outer), low, high)
                 found = np.asarray(segmenter.predict(pixels, vocabulary, **settings).label_map).astype(profile["dtype"])
                 found[~valid] = nodata
-                row, column = top - outer.row_off, left - outer.col_off
+                row, column = inner.row_off - outer.row_off, inner.col_off - outer.col_off
                 found = found[row : row + inner.height, column : column + inner.width]
                 labels.write(found, 1, window=inner)
                 if vectors is not None:
                     vectors.add(found, nodata, rasterio.windows.transform(inner, raster.transform), vocabulary, options)
-                yield top, left, found
+                yield inner.row_off, inner.col_off, found
         # A cloud-optimised file is laid out anew: its overviews come first.
         layout = {"compress": "deflate", "blocksize": _BLOCK, "overview_resampling": "nearest", "bigtiff": "if_safer"}
         rasterio.shutil.copy(plain, final, driver="COG", sparse_ok=True, **layout)
@@ -170,16 +170,14 @@ def _bands(wanted: tuple[int, int, int] | None, count: int) -> tuple[int, ...]:
     return wanted
 
 
-def _tiles(rasterio: Any, width: int, height: int, options: MapOptions) -> Iterator[tuple[int, int, Any, Any]]:
-    """Tiles row by row: top, left, the window that is written, and the larger one that is looked at."""
-    for top in range(0, height, options.tile):
-        for left in range(0, width, options.tile):
-            bottom, right = min(top + options.tile, height), min(left + options.tile, width)
-            inner = rasterio.windows.Window(left, top, right - left, bottom - top)
-            first_row, first_column = max(0, top - options.margin), max(0, left - options.margin)
-            last_row, last_column = min(height, bottom + options.margin), min(width, right + options.margin)
-            outer = rasterio.windows.Window(first_column, first_row, last_column - first_column, last_row - first_row)
-            yield top, left, inner, outer
+def _tiles(rasterio: Any, raster: Any, options: MapOptions) -> Iterator[tuple[Any, Any]]:
+    """Tiles row by row: the window that is written, and the larger one that is looked at."""
+    window, tile, margin = rasterio.windows.Window, options.tile, options.margin
+    whole = window(0, 0, raster.width, raster.height)
+    for top in range(0, raster.height, tile):
+        for left in range(0, raster.width, tile):
+            seen = window(left - margin, top - margin, tile + 2 * margin, tile + 2 * margin)
+            yield window(left, top, tile, tile).intersection(whole), seen.intersection(whole)
 
 
 def _stretch(raster: Any, bands: Sequence[int]) -> tuple[NDArray[np.floating], NDArray[np.floating]]:

@@ -22,14 +22,8 @@ _OPTIONAL = ("timm", "transformers", "huggingface_hub", "torch.distributed.nn")
 _COMPILER = "torch._dynamo"  # torchvision wants one function of it, which says whether a compiler is there
 
 
-class _Loader(importlib.abc.Loader):
+class _Loader(importlib.machinery.SourceFileLoader):
     """Runs a module with what it does not need out of its reach."""
-
-    def __init__(self, loader: Any) -> None:
-        self._loader = loader
-
-    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
-        return self._loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
         stubs: dict[str, Any] = dict.fromkeys(name for name in _OPTIONAL if name not in sys.modules)
@@ -39,7 +33,7 @@ class _Loader(importlib.abc.Loader):
             stubs |= {_COMPILER: ModuleType(_COMPILER), f"{_COMPILER}.utils": utils}
         sys.modules.update(stubs)
         try:
-            self._loader.exec_module(module)
+            super().exec_module(module)
         finally:
             for name in stubs:
                 sys.modules.pop(name, None)
@@ -53,8 +47,8 @@ class _Finder(importlib.abc.MetaPathFinder):
             return None
         sys.meta_path.remove(self)
         spec = importlib.machinery.PathFinder.find_spec(name, path, target)
-        if spec is not None and spec.loader is not None:
-            spec.loader = _Loader(spec.loader)
+        if spec is not None and spec.origin is not None:
+            spec.loader = _Loader(name, spec.origin)
         return spec
 
 

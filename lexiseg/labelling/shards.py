@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lexiseg.errors import LexisegError
 from lexiseg.labelling.record import FOLDER, Attempt, Entry, Picture, Record, file_state
@@ -13,7 +13,6 @@ from lexiseg.labelling.record import FOLDER, Attempt, Entry, Picture, Record, fi
 if TYPE_CHECKING:
     from lexiseg.background import BackgroundSource
     from lexiseg.predictor import Predictor
-    from lexiseg.segmentation import Segmentation
     from lexiseg.vocabulary import Vocabulary
     from lexiseg.windows import WindowPolicy
 
@@ -74,9 +73,9 @@ class Labeller:
             background=wanted.background,
         )
         for path, result in results:
-            picture = stems[path]
+            picture, state = stems[path], states[stems[path].image]
             if isinstance(result, LexisegError):
-                yield Entry(picture.image, picture.stem, error=str(result), state=states[picture.image])
+                yield Entry(picture.image, picture.stem, error=str(result), state=state)
                 continue
             if result.name != picture.name:
                 result = replace(result, name=picture.name)
@@ -85,7 +84,13 @@ class Labeller:
                 folder = self.output / FOLDER / "coco" if kind == "coco" else self.output
                 files |= result.save(folder, picture.stem, (kind,), instances=wanted.instances, font=wanted.font)
             names = {kind: file.relative_to(self.output).as_posix() for kind, file in files.items()}
-            yield _entry(picture, result, names, states[picture.image])
+            ignored = result.num_ignored / (result.size[0] * result.size[1])
+            rows = [
+                {"class": row.name, "seen": row.seen, "fraction": row.fraction, "score": row.score}
+                for row in result.table()
+            ]
+            image, stem, size = picture.image, picture.stem, result.size
+            yield Entry(image, stem, files=names, size=size, ignored=ignored, classes=rows, state=state)
 
     def label_shard(self, record: Record, number: int, pictures: Sequence[Picture]) -> Iterator[Entry]:
         """Make the results of a shard and record them; where an earlier attempt was stopped, only the rest.
@@ -116,14 +121,6 @@ class Labeller:
             return Entry(picture.image, picture.stem, error=problem, state=file_state(picture.path))
         attempt.begin(picture.image)
         return next(iter(self.label([picture])))
-
-
-def _entry(picture: Picture, result: Segmentation, files: dict[str, str], state: tuple[int, int]) -> Entry:
-    rows: list[dict[str, Any]] = [
-        {"class": row.name, "seen": row.seen, "fraction": row.fraction, "score": row.score} for row in result.table()
-    ]
-    ignored = result.num_ignored / (result.size[0] * result.size[1])
-    return Entry(picture.image, picture.stem, files=files, size=result.size, ignored=ignored, classes=rows, state=state)
 
 
 def label_all(labeller: Labeller, record: Record, shards: Mapping[int, Sequence[Picture]]) -> Iterator[Entry]:

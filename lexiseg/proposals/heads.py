@@ -1,12 +1,18 @@
-"""What the two query-based generators share: class heads, norms and initial weights."""
+"""What the two query-based generators share: backbone, class heads, norms and initial weights."""
 
 from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterable
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from lexiseg.errors import LexisegError
 from lexiseg.matmul import convolve, linear
+from lexiseg.proposals.backbone import build_backbone
+from lexiseg.proposals.base import ProposalGenerator, Proposals, check_images
 from lexiseg.proposals.options import QueryOptions
 
 # The groups of every group norm in the pixel decoders of `transformers`.
@@ -67,25 +73,54 @@ class ClassMLP(nn.Module):
         return self.layers[1](self.layers[0](queries).relu())
 
 
-def build_class_head(options: QueryOptions) -> nn.Module | None:
-    """The class head that the options name; None for "none"."""
-    if options.class_head == "cosine-mlp":
-        return ClassMLP(options.hidden_dim, options.class_hidden, options.embed_dim)
-    if options.class_head == "linear":
-        return nn.Linear(options.hidden_dim, options.embed_dim)
-    return None
+class QueryGenerator(ProposalGenerator):
+    """Queries that become masks: N masks at a quarter of the image's size, and an embedding for each.
 
+    Widths that do not fit together are a `LexisegError`. Subclasses call `finish` behind their own parts.
+    """
 
-def check_query_options(options: QueryOptions) -> None:
-    """Check that widths fit together; a `LexisegError` says which do not."""
-    if options.pixel_dim % _GROUPS:
-        raise LexisegError(f"pixel_dim must be a multiple of {_GROUPS} (its group norms), not {options.pixel_dim}.")
-    # The sine position embedding fills each half of the width with pairs of sine and cosine.
-    for name, width in (("hidden_dim", options.hidden_dim), ("pixel_dim", options.pixel_dim)):
-        if width % 4:
-            raise LexisegError(f"{name} must be a multiple of 4 (its position embedding), not {width}.")
-    if options.hidden_dim % options.heads:
-        raise LexisegError(f"hidden_dim {options.hidden_dim} cannot be split into {options.heads} heads; change heads.")
+    def __init__(self, options: QueryOptions) -> None:
+        super().__init__(frozen_dropout=options.frozen_dropout)
+        if options.pixel_dim % _GROUPS:
+            raise LexisegError(f"pixel_dim must be a multiple of {_GROUPS} (its group norms), not {options.pixel_dim}.")
+        # The sine position embedding fills each half of the width with pairs of sine and cosine.
+        for name, width in (("hidden_dim", options.hidden_dim), ("pixel_dim", options.pixel_dim)):
+            if width % 4:
+                raise LexisegError(f"{name} must be a multiple of 4 (its position embedding), not {width}.")
+        if options.hidden_dim % options.heads:
+            raise LexisegError(
+                f"hidden_dim {options.hidden_dim} cannot be split into {options.heads} heads; change heads."
+            )
+        self.options = options
+        self.backbone = build_backbone(options)
+
+    def finish(self) -> None:
+        """Make the class head that the options name, and let all layers be our own, see `use_own_layers`."""
+        options = self.options
+        self.class_embed: nn.Module | None = None
+        if options.class_head == "cosine-mlp":
+            self.class_embed = ClassMLP(options.hidden_dim, options.class_hidden, options.embed_dim)
+        elif options.class_head == "linear":
+            self.class_embed = nn.Linear(options.hidden_dim, options.embed_dim)
+        self.embed_dim = None if self.class_embed is None else options.embed_dim
+        use_own_layers(self)
+
+    def forward(self, images: Tensor, text: Tensor | None = None) -> Proposals:
+        """Propose regions. See `ProposalGenerator.forward`."""
+        check_images(images, self.stride)
+        return self.propose(self.backbone(images), text)
+
+    @abstractmethod
+    def propose(self, features: list[Tensor], text: Tensor | None = None) -> Proposals:
+        """Propose regions from the backbone's features, at strides 4, 8, 16, 32; ``text`` as in `forward`."""
+
+    def proposals(self, states: Iterable[Tensor], masks: Iterable[Tensor]) -> Proposals:
+        """What the queries (B, N, D) and masks (B, N, h, w) of decoder layers, first to last, are as proposals."""
+        levels = [
+            Proposals(mask_logits, None if self.class_embed is None else self.class_embed(state))
+            for state, mask_logits in zip(states, masks, strict=True)
+        ]
+        return replace(levels[-1], aux=tuple(levels[:-1]))
 
 
 def start_convolutions(module: nn.Module) -> None:

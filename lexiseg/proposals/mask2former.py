@@ -15,15 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lexiseg.errors import LexisegError
-from lexiseg.proposals.backbone import build_backbone
-from lexiseg.proposals.base import ProposalGenerator, Proposals, check_images
-from lexiseg.proposals.heads import (
-    build_class_head,
-    check_query_options,
-    start_convolutions,
-    start_matrices,
-    use_own_layers,
-)
+from lexiseg.proposals.base import Proposals
+from lexiseg.proposals.heads import QueryGenerator, start_convolutions, start_matrices
 from lexiseg.proposals.options import Mask2FormerOptions
 
 # Levels that the deformable encoder works on: strides 32, 16 and 8, in this order.
@@ -75,15 +68,13 @@ class ContextInteraction(nn.Module):
         return x.unflatten(2, (self.heads, -1)).transpose(1, 2)
 
 
-class Mask2Former(ProposalGenerator):
-    """Queries that become masks through masked attention; N masks at a quarter of the image's size.
+class Mask2Former(QueryGenerator):
+    """Mask2Former: queries become masks through masked attention."""
 
-    Widths that do not fit together are a `LexisegError`.
-    """
+    options: Mask2FormerOptions
 
     def __init__(self, options: Mask2FormerOptions) -> None:
-        super().__init__(frozen_dropout=options.frozen_dropout)
-        check_query_options(options)
+        super().__init__(options)
         if options.interaction and options.pixel_dim != options.mask_dim:
             raise LexisegError(
                 f"The context interaction needs features of one width: mask_dim {options.mask_dim} must equal "
@@ -101,8 +92,6 @@ class Mask2Former(ProposalGenerator):
             Mask2FormerTransformerModule,
         )
 
-        self.options = options
-        self.backbone = build_backbone(options)
         shared = {
             "feature_size": options.pixel_dim,
             "mask_feature_size": options.mask_dim,
@@ -145,17 +134,10 @@ class Mask2Former(ProposalGenerator):
                 options.dropout,
             )
         self.needs_text = options.interaction
-        self.class_embed = build_class_head(options)
-        self.embed_dim = None if self.class_embed is None else options.embed_dim
-        use_own_layers(self)
-
-    def forward(self, images: Tensor, text: Tensor | None = None) -> Proposals:
-        """Propose regions. See `ProposalGenerator.forward`."""
-        check_images(images, self.stride)
-        return self.propose(self.backbone(images), text)
+        self.finish()
 
     def propose(self, features: list[Tensor], text: Tensor | None = None) -> Proposals:
-        """Propose regions from the backbone's features, at strides 4, 8, 16, 32; ``text`` as in `forward`."""
+        """See `QueryGenerator.propose`."""
         levels, pixels = self.pixel_features(features)
         return self.decode(*self.interact(levels, pixels, text))
 
@@ -190,12 +172,8 @@ class Mask2Former(ProposalGenerator):
     def decode(self, levels: list[Tensor], pixels: Tensor) -> Proposals:
         """Run the masked decoder on what `interact` gave."""
         found = self.transformer(levels, pixels)
-        proposals = []
-        for state, masks in zip(found.intermediate_hidden_states, found.masks_queries_logits, strict=True):
-            embeddings = None if self.class_embed is None else self.class_embed(state.transpose(0, 1))
-            proposals.append(Proposals(masks, embeddings))
-        last = proposals[-1]
-        return Proposals(last.mask_logits, last.embeddings, aux=tuple(proposals[:-1]))
+        states = (state.transpose(0, 1) for state in found.intermediate_hidden_states)
+        return self.proposals(states, found.masks_queries_logits)
 
 
 def _start_deformable(attention: Any) -> None:

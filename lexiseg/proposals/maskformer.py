@@ -11,27 +11,16 @@ import torch
 from torch import Tensor
 
 from lexiseg.matmul import convolve, plain
-from lexiseg.proposals.backbone import build_backbone
-from lexiseg.proposals.base import ProposalGenerator, Proposals, check_images
-from lexiseg.proposals.heads import (
-    build_class_head,
-    check_query_options,
-    start_convolutions,
-    start_matrices,
-    use_own_layers,
-)
+from lexiseg.proposals.base import Proposals
+from lexiseg.proposals.heads import QueryGenerator, start_convolutions, start_matrices
 from lexiseg.proposals.options import MaskFormerOptions
 
 
-class MaskFormer(ProposalGenerator):
-    """Queries that become masks: N masks at a quarter of the image's size, and an embedding for each.
-
-    Widths that do not fit together are a `LexisegError`.
-    """
+class MaskFormer(QueryGenerator):
+    """MaskFormer, with whose proposals words have nothing to do."""
 
     def __init__(self, options: MaskFormerOptions) -> None:
-        super().__init__(frozen_dropout=options.frozen_dropout)
-        check_query_options(options)
+        super().__init__(options)
         from transformers import MaskFormerConfig, MaskFormerDetrConfig, ResNetConfig
         from transformers.models.maskformer.modeling_maskformer import (
             MaskformerMLPPredictionHead,
@@ -39,8 +28,6 @@ class MaskFormer(ProposalGenerator):
             MaskFormerTransformerModule,
         )
 
-        self.options = options
-        self.backbone = build_backbone(options)
         channels = self.backbone.channels
         self.pixel_decoder = MaskFormerPixelDecoder(
             in_features=channels[-1],
@@ -63,36 +50,24 @@ class MaskFormer(ProposalGenerator):
         config = MaskFormerConfig(backbone_config=ResNetConfig(), decoder_config=decoder)
         self.transformer = MaskFormerTransformerModule(in_features=channels[-1], config=config)
         self.mask_embed = MaskformerMLPPredictionHead(options.hidden_dim, options.hidden_dim, options.mask_dim)
-        self.class_embed = build_class_head(options)
-        self.embed_dim = None if self.class_embed is None else options.embed_dim
-        use_own_layers(self)
+        self.finish()
         start_convolutions(self.pixel_decoder)
         start_matrices(self.transformer.decoder)
 
-    def forward(self, images: Tensor, text: Tensor | None = None) -> Proposals:
-        """Propose regions; ``text`` is ignored. See `ProposalGenerator.forward`."""
-        check_images(images, self.stride)
-        return self.propose(self.backbone(images))
-
-    def propose(self, features: list[Tensor]) -> Proposals:
-        """Propose regions from the backbone's features, at strides 4, 8, 16, 32."""
+    def propose(self, features: list[Tensor], text: Tensor | None = None) -> Proposals:
+        """Propose regions, whatever the ``text``. See `QueryGenerator.propose`."""
         pixels = self.pixel_decoder.fpn(features)[-1]
         states = self.decode(features[-1])
         if plain(pixels):
-            return self._last_level(states[-1], pixels)
-        pixels = self.pixel_decoder.mask_projection(pixels)
+            return self.proposals(states[-1:], [self._last_masks(states[-1], pixels)])
         # Earlier layers serve the losses alone; their masks cost as much as those of the last.
-        levels = [
-            Proposals(
-                torch.einsum("bnc,bchw->bnhw", self.mask_embed(state), pixels),
-                None if self.class_embed is None else self.class_embed(state),
-            )
-            for state in (states if torch.is_grad_enabled() else states[-1:])
-        ]
-        return Proposals(levels[-1].mask_logits, levels[-1].embeddings, aux=tuple(levels[:-1]))
+        states = states if torch.is_grad_enabled() else states[-1:]
+        pixels = self.pixel_decoder.mask_projection(pixels)
+        masks = (torch.einsum("bnc,bchw->bnhw", self.mask_embed(state), pixels) for state in states)
+        return self.proposals(states, masks)
 
-    def _last_level(self, state: Tensor, pixels: Tensor) -> Proposals:
-        """The result alone, of what the pixel decoder projects to mask features (B, C, h, w).
+    def _last_masks(self, state: Tensor, pixels: Tensor) -> Tensor:
+        """The masks of the last layer alone, of what the pixel decoder projects to mask features (B, C, h, w).
 
         The projection and the products with the N queries are linear both, so that one convolution to N masks does.
         """
@@ -100,7 +75,7 @@ class MaskFormer(ProposalGenerator):
         weight = torch.einsum("bnc,cdij->bndij", queries, projection.weight)
         bias = queries @ projection.bias
         masks = [convolve(projection, *one) for one in zip(pixels.split(1), weight, bias, strict=True)]
-        return Proposals(torch.cat(masks).contiguous(), None if self.class_embed is None else self.class_embed(state))
+        return torch.cat(masks).contiguous()
 
     def decode(self, feature: Tensor) -> list[Tensor]:
         """Run the query decoder on the feature of stride 32.

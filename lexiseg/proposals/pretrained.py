@@ -20,8 +20,7 @@ from lexiseg.errors import LexisegError
 from lexiseg.hub import cached, download
 from lexiseg.proposals.backbone import RESNET_WIDTHS, ResNetBackbone
 from lexiseg.proposals.base import ProposalGenerator
-from lexiseg.proposals.mask2former import Mask2Former
-from lexiseg.proposals.maskformer import MaskFormer
+from lexiseg.proposals.heads import QueryGenerator
 from lexiseg.words import first_line
 
 IMAGENET = "imagenet"
@@ -85,9 +84,9 @@ def describe_start(generator: ProposalGenerator, source: str) -> str:
     return f"{source} ({len(start_proposals(generator, source))} tensors)"
 
 
-def _query_generator(generator: ProposalGenerator, source: str) -> MaskFormer | Mask2Former:
+def _query_generator(generator: ProposalGenerator, source: str) -> QueryGenerator:
     """The generator, if it is one that can be filled."""
-    if not isinstance(generator, MaskFormer | Mask2Former):
+    if not isinstance(generator, QueryGenerator):
         raise LexisegError(
             f"'proposals_from' is '{source}', but only a maskformer or mask2former can start from weights; "
             "set proposals_from to null."
@@ -103,7 +102,7 @@ def _query_generator(generator: ProposalGenerator, source: str) -> MaskFormer | 
 # ---- a ResNet alone
 
 
-def _imagenet_repository(generator: MaskFormer | Mask2Former) -> str:
+def _imagenet_repository(generator: QueryGenerator) -> str:
     options = generator.options
     if tuple(options.widths or RESNET_WIDTHS) != RESNET_WIDTHS:
         raise LexisegError(
@@ -140,7 +139,7 @@ def _read_resnet(path: Path) -> dict[str, Tensor]:
     }
 
 
-def fit_resnet(generator: MaskFormer | Mask2Former, tensors: Mapping[str, Tensor], what: str) -> dict[str, Tensor]:
+def fit_resnet(generator: QueryGenerator, tensors: Mapping[str, Tensor], what: str) -> dict[str, Tensor]:
     """See that a ResNet's tensors are those of the backbone, and give them by the generator's names.
 
     Raises:
@@ -203,7 +202,7 @@ def _own_config(source: str) -> tuple[Path, dict[str, Any]]:
     )
 
 
-def _own_tensors(generator: MaskFormer | Mask2Former, source: str) -> dict[str, Tensor]:
+def _own_tensors(generator: QueryGenerator, source: str) -> dict[str, Tensor]:
     """The tensors of our own generator in a folder without its class head, seen to fit."""
     folder, config = _own_config(source)
     before = {key: config["options"].get("proposals", {}).get(key) for key in ("kind", "heads")}

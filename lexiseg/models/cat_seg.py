@@ -97,15 +97,9 @@ def _split(blocks: Any) -> None:
 
 
 class CATSeg(SegmentationModel):
-    """CAT-Seg.
+    """CAT-Seg; a `LexisegError` says that the options do not fit the towers.
 
-    Args:
-        clip: the towers; the text tower must be CLIP's causal one, since it may be trained as well.
-        options: see `CATSegOptions`.
-        seen_names: classes that had masks in training.
-
-    Raises:
-        LexisegError: the options do not fit the tower.
+    The text tower must be CLIP's causal one, since it may be trained as well.
     """
 
     system: ClassVar[str] = "cat-seg"
@@ -232,10 +226,6 @@ class CATSeg(SegmentationModel):
         return False
 
     def score_grid(self, features: ImageFeatures, text: Tensor) -> Tensor:
-        """`grid_logits`; see `SegmentationModel.score_grid`."""
-        return self.grid_logits(features, text)
-
-    def grid_logits(self, features: ImageFeatures, text: Tensor) -> Tensor:
         """Logits (B, W, 4 h, 4 w) of words (W, D) or (W, P, D), before any resize."""
         text = (text[:, None] if text.ndim == 2 else text)[None]
         values = (features.values["dense"], features.values["middle"], features.values["fine"])
@@ -262,7 +252,7 @@ class CATSeg(SegmentationModel):
                 LexisegWarning,
                 stacklevel=2,
             )
-        logits = self.grid_logits(features, text)
+        logits = self.score_grid(features, text)
         return GridScores(logits, word_to_class=word_to_class, resize_to=features.size, sigmoid=True)
 
     def losses(self, images: Tensor, labels: Tensor, text: Tensor, *, seen: Tensor | None = None) -> dict[str, Tensor]:
@@ -274,7 +264,7 @@ class CATSeg(SegmentationModel):
         if seen is not None:
             raise LexisegError("CAT-Seg has no self-training; choose the setting 'inductive' or 'supervised'.")
         check_labels(labels, len(text))
-        logits = self.grid_logits(self.encode_images(images), text)
+        logits = self.score_grid(self.encode_images(images), text)
         logits = F.interpolate(logits, size=tuple(labels.shape[-2:]), mode="bilinear", align_corners=False)
         # The sum over the classes of softplus(x) - x * target, without targets of C x h x w.
         named = (labels >= 0) & (labels < len(text))

@@ -105,9 +105,9 @@ class TestWithPromptsAndTemplates(SystemTester):
 def test_in_parts_it_says_the_same(attention: str) -> None:
     model, images, text = build(class_attention=attention), torch.randn(2, 3, 56, 72), unit_rows(70, DIM)
     features = model.encode_images(images)
-    whole = model.grid_logits(features, text).detach()
+    whole = model.score_grid(features, text).detach()
     with torch.no_grad():
-        parts = model.grid_logits(features, text)
+        parts = model.score_grid(features, text)
     torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-5)
 
 
@@ -202,7 +202,7 @@ def test_windows_and_the_whole_picture_are_averaged() -> None:
 
     def probabilities(images: Tensor) -> Tensor:
         with torch.no_grad():
-            logits = model.grid_logits(model.encode_images(images), text)
+            logits = model.score_grid(model.encode_images(images), text)
         return resize(logits, size=(32, 32), mode="bilinear").sigmoid()
 
     for top in (0, 24):
@@ -244,7 +244,7 @@ def test_the_loss_is_the_mean_over_pixels_and_classes_with_ignored_pixels() -> N
     model, text, images = build(finetune="none"), unit_rows(4, DIM), torch.randn(2, 3, 32, 32)
     labels = torch.randint(0, 4, (2, 20, 24))
     labels[0, :5] = 255
-    logits = model.grid_logits(model.encode_images(images), text)
+    logits = model.score_grid(model.encode_images(images), text)
     logits = torch.nn.functional.interpolate(logits, size=(20, 24), mode="bilinear")
     target = torch.nn.functional.one_hot(labels.clamp(max=4), 5)[..., :4].permute(0, 3, 1, 2).float()
     target *= (labels < 4)[:, None]

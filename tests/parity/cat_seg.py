@@ -325,7 +325,7 @@ def _batch(case: Case, names: list[str], divisibility: int) -> Tensor:
 def _check_forward(case: Case, model: CATSeg, images: Tensor, vectors: Tensor) -> None:
     """Compare what leads to the logits, and those."""
     features = model.encode_images(images)
-    logits = model.grid_logits(features, vectors)
+    logits = model.score_grid(features, vectors)
     check_sub(case, "logits", logits)
     dense = features.values["dense"]
     cost = model.aggregator.cost_volume(dense, vectors[None, :, None].expand(len(images), -1, -1, -1))
@@ -379,7 +379,7 @@ def whole_pictures(case: Case) -> None:
         case.check_stated(mode, stated, {"images": [list(size) for size in sizes]})
         images = _batch(case, [f"{mode}/image_{index}" for index in range(len(sizes))], divisibility)
         with torch.no_grad():
-            logits = model.grid_logits(model.encode_images(images), vectors)
+            logits = model.score_grid(model.encode_images(images), vectors)
         check_sub(case, f"{mode}/logits", logits)
         side = logits.shape[-1]
         # Its cut takes the first picture's pixels off the map of logits, which is smaller.

@@ -81,11 +81,11 @@ class SecondLook(ZegCLIP):
 
     def lattice_logits(self, features: ImageFeatures, text: Tensor) -> Tensor:
         """Mask logits (B, C, 4 h, 4 w) on quarters of patches: the mean of the runs that cover a place."""
-        joined = resize(super().score_grid(features, text), _CELLS)
+        joined = _on_lattice(super().score_grid(features, text))
         values = features.values
         if "shifted_patches" in values:
             other = ImageFeatures(features.size, {"cls": values["shifted_cls"], "patches": values["shifted_patches"]})
-            shifted = resize(super().score_grid(other, text), _CELLS)
+            shifted = _on_lattice(super().score_grid(other, text))
             top, left = ((a - b) // 2 for a, b in zip(joined.shape[-2:], shifted.shape[-2:], strict=True))
             inside = joined[..., top : top + shifted.shape[-2], left : left + shifted.shape[-1]]
             inside.add_(shifted).mul_(0.5)
@@ -118,7 +118,5 @@ class SecondLook(ZegCLIP):
         return GridScores(scores, word_to_class=word_to_class, sigmoid=sigmoid, offsets=offsets)
 
 
-def resize(logits: Tensor, factor: int) -> Tensor:
-    """Interpolate (B, C, h, w) bilinearly to ``factor`` times as many places per side, in new memory."""
-    size = (logits.shape[-2] * factor, logits.shape[-1] * factor)
-    return F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
+def _on_lattice(logits: Tensor) -> Tensor:
+    return F.interpolate(logits, scale_factor=float(_CELLS), mode="bilinear", align_corners=False)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-import torch
 from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
@@ -101,8 +100,7 @@ def mask_aware_loss(scores: Tensor, targets: Tensor, distance: Distance = "smoot
     total = targets.sum(dim=1, keepdim=True)
     target = targets / total.clamp(min=EPS_RANGE)
     ours = scores / scores.sum(dim=1, keepdim=True).clamp(min=EPS_RANGE)
-    divergence = torch.xlogy(target, target) - target * ours.clamp(min=EPS_RANGE).log()
-    return divergence.sum(dim=1).mean() * weight
+    return F.kl_div(ours.clamp(min=EPS_RANGE).log(), target, reduction="batchmean") * weight
 
 
 def distillation_loss(student: Tensor, teacher: Tensor) -> Tensor:

@@ -119,11 +119,6 @@ class SAM3(SegmentationModel):
 
     A word's value at a pixel is a probability: that of the word being in the picture, times the larger of two: the map
     of everything with that name, and the best mask there times its score.
-
-    Args:
-        clip: the network.
-        options: see `SAM3Options`.
-        seen_names: not used.
     """
 
     system: ClassVar[str] = "sam3"

@@ -14,8 +14,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from lexiseg.losses.masks import IGNORE_INDEX, check_labels
-from lexiseg.losses.masks import ignore_index as ignored_among
+from lexiseg.losses.masks import IGNORE_INDEX, check_labels, ignore_index
 from lexiseg.losses.reduction import mean_count, reduction_weight
 from lexiseg.strict import StrictModel
 
@@ -58,14 +57,18 @@ Match = tuple[Tensor, Tensor]
 
 
 def mask_targets(
-    labels: Tensor, size: tuple[int, int] | None = None, *, ignore_index: int = IGNORE_INDEX
+    labels: Tensor, size: tuple[int, int] | None = None, num_classes: int = IGNORE_INDEX
 ) -> list[MaskTargets]:
-    """One binary mask for each class that occurs in labels (B, H, W), of the size that the images were padded to."""
+    """One binary mask for each class that occurs in labels (B, H, W), of the size that the images were padded to.
+
+    Labels are in 0..C-1, or `ignore_index`; another is a `LexisegError`.
+    """
+    check_labels(labels, num_classes)
     height, width = size or (labels.shape[1], labels.shape[2])
     targets = []
     for image in labels:
         classes = image.unique()
-        classes = classes[classes != ignore_index].long()
+        classes = classes[classes != ignore_index(num_classes)].long()
         masks = image.new_zeros((len(classes), height, width), dtype=torch.float32)
         masks[:, : image.shape[0], : image.shape[1]] = (image[None] == classes[:, None, None]).float()
         targets.append(MaskTargets(classes, masks))
@@ -115,49 +118,30 @@ def label_frame(frame: tuple[int, ...], size: tuple[int, int], labels: Tensor) -
 def proposal_losses(
     proposals: Proposals,
     class_logits: Sequence[Tensor] | None,
-    targets: Tensor | Sequence[MaskTargets],
+    targets: Sequence[MaskTargets],
     weights: ProposalWeights = _WEIGHTS,
-    *,
-    frame: tuple[int, ...] | None = None,
-    size: tuple[int, int] | None = None,
-    num_classes: int | None = None,
 ) -> dict[str, Tensor]:
     """Match and compare every level of the proposals.
 
     Args:
         proposals: with their earlier levels in ``aux``.
         class_logits: (B, N, C + 1) for each of ``proposals.levels``, the last column "no object"; None for proposals
-            without classes: masks alone are matched and compared.
-        targets: labels (B, H, W) in 0..C-1, 255 = no class; or the targets themselves. Predictions are resized to
-            their masks bilinearly.
+            without classes: masks alone are matched and compared. Another number of levels is a ValueError.
+        targets: one per image. Predictions are resized to their masks bilinearly.
         weights: the system's.
-        frame: (H', W') the images were padded to, if ``targets`` are labels of the images before that.
-        size: (H, W) of those images, with ``frame``; their labels may be smaller.
-        num_classes: C, if ``targets`` are labels and there are no ``class_logits`` to tell: with more than 255 classes
-            the label of no class is 65535. Labels that are no class are a `LexisegError` then.
 
     Returns weighted scalars: ``loss_ce``, ``loss_mask`` (focal) and ``loss_dice`` of the last level, the same with
     ``_i`` of level i, and ``loss``, their sum. Each is divided by the number of masks in the batch (at least 1),
-    averaged over processes; the cross entropy by its weights. Raises ValueError if there are not as many
-    ``class_logits`` as levels.
+    averaged over processes; the cross entropy by its weights.
     """
-    if isinstance(targets, Tensor):
-        if num_classes is not None:
-            check_labels(targets, num_classes)
-        elif class_logits:
-            num_classes = class_logits[0].shape[-1] - 1
-        padded = None if frame is None or size is None else label_frame(frame, size, targets)
-        targets = mask_targets(targets, padded, ignore_index=ignored_among(num_classes or IGNORE_INDEX))
     levels = proposals.levels
-    if class_logits is not None and len(class_logits) != len(levels):
-        raise ValueError(f"there are {len(levels)} levels and class logits for {len(class_logits)}")
     result: dict[str, Tensor] = {}
     last = len(levels) - 1
-    for index, level in enumerate(levels):
+    given: Sequence[Tensor | None] = class_logits or [None] * len(levels)
+    for index, (level, logits) in enumerate(zip(levels, given, strict=True)):
         if weights.skip_level_before_last and index == last - 1:
             continue
         suffix = "" if index == last else f"_{index}"
-        logits = None if class_logits is None else class_logits[index]
         for name, value in level_losses(level.mask_logits, logits, targets, weights).items():
             result[name + suffix] = value
     result["loss"] = torch.stack(list(result.values())).sum()

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from lexiseg.clip.model import CLIP
 from lexiseg.errors import LexisegError
 from lexiseg.losses.masks import fill_unseen, unseen_of
-from lexiseg.losses.proposals import ProposalWeights, full_precision, proposal_losses
+from lexiseg.losses.proposals import ProposalWeights, full_precision, label_frame, mask_targets, proposal_losses
 from lexiseg.models.base import ImageFeatures
 from lexiseg.models.decoupled_init import PartsOptions, StartsFromParts
 from lexiseg.models.options import Deviations, Pixels, Triple
@@ -163,11 +163,11 @@ class DecoupledModel(StartsFromParts):
 
         Of ``features`` the padded frame counts; labels (B, h, w) may be smaller than the pictures.
         """
-        padded, size, classes = features.values["images"], features.size, len(text)
+        padded = features.values["images"]
+        targets = mask_targets(labels, label_frame(padded.shape[-2:], features.size, labels), len(text))
         proposals = self.propose(padded, text)
         logits = [self.proposal_logits(x.embeddings, text) for x in proposals.levels if x.embeddings is not None]
-        frame = padded.shape[-2:]
-        return proposal_losses(proposals, logits or None, labels, weights, frame=frame, size=size, num_classes=classes)
+        return proposal_losses(proposals, logits or None, targets, weights)
 
     @torch.no_grad()
     def pseudo_labels(self, features: ImageFeatures, labels: Tensor, text: Tensor, seen: Tensor) -> Tensor:

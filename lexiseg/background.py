@@ -31,10 +31,9 @@ class Background:
     def __post_init__(self) -> None:
         if self.kind not in ("none", "class", "threshold"):
             raise LexisegError(f"Unknown background policy '{describe(self.kind)}'; use none, class or threshold.")
-        if (self.name is not None) != (self.kind == "class"):
-            raise LexisegError("A background of kind 'class' needs a name, and only that kind takes one.")
-        if (self.threshold is not None) != (self.kind == "threshold"):
-            raise LexisegError("A background of kind 'threshold' needs a threshold, and only that kind takes one.")
+        for kind, needed, value in (("class", "name", self.name), ("threshold", "threshold", self.threshold)):
+            if (value is not None) != (self.kind == kind):
+                raise LexisegError(f"A background of kind '{kind}' needs a {needed}, and only that kind takes one.")
         if self.name is not None:
             object.__setattr__(self, "name", clean_word(self.name, "The background's name"))
             if ";" in str(self.name):

@@ -15,6 +15,7 @@ from datetime import timedelta
 from typing import Any, TypeVar
 
 from lexiseg.errors import LexisegError
+from lexiseg.words import first_line
 
 T = TypeVar("T")
 
@@ -54,10 +55,9 @@ def init(device: str | None = None, *, patience: timedelta = timedelta(minutes=3
     try:
         PartialState(cpu=device == "cpu", timeout=patience)
     except (RuntimeError, ValueError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise LexisegError(
-            f"The {os.environ['WORLD_SIZE']} processes did not find each other ({reason}); check the launcher's "
-            "address, port and number of machines."
+            f"The {os.environ['WORLD_SIZE']} processes did not find each other ({first_line(error)}); check the "
+            "launcher's address, port and number of machines."
         ) from error
 
 

@@ -52,7 +52,7 @@ ALLOWED: dict[str, set[str]] = {
     "samples": {"errors"},
     "windows": {"errors"},
     "checking": {"errors", "words"},
-    "processes": {"errors"},
+    "processes": {"errors", "words"},
     "devices": {"errors"},
     "hub": {"errors", "words"},
     "catalog": set(),

@@ -24,6 +24,7 @@ import lexiseg
 from lexiseg.errors import LexisegError, need
 from lexiseg.labelling.record import Entry, Picture, Record
 from lexiseg.labelling.shards import Labeller, Wanted
+from lexiseg.words import first_line
 
 _OBJECT_STORE = 100 * 2**20
 
@@ -104,11 +105,9 @@ def label_on_ray(
     except ray.exceptions.RayTaskError:
         raise  # a defect; its traceback is needed
     except ray.exceptions.RayError as error:
-        text = str(error).strip()
-        reason = text.splitlines()[0] if text else type(error).__name__
         raise LexisegError(
-            f"The cluster's workers failed ({reason}); finished work is recorded, so fix the cause and continue with "
-            "--resume."
+            f"The cluster's workers failed ({first_line(error)}); finished work is recorded, so fix the cause and "
+            "continue with --resume."
         ) from error
     finally:
         if started:

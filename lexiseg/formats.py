@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -364,8 +363,3 @@ def to_supervision(result: Segmentation, instances: Collection[str] = ()) -> Any
         class_id=np.array([row.index for row, _ in found], int),
         data={"class_name": np.array([row.name for row, _ in found], dtype=str)},
     )
-
-
-def file_part(name: str, index: int) -> str:
-    """A class's name as part of a file name: its id, and of the name what every file system takes."""
-    return f"{index:03d}_{re.sub(r'[^0-9A-Za-z]+', '-', name).strip('-')[:40]}".rstrip("_")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import warnings
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
@@ -388,7 +389,8 @@ class Segmentation:
     def _save_masks(self, folder: Path) -> Path:
         stale = set(make_folder(folder).glob("[0-9][0-9][0-9]*.png"))
         for row, mask in formats.objects_of(self):
-            path = folder / f"{formats.file_part(row.name, row.index)}.png"
+            part = re.sub(r"[^0-9A-Za-z]+", "-", row.name).strip("-")[:40]  # of the name, what every file system takes
+            path = folder / (f"{row.index:03d}_{part}".rstrip("_") + ".png")
             stale.discard(_save_image(Image.fromarray(mask * np.uint8(255)), path))
         for path in stale:  # of an earlier result, whose classes this one may not have
             path.unlink(missing_ok=True)

@@ -83,14 +83,13 @@ def refine(scores: Scores, image: Tensor, refinement: Refinement, size: Size | N
             return found[0], values[0]
         return vote(found[0], values[0], region_map(image, size, refinement.regions, scores.device))
     classes = candidates(scores, size, MAX_CLASSES[refinement.kind])
-    if refinement.kind == "edges":
-        grid = _fit(size, short=refinement.cells)
-        parts = scores.dense(grid, classes)
-        smoothed = smooth(parts, _guide(image, grid, scores.device), refinement.distances, refinement.colour_width)
+    edges = refinement.kind == "edges"
+    grid = _fit(size, short=refinement.cells) if edges else _fit(size, pixels=refinement.max_pixels)
+    parts, guide = scores.dense(grid, classes), _guide(image, grid, scores.device)
+    if edges:
+        smoothed = smooth(parts, guide, refinement.distances, refinement.colour_width)
     else:
-        grid = _fit(size, pixels=refinement.max_pixels)
-        parts = scores.dense(grid, classes)
-        smoothed = pamr(parts, _guide(image, grid, scores.device), refinement.steps, refinement.dilations)
+        smoothed = pamr(parts, guide, refinement.steps, refinement.dilations)
     found, values = GridScores(smoothed).label_and_score(size)
     labels = classes[found[0]]
     if len(classes) == MAX_CLASSES[refinement.kind] < scores.num_classes:

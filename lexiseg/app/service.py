@@ -101,12 +101,14 @@ class Service:
         ``classes``, ``exemplars``: as in `Question`. ``picture``: what exemplars without a picture show. Raises
         LexisegError if they are wrong, HTTPException if they are too many.
         """
+        most = self.settings.max_classes
+        too_many = HTTPException(422, f"There are more than {most} classes; send fewer.")
         texts = [classes] if isinstance(classes, str) else list(classes)
-        if sum(text.count(";") + text.count("\n") + 1 for text in texts) > 4 * self.settings.max_classes:
-            raise self._too_many()
+        if sum(text.count(";") + text.count("\n") + 1 for text in texts) > 4 * most:
+            raise too_many
         listed = [one for text in texts for one in split_classes(text)]
-        if len(listed) + len(exemplars) > self.settings.max_classes:
-            raise self._too_many()
+        if len(listed) + len(exemplars) > most:
+            raise too_many
         if len(exemplars) > self.settings.max_pictures:
             raise HTTPException(422, f"There are more than {self.settings.max_pictures} exemplars; send fewer.")
         if any(word.startswith(PREFIX) for one in listed for word in (one.name, *one.synonyms)):
@@ -123,9 +125,6 @@ class Service:
                 places[made.name] = len(words)
                 words.append(made)
         return Vocabulary(tuple(words))
-
-    def _too_many(self) -> HTTPException:
-        return HTTPException(422, f"There are more than {self.settings.max_classes} classes; send fewer.")
 
     async def answer(
         self, request: Request, question: Question, pictures: list[bytes], vocabulary: Vocabulary | None = None

@@ -7,12 +7,13 @@ import hmac
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
-from lexiseg.app.settings import ServiceSettings
+if TYPE_CHECKING:
+    from lexiseg.app.service import ServiceSettings
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]

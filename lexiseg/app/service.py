@@ -10,13 +10,14 @@ from contextlib import asynccontextmanager
 from copy import copy
 from dataclasses import replace
 from importlib import resources
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from pydantic import ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.exceptions import HTTPException
 
 import lexiseg
@@ -35,7 +36,6 @@ from lexiseg.app.requests import (
     read_question,
 )
 from lexiseg.app.results import OUTPUTS, describe_result
-from lexiseg.app.settings import ServiceSettings
 from lexiseg.class_list import split_classes
 from lexiseg.devices import use_threads
 from lexiseg.errors import LexisegError
@@ -63,6 +63,25 @@ _ERROR: dict[int | str, dict[str, Any]] = {
         (504, "It took too long."),
     )
 }
+
+
+class ServiceSettings(BaseModel):
+    """What a service allows; what goes beyond a limit is refused with a sentence and its status code."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    # clients must send it as ``Authorization: Bearer TOKEN``; None asks for none
+    token: str | None = Field(default=None, min_length=1)
+    max_bytes: int = Field(default=32 * 2**20, ge=1024)  # of a request's body (413)
+    max_pixels: int = Field(default=40_000_000, ge=1)  # of a picture (422)
+    max_classes: int = Field(default=1000, ge=1)  # of a request (422)
+    max_pictures: int = Field(default=32, ge=1)  # of a batch (422)
+    # a request may take, its upload included (408 while it uploads, 504 later)
+    seconds: float = Field(default=120.0, gt=0)
+    queue: int = Field(default=32, ge=1)  # requests that wait at most; more are answered 503 with Retry-After
+    batch: int = Field(default=8, ge=1)  # pictures in one forward pass at most
+    classes: str | None = None  # of annotation tools that send no words, such as CVAT; None: there are none for them
+    files: Path | None = None  # below which Label Studio's local files lie; None: pictures come in the request alone
 
 
 class Service:

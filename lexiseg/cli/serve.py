@@ -60,8 +60,7 @@ def serve(
     import uvicorn
 
     import lexiseg
-    from lexiseg.app.service import create_app
-    from lexiseg.app.settings import ServiceSettings
+    from lexiseg.app.service import ServiceSettings, create_app
 
     settings = ServiceSettings(
         token=os.environ.get(_TOKEN) or None,

@@ -12,8 +12,7 @@ from fastapi.testclient import TestClient
 
 import lexiseg
 from lexiseg.app.annotation import encode_brush
-from lexiseg.app.service import create_app
-from lexiseg.app.settings import ServiceSettings
+from lexiseg.app.service import ServiceSettings, create_app
 from lexiseg.samples import sample_path
 
 INTERFACE = """<View><!-- people's comments stay -->

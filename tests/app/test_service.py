@@ -25,8 +25,7 @@ from pycocotools import mask as coco
 import lexiseg
 from lexiseg.app import service
 from lexiseg.app.results import encode_png
-from lexiseg.app.service import create_app
-from lexiseg.app.settings import ServiceSettings
+from lexiseg.app.service import ServiceSettings, create_app
 from lexiseg.exemplars import Exemplar
 from lexiseg.formats import to_geojson
 from lexiseg.samples import sample_path

@@ -281,6 +281,17 @@ def test_a_second_run_needs_resume(tmp_path):
         train(tmp_path, resume=True, power=0.5)
 
 
+def test_a_run_begun_before_classes_were_told_apart_goes_on(tmp_path):
+    def go_on(until, **identity):
+        trainer = Trainer(TinyTask(), settings(), tmp_path, identity=identity, device="cpu", progress=False)
+        trainer.run(resume=True, until=until)
+
+    go_on(4, pictures="6")
+    go_on(8, pictures="6", classes="3")
+    with pytest.raises(LexisegError, match="'classes' was 3 and is now 4"):
+        go_on(12, pictures="6", classes="4")
+
+
 def test_keeps_the_newest_checkpoints(tmp_path):
     train(tmp_path, checkpoint_every=2)
     assert [path.name for path in sorted((tmp_path / "checkpoints").iterdir())] == ["step-00000010", "step-00000012"]

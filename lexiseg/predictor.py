@@ -119,12 +119,12 @@ class Predictor(ABC):
         """What a result says of how the model was run."""
 
     def refined(self, refine: str | Refinement | None) -> Self:
-        """This with another refinement of its masks; model and caches are shared.
+        """This with another refinement of its masks; model and caches are shared, a picture that was set is not.
 
         Raises LexisegError if there is no such refinement.
         """
         other = copy.copy(self)
-        other.refinement = _refinement(refine)
+        vars(other).update(refinement=_refinement(refine), _held=_Held())
         return other
 
     def scores(

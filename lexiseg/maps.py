@@ -6,7 +6,7 @@ import json
 import math
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -53,15 +53,12 @@ class MapOptions:
 def is_map(path: str | Path) -> bool:
     """Whether a file is a TIFF or another raster with a georeference."""
     path = Path(path)
-    if path.suffix.lower() not in MAP_SUFFIXES or not path.is_file():
-        return False
-    try:
-        with warnings.catch_warnings():  # whether it lies anywhere is what is asked here
+    if path.suffix.lower() in MAP_SUFFIXES and path.is_file():
+        with suppress(LexisegError), warnings.catch_warnings():  # whether it lies anywhere is what is asked here
             warnings.simplefilter("ignore")
             with _opened(path) as source:
                 return source.crs is not None
-    except LexisegError:
-        return False
+    return False
 
 
 def map_files(source: str | Path, folder: str | Path, options: MapOptions) -> dict[str, Path]:

@@ -83,10 +83,8 @@ class Interface:
         self.to_name = control.get("toName") or image.get("name", "image")
         self.key = image.get("value", "$image").lstrip("$")
         # A label's alias is what results carry; its value is what people read.
-        self.labels: dict[str, str] = {}
-        for label in control.iter("Label"):
-            value = label.get("value") or ""
-            self.labels[value] = label.get("alias") or value
+        labels = [(label.get("value", ""), label.get("alias")) for label in control.iter("Label")]
+        self.labels = {value: alias or value for value, alias in labels}
         if not self.labels or "" in self.labels:
             raise LexisegError("The labelling interface has no Label with a value; add one for each class.")
 
@@ -133,31 +131,24 @@ def encode_brush(mask: NDArray[np.bool_]) -> list[int]:
 
 
 def _brush_results(answer: Answer, interface: Interface) -> dict[str, Any]:
-    result = answer.result
+    result, kind = answer.result, "brushlabels" if interface.brush else "polygonlabels"
     height, width = result.size
-    outlines, kind = ({}, "brushlabels") if interface.brush else (result.polygons(), "polygonlabels")
-    found = []
+    outlines = {} if interface.brush else result.polygons()
+    common: dict[str, Any] = {"from_name": interface.from_name, "to_name": interface.to_name, "type": kind}
+    common |= {"original_width": width, "original_height": height, "image_rotation": 0}
+    found: list[dict[str, Any]] = []
     for row in result.table():
-        label = interface.labels.get(row.name)
-        if label is None:
+        if (label := interface.labels.get(row.name)) is None:
             continue
-        common = {
-            "from_name": interface.from_name,
-            "to_name": interface.to_name,
-            "original_width": width,
-            "original_height": height,
-            "image_rotation": 0,
-            "score": row.score,
-        }
-        values: list[dict[str, Any]]
         if interface.brush:
-            values = [{"format": "rle", "rle": encode_brush(np.asarray(result.mask(row.index)))}]
+            values: list[dict[str, Any]] = [{"format": "rle", "rle": encode_brush(np.asarray(result.mask(row.index)))}]
         else:
             # A polygon of Label Studio has no holes, and its numbers are percentages.
-            rings = ([[100 * x / width, 100 * y / height] for x, y in polygon[0]] for polygon in outlines[row.name])
+            rings = [[[100 * x / width, 100 * y / height] for x, y in outer] for outer, *_ in outlines[row.name]]
             values = [{"points": points, "closed": True} for points in rings]
         found += [
-            {"id": uuid.uuid4().hex[:10], "type": kind, **common, "value": {**value, kind: [label]}} for value in values
+            {"id": uuid.uuid4().hex[:10], **common, "score": row.score, "value": {**value, kind: [label]}}
+            for value in values
         ]
     scores = [row.score for row in result.table() if row.score is not None]
     return {"result": found, "score": float(np.mean(scores)) if scores else 0.0}

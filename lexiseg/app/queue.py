@@ -30,7 +30,7 @@ class BusyError(Exception):
 
     def __init__(self, retry_after: int) -> None:
         super().__init__("busy")
-        self.retry_after = retry_after  # whole seconds after which there may be room
+        self.retry_after = retry_after  # whole seconds after which there may be room, as far as can be told
 
 
 @dataclass(frozen=True)
@@ -77,13 +77,9 @@ class Queue:
             self.waiting = deque(job for job in self.waiting if not job.future.cancelled())
             # A batch that is larger than the queue would never fit, so an empty queue takes any.
             if not self._open or (self.waiting and len(self.waiting) + len(jobs) > self.size):
-                raise BusyError(self.retry_after())
+                raise BusyError(max(1, round(len(self.waiting) * self.seconds_a_job)))
             self.waiting.extend(jobs)
             self._changed.notify()
-
-    def retry_after(self) -> int:
-        """Whole seconds that the waiting jobs will take, as far as can be told."""
-        return max(1, round(len(self.waiting) * self.seconds_a_job))
 
     def close(self) -> None:
         """Take no more jobs, and return when those that wait are done."""

@@ -163,14 +163,13 @@ class Service:
             if question.refine == "regions" and not has_sam():  # no client may have the service download gigabytes
                 raise HTTPException(422, "This service has no SAM for 'regions'; choose none, edges or pamr.")
             segmenter = segmenter.refined(question.refine)
-        words = vocabulary
-        if words is None:
-            words = await asyncio.to_thread(self.vocabulary, question.classes, question.exemplars, pictures[0])
-        arguments: dict[str, Any] = {"classes": words}
+        if vocabulary is None:
+            vocabulary = await asyncio.to_thread(self.vocabulary, question.classes, question.exemplars, pictures[0])
+        arguments: dict[str, Any] = {"classes": vocabulary}
         for key in ("background", "window"):
             if (value := getattr(question, key)) is not None:
                 arguments[key] = value
-        alike = (name, words.hash(), question.background, question.window, question.refine)
+        alike = (name, vocabulary.hash(), question.background, question.window, question.refine)
         jobs = [Job(picture, alike, segmenter, arguments, question.output == "scores") for picture in pictures]
         try:
             self.queue.submit(jobs)

@@ -68,8 +68,7 @@ class Exemplar:
 
 
 def _beside(folder: Path | None, name: str) -> str:
-    beside = None if folder is None else folder / name
-    return str(beside) if beside is not None and beside.is_file() else name
+    return str(folder / name) if folder is not None and (folder / name).is_file() else name
 
 
 def _said(value: Any) -> str:

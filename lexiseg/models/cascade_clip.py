@@ -155,7 +155,6 @@ class CascadeCLIP(ZegCLIP):
 
     @classmethod
     def variant(cls, options: dict[str, Any]) -> type[SegmentationModel]:
-        """The cascade on the base that the options name; see `SegmentationModel.variant`."""
         return cls.bases.get(str(options.get("base")), cls)
 
     def build_heads(self) -> None:
@@ -217,7 +216,6 @@ class CascadeCLIP(ZegCLIP):
         }
 
     def encode_images(self, images: Tensor) -> ImageFeatures:
-        """Run the image tower and join each group; see `SegmentationModel.encode_images`."""
         result = self.run_tower(self.fit_to_patches(images), levels=(*self.level_blocks, self.last - 1))
         cls, final = self.project_tokens(result)
         values, joins_tokens, projections = {"cls": cls}, self.options.aggregate == "raw", count()

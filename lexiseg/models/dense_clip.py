@@ -206,7 +206,6 @@ class DenseCLIP(SegmentationModel):
 
     @property
     def window(self) -> WindowPolicy:
-        """How to run it over a picture by default."""
         options = self.options
         short_side = 2 * self.clip.image_size if options.short_side is None else options.short_side
         size = options.window_size
@@ -341,7 +340,6 @@ class DenseCLIP(SegmentationModel):
         return options.mixing != "proxy" and not options.feedback and not options.positions_by_count
 
     def score_grid(self, features: ImageFeatures, text: Tensor) -> Tensor:
-        """Cosines of patches and words; see `SegmentationModel.score_grid`."""
         values = features.values
         return _cosines(values["patches"] if "patches" in values else self._second_pass(features, text), text)
 

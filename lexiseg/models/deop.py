@@ -103,7 +103,6 @@ class DeOPOptions(ComparedOptions):
     dice_weight: LossWeight = 0.8
 
     def prompt_places(self) -> dict[str, int] | None:
-        """See `ModelOptions.prompt_places`."""
         if self.text_prompts == "templates":
             return None
         return {"prefix": self.prompt_prefix, "suffix": self.prompt_suffix, "task": 0}
@@ -270,7 +269,6 @@ class DeOP(DecoupledModel):
         return masks[:, None] if self.anchors is None else self.anchors(features, masks)
 
     def encode_regions(self, padded: Tensor, size: Size, proposals: Proposals) -> dict[str, Tensor]:
-        """The embeddings of proposals, see the class."""
         features = unit_or_zero(self.patches(padded, proposals.mask_logits, size).float())
         pooled = pool(features, self.heatmaps(features, proposals.mask_logits))
         return {"regions": pooled if self.options.heatmaps == "conv-released" else unit_or_zero(pooled)}
@@ -280,7 +278,6 @@ class DeOP(DecoupledModel):
         return self.options.temperature * (regions.float() @ self.text_rows(text).float().T)
 
     def class_scores(self, features: ImageFeatures, text: Tensor, seen: Tensor | None = None) -> Tensor:
-        """See `DecoupledModel.class_scores`."""
         return self.class_logits(features.values["regions"], text).softmax(dim=-1)[..., :-1]
 
     def score(

@@ -85,7 +85,6 @@ class WindowOptions(ModelOptions):
         return self
 
     def window(self) -> WindowPolicy:
-        """How the system is run over a picture by default."""
         stride = self.window_stride or self.window_size or 0
         limits = () if self.short_side is None else ("long_side",)  # alone it limits nothing
         named = (*limits, "antialias", "canvas", "whole")

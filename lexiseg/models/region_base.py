@@ -68,7 +68,6 @@ class RegionModelOptions(DecoupledOptions):
         return {**usual.model_dump(), "rule": value} if isinstance(value, str) else value
 
     def prompt_places(self) -> dict[str, int] | None:
-        """See `ModelOptions.prompt_places`."""
         return None if self.prompts is None else self.prompts.model_dump(include={"prefix", "suffix", "task"})
 
 
@@ -167,7 +166,6 @@ class RegionModel(DecoupledModel):
         return ((self.options.region_temperature or self.options.temperature) * cosines).softmax(dim=-1)
 
     def class_scores(self, features: ImageFeatures, text: Tensor, seen: Tensor | None = None) -> Tensor:
-        """See `DecoupledModel.class_scores`."""
         values, clips = features.values, self.clip_text(text)
         logits = self.proposal_logits(values["embeddings"], text) if "embeddings" in values else None
         # "No object" is dropped after the softmax, so that the classes' probabilities may sum to little.

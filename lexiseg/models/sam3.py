@@ -61,26 +61,18 @@ class SAM3Towers(CLIP):
 
     @property
     def image_tower(self) -> ImageTower:
-        """Not there.
-
-        Raises:
-            LexisegError: always.
-        """
         raise LexisegError("SAM 3's image tower does not fit other systems; choose a CLIP.")
 
     @property
     def patch_size(self) -> int:
-        """Side of a patch in pixels."""
         return int(self.model.config.vision_config.backbone_config.patch_size)
 
     @property
     def image_size(self) -> int:
-        """Side of the images the network sees, in pixels."""
         return int(self.model.config.image_size)
 
     @property
     def context_length(self) -> int:
-        """Number of token places of the text tower."""
         return int(self.model.config.text_config.max_position_embeddings)
 
     @property
@@ -89,7 +81,6 @@ class SAM3Towers(CLIP):
         return False
 
     def count_tokens(self, text: str) -> int:
-        """Number of tokens ``text`` needs, marks included."""
         return len(self.tokenizer(text)["input_ids"])
 
     @torch.no_grad()

@@ -202,7 +202,6 @@ class ZegCLIP(OneStageModel):
         return tokens[:, 0], tokens[:, -result.num_patches :]
 
     def encode_images(self, images: Tensor) -> ImageFeatures:
-        """Run the image tower; see `SegmentationModel.encode_images`."""
         result = self.run_tower(self.fit_to_patches(images))
         cls, patches = self.project_tokens(result)
         values = {"cls": cls, "patches": patches.unflatten(1, result.grid)}

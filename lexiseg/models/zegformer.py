@@ -41,7 +41,6 @@ class ZegFormerCrops(CropEncoder):
     """
 
     def cut(self, clip: CLIP, frame: Tensor, size: Size, mask_logits: Tensor) -> Crops:
-        """See `CropEncoder.cut`."""
         options, side = self.crops, self.crops.size or clip.image_size
         if options.convention == "tight":
             return super().cut(clip, frame, size, mask_logits)
@@ -109,7 +108,6 @@ class ZegFormer(RegionModel):
         return self.no_object
 
     def proposal_scale(self) -> Tensor:
-        """Factor on the cosines of the generator's class embeddings."""
         return self.logit_scale.exp()
 
     def embed_text(self, embedder: TextEmbedder, vocabulary: Vocabulary) -> Tensor:

@@ -76,7 +76,6 @@ class ResNetBackbone(FeatureBackbone):
         self.channels = tuple(width * _EXPANSION for width in widths)
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """Return the features of `FeatureBackbone`."""
         body: Any = self.body
         if plain(images):  # as a processor computes convolutions fastest
             images = images.contiguous(memory_format=torch.channels_last)
@@ -143,7 +142,6 @@ class TinyBackbone(FeatureBackbone):
         )
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """Return the features of `FeatureBackbone`."""
         x = self.stem(images)
         features = []
         for stage in self.stages:

@@ -106,7 +106,6 @@ class QueryGenerator(ProposalGenerator):
         use_own_layers(self)
 
     def forward(self, images: Tensor, text: Tensor | None = None) -> Proposals:
-        """Propose regions. See `ProposalGenerator.forward`."""
         check_images(images, self.stride)
         return self.propose(self.backbone(images), text)
 

@@ -137,7 +137,6 @@ class Mask2Former(QueryGenerator):
         self.finish()
 
     def propose(self, features: list[Tensor], text: Tensor | None = None) -> Proposals:
-        """See `QueryGenerator.propose`."""
         levels, pixels = self.pixel_features(features)
         return self.decode(*self.interact(levels, pixels, text))
 

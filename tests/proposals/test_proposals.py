@@ -235,10 +235,10 @@ def test_ground_truth() -> None:
     images = torch.zeros(2, 3, 32, 64)
     with pytest.raises(LexisegError, match="need labels"):
         generator(images)
-    with generator.given(labels):
-        found = generator(images)
-        with pytest.raises(LexisegError, match="give the labels of these images"):
-            generator(images[:1])
+    generator.labels = labels
+    found = generator(images)
+    with pytest.raises(LexisegError, match="give the labels of these images"):
+        generator(images[:1])
     assert found.valid is not None
     assert found.valid.tolist() == [[True, True], [False, False]]
     assert found.mask_logits.shape == (2, 2, 32, 64)

@@ -12,14 +12,8 @@ from torch import Tensor, nn
 from lexiseg.errors import LexisegError
 from lexiseg.first_and_last import SharedContext
 
-_DTYPES = {
-    "bf16": torch.bfloat16,
-    "bfloat16": torch.bfloat16,
-    "fp16": torch.float16,
-    "float16": torch.float16,
-    "fp32": torch.float32,
-    "float32": torch.float32,
-}
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+_DTYPES |= {str(dtype).removeprefix("torch."): dtype for dtype in _DTYPES.values()}
 
 
 def pick_device(device: str | torch.device) -> torch.device:

@@ -401,16 +401,14 @@ def _refuse_duplicates(classes: Sequence[VocabularyClass]) -> None:
                 owners[key] = entry, word
                 continue
             owner, first = owners[key]
+            name, said = shorten(entry.name), shorten(word)
             if owner is not entry and word == entry.name and first == owner.name:
-                detail = f"The class '{shorten(word)}' is given twice"
+                detail = f"The class '{said}' is given twice"
                 detail += "" if word == first else f" (also as '{shorten(first)}')"
             elif owner is entry:
-                detail = f"The class '{shorten(entry.name)}' holds the word '{shorten(word)}' twice"
+                detail = f"The class '{name}' holds the word '{said}' twice"
             else:
-                detail = (
-                    f"The word '{shorten(word)}' of the class '{shorten(entry.name)}' already belongs to the class "
-                )
-                detail += f"'{shorten(owner.name)}'"
+                detail = f"The word '{said}' of the class '{name}' already belongs to the class '{shorten(owner.name)}'"
             raise LexisegError(f"{detail}; remove one of them.")
 
 

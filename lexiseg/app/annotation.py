@@ -35,7 +35,7 @@ _TASK: dict[str, Any] = {"tasks": [{"id": 1, "data": {"image": EXAMPLE_PICTURE}}
 
 
 class LabelStudioRequest(Body):
-    """What Label Studio sends to ``/predict``; keys it adds are ignored."""
+    """What Label Studio sends to ``/predict``; other keys, such as ``params``, are ignored."""
 
     model_config = ConfigDict(extra="ignore", json_schema_extra={"examples": [_TASK]})
 
@@ -43,8 +43,6 @@ class LabelStudioRequest(Body):
     """Each with ``data``, whose value under the image's key is the picture."""
     label_config: str = Field(max_length=_MAX_CONFIG)
     """The project's labelling interface, as XML."""
-    params: dict[str, Any] | None = None
-    """For example ``context``; not used."""
 
 
 class CvatRequest(Body):

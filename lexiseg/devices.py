@@ -44,16 +44,13 @@ def pick_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.d
     Raises LexisegError if it is none of auto, fp32, bf16 and fp16 (or torch's names for them).
     """
     if dtype == "auto":
-        return torch.bfloat16 if device.type == "cpu" and multiplies_bf16() else torch.float32
+        # Where the processor has no instructions for products of bf16, it is slower than float32.
+        fast = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+        return torch.bfloat16 if device.type == "cpu" and fast else torch.float32
     found = _DTYPES.get(dtype) if isinstance(dtype, str) else dtype
     if dtype is not None and found not in _DTYPES.values():
         raise LexisegError(f"Unknown dtype '{dtype}'; use fp32, bf16, fp16 or auto.")
     return found
-
-
-def multiplies_bf16() -> bool:
-    """Whether this machine's processor has instructions for products of bf16; elsewhere bf16 is slower than float32."""
-    return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
 
 
 class Compiled:

@@ -15,7 +15,7 @@ import typer
 from lexiseg.cli.console import say, say_error, say_json, say_note, say_table, say_written, with_progress
 from lexiseg.errors import LexisegError
 from lexiseg.labelling.record import COCO, Entry, Picture, Record, absolute
-from lexiseg.labelling.shards import Labeller, Wanted, label_all, shards_of
+from lexiseg.labelling.shards import Labeller, Wanted, shards_of
 from lexiseg.words import counted, word_key
 
 if TYPE_CHECKING:
@@ -65,7 +65,8 @@ def predict_pictures(
     if record is None:
         entries = Labeller(segmenter, wanted, output).label(todo)
     elif spread is None:
-        entries = label_all(Labeller(segmenter, wanted, output), record, shards_of(record, todo))
+        labeller, parts = Labeller(segmenter, wanted, output), shards_of(record, todo).items()
+        entries = (entry for number, part in parts for entry in labeller.label_shard(record, number, part))
     else:
         from lexiseg.labelling.ray_data import Job, label_on_ray, model_argument
 

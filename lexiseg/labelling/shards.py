@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -121,9 +121,3 @@ class Labeller:
             return Entry(picture.image, picture.stem, error=problem, state=file_state(picture.path))
         attempt.begin(picture.image)
         return next(iter(self.label([picture])))
-
-
-def label_all(labeller: Labeller, record: Record, shards: Mapping[int, Sequence[Picture]]) -> Iterator[Entry]:
-    """Make the results of shards one after the other in this process."""
-    for number, pictures in shards.items():
-        yield from labeller.label_shard(record, number, pictures)

@@ -55,9 +55,7 @@ class Background:
             return source
         if source is None:
             return cls()
-        if isinstance(source, bool):
-            raise LexisegError("A background is 'none', a class name or a threshold, not true or false.")
-        if isinstance(source, Real):  # numpy's too
+        if isinstance(source, Real) and not isinstance(source, bool):  # numpy's too
             return cls("threshold", threshold=cast("float", source))
         if isinstance(source, str):
             if source.strip().casefold() in ("none", "null", "~", ""):

@@ -19,6 +19,8 @@ from lexiseg.errors import LexisegError
 from lexiseg.label_ids import IGNORE_INDEX, ignore_index
 from lexiseg.losses.reduction import mean_count
 
+_ALPHA = 0.25
+
 
 @dataclass(frozen=True)
 class MaskLosses:
@@ -54,13 +56,12 @@ def mask_losses(
     focal_weight: float = 100.0,
     dice_weight: float = 1.0,
     weights: Tensor | None = None,
-    *,
-    alpha: float = 0.25,
 ) -> MaskLosses:
     """Focal and dice loss of class masks (ZegCLIP, Sec. 3.2 and its released code).
 
-    The focal term is ``alpha_t (1 - p_t)^2 BCE`` averaged over all pixels of a mask and summed over images and classes,
-    with every pixel that is not of the class a negative, 255 included. The dice term ``1 - (2 sum(p t) + 1) / (sum p +
+    The focal term is ``alpha_t (1 - p_t)^2 BCE``, alpha_t 0.25 for positives and 0.75 for negatives, averaged over all
+    pixels of a mask and summed over images and classes, with every pixel that is not of the class a negative, 255
+    included. The dice term ``1 - (2 sum(p t) + 1) / (sum p +
     sum t + 1)`` is taken for the classes present in an image only. Both are divided by the number of masks. The
     prediction is upsampled one image at a time, and the gradient is computed on the way, so that neither upsampled
     masks of a batch nor one-hot labels are ever held in memory.
@@ -70,7 +71,6 @@ def mask_losses(
         labels: (B, H, W) long in 0..C-1, or 255; others, or another batch size, are a `LexisegError`.
         focal_weight: factor on the focal term.
         dice_weight: factor on the dice term.
-        alpha: weight of positives; negatives have 1 - alpha.
         weights: (C,) factors on the terms of each class; None is 1 for all.
     """
     if labels.ndim != 3 or logits.ndim != 4 or len(labels) != len(logits):
@@ -86,7 +86,7 @@ def mask_losses(
         with torch.no_grad():
             factors = focal_weight / masks, dice_weight / masks
             weights = None if weights is None else weights.to(logits.device, torch.float32)
-            focal, dice = _batch_losses(logits, labels.long(), factors, alpha, weights, gradient)
+            focal, dice = _batch_losses(logits, labels.long(), factors, weights, gradient)
         return MaskLosses(with_gradients(focal + dice, (logits, gradient)), focal, dice)
 
 
@@ -94,7 +94,6 @@ def _batch_losses(
     logits: Tensor,
     labels: Tensor,
     factors: tuple[float, float],
-    alpha: float,
     weights: Tensor | None,
     gradient: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
@@ -114,7 +113,7 @@ def _batch_losses(
     for index, (image, image_labels) in enumerate(zip(logits.float(), labels.flatten(1), strict=True)):
         x = (rows @ image @ columns.T if resize else image).reshape(len(image), -1)
         image_focal, image_dice, upstream = _image_losses(
-            x, image_labels, *factors, alpha, gradient is not None, buffers, weights
+            x, image_labels, *factors, gradient is not None, buffers, weights
         )
         focal, dice = focal + image_focal, dice + image_dice
         if gradient is not None and upstream is not None:
@@ -165,7 +164,6 @@ def _image_losses(
     labels: Tensor,
     focal_weight: float,
     dice_weight: float,
-    alpha: float,
     needed: bool,
     buffers: Tensor,
     weights: Tensor | None = None,
@@ -181,12 +179,12 @@ def _image_losses(
     negatives = torch.dot(squared.flatten(), softplus.flatten())
     if weights is not None:
         negatives = torch.linalg.vecdot(squared, softplus) @ weights
-    focal = negatives * ((1.0 - alpha) * scale)
+    focal = negatives * ((1.0 - _ALPHA) * scale)
     place = (labels != ignore_index(len(x))).nonzero().flatten()
     label = labels[place]
     x_t, p_t, q_t, softplus_t = (values[label, place] for values in (x, p, q, softplus))
     log_t = softplus_t - x_t  # -log p
-    positives = alpha * q_t.square() * log_t - (1.0 - alpha) * p_t.square() * softplus_t
+    positives = _ALPHA * q_t.square() * log_t - (1.0 - _ALPHA) * p_t.square() * softplus_t
     focal = focal + scale * (positives if weights is None else positives * weights[label]).sum()
 
     present, slot = label.unique(return_inverse=True)
@@ -200,9 +198,9 @@ def _image_losses(
         return focal, dice, None
 
     # d/dx of (1 - a) p^2 softplus(x) is (1 - a) p^2 (2 (1 - p) softplus(x) + p).
-    gradient = softplus.mul_(q).mul_(2.0).add_(p).mul_(squared).mul_((1.0 - alpha) * scale)
+    gradient = softplus.mul_(q).mul_(2.0).add_(p).mul_(squared).mul_((1.0 - _ALPHA) * scale)
     # d/dx of a (1 - p)^2 (-log p) is -a (1 - p)^2 (2 p (-log p) + 1 - p).
-    gradient[label, place] = (-alpha * scale) * q_t.square() * (2.0 * p_t * log_t + q_t)
+    gradient[label, place] = (-_ALPHA * scale) * q_t.square() * (2.0 * p_t * log_t + q_t)
     # d/dp of 1 - top / bottom is (top - 2 t bottom) / bottom^2, and dp/dx is p (1 - p).
     slope = p_present * (1.0 - p_present)
     gradient.index_add_(0, present, slope * (dice_weight * top / bottom.square())[:, None])

@@ -67,11 +67,7 @@ class QueryOptions(StrictModel):
 
 
 class MaskFormerOptions(QueryOptions):
-    """Options of `lexiseg.proposals.maskformer.MaskFormer` (DeOP, ZSSeg, ZegFormer).
-
-    Attributes:
-        kind: "maskformer".
-    """
+    """Options of `lexiseg.proposals.maskformer.MaskFormer` (DeOP, ZSSeg, ZegFormer)."""
 
     kind: Literal["maskformer"] = "maskformer"
 
@@ -88,7 +84,6 @@ class Mask2FormerOptions(QueryOptions):
     ``dropout`` acts in the deformable encoder and in the context interaction; the query decoder has none.
 
     Attributes:
-        kind: "mask2former".
         decoder_layers: layers of the masked decoder; 10 in the released models, which predict once more before the
             first.
         encoder_layers: layers of the deformable encoder.
@@ -124,7 +119,6 @@ class SamOptions(StrictModel):
     """Options of `lexiseg.proposals.sam.Sam`: Segment Anything's automatic masks, training-free and without classes.
 
     Attributes:
-        kind: "sam".
         weights: name of a SAM or SAM 2 model on the Hugging Face hub, or a local folder of one.
         points_per_side: a grid of this many points squared prompts the model.
         points_per_batch: prompts run at once.
@@ -156,11 +150,7 @@ class SamOptions(StrictModel):
 
 
 class GroundTruthOptions(StrictModel):
-    """Options of `lexiseg.proposals.given.GroundTruth`: the masks of labels that are given, for analysis.
-
-    Attributes:
-        kind: "ground-truth".
-    """
+    """Options of `lexiseg.proposals.given.GroundTruth`: the masks of labels that are given, for analysis."""
 
     kind: Literal["ground-truth"] = "ground-truth"
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, reduce
 from typing import Literal
 
 import torch
@@ -95,12 +95,11 @@ def mix(
         added = (tau * part * feedback.labels).to(query)[:, None]
         bias = added if bias is None else added + bias
     parts = {"q": query, "k": key}
-    mixed: Tensor | None = None
-    for first, second in _PAIRS[mixing.partition("+neighbours")[0]]:
-        one = F.scaled_dot_product_attention(parts[first], parts[second], value, attn_mask=bias, scale=scale)
-        mixed = one if mixed is None else mixed + one
-    if mixed is None:
-        raise ValueError(f"there is no mixing {mixing!r}")
+    attended = (
+        F.scaled_dot_product_attention(parts[first], parts[second], value, attn_mask=bias, scale=scale)
+        for first, second in _PAIRS[mixing.partition("+neighbours")[0]]
+    )
+    mixed = reduce(torch.add, attended)
     if not feedback.middle:
         return mixed
     tau, part = feedback.middle_weights

@@ -64,7 +64,7 @@ class Scores(ABC):
         Raises:
             ValueError: k is not between 1 and num_classes.
         """
-        size = _check_size(size)
+        size = check_size(size)
         if not 1 <= k <= self.num_classes:
             raise ValueError(f"k must lie between 1 and the number of classes, {self.num_classes}, not {k}")
         if k == 1:
@@ -86,7 +86,7 @@ class Scores(ABC):
         Returns:
             (B, C or K, H, W) float32.
         """
-        size = _check_size(size)
+        size = check_size(size)
         count = self.num_classes if classes is None else len(classes)
         out = torch.empty(self.batch_size, count, *size, device=self.device)
         for picture, field in self._fields(size):
@@ -124,7 +124,7 @@ class Scores(ABC):
 
     def _best(self, size: Size, with_scores: bool) -> tuple[Tensor, Tensor]:
         """Labels and, if wanted, their scores; an empty tensor otherwise."""
-        size = _check_size(size)
+        size = check_size(size)
         labels = torch.empty(self.batch_size, *size, dtype=torch.long, device=self.device)
         scores = torch.empty(labels.shape if with_scores else 0, device=self.device)
         for picture, field in self._fields(size):
@@ -169,22 +169,18 @@ def check_offsets(offsets: Tensor | None, num_words: int, device: torch.device) 
     return offsets
 
 
-def check_pair(size: Size | None, name: str) -> Size | None:
-    """``size`` as two ints of at least 1, or None; a ValueError if it is something else."""
-    return None if size is None else _check_size(size, name)
-
-
 def check_crop(crop: Size | None, size: Size, place: tuple[int, int] = (0, 0)) -> Size | None:
     """``crop`` as two ints, or None where nothing is cut off; a ValueError if at ``place`` it lies outside ``size``."""
-    crop = check_pair(crop, "crop")
     if crop is None:
         return None
+    crop = check_size(crop, "crop")
     if min(place) < 0 or place[0] + crop[0] > size[0] or place[1] + crop[1] > size[1]:
         raise ValueError(f"crop {crop} is larger than what it is taken from, {size}")
     return None if crop == size else crop
 
 
-def _check_size(size: Size, name: str = "size") -> Size:
+def check_size(size: Size, name: str = "size") -> Size:
+    """``size`` as two ints of at least 1; a ValueError if it is something else."""
     height, width = (int(n) for n in size)
     if height < 1 or width < 1:
         raise ValueError(f"{name} must be (height, width) of at least 1 x 1, not {tuple(size)}")

@@ -7,7 +7,7 @@ from dataclasses import KW_ONLY, dataclass, replace
 
 from torch import Tensor
 
-from lexiseg.scores.base import Scores, Size, check_crop, check_offsets, check_pair, largest_magnitude
+from lexiseg.scores.base import Scores, Size, check_crop, check_offsets, check_size, largest_magnitude
 from lexiseg.scores.fields import Field, Source, Squashed
 from lexiseg.scores.resize import cropped, resized
 
@@ -50,7 +50,7 @@ class GridScores(Scores):
         if logits.dim() != 4 or 0 in logits.shape[1:] or not logits.is_floating_point():
             raise ValueError(f"logits must be a float tensor (B, W, h, w), not {logits.dtype} {tuple(logits.shape)}")
         super().__init__(logits.shape[0], logits.shape[1], logits.device, self.word_to_class)
-        self.resize_to = check_pair(self.resize_to, "resize_to")
+        self.resize_to = None if self.resize_to is None else check_size(self.resize_to, "resize_to")
         self.crop = check_crop(self.crop, self.resize_to or (logits.shape[2], logits.shape[3]), self.crop_place)
         self.offsets = check_offsets(self.offsets, self.num_words, self.device)
 

@@ -7,7 +7,7 @@ from dataclasses import KW_ONLY, dataclass, replace
 
 from torch import Tensor
 
-from lexiseg.scores.base import Scores, Size, check_crop, check_offsets, check_pair, largest_magnitude
+from lexiseg.scores.base import Scores, Size, check_crop, check_offsets, check_size, largest_magnitude
 from lexiseg.scores.fields import Field, Mixture, Source, Squashed
 from lexiseg.scores.resize import cropped, resized
 
@@ -58,7 +58,7 @@ class RegionScores(Scores):
             raise ValueError(f"class_scores and masks must be float, not {class_scores.dtype} and {masks.dtype}")
         super().__init__(class_scores.shape[0], class_scores.shape[2], masks.device, self.word_to_class)
         self.class_scores = class_scores.to(masks.device)
-        self.resize_to = check_pair(self.resize_to, "resize_to")
+        self.resize_to = None if self.resize_to is None else check_size(self.resize_to, "resize_to")
         self.crop = check_crop(self.crop, self.resize_to or (masks.shape[2], masks.shape[3]))
         self.offsets = check_offsets(self.offsets, self.num_words, self.device)
 

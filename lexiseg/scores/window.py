@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lexiseg.scores.base import Scores, Size, check_pair
+from lexiseg.scores.base import Scores, Size, check_size
 from lexiseg.scores.fields import Field
 from lexiseg.scores.mean import Mean
 from lexiseg.scores.resize import resized
@@ -46,7 +46,7 @@ class WindowScores(Scores):
         kinds = {(part.num_words, part.num_classes, part.batch_size, part.device) for part in parts}
         if len(kinds) > 1:
             raise ValueError("all parts must have the same words, number of pictures and device")
-        self.canvas = check_pair(self.canvas, "canvas") or self.canvas
+        self.canvas = check_size(self.canvas, "canvas")
         self.boxes = [(int(y), int(x), int(h), int(w)) for y, x, h, w in self.boxes]
         _check_boxes(self.boxes, self.canvas)
 

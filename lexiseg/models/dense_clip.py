@@ -136,9 +136,6 @@ class DenseCLIP(SegmentationModel):
     every vocabulary.
 
     Args:
-        clip: the towers.
-        options: see `DenseCLIPOptions`.
-        seen_names: not used: nothing was trained on masks.
         proxy: ProxyCLIP's second encoder; None loads the one that the options name.
 
     Raises:

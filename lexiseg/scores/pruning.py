@@ -35,6 +35,7 @@ class Writer:
     scores: Tensor | None
 
     def rectangle(self, place: tuple[int, int, int, int], words: Tensor, scores: Tensor) -> None:
+        """Write words and scores (h, w) of the pixels from top to bottom and left to right."""
         top, bottom, left, right = place
         self.labels[top:bottom, left:right] = self._classes(words)
         if self.scores is not None:

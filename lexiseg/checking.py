@@ -25,6 +25,8 @@ def check(schema: type[_Model], values: Mapping[str, Any], what: str, *, noun: s
         return schema.model_validate(values)
     except ValidationError as error:
         raise LexisegError(f"{what} {_fault(error, schema, values, noun)}") from error
+    except UnicodeEncodeError as error:  # what YAML and JSON can write, and a validator's own sentence repeats
+        raise LexisegError(f"{what} holds a character that cannot be read; type it again.") from error
 
 
 def _fault(error: ValidationError, schema: type[BaseModel], values: Mapping[str, Any], noun: str) -> str:

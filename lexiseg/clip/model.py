@@ -297,7 +297,7 @@ def check_architecture(architecture: dict[str, Any], name: str) -> Architecture:
     CLIP's own ResNets pass: mask attention runs them. What needs patches refuses them with `CLIP.image_tower`. A
     `LexisegError` says that the configuration is incomplete, or whose tower it has.
     """
-    what = f"The architecture of '{name}', as open_clip's {CONFIG_NAME} has it,"
+    what = f"The architecture of '{shorten(name)}', as open_clip's {CONFIG_NAME} has it,"
     found = check(Architecture, architecture if isinstance(architecture, dict) else {}, what)
     vision, text = found.model_cfg.vision_cfg, found.model_cfg.text_cfg
     other = None
@@ -336,6 +336,9 @@ def build_clip(architecture: dict[str, Any], *, name: str = "clip", tokenizer: A
     model_class = open_clip.CustomTextCLIP if model_cfg.get("custom_text") else open_clip.CLIP
     try:
         model = model_class(**arguments)
+        size = model.visual.image_size
+        if min((size,) if isinstance(size, int) else size) < 1:
+            raise ValueError("its image_size is below 1")
         if tokenizer is None:
             arguments = text.get("tokenizer_kwargs")
             # Reading its 49,152 merges takes longer than building a small model, and open_clip has done it already.

@@ -122,7 +122,7 @@ class DenseCLIPOptions(WindowOptions):
     @model_validator(mode="before")
     @classmethod
     def _fill(cls, given: Any) -> Any:
-        settings = methods().get(given.get("method", "maskclip")) if isinstance(given, dict) else None
+        settings = methods().get(str(given.get("method", "maskclip"))) if isinstance(given, dict) else None
         if settings is None:
             return given
         return {**{key: value for key, value in settings.items() if key != "protocols"}, **given}

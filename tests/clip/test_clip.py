@@ -405,3 +405,10 @@ def test_architectures_that_open_clip_cannot_build() -> None:
 
     with pytest.raises(LexisegError, match="cannot build"):
         build_clip(small_architecture(vision_cfg={"colour": 1}))
+    below = small_architecture()
+    below["model_cfg"]["vision_cfg"]["image_size"] = -32
+    with pytest.raises(LexisegError, match=r"cannot build .*image_size is below 1"):
+        build_clip(below)
+    with pytest.raises(LexisegError) as error:
+        build_clip({}, name="long" * 1000)
+    assert len(str(error.value)) < 400

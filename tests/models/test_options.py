@@ -26,6 +26,7 @@ from tests.towers import small_clip
         ("cascade-clip", {"mean": [0.5, 0.5]}, r"'mean\.2'"),
         ("cascade-clip", {"aggregation": "mean"}, "'aggregation': input should be 'nga'"),
         ("dense-clip", {"window_size": 8, "window_stride": 9}, "contradicts itself"),
+        ("dense-clip", {"method": ["naclip"]}, "'method'"),
         ("deop", {"std": [1, 0, 1]}, r"'std\.1'"),
         ("deop", {"short_side": 0}, "'short_side'"),
         ("deop", {"long_side": 0}, "'long_side'"),

@@ -73,6 +73,7 @@ def test_variants(tmp_path: Path) -> None:
         ({"base": "tiny", "variants": [1]}, "'variants' of the recipe"),
         ({"base": "tiny", "variants": {"a": 1}}, "consists of variants; name one after a colon: a"),
         ({"base": "deop-table-4"}, "consists of variants"),
+        ({"base": "tiny", "proposals_from": "\udce9"}, "holds a character that cannot be read"),
         ({"base": "tiny", "teacher": "x"}, "'teacher' labels pixels for self-training"),
         ({"base": "tiny", "data": {"crop": 8}}, "wrong value for 'data.crop'"),
         ({"base": "zegclip-voc2012", "data": {"cut": 32}}, "'cut' belongs to augment 'short-edge'"),

@@ -423,3 +423,10 @@ def test_command(clean, tmp_path, capsys, monkeypatch):
     assert "drop --split" in capsys.readouterr().err
     assert main(["evaluate", "nowhere", "--protocol", "voc-20", *small]) == 2
     assert "voc2012" in capsys.readouterr().err
+
+
+def test_the_background_of_voc_is_what_context_has_beyond_it() -> None:
+    """The table writes the words out; the catalogue has both lists. Context's table is VOC's dining table."""
+    voc = {*data_set("voc2012").classes, "table"}
+    beyond = tuple(name for name in data_set("pascal-context-59").classes if name not in voc)
+    assert PROTOCOLS["voc-20b"].background == beyond

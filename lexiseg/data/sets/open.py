@@ -66,7 +66,8 @@ def open_data_set(
     or files are missing; the sentence names the first.
     """
     files = list_split(name, root, split, unseen=unseen, classes=classes)
-    for text in (*(one.problem for one in files.findings if one.kind == "class-list"), *_overlap(Path(root), files)):
+    notes = [one.problem for one in files.findings if one.kind == "class-list"]
+    for text in (*notes, *(_overlap(Path(root), files) if name == OWN else ())):
         warnings.warn(text, LexisegWarning, stacklevel=2)
     if names_of is not None:
         files = replace(files, vocabulary=data_set(name).vocabulary(unseen=unseen, names_of=names_of))

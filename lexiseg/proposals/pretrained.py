@@ -38,6 +38,11 @@ _BODY = "backbone.body."
 _OPTION = "model.options.proposals."
 
 
+def is_resnet(source: str) -> bool:
+    """Whether a start is a ResNet alone, ImageNet's or a file's, and no generator that has seen masks."""
+    return source == IMAGENET or source.endswith(WEIGHT_FILES)
+
+
 def start_proposals(generator: ProposalGenerator, source: str) -> list[str]:
     """Fill a generator with weights that were trained before.
 
@@ -91,7 +96,7 @@ def _query_generator(generator: ProposalGenerator, source: str) -> QueryGenerato
             f"'proposals_from' is '{source}', but only a maskformer or mask2former can start from weights; "
             "set proposals_from to null."
         )
-    if not isinstance(generator.backbone, ResNetBackbone) and (source == IMAGENET or source.endswith(WEIGHT_FILES)):
+    if not isinstance(generator.backbone, ResNetBackbone) and is_resnet(source):
         raise LexisegError(
             f"'proposals_from' is '{source}', but there are no such weights for the backbone "
             f"'{generator.options.backbone}'; set {_OPTION}backbone to a ResNet, or proposals_from to null."
@@ -182,9 +187,7 @@ def seen_by(source: str) -> tuple[str, ...]:
     Raises:
         LexisegError: it is a folder without a model of lexiseg.
     """
-    if source == IMAGENET or source.endswith(WEIGHT_FILES):
-        return ()
-    return tuple(_own_config(source)[1]["seen_names"])
+    return () if is_resnet(source) else tuple(_own_config(source)[1]["seen_names"])
 
 
 def _own_config(source: str) -> tuple[Path, dict[str, Any]]:

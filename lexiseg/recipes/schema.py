@@ -130,10 +130,10 @@ Templates: TypeAlias = Annotated[str | list[str], BeforeValidator(_known_set)]
 
 
 def _known_start(source: str) -> str:
-    from lexiseg.proposals.pretrained import IMAGENET, WEIGHT_FILES
+    from lexiseg.proposals.pretrained import IMAGENET, is_resnet
 
     # A colon is in the name of a recipe's variant.
-    if source == IMAGENET or "/" in source or ":" in source or source.endswith(WEIGHT_FILES) or Path(source).is_dir():
+    if is_resnet(source) or "/" in source or ":" in source or Path(source).is_dir():
         return source
     near = difflib.get_close_matches(source.lower(), [IMAGENET], cutoff=0.5)
     hint = f"; did you mean '{IMAGENET}'?" if near else f"; give '{IMAGENET}', a ResNet's file or the folder of a run"

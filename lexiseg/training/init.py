@@ -15,7 +15,7 @@ from lexiseg.models.base import SegmentationModel
 from lexiseg.models.decoupled import DecoupledModel
 from lexiseg.models.options import ModelOptions
 from lexiseg.proposals.base import ProposalGenerator
-from lexiseg.proposals.pretrained import IMAGENET, WEIGHT_FILES, seen_by, start_proposals
+from lexiseg.proposals.pretrained import is_resnet, seen_by, start_proposals
 from lexiseg.recipes import (
     ContrastiveRecipe,
     PictureWorldData,
@@ -81,8 +81,7 @@ def build_model(recipe: SegmentationRecipe, vocabulary: Vocabulary, *, clip: CLI
     if clip is None and recipe.prompts_from is not None:
         take_prompts(model, recipe.prompts_from, vocabulary)
     model.set_trainable()
-    # ImageNet weights, and a file of them, fill the backbone alone; a whole model brings its masks.
-    masks = recipe.initial is not None or not (source in (None, IMAGENET) or str(source).endswith(WEIGHT_FILES))
+    masks = recipe.initial is not None or (source is not None and not is_resnet(source))
     model.check_start(proposals=masks, steps=1 if clip is not None else recipe.train.steps)
     model.metadata |= {
         "description": recipe.description,

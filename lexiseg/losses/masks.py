@@ -61,10 +61,9 @@ def mask_losses(
 
     The focal term is ``alpha_t (1 - p_t)^2 BCE``, alpha_t 0.25 for positives and 0.75 for negatives, averaged over all
     pixels of a mask and summed over images and classes, with every pixel that is not of the class a negative, 255
-    included. The dice term ``1 - (2 sum(p t) + 1) / (sum p +
-    sum t + 1)`` is taken for the classes present in an image only. Both are divided by the number of masks. The
-    prediction is upsampled one image at a time, and the gradient is computed on the way, so that neither upsampled
-    masks of a batch nor one-hot labels are ever held in memory.
+    included. The dice term ``1 - (2 sum(p t) + 1) / (sum p + sum t + 1)`` is taken for the classes present in an image
+    only. Both are divided by `count_masks`. The prediction is upsampled one image at a time, and the gradient is
+    computed on the way, so that neither upsampled masks of a batch nor one-hot labels are ever held in memory.
 
     Args:
         logits: (B, C, h, w) mask logits, before the sigmoid; upsampled bilinearly where the labels are larger.

@@ -32,7 +32,7 @@ from lexiseg.vocabulary import Vocabulary
 CAT_SEG_TEMPLATE = "A photo of a {} in the scene"
 """The template of the released models."""
 
-_MAPS_AT_ONCE = 512
+_MAPS_AT_ONCE = 512  # pairs of a picture and a word that are aggregated at once at prediction, which bounds the memory
 
 
 class CATSegOptions(AggregationOptions):
@@ -139,12 +139,13 @@ class CATSeg(SegmentationModel):
     def trainable_names(self) -> tuple[str, ...]:
         """Everything outside CLIP, and the part of CLIP that ``finetune`` names."""
         parts = {"attention": (".attn.q_proj", ".attn.v_proj"), "full": (".resblocks.",)}.get(self.options.finetune, ())
-        prompts = self.options.finetune in ("prompt", "full")
-        return tuple(
-            name
-            for name, _ in self.named_parameters()
-            if (any(part in name for part in parts) if name.startswith("clip.") else prompts or name != "prompt_tokens")
-        )
+
+        def trained(name: str) -> bool:
+            if name.startswith("clip."):
+                return any(part in name for part in parts)
+            return name != "prompt_tokens" or self.options.finetune in ("prompt", "full")
+
+        return tuple(name for name, _ in self.named_parameters() if trained(name))
 
     def run_tower(self, images: Tensor) -> tuple[Tensor, dict[int, Tensor], tuple[int, int]]:
         """Run the image tower; of the last block only the value path is run.
@@ -174,10 +175,9 @@ class CATSeg(SegmentationModel):
         return after.tokens, {**before.levels, **after.levels}, grid
 
     def encode_images(self, images: Tensor) -> ImageFeatures:
-        """Run the image tower; see `SegmentationModel.encode_images`.
+        """Features with ``dense`` (B, D, h, w), ``middle`` (B, G1, 2 h, 2 w) and ``fine`` (B, G2, 4 h, 4 w).
 
-        Returns:
-            features with ``dense`` (B, D, h, w), ``middle`` (B, G1, 2 h, 2 w) and ``fine`` (B, G2, 4 h, 4 w).
+        The patches that are compared with words, and two guidances of the decoder from the `guidance_blocks`.
         """
         size, side = (images.shape[-2], images.shape[-1]), self.options.resolution
         if side is None:
@@ -231,7 +231,7 @@ class CATSeg(SegmentationModel):
         values = (features.values["dense"], features.values["middle"], features.values["fine"])
         pooling = self.options.pooling if self.training else (1, 1)
 
-        def run(dense: Tensor, *finer: Tensor) -> Tensor:
+        def run(dense: Tensor, *finer: Tensor) -> Tensor:  # the patches are their own guidance in the aggregation
             return self.aggregator(dense, text.expand(dense.shape[0], -1, -1, -1), (dense, *finer), pooling)
 
         if torch.compiler.is_compiling():

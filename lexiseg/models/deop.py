@@ -161,7 +161,7 @@ class DeOP(DecoupledModel):
     Attributes:
         severed: alpha by severed block.
         tables: the visual prompts, or None.
-        prompt: the learned text prompt, or None.
+        prompt: the learned text prompt, or None; found by `SegmentationModel.learned_prompts`, which makes the text.
         anchors: the heatmap decoder, or None.
     """
 
@@ -251,8 +251,8 @@ class DeOP(DecoupledModel):
         options, tower, grid = self.options, self.clip.image_tower, self.grid(padded)
         images = padded if options.clip_images == "shared" else self.clip_frame(padded, size)
         added, hook = (None, None) if self.tables is None else self.tables(grid)
-        plain = self.tables is None and options.released_residual and RELEASED_RESIDUAL.keys() <= self.severed.keys()
-        residual = RELEASED_RESIDUAL if plain else {}
+        released = options.released_residual and self.tables is None and RELEASED_RESIDUAL.keys() <= self.severed.keys()
+        residual = RELEASED_RESIDUAL if released else {}
         images = whole_patches(images, tower.patch_size)
         tokens, _ = tower.embed(images, interpolation="bicubic", by_count=True, added=added)
         severed = {block: partial(patch_severance, alpha=alpha) for block, alpha in self.severed.items()}
@@ -278,7 +278,8 @@ class DeOP(DecoupledModel):
         return self.options.temperature * (regions.float() @ self.text_rows(text).float().T)
 
     def class_scores(self, features: ImageFeatures, text: Tensor, seen: Tensor | None = None) -> Tensor:
-        return self.class_logits(features.values["regions"], text).softmax(dim=-1)[..., :-1]
+        logits = self.class_logits(features.values["regions"], text)
+        return (logits.softmax(dim=-1) if self.options.class_scores == "softmax" else logits)[..., :-1]
 
     def score(
         self, features: ImageFeatures, text: Tensor, *, word_to_class: Tensor | None = None, seen: Tensor | None = None
@@ -289,13 +290,12 @@ class DeOP(DecoupledModel):
         takes its part of the softmax and no more: every pixel gets a class.
         """
         options, features = self.options, self.proposed(features, text)
-        logits = self.class_logits(features.values["regions"], text)
-        scores = (logits.softmax(dim=-1) if options.class_scores == "softmax" else logits)[..., :-1]
         if options.masks in ("patches", "patches-twice"):
             grid = self.grid(features.values["images"])
             masks = resize_masks(features.values["mask_logits"].float().sigmoid(), grid)
             features = replace(features, values={**features.values, "mask_logits": masks})
         squashed = options.masks in ("sigmoid", "patches-twice")
+        scores = self.class_scores(features, text)
         return self.pixel_scores(scores, features, word_to_class=word_to_class, sigmoid=squashed)
 
     def losses(self, images: Tensor, labels: Tensor, text: Tensor, *, seen: Tensor | None = None) -> dict[str, Tensor]:
@@ -318,7 +318,7 @@ class DeOP(DecoupledModel):
         probabilities = self.class_logits(values["regions"], text).softmax(dim=-1)
         if "valid" in values:
             probabilities = probabilities * values["valid"][..., None]
-        if values["images"].shape[-2:] != features.size:
+        if values["images"].shape[-2:] != features.size:  # masks cover the padding; without it the loss resizes
             masks = self.upsampled(masks, values["images"])[..., : features.size[0], : features.size[1]]
         weights = {"focal_weight": options.focal_weight, "dice_weight": options.dice_weight}
         parts = region_map_losses(probabilities, masks, labels, scale=options.squash, **weights)

@@ -157,10 +157,10 @@ class OneStageModel(SegmentationModel):
     def mask_loss(self, logits: Tensor, labels: Tensor, dice_weight: float) -> MaskLosses:
         """Focal loss or cross entropy, and dice, of mask logits (B, C, h, w) upsampled to labels (B, H, W).
 
-        Mask c is that of class c: nothing is matched.
-        Focal: alpha_t (1 - p_t)^2 BCE with alpha 0.25, the mean over pixels, the sum over classes and images. Dice: 1 -
-        (2 sum(p t) + 1) / (sum p + sum t + 1) of the classes in an image. Both are divided by the number of masks in
-        the batch. A pixel without a class is a negative of all.
+        Mask c is that of class c: nothing is matched. A pixel without a class is a negative of all.
+        Focal: alpha_t (1 - p_t)^2 BCE, alpha_t 0.25 for positives and 0.75 for negatives, the mean over pixels, the sum
+        over classes and images. Dice: 1 - (2 sum(p t) + 1) / (sum p + sum t + 1) of the classes in an image. Both are
+        divided by the number of masks, of (image, class) pairs, in the batch.
         """
         losses = mask_losses if self.options.mask_loss == "focal" else exclusive_losses
         return losses(logits, labels, self.options.mask_weight, dice_weight, self.class_weights)
@@ -213,7 +213,7 @@ class OneStageModel(SegmentationModel):
         logits = self.grid_logits(features, text)
         size = (int(labels.shape[-2]), int(labels.shape[-1]))
         mask_size = self.mask_size(features.size)
-        if self.options.mask_size is not None and mask_size != size:
+        if self.options.mask_size is not None and mask_size != size:  # else the loss upsamples, image by image
             logits = F.interpolate(logits, size=mask_size, mode="bilinear", align_corners=False)
         if seen is not None:
             full = F.interpolate(logits.detach(), size=size, mode="bilinear", align_corners=False)

@@ -6,8 +6,8 @@ with learned prompts in every block (`PromptTokens`, the paper's DPT); each word
 (NEL: focal and dice loss, `OneStageModel.losses`).
 
 Read `ZegCLIP.encode_images` and `ZegCLIP.grid_logits`, which are the forward pass; `OneStageModel` turns its logits
-into scores and losses. Text is frozen CLIP's, in the recipe's `templates` (the authors have one sentence on VOC and 15
-elsewhere). Cascade-CLIP and SPT-SEG subclass `ZegCLIP` and override its small methods.
+into scores and losses. Text is frozen CLIP's (`SegmentationModel.embed_text`), in the recipe's ``templates``: the
+authors' one sentence on VOC, 15 elsewhere. Cascade-CLIP and SPT-SEG subclass `ZegCLIP` and override small methods.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ class PromptTokens(nn.Module):
 
         def before_block(index: int, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
             prompt = prompts.get(index)
-            if self.depth or prompt is None:  # keys and values alone: their outputs would be dropped
+            if self.depth or prompt is None:  # deep: keys and values alone, since their outputs would be dropped
                 return tokens, prompt
             rows = prompt.expand(tokens.shape[0], -1, -1)
             return torch.cat([tokens[:, :1], rows, tokens[:, 1:]], dim=1), None
@@ -141,7 +141,7 @@ class ZegCLIP(OneStageModel):
     system: ClassVar[str] = "zegclip"
     options_class: ClassVar[type[ModelOptions]] = ZegCLIPOptions
     options: ZegCLIPOptions
-    init_decoder = staticmethod(init_matching_decoder)  # of a decoder's layers with ``init`` "clip-similarity"
+    init_decoder = staticmethod(init_matching_decoder)  # what ``init`` "clip-similarity" does; SPT-SEG has another
 
     def __init__(self, clip: CLIP, options: ZegCLIPOptions | None = None, seen_names: Sequence[str] = ()) -> None:
         super().__init__(clip, options or self.parse_options({}), tuple(seen_names))

@@ -262,6 +262,8 @@ def items_read(text: str) -> list[ListedClass]:
             items.append({})
         elif key and depth == 1:
             items[-1][key] = value.strip("\"'")
+    if depth:  # what comes behind a brace too many, or too few, would be dropped
+        raise LexisegError("The label map has braces that do not match; write each item as item { id: 1 name: 'cat' }.")
     return entries_read({**one, "name": one["display_name"]} if "display_name" in one else one for one in items)
 
 

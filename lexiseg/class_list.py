@@ -96,14 +96,12 @@ def class_source(text: str) -> str | Path:
         return text
     if name.startswith("@") and len(name) > 1:
         return Path(name[1:])
-    if not name or "\n" in name or "\0" in name:
-        return text
     try:
-        if Path(name).is_file():
+        if name and Path(name).is_file():
             return Path(name)
     except OSError:  # too long to be a file's name
         return text
-    if any(mark in name for mark in ";,"):
+    if not name or any(mark in name for mark in ";,\n\0"):
         return text
     last = re.split(r"[/\\]", name)[-1]
     is_path = last != name and (

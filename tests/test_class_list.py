@@ -175,7 +175,7 @@ def test_quotation_marks_are_no_part_of_a_word() -> None:
 
 def test_files_and_paths_are_never_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    for name in ("my.names", "cat", "a, b"):
+    for name in ("my.names", "cat", "a, b", "two\nlines"):
         Path(name).write_text("giraffe\n")
         assert class_source(name) == Path(name)
         assert Vocabulary.parse(name).names == ("giraffe",)
@@ -185,6 +185,15 @@ def test_files_and_paths_are_never_words(tmp_path: Path, monkeypatch: pytest.Mon
             Vocabulary.parse(name)
     for text in ("dog", "tree/bush", "Mt. Fuji", "cat; dog.txt", "x" * 5000, "St.Bernard", "a\nb.txt", "@"):
         assert class_source(text) == text
+
+
+@pytest.mark.parametrize(
+    "text", ["item { id: 1 name: 'cat' }}\nitem { id: 2 name: 'dog' }", "item { id: 1 name: 'cat'"]
+)
+def test_braces_of_a_label_map_match(tmp_path: Path, text: str) -> None:
+    (tmp_path / "map.pbtxt").write_text(text)
+    with pytest.raises(LexisegError, match="braces that do not match"):
+        read_class_list(tmp_path / "map.pbtxt")
 
 
 def test_more_train_ids_than_255(tmp_path: Path) -> None:

@@ -140,6 +140,8 @@ def main(args: Sequence[str] | None = None) -> int:
     with _terminable() as terminated:
         try:
             words = list(sys.argv[1:] if args is None else args)
+            if "" in words:  # as a path it would be the folder the shell is in
+                raise LexisegError("An argument is empty, as from a shell's variable that is not set; give it a value.")
             # Not by calling it: click would answer Ctrl-C with a line of its own.
             with notes.printed(), _command().make_context("lexiseg", words) as context:
                 context.command.invoke(context)

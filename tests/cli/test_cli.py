@@ -56,8 +56,11 @@ def test_usage_errors_are_sentences(call: Call) -> None:
         *(("predict", "a", "b"), ("convert", "a.pth"), ("evaluate", "tiny", "-w", "a"), ("export", "a")),
         *(("train", "tiny"), ("data", "show"), ("draw", "nga", "a")),
     ):
-        for empty in (("-o", ""), ("--output= ",)):
-            assert_sentence(*call(*verb, *empty), "(-o) is empty", "place to write")
+        assert_sentence(*call(*verb, "--output= "), "(-o) is empty", "place to write")
+        assert_sentence(*call(*verb, "-o", ""), "argument is empty")
+    # As a path "" is the current folder, whose pictures nobody asked for.
+    for arguments in (("predict", "", "cat; grass"), ("predict", "a", "b", "-m", ""), ("data", "verify", "")):
+        assert_sentence(*call(*arguments), "argument is empty", "not set")
     for arguments in ((), ("--help",), ("data",), ("predict", "-h")):
         code, out, err = call(*arguments)
         assert code == 0 and "Usage" in out and not err

@@ -6,8 +6,8 @@ import csv
 import re
 import unicodedata
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from lexiseg.colors import parse_color
@@ -16,7 +16,7 @@ from lexiseg.exemplars import PREFIX
 from lexiseg.words import describe, flag, null, refuse_unknown, shorten
 
 _LAST_VALUE = 65535  # of label files, which have 16 bits at most
-_ENTRY_KEYS = ("name", "synonyms", "seen", "color", "scored", "id", "trainId")
+_ENTRY_KEYS = ("name", "synonyms", "seen", "color", "scored", "id")
 IGNORED = ("(ignore)", "(ignored)", "(void)")
 """Names of entries that are not classes."""
 
@@ -31,13 +31,14 @@ _COLUMNS = {  # headings without spaces and underscores
 # What a column of names alone may have; "label" could be a class.
 _HEADINGS = ("name", "class", "category", "classname", "labelname", "categoryname")
 _QUOTED = re.compile(r"""(["']).*\1|[“„].*[”“]|«.*»""")
-_NUMBERED = re.compile(r"([0-9]+)\s*[:\t]\s*(.+)")
-_RGB = r"([0-9]{1,3})\s*[,\s]\s*([0-9]{1,3})\s*[,\s]\s*([0-9]{1,3})"
-_NAME_COLOR = re.compile(rf"(.+?)\s*[,:\s]\s*{_RGB}\s*(?::.*)?")
-_COLOR_NAME = re.compile(rf"{_RGB}[\s,:]+(.+)")
-_SPACED = re.compile(r"([0-9]+)\s*(?:[\s,;=]|[.)]\s)\s*(.*\D.*)")
-_FIELD = re.compile(r"""\b(\w+)\s*:\s*("[^"\n]*"|'[^'\n]*'|-?[\w.]+)|([{}])""")  # of a label map
-_NUMBER_LAST = re.compile(r"(.*\D.*?)\s*[:\t,;=]\s*([0-9]+)")
+_NUMBERED = re.compile(r"(?P<id>[0-9]+)\s*[:\t]\s*(?P<name>.+)")
+_RGB = r"(?P<r>[0-9]{1,3})\s*[,\s]\s*(?P<g>[0-9]{1,3})\s*[,\s]\s*(?P<b>[0-9]{1,3})"
+_FORMS = (  # of all lines of a list, and the fewest lines that are taken for it
+    (re.compile(rf"{_RGB}[\s,:]+(?P<name>.+)"), 1),
+    (re.compile(rf"(?P<name>.+?)\s*[,:\s]\s*{_RGB}\s*(?::.*)?"), 1),
+    (re.compile(r"(?P<id>[0-9]+)\s*(?:[\s,;=]|[.)]\s)\s*(?P<name>.*\D.*)"), 2),  # "7 up" alone is a class
+    (re.compile(r"(?P<name>.*\D.*?)\s*[:\t,;=]\s*(?P<id>[0-9]+)"), 2),
+)
 
 
 @dataclass(frozen=True)
@@ -121,26 +122,28 @@ def lines_read(lines: Sequence[str]) -> list[ListedClass]:
         warnings.warn(text, LexisegWarning, stacklevel=2)
         lines, bare = lines[1:], bare[1:]
     numbered = [_NUMBERED.fullmatch(line) for line in bare]
-    forms: tuple[tuple[re.Pattern[str], Callable[[re.Match[str]], ListedClass], int], ...] = (
-        (_COLOR_NAME, lambda m: ListedClass(m[4], color=color_of((m[1], m[2], m[3]), m[4])), 1),
-        (_NAME_COLOR, lambda m: ListedClass(m[1], color=color_of((m[2], m[3], m[4]), m[1])), 1),
-        (_SPACED, lambda m: _named(m[2], number_of(m[1], m[2])), 2),  # "7 up" alone is a class
-        (_NUMBER_LAST, lambda m: _named(m[1], number_of(m[2], m[1])), 2),
-    )
     # What is longer is no such line, and would take patterns long; and the box of an exemplar is no colour.
     short = max(map(len, bare)) <= _LONGEST and not any(PREFIX in line for line in bare)
-    for pattern, make, least in forms if short and not any(numbered) else ():
+    for pattern, least in _FORMS if short and not any(numbered) else ():
         matches = [match for line in bare if (match := pattern.fullmatch(line))]
         if len(matches) == len(lines) >= least:
-            return [make(match) for match in matches]
+            return [_class_of(match.groupdict()) for match in matches]
     found: list[ListedClass] = []
     for line, match in zip(bare, numbered, strict=True):
-        found += [_named(match[2], number_of(match[1], match[2]))] if match else split_classes(line)
+        found += [_class_of(match.groupdict())] if match else split_classes(line)
     return found
 
 
 def _bare_heading(text: str) -> str:
     return re.sub(r'["\s_]', "", text.lower())
+
+
+def _class_of(cells: Mapping[str, Any]) -> ListedClass:
+    """A class of cells: its name, and any of synonyms, id, color, and r, g and b."""
+    name, *synonyms = split_words(", ".join(filter(None, (cells["name"], cells.get("synonyms")))))
+    value = number_of(cells["id"], name) if "id" in cells else None
+    color = (cells["r"], cells.get("g"), cells.get("b")) if "r" in cells else cells.get("color")
+    return ListedClass(name, tuple(synonyms), value, color=color_of(color, name))
 
 
 def _table(lines: Sequence[str], heading: Sequence[str], separator: str) -> list[ListedClass]:
@@ -150,16 +153,11 @@ def _table(lines: Sequence[str], heading: Sequence[str], separator: str) -> list
             row = next(csv.reader([line], delimiter=separator), [])
         except csv.Error:  # a cell without end
             row = []
-        cells = {column: cell.strip() for column, cell in zip(heading, row, strict=False) if column}
+        cells = {column: cell.strip().replace(";", ",") for column, cell in zip(heading, row, strict=False) if column}
         if len(cells) < len(set(heading) - {""}) or not cells["name"]:
             columns = ", ".join(column for column in heading if column)
             raise LexisegError(f"The line '{describe(line)}' does not match the columns {columns}.")
-        words = split_words(", ".join(filter(None, (cells["name"], cells.get("synonyms")))).replace(";", ","))
-        color: Any = cells.get("color") or None
-        if "r" in cells:
-            color = cells["r"], cells.get("g"), cells.get("b")
-        value = number_of(cells["id"], words[0]) if "id" in cells else None
-        found.append(ListedClass(words[0], tuple(words[1:]), value, color=color_of(color, words[0])))
+        found.append(_class_of(cells))
     return found
 
 
@@ -169,14 +167,13 @@ def mapping_read(value: Mapping[Any, Any]) -> list[ListedClass]:
         for key, name in value.items():
             if not isinstance(name, str):
                 raise LexisegError(f"Class {describe(key)} must be text, not {describe(name)}; put it in quotes.")
-        return sorted(
-            (_named(name, number_of(key, name)) for key, name in value.items()), key=lambda one: one.value or 0
-        )
+        found = [_class_of({"name": name, "id": key}) for key, name in value.items()]
+        return sorted(found, key=lambda one: one.value or 0)
     if all(isinstance(name, str) and _is_number(number) for name, number in value.items()):
-        return [_named(name, number_of(number, name)) for name, number in value.items()]
+        return [_class_of({"name": name, "id": number}) for name, number in value.items()]
     colors = [color for color in value.values() if isinstance(color, list | tuple) and all(map(_is_number, color))]
     if len(colors) == len(value) and all(isinstance(name, str) for name in value):
-        return [replace(_named(name), color=color_of(color, name)) for name, color in value.items()]
+        return [_class_of({"name": name, "color": color}) for name, color in value.items()]
     raise LexisegError("There are no classes; add the key 'classes' with a list of names.")
 
 
@@ -209,66 +206,29 @@ def color_of(value: Any, name: str) -> tuple[int, int, int] | None:
     return None if null(value) is None else parse_color(value, f"the class '{shorten(describe(name))}'")
 
 
-def _named(text: str, value: int | None = None) -> ListedClass:
-    name, *synonyms = split_words(text)
-    return ListedClass(name, tuple(synonyms), value)
-
-
 def entries_read(values: Iterable[object]) -> list[ListedClass]:
     """Read a list of names and mappings.
 
     Raises LexisegError if an entry is neither, or says something wrong; the sentence says which.
     """
     found: list[ListedClass] = []
-    order: list[Any] = []
     for value in values:
         position = len(found) + 1
         if isinstance(value, str):
             if not value.strip():
                 raise LexisegError(f"Class {position} is empty; write a name or remove it.")
             found.extend(split_classes(value))
-            order.append(None)
         elif isinstance(value, Mapping):
             found.append(_entry(value, position))
-            order.append(value.get("trainId"))
         else:
             raise LexisegError(
                 f"Class {position} must be text or a mapping with a name, not {describe(value)}; put it in quotes."
             )
-    if any(number is not None for number in order):
-        if any(number is None for number in order):
-            raise LexisegError("Some classes have a 'trainId' and others none; give it to all.")
-        # -1 means, as in Cityscapes, that the class is not trained; 255 too, where it is not one of so many.
-        places = [-1 if str(number) == "-1" else number_of(number, one.name)
-                  for one, number in zip(found, order, strict=True)]  # fmt: skip
-        void = {-1} if 254 in places else {-1, 255}
-        found = [
-            replace(one, name=IGNORED[0]) if place in void and one.value is not None else one
-            for place, one in sorted(zip(places, found, strict=True), key=lambda both: both[0])
-        ]
     return found
 
 
-def items_read(text: str) -> list[ListedClass]:
-    """Read a label map of TensorFlow, ``item { id: 1 name: 'cat' }``; a ``display_name`` is what people call it.
-
-    Raises LexisegError if an item has no name, or says something wrong.
-    """
-    items: list[dict[str, str]] = []
-    depth = 0
-    for key, value, brace in _FIELD.findall(text):
-        depth += {"{": 1, "}": -1}.get(brace, 0)
-        if brace == "{" and depth == 1:
-            items.append({})
-        elif key and depth == 1:
-            items[-1][key] = value.strip("\"'")
-    if depth:  # what comes behind a brace too many, or too few, would be dropped
-        raise LexisegError("The label map has braces that do not match; write each item as item { id: 1 name: 'cat' }.")
-    return entries_read({**one, "name": one["display_name"]} if "display_name" in one else one for one in items)
-
-
 def _entry(value: Mapping[str, Any], position: int) -> ListedClass:
-    if "id" not in value and "trainId" not in value:  # lists of datasets carry keys of their own
+    if "id" not in value:  # lists of datasets carry keys of their own
         refuse_unknown(value, _ENTRY_KEYS, f"class {position}")
     if "name" not in value:
         raise LexisegError(f"Class {position} has no name; add the key 'name'.")

@@ -7,8 +7,7 @@ Text, lists and mappings in Python, and files, whose content decides what they a
   "cat,255,0,0", "255 0 0 cat", "cat:255,0,0::";
 * a table with a heading: name and any of id, synonyms, r/g/b, color (class_dict.csv, ADE20K's objectInfo150.txt);
 * JSON, YAML or Python: a list of names or of mappings (name, id, synonyms, seen, color), by itself or under "classes";
-  a mapping of ids to names, names to ids or names to colours; COCO's "categories", YOLO's "names", "id2label";
-* a label map of TensorFlow (.pbtxt): "item { id: 1 name: 'cat' }".
+  a mapping of ids to names, names to ids or names to colours; COCO's "categories", YOLO's "names", "id2label".
 
 Numbers are what label files hold: any from 0 to 65535, wherever they start and with gaps. Class ids are positions in
 the list all the same. An entry called "(ignore)" is not a class: pixels with its number or colour have none.
@@ -28,7 +27,6 @@ from lexiseg.class_forms import (
     IGNORED,
     ListedClass,
     entries_read,
-    items_read,
     lines_read,
     mapping_read,
     number_of,
@@ -41,13 +39,12 @@ from lexiseg.words import describe, is_deep, null, refuse_unknown, shorten, word
 
 _MAX_FILE_BYTES = 64 * 2**20
 _ENDINGS = (
-    *(".txt", ".json", ".pbtxt", ".yaml", ".yml", ".csv", ".tsv", ".names", ".list", ".lst", ".labels"),
+    *(".txt", ".json", ".yaml", ".yml", ".csv", ".tsv", ".names", ".list", ".lst", ".labels"),
     *(".classes", ".data"),
 )
 _KEYS = ("classes", "templates", "background", "ignore", "masks", "exif")
 _LISTS = ("classes", "categories", "names", "labels", "id2label", "label2id")
 _YAML_START = re.compile(rf"(?:-\s|---|(?:{'|'.join((*_KEYS, *_LISTS, 'nc', 'path', 'train', 'val'))})\s*:)")
-_ITEM_START = re.compile(r"item\s*:?\s*(\{|$)")
 _BRACKETED = re.compile(r"\s*(?:\[.*\]|\{\s*[0-9].*\}|\((\s*[\"'].*[\"'],?\s*)\))\s*", re.DOTALL)
 _JSON_START = re.compile(r"\s*(?:\[\s*[\"\[{\]]|\{\s*[\"}])")
 
@@ -178,8 +175,6 @@ def read_class_text(text: str, ending: str = "") -> ClassList:
         except (ValueError, RecursionError) as error:
             where = f" in line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
             raise LexisegError(f"The file is not valid JSON{where}; fix it or write a text file instead.") from error
-    if ending == ".pbtxt" or _ITEM_START.match(first):
-        return _sorted_out(items_read("\n".join(lines)))
     # Lines of bare words are lines in a .yaml too, which YAML itself would fold into one text.
     if _YAML_START.match(first) or (ending in (".yaml", ".yml") and re.search(r"[:{}\[\]&*]", text)):
         value = _load_yaml(text)

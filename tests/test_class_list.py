@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -38,16 +37,12 @@ FORMS = {
     ",name\n1,cat\n12,dog\n": NUMBERED,
     "Class ID,Class Name\n1,cat\n12,dog\n": NUMBERED,
     "id,name\n1,cat\n12,dog\n": NUMBERED,
-    "item {\n  id: 1\n  name: 'cat'\n}\nitem { id: 12, name: 'dog' }\n": NUMBERED,
-    'item\n{ name: "/m/01yrx"\n id: 1 display_name: "cat" keypoints { id: 5 name: "{" } }\nitem: {name: "dog" '
-    "id: 12}\n": NUMBERED,
     "Idx\tRatio\tTrain\tVal\tStuff\tName\n1\t.1\t5\t5\t0\tcat\n12\t.1\t5\t5\t0\tdog\n": NUMBERED,
     '{"1": "cat", "12": "dog"}': NUMBERED,
     '{"id2label": {"12": "dog", "1": "cat"}, "model": "x"}': NUMBERED,
     '{"cat": 1, "dog": 12}': NUMBERED,
     "names:\n  1: cat\n  12: dog\n": NUMBERED,
     '{"images": [], "categories": [{"id": 12, "name": "dog", "isthing": 1}, {"id": 1, "name": "cat"}]}': NUMBERED,
-    '[{"name": "dog", "id": 12, "trainId": 1}, {"name": "cat", "id": 1, "trainId": 0}]': NUMBERED,
     "name,r,g,b\ncat,255,128,0\ndog,0,0,255\n": COLORED,
     " name; r; g; b\ncat;255;128;0\ndog;0;0;255\n": COLORED,
     "cat,255,128,0\ndog,0,0,255\n": COLORED,
@@ -75,8 +70,6 @@ def test_forms_are_told_by_their_content(tmp_path: Path, text: str) -> None:
         ("cat\n(void)\ndog\n", (1,)),
         ("classes: [cat, dog]\nignore: [11, 255]\n", (11, 255)),
         ("names: {0: cat, 1: dog}\nignore: 11\n", (11,)),
-        ('[{"id": 7, "name": "cat", "trainId": 0}, {"id": 1, "name": "egg", "trainId": 255}, '
-         '{"id": 8, "name": "dog", "trainId": 1}]', (1,)),
     ],
 )  # fmt: skip
 def test_values_that_are_no_class(tmp_path: Path, text: str, ignored: tuple[int, ...]) -> None:
@@ -110,7 +103,6 @@ def test_colors_that_are_no_class_and_how_masks_lie(tmp_path: Path) -> None:
         ("- {name: cat, id: 3}\n- dog", "numbers 'cat' and not 'dog'"),
         ("- {name: cat, id: -1}", "outside the range of label files"),
         (f"- {{name: cat, id: {10**40}}}", "outside the range of label files"),
-        ("- {name: cat, trainId: 0}\n- {name: dog}", "trainId"),
         ("- 'cat", "not valid YAML"),
         ("- [cat]", "must be text"),
         ("classes: [cat]\nmasks: x", "'masks'"),
@@ -188,22 +180,6 @@ def test_files_and_paths_are_never_words(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize(
-    "text", ["item { id: 1 name: 'cat' }}\nitem { id: 2 name: 'dog' }", "item { id: 1 name: 'cat'"]
-)
-def test_braces_of_a_label_map_match(tmp_path: Path, text: str) -> None:
-    (tmp_path / "map.pbtxt").write_text(text)
-    with pytest.raises(LexisegError, match="braces that do not match"):
-        read_class_list(tmp_path / "map.pbtxt")
-
-
-def test_more_train_ids_than_255(tmp_path: Path) -> None:
-    path = tmp_path / "classes.json"
-    path.write_text(json.dumps([{"name": f"c{i}", "id": 2 * i, "trainId": i} for i in range(300)]))
-    found = read_class_list(path)
-    assert len(found.classes) == 300 and found.classes[255].value == 510 and not found.ignored
-
-
-@pytest.mark.parametrize(
     "line", ["x" + " " * 60_000 + "y", "1" * 60_000, "a," * 30_000 + "b", "name,r\n" + "x" * 200_000]
 )
 def test_long_lines_take_no_time(tmp_path: Path, line: str) -> None:
@@ -213,3 +189,13 @@ def test_long_lines_take_no_time(tmp_path: Path, line: str) -> None:
     with suppress(LexisegError):
         read_class_list(path)
     assert time.monotonic() - start < 4
+
+
+def test_synonyms_before_a_color(tmp_path: Path) -> None:
+    path = tmp_path / "classes.txt"
+    path.write_text("cat, kitten, 255,128,0\ndog, 0,0,255\n")
+    found = read_class_list(path).classes
+    assert [(one.name, one.synonyms, one.color) for one in found] == [
+        ("cat", ("kitten",), (255, 128, 0)),
+        ("dog", (), (0, 0, 255)),
+    ]

@@ -47,7 +47,7 @@ def test_class_lists(root: Path, text: str, ending: str) -> None:
     _read(path)
 
 
-ENTRIES = VALUES | st.dictionaries(st.sampled_from(["name", "id", "synonyms", "color", "trainId"]), VALUES)
+ENTRIES = VALUES | st.dictionaries(st.sampled_from(["name", "id", "synonyms", "color"]), VALUES)
 
 
 @given(ENTRIES | st.lists(ENTRIES, max_size=3) | st.lists(ENTRIES, max_size=3).map(lambda value: {"classes": value}))

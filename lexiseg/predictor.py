@@ -6,7 +6,7 @@ import copy
 import sys
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -88,7 +88,6 @@ class Predictor(ABC):
     def fingerprint(self) -> str:
         """SHA-256 of the model's weights: results of equal models can be put together."""
 
-    @abstractmethod
     def set_image(
         self, image: ImageSource, *, window: WindowSource = None, batch_size: int = BATCH_SIZE
     ) -> HeldPicture:
@@ -97,6 +96,15 @@ class Predictor(ABC):
         Returns the held picture, whose `HeldPicture.predict` takes words. `predict` without a picture takes the one
         that was set last in the same thread. Raises LexisegError if the picture is wrong.
         """
+        batch_size, policy = whole_number(batch_size, "The batch size", 1), window_policy(self.model.window, window)
+        scored = self._encode(self._read_one(image, policy), batch_size)
+
+        def predict(classes: VocabularySource, background: BackgroundSource) -> Segmentation:
+            words = self._words(classes, background)
+            return self._decode(scored(words), words, policy)
+
+        self._held.picture = HeldPicture(policy, predict)
+        return self._held.picture
 
     @abstractmethod
     def _words(self, classes: VocabularySource, background: BackgroundSource) -> Words:
@@ -105,6 +113,17 @@ class Predictor(ABC):
     @abstractmethod
     def _run(self, batch: list[tuple[Picture, Box]], words: Words) -> None:
         """Run windows of one shape and add the scores of each to its picture's parts."""
+
+    def _run_all(self, picture: Picture, words: Words, batch_size: int) -> Picture:
+        """The picture with the scores of all its windows."""
+        picture = replace(picture, parts=[])
+        for start in range(0, len(picture.boxes), batch_size):
+            self._run([(picture, box) for box in picture.boxes[start : start + batch_size]], words)
+        return picture
+
+    def _encode(self, picture: Picture, batch_size: int) -> Callable[[Words], Picture]:
+        """What turns words into the picture with its scores; whatever the words do not change is done here."""
+        return lambda words: self._run_all(picture, words, batch_size)
 
     @abstractmethod
     def _joined(self, picture: Picture, words: Words, policy: WindowPolicy) -> Scores:
@@ -142,10 +161,7 @@ class Predictor(ABC):
         """
         batch_size, policy = whole_number(batch_size, "The batch size", 1), window_policy(self.model.window, window)
         words = self._words(classes, background)
-        picture = self._read_one(image, policy)
-        for start in range(0, len(picture.boxes), batch_size):
-            self._run([(picture, box) for box in picture.boxes[start : start + batch_size]], words)
-        return self._joined(picture, words, policy)
+        return self._joined(self._run_all(self._read_one(image, policy), words, batch_size), words, policy)
 
     def _decode(self, picture: Picture, words: Words, policy: WindowPolicy) -> Segmentation:
         """The result of a picture whose windows were all run."""

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -21,16 +20,15 @@ from lexiseg.exemplar_vectors import with_exemplars
 from lexiseg.files import as_path, default_cache_folder, write_text
 from lexiseg.images import DEFAULT_MAX_PIXELS, ImageSource
 from lexiseg.models.base import ImageFeatures, SegmentationModel
-from lexiseg.pictures import HeldPicture, Picture, WindowSource, cut_windows, window_policy
-from lexiseg.predictor import BATCH_SIZE, Predictor, Words
+from lexiseg.pictures import Picture, cut_windows, window_policy
+from lexiseg.predictor import Predictor, Words
 from lexiseg.refine import Refinement, refine, refined_dense
 from lexiseg.scores import Scores
 from lexiseg.scores.words import words_to_classes
-from lexiseg.segmentation import Segmentation
 from lexiseg.vocabulary import TemplateSource, VocabularySource
 from lexiseg.weights.hashes import weights_hash
 from lexiseg.windows import Box, WindowPolicy
-from lexiseg.words import describe, whole_number
+from lexiseg.words import describe
 
 
 class Segmenter(Predictor):
@@ -122,21 +120,6 @@ class Segmenter(Predictor):
         """Where the model runs."""
         return self.model.device
 
-    def set_image(
-        self, image: ImageSource, *, window: WindowSource = None, batch_size: int = BATCH_SIZE
-    ) -> HeldPicture:
-        """See `Predictor.set_image`; the features of its windows are kept."""
-        batch_size, policy = whole_number(batch_size, "The batch size", 1), window_policy(self.model.window, window)
-        picture = self._read_one(image, policy)
-        features = []
-        with self._evaluating():
-            for start in range(0, len(picture.boxes), batch_size):
-                boxes = picture.boxes[start : start + batch_size]
-                batch = self._crops([(picture, box) for box in boxes])
-                features.append((self.model.encode_images(batch), len(boxes)))
-        self._held.picture = HeldPicture(policy, partial(self._predict_held, picture, tuple(features), policy))
-        return self._held.picture
-
     def pixels(self, image: ImageSource) -> Tensor:
         """A whole picture as the model sees it when it is run without windows: float32 (1, 3, h, w), normalised.
 
@@ -145,23 +128,24 @@ class Segmenter(Predictor):
         picture = self._read_one(image, window_policy(self.model.window, 0))
         return self._crops([(picture, picture.boxes[0])])
 
-    def _predict_held(
-        self,
-        picture: Picture,
-        held: Sequence[tuple[ImageFeatures, int]],
-        policy: WindowPolicy,
-        classes: VocabularySource,
-        background: BackgroundSource,
-    ) -> Segmentation:
-        words = self._words(classes, background)
-        picture = replace(picture, parts=[])
+    def _encode(self, picture: Picture, batch_size: int) -> Callable[[Words], Picture]:
+        held: list[tuple[ImageFeatures, int]] = []
         with self._evaluating():
-            for features, count in held:
-                scores = self.model.score(
-                    features, words.text, word_to_class=words.word_to_class, seen=words.seen_words
-                )
-                picture.parts.extend(scores[index] for index in range(count))
-        return self._decode(picture, words, policy)
+            for start in range(0, len(picture.boxes), batch_size):
+                batch = [(picture, box) for box in picture.boxes[start : start + batch_size]]
+                held.append((self.model.encode_images(self._crops(batch)), len(batch)))
+
+        def scored(words: Words) -> Picture:
+            found = replace(picture, parts=[])
+            with self._evaluating():
+                for features, count in held:
+                    scores = self.model.score(
+                        features, words.text, word_to_class=words.word_to_class, seen=words.seen_words
+                    )
+                    found.parts.extend(scores[index] for index in range(count))
+            return found
+
+        return scored
 
     def _words(self, classes: VocabularySource, background: BackgroundSource) -> Words:
         vocabulary = self.vocabulary(classes, background=background)

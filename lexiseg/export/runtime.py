@@ -19,11 +19,10 @@ from lexiseg.errors import LexisegError
 from lexiseg.export.decoding import Part, decode
 from lexiseg.export.graphs import open_graph
 from lexiseg.export.spec import ExportSpec, read_spec
-from lexiseg.images import DEFAULT_MAX_PIXELS, ImageSource
-from lexiseg.pictures import HeldPicture, Picture, WindowSource, window_policy
-from lexiseg.predictor import BATCH_SIZE, Predictor, Words
+from lexiseg.images import DEFAULT_MAX_PIXELS
+from lexiseg.pictures import Picture
+from lexiseg.predictor import Predictor, Words
 from lexiseg.resampling import resize_floats
-from lexiseg.segmentation import Segmentation
 from lexiseg.vocabulary import TemplateSource, VocabularySource
 from lexiseg.windows import Box, WindowPolicy
 from lexiseg.words import shorten
@@ -188,19 +187,6 @@ class ExportedPredictor(Predictor):
     def fingerprint(self) -> str:
         """See `Predictor.fingerprint`."""
         return self.model.spec.sha256
-
-    def set_image(
-        self, image: ImageSource, *, window: WindowSource = None, batch_size: int = BATCH_SIZE
-    ) -> HeldPicture:
-        """See `Predictor.set_image`; one graph looks at picture and words, so nothing is saved but the reading."""
-        policy = window_policy(self.model.window, window)
-        pixels = np.asarray(self._read_one(image, policy).image).transpose(1, 2, 0)
-
-        def predict(classes: VocabularySource, background: BackgroundSource) -> Segmentation:
-            return self.predict(pixels, classes, window=policy, batch_size=batch_size, background=background)
-
-        self._held.picture = HeldPicture(policy, predict)
-        return self._held.picture
 
     def _words(self, classes: VocabularySource, background: BackgroundSource) -> Words:
         vocabulary = self.vocabulary(classes, background=background)

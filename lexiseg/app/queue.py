@@ -7,7 +7,7 @@ import time
 import warnings
 from collections import deque
 from collections.abc import Hashable
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -65,37 +65,30 @@ class Queue:
     waiting: deque[Job] = field(init=False, default_factory=deque)
 
     def __post_init__(self) -> None:
-        self._changed = threading.Condition()
-        self._open = True
+        self._lock = threading.Lock()
         self.threads = torch.get_num_threads()
-        self._worker = threading.Thread(target=self._work, name="lexiseg-queue", daemon=True)
-        self._worker.start()
+        self._worker = ThreadPoolExecutor(1, "lexiseg-queue")
 
     def submit(self, jobs: list[Job]) -> None:
         """Put jobs into the queue, all or none. Raises BusyError if there is no room for them."""
-        with self._changed:
+        with self._lock:
             self.waiting = deque(job for job in self.waiting if not job.future.cancelled())
+            busy = BusyError(max(1, round(len(self.waiting) * self.seconds_a_job)))
             # A batch that is larger than the queue would never fit, so an empty queue takes any.
-            if not self._open or (self.waiting and len(self.waiting) + len(jobs) > self.size):
-                raise BusyError(max(1, round(len(self.waiting) * self.seconds_a_job)))
+            if self.waiting and len(self.waiting) + len(jobs) > self.size:
+                raise busy
+            try:
+                self._worker.submit(self._work)
+            except RuntimeError as error:  # it was closed
+                raise busy from error
             self.waiting.extend(jobs)
-            self._changed.notify()
 
     def close(self) -> None:
         """Take no more jobs, and return when those that wait are done."""
-        with self._changed:
-            self._open = False
-            self._changed.notify()
-        self._worker.join()
+        self._worker.shutdown()
 
     def _take(self) -> list[Job]:
-        with self._changed:
-            while not self.waiting:
-                if not self._open:
-                    return []
-                self._changed.wait()
-        time.sleep(_GATHER_SECONDS)
-        with self._changed:
+        with self._lock:
             taken: list[Job] = []
             kept: deque[Job] = deque()
             for job in self.waiting:
@@ -109,17 +102,14 @@ class Queue:
         return taken
 
     def _work(self) -> None:
-        while True:
-            jobs = self._take()
-            if not jobs:
-                with self._changed:
-                    if not self._open and not self.waiting:
-                        return
-                continue
+        """Do all jobs that wait."""
+        time.sleep(_GATHER_SECONDS)
+        while jobs := self._take():
             start = time.monotonic()
             use_threads(self.threads)  # each time: others set theirs, and some libraries share one number
             self._run(jobs)
             self.seconds_a_job += 0.2 * ((time.monotonic() - start) / len(jobs) - self.seconds_a_job)
+            time.sleep(_GATHER_SECONDS)
 
     def _run(self, jobs: list[Job]) -> None:
         try:

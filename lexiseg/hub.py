@@ -6,6 +6,8 @@ import re
 import ssl
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import huggingface_hub  # which imports what is asked of it when it is: most runs need no hub
@@ -53,10 +55,12 @@ def download(
         raise LexisegError(
             f"Cannot download '{name}': {constants.ENDPOINT} cannot be reached ({reason}); change that, or {advice}."
         )
-    for filename in filenames:
-        path = _fetch(repository, filename, name, advice)
-        if path is not None:
-            return path
+    from huggingface_hub.errors import EntryNotFoundError
+
+    with _explained(repository, name, advice):
+        for filename in filenames:
+            with suppress(EntryNotFoundError):
+                return Path(huggingface_hub.hf_hub_download(repository, filename))
     raise LexisegError(f"The hub repository '{repository}' has no {' or '.join(filenames)}; choose another one.")
 
 
@@ -75,26 +79,18 @@ def download_folder(repository: str, name: str, beside: str = "*token*") -> Path
     advice = f"fetch {repository} on a machine with a connection and give its folder"
     if reason := unreachable():
         raise LexisegError(f"Only a part of '{name}' is on this machine ({reason}); {advice}.")
-    from huggingface_hub.errors import HfHubHTTPError
+    with _explained(repository, name, advice):
+        kept = ["*.json", "*.safetensors", "*.model", "*.txt"]
+        return Path(huggingface_hub.snapshot_download(repository, allow_patterns=kept))
+
+
+@contextmanager
+def _explained(repository: str, name: str, advice: str) -> Iterator[None]:
+    """Turn what the hub's client raises into a sentence."""
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 
     try:
-        return Path(
-            huggingface_hub.snapshot_download(
-                repository, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt"]
-            )
-        )
-    except (HfHubHTTPError, OSError, ValueError) as error:
-        raise LexisegError(f"Downloading '{name}' from the hub failed ({first_line(error)}); {advice}.") from error
-
-
-def _fetch(repository: str, filename: str, name: str, advice: str) -> Path | None:
-    """Download one file; None if the repository does not have it."""
-    from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
-
-    try:
-        return Path(huggingface_hub.hf_hub_download(repository, filename))
-    except EntryNotFoundError:
-        return None
+        yield
     except GatedRepoError as error:
         raise LexisegError(
             f"'{name}' is gated: accept its licence at {constants.ENDPOINT}/{repository}, log in with `hf auth login`, "

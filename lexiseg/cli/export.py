@@ -43,8 +43,8 @@ def export(
     with the model's own on sample pictures; the result is in report.json.
     """
     import lexiseg
+    from lexiseg.export.exporting import REPORT, measure
     from lexiseg.export.exporting import export as write
-    from lexiseg.export.measuring import REPORT, measure
 
     with waiting(f"loading {model}"):
         segmenter = lexiseg.load(model, device="cpu", templates=template or None)

@@ -1,4 +1,7 @@
-"""Writing a model as a folder of graphs: what ``lexiseg export`` does. `lexiseg.export.runtime` reads it."""
+"""Writing a model as a folder of graphs, and comparing the two: what ``lexiseg export`` does.
+
+`lexiseg.export.runtime` reads the folder.
+"""
 
 from __future__ import annotations
 
@@ -6,26 +9,32 @@ import logging
 import os
 import re
 import shutil
+import time
 import uuid
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from open_clip.tokenizer import SimpleTokenizer, _clean_lower
 from torch import Tensor, nn
 
 import lexiseg
 from lexiseg.errors import LexisegError
+from lexiseg.export.runtime import ExportedPredictor
 from lexiseg.export.spec import FILE, FORMAT, ExportSpec
 from lexiseg.files import make_folder, write_json, write_text
 from lexiseg.models.base import SegmentationModel
+from lexiseg.samples import list_samples, sample_classes, sample_path
 from lexiseg.scores import GridScores
 from lexiseg.segmenter import Segmenter
+from lexiseg.vocabulary import Vocabulary
 from lexiseg.windows import WindowPolicy
 from lexiseg.words import shorten, whole_number
 
@@ -34,6 +43,8 @@ _SUFFIXES = {"onnx": ".onnx", "torch": ".pt2", "openvino": ".xml"}
 _OPSET = 20
 _MAX_BYTES = 1 << 31  # of one ONNX file; larger ones keep their weights beside them
 _SIDES, _WORDS = 4096, 1 << 20
+REPORT = "report.json"
+_PACKAGES = ("torch", "onnx", "onnxscript", "onnxruntime", "openvino", "numpy", "Pillow")
 
 
 @dataclass(frozen=True)
@@ -103,6 +114,55 @@ def export(
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return spec
+
+
+def measure(segmenter: Segmenter, folder: Path, spec: ExportSpec) -> dict[str, Any]:
+    """Compare labels with those of the model in float32 on sample pictures, and write ``report.json`` into the folder.
+
+    Returns what was written: one row per picture with the fraction of equal labels, the largest difference of a winning
+    score, and processor seconds of both; ``equal``, the fraction over all pixels; and the size of the files.
+    """
+    exported = ExportedPredictor(folder, device="cpu", templates=segmenter.templates)
+    rows, total, same = [], 0, 0
+    for name in list_samples()[:2]:
+        classes, seconds, results = Vocabulary.load(sample_classes(name)), [], []
+        for predictor in (segmenter, exported):
+            start = time.process_time()
+            results.append(predictor.predict(sample_path(name), classes, window=spec.window))
+            seconds.append(round(time.process_time() - start, 3))
+        labels, scores = (
+            [np.asarray(part) for part in kind]
+            for kind in zip(*((one.label_map, one.scores) for one in results), strict=True)
+        )
+        equal = labels[0] == labels[1]
+        total, same = total + equal.size, same + int(equal.sum())
+        rows.append(
+            {
+                "picture": name,
+                "classes": len(classes),
+                "size": list(equal.shape),
+                "equal": float(equal.mean()),
+                "largest_score_difference": float(np.abs(scores[0] - scores[1]).max()),
+                "seconds": {"torch": seconds[0], "exported": seconds[1]},
+            }
+        )
+    files = {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.name != REPORT}
+    versions = {}
+    for package in _PACKAGES:
+        with suppress(PackageNotFoundError):
+            versions[package] = version(package)
+    report = {
+        "lexiseg": lexiseg.__version__,
+        "format": spec.kind,
+        "precision": spec.precision,
+        "compiled": spec.compiled,
+        "equal": same / total,
+        "pictures": rows,
+        "bytes": files,
+        "versions": versions,
+    }
+    write_json(folder / REPORT, report)
+    return report
 
 
 def _check(model: SegmentationModel, folder: Path, kind: str, precision: str) -> None:

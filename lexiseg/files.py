@@ -134,12 +134,11 @@ def read_json(path: str | Path, advice: str = "copy the original again") -> dict
     return value
 
 
-def read_lines(path: str | Path) -> list[dict[str, Any]]:
+def read_lines(path: str | Path) -> Iterator[dict[str, Any]]:
     """The JSON objects of a file with one per line; any other line, such as one cut short by a kill, is skipped."""
-    found = []
-    for line in Path(path).read_text(encoding="utf-8", errors="replace").split("\n"):
-        with suppress(ValueError, RecursionError):
-            value = json.loads(line)
-            if isinstance(value, dict):
-                found.append(value)
-    return found
+    with Path(path).open(encoding="utf-8", errors="replace", newline="\n") as file:
+        for line in file:
+            with suppress(ValueError, RecursionError):
+                value = json.loads(line)
+                if isinstance(value, dict):
+                    yield value

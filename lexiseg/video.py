@@ -6,7 +6,7 @@ import json
 import os
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from lexiseg.errors import LexisegError, LexisegWarning, need
-from lexiseg.files import atomic_write, make_folder
+from lexiseg.files import atomic_write, make_folder, read_lines
 from lexiseg.formats import encode_rle
 from lexiseg.images import VIDEO_SUFFIXES
 from lexiseg.label_ids import ignore_index
@@ -148,8 +148,9 @@ def _segment(
         journal = stack.enter_context(files["frames"].open("w" if head else "a", encoding="utf-8"))
         if head:
             _append(journal, head)
-        earlier = stack.enter_context(files["frames"].open("rb"))
-        ahead = _next_line(earlier) and _next_line(earlier)
+        earlier = stack.enter_context(closing(read_lines(files["frames"])))
+        next(earlier)  # the head
+        ahead = next(earlier, None)
         labels: Any = None
         paint: Any = None
         for index, picture in enumerate(_decoded(av, container, stream)):
@@ -158,10 +159,10 @@ def _segment(
             # As it is shown: telephones store portraits lying on their side. Older releases of PyAV do not say so.
             pixels = np.rot90(picture.to_ndarray(format="rgb24"), round(getattr(picture, "rotation", 0) / 90))
             seconds = float(picture.time or 0.0)
-            reused = ahead is not None and ahead["frame"] == index
+            reused = ahead is not None and ahead.get("frame") == index
             if ahead is not None and reused:
                 labels = _labels_of(ahead, pixels.shape[:2], len(vocabulary))
-                ahead = _next_line(earlier)
+                ahead = next(earlier, None)
             elif index % options.every == 0 or labels.shape != pixels.shape[:2]:  # whose size may change
                 labels = label(pixels)
                 ids = [int(one) for one in np.unique(labels) if one < len(vocabulary)]
@@ -257,30 +258,21 @@ def _append(journal: Any, value: dict[str, Any]) -> None:
     journal.flush()
 
 
-def _next_line(journal: Any) -> dict[str, Any] | None:
-    """The next whole line, or None."""
-    line = journal.readline()
-    return json.loads(line) if line.endswith(b"\n") else None
-
-
 def _is_begun(path: Path, head: dict[str, Any]) -> bool:
-    """Whether an earlier run labelled frames; a line that was cut off is taken away."""
+    """Whether an earlier run of the same settings began; a line that was cut off is taken away."""
     if not path.is_file():
         return False
-    lines = whole = 0
-    with path.open("rb") as file, suppress(ValueError, KeyError, TypeError):
-        while (content := _next_line(file)) is not None:
-            if lines == 0 and (not isinstance(content, dict) or {**content, "state": head["state"]} != head):
-                raise LexisegError(f"'{path}' was written with other classes or settings; choose another folder.")
-            if lines == 0 and content != head:
-                text = f"The video has changed since '{path}' was written, so it starts again from its first frame."
-                warnings.warn(text, LexisegWarning, stacklevel=2)
-                return False
-            if lines and not isinstance(content["frame"] + 1, int):
-                break
-            lines, whole = lines + 1, file.tell()
+    with path.open("rb") as file:
+        whole = sum(len(line) for line in file if line.endswith(b"\n"))
+    begun = next(read_lines(path), {})
+    if whole and {**begun, "state": head["state"]} != head:
+        raise LexisegError(f"'{path}' was written with other classes or settings; choose another folder.")
+    if whole and begun != head:
+        text = f"The video has changed since '{path}' was written, so it starts again from its first frame."
+        warnings.warn(text, LexisegWarning, stacklevel=2)
+        return False
     os.truncate(path, whole)
-    return lines > 1
+    return whole > 0
 
 
 def _labels_of(line: dict[str, Any], size: tuple[int, ...], num_classes: int) -> NDArray[np.integer]:

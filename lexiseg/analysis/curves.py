@@ -50,7 +50,7 @@ def _read(run: Path, metrics: Sequence[str]) -> list[dict[str, float]]:
     """The lines of a run's log that hold one of the metrics."""
     path = run / _LOG
     try:
-        records = read_lines(path)
+        records = list(read_lines(path))
     except OSError as error:
         raise LexisegError(
             f"'{run}' has no training log, '{_LOG}' ({error.strerror}); give the folder of a run."

@@ -170,7 +170,7 @@ class Attempt(Writer):
         self.begun: Counter[str] = Counter()
         before = record.files(f"{shard:06d}")
         for path in before:
-            lines = read_lines(path)
+            lines = list(read_lines(path))
             finished = {entry.image: entry for entry in _entries(lines)}
             self.done |= finished
             self.begun.update({str(line["begin"]) for line in lines if "begin" in line} - finished.keys())

@@ -50,10 +50,8 @@ def init(device: str | None = None, *, patience: timedelta = timedelta(minutes=3
             f"Each of the {os.environ['WORLD_SIZE']} processes takes an accelerator of its own; --device can only be "
             f"auto or cpu with a launcher, not '{device}'."
         )
-    from accelerate import PartialState
-
     try:
-        PartialState(cpu=device == "cpu", timeout=patience)
+        _state(cpu=device == "cpu", timeout=patience)
     except (RuntimeError, ValueError) as error:
         raise LexisegError(
             f"The {os.environ['WORLD_SIZE']} processes did not find each other ({first_line(error)}); check the "
@@ -64,20 +62,18 @@ def init(device: str | None = None, *, patience: timedelta = timedelta(minutes=3
 def destroy() -> None:
     """Leave the other processes at the end of the work."""
     if _initialised():
-        from accelerate import PartialState
-
         with suppress(RuntimeError):
-            PartialState().destroy_process_group()
+            _state().destroy_process_group()
 
 
 def count() -> int:
     """Number of processes."""
-    return _distributed().get_world_size() if _initialised() else 1
+    return _state().num_processes if _initialised() else 1
 
 
 def rank() -> int:
     """Number of this process, from 0."""
-    return _distributed().get_rank() if _initialised() else 0
+    return _state().process_index if _initialised() else 0
 
 
 def is_main() -> bool:
@@ -92,11 +88,7 @@ def is_first_of_launch() -> bool:
 
 def device_name(device: str) -> str:
     """The device of this process: its own accelerator where a launcher started several and ``device`` is "auto"."""
-    if device != "auto" or not _initialised():
-        return device
-    from accelerate import PartialState
-
-    return str(PartialState().device)
+    return str(_state().device) if device == "auto" and _initialised() else device
 
 
 def gather(value: T) -> list[T]:
@@ -117,7 +109,7 @@ def mean(values: Mapping[str, float]) -> dict[str, float]:
     import torch
 
     with watching():
-        total = torch.tensor(list(values.values()), dtype=torch.float64, device=_device())
+        total = torch.tensor(list(values.values()), dtype=torch.float64, device=_state().device)
         torch.distributed.all_reduce(total)
     return dict(zip(values, (total / count()).tolist(), strict=True))
 
@@ -125,10 +117,8 @@ def mean(values: Mapping[str, float]) -> dict[str, float]:
 def barrier() -> None:
     """Wait until all processes are here."""
     if count() > 1:
-        from accelerate import PartialState
-
         with watching():
-            PartialState().wait_for_everyone()
+            _state().wait_for_everyone()
 
 
 @contextmanager
@@ -175,23 +165,18 @@ def _any(mine: bool) -> bool:
     import torch
 
     with watching():
-        failed = torch.tensor(float(mine), device=_device())
+        failed = torch.tensor(float(mine), device=_state().device)
         torch.distributed.all_reduce(failed)
     return bool(failed.item() > 0)
 
 
-def _device() -> Any:
+def _state(**settings: Any) -> Any:
     from accelerate import PartialState
 
-    return PartialState().device
+    return PartialState(**settings)
 
 
 def _initialised() -> bool:
     # Whoever has not imported torch has no processes to meet, and `lexiseg --help` must not import it.
-    return "torch" in sys.modules and _distributed().is_available() and _distributed().is_initialized()
-
-
-def _distributed() -> Any:
-    import torch.distributed
-
-    return torch.distributed
+    distributed = sys.modules.get("torch.distributed")
+    return distributed is not None and distributed.is_available() and distributed.is_initialized()

@@ -110,7 +110,11 @@ def export(
                 compiled = _write(graph, temporary / name, spec)
         spec = spec.model_copy(update={"compiled": compiled})
         write_json(temporary / FILE, spec.model_dump(mode="json"))
-        _put(temporary, folder)
+        if folder.exists():
+            shutil.rmtree(folder)
+        temporary.rename(folder)
+    except OSError as error:
+        raise LexisegError(f"Cannot write the folder '{folder}' ({error.strerror}); choose another.") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return spec
@@ -395,17 +399,3 @@ def _save_tokenizer(tokenizer: SimpleTokenizer, path: Path) -> None:
         single=f"{marks[0]} $A {marks[1]}", special_tokens=[(mark, tokenizer.encoder[mark]) for mark in marks]
     )
     write_text(path, made.to_str())
-
-
-def _put(temporary: Path, folder: Path) -> None:
-    """Put a whole folder where it belongs; what was there goes when the new one is in its place."""
-    old = temporary.with_suffix(".old")
-    try:
-        if folder.exists():
-            folder.rename(old)
-        temporary.rename(folder)
-    except OSError as error:
-        if old.exists() and not folder.exists():
-            old.rename(folder)
-        raise LexisegError(f"Cannot write the folder '{folder}' ({error.strerror}); choose another.") from error
-    shutil.rmtree(old, ignore_errors=True)

@@ -6,7 +6,7 @@ import json
 import os
 import unicodedata
 import uuid
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -134,7 +134,7 @@ def read_json(path: str | Path, advice: str = "copy the original again") -> dict
     return value
 
 
-def read_lines(path: str | Path) -> Iterator[dict[str, Any]]:
+def read_lines(path: str | Path) -> Generator[dict[str, Any], None, None]:
     """The JSON objects of a file with one per line; any other line, such as one cut short by a kill, is skipped."""
     with Path(path).open(encoding="utf-8", errors="replace", newline="\n") as file:
         for line in file:

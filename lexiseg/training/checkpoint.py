@@ -217,7 +217,7 @@ class RunLog:
             path = self.folder / "metrics.jsonl"
             try:
                 # A line that was cut short by a kill, and what came after the step, go.
-                earlier = read_lines(path) if first_step and path.exists() else []
+                earlier = list(read_lines(path)) if first_step and path.exists() else []
                 self.records = [
                     line for line in earlier if isinstance(at := line.get("step"), int) and at <= first_step
                 ]

@@ -53,8 +53,7 @@ def predict_pictures(
     record = Record(output) if len(paths) > 1 or resume or spread or "coco" in kinds else None
     before: dict[str, Entry] = {}
     if record is not None:
-        settings = _settings(segmenter, vocabulary, wanted)
-        before = record.begin_run(settings, resume=resume, manifest=spread is not None)
+        before = record.begin_run(_settings(segmenter, vocabulary, wanted), resume=resume)
     stems = _stems(paths, {image: entry.stem for image, entry in before.items()})
     done = {image: entry for image, entry in before.items() if set(kinds) <= set(entry.files)}
     todo = [Picture(str(path), stems[path], str(path)) for path in paths if absolute(path) not in done]
@@ -84,8 +83,6 @@ def predict_pictures(
     if record is not None:
         if spread is not None:
             record.clean(picture.stem for picture in todo)  # what workers left that were killed
-        if record.has_manifest:
-            written.append(record.write_manifest(ordered))
         if "coco" in kinds and failed < len(given):
             written.append(record.write_coco(vocabulary.names, ordered))
     if json:

@@ -3,13 +3,11 @@
 The record is a journal in a hidden folder among the results, and has more than that beside it::
 
     OUTPUT/.lexiseg-predict/000012.HEX.jsonl     an attempt at a shard, one line per picture
-    OUTPUT/.lexiseg-predict/manifest             there where the results have a manifest, which a cluster writes
     OUTPUT/.lexiseg-predict/coco/                each picture's part of OUTPUT/annotations.json
 """
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections import Counter
@@ -19,12 +17,11 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from lexiseg.files import read_lines, write_text
+from lexiseg.files import read_lines
 from lexiseg.formats import merge_coco
 from lexiseg.journal import Journal, Writer
 
 FOLDER = ".lexiseg-predict"
-MANIFEST = "manifest.jsonl"
 COCO = "annotations.json"
 _TEMPORARY = re.compile(r"\.(?P<stem>.+?)(_labels|_overlay|_coco)?\.[0-9a-f]{8}\.tmp\.(png|json)")
 
@@ -63,15 +60,6 @@ class Entry:
     classes: Sequence[Mapping[str, Any]] = ()
     state: tuple[int, int] = (0, 0)  # size in bytes and time of the last change of the picture's file when it was read
 
-    def to_manifest(self) -> dict[str, Any]:
-        """The line of the manifest, for people and other programs."""
-        if self.error:
-            return {"image": self.image, "error": self.error}
-        height, width = self.size
-        files = {kind: COCO if kind == "coco" else name for kind, name in self.files.items()}
-        facts = {"image": self.image, "files": files, "height": height, "width": width}
-        return {**facts, "ignored_fraction": self.ignored, "classes": [dict(row) for row in self.classes]}
-
     @staticmethod
     def from_dict(content: Mapping[str, Any]) -> Entry:
         """Take up what `dataclasses.asdict` gave, from JSON."""
@@ -95,28 +83,14 @@ class Record(Journal):
     def __init__(self, output: str | Path) -> None:
         self.output = Path(output)
         super().__init__(self.output / FOLDER)
-        self._promise = self.folder / "manifest"
 
-    def begin_run(self, settings: Mapping[str, Any], *, resume: bool, manifest: bool = False) -> dict[str, Entry]:
+    def begin_run(self, settings: Mapping[str, Any], *, resume: bool) -> dict[str, Entry]:
         """Start a run, or continue the recorded one; see `Journal.begin`.
 
-        ``manifest``: the run will write a manifest; every run that goes on with it then has to as well, because the old
-        one would not say what it did. Returns the pictures that are done, by path: those without an error, whose files
-        are all there, and which have not changed since.
+        Returns the pictures that are done, by path: those without an error, whose files are all there, and which have
+        not changed since.
         """
-        goes_on = self.begin(settings, resume=resume)
-        if not goes_on:
-            for path in (self.output / MANIFEST, self._promise):
-                path.unlink(missing_ok=True)
-        if manifest:
-            # Before the first picture: the run may be stopped long before there is a manifest.
-            write_text(self._promise, "")
-        return self._done() if goes_on else {}
-
-    @property
-    def has_manifest(self) -> bool:
-        """Whether the results have a manifest, or will have one when the run that was stopped is at its end."""
-        return self._promise.is_file() or (self.output / MANIFEST).is_file()
+        return self._done() if self.begin(settings, resume=resume) else {}
 
     def next_shard(self) -> int:
         """The lowest number that no shard has."""
@@ -139,11 +113,6 @@ class Record(Journal):
         home = os.path.commonpath([Path(entry.image).parent for entry in done]) if done else ""
         pieces = ((Path(entry.image).relative_to(home).as_posix(), self.output / entry.files["coco"]) for entry in done)
         return merge_coco(self.output / COCO, classes, pieces)
-
-    def write_manifest(self, entries: Iterable[Entry]) -> Path:
-        """Write one line per picture, in the order of ``entries``, with the paths of files relative to the folder."""
-        lines = (json.dumps(entry.to_manifest(), ensure_ascii=False) + "\n" for entry in entries)
-        return write_text(self.output / MANIFEST, "".join(lines))
 
     def _done(self) -> dict[str, Entry]:
         """Everything recorded that still holds."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -14,8 +13,7 @@ import torch
 from PIL import Image
 
 from lexiseg.errors import LexisegError
-from lexiseg.files import write_text
-from lexiseg.labelling.record import MANIFEST, Attempt, Entry, Picture, Record, absolute, file_state
+from lexiseg.labelling.record import Attempt, Entry, Picture, Record, absolute, file_state
 from lexiseg.labelling.shards import TRIES, Labeller, Wanted, shards_of
 from lexiseg.models import DenseCLIP
 from lexiseg.models.dense_clip import DenseCLIPOptions
@@ -156,11 +154,6 @@ def test_attempts_do_not_write_into_each_other(tmp_path: Path) -> None:
     assert len(record.files("000003")) == 3 and Attempt(record, 3).begun == {"/c.png": 1}
 
 
-def test_manifest_has_a_line_a_picture(tmp_path: Path) -> None:
-    entries = [Entry("/a.png", "a", files={"json": "a.json"}, size=(2, 3)), Entry("/b.png", "b", error="It is bad.")]
-    write_text(tmp_path / MANIFEST, "old")
-    lines = Record(tmp_path).write_manifest(entries).read_text().splitlines()
-    assert json.loads(lines[1]) == {"image": "/b.png", "error": "It is bad."}
-    assert json.loads(lines[0])["files"] == {"json": "a.json"}
+def test_facts_of_paths(tmp_path: Path) -> None:
     assert file_state(tmp_path / "nowhere") == (0, 0)
     assert absolute(tmp_path) == str(tmp_path)

@@ -67,7 +67,7 @@ class TextEncoder:
         return len(self.tokens(text))
 
     def __call__(self, words: Sequence[str], templates: tuple[str, ...]) -> np.ndarray:
-        """Vectors (W, D), the mean over the templates; or (W, P, D), one per template; see `_encode` for errors.
+        """Vectors (W, D), the mean over the templates; or (W, P, D), one per template.
 
         As `lexiseg.clip.text.TextEmbedder` does it, and `lexiseg.models.cat_seg` what is special there.
         """
@@ -89,22 +89,14 @@ class TextEncoder:
 
     def _encode(self, texts: Sequence[str]) -> np.ndarray:
         ids = [self.tokens(text) for text in texts]
-        for text, one in zip(texts, ids, strict=True):
-            if len(one) > self.rule.context_length:
-                raise LexisegError(
-                    f"'{shorten(text)}' needs {len(one)} tokens and the text tower takes {self.rule.context_length}; "
-                    "shorten the class name or the template."
-                )
-        order = sorted(range(len(ids)), key=lambda index: len(ids[index]))  # so that little is padded
-        rows: list[Any] = [None] * len(ids)
-        for start in range(0, len(order), _TEXTS):
-            chosen = order[start : start + _TEXTS]
-            tokens = np.zeros((len(chosen), len(ids[chosen[-1]])), np.int64)
-            for row, index in enumerate(chosen):
-                tokens[row, : len(ids[index])] = ids[index]
-            for index, vector in zip(chosen, self._graph()(tokens), strict=True):
-                rows[index] = vector
-        return np.stack(rows)
+        vectors = []
+        for start in range(0, len(ids), _TEXTS):
+            part = ids[start : start + _TEXTS]
+            tokens = np.zeros((len(part), max(map(len, part))), np.int64)  # what follows an end mark is not looked at
+            for row, one in zip(tokens, part, strict=True):
+                row[: len(one)] = one
+            vectors.append(self._graph()(tokens))
+        return np.concatenate(vectors)
 
 
 def _unit(vectors: np.ndarray) -> np.ndarray:

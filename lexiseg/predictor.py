@@ -137,6 +137,18 @@ class Predictor(ABC):
     def _about(self) -> dict[str, str]:
         """What a result says of how the model was run."""
 
+    def identity(self, vocabulary: Vocabulary, window: WindowSource = None) -> dict[str, Any]:
+        """What the labels of any picture depend on, as JSON holds it: work is resumed only if all of it is the same."""
+        options = self.model.options.model_dump(mode="json")
+        return {
+            "model": {"system": self.model.system, "options": options, "sha256": self.fingerprint()},
+            "classes": vocabulary.hash(),
+            "background": vocabulary.background.to_dict(),
+            "window": asdict(window_policy(self.model.window, window)),
+            "dtype": str(self.dtype),
+            "refine": self.refinement.kind,
+        }
+
     def refined(self, refine: str | Refinement | None) -> Self:
         """This with another refinement of its masks; model and caches are shared, a picture that was set is not.
 

@@ -7,7 +7,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +23,6 @@ from lexiseg.images import VIDEO_SUFFIXES
 from lexiseg.label_ids import ignore_index
 from lexiseg.labelling.record import file_state
 from lexiseg.overlay import paint_classes
-from lexiseg.pictures import window_policy
 from lexiseg.words import describe, printable
 
 if TYPE_CHECKING:
@@ -118,16 +117,12 @@ def segment_video(
     head = {
         "format": _FORMAT,
         "video": printable(Path(source).name),
-        "state": list(file_state(source)),
+        "state": file_state(source),
         "classes": list(vocabulary.names),
         "colors": vocabulary.palette().tolist(),
         "every": options.every,
         "smooth": options.smooth,
-        "model": segmenter.fingerprint(),
-        "window": asdict(window_policy(segmenter.model.window, settings.get("window"))),
-        "dtype": str(segmenter.dtype),
-        "refine": segmenter.refinement.kind,
-        "vocabulary": vocabulary.hash(),
+        "run": segmenter.identity(vocabulary, settings.get("window")),
     }
     label = _labeller(segmenter, vocabulary, options.smooth, settings)
     resumed = options.resume and _is_begun(files["frames"], head)
@@ -262,6 +257,7 @@ def _is_begun(path: Path, head: dict[str, Any]) -> bool:
     """Whether an earlier run of the same settings began; a line that was cut off is taken away."""
     if not path.is_file():
         return False
+    head = json.loads(json.dumps(head))
     with path.open("rb") as file:
         whole = sum(len(line) for line in file if line.endswith(b"\n"))
     begun = next(read_lines(path), {})

@@ -6,6 +6,7 @@ import json
 import resource
 import struct
 import tracemalloc
+from copy import copy
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from lexiseg.formats import encode_rle
 from lexiseg.images import read_pixels
 from lexiseg.samples import sample_path
 from lexiseg.video import VideoOptions, is_video, segment_video, video_files
+from lexiseg.windows import WindowPolicy
 
 av = pytest.importorskip("av")
 WORDS = "giraffe; elephant; butterfly; tree; leaves; grass"
@@ -139,6 +141,24 @@ def test_an_interrupted_run_goes_on(segmenter: Any, clip: Path, tmp_path: Path) 
     for one, settings in ((segmenter, {"window": 64}), (segmenter.refined("edges"), {})):
         with pytest.raises(LexisegError, match="classes or settings"):
             list(segment_video(one, clip, vocabulary, tmp_path / "part", on, **settings))
+
+
+def test_the_same_weights_with_other_options_are_another_model(segmenter: Any, clip: Path, tmp_path: Path) -> None:
+    run(segmenter, clip, tmp_path, frames=1)
+    other = copy(segmenter)
+    other.model = copy(segmenter.model)
+    other.model.options = other.model.options.model_copy(update={"seen_offset": 0.3})
+    assert other.fingerprint() == segmenter.fingerprint()
+    with pytest.raises(LexisegError, match="classes or settings"):
+        run(other, clip, tmp_path, frames=1, resume=True)
+
+
+def test_a_run_with_windows_on_a_canvas_goes_on(segmenter: Any, clip: Path, tmp_path: Path) -> None:
+    vocabulary, window = segmenter.vocabulary(WORDS), WindowPolicy(size=64, stride=64, canvas=(128, 64))
+    for resume in (False, True):
+        options = VideoOptions(frames=1, resume=resume)
+        (frame,) = segment_video(segmenter, clip, vocabulary, tmp_path, options, window=window)
+        assert frame.reused == resume
 
 
 def test_a_changed_video_starts_again_with_a_note(segmenter: Any, clip: Path, tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, count
 from pathlib import Path
@@ -53,7 +53,8 @@ def predict_pictures(
     record = Record(output) if len(paths) > 1 or resume or spread or "coco" in kinds else None
     before: dict[str, Entry] = {}
     if record is not None:
-        before = record.begin_run(_settings(segmenter, vocabulary, wanted), resume=resume)
+        identity = segmenter.identity(vocabulary, wanted.window)
+        before = record.begin_run({**identity, "instances": list(wanted.instances)}, resume=resume)
     stems = _stems(paths, {image: entry.stem for image, entry in before.items()})
     done = {image: entry for image, entry in before.items() if set(kinds) <= set(entry.files)}
     todo = [Picture(str(path), stems[path], str(path)) for path in paths if absolute(path) not in done]
@@ -128,24 +129,6 @@ def _follow(
         say_error(f"No result for {missing}; run again with --resume.")
         return True
     return False
-
-
-def _settings(segmenter: Predictor, vocabulary: Vocabulary, wanted: Wanted) -> dict[str, Any]:
-    """What results depend on: a run can only be resumed if all of it is the same."""
-    model = segmenter.model
-    return {
-        "model": {
-            "system": model.system,
-            "options": model.options.model_dump(mode="json"),
-            "sha256": segmenter.fingerprint(),
-        },
-        "classes": vocabulary.hash(),
-        "background": vocabulary.background.to_dict(),
-        "window": asdict(wanted.window or model.window),
-        "dtype": str(segmenter.dtype),
-        **({"refine": segmenter.refinement.kind} if segmenter.refinement.kind != "none" else {}),
-        **({"instances": list(wanted.instances)} if wanted.instances else {}),
-    }
 
 
 def _stems(paths: Sequence[Path], kept: Mapping[str, str] | None = None) -> dict[Path, str]:

@@ -137,7 +137,7 @@ def test_a_stop_says_what_is_done_and_how_to_go_on(
     assert err.startswith("Stopped with 2 of 3 pictures complete") and "--resume" in err
     assert len(list((tmp_path / "out").glob("*_labels.png"))) == 2
     code, _, err = predict(folder, WORDS, "--save", "labels", "--resume", "--refine", "edges")
-    assert code == 2 and "'refine' was not set and is now edges" in err
+    assert code == 2 and "'refine' was none and is now edges" in err
     code, _, err = predict(folder, WORDS, "--save", "labels", "--resume")
     assert code == 0 and err == "3 of 3 pictures segmented, 2 of them earlier\n"
 

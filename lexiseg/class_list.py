@@ -175,6 +175,8 @@ def read_class_text(text: str, ending: str = "") -> ClassList:
         except (ValueError, RecursionError) as error:
             where = f" in line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
             raise LexisegError(f"The file is not valid JSON{where}; fix it or write a text file instead.") from error
+    if ending == ".pbtxt":
+        raise LexisegError("TensorFlow's label maps are not read; write a text file with a line 'id: name' per class.")
     # Lines of bare words are lines in a .yaml too, which YAML itself would fold into one text.
     if _YAML_START.match(first) or (ending in (".yaml", ".yml") and re.search(r"[:{}\[\]&*]", text)):
         value = _load_yaml(text)

@@ -199,3 +199,9 @@ def test_synonyms_before_a_color(tmp_path: Path) -> None:
         ("cat", ("kitten",), (255, 128, 0)),
         ("dog", (), (0, 0, 255)),
     ]
+
+
+def test_label_maps_of_tensorflow_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "map.pbtxt").write_text("item { id: 1 name: 'cat' }\n")
+    with pytest.raises(LexisegError, match="a line 'id: name' per class"):
+        read_class_list(tmp_path / "map.pbtxt")

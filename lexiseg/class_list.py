@@ -39,7 +39,7 @@ from lexiseg.words import describe, is_deep, null, refuse_unknown, shorten, word
 
 _MAX_FILE_BYTES = 64 * 2**20
 _ENDINGS = (
-    *(".txt", ".json", ".yaml", ".yml", ".csv", ".tsv", ".names", ".list", ".lst", ".labels"),
+    *(".txt", ".json", ".pbtxt", ".yaml", ".yml", ".csv", ".tsv", ".names", ".list", ".lst", ".labels"),
     *(".classes", ".data"),
 )
 _KEYS = ("classes", "templates", "background", "ignore", "masks", "exif")

@@ -41,7 +41,7 @@ class Job:
 
 
 class Worker:
-    """A Ray Data actor: a row of a batch is a shard, and what comes back is its entries.
+    """A Ray Data actor: a batch is one shard, and what comes back is its entries.
 
     A mistake of the user's comes back as a row as well: an exception would arrive wrapped in Ray's own tracebacks.
     """
@@ -63,22 +63,17 @@ class Worker:
             self._fatal = f"The machine '{platform.node()}' cannot start: {error}"
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[Any]]:
-        """Do the shards of ``batch``."""
-        numbers = [int(number) for number in batch["shard"]]
-        lines, fatal = [], []
-        for number, pictures in zip(numbers, batch["pictures"], strict=True):
-            entries: list[dict[str, Any]] = []
-            problem = self._fatal
-            if self._labeller is not None:
-                todo = [Picture(**fields) for fields in json.loads(str(pictures))]
-                try:
-                    made = self._labeller.label_shard(self._record, number, todo)
-                    entries = [asdict(entry) for entry in made]
-                except LexisegError as error:
-                    problem = str(error)
-            lines.append(json.dumps(entries))
-            fatal.append(problem)
-        return {"shard": numbers, "entries": lines, "fatal": fatal}
+        """Do the one shard of ``batch``."""
+        (number,), (pictures,) = batch["shard"], batch["pictures"]
+        entries: list[dict[str, Any]] = []
+        problem = self._fatal
+        if self._labeller is not None:
+            todo = [Picture(**fields) for fields in json.loads(str(pictures))]
+            try:
+                entries = [asdict(entry) for entry in self._labeller.label_shard(self._record, int(number), todo)]
+            except LexisegError as error:
+                problem = str(error)
+        return {"entries": [json.dumps(entries)], "fatal": [problem]}
 
 
 def label_on_ray(

@@ -6,12 +6,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from lexiseg.background import BackgroundSource
 from lexiseg.errors import LexisegError
 from lexiseg.images import ImageSource, image_name, read_image, read_pixels
 from lexiseg.normalisation import normalise
 from lexiseg.resampling import resize_bytes, resize_floats
-from lexiseg.vocabulary import VocabularySource
 from lexiseg.windows import Box, WindowPolicy, check_proportions, cover, working_size
 from lexiseg.words import describe, shorten, whole_number
 
@@ -108,14 +106,9 @@ class HeldPicture:
     """
 
     window: WindowPolicy  # how the model was run over it
-    _predict: Callable[[VocabularySource, BackgroundSource], Any]
-
-    def predict(self, classes: VocabularySource, *, background: BackgroundSource = None) -> Any:
-        """Segment the picture by words; as `lexiseg.segmenter.Segmenter.predict`.
-
-        Returns a `lexiseg.segmentation.Segmentation`. Raises LexisegError if the classes are wrong.
-        """
-        return self._predict(classes, background)
+    # takes ``classes`` and, by its name, ``background`` as `lexiseg.segmenter.Segmenter.predict` does, and gives a
+    # `lexiseg.segmentation.Segmentation`
+    predict: Callable[..., Any]
 
 
 def read_picture(

@@ -99,7 +99,7 @@ class Predictor(ABC):
         batch_size, policy = whole_number(batch_size, "The batch size", 1), window_policy(self.model.window, window)
         scored = self._encode(self._read_one(image, policy), batch_size)
 
-        def predict(classes: VocabularySource, background: BackgroundSource) -> Segmentation:
+        def predict(classes: VocabularySource, *, background: BackgroundSource = None) -> Segmentation:
             words = self._words(classes, background)
             return self._decode(scored(words), words, policy)
 

@@ -85,7 +85,11 @@ ALLOWED: dict[str, set[str]] = {
     | {"data", "journal", "pictures", "recipes", "segmenter", "processes"}
     | {"windows"},
     "analysis": WORDS | PICTURES | MODELS | {"segmenter"},
-    "training": WORDS | PICTURES | MODELS | {"data", "journal", "recipes", "segmenter", "evaluation"} | {"processes"},
+    "training": WORDS
+    | PICTURES
+    | MODELS
+    | {"data", "hub", "journal", "recipes", "segmenter", "evaluation"}
+    | {"processes"},
 }
 # What depends on nothing of ours may be used everywhere.
 EVERYWHERE = {part for part, below in ALLOWED.items() if not below}

@@ -129,9 +129,16 @@ def _known_set(templates: Any) -> Any:
 Templates: TypeAlias = Annotated[str | list[str], BeforeValidator(_known_set)]
 
 
-def _known_start(source: str) -> str:
-    from lexiseg.proposals.pretrained import IMAGENET, is_resnet
+IMAGENET = "imagenet"
+"""The start of proposals from a ResNet's ImageNet weights."""
 
+
+def is_resnet(source: str) -> bool:
+    """Whether a start of proposals is a ResNet alone, ImageNet's or a file's, and no generator that has seen masks."""
+    return source == IMAGENET or source.endswith((".safetensors", ".pth", ".pt", ".bin"))
+
+
+def _known_start(source: str) -> str:
     # A colon is in the name of a recipe's variant.
     if is_resnet(source) or "/" in source or ":" in source or Path(source).is_dir():
         return source
@@ -165,7 +172,7 @@ class SegmentationRecipe(StrictModel):
     prompts_from: str | None = None
     # what the proposals of a decoupled system start from when a training begins: "imagenet" for a ResNet's ImageNet
     # weights from the hub, a file of such weights, the folder of a run that trained some, or the recipe of one, such as
-    # "shapes:mask2former", which is then trained first; see :func:`lexiseg.proposals.pretrained.start_proposals`. None
+    # "shapes:mask2former", which is then trained first; see :func:`lexiseg.training.proposals.proposals_start`. None
     # starts from random weights. A model that ``initial`` names brings its own proposals, so both cannot be given.
     proposals_from: Annotated[str, AfterValidator(_known_start)] | None = None
     # for self-training, a trained model that labels the pixels without a label; None lets the model itself do so. Its

@@ -13,7 +13,6 @@ from lexiseg.clip.model import CLIP, build_clip
 from lexiseg.clip.prompt_learner import PromptLearner
 from lexiseg.errors import LexisegError
 from lexiseg.models.base import SegmentationModel
-from lexiseg.proposals.pretrained import describe_start
 from lexiseg.recipes import (
     ContrastiveRecipe,
     EvaluationRecipe,
@@ -25,6 +24,7 @@ from lexiseg.recipes import (
 )
 from lexiseg.training.init import build_model, first_stage, proposals_of, refuse_misfit
 from lexiseg.training.prompts import Prompted
+from lexiseg.training.proposals import describe_start
 from lexiseg.training.segmentation import masked_names, training_vocabulary
 from lexiseg.training.trainer import group_parameters, learning_rate
 from lexiseg.vocabulary import Vocabulary

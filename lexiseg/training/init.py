@@ -15,7 +15,6 @@ from lexiseg.models.base import SegmentationModel
 from lexiseg.models.decoupled import DecoupledModel
 from lexiseg.models.options import ModelOptions
 from lexiseg.proposals.base import ProposalGenerator
-from lexiseg.proposals.pretrained import is_resnet, seen_by, start_proposals
 from lexiseg.recipes import (
     ContrastiveRecipe,
     PictureWorldData,
@@ -26,7 +25,9 @@ from lexiseg.recipes import (
     load_recipe,
 )
 from lexiseg.recipes.data import AUGMENTATION
+from lexiseg.recipes.schema import is_resnet
 from lexiseg.training.prompt_files import load_prompts, prompts_folder, read_card
+from lexiseg.training.proposals import proposals_start
 from lexiseg.training.segmentation import masked_names, refuse_leaks, training_vocabulary
 from lexiseg.vocabulary import Vocabulary
 from lexiseg.weights import load_model
@@ -74,10 +75,12 @@ def build_model(recipe: SegmentationRecipe, vocabulary: Vocabulary, *, clip: CLI
     source = recipe.proposals_from
     if clip is None and source is not None:
         generator = proposals_of(model, source)
-        refuse_leaks(f"What made the proposals in '{source}'", seen_by(source), seen, vocabulary)
-        filled, state = start_proposals(generator, source), generator.state_dict()
+        start, seen_before = proposals_start(generator, source)
+        refuse_leaks(f"What made the proposals in '{source}'", seen_before, seen, vocabulary)
+        generator.load_state_dict(start, strict=False)
+        filled = {name: tensor for name, tensor in generator.state_dict().items() if name in start}
         # A continued run asks whether these are still the weights it began with.
-        model.metadata["proposals"] = {"from": source, "sha256": tensors_hash({name: state[name] for name in filled})}
+        model.metadata["proposals"] = {"from": source, "sha256": tensors_hash(filled)}
     if clip is None and recipe.prompts_from is not None:
         take_prompts(model, recipe.prompts_from, vocabulary)
     model.set_trainable()

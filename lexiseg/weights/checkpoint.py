@@ -70,7 +70,7 @@ def read_checkpoint(
     except OSError as error:  # an over-long name, for one
         raise LexisegError(f"'{shorten(str(path), 200)}' cannot be read ({error.strerror}); check the path.") from error
     if missing is not None:
-        raise LexisegError(f"There is no file '{missing}' to convert; check the path.")
+        raise LexisegError(f"There is no file '{missing}'; check the path.")
     choice = _Choice(path, ema)
     found: dict[str, Reader] = {}
     metadata: dict[str, str] = {}

@@ -76,7 +76,7 @@ def test_other_systems_start_from_proposals_trained_on_shapes(kind: str, tmp_pat
     assert {name for name in ours if name not in theirs} == {
         name for name in ours if name.startswith("class_embed.")
     }, "only the class head is new"
-    with pytest.raises(LexisegError, match=r"4 x 32 there and 5 x 32 here"):
+    with pytest.raises(LexisegError, match=r"weight is \(4, 32\) instead of \(5, 32\).*; give both the same options"):
         build_task(load_recipe(f"shapes:{kind}", [*changes, "model.options.proposals.num_queries=5"]))
     other = {"mask2former": "maskformer", "maskformer": "mask2former"}[kind]
     with pytest.raises(LexisegError, match=f"have kind {kind} and this generator {other}"):

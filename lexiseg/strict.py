@@ -2,10 +2,29 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic_core import PydanticCustomError
+
+UNKNOWN = "unknown_key"
+"""Type of pydantic's error about a key that there is not; its context lists the ``known`` ones."""
+
+
+def refuse_unknown(values: Any, known: Collection[str]) -> Any:
+    """Give back values for a pydantic model. A mapping with other keys than the ``known`` ones is an error."""
+    if isinstance(values, Mapping) and not values.keys() <= set(known):
+        raise PydanticCustomError(UNKNOWN, "it has an unknown key", {"known": list(known)})
+    return values
 
 
 class StrictModel(BaseModel):
     """A pydantic model that cannot be changed; an unknown key, or a number that is not finite, is an error."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_unknown(cls, values: Any) -> Any:
+        return refuse_unknown(values, cls.model_fields)

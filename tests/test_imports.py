@@ -51,7 +51,7 @@ ALLOWED: dict[str, set[str]] = {
     "segmentation": WORDS | PICTURES,
     "samples": {"errors"},
     "windows": {"errors"},
-    "checking": {"errors", "words"},
+    "checking": {"errors", "words", "windows"},
     "processes": {"errors", "words"},
     "devices": {"errors"},
     "hub": {"errors", "words"},

@@ -6,13 +6,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import Field, model_validator
 
-from lexiseg.checking import check
+from lexiseg.checking import Policy, check
 from lexiseg.errors import LexisegError
 from lexiseg.files import read_json
 from lexiseg.strict import StrictModel
-from lexiseg.windows import LONGEST_SIDE, WindowPolicy, check_policy
+from lexiseg.windows import LONGEST_SIDE
 from lexiseg.words import describe
 
 FILE = "export.json"
@@ -93,7 +93,7 @@ class ExportSpec(StrictModel):
     graphs: Annotated[tuple[FileName, ...], Field(min_length=1)]  # one a size, or one for all
     sizes: tuple[Size, ...] = ()  # of the graphs; empty: any
     fit: Fit
-    window: Annotated[WindowPolicy, AfterValidator(check_policy)]  # how the model is run over a picture by default
+    window: Policy  # how the model is run over a picture by default
     decode: Decode
     text: Text
     seen_names: tuple[str, ...] = ()

@@ -11,10 +11,10 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
+from lexiseg.checking import Policy
 from lexiseg.clip.templates import TEMPLATE_SETS
 from lexiseg.recipes.data import Data, PictureWorldData
 from lexiseg.strict import StrictModel
-from lexiseg.windows import WindowPolicy, check_policy
 
 HELD_OUT_SEED = 900_001
 """First integer of the seeds of the scenes on which zero-shot accuracy is measured."""
@@ -275,7 +275,7 @@ class EvaluationRecipe(StrictModel):
     templates: Annotated[str | list[str] | None, BeforeValidator(_known_set)] = None
     data: Data  # what it is judged on: the validation part
     # how the model is run over a picture; None takes the model's own way
-    window: Annotated[WindowPolicy, AfterValidator(check_policy)] | None = None
+    window: Policy | None = None
     # which classes lose the score that a model takes off those it had masks of: "data" those the data flags as seen,
     # "all" every class alike, "none" no class. On another dataset the one-stage papers' code takes it off all, which
     # changes no label map; but an ensemble must count no class as seen there, so take "none".

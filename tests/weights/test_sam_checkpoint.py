@@ -10,16 +10,17 @@ import torch
 from torch import Tensor
 
 from lexiseg.cli import main
+from lexiseg.clip.load import count_parameters
 from lexiseg.errors import LexisegError
 from lexiseg.weights import convert
 from lexiseg.weights.filling import authors_key
-from lexiseg.weights.sam_checkpoint import infer_config
+from lexiseg.weights.sam_checkpoint import RELEASED
 from tests.proposals.test_sam_proposals import sam, tiny_sam
 
 
-@pytest.fixture(scope="module")
-def small() -> tuple[Any, Any]:
-    """A SAM with as many decoder heads as the released ones, in which every tensor matters."""
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Any]:
+    """A SAM as if it were one of the released ones, in which every tensor matters."""
     from transformers import SamModel
 
     model, processor = tiny_sam()
@@ -27,6 +28,8 @@ def small() -> tuple[Any, Any]:
     config.mask_decoder_config.num_attention_heads = 8
     config.vision_config.num_hidden_layers = 2
     config.vision_config.global_attn_indexes = [1]
+    parts = ("vision_config", "prompt_encoder_config", "mask_decoder_config")
+    monkeypatch.setitem(RELEASED, 16, {part: getattr(config, part).to_dict() for part in parts})
     model = SamModel(config)
     for tensor in model.state_dict().values():
         torch.nn.init.normal_(tensor, std=0.5)
@@ -86,23 +89,25 @@ def test_a_checkpoint_becomes_proposals(
         assert torch.equal(again.state_dict()[name], tensor), name
 
 
-def test_the_released_sizes_are_read_off() -> None:
+@pytest.mark.parametrize(("width", "millions"), [(768, 93.7), (1024, 312.3), (1280, 641.1)])
+def test_the_released_sizes(width: int, millions: float) -> None:
     from transformers import SamConfig, SamModel
 
-    config = SamConfig()
     with torch.device("meta"):
-        state = authors_state(SamModel(config))
-    for part, found in infer_config(state).items():
-        known = getattr(config, part).to_dict()
-        assert found == {key: known[key] for key in found}, part
+        model = SamModel(SamConfig(**RELEASED[width]))
+    assert round(count_parameters(model) / 1e6, 1) == millions
+    assert authors_state(model)["image_encoder.pos_embed"].shape == (1, 64, 64, width)
+    heads = model.config.vision_config.num_attention_heads
+    assert authors_state(model)["image_encoder.blocks.0.attn.rel_pos_h"].shape == (27, width // heads)
 
 
 def test_what_does_not_fit_is_listed(small: tuple[Any, Any], tmp_path: Path) -> None:
     state = authors_state(small[0])
     for changes, sentence in (
+        ({"image_encoder.pos_embed": None}, r"lacks image_encoder\.pos_embed"),
         (
-            {"image_encoder.pos_embed": None, "image_encoder.neck.0.weight": None},
-            r"lacks image_encoder\.pos_embed, image",
+            {"image_encoder.pos_embed": torch.ones(1, 4, 4, 20)},
+            r"of 20 channels; lexiseg knows SAM's own, of 768, 1024",
         ),
         ({"image_encoder.neck.3.bias": None}, r"does not fit; missing: image_encoder\.neck\.3\.bias"),
         ({"mask_decoder.hf_token.weight": torch.ones(1)}, r"left over: mask_decoder\.hf_token\.weight"),

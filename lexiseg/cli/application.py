@@ -54,45 +54,16 @@ app.command("doctor")(doctor.doctor)
 def _root(
     context: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", help="Suppress the notes about suspicious results, of any command.")
+    ] = False,
 ) -> None:
+    notes.quiet = quiet
     if version:
         typer.echo(f"lexiseg {lexiseg.__version__}")
         raise typer.Exit()
     if context.invoked_subcommand is None:
         typer.echo(context.get_help())
-
-
-def _command() -> Any:
-    """The application as a click command, with ``--quiet`` as an option of every command."""
-    command: Any = typer.main.get_command(app)
-    # Made by typer from a function, since the class of an option and what it takes change with typer's releases.
-    maker = typer.Typer(add_completion=False)
-    maker.command()(_quiet)
-    option = typer.main.get_command(maker).params[0]
-    groups = [command]
-    while groups:
-        group = groups.pop()
-        group.params.append(option)
-        groups.extend(getattr(group, "commands", {}).values())
-    return command
-
-
-def _silence(value: bool) -> None:
-    notes.quiet = notes.quiet or value
-
-
-def _quiet(
-    quiet: Annotated[
-        bool,
-        typer.Option(
-            "--quiet",
-            help="Suppress the notes about suspicious results.",
-            callback=_silence,
-            is_eager=True,
-            expose_value=False,
-        ),
-    ] = False,
-) -> None: ...
 
 
 def _usage_sentence(error: Any) -> str:
@@ -139,11 +110,13 @@ def main(args: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")
     with _terminable() as terminated:
         try:
-            words = list(sys.argv[1:] if args is None else args)
+            # Every command takes --quiet, which is moved in front of its name.
+            words = sorted(sys.argv[1:] if args is None else args, key=lambda word: word != "--quiet")
             if "" in words:  # as a path it would be the folder the shell is in
                 raise LexisegError("An argument is empty, as from a shell's variable that is not set; give it a value.")
+            command: Any = typer.main.get_command(app)
             # Not by calling it: click would answer Ctrl-C with a line of its own.
-            with notes.printed(), _command().make_context("lexiseg", words) as context:
+            with notes.printed(), command.make_context("lexiseg", words) as context:
                 context.command.invoke(context)
             if sys.stdout is not None:
                 sys.stdout.flush()

@@ -26,7 +26,7 @@ from lexiseg.recipes import (
 )
 from lexiseg.recipes.data import AUGMENTATION
 from lexiseg.recipes.schema import is_resnet
-from lexiseg.training.prompt_files import load_prompts, prompts_folder, read_card
+from lexiseg.training.prompts import read_prompts
 from lexiseg.training.proposals import proposals_start
 from lexiseg.training.segmentation import masked_names, refuse_leaks, training_vocabulary
 from lexiseg.vocabulary import Vocabulary
@@ -149,8 +149,7 @@ def take_prompts(model: SegmentationModel, source: str, vocabulary: Vocabulary) 
     Raises LexisegError if there are no prompts, the model has no place for them or one of another size, or they were
     learned with another CLIP, or with a class of the ``vocabulary`` that is unseen now.
     """
-    folder, target = prompts_folder(source), model.learned_prompts
-    tensors, card = load_prompts(folder), read_card(folder)
+    (tensors, card), target = read_prompts(source), model.learned_prompts
     if target is None:
         raise _no_prompts(source, model.system)
     found, wanted = {name: tuple(value.shape) for name, value in tensors.items()}, shapes_of(target)

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, InitVar, dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -20,14 +20,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lexiseg.clip.embeddings import image_embeddings
-from lexiseg.clip.model import CLIP
+from lexiseg.clip.load import read_safetensors
+from lexiseg.clip.model import CLIP, write_tensors
 from lexiseg.clip.prompt_learner import PromptLearner
 from lexiseg.data.base import SegmentationDataset, read_label, seen_ids
 from lexiseg.errors import LexisegError
+from lexiseg.files import make_folder, read_json, write_json
 from lexiseg.losses.reduction import reduction_weight
 from lexiseg.normalisation import normalise
 from lexiseg.training.engine import Task, part_of
-from lexiseg.training.prompt_files import save_prompts
 
 AREA = (0.08, 1.0)
 """Fraction of the box that a crop takes."""
@@ -36,6 +37,7 @@ ASPECT = (3 / 4, 4 / 3)
 """Width by height of a crop, before it becomes a square."""
 
 _ATTEMPTS = 10
+_PROMPTS, _CARD = "prompts.safetensors", "prompts.json"
 
 
 def hide_background(images: Tensor, masks: Tensor, clip: CLIP) -> Tensor:
@@ -122,10 +124,11 @@ class PromptTask(Task):
         return {"loss": F.cross_entropy(logits, batch["labels"]) * weight, "accuracy": 100.0 * correct * weight}
 
     def export(self, folder: Path) -> None:
-        """Write the prompts; `lexiseg.training.prompt_files.load_prompts` reads them."""
-        clip = self.model.clip
+        """Write the prompts, and how they were learned; `read_prompts` reads both."""
+        clip, folder = self.model.clip, make_folder(folder)
+        write_tensors(folder / _PROMPTS, self.model.learner.state_dict())
         card = {"clip": clip.name, "clip_fingerprint": clip.fingerprint(), "seen_names": self.names}
-        save_prompts(self.model.learner, folder, card | {"pictures": len(self.examples), "seed": self.seed})
+        write_json(folder / _CARD, card | {"pictures": len(self.examples), "seed": self.seed})
 
     def _example(self, place: int) -> tuple[Tensor, Tensor, int]:
         epoch, position = divmod(place, len(self.examples))
@@ -138,6 +141,19 @@ class PromptTask(Task):
 
     def _epoch_order(self, epoch: int) -> np.ndarray:
         return np.random.default_rng([self.seed, 4, epoch]).permutation(len(self.examples))
+
+
+def read_prompts(name: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The vectors of prompts by name, and how they were learned, {} where nothing says so.
+
+    ``name`` is the folder of a run or that of its prompts. A `LexisegError` if a file is not there or damaged.
+    """
+    folder = next((path for path in (Path(name) / "model", Path(name)) if (path / _PROMPTS).is_file()), None)
+    if folder is None:
+        raise LexisegError(f"There is no {_PROMPTS} in '{name}'; give the folder of a run that learned prompts.")
+    card = folder / _CARD
+    said = read_json(card, "train the prompts again or remove the file") if card.is_file() else {}
+    return read_safetensors(folder / _PROMPTS), said
 
 
 def _choose_examples(

@@ -17,8 +17,7 @@ from lexiseg.clip.text import TextEmbedder
 from lexiseg.data.base import Sample
 from lexiseg.errors import LexisegError
 from lexiseg.models import DenseCLIP
-from lexiseg.training.prompt_files import load_prompts
-from lexiseg.training.prompts import PromptTask, crop_logits, crop_object, hide_background
+from lexiseg.training.prompts import PromptTask, crop_logits, crop_object, hide_background, read_prompts
 from lexiseg.vocabulary import Vocabulary
 from tests.towers import small_clip
 
@@ -213,9 +212,9 @@ def test_prompts_learn_offline_from_seen_classes_only(clip: CLIP, tmp_path: Path
     assert trained == ["learner.prefix_prompt"]
     assert not task.model.train().clip.training
     task.export(tmp_path)
-    assert digest_of(sorted(load_prompts(tmp_path).items())) == task.model.learner.fingerprint()
-    with pytest.raises(LexisegError, match="not a readable file of prompts"):
-        load_prompts(tmp_path / "nowhere")
+    assert digest_of(sorted(read_prompts(tmp_path)[0].items())) == task.model.learner.fingerprint()
+    with pytest.raises(LexisegError, match="There is no prompts"):
+        read_prompts(tmp_path / "nowhere")
 
 
 def test_a_crop_is_a_part_of_the_box() -> None:

@@ -16,8 +16,7 @@ from lexiseg.data.sets.open import open_data_set
 from lexiseg.data.transforms import random_short_edge, short_edge_pipeline, top_left
 from lexiseg.recipes import load_recipe, parse_recipe
 from lexiseg.training.dry_run import dry_run
-from lexiseg.training.prompt_files import load_prompts, prompts_folder, read_card
-from lexiseg.training.prompts import PromptTask
+from lexiseg.training.prompts import PromptTask, read_prompts
 from lexiseg.training.run import build_task, train
 from tests.miniatures import voc2012
 from tests.towers import small_clip
@@ -51,13 +50,14 @@ def run(recipe: Any, folder: Path, **options: Any) -> Path:
 
 def test_a_resumed_run_learns_the_same(home: Path, tmp_path: Path) -> None:
     recipe = recipe_of(home)
-    whole = load_prompts(run(recipe, tmp_path / "whole"))
+    whole, _ = read_prompts(run(recipe, tmp_path / "whole"))
     run(recipe, tmp_path / "parts", until=2)
     folder = run(recipe, tmp_path / "parts", resume=True)
-    parts = load_prompts(folder)
+    parts, card = read_prompts(folder)
     assert parts.keys() == whole.keys() and all(torch.equal(parts[name], whole[name]) for name in whole)
-    assert prompts_folder(tmp_path / "parts") == folder == prompts_folder(folder)
-    assert read_card(folder)["pictures"] > 0 and read_card(tmp_path) == {}
+    assert card["pictures"] > 0 and read_prompts(tmp_path / "parts")[1] == card
+    (folder / "prompts.json").unlink()
+    assert read_prompts(folder)[1] == {}
     assert yaml.safe_load((tmp_path / "parts" / "recipe.yaml").read_text())["kind"] == "prompts"
 
 

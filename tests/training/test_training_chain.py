@@ -22,7 +22,7 @@ from lexiseg.normalisation import pixels_of
 from lexiseg.recipes import is_recipe, load_recipe
 from lexiseg.recipes.reading import merge
 from lexiseg.segmenter import Segmenter
-from lexiseg.training.prompt_files import load_prompts, read_card
+from lexiseg.training.prompts import read_prompts
 from lexiseg.training.run import build_task, train
 from lexiseg.training.segmentation import UNLABELLED, SegmentationTask, Teacher
 from lexiseg.vocabulary import Vocabulary
@@ -127,7 +127,7 @@ def test_deop_stage_by_stage(tmp_path: Path, clip_folder: Path) -> None:
     assert is_recipe(str(tmp_path / "prompts.yaml")) and not is_recipe(str(tmp_path)) and is_recipe("tiny")
 
     prompts = run(tmp_path, "prompts")
-    learned, card = load_prompts(prompts), read_card(prompts)
+    learned, card = read_prompts(prompts)
     assert learned["prefix_prompt"].shape == (2, 16)
     assert "giraffe" not in card["seen_names"] and len(card["seen_names"]) == 81
     assert card["clip_fingerprint"] == load_clip(clip_folder).fingerprint()

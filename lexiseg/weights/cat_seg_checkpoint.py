@@ -90,7 +90,7 @@ def read_cat_seg(
         return CATSeg(build_clip(architecture, name="clip"), CATSegOptions.model_validate(CATSeg.parse_options(found)))
 
     said = f"{name}, which looks like CAT-Seg,"
-    return filled(build, key_map("cat-seg"), state, said, lambda key, _: _MASK.fullmatch(key) is not None)
+    return filled(build, key_map("cat-seg"), state, said, is_unused=lambda key, _: bool(_MASK.fullmatch(key)))
 
 
 def cat_seg_notes(model: CATSeg, state: Mapping[str, Tensor]) -> list[str]:

@@ -8,10 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from lexiseg.clip.load import shapes_of, sketch
-from lexiseg.clip.model import CLIP, build_clip
 from lexiseg.errors import LexisegError
-from lexiseg.weights.filling import SourceOf, key_map, take_tensors
+from lexiseg.weights.filling import SourceOf, key_map
 from lexiseg.words import printable, shorten
 
 _HEAD_WIDTH = 64
@@ -137,26 +135,6 @@ def infer_vit_architecture(
             },
         }
     }
-
-
-def clip_from_state(
-    state: Mapping[str, Tensor], source_of: SourceOf, architecture: dict[str, Any], name: str = "the checkpoint"
-) -> CLIP:
-    """Build a CLIP from its tensors, in float32; only ``logit_scale`` may be missing, which nothing converted uses.
-
-    ``state``: the file's tensors of it, no others. ``architecture``: see `infer_vit_architecture`. Raises LexisegError
-    if tensors are missing, left over, of another shape or not finite.
-    """
-    said = f"The CLIP in {name}"
-
-    def build() -> CLIP:
-        return build_clip(architecture, name="clip")
-
-    shapes = shapes_of(sketch(build, len(state), said).model)
-    found = take_tensors(shapes, source_of, state, said, optional=("logit_scale",))
-    clip = build()
-    clip.model.load_state_dict({**clip.model.state_dict(), **found})
-    return clip
 
 
 def transformers_architecture(state: Mapping[str, Tensor], config: Mapping[str, Any], name: str) -> dict[str, Any]:

@@ -13,13 +13,12 @@ import torch
 from torch import Tensor
 
 from lexiseg.clip.load import count_parameters, load_clip
-from lexiseg.clip.model import save_clip
+from lexiseg.clip.model import build_clip, save_clip
 from lexiseg.errors import LexisegError
 from lexiseg.models import SYSTEMS, SegmentationModel
 from lexiseg.weights.cat_seg_checkpoint import cat_seg_notes, is_cat_seg, read_cat_seg
 from lexiseg.weights.checkpoint import Checkpoint, read_checkpoint
 from lexiseg.weights.clip_state import (
-    clip_from_state,
     infer_vit_architecture,
     is_openai,
     is_transformers,
@@ -28,7 +27,7 @@ from lexiseg.weights.clip_state import (
 )
 from lexiseg.weights.decoupled_checkpoints import DECOUPLED_NAMES, decoupled_notes, read_parts
 from lexiseg.weights.detectron_checkpoint import System, recognise_detectron
-from lexiseg.weights.filling import key_map
+from lexiseg.weights.filling import filled, key_map
 from lexiseg.weights.folder import save_model
 from lexiseg.weights.one_stage_checkpoint import NAMES, one_stage_notes, read_one_stage, recognise
 from lexiseg.weights.sam_checkpoint import convert_sam, recognise_sam
@@ -220,7 +219,13 @@ def _convert_clip(
         architecture = infer_vit_architecture(state, source_of, **sizes, quick_gelu=openai, name=what)
     quick = architecture["model_cfg"]["quick_gelu"] if quick_gelu is None else quick_gelu
     architecture["model_cfg"]["quick_gelu"] = quick
-    clip = clip_from_state(state, source_of, architecture, what)
+    clip, _ = filled(
+        lambda: build_clip(architecture, name="clip"),
+        lambda name: source_of(name.removeprefix("model.")),
+        state,
+        f"The CLIP in {what}",
+        optional=("logit_scale",),  # which nothing converted uses
+    )
     save_clip(clip, folder, dtype=dtype)
     said = "its config.json says" if theirs and found.config else "OpenAI files have" if quick else "most others have"
     note = f"Its activation is taken to be {'QuickGELU' if quick else 'GELU'}, as {said}."

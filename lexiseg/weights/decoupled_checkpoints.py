@@ -12,9 +12,9 @@ import re
 from collections.abc import Mapping
 from typing import Any, cast
 
+import torch
 from torch import Tensor
 
-from lexiseg.clip.load import shapes_of, sketch
 from lexiseg.clip.model import CLIP, build_clip
 from lexiseg.clip.templates import IN_THE_SCENE, SCULPTURE, VILD_14
 from lexiseg.errors import LexisegError
@@ -32,7 +32,7 @@ from lexiseg.weights.detectron_checkpoint import (
     used_tensors,
 )
 from lexiseg.weights.detectron_options import INTERACTION, infer_generator_options
-from lexiseg.weights.filling import Source, authors_key, key_map, take_tensors
+from lexiseg.weights.filling import Source, authors_key, filled, key_map
 
 DECOUPLED_NAMES = {
     "deop": "DeOP",
@@ -166,16 +166,18 @@ def read_parts(
         )
     for_crops = any(key.startswith(SECOND_ADAPTER) for key in state)
     own = _deop_options(used) if system == "deop" else _region_options(used, system, for_crops=for_crops)
-    chosen = {"proposals": infer_generator_options(used, **(generator or {})), **own, **(options or {})}
+    proposals = infer_generator_options(used, **(generator or {}))
+    chosen = {"proposals": proposals, **own, **(options or {})}
 
-    def build(given: CLIP | None) -> DecoupledModel:
+    def build() -> DecoupledModel:
         tower = (
-            cast(CLIP, given) if architecture is None else build_clip(architecture, name="clip", tokenizer=tokenizer)
+            copy.deepcopy(cast(CLIP, clip)).to(torch.get_default_device())
+            if architecture is None
+            else build_clip(architecture, name="clip", tokenizer=tokenizer)
         )
         return cast(DecoupledModel, SYSTEMS["freeseg" if system == "maft" else system].build(tower, chosen))
 
-    plan = sketch(lambda: build(copy.deepcopy(clip).to("meta") if clip is not None else None), len(state), name)
-    generator_keys, own_keys = generator_source(plan.generator), key_map(system)
+    generator_keys, own_keys = generator_source(proposals), key_map(system)
 
     def source_of(ours: str) -> Source | None:
         part, _, rest = ours.partition(".")
@@ -186,11 +188,9 @@ def read_parts(
     may_lack = {str(authors_key("clip.model.logit_scale", system))}
     may_lack |= {str(authors_key("no_object", system))} if system == "deop" else set()
     said = f"{name}, which looks like {DECOUPLED_NAMES[system]},"
-    tensors = take_tensors(shapes_of(plan), source_of, used, said, optional=may_lack)
-    model = build(clip)
-    model.load_state_dict({**model.state_dict(), **tensors})
+    model, _ = filled(build, source_of, used, said, optional=may_lack)
     model.default_templates = _TEMPLATES.get(system, model.default_templates)
-    return model.eval(), unused
+    return model, unused
 
 
 def decoupled_notes(system: System, model: DecoupledModel, seen_known: bool, transductive: bool) -> list[str]:

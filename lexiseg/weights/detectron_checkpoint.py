@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from lexiseg.errors import LexisegError
-from lexiseg.proposals.base import ProposalGenerator
-from lexiseg.proposals.options import Mask2FormerOptions
+from lexiseg.proposals.options import Mask2FormerOptions, QueryOptions
 from lexiseg.weights.detectron_options import HEAD, INTERACTION
 from lexiseg.weights.filling import SourceOf, key_map
 
@@ -110,9 +109,7 @@ def used_tensors(state: Mapping[str, Tensor], system: System, name: str) -> tupl
     return used, unused
 
 
-def generator_source(generator: ProposalGenerator) -> SourceOf:
-    """The key map of a generator: where its tensors lie in the authors' files."""
-    deep = "backbone.body.conv1.0.weight" in dict(generator.named_parameters())
-    masked = isinstance(generator.options, Mask2FormerOptions)
-    kind = "mask2former" if masked else "maskformer"
-    return key_map("deep-stem" if deep else "stem", "resnet", kind, "generator")
+def generator_source(options: QueryOptions) -> SourceOf:
+    """The key map of a generator with these options: where its tensors lie in the authors' files."""
+    kind = "mask2former" if isinstance(options, Mask2FormerOptions) else "maskformer"
+    return key_map("deep-stem" if options.backbone.endswith("c") else "stem", "resnet", kind, "generator")

@@ -127,7 +127,9 @@ def filled(
     source_of: SourceOf,
     state: Mapping[str, Tensor],
     what: str,
-    is_unused: Callable[[str, _Model], bool],
+    *,
+    is_unused: Callable[[str, _Model], bool] = lambda key, model: False,
+    optional: Collection[str] = (),
 ) -> tuple[_Model, list[str]]:
     """What ``build`` builds with another program's tensors, once they are seen to fit; see `take_tensors`.
 
@@ -138,7 +140,8 @@ def filled(
     shapes = shapes_of(plan)
     wanted = expected_shapes(shapes, source_of)
     unused = {key for key in state if key not in wanted and is_unused(key, plan)}
-    tensors = take_tensors(shapes, source_of, {key: state[key] for key in state if key not in unused}, what)
+    used = {key: tensor for key, tensor in state.items() if key not in unused}
+    tensors = take_tensors(shapes, source_of, used, what, optional=optional)
     model = build()
     model.load_state_dict({**model.state_dict(), **tensors})
     return model.eval(), [key for key in state if key in unused]

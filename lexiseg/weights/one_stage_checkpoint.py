@@ -152,7 +152,7 @@ def read_one_stage(
         return cast(ZegCLIP, SYSTEMS[system].build(build_clip(architecture, name="clip"), found))
 
     said = f"{name} looks like {NAMES[system]} but"
-    model, unused = filled(build, key_map(system), state, said, is_unused)
+    model, unused = filled(build, key_map(system), state, said, is_unused=is_unused)
     model.default_templates = SINGLE_TEMPLATE if model.options.num_prompts <= _VOC_PROMPTS else PAPER_TEMPLATES
     return model, unused
 

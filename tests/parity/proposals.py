@@ -297,13 +297,13 @@ def _padded(image: Tensor, size: tuple[int, ...], value: float) -> Tensor:
 
 def _tensors(model: MaskFormer | Mask2Former, params: dict[str, Tensor], name: str) -> dict[str, Tensor]:
     """A generator's tensors from the authors'."""
-    return take_tensors(shapes_of(model), generator_source(model), params, name)
+    return take_tensors(shapes_of(model), generator_source(model.options), params, name)
 
 
 def generator_gradients(model: MaskFormer | Mask2Former) -> dict[str, Tensor]:
     """Gradients of a generator by the authors' keys."""
     found = {name: value.grad for name, value in model.named_parameters() if value.grad is not None}
-    return put_tensors(found, generator_source(model))
+    return put_tensors(found, generator_source(model.options))
 
 
 def _is_maskformer(case: Case) -> bool:

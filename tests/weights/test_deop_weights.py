@@ -69,7 +69,8 @@ def authors_tensors(model: DecoupledModel) -> dict[str, Tensor]:
     own = {
         str(authors_key(name, "deop")): value for name, value in model.state_dict().items() if "generator." not in name
     }
-    found = own | put_tensors(model.generator.state_dict(), generator_source(model.generator))
+    source = generator_source(model.options.proposals)  # type: ignore[arg-type]
+    found = own | put_tensors(model.generator.state_dict(), source)
     width = found["query_embedding.weight"].shape[1]
     text_width = found["clip_adapter.clip_model.ln_final.weight"].shape[0]
     found |= {f"decoder.norm.{kind}": torch.randn(width) for kind in ("weight", "bias")}

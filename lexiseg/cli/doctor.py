@@ -19,6 +19,7 @@ import lexiseg
 from lexiseg.cli.console import say, say_json, say_note, say_table, waiting
 from lexiseg.cli.options import Json
 from lexiseg.errors import LexisegError
+from lexiseg.journal import flat
 
 SELF_TEST_SECONDS = 5.0
 SELF_TEST_MODEL = "zegclip-emoji"
@@ -167,25 +168,9 @@ def _self_test() -> dict[str, Any]:
 
 
 def _print(report: dict[str, Any], requirements: list[_Requirement]) -> None:
-    machine, torch_facts, self_test = report["machine"], report["torch"], report["self_test"]
-    rows = [
-        ["lexiseg", f"{report['lexiseg']['version']} in {report['lexiseg']['path']}"],
-        ["python", f"{machine['python']} ({machine['executable']})"],
-        ["system", machine["system"]],
-        ["cores, memory", f"{machine['cores']}, {machine.get('memory_gib', '?')} GiB"],
-    ]
-    if torch_facts is not None:
-        devices = ", ".join(f"{device['name']} ({device['memory_gib']} GiB)" for device in torch_facts["cuda_devices"])
-        rows += [
-            ["torch", f"{torch_facts['version']}, {torch_facts['threads']} threads"],
-            ["CUDA", devices or "none"],
-            ["Apple GPU", "yes" if torch_facts["mps"] else "none"],
-        ]
-    for name, facts in report["folders"].items():
-        state = "writable" if facts["writable"] else "NOT writable"
-        offline = ", offline" if facts.get("offline") else ""
-        rows.append([name, f"{facts['path']} ({state}, {facts['free_gib']} GiB free{offline})"])
-    say_table(None, ["what", "found"], [*rows, ["models", ", ".join(report["models"]) or "none"]])
+    facts = flat({key: report[key] for key in ("lexiseg", "machine", "torch", "folders", "models")})
+    found = {key: ", ".join(map(str, value)) if isinstance(value, list) else str(value) for key, value in facts.items()}
+    say_table(None, ["what", "found"], [[key, text or "none"] for key, text in found.items()])
     say()
     absent = {
         asked.name: "absent" if asked.extra is None else f"absent, for '{asked.extra}'; pip install '{asked.text}'"
@@ -196,9 +181,10 @@ def _print(report: dict[str, Any], requirements: list[_Requirement]) -> None:
     if not requirements:
         say_note("lexiseg is not installed, so its dependencies are not known; run: pip install -e .")
     say()
+    self_test = report["self_test"]
     if self_test is not None and self_test["ok"]:
-        found = ", ".join(self_test["found"])
-        say(f"self-test: ok, {self_test['seconds']} s with {self_test['model']}; found {found}")
+        names = ", ".join(self_test["found"])
+        say(f"self-test: ok, {self_test['seconds']} s with {self_test['model']}; found {names}")
         if "note" in self_test:
             say_note(f"self-test: {self_test['note']}")
     for problem in report["problems"]:

@@ -248,11 +248,11 @@ class ContrastiveTask(Task):
         """See `evaluate`."""
         return ("zero_shot_top1", "zero_shot_top5")
 
-    def evaluate(self, step: int) -> dict[str, float]:
+    def evaluate(self, step: int) -> tuple[dict[str, float], dict[str, Image.Image]]:
         """Zero-shot top-1 and top-5 accuracy (0..1), see `zero_shot_accuracy`."""
         scenes = self.settings.scenes
         how: dict[str, Any] = {"num_rounds": 3, "size": scenes.size, "extents": scenes.extents}
-        return dict(zip(self.measures(), zero_shot_accuracy(self.clip, world=self.world, **how), strict=True))
+        return dict(zip(self.measures(), zero_shot_accuracy(self.clip, world=self.world, **how), strict=True)), {}
 
     def export(self, folder: Path) -> None:
         """Write an open_clip folder with the weights in float16."""

@@ -89,17 +89,16 @@ class Task(ABC):
     def after_step(self, step: int) -> None:  # noqa: B027 - most tasks have nothing to do here
         """Called without gradients after each optimizer step, for example to clamp a temperature."""
 
-    def snapshot(self, step: int) -> Mapping[str, Image.Image]:
-        """Sample pictures by name, made with the model in evaluation mode; random state is restored afterwards."""
-        return {}
-
     def measures(self) -> Sequence[str]:
         """Names of the numbers that `evaluate` may give, one of which a run can keep its best model by."""
         return ()
 
-    def evaluate(self, step: int) -> Mapping[str, float]:
-        """Numbers to log beside the losses whenever sample pictures are due."""
-        return {}
+    def evaluate(self, step: int) -> tuple[Mapping[str, float], Mapping[str, Image.Image]]:
+        """Numbers to log beside the losses, and sample pictures by name, whenever a snapshot is due.
+
+        The model is in evaluation mode; random state is restored afterwards.
+        """
+        return {}, {}
 
     def reached(self, step: int) -> None:  # noqa: B027 - most models carry no number of steps
         """Called before `export` with the number of steps that are done."""

@@ -33,7 +33,6 @@ from lexiseg.data.sets.dataset import nothing_labelled
 from lexiseg.data.transforms import Pipeline
 from lexiseg.errors import LexisegError
 from lexiseg.evaluation.metrics import SCALARS
-from lexiseg.evaluation.report import Report
 from lexiseg.evaluation.run import run_evaluation, spread
 from lexiseg.label_ids import IGNORE_INDEX, WIDE_IGNORE_INDEX, ignore_index
 from lexiseg.losses.reduction import reduction_weight
@@ -90,8 +89,8 @@ class SegmentationTask(Task):
     seed: int = 0  # of the order of the samples and of their augmentation
     templates: TemplateSource = None  # for the text; None takes the model's
     validation: SegmentationDataset | None = None  # pictures for the snapshots while training; None for none
-    num_pictures: int = 4  # overlays per snapshot
     num_scored: int = 40  # validation samples scored per snapshot
+    num_pictures: int = 4  # overlays of them per snapshot
     # distance of the label pixels the loss sees; 2 uses a quarter of them, which makes a step cheaper
     label_stride: int = 1
     setting: Setting = "inductive"
@@ -156,24 +155,32 @@ class SegmentationTask(Task):
         """Names of the samples of ``batch``."""
         return batch.names
 
-    def snapshot(self, step: int) -> dict[str, Image.Image]:
-        """One grid of validation pictures: picture, truth and prediction with all classes, unseen ones included."""
-        if self.validation is None or not self.num_pictures:
-            return {}
-        grid = self._judge(self.validation, self.num_pictures, self.num_pictures).grid()
-        return {} if grid is None else {"validation": grid}
-
     def measures(self) -> Sequence[str]:
         """The metrics in the log, as `evaluate` calls them; a class that is not in the sample leaves some out."""
         measured = self.validation is not None and self.num_scored
         return [f"val/{name}" for name in SCALARS] if measured else []
 
-    def evaluate(self, step: int) -> dict[str, float]:
-        """The metrics on a part of the validation samples, in percent."""
-        if self.validation is None or not self.num_scored:
-            return {}
-        summary = self._judge(self.validation, self.num_scored, 0).summary()
-        return {f"val/{name}": value for name, value in summary.items() if value is not None}
+    def evaluate(self, step: int) -> tuple[dict[str, float], dict[str, Image.Image]]:
+        """The metrics on a part of the validation samples, in percent, and a grid of some of these.
+
+        It shows picture, truth and prediction with all classes, unseen ones included.
+        """
+        limit = self.num_scored or self.num_pictures
+        if self.validation is None or not limit:
+            return {}, {}
+        report = run_evaluation(
+            self._segmenter,
+            self.validation,
+            name="validation",
+            split="val",
+            limit=limit,
+            num_examples=self.num_pictures,
+            progress=False,
+        )
+        values = report.summary() if self.num_scored else {}
+        grid = report.grid()
+        pictures = {} if grid is None else {"validation": grid}
+        return {f"val/{name}": value for name, value in values.items() if value is not None}, pictures
 
     def reached(self, step: int) -> None:
         """Note in the model how long it was trained."""
@@ -183,17 +190,6 @@ class SegmentationTask(Task):
         """Write the model, with the templates it was trained with as its default ones."""
         self.model.default_templates = self.vocabulary.templates
         save_model(self.model, folder)
-
-    def _judge(self, dataset: SegmentationDataset, limit: int, num_examples: int) -> Report:
-        return run_evaluation(
-            self._segmenter,
-            dataset,
-            name="validation",
-            split="val",
-            limit=limit,
-            num_examples=num_examples,
-            progress=False,
-        )
 
     def _sample(self, position: int) -> tuple[Tensor, Tensor, str]:
         epoch, place = divmod(position, len(self.dataset))

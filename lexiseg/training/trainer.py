@@ -389,8 +389,8 @@ class Trainer:
         self.task.model.eval()
         try:
             with torch.no_grad():
-                log.pictures(done, self.task.snapshot(done))
-                values = dict(self.task.evaluate(done))
+                values, pictures = self.task.evaluate(done)
+            log.pictures(done, pictures)
             if values:
                 log.write(done, values)
             if best.improved_by(done, values):

@@ -50,13 +50,10 @@ class TinyTask(Task):
         error = (self.model(batch["x"]) - batch["y"]) ** 2
         return {"loss": error.mean(), "worst": error.max()}
 
-    def snapshot(self, step):
+    def evaluate(self, step):
         self.snapshots.append((step, self.model.training))
         torch.rand(7)  # must not disturb the run
-        return {"look": Image.new("RGB", (4, 4))}
-
-    def evaluate(self, step):
-        return {"val": 0.5}
+        return {"val": 0.5}, {"look": Image.new("RGB", (4, 4))}
 
     def export(self, folder):
         folder.mkdir(exist_ok=True)

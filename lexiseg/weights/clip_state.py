@@ -13,6 +13,8 @@ from lexiseg.weights.filling import SourceOf, key_map
 from lexiseg.words import printable, shorten
 
 _HEAD_WIDTH = 64
+# open_clip's image towers of more channels than this (ViT-H, g, bigG, e) all have 16 wider heads.
+_WIDEST, _WIDE_HEADS = 1024, 16
 _MOST_BLOCKS = 400
 # The tensors whose shapes tell the architecture, with their number of dimensions.
 _SHAPE_KEYS = {
@@ -82,7 +84,8 @@ def infer_vit_architecture(
     """Read the architecture of a CLIP with a vision transformer off its shapes.
 
     ``source_of``: where a tensor by OpenAI's name (``visual.conv1.weight``, ``token_embedding.weight`` ...) lies there.
-    ``heads``: attention heads of the image tower, which no shape tells; None is one per 64 channels, as in all CLIPs.
+    ``heads``: attention heads of the image tower, which no shape tells; None is one per 64 channels, and 16 where there
+    are more than 1,024, as in all CLIPs of OpenAI and open_clip.
     ``text_heads``: the same for the text tower. ``quick_gelu``: which activation the towers use; OpenAI's is QuickGELU.
     Returns what `lexiseg.clip.model.build_clip` takes. Raises LexisegError if tensors that are needed are missing (all
     are listed) or of no sensible shape.
@@ -112,6 +115,8 @@ def infer_vit_architecture(
                 f"The CLIP in {name} has {channels} channels, which cannot be split into {number} heads; give another "
                 "number."
             )
+    if heads is None and width > _WIDEST:
+        heads = _WIDE_HEADS
     block, text_block = layers
     return {
         "model_cfg": {

@@ -92,7 +92,7 @@ def convert(
         transductive: one-stage systems and ZegFormer: trained with self-training, so seen classes have no offset.
         quick_gelu: CLIP: which activation the towers use; None is what a ``config.json`` says, else True for OpenAI's
             files and those of `transformers`, False for others.
-        heads: attention heads of the image tower; None is one per 64 channels, as in all released CLIPs.
+        heads: attention heads of the image tower; None is what all released CLIPs of that width have.
         text_heads: attention heads of the text tower; None likewise.
         clip: files without a CLIP in them (ZegFormer's training checkpoints): the one they were trained with.
         ema: take the moving average of the weights or not; None takes the weights where a file has both, and says so.

@@ -22,11 +22,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import CLIPConfig, CLIPModel
 
-from lexiseg.clip.load import load_clip
+from lexiseg.clip.load import load_clip, random_clip
 from lexiseg.errors import LexisegError
 from lexiseg.weights import ConversionReport, convert
 from lexiseg.weights.checkpoint import Checkpoint, read_checkpoint
-from lexiseg.weights.clip_state import is_openai, transformers_source
+from lexiseg.weights.clip_state import infer_vit_architecture, is_openai, transformers_source
+from lexiseg.weights.filling import key_map
 from tests.references import put_tensors
 from tests.towers import small_clip
 
@@ -248,6 +249,17 @@ def test_what_is_refused_is_named(
         with pytest.raises(LexisegError, match=sentence):
             convert(tmp_path / f"c.{name}", tmp_path / "out")
     assert not (tmp_path / "exploded").exists() and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["ViT-L-14/openai", "ViT-H-14/laion2b_s32b_b79k", "ViT-bigG-14/laion2b_s39b_b160k"])
+def test_heads_are_those_of_the_released_towers(name: str) -> None:
+    """No shape tells them, and with a wrong number a tower computes something else."""
+    with torch.device("meta"):
+        clip = random_clip(name)
+    found = infer_vit_architecture(clip.model.state_dict(), key_map())["model_cfg"]
+    known = clip.architecture["model_cfg"]
+    heads = [config["vision_cfg"]["width"] // config["vision_cfg"].get("head_width", 64) for config in (found, known)]
+    assert heads[0] == heads[1] and found["text_cfg"]["heads"] == known["text_cfg"]["heads"]
 
 
 def test_sizes_that_are_not_in_the_file(clip_state: State, tmp_path: Path) -> None:

@@ -272,6 +272,7 @@ def check_state(
     what: str,
     *,
     optional: Collection[str] = (),
+    advice: str = "",
 ) -> None:
     """See that tensors are those a model expects, and numbers.
 
@@ -280,6 +281,7 @@ def check_state(
         shapes: what is to be filled, by the same names.
         what: whose tensors they are, for the message.
         optional: names that may be missing.
+        advice: what to do where they do not fit.
 
     Raises LexisegError if tensors are missing, left over, of another shape, no plain numbers, or not finite.
     """
@@ -300,7 +302,7 @@ def check_state(
     )
     said = "; ".join(f"{label}: {_listed(items)}" for label, items in problems if items)
     if said:
-        raise LexisegError(f"{what} does not fit; {said}.")
+        raise LexisegError(f"{what} does not fit; {said}{advice and f'; {advice}'}.")
     # A sum is cheap and holds whatever is not finite; it may overflow by itself, so that it only points.
     for key, value in state.items():
         if value.is_floating_point() and not value.sum().isfinite() and not value.isfinite().all():

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from lexiseg.clip.load import load_clip, shapes_of
+from lexiseg.clip.load import check_state, load_clip, shapes_of
 from lexiseg.clip.model import CLIP
 from lexiseg.errors import LexisegError
 from lexiseg.models import SYSTEMS
@@ -152,12 +152,8 @@ def take_prompts(model: SegmentationModel, source: str, vocabulary: Vocabulary) 
     (tensors, card), target = read_prompts(source), model.learned_prompts
     if target is None:
         raise _no_prompts(source, model.system)
-    found, wanted = {name: tuple(value.shape) for name, value in tensors.items()}, shapes_of(target)
-    if found != wanted:
-        raise LexisegError(
-            f"The prompts in '{source}' are {_shapes(found)} and the recipe's model wants {_shapes(wanted)}; give both "
-            "the same numbers of vectors, and the same CLIP."
-        )
+    advice = "give both the same numbers of vectors, and the same CLIP"
+    check_state(tensors, shapes_of(target), f"The learned prompt in '{source}'", advice=advice)
     if card.get("clip_fingerprint") not in (None, model.clip.fingerprint()):
         raise LexisegError(
             f"The prompts in '{source}' were learned with another CLIP, {card.get('clip')}; learn them with this one."
@@ -179,10 +175,6 @@ def _no_prompts(source: str | None, system: str) -> LexisegError:
         f"'prompts_from' is '{source}', but this {system} has no learned prompts; set its options to have some, or "
         "remove the key."
     )
-
-
-def _shapes(shapes: dict[str, tuple[int, ...]]) -> str:
-    return ", ".join(f"{name} {' x '.join(map(str, shape))}" for name, shape in shapes.items())
 
 
 # ---- recipes that are trained first

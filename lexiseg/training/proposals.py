@@ -137,8 +137,6 @@ def _fitting(
         return name.startswith(part) and not name.startswith("class_embed.") and "num_batches_tracked" not in name
 
     found = {name: tensor for name, tensor in tensors.items() if taken(name)}
-    try:
-        check_state(found, {name: shape for name, shape in shapes_of(generator).items() if taken(name)}, what)
-    except LexisegError as error:
-        raise LexisegError(f"{str(error).rstrip('.')}; {advice}.") from error
+    wanted = {name: shape for name, shape in shapes_of(generator).items() if taken(name)}
+    check_state(found, wanted, what, advice=advice)
     return found

@@ -209,7 +209,7 @@ def test_prompts_that_do_not_fit(tmp_path: Path, clip_folder: Path) -> None:
 
     baseline()
     with pytest.raises(
-        LexisegError, match="are prefix_prompt 2 x 16 and the recipe's model wants prefix_prompt 3 x 16"
+        LexisegError, match=r"prefix_prompt is \(2, 16\) instead of \(3, 16\); give both the same numbers"
     ):
         baseline(prompt_prefix=3)
     with pytest.raises(LexisegError, match="this deop has no learned prompts"):

@@ -117,12 +117,20 @@ def read_classes(source: object) -> ClassList:
     if isinstance(source, Path):
         return read_class_list(source)
     if isinstance(source, str):
-        return _bracketed(source) or ClassList(tuple(split_classes(source)))
+        return typed_read(source)
     if isinstance(source, set | frozenset):
         raise LexisegError("A set of class names has no order; give them as a list.")
     if isinstance(source, bytes | bytearray) or not isinstance(source, Iterable):
         raise LexisegError(f"Classes must be text, a list, a mapping or a path, not {describe(source)}.")
     return _structured(source)
+
+
+def typed_read(text: str) -> ClassList:
+    """Read classes that somebody typed: "cat; tree, bush", or a list or mapping as Python writes it; never a file.
+
+    Raises LexisegError if a class or a word of it is empty.
+    """
+    return _bracketed(text) or ClassList(tuple(split_classes(text)))
 
 
 def read_class_list(path: str | Path, *, settings_only: bool = False) -> ClassList:

@@ -93,7 +93,7 @@ def read_pixels(source: ImageSource, *, max_pixels: float = DEFAULT_MAX_PIXELS, 
     if isinstance(source, Image.Image):
         return _from_pil(source, "the given picture", max_pixels, orient)
     if isinstance(source, bytes | bytearray | memoryview):
-        return _from_file(io.BytesIO(source), "the given data", max_pixels, orient)
+        return _from_file(io.BytesIO(bytes(source)), "the given data", max_pixels, orient)
     if isinstance(source, str | os.PathLike):
         return _from_path(source, max_pixels, orient)
     if not callable(getattr(source, "read", None)):

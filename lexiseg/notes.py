@@ -76,7 +76,7 @@ def _is_drawn(source: Any) -> bool:
         return len(sides) == 2 and sides[0] == sides[1] <= _LARGEST_SCENE
     if isinstance(source, Image.Image):
         return _has_mark(source)
-    file = io.BytesIO(source) if isinstance(source, bytes | bytearray | memoryview) else source
+    file = io.BytesIO(bytes(source)) if isinstance(source, bytes | bytearray | memoryview) else source
     try:
         if isinstance(file, str | os.PathLike) and not os.path.isfile(file):  # noqa: PTH113 - of any text
             return True  # a pipe can be read once, which is not here

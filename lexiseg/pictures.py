@@ -11,7 +11,7 @@ from lexiseg.images import ImageSource, image_name, read_image, read_pixels
 from lexiseg.normalisation import normalise
 from lexiseg.resampling import resize_bytes, resize_floats
 from lexiseg.windows import Box, WindowPolicy, check_proportions, cover, working_size
-from lexiseg.words import describe, shorten, whole_number
+from lexiseg.words import quoted, shorten, whole_number
 
 if TYPE_CHECKING:
     import torch
@@ -76,7 +76,7 @@ def window_policy(default: WindowPolicy, window: WindowSource = None, stride: in
     if isinstance(window, Sequence) and not isinstance(window, str | bytes) and len(window) == 2:
         side, step = (whole_number(number, "A window's side or stride") for number in window)
     elif isinstance(window, Sequence):
-        raise LexisegError(f"A window is given as its side, or its side and stride, in pixels, not {describe(window)}.")
+        raise LexisegError(f"A window is given as its side, or its side and stride, in pixels, not {quoted(window)}.")
     else:
         side, step = whole_number(window, "A window's side"), None
     if side == 0:

@@ -23,7 +23,7 @@ from lexiseg.pictures import Failure, HeldPicture, Picture, WindowSource, read_p
 from lexiseg.segmentation import Segmentation
 from lexiseg.vocabulary import SINGLE_TEMPLATE, TemplateSource, Vocabulary, VocabularySource
 from lexiseg.windows import Box, WindowPolicy
-from lexiseg.words import describe, shorten, whole_number
+from lexiseg.words import describe, quoted, shorten, whole_number
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -74,7 +74,7 @@ class Predictor(ABC):
         refine: str | Refinement | None = None,
     ) -> None:
         if isinstance(max_pixels, bool) or not isinstance(max_pixels, int | float) or not max_pixels > 0:
-            raise LexisegError(f"The limit of pixels must be a number above 0, not {describe(max_pixels)}.")
+            raise LexisegError(f"The limit of pixels must be a number above 0, not {quoted(max_pixels)}.")
         self.model = model
         self.dtype: Any = None
         self.max_pixels = max_pixels

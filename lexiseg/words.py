@@ -71,6 +71,11 @@ def describe(value: object) -> str:
     return kind(value)
 
 
+def quoted(value: object) -> str:
+    """The same of a value that should not be text: text is in quotation marks, so that '4' does not look like 4."""
+    return f"'{describe(value)}'" if isinstance(value, str) else describe(value)
+
+
 def kind(value: object) -> str:
     """What a value is, by the name of its type, with an article: "an Image", "a list"."""
     name = type(value).__name__
@@ -144,7 +149,7 @@ def flag(value: object, what: str) -> bool | None:
         return value
     if isinstance(value, str) and value.lower() in ("true", "false"):
         return value.lower() == "true"
-    raise LexisegError(f"{what} must be true or false, not {describe(value)}.")
+    raise LexisegError(f"{what} must be true or false, not {quoted(value)}.")
 
 
 def whole_number(value: object, what: str, low: int = 0) -> int:
@@ -157,7 +162,7 @@ def whole_number(value: object, what: str, low: int = 0) -> int:
     except TypeError:
         number = None
     if number is None or number < low:
-        raise LexisegError(f"{what} must be a whole number of at least {low}, not {describe(value)}.")
+        raise LexisegError(f"{what} must be a whole number of at least {low}, not {quoted(value)}.")
     return number
 
 
@@ -173,5 +178,5 @@ def finite(value: object, what: str) -> float:
         except (ValueError, OverflowError):
             number = None
     if number is None or not math.isfinite(number):
-        raise LexisegError(f"{what} must be a finite number, not {describe(value)}.")
+        raise LexisegError(f"{what} must be a finite number, not {quoted(value)}.")
     return number

@@ -50,6 +50,7 @@ def test_every_holder_of_the_same_picture_gives_the_same_pixels(tmp_path: Path) 
             str(path),
             data,
             bytearray(data),
+            memoryview(bytes(byte for one in data for byte in (one, 0)))[::2],
             io.BytesIO(data),
             file,
             image,

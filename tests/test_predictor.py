@@ -194,6 +194,7 @@ def test_the_shape_of_a_hugging_face_pipeline(run: Segmenter) -> None:
     [
         *(({"window": side}, "whole number") for side in (-3, 512.0, True)),
         *(({"batch_size": count}, "whole number of at least 1") for count in (0, 2.5, None)),
+        *(({key: "64"}, "not '64'") for key in ("batch_size", "window")),
         ({"window": 1}, "at least 8 pixels"),
         ({"window": "512"}, "its side and stride"),
         ({"window": (16, 17)}, "stride of 1 to 16"),

@@ -52,7 +52,7 @@ class Question(Body):
     """A semicolon or a line break separates classes, a comma joins synonyms; or a list of such texts."""
     exemplars: Exemplars = []
     """Pictures as classes, behind those of words."""
-    background: str | StrictFloat | None = None
+    background: Annotated[str, Field(max_length=1000)] | StrictFloat | None = None
     """Either "none", a class name, or a score below which pixels are ignored."""
     window: int | None = Field(default=None, ge=0)
     """Side of the sliding window in pixels; 0 runs whole pictures; None is the model's own way."""

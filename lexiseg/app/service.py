@@ -36,7 +36,7 @@ from lexiseg.app.requests import (
     read_question,
 )
 from lexiseg.app.results import OUTPUTS, describe_result
-from lexiseg.class_list import split_classes
+from lexiseg.class_list import split_classes, typed_read
 from lexiseg.devices import use_threads
 from lexiseg.errors import LexisegError
 from lexiseg.exemplars import PREFIX, Exemplar
@@ -121,11 +121,13 @@ class Service:
         LexisegError if they are wrong, HTTPException if they are too many.
         """
         most = self.settings.max_classes
-        too_many = HTTPException(422, f"There are more than {most} classes; send fewer.")
+        too_many = HTTPException(422, f"There are more than {most} classes, or {4 * most} words of them; send fewer.")
         texts = [classes] if isinstance(classes, str) else list(classes)
-        if sum(text.count(";") + text.count("\n") + 1 for text in texts) > 4 * most:
+        if len(texts) + sum(text.count(mark) for text in texts for mark in ";\n,") > 4 * most:
             raise too_many
-        listed = [one for text in texts for one in split_classes(text)]
+        # A form, which has no lists, may hold one as text.
+        read = (typed_read(classes).classes,) if isinstance(classes, str) else map(split_classes, texts)
+        listed = [one for part in read for one in part]
         if len(listed) + len(exemplars) > most:
             raise too_many
         if len(exemplars) > self.settings.max_pictures:
@@ -135,7 +137,8 @@ class Service:
         words = [VocabularyClass(one.name, one.synonyms, scored=one.scored) for one in listed]
         places = {word.name: place for place, word in enumerate(words)}
         for one in exemplars:
-            shown = (Exemplar(picture if one.image is None else decode_picture(one.image), box=one.box),)
+            shows = picture if one.image is None else decode_picture(one.image, "An exemplar's picture")
+            shown = (Exemplar(shows, box=one.box),)
             made = VocabularyClass(one.name, exemplars=shown, scored=False)
             if made.name in places:
                 known = words[places[made.name]]

@@ -227,6 +227,10 @@ def test_what_is_wrong_is_a_sentence_with_its_status(running: Running) -> None:
         ({"classes": "cat; cat"}, 422, "twice"),
         ({"classes": "cat; " + "very " * 100 + "long"}, 422, "shorter name"),
         ({"classes": "; ".join(f"c{i}" for i in range(60))}, 422, "more than 50 classes"),
+        ({"classes": ["cat", "dog, " + ", ".join(f"c{i}" for i in range(200))]}, 422, "200 words"),
+        ({"background": "sky, " * 1000 + "sky"}, 422, "1000 characters"),
+        ({"classes": '["cat", "Cat"]'}, 422, "twice"),
+        ({"exemplars": [{"name": "mug", "box": [0, 0, 9, 9], "image": "%%%"}]}, 422, "exemplar's picture is not"),
         ({"classes": 5}, 422, "classes"),
         ({"model": "other"}, 404, "not served"),
         ({"window": -3}, 422, "window"),
@@ -248,10 +252,16 @@ def test_what_is_wrong_is_a_sentence_with_its_status(running: Running) -> None:
     assert_sentence(client.get("/v1/segment"), 405, "Method")
 
 
+@pytest.mark.parametrize("text", ["cat; dog", "[cat, dog]", '["cat", "dog"]', "cat\ndog"])
+def test_a_list_may_come_as_text(running: Running, text: str) -> None:
+    reply = running.client.post("/v1/classes", json={"classes": text})
+    assert [one["name"] for one in reply.json()["classes"]] == ["cat", "dog"]
+
+
 def test_words_of_clients_are_never_files(running: Running, tmp_path: Path) -> None:
     secret = tmp_path / "secret.txt"
     secret.write_text("hunter2\n")
-    for text in (f"@{secret}", str(secret), f"mug = cup, photo:{secret}"):
+    for text in (f"@{secret}", str(secret), f"[{secret}]", f"mug = cup, photo:{secret}"):
         reply = running.client.post("/v1/classes", json={"classes": text})
         assert "hunter2" not in reply.text
         if text.startswith("mug"):

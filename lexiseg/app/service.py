@@ -90,6 +90,8 @@ class Service:
     def __init__(self, segmenters: dict[str, Segmenter], settings: ServiceSettings) -> None:
         if not segmenters:
             raise LexisegError("A service needs at least one model; name one.")
+        if settings.classes is not None:
+            Vocabulary.parse(typed_read(settings.classes))  # what is wrong with them is said here, not to every client
         self.segmenters = segmenters
         self.settings = settings
         self.queue = Queue(settings.queue, settings.batch)

@@ -185,7 +185,7 @@ def _numbers(text: str | None) -> list[int]:
     found: list[int] = []
     for part in [] if text is None else text.split(","):
         ends = re.fullmatch(r"\s*(\d{1,3})\s*(?:-\s*(\d{1,3})\s*)?", part)
-        if ends is None:
+        if ends is None or int(ends[2] or ends[1]) < int(ends[1]):
             raise LexisegError(f"--blocks takes numbers such as 6,9,12 or 6-12, not '{text}'.")
         found.extend(range(int(ends[1]), int(ends[2] or ends[1]) + 1))
     return found

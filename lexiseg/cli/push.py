@@ -11,7 +11,7 @@ from lexiseg.cli.console import say, waiting
 
 
 def push(
-    folder: Annotated[Path, typer.Argument(help="A model that train, convert or export wrote.")],
+    folder: Annotated[Path, typer.Argument(help="A model or a run that train or convert wrote.")],
     repository: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="Repository on the hub.")],
     private: Annotated[bool, typer.Option("--private", help="Make the repository private.")] = False,
     card: Annotated[bool, typer.Option("--card", help="Print the model card and upload nothing.")] = False,
@@ -23,7 +23,8 @@ def push(
     from lexiseg.weights.publish import model_card, push_folder
 
     if card:
-        say(model_card(folder, repository))
+        for line in model_card(folder, repository).splitlines():
+            say(line)
         return
     with waiting(f"uploading {folder}"):
         address = push_folder(folder, repository, private=private)

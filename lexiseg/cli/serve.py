@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from pathlib import Path
 from typing import Annotated
 
@@ -11,6 +12,7 @@ import typer
 from lexiseg.cli.console import say, say_note, waiting
 from lexiseg.cli.options import Device, Dtype
 from lexiseg.errors import LexisegError, need
+from lexiseg.words import first_line
 
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _TOKEN = "LEXISEG_TOKEN"
@@ -87,7 +89,12 @@ def serve(
         server_header=False,
     )
     server = uvicorn.Server(config)
-    sockets = [config.bind_socket()]
-    address, bound = sockets[0].getsockname()[:2]
+    try:  # uvicorn itself would end the process, with an exit code and a log of its own
+        listening = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except (OSError, UnicodeError) as error:
+        raise LexisegError(
+            f"Cannot listen on {host}, port {port} ({first_line(error)}); choose another --host or --port."
+        ) from error
+    address, bound = listening.getsockname()[:2]
     say(f"serving {', '.join(segmenters)} at http://{'[' + address + ']' if ':' in address else address}:{bound}/")
-    server.run(sockets=sockets)
+    server.run(sockets=[listening])

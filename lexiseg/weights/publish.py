@@ -26,8 +26,8 @@ def model_card(folder: str | Path, repository: str = "OWNER/NAME") -> str:
     ``folder``: that `lexiseg.weights.folder.save_model` wrote; a ``report.json`` of an evaluation in it gives metrics.
     Raises LexisegError if it is not a model folder.
     """
-    folder = Path(folder)
-    config = read_json(folder / "config.json")
+    folder = _model_of(folder)
+    config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
     if not isinstance(config.get("system"), str):
         raise LexisegError(f"'{printable(str(folder))}' is not a model folder; name one that train or convert wrote.")
     about = config.get("metadata") or {}
@@ -43,6 +43,12 @@ def model_card(folder: str | Path, repository: str = "OWNER/NAME") -> str:
         measured="\n".join(_measured(folder)),
         licence=_licence(clip),
     )
+
+
+def _model_of(folder: str | Path) -> Path:
+    """The model's folder, also where the folder of its training is given."""
+    model = Path(folder, "model")
+    return model if model.is_dir() else Path(folder)
 
 
 def _training(config: dict[str, Any], about: dict[str, Any]) -> list[str]:
@@ -96,7 +102,7 @@ def push_folder(folder: str | Path, repository: str, *, private: bool = False) -
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 
-    folder = Path(folder)
+    folder = _model_of(folder)
     card = model_card(folder, repository)
     if not (folder / CARD).is_file():
         write_text(folder / CARD, card)

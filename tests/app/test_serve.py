@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -41,12 +42,16 @@ def test_the_command_serves_until_sigterm(tmp_path: Path) -> None:
         (["--files", "nowhere"], "not a folder"),
         (["--model", "no-such-model"], "no-such-model"),
         (["--port", "99999"], "port"),
+        (["--model", "zegclip-emoji", "--port", "{taken}"], "Cannot listen on 127.0.0.1"),
+        (["--model", "zegclip-emoji", "--classes", ";"], "Class 1 in ';' is empty"),
     ],
 )
 def test_mistakes_are_sentences(
     arguments: list[str], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert main(["serve", *arguments]) == 2
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        assert main(["serve", *(word.replace("{taken}", port) for word in arguments)]) == 2
     error = capsys.readouterr().err.strip()
     assert says in error and len(error.splitlines()) == 1, error

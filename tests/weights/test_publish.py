@@ -88,8 +88,14 @@ def test_the_card_says_what_the_run_says(folder: Path) -> None:
     assert "hiou" not in card
     (folder / "report.json").unlink()
     assert "There is no evaluation in this folder" in model_card(folder)
-    with pytest.raises(LexisegError):
-        model_card(folder.parent)
+    assert model_card(folder.parent) == model_card(folder)  # the run that made it
+    with pytest.raises(LexisegError, match="not a model folder"):
+        model_card(folder / "nothing")
+
+
+def test_the_card_is_printed_as_it_would_be_uploaded(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["push", str(folder), "owner/name", "--card"]) == 0
+    assert capsys.readouterr().out == model_card(folder, "owner/name").rstrip("\n") + "\n"
 
 
 def test_a_folder_arrives_whole(folder: Path, hub: type[Hub]) -> None:

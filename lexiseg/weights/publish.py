@@ -58,7 +58,7 @@ def _training(config: dict[str, Any], about: dict[str, Any]) -> list[str]:
         "steps": about.get("steps"),
         "batch size": about.get("batch_size"),
         "seed": about.get("seed"),
-        "converted from": about.get("converted_from"),
+        "converted from": about.get("source"),
         "classes with masks": len(config.get("seen_names") or ()) or None,
     }
     return [f"- {name}: {printable(str(value))}" for name, value in facts.items() if value is not None] or [
@@ -74,9 +74,16 @@ def _measured(folder: Path) -> list[str]:
     metrics = report.get("metrics") or {}
     rows = [(name, value) for name, value in metrics.items() if isinstance(value, int | float) and name != "seconds"]
     about = report.get("protocol") or {}
-    named = about.get("protocol") or about.get("name")
-    lines = [f"By the protocol `{printable(str(named))}`:", ""] if named else []
-    return [*lines, "| metric | value |", "|---|---|", *(f"| {printable(name)} | {value:g} |" for name, value in rows)]
+    where = f"On `{printable(str(about.get('dataset')))}`, {printable(str(about.get('split')))}"
+    if protocol := about.get("protocol"):
+        where += f", by the protocol `{printable(str(protocol.get('name')))}`"
+    return [
+        f"{where}:",
+        "",
+        "| metric | value |",
+        "|---|---|",
+        *(f"| {printable(name)} | {value:g} |" for name, value in rows),
+    ]
 
 
 def _licence(clip: Mapping[str, Any]) -> str:

@@ -16,6 +16,8 @@ import pytest
 import lexiseg
 from lexiseg.cli import main
 from lexiseg.errors import LexisegError
+from lexiseg.evaluation import evaluate
+from lexiseg.evaluation.protocols import find_protocol
 from lexiseg.weights.folder import packaged_models
 from lexiseg.weights.publish import model_card, push_folder
 
@@ -23,7 +25,8 @@ from lexiseg.weights.publish import model_card, push_folder
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     shutil.copytree(packaged_models()["zegclip-emoji"], tmp_path / "model")
-    report = {"format": 1, "metrics": {"miou": 61.5, "hiou": None}, "protocol": {"name": "picture-world"}}
+    protocol = {"dataset": "voc2012", "split": "val", **find_protocol("gzs-voc").card(synonyms=None)}
+    report = {"format": 1, "metrics": {"miou": 61.5, "hiou": None}, "protocol": protocol}
     (tmp_path / "model" / "report.json").write_text(json.dumps(report))
     return tmp_path / "model"
 
@@ -85,7 +88,7 @@ def test_the_card_says_what_the_run_says(folder: Path) -> None:
     assert card.startswith("---\nlibrary_name: lexiseg")
     for words in ('lexiseg.load("owner/name")', "data: picture-world", "steps: 600", "| miou | 61.5 |", "SIL OFL"):
         assert words in card, words
-    assert "hiou" not in card
+    assert "hiou" not in card and "On `voc2012`, val, by the protocol `gzs-voc`:" in card
     (folder / "report.json").unlink()
     assert "There is no evaluation in this folder" in model_card(folder)
     assert model_card(folder.parent) == model_card(folder)  # the run that made it
@@ -96,6 +99,15 @@ def test_the_card_says_what_the_run_says(folder: Path) -> None:
 def test_the_card_is_printed_as_it_would_be_uploaded(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["push", str(folder), "owner/name", "--card"]) == 0
     assert capsys.readouterr().out == model_card(folder, "owner/name").rstrip("\n") + "\n"
+
+
+def test_the_card_of_a_report_and_of_a_conversion_as_they_are_written(folder: Path, tmp_path: Path) -> None:
+    evaluate("picture-world", folder, output=folder, size=32, limit=1, progress=False)
+    config = json.loads((folder / "config.json").read_text())
+    config["metadata"] = {"description": "ZegCLIP converted from the authors' checkpoint", "source": "zegclip.pth"}
+    (folder / "config.json").write_text(json.dumps(config))
+    card = model_card(folder)
+    assert "On `picture-world`, val:" in card and "- converted from: zegclip.pth" in card
 
 
 def test_a_folder_arrives_whole(folder: Path, hub: type[Hub]) -> None:

@@ -8,11 +8,9 @@ number of masks in the batch.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from lexiseg.errors import LexisegError
@@ -86,7 +84,7 @@ def mask_losses(
             factors = focal_weight / masks, dice_weight / masks
             weights = None if weights is None else weights.to(logits.device, torch.float32)
             focal, dice = _batch_losses(logits, labels.long(), factors, weights, gradient)
-        return MaskLosses(with_gradients(focal + dice, (logits, gradient)), focal, dice)
+        return MaskLosses(with_gradient(focal + dice, logits, gradient), focal, dice)
 
 
 def _batch_losses(
@@ -121,25 +119,12 @@ def _batch_losses(
     return focal, dice
 
 
-class _Attach(torch.autograd.Function):
-    """A value whose gradients are known already: pairs of a tensor and the value's gradient by it."""
-
-    @staticmethod
-    def forward(ctx: Any, value: Tensor, *pairs: Tensor) -> Tensor:
-        ctx.save_for_backward(*pairs[1::2])
-        return value.clone()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
-        given = [(gradient * outputs[0].to(gradient.dtype), None) for gradient in ctx.saved_tensors]
-        return None, *(part for pair in given for part in pair)
-
-
-def with_gradients(value: Tensor, *pairs: tuple[Tensor, Tensor | None]) -> Tensor:
-    """``value``, with these gradients by these tensors; None leaves one out."""
-    known = [(tensor, gradient.to(tensor.dtype)) for tensor, gradient in pairs if gradient is not None]
-    return _Attach.apply(value, *(part for pair in known for part in pair)) if known else value
+def with_gradient(value: Tensor, tensor: Tensor, gradient: Tensor | None) -> Tensor:
+    """``value`` with a known gradient by ``tensor``, by way of a term that is 0; None leaves it out."""
+    if gradient is None:
+        return value
+    term = (tensor.float() * gradient).sum()
+    return value + (term - term.detach())
 
 
 def gradient_of(tensor: Tensor) -> Tensor | None:

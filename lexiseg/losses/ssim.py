@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lexiseg.losses.masks import bilinear_matrix, check_labels, gradient_of, ignore_index, with_gradients
+from lexiseg.losses.masks import bilinear_matrix, check_labels, gradient_of, ignore_index, with_gradient
 from lexiseg.losses.reduction import reduction_weight
 
 _SIDE, _SIGMA = 11, 1.5
@@ -33,7 +33,7 @@ def ssim_loss(logits: Tensor, labels: Tensor, *, weight: float = 1.0) -> Tensor:
     with torch.autocast(logits.device.type, enabled=False):
         gradient = gradient_of(logits)
         loss = _batch_loss(logits.detach().float(), labels.long(), weight, gradient)
-        return with_gradients(loss, (logits, gradient)) * reduction_weight(len(logits), logits.device)
+        return with_gradient(loss, logits, gradient) * reduction_weight(len(logits), logits.device)
 
 
 def _batch_loss(logits: Tensor, labels: Tensor, weight: float, gradient: Tensor | None) -> Tensor:

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from lexiseg.errors import LexisegError
 from lexiseg.losses.exclusive import exclusive_logits, exclusive_losses
-from lexiseg.losses.masks import count_masks, mask_losses, pseudo_labels
+from lexiseg.losses.masks import count_masks, mask_losses, pseudo_labels, with_gradient
 from lexiseg.losses.ssim import ssim_loss
 from tests.references import pixel_accuracy
 
@@ -164,3 +164,13 @@ def test_similarity_and_its_gradient() -> None:
     assert float(ssim_loss(perfect, labels)) == pytest.approx(0.0, abs=1e-4)
     with pytest.raises(LexisegError, match="label is 7"):
         ssim_loss(values, torch.full((2, 12, 10), 7))
+
+
+def test_a_known_gradient_leaves_the_value_as_it_is() -> None:
+    logits, gradient = torch.randn(2, 3, requires_grad=True), torch.randn(2, 3)
+    value = torch.tensor(1e-3)
+    with_it = with_gradient(value, logits, gradient)
+    assert torch.equal(with_it, value)
+    (2.0 * with_it).backward()
+    assert logits.grad is not None and torch.equal(logits.grad, 2.0 * gradient)
+    assert with_gradient(value, logits, None) is value

@@ -22,27 +22,16 @@ _EXPANSION = 4
 _MULTI_GRID = (1, 2, 4)
 
 
-class FeatureBackbone(nn.Module):
-    """Images (B, 3, H, W) in, four features at strides 4, 8, 16, 32 out.
-
-    Attributes:
-        channels: widths of the four features.
-    """
-
-    channels: tuple[int, ...]
-
-    def forward(self, images: Tensor) -> list[Tensor]:
-        """Return features (B, channels[i], H / 2^(i+2), W / 2^(i+2)), i = 0..3; H and W are multiples of 32."""
-        raise NotImplementedError
-
-
-class ResNetBackbone(FeatureBackbone):
+class ResNetBackbone(nn.Module):
     """timm's ResNet with frozen batch norms, stride in the 3x3 convolution: "r50", "r101", "r50c" or "r101c".
 
     The variants with "c" are detectron2's DeepLab ResNets as the released DeOP, ZSSeg and FreeSeg configure them: a
     stem of three 3x3 convolutions, and dilations 1, 2, 4 in the last stage. Frozen batch norms use given statistics,
     and all four of their tensors are buffers: the optimiser never sees them. ``widths`` are the stages' inner ones, a
     quarter of the features'. An odd width of the stem is a `LexisegError`.
+
+    Attributes:
+        channels: widths of the four features.
     """
 
     def __init__(self, kind: Backbone, widths: tuple[int, int, int, int], stem_width: int) -> None:
@@ -76,6 +65,7 @@ class ResNetBackbone(FeatureBackbone):
         self.channels = tuple(width * _EXPANSION for width in widths)
 
     def forward(self, images: Tensor) -> list[Tensor]:
+        """Features (B, channels[i], H / 2^(i+2), W / 2^(i+2)), i = 0..3, of images with sides of multiples of 32."""
         body: Any = self.body
         if plain(images):  # as a processor computes convolutions fastest
             images = images.contiguous(memory_format=torch.channels_last)
@@ -124,7 +114,7 @@ def _join_norms(body: nn.Module) -> None:
         convolution.__class__, convolution.norm = NormedConv2d, (norm,)
 
 
-class TinyBackbone(FeatureBackbone):
+class TinyBackbone(nn.Module):
     """A light residual network with group norms: it trains from scratch, with any batch, and has no statistics.
 
     Two strided 3x3 convolutions, the first to ``stem_width``, then a residual block of two per stage, strided in all
@@ -142,6 +132,7 @@ class TinyBackbone(FeatureBackbone):
         )
 
     def forward(self, images: Tensor) -> list[Tensor]:
+        """See `ResNetBackbone.forward`."""
         x = self.stem(images)
         features = []
         for stage in self.stages:
@@ -174,7 +165,7 @@ class _Residual(nn.Module):
         return self.activation(self.shortcut(x) + self.body(x))
 
 
-def build_backbone(options: QueryOptions) -> FeatureBackbone:
+def build_backbone(options: QueryOptions) -> ResNetBackbone | TinyBackbone:
     """Build the backbone that the options name, with random weights."""
     if options.backbone == "tiny":
         return TinyBackbone(options.widths or TINY_WIDTHS, options.stem_width or 16)

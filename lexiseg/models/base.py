@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lexiseg.checking import check
-from lexiseg.clip.load import check_state, shapes_of
+from lexiseg.clip.load import count_parameters, shapes_of
 from lexiseg.clip.model import CLIP
 from lexiseg.clip.prompt_learner import PromptLearner
 from lexiseg.clip.text import TextEmbedder
@@ -21,10 +20,9 @@ from lexiseg.errors import LexisegError
 from lexiseg.models.options import ModelOptions, Triple
 from lexiseg.scores import Scores
 from lexiseg.scores.words import WordsRule
-from lexiseg.vocabulary import SINGLE_TEMPLATE, Vocabulary
+from lexiseg.templates import SINGLE_TEMPLATE
+from lexiseg.vocabulary import Vocabulary
 from lexiseg.windows import WindowPolicy
-
-Towers = Callable[[], CLIP]
 
 
 @dataclass(frozen=True)
@@ -123,49 +121,13 @@ class SegmentationModel(nn.Module, ABC):
         """The part of the model that is its learned text prompts, or None."""
         return next((part for part in self.children() if isinstance(part, PromptLearner)), None)
 
-    @classmethod
-    def check_init(
-        cls, options: ModelOptions, other: type[SegmentationModel], other_options: ModelOptions, clip: Towers, name: str
-    ) -> None:
-        """Check that a model of this system can be initialised from another's, before that other one is trained.
-
-        Args:
-            options: of the new model.
-            other: the system it would be initialised from.
-            other_options: that system's options.
-            clip: builds the towers of both.
-            name: of the recipe that trains the other, for the message.
-
-        Raises:
-            LexisegError: it cannot be, or one of the two cannot be built.
-        """
-        if other is cls or (cls.family and cls.family == other.family):
-            towers = clip()
-            # Shapes are all that is asked for, and torch warns of the values that are lost.
-            with torch.device("meta"), warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                pairs = ((other, other_options), (cls, options))
-                there, here = (shapes_of(system.build(towers, given.model_dump())) for system, given in pairs)
-            if there == here:
-                return
-            if other is cls:
-                key = next(key for key in (*here, *there) if here.get(key) != there.get(key))
-                raise LexisegError(
-                    f"The model of '{name}' does not fit: {key} is {there.get(key, 'missing')} in it and "
-                    f"{here.get(key, 'missing')} in the recipe's; give both the same options."
-                )
-        raise LexisegError(
-            f"'{name}' trains the system '{other.system}', but the recipe trains '{cls.system}'; name a recipe of that "
-            "system."
-        )
-
     def init_from(self, other: SegmentationModel, what: str) -> tuple[str, ...]:
         """Start from a trained model: take its weights, CLIP's included, of this system or its `family`.
 
         Only weights are taken, so options that change no tensor's shape may differ.
 
         Args:
-            other: the trained model.
+            other: the trained model. Without values (on the device "meta") it tells whether it would fit.
             what: names it in messages, such as "The initial model 'runs/a'".
 
         Returns:
@@ -174,15 +136,20 @@ class SegmentationModel(nn.Module, ABC):
         Raises:
             LexisegError: it is of another system or of other shapes.
         """
-        state, shapes = other.state_dict(), shapes_of(self)
-        related = bool(self.family) and self.family == other.family and shapes_of(other) == shapes
+        there, here = shapes_of(other), shapes_of(self)
+        related = bool(self.family) and self.family == other.family and there == here
         if other.system != self.system and not related:
             raise LexisegError(
                 f"{what} is of the system '{other.system}', but the recipe trains '{self.system}'; start from a model "
                 "of that system."
             )
-        check_state(state, shapes, what)
-        self.load_state_dict(state)
+        if there != here:
+            key = next(key for key in (*here, *there) if here.get(key) != there.get(key))
+            raise LexisegError(
+                f"{what} does not fit: {key} is {there.get(key, 'missing')} in it and {here.get(key, 'missing')} in "
+                "the recipe's; give both the same options."
+            )
+        self.load_state_dict(other.state_dict())
         return ()
 
     def check_start(self, *, proposals: bool, steps: int) -> None:
@@ -320,10 +287,8 @@ class SegmentationModel(nn.Module, ABC):
 
     def trainable_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Yield (name, parameter) of all parameters that training changes."""
-        names = set(self.trainable_names())
-        return ((name, parameter) for name, parameter in self.named_parameters() if name in names)
+        return ((name, parameter) for name, parameter in self.named_parameters() if parameter.requires_grad)
 
     def num_parameters(self, *, trainable: bool = False) -> int:
         """Count parameters, all or only those that training changes."""
-        pairs = self.trainable_parameters() if trainable else self.named_parameters()
-        return sum(parameter.numel() for _, parameter in pairs)
+        return count_parameters(self, trainable=trainable)

@@ -9,7 +9,7 @@ from torch import nn
 
 from lexiseg.clip.load import shapes_of
 from lexiseg.errors import LexisegError
-from lexiseg.models.base import SegmentationModel, Towers
+from lexiseg.models.base import SegmentationModel
 from lexiseg.models.options import ModelOptions, WindowOptions
 from lexiseg.proposals.base import ProposalGenerator
 from lexiseg.proposals.options import GeneratorOptions, MaskFormerOptions, QueryOptions
@@ -57,14 +57,6 @@ class StartsFromParts(SegmentationModel):
     generator: ProposalGenerator
     no_object: nn.Parameter
     student: nn.Module | None
-
-    @classmethod
-    def check_init(
-        cls, options: ModelOptions, other: type[SegmentationModel], other_options: ModelOptions, clip: Towers, name: str
-    ) -> None:
-        """Decoupled systems take over what fits; see `SegmentationModel.check_init`."""
-        if cls.family != other.family:
-            super().check_init(options, other, other_options, clip, name)
 
     def init_from(self, other: SegmentationModel, what: str) -> tuple[str, ...]:
         """All weights of the same form of the same system, else the parts that fit; see `SegmentationModel.init_from`.

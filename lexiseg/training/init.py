@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
+
+import torch
 
 from lexiseg.clip.load import check_state, load_clip, shapes_of
 from lexiseg.clip.model import CLIP
@@ -237,8 +240,12 @@ def refuse_misfit(first: SegmentationRecipe, recipe: SegmentationRecipe, clip: C
 
     ``clip`` are the towers of both; None loads them. A `LexisegError` says that it cannot, or that one cannot be built.
     """
-    (before, own), (after, wanted) = system_of(first), system_of(recipe)
-    after.check_init(wanted, before, own, lambda: clip or load_clip(recipe.model.clip), str(recipe.initial))
+    towers = clip or load_clip(recipe.model.clip)
+    # Shapes are all that is asked for, and torch warns of the values that are lost.
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        before, after = (system(towers, options) for system, options in map(system_of, (first, recipe)))
+        after.init_from(before, f"A model of '{recipe.initial}'")
 
 
 def prompt_stage(recipe: SegmentationRecipe) -> PromptRecipe:

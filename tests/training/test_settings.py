@@ -280,8 +280,8 @@ def test_the_stages_of_a_decoupled_system_fit_each_other() -> None:
         prompt_stage(changed("zsseg-voc2012", prompts=None))
 
 
-@pytest.mark.parametrize(("initial", "words"), [("zegclip-picture-world", "trains the system 'zegclip'"),
-                                                ("zsseg-picture-world", "trains the system 'zsseg'")])  # fmt: skip
+@pytest.mark.parametrize(("initial", "words"), [("zegclip-picture-world", "is of the system 'zegclip'"),
+                                                ("zsseg-picture-world", "is of the system 'zsseg'")])  # fmt: skip
 def test_a_first_stage_that_cannot_fit_is_not_trained(tmp_path: Path, initial: str, words: str) -> None:
     recipe = changed("cascade-clip-picture-world-transductive").model_copy(
         update={"initial": initial, "initial_steps": None}
@@ -341,7 +341,7 @@ def test_what_cannot_be_started_from(tmp_path: Path, clip_folder: Path, caplog: 
         build_task(recipe_of(clip_folder, "spt-seg", initial=start))
     other = recipe_of(clip_folder, initial=start)
     other.model.options["num_prompts"] = 3
-    with pytest.raises(LexisegError, match=r"prompts.* is \(.*\) (in the file|instead of)"):
+    with pytest.raises(LexisegError, match=r"prompts.* is \(.*\) in it and"):
         build_task(other)
     with pytest.raises(LexisegError, match="nowhere"):
         build_task(recipe_of(clip_folder, initial="nowhere"))

@@ -35,7 +35,7 @@ INTERFACES = {
     "clip.foreign": "the CLIPs of other libraries behind the face of clip.model",
     "clip.library_towers": "the towers of open_clip, timm and transformers, which are what clip.patch_tower says",
     "clip.load": "finds a CLIP by name",
-    "clip.templates": "lists of sentences",
+    "templates": "lists of sentences",
     "clip.positions": "resizes a position table",
     "clip.embeddings": "CLIP as it is: a picture in, the embedding of the whole or of its patches out",
     "clip.prompt_learner": "CoOp, another paper's: vectors around a name where a template has words",
@@ -50,7 +50,6 @@ INTERFACES = {
     "losses": "formulas, which the systems' docstrings repeat, computed with little memory and over processes",
     "models.decoupled_init": "what a training may take over from another system's model",
     "models.similarity_init": "an initial state of our own, which no paper has",
-    "models.spectral_init": "the same for SPT-SEG",
 }
 """Rooms, or parts of rooms, that a reader need not enter unless they are the system asked for, and what is in them."""
 

@@ -21,7 +21,8 @@ from lexiseg.images import DEFAULT_MAX_PIXELS, ImageSource, list_images
 from lexiseg.label_ids import ignore_index
 from lexiseg.pictures import Failure, HeldPicture, Picture, WindowSource, read_picture, run_in_batches, window_policy
 from lexiseg.segmentation import Segmentation
-from lexiseg.vocabulary import SINGLE_TEMPLATE, TemplateSource, Vocabulary, VocabularySource
+from lexiseg.templates import SINGLE_TEMPLATE
+from lexiseg.vocabulary import TemplateSource, Vocabulary, VocabularySource
 from lexiseg.windows import Box, WindowPolicy
 from lexiseg.words import describe, quoted, shorten, whole_number
 

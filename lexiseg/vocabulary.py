@@ -22,34 +22,11 @@ from lexiseg.colors import BACKGROUND_COLOR, distinct_colors, parse_color
 from lexiseg.errors import LexisegError, LexisegWarning
 from lexiseg.exemplars import PREFIX, Exemplar
 from lexiseg.files import write_json, write_text
+from lexiseg.templates import SINGLE_TEMPLATE, TEMPLATE_SETS
 from lexiseg.words import clean_word, describe, shorten, word_key
 
 if TYPE_CHECKING:
     import torch
-
-SINGLE_TEMPLATE: tuple[str, ...] = ("a photo of a {}",)
-"""CLIP's single template as the one-stage papers' code uses it: lower case, no full stop (ZegCLIP, Sec. 4.2)."""
-
-PAPER_TEMPLATES: tuple[str, ...] = (
-    "a photo of a {}.",
-    "a photo of a small {}.",
-    "a photo of a medium {}.",
-    "a photo of a large {}.",
-    "This is a photo of a {}.",
-    "This is a photo of a small {}.",
-    "This is a photo of a medium {}.",
-    "This is a photo of a large {}.",
-    "a {} in the scene.",
-    "a photo of a {} in the scene.",
-    "There is a {} in the scene.",
-    "There is the {} in the scene.",
-    "This is a {} in the scene.",
-    "This is the {} in the scene.",
-    "This is one {} in the scene.",
-)
-"""The 15 templates whose text vectors the papers average on COCO and Context, in their order."""
-
-_NAMED_TEMPLATES = {"single": SINGLE_TEMPLATE, "paper": PAPER_TEMPLATES}
 
 VocabularySource: TypeAlias = (
     "str | Path | Vocabulary | ClassList | Mapping[str, Any] | Iterable[str | Mapping[str, Any]]"
@@ -430,6 +407,6 @@ def _read_templates(source: object) -> tuple[str, ...]:
     if source is None:
         return SINGLE_TEMPLATE
     given = [source] if isinstance(source, str) else source
-    if isinstance(given, Sequence) and len(given) == 1 and isinstance(given[0], str) and given[0] in _NAMED_TEMPLATES:
-        return _NAMED_TEMPLATES[given[0]]
+    if isinstance(given, Sequence) and len(given) == 1 and isinstance(given[0], str) and given[0] in TEMPLATE_SETS:
+        return TEMPLATE_SETS[given[0]]
     return _check_templates(given)

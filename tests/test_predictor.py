@@ -18,7 +18,8 @@ from lexiseg.models.base import ImageFeatures
 from lexiseg.scores import GridScores
 from lexiseg.segmentation import Segmentation
 from lexiseg.segmenter import Segmenter
-from lexiseg.vocabulary import PAPER_TEMPLATES, SINGLE_TEMPLATE, Vocabulary
+from lexiseg.templates import PAPER_TEMPLATES, SINGLE_TEMPLATE
+from lexiseg.vocabulary import Vocabulary
 from tests.patchwork import WORDS, Patchwork, picture, same, segmenter
 
 

@@ -11,7 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lexiseg.errors import LexisegError
-from lexiseg.vocabulary import PAPER_TEMPLATES, SINGLE_TEMPLATE, Background, Vocabulary, VocabularyClass
+from lexiseg.templates import PAPER_TEMPLATES, SINGLE_TEMPLATE
+from lexiseg.vocabulary import Background, Vocabulary, VocabularyClass
 from lexiseg.words import word_key
 
 FEW = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -178,6 +179,7 @@ def test_a_template_needs_one_place_for_the_name(template: str) -> None:
 
 def test_templates() -> None:
     assert Vocabulary.parse("cat", templates="paper").templates == PAPER_TEMPLATES
+    assert len(Vocabulary.parse("cat", templates="vild").templates) == 14
     assert Vocabulary.parse("cat", templates="the {} {x}").prompts("{}") == ("the {} {x}",)
     assert Vocabulary.parse("cat", default_templates="paper").templates == PAPER_TEMPLATES
     stated = {"classes": ["cat"], "templates": ["a {}"]}

@@ -34,7 +34,6 @@ from typing import Annotated, Any
 import yaml
 from pydantic import BeforeValidator, Field
 
-from lexiseg.clip.templates import TEMPLATE_SETS
 from lexiseg.data.sets.catalog import data_set
 from lexiseg.data.sets.dataset import FileDataset
 from lexiseg.data.sets.open import open_data_set, with_background
@@ -44,12 +43,11 @@ from lexiseg.models.base import SegmentationModel
 from lexiseg.models.dense_clip import DenseCLIP
 from lexiseg.models.region_base import RegionModel
 from lexiseg.strict import StrictModel
-from lexiseg.vocabulary import PAPER_TEMPLATES, SINGLE_TEMPLATE
+from lexiseg.templates import TEMPLATE_SETS
 from lexiseg.windows import WindowPolicy
 from lexiseg.words import near_names
 
-_SENTENCES = {**TEMPLATE_SETS, "single": SINGLE_TEMPLATE, "paper": PAPER_TEMPLATES}
-Sentences = Annotated[tuple[str, ...], BeforeValidator(_SENTENCES.__getitem__)]
+Sentences = Annotated[tuple[str, ...], BeforeValidator(TEMPLATE_SETS.__getitem__)]
 
 
 class Protocol(StrictModel):

@@ -27,10 +27,8 @@ from lexiseg.models.base import ImageFeatures, SegmentationModel
 from lexiseg.models.cost_aggregation import AggregationOptions, CostAggregator
 from lexiseg.models.options import Count, ModelOptions, Pixels
 from lexiseg.scores import GridScores
+from lexiseg.templates import IN_THE_SCENE
 from lexiseg.vocabulary import Vocabulary
-
-CAT_SEG_TEMPLATE = "A photo of a {} in the scene"
-"""The template of the released models."""
 
 _MAPS_AT_ONCE = 512  # pairs of a picture and a word that are aggregated at once at prediction, which bounds the memory
 
@@ -133,7 +131,7 @@ class CATSeg(SegmentationModel):
         self.upsample1 = nn.ConvTranspose2d(tower.width, options.guidance_dims[0], 2, 2)
         self.upsample2 = nn.ConvTranspose2d(tower.width, options.guidance_dims[1], 4, 4)
         self.aggregator = CostAggregator(clip.embed_dim, options)
-        self.default_templates = (CAT_SEG_TEMPLATE,)
+        self.default_templates = IN_THE_SCENE  # as released
         self.set_trainable()
 
     def trainable_names(self) -> tuple[str, ...]:

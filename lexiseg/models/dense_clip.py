@@ -21,7 +21,6 @@ from torch.nn import functional as F
 from lexiseg.clip.model import CLIP
 from lexiseg.clip.patch_tower import Grid, PatchTower
 from lexiseg.clip.positions import Interpolation
-from lexiseg.clip.templates import IMAGENET_80
 from lexiseg.errors import LexisegError
 from lexiseg.models.base import ImageFeatures, SegmentationModel
 from lexiseg.models.last_block import (
@@ -40,6 +39,7 @@ from lexiseg.normalisation import pixels_of
 from lexiseg.scores import GridScores
 from lexiseg.scores.words import WordsRule
 from lexiseg.smoothing import pamr
+from lexiseg.templates import IMAGENET_80
 from lexiseg.windows import WindowPolicy
 
 Method = Literal["maskclip", "clip", "sclip", "clearclip", "naclip", "resclip", "proxyclip", "gem"]

@@ -24,7 +24,6 @@ from lexiseg.clip.embeddings import whole_patches
 from lexiseg.clip.model import CLIP
 from lexiseg.clip.positions import resize_positions
 from lexiseg.clip.prompt_learner import PromptLearner
-from lexiseg.clip.templates import SCULPTURE
 from lexiseg.clip.tower import BeforeBlock, block_attention, token_values
 from lexiseg.errors import LexisegError
 from lexiseg.losses.proposals import ProposalWeights
@@ -45,6 +44,7 @@ from lexiseg.proposals.base import Proposals
 from lexiseg.regions.anchors import QueryAnchors, pool
 from lexiseg.regions.pooling import Size, resize_masks, unit_or_zero
 from lexiseg.scores import RegionScores
+from lexiseg.templates import SCULPTURE
 
 Anchors = QueryAnchors | ConvAnchors | ReleasedConvAnchors
 Fraction = Annotated[float, Field(ge=0, le=1)]

@@ -18,7 +18,6 @@ from torch.nn import functional as F
 from torchvision.ops import masks_to_boxes, roi_align
 
 from lexiseg.clip.model import CLIP
-from lexiseg.clip.templates import ZEGFORMER_32
 from lexiseg.clip.text import TextEmbedder
 from lexiseg.models.base import ImageFeatures
 from lexiseg.models.options import ModelOptions
@@ -28,6 +27,7 @@ from lexiseg.regions.crops import CropEncoder, CropOptions, Crops
 from lexiseg.regions.ensemble import EnsembleOptions
 from lexiseg.regions.pooling import Size, full_resolution, resize_masks, unit_or_zero
 from lexiseg.scores import RegionScores
+from lexiseg.templates import ZEGFORMER_32
 from lexiseg.vocabulary import Vocabulary
 
 

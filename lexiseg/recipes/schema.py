@@ -12,9 +12,9 @@ from typing import Annotated, Any, Literal, TypeAlias
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from lexiseg.checking import Policy
-from lexiseg.clip.templates import TEMPLATE_SETS
 from lexiseg.recipes.data import Data, PictureWorldData
 from lexiseg.strict import StrictModel
+from lexiseg.templates import TEMPLATE_SETS
 
 HELD_OUT_SEED = 900_001
 """First integer of the seeds of the scenes on which zero-shot accuracy is measured."""
@@ -122,8 +122,9 @@ class SnapshotRecipe(StrictModel):
 
 
 def _known_set(templates: Any) -> Any:
-    named = TEMPLATE_SETS.get(templates) if isinstance(templates, str) else None
-    return templates if named is None else list(named)
+    if not isinstance(templates, str) or templates in ("single", "paper"):
+        return templates
+    return list(TEMPLATE_SETS.get(templates, ())) or templates
 
 
 Templates: TypeAlias = Annotated[str | list[str], BeforeValidator(_known_set)]
@@ -179,8 +180,7 @@ class SegmentationRecipe(StrictModel):
     # folder, or the name of a recipe, which is then trained first like ``initial``.
     teacher: str | None = None
     model: ModelRecipe  # what is built
-    # "single", "paper", the name of a set in :mod:`lexiseg.clip.templates`, a sentence with one ``{}``, or a list of
-    # such sentences
+    # the name of a set in :mod:`lexiseg.templates`, such as "single", a sentence with one ``{}``, or a list of such
     templates: Templates = "single"
     data: Data  # what it is trained on
     evaluation: SnapshotRecipe = Field(default_factory=SnapshotRecipe)  # how it is judged while training

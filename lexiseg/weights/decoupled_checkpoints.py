@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 from lexiseg.clip.model import CLIP, build_clip
-from lexiseg.clip.templates import IN_THE_SCENE, SCULPTURE, VILD_14
 from lexiseg.errors import LexisegError
 from lexiseg.models import SYSTEMS
 from lexiseg.models.decoupled import DecoupledModel
 from lexiseg.models.deop import DeOP
 from lexiseg.models.region_base import RegionModel
 from lexiseg.normalisation import IMAGENET_MEAN, IMAGENET_STD
+from lexiseg.templates import IN_THE_SCENE, SCULPTURE, VILD_14
 from lexiseg.weights.clip_state import count_blocks, infer_vit_architecture, shape_of
 from lexiseg.weights.detectron_checkpoint import (
     SECOND_ADAPTER,

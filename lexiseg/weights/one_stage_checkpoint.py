@@ -22,7 +22,7 @@ from lexiseg.models.options import format_groups
 from lexiseg.models.spt_seg import SPTSeg
 from lexiseg.models.zegclip import ZegCLIP
 from lexiseg.normalisation import IMAGENET_MEAN, IMAGENET_STD
-from lexiseg.vocabulary import PAPER_TEMPLATES, SINGLE_TEMPLATE
+from lexiseg.templates import PAPER_TEMPLATES, SINGLE_TEMPLATE
 from lexiseg.weights.clip_state import count_blocks, infer_vit_architecture, require, shape_keys, shape_of
 from lexiseg.weights.filling import filled, key_map
 

@@ -26,7 +26,8 @@ from lexiseg.clip.text_cache import TextCache
 from lexiseg.clip.tower import ImageTower, block_attention, run_block
 from lexiseg.errors import LexisegError
 from lexiseg.models.deop import patch_severance
-from lexiseg.vocabulary import PAPER_TEMPLATES, Vocabulary
+from lexiseg.templates import PAPER_TEMPLATES
+from lexiseg.vocabulary import Vocabulary
 from tests.towers import small_architecture, small_clip
 
 

@@ -12,11 +12,11 @@ from torch.nn import functional as F
 
 from lexiseg.clip.model import CLIP, digest_of
 from lexiseg.clip.prompt_learner import PromptLearner
-from lexiseg.clip.templates import TEMPLATE_SETS
 from lexiseg.clip.text import TextEmbedder
 from lexiseg.data.base import Sample
 from lexiseg.errors import LexisegError
 from lexiseg.models import DenseCLIP
+from lexiseg.templates import TEMPLATE_SETS
 from lexiseg.training.prompts import PromptTask, crop_logits, crop_object, hide_background, read_prompts
 from lexiseg.vocabulary import Vocabulary
 from tests.towers import small_clip
@@ -182,6 +182,8 @@ def test_the_default_hook_is_the_embedder(clip: CLIP) -> None:
 
 def test_template_sets() -> None:
     assert {name: len(templates) for name, templates in TEMPLATE_SETS.items()} == {
+        "single": 1,
+        "paper": 15,
         "sculpture": 1,
         "in-the-scene": 1,
         "vild": 14,

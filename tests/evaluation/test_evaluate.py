@@ -20,7 +20,8 @@ from lexiseg.journal import Journal
 from lexiseg.models import ZegCLIP
 from lexiseg.segmentation import Segmentation
 from lexiseg.segmenter import Segmenter
-from lexiseg.vocabulary import PAPER_TEMPLATES, Vocabulary
+from lexiseg.templates import PAPER_TEMPLATES
+from lexiseg.vocabulary import Vocabulary
 from lexiseg.weights.hashes import weights_hash
 from lexiseg.windows import WindowPolicy
 

@@ -19,8 +19,8 @@ from lexiseg.models import DenseCLIP, ZegCLIP
 from lexiseg.recipes import CatalogData, load_recipe
 from lexiseg.segmentation import Segmentation
 from lexiseg.segmenter import Segmenter
+from lexiseg.templates import PAPER_TEMPLATES, SINGLE_TEMPLATE
 from lexiseg.training.run import identity
-from lexiseg.vocabulary import PAPER_TEMPLATES, SINGLE_TEMPLATE
 from lexiseg.weights.folder import save_model
 from lexiseg.windows import WindowPolicy
 from tests.miniatures import MINIATURES, WIDE, save_index, save_list, save_picture, save_wide

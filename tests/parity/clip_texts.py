@@ -11,8 +11,8 @@ from torch.nn import functional as F
 
 from lexiseg.clip.model import CLIP, build_clip
 from lexiseg.clip.prompt_learner import PromptLearner
-from lexiseg.clip.templates import IMAGENET_80, IMAGENET_SELECT, IN_THE_SCENE, VILD_14, ZEGFORMER_32
 from lexiseg.clip.text import TextEmbedder
+from lexiseg.templates import IMAGENET_80, IMAGENET_SELECT, IN_THE_SCENE, VILD_14, ZEGFORMER_32
 from lexiseg.training.prompts import crop_logits, hide_background
 from tests.parity.case import Case
 from tests.parity.clip_build import IdTokenizer, make_clip, text_sizes, toy_sizes, under

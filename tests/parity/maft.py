@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lexiseg.clip.templates import IMAGENET_SELECT, IN_THE_SCENE
 from lexiseg.clip.text import TextEmbedder
 from lexiseg.models.base import ImageFeatures
 from lexiseg.models.maft import MaskAttention
@@ -22,6 +21,7 @@ from lexiseg.proposals.base import Proposals
 from lexiseg.proposals.mask2former import Mask2Former
 from lexiseg.proposals.maskformer import MaskFormer
 from lexiseg.regions.ensemble import EnsembleOptions, ensemble
+from lexiseg.templates import IMAGENET_SELECT, IN_THE_SCENE
 from lexiseg.weights.decoupled_checkpoints import read_parts
 from tests.parity.case import Case, UnsupportedError
 from tests.parity.clip_build import text_sizes, under, vision_sizes

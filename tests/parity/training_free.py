@@ -11,7 +11,6 @@ from torch.nn import functional as F
 from lexiseg.clip.model import CLIP
 from lexiseg.clip.positions import resize_positions
 from lexiseg.clip.proxy import Proxy
-from lexiseg.clip.templates import IMAGENET_80
 from lexiseg.clip.text import TextEmbedder
 from lexiseg.models.base import ImageFeatures
 from lexiseg.models.dense_clip import DenseCLIP, DenseCLIPOptions
@@ -27,6 +26,7 @@ from lexiseg.models.last_block import (
 from lexiseg.scores import WindowScores
 from lexiseg.scores.words import WordsRule, words_to_classes
 from lexiseg.smoothing import pamr, pamr_weights
+from lexiseg.templates import IMAGENET_80
 from lexiseg.windows import cover
 from tests.parity.case import Case, UnsupportedError
 from tests.parity.clip_build import IdTokenizer, make_clip, vision_sizes

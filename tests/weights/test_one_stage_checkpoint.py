@@ -14,7 +14,7 @@ from lexiseg.clip.model import build_clip
 from lexiseg.errors import LexisegError
 from lexiseg.models import SYSTEMS, DenseCLIP, SegmentationModel, ZegCLIP
 from lexiseg.models.one_stage import OneStageModel
-from lexiseg.vocabulary import PAPER_TEMPLATES, SINGLE_TEMPLATE
+from lexiseg.templates import PAPER_TEMPLATES, SINGLE_TEMPLATE
 from lexiseg.weights import convert, load_model, save_model
 from lexiseg.weights.filling import authors_key
 from lexiseg.weights.one_stage_checkpoint import NAMES

@@ -27,6 +27,7 @@ Words = slice | Tensor
 
 BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_WORDS = 16, 128, 1024
 """`Mixture` takes matrix products in blocks of exactly this size: a value's bits do not depend on what is asked for."""
+_MOST_PLACES = 16  # of a tile whose values are compared one by one
 
 
 class Field(ABC):
@@ -80,10 +81,10 @@ class Field(ABC):
         ``rows`` (n, 2, T) and ``columns`` (m, 2, T) hold ascending inclusive ranges for each of T tiles.
         """
 
-    def gaps(self, words: Tensor, tiles: Tensor, leaders: Tensor, rows: Tensor, columns: Tensor) -> Tensor | None:
-        """(P,) by how much, all over tile t = ``tiles[p]``, ``leaders[t]`` scores more than ``words[p]`` at least.
+    def gaps(self, leaders: Tensor, rows: Tensor, columns: Tensor) -> Tensor | None:
+        """(num_words, n, m) by how much the word ``leaders`` (n, m) of a tile at least exceeds each word all over it.
 
-        ``rows`` and ``columns`` (2, T) are inclusive ranges. A negative number proves nothing; None: nothing is known.
+        Tiles are those of `interval`. A negative number proves nothing; None: nothing is known.
         """
         return None
 
@@ -132,10 +133,17 @@ class Source(Field):
         y, x = every(rows), every(columns)
         return bounds_of(self.points(words, tiles, y.flatten(0, 1), x.flatten(0, 1)), len(y), len(x))
 
-    def gaps(self, words: Tensor, tiles: Tensor, leaders: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-        y, x = every(rows), every(columns)
-        leading = self.points(leaders, torch.arange(len(leaders), device=self.device), y, x)
-        return (spread(leading, tiles) - self.points(words, tiles, y, x)).flatten(0, 1).amin(0)
+    def gaps(self, leaders: Tensor, rows: Tensor, columns: Tensor) -> Tensor | None:
+        y, x = every(rows - self.top), every(columns - self.left)
+        if len(y) * len(x) > _MOST_PLACES:
+            return None
+        smallest = torch.full((1,), torch.inf, device=self.device)
+        for row in y:
+            band = self.values.index_select(1, row).float()
+            for column in x:
+                values = spread(band, column)
+                smallest = torch.minimum(smallest, values.gather(0, leaders[None]) - values)
+        return smallest
 
     def local(self, top: int, bottom: int, left: int, right: int) -> Field:
         return self
@@ -236,19 +244,18 @@ class Squashed(Field):
         low, high = self.child.extremes(words, tiles, rows, columns)
         return self._apply(low, words, -1), self._apply(high, words, -1)
 
-    def gaps(self, words: Tensor, tiles: Tensor, leaders: Tensor, rows: Tensor, columns: Tensor) -> Tensor | None:
-        gaps = self.child.gaps(words, tiles, leaders, rows, columns)
+    def gaps(self, leaders: Tensor, rows: Tensor, columns: Tensor) -> Tensor | None:
+        gaps = self.child.gaps(leaders, rows, columns)
         if gaps is None:
             return None
         if self.squash:
             # The sigmoid of x exceeds that of x - d by at least min(d, 1) times its least slope in [x - 1, x], and
             # where it falls short, by d / 4 at most. A thousandth less makes up for the rounding of the slope itself.
-            every_tile = torch.arange(len(leaders), device=self.device)
-            low, high = self.child.extremes(leaders, every_tile, rows[None], columns[None])
-            decay = torch.maximum((low[0, 0] - 1.0).abs(), high[0, 0].abs()).neg_().exp_()
+            low, high = (bound.gather(0, leaders[None]) for bound in self.child.interval(rows, columns))
+            decay = torch.maximum((low - 1.0).abs(), high.abs()).neg_().exp_()
             slope = 0.999 * decay / (1.0 + decay).square_()
-            gaps = torch.where(gaps > 0, gaps.clamp(max=1.0) * slope.index_select(0, tiles), 0.25 * gaps)
-        return gaps if self.offsets is None else gaps - (self.offsets[leaders][tiles] - self.offsets[words])
+            gaps = torch.where(gaps > 0, gaps.clamp(max=1.0) * slope, 0.25 * gaps)
+        return gaps if self.offsets is None else gaps - (self.offsets[leaders] - self.offsets[:, None, None])
 
     def local(self, top: int, bottom: int, left: int, right: int) -> Field:
         child = self.child.local(top, bottom, left, right)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -10,6 +10,8 @@ from torch import Tensor
 from lexiseg.scores.arithmetic import UNIT_ROUNDOFF
 from lexiseg.scores.fields import Field, Words
 from lexiseg.scores.indexing import shift, spread
+
+Place = tuple[slice, slice, slice]
 
 
 class Mean(Field):
@@ -72,14 +74,8 @@ class Mean(Field):
 
     def interval(self, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
         bounds = _Bounds(self.num_words, rows.shape[1], columns.shape[1], device=self.device)
-        for part, (y, x, height, width) in self.parts:
-            i, j = _overlap(rows, y, height), _overlap(columns, x, width)
-            if i.start < i.stop and j.start < j.stop:
-                part_rows = (rows[:, i] - y).clamp_(0, height - 1)
-                part_columns = (columns[:, j] - x).clamp_(0, width - 1)
-                whole = (part_rows == rows[:, i] - y).all(0)[:, None] & (part_columns == columns[:, j] - x).all(0)
-                low, high = part.interval(part_rows, part_columns)
-                bounds.add((slice(None), i, j), low, high, torch.ones_like(whole), whole)
+        for part, place, part_rows, part_columns, whole in self._touching(rows, columns):
+            bounds.add(place, *part.interval(part_rows, part_columns), torch.ones_like(whole), whole)
         return bounds.result()
 
     def extremes(self, words: Tensor, tiles: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
@@ -99,20 +95,25 @@ class Mean(Field):
                 bounds.add((slice(None), slice(None), pairs), low, high, touch, whole)
         return bounds.result()
 
-    def gaps(self, words: Tensor, tiles: Tensor, leaders: Tensor, rows: Tensor, columns: Tensor) -> Tensor | None:
+    def gaps(self, leaders: Tensor, rows: Tensor, columns: Tensor) -> Tensor | None:
         # The smallest gap of any part bounds their mean, whichever parts cover a place.
-        smallest = torch.full(words.shape, torch.inf, device=self.device)
-        for part, (y, x, height, width) in self.parts:
-            touch = (rows[1] >= y) & (rows[0] < y + height) & (columns[1] >= x) & (columns[0] < x + width)
-            pairs, part_tiles, touched = _touched(touch, tiles)
-            if len(pairs):
-                part_rows = (rows[:, touched] - y).clamp_(0, height - 1)
-                part_columns = (columns[:, touched] - x).clamp_(0, width - 1)
-                gaps = part.gaps(words[pairs], part_tiles, leaders[touched], part_rows, part_columns)
-                if gaps is None:
-                    return None
-                smallest[pairs] = torch.minimum(smallest[pairs], gaps)
+        smallest = torch.full((self.num_words, *leaders.shape), torch.inf, device=self.device)
+        for part, place, part_rows, part_columns, _ in self._touching(rows, columns):
+            gaps = part.gaps(leaders[place[1:]], part_rows, part_columns)
+            if gaps is None:
+                return None
+            smallest[place] = torch.minimum(smallest[place], gaps)
         return smallest
+
+    def _touching(self, rows: Tensor, columns: Tensor) -> Iterator[tuple[Field, Place, Tensor, Tensor, Tensor]]:
+        """The parts that touch some of the tiles, which tiles, the part's own ranges, and whether it covers them."""
+        for part, (y, x, height, width) in self.parts:
+            i, j = _overlap(rows, y, height), _overlap(columns, x, width)
+            if i.start < i.stop and j.start < j.stop:
+                part_rows = (rows[:, i] - y).clamp_(0, height - 1)
+                part_columns = (columns[:, j] - x).clamp_(0, width - 1)
+                whole = (part_rows == rows[:, i] - y).all(0)[:, None] & (part_columns == columns[:, j] - x).all(0)
+                yield part, (slice(None), i, j), part_rows, part_columns, whole
 
     def local(self, top: int, bottom: int, left: int, right: int) -> Field:
         parts: list[Field] = []

@@ -19,11 +19,10 @@ from lexiseg.scores.indexing import every, spread
 LONGEST_TILE = 32
 LEAF = 4
 """Tiles of at most this side are compared pixel by pixel."""
-# Where bounds drop less than half of the words, these are compared with the best one; where that too drops less than a
-# tenth, as in ties, comparing all of them everywhere is cheaper.
-_MANY_KEPT, _MOST_KEPT = 0.5, 0.9
 MANY = 8
-"""Candidates a tile up to which it does not pay to compare them with the best one once more."""
+"""Candidates a tile up to which it does not pay to compare them with the best one."""
+# Where less than a tenth of the words are dropped, as in ties, comparing all of them everywhere is cheaper.
+_MOST_KEPT = 0.9
 
 
 @dataclass(frozen=True)
@@ -86,18 +85,18 @@ def prune(field: Field, rows: Tensor, columns: Tensor, margin: float, writer: Wr
     largest = lower.amax(0)
     keep = upper >= largest - margin
     most = max(_MOST_KEPT * keep.numel(), 2 * keep[0].numel())
-    if int(keep.sum()) > most:
+    if int(keep.sum()) > MANY * keep[0].numel():
         # Words that have the same value all over a tile tie there, and the first one wins.
         tied = (lower == largest) & (upper == largest)
         keep &= ~tied | (tied.byte().argmax(0) == torch.arange(len(tied), device=tied.device)[:, None, None])
+        # Bounds cannot tell words apart whose scores go up and down together; in their differences that cancels.
+        gaps = field.gaps(lower.add_(upper).argmax(0), rows, columns)
+        keep &= True if gaps is None else gaps <= margin
     keep = keep.flatten(1)
     del lower, upper
     tiles, words = keep.t().contiguous().nonzero().unbind(1)
     start = _Candidates(words, tiles, rows.repeat_interleave(columns.shape[1], 1), columns.repeat(1, rows.shape[1]))
-    together = len(words) > _MANY_KEPT * keep.numel()
-    if together:
-        start = _sift(field, start, margin)
-    if len(start.words) > most:
+    if len(words) > most:
         return False
     stack = [start]
     while stack:
@@ -116,35 +115,8 @@ def prune(field: Field, rows: Tensor, columns: Tensor, margin: float, writer: Wr
         if max(_longest(candidates.rows), _longest(candidates.columns)) <= LEAF:
             _compare(field, candidates, writer)
         else:
-            candidates = _quarter(field, candidates, margin)
-            crowded = len(candidates.words) > MANY * candidates.rows.shape[1]
-            stack.append(_sift(field, candidates, margin) if together and crowded else candidates)
+            stack.append(_quarter(field, candidates, margin))
     return True
-
-
-def _sift(field: Field, candidates: _Candidates, margin: float) -> _Candidates:
-    """Drop the words that score less than their tile's leader, the best word in its middle, in all of it.
-
-    Bounds cannot tell words apart whose scores go up and down together; in their differences that cancels.
-    """
-    rows, columns = candidates.rows, candidates.columns
-    size = budget(field) // 4
-    chunks = list(zip(candidates.words.split(size), candidates.tiles.split(size), strict=True))
-    y, x = rows.sum(0, keepdim=True) // 2, columns.sum(0, keepdim=True) // 2
-    middle = torch.cat([field.points(words, tiles, y, x)[0, 0] for words, tiles in chunks])
-    largest = torch.full(rows.shape[1:], -torch.inf, device=field.device)
-    largest.scatter_reduce_(0, candidates.tiles, middle, "amax")
-    best = (middle == largest.index_select(0, candidates.tiles)).nonzero().view(-1)
-    # Any of the equal ones will do.
-    leaders = torch.empty(rows.shape[1:], dtype=torch.long, device=field.device)
-    leaders[candidates.tiles[best]] = candidates.words[best]
-    kept = []
-    for words, tiles in chunks:
-        gaps = field.gaps(words, tiles, leaders, rows, columns)
-        if gaps is None:
-            return candidates
-        kept.append((gaps <= margin) | (words == leaders[tiles]))
-    return candidates.part(torch.cat(kept).nonzero().view(-1))
 
 
 def _quarter(field: Field, candidates: _Candidates, margin: float) -> _Candidates:

@@ -58,12 +58,8 @@ class Resized(Field):
             return self.child.extremes(words, tiles, _support(self.rows, rows), _support(self.columns, columns))
         return bounds_of(self._at(words, tiles, y, x), len(rows), len(columns))
 
-    def gaps(self, words: Tensor, tiles: Tensor, leaders: Tensor, rows: Tensor, columns: Tensor) -> Tensor | None:
-        y, x = _turning_points(self.rows, rows[None]), _turning_points(self.columns, columns[None])
-        if y is None or x is None:
-            return self.child.gaps(words, tiles, leaders, _support(self.rows, rows), _support(self.columns, columns))
-        leading = self._at(leaders, torch.arange(len(leaders), device=self.device), y, x)
-        return (spread(leading, tiles) - self._at(words, tiles, y, x)).flatten(0, 1).amin(0)
+    def gaps(self, leaders: Tensor, rows: Tensor, columns: Tensor) -> Tensor | None:
+        return self.child.gaps(leaders, _support(self.rows, rows), _support(self.columns, columns))
 
     def local(self, top: int, bottom: int, left: int, right: int) -> Field:
         y, x = _part(self.rows, top, bottom), _part(self.columns, left, right)

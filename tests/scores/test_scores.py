@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -166,20 +167,27 @@ def test_bounds_are_certain(case: Case, seed: int) -> None:
     def some(count: int, top: int) -> Tensor:
         return torch.randint(0, top, (count,), generator=generator)
 
-    words, tiles, leaders = some(30, field.num_words), some(30, 5), some(5, field.num_words)
-    rows, columns = (torch.stack((some(5, n), some(5, n))).sort(0).values for n in case.size)
+    words, tiles, leaders = some(30, field.num_words), some(30, 5), some(25, field.num_words).view(5, 5)
+    rows, columns = (torch.stack((some(5, n), some(5, n))).sort(0).values.sort(1).values for n in case.size)
     lower, upper = field.extremes(words, tiles, rows[None], columns[None])
-    gaps = field.gaps(words, tiles, leaders, rows, columns)
+    lowest, highest = field.interval(rows, columns)
+    gaps = field.gaps(leaders, rows, columns)
     dense = field.block(slice(None), 0, case.size[0], 0, case.size[1])
     slack = 2 * field.limits()[1] + 1e-6
+
+    def at(i: int, j: int) -> Tensor:
+        (top, bottom), (left, right) = rows[:, i].tolist(), columns[:, j].tolist()
+        return dense[:, top : bottom + 1, left : right + 1].flatten(1)
+
     for index, (word, tile) in enumerate(zip(words.tolist(), tiles.tolist(), strict=True)):
-        (top, bottom), (left, right) = rows[:, tile].tolist(), columns[:, tile].tolist()
-        place = dense[word, top : bottom + 1, left : right + 1]
+        place = at(tile, tile)[word]
         assert float(place.min()) >= float(lower[0, 0, index]) - slack
         assert float(place.max()) <= float(upper[0, 0, index]) + slack
+    for i, j in product(range(5), range(5)):
+        assert bool((at(i, j) >= lowest[:, i, j, None] - slack).all())
+        assert bool((at(i, j) <= highest[:, i, j, None] + slack).all())
         if gaps is not None:
-            leading = dense[int(leaders[tile]), top : bottom + 1, left : right + 1]
-            assert float((leading - place).min()) >= float(gaps[index]) - slack
+            assert bool((at(i, j)[leaders[i, j]] - at(i, j) >= gaps[:, i, j, None] - slack).all())
 
 
 @pytest.mark.parametrize("kind", ["grid", "nested", "windows"])

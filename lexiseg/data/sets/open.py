@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from lexiseg.data.sets.ade20k import list_ade150, list_ade847
 from lexiseg.data.sets.catalog import NAMES, data_set
-from lexiseg.data.sets.cityscapes import list_cityscapes
-from lexiseg.data.sets.coco_stuff import list_coco
-from lexiseg.data.sets.context import list_context59, list_context459
 from lexiseg.data.sets.dataset import FileDataset, SplitFiles
 from lexiseg.data.sets.labels import LabelKind
 from lexiseg.data.sets.layouts import SPLITS, own_list, own_splits
 from lexiseg.data.sets.listing import listed_as, read_list, unreadable
 from lexiseg.data.sets.own import list_own
-from lexiseg.data.sets.voc import list_voc
+from lexiseg.data.sets.papers import LAYOUTS
 from lexiseg.errors import LexisegError, LexisegWarning
 from lexiseg.vocabulary import Vocabulary, VocabularyClass
 from lexiseg.words import counted, near_names
@@ -25,16 +21,6 @@ from lexiseg.words import counted, near_names
 OWN = "own"
 """Name of a folder of one's own among the datasets."""
 
-_LAYOUTS: Mapping[str, Callable[..., SplitFiles]] = {
-    "voc2012": list_voc,
-    "coco-stuff-164k": list_coco,
-    "coco-object": list_coco,
-    "cityscapes": list_cityscapes,
-    "pascal-context-59": list_context59,
-    "pascal-context-459": list_context459,
-    "ade20k-150": list_ade150,
-    "ade20k-847": list_ade847,
-}
 _TAKES_CLASSES = ("pascal-context-459", "ade20k-847", OWN)
 
 
@@ -134,8 +120,8 @@ def list_split(
     Raises LexisegError if the folder is not there or may not be read, the classes cannot be known, or there is no such
     list of unseen classes. Files that are missing are findings.
     """
-    if name not in (*_LAYOUTS, OWN):
-        raise LexisegError(f"There is no dataset '{name}'; {near_names(name, (*_LAYOUTS, OWN))}")
+    if name not in (*NAMES, OWN):
+        raise LexisegError(f"There is no dataset '{name}'; {near_names(name, (*NAMES, OWN))}")
     if classes is not None and name not in _TAKES_CLASSES:
         raise LexisegError(f"The classes of {name} are known, so a list of them cannot be given; leave it out.")
     if name in NAMES and split not in data_set(name).splits:
@@ -145,7 +131,7 @@ def list_split(
         if name == OWN:
             return list_own(Path(root), split, unseen, listed)
         info = replace(data_set(name), unseen=unseen)
-        return _LAYOUTS[name](info, Path(root), split, *([listed] if name in _TAKES_CLASSES else []))
+        return LAYOUTS[name](info, Path(root), split, *([listed] if name in _TAKES_CLASSES else []))
     except OSError as error:  # any look at a folder may fail: no permission, a name too long, a disk that is gone
         raise unreadable(Path(root), error) from error
 

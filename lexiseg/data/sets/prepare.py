@@ -12,9 +12,9 @@ from lexiseg.data.sets.catalog import data_set
 from lexiseg.data.sets.layouts import IMAGE_FOLDERS, every_fifth, own_list, part_of
 from lexiseg.data.sets.listing import by_stem, child, entries, first_folder
 from lexiseg.data.sets.open import OWN, list_split
+from lexiseg.data.sets.papers import aug_names, find_sbd, voc_list
 from lexiseg.data.sets.unpack import find_archives, unpack
 from lexiseg.data.sets.verify import usable_splits
-from lexiseg.data.sets.voc import aug_names, find_sbd, voc_list
 from lexiseg.errors import DataSetError, LexisegError
 from lexiseg.files import make_folder, write_bytes
 from lexiseg.images import IMAGE_SUFFIXES

@@ -208,11 +208,12 @@ def _without_warnings() -> Iterator[None]:
         yield
 
 
-_pillow_silenced = SharedContext(_without_warnings)
+pillow_silenced = SharedContext(_without_warnings)
+"""Silences Pillow's warnings for a block, in any number of threads at once."""
 
 
 def _from_file(file: IO[bytes], name: str, max_pixels: float, orient: bool, suffix: str = "") -> np.ndarray:
-    with _pillow_silenced():
+    with pillow_silenced():
         image = _open(file, name, suffix)
         try:
             pixels, count = _from_pil(image, name, max_pixels, orient), _count_frames(image)
@@ -232,23 +233,28 @@ def _count_frames(image: Image.Image) -> int:
         return 1
 
 
+def open_header(file: Path | IO[bytes], formats: list[str] | tuple[str, ...] | None = None) -> Image.Image:
+    """A picture of which only the header is read, however many pixels it announces: Pillow's errors, but for bombs."""
+    try:
+        return Image.open(file, formats=formats)
+    except Image.DecompressionBombError:
+        # Pillow's own limit is lower than ours may be, and the same for a whole process. It is lifted for the header
+        # alone; whoever opens the picture checks ours next.
+        with _PIXEL_LIMIT_LOCK:
+            limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+            try:
+                if not isinstance(file, Path):
+                    file.seek(0)
+                return Image.open(file, formats=formats)
+            finally:
+                Image.MAX_IMAGE_PIXELS = limit
+
+
 def _open(file: IO[bytes], name: str, suffix: str) -> Image.Image:
-    """Read the header only."""
     Image.init()
     formats = [kind for kind in _FORMATS if kind in Image.OPEN] + (["TGA"] if suffix == ".tga" else [])
     try:
-        try:
-            return Image.open(file, formats=formats)
-        except Image.DecompressionBombError:
-            # Pillow's own limit is lower than ours may be, and the same for a whole process. It is lifted for the
-            # header alone; ours is checked next.
-            with _PIXEL_LIMIT_LOCK:
-                limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
-                try:
-                    file.seek(0)
-                    return Image.open(file, formats=formats)
-                finally:
-                    Image.MAX_IMAGE_PIXELS = limit
+        return open_header(file, formats)
     except Exception as error:  # decoders of hostile bytes raise nearly anything
         if suffix in FOREIGN_SUFFIXES:
             raise LexisegError(

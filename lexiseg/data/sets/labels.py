@@ -6,9 +6,6 @@ says what each of them is: a class, no class, or a fault of the file.
 
 from __future__ import annotations
 
-import struct
-import warnings
-import zlib
 from collections.abc import Iterable, Mapping
 from enum import Enum
 from pathlib import Path
@@ -16,15 +13,15 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from lexiseg.data.sets.archive import Place, readable
 from lexiseg.errors import DataSetError, LexisegError
+from lexiseg.images import open_header, pillow_silenced
 
 MAX_PIXELS = 200_000_000
 """Labels of more pixels are refused before one is decoded."""
 
-_PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 UNKNOWN = -1
 """What :meth:`ValueTable.look_up` gives a value that is neither a class nor known to have none."""
 
@@ -56,15 +53,10 @@ def read_values(path: Place, kind: LabelKind) -> NDArray[np.int64]:
     try:
         if kind in (LabelKind.context_mat, LabelKind.sbd_mat):
             return _mat(path, kind)
-        with warnings.catch_warnings():
-            # Pillow warns of large pictures and damaged metadata; the first is checked here, the second is harmless.
-            warnings.simplefilter("ignore")
-            with Image.open(readable(path), formats=("PNG", "TIFF", "BMP", "GIF")) as picture:
-                if picture.width * picture.height > MAX_PIXELS:
-                    raise LexisegError(
-                        f"The label '{path}' has more than {MAX_PIXELS // 1_000_000} megapixels; shrink it."
-                    )
-                return _picture(picture, path, kind)
+        with pillow_silenced(), open_header(readable(path), ("PNG", "TIFF", "BMP", "GIF")) as picture:
+            if picture.width * picture.height > MAX_PIXELS:
+                raise LexisegError(f"The label '{path}' has more than {MAX_PIXELS // 1_000_000} megapixels; shrink it.")
+            return _picture(picture, path, kind)
     except LexisegError:
         raise
     except FileNotFoundError as error:
@@ -127,26 +119,19 @@ def _mat(path: Place, kind: LabelKind) -> NDArray[np.int64]:
 
 
 def png_fault(path: Place) -> str | None:
-    """What is wrong with the blocks of a PNG file: a checksum that does not fit, or an end that is missing.
+    """What Pillow says is wrong with the chunks of a PNG file: a checksum that does not fit, an end that is missing.
 
     Decoders are lenient: a PNG that lacks its last bytes may decode without a word, with black in place of what is
     lost. None where the file is whole, or is no PNG at all.
     """
-    data = path.read_bytes()
-    if not data.startswith(_PNG_SIGNATURE):
+    try:
+        with pillow_silenced(), open_header(readable(path), ("PNG",)) as picture:
+            picture.verify()
+    except UnidentifiedImageError:
         return None
-    place = len(_PNG_SIGNATURE)
-    while place + 12 <= len(data):
-        (length,) = struct.unpack(">I", data[place : place + 4])
-        end = place + 12 + length
-        if end > len(data):
-            break
-        if zlib.crc32(data[place + 4 : end - 4]) != struct.unpack(">I", data[end - 4 : end])[0]:
-            return "a block's checksum is wrong"
-        if data[place + 4 : place + 8] == b"IEND":
-            return None
-        place = end
-    return "the file ends early"
+    except (OSError, SyntaxError, ValueError) as error:
+        return str(error)
+    return None
 
 
 class ValueTable:

@@ -19,6 +19,7 @@ from lexiseg.data.sets.archive import Place, readable
 from lexiseg.data.sets.labels import MAX_PIXELS
 from lexiseg.errors import LexisegError
 from lexiseg.formats import FAR, encode_outline
+from lexiseg.images import open_header, pillow_silenced
 from lexiseg.words import counted, describe, shorten, word_key
 
 BACKGROUNDS = ("background", "_background_", "__background__")
@@ -70,7 +71,7 @@ def picture_size(place: Place, *, turned: bool) -> tuple[int, int]:
     Raises LexisegError if it cannot be opened, or is too large.
     """
     try:
-        with Image.open(readable(place)) as picture:
+        with pillow_silenced(), open_header(readable(place)) as picture:
             width, height = picture.size
             sideways = turned and picture.getexif().get(0x0112, 1) in (5, 6, 7, 8)
     except Exception as error:  # decoders of hostile bytes raise nearly anything

@@ -25,7 +25,6 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from lexiseg.class_forms import ListedClass
 from lexiseg.class_list import ClassList, read_class_list
@@ -50,7 +49,7 @@ from lexiseg.data.sets.listing import by_stem, entries, same_stems, with_unseen
 from lexiseg.data.sets.outlines import draw_labelme, draw_yolo, read_labelme, rest_of
 from lexiseg.data.sets.pairing import LabelFolder, orphans, pair
 from lexiseg.errors import DataSetError, LexisegError
-from lexiseg.images import FOREIGN_SUFFIXES, IMAGE_SUFFIXES
+from lexiseg.images import FOREIGN_SUFFIXES, IMAGE_SUFFIXES, open_header, pillow_silenced
 from lexiseg.label_ids import IGNORE_INDEX, ignore_index
 from lexiseg.vocabulary import Vocabulary
 from lexiseg.words import word_key
@@ -299,12 +298,12 @@ def _are_black_and_white(paths: Sequence[Path]) -> bool:
 
 def _are_colored(paths: Sequence[Path]) -> bool:
     """Whether at least half of the pictures hold colours; one that cannot be opened counts for neither side."""
-    return sum(_mode(path) in ("RGB", "RGBA") for path in paths) * 2 >= len(paths)
-
-
-def _mode(path: Path) -> str:
-    try:
-        with Image.open(path) as picture:
-            return picture.mode
-    except (OSError, ValueError, SyntaxError):
-        return ""
+    colored = 0
+    for path in paths:
+        with (
+            suppress(Exception),
+            pillow_silenced(),
+            open_header(path) as picture,
+        ):  # whoever reads it says what is wrong
+            colored += picture.mode in ("RGB", "RGBA")
+    return colored * 2 >= len(paths)

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
+import struct
+import threading
+import warnings
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +16,7 @@ from PIL import Image
 from scipy.io import savemat
 
 from lexiseg.cli import main
-from lexiseg.data.sets.labels import png_fault
+from lexiseg.data.sets.labels import LabelKind, png_fault, read_values
 from lexiseg.data.sets.open import open_data_set
 from lexiseg.data.sets.verify import verify
 from lexiseg.errors import LexisegError
@@ -118,7 +122,7 @@ FAULTS = {
                             "duplicate-entry", "twice"),
     "a truncated PNG": ("voc2012", lambda r: _cut(_png(r), 200), "damaged-label", NAME),
     "a PNG without its end": ("coco-stuff", lambda r: _cut(p := r / "stuffthingmaps/val2017/000000000101.png",
-                                                            p.stat().st_size - 12), "damaged-label", "ends early"),
+                                                            p.stat().st_size - 12), "damaged-label", "truncated"),
     "a flipped byte": ("coco-stuff", lambda r: _flip_byte(r / "stuffthingmaps/val2017/000000000101.png"),
                        "damaged-label", "000000000101"),
     "a list of another name": ("voc2012", lambda r: _voc_list(r, "val").rename(_voc_list(r, "validation")),
@@ -323,11 +327,56 @@ def test_png_fault(tmp_path):
     path = tmp_path / "a.png"
     save_index(path, values_in(range(5), 0))
     assert png_fault(path) is None
-    for keep in (9, 40, path.stat().st_size - 1):
-        (tmp_path / "b.png").write_bytes(path.read_bytes()[:keep])
-        assert png_fault(tmp_path / "b.png") == "the file ends early"
+    data = path.read_bytes()
+    for damaged, says in ((data[:-12], "truncated"), (data[:-13] + b"x" + data[-12:], "IDAT")):
+        (tmp_path / "b.png").write_bytes(damaged)
+        assert says in (png_fault(tmp_path / "b.png") or "")
     (tmp_path / "c.jpg").write_bytes(b"no PNG")
     assert png_fault(tmp_path / "c.jpg") is None
+
+
+def test_labels_up_to_the_own_limit_are_read(tmp_path, monkeypatch):
+    path = tmp_path / "a.png"
+    save_index(path, values_in(range(5), 0))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)  # Pillow's own is below ours
+    assert read_values(path, LabelKind.index).shape == SIZE and png_fault(path) is None
+
+
+def test_a_mask_of_too_many_pixels_among_colour_masks_is_a_finding(tmp_path):
+    save_picture(tmp_path / "images" / "a.png", 0)
+    save_index(tmp_path / "masks" / "a.png", values_in([0, 1], 0))
+    (tmp_path / "classes.csv").write_text("name,r,g,b\ncat,255,0,0\n")
+    (tmp_path / "val.txt").write_text("a\n")
+    path = tmp_path / "masks" / "a.png"
+    data = bytearray(path.read_bytes())
+    data[16:24] = struct.pack(">II", 30_000, 30_000)
+    data[29:33] = struct.pack(">I", zlib.crc32(bytes(data[12:29])))
+    path.write_bytes(bytes(data))
+    found = verify("own", tmp_path, splits=["val"], workers=1).findings
+    assert any("more than 200 megapixels" in one.problem for one in found)
+
+
+def test_reading_labels_in_threads_leaves_the_warnings_as_they_were(tmp_path, monkeypatch):
+    path = tmp_path / "a.png"
+    save_index(path, values_in(range(5), 0))
+    inside = [threading.Event(), threading.Event()]
+
+    def first_in_first_out(*_: object) -> Image.Image:
+        second = inside[0].is_set()
+        inside[second].set()
+        assert second or inside[1].wait(10)
+        if second:
+            first.join(10)
+        return Image.new("L", (4, 4))
+
+    monkeypatch.setattr("lexiseg.data.sets.labels.open_header", first_in_first_out)
+    before = list(warnings.filters)
+    first, second = (threading.Thread(target=read_values, args=(path, LabelKind.index)) for _ in range(2))
+    first.start()
+    assert inside[0].wait(10)
+    second.start()
+    second.join(10)
+    assert list(warnings.filters) == before
 
 
 def test_command(clean, tmp_path, capsys):

@@ -1,8 +1,7 @@
 """Looking inside a model: what the papers measure of towers and draw as figures."""
 
 from lexiseg.analysis.figures import cka_figure, compare_figure, nga_figure, scores_figure, similarity_figure
-from lexiseg.analysis.measures import linear_cka, patch_similarity
-from lexiseg.analysis.towers import Blocks, plain_blocks, system_blocks
+from lexiseg.analysis.towers import Blocks, linear_cka, patch_similarity, plain_blocks, system_blocks
 
 __all__ = [
     "Blocks",

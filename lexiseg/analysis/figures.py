@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,12 +11,19 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lexiseg.analysis.measures import linear_cka, patch_similarity
 from lexiseg.analysis.panels import ACCENT, INK, Panel, Point, Scale, chosen_points, compose, new_figure, set_title
-from lexiseg.analysis.towers import Blocks, has_own_clip, learnt_in_tower, plain_blocks, system_blocks
+from lexiseg.analysis.towers import (
+    Blocks,
+    has_own_clip,
+    learnt_in_tower,
+    linear_cka,
+    patch_similarity,
+    plain_blocks,
+    system_blocks,
+)
 from lexiseg.devices import EvaluationMode
 from lexiseg.errors import LexisegError
-from lexiseg.images import image_name, read_image
+from lexiseg.images import read_image
 from lexiseg.models import CascadeCLIP, SegmentationModel
 from lexiseg.models.cascade_clip import WeightedSum
 from lexiseg.models.options import format_groups
@@ -68,7 +74,7 @@ def similarity_figure(
         f"Similarity of one patch with all others: {segmenter.model.system}",
         panels,
         scale=scale,
-        subtitle=f"{Path(image_name(image)).name}; {_tower_words(segmenter)}; patches {columns} x {rows}",
+        subtitle=f"{Path(image).name}; {_tower_words(segmenter)}; patches {columns} x {rows}",
     )
 
 
@@ -109,7 +115,7 @@ def scores_figure(segmenter: Segmenter, image: str | Path, classes: VocabularySo
         f"Scores of the classes: {segmenter.model.system}",
         in_rows(group),
         scale=scale,
-        subtitle=f"{Path(image_name(image)).name}; the class with the highest score at a pixel wins it",
+        subtitle=f"{Path(image).name}; the class with the highest score at a pixel wins it",
     )
 
 
@@ -127,7 +133,7 @@ def compare_figure(segmenters: Sequence[Segmenter], image: str | Path, classes: 
         overlay = np.asarray(result.overlay(legend=False))
         largest = ", ".join(f"{row.name} {_percent(row.fraction)}" for row in result.table()[:3])
         group.append(Panel(overlay, segmenter.model.system, largest))
-    return compose("The same picture by several models", in_rows(group), subtitle=Path(image_name(image)).name)
+    return compose("The same picture by several models", in_rows(group), subtitle=Path(image).name)
 
 
 def cka_figure(segmenter: Segmenter, images: Sequence[str | Path], before: Segmenter | None = None) -> Figure:
@@ -161,7 +167,7 @@ def cka_figure(segmenter: Segmenter, images: Sequence[str | Path], before: Segme
         last = float(matrix[-1, :-1].mean()) if len(matrix) > 1 else 1.0
         axes.set_title(f"{caption}\nlast block with the others: {last:.2f}", fontsize=9, parse_math=False)
     figure.colorbar(shown, ax=list(all_axes), label="linear CKA", fraction=0.04)
-    pictures = f"{len(images)} pictures" if len(images) > 1 else Path(image_name(images[0])).name
+    pictures = f"{len(images)} pictures" if len(images) > 1 else Path(images[0]).name
     set_title(
         figure,
         "Similarity of the blocks of the image tower",
@@ -177,18 +183,20 @@ def nga_figure(segmenter: Segmenter) -> Figure:
     """
     groups = nga_weights(segmenter.model)
     figure = new_figure(max(4.0, 2.2 * len(groups)), 4.0)
-    for index, (axes, group) in enumerate(zip(figure.subplots(1, len(groups), squeeze=False)[0], groups, strict=True)):
-        places = np.arange(len(group.blocks))
-        for shift, values, color in ((-0.2, group.before, "#b0bac5"), (0.2, group.after, "#2c718e")):
-            label = "before training" if shift < 0 else "after training"
+    all_axes = figure.subplots(1, len(groups), squeeze=False)[0]
+    for axes, (blocks, (before, after)) in zip(all_axes, groups.items(), strict=True):
+        places = np.arange(len(blocks))
+        for shift, values, label, color in (
+            (-0.2, before, "before training", "#b0bac5"),
+            (0.2, after, "after training", "#2c718e"),
+        ):
             bars = axes.bar(places + shift, values, 0.4, label=label, color=color)
             axes.bar_label(bars, fmt="%.2f", fontsize=7)
-        axes.set_xticks(places, [f"block {block}" for block in group.blocks], fontsize=8)
+        axes.set_xticks(places, [f"block {block}" for block in blocks], fontsize=8)
         axes.axhline(0, color=INK, linewidth=0.8)
-        axes.set_xlabel(format_groups((group.blocks,)))
-        if not index:
-            axes.set_ylabel("weight")
-            axes.legend(fontsize=7)
+        axes.set_xlabel(format_groups((blocks,)))
+    all_axes[0].set_ylabel("weight")
+    all_axes[0].legend(fontsize=7)
     set_title(
         figure,
         f"Weights of the blocks in each group: {segmenter.model.system}",
@@ -197,29 +205,19 @@ def nga_figure(segmenter: Segmenter) -> Figure:
     return figure
 
 
-@dataclass(frozen=True)
-class GroupWeights:
-    """Aggregation weights of a group of blocks."""
+def nga_weights(model: SegmentationModel) -> dict[tuple[int, ...], tuple[list[float], list[float]]]:
+    """The weights as `nga_figure` draws them: for each group of several blocks, as training starts and as they are.
 
-    blocks: tuple[int, ...]  # of the group, counted from 1
-    before: tuple[float, ...]  # a weight a block, as training starts
-    after: tuple[float, ...]  # the same, as the model has them
-
-
-def nga_weights(model: SegmentationModel) -> list[GroupWeights]:
-    """The weights as `nga_figure` draws them, for each group of several blocks.
-
-    Raises LexisegError if the model has no such weights.
+    Blocks count from 1. Raises LexisegError if the model has no such weights.
     """
     if not isinstance(model, CascadeCLIP):
         raise LexisegError(f"{model.system} has no NGA weights; choose a cascade-clip model.")
     options = model.options
-    groups = []
+    groups = {}
     for module, blocks in zip(model.aggregations, options.blocks, strict=True):
         if isinstance(module, WeightedSum):
             start = WeightedSum(len(blocks), options.sigma if options.aggregation in ("nga", "nga-fixed") else None)
-            before, after = (tuple(part.weights.detach().cpu().tolist()) for part in (start, module))
-            groups.append(GroupWeights(tuple(blocks), before, after))
+            groups[tuple(blocks)] = (start.weights.tolist(), module.weights.tolist())
     if not groups:
         raise LexisegError(
             f"This cascade-clip joins its groups {options.groups} without weights; choose one whose aggregation is nga."

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,15 +29,6 @@ _MAX_POINTS = 6
 
 
 @dataclass(frozen=True)
-class Bar:
-    """A class and its score, below a panel."""
-
-    name: str  # of the class
-    value: float  # its score
-    unseen: bool = False  # whether it is drawn red
-
-
-@dataclass(frozen=True)
 class Panel:
     """One picture of a figure."""
 
@@ -49,7 +40,7 @@ class Panel:
     # (left, top, right, bottom) as fractions of the panel, framed in red
     box: tuple[float, float, float, float] | None = None
     extent: float | None = None  # height over width it is shown with; None is the image's own
-    bars: tuple[Bar, ...] = ()  # scores of classes, listed below it
+    bars: tuple[tuple[str, float, str], ...] = ()  # names, values and colours, listed below it
 
     @property
     def aspect(self) -> float:
@@ -110,11 +101,11 @@ def compose(title: str, rows: Sequence[Sequence[Panel]], *, scale: Scale | None 
 
 
 def _draw(axes: Axes, panel: Panel, scale: Scale | None) -> AxesImage | None:
-    rows, columns = panel.image.shape[:2]
-    mapped = scale is not None and panel.image.ndim == 2
-    low, high = (scale.low, scale.high) if scale is not None and mapped else (None, None)
-    shown = axes.imshow(panel.image, vmin=low, vmax=high, interpolation="bilinear" if mapped else "antialiased")
-    axes.set_aspect(panel.aspect * columns / rows)
+    look: dict[str, Any] = {"extent": (0, 1, 1, 0), "aspect": panel.aspect}
+    mapped = panel.image.ndim == 2
+    if scale is not None and mapped:
+        look |= {"vmin": scale.low, "vmax": scale.high, "interpolation": "bilinear"}
+    shown = axes.imshow(panel.image, **look)
     axes.set_axis_off()
     caption = f"{panel.caption}\n{panel.note}" if panel.note else panel.caption
     axes.set_title(caption, fontsize=8, color=panel.color, parse_math=False, wrap=True)
@@ -124,25 +115,22 @@ def _draw(axes: Axes, panel: Panel, scale: Scale | None) -> AxesImage | None:
         left, top, right, bottom = panel.box
         # A patch may be a pixel or two of a small panel: the frame around it stays visible.
         grow_x, grow_y = (max(0.0, (0.03 - span) / 2) for span in (right - left, bottom - top))
-        corner = ((left - grow_x) * columns - 0.5, (top - grow_y) * rows - 0.5)
-        size = (right - left + 2 * grow_x) * columns, (bottom - top + 2 * grow_y) * rows
+        corner, size = (left - grow_x, top - grow_y), (right - left + 2 * grow_x, bottom - top + 2 * grow_y)
         axes.add_patch(Rectangle(corner, *size, fill=False, edgecolor="white", linewidth=3))
         axes.add_patch(Rectangle(corner, *size, fill=False, edgecolor=ACCENT, linewidth=1.5))
-    return shown if mapped else None
+    return shown if scale is not None and mapped else None
 
 
-def _draw_bars(axes: Axes, bars: Sequence[Bar]) -> None:
-    places = range(len(bars))
-    colors = [ACCENT if bar.unseen else MUTED for bar in bars]
-    axes.barh(places, [bar.value for bar in bars], color=colors, height=0.25)
-    axes.set_xlim(min(0.0, *(bar.value for bar in bars)), max(1e-9, *(bar.value for bar in bars)))
+def _draw_bars(axes: Axes, bars: Sequence[tuple[str, float, str]]) -> None:
+    _, values, colors = zip(*bars, strict=True)
+    left, right = min(0.0, *values), max(1e-9, *values)
+    axes.barh(range(len(bars)), values, color=[MUTED if color == INK else color for color in colors], height=0.25)
+    axes.set_xlim(left, right)
     axes.set_ylim(len(bars) - 0.2, -0.8)
     axes.set_axis_off()
-    left, right = axes.get_xlim()
-    for place, bar in zip(places, bars, strict=True):
-        ink = ACCENT if bar.unseen else INK
-        axes.text(left, place - 0.2, bar.name, fontsize=8, color=ink, clip_on=True, parse_math=False)
-        axes.text(right, place - 0.2, f"{bar.value:.2f}", fontsize=8, color=ink, ha="right")
+    for place, (name, value, color) in enumerate(bars):
+        axes.text(left, place - 0.2, name, fontsize=8, color=color, clip_on=True, parse_math=False)
+        axes.text(right, place - 0.2, f"{value:.2f}", fontsize=8, color=color, ha="right")
 
 
 def chosen_points(points: Sequence[Point], size: tuple[int, int], image: str | Path) -> list[Point]:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -12,18 +11,17 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn import functional as F
 
 from lexiseg.analysis.figures import in_rows, read_picture
-from lexiseg.analysis.panels import Bar, Panel, Point, Scale, chosen_points, compose
+from lexiseg.analysis.panels import ACCENT, INK, Panel, Point, Scale, chosen_points, compose
 from lexiseg.devices import EvaluationMode
 from lexiseg.errors import LexisegError
 from lexiseg.images import image_name
-from lexiseg.models import DeOP
+from lexiseg.models import DeOP, SegmentationModel
 from lexiseg.models.decoupled import DecoupledModel
 from lexiseg.models.region_base import RegionModel
 from lexiseg.regions.pooling import resize_masks, unit_or_zero
-from lexiseg.scores import RegionScores
+from lexiseg.scores import GridScores, RegionScores
 from lexiseg.segmenter import Segmenter
 from lexiseg.vocabulary import Vocabulary, VocabularySource
 
@@ -110,7 +108,7 @@ def anchor_figure(segmenter: Segmenter, image: str | Path, points: Sequence[Poin
         "Self-attention and classification anchors",
         panels,
         scale=Scale(0.0, 1.0, "fraction of the largest value"),
-        subtitle=f"{Path(image_name(image)).name}; patches {columns} x {rows}; {model.options.heatmaps} anchors",
+        subtitle=f"{Path(image).name}; patches {columns} x {rows}; {model.options.heatmaps} anchors",
     )
 
 
@@ -120,13 +118,9 @@ def top_classes(scores: RegionScores, k: int) -> tuple[Tensor, Tensor]:
     ``k``: how many, at most as many as there are classes. Returns values and class indices, (N, k) each, best first. A
     class of several words has the score of its best one.
     """
-    values = scores.class_scores[0].detach().float()
-    if scores.word_to_class is not None:
-        index = scores.word_to_class.expand(len(values), -1)
-        lowest = values.new_full((len(values), scores.num_classes), -torch.inf)
-        values = lowest.scatter_reduce(1, index, values, "amax")
-    found = values.topk(min(k, values.shape[1]), dim=1)
-    return found.values, found.indices
+    column = GridScores(scores.class_scores[:1].detach().mT[..., None], word_to_class=scores.word_to_class)
+    values, indices = column.top_k((scores.class_scores.shape[1], 1), min(k, scores.num_classes))
+    return values[0, :, :, 0].T, indices[0, :, :, 0].T
 
 
 def top_classes_figure(
@@ -151,7 +145,8 @@ def top_classes_figure(
     classes are wrong; several models are to be compared by their ensembles.
     """
     several = [segmenters] if isinstance(segmenters, Segmenter) else list(segmenters)
-    models = [_checked(segmenter, by) for segmenter in several]
+    for segmenter in several:
+        _check(segmenter.model, by)
     if len(several) > 1 and by != "clip":
         raise LexisegError("Several models share the first one's proposals only by 'clip'; draw ensembles one by one.")
     if not 1 <= proposals <= _MAX_PROPOSALS:
@@ -172,36 +167,33 @@ def top_classes_figure(
     names = [*vocabulary.names, "background"]
     unseen = {index for index, entry in enumerate(vocabulary.classes) if entry.seen is False}
     rows: list[list[Panel]] = []
-    for segmenter, model in zip(several, models, strict=True):
-        shared = None if segmenter is first else (first, models[0])
-        judged = scores if by == "ensemble" else _judged(segmenter, model, image, vocabulary, shared)
+    for segmenter in several:
+        judged = scores if by == "ensemble" else _judged(segmenter, image, vocabulary, first)
         values, indices = (found.cpu() for found in top_classes(judged, k))
         panels = []
         for index in order:
             fraction = float(pixels[index]) / owner.numel()
             bars = tuple(
-                Bar(names[which], value, which in unseen)
+                (names[which], value, ACCENT if which in unseen else INK)
                 for value, which in zip(values[index].tolist(), indices[index].tolist(), strict=True)
             )
-            note = f"decides {100 * fraction:.0f} % of the picture" if shared is None else "the same region"
-            caption = f"proposal {index + 1}" + (f": {model.system}" if len(several) > 1 else "")
+            note = f"decides {100 * fraction:.0f} % of the picture" if segmenter is first else "the same region"
+            caption = f"proposal {index + 1}" + (f": {segmenter.model.system}" if len(several) > 1 else "")
             panels.append(Panel(_lit(picture, masks[index]), caption, note, bars=bars))
         rows += in_rows(panels)
     return compose(
-        f"Best classes of the proposals: {', '.join(model.system for model in models)}",
+        f"Best classes of the proposals: {', '.join(segmenter.model.system for segmenter in several)}",
         rows,
-        subtitle=f"{Path(image_name(image)).name}; {scores.masks.shape[1]} proposals; "
+        subtitle=f"{Path(image).name}; {scores.masks.shape[1]} proposals; "
         f"scores {_SCORES_OF[by]}; red: unseen in training",
     )
 
 
-def _checked(segmenter: Segmenter, by: ScoresBy) -> DecoupledModel:
-    model = segmenter.model
+def _check(model: SegmentationModel, by: ScoresBy) -> None:
     if not isinstance(model, DecoupledModel):
         raise LexisegError(f"{model.system} has no proposals; choose zsseg, zegformer, freeseg or deop.")
     if by == "clip" and isinstance(model, RegionModel) and model.region_encoder is None:
         raise LexisegError("In this model the proposals alone decide, without CLIP; draw by 'ensemble'.")
-    return model
 
 
 def _region_scores(segmenter: Segmenter, image: str | Path, vocabulary: Vocabulary) -> RegionScores:
@@ -213,51 +205,33 @@ def _region_scores(segmenter: Segmenter, image: str | Path, vocabulary: Vocabula
     return scores
 
 
-def _judged(
-    segmenter: Segmenter,
-    model: DecoupledModel,
-    image: str | Path,
-    vocabulary: Vocabulary,
-    shared: tuple[Segmenter, DecoupledModel] | None,
-) -> RegionScores:
-    """CLIP's own scores of the model's proposals, or of those of another model."""
-    with _clip_alone(model):
-        if shared is None:
-            return _region_scores(segmenter, image, vocabulary)
-        owner, other = shared
-        with torch.no_grad():
-            text = [one.model.embed_text(one.embedder, vocabulary) for one in (owner, segmenter)]
-            images = owner.pixels(image)
-            proposals = other.propose(other.pad(images), text[0], (int(images.shape[-2]), int(images.shape[-1])))
-            images = segmenter.pixels(image)
-            mine = model.with_proposals(model.frame(images), proposals)
-            scores = model.score(mine, text[1], word_to_class=vocabulary.word_to_class)
-            assert isinstance(scores, RegionScores)
-            return scores
-
-
-@contextmanager
-def _clip_alone(model: DecoupledModel) -> Iterator[None]:
-    """Let CLIP's opinion be the score of a region, for as long as this lasts."""
-    if not isinstance(model, RegionModel):
-        yield
-        return
+@torch.no_grad()
+def _judged(segmenter: Segmenter, image: str | Path, vocabulary: Vocabulary, owner: Segmenter) -> RegionScores:
+    """CLIP's own scores of the proposals of ``owner``'s model, which may be the segmenter itself."""
+    model, other = segmenter.model, owner.model
     options = model.options
-    model.options = options.with_values({"ensemble": {"rule": "region"}})
+    if isinstance(model, RegionModel):
+        model.options = model.options.with_values({"ensemble": {"rule": "region"}})
     try:
-        yield
+        if owner is segmenter:
+            return _region_scores(segmenter, image, vocabulary)
+        assert isinstance(model, DecoupledModel) and isinstance(other, DecoupledModel)
+        text = [one.model.embed_text(one.embedder, vocabulary) for one in (owner, segmenter)]
+        images = owner.pixels(image)
+        proposals = other.propose(other.pad(images), text[0], (int(images.shape[-2]), int(images.shape[-1])))
+        mine = model.with_proposals(model.frame(segmenter.pixels(image)), proposals)
+        scores = model.score(mine, text[1], word_to_class=vocabulary.word_to_class)
+        assert isinstance(scores, RegionScores)
+        return scores
     finally:
         model.options = options
 
 
 def region_masks(scores: RegionScores, size: tuple[int, int]) -> Tensor:
     """The masks of one picture's region scores at a size, (N, H, W) float32 on the CPU; logits come as 0..1."""
-    masks = scores.masks[:1].detach().float().cpu()
-    if scores.resize_to is not None:
-        masks = F.interpolate(masks, size=scores.resize_to, mode="bilinear", align_corners=scores.align_corners)
-    if scores.crop is not None:
-        masks = masks[..., : scores.crop[0], : scores.crop[1]]
-    return resize_masks(masks.sigmoid() if scores.sigmoid else masks, size)[0]
+    masks = scores.masks[:1]
+    alone = torch.eye(masks.shape[1], device=masks.device)[None]
+    return replace(scores, class_scores=alone, masks=masks, word_to_class=None, offsets=None).dense(size)[0].cpu()
 
 
 def _map(values: Tensor, shown: tuple[int, int]) -> NDArray[np.floating]:
@@ -269,8 +243,6 @@ def _map(values: Tensor, shown: tuple[int, int]) -> NDArray[np.floating]:
 
 def _lit(picture: NDArray[np.uint8], mask: Tensor) -> NDArray[np.uint8]:
     """The picture, dark and grey outside the mask."""
-    weight = (
-        F.interpolate(mask[None, None], size=picture.shape[:2], mode="bilinear")[0, 0].clamp(0, 1).numpy()[..., None]
-    )
+    weight = resize_masks(mask[None, None], picture.shape[:2])[0, 0].clamp(0, 1).numpy()[..., None]
     grey = picture.mean(axis=2, keepdims=True) * 0.3
     return np.round(picture * weight + grey * (1 - weight)).astype(np.uint8)

@@ -27,7 +27,7 @@ from lexiseg.analysis import (
     system_blocks,
 )
 from lexiseg.analysis.figures import nga_weights
-from lexiseg.analysis.panels import Bar, Panel, Scale, compose
+from lexiseg.analysis.panels import Panel, Scale, compose
 from lexiseg.analysis.towers import has_own_clip, learnt_in_tower
 from lexiseg.cli import main
 from lexiseg.errors import LexisegError
@@ -154,7 +154,7 @@ def drawn(figure: Figure) -> np.ndarray:
 def test_a_figure_holds_all_panels_and_one_scale() -> None:
     green = np.full((8, 10, 3), (9, 200, 9), np.uint8)
     panel = Panel(
-        green, "costs $5 or $6, in a caption that is long", "note", bars=(Bar("cat", 0.5), Bar("dog", 0.2, True))
+        green, "costs $5 or $6, in a caption that is long", "note", bars=(("cat", 0.5, "black"), ("dog", 0.2, "red"))
     )
     heat = Panel(np.linspace(-3, 3, 80).reshape(8, 10), "heat", box=(0.1, 0.1, 0.2, 0.2))
     figure = compose("Title", [[panel] * 3, [heat]], scale=Scale(-1, 1, "label"), subtitle="sub")
@@ -220,17 +220,18 @@ def test_nga_weights_before_and_after() -> None:
     model = segmenter("cascade-clip").model
     with torch.no_grad():
         model.aggregations[0].weights.add_(0.25)  # type: ignore[operator, union-attr]
-    first, second = nga_weights(model)
-    assert first.blocks == (1, 2)
-    assert first.before == pytest.approx([0.6065, 1.0], abs=1e-4)
-    assert first.after == pytest.approx([0.8565, 1.25], abs=1e-4)
-    assert second.before == pytest.approx(second.after)
+    found = nga_weights(model)
+    (before, after), second = found.values()
+    assert next(iter(found)) == (1, 2)
+    assert before == pytest.approx([0.6065, 1.0], abs=1e-4)
+    assert after == pytest.approx([0.8565, 1.25], abs=1e-4)
+    assert second[0] == pytest.approx(second[1])
     figure = nga_figure(Segmenter(model, disk_cache=False))
     figure.canvas.draw()
     title = figure.texts[0].get_window_extent()
     assert title.x0 >= 0 and title.x1 <= figure.bbox.x1, "the title is cut off"
     heights = [bar.get_height() for axes in figure.axes for bar in axes.patches]
-    assert heights == pytest.approx([*first.before, *first.after, *second.before, *second.after])
+    assert heights == pytest.approx([*before, *after, *second[0], *second[1]])
 
 
 @pytest.mark.parametrize(

@@ -1,19 +1,28 @@
-"""Making a folder of downloaded archives into a dataset that can be opened, without a network."""
+"""Making a folder of downloaded archives into a dataset that can be opened, without a network.
+
+No member of an archive leaves the folder, no file is ever half there, and a second run does nothing again.
+"""
 
 from __future__ import annotations
 
 import fnmatch
+import lzma
+import os
+import shutil
+import tarfile
+import zipfile
+import zlib
 from collections.abc import Callable, Iterable
-from contextlib import suppress
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
+from typing import TypeAlias
 
 from lexiseg.data.sets.catalog import data_set
 from lexiseg.data.sets.layouts import IMAGE_FOLDERS, every_fifth, own_list, part_of
-from lexiseg.data.sets.listing import by_stem, child, entries, first_folder
+from lexiseg.data.sets.listing import by_stem, child, entries, first_folder, is_safe
 from lexiseg.data.sets.open import OWN, list_split
 from lexiseg.data.sets.papers import aug_names, find_sbd, voc_list
-from lexiseg.data.sets.unpack import find_archives, unpack
 from lexiseg.data.sets.verify import usable_splits
 from lexiseg.errors import DataSetError, LexisegError
 from lexiseg.files import make_folder, write_bytes
@@ -28,6 +37,11 @@ _PLACES: dict[str, tuple[tuple[str, str], ...]] = {
     "pascal-context-59": (("SegmentationClassContext*", "VOCdevkit/VOC2010"), ("trainval.*", "VOCdevkit/VOC2010")),
     "pascal-context-459": (("trainval.*", "VOCdevkit/VOC2010"),),
 }
+ARCHIVE_SUFFIXES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
+
+_DAMAGE = (zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, EOFError, ValueError, RuntimeError)
+_PART = ".lexiseg-unpacking"  # a folder in the target, on the same disk, out of which whole files are moved
+_Member: TypeAlias = "tuple[str, int, Callable[[Path], object] | None]"
 
 
 @dataclass(frozen=True)
@@ -63,8 +77,6 @@ def prepare(
         lists = _voc_lists(root)
     elif name == OWN:
         lists = _own_lists(root)
-    elif name.startswith("pascal-context"):
-        lists = _context_lists(name, root)
     for path, names in lists.items():
         make_folder(path.parent)
         write_bytes(path, _listed(names))
@@ -120,20 +132,6 @@ def _voc_lists(root: Path) -> dict[Path, list[str]]:
     return {voc_list(home, "aug"): names} if names and not findings else {}
 
 
-def _context_lists(name: str, root: Path) -> dict[Path, list[str]]:
-    """Lists of the pictures that Context annotates, out of those of VOC 2010's detection task."""
-    home = first_folder((root / "VOCdevkit" / "VOC2010", root / "VOC2010", root))
-    lists: dict[Path, list[str]] = {}
-    if home is None:
-        return lists
-    for split in ("train", "val"):
-        path = home / "ImageSets" / "SegmentationContext" / f"{split}.txt"
-        if not path.is_file() and (home / "ImageSets" / "Main" / f"{split}.txt").is_file():
-            with suppress(LexisegError):  # labels or names are not there yet; verify says which
-                lists[path] = [item.name for item in list_split(name, root, split).items]
-    return {path: names for path, names in lists.items() if names}
-
-
 def _own_lists(root: Path) -> dict[Path, list[str]]:
     """train.txt and val.txt for a folder without splits: what the reader would take without them, said explicitly."""
     if any(name.endswith(".json") for name in (*entries(root), *entries(root / "annotations"))):
@@ -154,3 +152,102 @@ def _own_lists(root: Path) -> dict[Path, list[str]]:
 def _listed(names: Iterable[str]) -> bytes:
     """A list of names, byte for byte as the disk has them."""
     return "".join(f"{name}\n" for name in names).encode("utf-8", "surrogateescape")
+
+
+@dataclass(frozen=True)
+class Unpacked:
+    """The result of unpacking an archive."""
+
+    written: int  # number of files written
+    kept: int  # number of files that were there already, complete
+    skipped: tuple[str, ...] = ()  # names of members that are no files (links, devices); they are not made
+
+
+def find_archives(folder: Path) -> list[Path]:
+    """The archives in a folder, by name."""
+    return [folder / name for name in entries(folder) if name.lower().endswith(ARCHIVE_SUFFIXES)]
+
+
+def unpack(archive: Path, target: Path) -> Unpacked:
+    """Unpack a zip or tar archive into a folder.
+
+    Every file is unpacked aside and moved when it is complete. A file that is there with the size it has in the archive
+    is left alone, so that an interrupted run continues where it stopped; what such a run left is removed.
+
+    ``target``: the folder; created where it is missing. Raises LexisegError if the archive is damaged or no archive,
+    the disk is too small, or a member's name leads outside ``target`` or through a link; nothing is written in the last
+    two cases.
+    """
+    part = target / _PART
+    try:
+        if zipfile.is_zipfile(archive):
+            with zipfile.ZipFile(archive) as zipped:
+                return _unpack(archive, target, part, _zip_members(zipped))
+        if tarfile.is_tarfile(archive):
+            with tarfile.open(archive) as tar:
+                return _unpack(archive, target, part, _tar_members(tar))
+    except _DAMAGE as error:
+        raise LexisegError(f"The archive '{archive}' is damaged ({error}); download it again.") from error
+    except OSError as error:
+        raise LexisegError(f"Cannot unpack '{archive}' ({error.strerror or error}); check the disk.") from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    raise LexisegError(f"'{archive}' is neither a zip nor a tar archive, or it is damaged; download it again.")
+
+
+def _unpack(archive: Path, target: Path, part: Path, members: list[_Member]) -> Unpacked:
+    for name, _, _ in members:
+        if not is_safe(name):
+            raise LexisegError(
+                f"The archive '{archive}' holds '{name[:80]}', which leads outside its folder; do not use it."
+            )
+    files = [(name, size, extract) for name, size, extract in members if extract is not None]
+    missing = [entry for entry in files if not _is_there(target / entry[0], entry[1])]
+    _check_space(archive, target, sum(size for _, size, _ in missing))
+    for name, size, extract in missing:
+        _refuse_links(archive, target, target / name)
+        extract(part)
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        if (part / name).stat().st_size != size:
+            raise LexisegError(f"The archive '{archive}' ends early in '{name}'; download it again.")
+        os.replace(part / name, target / name)
+    skipped = tuple(name for name, _, extract in members if extract is None)
+    return Unpacked(len(missing), len(files) - len(missing), skipped)
+
+
+def _zip_members(zipped: zipfile.ZipFile) -> list[_Member]:
+    def extracted(entry: zipfile.ZipInfo) -> Callable[[Path], object] | None:
+        is_link = (entry.external_attr >> 16) & 0o170000 == 0o120000
+        return None if is_link else lambda part: zipped.extract(entry, part)
+
+    return [(entry.filename, entry.file_size, extracted(entry)) for entry in zipped.infolist() if not entry.is_dir()]
+
+
+def _tar_members(tar: tarfile.TarFile) -> list[_Member]:
+    def extracted(entry: tarfile.TarInfo) -> Callable[[Path], object] | None:
+        return (lambda part: tar.extract(entry, part, filter="data")) if entry.isfile() else None
+
+    return [(entry.name, entry.size, extracted(entry)) for entry in tar.getmembers() if not entry.isdir()]
+
+
+def _is_there(path: Path, size: int) -> bool:
+    try:
+        return path.is_file() and path.stat().st_size == size
+    except OSError:
+        return False
+
+
+def _refuse_links(archive: Path, target: Path, path: Path) -> None:
+    """Refuse to write through a link that lies in the folder: it may lead anywhere."""
+    for place in takewhile(lambda place: place != target, (path, *path.parents)):
+        if place.is_symlink():
+            raise LexisegError(f"Unpacking '{archive}' would write through the link '{place}'; remove the link.")
+
+
+def _check_space(archive: Path, target: Path, needed: int) -> None:
+    free = shutil.disk_usage(next(place for place in (target, *target.parents) if place.exists())).free
+    if needed > free:
+        raise LexisegError(
+            f"Unpacking '{archive}' needs {needed / 1e9:.1f} GB and the disk of '{target}' has {free / 1e9:.1f} GB; "
+            "make room first."
+        )

@@ -13,8 +13,7 @@ import pytest
 
 from lexiseg.cli import main
 from lexiseg.data.sets.open import open_data_set
-from lexiseg.data.sets.prepare import prepare
-from lexiseg.data.sets.unpack import unpack
+from lexiseg.data.sets.prepare import prepare, unpack
 from lexiseg.data.sets.verify import verify
 from lexiseg.errors import LexisegError
 from tests.miniatures import MINIATURES
@@ -116,10 +115,18 @@ def test_prepare_others(clean, tmp_path, name):
     _zip(root / "all.zip", clean(name))
     data_name = MINIATURES[name][0]
     steps = prepare(data_name, root)
-    assert len(steps) == (3 if name in ("context459", "own-folders") else 1)
+    assert len(steps) == (3 if name == "own-folders" else 1)
     assert verify(data_name, root, workers=1).findings == ()
     assert open_data_set(data_name, root, "val").names == open_data_set(data_name, clean(name), "val").names
     assert prepare(data_name, root) == []
+
+
+def test_a_label_that_context_lacks_is_said(clean, tmp_path):
+    root = tmp_path / "root"
+    shutil.copytree(clean("context459"), root)
+    (root / "VOCdevkit/VOC2010/trainval/2008_000003.mat").unlink()
+    with pytest.raises(LexisegError, match=r"not complete.*2008_000003"):
+        prepare("pascal-context-459", root)
 
 
 def test_unpacking_goes_on_where_it_was(clean, tmp_path):

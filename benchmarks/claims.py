@@ -37,7 +37,7 @@ from lexiseg.data.base import seen_ids, unseen_ids
 from lexiseg.data.picture_world import PictureWorld, find_world
 from lexiseg.errors import LexisegError
 from lexiseg.evaluation.metrics import Confusion, harmonic_mean
-from lexiseg.evaluation.proposal_report import evaluate_proposals
+from lexiseg.evaluation.proposals import evaluate_proposals
 from lexiseg.evaluation.run import spread
 from lexiseg.files import atomic_write, make_folder, write_json
 from lexiseg.models.decoupled import DecoupledModel

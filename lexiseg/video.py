@@ -21,7 +21,7 @@ from lexiseg.files import atomic_write, make_folder, read_lines
 from lexiseg.formats import encode_rle
 from lexiseg.images import VIDEO_SUFFIXES
 from lexiseg.label_ids import ignore_index
-from lexiseg.labelling.record import file_state
+from lexiseg.labelling.pictures import file_state
 from lexiseg.overlay import paint_classes
 from lexiseg.words import describe, printable
 

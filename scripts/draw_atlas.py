@@ -18,8 +18,7 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
-from lexiseg.data.picture_world.atlas import CELL, COLUMNS
-from lexiseg.data.picture_world.classes import ASSETS, SECOND
+from lexiseg.data.picture_world.classes import ASSETS, CELL, COLUMNS, SECOND
 from lexiseg.files import atomic_write
 
 FONT_SIZE = 109  # the one size at which the font holds bitmaps

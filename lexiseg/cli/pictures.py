@@ -14,8 +14,7 @@ import typer
 
 from lexiseg.cli.console import say, say_error, say_json, say_note, say_table, say_written, with_progress
 from lexiseg.errors import LexisegError
-from lexiseg.labelling.record import COCO, Entry, Picture, Record, absolute
-from lexiseg.labelling.shards import Labeller, Wanted, shards_of
+from lexiseg.labelling.pictures import COCO, Entry, Labeller, Picture, Record, Wanted, absolute, shards_of
 from lexiseg.words import counted, word_key
 
 if TYPE_CHECKING:

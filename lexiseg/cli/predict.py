@@ -165,7 +165,7 @@ def predict(
             predict_video(segmenter, sources[0], checked, output, video, json, window=policy, batch_size=batch_size)
         else:
             from lexiseg.cli.pictures import Spread, predict_pictures
-            from lexiseg.labelling.shards import Wanted
+            from lexiseg.labelling.pictures import Wanted
 
             regions, face = _instances(instances, checked), None if font is None else str(font)
             wanted = Wanted(vocabulary, tuple(kinds), policy, batch_size, background, regions, face)
@@ -238,7 +238,7 @@ def _split(words: Sequence[str], classes_file: Path | None) -> tuple[list[str], 
 def _pictures(sources: Sequence[str]) -> list[Path]:
     """The files that the arguments stand for, each once, in order."""
     from lexiseg.images import list_images
-    from lexiseg.labelling.record import absolute
+    from lexiseg.labelling.pictures import absolute
 
     paths: dict[str, Path] = {}
     for source in sources:

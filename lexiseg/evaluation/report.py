@@ -9,34 +9,97 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
-from PIL import Image
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
 
 import lexiseg
-from lexiseg.evaluation.grid import Example, draw_grid
 from lexiseg.evaluation.metrics import Confusion, Metrics, percent, percent_text
 from lexiseg.files import atomic_write, make_folder, write_json
+from lexiseg.overlay import LegendEntry, draw_legend, paint_classes
 from lexiseg.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
-    from lexiseg.evaluation.proposal_report import ProposalReport
+    from lexiseg.evaluation.proposals import ProposalReport
 
 FORMAT = 1
 _PACKAGES = ("open_clip_torch", "numpy", "Pillow")
 _TITLES = {"pacc": "pAcc", "miou": "mIoU", "miou_seen": "mIoU(S)", "miou_unseen": "mIoU(U)", "hiou": "hIoU"}
 _OF_SEEN = ("miou_seen", "miou_unseen", "hiou")
+_GAP, _HEADER = 6, 24
+_PAPER, _INK = (250, 250, 250), (33, 33, 33)
+_COLUMNS = ("picture", "truth", "prediction")
+_ALPHA = 0.75
 
 
-@dataclass(frozen=True)
-class ClassRow:
-    """One class of the table."""
+@dataclass(frozen=True, eq=False)
+class Example:
+    """What one row shows."""
 
-    name: str  # of the class
-    seen: bool | None  # whether it had masks in training; None where nobody said
-    iou: float | None  # intersection over union in percent; None where the class is in neither labels nor predictions
-    accuracy: float | None  # fraction of its pixels found, in percent; None where it has no pixel
-    labelled: int  # pixels of the class
-    predicted: int  # evaluated pixels predicted as it
+    image: NDArray[np.uint8]  # ``(H, W, 3)`` uint8
+    truth: NDArray[np.integer]  # ``(H, W)`` integer ids; one that is no class is drawn faded
+    prediction: NDArray[np.integer]  # ``(H, W)``, the same
+    name: str = ""  # of the sample
+
+
+def draw_grid(examples: Sequence[Example], vocabulary: Vocabulary, *, width: int = 256) -> Image.Image:
+    """Draw the rows, with a legend of every class that occurs in them.
+
+    ``vocabulary``: gives names, colours and which classes are unseen; the legend says so. ``width``: of a cell in
+    pixels; heights follow from the pictures. Returns a picture of mode RGB. Raises ValueError if there is no example.
+    """
+    if not examples:
+        raise ValueError("a grid needs at least one example")
+    palette = vocabulary.palette()
+    rows = [[_fit(cell, width) for cell in _cells(example, palette)] for example in examples]
+    height = _HEADER + sum(row[0].height + _GAP for row in rows)
+    canvas = Image.new("RGB", (len(_COLUMNS) * (width + _GAP) + _GAP, height), _PAPER)
+    draw = ImageDraw.Draw(canvas)
+    font = ImageFont.load_default(14)
+    for column, title in enumerate(_COLUMNS):
+        draw.text((_GAP + column * (width + _GAP) + width / 2, _HEADER / 2), title, _INK, font, anchor="mm")
+    top = _HEADER
+    for row in rows:
+        for column, cell in enumerate(row):
+            canvas.paste(cell, (_GAP + column * (width + _GAP), top))
+        top += row[0].height + _GAP
+    return draw_legend(canvas, _legend(examples, vocabulary, palette))
+
+
+def _cells(example: Example, palette: NDArray[np.uint8]) -> list[Image.Image]:
+    painted = [
+        paint_classes(example.image, labels, palette, alpha=_ALPHA, outlines=True)
+        for labels in (example.truth, example.prediction)
+    ]
+    return [Image.fromarray(np.ascontiguousarray(example.image)), *painted]
+
+
+def _fit(cell: Image.Image, width: int) -> Image.Image:
+    height = max(1, round(cell.height * width / cell.width))
+    return cell if cell.width == width else cell.resize((width, height), Image.Resampling.LANCZOS)
+
+
+def _legend(examples: Sequence[Example], vocabulary: Vocabulary, palette: NDArray[np.uint8]) -> list[LegendEntry]:
+    truth, predicted = np.zeros((2, len(vocabulary)), np.int64)
+    for example in examples:
+        for counts, labels in ((truth, example.truth), (predicted, example.prediction)):
+            counts += np.bincount(labels[(labels >= 0) & (labels < len(vocabulary))], minlength=len(vocabulary))
+    total = max(1, sum(example.truth.size for example in examples))
+    # Unseen classes first: they are what a reader looks for. Then by fraction of the truth.
+    order = sorted(
+        (int(index) for index in np.flatnonzero(truth + predicted)),
+        key=lambda index: (vocabulary.classes[index].seen is not False, -truth[index]),
+    )
+    return [
+        LegendEntry(_label(vocabulary, index), tuple(int(part) for part in palette[index]), truth[index] / total)
+        for index in order
+    ]
+
+
+def _label(vocabulary: Vocabulary, index: int) -> str:
+    entry = vocabulary.classes[index]
+    return f"{entry.name} (unseen)" if entry.seen is False else entry.name
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,18 +119,21 @@ class Report:
         """The scalars of `Metrics` in percent; None where there is nothing to measure."""
         return self.metrics.summary()
 
-    def class_rows(self) -> list[ClassRow]:
-        """The table by class, in the order of the ids."""
-        counts = self.confusion
+    def class_rows(self) -> list[dict[str, Any]]:
+        """The table by class, in the order of the ids.
+
+        ``name``, ``seen`` (None where nobody said), ``iou`` and ``accuracy`` in percent (None where there is nothing to
+        measure), ``labelled``, the pixels of the class, and ``predicted``, the evaluated pixels predicted as it.
+        """
         return [
-            ClassRow(
-                entry.name,
-                entry.seen,
-                percent(self.metrics.iou[index]),
-                percent(self.metrics.accuracy[index]),
-                int(counts.labelled[index]),
-                int(counts.predicted[index]),
-            )
+            {
+                "name": entry.name,
+                "seen": entry.seen,
+                "iou": percent(self.metrics.iou[index]),
+                "accuracy": percent(self.metrics.accuracy[index]),
+                "labelled": int(self.confusion.labelled[index]),
+                "predicted": int(self.confusion.predicted[index]),
+            }
             for index, entry in enumerate(self.vocabulary.classes)
         ]
 
@@ -90,9 +156,10 @@ class Report:
         words = {True: "seen", False: "unseen", None: "-"}
         titles, rows = ["class", "IoU", "Acc", "pixels"], []
         for row in self.class_rows():
-            rows.append([row.name, percent_text(row.iou), percent_text(row.accuracy), f"{row.labelled:,}"])
+            scores = [percent_text(row["iou"]), percent_text(row["accuracy"])]
+            rows.append([row["name"], *scores, f"{row['labelled']:,}"])
             if self.has_seen:
-                rows[-1].insert(1, words[row.seen])
+                rows[-1].insert(1, words[row["seen"]])
         if self.has_seen:
             titles.insert(1, "masks in training")
         return titles, rows
@@ -104,7 +171,7 @@ class Report:
             "metrics": self.summary(),
             "protocol": self.protocol,
             "seconds": round(self.seconds, 3),
-            "classes": [vars(row) for row in self.class_rows()],
+            "classes": self.class_rows(),
         }
 
     def grid(self) -> Image.Image | None:

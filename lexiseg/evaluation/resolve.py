@@ -123,7 +123,7 @@ def evaluate(
             stop.args = (f"Stopped; {'nothing is kept' if folder is None else kept}.",)
             raise
         if proposals:
-            from lexiseg.evaluation.proposal_report import evaluate_proposals
+            from lexiseg.evaluation.proposals import evaluate_proposals
 
             report = replace(report, proposals=evaluate_proposals(segmenter, data, released=True, limit=limit))
     if folder is not None and journal is not None and processes.is_main():

@@ -16,9 +16,8 @@ from lexiseg import processes
 from lexiseg.background import BackgroundSource
 from lexiseg.data.base import Sample, SegmentationDataset, seen_ids, unseen_ids
 from lexiseg.errors import LexisegError
-from lexiseg.evaluation.grid import Example
 from lexiseg.evaluation.metrics import Confusion
-from lexiseg.evaluation.report import Report, versions
+from lexiseg.evaluation.report import Example, Report, versions
 from lexiseg.images import ImageSource
 from lexiseg.journal import Journal, Writer
 from lexiseg.label_ids import ignore_index

@@ -22,8 +22,7 @@ import numpy as np
 
 import lexiseg
 from lexiseg.errors import LexisegError, need
-from lexiseg.labelling.record import Entry, Picture, Record
-from lexiseg.labelling.shards import Labeller, Wanted
+from lexiseg.labelling.pictures import Entry, Labeller, Picture, Record, Wanted, read_entry
 from lexiseg.words import first_line
 
 _OBJECT_STORE = 100 * 2**20
@@ -144,7 +143,7 @@ def _run(ray: Any, job: Job, shards: Mapping[int, Sequence[Picture]], workers: i
     )
     for row in made.iter_rows():
         for content in json.loads(row["entries"]):
-            yield Entry.from_dict(content)
+            yield read_entry(content)
         if row["fatal"]:
             raise LexisegError(row["fatal"])
 

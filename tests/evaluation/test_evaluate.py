@@ -14,7 +14,7 @@ from lexiseg.data.base import Sample
 from lexiseg.data.picture_world import write_voc
 from lexiseg.errors import LexisegError
 from lexiseg.evaluation import evaluate
-from lexiseg.evaluation.grid import Example, draw_grid
+from lexiseg.evaluation.report import Example, draw_grid
 from lexiseg.evaluation.run import run_evaluation, spread
 from lexiseg.journal import Journal
 from lexiseg.models import ZegCLIP
@@ -105,9 +105,9 @@ def test_a_class_that_is_never_found(model):
 def test_seen_comes_from_the_dataset_and_else_from_the_model(model):
     flagged, plain = Noise(), Noise(flagged=False)
     rows = run(Oracle(model, flagged), flagged).class_rows()
-    assert [(row.name, row.seen) for row in rows] == [("cat", True), ("dog", False), ("sky", True)]
+    assert [(row["name"], row["seen"]) for row in rows] == [("cat", True), ("dog", False), ("sky", True)]
     rows = run(Oracle(model, plain), plain).class_rows()
-    assert [row.seen for row in rows] == [True, True, False]
+    assert [row["seen"] for row in rows] == [True, True, False]
 
 
 def test_the_real_segmenter_and_the_protocol_card(model, tmp_path):

@@ -17,8 +17,13 @@ from lexiseg.analysis.regions import anchor_figure, attention_maps, region_masks
 from lexiseg.cli import main
 from lexiseg.data.base import Sample
 from lexiseg.errors import LexisegError
-from lexiseg.evaluation.proposal_report import evaluate_proposals
-from lexiseg.evaluation.proposals import ProposalRecall, ReleasedRecall, region_ious, upper_bound_scores
+from lexiseg.evaluation.proposals import (
+    ProposalRecall,
+    ReleasedRecall,
+    evaluate_proposals,
+    region_ious,
+    upper_bound_scores,
+)
 from lexiseg.models import DenseCLIP, DeOP
 from lexiseg.scores import RegionScores
 from lexiseg.segmenter import Segmenter

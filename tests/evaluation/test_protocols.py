@@ -158,7 +158,7 @@ def test_seen_and_unseen_lists(tmp_path):
     _context59(tmp_path, np.array([[1, 59, 0]]))
     for name, unseen in (("gzs-context", "bed"), ("gzs-context-papers", "bird")):
         report, _ = judge(find_protocol(name), tmp_path, [[[0, 58, 0]]])
-        rows = {row.name: row.seen for row in report.class_rows()}
+        rows = {row["name"]: row["seen"] for row in report.class_rows()}
         assert rows[unseen] is False and sum(seen is False for seen in rows.values()) == 10
     # Across datasets no class counts as seen to the model, whatever its name.
     _, segmenter = judge(find_protocol("pc-59"), tmp_path, [[[0, 58, 0]]])

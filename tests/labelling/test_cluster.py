@@ -22,8 +22,8 @@ from lexiseg.cli import main
 from lexiseg.errors import LexisegError
 from lexiseg.files import read_lines
 from lexiseg.journal import Journal
+from lexiseg.labelling.pictures import FOLDER
 from lexiseg.labelling.ray_data import check_reachable
-from lexiseg.labelling.record import FOLDER
 from tests.cli.calling import WORDS, assert_sentence, leftovers
 from tests.cli.conftest import call, tiny_model  # noqa: F401 (fixtures)
 

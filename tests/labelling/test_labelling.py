@@ -13,8 +13,18 @@ import torch
 from PIL import Image
 
 from lexiseg.errors import LexisegError
-from lexiseg.labelling.record import Attempt, Entry, Picture, Record, absolute, file_state
-from lexiseg.labelling.shards import TRIES, Labeller, Wanted, shards_of
+from lexiseg.labelling.pictures import (
+    TRIES,
+    Attempt,
+    Entry,
+    Labeller,
+    Picture,
+    Record,
+    Wanted,
+    absolute,
+    file_state,
+    shards_of,
+)
 from lexiseg.models import DenseCLIP
 from lexiseg.models.dense_clip import DenseCLIPOptions
 from lexiseg.segmenter import Segmenter

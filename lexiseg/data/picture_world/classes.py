@@ -12,9 +12,14 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+from PIL import Image
+
 from lexiseg.errors import LexisegError
 
 ASSETS = Path(__file__).parent / "assets"
+CELL = 128  # side of a drawing in pixels
+COLUMNS = 12
 _FIRST = json.loads((ASSETS / "world1.json").read_text(encoding="utf-8"))
 STUFF: tuple[str, ...] = tuple(_FIRST["stuff"])
 
@@ -87,3 +92,19 @@ def find_world(name: str) -> World:
     if name not in WORLDS:
         raise LexisegError(f"There is no picture world '{name}'; choose one of {', '.join(WORLDS)}.")
     return WORLDS[name]
+
+
+@functools.cache
+def load_atlas(file: str = "glyphs.png") -> tuple[Image.Image, ...]:
+    """The drawings of one sheet, which ``scripts/draw_atlas.py`` made, in the order of the things.
+
+    They are RGBA pictures of 128 x 128 pixels with premultiplied alpha, so that scaling and rotating them never bleeds
+    a background colour into the edge.
+    """
+    sheet = np.asarray(Image.open(ASSETS / file).convert("RGBA"))
+    cells = sheet.reshape(-1, CELL, COLUMNS, CELL, 4).swapaxes(1, 2).reshape(-1, CELL, CELL, 4)
+    glyphs = []
+    for cell in cells.astype(np.float32):
+        cell[..., :3] *= cell[..., 3:] / 255.0
+        glyphs.append(Image.fromarray(cell.round().astype(np.uint8), "RGBA"))
+    return tuple(glyphs)

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-from lexiseg.data.picture_world.atlas import CELL, load_atlas
-from lexiseg.data.picture_world.classes import FIRST, STUFF, World
+from lexiseg.data.picture_world.classes import CELL, FIRST, STUFF, World, load_atlas
 from lexiseg.data.picture_world.textures import SIZE, texture
 
 # What may lie above and below a horizon, so that a person finds the scene plausible.

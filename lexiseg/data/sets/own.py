@@ -28,7 +28,6 @@ import numpy as np
 
 from lexiseg.class_forms import ListedClass
 from lexiseg.class_list import ClassList, read_class_list
-from lexiseg.data.sets.coco_json import list_coco_json
 from lexiseg.data.sets.dataset import Finding, Item, SplitFiles
 from lexiseg.data.sets.labels import LabelKind, ValueTable, read_values
 from lexiseg.data.sets.layouts import (
@@ -45,9 +44,8 @@ from lexiseg.data.sets.layouts import (
     part_in_split,
     picture_folders,
 )
-from lexiseg.data.sets.listing import by_stem, entries, same_stems, with_unseen
-from lexiseg.data.sets.outlines import draw_labelme, draw_yolo, read_labelme, rest_of
-from lexiseg.data.sets.pairing import LabelFolder, orphans, pair
+from lexiseg.data.sets.listing import LabelFolder, by_stem, entries, orphans, pair, same_stems, with_unseen
+from lexiseg.data.sets.outlines import draw_labelme, draw_yolo, list_coco_json, read_labelme, rest_of
 from lexiseg.errors import DataSetError, LexisegError
 from lexiseg.images import FOREIGN_SUFFIXES, IMAGE_SUFFIXES, open_header, pillow_silenced
 from lexiseg.label_ids import IGNORE_INDEX, ignore_index

@@ -16,8 +16,20 @@ from lexiseg.data.sets.archive import Place, zipped
 from lexiseg.data.sets.catalog import DataSetInfo, data_set
 from lexiseg.data.sets.dataset import Finding, Item, SplitFiles
 from lexiseg.data.sets.labels import LabelKind, ValueTable
-from lexiseg.data.sets.listing import by_stem, find_home, first_folder, folders_in, read_list
-from lexiseg.data.sets.pairing import LabelFolder, by_folder, label_folder, pair, plain_table, table_of, zipped_labels
+from lexiseg.data.sets.listing import (
+    LabelFolder,
+    by_folder,
+    by_stem,
+    find_home,
+    first_folder,
+    folders_in,
+    label_folder,
+    pair,
+    plain_table,
+    read_list,
+    table_of,
+    zipped_labels,
+)
 from lexiseg.errors import LexisegError
 from lexiseg.images import IMAGE_SUFFIXES
 from lexiseg.words import word_key

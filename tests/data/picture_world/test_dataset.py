@@ -24,7 +24,7 @@ from lexiseg.data.picture_world import (
     vocabulary,
     write_voc,
 )
-from lexiseg.data.picture_world.atlas import CELL, load_atlas
+from lexiseg.data.picture_world.classes import CELL, load_atlas
 from lexiseg.data.picture_world.dataset import SPLIT_SEEDS
 from lexiseg.data.picture_world.scene import caption
 from lexiseg.errors import LexisegError

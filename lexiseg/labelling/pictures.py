@@ -1,4 +1,4 @@
-"""What a run over many pictures has done, and the pictures' facts that a run which goes on wants to know.
+"""Labelling many pictures in shards, and the record of what is done, from which a stopped run goes on.
 
 The record is a journal in a hidden folder among the results, and has more than that beside it::
 
@@ -11,18 +11,30 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from pydantic import TypeAdapter
+
+from lexiseg.errors import LexisegError
 from lexiseg.files import read_lines
 from lexiseg.formats import merge_coco
 from lexiseg.journal import Journal, Writer
 
+if TYPE_CHECKING:
+    from lexiseg.background import BackgroundSource
+    from lexiseg.predictor import Predictor
+    from lexiseg.vocabulary import Vocabulary
+    from lexiseg.windows import WindowPolicy
+
 FOLDER = ".lexiseg-predict"
 COCO = "annotations.json"
+SHARD_SIZE = 64
+TRIES = 2
+"""How often a picture may take its worker down before it is left out."""
 _TEMPORARY = re.compile(r"\.(?P<stem>.+?)(_labels|_overlay|_coco)?\.[0-9a-f]{8}\.tmp\.(png|json)")
 
 
@@ -60,12 +72,9 @@ class Entry:
     classes: Sequence[Mapping[str, Any]] = ()
     state: tuple[int, int] = (0, 0)  # size in bytes and time of the last change of the picture's file when it was read
 
-    @staticmethod
-    def from_dict(content: Mapping[str, Any]) -> Entry:
-        """Take up what `dataclasses.asdict` gave, from JSON."""
-        entry = Entry(**content)
-        (height, width), (size, time) = entry.size, entry.state
-        return replace(entry, size=(int(height), int(width)), state=(int(size), int(time)))
+
+read_entry = TypeAdapter(Entry).validate_python
+"""Takes up what `dataclasses.asdict` gave, from JSON. Raises ValueError if it is something else."""
 
 
 def file_state(path: str | Path) -> tuple[int, int]:
@@ -158,9 +167,8 @@ class Attempt(Writer):
 def _entries(lines: Iterable[Mapping[str, Any]]) -> list[Entry]:
     found = []
     for line in lines:
-        with suppress(ValueError, TypeError):
-            if "image" in line:
-                found.append(Entry.from_dict(line))
+        with suppress(ValueError):
+            found.append(read_entry(line))
     return found
 
 
@@ -169,3 +177,103 @@ def _listing(folder: Path) -> list[str]:
         return os.listdir(folder)  # noqa: PTH208 (names alone, which is several times as fast)
     except OSError:
         return []
+
+
+def shards_of(record: Record, pictures: Sequence[Picture], size: int | None = None) -> dict[int, Sequence[Picture]]:
+    """Pictures in shards of ``size`` (None: 64), by a number that ``record`` does not have yet."""
+    size, first = size or SHARD_SIZE, record.next_shard()
+    return {first + index: pictures[start : start + size] for index, start in enumerate(range(0, len(pictures), size))}
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is to be made of every picture."""
+
+    vocabulary: Vocabulary  # the classes
+    kinds: tuple[str, ...]  # the files to write, as `lexiseg.segmentation.Segmentation.save` takes them
+    window: WindowPolicy | None = None  # as in `lexiseg.segmenter.Segmenter.predict`
+    batch_size: int = 4  # likewise
+    background: BackgroundSource = None  # likewise
+    instances: tuple[str, ...] = ()  # as in `lexiseg.segmentation.Segmentation.save`
+    font: str | None = None  # likewise
+
+
+class Labeller:
+    """Segments pictures and writes their results.
+
+    ``segmenter``: the model, with its cache of text embeddings. ``output``: the folder for the results; it must be
+    there.
+    """
+
+    def __init__(self, segmenter: Predictor, wanted: Wanted, output: str | Path) -> None:
+        self.segmenter = segmenter
+        self.wanted = wanted
+        self.output = Path(output)
+
+    def label(self, pictures: Sequence[Picture]) -> Iterator[Entry]:
+        """Make the results of ``pictures``, in their order; a picture that cannot be read is an entry with an error.
+
+        Raises LexisegError if something is wrong that is not one picture's fault: the classes, the disk, the memory.
+        """
+        wanted = self.wanted
+        if not pictures:
+            return
+        # Read before the pixels are: a file that changes meanwhile is then taken for changed.
+        states = {picture.image: file_state(picture.path) for picture in pictures}
+        stems = {Path(picture.path): picture for picture in pictures}
+        results = self.segmenter.predict_folder(
+            list(stems),
+            wanted.vocabulary,
+            window=wanted.window,
+            batch_size=wanted.batch_size,
+            background=wanted.background,
+        )
+        for path, result in results:
+            picture, state = stems[path], states[stems[path].image]
+            if isinstance(result, LexisegError):
+                yield Entry(picture.image, picture.stem, error=str(result), state=state)
+                continue
+            if result.name != picture.name:
+                result = replace(result, name=picture.name)
+            files: dict[str, Path] = {}
+            for kind in wanted.kinds:
+                folder = self.output / FOLDER / "coco" if kind == "coco" else self.output
+                files |= result.save(folder, picture.stem, (kind,), instances=wanted.instances, font=wanted.font)
+            names = {kind: file.relative_to(self.output).as_posix() for kind, file in files.items()}
+            ignored = result.num_ignored / (result.size[0] * result.size[1])
+            rows = [
+                {"class": row.name, "seen": row.seen, "fraction": row.fraction, "score": row.score}
+                for row in result.table()
+            ]
+            image, stem, size = picture.image, picture.stem, result.size
+            yield Entry(image, stem, files=names, size=size, ignored=ignored, classes=rows, state=state)
+
+    def label_shard(self, record: Record, number: int, pictures: Sequence[Picture]) -> Iterator[Entry]:
+        """Make the results of a shard and record them; where an earlier attempt was stopped, only the rest.
+
+        A worker that was killed may have been killed by a picture (one that needs more memory than there is). From the
+        second attempt on, pictures are therefore run one by one and each is announced first, and one that has taken two
+        announcing attempts with it is reported and left out; the others are not lost with it. Raises LexisegError as
+        :meth:`label`.
+        """
+        attempt = Attempt(record, number)
+        try:
+            before = dict(attempt.done)
+            yield from (before[picture.image] for picture in pictures if picture.image in before)
+            rest = [picture for picture in pictures if picture.image not in before]
+            made = self.label(rest) if attempt.number == 1 else (self._one(attempt, picture) for picture in rest)
+            for entry in made:
+                attempt.finish(entry)
+                yield entry
+        finally:
+            attempt.close()
+
+    def _one(self, attempt: Attempt, picture: Picture) -> Entry:
+        if attempt.begun[picture.image] >= TRIES:
+            problem = (
+                f"The worker was killed each time it reached '{picture.path}', probably for lack of memory; lower "
+                "--max-pixels or give workers more memory."
+            )
+            return Entry(picture.image, picture.stem, error=problem, state=file_state(picture.path))
+        attempt.begin(picture.image)
+        return next(iter(self.label([picture])))

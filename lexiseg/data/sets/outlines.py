@@ -159,12 +159,12 @@ def _labelme_shape(shape: Mapping[str, Any], size: tuple[int, int], who: str) ->
     raise LexisegError(f"{who} is a {shorten(describe(kind))}, which has no area; draw a polygon or remove it.")
 
 
-def draw_yolo(path: Path, image: Place, num_classes: int, rest: int, turned: bool) -> NDArray[np.int64]:
-    """Draw a text file of YOLO's: one line per thing, its class id and the corners as fractions of width and height.
+def draw_yolo(path: Path, image: Place, ids: Mapping[int, int], rest: int, turned: bool) -> NDArray[np.int64]:
+    """Draw a text file of YOLO's: one line per thing, its class and the corners as fractions of width and height.
 
-    ``image``: its picture, whose size the label has. ``rest``: label of the pixels in no outline. ``turned``: whether
-    the corners lie on the picture as its orientation turns it. Raises LexisegError if a line is none of these, or of no
-    class.
+    ``image``: its picture, whose size the label has. ``ids``: class id by the number in the file. ``rest``: label of
+    the pixels in no outline. ``turned``: whether the corners lie on the picture as its orientation turns it. Raises
+    LexisegError if a line is none of these, or of no class.
     """
     height, width = picture_size(image, turned=turned)
     try:
@@ -180,18 +180,15 @@ def draw_yolo(path: Path, image: Place, num_classes: int, rest: int, turned: boo
             index, corners = int(words[0]), np.array([float(word) for word in words[1:]])
         except ValueError as error:
             raise LexisegError(f"{who} is not a class id and coordinates; fix it or remove it.") from error
-        if not 0 <= index < num_classes:
-            raise LexisegError(
-                f"{who} has the class {index}, beyond {counted(num_classes, 'class')} counted from 0; fix it or "
-                "complete the classes."
-            )
+        if index not in ids:
+            raise LexisegError(f"{who} has the class {index}, which is not in the class file; fix one of them.")
         if corners.size == 4:
             raise LexisegError(f"{who} is a box, not an outline; export the dataset for segmentation.")
         if corners.size % 2 == 0:
             if not (np.abs(corners) <= 2).all():
                 raise LexisegError(f"{who} has coordinates outside 0 to 1; they must be fractions of the picture.")
             corners *= np.tile([width, height], corners.size // 2)
-        outlines.append(Outline(index, [corners.tolist()], who))
+        outlines.append(Outline(ids[index], [corners.tolist()], who))
     return draw_outlines(outlines, (height, width), rest)
 
 

@@ -44,7 +44,16 @@ from lexiseg.data.sets.layouts import (
     part_in_split,
     picture_folders,
 )
-from lexiseg.data.sets.listing import LabelFolder, by_stem, entries, orphans, pair, same_stems, with_unseen
+from lexiseg.data.sets.listing import (
+    LabelFolder,
+    by_stem,
+    entries,
+    orphans,
+    pair,
+    plain_table,
+    same_stems,
+    with_unseen,
+)
 from lexiseg.data.sets.outlines import draw_labelme, draw_yolo, list_coco_json, read_labelme, rest_of
 from lexiseg.errors import DataSetError, LexisegError
 from lexiseg.images import FOREIGN_SUFFIXES, IMAGE_SUFFIXES, open_header, pillow_silenced
@@ -79,7 +88,7 @@ def list_own(root: Path, split: str, unseen: str | None, classes: Path | None) -
         settings = _merged(read_class_list(class_file), settings)
     pictures, masks = _masks(by_stem(place.images, IMAGE_SUFFIXES), place, settings.masks)
     others = {} if _any_of(masks, pictures) else {end: by_stem(place.labels, (end,)) for end in (".txt", ".json")}
-    ending = next((end for end, files in others.items() if _any_of(files, pictures)), ".png")
+    ending = next((end for end, files in others.items() if _any_of(files, pictures)), None)
     if ending == ".json" and not settings.classes:
         settings = replace(settings, classes=_labelme_classes(root))
     if not settings.classes:
@@ -88,21 +97,25 @@ def list_own(root: Path, split: str, unseen: str | None, classes: Path | None) -
             "ids."
         )
     vocabulary = with_unseen(Vocabulary.parse(settings.without_shared()), root, unseen, "the class file")
-    ignore = ignore_index(len(vocabulary))
-    files_of = others.get(ending, masks)
-    kind, table = _reading(settings, {} if ending in others else masks, ignore, root)
+    if ending is None:
+        kind, table = _reading(settings, masks, ignore_index(len(vocabulary)), root)
+        labels = [LabelFolder(masks, place.labels, kind, table)]
+    else:
+        table = plain_table(len(vocabulary))
+        labels = [LabelFolder(others[ending], place.labels, LabelKind.index, table, ending)]
     names, findings = names_of(root, split, place, list(pictures))
     any_named = bool(names or findings)  # findings say why there are none
-    labels = [LabelFolder(files_of, place.labels, kind, table, ending)]
     items, missing = pair(names, split, pictures, place.images, labels)
-    items = [_finished(item, settings, ending if ending in others else "", ignore) for item in items]
-    if ending in others:  # no file of outlines means that nothing is in the picture
-        missing = [replace(one, severity="warning") if one.kind == "missing-label" else one for one in missing]
     named = [item.name for item in items]
-    findings += missing
-    together = place.images == place.labels
-    findings += same_stems(named, place.images, IMAGE_SUFFIXES - {".png"} if together else IMAGE_SUFFIXES, split)
-    findings += same_stems(named, place.labels, [] if ending in others else MASK_SUFFIXES, split)
+    if ending is None:
+        items = [replace(item, exif=settings.exif) for item in items]
+        findings += [*missing, *same_stems(named, place.labels, MASK_SUFFIXES, split)]
+    else:
+        items = [_drawn(item, settings, table.ignore) for item in items]
+        # No file of outlines means that nothing is in the picture.
+        findings += [replace(one, severity="warning") if one.kind == "missing-label" else one for one in missing]
+    suffixes = IMAGE_SUFFIXES - {".png"} if place.images == place.labels else IMAGE_SUFFIXES
+    findings += same_stems(named, place.images, suffixes, split)
     findings += _left_out(settings, class_file)
     findings += _passed_over(class_file) if classes is None and class_file is not None else []
     if own_list(root, split) is None:
@@ -197,17 +210,27 @@ def _labelme_classes(root: Path) -> tuple[ListedClass, ...]:
     return tuple(ListedClass(found[name]) for name in sorted(found) if name not in _NO_CLASS)
 
 
-def _finished(item: Item, settings: ClassList, ending: str, ignore: int) -> Item:
-    """An item that knows how its outlines are drawn and how its label lies."""
-    item = replace(item, exif=settings.exif)
-    if not ending or not isinstance(item.label, Path):
-        return item
-    names = [one.name for one in settings.classes]
-    rest, turned = rest_of(names, ignore), settings.exif == "apply"
-    if ending == ".txt":
-        return replace(item, draw=partial(draw_yolo, item.label, item.image, len(names), rest, turned))
-    ids = {word_key(word): index for index, one in enumerate(settings.classes) for word in (*one.synonyms, one.name)}
-    return replace(item, draw=partial(draw_labelme, item.label, item.image, ids, _NO_CLASS, rest, turned))
+def _drawn(item: Item, settings: ClassList, ignore: int) -> Item:
+    """An item whose label is drawn from the outlines in its file."""
+    assert isinstance(item.label, Path)
+    ids, turned = _ids(settings, ignore), settings.exif == "apply"
+    rest = rest_of([one.name for one in settings.classes], ignore)
+    if item.label.suffix.lower() == ".txt":
+        draw = partial(draw_yolo, item.label, item.image, ids, rest, turned)
+    else:
+        names = {
+            word_key(word): ids[index if one.value is None else one.value]
+            for index, one in enumerate(settings.classes)
+            for word in (*one.synonyms, one.name)
+        }
+        draw = partial(draw_labelme, item.label, item.image, names, _NO_CLASS, rest, turned)
+    return replace(item, exif=settings.exif, draw=draw)
+
+
+def _ids(listed: ClassList, ignore: int) -> dict[int, int]:
+    """The class id of each number that the class file gives, or of the classes' places; ``ignore`` of ignored ones."""
+    ids = {index if one.value is None else one.value: index for index, one in enumerate(listed.classes)}
+    return {**ids, **dict.fromkeys(listed.ignored, ignore)}
 
 
 def _left_out(listed: ClassList, class_file: Path | None) -> list[Finding]:
@@ -258,9 +281,8 @@ def _reading(listed: ClassList, files: Mapping[str, Path], ignore: int, root: Pa
         return LabelKind.color, ValueTable(colors, (0, *map(_packed, listed.ignored_colors)), ignore, remedy=remedy)
     kind = LabelKind.index if ignore == IGNORE_INDEX else LabelKind.wide
     numbered = all(one.value is not None for one in classes)
-    id_map = {index if one.value is None else one.value: index for index, one in enumerate(classes)}
-    id_map = {value: index for value, index in id_map.items() if value not in listed.ignored}
-    if len(classes) <= 2 and IGNORE_INDEX not in (*id_map, *listed.ignored) and _are_black_and_white(paths):
+    id_map = _ids(listed, ignore)
+    if len(classes) <= 2 and IGNORE_INDEX not in id_map and _are_black_and_white(paths):
         name = classes[-1].name
         raise DataSetError(
             f"Masks of '{root}' hold only 0 and 255, like black and white masks, so their meaning is unclear: write "
@@ -268,8 +290,7 @@ def _reading(listed: ClassList, files: Mapping[str, Path], ignore: int, root: Pa
             "black, or 'ignore: 255' into classes.yaml or lexiseg.yaml to ignore white.",
             "black-and-white",
         )
-    void = (0,) if numbered else ()
-    return kind, ValueTable(id_map, (*void, ignore, *listed.ignored), ignore, remedy=remedy)
+    return kind, ValueTable(id_map, (0, ignore) if numbered else (ignore,), ignore, remedy=remedy)
 
 
 def _packed(color: tuple[int, int, int]) -> int:

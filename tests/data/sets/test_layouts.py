@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import unicodedata
 import warnings
 from collections.abc import Callable
@@ -187,6 +188,21 @@ def test_outside_of_outlines_is_background_where_there_is_such_a_class(tmp_path:
     _write(tmp_path / "classes.txt", "_background_\ncat\n")
     label = open_data_set("own", tmp_path, "val")[0].label.numpy()
     np.testing.assert_array_equal(label, np.where(LABEL == 255, 0, 1))
+
+
+@pytest.mark.parametrize("layout", [labelme, yolo])
+def test_outlines_are_of_the_class_whose_number_or_name_they_have(
+    tmp_path: Path, layout: Callable[[Path], None]
+) -> None:
+    layout(tmp_path)
+    (tmp_path / "data.yaml").unlink(missing_ok=True)
+    for text, index in (("0: dog\n1: cat\n", 1), ("1: dog\n7: cat\n", 1), ("cat\ndog\n", 0)):
+        _write(tmp_path / "classes.txt", text)
+        for path in (tmp_path / "labels").rglob("*.txt"):
+            number = re.search(r"(\d+): cat", text)
+            path.write_text(re.sub(r"^\d+", number[1] if number else "0", path.read_text()))
+        label = open_data_set("own", tmp_path, "val")[0].label.numpy()
+        np.testing.assert_array_equal(label, np.where(LABEL == 255, 255, index))
 
 
 def test_other_shapes_of_labelme(tmp_path: Path) -> None:

@@ -7,10 +7,10 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,7 +26,9 @@ from lexiseg.windows import check_proportions
 from lexiseg.words import counted
 
 _SHOWN = 12
-Progress = Callable[[Iterable["SampleCheck"], int, str], Iterable["SampleCheck"]]
+SampleCheck: TypeAlias = "tuple[list[Finding], NDArray[np.int64]]"
+"""What is wrong with a sample, and its pixels: of unknown values, of each class, and without one."""
+Progress: TypeAlias = Callable[[Iterable[SampleCheck], int, str], Iterable[SampleCheck]]
 """Shows that the samples of a split pass by: the checks, their number, and what is done."""
 
 
@@ -114,16 +116,6 @@ def _values_told(group: Sequence[Finding], samples: int, pixels: int) -> list[Fi
     return told
 
 
-@dataclass(frozen=True)
-class SampleCheck:
-    """The findings of one sample."""
-
-    findings: tuple[Finding, ...]  # what is wrong with it
-    counts: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))  # pixels of each class
-    ignored: int = 0  # pixels without one
-    unknown: int = 0  # pixels of values that stand for nothing
-
-
 def verify(
     name: str,
     root: str | Path,
@@ -200,26 +192,21 @@ def usable_splits(name: str, root: Path) -> tuple[Sequence[str], list[Finding]]:
 
 def _check_split(files: SplitFiles, workers: int, progress: Progress | None) -> tuple[SplitCheck, list[Finding]]:
     num_classes = len(files.vocabulary)
-    counts: NDArray[np.int64] = np.zeros(num_classes, np.int64)
-    ignored = unknown = 0
+    pixels = np.zeros(num_classes + 2, np.int64)
     findings: list[Finding] = []
-    checks: Iterable[SampleCheck] = _map(lambda item: check_sample(item, num_classes), files.items, workers)
+    checks: Iterable[SampleCheck] = _map(lambda item: _check_sample(item, num_classes), files.items, workers)
     if progress is not None:
         checks = progress(checks, len(files.items), f"reading {files.split}")
-    for check in checks:
-        findings += [replace(finding, split=files.split) for finding in check.findings]
-        if check.counts.size:
-            counts += check.counts
-        ignored += check.ignored
-        unknown += check.unknown
+    for wrong, found in checks:
+        findings += [replace(finding, split=files.split) for finding in wrong]
+        pixels += found
+    unknown, *counts, ignored = pixels.tolist()
     where = str(files.items[0].label.parent) if files.items else ""
-    classes = files.vocabulary.classes
-    trained = np.array([files.split == "val" or entry.seen is not False for entry in classes], bool)
-    if counts[trained].any():
-        # Masks of unseen classes are left out of training on purpose.
-        hidden = {entry.name for entry in classes if entry.seen is False} if files.split != "val" else set()
-        empty = [name for index in np.flatnonzero(counts == 0) if (name := classes[int(index)].name) not in hidden]
-        if empty:
+    # Masks of unseen classes are left out of training on purpose.
+    of_all = zip(files.vocabulary.classes, counts, strict=True)
+    wanted = {entry.name: count for entry, count in of_all if files.split == "val" or entry.seen is not False}
+    if any(wanted.values()):
+        if empty := [name for name, count in wanted.items() if not count]:
             shown = ", ".join(f"'{name}'" for name in empty[:_SHOWN])
             more = f" and {len(empty) - _SHOWN} more" if len(empty) > _SHOWN else ""
             problem = (
@@ -228,17 +215,22 @@ def _check_split(files: SplitFiles, workers: int, progress: Progress | None) -> 
             findings.append(Finding("empty-class", problem, where, split=files.split, severity="warning"))
     elif files.items and not any(finding.severity == "error" for finding in findings):
         findings = [Finding("no-labels", nothing_labelled(files.split), where, split=files.split)]
-    total = tuple(int(count) for count in counts)
-    return SplitCheck(files.split, len(files.items), sum(total), ignored, unknown, total), findings
+    return SplitCheck(files.split, len(files.items), sum(counts), ignored, unknown, tuple(counts)), findings
 
 
-def check_sample(item: Item, num_classes: int) -> SampleCheck:
-    """Read a picture and its label wholly and say what is wrong with them."""
+def _check_sample(item: Item, num_classes: int) -> SampleCheck:
     findings: list[Finding] = []
-    size = _check_picture(item, findings)
+    image = _read(item, "picture", findings)
+    size = None if image is None else image.shape[:2]
+    del image  # the label may be as large
+    if size is not None:
+        try:
+            check_proportions(*size)
+        except LexisegError as error:
+            findings.append(_finding(item, "odd-proportions", f"'{item.image}': {error}", item.image))
     values = _read(item, "label", findings)
     if values is None:
-        return SampleCheck(tuple(findings))
+        return findings, np.zeros(num_classes + 2, np.int64)
     label = item.table.look_up(values)
     fault = None if size is None else misfit(item, size, values.shape)
     if fault is not None:
@@ -248,24 +240,12 @@ def check_sample(item: Item, num_classes: int) -> SampleCheck:
         kind = "unknown-color" if item.kind is LabelKind.color else "unknown-id"
         found = tuple(zip(*(part.tolist() for part in np.unique(unknown, return_counts=True)), strict=True))
         findings.append(replace(_finding(item, kind, unknown_value(item, unknown), item.label), values=found[:256]))
-    is_class = (label >= 0) & (label < num_classes)
-    counts = np.bincount(label[is_class], minlength=num_classes).astype(np.int64)
-    if not counts.any() and not findings:
+    # UNKNOWN is -1, and the label of pixels without a class is above all of them.
+    pixels = np.bincount(np.minimum(label, num_classes).ravel() + 1, minlength=num_classes + 2)
+    if not pixels[1:-1].any() and not findings:
         problem = f"The label '{item.label}' has no pixel of any class, so '{item.name}' cannot be used; remove it."
         findings.append(replace(_finding(item, "empty-label", problem, item.label), severity="warning"))
-    return SampleCheck(tuple(findings), counts, int((label == item.table.ignore).sum()), int(unknown.size))
-
-
-def _check_picture(item: Item, findings: list[Finding]) -> tuple[int, int] | None:
-    image = _read(item, "picture", findings)
-    if image is None:
-        return None
-    height, width = image.shape[:2]
-    try:
-        check_proportions(height, width)
-    except LexisegError as error:
-        findings.append(_finding(item, "odd-proportions", f"'{item.image}': {error}", item.image))
-    return height, width
+    return findings, pixels
 
 
 def _read(item: Item, part: Literal["picture", "label"], findings: list[Finding]) -> NDArray[Any] | None:

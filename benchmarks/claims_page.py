@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from benchmarks.training_free import BORDER
-from lexiseg.analysis.curves import curves_figure
+from lexiseg.analysis.figures import curves_figure
 from lexiseg.files import write_json, write_text
 
 HERE = Path(__file__).resolve().parent

@@ -164,7 +164,7 @@ def curves(
     output: Png = Path("out/curves.png"),
 ) -> None:
     """Draw metrics of runs over their steps, such as S, U and hIoU (Cascade-CLIP, Fig. 7; ZegCLIP, Fig. 6)."""
-    from lexiseg.analysis.curves import curves_figure
+    from lexiseg.analysis.figures import curves_figure
 
     _draw(output, lambda: curves_figure(runs, [name.strip() for name in metrics.split(",") if name.strip()]))
 

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from torchvision.transforms.v2.functional import adjust_hue
 from torchvision.tv_tensors import Image
 
-from lexiseg.data.photometric import scale_saturation, turn_hue
 from lexiseg.data.transforms import (
     distort_colours,
     light_pipeline,
@@ -22,7 +21,9 @@ from lexiseg.data.transforms import (
     random_flip,
     random_resize,
     resize,
+    scale_saturation,
     train_size,
+    turn_hue,
 )
 from lexiseg.windows import working_size
 

@@ -19,7 +19,7 @@ import yaml
 from PIL import Image
 
 import lexiseg
-from lexiseg.analysis.curves import curves_figure
+from lexiseg.analysis.figures import curves_figure
 from lexiseg.cli import main
 from lexiseg.clip.model import save_clip
 from lexiseg.data.picture_world import write_voc

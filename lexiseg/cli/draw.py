@@ -54,7 +54,7 @@ def similarity(
     """Draw how similar every patch is to a chosen one, block by block (Cascade-CLIP, Fig. 1 and 6)."""
     points = [_point(text) for text in at or ()]
     numbers = _numbers(blocks)
-    from lexiseg.analysis import similarity_figure
+    from lexiseg.analysis.figures import similarity_figure
 
     _draw(output, lambda: similarity_figure(_load(model, device), image, points, numbers))
 
@@ -65,7 +65,7 @@ def scores(
 ) -> None:
     """Draw the score of each class at every pixel (ZegCLIP, Fig. 8); unseen classes are red."""
     vocabulary = lexiseg.Vocabulary.parse(classes)
-    from lexiseg.analysis import scores_figure
+    from lexiseg.analysis.figures import scores_figure
 
     _draw(output, lambda: scores_figure(_load(model, device), image, vocabulary))
 
@@ -80,7 +80,7 @@ def compare(
 ) -> None:
     """Draw the predictions of several models for one picture (Cascade-CLIP, Fig. 5 and 8; MAFT, Fig. 4)."""
     vocabulary = lexiseg.Vocabulary.parse(classes)
-    from lexiseg.analysis import compare_figure
+    from lexiseg.analysis.figures import compare_figure
 
     _draw(output, lambda: compare_figure([_load(name, device) for name in model], image, vocabulary))
 
@@ -96,7 +96,7 @@ def cka(
     device: Device = "auto",
 ) -> None:
     """Draw how similar the blocks of the image tower are, before and after training (Cascade-CLIP, Fig. 4)."""
-    from lexiseg.analysis import cka_figure
+    from lexiseg.analysis.figures import cka_figure
     from lexiseg.images import list_images
 
     paths = list(dict.fromkeys(path for image in images for path in list_images(image)))
@@ -149,7 +149,7 @@ def proposals(
 @app.command("nga")
 def nga(model: Model, output: Png = Path("out/nga.png")) -> None:
     """Draw the weights that Cascade-CLIP gives the blocks of a group, before and after training (its Table 17)."""
-    from lexiseg.analysis import nga_figure
+    from lexiseg.analysis.figures import nga_figure
 
     _draw(output, lambda: nga_figure(_load(model, "cpu")))
 

@@ -25,11 +25,10 @@ from lexiseg.segmenter import Segmenter
 _CHUNK = 1 << 24
 
 
-def overlap(masks: Tensor, label: Tensor, ids: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
-    """Count the pixels that masks and labelled regions share.
+def region_ious(masks: Tensor, label: Tensor, ids: Sequence[int]) -> Tensor:
+    """Intersection over union of each mask with each labelled region.
 
-    ``ids``: the K ids whose regions are meant. Returns pixels shared (N, K), pixels of the masks (N,) and of the
-    regions (K,), all int64.
+    ``ids``: the K ids whose regions are meant. Returns (N, K) float64; 0 where both are empty.
     """
     wanted = torch.as_tensor(list(ids), device=label.device)
     shared = torch.zeros(len(masks), len(wanted), dtype=torch.int64, device=label.device)
@@ -40,16 +39,7 @@ def overlap(masks: Tensor, label: Tensor, ids: Sequence[int]) -> tuple[Tensor, T
         regions = (label[top : top + step].flatten()[:, None] == wanted).float()
         shared += (part @ regions).long()  # a chunk has fewer pixels than float32 has exact integers
     sizes = (label[..., None] == wanted).sum(dim=(0, 1)) if len(wanted) else wanted.long()
-    return shared, masks.sum(dim=(1, 2)), sizes
-
-
-def region_ious(masks: Tensor, label: Tensor, ids: Sequence[int]) -> Tensor:
-    """Intersection over union of each mask with each labelled region.
-
-    Returns (N, K) float64; 0 where both are empty.
-    """
-    shared, of_masks, of_regions = overlap(masks, label, ids)
-    union = of_masks[:, None] + of_regions - shared
+    union = masks.sum(dim=(1, 2))[:, None] + sizes - shared
     return shared.double() / union.clamp(min=1).double()
 
 

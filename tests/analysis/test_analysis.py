@@ -15,20 +15,23 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 import lexiseg
-from lexiseg.analysis import (
+from lexiseg.analysis.figures import (
     cka_figure,
     compare_figure,
-    linear_cka,
     nga_figure,
-    patch_similarity,
-    plain_blocks,
+    nga_weights,
     scores_figure,
     similarity_figure,
+)
+from lexiseg.analysis.panels import Panel, Scale, compose
+from lexiseg.analysis.towers import (
+    has_own_clip,
+    learnt_in_tower,
+    linear_cka,
+    patch_similarity,
+    plain_blocks,
     system_blocks,
 )
-from lexiseg.analysis.figures import nga_weights
-from lexiseg.analysis.panels import Panel, Scale, compose
-from lexiseg.analysis.towers import has_own_clip, learnt_in_tower
 from lexiseg.cli import main
 from lexiseg.errors import LexisegError
 from lexiseg.models import SYSTEMS, SegmentationModel

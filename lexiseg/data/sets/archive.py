@@ -25,14 +25,6 @@ MAX_BYTES = 256 << 20
 _DAMAGE = (zipfile.BadZipFile, zlib.error, EOFError, ValueError, RuntimeError, NotImplementedError, OSError)
 
 
-class _Named(io.BytesIO):
-    """Bytes of a file that says what it is called."""
-
-    def __init__(self, data: bytes, name: str) -> None:
-        super().__init__(data)
-        self.name = name
-
-
 @dataclass(frozen=True)
 class Member:
     """A file in a zip archive; it offers what the readers ask of a path."""
@@ -74,8 +66,10 @@ class Member:
         return data
 
     def open(self) -> IO[bytes]:
-        """The file's contents as a file object."""
-        return _Named(self.read_bytes(), str(self))
+        """The file's contents as a file object that says what it is called."""
+        file = io.BytesIO(self.read_bytes())
+        file.name = str(self)
+        return file
 
 
 Place: TypeAlias = "Path | Member"

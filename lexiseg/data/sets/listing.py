@@ -113,15 +113,10 @@ def by_stem(folder: Path, suffixes: Iterable[str]) -> dict[str, Path]:
 def _by_stem(folder: Path, suffixes: Iterable[str]) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for name in entries(folder):
-        if (stem := stem_of(name, suffixes)) is not None:
-            found.setdefault(stem, []).append(name)
+        ending = next((suffix for suffix in suffixes if name.lower().endswith(suffix.lower())), None)
+        if ending is not None:
+            found.setdefault(key(name[: -len(ending)]), []).append(name)
     return found
-
-
-def stem_of(name: str, suffixes: Iterable[str]) -> str | None:
-    """A file's name without the one of ``suffixes`` that it ends in, whatever the case; None where it has none."""
-    ending = next((suffix for suffix in suffixes if name.lower().endswith(suffix.lower())), None)
-    return None if ending is None else key(name[: -len(ending)])
 
 
 def same_stems(names: Iterable[str], folder: Path, suffixes: Iterable[str], split: str) -> list[Finding]:

@@ -24,7 +24,7 @@ from lexiseg.analysis.towers import (
 from lexiseg.devices import EvaluationMode
 from lexiseg.errors import LexisegError
 from lexiseg.files import read_lines
-from lexiseg.images import read_image
+from lexiseg.images import image_name, read_image
 from lexiseg.models import CascadeCLIP, SegmentationModel
 from lexiseg.models.cascade_clip import WeightedSum
 from lexiseg.models.options import format_groups
@@ -78,7 +78,7 @@ def similarity_figure(
         f"Similarity of one patch with all others: {segmenter.model.system}",
         panels,
         scale=scale,
-        subtitle=f"{Path(image).name}; {_tower_words(segmenter)}; patches {columns} x {rows}",
+        subtitle=f"{Path(image_name(image)).name}; {_tower_words(segmenter)}; patches {columns} x {rows}",
     )
 
 
@@ -119,7 +119,7 @@ def scores_figure(segmenter: Segmenter, image: str | Path, classes: VocabularySo
         f"Scores of the classes: {segmenter.model.system}",
         in_rows(group),
         scale=scale,
-        subtitle=f"{Path(image).name}; the class with the highest score at a pixel wins it",
+        subtitle=f"{Path(image_name(image)).name}; the class with the highest score at a pixel wins it",
     )
 
 
@@ -137,7 +137,7 @@ def compare_figure(segmenters: Sequence[Segmenter], image: str | Path, classes: 
         overlay = np.asarray(result.overlay(legend=False))
         largest = ", ".join(f"{row.name} {_percent(row.fraction)}" for row in result.table()[:3])
         group.append(Panel(overlay, segmenter.model.system, largest))
-    return compose("The same picture by several models", in_rows(group), subtitle=Path(image).name)
+    return compose("The same picture by several models", in_rows(group), subtitle=Path(image_name(image)).name)
 
 
 def cka_figure(segmenter: Segmenter, images: Sequence[str | Path], before: Segmenter | None = None) -> Figure:
@@ -171,7 +171,7 @@ def cka_figure(segmenter: Segmenter, images: Sequence[str | Path], before: Segme
         last = float(matrix[-1, :-1].mean()) if len(matrix) > 1 else 1.0
         axes.set_title(f"{caption}\nlast block with the others: {last:.2f}", fontsize=9, parse_math=False)
     figure.colorbar(shown, ax=list(all_axes), label="linear CKA", fraction=0.04)
-    pictures = f"{len(images)} pictures" if len(images) > 1 else Path(images[0]).name
+    pictures = f"{len(images)} pictures" if len(images) > 1 else Path(image_name(images[0])).name
     set_title(
         figure,
         "Similarity of the blocks of the image tower",

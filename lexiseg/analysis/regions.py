@@ -108,7 +108,7 @@ def anchor_figure(segmenter: Segmenter, image: str | Path, points: Sequence[Poin
         "Self-attention and classification anchors",
         panels,
         scale=Scale(0.0, 1.0, "fraction of the largest value"),
-        subtitle=f"{Path(image).name}; patches {columns} x {rows}; {model.options.heatmaps} anchors",
+        subtitle=f"{Path(image_name(image)).name}; patches {columns} x {rows}; {model.options.heatmaps} anchors",
     )
 
 
@@ -184,7 +184,7 @@ def top_classes_figure(
     return compose(
         f"Best classes of the proposals: {', '.join(segmenter.model.system for segmenter in several)}",
         rows,
-        subtitle=f"{Path(image).name}; {scores.masks.shape[1]} proposals; "
+        subtitle=f"{Path(image_name(image)).name}; {scores.masks.shape[1]} proposals; "
         f"scores {_SCORES_OF[by]}; red: unseen in training",
     )
 

@@ -16,7 +16,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ from open_clip.tokenizer import SimpleTokenizer, _clean_lower
 from torch import Tensor, nn
 
 import lexiseg
-from lexiseg.errors import LexisegError
+from lexiseg.errors import LexisegError, need
 from lexiseg.export.runtime import ExportedPredictor
 from lexiseg.export.spec import FILE, FORMAT, ExportSpec
 from lexiseg.files import make_folder, write_json, write_text
@@ -186,10 +185,8 @@ def _check(model: SegmentationModel, folder: Path, kind: str, precision: str) ->
             "model on a CLIP such as 'ViT-B-16/openai'."
         )
     needed = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "openvino": ("onnx", "onnxscript", "openvino")}
-    missing = [package for package in needed.get(kind, ()) if find_spec(package) is None]
-    if missing:
-        extra = "export" if kind == "onnx" else "export,openvino"
-        raise LexisegError(f"This export needs {missing[0]}; install it with pip install 'lexiseg[{extra}]'.")
+    for package in needed.get(kind, ()):
+        need(package, f"This export needs {package}", "export" if kind == "onnx" else "export,openvino")
 
 
 def _describe(segmenter: Segmenter, kind: str, sizes: Sequence[int], precision: str) -> ExportSpec:

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from lexiseg.scores import Scores
 
 _TEXTS = 64  # encoded at a time
+_REMEMBERED = 100_000  # words, before all are forgotten
 Graph = Callable[..., np.ndarray]
 """Takes the inputs as arrays, in their order, and gives the output."""
 
@@ -52,7 +53,7 @@ class TextEncoder:
             raise LexisegError(f"The tokenizer '{path}' cannot be read; export the model again.") from error
         self.rule = spec.text
         self._graph = cache(lambda: open_graph(folder / spec.text.graph, spec, device))
-        self._known: dict[tuple[str, tuple[str, ...]], np.ndarray] = {}
+        self.known: dict[tuple[str, tuple[str, ...]], Any] = {}
         self._lock = threading.Lock()
 
     def tokens(self, text: str) -> list[int]:
@@ -79,13 +80,15 @@ class TextEncoder:
 
     def _embed(self, words: Sequence[str], templates: tuple[str, ...]) -> np.ndarray:
         with self._lock:
-            unknown = list(dict.fromkeys(word for word in words if (word, templates) not in self._known))
-            if unknown:
+            known = {word: self.known.get((word, templates)) for word in words}
+            if unknown := [word for word, vector in known.items() if vector is None]:
                 texts = [template.replace("{}", word) for word in unknown for template in templates]
                 vectors = _unit(self._encode(texts)).reshape(len(unknown), len(templates), -1)
-                fresh = zip(unknown, _unit(vectors.mean(axis=1)), strict=True)
-                self._known |= {(word, templates): vector for word, vector in fresh}
-            return np.stack([self._known[word, templates] for word in words])
+                known |= zip(unknown, _unit(vectors.mean(axis=1)), strict=True)
+                if len(self.known) + len(unknown) > _REMEMBERED:
+                    self.known.clear()
+                self.known |= {(word, templates): known[word] for word in unknown}
+            return np.stack([known[word] for word in words])
 
     def _encode(self, texts: Sequence[str]) -> np.ndarray:
         ids = [self.tokens(text) for text in texts]

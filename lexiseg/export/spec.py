@@ -117,12 +117,9 @@ def read_spec(folder: Path) -> ExportSpec:
     """Read the description of an exported model. Raises LexisegError if it is damaged or of another version."""
     path = folder / FILE
     values = read_json(path, "export the model again")
-    if "format" not in values:
-        raise LexisegError(f"'{path}' does not describe an exported model; export the model again.")
-    if values["format"] != FORMAT:
-        raise LexisegError(
-            f"'{path}' has format {describe(values['format'])} and this lexiseg reads {FORMAT}; export the model again."
-        )
+    if values.get("format") != FORMAT:
+        found = describe(values.get("format"))
+        raise LexisegError(f"'{path}' has format {found} and this lexiseg reads {FORMAT}; export the model again.")
     spec = check(ExportSpec, values, f"'{path}'")
     for file in (*spec.graphs, spec.text.graph, spec.text.tokenizer):
         if not (folder / file).is_file():

@@ -58,10 +58,10 @@ class _Held(threading.local):
 class Predictor(ABC):
     """What `lexiseg.load` gives: a model that segments pictures by words. Threads may share it; it can be pickled.
 
-    A subclass turns words into text embeddings (`_words`), runs windows (`_run`) and makes scores (`_joined`) or labels
-    (`labels_of`) of what they give. ``model`` has ``system``, ``clip``, ``window``, ``default_templates`` and
-    ``seen_names``; ``templates`` replace those a vocabulary states. Raises LexisegError if a template,
-    the refinement or the limit of pixels is wrong.
+    A subclass turns words into text embeddings (`_words`), runs windows (`_run`; for `set_image`, `_encode`) and makes
+    scores (`_joined`) or labels (`labels_of`) of what they give. ``model`` has ``system``, ``options``, ``clip``,
+    ``window``, ``default_templates`` and ``seen_names``; ``templates`` replace those a vocabulary states. Raises
+    LexisegError if a template, the refinement or the limit of pixels is wrong.
     """
 
     _arrays = False  # whether pictures are read into arrays instead of tensors

@@ -137,17 +137,15 @@ class Service:
         if any(word.startswith(PREFIX) for one in listed for word in (one.name, *one.synonyms)):
             raise HTTPException(422, "This service does not open files; send a picture as a class in 'exemplars'.")
         words = [VocabularyClass(one.name, one.synonyms, scored=one.scored) for one in listed]
-        places = {word.name: place for place, word in enumerate(words)}
         for one in exemplars:
             shows = picture if one.image is None else decode_picture(one.image, "An exemplar's picture")
             shown = (Exemplar(shows, box=one.box),)
             made = VocabularyClass(one.name, exemplars=shown, scored=False)
-            if made.name in places:
-                known = words[places[made.name]]
-                words[places[made.name]] = replace(known, exemplars=known.exemplars + shown)
-            else:
-                places[made.name] = len(words)
+            place = next((place for place, word in enumerate(words) if word.name == made.name), None)
+            if place is None:
                 words.append(made)
+            else:
+                words[place] = replace(words[place], exemplars=words[place].exemplars + shown)
         return Vocabulary(tuple(words))
 
     async def answer(

@@ -31,19 +31,24 @@ def as_path(value: object, what: str) -> Path:
     return Path(value)
 
 
+@contextmanager
+def writing(what: str, advice: str = "choose a place you may write to") -> Iterator[None]:
+    """Turn an error of the disk into a sentence: "Cannot ``what`` (the reason); ``advice``."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        raise LexisegError(f"Cannot {what} ({reason}); {advice}.") from error
+
+
 def make_folder(folder: str | Path) -> Path:
     """Create ``folder`` with its parents and return it.
 
     Raises LexisegError if the folder cannot be created or is a file.
     """
     folder = as_path(folder, "A folder")
-    try:
+    with writing(f"create the folder '{folder}'", "choose an output folder you may write to"):
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        reason = error.strerror or type(error).__name__
-        raise LexisegError(
-            f"Cannot create the folder '{folder}' ({reason}); choose an output folder you may write to."
-        ) from error
     return folder
 
 
@@ -86,12 +91,10 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     temporary = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:8]}.tmp{path.suffix}")
     try:
-        yield temporary
-        temporary.chmod(0o666 & ~_UMASK)  # some writers (safetensors) leave files that only their owner may read
-        os.replace(temporary, path)
-    except OSError as error:
-        reason = error.strerror or type(error).__name__
-        raise LexisegError(f"Cannot write '{path}' ({reason}); choose a place you may write to.") from error
+        with writing(f"write '{path}'"):
+            yield temporary
+            temporary.chmod(0o666 & ~_UMASK)  # some writers (safetensors) leave files that only their owner may read
+            os.replace(temporary, path)
     finally:
         with suppress(OSError):
             temporary.unlink()

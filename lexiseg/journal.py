@@ -16,12 +16,12 @@ import os
 import platform
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any
 
 from lexiseg.errors import LexisegError
-from lexiseg.files import make_folder, read_json, read_lines, write_json
+from lexiseg.files import make_folder, read_json, read_lines, write_json, writing
 from lexiseg.words import shorten
 
 RUN, LINES = "run.json", ".jsonl"
@@ -105,25 +105,20 @@ class Writer:
 
     def __init__(self, journal: Journal, name: str) -> None:
         self._folder = journal.folder
-        try:
+        with self._writing():
             self._file = (self._folder / f"{name}.{uuid.uuid4().hex[:12]}{LINES}").open("a", encoding="utf-8")
-        except OSError as error:
-            raise self._unwritable(error) from error
         self.write({"process": os.getpid(), "machine": platform.node()})
 
     def write(self, content: Mapping[str, Any]) -> None:
         """Add a line. Raises LexisegError if the disk does not take it."""
-        try:
+        with self._writing():
             self._file.write(json.dumps(dict(content), separators=(",", ":")) + "\n")
             self._file.flush()
-        except OSError as error:
-            raise self._unwritable(error) from error
 
     def close(self) -> None:
         """Write no more."""
         with suppress(OSError):  # a full disk was said when the line was written
             self._file.close()
 
-    def _unwritable(self, error: OSError) -> LexisegError:
-        reason = error.strerror or type(error).__name__
-        return LexisegError(f"Cannot write into '{self._folder}' ({reason}); choose an output folder you may write to.")
+    def _writing(self) -> AbstractContextManager[None]:
+        return writing(f"write into '{self._folder}'", "choose an output folder you may write to")

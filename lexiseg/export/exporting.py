@@ -28,7 +28,7 @@ import lexiseg
 from lexiseg.errors import LexisegError, need
 from lexiseg.export.runtime import ExportedPredictor
 from lexiseg.export.spec import FILE, FORMAT, ExportSpec
-from lexiseg.files import make_folder, write_json, write_text
+from lexiseg.files import make_folder, write_json, write_text, writing
 from lexiseg.models.base import SegmentationModel
 from lexiseg.samples import list_samples, sample_classes, sample_path
 from lexiseg.scores import GridScores
@@ -109,11 +109,10 @@ def export(
                 compiled = _write(graph, temporary / name, spec)
         spec = spec.model_copy(update={"compiled": compiled})
         write_json(temporary / FILE, spec.model_dump(mode="json"))
-        if folder.exists():
-            shutil.rmtree(folder)
-        temporary.rename(folder)
-    except OSError as error:
-        raise LexisegError(f"Cannot write the folder '{folder}' ({error.strerror}); choose another.") from error
+        with writing(f"write the folder '{folder}'", "choose another"):
+            if folder.exists():
+                shutil.rmtree(folder)
+            temporary.rename(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return spec

@@ -35,7 +35,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from lexiseg import processes
 from lexiseg.errors import LexisegError
-from lexiseg.files import atomic_write, make_folder, read_lines, write_text
+from lexiseg.files import atomic_write, make_folder, read_lines, write_text, writing
 from lexiseg.progress import progress_bar
 from lexiseg.weights.runs import STEP, TENSORS, damaged, find_checkpoints, read_state, read_tensors, seal
 
@@ -255,14 +255,10 @@ class RunLog:
         if self._file is None:
             return
         self.records.append({"step": step, **values})
-        try:
+        what = f"write the run's log '{self.folder / 'metrics.jsonl'}'"
+        with writing(what, "free some space, then continue with --resume"):
             self._file.write(json.dumps(self.records[-1]) + "\n")
             self._file.flush()
-        except OSError as error:
-            raise LexisegError(
-                f"Cannot write the run's log '{self.folder / 'metrics.jsonl'}' ({error.strerror}); free some space, "
-                "then continue with --resume."
-            ) from error
         if self._board is not None:
             for name, value in values.items():
                 self._board.add_scalar(name, value, step)

@@ -65,6 +65,8 @@ class Predictor(ABC):
     """
 
     _arrays = False  # whether pictures are read into arrays instead of tensors
+    # asked before each forward pass; where it says yes the work ends with a LexisegError, since nobody waits for it
+    interrupted: Callable[[], bool] | None = None
 
     def __init__(
         self,
@@ -119,8 +121,13 @@ class Predictor(ABC):
         """The picture with the scores of all its windows."""
         picture = replace(picture, parts=[])
         for start in range(0, len(picture.boxes), batch_size):
-            self._run([(picture, box) for box in picture.boxes[start : start + batch_size]], words)
+            self._run_unless_interrupted([(picture, box) for box in picture.boxes[start : start + batch_size]], words)
         return picture
+
+    def _run_unless_interrupted(self, batch: list[tuple[Picture, Box]], words: Words) -> None:
+        if self.interrupted is not None and self.interrupted():
+            raise LexisegError("The work was given up, since nobody waits for it any more.")
+        self._run(batch, words)
 
     def _encode(self, picture: Picture, batch_size: int) -> Callable[[Words], Picture]:
         """What turns words into the picture with its scores; whatever the words do not change is done here."""
@@ -337,7 +344,7 @@ class Predictor(ABC):
         self, pictures: Iterable[Picture | Failure], words: Words, batch_size: int, policy: WindowPolicy
     ) -> Iterator[tuple[Any, Segmentation | LexisegError]]:
         """Run the pictures in batches and yield their results in their order."""
-        for picture in run_in_batches(pictures, batch_size, lambda batch: self._run(batch, words)):
+        for picture in run_in_batches(pictures, batch_size, lambda batch: self._run_unless_interrupted(batch, words)):
             if not isinstance(picture, Picture):
                 yield picture
                 continue

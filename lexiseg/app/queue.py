@@ -51,6 +51,7 @@ class Job:
     segmenter: Segmenter  # that runs it
     arguments: dict[str, Any]  # of `Segmenter.predict`, the picture apart
     scores: bool = False  # whether scores are asked for as well; such a job runs alone
+    left: bool = False  # nobody waits for it; where that is so of all jobs of a call, the call ends early
     # of the answer; cancelling it takes a waiting job out of the queue
     future: Future[Answer] = field(default_factory=Future)
 
@@ -126,6 +127,7 @@ class Queue:
 
 def _answers(jobs: list[Job]) -> list[Answer]:
     first = jobs[0]
+    first.segmenter.interrupted = lambda: all(job.left for job in jobs)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", LexisegWarning)
         pictures: Any = [job.picture for job in jobs]

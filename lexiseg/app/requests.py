@@ -18,6 +18,7 @@ from lexiseg.app.results import Output
 
 # Eight by eight grey pixels, so that examples can be tried as they are.
 EXAMPLE_PICTURE = "data:image/gif;base64,R0lGODdhCAAIAIEAAFpaWgAAAAAAAAAAACwAAAAACAAIAAAIDwABCBxIsKDBgwgTKkwYEAA7"
+_NO_FIELDS = ("body", "str", "constrained-str", "list[str]")  # in pydantic's places: the members of a union
 _EXAMPLE = {"classes": "giraffe; tree, bush; sky", "output": "rle"}
 
 
@@ -136,7 +137,7 @@ async def read_question(request: Request, shape: type[BaseModel]) -> tuple[Any, 
 def first_complaint(errors: Sequence[Any]) -> str:
     """Pydantic's first complaint as a sentence."""
     first = errors[0]
-    place = ".".join(str(part) for part in first["loc"] if part not in ("body", "str", "list[str]")) or "the request"
+    place = ".".join(str(part) for part in first["loc"] if part not in _NO_FIELDS) or "the request"
     return f"'{place[:80]}': {first['msg'][:200]}; see /docs for what the service takes."
 
 

@@ -48,6 +48,8 @@ if TYPE_CHECKING:
 
 _GONE = 499  # nginx's code for a client that left; nobody reads it
 _POLL_SECONDS = 0.25
+# What can stand between words: they are counted before they are taken apart.
+_SEPARATORS = ";\uff1b,\uff0c\u3001\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029"
 
 
 _ERROR: dict[int | str, dict[str, Any]] = {
@@ -125,7 +127,7 @@ class Service:
         most = self.settings.max_classes
         too_many = HTTPException(422, f"There are more than {most} classes, or {4 * most} words of them; send fewer.")
         texts = [classes] if isinstance(classes, str) else list(classes)
-        if len(texts) + sum(text.count(mark) for text in texts for mark in ";\n,") > 4 * most:
+        if len(texts) + sum(text.count(mark) for text in texts for mark in _SEPARATORS) > 4 * most:
             raise too_many
         # A form, which has no lists, may hold one as text.
         read = (typed_read(classes).classes,) if isinstance(classes, str) else map(split_classes, texts)
@@ -186,6 +188,7 @@ class Service:
             await self._wait(request, futures)
         finally:
             for job in jobs:
+                job.left = True
                 job.future.cancel()
         for number, future in enumerate(futures, 1):  # others may not have ended when one has failed
             failed = future.exception() if future.done() and not future.cancelled() else None

@@ -80,7 +80,7 @@ class TextEncoder:
 
     def _embed(self, words: Sequence[str], templates: tuple[str, ...]) -> np.ndarray:
         with self._lock:
-            known = {word: self.known.get((word, templates)) for word in words}
+            known: dict[str, Any] = {word: self.known.get((word, templates)) for word in words}
             if unknown := [word for word, vector in known.items() if vector is None]:
                 texts = [template.replace("{}", word) for word in unknown for template in templates]
                 vectors = _unit(self._encode(texts)).reshape(len(unknown), len(templates), -1)

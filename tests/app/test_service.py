@@ -375,6 +375,25 @@ def test_a_full_queue_says_when_to_come_back(running: Running, monkeypatch: pyte
     assert max(sizes) > 1, "requests that waited together did not share a pass"
 
 
+def test_work_that_nobody_waits_for_ends(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    started, passes, run = threading.Event(), [], vars(Segmenter)["_run"]
+
+    def slow(self: Segmenter, batch: list[Any], words: Any) -> None:
+        passes.append(len(batch))
+        started.set()
+        time.sleep(0.3)
+        run(self, batch, words)
+
+    monkeypatch.setattr(Segmenter, "_run", slow)
+    asked = {"image": b64(png((300, 200))), "classes": "cat; dog"}
+    body = json.dumps({**asked, "window": 16}).encode()
+    with socket.create_connection(("127.0.0.1", running.port)) as line:
+        line.sendall(head(len(body)) + body)
+        assert started.wait(20)
+    assert running.client.post("/v1/segment", json=asked).status_code == 200
+    assert len(passes) < 24  # of 96 windows at the model's size of 192 x 128, four at a time
+
+
 def test_clients_that_leave_free_their_places(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     started, release = threading.Event(), threading.Event()
     predict = running.segmenter.predict

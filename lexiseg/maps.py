@@ -184,7 +184,11 @@ def _stretch(raster: Any, bands: Sequence[int]) -> tuple[NDArray[np.floating], N
     factor = max(1, math.ceil(max(raster.shape) / _OVERVIEW))
     shape = (len(bands), max(1, raster.height // factor), max(1, raster.width // factor))
     small = raster.read(bands, out_shape=shape, masked=True)
-    ends = [np.percentile(band.compressed(), (_LOW, _HIGH)) if band.count() else np.array([0.0, 1.0]) for band in small]
+    if np.iscomplexobj(small):
+        raise LexisegError("The map holds complex numbers; convert it to real ones, such as their magnitude.")
+    # Maps of floats mark what is missing by NaN, with or without saying so.
+    finite = [band.compressed()[np.isfinite(band.compressed())] for band in small]
+    ends = [np.percentile(values, (_LOW, _HIGH)) if values.size else np.array([0.0, 1.0]) for values in finite]
     return np.array([end[0] for end in ends]), np.array([end[1] for end in ends])
 
 

@@ -95,6 +95,19 @@ def test_what_the_map_leaves_out_has_no_class(segmenter: Any, tmp_path: Path) ->
     assert (found[:, :100] == 255).all() and (found[:, 100:] < 6).mean() > 0.9
 
 
+def test_what_is_not_finite_takes_no_part_in_the_stretch(segmenter: Any, tmp_path: Path) -> None:
+    bands = read_pixels(sample_path("demo")).transpose(2, 0, 1)[:, 200:328, :256].astype(np.float32) / 255
+    found = []
+    for missing in (0.5, np.nan):
+        bands[:, :4, :4] = missing
+        files = run(segmenter, write(tmp_path / "part.tif", bands), tmp_path, polygons="none")
+        with rasterio.open(files["labels"]) as labels:
+            found.append(labels.read(1))
+    assert len(np.unique(found[0])) > 1 and (found[0] == found[1]).mean() > 0.9
+    with pytest.raises(LexisegError, match="complex numbers"):
+        run(segmenter, write(tmp_path / "complex.tif", bands.astype(np.complex64)), tmp_path)
+
+
 @pytest.mark.slow
 def test_fifty_thousand_pixels_a_side_in_two_gigabytes(tmp_path: Path) -> None:
     path = tmp_path / "huge.tif"

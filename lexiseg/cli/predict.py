@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -12,9 +13,9 @@ import typer
 import lexiseg
 from lexiseg.cli import options as shared
 from lexiseg.cli.console import waiting
-from lexiseg.errors import LexisegError
+from lexiseg.errors import LexisegError, LexisegWarning
 from lexiseg.exemplars import PREFIX
-from lexiseg.words import word_key
+from lexiseg.words import counted, word_key
 
 if TYPE_CHECKING:
     from lexiseg.vocabulary import Vocabulary
@@ -147,7 +148,7 @@ def predict(
             raise LexisegError(f"{names} are for a {kind}, which '{sources[0]}' is not; leave them out.")
     if video or chart:
         _refuse_for_streams(len(sources) > 1 or cluster, font or instances, kinds)
-    paths = [] if video or chart else _pictures(sources)
+    paths = [] if video or chart else _pictures(sources, output)
     vocabulary = lexiseg.Vocabulary.parse(classes)
     from lexiseg.files import new_folder
 
@@ -235,13 +236,23 @@ def _split(words: Sequence[str], classes_file: Path | None) -> tuple[list[str], 
     return list(words[:-1]), last
 
 
-def _pictures(sources: Sequence[str]) -> list[Path]:
-    """The files that the arguments stand for, each once, in order."""
+def _pictures(sources: Sequence[str], output: Path) -> list[Path]:
+    """The files that the arguments stand for, each once, in order; of a folder not what is written into it."""
     from lexiseg.images import list_images
     from lexiseg.labelling.pictures import absolute
 
     paths: dict[str, Path] = {}
+    results = 0
     for source in sources:
-        for path in list_images(source):
-            paths.setdefault(absolute(path), path)
+        found = list_images(source)
+        stems = {path.stem for path in found if absolute(path.parent) == absolute(output)}
+        for path in found:
+            name, _, kind = path.stem.rpartition("_")
+            if kind in ("overlay", "labels") and {name, path.stem} <= stems:
+                results += 1
+            else:
+                paths.setdefault(absolute(path), path)
+    if results:
+        text = f"Left out: {counted(results, 'picture')} in '{output}' that lexiseg wrote there for others."
+        warnings.warn(text, LexisegWarning, stacklevel=2)
     return list(paths.values())

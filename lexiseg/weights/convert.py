@@ -105,7 +105,7 @@ def convert(
     if found.metadata.get("system") in SYSTEMS:
         raise LexisegError(
             f"'{path}' is already part of a lexiseg model ({found.metadata['system']}); give its folder "
-            f"'{found.path.parent}' to --model or lexiseg.load."
+            f"'{found.path if found.path.is_dir() else found.path.parent}' to --model or lexiseg.load."
         )
     state, kind = found.state, _kind(found.state)
     if kind is None:

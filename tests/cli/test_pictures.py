@@ -46,6 +46,15 @@ def write_pictures(folder: Path, names: list[str]) -> Path:
     return folder
 
 
+def test_results_beside_the_pictures_are_not_segmented_again(predict: Call, tmp_path: Path) -> None:
+    folder = write_pictures(tmp_path / "own", ["a.png", "b_overlay.png"])
+    for more in ((), ("--resume",), ()):
+        code, _, err = predict(folder, WORDS, "-o", folder, *more)
+        assert code == 0 and "2 of 2 pictures" in err
+    assert "Left out: 4 pictures in" in err
+    assert len(list(folder.glob("*.json"))) == 2
+
+
 def test_a_name_that_is_not_utf8_is_a_name_like_any_other(predict: Call, folder: Path, tmp_path: Path) -> None:
     for more in ([], ["--resume"], ["--save", "labels", "-o", "labels"], ["--save", "coco", "-o", "coco"]):
         code, out, err = predict(folder, WORDS, *more)

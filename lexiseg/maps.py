@@ -6,7 +6,7 @@ import json
 import math
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -128,10 +128,12 @@ def _segment(
                 palette = vocabulary.palette().tolist()
                 labels.write_colormap(1, {index: (*color, 255) for index, color in enumerate(palette)})
             for inner, outer in _tiles(rasterio, raster, options):
-                valid = raster.dataset_mask(window=outer) > 0
-                if not valid.any():
+                with _reading(raster.name):
+                    valid = raster.dataset_mask(window=outer) > 0
+                    values = raster.read(bands, window=outer) if valid.any() else None
+                if values is None:
                     continue  # a part that holds nothing is not written, so an empty map stays small
-                pixels = _pixels(raster.read(bands, window=outer), low, high)
+                pixels = _pixels(values, low, high)
                 found = np.asarray(segmenter.predict(pixels, vocabulary, **settings).label_map).astype(profile["dtype"])
                 found[~valid] = nodata
                 row, column = inner.row_off - outer.row_off, inner.col_off - outer.col_off
@@ -151,12 +153,18 @@ def _import_rasterio() -> Any:
     return need("rasterio", "Maps need rasterio", "geo")
 
 
-def _opened(source: str | Path) -> Any:
-    rasterio = _import_rasterio()
+@contextmanager
+def _reading(source: str | Path) -> Iterator[None]:
+    """What fails here is the map's fault, not that of a file that is being written meanwhile."""
     try:
-        return rasterio.open(source)
-    except rasterio.errors.RasterioError as error:
+        yield
+    except _import_rasterio().errors.RasterioError as error:
         raise LexisegError(f"'{printable(str(source))}' cannot be read as a map; check the file.") from error
+
+
+def _opened(source: str | Path) -> Any:
+    with _reading(source):
+        return _import_rasterio().open(source)
 
 
 def _bands(wanted: tuple[int, int, int] | None, count: int) -> tuple[int, ...]:
@@ -183,7 +191,8 @@ def _stretch(raster: Any, bands: Sequence[int]) -> tuple[NDArray[np.floating], N
         return np.zeros(3), np.full(3, 255.0)
     factor = max(1, math.ceil(max(raster.shape) / _OVERVIEW))
     shape = (len(bands), max(1, raster.height // factor), max(1, raster.width // factor))
-    small = raster.read(bands, out_shape=shape, masked=True)
+    with _reading(raster.name):
+        small = raster.read(bands, out_shape=shape, masked=True)
     if np.iscomplexobj(small):
         raise LexisegError("The map holds complex numbers; convert it to real ones, such as their magnitude.")
     # Maps of floats mark what is missing by NaN, with or without saying so.

@@ -104,6 +104,10 @@ def test_what_is_not_finite_takes_no_part_in_the_stretch(segmenter: Any, tmp_pat
         with rasterio.open(files["labels"]) as labels:
             found.append(labels.read(1))
     assert len(np.unique(found[0])) > 1 and (found[0] == found[1]).mean() > 0.9
+    whole = write(tmp_path / "cut.tif", bands)
+    whole.write_bytes(whole.read_bytes()[: 128 * 256 * 4])
+    with pytest.raises(LexisegError, match=r"cut\.tif' cannot be read as a map"):
+        run(segmenter, whole, tmp_path)
     with pytest.raises(LexisegError, match="complex numbers"):
         run(segmenter, write(tmp_path / "complex.tif", bands.astype(np.complex64)), tmp_path)
 

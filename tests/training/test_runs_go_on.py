@@ -128,7 +128,7 @@ def test_whatever_train_wrote_is_a_model(run: Path, whole: Path, tmp_path: Path)
 
 def test_the_best_is_kept_and_patience_ends(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     values = (10, 30, 20, 30, 40, 0)
-    monkeypatch.setattr(SegmentationTask, "evaluate", lambda task, step: {"val/hiou": values[step - 1]})
+    monkeypatch.setattr(SegmentationTask, "evaluate", lambda task, step: ({"val/hiou": values[step - 1]}, {}))
     judged = {"steps": 6, "snapshot_every": 1, "checkpoint_every": 1, "keep_best": "val/hiou", "patience": 2}
     recipe = recipe_of(place, train=judged, evaluation={"pictures": 0, "scored": 1})
     quietly(recipe, tmp_path / "run")
@@ -148,7 +148,7 @@ def test_the_best_is_kept_and_patience_ends(place: Path, tmp_path: Path, monkeyp
     with pytest.raises(LexisegError, match="is 'val/iou', but what is measured is val/pacc, "):
         quietly(recipe_of(place, train={**judged, "keep_best": "val/iou"}, evaluation={"pictures": 0}), tmp_path / "b")
     assert not (tmp_path / "b/metrics.jsonl").exists()  # at once, not at the first evaluation
-    monkeypatch.setattr(SegmentationTask, "evaluate", lambda task, step: {"val/pacc": 1.0})
+    monkeypatch.setattr(SegmentationTask, "evaluate", lambda task, step: ({"val/pacc": 1.0}, {}))
     with pytest.raises(LexisegError, match="at step 1 do not show; raise evaluation"):
         quietly(recipe, tmp_path / "c")
     with pytest.raises(LexisegError, match="set 'snapshot_every'"):

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from lexiseg.scores import Scores
 
 _TEXTS = 64  # encoded at a time
-_REMEMBERED = 100_000  # words, before all are forgotten
+REMEMBERED = 100_000  # words, before all are forgotten
 Graph = Callable[..., np.ndarray]
 """Takes the inputs as arrays, in their order, and gives the output."""
 
@@ -85,7 +85,7 @@ class TextEncoder:
                 texts = [template.replace("{}", word) for word in unknown for template in templates]
                 vectors = _unit(self._encode(texts)).reshape(len(unknown), len(templates), -1)
                 known |= zip(unknown, _unit(vectors.mean(axis=1)), strict=True)
-                if len(self.known) + len(unknown) > _REMEMBERED:
+                if len(self.known) + len(unknown) > REMEMBERED:
                     self.known.clear()
                 self.known |= {(word, templates): known[word] for word in unknown}
             return np.stack([known[word] for word in words])

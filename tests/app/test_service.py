@@ -376,15 +376,15 @@ def test_a_full_queue_says_when_to_come_back(running: Running, monkeypatch: pyte
 
 
 def test_work_that_nobody_waits_for_ends(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
-    started, passes, run = threading.Event(), [], vars(Segmenter)["_run"]
+    started, passes, forward = threading.Event(), [], running.segmenter.model.forward
 
-    def slow(self: Segmenter, batch: list[Any], words: Any) -> None:
-        passes.append(len(batch))
+    def slow(images: torch.Tensor, text: torch.Tensor, **words: Any) -> Any:
+        passes.append(len(images))
         started.set()
         time.sleep(0.3)
-        run(self, batch, words)
+        return forward(images, text, **words)
 
-    monkeypatch.setattr(Segmenter, "_run", slow)
+    monkeypatch.setattr(running.segmenter.model, "forward", slow)
     asked = {"image": b64(png((300, 200))), "classes": "cat; dog"}
     body = json.dumps({**asked, "window": 16}).encode()
     with socket.create_connection(("127.0.0.1", running.port)) as line:

@@ -121,7 +121,7 @@ def test_settings_of_a_prediction_are_the_same(segmenter: Segmenter, exported: A
 def test_words_are_not_remembered_without_end(exported: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     text, templates = exported.model.text, exported.model.default_templates
     expected = text(["cat", "dog", "owl"], templates)
-    monkeypatch.setattr("lexiseg.export.runtime._REMEMBERED", 2)
+    monkeypatch.setattr("lexiseg.export.runtime.REMEMBERED", 2)
     for _ in range(2):
         np.testing.assert_allclose(text(["owl", "dog", "fox"], templates)[:2], expected[[2, 1]], atol=1e-5)
     text(["fox", "elk"], templates)

@@ -67,7 +67,7 @@ def scores(
     vocabulary = lexiseg.Vocabulary.parse(classes)
     from lexiseg.analysis.figures import scores_figure
 
-    _draw(output, lambda: scores_figure(_load(model, device), image, vocabulary))
+    _draw(output, lambda: scores_figure(_load(model, device, inside=False), image, vocabulary))
 
 
 @app.command("compare")
@@ -82,7 +82,7 @@ def compare(
     vocabulary = lexiseg.Vocabulary.parse(classes)
     from lexiseg.analysis.figures import compare_figure
 
-    _draw(output, lambda: compare_figure([_load(name, device) for name in model], image, vocabulary))
+    _draw(output, lambda: compare_figure([_load(name, device, inside=False) for name in model], image, vocabulary))
 
 
 @app.command("cka")
@@ -169,7 +169,12 @@ def curves(
     _draw(output, lambda: curves_figure(runs, [name.strip() for name in metrics.split(",") if name.strip()]))
 
 
-def _load(model: str, device: str) -> Segmenter:
+def _load(model: str, device: str, *, inside: bool = True) -> Segmenter:
+    """Load a model; ``inside``: what happens in it is drawn, and not its scores alone."""
+    from lexiseg.export.spec import is_export
+
+    if inside and is_export(model):
+        raise LexisegError(f"'{model}' is an exported model, which shows nothing of its inside; give the model itself.")
     return lexiseg.load(model, device=device, max_pixels=DEFAULT_MAX_PIXELS)
 
 

@@ -305,6 +305,7 @@ def test_command_draws(tmp_path: Path, photo: Path, capsys: pytest.CaptureFixtur
         (["scores", "no-such-model", "PHOTO", "cat"], "no-such-model"),
         (["cka", "MODEL", "nothing-*.png"], "nothing"),
         (["nga", "MODEL", "-o", "weights.jpg"], "must end in .png"),
+        *(([name, "GRAPHS", "PHOTO"], "is an exported model") for name in ("similarity", "cka", "anchors")),
     ],
 )
 def test_command_says_what_is_wrong(
@@ -312,7 +313,8 @@ def test_command_says_what_is_wrong(
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     monkeypatch.chdir(tmp_path)
-    names = {"MODEL": "zegclip-emoji", "PHOTO": str(photo)}
+    Path("export.json").write_text("{}")
+    names = {"MODEL": "zegclip-emoji", "PHOTO": str(photo), "GRAPHS": str(tmp_path)}
     assert main(["draw", *(names.get(word, word) for word in arguments)]) == 2
     error = capsys.readouterr().err
     assert len(error.strip().splitlines()) == 1 and says in error, error

@@ -50,6 +50,7 @@ INTERFACES = {
     "losses": "formulas, which the systems' docstrings repeat, computed with little memory and over processes",
     "models.decoupled_init": "what a training may take over from another system's model",
     "models.similarity_init": "an initial state of our own, which no paper has",
+    "models.spectral_init": "the same for SPT-SEG",
 }
 """Rooms, or parts of rooms, that a reader need not enter unless they are the system asked for, and what is in them."""
 

@@ -21,7 +21,7 @@ from lexiseg.clip.tower import BeforeBlock
 from lexiseg.losses.ssim import ssim_loss
 from lexiseg.models.one_stage import DecoderLayer, MaskDecoder
 from lexiseg.models.options import Count, ModelOptions
-from lexiseg.models.similarity_init import init_spectral_decoder
+from lexiseg.models.spectral_init import init_spectral_decoder
 from lexiseg.models.zegclip import ZegCLIP, ZegCLIPOptions
 
 _HEADS = 8  # fixed in the authors' code, whatever the number of attention heads elsewhere

@@ -66,5 +66,6 @@ def test_proposals_are_the_same(monkeypatch: pytest.MonkeyPatch, backbone: Backb
     monkeypatch.setattr(matmul, "enabled", False)
     usual = generator(images)
     assert usual.embeddings is not None
-    torch.testing.assert_close(fast.mask_logits, usual.mask_logits, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(fast.embeddings, usual.embeddings, atol=1e-4, rtol=1e-4)
+    # Both are off by as much from float64: by up to 1e-4 with some releases of torch.
+    torch.testing.assert_close(fast.mask_logits, usual.mask_logits, atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(fast.embeddings, usual.embeddings, atol=1e-3, rtol=1e-3)

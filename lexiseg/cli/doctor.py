@@ -167,10 +167,16 @@ def _self_test() -> dict[str, Any]:
     return facts
 
 
+def _told(fact: Any) -> str:
+    if isinstance(fact, bool):
+        return "yes" if fact else "no"
+    return ", ".join(map(str, fact)) or "none" if isinstance(fact, list) else str(fact)
+
+
 def _print(report: dict[str, Any], requirements: list[_Requirement]) -> None:
     facts = flat({key: report[key] for key in ("lexiseg", "machine", "torch", "folders", "models")})
-    found = {key: ", ".join(map(str, value)) if isinstance(value, list) else str(value) for key, value in facts.items()}
-    say_table(None, ["what", "found"], [[key, text or "none"] for key, text in found.items()])
+    rows = [[key.replace("_", " "), _told(value)] for key, value in facts.items() if value is not None]
+    say_table(None, ["what", "found"], rows)
     say()
     absent = {
         asked.name: "absent" if asked.extra is None else f"absent, for '{asked.extra}'; pip install '{asked.text}'"

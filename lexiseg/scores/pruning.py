@@ -21,8 +21,9 @@ LEAF = 4
 """Tiles of at most this side are compared pixel by pixel."""
 MANY = 8
 """Candidates a tile up to which it does not pay to compare them with the best one."""
-# Where less than a tenth of the words are dropped, as in ties, comparing all of them everywhere is cheaper.
-_MOST_KEPT = 0.9
+# Where bounds drop less than half of the words, it pays; where that too drops less than a tenth, as in ties, comparing
+# all of them everywhere is cheaper.
+_MANY_KEPT, _MOST_KEPT = 0.5, 0.9
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ def prune(field: Field, rows: Tensor, columns: Tensor, margin: float, writer: Wr
     largest = lower.amax(0)
     keep = upper >= largest - margin
     most = max(_MOST_KEPT * keep.numel(), 2 * keep[0].numel())
-    if int(keep.sum()) > MANY * keep[0].numel():
+    if int(keep.sum()) > max(MANY * keep[0].numel(), _MANY_KEPT * keep.numel()):
         # Words that have the same value all over a tile tie there, and the first one wins.
         tied = (lower == largest) & (upper == largest)
         keep &= ~tied | (tied.byte().argmax(0) == torch.arange(len(tied), device=tied.device)[:, None, None])

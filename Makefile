@@ -83,7 +83,7 @@ weights: $(STAMP) ## Train the shipped weights again: the small CLIPs, then the 
 	$(BIN)/lexiseg train proposals-picture-world -o runs/proposals --resume
 	$(BIN)/lexiseg train deop-picture-world --initial runs/proposals -o runs/deop --resume
 	$(BIN)/lexiseg train deop-picture-world --initial runs/deop --set train.steps=0 \
-		--set 'model.options.remainder={count: 8}' -o runs/deop-emoji --resume
+		--set 'model.options.leftover={count: 8}' -o runs/deop-emoji --resume
 	for name in cascade-clip-emoji second-look-emoji deop-emoji; do cp runs/$$name/model/* $(PRETRAINED)/$$name/; done
 
 results: $(STAMP) ## Train and measure every system on picture-world again and write docs/results (hours)

@@ -5,7 +5,7 @@ A row is a dataset as the readers see it, with its training pipeline: VOC's pict
 pipeline at a crop of 512; or the picture world's own generator at 256. "decode" is the picture alone, "read" the sample
 with its label, "per s" how many samples a second one core prepares: divide the pictures a second that an accelerator
 trains on by it, and that many workers keep it busy. With --step, "step" is one picture's forward and backward pass on
-this machine, and "share" what the data costs beside it.
+this machine, and "fraction" what the data costs beside it.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def main() -> None:
         steps = [_step(_large(), CROP, 15), _step(_large(), CROP, 156), _step(_small(), WORLD, 40)]
         for row, seconds in zip(rows, steps, strict=True):
             row["step"] = 1000 * seconds
-            row["share"] = f"{row['sum'] / (1000 * seconds):.1%}"
+            row["fraction"] = f"{row['sum'] / (1000 * seconds):.1%}"
     report(
         "Preparing training samples: milliseconds of one core a sample",
         rows,

@@ -58,7 +58,7 @@ class Variant:
 
 _LABELS = ("model.options.proposals={kind: ground-truth}", "model.options.ensemble={rule: region}")
 _UNTUNED = ("train.steps=0", "model.options.maft=null", "model.options.regions=mask-attention")
-_REMAINDER = "model.options.leftover={count: 8}"
+_LEFTOVER = "model.options.leftover={count: 8}"
 _DEOP = "deop-picture-world"
 _BARE = "deop-baseline-picture-world"
 
@@ -84,10 +84,10 @@ DECOUPLED: dict[str, Variant] = {
     "deop without visual prompts": Variant(_DEOP, ("model.options.visual_prompts=none",)),
     "deop": Variant(_DEOP),
     "zsseg + maft with leftover proposals": Variant(
-        "zsseg-maft-picture-world", (_REMAINDER, "train.steps=0"), start="zsseg + maft"
+        "zsseg-maft-picture-world", (_LEFTOVER, "train.steps=0"), start="zsseg + maft"
     ),
-    "deop baseline with gps and leftover proposals": Variant(_BARE, ("model.options.severance=gps", _REMAINDER)),
-    "deop with leftover proposals": Variant(_DEOP, (_REMAINDER, "train.steps=0"), start="deop"),
+    "deop baseline with gps and leftover proposals": Variant(_BARE, ("model.options.severance=gps", _LEFTOVER)),
+    "deop with leftover proposals": Variant(_DEOP, (_LEFTOVER, "train.steps=0"), start="deop"),
     "ground truth, crops": Variant("zsseg-picture-world", _LABELS, "", True),
     "ground truth, mask attention": Variant("zsseg-maft-picture-world", (*_LABELS, *_UNTUNED), "", True),
     "ground truth, pooled": Variant(_BARE, _LABELS[:1], "", True),

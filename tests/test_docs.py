@@ -16,7 +16,9 @@ import typer
 
 import lexiseg
 from lexiseg.cli import app, main
+from lexiseg.recipes import SegmentationRecipe, load_recipe
 from lexiseg.samples import list_samples, sample_classes, sample_path
+from lexiseg.training.init import system_of
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -77,6 +79,18 @@ def test_exit_codes_and_model_in_make_demo() -> None:
     text = (ROOT / "Makefile").read_text(encoding="utf-8")
     assert f"--model {MODEL}" in text
     assert "lexiseg/samples/demo.png" in text and "lexiseg/samples/demo.txt" in text
+
+
+def test_trainings_of_make_weights_are_right() -> None:
+    text = (ROOT / "Makefile").read_text(encoding="utf-8").replace("\\\n", " ")
+    lines = re.findall(r"^\t\$\(BIN\)/lexiseg (train .*)", text, re.MULTILINE)
+    assert len(lines) > 6
+    for line in lines:
+        given = commands()["train"].make_context("train", shlex.split(line)[1:]).params
+        initial = [f"initial={given['initial']}"] if given["initial"] else []
+        recipe = load_recipe(given["recipe"], [*initial, *(given["set"] or [])])
+        if isinstance(recipe, SegmentationRecipe):
+            system_of(recipe)
 
 
 def test_samples_have_seen_and_unseen_classes() -> None:

@@ -15,6 +15,7 @@ from lexiseg.proposals.options import Backbone, MaskFormerOptions
 @pytest.fixture(autouse=True)
 def any_size(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(matmul, "LEAST", 0)
+    monkeypatch.setattr(matmul, "onednn", matmul.enabled)  # on any processor
 
 
 @pytest.mark.parametrize("shape", [(5, 16), (2, 3, 16), (2, 3, 4, 16)])

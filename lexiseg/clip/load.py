@@ -101,16 +101,24 @@ def _load_folder(folder: Path, name: str) -> CLIP:
     return clip
 
 
+def _tagged(arch: str, tag: str) -> tuple[dict[str, Any], Any]:
+    """An architecture of open_clip as its pretrained tag has it, and what open_clip says of the tag; empty for none.
+
+    The tag knows which activation its weights were trained with; the architecture's name need not repeat it.
+    """
+    said = get_pretrained_cfg(arch, tag)
+    architecture: dict[str, Any] = {"model_cfg": get_model_config(arch)}
+    if said:
+        architecture["model_cfg"]["quick_gelu"] = bool(said.get("quick_gelu", False))
+    if "mean" in said and "std" in said:
+        architecture["preprocess_cfg"] = {"mean": list(said["mean"]), "std": list(said["std"])}
+    return architecture, said
+
+
 def _load_architecture(name: str) -> CLIP:
     arch, rest = name.split("/", 1)
-    model_cfg = get_model_config(arch)
-    tag = get_pretrained_cfg(arch, rest)
-    architecture: dict[str, Any] = {"model_cfg": model_cfg}
+    architecture, tag = _tagged(arch, rest)
     if tag:
-        if "mean" in tag and "std" in tag:
-            architecture["preprocess_cfg"] = {"mean": list(tag["mean"]), "std": list(tag["std"])}
-        # The tag knows which activation its weights were trained with; the architecture name need not repeat it.
-        model_cfg["quick_gelu"] = bool(tag.get("quick_gelu", False))
         check_architecture(architecture, name)
         return _filled(architecture, name, _download_tag(name, tag))
     path = local(rest) or Path()
@@ -133,17 +141,14 @@ def random_clip(name: str) -> CLIP:
 
     It is for counting and timing; a name whose architecture is not known without its weights is a `LexisegError`.
     """
-    arch, _, rest = str(name).partition("/")
+    arch, _, tag = str(name).partition("/")
     # Asked first, because open_clip looks for an unknown name on the hub.
-    known = arch in open_clip.list_models()
-    model_cfg = get_model_config(arch) if known else None
-    tag = get_pretrained_cfg(arch, rest) if model_cfg is not None and rest else {}
-    if model_cfg is None or not tag:
+    architecture, said = _tagged(arch, tag) if arch in open_clip.list_models() else ({}, {})
+    if not said:
         raise LexisegError(
             f"The architecture of '{name}' is not known without its weights; give a name such as 'ViT-B-16/openai'."
         )
-    model_cfg["quick_gelu"] = bool(tag.get("quick_gelu", False))
-    return build_clip({"model_cfg": model_cfg}, name=str(name)).eval()
+    return build_clip(architecture, name=str(name)).eval()
 
 
 def _load_hub(name: str) -> CLIP:
@@ -173,9 +178,8 @@ def _download_tag(name: str, tag: dict[str, Any]) -> Path:
     names = (filename,) if filename else _HUB_WEIGHTS
     if filename.endswith((".bin", ".pt")):
         names = (f"{filename.rsplit('.', 1)[0]}.safetensors", filename)
-    arch = name.split("/", 1)[0]
-    if tag.get("quick_gelu") and "quickgelu" not in arch:
-        arch = f"{arch}-quickgelu"
+    # A file does not say which activation it wants, so the name that is given with it has to.
+    arch = name.split("/", 1)[0].removesuffix("-quickgelu") + ("-quickgelu" if tag.get("quick_gelu") else "")
     return download(repository, names, name, instead=f"{arch}/PATH/{names[0]}")
 
 

@@ -6,40 +6,19 @@ code and the paper differ in what the target is; both are options, and the relea
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
 from lexiseg.losses.masks import check_labels, ignore_index
 from lexiseg.losses.reduction import reduction_weight
-from lexiseg.strict import StrictModel
 
 Distance = Literal["smooth-l1", "l1", "l2", "kl"]
 Normalisation = Literal["row", "matrix"]
 
 EPS_IOU = 1e-7
 EPS_RANGE = 1e-8
-
-
-class MaskAwareOptions(StrictModel):
-    """Options of `mask_aware_loss` and `distillation_loss`.
-
-    Attributes:
-        distance: between score and target: "smooth-l1" (Eq. 7), or the others of Table 4b. The paper does not define
-            its KL; here it is the divergence of the scores from the targets over the proposals, each made a
-            distribution by dividing by its sum.
-        normalise: min-max of the target over the proposals of one class ("row", as released) or over all classes of a
-            picture together ("matrix", as Eq. 5 is written).
-        binary: take the IoU of masks cut at 0.5 instead of soft ones.
-        distillation: weight of the self-distillation (released: 0.1; paper: 1; 0 leaves it out).
-    """
-
-    distance: Distance = "smooth-l1"
-    normalise: Normalisation = "row"
-    binary: bool = False
-    distillation: Annotated[float, Field(ge=0)] = 0.1
 
 
 def mask_ious(masks: Tensor, labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
@@ -83,7 +62,8 @@ def mask_aware_loss(scores: Tensor, targets: Tensor, distance: Distance = "smoot
         scores: (R, N) CLIP's probability of a class for each proposal, one row for each class of each picture. The mean
             is over all rows, so that pictures with more classes weigh more, as in the released code.
         targets: (R, N) from `iou_targets`, without gradient.
-        distance: see `MaskAwareOptions`.
+        distance: "smooth-l1" is Eq. 7. "kl", which the paper does not define, is the divergence of the scores from the
+            targets over the proposals, each made a distribution by dividing by its sum.
 
     Returns a scalar; 0, with a gradient of 0, if there is nothing to compare.
     """

@@ -22,7 +22,7 @@ from lexiseg.clip.tower import ImageTokens
 from lexiseg.errors import LexisegError
 from lexiseg.models.base import ImageFeatures, SegmentationModel
 from lexiseg.models.one_stage import MaskDecoder
-from lexiseg.models.options import BlockGroups, Count, ModelOptions, parse_groups
+from lexiseg.models.options import BlockGroups, Count, parse_groups
 from lexiseg.models.similarity_init import patch_directions
 from lexiseg.models.zegclip import Head, ZegCLIP, ZegCLIPOptions
 
@@ -147,8 +147,8 @@ class CascadeCLIP(ZegCLIP):
     embedding for all.
     """
 
-    system: ClassVar[str] = "cascade-clip"
-    options_class: ClassVar[type[ModelOptions]] = CascadeCLIPOptions
+    system = "cascade-clip"
+    options_class = CascadeCLIPOptions
     options: CascadeCLIPOptions
 
     bases: ClassVar[dict[str, type[CascadeCLIP]]] = {}  # those on another system than ZegCLIP, by the option ``base``

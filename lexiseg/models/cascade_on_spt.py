@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Literal
 
 from lexiseg.models.cascade_clip import CascadeCLIP, CascadeCLIPOptions
-from lexiseg.models.options import ModelOptions
 from lexiseg.models.spt_seg import SPTSeg, SPTSegOptions
 
 
@@ -20,7 +19,7 @@ class CascadeOnSPTOptions(CascadeCLIPOptions, SPTSegOptions):
 class CascadeOnSPT(CascadeCLIP, SPTSeg):
     """The system "cascade-clip" with the option ``base: spt-seg``."""
 
-    options_class: ClassVar[type[ModelOptions]] = CascadeOnSPTOptions
+    options_class = CascadeOnSPTOptions
     options: CascadeOnSPTOptions
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -25,7 +25,7 @@ from lexiseg.losses.masks import check_labels
 from lexiseg.losses.reduction import reduction_weight
 from lexiseg.models.base import ImageFeatures, SegmentationModel
 from lexiseg.models.cost_aggregation import AggregationOptions, CostAggregator
-from lexiseg.models.options import Count, ModelOptions, Pixels
+from lexiseg.models.options import Count, Pixels
 from lexiseg.scores import GridScores
 from lexiseg.templates import IN_THE_SCENE
 from lexiseg.vocabulary import Vocabulary
@@ -100,8 +100,8 @@ class CATSeg(SegmentationModel):
     The text tower must be CLIP's causal one, since it may be trained as well.
     """
 
-    system: ClassVar[str] = "cat-seg"
-    options_class: ClassVar[type[ModelOptions]] = CATSegOptions
+    system = "cat-seg"
+    options_class = CATSegOptions
     options: CATSegOptions
 
     def __init__(self, clip: CLIP, options: CATSegOptions | None = None, seen_names: Sequence[str] = ()) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import yaml
@@ -34,7 +34,7 @@ from lexiseg.models.last_block import (
     proxy_attention,
     self_self,
 )
-from lexiseg.models.options import ModelOptions, WindowOptions
+from lexiseg.models.options import WindowOptions
 from lexiseg.normalisation import pixels_of
 from lexiseg.scores import GridScores
 from lexiseg.scores.words import WordsRule
@@ -142,8 +142,8 @@ class DenseCLIP(SegmentationModel):
         LexisegError: the tower cannot be run patch by patch, lacks a block that the method reads, or there is no proxy.
     """
 
-    system: ClassVar[str] = "dense-clip"
-    options_class: ClassVar[type[ModelOptions]] = DenseCLIPOptions
+    system = "dense-clip"
+    options_class = DenseCLIPOptions
     options: DenseCLIPOptions
 
     def __init__(

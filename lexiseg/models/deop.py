@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
@@ -39,7 +39,7 @@ from lexiseg.models.deop_ablations import (
     ReleasedQueryAnchors,
     mask_severance,
 )
-from lexiseg.models.options import Count, Dropout, LossWeight, ModelOptions
+from lexiseg.models.options import Count, Dropout, LossWeight
 from lexiseg.proposals.base import Proposals
 from lexiseg.regions.anchors import QueryAnchors, pool
 from lexiseg.regions.pooling import Size, resize_masks, unit_or_zero
@@ -165,8 +165,8 @@ class DeOP(DecoupledModel):
         anchors: the heatmap decoder, or None.
     """
 
-    system: ClassVar[str] = "deop"
-    options_class: ClassVar[type[ModelOptions]] = DeOPOptions
+    system = "deop"
+    options_class = DeOPOptions
     options: DeOPOptions
 
     def __init__(self, clip: CLIP, options: DeOPOptions | None = None, seen_names: Sequence[str] = ()) -> None:

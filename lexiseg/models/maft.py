@@ -30,7 +30,14 @@ from lexiseg.clip.positions import Interpolation
 from lexiseg.clip.resnet import attention_pool, resnet_features
 from lexiseg.clip.tower import ImageTower, block_attention, run_block
 from lexiseg.errors import LexisegError
-from lexiseg.losses.mask_aware import MaskAwareOptions, distillation_loss, iou_targets, mask_aware_loss, mask_ious
+from lexiseg.losses.mask_aware import (
+    Distance,
+    Normalisation,
+    distillation_loss,
+    iou_targets,
+    mask_aware_loss,
+    mask_ious,
+)
 from lexiseg.proposals.base import Proposals
 from lexiseg.regions.pooling import Size, full_resolution, resize_masks
 from lexiseg.strict import StrictModel
@@ -222,16 +229,25 @@ class MaskAttention:
         return image_embeddings(visual, image, position_interpolation=self.attention.positions)
 
 
-class MaftOptions(MaskAwareOptions):
+class MaftOptions(StrictModel):
     """Options of mask-aware fine-tuning; the defaults are those of the released code.
 
     Attributes:
+        distance: between score and target, see `mask_aware_loss`: "smooth-l1" (Eq. 7), or the others of Table 4b.
+        normalise: min-max of the target over the proposals of one class ("row", as released) or over all classes of a
+            picture together ("matrix", as Eq. 5 is written).
+        binary: take the IoU of masks cut at 0.5 instead of soft ones.
+        distillation: weight of the self-distillation (released: 0.1; paper: 1; 0 leaves it out).
         frozen: units of the image tower that keep CLIP's weights (Table 4d): "conv" the patch embedding (of a ResNet
             everything before its attention pool), "cls" the class embedding, "pos" the position table, "ln_pre" the
             norm before the blocks, "mlp" their feed-forward parts, "proj" the final projection. Attention and the other
             norms are trained always, in all blocks. The paper's default leaves "proj" and "ln_pre" out.
     """
 
+    distance: Distance = "smooth-l1"
+    normalise: Normalisation = "row"
+    binary: bool = False
+    distillation: Annotated[float, Field(ge=0)] = 0.1
     frozen: tuple[FrozenUnit, ...] = FROZEN_UNITS
 
 
@@ -284,7 +300,7 @@ def maft_losses(
 
 
 def mask_aware_step(
-    probabilities: Tensor, masks: Iterable[Tensor], labels: Tensor, valid: Tensor | None, options: MaskAwareOptions
+    probabilities: Tensor, masks: Iterable[Tensor], labels: Tensor, valid: Tensor | None, options: MaftOptions
 ) -> Tensor:
     """The mask-aware loss of a batch, of A^c (B, N, C) and each picture's masks (N, h, w) at the size of its labels."""
     scores, targets = [], []

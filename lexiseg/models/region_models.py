@@ -7,11 +7,8 @@ ZegFormer, is in `lexiseg.models.region_base`. With the option ``maft`` each bec
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 from lexiseg.clip.positions import Interpolation
 from lexiseg.losses.proposals import ProposalWeights
-from lexiseg.models.options import ModelOptions
 from lexiseg.models.region_base import RegionModel, RegionModelOptions
 from lexiseg.proposals.options import GeneratorOptions, Mask2FormerOptions
 from lexiseg.regions.crops import CropOptions
@@ -33,8 +30,8 @@ class ZSSeg(RegionModel):
     are *mask & crop*: the tight box around the mask, CLIP's mean colour outside, resized to a square.
     """
 
-    system: ClassVar[str] = "zsseg"
-    options_class: ClassVar[type[ModelOptions]] = ZSSegOptions
+    system = "zsseg"
+    options_class = ZSSegOptions
     options: ZSSegOptions
 
 
@@ -59,6 +56,6 @@ class FreeSeg(RegionModel):
     vocabulary to the next. It is the one base model for which MAFT was released.
     """
 
-    system: ClassVar[str] = "freeseg"
-    options_class: ClassVar[type[ModelOptions]] = FreeSegOptions
+    system = "freeseg"
+    options_class = FreeSegOptions
     options: FreeSegOptions

@@ -9,7 +9,7 @@ is ours. Its weights are gated and have their own licence, so they are never dow
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -112,8 +112,8 @@ class SAM3(SegmentationModel):
     of everything with that name, and the best mask there times its score.
     """
 
-    system: ClassVar[str] = "sam3"
-    options_class: ClassVar[type[ModelOptions]] = SAM3Options
+    system = "sam3"
+    options_class = SAM3Options
     options: SAM3Options
 
     def __init__(self, clip: SAM3Towers, options: SAM3Options | None = None, seen_names: Sequence[str] = ()) -> None:

@@ -9,7 +9,7 @@ picture's edges, see `lexiseg.smoothing`.
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar
+from typing import Annotated
 
 import torch
 from pydantic import Field
@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lexiseg.models.base import ImageFeatures
-from lexiseg.models.options import Count, ModelOptions
+from lexiseg.models.options import Count
 from lexiseg.models.zegclip import ZegCLIP, ZegCLIPOptions
 from lexiseg.normalisation import pixels_of
 from lexiseg.scores import GridScores
@@ -50,8 +50,8 @@ class SecondLook(ZegCLIP):
     losses are ZegCLIP's.
     """
 
-    system: ClassVar[str] = "second-look"
-    options_class: ClassVar[type[ModelOptions]] = SecondLookOptions
+    system = "second-look"
+    options_class = SecondLookOptions
     options: SecondLookOptions
 
     def encode_images(self, images: Tensor) -> ImageFeatures:

@@ -11,7 +11,6 @@ only; here every grid does.
 from __future__ import annotations
 
 import math
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +19,7 @@ from torch.nn import functional as F
 from lexiseg.clip.tower import BeforeBlock
 from lexiseg.losses.ssim import ssim_loss
 from lexiseg.models.one_stage import DecoderLayer, MaskDecoder
-from lexiseg.models.options import Count, ModelOptions
+from lexiseg.models.options import Count
 from lexiseg.models.spectral_init import init_spectral_decoder
 from lexiseg.models.zegclip import ZegCLIP, ZegCLIPOptions
 
@@ -182,8 +181,8 @@ class SpectralLayer(DecoderLayer):
 class SPTSeg(ZegCLIP):
     """SPT-SEG; the width of CLIP's joint embedding must be a multiple of eight."""
 
-    system: ClassVar[str] = "spt-seg"
-    options_class: ClassVar[type[ModelOptions]] = SPTSegOptions
+    system = "spt-seg"
+    options_class = SPTSegOptions
     options: SPTSegOptions
     init_decoder = staticmethod(init_spectral_decoder)
 

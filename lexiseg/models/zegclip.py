@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import reduce
-from typing import Annotated, ClassVar, Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 from pydantic import Field
@@ -28,7 +28,7 @@ from lexiseg.clip.tower import BeforeBlock, ImageTokens, ImageTower
 from lexiseg.errors import LexisegError
 from lexiseg.models.base import ImageFeatures
 from lexiseg.models.one_stage import DecoderLayer, MaskDecoder, OneStageModel, OneStageOptions
-from lexiseg.models.options import Count, Dropout, ModelOptions
+from lexiseg.models.options import Count, Dropout
 from lexiseg.models.similarity_init import init_matching_decoder, patch_directions
 
 CLASS_CHUNK = 4096  # classes decoded at once at prediction, which bounds the memory of a large vocabulary
@@ -138,8 +138,8 @@ class ZegCLIP(OneStageModel):
     Features hold ``cls`` (B, D), the embedding of the whole image, and ``patches`` (B, h, w, D), both of unit length.
     """
 
-    system: ClassVar[str] = "zegclip"
-    options_class: ClassVar[type[ModelOptions]] = ZegCLIPOptions
+    system = "zegclip"
+    options_class = ZegCLIPOptions
     options: ZegCLIPOptions
     init_decoder = staticmethod(init_matching_decoder)  # what ``init`` "clip-similarity" does; SPT-SEG has another
 

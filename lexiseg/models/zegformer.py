@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import Annotated
 
 import torch
 from pydantic import Field
@@ -20,7 +20,6 @@ from torchvision.ops import masks_to_boxes, roi_align
 from lexiseg.clip.model import CLIP
 from lexiseg.clip.text import TextEmbedder
 from lexiseg.models.base import ImageFeatures
-from lexiseg.models.options import ModelOptions
 from lexiseg.models.region_base import RegionModel, RegionModelOptions
 from lexiseg.proposals.options import GeneratorOptions, MaskFormerOptions
 from lexiseg.regions.crops import CropEncoder, CropOptions, Crops
@@ -92,11 +91,11 @@ class ZegFormer(RegionModel):
         logit_scale: (1,), logarithm of the factor on the generator's cosines; fixed.
     """
 
-    system: ClassVar[str] = "zegformer"
-    options_class: ClassVar[type[ModelOptions]] = ZegFormerOptions
+    system = "zegformer"
+    options_class = ZegFormerOptions
     options: ZegFormerOptions
-    crop_encoder: ClassVar[type[CropEncoder]] = ZegFormerCrops
-    seen_mean: ClassVar[bool] = True
+    crop_encoder = ZegFormerCrops
+    seen_mean = True
     logit_scale: Tensor
 
     def __init__(self, clip: CLIP, options: ZegFormerOptions | None = None, seen_names: Sequence[str] = ()) -> None:

@@ -38,6 +38,7 @@ class ForeignCLIP(CLIP):
         name: what the user called it.
         mean: of the images, RGB in 0..1.
         std: of the images.
+        embed_dim: width of the joint embedding; None is what the model's configuration says.
         trunk: replaces the model's image tower.
     """
 
@@ -47,15 +48,15 @@ class ForeignCLIP(CLIP):
         tokenizer: Any,
         name: str,
         *,
-        mean: Sequence[float] = OPENAI_MEAN,
-        std: Sequence[float] = OPENAI_STD,
+        mean: Sequence[float],
+        std: Sequence[float],
+        embed_dim: int | None = None,
         trunk: nn.Module | None = None,
     ) -> None:
-        config = model.config
-        vision = config.vision_config
-        embed_dim = int(getattr(config, "projection_dim", None) or vision.hidden_size)
-        if config.model_type not in ("clip", "metaclip_2"):
-            embed_dim = int(vision.hidden_size)
+        if embed_dim is None:
+            config = model.config
+            projected = config.model_type in ("clip", "metaclip_2")
+            embed_dim = int(config.projection_dim if projected else config.vision_config.hidden_size)
         architecture = {"model_cfg": {"embed_dim": embed_dim}, "preprocess_cfg": {"mean": list(mean), "std": list(std)}}
         # Weights are named, not copied, when a model is saved: they are as their library loads them.
         super().__init__(model, architecture, tokenizer, name, packaged=True)
@@ -146,7 +147,10 @@ def timm_model(name: str) -> Any:
     import timm
 
     if name not in timm.list_pretrained(name):
-        raise LexisegError(f"timm {timm.__version__} has no weights '{name}'; see timm.list_pretrained().")
+        raise LexisegError(
+            f"timm {timm.__version__} has no weights '{name}'; name a model with its weights, such as "
+            "'vit_base_patch8_224.dino'."
+        )
     repository = str(getattr(timm.get_pretrained_cfg(name), "hf_hub_id", None) or f"timm/{name}")
     repository = f"timm/{name}" if repository.endswith("/") else repository
     path = download(repository, ("model.safetensors",), name, instead="it to the hub's cache folder and run again")
@@ -210,13 +214,9 @@ def read_kind(folder: Path, name: str) -> str:
 
 def _normalisation(folder: Path, kind: str) -> tuple[Sequence[float], Sequence[float]]:
     """Mean and standard deviation of the images, as the model's processor has them."""
-    usual = {"siglip": 0.5, "siglip2": 0.5}
+    none, half = ((0.0,) * 3, (1.0,) * 3), ((0.5,) * 3, (0.5,) * 3)
     try:
         said = json.loads((folder / "preprocessor_config.json").read_text("utf-8"))
-        if said.get("do_normalize") is False:
-            return (0.0,) * 3, (1.0,) * 3
-        return said["image_mean"], said["image_std"]
+        return none if said.get("do_normalize") is False else (said["image_mean"], said["image_std"])
     except (OSError, ValueError, KeyError, AttributeError):
-        if kind == "tipsv2":
-            return (0.0,) * 3, (1.0,) * 3
-        return ((usual[kind],) * 3, (usual[kind],) * 3) if kind in usual else (OPENAI_MEAN, OPENAI_STD)
+        return {"tipsv2": none, "siglip": half, "siglip2": half}.get(kind, (OPENAI_MEAN, OPENAI_STD))

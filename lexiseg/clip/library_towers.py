@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from lexiseg.clip.patch_tower import Block, Grid, PatchTower
 from lexiseg.clip.positions import Interpolation, resize_positions
-from lexiseg.clip.tower import ImageTower, patch_grid
+from lexiseg.clip.tower import ImageTower, patch_grid, token_values
 from lexiseg.errors import LexisegError
 
 
@@ -34,17 +34,12 @@ class OpenCLIPTower(PatchTower):
         return self.tower.project(tokens)
 
 
-def _thirds(packed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    query, key, value = packed.chunk(3, dim=-1)
-    return query, key, value
-
-
 def _open_clip_block(block: Any) -> Block:
     attention = block.attn
     return Block(
         attention.num_heads,
         block.ln_1,
-        lambda x: _thirds(F.linear(x, attention.in_proj_weight, attention.in_proj_bias)),
+        lambda x: F.linear(x, attention.in_proj_weight, attention.in_proj_bias).chunk(3, dim=-1),
         lambda x: block.ls_1(attention.out_proj(x)),
         lambda x: block.ls_2(block.mlp(block.ln_2(x))),
     )
@@ -99,7 +94,7 @@ def _timm_block(block: Any) -> Block:
     return Block(
         attention.num_heads,
         block.norm1,
-        lambda x: _thirds(attention.qkv(x)),
+        lambda x: attention.qkv(x).chunk(3, dim=-1),
         lambda x: block.ls1(attention.proj(norm(x))),
         lambda x: block.ls2(block.mlp(block.norm2(x))),
         (attention.q_norm, attention.k_norm),
@@ -176,26 +171,25 @@ class TransformersTower(PatchTower):
 
 def pool_values(head: Any, tokens: Tensor) -> Tensor:
     """What SigLIP's pooling head would say of each token (B, T, W) if its probe attended to that token alone."""
-    attention = head.attention
-    width = attention.embed_dim
-    bias = attention.in_proj_bias
-    value = F.linear(tokens, attention.in_proj_weight[2 * width :], None if bias is None else bias[2 * width :])
-    pooled = attention.out_proj(value)
+    pooled = head.attention.out_proj(token_values(head.attention, tokens))
     return pooled + head.mlp(head.layernorm(pooled))
 
 
 def _transformers_block(layer: Any, heads: int) -> Block:
-    attention = layer.attention if hasattr(layer, "attention") else layer.self_attn
+    tips = hasattr(layer, "attention")  # TIPSv2, which follows DINOv2
+    attention = layer.attention if tips else layer.self_attn
 
     def project_in(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return attention.q_proj(x), attention.k_proj(x), attention.v_proj(x)
 
-    if hasattr(layer, "attention"):  # TIPSv2, which follows DINOv2
+    if not tips:
         return Block(
-            heads,
-            layer.norm1,
-            project_in,
-            lambda x: layer.layer_scale1(attention.o_proj(x)),
-            lambda x: layer.layer_scale2(layer.mlp(layer.norm2(x))),
+            heads, layer.layer_norm1, project_in, attention.out_proj, lambda x: layer.mlp(layer.layer_norm2(x))
         )
-    return Block(heads, layer.layer_norm1, project_in, attention.out_proj, lambda x: layer.mlp(layer.layer_norm2(x)))
+    return Block(
+        heads,
+        layer.norm1,
+        project_in,
+        lambda x: layer.layer_scale1(attention.o_proj(x)),
+        lambda x: layer.layer_scale2(layer.mlp(layer.norm2(x))),
+    )

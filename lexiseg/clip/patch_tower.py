@@ -8,7 +8,7 @@ ours, so that one function serves open_clip, timm and transformers (`lexiseg.cli
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -27,8 +27,7 @@ class Block:
 
     heads: int  # number of attention heads
     norm1: Module  # before the attention
-    # normalised tokens (B, T, W) to queries, keys and values, each (B, T, W)
-    project_in: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
+    project_in: Callable[[Tensor], Sequence[Tensor]]  # normalised tokens to queries, keys and values, each (B, T, W)
     project_out: Module  # the projection after the attention, with the layer scale behind it
     feed_forward: Module  # the second half, norm, MLP and layer scale, without the shortcut
     # norms of the queries and the keys (B, heads, T, d); identities in most towers

@@ -7,9 +7,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from lexiseg.clip.foreign import timm_model
 from lexiseg.clip.library_towers import TimmTower
 from lexiseg.clip.positions import Interpolation
-from lexiseg.errors import LexisegError
 from lexiseg.normalisation import IMAGENET_MEAN, IMAGENET_STD, normalise
 
 Feature = Literal["out", "q", "k", "v"]
@@ -80,12 +80,4 @@ def load_proxy(name: str) -> Proxy:
 
     A `LexisegError` says that timm has no such weights, or that they cannot be had.
     """
-    import timm
-
-    from lexiseg.clip.foreign import timm_model
-
-    if not timm.is_model(name.partition(".")[0]) or "." not in name:
-        raise LexisegError(
-            f"timm has no vision transformer '{name}'; name one with its weights, such as 'vit_base_patch8_224.dino'."
-        )
     return Proxy(timm_model(name), positions_of(name))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -45,7 +45,7 @@ class SegmentationModel(nn.Module, ABC):
 
     Args:
         clip: the towers; the model owns them from here on.
-        options: the system's options.
+        options: the system's options; None for its defaults.
         seen_names: names of the classes that had masks in training; empty for a training-free model.
 
     Attributes:
@@ -67,10 +67,10 @@ class SegmentationModel(nn.Module, ABC):
     weighs_classes: ClassVar[bool] = False
     class_weights: Tensor | None = None
 
-    def __init__(self, clip: CLIP, options: ModelOptions, seen_names: tuple[str, ...] = ()) -> None:
+    def __init__(self, clip: CLIP, options: ModelOptions | None = None, seen_names: Sequence[str] = ()) -> None:
         super().__init__()
         self.clip = clip
-        self.options = options
+        self.options = options or self.parse_options({})
         self.seen_names = tuple(seen_names)
         self.default_templates: tuple[str, ...] = SINGLE_TEMPLATE
         self.metadata: dict[str, Any] = {}

@@ -105,9 +105,8 @@ class CATSeg(SegmentationModel):
     options: CATSegOptions
 
     def __init__(self, clip: CLIP, options: CATSegOptions | None = None, seen_names: Sequence[str] = ()) -> None:
-        options = options or CATSegOptions()
-        super().__init__(clip, options, tuple(seen_names))
-        tower = clip.image_tower
+        super().__init__(clip, options, seen_names)
+        options, tower = self.options, clip.image_tower
         depth = tower.num_blocks
         self.guidance_blocks = options.guidance_blocks or (max(depth // 3, 1) - 1, max(2 * depth // 3, 1) - 1)
         if max(self.guidance_blocks) >= depth or (options.prompt_depth or 0) > depth:

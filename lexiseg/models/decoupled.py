@@ -68,15 +68,14 @@ class DecoupledModel(StartsFromParts):
     options: DecoupledOptions
     no_graph = "is a decoupled system, whose regions and crops depend on the picture"
 
-    def __init__(self, clip: CLIP, options: DecoupledOptions, seen_names: Sequence[str] = ()) -> None:
-        super().__init__(clip, options, tuple(seen_names))
-        self.generator = options.proposals.build()
+    def __init__(self, clip: CLIP, options: DecoupledOptions | None = None, seen_names: Sequence[str] = ()) -> None:
+        super().__init__(clip, options, seen_names)
+        self.generator = self.options.proposals.build()
         if self.generator.embed_dim not in (None, clip.embed_dim):
             raise LexisegError(
                 f"The proposals' class embeddings have {self.generator.embed_dim} numbers and CLIP's text embeddings "
                 f"{clip.embed_dim}; set proposals.embed_dim to {clip.embed_dim}."
             )
-        self.student = None
         self.no_object = nn.Parameter(torch.randn(1, clip.embed_dim) * clip.embed_dim**-0.5)
 
     def pad(self, images: Tensor) -> Tensor:

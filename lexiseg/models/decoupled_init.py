@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import nn
 
 from lexiseg.clip.load import shapes_of
@@ -50,13 +49,11 @@ class StartsFromParts(SegmentationModel):
     Attributes:
         generator: proposes regions.
         no_object: (1, D), which goes with the proposals.
-        student: the copy of CLIP's image tower that MAFT tunes, or None.
     """
 
     family = "decoupled"
     generator: ProposalGenerator
     no_object: nn.Parameter
-    student: nn.Module | None
 
     def init_from(self, other: SegmentationModel, what: str) -> tuple[str, ...]:
         """All weights of the same form of the same system, else the parts that fit; see `SegmentationModel.init_from`.
@@ -84,31 +81,19 @@ class StartsFromParts(SegmentationModel):
             self.generator.load_state_dict(other.generator.state_dict())
             self.no_object.data.copy_(other.no_object.data)
             parts = ("proposals",)
-        parts += ("prompts",) if _copied(other.learned_prompts, self.learned_prompts) else ()
-        return (*parts, "tuned tower") if _copied(other.student, self.student) else parts
+        return (*parts, "prompts") if copied(other.learned_prompts, self.learned_prompts) else parts
 
     def check_start(self, *, proposals: bool, steps: int) -> None:
-        """Refuse random proposals that are not trained, whose loss would fall for days and nothing be learned.
-
-        And 0 steps with a tower that nothing tuned.
-        """
+        """Refuse random proposals that are not trained, whose loss would fall for days and nothing be learned."""
         if not proposals and not self.generator.trainable and any(True for _ in self.generator.parameters()):
             raise LexisegError(
                 f"This training of '{self.system}' builds on proposals that it does not train itself, and they have "
                 "random weights; let 'initial' name a model or a recipe that trains them, as the packaged recipes with "
                 "'maft' or 'deop' in their names do."
             )
-        if steps or self.student is None:
-            return
-        plain = self.clip.visual.state_dict()
-        if all(torch.equal(value, plain[name]) for name, value in self.student.state_dict().items()):
-            raise LexisegError(
-                "The recipe adds 'maft', but 'train.steps' is 0 and what it starts from has no tuned tower, so "
-                "nothing would be tuned; set train.steps, as the packaged recipes with 'maft' in their names do."
-            )
 
 
-def _copied(source: nn.Module | None, target: nn.Module | None) -> bool:
+def copied(source: nn.Module | None, target: nn.Module | None) -> bool:
     """Copy weights if both modules are there and of one form; whether that was so."""
     if source is None or target is None or shapes_of(source) != shapes_of(target):
         return False

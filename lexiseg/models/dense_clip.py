@@ -154,7 +154,7 @@ class DenseCLIP(SegmentationModel):
         *,
         proxy: nn.Module | None = None,
     ) -> None:
-        super().__init__(clip, options or DenseCLIPOptions(), tuple(seen_names))
+        super().__init__(clip, options, seen_names)
         options = self.options
         count = len(clip.patch_tower.blocks)
         if options.middle_blocks and max(options.middle_blocks) >= count - 1:
@@ -186,15 +186,10 @@ class DenseCLIP(SegmentationModel):
         """
         changes = dict(methods()[self.options.method].get("protocols", {}).get(protocol, {}))
         threshold, area = changes.pop("threshold", 0.0), changes.pop("area", 0.0)
-        self.options = DenseCLIPOptions(**{**self.options.model_dump(), "window_stride": 0, **self._strides(changes)})
+        self.options = DenseCLIPOptions(**{**self.options.model_dump(), **changes})
         self.words_rule = WordsRule(self.options.logit_scale, threshold, area) if threshold else None
         self._released_resize = True
         return {**changes, **({"threshold": threshold, "area": area} if threshold else {})}
-
-    def _strides(self, changes: dict[str, Any]) -> dict[str, Any]:
-        """Changes with the stride that belongs to their windows: none for whole pictures."""
-        size = changes.get("window_size", self.options.window_size)
-        return {"window_stride": self.options.window_stride, **changes} if size else {**changes, "window_stride": 0}
 
     @property
     def tower(self) -> PatchTower:
@@ -206,7 +201,7 @@ class DenseCLIP(SegmentationModel):
         options = self.options
         short_side = 2 * self.clip.image_size if options.short_side is None else options.short_side
         size = options.window_size
-        stride = options.window_stride or size or 0 if size else 0
+        stride = (options.window_stride or size) if size else 0
         if self._released_resize:  # mmsegmentation's
             return WindowPolicy(size, stride, short_side or None, 2048, antialias=False)
         return WindowPolicy(size, stride, short_side or None)

@@ -170,12 +170,11 @@ class DeOP(DecoupledModel):
     options: DeOPOptions
 
     def __init__(self, clip: CLIP, options: DeOPOptions | None = None, seen_names: Sequence[str] = ()) -> None:
-        options = options or DeOPOptions()
-        super().__init__(clip, options, tuple(seen_names))
+        super().__init__(clip, options, seen_names)
         self.default_templates = SCULPTURE
         self.severed = self._severed_blocks()
         self.tables = self._make_visual_prompts()
-        places = options.prompt_places()
+        places = self.options.prompt_places()
         self.prompt = None if places is None else PromptLearner(clip.text_width, **places)
         self.anchors: Anchors | None = self._make_anchors()
         self.set_trainable()

@@ -157,6 +157,16 @@ def trainable_names(visual: nn.Module, frozen: Collection[FrozenUnit] = FROZEN_U
     return tuple(name for name, _ in visual.named_parameters() if unit(name) not in frozen)
 
 
+def check_tuned(student: nn.Module, visual: nn.Module) -> None:
+    """Refuse a training of 0 steps whose tower ``student`` is CLIP's own, ``visual``, as nothing tuned it before."""
+    plain = visual.state_dict()
+    if all(torch.equal(value, plain[name]) for name, value in student.state_dict().items()):
+        raise LexisegError(
+            "The recipe adds 'maft', but 'train.steps' is 0 and what it starts from has no tuned tower, so nothing "
+            "would be tuned; set train.steps, as the packaged recipes with 'maft' in their names do."
+        )
+
+
 class AttentionOptions(StrictModel):
     """Options of mask attention, MAFT's IP-CLIP encoder (Sec. 4.1).
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import Annotated, Any, ClassVar, Literal, cast
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, field_validator
@@ -22,7 +22,15 @@ from lexiseg.errors import LexisegError
 from lexiseg.losses.proposals import ProposalWeights
 from lexiseg.models.base import ImageFeatures
 from lexiseg.models.decoupled import DecoupledModel, DecoupledOptions
-from lexiseg.models.maft import AttentionOptions, MaftOptions, MaskAttention, maft_losses, trainable_names
+from lexiseg.models.decoupled_init import StartsFromParts, copied
+from lexiseg.models.maft import (
+    AttentionOptions,
+    MaftOptions,
+    MaskAttention,
+    check_tuned,
+    maft_losses,
+    trainable_names,
+)
 from lexiseg.proposals.base import Proposals
 from lexiseg.regions.crops import CropEncoder, CropOptions
 from lexiseg.regions.ensemble import EnsembleOptions, ensemble
@@ -79,6 +87,7 @@ class RegionModel(DecoupledModel):
     generator's words (first) differ from CLIP's. Options that contradict each other are a `LexisegError`.
 
     Attributes:
+        student: the copy of CLIP's image tower that ``maft`` tunes, or None.
         prompts: learned prompts, or None.
     """
 
@@ -89,8 +98,8 @@ class RegionModel(DecoupledModel):
     """Whether the released ensemble gives all seen classes the mean of what CLIP says of them."""
 
     def __init__(self, clip: CLIP, options: RegionModelOptions | None = None, seen_names: Sequence[str] = ()) -> None:
-        options = options or cast(RegionModelOptions, self.options_class())
         super().__init__(clip, options, seen_names)
+        options = self.options
         alone = options.regions == "none"
         if alone and options.maft is not None:
             raise LexisegError("maft tunes mask attention, not regions 'none'; remove one of the two.")
@@ -101,8 +110,7 @@ class RegionModel(DecoupledModel):
                 "These proposals have no classes, so CLIP has to classify the regions; set regions to 'crops' or "
                 "'mask-attention', and the ensemble's rule to 'region'."
             )
-        if options.maft is not None:
-            self.student = copy.deepcopy(clip.visual).eval()
+        self.student = None if options.maft is None else copy.deepcopy(clip.visual).eval()
         places = options.prompt_places()
         self.prompts = None if places is None else PromptLearner(clip.text_width, **places)
         self.set_trainable()
@@ -113,7 +121,6 @@ class RegionModel(DecoupledModel):
         options = self.options
         if options.regions == "none":
             return None
-        # Also where a base model's recipe names crops.
         if options.regions == "mask-attention" or options.maft is not None:
             return MaskAttention(options.align_corners, options.crops.threshold, options.attention)
         return self.crop_encoder(options.align_corners, options.crops, options.positions)
@@ -130,6 +137,16 @@ class RegionModel(DecoupledModel):
                 parts.append("prompts.")
         return tuple(name for name, _ in self.named_parameters() if name.startswith(tuple(parts)))
 
+    def take_parts(self, other: StartsFromParts, what: str) -> tuple[str, ...]:
+        parts = super().take_parts(other, what)
+        tuned = isinstance(other, RegionModel) and copied(other.student, self.student)
+        return (*parts, "tuned tower") if tuned else parts
+
+    def check_start(self, *, proposals: bool, steps: int) -> None:
+        super().check_start(proposals=proposals, steps=steps)
+        if self.student is not None and not steps:
+            check_tuned(self.student, self.clip.visual)
+
     def train(self, mode: bool = True) -> RegionModel:
         """Set the training mode but for CLIP and its tuned copy: a ResNet's batch norms stay as they are."""
         super().train(mode)
@@ -142,11 +159,6 @@ class RegionModel(DecoupledModel):
         """Text rows of a vocabulary: (W, D), or (W, 2, D) where only CLIP's words are learned prompts."""
         text, given = super().embed_text(embedder, vocabulary), self.options.prompts
         return text if given is None or given.proposals else torch.stack([embedder(vocabulary), text], dim=1)
-
-    @staticmethod
-    def clip_text(text: Tensor) -> Tensor:
-        """CLIP's words (W, D), of what `embed_text` gives; for the generator's see `DecoupledModel.text_rows`."""
-        return text[:, -1] if text.dim() == 3 else text
 
     def encode_regions(self, padded: Tensor, size: Size, proposals: Proposals) -> dict[str, Tensor]:
         """What CLIP, or its tuned copy, makes of proposals, see the class."""
@@ -166,7 +178,7 @@ class RegionModel(DecoupledModel):
         return ((self.options.region_temperature or self.options.temperature) * cosines).softmax(dim=-1)
 
     def class_scores(self, features: ImageFeatures, text: Tensor, seen: Tensor | None = None) -> Tensor:
-        values, clips = features.values, self.clip_text(text)
+        values, clips = features.values, text[:, -1] if text.dim() == 3 else text
         logits = self.proposal_logits(values["embeddings"], text) if "embeddings" in values else None
         # "No object" is dropped after the softmax, so that the classes' probabilities may sum to little.
         opinion = None if logits is None else logits.softmax(dim=-1)[..., :-1]
@@ -212,8 +224,10 @@ class RegionModel(DecoupledModel):
             proposals = self.propose(padded, text).detach()
             logits = None if proposals.embeddings is None else self.proposal_logits(proposals.embeddings, text)
 
+        clips = text[:, -1] if text.dim() == 3 else text
+
         def probabilities(found: Tensor) -> Tensor:
-            return self.region_probabilities(found, self.clip_text(text), logits if found.dim() == 3 else None)
+            return self.region_probabilities(found, clips, logits if found.dim() == 3 else None)
 
         frame = self.clip_frame(padded, size)
         return maft_losses(encoder, self.clip, self.student, frame, size, proposals, labels, options, probabilities)

@@ -15,16 +15,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lexiseg.clip.model import CLIP
+from lexiseg.clip.foreign import ForeignCLIP
 from lexiseg.clip.text import TextEmbedder
-from lexiseg.clip.tower import ImageTower
 from lexiseg.errors import LexisegError
 from lexiseg.models.base import ImageFeatures, SegmentationModel
 from lexiseg.models.options import Count, ModelOptions
 from lexiseg.scores import RegionScores
 from lexiseg.vocabulary import Vocabulary
 
-_DEVIATION = [0.5] * 3
+_DEVIATION = (0.5,) * 3
 _TEXTS_AT_ONCE = 64
 # What stands in the place of a word where a box says what is meant (the authors' code).
 _BOX_WORD = "visual"
@@ -42,26 +41,12 @@ class SAM3Options(ModelOptions):
     most_words: Count = 64
 
 
-class SAM3Towers(CLIP):
-    """The transformers network with the interface of `CLIP`.
-
-    Args:
-        model: a ``Sam3Model``.
-        tokenizer: of transformers.
-        name: what the user called it.
-    """
+class SAM3Towers(ForeignCLIP):
+    """The transformers network, a ``Sam3Model``, with the interface of `CLIP`; a word is a sequence of tokens in it."""
 
     def __init__(self, model: Any, tokenizer: Any, name: str) -> None:
         width = int(model.config.detr_encoder_config.hidden_size)
-        architecture = {
-            "model_cfg": {"embed_dim": width},
-            "preprocess_cfg": {"mean": _DEVIATION, "std": _DEVIATION},
-        }
-        super().__init__(model, architecture, tokenizer, name, packaged=True)
-
-    @property
-    def image_tower(self) -> ImageTower:
-        raise LexisegError("SAM 3's image tower does not fit other systems; choose a CLIP.")
+        super().__init__(model, tokenizer, name, mean=_DEVIATION, std=_DEVIATION, embed_dim=width)
 
     @property
     def patch_size(self) -> int:
@@ -70,18 +55,6 @@ class SAM3Towers(CLIP):
     @property
     def image_size(self) -> int:
         return int(self.model.config.image_size)
-
-    @property
-    def context_length(self) -> int:
-        return int(self.model.config.text_config.max_position_embeddings)
-
-    @property
-    def plain_text(self) -> bool:
-        """False: a word is a sequence of tokens, not a vector."""
-        return False
-
-    def count_tokens(self, text: str) -> int:
-        return len(self.tokenizer(text)["input_ids"])
 
     @torch.no_grad()
     def word_tokens(self, words: Sequence[str]) -> Tensor:
@@ -114,10 +87,11 @@ class SAM3(SegmentationModel):
 
     system = "sam3"
     options_class = SAM3Options
+    clip: SAM3Towers
     options: SAM3Options
 
     def __init__(self, clip: SAM3Towers, options: SAM3Options | None = None, seen_names: Sequence[str] = ()) -> None:
-        super().__init__(clip, options or SAM3Options(), tuple(seen_names))
+        super().__init__(clip, options, seen_names)
         self.default_templates = ("{}",)
         self.set_trainable()
 
@@ -134,9 +108,8 @@ class SAM3(SegmentationModel):
         """
         if len(vocabulary.templates) > 1:
             raise LexisegError(f"SAM 3 takes one template, but {len(vocabulary.templates)} were given; give one.")
-        towers, template = self.clip, vocabulary.templates[0]
-        assert isinstance(towers, SAM3Towers)
-        return towers.word_tokens([template.replace("{}", word) for word in vocabulary.words])
+        template = vocabulary.templates[0]
+        return self.clip.word_tokens([template.replace("{}", word) for word in vocabulary.words])
 
     @torch.no_grad()
     def embed_exemplar(self, image: Tensor, mask: Tensor) -> Tensor:
@@ -167,9 +140,7 @@ class SAM3(SegmentationModel):
             img_feats=levels[:-1],
             img_pos_embeds=positions[:-1],
         ).last_hidden_state[0]
-        towers = self.clip
-        assert isinstance(towers, SAM3Towers)
-        word = towers.word_tokens([_BOX_WORD])[0]
+        word = self.clip.word_tokens([_BOX_WORD])[0]
         tokens = torch.cat([word[word[:, -1] > 0], F.pad(found.float(), (0, 1), value=1.0)])
         return F.pad(tokens, (0, 0, 0, len(word) - len(tokens)))
 

@@ -144,7 +144,7 @@ class ZegCLIP(OneStageModel):
     init_decoder = staticmethod(init_matching_decoder)  # what ``init`` "clip-similarity" does; SPT-SEG has another
 
     def __init__(self, clip: CLIP, options: ZegCLIPOptions | None = None, seen_names: Sequence[str] = ()) -> None:
-        super().__init__(clip, options or self.parse_options({}), tuple(seen_names))
+        super().__init__(clip, options, seen_names)
         self.frozen_prefixes: tuple[str, ...] = ("clip.",)  # parameters whose names begin so are not trained
         self.build_prompts()
         self.build_heads()

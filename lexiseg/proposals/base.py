@@ -12,6 +12,11 @@ from torch import Tensor, nn
 HARD_LOGIT = 20.0
 
 
+def hard_logits(masks: Tensor) -> Tensor:
+    """Turn masks (...) in 0..1, or bool, into logits -`HARD_LOGIT`..`HARD_LOGIT`."""
+    return (masks.float() * 2 - 1) * HARD_LOGIT
+
+
 @dataclass(frozen=True)
 class Proposals:
     """N proposed regions for each of B images.

@@ -8,31 +8,14 @@ from torch.nn import functional as F
 
 from lexiseg.errors import LexisegError
 from lexiseg.label_ids import IGNORE_INDEX
-from lexiseg.proposals.base import HARD_LOGIT, ProposalGenerator, Proposals, check_images
-
-
-def ground_truth_proposals(labels: Tensor) -> Proposals:
-    """One binary mask for each class of labels (B, H, W), but 255, in ascending order.
-
-    N is the largest number of classes in an image, at least 1, and ``valid`` says which slots hold a mask.
-    """
-    present = [values[values != IGNORE_INDEX] for values in (image.unique() for image in labels)]
-    num = max(1, *(len(values) for values in present))
-    masks = labels.new_zeros((len(labels), num, *labels.shape[1:]), dtype=torch.bool)
-    valid = torch.zeros((len(labels), num), dtype=torch.bool, device=labels.device)
-    for index, values in enumerate(present):
-        masks[index, : len(values)] = labels[index][None] == values[:, None, None]
-        valid[index, : len(values)] = True
-    return Proposals(hard_logits(masks), valid=valid)
-
-
-def hard_logits(masks: Tensor) -> Tensor:
-    """Turn masks (...) in 0..1, or bool, into logits -`HARD_LOGIT`..`HARD_LOGIT`."""
-    return (masks.float() * 2 - 1) * HARD_LOGIT
+from lexiseg.proposals.base import ProposalGenerator, Proposals, check_images, hard_logits
 
 
 class GroundTruth(ProposalGenerator):
-    """A generator that "proposes" the masks of ``labels`` (B, H, W), 255 = no class, which are set beforehand."""
+    """A generator that "proposes" the masks of ``labels`` (B, H, W), 255 = no class, which are set beforehand.
+
+    There is one binary mask for each class of an image, in ascending order.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -51,4 +34,11 @@ class GroundTruth(ProposalGenerator):
                 f"{width}; give the labels of these images, at their size."
             )
         labels = F.pad(labels, (0, width - labels.shape[2], 0, height - labels.shape[1]), value=IGNORE_INDEX)
-        return ground_truth_proposals(labels.to(images.device))
+        labels = labels.to(images.device)
+        present = [values[values != IGNORE_INDEX] for values in (image.unique() for image in labels)]
+        classes = torch.nn.utils.rnn.pad_sequence(present, batch_first=True, padding_value=IGNORE_INDEX)
+        if not classes.shape[1]:  # there is one slot at least
+            classes = F.pad(classes, (0, 1), value=IGNORE_INDEX)
+        valid = classes != IGNORE_INDEX
+        masks = (labels[:, None] == classes[..., None, None]) & valid[..., None, None]
+        return Proposals(hard_logits(masks), valid=valid)

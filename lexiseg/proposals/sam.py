@@ -16,8 +16,7 @@ from torch.nn import functional as F
 from lexiseg.errors import LexisegError
 from lexiseg.hub import download_folder
 from lexiseg.normalisation import IMAGENET_MEAN, IMAGENET_STD, pixels_of
-from lexiseg.proposals.base import ProposalGenerator, Proposals, check_images
-from lexiseg.proposals.given import hard_logits
+from lexiseg.proposals.base import ProposalGenerator, Proposals, check_images, hard_logits
 from lexiseg.proposals.options import SamOptions
 
 

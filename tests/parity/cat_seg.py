@@ -420,32 +420,23 @@ def groups_and_schedule(case: Case) -> None:
         case.check(name, torch.tensor(values, dtype=torch.float64))
 
 
-def _kind(letter: str) -> Any:
-    return lambda case: case.config.get("system") == "CAT-Seg" and _tell(case) == letter
-
-
-def _tell(case: Case) -> str:
-    """The kind of a case, by what is in it."""
-    config, keys = case.config, case.tensors.keys()
+def cat_seg(case: Case) -> None:
+    """A case of CAT-Seg; what is in it says of which kind."""
+    config = case.config
     if "groups" in config:
-        return "groups"
-    if "optimiser" in config:
-        return "training"
-    if "ensemble_templates" in config:
-        return "text"
-    if "input/image_features" in keys:
-        return "aggregator"
-    if config["config"].get("sliding_window"):
-        return "sliding"
-    return "whole" if "template" in config else "tower"
+        groups_and_schedule(case)
+    elif "optimiser" in config:
+        training_step(case)
+    elif "ensemble_templates" in config:
+        text(case)
+    elif "input/image_features" in case.tensors:
+        aggregator(case)
+    elif config["config"].get("sliding_window"):
+        sliding(case)
+    elif "template" in config:
+        whole_pictures(case)
+    else:
+        dense_tower(case)
 
 
-KINDS = [
-    (_kind("groups"), groups_and_schedule),
-    (_kind("training"), training_step),
-    (_kind("text"), text),
-    (_kind("aggregator"), aggregator),
-    (_kind("sliding"), sliding),
-    (_kind("whole"), whole_pictures),
-    (_kind("tower"), dense_tower),
-]
+KINDS = [(lambda case: case.config.get("system") == "CAT-Seg", cat_seg)]

@@ -10,8 +10,7 @@ import torch
 from lexiseg.errors import LexisegError
 from lexiseg.models import SYSTEMS
 from lexiseg.models.decoupled import DecoupledModel
-from lexiseg.proposals.base import HARD_LOGIT, Proposals
-from lexiseg.proposals.given import hard_logits
+from lexiseg.proposals.base import HARD_LOGIT, Proposals, hard_logits
 from lexiseg.proposals.leftover import LeftoverOptions, add_leftover
 from tests.models.test_region_models import ATTENTION, MASKFORMER
 from tests.system_tester import DIM

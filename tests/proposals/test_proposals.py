@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lexiseg.errors import LexisegError
 from lexiseg.losses.proposals import MaskTargets, ProposalWeights, mask_targets, match, proposal_losses
 from lexiseg.proposals.base import HARD_LOGIT, ProposalGenerator, Proposals
-from lexiseg.proposals.given import GroundTruth, ground_truth_proposals
+from lexiseg.proposals.given import GroundTruth
 from lexiseg.proposals.options import GroundTruthOptions, Mask2FormerOptions, MaskFormerOptions
 from tests.towers import SMALL_PROPOSALS
 
@@ -244,4 +244,5 @@ def test_ground_truth() -> None:
     assert found.mask_logits.shape == (2, 2, 32, 64)
     assert (found.mask_logits[0] > 0).sum((1, 2)).tolist() == [50, 400]
     assert set(found.mask_logits.unique().tolist()) == {-HARD_LOGIT, HARD_LOGIT}
-    assert ground_truth_proposals(torch.full((1, 4, 4), 255)).mask_logits.shape == (1, 1, 4, 4)
+    generator.labels = torch.full((1, 4, 4), 255)
+    assert generator(images[:1]).mask_logits.shape == (1, 1, 32, 64)

@@ -13,7 +13,7 @@ import open_clip
 import torch
 from open_clip import tokenizer as open_clip_tokenizer
 from open_clip.modified_resnet import ModifiedResNet
-from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
+from open_clip.tokenizer import SimpleTokenizer
 from open_clip.transformer import ResidualAttentionBlock, TextTransformer
 from pydantic import BaseModel, FiniteFloat
 from safetensors.torch import save_file
@@ -138,8 +138,6 @@ class CLIP(nn.Module):
         """Number of tokens ``text`` needs, the start and the end mark included."""
         if isinstance(self.tokenizer, SimpleTokenizer):
             return len(self.tokenizer.encode(text)) + 2
-        if isinstance(self.tokenizer, HFTokenizer):
-            return len(self.tokenizer.tokenizer(text)["input_ids"])
         return int((self.tokenizer([text], context_length=self.context_length) != 0).sum())
 
     @property

@@ -234,6 +234,11 @@ class SegmentationModel(nn.Module, ABC):
             seen: (W,) bool, True for words that had masks in training; None = unknown, treated as not seen.
         """
 
+    def seen_offsets(self, seen: Tensor | None, text: Tensor) -> Tensor | None:
+        """What is subtracted from the score of each word, (W,), or None; the option ``seen_offset``."""
+        offset = getattr(self.options, "seen_offset", 0.0)
+        return None if seen is None or not offset else seen.to(text.device).float() * offset
+
     def score_grid(self, features: ImageFeatures, text: Tensor) -> Tensor:
         """The values (B, W, h, w) behind `score`, for systems that score patches; an exported graph returns them."""
         raise NotImplementedError

@@ -8,7 +8,7 @@ authors' settings (``training_free.yaml``).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, reduce
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lexiseg.clip.model import CLIP
-from lexiseg.clip.patch_tower import Grid, PatchTower
+from lexiseg.clip.patch_tower import Grid, PatchTower, QueriesKeys
 from lexiseg.clip.positions import Interpolation
 from lexiseg.errors import LexisegError
 from lexiseg.models.base import ImageFeatures, SegmentationModel
@@ -58,7 +58,7 @@ def methods() -> dict[str, dict[str, Any]]:
 
 
 class DenseCLIPOptions(WindowOptions):
-    """Options of `DenseCLIP`. What is not given is set as by the method's authors.
+    """Options of `DenseCLIP`, with those of `WindowOptions`. What is not given is set as by the method's authors.
 
     Attributes:
         method: whose options these are by default.
@@ -88,8 +88,6 @@ class DenseCLIPOptions(WindowOptions):
         temperature: GEM's, see there.
         logit_scale: of the cosines where they become probabilities: in ResCLIP's first pass, and where a protocol has
             a threshold.
-        window_size: side of the sliding window; None runs whole pictures.
-        window_stride: its stride.
         short_side: the length pictures' shorter side is resized to; None is twice the size the tower was trained at,
             and 0 keeps pictures as they are.
     """
@@ -252,48 +250,48 @@ class DenseCLIP(SegmentationModel):
             return ImageFeatures(size, values)
         if options.mixing == "proxy":
             return ImageFeatures(size, {"patches": self._by_proxy(tokens, grid, fitted)})
-        said = self.last_blocks(tokens, grid, Feedback(list(kept.values()), options.middle_weights))
+        said = self.last_blocks(tokens, grid, list(kept.values()))
         return ImageFeatures(size, {"patches": self.unit_patches(said, grid)})
 
-    def last_blocks(self, tokens: Tensor, grid: Grid, feedback: Feedback | None = None) -> Tensor:
+    def last_blocks(
+        self, tokens: Tensor, grid: Grid, middle: Sequence[QueriesKeys] = (), labels: Tensor | None = None
+    ) -> Tensor:
         """What the last blocks say of the tokens that enter the first of them, as the method has it.
 
         Args:
             tokens: (B, T, W).
             grid: the patches per side.
-            feedback: what ResCLIP adds.
+            middle: ResCLIP's, see `Feedback`.
+            labels: see there.
 
         Returns:
             (B, T, D), not normalised.
         """
         options, tower = self.options, self.tower
         neighbours = None
+        feedback = Feedback(middle, options.middle_weights, labels, options.feedback_weights)
         if "neighbours" in options.mixing:
             neighbours = neighbourhood(grid, options.neighbour_std, tower.num_prefix).to(tokens.device)
-        total: Tensor | None = None
-        for index in range(len(tower.blocks) - options.last_blocks, len(tower.blocks)):
-            block = tower.blocks[index]
+        said: list[Tensor] = []
+        for block in tower.blocks[-options.last_blocks :]:
             qkv = block.qkv(tokens)
             mixed = mix(qkv, options.mixing, neighbours, feedback)  # type: ignore[arg-type]
-            said = block.finish(tokens, mixed) if options.whole_block else block.output(mixed)
-            total = said if total is None else total + said
-            if index + 1 < len(tower.blocks):
+            said.append(block.finish(tokens, mixed) if options.whole_block else block.output(mixed))
+            if block is not tower.blocks[-1]:
                 tokens = block.finish(tokens, F.scaled_dot_product_attention(*qkv))
-        return tower.project(tokens if total is None else total)
+        return tower.project(reduce(torch.add, said))
 
     @torch.no_grad()
     def dense_features(self, images: Tensor) -> Tensor:
         """The patches (B, h, w, D) of unit length that text is compared with; of ResCLIP those of its first pass."""
         features = self.encode_images(images)
-        return features.values["patches"] if "patches" in features.values else self._first_pass(features)[0]
+        return features.values["patches"] if "patches" in features.values else self.one_pass(features)
 
-    def _first_pass(self, features: ImageFeatures) -> tuple[Tensor, Feedback]:
-        """ResCLIP's patches before any label is known, and what the middle blocks add."""
-        values, options = features.values, self.options
-        grid = self.tower.grid(values["images"])
-        middle = [(values[f"query_{index}"], values[f"key_{index}"]) for index in options.middle_blocks]
-        feedback = Feedback(middle, options.middle_weights)
-        return self.unit_patches(self.last_blocks(values["tokens"], grid, feedback), grid), feedback
+    def one_pass(self, features: ImageFeatures, labels: Tensor | None = None) -> Tensor:
+        """ResCLIP's patches (B, h, w, D) of unit length, in the first pass without ``labels``, see `Feedback`."""
+        values, grid = features.values, self.tower.grid(features.values["images"])
+        middle = [(values[f"query_{index}"], values[f"key_{index}"]) for index in self.options.middle_blocks]
+        return self.unit_patches(self.last_blocks(values["tokens"], grid, middle, labels), grid)
 
     def self_self(self, tokens: Tensor) -> Tensor:
         """GEM: a path of self-self attention beside the last blocks."""
@@ -353,14 +351,16 @@ class DenseCLIP(SegmentationModel):
 
     def _second_pass(self, features: ImageFeatures, text: Tensor) -> Tensor:
         """ResCLIP: the labels of a first pass over the last block steer a second one. (B, h, w, D) of unit length."""
-        values, options = features.values, self.options
-        first, feedback = self._first_pass(features)
-        grid, num_prefix = self.tower.grid(values["images"]), self.tower.num_prefix
-        labels = majority(self.first_labels(_cosines(first, text), values["images"]), grid)
-        agree = label_agreement(labels, options.neighbour_std, options.feedback_same_entity)
+        options, num_prefix = self.options, self.tower.num_prefix
+        agree = label_agreement(self.patch_labels(features, text), options.neighbour_std, options.feedback_same_entity)
         weights = F.pad(agree / agree.amax(dim=(1, 2), keepdim=True), (num_prefix, 0, num_prefix, 0))
-        feedback = Feedback(feedback.middle, options.middle_weights, weights, options.feedback_weights)
-        return self.unit_patches(self.last_blocks(values["tokens"], grid, feedback), grid)
+        return self.one_pass(features, weights)
+
+    def patch_labels(self, features: ImageFeatures, text: Tensor) -> Tensor:
+        """The word of each patch (B, h, w) in ResCLIP's first pass, the most frequent of its pixels'."""
+        images = features.values["images"]
+        labels = self.first_labels(_cosines(self.one_pass(features), text), images)
+        return majority(labels, self.tower.grid(images))
 
     def first_labels(self, logits: Tensor, images: Tensor) -> Tensor:
         """The word of each pixel in ResCLIP's first pass, 0 where none is likely.

@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 import torch
 from open_clip.modified_resnet import ModifiedResNet
@@ -52,7 +52,7 @@ _ATTENTION_START = 2 / 3
 INSIDE = 0.5
 """A patch belongs to a region if the mask is at least this on the patch grid."""
 
-FROZEN_UNITS: tuple[FrozenUnit, ...] = ("conv", "cls", "pos", "ln_pre", "mlp", "proj")
+FROZEN_UNITS: tuple[FrozenUnit, ...] = get_args(FrozenUnit)
 """What the authors' code keeps of CLIP, by the names of the paper's ablation (MAFT, Table 4d; ln_pre is not in it)."""
 
 
@@ -138,7 +138,7 @@ def region_embeddings(
     return tower.project(attend_regions(tower, tokens, grid, inside, start_block=start_block))
 
 
-def trainable_names(visual: nn.Module, frozen: Collection[FrozenUnit] = FROZEN_UNITS) -> tuple[str, ...]:
+def tuned_names(visual: nn.Module, frozen: Collection[FrozenUnit] = FROZEN_UNITS) -> tuple[str, ...]:
     """Names of the parameters that mask-aware fine-tuning changes, as in ``visual.named_parameters()``.
 
     By default those of the authors' code: attention and both norms of every block, those before the first masked block

@@ -175,12 +175,6 @@ class OneStageModel(SegmentationModel):
         side = self.options.mask_size
         return size if side is None or size[0] != size[1] else (side, side)
 
-    def seen_offsets(self, seen: Tensor | None, text: Tensor) -> Tensor | None:
-        """What is subtracted from the score of each word, (W,), or None."""
-        if seen is None or not self.options.seen_offset:
-            return None
-        return seen.to(text.device).float() * self.options.seen_offset
-
     def score_grid(self, features: ImageFeatures, text: Tensor) -> Tensor:
         """Logits (B, C, h, w) whose sigmoid is a class's score at a patch; with "cross-entropy" that is a softmax."""
         logits = self.grid_logits(features, text)

@@ -29,7 +29,7 @@ from lexiseg.models.maft import (
     MaskAttention,
     check_tuned,
     maft_losses,
-    trainable_names,
+    tuned_names,
 )
 from lexiseg.proposals.base import Proposals
 from lexiseg.regions.crops import CropEncoder, CropOptions
@@ -128,7 +128,7 @@ class RegionModel(DecoupledModel):
     def trainable_names(self) -> tuple[str, ...]:
         """Those of the tower's copy with MAFT, else of the proposals; none for a generator that comes trained."""
         if self.student is not None and self.options.maft is not None:
-            return tuple(f"student.{name}" for name in trainable_names(self.student, self.options.maft.frozen))
+            return tuple(f"student.{name}" for name in tuned_names(self.student, self.options.maft.frozen))
         parts = ["generator."]
         # Only where the proposals depend on words do "no object" and the prompts have something to learn from.
         if self.generator.embed_dim is not None or self.generator.needs_text:
@@ -198,8 +198,7 @@ class RegionModel(DecoupledModel):
         seen = None if seen is None else seen.to(text.device).bool()
         features = self.proposed(features, text)
         scores = self.class_scores(features, text, seen)
-        offsets = None if seen is None or not self.options.seen_offset else seen.float() * self.options.seen_offset
-        return self.pixel_scores(scores, features, word_to_class=word_to_class, offsets=offsets)
+        return self.pixel_scores(scores, features, word_to_class=word_to_class, offsets=self.seen_offsets(seen, text))
 
     def losses(self, images: Tensor, labels: Tensor, text: Tensor, *, seen: Tensor | None = None) -> dict[str, Tensor]:
         """Losses of what is trained; see `SegmentationModel.losses`.
@@ -221,7 +220,7 @@ class RegionModel(DecoupledModel):
             return self.proposal_losses(features, labels, text, self.options.criterion)
         assert self.student is not None and isinstance(encoder, MaskAttention)
         with torch.no_grad():
-            proposals = self.propose(padded, text).detach()
+            proposals = self.propose(padded, text).levels[-1]
             logits = None if proposals.embeddings is None else self.proposal_logits(proposals.embeddings, text)
 
         clips = text[:, -1] if text.dim() == 3 else text

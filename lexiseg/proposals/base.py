@@ -42,11 +42,6 @@ class Proposals:
         """The proposals of every decoder layer, first to last; the last one is the result."""
         return (*self.aux, replace(self, aux=()))
 
-    def detach(self) -> Proposals:
-        """The same proposals, cut off from the graph that made them, and without the earlier layers' ones."""
-        embeddings = None if self.embeddings is None else self.embeddings.detach()
-        return replace(self, mask_logits=self.mask_logits.detach(), embeddings=embeddings, aux=())
-
 
 class ProposalGenerator(nn.Module, ABC):
     """Turns images into `Proposals`.

@@ -50,6 +50,11 @@ class TestMaskCLIP(DenseTester):
             assert difference[0, 0] > 1e-4
             assert bool((difference.flatten()[1:] > 1e-6).any()) == touched
 
+    def test_more_last_blocks_than_the_tower_has_are_all_of_them(self) -> None:
+        images, text = self.images(), unit_rows(3, DIM)
+        few, many = (DenseCLIP.build(small_clip(), {"last_blocks": count}).eval() for count in (4, 9))
+        assert torch.equal(self.dense(few, images, text), self.dense(many, images, text))
+
     def test_the_short_side_follows_the_tower(self) -> None:
         assert DenseCLIP.build(small_clip(), {"short_side": 0}).window.short_side is None
 

@@ -21,7 +21,7 @@ from lexiseg.models.maft import (
     attend_regions,
     attention_mask,
     region_embeddings,
-    trainable_names,
+    tuned_names,
 )
 from lexiseg.regions.pooling import resize_masks
 from tests.towers import small_clip
@@ -188,17 +188,17 @@ def test_a_start_that_is_no_block_is_refused(start: int) -> None:
 
 def test_the_authors_trainable_set() -> None:
     visual = tower_of("vit").visual
-    names = trainable_names(visual)
+    names = tuned_names(visual)
     per_block = 3 * 24 * 24 + 3 * 24 + 24 * 24 + 24 + 4 * 24
     sizes = {name: parameter.numel() for name, parameter in visual.named_parameters()}
     assert sum(sizes[name] for name in names) == DEPTH * per_block + 2 * 24
     assert not any("mlp" in name or name in ("proj", "class_embedding") for name in names)
-    assert set(trainable_names(visual, [unit for unit in FROZEN_UNITS if unit != "proj"])) - set(names) == {"proj"}
-    assert set(trainable_names(visual, ())) == set(sizes)
+    assert set(tuned_names(visual, [unit for unit in FROZEN_UNITS if unit != "proj"])) - set(names) == {"proj"}
+    assert set(tuned_names(visual, ())) == set(sizes)
 
 
 def test_the_trainable_set_of_a_resnet() -> None:
-    names = trainable_names(tower_of("resnet").visual)
+    names = tuned_names(tower_of("resnet").visual)
     assert {name.split(".")[1] for name in names} == {"q_proj", "k_proj", "v_proj", "c_proj"}
 
 
@@ -208,7 +208,7 @@ def test_masks_train_the_tower(clip: CLIP) -> None:
     visual.zero_grad()
     region_embeddings(visual, images, masks, start_block=2).square().sum().backward()
     gradients = dict(visual.named_parameters())
-    for name in trainable_names(visual):
+    for name in tuned_names(visual):
         gradient = gradients[name].grad
         assert gradient is not None
         assert bool(torch.isfinite(gradient).all())

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lexiseg.clip.model import CLIP, OPENAI_MEAN, OPENAI_STD, build_clip
+from lexiseg.clip.model import OPENAI_MEAN, OPENAI_STD, build_clip
 from lexiseg.clip.text import TextEmbedder
 from lexiseg.models.cat_seg import CATSeg
 from lexiseg.pictures import cut_windows, read_picture
@@ -19,7 +19,8 @@ from lexiseg.weights.cat_seg_checkpoint import CLIP_PREFIX, read_cat_seg
 from lexiseg.weights.filling import authors_key
 from lexiseg.windows import WindowPolicy
 from tests.parity.case import Case
-from tests.parity.clip_build import make_clip, text_sizes, under, vision_sizes
+from tests.parity.clip_build import architecture, make_clip, text_sizes, under, vision_sizes
+from tests.parity.pictures import batched, clip_normalised
 
 _NAMES = {
     "hidden_dim": "hidden_dim",
@@ -91,7 +92,7 @@ def partial(case: Case, **more: Any) -> CATSeg:
     heads = {"heads": config.get("vision_heads", 1), "text_heads": config.get("text_heads", 1)}
     clip = make_clip(towers, native=native, **heads)
     if not towers:
-        clip = _bare_clip(config["text_guidance_dim"])
+        clip = build_clip(architecture({"vocab_size": 8}, output_dim=config["text_guidance_dim"]))
     model = CATSeg.build(clip, options_of(case, **{"guidance_blocks": (0, 0), **more} if not towers else more))
     own = {_key(name): name for name in model.state_dict() if not name.startswith("clip.")}
     model.load_state_dict({own[key]: value for key, value in params.items() if key in own}, strict=False)
@@ -99,12 +100,6 @@ def partial(case: Case, **more: Any) -> CATSeg:
     left = [key for key in params if key not in known and not key.endswith("attn_mask")]
     case.check_that("parameters", not left, f"{left[:1]} are of no use")
     return model.eval()
-
-
-def _bare_clip(dim: int, **changes: Any) -> CLIP:
-    vision = {"image_size": 16, "patch_size": 16, "width": 8, "layers": 1, "head_width": 8}
-    text = {"context_length": 8, "vocab_size": 8, "width": 8, "heads": 1, "layers": 1}
-    return build_clip({"model_cfg": {"embed_dim": dim, "vision_cfg": vision, "text_cfg": text, **changes}})
 
 
 def check_sub(case: Case, name: str, actual: Tensor) -> None:
@@ -316,10 +311,7 @@ def _check_delta(case: Case, name: str, actual: Tensor) -> None:
 
 def _batch(case: Case, names: list[str], divisibility: int) -> Tensor:
     """Pictures as the released code prepares them: normalised, then filled up with zeros to a common size."""
-    mean, std = torch.tensor(OPENAI_MEAN).view(3, 1, 1), torch.tensor(OPENAI_STD).view(3, 1, 1)
-    images = [(case.input(name).float() / 255 - mean) / std for name in names]
-    height, width = (-(-max(image.shape[axis] for image in images) // divisibility) * divisibility for axis in (1, 2))
-    return torch.stack([F.pad(image, (0, width - image.shape[2], 0, height - image.shape[1])) for image in images])
+    return batched([clip_normalised(case.input(name)) for name in names], divisibility)
 
 
 def _check_forward(case: Case, model: CATSeg, images: Tensor, vectors: Tensor) -> None:
@@ -408,7 +400,7 @@ def groups_and_schedule(case: Case) -> None:
     for mode, stated in config["groups"].items():
         finetune = "none" if mode == "frozen" else mode
         more = {"prompt_length": 2} if any("prompt_tokens" in entry["name"] for entry in stated) else {}
-        clip = _bare_clip(sizes["embed_dim"], vision_cfg=vision, text_cfg=text)
+        clip = build_clip(architecture(text, output_dim=sizes["embed_dim"], **vision))
         model = CATSeg.build(clip, options_of(case, finetune=finetune, guidance_blocks=None, **more))
         check_groups(case, mode, group_parameters(model, plan), stated)
     steps = [int(step) for step in case.input("iterations")]

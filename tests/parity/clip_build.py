@@ -19,6 +19,13 @@ def depth(params: dict[str, Tensor]) -> int:
     return 1 + max(int(key.split(".")[2]) for key in params if key.startswith("transformer.resblocks."))
 
 
+def architecture(text: dict[str, Any], output_dim: int = 8, **vision: Any) -> dict[str, Any]:
+    """A CLIP as small as can be, but for the sizes given."""
+    small = {"image_size": 16, "patch_size": 8, "width": 8, "layers": 1, "head_width": 8, **vision}
+    text_cfg = {"context_length": 8, "vocab_size": 49408, "width": 8, "heads": 1, "layers": 1, **text}
+    return {"model_cfg": {"embed_dim": output_dim, "quick_gelu": True, "vision_cfg": small, "text_cfg": text_cfg}}
+
+
 class IdTokenizer:
     """A tokenizer for the toy vocabularies of some cases: the ids of each text are given."""
 
@@ -35,7 +42,8 @@ def make_clip(
     """Build a CLIP whose towers have the sizes of ``params`` (OpenAI's names), as far as they are there."""
     visual = under(params, "visual.")
     text = {key: value for key, value in params.items() if not key.startswith("visual.")}
-    vision_cfg: dict[str, Any] = {"image_size": 16, "patch_size": 16, "width": 8, "layers": 1, "head_width": 8}
+    vision_cfg: dict[str, Any] = {}
+    text_cfg: dict[str, Any] = {}
     embed_dim = 8
     if "attnpool.c_proj.weight" in visual:
         stages = [sum(f"layer{stage}.{index}.conv1.weight" in visual for index in range(200)) for stage in range(1, 5)]
@@ -49,15 +57,13 @@ def make_clip(
         layers = depth(visual)
         vision_cfg = {"image_size": native, "patch_size": patch, "width": width, "layers": layers}
         vision_cfg["head_width"] = width // heads
-    text_cfg = {"context_length": 8, "vocab_size": 49408, "width": 8, "heads": 1, "layers": 1}
     text = text if "text_projection" in text else {}
     if text:
         vocabulary, width = text["token_embedding.weight"].shape
         text_cfg = {"context_length": len(text["positional_embedding"]), "vocab_size": vocabulary, "width": width}
         text_cfg |= {"heads": text_heads, "layers": depth(text)}
         embed_dim = text["text_projection"].shape[1]
-    model_cfg = {"embed_dim": embed_dim, "quick_gelu": True, "vision_cfg": vision_cfg, "text_cfg": text_cfg}
-    clip = build_clip({"model_cfg": model_cfg}, tokenizer=tokenizer)
+    clip = build_clip(architecture(text_cfg, embed_dim, **vision_cfg), tokenizer=tokenizer)
     state = clip.model.state_dict()
     found = {key: value for key, value in params.items() if key in state}
     whole = (("visual.", visual), ("", text))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +14,7 @@ from lexiseg.clip.text import TextEmbedder
 from lexiseg.templates import IMAGENET_80, IMAGENET_SELECT, IN_THE_SCENE, VILD_14, ZEGFORMER_32
 from lexiseg.training.prompts import crop_logits, hide_background
 from tests.parity.case import Case
-from tests.parity.clip_build import IdTokenizer, make_clip, text_sizes, toy_sizes, under
+from tests.parity.clip_build import IdTokenizer, architecture, make_clip, text_sizes, toy_sizes, under
 
 SOFTMAX_TOLERANCE = 1e-3
 
@@ -55,7 +54,7 @@ def deop_text(case: Case) -> None:
     case.check_stated("text tower", config, text_sizes(clip))
     real = config.get("real_bpe_ids_with_sot_eot", {})
     if real:
-        tokenizer = build_clip({"model_cfg": small_model()})
+        tokenizer = build_clip(architecture({"context_length": 77, "vocab_size": 8}))
         dot = tokenizer.tokenize(["X."])[0]
         stated = {key: config[key] for key in ("real_X_dot",) if key in config}
         case.check_stated("tokens of 'X.'", stated, {"real_X_dot": dot[: len(config.get("real_X_dot", []))].tolist()})
@@ -88,12 +87,6 @@ def check_spelling(case: Case, name: str, templates: Sequence[str]) -> None:
     ours = known[name] if name in known and len(known[name]) == len(templates) > 1 else long[0] if long else None
     if ours is not None:
         case.check_that(f"{name} templates", tuple(templates) == ours, "they are spelt otherwise")
-
-
-def small_model() -> dict[str, Any]:
-    text = {"context_length": 77, "vocab_size": 8, "width": 8, "heads": 1, "layers": 1}
-    vision = {"image_size": 8, "patch_size": 8, "width": 8, "layers": 1, "head_width": 8}
-    return {"embed_dim": 8, "vision_cfg": vision, "text_cfg": text}
 
 
 def prompt_learner(params: dict[str, Tensor]) -> PromptLearner:

@@ -13,7 +13,6 @@ from torch.nn import functional as F
 from lexiseg.losses.regions import region_map_losses
 from lexiseg.models.deop import DeOP
 from lexiseg.models.deop_ablations import ReleasedConvAnchors, ReleasedQueryAnchors
-from lexiseg.normalisation import IMAGENET_MEAN, IMAGENET_STD
 from lexiseg.proposals.base import Proposals
 from lexiseg.proposals.maskformer import MaskFormer
 from lexiseg.regions.anchors import pool
@@ -25,6 +24,7 @@ from tests.parity.clip_build import IdTokenizer, toy_sizes, under
 from tests.parity.clip_texts import x_dot
 from tests.parity.decoupled_clip import inputs
 from tests.parity.deop_metrics import evaluation
+from tests.parity.pictures import batched, normalised
 from tests.parity.proposals import generator_sizes
 
 Options = dict[str, Any]
@@ -188,12 +188,6 @@ def in_single(found: Proposals) -> Proposals:
     return Proposals(found.mask_logits.float(), embeddings, found.valid)
 
 
-def normalised(image: Tensor) -> Tensor:
-    """Pixels (3, H, W) in 0..255 as the authors normalise them."""
-    mean, std = (torch.tensor(values)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
-    return (image.float() / 255 - mean) / std
-
-
 @torch.no_grad()
 def inference(case: Case) -> None:
     """One picture through the whole system, padded, cut and resized, with every intermediate result."""
@@ -239,10 +233,7 @@ def batches(case: Case) -> None:
     """Pictures of several sizes in one padded frame, in several variants of the system."""
     names = case.config["config"]["test_names"]
     images = [normalised(case.input(f"image_{index}")) for index in range(case.numbered("image_"))]
-    frame = [max(int(image.shape[axis]) for image in images) for axis in (1, 2)]
-    batch = torch.stack(
-        [F.pad(image, (0, frame[1] - image.shape[2], 0, frame[0] - image.shape[1])) for image in images]
-    )
+    batch = batched(images, 1)
     for name, mode in case.config["modes"].items():
         options = severance_options(mode, mode["layermaskvit"])
         switches = mode.get("opts", [])
@@ -295,16 +286,8 @@ def training(case: Case) -> None:
     case.check_that("what trains", not differ, f"it differs in {differ[:3]}")
     count = case.numbered("image_")
     # A batch is padded to its largest picture, and with labels of no class.
-    images, labels = (
-        torch.stack([F.pad(one, (0, width - one.shape[-1], 0, height - one.shape[-2]), value=value) for one in given])
-        for given, value, (height, width) in (
-            (found, value, [max(int(one.shape[axis]) for one in found) for axis in (-2, -1)])
-            for found, value in (
-                ([normalised(case.input(f"image_{index}")) for index in range(count)], 0),
-                ([case.input(f"sem_seg_{index}").long() for index in range(count)], 255),
-            )
-        )
-    )
+    images = batched([normalised(case.input(f"image_{index}")) for index in range(count)], 1)
+    labels = batched([case.input(f"sem_seg_{index}").long() for index in range(count)], 1, 255)
     text = learned_text(model, names)
     with torch.no_grad():
         features = model.encode_images(images)

@@ -26,6 +26,7 @@ from lexiseg.weights.decoupled_checkpoints import read_parts
 from tests.parity.case import Case, UnsupportedError
 from tests.parity.clip_build import text_sizes, under, vision_sizes
 from tests.parity.decoupled_clip import inputs
+from tests.parity.pictures import batched, normalised
 from tests.parity.proposals import generator_gradients, generator_sizes, interaction_sizes, mask2former_sizes
 from tests.parity.region_parts import (
     GIVEN,
@@ -35,11 +36,8 @@ from tests.parity.region_parts import (
     classify_zegformer,
     ensembles,
     flags,
-    frame_of,
     losses,
     merge,
-    normalised,
-    padded,
     region_crops,
     toy_clip,
     vocabulary,
@@ -105,8 +103,7 @@ def full(case: Case) -> None:
         seen = torch.tensor(config["trainable_flag"]).bool()
     check_sizes(case, model)
     images = whole_images(case)
-    frame = frame_of(images)
-    batch = torch.stack([padded(normalised(image), frame) for image in images])
+    batch = batched([normalised(image) for image in images])
     with torch.no_grad():
         text = words(model, names["test"])
         if isinstance(model, ZegFormer):
@@ -123,7 +120,7 @@ def full(case: Case) -> None:
     text = words(model, names["train"])
     if isinstance(model, ZegFormer):
         case.check("text_features", text[:, 0])
-    labels = torch.stack([padded(case.input(f"labels.{index}").long(), frame, 255) for index in range(len(images))])
+    labels = batched([case.input(f"labels.{index}").long() for index in range(len(images))], value=255)
     result = model.losses(batch, labels, text)
     expected = {name.removeprefix("train/") for name in case.expected_names("train/")}
     case.check_stated("loss_keys", config, {"loss_keys": sorted(expected)})
@@ -240,8 +237,7 @@ def maft_step(case: Case) -> None:
     )
     check_sizes(case, model)
     images = whole_images(case)
-    frame = frame_of(images)
-    batch = torch.stack([padded(normalised(image), frame) for image in images])
+    batch = batched([normalised(image) for image in images])
     with torch.no_grad():
         text = words(model, names)
         case.check("text_features", model.text_rows(text))
@@ -252,7 +248,9 @@ def maft_step(case: Case) -> None:
             [model.clip_frame(one[None], tuple(image.shape[-2:])) for one, image in zip(batch, images, strict=True)]
         )
         square = model.region_encoder.square(model.clip, own)
-        masks, _ = model.region_encoder.square_masks(model.student, square, own, found.mask_logits, frame)
+        masks, _ = model.region_encoder.square_masks(
+            model.student, square, own, found.mask_logits, tuple(batch.shape[-2:])
+        )
         case.check("ip_masked", model.region_encoder.attend(model.student, square, masks))
         case.check("ip_plain", model.region_encoder.whole(model.student, square))
         for index, image in enumerate(images):
@@ -261,7 +259,7 @@ def maft_step(case: Case) -> None:
     names_trained = {f"IPCLIP.{name.removeprefix('student.')}" for name in model.trainable_names()}
     stated = {re.sub(r"\.\d+\.", ".*.", name) for name in names_trained}
     case.check_that("trainable", stated == set(config["trainable"]), f"{sorted(stated)}")
-    labels = torch.stack([padded(case.input(f"labels.{index}").long(), frame, 255) for index in range(len(images))])
+    labels = batched([case.input(f"labels.{index}").long() for index in range(len(images))], value=255)
     # Each picture is padded after it was normalised for CLIP, so pictures of several sizes have frames of their own.
     model.clip_frame = lambda *_: own  # type: ignore[method-assign]
     result = model.losses(batch, labels, text)

@@ -21,8 +21,7 @@ from lexiseg.weights.filling import authors_key
 from lexiseg.weights.one_stage_checkpoint import read_one_stage
 from lexiseg.windows import Box, cover
 from tests.parity.case import Case, UnsupportedError
-from tests.parity.clip_build import text_sizes, vision_sizes
-from tests.parity.pieces import architecture
+from tests.parity.clip_build import architecture, text_sizes, vision_sizes
 from tests.references import pixel_accuracy
 
 _AUTHORS_LOSSES = {"accuracy": "decode.acc_seg"}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,15 +18,8 @@ from lexiseg.recipes import TrainSettings
 from lexiseg.training.trainer import learning_rate
 from lexiseg.windows import working_size
 from tests.parity.case import Case
+from tests.parity.clip_build import architecture
 from tests.references import reduce_zero_label
-
-
-def architecture(text: dict[str, Any], **vision: Any) -> dict[str, Any]:
-    small = {"image_size": 16, "patch_size": 8, "width": 8, "layers": 1, "head_width": 8, **vision}
-    embed_dim = small.pop("output_dim", 8)
-    text_cfg = {"context_length": 8, "vocab_size": 49408, "width": 8, "heads": 1, "layers": 1, **text}
-    model_cfg = {"embed_dim": embed_dim, "quick_gelu": True, "vision_cfg": small, "text_cfg": text_cfg}
-    return {"model_cfg": model_cfg}
 
 
 def learning_rates(case: Case) -> None:

@@ -28,12 +28,10 @@ from lexiseg.weights.filling import take_tensors
 from tests.parity.case import Case
 from tests.parity.clip_build import IdTokenizer, make_clip, toy_sizes, under
 from tests.parity.clip_texts import prompt_learner, x_dot
+from tests.parity.pictures import batched, normalised
 from tests.parity.rounding import check_gradients, in_double, stirred
 from tests.references import put_tensors
 
-# Of pixels 0..255.
-_MEAN = torch.tensor([123.675, 116.28, 103.53])[:, None, None]
-_STD = torch.tensor([58.395, 57.12, 57.375])[:, None, None]
 _GENERATOR = ("backbone.", "sem_seg_head.")
 
 
@@ -270,10 +268,8 @@ def _zsseg_step(
     model = maskformer(case, config["nh"], dropout=0.0).train()
     case.check_stated("sizes", config, generator_sizes(model))
     indices = range(sum(key.startswith("input/image_") for key in case.tensors))
-    images = [(case.input(f"image_{index}") - _MEAN) / _STD for index in indices]
-    labels = [case.input(f"sem_seg_{index}").long() for index in indices]
-    size = tuple(-(-max(image.shape[axis] for image in images) // 32) * 32 for axis in (1, 2))
-    batch = torch.stack([_padded(image, size, 0.0) for image in images])
+    batch = batched([normalised(case.input(f"image_{index}")) for index in indices])
+    labels = batched([case.input(f"sem_seg_{index}").long() for index in indices], value=255)
     if double:
         in_double((clip.model, learner, model), seed)
         batch, no_object = batch.double(), no_object.double()
@@ -282,17 +278,12 @@ def _zsseg_step(
     found = model(batch)
     rows = torch.cat([learner(clip, names), F.normalize(no_object, dim=-1)])
     logits = [100 * F.normalize(level.embeddings, dim=-1) @ rows.T for level in found.levels]
-    targets = mask_targets(torch.stack([_padded(label, size, 255) for label in labels]))
-    losses = proposal_losses(found, logits, targets)
+    losses = proposal_losses(found, logits, mask_targets(labels))
     losses["loss"].backward()
     gradients = {"clip_adapter.non_object_embedding": no_object.grad}
     gradients |= {f"clip_adapter.prompt_learner.{name}": p.grad for name, p in learner.named_parameters()}
     gradients |= generator_gradients(model)
     return losses, {key: gradient for key, gradient in gradients.items() if gradient is not None}
-
-
-def _padded(image: Tensor, size: tuple[int, ...], value: float) -> Tensor:
-    return F.pad(image, (0, size[1] - image.shape[-1], 0, size[0] - image.shape[-2]), value=value)
 
 
 def _tensors(model: MaskFormer | Mask2Former, params: dict[str, Tensor], name: str) -> dict[str, Tensor]:

@@ -18,7 +18,7 @@ from lexiseg.models.base import ImageFeatures
 from lexiseg.models.region_base import RegionModel
 from lexiseg.models.region_models import FreeSeg, ZSSeg
 from lexiseg.models.zegformer import ZegFormer
-from lexiseg.normalisation import IMAGENET_MEAN, IMAGENET_STD
+from lexiseg.normalisation import pixels_of
 from lexiseg.proposals.base import Proposals
 from lexiseg.regions.crops import CropEncoder, CropOptions, painted_boxes, tight_crops
 from lexiseg.regions.ensemble import EnsembleOptions, ensemble
@@ -27,6 +27,7 @@ from lexiseg.vocabulary import Vocabulary, VocabularyClass
 from tests.parity.case import Case, UnsupportedError
 from tests.parity.clip_build import IdTokenizer, make_clip, text_sizes, toy_sizes, under, vision_sizes
 from tests.parity.clip_texts import prompt_learner, x_dot
+from tests.parity.pictures import clip_normalised, normalised, padded
 
 _CLIP_NUMBERS = {"clip_pixel_mean": OPENAI_MEAN, "clip_pixel_std": OPENAI_STD}
 # What is behind CLIP's softmax at temperature 100 multiplies its rounding.
@@ -56,29 +57,6 @@ def crop_options(mode: str, **more: Any) -> CropOptions:
         else:
             raise UnsupportedError(f"there is no crop mode '{mode}'")
     return CropOptions(**{**options, **more})
-
-
-def channels(values: Sequence[float]) -> Tensor:
-    return torch.tensor(values)[:, None, None]
-
-
-def normalised(image: Tensor) -> Tensor:
-    """An image 0..255 as the generators want it."""
-    return (image.float() / 255 - channels(IMAGENET_MEAN)) / channels(IMAGENET_STD)
-
-
-def clip_normalised(image: Tensor) -> Tensor:
-    return (image.float() / 255 - channels(OPENAI_MEAN)) / channels(OPENAI_STD)
-
-
-def padded(image: Tensor, size: tuple[int, int], value: float = 0.0) -> Tensor:
-    return F.pad(image, (0, size[1] - image.shape[-1], 0, size[0] - image.shape[-2]), value=value)
-
-
-def frame_of(images: list[Tensor]) -> tuple[int, int]:
-    """The size that a batch of images is padded to."""
-    height, width = (-(-max(int(image.shape[axis]) for image in images) // 32) * 32 for axis in (-2, -1))
-    return height, width
 
 
 def check_sub(case: Case, name: str, actual: Tensor, tolerance: float | None = None) -> None:
@@ -183,7 +161,7 @@ def merge(case: Case) -> None:
             elif stem == f"{mode}/unresized":
                 case.check(name, raw[int(index)][None])
             elif stem == f"{mode}/unnormalised":
-                case.check(name, 255 * (raw[int(index)] * channels(OPENAI_STD) + channels(OPENAI_MEAN))[None])
+                case.check(name, 255 * pixels_of(raw[int(index)], OPENAI_MEAN, OPENAI_STD)[None])
 
 
 def region_crops(case: Case) -> None:

@@ -14,7 +14,8 @@ from lexiseg.clip.text import TextEmbedder
 from lexiseg.regions.crops import tight_crops
 from tests.parity.case import Case, UnsupportedError, Watched, load_case
 from tests.parity.clip_build import make_clip, under
-from tests.parity.region_parts import clip_normalised, crop_options
+from tests.parity.pictures import clip_normalised
+from tests.parity.region_parts import crop_options
 from tests.parity.runner import main, run_case
 
 GOLDEN = Path(__file__).parents[1] / "golden"

@@ -15,7 +15,6 @@ from lexiseg.clip.text import TextEmbedder
 from lexiseg.models.base import ImageFeatures
 from lexiseg.models.dense_clip import DenseCLIP, DenseCLIPOptions
 from lexiseg.models.last_block import (
-    Feedback,
     label_agreement,
     majority,
     mix,
@@ -291,17 +290,16 @@ def resclip_tower(case: Case) -> None:
         tokens, kept = model.tower.run(tokens, stop=len(model.tower.blocks) - 1, attending=model.options.middle_blocks)
         case.check_stated("grid", case.config, {"grid": list(grid)})
         middle = list(kept.values())
-        feedback = Feedback(middle if variant["use_rcs"] else (), model.options.middle_weights)
+        used, weights = middle if variant["use_rcs"] else (), None
         if variant["use_sfr"]:
-            first = model.unit_patches(model.last_blocks(tokens, grid, feedback), grid)
+            first = model.unit_patches(model.last_blocks(tokens, grid, used), grid)
             logits = torch.einsum("bhwd,qd->bqhw", first, text)
             labels = majority(model.first_labels(logits, images), grid)[0]
             found = label_agreement(labels, model.options.neighbour_std, model.options.feedback_same_entity)
             if name == "resclip-both":
                 compare_feedback(case, model, logits, labels, middle)
             weights = F.pad(found / found.max(), (1, 0, 1, 0))[None]
-            feedback = Feedback(feedback.middle, model.options.middle_weights, weights, model.options.feedback_weights)
-        case.check(f"{name}/tokens", model.last_blocks(tokens, grid, feedback))
+        case.check(f"{name}/tokens", model.last_blocks(tokens, grid, used, weights))
 
 
 def compare_feedback(case: Case, model: DenseCLIP, logits: Tensor, labels: Tensor, middle: list[Any]) -> None:
@@ -368,7 +366,7 @@ def predictions(case: Case) -> None:
             part = type(part)(part.logits, resize_to=part.resize_to)
         case.check(f"window_logits_{name}", part.dense(frame))
     if case.has("patch_labels_first"):
-        case.check("patch_labels_first", first_patch_labels(model, crops[0], text))
+        case.check("patch_labels_first", model.patch_labels(model.encode_images(crops[0]), text)[0])
     scores = WindowScores(parts, boxes, (height, width)) if crop else parts[0]
     logits = scores.dense(size)
     case.check("logits_before_pamr", logits)
@@ -384,16 +382,6 @@ def predictions(case: Case) -> None:
     case.check("probabilities", probabilities / probabilities.sum(0) if renormalised else probabilities)
     case.check("seg_pred", labels[None])
     compare_margins(case, probabilities, labels, said["prob_thd"])
-
-
-def first_patch_labels(model: DenseCLIP, crop: Tensor, text: Tensor) -> Tensor:
-    """The labels that steer ResCLIP's second pass in a window."""
-    values = model.encode_images(crop).values
-    middle = [(values[f"query_{index}"], values[f"key_{index}"]) for index in model.options.middle_blocks]
-    grid = model.tower.grid(values["images"])
-    first = model.last_blocks(values["tokens"], grid, Feedback(middle, model.options.middle_weights))
-    logits = torch.einsum("bhwd,qd->bqhw", model.unit_patches(first, grid), text)
-    return majority(model.first_labels(logits, values["images"]), grid)[0]
 
 
 def compare_margins(case: Case, probabilities: Tensor, labels: Tensor, threshold: float) -> None:

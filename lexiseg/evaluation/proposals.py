@@ -22,6 +22,9 @@ from lexiseg.proposals.base import Proposals
 from lexiseg.regions.pooling import full_resolution, resize_masks
 from lexiseg.segmenter import Segmenter
 
+THRESHOLDS = (0.3, 0.5)
+"""The IoUs from which on a region counts as covered."""
+
 _CHUNK = 1 << 24
 
 
@@ -76,14 +79,13 @@ class ProposalRecall:
     """The fraction of labelled regions that the proposals cover.
 
     A region is all pixels of one class in one picture. A proposal covers it if their intersection over union is larger
-    than the threshold; ignored pixels are left out of both and are not a region. Each region counts once, however
+    than a threshold; ignored pixels are left out of both and are not a region. Each region counts once, however
     many proposals cover it, and proposals that cover nothing cost nothing: this is recall. DeOP's Table 8 counts
     otherwise, see `ReleasedRecall`.
     """
 
     seen: Collection[int]  # ids of the classes that had masks in training
     unseen: Collection[int]  # ids of those that had none
-    thresholds: Sequence[float] = (0.3, 0.5)  # IoU
     _: KW_ONLY
     ignore_index: int = IGNORE_INDEX  # label of pixels that are not judged
     # for every region so far, its class and the largest IoU that a proposal has with it
@@ -110,7 +112,7 @@ class ProposalRecall:
 
         return {
             threshold: Recall(*(fraction(threshold, which) for which in (None, self.seen, self.unseen)))
-            for threshold in self.thresholds
+            for threshold in THRESHOLDS
         }
 
 
@@ -118,12 +120,11 @@ class ProposalRecall:
 class ReleasedRecall:
     """The counters behind DeOP's Table 8, as its released code has them. They are not a recall of proposals.
 
-    What is counted are the regions of the *final* label map (`update_map`); the code has a second evaluator that counts
-    raw proposals in the same way (`update_proposals`). Each predicted region takes the first labelled region, in the
-    order of the ids, the ignored pixels among them by their label, whose IoU with it is over the threshold. The
-    denominators are of different kinds: predicted regions for "all", labelled regions for "seen" and "unseen", and the
-    ignored pixels of a picture count as one seen region. `ProposalRecall` is the recall that the table's title speaks
-    of.
+    What is counted are the regions of the *final* label map; the code has a second evaluator that counts raw proposals
+    in the same way. Each predicted region takes the first labelled region, in the order of the ids, the ignored pixels
+    among them by their label, whose IoU with it is over the threshold. The denominators are of different kinds:
+    predicted regions for "all", labelled regions for "seen" and "unseen", and the ignored pixels of a picture count as
+    one seen region. `ProposalRecall` is the recall that the table's title speaks of.
     """
 
     unseen: frozenset[int]  # ids of the unseen classes; every other id is seen
@@ -139,15 +140,8 @@ class ReleasedRecall:
         """Predicted regions that have a labelled region."""
         return self.matched_seen + self.matched_unseen
 
-    def update_map(self, prediction: Tensor, label: Tensor) -> None:
-        """Add a picture's final label map and its labels, (H, W) both."""
-        self._add(prediction[None] == prediction.unique()[:, None, None], label)
-
-    def update_proposals(self, masks: Tensor, label: Tensor) -> None:
-        """Add a picture's proposals (N, H, W), bool; empty ones do not count."""
-        self._add(masks[masks.any(dim=2).any(dim=1)], label)
-
-    def _add(self, masks: Tensor, label: Tensor) -> None:
+    def update(self, masks: Tensor, label: Tensor) -> None:
+        """Add a picture's predicted regions (N, H, W), bool, none of them empty, and its labels (H, W)."""
         ids = _ids(label)
         unseen = [index in self.unseen for index in ids]
         self.labelled_unseen += sum(unseen)
@@ -237,7 +231,7 @@ def evaluate_proposals(
     ignore = ignore_index(num_classes)
     seen, unseen = seen_ids(vocabulary), unseen_ids(vocabulary)
     recall = ProposalRecall(seen, unseen, ignore_index=ignore)
-    counters = {threshold: ReleasedRecall(frozenset(unseen), threshold) for threshold in recall.thresholds}
+    counters = {threshold: ReleasedRecall(frozenset(unseen), threshold) for threshold in THRESHOLDS}
     confusion = Confusion(num_classes, ignore_index=ignore)
     text = model.embed_text(segmenter.embedder, segmenter.vocabulary(vocabulary)).to(segmenter.device)
     words = text[:, 0] if text.dim() == 3 else text  # with several sources of text the first one is the generator's
@@ -264,8 +258,9 @@ def evaluate_proposals(
             confusion.update(best.label_map(size)[0].cpu().numpy(), sample.label.numpy())
             if released:
                 prediction = segmenter.predict(sample.image, vocabulary).label_map.long()
+                regions = prediction[None] == prediction.unique()[:, None, None]
                 for counter in counters.values():
-                    counter.update_map(prediction, sample.label)
+                    counter.update(regions, sample.label)
     return ProposalReport(
         recall.compute(),
         confusion.compute(seen, unseen),

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import closing, nullcontext
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -14,7 +15,7 @@ import torch
 
 from lexiseg import processes
 from lexiseg.background import BackgroundSource
-from lexiseg.data.base import Sample, SegmentationDataset, seen_ids, unseen_ids
+from lexiseg.data.base import SegmentationDataset, seen_ids, unseen_ids
 from lexiseg.errors import LexisegError
 from lexiseg.evaluation.metrics import Confusion
 from lexiseg.evaluation.report import Example, Report, versions
@@ -86,22 +87,22 @@ def run_evaluation(
         batches = [indices[start : start + batch_size] for start in range(0, len(indices), batch_size)]
         identity = {**facts, "device": segmenter.device.type, "length": len(dataset)}
         empty = Tally(Confusion(num_classes, ignore_index=ignore_index(num_classes), seen=seen_ids(judged)))
-    before = _before(journal, identity, resume, deepcopy(empty), shared)
+    found = _before(journal, identity, resume, deepcopy(empty), shared)
     wanted = {indices[position] for position in spread(len(indices), num_examples)}
-    judge = _Judge(segmenter, dataset, asked, background, window, batch_size, wanted, empty)
-    tally = judge.count(batches, before, journal, progress, shared)
-    for other, shown in processes.gather((tally, judge.examples)) if shared else [(tally, judge.examples)]:
-        before.merge(other)
-        judge.examples.update(shown)
-    if len(before.batches) != len(batches):
-        raise RuntimeError(f"{len(before.batches)} of {len(batches)} batches were counted")
+    how: dict[str, Any] = {"background": background, "window": window, "batch_size": batch_size}
+    count = partial(_count, segmenter, dataset, asked, how, wanted, empty)
+    tally = _count_rest(count, batches, found, journal, progress, shared)
+    for part in processes.gather(tally) if shared else [tally]:
+        found.merge(part)
+    if len(found.batches) != len(batches):
+        raise RuntimeError(f"{len(found.batches)} of {len(batches)} batches were counted")
     for chosen in batches:  # pictures to show that were counted before a kill
-        if any(index in wanted and index not in judge.examples for index in chosen):
-            judge.predict(chosen, None)
+        if wanted.intersection(chosen) - found.examples.keys():
+            found.examples |= count(chosen).examples
     facts["processes"] = processes.count() if shared else 1
-    metrics = before.confusion.compute(seen_ids(judged), unseen_ids(judged))
-    pictures = tuple(judge.examples[index] for index in sorted(wanted))
-    return Report(metrics, before.confusion, judged, facts, before.seconds, pictures)
+    metrics = found.confusion.compute(seen_ids(judged), unseen_ids(judged))
+    pictures = tuple(found.examples[index] for index in sorted(wanted))
+    return Report(metrics, found.confusion, judged, facts, found.seconds, pictures)
 
 
 @dataclass(eq=False)
@@ -111,6 +112,7 @@ class Tally:
     confusion: Confusion
     batches: set[int] = field(default_factory=set)  # numbers of the batches they are of
     seconds: float = 0.0  # time the predictions took
+    examples: dict[int, Example] = field(default_factory=dict)  # by their index, the pictures of them that are shown
 
     def merge(self, other: Tally) -> None:
         """Add what another process, or an earlier run, has counted. Raises LexisegError if a batch is in both."""
@@ -123,9 +125,10 @@ class Tally:
         self.confusion.merge(other.confusion)
         self.batches |= other.batches
         self.seconds += other.seconds
+        self.examples |= other.examples
 
     def to_line(self) -> dict[str, Any]:
-        """All of it as JSON holds it, without the classes that do not occur."""
+        """The counts as JSON holds them, without the classes that do not occur."""
         counts = self.confusion.counts
         classes = {int(index): counts[:, index].tolist() for index in np.flatnonzero(counts.any(axis=0))}
         return {"batches": sorted(self.batches), "classes": classes, "seconds": self.seconds}
@@ -138,61 +141,62 @@ class Tally:
         self.merge(part)
 
 
-@dataclass
-class _Judge:
-    """A segmenter at work on a dataset: predicts batches of indices, counts them, and keeps the pictures to show."""
+def _count(
+    segmenter: Segmenter,
+    dataset: SegmentationDataset,
+    asked: Vocabulary,
+    how: Mapping[str, Any],
+    wanted: Collection[int],
+    empty: Tally,
+    chosen: Sequence[int],
+) -> Tally:
+    """Predict the ``chosen`` samples and count them from ``empty`` on; those of them that are ``wanted`` are kept."""
+    tally = deepcopy(empty)
+    samples = [dataset[index] for index in chosen]
+    since = time.perf_counter()
+    images: list[ImageSource] = [sample.image for sample in samples]
+    results = segmenter.predict(images, asked, **how)
+    tally.seconds = time.perf_counter() - since
+    for index, sample, result in zip(chosen, samples, results, strict=True):
+        prediction = np.asarray(result.label_map)
+        if prediction.dtype != np.uint8:
+            prediction = prediction.astype(np.int64)
+        try:
+            tally.confusion.update(prediction, sample.label.numpy())
+        except ValueError as error:
+            raise LexisegError(f"The sample '{sample.name}' cannot be evaluated: {error}.") from error
+        if index in wanted:
+            image = sample.image.permute(1, 2, 0).numpy()
+            tally.examples[index] = Example(image, sample.label.numpy(), prediction, sample.name)
+    return tally
 
-    segmenter: Segmenter
-    dataset: SegmentationDataset
-    asked: Vocabulary
-    background: BackgroundSource
-    window: WindowPolicy | None
-    batch_size: int
-    wanted: set[int]
-    empty: Tally
-    examples: dict[int, Example] = field(default_factory=dict)
 
-    def count(
-        self, batches: Sequence[list[int]], before: Tally, journal: Journal | None, progress: bool, shared: bool
-    ) -> Tally:
-        """Predict and count this process's part of the batches that are not in ``before``."""
-        tally = deepcopy(self.empty)
-        rank, count = (processes.rank(), processes.count()) if shared else (0, 1)
-        # In turns, not in runs as accelerate's split_between_processes does it: datasets are sorted, and so are sizes.
-        mine = [number for number in range(len(batches)) if number not in before.batches][rank::count]
-        total, done = sum(map(len, batches)), sum(len(batches[number]) for number in before.batches)
-        writing = nullcontext() if journal is None else closing(Writer(journal, f"process-{rank}"))
-        with writing as writer, progress_bar(show=progress and rank == 0) as bar:
-            task = bar.add_task("evaluating", total=total, completed=done)
-            for number in mine:
-                part = deepcopy(self.empty)
-                part.batches.add(number)
-                self.predict(batches[number], part)
-                tally.merge(part)
-                if writer is not None:
-                    writer.write(part.to_line())
-                # The others are about as far as this one.
-                bar.update(task, completed=min(total, done + len(tally.batches) * self.batch_size * count))
-        return tally
-
-    def predict(self, chosen: list[int], tally: Tally | None) -> None:
-        """Predict some samples and count them; None counts nothing."""
-        samples = [self.dataset[index] for index in chosen]
-        since = time.perf_counter()
-        images: list[ImageSource] = [sample.image for sample in samples]
-        how: dict[str, Any] = {"background": self.background, "window": self.window, "batch_size": self.batch_size}
-        results = self.segmenter.predict(images, self.asked, **how)
-        if tally is not None:
-            tally.seconds += time.perf_counter() - since
-        for index, sample, result in zip(chosen, samples, results, strict=True):
-            prediction = np.asarray(result.label_map)
-            if prediction.dtype != np.uint8:
-                prediction = prediction.astype(np.int64)
-            if tally is not None:
-                _count(tally.confusion, sample, prediction)
-            if index in self.wanted:
-                image = sample.image.permute(1, 2, 0).numpy()
-                self.examples[index] = Example(image, sample.label.numpy(), prediction, sample.name)
+def _count_rest(
+    count: Callable[[Sequence[int]], Tally],
+    batches: Sequence[Sequence[int]],
+    before: Tally,
+    journal: Journal | None,
+    progress: bool,
+    shared: bool,
+) -> Tally:
+    """Count this process's part of the batches that are not in ``before``, and write it down batch by batch."""
+    tally = Tally(Confusion(before.confusion.num_classes))
+    rank, number_of_processes = (processes.rank(), processes.count()) if shared else (0, 1)
+    # In turns, not in runs as accelerate's split_between_processes does it: datasets are sorted, and so are sizes.
+    mine = [number for number in range(len(batches)) if number not in before.batches][rank::number_of_processes]
+    total, done = sum(map(len, batches)), sum(len(batches[number]) for number in before.batches)
+    writing = nullcontext() if journal is None else closing(Writer(journal, f"process-{rank}"))
+    with writing as writer, progress_bar(show=progress and rank == 0) as bar:
+        task = bar.add_task("evaluating", total=total, completed=done)
+        for number in mine:
+            part = count(batches[number])
+            part.batches.add(number)
+            tally.merge(part)
+            if writer is not None:
+                writer.write(part.to_line())
+            done += len(batches[number]) * number_of_processes  # the others are about as far as this one
+            bar.update(task, completed=min(total, done))
+    return tally
 
 
 def _classes(judged: Vocabulary, seen_split: bool) -> dict[str, Any]:
@@ -227,13 +231,6 @@ def spread(length: int, limit: int | None) -> list[int]:
     if limit is None or limit >= length:
         return list(range(length))
     return [index * length // limit for index in range(limit)]
-
-
-def _count(confusion: Confusion, sample: Sample, prediction: np.ndarray) -> None:
-    try:
-        confusion.update(prediction, sample.label.numpy())
-    except ValueError as error:
-        raise LexisegError(f"The sample '{sample.name}' cannot be evaluated: {error}.") from error
 
 
 def _describe(segmenter: Segmenter) -> dict[str, Any]:

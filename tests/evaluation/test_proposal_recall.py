@@ -75,7 +75,7 @@ def test_the_released_counters_have_mixed_denominators() -> None:
     prediction = torch.full((4, 8), 7)
     prediction[:, 4:] = 2
     prediction[0] = 5
-    counter.update_map(prediction, LABEL)
+    counter.update(prediction[None] == prediction.unique()[:, None, None], LABEL)
     assert (counter.predicted, counter.matched_seen, counter.matched_unseen) == (3, 1, 1)
     assert (counter.labelled_seen, counter.labelled_unseen) == (2, 1)  # the ignored column is a seen region
     shares = counter.compute()

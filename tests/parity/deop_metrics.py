@@ -28,10 +28,8 @@ def evaluation(case: Case) -> None:
         elif head:
             recall = ReleasedRecall(unseen, float(threshold))
             for prediction, mask, label in zip(predictions, masks, labels, strict=True):
-                if head.startswith("recall"):
-                    recall.update_map(prediction, label)
-                else:
-                    recall.update_proposals(mask, label)
+                regions = prediction[None] == prediction.unique()[:, None, None]
+                recall.update(regions if head.startswith("recall") else mask[mask.flatten(1).any(dim=1)], label)
             compare_metrics(case, name, counters(recall), expected)
         elif name.startswith("pseudo"):
             found = [

@@ -29,7 +29,7 @@ class Finding:
     problem: str  # one sentence: what, where, and what to do
     path: str = ""  # of the file or folder
     sample: str = ""  # which sample, where it is one
-    split: str = ""  # of the sample
+    split: str = ""  # of the sample; "" until the dataset is verified
     severity: str = "error"  # "error" makes training or evaluation fail or go wrong; "warning" may be meant so
     # values of the label that stand for nothing, and how many pixels have each
     values: tuple[tuple[int, int], ...] = ()
@@ -73,7 +73,7 @@ class SplitFiles:
         if self.items or any(finding.severity == "error" for finding in self.findings):
             return self.findings
         problem = f"The split '{self.split}' has no pictures with labels; check the dataset's folder and its lists."
-        return (*self.findings, Finding("empty-split", problem, split=self.split))
+        return (*self.findings, Finding("empty-split", problem))
 
 
 class FileDataset:

@@ -65,7 +65,7 @@ def entries(folder: Path) -> list[str]:
     """
     if folder.is_file():
         raise DataSetError(f"'{folder}' is a file, but must be a folder; move the file away.")
-    return _names_in(folder, folders=False)
+    return _inside(folder)[1]
 
 
 def folders_in(folder: Path) -> list[Path]:
@@ -73,30 +73,25 @@ def folders_in(folder: Path) -> list[Path]:
 
     Raises DataSetError if it may not be read.
     """
-    return [folder / name for name in _names_in(folder, folders=True)]
+    return [folder / name for name in _inside(folder)[0]]
 
 
-def _names_in(folder: Path, *, folders: bool) -> list[str]:
-    try:
-        with os.scandir(folder) as found:
-            return sorted(one.name for one in found if not one.name.startswith(".") and _is_folder(one) == folders)
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-    except OSError as error:
-        raise unreadable(folder, error) from error
+def _inside(folder: Path) -> tuple[list[str], list[str]]:
+    """Names of the folders and of the files in ``folder``, sorted, without hidden ones."""
+
+    def failed(error: OSError) -> None:
+        if not isinstance(error, FileNotFoundError | NotADirectoryError):
+            raise unreadable(folder, error) from error
+
+    _, *found = next(os.walk(folder, onerror=failed), ("", [], []))
+    folders, files = (sorted(name for name in names if not name.startswith(".")) for names in found)
+    return folders, files
 
 
 def child(folder: Path | None, names: Iterable[str]) -> Path | None:
     """The first of ``names`` that is a folder in ``folder``, whatever the case."""
     there = {} if folder is None else {inner.name.lower(): inner for inner in folders_in(folder)}
     return next((there[name.lower()] for name in names if name.lower() in there), None)
-
-
-def _is_folder(entry: os.DirEntry[str]) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:  # a link that leads to itself: whoever opens the file says so
-        return False
 
 
 def unreadable(place: Path, error: OSError) -> DataSetError:
@@ -119,7 +114,7 @@ def _by_stem(folder: Path, suffixes: Iterable[str]) -> dict[str, list[str]]:
     return found
 
 
-def same_stems(names: Iterable[str], folder: Path, suffixes: Iterable[str], split: str) -> list[Finding]:
+def same_stems(names: Iterable[str], folder: Path, suffixes: Iterable[str]) -> list[Finding]:
     """A finding for each of ``names`` that several files of ``folder`` have, of which :func:`by_stem` takes one."""
     found = _by_stem(folder, suffixes)
     return [
@@ -129,7 +124,6 @@ def same_stems(names: Iterable[str], folder: Path, suffixes: Iterable[str], spli
             f"unclear which of them belongs to '{name}'; remove or rename the others.",
             str(folder),
             name,
-            split,
         )
         for name in names
         if len(found.get(name, ())) > 1
@@ -168,23 +162,23 @@ def read_list(path: Path, split: str) -> tuple[list[str], list[Finding]]:
     except FileNotFoundError:
         return [], [_missing_list(path, split)]
     except DataSetError as error:
-        return [], [Finding(error.kind, str(error), str(path), split=split)]
+        return [], [Finding(error.kind, str(error), str(path))]
     names: dict[str, None] = {}
     findings: list[Finding] = []
     for line in lines:
         name = key(line.split("\t")[0].strip().replace("\\", "/"))
         if name in names:
             problem = f"The list '{path}' names '{name}' twice; remove one line."
-            findings.append(Finding("duplicate-entry", problem, str(path), name, split))
+            findings.append(Finding("duplicate-entry", problem, str(path), name))
         elif not is_safe(name) or len(name) > _LONGEST:
             why = "is too long for a file" if is_safe(name) else "leads outside the dataset's folder"
             problem = f"The list '{path}' names '{name[:80]}', which {why}; fix the line."
-            findings.append(Finding("wrong-name", problem, str(path), name[:80], split))
+            findings.append(Finding("wrong-name", problem, str(path), name[:80]))
         else:
             names[name] = None
     if not names and not findings:
         problem = f"The list '{path}' is empty; it must name one picture per line, without its ending."
-        findings.append(Finding("empty-list", problem, str(path), split=split))
+        findings.append(Finding("empty-list", problem, str(path)))
     return list(names), findings
 
 
@@ -198,7 +192,7 @@ def _missing_list(path: Path, split: str) -> Finding:
     there = [name for name in entries(path.parent) if name.endswith(".txt")]
     hint = f"there are {', '.join(there[:6])}" if there else "the folder holds no list at all"
     problem = f"The list '{path}' of the split '{split}' does not exist; {hint}."
-    return Finding("missing-list", problem, str(path), split=split)
+    return Finding("missing-list", problem, str(path))
 
 
 def is_safe(name: str) -> bool:
@@ -272,14 +266,14 @@ def pair(
         name = listed_as(listed, images)
         if name in taken:
             problem = f"The split '{split}' names '{name}' twice; remove one line of its list."
-            findings.append(Finding("duplicate-entry", problem, str(image_folder), name, split))
+            findings.append(Finding("duplicate-entry", problem, str(image_folder), name))
             continue
         taken.add(name)
         image = images.get(name)
         source = next((source for source in labels if name in source.files), None)
         if image is None:
             problem = f"The picture '{image_folder / name}.jpg' (or .png) of the split '{split}' is missing."
-            findings.append(Finding("missing-picture", problem, str(image_folder), name, split))
+            findings.append(Finding("missing-picture", problem, str(image_folder), name))
         if source is None:
             # The full ADE20K keeps a label beside its picture, in a folder of the scene.
             ade = image is not None and labels[0].kind is LabelKind.ade_full
@@ -287,7 +281,7 @@ def pair(
             problem = f"The label '{folder / name}{labels[0].ending}' of the split '{split}' is missing"
             others = _unread(labels[0].folder) if others is None else others
             problem += f"; {others[name]}." if name in others else "."
-            findings.append(Finding("missing-label", problem, str(labels[0].folder), name, split))
+            findings.append(Finding("missing-label", problem, str(labels[0].folder), name))
         if image is not None and source is not None:
             items.append(Item(name, image, source.files[name], source.kind, source.table))
     return items, findings
@@ -305,7 +299,7 @@ def _unread(folder: Path) -> dict[str, str]:
     return said
 
 
-def orphans(labels: Sequence[LabelFolder], images: Mapping[str, Place], split: str) -> list[Finding]:
+def orphans(labels: Sequence[LabelFolder], images: Mapping[str, Place]) -> list[Finding]:
     """A warning for each label without a picture, in datasets that have no lists."""
     return [
         Finding(
@@ -313,8 +307,7 @@ def orphans(labels: Sequence[LabelFolder], images: Mapping[str, Place], split: s
             f"The label '{path}' has no picture, so it is never used; add the picture or remove the label.",
             str(path),
             name,
-            split,
-            "warning",
+            severity="warning",
         )
         for source in labels
         for name, path in source.files.items()
@@ -347,10 +340,10 @@ def by_folder(
     """A split that is every picture of a folder."""
     if images:
         items, findings = pair(images, split, images, image_folder, labels)
-        findings += orphans(labels, images, split)
+        findings += orphans(labels, images)
     else:
         problem = (
             f"The folder '{image_folder}' of the split '{split}' is missing or holds no pictures; unpack them there."
         )
-        items, findings = [], [Finding("missing-folder", problem, str(image_folder), split=split)]
+        items, findings = [], [Finding("missing-folder", problem, str(image_folder))]
     return SplitFiles(split, tuple(items), info.vocabulary(), tuple(findings))

@@ -109,13 +109,13 @@ def list_own(root: Path, split: str, unseen: str | None, classes: Path | None) -
     named = [item.name for item in items]
     if ending is None:
         items = [replace(item, exif=settings.exif) for item in items]
-        findings += [*missing, *same_stems(named, place.labels, MASK_SUFFIXES, split)]
+        findings += [*missing, *same_stems(named, place.labels, MASK_SUFFIXES)]
     else:
         items = [_drawn(item, settings, table.ignore) for item in items]
         # No file of outlines means that nothing is in the picture.
         findings += [replace(one, severity="warning") if one.kind == "missing-label" else one for one in missing]
     suffixes = IMAGE_SUFFIXES - {".png"} if place.images == place.labels else IMAGE_SUFFIXES
-    findings += same_stems(named, place.images, suffixes, split)
+    findings += same_stems(named, place.images, suffixes)
     findings += _left_out(settings, class_file)
     findings += _passed_over(class_file) if classes is None and class_file is not None else []
     if own_list(root, split) is None:
@@ -127,22 +127,22 @@ def _unlisted(
     place: Layout, labels: Sequence[LabelFolder], pictures: Mapping[str, Path], split: str, any_named: bool
 ) -> list[Finding]:
     """What is wrong with folders out of which nobody has chosen: everything in them counts."""
-    findings = orphans(labels, pictures, split) if labels[0].ending == ".png" else []
+    findings = orphans(labels, pictures) if labels[0].ending == ".png" else []
     for name in entries(place.images):
         if name.lower().endswith(tuple(FOREIGN_SUFFIXES)):
             problem = (
                 f"The picture '{place.images / name}' is in a format that is not supported; save it as JPEG or PNG."
             )
-            findings.append(Finding("unread-picture", problem, str(place.images / name), name, split, "warning"))
+            findings.append(Finding("unread-picture", problem, str(place.images / name), name, severity="warning"))
     if not pictures:
         problem = f"The folder '{place.images}' holds no pictures; put .jpg or .png files into it."
-        findings.append(Finding("missing-folder", problem, str(place.images), split=split))
+        findings.append(Finding("missing-folder", problem, str(place.images)))
     elif not any_named:
         problem = (
             f"'{place.images}' holds one picture in total, so none is left for the split '{split}'; add pictures, or "
             "write train.txt and val.txt."
         )
-        findings.append(Finding("empty-split", problem, str(place.images), split=split))
+        findings.append(Finding("empty-split", problem, str(place.images)))
     return findings
 
 

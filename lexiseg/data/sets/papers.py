@@ -66,7 +66,7 @@ def list_voc(info: DataSetInfo, root: Path, split: str) -> SplitFiles:
         taken = {item.name for item in items}
         wrong += [
             Finding("duplicate-entry", f"'{name}' is in the lists of both train and aug; take it out of aug.txt.",
-                    str(voc_list(home, "aug")), name, split)
+                    str(voc_list(home, "aug")), name)
             for name in names if name in taken
         ]  # fmt: skip
         labels = [label_folder(home / "SegmentationClassAug", (".png",), LabelKind.index, table)]
@@ -239,7 +239,7 @@ def list_ade150(info: DataSetInfo, root: Path, split: str) -> SplitFiles:
         problem = f"'{listed}' lists '{differ[1]}' where '{differ[0]}' is expected; the known list is used."
     except LexisegError as error:
         problem = str(error)
-    finding = Finding("class-list", problem, str(listed), split=split, severity="warning")
+    finding = Finding("class-list", problem, str(listed), severity="warning")
     return replace(files, findings=(*files.findings, finding))
 
 

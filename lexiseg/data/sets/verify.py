@@ -147,7 +147,7 @@ def verify(
         files: SplitFiles | None = None
         try:
             files = list_split(name, root, split, classes=classes)
-            faults = [replace(one, split=one.split or split) for one in files.faults()]
+            faults = [replace(one, split=split) for one in files.faults()]
         except LexisegError as error:
             # Lists of classes and folders are shared by the splits, so that what is wrong with them is not of one.
             kind = error.kind if isinstance(error, DataSetError) else "class-list"

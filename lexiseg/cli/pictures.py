@@ -14,7 +14,7 @@ import typer
 
 from lexiseg.cli.console import say, say_error, say_json, say_note, say_table, say_written, with_progress
 from lexiseg.errors import LexisegError
-from lexiseg.labelling.pictures import COCO, Entry, Labeller, Picture, Record, Wanted, absolute, shards_of
+from lexiseg.labelling.pictures import COCO, Entry, Labeller, Picture, Record, Wanted, absolute
 from lexiseg.words import counted, word_key
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def predict_pictures(
     if record is None:
         entries = Labeller(segmenter, wanted, output).label(todo)
     elif spread is None:
-        labeller, parts = Labeller(segmenter, wanted, output), shards_of(record, todo).items()
+        labeller, parts = Labeller(segmenter, wanted, output), record.shards_of(todo).items()
         entries = (entry for number, part in parts for entry in labeller.label_shard(record, number, part))
     else:
         from lexiseg.labelling.ray_data import Job, label_on_ray, model_argument
@@ -72,7 +72,7 @@ def predict_pictures(
         del segmenter
         todo = [replace(picture, path=picture.image) for picture in todo]
         job = Job(absolute(output), wanted, model_argument(model), spread.device, spread.loading)
-        shards = shards_of(record, todo, spread.shard_size)
+        shards = record.shards_of(todo, spread.shard_size)
         entries = label_on_ray(job, shards, workers=spread.workers, address=spread.address)
     given = {absolute(path): path for path in paths}
     shown = None if json else partial(_say, given=given, output=output, vocabulary=vocabulary)

@@ -12,7 +12,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -99,11 +99,41 @@ class Record(Journal):
         Returns the pictures that are done, by path: those without an error, whose files are all there, and which have
         not changed since.
         """
-        return self._done() if self.begin(settings, resume=resume) else {}
+        if not self.begin(settings, resume=resume):
+            return {}
+        found = {entry.image: entry for entry in _entries(self.lines()) if not entry.error}
+        # A listing a folder: asking for each file would take minutes on a network.
+        folders = {str(Path(name).parent) for entry in found.values() for name in entry.files.values()}
+        names = {str(Path(folder, name)) for folder in folders for name in _listing(self.output / folder)}
+        return {
+            image: entry
+            for image, entry in found.items()
+            if names.issuperset(entry.files.values()) and entry.state == file_state(image)
+        }
 
-    def next_shard(self) -> int:
-        """The lowest number that no shard has."""
-        return 1 + max((int(path.name.partition(".")[0]) for path in self.files()), default=-1)
+    def shards_of(self, pictures: Sequence[Picture], size: int | None = None) -> dict[int, Sequence[Picture]]:
+        """Pictures in shards of ``size`` (None: 64), by a number that no recorded shard has."""
+        size, first = (
+            size or SHARD_SIZE,
+            1 + max((int(path.name.partition(".")[0]) for path in self.files()), default=-1),
+        )
+        starts = range(0, len(pictures), size)
+        return {first + index: pictures[start : start + size] for index, start in enumerate(starts)}
+
+    def attempts_at(self, shard: int) -> tuple[int, dict[str, Entry], Counter[str]]:
+        """How many attempts at a shard there have been, and what they say of its pictures, by path.
+
+        What became of those that were finished, and how often one was begun, and said to be, and was not finished.
+        """
+        attempts = self.files(f"{shard:06d}")
+        done: dict[str, Entry] = {}
+        begun: Counter[str] = Counter()
+        for path in attempts:
+            lines = list(read_lines(path))
+            finished = {entry.image: entry for entry in _entries(lines)}
+            done |= finished
+            begun.update({str(line["begin"]) for line in lines if "begin" in line} - finished.keys())
+        return len(attempts), done, begun
 
     def clean(self, stems: Iterable[str]) -> None:
         """Remove files that a killed process was writing; nobody may be writing results of ``stems`` meanwhile."""
@@ -123,46 +153,6 @@ class Record(Journal):
         pieces = ((Path(entry.image).relative_to(home).as_posix(), self.output / entry.files["coco"]) for entry in done)
         return merge_coco(self.output / COCO, classes, pieces)
 
-    def _done(self) -> dict[str, Entry]:
-        """Everything recorded that still holds."""
-        found = {entry.image: entry for entry in _entries(self.lines()) if not entry.error}
-        # A listing a folder: asking for each file would take minutes on a network.
-        folders = {str(Path(name).parent) for entry in found.values() for name in entry.files.values()}
-        names = {str(Path(folder, name)) for folder in folders for name in _listing(self.output / folder)}
-        return {
-            image: entry
-            for image, entry in found.items()
-            if names.issuperset(entry.files.values()) and entry.state == file_state(image)
-        }
-
-
-class Attempt(Writer):
-    """One worker's attempt at one shard.
-
-    ``number``: how many attempts there have been, with this one. ``begun``: how often earlier attempts began a picture
-    that they did not finish and said so. ``done``: what earlier attempts have finished, by path.
-    """
-
-    def __init__(self, record: Record, shard: int) -> None:
-        self.done: dict[str, Entry] = {}
-        self.begun: Counter[str] = Counter()
-        before = record.files(f"{shard:06d}")
-        for path in before:
-            lines = list(read_lines(path))
-            finished = {entry.image: entry for entry in _entries(lines)}
-            self.done |= finished
-            self.begun.update({str(line["begin"]) for line in lines if "begin" in line} - finished.keys())
-        self.number = len(before) + 1
-        super().__init__(record, f"{shard:06d}")
-
-    def begin(self, image: str) -> None:
-        """Say that a picture is next, so that the next attempt knows what this one was at."""
-        self.write({"begin": image})
-
-    def finish(self, entry: Entry) -> None:
-        """Say that a picture's files are complete, or why there are none."""
-        self.write(asdict(entry))
-
 
 def _entries(lines: Iterable[Mapping[str, Any]]) -> list[Entry]:
     found = []
@@ -177,12 +167,6 @@ def _listing(folder: Path) -> list[str]:
         return os.listdir(folder)  # noqa: PTH208 (names alone, which is several times as fast)
     except OSError:
         return []
-
-
-def shards_of(record: Record, pictures: Sequence[Picture], size: int | None = None) -> dict[int, Sequence[Picture]]:
-    """Pictures in shards of ``size`` (None: 64), by a number that ``record`` does not have yet."""
-    size, first = size or SHARD_SIZE, record.next_shard()
-    return {first + index: pictures[start : start + size] for index, start in enumerate(range(0, len(pictures), size))}
 
 
 @dataclass(frozen=True)
@@ -256,24 +240,21 @@ class Labeller:
         announcing attempts with it is reported and left out; the others are not lost with it. Raises LexisegError as
         :meth:`label`.
         """
-        attempt = Attempt(record, number)
-        try:
-            before = dict(attempt.done)
-            yield from (before[picture.image] for picture in pictures if picture.image in before)
-            rest = [picture for picture in pictures if picture.image not in before]
-            made = self.label(rest) if attempt.number == 1 else (self._one(attempt, picture) for picture in rest)
-            for entry in made:
-                attempt.finish(entry)
+        earlier, done, begun = record.attempts_at(number)
+        with closing(Writer(record, f"{number:06d}")) as writer:
+            yield from (done[picture.image] for picture in pictures if picture.image in done)
+            rest = [picture for picture in pictures if picture.image not in done]
+            one_by_one = (self._announced(writer, begun[picture.image], picture) for picture in rest)
+            for entry in one_by_one if earlier else self.label(rest):
+                writer.write(asdict(entry))
                 yield entry
-        finally:
-            attempt.close()
 
-    def _one(self, attempt: Attempt, picture: Picture) -> Entry:
-        if attempt.begun[picture.image] >= TRIES:
+    def _announced(self, writer: Writer, begun: int, picture: Picture) -> Entry:
+        if begun >= TRIES:
             problem = (
                 f"The worker was killed each time it reached '{picture.path}', probably for lack of memory; lower "
                 "--max-pixels or give workers more memory."
             )
             return Entry(picture.image, picture.stem, error=problem, state=file_state(picture.path))
-        attempt.begin(picture.image)
+        writer.write({"begin": picture.image})
         return next(iter(self.label([picture])))

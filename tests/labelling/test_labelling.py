@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +13,9 @@ import torch
 from PIL import Image
 
 from lexiseg.errors import LexisegError
+from lexiseg.journal import Writer
 from lexiseg.labelling.pictures import (
     TRIES,
-    Attempt,
     Entry,
     Labeller,
     Picture,
@@ -23,7 +23,6 @@ from lexiseg.labelling.pictures import (
     Wanted,
     absolute,
     file_state,
-    shards_of,
 )
 from lexiseg.models import DenseCLIP
 from lexiseg.models.dense_clip import DenseCLIPOptions
@@ -80,7 +79,7 @@ def test_a_shard_goes_on_where_it_was_stopped(
     todo = pictures(tmp_path / "in")
     record = Record(tmp_path / "out")
     assert record.begin_run(SETTINGS, resume=False) == {}
-    ((number, shard),) = shards_of(record, todo).items()
+    ((number, shard),) = record.shards_of(todo).items()
     with monkeypatch.context() as patch:
         seen = stop_at(labeller, patch, "p2")
         with pytest.raises(Killed):
@@ -100,7 +99,7 @@ def test_a_shard_goes_on_where_it_was_stopped(
         assert stop_at(labeller, patch, "p0") == []
         assert list(labeller.label_shard(record, number, shard)) == entries
     assert record.begin_run(SETTINGS, resume=True) == {entry.image: entry for entry in entries}
-    assert record.next_shard() == 1
+    assert list(record.shards_of(todo)) == [1]
 
 
 def test_a_picture_that_kills_its_worker_is_left_out(
@@ -126,7 +125,7 @@ def test_what_counts_as_done(tmp_path: Path, labeller: Labeller) -> None:
     out = tmp_path / "out"
     record = Record(out)
     record.begin_run(SETTINGS, resume=False)
-    for number, shard in shards_of(record, todo, 2).items():
+    for number, shard in record.shards_of(todo, 2).items():
         list(labeller.label_shard(record, number, shard))
     done = Record(out).begin_run(SETTINGS, resume=True)
     assert [entry.stem for entry in done.values()] == ["p0", "p1", "p2", "p3"]  # the bad one is tried again
@@ -153,15 +152,14 @@ def test_what_is_left_of_a_killed_process_is_removed(tmp_path: Path) -> None:
 def test_attempts_do_not_write_into_each_other(tmp_path: Path) -> None:
     record = Record(tmp_path)
     record.begin_run(SETTINGS, resume=False)
-    first, second = Attempt(record, 3), Attempt(record, 3)
+    first, second = Writer(record, "000003"), Writer(record, "000003")
     entry = Entry("/a.png", "a", files={"labels": "a.png"}, size=(2, 3), classes=({"class": "dog", "fraction": 1.0},))
-    first.finish(entry)
-    second.finish(replace(entry, image="/b.png", stem="b"))
-    third = Attempt(record, 3)
-    assert third.number == 3 and set(third.done) == {"/a.png", "/b.png"}
-    assert third.done["/a.png"] == replace(entry, classes=[{"class": "dog", "fraction": 1.0}])
-    first.begin("/c.png")  # somebody thought to be dead goes on, into a file of its own
-    assert len(record.files("000003")) == 3 and Attempt(record, 3).begun == {"/c.png": 1}
+    first.write(asdict(entry))
+    second.write(asdict(replace(entry, image="/b.png", stem="b")))
+    first.write({"begin": "/c.png"})  # somebody thought to be dead goes on, into a file of its own
+    attempts, done, begun = record.attempts_at(3)
+    assert attempts == 2 and set(done) == {"/a.png", "/b.png"} and begun == {"/c.png": 1}
+    assert done["/a.png"] == replace(entry, classes=[{"class": "dog", "fraction": 1.0}])
 
 
 def test_facts_of_paths(tmp_path: Path) -> None:

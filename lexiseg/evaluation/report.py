@@ -52,7 +52,7 @@ def draw_grid(examples: Sequence[Example], vocabulary: Vocabulary, *, width: int
     if not examples:
         raise ValueError("a grid needs at least one example")
     palette = vocabulary.palette()
-    rows = [[_fit(cell, width) for cell in _cells(example, palette)] for example in examples]
+    rows = [_cells(example, palette, width) for example in examples]
     height = _HEADER + sum(row[0].height + _GAP for row in rows)
     canvas = Image.new("RGB", (len(_COLUMNS) * (width + _GAP) + _GAP, height), _PAPER)
     draw = ImageDraw.Draw(canvas)
@@ -67,17 +67,12 @@ def draw_grid(examples: Sequence[Example], vocabulary: Vocabulary, *, width: int
     return draw_legend(canvas, _legend(examples, vocabulary, palette))
 
 
-def _cells(example: Example, palette: NDArray[np.uint8]) -> list[Image.Image]:
-    painted = [
-        paint_classes(example.image, labels, palette, alpha=_ALPHA, outlines=True)
-        for labels in (example.truth, example.prediction)
-    ]
-    return [Image.fromarray(np.ascontiguousarray(example.image)), *painted]
-
-
-def _fit(cell: Image.Image, width: int) -> Image.Image:
-    height = max(1, round(cell.height * width / cell.width))
-    return cell if cell.width == width else cell.resize((width, height), Image.Resampling.LANCZOS)
+def _cells(example: Example, palette: NDArray[np.uint8], width: int) -> list[Image.Image]:
+    maps = (example.truth, example.prediction)
+    painted = [paint_classes(example.image, labels, palette, alpha=_ALPHA, outlines=True) for labels in maps]
+    cells = [Image.fromarray(np.ascontiguousarray(example.image)), *painted]
+    size = width, max(1, round(cells[0].height * width / cells[0].width))
+    return cells if cells[0].width == width else [cell.resize(size, Image.Resampling.LANCZOS) for cell in cells]
 
 
 def _legend(examples: Sequence[Example], vocabulary: Vocabulary, palette: NDArray[np.uint8]) -> list[LegendEntry]:
@@ -91,15 +86,8 @@ def _legend(examples: Sequence[Example], vocabulary: Vocabulary, palette: NDArra
         (int(index) for index in np.flatnonzero(truth + predicted)),
         key=lambda index: (vocabulary.classes[index].seen is not False, -truth[index]),
     )
-    return [
-        LegendEntry(_label(vocabulary, index), tuple(int(part) for part in palette[index]), truth[index] / total)
-        for index in order
-    ]
-
-
-def _label(vocabulary: Vocabulary, index: int) -> str:
-    entry = vocabulary.classes[index]
-    return f"{entry.name} (unseen)" if entry.seen is False else entry.name
+    names = [f"{entry.name} (unseen)" if entry.seen is False else entry.name for entry in vocabulary.classes]
+    return [LegendEntry(names[index], tuple(palette[index].tolist()), truth[index] / total) for index in order]
 
 
 @dataclass(frozen=True, eq=False)

@@ -17,6 +17,7 @@ import yaml
 
 from lexiseg.checking import check
 from lexiseg.errors import LexisegError
+from lexiseg.recipes.data import AUGMENTATION
 from lexiseg.recipes.schema import KINDS, Recipe
 from lexiseg.words import is_deep, near_names, shorten
 
@@ -288,5 +289,5 @@ def _own_data(name: str, said: Any, folder: Path) -> Content:
     own: Content = {"source": "own", "root": str(folder)}
     if str(said.get("source")).startswith("picture-world"):
         own |= {"augment": "light", "crop": said.get("crop") or said.get("size", 256)}
-    kept = ("augment", "crop", "label_stride", "short_sides", "longest", "cut", "unseen_pictures")
+    kept = (*AUGMENTATION, "unseen_pictures")
     return {key: said[key] for key in kept if said.get(key) is not None} | own

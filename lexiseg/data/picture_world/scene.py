@@ -122,7 +122,7 @@ def _sprite(rng: np.random.Generator, world: World, name: str, extent: float) ->
     return sprite
 
 
-def _box(top: int, left: int, side: int, size: int) -> tuple[slice, slice, slice, slice]:
+def overlap(top: int, left: int, side: int, size: int) -> tuple[slice, slice, slice, slice]:
     """Return the picture's and the sprite's row and column slices where the two overlap."""
     y0, x0, y1, x1 = max(0, top), max(0, left), min(size, top + side), min(size, left + side)
     return slice(y0, y1), slice(x0, x1), slice(y0 - top, y1 - top), slice(x0 - left, x1 - left)
@@ -132,7 +132,7 @@ def shadow(image: np.ndarray, sprite: np.ndarray, top: int, left: int) -> None:
     """Darken the picture a little below and beside a thing, in place."""
     side, size = sprite.shape[0], image.shape[0]
     alpha = Image.fromarray(sprite[..., 3].astype(np.uint8)).filter(ImageFilter.BoxBlur(max(1, side // 16)))
-    rows, columns, inner_rows, inner_columns = _box(top + side // 14, left + side // 18, side, size)
+    rows, columns, inner_rows, inner_columns = overlap(top + side // 14, left + side // 18, side, size)
     shade = np.asarray(alpha, np.float32)[inner_rows, inner_columns, None] * (0.3 / 255.0)
     image[rows, columns] *= 1.0 - shade
 
@@ -162,7 +162,7 @@ def _place_things(
             centre_y = rng.uniform(low if rng.random() < 0.7 else reach, size - reach)
             centre_x = rng.uniform(reach, size - reach)
             top, left = round(centre_y - side / 2), round(centre_x - side / 2)
-            rows, columns, inner_rows, inner_columns = _box(top, left, side, size)
+            rows, columns, inner_rows, inner_columns = overlap(top, left, side, size)
             opaque = sprite[inner_rows, inner_columns, 3] > 127
             area = int(opaque.sum())
             if area < 0.7 * max(1, int((sprite[..., 3] > 127).sum())) or area == 0:

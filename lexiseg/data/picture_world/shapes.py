@@ -15,7 +15,7 @@ import torch
 from PIL import Image, ImageChops, ImageDraw
 
 from lexiseg.data.base import Sample
-from lexiseg.data.picture_world.scene import finish, horizon_line, shadow
+from lexiseg.data.picture_world.scene import finish, horizon_line, overlap, shadow
 from lexiseg.data.picture_world.textures import SIZE, Array, blend, cells, noise
 from lexiseg.errors import LexisegError
 from lexiseg.vocabulary import Vocabulary, VocabularyClass
@@ -87,13 +87,13 @@ def render_shapes(seed: int | list[int], size: int) -> tuple[Array, Array]:
         side = max(8, round(size * rng.uniform(0.15, 0.7)))
         sprite = _sprite(rng, side)
         top, left = (int(place) for place in rng.integers(-side // 4, size - 3 * side // 4, 2))
-        y0, x0, y1, x1 = max(0, top), max(0, left), min(size, top + side), min(size, left + side)
-        part = sprite[y0 - top : y1 - top, x0 - left : x1 - left]
+        y, x, inner_y, inner_x = overlap(top, left, side, size)
+        part = sprite[inner_y, inner_x]
         if rng.random() < 0.6:
             shadow(image, sprite, top, left)
         alpha = part[..., 3:] / 255.0
-        image[y0:y1, x0:x1] = image[y0:y1, x0:x1] * (1.0 - alpha) + part[..., :3] * alpha
-        label[y0:y1, x0:x1][part[..., 3] > 127] = index
+        image[y, x] = image[y, x] * (1.0 - alpha) + part[..., :3] * alpha
+        label[y, x][part[..., 3] > 127] = index
     return finish(rng, image), numbers[label].astype(np.uint8)
 
 

@@ -202,15 +202,14 @@ def _labeller(
         shape = pixels.shape
         image = torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)
         found = refine(mean, image, segmenter.refinement)[0].cpu().numpy()
-        return found.astype(np.uint8 if len(vocabulary) <= 255 else np.uint16)
+        return found.astype(np.uint8 if len(vocabulary) <= 255 else np.int32)
 
     return label
 
 
 def _blended(before: Scores, now: Scores, weight: float) -> Scores:
     """The running mean of scores that have the same form."""
-    from lexiseg.scores.grid import GridScores
-    from lexiseg.scores.window import WindowScores
+    from lexiseg.scores import GridScores, WindowScores
 
     if isinstance(before, WindowScores) and isinstance(now, WindowScores):
         parts = [_blended(*pair, weight) for pair in zip(before.parts, now.parts, strict=True)]
@@ -274,7 +273,7 @@ def _is_begun(path: Path, head: dict[str, Any]) -> bool:
 def _labels_of(line: dict[str, Any], size: tuple[int, ...], num_classes: int) -> NDArray[np.integer]:
     from pycocotools import mask as coco
 
-    labels = np.full(size, ignore_index(num_classes), np.uint8 if num_classes <= 255 else np.uint16)
+    labels = np.full(size, ignore_index(num_classes), np.uint8 if num_classes <= 255 else np.int32)
     for segment in line["segments"]:
         labels[coco.decode(segment["rle"]).astype(bool)] = segment["category_id"]
     return labels

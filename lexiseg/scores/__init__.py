@@ -6,8 +6,6 @@ array, classes x height x width, is built only by the one that is called `dense`
 """
 
 from lexiseg.scores.base import Scores
-from lexiseg.scores.grid import GridScores
-from lexiseg.scores.region import RegionScores
-from lexiseg.scores.window import WindowScores
+from lexiseg.scores.kinds import GridScores, RegionScores, WindowScores
 
 __all__ = ["GridScores", "RegionScores", "Scores", "WindowScores"]

@@ -112,9 +112,10 @@ class Scores(ABC):
     def field(self, picture: int, size: Size) -> Field:
         """The virtual (num_words, height, width) array of one picture."""
 
+    @cached_property
     @abstractmethod
-    def _magnitude(self) -> float:
-        """The largest magnitude among the numbers that the scores are made of; not finite if one of them is not."""
+    def largest(self) -> float:
+        """At least as large as the magnitude of every number the scores are made of; not finite if one is not."""
 
     def __len__(self) -> int:
         return self.batch_size
@@ -140,43 +141,10 @@ class Scores(ABC):
                     raise LexisegError(_NOT_FINITE)
                 yield picture, field
 
-    @cached_property
-    def largest(self) -> float:
-        """At least as large as the magnitude of every value; not finite if one is not."""
-        return self._magnitude()
-
 
 _NOT_FINITE = (
     "The model's scores for this picture hold NaN or infinite values; run it in float32 (dtype) or check its weights."
 )
-
-
-def largest_magnitude(values: Tensor) -> float:
-    """The largest magnitude of a tensor's values, 0 for none, NaN if one is NaN; no copy of the tensor is made."""
-    if not values.numel():
-        return 0.0
-    low, high = torch.aminmax(values.detach())
-    return float(torch.maximum(low.abs(), high.abs()))
-
-
-def check_offsets(offsets: Tensor | None, num_words: int, device: torch.device) -> Tensor | None:
-    """``offsets`` as float32 on ``device``; a ValueError if they are not (num_words,) finite numbers."""
-    if offsets is None:
-        return None
-    offsets = offsets.detach().to(device, torch.float32)
-    if offsets.shape != (num_words,) or not bool(offsets.isfinite().all()):
-        raise ValueError(f"offsets must be {num_words} finite numbers, one per word, not {tuple(offsets.shape)}")
-    return offsets
-
-
-def check_crop(crop: Size | None, size: Size, place: tuple[int, int] = (0, 0)) -> Size | None:
-    """``crop`` as two ints, or None where nothing is cut off; a ValueError if at ``place`` it lies outside ``size``."""
-    if crop is None:
-        return None
-    crop = check_size(crop, "crop")
-    if min(place) < 0 or place[0] + crop[0] > size[0] or place[1] + crop[1] > size[1]:
-        raise ValueError(f"crop {crop} is larger than what it is taken from, {size}")
-    return None if crop == size else crop
 
 
 def check_size(size: Size, name: str = "size") -> Size:

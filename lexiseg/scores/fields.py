@@ -19,8 +19,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
-from lexiseg.scores.arithmetic import UNIT_ROUNDOFF, sigmoid
-from lexiseg.scores.indexing import bounds_of, every, pool, shift, spread
+from lexiseg.scores.arithmetic import UNIT_ROUNDOFF, bounds_of, every, pool, shift, sigmoid, spread
 
 Words = slice | Tensor
 """Which words a block is asked for: a range, or int64 indices."""

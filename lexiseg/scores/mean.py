@@ -7,9 +7,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from lexiseg.scores.arithmetic import UNIT_ROUNDOFF
+from lexiseg.scores.arithmetic import UNIT_ROUNDOFF, shift, spread
 from lexiseg.scores.fields import Field, Words
-from lexiseg.scores.indexing import shift, spread
 
 Place = tuple[slice, slice, slice]
 

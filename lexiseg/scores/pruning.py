@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lexiseg.scores.arithmetic import every, spread
 from lexiseg.scores.fields import Field
-from lexiseg.scores.indexing import every, spread
 
 LONGEST_TILE = 32
 LEAF = 4

@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lexiseg.scores.arithmetic import UNIT_ROUNDOFF, Axis, mix
+from lexiseg.scores.arithmetic import UNIT_ROUNDOFF, Axis, bounds_of, every, mix, spread
 from lexiseg.scores.fields import Field, Words
-from lexiseg.scores.indexing import bounds_of, every, spread
 
 
 class Resized(Field):

@@ -1,12 +1,9 @@
-"""Decoded labels equal those of the dense scores bit for bit, the dense scores equal torch's, and memory is bounded."""
+"""Decoded labels equal those of the dense scores bit for bit, and the dense scores equal torch's."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from dataclasses import dataclass
 from itertools import product
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,19 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from lexiseg.errors import LexisegError
-from lexiseg.scores import (
-    GridScores,
-    RegionScores,
-    Scores,
-    WindowScores,
-    decode,
-    fields,
-    pruning,
-)
-from lexiseg.scores import (
-    resize as resizing,
-)
+from lexiseg.scores import GridScores, RegionScores, Scores, WindowScores, decode, fields, pruning
+from lexiseg.scores import resize as resizing
 from lexiseg.scores.arithmetic import sigmoid
 
 Size = tuple[int, int]
@@ -362,100 +348,3 @@ def test_sigmoid() -> None:
     torch.testing.assert_close(sigmoid(x).double(), x.double().sigmoid(), rtol=1e-6, atol=1e-37)
     scattered = torch.stack([sigmoid(x[i : i + 1])[0] for i in range(0, 100_000, 997)])
     assert torch.equal(scattered, sigmoid(x)[0:100_000:997]), "bits depend on where in a tensor a number stands"
-
-
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-def test_numbers_that_are_not_finite(bad: float) -> None:
-    logits = torch.zeros(1, 3, 4, 4)
-    logits[0, 1, 2, 3] = bad
-    scores = GridScores(logits)
-    for read in (scores.label_map, scores.dense, lambda size: scores.top_k(size, 2)):
-        with pytest.raises(LexisegError, match="NaN or infinite"):
-            read((8, 8))
-    with pytest.raises(LexisegError, match="NaN or infinite"):
-        RegionScores(torch.full((1, 2, 3), bad), torch.rand(1, 2, 4, 4)).label_map((8, 8))
-    fine = GridScores(torch.zeros(1, 3, 4, 4))
-    with pytest.raises(LexisegError, match="NaN or infinite"):
-        WindowScores([fine, scores], [(0, 0, 8, 8), (0, 4, 8, 8)], (8, 12)).label_map((8, 12))
-
-
-def test_wrong_arguments() -> None:
-    logits = torch.zeros(1, 3, 4, 4)
-    with pytest.raises(ValueError, match="float tensor"):
-        GridScores(logits[0])
-    with pytest.raises(ValueError, match="float tensor"):
-        GridScores(logits.long())
-    with pytest.raises(ValueError, match="without gaps"):
-        GridScores(logits, word_to_class=torch.tensor([0, 2, 2]))
-    with pytest.raises(ValueError, match="one class per word"):
-        GridScores(logits, word_to_class=torch.tensor([0, 0]))
-    with pytest.raises(ValueError, match="offsets"):
-        GridScores(logits, offsets=torch.zeros(2))
-    with pytest.raises(ValueError, match="crop"):
-        GridScores(logits, crop=(5, 4))
-    with pytest.raises(ValueError, match="class_scores and masks"):
-        RegionScores(torch.zeros(1, 2, 3), torch.zeros(1, 4, 5, 5))
-    scores = GridScores(logits)
-    with pytest.raises(ValueError, match="at least 1 x 1"):
-        scores.label_map((0, 5))
-    with pytest.raises(ValueError, match="between 1 and the number of classes"):
-        scores.top_k((8, 8), 4)
-    with pytest.raises(ValueError, match="no window covers"):
-        WindowScores([scores], [(0, 0, 4, 4)], (4, 6))
-    with pytest.raises(ValueError, match="does not lie on the canvas"):
-        WindowScores([scores], [(0, 3, 4, 4)], (4, 6))
-    with pytest.raises(ValueError, match="same words"):
-        WindowScores([scores, GridScores(torch.zeros(1, 2, 4, 4))], [(0, 0, 4, 4)] * 2, (4, 4))
-    with pytest.raises(ValueError, match="a part for each box"):
-        WindowScores([], [], (4, 6))
-
-
-MEMORY = """
-import resource, sys, torch
-from lexiseg.scores import GridScores
-torch.set_num_threads(1)
-
-scores = GridScores(torch.randn(1, int(sys.argv[1]), 12, 12))
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-scores.label_map((384, 384))
-unit = 1 << 20 if sys.platform == "darwin" else 1 << 10
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / unit)
-"""
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="needs the resource module")
-def test_memory_does_not_grow_with_classes() -> None:
-    """Peak resident memory beyond the grid: the dense scores of 8,000 classes at this size would take 4,700 MB.
-
-    A process of its own: what ran in it before would have raised the mark that is read.
-    """
-    root = Path(__file__).parents[2]
-    extra = subprocess.check_output([sys.executable, "-c", MEMORY, "8000"], cwd=root, text=True)
-    assert float(extra) < 200
-
-
-@pytest.mark.parametrize("inference", [False, True])
-def test_rows_shared_among_threads_give_the_same_bits(monkeypatch: pytest.MonkeyPatch, inference: bool) -> None:
-    logits = torch.randn(2, 30, 8, 8, generator=torch.Generator().manual_seed(5))
-    scores = GridScores(logits, resize_to=(64, 64), sigmoid=True)
-    alone = scores.label_and_score((150, 130))
-    before = torch.get_num_threads()
-    torch.set_num_threads(3)
-    try:
-        monkeypatch.setattr(decode, "LEAST_WORK", 1)
-        rows = torch.arange(14).view(2, 7)
-        assert [piece.shape[1] for piece in decode.thread_parts(rows, logits.device, 1)] == [3, 2, 2]
-        with torch.inference_mode(inference):
-            shared = scores.label_and_score((150, 130))
-        assert torch.get_num_threads() == 3
-        assert all(torch.equal(a, b) for a, b in zip(alone, shared, strict=True))
-    finally:
-        torch.set_num_threads(before)
-
-
-def test_an_error_in_a_thread_is_the_callers() -> None:
-    def wrong() -> None:
-        raise LexisegError("no")
-
-    with pytest.raises(LexisegError, match="no"):
-        decode.run_all([lambda: None, wrong])

@@ -1,0 +1,108 @@
+"""Scores refuse what they cannot be made of, need little memory, and say the same in threads."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from lexiseg.errors import LexisegError
+from lexiseg.scores import GridScores, RegionScores, WindowScores, decode
+
+LOGITS = torch.zeros(1, 3, 4, 4)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_numbers_that_are_not_finite(bad: float) -> None:
+    logits = LOGITS.clone()
+    logits[0, 1, 2, 3] = bad
+    scores = GridScores(logits)
+    for read in (scores.label_map, scores.dense, lambda size: scores.top_k(size, 2)):
+        with pytest.raises(LexisegError, match="NaN or infinite"):
+            read((8, 8))
+    with pytest.raises(LexisegError, match="NaN or infinite"):
+        RegionScores(torch.full((1, 2, 3), bad), torch.rand(1, 2, 4, 4)).label_map((8, 8))
+    fine = GridScores(LOGITS)
+    with pytest.raises(LexisegError, match="NaN or infinite"):
+        WindowScores([fine, scores], [(0, 0, 8, 8), (0, 4, 8, 8)], (8, 12)).label_map((8, 12))
+
+
+@pytest.mark.parametrize(
+    ("sentence", "wrong"),
+    [
+        ("float tensor", lambda: GridScores(LOGITS[0])),
+        ("float tensor", lambda: GridScores(LOGITS.long())),
+        ("without gaps", lambda: GridScores(LOGITS, word_to_class=torch.tensor([0, 2, 2]))),
+        ("one class per word", lambda: GridScores(LOGITS, word_to_class=torch.tensor([0, 0]))),
+        ("offsets", lambda: GridScores(LOGITS, offsets=torch.zeros(2))),
+        ("crop", lambda: GridScores(LOGITS, crop=(5, 4))),
+        ("class_scores and masks", lambda: RegionScores(torch.zeros(1, 2, 3), torch.zeros(1, 4, 5, 5))),
+        ("at least 1 x 1", lambda: GridScores(LOGITS).label_map((0, 5))),
+        ("between 1 and the number of classes", lambda: GridScores(LOGITS).top_k((8, 8), 4)),
+        ("no window covers", lambda: WindowScores([GridScores(LOGITS)], [(0, 0, 4, 4)], (4, 6))),
+        ("does not lie on the canvas", lambda: WindowScores([GridScores(LOGITS)], [(0, 3, 4, 4)], (4, 6))),
+        (
+            "same words",
+            lambda: WindowScores([GridScores(LOGITS), GridScores(LOGITS[:, :2])], [(0, 0, 4, 4)] * 2, (4, 4)),
+        ),
+        ("a part for each box", lambda: WindowScores([], [], (4, 6))),
+    ],
+)
+def test_wrong_arguments(sentence: str, wrong: Callable[[], object]) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        wrong()
+
+
+MEMORY = """
+import resource, sys, torch
+from lexiseg.scores import GridScores
+torch.set_num_threads(1)
+
+scores = GridScores(torch.randn(1, int(sys.argv[1]), 12, 12))
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+scores.label_map((384, 384))
+unit = 1 << 20 if sys.platform == "darwin" else 1 << 10
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / unit)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs the resource module")
+def test_memory_does_not_grow_with_classes() -> None:
+    """Peak resident memory beyond the grid: the dense scores of 8,000 classes at this size would take 4,700 MB.
+
+    A process of its own: what ran in it before would have raised the mark that is read.
+    """
+    root = Path(__file__).parents[2]
+    extra = subprocess.check_output([sys.executable, "-c", MEMORY, "8000"], cwd=root, text=True)
+    assert float(extra) < 200
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_rows_shared_among_threads_give_the_same_bits(monkeypatch: pytest.MonkeyPatch, inference: bool) -> None:
+    logits = torch.randn(2, 30, 8, 8, generator=torch.Generator().manual_seed(5))
+    scores = GridScores(logits, resize_to=(64, 64), sigmoid=True)
+    alone = scores.label_and_score((150, 130))
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        monkeypatch.setattr(decode, "LEAST_WORK", 1)
+        rows = torch.arange(14).view(2, 7)
+        assert [piece.shape[1] for piece in decode.thread_parts(rows, logits.device, 1)] == [3, 2, 2]
+        with torch.inference_mode(inference):
+            shared = scores.label_and_score((150, 130))
+        assert torch.get_num_threads() == 3
+        assert all(torch.equal(a, b) for a, b in zip(alone, shared, strict=True))
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_an_error_in_a_thread_is_the_callers() -> None:
+    def wrong() -> None:
+        raise LexisegError("no")
+
+    with pytest.raises(LexisegError, match="no"):
+        decode.run_all([lambda: None, wrong])

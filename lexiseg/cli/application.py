@@ -90,7 +90,8 @@ def _say(error: LexisegError) -> None:
 
 def _is_out_of_memory(error: BaseException) -> bool:
     # By name: torch must not be imported to report a mistake made before it was needed.
-    return isinstance(error, MemoryError) or any(base.__name__ == "OutOfMemoryError" for base in type(error).__mro__)
+    named = any(base.__name__ == "OutOfMemoryError" for base in type(error).__mro__)
+    return named or isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error)  # torch's, on a CPU
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -141,7 +142,7 @@ def main(args: Sequence[str] | None = None) -> int:
         except Exception as error:
             if not _is_out_of_memory(error):
                 raise
-            say_error("The device ran out of memory; use a smaller --window or --batch-size, or --device cpu.")
+            say_error("The device ran out of memory; use a smaller model, window or batch, or another --device.")
         else:
             return 0
         return NOTHING_DONE

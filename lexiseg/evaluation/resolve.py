@@ -15,6 +15,7 @@ from lexiseg import processes
 from lexiseg.background import BackgroundSource
 from lexiseg.clip.load import local
 from lexiseg.data.base import SegmentationDataset
+from lexiseg.data.sets.dataset import nothing_labelled
 from lexiseg.errors import LexisegError
 from lexiseg.evaluation.protocols import Protocol, find_protocol
 from lexiseg.evaluation.report import Report
@@ -116,12 +117,7 @@ def evaluate(
             settings |= {"window": told, "background": background}
             settings |= {"batch_size": batch_size, "limit": limit, "progress": progress, "resume": resume}
         journal = None if folder is None else Journal(folder / PARTS)
-        try:
-            report = run_evaluation(segmenter, data, shared=True, journal=journal, **settings)
-        except KeyboardInterrupt as stop:
-            kept = f"the counts so far are in '{folder}', and the same command with --resume continues"
-            stop.args = (f"Stopped; {'nothing is kept' if folder is None else kept}.",)
-            raise
+        report = _judged(segmenter, data, journal, settings)
         if proposals:
             from lexiseg.evaluation.proposals import evaluate_proposals
 
@@ -129,6 +125,22 @@ def evaluate(
     if folder is not None and journal is not None and processes.is_main():
         report.save(folder)
         journal.remove()
+    return report
+
+
+def _judged(
+    segmenter: Segmenter, data: SegmentationDataset, journal: Journal | None, settings: dict[str, Any]
+) -> Report:
+    try:
+        report = run_evaluation(segmenter, data, shared=True, journal=journal, **settings)
+    except KeyboardInterrupt as stop:
+        folder = None if journal is None else journal.folder.parent
+        kept = f"the counts so far are in '{folder}', and the same command with --resume continues"
+        stop.args = (f"Stopped; {'nothing is kept' if folder is None else kept}.",)
+        raise
+    if not report.confusion.labelled.any():
+        with processes.together():
+            raise LexisegError(nothing_labelled(settings["split"]))
     return report
 
 

@@ -22,7 +22,7 @@ from lexiseg.recipes import (
     TrainSettings,
     is_recipe,
 )
-from lexiseg.training.init import build_model, first_stage, proposals_of, refuse_misfit
+from lexiseg.training.init import build_model, first_stage, proposals_of, stages_of
 from lexiseg.training.prompts import Prompted
 from lexiseg.training.proposals import describe_start
 from lexiseg.training.segmentation import masked_names, training_vocabulary
@@ -144,8 +144,7 @@ def _segmentation(recipe: SegmentationRecipe, vocabulary: Vocabulary) -> tuple[S
         model = build_model(recipe.model_copy(update=later), vocabulary)
     else:
         clip, reason = clip_or_random(recipe.model.clip)
-        if "initial" in later:
-            refuse_misfit(first_stage(recipe), recipe, clip)
+        stages_of(recipe, clip)
         model = build_model(recipe, vocabulary, clip=clip)
     start, described = recipe.proposals_from, None
     if start is not None:

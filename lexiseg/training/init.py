@@ -6,11 +6,11 @@ import logging
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 
-from lexiseg.clip.load import check_state, load_clip, shapes_of
+from lexiseg.clip.load import check_state, load_clip, random_clip, shapes_of
 from lexiseg.clip.model import CLIP
 from lexiseg.errors import LexisegError
 from lexiseg.models import SYSTEMS
@@ -199,20 +199,31 @@ def with_stages(recipe: Recipe, run_dir: Path, train: Callable[..., Path]) -> Re
         return recipe.model_copy(update={"model": recipe.model.model_copy(update={"initial": str(model)})})
     if not isinstance(recipe, SegmentationRecipe):
         return recipe
-    found: dict[str, Any] = {}
+    found: dict[str, str] = {}
+    for key, stage in stages_of(recipe).items():
+        until = recipe.initial_steps if key == "initial" else None
+        found[key] = str(train(stage, run_dir / key.removesuffix("_from"), until=until))
+    return recipe.model_copy(update=found)
+
+
+def stages_of(recipe: SegmentationRecipe, clip: CLIP | None = None) -> dict[str, Recipe]:
+    """The recipes that ``recipe`` names, by their keys, in the order in which they are trained.
+
+    ``clip`` are the towers; None as in `refuse_misfit`. Raises LexisegError as `with_stages` does.
+    """
+    found: dict[str, Recipe] = {}
     if is_recipe(recipe.initial):
-        first = first_stage(recipe)
-        refuse_misfit(first, recipe)
-        found["initial"] = train(first, run_dir / "initial", until=recipe.initial_steps)
+        found["initial"] = first = first_stage(recipe)
+        refuse_misfit(first, recipe, clip)
     if is_recipe(recipe.proposals_from):
         # On its own pictures, which need not have classes.
-        shapes = load_recipe(str(recipe.proposals_from), {"model.clip": recipe.model.clip}, seed=recipe.train.seed)
-        found["proposals_from"] = train(shapes, run_dir / "proposals")
+        given = {"model.clip": recipe.model.clip}
+        found["proposals_from"] = load_recipe(str(recipe.proposals_from), given, seed=recipe.train.seed)
     if is_recipe(recipe.prompts_from):
-        found["prompts_from"] = train(prompt_stage(recipe), run_dir / "prompts")
+        found["prompts_from"] = prompt_stage(recipe)
     if is_recipe(recipe.teacher):
-        found["teacher"] = train(_stage(recipe, "teacher", SegmentationRecipe), run_dir / "teacher")
-    return recipe.model_copy(update={key: str(folder) for key, folder in found.items()})
+        found["teacher"] = _stage(recipe, "teacher", SegmentationRecipe)
+    return found
 
 
 def first_stage(recipe: SegmentationRecipe) -> SegmentationRecipe:
@@ -238,14 +249,23 @@ def first_stage(recipe: SegmentationRecipe) -> SegmentationRecipe:
 def refuse_misfit(first: SegmentationRecipe, recipe: SegmentationRecipe, clip: CLIP | None = None) -> None:
     """See, before the first stage is trained, that a model of ``recipe`` can start from one of it.
 
-    ``clip`` are the towers of both; None loads them. A `LexisegError` says that it cannot, or that one cannot be built.
+    ``clip`` are the towers of both; None makes them up, or loads them if their name does not say what they are. A
+    `LexisegError` says that it cannot, or that one cannot be built.
     """
-    towers = clip or load_clip(recipe.model.clip)
     # Shapes are all that is asked for, and torch warns of the values that are lost.
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        towers = clip or _towers(recipe.model.clip)
         before, after = (system(towers, options) for system, options in map(system_of, (first, recipe)))
         after.init_from(before, f"A model of '{recipe.initial}'")
+
+
+def _towers(name: str) -> CLIP:
+    try:
+        return random_clip(name)
+    except LexisegError:
+        with torch.device("cpu"):
+            return load_clip(name)
 
 
 def prompt_stage(recipe: SegmentationRecipe) -> PromptRecipe:

@@ -77,6 +77,8 @@ def group_parameters(model: nn.Module, settings: TrainSettings) -> list[dict[str
     In the order in which the model first needs them; those of one rule with and without decay are apart. Beside what
     torch reads, a group has the ``key`` of its rule ("" for the parameters no rule names), the ``names`` of its
     parameters, and ``initial_lr``, its peak learning rate.
+
+    Raises LexisegError if there is nothing to train, or a rule names no parameter.
     """
     groups: dict[tuple[str, bool], dict[str, Any]] = {}
     layers = tuple(layer for kind in settings.no_decay for layer in _LAYERS[kind])
@@ -96,7 +98,24 @@ def group_parameters(model: nn.Module, settings: TrainSettings) -> list[dict[str
         group = groups.setdefault((key, spared), fresh)
         group["names"].append(name)
         group["params"].append(parameter)
+    if settings.steps:
+        _check(list(groups.values()), settings)
     return list(groups.values())
+
+
+def _check(groups: list[dict[str, Any]], settings: TrainSettings) -> None:
+    if not groups:
+        raise LexisegError("The model has no trainable parameters; choose options that train a part of it.")
+    if not any(group["initial_lr"] for group in groups):
+        raise LexisegError(
+            "Every learning rate is 0, so nothing would be trained; set a multiplier above 0, or train.steps to 0."
+        )
+    names = [name for group in groups for name in group["names"]]
+    for key in settings.multipliers:
+        if not any(key in name for name in names):
+            raise LexisegError(
+                f"The multiplier '{key}' matches no trainable parameter; use a part of a name such as '{names[0]}'."
+            )
 
 
 def build_optimizer(groups: Iterable[dict[str, Any]], settings: TrainSettings) -> torch.optim.Optimizer:
@@ -153,7 +172,7 @@ class Trainer:
         self.checkpoint_dir = self.run_dir / "checkpoints"
         self._engine = Engine(self.task, self.settings, self.device)
         groups = group_parameters(self.task.model, self.settings)
-        self._check(groups)
+        self._check_best()
         self.optimizer = build_optimizer(groups, self.settings)
 
     def run(self, *, resume: bool = False, until: int | None = None) -> Path:
@@ -260,13 +279,7 @@ class Trainer:
         kept = f"the newest checkpoint is '{found[-1]}'" if found else "there is no checkpoint yet"
         return f"Stopped after step {step} of {end}; {kept}, and the same command with --resume continues."
 
-    def _check(self, groups: list[dict[str, Any]]) -> None:
-        if not groups:
-            raise LexisegError("The model has no trainable parameters; choose options that train a part of it.")
-        if not any(group["initial_lr"] for group in groups):
-            raise LexisegError(
-                "Every learning rate is 0, so nothing would be trained; set a multiplier above 0, or train.steps to 0."
-            )
+    def _check_best(self) -> None:
         if (best := self.settings.keep_best) is not None:
             if self._engine.sharded:
                 raise LexisegError("A sharded model is not evaluated while it trains; set train.keep_best to null.")
@@ -274,12 +287,6 @@ class Trainer:
                 measured = ", ".join(known) or "nothing"
                 raise LexisegError(
                     f"'train.keep_best' is '{best}', but what is measured is {measured}; name one of them."
-                )
-        names = [name for group in groups for name in group["names"]]
-        for key in self.settings.multipliers:
-            if not any(key in name for name in names):
-                raise LexisegError(
-                    f"The multiplier '{key}' matches no trainable parameter; use a part of a name such as '{names[0]}'."
                 )
 
     def _identity(self) -> dict[str, Any]:

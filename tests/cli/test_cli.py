@@ -73,6 +73,9 @@ def test_interruption_and_memory(call: Call, picture: Path, monkeypatch: pytest.
     def burst(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
+    def burst_on_cpu(*_: object, **__: object) -> None:
+        torch.empty(2**60, dtype=torch.uint8)
+
     monkeypatch.setattr(lexiseg, "load", stop)
     code, _, err = call("predict", picture, WORDS)
     assert code == 130 and "Traceback" not in err
@@ -83,8 +86,9 @@ def test_interruption_and_memory(call: Call, picture: Path, monkeypatch: pytest.
 
     monkeypatch.setattr(lexiseg.training.run, "train", stop_and_say)
     assert call("train", "tiny") == (130, "", "Stopped after step 3; --resume continues.\n")
-    monkeypatch.setattr(lexiseg, "load", burst)
-    assert_sentence(*call("predict", picture, WORDS), "memory")
+    for full in (burst, burst_on_cpu):
+        monkeypatch.setattr(lexiseg, "load", full)
+        assert_sentence(*call("predict", picture, WORDS), "memory")
 
 
 def test_defects_keep_their_traceback(call: Call, picture: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from PIL import Image
 from safetensors.torch import load_file
 
 from lexiseg.models import CascadeCLIPOptions
@@ -112,6 +113,12 @@ def test_evaluate_mistakes(call: Call, tiny_model: Path, tmp_path: Path) -> None
     assert_sentence(*call("evaluate", "clip-emoji", "-w", tiny_model), "captions")
     (tmp_path / "empty").mkdir()
     assert_sentence(*call("evaluate", "empty", "-w", tiny_model), "no folder of pictures")
+    call("data", "world", "void", "--train", 1, "--val", 1, "--size", 32)
+    for mask in (tmp_path / "void" / "SegmentationClass").iterdir():
+        Image.new("L", (32, 32), 255).save(mask)
+    # Metrics of nothing would be dashes, and the exit code of a success.
+    assert_sentence(*call("evaluate", "void", "-w", tiny_model, "-o", "report"), "no pixel of any class", "'val'")
+    assert not (tmp_path / "report" / "report.json").exists()
     assert not (tmp_path / "out").exists()
 
 

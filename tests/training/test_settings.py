@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file
 
+import lexiseg.training.init
 from lexiseg.cli import main
 from lexiseg.clip.load import load_clip
 from lexiseg.clip.model import save_clip
@@ -290,6 +291,26 @@ def test_a_first_stage_that_cannot_fit_is_not_trained(tmp_path: Path, initial: s
         dry_run(recipe)
     with pytest.raises(LexisegError, match=words):
         with_stages(recipe, tmp_path, lambda *args, **named: pytest.fail("it was trained"))
+
+
+def test_no_stage_is_trained_before_all_are_seen_to_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = load_recipe("cat-seg-coco-stuff", {"initial": "zegclip-coco-stuff"})
+    monkeypatch.setattr(lexiseg.training.init, "load_clip", lambda name: pytest.fail("its weights were loaded"))
+    with pytest.raises(LexisegError, match="is of the system 'zegclip'"):
+        with_stages(recipe, tmp_path, lambda *args, **named: pytest.fail("it was trained"))
+    recipe = load_recipe("zegclip-picture-world-transductive", {"prompts_from": "prompts-voc2012"})
+    monkeypatch.undo()
+    with pytest.raises(LexisegError, match="has no learned prompts"):
+        with_stages(recipe, tmp_path, lambda *args, **named: pytest.fail("it was trained"))
+    with pytest.raises(LexisegError, match="has no learned prompts"):
+        dry_run(recipe)
+
+
+@pytest.mark.parametrize(("rules", "words"), [({"nothing": {}}, "matches no trainable"),
+                                              ({"": {"lr": 0}}, "rate is 0")])  # fmt: skip
+def test_a_dry_run_refuses_rules_that_a_training_refuses(rules: Any, words: str) -> None:
+    with pytest.raises(LexisegError, match=words):
+        dry_run(load_recipe("tiny", {"train.multipliers": rules}))
 
 
 class StopError(Exception):

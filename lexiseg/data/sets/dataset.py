@@ -204,6 +204,6 @@ def nothing_labelled(split: str) -> str:
     """The sentence for a split in which no pixel has a class that counts."""
     which, what = ("a trained", "train on") if split.startswith("train") else ("any", "judge")
     return (
-        f"There is no pixel of {which} class in all labels of the split '{split}', so there is nothing to {what}; "
+        f"There is no pixel of {which} class in the labels of the split '{split}', so there is nothing to {what}; "
         "check what the values of the masks stand for."
     )

@@ -103,7 +103,7 @@ def _values_told(group: Sequence[Finding], samples: int, pixels: int) -> list[Fi
         first = next(finding for finding in group if value in dict(finding.values))
         fraction = 100 * sizes[value] / max(1, pixels)
         problem = (
-            f"{value_name(kind, value)} in {number} of {counted(samples, 'label')} ({fraction:.2g} % of the pixels), "
+            f"{value_name(kind, value)} in {number} of {counted(samples, 'label')} ({fraction:.3g} % of the pixels), "
             f"first in '{first.path}'; no class has it: {remedy}"
         )
         told.append(replace(first, problem=problem, sample="", values=((value, sizes[value]),)))

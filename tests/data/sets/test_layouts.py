@@ -290,7 +290,7 @@ def test_verify_speaks_once_a_kind(tmp_path: Path, capsys: pytest.CaptureFixture
     _write(tmp_path / "classes.txt", "cat\ndog\n")
     assert main(["data", "verify", str(tmp_path)]) == 1
     said = capsys.readouterr().out
-    assert said.count("the value 11 in 2 of 2 labels (83 % of the pixels), first in") == 2
+    assert said.count("the value 11 in 2 of 2 labels (83.3 % of the pixels), first in") == 2
     assert "no class has it: list it as ignored or add a class" in said and "4 errors" in said
     assert main(["data", "verify", str(tmp_path), "--all"]) == 1
     assert capsys.readouterr().out.count("holds the value 11 at 1280 pixels; no class has it") == 4

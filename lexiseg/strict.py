@@ -5,11 +5,17 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 UNKNOWN = "unknown_key"
 """Type of pydantic's error about a key that there is not; its context lists the ``known`` ones."""
+
+
+_LARGEST: dict[type, float] = {
+    int: 2**32,
+    float: 3.4e38,
+}  # seeds go up to the first; float32, in which models compute, to the second
 
 
 def refuse_unknown(values: Any, known: Collection[str]) -> Any:
@@ -20,7 +26,7 @@ def refuse_unknown(values: Any, known: Collection[str]) -> Any:
 
 
 class StrictModel(BaseModel):
-    """A pydantic model that cannot be changed; an unknown key, or a number that is not finite, is an error."""
+    """A pydantic model that cannot be changed; an unknown key, or a number that no tensor could have, is an error."""
 
     model_config = ConfigDict(frozen=True, allow_inf_nan=False)
 
@@ -28,3 +34,11 @@ class StrictModel(BaseModel):
     @classmethod
     def _refuse_unknown(cls, values: Any) -> Any:
         return refuse_unknown(values, cls.model_fields)
+
+    @field_validator("*")
+    @classmethod
+    def _refuse_huge(cls, value: Any) -> Any:
+        largest = _LARGEST.get(type(value))
+        if largest is not None and abs(value) > largest:
+            raise ValueError(f"input should be at most {largest}")
+        return value

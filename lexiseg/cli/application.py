@@ -90,8 +90,10 @@ def _say(error: LexisegError) -> None:
 
 def _is_out_of_memory(error: BaseException) -> bool:
     # By name: torch must not be imported to report a mistake made before it was needed.
-    named = any(base.__name__ == "OutOfMemoryError" for base in type(error).__mro__)
-    return named or isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error)  # torch's, on a CPU
+    if any(base.__name__ in ("MemoryError", "OutOfMemoryError") for base in type(error).__mro__):
+        return True
+    # What torch says on a CPU, and of a size beyond any memory.
+    return any(said in str(error) for said in ("DefaultCPUAllocator", "Storage size calculation overflowed"))
 
 
 def main(args: Sequence[str] | None = None) -> int:

@@ -76,6 +76,9 @@ def test_interruption_and_memory(call: Call, picture: Path, monkeypatch: pytest.
     def burst_on_cpu(*_: object, **__: object) -> None:
         torch.empty(2**60, dtype=torch.uint8)
 
+    def overflow(*_: object, **__: object) -> None:
+        torch.empty(2**60, 2**60)
+
     monkeypatch.setattr(lexiseg, "load", stop)
     code, _, err = call("predict", picture, WORDS)
     assert code == 130 and "Traceback" not in err
@@ -86,7 +89,7 @@ def test_interruption_and_memory(call: Call, picture: Path, monkeypatch: pytest.
 
     monkeypatch.setattr(lexiseg.training.run, "train", stop_and_say)
     assert call("train", "tiny") == (130, "", "Stopped after step 3; --resume continues.\n")
-    for full in (burst, burst_on_cpu):
+    for full in (burst, burst_on_cpu, overflow):
         monkeypatch.setattr(lexiseg, "load", full)
         assert_sentence(*call("predict", picture, WORDS), "memory")
 

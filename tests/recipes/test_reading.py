@@ -12,6 +12,7 @@ from torch import nn
 
 from lexiseg.cli.train import run_name
 from lexiseg.errors import LexisegError
+from lexiseg.models import ZegCLIP
 from lexiseg.recipes import SegmentationRecipe, TrainSettings, as_yaml, load_recipe, parse_recipe
 from lexiseg.recipes.reading import merge
 from lexiseg.training.trainer import build_optimizer, group_parameters, identity_of, learning_rate
@@ -92,6 +93,15 @@ def test_mistakes(content: dict[str, Any], words: str, tmp_path: Path, monkeypat
 
 def settings(**changes: Any) -> TrainSettings:
     return TrainSettings(steps=10, batch_size=1, lr=1.0, **changes)
+
+
+def test_a_size_that_overflows_is_refused() -> None:
+    with pytest.raises(LexisegError, match=r"'train\.batch_size': input should be at most 4294967296"):
+        load_recipe("tiny", {"train.batch_size": 10**30})
+    with pytest.raises(LexisegError, match="'num_prompts': input should be at most"):
+        ZegCLIP.parse_options({"num_prompts": 10**17})
+    with pytest.raises(LexisegError, match=r"'seen_offset': input should be at most 3\.4e\+38"):
+        ZegCLIP.parse_options({"seen_offset": 1e308})
 
 
 def test_layers_that_do_not_decay() -> None:

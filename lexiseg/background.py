@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any, Literal, TypeAlias, cast
@@ -58,12 +59,14 @@ class Background:
         if isinstance(source, Real) and not isinstance(source, bool):  # numpy's too
             return cls("threshold", threshold=cast("float", source))
         if isinstance(source, str):
-            if source.strip().casefold() in ("none", "null", "~", ""):
+            if not source or source.strip().casefold() in ("none", "null", "~"):  # forms send "" for nothing
                 return cls()
-            try:
+            with suppress(ValueError):
                 return cls("threshold", threshold=float(source))
-            except ValueError:
-                return cls("class", name=source)
+            with suppress(ValueError):
+                number = float(source.replace(",", "."))
+                raise LexisegError(f"'{source}' is not a threshold; write {number:g}, with a point.")
+            return cls("class", name=source)
         if isinstance(source, Mapping):
             refuse_unknown(source, ("kind", "name", "threshold"), "a background")
             name, threshold = null(source.get("name")), null(source.get("threshold"))

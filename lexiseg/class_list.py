@@ -126,10 +126,13 @@ def read_classes(source: object) -> ClassList:
 
 
 def typed_read(text: str) -> ClassList:
-    """Read classes that somebody typed: "cat; tree, bush", or a list or mapping as Python writes it; never a file.
+    """Read classes that somebody typed: "cat; tree, bush", a list or mapping as Python writes it, or what a file holds.
 
-    Raises LexisegError if a class or a word of it is empty.
+    ``text``: never the name of a file; of several lines it is read as a file's. Raises LexisegError if a class or a
+    word of it is empty.
     """
+    if len(text.strip().splitlines()) > 1:
+        return read_class_text(text)
     return _bracketed(text) or ClassList(tuple(split_classes(text)))
 
 

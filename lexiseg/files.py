@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lexiseg.errors import LexisegError
+from lexiseg.words import kind
 
 # Read once: the process's mask can only be read by setting it, which is no thing to do while threads write files.
 _UMASK = os.umask(0)
@@ -27,7 +28,7 @@ def default_cache_folder() -> Path:
 def as_path(value: object, what: str) -> Path:
     """A path of text or of a path object. Raises LexisegError if it is something else; ``what`` begins the sentence."""
     if not isinstance(value, str | os.PathLike) or isinstance(os.fspath(value), bytes):
-        raise LexisegError(f"{what} must be a path, not a {type(value).__name__}.")
+        raise LexisegError(f"{what} must be a path, not {kind(value)}.")
     return Path(value)
 
 

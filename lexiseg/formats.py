@@ -13,7 +13,7 @@ import numpy as np
 from lexiseg.errors import LexisegError, need
 from lexiseg.files import atomic_write
 from lexiseg.label_ids import ignore_index
-from lexiseg.words import describe, shorten
+from lexiseg.words import counted, describe, quoted, shorten
 
 if TYPE_CHECKING:
     from lexiseg.segmentation import Segmentation, TableRow
@@ -268,7 +268,8 @@ def read_coco(dataset: Mapping[str, Any], image_id: int | None = None) -> tuple[
     try:
         images = [image for image in dataset["images"] if image_id is None or image["id"] == image_id]
         if len(images) != 1:
-            raise LexisegError(f"The dataset has {len(images)} pictures; give the id of one.")
+            which = "" if image_id is None else f" with the id {quoted(image_id)}"
+            raise LexisegError(f"The dataset has {counted(len(images), 'picture')}{which}; give the id of one.")
         height, width = int(images[0]["height"]), int(images[0]["width"])
         places = {category["id"]: place for place, category in enumerate(dataset["categories"])}
         labels = np.full((height, width), ignore_index(len(places)), np.int32)
@@ -279,9 +280,11 @@ def read_coco(dataset: Mapping[str, Any], image_id: int | None = None) -> tuple[
                 except ValueError as error:
                     who = f"Annotation {describe(annotation.get('id', '?'))}"
                     raise LexisegError(f"{who} cannot be drawn, {error}; draw it again or remove it.") from error
+                if annotation["category_id"] not in places:
+                    raise ValueError(f"there is no category with the id {quoted(annotation['category_id'])}")
                 labels[coco.decode(runs).astype(bool)] = places[annotation["category_id"]]
         names = [str(category["name"]) for category in dataset["categories"]]
-    except (KeyError, TypeError, ValueError, IndexError) as error:
+    except (KeyError, TypeError, ValueError, IndexError, MemoryError) as error:
         raise LexisegError(f"This is not a COCO dataset ({shorten(str(error))}); give the contents of one.") from error
     return labels, names, str(images[0].get("file_name", ""))
 

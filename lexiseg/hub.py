@@ -17,6 +17,9 @@ from lexiseg.errors import LexisegError
 from lexiseg.words import first_line, shorten
 
 _TIMEOUT_SECONDS = 5.0
+GIVE_FOLDER = "give the folder with all its files instead of the name"
+INTO_CACHE = "put the whole repository into the hub's cache folder"
+"""What to do with files that were fetched elsewhere; the second where no option takes their place."""
 
 
 def cached(repository: str, filenames: tuple[str, ...]) -> Path | None:
@@ -35,21 +38,19 @@ def cached(repository: str, filenames: tuple[str, ...]) -> Path | None:
     return next((Path(path) for path in paths if isinstance(path, str)), None)
 
 
-def download(
-    repository: str, filenames: tuple[str, ...], name: str, *, instead: str = "the folder with all its files"
-) -> Path:
+def download(repository: str, filenames: tuple[str, ...], name: str, *, then: str = GIVE_FOLDER) -> Path:
     """Fetch the first of ``filenames`` that a hub repository has; a cached copy is used without asking the hub.
 
-    ``repository``: ``owner/name``. ``name``: what the user asked for, for messages. ``instead``: what the user may give
-    instead of the name once the file is here. Raises LexisegError if the hub is out of reach, the repository is not
-    there, or it has none of the files.
+    ``repository``: ``owner/name``. ``name``: what the user asked for, for messages. ``then``: what the user is to do
+    once the file is here. Raises LexisegError if the hub is out of reach, the repository is not there, or it has none
+    of the files.
     """
     found = cached(repository, filenames)
     if found is not None:
         return found
     advice = (
         f"fetch {filenames[0]} from {constants.ENDPOINT}/{repository} on a machine with a connection, copy it here "
-        f"and give {instead} instead of the name"
+        f"and {then}"
     )
     if reason := unreachable():
         raise LexisegError(
@@ -64,19 +65,19 @@ def download(
     raise LexisegError(f"The hub repository '{repository}' has no {' or '.join(filenames)}; choose another one.")
 
 
-def download_folder(repository: str, name: str, beside: str = "*token*") -> Path:
+def download_folder(repository: str, name: str, beside: str = "*token*", *, then: str = GIVE_FOLDER) -> Path:
     """Fetch a whole model of a hub repository: its settings, tokenizer and safetensors, and nothing that is a pickle.
 
     ``repository``: ``owner/name``. ``name``: what the user asked for, for messages. ``beside``: the pattern of a file
-    that the model needs beside its weights. Raises LexisegError as `download`; or only a part of it is here and the
-    rest cannot be had.
+    that the model needs beside its weights. ``then``: as in `download`. Raises LexisegError as
+    that does; or only a part of it is here and the rest cannot be had.
     """
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", repository):
         raise LexisegError(f"'{repository}' is neither a folder nor OWNER/NAME on the hub; check the name.")
-    folder = download(repository, ("config.json",), name).parent
+    folder = download(repository, ("config.json",), name, then=then).parent
     if any(folder.glob("*.safetensors")) and any(folder.glob(beside)):
         return folder
-    advice = f"fetch {repository} on a machine with a connection and give its folder"
+    advice = f"fetch {repository} on a machine with a connection, copy it here and {then}"
     if reason := unreachable():
         raise LexisegError(f"Only a part of '{name}' is on this machine ({reason}); {advice}.")
     with _explained(repository, name, advice):

@@ -31,16 +31,19 @@ ImageSource: TypeAlias = "str | Path | bytes | IO[bytes] | Image.Image | np.ndar
 DEFAULT_MAX_PIXELS = 200_000_000
 IMAGE_SUFFIXES = frozenset(
     (
-        *(".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".mpo", ".pbm", ".pgm"),
-        *(".png", ".pnm", ".ppm", ".tga", ".tif", ".tiff", ".webp"),
+        *(".apng", ".avif", ".avifs", ".bmp", ".dib", ".gif", ".ico", ".j2c", ".j2k", ".jfif", ".jp2", ".jpc", ".jpe"),
+        *(".jpeg", ".jpf", ".jpg", ".jpx", ".mpo", ".pbm", ".pfm", ".pgm", ".png", ".pnm", ".ppm", ".tga", ".tif"),
+        *(".tiff", ".webp"),
     )
 )
 VIDEO_SUFFIXES = frozenset({".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".mpg", ".mpeg"})
 # Pictures that are not read here. Listings of folders name them, so that they are reported, not passed over.
 FOREIGN_SUFFIXES = frozenset(
     (
-        *(".dcm", ".eps", ".exr", ".hdr", ".heic", ".heif", ".hif", ".jxl", ".psd", ".svg", ".xcf"),
-        *(".arw", ".cr2", ".cr3", ".dng", ".nef", ".orf", ".pef", ".raf", ".raw", ".rw2", ".srw"),
+        *(".cur", ".dcm", ".dds", ".emf", ".eps", ".exr", ".hdr", ".heic", ".heif", ".hif", ".icns", ".jxl", ".pcx"),
+        *(".psd", ".qoi", ".sgi", ".svg", ".wmf", ".xbm", ".xcf", ".xpm"),
+        *(".3fr", ".arw", ".cr2", ".cr3", ".dng", ".iiq", ".nef", ".nrw", ".orf", ".pef", ".raf", ".raw", ".rw2"),
+        *(".srw", ".x3f"),
     )
 )
 # Formats that are pictures and decode in this process. Left out on purpose: EPS starts Ghostscript, and formats
@@ -111,8 +114,8 @@ def list_images(target: str | Path) -> list[Path]:
     ``target``: a file (taken whatever its ending); a folder (its files with a picture's ending, hidden ones and
     subfolders left out); or a pattern with ``*``, ``?``, ``[]`` or ``**`` (files with a picture's ending). Returns the
     paths, in natural order: img2 comes before img10. Broken links and formats of cameras that cannot be read here
-    (.heic ...) are among them, so that whoever reads them reports them; videos are not, which a LexisegWarning says.
-    Raises LexisegError if there is nothing of that name, or no picture in it.
+    (.heic ...) are among them, so that whoever reads them reports them; videos and files without an ending are not, as
+    a LexisegWarning says. Raises LexisegError if there is nothing of that name, or no picture in it.
     """
     text = os.fsdecode(target)
     _refuse_url(text)
@@ -129,9 +132,12 @@ def list_images(target: str | Path) -> list[Path]:
             # A folder that links lead to in several ways, or in a circle, is one folder, by its shortest name.
             found.sort(key=lambda entry: (len(entry.parts), entry), reverse=True)
             found = list({(entry.parent.resolve(), entry.name): entry for entry in found}.values())
-        if videos := sum(entry.suffix.lower() in VIDEO_SUFFIXES for entry in found):
-            note = f"Left out of '{path}': {counted(videos, 'video')}; give each one by itself."
-            warnings.warn(note, LexisegWarning, stacklevel=2)
+        videos = sum(entry.suffix.lower() in VIDEO_SUFFIXES for entry in found)
+        bare = sum(not entry.suffix and entry.is_file() for entry in found)
+        for left, what in ((videos, counted(videos, "video")), (bare, f"{counted(bare, 'file')} without an ending")):
+            if left:
+                note = f"Left out of '{path}': {what}; give each one by itself."
+                warnings.warn(note, LexisegWarning, stacklevel=2)
         endings = IMAGE_SUFFIXES | FOREIGN_SUFFIXES
         found = [entry for entry in found if entry.suffix.lower() in endings and (entry.is_file() or _is_broken(entry))]
     except (OSError, ValueError, re.error) as error:

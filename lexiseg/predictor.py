@@ -150,8 +150,8 @@ class Predictor(ABC):
         options = self.model.options.model_dump(mode="json")
         return {
             "model": {"system": self.model.system, "options": options, "sha256": self.fingerprint()},
-            "classes": vocabulary.hash(),
-            "background": vocabulary.background.to_dict(),
+            **vocabulary.to_dict(),
+            "classes": {str(place): entry.to_dict() for place, entry in enumerate(vocabulary.classes, 1)},
             "window": asdict(window_policy(self.model.window, window)),
             "dtype": str(self.dtype),
             "refine": self.refinement.kind,

@@ -18,7 +18,7 @@ from PIL import Image
 from lexiseg import formats
 from lexiseg.colors import IGNORED_COLOR
 from lexiseg.errors import LexisegError, LexisegWarning
-from lexiseg.files import atomic_write, make_folder, write_json, write_text
+from lexiseg.files import as_path, atomic_write, make_folder, write_json, write_text
 from lexiseg.label_ids import ignore_index
 from lexiseg.overlay import LegendEntry, draw_legend, paint_classes
 from lexiseg.vocabulary import Vocabulary
@@ -78,7 +78,9 @@ class Segmentation:
             )
         array: Any = _as_array(labels)
         if array.ndim != 2 or array.dtype.kind not in "iub" or array.size == 0:
-            raise LexisegError(f"A label map must be whole numbers of shape (H, W), not {tuple(labels.shape)}.")
+            raise LexisegError(
+                f"A label map must be whole numbers of shape (H, W), not {array.dtype} of shape {array.shape}."
+            )
         fits = array.min() >= 0 and array.max() <= self.ignore_index  # others would become classes in fewer bits
         array = array.astype(np.uint8 if self.num_classes <= 255 else np.int32, copy=False)
         if not isinstance(labels, np.ndarray):
@@ -87,6 +89,8 @@ class Segmentation:
             array = torch.from_numpy(array)
         object.__setattr__(self, "label_map", array)
         for what, other in (("scores", self.scores), ("image", self.image)):
+            if other is not None and not hasattr(other, "shape"):
+                raise LexisegError(f"The {what} must be a tensor or an array, not {kind(other)}.")
             if other is not None and other.shape[-2:] != labels.shape:
                 raise LexisegError(
                     f"The {what} are of size {tuple(other.shape[-2:])}, the label map of {tuple(labels.shape)}; "
@@ -318,7 +322,7 @@ class Segmentation:
 
         Raises LexisegError if the file cannot be written, or there are more than 65,535 classes.
         """
-        return _save_image(self.label_image(), Path(path))
+        return _save_image(self.label_image(), as_path(path, "The PNG"))
 
     def save(
         self,

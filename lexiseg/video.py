@@ -20,6 +20,7 @@ from lexiseg.errors import LexisegError, LexisegWarning, need
 from lexiseg.files import atomic_write, make_folder, read_lines
 from lexiseg.formats import encode_rle
 from lexiseg.images import VIDEO_SUFFIXES
+from lexiseg.journal import changed
 from lexiseg.label_ids import ignore_index
 from lexiseg.labelling.pictures import file_state
 from lexiseg.overlay import paint_classes
@@ -260,8 +261,8 @@ def _is_begun(path: Path, head: dict[str, Any]) -> bool:
     with path.open("rb") as file:
         whole = sum(len(line) for line in file if line.endswith(b"\n"))
     begun = next(read_lines(path), {})
-    if whole and {**begun, "state": head["state"]} != head:
-        raise LexisegError(f"'{path}' was written with other classes or settings; choose another folder.")
+    if whole and (difference := changed({**begun, "state": head["state"]}, head)):
+        raise LexisegError(f"'{path}' was written with other settings: {difference}; choose another folder.")
     if whole and begun != head:
         text = f"The video has changed since '{path}' was written, so it starts again from its first frame."
         warnings.warn(text, LexisegWarning, stacklevel=2)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lexiseg.class_list import class_source, read_class_list
+from lexiseg.class_list import class_source, read_class_list, read_classes
 from lexiseg.errors import LexisegError, LexisegWarning
 from lexiseg.vocabulary import Vocabulary
 
@@ -205,3 +205,10 @@ def test_label_maps_of_tensorflow_are_refused(tmp_path: Path) -> None:
     (tmp_path / "map.pbtxt").write_text("item { id: 1 name: 'cat' }\n")
     with pytest.raises(LexisegError, match="a line 'id: name' per class"):
         read_class_list(tmp_path / "map.pbtxt")
+
+
+@pytest.mark.parametrize(
+    "text", ["1: cat\n2: dog\n", "\n# pets\nname,r,g,b\ncat,255,0,0\ndog,0,255,0", "cat\n\ndog; \n", "- cat\n- dog"]
+)
+def test_lines_that_somebody_pasted_are_read_as_a_file_s(text: str) -> None:
+    assert [one.name for one in read_classes(text).classes] == ["cat", "dog"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import lexiseg
 from lexiseg.clip.load import load_clip
 from lexiseg.clip.proxy import load_proxy
 from lexiseg.errors import LexisegError
+from lexiseg.refine import sam
 
 
 @pytest.fixture
@@ -65,6 +67,18 @@ def test_half_of_a_repository_is_here(hub: Path, monkeypatch: pytest.MonkeyPatch
         lexiseg.load(name)
     assert "\n" not in str(error.value)
     assert [path.name for path in hub.iterdir()] == ["config.json"]
+
+
+def test_what_to_do_with_files_fetched_elsewhere(hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lexiseg.hub.constants.HF_HUB_OFFLINE", True)
+    sam.cache_clear()
+    for load, advice in (
+        (sam, "copy it here and put the whole repository into the hub's cache folder."),
+        (lambda: load_proxy("vit_base_patch8_224.dino"), "put the whole repository into the hub's cache folder."),
+        (lambda: lexiseg.load("sam3"), "copy it here and give the folder with all its files instead of the name."),
+    ):
+        with pytest.raises(LexisegError, match=re.escape(advice) + "$"):
+            load()
 
 
 def test_weights_that_broke_off(hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageFile
 
+from lexiseg import images
 from lexiseg.errors import LexisegError, LexisegWarning
 from lexiseg.images import IMAGE_SUFFIXES, image_name, list_images, read_image, read_pixels
 from lexiseg.notes import picture_world_model
@@ -368,6 +369,9 @@ def test_listing(tmp_path: Path) -> None:
     with pytest.warns(LexisegWarning, match="Left out of .*: 2 videos; give each one by itself") as caught:
         assert len(list_images(tmp_path)) == 4
     assert len(caught) == 1
+    (tmp_path / "IMG_0001").touch()
+    with pytest.warns(LexisegWarning, match="Left out of .*: 1 file without an ending; give each one by itself"):
+        assert len(list_images(tmp_path)) == 4
     empty = tmp_path / "empty"
     empty.mkdir()
     for target, words in (
@@ -380,7 +384,10 @@ def test_listing(tmp_path: Path) -> None:
     ):
         with pytest.raises(LexisegError, match=words):
             list_images(target)
-    assert ".jpg" in IMAGE_SUFFIXES
+    Image.init()
+    unread = {".icb", ".vda", ".vst"}  # TGA has no signature, so it is read by its usual ending alone
+    readable = {ending for ending, kind in Image.EXTENSION.items() if kind in (*images._FORMATS, "TGA")}  # noqa: SLF001
+    assert readable - unread <= IMAGE_SUFFIXES
 
 
 def test_names(tmp_path: Path) -> None:

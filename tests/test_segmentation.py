@@ -183,3 +183,11 @@ def test_save(tmp_path: Path) -> None:
         small().save_png(tmp_path / "a.jpg")
     with pytest.raises(LexisegError, match="Cannot write"):
         small().save_png(tmp_path / "missing" / "a.png")
+
+
+def test_a_coco_picture_that_is_not_there_is_named() -> None:
+    dataset = small().to_coco()
+    with pytest.raises(LexisegError, match="has 0 pictures with the id 5; give the id of one"):
+        Segmentation.from_coco(dataset, 5)
+    with pytest.raises(LexisegError, match="there is no category with the id 1"):
+        Segmentation.from_coco({**dataset, "categories": []})

@@ -135,11 +135,11 @@ def test_an_interrupted_run_goes_on(segmenter: Any, clip: Path, tmp_path: Path) 
     assert all(np.array_equal(a.labels, b.labels) for a, b in zip(whole, again, strict=True))
     assert files["frames"].read_text() == video_files(clip, tmp_path / "whole")["frames"].read_text()
     assert files["overlay"].is_file()
-    with pytest.raises(LexisegError, match="classes or settings"):
+    with pytest.raises(LexisegError, match="other settings: 'every' was 1 and is now 2; choose another folder"):
         run(segmenter, clip, tmp_path / "part", resume=True, every=2)
     vocabulary, on = segmenter.vocabulary(WORDS), VideoOptions(resume=True)
     for one, settings in ((segmenter, {"window": 64}), (segmenter.refined("edges"), {})):
-        with pytest.raises(LexisegError, match="classes or settings"):
+        with pytest.raises(LexisegError, match="other settings"):
             list(segment_video(one, clip, vocabulary, tmp_path / "part", on, **settings))
 
 
@@ -149,7 +149,7 @@ def test_the_same_weights_with_other_options_are_another_model(segmenter: Any, c
     other.model = copy(segmenter.model)
     other.model.options = other.model.options.model_copy(update={"seen_offset": 0.3})
     assert other.fingerprint() == segmenter.fingerprint()
-    with pytest.raises(LexisegError, match="classes or settings"):
+    with pytest.raises(LexisegError, match="other settings"):
         run(other, clip, tmp_path, frames=1, resume=True)
 
 
@@ -172,7 +172,7 @@ def test_a_changed_video_starts_again_with_a_note(segmenter: Any, clip: Path, tm
     assert all(frame.reused for frame in run(segmenter, copy, tmp_path, frames=2, overlay=False, resume=True))
     journal = video_files(copy, tmp_path)["frames"]
     journal.write_text("[1, 2]\n")  # somebody else's
-    with pytest.raises(LexisegError, match="classes or settings"):
+    with pytest.raises(LexisegError, match="other settings"):
         run(segmenter, copy, tmp_path, resume=True)
     assert journal.read_text() == "[1, 2]\n"
 

@@ -211,6 +211,10 @@ def test_background_policies() -> None:
     for words in ("1.5x; yes", {"name": "wall; floor"}):
         with pytest.raises(LexisegError, match=r"one class, so '.*;.*' cannot be its name"):
             Vocabulary.parse("cat", background=words)
+    with pytest.raises(LexisegError, match=r"'0,3' is not a threshold; write 0.3, with a point"):
+        Vocabulary.parse("cat", background="0,3")
+    with pytest.raises(LexisegError, match="The background's name is empty"):
+        Vocabulary.parse("cat", background=" ")
     with pytest.raises(LexisegError, match="needs a name"):
         Background("class")
     with pytest.raises(LexisegError, match="Unknown background policy"):

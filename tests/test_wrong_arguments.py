@@ -80,7 +80,8 @@ def test_results(result: Any, tmp_path: Any) -> None:
         | {
             "kinds": lambda: result.save(tmp_path, "a", 3), "kind": lambda: result.save(tmp_path, "a", ("zip",)),
             "stem": lambda: result.save(tmp_path, 3), "above": lambda: result.save(tmp_path, "../a"),
-            "folder": lambda: result.save(3, "a"), "font": lambda: result.overlay(font="/no/such.ttf"),
+            "folder": lambda: result.save(3, "a"), "png": lambda: result.save_png(3),
+            "scores": lambda: replace(result, scores=[[1]]), "font": lambda: result.overlay(font="/no/such.ttf"),
         }
     )  # fmt: skip
 

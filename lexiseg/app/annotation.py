@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import uuid
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import parse_qs, urlsplit
 from xml.etree import ElementTree
 
@@ -56,11 +57,20 @@ class CvatRequest(Body):
     """Segments of a lower mean score are left out."""
 
 
+class Label(NamedTuple):
+    """A label of a Label Studio project."""
+
+    name: str  # what results carry: its alias, or the value that people read
+    brush: bool  # whether it is drawn with a brush; else it is a polygon
+    from_name: str  # of its control
+    to_name: str  # of the picture
+
+
 class Interface:
     """The part of a Label Studio project that lexiseg fills.
 
-    ``label_config``: XML with an ``Image`` and ``BrushLabels`` or ``PolygonLabels``. Raises LexisegError if there is
-    none.
+    ``label_config``: XML with an ``Image`` and ``BrushLabels`` or ``PolygonLabels``, one or several. Raises
+    LexisegError if there is none.
     """
 
     def __init__(self, label_config: str) -> None:
@@ -71,18 +81,17 @@ class Interface:
             root = ElementTree.fromstring(label_config)
         except ElementTree.ParseError as error:
             raise LexisegError(f"The labelling interface is not valid XML ({error}); fix it.") from error
-        tags = {tag.tag: tag for tag in root.iter() if tag.tag in ("BrushLabels", "PolygonLabels")}
-        control = next(iter(tags.values()), None)
+        controls = [tag for tag in root.iter() if tag.tag in ("BrushLabels", "PolygonLabels")]
         image = next(root.iter("Image"), None)
-        if control is None or image is None:
+        if not controls or image is None:
             raise LexisegError("The labelling interface needs an Image and BrushLabels or PolygonLabels; add them.")
-        self.brush = control.tag == "BrushLabels"
-        self.from_name = control.get("name", "tag")
-        self.to_name = control.get("toName") or image.get("name", "image")
         self.key = image.get("value", "$image").lstrip("$")
-        # A label's alias is what results carry; its value is what people read.
-        labels = [(label.get("value", ""), label.get("alias")) for label in control.iter("Label")]
-        self.labels = {value: alias or value for value, alias in labels}
+        self.labels: dict[str, Label] = {}  # by value; where several controls have one, the first
+        for control in controls:
+            place = control.get("name", "tag"), control.get("toName") or image.get("name", "image")
+            for label in control.iter("Label"):
+                value = label.get("value", "")
+                self.labels.setdefault(value, Label(label.get("alias") or value, control.tag == "BrushLabels", *place))
         if not self.labels or "" in self.labels:
             raise LexisegError("The labelling interface has no Label with a value; add one for each class.")
 
@@ -129,25 +138,22 @@ def encode_brush(mask: NDArray[np.bool_]) -> list[int]:
 
 
 def _brush_results(answer: Answer, interface: Interface) -> dict[str, Any]:
-    result, kind = answer.result, "brushlabels" if interface.brush else "polygonlabels"
+    result, labels = answer.result, list(interface.labels.values())
     height, width = result.size
-    outlines = {} if interface.brush else result.polygons()
-    common: dict[str, Any] = {"from_name": interface.from_name, "to_name": interface.to_name, "type": kind}
-    common |= {"original_width": width, "original_height": height, "image_rotation": 0}
+    outlines = {} if all(label.brush for label in labels) else result.polygons()
+    common: dict[str, Any] = {"original_width": width, "original_height": height, "image_rotation": 0}
     found: list[dict[str, Any]] = []
     for row in result.table():
-        if (label := interface.labels.get(row.name)) is None:
-            continue
-        if interface.brush:
+        label = labels[row.index]
+        if label.brush:
             values: list[dict[str, Any]] = [{"format": "rle", "rle": encode_brush(np.asarray(result.mask(row.index)))}]
         else:
             # A polygon of Label Studio has no holes, and its numbers are percentages.
             rings = [[[100 * x / width, 100 * y / height] for x, y in outer] for outer, *_ in outlines[row.name]]
             values = [{"points": points, "closed": True} for points in rings]
-        found += [
-            {"id": uuid.uuid4().hex[:10], **common, "score": row.score, "value": {**value, kind: [label]}}
-            for value in values
-        ]
+        kind = "brushlabels" if label.brush else "polygonlabels"
+        where = {"from_name": label.from_name, "to_name": label.to_name, "type": kind, **common, "score": row.score}
+        found += [{"id": uuid.uuid4().hex[:10], **where, "value": {**value, kind: [label.name]}} for value in values]
     scores = [row.score for row in result.table() if row.score is not None]
     return {"result": found, "score": float(np.mean(scores)) if scores else 0.0}
 
@@ -192,7 +198,7 @@ def add_annotation_routes(app: FastAPI, service: Service) -> None:
     async def predict(request: Request, content: LabelStudioRequest) -> dict[str, Any]:
         """Label Studio's tasks, answered with brush labels or polygons of the project's own labels."""
         interface = Interface(content.label_config)
-        words = service.vocabulary([value.replace(";", " ") for value in interface.labels])
+        words = service.vocabulary([re.sub("[;\uff1b]", " ", value) for value in interface.labels])  # a class each
         pictures = [
             await asyncio.to_thread(_picture, task, interface.key, service.settings.files) for task in content.tasks
         ]

@@ -119,7 +119,7 @@ def proposals(
     model: Model,
     image: Picture,
     classes: Classes,
-    count: Annotated[int, typer.Option("--count", help="Maximum number of proposals.")] = 8,
+    count: Annotated[int, typer.Option("--count", min=1, help="Maximum number of proposals.")] = 8,
     by: Annotated[
         Literal["clip", "ensemble"],
         typer.Option(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from lexiseg.vocabulary import Vocabulary
 
 SOME_FAILED, ALL_FAILED = 1, 2
+_LONGEST_STEM = 200  # in bytes
 
 
 @dataclass(frozen=True)
@@ -137,16 +139,24 @@ def _stems(paths: Sequence[Path], kept: Mapping[str, str] | None = None) -> dict
     """
     kept = kept or {}
     stems: dict[Path, str] = {}
-    # Two names that differ only in case or in how an accent is spelled are one file on some systems.
-    taken = {word_key(stem) for stem in kept.values()}
+    # Two names that differ only in case or in how an accent is spelled are one file on some systems; annotations.json
+    # and yolo/classes.txt are of the whole run.
+    taken = {"annotations", "classes", *(word_key(stem) for stem in kept.values())}
     for path in paths:
         stem = kept.get(absolute(path))
         if stem is None:
-            choices = chain((path.stem, path.name.replace(".", "_")), (f"{path.stem}_{number}" for number in count(2)))
+            short = _cut(path.stem)
+            choices = chain((short, _cut(path.name.replace(".", "_"))), (f"{short}_{number}" for number in count(2)))
             stem = next(choice for choice in choices if word_key(choice) not in taken)
             taken.add(word_key(stem))
         stems[path] = stem
     return stems
+
+
+def _cut(name: str) -> str:
+    """A name short enough for what is put behind it: no disk takes more than 255 bytes."""
+    data = os.fsencode(name)
+    return name if len(data) <= _LONGEST_STEM else data[:_LONGEST_STEM].decode("utf-8", "ignore")
 
 
 def _rows(entry: Entry, vocabulary: Vocabulary) -> list[dict[str, Any]]:

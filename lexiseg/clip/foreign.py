@@ -21,7 +21,7 @@ from lexiseg.clip.patch_tower import PatchTower
 from lexiseg.clip.tower import ImageTower
 from lexiseg.errors import LexisegError
 from lexiseg.files import read_json
-from lexiseg.hub import download, download_folder
+from lexiseg.hub import INTO_CACHE, download, download_folder
 from lexiseg.words import first_line
 
 TRANSFORMERS, TIMM = "transformers:", "timm:"
@@ -153,7 +153,7 @@ def timm_model(name: str) -> Any:
         )
     repository = str(getattr(timm.get_pretrained_cfg(name), "hf_hub_id", None) or f"timm/{name}")
     repository = f"timm/{name}" if repository.endswith("/") else repository
-    path = download(repository, ("model.safetensors",), name, instead="it to the hub's cache folder and run again")
+    path = download(repository, ("model.safetensors",), name, then=INTO_CACHE)
     try:
         return timm.create_model(
             name, pretrained=True, pretrained_cfg_overlay={"file": str(path)}, num_classes=0, dynamic_img_size=True

@@ -180,7 +180,7 @@ def _download_tag(name: str, tag: dict[str, Any]) -> Path:
         names = (f"{filename.rsplit('.', 1)[0]}.safetensors", filename)
     # A file does not say which activation it wants, so the name that is given with it has to.
     arch = name.split("/", 1)[0].removesuffix("-quickgelu") + ("-quickgelu" if tag.get("quick_gelu") else "")
-    return download(repository, names, name, instead=f"{arch}/PATH/{names[0]}")
+    return download(repository, names, name, then=f"give {arch}/PATH/{names[0]} instead of the name")
 
 
 def read_safetensors(path: Path) -> dict[str, torch.Tensor]:

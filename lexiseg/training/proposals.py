@@ -29,7 +29,7 @@ IMAGENET_WEIGHTS = {
     "r101c": "timm/resnet101s.gluon_in1k",
 }
 _HUB_FILES = ("model.safetensors", "pytorch_model.bin")
-_INSTEAD = "--set proposals_from=PATH, or start from random weights with --set proposals_from=null,"
+_THEN = "give --set proposals_from=PATH, or start from random weights with --set proposals_from=null"
 _BODY = "backbone.body."
 _OPTION = "model.options.proposals."
 
@@ -60,7 +60,7 @@ def proposals_start(generator: ProposalGenerator, source: str) -> tuple[dict[str
     file, what = Path(source).expanduser(), f"'{source}'"
     if source == IMAGENET:
         repository = _imagenet_repository(generator)
-        file = download(repository, _HUB_FILES, repository, instead=_INSTEAD)
+        file = download(repository, _HUB_FILES, repository, then=_THEN)
         what = f"The file of ImageNet weights {repository}"
     found = read_checkpoint(file, lambda state: "layer1.0.conv1.weight" in state).state
     tensors = {_BODY + name: tensor for name, tensor in found.items() if not name.startswith("fc.")}

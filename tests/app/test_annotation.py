@@ -106,6 +106,21 @@ def test_label_studio_polygons(client: TestClient) -> None:
     assert all(0 <= number <= 100 for point in points for number in point)
 
 
+def test_label_studio_with_several_controls_and_labels_of_several_words(client: TestClient) -> None:
+    interface = """<View><Image name="img" value="$photo"/>
+      <BrushLabels name="one" toName="img"><Label value="elephant;  big"/></BrushLabels>
+      <BrushLabels name="two" toName="img"><Label value="leaves, bush"/><Label value="elephant;  big"/></BrushLabels>
+      <PolygonLabels name="three" toName="img"><Label value="grass"/></PolygonLabels></View>"""
+    request = {"tasks": [{"data": {"photo": "/data/local-files/?d=sub/demo.png"}}], "label_config": interface}
+    (found,) = client.post("/predict", json=request).json()["results"]
+    drawn = {(one["from_name"], one["type"], *one["value"][one["type"]]) for one in found["result"]}
+    assert drawn == {
+        ("one", "brushlabels", "elephant;  big"),
+        ("two", "brushlabels", "leaves, bush"),
+        ("three", "polygonlabels", "grass"),
+    }
+
+
 @pytest.mark.parametrize(
     ("source", "interface", "says"),
     [

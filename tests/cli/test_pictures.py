@@ -77,12 +77,29 @@ def test_two_spellings_of_a_name_are_one_name(predict: Call, tmp_path: Path) -> 
     assert predict(f"one/{forms[0]}", WORDS, "--save", "labels")[0] == 0
 
 
+def test_names_that_are_too_long_or_those_of_the_run_s_own_files(predict: Call, tmp_path: Path) -> None:
+    names = ["annotations.png", "classes.png", f"{'é' * 120}.png", f"{'n' * 250}.png", f"{'n' * 249}m.png"]
+    write_pictures(tmp_path / "in", names)
+    for more in ((), ("--resume",)):
+        assert predict("in", WORDS, "--save", "labels,overlay,json,coco,yolo", *more)[0] == 0
+    for pattern in ("*_labels.png", "*_overlay.png"):
+        assert len(list((tmp_path / "out").glob(pattern))) == len(names)
+    assert len(json.loads((tmp_path / "out" / "annotations.json").read_text())["images"]) == len(names)
+    assert (tmp_path / "out" / "yolo" / "classes.txt").read_text().splitlines() == [
+        part.split(",")[0] for part in WORDS.split("; ")
+    ]
+
+
 def test_nothing_of_a_folder_is_passed_over(predict: Call, folder: Path) -> None:
     (folder / "phone.heic").write_bytes(b"\0\0\0\x18ftypheic")
     (folder / "gone.png").symlink_to("nothing.png")
+    (folder / "layers.psd").write_bytes(b"8BPS")
+    for suffix in (".ico", ".dib", ".j2k", ".pfm"):
+        Image.new("F" if suffix == ".pfm" else "RGB", (16, 16)).save(folder / f"rare{suffix}")
     code, _, err = predict(folder, WORDS, "--save", "labels")
     assert code == SOME_FAILED
-    assert "phone.heic" in err and "gone.png" in err and err.endswith("3 of 5 pictures segmented\n")
+    assert "phone.heic" in err and "gone.png" in err and "layers.psd" in err
+    assert err.endswith("7 of 10 pictures segmented\n")
 
 
 def test_coco_is_one_data_set_a_run_also_after_a_stop(predict: Call, tmp_path: Path, folder: Path) -> None:
@@ -147,6 +164,8 @@ def test_a_stop_says_what_is_done_and_how_to_go_on(
     assert len(list((tmp_path / "out").glob("*_labels.png"))) == 2
     code, _, err = predict(folder, WORDS, "--save", "labels", "--resume", "--refine", "edges")
     assert code == 2 and "'refine' was none and is now edges" in err
+    code, _, err = predict(folder, WORDS.replace("grass", "sky"), "--save", "labels", "--resume")
+    assert code == 2 and "'classes.2.name' was grass and is now sky" in err
     code, _, err = predict(folder, WORDS, "--save", "labels", "--resume")
     assert code == 0 and err == "3 of 3 pictures segmented, 2 of them earlier\n"
 

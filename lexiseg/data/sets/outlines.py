@@ -242,7 +242,8 @@ def list_coco_json(
             wrong("wrong-record", problem)
             continue
         if number in ids or name in taken:
-            wrong("duplicate-entry", f"'{path}' lists the image '{name}' twice; remove one.", name)
+            what = f"lists the image '{name}' twice" if name in taken else f"gives two images the id {describe(number)}"
+            wrong("duplicate-entry", f"'{path}' {what}; remove one.", name)
             continue
         ids.add(number)
         taken.add(name)

@@ -84,6 +84,8 @@ JSON_FAULTS = {
     "an outline that is none": (_first(segmentation=[[1, 2]]), "damaged-label", "outline"),
     "no outline": (lambda c: c["annotations"][0].pop("segmentation"), "wrong-record", "annotation 0"),
     "an image listed twice": (lambda c: c["images"].append(c["images"][0]), "duplicate-entry", "val0.jpg"),
+    "two images of one id": (lambda c: c["images"].append({**c["images"][0], "file_name": "other.jpg"}),
+                             "duplicate-entry", "gives two images the id"),
     "a category without a name": (lambda c: c["categories"][0].update(name=" "), "wrong-record", "ids and names"),
     "images that are no list": (lambda c: c.update(images=3), "wrong-record", "not COCO-style JSON"),
     "annotations that are no list": (lambda c: c.update(annotations=5), "wrong-record", "not COCO-style JSON"),

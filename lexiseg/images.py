@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, TiffImagePlugin
 from PIL.Image import Transpose
 
 from lexiseg.errors import LexisegError, LexisegWarning
@@ -36,7 +36,12 @@ IMAGE_SUFFIXES = frozenset(
         *(".tiff", ".webp"),
     )
 )
-VIDEO_SUFFIXES = frozenset({".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".mpg", ".mpeg"})
+VIDEO_SUFFIXES = frozenset(
+    (
+        *(".3g2", ".3gp", ".asf", ".avi", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts"),
+        *(".mxf", ".ogv", ".ts", ".vob", ".webm", ".wmv"),
+    )
+)
 # Pictures that are not read here. Listings of folders name them, so that they are reported, not passed over.
 FOREIGN_SUFFIXES = frozenset(
     (
@@ -79,8 +84,8 @@ def read_pixels(source: ImageSource, *, max_pixels: float = DEFAULT_MAX_PIXELS, 
 
     Numbers that are not bytes are read by their depth, the same for files, arrays and tensors: floats in 0..1 run from
     black to white; other numbers are of the depth of 8, 10, 12, 14, 16 ... bits that just holds the largest of them, so
-    that 12 bits in a 16-bit file run from 0 to 4095. Numbers below 0, and floats whose largest is between 1 and 2 (most
-    likely 0..1 with overshoot), are refused.
+    that 12 bits in a 16-bit file run from 0 to 4095 (of colour files of 16 bits the upper 8 are read). Numbers below 0,
+    and floats whose largest is between 1 and 2 (most likely 0..1 with overshoot), are refused.
 
     ``source``: a path; the bytes of a file; a binary file object; a PIL image; a numpy array (H, W) or (H, W, C) with 1
     to 4 channels (grey, grey and alpha, colour, colour and alpha); a torch tensor, (H, W) or (C, H, W). ``max_pixels``:
@@ -266,6 +271,12 @@ def _open(file: IO[bytes], name: str, suffix: str) -> Image.Image:
             raise LexisegError(
                 f"{_capital(name)} is in a format that is not supported ({suffix}); convert it to JPEG, PNG or TIFF."
             ) from error
+        file.seek(0)
+        if file.read(4) in TiffImagePlugin.PREFIXES:
+            text = (
+                f"{_capital(name)} is a TIFF of a kind that is not read, such as one of five bands or of float colours"
+            )
+            raise LexisegError(f"{text}, or it is damaged; save it again as red, green and blue bytes.") from error
         raise LexisegError(
             f"{_capital(name)} is not a picture that can be read (PNG, JPEG, WebP, TIFF, GIF, BMP ...); convert it or "
             "give another file."
@@ -275,11 +286,13 @@ def _open(file: IO[bytes], name: str, suffix: str) -> Image.Image:
 def _from_pil(image: Image.Image, name: str, max_pixels: float, orient: bool) -> np.ndarray:
     _check_size(image.width, image.height, name, max_pixels)
     try:
+        orientation = orientation_of(image)
+        halved = image.mode == "RGB" and ";16" in str(getattr(image, "tile", ""))  # Pillow reads the upper 8 bits alone
         image.load()
-        try:
-            orientation = image.getexif().get(ExifTags.Base.Orientation) if orient else None
-        except Exception:  # damaged metadata does not spoil the picture
-            orientation = None
+        if image.format == "TIFF":  # Pillow has turned it
+            orientation = 1 if orient else {6: 8, 8: 6}.get(orientation, orientation)
+        elif not orient:
+            orientation = 1
         # A file may announce one size and hold another; what counts is what was decoded.
         _check_size(image.width, image.height, name, max_pixels)
         pixels = _to_rgb(image, name)
@@ -289,7 +302,25 @@ def _from_pil(image: Image.Image, name: str, max_pixels: float, orient: bool) ->
         raise LexisegError(f"{_capital(name)} is truncated or damaged; copy or save the picture again.") from error
     if orientation in _TURNS:
         pixels = pixels.transpose(_TURNS[orientation])
+    if halved and max(high for _, high in pixels.getextrema()) < 32:
+        text = f"{_capital(name)} uses less than 13 of its 16 bits per colour, of which the upper 8 are read, so it is "
+        warnings.warn(f"{text}nearly black; scale its values to 16 bits.", LexisegWarning, stacklevel=2)
     return np.array(pixels)
+
+
+def orientation_of(image: Image.Image) -> int:
+    """How a picture that was not decoded yet is to be turned, 1 to 8 as EXIF counts; 1, not at all, if damaged."""
+    try:
+        found = image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # damaged metadata does not spoil the picture
+        return 1
+    return found if found in _TURNS else 1
+
+
+def stored_size(image: Image.Image) -> tuple[int, int]:
+    """Width and height of a picture as its file holds it; newer releases of Pillow give those of TIFFs turned."""
+    tags = image.tag_v2 if isinstance(image, TiffImagePlugin.TiffImageFile) else None
+    return image.size if tags is None else (tags[TiffImagePlugin.IMAGEWIDTH], tags[TiffImagePlugin.IMAGELENGTH])
 
 
 def _to_rgb(image: Image.Image, name: str) -> Image.Image:

@@ -51,7 +51,7 @@ class MapOptions:
 
 
 def is_map(path: str | Path) -> bool:
-    """Whether a file is a TIFF or another raster with a georeference."""
+    """Whether a file is a TIFF or another raster with a georeference, and of a name that GDAL takes."""
     path = Path(path)
     if path.suffix.lower() in MAP_SUFFIXES and path.is_file():
         with suppress(LexisegError), warnings.catch_warnings():  # whether it lies anywhere is what is asked here
@@ -158,7 +158,7 @@ def _reading(source: str | Path) -> Iterator[None]:
     """What fails here is the map's fault, not that of a file that is being written meanwhile."""
     try:
         yield
-    except _import_rasterio().errors.RasterioError as error:
+    except (_import_rasterio().errors.RasterioError, UnicodeError) as error:  # GDAL takes names in UTF-8 alone
         raise LexisegError(f"'{printable(str(source))}' cannot be read as a map; check the file.") from error
 
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from lexiseg.errors import LexisegError, LexisegWarning, need
-from lexiseg.files import atomic_write, make_folder, read_lines
+from lexiseg.files import atomic_write, make_folder, read_lines, writing
 from lexiseg.formats import encode_rle
 from lexiseg.images import VIDEO_SUFFIXES
 from lexiseg.journal import changed
@@ -131,7 +131,8 @@ def segment_video(
         container = av.open(str(source), format="v4l2" if str(source).startswith("/dev/video") else None)
         stream = container.streams.video[0]
     except (OSError, av.FFmpegError, IndexError) as error:
-        raise LexisegError(f"'{printable(str(source))}' cannot be read as a video; check the file.") from error
+        reason = getattr(error, "strerror", None) or "it has no pictures"
+        raise LexisegError(f"'{printable(source)}' cannot be read as a video ({reason}); check the file.") from error
     return _segment(av, container, stream, label, vocabulary, options, files, None if resumed else head)
 
 
@@ -141,7 +142,8 @@ def _segment(
 ) -> Iterator[Frame]:  # fmt: skip
     with ExitStack() as stack:
         stack.enter_context(container)
-        journal = stack.enter_context(files["frames"].open("w" if head else "a", encoding="utf-8"))
+        with writing(f"write '{files['frames']}'"):
+            journal = stack.enter_context(files["frames"].open("w" if head else "a", encoding="utf-8"))
         if head:
             _append(journal, head)
         earlier = stack.enter_context(closing(read_lines(files["frames"])))
@@ -157,7 +159,11 @@ def _segment(
             seconds = float(picture.time or 0.0)
             reused = ahead is not None and ahead.get("frame") == index
             if ahead is not None and reused:
-                labels = _labels_of(ahead, pixels.shape[:2], len(vocabulary))
+                try:
+                    labels = _labels_of(ahead, pixels.shape[:2], len(vocabulary))
+                except (KeyError, TypeError, ValueError, IndexError) as error:
+                    problem = f"The line of frame {index} in '{files['frames']}' is damaged; leave out --resume."
+                    raise LexisegError(problem) from error
                 ahead = next(earlier, None)
             elif index % options.every == 0 or labels.shape != pixels.shape[:2]:  # whose size may change
                 labels = label(pixels)
@@ -249,8 +255,9 @@ def _even(side: int) -> int:
 
 
 def _append(journal: Any, value: dict[str, Any]) -> None:
-    journal.write(json.dumps(value, separators=(",", ":")) + "\n")
-    journal.flush()
+    with writing(f"write '{journal.name}'"):
+        journal.write(json.dumps(value, separators=(",", ":")) + "\n")
+        journal.flush()
 
 
 def _is_begun(path: Path, head: dict[str, Any]) -> bool:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import os
+import struct
 import threading
 import unicodedata
 import warnings
@@ -98,6 +99,27 @@ def test_orientation_is_applied_once(orientation: int, kind: str) -> None:
     data = encode(stored, kind, exif=exif, **options)
     assert torch.equal(read_image(data), EXPECTED)
     assert torch.equal(read_image(Image.open(io.BytesIO(data))), EXPECTED)
+    assert np.array_equal(read_pixels(data, orient=False), np.asarray(stored))
+    with Image.open(io.BytesIO(data)) as opened:
+        assert images.stored_size(opened) == stored.size and images.orientation_of(opened) == orientation
+
+
+def tiff(values: np.ndarray) -> bytes:
+    """A TIFF of 16 bits or floats in colour, which Pillow does not write: its values (H, W, C) uint16 or float32."""
+    height, width, bands = values.shape
+    kind = 3 if values.dtype.kind == "f" else 1
+    tags = [(256, width), (257, height), (258, 8 * values.itemsize), (259, 1), (262, 2), (273, 200), (277, bands)]
+    tags += [(278, height), (279, values.nbytes), (339, kind)]
+    head = b"II*\0" + struct.pack("<IH", 8, len(tags)) + b"".join(struct.pack("<HHII", t, 4, 1, v) for t, v in tags)
+    return head.ljust(200, b"\0") + values.tobytes()
+
+
+def test_tiffs_of_more_than_eight_bits_a_colour() -> None:
+    with pytest.raises(LexisegError, match="a TIFF of a kind that is not read"):
+        read_pixels(tiff(np.zeros((4, 4, 3), np.float32)))
+    with pytest.warns(LexisegWarning, match="less than 13 of its 16 bits per colour"):
+        assert read_pixels(tiff(np.full((4, 4, 3), 4095, np.uint16))).max() == 15
+    assert read_pixels(tiff(np.full((4, 4, 3), 65535, np.uint16))).min() == 255
 
 
 def test_transparency_is_laid_over_white() -> None:
@@ -364,9 +386,9 @@ def test_listing(tmp_path: Path) -> None:
     assert [path.name for path in list_images(str(tmp_path / "**" / "*.webp"))] == ["deep.webp"]
     (tmp_path / "odd[1].png").touch()
     assert list_images(tmp_path / "odd[1].png") == [tmp_path / "odd[1].png"]
-    for name in ("a.mp4", "b.MOV"):
+    for name in ("a.mp4", "b.MOV", "c.wmv"):
         (tmp_path / name).touch()
-    with pytest.warns(LexisegWarning, match="Left out of .*: 2 videos; give each one by itself") as caught:
+    with pytest.warns(LexisegWarning, match="Left out of .*: 3 videos; give each one by itself") as caught:
         assert len(list_images(tmp_path)) == 4
     assert len(caught) == 1
     (tmp_path / "IMG_0001").touch()

@@ -17,7 +17,7 @@ import lexiseg
 from lexiseg.cli import main
 from lexiseg.errors import LexisegError
 from lexiseg.images import read_pixels
-from lexiseg.maps import MapOptions, is_map, map_files, segment_map
+from lexiseg.maps import MapOptions, count_tiles, is_map, map_files, segment_map
 from lexiseg.samples import sample_path
 
 rasterio = pytest.importorskip("rasterio")
@@ -49,6 +49,19 @@ def test_a_tiff_without_a_place_is_no_map_and_nothing_is_said(tmp_path: Path) ->
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert not is_map(tmp_path / "plain.tif")
+
+
+def test_maps_among_pictures_and_names_that_gdal_does_not_take(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = write(tmp_path / "map.tif", np.zeros((3, 16, 16), np.uint8))
+    arguments = ["predict", str(tmp_path), "cat; dog", "-m", "zegclip-emoji", "--save", "labels", "-o"]
+    assert main([*arguments, str(tmp_path / "out")]) == 0
+    assert f"'{source}' is a map, whose coordinates the labels of pictures lack" in capsys.readouterr().err
+    odd = source.rename(tmp_path / "caf\udce9.tif")
+    assert not is_map(odd) and main([*arguments, str(tmp_path / "odd")]) == 0
+    with pytest.raises(LexisegError, match=r"caf\\xe9.tif' cannot be read as a map"):
+        count_tiles(odd, MapOptions())
 
 
 def test_labels_and_polygons_lie_where_the_map_does(segmenter: Any, tmp_path: Path) -> None:

@@ -161,6 +161,20 @@ def test_a_run_with_windows_on_a_canvas_goes_on(segmenter: Any, clip: Path, tmp_
         assert frame.reused == resume
 
 
+def test_files_that_cannot_be_gone_on_with_or_written(segmenter: Any, clip: Path, tmp_path: Path) -> None:
+    run(segmenter, clip, tmp_path, overlay=False)
+    journal = video_files(clip, tmp_path)["frames"]
+    head, first, *rest = journal.read_text().splitlines()
+    for line in ('{"frame": 0}', first.replace('"rle"', '"x"'), first.replace('"size":[', '"size":[9')):
+        journal.write_text("\n".join([head, line, *rest, ""]))
+        with pytest.raises(LexisegError, match=r"line of frame 0 in '.*' is damaged; leave out --resume"):
+            run(segmenter, clip, tmp_path, overlay=False, resume=True)
+    journal.unlink()
+    journal.mkdir()
+    with pytest.raises(LexisegError, match=r"Cannot write '.*\.jsonl' \(Is a directory\)"):
+        run(segmenter, clip, tmp_path, overlay=False)
+
+
 def test_a_changed_video_starts_again_with_a_note(segmenter: Any, clip: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy.mp4"
     copy.write_bytes(clip.read_bytes())
@@ -254,7 +268,7 @@ def test_mistakes(segmenter: Any, clip: Path, tmp_path: Path) -> None:
     wrong = tmp_path / "wrong.mp4"
     wrong.write_bytes(b"no video")
     for path in (wrong, tmp_path / "missing.mp4"):
-        with pytest.raises(LexisegError, match="cannot be read as a video"):
+        with pytest.raises(LexisegError, match=r"cannot be read as a video \(.+\); check"):
             run(segmenter, path, tmp_path)
     with pytest.raises(LexisegError, match="at least 1"):
         VideoOptions(every=0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 import uuid
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import parse_qs, urlsplit
@@ -108,10 +109,11 @@ def _picture(task: dict[str, Any], key: str, folder: Path | None) -> bytes:
     if folder is None:
         raise HTTPException(422, "Local files need the folder they lie in; start the service with --files FOLDER.")
     root = folder.resolve()
-    path = (root / name.lstrip("/")).resolve()
-    if not path.is_relative_to(root) or not path.is_file():
-        raise HTTPException(422, "There is no such file in the folder of local files.")
-    return path.read_bytes()
+    with suppress(OSError, ValueError):  # no name of a file
+        path = (root / name.lstrip("/")).resolve()
+        if path.is_relative_to(root) and path.is_file():
+            return path.read_bytes()
+    raise HTTPException(422, "There is no such file in the folder of local files.")
 
 
 def encode_brush(mask: NDArray[np.bool_]) -> list[int]:

@@ -36,7 +36,8 @@ from lexiseg.app.requests import (
     read_question,
 )
 from lexiseg.app.results import OUTPUTS, describe_result
-from lexiseg.class_list import split_classes, typed_read
+from lexiseg.class_forms import entries_read
+from lexiseg.class_list import typed_read
 from lexiseg.devices import use_threads
 from lexiseg.errors import LexisegError
 from lexiseg.exemplars import PREFIX, Exemplar
@@ -130,8 +131,7 @@ class Service:
         if len(texts) + sum(text.count(mark) for text in texts for mark in _SEPARATORS) > 4 * most:
             raise too_many
         # A form, which has no lists, may hold one as text.
-        read = (typed_read(classes).classes,) if isinstance(classes, str) else map(split_classes, texts)
-        listed = [one for part in read for one in part]
+        listed = typed_read(classes).classes if isinstance(classes, str) else entries_read(texts)
         if len(listed) + len(exemplars) > most:
             raise too_many
         if len(exemplars) > self.settings.max_pictures:

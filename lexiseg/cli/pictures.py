@@ -55,7 +55,8 @@ def predict_pictures(
     before: dict[str, Entry] = {}
     if record is not None:
         identity = segmenter.identity(vocabulary, wanted.window)
-        before = record.begin_run({**identity, "instances": list(wanted.instances)}, resume=resume)
+        settings = {**identity, "instances": list(wanted.instances)}
+        before = record.begin_run(settings, resume=resume, images=list(map(absolute, paths)))
     stems = _stems(paths, {image: entry.stem for image, entry in before.items()})
     done = {image: entry for image, entry in before.items() if set(kinds) <= set(entry.files)}
     todo = [Picture(str(path), stems[path], str(path)) for path in paths if absolute(path) not in done]

@@ -35,7 +35,7 @@ COCO = "annotations.json"
 SHARD_SIZE = 64
 TRIES = 2
 """How often a picture may take its worker down before it is left out."""
-_TEMPORARY = re.compile(r"\.(?P<stem>.+?)(_labels|_overlay|_coco)?\.[0-9a-f]{8}\.tmp\.(png|json)")
+_TEMPORARY = re.compile(r"\.(?P<stem>.+?)(_labels|_overlay|_coco|_cvat)?\.[0-9a-f]{8}\.tmp\.\w+")
 
 
 @dataclass(frozen=True)
@@ -93,23 +93,14 @@ class Record(Journal):
         self.output = Path(output)
         super().__init__(self.output / FOLDER)
 
-    def begin_run(self, settings: Mapping[str, Any], *, resume: bool) -> dict[str, Entry]:
+    def begin_run(self, settings: Mapping[str, Any], *, resume: bool, images: Sequence[str] = ()) -> dict[str, Entry]:
         """Start a run, or continue the recorded one; see `Journal.begin`.
 
-        Returns the pictures that are done, by path: those without an error, whose files are all there, and which have
-        not changed since.
+        ``images``: what is to be done, by path; one that is recorded under another path, since its folder was moved or
+        is named another way, is known by its name, size and time of change. Returns the pictures that are done, by
+        path: those without an error, whose files are all there, and which have not changed since.
         """
-        if not self.begin(settings, resume=resume):
-            return {}
-        found = {entry.image: entry for entry in _entries(self.lines()) if not entry.error}
-        # A listing a folder: asking for each file would take minutes on a network.
-        folders = {str(Path(name).parent) for entry in found.values() for name in entry.files.values()}
-        names = {str(Path(folder, name)) for folder in folders for name in _listing(self.output / folder)}
-        return {
-            image: entry
-            for image, entry in found.items()
-            if names.issuperset(entry.files.values()) and entry.state == file_state(image)
-        }
+        return self._done(images) if self.begin(settings, resume=resume) else {}
 
     def shards_of(self, pictures: Sequence[Picture], size: int | None = None) -> dict[int, Sequence[Picture]]:
         """Pictures in shards of ``size`` (None: 64), by a number that no recorded shard has."""
@@ -138,10 +129,11 @@ class Record(Journal):
     def clean(self, stems: Iterable[str]) -> None:
         """Remove files that a killed process was writing; nobody may be writing results of ``stems`` meanwhile."""
         beginnings = set(stems)
-        for name in _listing(self.output):
-            match = _TEMPORARY.fullmatch(name) if name.startswith(".") else None
-            if match and beginnings & {match["stem"], f"{match['stem']}{match[2] or ''}"}:
-                (self.output / name).unlink(missing_ok=True)
+        for folder in (self.output, self.output / "yolo", self.output / "labelme"):
+            for name in _listing(folder):
+                match = _TEMPORARY.fullmatch(name) if name.startswith(".") else None
+                if match and beginnings & {match["stem"], f"{match['stem']}{match[2] or ''}"}:
+                    (folder / name).unlink(missing_ok=True)
 
     def write_coco(self, classes: Iterable[str], entries: Iterable[Entry]) -> Path:
         """Write the pictures' annotations as one COCO dataset; a picture that could not be done is none of it.
@@ -152,6 +144,20 @@ class Record(Journal):
         home = os.path.commonpath([Path(entry.image).parent for entry in done]) if done else ""
         pieces = ((Path(entry.image).relative_to(home).as_posix(), self.output / entry.files["coco"]) for entry in done)
         return merge_coco(self.output / COCO, classes, pieces)
+
+    def _done(self, images: Sequence[str]) -> dict[str, Entry]:
+        """Everything recorded that still holds."""
+        found = {entry.image: entry for entry in _entries(self.lines()) if not entry.error}
+        # A listing a folder: asking for each file would take minutes on a network.
+        folders = {str(Path(name).parent) for entry in found.values() for name in entry.files.values()}
+        names = {str(Path(folder, name)) for folder in folders for name in _listing(self.output / folder)}
+        found = {image: entry for image, entry in found.items() if names.issuperset(entry.files.values())}
+        given = set(images)
+        moved = {(Path(image).name, entry.state): entry for image, entry in found.items() if image not in given}
+        for image in images:
+            if image not in found and (entry := moved.pop((Path(image).name, file_state(image)), None)):
+                found[image] = replace(entry, image=image)
+        return {image: entry for image, entry in found.items() if entry.state == file_state(image)}
 
 
 def _entries(lines: Iterable[Mapping[str, Any]]) -> list[Entry]:

@@ -126,6 +126,9 @@ def test_label_studio_with_several_controls_and_labels_of_several_words(client: 
     [
         ("/data/local-files/?d=../outside.png", INTERFACE, "no such file"),
         ("/data/local-files/?d=/etc/passwd", INTERFACE, "no such file"),
+        ("/data/local-files/?d=%00", INTERFACE, "no such file"),
+        ("/data/local-files/?d=" + "x" * 5000, INTERFACE, "no such file"),
+        ("/data/local-files/?d=sub/demo.png", INTERFACE.replace('"grass"', '"; "'), "Class 3 is empty"),
         ("http://example.org/a.png", INTERFACE, "does not fetch URLs"),
         (None, INTERFACE, "no picture under 'photo'"),
         ("x", "<View>", "not valid XML"),

@@ -170,6 +170,19 @@ def test_a_stop_says_what_is_done_and_how_to_go_on(
     assert code == 0 and err == "3 of 3 pictures segmented, 2 of them earlier\n"
 
 
+def test_a_moved_folder_goes_on(predict: Call, folder: Path, tmp_path: Path) -> None:
+    more = ("--save", "labels,coco", "-o", "out")
+    assert predict(folder, WORDS, *more)[0] == 0
+    moved = folder.rename(tmp_path / "moved")
+    (tmp_path / "link").symlink_to(moved)
+    for place in (moved, tmp_path / "link"):
+        code, _, err = predict(place, WORDS, *more, "--resume")
+        assert code == 0 and err == "3 of 3 pictures segmented, 3 of them earlier\n"
+    (moved / "z_last.png").write_bytes((moved / "a_first.png").read_bytes())
+    assert predict(moved, WORDS, *more, "--resume")[2] == "3 of 3 pictures segmented, 2 of them earlier\n"
+    assert len(list((tmp_path / "out").glob("*_labels.png"))) == 3
+
+
 @pytest.mark.parametrize(("count", "code"), [(0, 2), (2, 1)])
 def test_a_full_disk_keeps_what_is_whole(
     predict: Call, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int, code: int

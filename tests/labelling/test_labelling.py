@@ -142,11 +142,14 @@ def test_what_is_left_of_a_killed_process_is_removed(tmp_path: Path) -> None:
     record = Record(tmp_path)
     record.begin_run(SETTINGS, resume=False)
     gone = [".p0_labels.0123abcd.tmp.png", ".p0.0123abcd.tmp.json", ".p0_overlay.ffffffff.tmp.png"]
+    gone += [".p0_cvat.0123abcd.tmp.xml", "yolo/.p0.0123abcd.tmp.txt"]
+    (tmp_path / "yolo").mkdir()
     kept = [".other_labels.0123abcd.tmp.png", ".p0.txt", "p0.json"]
     for name in (*gone, *kept):
         (tmp_path / name).touch()
     record.clean(["p0"])
     assert {path.name for path in tmp_path.iterdir() if path.is_file()} == set(kept)
+    assert not list((tmp_path / "yolo").iterdir())
 
 
 def test_attempts_do_not_write_into_each_other(tmp_path: Path) -> None:

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import ExifTags, Image
+from PIL import Image
 
 from lexiseg.data.base import Sample, unseen_ids
 from lexiseg.data.sets.archive import Place, readable
 from lexiseg.data.sets.labels import UNKNOWN, LabelKind, ValueTable, read_values
 from lexiseg.errors import LexisegError
-from lexiseg.images import read_pixels
+from lexiseg.images import orientation_of, read_pixels
 from lexiseg.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
@@ -179,10 +179,9 @@ def misfit(item: Item, image: tuple[int, ...], label: tuple[int, ...]) -> tuple[
 def _orientation(place: Place) -> int:
     try:
         with Image.open(readable(place)) as picture:
-            found = picture.getexif().get(ExifTags.Base.Orientation, 1)
-    except Exception:  # damaged metadata does not spoil a picture, and whoever reads the pixels says what does
+            return orientation_of(picture)
+    except Exception:  # whoever reads the pixels says what is wrong
         return 1
-    return found if isinstance(found, int) and 1 < found < 9 else 1
 
 
 def unknown_value(item: Item, values: NDArray[np.int64]) -> str:

@@ -25,7 +25,7 @@ from lexiseg.data.sets.listing import is_safe, key, plain_table, with_unseen
 from lexiseg.errors import DataSetError, LexisegError
 from lexiseg.files import spelled
 from lexiseg.formats import FAR, encode_outline
-from lexiseg.images import open_header, pillow_silenced
+from lexiseg.images import open_header, orientation_of, pillow_silenced, stored_size
 from lexiseg.vocabulary import Vocabulary, VocabularyClass
 from lexiseg.words import counted, describe, shorten, word_key
 
@@ -79,8 +79,8 @@ def picture_size(place: Place, *, turned: bool) -> tuple[int, int]:
     """
     try:
         with pillow_silenced(), open_header(readable(place)) as picture:
-            width, height = picture.size
-            sideways = turned and picture.getexif().get(0x0112, 1) in (5, 6, 7, 8)
+            width, height = stored_size(picture)
+            sideways = turned and orientation_of(picture) > 4
     except Exception as error:  # decoders of hostile bytes raise nearly anything
         raise LexisegError(f"The picture '{place}' cannot be read; replace it or remove it.") from error
     if width * height > MAX_PIXELS:

@@ -318,15 +318,16 @@ def test_black_and_white_masks_are_asked_about(tmp_path: Path) -> None:
     assert sorted(open_data_set("own", tmp_path, "val")[0].label.unique().tolist()) == [0, 255]
 
 
+@pytest.mark.parametrize("suffix", ["png", "tif"])
 @pytest.mark.parametrize("orientation", range(2, 9))
-def test_the_cameras_orientation_is_asked_about(tmp_path: Path, orientation: int) -> None:
+def test_the_cameras_orientation_is_asked_about(tmp_path: Path, orientation: int, suffix: str) -> None:
     raw = np.zeros((*SIZE, 3), np.uint8)
     raw[:16, 24:] = 255
     exif = Image.Exif()
     exif[0x0112] = orientation
     for name in "abcde":
         (tmp_path / "images").mkdir(exist_ok=True)
-        Image.fromarray(raw).save(tmp_path / f"images/{name}.png", exif=exif)
+        Image.fromarray(raw).save(tmp_path / f"images/{name}.{suffix}", exif=exif)
         save_index(tmp_path / f"masks/{name}.png", (raw[..., 0] > 0).astype(int))
     _write(tmp_path / "classes.txt", "dark\nbright\n")
     finding = verify("own", tmp_path, workers=1).errors[0]

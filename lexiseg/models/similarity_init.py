@@ -1,8 +1,7 @@
 """An initial state of our own, from no paper: decoders that start as CLIP's own comparison of patches and words.
 
 From random weights a decoder needs thousands of steps to learn that comparison; trainings on the picture world are
-shorter. The mask logits of unit queries and patches are then about ``GAIN * cosine - OFFSET``, so that most classes
-start as absent.
+shorter.
 """
 
 from __future__ import annotations
@@ -16,10 +15,12 @@ from lexiseg.models.one_stage import DecoderLayer, MaskDecoder
 
 GAIN = 20.0
 OFFSET = 9.0
-"""A cosine of 0.45 has a mask logit of 0."""
+"""Mask logits start at ``GAIN * cosine - OFFSET``, which is zero at a cosine of 0.45: most classes start as absent."""
 IMAGE_WEIGHT = 0.25
-"""Weight of a word's cosine with the whole image beside that with a patch."""
+"""Weight of a word's cosine with the whole image, relative to its cosine with a patch."""
 _KEY_BIAS = 4.0
+"""Length of the keys' bias, whose product with the queries' bias is the offset. It is short because its product with
+the rest of a query differs from class to class."""
 
 
 def patch_directions(projection: Tensor) -> Tensor:
@@ -36,7 +37,7 @@ def init_matching_decoder(decoder: MaskDecoder, query_proj: nn.Linear, basis: Te
 
     Queries are the text embeddings, the layers' updates start at zero, and the last layer's query and key maps are
     multiples of the identity. The biases of queries and keys are opposite along the last direction of ``basis``
-    (`patch_directions`), and their product is the offset. A relationship descriptor adds the words' comparison with the
+    (`patch_directions`), along which patches vary least. A relationship descriptor adds the words' comparison with the
     whole image. ``silent`` starts with logits of zero instead, from which gradients reach the last layer's keys.
     """
     direction = basis[-1]
@@ -50,7 +51,6 @@ def init_matching_decoder(decoder: MaskDecoder, query_proj: nn.Linear, basis: Te
     for linear in (last.query, last.key):
         nn.init.eye_(linear.weight)
         linear.weight.mul_(factor)
-    # A short bias on the keys, because its product with the queries differs from class to class.
     last.key.bias.copy_(_KEY_BIAS * direction)
     pass_text(query_proj, direction, IMAGE_WEIGHT * GAIN / (scale * factor * length * _KEY_BIAS))
     last.query.bias.copy_(-OFFSET / (scale * _KEY_BIAS) * direction)

@@ -46,7 +46,7 @@ def list_models() -> list[ModelEntry]:
         config = json.loads((folder / CONFIG_NAME).read_text("utf-8"))
         entries.append(ModelEntry(name, config["system"], config.get("metadata", {}).get("description", "")))
     entries += [
-        ModelEntry(f"{method}/{name}", DENSE_CLIP, f"Training-free, on the packaged {name}.")
+        ModelEntry(f"{method}/{name}", DENSE_CLIP, f"training-free, on the packaged {name}")
         for name in packaged_clips()
         for method in ("maskclip", "naclip")
     ]

@@ -66,8 +66,8 @@ def split_words(text: str) -> list[str]:
     open_mark = next((word for word in words if word[:1] in ('"', "“", "„", "«")), None)
     if open_mark is not None:
         raise LexisegError(
-            f"'{describe(open_mark)}' has a quotation mark that nothing closes: a comma joins synonyms, between "
-            "quotation marks too; remove them."
+            f"'{describe(open_mark)}' has an unclosed quotation mark; remove quotation marks, because a comma joins "
+            "synonyms inside them too."
         )
     if not all(words):
         raise LexisegError(

@@ -261,12 +261,14 @@ def _structured(value: Any) -> ClassList:
     found = _sorted_out(classes)
     if settings["exif"] not in (None, "raw", "apply"):
         raise LexisegError(
-            "'exif' must be raw (masks lie on the pixels as the file holds them) or apply (as the camera's orientation "
-            f"turns them), not {describe(settings['exif'])}."
+            "'exif' must be raw (masks match the stored pixels) or apply (masks match the rotated picture), "
+            f"not {describe(settings['exif'])}."
         )
     masks = settings["masks"]
     if masks is not None and (not isinstance(masks, str) or masks.count("NAME") != 1):
-        raise LexisegError(f"'masks' says how a picture's mask is called, such as NAME_mask, not {describe(masks)}.")
+        raise LexisegError(
+            f"'masks' must be a pattern for the names of masks, such as NAME_mask, not {describe(masks)}."
+        )
     numbers, colors = _ignored(settings.pop("ignore"))
     return replace(
         found, ignored=(*found.ignored, *numbers), ignored_colors=(*found.ignored_colors, *colors), **settings

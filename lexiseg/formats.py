@@ -92,7 +92,7 @@ def _check_outline(shape: Any, size: tuple[int, int]) -> None:
         if corners.size < 6:
             raise ValueError(f"it has {corners.size} coordinates, and three corners need 6")
         if not np.abs(corners).max() <= FAR:
-            raise ValueError("it leads far out of its picture")
+            raise ValueError("it extends far outside its picture")
 
 
 def bounding_box(mask: np.ndarray) -> list[int]:

@@ -33,7 +33,7 @@ def cached(repository: str, filenames: tuple[str, ...]) -> Path | None:
         paths = [huggingface_hub.try_to_load_from_cache(repository, filename) for filename in filenames]
     except HFValidationError as error:
         raise LexisegError(
-            f"'{shorten(repository)}' is neither here nor a valid name of a hub repository; check the name."
+            f"'{shorten(repository)}' is neither on this machine nor a valid hub repository name; check the name."
         ) from error
     return next((Path(path) for path in paths if isinstance(path, str)), None)
 
@@ -54,7 +54,7 @@ def download(repository: str, filenames: tuple[str, ...], name: str, *, then: st
     )
     if reason := unreachable():
         raise LexisegError(
-            f"Cannot download '{name}': {constants.ENDPOINT} cannot be reached ({reason}); change that, or {advice}."
+            f"Cannot download '{name}': {constants.ENDPOINT} cannot be reached ({reason}); fix that, or {advice}."
         )
     from huggingface_hub.errors import EntryNotFoundError
 

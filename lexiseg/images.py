@@ -141,7 +141,7 @@ def list_images(target: str | Path) -> list[Path]:
         bare = sum(not entry.suffix and entry.is_file() for entry in found)
         for left, what in ((videos, counted(videos, "video")), (bare, f"{counted(bare, 'file')} without an ending")):
             if left:
-                note = f"Left out of '{path}': {what}; give each one by itself."
+                note = f"Skipped in '{path}': {what}; give each one by itself."
                 warnings.warn(note, LexisegWarning, stacklevel=2)
         endings = IMAGE_SUFFIXES | FOREIGN_SUFFIXES
         found = [entry for entry in found if entry.suffix.lower() in endings and (entry.is_file() or _is_broken(entry))]

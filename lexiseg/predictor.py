@@ -126,7 +126,7 @@ class Predictor(ABC):
 
     def _run_unless_interrupted(self, batch: list[tuple[Picture, Box]], words: Words) -> None:
         if self.interrupted is not None and self.interrupted():
-            raise LexisegError("The work was given up, since nobody waits for it any more.")
+            raise LexisegError("Cancelled, because no client is waiting for the result.")
         self._run(batch, words)
 
     def _encode(self, picture: Picture, batch_size: int) -> Callable[[Words], Picture]:

@@ -47,14 +47,14 @@ def init(device: str | None = None, *, patience: timedelta = timedelta(minutes=3
         return
     if device not in (None, "auto", "cpu"):
         raise LexisegError(
-            f"Each of the {os.environ['WORLD_SIZE']} processes takes an accelerator of its own; --device can only be "
+            f"Each of the {os.environ['WORLD_SIZE']} processes uses its own accelerator; --device can only be "
             f"auto or cpu with a launcher, not '{device}'."
         )
     try:
         _state(cpu=device == "cpu", timeout=patience)
     except (RuntimeError, ValueError) as error:
         raise LexisegError(
-            f"The {os.environ['WORLD_SIZE']} processes did not find each other ({first_line(error)}); check the "
+            f"The {os.environ['WORLD_SIZE']} processes could not connect ({first_line(error)}); check the "
             "launcher's address, port and number of machines."
         ) from error
 

@@ -386,8 +386,8 @@ class Segmentation:
         if before != text:
             write_text(names, text)
         if before not in (None, text):
-            said = f"'{names}' named other classes and was replaced; what an earlier run wrote beside it counts by the "
-            warnings.warn(f"{said}old list, so write runs of other classes into other folders.", LexisegWarning, 2)
+            said = f"'{names}' listed other classes and was replaced; results of earlier runs beside it use the old "
+            warnings.warn(f"{said}list, so write runs with other classes into other folders.", LexisegWarning, 2)
         return write_text(folder / f"{stem}.txt", formats.to_yolo(self, instances))
 
     def _save_masks(self, folder: Path) -> Path:

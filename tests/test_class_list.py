@@ -161,7 +161,7 @@ def test_lists_as_python_writes_them(tmp_path: Path, text: str) -> None:
 def test_quotation_marks_are_no_part_of_a_word() -> None:
     words = Vocabulary.parse("\"giraffe\"; 'grass', “lawn”; rock 'n' roll; 5\" disc").words
     assert words == ("giraffe", "grass", "lawn", "rock 'n' roll", '5" disc')
-    with pytest.raises(LexisegError, match="'\"tree' has a quotation mark that nothing closes"):
+    with pytest.raises(LexisegError, match="'\"tree' has an unclosed quotation mark"):
         Vocabulary.parse('giraffe; "tree, bush"')
 
 

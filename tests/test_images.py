@@ -388,11 +388,11 @@ def test_listing(tmp_path: Path) -> None:
     assert list_images(tmp_path / "odd[1].png") == [tmp_path / "odd[1].png"]
     for name in ("a.mp4", "b.MOV", "c.wmv"):
         (tmp_path / name).touch()
-    with pytest.warns(LexisegWarning, match="Left out of .*: 3 videos; give each one by itself") as caught:
+    with pytest.warns(LexisegWarning, match="Skipped in .*: 3 videos; give each one by itself") as caught:
         assert len(list_images(tmp_path)) == 4
     assert len(caught) == 1
     (tmp_path / "IMG_0001").touch()
-    with pytest.warns(LexisegWarning, match="Left out of .*: 1 file without an ending; give each one by itself"):
+    with pytest.warns(LexisegWarning, match="Skipped in .*: 1 file without an ending; give each one by itself"):
         assert len(list_images(tmp_path)) == 4
     empty = tmp_path / "empty"
     empty.mkdir()

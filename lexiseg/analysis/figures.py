@@ -37,7 +37,12 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from matplotlib.image import AxesImage
 
-METRICS = {"miou_seen": "mIoU(S)", "miou_unseen": "mIoU(U)", "hiou": "hIoU", "unseen_to_seen": "unseen taken for seen"}
+METRICS = {
+    "miou_seen": "mIoU(S)",
+    "miou_unseen": "mIoU(U)",
+    "hiou": "hIoU",
+    "unseen_to_seen": "unseen predicted as seen",
+}
 _LOG = "metrics.jsonl"
 _MAX_CLASSES = 48
 _SCORE_SIDE = 256

@@ -148,7 +148,9 @@ def top_classes_figure(
     for segmenter in several:
         _check(segmenter.model, by)
     if len(several) > 1 and by != "clip":
-        raise LexisegError("Several models share the first one's proposals only by 'clip'; draw ensembles one by one.")
+        raise LexisegError(
+            "Several models can be compared on the first one's proposals only by 'clip'; draw ensembles one at a time."
+        )
     if not 1 <= proposals <= _MAX_PROPOSALS:
         raise LexisegError(f"{proposals} proposals do not fit into one figure; choose from 1 to {_MAX_PROPOSALS}.")
     first = several[0]
@@ -193,7 +195,7 @@ def _check(model: SegmentationModel, by: ScoresBy) -> None:
     if not isinstance(model, DecoupledModel):
         raise LexisegError(f"{model.system} has no proposals; choose zsseg, zegformer, freeseg or deop.")
     if by == "clip" and isinstance(model, RegionModel) and model.region_encoder is None:
-        raise LexisegError("In this model the proposals alone decide, without CLIP; draw by 'ensemble'.")
+        raise LexisegError("This model scores proposals without CLIP; draw by 'ensemble'.")
 
 
 def _region_scores(segmenter: Segmenter, image: str | Path, vocabulary: Vocabulary) -> RegionScores:

@@ -58,7 +58,7 @@ class Guard:
         if token is not None and scope["path"] not in _OPEN:
             expected, given = f"Bearer {token}".encode(), headers.get(b"authorization", b"")
             if not hmac.compare_digest(expected, given):
-                raise HTTPException(401, "This service asks for its token; send it as 'Authorization: Bearer TOKEN'.")
+                raise HTTPException(401, "This service requires a token; send it as 'Authorization: Bearer TOKEN'.")
         length = headers.get(b"content-length", b"0")
         if length.isdigit() and int(length) > self.settings.max_bytes:
             raise self._too_large()

@@ -55,7 +55,7 @@ def _root(
     context: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False,
     quiet: Annotated[
-        bool, typer.Option("--quiet", help="Suppress the notes about suspicious results, of any command.")
+        bool, typer.Option("--quiet", help="Suppress notes about suspicious results; works with every command.")
     ] = False,
 ) -> None:
     notes.quiet = quiet
@@ -116,7 +116,7 @@ def main(args: Sequence[str] | None = None) -> int:
             # Every command takes --quiet, which is moved in front of its name.
             words = sorted(sys.argv[1:] if args is None else args, key=lambda word: word != "--quiet")
             if "" in words:  # as a path it would be the folder the shell is in
-                raise LexisegError("An argument is empty, as from a shell's variable that is not set; give it a value.")
+                raise LexisegError("An argument is empty, perhaps from an unset shell variable; give it a value.")
             command: Any = typer.main.get_command(app)
             # Not by calling it: click would answer Ctrl-C with a line of its own.
             with notes.printed(), command.make_context("lexiseg", words) as context:

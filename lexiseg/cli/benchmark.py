@@ -18,14 +18,14 @@ app.callback(invoke_without_command=True)(show_help)
 
 @app.command("cost", context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False)
 def cost(context: typer.Context) -> None:
-    """Parameters, multiply-adds and speed of every system beside its paper's figures; ``--help`` lists the options.
+    """Count parameters and multiply-adds of every system, next to its paper's figures, and time it.
 
     Raises LexisegError if lexiseg was not installed from its repository, where the benchmarks are.
     """
     root = Path(lexiseg.__file__).resolve().parents[1]
     if not (root / "benchmarks" / "cost").is_dir():
         raise LexisegError(
-            "The cost table is in the folder 'benchmarks' of lexiseg's repository, which an installed package lacks; "
+            "The cost table needs the folder 'benchmarks' of lexiseg's repository, which an installed package lacks; "
             "clone the repository and run 'pip install -e .' there."
         )
     if str(root) not in sys.path:

@@ -94,7 +94,7 @@ def convert(
             dtype=torch.float16 if half else None,
         )
     for argument in report.ignored:
-        say_note(f"{_OPTIONS[argument]} makes no difference to a checkpoint of the kind {report.kind}.")
+        say_note(f"{_OPTIONS[argument]} has no effect on a {report.kind} checkpoint.")
     if json:
         say_json(
             {

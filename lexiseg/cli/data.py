@@ -32,7 +32,7 @@ def world(
 ) -> None:
     """Write a picture world to disk in the layout of PASCAL VOC.
 
-    The masks of the training scenes have 255 ("ignored") where a class is unseen.
+    The masks of training scenes have 255 ("ignored") where a class is unseen.
     """
     from lexiseg.data.picture_world import find_world, write_voc
 
@@ -102,7 +102,7 @@ def verify(
             for check in found.splits
         ]  # fmt: skip
         say_table(
-            f"{chosen}, {counted(len(found.classes), 'class')}", ["split", "samples", "classes there", "no class"], rows
+            f"{chosen}, {counted(len(found.classes), 'class')}", ["split", "samples", "classes found", "no class"], rows
         )
         warnings = len(found.findings) - len(found.errors)
         say(f"{counted(len(found.errors), 'error')}, {counted(warnings, 'warning')}")
@@ -132,7 +132,7 @@ def prepare(
         return
     for step in steps:
         say(f"{step.what}: {step.path}")
-    say(f"{name} in '{root}' is prepared; `lexiseg data verify {name} {root}` reads every file.")
+    say(f"{name} in '{root}' is ready; `lexiseg data verify {name} {root}` reads every file.")
 
 
 def _name_and_root(name: str, root: Path | None) -> tuple[str, Path]:

@@ -44,7 +44,7 @@ def doctor(
 ) -> None:
     """Check the installation and segment a sample picture with packaged weights.
 
-    Exit code 1 when something is wrong.
+    Exit code 1 if there is a problem.
     """
     with waiting("checking the machine"):
         requirements = _requirements()
@@ -65,7 +65,7 @@ def doctor(
     ]
     for name, facts in report["folders"].items():
         if not facts["writable"]:
-            problems.append(f"The {name} '{facts['path']}' cannot be written.")
+            problems.append(f"The {name} '{facts['path']}' is not writable.")
     if self_test is not None and not self_test["ok"]:
         problems.append(f"The self-test failed: {self_test['problem']}")
     if json:
@@ -161,7 +161,9 @@ def _self_test() -> dict[str, Any]:
     found = [row.name for row in result.table() if row.fraction >= 0.01]
     facts |= {"seconds": round(seconds, 2), "found": found, "ok": len(found) > 1}
     if not facts["ok"]:
-        facts["problem"] = f"only {found or 'nothing'} was found in the sample; the weights or this torch are broken."
+        facts["problem"] = (
+            f"only {found or 'nothing'} was found in the sample; the weights or this build of torch are broken."
+        )
     elif seconds > SELF_TEST_SECONDS:
         facts["note"] = f"it took longer than {SELF_TEST_SECONDS:g} seconds; the machine is slow or busy"
     return facts

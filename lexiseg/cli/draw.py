@@ -174,7 +174,9 @@ def _load(model: str, device: str, *, inside: bool = True) -> Segmenter:
     from lexiseg.export.spec import is_export
 
     if inside and is_export(model):
-        raise LexisegError(f"'{model}' is an exported model, which shows nothing of its inside; give the model itself.")
+        raise LexisegError(
+            f"'{model}' is an exported model, whose layers cannot be inspected; give the original model."
+        )
     return lexiseg.load(model, device=device, max_pixels=DEFAULT_MAX_PIXELS)
 
 

@@ -61,7 +61,7 @@ def export(
     ]
     say_table("Compared with the model in float32:", ["picture", "equal labels", "largest difference of a score"], rows)
     if format == "torch":
-        say("compiled by AOTInductor" if spec.compiled else "a program of torch.export: there is no C++ compiler here")
+        say("compiled by AOTInductor" if spec.compiled else "not compiled: this machine has no C++ compiler")
     sizes = ", ".join(f"{side[1]} x {side[0]}" for side in spec.sizes) or "any size"
     say(f"{sum(report['bytes'].values()) / 2**20:,.1f} MiB, for windows of {sizes}")
     say_written([output / REPORT, output])

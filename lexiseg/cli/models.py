@@ -17,7 +17,7 @@ _OTHERS = (
     ("METHOD/ARCHITECTURE/TAG", "training-free, on any ViT of open_clip, such as naclip/ViT-B-16/openai"),
     ("METHOD/transformers:OWNER/NAME", "training-free, on TIPSv2, SigLIP, SigLIP 2 or MetaCLIP 2"),
     ("METHOD/FOLDER", "training-free, on a CLIP in a folder"),
-    ("sam3", "SAM 3, prompted by each word; its weights are gated, and auto never takes them"),
+    ("sam3", "SAM 3, prompted by each word; its weights are gated, and auto never uses them"),
     ("OWNER/NAME", "a model folder on the Hugging Face hub"),
 )
 
@@ -51,7 +51,7 @@ def list_weights(json: bool) -> None:
     if json:
         say_json([{**asdict(one), "model": one.model, "here": one.here} for one in entries])
         return
-    say("Published weights, each with the method that does best on it; auto takes the first that it can get:")
+    say("Published weights, each with its best method; auto takes the first one available:")
     for one in sorted(entries, key=lambda one: one.auto or len(entries)):
         place = "on this machine" if one.here else f"about {one.size} MB to download"
         say(one.model)

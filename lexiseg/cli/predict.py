@@ -198,7 +198,9 @@ def _kinds(save: str, instances: str | None) -> list[str]:
         if kind not in SAVE_FORMATS:
             raise LexisegError(f"--save has no format '{kind}'; choose from {', '.join(SAVE_FORMATS)}.")
     if instances is not None and not set(_OBJECT_KINDS) & set(kinds):
-        raise LexisegError(f"--instances affects none of what --save writes; add one of {', '.join(_OBJECT_KINDS)}.")
+        raise LexisegError(
+            f"--instances has no effect on these formats of --save; add one of {', '.join(_OBJECT_KINDS)}."
+        )
     return kinds
 
 
@@ -257,6 +259,6 @@ def _pictures(sources: Sequence[str], output: Path) -> list[Path]:
             else:
                 paths.setdefault(absolute(path), path)
     if results:
-        text = f"Left out: {counted(results, 'picture')} in '{output}' that lexiseg wrote there for others."
+        text = f"Skipped: {counted(results, 'picture')} in '{output}' that lexiseg wrote there itself."
         warnings.warn(text, LexisegWarning, stacklevel=2)
     return list(paths.values())

@@ -48,7 +48,7 @@ def serve(
 ) -> None:
     """Serve a web page and an HTTP service that segment pictures by words.
 
-    Clients must send the token in the environment variable LEXISEG_TOKEN, if there is one.
+    If the environment variable LEXISEG_TOKEN is set, clients must send this token.
     """
     if host not in _LOOPBACK and not os.environ.get(_TOKEN):
         say_note(

@@ -31,7 +31,8 @@ def train(
         Path | None, typer.Option("--data", help="Train on a folder of your own instead of the recipe's data.")
     ] = None,
     initial: Annotated[
-        str | None, typer.Option("--initial", help="Start from this run, model or recipe, not the recipe's `initial`.")
+        str | None,
+        typer.Option("--initial", help="Start from this run, model or recipe instead of the recipe's `initial`."),
     ] = None,
     seed: Annotated[int | None, typer.Option("--seed", min=0, help="Override the recipe's seed.")] = None,
     set: Annotated[
@@ -46,7 +47,7 @@ def train(
     list_: Annotated[bool, typer.Option("--list", help="List the packaged recipes, and stop.")] = False,
     json: Json = False,
 ) -> None:
-    """Train by a recipe; --resume continues a stopped run, bit for bit on a CPU."""
+    """Train a model from a recipe; --resume continues a stopped run, bit for bit on a CPU."""
     from json import dumps as quoted  # a JSON string is YAML
 
     from lexiseg.recipes import describe_recipes, load_recipe

@@ -153,7 +153,7 @@ def _segmenter(
     if isinstance(weights, Segmenter):
         for name, value in {"templates": templates, **how}.items():
             if value:
-                raise LexisegError(f"The model is loaded already, so {name} is too late here; give it to lexiseg.load.")
+                raise LexisegError(f"The model is already loaded; pass {name} to lexiseg.load instead.")
         segmenter = copy.copy(weights)
         if words and segmenter.templates is None:
             segmenter.templates = Vocabulary.parse("any", templates=words).templates

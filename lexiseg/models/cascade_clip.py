@@ -197,8 +197,8 @@ class CascadeCLIP(ZegCLIP):
         random = options.level_projection == "released" and groups[loud][-1] != self.last
         if random or (len(groups[loud]) > 1 and options.aggregation in ("concat", "self-attention")):
             raise LexisegError(
-                f"init 'clip-similarity' compares patches with words, which the groups {options.groups} do not let the "
-                "deepest one do; put the last block in a group of its own."
+                f"init 'clip-similarity' compares patches with words, which the deepest of the groups {options.groups} "
+                "cannot do; put the last block in a group of its own."
             )
         for index, head in enumerate(self.heads()):
             self.init_decoder(head.decoder, head.query_proj, basis, silent=index != loud)

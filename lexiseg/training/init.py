@@ -131,11 +131,11 @@ def start_from(
     model = system(start.clip, options, tuple(seen_names))
     parts = model.init_from(start, what)
     if parts:
-        _log.info("Of '%s' the %s are taken: the rest is of another architecture.", initial, " and ".join(parts))
+        _log.info("Of '%s' only the %s are used: the rest has another architecture.", initial, " and ".join(parts))
     done = start.metadata.get("steps")
     if steps is not None and done is not None and done != steps:
         _log.warning(
-            "'%s' was trained for %s steps, while the recipe's initial_steps is %d; it is taken as it is.",
+            "'%s' was trained for %s steps, while the recipe's initial_steps is %d; it is used as it is.",
             initial,
             done,
             steps,

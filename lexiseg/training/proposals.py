@@ -112,7 +112,7 @@ def _own_tensors(generator: QueryGenerator, source: str) -> tuple[dict[str, Tens
     model = load_model(source) if Path(source).expanduser().is_dir() else None
     if not isinstance(model, DecoupledModel):
         raise LexisegError(
-            f"'{source}' is no run or model of lexiseg for the proposals to start from; give one, 'imagenet' or a "
+            f"'{source}' is not a lexiseg run or model that proposals could start from; give one, 'imagenet' or a "
             "ResNet's file (a published MaskFormer has seen masks of unseen classes)."
         )
     for key in ("kind", "heads"):

@@ -332,7 +332,9 @@ class Trainer:
             )
         if was != count and processes.is_main():
             _log.warning(
-                "The run began with %s processes and goes on with %s, so the result may differ in rounding.", was, count
+                "The run was started with %s processes and continues with %s, so the result may differ in rounding.",
+                was,
+                count,
             )
         self._write_recipe()
         if rank >= was:  # a process that was not there before has no random state to take up

@@ -96,10 +96,11 @@ def read_cat_seg(
 def cat_seg_notes(model: CATSeg, state: Mapping[str, Tensor]) -> list[str]:
     """What such a file does not tell and was assumed, a sentence each."""
     notes = [
-        "It predicts as the released code does, for the published figures: of more than "
-        f"{model.options.padding} classes a window sees that many; the option released: false in config.json lifts "
-        "that limit."
+        f"It predicts as the released code does: a window scores at most {model.options.padding} classes; the option "
+        "released: false in config.json lifts that limit."
     ]
     if not any(key.endswith("attn_mask") for key in state):
-        notes.append("The side of its attention windows is not in the file; it is taken to be 12 patches, as released.")
+        notes.append(
+            "The side of its attention windows is not in the file; it is assumed to be 12 patches, as released."
+        )
     return notes

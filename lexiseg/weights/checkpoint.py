@@ -111,11 +111,11 @@ class _Choice:
                 )
             self.notes.append(f"The weights are a moving average (EMA), '{name}'; the file holds no others.")
         elif self.ema:
-            self.notes.append(f"The moving average (EMA) of the weights, '{name}', was taken, not '{other}'.")
+            self.notes.append(f"The moving average (EMA) of the weights, '{name}', is used, not '{other}'.")
         else:
             self.notes.append(
-                f"The file holds a moving average (EMA) of the weights, '{name}', as well; '{other}' was "
-                "taken, --ema takes the average."
+                f"The file holds a moving average (EMA) of the weights, '{name}', as well; '{other}' is "
+                "used, --ema uses the average."
             )
         return averages[0] if self.ema or not plain else plain[0]
 

@@ -228,7 +228,7 @@ def _convert_clip(
     )
     save_clip(clip, folder, dtype=dtype)
     said = "its config.json says" if theirs and found.config else "OpenAI files have" if quick else "most others have"
-    note = f"Its activation is taken to be {'QuickGELU' if quick else 'GELU'}, as {said}."
+    note = f"Its activation is assumed to be {'QuickGELU' if quick else 'GELU'}, as {said}."
     if quick_gelu is not None:
         note = f"Its activation is {'QuickGELU' if quick else 'GELU'}, as given."
     return ConversionReport("clip", Path(folder), len(found.state), count_parameters(clip), tuple(unused), (note,))

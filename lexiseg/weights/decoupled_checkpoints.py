@@ -203,24 +203,26 @@ def decoupled_notes(system: System, model: DecoupledModel, seen_known: bool, tra
             "The severance is the released one, values scaled by the masks, in the last block; the file does not say."
         ]
         if model.options.visual_prompts == "prepended":
-            notes.append(f"The prepended prompts are taken to belong to the blocks {model.options.prompt_blocks}.")
+            notes.append(f"The prepended prompts are assumed to belong to the blocks {model.options.prompt_blocks}.")
         return notes
     notes, options = [], cast(RegionModel, model).options
     if options.ensemble.rule == "region":
         notes.append(
-            "CLIP alone scores, as in the released code, which the file does not say; the paper has an ensemble."
+            "Only CLIP's scores are used, as in the released code: the file does not say; the paper has an ensemble."
         )
     elif system != "zegformer":
         notes.append(
-            f"The ensemble's weight is {options.ensemble.weight:g}, as for COCO-Stuff, which the file does not say; "
-            "most of VOC's models have 0.7."
+            f"The ensemble's weight is {options.ensemble.weight:g}, as for COCO-Stuff: the file does not say; most of "
+            "the models for VOC have 0.7."
         )
     notes.append(
-        f"Pictures' shorter side is {options.short_side}, as for COCO-Stuff, which the file does not say; VOC's models "
-        "have 512."
+        f"The pictures' shorter side is {options.short_side}, as for COCO-Stuff: the file does not say; models "
+        "for VOC have 512."
     )
     if system == "zsseg":
-        notes.append("The proposal stage of DeOP is the same network, so that it may be one: the keys do not tell.")
+        notes.append(
+            "This may also be DeOP's proposal stage, which is the same network: the keys do not tell them apart."
+        )
     if system == "freeseg" and options.prompts is None:
         notes.append("There are no learned prompts in the file: words are put into templates.")
     if not seen_known and options.ensemble.rule != "region":

@@ -51,7 +51,7 @@ def infer_generator_options(
     depth = _BACKBONES.get(blocks)
     if depth is None:
         raise LexisegError(
-            f"The checkpoint's backbone has {blocks} blocks in res4; lexiseg knows ResNet-50 (6) and 101 (23)."
+            f"The checkpoint's backbone has {blocks} blocks in res4; lexiseg supports ResNet-50 (6) and 101 (23)."
         )
     queries = shape(_PREDICTOR + "query_embed.weight")
     masks = max(count_blocks(state, _PREDICTOR + "mask_embed.layers."), 1) - 1

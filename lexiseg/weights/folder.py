@@ -139,11 +139,11 @@ def _read_config(folder: Path) -> dict[str, Any]:
         )
     for key in ("clip", "options", "metadata"):
         if not isinstance(config.get(key, {}), dict):
-            raise LexisegError(f"'{path}' is damaged: its {key} should be a mapping; {_COPY_AGAIN}.")
+            raise LexisegError(f"'{path}' is damaged: its {key} must be a mapping; {_COPY_AGAIN}.")
     for key in ("seen_names", "templates"):
         names = config.get(key, [])
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-            raise LexisegError(f"'{path}' is damaged: its {key} should be a list of texts; {_COPY_AGAIN}.")
+            raise LexisegError(f"'{path}' is damaged: its {key} must be a list of texts; {_COPY_AGAIN}.")
     return config
 
 

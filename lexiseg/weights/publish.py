@@ -123,7 +123,7 @@ def push_folder(folder: str | Path, repository: str, *, private: bool = False) -
     except LocalTokenNotFoundError as error:
         raise LexisegError("No hub token was found; set HF_TOKEN or run 'hf auth login'.") from error
     except HFValidationError as error:
-        raise LexisegError(f"'{printable(repository)}' is no name on the hub; write OWNER/NAME.") from error
+        raise LexisegError(f"'{printable(repository)}' is not a valid repository name; write OWNER/NAME.") from error
     except (HfHubHTTPError, OSError) as error:
         raise LexisegError(
             f"The hub refused '{printable(repository)}' ({first_line(error)}); check the name and the token in "

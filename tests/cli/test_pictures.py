@@ -51,7 +51,7 @@ def test_results_beside_the_pictures_are_not_segmented_again(predict: Call, tmp_
     for more in ((), ("--resume",), ()):
         code, _, err = predict(folder, WORDS, "-o", folder, *more)
         assert code == 0 and "2 of 2 pictures" in err
-    assert "Left out: 4 pictures in" in err
+    assert "Skipped: 4 pictures in" in err
     assert len(list(folder.glob("*.json"))) == 2
 
 
@@ -134,7 +134,7 @@ def test_instances_are_regions(predict: Call, folder: Path, tmp_path: Path) -> N
     assert count["regions"] >= count["classes"]
     for more, words in (
         (["--instances", "cat"], "'cat' is not one of the classes"),
-        (["--instances", "dog", "--save", "labels"], "affects none"),
+        (["--instances", "dog", "--save", "labels"], "has no effect"),
     ):
         code, _, err = predict(picture, WORDS, *["--save", "coco", *more])
         assert code == 2 and words in err

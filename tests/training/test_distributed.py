@@ -361,7 +361,7 @@ def test_resume_with_another_number_of_processes(clip_folder, tmp_path):
     launch(tmp_path, train_words(recipe, tmp_path / "whole"), count=1)
     launch(tmp_path, train_words(recipe, tmp_path / "mixed", "--until", "4"))
     said = launch(tmp_path, train_words(recipe, tmp_path / "mixed", "--until", "6", "--resume"), count=1)
-    assert "began with 2 processes and goes on with 1" in said
+    assert "was started with 2 processes and continues with 1" in said
     launch(tmp_path, train_words(recipe, tmp_path / "mixed", "--resume"), count=3)
     close_losses(tmp_path / "mixed", tmp_path / "whole")
 

@@ -143,7 +143,7 @@ def test_a_hub_out_of_reach(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("source", ["facebook/maskformer-resnet101-coco-stuff", "nowhere/run"])
 def test_a_generator_that_others_trained_is_no_start(source: str, tmp_path: Path) -> None:
     """It has seen masks of the classes that are unseen here."""
-    with pytest.raises(LexisegError, match=f"'{source}' is no run or model of lexiseg .* has seen masks of unseen"):
+    with pytest.raises(LexisegError, match=f"'{source}' is not a lexiseg run or model .* has seen masks of unseen"):
         build_task(load(recipe_file(tmp_path, source)))
 
 
@@ -242,7 +242,7 @@ def test_at_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     words = ["train", str(recipe), "-o", str(tmp_path / "run")]
     assert main(words) == 2
     told = capsys.readouterr().err
-    assert "'somebody/maskformer' is no run or model of lexiseg" in told and "Traceback" not in told
+    assert "'somebody/maskformer' is not a lexiseg run or model" in told and "Traceback" not in told
     assert main([*words, "--set", "proposals_from=null"]) == 0
     assert yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())["proposals_from"] is None
     # What a training starts from instead brings its proposals.

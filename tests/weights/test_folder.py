@@ -45,9 +45,9 @@ def test_wrong_folders(tmp_path: Path) -> None:
         ),
         ({"clip": {"name": "clip-nowhere", "fingerprint": "0"}}, "No CLIP is called 'clip-nowhere'"),
         ({"system": ["a"]}, "of the system"),
-        *(({"options": value}, "its options should be a mapping") for value in (5, [1])),
-        *(({"metadata": value}, "its metadata should be a mapping") for value in ("x", [1])),
-        ({"clip": "foo"}, "its clip should be a mapping"),
+        *(({"options": value}, "its options must be a mapping") for value in (5, [1])),
+        *(({"metadata": value}, "its metadata must be a mapping") for value in ("x", [1])),
+        ({"clip": "foo"}, "its clip must be a mapping"),
         ({"clip": {"architecture": 5}}, "open_clip_config.json has it, lacks the key 'model_cfg'"),
         ({"clip": architecture(vision_cfg=5)}, "wrong value for 'model_cfg.vision_cfg'"),
         ({"clip": architecture(embed_dim=[])}, "wrong value for 'model_cfg.embed_dim'"),
@@ -55,7 +55,7 @@ def test_wrong_folders(tmp_path: Path) -> None:
         ({"clip": architecture(preprocess_cfg=5)}, "wrong value for 'preprocess_cfg'"),
         ({"clip": architecture(preprocess_cfg={"mean": [0, 1, None]})}, "wrong value for 'preprocess_cfg.mean.2'"),
         *(
-            ({key: value}, f"its {key} should be a list of texts")
+            ({key: value}, f"its {key} must be a list of texts")
             for key in ("seen_names", "templates")
             for value in (5, None, [5], "x")
         ),

@@ -73,7 +73,7 @@ def test_a_checkpoint_becomes_proposals(
     captured = capsys.readouterr()
     assert f"--set model.options.proposals.weights={tmp_path / 'out'}" in captured.out
     for option in ("--half", "--transductive"):
-        assert f"{option} makes no difference" in captured.err
+        assert f"{option} has no effect" in captured.err
     generator = sam(weights=str(tmp_path / "out"))
     images = torch.randn(1, 3, 32, 64)
     with pytest.raises(LexisegError, match=r"is a file; run `lexiseg convert .*sam\.pth -o FOLDER`"):

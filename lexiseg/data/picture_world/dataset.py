@@ -151,7 +151,7 @@ def write_voc(
     classes, listed = "".join(f"{name}\n" for name in world.classes), root / "classes.txt"
     shown = any(not entry.name.startswith(".") for entry in root.iterdir())
     if shown and not (listed.is_file() and listed.read_bytes() == classes.encode()):
-        raise LexisegError(f"'{root}' holds other files than those of this world; give a new folder.")
+        raise LexisegError(f"'{root}' holds files that are not part of this world; give a new folder.")
     write_text(listed, classes)  # first, so that a run that was stopped can be repeated
     images, masks = make_folder(root / "JPEGImages"), make_folder(root / "SegmentationClass")
     lists = make_folder(root / "ImageSets" / "Segmentation")

@@ -62,7 +62,7 @@ class Member:
         except _DAMAGE as error:
             raise LexisegError(f"'{self}' cannot be read ({error}); download the archive again.") from error
         if len(data) != self.size:
-            raise LexisegError(f"'{self}' has another size than the archive says; download the archive again.")
+            raise LexisegError(f"'{self}' does not have the size that the archive states; download the archive again.")
         return data
 
     def open(self) -> IO[bytes]:

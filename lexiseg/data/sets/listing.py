@@ -120,7 +120,7 @@ def same_stems(names: Iterable[str], folder: Path, suffixes: Iterable[str]) -> l
     return [
         Finding(
             "duplicate-entry",
-            f"{' and '.join(found[name])} in '{folder}' differ in their ending or spelling alone, so it is "
+            f"{' and '.join(found[name])} in '{folder}' differ only in ending or spelling, so it is "
             f"unclear which of them belongs to '{name}'; remove or rename the others.",
             str(folder),
             name,
@@ -293,7 +293,7 @@ def _unread(folder: Path) -> dict[str, str]:
     for file in entries(folder) if folder.is_dir() else ():
         stem, _, ending = file.rpartition(".")
         if stem and ending.lower() in ("jpg", "jpeg"):
-            said[stem] = f"'{file}' is there, but JPEG changes the numbers of a label; save it anew as PNG"
+            said[stem] = f"'{file}' is there, but JPEG changes the numbers of a label; save it again as PNG"
         elif stem and ending.lower() in ("npy", "webp"):
             said[stem] = f"'{file}' is there, but labels of this kind are not read; save it as PNG"
     return said

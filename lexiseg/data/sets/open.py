@@ -68,8 +68,8 @@ def _overlap(root: Path, files: SplitFiles) -> list[str]:
     if len(lists) < 2 or not shared:
         return []
     return [
-        f"'{lists[0]}' and '{lists[1].name}' share {counted(len(shared), 'picture')}, such as '{min(shared)}', so a "
-        "model is judged by what it was trained on; take them out of one list."
+        f"'{lists[0]}' and '{lists[1].name}' share {counted(len(shared), 'picture')}, such as '{min(shared)}', so "
+        "models are evaluated on pictures they were trained on; remove them from one list."
     ]
 
 

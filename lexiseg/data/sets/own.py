@@ -253,8 +253,8 @@ def _passed_over(class_file: Path) -> list[Finding]:
         with suppress(LexisegError):  # of such a name, but no class file
             if path.is_file() and _said(path) != said:
                 problem = (
-                    f"'{class_file}' lists the classes, and '{path.name}' beside it, which says something else, is "
-                    "not read; remove one of them."
+                    f"'{class_file}' lists the classes; '{path.name}' beside it says something else and is "
+                    "ignored; remove one of them."
                 )
                 findings.append(Finding("class-list", problem, str(path), severity="warning"))
     return findings

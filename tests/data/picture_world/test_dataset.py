@@ -182,7 +182,7 @@ def test_written_to_disk_it_is_a_voc_folder(tmp_path) -> None:
     write_voc(root, num_train=1, num_val=0, size=32)
     (root / "classes.txt").write_text("cat\n")
     for folder in (root, root / "JPEGImages"):  # somebody's own data
-        with pytest.raises(LexisegError, match="holds other files"):
+        with pytest.raises(LexisegError, match="holds files that are not part of"):
             write_voc(folder, num_train=1, num_val=0, size=32)
     assert (root / "classes.txt").read_text() == "cat\n"
 

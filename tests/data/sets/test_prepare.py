@@ -84,7 +84,7 @@ def test_prepare_says_what_is_missing(clean, tmp_path, capsys):
     _zip(root / "all.zip", tmp_path / "pack")
     assert main(["data", "prepare", "ade20k-150", str(root)]) == 2
     said = capsys.readouterr()
-    assert "is prepared" not in said.out and "unpacked all.zip" in said.err
+    assert "is ready" not in said.out and "unpacked all.zip" in said.err
     assert "is not complete (the split 'val' is)" in said.err and "training" in said.err
     root = tmp_path / "ade847"
     shutil.copytree(clean("ade847"), root)
@@ -206,4 +206,4 @@ def test_prepare_command(clean, tmp_path, capsys):
     steps = json.loads(capsys.readouterr().out)["steps"]
     assert [Path(step["path"]).name for step in steps] == ["train.txt", "val.txt"]
     assert main(["data", "prepare", "own", str(tmp_path / "my")]) == 0
-    assert "is prepared" in capsys.readouterr().out
+    assert "is ready" in capsys.readouterr().out

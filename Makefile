@@ -1,4 +1,4 @@
-# Everything a person does here, as verbs. `make demo` and `make test` work on a fresh machine with Python >= 3.10.
+# The usual tasks. `make demo` and `make test` work on a fresh machine with Python >= 3.10.
 
 PYTHON ?= python3
 VENV   ?= .venv
@@ -16,7 +16,7 @@ PRETRAINED   := lexiseg/pretrained
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-slow fuzz test-browser lint docs weights results reproduce benchmark clean
 
-help: ## List the verbs
+help: ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 24
 
 install: $(STAMP) ## Build the environment in .venv
@@ -101,5 +101,5 @@ benchmark: $(STAMP) ## Speed and memory, as tables
 	$(BIN)/python -m benchmarks.data --step
 	$(BIN)/python -m benchmarks.evaluation
 
-clean: ## Remove what the verbs above wrote, but not the environment
+clean: ## Remove what the targets above wrote, but not the environment
 	rm -rf out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -59,11 +59,11 @@ def load(
     """Load a model, ready to segment pictures.
 
     Args:
-        name: a model that comes with the package (see `list_models`); a folder that ``lexiseg train`` or
+        name: a model that comes with the package (see `list_models`); a folder that ``lexiseg train``,
             ``lexiseg convert`` or ``lexiseg export`` wrote; a training-free method and an open_clip name such as
             ``"naclip/ViT-B-16/openai"``; a hub repository ``"owner/name"``; or "auto", the best permissive weights
-            that this machine has or can get, which is said on stderr.
-        device: where to run it; None takes an accelerator where there is one.
+            that this machine has or can get (the choice is printed on stderr).
+        device: where to run it; None uses an accelerator if there is one.
         dtype: "bf16" or "fp16" run the model in mixed precision; "auto" is bf16 on a processor made for it; None
             is float32.
         compile: compile it with torch.compile.

@@ -148,7 +148,7 @@ def list_images(target: str | Path) -> list[Path]:
     except (OSError, ValueError, re.error) as error:
         raise LexisegError(f"Cannot list '{shorten(text, 200)}' ({_reason(error)}); check the path.") from error
     if not found:
-        raise LexisegError(f"There is no picture in '{path}'; known endings are {', '.join(sorted(IMAGE_SUFFIXES))}.")
+        raise LexisegError(f"There is no picture in '{path}'; supported are {', '.join(sorted(IMAGE_SUFFIXES))}.")
     return sorted(found, key=_natural_key)
 
 

@@ -56,7 +56,7 @@ class _Held(threading.local):
 
 
 class Predictor(ABC):
-    """What `lexiseg.load` gives: a model that segments pictures by words. Threads may share it; it can be pickled.
+    """What `lexiseg.load` returns: a model that segments pictures by words. Threads may share it; it can be pickled.
 
     A subclass turns words into text embeddings (`_words`), runs windows (`_run`; for `set_image`, `_encode`) and makes
     scores (`_joined`) or labels (`labels_of`) of what they give. ``model`` has ``system``, ``options``, ``clip``,
@@ -158,7 +158,7 @@ class Predictor(ABC):
         }
 
     def refined(self, refine: str | Refinement | None) -> Self:
-        """This with another refinement of its masks; model and caches are shared, a picture that was set is not.
+        """A copy with another refinement of masks; model and caches are shared, a picture that was set is not.
 
         Raises LexisegError if there is no such refinement.
         """
@@ -314,8 +314,8 @@ class Predictor(ABC):
         """Segment the pictures of a folder one after the other; pictures of one size share a forward pass.
 
         ``target``: a folder, a pattern, a file (see `lexiseg.images.list_images`), or a list of paths; the rest as in
-        `predict`. Returns an iterator of the path and its result, in the paths' order; where a picture is broken, the
-        error that names it stands in the result's place. At most ``batch_size`` pictures are held at a time. Raises
+        `predict`. Returns an iterator of the path and its result, in the paths' order; for a broken picture, the
+        error that names it takes the result's place. At most ``batch_size`` pictures are held at a time. Raises
         LexisegError if there are no pictures, or the classes are wrong: at the call, not later.
         """
         if isinstance(target, str | Path):

@@ -52,8 +52,8 @@ class Segmentation:
             A tensor; of an exported model, which runs without torch, a numpy array, like ``scores`` and ``image``.
         vocabulary: the classes, with colours, seen flags and the background.
         scores: the winning score of each pixel, float32, shape (H, W). It is the number the model decides by, in the
-            model's own units (for ZegCLIP a probability in 0..1, less the seen classes' offset), so it compares pixels
-            of one model and is no calibrated confidence. None where scores are not kept.
+            model's own units (for ZegCLIP a probability in 0..1, minus the seen classes' offset): comparable between
+            pixels of one model, but not a calibrated confidence. None if scores were not kept.
         image: the picture, uint8, shape (3, H, W), or None.
         name: what the picture is called.
         metadata: what made the result (model, window ...).

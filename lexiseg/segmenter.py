@@ -37,22 +37,22 @@ class Segmenter(Predictor):
     Args:
         model: any segmentation model. It is moved to ``device`` and run in evaluation mode; its mode is restored
             afterwards, so a model can be tried while it trains.
-        device: such as "cpu", "cuda" or "cuda:1"; "auto" takes an accelerator where there is one; None leaves the model
+        device: such as "cpu", "cuda" or "cuda:1"; "auto" uses an accelerator if there is one; None leaves the model
             where it is.
         dtype: "bf16" or "fp16" (or torch's names for them) run the model in mixed precision; scores are decoded in
             float32 in any case. "auto" is bf16 on a processor that has instructions for it. None is float32.
-        compile: compile the model with torch.compile; worth its minutes only for many pictures of few sizes.
+        compile: compile the model with torch.compile; takes minutes, pays off for many pictures of few sizes.
         templates: the sentences for every vocabulary (a list, one template, "single" or "paper"). None takes the
             templates a vocabulary states, else the model's own; a ``Vocabulary`` with CLIP's single template counts as
             stating none.
         cache_dir: folder for text embeddings; None is ``$LEXISEG_CACHE`` or ``~/.cache/lexiseg``.
         disk_cache: False keeps text embeddings in memory only.
         max_pixels: larger pictures are refused before they are decoded.
-        refine: how masks are cleaned up by what the picture shows: "none", "edges", "pamr", "regions", or a
+        refine: how masks are refined by the picture: "none", "edges", "pamr", "regions", or a
             `lexiseg.refine.Refinement`; it composes with every system.
 
     Raises:
-        LexisegError: the device or dtype is unknown or not there, or a template is wrong.
+        LexisegError: the device or dtype is unknown or unavailable, or a template is wrong.
     """
 
     model: SegmentationModel
@@ -82,7 +82,7 @@ class Segmenter(Predictor):
 
     @classmethod
     def from_pretrained(cls, name: str | Path, **settings: Any) -> Segmenter:
-        """`lexiseg.load` under the name that Hugging Face's libraries have for it; the arguments are its own."""
+        """`lexiseg.load` under the name that Hugging Face's libraries use, with the same arguments."""
         import lexiseg
 
         return lexiseg.load(name, **settings)

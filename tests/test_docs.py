@@ -65,6 +65,19 @@ def test_command_lines_are_right() -> None:
         known[name].make_context(name, words[len(name.split()) :])
 
 
+def test_recipes_and_options_of_trainings_are_right() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8").replace("\\\n", "")
+    lines = [line for _, line in command_lines()] + re.findall(r"\$\(BIN\)/(lexiseg train .*)", makefile)
+    trainings = [line for line in lines if line.startswith("lexiseg train ")]
+    assert len(trainings) > 20
+    for line in trainings:
+        given = commands()["train"].make_context("train", shlex.split(line, comments=True)[2:]).params
+        if given["recipe"] and not given["recipe"].startswith("my"):
+            recipe = load_recipe(given["recipe"], given["set"] or ())
+            if isinstance(recipe, SegmentationRecipe):
+                system_of(recipe)
+
+
 def test_reference_has_every_command_and_option() -> None:
     text = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
     for name, command in commands().items():

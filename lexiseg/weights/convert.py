@@ -79,8 +79,8 @@ def convert(
     A checkpoint of ZegCLIP, Cascade-CLIP, SPT-SEG, CAT-Seg or of a decoupled system (see
     `lexiseg.weights.decoupled_checkpoints`) in its authors' layout becomes a model folder for `lexiseg.load`; the state
     dict of a ViT of OpenAI, open_clip or `transformers` a CLIP folder for ``METHOD/FOLDER``; a Segment Anything a
-    folder of `transformers` for the option ``proposals.weights``. Which it is shows in the keys, whatever stands in
-    front of them. Nothing in a pickle is executed: what is neither tensor, plain value nor harmless is refused.
+    folder of `transformers` for the option ``proposals.weights``. The kind is detected from the keys, whatever
+    their prefix. Nothing in a pickle is executed: objects other than tensors and harmless values are refused.
 
     Args:
         path: a .pth, .pt, .ckpt, .bin, .safetensors or detectron2's .pkl file, or the folder of a ``CLIPModel``.

@@ -61,7 +61,7 @@ def test_usage_errors_are_sentences(call: Call) -> None:
         assert_sentence(*call(*verb, "-o", ""), "argument is empty")
     # As a path "" is the current folder, whose pictures nobody asked for.
     for arguments in (("predict", "", "cat; grass"), ("predict", "a", "b", "-m", ""), ("data", "verify", "")):
-        assert_sentence(*call(*arguments), "argument is empty", "not set")
+        assert_sentence(*call(*arguments), "argument is empty", "unset shell variable")
     for arguments in ((), ("--help",), ("data",), ("predict", "-h")):
         code, out, err = call(*arguments)
         assert code == 0 and "Usage" in out and not err

@@ -120,7 +120,7 @@ def same_stems(names: Iterable[str], folder: Path, suffixes: Iterable[str]) -> l
     return [
         Finding(
             "duplicate-entry",
-            f"{' and '.join(found[name])} in '{folder}' differ only in ending or spelling, so it is "
+            f"{' and '.join(found[name])} in '{folder}' differ only in extension or spelling, so it is "
             f"unclear which of them belongs to '{name}'; remove or rename the others.",
             str(folder),
             name,
@@ -177,7 +177,7 @@ def read_list(path: Path, split: str) -> tuple[list[str], list[Finding]]:
         else:
             names[name] = None
     if not names and not findings:
-        problem = f"The list '{path}' is empty; it must name one picture per line, without its ending."
+        problem = f"The list '{path}' is empty; it must name one picture per line, without its extension."
         findings.append(Finding("empty-list", problem, str(path)))
     return list(names), findings
 

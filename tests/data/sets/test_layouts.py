@@ -261,9 +261,7 @@ def test_a_class_file_that_is_passed_over_is_named(tmp_path: Path) -> None:
         open_data_set("own", tmp_path, "val")
     _write(tmp_path / "classes.yaml", "classes: [dog]\nignore: [11]\n")
     _write(tmp_path / "data.yaml", "path: nothing of classes\n")
-    with pytest.warns(
-        LexisegWarning, match=r"classes\.txt' lists the classes; 'classes\.yaml' beside it"
-    ) as caught:
+    with pytest.warns(LexisegWarning, match=r"classes\.txt' lists the classes; 'classes\.yaml' beside it") as caught:
         assert open_data_set("own", tmp_path, "val").vocabulary.names == ("cat",)
     assert len(caught) == 1
     assert [one.severity for one in verify("own", tmp_path, workers=1).findings] == ["warning"]

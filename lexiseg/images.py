@@ -116,10 +116,10 @@ def read_pixels(source: ImageSource, *, max_pixels: float = DEFAULT_MAX_PIXELS, 
 def list_images(target: str | Path) -> list[Path]:
     """List the pictures that a path stands for, in an order that does not depend on the machine.
 
-    ``target``: a file (taken whatever its ending); a folder (its files with a picture's ending, hidden ones and
-    subfolders left out); or a pattern with ``*``, ``?``, ``[]`` or ``**`` (files with a picture's ending). Returns the
+    ``target``: a file (taken whatever its extension); a folder (its files with a picture's extension, hidden ones and
+    subfolders left out); or a pattern with ``*``, ``?``, ``[]`` or ``**`` (files with a picture's extension). Returns the
     paths, in natural order: img2 comes before img10. Broken links and formats of cameras that cannot be read here
-    (.heic ...) are among them, so that whoever reads them reports them; videos and files without an ending are not, as
+    (.heic ...) are among them, so that whoever reads them reports them; videos and files without an extension are not, as
     a LexisegWarning says. Raises LexisegError if there is nothing of that name, or no picture in it.
     """
     text = os.fsdecode(target)
@@ -139,12 +139,12 @@ def list_images(target: str | Path) -> list[Path]:
             found = list({(entry.parent.resolve(), entry.name): entry for entry in found}.values())
         videos = sum(entry.suffix.lower() in VIDEO_SUFFIXES for entry in found)
         bare = sum(not entry.suffix and entry.is_file() for entry in found)
-        for left, what in ((videos, counted(videos, "video")), (bare, f"{counted(bare, 'file')} without an ending")):
+        for left, what in ((videos, counted(videos, "video")), (bare, f"{counted(bare, 'file')} without an extension")):
             if left:
                 note = f"Skipped in '{path}': {what}; give each one by itself."
                 warnings.warn(note, LexisegWarning, stacklevel=2)
-        endings = IMAGE_SUFFIXES | FOREIGN_SUFFIXES
-        found = [entry for entry in found if entry.suffix.lower() in endings and (entry.is_file() or _is_broken(entry))]
+        extensions = IMAGE_SUFFIXES | FOREIGN_SUFFIXES
+        found = [entry for entry in found if entry.suffix.lower() in extensions and (entry.is_file() or _is_broken(entry))]
     except (OSError, ValueError, re.error) as error:
         raise LexisegError(f"Cannot list '{shorten(text, 200)}' ({_reason(error)}); check the path.") from error
     if not found:

@@ -392,7 +392,7 @@ def test_listing(tmp_path: Path) -> None:
         assert len(list_images(tmp_path)) == 4
     assert len(caught) == 1
     (tmp_path / "IMG_0001").touch()
-    with pytest.warns(LexisegWarning, match="Skipped in .*: 1 file without an ending; give each one by itself"):
+    with pytest.warns(LexisegWarning, match="Skipped in .*: 1 file without an extension; give each one by itself"):
         assert len(list_images(tmp_path)) == 4
     empty = tmp_path / "empty"
     empty.mkdir()

@@ -117,10 +117,10 @@ def list_images(target: str | Path) -> list[Path]:
     """List the pictures that a path stands for, in an order that does not depend on the machine.
 
     ``target``: a file (taken whatever its extension); a folder (its files with a picture's extension, hidden ones and
-    subfolders left out); or a pattern with ``*``, ``?``, ``[]`` or ``**`` (files with a picture's extension). Returns the
-    paths, in natural order: img2 comes before img10. Broken links and formats of cameras that cannot be read here
-    (.heic ...) are among them, so that whoever reads them reports them; videos and files without an extension are not, as
-    a LexisegWarning says. Raises LexisegError if there is nothing of that name, or no picture in it.
+    subfolders left out); or a pattern with ``*``, ``?``, ``[]`` or ``**`` (files with a picture's extension). Returns
+    the paths, in natural order: img2 comes before img10. Broken links and formats of cameras that cannot be read here
+    (.heic ...) are among them, so that whoever reads them reports them; videos and files without an extension are not,
+    as a LexisegWarning says. Raises LexisegError if there is nothing of that name, or no picture in it.
     """
     text = os.fsdecode(target)
     _refuse_url(text)
@@ -143,8 +143,8 @@ def list_images(target: str | Path) -> list[Path]:
             if left:
                 note = f"Skipped in '{path}': {what}; give each one by itself."
                 warnings.warn(note, LexisegWarning, stacklevel=2)
-        extensions = IMAGE_SUFFIXES | FOREIGN_SUFFIXES
-        found = [entry for entry in found if entry.suffix.lower() in extensions and (entry.is_file() or _is_broken(entry))]
+        known = IMAGE_SUFFIXES | FOREIGN_SUFFIXES
+        found = [entry for entry in found if entry.suffix.lower() in known and (entry.is_file() or _is_broken(entry))]
     except (OSError, ValueError, re.error) as error:
         raise LexisegError(f"Cannot list '{shorten(text, 200)}' ({_reason(error)}); check the path.") from error
     if not found:
@@ -302,10 +302,11 @@ def _from_pil(image: Image.Image, name: str, max_pixels: float, orient: bool) ->
         raise LexisegError(f"{_capital(name)} is truncated or damaged; copy or save the picture again.") from error
     if orientation in _TURNS:
         pixels = pixels.transpose(_TURNS[orientation])
-    if halved and max(high for _, high in pixels.getextrema()) < 32:
+    array = np.array(pixels)
+    if halved and array.max() < 32:
         text = f"{_capital(name)} uses less than 13 of its 16 bits per colour, of which the upper 8 are read, so it is "
         warnings.warn(f"{text}nearly black; scale its values to 16 bits.", LexisegWarning, stacklevel=2)
-    return np.array(pixels)
+    return array
 
 
 def orientation_of(image: Image.Image) -> int:

@@ -89,7 +89,7 @@ class Interface:
         self.key = image.get("value", "$image").lstrip("$")
         self.labels: dict[str, Label] = {}  # by value; where several controls have one, the first
         for control in controls:
-            place = control.get("name", "tag"), control.get("toName") or image.get("name", "image")
+            place = control.get("name", "tag"), str(control.get("toName") or image.get("name", "image"))
             for label in control.iter("Label"):
                 value = label.get("value", "")
                 self.labels.setdefault(value, Label(label.get("alias") or value, control.tag == "BrushLabels", *place))

@@ -182,7 +182,7 @@ def sam() -> Any:
     from lexiseg.proposals.sam import Sam
 
     generator = Sam(SamOptions(overlaps="all", points_per_side=16))
-    download_folder(generator.options.weights, "facebook's SAM", "*processor*", then=INTO_CACHE)
+    download_folder(generator.options.weights, generator.options.weights, "*processor*", then=INTO_CACHE)
     generator.load()
     return generator
 

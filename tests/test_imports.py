@@ -34,7 +34,7 @@ ALLOWED: dict[str, set[str]] = {
     "templates": set(),
     "progress": set(),
     "startup": set(),
-    "files": {"errors"},
+    "files": {"errors", "words"},
     "journal": {"errors", "files", "words"},
     "words": {"errors"},
     "colors": {"errors", "words"},

@@ -132,7 +132,7 @@ def predict(
     kinds = _kinds(save, instances)
     sources, classes = _split(words, classes_file)
     from lexiseg.cli.streams import predict_map, predict_video, read_bands
-    from lexiseg.maps import MAP_SUFFIXES, MapOptions, is_map
+    from lexiseg.maps import MapOptions, is_map
     from lexiseg.pictures import window_policy
     from lexiseg.video import VideoOptions, is_video
 
@@ -149,10 +149,6 @@ def predict(
     if video or chart:
         _refuse_for_streams(len(sources) > 1 or cluster, font or instances, kinds)
     paths = [] if video or chart else _pictures(sources, output)
-    map_like = next((path for path in paths if path.suffix.lower() in MAP_SUFFIXES), None)
-    if map_like is not None and is_map(map_like):
-        note = f"'{map_like}' is a map, whose coordinates the labels of pictures lack; give each map by itself."
-        warnings.warn(note, LexisegWarning, stacklevel=2)
     vocabulary = lexiseg.Vocabulary.parse(classes)
     from lexiseg.files import new_folder
 
@@ -261,4 +257,10 @@ def _pictures(sources: Sequence[str], output: Path) -> list[Path]:
     if results:
         text = f"Skipped: {counted(results, 'picture')} in '{output}' that lexiseg wrote there itself."
         warnings.warn(text, LexisegWarning, stacklevel=2)
+    from lexiseg.maps import MAP_SUFFIXES, is_map
+
+    map_like = next((path for path in paths.values() if path.suffix.lower() in MAP_SUFFIXES), None)
+    if map_like is not None and is_map(map_like):
+        note = f"'{map_like}' is a map, whose coordinates the labels of pictures lack; give each map by itself."
+        warnings.warn(note, LexisegWarning, stacklevel=2)
     return list(paths.values())

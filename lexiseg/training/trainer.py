@@ -99,22 +99,23 @@ def group_parameters(model: nn.Module, settings: TrainSettings) -> list[dict[str
         group["names"].append(name)
         group["params"].append(parameter)
     if settings.steps:
-        _check(list(groups.values()), settings)
+        _check(list(groups.values()), [name for name, _ in model.named_parameters()], settings)
     return list(groups.values())
 
 
-def _check(groups: list[dict[str, Any]], settings: TrainSettings) -> None:
+def _check(groups: list[dict[str, Any]], names: list[str], settings: TrainSettings) -> None:
     if not groups:
         raise LexisegError("The model has no trainable parameters; choose options that train a part of it.")
     if not any(group["initial_lr"] for group in groups):
         raise LexisegError(
             "Every learning rate is 0, so nothing would be trained; set a multiplier above 0, or train.steps to 0."
         )
-    names = [name for group in groups for name in group["names"]]
     for key in settings.multipliers:
+        # Variants of a recipe train other parts and keep its rules, so a rule may name what is frozen.
         if not any(key in name for name in names):
+            example = groups[0]["names"][0]
             raise LexisegError(
-                f"The multiplier '{key}' matches no trainable parameter; use a part of a name such as '{names[0]}'."
+                f"The multiplier '{key}' matches no parameter; use a part of a name such as '{example}'."
             )
 
 

@@ -334,7 +334,7 @@ def test_a_segmenter_that_is_evaluated_keeps_its_own_settings(clean):
     report = evaluate(clean("voc2012"), segmenter, protocol="gzs-voc", limit=1, window=0, progress=False)
     assert report.protocol["templates"] == list(SINGLE_TEMPLATE) and segmenter.templates is None
     for late in ({"templates": "paper"}, {"refine": "edges"}, {"device": "cpu"}, {"dtype": "bf16"}):
-        with pytest.raises(LexisegError, match="give it to"):
+        with pytest.raises(LexisegError, match="already loaded"):
             evaluate("picture-world", segmenter, **late)
 
 

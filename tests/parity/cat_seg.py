@@ -230,15 +230,17 @@ def _check_gradients(case: Case, model: CATSeg) -> None:
             case.check(key, parameter.grad)
 
 
-def settings(base_lr: float, multiplier: float, steps: int = 1, clip_norm: float | None = None) -> TrainSettings:
-    """The released optimizer."""
+def settings(
+    base_lr: float, multiplier: float, steps: int = 1, clip_norm: float | None = None, *, prompts: bool = False
+) -> TrainSettings:
+    """The released optimizer, of a model with prompts or without."""
     return TrainSettings(
         steps=steps,
         batch_size=4,
         lr=base_lr,
         weight_decay=1e-4,
         no_decay=("norm", "embedding"),
-        multipliers={"clip.": {"lr": multiplier}, "prompt_tokens": {"lr": multiplier}},
+        multipliers={key: {"lr": multiplier} for key in ("clip.", "prompt_tokens")[: 1 + prompts]},
         schedule="cosine",
         min_lr=0.0,
         clip_norm=clip_norm,
@@ -277,7 +279,8 @@ def training_step(case: Case) -> None:
         _check_forward(case, model, images, F.normalize(model.clip.encode_text(tokens), dim=-1))
     loss.backward()
     _check_gradients(case, model)
-    plan = settings(sizes["base_lr"], sizes["clip_multiplier"], clip_norm=sizes["clip_value"])
+    prompts = model.prompt_tokens is not None
+    plan = settings(sizes["base_lr"], sizes["clip_multiplier"], clip_norm=sizes["clip_value"], prompts=prompts)
     groups = group_parameters(model, plan)
     check_groups(case, "groups", groups, optimiser["groups"])
     every = [parameter for group in groups for parameter in group["params"]]
@@ -402,7 +405,8 @@ def groups_and_schedule(case: Case) -> None:
         more = {"prompt_length": 2} if any("prompt_tokens" in entry["name"] for entry in stated) else {}
         clip = build_clip(architecture(text, output_dim=sizes["embed_dim"], **vision))
         model = CATSeg.build(clip, options_of(case, finetune=finetune, guidance_blocks=None, **more))
-        check_groups(case, mode, group_parameters(model, plan), stated)
+        rules = settings(config["base_lr"], config["clip_multiplier"], prompts=bool(more))
+        check_groups(case, mode, group_parameters(model, rules), stated)
     steps = [int(step) for step in case.input("iterations")]
     rates = {
         name: [learning_rate(step, rate, plan) for step in steps]

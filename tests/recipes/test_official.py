@@ -293,9 +293,9 @@ def test_cat_seg_as_released(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(
             lexiseg.training.dry_run, "clip_or_random", lambda name: (random_clip(name), "it is a test")
         )
-        base, large, full = (
-            dry_run(load_recipe(f"cat-seg-{name}"))
-            for name in ("coco-stuff", "large-coco-stuff", "finetune-coco-stuff:full")
+        parts = [f"finetune-coco-stuff:{part}" for part in ("full", "prompt", "frozen")]
+        base, large, full, *_ = (
+            dry_run(load_recipe(f"cat-seg-{name}")) for name in ("coco-stuff", "large-coco-stuff", *parts)
         )
     assert (base.setting, base.text, len(base.seen), len(base.unseen)) == ("supervised", 171, 171, 0)
     rates = {(rate["key"], rate["lr"], rate["weight_decay"]): rate["parameters"] for rate in base.rates}

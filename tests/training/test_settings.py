@@ -306,7 +306,7 @@ def test_no_stage_is_trained_before_all_are_seen_to_fit(tmp_path: Path, monkeypa
         dry_run(recipe)
 
 
-@pytest.mark.parametrize(("rules", "words"), [({"nothing": {}}, "matches no trainable"),
+@pytest.mark.parametrize(("rules", "words"), [({"nothing": {}}, "matches no parameter"),
                                               ({"": {"lr": 0}}, "rate is 0")])  # fmt: skip
 def test_a_dry_run_refuses_rules_that_a_training_refuses(rules: Any, words: str) -> None:
     with pytest.raises(LexisegError, match=words):

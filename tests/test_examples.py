@@ -1,9 +1,13 @@
-"""The notebooks in examples/: they run without a download, and carry no outputs."""
+"""The notebooks in examples/: they run without a download, and carry no outputs; what pages import is there."""
 
 from __future__ import annotations
 
+import ast
+import importlib
 import json
 import os
+import re
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -17,6 +21,23 @@ def test_notebooks_have_no_outputs(path: Path) -> None:
     cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
     code = [cell for cell in cells if cell["cell_type"] == "code"]
     assert code and not any(cell["outputs"] or cell["execution_count"] for cell in code)
+
+
+PAGES = [*NOTEBOOKS, ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)
+def test_imports_are_there(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".ipynb":
+        code = ["".join(cell["source"]) for cell in json.loads(text)["cells"] if cell["cell_type"] == "code"]
+    else:
+        code = re.findall(r"^ *```python\n(.*?)```", text, re.DOTALL | re.MULTILINE)
+    for part in code:
+        for node in ast.walk(ast.parse(textwrap.dedent(part))):
+            if isinstance(node, ast.ImportFrom) and str(node.module).startswith("lexiseg"):
+                module = importlib.import_module(str(node.module))
+                assert not [name.name for name in node.names if not hasattr(module, name.name)]
 
 
 @pytest.mark.slow

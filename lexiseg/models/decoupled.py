@@ -21,7 +21,7 @@ from lexiseg.errors import LexisegError
 from lexiseg.losses.masks import fill_unseen, unseen_of
 from lexiseg.losses.proposals import ProposalWeights, full_precision, label_frame, mask_targets, proposal_losses
 from lexiseg.models.base import ImageFeatures
-from lexiseg.models.decoupled_init import PartsOptions, StartsFromParts
+from lexiseg.models.decoupled_init import DecoupledInit, DecoupledInitOptions
 from lexiseg.models.options import Deviations, Pixels, Triple
 from lexiseg.normalisation import IMAGENET_MEAN, IMAGENET_STD, normalise, pixels_of
 from lexiseg.proposals.base import Proposals
@@ -30,7 +30,7 @@ from lexiseg.regions.pooling import Size, resize_masks, unit_or_zero
 from lexiseg.scores import RegionScores
 
 
-class DecoupledOptions(PartsOptions):
+class DecoupledOptions(DecoupledInitOptions):
     """Options that every decoupled system has, beside its ``proposals``.
 
     Attributes:
@@ -51,7 +51,7 @@ class DecoupledOptions(PartsOptions):
     long_side: Pixels | None = None
 
 
-class DecoupledModel(StartsFromParts):
+class DecoupledModel(DecoupledInit):
     """A generator of proposals beside a CLIP.
 
     Images are padded at the right and the bottom, after they were normalised, with zeros to multiples of the

@@ -17,7 +17,7 @@ NO_WEIGHTS = {"dropout", "frozen_dropout"}
 """Options of a generator that its weights do not depend on."""
 
 
-class PartsOptions(WindowOptions):
+class DecoupledInitOptions(WindowOptions):
     """Options of systems whose proposals can come from another system's model.
 
     Attributes:
@@ -28,7 +28,7 @@ class PartsOptions(WindowOptions):
 
     def changes_to_init(self, wanted: ModelOptions, given: dict[str, Any], name: str) -> dict[str, Any]:
         """How the proposals are built, as the model to come has them; see `ModelOptions.changes_to_init`."""
-        own, theirs = self.proposals, wanted.proposals if isinstance(wanted, PartsOptions) else None
+        own, theirs = self.proposals, wanted.proposals if isinstance(wanted, DecoupledInitOptions) else None
         # SAM is not trained, so whoever has it takes no proposals over, and only the rest has to fit.
         if not isinstance(own, QueryOptions) or not isinstance(theirs, QueryOptions):
             return {}
@@ -43,7 +43,7 @@ class PartsOptions(WindowOptions):
         return {"proposals": {**said, **changes}} if changes else {}
 
 
-class StartsFromParts(SegmentationModel):
+class DecoupledInit(SegmentationModel):
     """A system of proposals and other parts, each of which can come from another system's model.
 
     Attributes:
@@ -61,10 +61,10 @@ class StartsFromParts(SegmentationModel):
         Proposals are taken where the generators are equal, so that one training of proposals serves all.
         """
         alike = other.system == self.system and shapes_of(other) == shapes_of(self)
-        parts = self.take_parts(other, what) if isinstance(other, StartsFromParts) and not alike else ()
+        parts = self.take_parts(other, what) if isinstance(other, DecoupledInit) and not alike else ()
         return parts or super().init_from(other, what)
 
-    def take_parts(self, other: StartsFromParts, what: str) -> tuple[str, ...]:
+    def take_parts(self, other: DecoupledInit, what: str) -> tuple[str, ...]:
         """Copy the parts of ``other`` that fit, and name them; a `LexisegError` if it proposes regions differently."""
         parts: tuple[str, ...] = ()
         # SAM comes trained: there is nothing to take over, and the rest may still be of use.

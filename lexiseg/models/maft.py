@@ -110,7 +110,7 @@ def region_embeddings(
     images: Tensor,
     masks: Tensor,
     *,
-    start_block: int,
+    start_block: int | None = None,
     position_interpolation: Interpolation = "bicubic-corners",
 ) -> Tensor:
     """CLIP embeddings (B, N, D) of regions, not normalised, in one run of the image tower for any number of them.
@@ -120,8 +120,8 @@ def region_embeddings(
         images: (B, 3, H, W) normalised, any aspect and any size from one patch on; what is left over of whole patches
             at the right and lower edge is cut off.
         masks: (B, N, h, w) in 0..1 over the same frame, any h and w; N may be 0.
-        start_block: first block (0-based) with masks, L in the paper: 8 for ViT-B/16, 16 for ViT-L/14. A ResNet has
-            none: there the masks act in the attention pool.
+        start_block: first block (0-based) with masks, L in the paper; None is two thirds of the way: 8 for ViT-B/16, 16
+            for ViT-L/14. A ResNet has none: there the masks act in the attention pool.
         position_interpolation: "bicubic-corners" as MAFT and FreeSeg, "bicubic" as ZSSeg.
 
     Raises:
@@ -132,10 +132,11 @@ def region_embeddings(
         inside = resize_masks(masks, (features.shape[-2], features.shape[-1])) >= INSIDE
         return attention_pool(visual.attnpool, features, inside, position_interpolation=position_interpolation)
     tower = ImageTower(visual)
+    start = round(tower.num_blocks * _ATTENTION_START) if start_block is None else start_block
     tokens, grid = tower.embed(whole_patches(images, tower.patch_size), interpolation=position_interpolation)
-    tokens = tower.run(tokens, grid, stop=start_block).tokens
+    tokens = tower.run(tokens, grid, stop=start).tokens
     inside = resize_masks(masks, grid) >= INSIDE
-    return tower.project(attend_regions(tower, tokens, grid, inside, start_block=start_block))
+    return tower.project(attend_regions(tower, tokens, grid, inside, start_block=start))
 
 
 def tuned_names(visual: nn.Module, frozen: Collection[FrozenUnit] = FROZEN_UNITS) -> tuple[str, ...]:
@@ -229,9 +230,6 @@ class MaskAttention:
     def attend(self, visual: nn.Module, image: Tensor, masks: Tensor) -> Tensor:
         """Mask attention over the square picture: (B, N, D), not normalised."""
         start, positions = self.attention.start_block, self.attention.positions
-        if start is None:
-            resnet = isinstance(visual, ModifiedResNet)
-            start = 0 if resnet else round(ImageTower(visual).num_blocks * _ATTENTION_START)
         return region_embeddings(visual, image, masks, start_block=start, position_interpolation=positions)
 
     def whole(self, visual: nn.Module, image: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from lexiseg.errors import LexisegError
 from lexiseg.losses.proposals import ProposalWeights
 from lexiseg.models.base import ImageFeatures
 from lexiseg.models.decoupled import DecoupledModel, DecoupledOptions
-from lexiseg.models.decoupled_init import StartsFromParts, copied
+from lexiseg.models.decoupled_init import DecoupledInit, copied
 from lexiseg.models.maft import (
     AttentionOptions,
     MaftOptions,
@@ -137,7 +137,7 @@ class RegionModel(DecoupledModel):
                 parts.append("prompts.")
         return tuple(name for name, _ in self.named_parameters() if name.startswith(tuple(parts)))
 
-    def take_parts(self, other: StartsFromParts, what: str) -> tuple[str, ...]:
+    def take_parts(self, other: DecoupledInit, what: str) -> tuple[str, ...]:
         parts = super().take_parts(other, what)
         tuned = isinstance(other, RegionModel) and copied(other.student, self.student)
         return (*parts, "tuned tower") if tuned else parts

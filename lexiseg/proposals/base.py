@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 # A mask that is exactly 0 or 1 is given as -/+ this logit: its sigmoid is 0 or 1 to 2e-9.
 HARD_LOGIT = 20.0
-
-
-def hard_logits(masks: Tensor) -> Tensor:
-    """Turn masks (...) in 0..1, or bool, into logits -`HARD_LOGIT`..`HARD_LOGIT`."""
-    return (masks.float() * 2 - 1) * HARD_LOGIT
 
 
 @dataclass(frozen=True)
@@ -41,6 +39,14 @@ class Proposals:
     def levels(self) -> tuple[Proposals, ...]:
         """The proposals of every decoder layer, first to last; the last one is the result."""
         return (*self.aux, replace(self, aux=()))
+
+
+def hard_proposals(masks: Sequence[Tensor]) -> Proposals:
+    """Proposals of masks (N, h, w), bool or in 0..1, of each image, which may have different numbers of them."""
+    slots = max(1, *(len(own) for own in masks))
+    padded = torch.stack([F.pad(own.float(), (0, 0, 0, 0, 0, slots - len(own))) for own in masks])
+    counts = torch.tensor([len(own) for own in masks], device=padded.device)
+    return Proposals((padded * 2 - 1) * HARD_LOGIT, valid=torch.arange(slots, device=padded.device) < counts[:, None])
 
 
 class ProposalGenerator(nn.Module, ABC):

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from lexiseg.errors import LexisegError
 from lexiseg.label_ids import IGNORE_INDEX
-from lexiseg.proposals.base import ProposalGenerator, Proposals, check_images, hard_logits
+from lexiseg.proposals.base import ProposalGenerator, Proposals, check_images, hard_proposals
 
 
 class GroundTruth(ProposalGenerator):
@@ -36,9 +35,4 @@ class GroundTruth(ProposalGenerator):
         labels = F.pad(labels, (0, width - labels.shape[2], 0, height - labels.shape[1]), value=IGNORE_INDEX)
         labels = labels.to(images.device)
         present = [values[values != IGNORE_INDEX] for values in (image.unique() for image in labels)]
-        classes = torch.nn.utils.rnn.pad_sequence(present, batch_first=True, padding_value=IGNORE_INDEX)
-        if not classes.shape[1]:  # there is one slot at least
-            classes = F.pad(classes, (0, 1), value=IGNORE_INDEX)
-        valid = classes != IGNORE_INDEX
-        masks = (labels[:, None] == classes[..., None, None]) & valid[..., None, None]
-        return Proposals(hard_logits(masks), valid=valid)
+        return hard_proposals([image == own[:, None, None] for image, own in zip(labels, present, strict=True)])

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from lexiseg.errors import LexisegError
 from lexiseg.hub import download_folder
 from lexiseg.normalisation import IMAGENET_MEAN, IMAGENET_STD, pixels_of
-from lexiseg.proposals.base import ProposalGenerator, Proposals, check_images, hard_logits
+from lexiseg.proposals.base import ProposalGenerator, Proposals, check_images, hard_proposals
 from lexiseg.proposals.options import SamOptions
 
 
@@ -72,19 +72,10 @@ class Sam(ProposalGenerator):
     def forward(self, images: Tensor, text: Tensor | None = None) -> Proposals:
         """Propose the binary masks that SAM finds, the best first; a `LexisegError` if it cannot be loaded."""
         check_images(images, self.stride)
-        found = [self._masks(image) for image in images]
-        num = max(1, *(len(masks) for masks in found))
-        stride = self.options.mask_stride
-        size = tuple(-(-side // stride) for side in images.shape[-2:])
-        masks = images.new_zeros((len(found), num, *size))
-        valid = torch.zeros((len(found), num), dtype=torch.bool, device=images.device)
-        for index, kept in enumerate(found):
-            masks[index, : len(kept)] = F.avg_pool2d(kept[None], stride, ceil_mode=True)[0] if len(kept) else 0.0
-            valid[index, : len(kept)] = True
-        return Proposals(hard_logits(masks), valid=valid)
+        return hard_proposals([self._masks(image) for image in images])
 
     def _masks(self, image: Tensor) -> Tensor:
-        """Masks (N, H, W) of 0 and 1, of one normalised image (3, H, W)."""
+        """Masks (N, h, w) in 0..1, means over squares of the option's side, of one normalised image (3, H, W)."""
         from PIL import Image
 
         pixels = pixels_of(image, IMAGENET_MEAN, IMAGENET_STD)
@@ -101,11 +92,10 @@ class Sam(ProposalGenerator):
             crops_nms_thresh=options.nms,
         )
         masks = [torch.as_tensor(mask, device=image.device).bool() for mask in found["masks"]]
-        if not masks:
-            return image.new_zeros((0, *image.shape[1:]))
-        kept = torch.stack(masks)[: options.max_masks]
-        kept = without_overlaps(kept, options.overlaps)
-        return kept[kept.flatten(1).any(1)].to(image.dtype)
+        kept = torch.stack(masks) if masks else image.new_zeros((0, *image.shape[1:]), dtype=torch.bool)
+        kept = without_overlaps(kept[: options.max_masks], options.overlaps)
+        shown = kept[kept.flatten(1).any(1), None].float()
+        return F.avg_pool2d(shown, options.mask_stride, ceil_mode=True)[:, 0]
 
 
 def without_overlaps(masks: Tensor, keeper: str) -> Tensor:

@@ -45,13 +45,11 @@ def build(**options: Any) -> CATSeg:
 class TestCATSeg(SystemTester):
     system = "cat-seg"
     options: ClassVar = SMALL
+    classes_interact = True
 
-    def test_classes_and_images_do_not_touch_each_other(self, model: SegmentationModel) -> None:
-        text, images = unit_rows(9, DIM), self.images(count=3)
+    def test_fewer_classes_have_other_scores(self, model: SegmentationModel) -> None:
+        text, images = unit_rows(9, DIM), self.images()
         together = self.dense(model, images, text)
-        apart = self.dense(model, images[1:2], text)
-        torch.testing.assert_close(apart, together[1:2], rtol=1e-4, atol=1e-5)
-        # Its classes are told apart together: fewer of them are other scores.
         assert not torch.allclose(self.dense(model, images, text[:5]), together[:, :5], atol=1e-4)
 
     def test_what_trains(self, model: SegmentationModel) -> None:
@@ -95,7 +93,7 @@ class TestWithPromptsAndTemplates(SystemTester):
         "padding": 0,
         "resolution": 24,
     }
-    test_classes_and_images_do_not_touch_each_other = TestCATSeg.test_classes_and_images_do_not_touch_each_other
+    classes_interact = True
 
 
 # ---- many classes ----

@@ -75,6 +75,17 @@ def make_clip(
     return clip
 
 
+def adapter_clip(adapter: dict[str, Tensor], config: dict[str, Any], tokenizer: Any = None) -> CLIP:
+    """The CLIP among the parameters of a host's adapter, with what only the JSON tells of it."""
+    return make_clip(
+        under(adapter, "clip_model."),
+        heads=config.get("vision_heads", config.get("vh", 1)),
+        native=config.get("native", config.get("res", 16)),
+        text_heads=config.get("text_heads", config.get("th", 1)),
+        tokenizer=tokenizer,
+    )
+
+
 def text_sizes(clip: CLIP) -> dict[str, Any]:
     """Sizes of the text tower under the names that the cases' JSON has for them."""
     tower = clip.model

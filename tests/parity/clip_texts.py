@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from lexiseg.clip.text import TextEmbedder
 from lexiseg.templates import IMAGENET_80, IMAGENET_SELECT, IN_THE_SCENE, VILD_14, ZEGFORMER_32
 from lexiseg.training.prompts import crop_logits, hide_background
 from tests.parity.case import Case
-from tests.parity.clip_build import IdTokenizer, architecture, make_clip, text_sizes, toy_sizes, under
+from tests.parity.clip_build import IdTokenizer, adapter_clip, architecture, make_clip, text_sizes, toy_sizes, under
 
 SOFTMAX_TOLERANCE = 1e-3
 
@@ -42,10 +43,7 @@ def deop_text(case: Case) -> None:
     for mode, options in config["modes"].items():
         given = tuple(options.get("templates", ()))
         check_spelling(case, mode, given)
-        if "prompt_shape" in options:
-            tables = under(params, f"{mode}/")
-            shape = [len(tables.get(f"{part}_prompt", ())) for part in ("prefix", "suffix")]
-            case.check_stated(f"{mode}: prompt", options, {"prompt_shape": shape})
+        case.check_stated(f"{mode}: prompt", options, prompt_sizes(under(params, f"{mode}/")))
     rows = classifier_rows(case, features, F.normalize(params["non_object_embedding"], dim=-1))
     if rows is not None:
         logits = 100 * F.normalize(case.input("query_features"), dim=-1) @ rows.T
@@ -89,11 +87,18 @@ def check_spelling(case: Case, name: str, templates: Sequence[str]) -> None:
         case.check_that(f"{name} templates", tuple(templates) == ours, "they are spelt otherwise")
 
 
+def prompt_sizes(tables: Mapping[str, Tensor]) -> dict[str, Any]:
+    """How many vectors learned prompts have, under the names of the cases' JSON."""
+    prefix, suffix, task = (len(tables.get(f"{part}_prompt", ())) for part in ("prefix", "suffix", "task"))
+    return {"prompt_shape": [prefix, suffix], "task_prompt_len": task or None}
+
+
 def prompt_learner(params: dict[str, Tensor]) -> PromptLearner:
-    shapes = {key: params[key] for key in ("prefix_prompt", "suffix_prompt", "task_prompt") if key in params}
-    counts = [len(shapes[key]) if key in shapes else 0 for key in ("prefix_prompt", "suffix_prompt", "task_prompt")]
-    learner = PromptLearner(next(iter(shapes.values())).shape[1], *counts)
-    learner.load_state_dict(shapes)
+    tables = {key: params[key] for key in ("prefix_prompt", "suffix_prompt", "task_prompt") if key in params}
+    sizes = prompt_sizes(tables)
+    width = next(iter(tables.values())).shape[1]
+    learner = PromptLearner(width, *sizes["prompt_shape"], sizes["task_prompt_len"] or 0)
+    learner.load_state_dict(tables)
     return learner
 
 
@@ -122,20 +127,11 @@ def stage1_prompt(case: Case) -> None:
     config = case.config["config"]
     params = under(case.params(), "clip_adapter.")
     names = config["train_names"]
-    texts = dict(zip(names, case.input("name_token_ids"), strict=True))
-    texts["X."] = x_dot(under(params, "prompt_learner."), params["clip_model.token_embedding.weight"], texts[names[0]])
-    clip = make_clip(
-        under(params, "clip_model."),
-        heads=config["vh"],
-        native=config["res"],
-        text_heads=config["th"],
-        tokenizer=IdTokenizer(texts),
-    )
+    clip = adapter_clip(params, config, toy_tokenizer(case, params, names))
     learner = prompt_learner(under(params, "prompt_learner."))
     case.check_stated("sizes", case.config["config"], toy_sizes(clip))
-    shape = [0 if part is None else len(part) for part in (learner.prefix_prompt, learner.suffix_prompt)]
     trained = [f"clip_adapter.prompt_learner.{name}" for name, _ in learner.named_parameters()]
-    case.check_stated("prompt", case.config, {"prompt_shape": shape, "trainable": trained})
+    case.check_stated("prompt", case.config, {**prompt_sizes(learner.state_dict()), "trainable": trained})
     count = len(case.input("labels"))
     images = torch.stack([case.input(f"image_{index}") for index in range(count)])
     masks = torch.stack([case.input(f"mask_{index}") for index in range(count)])
@@ -151,33 +147,30 @@ def stage1_prompt(case: Case) -> None:
             case.check(f"grad/clip_adapter.prompt_learner.{name}", parameter.grad)
 
 
-def x_dot(learner: dict[str, Tensor], table: Tensor, like: Tensor) -> Tensor:
-    """Ids of the sentence "X." of a toy vocabulary, from the rows that the case has of it."""
-    ids = torch.zeros_like(like)
+def toy_tokenizer(case: Case, adapter: dict[str, Tensor], names: Sequence[str]) -> IdTokenizer:
+    """The tokens of names in a toy vocabulary, and those of "X.", from the rows that the case has of its tokens."""
+    texts = dict(zip(names, case.input("name_token_ids"), strict=True))
+    table, ids = adapter["clip_model.token_embedding.weight"], torch.zeros_like(texts[names[0]])
     for place, name in ((0, "start"), (2, "dot"), (3, "end")):
-        ids[place] = (table - learner[f"{name}_signal"]).abs().amax(dim=1).argmin()
+        ids[place] = (table - adapter[f"prompt_learner.{name}_signal"]).abs().amax(dim=1).argmin()
     ids[1] = ids[2]
-    return ids
+    return IdTokenizer({**texts, "X.": ids})
 
 
 def learned_text(case: Case) -> None:
     """ZSSeg's and FreeSeg's learned prompts, with real tokens."""
     config, params = case.config, case.params()
     names = config["class_names"]
-    clip = make_clip(under(params, "clip_model."), text_heads=config["text_heads"])
+    clip = adapter_clip(params, config)
     learner = prompt_learner(under(params, "prompt_learner."))
     last = F.normalize(params["non_object_embedding"], dim=-1)
     ids = clip.tokenize(names)
     case.check("token_ids", ids)
     case.check("token_lengths", clip.text_end(ids) + 1)
-    shape = [len(params.get(f"prompt_learner.{part}_prompt", ())) for part in ("prefix", "suffix", "task")]
-    stated = {"prompt_shape": shape[:2], "task_prompt_len": shape[2] or None}
-    case.check_stated("prompt", config, stated)
+    case.check_stated("prompt and text tower", config, {**text_sizes(clip), **prompt_sizes(learner.state_dict())})
     if not config.get("tasks"):
-        case.check_stated("text tower", config, text_sizes(clip))
         check_prompts(case, "plain", learner, clip, names, last_row=last)
         return
-    case.check_stated("text tower", config, text_sizes(clip))
     features = [
         check_prompts(case, f"task{index}", learner, clip, names, task, last)
         for index, task in enumerate(config["tasks"])
@@ -199,7 +192,7 @@ def template_text(case: Case) -> None:
     adapter = "clip_adapter." if any(key.startswith("clip_adapter.") for key in params) else ""
     params = under(params, adapter)
     names = config["class_names"]
-    clip = make_clip(under(params, "clip_model."), text_heads=config["text_heads"])
+    clip = adapter_clip(params, config)
     embedder = TextEmbedder(clip)
     case.check_stated("text tower", config, text_sizes(clip))
     given = config["templates"]
@@ -227,7 +220,7 @@ def template_text(case: Case) -> None:
 def zegformer_text(case: Case) -> None:
     """ZegFormer's text features: three sets of templates, synonyms averaged with them."""
     config, params = case.config, case.params()
-    clip = make_clip(under(params, "clip_model."), text_heads=config["text_heads"])
+    clip = adapter_clip(params, config)
     embedder = TextEmbedder(clip)
     case.check_stated("text tower", config, text_sizes(clip))
     for name, templates in config["templates"].items():

@@ -20,8 +20,8 @@ from lexiseg.regions.pooling import resize_masks, unit_or_zero
 from lexiseg.weights.decoupled_checkpoints import infer_anchor_options, read_parts
 from lexiseg.weights.filling import authors_key
 from tests.parity.case import Case, UnsupportedError
-from tests.parity.clip_build import IdTokenizer, toy_sizes, under
-from tests.parity.clip_texts import x_dot
+from tests.parity.clip_build import toy_sizes, under
+from tests.parity.clip_texts import toy_tokenizer
 from tests.parity.decoupled_clip import inputs
 from tests.parity.deop_metrics import evaluation
 from tests.parity.pictures import batched, normalised
@@ -126,16 +126,13 @@ def build(case: Case, names: list[str], options: Options) -> DeOP:
     """The case's model through the converter, with what only the JSON can tell."""
     config = case.config["config"]
     params = case.params()
-    texts = dict(zip(names, case.input("name_token_ids"), strict=True))
-    prompt = under(params, "clip_adapter.prompt_learner.")
-    texts["X."] = x_dot(prompt, params["clip_adapter.clip_model.token_embedding.weight"], texts[names[0]])
     model, unused = read_parts(
         params,
         kind="deop",
         heads=config["vh"],
         text_heads=config["th"],
         generator={"heads": config["nh"]},
-        tokenizer=IdTokenizer(texts),
+        tokenizer=toy_tokenizer(case, under(params, "clip_adapter."), names),
         options={"anchor_dropout": 0.0, "prompt_dropout": 0.0, **options},
         name=case.name,
     )

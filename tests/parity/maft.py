@@ -25,6 +25,7 @@ from lexiseg.templates import IMAGENET_SELECT, IN_THE_SCENE
 from lexiseg.weights.decoupled_checkpoints import read_parts
 from tests.parity.case import Case, UnsupportedError
 from tests.parity.clip_build import text_sizes, under, vision_sizes
+from tests.parity.clip_texts import prompt_sizes
 from tests.parity.decoupled_clip import inputs
 from tests.parity.pictures import batched, normalised
 from tests.parity.proposals import generator_gradients, generator_sizes, interaction_sizes, mask2former_sizes
@@ -160,9 +161,7 @@ def check_sizes(case: Case, model: RegionModel) -> None:
         found |= mask2former_sizes(generator, case.params())
         case.check_stated("interaction", config.get("interaction") or {}, interaction_sizes(case.params()))
     if model.prompts is not None:
-        parts = (model.prompts.prefix_prompt, model.prompts.suffix_prompt, model.prompts.task_prompt)
-        counts = [0 if part is None else len(part) for part in parts]
-        found |= {"prompt_shape": counts[:2], "task_prompt_len": counts[2] or None}
+        found |= prompt_sizes(model.prompts.state_dict())
     found["sizes"] = [list(image.shape[-2:]) for image in whole_images(case)]
     if "class_names" in config:
         found["C"] = len(config["class_names"])

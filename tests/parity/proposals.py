@@ -26,8 +26,8 @@ from lexiseg.weights.detectron_checkpoint import generator_source
 from lexiseg.weights.detectron_options import infer_generator_options
 from lexiseg.weights.filling import take_tensors
 from tests.parity.case import Case
-from tests.parity.clip_build import IdTokenizer, make_clip, toy_sizes, under
-from tests.parity.clip_texts import prompt_learner, x_dot
+from tests.parity.clip_build import adapter_clip, toy_sizes, under
+from tests.parity.clip_texts import prompt_learner, toy_tokenizer
 from tests.parity.pictures import batched, normalised
 from tests.parity.rounding import check_gradients, in_double, stirred
 from tests.references import put_tensors
@@ -258,10 +258,7 @@ def _zsseg_step(
     config, params = case.config["config"], case.params()
     adapter = under(params, "clip_adapter.")
     names = config["train_names"]
-    texts = dict(zip(names, case.input("name_token_ids"), strict=True))
-    table = adapter["clip_model.token_embedding.weight"]
-    texts["X."] = x_dot(under(adapter, "prompt_learner."), table, texts[names[0]])
-    clip = make_clip(under(adapter, "clip_model."), text_heads=config["th"], tokenizer=IdTokenizer(texts))
+    clip = adapter_clip(adapter, config, toy_tokenizer(case, adapter, names))
     learner = prompt_learner(under(adapter, "prompt_learner."))
     no_object = adapter["non_object_embedding"].clone()
     case.check_stated("sizes of the text tower", config, {**toy_sizes(clip, vision=False), "n_train": len(names)})

@@ -25,8 +25,8 @@ from lexiseg.regions.ensemble import EnsembleOptions, ensemble
 from lexiseg.scores import RegionScores
 from lexiseg.vocabulary import Vocabulary, VocabularyClass
 from tests.parity.case import Case, UnsupportedError
-from tests.parity.clip_build import IdTokenizer, make_clip, text_sizes, toy_sizes, under, vision_sizes
-from tests.parity.clip_texts import prompt_learner, x_dot
+from tests.parity.clip_build import adapter_clip, text_sizes, toy_sizes, under, vision_sizes
+from tests.parity.clip_texts import prompt_learner, prompt_sizes, toy_tokenizer
 from tests.parity.pictures import clip_normalised, normalised, padded
 
 _CLIP_NUMBERS = {"clip_pixel_mean": OPENAI_MEAN, "clip_pixel_std": OPENAI_STD}
@@ -246,16 +246,7 @@ def ensembles(case: Case) -> None:
 def toy_clip(case: Case, adapter: dict[str, Tensor], names: list[str]) -> tuple[CLIP, Tensor]:
     """CLIP with a toy vocabulary, and the text rows of ``names`` with "no object" behind them."""
     config = case.config["config"]
-    texts = dict(zip(names, case.input("name_token_ids"), strict=True))
-    table = adapter["clip_model.token_embedding.weight"]
-    texts["X."] = x_dot(under(adapter, "prompt_learner."), table, texts[names[0]])
-    clip = make_clip(
-        under(adapter, "clip_model."),
-        heads=config["vh"],
-        native=config["res"],
-        text_heads=config["th"],
-        tokenizer=IdTokenizer(texts),
-    )
+    clip = adapter_clip(adapter, config, toy_tokenizer(case, adapter, names))
     case.check_stated("sizes of the towers", config, toy_sizes(clip, stated=config["res"]))
     rows = prompt_learner(under(adapter, "prompt_learner."))(clip, names).detach()
     return clip, torch.cat([rows, F.normalize(adapter["non_object_embedding"], dim=-1)])
@@ -265,14 +256,9 @@ def toy_clip(case: Case, adapter: dict[str, Tensor], names: list[str]) -> tuple[
 def classify(case: Case) -> None:
     """FreeSeg's and ZSSeg's crops, CLIP scores, ensembles and label maps, given proposals."""
     config, adapter = case.config, under(case.params(), "clip_adapter.")
-    clip = make_clip(
-        under(adapter, "clip_model."),
-        heads=config["vision_heads"],
-        native=config["native"],
-        text_heads=config["text_heads"],
-    )
+    clip = adapter_clip(adapter, config)
     learner, task = prompt_learner(under(adapter, "prompt_learner.")), config.get("task")
-    rows = learner(clip, config["class_names"], task) if task else learner(clip, config["class_names"])
+    rows = learner(clip, config["class_names"], task)
     rows = torch.cat([rows, F.normalize(adapter["non_object_embedding"], dim=-1)])
     case.check("text_features", rows)
     system = FreeSeg if config.get("task") else ZSSeg
@@ -282,10 +268,9 @@ def classify(case: Case) -> None:
     assert isinstance(model, RegionModel)
     image, logits = case.input("image"), case.input("mask_logits")
     size = (int(image.shape[-2]), int(image.shape[-1]))
-    prompt = [len(adapter.get(f"prompt_learner.{part}_prompt", ())) for part in ("prefix", "suffix", "task")]
-    stated = {"prompt_shape": prompt[:2], "task_prompt_len": prompt[2] or None, "N": len(logits), "H": size[0]}
-    stated |= {"W": size[1], "C": len(config["class_names"])}
-    case.check_stated("sizes", config, {**text_sizes(clip), **vision_sizes(clip, config["native"]), **stated})
+    found = {**text_sizes(clip), **vision_sizes(clip, config["native"]), **prompt_sizes(learner.state_dict())}
+    found |= {"N": len(logits), "H": size[0], "W": size[1], "C": len(config["class_names"])}
+    case.check_stated("sizes", config, found)
     views = model.encode_regions(normalised(image)[None], size, Proposals(logits[None]))
     encoded = views["encoded"][0]
     case.check("valid", encoded)
@@ -300,12 +285,7 @@ def classify(case: Case) -> None:
 def classify_zegformer(case: Case) -> None:
     """ZegFormer's three merges, its CLIP scores, ensembles and calibration, given proposals."""
     config = case.config
-    clip = make_clip(
-        under(case.params(), "sem_seg_head.predictor.clip_model."),
-        heads=config["vision_heads"],
-        native=config["native"],
-        text_heads=config["text_heads"],
-    )
+    clip = adapter_clip(under(case.params(), "sem_seg_head.predictor."), config)
     names = [*config["seen"], *config["unseen"]]
     numbers = {name: [255 * value for value in values] for name, values in _CLIP_NUMBERS.items()}
     sizes = {"N": case.input("pred_logits").shape[1], **text_sizes(clip), **vision_sizes(clip, config["native"])}

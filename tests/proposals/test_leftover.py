@@ -10,7 +10,7 @@ import torch
 from lexiseg.errors import LexisegError
 from lexiseg.models import SYSTEMS
 from lexiseg.models.decoupled import DecoupledModel
-from lexiseg.proposals.base import HARD_LOGIT, Proposals, hard_logits
+from lexiseg.proposals.base import HARD_LOGIT, Proposals
 from lexiseg.proposals.leftover import LeftoverOptions, add_leftover
 from tests.models.test_region_models import ATTENTION, MASKFORMER
 from tests.system_tester import DIM
@@ -23,7 +23,7 @@ def left_half(batch: int = 1) -> Proposals:
     """One mask over the left half of 8 x 8 places."""
     masks = torch.zeros(batch, 1, 8, 8)
     masks[..., :4] = 1
-    return Proposals(hard_logits(masks), torch.ones(batch, 1, DIM))
+    return Proposals(HARD_LOGIT * (2 * masks - 1), torch.ones(batch, 1, DIM))
 
 
 def test_the_other_half_is_left_over() -> None:
@@ -49,7 +49,7 @@ def test_parts_are_apart_largest_first_and_small_ones_dropped() -> None:
     masks[..., 1:3, 1:3] = 0
     masks[..., 8:12, 8:14] = 0
     masks[..., 0, 15] = 0
-    given = Proposals(hard_logits(masks))
+    given = Proposals(HARD_LOGIT * (2 * masks - 1))
     found = add_leftover(given, LeftoverOptions(count=4, min_fraction=2 / 256))
     assert found.valid is not None and found.valid[0].tolist() == [True, True, True, False, False]
     inside = found.mask_logits[0, 1:3] > 0

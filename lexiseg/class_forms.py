@@ -47,11 +47,11 @@ class ListedClass:
 
     name: str  # of the class
     synonyms: tuple[str, ...] = ()  # further words
-    value: int | None = None  # the number that label files give it; None where the list does not say
-    seen: bool | None = None  # whether it had masks in training, where the list says
-    color: tuple[int, int, int] | None = None  # red, green, blue, where the list says
+    seen: bool | None = None  # whether masks of it were trained on; None where nobody says
+    color: tuple[int, int, int] | None = None  # red, green, blue in 0..255; None where nobody says
     # whether the name is one of the words; not so where it only names others, as in "mug = cup, tumbler"
     scored: bool = True
+    value: int | None = None  # the number that label files give it; None where nobody says
 
     @property
     def text(self) -> str:
@@ -143,7 +143,7 @@ def _class_of(cells: Mapping[str, Any]) -> ListedClass:
     name, *synonyms = split_words(", ".join(filter(None, (cells["name"], cells.get("synonyms")))))
     value = number_of(cells["id"], name) if "id" in cells else None
     color = (cells["r"], cells.get("g"), cells.get("b")) if "r" in cells else cells.get("color")
-    return ListedClass(name, tuple(synonyms), value, color=color_of(color, name))
+    return ListedClass(name, tuple(synonyms), color=color_of(color, name), value=value)
 
 
 def _table(lines: Sequence[str], heading: Sequence[str], separator: str) -> list[ListedClass]:
@@ -207,14 +207,16 @@ def color_of(value: Any, name: str) -> tuple[int, int, int] | None:
 
 
 def entries_read(values: Iterable[object]) -> list[ListedClass]:
-    """Read a list of names and mappings.
+    """Read a list of names, mappings and classes that are ready.
 
     Raises LexisegError if an entry is neither, or says something wrong; the sentence says which.
     """
     found: list[ListedClass] = []
     for value in values:
         position = len(found) + 1
-        if isinstance(value, str):
+        if isinstance(value, ListedClass):
+            found.append(value)
+        elif isinstance(value, str):
             if not value.strip():
                 raise LexisegError(f"Class {position} is empty; write a name or remove it.")
             found.extend(split_classes(value))
@@ -247,8 +249,8 @@ def _entry(value: Mapping[str, Any], position: int) -> ListedClass:
     return ListedClass(
         name,
         tuple(synonyms),
-        None if number is None else number_of(number, name),
         flag(null(value.get("seen")), f"'seen' of the class '{what}'"),
         color_of(value.get("color"), name),
         flag(null(value.get("scored")), f"'scored' of the class '{what}'") is not False,
+        None if number is None else number_of(number, name),
     )

@@ -138,9 +138,8 @@ def together() -> Iterator[None]:
         raise
     except LexisegError as error:
         said = str(error)
-    if _any(said is not None):
-        sentences = [sentence for sentence in gather(said) if sentence is not None]
-        raise SharedError(sentences[0])
+    if mean({"failed": float(said is not None)})["failed"]:  # sentences are gathered only where there are any
+        raise SharedError(next(sentence for sentence in gather(said) if sentence is not None))
 
 
 @contextmanager
@@ -159,15 +158,6 @@ def watching() -> Iterator[None]:
             "Another process of this run ended or did not answer, so this one stops too; see its message above, "
             "and continue with --resume."
         ) from error
-
-
-def _any(mine: bool) -> bool:
-    import torch
-
-    with watching():
-        failed = torch.tensor(float(mine), device=_state().device)
-        torch.distributed.all_reduce(failed)
-    return bool(failed.item() > 0)
 
 
 def _state(**settings: Any) -> Any:

@@ -171,16 +171,13 @@ class Segmentation:
 
     def mask(self, name_or_index: str | SupportsIndex) -> torch.Tensor:
         """The pixels of one class: bool, shape (H, W). Raises LexisegError if there is no such class."""
-        return self.label_map == self._index(name_or_index)
-
-    def _index(self, name_or_index: str | SupportsIndex) -> int:
         if isinstance(name_or_index, str):
             formats.names_in(self, name_or_index)
-            return self.classes.index(name_or_index)
+            return self.label_map == self.classes.index(name_or_index)
         index = whole_number(name_or_index, "A class is given by its name or its number, which")
         if index >= self.num_classes:
             raise LexisegError(f"There is no class {describe(index)}; the result has {self.num_classes}.")
-        return index
+        return self.label_map == index
 
     @property
     def segments(self) -> list[dict[str, Any]]:

@@ -35,20 +35,15 @@ TemplateSource: TypeAlias = "str | Sequence[str] | None"
 
 
 @dataclass(frozen=True)
-class VocabularyClass:
-    """One class: its name, other words for it, whether it had masks in training, and its colour.
+class VocabularyClass(ListedClass):
+    """One class, checked: its name, other words for it, whether it had masks in training, and its colour.
 
-    Raises LexisegError if nothing of the class is scored; a name is empty or holds control characters; or a colour is
-    not three numbers in 0..255.
+    The best-scoring word of a class wins. Without a colour it has one by its position in the vocabulary. Raises
+    LexisegError if nothing of the class is scored; a name is empty or holds control characters; or a colour is not
+    three numbers in 0..255.
     """
 
-    name: str  # what results call the class
-    synonyms: tuple[str, ...] = ()  # further words that are scored; the best-scoring word of a class wins
-    seen: bool | None = None  # True or False where it is known whether masks of the class were trained on, else None
-    # red, green, blue in 0..255, or None for a colour chosen by the position in the vocabulary
-    color: tuple[int, int, int] | None = None
     exemplars: tuple[Exemplar, ...] = ()  # pictures of the class, which count as further words
-    scored: bool = True  # whether the name itself is a word; False where it only names the others
 
     def __post_init__(self) -> None:
         name = clean_word(self.name, "A class name")
@@ -134,13 +129,6 @@ class Vocabulary:
         if isinstance(source, Vocabulary):
             vocabulary = source
         else:
-            plain = str | Path | Mapping | bytes | set | frozenset | ClassList
-            given: dict[str, Exemplar] = {}  # by their words, for their pictures may be in memory
-            if not isinstance(source, plain) and isinstance(source, Iterable):
-                source = list(source)
-                ready = [entry for entry in source if isinstance(entry, VocabularyClass)]
-                given = {exemplar.word: exemplar for entry in ready for exemplar in entry.exemplars}
-                source = [entry.to_dict() if isinstance(entry, VocabularyClass) else entry for entry in source]
             said = source if isinstance(source, ClassList) else read_classes(source)
             chosen = default_templates if said.templates is None else said.templates
             kept = said if said.path is None else said.without_shared()
@@ -150,7 +138,7 @@ class Vocabulary:
                 warnings.warn(f"{text}dropped; remove it from one.", LexisegWarning, stacklevel=2)
             folder = None if said.path is None else said.path.parent
             try:
-                classes = tuple(_class_of(one, folder, given) for one in kept.classes)
+                classes = tuple(_class_of(one, folder) for one in kept.classes)
                 vocabulary = cls(classes, _read_templates(chosen), Background.parse(said.background))
             except LexisegError as error:
                 if said.path is None:
@@ -345,14 +333,15 @@ class Vocabulary:
                         )
 
 
-def _class_of(one: ListedClass, folder: Path | None, given: Mapping[str, Exemplar]) -> VocabularyClass:
-    """A class of a list; words that begin with "photo:" are exemplars, given or with files that may lie beside it."""
+def _class_of(one: ListedClass, folder: Path | None) -> VocabularyClass:
+    """A class of a list, checked; words that begin with "photo:" are exemplars, whose files may lie beside it."""
+    if isinstance(one, VocabularyClass):
+        return one
     if one.name.startswith(PREFIX):
         raise LexisegError(f"'{shorten(one.name)}' needs a name; write for example 'mug = {shorten(one.name)}'.")
     words = tuple(word for word in one.synonyms if not word.startswith(PREFIX))
-    shown = (word for word in one.synonyms if word.startswith(PREFIX))
-    exemplars = tuple(given.get(word) or Exemplar.parse(word, folder) for word in shown)
-    return VocabularyClass(one.name, words, one.seen, one.color, exemplars, one.scored)
+    exemplars = tuple(Exemplar.parse(word, folder) for word in one.synonyms if word.startswith(PREFIX))
+    return VocabularyClass(one.name, words, one.seen, one.color, one.scored, exemplars=exemplars)
 
 
 def _with_background_class(classes: list[VocabularyClass], name: str) -> tuple[list[VocabularyClass], Background]:

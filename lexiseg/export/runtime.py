@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 import html
 import os
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cache
 from inspect import signature
 from pathlib import Path
@@ -251,7 +251,7 @@ class ExportedPredictor(Predictor):
 
         rule, fit = self.model.spec.decode, self.model.spec.fit
         owners, seen = torch.from_numpy(words.word_to_class), torch.from_numpy(words.seen_words)
-        parts = []
+        parts: list[Scores] = []
         for grid, box in zip(picture.parts, picture.boxes, strict=True):
             frame, place = rule.frame(fit, box[2:])
             crop = {"crop": box[2:], "crop_place": place} if rule.resize_to == "frame" else {}
@@ -259,9 +259,7 @@ class ExportedPredictor(Predictor):
             values: Any = torch.from_numpy(grid[None])  # type: ignore[index]
             settings: dict[str, Any] = {"resize_to": frame, "sigmoid": rule.sigmoid, "offsets": offsets, **crop}
             parts.append(GridScores(values, word_to_class=owners, **settings))
-        joined: Any = copy.copy(picture)
-        joined.parts = parts
-        return joined.joined(policy)
+        return replace(picture, parts=parts).joined(policy)
 
 
 class _Device(str):
@@ -300,7 +298,7 @@ def open_graph(path: Path, spec: ExportSpec, device: str) -> Graph:
 def _threads() -> int:
     """What ``OMP_NUM_THREADS`` says, which torch heeds and ONNX Runtime does not; 0 leaves it to the library."""
     said = os.environ.get("OMP_NUM_THREADS", "")
-    return int(said) if said.isdigit() else 0
+    return int(said) if said.isdecimal() else 0
 
 
 def _onnx(path: Path, spec: ExportSpec, device: str) -> Graph:

@@ -63,23 +63,22 @@ def read_checkpoint(
     is asked for.
     """
     path = Path(path)
-    try:
-        files, beside = (_folder_files(path), path) if path.is_dir() else ([path], path.parent)
-        missing = next((file for file in files if not file.is_file()), None)
-        config = read_json(beside / "config.json") if (beside / "config.json").is_file() else {}
-    except OSError as error:  # an over-long name, for one
-        raise LexisegError(f"'{shorten(str(path), 200)}' cannot be read ({error.strerror}); check the path.") from error
-    if missing is not None:
-        raise LexisegError(f"There is no file '{missing}'; check the path.")
     choice = _Choice(path, ema)
     found: dict[str, Reader] = {}
     metadata: dict[str, str] = {}
-    for file in files:
-        if _is_safetensors(file):
-            readers, metadata = _safetensors(file)
-        else:
-            readers = _pickled(file, choice)
-        found |= readers
+    try:
+        files, beside = (_folder_files(path), path) if path.is_dir() else ([path], path.parent)
+        config = read_json(beside / "config.json") if (beside / "config.json").is_file() else {}
+        for file in files:
+            if not file.is_file():
+                raise LexisegError(f"There is no file '{file}'; check the path.")
+            if _is_safetensors(file):
+                readers, metadata = _safetensors(file)
+            else:
+                readers = _pickled(file, choice)
+            found |= readers
+    except OSError as error:  # an over-long name, or a file that only others may read
+        raise LexisegError(f"'{shorten(str(path), 200)}' cannot be read ({error.strerror}); check the path.") from error
     if len(found) > _MAX_TENSORS:
         raise LexisegError(f"'{path}' holds {len(found)} tensors, more than any model; give another file.")
     keys = _unwrapped(list(found), known, choice)

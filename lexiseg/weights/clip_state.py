@@ -148,10 +148,8 @@ def transformers_architecture(state: Mapping[str, Tensor], config: Mapping[str, 
     ``state``: its tensors by its own keys. ``config``: of the folder; {} where it is not known, which is taken for
     OpenAI's. Raises LexisegError; see `infer_vit_architecture`; or its activation is neither QuickGELU nor GELU.
     """
-    parts: list[dict[str, Any]] = []
-    for key in ("vision_config", "text_config"):
-        part = config.get(key)
-        parts.append(part if isinstance(part, dict) else {})
+    given = (config.get("vision_config"), config.get("text_config"))
+    parts = [part if isinstance(part, dict) else {} for part in given]
     activations = {part.get("hidden_act", "quick_gelu") for part in parts}
     if not activations <= {"quick_gelu", "gelu"} or len(activations) > 1:
         raise LexisegError(

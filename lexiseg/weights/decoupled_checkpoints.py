@@ -25,13 +25,14 @@ from lexiseg.normalisation import IMAGENET_MEAN, IMAGENET_STD
 from lexiseg.templates import IN_THE_SCENE, SCULPTURE, VILD_14
 from lexiseg.weights.clip_state import count_blocks, infer_vit_architecture, shape_of
 from lexiseg.weights.detectron_checkpoint import (
+    INTERACTION,
     SECOND_ADAPTER,
     System,
     generator_source,
+    infer_generator_options,
     recognise_detectron,
     used_tensors,
 )
-from lexiseg.weights.detectron_options import INTERACTION, infer_generator_options
 from lexiseg.weights.filling import Source, authors_key, filled, key_map
 
 DECOUPLED_NAMES = {

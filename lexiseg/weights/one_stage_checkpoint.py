@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 from torch import Tensor
@@ -107,23 +107,19 @@ def infer_options(state: Mapping[str, Tensor], system: str, name: str = "the che
     if system != "spt-seg":
         options["backbone"] = "fixed" if prompts is None else "prompt"
     if cascade:
-        options["groups"] = _infer_groups(state, name)
+        blocks = count_blocks(state, "backbone.transformer.resblocks.", name)
+        options["groups"] = _infer_groups([state[key].numel() for key in weights], blocks)
     elif system == "spt-seg":
         options["filter_grid"] = shape_of(state, "backbone.complex_weight", 4, name)[0]
     return options
 
 
-def _infer_groups(state: Mapping[str, Tensor], name: str) -> str:
-    """The groups of a Cascade-CLIP checkpoint, for which shapes give the sizes only.
+def _infer_groups(sizes: Sequence[int], block: int) -> str:
+    """The groups of a Cascade-CLIP checkpoint of so many blocks, for which shapes give the sizes only.
 
     As in the released models the last group is the last block, and the others are the blocks before it.
     """
-    sizes: list[int] = []
-    while f"decode_head.weights_s{len(sizes) + 1}" in state:
-        sizes.append(state[f"decode_head.weights_s{len(sizes) + 1}"].numel())
-    last = count_blocks(state, "backbone.transformer.resblocks.", name)
-    block = last
-    groups: list[tuple[int, ...]] = [(last,)]
+    groups: list[tuple[int, ...]] = [(block,)]
     for size in reversed(sizes):
         block -= size
         groups.insert(0, tuple(range(block, block + size)))

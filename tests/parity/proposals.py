@@ -22,8 +22,7 @@ from lexiseg.proposals.base import Proposals
 from lexiseg.proposals.mask2former import Mask2Former
 from lexiseg.proposals.maskformer import MaskFormer
 from lexiseg.proposals.options import Mask2FormerOptions, MaskFormerOptions
-from lexiseg.weights.detectron_checkpoint import generator_source
-from lexiseg.weights.detectron_options import infer_generator_options
+from lexiseg.weights.detectron_checkpoint import generator_source, infer_generator_options
 from lexiseg.weights.filling import take_tensors
 from tests.parity.case import Case
 from tests.parity.clip_build import adapter_clip, toy_sizes, under

@@ -306,3 +306,14 @@ def test_sizes_that_are_not_in_the_file(clip_state: State, tmp_path: Path) -> No
     (tmp_path / "config.json").write_text("[" * 100_000)
     with pytest.raises(LexisegError, match="not readable JSON"):
         converted(state, tmp_path)
+
+
+def test_a_file_that_only_others_may_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "x.pt").touch()
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(LexisegError, match=r"cannot be read \(Permission denied\); check the path"):
+        read_checkpoint(tmp_path / "x.pt", is_openai)

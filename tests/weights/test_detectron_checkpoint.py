@@ -16,8 +16,12 @@ from lexiseg.errors import LexisegError
 from lexiseg.proposals.base import ProposalGenerator
 from lexiseg.proposals.options import Mask2FormerOptions, MaskFormerOptions
 from lexiseg.weights.decoupled_checkpoints import read_parts
-from lexiseg.weights.detectron_checkpoint import generator_source, recognise_detectron, used_tensors
-from lexiseg.weights.detectron_options import infer_generator_options
+from lexiseg.weights.detectron_checkpoint import (
+    generator_source,
+    infer_generator_options,
+    recognise_detectron,
+    used_tensors,
+)
 from lexiseg.weights.filling import expected_shapes, take_tensors
 from tests.proposals.test_proposals import MASKED, SMALL
 from tests.references import put_tensors

@@ -51,7 +51,7 @@ class Exemplar:
                 "such as 'photo:mug.png#mask.png' or 'photo:mug.png#10 20 110 220'."
             )
         numbers = where.split()
-        if len(numbers) == 4 and all(number.isdigit() for number in numbers):
+        if len(numbers) == 4 and all(number.isdecimal() and len(number) < 10 for number in numbers):
             return cls(_beside(folder, image), box=[int(number) for number in numbers])
         return cls(_beside(folder, image), _beside(folder, where))
 

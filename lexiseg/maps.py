@@ -44,8 +44,10 @@ class MapOptions:
     smallest: int = 16  # polygons of fewer pixels are left out
 
     def __post_init__(self) -> None:
-        if self.tile < 16 or self.tile % 16 or self.margin < 0:
+        if self.tile < 16 or self.tile % 16:
             raise LexisegError(f"A tile's side must be a multiple of 16, not {describe(self.tile)}.")
+        if self.margin < 0:
+            raise LexisegError(f"A tile's margin must be 0 or more pixels, not {describe(self.margin)}.")
         if self.polygons not in ("none", "geojson", "gpkg"):
             raise LexisegError(f"Polygons are written as geojson, gpkg or none, not {describe(self.polygons)}.")
 
@@ -107,10 +109,10 @@ def _segment(
     files: dict[str, Path], options: MapOptions, settings: dict[str, Any],
 ) -> Iterator[tuple[int, int, NDArray[np.integer]]]:  # fmt: skip
     nodata = ignore_index(len(vocabulary))
-    wide = nodata > 255
     profile = {
         "driver": "GTiff", "width": raster.width, "height": raster.height, "count": 1,
-        "dtype": "uint16" if wide else "uint8", "nodata": nodata, "crs": raster.crs, "transform": raster.transform,
+        "dtype": {255: "uint8", 65535: "uint16"}.get(nodata, "int32"), "nodata": nodata,
+        "crs": raster.crs, "transform": raster.transform,
         "tiled": True, "blockxsize": _BLOCK, "blockysize": _BLOCK, "compress": "deflate", "bigtiff": "if_safer",
         "sparse_ok": True,
     }  # fmt: skip
@@ -124,7 +126,7 @@ def _segment(
         plain = Path(scratch) / "labels.tif"
         with rasterio.open(plain, "w", **profile) as labels:
             labels.update_tags(1, **{f"class_{index}": name for index, name in enumerate(vocabulary.names)})
-            if not wide:
+            if nodata == 255:
                 palette = vocabulary.palette().tolist()
                 labels.write_colormap(1, {index: (*color, 255) for index, color in enumerate(palette)})
             for inner, outer in _tiles(rasterio, raster, options):

@@ -122,6 +122,8 @@ def test_what_is_wrong_is_said(files: Path, segmenter: Segmenter) -> None:
         f"mug = photo:{picture}#0 0 96 64": "everywhere",
         f"mug = photo:{picture}#200 0 300 10": "nowhere",
         f"mug = photo:{files / 'no.png'}#1 2 3 4": "no.png",
+        f"mug = photo:{picture}#1 2 3 \u00b2": "no picture '1 2 3 \u00b2'",
+        f"mug = photo:{picture}#1 2 3 {'4' * 5000}": "Cannot read the picture",
     }.items():
         with pytest.raises(LexisegError, match=problem):
             segmenter.predict(picture, classes)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,10 +16,12 @@ from PIL import Image
 
 import lexiseg
 from lexiseg.cli import main
+from lexiseg.cli.streams import predict_map
 from lexiseg.errors import LexisegError
 from lexiseg.images import read_pixels
 from lexiseg.maps import MapOptions, count_tiles, is_map, map_files, segment_map
 from lexiseg.samples import sample_path
+from lexiseg.vocabulary import Vocabulary
 
 rasterio = pytest.importorskip("rasterio")
 WORDS = "giraffe; elephant; butterfly; tree; leaves; grass"
@@ -125,6 +128,18 @@ def test_what_is_not_finite_takes_no_part_in_the_stretch(segmenter: Any, tmp_pat
         run(segmenter, write(tmp_path / "complex.tif", bands.astype(np.complex64)), tmp_path)
 
 
+def test_more_classes_than_sixteen_bits_number(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = np.full((32, 48), 69_999, np.int32)
+    found[:4] = 2**31 - 1
+    model: Any = SimpleNamespace(predict=lambda *_: SimpleNamespace(label_map=found.copy()))
+    source = write(tmp_path / "map.tif", np.ones((3, 32, 48), np.uint8))
+    vocabulary = Vocabulary.parse([f"class {index}" for index in range(70_000)])
+    predict_map(model, str(source), vocabulary, tmp_path, MapOptions(polygons="none"), True)
+    assert json.loads(capsys.readouterr().out)["classes"][0] == {"class": "class 69999", "fraction": 1.0}
+    with rasterio.open(tmp_path / "map_labels.tif") as labels:
+        assert labels.nodata == 2**31 - 1 and np.array_equal(labels.read(1), found)
+
+
 @pytest.mark.slow
 def test_fifty_thousand_pixels_a_side_in_two_gigabytes(tmp_path: Path) -> None:
     path = tmp_path / "huge.tif"
@@ -154,9 +169,12 @@ def test_the_command_and_mistakes(segmenter: Any, tmp_path: Path, capsys: pytest
     assert "map_labels.tif" in capsys.readouterr().out and (tmp_path / "map_polygons.geojson").is_file()
     assert main([*asked, "--bands", "1,2,9"]) == 2
     assert "has 3 bands" in capsys.readouterr().err
-    assert main([*asked, "--bands", "red"]) == 2
+    for wrong in ("red", "1,2,\u00b2", f"1,2,{'3' * 5000}"):  # int() takes neither of the last two
+        assert main([*asked, "--bands", wrong]) == 2
     with pytest.raises(LexisegError, match="multiple of 16"):
         MapOptions(tile=100)
+    with pytest.raises(LexisegError, match="margin must be 0 or more pixels, not -1"):
+        MapOptions(margin=-1)
     with pytest.raises(LexisegError, match="geojson, gpkg or none"):
         MapOptions(polygons="shp")
     (tmp_path / "broken.tif").write_bytes(b"II*\0")

@@ -7,8 +7,10 @@ import resource
 import struct
 import tracemalloc
 from copy import copy
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,6 +24,7 @@ from lexiseg.formats import encode_rle
 from lexiseg.images import read_pixels
 from lexiseg.samples import sample_path
 from lexiseg.video import VideoOptions, is_video, segment_video, video_files
+from lexiseg.vocabulary import Vocabulary
 from lexiseg.windows import WindowPolicy
 
 av = pytest.importorskip("av")
@@ -52,6 +55,17 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(segmenter: Any, clip: Path, folder: Path, **options: Any) -> list[Any]:
     vocabulary = segmenter.vocabulary(WORDS)
     return list(segment_video(segmenter, clip, vocabulary, folder, VideoOptions(**options)))
+
+
+def test_more_classes_than_sixteen_bits_number(clip: Path, tmp_path: Path) -> None:
+    found = np.full((128, 128), 69_999, np.int32)
+    found[:4] = 2**31 - 1
+    model: Any = SimpleNamespace(identity=lambda *_: {}, predict=lambda *_: SimpleNamespace(label_map=found))
+    vocabulary = Vocabulary.parse([f"class {index}" for index in range(70_000)])
+    options = VideoOptions(frames=1, overlay=False)
+    for resume in (False, True):
+        (frame,) = segment_video(model, clip, vocabulary, tmp_path, replace(options, resume=resume))
+        assert frame.reused == resume and np.array_equal(frame.labels, found)
 
 
 def test_labels_and_overlay(segmenter: Any, clip: Path, tmp_path: Path) -> None:

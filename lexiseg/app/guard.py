@@ -60,7 +60,7 @@ class Guard:
             if not hmac.compare_digest(expected, given):
                 raise HTTPException(401, "This service requires a token; send it as 'Authorization: Bearer TOKEN'.")
         length = headers.get(b"content-length", b"0")
-        if length.isdigit() and int(length) > self.settings.max_bytes:
+        if length.isdigit() and (len(length) > 18 or int(length) > self.settings.max_bytes):
             raise self._too_large()
 
     def _limited(self, receive: Receive) -> Receive:

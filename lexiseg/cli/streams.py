@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,14 +22,13 @@ if TYPE_CHECKING:
 
 
 def read_bands(text: str | None) -> tuple[int, int, int] | None:
-    """Read ``4,3,2``.
-
-    Raises LexisegError if it is something else.
-    """
-    parts = [] if text is None else [part.strip() for part in text.split(",")]
-    if text is not None and (len(parts) != 3 or not all(part.isdigit() for part in parts)):
+    """Read ``4,3,2``. Raises LexisegError if it is something else."""
+    if text is None:
+        return None
+    bands = re.fullmatch(r"\s*(\d{1,5})\s*,\s*(\d{1,5})\s*,\s*(\d{1,5})\s*", text)
+    if bands is None:
         raise LexisegError(f"--bands takes three numbers for red, green and blue, such as 4,3,2, not '{text}'.")
-    return (int(parts[0]), int(parts[1]), int(parts[2])) if parts else None
+    return int(bands[1]), int(bands[2]), int(bands[3])
 
 
 def predict_video(
@@ -71,7 +71,7 @@ def _count(pieces: Iterable[NDArray[np.integer]], vocabulary: Vocabulary, length
     """Iterate over the labels with a progress bar: pixels of each class, and of all."""
     pixels, total = np.zeros(len(vocabulary), np.int64), 0
     for labels in with_progress(pieces, length, "segmenting"):
-        pixels += np.bincount(labels.reshape(-1), minlength=len(vocabulary))[: len(vocabulary)]
+        pixels += np.bincount(labels[labels < len(vocabulary)], minlength=len(vocabulary))
         total += labels.size
     return pixels, total
 

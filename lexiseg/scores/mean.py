@@ -39,20 +39,16 @@ class Mean(Field):
         return change.cumsum(0)
 
     def block(self, words: Words, top: int, bottom: int, left: int, right: int) -> Tensor:
-        total: Tensor | None = None
-        num_parts = torch.zeros(bottom - top, right - left, device=self.device)
+        count = len(range(*words.indices(self.num_words))) if isinstance(words, slice) else len(words)
+        total = torch.zeros(count, bottom - top, right - left, device=self.device)
+        num_parts = torch.zeros(total.shape[1:], device=self.device)
         for part, (y, x, height, width) in self.parts:
             rows = slice(max(top, y), min(bottom, y + height))
             columns = slice(max(left, x), min(right, x + width))
-            if rows.start >= rows.stop or columns.start >= columns.stop:
-                continue
-            values = part.block(words, rows.start - y, rows.stop - y, columns.start - x, columns.stop - x)
-            if total is None:
-                total = torch.zeros(values.shape[0], *num_parts.shape, device=self.device)
-            total[:, shift(rows, top), shift(columns, left)] += values
-            num_parts[shift(rows, top), shift(columns, left)] += 1
-        if total is None:
-            raise ValueError("no part covers the rectangle asked for")
+            if rows.start < rows.stop and columns.start < columns.stop:
+                values = part.block(words, rows.start - y, rows.stop - y, columns.start - x, columns.stop - x)
+                total[:, shift(rows, top), shift(columns, left)] += values
+                num_parts[shift(rows, top), shift(columns, left)] += 1
         return total.div_(num_parts)
 
     def points(self, words: Tensor, tiles: Tensor, rows: Tensor, columns: Tensor) -> Tensor:

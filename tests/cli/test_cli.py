@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -42,6 +44,20 @@ def test_models(call: Call) -> None:
     code, out, _ = call("models", "--weights", "--json")
     assert code == 0 and {"name", "licence", "size", "source", "best"} <= json.loads(out)[0].keys()
     assert "Apache-2.0" in call("models", "--weights")[1]
+
+
+def test_doctor_where_this_user_may_not_look(call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache, stat = tmp_path / "locked" / "text", os.stat
+
+    def refuse(path: Any, *args: Any, **more: Any) -> os.stat_result:
+        if str(path).startswith(str(cache.parent)):
+            raise PermissionError(13, "Permission denied")
+        return stat(path, *args, **more)
+
+    monkeypatch.setenv("LEXISEG_CACHE", str(cache))
+    monkeypatch.setattr(os, "stat", refuse)
+    code, out, _ = call("doctor", "--quick", "--json")
+    assert code in (0, 1) and json.loads(out)["folders"]["text cache"]["exists"] is False
 
 
 def test_usage_errors_are_sentences(call: Call) -> None:

@@ -7,7 +7,6 @@ interpolation and the sigmoid keep values between those of the cells around. The
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -22,37 +21,29 @@ _MARGIN = 1e-5  # of a score's magnitude: more than rounding can change
 Span = tuple[int, int]
 
 
-@dataclass
 class Part:
-    """A window's grid (W, h, w) and its place on the canvas."""
+    """A window's ``grid`` (W, h, w), and its place on the canvas.
 
-    grid: np.ndarray
-    box: Box
-    axes: tuple[list[Axis | None], list[Axis | None]]  # of rows and of columns: to the frame, and to the window
-    crop: tuple[int, int]
-    sigmoid: bool
-    offsets: np.ndarray | None  # (W,)
+    ``box``: where the window lies there. ``seen``: where it was cut, whose size the model saw. ``rule``, ``fit``: how
+    its grid becomes scores. ``offsets``: (W,), taken off the scores. Raises LexisegError if the grid is not finite.
+    """
 
-    @classmethod
-    def of(cls, grid: np.ndarray, box: Box, rule: Decode, fit: Fit, offsets: np.ndarray | None, seen: Box) -> Part:
-        """The part of a ``grid`` of a window of the size that ``seen`` has, for a canvas on which it is at ``box``."""
+    def __init__(
+        self, grid: np.ndarray, box: Box, rule: Decode, fit: Fit, offsets: np.ndarray | None, seen: Box
+    ) -> None:
         if not np.isfinite(grid).all():
             raise LexisegError("The model's scores for this picture hold NaN or infinite values; check its weights.")
+        self.grid, self.box, self.sigmoid, self.offsets = grid, box, rule.sigmoid, offsets
         window, target, cells = seen[2:], box[2:], grid.shape[1:]
-        size, crop = rule.frame(fit, window)
+        size, self.crop = rule.frame(fit, window)
         frame = size or cells
         kept = window if rule.resize_to == "frame" else frame
-        axes: tuple[list[Axis | None], list[Axis | None]] = ([], [])
-        for index in (0, 1):
-            for length, to in ((cells[index], frame[index]), (kept[index], target[index])):
-                axes[index].append(None if length == to else Axis.between(length, to))
-        return cls(grid, box, axes, crop, rule.sigmoid, offsets)
+        self.to_frame, self.to_window = _axes(cells, frame), _axes(kept, target)
 
     def cells(self, axis: int, span: Span) -> Span:
         """The range of the grid that a range of the window depends on."""
-        first, second = self.axes[axis]
-        start, stop = _support(second, span)
-        return _support(first, (start + self.crop[axis], stop + self.crop[axis]))
+        start, stop = _support(self.to_window[axis], span)
+        return _support(self.to_frame[axis], (start + self.crop[axis], stop + self.crop[axis]))
 
     def squash(self, values: np.ndarray, words: np.ndarray | slice) -> np.ndarray:
         """Numbers of words, along the first axis, as scores."""
@@ -67,18 +58,21 @@ class Part:
         spans = (rows, columns)
         (top, bottom), (left, right) = (self.cells(axis, span) for axis, span in enumerate(spans))
         values = self.grid[words, top:bottom, left:right]
-        inner = [_support(self.axes[axis][1], span) for axis, span in enumerate(spans)]
+        inner = [_support(self.to_window[axis], span) for axis, span in enumerate(spans)]
         for axis, start in ((0, top), (1, left)):
-            first = self.axes[axis][0]
-            if first is not None:
+            if (first := self.to_frame[axis]) is not None:
                 crop = self.crop[axis]
                 values = first.part(inner[axis][0] + crop, inner[axis][1] + crop).apply(values, axis + 1, start)
         values = self.squash(values, words)
         for axis, span in enumerate(spans):
-            second = self.axes[axis][1]
-            if second is not None:
+            if (second := self.to_window[axis]) is not None:
                 values = second.part(*span).apply(values, axis + 1, inner[axis][0])
         return values
+
+
+def _axes(lengths: Sequence[int], wanted: Sequence[int]) -> list[Axis | None]:
+    """The interpolation of rows and of columns; None where there is nothing to do."""
+    return [None if length == to else Axis.between(length, to) for length, to in zip(lengths, wanted, strict=True)]
 
 
 def _support(axis: Axis | None, span: Span) -> Span:
@@ -93,7 +87,7 @@ def decode(
     Scores are those of the canvas, interpolated to ``size``. ``whole`` is a part over all of the canvas, which counts
     as much as the mean of the others. Of equal scores the first word wins.
     """
-    axes = [None if a == b else Axis.between(a, b) for a, b in zip(canvas, size, strict=True)]
+    axes = _axes(canvas, size)
     labels, scores = np.zeros(size, np.int64), np.full(size, -np.inf, np.float32)
     for y in range(0, size[0], _TILE):
         for x in range(0, size[1], _TILE):

@@ -34,7 +34,6 @@ from lexiseg.samples import list_samples, sample_classes, sample_path
 from lexiseg.scores import GridScores
 from lexiseg.segmenter import Segmenter
 from lexiseg.vocabulary import Vocabulary
-from lexiseg.windows import WindowPolicy
 from lexiseg.words import shorten, whole_number
 
 KINDS, PRECISIONS = ("onnx", "torch", "openvino"), ("fp32", "fp16", "int8")
@@ -208,7 +207,9 @@ def _describe(segmenter: Segmenter, kind: str, sizes: Sequence[int], precision: 
             raise LexisegError(
                 f"A size of {wrong[0]} is not a multiple of the patch of {fit['unit']} pixels; choose another."
             )
-        window = _window_of(window, square)
+        side = square[0]  # of which all windows are
+        stride = window.stride if window.size == side else max(side * 5 // 6, 1)
+        window = replace(window, size=side, stride=stride, short_side=max(window.short_side or 0, side), long_side=None)
     with torch.no_grad():
         side = square[0] if square else 4 * fit["unit"]
         text = torch.eye(2, model.clip.embed_dim, device=model.device)
@@ -256,14 +257,6 @@ def _describe(segmenter: Segmenter, kind: str, sizes: Sequence[int], precision: 
         "max_words": options["padding"] if options.get("released") and options.get("padding") else None,
     }
     return ExportSpec(**values)
-
-
-def _window_of(window: WindowPolicy, sizes: Sequence[int]) -> WindowPolicy:
-    """The model's way over a picture, changed so that all windows are of the first of the sizes."""
-    side = sizes[0]
-    stride = window.stride if window.size == side else max(side * 5 // 6, 1)
-    short_side = max(window.short_side or 0, side)
-    return replace(window, size=side, stride=stride, short_side=short_side, long_side=None)
 
 
 def _graphs(segmenter: Segmenter, spec: ExportSpec) -> Iterator[Graph]:

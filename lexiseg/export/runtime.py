@@ -238,7 +238,7 @@ class ExportedPredictor(Predictor):
         for grid, seen in zip(picture.parts, picture.boxes, strict=True):
             # A picture that was run at once goes from its own window straight to its own size.
             box = (0, 0, *canvas) if policy.size is None or seen[0] < 0 else seen
-            parts.append(Part.of(grid, box, spec.decode, spec.fit, offsets, seen))  # type: ignore[arg-type]
+            parts.append(Part(grid, box, spec.decode, spec.fit, offsets, seen))  # type: ignore[arg-type]
         whole = parts.pop() if picture.whole is not None else None
         winners, best = decode(parts, canvas, size, whole)
         return words.word_to_class[winners], best

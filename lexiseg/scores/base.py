@@ -40,12 +40,20 @@ class Scores(ABC):
 
     def __init__(self, batch_size: int, num_words: int, device: torch.device, word_to_class: Tensor | None) -> None:
         self.batch_size = batch_size
-        self.num_words = num_words
+        self.num_words = self.num_classes = num_words
         self.device = device
-        self.num_classes = num_words
         self.word_to_class: Tensor | None = None
-        if word_to_class is not None:
-            self.word_to_class, self.num_classes = _check_words(word_to_class, num_words, device)
+        if word_to_class is None:
+            return
+        index = word_to_class.detach().to("cpu", torch.long)
+        if index.shape != (num_words,):
+            raise ValueError(f"word_to_class must be ({num_words},), one class per word, not {tuple(index.shape)}")
+        steps = index.diff(prepend=index.new_zeros(1))
+        if bool(((steps < 0) | (steps > 1)).any()) or int(index[0]) != 0:
+            raise ValueError("word_to_class must go 0, 1, 2 ... without gaps, each class's words side by side")
+        self.num_classes = int(index[-1]) + 1
+        if self.num_classes < num_words:
+            self.word_to_class = index.to(device)
 
     def label_map(self, size: Size) -> Tensor:
         """The best class of each pixel: (B, H, W) int64 in 0..C-1, for ``size`` (height, width)."""
@@ -153,15 +161,3 @@ def check_size(size: Size, name: str = "size") -> Size:
     if height < 1 or width < 1:
         raise ValueError(f"{name} must be (height, width) of at least 1 x 1, not {tuple(size)}")
     return height, width
-
-
-def _check_words(word_to_class: Tensor, num_words: int, device: torch.device) -> tuple[Tensor | None, int]:
-    """``word_to_class`` on ``device``, or None where it says nothing, and the number of classes."""
-    index = word_to_class.detach().to("cpu", torch.long)
-    if index.shape != (num_words,):
-        raise ValueError(f"word_to_class must be ({num_words},), one class per word, not {tuple(index.shape)}")
-    steps = index.diff(prepend=index.new_zeros(1))
-    if bool(((steps < 0) | (steps > 1)).any()) or int(index[0]) != 0:
-        raise ValueError("word_to_class must go 0, 1, 2 ... without gaps, each class's words side by side")
-    num_classes = int(index[-1]) + 1
-    return (None if num_classes == num_words else index.to(device)), num_classes

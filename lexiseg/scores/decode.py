@@ -6,9 +6,8 @@ or where that drops too few, all words are streamed over in tiles.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from itertools import pairwise
 
 import torch
@@ -37,8 +36,7 @@ def best(field: Field, word_to_class: Tensor | None, labels: Tensor, scores: Ten
             if not prune(part, block_rows, block_columns, margin, writer):
                 _stream(part, _rectangles(part, _around(block_rows, block_columns)), writer)
 
-    work = field.num_words * field.height * field.width
-    run_all([partial(decide, some) for some in thread_parts(rows, field.device, work)])
+    in_threads(decide, rows, field.device, field.num_words * field.height * field.width)
 
 
 def top_k(field: Field, word_to_class: Tensor | None, values: Tensor, indices: Tensor) -> None:
@@ -190,33 +188,25 @@ def _class_chunks(field: Field, area: int, classes: Tensor, words: Tensor | None
         yield slice(start, stop) if words is None else words[start:stop]
 
 
-def thread_parts(rows: Tensor, device: torch.device, work: int) -> list[Tensor]:
-    """Cut ranges (2, n) of rows into one piece per thread, or a single one where ``work`` scores do not pay for more.
+def in_threads(decide: Callable[[Tensor], None], rows: Tensor, device: torch.device, work: int) -> None:
+    """Decide ranges (2, n) of rows, a piece in each of torch's threads where ``work`` scores pay for more than one.
 
     The decode is many small steps, between which cores wait for each other; rows do not depend on each other, so each
-    core takes rows of its own.
+    core takes rows of its own. An error in one of them is raised here.
     """
     threads = torch.get_num_threads()
-    if device.type != "cpu" or threads < 2 or work < LEAST_WORK:
-        return [rows]
-    return [piece for piece in rows.tensor_split(threads, 1) if piece.shape[1]]
-
-
-def run_all(jobs: Sequence[Callable[[], None]]) -> None:
-    """Run the jobs, each in a thread of its own if there are several; an error of a job is raised here."""
-    if len(jobs) == 1:
-        return jobs[0]()
-    threads = torch.get_num_threads()
+    if device.type != "cpu" or work < LEAST_WORK or min(threads, rows.shape[1]) < 2:
+        return decide(rows)
     inference = torch.is_inference_mode_enabled()
 
-    def run(job: Callable[[], None]) -> None:
+    def run(piece: Tensor) -> None:
         # Gradient modes belong to a thread, so those of the caller are taken along.
         with torch.inference_mode(inference), torch.no_grad():
-            job()
+            decide(piece)
 
     try:
         # One torch thread in each: it is set for the thread that asks.
-        with ThreadPoolExecutor(len(jobs), initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            list(pool.map(run, jobs))
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            list(pool.map(run, rows.tensor_split(min(threads, rows.shape[1]), 1)))
     finally:
         torch.set_num_threads(threads)

@@ -29,7 +29,7 @@ def in_numpy(logits: torch.Tensor, boxes: Any, canvas: Any, size: Any, rule: Dec
     offsets = None
     if rule.seen_offset:
         offsets = rule.seen_offset * (np.arange(logits.shape[2]) % 2).astype(np.float32)
-    parts = [Part.of(grid[0].numpy(), box, rule, fit, offsets, box) for grid, box in zip(logits, boxes, strict=True)]
+    parts = [Part(grid[0].numpy(), box, rule, fit, offsets, box) for grid, box in zip(logits, boxes, strict=True)]
     return decode(parts, canvas, size)
 
 
@@ -62,7 +62,7 @@ def test_windows_are_decoded_as_torch_does(words: int, size: tuple[int, int]) ->
 def test_a_whole_picture_is_decoded_as_torch_does(rule: Decode, fit: Fit, more: dict[str, Any]) -> None:
     logits = grids(1, 20, (8, 8))
     want, best = GridScores(logits[0], **more).label_and_score((131, 77))
-    part = Part.of(logits[0, 0].numpy(), (0, 0, 131, 77), rule, fit, None, (0, 0, 50, 50))
+    part = Part(logits[0, 0].numpy(), (0, 0, 131, 77), rule, fit, None, (0, 0, 50, 50))
     labels, scores = decode([part], (131, 77), (131, 77))
     assert (labels == want[0].numpy()).mean() > 0.9999
     np.testing.assert_allclose(scores, best[0].numpy(), atol=1e-5)
@@ -73,8 +73,8 @@ def test_windows_and_the_whole_picture_count_alike() -> None:
     windows = WindowScores([GridScores(one) for one in logits[:2]], boxes, (32, 48))
     both = WindowScores([windows, GridScores(logits[2])], [(0, 0, 32, 48)] * 2, (32, 48))
     rule = Decode(resize_to="none", sigmoid=False)
-    parts = [Part.of(one[0].numpy(), box, rule, FIT, None, box) for one, box in zip(logits, boxes, strict=False)]
-    whole = Part.of(logits[2, 0].numpy(), (0, 0, 32, 48), rule, FIT, None, (-1, -1, 32, 32))
+    parts = [Part(one[0].numpy(), box, rule, FIT, None, box) for one, box in zip(logits, boxes, strict=False)]
+    whole = Part(logits[2, 0].numpy(), (0, 0, 32, 48), rule, FIT, None, (-1, -1, 32, 32))
     labels, _ = decode(parts, (32, 48), (70, 70), whole)
     assert (labels == both.label_map((70, 70))[0].numpy()).mean() > 0.9999
 

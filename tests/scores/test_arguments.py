@@ -90,8 +90,9 @@ def test_rows_shared_among_threads_give_the_same_bits(monkeypatch: pytest.Monkey
     torch.set_num_threads(3)
     try:
         monkeypatch.setattr(decode, "LEAST_WORK", 1)
-        rows = torch.arange(14).view(2, 7)
-        assert [piece.shape[1] for piece in decode.thread_parts(rows, logits.device, 1)] == [3, 2, 2]
+        pieces: list[int] = []
+        decode.in_threads(lambda some: pieces.append(some.shape[1]), torch.arange(14).view(2, 7), logits.device, 1)
+        assert sorted(pieces) == [2, 2, 3]
         with torch.inference_mode(inference):
             shared = scores.label_and_score((150, 130))
         assert torch.get_num_threads() == 3
@@ -100,9 +101,15 @@ def test_rows_shared_among_threads_give_the_same_bits(monkeypatch: pytest.Monkey
         torch.set_num_threads(before)
 
 
-def test_an_error_in_a_thread_is_the_callers() -> None:
-    def wrong() -> None:
+@pytest.mark.parametrize("threads", [1, 2])
+def test_an_error_in_a_thread_is_the_callers(threads: int) -> None:
+    def wrong(rows: torch.Tensor) -> None:
         raise LexisegError("no")
 
-    with pytest.raises(LexisegError, match="no"):
-        decode.run_all([lambda: None, wrong])
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with pytest.raises(LexisegError, match="no"):
+            decode.in_threads(wrong, torch.arange(4).view(2, 2), torch.device("cpu"), decode.LEAST_WORK)
+    finally:
+        torch.set_num_threads(before)

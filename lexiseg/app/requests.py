@@ -46,11 +46,20 @@ Exemplars = Annotated[
 ]
 
 
-class Question(Body):
-    """What a client asks of a picture."""
+class ClassesRequest(Body):
+    """Classes to check before a picture is sent."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"classes": "giraffe; tree, bush; sky"}]})
 
     classes: str | list[str]
     """A semicolon or a line break separates classes, a comma joins synonyms; or a list of such texts."""
+    model: str | None = None
+    """One of those that ``GET /v1/models`` lists; None is the first."""
+
+
+class Question(ClassesRequest):
+    """What a client asks of a picture."""
+
     exemplars: Exemplars = []
     """Pictures as classes, behind those of words."""
     background: Annotated[str, Field(max_length=1000)] | StrictFloat | None = None
@@ -61,8 +70,6 @@ class Question(Body):
     """How masks are cleaned up; None is the model's own way."""
     output: Output = "rle"
     """Form of the masks; see `lexiseg.app.results.describe_result`."""
-    model: str | None = None
-    """One of those that ``GET /v1/models`` lists; None is the first."""
 
 
 class SegmentRequest(Question):
@@ -81,17 +88,6 @@ class BatchRequest(Question):
 
     images: list[str] = Field(min_length=1)
     """Each as in a request of one picture."""
-
-
-class ClassesRequest(Body):
-    """Classes to check before a picture is sent."""
-
-    model_config = ConfigDict(json_schema_extra={"examples": [{"classes": "giraffe; tree, bush; sky"}]})
-
-    classes: str | list[str]
-    """As in a request of one picture."""
-    model: str | None = None
-    """Likewise."""
 
 
 def decode_picture(text: str, what: str = "The picture") -> bytes:

@@ -24,7 +24,10 @@ _OPTIONS = {
 
 Weights = Annotated[
     Path,
-    typer.Argument(help="A .pth, .pt, .ckpt, .bin, .pkl or .safetensors file, or a CLIPModel folder of transformers."),
+    typer.Argument(
+        metavar="WEIGHTS",
+        help="A .pth, .pt, .ckpt, .bin, .pkl or .safetensors file, or a CLIPModel folder of transformers.",
+    ),
 ]
 Output = Annotated[Path, output_option("Folder to write.")]
 Seen = Annotated[

@@ -24,7 +24,7 @@ World = Annotated[
 
 @app.command("world")
 def world(
-    folder: Annotated[Path, typer.Argument(help="Folder to write.")],
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder to write.")],
     train: Annotated[int, typer.Option(min=0, help="Number of training scenes.")] = 200,
     val: Annotated[int, typer.Option(min=0, help="Number of validation scenes.")] = 50,
     size: Annotated[int, typer.Option(min=16, help="Side of a scene in pixels.")] = 256,
@@ -67,9 +67,7 @@ _NAME = (
 @app.command("verify")
 def verify(
     name: Annotated[str, typer.Argument(metavar="NAME", help=f"{_NAME}; or the folder of your own data.")],
-    root: Annotated[
-        Path | None, typer.Argument(metavar="[ROOT]", help="The folder the dataset was unpacked in.")
-    ] = None,
+    root: Annotated[Path | None, typer.Argument(metavar="ROOT", help="The folder the dataset was unpacked in.")] = None,
     split: Annotated[
         list[str] | None, typer.Option("--split", help="A split; may be repeated. Default: training and val.")
     ] = None,

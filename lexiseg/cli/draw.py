@@ -24,13 +24,14 @@ app = typer.Typer(
 )
 app.callback(invoke_without_command=True)(show_help)
 
-Model = Annotated[str, typer.Argument(help="A name that `lexiseg models` lists, or a folder.")]
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="A name that `lexiseg models` lists, or a folder.")]
 Picture = Annotated[Path, typer.Argument(metavar="IMAGE", help="A picture.")]
 Classes = Annotated[
     str,
     typer.Argument(
+        metavar="CLASSES",
         help="The classes: 'giraffe; tree, bush; sky' (a semicolon separates classes, a comma joins synonyms) or a "
-        "file of them."
+        "file of them.",
     ),
 ]
 At = Annotated[

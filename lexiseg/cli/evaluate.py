@@ -27,7 +27,8 @@ Protocol = Annotated[
     typer.Option(
         "--protocol",
         help="Evaluate a folder as the papers do: gzs-voc, gzs-coco, gzs-context, gzs-context-papers, gzs-ade (seen "
-        "and unseen classes); voc-20, voc-20b, pc-59, pc-459, a-150, a-847 (cross-dataset).",
+        "and unseen classes); voc-20, voc-20b, pc-59, pc-459, a-150, a-847 (cross-dataset); training-free-voc21, "
+        "-voc20, -pc60, -pc59, -coco-object, -coco-stuff, -cityscapes, -ade20k.",
     ),
 ]
 Synonyms = Annotated[

@@ -11,7 +11,7 @@ from lexiseg.cli.console import say, waiting
 
 
 def push(
-    folder: Annotated[Path, typer.Argument(help="A model or a run that train or convert wrote.")],
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A model or a run that train or convert wrote.")],
     repository: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="Repository on the hub.")],
     private: Annotated[bool, typer.Option("--private", help="Make the repository private.")] = False,
     card: Annotated[bool, typer.Option("--card", help="Print the model card and upload nothing.")] = False,

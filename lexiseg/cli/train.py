@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 
 
 def train(
-    recipe: Annotated[str | None, typer.Argument(help="Name of a packaged recipe, or a YAML file.")] = None,
+    recipe: Annotated[
+        str | None, typer.Argument(metavar="RECIPE", help="Name of a packaged recipe, or a YAML file.")
+    ] = None,
     output: Annotated[Path | None, output_option("Folder of the run. Default: runs/RECIPE.")] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue from the newest checkpoint in the folder.")

@@ -12,10 +12,8 @@ UNKNOWN = "unknown_key"
 """Type of pydantic's error about a key that there is not; its context lists the ``known`` ones."""
 
 
-_LARGEST: dict[type, float] = {
-    int: 2**32,
-    float: 3.4e38,
-}  # seeds go up to the first; float32, in which models compute, to the second
+# Seeds go up to the first; float32, in which models compute, to the second.
+_LARGEST: dict[type, float] = {int: 2**32, float: 3.4e38}
 
 
 def refuse_unknown(values: Any, known: Collection[str]) -> Any:

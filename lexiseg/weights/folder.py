@@ -117,7 +117,8 @@ def _load_hub(repository: str) -> SegmentationModel:
     return _load_folder(config.parent)
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
+def read_config(folder: Path) -> dict[str, Any]:
+    """The ``config.json`` of a model folder; a `LexisegError` if it is damaged, or a file is missing."""
     path = folder / CONFIG_NAME
     if not path.is_file():
         other = " It is a CLIP: write 'naclip/' before it." if (folder / "open_clip_config.json").exists() else ""
@@ -144,6 +145,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
         names = config.get(key, [])
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise LexisegError(f"'{path}' is damaged: its {key} must be a list of texts; {_COPY_AGAIN}.")
+    if not (folder / WEIGHTS_NAME).is_file():
+        raise LexisegError(f"The folder '{folder}' has no {WEIGHTS_NAME}; copy the whole folder.")
     return config
 
 
@@ -155,10 +158,8 @@ def _load_folder(folder: Path) -> SegmentationModel:
             return _load_folder(folder / "model")
         if found := runs.find_checkpoints(folder / "checkpoints") or runs.find_checkpoints(folder):
             return _load_checkpoint(found[-1])
-    config = _read_config(folder)
+    config = read_config(folder)
     weights = folder / WEIGHTS_NAME
-    if not weights.is_file():
-        raise LexisegError(f"The folder '{folder}' has no {WEIGHTS_NAME}; copy the whole folder.")
     system = SYSTEMS[config["system"]]
     where = f"'{folder / CONFIG_NAME}'"
     options = renamed_options(system.system, config["options"], where)

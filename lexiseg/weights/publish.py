@@ -9,6 +9,7 @@ from typing import Any
 from lexiseg.catalog import clip_config, packaged_clips
 from lexiseg.errors import LexisegError
 from lexiseg.files import read_json, write_text
+from lexiseg.weights.folder import read_config
 from lexiseg.words import first_line, printable
 
 CARD = "README.md"
@@ -24,14 +25,11 @@ def model_card(folder: str | Path, repository: str = "OWNER/NAME") -> str:
     """The card of a model folder: what it is, how it was trained, what was measured, licence, how to use it.
 
     ``folder``: that `lexiseg.weights.folder.save_model` wrote; a ``report.json`` of an evaluation in it gives metrics.
-    Raises LexisegError if it is not a model folder.
+    Raises LexisegError if it is not a whole model folder.
     """
     folder = _model_of(folder)
-    config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
-    if not isinstance(config.get("system"), str):
-        raise LexisegError(f"'{printable(str(folder))}' is not a model folder; name one that train or convert wrote.")
-    about = config.get("metadata") or {}
-    clip = config.get("clip") or {}
+    config = read_config(folder)
+    about, clip = config.get("metadata", {}), config["clip"]
     tower = str(clip.get("name", "unknown"))
     card = Path(__file__).with_name("model_card.md").read_text("utf-8")
     return card.format(
@@ -53,7 +51,7 @@ def _model_of(folder: str | Path) -> Path:
 
 def _training(config: dict[str, Any], about: dict[str, Any]) -> list[str]:
     facts = {
-        "data": (about.get("data") or {}).get("source"),
+        "data": _mapping(about.get("data")).get("source"),
         "setting": about.get("setting"),
         "steps": about.get("steps"),
         "batch size": about.get("batch_size"),
@@ -71,11 +69,11 @@ def _measured(folder: Path) -> list[str]:
     if not path.is_file():
         return [f"There is no evaluation in this folder; `lexiseg evaluate ... -o FOLDER` writes a `{REPORT}`."]
     report = read_json(path)
-    metrics = report.get("metrics") or {}
+    metrics = _mapping(report.get("metrics"))
     rows = [(name, value) for name, value in metrics.items() if isinstance(value, int | float) and name != "seconds"]
-    about = report.get("protocol") or {}
+    about = _mapping(report.get("protocol"))
     where = f"On `{printable(str(about.get('dataset')))}`, {printable(str(about.get('split')))}"
-    if protocol := about.get("protocol"):
+    if protocol := _mapping(about.get("protocol")):
         where += f", by the protocol `{printable(str(protocol.get('name')))}`"
     return [
         f"{where}:",
@@ -86,6 +84,11 @@ def _measured(folder: Path) -> list[str]:
     ]
 
 
+def _mapping(value: Any) -> Mapping[str, Any]:
+    """What a file that somebody may have edited holds, if it is a mapping."""
+    return value if isinstance(value, Mapping) else {}
+
+
 def _licence(clip: Mapping[str, Any]) -> str:
     from lexiseg.weights.auto import known_weights
 
@@ -93,7 +96,7 @@ def _licence(clip: Mapping[str, Any]) -> str:
     for one in known_weights():
         if one.name.partition("+")[0] == tower:
             return f"{one.licence} ({one.source})."
-    config = clip.get("architecture") or (clip_config(tower) if tower in packaged_clips() else {})
+    config = _mapping(clip.get("architecture")) or (clip_config(tower) if tower in packaged_clips() else {})
     unknown = "their licence is unknown to lexiseg; check their source."
     return _DRAWINGS.get(str(config.get("trained_on")), unknown)
 

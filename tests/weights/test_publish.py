@@ -92,8 +92,22 @@ def test_the_card_says_what_the_run_says(folder: Path) -> None:
     (folder / "report.json").unlink()
     assert "There is no evaluation in this folder" in model_card(folder)
     assert model_card(folder.parent) == model_card(folder)  # the run that made it
-    with pytest.raises(LexisegError, match="not a model folder"):
+    with pytest.raises(LexisegError, match="not a lexiseg model"):
         model_card(folder / "nothing")
+
+
+def test_the_card_of_a_folder_edited_by_hand(folder: Path) -> None:
+    (folder / "report.json").write_text(json.dumps({"metrics": [1], "protocol": {"protocol": "gzs-voc"}}))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "metadata": {"data": "mine"}}))
+    assert "| metric | value |" in model_card(folder)
+    (folder / "config.json").write_text(json.dumps({**config, "clip": "ViT-B-16"}))
+    with pytest.raises(LexisegError, match="its clip must be a mapping"):
+        model_card(folder)
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "model.safetensors").unlink()  # what would arrive could not be loaded
+    with pytest.raises(LexisegError, match=r"has no model\.safetensors"):
+        push_folder(folder, "owner/name")
 
 
 def test_the_card_is_printed_as_it_would_be_uploaded(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

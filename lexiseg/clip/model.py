@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import errno
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
@@ -16,6 +17,7 @@ from open_clip.modified_resnet import ModifiedResNet
 from open_clip.tokenizer import SimpleTokenizer
 from open_clip.transformer import ResidualAttentionBlock, TextTransformer
 from pydantic import BaseModel, FiniteFloat
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -383,4 +385,7 @@ def write_tensors(
         kind = dtype if dtype is not None and value.is_floating_point() else value.dtype
         stored[key] = value.to(kind, copy=True).contiguous()  # safetensors refuses tensors that share memory
     with atomic_write(path) as temporary:
-        save_file(stored, temporary, metadata)
+        try:
+            save_file(stored, temporary, metadata)
+        except SafetensorError as error:  # a full disk
+            raise OSError(errno.EIO, str(error)) from error

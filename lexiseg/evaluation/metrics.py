@@ -104,12 +104,15 @@ class Confusion:
     def update(self, pred: ArrayLike, label: ArrayLike) -> None:
         """Add one picture or a batch.
 
-        ``label``: integer ids of the same shape, 0..C-1 or ``ignore_index``. Raises ValueError if shapes differ, or a
-        label is neither a class nor ``ignore_index``.
+        ``label``: integer ids of the same shape, 0..C-1 or ``ignore_index``. Raises ValueError if shapes differ, ids
+        are no integers, or a label is neither a class nor ``ignore_index``.
         """
         pred_ids, label_ids = np.asarray(pred), np.asarray(label)
         if pred_ids.shape != label_ids.shape:
             raise ValueError(f"the prediction is {pred_ids.shape} and the label {label_ids.shape}")
+        for ids in (pred_ids, label_ids):
+            if ids.size and ids.dtype.kind not in "iub":  # a fraction would be cut off
+                raise ValueError(f"class ids must be whole numbers, not {ids.dtype}")
         pred_ids, label_ids = pred_ids.reshape(-1), label_ids.reshape(-1)
         counts = np.zeros_like(self.counts)
         for start in range(0, label_ids.size, _CHUNK):

@@ -26,7 +26,7 @@ from lexiseg.progress import progress_bar
 from lexiseg.segmenter import Segmenter
 from lexiseg.vocabulary import Vocabulary
 from lexiseg.windows import WindowPolicy
-from lexiseg.words import word_key
+from lexiseg.words import whole_number, word_key
 
 Offsets: TypeAlias = Literal["data", "all", "none"]
 
@@ -68,6 +68,8 @@ def run_evaluation(
     evaluation.
     """
     with processes.together() if shared else nullcontext():
+        batch_size = whole_number(batch_size, "The batch size", 1)
+        limit = None if limit is None else whole_number(limit, "The limit", 1)
         vocabulary = segmenter.vocabulary(dataset.vocabulary, background=background)
         offsets = offsets or ("all" if _had_every_mask(segmenter, dataset.vocabulary) else "data")
         asked = dataset.vocabulary if offsets == "data" else _flagged(dataset.vocabulary, offsets == "all")

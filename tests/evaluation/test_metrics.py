@@ -128,6 +128,10 @@ def test_wrong_input():
         confusion.update([0], [7])
     with pytest.raises(ValueError, match=r"\(1,\)"):
         confusion.update([0], [0, 1])
+    for pair in (([0.9], [0]), ([0], [0.5]), ([float("nan")], [0])):
+        with pytest.raises(ValueError, match="whole numbers, not float64"):
+            confusion.update(*pair)
+    assert not confusion.counts.any()
     with pytest.raises(ValueError, match="3 classes"):
         confusion.merge(Confusion(3))
     with pytest.raises(ValueError, match="num_classes"):

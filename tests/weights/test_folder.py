@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+import lexiseg.clip.model
 from lexiseg.clip.load import load_clip
 from lexiseg.clip.model import save_clip
 from lexiseg.errors import LexisegError, LexisegWarning
@@ -18,6 +20,16 @@ from lexiseg.models import DenseCLIP, ZegCLIP
 from lexiseg.weights import list_models, load_model, renames, save_model
 from tests.towers import small_clip
 from tests.weights.test_one_stage_checkpoint import same, zegclip
+
+
+def test_a_full_disk_is_a_sentence_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(lexiseg.clip.model, "save_file", full)
+    with pytest.raises(LexisegError, match=r"Cannot write '.*model\.safetensors' \(.*No space left on device"):
+        save_clip(small_clip(), tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_wrong_folders(tmp_path: Path) -> None:

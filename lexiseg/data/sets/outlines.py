@@ -88,10 +88,11 @@ def picture_size(place: Place, *, turned: bool) -> tuple[int, int]:
     return (width, height) if sideways else (height, width)
 
 
-def read_labelme(path: Path) -> list[dict[str, Any]]:
-    """The shapes of a labelme file. Raises LexisegError if it is not one."""
+def read_labelme(path: Path) -> dict[str, Any]:
+    """A labelme file, with its ``shapes``. Raises LexisegError if it is not one."""
     try:
-        shapes = json.loads(path.read_text(encoding="utf-8-sig"))["shapes"]
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8-sig"))
+        shapes = content["shapes"]
         if not isinstance(shapes, list) or not all(
             isinstance(shape, dict) and isinstance(shape.get("label"), str) for shape in shapes
         ):
@@ -100,7 +101,7 @@ def read_labelme(path: Path) -> list[dict[str, Any]]:
         raise LexisegError(
             f"'{path}' is not a labelme file; it must hold shapes, each with a label and points."
         ) from error
-    return shapes
+    return content
 
 
 def draw_labelme(
@@ -111,11 +112,19 @@ def draw_labelme(
     ``image``: its picture, whose size the label has. ``ids``: class id by :func:`lexiseg.words.word_key` of the name.
     ``left_out``: the same of names whose shapes are not drawn. ``rest``: label of the pixels in no outline. ``turned``:
     whether the shapes lie on the picture as its orientation turns it. Raises LexisegError if a shape is of no class or
-    of no area, or cannot be drawn.
+    of no area, or cannot be drawn, or the picture had another size when it was labelled.
     """
-    size = picture_size(image, turned=turned)
+    size, content = picture_size(image, turned=turned), read_labelme(path)
+    height, width = said = (content.get("imageHeight"), content.get("imageWidth"))
+    # Which way round they are depends on who turned the picture.
+    if all(isinstance(side, int) and side > 0 for side in said) and sorted(said) != sorted(size):
+        raise DataSetError(
+            f"The shapes in '{path}' were drawn on a picture of {width} x {height} pixels, but '{image}' has {size[1]} "
+            f"x {size[0]}; they must have the same size.",
+            "size-mismatch",
+        )
     outlines = []
-    for number, shape in enumerate(read_labelme(path)):
+    for number, shape in enumerate(content["shapes"]):
         who, name = f"'{path}': shape {number}", word_key(shape["label"])
         if name in left_out:
             continue

@@ -205,7 +205,7 @@ def _labelme_classes(root: Path) -> tuple[ListedClass, ...]:
         except DataSetError:  # whoever asks for that split is told
             continue
         for path in by_stem(place.labels, (".json",)).values():
-            for shape in read_labelme(path) if is_labelme(path) else ():
+            for shape in read_labelme(path)["shapes"] if is_labelme(path) else ():
                 found.setdefault(word_key(shape["label"]), shape["label"])
     return tuple(ListedClass(found[name]) for name in sorted(found) if name not in _NO_CLASS)
 

@@ -217,6 +217,17 @@ def test_other_shapes_of_labelme(tmp_path: Path) -> None:
         assert "c.json': shape 0" in finding.problem and words in finding.problem
 
 
+def test_shapes_that_were_drawn_before_the_picture_was_resized(tmp_path: Path) -> None:
+    labelme(tmp_path)
+    path = tmp_path / "val/c.json"
+    content = json.loads(path.read_text())
+    for height, width, kinds in ((32, 48, []), (48, 32, []), (None, 0, []), (64, 96, ["size-mismatch"])):
+        path.write_text(json.dumps({**content, "imageHeight": height, "imageWidth": width}))
+        assert [one.kind for one in verify("own", tmp_path, splits=["val"], workers=1).errors] == kinds
+    with pytest.raises(LexisegError, match=r"drawn on a picture of 96 x 64 pixels, but '.*c\.jpg' has 48 x 32"):
+        open_data_set("own", tmp_path, "val")[0]
+
+
 @pytest.mark.parametrize(
     ("line", "words"),
     [

@@ -115,9 +115,9 @@ def draw_labelme(
     of no area, or cannot be drawn, or the picture had another size when it was labelled.
     """
     size, content = picture_size(image, turned=turned), read_labelme(path)
-    height, width = said = (content.get("imageHeight"), content.get("imageWidth"))
+    height, width = content.get("imageHeight"), content.get("imageWidth")
     # Which way round they are depends on who turned the picture.
-    if all(isinstance(side, int) and side > 0 for side in said) and sorted(said) != sorted(size):
+    if isinstance(height, int) and isinstance(width, int) and height * width and {height, width} != set(size):
         raise DataSetError(
             f"The shapes in '{path}' were drawn on a picture of {width} x {height} pixels, but '{image}' has {size[1]} "
             f"x {size[0]}; they must have the same size.",

@@ -27,8 +27,9 @@ _PLACEHOLDERS = ("lastresort", "adobeblank", "unifont")
 class Lettering:
     """Draws texts in one size, each character in the first font that has it.
 
-    ``missing``: characters that no font on this machine has. ``font``: a file to use before all others; None begins
-    with the font that Pillow carries (Latin letters). Raises LexisegError if the font file cannot be read.
+    ``missing``: characters that no font on this machine has. ``files``: the machine's fonts that are used. ``font``: a
+    file to use before all others; None begins with the font that Pillow carries (Latin letters). Raises LexisegError if
+    the font file cannot be read.
     """
 
     def __init__(self, texts: Iterable[str], size: int, font: str | Path | None = None) -> None:
@@ -37,6 +38,7 @@ class Lettering:
         self._fonts.append(ImageFont.load_default(size))
         wanted = {character for text in texts for character in text if not _draws_nothing(character)}
         self.missing = {one for one in wanted if not any(_has(face, one) for face in self._fonts)}
+        self.files: list[Path] = []
         for path in font_files() if self.missing else ():
             try:
                 face = _load(path, size)
@@ -45,6 +47,7 @@ class Lettering:
                 continue
             if found:
                 self._fonts.append(face)
+                self.files.append(path)
                 self.missing -= found
             if not self.missing:
                 break

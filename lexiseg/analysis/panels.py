@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lexiseg.errors import LexisegError, need
+from lexiseg.errors import LexisegError, LexisegWarning, need
+from lexiseg.fonts import Lettering
 from lexiseg.images import image_name
-from lexiseg.words import shorten
+from lexiseg.words import printable, shorten
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -65,7 +67,32 @@ def new_figure(width: float, height: float) -> Figure:
 
 def set_title(figure: Figure, title: str, subtitle: str) -> None:
     """Write title and subtitle; text is taken as it is, never as mathematics."""
-    figure.suptitle(f"{title}\n{subtitle}" if subtitle else title, fontsize=11, color=INK, parse_math=False, wrap=True)
+    figure.suptitle(_lines(title, subtitle), fontsize=11, color=INK, parse_math=False, wrap=True)
+    _make_legible(figure)
+
+
+def _make_legible(figure: Figure) -> None:
+    """Write letters that matplotlib's font lacks in this machine's fonts; what none has becomes ?, with a note."""
+    from matplotlib import font_manager, text
+
+    written: list[Any] = figure.findobj(text.Text)
+    face = Lettering((one.get_text() for one in written), 10, font_manager.findfont(font_manager.FontProperties()))
+    families = ["sans-serif"]
+    for file in face.files:
+        font_manager.fontManager.addfont(file)
+        families.append(font_manager.FontProperties(fname=file).get_name())
+    for one in written if face.files or face.missing else ():
+        one.set_fontfamily(families)
+        one.set_text("".join("?" if letter in face.missing else letter for letter in one.get_text()))
+    if face.missing:
+        letters = shorten("".join(sorted(face.missing)))
+        note = f"No font on this machine has the letters '{letters}', so the figure has ? for each; install one."
+        warnings.warn(note, LexisegWarning, stacklevel=2)
+
+
+def _lines(*texts: str) -> str:
+    """Texts below each other, names of files among them as they may be shown."""
+    return "\n".join(map(printable, "\n".join(filter(None, texts)).split("\n")))
 
 
 def compose(title: str, rows: Sequence[Sequence[Panel]], *, scale: Scale | None = None, subtitle: str = "") -> Figure:
@@ -107,8 +134,7 @@ def _draw(axes: Axes, panel: Panel, scale: Scale | None) -> AxesImage | None:
         look |= {"vmin": scale.low, "vmax": scale.high, "interpolation": "bilinear"}
     shown = axes.imshow(panel.image, **look)
     axes.set_axis_off()
-    caption = f"{panel.caption}\n{panel.note}" if panel.note else panel.caption
-    axes.set_title(caption, fontsize=8, color=panel.color, parse_math=False, wrap=True)
+    axes.set_title(_lines(panel.caption, panel.note), fontsize=8, color=panel.color, parse_math=False, wrap=True)
     if panel.box is not None:
         from matplotlib.patches import Rectangle
 

@@ -13,6 +13,7 @@ import lexiseg
 from lexiseg.cli.console import waiting
 from lexiseg.cli.options import DEFAULT_MAX_PIXELS, Device, Png, show_help, write_png
 from lexiseg.errors import LexisegError
+from lexiseg.words import shorten
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -182,9 +183,9 @@ def _load(model: str, device: str, *, inside: bool = True) -> Segmenter:
 
 
 def _point(text: str) -> tuple[int, int]:
-    parts = re.fullmatch(r"\s*(-?\d+)\s*,\s*(-?\d+)\s*", text)
+    parts = re.fullmatch(r"\s*(-?\d{1,9})\s*,\s*(-?\d{1,9})\s*", text)
     if parts is None:
-        raise LexisegError(f"--at takes the column and the row of a pixel, such as 120,80, not '{text}'.")
+        raise LexisegError(f"--at takes the column and the row of a pixel, such as 120,80, not '{shorten(text)}'.")
     return int(parts[1]), int(parts[2])
 
 

@@ -239,23 +239,25 @@ def _split(words: Sequence[str], classes_file: Path | None) -> tuple[list[str], 
 
 
 def _pictures(sources: Sequence[str], output: Path) -> list[Path]:
-    """The files that the arguments stand for, each once, in order; of a folder not what is written into it."""
+    """The files that the arguments stand for, each once, in order; of a folder not what was written into it."""
     from lexiseg.images import list_images
-    from lexiseg.labelling.pictures import absolute
+    from lexiseg.labelling.pictures import FOLDER, absolute
 
     paths: dict[str, Path] = {}
     results = 0
     for source in sources:
         found = list_images(source)
-        stems = {path.stem for path in found if absolute(path.parent) == absolute(output)}
+        stems = {path.stem for path in found}
+        folders = {path.parent for path in found}
+        written = {one for one in folders if absolute(one) == absolute(output) or (one / FOLDER).is_dir()}
         for path in found:
             name, _, kind = path.stem.rpartition("_")
-            if kind in ("overlay", "labels") and {name, path.stem} <= stems:
+            if kind in ("overlay", "labels") and name in stems and path.parent in written:
                 results += 1
             else:
                 paths.setdefault(absolute(path), path)
     if results:
-        text = f"Skipped: {counted(results, 'picture')} in '{output}' that lexiseg wrote there itself."
+        text = f"Skipped: {counted(results, 'picture')} that lexiseg wrote itself."
         warnings.warn(text, LexisegWarning, stacklevel=2)
     from lexiseg.maps import MAP_SUFFIXES, is_map
 

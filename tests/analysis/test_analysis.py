@@ -197,6 +197,22 @@ def test_figures_of_a_system(system: str, photo: Path) -> None:
     assert model.model.training
 
 
+def test_letters_that_no_font_has_are_announced(
+    tmp_path: Path, photo: Path, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    monkeypatch.setattr("lexiseg.fonts.font_files", list)
+    figure = scores_figure(lexiseg.load("zegclip-emoji", device="cpu"), photo, "\U00013000; grass")
+    figure.savefig(tmp_path / "a.png")
+    said = [str(one.message) for one in recwarn if "font" in str(one.message)]
+    assert said == ["No font on this machine has the letters '\U00013000', so the figure has ? for each; install one."]
+
+
+def test_names_that_are_not_utf_8(tmp_path: Path) -> None:
+    picture = tmp_path / "caf\udce9.png"
+    Image.new("RGB", (64, 64)).save(picture)
+    compare_figure([lexiseg.load("zegclip-emoji", device="cpu")], picture, "giraffe; grass").savefig(tmp_path / "a.png")
+
+
 def test_narrow_pictures_have_figures_too(tmp_path: Path) -> None:
     path = tmp_path / "narrow.png"
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 300, 3), dtype=np.uint8)).save(path)

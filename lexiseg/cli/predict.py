@@ -129,7 +129,7 @@ def predict(
     """
     if cluster is None and (workers or address or shard_size):
         raise LexisegError("--workers, --address and --shard-size are for a cluster; add --cluster ray.")
-    kinds = _kinds(save, instances)
+    kinds = _kinds(save, instances, font)
     sources, classes = _split(words, classes_file)
     from lexiseg.cli.streams import predict_map, predict_video, read_bands
     from lexiseg.maps import MapOptions, is_map
@@ -185,7 +185,7 @@ def _refuse_for_streams(many: object, dressed: object, kinds: Sequence[str]) -> 
         )
 
 
-def _kinds(save: str, instances: str | None) -> list[str]:
+def _kinds(save: str, instances: str | None, font: Path | None) -> list[str]:
     from lexiseg.formats import SAVE_FORMATS
 
     names = [name.strip().lower() for name in save.split(",")]
@@ -193,6 +193,8 @@ def _kinds(save: str, instances: str | None) -> list[str]:
     for kind in kinds:
         if kind not in SAVE_FORMATS:
             raise LexisegError(f"--save has no format '{kind}'; choose from {', '.join(SAVE_FORMATS)}.")
+    if font is not None and "overlay" not in kinds:
+        raise LexisegError("--font is for the legend of overlays, which --save leaves out; add overlay to it.")
     if instances is not None and not set(_OBJECT_KINDS) & set(kinds):
         raise LexisegError(
             f"--instances has no effect on these formats of --save; add one of {', '.join(_OBJECT_KINDS)}."

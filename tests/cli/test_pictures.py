@@ -136,6 +136,7 @@ def test_instances_are_regions(predict: Call, folder: Path, tmp_path: Path) -> N
     for more, words in (
         (["--instances", "cat"], "'cat' is not one of the classes"),
         (["--instances", "dog", "--save", "labels"], "has no effect"),
+        (["--font", "any.ttf"], "for the legend of overlays"),
     ):
         code, _, err = predict(picture, WORDS, *["--save", "coco", *more])
         assert code == 2 and words in err

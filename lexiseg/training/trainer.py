@@ -231,7 +231,7 @@ class Trainer:
         """The steps ``first`` to ``end``; how many are done, fewer where patience ran out."""
         settings, task = self.settings, self.task
         best = Best(settings.keep_best, settings.patience, log)
-        if best.exhausted:
+        if processes.gather(best.exhausted)[0]:  # the first process has the log
             return first
         indices = range(first * settings.accumulate, end * settings.accumulate)  # the batches of these steps
         part = partial(task.part, rank=processes.rank(), processes=processes.count())
@@ -271,7 +271,8 @@ class Trainer:
                         keep=settings.keep_checkpoints,
                     )
             if stop:
-                _log.warning("Stopped at step %d: %s", done, best)
+                if processes.is_main():
+                    _log.warning("Stopped at step %d: %s", done, best)
                 return done
         return end
 

@@ -38,6 +38,7 @@ from lexiseg.training.segmentation import SegmentationTask
 from lexiseg.training.trainer import Trainer, seed_everything
 from tests.launching import Launch, in_processes, launch
 from tests.towers import small_clip
+from tests.training.runs import same
 
 VISION = {"image_size": 32, "patch_size": 8, "width": 64, "layers": 2, "head_width": 32}
 TEXT = {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}
@@ -69,10 +70,6 @@ def losses(folder):
 def close_losses(a, b, relative=1e-6):
     """Within 1e-5, or a millionth of them where they are so large that float32 has nothing finer."""
     np.testing.assert_allclose(losses(a), losses(b), atol=1e-5, rtol=relative)
-
-
-def same(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 def close(a, b, **tolerance):
@@ -215,14 +212,20 @@ class Linear(Task):
             raise LexisegError("A label is 300.")
         return {"loss": self.model(batch["x"]).square().mean()}
 
+    def measures(self):
+        return ("val/score",)
+
+    def evaluate(self, step):
+        return {"val/score": -step}, {}
+
     def export(self, folder):
         folder.mkdir(exist_ok=True)
 
 
-def train_linear(folder, mistake, **changes):
+def train_linear(folder, mistake=None, resume=False, **changes):
     changes = {"steps": 8, "batch_size": 4, "accumulate": 1, "snapshot_every": 0, **changes}
     settings = TrainSettings(**{**SETTINGS, **changes})
-    Trainer(Linear(mistake), settings, folder, device="cpu", tensorboard=False, progress=False).run()
+    Trainer(Linear(mistake), settings, folder, device="cpu", tensorboard=False, progress=False).run(resume=resume)
 
 
 @pytest.mark.parametrize(("mistake", "words"), [("data", "'x.jpg' is broken"), ("nan", r"step 3 \(samples: picture-1")])
@@ -240,6 +243,15 @@ def test_a_mistake_within_a_step_ends_both(tmp_path):
     errors = in_processes(tmp_path, train_linear, tmp_path / "run", "labels")
     assert [type(error) for error in errors] == [processes.PeerError, LexisegError]
     assert "Another process" in str(errors[0]) and "300" in str(errors[1])
+
+
+def test_both_processes_know_that_patience_ran_out(tmp_path):
+    """When it is resumed as well, where the first process alone has the log."""
+    judged = {"snapshot_every": 1, "keep_best": "val/score", "patience": 2}
+    for resume in (False, True):
+        found = in_processes(tmp_path, train_linear, tmp_path / "run", resume=resume, timeout=100, **judged)
+        assert found == [None, None]
+    assert max(record["step"] for record in records(tmp_path / "run")) == 3
 
 
 @pytest.mark.slow

@@ -17,9 +17,10 @@ from lexiseg.data.transforms import random_short_edge, short_edge_pipeline, top_
 from lexiseg.recipes import load_recipe, parse_recipe
 from lexiseg.training.dry_run import dry_run
 from lexiseg.training.prompts import PromptTask, read_prompts
-from lexiseg.training.run import build_task, train
+from lexiseg.training.run import build_task
 from tests.miniatures import voc2012
 from tests.towers import small_clip
+from tests.training.runs import quietly, same
 
 
 @pytest.fixture(scope="module")
@@ -44,17 +45,13 @@ def recipe_of(home: Path, **changes: Any) -> Any:
     return parse_recipe(yaml.safe_dump(values), "test.yaml")
 
 
-def run(recipe: Any, folder: Path, **options: Any) -> Path:
-    return train(recipe, folder, device="cpu", tensorboard=False, progress=False, **options)
-
-
 def test_a_resumed_run_learns_the_same(home: Path, tmp_path: Path) -> None:
     recipe = recipe_of(home)
-    whole, _ = read_prompts(run(recipe, tmp_path / "whole"))
-    run(recipe, tmp_path / "parts", until=2)
-    folder = run(recipe, tmp_path / "parts", resume=True)
+    whole, _ = read_prompts(quietly(recipe, tmp_path / "whole"))
+    quietly(recipe, tmp_path / "parts", until=2)
+    folder = quietly(recipe, tmp_path / "parts", resume=True)
     parts, card = read_prompts(folder)
-    assert parts.keys() == whole.keys() and all(torch.equal(parts[name], whole[name]) for name in whole)
+    assert same(parts, whole)
     assert card["pictures"] > 0 and read_prompts(tmp_path / "parts")[1] == card
     (folder / "prompts.json").unlink()
     assert read_prompts(folder)[1] == {}

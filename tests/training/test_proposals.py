@@ -20,10 +20,11 @@ from lexiseg.proposals.options import Mask2FormerOptions, MaskFormerOptions, Sam
 from lexiseg.recipes import SegmentationRecipe, load_recipe
 from lexiseg.training.dry_run import dry_run
 from lexiseg.training.proposals import IMAGENET_WEIGHTS, describe_start, proposals_start
-from lexiseg.training.run import build_task, train
+from lexiseg.training.run import build_task
 from lexiseg.training.segmentation import SegmentationTask
 from lexiseg.weights import load_model
 from tests.towers import small_clip
+from tests.training.runs import quietly, same
 
 SMALL: dict[str, Any] = {
     **{"backbone": "r50", "widths": (4, 4, 8, 8), "stem_width": 8, "num_queries": 5, "hidden_dim": 32},
@@ -211,18 +212,16 @@ def test_a_training_starts_from_it_and_goes_on_from_its_checkpoint(tmp_path: Pat
         short = name.removeprefix("generator.backbone.body.")
         assert torch.equal(tensor, state[short] if short != name else plain.model.state_dict()[name])
 
-    quiet: dict[str, Any] = {"device": "cpu", "tensorboard": False, "progress": False}
-    whole = load_model(train(recipe, tmp_path / "whole", **quiet)).state_dict()
-    train(recipe, tmp_path / "halves", until=1, **quiet)
-    halves = load_model(train(recipe, tmp_path / "halves", resume=True, **quiet)).state_dict()
-    assert all(torch.equal(halves[name], tensor) for name, tensor in whole.items())
+    whole = load_model(quietly(recipe, tmp_path / "whole")).state_dict()
+    quietly(recipe, tmp_path / "halves", until=1)
+    assert same(load_model(quietly(recipe, tmp_path / "halves", resume=True)).state_dict(), whole)
     trained = "generator.backbone.body.layer4.0.conv1.weight"
     assert not torch.equal(whole[trained], state["layer4.0.conv1.weight"])
     # A finished model is read without it; a run that goes on wants the weights it began with.
     save_file({name: tensor + 1 for name, tensor in state.items()}, source)
     assert torch.equal(load_model(tmp_path / "whole" / "model").state_dict()[trained], whole[trained])
     with pytest.raises(LexisegError, match=r"Cannot resume .*'proposals' was "):
-        train(recipe, tmp_path / "halves", resume=True, **quiet)
+        quietly(recipe, tmp_path / "halves", resume=True)
 
 
 def test_dry_run_tries_what_is_there(tmp_path: Path) -> None:

@@ -26,14 +26,14 @@ from lexiseg.data.picture_world import write_voc
 from lexiseg.errors import LexisegError, LexisegWarning
 from lexiseg.losses.exclusive import exclusive_losses
 from lexiseg.losses.masks import mask_losses
-from lexiseg.recipes import load_recipe, parse_recipe
-from lexiseg.training.run import build_task, train
+from lexiseg.recipes import load_recipe
+from lexiseg.training.run import build_task
 from lexiseg.training.segmentation import SegmentationTask
 from lexiseg.weights import load_model
 from lexiseg.weights.runs import find_checkpoints
 from tests.towers import small_clip
-
-OPTIONS = {"num_prompts": 1, "decoder_layers": 1, "decoder_heads": 2}
+from tests.training import runs
+from tests.training.runs import quietly, same
 
 
 @pytest.fixture(scope="module")
@@ -45,28 +45,12 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def recipe_of(place: Path, root: Path | str | None = None, **changes: Any) -> Any:
-    numbers = {"steps": 4, "batch_size": 2, "lr": 1e-3, "workers": 0, "checkpoint_every": 2, **changes.pop("train", {})}
     data = {"source": "own", "root": str(root or place / "data"), "augment": "light", "crop": 32}
-    values = {
-        "kind": "segmentation",
-        "model": {"system": "zegclip", "clip": str(place / "clip"), "options": OPTIONS},
-        "data": {**data, **changes.pop("data", {})},
-        "train": numbers,
-        **changes,
-    }
-    return parse_recipe(yaml.safe_dump(values), "test.yaml")
-
-
-def quietly(recipe: Any, folder: Path, **options: Any) -> Path:
-    return train(recipe, folder, device="cpu", tensorboard=False, progress=False, **options)
+    return runs.recipe_of(place / "clip", data=data, **changes)
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_model(folder).state_dict()
-
-
-def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
-    return all(torch.equal(value, other[name]) for name, value in one.items())
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +73,9 @@ def test_a_run_goes_on_where_its_data_are_named_otherwise(
     shutil.copytree(place / "clip", tmp_path / "clip")
     shutil.copytree(run, tmp_path / "run")
     monkeypatch.chdir(tmp_path)
-    recipe = recipe_of(tmp_path, "elsewhere", model={"system": "zegclip", "clip": "clip", "options": OPTIONS})
+    recipe = recipe_of(
+        tmp_path, "elsewhere", model={"system": "zegclip", "clip": "clip", "options": runs.OPTIONS["zegclip"]}
+    )
     assert same(weights(quietly(recipe, Path("run"), resume=True)), weights(whole))
     first = next((moved / "JPEGImages").iterdir()).stem
     (moved / "ImageSets/Segmentation/train.txt").write_text(f"{first}\n", encoding="utf-8")

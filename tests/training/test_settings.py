@@ -18,21 +18,17 @@ from safetensors.torch import load_file
 
 import lexiseg.training.init
 from lexiseg.cli import main
-from lexiseg.clip.load import load_clip
-from lexiseg.clip.model import save_clip
-from lexiseg.data.base import Sample
 from lexiseg.data.picture_world import FIRST, write_voc
 from lexiseg.data.transforms import light_pipeline, paper_pipeline
 from lexiseg.errors import LexisegError
 from lexiseg.evaluation.run import run_evaluation
 from lexiseg.losses.masks import pseudo_labels
-from lexiseg.models import SYSTEMS
-from lexiseg.recipes import SegmentationRecipe, load_recipe, parse_recipe
+from lexiseg.recipes import SegmentationRecipe, load_recipe
 from lexiseg.segmenter import Segmenter
 from lexiseg.training.checkpoint import find_checkpoints
 from lexiseg.training.dry_run import dry_run
 from lexiseg.training.init import first_stage, prompt_stage, with_stages
-from lexiseg.training.run import build_task, train
+from lexiseg.training.run import build_task
 from lexiseg.training.segmentation import (
     PADDING,
     UNLABELLED,
@@ -45,35 +41,9 @@ from lexiseg.training.trainer import Trainer
 from lexiseg.vocabulary import Vocabulary
 from lexiseg.weights import load_model
 from tests.recipes.texts import recipe_text
-from tests.towers import small_clip
+from tests.training.runs import OPTIONS, flat_task, quietly, recipe_of, same
 
-OPTIONS: dict[str, dict[str, Any]] = {
-    "zegclip": {"num_prompts": 1, "decoder_layers": 1, "decoder_heads": 2},
-    "cascade-clip": {"num_prompts": 1, "decoder_layers": 1, "decoder_heads": 2, "groups": "{2-3},{4}"},
-    "spt-seg": {"num_prompts": 1, "decoder_layers": 1},
-}
 CASCADE = {"base": "spt-seg", "groups": "{2-3},{4}"}
-
-
-@pytest.fixture(scope="module")
-def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_clip(small_clip(), tmp_path_factory.mktemp("clip"))
-
-
-def recipe_of(clip: Path, system: str = "zegclip", **changes: Any) -> Any:
-    train_changes = changes.pop("train", {})
-    values = {
-        "kind": "segmentation",
-        "model": {"system": system, "clip": str(clip), "options": OPTIONS[system]},
-        "data": {"source": "picture-world", "size": 32, "length": 6, "val_size": 32, "val_length": 2},
-        "train": {"steps": 4, "batch_size": 2, "lr": 1e-3, "workers": 0, "checkpoint_every": 2, **train_changes},
-        **changes,
-    }
-    return parse_recipe(yaml.safe_dump(values), "test.yaml")
-
-
-def quietly(recipe: Any, folder: Path, **options: Any) -> Path:
-    return train(recipe, folder, device="cpu", tensorboard=False, progress=False, **options)
 
 
 def test_a_trained_cascade_on_spt_seg_has_its_parts_and_is_read_again(clip_folder: Path, tmp_path: Path) -> None:
@@ -128,30 +98,6 @@ def test_both_pipelines_fill_up_with_the_label_they_are_told(pad_label: int) -> 
         assert {int(value) for value in found} == {0, pad_label}
 
 
-class Flat:
-    """12 x 12 pictures: cat left, the unseen sky right, dog in the last row, void in the first."""
-
-    vocabulary = Vocabulary.parse(["cat", "sky", "dog"]).with_seen(["cat", "dog"])
-
-    def __len__(self) -> int:
-        return 3
-
-    def __getitem__(self, index: int) -> Sample:
-        label = torch.zeros(12, 12, dtype=torch.long)
-        label[:, 6:] = 1
-        label[-1] = 2
-        label[0] = 255
-        return Sample(torch.full((3, 12, 12), 40 * index, dtype=torch.uint8), label, f"flat-{index}")
-
-
-def flat_task(clip_folder: Path, setting: str, unlabelled: str = "marked") -> SegmentationTask:
-    seen = ("cat", "sky", "dog") if setting == "supervised" else ("cat", "dog")
-    model = SYSTEMS["zegclip"].build(load_clip(clip_folder), OPTIONS["zegclip"], seen_names=seen)
-    pad = PADDING if setting == "transductive" else 255
-    pipeline = light_pipeline((0.0,) * 3, (1.0,) * 3, crop=16, flip=0, pad_label=pad)
-    return SegmentationTask(model, Flat(), pipeline, batch_size=2, setting=setting, unlabelled=unlabelled)
-
-
 @pytest.mark.parametrize(
     ("setting", "unlabelled", "void", "cat", "sky", "dog", "classes", "seen"),
     [
@@ -173,7 +119,7 @@ def test_what_the_loss_is_given(
     classes: int,
     seen: list[bool] | None,
 ) -> None:
-    task = flat_task(clip_folder, setting, unlabelled)
+    task = flat_task(clip_folder, setting, unlabelled=unlabelled)
     given: dict[str, Any] = {}
     losses = type(task.model).losses
 
@@ -194,7 +140,7 @@ def test_what_the_loss_is_given(
 
 
 def test_pixels_without_a_label_get_unseen_classes_only(clip_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    task = flat_task(clip_folder, "transductive", "ignored")
+    task = flat_task(clip_folder, "transductive", unlabelled="ignored")
     found = {}
 
     def spy(*arguments: Any) -> Any:
@@ -335,8 +281,7 @@ def test_resume_of_self_training_is_bit_for_bit(
         quietly(recipe, tmp_path / "broken")
     torch.rand(3)
     resumed = quietly(recipe, tmp_path / "broken", resume=True)
-    before, after = (load_file(folder / "model.safetensors") for folder in (whole, resumed))
-    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert same(*(load_file(folder / "model.safetensors") for folder in (whole, resumed)))
     with pytest.raises(LexisegError, match="'setting' was transductive"):
         quietly(recipe_of(clip_folder, initial=str(tmp_path / "first")), tmp_path / "whole", resume=True)
 
@@ -349,8 +294,7 @@ def test_stopping_and_going_on_is_the_same_run(tmp_path: Path, clip_folder: Path
     with pytest.raises(LexisegError, match="step 3 already"):
         quietly(recipe, tmp_path / "half", resume=True, until=1)
     rest = quietly(recipe, tmp_path / "half", resume=True)
-    before, after = (load_file(folder / "model.safetensors") for folder in (whole, rest))
-    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert same(*(load_file(folder / "model.safetensors") for folder in (whole, rest)))
     with pytest.raises(LexisegError, match="cannot stop after 9"):
         quietly(recipe, tmp_path / "new", until=9)
 

@@ -19,6 +19,7 @@ from lexiseg.recipes import TrainSettings
 from lexiseg.training.checkpoint import find_checkpoints
 from lexiseg.training.engine import Task, prefetch
 from lexiseg.training.trainer import Multiplier, Trainer, learning_rate, rule_for, seed_everything
+from tests.training.runs import same
 
 
 class TinyTask(Task):
@@ -74,10 +75,6 @@ def train(folder, resume=False, task=None, **changes):
     task = task or TinyTask()
     trainer = Trainer(task, settings(**changes), folder, device="cpu", tensorboard=False, progress=False)
     return load_file(trainer.run(resume=resume) / "model.safetensors")
-
-
-def same(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 class StopError(Exception):

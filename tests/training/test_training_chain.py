@@ -14,7 +14,7 @@ import yaml
 
 from lexiseg.cli import main
 from lexiseg.clip.load import load_clip
-from lexiseg.clip.model import digest_of, save_clip
+from lexiseg.clip.model import digest_of
 from lexiseg.errors import LexisegError
 from lexiseg.models.deop import DeOP
 from lexiseg.models.region_base import RegionModel
@@ -30,15 +30,11 @@ from lexiseg.weights import load_model
 from tests.models.test_region_models import LINEAR, MASKFORMER
 from tests.proposals.test_sam_proposals import tiny_sam
 from tests.towers import small_clip
+from tests.training.runs import OPTIONS, quietly, same
 
 DATA = {"source": "picture-world", "size": 32, "length": 2, "val_size": 32, "val_length": 1}
 TRAIN = {"steps": 1, "batch_size": 2, "lr": 1e-3, "workers": 0, "checkpoint_every": 1, "min_lr": 0.0}
 TRAIN |= {"no_decay": ["norm", "embedding"], "clip_norm": 0.01}
-
-
-@pytest.fixture(scope="module")
-def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_clip(small_clip(), tmp_path_factory.mktemp("clip"))
 
 
 def write(folder: Path, clip: Path) -> None:
@@ -117,9 +113,7 @@ def write(folder: Path, clip: Path) -> None:
 
 def run(folder: Path, name: str, **changes: Any) -> Path:
     recipe = load_recipe(folder / f"{name}.yaml")
-    return train(
-        recipe.model_copy(update=changes), folder / "runs" / name, device="cpu", tensorboard=False, progress=False
-    )
+    return quietly(recipe.model_copy(update=changes), folder / "runs" / name)
 
 
 def test_deop_stage_by_stage(tmp_path: Path, clip_folder: Path) -> None:
@@ -152,7 +146,7 @@ def test_deop_stage_by_stage(tmp_path: Path, clip_folder: Path) -> None:
     )
     row = load_model(gps)
     assert isinstance(row, DeOP) and (row.options.severance, row.options.alpha) == ("gps", 0.5)
-    assert all(torch.equal(row.state_dict()[name], value) for name, value in first.state_dict().items())
+    assert same(row.state_dict(), first.state_dict())
     assert row.default_templates == first.default_templates
     assert not (tmp_path / "gps" / "checkpoints").exists() and (tmp_path / "gps" / "recipe.yaml").is_file()
     with pytest.raises(LexisegError, match="consists of variants; name one after a colon: gps, mps"):
@@ -172,9 +166,8 @@ def test_stages_that_are_named_are_trained_first_and_resumed(tmp_path: Path, cli
     assert tuned.prompts.fingerprint() == host.prompts.fingerprint()
     assert yaml.safe_load((runs / "recipe.yaml").read_text())["initial"].endswith("zsseg.yaml")
     before = tuned.state_dict()
-    train(load_recipe(tmp_path / "maft.yaml"), runs, resume=True, device="cpu", tensorboard=False, progress=False)
-    after = load_model(folder).state_dict()
-    assert all(torch.equal(before[name], value) for name, value in after.items())
+    quietly(load_recipe(tmp_path / "maft.yaml"), runs, resume=True)
+    assert same(load_model(folder).state_dict(), before)
 
 
 def test_a_teacher_labels_what_has_no_label(tmp_path: Path, clip_folder: Path) -> None:
@@ -231,8 +224,7 @@ def test_teacher_of_any_system(clip_folder: Path) -> None:
     from lexiseg.models import SYSTEMS
 
     vocabulary = Vocabulary.parse("cat; dog; sky").with_seen(["cat"])
-    options = {"num_prompts": 1, "decoder_layers": 1, "decoder_heads": 2}
-    model = SYSTEMS["zegclip"].build(small_clip(), options, seen_names=("cat",))
+    model = SYSTEMS["zegclip"].build(small_clip(), OPTIONS["zegclip"], seen_names=("cat",))
     labels = torch.full((1, 8, 8), UNLABELLED)
     labels[0, 0] = 0
     found = Teacher(model, vocabulary).label(torch.randn(1, 3, 32, 32), labels, model.mean, model.std)

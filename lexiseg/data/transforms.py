@@ -1,6 +1,8 @@
 """The papers' picture pipelines: random resize, crop, flip and colour for training; the test-time size.
 
-There are two: the one-stage papers' (mmsegmentation) and the decoupled papers' (detectron2).
+There are two: the one-stage papers' (mmsegmentation) and the decoupled papers' (detectron2). The functions that build
+them take the mean and the deviation of RGB in 0..1 units, ``crop``, the side of the training crop, and ``pad_label``,
+the label of the pixels that fill a picture up.
 
 Every random choice is drawn from a ``numpy.random.Generator`` handed in by the caller, never from global state: a
 sample is then a pure function of its seed, in any thread or process, which is what makes a resumed training exact.
@@ -189,11 +191,9 @@ def paper_pipeline(
 ) -> Pipeline:
     """The papers' training pipeline: resize, crop, flip, colour, normalise, pad to ``crop x crop``.
 
-    ``mean``: RGB mean in 0..1 units (the authors use ImageNet's: 0.485, 0.456, 0.406). ``std``: RGB deviation in 0..1
-    units (0.229, 0.224, 0.225). ``crop``: side of the training crop; the resize bounds scale with it, ``(4 * crop,
-    crop)``. ``pad_label``: label of the pixels that fill a picture up. ``ignored``: label of pixels without a class,
-    which do not count for what a crop shows. Source: ZegCLIP, Sec. 4.2, with the constants of the authors'
-    configuration.
+    The authors' mean and deviation are ImageNet's: 0.485, 0.456, 0.406 and 0.229, 0.224, 0.225. The resize bounds scale
+    with ``crop``, ``(4 * crop, crop)``. ``ignored``: label of pixels without a class, which do not count for what a
+    crop shows. Source: ZegCLIP, Sec. 4.2, with the constants of the authors' configuration.
     """
     return Pipeline(
         (
@@ -219,16 +219,10 @@ def short_edge_pipeline(
 ) -> Pipeline:
     """The decoupled papers' training pipeline: resize, crop, colour, flip, pad with grey (128), normalise.
 
-    Args:
-        mean: RGB mean in 0..1 units.
-        std: RGB deviation in 0..1 units.
-        crop: side of the random crop, which may show a single class.
-        sides: lengths of the shorter side, one of which is drawn; None is 0.5 to 1.5 times ``crop`` in steps of 0.1.
-        longest: the longer side becomes no longer than this.
-        cut: keep this many pixels per side of the crop, see :func:`top_left`; None keeps it whole.
-        pad_label: label of the pixels that fill a picture up.
-
-    Source: the released settings of ZSSeg, ZegFormer, FreeSeg, DeOP and MAFT (detectron2's mapper of MaskFormer).
+    The crop may show a single class. ``sides``: lengths of the shorter side, one of which is drawn; None is 0.5 to 1.5
+    times ``crop`` in steps of 0.1. ``longest``: the longer side becomes no longer than this. ``cut``: keep this many
+    pixels per side of the crop, see :func:`top_left`; None keeps it whole. Source: the released settings of ZSSeg,
+    ZegFormer, FreeSeg, DeOP and MAFT (detectron2's mapper of MaskFormer).
     """
     lengths = tuple(sides) if sides else tuple(int(tenth * 0.1 * crop) for tenth in range(5, 16))
     steps: list[Step] = [
@@ -248,8 +242,7 @@ def light_pipeline(
 ) -> Pipeline:
     """For pictures that are generated at the wanted size: crop, flip, normalise, pad.
 
-    ``mean``: RGB mean in 0..1 units. ``std``: RGB deviation in 0..1 units. ``crop``: side of the training crop;
-    pictures of this size are taken whole. ``pad_label``: label of the pixels that fill a picture up.
+    Pictures of the size of the crop are taken whole.
     """
     return Pipeline(
         (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -171,7 +171,15 @@ def _question(
     what: str, protocol: str | None, split: str | None, size: int | None, classes: Any, synonyms: bool | None
 ) -> Question:
     if protocol is not None:
-        return _by_protocol(what, protocol, {"split": split, "size": size})
+        chosen = find_protocol(protocol)
+        for option, value in {"split": split, "size": size}.items():
+            if value is not None:
+                raise LexisegError(f"The protocol {protocol} already defines this; drop --{option} {value}.")
+        if not Path(what).is_dir():
+            raise LexisegError(
+                f"'{what}' is not a folder; with --protocol {protocol} give the one {chosen.data_set} is in."
+            )
+        return Question(chosen.data_set, None, protocol=chosen, offsets=chosen.offsets, seen_split=chosen.seen_split)
     place = local(what)
     if what.startswith(PICTURE_WORLD) and place is None:
         _refuse_synonyms(synonyms, what)
@@ -180,8 +188,8 @@ def _question(
         if split not in (None, "val", "test"):
             # Its train split hides the unseen classes, so a number made there would look like a result and be none.
             raise LexisegError(f"{what} is evaluated on its val or its test split; leave out --split {split}.")
-        chosen: Literal["val", "test"] = "test" if split == "test" else "val"
-        return Question(what, PictureWorld(chosen, world=find_world(what), size=size or DEFAULT_SIZE), chosen)
+        part: Literal["val", "test"] = "test" if split == "test" else "val"
+        return Question(what, PictureWorld(part, world=find_world(what), size=size or DEFAULT_SIZE), part)
     if size is not None:
         raise LexisegError(
             f"--size is for {PICTURE_WORLD}, which is drawn at any size, not for '{what}'; leave it out."
@@ -226,16 +234,6 @@ def _neither(what: str) -> LexisegError:
         folders = [str(path) for path in Path(what).parent.iterdir() if path.is_dir()]
     hint = near_names(what, [*folders, *WORLDS, *list_recipes()], "`lexiseg train --list` shows the recipes.")
     return LexisegError(f"There is neither a data folder nor a recipe '{shorten(what, 200)}'; {hint}")
-
-
-def _by_protocol(folder: str, name: str, options: Mapping[str, Any]) -> Question:
-    chosen = find_protocol(name)
-    for option, value in options.items():
-        if value is not None:
-            raise LexisegError(f"The protocol {name} already defines this; drop --{option} {value}.")
-    if not Path(folder).is_dir():
-        raise LexisegError(f"'{folder}' is not a folder; with --protocol {name} give the one {chosen.data_set} is in.")
-    return Question(chosen.data_set, None, protocol=chosen, offsets=chosen.offsets, seen_split=chosen.seen_split)
 
 
 def _refuse_synonyms(synonyms: bool | None, text: str) -> None:

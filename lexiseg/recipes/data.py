@@ -92,10 +92,9 @@ class _Augmented(StrictModel):
         return self
 
     def pipeline(self, mean: Triple, std: Triple, *, pad_label: int = 255, ignored: int = 255) -> Pipeline:
-        """The augmentation, ending in the model's normalisation.
+        """The augmentation, ending in the model's normalisation; ``mean`` and ``std`` are of its images, in 0..1.
 
-        ``mean``: of the model's images, in 0..1. ``std``: of the model's images, in 0..1. ``pad_label``: label of
-        padding pixels. ``ignored``: label of pixels without a class.
+        ``pad_label``: label of padding pixels. ``ignored``: label of pixels without a class.
         """
         from lexiseg.data.transforms import light_pipeline, paper_pipeline, short_edge_pipeline
 

@@ -107,9 +107,9 @@ def test_trainings_of_make_weights_are_right() -> None:
 
 
 def test_samples_have_seen_and_unseen_classes() -> None:
-    from lexiseg.data.picture_world import vocabulary
+    from lexiseg.data.picture_world import FIRST
 
-    seen = {entry.name: entry.seen for entry in vocabulary().classes}
+    seen = {entry.name: entry.seen for entry in FIRST.vocabulary.classes}
     assert "demo" in list_samples()
     for name in list_samples():
         names = lexiseg.Vocabulary.load(sample_classes(name)).names

@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image
 
 from lexiseg.errors import LexisegError
+from lexiseg.vocabulary import Vocabulary, VocabularyClass
 
 ASSETS = Path(__file__).parent / "assets"
 CELL = 128  # side of a drawing in pixels
@@ -59,6 +60,11 @@ class World:
     def class_ids(self) -> dict[str, int]:
         """The id of a name."""
         return {name: index for index, name in enumerate(self.classes)}
+
+    @functools.cached_property
+    def vocabulary(self) -> Vocabulary:
+        """The classes in the order of the ids, flagged seen or unseen."""
+        return Vocabulary(tuple(VocabularyClass(name, seen=name not in self.unseen) for name in self.classes))
 
 
 def _second(name: str, styles: tuple[str, ...], held_out_textures: tuple[int, int]) -> World:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,18 +18,12 @@ from lexiseg.errors import LexisegError
 from lexiseg.files import atomic_write, make_folder, write_text
 from lexiseg.label_ids import IGNORE_INDEX
 from lexiseg.notes import mark_drawn
-from lexiseg.vocabulary import Vocabulary, VocabularyClass
 
 Split = Literal["train", "val", "test"]
 
 # First integer of every scene's seed. The stages of the CLIP training use others, so no val scene is ever trained on.
 # (3 is the sample pictures'.) Settings are chosen on val; test is for judging what was chosen.
 SPLIT_SEEDS: dict[str, int] = {"train": 1, "val": 2, "test": 4}
-
-
-def vocabulary(world: World = FIRST) -> Vocabulary:
-    """Return the classes of a world in the order of their ids, flagged seen or unseen."""
-    return Vocabulary(classes=tuple(VocabularyClass(name, seen=name not in world.unseen) for name in world.classes))
 
 
 class PictureWorld:
@@ -64,6 +57,7 @@ class PictureWorld:
         if split not in SPLIT_SEEDS:
             raise LexisegError(f"{world.name} has no split '{split}'; choose 'train', 'val' or 'test'.")
         self.split, self.world, self.size = split, world, size
+        self.vocabulary = world.vocabulary  # the classes the label ids index, with their seen flags
         self._without = () if unseen else world.unseen
         self._length = dict(zip(SPLIT_SEEDS, world.num_scenes, strict=True))[split] if length is None else length
         self._hidden = np.arange(256, dtype=np.int64)
@@ -74,11 +68,6 @@ class PictureWorld:
             name = f"{world.name}-{split}-{size}-{hashlib.sha256(what.encode()).hexdigest()[:8]}.scenes"
             self._kept = make_folder(keep) / name
             self._kept.touch()
-
-    @cached_property
-    def vocabulary(self) -> Vocabulary:
-        """The classes the label ids index, with their seen flags."""
-        return vocabulary(self.world)
 
     def __len__(self) -> int:
         return self._length
@@ -156,7 +145,7 @@ def write_voc(
     images, masks = make_folder(root / "JPEGImages"), make_folder(root / "SegmentationClass")
     lists = make_folder(root / "ImageSets" / "Segmentation")
     palette = np.zeros((256, 3), np.uint8)
-    palette[: len(world.classes)] = vocabulary(world).palette()
+    palette[: len(world.classes)] = world.vocabulary.palette()
     captions = []
     options: dict[str, Any] = {"quality": 95, "subsampling": 0, **mark_drawn(".jpg")}
     splits: tuple[tuple[Split, int], ...] = (("train", num_train), ("val", num_val))

@@ -41,16 +41,14 @@ class Shapes:
     Raises LexisegError if there is no such split.
     """
 
+    # names that number the regions of a picture: "region 1" to "region 12"
+    vocabulary = Vocabulary(tuple(VocabularyClass(f"region {number + 1}") for number in range(MOST)))
+
     def __init__(self, split: str, *, size: int = 128, length: int | None = None) -> None:
         if split not in SPLIT_SEEDS:
             raise LexisegError(f"shapes has no split '{split}'; choose 'train' or 'val'.")
         self.split, self.size = split, size
         self._length = SPLIT_LENGTHS[split] if length is None else length
-
-    @functools.cached_property
-    def vocabulary(self) -> Vocabulary:
-        """Names that number the regions of a picture: "region 1" to "region 12"."""
-        return Vocabulary(tuple(VocabularyClass(f"region {number + 1}") for number in range(MOST)))
 
     def __len__(self) -> int:
         return self._length

@@ -21,7 +21,6 @@ from lexiseg.data.picture_world import (
     contact_sheet,
     find_world,
     render_scene,
-    vocabulary,
     write_voc,
 )
 from lexiseg.data.picture_world.classes import CELL, load_atlas
@@ -37,8 +36,8 @@ def test_the_benchmark_has_the_promised_size() -> None:
     assert len(FIRST.things) >= 80 and len(STUFF) >= 12
     assert sum(name in FIRST.things for name in FIRST.unseen) >= 12 and sum(name in STUFF for name in FIRST.unseen) >= 3
     assert len(set(FIRST.classes)) == len(FIRST.classes) == len(FIRST.seen) + len(FIRST.unseen)
-    assert vocabulary().names == FIRST.classes
-    assert [entry.name for entry in vocabulary().classes if entry.seen is False] == [
+    assert FIRST.vocabulary.names == FIRST.classes
+    assert [entry.name for entry in FIRST.vocabulary.classes if entry.seen is False] == [
         name for name in FIRST.classes if name in FIRST.unseen
     ]
 

@@ -87,48 +87,17 @@ def test_the_class_file_may_flag_unseen_classes_itself(root):
         open_voc_folder(root, "val")
 
 
-def _truncate(path):
-    path.write_bytes(path.read_bytes()[:60])
-
-
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        (lambda r: (r / "classes.txt").unlink(), "classes.txt"),
-        (lambda r: (r / "classes.txt").write_text("cat\nCat\n"), "Cat"),
-        (lambda r: (r / "unseen.txt").write_text("dog\n"), "'dog'"),
-        (lambda r: (r / "unseen.txt").write_bytes(b"\xff\xfe\x00"), "unseen.txt"),
-        (lambda r: (r / "ImageSets/Segmentation/val.txt").write_text("\n"), "is empty"),
-        (lambda r: (r / "ImageSets/Segmentation/val.txt").write_text("../one\n"), "outside"),
-        (lambda r: (r / "ImageSets/Segmentation/val.txt").write_text("/etc/passwd\n"), "outside"),
-        (lambda r: (r / "ImageSets/Segmentation/val.txt").write_text("x" * 5000), "val.txt"),
-        (lambda r: (r / "JPEGImages/one.jpg").unlink(), "one"),
-        (lambda r: (r / "SegmentationClass/two.png").unlink(), "two.png"),
-    ],
-)
-def test_missing_pieces_are_named(root, damage, words):
-    damage(root)
-    with pytest.raises(LexisegError) as caught:
-        open_voc_folder(root, "val")
-    assert words in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("damage", "words"),
-    [
-        (lambda r: Image.new("RGB", (6, 4), "red").save(r / "SegmentationClass/one.png"), "mode RGB"),
-        (lambda r: Image.new("I;16", (6, 4)).save(r / "SegmentationClass/one.png"), "mode I;16"),
-        (lambda r: save_label(r / "SegmentationClass/one.png", np.zeros((3, 6))), "6 x 3"),
-        (lambda r: save_label(r / "SegmentationClass/one.png", np.full((4, 6), 3)), "the value 3 "),
-        (lambda r: _truncate(r / "SegmentationClass/one.png"), "SegmentationClass/one.png"),
-        (lambda r: (r / "SegmentationClass/one.png").write_text("hello"), "SegmentationClass/one.png"),
-        (lambda r: (r / "SegmentationClass/one.png").unlink(), "SegmentationClass/one.png"),
-        (lambda r: _truncate(r / "JPEGImages/one.jpg"), "one.jpg"),
+        (lambda path: save_label(path, np.full((4, 6), 3)), "the value 3 "),
+        (lambda path: path.write_text("hello"), "SegmentationClass/one.png"),
+        (lambda path: path.unlink(), "SegmentationClass/one.png"),
     ],
 )
 def test_bad_samples_are_named_and_others_go_on(root, damage, words):
     data = open_voc_folder(root, "val")
-    damage(root)
+    damage(root / "SegmentationClass/one.png")
     with pytest.raises(LexisegError) as caught:
         data[0]
     assert words in str(caught.value)

@@ -17,7 +17,7 @@ from scipy.io import savemat
 
 from lexiseg.cli import main
 from lexiseg.data.sets.labels import LabelKind, png_fault, read_values
-from lexiseg.data.sets.open import open_data_set
+from lexiseg.data.sets.open import open_data_set, splits_of
 from lexiseg.data.sets.verify import verify
 from lexiseg.errors import LexisegError
 from tests.miniatures import MINIATURES, SIZE, save_index, save_picture, save_wide, values_in
@@ -182,8 +182,17 @@ FAULTS = {
     "a label beside its picture": ("ade847-full", lambda r: next(r.rglob("ADE_val_00000001_seg.png")).unlink(),
                                    "missing-label", "urban/street0/ADE_val_00000001_seg.png"),
     "a turned picture": ("own-folders", lambda r: _turned(r / "images/photo 0.jpg"), "open-orientation", "'exif: raw'"),
+    "no class file": ("own-folders", lambda r: (r / "classes.txt").unlink(), "class-list", "classes.txt"),
+    "a list that is no text": ("own-folders", lambda r: (r / "unseen.txt").write_bytes(b"\xff\xfe\x00"), "missing-list",
+                               "unseen.txt"),
+    "a name too long for a file": ("own-folders", lambda r: _lists(r, "x" * 5000), "wrong-name", "train.txt"),
+    "a name from the root": ("own-folders", lambda r: _lists(r, "/etc/passwd"), "wrong-name", "leads outside"),
     "a picture too narrow": ("own-folders", lambda r: _narrow(r), "odd-proportions", "photo 0"),
 }  # fmt: skip
+
+
+# Faults and kinds of which only `verify` knows: what it compares with other splits, and what no decoder minds.
+UNREAD = ("split-overlap", "odd-proportions", "other categories", "a PNG without its end")
 
 
 def _turned(path: Path) -> None:
@@ -242,6 +251,12 @@ def test_planted_faults(clean, tmp_path, fault):
     # Nothing is called wrong that is not; a fault may leave a class without a pixel or a sample without its partner.
     follows = {"missing-list": {"split-overlap"}, "label-without-picture": {"missing-label"}}
     assert kinds - {kind} <= follows.get(kind, set()) | {"empty-class"}, found.findings
+    # What makes a training fail fails where its data are opened or read, with the same words.
+    if finding.severity == "error" and kind not in UNREAD and fault not in UNREAD:
+        with pytest.raises(LexisegError) as caught:
+            for split in splits_of(MINIATURES[name][0], root):
+                list(open_data_set(MINIATURES[name][0], root, split))
+        assert str(caught.value) in {one.problem for one in found.errors} or "file" in kind
 
 
 def test_there_are_twenty_kinds():

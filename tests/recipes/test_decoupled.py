@@ -28,7 +28,7 @@ from lexiseg.training.dry_run import dry_run
 from lexiseg.training.init import build_model, first_stage, prompt_stage, system_of
 from lexiseg.training.trainer import learning_rate
 from tests.miniatures import ade847
-from tests.recipes.texts import recipe_text
+from tests.recipes.texts import recipe_of, recipe_text
 
 FAMILY = ("deop", "zsseg", "zegformer", "freeseg")
 NAMES = [
@@ -69,12 +69,6 @@ PARAMETERS = {
     "deop-table-7:vision-prepended": (210.70 - 0.788 + 0.0192, (5 * 5 * 768 + 512) / 1e6),
     "deop-table-7:vision-added": (210.70 - 0.788 + 2.659, 2.659 + 0.0005),
 }
-
-
-def recipe_of(name: str) -> SegmentationRecipe:
-    recipe = load_recipe(name)
-    assert isinstance(recipe, SegmentationRecipe)
-    return recipe
 
 
 def options_of(name: str) -> dict[str, Any]:

@@ -17,21 +17,16 @@ from lexiseg.models.decoupled import DecoupledModel
 from lexiseg.models.maft import MaskAttention
 from lexiseg.models.region_base import RegionModel
 from lexiseg.proposals.given import GroundTruth
-from lexiseg.recipes import SegmentationRecipe, list_recipes, load_recipe
+from lexiseg.recipes import list_recipes
 from lexiseg.segmenter import Segmenter
 from lexiseg.training.init import build_model, first_stage, system_of
 from lexiseg.training.run import build_task
 from lexiseg.training.segmentation import SegmentationTask
 from lexiseg.weights import load_model, save_model
+from tests.recipes.texts import recipe_of as recipe
 
 PARTS = ("proposals", "zsseg", "zegformer", "freeseg", "deop")
 NAMES = [name for name in list_recipes() if name.startswith(PARTS) and name.endswith("-picture-world")]
-
-
-def recipe(name: str) -> SegmentationRecipe:
-    found = load_recipe(name)
-    assert isinstance(found, SegmentationRecipe)
-    return found
 
 
 @pytest.fixture(scope="module")

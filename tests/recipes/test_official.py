@@ -20,14 +20,13 @@ from lexiseg.models import SYSTEMS
 from lexiseg.recipes import (
     ContrastiveRecipe,
     EvaluationRecipe,
-    SegmentationRecipe,
     list_recipes,
     load_recipe,
 )
 from lexiseg.training.dry_run import clip_or_random, dry_run
 from lexiseg.training.init import first_stage, system_of
 from lexiseg.training.trainer import learning_rate
-from tests.recipes.texts import recipe_text
+from tests.recipes.texts import recipe_of, recipe_text
 from tests.towers import small_clip
 
 # data: source, classes, seen classes, steps of a whole training, templates, folder of the recipes
@@ -71,8 +70,7 @@ LOGIT_SCALE = 1
 
 @pytest.mark.parametrize(("name", "system", "data", "setting"), OFFICIAL)
 def test_numbers(name: str, system: str, data: str, setting: str) -> None:
-    recipe = load_recipe(name)
-    assert isinstance(recipe, SegmentationRecipe)
+    recipe = recipe_of(name)
     source, classes, seen, steps, templates, _ = DATA[data]
     half = setting == "transductive"
     assert (recipe.model.system, recipe.setting, recipe.model.clip) == (system, setting, "ViT-B-16/openai")
@@ -200,8 +198,8 @@ def test_every_table_is_there() -> None:
 
 
 def test_context_has_both_lists_of_unseen_classes() -> None:
-    recipe = load_recipe("zegclip-pascal-context")
-    assert isinstance(recipe, SegmentationRecipe) and recipe.data.source == "pascal-context-59"
+    recipe = recipe_of("zegclip-pascal-context")
+    assert recipe.data.source == "pascal-context-59"
     names = {
         which: {entry.name for entry in recipe.data.model_copy(update={"unseen": which}).vocabulary().classes
                 if not entry.seen}
@@ -259,8 +257,7 @@ def test_templates_are_looked_at_before_the_training() -> None:
 
 
 def test_dry_run_names_the_first_stage() -> None:
-    recipe = load_recipe("zegclip-picture-world-transductive")
-    assert isinstance(recipe, SegmentationRecipe)
+    recipe = recipe_of("zegclip-picture-world-transductive")
     steps = first_stage(recipe).train.steps
     assert recipe.initial_steps == steps // 2
     assert dry_run(recipe).starts_from == f"{recipe.initial}, {steps // 2} of its {steps} steps"
@@ -302,8 +299,7 @@ def test_cat_seg_as_released(monkeypatch: pytest.MonkeyPatch) -> None:
     assert rates == {("clip.", 2e-4 * 0.01, 1e-4): 20_447_232, ("", 2e-4, 1e-4): 4_664_673, ("", 2e-4, 0.0): 3_968}
     assert (base.parameters, base.trainable) == (154_289_378, 25_115_873)
     assert base.trainable < full.trainable < full.parameters < large.parameters
-    recipe = load_recipe("cat-seg-large-coco-stuff")
-    assert isinstance(recipe, SegmentationRecipe)
+    recipe = recipe_of("cat-seg-large-coco-stuff")
     assert (recipe.model.options["resolution"], recipe.model.options["window_size"]) == (336, 384)
     assert (recipe.train.schedule, recipe.train.clip_norm, recipe.templates) == (
         "cosine", 0.01, "A photo of a {} in the scene",
@@ -313,8 +309,8 @@ def test_cat_seg_as_released(monkeypatch: pytest.MonkeyPatch) -> None:
 def count_every_model() -> None:
     counts = {}
     for name, system, data, setting in OFFICIAL:
-        recipe = load_recipe(name)
-        assert isinstance(recipe, SegmentationRecipe) and recipe.model.system in SYSTEMS
+        recipe = recipe_of(name)
+        assert recipe.model.system in SYSTEMS
         result = dry_run(recipe)
         classes, seen = DATA[data][1:3]
         assert (result.system, result.text) == (system, seen if setting == "inductive" else classes)

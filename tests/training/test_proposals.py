@@ -17,12 +17,13 @@ from lexiseg.clip.model import save_clip
 from lexiseg.errors import LexisegError
 from lexiseg.proposals.base import ProposalGenerator
 from lexiseg.proposals.options import Mask2FormerOptions, MaskFormerOptions, SamOptions
-from lexiseg.recipes import SegmentationRecipe, load_recipe
+from lexiseg.recipes import load_recipe
 from lexiseg.training.dry_run import dry_run
 from lexiseg.training.proposals import IMAGENET_WEIGHTS, describe_start, proposals_start
 from lexiseg.training.run import build_task
 from lexiseg.training.segmentation import SegmentationTask
 from lexiseg.weights import load_model
+from tests.recipes.texts import recipe_of as load
 from tests.towers import small_clip
 from tests.training.runs import quietly, same
 
@@ -176,12 +177,6 @@ def recipe_file(folder: Path, source: str | None, **changes: Any) -> Path:
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(content))
     return path
-
-
-def load(path: Path) -> SegmentationRecipe:
-    recipe = load_recipe(path)
-    assert isinstance(recipe, SegmentationRecipe)
-    return recipe
 
 
 def test_the_key_in_a_recipe(tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ from lexiseg.training.segmentation import (
 from lexiseg.training.trainer import Trainer
 from lexiseg.vocabulary import Vocabulary
 from lexiseg.weights import load_model
-from tests.recipes.texts import recipe_text
+from tests.recipes import texts
 from tests.training.runs import OPTIONS, flat_task, quietly, recipe_of, same
 
 CASCADE = {"base": "spt-seg", "groups": "{2-3},{4}"}
@@ -195,8 +195,7 @@ def test_the_first_stage_is_trained_with_this_data_and_clip(tmp_path: Path, clip
 
 
 def changed(name: str, **options: Any) -> SegmentationRecipe:
-    recipe = load_recipe(name)
-    assert isinstance(recipe, SegmentationRecipe)
+    recipe = texts.recipe_of(name)
     model = recipe.model.model_copy(update={"options": recipe.model.options | options})
     return recipe.model_copy(update={"model": model})
 
@@ -391,7 +390,7 @@ def test_settings_on_voc(tmp_path: Path, clip_folder: Path, setting: str, unlabe
 def test_evaluation_on_another_data_set(tmp_path: Path, clip_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = write_mini_voc(tmp_path)
     quietly(recipe_of(clip_folder), tmp_path / "run", until=1)
-    values = yaml.safe_load(recipe_text("coco-to-voc2012"))
+    values = yaml.safe_load(texts.recipe_text("coco-to-voc2012"))
     values["data"]["root"] = str(root)
     values["window"] = {"size": 32, "stride": 16, "short_side": 32}
     (tmp_path / "cross.yaml").write_text(yaml.safe_dump(values))

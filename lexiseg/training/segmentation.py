@@ -157,8 +157,10 @@ class SegmentationTask(Task):
 
     def measures(self) -> Sequence[str]:
         """The metrics in the log, as `evaluate` calls them; a class that is not in the sample leaves some out."""
-        measured = self.validation is not None and self.num_scored
-        return [f"val/{name}" for name in SCALARS] if measured else []
+        if self.validation is None or not self.num_scored:
+            return []
+        unseen = any(entry.seen is False for entry in self.validation.vocabulary.classes)
+        return [f"val/{name}" for name in SCALARS if unseen or name not in ("miou_unseen", "hiou", "unseen_to_seen")]
 
     def evaluate(self, step: int) -> tuple[dict[str, float], dict[str, Image.Image]]:
         """The metrics on a part of the validation samples, in percent, and a grid of some of these.

@@ -258,6 +258,15 @@ def test_a_dry_run_refuses_rules_that_a_training_refuses(rules: Any, words: str)
         dry_run(load_recipe("tiny", {"train.multipliers": rules}))
 
 
+def test_what_needs_unseen_classes_is_not_measured_without_any(tmp_path: Path) -> None:
+    root = write_voc(tmp_path, num_train=1, num_val=1, size=32)
+    for unseen in (True, False):
+        task = build_task(load_recipe("tiny", {"train.snapshot_every": 1}, data=root))
+        assert isinstance(task, SegmentationTask) and "val/miou" in task.measures()
+        assert ("val/hiou" in task.measures()) == unseen
+        (root / "unseen.txt").unlink(missing_ok=True)
+
+
 class StopError(Exception):
     pass
 

@@ -23,6 +23,7 @@ from lexiseg.recipes import (
     Recipe,
     SegmentationRecipe,
     as_yaml,
+    load_recipe,
 )
 from lexiseg.training.contrastive import ContrastiveTask
 from lexiseg.training.engine import Task
@@ -36,7 +37,7 @@ from lexiseg.weights.runs import find_checkpoints
 
 
 def train(
-    recipe: Recipe,
+    recipe: Recipe | str | Path,
     run_dir: str | Path,
     *,
     resume: bool = False,
@@ -48,7 +49,7 @@ def train(
     """Train what ``recipe`` says.
 
     Args:
-        recipe: see :func:`lexiseg.recipes.load_recipe`.
+        recipe: or its name or file, as :func:`lexiseg.recipes.load_recipe` takes them.
         run_dir: folder of the run; see :class:`lexiseg.training.trainer.Trainer`.
         resume: continue from the newest checkpoint in ``run_dir``.
         until: stop after this many steps, as :meth:`lexiseg.training.trainer.Trainer.run` does; None trains to the end.
@@ -59,6 +60,7 @@ def train(
     Returns the folder of the trained model. Raises LexisegError if the data, the CLIP, the system or an option is not
     there or wrong, ``run_dir`` holds another run, or the loss is not finite.
     """
+    recipe = load_recipe(recipe) if isinstance(recipe, str | Path) else recipe
     if isinstance(recipe, EvaluationRecipe):
         raise LexisegError("This recipe only evaluates, so there is nothing to train; give it to `lexiseg evaluate`.")
     processes.init(device)

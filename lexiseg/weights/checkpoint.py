@@ -19,7 +19,7 @@ from torch import Tensor
 from lexiseg.errors import LexisegError
 from lexiseg.files import read_json
 from lexiseg.weights.pickles import PickledFile, entries, is_tensor, unreadable
-from lexiseg.words import counted, shorten
+from lexiseg.words import counted, kind, shorten
 
 Reader = Callable[[], Tensor]
 """Reads one tensor of a file, which is not done before it is wanted: optimizers are twice as large as models."""
@@ -151,8 +151,8 @@ def _pickled(path: Path, choice: _Choice) -> dict[str, Reader]:
     for _ in range(_DEPTH):
         inside = entries(content)
         if inside is None:
-            kind = type(content).__name__ if isinstance(content, list | tuple | str | int | None) else "single object"
-            raise LexisegError(f"'{path}' holds a {kind}, not a state dict; save its state dict alone.")
+            what = kind(content) if isinstance(content, list | tuple | str | int | None) else "a single object"
+            raise LexisegError(f"'{path}' holds {what}, not a state dict; save its state dict alone.")
         holders = [key for key, value in inside.items() if _has_tensors(value, 2)]
         plain = [key for key in _PLAIN if key in holders]
         averages = [key for key in _AVERAGE if key in holders]

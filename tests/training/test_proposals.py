@@ -102,9 +102,10 @@ def test_a_pickle_that_holds_more_than_tensors_is_not_opened(tmp_path: Path) -> 
     torch.save({"conv1.weight": Evil()}, tmp_path / "evil.pth")
     with pytest.raises(LexisegError, match=r"holds a \S+\.exec at 'conv1\.weight', which lexiseg does not read"):
         proposals_start(make("maskformer"), str(tmp_path / "evil.pth"))
-    torch.save([1, 2], tmp_path / "list.pth")
-    with pytest.raises(LexisegError, match="holds a list, not a state dict"):
-        proposals_start(make("maskformer"), str(tmp_path / "list.pth"))
+    for content, what in (([1, 2], "a list"), (7, "an int")):
+        torch.save(content, tmp_path / "other.pth")
+        with pytest.raises(LexisegError, match=f"holds {what}, not a state dict"):
+            proposals_start(make("maskformer"), str(tmp_path / "other.pth"))
 
 
 @pytest.mark.parametrize("kind", ["r50", "r101", "r50c", "r101c"])

@@ -28,7 +28,7 @@ from lexiseg.segmenter import Segmenter
 from lexiseg.training.checkpoint import find_checkpoints
 from lexiseg.training.dry_run import dry_run
 from lexiseg.training.init import first_stage, prompt_stage, with_stages
-from lexiseg.training.run import build_task
+from lexiseg.training.run import build_task, train
 from lexiseg.training.segmentation import (
     PADDING,
     UNLABELLED,
@@ -411,3 +411,5 @@ def test_evaluation_on_another_data_set(tmp_path: Path, clip_folder: Path, capsy
     assert protocol["templates"] == ["a photo of a {}"]
     assert main(["train", str(tmp_path / "cross.yaml")]) == 2
     assert "only evaluates" in capsys.readouterr().err
+    with pytest.raises(LexisegError, match="only evaluates"):
+        train(tmp_path / "cross.yaml", tmp_path / "trained")

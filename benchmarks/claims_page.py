@@ -43,9 +43,9 @@ which of two systems learns more from so little data**; if both have almost no s
 converged training forgets. The scenes of a row are evenly spaced over its split.
 
 A row is "undecided" if its interval contains zero or it has too few seeds. **Few seeds say little where training is
-chaotic**: `self-training-cascade` was -2.2 (-4.1 to -0.7) with seeds 0 and 1; trained anew with later code and another
-release of torch it is +0.4 (-2.0 to +2.4) with seeds 0, 1 and 4, and most of the difference is that of the same two
-seeds.
+chaotic**: trained anew with later code and another release of torch, `self-training-cascade` is +0.4 (-2.0 to +2.4)
+with seeds 0, 1 and 4, -3.7 (-5.7 to -2.1) with 2 and 3, and undecided with all five; seeds 0 and 1 alone had been -2.2
+(-4.1 to -0.7) before, and are positive now.
 
 The training-free methods run whole pictures of 256 pixels, twice the side that the CLIP was trained at, with one
 template, without refinement and thresholds; their papers' claims are about all classes, hence mIoU. CAT-Seg has a

@@ -172,6 +172,8 @@ def test_the_command_and_mistakes(segmenter: Any, tmp_path: Path, capsys: pytest
     assert "map_labels.tif" in capsys.readouterr().out and (tmp_path / "map_polygons.geojson").is_file()
     assert main([*asked, "--bands", "1,2,9"]) == 2
     assert "has 3 bands" in capsys.readouterr().err
+    assert main([*asked, "--resume"]) == 2
+    assert "cannot be resumed" in capsys.readouterr().err
     for wrong in ("red", "1,2,\u00b2", f"1,2,{'3' * 5000}"):  # int() takes neither of the last two
         assert main([*asked, "--bands", wrong]) == 2
     with pytest.raises(LexisegError, match="multiple of 16"):

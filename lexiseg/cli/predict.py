@@ -147,7 +147,7 @@ def predict(
         if given and not found:
             raise LexisegError(f"{names} are for a {kind}, which '{sources[0]}' is not; leave them out.")
     if video or chart:
-        _refuse_for_streams(len(sources) > 1 or cluster, font or instances, kinds)
+        _refuse_for_streams(len(sources) > 1 or cluster, font or instances, kinds, chart and resume)
     paths = [] if video or chart else _pictures(sources, output)
     vocabulary = lexiseg.Vocabulary.parse(classes)
     from lexiseg.files import new_folder
@@ -174,8 +174,10 @@ def predict(
             predict_pictures(segmenter, model, paths, checked, wanted, output, json=json, resume=resume, spread=spread)
 
 
-def _refuse_for_streams(many: object, dressed: object, kinds: Sequence[str]) -> None:
+def _refuse_for_streams(many: object, dressed: object, kinds: Sequence[str], again: object) -> None:
     """Refuse what a video or a map would pass over."""
+    if again:
+        raise LexisegError("A map is segmented as a whole and cannot be resumed; leave out --resume.")
     if many:
         raise LexisegError("A video or a map must be the only input; give one, without --cluster.")
     if dressed or not {"overlay", "labels", "json"}.issuperset(kinds):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sized
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from lexiseg.clip.load import load_clip
 from lexiseg.clip.prompt_learner import PromptLearner
 from lexiseg.data.base import SegmentationDataset
 from lexiseg.errors import LexisegError
-from lexiseg.files import default_cache_folder, make_folder, write_text
+from lexiseg.files import default_cache_folder, new_folder, write_text
 from lexiseg.label_ids import ignore_index
 from lexiseg.recipes import (
     ContrastiveRecipe,
@@ -64,26 +65,27 @@ def train(
     if isinstance(recipe, EvaluationRecipe):
         raise LexisegError("This recipe only evaluates, so there is nothing to train; give it to `lexiseg evaluate`.")
     processes.init(device)
-    with processes.together():
-        run_dir = make_folder(run_dir)
-    stage = partial(train, resume=resume, device=device, tensorboard=tensorboard, progress=progress)
-    built = with_stages(recipe, run_dir, stage)
-    if isinstance(built, SegmentationRecipe) and not built.train.steps:
-        return _put_together(recipe, built, run_dir, until)
-    with processes.together():
-        task = build_task(built)
-    with processes.together():
-        trainer = Trainer(
-            task,
-            recipe.train,
-            run_dir,
-            identity=identity(recipe, task),
-            recipe=as_yaml(recipe),
-            device=device,
-            tensorboard=tensorboard,
-            progress=progress,
-        )
-    return trainer.run(resume=resume, until=until)
+    with ExitStack() as stack:
+        with processes.together():
+            run_dir = stack.enter_context(new_folder(run_dir))
+        stage = partial(train, resume=resume, device=device, tensorboard=tensorboard, progress=progress)
+        built = with_stages(recipe, run_dir, stage)
+        if isinstance(built, SegmentationRecipe) and not built.train.steps:
+            return _put_together(recipe, built, run_dir, until)
+        with processes.together():
+            task = build_task(built)
+        with processes.together():
+            trainer = Trainer(
+                task,
+                recipe.train,
+                run_dir,
+                identity=identity(recipe, task),
+                recipe=as_yaml(recipe),
+                device=device,
+                tensorboard=tensorboard,
+                progress=progress,
+            )
+        return trainer.run(resume=resume, until=until)
 
 
 def identity(recipe: Recipe, task: Task | None) -> dict[str, Any]:

@@ -413,3 +413,10 @@ def test_evaluation_on_another_data_set(tmp_path: Path, clip_folder: Path, capsy
     assert "only evaluates" in capsys.readouterr().err
     with pytest.raises(LexisegError, match="only evaluates"):
         train(tmp_path / "cross.yaml", tmp_path / "trained")
+
+
+def test_a_training_that_cannot_start_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(LexisegError, match="data/coco_stuff164k"):
+        train("cat-seg-coco-stuff", "runs/cat-seg")
+    assert not list(tmp_path.iterdir())

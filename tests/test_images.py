@@ -4,7 +4,6 @@ import io
 import os
 import struct
 import threading
-import unicodedata
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,7 +18,7 @@ from PIL import Image, ImageFile
 
 from lexiseg import images
 from lexiseg.errors import LexisegError, LexisegWarning
-from lexiseg.images import IMAGE_SUFFIXES, image_name, list_images, read_image, read_pixels
+from lexiseg.images import image_name, read_image, read_pixels
 from lexiseg.notes import picture_world_model
 from tests.miniatures import png_header
 
@@ -202,35 +201,6 @@ def test_pixels_can_be_had_as_they_are_stored() -> None:
     assert np.array_equal(read_pixels(data, orient=False), PICTURE)
 
 
-def test_names_of_any_spelling(tmp_path: Path) -> None:
-    (tmp_path / unicodedata.normalize("NFD", "café.png")).write_bytes(encode(Image.fromarray(PICTURE)))
-    (tmp_path / "caf\udce9.png").write_bytes(encode(Image.fromarray(PICTURE)))
-    typed = tmp_path / unicodedata.normalize("NFC", "café.png")
-    assert torch.equal(read_image(typed), EXPECTED)
-    assert len(list_images(typed)) == 1
-    listed = list_images(tmp_path)
-    assert len(listed) == 2
-    for path in listed:
-        assert torch.equal(read_image(path), EXPECTED)
-        assert torch.equal(read_image(os.fspath(path)), EXPECTED)
-
-
-def test_nothing_of_a_folder_is_passed_over(tmp_path: Path) -> None:
-    (tmp_path / "phone.heic").write_bytes(b"\0\0\0\x18ftypheic")
-    (tmp_path / "gone.png").symlink_to(tmp_path / "nothing.png")
-    (tmp_path / "old.tga").write_bytes(encode(Image.fromarray(PICTURE), "TGA"))
-    (tmp_path / "notes.md").touch()
-    listed = {path.name: path for path in list_images(tmp_path)}
-    assert sorted(listed) == ["gone.png", "old.tga", "phone.heic"]
-    assert torch.equal(read_image(listed["old.tga"]), EXPECTED)
-    with pytest.raises(LexisegError, match=r"phone.heic.*\.heic.*convert it"):
-        read_image(listed["phone.heic"])
-    with pytest.raises(LexisegError, match=r"gone.png.*link to a file that is not there"):
-        read_image(listed["gone.png"])
-    with pytest.raises(LexisegError, match="not a picture that can be read"):
-        read_image(encode(Image.fromarray(PICTURE), "TGA"))
-
-
 def test_threads_leave_the_warning_filters_as_they_were(tmp_path: Path) -> None:
     data = encode(Image.fromarray(RNG.integers(0, 256, (200, 200, 3), dtype=np.uint8)))
     before = list(warnings.filters)
@@ -338,14 +308,6 @@ def test_damaged_metadata_does_not_spoil_the_picture() -> None:
         assert read_image(data).shape == (3, 7, 5)
 
 
-def test_a_circle_of_links_lists_a_picture_once(tmp_path: Path) -> None:
-    (tmp_path / "deep").mkdir()
-    (tmp_path / "deep" / "a.png").touch()
-    (tmp_path / "deep" / "again").symlink_to("../deep")
-    (tmp_path / "zoo").symlink_to("deep")
-    assert list_images(str(tmp_path / "**" / "*.png")) == [tmp_path / "deep" / "a.png"]
-
-
 @pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG", "TIFF"])
 def test_frames_that_are_not_read_are_said(kind: str) -> None:
     first, second = Image.new("RGB", (8, 6)), Image.new("RGB", (8, 6), "white")
@@ -373,43 +335,6 @@ def test_numbers_up_to_1_are_said_to_be_black() -> None:
         warnings.simplefilter("error")
         for picture in (mask.astype(np.float32), mask.astype(bool), mask * 0, mask * 255):
             read_pixels(picture)
-
-
-def test_listing(tmp_path: Path) -> None:
-    for name in ("img10.png", "img2.PNG", "Img1.jpg", "notes.txt", ".hidden.png"):
-        (tmp_path / name).touch()
-    (tmp_path / "sub.png").mkdir()
-    (tmp_path / "sub.png" / "deep.webp").touch()
-    assert [path.name for path in list_images(tmp_path)] == ["Img1.jpg", "img2.PNG", "img10.png"]
-    assert list_images(str(tmp_path / "notes.txt")) == [tmp_path / "notes.txt"]
-    assert [path.name for path in list_images(str(tmp_path / "img*"))] == ["img2.PNG", "img10.png"]
-    assert [path.name for path in list_images(str(tmp_path / "**" / "*.webp"))] == ["deep.webp"]
-    (tmp_path / "odd[1].png").touch()
-    assert list_images(tmp_path / "odd[1].png") == [tmp_path / "odd[1].png"]
-    for name in ("a.mp4", "b.MOV", "c.wmv"):
-        (tmp_path / name).touch()
-    with pytest.warns(LexisegWarning, match="Skipped in .*: 3 videos; give each one by itself") as caught:
-        assert len(list_images(tmp_path)) == 4
-    assert len(caught) == 1
-    (tmp_path / "IMG_0001").touch()
-    with pytest.warns(LexisegWarning, match="Skipped in .*: 1 file without an extension; give each one by itself"):
-        assert len(list_images(tmp_path)) == 4
-    empty = tmp_path / "empty"
-    empty.mkdir()
-    for target, words in (
-        (empty, "no picture"),
-        (tmp_path / "nothing", "no file or folder"),
-        (str(tmp_path / "*.bmp"), "no picture"),
-        ("https://example.org/*.png", "URL"),
-        ("bad\0*", "Cannot list|no file|no picture"),
-        ("bad\0", "Cannot list|no file"),
-    ):
-        with pytest.raises(LexisegError, match=words):
-            list_images(target)
-    Image.init()
-    unread = {".icb", ".vda", ".vst"}  # TGA has no signature, so it is read by its usual ending alone
-    readable = {ending for ending, kind in Image.EXTENSION.items() if kind in (*images._FORMATS, "TGA")}  # noqa: SLF001
-    assert readable - unread <= IMAGE_SUFFIXES
 
 
 def test_names(tmp_path: Path) -> None:

@@ -69,8 +69,8 @@ def download_folder(repository: str, name: str, beside: str = "*token*", *, then
     """Fetch a whole model of a hub repository: its settings, tokenizer and safetensors, and nothing that is a pickle.
 
     ``repository``: ``owner/name``. ``name``: what the user asked for, for messages. ``beside``: the pattern of a file
-    that the model needs beside its weights. ``then``: as in `download`. Raises LexisegError as
-    that does; or only a part of it is here and the rest cannot be had.
+    that the model needs beside its weights. ``then``: as in `download`. Raises LexisegError as that does; or only a
+    part of it is here and the rest cannot be had.
     """
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", repository):
         raise LexisegError(f"'{repository}' is neither a folder nor OWNER/NAME on the hub; check the name.")

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lexiseg.errors import LexisegError
-from lexiseg.hub import INTO_CACHE, cached, download_folder
+from lexiseg.hub import INTO_CACHE, cached
 from lexiseg.normalisation import IMAGENET_MEAN, IMAGENET_STD, normalise
 from lexiseg.proposals.options import SamOptions
 from lexiseg.scores import GridScores, Scores
@@ -182,8 +182,7 @@ def sam() -> Any:
     from lexiseg.proposals.sam import Sam
 
     generator = Sam(SamOptions(overlaps="all", points_per_side=16))
-    download_folder(generator.options.weights, generator.options.weights, "*processor*", then=INTO_CACHE)
-    generator.load()
+    generator.load(then=INTO_CACHE)
     return generator
 
 

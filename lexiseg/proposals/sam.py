@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lexiseg.errors import LexisegError
-from lexiseg.hub import download_folder
+from lexiseg.hub import GIVE_FOLDER, download_folder
 from lexiseg.normalisation import IMAGENET_MEAN, IMAGENET_STD, pixels_of
 from lexiseg.proposals.base import ProposalGenerator, Proposals, check_images, hard_proposals
 from lexiseg.proposals.options import SamOptions
@@ -43,8 +43,11 @@ class Sam(ProposalGenerator):
         )
         return self
 
-    def load(self) -> Any:
-        """The pipeline, on this module's device. Raises LexisegError if the model cannot be had."""
+    def load(self, then: str = GIVE_FOLDER) -> Any:
+        """The pipeline, on this module's device; ``then`` as in `lexiseg.hub.download`.
+
+        Raises LexisegError if the model cannot be had.
+        """
         if self.pipeline is None:
             name = self.options.weights
             if Path(name).is_file():
@@ -54,7 +57,7 @@ class Sam(ProposalGenerator):
                 )
             from transformers import AutoImageProcessor, AutoModelForMaskGeneration
 
-            folder = name if Path(name).is_dir() else download_folder(name, name, "*processor*")
+            folder = name if Path(name).is_dir() else download_folder(name, name, "*processor*", then=then)
             try:
                 self.use(AutoModelForMaskGeneration.from_pretrained(folder), AutoImageProcessor.from_pretrained(folder))
             except Exception as error:  # transformers and safetensors raise errors of many kinds

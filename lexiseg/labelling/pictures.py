@@ -104,10 +104,8 @@ class Record(Journal):
 
     def shards_of(self, pictures: Sequence[Picture], size: int | None = None) -> dict[int, Sequence[Picture]]:
         """Pictures in shards of ``size`` (None: 64), by a number that no recorded shard has."""
-        size, first = (
-            size or SHARD_SIZE,
-            1 + max((int(path.name.partition(".")[0]) for path in self.files()), default=-1),
-        )
+        size = size or SHARD_SIZE
+        first = 1 + max((int(path.name.partition(".")[0]) for path in self.files()), default=-1)
         starts = range(0, len(pictures), size)
         return {first + index: pictures[start : start + size] for index, start in enumerate(starts)}
 

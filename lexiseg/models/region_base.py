@@ -178,7 +178,7 @@ class RegionModel(DecoupledModel):
         return ((self.options.region_temperature or self.options.temperature) * cosines).softmax(dim=-1)
 
     def class_scores(self, features: ImageFeatures, text: Tensor, seen: Tensor | None = None) -> Tensor:
-        values, clips = features.values, text[:, -1] if text.dim() == 3 else text
+        values, clips = features.values, _clip_words(text)
         logits = self.proposal_logits(values["embeddings"], text) if "embeddings" in values else None
         # "No object" is dropped after the softmax, so that the classes' probabilities may sum to little.
         opinion = None if logits is None else logits.softmax(dim=-1)[..., :-1]
@@ -223,10 +223,13 @@ class RegionModel(DecoupledModel):
             proposals = self.propose(padded, text).levels[-1]
             logits = None if proposals.embeddings is None else self.proposal_logits(proposals.embeddings, text)
 
-        clips = text[:, -1] if text.dim() == 3 else text
-
         def probabilities(found: Tensor) -> Tensor:
-            return self.region_probabilities(found, clips, logits if found.dim() == 3 else None)
+            return self.region_probabilities(found, _clip_words(text), logits if found.dim() == 3 else None)
 
         frame = self.clip_frame(padded, size)
         return maft_losses(encoder, self.clip, self.student, frame, size, proposals, labels, options, probabilities)
+
+
+def _clip_words(text: Tensor) -> Tensor:
+    """CLIP's words (W, D), of what `embed_text` gives; for the generator's see `DecoupledModel.text_rows`."""
+    return text[:, -1] if text.dim() == 3 else text

@@ -34,6 +34,7 @@ from lexiseg.recipes.schema import Multiplier
 from lexiseg.training.checkpoint import Best, RunLog, capture_rng, load_checkpoint, restore_rng, save_checkpoint
 from lexiseg.training.engine import Engine, Task, prefetch, watched_workers
 from lexiseg.weights.runs import BASE, find_checkpoints, read_state
+from lexiseg.words import counted
 
 _log = logging.getLogger("lexiseg")
 
@@ -237,7 +238,7 @@ class Trainer:
         part = partial(task.part, rank=processes.rank(), processes=processes.count())
         batches = iter(prefetch(part, indices, workers=settings.workers))
         sums: dict[str, float] = defaultdict(float)
-        since, logged = time.perf_counter(), first
+        since, logged, noted = time.perf_counter(), first, False
         for step in range(first, end):
             for name, value in self.run_step(step, batches).items():
                 sums[name] += value
@@ -251,6 +252,14 @@ class Trainer:
                 sums.clear()
                 since, logged = now, done
                 log.write(done, record)
+                if record["grad_norm"] == 0 and not noted and processes.is_main():
+                    noted = True  # once is enough
+                    warnings.warn(
+                        f"The gradients of the last {counted(count, 'step')}, up to step {done}, are exactly 0, so "
+                        "nothing is learned; if this goes on, choose another train.seed or initialisation.",
+                        LexisegWarning,
+                        stacklevel=2,
+                    )
             if settings.snapshot_every and (done % settings.snapshot_every == 0 or last):
                 with processes.together():
                     if processes.is_main() and not self._engine.sharded:

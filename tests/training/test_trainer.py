@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from lexiseg.errors import LexisegError
+from lexiseg.errors import LexisegError, LexisegWarning
 from lexiseg.recipes import TrainSettings
 from lexiseg.training.checkpoint import find_checkpoints
 from lexiseg.training.engine import Task, prefetch
@@ -261,6 +261,16 @@ def test_non_finite_gradient_stops(tmp_path):
 
     with pytest.raises(LexisegError, match="gradient is nan at step 0"):
         train(tmp_path, task=Steep())
+
+
+def test_a_training_that_learns_nothing_is_noted_once(tmp_path):
+    class Flat(TinyTask):
+        def losses(self, batch):
+            return {"loss": (self.model(batch["x"]) * 0).mean() + 7}
+
+    with pytest.warns(LexisegWarning, match="exactly 0, so nothing is learned") as noted:
+        train(tmp_path, task=Flat())
+    assert len(noted) == 1
 
 
 def test_a_second_run_needs_resume(tmp_path):

@@ -171,7 +171,13 @@ def _connect(ray: Any, address: str | None, workers: int | None) -> None:
     # Ray makes workers yield to everything else; here they are the work, at this command's own priority.
     os.environ.setdefault("RAY_worker_niceness", "0")
     # Only paths and figures go through the object store, so it can be small.
-    ray.init(address="local", num_cpus=cpus, include_dashboard=False, object_store_memory=_OBJECT_STORE, **quiet)
+    try:
+        ray.init(address="local", num_cpus=cpus, include_dashboard=False, object_store_memory=_OBJECT_STORE, **quiet)
+    except Exception as error:  # Ray raises this very class where its processes are not up in time
+        raise LexisegError(
+            f"Ray did not start on this machine ({first_line(error)}); try again when it has less to do, or leave out "
+            "--cluster."
+        ) from error
 
 
 def check_reachable(address: str, patience: float = 10.0) -> None:

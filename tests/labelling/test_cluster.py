@@ -12,6 +12,7 @@ import sys
 import time
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -197,6 +198,23 @@ def test_without_ray_one_sentence_says_what_to_install(
     assert_sentence(
         *call("predict", folder, WORDS, "-m", tiny_model, "--cluster", "ray"), "pip install", "lexiseg[ray]"
     )
+
+
+def test_a_ray_that_does_not_start_is_one_sentence(
+    call,  # type: ignore[no-untyped-def]  # noqa: F811
+    folder: Path,
+    tiny_model: Path,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def slow(**_: object) -> None:
+        raise Exception("The current node timed out during startup.")  # as Ray does, of this very class
+
+    ray = SimpleNamespace(is_initialized=lambda: False, init=slow, data=None, exceptions=None)
+    for name in ("ray", "ray.data", "ray.exceptions"):
+        monkeypatch.setitem(sys.modules, name, ray)
+    found = call("predict", folder, WORDS, "-m", tiny_model, "--cluster", "ray", "-o", tmp_path / "out")
+    assert_sentence(*found, "Ray did not start", "timed out during startup")
 
 
 def test_an_address_where_nobody_listens_is_told_at_once() -> None:

@@ -37,7 +37,7 @@ class TimedTask(Task):
         self._since = self._now()
         self.timings: dict[str, list[Timing]] = {BARE: [], STEP: []}
 
-    def batch(self, index: int) -> dict[str, Tensor]:
+    def batch(self, index: int, rank: int = 0, processes: int = 1) -> dict[str, Tensor]:
         return self._batch
 
     def losses(self, batch: Mapping[str, Tensor]) -> Mapping[str, Tensor]:

@@ -127,6 +127,8 @@ class ContrastiveTask(Task):
         train: the run's numbers; the batch size and the seed matter here.
     """
 
+    divisible = False
+
     def __init__(self, settings: ContrastiveSettings, train: TrainSettings) -> None:
         torch.manual_seed(train.seed)
         self.settings, self.batch_size, self.seed = settings, train.batch_size, train.seed
@@ -148,7 +150,7 @@ class ContrastiveTask(Task):
         how: dict[str, Any] = {"world": self.world, "num_things": scenes.num_things, "extents": scenes.extents}
         return [render_scene([scenes.seed, index], scenes.size, **how) for index in range(first, first + count)]
 
-    def batch(self, index: int) -> dict[str, Any]:
+    def batch(self, index: int, rank: int = 0, processes: int = 1) -> dict[str, Any]:
         """Return the pictures of a step, the names in their captions, and tokens of phrases and of the captions.
 
         The phrases, one a name of the world, are there only when a term needs them.

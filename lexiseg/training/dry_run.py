@@ -144,7 +144,7 @@ def _segmentation(recipe: SegmentationRecipe, vocabulary: Vocabulary) -> tuple[S
         model = build_model(recipe.model_copy(update=later), vocabulary)
     else:
         clip, reason = clip_or_random(recipe.model.clip)
-        stages_of(recipe, clip)
+        stages_of(recipe)
         model = build_model(recipe, vocabulary, clip=clip)
     start, described = recipe.proposals_from, None
     if start is not None:

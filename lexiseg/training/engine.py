@@ -50,10 +50,12 @@ class Task(ABC):
     model: nn.Module  # what is trained: its parameters that need a gradient are optimised and checkpointed
     # whether `lexiseg.load` reads what `export` writes, so that its checkpoints can be loaded as well
     loadable: ClassVar[bool] = False
+    # whether processes can share a batch: not where the loss compares its samples with each other
+    divisible: ClassVar[bool] = True
 
     @abstractmethod
-    def batch(self, index: int) -> Any:
-        """Batch number ``index`` on the CPU.
+    def batch(self, index: int, rank: int = 0, processes: int = 1) -> Any:
+        """Batch number ``index`` on the CPU, or what process ``rank`` of ``processes`` takes of it, see `part_of`.
 
         It must be a pure function of the task's seed and ``index`` and must not touch global random state or the
         model: it runs in background processes, and a resumed run continues by calling it with the next index. With
@@ -61,18 +63,6 @@ class Task(ABC):
 
         Returns tensors in dicts, lists or tuples, or an object with a method ``to(device)``.
         """
-
-    def part(self, index: int, rank: int, processes: int) -> Any:
-        """What process ``rank`` of ``processes`` takes of batch ``index``, see `part_of` and `batch`.
-
-        A loss that compares the samples of a batch with each other cannot be divided, which a `LexisegError` says.
-        """
-        if processes == 1:
-            return self.batch(index)
-        raise LexisegError(
-            f"This training ({type(self).__name__}) compares the samples of a batch with each other, so it runs in one "
-            "process; start it without a launcher."
-        )
 
     @abstractmethod
     def losses(self, batch: Any) -> Mapping[str, Tensor]:
@@ -206,7 +196,8 @@ class Engine:
         device: where the model is trained.
         sharded: whether each process keeps only a shard of the model.
 
-    Raises LexisegError if the batch has fewer samples than there are processes, or accelerate is told to shard as well.
+    Raises LexisegError if the batch has fewer samples than there are processes or cannot be divided, or accelerate is
+    told to shard as well.
     """
 
     def __init__(self, task: Task, settings: TrainSettings, device: str | None) -> None:
@@ -219,6 +210,11 @@ class Engine:
         self.accelerator = _accelerator(settings, device)
         self.device: torch.device = self.accelerator.device
         count = processes.count()
+        if count > 1 and not task.divisible:
+            raise LexisegError(
+                f"This training ({type(task).__name__}) compares the samples of a batch with each other, so it runs in "
+                "one process; start it without a launcher."
+            )
         if settings.batch_size < count:
             raise LexisegError(
                 f"A batch of {settings.batch_size} cannot be divided among {count} processes; set train.batch_size, "

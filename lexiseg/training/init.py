@@ -206,15 +206,15 @@ def with_stages(recipe: Recipe, run_dir: Path, train: Callable[..., Path]) -> Re
     return recipe.model_copy(update=found)
 
 
-def stages_of(recipe: SegmentationRecipe, clip: CLIP | None = None) -> dict[str, Recipe]:
+def stages_of(recipe: SegmentationRecipe) -> dict[str, Recipe]:
     """The recipes that ``recipe`` names, by their keys, in the order in which they are trained.
 
-    ``clip`` are the towers; None as in `refuse_misfit`. Raises LexisegError as `with_stages` does.
+    Raises LexisegError as `with_stages` does.
     """
     found: dict[str, Recipe] = {}
     if is_recipe(recipe.initial):
         found["initial"] = first = first_stage(recipe)
-        refuse_misfit(first, recipe, clip)
+        refuse_misfit(first, recipe)
     if is_recipe(recipe.proposals_from):
         # On its own pictures, which need not have classes.
         given = {"model.clip": recipe.model.clip}
@@ -246,21 +246,21 @@ def first_stage(recipe: SegmentationRecipe) -> SegmentationRecipe:
     return first.model_copy(update={"model": first.model.model_copy(update={"options": given | changes})})
 
 
-def refuse_misfit(first: SegmentationRecipe, recipe: SegmentationRecipe, clip: CLIP | None = None) -> None:
+def refuse_misfit(first: SegmentationRecipe, recipe: SegmentationRecipe) -> None:
     """See, before the first stage is trained, that a model of ``recipe`` can start from one of it.
 
-    ``clip`` are the towers of both; None makes them up, or loads them if their name does not say what they are. A
-    `LexisegError` says that it cannot, or that one cannot be built.
+    A `LexisegError` says that it cannot, or that one cannot be built.
     """
     # Shapes are all that is asked for, and torch warns of the values that are lost.
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        towers = clip or _towers(recipe.model.clip)
+        towers = _towers(recipe.model.clip)
         before, after = (system(towers, options) for system, options in map(system_of, (first, recipe)))
         after.init_from(before, f"A model of '{recipe.initial}'")
 
 
 def _towers(name: str) -> CLIP:
+    """Towers that are made up, or loaded if their name does not say what they are."""
     try:
         return random_clip(name)
     except LexisegError:

@@ -103,12 +103,8 @@ class PromptTask(Task):
             raise LexisegError("No training picture shows a seen class; check the labels and the list of classes.")
         self._order = lru_cache(maxsize=2)(self._epoch_order)
 
-    def batch(self, index: int) -> dict[str, Tensor]:
+    def batch(self, index: int, rank: int = 0, processes: int = 1) -> dict[str, Tensor]:
         """Crops (B, 3, S, S) in 0..1, masks (B, S, S) and ranks (B,) of classes; an epoch shows each example once."""
-        return self.part(index, 0, 1)
-
-    def part(self, index: int, rank: int, processes: int) -> dict[str, Tensor]:
-        """A process's crops of batch ``index``."""
         first = index * self.batch_size
         places = [first + place for place in part_of(self.batch_size, rank, processes)]
         crops, masks, ranks = zip(*(self._example(place) for place in places), strict=True)

@@ -126,12 +126,8 @@ class SegmentationTask(Task):
         )
         self._order = lru_cache(maxsize=2)(self._epoch_order)
 
-    def batch(self, index: int) -> SegmentationBatch:
+    def batch(self, index: int, rank: int = 0, processes: int = 1) -> SegmentationBatch:
         """Batch ``index``: each epoch shows every sample once, in an order of its own; batches run across epochs."""
-        return self.part(index, 0, 1)
-
-    def part(self, index: int, rank: int, processes: int) -> SegmentationBatch:
-        """A process's samples of batch ``index``, the same ones whatever the number of processes."""
         first = index * self.batch_size
         samples = [self._sample(first + place) for place in part_of(self.batch_size, rank, processes)]
         images, labels, names = zip(*samples, strict=True)

@@ -235,7 +235,7 @@ class Trainer:
         if processes.gather(best.exhausted)[0]:  # the first process has the log
             return first
         indices = range(first * settings.accumulate, end * settings.accumulate)  # the batches of these steps
-        part = partial(task.part, rank=processes.rank(), processes=processes.count())
+        part = partial(task.batch, rank=processes.rank(), processes=processes.count())
         batches = iter(prefetch(part, indices, workers=settings.workers))
         sums: dict[str, float] = defaultdict(float)
         since, logged, noted = time.perf_counter(), first, False

@@ -194,10 +194,7 @@ class Linear(Task):
         seed_everything(1)
         self.model, self.mistake = nn.Linear(2, 1), mistake
 
-    def batch(self, index):
-        return self.part(index, 0, 1)
-
-    def part(self, index, rank, processes):
+    def batch(self, index, rank=0, processes=1):
         if self.mistake == "data" and index == 3 and rank == 1:
             raise LexisegError("The picture 'x.jpg' is broken.")
         size = len(part_of(4, rank, processes))

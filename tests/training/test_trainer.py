@@ -36,7 +36,7 @@ class TinyTask(Task):
         self.batch_size, self.poison, self.delay = batch_size, poison, delay
         self.snapshots = []
 
-    def batch(self, index):
+    def batch(self, index, rank=0, processes=1):
         time.sleep(self.delay)
         generator = torch.Generator().manual_seed(100 + index)
         x = torch.randn(self.batch_size, 6, generator=generator)
@@ -159,7 +159,7 @@ def test_accumulation_equals_a_larger_batch(tmp_path):
             self.model = nn.Sequential(nn.Linear(6, 3))
             self.parts = parts
 
-        def batch(self, index):
+        def batch(self, index, rank=0, processes=1):
             parts = [TinyTask.batch(self, index * self.parts + part) for part in range(self.parts)]
             return {"x": torch.cat([p["x"] for p in parts]), "y": torch.cat([p["y"] for p in parts]), "names": []}
 

@@ -173,7 +173,9 @@ def names_of(root: Path, split: str, place: Layout, pictures: Sequence[str]) -> 
     if other is not None and not place.own:
         if split == "train":  # a list of what is held back leaves the rest for training
             held, findings = read_list(other, "val")
-            return [name for name in pictures if name not in {listed_as(one, pictures) for one in held}], findings
+            known = set(pictures)
+            away = {listed_as(one, known) for one in held}
+            return [name for name in pictures if name not in away], findings
         return read_list(root / f"{split}.txt", split)
     if place.own:
         return list(pictures), []
@@ -188,7 +190,7 @@ def names_of(root: Path, split: str, place: Layout, pictures: Sequence[str]) -> 
 
 def part_in_split(files: SplitFiles, root: Path, split: str) -> SplitFiles:
     """The part of a JSON file of the whole dataset that is in a split."""
-    pictures = [item.name for item in files.items]
+    pictures = {item.name for item in files.items}
     names, findings = names_of(root, split, Layout(root, root, False), sorted(pictures))
     wanted = {listed_as(name, pictures) for name in names}
     items = tuple(item for item in files.items if item.name in wanted)

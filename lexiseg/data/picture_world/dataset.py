@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -60,8 +59,9 @@ class PictureWorld:
         self.vocabulary = world.vocabulary  # the classes the label ids index, with their seen flags
         self._without = () if unseen else world.unseen
         self._length = dict(zip(SPLIT_SEEDS, world.num_scenes, strict=True))[split] if length is None else length
-        self._hidden = np.arange(256, dtype=np.int64)
-        self._hidden[[world.class_ids[name] for name in world.unseen]] = IGNORE_INDEX
+        self._shown = np.arange(256, dtype=np.int64)  # the label of each class
+        if split == "train":
+            self._shown[[world.class_ids[name] for name in world.unseen]] = IGNORE_INDEX
         self._kept: Path | None = None
         if keep is not None:
             what = repr((world, split, size, unseen))
@@ -107,21 +107,16 @@ class PictureWorld:
     def __getitem__(self, index: int) -> Sample:
         """Return the sample: image (3, S, S) uint8, label (S, S) int64 with 255 where a class is hidden."""
         image, label = self._pixels(index)
-        label = label.astype(np.int64)
-        if self.split == "train":
-            label = self._hidden[label]
         return Sample(
             image=torch.from_numpy(image).permute(2, 0, 1).contiguous(),
-            label=torch.from_numpy(label),
+            label=torch.from_numpy(self._shown[label]),
             name=f"{self.world.name}/{self.split}/{index:05d}",
         )
 
-    def __iter__(self) -> Iterator[Sample]:
-        return (self[index] for index in range(len(self)))
-
-    def caption(self, index: int) -> str:
-        """Return the sentence that names what is visible in a scene."""
-        return self._scene(index).caption
+    def captioned(self, index: int) -> tuple[np.ndarray, np.ndarray, str]:
+        """Return a scene's picture (S, S, 3) and label (S, S) int64, and the sentence that names what is visible."""
+        scene = self._scene(index)
+        return scene.image, self._shown[scene.label], scene.caption
 
 
 def write_voc(
@@ -152,16 +147,16 @@ def write_voc(
     for split, length in splits:
         dataset = PictureWorld(split, world=world, size=size, length=length)
         names = []
-        for index, sample in enumerate(dataset):
-            name = f"{split}_{index:05d}"
+        for index in range(length):
+            name, (image, label, caption) = f"{split}_{index:05d}", dataset.captioned(index)
             with atomic_write(images / f"{name}.jpg") as temporary:
-                Image.fromarray(sample.image.permute(1, 2, 0).numpy()).save(temporary, **options)
-            mask = Image.fromarray(sample.label.numpy().astype(np.uint8), "P")
+                Image.fromarray(image).save(temporary, **options)
+            mask = Image.fromarray(label.astype(np.uint8), "P")
             mask.putpalette(palette.tobytes())
             with atomic_write(masks / f"{name}.png") as temporary:
                 mask.save(temporary, optimize=True)
             names.append(name)
-            captions.append(f"{name}\t{dataset.caption(index)}")
+            captions.append(f"{name}\t{caption}")
         write_text(lists / f"{split}.txt", "".join(f"{name}\n" for name in names))
     write_text(root / "captions.txt", "".join(f"{line}\n" for line in captions))
     write_text(root / "unseen.txt", "".join(f"{name}\n" for name in world.unseen))

@@ -8,7 +8,6 @@ seen none of an unseen class. This takes the place of the ImageNet and SAM pretr
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -63,9 +62,6 @@ class Shapes:
             label=torch.from_numpy(label.astype(np.int64)),
             name=f"shapes/{self.split}/{index:05d}",
         )
-
-    def __iter__(self) -> Iterator[Sample]:
-        return (self[index] for index in range(len(self)))
 
 
 def render_shapes(seed: int | list[int], size: int) -> tuple[Array, Array]:

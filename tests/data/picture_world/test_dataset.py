@@ -161,8 +161,13 @@ def test_an_unknown_split_is_one_sentence() -> None:
         PictureWorld("dev")  # type: ignore[arg-type]
 
 
-def test_written_to_disk_it_is_a_voc_folder(tmp_path) -> None:
-    root = write_voc(tmp_path / "world", num_train=6, num_val=4, size=64)
+def test_written_to_disk_it_is_a_voc_folder(tmp_path, monkeypatch) -> None:
+    drawn = []
+    with monkeypatch.context() as patch:
+        draw = lambda seed, *more, **how: drawn.append(seed) or render_scene(seed, *more, **how)  # noqa: E731
+        patch.setattr("lexiseg.data.picture_world.dataset.render_scene", draw)
+        root = write_voc(tmp_path / "world", num_train=6, num_val=4, size=64)
+    assert len(drawn) == 10  # each scene once
     for split, count in (("train", 6), ("val", 4)):
         names = (root / "ImageSets" / "Segmentation" / f"{split}.txt").read_text().split()
         assert len(names) == count

@@ -32,6 +32,21 @@ def as_path(value: object, what: str) -> Path:
     return Path(value)
 
 
+def local(name: str | Path) -> Path | None:
+    """The file or folder that a name is the path of; None where there is none, or no such path could be."""
+    try:
+        path = Path(name).expanduser()
+        return path if path.exists() else None
+    except (OSError, ValueError, RuntimeError):  # over-long, with a zero byte, of a user who is not there
+        return None
+
+
+def is_folder(name: str | Path) -> bool:
+    """Whether a name is the path of a folder."""
+    place = local(name)
+    return place is not None and place.is_dir()
+
+
 @contextmanager
 def writing(what: str, advice: str = "choose a place you may write to") -> Iterator[None]:
     """Turn an error of the disk into a sentence: "Cannot ``what`` (the reason); ``advice``."""

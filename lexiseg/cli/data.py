@@ -138,9 +138,10 @@ def _name_and_root(name: str, root: Path | None) -> tuple[str, Path]:
     if root is not None:
         return name, root
     from lexiseg.data.sets.catalog import NAMES
+    from lexiseg.files import is_folder
 
     if name in NAMES:
         raise LexisegError(f"'{name}' needs its folder too: lexiseg data verify {name} FOLDER.")
-    if not Path(name).is_dir():
+    if not is_folder(name):
         raise LexisegError(f"'{name}' is neither a folder nor a dataset; the datasets are {', '.join(NAMES)}.")
     return "own", Path(name)

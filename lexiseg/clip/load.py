@@ -21,22 +21,13 @@ from lexiseg.clip.foreign import load_foreign
 from lexiseg.clip.model import CLIP, CONFIG_NAME, WEIGHTS_NAME, build_clip, check_architecture
 from lexiseg.clip.positions import resize_positions
 from lexiseg.errors import LexisegError
-from lexiseg.files import read_json
+from lexiseg.files import local, read_json
 from lexiseg.hub import download
 from lexiseg.words import did_you_mean, first_line, near_names, printable, shorten
 
 # A picture of 4096 pixels in patches of 16; a table of positions is not stretched further.
 _MOST_PATCHES = 256 * 256
 _HUB_WEIGHTS = (WEIGHTS_NAME, "open_clip_pytorch_model.bin")
-
-
-def local(name: str) -> Path | None:
-    """The file or folder that a name is the path of; None where there is none, or no such path could be."""
-    try:
-        path = Path(name).expanduser()
-        return path if path.exists() else None
-    except (OSError, ValueError, RuntimeError):  # over-long, with a zero byte, of a user who is not there
-        return None
 
 
 def load_clip(name: str | Path) -> CLIP:

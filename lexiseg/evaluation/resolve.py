@@ -13,14 +13,13 @@ from typing import Any, Literal
 import lexiseg
 from lexiseg import processes
 from lexiseg.background import BackgroundSource
-from lexiseg.clip.load import local
 from lexiseg.data.base import SegmentationDataset
 from lexiseg.data.sets.dataset import nothing_labelled
 from lexiseg.errors import LexisegError
 from lexiseg.evaluation.protocols import Protocol, find_protocol
 from lexiseg.evaluation.report import Report
 from lexiseg.evaluation.run import Offsets, run_evaluation
-from lexiseg.files import new_folder
+from lexiseg.files import is_folder, local, new_folder
 from lexiseg.journal import Journal
 from lexiseg.pictures import WindowSource, window_policy
 from lexiseg.recipes import CatalogData, ContrastiveRecipe, EvaluationRecipe, is_recipe, list_recipes, load_recipe
@@ -175,22 +174,14 @@ def _question(
         for option, value in {"split": split, "size": size}.items():
             if value is not None:
                 raise LexisegError(f"The protocol {protocol} already defines this; drop --{option} {value}.")
-        if not Path(what).is_dir():
+        if not is_folder(what):
             raise LexisegError(
                 f"'{what}' is not a folder; with --protocol {protocol} give the one {chosen.data_set} is in."
             )
         return Question(chosen.data_set, None, protocol=chosen, offsets=chosen.offsets, seen_split=chosen.seen_split)
     place = local(what)
-    if what.startswith(PICTURE_WORLD) and place is None:
-        _refuse_synonyms(synonyms, what)
-        from lexiseg.data.picture_world import PictureWorld, find_world
-
-        if split not in (None, "val", "test"):
-            # Its train split hides the unseen classes, so a number made there would look like a result and be none.
-            raise LexisegError(f"{what} is evaluated on its val or its test split; leave out --split {split}.")
-        part: Literal["val", "test"] = "test" if split == "test" else "val"
-        return Question(what, PictureWorld(part, world=find_world(what), size=size or DEFAULT_SIZE), part)
-    if size is not None:
+    drawn = what.startswith(PICTURE_WORLD) and place is None
+    if size is not None and not drawn:
         raise LexisegError(
             f"--size is for {PICTURE_WORLD}, which is drawn at any size, not for '{what}'; leave it out."
         )
@@ -199,10 +190,19 @@ def _question(
 
         data = open_data_set(OWN, place, split or "val", classes=classes, synonyms=synonyms)
         return Question(place.resolve().name, data, split or "val")
-    if place is None and not is_recipe(what):
+    if place is None and not drawn and not is_recipe(what):
         raise _neither(what)
     if classes is not None:
         raise LexisegError(f"--classes is for folders, not for '{what}'; leave it out.")
+    if drawn:
+        _refuse_synonyms(synonyms, what)
+        from lexiseg.data.picture_world import PictureWorld, find_world
+
+        if split not in (None, "val", "test"):
+            # Its train split hides the unseen classes, so a number made there would look like a result and be none.
+            raise LexisegError(f"{what} is evaluated on its val or its test split; leave out --split {split}.")
+        part: Literal["val", "test"] = "test" if split == "test" else "val"
+        return Question(what, PictureWorld(part, world=find_world(what), size=size or DEFAULT_SIZE), part)
     recipe = load_recipe(what)
     if isinstance(recipe, ContrastiveRecipe):
         raise LexisegError(

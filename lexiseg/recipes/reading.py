@@ -17,6 +17,7 @@ import yaml
 
 from lexiseg.checking import check
 from lexiseg.errors import LexisegError
+from lexiseg.files import is_folder, local
 from lexiseg.recipes.data import AUGMENTATION
 from lexiseg.recipes.schema import KINDS, Recipe
 from lexiseg.words import is_deep, near_names, shorten
@@ -99,8 +100,8 @@ def load_recipe(
     the recipe's data; crop and augmentation stay the recipe's. Raises LexisegError if it does not exist, is not YAML,
     or has an unknown, missing or wrong key; the sentence names the file and the key.
     """
-    own, where = _content(str(name))
-    content = _with_base(own, where)
+    own, where, folder = _content(str(name))
+    content = _with_base(own, where, folder)
     if data is not None:
         content["data"] = _own_data(str(name), content.get("data"), Path(data))
     given = overrides.items() if isinstance(overrides, Mapping) else [_read_override(text) for text in overrides]
@@ -111,7 +112,8 @@ def load_recipe(
 
 def parse_recipe(text: str, where: str, *, seed: int | None = None) -> Recipe:
     """Check a recipe's text; ``where`` is what to call it in messages. See :func:`load_recipe`."""
-    return _checked(_with_base(_choose_variant(_read(text, where), None, where), where), where, seed)
+    own = _choose_variant(_read(text, where), None, where)
+    return _checked(_with_base(own, where, Path(where).parent), where, seed)
 
 
 def as_yaml(recipe: Recipe) -> str:
@@ -146,11 +148,11 @@ def _find(name: str) -> tuple[Path, str, str | None]:
     if name in files:
         return files[name], files[name].name, None
     stem, _, variant = name.rpartition(":")
-    if stem and not Path(name).exists():  # a path may hold colons itself
+    if stem and local(name) is None:  # a path may hold colons itself
         if stem in files:
             return files[stem], files[stem].name, variant
-        if Path(stem).is_file():
-            return Path(stem), stem, variant
+        if (file := local(stem)) is not None and file.is_file():
+            return file, stem, variant
     return Path(name), name, None
 
 
@@ -181,11 +183,11 @@ def _read(text: str, where: str) -> Content:
     return content
 
 
-def _content(name: str) -> tuple[Content, str]:
-    """A recipe's own keys, without those of its base, and what to call it in messages."""
+def _content(name: str) -> tuple[Content, str, Path]:
+    """A recipe's own keys, without those of its base, what to call it in messages, and the folder it is in."""
     path, where, variant = _find(name)
     content = _choose_variant(_read(_text(path, name), where), variant, where)
-    return content, where if variant is None else f"{where}:{variant}"
+    return content, where if variant is None else f"{where}:{variant}", path.parent
 
 
 def _choose_variant(content: Content, variant: str | None, where: str) -> Content:
@@ -208,16 +210,16 @@ def _choose_variant(content: Content, variant: str | None, where: str) -> Conten
     return merge(shared, variants[variant])
 
 
-def _with_base(content: Content, where: str) -> Content:
-    """Merge a recipe with its base, which is flat: it has no base itself, so that two files say everything."""
+def _with_base(content: Content, where: str, folder: Path) -> Content:
+    """Merge a recipe in a folder with its base, which has no base itself, so that two files say everything."""
     own = {key: value for key, value in content.items() if key != "base"}
     if "base" not in content:
         return own
     if not isinstance(content["base"], str):
         raise LexisegError(f"'base' of the recipe '{where}' must be the name of a recipe.")
     # In the package, else a file beside the recipe's own.
-    beside = Path(where.rpartition(":")[0] or where).parent / content["base"]
-    base, name = _content(content["base"] if content["base"].partition(":")[0] in _files() else str(beside))
+    packaged = content["base"].partition(":")[0] in _files()
+    base, name, _ = _content(content["base"] if packaged else str(folder / content["base"]))
     if "base" in base:
         raise LexisegError(
             f"The base '{name}' of the recipe '{where}' has a base of its own, '{base['base']}'; write '{name}' out in "
@@ -284,10 +286,10 @@ def _own_data(name: str, said: Any, folder: Path) -> Content:
     """The recipe's data replaced by a folder: how pictures are cropped and augmented stays."""
     if not isinstance(said, dict):
         raise LexisegError(f"The recipe '{name}' trains a CLIP on captions, not on masks; leave out --data.")
-    if not folder.is_dir():
+    if not is_folder(folder):
         raise LexisegError(f"The data folder '{folder}' does not exist; check the path.")
     own: Content = {"source": "own", "root": str(folder)}
-    if str(said.get("source")).startswith("picture-world"):
+    if str(said.get("source")).startswith(("picture-world", "shapes")):  # drawn at the size that is trained on
         own |= {"augment": "light", "crop": said.get("crop") or said.get("size", 256)}
     kept = (*AUGMENTATION, "unseen_pictures")
     return {key: said[key] for key in kept if said.get(key) is not None} | own

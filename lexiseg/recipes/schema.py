@@ -6,12 +6,12 @@
 from __future__ import annotations
 
 import difflib
-from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from lexiseg.checking import Policy
+from lexiseg.files import is_folder
 from lexiseg.recipes.data import Data, PictureWorldData
 from lexiseg.strict import StrictModel
 from lexiseg.templates import TEMPLATE_SETS
@@ -96,14 +96,10 @@ class TrainSettings(StrictModel):
         return self
 
 
-def _with_steps(train: TrainSettings) -> TrainSettings:
-    if not train.steps:
-        raise ValueError("'train.steps' is 0, which only a recipe of the kind 'segmentation' can have")
-    return train
+class Training(TrainSettings):
+    """Settings of a training that there is: only a recipe of the kind "segmentation" can have 0 steps."""
 
-
-Training: TypeAlias = Annotated[TrainSettings, AfterValidator(_with_steps)]
-"""Settings of a training that there is."""
+    steps: int = Field(ge=1)
 
 
 class ModelRecipe(StrictModel):
@@ -141,7 +137,7 @@ def is_resnet(source: str) -> bool:
 
 def _known_start(source: str) -> str:
     # A colon is in the name of a recipe's variant.
-    if is_resnet(source) or "/" in source or ":" in source or Path(source).is_dir():
+    if is_resnet(source) or "/" in source or ":" in source or is_folder(source):
         return source
     near = difflib.get_close_matches(source.lower(), [IMAGENET], cutoff=0.5)
     hint = f"; did you mean '{IMAGENET}'?" if near else f"; give '{IMAGENET}', a ResNet's file or the folder of a run"

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lexiseg.clip.load import check_state, shapes_of
 from lexiseg.errors import LexisegError
+from lexiseg.files import is_folder
 from lexiseg.hub import cached, download
 from lexiseg.models.decoupled import DecoupledModel
 from lexiseg.proposals.backbone import RESNET_WIDTHS, ResNetBackbone
@@ -109,7 +110,7 @@ def _imagenet_repository(generator: QueryGenerator) -> str:
 
 def _own_tensors(generator: QueryGenerator, source: str) -> tuple[dict[str, Tensor], tuple[str, ...]]:
     """The tensors of our own generator in a folder without its class head, and the classes it had masks of."""
-    model = load_model(source) if Path(source).expanduser().is_dir() else None
+    model = load_model(source) if is_folder(source) else None
     if not isinstance(model, DecoupledModel):
         raise LexisegError(
             f"'{source}' is not a lexiseg run or model that proposals could start from; give one, 'imagenet' or a "

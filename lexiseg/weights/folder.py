@@ -12,10 +12,10 @@ import torch
 
 from lexiseg.catalog import CONFIG_NAME, list_models, packaged_clips, packaged_models
 from lexiseg.clip.foreign import TIMM, TRANSFORMERS
-from lexiseg.clip.load import check_state, load_clip, local, read_safetensors, shapes_of, sketch
+from lexiseg.clip.load import check_state, load_clip, read_safetensors, shapes_of, sketch
 from lexiseg.clip.model import CLIP, build_clip, write_tensors
 from lexiseg.errors import LexisegError
-from lexiseg.files import make_folder, read_json, write_json
+from lexiseg.files import local, make_folder, read_json, write_json
 from lexiseg.hub import download
 from lexiseg.models import SYSTEMS, SegmentationModel
 from lexiseg.weights import runs

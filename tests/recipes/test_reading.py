@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,16 @@ import torch
 import yaml
 from torch import nn
 
+from lexiseg.cli import main
 from lexiseg.cli.train import run_name
+from lexiseg.data.sets.prepare import prepare
 from lexiseg.errors import LexisegError
+from lexiseg.evaluation import evaluate
 from lexiseg.models import ZegCLIP
 from lexiseg.recipes import SegmentationRecipe, TrainSettings, as_yaml, load_recipe, parse_recipe
 from lexiseg.recipes.reading import merge
+from lexiseg.training.dry_run import clip_or_random
+from lexiseg.training.prompts import read_prompts
 from lexiseg.training.trainer import build_optimizer, group_parameters, identity_of, learning_rate
 
 
@@ -78,9 +84,9 @@ def test_variants(tmp_path: Path) -> None:
         ({"base": "tiny", "teacher": "x"}, "'teacher' labels pixels for self-training"),
         ({"base": "tiny", "data": {"crop": 8}}, "wrong value for 'data.crop'"),
         ({"base": "zegclip-voc2012", "data": {"cut": 32}}, "'cut' belongs to augment 'short-edge'"),
-        ({"base": "prompts-voc2012", "train": {"steps": 0}}, "'train.steps' is 0"),
+        ({"base": "prompts-voc2012", "train": {"steps": 0}}, "'train.steps': input should be greater"),
         ({"base": "prompts-voc2012", "model": {"prefx": 3}}, "unknown key 'model.prefx'; did you mean 'prefix'"),
-        ({"base": "clip-emoji", "train": {"steps": 0}}, "'train.steps' is 0"),
+        ({"base": "clip-emoji", "train": {"steps": 0}}, "'train.steps': input should be greater"),
     ],
 )
 def test_mistakes(content: dict[str, Any], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -89,6 +95,18 @@ def test_mistakes(content: dict[str, Any], words: str, tmp_path: Path, monkeypat
     with pytest.raises(LexisegError) as caught:
         load_recipe("mine.yaml")
     assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_base_lies_beside_its_recipe_whatever_its_folder_is_called(tmp_path: Path) -> None:
+    (folder := tmp_path / "2026:11").mkdir()
+    write(folder, "first", **yaml.safe_load(as_yaml(load_recipe("tiny"))))
+    assert load_recipe(write(folder, "mine", base="first.yaml", train={"steps": 7})).train.steps == 7
+
+
+@pytest.mark.parametrize("name", ["zegclip-picture-world", "shapes:mask2former"])
+def test_own_data_are_cropped_to_the_size_of_the_scenes_they_replace(name: str, tmp_path: Path) -> None:
+    drawn, own = load_recipe(name).data, load_recipe(name, data=tmp_path).data
+    assert (own.augment, own.crop, own.label_stride) == ("light", drawn.crop or drawn.size, drawn.label_stride)
 
 
 def settings(**changes: Any) -> TrainSettings:
@@ -132,3 +150,14 @@ def test_schedules() -> None:
 def test_a_run_begun_before_there_were_these_settings_can_be_resumed() -> None:
     assert not {"optimizer", "momentum", "no_decay", "warmup"} & set(identity_of(settings()))
     assert identity_of(settings(no_decay=("norm",)))["no_decay"] == ["norm"]
+
+
+def test_a_name_too_long_for_a_file_is_one_sentence() -> None:
+    long = "x" * 300
+    wrong = [partial(call, long) for call in (load_recipe, read_prompts, clip_or_random, partial(prepare, "own"))]
+    wrong += [partial(load_recipe, f"{long}:a"), partial(load_recipe, "tiny", {"proposals_from": long})]
+    wrong += [partial(load_recipe, "tiny", data=long), partial(evaluate, long, "none", protocol="voc-20")]
+    for call in wrong:
+        with pytest.raises(LexisegError):
+            call()
+    assert main(["data", "verify", long]) == 2

@@ -99,10 +99,7 @@ def compose(title: str, rows: Sequence[Sequence[Panel]], *, scale: Scale | None 
     """Put panels into a figure.
 
     ``scale``: of the heat maps, drawn as a colour bar on the right. Raises LexisegError if matplotlib is not installed.
-    Raises ValueError if there is no panel.
     """
-    if not rows or not all(rows):
-        raise ValueError("a figure needs at least one panel in each row")
     columns = max(map(len, rows))
     width = _PANEL if max(panel.aspect for row in rows for panel in row) >= 0.25 else _WIDE
     heights: list[float] = []

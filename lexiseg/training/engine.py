@@ -16,10 +16,12 @@ import signal
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import lru_cache
 from pathlib import Path
 from types import MethodType
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
@@ -42,6 +44,12 @@ _log = logging.getLogger("lexiseg")
 def part_of(batch_size: int, rank: int, processes: int) -> range:
     """The places in a batch that process ``rank`` of ``processes`` takes; their numbers differ by at most one."""
     return range(batch_size * rank // processes, batch_size * (rank + 1) // processes)
+
+
+@lru_cache(maxsize=4)
+def shuffled(length: int, *seed: int) -> np.ndarray:
+    """The numbers below ``length`` in the order that ``seed`` decides."""
+    return np.random.default_rng(seed).permutation(length)
 
 
 class Task(ABC):

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, InitVar, dataclass, field
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,10 +24,10 @@ from lexiseg.clip.model import CLIP, write_tensors
 from lexiseg.clip.prompt_learner import PromptLearner
 from lexiseg.data.base import SegmentationDataset, read_label, seen_ids
 from lexiseg.errors import LexisegError
-from lexiseg.files import make_folder, read_json, write_json
+from lexiseg.files import local, make_folder, read_json, write_json
 from lexiseg.losses.reduction import reduction_weight
 from lexiseg.normalisation import normalise
-from lexiseg.training.engine import Task, part_of
+from lexiseg.training.engine import Task, part_of, shuffled
 
 AREA = (0.08, 1.0)
 """Fraction of the box that a crop takes."""
@@ -101,7 +100,6 @@ class PromptTask(Task):
         self.examples = _choose_examples(dataset, self.classes, self.per_class, self.seed)
         if not self.examples:
             raise LexisegError("No training picture shows a seen class; check the labels and the list of classes.")
-        self._order = lru_cache(maxsize=2)(self._epoch_order)
 
     def batch(self, index: int, rank: int = 0, processes: int = 1) -> dict[str, Tensor]:
         """Crops (B, 3, S, S) in 0..1, masks (B, S, S) and ranks (B,) of classes; an epoch shows each example once."""
@@ -128,15 +126,12 @@ class PromptTask(Task):
 
     def _example(self, place: int) -> tuple[Tensor, Tensor, int]:
         epoch, position = divmod(place, len(self.examples))
-        sample_index, rank = self.examples[int(self._order(epoch)[position])]
+        sample_index, rank = self.examples[int(shuffled(len(self.examples), self.seed, 4, epoch)[position])]
         rng = np.random.default_rng([self.seed, 3, place])
         sample = self.dataset[sample_index]
         size = self.size or self.model.clip.image_size
         image, mask = crop_object(sample.image, sample.label == self.classes[rank], size, rng)
         return image, mask, rank
-
-    def _epoch_order(self, epoch: int) -> np.ndarray:
-        return np.random.default_rng([self.seed, 4, epoch]).permutation(len(self.examples))
 
 
 def read_prompts(name: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -144,7 +139,9 @@ def read_prompts(name: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
     ``name`` is the folder of a run or that of its prompts. A `LexisegError` if a file is not there or damaged.
     """
-    folder = next((path for path in (Path(name) / "model", Path(name)) if (path / _PROMPTS).is_file()), None)
+    place = local(name)
+    places = () if place is None else (place / "model", place)
+    folder = next((path for path in places if (path / _PROMPTS).is_file()), None)
     if folder is None:
         raise LexisegError(f"There is no {_PROMPTS} in '{name}'; give the folder of a run that learned prompts.")
     card = folder / _CARD

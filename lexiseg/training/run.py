@@ -1,4 +1,8 @@
-"""From a recipe to a trained model: builds the data, the model and the task, and runs the loop."""
+"""From a recipe to a trained model: what ``lexiseg train`` does once it has read the recipe.
+
+`train` first trains the recipes that this one starts from (`lexiseg.training.init.with_stages`). Then `build_task`
+makes one task of data, model and loss, and `lexiseg.training.trainer.Trainer` runs the loop; its `run_step` is a step.
+"""
 
 from __future__ import annotations
 
@@ -59,7 +63,7 @@ def train(
         progress: whether to show a bar.
 
     Returns the folder of the trained model. Raises LexisegError if the data, the CLIP, the system or an option is not
-    there or wrong, ``run_dir`` holds another run, or the loss is not finite.
+    there or wrong, the run has no step ``until``, ``run_dir`` holds another run, or the loss is not finite.
     """
     recipe = load_recipe(recipe) if isinstance(recipe, str | Path) else recipe
     if isinstance(recipe, EvaluationRecipe):
@@ -67,11 +71,14 @@ def train(
     processes.init(device)
     with ExitStack() as stack:
         with processes.together():
+            if until is not None and not 1 <= until <= (steps := recipe.train.steps):
+                then = f"choose a step from 1 to {steps}" if steps else "leave out --until"
+                raise LexisegError(f"The run has {steps} steps, so it cannot stop after {until}; {then}.")
             run_dir = stack.enter_context(new_folder(run_dir))
         stage = partial(train, resume=resume, device=device, tensorboard=tensorboard, progress=progress)
         built = with_stages(recipe, run_dir, stage)
         if isinstance(built, SegmentationRecipe) and not built.train.steps:
-            return _put_together(recipe, built, run_dir, until)
+            return _put_together(recipe, built, run_dir)
         with processes.together():
             task = build_task(built)
         with processes.together():
@@ -102,13 +109,13 @@ def identity(recipe: Recipe, task: Task | None) -> dict[str, Any]:
     if isinstance(task, SegmentationTask | PromptTask):
         vocabulary = task.dataset.vocabulary
         values |= {"classes": _counted(vocabulary, vocabulary.hash()), "pictures": _fingerprint(task.dataset)}
+        if Path(task.model.clip.name).exists():
+            values["model"]["clip"] = task.model.clip.fingerprint()
     if isinstance(task, SegmentationTask):
         notes = task.model.metadata
         values |= {"initial_weights": notes["initial"]["weights_sha256"]} if "initial" in notes else {}
         values |= {key: notes[key]["sha256"] for key in ("prompts", "proposals") if key in notes}
         values |= {} if task.teacher is None else {"teacher_weights": weights_hash(task.teacher.model)}
-        if Path(task.model.clip.name).exists():
-            values["model"]["clip"] = task.model.clip.fingerprint()
     return values
 
 
@@ -123,10 +130,8 @@ def _counted(things: Sized, digest: str) -> str:
     return f"{len(things)} ({digest[:16]})"
 
 
-def _put_together(recipe: Recipe, built: SegmentationRecipe, run_dir: Path, until: int | None) -> Path:
+def _put_together(recipe: Recipe, built: SegmentationRecipe, run_dir: Path) -> Path:
     """Write the model of a recipe of 0 steps: nothing is trained, and no picture is needed."""
-    if until is not None:
-        raise LexisegError(f"The recipe has 0 steps, so it cannot stop after {until}; leave out --until.")
     folder = run_dir / "model"
     with processes.together():
         if find_checkpoints(run_dir / "checkpoints"):

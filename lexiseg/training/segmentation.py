@@ -18,7 +18,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -41,7 +40,7 @@ from lexiseg.normalisation import normalise, pixels_of
 from lexiseg.recipes.schema import Setting, Unlabelled
 from lexiseg.scores import GridScores, RegionScores
 from lexiseg.segmenter import Segmenter
-from lexiseg.training.engine import Task, part_of
+from lexiseg.training.engine import Task, part_of, shuffled
 from lexiseg.vocabulary import TemplateSource, Vocabulary, VocabularyClass
 from lexiseg.weights import load_model
 from lexiseg.weights.folder import save_model
@@ -124,7 +123,6 @@ class SegmentationTask(Task):
         self._segmenter = Segmenter(
             model, templates=self.vocabulary.templates, cache_dir=cache_dir, disk_cache=cache_dir is not None
         )
-        self._order = lru_cache(maxsize=2)(self._epoch_order)
 
     def batch(self, index: int, rank: int = 0, processes: int = 1) -> SegmentationBatch:
         """Batch ``index``: each epoch shows every sample once, in an order of its own; batches run across epochs."""
@@ -191,7 +189,7 @@ class SegmentationTask(Task):
 
     def _sample(self, position: int) -> tuple[Tensor, Tensor, str]:
         epoch, place = divmod(position, len(self.dataset))
-        sample = self.dataset[int(self._order(epoch)[place])]
+        sample = self.dataset[int(shuffled(len(self.dataset), self.seed, 0, epoch)[place])]
         rng = np.random.default_rng([self.seed, 1, position])
         image, label = self.pipeline(sample.image, sample.label, rng)
         middle, stride = self.label_stride // 2, self.label_stride
@@ -200,9 +198,6 @@ class SegmentationTask(Task):
             label = self_training_labels(label, self.seen, unlabelled=self.unlabelled, void=self.void)
             return image, label, sample.name
         return image, remap_to_seen(label, self.seen, void=self.void), sample.name
-
-    def _epoch_order(self, epoch: int) -> np.ndarray:
-        return np.random.default_rng([self.seed, 0, epoch]).permutation(len(self.dataset))
 
 
 class Teacher:
@@ -306,15 +301,13 @@ def self_training_labels(
 
     Args:
         label: integer tensor of any shape with dataset ids, ``void``, and :data:`PADDING` where it was filled up.
-        seen: the seen ids; one that is not in 0..void-1 is a ValueError.
+        seen: the seen ids.
         unlabelled: "marked" is what the authors' code does (ZegCLIP, and Cascade-CLIP after it): a pixel is unlabelled
             where the dataset's own label names an unseen class, so that the ground truth tells where unseen classes
             are, though not which; void stays void. The papers do not mention it. "ignored" takes no such help: every
             pixel without a seen label that is not padding is unlabelled, void and background included.
         void: the dataset's label of pixels without a class.
     """
-    if any(not 0 <= index < void for index in seen):
-        raise ValueError(f"seen ids must be in 0..{void - 1}, got {list(seen)}")
     label = label.long()
     result = torch.where(torch.isin(label, torch.tensor(list(seen), dtype=torch.long)), label, UNLABELLED)
     nothing = label == PADDING
@@ -330,7 +323,8 @@ def class_weights(
 
     ``said`` has factors by name, where a class that is not named has 1 and a name that is no class is a `LexisegError`;
     or it is "frequency": 1 over the square root of a class's fraction of the labelled pixels of up to 2,000 pictures,
-    spread evenly, scaled to a mean of 1 over the classes found and cut at 10. A class that is not found has 1.
+    spread evenly, scaled to a mean of 1 over the classes found and cut at 10. A class that is not found has 1, and so
+    has one without masks in training, of whose labels nothing is counted.
     """
     weights = torch.ones(len(trained))
     if said != "frequency":
@@ -343,11 +337,12 @@ def class_weights(
             weights[trained.names.index(name)] = factor
         return weights
     ids = [dataset.vocabulary.names.index(name) for name in trained.names]
-    counts = torch.zeros(WIDE_IGNORE_INDEX + 1, dtype=torch.float64)
+    pixels = torch.zeros(WIDE_IGNORE_INDEX + 1, dtype=torch.float64)
     for index in spread(len(dataset), 2000):
-        counts += torch.bincount(read_label(dataset, index).flatten(), minlength=len(counts))
-    found = counts[ids] > 0
-    rarity = (counts[ids][found] / counts[ids].sum()).rsqrt()
+        pixels += torch.bincount(read_label(dataset, index).flatten(), minlength=len(pixels))
+    counts = pixels[ids] * torch.tensor([bool(entry.seen) for entry in trained.classes])
+    found = counts > 0
+    rarity = (counts[found] / counts.sum()).rsqrt()
     weights[found] = (rarity / rarity.mean()).clamp(max=10).float()
     return weights
 

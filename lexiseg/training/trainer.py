@@ -46,8 +46,10 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-RESUMABLE = {"workers", "log_every", "checkpoint_every", "keep_checkpoints", "snapshot_every", "keep_best", "patience"}
-RESUMABLE |= {"sharding"}
+RESUMABLE = {
+    *("workers", "sharding", "log_every", "checkpoint_every", "keep_checkpoints"),
+    *("snapshot_every", "keep_best", "patience"),
+}
 """Settings that may differ between the first part of a run and its continuation: they do not touch the weights."""
 
 
@@ -187,7 +189,7 @@ class Trainer:
 
         Raises LexisegError if ``run_dir`` holds checkpoints and ``resume`` is not asked for; the checkpoint does not
         fit; or the loss or a gradient is not finite (step and samples are named, nothing is saved of it); or ``until``
-        lies behind the run or behind its checkpoint.
+        lies behind its checkpoint.
         """
         settings, task = self.settings, self.task
         end = settings.steps if until is None else until
@@ -195,10 +197,6 @@ class Trainer:
         name = processes.gather(found[-1].name if found else None)[0]  # what the first process sees
         newest = None if name is None else self.checkpoint_dir / name
         with processes.together():
-            if not 1 <= end <= settings.steps:
-                raise LexisegError(
-                    f"The run has {settings.steps} steps, so it cannot stop after {end}; choose one of them."
-                )
             first = self._start(resume, newest)
             if first > end:
                 raise LexisegError(

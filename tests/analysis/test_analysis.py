@@ -167,8 +167,6 @@ def test_a_figure_holds_all_panels_and_one_scale() -> None:
     assert [axes.get_ylabel() for axes in figure.axes][-1] == "label"
     green_share = (np.abs(drawn(figure).astype(int) - (9, 200, 9)).max(-1) < 8).mean()
     assert green_share > 0.1
-    with pytest.raises(ValueError, match="panel"):
-        compose("Title", [])
 
 
 def test_without_matplotlib_a_sentence_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

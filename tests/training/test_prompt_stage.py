@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,9 @@ def test_a_resumed_run_learns_the_same(home: Path, tmp_path: Path) -> None:
     assert card["pictures"] > 0 and read_prompts(tmp_path / "parts")[1] == card
     (folder / "prompts.json").unlink()
     assert read_prompts(folder)[1] == {}
+    shutil.copytree(home / "clip", tmp_path / "clip")  # another path to the same towers
+    moved = recipe.model_copy(update={"model": recipe.model.model_copy(update={"clip": str(tmp_path / "clip")})})
+    assert same(read_prompts(quietly(moved, tmp_path / "parts", resume=True))[0], whole)
     assert yaml.safe_load((tmp_path / "parts" / "recipe.yaml").read_text())["kind"] == "prompts"
 
 

@@ -28,7 +28,7 @@ from lexiseg.losses.exclusive import exclusive_losses
 from lexiseg.losses.masks import mask_losses
 from lexiseg.recipes import load_recipe
 from lexiseg.training.run import build_task
-from lexiseg.training.segmentation import SegmentationTask
+from lexiseg.training.segmentation import SegmentationTask, class_weights, training_vocabulary
 from lexiseg.weights import load_model
 from lexiseg.weights.runs import find_checkpoints
 from tests.towers import small_clip
@@ -222,6 +222,14 @@ def test_class_weights(place: Path, tmp_path: Path) -> None:
     assert float(by_frequency[names.index(rarest[1])]) == float(by_frequency.max()) > 1 > float(by_frequency.min())
     with pytest.raises(LexisegError, match="'nothing', which is no class"):
         build_task(recipe_of(place, train={"class_weights": {"nothing": 2.0}}))
+
+
+def test_frequency_knows_nothing_of_unseen_classes() -> None:
+    """Self-training has the text of all classes, and the labels on disk may show where unseen ones are."""
+    trained = training_vocabulary(runs.Flat.vocabulary, setting="transductive")
+    cat, sky, dog = class_weights("frequency", runs.Flat(), trained).tolist()
+    assert trained.names == ("cat", "sky", "dog") and sky == 1
+    assert cat + dog == pytest.approx(2) and dog / cat == pytest.approx((60 / 12) ** 0.5)
 
 
 @pytest.mark.parametrize("exclusive", [False, True])

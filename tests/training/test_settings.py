@@ -84,11 +84,6 @@ def test_self_training_labels(values: list[int], seen: set[int]) -> None:
             assert one == (255 if value == 255 else UNLABELLED)
 
 
-def test_seen_ids_are_checked() -> None:
-    with pytest.raises(ValueError, match="seen ids"):
-        self_training_labels(torch.zeros(2), [255])
-
-
 @pytest.mark.parametrize("pad_label", [255, PADDING])
 def test_both_pipelines_fill_up_with_the_label_they_are_told(pad_label: int) -> None:
     image, label = torch.zeros(3, 20, 24, dtype=torch.uint8), torch.zeros(20, 24, dtype=torch.long)
@@ -305,6 +300,9 @@ def test_stopping_and_going_on_is_the_same_run(tmp_path: Path, clip_folder: Path
     assert same(*(load_file(folder / "model.safetensors") for folder in (whole, rest)))
     with pytest.raises(LexisegError, match="cannot stop after 9"):
         quietly(recipe, tmp_path / "new", until=9)
+    with pytest.raises(LexisegError, match="cannot stop after 99999"):  # before another one is trained for days
+        quietly(load_recipe("zegclip-picture-world-transductive"), tmp_path / "staged", until=99999)
+    assert not (tmp_path / "new").exists() and not (tmp_path / "staged").exists()
 
 
 def test_what_cannot_be_started_from(tmp_path: Path, clip_folder: Path, caplog: pytest.LogCaptureFixture) -> None:

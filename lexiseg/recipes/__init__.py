@@ -3,7 +3,7 @@
 Training and evaluation both read them, so they lie below both. The files beside this one come with the package.
 """
 
-from lexiseg.recipes.data import CatalogData, Data, PictureWorldData
+from lexiseg.recipes.data import CatalogData, PictureWorldData
 from lexiseg.recipes.reading import (
     as_yaml,
     describe_recipes,
@@ -24,7 +24,6 @@ from lexiseg.recipes.schema import (
 __all__ = [
     "CatalogData",
     "ContrastiveRecipe",
-    "Data",
     "EvaluationRecipe",
     "PictureWorldData",
     "PromptRecipe",

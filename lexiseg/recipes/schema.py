@@ -96,10 +96,14 @@ class TrainSettings(StrictModel):
         return self
 
 
-class Training(TrainSettings):
-    """Settings of a training that there is: only a recipe of the kind "segmentation" can have 0 steps."""
+def _with_steps(train: TrainSettings) -> TrainSettings:
+    if not train.steps:
+        raise ValueError("'train.steps' is 0, which only a recipe of the kind 'segmentation' can have")
+    return train
 
-    steps: int = Field(ge=1)
+
+Training: TypeAlias = Annotated[TrainSettings, AfterValidator(_with_steps)]
+"""Settings of a training that there is."""
 
 
 class ModelRecipe(StrictModel):

@@ -214,33 +214,29 @@ class ContrastiveTask(Task):
             return 0
         return int(torch.randint(blocks // 2, blocks, ()))
 
-    def encode_text(self, tokens: Tensor) -> Tensor:
-        """Return unit vectors (n, D) of tokens (n, L)."""
-        return F.normalize(self.clip.encode_text(tokens), dim=-1)
-
     def losses(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """Return the terms whose weight is not 0, and their weighted sum ``loss``."""
         settings, present = self.settings, batch["present"]
         image, patches = self.encode_images(batch["images"])
-        text = self.encode_text(batch["tokens"])
+        text = F.normalize(self.clip.encode_text(batch["tokens"]), dim=-1)
         names, captions = text[: -len(image)], text[-len(image) :]
         scale = self.clip.model.logit_scale.exp().clamp(max=100)
-        terms, weights = {}, {}
+        terms: dict[str, tuple[float, Tensor]] = {}  # their weights and values
         if settings.names_weight:
             logits, split = scale * image @ names.T, len(self.world.things)
             things = _multi_positive(logits[:, :split], present[:, :split])
-            terms["loss_names"] = things + 0.5 * _multi_positive(logits[:, split:], present[:, split:])
-            weights["loss_names"] = settings.names_weight
+            stuff = _multi_positive(logits[:, split:], present[:, split:])
+            terms["loss_names"] = settings.names_weight, things + 0.5 * stuff
         if settings.caption_weight:
             pairs = scale * image @ captions.T
             same = (present[:, None] == present[None]).all(2)
-            terms["loss_captions"] = 0.5 * (_multi_positive(pairs, same) + _multi_positive(pairs.T, same))
-            weights["loss_captions"] = settings.caption_weight
+            both = _multi_positive(pairs, same) + _multi_positive(pairs.T, same)
+            terms["loss_captions"] = settings.caption_weight, 0.5 * both
         if settings.patch_weight:
-            terms["loss_patches"] = patch_loss(scale * patches @ names.T, present, settings.coverage)
-            weights["loss_patches"] = settings.patch_weight
-        total = torch.stack([weights[key] * term for key, term in terms.items()]).sum()
-        return {"loss": total, **terms}
+            found = patch_loss(scale * patches @ names.T, present, settings.coverage)
+            terms["loss_patches"] = settings.patch_weight, found
+        total = torch.stack([weight * term for weight, term in terms.values()]).sum()
+        return {"loss": total, **{key: term for key, (_, term) in terms.items()}}
 
     def sample_names(self, batch: Mapping[str, Any]) -> Sequence[str]:
         """Name the scenes of a batch."""

@@ -84,9 +84,9 @@ def test_variants(tmp_path: Path) -> None:
         ({"base": "tiny", "teacher": "x"}, "'teacher' labels pixels for self-training"),
         ({"base": "tiny", "data": {"crop": 8}}, "wrong value for 'data.crop'"),
         ({"base": "zegclip-voc2012", "data": {"cut": 32}}, "'cut' belongs to augment 'short-edge'"),
-        ({"base": "prompts-voc2012", "train": {"steps": 0}}, "'train.steps': input should be greater"),
+        ({"base": "prompts-voc2012", "train": {"steps": 0}}, "'train.steps' is 0"),
         ({"base": "prompts-voc2012", "model": {"prefx": 3}}, "unknown key 'model.prefx'; did you mean 'prefix'"),
-        ({"base": "clip-emoji", "train": {"steps": 0}}, "'train.steps': input should be greater"),
+        ({"base": "clip-emoji", "train": {"steps": 0}}, "'train.steps' is 0"),
     ],
 )
 def test_mistakes(content: dict[str, Any], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -129,6 +129,14 @@ def test_unmatched_multiplier_is_an_error(tmp_path):
         Trainer(TinyTask(), settings(multipliers={"backbon": Multiplier(lr=10)}), tmp_path, device="cpu")
 
 
+def test_a_batch_whose_samples_are_compared_is_not_divided(tmp_path, monkeypatch):
+    monkeypatch.setattr("lexiseg.processes.count", lambda: 2)
+    task = TinyTask()
+    task.divisible = False
+    with pytest.raises(LexisegError, match=r"\(TinyTask\) compares the samples of a batch"):
+        Trainer(task, settings(), tmp_path, device="cpu", progress=False)
+
+
 @pytest.mark.parametrize("changes", [{}, {"precision": "bf16", "accumulate": 2, "clip_norm": 0.1}])
 def test_resume_is_exact(tmp_path, changes):
     whole = train(tmp_path / "whole", **changes)

@@ -71,7 +71,7 @@ def prepare(
         data_set(name)
     if not is_folder(root):
         raise LexisegError(f"The folder '{root}' does not exist; put the archives of {name} into it first.")
-    steps = [*_unpack_all(name, root, say)]
+    steps = _unpack_all(name, root, say)
     lists: dict[Path, list[str]] = {}
     if name == "voc2012":
         lists = _voc_lists(root)

@@ -180,8 +180,18 @@ def _question(
             )
         return Question(chosen.data_set, None, protocol=chosen, offsets=chosen.offsets, seen_split=chosen.seen_split)
     place = local(what)
-    drawn = what.startswith(PICTURE_WORLD) and place is None
-    if size is not None and not drawn:
+    if what.startswith(PICTURE_WORLD) and place is None:
+        _refuse_synonyms(synonyms, what)
+        if classes is not None:
+            raise LexisegError(f"--classes is for folders, not for '{what}'; leave it out.")
+        from lexiseg.data.picture_world import PictureWorld, find_world
+
+        if split not in (None, "val", "test"):
+            # Its train split hides the unseen classes, so a number made there would look like a result and be none.
+            raise LexisegError(f"{what} is evaluated on its val or its test split; leave out --split {split}.")
+        part: Literal["val", "test"] = "test" if split == "test" else "val"
+        return Question(what, PictureWorld(part, world=find_world(what), size=size or DEFAULT_SIZE), part)
+    if size is not None:
         raise LexisegError(
             f"--size is for {PICTURE_WORLD}, which is drawn at any size, not for '{what}'; leave it out."
         )
@@ -190,19 +200,10 @@ def _question(
 
         data = open_data_set(OWN, place, split or "val", classes=classes, synonyms=synonyms)
         return Question(place.resolve().name, data, split or "val")
-    if place is None and not drawn and not is_recipe(what):
+    if place is None and not is_recipe(what):
         raise _neither(what)
     if classes is not None:
         raise LexisegError(f"--classes is for folders, not for '{what}'; leave it out.")
-    if drawn:
-        _refuse_synonyms(synonyms, what)
-        from lexiseg.data.picture_world import PictureWorld, find_world
-
-        if split not in (None, "val", "test"):
-            # Its train split hides the unseen classes, so a number made there would look like a result and be none.
-            raise LexisegError(f"{what} is evaluated on its val or its test split; leave out --split {split}.")
-        part: Literal["val", "test"] = "test" if split == "test" else "val"
-        return Question(what, PictureWorld(part, world=find_world(what), size=size or DEFAULT_SIZE), part)
     recipe = load_recipe(what)
     if isinstance(recipe, ContrastiveRecipe):
         raise LexisegError(

@@ -25,7 +25,7 @@ from lexiseg.data.sets.open import OWN, list_split
 from lexiseg.data.sets.papers import aug_names, find_sbd, voc_list
 from lexiseg.data.sets.verify import usable_splits
 from lexiseg.errors import DataSetError, LexisegError
-from lexiseg.files import is_folder, make_folder, write_bytes
+from lexiseg.files import make_folder, write_bytes
 from lexiseg.images import IMAGE_SUFFIXES
 from lexiseg.words import counted
 
@@ -69,9 +69,9 @@ def prepare(
     root = Path(root)
     if name != OWN:
         data_set(name)
-    if not is_folder(root):
+    if not root.is_dir():
         raise LexisegError(f"The folder '{root}' does not exist; put the archives of {name} into it first.")
-    steps = _unpack_all(name, root, say)
+    steps = [*_unpack_all(name, root, say)]
     lists: dict[Path, list[str]] = {}
     if name == "voc2012":
         lists = _voc_lists(root)

@@ -25,6 +25,8 @@ FAR = 1_000_000.0
 """How far from its picture's corner an outline may lead, in pixels: pycocotools walks along it pixel by pixel, so that
 one that leads farther would fill the memory."""
 
+_LOOSE_POINTS = 1000  # compared one by one before a tree is made of them
+
 Ring = list[list[float]]
 Polygon = list[Ring]
 
@@ -143,14 +145,38 @@ def _with_corners(outline: np.ndarray) -> np.ndarray:
 
 
 def _one_ring(polygon: Polygon) -> Ring:
-    """A polygon as one ring, for formats without holes: each hole hangs on the outline by a cut without width."""
-    outline, *holes = polygon
-    for hole in holes:
-        ring = np.asarray(outline)
-        distances = np.square(ring[:, None] - np.asarray(hole)[None]).sum(-1)
-        at, start = np.unravel_index(int(distances.argmin()), distances.shape)
-        outline = outline[: at + 1] + hole[start:] + hole[: start + 1] + outline[at:]
-    return outline
+    """A polygon as one ring, for formats without holes: each hole hangs by a cut without width on what is near.
+
+    That is the outline or a hole before it. A mask may have thousands of holes, so they are found by trees of points.
+    """
+    from scipy.spatial import KDTree
+
+    rings = [np.asarray(ring) for ring in polygon]
+    ends = np.cumsum([len(ring) for ring in rings])
+    points, known = np.concatenate(rings), 0  # how many of them are in the tree
+    hanging: dict[int, list[tuple[int, int]]] = {}  # by point, the holes that hang on it and where their rings begin
+    for number, ring in enumerate(rings[1:], 1):
+        first = int(ends[number - 1])
+        if not known or first - known > _LOOSE_POINTS:
+            known, tree = first, KDTree(points[:first])
+        far, near = tree.query(ring)
+        if first > known:
+            loose = np.square(points[known:first, None] - ring).sum(-1)
+            best = loose.argmin(0)
+            closer = loose[best, np.arange(len(ring))] < far**2
+            far, near = np.where(closer, loose.min(0) ** 0.5, far), np.where(closer, known + best, near)
+        start = int(far.argmin())
+        hanging.setdefault(int(near[start]), []).append((number, start))
+    loops: list[list[int]] = [[] for _ in rings]
+    starts = {number: start for holes in hanging.values() for number, start in holes}
+    for number in reversed(range(len(rings))):  # a hole hangs on an earlier ring, so what hangs on it is ready
+        length, first, start = len(rings[number]), int(ends[number]) - len(rings[number]), starts.get(number, 0)
+        for step in range(length + (number > 0)):
+            point = first + (start + step) % length
+            loops[number].append(point)
+            for hole, _ in hanging.pop(point, ()):
+                loops[number] += [*loops[hole], point]
+    return points[loops[0]].tolist()
 
 
 def objects_of(result: Segmentation, instances: Collection[str] = ()) -> Iterator[tuple[TableRow, np.ndarray]]:

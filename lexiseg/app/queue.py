@@ -128,10 +128,21 @@ class Queue:
 def _answers(jobs: list[Job]) -> list[Answer]:
     first = jobs[0]
     first.segmenter.interrupted = lambda: all(job.left for job in jobs)
-    with warnings.catch_warnings(record=True) as caught:
+    notes: list[str] = []
+    own = threading.get_ident()
+    with warnings.catch_warnings():
         warnings.simplefilter("always", LexisegWarning)
+        others = warnings.showwarning
+
+        def show(message: Warning | str, category: type[Warning], *rest: Any, **more: Any) -> None:
+            # Python shows warnings for a whole process; those of other threads are of other clients.
+            if threading.get_ident() != own or not issubclass(category, LexisegWarning):
+                others(message, category, *rest, **more)
+            elif str(message) not in notes:
+                notes.append(str(message))
+
+        warnings.showwarning = show
         pictures: Any = [job.picture for job in jobs]
         results = first.segmenter.predict(pictures, **first.arguments)
         scores = first.segmenter.scores(first.picture, **first.arguments) if first.scores else None
-    notes = tuple(dict.fromkeys(str(one.message) for one in caught if issubclass(one.category, LexisegWarning)))
-    return [Answer(result, scores, notes) for result in results]
+    return [Answer(result, scores, tuple(notes)) for result in results]

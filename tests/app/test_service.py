@@ -157,6 +157,22 @@ def test_every_client_gets_the_note_on_models_of_the_picture_world(running: Runn
     assert all(len(answer["notes"]) == 1 and "drawn scenes" in answer["notes"][0] for answer in answers)
 
 
+@pytest.mark.filterwarnings("ignore::lexiseg.LexisegWarning")
+def test_no_client_gets_the_note_of_another(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is noted of one client's words, which a thread of its own reads, while the model works for another."""
+    predict = running.segmenter.predict
+
+    def interrupted(*arguments: Any, **more: Any) -> Any:
+        words = threading.Thread(target=running.service.vocabulary, args=("name\nsecret",))
+        words.start()
+        words.join()
+        return predict(*arguments, **more)
+
+    monkeypatch.setattr(running.segmenter, "predict", interrupted)
+    reply = running.client.post("/v1/segment", json={"image": b64(png()), "classes": WORDS})
+    assert [note for note in reply.json()["notes"] if "drawn scenes" not in note] == []
+
+
 def test_a_box_on_a_picture_is_a_class(running: Running) -> None:
     data, other = sample_path("demo").read_bytes(), sample_path("street").read_bytes()
     box = [40, 60, 200, 220]

@@ -10,7 +10,7 @@ from lexiseg.errors import LexisegError
 from lexiseg.images import ImageSource, image_name, read_image, read_pixels
 from lexiseg.normalisation import normalise
 from lexiseg.resampling import resize_bytes, resize_floats
-from lexiseg.windows import Box, WindowPolicy, check_proportions, cover, working_size
+from lexiseg.windows import Box, WindowPolicy, check_policy, check_proportions, cover, working_size
 from lexiseg.words import quoted, shorten, whole_number
 
 if TYPE_CHECKING:
@@ -71,8 +71,13 @@ def window_policy(default: WindowPolicy, window: WindowSource = None, stride: in
     """
     if stride is not None:
         window = (default.size or 0 if window is None else window, stride)  # type: ignore[assignment]
-    if window is None or isinstance(window, WindowPolicy):
-        return window or default
+    if window is None:
+        return default
+    if isinstance(window, WindowPolicy):
+        try:
+            return check_policy(window)
+        except (TypeError, ValueError) as error:
+            raise LexisegError(f"The policy {window} cannot be run ({error}); correct its numbers.") from error
     if isinstance(window, Sequence) and not isinstance(window, str | bytes) and len(window) == 2:
         side, step = (whole_number(number, "A window's side or stride") for number in window)
     elif isinstance(window, Sequence):

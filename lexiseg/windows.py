@@ -94,15 +94,11 @@ def cover(height: int, width: int, size: int | None, stride: int) -> list[Box]:
     last is shifted back so that it ends at the border.
 
     ``size``: side of a window; None covers the canvas with one. ``stride``: distance of neighbouring windows, 1..size.
-    Returns Boxes within the canvas. A side shorter than ``size`` is taken whole. Raises LexisegError if size or stride
-    make no sense, or the windows would be more than 10,000.
+    Returns Boxes within the canvas. A side shorter than ``size`` is taken whole. Raises LexisegError if the windows
+    would be more than 10,000.
     """
     if size is None:
         return [(0, 0, height, width)]
-    if size < 1 or not 1 <= stride <= size:
-        raise LexisegError(
-            f"A window of {size} pixels with a stride of {stride} cannot cover a picture; use a stride in 1..size."
-        )
     rows, columns = _starts(height, size, stride), _starts(width, size, stride)
     if len(rows) * len(columns) > _MAX_WINDOWS:
         raise LexisegError(

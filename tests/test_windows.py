@@ -29,9 +29,10 @@ def test_the_windows_of_the_published_protocol() -> None:
             assert left == 0 and width == 8 and top >= 0 and top + height <= length
             seen[top : top + height] = True
         assert seen.all() and len(rows) == max(length - 8 + 5 - 1, 0) // 5 + 1
-    for size, stride in ((0, 1), (8, 0), (8, 9)):
-        with pytest.raises(LexisegError, match="stride"):
-            cover(10, 10, size, stride)
+    wrong = (WindowPolicy(0, 1), WindowPolicy(8, 9), WindowPolicy("8", 1), WindowPolicy(short_side=-5))  # type: ignore[arg-type]
+    for policy in (*wrong, WindowPolicy(short_side=10**7), WindowPolicy(canvas=64)):  # type: ignore[arg-type]
+        with pytest.raises(LexisegError, match="cannot be run"):
+            window_policy(WindowPolicy(), policy)
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import sha256
@@ -31,7 +31,8 @@ class Exemplar:
                 "'mug = photo:mug.png#mask.png' or 'mug = photo:mug.png#10 20 110 220'."
             )
         if self.box is not None:
-            box = tuple(whole_number(side, "A side of an exemplar's box") for side in self.box)
+            sides = self.box if isinstance(self.box, Iterable) else [self.box]
+            box = tuple(whole_number(side, "A side of an exemplar's box") for side in sides)
             if len(box) != 4 or box[0] >= box[2] or box[1] >= box[3]:
                 said = " ".join(map(str, box))
                 raise LexisegError(f"The box {said} is not left, top, right, bottom in pixels; correct it.")

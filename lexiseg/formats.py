@@ -205,7 +205,7 @@ def names_in(result: Segmentation, names: Collection[str]) -> Collection[str]:
 
     Raises LexisegError if there is no class of such a name.
     """
-    names = (names,) if isinstance(names, str) else names
+    names = (names,) if isinstance(names, str) or not isinstance(names, Collection) else names
     for name in names:
         if name not in result.classes:
             raise LexisegError(f"There is no class '{shorten(str(name))}' in this result; see its `classes`.")

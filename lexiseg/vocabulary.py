@@ -21,7 +21,7 @@ from lexiseg.class_list import ClassList, class_source, read_class_text, read_cl
 from lexiseg.colors import BACKGROUND_COLOR, distinct_colors, parse_color
 from lexiseg.errors import LexisegError, LexisegWarning
 from lexiseg.exemplars import PREFIX, Exemplar
-from lexiseg.files import write_json, write_text
+from lexiseg.files import as_path, write_json, write_text
 from lexiseg.templates import SINGLE_TEMPLATE, TEMPLATE_SETS
 from lexiseg.words import clean_word, describe, shorten, word_key
 
@@ -47,8 +47,9 @@ class VocabularyClass(ListedClass):
 
     def __post_init__(self) -> None:
         name = clean_word(self.name, "A class name")
-        if isinstance(self.synonyms, str):
-            raise LexisegError(f"The synonyms of '{shorten(name)}' are one text; give them as a list of texts.")
+        if isinstance(self.synonyms, str) or not isinstance(self.synonyms, Iterable):
+            said = describe(self.synonyms)
+            raise LexisegError(f"The synonyms of '{shorten(name)}' must be a list of texts, not '{said}'; give one.")
         synonyms = tuple(clean_word(word, f"A synonym of the class '{shorten(name)}'") for word in self.synonyms)
         if self.seen not in (None, True, False):
             raise LexisegError(f"'seen' of the class '{shorten(name)}' must be true, false or absent.")
@@ -156,7 +157,7 @@ class Vocabulary:
 
         Raises LexisegError if the file cannot be read or says something wrong.
         """
-        return cls.parse(Path(path))
+        return cls.parse(as_path(path, "A file of classes"))
 
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> Vocabulary:
@@ -199,7 +200,7 @@ class Vocabulary:
         (templates, background, seen, colours, a word with a comma or semicolon or beginning with #), or the file cannot
         be written.
         """
-        path = Path(path)
+        path = as_path(path, "A file of classes")
         suffix = path.suffix.lower()
         for entry in self.classes:
             for one in entry.exemplars:

@@ -12,7 +12,9 @@ import torch
 
 import lexiseg
 from lexiseg.errors import LexisegError
+from lexiseg.exemplars import Exemplar
 from lexiseg.samples import sample_path
+from lexiseg.vocabulary import VocabularyClass
 
 WORDS = "giraffe; grass"
 NOT_NUMBERS = ("a", [], object(), None, float("nan"))
@@ -82,9 +84,19 @@ def test_results(result: Any, tmp_path: Any) -> None:
             "kinds": lambda: result.save(tmp_path, "a", 3), "kind": lambda: result.save(tmp_path, "a", ("zip",)),
             "stem": lambda: result.save(tmp_path, 3), "above": lambda: result.save(tmp_path, "../a"),
             "folder": lambda: result.save(3, "a"), "png": lambda: result.save_png(3),
+            "instances": lambda: result.save(tmp_path, "a", ("coco",), instances=5), "of": lambda: result.to_coco(5),
             "scores": lambda: replace(result, scores=[[1]]), "font": lambda: result.overlay(font="/no/such.ttf"),
         }
     )  # fmt: skip
+
+
+def test_classes_by_hand(tmp_path: Any) -> None:
+    made, picture = lexiseg.Vocabulary.parse(WORDS), np.zeros((8, 8, 3), np.uint8)
+    calls: dict[str, Callable[[], object]] = {
+        f"box {one!r}": lambda one=one: Exemplar(picture, box=one) for one in (5, "box", (1, 2), (1.0, 2, 3, 4))
+    }
+    calls |= {f"synonyms {one!r}": lambda one=one: VocabularyClass("a", one) for one in (5, None, "b")}
+    assert_refused(calls | {"load": lambda: made.load(5), "save": lambda: made.save(5)})  # type: ignore[arg-type]
 
 
 def test_loading(segmenter: Any) -> None:

@@ -69,19 +69,18 @@ class Refinement:
         return cls(kind=value or "none")  # type: ignore[arg-type]
 
 
-def refine(scores: Scores, image: Tensor, refinement: Refinement, size: Size | None = None) -> tuple[Tensor, Tensor]:
+def refine(scores: Scores, image: Tensor, refinement: Refinement) -> tuple[Tensor, Tensor]:
     """The labels of a picture and their scores, refined.
 
-    ``image``: the picture, uint8 (3, H, W). ``size``: (h, w) of the result; None is the picture's. Returns labels (h,
-    w) int64 and the winning scores (h, w) float32, on the scores' device. Raises LexisegError if the scores are not
-    finite, or the regions cannot be had.
+    ``image``: the picture, uint8 (3, H, W). Returns labels (H, W) int64 and the winning scores (H, W) float32, on the
+    scores' device. Raises LexisegError if the scores are not finite, or the regions cannot be had.
     """
-    size = size or (int(image.shape[1]), int(image.shape[2]))
+    size = int(image.shape[1]), int(image.shape[2])
     if refinement.kind in ("none", "regions"):
         found, values = scores.label_and_score(size)
         if refinement.kind == "none":
             return found[0], values[0]
-        return vote(found[0], values[0], region_map(image, size, refinement.regions, scores.device))
+        return vote(found[0], values[0], region_map(image, refinement.regions, scores.device))
     classes = candidates(scores, size, MAX_CLASSES[refinement.kind])
     edges = refinement.kind == "edges"
     grid = _fit(size, short=refinement.cells) if edges else _fit(size, pixels=refinement.max_pixels)
@@ -145,8 +144,8 @@ def _guide(image: Tensor, size: Size, device: torch.device) -> Tensor:
 
 
 @torch.no_grad()
-def region_map(image: Tensor, size: Size, generator: Any, device: torch.device) -> Tensor:
-    """Which region each pixel lies in, -1 for none: (h, w) int64. Where regions overlap the smallest has the pixel.
+def region_map(image: Tensor, generator: Any, device: torch.device) -> Tensor:
+    """Which region each pixel lies in, -1 for none: (H, W) int64. Where regions overlap the smallest has the pixel.
 
     ``image``: uint8 (3, H, W). ``generator``: a `lexiseg.proposals.ProposalGenerator`; None is SAM. Raises LexisegError
     if SAM's weights cannot be had.
@@ -161,13 +160,10 @@ def region_map(image: Tensor, size: Size, generator: Any, device: torch.device) 
     if proposals.valid is not None:
         masks = masks[proposals.valid[0]]
     frame = (int(padded.shape[-2]), int(padded.shape[-1]))
-    regions = torch.full(size, -1, dtype=torch.long, device=device)
+    regions = torch.full((height, width), -1, dtype=torch.long, device=device)
     for index in (masks > 0).flatten(1).sum(1).argsort(descending=True).tolist():
         full = F.interpolate(masks[index][None, None], size=frame, mode="bilinear", align_corners=False)
-        own = full[..., :height, :width]
-        if size != (height, width):
-            own = F.interpolate(own, size=size, mode="bilinear", align_corners=False)
-        regions[own[0, 0] > 0] = index
+        regions[full[0, 0, :height, :width] > 0] = index
     return regions
 
 

@@ -133,7 +133,7 @@ def test_the_smallest_region_has_the_pixel_and_a_tie_goes_to_the_lower_class() -
     masks = torch.zeros(2, 40, 50, dtype=torch.bool)
     masks[0, 10:20, 10:20] = True
     masks[1, 5:30, 5:40] = True
-    regions = region_map(image, (40, 50), Regions(masks), torch.device("cpu"))
+    regions = region_map(image, Regions(masks), torch.device("cpu"))
     assert int(regions[15, 15]) == 0 and int(regions[6, 6]) == 1 and int(regions[0, 0]) == -1
     labels = torch.zeros(2, 4, dtype=torch.long)
     labels[:, 2:] = 7

@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from lexiseg.catalog import CLIP_CONFIG_NAME as CONFIG_NAME
 from lexiseg.checking import check
 from lexiseg.clip.library_towers import OpenCLIPTower
 from lexiseg.clip.patch_tower import PatchTower
@@ -30,7 +31,6 @@ from lexiseg.errors import LexisegError
 from lexiseg.files import atomic_write, make_folder, write_json
 from lexiseg.words import shorten
 
-CONFIG_NAME = "open_clip_config.json"
 WEIGHTS_NAME = "open_clip_model.safetensors"
 
 # The mean and standard deviation OpenAI's CLIP was trained with, RGB in 0..1.

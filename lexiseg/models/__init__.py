@@ -1,18 +1,16 @@
 """The segmentation systems, one file each."""
 
-from lexiseg.models.base import ImageFeatures, SegmentationModel
+from lexiseg.models.base import SegmentationModel
 from lexiseg.models.cascade_clip import CascadeCLIP, CascadeCLIPOptions
 from lexiseg.models.cascade_on_spt import CascadeOnSPT as CascadeOnSPT
 from lexiseg.models.cat_seg import CATSeg, CATSegOptions
 from lexiseg.models.dense_clip import DenseCLIP, DenseCLIPOptions
 from lexiseg.models.deop import DeOP, DeOPOptions
-from lexiseg.models.options import ModelOptions
 from lexiseg.models.region_models import FreeSeg, FreeSegOptions, ZSSeg, ZSSegOptions
 from lexiseg.models.second_look import SecondLook, SecondLookOptions
 from lexiseg.models.spt_seg import SPTSeg, SPTSegOptions
 from lexiseg.models.zegclip import ZegCLIP, ZegCLIPOptions
 from lexiseg.models.zegformer import ZegFormer, ZegFormerOptions
-from lexiseg.windows import WindowPolicy
 
 SYSTEMS: dict[str, type[SegmentationModel]] = {
     system.system: system
@@ -31,14 +29,11 @@ __all__ = [
     "DenseCLIPOptions",
     "FreeSeg",
     "FreeSegOptions",
-    "ImageFeatures",
-    "ModelOptions",
     "SPTSeg",
     "SPTSegOptions",
     "SecondLook",
     "SecondLookOptions",
     "SegmentationModel",
-    "WindowPolicy",
     "ZSSeg",
     "ZSSegOptions",
     "ZegCLIP",

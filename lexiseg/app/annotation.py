@@ -99,10 +99,13 @@ class Interface:
 
 def _picture(task: dict[str, Any], key: str, folder: Path | None) -> bytes:
     """The picture of a task: in the task itself, or a file below the folder that the service was given."""
-    source = (task.get("data") or {}).get(key)
+    data = task.get("data")
+    source = data.get(key) if isinstance(data, dict) else None
     if not isinstance(source, str):
         raise HTTPException(422, f"The task has no picture under '{key[:40]}'; check the value of the Image tag.")
-    parts = urlsplit(source) if not source.startswith("data:") else None
+    parts = None
+    with suppress(ValueError):  # no address
+        parts = urlsplit(source) if not source.startswith("data:") else None
     if parts is None or not parts.path.startswith(_LOCAL_FILES):
         return decode_picture(source)
     name = parse_qs(parts.query).get("d", [""])[0]

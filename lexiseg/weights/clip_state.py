@@ -142,11 +142,19 @@ def infer_vit_architecture(
     }
 
 
-def transformers_architecture(state: Mapping[str, Tensor], config: Mapping[str, Any], name: str) -> dict[str, Any]:
+def transformers_architecture(
+    state: Mapping[str, Tensor],
+    config: Mapping[str, Any],
+    name: str,
+    *,
+    heads: int | None = None,
+    text_heads: int | None = None,
+) -> dict[str, Any]:
     """The architecture of a ``CLIPModel``: its shapes, and of its ``config.json`` what no shape tells.
 
     ``state``: its tensors by its own keys. ``config``: of the folder; {} where it is not known, which is taken for
-    OpenAI's. Raises LexisegError; see `infer_vit_architecture`; or its activation is neither QuickGELU nor GELU.
+    OpenAI's. ``heads`` and ``text_heads`` go before what it says. Raises LexisegError; see `infer_vit_architecture`; or
+    its activation is neither QuickGELU nor GELU.
     """
     given = (config.get("vision_config"), config.get("text_config"))
     parts = [part if isinstance(part, dict) else {} for part in given]
@@ -155,16 +163,16 @@ def transformers_architecture(state: Mapping[str, Tensor], config: Mapping[str, 
         raise LexisegError(
             f"{name} has activations other than QuickGELU or GELU in its config.json; give another CLIP."
         )
-    heads = [part.get("num_attention_heads") for part in parts]
-    if any(type(number) not in (int, type(None)) for number in heads):
+    stated = [part.get("num_attention_heads") for part in parts]
+    if any(type(number) not in (int, type(None)) for number in stated):
         raise LexisegError(
             f"The config.json beside {name} does not give the numbers of heads; copy the original again."
         )
     return infer_vit_architecture(
         state,
         transformers_source,
-        heads=heads[0],
-        text_heads=heads[1],
+        heads=heads or stated[0],
+        text_heads=text_heads or stated[1],
         quick_gelu=activations == {"quick_gelu"},
         name=name,
     )

@@ -213,7 +213,7 @@ def _convert_clip(
     state = {key: value for key, value in found.state.items() if key not in unused}
     theirs = is_transformers(state)
     if theirs:
-        architecture, source_of = transformers_architecture(state, found.config, what), transformers_source
+        architecture, source_of = transformers_architecture(state, found.config, what, **sizes), transformers_source
     else:
         source_of = key_map()  # OpenAI's and open_clip's names are ours
         architecture = infer_vit_architecture(state, source_of, **sizes, quick_gelu=openai, name=what)

@@ -130,6 +130,8 @@ def test_label_studio_with_several_controls_and_labels_of_several_words(client: 
         ("/data/local-files/?d=" + "x" * 5000, INTERFACE, "no such file"),
         ("/data/local-files/?d=sub/demo.png", INTERFACE.replace('"grass"', '"; "'), "Class 3 is empty"),
         ("http://example.org/a.png", INTERFACE, "does not fetch URLs"),
+        ("http://[::1", INTERFACE, "does not fetch URLs"),
+        ("[::1", INTERFACE, "not valid base64"),
         (None, INTERFACE, "no picture under 'photo'"),
         ("x", "<View>", "not valid XML"),
         ("x", "<View/>", "needs an Image"),
@@ -140,6 +142,12 @@ def test_label_studio_with_several_controls_and_labels_of_several_words(client: 
 def test_label_studio_s_mistakes(client: TestClient, source: str | None, interface: str, says: str) -> None:
     reply = client.post("/predict", json={"tasks": [{"data": {"photo": source}}], "label_config": interface})
     assert reply.status_code == 422 and says in reply.json()["error"], reply.text
+
+
+@pytest.mark.parametrize("data", [[1], "x", 3])
+def test_a_task_of_another_shape_has_no_picture(client: TestClient, data: Any) -> None:
+    reply = client.post("/predict", json={"tasks": [{"data": data}], "label_config": INTERFACE})
+    assert reply.status_code == 422 and "no picture under 'photo'" in reply.json()["error"]
 
 
 def test_cvat_s_shape(client: TestClient, segmenter: Any) -> None:

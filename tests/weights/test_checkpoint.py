@@ -170,6 +170,10 @@ def test_transformers_clip_gives_the_same_embeddings(tmp_path: Path) -> None:
             torch.testing.assert_close(clip.model.encode_image(images, True), theirs.image_embeds, rtol=0, atol=1e-5)
     back = put_tensors(clip.model.state_dict(), transformers_source)
     assert all(torch.equal(back[key], value) for key, value in model.state_dict().items())
+    # Without the configuration nothing but the arguments tells the heads.
+    torch.save(model.state_dict(), tmp_path / "alone.pt")
+    convert(tmp_path / "alone.pt", tmp_path / "out", heads=3, text_heads=3, quick_gelu=False)
+    assert load_clip(tmp_path / "out").architecture == clip.architecture
     (folder / "config.json").write_text('{"vision_config": {"hidden_act": "relu"}}')
     with pytest.raises(LexisegError, match="activations other"):
         convert(folder, tmp_path / "out")

@@ -335,7 +335,8 @@ def _openvino(path: Path, spec: ExportSpec, device: str) -> Graph:
     compiled = openvino.Core().compile_model(str(path), place, settings)
 
     def run(*inputs: np.ndarray) -> np.ndarray:
-        return np.array(compiled(list(inputs))[0])  # its own memory is written over by the next run
+        # A request of its own: threads share the graph, and the next run of a request writes over what this one gives.
+        return np.array(compiled.create_infer_request().infer(list(inputs))[0])
 
     return run
 

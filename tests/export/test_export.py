@@ -9,7 +9,9 @@ import pickle
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -31,7 +33,7 @@ pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 
 from lexiseg.export.exporting import export
-from lexiseg.export.runtime import ExportedPredictor
+from lexiseg.export.runtime import ExportedPredictor, open_graph
 
 CLASSES = "giraffe; tree, bush; sky; a very old wooden door"
 ZEGCLIP: dict[str, Any] = {"num_prompts": 3, "decoder_heads": 4, "decoder_layers": 2}
@@ -323,3 +325,21 @@ def test_torch_is_compiled_where_there_is_a_compiler(tmp_path: Path) -> None:
     exported = lexiseg.load(tmp_path / "model")
     assert exported.model.spec.compiled
     assert_same(segmenter, exported, [picture(), picture(41, 33, 1)])
+
+
+def test_threads_share_a_graph_of_openvino(tmp_path: Path) -> None:
+    """One request for all of them was busy, or gave one thread what it had computed for another."""
+    openvino = pytest.importorskip("openvino")
+    given = openvino.opset13.parameter([-1, 256], np.float32, name="x")
+    weights = np.random.default_rng(0).normal(size=(256, 256)).astype(np.float32)
+    model = openvino.Model([openvino.opset13.matmul(given, weights, False, False)], [given])
+    openvino.save_model(model, tmp_path / "graph.xml", compress_to_fp16=False)
+    spec: Any = SimpleNamespace(kind="openvino")
+    graph = open_graph(tmp_path / "graph.xml", spec, "cpu")
+
+    def differs(row: int) -> bool:
+        inputs = np.full((200, 256), row, np.float32)
+        return any(not np.allclose(graph(inputs), inputs @ weights, rtol=1e-3, atol=1e-2) for _ in range(30))
+
+    with ThreadPoolExecutor(4) as threads:
+        assert not any(threads.map(differs, range(4)))

@@ -176,7 +176,7 @@ def usable_splits(name: str, root: Path) -> tuple[Sequence[str], list[Finding]]:
     Raises LexisegError if there is no dataset of that name, or its folder may not be read.
     """
     chosen = splits_of(name, root)
-    if name not in NAMES or "aug" not in data_set(name).splits:
+    if name not in NAMES or "aug" not in data_set(name).splits or not root.is_dir():
         return chosen, []
     found = any(next(root.glob(f"{place}{mark}"), None) is not None
                 for place in ("", "*/", "*/*/")

@@ -289,6 +289,8 @@ def test_voc_without_augmentation_is_a_warning(clean, tmp_path):
     found = verify("voc2012", tmp_path, workers=1)
     assert [(f.kind, f.severity) for f in found.findings] == [("no-augmented-labels", "warning")]
     assert [split.split for split in found.splits] == ["train", "val"]
+    missing = verify("voc2012", tmp_path / "missing")
+    assert [finding.kind for finding in missing.findings] == ["missing-folder"]
 
 
 def test_a_folder_that_may_not_be_read_is_a_finding(clean, monkeypatch):

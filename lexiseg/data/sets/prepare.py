@@ -70,7 +70,7 @@ def prepare(
     if name != OWN:
         data_set(name)
     if not root.is_dir():
-        raise LexisegError(f"The folder '{root}' does not exist; put the archives of {name} into it first.")
+        raise LexisegError(f"The folder '{root}' does not exist; put {_parts(name)} into it first.")
     steps = [*_unpack_all(name, root, say)]
     lists: dict[Path, list[str]] = {}
     if name == "voc2012":
@@ -85,6 +85,10 @@ def prepare(
     return steps
 
 
+def _parts(name: str) -> str:
+    return "your pictures and masks, or archives of them," if name == OWN else f"the archives of {name}"
+
+
 def _check(name: str, root: Path, classes: str | Path | None, steps: list[Step], say: Callable[[str], None]) -> None:
     complete: list[str] = []
     problems: list[str] = []
@@ -94,7 +98,7 @@ def _check(name: str, root: Path, classes: str | Path | None, steps: list[Step],
             found = [finding.problem for finding in files.faults() if finding.severity == "error"]
         except LexisegError as error:
             if isinstance(error, DataSetError) and not find_archives(root) and not any(entries(root)):
-                raise LexisegError(f"'{root}' holds no archives; put those of {name} into it first.") from error
+                raise LexisegError(f"The folder '{root}' is empty; put {_parts(name)} into it first.") from error
             found = [str(error)]
         problems += [problem for problem in found if problem not in problems]
         if not found:

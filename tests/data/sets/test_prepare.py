@@ -76,7 +76,9 @@ def test_prepare_unpacks_again_what_was_removed(clean, tmp_path):
 def test_prepare_says_what_is_missing(clean, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     assert main(["data", "prepare", "voc2012", str(tmp_path / "empty")]) == 2
-    assert "holds no archives" in capsys.readouterr().err
+    assert "is empty; put the archives of voc2012 into it" in capsys.readouterr().err
+    assert main(["data", "prepare", "own", str(tmp_path / "missing")]) == 2
+    assert "put your pictures and masks" in capsys.readouterr().err
     root = tmp_path / "half"
     shutil.copytree(clean("ade150"), tmp_path / "pack")
     shutil.rmtree(tmp_path / "pack/ADEChallengeData2016/images/training")

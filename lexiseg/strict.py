@@ -26,7 +26,7 @@ def refuse_unknown(values: Any, known: Collection[str]) -> Any:
 class StrictModel(BaseModel):
     """A pydantic model that cannot be changed; an unknown key, or a number that no tensor could have, is an error."""
 
-    model_config = ConfigDict(frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, allow_inf_nan=False, defer_build=True)
 
     @model_validator(mode="before")
     @classmethod

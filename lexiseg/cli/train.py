@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lexiseg.cli.console import say_json, say_table, say_written, waiting
+from lexiseg.cli.console import say, say_json, say_table, say_written, waiting
 from lexiseg.cli.options import Json, output_option
 from lexiseg.errors import LexisegError
 
@@ -59,7 +59,9 @@ def train(
         if json:
             say_json([{"name": name, "description": description} for name, description in entries])
         else:
-            say_table(None, ["recipe", "what it is"], entries)
+            width = max(len(name) for name, _ in entries)
+            for name, description in entries:  # not as a table: rich lays hundreds of rows out for a fifth of a second
+                say(f"{name:{width}}  {description}")
         return
     if recipe is None:
         raise LexisegError("No recipe was given; name one that `lexiseg train --list` shows, or a YAML file.")

@@ -96,7 +96,10 @@ def test_what_is_no_yaml_is_text_and_judged_as_such(call: Call, value: str) -> N
 def test_train_lists_recipes(call: Call) -> None:
     code, out, _ = call("train", "--list", "--json")
     assert code == 0
-    assert "tiny" in {entry["name"] for entry in json.loads(out)}
+    entries = json.loads(out)
+    assert "tiny" in {entry["name"] for entry in entries}
+    lines = call("train", "--list")[1].splitlines()  # one a recipe, whatever the terminal's width
+    assert [line.split(maxsplit=1) for line in lines] == [list(entry.values()) for entry in entries]
 
 
 def test_evaluate_mistakes(call: Call, tiny_model: Path, tmp_path: Path) -> None:

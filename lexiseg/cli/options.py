@@ -60,6 +60,11 @@ def output_option(help: str, **more: Any) -> Any:
     return typer.Option("--output", "-o", help=help, parser=_output, metavar="PATH", **more)
 
 
+def set_option(example: str) -> Any:
+    """The option ``--set`` of the commands that take a recipe."""
+    return typer.Option("--set", help=f"Override a recipe's value: KEY=VALUE, such as {example}; may be repeated.")
+
+
 def _output(name: str | Path) -> Path:
     if not str(name).strip():
         raise LexisegError("The name of the output (-o) is empty; name a place to write to, or leave -o out.")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lexiseg.cli.console import say, say_json, say_table, say_written, waiting
-from lexiseg.cli.options import Json, output_option
+from lexiseg.cli.options import Json, output_option, set_option
 from lexiseg.errors import LexisegError
 
 if TYPE_CHECKING:
@@ -37,10 +37,7 @@ def train(
         typer.Option("--initial", help="Start from this run, model or recipe instead of the recipe's `initial`."),
     ] = None,
     seed: Annotated[int | None, typer.Option("--seed", min=0, help="Override the recipe's seed.")] = None,
-    set: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="Override a value: KEY=VALUE, such as train.steps=100; may be repeated."),
-    ] = None,
+    set: Annotated[list[str] | None, set_option("train.steps=100")] = None,
     device: Annotated[
         str | None,
         typer.Option("--device", help="cpu: do not use an accelerator. Default: an accelerator if there is one."),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -55,6 +55,7 @@ def evaluate(
     weights: str | Path | Segmenter,
     *,
     output: str | Path | None = None,
+    overrides: Sequence[str] | Mapping[str, Any] = (),
     protocol: str | None = None,
     classes: str | Path | None = None,
     synonyms: bool | None = None,
@@ -81,7 +82,8 @@ def evaluate(
     ``what``: a recipe (its validation data), a picture world's name, or a folder: one's own data, or a protocol's.
     ``weights``: a model as `lexiseg.load` takes it, a folder of a training included; or a segmenter, which brings its
     own device, dtype, templates and refinement, and is afterwards what it was. ``output``: a folder for ``report.json``
-    and ``grid.png``; None writes nothing. ``protocol``: evaluate the folder as the papers do, see
+    and ``grid.png``; None writes nothing. ``overrides``: of the recipe's values, see
+    `lexiseg.recipes.load_recipe`. ``protocol``: evaluate the folder as the papers do, see
     `lexiseg.evaluation.protocols`. ``classes``: a list of them, where the folder carries none. ``synonyms``: score the
     further words of the dataset's list, or not. ``split``: of a folder or of picture-world; None is "val". ``size``:
     side of a picture of picture-world; None is 256. ``limit``: take only so many samples, spread evenly. ``window``,
@@ -99,7 +101,7 @@ def evaluate(
     how: dict[str, Any] = {"device": device, "dtype": dtype, "compile": compile, "refine": refine}
     with ExitStack() as stack:
         with processes.together(), nullcontext() if output is None else new_folder(output) as folder:
-            asked = _question(str(what), protocol, split, size, classes, synonyms)
+            asked = _question(str(what), overrides, protocol, split, size, classes, synonyms)
             segmenter = stack.enter_context(_segmenter(weights, asked, templates, how))
             data, card, told = asked.data, None, asked.window
             if asked.protocol is not None:
@@ -167,8 +169,16 @@ def _segmenter(
 
 
 def _question(
-    what: str, protocol: str | None, split: str | None, size: int | None, classes: Any, synonyms: bool | None
+    what: str,
+    overrides: Sequence[str] | Mapping[str, Any],
+    protocol: str | None,
+    split: str | None,
+    size: int | None,
+    classes: Any,
+    synonyms: bool | None,
 ) -> Question:
+    if overrides and (protocol is not None or what.startswith(PICTURE_WORLD) or Path(what).is_dir()):
+        raise LexisegError(f"--set overrides a recipe's values, and '{what}' is not a recipe; leave it out.")
     if protocol is not None:
         chosen = find_protocol(protocol)
         for option, value in {"split": split, "size": size}.items():
@@ -204,7 +214,7 @@ def _question(
         raise _neither(what)
     if classes is not None:
         raise LexisegError(f"--classes is for folders, not for '{what}'; leave it out.")
-    recipe = load_recipe(what)
+    recipe = load_recipe(what, overrides)
     if isinstance(recipe, ContrastiveRecipe):
         raise LexisegError(
             f"The recipe '{what}' trains a CLIP on captions and has no labels; choose one that trains a segmentation "

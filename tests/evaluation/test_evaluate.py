@@ -243,12 +243,15 @@ def test_the_function_of_the_command_in_python(tmp_path):
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"report.json", "grid.png"}
     again = evaluate("tiny", lexiseg.load("zegclip-emoji"), limit=1, progress=False)
     assert again.protocol["dataset"] == "picture-world" and again.protocol["num_pictures"] == 1
+    again = evaluate("tiny", lexiseg.load("zegclip-emoji"), overrides=["data.val_length=3"], progress=False)
+    assert again.protocol["num_pictures"] == 3
     for wrong, words in (
         ({"what": "picture-world", "split": "train"}, "its val or its test split"),
         ({"what": "picture-world", "classes": "classes.txt"}, "--classes is for folders, not for 'picture-world'"),
         ({"what": data, "size": 64}, "--size is for picture-world"),
         ({"what": "clip-emoji"}, "has no labels"),
         ({"what": "tiny", "split": "val"}, "already defines its evaluation data"),
+        ({"what": "picture-world", "overrides": ["data.size=32"]}, "'picture-world' is not a recipe"),
         ({"what": "nowhere", "protocol": "gzs-voc"}, "is not a folder"),
         ({"what": data, "resume": True}, "with the earlier counts"),
         ({"what": data, "batch_size": 0}, "batch size must be a whole number of at least 1"),

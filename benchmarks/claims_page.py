@@ -115,7 +115,7 @@ def page(results: dict[str, Any]) -> str:
             titles = "claim | paper | metric | system | baseline | difference (95 %) | seeds | scenes | steps"
             lines += ["", f"## {verdict.capitalize()}", *table(titles, rows)]
     if measured:
-        places = "boundary, seen | boundary, unseen | interior, seen | interior, unseen | unseen taken for seen"
+        places = "boundary, seen | boundary, unseen | interior, seen | interior, unseen | unseen predicted as seen"
         titles = f"claim | mIoU(S) | mIoU(U) | {places}"
         rows = [
             [f"`{row['claim']}`"]
@@ -132,10 +132,10 @@ def page(results: dict[str, Any]) -> str:
             f"IoU, accuracy of pixels within {BORDER} of a border of the labels and",
         ]
         lines += [
-            "of the others, and unseen pixels taken for a seen class, in percent: system / baseline. ZegFormer gives",
-            "all seen classes the same score of CLIP, so that only its proposals tell them apart; these alone have",
-            "0.5 % mIoU on the seen classes of 40 val scenes (`lexiseg evaluate picture-world-2 --limit 40 --weights",
-            "runs/claims/decoupled-proposals-0/model`).",
+            "of the others, and unseen pixels predicted as a seen class, in percent: system / baseline. ZegFormer",
+            "gives all seen classes the same score of CLIP, so that only its proposals tell them apart; these alone",
+            "have 0.5 % mIoU on the seen classes of 40 val scenes (`lexiseg evaluate picture-world-2 --limit 40",
+            "--weights runs/claims/decoupled-proposals-0/model`).",
             *table(titles, rows),
         ]
     if results["proposals"]:

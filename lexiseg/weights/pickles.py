@@ -40,7 +40,13 @@ _HARMLESS = re.compile(
 )
 # Types that are only named, as a value; as an object they are refused.
 _TYPES = re.compile(r"torch(\.storage|\.nn\.parameter)?\.\w+|numpy(\.\w+)*\.\w+|(pytorch_)?lightning(\.\w+)+")
-_KINDS = {"sparse": "sparse tensor", "qtensor": "quantised tensor", "meta": "tensor without values (meta)"}
+_KINDS = {
+    "sparse": "sparse tensor",
+    "qtensor": "quantised tensor",
+    "meta": "tensor without values (meta)",
+    "Complex": "complex tensor",
+    "tensor_v3": "tensor of a type such as float8",
+}
 _STORAGES = {
     "Float": torch.float32,
     "Double": torch.float64,
@@ -54,6 +60,7 @@ _STORAGES = {
     "Bool": torch.bool,
 }
 _MAGIC = 0x1950A86A20F9469CFC6C
+_PLAIN = "get the checkpoint with plain values in 16 or 32 bits"
 _REMEDY = "save its state dict alone: torch.save(model.state_dict(), FILE)"
 
 
@@ -187,7 +194,8 @@ class PickledFile:
             content = unpickler.load()
             places: dict[str, int] = {}
             for key in map(str, _Unpickler(data).load()):
-                storage = unpickler.storages[key]
+                if (storage := unpickler.storages.get(key)) is None:
+                    break  # of a kind that is refused
                 places[key] = data.tell() + 8  # behind the number of its elements
                 data.seek(places[key] + storage.number * storage.dtype.itemsize)
 
@@ -207,13 +215,15 @@ class PickledFile:
                 continue
             if any(known.fullmatch(kind) for known in (_TENSOR, _ARRAY, _HPARAMS, _HARMLESS)):
                 continue
-            found.append((next((text for part, text in _KINDS.items() if part in kind), kind), where()))
+            known_as = (text for part, text in _KINDS.items() if part in kind and kind.startswith("torch."))
+            found.append((next(known_as, kind), where()))
         if found:
             kind, where_ = found[0]
+            remedy = _PLAIN if kind in _KINDS.values() else _REMEDY
             more = f" (and {counted(len(found) - 1, 'more such object')})" if len(found) > 1 else ""
             place = f" at '{where_}'" if where_ else ""
             raise LexisegError(
-                f"'{self.path}' holds a {shorten(kind)}{place}{more}, which lexiseg does not read; {_REMEDY}."
+                f"'{self.path}' holds a {shorten(kind)}{place}{more}, which lexiseg does not read; {remedy}."
             )
 
     def tensor(self, value: Any, where: str) -> Tensor:

@@ -211,6 +211,11 @@ def test_what_is_refused_is_named(
         ({"model": state, "a": [node, Bomb()]}, r"CfgNode at 'a\.0' \(and 2 more such objects\)"),
         ({"model": {**state, "x": sparse}}, r"holds a sparse tensor at 'model\.x'"),
         ({**state, "x": torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8)}, "a quantised tensor at 'x'"),
+        (
+            {**state, "x": torch.ones(2).to(torch.float8_e5m2)},
+            "type such as float8 at 'x', .*; get .* in 16 or 32",
+        ),
+        ({**state, "x": torch.ones(2, dtype=torch.complex64)}, "a complex tensor at 'x', .*; get .* in 16 or 32"),
         ({**state, "x": torch.empty(2, device="meta")}, r"a tensor without values \(meta\) at 'x'"),
         ({**state, "x": torch.nested.nested_tensor([torch.ones(1), torch.ones(2)])}, "nested_tensor at 'x'"),
         ([1, 2], "holds a list"),
@@ -218,6 +223,9 @@ def test_what_is_refused_is_named(
     ):
         with pytest.raises(LexisegError, match=sentence):
             read(content, tmp_path)
+    torch.save({"x": torch.ones(2, dtype=torch.complex64)}, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    with pytest.raises(LexisegError, match="a complex tensor at 'x'"):
+        convert(tmp_path / "old.pt", tmp_path / "out")
     for content, sentence in (
         ({**clip_state, "ln_final.bias": torch.tensor([float("nan")] * 64)}, r"not finite in ln_final\.bias"),
         ({**clip_state, "visual.proj": clip_state["visual.proj"].to(torch.int8)}, r"proj' in .* is quantised \(int8\)"),

@@ -15,7 +15,7 @@ from lexiseg.vocabulary import Vocabulary
 from lexiseg.words import shorten
 
 _MARK = "lexiseg picture world"
-_LARGEST_SCENE = 1024
+_LARGEST_SCENE = 512
 # What other tools put between classes.
 _SEPARATORS = re.compile(r"\s*(?:[|/&+]|\\n)\s*|\.(?:\s+|$)|\s+and\s+")
 

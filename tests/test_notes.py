@@ -65,7 +65,8 @@ def test_a_model_of_the_picture_world_notes_other_pictures_once(tmp_path: Path) 
         for source in (*own, file, torch.zeros(3, 40, 40)):
             segmenter(model).predict(source, WORDS)
         segmenter(Patchwork(small_clip())).predict(photo, WORDS)
-    for source in (photo, photo.read_bytes(), taken, io.BytesIO(photo.read_bytes()), picture(40, 50)):
+    arrays = picture(40, 50), picture(640, 640)
+    for source in (photo, photo.read_bytes(), taken, io.BytesIO(photo.read_bytes()), *arrays):
         run = segmenter(model)
         with pytest.warns(LexisegWarning, match="real weights") as caught:
             run.predict([scene, source, source], WORDS)

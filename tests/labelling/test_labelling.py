@@ -129,9 +129,11 @@ def test_what_counts_as_done(tmp_path: Path, labeller: Labeller) -> None:
         list(labeller.label_shard(record, number, shard))
     done = Record(out).begin_run(SETTINGS, resume=True)
     assert [entry.stem for entry in done.values()] == ["p0", "p1", "p2", "p3"]  # the bad one is tried again
+    (out / "p0.json").write_text("")
+    assert [entry.stem for entry in Record(out).begin_run(SETTINGS, resume=True).values()] == ["p1", "p2", "p3"]
     (out / "p1.json").unlink()
     os.utime(todo[2].path, ns=(1, 1))
-    assert [entry.stem for entry in Record(out).begin_run(SETTINGS, resume=True).values()] == ["p0", "p3"]
+    assert [entry.stem for entry in Record(out).begin_run(SETTINGS, resume=True).values()] == ["p3"]
     with pytest.raises(LexisegError, match=r"other settings: 'classes' was abc and is now other;.*--output"):
         record.begin_run({**SETTINGS, "classes": "other"}, resume=True)
     assert record.begin_run({**SETTINGS, "classes": "other"}, resume=False) == {}

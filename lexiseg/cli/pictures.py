@@ -88,6 +88,8 @@ def predict_pictures(
             record.clean(picture.stem for picture in todo)  # what workers left that were killed
         if "coco" in kinds and failed < len(given):
             written.append(record.write_coco(vocabulary.names, ordered))
+    if "yolo" in kinds and failed < len(given):
+        written.append(output / "yolo" / "classes.txt")
     if json:
         images = [_listed(entry, given[entry.image], output, vocabulary) for entry in ordered]
         say_json({"model": model, "seconds": round(time.perf_counter() - start, 3), "images": images})

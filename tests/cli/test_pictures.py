@@ -82,7 +82,8 @@ def test_names_that_are_too_long_or_those_of_the_run_s_own_files(predict: Call, 
     names = ["annotations.png", "classes.png", f"{'é' * 120}.png", f"{'n' * 250}.png", f"{'n' * 249}m.png"]
     write_pictures(tmp_path / "in", names)
     for more in ((), ("--resume",)):
-        assert predict("in", WORDS, "--save", "labels,overlay,json,coco,yolo", *more)[0] == 0
+        code, out, _ = predict("in", WORDS, "--save", "labels,overlay,json,coco,yolo", *more)
+        assert code == 0 and "wrote out/yolo/classes.txt\n" in out
     for pattern in ("*_labels.png", "*_overlay.png"):
         assert len(list((tmp_path / "out").glob(pattern))) == len(names)
     assert len(json.loads((tmp_path / "out" / "annotations.json").read_text())["images"]) == len(names)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from lexiseg.clip.load import count_parameters, load_clip, random_clip
 from lexiseg.clip.model import CLIP, build_clip
 from lexiseg.clip.prompt_learner import PromptLearner
 from lexiseg.errors import LexisegError
+from lexiseg.journal import flat
 from lexiseg.models.base import SegmentationModel
 from lexiseg.recipes import (
     ContrastiveRecipe,
@@ -79,7 +81,7 @@ class DryRun:
         rows += [
             ("parameters", f"{self.parameters:,}"),
             ("trainable", f"{self.trainable:,}"),
-            ("options", ", ".join(f"{key} {value}" for key, value in self.options.items())),
+            ("options", ", ".join(f"{key} {_as_written(value)}" for key, value in flat(self.options).items())),
         ]
         if not train.steps:
             return [*rows, ("steps", "0: the model is only assembled and written")]
@@ -95,6 +97,11 @@ class DryRun:
             how = f"momentum {train.momentum:g}" if train.optimizer == "sgd" else betas
             rows.append((name, f"{peak}, {how}, {rate['parameters']:,} values"))
         return rows
+
+
+def _as_written(value: object) -> str:
+    """A value as a recipe has it."""
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _schedule(train: TrainSettings) -> str:

@@ -200,7 +200,8 @@ def test_the_first_stage_has_the_options_that_weights_depend_on() -> None:
     assert first_stage(changed("zegclip-picture-world-transductive")).model.options == own
     recipe = changed("zegclip-picture-world-transductive", num_prompts=3, mask_weight=5.0, seen_offset=0.2)
     assert first_stage(recipe).model.options == own | {"num_prompts": 3}
-    assert "3" in dict(dry_run(recipe).rows())["options"]
+    said = dict(dry_run(recipe).rows())["options"]
+    assert "num_prompts 3" in said and "mask_size null" in said and "antialias true" in said  # as a recipe has them
     look = changed("second-look-picture-world", decoder_layers=1).model_copy(
         update={"initial": "zegclip-picture-world"}
     )

@@ -30,6 +30,7 @@ _CACHE_MEGABYTES = 256
 # Numbers are stretched between these percentiles of a map's overview, as viewers of maps do.
 _LOW, _HIGH = 2.0, 98.0
 _OVERVIEW = 1024
+MOST_TAGS = 4096
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,7 @@ def _segment(
         low, high = _stretch(raster, bands)
         plain = Path(scratch) / "labels.tif"
         with rasterio.open(plain, "w", **profile) as labels:
-            labels.update_tags(1, **{f"class_{index}": name for index, name in enumerate(vocabulary.names)})
+            labels.update_tags(1, **_name_tags(vocabulary.names))
             if nodata == 255:
                 palette = vocabulary.palette().tolist()
                 labels.write_colormap(1, {index: (*color, 255) for index, color in enumerate(palette)})
@@ -206,6 +207,13 @@ def _stretch(raster: Any, bands: Sequence[int]) -> tuple[NDArray[np.floating], N
 def _pixels(values: NDArray[np.generic], low: NDArray[np.floating], high: NDArray[np.floating]) -> NDArray[np.uint8]:
     scaled = (values.astype(np.float64) - low[:, None, None]) / np.maximum(high - low, 1e-12)[:, None, None]
     return np.ascontiguousarray((np.nan_to_num(scaled).clip(0, 1) * 255).round().astype(np.uint8).transpose(1, 2, 0))
+
+
+def _name_tags(names: Sequence[str]) -> dict[str, str]:
+    """A tag a class; GDAL takes time with the square of their number, so beyond `MOST_TAGS` one holds all as JSON."""
+    if len(names) > MOST_TAGS:
+        return {"classes": json.dumps(names)}
+    return {f"class_{index}": name for index, name in enumerate(names)}
 
 
 class _Polygons:

@@ -86,6 +86,15 @@ def test_labels_and_polygons_lie_where_the_map_does(segmenter: Any, tmp_path: Pa
     assert (drawn == expected).mean() > 0.99
 
 
+def test_so_many_names_that_gdal_would_take_minutes_are_one_tag(
+    segmenter: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lexiseg.maps.MOST_TAGS", 2)
+    source = write(tmp_path / "map.tif", np.zeros((3, 16, 16), np.uint8))
+    with rasterio.open(run(segmenter, source, tmp_path / "out")["labels"]) as labels:
+        assert json.loads(labels.tags(1)["classes"])[1] == "elephant" and "class_0" not in labels.tags(1)
+
+
 def test_tiles_join_and_bands_of_any_depth(segmenter: Any, tmp_path: Path) -> None:
     pixels = read_pixels(sample_path("demo"))
     bands = pixels.transpose(2, 0, 1)[::-1].astype(np.uint16) * 40

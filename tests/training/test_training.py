@@ -5,6 +5,8 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +16,7 @@ from safetensors.torch import load_file
 
 from lexiseg.clip.load import load_clip
 from lexiseg.data.picture_world import write_voc
-from lexiseg.errors import LexisegError
+from lexiseg.errors import LexisegError, LexisegWarning
 from lexiseg.models import ZegCLIP
 from lexiseg.recipes import as_yaml
 from lexiseg.training.checkpoint import find_checkpoints
@@ -23,7 +25,7 @@ from lexiseg.training.segmentation import SegmentationTask, training_vocabulary
 from lexiseg.vocabulary import Vocabulary
 from lexiseg.weights import load_model
 from tests.training import runs
-from tests.training.runs import flat_task, quietly, same
+from tests.training.runs import Flat, flat_task, quietly, same
 
 CHANGES = {
     "evaluation": {"pictures": 1, "scored": 2},
@@ -82,6 +84,26 @@ def test_a_model_of_other_classes_is_refused(clip_folder):
     model = ZegCLIP.build(load_clip(clip_folder), {"decoder_heads": 2}, seen_names=("cat",))
     with pytest.raises(ValueError, match="seen classes"):
         SegmentationTask(model, task.dataset, task.pipeline, batch_size=1)
+
+
+def test_one_class_without_anything_else_comes_with_a_note(clip_folder):
+    class Filled(Flat):
+        vocabulary = Vocabulary.parse(["cat"])
+        void = False
+
+        def __getitem__(self, index):
+            label = torch.zeros(12, 12, dtype=torch.long)
+            label[0] = 255 if self.void else 0
+            return replace(super().__getitem__(index), label=label)
+
+    model = ZegCLIP.build(load_clip(clip_folder), {"decoder_heads": 2}, seen_names=("cat",))
+    pipeline = flat_task(clip_folder).pipeline
+    with pytest.warns(LexisegWarning, match="Every pixel of the training data is 'cat'"):
+        SegmentationTask(model, Filled(), pipeline, batch_size=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Filled.void = True
+        SegmentationTask(model, Filled(), pipeline, batch_size=1)
 
 
 SCRIPT = """

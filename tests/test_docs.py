@@ -106,6 +106,16 @@ def test_trainings_of_make_weights_are_right() -> None:
             system_of(recipe)
 
 
+def test_what_the_combination_is_ahead_of_is_in_the_results() -> None:
+    page = (ROOT / "docs" / "combination.md").read_text(encoding="utf-8")
+    said = re.search(r"No run of a single system reached\s+(\S+) on val or (\S+) on test", page)
+    assert said is not None
+    rows = json.loads((ROOT / "docs" / "results" / "picture-world.json").read_text(encoding="utf-8"))["rows"]
+    single = [row for row in rows if not row["system"].startswith(("second-look", "ground truth"))]
+    for metric, limit in zip(("hiou", "test_hiou"), said.groups(), strict=True):
+        assert 0 <= float(limit) - max(row[metric] for row in single) <= 0.1
+
+
 def test_samples_have_seen_and_unseen_classes() -> None:
     from lexiseg.data.picture_world import FIRST
 

@@ -7,8 +7,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from lexiseg.clip.load import count_parameters, load_clip, random_clip
 from lexiseg.clip.model import CLIP, build_clip
 from lexiseg.clip.prompt_learner import PromptLearner
@@ -123,7 +121,7 @@ def dry_run(recipe: Recipe) -> DryRun:
     if isinstance(recipe, EvaluationRecipe):
         raise LexisegError("This recipe only evaluates, so there is nothing to train; give it to `lexiseg evaluate`.")
     if isinstance(recipe, ContrastiveRecipe):
-        model: nn.Module = build_clip({"model_cfg": recipe.model.model_cfg})
+        model: CLIP | Prompted | SegmentationModel = build_clip({"model_cfg": recipe.model.model_cfg})
         facts: dict[str, Any] = {"system": "CLIP", "clip": "from the recipe", "starts_from": recipe.model.initial}
         facts["options"] = recipe.model.model_dump(mode="json", exclude={"model_cfg", "initial"})
     else:
@@ -132,7 +130,7 @@ def dry_run(recipe: Recipe) -> DryRun:
         trained = training_vocabulary(vocabulary, setting=recipe.setting, templates=templates)
         model, facts = _prompts(recipe) if isinstance(recipe, PromptRecipe) else _segmentation(recipe, vocabulary)
         seen = masked_names(trained)
-        facts |= {"clip": recipe.model.clip, "setting": recipe.setting, "data": recipe.data.title, "text": len(trained)}
+        facts |= {"clip": model.clip.name, "setting": recipe.setting, "data": recipe.data.title, "text": len(trained)}
         facts |= {"seen": seen, "unseen": tuple(name for name in vocabulary.names if name not in seen)}
     rates = [
         {"key": group["key"], "lr": group["initial_lr"], "weight_decay": group["weight_decay"]}

@@ -75,6 +75,8 @@ def build_model(recipe: SegmentationRecipe, vocabulary: Vocabulary, *, clip: CLI
     else:
         # It brings its proposals; a recipe cannot name both.
         model = start_from(recipe.initial, system, options, seen, vocabulary, steps=recipe.initial_steps)
+        if model.clip.name != recipe.model.clip:
+            _log.warning("'%s' brings its CLIP, so the recipe's '%s' is not used.", recipe.initial, recipe.model.clip)
     source = recipe.proposals_from
     if clip is None and source is not None:
         generator = proposals_of(model, source)
@@ -131,7 +133,7 @@ def start_from(
     model = system(start.clip, options, tuple(seen_names))
     parts = model.init_from(start, what)
     if parts:
-        _log.info("Of '%s' only the %s are used: the rest has another architecture.", initial, " and ".join(parts))
+        _log.warning("Of '%s' only the %s are used: the rest has another architecture.", initial, " and ".join(parts))
     done = start.metadata.get("steps")
     if steps is not None and done is not None and done != steps:
         _log.warning(

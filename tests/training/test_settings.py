@@ -306,6 +306,17 @@ def test_stopping_and_going_on_is_the_same_run(tmp_path: Path, clip_folder: Path
     assert not (tmp_path / "new").exists() and not (tmp_path / "staged").exists()
 
 
+def test_the_towers_of_the_initial_model_are_named(
+    tmp_path: Path, clip_folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """They took the place of those in the recipe without a word, and the dry run named the recipe's."""
+    start = str(quietly(recipe_of(clip_folder), tmp_path / "first", until=1))
+    recipe = recipe_of(clip_folder, initial=start)
+    recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"clip": "clip-emoji"})})
+    assert dry_run(recipe).clip == str(clip_folder)
+    assert f"'{start}' brings its CLIP, so the recipe's 'clip-emoji' is not used" in caplog.text
+
+
 def test_what_cannot_be_started_from(tmp_path: Path, clip_folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = quietly(recipe_of(clip_folder), tmp_path / "first", until=1)
     start = str(folder)
@@ -319,7 +330,7 @@ def test_what_cannot_be_started_from(tmp_path: Path, clip_folder: Path, caplog: 
         build_task(recipe_of(clip_folder, initial="nowhere"))
     with caplog.at_level(logging.WARNING, "lexiseg"):
         build_task(recipe_of(clip_folder, setting="transductive", initial=start, initial_steps=2))
-    assert "trained for 1 steps" in caplog.text
+    assert "trained for 1 steps" in caplog.text and "brings its CLIP" not in caplog.text
     config = json.loads((folder / "config.json").read_text())
     config["seen_names"] = [*FIRST.classes]
     (folder / "config.json").write_text(json.dumps(config))

@@ -116,7 +116,7 @@ def run(folder: Path, name: str, **changes: Any) -> Path:
     return quietly(recipe.model_copy(update=changes), folder / "runs" / name)
 
 
-def test_deop_stage_by_stage(tmp_path: Path, clip_folder: Path) -> None:
+def test_deop_stage_by_stage(tmp_path: Path, clip_folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     write(tmp_path, clip_folder)
     assert is_recipe(str(tmp_path / "prompts.yaml")) and not is_recipe(str(tmp_path)) and is_recipe("tiny")
 
@@ -135,6 +135,7 @@ def test_deop_stage_by_stage(tmp_path: Path, clip_folder: Path) -> None:
     last = load_model(run(tmp_path, "deop", initial=str(tmp_path / "runs" / "baseline")))
     assert isinstance(last, DeOP) and last.prompt is not None
     assert last.metadata["initial"]["part"] == "proposals, prompts"
+    assert "only the proposals and prompts are used" in caplog.text  # nobody is shown what is logged as information
     for name, value in first.generator.state_dict().items():
         assert torch.equal(last.generator.state_dict()[name], value)
     assert not torch.equal(last.prompt.state_dict()["prefix_prompt"], learned["prefix_prompt"])  # trained on

@@ -162,8 +162,7 @@ def read_parts(
         architecture = infer_vit_architecture(used, key_map(system, inside="clip.model."), name=name, **heads)
     elif clip is None:
         raise LexisegError(
-            f"{name} has no CLIP in it, as {system}'s training checkpoints have none; give the CLIP it was trained "
-            "with (OpenAI's ViT-B/16) beside it."
+            f"{name} has no CLIP in it; name the one it was trained with, such as --clip ViT-B-16/openai."
         )
     for_crops = any(key.startswith(SECOND_ADAPTER) for key in state)
     own = _deop_options(used) if system == "deop" else _region_options(used, system, for_crops=for_crops)

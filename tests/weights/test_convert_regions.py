@@ -72,6 +72,8 @@ def test_zegformer_has_an_offset_unless_it_trained_itself(tmp_path: Path) -> Non
     clip = small_clip()
     folder = save_clip(clip, tmp_path / "clip")
     state = zegformer(clip.embed_dim)
+    with pytest.raises(LexisegError, match="has no CLIP in it; name the one it was trained with, such as --clip "):
+        converted(state, tmp_path)
     for transductive, offset in ((False, 0.1), (True, 0.0)):
         report = converted(state, tmp_path, clip=folder, transductive=transductive)
         assert report.kind == "zegformer" and report.ignored == ()

@@ -49,6 +49,7 @@ class TextEncoder:
         path = folder / spec.text.tokenizer
         try:
             self._tokenizer = Tokenizer.from_file(str(path))
+            self._tokenizer.encode("a")
         except Exception as error:  # of tokenizers' own kinds
             raise LexisegError(f"The tokenizer '{path}' cannot be read; export the model again.") from error
         self.rule = spec.text
@@ -277,11 +278,11 @@ def open_graph(path: Path, spec: ExportSpec, device: str) -> Graph:
     """A graph, ready to run.
 
     ``device``: "cpu", "cuda" or "auto"; OpenVINO's own names too. Raises LexisegError if the library is not installed
-    or has no such device, or the file is damaged.
+    or has no such device, or the file is damaged; and when it is run, if it does not fit what it is given.
     """
     openers = {"onnx": _onnx, "openvino": _openvino, "torch": _torch}
     try:
-        return openers[spec.kind](path, spec, device)
+        graph = openers[spec.kind](path, spec, device)
     except ImportError as error:
         package = {"onnx": "onnxruntime", "openvino": "openvino"}.get(spec.kind, "torch")
         raise LexisegError(
@@ -293,6 +294,16 @@ def open_graph(path: Path, spec: ExportSpec, device: str) -> Graph:
         raise LexisegError(
             f"The graph '{path}' cannot be loaded ({first_line(error)}); export the model again."
         ) from error
+
+    def run(*inputs: np.ndarray) -> np.ndarray:
+        try:
+            return graph(*inputs)
+        except Exception as error:
+            raise LexisegError(
+                f"The graph '{path}' cannot be run ({first_line(error)}); export the model again."
+            ) from error
+
+    return run
 
 
 def _threads() -> int:

@@ -19,6 +19,8 @@ import pytest
 import torch
 from PIL import Image
 from timm.models.vision_transformer import VisionTransformer
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 
 import lexiseg
 from lexiseg.cli import main
@@ -212,6 +214,16 @@ def test_the_command_line(
     Image.fromarray(picture()).save(image)
     assert main(["predict", str(image), CLASSES, "--model", str(tmp_path / "new"), "-o", str(tmp_path)]) == 2
     assert "not readable JSON" in capsys.readouterr().err
+
+
+def test_graphs_of_other_models_are_one_sentence(folder: Path, tmp_path: Path) -> None:
+    new = shutil.copytree(folder, tmp_path / "new")
+    shutil.copy(folder / "text.onnx", new / "image.onnx")
+    with pytest.raises(LexisegError, match=r"image\.onnx' cannot be run \(.*; export the model again"):
+        lexiseg.load(new).predict(picture(), CLASSES)
+    (new / "tokenizer.json").write_text(Tokenizer(WordLevel({"cat": 0}, unk_token="")).to_str())
+    with pytest.raises(LexisegError, match="cannot be read; export the model again"):
+        lexiseg.load(new)
 
 
 def test_it_is_served_and_evaluated(exported: Any, folder: Path, tmp_path: Path) -> None:

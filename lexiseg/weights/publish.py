@@ -24,10 +24,10 @@ REPORT = "report.json"
 def model_card(folder: str | Path, repository: str = "OWNER/NAME") -> str:
     """The card of a model folder: what it is, how it was trained, what was measured, licence, how to use it.
 
-    ``folder``: that `lexiseg.weights.folder.save_model` wrote; a ``report.json`` of an evaluation in it gives metrics.
-    Raises LexisegError if it is not a whole model folder.
+    ``folder``: that `lexiseg.weights.folder.save_model` wrote, or a run's; a ``report.json`` of an evaluation in either
+    gives metrics. Raises LexisegError if it is not a whole model folder.
     """
-    folder = _model_of(folder)
+    given, folder = Path(folder), _model_of(folder)
     config = read_config(folder)
     about, clip = config.get("metadata", {}), config["clip"]
     tower = str(clip.get("name", "unknown"))
@@ -38,7 +38,7 @@ def model_card(folder: str | Path, repository: str = "OWNER/NAME") -> str:
         tower=printable(tower),
         repository=repository,
         training="\n".join(_training(config, about)),
-        measured="\n".join(_measured(folder)),
+        measured="\n".join(_measured(folder / REPORT if (folder / REPORT).is_file() else given / REPORT)),
         licence=_licence(clip),
     )
 
@@ -64,8 +64,7 @@ def _training(config: dict[str, Any], about: dict[str, Any]) -> list[str]:
     ]
 
 
-def _measured(folder: Path) -> list[str]:
-    path = folder / REPORT
+def _measured(path: Path) -> list[str]:
     if not path.is_file():
         return [f"There is no evaluation in this folder; `lexiseg evaluate ... -o FOLDER` writes a `{REPORT}`."]
     report = read_json(path)

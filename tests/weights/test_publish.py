@@ -110,6 +110,12 @@ def test_the_card_of_a_folder_edited_by_hand(folder: Path) -> None:
         push_folder(folder, "owner/name")
 
 
+def test_a_report_in_the_folder_of_the_run_counts(folder: Path) -> None:
+    (folder / "report.json").rename(folder.parent / "report.json")
+    assert "| miou | 61.5 |" in model_card(folder.parent)
+    assert "There is no evaluation" in model_card(folder)
+
+
 def test_the_card_is_printed_as_it_would_be_uploaded(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["push", str(folder), "owner/name", "--card"]) == 0
     assert capsys.readouterr().out == model_card(folder, "owner/name").rstrip("\n") + "\n"

@@ -80,7 +80,7 @@ def evaluate(
     Under a launcher the processes share the pictures, and each gets the whole report; the first one writes.
 
     ``what``: a recipe (its validation data), a picture world's name, or a folder: one's own data, or a protocol's.
-    ``weights``: a model as `lexiseg.load` takes it, a folder of a training included; or a segmenter, which brings its
+    ``weights``: a model as `lexiseg.load` takes it, a training's folder included; or as it returns it, which brings its
     own device, dtype, templates and refinement, and is afterwards what it was. ``output``: a folder for ``report.json``
     and ``grid.png``; None writes nothing. ``overrides``: of the recipe's values, see
     `lexiseg.recipes.load_recipe`. ``protocol``: evaluate the folder as the papers do, see
@@ -146,12 +146,10 @@ def _judged(
 
 
 @contextmanager
-def _segmenter(
-    weights: str | Path | Segmenter, asked: Question, templates: TemplateSource, how: dict[str, Any]
-) -> Iterator[Segmenter]:
+def _segmenter(weights: Any, asked: Question, templates: TemplateSource, how: dict[str, Any]) -> Iterator[Segmenter]:
     """The segmenter that is evaluated; one that was given is afterwards what it was, whatever a protocol sets."""
     words = templates or asked.templates
-    if isinstance(weights, Segmenter):
+    if hasattr(weights, "predict"):
         for name, value in {"templates": templates, **how}.items():
             if value:
                 raise LexisegError(f"The model is already loaded; pass {name} to lexiseg.load instead.")

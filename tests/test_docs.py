@@ -106,6 +106,15 @@ def test_trainings_of_make_weights_are_right() -> None:
             system_of(recipe)
 
 
+def test_make_benchmark_runs_the_first_of_the_table() -> None:
+    """The page said that it ran all of them."""
+    page = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    table = re.findall(r"^\| `python -m (benchmarks\.\w+)", page, re.MULTILINE)
+    target = (ROOT / "Makefile").read_text(encoding="utf-8").partition("\nbenchmark:")[2].partition("\n\n")[0]
+    assert "`make benchmark` runs the first six." in page
+    assert table[:6] == re.findall(r"benchmarks\.\w+", target)
+
+
 def test_what_the_combination_is_ahead_of_is_in_the_results() -> None:
     page = (ROOT / "docs" / "combination.md").read_text(encoding="utf-8")
     said = re.search(r"No run of a single system reached\s+(\S+) on val or (\S+) on test", page)

@@ -121,7 +121,11 @@ def read_config(folder: Path) -> dict[str, Any]:
     """The ``config.json`` of a model folder; a `LexisegError` if it is damaged, or a file is missing."""
     path = folder / CONFIG_NAME
     if not path.is_file():
-        other = " It is a CLIP: write 'naclip/' before it." if (folder / "open_clip_config.json").exists() else ""
+        others = {
+            "open_clip_config.json": " It is a CLIP: write 'naclip/' before it.",
+            "prompts.json": " It holds learned text prompts: name it as 'prompts_from' of a recipe.",
+        }
+        other = next((said for name, said in others.items() if (folder / name).exists()), "")
         raise LexisegError(
             f"The folder '{folder}' has no {CONFIG_NAME}, so it is not a lexiseg model; give one that "
             f"`lexiseg train` or `lexiseg convert` wrote.{other}"
@@ -193,6 +197,8 @@ def _load_checkpoint(folder: Path) -> SegmentationModel:
     state = runs.read_state(folder)
     base = folder.parent / runs.BASE
     if not (base / CONFIG_NAME).is_file():
+        if (made := folder.parent.parent / "model").is_dir():
+            read_config(made)  # which says what else the run has trained
         raise LexisegError(
             f"The checkpoint '{folder}' holds the trained tensors alone, and the rest of the model should be in "
             f"'{base}'; copy the whole folder '{folder.parent}'."

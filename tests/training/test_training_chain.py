@@ -123,6 +123,8 @@ def test_deop_stage_by_stage(tmp_path: Path, clip_folder: Path, caplog: pytest.L
     prompts = run(tmp_path, "prompts")
     learned, card = read_prompts(prompts)
     assert learned["prefix_prompt"].shape == (2, 16)
+    with pytest.raises(LexisegError, match="learned text prompts: name it as 'prompts_from'"):
+        load_model(tmp_path / "runs" / "prompts")
     assert "giraffe" not in card["seen_names"] and len(card["seen_names"]) == 81
     assert card["clip_fingerprint"] == load_clip(clip_folder).fingerprint()
 

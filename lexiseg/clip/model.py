@@ -8,7 +8,7 @@ import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import open_clip
 import torch
@@ -16,7 +16,7 @@ from open_clip import tokenizer as open_clip_tokenizer
 from open_clip.modified_resnet import ModifiedResNet
 from open_clip.tokenizer import SimpleTokenizer
 from open_clip.transformer import ResidualAttentionBlock, TextTransformer
-from pydantic import BaseModel, FiniteFloat
+from pydantic import BaseModel, Field, FiniteFloat
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -279,7 +279,7 @@ class Preprocessing(BaseModel):
 class ModelConfig(BaseModel):
     """The towers; what is in them open_clip checks when it builds them."""
 
-    embed_dim: int
+    embed_dim: Annotated[int, Field(ge=1)]
     vision_cfg: dict[str, Any]
     text_cfg: dict[str, Any]
 

@@ -229,17 +229,29 @@ class PromptRecipe(StrictModel):
     train: Training  # the numbers of the loop
 
 
+def _ascending(pair: tuple[float, float]) -> tuple[float, float]:
+    if pair[0] > pair[1]:
+        raise ValueError(f"the smallest, {pair[0]:g}, is above the largest, {pair[1]:g}")
+    return pair
+
+
+_Number: TypeAlias = Annotated[int, Field(ge=0, le=84)]  # the first world has so many things
+_Part: TypeAlias = Annotated[float, Field(gt=0, le=1)]
+_Numbers: TypeAlias = Annotated[tuple[_Number, _Number], AfterValidator(_ascending)]
+_Parts: TypeAlias = Annotated[tuple[_Part, _Part], AfterValidator(_ascending)]
+
+
 class SceneSettings(StrictModel):
     """Which scenes a training sees."""
 
     world: Literal["picture-world", "picture-world-2"] = "picture-world"
     size: int = Field(ge=8)  # pixels a side, a multiple of the patch size
-    num_things: tuple[int, int]  # smallest and largest number of things
-    extents: tuple[float, float] = (0.36, 0.64)  # smallest and largest size of a thing as a fraction of the side
+    num_things: _Numbers  # smallest and largest number of things
+    extents: _Parts = (0.36, 0.64)  # smallest and largest size of a thing as a fraction of the side
     # smallest and largest area of a random resized crop as a fraction of the scene, whose caption names things that are
     # mostly in it; None shows whole scenes, shifted a little, with a caption of all that is in them
-    crops: tuple[Annotated[float, Field(gt=0, le=1)], Annotated[float, Field(gt=0, le=1)]] | None = None
-    mentions: tuple[int, int] = (1, 2)  # of crops: smallest and largest number of things that a caption names
+    crops: _Parts | None = None
+    mentions: _Numbers = (1, 2)  # of crops: smallest and largest number of things that a caption names
     stuff_mentions: float = Field(default=0.3, ge=0, le=1)  # of crops: how often a caption names stuff beside things
     # first integer of every scene's seed; trainings with different ones share no scene
     seed: int = Field(ge=100, lt=HELD_OUT_SEED)
@@ -264,6 +276,12 @@ class ContrastiveSettings(StrictModel):
     caption_weight: float = Field(default=0.5, ge=0)  # weight of the term between pictures and sentences
     patch_weight: float = Field(default=1.0, ge=0)  # weight of the token-wise term
     coverage: float = Field(default=0.04, gt=0, le=1)  # fraction of the patches from which on a phrase counts as found
+
+    @model_validator(mode="after")
+    def _check(self) -> ContrastiveSettings:
+        if not (self.names_weight or self.caption_weight or self.patch_weight):
+            raise ValueError("the loss has no term; set names_weight, caption_weight or patch_weight above 0")
+        return self
 
 
 class EvaluationRecipe(StrictModel):

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from lexiseg.clip.load import load_clip
+from lexiseg.clip.load import check_state, load_clip, shapes_of
 from lexiseg.clip.model import CLIP, build_clip, save_clip
 from lexiseg.clip.positions import resize_positions
 from lexiseg.data.picture_world import FIRST, STUFF, World, find_world, render_scene
@@ -136,8 +136,11 @@ class ContrastiveTask(Task):
         self.clip = build_clip({"model_cfg": settings.model_cfg, "trained_on": self.world.name}, name="clip-emoji")
         if settings.initial is not None:
             key, side = "visual.positional_embedding", self.clip.image_size // self.clip.patch_size
-            tensors = load_clip(settings.initial).model.state_dict()
-            self.clip.model.load_state_dict({**tensors, key: resize_positions(tensors[key], (side, side))})
+            tensors = dict(load_clip(settings.initial).model.state_dict())
+            if key in tensors:
+                tensors[key] = resize_positions(tensors[key], (side, side))
+            check_state(tensors, shapes_of(self.clip.model), f"The initial CLIP '{settings.initial}'")
+            self.clip.model.load_state_dict(tensors)
         self.model = self.clip
         # One more than are in use, or the newest block would drop the one that this step asks for next.
         self._block = lru_cache(maxsize=settings.scenes.repeats * settings.scenes.lag + 1)(self._render_block)

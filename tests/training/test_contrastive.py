@@ -12,6 +12,7 @@ import torch
 import lexiseg
 from lexiseg.clip.load import load_clip
 from lexiseg.data.picture_world import FIRST, SECOND, STUFF, find_world, render_scene
+from lexiseg.errors import LexisegError
 from lexiseg.recipes import ContrastiveRecipe, TrainSettings, load_recipe
 from lexiseg.recipes.schema import ContrastiveSettings, SceneSettings
 from lexiseg.training.contrastive import (
@@ -144,11 +145,36 @@ def test_a_run_exports_a_clip_that_a_larger_one_starts_from(tmp_path: Path) -> N
         ContrastiveRecipe(kind="contrastive", model=settings(), train=numbers), tmp_path / "small", progress=False
     )
     assert load_clip(small).image_size == 32
+    with pytest.raises(LexisegError, match="It is a CLIP: write 'naclip/' before it"):
+        load_model(tmp_path / "small")
     towers = {**TOWERS, "vision_cfg": {**TOWERS["vision_cfg"], "image_size": 48}}
     task = ContrastiveTask(settings(model_cfg=towers, initial=str(small)), numbers)
     assert task.clip.visual.positional_embedding.shape[0] == 1 + 6 * 6
     same = load_clip(small).model.state_dict()["visual.conv1.weight"]
     assert torch.equal(task.clip.model.state_dict()["visual.conv1.weight"], same)
+
+
+def test_a_clip_of_other_towers_cannot_be_started_from() -> None:
+    with pytest.raises(LexisegError, match=r"The initial CLIP 'clip-emoji' does not fit.*instead of"):
+        ContrastiveTask(settings(initial="clip-emoji"), TrainSettings(steps=2, batch_size=2, lr=1e-3))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (["model.scenes.num_things=[3,1]"], "the smallest, 3, is above the largest, 1"),
+        (["model.scenes.num_things=[90,100]"], "less than or equal to 84"),
+        (["model.scenes.extents=[0.9,0.1]"], "the smallest, 0.9, is above"),
+        (["model.scenes.extents=[0,0]"], "greater than 0"),
+        (["model.scenes.crops=[0.9,0.1]"], "the smallest, 0.9, is above"),
+        (["model.scenes.mentions=[3,1]"], "the smallest, 3, is above"),
+        ([f"model.{term}_weight=0" for term in ("names", "caption", "patch")], "the loss has no term"),
+    ],
+)
+def test_scenes_and_losses_that_cannot_be(changes: list[str], words: str) -> None:
+    """They were tracebacks in the middle of a training, or were taken."""
+    with pytest.raises(LexisegError, match=words):
+        load_recipe("clip-emoji-small", changes)
 
 
 @pytest.mark.parametrize(("name", "wanted"), [("clip-emoji", (0.75, 0.90)), ("clip-world2", (0.40, 0.70))])

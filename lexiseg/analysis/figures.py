@@ -128,20 +128,24 @@ def scores_figure(segmenter: Segmenter, image: str | Path, classes: VocabularySo
     )
 
 
-def compare_figure(segmenters: Sequence[Segmenter], image: str | Path, classes: VocabularySource) -> Figure:
+def compare_figure(
+    segmenters: Sequence[Segmenter], image: str | Path, classes: VocabularySource, names: Sequence[str] = ()
+) -> Figure:
     """Several models' results on one picture, side by side (Cascade-CLIP, Fig. 5 and 8; MAFT, Fig. 4).
 
     ``segmenters``: one or more models, in the order of the panels. ``classes``: the words, as `Segmenter.predict` takes
-    them. Raises LexisegError if the picture or the classes are wrong, or no model is given.
+    them. ``names``: of the models, see `told_apart`. Raises LexisegError if the picture or the classes are wrong, or no
+    model is given.
     """
     if not segmenters:
         raise LexisegError("A comparison needs at least one model; name one or more.")
     group = [Panel(read_picture(segmenters[0], image), "picture")]
-    for segmenter in segmenters:
+    titles = told_apart([segmenter.model.system for segmenter in segmenters], names)
+    for segmenter, title in zip(segmenters, titles, strict=True):
         result = segmenter.predict(image, classes)
         overlay = np.asarray(result.overlay(legend=False))
         largest = ", ".join(f"{row.name} {_percent(row.fraction)}" for row in result.table()[:3])
-        group.append(Panel(overlay, segmenter.model.system, largest))
+        group.append(Panel(overlay, title, largest))
     return compose("The same picture by several models", in_rows(group), subtitle=Path(image_name(image)).name)
 
 
@@ -239,6 +243,11 @@ def read_picture(segmenter: Segmenter, image: str | Path) -> NDArray[np.uint8]:
     return read_image(image, max_pixels=segmenter.max_pixels).permute(1, 2, 0).numpy()
 
 
+def told_apart(titles: Sequence[str], names: Sequence[str]) -> list[str]:
+    """``titles``; or, where two are the same, the ``names`` that what they stand for was given by, if there are any."""
+    return [printable(name) for name in names] if names and len(set(titles)) < len(titles) else list(titles)
+
+
 def in_rows(panels: Sequence[Panel]) -> list[list[Panel]]:
     """Panels in rows of about equal length, no longer than a page is wide."""
     rows = -(-len(panels) // _MAX_COLUMNS)
@@ -302,7 +311,8 @@ def curves_figure(runs: Sequence[str | Path], metrics: Sequence[str] = tuple(MET
         raise LexisegError("No run was given; name the folder of one or more runs.")
     if not metrics:
         raise LexisegError(f"No metric was given; name one or more of {', '.join(METRICS)}.")
-    found = [(Path(run).resolve().name, _read(Path(run), metrics)) for run in runs]
+    names = told_apart([Path(run).resolve().name for run in runs], [str(run) for run in runs])
+    found = [(name, _read(Path(run), metrics)) for name, run in zip(names, runs, strict=True)]
     figure = new_figure(4.2 * len(metrics), 3.4)
     panels = figure.subplots(1, len(metrics), squeeze=False)[0]
     for panel, metric in zip(panels, metrics, strict=True):

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lexiseg.analysis.figures import in_rows, read_picture
+from lexiseg.analysis.figures import in_rows, read_picture, told_apart
 from lexiseg.analysis.panels import ACCENT, INK, Panel, Point, Scale, chosen_points, compose
 from lexiseg.devices import EvaluationMode
 from lexiseg.errors import LexisegError
@@ -131,6 +131,7 @@ def top_classes_figure(
     proposals: int = 8,
     k: int = 5,
     by: ScoresBy = "clip",
+    names: Sequence[str] = (),
 ) -> Figure:
     """The proposals that decide most of a picture, and the best classes of each (MAFT, Fig. 1, 3 and 7).
 
@@ -140,9 +141,10 @@ def top_classes_figure(
     ``segmenters``: one or several, each with a decoupled model; a row of panels each. ``classes``: the words, as
     `Segmenter.predict` takes them; names of unseen classes are red. ``proposals``: how many are shown at most. ``by``:
     whose scores: "clip" is what CLIP, or MAFT's tuned copy of it, says of a region by itself (the paper's A^c);
-    "ensemble" what the model predicts from, in which the generator may have a say. DeOP's are CLIP's in both. Raises
-    LexisegError if a model has no proposals, proposes none here, or CLIP is not asked about them; the picture or the
-    classes are wrong; several models are to be compared by their ensembles.
+    "ensemble" what the model predicts from, in which the generator may have a say. DeOP's are CLIP's in both.
+    ``names``: of the models, see `told_apart`. Raises LexisegError if a model has no proposals, proposes none here, or
+    CLIP is not asked about them; the picture or the classes are wrong; several models are to be compared by their
+    ensembles.
     """
     several = [segmenters] if isinstance(segmenters, Segmenter) else list(segmenters)
     for segmenter in several:
@@ -166,25 +168,26 @@ def top_classes_figure(
     owner = (masks * deciding[:, :, None]).argmax(dim=0)
     pixels = torch.bincount(owner.flatten(), minlength=len(masks))
     order = [int(index) for index in pixels.argsort(descending=True, stable=True)[:proposals] if pixels[index]]
-    names = [*vocabulary.names, "background"]
+    labels = [*vocabulary.names, "background"]
     unseen = {index for index, entry in enumerate(vocabulary.classes) if entry.seen is False}
     rows: list[list[Panel]] = []
-    for segmenter in several:
+    titles = told_apart([segmenter.model.system for segmenter in several], names)
+    for segmenter, title in zip(several, titles, strict=True):
         judged = scores if by == "ensemble" else _judged(segmenter, image, vocabulary, first)
         values, indices = (found.cpu() for found in top_classes(judged, k))
         panels = []
         for index in order:
             fraction = float(pixels[index]) / owner.numel()
             bars = tuple(
-                (names[which], value, ACCENT if which in unseen else INK)
+                (labels[which], value, ACCENT if which in unseen else INK)
                 for value, which in zip(values[index].tolist(), indices[index].tolist(), strict=True)
             )
             note = f"decides {100 * fraction:.0f} % of the picture" if segmenter is first else "the same region"
-            caption = f"proposal {index + 1}" + (f": {segmenter.model.system}" if len(several) > 1 else "")
+            caption = f"proposal {index + 1}" + (f": {title}" if len(several) > 1 else "")
             panels.append(Panel(_lit(picture, masks[index]), caption, note, bars=bars))
         rows += in_rows(panels)
     return compose(
-        f"Best classes of the proposals: {', '.join(segmenter.model.system for segmenter in several)}",
+        f"Best classes of the proposals: {', '.join(titles)}",
         rows,
         subtitle=f"{Path(image_name(image)).name}; {scores.masks.shape[1]} proposals; "
         f"scores {_SCORES_OF[by]}; red: unseen in training",

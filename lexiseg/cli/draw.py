@@ -84,7 +84,9 @@ def compare(
     vocabulary = lexiseg.Vocabulary.parse(classes)
     from lexiseg.analysis.figures import compare_figure
 
-    _draw(output, lambda: compare_figure([_load(name, device, inside=False) for name in model], image, vocabulary))
+    _draw(
+        output, lambda: compare_figure([_load(name, device, inside=False) for name in model], image, vocabulary, model)
+    )
 
 
 @app.command("cka")
@@ -140,10 +142,11 @@ def proposals(
     vocabulary = lexiseg.Vocabulary.parse(classes)
     from lexiseg.analysis.regions import top_classes_figure
 
+    names = [model, *(against or ())]
     _draw(
         output,
         lambda: top_classes_figure(
-            [_load(name, device) for name in (model, *(against or ()))], image, vocabulary, proposals=count, by=by
+            [_load(name, device) for name in names], image, vocabulary, proposals=count, by=by, names=names
         ),
     )
 

@@ -18,6 +18,7 @@ import lexiseg
 from lexiseg.analysis.figures import (
     cka_figure,
     compare_figure,
+    curves_figure,
     nga_figure,
     nga_weights,
     scores_figure,
@@ -193,6 +194,20 @@ def test_figures_of_a_system(system: str, photo: Path) -> None:
     model.model.train()
     similarity_figure(model, photo)
     assert model.model.training
+
+
+def test_two_models_or_runs_of_one_name_are_told_apart(photo: Path, tmp_path: Path) -> None:
+    """Two runs of one system had the same title, and two runs in folders of one name the same line in the legend."""
+    models = [segmenter("zegclip"), segmenter("zegclip")]
+    figure = compare_figure(models, photo, "cat; dog", ["runs/a", "runs/b"])
+    titles = [axes.get_title().partition("\n")[0] for axes in figure.axes]
+    assert titles[:3] == ["picture", "runs/a", "runs/b"]
+    runs = [str(tmp_path / name / "run") for name in "ab"]
+    for run in runs:
+        Path(run).mkdir(parents=True)
+        (Path(run) / "metrics.jsonl").write_text('{"step": 1, "val/hiou": 30.0}\n')
+    (legend,) = curves_figure(runs, ["hiou"]).legends
+    assert [text.get_text() for text in legend.get_texts()] == runs
 
 
 def test_letters_that_no_font_has_are_announced(

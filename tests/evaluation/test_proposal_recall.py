@@ -177,6 +177,8 @@ def test_figures(segmenter: Segmenter, picture: Path) -> None:
     panels = [axes for axes in figure.axes if axes.images]
     assert len(panels) == 2
     assert np.array_equal(panels[0].images[0].get_array(), panels[1].images[0].get_array())  # the same region
+    figure = top_classes_figure([segmenter, segmenter], picture, "cat; sky", proposals=1, names=["a", "b"])
+    assert [axes.get_title().partition("\n")[0][-3:] for axes in figure.axes if axes.images] == [": a", ": b"]
     with pytest.raises(LexisegError, match="only by 'clip'"):
         top_classes_figure([segmenter, segmenter], picture, "cat", by="ensemble")
     with pytest.raises(LexisegError, match="70,0 lies outside"):

@@ -89,6 +89,8 @@ class _Augmented(StrictModel):
         for key in ("short_sides", "longest", "cut"):
             if getattr(self, key) is not None and self.augment != "short-edge":
                 raise ValueError(f"'{key}' belongs to augment 'short-edge', not to '{self.augment}'")
+        if self.cut is not None and self.cut > self.crop:
+            raise ValueError(f"'cut' keeps {self.cut} pixels of a crop of {self.crop}; give a smaller one, or null")
         return self
 
     def pipeline(self, mean: Triple, std: Triple, *, pad_label: int = 255, ignored: int = 255) -> Pipeline:

@@ -82,6 +82,7 @@ def test_variants(tmp_path: Path) -> None:
         ({"base": "tiny", "teacher": "x"}, "'teacher' labels pixels for self-training"),
         ({"base": "tiny", "data": {"crop": 8}}, "wrong value for 'data.crop'"),
         ({"base": "zegclip-voc2012", "data": {"cut": 32}}, "'cut' belongs to augment 'short-edge'"),
+        ({"base": "deop-voc2012", "data": {"crop": 256}}, "'cut' keeps 512 pixels of a crop of 256"),
         ({"base": "prompts-voc2012", "train": {"steps": 0}}, "'train.steps' is 0"),
         ({"base": "prompts-voc2012", "model": {"prefx": 3}}, "unknown key 'model.prefx'; did you mean 'prefix'"),
         ({"base": "clip-emoji", "train": {"steps": 0}}, "'train.steps' is 0"),

@@ -91,6 +91,8 @@ class TrainSettings(StrictModel):
     def _check(self) -> TrainSettings:
         if self.keep_best is not None and not self.snapshot_every:
             raise ValueError("'keep_best' needs evaluations to choose by; set 'snapshot_every'")
+        if self.schedule != "constant" and self.min_lr > self.lr:
+            raise ValueError(f"the rate would rise from 'lr', {self.lr:g}, to 'min_lr', {self.min_lr:g}; lower that")
         if self.patience is not None and self.keep_best is None:
             raise ValueError("'patience' waits for a better value of 'keep_best', which is missing; name a metric")
         return self

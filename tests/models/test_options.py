@@ -48,6 +48,13 @@ def test_numbers_of_the_loop_are_finite(key: str) -> None:
         TrainSettings.model_validate({"steps": 1, "batch_size": 1, "lr": 1.0, key: float("inf")})
 
 
+def test_the_learning_rate_does_not_rise_to_its_smallest_value() -> None:
+    numbers = {"steps": 1, "batch_size": 1, "lr": 1e-7}
+    with pytest.raises(ValueError, match=r"would rise from 'lr', 1e-07, to 'min_lr', 1e-06; lower that"):
+        TrainSettings.model_validate(numbers)
+    TrainSettings.model_validate({**numbers, "schedule": "constant"})
+
+
 def test_the_resize_before_the_windows_is_an_option() -> None:
     assert ZegCLIP.build(small_clip()).window.antialias
     assert not ZegCLIP.build(small_clip(), {"antialias": False}).window.antialias

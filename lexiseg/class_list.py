@@ -44,7 +44,7 @@ _ENDINGS = (
 )
 _KEYS = ("classes", "templates", "background", "ignore", "masks", "exif")
 _LISTS = ("classes", "categories", "names", "labels", "id2label", "label2id")
-_YAML_START = re.compile(rf"(?:-\s|---|(?:{'|'.join((*_KEYS, *_LISTS, 'nc', 'path', 'train', 'val'))})\s*:)")
+_YAML_START = re.compile(rf"(?:-\s|---|(?:{'|'.join((*_KEYS, *_LISTS, 'nc', 'path', 'train', 'val'))})\s*:(?!\S))")
 _BRACKETED = re.compile(r"\s*(?:\[.*\]|\{\s*[0-9].*\}|\((\s*[\"'].*[\"'],?\s*)\))\s*", re.DOTALL)
 _JSON_START = re.compile(r"\s*(?:\[\s*[\"\[{\]]|\{\s*[\"}])")
 
@@ -240,7 +240,9 @@ def _structured(value: Any) -> ClassList:
             raise LexisegError("The file holds no list of names; write one, or put it under the key 'classes'.")
         return _sorted_out(entries_read(value))
     key = next((key for key in _LISTS if key in value), None)
-    if key is None and not value.keys() & set(_KEYS) and value:
+    settings_given = value.keys() & set(_KEYS)
+    # Beside names with numbers or colours, background is a class as they are.
+    if key is None and value and (not settings_given or (settings_given == {"background"} and len(value) > 1)):
         return _sorted_out(mapping_read(value))
     if key == "classes" or key is None:
         refuse_unknown(value, _KEYS, "a list of classes")

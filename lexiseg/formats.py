@@ -13,7 +13,7 @@ import numpy as np
 from lexiseg.errors import LexisegError, need
 from lexiseg.files import atomic_write
 from lexiseg.label_ids import ignore_index
-from lexiseg.words import counted, describe, quoted, shorten
+from lexiseg.words import counted, describe, printable, quoted, shorten
 
 if TYPE_CHECKING:
     from lexiseg.segmentation import Segmentation, TableRow
@@ -362,7 +362,7 @@ def to_cvat(result: Segmentation, instances: Collection[str] = ()) -> str:
     height, width = result.size
     root = ElementTree.Element("annotations")
     ElementTree.SubElement(root, "version").text = "1.1"
-    facts = {"id": "0", "name": Path(result.name).name, "width": str(width), "height": str(height)}
+    facts = {"id": "0", "name": printable(Path(result.name).name), "width": str(width), "height": str(height)}
     image = ElementTree.SubElement(root, "image", facts)
     for row, mask in objects_of(result, instances):
         left, top, wide, high = bounding_box(mask)

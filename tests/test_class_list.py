@@ -64,6 +64,23 @@ def test_forms_are_told_by_their_content(tmp_path: Path, text: str) -> None:
 
 
 @pytest.mark.parametrize(
+    "text",
+    [
+        "# label:color_rgb:parts:actions\nbackground:0,0,0::\ntrain:0,0,255::\n",
+        '{"background": [0, 0, 0], "train": [0, 0, 255]}',
+        "background: 0\ntrain: 1\n",
+        '{"background": 0, "train": 1}',
+    ],
+)
+def test_a_class_may_be_called_as_a_key_is(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "labelmap.txt"
+    path.write_text(text)
+    found = read_class_list(path)
+    assert [one.name for one in found.classes] == ["background", "train"] and found.background is None
+    assert all(one.value is not None or one.color is not None for one in found.classes)
+
+
+@pytest.mark.parametrize(
     ("text", "ignored"),
     [
         ("0: cat\n11: (ignore)\n1: dog\n", (11,)),

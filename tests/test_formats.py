@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 import xml.etree.ElementTree as ElementTree
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -177,6 +178,12 @@ def test_cvat_keeps_every_pixel() -> None:
         inside = np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(height, width)
         labels[top : top + height, left : left + width][inside] = NAMES.index(mask.attrib["label"])
     assert np.array_equal(labels, result().label_map)
+
+
+def test_cvat_is_xml_whatever_the_picture_is_called() -> None:
+    one = replace(result(), name="esc\x1b[31m \udce9.png")
+    (image,) = ElementTree.fromstring(formats.to_cvat(one).encode()).iter("image")
+    assert image.attrib["name"] == r"esc\x1b[31m \xe9.png"
 
 
 def test_supervision() -> None:

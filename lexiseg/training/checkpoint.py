@@ -187,7 +187,11 @@ def _tensorboard(folder: Path, first_step: int) -> Any:
     except ImportError:
         _log.warning("TensorBoard is not installed, so only metrics.jsonl is written; `pip install tensorboard`.")
         return None
-    return SummaryWriter(str(folder), purge_step=first_step)
+    try:
+        return SummaryWriter(str(folder), purge_step=first_step)
+    except UnicodeEncodeError:
+        _log.warning("TensorBoard cannot write where a folder's name is not UTF-8, so only metrics.jsonl is written.")
+        return None
 
 
 @dataclass(eq=False, repr=False)

@@ -207,6 +207,13 @@ def test_without_tensorboard_a_warning_says_so(tmp_path, monkeypatch, caplog):
     assert "TensorBoard is not installed" in caplog.text and (tmp_path / "metrics.jsonl").stat().st_size
 
 
+def test_a_run_in_a_folder_whose_name_is_not_utf8(tmp_path, caplog):
+    pytest.importorskip("tensorboard")
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    Trainer(TinyTask(), settings(steps=1), folder, device="cpu", progress=False).run()
+    assert "only metrics.jsonl is written" in caplog.text and (folder / "metrics.jsonl").stat().st_size
+
+
 def test_batches_come_in_order_whoever_makes_them():
     for workers in (0, 1, 2):
         assert list(prefetch(lambda index: index**2, range(3, 20, 4), workers=workers)) == [9, 49, 121, 225, 361]

@@ -45,7 +45,7 @@ _ENDINGS = (
 _KEYS = ("classes", "templates", "background", "ignore", "masks", "exif")
 _LISTS = ("classes", "categories", "names", "labels", "id2label", "label2id")
 _YAML_START = re.compile(rf"(?:-\s|---|(?:{'|'.join((*_KEYS, *_LISTS, 'nc', 'path', 'train', 'val'))})\s*:(?!\S))")
-_BRACKETED = re.compile(r"\s*(?:\[.*\]|\{\s*[0-9].*\}|\((\s*[\"'].*[\"'],?\s*)\))\s*", re.DOTALL)
+_BRACKETED = re.compile(r"\s*(?:\[.*\]|\{\s*[\"'0-9][^:]*:.*\}|\((\s*[\"'].*[\"'],?\s*)\))\s*", re.DOTALL)
 _JSON_START = re.compile(r"\s*(?:\[\s*[\"\[{\]]|\{\s*[\"}])")
 
 

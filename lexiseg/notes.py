@@ -10,6 +10,7 @@ from typing import Any
 
 from PIL import Image, PngImagePlugin
 
+from lexiseg.class_list import ClassList
 from lexiseg.errors import LexisegWarning
 from lexiseg.vocabulary import Vocabulary
 from lexiseg.words import shorten
@@ -33,6 +34,14 @@ def one_class(vocabulary: Vocabulary) -> None:
         text = f"The only class, '{shorten(only.name)}', takes every pixel; name what else is in the picture, "
         text += f"'{shorten(only.name)}; grass; sky', or give a background, such as the word 'background'."
     warnings.warn(text, LexisegWarning, stacklevel=2)
+
+
+def numbered(listed: ClassList) -> None:
+    """Warn that results do not hold the numbers that a class file gives, as label files of one's own data do."""
+    if any(one.value not in (None, place) for place, one in enumerate(listed.classes)):
+        text = "Results count the classes from 0 in their order, not by the numbers in the list; as masks of your own "
+        text += "data they need a class file without numbers."
+        warnings.warn(text, LexisegWarning, stacklevel=2)
 
 
 def no_class(threshold: float) -> None:

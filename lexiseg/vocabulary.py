@@ -39,8 +39,8 @@ class VocabularyClass(ListedClass):
     """One class, checked: its name, other words for it, whether it had masks in training, and its colour.
 
     The best-scoring word of a class wins. Without a colour it has one by its position in the vocabulary. Raises
-    LexisegError if nothing of the class is scored; a name is empty or holds control characters; or a colour is not
-    three numbers in 0..255.
+    LexisegError if nothing of the class is scored; a word is empty, holds control characters or begins with "photo:";
+    or a colour is not three numbers in 0..255.
     """
 
     exemplars: tuple[Exemplar, ...] = ()  # pictures of the class, which count as further words
@@ -51,6 +51,11 @@ class VocabularyClass(ListedClass):
             said = describe(self.synonyms)
             raise LexisegError(f"The synonyms of '{shorten(name)}' must be a list of texts, not '{said}'; give one.")
         synonyms = tuple(clean_word(word, f"A synonym of the class '{shorten(name)}'") for word in self.synonyms)
+        if shown := next((word for word in (name, *synonyms) if word.startswith(PREFIX)), None):
+            raise LexisegError(
+                f"'{shorten(shown)}' is a picture and needs a name; write for example 'mug = {shorten(shown)}', or "
+                "give it among the exemplars."
+            )
         if self.seen not in (None, True, False):
             raise LexisegError(f"'seen' of the class '{shorten(name)}' must be true, false or absent.")
         object.__setattr__(self, "name", name)
@@ -338,8 +343,6 @@ def _class_of(one: ListedClass, folder: Path | None) -> VocabularyClass:
     """A class of a list, checked; words that begin with "photo:" are exemplars, whose files may lie beside it."""
     if isinstance(one, VocabularyClass):
         return one
-    if one.name.startswith(PREFIX):
-        raise LexisegError(f"'{shorten(one.name)}' needs a name; write for example 'mug = {shorten(one.name)}'.")
     words = tuple(word for word in one.synonyms if not word.startswith(PREFIX))
     exemplars = tuple(Exemplar.parse(word, folder) for word in one.synonyms if word.startswith(PREFIX))
     return VocabularyClass(one.name, words, one.seen, one.color, one.scored, exemplars=exemplars)

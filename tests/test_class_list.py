@@ -168,6 +168,8 @@ def test_tables_with_synonyms_and_columns_with_a_heading(tmp_path: Path) -> None
         "[giraffe, tree\u3001bush]",
         "('giraffe',\n 'tree, bush',)\n",
         "{0: 'giraffe', 1: 'tree, bush'}",
+        '{"0": "giraffe", "1": "tree, bush"}',
+        '{"classes": ["giraffe", "tree, bush"]}',
     ],
 )
 def test_lists_as_python_writes_them(tmp_path: Path, text: str) -> None:

@@ -88,7 +88,9 @@ def test_pictures_in_memory_serve_as_well_and_text_alone_opens_no_file(files: Pa
         mixed.vocabulary.save(files / "classes.json")
     assert torch.equal(ours.label_map, segmenter.predict(other, by_file).label_map)
     listed = split_classes("mug = photo:/etc/hostname#1 2 3 4")  # what a service makes of a stranger's text
-    assert VocabularyClass(listed[0].name, listed[0].synonyms).exemplars == ()
+    for name, synonyms in ((listed[0].name, listed[0].synonyms), ("photo:mug.png#1 2 3 4", ())):
+        with pytest.raises(LexisegError, match="is a picture and needs a name"):
+            VocabularyClass(name, synonyms)
 
 
 def test_it_is_remembered_on_disk_until_the_picture_changes(files: Path, tmp_path: Path) -> None:

@@ -43,6 +43,7 @@ from lexiseg.errors import LexisegError
 from lexiseg.exemplars import PREFIX, Exemplar
 from lexiseg.refine import has_sam
 from lexiseg.vocabulary import Vocabulary, VocabularyClass
+from lexiseg.words import word_key
 
 if TYPE_CHECKING:
     from lexiseg.segmenter import Segmenter
@@ -143,7 +144,9 @@ class Service:
             shows = picture if one.image is None else decode_picture(one.image, "An exemplar's picture")
             shown = (Exemplar(shows, box=one.box),)
             made = VocabularyClass(one.name, exemplars=shown, scored=False)
-            place = next((place for place, word in enumerate(words) if word.name == made.name), None)
+            place = next(
+                (place for place, word in enumerate(words) if word_key(word.name) == word_key(made.name)), None
+            )
             if place is None:
                 words.append(made)
             else:

@@ -149,7 +149,7 @@ def predict(
     if video or chart:
         _refuse_for_streams(len(sources) > 1 or cluster, font or instances, kinds, chart and resume)
     paths = [] if video or chart else _pictures(sources, output)
-    vocabulary = lexiseg.Vocabulary.parse(classes)
+    vocabulary = _vocabulary(classes, kinds)
     from lexiseg.files import new_folder
 
     loading: dict[str, Any] = {"dtype": dtype, "compile": compile, "templates": template or None}
@@ -204,6 +204,16 @@ def _kinds(save: str, instances: str | None, font: Path | None) -> list[str]:
     return kinds
 
 
+def _vocabulary(classes: str | Path, kinds: Sequence[str]) -> Vocabulary:
+    from lexiseg.class_list import read_classes
+    from lexiseg.notes import numbered
+
+    listed = read_classes(classes)
+    if "labels" in kinds or "yolo" in kinds:
+        numbered(listed)
+    return lexiseg.Vocabulary.parse(listed)
+
+
 def _instances(text: str | None, vocabulary: Vocabulary) -> tuple[str, ...]:
     """The classes of ``--instances``, as the vocabulary spells them."""
     if text is None:
@@ -220,7 +230,7 @@ def _instances(text: str | None, vocabulary: Vocabulary) -> tuple[str, ...]:
     return tuple(names[word_key(word)] for word in wanted)
 
 
-def _split(words: Sequence[str], classes_file: Path | None) -> tuple[list[str], str | Path | Vocabulary]:
+def _split(words: Sequence[str], classes_file: Path | None) -> tuple[list[str], str | Path]:
     """Tell the pictures from the classes."""
     if classes_file is not None:
         return list(words), classes_file

@@ -194,8 +194,8 @@ def test_a_box_on_a_picture_is_a_class(running: Running) -> None:
         "exemplars": [{"name": name, "box": [*box[:2], 90 + i, 99]} for i, name in enumerate("ab")],
     }
     assert running.client.post("/v1/segment", json=alone).json()["names"] == ["a", "b"]
-    both = {**asked, "classes": "thing; grass"}
-    assert running.client.post("/v1/segment", json=both).json()["names"] == ["thing", "grass"]
+    both = {**asked, "classes": "Thing; grass"}
+    assert running.client.post("/v1/segment", json=both).json()["names"] == ["Thing", "grass"]
     for exemplar, says in (
         ({"name": "thing", "box": [9, 9, 3, 3]}, "left, top, right, bottom"),
         ({"name": "thing", "box": [5000, 5000, 6000, 6000]}, "nowhere"),

@@ -99,6 +99,20 @@ def test_predict_takes_classes_from_files(call: Call, tiny_model: Path, picture:
         assert {row["class"] for row in json.loads(out)["images"][0]["classes"]} == names
 
 
+def test_numbers_that_results_do_not_hold_are_noted(
+    call: Call, tiny_model: Path, picture: Path, tmp_path: Path
+) -> None:
+    for text, kind, noted in (
+        ("1: dog\n2: grass\n", "labels", True),
+        ("1: dog\n2: grass\n", "json", False),
+        ("0: dog\n1: grass\n", "labels", False),
+        ("dog,255,0,0\ngrass,0,255,0\n", "labels", False),
+    ):
+        (tmp_path / "classes.txt").write_text(text)
+        code, _, err = call("predict", picture, "classes.txt", "-m", tiny_model, "--save", kind)
+        assert code == 0 and ("not by the numbers in the list" in err) is noted
+
+
 def test_names_in_any_script_on_any_terminal(
     call: Call, tiny_model: Path, picture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,7 +13,10 @@ from lexiseg.errors import DataSetError
 from lexiseg.images import IMAGE_SUFFIXES
 
 IMAGE_FOLDERS = ("images", "JPEGImages", "imgs", "image", "img", "photos", "data")
-MASK_FOLDERS = ("masks", "labels", "SegmentationClass", "annotations", "mask", "label", "annots", "gt", "ground_truth")
+MASK_FOLDERS = (
+    *("masks", "labels", "SegmentationClass", "annotations", "mask", "label", "annots", "gt", "ground_truth"),
+    *("labelme", "yolo"),  # as `lexiseg predict` calls them
+)
 CLASS_FILES = (
     *("classes.txt", "classes.yaml", "classes.yml", "classes.json", "classes.csv", "classes.names", "_classes.csv"),
     *("data.yaml", "data.yml", "dataset.yaml", "class_dict.csv", "codes.txt", "label_colors.txt", "labelmap.txt"),

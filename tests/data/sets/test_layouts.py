@@ -9,11 +9,13 @@ import time
 import unicodedata
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from lexiseg.cli import main
@@ -22,6 +24,8 @@ from lexiseg.data.sets.open import open_data_set
 from lexiseg.data.sets.prepare import prepare
 from lexiseg.data.sets.verify import verify
 from lexiseg.errors import LexisegError, LexisegWarning
+from lexiseg.segmentation import Segmentation
+from lexiseg.vocabulary import Vocabulary
 from tests.miniatures import save_index, save_picture
 
 SIZE = (32, 48)
@@ -149,6 +153,14 @@ def predicted(root: Path) -> None:
         save_picture(root / f"masks/{name}_overlay.png", 0, SIZE)
 
 
+def predicted_outlines(kind: str, root: Path) -> None:
+    """What `lexiseg predict images -o .` writes."""
+    _pictures(root / "images", ("a", "b", "c", "d"))
+    for name in "abcd":
+        Segmentation(torch.from_numpy(LABEL.astype(np.uint8)), Vocabulary.parse("cat")).save(root, name, (kind,))
+    _write(root / "val.txt", "c\nd\n")
+
+
 def side_by_side(root: Path) -> None:
     """Roboflow's masks: everything of a split in one folder."""
     for split, names in PARTS.items():
@@ -169,6 +181,7 @@ def black_and_white(root: Path) -> None:
 LAYOUTS: list[Callable[[Path], None]] = [
     *(coco_2017, roboflow_coco, windows_paths, one_json, labelme, yolo, roboflow_yolo, parts_in_kinds, camvid, suffix),
     *(predicted, side_by_side, black_and_white),
+    *(partial(predicted_outlines, "yolo"), partial(predicted_outlines, "labelme")),
 ]
 
 

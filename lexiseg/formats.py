@@ -200,12 +200,14 @@ def objects_of(result: Segmentation, instances: Collection[str] = ()) -> Iterato
             yield row, regions == number
 
 
-def names_in(result: Segmentation, names: Collection[str]) -> Collection[str]:
-    """Names of a result's classes as a collection, also where one alone is given.
+def names_in(result: Segmentation, names: Iterable[str]) -> tuple[str, ...]:
+    """Names of a result's classes, also where one alone is given.
 
     Raises LexisegError if there is no class of such a name.
     """
-    names = (names,) if isinstance(names, str) or not isinstance(names, Collection) else names
+    if not isinstance(names, Iterable):
+        raise LexisegError(f"Instances are given as a list of class names, not {describe(names)}.")
+    names = (names,) if isinstance(names, str) else tuple(names)
     for name in names:
         if name not in result.classes:
             raise LexisegError(f"There is no class '{shorten(str(name))}' in this result; see its `classes`.")

@@ -195,6 +195,13 @@ def test_supervision() -> None:
     assert len(empty.to_supervision()) == 0 and formats.to_coco([empty])["annotations"] == []
 
 
+def test_instances_may_be_any_names_and_nothing_else() -> None:
+    names = formats.to_coco([result()], iter(["giraffe"]))["annotations"]
+    assert names == formats.to_coco([result()], "giraffe")["annotations"] and len(names) == 4
+    with pytest.raises(LexisegError, match="a list of class names, not None"):
+        result().to_coco(None)  # type: ignore[arg-type]
+
+
 def test_every_kind_is_saved(tmp_path: Path) -> None:
     kinds = ("labels", "overlay", "json", "coco", "geojson", "yolo", "labelme", "cvat", "masks")
     paths = result().save(tmp_path, "photo", kinds, instances=["giraffe"])

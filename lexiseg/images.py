@@ -123,7 +123,7 @@ def list_images(target: str | Path) -> list[Path]:
     as a LexisegWarning says. Raises LexisegError if there is nothing of that name, or no picture in it.
     """
     text = os.fsdecode(target)
-    _refuse_url(text)
+    refuse_url(text)
     path = spelled(text)
     try:
         if path.is_dir():
@@ -162,11 +162,11 @@ def _natural_key(path: Path) -> tuple[list[tuple[int, int, str]], str]:
     return [(1, int(part), "") if index % 2 else (0, 0, part) for index, part in enumerate(parts)], str(path)
 
 
-def _refuse_url(text: str) -> None:
+def refuse_url(text: str) -> None:
+    """Say that nothing is fetched from the network. Raises LexisegError if ``text`` is a URL."""
     if re.match(r"[A-Za-z][A-Za-z0-9+.\-]+://|data:image", text):
         raise LexisegError(
-            f"'{shorten(text, 100)}' is a URL, and nothing is fetched from the network; download the picture and give "
-            "its path."
+            f"'{shorten(text, 100)}' is a URL, and nothing is fetched from the network; download it and give the path."
         )
 
 
@@ -176,7 +176,7 @@ def _reason(error: Exception) -> str:
 
 def _from_path(source: str | os.PathLike[Any], max_pixels: float, orient: bool) -> np.ndarray:
     text = os.fsdecode(source)
-    _refuse_url(text)
+    refuse_url(text)
     if "\0" in text:
         raise LexisegError("The picture's path holds a null character; check the path.")
     name = f"'{shorten(text, 200)}'"

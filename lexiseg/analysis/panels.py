@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -83,11 +84,22 @@ def _make_legible(figure: Figure) -> None:
         families.append(font_manager.FontProperties(fname=file).get_name())
     for one in written if face.files or face.missing else ():
         one.set_fontfamily(families)
-        one.set_text("".join("?" if letter in face.missing else letter for letter in one.get_text()))
+        one.set_text(_without(one.get_text(), face.missing))
     if face.missing:
         letters = shorten("".join(sorted(face.missing)))
         note = f"No font on this machine has the letters '{letters}', so the figure has ? for each; install one."
         warnings.warn(note, LexisegWarning, stacklevel=2)
+
+
+def _without(text: str, missing: set[str]) -> str:
+    """A text with ? for the letters that are missing, and for the marks that they carry."""
+    shown = ""
+    for letter in text:
+        if letter in missing:
+            shown += "?"
+        elif not (shown.endswith("?") and unicodedata.category(letter) in ("Mn", "Me", "Cf")):
+            shown += letter
+    return shown
 
 
 def _lines(*texts: str) -> str:

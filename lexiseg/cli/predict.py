@@ -232,6 +232,10 @@ def _instances(text: str | None, vocabulary: Vocabulary) -> tuple[str, ...]:
 
 def _split(words: Sequence[str], classes_file: Path | None) -> tuple[list[str], str | Path]:
     """Tell the pictures from the classes."""
+    from lexiseg.images import IMAGE_SUFFIXES, refuse_url
+
+    for word in words:
+        refuse_url(word)
     if classes_file is not None:
         return list(words), classes_file
     if len(words) < 2:
@@ -240,8 +244,6 @@ def _split(words: Sequence[str], classes_file: Path | None) -> tuple[list[str], 
             "lexiseg predict photo.jpg 'giraffe; tree, bush'."
         )
     last = words[-1]
-    from lexiseg.images import IMAGE_SUFFIXES
-
     # A folder's bare name may be a word; os.path because a text of classes may be too long for pathlib.
     is_folder = Path(last).name != last and os.path.isdir(last)  # noqa: PTH112
     if PREFIX not in last and (is_folder or Path(last).suffix.lower() in IMAGE_SUFFIXES):

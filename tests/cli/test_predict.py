@@ -196,11 +196,16 @@ def test_predict_bad_pictures(call: Call, tiny_model: Path, tmp_path: Path) -> N
     for said, path in bad_pictures(tmp_path / "bad").items():
         assert_sentence(*call("predict", path, WORDS, "-m", tiny_model), path.name, said)
     assert_sentence(*call("predict", tmp_path / "nowhere.jpg", WORDS, "-m", tiny_model), "nowhere.jpg")
-    assert_sentence(*call("predict", "http://example.org/a.jpg", WORDS, "-m", tiny_model), "URL")
+    for name in ("a.jpg", "a.mp4", "a.tif"):
+        assert_sentence(*call("predict", f"http://example.org/{name}", WORDS, "-m", tiny_model), "is a URL")
     assert_sentence(*call("predict", "photo.jpg"), "classes")
     assert not leftovers(tmp_path)
     code, _, err = call("predict", tmp_path / "bad", WORDS, "-m", tiny_model)
     assert code == 2 and "0 of 5" in err
+
+
+def test_a_list_of_classes_is_not_fetched(call: Call, tiny_model: Path, picture: Path) -> None:
+    assert_sentence(*call("predict", picture, "http://example.org/classes.txt", "-m", tiny_model), "is a URL")
 
 
 def test_predict_unwritable_output(call: Call, tiny_model: Path, picture: Path) -> None:

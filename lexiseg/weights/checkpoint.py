@@ -31,7 +31,7 @@ _PLAIN = (
 )
 _AVERAGE = (
     *("state_dict_ema", "model_ema", "ema_state_dict", "ema", "ema_model", "model_ema_state_dict"),
-    *("params_ema", "ema_model_state_dict", "teacher"),
+    *("params_ema", "ema_model_state_dict", "ema_state", "averaged_model", "teacher"),
 )
 # What compilers and sharding put into keys, at any place.
 _WRAPPERS = re.compile(r"(?<![^.])(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)\.")

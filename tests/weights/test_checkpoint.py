@@ -129,6 +129,7 @@ def test_a_moving_average_is_announced_and_chosen(state: State, tmp_path: Path) 
     both: list[Any] = [
         {"state_dict": plain, "state_dict_ema": state},
         {"model": plain, "ema": {"module": state}},
+        {"model": plain, "ema_state": state},  # of Detectron2's hook
         {**prefixed(plain, "model."), **prefixed(state, "ema_model.module.")},
         {"state_dict": {**prefixed(plain, "student."), **prefixed(state, "teacher.")}},
     ]

@@ -239,7 +239,7 @@ def list_coco_json(
         findings.append(Finding(kind, problem, str(path), sample, split, severity))
 
     items: list[Item] = []
-    ids, taken = set[int | str](), set[str]()
+    ids, taken = set[int | str](), set[Path]()
     for index, record in enumerate(records):
         try:
             number, name = _id(record["id"]), _name(record["file_name"])
@@ -250,23 +250,21 @@ def list_coco_json(
             problem = f"'{path}': entry {index} of images has no valid id, file_name, height or width; complete it."
             wrong("wrong-record", problem)
             continue
-        if number in ids or name in taken:
-            what = f"lists the image '{name}' twice" if name in taken else f"gives two images the id {describe(number)}"
+        last = name.rpartition("/")[2]
+        # Of a path on the machine where the file was written only the last part means anything here.
+        parts = [name, last] if is_safe(name) else [last]
+        image = _first_file([folder / part for part in parts for folder in folders])
+        if number in ids or image in taken:
+            what = f"gives two images the id {describe(number)}" if number in ids else f"lists the image '{name}' twice"
             wrong("duplicate-entry", f"'{path}' {what}; remove one.", name)
             continue
         ids.add(number)
-        taken.add(name)
-        if not is_safe(name):
-            problem = f"'{path}' names '{name[:80]}', which leads outside the data folder; fix it."
-            wrong("wrong-name", problem, name[:80])
-            continue
-        last = name.rpartition("/")[2]
-        image = _first_file([*(folder / name for folder in folders), *(folder / last for folder in folders)])
         if image is None:
             where = ", ".join(f"'{folder}'" for folder in folders)
             problem = f"The picture '{name}' of '{path}' is in none of {where}; put it there or remove its record."
             wrong("missing-picture", problem, name)
             continue
+        taken.add(image)
         draw = partial(draw_outlines, outlines.get(number, []), size, rest)
         items.append(Item(key(Path(name).stem), image, path, LabelKind.index, table, draw, exif))
     strangers = [number for number in outlines if number not in ids]

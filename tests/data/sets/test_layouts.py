@@ -74,10 +74,11 @@ def roboflow_coco(root: Path) -> None:
         _write(root / part / "_annotations.coco.json", _coco(names))
 
 
-def windows_paths(root: Path) -> None:
+def paths_of(file_name: str, root: Path) -> None:
+    """JSON as it was written on another machine."""
     for split, names in PARTS.items():
         _pictures(root / "images", names)
-        _write(root / f"annotations/instances_{split}.json", _coco(names, "images\\{}.jpg"))
+        _write(root / f"annotations/instances_{split}.json", _coco(names, file_name))
 
 
 def one_json(root: Path) -> None:
@@ -179,7 +180,11 @@ def black_and_white(root: Path) -> None:
 
 
 LAYOUTS: list[Callable[[Path], None]] = [
-    *(coco_2017, roboflow_coco, windows_paths, one_json, labelme, yolo, roboflow_yolo, parts_in_kinds, camvid, suffix),
+    *(
+        partial(paths_of, name)
+        for name in ("images\\{}.jpg", "D:\\data\\{}.jpg", "/home/me/{}.jpg", "../media/1/{}.jpg")
+    ),
+    *(coco_2017, roboflow_coco, one_json, labelme, yolo, roboflow_yolo, parts_in_kinds, camvid, suffix),
     *(predicted, side_by_side, black_and_white),
     *(partial(predicted_outlines, "yolo"), partial(predicted_outlines, "labelme")),
 ]
@@ -196,6 +201,15 @@ def test_layouts(tmp_path: Path, layout: Callable[[Path], None]) -> None:
         for sample in data:
             assert sample.image.shape == (3, *SIZE)
             np.testing.assert_array_equal(sample.label.numpy(), LABEL)
+
+
+def test_two_records_of_one_picture(tmp_path: Path) -> None:
+    _pictures(tmp_path / "images", ("a",))
+    records = json.loads(_coco(("a", "a")))
+    records["images"][0]["file_name"], records["images"][1]["file_name"] = "/home/me/a.jpg", "/home/you/a.jpg"
+    _write(tmp_path / "annotations/instances_train.json", json.dumps(records))
+    (finding,) = verify("own", tmp_path, splits=["train"], workers=1).errors
+    assert finding.kind == "duplicate-entry" and "'/home/you/a.jpg' twice" in finding.problem
 
 
 def test_outside_of_outlines_is_background_where_there_is_such_a_class(tmp_path: Path) -> None:

@@ -98,10 +98,10 @@ def clean_word(text: object, what: str) -> str:
     if not text.isascii():
         cleaned = unicodedata.normalize("NFC", text.translate(_INVISIBLE))
     cleaned = " ".join(cleaned.split())
-    if not any(character.isprintable() and character != " " for character in cleaned):
-        raise LexisegError(f"{what} is empty; write a word or remove it.")
     if not cleaned.isprintable() and any(unicodedata.category(character) in ("Cc", "Cs") for character in cleaned):
         raise LexisegError(f"{what} ('{describe(cleaned)}') holds characters that cannot be read; type it again.")
+    if not any(character.isprintable() and character != " " for character in cleaned):
+        raise LexisegError(f"{what} is empty; write a word or remove it.")
     return cleaned
 
 

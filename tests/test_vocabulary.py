@@ -130,6 +130,7 @@ def test_save_and_load(tmp_path: Path) -> None:
         ([{"name": "cat", "seen": "perhaps"}], "'seen' of the class 'cat'"),
         ([{"name": "cat", "synonyms": 3}], "synonyms of the class 'cat'"),
         (["cat\x00"], "cannot be read"),
+        (["\udce9"], "cannot be read"),
         (["cat\ud800"], "cannot be read"),
         ({"classes": ["cat"], "templates": ["a photo"]}, "exactly one"),
         ({"classes": ["cat"], "background": True}, "background"),

@@ -30,8 +30,8 @@ _STRICTER = {"damaged-picture", "damaged-label", "odd-proportions", "split-overl
 def clean() -> list[Path]:
     """A folder of each layout."""
     whole = Path(tempfile.mkdtemp(prefix="lexiseg-fuzz-data-"))
-    for layout in LAYOUTS:
-        layout(whole / layout.__name__)
+    for number, layout in enumerate(LAYOUTS):
+        layout(whole / f"{number:02}")
     return sorted(whole.iterdir())
 
 

@@ -35,6 +35,7 @@ COCO = "annotations.json"
 SHARD_SIZE = 64
 TRIES = 2
 """How often a picture may take its worker down before it is left out."""
+_NEWEST = 1000  # pictures, of which it is checked whether their results are empty
 _TEMPORARY = re.compile(r"\.(?P<stem>.+?)(_labels|_overlay|_coco|_cvat)?\.[0-9a-f]{8}\.tmp\.\w+")
 
 
@@ -128,10 +129,10 @@ class Record(Journal):
         """Remove files that a killed process was writing; nobody may be writing results of ``stems`` meanwhile."""
         beginnings = set(stems)
         for folder in (self.output, self.output / "yolo", self.output / "labelme"):
-            for item in _listing(folder):
-                match = _TEMPORARY.fullmatch(item.name) if item.name.startswith(".") else None
+            for name in _listing(folder):
+                match = _TEMPORARY.fullmatch(name) if name.startswith(".") else None
                 if match and beginnings & {match["stem"], f"{match['stem']}{match[2] or ''}"}:
-                    (folder / item.name).unlink(missing_ok=True)
+                    (folder / name).unlink(missing_ok=True)
 
     def write_coco(self, classes: Iterable[str], entries: Iterable[Entry]) -> Path:
         """Write the pictures' annotations as one COCO dataset; a picture that could not be done is none of it.
@@ -146,14 +147,14 @@ class Record(Journal):
     def _done(self, images: Sequence[str]) -> dict[str, Entry]:
         """Everything recorded that still holds."""
         found = {entry.image: entry for entry in _entries(self.lines()) if not entry.error}
+        # A listing a folder: asking for each file would take minutes on a network.
         folders = {str(Path(name).parent) for entry in found.values() for name in entry.files.values()}
-        # A power cut may leave files empty, which but for YOLO's, of a picture without objects, are none.
-        names = {
-            str(Path(folder, item.name))
-            for folder in folders
-            for item in _listing(self.output / folder)
-            if folder == "yolo" or item.is_dir() or item.stat(follow_symlinks=False).st_size
-        }
+        names = {str(Path(folder, name)) for folder in folders for name in _listing(self.output / folder)}
+        # A power cut may leave the newest empty, which but for YOLO's, of a picture without objects, are no results.
+        for name in (name for entry in list(found.values())[-_NEWEST:] for name in entry.files.values()):
+            place = self.output / name
+            if place.parent.name != "yolo" and place.is_file() and not place.stat().st_size:
+                names.discard(name)
         found = {image: entry for image, entry in found.items() if names.issuperset(entry.files.values())}
         given = set(images)
         moved = {(Path(image).name, entry.state): entry for image, entry in found.items() if image not in given}
@@ -171,9 +172,9 @@ def _entries(lines: Iterable[Mapping[str, Any]]) -> list[Entry]:
     return found
 
 
-def _listing(folder: Path) -> list[os.DirEntry[str]]:
+def _listing(folder: Path) -> list[str]:
     try:
-        return list(os.scandir(folder))
+        return os.listdir(folder)  # noqa: PTH208 (names alone, which is several times as fast)
     except OSError:
         return []
 

@@ -175,7 +175,7 @@ def _question(
     classes: Any,
     synonyms: bool | None,
 ) -> Question:
-    if overrides and (protocol is not None or what.startswith(PICTURE_WORLD) or Path(what).is_dir()):
+    if overrides and (protocol is not None or what.startswith(PICTURE_WORLD) or is_folder(what)):
         raise LexisegError(f"--set overrides a recipe's values, and '{what}' is not a recipe; leave it out.")
     if protocol is not None:
         chosen = find_protocol(protocol)

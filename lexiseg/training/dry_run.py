@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from lexiseg.clip.load import count_parameters, load_clip, random_clip
 from lexiseg.clip.model import CLIP, build_clip
 from lexiseg.clip.prompt_learner import PromptLearner
 from lexiseg.errors import LexisegError
+from lexiseg.files import local
 from lexiseg.journal import flat
 from lexiseg.models.base import SegmentationModel
 from lexiseg.recipes import (
@@ -189,7 +189,7 @@ def clip_or_random(name: str) -> tuple[CLIP, str | None]:
     try:
         return load_clip(name), None
     except LexisegError as error:
-        if Path(name).exists():
+        if local(name) is not None:
             raise
         try:
             return random_clip(name), str(error).partition(";")[0].rstrip(".")  # the advice after it is for a training

@@ -120,12 +120,12 @@ def _load_hub(repository: str) -> SegmentationModel:
 def read_config(folder: Path) -> dict[str, Any]:
     """The ``config.json`` of a model folder; a `LexisegError` if it is damaged, or a file is missing."""
     path = folder / CONFIG_NAME
-    if not path.is_file():
+    if local(path) is None:
         others = {
             "open_clip_config.json": " It is a CLIP: write 'naclip/' before it.",
             "prompts.json": " It holds learned text prompts: name it as 'prompts_from' of a recipe.",
         }
-        other = next((said for name, said in others.items() if (folder / name).exists()), "")
+        other = next((said for name, said in others.items() if local(folder / name)), "")
         raise LexisegError(
             f"The folder '{folder}' has no {CONFIG_NAME}, so it is not a lexiseg model; give one that "
             f"`lexiseg train` or `lexiseg convert` wrote.{other}"

@@ -8,7 +8,7 @@ from typing import Any
 
 from lexiseg.catalog import clip_config, packaged_clips
 from lexiseg.errors import LexisegError
-from lexiseg.files import read_json, write_text
+from lexiseg.files import is_folder, read_json, write_text
 from lexiseg.weights.folder import read_config
 from lexiseg.words import first_line, printable
 
@@ -46,7 +46,7 @@ def model_card(folder: str | Path, repository: str = "OWNER/NAME") -> str:
 def _model_of(folder: str | Path) -> Path:
     """The model's folder, also where the folder of its training is given."""
     model = Path(folder, "model")
-    return model if model.is_dir() else Path(folder)
+    return model if is_folder(model) else Path(folder)
 
 
 def _training(config: dict[str, Any], about: dict[str, Any]) -> list[str]:

@@ -159,4 +159,7 @@ def test_a_name_too_long_for_a_file_is_one_sentence() -> None:
     for call in wrong:
         with pytest.raises(LexisegError):
             call()
-    assert main(["data", "verify", long]) == 2
+    assert main(["data", "verify", long]) == main(["data", "prepare", "own", long]) == main(["push", long, "a/b"]) == 2
+    assert main(["train", "tiny", "--dry-run", "--set", f"model.clip={long}"]) == 2
+    assert main(["evaluate", long, "--weights", "none", "--set", "a=b"]) == 2
+    assert main(["data", "verify", "voc2012", long]) == 1

@@ -13,6 +13,7 @@ from lexiseg.data.sets.catalog import DataSetInfo
 from lexiseg.data.sets.dataset import Finding, Item, SplitFiles
 from lexiseg.data.sets.labels import LabelKind, ValueTable
 from lexiseg.errors import DataSetError, LexisegError
+from lexiseg.files import is_folder
 from lexiseg.label_ids import ignore_index
 from lexiseg.vocabulary import Vocabulary
 from lexiseg.words import shorten, word_key
@@ -35,7 +36,7 @@ def find_home(
     is right that has one of these. Raises DataSetError if there is none.
     """
     root = Path(root)
-    if not root.is_dir():
+    if not is_folder(root):
         raise DataSetError(f"The dataset folder '{root}' does not exist; give the folder that {what} was unpacked in.")
     homes = [root, *(root / place for place in inside)]
     for wanted in (marks, archives):

@@ -56,6 +56,7 @@ from lexiseg.data.sets.listing import (
 )
 from lexiseg.data.sets.outlines import draw_labelme, draw_yolo, list_coco_json, read_labelme, rest_of
 from lexiseg.errors import DataSetError, LexisegError
+from lexiseg.files import is_folder
 from lexiseg.images import FOREIGN_SUFFIXES, IMAGE_SUFFIXES, open_header, pillow_silenced
 from lexiseg.label_ids import IGNORE_INDEX, ignore_index
 from lexiseg.vocabulary import Vocabulary
@@ -73,7 +74,7 @@ def list_own(root: Path, split: str, unseen: str | None, classes: Path | None) -
     looks for one in the folder. Raises LexisegError if the folder, its pictures, masks or class file cannot be found or
     read, or unseen.txt names a class that there is not, or all.
     """
-    if not root.is_dir():
+    if not is_folder(root):
         raise DataSetError(f"The data folder '{root}' does not exist; check the path.")
     settings = ClassList(())
     if (root / SETTINGS).is_file():

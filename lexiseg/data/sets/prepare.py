@@ -25,7 +25,7 @@ from lexiseg.data.sets.open import OWN, list_split
 from lexiseg.data.sets.papers import aug_names, find_sbd, voc_list
 from lexiseg.data.sets.verify import usable_splits
 from lexiseg.errors import DataSetError, LexisegError
-from lexiseg.files import make_folder, write_bytes
+from lexiseg.files import is_folder, make_folder, write_bytes
 from lexiseg.images import IMAGE_SUFFIXES
 from lexiseg.words import counted
 
@@ -69,7 +69,7 @@ def prepare(
     root = Path(root)
     if name != OWN:
         data_set(name)
-    if not root.is_dir():
+    if not is_folder(root):
         raise LexisegError(f"The folder '{root}' does not exist; put {_parts(name)} into it first.")
     steps = [*_unpack_all(name, root, say)]
     lists: dict[Path, list[str]] = {}

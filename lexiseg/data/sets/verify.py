@@ -22,6 +22,7 @@ from lexiseg.data.sets.labels import UNKNOWN, LabelKind, png_fault
 from lexiseg.data.sets.listing import unreadable
 from lexiseg.data.sets.open import OWN, list_split, splits_of
 from lexiseg.errors import DataSetError, LexisegError
+from lexiseg.files import is_folder
 from lexiseg.windows import check_proportions
 from lexiseg.words import counted
 
@@ -176,7 +177,7 @@ def usable_splits(name: str, root: Path) -> tuple[Sequence[str], list[Finding]]:
     Raises LexisegError if there is no dataset of that name, or its folder may not be read.
     """
     chosen = splits_of(name, root)
-    if name not in NAMES or "aug" not in data_set(name).splits or not root.is_dir():
+    if name not in NAMES or "aug" not in data_set(name).splits or not is_folder(root):
         return chosen, []
     found = any(next(root.glob(f"{place}{mark}"), None) is not None
                 for place in ("", "*/", "*/*/")

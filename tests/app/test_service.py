@@ -9,21 +9,18 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import httpx
 import numpy as np
 import pytest
-import torch
 import uvicorn
 from fastapi.testclient import TestClient
 from PIL import Image
 from pycocotools import mask as coco
 
 import lexiseg
-from lexiseg.app import service
 from lexiseg.app.results import encode_png
 from lexiseg.app.service import ServiceSettings, create_app
 from lexiseg.exemplars import Exemplar
@@ -333,124 +330,3 @@ def test_the_token_is_asked_for() -> None:
         assert guarded.client.get("/v1/models", headers=headers).status_code == 200
     finally:
         guarded.stop()
-
-
-def test_a_slow_client_is_told() -> None:
-    impatient = Running(SMALL.model_copy(update={"seconds": 1.0}))
-    try:
-        with socket.create_connection(("127.0.0.1", impatient.port)) as line:
-            line.sendall(head(1000))
-            assert b" 408 " in line.recv(100)
-    finally:
-        impatient.stop()
-
-
-def test_the_model_has_the_threads_and_answers_have_one_each(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
-    found: dict[str, set[int]] = {"model": set(), "answer": set()}
-    predict, describe = running.segmenter.predict, service.describe_result
-
-    def counted_predict(*arguments: Any, **more: Any) -> Any:
-        found["model"].add(torch.get_num_threads())
-        return predict(*arguments, **more)
-
-    def counted_describe(*arguments: Any) -> Any:
-        found["answer"].add(torch.get_num_threads())
-        return describe(*arguments)
-
-    monkeypatch.setattr(running.segmenter, "predict", counted_predict)
-    monkeypatch.setattr(service, "describe_result", counted_describe)
-    queue = running.service.queue
-    monkeypatch.setattr(queue, "threads", 3)
-    for _ in range(3):
-        assert running.client.post("/v1/segment", json={"image": b64(png()), "classes": "cat; dog"}).status_code == 200
-    assert found == {"model": {3}, "answer": {1}}
-
-
-def test_a_full_queue_says_when_to_come_back(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
-    release = threading.Event()
-    predict = running.segmenter.predict
-    sizes: list[int] = []
-
-    def slow(pictures: list[bytes], **arguments: object) -> object:
-        sizes.append(len(pictures))
-        release.wait(20)
-        return predict(pictures, **arguments)  # type: ignore[call-overload]
-
-    monkeypatch.setattr(running.segmenter, "predict", slow)
-    body = {"image": b64(png()), "classes": "cat; dog"}
-    with ThreadPoolExecutor(12) as clients:
-        waiting = [clients.submit(running.client.post, "/v1/segment", json=body) for _ in range(12)]
-        time.sleep(1.0)
-        release.set()
-        replies = [one.result() for one in waiting]
-    codes = [reply.status_code for reply in replies]
-    assert set(codes) == {200, 503} and codes.count(200) >= SMALL.queue
-    busy = next(reply for reply in replies if reply.status_code == 503)
-    assert int(busy.headers["retry-after"]) >= 1
-    assert_sentence(busy, 503, "busy")
-    assert max(sizes) > 1, "requests that waited together did not share a pass"
-
-
-def test_work_that_nobody_waits_for_ends(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
-    started, passes, forward = threading.Event(), [], running.segmenter.model.forward
-
-    def slow(images: torch.Tensor, text: torch.Tensor, **words: Any) -> Any:
-        passes.append(len(images))
-        started.set()
-        time.sleep(0.3)
-        return forward(images, text, **words)
-
-    monkeypatch.setattr(running.segmenter.model, "forward", slow)
-    asked = {"image": b64(png((300, 200))), "classes": "cat; dog"}
-    body = json.dumps({**asked, "window": 16}).encode()
-    with socket.create_connection(("127.0.0.1", running.port)) as line:
-        line.sendall(head(len(body)) + body)
-        assert started.wait(20)
-    assert running.client.post("/v1/segment", json=asked).status_code == 200
-    assert len(passes) < 24  # of 96 windows at the model's size of 192 x 128, four at a time
-
-
-def test_clients_that_leave_free_their_places(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
-    started, release = threading.Event(), threading.Event()
-    predict = running.segmenter.predict
-
-    def slow(*arguments: Any, **more: Any) -> Any:
-        started.set()
-        release.wait(20)
-        return predict(*arguments, **more)
-
-    monkeypatch.setattr(running.segmenter, "predict", slow)
-    queue, body = running.service.queue, json.dumps({"image": b64(png()), "classes": "cat; dog"}).encode()
-
-    def waiting(count: int) -> bool:
-        end = time.monotonic() + 20
-        while sum(not job.future.cancelled() for job in queue.waiting) != count and time.monotonic() < end:
-            time.sleep(0.02)
-        return time.monotonic() < end
-
-    with ThreadPoolExecutor(2) as clients:
-        first = clients.submit(running.client.post, "/v1/segment", content=body)
-        assert started.wait(20)
-        lines = [socket.create_connection(("127.0.0.1", running.port)) for _ in range(SMALL.queue)]
-        for line in lines:
-            line.sendall(head(len(body)) + body)
-        assert waiting(SMALL.queue)
-        assert running.client.post("/v1/segment", content=body).status_code == 503
-        for line in lines:
-            line.close()
-        assert waiting(0)
-        last = clients.submit(running.client.post, "/v1/segment", content=body)
-        assert waiting(1)
-        release.set()
-        assert [first.result().status_code, last.result().status_code] == [200, 200]
-
-
-def test_stopping_drains_what_waits() -> None:
-    stopping = Running(SMALL)
-    body = {"image": b64(png((512, 512))), "classes": "cat; dog"}
-    with ThreadPoolExecutor(3) as clients:
-        waiting = [clients.submit(stopping.client.post, "/v1/segment", json=body) for _ in range(3)]
-        time.sleep(0.3)
-        stopping.server.should_exit = True
-        assert [one.result().status_code for one in waiting] == [200] * 3
-    stopping.stop()

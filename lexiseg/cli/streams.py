@@ -64,7 +64,7 @@ def predict_map(
     tiles = segment_map(segmenter, source, vocabulary, output, options, **settings)
     pixels, _ = _count((labels for _, _, labels in tiles), vocabulary, count_tiles(source, options))
     fractions, files = pixels / max(1, int(pixels.sum())), map_files(source, output, options)
-    _say({"map": source}, source, "of what has a class", fractions, vocabulary, files, json)
+    _say({"map": source}, source, "of labelled pixels", fractions, vocabulary, files, json)
 
 
 def _count(pieces: Iterable[NDArray[np.integer]], vocabulary: Vocabulary, length: int) -> tuple[NDArray[np.int64], int]:

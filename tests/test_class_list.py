@@ -204,10 +204,10 @@ def test_files_and_paths_are_never_words(tmp_path: Path, monkeypatch: pytest.Mon
 def test_long_lines_take_no_time(tmp_path: Path, line: str) -> None:
     path = tmp_path / "classes.txt"
     path.write_text(f"cat\n{line}\n")
-    start = time.monotonic()
+    start = time.process_time()  # of this process: other work does not count
     with suppress(LexisegError):
         read_class_list(path)
-    assert time.monotonic() - start < 4
+    assert time.process_time() - start < 4
 
 
 def test_synonyms_before_a_color(tmp_path: Path) -> None:

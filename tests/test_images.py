@@ -177,6 +177,7 @@ def test_depth_is_that_of_the_largest_number() -> None:
     assert read_image(deep)[1].tolist() == [[0, 1, 128, 255]]
     assert read_image(np.array([[0, 70000, 2**18 - 1]]))[0].tolist() == [[0, 68, 255]]
     assert read_image(np.array([[7, 3, 1]]))[0].tolist() == [[7, 3, 1]]  # never below 8 bits
+    assert read_image(np.array([[0, 2047]]))[0].tolist() == [[0, 127]]  # eleven bits are of twelve
     assert read_image(np.array([[0.0, 0.5, 1.0]], np.float16))[0].tolist() == [[0, 128, 255]]
     assert read_image(torch.tensor([[0.0, 0.5, 1.0]], dtype=torch.bfloat16))[0].tolist() == [[0, 128, 255]]
     layers = np.array([[[4095, 4095], [4095, 0], [0, 4095]]], np.uint16)

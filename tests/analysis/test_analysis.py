@@ -25,6 +25,7 @@ from lexiseg.analysis.figures import (
     similarity_figure,
 )
 from lexiseg.analysis.panels import Panel, Scale, compose
+from lexiseg.analysis.regions import attention_maps
 from lexiseg.analysis.towers import (
     has_own_clip,
     learnt_in_tower,
@@ -118,6 +119,12 @@ def test_blocks_of_every_one_stage_system(system: str) -> None:
     assert own.patches.shape == plain.patches.shape == (4, 15, 24)
     same = torch.allclose(own.patches, plain.patches, atol=1e-5)
     assert same == (system == "dense-clip") == (not learnt_in_tower(model))
+
+
+def test_attention_is_the_mean_over_heads_without_the_class_token() -> None:
+    model = lexiseg.load("deop-emoji").model
+    rows = attention_maps(model, torch.rand(1, 3, 64, 64)).sum(dim=1)
+    assert len(rows) == 64 and float(rows.min()) > 0.0 and float(rows.max()) < 1.0
 
 
 def test_blocks_are_those_the_model_predicts_from() -> None:

@@ -128,6 +128,12 @@ def test_distortion_changes_colours_only_and_half_of_the_time_each():
     assert 0 < unchanged < 15  # expected 1/16, a little more for small draws
 
 
+def test_brightness_changes_by_up_to_32_and_contrast_by_half():
+    black, label = torch.zeros(3, 2, 2, dtype=torch.uint8), torch.zeros(2, 2)
+    largest = max(int(distort_colours(black, label, np.random.default_rng(seed))[0].max()) for seed in range(200))
+    assert 24 < largest <= 1.5 * 32
+
+
 def test_turning_the_hue_is_what_torchvision_does():
     image = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (3, 40, 60), np.uint8))
     image[:, :5] = image[:1, :5]  # greys have no hue

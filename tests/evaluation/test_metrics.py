@@ -124,8 +124,9 @@ def test_more_classes_than_bytes():
 
 def test_wrong_input():
     confusion = Confusion(2)
-    with pytest.raises(ValueError, match="label 7"):
-        confusion.update([0], [7])
+    for wrong in (7, 2, -1):
+        with pytest.raises(ValueError, match=f"label {wrong} is"):
+            confusion.update([0], [wrong])
     with pytest.raises(ValueError, match=r"\(1,\)"):
         confusion.update([0], [0, 1])
     for pair in (([0.9], [0]), ([0], [0.5]), ([float("nan")], [0])):

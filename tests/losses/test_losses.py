@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from lexiseg.errors import LexisegError
 from lexiseg.losses.exclusive import exclusive_logits, exclusive_losses
+from lexiseg.losses.mask_aware import mask_aware_loss
 from lexiseg.losses.masks import count_masks, mask_losses, pseudo_labels, with_gradient
 from lexiseg.losses.ssim import ssim_loss
 from tests.references import pixel_accuracy
@@ -127,6 +128,18 @@ def test_exclusive_losses_are_those_of_a_softmax(size: tuple[int, int]) -> None:
     (gradient,) = torch.autograd.grad(ours.total, logits)
     assert float(gradient[1].abs().max()) == 0.0
     torch.testing.assert_close(gradient.sum(1), torch.zeros(3, 6, 7), rtol=0, atol=1e-6)  # what one gains others lose
+
+
+def test_weights_of_the_terms_are_the_papers_by_default() -> None:
+    logits, labels = torch.randn(2, 4, 6, 5), torch.randint(0, 4, (2, 6, 5))
+    focal, dice = plain_losses(logits, labels, alpha=0.25)
+    torch.testing.assert_close(mask_losses(logits, labels).total, 100 * focal + dice)
+    torch.testing.assert_close(exclusive_losses(logits, labels).total, F.cross_entropy(logits, labels))
+
+
+def test_a_divergence_is_of_distributions_over_the_proposals() -> None:
+    targets = torch.rand(3, 5) * 0.1
+    assert mask_aware_loss(4.0 * targets, targets, "kl").item() == pytest.approx(0.0, abs=1e-6)
 
 
 def test_exclusive_losses_without_labels_are_zero() -> None:

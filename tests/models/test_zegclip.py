@@ -53,6 +53,9 @@ class TestZegCLIP(SystemTester):
         for ours, theirs in zip(fast, rows, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
+    def test_pictures_are_resized_to_the_nearest_number_of_patches(self, model: SegmentationModel) -> None:
+        assert model.fit_to_patches(torch.rand(1, 3, 3, 21)).shape[-2:] == (8, 24)
+
     def test_prompts_must_fit_the_tower(self) -> None:
         with pytest.raises(LexisegError, match="depth 4"):
             ZegCLIP.build(small_clip(), {**self.options, "prompt_depth": 4})

@@ -66,6 +66,17 @@ def test_the_second_world_has_families_of_which_training_sees_a_part() -> None:
         find_world("x")
 
 
+@pytest.mark.parametrize(
+    ("world", "brightness"),
+    [(FIRST, {0: 156.2, 1: 112.9, 4: 93.5}), (SECOND, {0: 142.3, 1: 117.8, 4: 63.4}), (ABROAD, {0: 169.7, 4: 80.2})],
+    ids=WORLDS,
+)
+def test_scenes_are_those_the_weights_and_results_were_made_with(world: World, brightness: dict[int, float]) -> None:
+    scenes = PictureWorld("val", world=world, size=64)
+    for index, expected in brightness.items():
+        assert float(scenes[index].image.float().mean()) == pytest.approx(expected, abs=0.5), index
+
+
 @worlds
 def test_every_drawing_of_every_style_is_there(world: World) -> None:
     for style in world.styles:

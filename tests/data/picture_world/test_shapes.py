@@ -30,6 +30,9 @@ def test_a_seed_gives_one_picture_and_every_pixel_a_region() -> None:
         again = render_shapes([7, index], 64)
         assert np.array_equal(image, again[0]) and np.array_equal(label, again[1])
         assert image.shape == (64, 64, 3) and image.dtype == np.uint8 and label.max() < MOST
+    # Proposals that were trained on shapes were measured with these.
+    for index, brightness in ((0, 127.1), (3, 75.2)):
+        assert float(Shapes("val", size=64)[index].image.float().mean()) == pytest.approx(brightness, abs=0.5)
     numbers = [len(np.unique(label)) for _, label in pictures]
     assert min(numbers) >= 2 and len(set(numbers)) > 3
     # A number says nothing of what a region is: the one at the top left has many.

@@ -111,6 +111,14 @@ def test_tiles_join_and_bands_of_any_depth(segmenter: Any, tmp_path: Path) -> No
     assert about["features"] > 5 and "32632" in about["crs"]
 
 
+def test_a_tile_sees_its_margin_on_all_sides(segmenter: Any, tmp_path: Path) -> None:
+    pixels = read_pixels(sample_path("demo"))[128:384, 128:384]
+    source = write(tmp_path / "map.tif", pixels.transpose(2, 0, 1))
+    files = run(segmenter, source, tmp_path, tile=128, margin=128, polygons="none")
+    with rasterio.open(files["labels"]) as labels:  # so each of the four tiles sees the whole map
+        assert np.array_equal(labels.read(1), np.asarray(segmenter.predict(pixels, WORDS).label_map))
+
+
 def test_what_the_map_leaves_out_has_no_class(segmenter: Any, tmp_path: Path) -> None:
     pixels = read_pixels(sample_path("demo")).transpose(2, 0, 1).copy()
     pixels[:, :, :100] = 0

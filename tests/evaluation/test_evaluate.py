@@ -190,6 +190,9 @@ def test_grid_holds_rows_of_different_shapes():
 
     grid = draw_grid([example(40, 60), example(60, 40)], vocabulary, width=120)
     assert grid.mode == "RGB" and grid.width >= 3 * 126 and grid.height > 80 + 180
+    first, last = (Example(np.zeros((8, 8, 3), np.uint8), np.full((8, 8), at), np.full((8, 8), at)) for at in (0, 1))
+    legends = [np.asarray(draw_grid([one], vocabulary)).shape for one in (first, last)]
+    assert legends[0] == legends[1]  # the first class has a legend like any other
 
 
 def counts(report):

@@ -82,6 +82,12 @@ def test_the_released_counters_have_mixed_denominators() -> None:
     assert (shares.all, shares.seen, shares.unseen) == (pytest.approx(2 / 3), 0.5, 1.0)
 
 
+def test_the_released_counters_want_more_than_their_threshold() -> None:
+    counter = ReleasedRecall(frozenset(), 0.5)
+    counter.update(torch.tensor([[[True, False]]]), torch.zeros(1, 2, dtype=torch.long))
+    assert counter.matched_seen == 0
+
+
 def test_the_upper_bound_of_perfect_masks_is_perfect() -> None:
     masks = masks_of((0, 4), (4, 8))
     scores = upper_bound_scores(masks, LABEL, 4)

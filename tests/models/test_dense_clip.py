@@ -35,6 +35,10 @@ class DenseTester(SystemTester):
         assert model.window.short_side == settings.get("short_side", 64)
 
 
+def test_naclips_gaussian_is_its_papers() -> None:
+    assert DenseCLIPOptions().neighbour_std == 5.0  # patches; no protocol sets it
+
+
 class TestMaskCLIP(DenseTester):
     def test_a_patch_keeps_to_itself_in_the_last_block(self) -> None:
         clip = small_clip(vision_cfg={"layers": 1})

@@ -43,6 +43,7 @@ class Regions(ProposalGenerator):
         self.masks = masks
 
     def forward(self, images: Tensor, text: Tensor | None = None) -> Proposals:
+        assert not any(side % self.stride for side in images.shape[-2:])
         pad = [0, images.shape[-1] - self.masks.shape[-1], 0, images.shape[-2] - self.masks.shape[-2]]
         logits = torch.nn.functional.pad(20.0 * (2 * self.masks.float() - 1), pad, value=-20.0)
         return Proposals(logits[None])

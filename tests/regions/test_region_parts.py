@@ -93,6 +93,11 @@ def test_crops_that_repeat_are_run_once() -> None:
     assert sum(shown) == 7
 
 
+def test_a_near_duplicate_of_a_near_duplicate_stands_for_itself() -> None:
+    masks = torch.stack([torch.arange(10) < width for width in (10, 9, 8)])[:, None] * 2.0 - 1.0
+    assert near_duplicates(masks, 0.85).tolist() == [0, 0, 2]
+
+
 def test_near_duplicates_point_at_the_first() -> None:
     masks = masks_of((0, 0, 10, 10), (20, 0, 30, 10), (0, 0, 10, 10), (0, 1, 10, 10), (0, 0, 0, 0))
     assert near_duplicates(masks * 2 - 1, 0.85).tolist() == [0, 1, 0, 0, 4]

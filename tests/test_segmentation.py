@@ -30,6 +30,13 @@ def small(**options: object) -> Segmentation:
     return Segmentation(**(fields | options))
 
 
+def test_fractions_in_the_legend_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    entries: list[LegendEntry] = []
+    monkeypatch.setattr("lexiseg.segmentation.draw_legend", lambda image, found, **_: entries.extend(found) or image)
+    small().overlay()
+    assert entries[-1].text.startswith("(no class)") and sum(one.fraction for one in entries) == pytest.approx(1.0)
+
+
 def test_facts() -> None:
     result = small()
     assert result.label_map.dtype == torch.uint8

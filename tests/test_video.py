@@ -90,10 +90,20 @@ def test_every_third_frame_and_a_limit(segmenter: Any, clip: Path, tmp_path: Pat
     assert not video_files(clip, tmp_path)["overlay"].exists()
 
 
-def test_smoothing_calms_the_labels(segmenter: Any, clip: Path, tmp_path: Path) -> None:
-    def changes(frames: list[Any]) -> int:
-        return sum(int((a.labels != b.labels).sum()) for a, b in pairwise(frames))
+def changes(frames: list[Any]) -> int:
+    return sum(int((a.labels != b.labels).sum()) for a, b in pairwise(frames))
 
+
+def test_a_larger_weight_calms_windows_more(segmenter: Any, clip: Path, tmp_path: Path) -> None:
+    def found(weight: float) -> list[Any]:
+        options = VideoOptions(smooth=weight, overlay=False, frames=5)
+        words = segmenter.vocabulary(WORDS)
+        return list(segment_video(segmenter, clip, words, tmp_path / str(weight), options, window=(96, 32)))
+
+    assert changes(found(0.9)) < changes(found(0.1))
+
+
+def test_smoothing_calms_the_labels(segmenter: Any, clip: Path, tmp_path: Path) -> None:
     plain = run(segmenter, clip, tmp_path / "a", overlay=False)
     smooth = run(segmenter, clip, tmp_path / "b", overlay=False, smooth=0.9)
     assert np.array_equal(plain[0].labels, smooth[0].labels) and changes(smooth) < changes(plain)

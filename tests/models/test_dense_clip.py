@@ -151,6 +151,7 @@ def test_agreement_falls_where_another_label_lies_between() -> None:
     labels = torch.tensor([[0, 0, 1, 0, 0]])
     agree = label_agreement(labels, 1e-3)
     assert agree[0, 1] > agree[0, 4] > agree[0, 2]
+    torch.testing.assert_close(label_agreement(labels, 1.0).sum(-1), torch.ones(labels.numel()))
     free = label_agreement(labels, 1e-3, same_entity_only=False)
     assert free[0, 1] == free[0, 4] > free[0, 2]
     assert majority(torch.tensor([[1, 1, 2, 2], [1, 0, 3, 3]]), (1, 2)).tolist() == [[1, 2]]

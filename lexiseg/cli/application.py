@@ -103,11 +103,12 @@ def main(args: Sequence[str] | None = None) -> int:
     documentation of :mod:`lexiseg.cli` says.
     """
     start_quickly()
-    for descriptor, stream in ((1, sys.stdout), (2, sys.stderr)):
+    for descriptor, name in ((1, "stdout"), (2, "stderr")):
+        stream = getattr(sys, name)
         if stream is None:
             # Closed before we came (``>&-``): the next file that is opened would get the number, and what is printed.
-            with suppress(OSError):
-                os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+            os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+            setattr(sys, name, open(descriptor, "w", closefd=False))
         elif isinstance(stream, io.TextIOWrapper):
             # A class name that the terminal's encoding lacks must not break the command that prints it.
             stream.reconfigure(errors="backslashreplace")
@@ -121,8 +122,7 @@ def main(args: Sequence[str] | None = None) -> int:
             # Not by calling it: click would answer Ctrl-C with a line of its own.
             with notes.printed(), command.make_context("lexiseg", words) as context:
                 context.command.invoke(context)
-            if sys.stdout is not None:
-                sys.stdout.flush()
+            sys.stdout.flush()
         except typer.Exit as error:
             return error.exit_code
         except LexisegError as error:

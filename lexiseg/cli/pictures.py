@@ -65,6 +65,7 @@ def predict_pictures(
     start = time.perf_counter()
     entries: Iterable[Entry]
     if record is None:
+        Record(output).forget(todo)  # of an earlier run over several pictures
         entries = Labeller(segmenter, wanted, output).label(todo)
     elif spread is None:
         labeller, parts = Labeller(segmenter, wanted, output), record.shards_of(todo).items()

@@ -125,6 +125,14 @@ class Record(Journal):
             begun.update({str(line["begin"]) for line in lines if "begin" in line} - finished.keys())
         return len(attempts), done, begun
 
+    def forget(self, pictures: Sequence[Picture]) -> None:
+        """Record that the results of ``pictures`` are replaced by those of a run that keeps no record."""
+        stems = {picture.stem for picture in pictures}
+        if lost := [entry for entry in _entries(self.lines()) if entry.stem in stems]:
+            with closing(Writer(self, f"{min(self.shards_of(pictures)):06d}")) as writer:
+                for entry in lost:
+                    writer.write(asdict(replace(entry, state=(-1, -1))))  # of no file, so it is done again
+
     def clean(self, stems: Iterable[str]) -> None:
         """Remove files that a killed process was writing; nobody may be writing results of ``stems`` meanwhile."""
         beginnings = set(stems)

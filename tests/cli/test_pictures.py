@@ -56,6 +56,16 @@ def test_results_beside_the_pictures_are_not_segmented_again(predict: Call, tmp_
     assert len(list(folder.glob("*.json"))) == 2
 
 
+def test_results_that_another_run_replaced_are_made_again(predict: Call, folder: Path, tmp_path: Path) -> None:
+    assert predict(folder, WORDS, "--save", "json")[0] == 0
+    first = (tmp_path / "out" / "a_first.json").read_bytes()
+    assert predict(folder / "a_first.png", "grass; dog", "--save", "json")[0] == 0
+    assert (tmp_path / "out" / "a_first.json").read_bytes() != first
+    code, _, err = predict(folder, WORDS, "--save", "json", "--resume")
+    assert code == 0 and "3 of 3 pictures segmented, 2 of them earlier" in err
+    assert json.loads((tmp_path / "out" / "a_first.json").read_bytes())["vocabulary"] == json.loads(first)["vocabulary"]
+
+
 def test_a_name_that_is_not_utf8_is_a_name_like_any_other(predict: Call, folder: Path, tmp_path: Path) -> None:
     for more in ([], ["--resume"], ["--save", "labels", "-o", "labels"], ["--save", "coco", "-o", "coco"]):
         code, out, err = predict(folder, WORDS, *more)
@@ -238,7 +248,7 @@ def test_a_reader_that_goes_away_is_no_error(
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_closed_and_full_outputs_of_a_real_process(tmp_path: Path) -> None:
+def test_closed_and_full_outputs_of_a_real_process(tmp_path: Path, folder: Path, tiny_model: Path) -> None:
     with Path("/dev/full").open("w") as full:
         process = start(tmp_path, "models", stdout=full)
         _, err = process.communicate(timeout=60)
@@ -247,13 +257,13 @@ def test_closed_and_full_outputs_of_a_real_process(tmp_path: Path) -> None:
         and err == "Cannot write (No space left on device); free disk space or write elsewhere.\n"
     )
     closed = subprocess.run(
-        [sys.executable, "-m", "lexiseg", "models"],
+        [sys.executable, "-m", "lexiseg", "predict", folder, WORDS, "--model", tiny_model, "--quiet"],
+        cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(Path(lexiseg.__file__).parents[1])},
-        preexec_fn=lambda: os.close(1),
-        stderr=subprocess.PIPE,
+        preexec_fn=lambda: os.closerange(1, 3),
         check=False,
     )
-    assert closed.returncode == 0 and closed.stderr == b""
+    assert closed.returncode == 0 and len(list((tmp_path / "out").glob("*_labels.png"))) == 3
 
 
 def test_labelling_one_picture_needs_no_record(predict: Call, folder: Path, tmp_path: Path) -> None:

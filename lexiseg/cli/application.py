@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -96,6 +97,14 @@ def _is_out_of_memory(error: BaseException) -> bool:
     return any(said in str(error) for said in ("DefaultCPUAllocator", "Storage size calculation overflowed"))
 
 
+def _check_folder() -> None:
+    """Raise LexisegError if the folder that the shell is in was deleted, in which torch would end the process."""
+    try:
+        Path.cwd()
+    except OSError as error:
+        raise LexisegError("The current folder has been deleted; change to one that exists.") from error
+
+
 def main(args: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code.
 
@@ -108,7 +117,7 @@ def main(args: Sequence[str] | None = None) -> int:
         if stream is None:
             # Closed before we came (``>&-``): the next file that is opened would get the number, and what is printed.
             os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
-            setattr(sys, name, open(descriptor, "w", closefd=False))
+            setattr(sys, name, os.fdopen(descriptor, "w", closefd=False))
         elif isinstance(stream, io.TextIOWrapper):
             # A class name that the terminal's encoding lacks must not break the command that prints it.
             stream.reconfigure(errors="backslashreplace")
@@ -118,6 +127,7 @@ def main(args: Sequence[str] | None = None) -> int:
             words = sorted(sys.argv[1:] if args is None else args, key=lambda word: word != "--quiet")
             if "" in words:  # as a path it would be the folder the shell is in
                 raise LexisegError("An argument is empty, perhaps from an unset shell variable; give it a value.")
+            _check_folder()
             command: Any = typer.main.get_command(app)
             # Not by calling it: click would answer Ctrl-C with a line of its own.
             with notes.printed(), command.make_context("lexiseg", words) as context:

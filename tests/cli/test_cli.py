@@ -60,6 +60,13 @@ def test_doctor_where_this_user_may_not_look(call: Call, tmp_path: Path, monkeyp
     assert code in (0, 1) and json.loads(out)["folders"]["text cache"]["exists"] is False
 
 
+def test_a_current_folder_that_was_deleted(call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert_sentence(*call("predict", "a.png", WORDS), "current folder", "deleted")
+
+
 def test_usage_errors_are_sentences(call: Call) -> None:
     assert_sentence(*call("predcit"), "predcit", "lexiseg --help")
     assert_sentence(*call("predict", "--modle", "x"), "--modle", "lexiseg predict --help")

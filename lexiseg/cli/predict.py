@@ -259,19 +259,19 @@ def _pictures(sources: Sequence[str], output: Path) -> list[Path]:
     from lexiseg.images import list_images
     from lexiseg.labelling.pictures import FOLDER, absolute
 
-    paths: dict[str, Path] = {}
+    paths: dict[Path, Path] = {}  # by their real folder: `a/b.png`, `c/../a/b.png` and one behind a link are one
     results = 0
     for source in sources:
         found = list_images(source)
         stems = {path.stem for path in found}
-        folders = {path.parent for path in found}
+        folders = {path.parent: path.parent.resolve() for path in found}
         written = {one for one in folders if absolute(one) == absolute(output) or (one / FOLDER).is_dir()}
         for path in found:
             name, _, kind = path.stem.rpartition("_")
             if kind in ("overlay", "labels") and name in stems and path.parent in written:
                 results += 1
             else:
-                paths.setdefault(absolute(path), path)
+                paths.setdefault(folders[path.parent] / path.name, path)
     if results:
         text = f"Skipped: {counted(results, 'picture')} that lexiseg wrote itself."
         warnings.warn(text, LexisegWarning, stacklevel=2)

@@ -56,6 +56,13 @@ def test_results_beside_the_pictures_are_not_segmented_again(predict: Call, tmp_
     assert len(list(folder.glob("*.json"))) == 2
 
 
+def test_a_picture_is_taken_once_however_its_folder_is_spelled(predict: Call, folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(folder)
+    names = ("in/a_first.png", "in/../in/a_first.png", folder / "a_first.png", "link/a_first.png")
+    assert predict(*names, WORDS, "--save", "labels")[0] == 0
+    assert [path.name for path in (tmp_path / "out").glob("*.png")] == ["a_first_labels.png"]
+
+
 def test_results_that_another_run_replaced_are_made_again(predict: Call, folder: Path, tmp_path: Path) -> None:
     assert predict(folder, WORDS, "--save", "json")[0] == 0
     first = (tmp_path / "out" / "a_first.json").read_bytes()

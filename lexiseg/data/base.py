@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
@@ -48,6 +49,13 @@ def read_label(dataset: SegmentationDataset, index: int) -> Tensor:
     alone = getattr(dataset, "label", None)
     label: Tensor = dataset[index].label if alone is None else alone(index)
     return label
+
+
+def fingerprint(dataset: SegmentationDataset) -> str:
+    """How many pictures a dataset has, and a hash of their names and of its classes."""
+    names = "\n".join(getattr(dataset, "names", ()))
+    digest = hashlib.sha256(f"{dataset.vocabulary.hash()}\n{names}".encode("utf-8", "surrogateescape")).hexdigest()
+    return f"{len(dataset)} ({digest[:16]})"
 
 
 def seen_ids(vocabulary: Vocabulary) -> list[int]:

@@ -15,7 +15,7 @@ import torch
 
 from lexiseg import processes
 from lexiseg.background import BackgroundSource
-from lexiseg.data.base import SegmentationDataset, seen_ids, unseen_ids
+from lexiseg.data.base import SegmentationDataset, fingerprint, seen_ids, unseen_ids
 from lexiseg.errors import LexisegError
 from lexiseg.evaluation.metrics import Confusion
 from lexiseg.evaluation.report import Example, Report, versions
@@ -84,10 +84,11 @@ def run_evaluation(
         facts |= {"templates": list(vocabulary.templates), "background": vocabulary.background.to_dict()}
         facts |= {"refine": segmenter.refinement.kind, "offsets": offsets, "ignore_index": ignore_index(num_classes)}
         facts |= {"batch_size": batch_size, "seed": seed, **(card or {}), **_describe(segmenter)}
+        facts |= {"size": dataset.size} if hasattr(dataset, "size") else {}  # of scenes that are drawn at any
         facts["versions"] = versions()
         # Whole batches are divided, not pictures, so that each is predicted exactly as in one process.
         batches = [indices[start : start + batch_size] for start in range(0, len(indices), batch_size)]
-        identity = {**facts, "device": segmenter.device.type, "length": len(dataset)}
+        identity = {**facts, "device": segmenter.device.type, "pictures": fingerprint(dataset)}
         empty = Tally(Confusion(num_classes, ignore_index=ignore_index(num_classes), seen=seen_ids(judged)))
     found = _before(journal, identity, resume, deepcopy(empty), shared)
     wanted = {indices[position] for position in spread(len(indices), num_examples)}

@@ -6,8 +6,6 @@ makes one task of data, model and loss, and `lexiseg.training.trainer.Trainer` r
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Sized
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -16,7 +14,7 @@ from typing import Any
 from lexiseg import processes
 from lexiseg.clip.load import load_clip
 from lexiseg.clip.prompt_learner import PromptLearner
-from lexiseg.data.base import SegmentationDataset
+from lexiseg.data.base import fingerprint
 from lexiseg.errors import LexisegError
 from lexiseg.files import default_cache_folder, new_folder, write_text
 from lexiseg.label_ids import ignore_index
@@ -108,7 +106,8 @@ def identity(recipe: Recipe, task: Task | None) -> dict[str, Any]:
         values.get("data", {}).pop(key, None)
     if isinstance(task, SegmentationTask | PromptTask):
         vocabulary = task.dataset.vocabulary
-        values |= {"classes": _counted(vocabulary, vocabulary.hash()), "pictures": _fingerprint(task.dataset)}
+        classes = f"{len(vocabulary)} ({vocabulary.hash()[:16]})"
+        values |= {"classes": classes, "pictures": fingerprint(task.dataset)}
         if Path(task.model.clip.name).exists():
             values["model"]["clip"] = task.model.clip.fingerprint()
     if isinstance(task, SegmentationTask):
@@ -117,17 +116,6 @@ def identity(recipe: Recipe, task: Task | None) -> dict[str, Any]:
         values |= {key: notes[key]["sha256"] for key in ("prompts", "proposals") if key in notes}
         values |= {} if task.teacher is None else {"teacher_weights": weights_hash(task.teacher.model)}
     return values
-
-
-def _fingerprint(dataset: SegmentationDataset) -> str:
-    """How many pictures a dataset has, and a hash of their names and of its classes."""
-    names = "\n".join(getattr(dataset, "names", ()))
-    digest = hashlib.sha256(f"{dataset.vocabulary.hash()}\n{names}".encode("utf-8", "surrogateescape")).hexdigest()
-    return _counted(dataset, digest)
-
-
-def _counted(things: Sized, digest: str) -> str:
-    return f"{len(things)} ({digest[:16]})"
 
 
 def _put_together(recipe: Recipe, built: SegmentationRecipe, run_dir: Path) -> Path:

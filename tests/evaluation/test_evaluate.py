@@ -231,8 +231,14 @@ def test_parts_that_do_not_fit_are_named(model, tmp_path):
     journal = Journal(tmp_path / "parts")
     segmenter, options = Segmenter(model, disk_cache=False), {"journal": journal, "num_examples": 0}
     run(segmenter, Noise(3), **options)
-    with pytest.raises(LexisegError, match="other settings: 'length' was 3 and is now 4"):
+    with pytest.raises(LexisegError, match="other settings: 'num_pictures' was 3 and is now 4"):
         run(segmenter, Noise(4), resume=True, **options)
+    others, larger = Noise(3), Noise(3)
+    others.names, larger.size = ("a", "b", "c"), 64
+    with pytest.raises(LexisegError, match="other settings: 'pictures' was 3"):
+        run(segmenter, others, resume=True, **options)
+    with pytest.raises(LexisegError, match="other settings: 'size' was not set and is now 64"):
+        run(segmenter, larger, resume=True, **options)
     (path,) = journal.files()
     (journal.folder / "copy.0.jsonl").write_bytes(path.read_bytes())
     with pytest.raises(LexisegError, match="counted twice"):

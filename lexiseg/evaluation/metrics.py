@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from lexiseg.label_ids import IGNORE_INDEX
+from lexiseg.label_ids import ignore_index as ignored_among
 
 _CHUNK = 1 << 16  # pixels counted at a time: their numbers then stay in the processor's cache
 
@@ -74,15 +74,15 @@ class Confusion:
 
     ``counts``: ``(4, C)`` int64: ``intersection``, pixels of a class that were predicted as it; ``predicted``,
     evaluated pixels predicted as it; ``labelled``, pixels of it; and ``as_seen``, pixels of it that were predicted as
-    one of ``seen``. ``ignore_index``: label of pixels that are not evaluated. Source: the evaluation of ZegCLIP and
-    Cascade-CLIP, which is mmsegmentation's.
+    one of ``seen``. ``ignore_index``: label of pixels that are not evaluated; None is 255, or 65535 of more than 255
+    classes. Source: the evaluation of ZegCLIP and Cascade-CLIP, which is mmsegmentation's.
     """
 
-    def __init__(self, num_classes: int, *, ignore_index: int = IGNORE_INDEX, seen: Sequence[int] = ()) -> None:
+    def __init__(self, num_classes: int, *, ignore_index: int | None = None, seen: Sequence[int] = ()) -> None:
         if num_classes < 1:
             raise ValueError(f"num_classes must be positive, got {num_classes}")
         self.num_classes = num_classes
-        self.ignore_index = ignore_index
+        self.ignore_index = ignored_among(num_classes) if ignore_index is None else ignore_index
         self.counts = np.zeros((4, num_classes), np.int64)
         self._is_seen = np.isin(np.arange(num_classes), np.asarray(seen, np.int64))
 

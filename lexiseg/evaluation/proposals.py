@@ -46,22 +46,23 @@ def region_ious(masks: Tensor, label: Tensor, ids: Sequence[int]) -> Tensor:
     return shared.double() / union.clamp(min=1).double()
 
 
-def upper_bound_scores(masks: Tensor, label: Tensor, num_classes: int, *, ignore_index: int = IGNORE_INDEX) -> Tensor:
+def upper_bound_scores(masks: Tensor, label: Tensor, num_classes: int) -> Tensor:
     """Class scores of regions as a perfect classifier would give them: the IoU with each class's labelled pixels.
 
     Put into `lexiseg.scores.RegionScores` instead of the model's own, they give the best that these proposals allow.
 
-    ``masks``: (N, H, W) bool, the proposals binarised. ``label``: (H, W), 0..C-1 or ``ignore_index``. ``ignore_index``:
-    label of pixels that are not evaluated; they are left out of the masks too. Returns (N, C) float32; 0 for classes
-    that are not in the picture. Raises ValueError if a label is no class. Source: MAFT (NeurIPS 2023), appendix C.1 and
-    Table 7, which does not say how the proposals are binarised.
+    ``masks``: (N, H, W) bool, the proposals binarised. ``label``: (H, W), 0..C-1, or `ignore_index` where a pixel is
+    not evaluated; such pixels are left out of the masks too. Returns (N, C) float32; 0 for classes that are not in the
+    picture. Raises ValueError if a label is no class. Source: MAFT (NeurIPS 2023), appendix C.1 and Table 7, which does
+    not say how the proposals are binarised.
     """
-    present = _ids(label, ignore_index)
+    ignored = ignore_index(num_classes)
+    present = _ids(label, ignored)
     if present and not 0 <= present[0] <= present[-1] < num_classes:
-        raise ValueError(f"the label {present[-1]} is neither one of {num_classes} classes nor {ignore_index}")
+        raise ValueError(f"the label {present[-1]} is neither one of {num_classes} classes nor {ignored}")
     scores = torch.zeros(len(masks), num_classes, device=label.device)
     if present:
-        scores[:, present] = region_ious(masks & (label != ignore_index), label, present).float()
+        scores[:, present] = region_ious(masks & (label != ignored), label, present).float()
     return scores
 
 
@@ -232,7 +233,7 @@ def evaluate_proposals(
     seen, unseen = seen_ids(vocabulary), unseen_ids(vocabulary)
     recall = ProposalRecall(seen, unseen, ignore_index=ignore)
     counters = {threshold: ReleasedRecall(frozenset(unseen), threshold) for threshold in THRESHOLDS}
-    confusion = Confusion(num_classes, ignore_index=ignore)
+    confusion = Confusion(num_classes)
     text = model.embed_text(segmenter.embedder, segmenter.vocabulary(vocabulary)).to(segmenter.device)
     words = text[:, 0] if text.dim() == 3 else text  # with several sources of text the first one is the generator's
     total = 0
@@ -250,7 +251,7 @@ def evaluate_proposals(
             total += len(masks)
             recall.update(masks, sample.label)
             try:
-                scores = upper_bound_scores(masks, sample.label, num_classes, ignore_index=ignore)
+                scores = upper_bound_scores(masks, sample.label, num_classes)
             except ValueError as error:
                 raise LexisegError(f"The sample '{sample.name}' cannot be evaluated: {error}.") from error
             features = ImageFeatures(frame, {"images": padded, "mask_logits": proposals.mask_logits})

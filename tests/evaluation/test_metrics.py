@@ -117,7 +117,7 @@ def test_a_pixel_without_class_is_a_miss():
 
 
 def test_more_classes_than_bytes():
-    confusion = Confusion(1000, ignore_index=65535)
+    confusion = Confusion(1000)
     confusion.update(np.array([999, 255, 3]), np.array([999, 255, 65535]))
     assert confusion.labelled[[255, 999]].tolist() == [1, 1] and confusion.compute().pacc == 1
 

@@ -94,6 +94,8 @@ def test_the_upper_bound_of_perfect_masks_is_perfect() -> None:
     torch.testing.assert_close(scores, torch.tensor([[1.0, 0, 0, 0], [0, 0, 1.0, 0]]))
     labels = RegionScores(scores[None], masks[None].float()).label_map((4, 8))[0]
     assert torch.equal(labels[LABEL != 255], LABEL[LABEL != 255])
+    many = upper_bound_scores(masks, LABEL, 300)  # of so many classes one has the id 255
+    assert many[:, LABEL.unique()].amax(0).min() > 0
 
 
 def test_pseudo_labels() -> None:

@@ -120,12 +120,12 @@ class Segmenter(Predictor):
         """Where the model runs."""
         return self.model.device
 
-    def pixels(self, image: ImageSource) -> Tensor:
+    def pixels(self, image: ImageSource, policy: WindowPolicy | None = None) -> Tensor:
         """A whole picture as the model sees it when it is run without windows: float32 (1, 3, h, w), normalised.
 
-        Raises LexisegError if the picture is wrong.
+        ``policy``: how it is resized; None is the model's own. Raises LexisegError if the picture is wrong.
         """
-        picture = self._read_one(image, window_policy(self.model.window, 0))
+        picture = self._read_one(image, window_policy(policy or self.model.window, 0))
         return self._crops([(picture, picture.boxes[0])])
 
     def _encode(self, picture: Picture, batch_size: int) -> Callable[[Words], Picture]:

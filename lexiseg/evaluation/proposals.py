@@ -21,6 +21,7 @@ from lexiseg.models.decoupled import DecoupledModel
 from lexiseg.proposals.base import Proposals
 from lexiseg.regions.pooling import full_resolution, resize_masks
 from lexiseg.segmenter import Segmenter
+from lexiseg.windows import WindowPolicy
 
 THRESHOLDS = (0.3, 0.5)
 """The IoUs from which on a region counts as covered."""
@@ -211,15 +212,21 @@ def _fractions(recall: Recall) -> dict[str, float | None]:
 
 
 def evaluate_proposals(
-    segmenter: Segmenter, dataset: SegmentationDataset, *, released: bool = False, limit: int | None = None
+    segmenter: Segmenter,
+    dataset: SegmentationDataset,
+    *,
+    released: bool = False,
+    limit: int | None = None,
+    window: WindowPolicy | None = None,
 ) -> ProposalReport:
     """Compare the proposals for every picture with its labels, at the labels' size.
 
-    A proposal is binarised at 0.5. Pictures are run whole, at the model's own working size.
+    A proposal is binarised at 0.5. Pictures are run whole.
 
     ``dataset``: pictures with labels; its seen and unseen flags decide what counts as which. ``released``: also predict
     the pictures and count as DeOP's released code does. ``limit``: take only this many pictures, spread evenly; None
-    takes all. Raises LexisegError if the model has no proposals, the dataset is empty, or a picture is wrong.
+    takes all. ``window``: how pictures are resized; None is the model's own way. Raises LexisegError if the model has
+    no proposals, the dataset is empty, or a picture is wrong.
     """
     model = segmenter.model
     if not isinstance(model, DecoupledModel):
@@ -240,7 +247,7 @@ def evaluate_proposals(
     with EvaluationMode(model, None)():
         for index in indices:
             sample = dataset[index]
-            images = segmenter.pixels(sample.image)
+            images = segmenter.pixels(sample.image, window)
             frame = (int(images.shape[-2]), int(images.shape[-1]))
             size = (int(sample.label.shape[0]), int(sample.label.shape[1]))
             padded = model.pad(images)
@@ -258,7 +265,7 @@ def evaluate_proposals(
             best = model.pixel_scores(scores[None].to(segmenter.device), features)
             confusion.update(best.label_map(size)[0].cpu().numpy(), sample.label.numpy())
             if released:
-                prediction = segmenter.predict(sample.image, vocabulary).label_map.long()
+                prediction = segmenter.predict(sample.image, vocabulary, window=window).label_map.long()
                 regions = prediction[None] == prediction.unique()[:, None, None]
                 for counter in counters.values():
                     counter.update(regions, sample.label)

@@ -122,7 +122,8 @@ def evaluate(
         if proposals:
             from lexiseg.evaluation.proposals import evaluate_proposals
 
-            report = replace(report, proposals=evaluate_proposals(segmenter, data, released=True, limit=limit))
+            found = evaluate_proposals(segmenter, data, released=True, limit=limit, window=told)
+            report = replace(report, proposals=found)
     if folder is not None and journal is not None and processes.is_main():
         report.save(folder)
         journal.remove()

@@ -28,6 +28,7 @@ from lexiseg.models import DenseCLIP, DeOP
 from lexiseg.scores import RegionScores
 from lexiseg.segmenter import Segmenter
 from lexiseg.vocabulary import Vocabulary
+from lexiseg.windows import WindowPolicy
 from tests.models.test_deop import make
 from tests.models.test_region_models import make as host
 from tests.references import pseudo_label
@@ -143,6 +144,9 @@ def test_proposals_of_a_dataset_are_judged(segmenter: Segmenter) -> None:
     assert titles[1:] == ["all", "seen", "unseen"]
     counted = [f"{what} at IoU {iou}" for what in ("recall", "released counters") for iou in (0.3, 0.5)]
     assert [row[0] for row in rows] == [*counted, "mIoU they allow"]
+    # At another size there are other proposals.
+    larger = evaluate_proposals(segmenter, Pictures(), window=WindowPolicy(short_side=96))
+    assert larger.num_proposals == 12 and larger.upper_bound.miou != report.upper_bound.miou
     dataset.odd = 3
     with pytest.raises(LexisegError, match="'p0' cannot be evaluated: the label 3"):
         evaluate_proposals(segmenter, dataset)

@@ -150,9 +150,7 @@ class ExportedModel:
         name = spec.graphs[spec.sizes.index(size) if spec.sizes else 0]
         with self._lock:
             graph = self._graph(name)
-        # A graph for any number of words is made for two or more.
-        padded = np.concatenate([text, text]) if len(text) == 1 else text
-        return graph(np.ascontiguousarray(pixels), padded)[:, : len(text)]
+        return graph(np.ascontiguousarray(pixels), text)
 
 
 class ExportedPredictor(Predictor):

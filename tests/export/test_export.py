@@ -105,6 +105,13 @@ def test_labels_are_the_same_at_any_size(segmenter: Segmenter, exported: Any) ->
         assert_same(segmenter, exported, [picture()], "cat")
 
 
+def test_a_single_word_shares_its_softmax_with_none(tmp_path: Path) -> None:
+    segmenter = small(**ZEGCLIP, mask_loss="cross-entropy")
+    export(segmenter, tmp_path / "model")
+    with pytest.warns(lexiseg.LexisegWarning, match="only class"):
+        assert_same(segmenter, lexiseg.load(tmp_path / "model"), [picture()], "cat")
+
+
 def test_settings_of_a_prediction_are_the_same(segmenter: Segmenter, exported: Any) -> None:
     image = picture(120, 80)
     for settings in ({"window": (32, 24)}, {"window": 0}, {"background": "none"}, {"background": 0.45}):
@@ -287,6 +294,8 @@ def test_every_system_makes_the_round_trip(
     export(segmenter, tmp_path / "model")
     exported = lexiseg.load(tmp_path / "model")
     assert_same(segmenter, exported, [picture(), picture(32, 32, 1), picture(57, 100, 2)])
+    with pytest.warns(lexiseg.LexisegWarning, match="only class"):
+        assert_same(segmenter, exported, [picture()], "cat")
     if options.get("method") == "resclip":  # whose second pass looks at 32 words at most
         assert_same(segmenter, exported, [picture()], "; ".join(f"thing {index}" for index in range(50)))
 
@@ -325,7 +334,10 @@ def test_other_formats(segmenter: Segmenter, tmp_path: Path, kind: str, monkeypa
         pytest.importorskip("openvino")
     monkeypatch.setattr("lexiseg.export.exporting.shutil.which", lambda _: None)  # compiling takes minutes
     export(segmenter, tmp_path / "model", kind=kind)
-    assert_same(segmenter, lexiseg.load(tmp_path / "model"), [picture(), picture(41, 33, 1)])
+    exported = lexiseg.load(tmp_path / "model")
+    assert_same(segmenter, exported, [picture(), picture(41, 33, 1)])
+    with pytest.warns(lexiseg.LexisegWarning, match="only class"):
+        assert_same(segmenter, exported, [picture()], "cat")
 
 
 @pytest.mark.slow

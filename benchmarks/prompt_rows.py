@@ -17,12 +17,13 @@ def prompts_as_rows(model: ZegCLIP) -> Iterator[None]:
     """Inside the ``with`` block the tower of ``model`` carries its prompts along; the rest comes out the same."""
     prompts: Any = model.prompts
 
-    def hook() -> Callable[[int, Tensor], tuple[Tensor, None]]:
-        rows = prompts()
+    def forward() -> Callable[[int, Tensor], tuple[Tensor, None]]:
+        plain = type(prompts).forward(prompts)
 
         def before_block(index: int, tokens: Tensor) -> tuple[Tensor, None]:
-            fresh = rows.get(index)
-            if prompts.depth and index - 1 in rows:
+            carried = index > 0 and plain(index - 1, tokens)[1] is not None
+            tokens, fresh = plain(index, tokens)
+            if carried:
                 tokens = torch.cat([tokens[:, :1], tokens[:, 1 + prompts.num_prompts :]], dim=1)
             if fresh is not None:
                 tokens = torch.cat([tokens[:, :1], fresh.expand(len(tokens), -1, -1), tokens[:, 1:]], dim=1)
@@ -31,9 +32,9 @@ def prompts_as_rows(model: ZegCLIP) -> Iterator[None]:
         return before_block
 
     if prompts is not None:
-        prompts.hook = hook
+        prompts.forward = forward
     try:
         yield
     finally:
         if prompts is not None:
-            del prompts.hook
+            del prompts.forward

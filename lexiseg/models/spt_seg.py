@@ -199,9 +199,9 @@ class SPTSeg(ZegCLIP):
         count, ratio, dropout = self.options.decoder_layers, self.options.ffn_ratio, self.options.dropout
         return MaskDecoder(SpectralLayer, count, self.clip.embed_dim, _HEADS, ratio, dropout)
 
-    def before_block(self, grid: tuple[int, int]) -> BeforeBlock:
-        """Add the filtered patches before the first blocks; then the prompts, see `ZegCLIP.before_block`."""
-        prompts, count = super().before_block(grid), grid[0] * grid[1]
+    def make_before_block(self, grid: tuple[int, int]) -> BeforeBlock:
+        """Add the filtered patches before the first blocks; then the prompts, see `ZegCLIP.make_before_block`."""
+        prompts, count = super().make_before_block(grid), grid[0] * grid[1]
 
         def before_block(index: int, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
             if index < self.options.filter_blocks:

@@ -104,15 +104,11 @@ class PromptTokens(nn.Module):
                 nn.init.uniform_(embeddings, -bound, bound)
         nn.init.kaiming_normal_(self.proj.weight, a=0, mode="fan_out")
 
-    def forward(self) -> dict[int, Tensor]:
-        """Return the prompts (1, P, W) that enter each block, by block index: one dropout mask for the whole batch."""
+    def forward(self) -> BeforeBlock:
+        """Make the function that puts the prompts into an image tower: one dropout mask for the whole batch."""
         rows = self.dropout(self.proj(torch.cat([t for t in (self.embeddings, self.deep_embeddings) if t is not None])))
         first = self.num_blocks + self.depth if self.depth < 0 else 0
-        return {first + index: row[None] for index, row in enumerate(rows)}
-
-    def hook(self) -> BeforeBlock:
-        """Make the function that puts the prompts into an image tower, see `BeforeBlock`."""
-        prompts = self()
+        prompts = {first + index: row[None] for index, row in enumerate(rows)}  # (1, P, W) of each block
 
         def before_block(index: int, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
             prompt = prompts.get(index)
@@ -141,7 +137,7 @@ class ZegCLIP(OneStageModel):
     system = "zegclip"
     options_class = ZegCLIPOptions
     options: ZegCLIPOptions
-    init_decoder = staticmethod(init_matching_decoder)  # what ``init`` "clip-similarity" does; SPT-SEG has another
+    init_decoder = staticmethod(init_matching_decoder)  # for ``init`` "clip-similarity"; by its decoder
 
     def __init__(self, clip: CLIP, options: ZegCLIPOptions | None = None, seen_names: Sequence[str] = ()) -> None:
         super().__init__(clip, options, seen_names)
@@ -183,9 +179,9 @@ class ZegCLIP(OneStageModel):
         names = (name for name, _ in self.named_parameters())
         return tuple(name for name in names if name.startswith(tower) or not name.startswith(self.frozen_prefixes))
 
-    def before_block(self, grid: tuple[int, int]) -> BeforeBlock | None:
-        """What changes the tokens of a patch grid (h, w) in front of each block, or None."""
-        return None if self.prompts is None else self.prompts.hook()
+    def make_before_block(self, grid: tuple[int, int]) -> BeforeBlock | None:
+        """Make what changes the tokens of a patch grid (h, w) in front of each block, or None."""
+        return None if self.prompts is None else self.prompts()
 
     def run_tower(self, images: Tensor, *, levels: Sequence[int] = ()) -> ImageTokens:
         """Run the image tower with the prompts on whole patches (B, 3, H, W); keep what blocks ``levels`` give."""
@@ -193,7 +189,7 @@ class ZegCLIP(OneStageModel):
         with torch.set_grad_enabled(torch.is_grad_enabled() and options.backbone != "fixed"):
             twice = tower.visual.class_embedding[None] if options.class_embedding_twice else None
             tokens, grid = tower.embed(images, interpolation=options.position_interpolation, added=twice)
-            return tower.run(tokens, grid, before_block=self.before_block(grid), levels=levels)
+            return tower.run(tokens, grid, before_block=self.make_before_block(grid), levels=levels)
 
     def project_tokens(self, result: ImageTokens) -> tuple[Tensor, Tensor]:
         """Turn the tower's last tokens into unit vectors: class token (B, D) and patches (B, N, D), without prompts."""

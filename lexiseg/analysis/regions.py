@@ -80,7 +80,7 @@ def anchor_figure(segmenter: Segmenter, image: str | Path, points: Sequence[Poin
         if not mask_logits.shape[1]:
             raise LexisegError(f"The model proposes no region in '{image_name(image)}'; choose another picture.")
         features = unit_or_zero(model.patches(padded, mask_logits, (height, width)))
-        heat = model.heatmaps(features, mask_logits).mean(dim=1)[0].cpu()  # over the heads
+        heat = model.region_heatmaps(features, mask_logits).mean(dim=1)[0].cpu()  # over the heads
         attention = attention_maps(model, padded).cpu()
         masks = model.upsampled(mask_logits.float(), padded)[0, :, :height, :width].sigmoid().cpu()
     rows, columns = model.grid(padded)

@@ -18,7 +18,6 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lexiseg.clip.tower import ImageTokens
 from lexiseg.errors import LexisegError
 from lexiseg.models.base import ImageFeatures, SegmentationModel
 from lexiseg.models.one_stage import MaskDecoder
@@ -193,39 +192,33 @@ class CascadeCLIP(ZegCLIP):
     def init_from_clip_similarity(self) -> None:
         """Let the deepest group start from CLIP's own comparison of patches and words, and the others from zero."""
         options, groups, basis = self.options, self.options.blocks, patch_directions(self.clip.visual.proj)
-        loud = max(range(len(groups)), key=lambda i: (groups[i][-1], -len(groups[i]), i))
-        random = options.level_projection == "released" and groups[loud][-1] != self.last
-        if random or (len(groups[loud]) > 1 and options.aggregation in ("concat", "self-attention")):
+        deepest = max(range(len(groups)), key=lambda i: (groups[i][-1], -len(groups[i]), i))
+        random = options.level_projection == "released" and groups[deepest][-1] != self.last
+        if random or (len(groups[deepest]) > 1 and options.aggregation in ("concat", "self-attention")):
             raise LexisegError(
                 f"init 'clip-similarity' compares patches with words, which the deepest of the groups {options.groups} "
                 "cannot do; put the last block in a group of its own."
             )
         for index, head in enumerate(self.heads()):
-            self.init_decoder(head.decoder, head.query_proj, basis, silent=index != loud)
+            self.init_decoder(head.decoder, head.query_proj, basis, zero=index != deepest)
 
     def project_level(self, index: int, patches: Tensor) -> Tensor:
         """Unit vectors (B, N, D) of patches (B, N, W), by the prompts' norm, then the norm and projection ``index``."""
         assert self.levels is not None
         return cast(Tensor, self.levels(index, patches if self.prompts is None else self.prompts.norm(patches)))
 
-    def level_features(self, result: ImageTokens) -> dict[int, Tensor]:
-        """Unit vectors (B, N, D) of the patches that each of the `level_blocks` left."""
-        return {
-            block: self.project_level(index, result.levels[block][:, -result.num_patches :])
-            for index, block in enumerate(self.level_blocks)
-        }
-
     def encode_images(self, images: Tensor) -> ImageFeatures:
         result = self.run_tower(self.fit_to_patches(images), levels=(*self.level_blocks, self.last - 1))
         cls, final = self.project_tokens(result)
-        values, joins_tokens, projections = {"cls": cls}, self.options.aggregate == "raw", count()
-        features = {block: tokens[:, -result.num_patches :] for block, tokens in result.levels.items()}
-        if not joins_tokens:
-            features = {**self.level_features(result), self.last - 1: final}
+        values, raw, projections = {"cls": cls}, self.options.aggregate == "raw", count()
+        levels = {block: tokens[:, -result.num_patches :] for block, tokens in result.levels.items()}
+        if not raw:
+            projected = {block: self.project_level(next(projections), levels[block]) for block in self.level_blocks}
+            levels = {**projected, self.last - 1: final}
         for index, (join, group) in enumerate(zip(self.aggregations, self.options.blocks, strict=True)):
-            levels = [features[block - 1] for block in group]
-            joined = levels[0] if len(levels) == 1 else join(torch.stack(levels))
-            if joins_tokens:
+            found = [levels[block - 1] for block in group]
+            joined = join(torch.stack(found)) if len(group) > 1 else found[0]
+            if raw:
                 joined = final if group == (self.last,) else self.project_level(next(projections), joined)
             values[f"group_{index}"] = joined.unflatten(1, result.grid)
         return ImageFeatures((images.shape[-2], images.shape[-1]), values)

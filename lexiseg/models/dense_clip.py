@@ -43,7 +43,7 @@ from lexiseg.templates import IMAGENET_80
 from lexiseg.windows import WindowPolicy
 
 Method = Literal["maskclip", "clip", "sclip", "clearclip", "naclip", "resclip", "proxyclip", "gem"]
-Weights = tuple[float, float]
+TauLambda = tuple[float, float]  # see `Feedback`
 
 # ResCLIP's first pass refines words that are among the best somewhere, and of the others at most so many.
 _FEEDBACK_WORDS = 32
@@ -106,9 +106,9 @@ class DenseCLIPOptions(WindowOptions):
     gamma: Annotated[float, Field(gt=0)] = 3.0
     proxy: str | None = None
     middle_blocks: tuple[Annotated[int, Field(ge=0)], ...] = ()
-    middle_weights: Weights = (2.0, 0.4)
+    middle_weights: TauLambda = (2.0, 0.4)
     feedback: bool = False
-    feedback_weights: Weights = (1.8, 0.7)
+    feedback_weights: TauLambda = (1.8, 0.7)
     feedback_threshold: Annotated[float, Field(ge=0, le=1)] = 0.11
     feedback_same_entity: bool = True
     depth: Annotated[int, Field(ge=2)] = 7
@@ -240,7 +240,7 @@ class DenseCLIP(SegmentationModel):
         fitted, _ = self.fitted(images)
         tokens, grid = tower.embed(fitted, interpolation=options.positions, by_count=options.positions_by_count)
         if options.mixing == "self-self":
-            return ImageFeatures(size, {"patches": self.unit_patches(self.self_self(tokens), grid)})
+            return ImageFeatures(size, {"patches": self.unit_patches(self.run_self_self(tokens), grid)})
         first = max(len(tower.blocks) - options.last_blocks, 0)
         tokens, kept = tower.run(tokens, stop=first, attending=options.middle_blocks)
         if options.feedback:
@@ -250,10 +250,10 @@ class DenseCLIP(SegmentationModel):
             return ImageFeatures(size, values)
         if options.mixing == "proxy":
             return ImageFeatures(size, {"patches": self._by_proxy(tokens, grid, fitted)})
-        said = self.last_blocks(tokens, grid, list(kept.values()))
+        said = self.run_last_blocks(tokens, grid, list(kept.values()))
         return ImageFeatures(size, {"patches": self.unit_patches(said, grid)})
 
-    def last_blocks(
+    def run_last_blocks(
         self, tokens: Tensor, grid: Grid, middle: Sequence[QueriesKeys] = (), labels: Tensor | None = None
     ) -> Tensor:
         """What the last blocks say of the tokens that enter the first of them, as the method has it.
@@ -291,9 +291,9 @@ class DenseCLIP(SegmentationModel):
         """ResCLIP's patches (B, h, w, D) of unit length, in the first pass without ``labels``, see `Feedback`."""
         values, grid = features.values, self.tower.grid(features.values["images"])
         middle = [(values[f"query_{index}"], values[f"key_{index}"]) for index in self.options.middle_blocks]
-        return self.unit_patches(self.last_blocks(values["tokens"], grid, middle, labels), grid)
+        return self.unit_patches(self.run_last_blocks(values["tokens"], grid, middle, labels), grid)
 
-    def self_self(self, tokens: Tensor) -> Tensor:
+    def run_self_self(self, tokens: Tensor) -> Tensor:
         """GEM: a path of self-self attention beside the last blocks."""
         options, tower = self.options, self.tower
         first = max(len(tower.blocks) - options.depth + 1, 0)

@@ -32,7 +32,7 @@ from lexiseg.models.base import ImageFeatures
 from lexiseg.models.decoupled import DecoupledModel
 from lexiseg.models.deop_ablations import (
     RELEASED_RESIDUAL,
-    ComparedOptions,
+    AblationOptions,
     ConvAnchors,
     PrependedPrompts,
     ReleasedConvAnchors,
@@ -50,8 +50,8 @@ Anchors = QueryAnchors | ConvAnchors | ReleasedConvAnchors
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
-class DeOPOptions(ComparedOptions):
-    """Options of `DeOP`, with those of `ComparedOptions`. The defaults are the paper's system.
+class DeOPOptions(AblationOptions):
+    """Options of `DeOP`, with those of `AblationOptions`. The defaults are the paper's system.
 
     Attributes:
         severance: "gps" (Eq. 2, see `patch_severance`) or "none"; "mps", "mps-sum" (Eq. 1 with and without the released
@@ -262,14 +262,14 @@ class DeOP(DecoupledModel):
         result = tower.run(tokens, grid, before_block=hook, attention=severed, residual=residual)
         return tower.project(result.tokens[:, -result.num_patches :]).unflatten(1, grid)
 
-    def heatmaps(self, features: Tensor, mask_logits: Tensor) -> Tensor:
+    def region_heatmaps(self, features: Tensor, mask_logits: Tensor) -> Tensor:
         """Heatmaps (B, heads, N, gh, gw) over patches (B, gh, gw, D) of unit length, given mask logits (B, N, h, w)."""
         masks = resize_masks(mask_logits.float().sigmoid(), features.shape[1:3])
         return masks[:, None] if self.anchors is None else self.anchors(features, masks)
 
     def encode_regions(self, padded: Tensor, size: Size, proposals: Proposals) -> dict[str, Tensor]:
         features = unit_or_zero(self.patches(padded, proposals.mask_logits, size).float())
-        pooled = pool(features, self.heatmaps(features, proposals.mask_logits))
+        pooled = pool(features, self.region_heatmaps(features, proposals.mask_logits))
         return {"regions": pooled if self.options.heatmaps == "conv-released" else unit_or_zero(pooled)}
 
     def class_logits(self, regions: Tensor, text: Tensor) -> Tensor:
@@ -285,7 +285,7 @@ class DeOP(DecoupledModel):
     ) -> RegionScores:
         """Score words against images; see `SegmentationModel.score`. Seen words are treated like all others.
 
-        A score is sum_n softmax(logits_n)_word * sigmoid(mask_n), see `ComparedOptions` for other forms. "No object"
+        A score is sum_n softmax(logits_n)_word * sigmoid(mask_n), see `AblationOptions` for other forms. "No object"
         takes its part of the softmax and no more: every pixel gets a class.
         """
         options, features = self.options, self.proposed(features, text)

@@ -25,7 +25,7 @@ RELEASED_RESIDUAL = {11: 0.2}
 _CHUNK = 16
 
 
-class ComparedOptions(DecoupledOptions):
+class AblationOptions(DecoupledOptions):
     """Options of `lexiseg.models.deop.DeOP` that the paper's system does not need; the defaults leave it as it is.
 
     Attributes:

@@ -154,7 +154,7 @@ class OneStageModel(SegmentationModel):
     def grid_logits(self, features: ImageFeatures, text: Tensor) -> Tensor:
         """Mask logits (B, C, h, w), float32, of classes ``text`` (C, D), before any resize."""
 
-    def mask_loss(self, logits: Tensor, labels: Tensor, dice_weight: float) -> MaskLosses:
+    def mask_and_dice(self, logits: Tensor, labels: Tensor, dice_weight: float) -> MaskLosses:
         """Focal loss or cross entropy, and dice, of mask logits (B, C, h, w) upsampled to labels (B, H, W).
 
         Mask c is that of class c: nothing is matched. A pixel without a class is a negative of all.
@@ -166,8 +166,8 @@ class OneStageModel(SegmentationModel):
         return losses(logits, labels, self.options.mask_weight, dice_weight, self.class_weights)
 
     def class_losses(self, logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """The terms of `losses`, see `mask_loss`."""
-        parts = self.mask_loss(logits, labels, self.options.dice_weight)
+        """The terms of `losses`, see `mask_and_dice`."""
+        parts = self.mask_and_dice(logits, labels, self.options.dice_weight)
         return {"loss": parts.total, "loss_mask": parts.mask, "loss_dice": parts.dice}
 
     def mask_size(self, size: tuple[int, int]) -> tuple[int, int]:

@@ -32,18 +32,18 @@ def patch_directions(projection: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def init_matching_decoder(decoder: MaskDecoder, query_proj: nn.Linear, basis: Tensor, *, silent: bool = False) -> None:
+def init_matching_decoder(decoder: MaskDecoder, query_proj: nn.Linear, basis: Tensor, *, zero: bool = False) -> None:
     """Set the weights so that the mask logits are those of queries and patches compared directly.
 
     Queries are the text embeddings, the layers' updates start at zero, and the last layer's query and key maps are
     multiples of the identity. The biases of queries and keys are opposite along the last direction of ``basis``
     (`patch_directions`), along which patches vary least. A relationship descriptor adds the words' comparison with the
-    whole image. ``silent`` starts with logits of zero instead, from which gradients reach the last layer's keys.
+    whole image. ``zero`` starts with logits of zero instead, from which gradients reach the last layer's keys.
     """
     direction = basis[-1]
     *inner, last = cast("list[DecoderLayer]", list(decoder.layers))
     for layer in inner:
-        silence_updates(layer)
+        zero_updates(layer)
     dim = last.query.in_features
     scale = (dim // last.num_heads) ** -0.5 / last.num_heads
     length = dim**0.5 if inner else 1.0  # a norm leaves vectors of this length
@@ -54,13 +54,13 @@ def init_matching_decoder(decoder: MaskDecoder, query_proj: nn.Linear, basis: Te
     last.key.bias.copy_(_KEY_BIAS * direction)
     pass_text(query_proj, direction, IMAGE_WEIGHT * GAIN / (scale * factor * length * _KEY_BIAS))
     last.query.bias.copy_(-OFFSET / (scale * _KEY_BIAS) * direction)
-    if silent:
+    if zero:
         for parameter in (last.key.weight, last.key.bias, last.query.bias):
             nn.init.zeros_(parameter)
 
 
 @torch.no_grad()
-def silence_updates(layer: DecoderLayer) -> None:
+def zero_updates(layer: DecoderLayer) -> None:
     """Make a layer's attention and feed-forward part add nothing until they are trained."""
     for linear in (layer.out, layer.ffn_out):
         nn.init.zeros_(linear.weight)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lexiseg.errors import LexisegError
 from lexiseg.models.one_stage import MaskDecoder
-from lexiseg.models.similarity_init import GAIN, IMAGE_WEIGHT, OFFSET, pass_text, silence_updates
+from lexiseg.models.similarity_init import GAIN, IMAGE_WEIGHT, OFFSET, pass_text, zero_updates
 
 if TYPE_CHECKING:
     from lexiseg.models.spt_seg import SpectralGuide, SpectralLayer
@@ -20,7 +20,7 @@ _CONSTANT = 2.0
 
 
 @torch.no_grad()
-def init_spectral_decoder(decoder: MaskDecoder, query_proj: nn.Linear, basis: Tensor, *, silent: bool = False) -> None:
+def init_spectral_decoder(decoder: MaskDecoder, query_proj: nn.Linear, basis: Tensor, *, zero: bool = False) -> None:
     """Set the weights so that the mask logits are those of queries and patches compared directly.
 
     See `lexiseg.models.similarity_init.init_matching_decoder`; the last but one layer's norm, which must be there,
@@ -34,7 +34,7 @@ def init_spectral_decoder(decoder: MaskDecoder, query_proj: nn.Linear, basis: Te
         )
     for layer in inner:
         _init_as_identity(layer.guide, basis)
-        silence_updates(layer)
+        zero_updates(layer)
     _init_as_identity(last.guide, basis)
     # Queries are the text without its part along the constant of z, which would differ from class to class, and as
     # long as after a norm: the layers' first updates, alike for all classes, must not drown them.
@@ -45,7 +45,7 @@ def init_spectral_decoder(decoder: MaskDecoder, query_proj: nn.Linear, basis: Te
     norm = inner[-1].norm_ffn
     nn.init.constant_(norm.weight, GAIN / dim**0.5)  # a norm leaves vectors of the length sqrt(D)
     norm.bias.copy_(-OFFSET / _CONSTANT * basis[-1])
-    if silent:
+    if zero:
         nn.init.zeros_(norm.bias)
         nn.init.zeros_(last.guide.transform)
 

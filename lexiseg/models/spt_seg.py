@@ -213,6 +213,6 @@ class SPTSeg(ZegCLIP):
 
     def class_losses(self, logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """Focal loss, and one minus the structural similarity, both weighted."""
-        parts = self.mask_loss(logits, labels, 0.0)
+        parts = self.mask_and_dice(logits, labels, 0.0)
         ssim = ssim_loss(logits, labels, weight=self.options.dice_weight)
         return {"loss": parts.total + ssim, "loss_mask": parts.mask, "loss_ssim": ssim.detach()}

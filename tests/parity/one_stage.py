@@ -130,10 +130,13 @@ def compare_blocks(case: Case, model: ZegCLIP, images: Tensor) -> None:
 def compare_features(case: Case, model: ZegCLIP, images: Tensor) -> None:
     """Compare the class embedding and the patches of each level, the final ones last."""
     with torch.no_grad():
-        cascade = isinstance(model, CascadeCLIP)
-        result = model.run_tower(images, levels=model.level_blocks if cascade else ())
+        blocks = model.level_blocks if isinstance(model, CascadeCLIP) else ()
+        result = model.run_tower(images, levels=blocks)
         cls, patches = model.project_tokens(result)
-        levels = list(model.level_features(result).values()) if cascade else []
+        levels = [
+            model.project_level(index, result.levels[block][:, -result.num_patches :])
+            for index, block in enumerate(blocks)
+        ]
     case.check("cls", cls)
     for index, level in enumerate([*levels, patches]):
         case.check(f"patch_feature_{index}", level.unflatten(1, result.grid).permute(0, 3, 1, 2))

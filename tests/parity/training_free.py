@@ -88,7 +88,7 @@ def towers(case: Case) -> None:
         model = build(case, "sclip", clip=clip, mixing=mixing, whole_block=kept, last_blocks=last, neighbour_std=std)
         tokens, grid = enter(model, images)
         case.check_stated("grid", case.config, {"grid": list(grid)})
-        result = model.last_blocks(tokens, grid)
+        result = model.run_last_blocks(tokens, grid)
         case.check(f"{name}/tokens", result)
         case.check(f"{name}/patches", result[:, 1:])
         case.check(f"{name}/class", result[:, 0])
@@ -111,7 +111,7 @@ def gem(case: Case) -> None:
             temperature=said["ss_attn_temp"], whole_block=not said["ignore_residual"],
         )  # fmt: skip
         tokens, _ = model.tower.embed(images, interpolation="bicubic-antialias")
-        case.check(f"{name}/patches", model.self_self(tokens)[:, 1:])
+        case.check(f"{name}/patches", model.run_self_self(tokens)[:, 1:])
 
 
 def windows(case: Case) -> None:
@@ -228,7 +228,7 @@ def proxies(case: Case) -> None:
                 unit_patches = F.normalize(patches, dim=-1).unflatten(1, size)
                 kept = ImageFeatures(tuple(images.shape[-2:]), {"patches": unit_patches})
                 case.check("logits", model.score(kept, case.input("text_embeddings")).dense(tuple(images.shape[-2:])))
-    case.check("no_proxy/patches", build(case, "sclip", clip=clip, mixing="qk").last_blocks(tokens, grid)[:, 1:])
+    case.check("no_proxy/patches", build(case, "sclip", clip=clip, mixing="qk").run_last_blocks(tokens, grid)[:, 1:])
     case.skip("as_released/patches")
 
 
@@ -292,14 +292,14 @@ def resclip_tower(case: Case) -> None:
         middle = list(kept.values())
         used, weights = middle if variant["use_rcs"] else (), None
         if variant["use_sfr"]:
-            first = model.unit_patches(model.last_blocks(tokens, grid, used), grid)
+            first = model.unit_patches(model.run_last_blocks(tokens, grid, used), grid)
             logits = torch.einsum("bhwd,qd->bqhw", first, text)
             labels = majority(model.first_labels(logits, images), grid)[0]
             found = label_agreement(labels, model.options.neighbour_std, model.options.feedback_same_entity)
             if name == "resclip-both":
                 compare_feedback(case, model, logits, labels, middle)
             weights = F.pad(found / found.max(), (1, 0, 1, 0))[None]
-        case.check(f"{name}/tokens", model.last_blocks(tokens, grid, used, weights))
+        case.check(f"{name}/tokens", model.run_last_blocks(tokens, grid, used, weights))
 
 
 def compare_feedback(case: Case, model: DenseCLIP, logits: Tensor, labels: Tensor, middle: list[Any]) -> None:

@@ -41,9 +41,10 @@ _SHAPES = (
 )
 
 
-def is_cat_seg(state: Mapping[str, Tensor]) -> bool:
-    """Whether the keys are those of a CAT-Seg: a cost aggregation beside a CLIP."""
-    return f"{AGGREGATOR}conv1.weight" in state and any(key.startswith(f"{AGGREGATOR}layers.0.swin_") for key in state)
+def recognise_cat_seg(state: Mapping[str, Tensor]) -> str | None:
+    """Return "cat-seg" if the keys are those of a CAT-Seg: a cost aggregation beside a CLIP; else None."""
+    swin = any(key.startswith(f"{AGGREGATOR}layers.0.swin_") for key in state)
+    return "cat-seg" if swin and f"{AGGREGATOR}conv1.weight" in state else None
 
 
 def infer_options(state: Mapping[str, Tensor], name: str = "the checkpoint") -> dict[str, Any]:
@@ -93,7 +94,7 @@ def read_cat_seg(
     return filled(build, key_map("cat-seg"), state, said, is_unused=lambda key, _: bool(_MASK.fullmatch(key)))
 
 
-def cat_seg_notes(model: CATSeg, state: Mapping[str, Tensor]) -> list[str]:
+def cat_seg_notes(model: CATSeg, state: Mapping[str, Tensor], **_: bool) -> list[str]:
     """What such a file does not tell and was assumed, a sentence each."""
     notes = [
         f"It predicts as the released code does: a window scores at most {model.options.padding} classes; the option "

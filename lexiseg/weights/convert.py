@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from lexiseg.clip.load import count_parameters, load_clip
 from lexiseg.clip.model import build_clip, save_clip
 from lexiseg.errors import LexisegError
 from lexiseg.models import SYSTEMS, SegmentationModel
-from lexiseg.weights.cat_seg_checkpoint import cat_seg_notes, is_cat_seg, read_cat_seg
+from lexiseg.weights.cat_seg_checkpoint import cat_seg_notes, read_cat_seg, recognise_cat_seg
 from lexiseg.weights.checkpoint import Checkpoint, read_checkpoint
 from lexiseg.weights.clip_state import (
     infer_vit_architecture,
@@ -26,7 +26,7 @@ from lexiseg.weights.clip_state import (
     transformers_source,
 )
 from lexiseg.weights.decoupled_checkpoints import DECOUPLED_NAMES, decoupled_notes, read_parts
-from lexiseg.weights.detectron_checkpoint import System, recognise_detectron
+from lexiseg.weights.detectron_checkpoint import recognise_detectron
 from lexiseg.weights.filling import filled, key_map
 from lexiseg.weights.folder import save_model
 from lexiseg.weights.one_stage_checkpoint import NAMES, one_stage_notes, read_one_stage, recognise
@@ -34,9 +34,25 @@ from lexiseg.weights.sam_checkpoint import convert_sam, recognise_sam
 from lexiseg.words import counted, printable, shorten
 
 _TOWER = 8  # weights of two blocks
-_MODELS = {**NAMES, "cat-seg": "CAT-Seg", **DECOUPLED_NAMES}
 # What OpenAI's own state dict holds beside its tensors; their presence also tells that it is OpenAI's.
 _OPENAI_NOTES = frozenset({"input_resolution", "context_length", "vocab_size"})
+
+
+class _Layout(NamedTuple):
+    """How authors lay out their checkpoints."""
+
+    names: Mapping[str, str]  # of the systems, by what `recognise` calls them
+    recognise: Callable[[Mapping[str, Any]], str | None]  # which of them a checkpoint's keys are of
+    read: Callable[..., tuple[SegmentationModel, list[str]]]  # the model of such a file, and its unused keys
+    notes: Callable[..., list[str]]  # what was assumed of the model, given the file and `convert`'s arguments
+
+
+_LAYOUTS = (
+    _Layout({"cat-seg": "CAT-Seg"}, recognise_cat_seg, read_cat_seg, cat_seg_notes),
+    _Layout(NAMES, recognise, read_one_stage, one_stage_notes),
+    _Layout(DECOUPLED_NAMES, recognise_detectron, read_parts, decoupled_notes),
+)
+_MODELS = {kind: name for layout in _LAYOUTS for kind, name in layout.names.items()}
 
 
 @dataclass(frozen=True)
@@ -98,8 +114,7 @@ def convert(
         ema: take the moving average of the weights or not; None takes the weights where a file has both, and says so.
         dtype: what to store the weights in; None is float32. (A Segment Anything is always stored in it.)
 
-    Raises LexisegError if the file cannot be read, is of no known kind, or lacks tensors or has some left over, with a
-    list.
+    Raises LexisegError if the file cannot be read, is of no known kind, or lacks tensors or has others; all are listed.
     """
     found = read_checkpoint(path, lambda state: _kind(state) is not None, ema=ema)
     if found.metadata.get("system") in SYSTEMS:
@@ -126,8 +141,12 @@ def convert(
         uses = {"class_names", "templates", "dtype"} | ({"transductive"} if kind in (*NAMES, "zegformer") else set())
         # Only files in detectron2's layout may lack a CLIP.
         uses |= {"clip"} if kind in DECOUPLED_NAMES and not any(".clip_model." in key for key in state) else set()
-        tower = load_clip(str(clip)) if clip is not None and "clip" in uses else None
-        model, unused, notes = _read_model(kind, found, bool(class_names), transductive, {**sizes, "clip": tower})
+        tower = {"clip": load_clip(str(clip))} if clip is not None and "clip" in uses else {}
+        layout = next(layout for layout in _LAYOUTS if kind in layout.names)
+        model, unused = layout.read(state, name=f"'{found.path}'", **sizes, **tower)
+        if transductive and "seen_offset" in type(model.options).model_fields:
+            model.options = model.options.model_copy(update={"seen_offset": 0.0})
+        notes = layout.notes(model, state, seen_known=bool(class_names), transductive=transductive)
         model.seen_names = tuple(class_names or ())
         model.default_templates = tuple(templates or model.default_templates)
         description = f"{_MODELS[kind]} converted from the authors' checkpoint"
@@ -139,30 +158,11 @@ def convert(
     return replace(report, notes=(*found.notes, *empty, *report.notes), ignored=ignored)
 
 
-def _read_model(
-    kind: str, found: Checkpoint, seen_known: bool, transductive: bool, how: dict[str, Any]
-) -> tuple[SegmentationModel, list[str], list[str]]:
-    """The model of a segmentation system's file, its unused keys, and notes."""
-    state, name = found.state, f"'{found.path}'"
-    options = {"seen_offset": 0.0} if transductive and kind not in ("deop", "cat-seg") else {}
-    if kind in DECOUPLED_NAMES:
-        system = cast(System, kind)
-        model, unused = read_parts(state, kind=system, options=options, name=name, **how)
-        return model, unused, decoupled_notes(system, model, seen_known, transductive)
-    sizes = {key: how[key] for key in ("heads", "text_heads")}
-    if kind == "cat-seg":
-        cat_seg, unused = read_cat_seg(state, name=name, **sizes)
-        return cat_seg, unused, cat_seg_notes(cat_seg, state)
-    one_stage, unused = read_one_stage(state, options=options, name=name, **sizes)
-    return one_stage, unused, one_stage_notes(one_stage, seen_known, transductive)
-
-
 def _kind(state: Mapping[str, Any]) -> str | None:
     """What a checkpoint is of, by its keys; None if it is of nothing that can be converted."""
-    if is_cat_seg(state):
-        return "cat-seg"
-    if (kind := recognise(state) or recognise_detectron(state)) is not None:
-        return kind
+    for layout in _LAYOUTS:
+        if (kind := layout.recognise(state)) is not None:
+            return kind
     return "clip" if is_openai(state) or is_transformers(state) else "sam" if recognise_sam(state) else None
 
 

@@ -193,7 +193,9 @@ def read_parts(
     return model, unused
 
 
-def decoupled_notes(system: System, model: DecoupledModel, seen_known: bool, transductive: bool) -> list[str]:
+def decoupled_notes(
+    model: DecoupledModel, state: Mapping[str, Tensor], *, seen_known: bool, transductive: bool
+) -> list[str]:
     """What no shape of such a file tells and `read_parts` assumed, a sentence each.
 
     ``seen_known``: somebody says which classes it was trained on. ``transductive``: by self-training.
@@ -210,7 +212,7 @@ def decoupled_notes(system: System, model: DecoupledModel, seen_known: bool, tra
         notes.append(
             "Only CLIP's scores are used, as in the released code: the file does not say; the paper has an ensemble."
         )
-    elif system != "zegformer":
+    elif model.system != "zegformer":
         notes.append(
             f"The ensemble's weight is {options.ensemble.weight:g}, as for COCO-Stuff: the file does not say; most of "
             "the models for VOC have 0.7."
@@ -219,14 +221,14 @@ def decoupled_notes(system: System, model: DecoupledModel, seen_known: bool, tra
         f"The pictures' shorter side is {options.short_side}, as for COCO-Stuff: the file does not say; models "
         "for VOC have 512."
     )
-    if system == "zsseg":
+    if model.system == "zsseg":
         notes.append(
             "This may also be DeOP's proposal stage, which is the same network: the keys do not tell them apart."
         )
-    if system == "freeseg" and options.prompts is None:
+    if model.system == "freeseg" and options.maft is None and options.prompts is None:
         notes.append("There are no learned prompts in the file: words are put into templates.")
     if not seen_known and options.ensemble.rule != "region":
-        offset = " and no score offset applies" if system == "zegformer" and not transductive else ""
+        offset = " and no score offset applies" if model.system == "zegformer" and not transductive else ""
         notes.append(
             "The classes it was trained on are not in the file: none counts as seen, so that the ensemble treats all "
             f"as unseen{offset}."

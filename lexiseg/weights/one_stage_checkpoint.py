@@ -153,7 +153,7 @@ def read_one_stage(
     return model, unused
 
 
-def one_stage_notes(model: ZegCLIP, seen_known: bool, transductive: bool) -> list[str]:
+def one_stage_notes(model: ZegCLIP, state: Mapping[str, Tensor], *, seen_known: bool, transductive: bool) -> list[str]:
     """What such a file does not tell and was assumed, a sentence each; see `decoupled_notes` for the arguments."""
     notes = ["logit_scale is not in the checkpoint; it is not used and keeps its initial value."]
     if isinstance(model, CascadeCLIP):

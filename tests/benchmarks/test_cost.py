@@ -323,7 +323,7 @@ def test_page_and_terminal_say_the_same() -> None:
 def test_every_row_says_how_its_paper_counts() -> None:
     assert len(set(cost_systems())) == len(CASES)
     bases = {"deop-baseline": "deop", "cat-seg-large": "cat-seg"}
-    assert {bases.get(base := case.name.split("+")[0], base) for case in CASES} == set(SYSTEMS)
+    assert {bases.get(base := case.name.split("+")[0], base) for case in CASES} <= set(SYSTEMS)
     variants = {"deop-baseline", "deop-baseline+", "deop+sam", "zsseg+sam+maft"}
     assert variants <= set(cost_systems())
     assert {f"{host}+maft" for host in ("zegformer", "zsseg", "freeseg")} <= set(cost_systems())

@@ -145,21 +145,22 @@ class CLIP(nn.Module):
     @property
     def text_width(self) -> int:
         """Width of the tokens of the text tower."""
-        return int(self._text.token_embedding.weight.shape[1])
+        return int(self.text_tower.token_embedding.weight.shape[1])
 
     @property
-    def _text(self) -> Any:
+    def text_tower(self) -> Any:
+        """The open_clip text tower: the model itself, or a part of it."""
         return self.model if isinstance(self.model, open_clip.CLIP) else self.model.text
 
     @property
     def _text_pool(self) -> str | None:
-        text = self._text
+        text = self.text_tower
         return text.text_pool_type if isinstance(text, open_clip.CLIP) else getattr(text, "pool_type", None)
 
     @property
     def plain_text(self) -> bool:
         """Whether the text tower is open_clip's causal one that is read at the end mark, which our own forward runs."""
-        text = self._text
+        text = self.text_tower
         return (
             isinstance(text, open_clip.CLIP | TextTransformer)
             and self._text_pool in ("argmax", "eos")
@@ -172,7 +173,7 @@ class CLIP(nn.Module):
         """Positions (n,) of the end marks in token ids (n, L)."""
         if self._text_pool == "argmax":
             return tokens.argmax(dim=-1)
-        text = self._text
+        text = self.text_tower
         eos = text.text_eos_id if isinstance(text, open_clip.CLIP) else text.eos_id
         return tokens.eq(eos).int().argmax(dim=-1)
 
@@ -210,7 +211,7 @@ class CLIP(nn.Module):
 
     def embed_tokens(self, tokens: Tensor) -> Tensor:
         """Look up token ids (n, L) in the text tower's table: (n, L, W), without positions."""
-        return self._text.token_embedding(tokens)
+        return self.text_tower.token_embedding(tokens)
 
     def encode_embeddings(self, embeddings: Tensor, end: Tensor) -> Tensor:
         """Encode texts given as token embeddings, so that some of them can be learned: (n, D), not normalised.
@@ -227,7 +228,7 @@ class CLIP(nn.Module):
                 f"The text tower of '{self.name}' is not CLIP's causal one, which learned prompts need; "
                 "choose a CLIP such as 'ViT-B-16/openai'."
             )
-        text = self._text
+        text = self.text_tower
         dtype = text.transformer.get_cast_dtype()
         x = embeddings.to(dtype) + text.positional_embedding[: embeddings.shape[1]].to(dtype)
         for block in text.transformer.resblocks:

@@ -122,7 +122,7 @@ class CATSeg(SegmentationModel):
         if options.finetune == "prompt" and not options.prompt_length:
             raise LexisegError("There are no prompts to tune; set prompt_length, or choose another finetune.")
         _split(clip.visual.transformer.resblocks)
-        _split(clip.model.transformer.resblocks)
+        _split(clip.text_tower.transformer.resblocks)
         self.prompt_tokens: nn.Parameter | None = None
         if options.prompt_length:
             prompts = torch.empty(options.prompt_depth or depth, options.prompt_length, tower.width)

@@ -267,3 +267,11 @@ def test_the_loss_is_the_mean_over_pixels_and_classes_with_ignored_pixels() -> N
 def test_options_that_do_not_fit(options: dict[str, Any], words: str) -> None:
     with pytest.raises(LexisegError, match=words):
         SYSTEMS["cat-seg"].build(small_clip(), {**SMALL, **options})
+
+
+def test_a_text_tower_that_is_a_part_of_its_own_trains_as_well() -> None:
+    clip = small_clip(custom_text=True)
+    model = SYSTEMS["cat-seg"].build(clip, SMALL)
+    trained = [name for name in model.trainable_names() if name.startswith("clip.model.text.")]
+    assert len(trained) == 2 * 2  # query and value in each block
+    assert model.training_text(Vocabulary.parse("cat; sky"), unit_rows(2, DIM)).shape == (2, DIM)

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from lexiseg.models import SYSTEMS, CascadeOnSPT
+from lexiseg.models import SYSTEMS
+from lexiseg.models.cascade_on_spt import CascadeOnSPT
 from scripts import lines_to_read
 
 ROOT = Path(__file__).parents[1]

@@ -70,12 +70,13 @@ def run_block(
     ``context`` (B or 1, P, W) is attended to and has no output: prompts whose outputs would be thrown away cost no
     queries and no MLP so. ``attention`` mixes the tokens, ``residual`` is a factor on the shortcut around it.
     """
+    # `lexiseg.training.engine.shard` gives a block this forward, to be called with the hooks that gather its weights.
     run = block if "forward" in vars(block) else partial(run_plain, block)
     return run(x, context, attention, residual)
 
 
 def run_plain(block: Any, x: Tensor, context: Tensor | None, attention: Attention, residual: float) -> Tensor:
-    """`run_block`, past the hooks of the module; with sharding this is the block's own ``forward``."""
+    """`run_block`, past the hooks of the module."""
     mixed = attention(block.attn, block.ln_1(x), None if context is None else block.ln_1(context))
     x = (x if residual == 1.0 else residual * x) + block.ls_1(mixed)
     expand, shrink = block.mlp.c_fc, block.mlp.c_proj

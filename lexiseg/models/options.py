@@ -85,6 +85,7 @@ class WindowOptions(ModelOptions):
         return self
 
     def window(self) -> WindowPolicy:
+        """Those of `WindowPolicy`'s fields that a system has options of the same name for are its options."""
         stride = self.window_stride or self.window_size or 0
         limits = () if self.short_side is None else ("long_side",)  # alone it limits nothing
         named = (*limits, "antialias", "canvas", "whole")

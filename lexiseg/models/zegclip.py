@@ -6,8 +6,9 @@ with learned prompts in every block (`PromptTokens`, the paper's DPT); each word
 (NEL: focal and dice loss, `OneStageModel.losses`).
 
 Read `ZegCLIP.encode_images` and `ZegCLIP.grid_logits`, which are the forward pass; `OneStageModel` turns its logits
-into scores and losses. Text is frozen CLIP's (`SegmentationModel.embed_text`), in the recipe's ``templates``: the
-authors' one sentence on VOC, 15 elsewhere. Cascade-CLIP and SPT-SEG subclass `ZegCLIP` and override small methods.
+into scores and losses. Text is frozen CLIP's (`SegmentationModel.embed_text`). Its templates (one sentence on VOC, 15
+elsewhere), the sliding window of 512 pixels and the optimiser are the recipes', see ``lexiseg/recipes/voc2012``.
+Cascade-CLIP and SPT-SEG subclass `ZegCLIP` and override small methods.
 """
 
 from __future__ import annotations

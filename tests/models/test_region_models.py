@@ -42,7 +42,7 @@ def make(system: str = "zsseg", **changes: Any) -> RegionModel:
     return model
 
 
-class HostTester(SystemTester):
+class RegionModelTester(SystemTester):
     """What differs for systems that compare the words of a region with each other."""
 
     # The classes share a softmax, so that only the images are apart.
@@ -68,12 +68,12 @@ class HostTester(SystemTester):
             load_model(folder)
 
 
-class TestZSSeg(HostTester):
+class TestZSSeg(RegionModelTester):
     system = "zsseg"
     options: ClassVar = {"proposals": MASKFORMER}
 
 
-class TestZegFormer(HostTester):
+class TestZegFormer(RegionModelTester):
     system = "zegformer"
     options: ClassVar = {"proposals": LINEAR}
 
@@ -111,12 +111,12 @@ class TestZegFormer(HostTester):
         assert torch.equal(model.text_rows(unit_rows(2, DIM))[-1:], model.no_object)
 
 
-class TestFreeSeg(HostTester):
+class TestFreeSeg(RegionModelTester):
     system = "freeseg"
     options: ClassVar = {"proposals": MASK2FORMER}
 
 
-class WithMaft(HostTester):
+class WithMaft(RegionModelTester):
     # What is trained is a quarter of a CLIP; its scores move slowly.
     def test_training_lowers_the_loss(self, model: SegmentationModel) -> None:
         train_a_little(model)
@@ -144,7 +144,7 @@ def sam_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder)
 
 
-class WithSam(HostTester):
+class WithSam(RegionModelTester):
     """SAM in the generator's place: other masks in every picture, and no classes."""
 
     @pytest.fixture

@@ -172,8 +172,10 @@ class CascadeCLIP(ZegCLIP):
             count, width = sum(group != (self.last,) for group in options.blocks), clip.image_tower.width
         self.levels = LevelProjections(count, clip.visual, options.level_projection) if count else None
         self.aggregations = nn.ModuleList(self.build_aggregator(len(group), width) for group in options.blocks)
-        self.frozen_prefixes += () if options.level_projection == "trained" else ("levels.",)
-        self.frozen_prefixes += ("aggregations.",) if options.aggregation in ("nga-fixed", "sum") else ()
+        if options.level_projection != "trained":
+            self.frozen_prefixes += ("levels.",)
+        if options.aggregation in ("nga-fixed", "sum"):
+            self.frozen_prefixes += ("aggregations.",)
         projections = 1 if options.text_projection == "shared" else len(options.blocks)
         self.query_projs = nn.ModuleList(self.build_query_proj() for _ in range(projections))
         self.decoders = nn.ModuleList(self.build_decoder() for _ in options.blocks)

@@ -296,7 +296,7 @@ def maft_losses(
         for parts in (full_resolution(one[None], frame, encoder.align_corners) for one in proposals.mask_logits)
     )
     scores = probabilities(encoder.attend(student, image, grid_masks))
-    loss = mask_aware_step(scores, masks, labels, proposals.valid, options)
+    loss = batch_loss(scores, masks, labels, proposals.valid, options)
     losses = {"loss": loss, "loss_mask_aware": loss.detach()}
     if options.distillation:
         with torch.no_grad():
@@ -307,7 +307,7 @@ def maft_losses(
     return losses
 
 
-def mask_aware_step(
+def batch_loss(
     probabilities: Tensor, masks: Iterable[Tensor], labels: Tensor, valid: Tensor | None, options: MaftOptions
 ) -> Tensor:
     """The mask-aware loss of a batch, of A^c (B, N, C) and each picture's masks (N, h, w) at the size of its labels."""

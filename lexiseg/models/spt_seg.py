@@ -192,7 +192,8 @@ class SPTSeg(ZegCLIP):
         options, tower = self.options, self.clip.image_tower
         side = options.filter_grid or max((options.window_size or self.clip.image_size) // tower.patch_size, 1)
         self.spectral = SpectralFilter((side, side), tower.width)
-        self.frozen_prefixes += () if options.train_filter else ("spectral.",)
+        if not options.train_filter:
+            self.frozen_prefixes += ("spectral.",)
 
     def build_decoder(self) -> MaskDecoder:
         """Make the spectral guided decoder of a head."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from lexiseg.clip.embeddings import image_embeddings
 from lexiseg.errors import LexisegError
 from lexiseg.losses.mask_aware import distillation_loss, iou_targets, mask_aware_loss, mask_ious
-from lexiseg.models.maft import MaftOptions, mask_aware_step
+from lexiseg.models.maft import MaftOptions, batch_loss
 from lexiseg.models.region_base import RegionModel
 from lexiseg.models.zegformer import ZegFormerCrops
 from lexiseg.regions.crops import CropEncoder, CropOptions, tight_crops
@@ -168,9 +168,9 @@ def test_regions_that_are_not_there_do_not_count() -> None:
     labels[:, :, 15:] = 1
     masks = masks_of((0, 0, 15, 20), (10, 0, 30, 20), (0, 0, 30, 20))
     scores = torch.rand(1, 3, 2)
-    two = mask_aware_step(scores[:, :2], [masks[:2]], labels, None, MaftOptions())
+    two = batch_loss(scores[:, :2], [masks[:2]], labels, None, MaftOptions())
     valid = torch.tensor([[True, True, False]])
-    three = mask_aware_step(scores, [masks], labels, valid, MaftOptions())
+    three = batch_loss(scores, [masks], labels, valid, MaftOptions())
     torch.testing.assert_close(three * 3, two * 2)
     assert float(distillation_loss(scores[:, 0], scores[:, 0])) == 0.0
 

@@ -138,13 +138,14 @@ def convert(
         uses = {"quick_gelu", "dtype"}
         report = _convert_clip(found, folder, quick_gelu, sizes, dtype)
     else:
-        uses = {"class_names", "templates", "dtype"} | ({"transductive"} if kind in (*NAMES, "zegformer") else set())
+        uses = {"class_names", "templates", "dtype"}
         # Only files in detectron2's layout may lack a CLIP.
         uses |= {"clip"} if kind in DECOUPLED_NAMES and not any(".clip_model." in key for key in state) else set()
         tower = {"clip": load_clip(str(clip))} if clip is not None and "clip" in uses else {}
         layout = next(layout for layout in _LAYOUTS if kind in layout.names)
         model, unused = layout.read(state, name=f"'{found.path}'", **sizes, **tower)
-        if transductive and "seen_offset" in type(model.options).model_fields:
+        if transductive and getattr(model.options, "seen_offset", None):
+            uses.add("transductive")
             model.options = model.options.model_copy(update={"seen_offset": 0.0})
         notes = layout.notes(model, state, seen_known=bool(class_names), transductive=transductive)
         model.seen_names = tuple(class_names or ())
@@ -152,8 +153,7 @@ def convert(
         description = f"{_MODELS[kind]} converted from the authors' checkpoint"
         model.metadata = {"description": description, "source": found.path.name}
         save_model(model, folder, dtype=dtype)
-        counts = len(state), model.num_parameters()
-        report = ConversionReport(kind, Path(folder), *counts, tuple(unused), tuple(notes))
+        report = ConversionReport(kind, Path(folder), len(state), model.num_parameters(), tuple(unused), tuple(notes))
     ignored = tuple(key for key, value in given.items() if value is not None and key not in uses)
     return replace(report, notes=(*found.notes, *empty, *report.notes), ignored=ignored)
 

@@ -46,6 +46,7 @@ _KEYS = ("classes", "templates", "background", "ignore", "masks", "exif")
 _LISTS = ("classes", "categories", "names", "labels", "id2label", "label2id")
 _YAML_START = re.compile(rf"(?:-\s|---|(?:{'|'.join((*_KEYS, *_LISTS, 'nc', 'path', 'train', 'val'))})\s*:(?!\S))")
 _BRACKETED = re.compile(r"\s*(?:\[.*\]|\{\s*[\"'0-9][^:]*:.*\}|\((\s*[\"'].*[\"'],?\s*)\))\s*", re.DOTALL)
+_FOREIGN = re.compile(r"<\?xml|\[\[?[\w.-]+\]\]?$|[\w-]+\s*=\s*\[")
 _JSON_START = re.compile(r"\s*(?:\[\s*[\"\[{\]]|\{\s*[\"}])")
 
 
@@ -179,7 +180,10 @@ def read_class_text(text: str, ending: str = "") -> ClassList:
     LexisegError if it says something wrong.
     """
     lines = [line for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")]
-    first = lines[0].lstrip() if lines else ""
+    first = lines[0].strip() if lines else ""
+    tagged = first.startswith("<") and "</" in text and text.rstrip().endswith(">")
+    if tagged or (_FOREIGN.match(first) and (first[0] != "[" or any("=" in line for line in lines[1:]))):
+        raise LexisegError("TOML, INI and XML are not read; write one class per line, JSON or YAML.")
     if ending == ".json" or (_JSON_START.match(text) and ending not in (".yaml", ".yml")):
         try:
             return _structured(json.loads(text, object_pairs_hook=_without_twins))

@@ -132,6 +132,11 @@ def test_colors_that_are_no_class_and_how_masks_lie(tmp_path: Path) -> None:
         ("names:\n  0: cat\n  0: dog\n", "key '0' is given twice"),
         ("nc: 3\nnames: [cat, dog]\n", "'nc' says 3 and 'names' has 2"),
         ("c\0a\0t\0", "not UTF-8"),
+        ('classes = [\n  "cat",\n  "dog",\n]\n', "TOML, INI and XML are not read; write one class per line"),
+        ('[[classes]]\nname = "cat"\n', "TOML, INI and XML"),
+        ("[classes]\n0 = cat\n1 = dog\n", "TOML, INI and XML"),
+        ('<?xml version="1.0"?>\n<labels/>', "TOML, INI and XML"),
+        ("<labels>\n  <label>cat</label>\n</labels>\n", "TOML, INI and XML"),
     ],
 )
 def test_mistakes_name_the_file(tmp_path: Path, text: str, words: str) -> None:

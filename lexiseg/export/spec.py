@@ -103,6 +103,10 @@ class ExportSpec(StrictModel):
     def _check_graphs(self) -> ExportSpec:
         if len(self.graphs) != max(len(self.sizes), 1):
             raise ValueError(f"{len(self.graphs)} graphs are named for {len(self.sizes)} sizes")
+        if self.fit.kind != "resize" and self.fit.size is not None:
+            raise ValueError(f"'fit.size' belongs to a 'fit' of the kind 'resize', not '{self.fit.kind}'")
+        if self.fit.kind != "pad" and self.decode.resize_to == "frame":
+            raise ValueError(f"'decode.resize_to' is 'frame', which a 'fit' of the kind '{self.fit.kind}' has not")
         return self
 
 

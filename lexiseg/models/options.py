@@ -10,14 +10,14 @@ from typing import Annotated, Any, ClassVar, TypeVar
 from pydantic import BeforeValidator, Field, model_validator
 
 from lexiseg.strict import StrictModel
-from lexiseg.windows import WindowPolicy
+from lexiseg.windows import LONGEST_SIDE, WindowPolicy
 
 Options = TypeVar("Options", bound="ModelOptions")
 _Deviation = Annotated[float, Field(gt=0)]
 Triple = tuple[float, float, float]
 Deviations = tuple[_Deviation, _Deviation, _Deviation]
 LossWeight = Annotated[float, Field(ge=0)]
-Pixels = Annotated[int, Field(ge=1)]
+Pixels = Annotated[int, Field(ge=1, le=LONGEST_SIDE)]
 Dropout = Annotated[float, Field(ge=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]
 

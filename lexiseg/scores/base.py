@@ -146,11 +146,11 @@ class Scores(ABC):
             for picture in range(self.batch_size):
                 field = self.field(picture, size) if math.isfinite(self.largest) else None
                 if field is None or not field.limits()[0] < torch.finfo(torch.float32).max:
-                    raise LexisegError(_NOT_FINITE)
+                    raise LexisegError(NOT_FINITE)
                 yield picture, field
 
 
-_NOT_FINITE = (
+NOT_FINITE = (
     "The model's scores for this picture hold NaN or infinite values; run it in float32 (dtype) or check its weights."
 )
 

@@ -28,6 +28,7 @@ from lexiseg.clip.model import CLIP, build_clip, save_clip
 from lexiseg.clip.positions import resize_positions
 from lexiseg.data.picture_world import FIRST, STUFF, World, find_world, render_scene
 from lexiseg.data.picture_world.scene import Scene, caption
+from lexiseg.errors import LexisegError
 from lexiseg.normalisation import normalise
 from lexiseg.recipes.schema import HELD_OUT_SEED, ContrastiveSettings, TrainSettings
 from lexiseg.training.engine import Task
@@ -119,6 +120,17 @@ def _draw(rng: np.random.Generator, ids: np.ndarray, areas: np.ndarray, count: i
     return rng.choice(ids, count, replace=False, p=weights / weights.sum()) if count else ids[:0]
 
 
+def build_towers(settings: ContrastiveSettings) -> CLIP:
+    """The CLIP of a recipe, with random weights. A `LexisegError` says what is wrong with its architecture."""
+    clip = build_clip({"model_cfg": settings.model_cfg, "trained_on": settings.scenes.world}, name="clip-emoji")
+    places, tokens = settings.model_cfg["text_cfg"].get("vocab_size"), clip.tokenizer.vocab_size
+    if places is not None and places < tokens:
+        raise LexisegError(
+            f"'vocab_size' of the text_cfg is {places}, but its tokenizer has {tokens} tokens; set it so."
+        )
+    return clip
+
+
 class ContrastiveTask(Task):
     """The contrastive training of a CLIP in the picture world.
 
@@ -133,7 +145,7 @@ class ContrastiveTask(Task):
         torch.manual_seed(train.seed)
         self.settings, self.batch_size, self.seed = settings, train.batch_size, train.seed
         self.world = find_world(settings.scenes.world)
-        self.clip = build_clip({"model_cfg": settings.model_cfg, "trained_on": self.world.name}, name="clip-emoji")
+        self.clip = build_towers(settings)
         if settings.initial is not None:
             key, side = "visual.positional_embedding", self.clip.image_size // self.clip.patch_size
             tensors = dict(load_clip(settings.initial).model.state_dict())

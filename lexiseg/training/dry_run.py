@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from lexiseg.clip.load import count_parameters, load_clip, random_clip
-from lexiseg.clip.model import CLIP, build_clip
+from lexiseg.clip.model import CLIP
 from lexiseg.clip.prompt_learner import PromptLearner
 from lexiseg.errors import LexisegError
 from lexiseg.files import local
@@ -22,10 +22,11 @@ from lexiseg.recipes import (
     TrainSettings,
     is_recipe,
 )
-from lexiseg.training.init import build_model, first_stage, proposals_of, stages_of
+from lexiseg.training.contrastive import build_towers
+from lexiseg.training.init import build_model, first_stage, proposals_of, stages_of, take_prompts
 from lexiseg.training.prompts import Prompted
 from lexiseg.training.proposals import describe_start
-from lexiseg.training.segmentation import masked_names, training_vocabulary
+from lexiseg.training.segmentation import masked_names, teacher_model, training_vocabulary
 from lexiseg.training.trainer import group_parameters, learning_rate
 from lexiseg.vocabulary import Vocabulary
 
@@ -116,19 +117,22 @@ def dry_run(recipe: Recipe) -> DryRun:
     If the named CLIP is not available, the model gets random weights of the same architecture. What its proposals start
     from is not downloaded; files on this machine are checked to fit.
 
-    Raises LexisegError if the recipe only evaluates; its system, options, data or initial model are wrong.
+    Raises LexisegError if the recipe only evaluates; its system, options or data, or a model or prompts that it takes
+    over, are wrong.
     """
     if isinstance(recipe, EvaluationRecipe):
         raise LexisegError("This recipe only evaluates, so there is nothing to train; give it to `lexiseg evaluate`.")
     if isinstance(recipe, ContrastiveRecipe):
-        model: CLIP | Prompted | SegmentationModel = build_clip({"model_cfg": recipe.model.model_cfg})
+        model: CLIP | Prompted | SegmentationModel = build_towers(recipe.model)
         facts: dict[str, Any] = {"system": "CLIP", "clip": "from the recipe", "starts_from": recipe.model.initial}
         facts["options"] = recipe.model.model_dump(mode="json", exclude={"model_cfg", "initial"})
     else:
         vocabulary = recipe.data.vocabulary()
         templates = recipe.templates if isinstance(recipe, SegmentationRecipe) else None
         trained = training_vocabulary(vocabulary, setting=recipe.setting, templates=templates)
-        model, facts = _prompts(recipe) if isinstance(recipe, PromptRecipe) else _segmentation(recipe, vocabulary)
+        model, facts = (
+            _prompts(recipe) if isinstance(recipe, PromptRecipe) else _segmentation(recipe, vocabulary, trained)
+        )
         seen = masked_names(trained)
         facts |= {"clip": model.clip.name, "setting": recipe.setting, "data": recipe.data.title, "text": len(trained)}
         facts |= {"seen": seen, "unseen": tuple(name for name in vocabulary.names if name not in seen)}
@@ -141,7 +145,9 @@ def dry_run(recipe: Recipe) -> DryRun:
     return DryRun(**facts, train=recipe.train, rates=tuple(rates))
 
 
-def _segmentation(recipe: SegmentationRecipe, vocabulary: Vocabulary) -> tuple[SegmentationModel, dict[str, Any]]:
+def _segmentation(
+    recipe: SegmentationRecipe, vocabulary: Vocabulary, trained: Vocabulary
+) -> tuple[SegmentationModel, dict[str, Any]]:
     reason = None
     # What is still to be trained cannot be started from, and what is there already should be.
     later = {key: None for key in ("initial", "prompts_from") if is_recipe(getattr(recipe, key))}
@@ -151,6 +157,11 @@ def _segmentation(recipe: SegmentationRecipe, vocabulary: Vocabulary) -> tuple[S
         clip, reason = clip_or_random(recipe.model.clip)
         stages_of(recipe)
         model = build_model(recipe, vocabulary, clip=clip)
+        if recipe.prompts_from is not None and "prompts_from" not in later:
+            named = reason is None and recipe.initial is None
+            take_prompts(model, recipe.prompts_from, vocabulary, any_clip=not named)
+    if recipe.teacher is not None and not is_recipe(recipe.teacher):
+        teacher_model(recipe.teacher, trained)
     start, described = recipe.proposals_from, None
     if start is not None:
         generator = proposals_of(model, start)

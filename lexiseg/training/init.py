@@ -148,18 +148,18 @@ def start_from(
     return model
 
 
-def take_prompts(model: SegmentationModel, source: str, vocabulary: Vocabulary) -> None:
+def take_prompts(model: SegmentationModel, source: str, vocabulary: Vocabulary, *, any_clip: bool = False) -> None:
     """Put text prompts that were learned offline, in a run of the kind "prompts", into a model.
 
     Raises LexisegError if there are no prompts, the model has no place for them or one of another size, or they were
-    learned with another CLIP, or with a class of the ``vocabulary`` that is unseen now.
+    learned with another CLIP (which ``any_clip`` allows), or with a class of the ``vocabulary`` that is unseen now.
     """
     (tensors, card), target = read_prompts(source), model.learned_prompts
     if target is None:
         raise _no_prompts(source, model.system)
     advice = "give both the same numbers of vectors, and the same CLIP"
     check_state(tensors, shapes_of(target), f"The learned prompt in '{source}'", advice=advice)
-    if card.get("clip_fingerprint") not in (None, model.clip.fingerprint()):
+    if not any_clip and card.get("clip_fingerprint") not in (None, model.clip.fingerprint()):
         raise LexisegError(
             f"The prompts in '{source}' were learned with another CLIP, {card.get('clip')}; learn them with this one."
         )

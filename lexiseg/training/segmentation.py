@@ -248,12 +248,17 @@ def load_teacher(name: str, vocabulary: Vocabulary, *, cache_dir: Path | None = 
 
     A `LexisegError` says that there is no such model, or that it had masks of a class that is unseen now.
     """
+    return Teacher(teacher_model(name, vocabulary), vocabulary, cache_dir=cache_dir)
+
+
+def teacher_model(name: str, vocabulary: Vocabulary) -> SegmentationModel:
+    """The model of `load_teacher`, which raises the same."""
     model = load_model(name)
     seen = [entry.name for entry in vocabulary.classes if entry.seen]
     if len(seen) == len(vocabulary):
         raise LexisegError("Every class has masks, so there is nothing for a teacher to label; remove 'teacher'.")
     refuse_leaks(f"The teacher '{name}'", model.seen_names, seen, vocabulary)
-    return Teacher(model, vocabulary, cache_dir=cache_dir)
+    return model
 
 
 # ---- labels

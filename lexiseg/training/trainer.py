@@ -31,6 +31,7 @@ from lexiseg.files import make_folder, write_text
 from lexiseg.journal import changed, flat
 from lexiseg.recipes import TrainSettings
 from lexiseg.recipes.schema import Multiplier
+from lexiseg.scores.base import NOT_FINITE
 from lexiseg.training.checkpoint import Best, RunLog, capture_rng, load_checkpoint, restore_rng, save_checkpoint
 from lexiseg.training.engine import Engine, Task, prefetch, watched_workers
 from lexiseg.weights.runs import BASE, find_checkpoints, read_state
@@ -393,13 +394,15 @@ class Trainer:
         """Stop in all processes, for all have the same ``value``; ``names`` are the samples each has."""
         if math.isfinite(value):
             return
-        found = find_checkpoints(self.checkpoint_dir)
-        kept = f"the last checkpoint, '{found[-1]}', is untouched" if found else "there is no checkpoint yet"
         samples = ", ".join(name for part in processes.gather(names) for name in part) or "unnamed"
         raise processes.SharedError(
-            f"The {what} is {value} at step {step} (samples: {samples}); {kept}; lower the learning rate or look at "
-            "these samples."
+            f"The {what} is {value} at step {step} (samples: {samples}); {self._kept()}; lower the learning rate or "
+            "look at these samples."
         )
+
+    def _kept(self) -> str:
+        found = find_checkpoints(self.checkpoint_dir)
+        return f"the last checkpoint, '{found[-1]}', is untouched" if found else "there is no checkpoint yet"
 
     def _look(self, done: int, log: RunLog, best: Best) -> None:
         """Sample pictures and numbers; the run's random state and mode are as before afterwards."""
@@ -414,6 +417,12 @@ class Trainer:
             if best.improved_by(done, values):
                 self.task.reached(done)
                 self._engine.export(self.run_dir / "best")
+        except LexisegError as error:
+            if NOT_FINITE not in str(error):
+                raise
+            raise LexisegError(
+                f"The scores after step {done} hold NaN or infinite values; {self._kept()}; lower the learning rate."
+            ) from error
         finally:
             restore_rng(state)
             self.task.model.train()

@@ -49,6 +49,7 @@ class Checkpoint:
     config: dict[str, Any]  # the ``config.json`` beside the weights, {} where there is none
     metadata: dict[str, str]  # what a safetensors file notes of itself
     notes: tuple[str, ...]  # what was chosen and what was left out, a sentence each
+    spare: bool = False  # whether the file has a moving average as well, which was not taken
 
 
 def read_checkpoint(
@@ -85,7 +86,7 @@ def read_checkpoint(
     if ema and not choice.seen:
         raise LexisegError(f"'{path}' holds no moving average (EMA) of its weights; leave --ema out.")
     state = {key: found[old]() for key, old in keys.items()}
-    return Checkpoint(path, state, config, metadata, tuple(choice.notes))
+    return Checkpoint(path, state, config, metadata, tuple(choice.notes), choice.spare)
 
 
 @dataclass
@@ -95,6 +96,7 @@ class _Choice:
     path: Path  # the file
     ema: bool | None  # what was asked for
     seen: bool = False  # whether there was an average at all
+    spare: bool = False  # whether there was one that was not taken
     notes: list[str] = field(default_factory=list)  # what was chosen, a sentence each
 
     def of(self, plain: list[str], averages: list[str]) -> str:
@@ -112,6 +114,7 @@ class _Choice:
         elif self.ema:
             self.notes.append(f"The moving average (EMA) of the weights, '{name}', is used, not '{other}'.")
         else:
+            self.spare = True
             self.notes.append(
                 f"The file holds a moving average (EMA) of the weights, '{name}', as well; '{other}' is "
                 "used, --ema uses the average."

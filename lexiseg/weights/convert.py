@@ -125,7 +125,7 @@ def convert(
     state, kind = found.state, _kind(found.state)
     if kind is None:
         raise _unknown(state, path)
-    empty = _zeros(state, path)
+    empty = _zeros(state, path, "take the file's moving average with --ema" if found.spare else "get the file again")
     given: dict[str, Any] = {"class_names": class_names or None, "templates": templates or None}
     given |= {"transductive": transductive or None, "quick_gelu": quick_gelu, "clip": clip, "dtype": dtype}
     sizes: dict[str, Any] = {"heads": heads, "text_heads": text_heads}
@@ -166,10 +166,11 @@ def _kind(state: Mapping[str, Any]) -> str | None:
     return "clip" if is_openai(state) or is_transformers(state) else "sam" if recognise_sam(state) else None
 
 
-def _zeros(state: Mapping[str, Tensor], path: str | Path) -> list[str]:
+def _zeros(state: Mapping[str, Tensor], path: str | Path, advice: str) -> list[str]:
     """A note on weights that are zero throughout, as the last layer of an untrained branch may be.
 
-    Raises LexisegError if a part of `_TOWER` weights or more holds nothing else, or weights are quantised.
+    Raises LexisegError if a part of `_TOWER` weights or more holds nothing else, with ``advice``, or weights are
+    quantised.
     """
     for key, tensor in state.items():
         # A mask of attention may be of bools; no authors' weights are, and ours would be zeros and ones.
@@ -187,7 +188,7 @@ def _zeros(state: Mapping[str, Tensor], path: str | Path) -> list[str]:
         if count == all_of[part] >= _TOWER:
             raise LexisegError(
                 f"All {count} weights of '{printable(part)}' in '{path}' are zero, as in a placeholder or after a "
-                "broken download; get the file again."
+                f"broken download; {advice}."
             )
     if not zero:
         return []

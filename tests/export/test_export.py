@@ -225,6 +225,15 @@ def test_the_command_line(
 
 def test_graphs_of_other_models_are_one_sentence(folder: Path, tmp_path: Path) -> None:
     new = shutil.copytree(folder, tmp_path / "new")
+    said = json.loads((new / "export.json").read_text())
+    for part, change, words in (
+        ("decode", {"resize_to": "frame"}, "is 'frame'"),
+        ("fit", {"kind": "pad", "size": [16, 16]}, "'fit.size'"),
+    ):
+        (new / "export.json").write_text(json.dumps(said | {part: said[part] | change}))
+        with pytest.raises(LexisegError, match=words):
+            lexiseg.load(new)
+    (new / "export.json").write_text(json.dumps(said))
     shutil.copy(folder / "text.onnx", new / "image.onnx")
     with pytest.raises(LexisegError, match=r"image\.onnx' cannot be run \(.*; export the model again"):
         lexiseg.load(new).predict(picture(), CLASSES)

@@ -262,6 +262,7 @@ def test_the_loss_is_the_mean_over_pixels_and_classes_with_ignored_pixels() -> N
         ({"decoder_dims": [16, 50]}, "does not divide into groups"),
         ({"window_size": 8, "window_stride": 9}, "leaves gaps between windows"),
         ({"whole": True}, "whole .* needs a window_size"),
+        ({"resolution": 10**9}, "resolution.*less than or equal to 65536"),
     ],
 )
 def test_options_that_do_not_fit(options: dict[str, Any], words: str) -> None:

@@ -22,7 +22,8 @@ from lexiseg.training.contrastive import (
     patch_loss,
     zero_shot_accuracy,
 )
-from lexiseg.training.run import train
+from lexiseg.training.dry_run import dry_run
+from lexiseg.training.run import build_task, train
 from lexiseg.weights import load_model
 
 TOWERS = {
@@ -157,6 +158,14 @@ def test_a_run_exports_a_clip_that_a_larger_one_starts_from(tmp_path: Path) -> N
 def test_a_clip_of_other_towers_cannot_be_started_from() -> None:
     with pytest.raises(LexisegError, match=r"The initial CLIP 'clip-emoji' does not fit.*instead of"):
         ContrastiveTask(settings(initial="clip-emoji"), TrainSettings(steps=2, batch_size=2, lr=1e-3))
+
+
+def test_a_text_tower_has_room_for_the_tokenizer() -> None:
+    recipe = load_recipe("clip-emoji-small", ["model.model_cfg.text_cfg.vocab_size=1000"])
+    with pytest.raises(LexisegError, match="is 1000, but its tokenizer has 49408 tokens"):
+        dry_run(recipe)
+    with pytest.raises(LexisegError, match="is 1000, but its tokenizer has 49408 tokens"):
+        build_task(recipe)
 
 
 @pytest.mark.parametrize(

@@ -141,6 +141,12 @@ def test_the_best_is_kept_and_patience_ends(place: Path, tmp_path: Path, monkeyp
         recipe_of(place, train={"keep_best": "val/hiou"})
 
 
+def test_a_diverged_training_names_the_rate_at_a_snapshot_too(place: Path, tmp_path: Path) -> None:
+    recipe = recipe_of(place, train={"lr": 1e30, "snapshot_every": 1}, evaluation={"pictures": 0, "scored": 1})
+    with pytest.raises(LexisegError, match=r"after step 1 hold NaN .*; there is no checkpoint.*; lower the learning"):
+        quietly(recipe, tmp_path / "run")
+
+
 def test_training_on_nothing_is_refused(place: Path, tmp_path: Path) -> None:
     with pytest.raises(LexisegError, match="Every learning rate is 0"):
         quietly(recipe_of(place, train={"multipliers": {"": {"lr": 0}}}), tmp_path / "run")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +23,7 @@ from lexiseg.normalisation import pixels_of
 from lexiseg.recipes import is_recipe, load_recipe
 from lexiseg.recipes.reading import merge
 from lexiseg.segmenter import Segmenter
+from lexiseg.training.dry_run import dry_run
 from lexiseg.training.prompts import read_prompts
 from lexiseg.training.run import build_task, train
 from lexiseg.training.segmentation import UNLABELLED, SegmentationTask, Teacher
@@ -190,6 +192,9 @@ def test_a_teacher_labels_what_has_no_label(tmp_path: Path, clip_folder: Path) -
     pixels = pixels_of(batch.images, task.model.mean, task.model.std)
     assert torch.equal(task.teacher.label(pixels, batch.labels, *white), labels)
     assert torch.isfinite(task.losses(batch)["loss"])
+    assert dry_run(recipe).teacher == str(host)
+    with pytest.raises(LexisegError, match="nowhere"):
+        dry_run(recipe.model_copy(update={"teacher": "./nowhere"}))
     with pytest.raises(LexisegError, match="nothing for a teacher to label"):
         build_task(recipe.model_copy(update={"setting": "supervised", "data": recipe.data}))
 
@@ -198,12 +203,21 @@ def test_prompts_that_do_not_fit(tmp_path: Path, clip_folder: Path) -> None:
     write(tmp_path, clip_folder)
     folder = run(tmp_path, "prompts")
 
-    def baseline(**options: Any) -> None:
+    def baseline(source: Path = folder, **options: Any) -> None:
         recipe = load_recipe(tmp_path / "baseline.yaml")
         model = recipe.model.model_copy(update={"options": {**recipe.model.options, **options}})
-        build_task(recipe.model_copy(update={"prompts_from": str(folder), "model": model}))
+        recipe = recipe.model_copy(update={"prompts_from": str(source), "model": model})
+        try:
+            build_task(recipe)
+        except LexisegError as error:
+            with pytest.raises(LexisegError, match=re.escape(str(error))):
+                dry_run(recipe)
+            raise
+        dry_run(recipe)
 
     baseline()
+    with pytest.raises(LexisegError, match=r"no prompts\.safetensors in 'nowhere'"):
+        baseline(Path("nowhere"))
     with pytest.raises(
         LexisegError, match=r"prefix_prompt is \(2, 16\) instead of \(3, 16\); give both the same numbers"
     ):

@@ -124,7 +124,7 @@ def test_pickles_of_arrays_and_torchscript(state: State, clip_state: State, tmp_
     assert same(read_checkpoint(tmp_path / "z.pth", is_openai).state, state)
 
 
-def test_a_moving_average_is_announced_and_chosen(state: State, tmp_path: Path) -> None:
+def test_a_moving_average_is_announced_and_chosen(state: State, clip_state: State, tmp_path: Path) -> None:
     plain = {key: value * 2 for key, value in state.items()}
     both: list[Any] = [
         {"state_dict": plain, "state_dict_ema": state},
@@ -138,6 +138,9 @@ def test_a_moving_average_is_announced_and_chosen(state: State, tmp_path: Path) 
             found = read(content, tmp_path, ema=ema)
             assert same(found.state, expected)
             assert any("moving average (EMA)" in note for note in found.notes)
+    zero = {key: value * 0 for key, value in clip_state.items()}
+    with pytest.raises(LexisegError, match="or after a broken download; take the file's moving average with --ema"):
+        converted({"state_dict": zero, "state_dict_ema": clip_state}, tmp_path)
     assert "the file holds no others" in str(read({"model_ema": state}, tmp_path).notes)
     for content, ema, sentence in (
         ({"model_ema": state}, False, "holds only a moving average"),

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lexiseg.data.sets.dataset import Finding, SplitFiles
-from lexiseg.data.sets.listing import by_stem, child, entries, folders_in, listed_as, read_list
+from lexiseg.data.sets.listing import by_stem, child, entries, files_in, folders_in, listed_as, read_list
 from lexiseg.errors import DataSetError
 from lexiseg.images import IMAGE_SUFFIXES
 
@@ -92,7 +92,7 @@ def _has_labels(folder: Path) -> bool:
 def class_file_in(root: Path, place: Layout) -> Path | None:
     """The class file of a folder, in it or beside its pictures or labels."""
     folders = (root, place.images.parent, place.images, place.labels)
-    return next((path for folder in folders for name in CLASS_FILES if (path := folder / name).is_file()), None)
+    return next((path for folder in folders for path in files_in(folder, CLASS_FILES)), None)
 
 
 def picture_folders(root: Path, split: str) -> list[Path]:
@@ -161,7 +161,7 @@ def own_splits(root: Path) -> tuple[str, ...]:
 def own_list(root: Path, split: str) -> Path | None:
     """The list of a split's pictures; None where there is none."""
     names = [f"{name}.txt" for name in SPLITS.get(split, (split,))]
-    return next((path for place in _LIST_FOLDERS for name in names if (path := root / place / name).is_file()), None)
+    return next((path for place in _LIST_FOLDERS for path in files_in(root / place, names)), None)
 
 
 def names_of(root: Path, split: str, place: Layout, pictures: Sequence[str]) -> tuple[list[str], list[Finding]]:

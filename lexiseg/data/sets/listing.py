@@ -95,6 +95,13 @@ def child(folder: Path | None, names: Iterable[str]) -> Path | None:
     return next((there[name.lower()] for name in names if name.lower() in there), None)
 
 
+def files_in(folder: Path, names: Iterable[str]) -> list[Path]:
+    """Those of ``names`` that are files in ``folder``; of each one in another case where there is none in this."""
+    there = _inside(folder)[1]
+    spelling = {**{name.lower(): name for name in there}, **{name: name for name in there}}
+    return [folder / spelling[name] for name in names if name in spelling]
+
+
 def unreadable(place: Path, error: OSError) -> DataSetError:
     """The error for a file or folder that the system does not let us look at; ``place`` is said where it names none."""
     where = error.filename if isinstance(error.filename, str) else place
@@ -210,7 +217,7 @@ def with_unseen(vocabulary: Vocabulary, root: Path, unseen: str | None, source: 
     class is unseen, those that nobody flags are seen. Raises LexisegError if ``unseen`` is another list; the file
     cannot be read; or it names a class that there is not, that the class file flags as seen, or every one there is.
     """
-    path = root / "unseen.txt"
+    path = next(iter(files_in(root, ("unseen.txt",))), root / "unseen.txt")
     if unseen not in (None, "none"):
         raise LexisegError(f"There is no list '{shorten(unseen)}' of unseen classes but '{path}'; leave 'unseen' out.")
     there = unseen != "none" and path.is_file()

@@ -48,6 +48,7 @@ from lexiseg.data.sets.listing import (
     LabelFolder,
     by_stem,
     entries,
+    files_in,
     orphans,
     pair,
     plain_table,
@@ -77,8 +78,8 @@ def list_own(root: Path, split: str, unseen: str | None, classes: Path | None) -
     if not is_folder(root):
         raise DataSetError(f"The data folder '{root}' does not exist; check the path.")
     settings = ClassList(())
-    if (root / SETTINGS).is_file():
-        settings = read_class_list(root / SETTINGS, settings_only=True)
+    for path in files_in(root, (SETTINGS,)):
+        settings = read_class_list(path, settings_only=True)
     annotations, whole = json_of(root, split)
     if annotations is not None:
         files = list_coco_json(root, annotations, split, unseen, picture_folders(root, split), settings.exif)
@@ -250,9 +251,9 @@ def _left_out(listed: ClassList, class_file: Path | None) -> list[Finding]:
 def _passed_over(class_file: Path) -> list[Finding]:
     """Class files beside the one that is read which say something else."""
     said, findings = _said(class_file), []
-    for path in (class_file.parent / name for name in CLASS_FILES):
+    for path in files_in(class_file.parent, CLASS_FILES):
         with suppress(LexisegError):  # of such a name, but no class file
-            if path.is_file() and _said(path) != said:
+            if _said(path) != said:
                 problem = (
                     f"'{class_file}' lists the classes; '{path.name}' beside it says something else and is "
                     "ignored; remove one of them."
@@ -283,12 +284,17 @@ def _reading(listed: ClassList, files: Mapping[str, Path], ignore: int, root: Pa
     kind = LabelKind.index if ignore == IGNORE_INDEX else LabelKind.wide
     numbered = all(one.value is not None for one in classes)
     id_map = _ids(listed, ignore)
-    if len(classes) <= 2 and IGNORE_INDEX not in id_map and _are_black_and_white(paths):
+    if IGNORE_INDEX not in id_map and _are_black_and_white(paths, alone=len(classes) > 2):
         name = classes[-1].name
+        white = (
+            f"number the {len(classes)} classes in classes.txt, 255 being what white is"
+            if len(classes) > 2
+            else f"write '0: background' and '255: {name}' into classes.txt if white is {name}, '255: {name}' alone to "
+            "ignore black"
+        )
         raise DataSetError(
-            f"Masks of '{root}' hold only 0 and 255, like black and white masks, so their meaning is unclear: write "
-            f"'0: background' and '255: {name}' into classes.txt if white is {name}, '255: {name}' alone to ignore "
-            "black, or 'ignore: 255' into classes.yaml or lexiseg.yaml to ignore white.",
+            f"Masks of '{root}' hold only 0 and 255, like black and white masks, so their meaning is unclear: {white}, "
+            "or write 'ignore: 255' into classes.yaml or lexiseg.yaml to ignore white.",
             "black-and-white",
         )
     return kind, ValueTable(id_map, (0, ignore) if numbered else (ignore,), ignore, remedy=remedy)
@@ -299,8 +305,11 @@ def _packed(color: tuple[int, int, int]) -> int:
     return red * 65536 + green * 256 + blue
 
 
-def _are_black_and_white(paths: Sequence[Path]) -> bool:
-    """Whether half of the masks hold 0 and 255 alone, both somewhere, and no other one has 255 beside its classes."""
+def _are_black_and_white(paths: Sequence[Path], alone: bool) -> bool:
+    """Whether half of the masks hold 0 and 255 alone, both somewhere, and no other one has 255 beside its classes.
+
+    ``alone``: whether all must.
+    """
     found: set[int] = set()
     white = others = 0
     for path in paths:
@@ -313,7 +322,7 @@ def _are_black_and_white(paths: Sequence[Path]) -> bool:
                 return False
             else:
                 others += 1
-    return found == {0, 255} and white >= others
+    return found == {0, 255} and (not others if alone else white >= others)
 
 
 def _are_colored(paths: Sequence[Path]) -> bool:

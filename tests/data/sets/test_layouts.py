@@ -308,7 +308,7 @@ def test_a_class_file_that_is_passed_over_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_lists_that_share_a_picture_are_noted(tmp_path: Path, split: str) -> None:
     _pictures(tmp_path / "images", ("a", "b", "c"))
-    _masks(tmp_path / "masks", ("a", "b", "c"))
+    _masks(tmp_path / "masks", ("a", "b", "c"), values=np.where(LABEL == 255, 1, 0))
     for name, lines in (("classes", "cat\ndog\nsky"), ("train", "a\nb\nc.jpg"), ("val", "c")):
         _write(tmp_path / f"{name}.txt", f"{lines}\n")
     with pytest.warns(LexisegWarning, match=r"train\.txt' and 'val\.txt' share 1 picture, such as 'c'"):
@@ -346,6 +346,12 @@ def test_black_and_white_masks_are_asked_about(tmp_path: Path) -> None:
         open_data_set("own", tmp_path, "train")
     _write(tmp_path / "classes.txt", "0: background\n255: cat\n")
     assert sorted(open_data_set("own", tmp_path, "val")[0].label.unique().tolist()) == [0, 1]
+    _write(tmp_path / "classes.txt", "background\ncat\ndog\n")
+    assert len(open_data_set("own", tmp_path, "train").vocabulary) == 3
+    black_and_white(tmp_path)  # alone they say nothing of three classes
+    _write(tmp_path / "classes.txt", "background\ncat\ndog\n")
+    with pytest.raises(LexisegError, match=r"number the 3 classes in .*, 255 being what white is, or write"):
+        open_data_set("own", tmp_path, "train")
     _write(tmp_path / "lexiseg.yaml", "ignore: 255\n")
     _write(tmp_path / "classes.txt", "background\n")
     assert sorted(open_data_set("own", tmp_path, "val")[0].label.unique().tolist()) == [0, 255]
@@ -396,7 +402,8 @@ def _same_words(root: Path, split: str, kind: str) -> None:
 def test_one_picture_in_all(tmp_path: Path) -> None:
     _pictures(tmp_path / "images", ("a",))
     _masks(tmp_path / "masks", ("a",))
-    _write(tmp_path / "classes.txt", "cat\ndog\negg\n")
+    _write(tmp_path / "classes.txt", "cat\n")
+    _write(tmp_path / "lexiseg.yaml", "ignore: 255\n")
     _same_words(tmp_path, "train", "empty-split")
 
 
@@ -424,3 +431,14 @@ def test_pictures_of_kinds_that_are_not_read_and_broken_links(tmp_path: Path) ->
     found = {finding.kind: finding for finding in verify("own", tmp_path, workers=1).findings}
     assert "phone.heic" in found["unread-picture"].problem and "gone.png" in found["damaged-picture"].problem
     assert len(found) == 2
+
+
+def test_the_case_of_file_names_does_not_matter(tmp_path: Path) -> None:
+    suffix(tmp_path)
+    _write(tmp_path / "classes.names", "cat\ndog\n")
+    before = open_data_set("own", tmp_path, "val")
+    for name in ("classes.names", "val.txt", "lexiseg.yaml"):
+        (tmp_path / name).rename(tmp_path / name.title())
+    _write(tmp_path / "Unseen.TXT", "dog\n")
+    after = open_data_set("own", tmp_path, "val")
+    assert after.names == before.names and [entry.seen for entry in after.vocabulary.classes] == [True, False]

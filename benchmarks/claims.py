@@ -86,9 +86,9 @@ class Study:
         recipe = load_recipe(name, {"model.clip": self.clip}, seed=seed)
         if not isinstance(recipe, SegmentationRecipe):
             raise LexisegError(f"The recipe '{name}' trains no segmentation system.")
-        keep = {"keep": self.runs.resolve() / "scenes"}
         if recipe.data.source == "picture-world":
-            recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"source": self.world, **keep})})
+            shared = {"source": self.world, "cache_dir": self.runs.resolve() / "scenes"}
+            recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update=shared)})
         keys = ("steps", "warmup_steps", "snapshot_every")
         numbers = {key: self._scaled(getattr(recipe.train, key)) for key in keys}
         # Self-training starts from the checkpoint in the middle; scenes that are kept need no process to render them.
@@ -167,8 +167,8 @@ class Study:
 
     def dataset(self, world: str = "") -> PictureWorld:
         """The scenes that are judged."""
-        split, keep = cast(Any, self.split), self.runs / "scenes"
-        return PictureWorld(split, world=find_world(world or self.world), size=256, keep=keep)
+        split, scenes = cast(Any, self.split), self.runs / "scenes"
+        return PictureWorld(split, world=find_world(world or self.world), size=256, cache_dir=scenes)
 
 
 @cache

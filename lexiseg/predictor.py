@@ -20,6 +20,7 @@ from lexiseg.files import as_path
 from lexiseg.images import DEFAULT_MAX_PIXELS, ImageSource, list_images
 from lexiseg.label_ids import ignore_index
 from lexiseg.pictures import Failure, HeldPicture, Picture, WindowSource, read_picture, run_in_batches, window_policy
+from lexiseg.renames import renamed_method
 from lexiseg.segmentation import Segmentation
 from lexiseg.templates import SINGLE_TEMPLATE
 from lexiseg.vocabulary import TemplateSource, Vocabulary, VocabularySource
@@ -157,7 +158,7 @@ class Predictor(ABC):
             "refine": self.refinement.kind,
         }
 
-    def refined(self, refine: str | Refinement | None) -> Self:
+    def with_refinement(self, refine: str | Refinement | None) -> Self:
         """A copy with another refinement of masks; model and caches are shared, a picture that was set is not.
 
         Raises LexisegError if there is no such refinement.
@@ -165,6 +166,8 @@ class Predictor(ABC):
         other = copy.copy(self)
         vars(other).update(refinement=_refinement(refine), _held=_Held())
         return other
+
+    refined = renamed_method("refined", "with_refinement")
 
     def scores(
         self,
@@ -212,7 +215,7 @@ class Predictor(ABC):
             vocabulary = replace(vocabulary, templates=default)
         if self.model.seen_names:
             vocabulary = vocabulary.with_seen(self.model.seen_names)
-        vocabulary.spoken().check_lengths(self.model.clip.count_tokens, self.model.clip.context_length)
+        vocabulary.with_placeholders().check_lengths(self.model.clip.count_tokens, self.model.clip.context_length)
         # Only what cannot change behind our back is remembered; a list could, and so could a file.
         words = isinstance(classes, str) and class_source(classes) is classes
         if (words or isinstance(classes, Vocabulary)) and not isinstance(background, dict):

@@ -152,7 +152,7 @@ class Segmenter(Predictor):
         notes.one_class(vocabulary)
         device = self.device
         with float32_default():
-            text = self.model.embed_text(self.embedder, vocabulary.spoken()).to(device)
+            text = self.model.embed_text(self.embedder, vocabulary.with_placeholders()).to(device)
             if vocabulary.exemplars:
                 with self._evaluating():
                     text = with_exemplars(self.model, self.embedder, text, vocabulary, self.max_pixels)
@@ -160,7 +160,7 @@ class Segmenter(Predictor):
         return Words(
             vocabulary,
             text,
-            vocabulary.word_to_class.to(device) if joined and self.model.words_rule is None else None,
+            vocabulary.word_to_class.to(device) if joined and self.model.postprocessing is None else None,
             vocabulary.seen_words.to(device) if bool(vocabulary.seen_words.any()) else None,
         )
 
@@ -190,7 +190,7 @@ class Segmenter(Predictor):
 
     def labels_of(self, picture: Picture, words: Words, policy: WindowPolicy) -> tuple[Tensor, Tensor]:
         """The labels (H, W) of such a picture, refined, and their scores."""
-        scores, image, rule = picture.joined(policy), picture.image, self.model.words_rule
+        scores, image, rule = picture.joined(policy), picture.image, self.model.postprocessing
         with float32_default():
             if rule is None:
                 labels, best = refine(scores, image, self.refinement)

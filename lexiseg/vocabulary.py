@@ -22,6 +22,7 @@ from lexiseg.colors import BACKGROUND_COLOR, distinct_colors, parse_color
 from lexiseg.errors import LexisegError, LexisegWarning
 from lexiseg.exemplars import PREFIX, Exemplar
 from lexiseg.files import as_path, write_json, write_text
+from lexiseg.renames import renamed_method
 from lexiseg.templates import SINGLE_TEMPLATE, TEMPLATE_SETS
 from lexiseg.words import clean_word, describe, shorten, word_key
 
@@ -251,7 +252,7 @@ class Vocabulary:
         by_word = {exemplar.word: exemplar for entry in self.classes for exemplar in entry.exemplars}
         return tuple((index, by_word[word]) for index, word in enumerate(self.words) if word in by_word)
 
-    def spoken(self) -> Vocabulary:
+    def with_placeholders(self) -> Vocabulary:
         """The same with a plain word in each exemplar's place, for a text tower to read."""
         if not self.exemplars:
             return self
@@ -261,6 +262,8 @@ class Vocabulary:
             for entry in self.classes
         )
         return replace(self, classes=classes)
+
+    spoken = renamed_method("spoken", "with_placeholders")
 
     @cached_property
     def word_to_class(self) -> torch.Tensor:

@@ -62,7 +62,7 @@ def test_several_and_words_may_be_mixed(files: Path, segmenter: Segmenter) -> No
     assert vocabulary.words == ("cup", one, two, "sky") and vocabulary.names == ("mug", "sky")
     assert vocabulary.word_to_class.tolist() == [0, 0, 0, 1]
     assert [place for place, _ in vocabulary.exemplars] == [1, 2]
-    assert vocabulary.spoken().words == ("cup", "exemplar 0", "exemplar 1", "sky")
+    assert vocabulary.with_placeholders().words == ("cup", "exemplar 0", "exemplar 1", "sky")
     assert Vocabulary.parse(vocabulary.to_dict()) == vocabulary
     assert segmenter.predict(files / "mug.png", vocabulary).label_map.shape == (64, 96)
 

@@ -21,7 +21,7 @@ PACKAGE = ROOT / "lexiseg"
 
 # A part may import from the parts named here and from itself. `weights` sits above `models`: it builds them from files.
 WORDS = {"errors", "label_ids", "files", "words", "colors", "background", "class_forms", "class_list", "vocabulary"}
-WORDS |= {"exemplars"}
+WORDS |= {"exemplars", "renames"}
 PICTURES = {"images", "formats", "fonts", "overlay", "segmentation"}
 MODELS = {"devices", "clip", "refine", "scores", "proposals", "regions", "losses", "models", "weights"}
 ALLOWED: dict[str, set[str]] = {
@@ -36,6 +36,7 @@ ALLOWED: dict[str, set[str]] = {
     "progress": set(),
     "startup": set(),
     "files": {"errors", "words"},
+    "renames": {"errors"},
     "journal": {"errors", "files", "words"},
     "words": {"errors"},
     "colors": {"errors", "words"},

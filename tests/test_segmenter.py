@@ -136,7 +136,7 @@ def test_set_image_once_predict_many(name: str, clip: CLIP, request: pytest.Fixt
     with pytest.raises(LexisegError, match="set_image instead"):
         run.predict(classes=WORDS, window=WindowPolicy(16, 16, None))
     with pytest.raises(LexisegError, match="set_image first"):  # which has its own refinement
-        run.refined("edges").predict(classes=WORDS)
+        run.with_refinement("edges").predict(classes=WORDS)
     with pytest.raises(LexisegError, match="too few"):
         run.set_image(np.zeros((1, 1, 3), np.uint8))
 

@@ -110,7 +110,7 @@ def test_smoothing_calms_the_labels(segmenter: Any, clip: Path, tmp_path: Path) 
 
 
 def test_smoothed_labels_are_refined(segmenter: Any, clip: Path, tmp_path: Path) -> None:
-    refined = segmenter.refined("edges")
+    refined = segmenter.with_refinement("edges")
     labels = [run(refined, clip, tmp_path / str(smooth), frames=1, smooth=smooth)[0].labels for smooth in (0, 0.5)]
     assert np.array_equal(*labels)  # before the first frame is nothing
     assert not np.array_equal(labels[0], run(segmenter, clip, tmp_path / "plain", frames=1)[0].labels)
@@ -162,7 +162,7 @@ def test_an_interrupted_run_goes_on(segmenter: Any, clip: Path, tmp_path: Path) 
     with pytest.raises(LexisegError, match="other settings: 'every' was 1 and is now 2; choose another folder"):
         run(segmenter, clip, tmp_path / "part", resume=True, every=2)
     vocabulary, on = segmenter.vocabulary(WORDS), VideoOptions(resume=True)
-    for one, settings in ((segmenter, {"window": 64}), (segmenter.refined("edges"), {})):
+    for one, settings in ((segmenter, {"window": 64}), (segmenter.with_refinement("edges"), {})):
         with pytest.raises(LexisegError, match="other settings"):
             list(segment_video(one, clip, vocabulary, tmp_path / "part", on, **settings))
 

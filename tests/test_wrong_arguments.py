@@ -68,7 +68,7 @@ def test_classes_and_settings(segmenter: Any) -> None:
         {f"classes {one!r}": lambda one=one: segmenter.predict(picture, one) for one in classes}
         | {f"{one}": lambda one=one: segmenter.predict(picture, WORDS, **one) for one in settings}
         | {
-            "refined": lambda: segmenter.refined("polish"), "vocabulary": lambda: segmenter.vocabulary(3),
+            "refined": lambda: segmenter.with_refinement("polish"), "vocabulary": lambda: segmenter.vocabulary(3),
             "folder": lambda: segmenter.predict_folder(3, WORDS), "paths": lambda: segmenter.predict_folder([3], WORDS),
             "set_image": lambda: segmenter.set_image(3), "labels": lambda: segmenter(picture, candidate_labels=3),
         }

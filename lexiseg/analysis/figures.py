@@ -347,6 +347,6 @@ def _read(run: Path, metrics: Sequence[str]) -> list[dict[str, float]]:
     if not lines:
         raise LexisegError(
             f"The run '{run}' measured none of {', '.join(metrics)} while it trained; train with "
-            "--set train.snapshot_every=STEPS and evaluation.scored above 0."
+            "--set train.snapshot_every=STEPS and evaluation.num_samples above 0."
         )
     return lines

@@ -170,7 +170,7 @@ class Service:
         if question.refine not in (None, segmenter.refinement.kind):
             if question.refine == "regions" and not has_sam():  # no client may have the service download gigabytes
                 raise HTTPException(422, "This service has no SAM for 'regions'; choose none, edges or pamr.")
-            segmenter = segmenter.refined(question.refine)
+            segmenter = segmenter.with_refinement(question.refine)
         if vocabulary is None:
             vocabulary = await asyncio.to_thread(self.vocabulary, question.classes, question.exemplars, pictures[0])
         arguments: dict[str, Any] = {"classes": vocabulary}

@@ -20,6 +20,7 @@ import lexiseg
 from lexiseg.cli import benchmark, convert, data, doctor, draw, evaluate, export, models, predict, push, serve, train
 from lexiseg.cli.console import notes, say_error
 from lexiseg.errors import LexisegError
+from lexiseg.renames import renamed_arguments
 from lexiseg.startup import start_quickly
 
 NOTHING_DONE = 2
@@ -130,7 +131,7 @@ def main(args: Sequence[str] | None = None) -> int:
             _check_folder()
             command: Any = typer.main.get_command(app)
             # Not by calling it: click would answer Ctrl-C with a line of its own.
-            with notes.printed(), command.make_context("lexiseg", words) as context:
+            with notes.printed(), command.make_context("lexiseg", renamed_arguments(words)) as context:
                 context.command.invoke(context)
             sys.stdout.flush()
         except typer.Exit as error:

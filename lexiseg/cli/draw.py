@@ -35,9 +35,9 @@ Classes = Annotated[
         "file of them.",
     ),
 ]
-At = Annotated[
+Points = Annotated[
     list[str] | None,
-    typer.Option("--at", help="Pixel of the patch as COLUMN,ROW; may be repeated. Default: the centre."),
+    typer.Option("--point", help="Pixel of the patch as COLUMN,ROW; may be repeated. Default: the centre."),
 ]
 
 
@@ -45,7 +45,7 @@ At = Annotated[
 def similarity(
     model: Model,
     image: Picture,
-    at: At = None,
+    point: Points = None,
     blocks: Annotated[
         str | None,
         typer.Option("--blocks", help="Blocks to show, counted from 1, such as 6,9,12 or 6-12. Default: all."),
@@ -54,7 +54,7 @@ def similarity(
     device: Device = "auto",
 ) -> None:
     """Draw how similar every patch is to a chosen one, block by block (Cascade-CLIP, Fig. 1 and 6)."""
-    points = [_point(text) for text in at or ()]
+    points = [_point(text) for text in point or ()]
     numbers = _numbers(blocks)
     from lexiseg.analysis.figures import similarity_figure
 
@@ -109,10 +109,10 @@ def cka(
 
 @app.command("anchors")
 def anchors(
-    model: Model, image: Picture, at: At = None, output: Png = Path("out/anchors.png"), device: Device = "auto"
+    model: Model, image: Picture, point: Points = None, output: Png = Path("out/anchors.png"), device: Device = "auto"
 ) -> None:
     """Draw a patch's self-attention, its proposal and that proposal's anchors, for a deop model (DeOP, Fig. 5)."""
-    points = [_point(text) for text in at or ()]
+    points = [_point(text) for text in point or ()]
     from lexiseg.analysis.regions import anchor_figure
 
     _draw(output, lambda: anchor_figure(_load(model, device), image, points))
@@ -124,10 +124,10 @@ def proposals(
     image: Picture,
     classes: Classes,
     count: Annotated[int, typer.Option("--count", min=1, help="Maximum number of proposals.")] = 8,
-    by: Annotated[
+    scores: Annotated[
         Literal["clip", "ensemble"],
         typer.Option(
-            "--by",
+            "--scores",
             help="Scores to show: CLIP's for the region alone (clip), as in the paper, or the prediction's (ensemble).",
         ),
     ] = "clip",
@@ -146,7 +146,7 @@ def proposals(
     _draw(
         output,
         lambda: top_classes_figure(
-            [_load(name, device) for name in names], image, vocabulary, proposals=count, by=by, names=names
+            [_load(name, device) for name in names], image, vocabulary, proposals=count, by=scores, names=names
         ),
     )
 
@@ -188,7 +188,7 @@ def _load(model: str, device: str, *, inside: bool = True) -> Segmenter:
 def _point(text: str) -> tuple[int, int]:
     parts = re.fullmatch(r"\s*(-?\d{1,9})\s*,\s*(-?\d{1,9})\s*", text)
     if parts is None:
-        raise LexisegError(f"--at takes the column and the row of a pixel, such as 120,80, not '{shorten(text)}'.")
+        raise LexisegError(f"--point takes the column and the row of a pixel, such as 120,80, not '{shorten(text)}'.")
     return int(parts[1]), int(parts[2])
 
 

@@ -23,8 +23,9 @@ def train(
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue from the newest checkpoint in the folder.")
     ] = False,
-    until: Annotated[
-        int | None, typer.Option("--until", min=1, help="Stop after this step and write the model; --resume continues.")
+    stop_after: Annotated[
+        int | None,
+        typer.Option("--stop-after", min=1, help="Stop after this step and write the model; --resume continues."),
     ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Build the model, print what would be trained, and stop; needs no data.")
@@ -78,7 +79,7 @@ def train(
     from lexiseg.training.run import train as run
 
     try:
-        folder = run(chosen, run_dir, resume=resume, until=until, device=device, tensorboard=tensorboard)
+        folder = run(chosen, run_dir, resume=resume, stop_after=stop_after, device=device, tensorboard=tensorboard)
     except KeyboardInterrupt as stop:
         if not str(stop):  # before the first step, or between two stages
             stop.args = (f"Stopped; the same command with --resume continues the run in '{run_dir}'.",)

@@ -65,14 +65,14 @@ def random_resize(image: Tensor, label: Tensor, rng: Generator, *, scale: tuple[
 
 
 def random_short_edge(
-    image: Tensor, label: Tensor, rng: Generator, *, sides: Sequence[int], longest: int | None = None
+    image: Tensor, label: Tensor, rng: Generator, *, short_edge_length: Sequence[int], max_size: int | None = None
 ) -> Pair:
-    """Resize so that the shorter side gets one of several lengths, the longer one no more than ``longest``.
+    """Resize so that the shorter side gets one of several lengths, the longer one no more than ``max_size``.
 
     The decoupled papers' resize (detectron2's): antialiased, the aspect kept, one length drawn uniformly.
     """
-    side = sides[int(rng.integers(len(sides)))]
-    return resize(image, label, working_size(image.shape[-2], image.shape[-1], side, longest), antialias=True)
+    side = short_edge_length[int(rng.integers(len(short_edge_length)))]
+    return resize(image, label, working_size(image.shape[-2], image.shape[-1], side, max_size), antialias=True)
 
 
 def top_left(image: Tensor, label: Tensor, rng: Generator, *, size: int) -> Pair:
@@ -212,28 +212,28 @@ def short_edge_pipeline(
     std: Sequence[float],
     *,
     crop: int,
-    sides: Sequence[int] | None = None,
-    longest: int | None = None,
-    cut: int | None = None,
+    short_edge_length: Sequence[int] | None = None,
+    max_size: int | None = None,
+    top_left_crop: int | None = None,
     pad_label: int = IGNORE_INDEX,
 ) -> Pipeline:
     """The decoupled papers' training pipeline: resize, crop, colour, flip, pad with grey (128), normalise.
 
-    The crop may show a single class. ``sides``: lengths of the shorter side, one of which is drawn; None is 0.5 to 1.5
-    times ``crop`` in steps of 0.1. ``longest``: the longer side becomes no longer than this. ``cut``: keep this many
-    pixels per side of the crop, see :func:`top_left`; None keeps it whole. Source: the released settings of ZSSeg,
-    ZegFormer, FreeSeg, DeOP and MAFT (detectron2's mapper of MaskFormer).
+    The crop may show a single class. ``short_edge_length``: lengths of the shorter side, one of which is drawn; None
+    is 0.5 to 1.5 times ``crop`` in steps of 0.1. ``max_size``: the longer side becomes no longer than this.
+    ``top_left_crop``: keep this many pixels per side of the crop, see :func:`top_left`; None keeps it whole. Source:
+    the released settings of ZSSeg, ZegFormer, FreeSeg, DeOP and MAFT (detectron2's mapper of MaskFormer).
     """
-    lengths = tuple(sides) if sides else tuple(int(tenth * 0.1 * crop) for tenth in range(5, 16))
+    lengths = tuple(short_edge_length or (int(tenth * 0.1 * crop) for tenth in range(5, 16)))
     steps: list[Step] = [
-        partial(random_short_edge, sides=lengths, longest=longest),
+        partial(random_short_edge, short_edge_length=lengths, max_size=max_size),
         partial(random_crop, size=crop, max_fraction=1.0),
         distort_colours,
         random_flip,
     ]
-    if cut is not None:
-        steps.append(partial(top_left, size=cut))
-    steps.append(partial(pad_to, size=cut or crop, pad_label=pad_label, value=128))
+    if top_left_crop is not None:
+        steps.append(partial(top_left, size=top_left_crop))
+    steps.append(partial(pad_to, size=top_left_crop or crop, pad_label=pad_label, value=128))
     return Pipeline((*steps, partial(normalise_bytes, mean=mean, std=std)))
 
 

@@ -114,7 +114,7 @@ class ExportedModel:
         self.spec = spec = read_spec(folder)
         self.text = TextEncoder(folder, spec, device)
         self.system, self.seen_names, self.metadata = spec.system, spec.seen_names, {"exported": spec.kind}
-        self.default_templates, self.window, self.words_rule = spec.text.templates, spec.window, None
+        self.default_templates, self.window, self.postprocessing = spec.text.templates, spec.window, None
         read = {"count_tokens": self.text.count_tokens, "context_length": spec.text.context_length}
         self.clip = SimpleNamespace(name=spec.name, trained_on=spec.trained_on, **read)
         self.options = SimpleNamespace(model_dump=lambda mode="json": dict(spec.options))

@@ -19,7 +19,7 @@ from lexiseg.clip.text import TextEmbedder
 from lexiseg.errors import LexisegError
 from lexiseg.models.options import ModelOptions, Triple
 from lexiseg.scores import Scores
-from lexiseg.scores.words import WordsRule
+from lexiseg.scores.words import Postprocessing
 from lexiseg.templates import SINGLE_TEMPLATE
 from lexiseg.vocabulary import Vocabulary
 from lexiseg.windows import WindowPolicy
@@ -56,8 +56,8 @@ class SegmentationModel(nn.Module, ABC):
         metadata: free-form notes saved with the model (data, steps, measured results).
         weighs_classes: whether its mask losses use ``class_weights``.
         class_weights: (C,) factors on the losses of the classes trained on; None is 1 for all.
-        words_rule: makes labels by probabilities of words, where a protocol of the training-free papers asks for it;
-            None compares scores.
+        postprocessing: makes labels by probabilities of words, where a protocol of the training-free papers asks for
+            it; None compares scores.
     """
 
     system: ClassVar[str]
@@ -74,7 +74,7 @@ class SegmentationModel(nn.Module, ABC):
         self.seen_names = tuple(seen_names)
         self.default_templates: tuple[str, ...] = SINGLE_TEMPLATE
         self.metadata: dict[str, Any] = {}
-        self.words_rule: WordsRule | None = None
+        self.postprocessing: Postprocessing | None = None
 
     @classmethod
     def build(cls, clip: CLIP, options: dict[str, Any] | None = None, **fields: Any) -> SegmentationModel:

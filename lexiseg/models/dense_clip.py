@@ -37,7 +37,7 @@ from lexiseg.models.last_block import (
 from lexiseg.models.options import WindowOptions
 from lexiseg.normalisation import pixels_of
 from lexiseg.scores import GridScores
-from lexiseg.scores.words import WordsRule
+from lexiseg.scores.words import Postprocessing
 from lexiseg.smoothing import pamr
 from lexiseg.templates import IMAGENET_80
 from lexiseg.windows import WindowPolicy
@@ -185,7 +185,7 @@ class DenseCLIP(SegmentationModel):
         changes = dict(methods()[self.options.method].get("protocols", {}).get(protocol, {}))
         threshold, area = changes.pop("threshold", 0.0), changes.pop("area", 0.0)
         self.options = DenseCLIPOptions(**{**self.options.model_dump(), **changes})
-        self.words_rule = WordsRule(self.options.logit_scale, threshold, area) if threshold else None
+        self.postprocessing = Postprocessing(self.options.logit_scale, threshold, area) if threshold else None
         self._released_resize = True
         return {**changes, **({"threshold": threshold, "area": area} if threshold else {})}
 

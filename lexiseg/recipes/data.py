@@ -36,7 +36,7 @@ class PictureWorldData(StrictModel):
     val_length: int = Field(default=200, ge=1)  # number of validation scenes
     # whether training scenes show unseen classes, with their pixels hidden; "drop" draws none (strictly inductive)
     unseen_pictures: Literal["hide", "drop"] = "hide"
-    keep: Path | None = None  # a folder in which rendered scenes are kept, for trainings that share them
+    cache_dir: Path | None = None  # a folder in which rendered scenes are kept, for trainings that share them
 
     @property
     def title(self) -> str:
@@ -55,8 +55,10 @@ class PictureWorldData(StrictModel):
         world = find_world(self.source)
         if split == "train":
             shown = self.unseen_pictures == "hide"
-            return PictureWorld("train", world=world, size=self.size, length=self.length, unseen=shown, keep=self.keep)
-        return PictureWorld("val", world=world, size=self.val_size, length=self.val_length, keep=self.keep)
+            return PictureWorld(
+                "train", world=world, size=self.size, length=self.length, unseen=shown, cache_dir=self.cache_dir
+            )
+        return PictureWorld("val", world=world, size=self.val_size, length=self.val_length, cache_dir=self.cache_dir)
 
     def vocabulary(self) -> Vocabulary:
         """The classes."""
@@ -79,18 +81,19 @@ class _Augmented(StrictModel):
     label_stride: int = Field(default=1, ge=1, le=8)  # distance of the label pixels the loss sees
     # of "short-edge": lengths of the shorter side, one of which is drawn for a picture; None is 0.5 to 1.5 times
     # ``crop`` in tenths
-    short_sides: tuple[Annotated[int, Field(ge=1)], ...] | None = None
-    longest: int | None = Field(default=None, ge=16)  # of "short-edge": the longer side becomes no longer than this
+    short_edge_length: tuple[Annotated[int, Field(ge=1)], ...] | None = None
+    max_size: int | None = Field(default=None, ge=16)  # of "short-edge": the longer side becomes no longer than this
     # of "short-edge": so many pixels a side of the crop are kept, from the top left (DeOP's last stage)
-    cut: int | None = Field(default=None, ge=16)
+    top_left_crop: int | None = Field(default=None, ge=16)
 
     @model_validator(mode="after")
     def _check(self) -> _Augmented:
-        for key in ("short_sides", "longest", "cut"):
+        for key in ("short_edge_length", "max_size", "top_left_crop"):
             if getattr(self, key) is not None and self.augment != "short-edge":
                 raise ValueError(f"'{key}' belongs to augment 'short-edge', not to '{self.augment}'")
-        if self.cut is not None and self.cut > self.crop:
-            raise ValueError(f"'cut' keeps {self.cut} pixels of a crop of {self.crop}; give a smaller one, or null")
+        if self.top_left_crop is not None and self.top_left_crop > self.crop:
+            kept = f"'top_left_crop' keeps {self.top_left_crop} pixels of a crop of {self.crop}"
+            raise ValueError(f"{kept}; give a smaller one, or null")
         return self
 
     def pipeline(self, mean: Triple, std: Triple, *, pad_label: int = 255, ignored: int = 255) -> Pipeline:
@@ -104,10 +107,8 @@ class _Augmented(StrictModel):
             return paper_pipeline(mean, std, crop=self.crop, pad_label=pad_label, ignored=ignored)
         if self.augment == "light":
             return light_pipeline(mean, std, crop=self.crop, pad_label=pad_label)
-        sides, longest, cut = self.short_sides, self.longest, self.cut
-        return short_edge_pipeline(
-            mean, std, crop=self.crop, sides=sides, longest=longest, cut=cut, pad_label=pad_label
-        )
+        how = {key: getattr(self, key) for key in ("crop", "short_edge_length", "max_size", "top_left_crop")}
+        return short_edge_pipeline(mean, std, **how, pad_label=pad_label)
 
 
 AUGMENTATION = tuple(_Augmented.model_fields)

@@ -20,6 +20,7 @@ from lexiseg.errors import LexisegError
 from lexiseg.files import is_folder, local
 from lexiseg.recipes.data import AUGMENTATION
 from lexiseg.recipes.schema import KINDS, Recipe
+from lexiseg.renames import renamed_key, renamed_options
 from lexiseg.words import is_deep, near_names, shorten
 
 Content: TypeAlias = dict[str, Any]
@@ -106,13 +107,13 @@ def load_recipe(
         content["data"] = _own_data(str(name), content.get("data"), Path(data))
     given = overrides.items() if isinstance(overrides, Mapping) else [_read_override(text) for text in overrides]
     for key, value in given:
-        _replace(content, key, value, where, as_text=not isinstance(overrides, Mapping))
+        _replace(content, renamed_key(key), value, where, as_text=not isinstance(overrides, Mapping))
     return _checked(content, where if not overrides else f"{where} with --set", seed)
 
 
 def parse_recipe(text: str, where: str, *, seed: int | None = None) -> Recipe:
     """Check a recipe's text; ``where`` is what to call it in messages. See :func:`load_recipe`."""
-    own = _choose_variant(_read(text, where), None, where)
+    own = _named(_choose_variant(_read(text, where), None, where), where)
     return _checked(_with_base(own, where, Path(where).parent), where, seed)
 
 
@@ -186,8 +187,12 @@ def _read(text: str, where: str) -> Content:
 def _content(name: str) -> tuple[Content, str, Path]:
     """A recipe's own keys, without those of its base, what to call it in messages, and the folder it is in."""
     path, where, variant = _find(name)
-    content = _choose_variant(_read(_text(path, name), where), variant, where)
+    content = _named(_choose_variant(_read(_text(path, name), where), variant, where), where)
     return content, where if variant is None else f"{where}:{variant}", path.parent
+
+
+def _named(content: Content, where: str) -> Content:
+    return renamed_options("recipe", content, f"The recipe '{where}'", "rename them")
 
 
 def _choose_variant(content: Content, variant: str | None, where: str) -> Content:

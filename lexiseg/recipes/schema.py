@@ -120,7 +120,7 @@ class SnapshotRecipe(StrictModel):
     """How the trained model is judged while training; the full evaluation is the ``evaluate`` command's."""
 
     pictures: int = Field(default=4, ge=0)  # number of overlays at each snapshot
-    scored: int = Field(default=40, ge=0)  # number of validation samples scored at each snapshot; 0 scores none
+    num_samples: int = Field(default=40, ge=0)  # number of validation samples scored at each snapshot; 0 scores none
 
 
 def _known_set(templates: Any) -> Any:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class WordsRule:
+class Postprocessing:
     """How a protocol turns cosines into labels."""
 
     scale: float  # of the cosines in the softmax
@@ -18,7 +18,7 @@ class WordsRule:
 
 
 def words_to_classes(
-    cosines: Tensor, word_to_class: Tensor, rule: WordsRule, background: int = 0
+    cosines: Tensor, word_to_class: Tensor, rule: Postprocessing, background: int = 0
 ) -> tuple[Tensor, Tensor]:
     """Labels from cosines at every pixel.
 

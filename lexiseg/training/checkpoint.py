@@ -307,7 +307,7 @@ class Best:
         if self.metric not in values:
             raise LexisegError(
                 f"'train.keep_best' is '{self.metric}', which the pictures evaluated at step {step} do not show; raise "
-                "evaluation.scored, or name another metric and go on with --resume."
+                "evaluation.num_samples, or name another metric and go on with --resume."
             )
         return all(value < values[self.metric] for before, value in self._values() if before < step)
 

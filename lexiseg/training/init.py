@@ -191,8 +191,8 @@ def with_stages(recipe: Recipe, run_dir: Path, train: Callable[..., Path]) -> Re
     Args:
         recipe: whose keys ``initial``, ``proposals_from``, ``prompts_from`` and ``teacher`` may name recipes.
         run_dir: its folder; theirs are ``initial``, ``proposals``, ``prompts`` and ``teacher`` in it.
-        train: trains a recipe in a folder and gives the folder of the model; takes ``until``. A finished run that is
-            resumed only exports again.
+        train: trains a recipe in a folder and gives the folder of the model; takes ``stop_after``. A finished run that
+            is resumed only exports again.
 
     Raises LexisegError if a key names a recipe that cannot come before this one; nothing is trained then.
     """
@@ -203,8 +203,8 @@ def with_stages(recipe: Recipe, run_dir: Path, train: Callable[..., Path]) -> Re
         return recipe
     found: dict[str, str] = {}
     for key, stage in stages_of(recipe).items():
-        until = recipe.initial_steps if key == "initial" else None
-        found[key] = str(train(stage, run_dir / key.removesuffix("_from"), until=until))
+        stop_after = recipe.initial_steps if key == "initial" else None
+        found[key] = str(train(stage, run_dir / key.removesuffix("_from"), stop_after=stop_after))
     return recipe.model_copy(update=found)
 
 

@@ -44,7 +44,7 @@ def train(
     run_dir: str | Path,
     *,
     resume: bool = False,
-    until: int | None = None,
+    stop_after: int | None = None,
     device: str | None = None,
     tensorboard: bool = True,
     progress: bool = True,
@@ -55,13 +55,13 @@ def train(
         recipe: or its name or file, as :func:`lexiseg.recipes.load_recipe` takes them.
         run_dir: folder of the run; see :class:`lexiseg.training.trainer.Trainer`.
         resume: continue from the newest checkpoint in ``run_dir``.
-        until: stop after this many steps, as :meth:`lexiseg.training.trainer.Trainer.run` does; None trains to the end.
+        stop_after: how many steps to train, as in :meth:`lexiseg.training.trainer.Trainer.run`; None trains to the end.
         device: "cpu" to stay off an accelerator; None takes what there is.
         tensorboard: whether to write TensorBoard event files.
         progress: whether to show a bar.
 
     Returns the folder of the trained model. Raises LexisegError if the data, the CLIP, the system or an option is not
-    there or wrong, the run has no step ``until``, ``run_dir`` holds another run, or the loss is not finite.
+    there or wrong, the run has no step ``stop_after``, ``run_dir`` holds another run, or the loss is not finite.
     """
     recipe = load_recipe(recipe) if isinstance(recipe, str | Path) else recipe
     if isinstance(recipe, EvaluationRecipe):
@@ -69,9 +69,9 @@ def train(
     processes.init(device)
     with ExitStack() as stack:
         with processes.together():
-            if until is not None and not 1 <= until <= (steps := recipe.train.steps):
-                then = f"choose a step from 1 to {steps}" if steps else "leave out --until"
-                raise LexisegError(f"The run has {steps} steps, so it cannot stop after {until}; {then}.")
+            if stop_after is not None and not 1 <= stop_after <= (steps := recipe.train.steps):
+                then = f"choose a step from 1 to {steps}" if steps else "leave out --stop-after"
+                raise LexisegError(f"The run has {steps} steps, so it cannot stop after {stop_after}; {then}.")
             run_dir = stack.enter_context(new_folder(run_dir))
         stage = partial(train, resume=resume, device=device, tensorboard=tensorboard, progress=progress)
         built = with_stages(recipe, run_dir, stage)
@@ -90,7 +90,7 @@ def train(
                 tensorboard=tensorboard,
                 progress=progress,
             )
-        return trainer.run(resume=resume, until=until)
+        return trainer.run(resume=resume, stop_after=stop_after)
 
 
 def identity(recipe: Recipe, task: Task | None) -> dict[str, Any]:
@@ -102,7 +102,7 @@ def identity(recipe: Recipe, task: Task | None) -> dict[str, Any]:
     for key in ("initial", "prompts_from", "proposals_from", "teacher"):
         if Path(str(values.get(key, ""))).exists():
             values.pop(key, None)  # what it holds is told by its hash
-    for key in ("root", "classes", "keep"):
+    for key in ("root", "classes", "cache_dir"):
         values.get("data", {}).pop(key, None)
     if isinstance(task, SegmentationTask | PromptTask):
         vocabulary = task.dataset.vocabulary
@@ -179,7 +179,7 @@ def build_task(recipe: Recipe) -> Task:
         templates=recipe.templates,
         validation=recipe.data.open("val") if looks else None,
         num_pictures=recipe.evaluation.pictures,
-        num_scored=recipe.evaluation.scored,
+        num_samples=recipe.evaluation.num_samples,
         label_stride=recipe.data.label_stride,
         setting=recipe.setting,
         unlabelled="ignored" if hidden else recipe.unlabelled,

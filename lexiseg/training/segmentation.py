@@ -89,7 +89,7 @@ class SegmentationTask(Task):
     seed: int = 0  # of the order of the samples and of their augmentation
     templates: TemplateSource = None  # for the text; None takes the model's
     validation: SegmentationDataset | None = None  # pictures for the snapshots while training; None for none
-    num_scored: int = 40  # validation samples scored per snapshot
+    num_samples: int = 40  # validation samples scored per snapshot
     num_pictures: int = 4  # overlays of them per snapshot
     # distance of the label pixels the loss sees; 2 uses a quarter of them, which makes a step cheaper
     label_stride: int = 1
@@ -158,7 +158,7 @@ class SegmentationTask(Task):
 
     def measures(self) -> Sequence[str]:
         """The metrics in the log, as `evaluate` calls them; a class that is not in the sample leaves some out."""
-        if self.validation is None or not self.num_scored:
+        if self.validation is None or not self.num_samples:
             return []
         unseen = any(entry.seen is False for entry in self.validation.vocabulary.classes)
         return [f"val/{name}" for name in SCALARS if unseen or name not in ("miou_unseen", "hiou", "unseen_to_seen")]
@@ -168,7 +168,7 @@ class SegmentationTask(Task):
 
         It shows picture, truth and prediction with all classes, unseen ones included.
         """
-        limit = self.num_scored or self.num_pictures
+        limit = self.num_samples or self.num_pictures
         if self.validation is None or not limit:
             return {}, {}
         report = run_evaluation(
@@ -180,7 +180,7 @@ class SegmentationTask(Task):
             num_examples=self.num_pictures,
             progress=False,
         )
-        values = report.summary() if self.num_scored else {}
+        values = report.summary() if self.num_samples else {}
         grid = report.grid()
         pictures = {} if grid is None else {"validation": grid}
         return {f"val/{name}": value for name, value in values.items() if value is not None}, pictures

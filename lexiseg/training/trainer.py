@@ -31,6 +31,7 @@ from lexiseg.files import make_folder, write_text
 from lexiseg.journal import changed, flat
 from lexiseg.recipes import TrainSettings
 from lexiseg.recipes.schema import Multiplier
+from lexiseg.renames import renamed_key
 from lexiseg.scores.base import NOT_FINITE
 from lexiseg.training.checkpoint import Best, RunLog, capture_rng, load_checkpoint, restore_rng, save_checkpoint
 from lexiseg.training.engine import Engine, Task, prefetch, watched_workers
@@ -180,20 +181,20 @@ class Trainer:
         self._check_best()
         self.optimizer = build_optimizer(groups, self.settings)
 
-    def run(self, *, resume: bool = False, until: int | None = None) -> Path:
-        """Train to the end, or to ``until`` steps in all, and return the folder the task exported its model to.
+    def run(self, *, resume: bool = False, stop_after: int | None = None) -> Path:
+        """Train to the end, or to ``stop_after`` steps in all, and return the folder the task exported its model to.
 
         Args:
             resume: continue from the newest checkpoint in ``run_dir``; without one, start. More steps than the run
                 began with are allowed, and what that does to the schedule is said.
-            until: stop there and export; the schedule stays that of the whole run, which can be resumed.
+            stop_after: stop there and export; the schedule stays that of the whole run, which can be resumed.
 
         Raises LexisegError if ``run_dir`` holds checkpoints and ``resume`` is not asked for; the checkpoint does not
-        fit; or the loss or a gradient is not finite (step and samples are named, nothing is saved of it); or ``until``
-        lies behind its checkpoint.
+        fit; or the loss or a gradient is not finite (step and samples are named, nothing is saved of it); or
+        ``stop_after`` lies behind its checkpoint.
         """
         settings, task = self.settings, self.task
-        end = settings.steps if until is None else until
+        end = settings.steps if stop_after is None else stop_after
         found = find_checkpoints(self.checkpoint_dir)
         name = processes.gather(found[-1].name if found else None)[0]  # what the first process sees
         newest = None if name is None else self.checkpoint_dir / name
@@ -320,7 +321,10 @@ class Trainer:
                 f"Process {rank} does not find the checkpoint '{newest}' that process 0 wrote; put the output folder "
                 "on a file system that all machines share."
             )
-        before, now = dict(read_state(newest)["settings"]), self._identity()
+        before, now = (
+            {renamed_key(key, quiet=True): value for key, value in read_state(newest)["settings"].items()},
+            self._identity(),
+        )
         was, count = before.pop("processes", 1), now.pop("processes")
         if "classes" not in before:  # a run begun before there was this key: "pictures" tells of them too
             now.pop("classes", None)

@@ -18,9 +18,9 @@ from lexiseg.errors import LexisegError
 from lexiseg.files import local, make_folder, read_json, write_json
 from lexiseg.hub import download
 from lexiseg.models import SYSTEMS, SegmentationModel
+from lexiseg.renames import renamed_options
 from lexiseg.weights import runs
 from lexiseg.weights.auto import AUTO, pick_auto
-from lexiseg.weights.renames import renamed_options
 from lexiseg.weights.training_free import TRAINING_FREE, load_training_free
 from lexiseg.words import describe, near_names, shorten
 

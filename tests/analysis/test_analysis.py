@@ -320,7 +320,7 @@ def test_command_in_a_process(tmp_path: Path) -> None:
 
 def test_command_draws(tmp_path: Path, photo: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "new" / "similarity.png"
-    arguments = ["similarity", "zegclip-emoji", str(photo), "--at", "3, 5", "--blocks", "1,11-12", "-o", str(output)]
+    arguments = ["similarity", "zegclip-emoji", str(photo), "--point", "3, 5", "--blocks", "1,11-12", "-o", str(output)]
     assert main(["draw", *arguments]) == 0
     assert f"wrote {output}" in capsys.readouterr().out
     assert Image.open(output).width > 300
@@ -330,8 +330,8 @@ def test_command_draws(tmp_path: Path, photo: Path, capsys: pytest.CaptureFixtur
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["similarity", "MODEL", "PHOTO", "--at", "3"], "--at takes the column and the row"),
-        (["similarity", "MODEL", "PHOTO", "--at", "-3,2"], "lies outside"),
+        (["similarity", "MODEL", "PHOTO", "--point", "3"], "--point takes the column and the row"),
+        (["similarity", "MODEL", "PHOTO", "--point", "-3,2"], "lies outside"),
         (["similarity", "MODEL", "PHOTO", "--blocks", "1,x"], "--blocks takes numbers"),
         (["similarity", "MODEL", "PHOTO", "--blocks", ","], "--blocks takes numbers"),
         (["similarity", "MODEL", "PHOTO", "--blocks", "3-1"], "--blocks takes numbers"),

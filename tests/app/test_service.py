@@ -138,7 +138,7 @@ def test_a_refinement_can_be_asked_for(running: Running) -> None:
     plain = running.client.post("/v1/segment", json=asked).json()
     edges = running.client.post("/v1/segment", json={**asked, "refine": "edges"}).json()
     picture = Image.open(io.BytesIO(base64.b64decode(edges["png"])))
-    expected = running.segmenter.refined("edges").predict(data, WORDS).label_map
+    expected = running.segmenter.with_refinement("edges").predict(data, WORDS).label_map
     assert edges["png"] != plain["png"] and np.array_equal(np.asarray(picture), np.asarray(expected))
 
 

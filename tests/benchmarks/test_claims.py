@@ -108,7 +108,7 @@ def test_extras_fit_any_system() -> None:
     image, vocabulary = dataset[0].image, dataset.vocabulary
     found = {extra: labels_of(segmenter, image, vocabulary, extra) for extra in EXTRAS}
     assert torch.equal(found["none"], segmenter.predict(image, vocabulary).label_map.long())
-    assert torch.equal(found["edges"], segmenter.refined("edges").predict(image, vocabulary).label_map.long())
+    assert torch.equal(found["edges"], segmenter.with_refinement("edges").predict(image, vocabulary).label_map.long())
     for extra in EXTRAS[1:6]:
         assert 0.6 < (found[extra] == found["none"]).float().mean() < 1, extra
     alone = lexiseg.load("naclip/clip-emoji", device="cpu").predict(image, vocabulary).label_map

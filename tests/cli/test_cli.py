@@ -71,7 +71,7 @@ def test_usage_errors_are_sentences(call: Call) -> None:
     assert_sentence(*call("predcit"), "predcit", "lexiseg --help")
     assert_sentence(*call("predict", "--modle", "x"), "--modle", "lexiseg predict --help")
     assert_sentence(*call("predict", "a", "b", "--batch-size", "0"), "--batch-size")
-    assert_sentence(*call("draw", "similarity", "no-model", "a.png", "--at", "1" * 5000 + ",1"), "--at takes")
+    assert_sentence(*call("draw", "similarity", "no-model", "a.png", "--point", "1" * 5000 + ",1"), "--point takes")
     assert_sentence(*call("draw", "proposals", "no-model", "a.png", "cat", "--count", "0"), "--count")
     assert_sentence(*call("convert", "a.pth"), "--output")
     assert_sentence(

@@ -73,9 +73,9 @@ def test_dry_run_and_until(call: Call, tiny_clip: Path, tmp_path: Path) -> None:
     code, out, _ = call("train", recipe, "--dry-run", "--json", "--set", "train.steps=7")
     found = json.loads(out)
     assert found["system"] == "zegclip" and found["train"]["steps"] == 7 and len(found["unseen"]) == 17
-    code, _, _ = call("train", recipe, "-o", "half", "--until", 1, "--device", "cpu", "--no-tensorboard")
+    code, _, _ = call("train", recipe, "-o", "half", "--stop-after", 1, "--device", "cpu", "--no-tensorboard")
     assert code == 0 and json.loads((Path("half") / "model" / "config.json").read_text())["metadata"]["steps"] == 1
-    assert_sentence(*call("train", recipe, "-o", "new", "--until", 5, "--device", "cpu"), "2 steps", "5")
+    assert_sentence(*call("train", recipe, "-o", "new", "--stop-after", 5, "--device", "cpu"), "2 steps", "5")
     assert_sentence(*call("train", recipe, "--dry-run", "--set", "model.clip=nonsense"), "nonsense")
 
 

@@ -42,7 +42,7 @@ def test_a_step_decodes_each_picture_once_and_embeds_no_text(tmp_path: Path, mon
     monkeypatch.setattr(reading, "read_values", counting("labels", reading.read_values))
     monkeypatch.setattr(CLIP, "encode_text", counting("texts", CLIP.encode_text))
     pipeline = paper_pipeline(model.mean, model.std, crop=32)
-    task = SegmentationTask(model, dataset, pipeline, batch_size=BATCH, validation=dataset, num_scored=1)
+    task = SegmentationTask(model, dataset, pipeline, batch_size=BATCH, validation=dataset, num_samples=1)
     assert counts == {"texts": 1, "labels": 1}  # a label with a class is looked for before anything is trained
     counts["labels"] = 0
     settings = TrainSettings(steps=STEPS, batch_size=BATCH, lr=1e-3, workers=0, log_every=1, snapshot_every=0)

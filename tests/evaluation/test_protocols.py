@@ -328,7 +328,7 @@ def test_a_segmenter_that_is_evaluated_keeps_its_own_settings(clean):
     assert (
         report.protocol["protocol"]["settings"]["threshold"] == 0.1 and report.protocol["window"]["short_side"] == 336
     )
-    assert (model.options, model.window) == before and model.words_rule is None
+    assert (model.options, model.window) == before and model.postprocessing is None
     model = ZegCLIP.build(small_clip(), {"decoder_heads": 2})
     segmenter = Segmenter(model, disk_cache=False)
     report = evaluate(clean("voc2012"), segmenter, protocol="gzs-voc", limit=1, window=0, progress=False)

@@ -124,8 +124,8 @@ def test_settings_of_a_prediction_are_the_same(segmenter: Segmenter, exported: A
     assert np.array_equal(held.predict(CLASSES).label_map, exported.predict(None, CLASSES).label_map)
     scores = exported.scores(image, CLASSES)
     assert np.mean(scores.label_map((80, 120))[0].numpy() == exported.predict(image, CLASSES).label_map) >= 0.999
-    refined = exported.refined("edges").predict(image, CLASSES).label_map
-    assert np.mean(np.asarray(segmenter.refined("edges").predict(image, CLASSES).label_map) == refined) >= 0.999
+    refined = exported.with_refinement("edges").predict(image, CLASSES).label_map
+    assert np.mean(np.asarray(segmenter.with_refinement("edges").predict(image, CLASSES).label_map) == refined) >= 0.999
 
 
 def test_words_are_not_remembered_without_end(exported: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,7 @@ from lexiseg.models.last_block import (
     proxy_attention,
 )
 from lexiseg.scores import WindowScores
-from lexiseg.scores.words import WordsRule, words_to_classes
+from lexiseg.scores.words import Postprocessing, words_to_classes
 from lexiseg.smoothing import pamr, pamr_weights
 from lexiseg.templates import IMAGENET_80
 from lexiseg.windows import cover
@@ -377,7 +377,7 @@ def predictions(case: Case) -> None:
         logits = pamr(logits, guide, said["pamr_steps"], said["pamr_stride"])
     case.check("logits", logits)
     renormalised = method in ("naclip", "resclip")
-    rule = WordsRule(said["logit_scale"], said["prob_thd"], said.get("area_thd") or 0.0)
+    rule = Postprocessing(said["logit_scale"], said["prob_thd"], said.get("area_thd") or 0.0)
     labels, probabilities = words_to_classes(logits[0], case.input("query_idx"), rule)
     case.check("probabilities", probabilities / probabilities.sum(0) if renormalised else probabilities)
     case.check("seg_pred", labels[None])

@@ -88,8 +88,13 @@ def test_numbers_of_the_proposals(name: str) -> None:
     assert learning_rate(steps // 2, rate, train) == pytest.approx(rate * 0.5**0.9)
     assert not isinstance(data, type(None)) and data.source != "picture-world"
     coco = data.source == "coco-stuff-164k"
-    assert (data.augment, data.crop, data.short_sides, data.cut) == ("short-edge", crop, TENTHS[sides], None)
-    assert data.longest == (2560 if coco else 2048)
+    assert (data.augment, data.crop, data.short_edge_length, data.top_left_crop) == (
+        "short-edge",
+        crop,
+        TENTHS[sides],
+        None,
+    )
+    assert data.max_size == (2560 if coco else 2048)
     options = system_of(recipe)[1]
     assert isinstance(options, DeOPOptions | RegionModelOptions)
     assert (options.short_side, options.long_side) == (short_side, 2560 if coco else 2048)
@@ -116,8 +121,8 @@ def test_numbers_of_the_other_stages() -> None:
     for name, steps, sides in (("deop-coco-stuff", 60_000, 11), ("deop-voc2012", 20_000, 11)):
         recipe = recipe_of(name)
         assert (recipe.train.steps, recipe.train.batch_size, recipe.train.lr) == (steps, 32, 2e-4)
-        assert recipe.data.source != "picture-world" and recipe.data.short_sides == TENTHS[512][:sides]
-        assert (recipe.data.crop, recipe.data.cut) == (640, 512)
+        assert recipe.data.source != "picture-world" and recipe.data.short_edge_length == TENTHS[512][:sides]
+        assert (recipe.data.crop, recipe.data.top_left_crop) == (640, 512)
     assert recipe_of("deop-released-coco-stuff").train.batch_size == 16
     for data, steps in (("coco-stuff", 1000), ("voc2012", 100), ("ade20k-847", 5000)):
         for host in ("zegformer", "zsseg", "freeseg"):

@@ -89,15 +89,15 @@ def small_task(clip_folder, batch_size=3, backbone="prompt"):
     model.set_trainable()
     pipeline = light_pipeline(model.mean, model.std, crop=32)
     return SegmentationTask(
-        model, data, pipeline, batch_size=batch_size, validation=PictureWorld("val", size=32, length=2), num_scored=2
+        model, data, pipeline, batch_size=batch_size, validation=PictureWorld("val", size=32, length=2), num_samples=2
     )
 
 
-def train_small(clip_folder, folder, backbone="prompt", until=None, resume=False, **changes):
+def train_small(clip_folder, folder, backbone="prompt", stop_after=None, resume=False, **changes):
     settings = TrainSettings(**{**SETTINGS, **changes})
     task = small_task(clip_folder, settings.batch_size, backbone)
     trainer = Trainer(task, settings, folder, device="cpu", tensorboard=False, progress=False)
-    trainer.run(until=until, resume=resume)
+    trainer.run(stop_after=stop_after, resume=resume)
     return [parameter.to_local().numel() if isinstance(parameter, DTensor) else parameter.numel()
             for parameter in task.model.parameters()]  # fmt: skip
 
@@ -308,7 +308,7 @@ model:
   clip: "{clip}"
   options: {{num_prompts: 2, decoder_layers: 2, decoder_heads: 2, dropout: {dropout}, prompt_dropout: 0.0}}
 data: {{source: picture-world, size: 32, length: 10, val_size: 32, val_length: 2}}
-evaluation: {{pictures: 1, scored: 2}}
+evaluation: {{pictures: 1, num_samples: 2}}
 train:
   steps: {steps}
   batch_size: 4
@@ -368,8 +368,8 @@ def test_kill_one_process_and_resume(clip_folder, tmp_path):
 def test_resume_with_another_number_of_processes(clip_folder, tmp_path):
     recipe = recipe_file(tmp_path, clip_folder)
     launch(tmp_path, train_words(recipe, tmp_path / "whole"), count=1)
-    launch(tmp_path, train_words(recipe, tmp_path / "mixed", "--until", "4"))
-    said = launch(tmp_path, train_words(recipe, tmp_path / "mixed", "--until", "6", "--resume"), count=1)
+    launch(tmp_path, train_words(recipe, tmp_path / "mixed", "--stop-after", "4"))
+    said = launch(tmp_path, train_words(recipe, tmp_path / "mixed", "--stop-after", "6", "--resume"), count=1)
     assert "was started with 2 processes and continues with 1" in said
     launch(tmp_path, train_words(recipe, tmp_path / "mixed", "--resume"), count=3)
     close_losses(tmp_path / "mixed", tmp_path / "whole")

@@ -49,7 +49,7 @@ def recipe_of(home: Path, **changes: Any) -> Any:
 def test_a_resumed_run_learns_the_same(home: Path, tmp_path: Path) -> None:
     recipe = recipe_of(home)
     whole, _ = read_prompts(quietly(recipe, tmp_path / "whole"))
-    quietly(recipe, tmp_path / "parts", until=2)
+    quietly(recipe, tmp_path / "parts", stop_after=2)
     folder = quietly(recipe, tmp_path / "parts", resume=True)
     parts, card = read_prompts(folder)
     assert same(parts, whole)
@@ -89,14 +89,17 @@ def test_the_decoupled_papers_pipeline() -> None:
     image, label = torch.randint(0, 255, (3, 40, 60), dtype=torch.uint8), torch.zeros(40, 60, dtype=torch.long)
     rng = np.random.default_rng
     sizes = {
-        tuple(random_short_edge(image, label, rng(seed), sides=(20, 30), longest=36)[0].shape) for seed in range(9)
+        tuple(random_short_edge(image, label, rng(seed), short_edge_length=(20, 30), max_size=36)[0].shape)
+        for seed in range(9)
     }
     assert sizes == {(3, 20, 30), (3, 24, 36)}  # the longer side stops the second one
     assert top_left(image, label, rng(0), size=8)[0].shape == (3, 8, 8)
-    steps = short_edge_pipeline((0.0,) * 3, (1.0,) * 3, crop=64, sides=[32], cut=48, pad_label=255)
+    steps = short_edge_pipeline(
+        (0.0,) * 3, (1.0,) * 3, crop=64, short_edge_length=[32], top_left_crop=48, pad_label=255
+    )
     cropped, labels = steps(image, label, rng(1))
     assert cropped.shape == (3, 48, 48) and labels.shape == (48, 48)
     assert set(labels.unique().tolist()) == {0, 255}
     assert bool((cropped[:, labels == 255] == 128 / 255).all())  # grey, not black
     defaults = short_edge_pipeline((0.0,) * 3, (1.0,) * 3, crop=640).steps[0]
-    assert isinstance(defaults, partial) and defaults.keywords["sides"] == tuple(range(320, 961, 64))
+    assert isinstance(defaults, partial) and defaults.keywords["short_edge_length"] == tuple(range(320, 961, 64))

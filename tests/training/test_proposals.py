@@ -209,7 +209,7 @@ def test_a_training_starts_from_it_and_goes_on_from_its_checkpoint(tmp_path: Pat
         assert torch.equal(tensor, state[short] if short != name else plain.model.state_dict()[name])
 
     whole = load_model(quietly(recipe, tmp_path / "whole")).state_dict()
-    quietly(recipe, tmp_path / "halves", until=1)
+    quietly(recipe, tmp_path / "halves", stop_after=1)
     assert same(load_model(quietly(recipe, tmp_path / "halves", resume=True)).state_dict(), whole)
     trained = "generator.backbone.body.layer4.0.conv1.weight"
     assert not torch.equal(whole[trained], state["layer4.0.conv1.weight"])

@@ -56,7 +56,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 @pytest.fixture(scope="module")
 def run(place: Path) -> Path:
     """A run that was stopped half way."""
-    quietly(recipe_of(place), place / "run", until=2)
+    quietly(recipe_of(place), place / "run", stop_after=2)
     return place / "run"
 
 
@@ -116,7 +116,7 @@ def test_the_best_is_kept_and_patience_ends(place: Path, tmp_path: Path, monkeyp
     values = (10, 30, 20, 30, 40, 0)
     monkeypatch.setattr(SegmentationTask, "evaluate", lambda task, step: ({"val/hiou": values[step - 1]}, {}))
     judged = {"steps": 6, "snapshot_every": 1, "checkpoint_every": 1, "keep_best": "val/hiou", "patience": 2}
-    recipe = recipe_of(place, train=judged, evaluation={"pictures": 0, "scored": 1})
+    recipe = recipe_of(place, train=judged, evaluation={"pictures": 0, "num_samples": 1})
     quietly(recipe, tmp_path / "run")
     steps = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert max(line["step"] for line in steps) == 4  # two evaluations without more than the 30 of step 2
@@ -126,7 +126,7 @@ def test_the_best_is_kept_and_patience_ends(place: Path, tmp_path: Path, monkeyp
     quietly(recipe, tmp_path / "run", resume=True)
     assert load_model(tmp_path / "run").metadata["steps"] == 4
     quietly(
-        recipe_of(place, train={**judged, "patience": 3}, evaluation={"pictures": 0, "scored": 1}),
+        recipe_of(place, train={**judged, "patience": 3}, evaluation={"pictures": 0, "num_samples": 1}),
         tmp_path / "run",
         resume=True,
     )
@@ -142,7 +142,7 @@ def test_the_best_is_kept_and_patience_ends(place: Path, tmp_path: Path, monkeyp
 
 
 def test_a_diverged_training_names_the_rate_at_a_snapshot_too(place: Path, tmp_path: Path) -> None:
-    recipe = recipe_of(place, train={"lr": 1e30, "snapshot_every": 1}, evaluation={"pictures": 0, "scored": 1})
+    recipe = recipe_of(place, train={"lr": 1e30, "snapshot_every": 1}, evaluation={"pictures": 0, "num_samples": 1})
     with pytest.raises(LexisegError, match=r"after step 1 hold NaN .*; there is no checkpoint.*; lower the learning"):
         quietly(recipe, tmp_path / "run")
 

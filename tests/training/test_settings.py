@@ -154,7 +154,7 @@ def test_pixels_without_a_label_get_unseen_classes_only(clip_folder: Path, monke
 
 @pytest.mark.parametrize("system", sorted(OPTIONS))
 def test_self_training_from_a_recipe_or_a_folder(tmp_path: Path, clip_folder: Path, system: str) -> None:
-    first = quietly(recipe_of(clip_folder, system), tmp_path / "first", until=2)
+    first = quietly(recipe_of(clip_folder, system), tmp_path / "first", stop_after=2)
     start = load_model(first)
     assert start.metadata["steps"] == 2 and start.seen_names == FIRST.seen
     recipe = recipe_of(clip_folder, system, setting="transductive", initial=str(tmp_path / "first"), initial_steps=2)
@@ -293,16 +293,16 @@ def test_resume_of_self_training_is_bit_for_bit(
 def test_stopping_and_going_on_is_the_same_run(tmp_path: Path, clip_folder: Path) -> None:
     recipe = recipe_of(clip_folder)
     whole = quietly(recipe, tmp_path / "whole")
-    half = quietly(recipe, tmp_path / "half", until=3)
+    half = quietly(recipe, tmp_path / "half", stop_after=3)
     assert load_model(half).metadata["steps"] == 3
     with pytest.raises(LexisegError, match="step 3 already"):
-        quietly(recipe, tmp_path / "half", resume=True, until=1)
+        quietly(recipe, tmp_path / "half", resume=True, stop_after=1)
     rest = quietly(recipe, tmp_path / "half", resume=True)
     assert same(*(load_file(folder / "model.safetensors") for folder in (whole, rest)))
     with pytest.raises(LexisegError, match="cannot stop after 9"):
-        quietly(recipe, tmp_path / "new", until=9)
+        quietly(recipe, tmp_path / "new", stop_after=9)
     with pytest.raises(LexisegError, match="cannot stop after 99999"):  # before another one is trained for days
-        quietly(load_recipe("zegclip-picture-world-transductive"), tmp_path / "staged", until=99999)
+        quietly(load_recipe("zegclip-picture-world-transductive"), tmp_path / "staged", stop_after=99999)
     assert not (tmp_path / "new").exists() and not (tmp_path / "staged").exists()
 
 
@@ -310,7 +310,7 @@ def test_the_towers_of_the_initial_model_are_named(
     tmp_path: Path, clip_folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """They took the place of those in the recipe without a word, and the dry run named the recipe's."""
-    start = str(quietly(recipe_of(clip_folder), tmp_path / "first", until=1))
+    start = str(quietly(recipe_of(clip_folder), tmp_path / "first", stop_after=1))
     recipe = recipe_of(clip_folder, initial=start)
     recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"clip": "clip-emoji"})})
     assert dry_run(recipe).clip == str(clip_folder)
@@ -318,7 +318,7 @@ def test_the_towers_of_the_initial_model_are_named(
 
 
 def test_what_cannot_be_started_from(tmp_path: Path, clip_folder: Path, caplog: pytest.LogCaptureFixture) -> None:
-    folder = quietly(recipe_of(clip_folder), tmp_path / "first", until=1)
+    folder = quietly(recipe_of(clip_folder), tmp_path / "first", stop_after=1)
     start = str(folder)
     with pytest.raises(LexisegError, match="'zegclip', but the recipe trains 'spt-seg'"):
         build_task(recipe_of(clip_folder, "spt-seg", initial=start))
@@ -408,7 +408,7 @@ def test_settings_on_voc(tmp_path: Path, clip_folder: Path, setting: str, unlabe
 
 def test_evaluation_on_another_data_set(tmp_path: Path, clip_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = write_mini_voc(tmp_path)
-    quietly(recipe_of(clip_folder), tmp_path / "run", until=1)
+    quietly(recipe_of(clip_folder), tmp_path / "run", stop_after=1)
     values = yaml.safe_load(texts.recipe_text("coco-to-voc2012"))
     values["data"]["root"] = str(root)
     values["window"] = {"size": 32, "stride": 16, "short_side": 32}

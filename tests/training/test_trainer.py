@@ -301,9 +301,9 @@ def test_a_second_run_needs_resume(tmp_path):
 
 
 def test_a_run_begun_before_classes_were_told_apart_goes_on(tmp_path):
-    def go_on(until, **identity):
+    def go_on(stop_after, **identity):
         trainer = Trainer(TinyTask(), settings(), tmp_path, identity=identity, device="cpu", progress=False)
-        trainer.run(resume=True, until=until)
+        trainer.run(resume=True, stop_after=stop_after)
 
     go_on(4, pictures="6")
     go_on(8, pictures="6", classes="3")

@@ -28,7 +28,7 @@ from tests.training import runs
 from tests.training.runs import Flat, flat_task, quietly, same
 
 CHANGES = {
-    "evaluation": {"pictures": 1, "scored": 2},
+    "evaluation": {"pictures": 1, "num_samples": 2},
     "train": {
         **{"accumulate": 2, "warmup_steps": 2, "clip_norm": 10, "workers": 1, "log_every": 1, "checkpoint_every": 4},
         **{"seed": 5, "multipliers": {"prompts": {"lr": 10}, "decoder": {"lr": 2}}},

@@ -13,11 +13,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import lexiseg.clip.model
+from lexiseg import renames
 from lexiseg.clip.load import load_clip
 from lexiseg.clip.model import save_clip
 from lexiseg.errors import LexisegError, LexisegWarning
 from lexiseg.models import DenseCLIP, ZegCLIP
-from lexiseg.weights import list_models, load_model, renames, save_model
+from lexiseg.weights import list_models, load_model, save_model
 from tests.towers import small_clip
 from tests.weights.test_one_stage_checkpoint import same, zegclip
 

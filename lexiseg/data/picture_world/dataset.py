@@ -37,7 +37,7 @@ class PictureWorld:
         size: pixels per side.
         length: number of scenes; default: the world's.
         unseen: False draws no unseen class at all, so that nothing has to be hidden.
-        keep: a folder in which rendered scenes are kept, for runs that share them and processes at the same time;
+        cache_dir: a folder in which rendered scenes are kept, for runs that share them and processes at the same time;
             to be emptied after a change to how scenes are drawn.
 
     Raises LexisegError if there is no such split.
@@ -51,7 +51,7 @@ class PictureWorld:
         size: int = 256,
         length: int | None = None,
         unseen: bool = True,
-        keep: Path | None = None,
+        cache_dir: Path | None = None,
     ) -> None:
         if split not in SPLIT_SEEDS:
             raise LexisegError(f"{world.name} has no split '{split}'; choose 'train', 'val' or 'test'.")
@@ -63,10 +63,10 @@ class PictureWorld:
         if split == "train":
             self._shown[[world.class_ids[name] for name in world.unseen]] = IGNORE_INDEX
         self._kept: Path | None = None
-        if keep is not None:
+        if cache_dir is not None:
             what = repr((world, split, size, unseen))
             name = f"{world.name}-{split}-{size}-{hashlib.sha256(what.encode()).hexdigest()[:8]}.scenes"
-            self._kept = make_folder(keep) / name
+            self._kept = make_folder(cache_dir) / name
             self._kept.touch()
 
     def __len__(self) -> int:

@@ -216,7 +216,7 @@ def test_scenes_can_do_without_unseen_classes(world: World) -> None:
 
 
 def test_kept_scenes_are_those_that_would_be_rendered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    plain, kept = PictureWorld("train", size=32), PictureWorld("train", size=32, keep=tmp_path)
+    plain, kept = PictureWorld("train", size=32), PictureWorld("train", size=32, cache_dir=tmp_path)
     for _ in range(2):
         for index in (7, 2):
             assert torch.equal(kept[index].image, plain[index].image)
@@ -226,7 +226,7 @@ def test_kept_scenes_are_those_that_would_be_rendered(tmp_path: Path, monkeypatc
     assert torch.equal(kept[7].image, plain[7].image)
     image, label = plain[2].image, plain[7].label
     monkeypatch.setattr("lexiseg.data.picture_world.dataset.render_scene", None)
-    again = PictureWorld("train", size=32, keep=tmp_path)
+    again = PictureWorld("train", size=32, cache_dir=tmp_path)
     assert torch.equal(again[2].image, image) and torch.equal(again[7].label, label)
     with pytest.raises(TypeError):
         again[3]  # between the two, and never rendered

@@ -1,12 +1,12 @@
-"""Options that have another name now: model folders of the release before are still read, and say so.
+"""What has another name now: options, arguments and methods of the release before still work, and say so.
 
-Whoever renames an option of a shipped system notes it here; what has stood here for a release can go.
+Whoever renames any of them notes it here; what has stood here for a release can go.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from lexiseg.errors import LexisegError, LexisegWarning
@@ -71,22 +71,71 @@ RENAMED_OPTIONS: dict[str, dict[str, Change]] = {
     "zsseg": _REGION_MODELS,
     "zegformer": _REGION_MODELS,
     "freeseg": _REGION_MODELS,
+    "recipe": {
+        "data.cut": "data.top_left_crop",
+        "data.keep": "data.cache_dir",
+        "data.longest": "data.max_size",
+        "data.short_sides": "data.short_edge_length",
+        "evaluation.scored": "evaluation.num_samples",
+    },
     "dense-clip": {
         "severance": _gone("severance", 1.0, _TOWER),
         "residual": _gone("residual", 1.0, _TOWER),
         "position_interpolation": "positions",
     },
 }
-"""Of each system, what became of an old option: its new name (``"proposals.new"`` for one inside ``proposals``), or a
-function from its value to the new options, which gives ``{}`` where there is nothing left to say. An old name inside
-another option is written ``"proposals.old"``."""
+"""Of each system, and of recipes, what became of an old option: its new name (``"proposals.new"`` for one inside
+``proposals``), or a function from its value to the new options, which gives ``{}`` where there is nothing left to say.
+An old name inside another option is written ``"proposals.old"``."""
 
 
-def renamed_options(system: str, options: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Bring the options of a model folder to today's names.
+RENAMED_ARGUMENTS = {"--at": "--point", "--by": "--scores", "--until": "--stop-after"}
+"""The new names of options of commands."""
 
-    ``options``: as its ``config.json`` has them. ``where``: what the note calls the file. Returns a copy under the new
-    names; where both are given the new one stands. A `LexisegWarning` names what was old.
+
+def _say(what: str, changes: Sequence[str], then: str = "use the new one") -> None:
+    old = f"{what}, which the next release will not read ({'; '.join(changes)}); {then}."
+    warnings.warn(old, LexisegWarning, stacklevel=3)
+
+
+def renamed_arguments(words: Sequence[str]) -> list[str]:
+    """The words of a command line, its options under today's names; a `LexisegWarning` names what was old."""
+    found = []
+    for word in words:
+        name, equals, value = word.partition("=")
+        if name in RENAMED_ARGUMENTS:
+            _say("An option has an old name", [f"{name} is {RENAMED_ARGUMENTS[name]}"])
+        found.append(f"{RENAMED_ARGUMENTS.get(name, name)}{equals}{value}")
+    return found
+
+
+def renamed_key(key: str, *, quiet: bool = False) -> str:
+    """A recipe's dotted key under today's name; a `LexisegWarning` names an old one, unless ``quiet``."""
+    now = str(RENAMED_OPTIONS["recipe"].get(key, key))
+    if now != key and not quiet:
+        _say("A key of the recipe has an old name", [f"'{key}' is '{now}'"])
+    return now
+
+
+def renamed_method(old: str, new: str) -> Callable[..., Any]:
+    """A method under its old name, which says so."""
+
+    def call(self: Any, *given: Any, **named: Any) -> Any:
+        _say(f"'{old}' is an old name", [f"it is '{new}'"])
+        return getattr(self, new)(*given, **named)
+
+    call.__doc__ = f"The old name of `{new}`."
+    return call
+
+
+def renamed_options(
+    system: str, options: Mapping[str, Any], where: str, then: str = "load the model and save it again"
+) -> dict[str, Any]:
+    """Bring the options of a model folder, or the keys of a recipe, to today's names.
+
+    ``options``: as its ``config.json``, or the recipe, has them. ``where``: what the note calls the file, and ``then``
+    what to do with it. Returns a copy under the new names; where both are given the new one stands. A `LexisegWarning`
+    names what was old.
     """
     found = {key: dict(value) if isinstance(value, dict) else value for key, value in options.items()}
     said = []
@@ -110,10 +159,5 @@ def renamed_options(system: str, options: Mapping[str, Any], where: str) -> dict
                 home.setdefault(last, new)
         said.append(f"'{old}' is {' and '.join(repr(name) for name in fresh) or 'gone'}")
     if said:
-        warnings.warn(
-            f"{where} has old names of options, which the next release will not read ({'; '.join(said)}); load the "
-            "model and save it again.",
-            LexisegWarning,
-            stacklevel=2,
-        )
+        _say(f"{where} has old names of options", said, then)
     return found

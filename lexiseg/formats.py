@@ -43,6 +43,22 @@ def encode_rle(mask: np.ndarray) -> dict[str, Any]:
     return {"size": list(mask.shape), "counts": encoded["counts"].decode("ascii")}
 
 
+def _encode_part(part: np.ndarray, left: int, top: int, size: tuple[int, int]) -> dict[str, Any]:
+    """`encode_rle` of a mask of this size that is ``part`` with its corner at ``left`` and ``top``, and 0 elsewhere."""
+    from pycocotools import mask as coco
+
+    height, width = size
+    steps = np.diff(np.pad(part.T.astype(np.int8), ((0, 0), (1, 1))), axis=1)  # column by column, as COCO counts
+    (columns, starts), (_, ends) = np.nonzero(steps == 1), np.nonzero(steps == -1)
+    starts, ends = ((left + columns) * height + top + rows for rows in (starts, ends))
+    joined = starts[1:] == ends[:-1]  # from the foot of one column to the head of the next
+    starts, ends = starts[np.r_[True, ~joined]], ends[np.r_[~joined, True]]
+    edges = np.r_[0, np.stack([starts, ends], axis=1).ravel()]
+    counts = [*np.diff(edges).tolist(), *([height * width - int(edges[-1])] if edges[-1] < height * width else [])]
+    encoded = coco.frPyObjects({"counts": counts, "size": [height, width]}, height, width)
+    return {"size": [height, width], "counts": encoded["counts"].decode("ascii")}
+
+
 def encode_outline(shape: Any, size: tuple[int, int]) -> dict[str, Any]:
     """Encode an outline as run lengths that ``pycocotools.mask.decode`` takes.
 
@@ -104,8 +120,8 @@ def bounding_box(mask: np.ndarray) -> list[int]:
     return [left, top, int(columns[-1]) - left + 1, int(rows[-1]) - top + 1]
 
 
-def polygons_of(mask: np.ndarray, tolerance: float = 1.0) -> list[Polygon]:
-    """The outlines of a mask.
+def polygons_of(mask: np.ndarray, tolerance: float = 1.0, corner: tuple[int, int] = (0, 0)) -> list[Polygon]:
+    """The outlines of a mask, whose upper left corner is at ``corner`` (x, y).
 
     ``tolerance``: how far in pixels an outline may run from the true one, so that it has fewer points (Douglas and
     Peucker); 0 keeps every corner. Returns one polygon per connected region. Each is a list of rings, the outer one
@@ -130,7 +146,7 @@ def polygons_of(mask: np.ndarray, tolerance: float = 1.0) -> list[Polygon]:
             if (parent < 0) == outer:
                 corners = _with_corners(np.asarray(contour)[:, 0])
                 simple = np.asarray(cv2.approxPolyDP(corners, 2 * tolerance, True))[:, 0]
-                points = (simple if len(simple) > 2 else corners) / 2 + (left, top)
+                points = (simple if len(simple) > 2 else corners) / 2 + (left + corner[0], top + corner[1])
                 polygons.setdefault(index if outer else parent, []).append(points.tolist())
     return list(polygons.values())
 
@@ -187,17 +203,29 @@ def objects_of(result: Segmentation, instances: Collection[str] = ()) -> Iterato
     ``instances``: names of classes to take apart. Yields the class's row of the table, and a mask: bool, shape (H, W).
     Raises LexisegError if there is no class of such a name.
     """
+    for row, (left, top, width, height), part in _parts_of(result, instances):
+        mask = np.zeros(result.size, bool)
+        mask[top : top + height, left : left + width] = part
+        yield row, mask
+
+
+def _parts_of(
+    result: Segmentation, instances: Collection[str]
+) -> Iterator[tuple[TableRow, tuple[int, int, int, int], np.ndarray]]:
+    """As `objects_of`, but each mask is cut to its bounding box: of many specks each costs its own pixels alone.
+
+    Yields the row, the box (left, top, width, height) and the part of the mask in it, bool.
+    """
     instances = names_in(result, instances)
     for row in sorted(result.table(), key=lambda row: row.index):
-        mask = np.asarray(result.mask(row.index))
-        if row.name not in instances:
-            yield row, mask
-            continue
+        regions = np.asarray(result.mask(row.index)).astype(np.int32)
         from scipy import ndimage
 
-        regions, count = ndimage.label(mask, np.ones((3, 3)))
-        for number in range(1, count + 1):
-            yield row, regions == number
+        if row.name in instances:
+            regions, _ = ndimage.label(regions, np.ones((3, 3)))
+        for number, (rows, columns) in enumerate(ndimage.find_objects(regions), 1):
+            box = columns.start, rows.start, columns.stop - columns.start, rows.stop - rows.start
+            yield row, box, regions[rows, columns] == number
 
 
 def names_in(result: Segmentation, names: Iterable[str]) -> tuple[str, ...]:
@@ -223,13 +251,13 @@ def coco_annotations(result: Segmentation, instances: Collection[str] = ()) -> l
     return [
         {
             "category_id": row.index + 1,
-            "segmentation": encode_rle(mask),
-            "area": int(mask.sum()),
-            "bbox": bounding_box(mask),
+            "segmentation": _encode_part(part, box[0], box[1], result.size),
+            "area": int(part.sum()),
+            "bbox": list(box),
             "iscrowd": 0,
             "score": 1.0 if row.score is None else row.score,
         }
-        for row, mask in objects_of(result, instances)
+        for row, box, part in _parts_of(result, instances)
     ]
 
 
@@ -322,17 +350,13 @@ def to_geojson(result: Segmentation, instances: Collection[str] = (), tolerance:
 
     A feature has the class's ``id`` and ``name``, and its own ``score`` and ``fraction`` of the picture.
     """
-    features = [
-        {
-            "type": "Feature",
-            "properties": {"id": row.index, "name": row.name, "score": row.score, "fraction": float(mask.mean())},
-            "geometry": {
-                "type": "MultiPolygon",
-                "coordinates": [[[*ring, ring[0]] for ring in polygon] for polygon in polygons_of(mask, tolerance)],
-            },
-        }
-        for row, mask in objects_of(result, instances)
-    ]
+    features, pixels = [], result.size[0] * result.size[1]
+    for row, box, part in _parts_of(result, instances):
+        polygons = polygons_of(part, tolerance, box[:2])
+        coordinates = [[[*ring, ring[0]] for ring in polygon] for polygon in polygons]
+        facts = {"id": row.index, "name": row.name, "score": row.score, "fraction": int(part.sum()) / pixels}
+        geometry = {"type": "MultiPolygon", "coordinates": coordinates}
+        features.append({"type": "Feature", "properties": facts, "geometry": geometry})
     return {"type": "FeatureCollection", "features": features}
 
 
@@ -340,8 +364,8 @@ def to_yolo(result: Segmentation, instances: Collection[str] = (), tolerance: fl
     """A result as lines of YOLO's segmentation format: class index, then x and y in fractions of the picture."""
     height, width = result.size
     lines = []
-    for row, mask in objects_of(result, instances):
-        for polygon in polygons_of(mask, tolerance):
+    for row, box, part in _parts_of(result, instances):
+        for polygon in polygons_of(part, tolerance, box[:2]):
             numbers = (np.asarray(_one_ring(polygon)) / (width, height)).ravel()
             lines.append(" ".join([str(row.index), *(f"{number:.6g}" for number in numbers)]) + "\n")
     return "".join(lines)
@@ -351,8 +375,8 @@ def to_labelme(result: Segmentation, instances: Collection[str] = (), tolerance:
     """A result as labelme's JSON, without the picture itself; one group per mask."""
     shapes = [
         {"label": row.name, "points": _one_ring(polygon), "group_id": group, "shape_type": "polygon", "flags": {}}
-        for group, (row, mask) in enumerate(objects_of(result, instances))
-        for polygon in polygons_of(mask, tolerance)
+        for group, (row, box, part) in enumerate(_parts_of(result, instances))
+        for polygon in polygons_of(part, tolerance, box[:2])
     ]
     height, width = result.size
     facts = {"imagePath": Path(result.name).name, "imageData": None, "imageHeight": height, "imageWidth": width}
@@ -366,9 +390,8 @@ def to_cvat(result: Segmentation, instances: Collection[str] = ()) -> str:
     ElementTree.SubElement(root, "version").text = "1.1"
     facts = {"id": "0", "name": printable(Path(result.name).name), "width": str(width), "height": str(height)}
     image = ElementTree.SubElement(root, "image", facts)
-    for row, mask in objects_of(result, instances):
-        left, top, wide, high = bounding_box(mask)
-        flat = mask[top : top + high, left : left + wide].ravel()
+    for row, (left, top, wide, high), part in _parts_of(result, instances):
+        flat = part.ravel()
         edges = np.concatenate([[0], np.flatnonzero(flat[1:] != flat[:-1]) + 1, [flat.size]])
         runs = [*([0] if flat[0] else []), *np.diff(edges).tolist()]
         place = {"left": str(left), "top": str(top), "width": str(wide), "height": str(high)}

@@ -231,3 +231,25 @@ def test_every_kind_is_saved(tmp_path: Path) -> None:
 
 def test_a_notebook_shows_the_overlay() -> None:
     assert result()._repr_png_().startswith(b"\x89PNG")
+
+
+def test_many_specks_cost_no_more_than_their_own_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each was found in the whole picture: the time grew with the number of specks times the picture's pixels."""
+    labels = np.full((60, 90), 255, np.uint8)
+    labels[::4, ::3] = 0
+    labels[1:3, 80:] = 0
+    many = Segmentation(torch.from_numpy(labels), Vocabulary.parse("cat; dog"))
+    masks = [mask for _, mask in formats.objects_of(many, ("cat",))]
+    found = formats.to_coco([many], ("cat",))["annotations"]
+    assert [one["segmentation"] for one in found] == [formats.encode_rle(mask) for mask in masks]
+    assert [one["bbox"] for one in found] == [formats.bounding_box(mask) for mask in masks]
+    whole, seen = formats.polygons_of, []
+
+    def outlines(mask: np.ndarray, *given: object) -> object:
+        seen.append(mask.size)
+        return whole(mask, *given)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(formats, "polygons_of", outlines)
+    features = formats.to_geojson(many, ("cat",))["features"]
+    assert [features[0]["geometry"]["coordinates"][0][0]] == [[*whole(masks[0])[0][0], whole(masks[0])[0][0][0]]]
+    assert len(seen) == len(masks) > 400 and sum(seen) < labels.size

@@ -236,7 +236,13 @@ def main() -> None:
     """Run what is missing and write the pages."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=Path, default=Path("runs/picture-world"), help="folder of the runs")
-    parser.add_argument("--only", nargs="*", default=list(SYSTEMS), choices=list(SYSTEMS), help="systems to run")
+    parser.add_argument(
+        "--only",
+        nargs="*",
+        default=list(SYSTEMS),
+        choices=list(SYSTEMS),
+        help="systems to run; the pages are left as they are",
+    )
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
     parser.add_argument("--collect", action="store_true", help="train nothing, only write the pages")
     parser.add_argument("--no-pages", action="store_true", help="only train and evaluate")
@@ -246,8 +252,8 @@ def main() -> None:
             for system in arguments.only:
                 if has_seeds(system) or seed == arguments.seeds[0]:
                     run_one(system, seed, arguments.runs)
-    if arguments.no_pages:
-        return
+    if arguments.no_pages or (not arguments.collect and set(arguments.only) != set(SYSTEMS)):
+        return  # the pages are those of all systems
     results = collect(arguments.runs)
     make_folder(RESULTS)
     print("wrote", write_json(RESULTS / "picture-world.json", results))

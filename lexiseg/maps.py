@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lexiseg.errors import LexisegError, need
+from lexiseg.errors import LexisegError, LexisegWarning, need
 from lexiseg.files import atomic_write, make_folder
 from lexiseg.label_ids import ignore_index
 from lexiseg.words import counted, describe, printable
@@ -124,7 +124,7 @@ def _segment(
         scratch = stack.enter_context(TemporaryDirectory(dir=final.parent, prefix=".lexiseg-"))
         vectors = stack.enter_context(_Polygons(files["polygons"], raster.crs)) if "polygons" in files else None
         low, high = _stretch(raster, bands)
-        plain = Path(scratch) / "labels.tif"
+        plain, empty = Path(scratch) / "labels.tif", True
         with rasterio.open(plain, "w", **profile) as labels:
             labels.update_tags(1, **_name_tags(vocabulary.names))
             if nodata == 255:
@@ -136,7 +136,7 @@ def _segment(
                     values = raster.read(bands, window=outer) if valid.any() else None
                 if values is None:
                     continue  # a part that holds nothing is not written, so an empty map stays small
-                pixels = _pixels(values, low, high)
+                empty, pixels = False, _pixels(values, low, high)
                 found = np.asarray(segmenter.predict(pixels, vocabulary, **settings).label_map).astype(profile["dtype"])
                 found[~valid] = nodata
                 row, column = inner.row_off - outer.row_off, inner.col_off - outer.col_off
@@ -145,6 +145,11 @@ def _segment(
                 if vectors is not None:
                     vectors.add(found, nodata, rasterio.windows.transform(inner, raster.transform), vocabulary, options)
                 yield inner.row_off, inner.col_off, found
+        if empty:
+            note = (
+                f"'{printable(raster.name)}' is masked or without data throughout, so no pixel has a class; check its"
+            )
+            warnings.warn(f"{note} mask and no-data value.", LexisegWarning, stacklevel=2)
         # A cloud-optimised file is laid out anew: its overviews come first.
         layout = {"compress": "deflate", "blocksize": _BLOCK, "overview_resampling": "nearest", "bigtiff": "if_safer"}
         rasterio.shutil.copy(plain, final, driver="COG", sparse_ok=True, **layout)

@@ -27,6 +27,7 @@ from lexiseg.normalisation import IMAGENET_MEAN, IMAGENET_STD, normalise
 from lexiseg.proposals.options import SamOptions
 from lexiseg.scores import GridScores, Scores
 from lexiseg.smoothing import pamr, smooth
+from lexiseg.words import finite
 
 Kind = Literal["none", "edges", "pamr", "regions"]
 Size = tuple[int, int]
@@ -58,6 +59,8 @@ class Refinement:
         if self.kind not in get_args(Kind):
             raise LexisegError(f"There is no refinement '{self.kind}'; choose one of {', '.join(get_args(Kind))}.")
         numbers = (self.cells, self.steps, self.max_pixels, *self.distances, *self.dilations)
+        for number in (*numbers, self.colour_width):
+            finite(number, "A number of a refinement")
         if min(numbers) < 1 or not self.dilations or self.colour_width <= 0:
             raise LexisegError("A refinement's cells, steps, distances, dilations and widths must be above 0.")
 

@@ -7,6 +7,7 @@ import json
 import re
 import warnings
 from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any, SupportsIndex
 
 import numpy as np
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from lexiseg import formats
 from lexiseg.colors import IGNORED_COLOR
@@ -388,13 +390,17 @@ class Segmentation:
         return write_text(folder / f"{stem}.txt", formats.to_yolo(self, instances))
 
     def _save_masks(self, folder: Path) -> Path:
-        stale = set(make_folder(folder).glob("[0-9][0-9][0-9]*.png"))
+        before = set(make_folder(folder).glob("[0-9][0-9][0-9]*.png"))
+        mine = PngInfo()
+        mine.add_text("Software", "lexiseg")
         for row, mask in formats.objects_of(self):
             part = re.sub(r"[^0-9A-Za-z]+", "-", row.name).strip("-")[:40]  # of the name, what every file system takes
             path = folder / (f"{row.index:03d}_{part}".rstrip("_") + ".png")
-            stale.discard(_save_image(Image.fromarray(mask * np.uint8(255)), path))
-        for path in stale:  # of an earlier result, whose classes this one may not have
-            path.unlink(missing_ok=True)
+            before.discard(_save_image(Image.fromarray(mask * np.uint8(255)), path, pnginfo=mine))
+        for path in before:  # an earlier result's classes, which this one may not have, go; a user's files stay
+            with suppress(OSError), Image.open(path) as image:
+                if image.info.get("Software") == "lexiseg":
+                    path.unlink(missing_ok=True)
         return folder
 
 
@@ -403,9 +409,9 @@ def _as_array(values: Any) -> np.ndarray:
     return values if isinstance(values, np.ndarray) else values.detach().cpu().numpy()
 
 
-def _save_image(image: Image.Image, path: Path) -> Path:
+def _save_image(image: Image.Image, path: Path, **how: Any) -> Path:
     if path.suffix.lower() != ".png":
         raise LexisegError(f"'{path}' must end in .png, the format that keeps every label.")
     with atomic_write(path) as temporary:
-        image.save(temporary, "PNG")
+        image.save(temporary, "PNG", **how)
     return path

@@ -105,6 +105,8 @@ class Vocabulary:
         classes, background = list(self.classes), self.background
         if not classes:
             raise LexisegError("The list of classes is empty; name at least one class, for example 'cat; tree, bush'.")
+        if not all(isinstance(entry, VocabularyClass) for entry in classes):
+            raise LexisegError("A Vocabulary is made of VocabularyClass; use Vocabulary.parse for names.")
         if background.name is not None:
             classes, background = _with_background_class(classes, background.name)
         _refuse_duplicates(classes)

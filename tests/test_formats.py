@@ -219,10 +219,11 @@ def test_every_kind_is_saved(tmp_path: Path) -> None:
     ]
     assert np.array_equal(np.asarray(Image.open(paths["masks"] / "000_giraffe.png")) > 0, ring_with_a_dot())
     other = Segmentation(torch.zeros((4, 4), dtype=torch.uint8), Vocabulary.parse("sky; sea"))
+    Image.new("L", (4, 4)).save(paths["masks"] / "007_mine.png")  # a user's own
     with pytest.warns(LexisegWarning, match="listed other classes and was replaced"):
         other.save(tmp_path, "photo", ("yolo", "masks"))
     assert (tmp_path / "yolo" / "classes.txt").read_text(encoding="utf-8") == "sky\nsea\n"
-    assert [path.name for path in paths["masks"].iterdir()] == ["000_sky.png"]
+    assert sorted(path.name for path in paths["masks"].iterdir()) == ["000_sky.png", "007_mine.png"]
     with pytest.raises(LexisegError, match="no class 'cat'"):
         result().save(tmp_path, "photo", instances=["cat"])
     with pytest.raises(LexisegError, match="same classes"):

@@ -63,7 +63,7 @@ ALLOWED: dict[str, set[str]] = {
     "proposals": {"errors", "files", "hub", "words"},
     "regions": {"errors", "clip"},
     "losses": {"errors", "label_ids", "proposals"},
-    "refine": {"errors", "hub", "scores", "proposals"},
+    "refine": {"errors", "hub", "scores", "proposals", "words"},
     "clip": WORDS | {"catalog", "checking", "hub"},
     "models": WORDS | {"checking", "clip", "scores", "proposals", "regions", "losses", "windows"},
     "weights": WORDS | {"catalog", "hub", "clip", "proposals", "models"},

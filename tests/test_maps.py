@@ -17,7 +17,7 @@ from PIL import Image
 import lexiseg
 from lexiseg.cli import main
 from lexiseg.cli.streams import predict_map
-from lexiseg.errors import LexisegError
+from lexiseg.errors import LexisegError, LexisegWarning
 from lexiseg.images import read_pixels
 from lexiseg.maps import MapOptions, count_tiles, is_map, map_files, segment_map
 from lexiseg.samples import sample_path
@@ -126,6 +126,9 @@ def test_what_the_map_leaves_out_has_no_class(segmenter: Any, tmp_path: Path) ->
     with rasterio.open(files["labels"]) as labels:
         found = labels.read(1)
     assert (found[:, :100] == 255).all() and (found[:, 100:] < 6).mean() > 0.9
+    empty = write(tmp_path / "empty.tif", np.zeros_like(pixels), nodata=0)
+    with pytest.warns(LexisegWarning, match=r"empty\.tif' is masked or without data throughout"):
+        run(segmenter, empty, tmp_path, polygons="none")
 
 
 def test_what_is_not_finite_takes_no_part_in_the_stretch(segmenter: Any, tmp_path: Path) -> None:

@@ -368,3 +368,8 @@ def test_arbitrary_structures_never_crash(value: object) -> None:
         assert "\n" not in str(error)
         return
     assert vocabulary.hash()
+
+
+def test_names_alone_make_no_vocabulary_by_hand() -> None:
+    with pytest.raises(LexisegError, match="made of VocabularyClass"):
+        Vocabulary(("a",))  # type: ignore[arg-type]

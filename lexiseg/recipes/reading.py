@@ -240,6 +240,8 @@ def _checked(content: Content, where: str, seed: int | None) -> Recipe:
     kind = content.get("kind")
     if not isinstance(kind, str) or kind not in KINDS:
         raise LexisegError(f"The recipe '{where}' needs 'kind', one of {', '.join(sorted(KINDS))}.")
+    if isinstance(content.get("data"), dict):  # null is the default of all of its keys
+        content = {**content, "data": {key: value for key, value in content["data"].items() if value is not None}}
     if seed is not None and isinstance(content.get("train"), dict):
         content = {**content, "train": {**content["train"], "seed": seed}}
     return check(KINDS[kind], content, f"The recipe '{where}'")

@@ -146,9 +146,11 @@ class ContrastiveTask(Task):
         self.settings, self.batch_size, self.seed = settings, train.batch_size, train.seed
         self.world = find_world(settings.scenes.world)
         self.clip = build_towers(settings)
+        self.initial: str | None = None  # the fingerprint of the CLIP it starts from
         if settings.initial is not None:
             key, side = "visual.positional_embedding", self.clip.image_size // self.clip.patch_size
-            tensors = dict(load_clip(settings.initial).model.state_dict())
+            clip = load_clip(settings.initial)
+            self.initial, tensors = clip.fingerprint(), dict(clip.model.state_dict())
             if key in tensors:
                 tensors[key] = resize_positions(tensors[key], (side, side))
             check_state(tensors, shapes_of(self.clip.model), f"The initial CLIP '{settings.initial}'")

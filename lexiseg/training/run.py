@@ -104,6 +104,8 @@ def identity(recipe: Recipe, task: Task | None) -> dict[str, Any]:
             values.pop(key, None)  # what it holds is told by its hash
     for key in ("root", "classes", "cache_dir"):
         values.get("data", {}).pop(key, None)
+    if isinstance(task, ContrastiveTask) and task.initial is not None and Path(values["model"]["initial"]).is_dir():
+        values["model"]["initial"] = task.initial
     if isinstance(task, SegmentationTask | PromptTask):
         vocabulary = task.dataset.vocabulary
         classes = f"{len(vocabulary)} ({vocabulary.hash()[:16]})"

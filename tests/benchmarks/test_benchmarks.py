@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import picture_world
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -82,3 +84,12 @@ def test_benchmarks_of_the_data_path_and_of_evaluation(name: str, small: tuple[s
     assert result.returncode == 0, result.stderr
     rows = json.loads(result.stdout)["rows"]
     assert rows and all(columns <= set(row) for row in rows)
+
+
+def test_some_systems_alone_do_not_rewrite_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran = []
+    monkeypatch.setattr(picture_world, "run_one", lambda *given: ran.append(given))
+    monkeypatch.setattr(picture_world, "collect", lambda runs: pytest.fail("the page is of all systems"))
+    monkeypatch.setattr(sys, "argv", ["picture_world", "--runs", str(tmp_path), "--only", "zegclip", "--seeds", "0"])
+    picture_world.main()
+    assert ran == [("zegclip", 0, tmp_path)]

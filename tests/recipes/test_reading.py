@@ -163,3 +163,12 @@ def test_a_name_too_long_for_a_file_is_one_sentence() -> None:
     assert main(["train", "tiny", "--dry-run", "--set", f"model.clip={long}"]) == 2
     assert main(["evaluate", long, "--weights", "none", "--set", "a=b"]) == 2
     assert main(["data", "verify", "voc2012", long]) == 1
+
+
+def test_null_takes_a_key_of_the_data_away(tmp_path: Path) -> None:
+    data = {"source": "own", "root": "nowhere", "crop": 64}
+    recipe = write(tmp_path, "mine", base="tiny", data=data)
+    found = load_recipe(recipe, ["data.source=picture-world", "data.root=null"])
+    assert isinstance(found, SegmentationRecipe) and (found.data.source, found.data.crop) == ("picture-world", 64)
+    with pytest.raises(LexisegError, match=r"data.*root"):
+        load_recipe(recipe, ["data.root=null"])

@@ -11,19 +11,21 @@ import torch
 
 import lexiseg
 from lexiseg.clip.load import load_clip
+from lexiseg.clip.model import save_clip
 from lexiseg.data.picture_world import FIRST, SECOND, STUFF, find_world, render_scene
 from lexiseg.errors import LexisegError
 from lexiseg.recipes import ContrastiveRecipe, TrainSettings, load_recipe
 from lexiseg.recipes.schema import ContrastiveSettings, SceneSettings
 from lexiseg.training.contrastive import (
     ContrastiveTask,
+    build_towers,
     crop_scene,
     incomplete_caption,
     patch_loss,
     zero_shot_accuracy,
 )
 from lexiseg.training.dry_run import dry_run
-from lexiseg.training.run import build_task, train
+from lexiseg.training.run import build_task, identity, train
 from lexiseg.weights import load_model
 
 TOWERS = {
@@ -153,6 +155,17 @@ def test_a_run_exports_a_clip_that_a_larger_one_starts_from(tmp_path: Path) -> N
     assert task.clip.visual.positional_embedding.shape[0] == 1 + 6 * 6
     same = load_clip(small).model.state_dict()["visual.conv1.weight"]
     assert torch.equal(task.clip.model.state_dict()["visual.conv1.weight"], same)
+
+
+def test_a_moved_initial_clip_is_the_same_and_a_changed_one_is_not(tmp_path: Path) -> None:
+    numbers = TrainSettings(steps=2, batch_size=2, lr=1e-3, workers=0)
+    found = []
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        torch.manual_seed(seed)
+        save_clip(build_towers(settings()), tmp_path / name)
+        recipe = ContrastiveRecipe(kind="contrastive", model=settings(initial=str(tmp_path / name)), train=numbers)
+        found.append(identity(recipe, build_task(recipe)))
+    assert found[0] == found[1] != found[2]
 
 
 def test_a_clip_of_other_towers_cannot_be_started_from() -> None:

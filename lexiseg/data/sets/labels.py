@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, TiffImagePlugin, UnidentifiedImageError
 
 from lexiseg.data.sets.archive import Place, readable
 from lexiseg.errors import DataSetError, LexisegError
@@ -56,6 +56,7 @@ def read_values(path: Place, kind: LabelKind) -> NDArray[np.int64]:
         with pillow_silenced(), open_header(readable(path), ("PNG", "TIFF", "BMP", "GIF")) as picture:
             if picture.width * picture.height > MAX_PIXELS:
                 raise LexisegError(f"The label '{path}' has more than {MAX_PIXELS // 1_000_000} megapixels; shrink it.")
+            _refuse_pages(picture, path)
             return _picture(picture, path, kind)
     except LexisegError:
         raise
@@ -64,6 +65,15 @@ def read_values(path: Place, kind: LabelKind) -> NDArray[np.int64]:
     except Exception as error:  # decoders of hostile bytes raise nearly anything
         what = "a MATLAB file" if kind in (LabelKind.context_mat, LabelKind.sbd_mat) else "a label picture"
         raise LexisegError(f"The label '{path}' cannot be read as {what}; is the file complete?") from error
+
+
+def _refuse_pages(picture: Image.Image, path: Place) -> None:
+    """Refuse a TIFF of several pages, unless the second is a smaller copy or a mask of the first."""
+    if isinstance(picture, TiffImagePlugin.TiffImageFile) and picture.n_frames > 1:
+        picture.seek(1)
+        if not picture.tag_v2.get(ExifTags.Base.NewSubfileType, 0):
+            raise LexisegError(f"The label '{path}' holds {picture.n_frames} pages; save the one that counts alone.")
+        picture.seek(0)
 
 
 def _picture(picture: Image.Image, path: Place, kind: LabelKind) -> NDArray[np.int64]:

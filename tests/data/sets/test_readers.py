@@ -9,10 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 
 from lexiseg.data.base import SegmentationDataset, unseen_ids
 from lexiseg.data.sets.catalog import NAMES, data_set, voc_color
+from lexiseg.data.sets.labels import LabelKind, read_values
 from lexiseg.data.sets.open import open_data_set, splits_of, synonyms_of, with_background
 from lexiseg.data.sets.verify import verify
 from lexiseg.errors import LexisegError
@@ -253,3 +254,14 @@ def test_data_sets_can_be_pickled(name: str, tmp_path: Path) -> None:
     again = pickle.loads(pickle.dumps(data))
     assert len(again) == len(data)
     assert torch.equal(again[0].label, data[0].label) and torch.equal(again[0].image, data[0].image)
+
+
+def test_a_label_of_two_pages_is_refused_and_overviews_are_none(tmp_path: Path) -> None:
+    first, second = (Image.fromarray(np.full((8, 6), value, np.uint8)) for value in (1, 2))
+    first.save(tmp_path / "two.tif", save_all=True, append_images=[second])
+    with pytest.raises(LexisegError, match="holds 2 pages; save the one that counts alone"):
+        read_values(tmp_path / "two.tif", LabelKind.index)
+    smaller = second.resize((3, 4))
+    smaller.encoderinfo = {"tiffinfo": {ExifTags.Base.NewSubfileType.value: 1}}  # as GDAL writes overviews
+    first.save(tmp_path / "overview.tif", save_all=True, append_images=[smaller])
+    assert (read_values(tmp_path / "overview.tif", LabelKind.index) == 1).all()

@@ -10,7 +10,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, TypeAlias
 
@@ -262,6 +262,8 @@ def open_header(file: Path | IO[bytes], formats: list[str] | tuple[str, ...] | N
 
 
 def _open(file: IO[bytes], name: str, suffix: str) -> Image.Image:
+    with suppress(Exception):
+        return open_header(file, ["PNG", "JPEG"])  # without importing Pillow's 70 other plugins
     Image.init()
     formats = [kind for kind in _FORMATS if kind in Image.OPEN] + (["TGA"] if suffix == ".tga" else [])
     try:

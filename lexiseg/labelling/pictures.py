@@ -15,9 +15,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from pydantic import TypeAdapter
+from pydantic import ConfigDict, TypeAdapter
 
 from lexiseg.errors import LexisegError
 from lexiseg.files import read_lines
@@ -61,6 +61,8 @@ def absolute(path: str | Path) -> str:
 @dataclass(frozen=True)
 class Entry:
     """What became of a picture."""
+
+    __pydantic_config__: ClassVar = ConfigDict(defer_build=True)  # of `read_entry`, which most runs never call
 
     image: str  # the picture's path, absolute
     stem: str  # what the names of its results begin with

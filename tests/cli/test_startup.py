@@ -14,6 +14,9 @@ import lexiseg
 from lexiseg.samples import sample_path
 
 HEAVY = {"torch", "torchvision", "transformers", "timm", "open_clip", "accelerate", "scipy", "matplotlib", "fastapi"}
+# What segmenting a picture with a packaged model has no use for: other systems, checkpoints of others, rare pictures.
+UNWANTED = {"lexiseg.models.dense_clip", "lexiseg.models.deop", "lexiseg.models.zegformer", "lexiseg.models.cat_seg"}
+UNWANTED |= {"lexiseg.weights.convert", "lexiseg.weights.filling", "PIL.PdfParser", "PIL.WebPImagePlugin"}
 SCRIPT = """
 import sys
 from lexiseg.cli import main
@@ -24,7 +27,7 @@ print(code, *sorted(set(sys.argv[1].split(",")) & set(sys.modules)), file=sys.st
 
 def loaded(folder: Path, *words: object) -> set[str]:
     environment = {**os.environ, "PYTHONPATH": str(Path(lexiseg.__file__).parents[1])}
-    names = ",".join([*HEAVY, "torch._dynamo"])
+    names = ",".join([*HEAVY, "torch._dynamo", *UNWANTED])
     command = [sys.executable, "-c", SCRIPT, names, *(str(word) for word in words)]
     process = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=True)
     code, *modules = process.stderr.splitlines()[-1].split()

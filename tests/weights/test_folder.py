@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import lexiseg.clip.model
 from lexiseg import renames
+from lexiseg.catalog import packaged_clips, packaged_models
 from lexiseg.clip.load import load_clip
 from lexiseg.clip.model import save_clip
 from lexiseg.errors import LexisegError, LexisegWarning
@@ -31,6 +32,13 @@ def test_a_full_disk_is_a_sentence_and_leaves_nothing(tmp_path: Path, monkeypatc
     with pytest.raises(LexisegError, match=r"Cannot write '.*model\.safetensors' \(.*No space left on device"):
         save_clip(small_clip(), tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_packaged_models_were_trained_with_the_packaged_clips() -> None:
+    fingerprints = {name: load_clip(name).fingerprint() for name in packaged_clips()}
+    for folder in packaged_models().values():
+        reference = json.loads((folder / "config.json").read_text())["clip"]
+        assert reference["fingerprint"] == fingerprints[reference["name"]]
 
 
 def test_wrong_folders(tmp_path: Path) -> None:
@@ -134,9 +142,12 @@ def test_a_packaged_clip_is_named_and_not_copied(tmp_path: Path, monkeypatch: py
     assert any(key.startswith("clip.") for key in load_file(tmp_path / "changed" / "model.safetensors"))
     same(load_model(tmp_path / "changed"), model)
     # Another CLIP under the same name is noticed.
+    (tmp_path / "own").mkdir()
+    own = folder.rename(tmp_path / "own" / "model")
+    assert load_model(own).clip.packaged
     save_clip(small_clip(seed=9), tmp_path / "clip-test")
     with pytest.raises(LexisegError, match="another version of 'clip-test'"):
-        load_model("zegclip-test")
+        load_model(own)
 
 
 def test_a_model_from_the_hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

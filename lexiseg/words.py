@@ -8,6 +8,7 @@ import operator
 import re
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from numbers import Real
 from typing import Any
 
@@ -157,10 +158,9 @@ def whole_number(value: object, what: str, low: int = 0) -> int:
 
     Raises LexisegError if it is not one, or below ``low``; ``what`` begins the sentence.
     """
-    try:
+    number = None
+    with suppress(TypeError):
         number = None if isinstance(value, bool) else operator.index(value)  # type: ignore[arg-type]
-    except TypeError:
-        number = None
     if number is None or number < low:
         raise LexisegError(f"{what} must be a whole number of at least {low}, not {quoted(value)}.")
     return number
@@ -171,12 +171,10 @@ def finite(value: object, what: str) -> float:
 
     Raises LexisegError if it is not one; ``what`` begins the sentence.
     """
-    number: float | None = None
+    number = math.nan
     if isinstance(value, Real | str) and not isinstance(value, bool):
-        try:
+        with suppress(ValueError, OverflowError):
             number = float(value)
-        except (ValueError, OverflowError):
-            number = None
-    if number is None or not math.isfinite(number):
+    if not math.isfinite(number):
         raise LexisegError(f"{what} must be a finite number, not {quoted(value)}.")
     return number

@@ -8,6 +8,7 @@ transformers, which `lexiseg.clip.model.build_clip` refuses, cannot be built in 
 
 from __future__ import annotations
 
+import atexit
 import gc
 import importlib
 import importlib.abc
@@ -57,8 +58,14 @@ def _is_compile_supported(device_type: str) -> bool:
 
 
 def start_quickly() -> None:
-    """Have the first ``import open_clip`` of this process leave out what it can; for a process of lexiseg's own."""
+    """Have this process import and end quickly: the first ``import open_clip`` leaves out what it can.
+
+    For a process of lexiseg's own.
+    """
     # Importing makes many objects that stay: to look through them after every 700 takes a tenth of a short command.
     gc.set_threshold(10_000, *gc.get_threshold()[1:])
+    # An ending process would look through them several times; what they hold, the system takes back by itself.
+    atexit.unregister(gc.freeze)
+    atexit.register(gc.freeze)
     if "open_clip" not in sys.modules and not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())

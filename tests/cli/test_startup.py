@@ -52,6 +52,19 @@ def test_predict_imports_torch_and_open_clip_alone(tmp_path: Path) -> None:
     assert loaded(tmp_path, *words) == {"torch", "torchvision", "open_clip"}
 
 
+def test_an_ending_process_does_not_look_through_what_was_imported() -> None:
+    script = (
+        "import atexit, gc; atexit.register(lambda: print(len(gc.get_objects()), gc.get_freeze_count())); "
+        "from lexiseg.cli import main; main(['--version'])"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(lexiseg.__file__).parents[1])}
+    process = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True
+    )
+    left, frozen = map(int, process.stdout.splitlines()[-1].split())
+    assert left < 100 < 1000 < frozen
+
+
 def test_what_was_left_out_can_be_imported_afterwards() -> None:
     script = (
         "from lexiseg.startup import start_quickly as lean; lean(); import open_clip, sys; "

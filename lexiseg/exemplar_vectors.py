@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -15,12 +14,10 @@ from lexiseg.errors import LexisegError
 from lexiseg.exemplars import Exemplar
 from lexiseg.images import read_image
 from lexiseg.models.base import SegmentationModel
+from lexiseg.models.dense_clip import DenseCLIP, DenseCLIPOptions
 from lexiseg.normalisation import normalise
 from lexiseg.vocabulary import Vocabulary
 from lexiseg.windows import working_size
-
-if TYPE_CHECKING:
-    from lexiseg.models.dense_clip import DenseCLIP
 
 _NEUTRAL = ("object", "thing", "background")
 
@@ -62,8 +59,6 @@ def exemplar_vectors(
     model: SegmentationModel, embedder: TextEmbedder, exemplars: Sequence[Exemplar], max_pixels: float
 ) -> Tensor:
     """The mean dense feature of each thing and of the rest of its picture: (N, 2, D), remembered like text."""
-    from lexiseg.models.dense_clip import DenseCLIP, DenseCLIPOptions
-
     dense = model if isinstance(model, DenseCLIP) else DenseCLIP(model.clip, DenseCLIPOptions(window_size=None))
     manner = ["exemplar", dense.options.model_dump_json(), model.clip.fingerprint()]
     images = [read_image(one.image, max_pixels=max_pixels) for one in exemplars]

@@ -11,7 +11,7 @@ from lexiseg.cli.console import say, say_json, say_note, say_written, waiting
 from lexiseg.cli.options import Json, Template, output_option
 from lexiseg.words import counted
 
-# What the arguments of `lexiseg.weights.convert.convert` are called here.
+# What the arguments of `lexiseg.weights.convert` are called here.
 _OPTIONS = {
     "class_names": "--seen",
     "templates": "--template",
@@ -80,7 +80,7 @@ def convert(
     import torch
 
     from lexiseg.vocabulary import Vocabulary
-    from lexiseg.weights.convert import convert as run
+    from lexiseg.weights import convert as run
 
     names = None if seen is None else Vocabulary.load(seen).names
     templates = Vocabulary.parse("any", templates=template).templates if template else None

@@ -14,9 +14,8 @@ import lexiseg
 from lexiseg.samples import sample_path
 
 HEAVY = {"torch", "torchvision", "transformers", "timm", "open_clip", "accelerate", "scipy", "matplotlib", "fastapi"}
-# What segmenting a picture with a packaged model has no use for: other systems, checkpoints of others, rare pictures.
-UNWANTED = {"lexiseg.models.dense_clip", "lexiseg.models.deop", "lexiseg.models.zegformer", "lexiseg.models.cat_seg"}
-UNWANTED |= {"lexiseg.weights.convert", "lexiseg.weights.filling", "PIL.PdfParser", "PIL.WebPImagePlugin"}
+# What segmenting a picture with a packaged model has no use for: rare kinds of pictures.
+UNWANTED = {"PIL.PdfParser", "PIL.WebPImagePlugin"}
 SCRIPT = """
 import sys
 from lexiseg.cli import main

@@ -30,9 +30,8 @@ from lexiseg.models import SYSTEMS
 from lexiseg.recipes import load_recipe, parse_recipe
 from lexiseg.recipes.reading import as_yaml
 from lexiseg.vocabulary import Vocabulary
-from lexiseg.weights import load_model, save_model
+from lexiseg.weights import convert, load_model, save_model
 from lexiseg.weights.clip_state import transformers_source
-from lexiseg.weights.convert import convert
 from lexiseg.weights.filling import key_map
 from tests.fuzz.data_folders import data_folders
 from tests.fuzz.mutations import NASTY_NUMBERS, NASTY_TEXTS, nasty, spoil_bytes, spoil_json, spoil_value

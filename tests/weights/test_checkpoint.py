@@ -24,9 +24,9 @@ from transformers import CLIPConfig, CLIPModel
 
 from lexiseg.clip.load import load_clip, random_clip
 from lexiseg.errors import LexisegError
+from lexiseg.weights import ConversionReport, convert
 from lexiseg.weights.checkpoint import Checkpoint, read_checkpoint
 from lexiseg.weights.clip_state import infer_vit_architecture, is_openai, transformers_source
-from lexiseg.weights.convert import ConversionReport, convert
 from lexiseg.weights.filling import key_map
 from tests.references import put_tensors
 from tests.towers import small_clip

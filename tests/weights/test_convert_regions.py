@@ -11,8 +11,7 @@ from torch import Tensor
 
 from lexiseg.clip.model import save_clip
 from lexiseg.errors import LexisegError
-from lexiseg.weights import load_model
-from lexiseg.weights.convert import ConversionReport, convert
+from lexiseg.weights import ConversionReport, convert, load_model
 from lexiseg.weights.decoupled_checkpoints import read_parts
 from lexiseg.weights.detectron_checkpoint import recognise_detectron
 from tests.parity.case import load_case

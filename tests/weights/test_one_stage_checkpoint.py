@@ -15,8 +15,7 @@ from lexiseg.errors import LexisegError
 from lexiseg.models import SYSTEMS, DenseCLIP, SegmentationModel, ZegCLIP
 from lexiseg.models.one_stage import OneStageModel
 from lexiseg.templates import PAPER_TEMPLATES, SINGLE_TEMPLATE
-from lexiseg.weights import load_model, save_model
-from lexiseg.weights.convert import convert
+from lexiseg.weights import convert, load_model, save_model
 from lexiseg.weights.filling import authors_key
 from lexiseg.weights.one_stage_checkpoint import NAMES
 from tests.towers import small_clip, unit_rows

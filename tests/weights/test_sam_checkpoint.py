@@ -12,7 +12,7 @@ from torch import Tensor
 from lexiseg.cli import main
 from lexiseg.clip.load import count_parameters
 from lexiseg.errors import LexisegError
-from lexiseg.weights.convert import convert
+from lexiseg.weights import convert
 from lexiseg.weights.filling import authors_key
 from lexiseg.weights.sam_checkpoint import RELEASED
 from tests.proposals.test_sam_proposals import sam, tiny_sam

@@ -12,7 +12,7 @@ import torch
 
 from lexiseg.errors import LexisegError
 from lexiseg.scores import GridScores, RegionScores, WindowScores, decode
-from lexiseg.scores.words import WordsRule, words_to_classes
+from lexiseg.scores.words import Postprocessing, words_to_classes
 
 LOGITS = torch.zeros(1, 3, 4, 4)
 
@@ -119,10 +119,12 @@ def test_an_error_in_a_thread_is_the_callers(threads: int) -> None:
 def test_words_share_a_softmax_and_the_best_of_a_class_counts() -> None:
     cosines = torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 1.0], [0.0, 1.0, 1.0]])[:, None]
     classes = torch.tensor([0, 1, 1])
-    labels, probabilities = words_to_classes(cosines, classes, WordsRule(3.0, 0.0))
+    labels, probabilities = words_to_classes(cosines, classes, Postprocessing(3.0, 0.0))
     best = torch.tensor([[3.0, 0.0, 0.0]]).softmax(1)[0, 0], torch.tensor([[3.0, 3.0, 0.0]]).softmax(1)[0, 0]
     torch.testing.assert_close(probabilities.amax(0)[0], torch.stack([best[0], best[1], best[1]]))
     assert labels.tolist() == [[0, 1, 1]]
-    assert words_to_classes(cosines, classes, WordsRule(3.0, 0.6))[0].tolist() == [[0, 0, 0]]  # near-synonyms split it
-    assert words_to_classes(cosines.flip(2), classes, WordsRule(3.0, 0.0), 1)[0].tolist() == [[1, 1, 0]]
-    assert words_to_classes(cosines.flip(2), classes, WordsRule(3.0, 0.0, area=1.0), 1)[0].tolist() == [[1, 1, 1]]
+    assert words_to_classes(cosines, classes, Postprocessing(3.0, 0.6))[0].tolist() == [
+        [0, 0, 0]
+    ]  # near-synonyms split it
+    assert words_to_classes(cosines.flip(2), classes, Postprocessing(3.0, 0.0), 1)[0].tolist() == [[1, 1, 0]]
+    assert words_to_classes(cosines.flip(2), classes, Postprocessing(3.0, 0.0, area=1.0), 1)[0].tolist() == [[1, 1, 1]]

@@ -218,11 +218,14 @@ def _parts_of(
     """
     instances = names_in(result, instances)
     for row in sorted(result.table(), key=lambda row: row.index):
-        regions = np.asarray(result.mask(row.index)).astype(np.int32)
+        mask = np.asarray(result.mask(row.index))
+        if row.name not in instances:
+            left, top, width, height = bounding_box(mask)
+            yield row, (left, top, width, height), mask[top : top + height, left : left + width]
+            continue
         from scipy import ndimage
 
-        if row.name in instances:
-            regions, _ = ndimage.label(regions, np.ones((3, 3)))
+        regions, _ = ndimage.label(mask, np.ones((3, 3)))
         for number, (rows, columns) in enumerate(ndimage.find_objects(regions), 1):
             box = columns.start, rows.start, columns.stop - columns.start, rows.stop - rows.start
             yield row, box, regions[rows, columns] == number

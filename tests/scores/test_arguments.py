@@ -123,8 +123,7 @@ def test_words_share_a_softmax_and_the_best_of_a_class_counts() -> None:
     best = torch.tensor([[3.0, 0.0, 0.0]]).softmax(1)[0, 0], torch.tensor([[3.0, 3.0, 0.0]]).softmax(1)[0, 0]
     torch.testing.assert_close(probabilities.amax(0)[0], torch.stack([best[0], best[1], best[1]]))
     assert labels.tolist() == [[0, 1, 1]]
-    assert words_to_classes(cosines, classes, Postprocessing(3.0, 0.6))[0].tolist() == [
-        [0, 0, 0]
-    ]  # near-synonyms split it
+    # Near-synonyms split it.
+    assert words_to_classes(cosines, classes, Postprocessing(3.0, 0.6))[0].tolist() == [[0, 0, 0]]
     assert words_to_classes(cosines.flip(2), classes, Postprocessing(3.0, 0.0), 1)[0].tolist() == [[1, 1, 0]]
     assert words_to_classes(cosines.flip(2), classes, Postprocessing(3.0, 0.0, area=1.0), 1)[0].tolist() == [[1, 1, 1]]

@@ -31,6 +31,9 @@ def test_a_recipe_under_old_names_is_the_same(tmp_path: Path) -> None:
         with pytest.warns(LexisegWarning, match=r"'evaluation\.scored' is 'evaluation\.num_samples'"):
             recipe = load_recipe(tmp_path / "new.yaml", overrides)
         assert (recipe.data.top_left_crop, recipe.evaluation.num_samples) == (128, 7)
+    for section in (["evaluation={scored: 7}"], {"evaluation": {"scored": 7}}):
+        with pytest.warns(LexisegWarning, match=r"with --set' has old names .*'evaluation\.scored'"):
+            assert load_recipe("tiny", section).evaluation.num_samples == 7
 
 
 def test_a_run_under_old_names_goes_on(tmp_path: Path) -> None:

@@ -108,7 +108,8 @@ def load_recipe(
     given = overrides.items() if isinstance(overrides, Mapping) else [_read_override(text) for text in overrides]
     for key, value in given:
         _replace(content, renamed_key(key), value, where, as_text=not isinstance(overrides, Mapping))
-    return _checked(content, where if not overrides else f"{where} with --set", seed)
+    where = f"{where} with --set" if overrides else where
+    return _checked(_named(content, where), where, seed)  # a whole section may have been set, under old names
 
 
 def parse_recipe(text: str, where: str, *, seed: int | None = None) -> Recipe:
@@ -240,7 +241,7 @@ def _checked(content: Content, where: str, seed: int | None) -> Recipe:
     kind = content.get("kind")
     if not isinstance(kind, str) or kind not in KINDS:
         raise LexisegError(f"The recipe '{where}' needs 'kind', one of {', '.join(sorted(KINDS))}.")
-    if isinstance(content.get("data"), dict):  # null is the default of all of its keys
+    if isinstance(content.get("data"), dict):  # null takes a key away, so that its default counts
         content = {**content, "data": {key: value for key, value in content["data"].items() if value is not None}}
     if seed is not None and isinstance(content.get("train"), dict):
         content = {**content, "train": {**content["train"], "seed": seed}}

@@ -146,10 +146,8 @@ def _segment(
                     vectors.add(found, nodata, rasterio.windows.transform(inner, raster.transform), vocabulary, options)
                 yield inner.row_off, inner.col_off, found
         if empty:
-            note = (
-                f"'{printable(raster.name)}' is masked or without data throughout, so no pixel has a class; check its"
-            )
-            warnings.warn(f"{note} mask and no-data value.", LexisegWarning, stacklevel=2)
+            note = f"'{printable(raster.name)}' is masked or without data throughout, so no pixel has a class"
+            warnings.warn(f"{note}; check its mask and no-data value.", LexisegWarning, stacklevel=2)
         # A cloud-optimised file is laid out anew: its overviews come first.
         layout = {"compress": "deflate", "blocksize": _BLOCK, "overview_resampling": "nearest", "bigtiff": "if_safer"}
         rasterio.shutil.copy(plain, final, driver="COG", sparse_ok=True, **layout)

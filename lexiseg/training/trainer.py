@@ -321,10 +321,8 @@ class Trainer:
                 f"Process {rank} does not find the checkpoint '{newest}' that process 0 wrote; put the output folder "
                 "on a file system that all machines share."
             )
-        before, now = (
-            {renamed_key(key, quiet=True): value for key, value in read_state(newest)["settings"].items()},
-            self._identity(),
-        )
+        before = {renamed_key(key, quiet=True): value for key, value in read_state(newest)["settings"].items()}
+        now = self._identity()
         was, count = before.pop("processes", 1), now.pop("processes")
         if "classes" not in before:  # a run begun before there was this key: "pictures" tells of them too
             now.pop("classes", None)

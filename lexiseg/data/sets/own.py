@@ -284,7 +284,7 @@ def _reading(listed: ClassList, files: Mapping[str, Path], ignore: int, root: Pa
     kind = LabelKind.index if ignore == IGNORE_INDEX else LabelKind.wide
     numbered = all(one.value is not None for one in classes)
     id_map = _ids(listed, ignore)
-    if IGNORE_INDEX not in id_map and _are_black_and_white(paths, alone=len(classes) > 2):
+    if IGNORE_INDEX not in id_map and _are_black_and_white(paths, every=len(classes) > 2):
         name = classes[-1].name
         white = (
             f"number the {len(classes)} classes in classes.txt, 255 being what white is"
@@ -305,11 +305,8 @@ def _packed(color: tuple[int, int, int]) -> int:
     return red * 65536 + green * 256 + blue
 
 
-def _are_black_and_white(paths: Sequence[Path], alone: bool) -> bool:
-    """Whether half of the masks hold 0 and 255 alone, both somewhere, and no other one has 255 beside its classes.
-
-    ``alone``: whether all must.
-    """
+def _are_black_and_white(paths: Sequence[Path], every: bool) -> bool:
+    """Whether half of the masks, or ``every`` one, hold 0 and 255 alone, both somewhere, and no other one has 255."""
     found: set[int] = set()
     white = others = 0
     for path in paths:
@@ -322,7 +319,7 @@ def _are_black_and_white(paths: Sequence[Path], alone: bool) -> bool:
                 return False
             else:
                 others += 1
-    return found == {0, 255} and (not others if alone else white >= others)
+    return found == {0, 255} and (not others if every else white >= others)
 
 
 def _are_colored(paths: Sequence[Path]) -> bool:

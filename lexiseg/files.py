@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import unicodedata
@@ -47,14 +48,21 @@ def is_folder(name: str | Path) -> bool:
     return place is not None and place.is_dir()
 
 
+def is_full(error: OSError) -> bool:
+    """Whether an error says that the disk, or the user's share of it, is full."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
 @contextmanager
-def writing(what: str, advice: str = "choose a place you may write to") -> Iterator[None]:
-    """Turn an error of the disk into a sentence: "Cannot ``what`` (the reason); ``advice``."""
+def writing(
+    what: str, advice: str = "choose a place you may write to", *, full: str = "free disk space"
+) -> Iterator[None]:
+    """Turn an error of the disk into a sentence: "Cannot ``what`` (the reason); ``advice``, or ``full`` if it is so."""
     try:
         yield
     except OSError as error:
         reason = error.strerror or type(error).__name__
-        raise LexisegError(f"Cannot {what} ({reason}); {advice}.") from error
+        raise LexisegError(f"Cannot {what} ({reason}); {full if is_full(error) else advice}.") from error
 
 
 def make_folder(folder: str | Path) -> Path:

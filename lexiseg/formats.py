@@ -145,8 +145,10 @@ def polygons_of(mask: np.ndarray, tolerance: float = 1.0, corner: tuple[int, int
             parent = int(hierarchy[0][index][3])
             if (parent < 0) == outer:
                 corners = _with_corners(np.asarray(contour)[:, 0])
-                simple = np.asarray(cv2.approxPolyDP(corners, 2 * tolerance, True))[:, 0]
-                points = (simple if len(simple) > 2 else corners) / 2 + (left + corner[0], top + corner[1])
+                allowed = 2 * min(tolerance, width + height)
+                while len(simple := np.asarray(cv2.approxPolyDP(corners, allowed, True))[:, 0]) < 3:
+                    corners, allowed = cv2.convexHull(corners), allowed / 2  # a line or a point was left
+                points = simple / 2 + (left + corner[0], top + corner[1])
                 polygons.setdefault(index if outer else parent, []).append(points.tolist())
     return list(polygons.values())
 

@@ -73,6 +73,15 @@ def test_outlines_keep_holes_and_are_simplified() -> None:
     assert formats.polygons_of(np.zeros((3, 3), bool)) == []
 
 
+@pytest.mark.parametrize("tolerance", [1e2, 1e9, 1e300])
+def test_a_very_large_tolerance_leaves_the_simplest_polygon(tolerance: float) -> None:
+    rows, columns = np.mgrid[:90, :90]
+    for mask in ((rows - 45) ** 2 + (columns - 45) ** 2 < 40**2, rows == columns, rows == 3):
+        ((ring,),) = formats.polygons_of(mask, tolerance)
+        assert 3 <= len(ring) <= 6
+        assert (painted([ring], mask.shape) & mask).sum() >= mask.sum() / 2
+
+
 @settings(max_examples=40, deadline=None)
 @given(hnp.arrays(bool, st.tuples(st.integers(1, 9), st.integers(1, 9))))
 def test_run_lengths_are_read_back(mask: np.ndarray) -> None:

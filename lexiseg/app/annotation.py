@@ -14,7 +14,7 @@ from xml.etree import ElementTree
 import numpy as np
 from fastapi import FastAPI, Request
 from numpy.typing import NDArray
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, FiniteFloat
 from starlette.exceptions import HTTPException
 
 from lexiseg.app.queue import Answer
@@ -54,7 +54,7 @@ class CvatRequest(Body):
 
     image: str
     """The picture in base64."""
-    threshold: float | None = None
+    threshold: FiniteFloat | None = None
     """Segments of a lower mean score are left out."""
 
 
@@ -80,7 +80,7 @@ class Interface:
             raise LexisegError("The labelling interface declares a document type or entities; remove them.")
         try:
             root = ElementTree.fromstring(label_config)
-        except ElementTree.ParseError as error:
+        except (ElementTree.ParseError, ValueError) as error:  # ValueError: half of a surrogate pair
             raise LexisegError(f"The labelling interface is not valid XML ({error}); fix it.") from error
         controls = [tag for tag in root.iter() if tag.tag in ("BrushLabels", "PolygonLabels")]
         image = next(root.iter("Image"), None)

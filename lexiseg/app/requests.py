@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Annotated, Any
 
 from fastapi import Request
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictFloat, WithJsonSchema
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictFloat, WithJsonSchema, model_validator
 from pydantic_core import from_json
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
@@ -55,6 +55,15 @@ class ClassesRequest(Body):
     """A semicolon or a line break separates classes, a comma joins synonyms; or a list of such texts."""
     model: str | None = None
     """One of those that ``GET /v1/models`` lists; None is the first."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_empty(cls, values: Any) -> Any:
+        """Leave out options that are empty: forms send those that nobody has filled in."""
+        if not isinstance(values, dict):
+            return values
+        options = {name for name, field in cls.model_fields.items() if not field.is_required()}
+        return {name: value for name, value in values.items() if value != "" or name not in options}
 
 
 class Question(ClassesRequest):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import io
 import os
 import signal
@@ -20,6 +19,7 @@ import lexiseg
 from lexiseg.cli import benchmark, convert, data, doctor, draw, evaluate, export, models, predict, push, serve, train
 from lexiseg.cli.console import notes, say_error
 from lexiseg.errors import LexisegError
+from lexiseg.files import is_full
 from lexiseg.renames import renamed_arguments
 from lexiseg.startup import start_quickly
 
@@ -148,7 +148,7 @@ def main(args: Sequence[str] | None = None) -> int:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 0
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            if not is_full(error):
                 raise
             say_error(f"Cannot write ({error.strerror}); free disk space or write elsewhere.")
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

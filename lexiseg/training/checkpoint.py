@@ -260,7 +260,7 @@ class RunLog:
             return
         self.records.append({"step": step, **values})
         what = f"write the run's log '{self.folder / 'metrics.jsonl'}'"
-        with writing(what, "free some space, then continue with --resume"):
+        with writing(what, full="free disk space, then continue with --resume"):
             self._file.write(json.dumps(self.records[-1]) + "\n")
             self._file.flush()
         if self._board is not None:

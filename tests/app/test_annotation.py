@@ -15,6 +15,7 @@ from lexiseg.app.annotation import encode_brush
 from lexiseg.app.service import ServiceSettings, create_app
 from lexiseg.samples import sample_path
 
+JSON = {"content-type": "application/json"}
 INTERFACE = """<View><!-- people's comments stay -->
   <Image name="img" value="$photo"/>
   <BrushLabels name="tag" toName="img"><Label value="elephant"/>
@@ -150,6 +151,11 @@ def test_a_task_of_another_shape_has_no_picture(client: TestClient, data: Any) -
     assert reply.status_code == 422 and "no picture under 'photo'" in reply.json()["error"]
 
 
+def test_half_of_a_surrogate_pair_is_no_interface(client: TestClient) -> None:
+    reply = client.post("/setup", content=r'{"schema": "<View>\ud800</View>"}', headers=JSON)
+    assert reply.status_code == 422 and "not valid XML" in reply.json()["error"], reply.text
+
+
 def test_cvat_s_shape(client: TestClient, segmenter: Any) -> None:
     data = sample_path("demo").read_bytes()
     found = client.post("/cvat", json={"image": base64.b64encode(data).decode(), "threshold": 0.0}).json()
@@ -163,3 +169,9 @@ def test_cvat_s_shape(client: TestClient, segmenter: Any) -> None:
         assert np.array_equal(mask, expected.mask(one["label"]).numpy())
         assert one["type"] == "mask" and len(one["points"]) >= 6 and float(one["confidence"]) > 0
     assert client.post("/cvat", json={"image": base64.b64encode(data).decode(), "threshold": 2.0}).json() == []
+
+
+@pytest.mark.parametrize("threshold", ["NaN", "Infinity", '"nan"'])
+def test_a_threshold_that_is_no_number_is_refused(client: TestClient, threshold: str) -> None:
+    reply = client.post("/cvat", content=f'{{"image": "", "threshold": {threshold}}}', headers=JSON)
+    assert reply.status_code == 422 and "'threshold'" in reply.json()["error"], reply.text

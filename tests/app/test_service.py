@@ -265,6 +265,18 @@ def test_what_is_wrong_is_a_sentence_with_its_status(running: Running) -> None:
     assert_sentence(client.get("/v1/segment"), 405, "Method")
 
 
+def test_empty_options_are_left_out(running: Running) -> None:
+    words, picture = {"classes": "cat; dog"}, png()
+    names = ("model", "exemplars", "background", "window", "refine", "output")
+    empty = {**words, **dict.fromkeys(names, "")}
+    plain = running.client.post("/v1/segment", files={"image": picture}, data=words).json()
+    assert "rle" in plain["classes"][0]
+    assert running.client.post("/v1/segment", files={"image": picture}, data=empty).json() == plain
+    assert running.client.post("/v1/segment", json={"image": b64(picture), **empty}).json() == plain
+    reply = running.client.post("/v1/segment", files={"image": picture}, data={**words, "windows": ""})
+    assert_sentence(reply, 422, "windows")
+
+
 @pytest.mark.parametrize("text", ["cat; dog", "[cat, dog]", '["cat", "dog"]', "cat\ndog"])
 def test_a_list_may_come_as_text(running: Running, text: str) -> None:
     reply = running.client.post("/v1/classes", json={"classes": text})

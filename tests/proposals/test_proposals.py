@@ -246,3 +246,7 @@ def test_ground_truth() -> None:
     assert set(found.mask_logits.unique().tolist()) == {-HARD_LOGIT, HARD_LOGIT}
     generator.labels = torch.full((1, 4, 4), 255)
     assert generator(images[:1]).mask_logits.shape == (1, 1, 32, 64)
+    generator.labels, generator.ignored = labels.where(labels != 1, 65535), 65535  # of 300 classes one has the id 255
+    found = generator(images)
+    assert found.valid is not None and found.valid.tolist() == [[True, True], [True, False]]
+    assert (found.mask_logits > 0).sum((2, 3)).tolist() == [[400, 350], [800, 0]]

@@ -14,7 +14,7 @@ from lexiseg.data.base import SegmentationDataset, seen_ids, unseen_ids
 from lexiseg.devices import EvaluationMode
 from lexiseg.errors import LexisegError
 from lexiseg.evaluation.metrics import Confusion, Metrics, percent, percent_text
-from lexiseg.evaluation.run import spread
+from lexiseg.evaluation.run import Offsets, offset_classes, spread
 from lexiseg.label_ids import IGNORE_INDEX, ignore_index
 from lexiseg.models.base import ImageFeatures
 from lexiseg.models.decoupled import DecoupledModel
@@ -218,6 +218,7 @@ def evaluate_proposals(
     released: bool = False,
     limit: int | None = None,
     window: WindowPolicy | None = None,
+    offsets: Offsets | None = None,
 ) -> ProposalReport:
     """Compare the proposals for every picture with its labels, at the labels' size.
 
@@ -225,8 +226,9 @@ def evaluate_proposals(
 
     ``dataset``: pictures with labels; its seen and unseen flags decide what counts as which. ``released``: also predict
     the pictures and count as DeOP's released code does. ``limit``: take only this many pictures, spread evenly; None
-    takes all. ``window``: how pictures are resized; None is the model's own way. Raises LexisegError if the model has
-    no proposals, the dataset is empty, or a picture is wrong.
+    takes all. ``window``: how pictures are resized; None is the model's own way. ``offsets``: as in `run_evaluation`,
+    for these predictions. Raises LexisegError if the model has no proposals, the dataset is empty, or a picture is
+    wrong.
     """
     model = segmenter.model
     if not isinstance(model, DecoupledModel):
@@ -235,6 +237,7 @@ def evaluate_proposals(
     if not indices:
         raise LexisegError("There are no pictures to evaluate proposals on; check the dataset's list of pictures.")
     vocabulary = dataset.vocabulary
+    asked = offset_classes(segmenter, vocabulary, offsets)[1]
     num_classes = len(vocabulary)
     ignore = ignore_index(num_classes)
     seen, unseen = seen_ids(vocabulary), unseen_ids(vocabulary)
@@ -265,7 +268,7 @@ def evaluate_proposals(
             best = model.pixel_scores(scores[None].to(segmenter.device), features)
             confusion.update(best.label_map(size)[0].cpu().numpy(), sample.label.numpy())
             if released:
-                prediction = segmenter.predict(sample.image, vocabulary, window=window).label_map.long()
+                prediction = segmenter.predict(sample.image, asked, window=window).label_map.long()
                 regions = prediction[None] == prediction.unique()[:, None, None]
                 for counter in counters.values():
                     counter.update(regions, sample.label)

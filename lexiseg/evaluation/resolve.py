@@ -122,7 +122,7 @@ def evaluate(
         if proposals:
             from lexiseg.evaluation.proposals import evaluate_proposals
 
-            found = evaluate_proposals(segmenter, data, released=True, limit=limit, window=told)
+            found = evaluate_proposals(segmenter, data, released=True, limit=limit, window=told, offsets=asked.offsets)
             report = replace(report, proposals=found)
     if folder is not None and journal is not None and processes.is_main():
         report.save(folder)

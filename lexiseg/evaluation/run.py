@@ -71,8 +71,7 @@ def run_evaluation(
         batch_size = whole_number(batch_size, "The batch size", 1)
         limit = None if limit is None else whole_number(limit, "The limit", 1)
         vocabulary = segmenter.vocabulary(dataset.vocabulary, background=background)
-        offsets = offsets or ("all" if _had_every_mask(segmenter, dataset.vocabulary) else "data")
-        asked = dataset.vocabulary if offsets == "data" else _flagged(dataset.vocabulary, offsets == "all")
+        offsets, asked = offset_classes(segmenter, dataset.vocabulary, offsets)
         num_classes = len(dataset.vocabulary)
         if not (indices := spread(len(dataset), limit)):
             raise LexisegError(f"The split '{split}' of '{name}' is empty; choose another split.")
@@ -217,6 +216,12 @@ def _before(journal: Journal | None, identity: Mapping[str, Any], resume: bool, 
                 if "batches" in line:
                     found.merge_line(line)
     return processes.gather(found)[0] if shared else found
+
+
+def offset_classes(segmenter: Segmenter, vocabulary: Vocabulary, offsets: Offsets | None) -> tuple[Offsets, Vocabulary]:
+    """Which classes lose the model's score offset, see `run_evaluation`, and the classes to predict, flagged so."""
+    offsets = offsets or ("all" if _had_every_mask(segmenter, vocabulary) else "data")
+    return offsets, vocabulary if offsets == "data" else _flagged(vocabulary, offsets == "all")
 
 
 def _had_every_mask(segmenter: Segmenter, vocabulary: Vocabulary) -> bool:

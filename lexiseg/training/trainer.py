@@ -260,7 +260,8 @@ class Trainer:
                         LexisegWarning,
                         stacklevel=2,
                     )
-            if settings.snapshot_every and (done % settings.snapshot_every == 0 or last):
+            # Not where a run is stopped half way, or patience and the best model would depend on the stop.
+            if settings.snapshot_every and (done % settings.snapshot_every == 0 or done == settings.steps):
                 with processes.together():
                     if processes.is_main() and not self._engine.sharded:
                         self._look(done, log, best)

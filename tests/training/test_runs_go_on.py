@@ -141,6 +141,17 @@ def test_the_best_is_kept_and_patience_ends(place: Path, tmp_path: Path, monkeyp
         recipe_of(place, train={"keep_best": "val/hiou"})
 
 
+def test_patience_counts_no_stop_half_way(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    values = {2: 30, 3: 10, 4: 40, 6: 0}
+    monkeypatch.setattr(SegmentationTask, "evaluate", lambda task, step: ({"val/hiou": values[step]}, {}))
+    judged = {"steps": 6, "snapshot_every": 2, "checkpoint_every": 1, "keep_best": "val/hiou", "patience": 1}
+    recipe = recipe_of(place, train=judged, evaluation={"pictures": 0, "num_samples": 1})
+    quietly(recipe, tmp_path / "run", stop_after=3)
+    quietly(recipe, tmp_path / "run", resume=True)
+    assert load_model(tmp_path / "run/model").metadata["steps"] == 6
+    assert load_model(tmp_path / "run/best").metadata["steps"] == 4
+
+
 def test_a_diverged_training_names_the_rate_at_a_snapshot_too(place: Path, tmp_path: Path) -> None:
     recipe = recipe_of(place, train={"lr": 1e30, "snapshot_every": 1}, evaluation={"pictures": 0, "num_samples": 1})
     with pytest.raises(LexisegError, match=r"after step 1 hold NaN .*; there is no checkpoint.*; lower the learning"):

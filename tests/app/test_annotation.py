@@ -157,6 +157,7 @@ def test_half_of_a_surrogate_pair_is_no_interface(client: TestClient) -> None:
 
 
 def test_cvat_s_shape(client: TestClient, segmenter: Any) -> None:
+    cv2 = pytest.importorskip("cv2")
     data = sample_path("demo").read_bytes()
     found = client.post("/cvat", json={"image": base64.b64encode(data).decode(), "threshold": 0.0}).json()
     expected = segmenter.predict(data, "elephant; leaves; grass")
@@ -168,6 +169,8 @@ def test_cvat_s_shape(client: TestClient, segmenter: Any) -> None:
         mask[top : bottom + 1, left : right + 1] = np.reshape(inside, shape)
         assert np.array_equal(mask, expected.mask(one["label"]).numpy())
         assert one["type"] == "mask" and len(one["points"]) >= 6 and float(one["confidence"]) > 0
+        outlines = [np.array(rings[0], np.float32) for rings in expected.polygons()[one["label"]]]
+        assert one["points"] == max(outlines, key=cv2.contourArea).ravel().tolist()
     assert client.post("/cvat", json={"image": base64.b64encode(data).decode(), "threshold": 2.0}).json() == []
 
 

@@ -92,6 +92,14 @@ class TestResCLIP(DenseTester):
         few, many = model.first_labels(logits[:, :30], image), model.first_labels(logits, image)
         assert float((few == many).float().mean()) > 0.95
 
+    def test_a_word_that_leads_somewhere_is_refined_however_low_it_is(self, model: SegmentationModel) -> None:
+        assert isinstance(model, DenseCLIP)
+        logits = torch.full((1, 40, 4, 6), 0.1)
+        logits[:, :39, :, :3], logits[:, 39, :, 3:] = 0.9, 0.3
+        image = torch.ones(1, 3, 32, 48)
+        image[..., :24] = -1.0
+        assert bool((model.first_labels(logits, image)[..., 40:] == 39).all())
+
     def test_a_tower_without_the_middle_blocks_is_refused(self) -> None:
         with pytest.raises(LexisegError, match=r"reads the blocks .* has 4"):
             DenseCLIP.build(small_clip(), {"method": "resclip"})

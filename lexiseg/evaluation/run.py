@@ -83,7 +83,8 @@ def run_evaluation(
         facts |= {"templates": list(vocabulary.templates), "background": vocabulary.background.to_dict()}
         facts |= {"refine": segmenter.refinement.kind, "offsets": offsets, "ignore_index": ignore_index(num_classes)}
         facts |= {"batch_size": batch_size, "seed": seed, **(card or {}), **_describe(segmenter)}
-        facts |= {"size": dataset.size} if hasattr(dataset, "size") else {}  # of scenes that are drawn at any
+        if isinstance(size := getattr(dataset, "size", None), int):  # of scenes that are drawn at any
+            facts["size"] = size
         facts["versions"] = versions()
         # Whole batches are divided, not pictures, so that each is predicted exactly as in one process.
         batches = [indices[start : start + batch_size] for start in range(0, len(indices), batch_size)]

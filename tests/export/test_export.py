@@ -359,6 +359,8 @@ def test_torch_is_compiled_where_there_is_a_compiler(tmp_path: Path) -> None:
     exported = lexiseg.load(tmp_path / "model")
     assert exported.model.spec.compiled
     assert_same(segmenter, exported, [picture(), picture(41, 33, 1)])
+    with pytest.warns(lexiseg.LexisegWarning, match="only class"):
+        assert_same(segmenter, exported, [picture()], "cat")
 
 
 def test_threads_share_a_graph_of_openvino(tmp_path: Path) -> None:

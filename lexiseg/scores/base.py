@@ -18,6 +18,10 @@ Size = tuple[int, int]
 """(height, width) in pixels."""
 
 
+class NotFiniteError(LexisegError):
+    """Scores hold NaN or infinite values."""
+
+
 class Scores(ABC):
     """Scores of C classes at every pixel of B pictures, in a form much smaller than (B, C, H, W).
 
@@ -146,13 +150,11 @@ class Scores(ABC):
             for picture in range(self.batch_size):
                 field = self.field(picture, size) if math.isfinite(self.largest) else None
                 if field is None or not field.limits()[0] < torch.finfo(torch.float32).max:
-                    raise LexisegError(NOT_FINITE)
+                    raise NotFiniteError(
+                        "The model's scores for this picture hold NaN or infinite values; run it in float32 (dtype) or "
+                        "check its weights."
+                    )
                 yield picture, field
-
-
-NOT_FINITE = (
-    "The model's scores for this picture hold NaN or infinite values; run it in float32 (dtype) or check its weights."
-)
 
 
 def check_size(size: Size, name: str = "size") -> Size:

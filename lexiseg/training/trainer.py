@@ -32,7 +32,7 @@ from lexiseg.journal import changed, flat
 from lexiseg.recipes import TrainSettings
 from lexiseg.recipes.schema import Multiplier
 from lexiseg.renames import renamed_key
-from lexiseg.scores.base import NOT_FINITE
+from lexiseg.scores.base import NotFiniteError
 from lexiseg.training.checkpoint import Best, RunLog, capture_rng, load_checkpoint, restore_rng, save_checkpoint
 from lexiseg.training.engine import Engine, Task, prefetch, watched_workers
 from lexiseg.weights.runs import BASE, find_checkpoints, read_state
@@ -420,9 +420,7 @@ class Trainer:
             if best.improved_by(done, values):
                 self.task.reached(done)
                 self._engine.export(self.run_dir / "best")
-        except LexisegError as error:
-            if NOT_FINITE not in str(error):
-                raise
+        except NotFiniteError as error:
             raise LexisegError(
                 f"The scores after step {done} hold NaN or infinite values; {self._kept()}; lower the learning rate."
             ) from error

@@ -163,14 +163,11 @@ def _brush_results(answer: Answer, interface: Interface) -> dict[str, Any]:
     return {"result": found, "score": float(np.mean(scores)) if scores else 0.0}
 
 
-def _twice_area(ring: list[list[float]]) -> float:
-    x, y = np.array(ring).T
-    return abs(float(x @ np.roll(y, 1) - y @ np.roll(x, 1)))
-
-
 def _cvat_results(answer: Answer, threshold: float) -> list[dict[str, Any]]:
     result = answer.result
     outlines = result.polygons()
+    import cv2  # there, for the outlines are made by it
+
     found = []
     for row in result.table():
         if row.score is not None and row.score < threshold:
@@ -179,7 +176,8 @@ def _cvat_results(answer: Answer, threshold: float) -> list[dict[str, Any]]:
         left, top, width, height = bounding_box(mask)
         right, bottom = left + width - 1, top + height - 1
         inside = mask[top : bottom + 1, left : right + 1]
-        largest = max((polygon[0] for polygon in outlines[row.name]), key=_twice_area, default=[])
+        outer = (polygon[0] for polygon in outlines[row.name])
+        largest = max(outer, key=lambda ring: cv2.contourArea(np.array(ring, np.float32)), default=[])
         found.append(
             {
                 "confidence": None if row.score is None else str(row.score),

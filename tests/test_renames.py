@@ -27,6 +27,10 @@ def test_a_recipe_under_old_names_is_the_same(tmp_path: Path) -> None:
     expected = load_recipe(tmp_path / "new.yaml")
     with pytest.warns(LexisegWarning, match=r"old\.yaml' has old names .*'data\.cut' is 'data\.top_left_crop'"):
         assert load_recipe(tmp_path / "old.yaml") == expected
+    variants = {"base": "deop-voc2012", "data": new, "variants": {"small": {"data": {"cut": 256}}}}
+    (tmp_path / "several.yaml").write_text(yaml.safe_dump(variants))
+    with pytest.warns(LexisegWarning, match=r"several\.yaml' has old names"):
+        assert load_recipe(f"{tmp_path / 'several.yaml'}:small").data.top_left_crop == 256
     for overrides in (["data.cut=128", "evaluation.scored=7"], {"data.cut": 128, "evaluation.scored": 7}):
         with pytest.warns(LexisegWarning, match=r"'evaluation\.scored' is 'evaluation\.num_samples'"):
             recipe = load_recipe(tmp_path / "new.yaml", overrides)

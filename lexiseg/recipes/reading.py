@@ -114,7 +114,7 @@ def load_recipe(
 
 def parse_recipe(text: str, where: str, *, seed: int | None = None) -> Recipe:
     """Check a recipe's text; ``where`` is what to call it in messages. See :func:`load_recipe`."""
-    own = _named(_choose_variant(_read(text, where), None, where), where)
+    own = _choose_variant(_read(text, where), None, where)
     return _checked(_with_base(own, where, Path(where).parent), where, seed)
 
 
@@ -188,7 +188,7 @@ def _read(text: str, where: str) -> Content:
 def _content(name: str) -> tuple[Content, str, Path]:
     """A recipe's own keys, without those of its base, what to call it in messages, and the folder it is in."""
     path, where, variant = _find(name)
-    content = _named(_choose_variant(_read(_text(path, name), where), variant, where), where)
+    content = _choose_variant(_read(_text(path, name), where), variant, where)
     return content, where if variant is None else f"{where}:{variant}", path.parent
 
 
@@ -198,7 +198,7 @@ def _named(content: Content, where: str) -> Content:
 
 def _choose_variant(content: Content, variant: str | None, where: str) -> Content:
     """The keys of one variant, merged with those that all variants of the file share."""
-    shared = {key: value for key, value in content.items() if key != "variants"}
+    shared = _named({key: value for key, value in content.items() if key != "variants"}, where)
     variants = content.get("variants")
     if variants is None and variant is None:
         return shared
@@ -213,7 +213,7 @@ def _choose_variant(content: Content, variant: str | None, where: str) -> Conten
         raise LexisegError(
             f"The variant '{variant}' of the recipe '{where}' must be keys and the values they change to."
         )
-    return merge(shared, variants[variant])
+    return merge(shared, _named(variants[variant], where))
 
 
 def _with_base(content: Content, where: str, folder: Path) -> Content:

@@ -158,8 +158,8 @@ def _segmentation(
         stages_of(recipe)
         model = build_model(recipe, vocabulary, clip=clip)
         if recipe.prompts_from is not None and "prompts_from" not in later:
-            named = reason is None and recipe.initial is None
-            take_prompts(model, recipe.prompts_from, vocabulary, any_clip=not named)
+            unknown = reason is not None or recipe.initial is not None
+            take_prompts(model, recipe.prompts_from, vocabulary, any_clip=unknown)
     if recipe.teacher is not None and not is_recipe(recipe.teacher):
         teacher_model(recipe.teacher, trained)
     start, described = recipe.proposals_from, None

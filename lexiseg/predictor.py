@@ -192,7 +192,7 @@ class Predictor(ABC):
         try:
             labels, best = self.labels_of(picture, words, policy)
         except LexisegError as error:
-            raise LexisegError(f"{shorten(picture.name, 200)}: {error}") from error
+            raise type(error)(f"{shorten(picture.name, 200)}: {error}") from error
         if (threshold := vocabulary.background.threshold) is not None:
             labels[best < threshold] = ignore_index(len(vocabulary))
             if best.max() < threshold:

@@ -334,6 +334,11 @@ def _onnx(path: Path, spec: ExportSpec, device: str) -> Graph:
     return run
 
 
+# Threads share a graph, whose request runs once at a time; and the first runs of two graphs at once may wait for each
+# other for ever, one with Python's lock and one with a lock of the library's own.
+_OPENVINO = threading.Lock()
+
+
 def _openvino(path: Path, spec: ExportSpec, device: str) -> Graph:
     import openvino
 
@@ -341,11 +346,11 @@ def _openvino(path: Path, spec: ExportSpec, device: str) -> Graph:
     settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32"} if place == "CPU" else {}
     if _threads():
         settings["INFERENCE_NUM_THREADS"] = _threads()
-    compiled = openvino.Core().compile_model(str(path), place, settings)
+    request = openvino.Core().compile_model(str(path), place, settings).create_infer_request()
 
     def run(*inputs: np.ndarray) -> np.ndarray:
-        # A request of its own: threads share the graph, and the next run of a request writes over what this one gives.
-        return np.array(compiled.create_infer_request().infer(list(inputs))[0])
+        with _OPENVINO:
+            return request.infer(list(inputs))[0]
 
     return run
 

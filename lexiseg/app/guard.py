@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
+GONE = 499  # nginx's code for a client that left; nobody reads it
 _OPEN = ("/health",)
 
 
@@ -76,6 +77,8 @@ class Guard:
             except asyncio.TimeoutError as error:
                 sentence = f"The request did not arrive within {self.settings.seconds:g} seconds; send it faster."
                 raise HTTPException(408, sentence) from error
+            if message["type"] == "http.disconnect":
+                raise HTTPException(GONE, "The client has disconnected.")
             if message["type"] == "http.request":
                 total += len(message.get("body", b""))
                 whole = not message.get("more_body", False)

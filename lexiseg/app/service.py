@@ -22,7 +22,7 @@ from starlette.exceptions import HTTPException
 
 import lexiseg
 from lexiseg.app.annotation import add_annotation_routes
-from lexiseg.app.guard import Guard
+from lexiseg.app.guard import GONE, Guard
 from lexiseg.app.queue import Answer, BusyError, Job, Queue
 from lexiseg.app.requests import (
     BatchRequest,
@@ -48,7 +48,6 @@ from lexiseg.words import word_key
 if TYPE_CHECKING:
     from lexiseg.segmenter import Segmenter
 
-_GONE = 499  # nginx's code for a client that left; nobody reads it
 _POLL_SECONDS = 0.25
 # What can stand between words: they are counted before they are taken apart.
 _SEPARATORS = ";\uff1b,\uff0c\u3001\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029"
@@ -209,7 +208,7 @@ class Service:
             if any(future.done() and future.exception() for future in futures):
                 return
             if pending and await request.is_disconnected():
-                raise HTTPException(_GONE, "The client has disconnected.")
+                raise HTTPException(GONE, "The client has disconnected.")
             if pending and time.monotonic() > deadline:
                 raise HTTPException(
                     504, f"It took longer than {self.settings.seconds:g} seconds; send a smaller picture."

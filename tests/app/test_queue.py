@@ -26,6 +26,20 @@ def test_a_slow_client_is_told() -> None:
         impatient.stop()
 
 
+@pytest.mark.parametrize("path", ["/v1/segment", "/v1/batch", "/predict"])
+def test_a_client_that_leaves_while_it_sends_is_no_error(running: Running, path: str) -> None:  # noqa: F811
+    def left() -> float:
+        answered = {"path": path, "status": "499"}
+        return running.service.registry.get_sample_value("lexiseg_requests_total", answered) or 0.0
+
+    before, end = left(), time.monotonic() + 20
+    with socket.create_connection(("127.0.0.1", running.port)) as line:
+        line.sendall(head(1000).replace(b"/v1/segment", path.encode()) + b"{")
+    while left() == before and time.monotonic() < end:
+        time.sleep(0.02)
+    assert left() == before + 1
+
+
 def test_the_model_has_the_threads_and_answers_have_one_each(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
     found: dict[str, set[int]] = {"model": set(), "answer": set()}
     predict, describe = running.segmenter.predict, service.describe_result

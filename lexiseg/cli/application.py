@@ -161,6 +161,10 @@ def main(args: Sequence[str] | None = None) -> int:
         return NOTHING_DONE
 
 
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM came. Of a bare KeyboardInterrupt inside `exec` Python makes an end by SIGINT, whatever the exit code."""
+
+
 @contextmanager
 def _terminable() -> Iterator[Callable[[], bool]]:
     """Let SIGTERM stop the command as Ctrl-C does; what is yielded says whether it came."""
@@ -172,7 +176,7 @@ def _terminable() -> Iterator[Callable[[], bool]]:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         came.append(number)
-        raise KeyboardInterrupt
+        raise _Terminated
 
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False

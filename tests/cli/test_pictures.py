@@ -241,6 +241,20 @@ def test_signals_stop_a_real_run(tmp_path: Path, tiny_model: Path, number: signa
         Image.open(path).load()
 
 
+def test_sigterm_while_libraries_are_imported_is_143(tmp_path: Path) -> None:
+    lines = (
+        "import pathlib, sys",
+        "from lexiseg.cli import main",
+        "pathlib.Path.cwd = lambda: exec('import os; os.kill(os.getpid(), 15)')  # as dataclasses run what they make",
+        "sys.exit(main(['models']))",
+    )
+    (tmp_path / "stopped.py").write_text("\n".join(lines))
+    environment = {**os.environ, "PYTHONPATH": str(Path(lexiseg.__file__).parents[1])}
+    command = [sys.executable, "-m", "stopped"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (143, "Stopped.\n")
+
+
 def test_a_reader_that_goes_away_is_no_error(
     predict: Call, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

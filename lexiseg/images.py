@@ -288,8 +288,9 @@ def _open(file: IO[bytes], name: str, suffix: str) -> Image.Image:
 def _from_pil(image: Image.Image, name: str, max_pixels: float, orient: bool) -> np.ndarray:
     _check_size(image.width, image.height, name, max_pixels)
     try:
+        # Pillow reads the upper 8 bits alone; a PNG's orientation may stand behind its pixels, which are then read too.
+        halved = image.mode in ("RGB", "RGBA") and ";16" in str(getattr(image, "tile", ""))
         orientation = orientation_of(image)
-        halved = image.mode == "RGB" and ";16" in str(getattr(image, "tile", ""))  # Pillow reads the upper 8 bits alone
         image.load()
         if image.format == "TIFF":  # Pillow has turned it
             orientation = 1 if orient else {6: 8, 8: 6}.get(orientation, orientation)

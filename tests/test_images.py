@@ -121,6 +121,15 @@ def test_tiffs_of_more_than_eight_bits_a_colour() -> None:
     assert read_pixels(tiff(np.full((4, 4, 3), 65535, np.uint16))).min() == 255
 
 
+@pytest.mark.parametrize("channels", [3, 4])
+def test_pngs_of_less_than_thirteen_of_sixteen_bits_come_with_a_note(channels: int) -> None:
+    cv2 = pytest.importorskip("cv2")
+    values = np.full((4, 4, channels), 4095, np.uint16)
+    values[..., 3:] = 65535
+    with pytest.warns(LexisegWarning, match="less than 13 of its 16 bits per colour"):
+        assert read_pixels(bytes(cv2.imencode(".png", values)[1])).max() == 15
+
+
 def test_transparency_is_laid_over_white() -> None:
     layers = np.zeros((2, 2, 4), np.uint8)
     layers[0, 0] = (200, 100, 50, 255)

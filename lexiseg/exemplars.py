@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import sha256
@@ -60,6 +61,15 @@ class Exemplar:
     def word(self) -> str:
         """What stands for it among the words of a vocabulary."""
         return f"{PREFIX}{_said(self.image)}#{_said(self.box if self.mask is None else self.mask)}"
+
+    def content_hash(self) -> str:
+        """SHA-256 of its files, which may change under their names; what is in memory its word tells from others."""
+        digest = sha256()
+        for file in (self.image, self.mask):
+            if isinstance(file, str | Path):
+                with suppress(OSError, ValueError):  # whoever reads it says what is wrong
+                    digest.update(Path(file).read_bytes())
+        return digest.hexdigest()
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Exemplar) and self.word == other.word

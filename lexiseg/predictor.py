@@ -153,6 +153,7 @@ class Predictor(ABC):
             "model": {"system": self.model.system, "options": options, "sha256": self.fingerprint()},
             **vocabulary.to_dict(),
             "classes": {str(place): entry.to_dict() for place, entry in enumerate(vocabulary.classes, 1)},
+            "exemplars": {one.word: one.content_hash() for _, one in vocabulary.exemplars},
             "window": asdict(window_policy(self.model.window, window)),
             "dtype": str(self.dtype),
             "refine": self.refinement.kind,

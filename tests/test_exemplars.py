@@ -14,6 +14,7 @@ from torch import Tensor
 from lexiseg.class_forms import split_classes
 from lexiseg.errors import LexisegError
 from lexiseg.exemplars import Exemplar
+from lexiseg.journal import changed
 from lexiseg.models import SYSTEMS, DenseCLIP
 from lexiseg.segmenter import Segmenter
 from lexiseg.vocabulary import Vocabulary, VocabularyClass
@@ -106,6 +107,15 @@ def test_it_is_remembered_on_disk_until_the_picture_changes(files: Path, tmp_pat
     Image.fromarray(image.permute(1, 2, 0).numpy()).save(files / "mug.png")
     Segmenter(model, cache_dir=tmp_path / "cache").predict(files / "mug.png", classes)
     assert len(calls) == 2
+
+
+@pytest.mark.parametrize("name", ["mug.png", "mask.png"])
+def test_work_done_by_a_picture_that_changes_is_not_resumed(files: Path, segmenter: Segmenter, name: str) -> None:
+    words = segmenter.vocabulary(f"mug = photo:{files / 'mug.png'}#{files / 'mask.png'}; sky")
+    before = segmenter.identity(words)
+    assert segmenter.identity(words) == before
+    Image.new("RGB", (96, 64)).save(files / name)
+    assert changed(before, segmenter.identity(words)).startswith("'exemplars.photo:")
 
 
 @pytest.mark.parametrize("system", ["zegclip", "second-look"])

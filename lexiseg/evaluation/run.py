@@ -89,6 +89,7 @@ def run_evaluation(
         # Whole batches are divided, not pictures, so that each is predicted exactly as in one process.
         batches = [indices[start : start + batch_size] for start in range(0, len(indices), batch_size)]
         identity = {**facts, "device": segmenter.device.type, "pictures": fingerprint(dataset)}
+        identity["exemplars"] = {one.word: one.content_hash() for _, one in vocabulary.exemplars}
         empty = Tally(Confusion(num_classes, seen=seen_ids(judged)))
     found = _before(journal, identity, resume, deepcopy(empty), shared)
     wanted = {indices[position] for position in spread(len(indices), num_examples)}

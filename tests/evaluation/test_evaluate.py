@@ -1,6 +1,7 @@
 """The evaluation: what is counted, what the report says, and the grid."""
 
 import json
+from contextlib import nullcontext
 from dataclasses import asdict
 
 import numpy as np
@@ -239,6 +240,13 @@ def test_parts_that_do_not_fit_are_named(model, tmp_path):
         run(segmenter, others, resume=True, **options)
     with pytest.raises(LexisegError, match="other settings: 'size' was not set and is now 64"):
         run(segmenter, larger, resume=True, **options)
+    shown = Noise(3)
+    for step in range(2):  # the picture that shows a class changes under its name
+        Image.new("L", (32, 32), 80 * step).save(tmp_path / "cat.png")
+        shown.vocabulary = Vocabulary.parse([f"cat = photo:{tmp_path}/cat.png#8 8 16 16", *NAMES[1:]])
+        other = {**options, "journal": Journal(tmp_path / "shown"), "resume": step == 1}
+        with pytest.raises(LexisegError, match="other settings: 'exemplars") if step else nullcontext():
+            run(segmenter, shown, **other)
     (path,) = journal.files()
     (journal.folder / "copy.0.jsonl").write_bytes(path.read_bytes())
     with pytest.raises(LexisegError, match="counted twice"):

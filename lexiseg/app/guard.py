@@ -31,7 +31,7 @@ class Guard:
     count: Callable[[str, int, float], None]  # takes route, status and seconds of every request that was answered
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
-        """Pass a request on, or answer 401, 408 or 413."""
+        """Pass a request on, or answer 401, 408, 413 or, when the server ends before the answer is there, 503."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
@@ -50,6 +50,9 @@ class Guard:
                 await JSONResponse({"error": error.detail}, error.status_code)(scope, receive, answer)
             else:
                 await self.app(scope, self._limited(receive), answer)
+        except asyncio.CancelledError:  # the server ends, and would log it as an error of ours
+            if status == 500:  # nothing was sent yet
+                await JSONResponse({"error": "The service is stopping; try again later."}, 503)(scope, receive, answer)
         finally:
             self.count(getattr(scope.get("route"), "path", "other"), status, time.monotonic() - start)
 

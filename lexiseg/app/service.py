@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from copy import copy
 from dataclasses import replace
 from importlib import resources
@@ -229,7 +229,8 @@ def create_app(segmenters: dict[str, Segmenter], settings: ServiceSettings | Non
         # The model has all of torch's threads; what writes answers meanwhile gets one each.
         answering = ThreadPoolExecutor(initializer=use_threads, initargs=(1,))
         asyncio.get_running_loop().set_default_executor(answering)
-        yield
+        with suppress(asyncio.CancelledError):  # at a second Ctrl-C, for which a traceback would be printed
+            yield
         await asyncio.to_thread(service.queue.close)
 
     app = FastAPI(title="lexiseg", version=lexiseg.__version__, lifespan=lifespan, redoc_url=None)

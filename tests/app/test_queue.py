@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
 import threading
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 from lexiseg.app import service
+from lexiseg.app.guard import Guard
 from tests.app.test_service import SMALL, Running, assert_sentence, b64, head, png, running  # noqa: F401 (a fixture)
 
 
@@ -38,6 +40,48 @@ def test_a_client_that_leaves_while_it_sends_is_no_error(running: Running, path:
     while left() == before and time.monotonic() < end:
         time.sleep(0.02)
     assert left() == before + 1
+
+
+def test_a_server_that_ends_before_the_answer_says_so() -> None:
+    sent: list[Any] = []
+
+    async def forever(*_: Any) -> None:
+        await asyncio.sleep(60)
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    async def ask() -> None:
+        scope = {"type": "http", "headers": [], "path": "/v1/segment"}
+        asked = asyncio.create_task(Guard(forever, SMALL, lambda *_: None)(scope, forever, send))
+        await asyncio.sleep(0)
+        asked.cancel()
+        await asked
+
+    asyncio.run(ask())
+    assert sent[0]["status"] == 503 and b"The service is stopping" in sent[1]["body"]
+
+
+def test_a_server_that_is_made_to_end_ends_quietly(running: Running) -> None:  # noqa: F811
+    sent: list[Any] = []
+    messages = [{"type": "lifespan.startup"}]
+
+    async def receive() -> Any:
+        return messages.pop() if messages else await asyncio.sleep(60)
+
+    async def send(message: Any) -> None:
+        sent.append(message["type"])
+
+    async def end() -> None:
+        app = service.create_app({"model": running.segmenter}, SMALL)
+        asked = asyncio.create_task(app({"type": "lifespan", "state": {}}, receive, send))
+        while not sent:
+            await asyncio.sleep(0.01)
+        asked.cancel()
+        await asked
+
+    asyncio.run(end())
+    assert sent == ["lifespan.startup.complete", "lifespan.shutdown.complete"]
 
 
 def test_the_model_has_the_threads_and_answers_have_one_each(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811

@@ -254,10 +254,9 @@ class _Polygons:
         from rasterio import features
         from shapely.geometry import shape
 
-        smallest = options.smallest * abs(transform.determinant)
         for geometry, value in features.shapes(labels, mask=labels != nodata, transform=transform):
             outline, index = shape(geometry), int(value)
-            if outline.area < smallest:
+            if round(outline.area / abs(transform.determinant)) < options.smallest:
                 continue
             if self.path.suffix == ".geojson":
                 properties = {"id": index, "name": vocabulary.names[index]}

@@ -86,6 +86,17 @@ def test_labels_and_polygons_lie_where_the_map_does(segmenter: Any, tmp_path: Pa
     assert (drawn == expected).mean() > 0.99
 
 
+def test_polygons_of_just_the_smallest_size_are_written_wherever_the_map_lies(tmp_path: Path) -> None:
+    turned = rasterio.Affine(1.7, 1.5, 500000, 1.1, -2.6, 5400000)
+    source = write(tmp_path / "map.tif", np.zeros((3, 16, 16), np.uint8), transform=turned)
+    board = np.indices((16, 16)).sum(axis=0) % 2
+    model: Any = SimpleNamespace(predict=lambda *_: SimpleNamespace(label_map=board))
+    options, classes = MapOptions(smallest=1, margin=0), Vocabulary.parse("cat; dog")
+    list(segment_map(model, source, classes, tmp_path, options))
+    polygons = json.loads(map_files(source, tmp_path, options)["polygons"].read_text())
+    assert len(polygons["features"]) == 256
+
+
 def test_so_many_names_that_gdal_would_take_minutes_are_one_tag(
     segmenter: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

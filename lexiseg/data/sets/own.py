@@ -6,10 +6,10 @@ them), or side by side. Labels are masks with the picture's name, or that name w
 whole split. ``val`` may be called ``valid`` or ``validation``, ``train`` ``training``, both with a year.
 
 Masks hold class ids from 0, with 255 (65535 where there are more than 255 classes) for no class. Where the class file
-numbers the classes ("1: cat"), masks hold those numbers, and 0 is no class unless it is one of them. Where it gives
-every class a colour and the masks are colour pictures, a class is a colour, and black is no class unless it is one.
-What else is no class, whether the camera's orientation counts, and how masks are called, the class file says, or
-``lexiseg.yaml`` beside it.
+numbers the classes ("1: cat"), masks hold those numbers, in 16 bits if one is above 255, and 0 is no class unless it is
+one of them. Where it gives every class a colour and the masks are colour pictures, a class is a colour, and black is no
+class unless it is one. What else is no class, whether the camera's orientation counts, and how masks are called, the
+class file says, or ``lexiseg.yaml`` beside it.
 
 Without lists and without folders for the splits, every fifth picture by name is ``val`` and the others are ``train``.
 """
@@ -59,7 +59,7 @@ from lexiseg.data.sets.outlines import draw_labelme, draw_yolo, list_coco_json, 
 from lexiseg.errors import DataSetError, LexisegError
 from lexiseg.files import is_folder
 from lexiseg.images import FOREIGN_SUFFIXES, IMAGE_SUFFIXES, open_header, pillow_silenced
-from lexiseg.label_ids import IGNORE_INDEX, ignore_index
+from lexiseg.label_ids import IGNORE_INDEX, WIDE_IGNORE_INDEX, ignore_index
 from lexiseg.vocabulary import Vocabulary
 from lexiseg.words import word_key
 
@@ -281,9 +281,9 @@ def _reading(listed: ClassList, files: Mapping[str, Path], ignore: int, root: Pa
         if len(colors) < len(classes):
             raise LexisegError("Two classes of the class file have the same colour, so masks cannot tell them apart.")
         return LabelKind.color, ValueTable(colors, (0, *map(_packed, listed.ignored_colors)), ignore, remedy=remedy)
-    kind = LabelKind.index if ignore == IGNORE_INDEX else LabelKind.wide
     numbered = all(one.value is not None for one in classes)
     id_map = _ids(listed, ignore)
+    wide = max(ignore, *id_map) > IGNORE_INDEX
     if IGNORE_INDEX not in id_map and _are_black_and_white(paths, every=len(classes) > 2):
         name = classes[-1].name
         white = (
@@ -297,7 +297,8 @@ def _reading(listed: ClassList, files: Mapping[str, Path], ignore: int, root: Pa
             "or write 'ignore: 255' into classes.yaml or lexiseg.yaml to ignore white.",
             "black-and-white",
         )
-    return kind, ValueTable(id_map, (0, ignore) if numbered else (ignore,), ignore, remedy=remedy)
+    void = (ignore, *[WIDE_IGNORE_INDEX] * wide, *[0] * numbered)
+    return LabelKind.wide if wide else LabelKind.index, ValueTable(id_map, void, ignore, remedy=remedy)
 
 
 def _packed(color: tuple[int, int, int]) -> int:

@@ -18,7 +18,7 @@ from lexiseg.data.sets.open import open_data_set, splits_of, synonyms_of, with_b
 from lexiseg.data.sets.verify import verify
 from lexiseg.errors import LexisegError
 from tests import miniatures
-from tests.miniatures import ADE_847, CONTEXT_459, MINIATURES, SIZE, WIDE, save_index, values_in
+from tests.miniatures import ADE_847, CONTEXT_459, MINIATURES, SIZE, WIDE, save_index, save_wide, values_in
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -214,6 +214,21 @@ def test_numbers_of_a_class_list_are_those_of_the_masks(tmp_path):
     label = open_data_set("own", root, "val")[0].label.numpy()
     values = values_in([0, 1, 3, 255], 1)
     np.testing.assert_array_equal(label, np.select([values == 3, values == 1], [0, 1], 255))
+
+
+@pytest.mark.parametrize("text", ["7: sky\n300: cat\n", "7: sky\n8: cat\n300: (ignore)\n"])
+def test_masks_of_a_few_classes_have_16_bits_where_a_number_needs_them(tmp_path: Path, text: str) -> None:
+    root = tmp_path / "my"
+    for index in range(2):
+        miniatures.save_picture(root / "images" / f"{index}.png", index)
+        save_wide(root / "masks" / f"{index}.png", values_in([0, 7, 300, 255, 65535], index))
+    (root / "classes.txt").write_text(text)
+    assert not [one for one in verify("own", root, workers=1).findings if one.severity == "error"]
+    values = values_in([0, 7, 300, 255, 65535], 1)
+    cat = 255 if "ignore" in text else 1
+    np.testing.assert_array_equal(
+        open_data_set("own", root, "val")[0].label.numpy(), np.select([values == 7, values == 300], [0, cat], 255)
+    )
 
 
 @pytest.mark.parametrize("name", ["own-folders", "own-colors"])

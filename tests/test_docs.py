@@ -16,7 +16,7 @@ import typer
 
 import lexiseg
 from lexiseg.cli import app, main
-from lexiseg.recipes import SegmentationRecipe, load_recipe
+from lexiseg.recipes import SegmentationRecipe, load_recipe, parse_recipe
 from lexiseg.samples import list_samples, sample_classes, sample_path
 from lexiseg.training.init import system_of
 
@@ -63,6 +63,16 @@ def test_command_lines_are_right() -> None:
         assert name in known, f"{page.name}: {line}"
         # Parsing alone: unknown options, missing arguments and wrong values are errors here.
         known[name].make_context(name, words[len(name.split()) :])
+
+
+def test_recipes_and_parts_of_recipes_are_right() -> None:
+    texts = [text for name in ("training", "scale") for text in blocks(ROOT / "docs" / f"{name}.md", "yaml")]
+    assert len(texts) == 4
+    for text in texts:
+        whole = text.startswith(("kind:", "base:"))
+        recipe = parse_recipe(text if whole else f"base: zegclip-voc2012\n{text}", "my.yaml")
+        assert isinstance(recipe, SegmentationRecipe)
+        system_of(recipe)
 
 
 def test_recipes_and_options_of_trainings_are_right() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
@@ -15,10 +16,10 @@ from lexiseg import processes
 from lexiseg.background import BackgroundSource
 from lexiseg.data.base import SegmentationDataset
 from lexiseg.data.sets.dataset import nothing_labelled
-from lexiseg.errors import LexisegError
+from lexiseg.errors import LexisegError, LexisegWarning
 from lexiseg.evaluation.protocols import Protocol, find_protocol
 from lexiseg.evaluation.report import Report
-from lexiseg.evaluation.run import Offsets, run_evaluation
+from lexiseg.evaluation.run import Offsets, run_evaluation, with_masks
 from lexiseg.files import is_folder, local, new_folder
 from lexiseg.journal import Journal
 from lexiseg.pictures import WindowSource, window_policy
@@ -143,6 +144,11 @@ def _judged(
     if not report.confusion.labelled.any():
         with processes.together():
             raise LexisegError(nothing_labelled(settings["split"]))
+    known = with_masks(segmenter, [entry.name for entry in report.vocabulary.classes if entry.seen is False])
+    if known and processes.is_main():
+        text = f"The unseen classes include {len(known)} that this model had masks of in training, '{known[0]}' "
+        text += "first, so mIoU(U) and hIoU are not zero-shot."
+        warnings.warn(text, LexisegWarning, stacklevel=3)
     return report
 
 

@@ -222,13 +222,15 @@ def _before(journal: Journal | None, identity: Mapping[str, Any], resume: bool, 
 
 def offset_classes(segmenter: Segmenter, vocabulary: Vocabulary, offsets: Offsets | None) -> tuple[Offsets, Vocabulary]:
     """Which classes lose the model's score offset, see `run_evaluation`, and the classes to predict, flagged so."""
-    offsets = offsets or ("all" if _had_every_mask(segmenter, vocabulary) else "data")
+    every = len(with_masks(segmenter, vocabulary.names)) == len(vocabulary)
+    offsets = offsets or ("all" if every else "data")
     return offsets, vocabulary if offsets == "data" else _flagged(vocabulary, offsets == "all")
 
 
-def _had_every_mask(segmenter: Segmenter, vocabulary: Vocabulary) -> bool:
+def with_masks(segmenter: Segmenter, names: Sequence[str]) -> list[str]:
+    """Those of these classes that the model had masks of in training."""
     keys = {word_key(name) for name in segmenter.model.seen_names}
-    return all(word_key(name) in keys for name in vocabulary.names)
+    return [name for name in names if word_key(name) in keys]
 
 
 def _flagged(vocabulary: Vocabulary, seen: bool | None) -> Vocabulary:

@@ -1,6 +1,7 @@
 """The evaluation: what is counted, what the report says, and the grid."""
 
 import json
+import warnings
 from contextlib import nullcontext
 from dataclasses import asdict
 
@@ -13,7 +14,7 @@ import lexiseg
 from lexiseg.clip.model import build_clip
 from lexiseg.data.base import Sample
 from lexiseg.data.picture_world import write_voc
-from lexiseg.errors import LexisegError
+from lexiseg.errors import LexisegError, LexisegWarning
 from lexiseg.evaluation import evaluate
 from lexiseg.evaluation.report import Example, draw_grid
 from lexiseg.evaluation.run import run_evaluation, spread
@@ -276,3 +277,13 @@ def test_the_function_of_the_command_in_python(tmp_path):
     ):
         with pytest.raises(LexisegError, match=words):
             evaluate(weights="zegclip-emoji", **wrong)
+
+
+def test_unseen_classes_that_the_model_had_masks_of_are_noted(tmp_path):
+    data = write_voc(tmp_path / "data", num_train=1, num_val=1, size=32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", LexisegWarning)
+        evaluate(data, "zegclip-emoji", progress=False)
+    (data / "unseen.txt").write_text("banana\ngiraffe\ndog\n")  # of which giraffe had no masks
+    with pytest.warns(LexisegWarning, match="include 2 that this model had masks of in training, 'dog' first"):
+        evaluate(data, "zegclip-emoji", progress=False)

@@ -202,5 +202,5 @@ def _unwrapped(keys: list[str], known: Callable[[Mapping[str, Any]], bool], choi
     averages = [prefix for prefix in found if any(part in _AVERAGE for part in prefix.split("."))]
     prefix = choice.of([prefix for prefix in found if prefix not in averages], averages)
     if left := len(clean) - sum(map(len, found.values())):
-        choice.notes.append(f"Left out: {counted(left, 'tensor')} whose keys do not begin with {prefix}.")
+        choice.notes.append(f"Left out: {counted(left, 'tensor')} whose keys do not begin with '{prefix}'.")
     return found[prefix]

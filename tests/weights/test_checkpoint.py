@@ -100,7 +100,7 @@ def test_wrappings(state: State, tmp_path: Path) -> None:
     ]
     for content in wrapped:
         assert same(read(content, tmp_path).state, state)
-    assert any("keys do not begin with model." in note for note in read(wrapped[6], tmp_path).notes)
+    assert any("keys do not begin with 'model.'." in note for note in read(wrapped[6], tmp_path).notes)
     for protocol, old in ((2, False), (4, False), (2, True)):
         path = tmp_path / "y.ckpt"
         torch.save(wrapped[0], path, pickle_protocol=protocol, _use_new_zipfile_serialization=not old)

@@ -83,6 +83,9 @@ def test_crop_cuts_the_same_window():
         assert crop.shape == (3, 16, 16) and torch.equal(crop[0].long(), cut)
     small, cut = random_crop(image, label, np.random.default_rng(0), size=50)
     assert small.shape == (3, 40, 50) and cut.shape == (40, 50)
+    place, rng = torch.arange(9).reshape(3, 3), np.random.default_rng(0)
+    cuts = [random_crop(place[None], place, rng, size=2, max_fraction=1.0)[1] for _ in range(50)]
+    assert {int(cut[0, 0]) for cut in cuts} == {0, 1, 3, 4}  # each place where it fits
 
 
 def test_crop_avoids_windows_of_one_class():

@@ -100,6 +100,7 @@ def test_absent_class_does_not_spoil_the_mean():
     assert found.miou == pytest.approx((1 + 0.5 + 0) / 3)
     assert found.miou_seen == 1 and found.miou_unseen == 0.5 and found.hiou == pytest.approx(2 / 3)
     assert math.isnan(found.accuracy[2])
+    assert math.isnan(found.unseen_to_seen)  # no class is said to be seen
 
 
 def test_nothing_to_judge():

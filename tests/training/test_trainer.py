@@ -175,10 +175,14 @@ def test_accumulation_equals_a_larger_batch(tmp_path):
             return {"loss": ((self.model(batch["x"]) - batch["y"]) ** 2).mean()}
 
     seed_everything(0)
-    small = train(tmp_path / "small", task=Whole(1), accumulate=2)
-    large = train(tmp_path / "large", task=Whole(2))
+    sgd = {"optimizer": "sgd", "lr": 0.1}  # AdamW would not notice gradients of another size
+    small = train(tmp_path / "small", task=Whole(1), accumulate=2, **sgd)
+    large = train(tmp_path / "large", task=Whole(2), **sgd)
     for name in small:
         torch.testing.assert_close(small[name], large[name], rtol=1e-4, atol=1e-6)
+    logs = [(tmp_path / run / "metrics.jsonl").read_text().splitlines() for run in ("small", "large")]
+    for parts, whole in zip(*(map(json.loads, lines) for lines in logs), strict=True):
+        assert parts["loss"] == pytest.approx(whole["loss"]) and parts["grad_norm"] == pytest.approx(whole["grad_norm"])
 
 
 def test_log_has_every_number_and_resume_drops_the_tail(tmp_path):

@@ -13,6 +13,7 @@ from lexiseg.data.sets.open import open_data_set
 from lexiseg.data.sets.verify import verify
 from lexiseg.errors import LexisegError
 from tests import miniatures
+from tests.data.sets.test_layouts import LABEL, SIZE, labelme, yolo
 
 
 def open_voc_folder(root, split):
@@ -161,3 +162,19 @@ def test_without_unseen_leaves_whole_pictures_out(tmp_path):
     (root / "train.txt").write_text("0\n1\n2\n3\n")
     (root / "unseen.txt").write_text("sky\n")
     assert [sample.name for sample in open_data_set("own", root, "train").without_unseen()] == ["0", "2"]
+
+
+@pytest.mark.parametrize("layout", [labelme, yolo])
+def test_outlines_lie_on_turned_pictures_where_the_folder_says_so(tmp_path, layout):
+    layout(tmp_path)
+    exif, pictures = Image.Exif(), sorted(tmp_path.rglob("*.jpg"))
+    for orientation, stored in ((4, SIZE), (5, SIZE[::-1])):  # upside down; on its side
+        exif[0x0112] = orientation
+        for path in pictures:
+            Image.new("RGB", stored[::-1]).save(path, exif=exif)
+        for said, size in (("apply", SIZE), ("raw", stored)):
+            (tmp_path / "lexiseg.yaml").write_text(f"exif: {said}\n")
+            assert verify("own", tmp_path, workers=1).findings == ()
+            sample = open_data_set("own", tmp_path, "train")[0]
+            assert sample.image.shape[1:] == sample.label.shape == size
+            assert size != SIZE or (sample.label.numpy() == LABEL).all()

@@ -248,6 +248,7 @@ def test_many_specks_cost_no_more_than_their_own_pixels(monkeypatch: pytest.Monk
     labels = np.full((60, 90), 255, np.uint8)
     labels[::4, ::3] = 0
     labels[1:3, 80:] = 0
+    labels[:, 70:72] = 1  # from the head of one column to the foot of the next
     many = Segmentation(torch.from_numpy(labels), Vocabulary.parse("cat; dog"))
     masks = [mask for _, mask in formats.objects_of(many, ("cat",))]
     found = formats.to_coco([many], ("cat",))["annotations"]

@@ -130,6 +130,37 @@ def test_a_tile_sees_its_margin_on_all_sides(segmenter: Any, tmp_path: Path) -> 
         assert np.array_equal(labels.read(1), np.asarray(segmenter.predict(pixels, WORDS).label_map))
 
 
+def labelled(seen: list[np.ndarray], pixels: np.ndarray) -> Any:
+    """What stands in for a model: a pixel of class 1 is bright."""
+    seen.append(pixels)
+    return SimpleNamespace(label_map=(pixels[..., 0] > 127).astype(np.uint8))
+
+
+def test_polygons_of_tiles_lie_in_their_place_and_specks_are_left_out(tmp_path: Path) -> None:
+    bands = np.zeros((3, 48, 64), np.uint8)
+    bands[:, 10:40, 20:50] = bands[:, 2:6, 2:6] = bands[:, 44:47, 58:63] = 255  # in four tiles, 16 and 15 pixels
+    model: Any = SimpleNamespace(predict=lambda pixels, *_: labelled([], pixels))
+    source, options = write(tmp_path / "map.tif", bands), MapOptions(tile=32, margin=16)
+    assert len(list(segment_map(model, source, Vocabulary.parse("field; house"), tmp_path, options))) == 4
+    files = map_files(source, tmp_path, options)
+    with rasterio.open(files["labels"]) as labels:
+        assert np.array_equal(labels.read(1) * 255, bands[0])
+    features = json.loads(files["polygons"].read_text())["features"]
+    houses = [(one["geometry"], 255) for one in features if one["properties"] == {"id": 1, "name": "house"}]
+    bands[:, 44:47, 58:63] = 0
+    drawn = rasterio.features.rasterize(houses, bands.shape[1:], transform=PLACE, dtype="uint8")
+    assert np.array_equal(drawn, bands[0])
+
+
+def test_numbers_are_stretched_between_their_percentiles(tmp_path: Path) -> None:
+    seen: list[np.ndarray] = []
+    model: Any = SimpleNamespace(predict=lambda pixels, *_: labelled(seen, pixels))
+    source = write(tmp_path / "ramp.tif", np.broadcast_to(np.arange(1001, dtype=np.uint16), (1, 16, 1001)))
+    list(segment_map(model, source, Vocabulary.parse("low; high"), tmp_path))
+    (pixels,) = seen
+    assert pixels[0, [0, 20, 500, 980, 1000]].tolist() == [[grey] * 3 for grey in (0, 0, 128, 255, 255)]
+
+
 def test_what_the_map_leaves_out_has_no_class(segmenter: Any, tmp_path: Path) -> None:
     pixels = read_pixels(sample_path("demo")).transpose(2, 0, 1).copy()
     pixels[:, :, :100] = 0

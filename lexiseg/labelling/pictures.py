@@ -115,16 +115,15 @@ class Record(Journal):
     def attempts_at(self, shard: int) -> tuple[int, dict[str, Entry], Counter[str]]:
         """How many attempts at a shard there have been, and what they say of its pictures, by path.
 
-        What became of those that were finished, and how often one was begun, and said to be, and was not finished.
+        What became of those that were finished, and in how many attempts one was announced.
         """
         attempts = self.files(f"{shard:06d}")
         done: dict[str, Entry] = {}
         begun: Counter[str] = Counter()
         for path in attempts:
             lines = list(read_lines(path))
-            finished = {entry.image: entry for entry in _entries(lines)}
-            done |= finished
-            begun.update({str(line["begin"]) for line in lines if "begin" in line} - finished.keys())
+            done |= {entry.image: entry for entry in _entries(lines)}
+            begun.update(str(line["begin"]) for line in lines if "begin" in line)
         return len(attempts), done, begun
 
     def forget(self, pictures: Sequence[Picture]) -> None:

@@ -88,7 +88,9 @@ def test_label_studio_connects_and_predicts(client: TestClient, segmenter: Any) 
         reply = client.post("/predict", json=request)
         assert reply.status_code == 200, reply.text
         (found,) = reply.json()["results"]
-        assert found["model_version"] == "zegclip-emoji" and 0 < found["score"] <= 1
+        scores = [row.score for row in expected.table()]
+        assert found["model_version"] == "zegclip-emoji" and found["score"] == pytest.approx(np.mean(scores))
+        assert sorted(one["score"] for one in found["result"]) == sorted(scores)
         labels = {}
         for one in found["result"]:
             assert (one["from_name"], one["to_name"], one["type"]) == ("tag", "img", "brushlabels")
@@ -98,13 +100,16 @@ def test_label_studio_connects_and_predicts(client: TestClient, segmenter: Any) 
         assert np.array_equal(labels["foliage"], expected.mask("leaves").numpy())
 
 
-def test_label_studio_polygons(client: TestClient) -> None:
+def test_label_studio_polygons(client: TestClient, segmenter: Any) -> None:
     interface = INTERFACE.replace("BrushLabels", "PolygonLabels")
     request = {"tasks": [{"data": {"photo": "/data/local-files/?d=sub/demo.png"}}], "label_config": interface}
     (found,) = client.post("/predict", json=request).json()["results"]
-    points = [point for one in found["result"] for point in one["value"]["points"]]
     assert found["result"][0]["type"] == "polygonlabels"
-    assert all(0 <= number <= 100 for point in points for number in point)
+    expected = segmenter.predict(sample_path("demo").read_bytes(), "elephant; leaves; grass")
+    percent = np.array(expected.size[::-1]) / 100
+    leaves = [one["value"]["points"] for one in found["result"] if one["value"]["polygonlabels"] == ["foliage"]]
+    for points, (outer, *_) in zip(leaves, expected.polygons()["leaves"], strict=True):
+        np.testing.assert_allclose(points, np.array(outer) / percent)
 
 
 def test_label_studio_with_several_controls_and_labels_of_several_words(client: TestClient) -> None:
@@ -159,8 +164,9 @@ def test_half_of_a_surrogate_pair_is_no_interface(client: TestClient) -> None:
 def test_cvat_s_shape(client: TestClient, segmenter: Any) -> None:
     cv2 = pytest.importorskip("cv2")
     data = sample_path("demo").read_bytes()
-    found = client.post("/cvat", json={"image": base64.b64encode(data).decode(), "threshold": 0.0}).json()
     expected = segmenter.predict(data, "elephant; leaves; grass")
+    lowest = min(row.score for row in expected.table())
+    found = client.post("/cvat", json={"image": base64.b64encode(data).decode(), "threshold": lowest}).json()
     assert {one["label"] for one in found} == {row.name for row in expected.table()}
     for one in found:
         *inside, left, top, right, bottom = one["mask"]
@@ -172,6 +178,17 @@ def test_cvat_s_shape(client: TestClient, segmenter: Any) -> None:
         outlines = [np.array(rings[0], np.float32) for rings in expected.polygons()[one["label"]]]
         assert one["points"] == max(outlines, key=cv2.contourArea).ravel().tolist()
     assert client.post("/cvat", json={"image": base64.b64encode(data).decode(), "threshold": 2.0}).json() == []
+
+
+def test_what_the_service_was_not_started_with_is_said(segmenter: Any) -> None:
+    task = {"data": {"photo": "/data/local-files/?d=sub/demo.png"}}
+    with TestClient(create_app({"zegclip-emoji": segmenter})) as plain:
+        for path, body, says in (
+            ("/predict", {"tasks": [task], "label_config": INTERFACE}, "start the service with --files FOLDER."),
+            ("/cvat", {"image": ""}, "start the service with --classes 'cat; dog'."),
+        ):
+            reply = plain.post(path, json=body)
+            assert reply.status_code == 422 and reply.json()["error"].endswith(says)
 
 
 @pytest.mark.parametrize("threshold", ["NaN", "Infinity", '"nan"'])

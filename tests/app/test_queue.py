@@ -15,7 +15,67 @@ import torch
 
 from lexiseg.app import service
 from lexiseg.app.guard import Guard
+from lexiseg.app.queue import BusyError, Job, Queue
 from tests.app.test_service import SMALL, Running, assert_sentence, b64, head, png, running  # noqa: F401 (a fixture)
+
+
+class Echo:
+    """A model whose results are the pictures; it waits to be released, and takes no bad one."""
+
+    def __init__(self) -> None:
+        self.started, self.release = threading.Event(), threading.Event()
+        self.passes: list[list[bytes]] = []
+
+    def predict(self, pictures: list[bytes], **arguments: Any) -> list[bytes]:
+        self.passes.append(pictures)
+        self.started.set()
+        assert self.release.wait(20)
+        if b"bad" in pictures:
+            raise ValueError("bad")
+        return pictures
+
+    def scores(self, picture: bytes, **arguments: Any) -> bytes:
+        return b"scores of " + picture
+
+
+def test_only_pictures_that_ask_the_same_share_a_pass() -> None:
+    model: Any = Echo()
+    queue = Queue(size=7, batch=3, seconds_a_job=3.0)
+    jobs = [Job(b"first", "x", model, {})]
+    queue.submit(jobs)
+    assert model.started.wait(20)
+    asked = (("a", "x"), ("b", "y"), ("c", "x"), ("scored", "x"), ("bad", "x"), ("d", "x"))
+    jobs += [Job(picture.encode(), key, model, {}, scores=picture == "scored") for picture, key in asked]
+    queue.submit(jobs[1:])
+    with pytest.raises(BusyError) as caught:
+        queue.submit(jobs[:2])
+    assert caught.value.retry_after == 6 * 3
+    model.release.set()
+    queue.close()
+    alone = [[b"a"], [b"c"], [b"bad"]]
+    assert model.passes == [[b"first"], [b"a", b"c", b"bad"], *alone, [b"b"], [b"scored"], [b"d"]]
+    answers = {job.picture: job.future.result(0) for job in jobs if job.picture != b"bad"}
+    assert all(answer.result == picture for picture, answer in answers.items())
+    assert {picture for picture, answer in answers.items() if answer.scores} == {b"scored"}
+    with pytest.raises(ValueError, match="bad"):
+        jobs[5].future.result(0)
+    assert queue.seconds_a_job < 3  # nearer to what a picture has taken
+
+
+def test_other_questions_have_other_keys(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    keys: list[Any] = []
+
+    def refuse(jobs: list[Job]) -> None:
+        keys.extend(job.key for job in jobs)
+        raise BusyError(1)
+
+    monkeypatch.setattr(running.service.queue, "submit", refuse)
+    asked = {"image": b64(png()), "classes": "cat; dog"}
+    for change in ({}, {"classes": "cat; cow"}, {"background": 0.5}, {"window": 64}, {"refine": "edges"}):
+        assert running.client.post("/v1/segment", json={**asked, **change}).status_code == 503
+    assert len(set(keys)) == 5
+    running.client.post("/v1/segment", json={**asked, "output": "png"})
+    assert keys[5] == keys[0]
 
 
 def test_a_slow_client_is_told() -> None:

@@ -24,7 +24,7 @@ import lexiseg
 from lexiseg.app.results import encode_png
 from lexiseg.app.service import ServiceSettings, create_app
 from lexiseg.exemplars import Exemplar
-from lexiseg.formats import to_geojson
+from lexiseg.formats import bounding_box, to_geojson
 from lexiseg.samples import sample_path
 from lexiseg.segmenter import Segmenter
 from lexiseg.vocabulary import Vocabulary, VocabularyClass
@@ -110,13 +110,29 @@ def test_a_picture_in_every_form(running: Running) -> None:
         mask = coco.decode(row["rle"]).astype(bool)
         assert np.array_equal(mask, labels == row["id"])
         assert row["area"] == mask.sum() and row["name"] == found["rle"]["names"][row["id"]]
+        assert row["bbox"] == bounding_box(mask) and row["color"] == expected.palette()[row["id"]].tolist()
+    facts = {row.name: (row.seen, row.fraction, row.score) for row in expected.table()}
+    assert {row["name"]: (row["seen"], row["fraction"], row["score"]) for row in found["rle"]["classes"]} == facts
     picture = Image.open(io.BytesIO(base64.b64decode(found["png"]["png"])))
     assert np.array_equal(np.asarray(picture), labels)
     assert all(polygon[0] for row in found["polygons"]["classes"] for polygon in row["polygons"])
     features = found["geojson"]["geojson"]["features"]
     assert found["geojson"]["geojson"] == to_geojson(expected)
     assert all(ring[0] == ring[-1] for one in features for part in one["geometry"]["coordinates"] for ring in part)
-    assert set(found["scores"]["scores"]["maps"]) == set(expected.classes)
+    scores = found["scores"]["scores"]
+    assert set(scores["maps"]) == set(expected.classes) and scores["low"] < scores["high"]
+    maps = [Image.open(io.BytesIO(base64.b64decode(one))) for one in scores["maps"].values()]
+    assert max(maps[0].size) == 128 and (np.min(maps), np.max(maps)) == (0, 255)
+
+
+def test_a_background_and_a_window_can_be_asked_for(running: Running) -> None:
+    data = sample_path("demo").read_bytes()
+    asked = {"background": 0.9, "window": 192}
+    expected = running.segmenter.predict(data, WORDS, **asked)
+    reply = running.client.post("/v1/segment", json={"image": b64(data), "classes": WORDS, "output": "png", **asked})
+    found = reply.json()
+    assert found["png"] == encode_png(expected.label_image()) and found["ignore_index"] == 255
+    assert 0 < found["ignored_fraction"] == expected.num_ignored / (found["width"] * found["height"]) < 1
 
 
 def test_a_cat_seg_is_served_like_any_other() -> None:

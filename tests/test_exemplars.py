@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lexiseg.class_forms import split_classes
 from lexiseg.errors import LexisegError
+from lexiseg.exemplar_vectors import read_mask
 from lexiseg.exemplars import Exemplar
 from lexiseg.journal import changed
 from lexiseg.models import SYSTEMS, DenseCLIP
@@ -55,6 +56,13 @@ def test_it_finds_its_like_in_another_picture(files: Path, segmenter: Segmenter,
     found = result.label_map == 0
     inside, outside = float(found[truth].float().mean()), float(found[~truth].float().mean())
     assert inside > 0.8 and inside > outside + 0.4
+
+
+def test_a_box_is_left_top_right_and_bottom() -> None:
+    where = torch.zeros(20, 30, dtype=torch.bool)
+    where[2:5, 8:19] = True
+    image = torch.zeros(3, 20, 30, dtype=torch.uint8)
+    assert torch.equal(read_mask(Exemplar("mug.png", box=[8, 2, 19, 5]), image, 1e6), where)
 
 
 def test_several_and_words_may_be_mixed(files: Path, segmenter: Segmenter) -> None:

@@ -101,10 +101,8 @@ def linear_cka(features: Sequence[Tensor], *, max_samples: int = _MAX_SAMPLES) -
     chosen = torch.linspace(0, count - 1, min(count, max_samples)).round().long()
     grams = []
     for block in features:
-        rows = block[chosen.to(block.device)].double()
+        rows = block[chosen.to(block.device)].double()  # their fourth power is taken here
         rows = rows - rows.mean(dim=0)
-        # Scaled first: activations of a deep block can be thousands, and their fourth power is taken here.
-        rows = rows / rows.norm().clamp_min(torch.finfo(rows.dtype).tiny)
         gram = rows @ rows.T
         length = gram.norm()
         if not length > 0:

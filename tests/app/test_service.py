@@ -123,6 +123,9 @@ def test_a_picture_in_every_form(running: Running) -> None:
     assert set(scores["maps"]) == set(expected.classes) and scores["low"] < scores["high"]
     maps = [Image.open(io.BytesIO(base64.b64decode(one))) for one in scores["maps"].values()]
     assert max(maps[0].size) == 128 and (np.min(maps), np.max(maps)) == (0, 255)
+    best = np.argmax(maps, axis=0)
+    small = np.asarray(picture.resize(maps[0].size, Image.Resampling.NEAREST))
+    assert (best == small).mean() > 0.9
 
 
 def test_a_background_and_a_window_can_be_asked_for(running: Running) -> None:

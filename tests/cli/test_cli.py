@@ -13,6 +13,8 @@ from PIL import Image
 
 import lexiseg
 import lexiseg.training.run
+from lexiseg.errors import LexisegError
+from lexiseg.weights.auto import auto_order
 from tests.cli.calling import WORDS, Call, assert_sentence
 
 
@@ -43,7 +45,27 @@ def test_models(call: Call) -> None:
     assert "METHOD/ARCHITECTURE/TAG" in call("models")[1]
     code, out, _ = call("models", "--weights", "--json")
     assert code == 0 and {"name", "licence", "size", "source", "best"} <= json.loads(out)[0].keys()
-    assert "Apache-2.0" in call("models", "--weights")[1]
+    said = call("models", "--weights")[1]
+    assert "Apache-2.0" in said and said.splitlines()[1] == auto_order()[0].model
+
+
+def test_options_of_an_evaluation_reach_it(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, Any] = {}
+
+    def run(*what: str, **how: Any) -> None:
+        asked.update(how, what=what)
+        raise LexisegError("This is enough.")
+
+    monkeypatch.setattr("lexiseg.evaluation.evaluate", run)
+    given = {"output": "out", "protocol": "voc-20", "classes": "list.txt", "split": "test", "background": "sky"}
+    given |= {"size": 64, "limit": 3, "window": 48, "stride": 24, "batch_size": 2}
+    given |= {"device": "cpu", "dtype": "bf16", "refine": "edges"}
+    words = [word for key, value in given.items() for word in (f"--{key.replace('_', '-')}", value)]
+    words += ["--set", "a=1", "--template", "a {}", "--no-synonyms", "--proposals", "--resume", "--compile"]
+    assert_sentence(*call("evaluate", "data", "-w", "model", *words), "enough")
+    plain = {key: str(value) if key in ("output", "classes") else value for key, value in asked.items()}
+    more = {"what": ("data", "model"), "overrides": ["a=1"], "templates": ["a {}"], "synonyms": False}
+    assert plain == {**given, **more, "proposals": True, "resume": True, "compile": True}
 
 
 def test_doctor_where_this_user_may_not_look(call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -140,6 +140,9 @@ def test_coco_is_one_data_set_a_run_also_after_a_stop(predict: Call, tmp_path: P
     assert np.array_equal(painted, labels)
     code, out, _ = predict(folder / "a_first.png", WORDS, "--save", "coco", "-o", "single")
     assert code == 0 and (tmp_path / "single" / "annotations.json").is_file()
+    (tmp_path / "bad.png").write_bytes(b"")
+    assert predict("bad.png", WORDS, "--save", "coco", "-o", "none")[0] != 0
+    assert not (tmp_path / "none" / "annotations.json").exists()  # where no picture could be done
 
 
 def test_instances_are_regions(predict: Call, folder: Path, tmp_path: Path) -> None:

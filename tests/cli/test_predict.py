@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -76,6 +77,8 @@ def test_predict_prints_a_table_and_says_where(call: Call, tiny_model: Path, pic
     code, out, _ = call("predict", picture, WORDS, "-m", tiny_model, "-o", "results", "--save", "labels,json")
     assert code == 0
     assert "unseen" in out and "giraffe" in out and "56 x 40" in out
+    shares = [float(share) for share in re.findall(r"([\d.]+) %", out)]
+    assert sum(shares) == pytest.approx(100, abs=0.1 * len(shares))
     labels = Image.open(tmp_path / "results" / "photo_labels.png")
     assert labels.mode == "P" and labels.size == (56, 40)
     assert json.loads((tmp_path / "results" / "photo.json").read_text())["vocabulary"]["classes"][1]["synonyms"] == [

@@ -132,6 +132,7 @@ def test_convert(call: Call, tiny_clip: Path, picture: Path, tmp_path: Path) -> 
     assert code == 0, err
     assert "--transductive has no effect" in err
     assert "wrote clip" in out and "--model naclip/clip" in out
+    assert load_file("clip/open_clip_model.safetensors")["text_projection"].dtype == torch.float16
     assert call("predict", picture, WORDS, "-m", "naclip/clip", "--save", "json")[0] == 0
 
     name = "visual.transformer.resblocks.0.mlp.c_fc.weight"

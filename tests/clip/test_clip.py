@@ -90,7 +90,8 @@ def test_positions_resized_as_open_clip_does() -> None:
     resize_pos_embed(state, wide.model)
     ours = resize_positions(table, (7, 7), interpolation="bicubic-antialias")
     torch.testing.assert_close(ours, state["visual.positional_embedding"])
-    assert resize_positions(table, (4, 4)) is table
+    assert resize_positions(table, (4, 4)) is table is resize_positions(table, (2, 8), by_count=True)
+    assert not torch.equal(resize_positions(table, (2, 8)), table)
     with pytest.raises(LexisegError, match="18 rows is not"):
         resize_positions(torch.randn(18, 4), (2, 2))
 

@@ -75,8 +75,10 @@ def test_windows_and_the_whole_picture_count_alike() -> None:
     rule = Decode(resize_to="none", sigmoid=False)
     parts = [Part(one[0].numpy(), box, rule, FIT, None, box) for one, box in zip(logits, boxes, strict=False)]
     whole = Part(logits[2, 0].numpy(), (0, 0, 32, 48), rule, FIT, None, (-1, -1, 32, 32))
-    labels, _ = decode(parts, (32, 48), (70, 70), whole)
-    assert (labels == both.label_map((70, 70))[0].numpy()).mean() > 0.9999
+    labels, scores = decode(parts, (32, 48), (70, 70), whole)
+    want, best = both.label_and_score((70, 70))
+    assert (labels == want[0].numpy()).mean() > 0.9999
+    np.testing.assert_allclose(scores, best[0].numpy(), atol=1e-5)
 
 
 def test_scores_that_are_not_finite_are_refused() -> None:

@@ -152,6 +152,9 @@ def test_workers_snapshots_and_logging_do_not_change_results(tmp_path):
     whole = train(tmp_path / "a")
     assert same(whole, train(tmp_path / "b", workers=2, snapshot_every=3, log_every=5, checkpoint_every=100))
     assert sorted(path.name for path in (tmp_path / "b" / "samples").iterdir())[0] == "step-00000003-look.png"
+    logs = [map(json.loads, (tmp_path / run / "metrics.jsonl").read_text().splitlines()) for run in "ab"]
+    losses = [[record["loss"] for record in log if "loss" in record] for log in logs]
+    assert 2 * sum(losses[0]) == pytest.approx(5 * losses[1][0] + 5 * losses[1][1] + 2 * losses[1][2])  # each a mean
 
 
 def test_snapshot_runs_in_evaluation_mode(tmp_path):

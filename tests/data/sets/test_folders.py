@@ -1,5 +1,9 @@
 """Folders in VOC's layout: what it reads, and one sentence naming the file for each thing that can be wrong."""
 
+import base64
+import io
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from lexiseg.data.base import SegmentationDataset, remap_to_seen, seen_ids, unseen_ids
-from lexiseg.data.sets.labels import LabelKind, read_values
+from lexiseg.data.sets.labels import UNKNOWN, LabelKind, ValueTable, read_values
 from lexiseg.data.sets.open import open_data_set
 from lexiseg.data.sets.verify import verify
 from lexiseg.errors import LexisegError
@@ -178,3 +182,37 @@ def test_outlines_lie_on_turned_pictures_where_the_folder_says_so(tmp_path, layo
             sample = open_data_set("own", tmp_path, "train")[0]
             assert sample.image.shape[1:] == sample.label.shape == size
             assert size != SIZE or (sample.label.numpy() == LABEL).all()
+
+
+def test_a_mask_of_labelme_is_cut_at_the_edge_of_its_picture(tmp_path):
+    labelme(tmp_path)
+    expected = np.full(SIZE, 255)
+    expected[25:, 40:] = 0
+    for side in (30, 50):
+        stream = io.BytesIO()
+        Image.new("L", (side, 20), 255).save(stream, "PNG")
+        mask = {
+            "shape_type": "mask",
+            "points": [[40, 25], [69, 44]],
+            "mask": base64.b64encode(stream.getvalue()).decode(),
+        }
+        shapes = [{"label": "cat", **mask}]
+        (tmp_path / "val/c.json").write_text(json.dumps({"shapes": shapes, "imagePath": "c.jpg"}))
+        if side == 30:
+            assert (open_data_set("own", tmp_path, "val")[0].label.numpy() == expected).all()
+    with pytest.raises(
+        LexisegError, match="shape 0: the outline cannot be drawn, it is damaged"
+    ):  # wider than all of it
+        open_data_set("own", tmp_path, "val")[0]
+
+
+@pytest.mark.parametrize("far", [9, 1 << 17])
+def test_values_that_stand_for_nothing_are_told_from_all_others(far):
+    values = np.array([[0, 1, 2, far], [far + 1, 3, -1, 1 << 20]])
+    table = ValueTable({1: 0, far: 1}, (0,), 255)
+    assert table.look_up(values).tolist() == [[255, 0, UNKNOWN, 1], [UNKNOWN] * 4]
+    assert ValueTable({1: 0, far: 1}, (), 255, rest_is_void=True).look_up(values).tolist() == [
+        [255, 0, 255, 1],
+        [255] * 4,
+    ]
+    assert table.with_rest(7, keep=[2]).look_up(values).tolist() == [[7, 0, 255, 1], [UNKNOWN] * 4]

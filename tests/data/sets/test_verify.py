@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import struct
 import threading
@@ -404,6 +405,9 @@ def test_command(clean, tmp_path, capsys):
     assert main(["data", "verify", str(root)]) == 0
     out = capsys.readouterr().out
     assert "0 errors, 0 warnings" in out and "own, 3 classes" in out
+    checks = verify("own", root, workers=1).splits
+    shares = [check.ignored / (check.ignored + check.labelled) for check in checks]
+    assert re.findall(r"([\d.]+) %", out) == [f"{100 * share:.1f}" for share in shares] and max(shares) > 0.01
     (root / "masks" / "photo 1.png").unlink()
     assert main(["data", "verify", "own", str(root), "--json"]) == 1
     found = json.loads(capsys.readouterr().out)

@@ -223,10 +223,14 @@ def test_a_crop_is_a_part_of_the_box() -> None:
     image = torch.zeros(3, 20, 30, dtype=torch.uint8)
     mask = torch.zeros(20, 30, dtype=torch.bool)
     image[:, 5:9, 10:22], mask[5:9, 10:22] = 200, True
+    image[0, :, 10:22] = torch.arange(12, dtype=torch.uint8)
+    parts = set()
     for seed in range(5):
         crop, inside = crop_object(image, mask, 8, np.random.default_rng(seed))
         assert bool(inside.all())
-        torch.testing.assert_close(crop, torch.full((3, 8, 8), 200 / 255))
+        torch.testing.assert_close(crop[1:], torch.full((2, 8, 8), 200 / 255))
+        parts.add((round(255 * float(crop[0].min())), round(255 * float(crop[0].max()))))
+    assert len(parts) > 2 and all(0 <= left < right <= 11 for left, right in parts)
 
 
 class Squares:

@@ -81,6 +81,13 @@ def test_windows_and_the_whole_picture_count_alike() -> None:
     np.testing.assert_allclose(scores, best[0].numpy(), atol=1e-5)
 
 
+def test_of_equal_scores_the_first_word_wins_however_many_there_are() -> None:
+    rule, box = Decode(resize_to="none", sigmoid=False), (0, 0, 8, 8)
+    part = Part(np.ones((1200, 2, 2), np.float32), box, rule, FIT, None, box)
+    labels, scores = decode([part], (8, 8), (8, 8))
+    assert not labels.any() and (scores == 1).all()
+
+
 def test_scores_that_are_not_finite_are_refused() -> None:
     with pytest.raises(LexisegError, match="NaN or infinite"):
         rule = Decode(resize_to="none", sigmoid=False)

@@ -51,6 +51,34 @@ def test_the_patch_loss_by_hand() -> None:
     assert patch_loss(sure, positives, 1.0).item() == pytest.approx(0.0, abs=1e-5)
 
 
+@torch.no_grad()
+def test_the_other_losses_by_hand() -> None:
+    task = ContrastiveTask(settings(), TrainSettings(steps=10, batch_size=4, lr=1e-2))
+    task.model.eval()
+    batch, things = task.batch(0), len(task.world.things)
+    images, patches = task.encode_images(batch["images"])
+    text = torch.nn.functional.normalize(task.clip.encode_text(batch["tokens"]), dim=-1)
+    names, captions, scale = text[:-4], text[-4:], task.clip.model.logit_scale.exp()
+
+    def unlikely(scores: torch.Tensor, positives: torch.Tensor) -> torch.Tensor:
+        rows = [-row.softmax(0)[own].log().mean() for row, own in zip(scores, positives, strict=True) if own.any()]
+        return torch.stack(rows).mean()
+
+    present, scores, pairs = batch["present"], scale * images @ names.T, scale * images @ captions.T
+    alike = torch.tensor([[bool((one == other).all()) for other in present] for one in present])
+    expected = {
+        "loss_names": unlikely(scores[:, :things], present[:, :things])
+        + 0.5 * unlikely(scores[:, things:], present[:, things:]),
+        "loss_captions": 0.5 * (unlikely(pairs, alike) + unlikely(pairs.T, alike)),
+        "loss_patches": patch_loss(scale * patches @ names.T, present, task.settings.coverage),
+    }
+    expected["loss"] = expected["loss_names"] + 0.5 * expected["loss_captions"] + expected["loss_patches"]
+    losses = task.losses(batch)
+    assert losses.keys() == expected.keys()
+    for key, value in expected.items():
+        assert losses[key].item() == pytest.approx(value.item(), rel=1e-4), key
+
+
 @pytest.mark.parametrize("patch_dropout", [0.0, 0.5])
 def test_training_lowers_the_loss(patch_dropout: float) -> None:
     task = ContrastiveTask(settings(patch_dropout=patch_dropout), TrainSettings(steps=10, batch_size=4, lr=1e-2))

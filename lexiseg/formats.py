@@ -96,7 +96,7 @@ def _check_outline(shape: Any, size: tuple[int, int]) -> None:
         if tuple(shape["size"]) != size:
             raise ValueError("it is of another size than its picture")
         if isinstance(counts, list) and (min(counts, default=-1) < 0 or sum(counts) != size[0] * size[1]):
-            raise ValueError("its run lengths do not add up to its picture")
+            raise ValueError("it has run lengths that do not add up to its picture")
         return
     for polygon in shape:
         if isinstance(polygon, dict):

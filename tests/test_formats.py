@@ -140,6 +140,7 @@ def test_coco_of_others_is_read(tmp_path: Path) -> None:
         ([[1, 1, 6, 1, 6, 1e12]], "far out"),
         ([], "damaged"),
         ({"size": [9, 9], "counts": [81]}, "another size"),
+        ({"size": [8, 10], "counts": [-8, 8, 80]}, "has run lengths that do not add up"),
     ):
         annotation = {"id": 5, "image_id": 7, "category_id": 3, "segmentation": outline}
         with pytest.raises(LexisegError, match=f"Annotation 5 .*{words}"):
@@ -263,4 +264,5 @@ def test_many_specks_cost_no_more_than_their_own_pixels(monkeypatch: pytest.Monk
     monkeypatch.setattr(formats, "polygons_of", outlines)
     features = formats.to_geojson(many, ("cat",))["features"]
     assert [features[0]["geometry"]["coordinates"][0][0]] == [[*whole(masks[0])[0][0], whole(masks[0])[0][0][0]]]
+    assert features[0]["properties"]["fraction"] == 1 / labels.size
     assert len(seen) == len(masks) > 400 and sum(seen) < labels.size

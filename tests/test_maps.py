@@ -76,6 +76,7 @@ def test_labels_and_polygons_lie_where_the_map_does(segmenter: Any, tmp_path: Pa
         assert (labels.crs.to_epsg(), labels.transform, labels.nodata) == (32632, PLACE, 255)
         assert np.array_equal(labels.read(1), expected)
         assert labels.tags(1)["class_1"] == "elephant"
+        assert labels.colormap(1)[1] == (*segmenter.vocabulary(WORDS).palette()[1], 255)
         assert labels.tags(ns="IMAGE_STRUCTURE")["LAYOUT"] == "COG"
     found = json.loads(files["polygons"].read_text())
     assert "32632" in found["crs"]["properties"]["name"]

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from fastapi.testclient import TestClient
+from PIL import Image
 
 import lexiseg
 from lexiseg.app.annotation import encode_brush
@@ -28,6 +29,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     found = tmp_path_factory.mktemp("files")
     (found / "sub").mkdir()
     (found / "sub" / "demo.png").write_bytes(sample_path("demo").read_bytes())
+    Image.open(sample_path("demo")).crop((0, 0, 512, 300)).save(found / "sub" / "wide.png")
     (found.parent / "outside.png").write_bytes(b"secret")
     return found
 
@@ -100,12 +102,12 @@ def test_label_studio_connects_and_predicts(client: TestClient, segmenter: Any) 
         assert np.array_equal(labels["foliage"], expected.mask("leaves").numpy())
 
 
-def test_label_studio_polygons(client: TestClient, segmenter: Any) -> None:
+def test_label_studio_polygons(client: TestClient, segmenter: Any, folder: Path) -> None:
     interface = INTERFACE.replace("BrushLabels", "PolygonLabels")
-    request = {"tasks": [{"data": {"photo": "/data/local-files/?d=sub/demo.png"}}], "label_config": interface}
+    request = {"tasks": [{"data": {"photo": "/data/local-files/?d=sub/wide.png"}}], "label_config": interface}
     (found,) = client.post("/predict", json=request).json()["results"]
     assert found["result"][0]["type"] == "polygonlabels"
-    expected = segmenter.predict(sample_path("demo").read_bytes(), "elephant; leaves; grass")
+    expected = segmenter.predict(folder / "sub" / "wide.png", "elephant; leaves; grass")
     percent = np.array(expected.size[::-1]) / 100
     leaves = [one["value"]["points"] for one in found["result"] if one["value"]["polygonlabels"] == ["foliage"]]
     for points, (outer, *_) in zip(leaves, expected.polygons()["leaves"], strict=True):
@@ -154,6 +156,11 @@ def test_label_studio_s_mistakes(client: TestClient, source: str | None, interfa
 def test_a_task_of_another_shape_has_no_picture(client: TestClient, data: Any) -> None:
     reply = client.post("/predict", json={"tasks": [{"data": data}], "label_config": INTERFACE})
     assert reply.status_code == 422 and "no picture under 'photo'" in reply.json()["error"]
+
+
+def test_a_length_of_thousands_of_digits_is_too_large(client: TestClient) -> None:
+    reply = client.post("/setup", content=b"{}", headers={**JSON, "content-length": "9" * 5000})
+    assert reply.status_code == 413, reply.text
 
 
 def test_half_of_a_surrogate_pair_is_no_interface(client: TestClient) -> None:

@@ -40,15 +40,15 @@ class Echo:
 
 def test_only_pictures_that_ask_the_same_share_a_pass() -> None:
     model: Any = Echo()
-    queue = Queue(size=7, batch=3, seconds_a_job=3.0)
+    queue = Queue(size=5, batch=3, seconds_a_job=3.0)
     jobs = [Job(b"first", "x", model, {})]
     queue.submit(jobs)
     assert model.started.wait(20)
     asked = (("a", "x"), ("b", "y"), ("c", "x"), ("scored", "x"), ("bad", "x"), ("d", "x"))
     jobs += [Job(picture.encode(), key, model, {}, scores=picture == "scored") for picture, key in asked]
-    queue.submit(jobs[1:])
+    queue.submit(jobs[1:])  # more than the size, but nothing waits
     with pytest.raises(BusyError) as caught:
-        queue.submit(jobs[:2])
+        queue.submit(jobs[:1])
     assert caught.value.retry_after == 6 * 3
     model.release.set()
     queue.close()

@@ -31,6 +31,7 @@ from lexiseg.vocabulary import Vocabulary, VocabularyClass
 from tests.models.test_cat_seg import build
 
 WORDS = "giraffe; elephant; butterfly; tree; leaves, bush; grass"
+MUG = {"name": "mug", "box": [0, 0, 9, 9]}
 SMALL = ServiceSettings(max_bytes=2 * 2**20, max_pixels=1_000_000, max_classes=50, seconds=20, queue=4, max_pictures=3)
 
 
@@ -71,6 +72,13 @@ def png(size: tuple[int, int] = (64, 48), seed: int = 0) -> bytes:
     return stream.getvalue()
 
 
+def demo(size: tuple[int, int]) -> bytes:
+    """The upper left of the demo picture."""
+    stream = io.BytesIO()
+    Image.open(sample_path("demo")).crop((0, 0, *size)).save(stream, "PNG")
+    return stream.getvalue()
+
+
 def head(length: int) -> bytes:
     lines = (
         "POST /v1/segment HTTP/1.1",
@@ -94,7 +102,7 @@ def assert_sentence(reply: httpx.Response, status: int, says: str) -> None:
 
 
 def test_a_picture_in_every_form(running: Running) -> None:
-    data = sample_path("demo").read_bytes()
+    data = demo((512, 300))
     expected = running.segmenter.predict(data, WORDS)
     labels = np.asarray(expected.label_map)
     found = {}
@@ -128,12 +136,18 @@ def test_a_picture_in_every_form(running: Running) -> None:
     assert (best == small).mean() > 0.9
 
 
-def test_a_background_and_a_window_can_be_asked_for(running: Running) -> None:
-    data = sample_path("demo").read_bytes()
-    asked = {"background": 0.9, "window": 192}
-    expected = running.segmenter.predict(data, WORDS, **asked)
-    reply = running.client.post("/v1/segment", json={"image": b64(data), "classes": WORDS, "output": "png", **asked})
-    found = reply.json()
+def test_a_background_and_a_window_can_be_asked_for(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    data, given, predict = demo((160, 96)), {}, running.segmenter.predict
+
+    def noted(pictures: Any, classes: Any, background: Any, window: Any) -> Any:
+        given.update(background=background, window=window)
+        return predict(pictures, classes, background=background)  # windows of so small a picture take seconds
+
+    monkeypatch.setattr(running.segmenter, "predict", noted)
+    asked = {"image": b64(data), "classes": WORDS, "output": "png", "background": 0.5, "window": 48}
+    found = running.client.post("/v1/segment", json=asked).json()
+    expected = predict(data, WORDS, background=0.5)
+    assert given == {"background": 0.5, "window": 48}
     assert found["png"] == encode_png(expected.label_image()) and found["ignore_index"] == 255
     assert 0 < found["ignored_fraction"] == expected.num_ignored / (found["width"] * found["height"]) < 1
 
@@ -210,6 +224,12 @@ def test_a_box_on_a_picture_is_a_class(running: Running) -> None:
         "exemplars": [{"name": name, "box": [*box[:2], 90 + i, 99]} for i, name in enumerate("ab")],
     }
     assert running.client.post("/v1/segment", json=alone).json()["names"] == ["a", "b"]
+    places = [box, [300, 300, 440, 420]]
+    shown = VocabularyClass("thing", exemplars=tuple(Exemplar(data, box=place) for place in places), scored=False)
+    expected = running.segmenter.predict(data, Vocabulary((VocabularyClass("grass"), shown)))
+    twice = {**asked, "exemplars": [{"name": "thing", "box": place} for place in places]}
+    found = running.client.post("/v1/segment", json=twice).json()
+    assert found["names"] == ["grass", "thing"] and found["png"] == encode_png(expected.label_image())
     both = {**asked, "classes": "Thing; grass"}
     assert running.client.post("/v1/segment", json=both).json()["names"] == ["Thing", "grass"]
     for exemplar, says in (
@@ -259,11 +279,12 @@ def test_what_is_wrong_is_a_sentence_with_its_status(running: Running) -> None:
         ({"classes": "cat; cat"}, 422, "twice"),
         ({"classes": "cat; " + "very " * 100 + "long"}, 422, "shorter name"),
         ({"classes": "; ".join(f"c{i}" for i in range(60))}, 422, "more than 50 classes"),
+        ({"classes": [f"c{i}" for i in range(49)], "exemplars": [MUG, MUG]}, 422, "more than 50 classes"),
         ({"classes": ["cat", "dog, " + ", ".join(f"c{i}" for i in range(200))]}, 422, "200 words"),
         ({"background": "sky, " * 1000 + "sky"}, 422, "1000 characters"),
         ({"classes": '["cat", "Cat"]'}, 422, "twice"),
-        ({"exemplars": [{"name": "mug", "box": [0, 0, 9, 9], "image": "%%%"}]}, 422, "exemplar's picture is not"),
-        ({"classes": 5}, 422, "classes"),
+        ({"exemplars": [{**MUG, "image": "%%%"}]}, 422, "exemplar's picture is not"),
+        ({"classes": 5}, 422, "'classes': "),
         ({"model": "other"}, 404, "not served"),
         ({"window": -3}, 422, "window"),
         ({"background": True}, 422, "background"),
@@ -275,6 +296,9 @@ def test_what_is_wrong_is_a_sentence_with_its_status(running: Running) -> None:
         assert_sentence(reply, status, says)
     assert_sentence(client.post("/v1/segment", content=b"{", headers={"content-type": "application/json"}), 422, "JSON")
     assert_sentence(client.post("/v1/segment", data={"classes": "a"}, files={"x": ("", b"")}), 422, "picture")
+    assert_sentence(client.post("/v1/segment", data={"classes": ["a", "b"]}, files={"image": png()}), 422, "twice")
+    two = [("image", ("a.png", png())), ("image", ("b.png", png()))]
+    assert_sentence(client.post("/v1/segment", data={"classes": "a; b"}, files=two), 422, "send several to /v1/batch")
     assert_sentence(
         client.post("/v1/batch", json={"images": [good["image"]] * 4, "classes": "a; b"}), 422, "more than 3"
     )

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -40,7 +42,7 @@ def pictures(folder: Path, count: int = 4) -> list[Picture]:
         path = folder / f"p{index}.png"
         pixels = np.random.default_rng(index).integers(0, 256, (20, 24, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(path)
-        made.append(Picture(str(path), f"p{index}", path.name))
+        made.append(Picture(str(path), f"p{index}", f"in/{path.name}"))
     return made
 
 
@@ -125,8 +127,11 @@ def test_what_counts_as_done(tmp_path: Path, labeller: Labeller) -> None:
     out = tmp_path / "out"
     record = Record(out)
     record.begin_run(SETTINGS, resume=False)
-    for number, shard in record.shards_of(todo, 2).items():
+    shards = record.shards_of(todo, 2)
+    assert [len(shard) for shard in shards.values()] == [2, 2, 1]
+    for number, shard in shards.items():
         list(labeller.label_shard(record, number, shard))
+    assert json.loads((out / "p3.json").read_text())["name"] == "in/p3.png"
     done = Record(out).begin_run(SETTINGS, resume=True)
     assert [entry.stem for entry in done.values()] == ["p0", "p1", "p2", "p3"]  # the bad one is tried again
     (out / "p0.json").write_text("")
@@ -134,6 +139,14 @@ def test_what_counts_as_done(tmp_path: Path, labeller: Labeller) -> None:
     (out / "p1.json").unlink()
     os.utime(todo[2].path, ns=(1, 1))
     assert [entry.stem for entry in Record(out).begin_run(SETTINGS, resume=True).values()] == ["p3"]
+    record.forget(todo[3:4])
+    assert Record(out).begin_run(SETTINGS, resume=True) == {}
+    with closing(Writer(record, "000099")) as writer:  # of a picture without objects YOLO's file is empty
+        image = absolute(todo[0].path)
+        writer.write(asdict(Entry(image, "p0", files={"yolo": "yolo/p0.txt"}, state=file_state(image))))
+    (out / "yolo").mkdir()
+    (out / "yolo" / "p0.txt").touch()
+    assert [entry.stem for entry in Record(out).begin_run(SETTINGS, resume=True).values()] == ["p0"]
     with pytest.raises(LexisegError, match=r"other settings: 'classes' was abc and is now other;.*--output"):
         record.begin_run({**SETTINGS, "classes": "other"}, resume=True)
     assert record.begin_run({**SETTINGS, "classes": "other"}, resume=False) == {}

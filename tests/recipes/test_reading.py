@@ -151,6 +151,12 @@ def test_a_run_begun_before_there_were_these_settings_can_be_resumed() -> None:
     assert identity_of(settings(no_decay=("norm",)))["no_decay"] == ["norm"]
 
 
+def test_an_initial_model_brings_its_own_proposals() -> None:
+    assert load_recipe("zsseg-coco-stuff").proposals_from == "imagenet"
+    recipe = load_recipe("zsseg-coco-stuff", {"initial": "zsseg-picture-world"})
+    assert (recipe.initial, recipe.proposals_from) == ("zsseg-picture-world", None)
+
+
 def test_a_name_too_long_for_a_file_is_one_sentence() -> None:
     long = "x" * 300
     wrong = [partial(call, long) for call in (load_recipe, read_prompts)]

@@ -78,8 +78,12 @@ def test_labels_are_read_without_pictures(home: Path, monkeypatch: pytest.Monkey
 
 
 def test_dry_run(home: Path) -> None:
-    shown = dict(dry_run(recipe_of(home)).rows())
+    train = {**recipe_of(home).train.model_dump(), "accumulate": 3}
+    shown = dict(dry_run(recipe_of(home, train=train)).rows())
     assert shown["trainable"] == f"{5 * 16}" and shown["classes with masks"].startswith("15: ")
+    assert shown["classes with masks"].count(",") == 8 and shown["classes with masks"].endswith(", ...")
+    assert shown["steps"] == "4, batches of 9 on one process"
+    assert "; rate 0.02 at the first step, 0.00293 at the last" in shown["schedule"]
     assert shown["SGD"].startswith("peak rate 0.02, decay 0.0005, momentum 0.9")
     released = load_recipe("prompts-freeseg-voc2012").model_copy(update={"model": recipe_of(home).model})
     assert "half a cosine to 0" in dict(dry_run(released).rows())["schedule"]

@@ -34,8 +34,8 @@ _COPY_AGAIN = "copy the original folder again"
 def save_model(model: SegmentationModel, folder: str | Path, *, dtype: torch.dtype | None = None) -> Path:
     """Write a model as a folder that `load_model` reads.
 
-    The CLIP goes into the folder as well, unless it came with lexiseg and is unchanged: then the configuration names
-    it and its fingerprint.
+    The CLIP goes into the folder as well, unless it came with lexiseg: then the configuration names it and its
+    fingerprint, and the folder holds what training changed.
 
     ``dtype``: what to store the weights in, for example ``torch.float16``; None keeps them as they are. Raises
     LexisegError if the folder cannot be written, or the system is another library's and has nothing to save.
@@ -45,18 +45,25 @@ def save_model(model: SegmentationModel, folder: str | Path, *, dtype: torch.dty
             f"'{model.system}' has no weights of its own to save; load it by its name, {model.clip.name}."
         )
     clip = model.clip
-    fingerprint = clip.fingerprint()
-    own_clip = not (clip.packaged and load_clip(clip.name).fingerprint() == fingerprint)
-    tensors = {
-        name: tensor for name, tensor in model.state_dict().items() if own_clip or not name.startswith(_CLIP_PREFIX)
-    }
+    tensors, options = model.state_dict(), model.options.model_dump(mode="json")
     reference: dict[str, Any] = {"name": clip.name}
-    reference |= {"architecture": clip.architecture} if own_clip else {"fingerprint": fingerprint}
+    if clip.packaged:
+        with torch.random.fork_rng(devices=[]):
+            base = load_clip(clip.name)
+            reference["fingerprint"] = base.fingerprint()
+            new = SYSTEMS[model.system].build(base, options, seen_names=model.seen_names).state_dict()
+        tensors = {
+            name: tensor
+            for name, tensor in tensors.items()
+            if not name.startswith(_CLIP_PREFIX) or not torch.equal(tensor.to(new[name]), new[name])
+        }
+    else:
+        reference["architecture"] = clip.architecture
     config = {
         "format": FORMAT,
         "system": model.system,
         "clip": reference,
-        "options": model.options.model_dump(mode="json"),
+        "options": options,
         "seen_names": list(model.seen_names),
         "templates": list(model.default_templates),
         "metadata": model.metadata,
@@ -178,8 +185,10 @@ def _load_folder(folder: Path) -> SegmentationModel:
         return system.build(clip, options, seen_names=tuple(config.get("seen_names", ())))
 
     def check(model: SegmentationModel) -> None:
-        wanted = {key: shape for key, shape in shapes_of(model).items() if own_clip or not key.startswith(_CLIP_PREFIX)}
-        check_state(state, wanted, f"'{weights}'")
+        shapes = shapes_of(model)
+        if not own_clip:
+            shapes = {key: shape for key, shape in shapes.items() if key in state or not key.startswith(_CLIP_PREFIX)}
+        check_state(state, shapes, f"'{weights}'")
 
     if folder not in packaged_models().values():  # a stranger's configuration may ask for a model of any size
         check(sketch(lambda: build(clip if clip is None else copy.deepcopy(clip).to("meta")), len(state), where))

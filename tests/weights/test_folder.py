@@ -18,8 +18,9 @@ from lexiseg.catalog import packaged_clips, packaged_models
 from lexiseg.clip.load import load_clip
 from lexiseg.clip.model import save_clip
 from lexiseg.errors import LexisegError, LexisegWarning
-from lexiseg.models import DenseCLIP, ZegCLIP
+from lexiseg.models import CATSeg, DenseCLIP, ZegCLIP
 from lexiseg.weights import list_models, load_model, save_model
+from tests.models.test_cat_seg import SMALL as CAT_SEG
 from tests.towers import small_clip
 from tests.weights.test_one_stage_checkpoint import same, zegclip
 
@@ -148,6 +149,20 @@ def test_a_packaged_clip_is_named_and_not_copied(tmp_path: Path, monkeypatch: py
     save_clip(small_clip(seed=9), tmp_path / "clip-test")
     with pytest.raises(LexisegError, match="another version of 'clip-test'"):
         load_model(own)
+
+
+def test_of_a_packaged_clip_what_training_changed_is_stored(tmp_path: Path) -> None:
+    """CAT-Seg tunes a part of both towers, and splits some of their tensors."""
+    model = CATSeg.build(load_clip("clip-world2"), CAT_SEG)
+    tuned = "clip.model.visual.transformer.resblocks.3.attn.q_proj_weight"
+    with torch.no_grad():
+        model.get_parameter(tuned).add_(1)
+    state = torch.get_rng_state()
+    folder = save_model(model, tmp_path)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert [name for name in load_file(folder / "model.safetensors") if name.startswith("clip.")] == [tuned]
+    again = load_model(folder)
+    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in again.state_dict().items())
 
 
 def test_a_model_from_the_hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -67,7 +67,7 @@ docs: $(DOCS) ## Build the pages and the Python reference into build/site; warni
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
 
 # Each is trained as its recipe says. DeOP starts from the proposals; second-look has ZegCLIP's training.
-WEIGHTS := clip-emoji clip-world2 zegclip-emoji cascade-clip-emoji second-look-emoji deop-emoji
+WEIGHTS := clip-emoji clip-world2 cat-seg-world2 zegclip-emoji cascade-clip-emoji second-look-emoji deop-emoji
 
 weights: $(STAMP) ## Train the shipped weights again: the small CLIPs, then the systems on it (hours on two cores)
 	$(BIN)/lexiseg train clip-emoji -o runs/clip-emoji --resume
@@ -75,6 +75,10 @@ weights: $(STAMP) ## Train the shipped weights again: the small CLIPs, then the 
 	cp runs/clip-emoji/model/* $(PRETRAINED)/clip-emoji/
 	$(BIN)/lexiseg train clip-world2 -o runs/clip-world2 --resume
 	cp runs/clip-world2/model/* $(PRETRAINED)/clip-world2/
+	$(BIN)/lexiseg train cat-seg-world2 -o runs/cat-seg-world2 --resume
+	cp runs/cat-seg-world2/model/* $(PRETRAINED)/cat-seg-world2/
+	$(BIN)/lexiseg evaluate picture-world-2 --weights cat-seg-world2 --split test -o runs/cat-seg-world2/test
+	cp runs/cat-seg-world2/test/report.json $(PRETRAINED)/cat-seg-world2/
 	$(BIN)/lexiseg train zegclip-picture-world -o runs/zegclip-emoji --resume
 	cp runs/zegclip-emoji/model/* $(PRETRAINED)/zegclip-emoji/
 	$(BIN)/lexiseg train cascade-clip-picture-world -o runs/cascade-clip-emoji --resume

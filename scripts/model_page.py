@@ -12,6 +12,7 @@ import statistics
 from pathlib import Path
 
 from lexiseg.weights.auto import KnownWeights, known_weights
+from lexiseg.weights.publish import REPORT
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "models.md"
@@ -27,7 +28,7 @@ ROWS = {
 """The row of the results that a packaged model belongs to."""
 
 GATES = "[gates](picture-world.md#the-clip-of-the-second-world)"
-"""In the place of a score: of the second world's CLIP, on which nothing is trained yet."""
+"""In the place of a score: of the second world's CLIP."""
 
 CONVERTIBLE = (
     ("ZegCLIP", "`zegclip`", "CVPR 2023, mmsegmentation's layout; VOC 2012, Context, COCO-Stuff"),
@@ -49,8 +50,8 @@ CONVERTIBLE = (
 
 LICENCE = (
     "All packaged weights are under the Apache License 2.0 like the code; the glyphs they were trained on come from "
-    "the font Noto Color Emoji, SIL Open Font License 1.1, and those of `clip-world2` from Noto Emoji (Apache 2.0) and "
-    "Fluent Emoji (MIT). Weights you convert or download keep their authors' "
+    "the font Noto Color Emoji, SIL Open Font License 1.1, and those of `clip-world2` and `cat-seg-world2` from Noto "
+    "Emoji (Apache 2.0) and Fluent Emoji (MIT). Weights you convert or download keep their authors' "
     "licences, which lexiseg does not change; read them before you use them."
 )
 
@@ -69,7 +70,9 @@ def _packaged_row(folder: Path, results: list[dict[str, object]]) -> str:
         trained = f"`{content['system']}`, {about['steps'] or about['initial']['steps']} steps, seed {about['seed']}"
     else:
         trained = f"a CLIP; scenes and captions alone, `lexiseg train {folder.name}`"
-    scores = [row["test_hiou"] for row in results if row["system"] == ROWS.get(folder.name)]
+    scores: list[object] = [row["test_hiou"] for row in results if row["system"] == ROWS.get(folder.name)]
+    if (report := folder / REPORT).is_file():
+        scores = [json.loads(report.read_text(encoding="utf-8"))["metrics"]["hiou"]]
     measured = f"{statistics.mean(float(str(score)) for score in scores):.1f} ({len(scores)})" if scores else GATES
     size = f"{weights.stat().st_size / 1e6:.1f} MB"
     return f"| `{folder.name}` | {trained} | {measured} | {size} | `{sha256(weights)}` |"
@@ -96,7 +99,9 @@ def page() -> str:
         "",
         "Trained in [the picture world](picture-world.md) by `make weights`; they know its words and drawings, not "
         "photographs. *hIoU* is the recipe's on 200 test scenes, averaged over the number of seeds in brackets "
-        "([all results](results/picture-world.md)); the hash is the SHA-256 of the safetensors file.",
+        "([all results](results/picture-world.md)); that of `cat-seg-world2` is on the 500 of "
+        "[the second world](picture-world.md#the-second-world), whose words are twice as many and look alike. The hash "
+        "is the SHA-256 of the safetensors file.",
         "",
         "| name | how trained | hIoU | size | hash |",
         "|---|---|---|---|---|",

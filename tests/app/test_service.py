@@ -25,6 +25,7 @@ from lexiseg.app.results import encode_png
 from lexiseg.app.service import ServiceSettings, create_app
 from lexiseg.exemplars import Exemplar
 from lexiseg.formats import bounding_box, to_geojson
+from lexiseg.notes import mark_drawn
 from lexiseg.samples import sample_path
 from lexiseg.segmenter import Segmenter
 from lexiseg.vocabulary import Vocabulary, VocabularyClass
@@ -75,7 +76,7 @@ def png(size: tuple[int, int] = (64, 48), seed: int = 0) -> bytes:
 def demo(size: tuple[int, int]) -> bytes:
     """The upper left of the demo picture."""
     stream = io.BytesIO()
-    Image.open(sample_path("demo")).crop((0, 0, *size)).save(stream, "PNG")
+    Image.open(sample_path("demo")).crop((0, 0, *size)).save(stream, "PNG", **mark_drawn(".png"))
     return stream.getvalue()
 
 
@@ -137,16 +138,17 @@ def test_a_picture_in_every_form(running: Running) -> None:
 
 
 def test_a_background_and_a_window_can_be_asked_for(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
-    data, given, predict = demo((160, 96)), {}, running.segmenter.predict
+    data, given, predict = demo((160, 96)), {}, Segmenter.predict
 
-    def noted(pictures: Any, classes: Any, background: Any, window: Any) -> Any:
+    def noted(segmenter: Segmenter, pictures: Any, classes: Any, background: Any, window: Any) -> Any:
         given.update(background=background, window=window)
-        return predict(pictures, classes, background=background)  # windows of so small a picture take seconds
+        return predict(segmenter, pictures, classes, background=background)  # such windows take seconds
 
-    monkeypatch.setattr(running.segmenter, "predict", noted)
+    monkeypatch.setattr(Segmenter, "predict", noted)
     asked = {"image": b64(data), "classes": WORDS, "output": "png", "background": 0.5, "window": 48}
     found = running.client.post("/v1/segment", json=asked).json()
-    expected = predict(data, WORDS, background=0.5)
+    monkeypatch.undo()
+    expected = running.segmenter.predict(data, WORDS, background=0.5)
     assert given == {"background": 0.5, "window": 48}
     assert found["png"] == encode_png(expected.label_image()) and found["ignore_index"] == 255
     assert 0 < found["ignored_fraction"] == expected.num_ignored / (found["width"] * found["height"]) < 1

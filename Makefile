@@ -75,7 +75,7 @@ weights: $(STAMP) ## Train the shipped weights again: the small CLIPs, then the 
 	cp runs/clip-emoji/model/* $(PRETRAINED)/clip-emoji/
 	$(BIN)/lexiseg train clip-world2 -o runs/clip-world2 --resume
 	cp runs/clip-world2/model/* $(PRETRAINED)/clip-world2/
-	$(BIN)/lexiseg train cat-seg-world2 -o runs/cat-seg-world2 --resume
+	$(BIN)/lexiseg train cat-seg-picture-world-2 -o runs/cat-seg-world2 --resume
 	cp runs/cat-seg-world2/model/* $(PRETRAINED)/cat-seg-world2/
 	$(BIN)/lexiseg evaluate picture-world-2 --weights cat-seg-world2 --split test -o runs/cat-seg-world2/test
 	cp runs/cat-seg-world2/test/report.json $(PRETRAINED)/cat-seg-world2/

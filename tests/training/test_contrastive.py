@@ -14,7 +14,7 @@ from lexiseg.clip.load import load_clip
 from lexiseg.clip.model import save_clip
 from lexiseg.data.picture_world import SECOND, STUFF, find_world, render_scene
 from lexiseg.errors import LexisegError
-from lexiseg.recipes import ContrastiveRecipe, TrainSettings, load_recipe
+from lexiseg.recipes import ContrastiveRecipe, TrainSettings, is_recipe, load_recipe
 from lexiseg.recipes.schema import ContrastiveSettings, SceneSettings
 from lexiseg.training.contrastive import (
     ContrastiveTask,
@@ -243,12 +243,13 @@ SHIPPED = {
     "cascade-clip-emoji": ("cascade-clip-picture-world", {}),
     "second-look-emoji": ("second-look-picture-world", {}),
     "deop-emoji": ("deop-picture-world", {"leftover": {"count": 8}}),
-    "cat-seg-world2": ("cat-seg-world2", {}),
+    "cat-seg-world2": ("cat-seg-picture-world-2", {}),
 }
 
 
 def test_every_shipped_model_is_known_here() -> None:
     assert {entry.name for entry in lexiseg.list_models() if "/" not in entry.name} == set(SHIPPED)
+    assert not [name for name in SHIPPED if is_recipe(name)], "`--initial NAME` would train the recipe"
 
 
 @pytest.mark.parametrize("name", SHIPPED)

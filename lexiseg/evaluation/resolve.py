@@ -146,9 +146,12 @@ def _judged(
             raise LexisegError(nothing_labelled(settings["split"]))
     known = with_masks(segmenter, [entry.name for entry in report.vocabulary.classes if entry.seen is False])
     if known and processes.is_main():
-        text = f"The unseen classes include {len(known)} that this model had masks of in training, '{known[0]}' "
-        text += "first, so mIoU(U) and hIoU are not zero-shot."
-        warnings.warn(text, LexisegWarning, stacklevel=3)
+        warnings.warn(
+            f"The unseen classes include {len(known)} that this model had masks of in training, '{known[0]}' first, so "
+            "mIoU(U) and hIoU are not zero-shot.",
+            LexisegWarning,
+            stacklevel=3,
+        )
     return report
 
 

@@ -297,8 +297,12 @@ def _reading(listed: ClassList, files: Mapping[str, Path], ignore: int, root: Pa
             "or write 'ignore: 255' into classes.yaml or lexiseg.yaml to ignore white.",
             "black-and-white",
         )
-    void = (ignore, *[WIDE_IGNORE_INDEX] * wide, *[0] * numbered)
-    return LabelKind.wide if wide else LabelKind.index, ValueTable(id_map, void, ignore, remedy=remedy)
+    void = [ignore]
+    if wide:
+        void.append(WIDE_IGNORE_INDEX)
+    if numbered:
+        void.append(0)
+    return LabelKind.wide if wide else LabelKind.index, ValueTable(id_map, tuple(void), ignore, remedy=remedy)
 
 
 def _packed(color: tuple[int, int, int]) -> int:

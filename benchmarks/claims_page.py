@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +77,16 @@ class Claim:
 
 def claims() -> list[Claim]:
     """All of them, in the order in which they are to be decided."""
-    return [Claim(**entry) for entry in yaml.safe_load((HERE / "claims.yaml").read_text("utf-8"))["claims"]]
+    found = []
+    for entry in yaml.safe_load((HERE / "claims.yaml").read_text("utf-8"))["claims"]:
+        claim = Claim(**entry)
+        if claim.masks != "both":
+            found.append(claim)
+            continue
+        says = f"{claim.says}, inside the labels' masks"
+        found.append(replace(claim, masks="proposals"))
+        found.append(replace(claim, claim=f"{claim.claim}-labels", says=says, masks="labels"))
+    return found
 
 
 def stated(claim: Claim) -> dict[str, Any]:

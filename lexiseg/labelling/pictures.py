@@ -62,7 +62,8 @@ def absolute(path: str | Path) -> str:
 class Entry:
     """What became of a picture."""
 
-    __pydantic_config__: ClassVar = ConfigDict(defer_build=True)  # of `read_entry`, which most runs never call
+    # Deferred, since most runs never call `read_entry`. Python 3.10 and pydantic together need the whole annotation.
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(defer_build=True)
 
     image: str  # the picture's path, absolute
     stem: str  # what the names of its results begin with

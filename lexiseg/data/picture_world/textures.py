@@ -35,9 +35,9 @@ def blend(t: Array, dark: tuple[int, int, int], light: tuple[int, int, int]) -> 
 def cells(rng: np.random.Generator, count: int) -> tuple[Array, Array]:
     """Return a periodic Voronoi pattern: the distance to the cell's border (0 there) and a random tone per cell."""
     points = rng.random((count, 2))
-    best = np.full((SIZE, SIZE), 9.0)
-    second = best.copy()
-    owner = np.zeros((SIZE, SIZE), int)
+    best: Array = np.full((SIZE, SIZE), 9.0)
+    second: Array = best.copy()
+    owner: Array = np.zeros((SIZE, SIZE), int)
     for index, (y, x) in enumerate(points):
         dy, dx = np.abs(_Y - y), np.abs(_X - x)
         distance = np.hypot(np.minimum(dy, 1 - dy), np.minimum(dx, 1 - dx))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -47,6 +49,11 @@ def test_equal_to_the_definition(grid: tuple[int, int], size: tuple[int, int], c
     torch.testing.assert_close(ours.total, ours.mask + ours.dice)
     (expected,) = torch.autograd.grad(2.0 * (20 * focal + 3 * dice), logits)
     torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
+
+
+def test_the_sum_over_many_pixels_keeps_its_digits() -> None:
+    losses = mask_losses(torch.zeros(1, 20, 4, 4), torch.full((1, 512, 512), 255), focal_weight=1.0)
+    assert float(losses.mask) == pytest.approx(20 * 0.75 * 0.25 * math.log(2), rel=1e-5)
 
 
 def test_finite_for_huge_logits() -> None:

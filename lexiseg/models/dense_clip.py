@@ -209,6 +209,9 @@ class DenseCLIP(SegmentationModel):
         """Whole pictures are not padded; what is left over of their sides is cut off."""
         return self.options.fit == "pad" and self.options.window_size is not None
 
+    def _crops(self, size: tuple[int, int]) -> bool:
+        return self.options.fit != "resize" and not self._pads and min(size) >= self.patch_size
+
     def fitted(self, images: Tensor) -> tuple[Tensor, Grid]:
         """Bring images to sides that are multiples of the patch, as the option `fit` says.
 
@@ -223,7 +226,7 @@ class DenseCLIP(SegmentationModel):
             rest = [-side % unit_size for side in (height, width)]
             top, left = rest[0] // 2, rest[1] // 2
             return F.pad(images, (left, rest[1] - left, top, rest[0] - top)), (top, left)
-        if self.options.fit != "resize" and min(height, width) >= patch:
+        if self._crops((height, width)):
             return images[..., : height - height % patch, : width - width % patch], (0, 0)
         return self.fit_to_patches(images), (0, 0)
 
@@ -244,7 +247,8 @@ class DenseCLIP(SegmentationModel):
         first = max(len(tower.blocks) - options.last_blocks, 0)
         tokens, kept = tower.run(tokens, stop=first, attending=options.middle_blocks)
         if options.feedback:
-            values = {"tokens": tokens, "images": fitted}
+            # The first pass labels the pixels of the whole image, those too that are cut off as they fill no patch.
+            values = {"tokens": tokens, "images": images if self._crops(size) else fitted}
             for index, (query, key) in kept.items():
                 values |= {f"query_{index}": query, f"key_{index}": key}
             return ImageFeatures(size, values)
@@ -359,8 +363,9 @@ class DenseCLIP(SegmentationModel):
     def patch_labels(self, features: ImageFeatures, text: Tensor) -> Tensor:
         """The word of each patch (B, h, w) in ResCLIP's first pass, the most frequent of its pixels'."""
         images = features.values["images"]
+        height, width = self.tower.grid(images)
         labels = self.first_labels(_cosines(self.one_pass(features), text), images)
-        return majority(labels, self.tower.grid(images))
+        return majority(labels[..., : height * self.patch_size, : width * self.patch_size], (height, width))
 
     def first_labels(self, logits: Tensor, images: Tensor) -> Tensor:
         """The word of each pixel in ResCLIP's first pass, 0 where none is likely.

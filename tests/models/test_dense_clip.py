@@ -100,6 +100,18 @@ class TestResCLIP(DenseTester):
         image[..., :24] = -1.0
         assert bool((model.first_labels(logits, image)[..., 40:] == 39).all())
 
+    def test_the_first_pass_labels_the_pixels_that_fill_no_patch_too(
+        self, model: SegmentationModel, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        assert isinstance(model, DenseCLIP)
+        patch, labelled, first = model.patch_size, [], model.first_labels
+        height, width = 3 * patch, 5 * patch
+        monkeypatch.setattr(model, "first_labels", lambda *given: labelled.append(first(*given)) or labelled[-1])
+        features = model.encode_images(torch.randn(1, 3, height + 3, width + 1))
+        found = model.patch_labels(features, unit_rows(3, DIM))
+        assert labelled[0].shape == (1, height + 3, width + 1)
+        assert torch.equal(found, majority(labelled[0][:, :height, :width], (3, 5)))
+
     def test_a_tower_without_the_middle_blocks_is_refused(self) -> None:
         with pytest.raises(LexisegError, match=r"reads the blocks .* has 4"):
             DenseCLIP.build(small_clip(), {"method": "resclip"})

@@ -15,91 +15,12 @@ from lexiseg.pictures import cut_windows, read_picture
 from lexiseg.recipes import TrainSettings
 from lexiseg.scores import GridScores
 from lexiseg.training.trainer import build_optimizer, group_parameters, learning_rate
-from lexiseg.weights.cat_seg_checkpoint import CLIP_PREFIX, read_cat_seg
-from lexiseg.weights.filling import authors_key
 from lexiseg.windows import WindowPolicy
 from tests.parity.case import Case
-from tests.parity.clip_build import architecture, make_clip, text_sizes, under, vision_sizes
+from tests.parity.cat_seg_build import options_of, partial, their_key, whole
+from tests.parity.clip_build import architecture
 from tests.parity.pictures import batched, clip_normalised
-
-_NAMES = {
-    "hidden_dim": "hidden_dim",
-    "layers": "num_layers",
-    "attention_window": "window_size",
-    "class_attention": "attention_type",
-    "pooling": "pooling_size",
-    "appearance_dim": "appearance_guidance_proj_dim",
-    "text_dim": "text_guidance_proj_dim",
-    "guidance_dims": "decoder_guidance_dims",
-    "decoder_guidance_dims": "decoder_guidance_proj_dims",
-    "decoder_dims": "decoder_dims",
-    "padding": "pad_len",
-    "templates": "prompt_channel",
-    "prompt_length": "prompt_length",
-    "prompt_depth": "prompt_depth",
-}
-"""Our options and what the cases' JSON calls them."""
-
-
-def _key(name: str) -> str:
-    """The authors' key of a tensor of ours."""
-    return str(authors_key(name, "cat-seg"))
-
-
-def options_of(case: Case, **more: Any) -> dict[str, Any]:
-    """The options that the JSON tells."""
-    config = case.config["config"]
-    found = {ours: config[theirs] for ours, theirs in _NAMES.items() if theirs in config}
-    found["heads"] = config.get("num_heads", config.get("nheads", 4))
-    found["prompt_depth"] = found.get("prompt_depth") or None
-    if "hook_layers" in case.config:
-        found["guidance_blocks"] = tuple(case.config["hook_layers"])
-    trained = " ".join(entry["name"] for entry in case.config.get("optimiser", {}).get("groups", ()))
-    if trained:
-        modes = {".k_proj": "full", ".q_proj": "attention", "prompt_tokens": "prompt"}
-        found["finetune"] = next((mode for part, mode in modes.items() if part in trained), "none")
-    if "clip_resolution" in case.config:
-        found["resolution"] = case.config["clip_resolution"][0]
-    return {**found, "released": True, **more}
-
-
-def whole(case: Case, **more: Any) -> CATSeg:
-    """The model of a case with all of its parameters, read as `convert` reads it."""
-    config = case.config["config"]
-    model, _ = read_cat_seg(
-        case.params(),
-        heads=config["vision_heads"],
-        text_heads=config["text_heads"],
-        options=options_of(case, **more),
-        name=case.name,
-    )
-    stated = {**vision_sizes(model.clip), "text_width": text_sizes(model.clip)["width"]}
-    case.check_stated("sizes", config, {**stated, "text_layers": text_sizes(model.clip)["layers"]})
-    tokens = case.input("token_ids")
-    texts = [case.config["template"].replace("{}", name.split(", ")[0]) for name in case.config["class_names"]]
-    case.check_that("token_ids", torch.equal(model.clip.tokenize(texts), tokens), "other tokens than the case's")
-    return model
-
-
-def partial(case: Case, **more: Any) -> CATSeg:
-    """A model with the parameters of a case that has a part of them."""
-    params, config = case.params(), case.config["config"]
-    towers = under(params, CLIP_PREFIX)
-    for key in [key for key in towers if key.endswith("q_proj_weight")]:
-        parts = [towers.pop(key.replace("q_proj", f"{letter}_proj")) for letter in "qkv"]
-        towers[key.replace("q_proj", "in_proj")] = torch.cat(parts)
-    native = config.get("pos_grid", 1) * config.get("patch", 16)
-    heads = {"heads": config.get("vision_heads", 1), "text_heads": config.get("text_heads", 1)}
-    clip = make_clip(towers, native=native, **heads)
-    if not towers:
-        clip = build_clip(architecture({"vocab_size": 8}, output_dim=config["text_guidance_dim"]))
-    model = CATSeg.build(clip, options_of(case, **{"guidance_blocks": (0, 0), **more} if not towers else more))
-    own = {_key(name): name for name in model.state_dict() if not name.startswith("clip.")}
-    model.load_state_dict({own[key]: value for key, value in params.items() if key in own}, strict=False)
-    known = own.keys() | {CLIP_PREFIX + key for key in under(params, CLIP_PREFIX)}
-    left = [key for key in params if key not in known and not key.endswith("attn_mask")]
-    case.check_that("parameters", not left, f"{left[:1]} are of no use")
-    return model.eval()
+from tests.parity.rounding import check_gradients, in_double, stirred
 
 
 def check_sub(case: Case, name: str, actual: Tensor) -> None:
@@ -188,18 +109,12 @@ def _as_maps(x: Tensor) -> Tensor:
 
 def aggregator(case: Case) -> None:
     """The aggregation alone, with every step and the gradients."""
-    model, config = partial(case), case.config
-    names = ("image_features", "text_features", "appearance_guidance_1", "appearance_guidance_2")
-    image, words, middle, fine = (case.input(name) for name in names)
-    image, words = image.clone().requires_grad_(), words.clone().requires_grad_()
-    first = case.input("appearance_guidance_0")
-    guidance = [image if torch.equal(first, image) else first, middle, fine]
-    stated = {"batch": len(image), "classes": words.shape[1], "templates": words.shape[2]}
+    config = case.config
+    model, logits, gradients = _aggregate(case)
+    words = case.input("text_features")
+    stated = {"batch": len(logits), "classes": words.shape[1], "templates": words.shape[2]}
     case.check_stated("sizes", config, stated)
-    ours, handles = model.aggregator, watch(case, model)
-    logits = ours(image, words, guidance, tuple(config["config"]["pooling_size"]))
-    for handle in handles:
-        handle.remove()
+    ours, image = model.aggregator, case.input("image_features")
     case.check("logits", logits)
     with torch.no_grad():
         cost = ours.cost_volume(image, words)
@@ -213,21 +128,41 @@ def aggregator(case: Case) -> None:
             cost = torch.stack([one[:, rows] for one, rows in zip(cost, kept, strict=True)])
             case.check("corr_used", cost)
         check_sub(case, "corr_embed", _as_maps(ours.embed(cost.transpose(1, 2))))
-    kept_entries = logits != -100
-    (logits * case.input("grad_weight_sub") * kept_entries).sum().backward()
-    case.check("grad/image_features", image.grad)
-    case.check("grad/text_features", words.grad)
-    _check_gradients(case, model)
-    with torch.no_grad():  # without a graph the classes go through in parts
+        guidance = [case.input(f"appearance_guidance_{index}") for index in range(3)]
+        # without a graph the classes go through in parts
         parts = ours(image, words, guidance, tuple(config["config"]["pooling_size"]))
+    # A ReLU whose input is zero but for rounding changes every gradient.
+    check_gradients(case, gradients, lambda seed: _aggregate(case, seed, double=True)[2], most=1.0)
     case.check_that("in parts", torch.allclose(parts, logits, atol=1e-4), "the result is another in parts")
 
 
-def _check_gradients(case: Case, model: CATSeg) -> None:
-    for name, parameter in model.named_parameters():
-        key = f"grad/{_key(name)}"
-        if case.has(key) and parameter.grad is not None:
-            case.check(key, parameter.grad)
+def _aggregate(
+    case: Case, seed: int | None = None, *, double: bool = False
+) -> tuple[CATSeg, Tensor, dict[str, Tensor]]:
+    """The model, its logits and the gradients by the authors' keys; `double` as in `rounding.check_gradients`."""
+    model = partial(case)
+    names = ("image_features", "text_features", "appearance_guidance_1", "appearance_guidance_2")
+    image, words, middle, fine = (case.input(name).clone() for name in names)
+    first = case.input("appearance_guidance_0")
+    same = torch.equal(first, image)
+    if double:
+        in_double((model,), seed)
+        image, words, middle, fine, first = (one.double() for one in (image, words, middle, fine, first))
+        stirred((image, words, middle, fine, first), seed)
+    image.requires_grad_(), words.requires_grad_()
+    guidance = [image if same else first, middle, fine]
+    handles = [] if double else watch(case, model)
+    logits = model.aggregator(image, words, guidance, tuple(case.config["config"]["pooling_size"]))
+    for handle in handles:
+        handle.remove()
+    (logits * case.input("grad_weight_sub") * (logits != -100)).sum().backward()
+    inputs = {"image_features": image.grad, "text_features": words.grad}
+    return model, logits.detach(), {**{key: one for key, one in inputs.items() if one is not None}, **_gradients(model)}
+
+
+def _gradients(model: CATSeg) -> dict[str, Tensor]:
+    """Gradients by the authors' keys."""
+    return {their_key(name): value.grad for name, value in model.named_parameters() if value.grad is not None}
 
 
 def settings(
@@ -249,7 +184,9 @@ def settings(
 
 def check_groups(case: Case, what: str, groups: list[dict[str, Any]], stated: list[dict[str, Any]]) -> None:
     """Compare which parameters train, at which rates and decays."""
-    found = {_key(name): (group["initial_lr"], group["weight_decay"]) for group in groups for name in group["names"]}
+    found = {
+        their_key(name): (group["initial_lr"], group["weight_decay"]) for group in groups for name in group["names"]
+    }
     wanted = {entry["name"]: (entry["lr"], entry["weight_decay"]) for entry in stated}
     case.check_that(f"{what} names", found.keys() == wanted.keys(), str(sorted(found.keys() ^ wanted.keys())[:3]))
     same = all(torch.allclose(torch.tensor(found[key]), torch.tensor(wanted[key])) for key in found.keys() & wanted)
@@ -270,6 +207,13 @@ def training_step(case: Case) -> None:
     def losses() -> dict[str, Tensor]:
         return model.losses(images, labels, F.normalize(model.clip.encode_text(tokens), dim=-1))
 
+    def again(seed: int | None) -> dict[str, Tensor]:
+        fresh, pixels = whole(case).train(), images.double()
+        in_double((fresh,), seed)
+        stirred((pixels,), seed)
+        fresh.losses(pixels, labels, F.normalize(fresh.clip.encode_text(tokens), dim=-1))["loss"].backward()
+        return _gradients(fresh)
+
     handles = watch(case, model)
     loss = losses()["loss"]
     for handle in handles:
@@ -278,15 +222,15 @@ def training_step(case: Case) -> None:
     with torch.no_grad():
         _check_forward(case, model, images, F.normalize(model.clip.encode_text(tokens), dim=-1))
     loss.backward()
-    _check_gradients(case, model)
+    check_gradients(case, _gradients(model), again, most=1.0)
     prompts = model.prompt_tokens is not None
     plan = settings(sizes["base_lr"], sizes["clip_multiplier"], clip_norm=sizes["clip_value"], prompts=prompts)
     groups = group_parameters(model, plan)
     check_groups(case, "groups", groups, optimiser["groups"])
     every = [parameter for group in groups for parameter in group["params"]]
-    frozen = {_key(name) for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    frozen = {their_key(name) for name, parameter in model.named_parameters() if not parameter.requires_grad}
     case.check_stated("frozen", config, {"frozen": sorted(frozen)})
-    zero = [_key(n) for n, p in model.named_parameters() if p.grad is not None and not p.grad.any()]
+    zero = [their_key(n) for n, p in model.named_parameters() if p.grad is not None and not p.grad.any()]
     case.check_stated("zero gradients", config, {"grad_all_zero": zero, "grad_none": []})
     norm = torch.nn.utils.clip_grad_norm_(every, optimiser["full_model_clip_norm"])
     case.check("grad_norm_all_trainable", norm)
@@ -297,7 +241,7 @@ def training_step(case: Case) -> None:
         case.check_stated("optimizer", optimiser, {"betas": list(group["betas"]), "eps": group["eps"]})
     optimizer.step()
     for name, parameter in model.named_parameters():
-        _check_delta(case, f"step1_delta/{_key(name)}", parameter.detach() - before[name])
+        _check_delta(case, f"step1_delta/{their_key(name)}", parameter.detach() - before[name])
     with torch.no_grad():
         case.check("loss_after_step1", losses()["loss"])
 

@@ -5,6 +5,8 @@ nearly equal numbers. A ReLU whose input is zero but for rounding has one of two
 differ by more than the usual tolerance, and only double precision tells a mistake from rounding. So a gradient that
 misses is made again in double precision, and once more for several changes of the last bits of every weight and pixel.
 It passes if the authors' value lies no further from the exact one than such changes move it, and the report says so.
+What a ReLU lets through reaches every gradient in front of it, so that a case may miss many of them at once: those that
+are the authors' in double precision are right, however many they are.
 """
 
 from __future__ import annotations
@@ -45,13 +47,14 @@ def in_double(modules: Iterable[nn.Module], seed: int | None) -> None:
         stirred([*module.parameters(), *module.buffers()], seed)
 
 
-def check_gradients(case: Case, gradients: Mapping[str, Tensor], again: Gradients) -> None:
+def check_gradients(case: Case, gradients: Mapping[str, Tensor], again: Gradients, most: float = _MOST) -> None:
     """Compare all ``expected/grad/`` tensors of a case.
 
     Args:
         case: the case.
         gradients: ours, by the authors' keys.
         again: makes them in double precision.
+        most: the part of them that may be further from ours in double precision than the tolerance.
     """
     names = case.expected_names("grad/")
     runs: list[dict[str, Tensor]] = []
@@ -70,8 +73,8 @@ def check_gradients(case: Case, gradients: Mapping[str, Tensor], again: Gradient
         exact = runs[0][key]
         moved = max(float((each - exact).abs().max()) for each in (ours, *(run[key] for run in runs[1:])))
         theirs = float((expected - exact).abs().max())
-        excused += 1
-        if theirs > _MARGIN * moved or excused > max(1, round(_MOST * len(names))):
+        excused += theirs > GRADIENT_TOLERANCE * scale
+        if theirs > _MARGIN * moved or excused > max(1, round(most * len(names))):
             case.check(name, gradients[key])
             continue
         case.touched.add(f"expected/{name}")

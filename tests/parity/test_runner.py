@@ -16,6 +16,7 @@ from tests.parity.case import Case, UnsupportedError, Watched, load_case
 from tests.parity.clip_build import make_clip, under
 from tests.parity.pictures import clip_normalised
 from tests.parity.region_parts import crop_options
+from tests.parity.rounding import check_gradients
 from tests.parity.runner import main, run_case
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -234,3 +235,14 @@ def test_not_a_number_must_be_at_the_same_places() -> None:
     assert case.passed
     case.check("iou", torch.tensor([1.0, nan]))
     assert not case.passed
+
+
+def test_gradients_may_round_otherwise_if_they_are_the_authors_in_double_precision() -> None:
+    exact = {"one": torch.tensor([1.0, 2.0]).double(), "two": torch.tensor([3.0]).double()}
+    ours = {key: value.float() * 1.01 for key, value in exact.items()}  # as if a ReLU let more through
+    expected = {f"expected/grad/{key}": value.float() for key, value in exact.items()}
+    right, wrong = Case("x", {}, dict(expected)), Case("x", {}, dict(expected))
+    check_gradients(right, ours, lambda seed: exact)
+    assert right.passed
+    check_gradients(wrong, ours, lambda seed: {key: value.double() for key, value in ours.items()})
+    assert not wrong.passed

@@ -17,9 +17,12 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +36,9 @@ from lexiseg.class_forms import (
     split_classes,
 )
 from lexiseg.colors import parse_color
-from lexiseg.errors import LexisegError
+from lexiseg.errors import LexisegError, LexisegWarning
 from lexiseg.exemplars import PREFIX
+from lexiseg.files import write_text
 from lexiseg.words import describe, is_deep, null, refuse_unknown, shorten, word_key
 
 _MAX_FILE_BYTES = 64 * 2**20
@@ -198,6 +202,44 @@ def read_class_text(text: str, ending: str = "") -> ClassList:
         if not isinstance(value, str):
             return _structured(value)
     return _bracketed(text) or (_sorted_out(lines_read(lines)) if lines else ClassList(()))
+
+
+def write_class_list(folder: Path, names: Sequence[str]) -> Path:
+    """Write the names of classes as ``classes.txt``, a line each, or as ``classes.yaml``.
+
+    The latter, a mapping that YOLO's tools read too, is for names such as "red; blue" and "#1", whose lines would be
+    read as other classes. A list of other classes is replaced, with a note. Returns the path. Raises LexisegError if it
+    cannot be written.
+    """
+    path, text = folder / "classes.txt", "".join(f"{name}\n" for name in names)
+    paths = [path]
+    if not _reads_as(text, tuple(names)):
+        import yaml
+
+        path = folder / "classes.yaml"
+        paths.append(path)
+        # In "names" a comma joins synonyms for `read_class_list`, which takes those of "categories" as they are.
+        entries = [{"id": index, "name": name} for index, name in enumerate(names)]
+        content = {"names": dict(enumerate(names)), "categories": entries}
+        text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+    before = [place.read_text("utf-8", "replace") for place in paths if place.is_file()]
+    if before != [text]:
+        write_text(path, text)
+        for place in paths[:-1]:  # which would be read first
+            place.unlink(missing_ok=True)
+        if before:
+            said = f"'{path}' replaced a list of other classes; results of earlier runs beside it use the old list, so "
+            warnings.warn(f"{said}write runs with other classes into other folders.", LexisegWarning, stacklevel=2)
+    return path
+
+
+@lru_cache(maxsize=1)  # as many results have the same classes
+def _reads_as(text: str, names: tuple[str, ...]) -> bool:
+    """Whether the text of a file is read as these classes and nothing more."""
+    with warnings.catch_warnings(), suppress(LexisegError):
+        warnings.simplefilter("ignore")
+        return read_class_text(text).classes == tuple(map(ListedClass, names))
+    return False
 
 
 def _bracketed(text: str) -> ClassList | None:

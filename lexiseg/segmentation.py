@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import re
-import warnings
 from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -18,8 +17,9 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from lexiseg import formats
+from lexiseg.class_list import write_class_list
 from lexiseg.colors import IGNORED_COLOR
-from lexiseg.errors import LexisegError, LexisegWarning
+from lexiseg.errors import LexisegError
 from lexiseg.files import as_path, atomic_write, make_folder, write_json, write_text
 from lexiseg.label_ids import ignore_index
 from lexiseg.overlay import LegendEntry, draw_legend, paint_classes
@@ -339,8 +339,8 @@ class Segmentation:
             stem: the beginning of the file names.
             kinds: any of ``labels`` (STEM_labels.png), ``overlay`` (STEM_overlay.png), ``json`` (STEM.json), ``coco``
                 (STEM_coco.json, a COCO dataset), ``geojson`` (STEM.geojson, in pixels), ``yolo`` (yolo/STEM.txt with
-                yolo/classes.txt), ``labelme`` (labelme/STEM.json), ``cvat`` (STEM_cvat.xml) and ``masks`` (one PNG
-                per class in STEM_masks).
+                the list of `lexiseg.class_list.write_class_list`), ``labelme`` (labelme/STEM.json), ``cvat``
+                (STEM_cvat.xml) and ``masks`` (one PNG per class in STEM_masks).
             instances: names of classes whose connected regions are annotations of their own, see
                 `lexiseg.formats.objects_of`; for the kinds from ``coco`` to ``cvat``.
             font: see `overlay`.
@@ -380,13 +380,7 @@ class Segmentation:
         return {name: write() for name, write in writers.items() if name in kinds}
 
     def _save_yolo(self, folder: Path, stem: str, instances: Collection[str]) -> Path:
-        names, text = make_folder(folder) / "classes.txt", "".join(f"{name}\n" for name in self.classes)
-        before = names.read_text("utf-8", "replace") if names.is_file() else None
-        if before != text:
-            write_text(names, text)
-        if before not in (None, text):
-            said = f"'{names}' listed other classes and was replaced; results of earlier runs beside it use the old "
-            warnings.warn(f"{said}list, so write runs with other classes into other folders.", LexisegWarning, 2)
+        write_class_list(make_folder(folder), self.classes)
         return write_text(folder / f"{stem}.txt", formats.to_yolo(self, instances))
 
     def _save_masks(self, folder: Path) -> Path:

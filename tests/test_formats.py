@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -18,9 +19,11 @@ from pycocotools import mask as coco
 from pycocotools.coco import COCO
 
 from lexiseg import formats
+from lexiseg.class_forms import ListedClass
+from lexiseg.class_list import read_class_list
 from lexiseg.errors import LexisegError, LexisegWarning
 from lexiseg.segmentation import Segmentation
-from lexiseg.vocabulary import Vocabulary
+from lexiseg.vocabulary import Vocabulary, VocabularyClass
 
 NAMES = ("giraffe", "grass & <soil>", "长颈鹿", "no such thing")
 
@@ -230,7 +233,7 @@ def test_every_kind_is_saved(tmp_path: Path) -> None:
     assert np.array_equal(np.asarray(Image.open(paths["masks"] / "000_giraffe.png")) > 0, ring_with_a_dot())
     other = Segmentation(torch.zeros((4, 4), dtype=torch.uint8), Vocabulary.parse("sky; sea"))
     Image.new("L", (4, 4)).save(paths["masks"] / "007_mine.png")  # a user's own
-    with pytest.warns(LexisegWarning, match="listed other classes and was replaced"):
+    with pytest.warns(LexisegWarning, match="replaced a list of other classes"):
         other.save(tmp_path, "photo", ("yolo", "masks"))
     assert (tmp_path / "yolo" / "classes.txt").read_text(encoding="utf-8") == "sky\nsea\n"
     assert sorted(path.name for path in paths["masks"].iterdir()) == ["000_sky.png", "007_mine.png"]
@@ -238,6 +241,21 @@ def test_every_kind_is_saved(tmp_path: Path) -> None:
         result().save(tmp_path, "photo", instances=["cat"])
     with pytest.raises(LexisegError, match="same classes"):
         formats.to_coco([])
+
+
+@pytest.mark.parametrize(
+    "names", [["a, b", "c"], ['"x"', "y"], ["red; blue", "z"], ["#tag", "w"], ["name", "cat"], ["7 up", "8 ball"]]
+)
+def test_the_classes_beside_yolo_are_read_as_they_are(tmp_path: Path, names: list[str]) -> None:
+    labels = torch.zeros((4, 4), dtype=torch.uint8)
+    Segmentation(labels, Vocabulary.parse("sky; sea")).save(tmp_path, "photo", ["yolo"])
+    odd = Segmentation(labels, Vocabulary(tuple(map(VocabularyClass, names))))
+    with pytest.warns(LexisegWarning, match="replaced a list of other classes"):
+        odd.save(tmp_path, "photo", ["yolo"])
+    odd.save(tmp_path, "other", ["yolo"])
+    (listed,) = (tmp_path / "yolo").glob("classes.*")
+    assert read_class_list(listed).classes == tuple(ListedClass(name, value=index) for index, name in enumerate(names))
+    assert yaml.safe_load(listed.read_text(encoding="utf-8"))["names"] == dict(enumerate(names))
 
 
 def test_a_notebook_shows_the_overlay() -> None:

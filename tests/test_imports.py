@@ -44,7 +44,7 @@ ALLOWED: dict[str, set[str]] = {
     "exemplars": {"errors", "words"},
     "exemplar_vectors": WORDS | {"images", "clip", "models", "windows"},
     "class_forms": {"exemplars", "errors", "words", "colors"},
-    "class_list": {"exemplars", "errors", "words", "colors", "class_forms"},
+    "class_list": {"exemplars", "errors", "files", "words", "colors", "class_forms"},
     "vocabulary": WORDS,
     "notes": WORDS,
     "images": {"errors", "files", "words"},

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import time
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, count
@@ -13,8 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from lexiseg.class_forms import ListedClass
+from lexiseg.class_list import read_class_list, write_class_list
 from lexiseg.cli.console import say, say_error, say_json, say_note, say_table, say_written, with_progress
-from lexiseg.errors import LexisegError
+from lexiseg.data.sets.layouts import CLASS_FILES
+from lexiseg.data.sets.listing import files_in
+from lexiseg.errors import LexisegError, LexisegWarning
+from lexiseg.journal import flat
 from lexiseg.labelling.pictures import COCO, Entry, Labeller, Picture, Record, Wanted, absolute
 from lexiseg.words import counted, word_key
 
@@ -53,7 +60,10 @@ def predict_pictures(
     kinds = wanted.kinds
     record = Record(output) if len(paths) > 1 or resume or spread or "coco" in kinds else None
     before: dict[str, Entry] = {}
+    replaced: list[str] = []  # the classes of the last run into the folder
     if record is not None:
+        old = flat(record.settings or {}).items()
+        replaced = [name for key, name in old if key.startswith("classes.") and key.endswith(".name")]
         identity = segmenter.identity(vocabulary, wanted.window)
         settings = {**identity, "instances": list(wanted.instances)}
         before = record.begin_run(settings, resume=resume, images=list(map(absolute, paths)))
@@ -89,8 +99,10 @@ def predict_pictures(
             record.clean(picture.stem for picture in todo)  # what workers left that were killed
         if "coco" in kinds and failed < len(given):
             written.append(record.write_coco(vocabulary.names, ordered))
+        if "labels" in kinds and failed < len(given):
+            written += _list_classes(output, vocabulary.names, replaced)
     if "yolo" in kinds and failed < len(given):
-        written.append(output / "yolo" / "classes.txt")
+        written.append(write_class_list(output / "yolo", vocabulary.names))
     if json:
         images = [_listed(entry, given[entry.image], output, vocabulary) for entry in ordered]
         say_json({"model": model, "seconds": round(time.perf_counter() - start, 3), "images": images})
@@ -101,6 +113,23 @@ def predict_pictures(
             say_note(f"{len(given) - failed} of {counted(len(given), 'picture')} segmented{earlier}")
     if failed:
         raise typer.Exit(ALL_FAILED if failed == len(given) else SOME_FAILED)
+
+
+def _list_classes(output: Path, names: Sequence[str], replaced: Sequence[str]) -> list[Path]:
+    """List the classes of label maps beside them, so that they can be read as masks; a list of the user's own stays.
+
+    ``replaced``: the classes of the last run into the folder. Returns the file, or nothing.
+    """
+    for path in files_in(output, CLASS_FILES)[:1]:
+        listed: tuple[ListedClass, ...] = ()
+        with suppress(LexisegError):
+            listed = read_class_list(path).classes
+        if listed != tuple(map(ListedClass, replaced)):
+            if tuple(one.name for one in listed) != names:
+                text = f"'{path}' lists other classes than these label maps have; correct it if you use them as masks."
+                warnings.warn(text, LexisegWarning, stacklevel=2)
+            return []
+    return [write_class_list(output, names)]
 
 
 def _follow(
@@ -144,7 +173,7 @@ def _stems(paths: Sequence[Path], kept: Mapping[str, str] | None = None) -> dict
     kept = kept or {}
     stems: dict[Path, str] = {}
     # Two names that differ only in case or in how an accent is spelled are one file on some systems; annotations.json
-    # and yolo/classes.txt are of the whole run.
+    # and the lists of classes are of the whole run.
     taken = {"annotations", "classes", *(word_key(stem) for stem in kept.values())}
     for path in paths:
         stem = kept.get(absolute(path))

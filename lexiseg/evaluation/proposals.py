@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lexiseg.background import BackgroundSource
 from lexiseg.data.base import SegmentationDataset, seen_ids, unseen_ids
 from lexiseg.devices import EvaluationMode
 from lexiseg.errors import LexisegError
@@ -218,6 +219,7 @@ def evaluate_proposals(
     released: bool = False,
     limit: int | None = None,
     window: WindowPolicy | None = None,
+    background: BackgroundSource = None,
     offsets: Offsets | None = None,
 ) -> ProposalReport:
     """Compare the proposals for every picture with its labels, at the labels' size.
@@ -226,9 +228,9 @@ def evaluate_proposals(
 
     ``dataset``: pictures with labels; its seen and unseen flags decide what counts as which. ``released``: also predict
     the pictures and count as DeOP's released code does. ``limit``: take only this many pictures, spread evenly; None
-    takes all. ``window``: how pictures are resized; None is the model's own way. ``offsets``: as in `run_evaluation`,
-    for these predictions. Raises LexisegError if the model has no proposals, the dataset is empty, or a picture is
-    wrong.
+    takes all. ``window``: how pictures are resized; None is the model's own way. ``background`` and ``offsets``: as in
+    `run_evaluation`, for these predictions, whose pixels of no class are no region. Raises LexisegError if the model
+    has no proposals, the dataset is empty, or a picture is wrong.
     """
     model = segmenter.model
     if not isinstance(model, DecoupledModel):
@@ -268,8 +270,10 @@ def evaluate_proposals(
             best = model.pixel_scores(scores[None].to(segmenter.device), features)
             confusion.update(best.label_map(size)[0].cpu().numpy(), sample.label.numpy())
             if released:
-                prediction = segmenter.predict(sample.image, asked, window=window).label_map.long()
-                regions = prediction[None] == prediction.unique()[:, None, None]
+                result = segmenter.predict(sample.image, asked, window=window, background=background)
+                prediction = result.label_map.long()
+                found = [index for index in _ids(prediction) if index < num_classes]
+                regions = prediction[None] == torch.tensor(found, dtype=torch.long)[:, None, None]
                 for counter in counters.values():
                     counter.update(regions, sample.label)
     return ProposalReport(

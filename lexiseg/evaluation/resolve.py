@@ -123,8 +123,8 @@ def evaluate(
         if proposals:
             from lexiseg.evaluation.proposals import evaluate_proposals
 
-            found = evaluate_proposals(segmenter, data, released=True, limit=limit, window=told, offsets=asked.offsets)
-            report = replace(report, proposals=found)
+            same: dict[str, Any] = {"limit": limit, "window": told, "background": background, "offsets": asked.offsets}
+            report = replace(report, proposals=evaluate_proposals(segmenter, data, released=True, **same))
     if folder is not None and journal is not None and processes.is_main():
         report.save(folder)
         journal.remove()

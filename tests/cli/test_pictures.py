@@ -21,6 +21,7 @@ from pycocotools.coco import COCO
 import lexiseg
 from lexiseg.cli import main
 from lexiseg.cli.pictures import SOME_FAILED
+from lexiseg.data.sets.open import open_data_set
 from lexiseg.errors import LexisegError
 from lexiseg.segmentation import Segmentation
 from tests.cli.calling import WORDS, Call
@@ -107,6 +108,22 @@ def test_names_that_are_too_long_or_those_of_the_run_s_own_files(predict: Call, 
     assert (tmp_path / "out" / "yolo" / "classes.txt").read_text().splitlines() == [
         part.split(",")[0] for part in WORDS.split("; ")
     ]
+
+
+def test_label_maps_can_be_read_as_masks_and_a_list_of_the_user_s_own_stays(predict: Call, tmp_path: Path) -> None:
+    write_pictures(tmp_path / "images", ["a.png", "b.png"])
+    masks = tmp_path / "masks"
+    for classes in ("dog; sky", "dog; tree, bush"):
+        code, out, _ = predict("images", classes, "--save", "labels", "-o", masks)
+        assert code == 0 and out.endswith(f"wrote {masks / 'classes.txt'}\n")
+        data = open_data_set("own", tmp_path, "train")
+        assert data.vocabulary.names == tuple(part.split(",")[0] for part in classes.split("; "))
+        assert np.array_equal(data[0].label, Image.open(masks / "a_labels.png"))
+    for text in ("cat, kitten\n", "cat, kitten\ndog\n"):
+        (masks / "classes.txt").write_text(text)
+        code, out, err = predict("images", "cat; dog", "--save", "labels", "-o", masks)
+        assert code == 0 and (masks / "classes.txt").read_text() == text and "classes.txt" not in out
+        assert ("lists other classes than these label maps" in err) == ("dog" not in text)
 
 
 def test_nothing_of_a_folder_is_passed_over(predict: Call, folder: Path) -> None:

@@ -158,7 +158,11 @@ def test_the_command_prints_what_the_released_code_counts(tmp_path: Path, capsys
     asked = ["evaluate", "picture-world", "-w", "deop-emoji", "--limit", "1", "--size", "64", "--device", "cpu"]
     assert main([*asked, "--proposals", "-o", str(tmp_path)]) == 0
     assert "released counters at IoU 0.3" in capsys.readouterr().out
-    assert json.loads((tmp_path / "proposals.json").read_text())["released"].keys() == {"0.3", "0.5"}
+    released = json.loads((tmp_path / "proposals.json").read_text())["released"]
+    assert released.keys() == {"0.3", "0.5"} and released["0.3"]["all"] < 1
+    # Where it is sure, it is right; pixels of no class are no region that could be wrong.
+    assert main([*asked, "--proposals", "-o", str(tmp_path), "--background", "0.999"]) == 0
+    assert json.loads((tmp_path / "proposals.json").read_text())["released"]["0.3"]["all"] == 1
 
 
 @pytest.fixture

@@ -174,8 +174,11 @@ def _segment(
                 if paint is None:
                     temporary = stack.enter_context(atomic_write(files["overlay"]))
                     rate = stream.average_rate or Fraction(25)
-                    paint = stack.enter_context(_overlay(av, temporary, rate, labels.shape, vocabulary))
-                paint(pixels, labels)
+                    base = stream.time_base or 1 / rate
+                    paint = stack.enter_context(_overlay(av, temporary, rate, base, labels.shape, vocabulary))
+                    # Of the file, not of its pictures, which may set in after the sound.
+                    start = seconds if container.start_time is None else container.start_time / av.time_base
+                paint(pixels, labels, index / float(rate) if picture.time is None else seconds - start)
             yield Frame(index, seconds, labels, reused)
 
 
@@ -229,21 +232,30 @@ def _blended(before: Scores, now: Scores, weight: float) -> Scores:
 
 @contextmanager
 def _overlay(
-    av: Any, path: Path, rate: Fraction, size: tuple[int, ...], vocabulary: Vocabulary
-) -> Iterator[Callable[[NDArray[np.uint8], NDArray[np.integer]], None]]:
-    """A video of frames of this height and width; gives a function that paints a frame and writes it."""
+    av: Any, path: Path, rate: Fraction, base: Fraction, size: tuple[int, ...], vocabulary: Vocabulary
+) -> Iterator[Callable[[NDArray[np.uint8], NDArray[np.integer], float], None]]:
+    """A video of frames of this height and width; gives a function that paints a frame and writes it.
+
+    ``rate``: frames per second, on average. ``base``: the unit of their times, which the function takes in seconds.
+    """
     palette, unpainted = vocabulary.palette(), ignore_index(len(vocabulary))
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264" if "libx264" in av.codecs_available else "mpeg4", rate=rate)
         stream.height, stream.width = map(_even, size)
         stream.pix_fmt = "yuv420p"
+        base = stream.codec_context.time_base = max(base, Fraction(1, 65535))  # the finest that mpeg4 takes
+        last = -1
 
-        def write(pixels: NDArray[np.uint8], labels: NDArray[np.integer]) -> None:
+        def write(pixels: NDArray[np.uint8], labels: NDArray[np.integer], seconds: float) -> None:
+            nonlocal last
             painted = paint_classes(pixels, labels, palette, alpha=_ALPHA, outlines=False, background=unpainted)
             cut = np.ascontiguousarray(np.asarray(painted)[: _even(labels.shape[0]), : _even(labels.shape[1])])
             frame = av.VideoFrame.from_ndarray(cut, format="rgb24")
             # A frame of another size than the first is stretched.
-            container.mux(stream.encode(frame.reformat(width=stream.width, height=stream.height)))
+            frame = frame.reformat(width=stream.width, height=stream.height)
+            frame.pts, frame.time_base = max(last + 1, round(seconds / base)), base  # files take no time twice
+            last = frame.pts
+            container.mux(stream.encode(frame))
 
         yield write
         container.mux(stream.encode())

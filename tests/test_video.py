@@ -8,6 +8,7 @@ import struct
 import tracemalloc
 from copy import copy
 from dataclasses import replace
+from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -125,6 +126,25 @@ def test_a_video_that_lies_on_its_side_is_turned(segmenter: Any, clip: Path, tmp
         first = next(container.decode(video=0)).to_ndarray(format="rgb24")
     labels = run(segmenter, turned, tmp_path / "out", frames=1)[0].labels
     assert np.array_equal(labels, segmenter.predict(np.rot90(first, -1), WORDS).label_map)
+
+
+def test_frames_keep_their_times(segmenter: Any, clip: Path, tmp_path: Path) -> None:
+    """Telephones and screen recorders do not write them at a constant rate, at which the overlay would drift."""
+    path, times = tmp_path / "uneven.mp4", [0.0, 0.1, 0.2, 1.2, 1.3, 2.5]
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=10)
+        stream.width = stream.height = 64
+        stream.pix_fmt, stream.codec_context.time_base = "yuv420p", Fraction(1, 1000)
+        for seconds in times:
+            frame = av.VideoFrame.from_ndarray(np.full((64, 64, 3), int(50 * seconds), np.uint8), format="rgb24")
+            frame.pts, frame.time_base = round(1000 * seconds), Fraction(1, 1000)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    for source, expected in ((path, times), (clip, [step / 10 for step in range(8)])):
+        run(segmenter, source, tmp_path)
+        with av.open(str(video_files(source, tmp_path)["overlay"])) as container:
+            found = [frame.time for frame in container.decode(video=0)]
+        np.testing.assert_allclose(found, expected, atol=1e-3)
 
 
 def test_frames_whose_size_changes_midway(segmenter: Any, tmp_path: Path) -> None:

@@ -36,7 +36,8 @@ def test_real_folder_with_bad_pictures(tmp_path: Path, tiny_model: Path, picture
         assert said.casefold() in line.casefold()
     assert lines[-1] == "2 of 7 pictures segmented"
     assert results(tmp_path / "out") == {
-        f"{stem}{ending}" for stem in ("good", "grey-alpha") for ending in ("_overlay.png", "_labels.png", ".json")
+        *(f"{stem}{end}" for stem in ("good", "grey-alpha") for end in ("_overlay.png", "_labels.png", ".json")),
+        "classes.txt",
     }
     assert "good_overlay.png" in result.stdout
 
@@ -134,8 +135,8 @@ def test_predict_many_pictures_and_equal_names(call: Call, tiny_model: Path, pic
     code, out, err = call("predict", "photo.jpg", "photo.png", "*.png", WORDS, "-m", tiny_model, "--save", "labels")
     assert code == 0
     assert "2 of 2" in err
-    assert results(tmp_path / "out") == {"photo_labels.png", "photo_png_labels.png"}
-    assert out.count("wrote") == 2
+    assert results(tmp_path / "out") == {"photo_labels.png", "photo_png_labels.png", "classes.txt"}
+    assert out.count("wrote") == 3
 
 
 def test_a_clusters_run_goes_on_on_one_machine(
@@ -152,7 +153,7 @@ def test_a_clusters_run_goes_on_on_one_machine(
         patch.setattr(ray_data, "label_on_ray", stopped)
         assert call(*words, "--cluster", "ray")[0] == 130
     assert call(*words, "--resume")[0] == 0
-    assert results(tmp_path / "out") == {"photo_labels.png", "photo_png_labels.png"}
+    assert results(tmp_path / "out") == {"photo_labels.png", "photo_png_labels.png", "classes.txt"}
 
 
 def test_predict_options(call: Call, tiny_model: Path, picture: Path) -> None:

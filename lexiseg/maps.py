@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from lexiseg.errors import LexisegError, LexisegWarning, need
 from lexiseg.files import atomic_write, make_folder
 from lexiseg.label_ids import ignore_index
-from lexiseg.words import counted, describe, printable
+from lexiseg.words import counted, describe, printable, whole_number
 
 if TYPE_CHECKING:
     from lexiseg.segmenter import Segmenter
@@ -45,10 +45,10 @@ class MapOptions:
     smallest: int = 16  # polygons of fewer pixels are left out
 
     def __post_init__(self) -> None:
-        if self.tile < 16 or self.tile % 16:
+        if whole_number(self.tile, "A tile's side") < 16 or self.tile % 16:
             raise LexisegError(f"A tile's side must be a multiple of 16, not {describe(self.tile)}.")
-        if self.margin < 0:
-            raise LexisegError(f"A tile's margin must be 0 or more pixels, not {describe(self.margin)}.")
+        whole_number(self.margin, "A tile's margin")
+        whole_number(self.smallest, "The smallest polygon")
         if self.polygons not in ("none", "geojson", "gpkg"):
             raise LexisegError(f"Polygons are written as geojson, gpkg or none, not {describe(self.polygons)}.")
 
@@ -176,7 +176,8 @@ def _opened(source: str | Path) -> Any:
 def _bands(wanted: tuple[int, int, int] | None, count: int) -> tuple[int, ...]:
     if wanted is None:
         return (1, 2, 3) if count >= 3 else (1, 1, 1)
-    if any(not 1 <= band <= count for band in wanted):
+    three = isinstance(wanted, list | tuple) and len(wanted) == 3
+    if not three or any(band not in range(1, count + 1) for band in wanted):
         raise LexisegError(f"The map has {counted(count, 'band')}, counted from 1; choose three of them, not {wanted}.")
     return wanted
 

@@ -27,7 +27,7 @@ from lexiseg.normalisation import IMAGENET_MEAN, IMAGENET_STD, normalise
 from lexiseg.proposals.options import SamOptions
 from lexiseg.scores import GridScores, Scores
 from lexiseg.smoothing import pamr, smooth
-from lexiseg.words import finite
+from lexiseg.words import describe, finite, whole_number
 
 Kind = Literal["none", "edges", "pamr", "regions"]
 Size = tuple[int, int]
@@ -58,11 +58,16 @@ class Refinement:
     def __post_init__(self) -> None:
         if self.kind not in get_args(Kind):
             raise LexisegError(f"There is no refinement '{self.kind}'; choose one of {', '.join(get_args(Kind))}.")
-        numbers = (self.cells, self.steps, self.max_pixels, *self.distances, *self.dilations)
-        for number in (*numbers, self.colour_width):
-            finite(number, "A number of a refinement")
-        if min(numbers) < 1 or not self.dilations or self.colour_width <= 0:
-            raise LexisegError("A refinement's cells, steps, distances, dilations and widths must be above 0.")
+        for name in ("cells", "steps", "max_pixels"):
+            whole_number(getattr(self, name), f"A refinement's {name}", 1)
+        for name in ("distances", "dilations"):
+            if not isinstance(numbers := getattr(self, name), list | tuple) or not numbers:
+                raise LexisegError(f"A refinement's {name} must be a list of numbers, not {describe(numbers)}.")
+            for number in numbers:
+                whole_number(number, f"Each of a refinement's {name}", 1)
+        width = self.colour_width
+        if isinstance(width, str) or finite(width, "A refinement's colour_width") <= 0:
+            raise LexisegError(f"A refinement's colour_width must be a number above 0, not {describe(width)}.")
 
     @classmethod
     def parse(cls, value: str | Refinement | None) -> Refinement:

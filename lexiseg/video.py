@@ -24,7 +24,7 @@ from lexiseg.journal import changed
 from lexiseg.label_ids import ignore_index
 from lexiseg.labelling.pictures import file_state
 from lexiseg.overlay import paint_classes
-from lexiseg.words import describe, printable
+from lexiseg.words import describe, finite, printable, whole_number
 
 if TYPE_CHECKING:
     from lexiseg.scores.base import Scores
@@ -61,9 +61,10 @@ class VideoOptions:
     frames: int | None = None  # stop after this many frames; None goes to the end. A camera has none.
 
     def __post_init__(self) -> None:
-        if self.every < 1 or (self.frames is not None and self.frames < 1):
-            raise LexisegError("Frames are counted from 1; give --every and --frames numbers of at least 1.")
-        if not 0 <= self.smooth < 1:
+        for name in ("every", "frames"):
+            if name == "every" or self.frames is not None:
+                whole_number(getattr(self, name), f"A video's '{name}'", 1)
+        if not 0 <= finite(self.smooth, "The weight of earlier frames") < 1:
             raise LexisegError(f"The weight of earlier frames must be from 0 to below 1, not {describe(self.smooth)}.")
 
 

@@ -62,7 +62,10 @@ class VocabularyClass(ListedClass):
         object.__setattr__(self, "name", name)
         object.__setattr__(self, "synonyms", synonyms)
         object.__setattr__(self, "seen", None if self.seen is None else bool(self.seen))
-        object.__setattr__(self, "exemplars", tuple(self.exemplars))
+        exemplars = tuple(self.exemplars) if isinstance(self.exemplars, Iterable) else (self.exemplars,)
+        if not all(isinstance(one, Exemplar) for one in exemplars):
+            raise LexisegError(f"The exemplars of '{shorten(name)}' must be a list of Exemplar.")
+        object.__setattr__(self, "exemplars", exemplars)
         if not (self.scored or synonyms or self.exemplars):
             raise LexisegError(f"The class '{shorten(name)}' has no words; give one after the =.")
         if self.color is not None:
@@ -102,11 +105,14 @@ class Vocabulary:
     background: Background = field(default_factory=Background)  # what happens to pixels that no class fits
 
     def __post_init__(self) -> None:
-        classes, background = list(self.classes), self.background
+        classes = list(self.classes) if isinstance(self.classes, Iterable) else [self.classes]
+        background = self.background
         if not classes:
             raise LexisegError("The list of classes is empty; name at least one class, for example 'cat; tree, bush'.")
         if not all(isinstance(entry, VocabularyClass) for entry in classes):
             raise LexisegError("A Vocabulary is made of VocabularyClass; use Vocabulary.parse for names.")
+        if not isinstance(background, Background):
+            raise LexisegError("The background of a Vocabulary is a Background; use Background.parse for its name.")
         if background.name is not None:
             classes, background = _with_background_class(classes, background.name)
         _refuse_duplicates(classes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from numbers import Integral
 
 from lexiseg.errors import LexisegError
 
@@ -41,12 +42,15 @@ def check_policy(window: WindowPolicy) -> WindowPolicy:
 
     Raises ValueError if no picture can be run so; what reads the file makes a sentence of it.
     """
-    sides = (window.size, window.short_side, window.long_side, *(window.canvas or ()))
-    if not all(side is None or 1 <= side <= LONGEST_SIDE for side in sides):
+    sides = [side for side in (window.size, window.short_side, window.long_side) if side is not None]
+    if window.canvas is not None:
+        height, width = window.canvas
+        sides += [height, width]
+    if not all(isinstance(side, Integral) and 1 <= side <= LONGEST_SIDE for side in sides):
         raise ValueError(f"sides must be from 1 to {LONGEST_SIDE} pixels")
     if window.long_side is not None and window.short_side is None:
         raise ValueError("'long_side' limits the resize to 'short_side', which is missing; name it")
-    if window.size is not None and not 0 <= window.stride <= window.size:
+    if window.size is not None and not (isinstance(window.stride, Integral) and 0 <= window.stride <= window.size):
         raise ValueError(
             f"a stride of {window.stride} leaves gaps between windows of {window.size}; use 1 to {window.size}"
         )

@@ -241,7 +241,7 @@ def test_the_command_and_mistakes(segmenter: Any, tmp_path: Path, capsys: pytest
         assert main([*asked, "--bands", wrong]) == 2
     with pytest.raises(LexisegError, match="multiple of 16"):
         MapOptions(tile=100)
-    with pytest.raises(LexisegError, match="margin must be 0 or more pixels, not -1"):
+    with pytest.raises(LexisegError, match="margin must be a whole number of at least 0, not -1"):
         MapOptions(margin=-1)
     with pytest.raises(LexisegError, match="geojson, gpkg or none"):
         MapOptions(polygons="shp")

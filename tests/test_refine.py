@@ -145,7 +145,7 @@ def test_the_smallest_region_has_the_pixel_and_a_tie_goes_to_the_lower_class() -
 def test_wrong_refinements_are_sentences() -> None:
     with pytest.raises(LexisegError, match="no refinement 'sharp'"):
         Segmenter(DenseCLIP.build(small_clip()), refine="sharp")
-    with pytest.raises(LexisegError, match="must be a finite number, not 'a'"):
+    with pytest.raises(LexisegError, match="cells must be a whole number of at least 1, not 'a'"):
         Refinement(cells="a")  # type: ignore[arg-type]
-    with pytest.raises(LexisegError, match="above 0"):
+    with pytest.raises(LexisegError, match="steps must be a whole number of at least 1, not 0"):
         Refinement("pamr", steps=0)

@@ -13,8 +13,12 @@ import torch
 import lexiseg
 from lexiseg.errors import LexisegError
 from lexiseg.exemplars import Exemplar
+from lexiseg.maps import MapOptions
+from lexiseg.refine import Refinement
 from lexiseg.samples import sample_path
-from lexiseg.vocabulary import VocabularyClass
+from lexiseg.video import VideoOptions
+from lexiseg.vocabulary import Vocabulary, VocabularyClass
+from lexiseg.windows import WindowPolicy
 
 WORDS = "giraffe; grass"
 NOT_NUMBERS = ("a", [], object(), None, float("nan"))
@@ -97,6 +101,29 @@ def test_classes_by_hand(tmp_path: Any) -> None:
     }
     calls |= {f"synonyms {one!r}": lambda one=one: VocabularyClass("a", one) for one in (5, None, "b")}
     assert_refused(calls | {"load": lambda: made.load(5), "save": lambda: made.save(5)})  # type: ignore[arg-type]
+
+
+def test_settings_by_hand(segmenter: Any) -> None:
+    picture, junk = np.zeros((8, 8, 3), np.uint8), (3.5, "12", [], None, object(), (0,))
+    made: list[tuple[Any, str, dict[str, Any]]] = [
+        *((Refinement, name, {"kind": "edges"}) for name in ("cells", "distances", "steps", "dilations", "max_pixels")),
+        *((VideoOptions, name, {}) for name in ("every", "smooth")),
+        *((MapOptions, name, {}) for name in ("tile", "margin", "smallest")),
+        (Vocabulary, "classes", {}), (Vocabulary, "background", {"classes": (VocabularyClass("a"),)}),
+        (VocabularyClass, "exemplars", {"name": "a"}),
+    ]  # fmt: skip
+    calls: dict[str, Callable[[], object]] = {
+        f"{cls.__name__}({name}={one!r})": lambda cls=cls, name=name, more=more, one=one: cls(**more, **{name: one})
+        for cls, name, more in made
+        for one in junk
+        if (name, one) != ("exemplars", [])
+    }
+    for number in (3, (1.5, 2), ("a",)):
+        calls[f"distances={number!r}"] = lambda number=number: Refinement("edges", distances=number)
+    for name, one in (("size", 1.5), ("canvas", []), ("canvas", 0), ("canvas", (64.5, 64)), ("short_side", 1.5)):
+        policy = WindowPolicy(**{name: one})  # type: ignore[arg-type]
+        calls[f"{policy}"] = lambda policy=policy: segmenter.predict(picture, WORDS, window=policy)
+    assert_refused(calls)
 
 
 def test_loading(segmenter: Any) -> None:

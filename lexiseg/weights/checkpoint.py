@@ -186,6 +186,11 @@ def _unwrapped(keys: list[str], known: Callable[[Mapping[str, Any]], bool], choi
         raise LexisegError(
             f"'{choice.path}' has tensors whose keys differ only in what a compiler adds; save it again."
         )
+    # mmcv's EMAHook keeps the average among the model's own buffers, whose names may hold no dot.
+    buffers = {name: key for key in clean if (name := f"ema_{key.replace('.', '_')}") in clean}
+    if buffers:
+        average = {key: clean.pop(name) for name, key in buffers.items()}
+        clean |= average if choice.of([""], ["ema_"]) else {}
     found: dict[str, dict[str, str]] = {}
     level = {"": clean}
     for _ in range(_DEPTH + 1):

@@ -132,6 +132,7 @@ def test_a_moving_average_is_announced_and_chosen(state: State, clip_state: Stat
         {"model": plain, "ema_state": state},  # of Detectron2's hook
         {**prefixed(plain, "model."), **prefixed(state, "ema_model.module.")},
         {"state_dict": {**prefixed(plain, "student."), **prefixed(state, "teacher.")}},
+        {"state_dict": plain | {f"ema_{key.replace('.', '_')}": value for key, value in state.items()}},  # of mmcv's
     ]
     for content in both:
         for ema, expected in ((None, plain), (False, plain), (True, state)):

@@ -63,6 +63,9 @@ _TURNS = {
     7: Transpose.TRANSVERSE,
     8: Transpose.ROTATE_90,
 }
+# The marker before each pass over a JPEG's pixels with its length and its number of colours; programs write 3 to 12.
+_SCAN = re.compile(rb"\xff\xda\x00(?:\x08\x01|\x0a\x02|\x0c\x03|\x0e\x04)")
+_MAX_SCANS = 100
 _PIXEL_LIMIT_LOCK = threading.Lock()
 
 
@@ -227,21 +230,35 @@ def _from_file(file: IO[bytes], name: str, max_pixels: float, orient: bool, suff
     with pillow_silenced():
         image = _open(file, name, suffix)
         try:
-            pixels, count = _from_pil(image, name, max_pixels, orient), _count_frames(image)
+            if image.format in ("JPEG", "MPO"):
+                _refuse_scans(file, name)
+            pixels, several = _from_pil(image, name, max_pixels, orient), _has_several(image)
         finally:
             image.close()
-    if count > 1:
-        text = f"{_capital(name)} holds {count} frames or pages, of which only the first is read; save the others as "
+    if several:
+        text = f"{_capital(name)} holds several frames or pages, of which only the first is read; save the others as "
         warnings.warn(f"{text}pictures of their own if you want them too.", LexisegWarning, stacklevel=2)
     return pixels
 
 
-def _count_frames(image: Image.Image) -> int:
-    """How many pictures a file holds; a camera's second one (MPO) is a preview or a depth map and does not count."""
-    try:
-        return 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
+def _refuse_scans(file: IO[bytes], name: str) -> None:
+    """Refuse a JPEG of many passes over its pixels: each takes a few bytes, and the time of a whole picture."""
+    place = file.tell()
+    file.seek(0)
+    scans = sum(1 for _ in _SCAN.finditer(file.read()))
+    file.seek(place)
+    if scans > _MAX_SCANS:
+        raise LexisegError(
+            f"{_capital(name)} is a JPEG of {scans} scans, which no camera or program writes; save it again."
+        )
+
+
+def _has_several(image: Image.Image) -> bool:
+    """Whether a file holds more pictures; a camera's second one (MPO), a preview or a depth map, does not count."""
+    try:  # counting them would take a time that grows with the square of a TIFF's pages
+        return image.format != "MPO" and getattr(image, "is_animated", False)
     except Exception:  # the first can be read, whatever is wrong with the others
-        return 1
+        return False
 
 
 def open_header(file: Path | IO[bytes], formats: list[str] | tuple[str, ...] | None = None) -> Image.Image:

@@ -6,8 +6,11 @@ import asyncio
 import hmac
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
+from contextlib import suppress
 from dataclasses import dataclass
+from ipaddress import ip_address
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
@@ -19,19 +22,19 @@ Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 GONE = 499  # nginx's code for a client that left; nobody reads it
-_OPEN = ("/health",)
+_OPEN = ("/", "/health")  # the page has no secrets, and the field in which its user types the token
 
 
 @dataclass(eq=False)
 class Guard:
-    """ASGI middleware that refuses bodies that are too large or too slow, and clients without the token."""
+    """ASGI middleware that refuses bodies that are too large or too slow, strange web pages, and a wrong token."""
 
     app: Callable[..., Awaitable[None]]
     settings: ServiceSettings
     count: Callable[[str, int, float], None]  # takes route, status and seconds of every request that was answered
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
-        """Pass a request on, or answer 401, 408, 413 or, when the server ends before the answer is there, 503."""
+        """Pass a request on, or answer 401, 403, 408, 413 or, when the server ends before the answer is there, 503."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
@@ -63,6 +66,11 @@ class Guard:
             expected, given = f"Bearer {token}".encode(), headers.get(b"authorization", b"")
             if not hmac.compare_digest(expected, given):
                 raise HTTPException(401, "This service requires a token; send it as 'Authorization: Bearer TOKEN'.")
+        elif token is None and self.settings.local and not _is_own(headers.get(b"host", b"").decode("latin-1")):
+            raise HTTPException(403, "This service answers to localhost only; set LEXISEG_TOKEN to use another name.")
+        # Browsers say whose page sends a request. Pages of others need no answer to keep the model busy.
+        if scope["method"] == "POST" and headers.get(b"sec-fetch-site", b"none") not in (b"same-origin", b"none"):
+            raise HTTPException(403, "A web page of another site sent this request; use this service's own page.")
         length = headers.get(b"content-length", b"0")
         if length.isdigit() and (len(length) > 18 or int(length) > self.settings.max_bytes):
             raise self._too_large()
@@ -94,3 +102,11 @@ class Guard:
     def _too_large(self) -> HTTPException:
         limit = self.settings.max_bytes / 2**20
         return HTTPException(413, f"The request is larger than {limit:g} MiB; send smaller or fewer pictures.")
+
+
+def _is_own(host: str) -> bool:
+    """Whether a Host header is no name of the network's, which a web page can have resolve to this machine."""
+    with suppress(ValueError):
+        name = urlsplit(f"//{host}").hostname
+        return name in (None, "localhost") or bool(ip_address(name))
+    return False

@@ -58,6 +58,7 @@ _ERROR: dict[int | str, dict[str, Any]] = {
     for code, what in (
         (400, "The body cannot be read."),
         (401, "The token is missing or wrong."),
+        (403, "It comes from a web page of another site."),
         (404, "There is no such model."),
         (408, "The request arrived too slowly."),
         (413, "The request is too large."),
@@ -75,6 +76,8 @@ class ServiceSettings(BaseModel):
 
     # clients must send it as ``Authorization: Bearer TOKEN``; None asks for none
     token: str | None = Field(default=None, min_length=1)
+    # it is meant for this machine alone: without a token, requests to other names than localhost are refused (403)
+    local: bool = False
     max_bytes: int = Field(default=32 * 2**20, ge=1024)  # of a request's body (413)
     max_pixels: int = Field(default=40_000_000, ge=1)  # of a picture (422)
     max_classes: int = Field(default=1000, ge=1)  # of a request (422)

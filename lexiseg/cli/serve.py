@@ -66,6 +66,7 @@ def serve(
 
     settings = ServiceSettings(
         token=os.environ.get(_TOKEN) or None,
+        local=host in _LOOPBACK,
         max_bytes=max_megabytes * 2**20,
         max_pixels=int(max_megapixels * 1e6),
         max_classes=max_classes,

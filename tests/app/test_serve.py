@@ -29,6 +29,7 @@ def test_the_command_serves_until_sigterm(tmp_path: Path) -> None:
         address = re.search(r"http://127\.0\.0\.1:\d+/", line)
         assert address, line
         assert httpx.get(f"{address[0]}health", timeout=30).json()["status"] == "UP"
+        assert httpx.get(f"{address[0]}health", timeout=30, headers={"host": "rebound.example"}).status_code == 403
         process.send_signal(signal.SIGTERM)
         _, errors = process.communicate(timeout=30)
     finally:

@@ -378,10 +378,35 @@ def test_bodies_that_are_too_large_are_refused_early(running: Running) -> None:
         pass  # the service hung up while we were still sending, which is its right
 
 
+def test_pages_of_other_sites_are_refused(running: Running) -> None:
+    """Without asking for leave they may send what a form could: such a body, and one of pictures."""
+    asked = {"content": json.dumps({"image": b64(png()), "classes": "cat; dog"})}
+    for site, status in (("cross-site", 403), ("same-site", 403), ("same-origin", 200), ("none", 200)):
+        headers = {"content-type": "text/plain", "sec-fetch-site": site}
+        assert running.client.post("/v1/segment", headers=headers, **asked).status_code == status
+    link = running.client.get("/", headers={"sec-fetch-site": "cross-site"})
+    assert link.status_code == 200
+
+
+def test_a_service_for_this_machine_has_no_other_name(running: Running) -> None:
+    """A page may have its own name resolve to this machine, and then read what the service answers."""
+    settings = SMALL.model_copy(update={"local": True})
+    with TestClient(create_app({"zegclip-emoji": running.segmenter}, settings)) as client:
+        for host in ("localhost:8080", "127.0.0.1", "[::1]:8080", "192.168.1.5:80"):
+            assert client.get("/v1/models", headers={"host": host}).status_code == 200
+        for host in ("rebound.example:8080", "localhost.example", "127.0.0.1.example", "[::1", "a@b"):
+            assert_sentence(client.get("/v1/models", headers={"host": host}), 403, "answers to localhost only")
+    settings = settings.model_copy(update={"token": "open sesame"})  # which the page's owner does not know
+    headers = {"host": "proxy.example", "authorization": "Bearer open sesame"}
+    with TestClient(create_app({"zegclip-emoji": running.segmenter}, settings)) as client:
+        assert client.get("/v1/models", headers=headers).status_code == 200
+
+
 def test_the_token_is_asked_for() -> None:
     guarded = Running(SMALL.model_copy(update={"token": "open sesame"}))
     try:
         assert guarded.client.get("/health").status_code == 200
+        assert "token" in guarded.client.get("/").text  # the page, in which a person types it
         assert_sentence(guarded.client.get("/v1/models"), 401, "token")
         headers = {"Authorization": "Bearer open sesame"}
         assert guarded.client.get("/v1/models", headers=headers).status_code == 200

@@ -69,10 +69,10 @@ def read_values(path: Place, kind: LabelKind) -> NDArray[np.int64]:
 
 def _refuse_pages(picture: Image.Image, path: Place) -> None:
     """Refuse a TIFF of several pages, unless the second is a smaller copy or a mask of the first."""
-    if isinstance(picture, TiffImagePlugin.TiffImageFile) and picture.n_frames > 1:
+    if isinstance(picture, TiffImagePlugin.TiffImageFile) and picture.is_animated:
         picture.seek(1)
         if not picture.tag_v2.get(ExifTags.Base.NewSubfileType, 0):
-            raise LexisegError(f"The label '{path}' holds {picture.n_frames} pages; save the one that counts alone.")
+            raise LexisegError(f"The label '{path}' holds several pages; save the one that counts alone.")
         picture.seek(0)
 
 

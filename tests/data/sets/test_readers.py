@@ -274,7 +274,7 @@ def test_data_sets_can_be_pickled(name: str, tmp_path: Path) -> None:
 def test_a_label_of_two_pages_is_refused_and_overviews_are_none(tmp_path: Path) -> None:
     first, second = (Image.fromarray(np.full((8, 6), value, np.uint8)) for value in (1, 2))
     first.save(tmp_path / "two.tif", save_all=True, append_images=[second])
-    with pytest.raises(LexisegError, match="holds 2 pages; save the one that counts alone"):
+    with pytest.raises(LexisegError, match="holds several pages; save the one that counts alone"):
         read_values(tmp_path / "two.tif", LabelKind.index)
     smaller = second.resize((3, 4))
     smaller.encoderinfo = {"tiffinfo": {ExifTags.Base.NewSubfileType.value: 1}}  # as GDAL writes overviews

@@ -186,11 +186,11 @@ def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
         )
     try:
         tensors = load_file(path)
-    except Exception as error:  # a header of noise makes it raise almost anything
+        return {key: value.float() if value.is_floating_point() else value for key, value in tensors.items()}
+    except Exception as error:  # a header of noise makes it raise almost anything; not all types can be converted
         raise LexisegError(
             f"'{path}' is not a readable safetensors file ({first_line(error)}); download or convert it again."
         ) from error
-    return {key: value.float() if value.is_floating_point() else value for key, value in tensors.items()}
 
 
 def fill(clip: CLIP, state: Mapping[str, torch.Tensor], path: Path) -> None:

@@ -14,6 +14,7 @@ import re
 import struct
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -59,6 +60,7 @@ _STORAGES = {
     "Byte": torch.uint8,
     "Bool": torch.bool,
 }
+_MAX_SHARED = 1 << 26  # bytes of values that tensors have in common, beside four times the file's
 _MAGIC = 0x1950A86A20F9469CFC6C
 _PLAIN = "get the checkpoint with plain values in 16 or 32 bits"
 _REMEDY = "save its state dict alone: torch.save(model.state_dict(), FILE)"
@@ -103,6 +105,21 @@ class Stub:
     update = extend
 
 
+# A tuple that is hashed as an object: a pickle can nest tuples so that their own hash takes all of the stack, or years.
+_Tuple = type("tuple", (tuple,), {"__hash__": object.__hash__})
+
+
+def _load_tuple(load: Callable[[Any], None], unpickler: Any) -> None:
+    load(unpickler)
+    unpickler.stack[-1] = _Tuple(unpickler.stack[-1])
+
+
+_TUPLES = {
+    code[0]: partial(_load_tuple, pickle._Unpickler.dispatch[code[0]])
+    for code in (pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3)
+}
+
+
 class _Storage(NamedTuple):
     dtype: torch.dtype
     key: str
@@ -112,7 +129,7 @@ class _Storage(NamedTuple):
 class _Unpickler(pickle._Unpickler):  # the one in Python: that in C fills gigabytes where a pickle says a large number
     """Builds plain values and `Stub`s."""
 
-    dispatch: ClassVar[dict[int, Any]] = {**pickle._Unpickler.dispatch}
+    dispatch: ClassVar[dict[int, Any]] = {**pickle._Unpickler.dispatch, **_TUPLES}
 
     def __init__(self, file: Any) -> None:
         super().__init__(file, encoding="latin-1")  # pickles of Python 2 hold their arrays as text
@@ -125,6 +142,8 @@ class _Unpickler(pickle._Unpickler):  # the one in Python: that in C fills gigab
 
     def persistent_load(self, pid: Any) -> Any:
         _, kind, key, _, count, *view = pid
+        if not isinstance(key, str | int):  # the text of nested tuples may have no end
+            raise ValueError("no key")
         name = kind.name.rpartition(".")[2].removesuffix("Storage")
         dtype = torch.uint8 if name == "Untyped" else _STORAGES.get(name)
         if dtype is None or (view and view[0] is not None):
@@ -164,6 +183,7 @@ class PickledFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._bytes = 0  # of the tensors that were made
         self._read: Callable[[_Storage], bytes] | None = None
         try:
             self.content = self._open_zip() if zipfile.is_zipfile(path) else self._open_plain()
@@ -193,8 +213,8 @@ class PickledFile:
             unpickler = _Unpickler(data)
             content = unpickler.load()
             places: dict[str, int] = {}
-            for key in map(str, _Unpickler(data).load()):
-                if (storage := unpickler.storages.get(key)) is None:
+            for key in _Unpickler(data).load():
+                if not isinstance(key, str) or (storage := unpickler.storages.get(key)) is None:
                     break  # of a kind that is refused
                 places[key] = data.tell() + 8  # behind the number of its elements
                 data.seek(places[key] + storage.number * storage.dtype.itemsize)
@@ -232,11 +252,18 @@ class PickledFile:
         Raises LexisegError if the file does not hold its values; ``where`` says which tensor it is.
         """
         try:
-            return self._array(value) if _ARRAY.fullmatch(value.name) else self._tensor(value)
+            made = self._array(value) if _ARRAY.fullmatch(value.name) else self._tensor(value)
         except Exception as error:
             raise LexisegError(
                 f"'{self.path}' is damaged: the values of {shorten(where)} are missing or cut off; download it again."
             ) from error
+        self._bytes += made.nbytes
+        if self._bytes > 4 * self.path.stat().st_size + _MAX_SHARED:
+            raise LexisegError(
+                f"'{self.path}' would take far more memory than it is large, because many of its tensors share their "
+                f"values; {_REMEDY}."
+            )
+        return made
 
     def _tensor(self, stub: Stub) -> Tensor:
         args = stub.args
@@ -285,11 +312,11 @@ def is_tensor(value: Any) -> bool:
 def entries(value: Any) -> dict[str, Any] | None:
     """What a value of `PickledFile.content` holds by name, if it is a mapping; of a TorchScript, all its tensors."""
     if isinstance(value, Mapping):
-        return {str(key): item for key, item in value.items()}
+        return {str(key): item for key, item in value.items() if isinstance(key, str | int)}
     if isinstance(value, Stub) and (value.name in _MAPPINGS or _HPARAMS.fullmatch(value.name)):
         given = value.args[0] if value.args and isinstance(value.args[0], list) else []
         pairs = [pair for pair in given if isinstance(pair, list | tuple) and len(pair) == 2]
-        return {str(key): item for key, item in [*pairs, *value.pairs]}
+        return {str(key): item for key, item in [*pairs, *value.pairs] if isinstance(key, str | int)}
     if isinstance(value, Stub) and value.name.startswith("__torch__."):
         return {where(): item for item, where in _walk(value) if is_tensor(item)}
     return None

@@ -305,6 +305,7 @@ def test_sizes_that_are_not_in_the_file(clip_state: State, tmp_path: Path) -> No
     deep: Any = []
     for _ in range(300):
         deep = [deep]
+    shared = torch.zeros(1 << 20)
     wide = {**state, "visual.conv1.weight": torch.ones(10**6, 3, 1, 1)}
     for content, sentence in (
         (blocks, r"has 2 of the tensors visual\.transformer\.resblocks\.0 to .*999999; it is damaged"),
@@ -314,10 +315,16 @@ def test_sizes_that_are_not_in_the_file(clip_state: State, tmp_path: Path) -> No
         (wide, "does not fit|do not go"),
         (laughs, "holds no tensors"),
         ({"a": deep}, "holds no tensors"),
+        ({f"a{index}": shared[:] for index in range(24)}, "many of its tensors share their values"),
         ({**state, "attn_mask": torch.zeros(1).expand(10**9, 10**9)}, "is damaged"),
     ):
         with pytest.raises(LexisegError, match=sentence):
             converted(content, tmp_path)
+    # Keys of tuples in tuples: Python's hash of the first takes all of the stack, of the second an age.
+    for tuples in (b")" + b"\x85" * 200_000, b")q\x00" + b"2\x86" * 60):
+        (tmp_path / "x.pkl").write_bytes(b"\x80\x02}" + tuples + b"K\x01s.")
+        with pytest.raises(LexisegError, match="holds no tensors"):
+            convert(tmp_path / "x.pkl", tmp_path / "out")
     with pytest.raises(LexisegError, match="check the path"):
         convert("x" * 5000, tmp_path / "out")
     (tmp_path / "config.json").write_text("[" * 100_000)

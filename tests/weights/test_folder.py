@@ -92,7 +92,9 @@ def test_wrong_folders(tmp_path: Path) -> None:
         load_model(folder)
     changed()
     long = json.dumps({"head": "a" * 9000}).encode()
-    for content in (b"x", len(long).to_bytes(8, "little") + long):
+    four_bits = json.dumps({"a": {"dtype": "F4", "shape": [2], "data_offsets": [0, 1]}}).encode()
+    four_bits = len(four_bits).to_bytes(8, "little") + four_bits + b"0"  # of which PyTorch makes no other numbers
+    for content in (b"x", four_bits, len(long).to_bytes(8, "little") + long):
         (folder / "model.safetensors").write_bytes(content)
         with pytest.raises(LexisegError, match="not a readable safetensors file") as caught:
             load_model(folder)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -58,6 +58,7 @@ def predict_pictures(
 ) -> None:
     """Segment pictures and print classes and files; ``vocabulary`` is the checked form of ``wanted``."""
     kinds = wanted.kinds
+    _refuse_foreign(paths, output, kinds)
     record = Record(output) if len(paths) > 1 or resume or spread or "coco" in kinds else None
     before: dict[str, Entry] = {}
     replaced: list[str] = []  # the classes of the last run into the folder
@@ -163,6 +164,22 @@ def _follow(
         say_error(f"No result for {missing}; run again with --resume.")
         return True
     return False
+
+
+def _refuse_foreign(paths: Sequence[Path], output: Path, kinds: Collection[str]) -> None:
+    """Refuse to replace a user's own JSON among the pictures: annotation tools name it as we do."""
+    if not any(absolute(path.parent) == absolute(output) for path in paths):
+        return
+    marks = {f"{stem}.json": b'"ignore_index"' for stem in _stems(paths).values()} if "json" in kinds else {}
+    if "coco" in kinds:
+        marks[COCO] = b"made by lexiseg"
+    for name, mark in marks.items():
+        with suppress(OSError):
+            if (content := (output / name).read_bytes()) and mark not in content:
+                raise LexisegError(
+                    f"'{output / name}' was not written by lexiseg and would be replaced; choose another --output, or "
+                    f"leave {'coco' if name == COCO else 'json'} out of --save."
+                )
 
 
 def _stems(paths: Sequence[Path], kept: Mapping[str, str] | None = None) -> dict[Path, str]:

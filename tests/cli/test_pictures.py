@@ -57,6 +57,20 @@ def test_results_beside_the_pictures_are_not_segmented_again(predict: Call, tmp_
     assert len(list(folder.glob("*.json"))) == 2
 
 
+@pytest.mark.parametrize(("name", "kind"), [("a.json", "json"), ("annotations.json", "coco")])
+def test_annotations_beside_the_pictures_are_not_replaced(predict: Call, tmp_path: Path, name: str, kind: str) -> None:
+    folder = write_pictures(tmp_path / "own", ["a.png", "b.png"])
+    (folder / name).write_text('{"shapes": []}')
+    before = sorted(folder.iterdir())
+    code, _, err = predict(folder, WORDS, "-o", folder, "--save", f"overlay,{kind}")
+    assert code == 2 and f"{name}' was not written by lexiseg" in err and sorted(folder.iterdir()) == before
+    assert predict(folder, WORDS, "-o", folder, "--save", "overlay")[0] == 0
+    assert (folder / name).read_text() == '{"shapes": []}'
+    (folder / name).unlink()
+    for _ in range(2):  # what lexiseg has written is
+        assert predict(folder, WORDS, "-o", folder, "--save", kind)[0] == 0
+
+
 def test_a_picture_is_taken_once_however_its_folder_is_spelled(predict: Call, folder: Path, tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(folder)
     names = ("in/a_first.png", "in/../in/a_first.png", folder / "a_first.png", "link/a_first.png")

@@ -40,6 +40,8 @@ _PLACES: dict[str, tuple[tuple[str, str], ...]] = {
 ARCHIVE_SUFFIXES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 
 _DAMAGE = (zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, EOFError, ValueError, RuntimeError)
+_LONG = b"LKxgX"  # the types of headers that are followed by a long name, or by other texts
+_MAX_HEADER = 1 << 20
 _PART = ".lexiseg-unpacking"  # a folder in the target, on the same disk, out of which whole files are moved
 _Member: TypeAlias = "tuple[str, int, Callable[[Path], object] | None]"
 
@@ -122,7 +124,9 @@ def _unpack_all(name: str, root: Path, say: Callable[[str], None]) -> list[Step]
         say(f"unpacking {archive.name}")
         done = unpack(archive, target)
         links = f", {counted(len(done.skipped), 'link')} skipped" if done.skipped else ""
-        if done.written:
+        if done.changed:
+            links += f", {len(done.changed)} that differ left as they are (remove '{done.changed[0]}' to restore it)"
+        if done.written or done.changed:
             what = f"unpacked {archive.name}: {counted(done.written, 'file')}, {done.kept} already there{links}"
             steps.append(Step(what, str(target)))
     return steps
@@ -165,6 +169,7 @@ class Unpacked:
     written: int  # number of files written
     kept: int  # number of files that were there already, complete
     skipped: tuple[str, ...] = ()  # names of members that are no files (links, devices); they are not made
+    changed: tuple[str, ...] = ()  # names of files that are there and were changed since; they are left alone
 
 
 def find_archives(folder: Path) -> list[Path]:
@@ -176,7 +181,8 @@ def unpack(archive: Path, target: Path) -> Unpacked:
     """Unpack a zip or tar archive into a folder.
 
     Every file is unpacked aside and moved when it is complete. A file that is there with the size it has in the archive
-    is left alone, so that an interrupted run continues where it stopped; what such a run left is removed.
+    is left alone, so that an interrupted run continues where it stopped; what such a run left is removed. So is one of
+    another size, a class list or a mask that somebody has corrected, unless it is the beginning of the archive's.
 
     ``target``: the folder; created where it is missing. Raises LexisegError if the archive is damaged or no archive,
     the disk is too small, or a member's name leads outside ``target`` or through a link; nothing is written in the last
@@ -187,16 +193,17 @@ def unpack(archive: Path, target: Path) -> Unpacked:
         if zipfile.is_zipfile(archive):
             with zipfile.ZipFile(archive) as zipped:
                 return _unpack(archive, target, part, _zip_members(zipped))
-        if tarfile.is_tarfile(archive):
-            with tarfile.open(archive) as tar:
-                return _unpack(archive, target, part, _tar_members(tar))
+        with tarfile.open(archive, tarinfo=_Header) as tar:
+            return _unpack(archive, target, part, _tar_members(tar))
+    except tarfile.ReadError as error:
+        problem = f"'{archive}' is neither a zip nor a tar archive, or it is damaged; download it again."
+        raise LexisegError(problem) from error
     except _DAMAGE as error:
         raise LexisegError(f"The archive '{archive}' is damaged ({error}); download it again.") from error
     except OSError as error:
         raise LexisegError(f"Cannot unpack '{archive}' ({error.strerror or error}); check the disk.") from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
-    raise LexisegError(f"'{archive}' is neither a zip nor a tar archive, or it is damaged; download it again.")
 
 
 def _unpack(archive: Path, target: Path, part: Path, members: list[_Member]) -> Unpacked:
@@ -205,18 +212,23 @@ def _unpack(archive: Path, target: Path, part: Path, members: list[_Member]) -> 
             raise LexisegError(
                 f"The archive '{archive}' holds '{name[:80]}', which leads outside its folder; do not use it."
             )
-    files = [(name, size, extract) for name, size, extract in members if extract is not None]
+    # Of several members of one name the last counts.
+    files = list({name: (name, size, extract) for name, size, extract in members if extract is not None}.values())
     missing = [entry for entry in files if not _is_there(target / entry[0], entry[1])]
     _check_space(archive, target, sum(size for _, size, _ in missing))
+    changed = []
     for name, size, extract in missing:
         _refuse_links(archive, target, target / name)
         extract(part)
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         if (part / name).stat().st_size != size:
             raise LexisegError(f"The archive '{archive}' ends early in '{name}'; download it again.")
-        os.replace(part / name, target / name)
+        if _is_changed(target / name, part / name):
+            changed.append(name)
+        else:
+            os.replace(part / name, target / name)
     skipped = tuple(name for name, _, extract in members if extract is None)
-    return Unpacked(len(missing), len(files) - len(missing), skipped)
+    return Unpacked(len(missing) - len(changed), len(files) - len(missing), skipped, tuple(changed))
 
 
 def _zip_members(zipped: zipfile.ZipFile) -> list[_Member]:
@@ -225,6 +237,18 @@ def _zip_members(zipped: zipfile.ZipFile) -> list[_Member]:
         return None if is_link else lambda part: zipped.extract(entry, part)
 
     return [(entry.filename, entry.file_size, extracted(entry)) for entry in zipped.infolist() if not entry.is_dir()]
+
+
+class _Header(tarfile.TarInfo):
+    """A tar archive's header; one that announces more than a long name is refused, for it is read as a whole."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> _Header:
+        """Read one. Raises ReadError if it is refused, and what `tarfile` raises."""
+        found = super().frombuf(buf, encoding, errors)
+        if found.size > _MAX_HEADER and found.type in _LONG:
+            raise tarfile.ReadError("a header of many megabytes")
+        return found
 
 
 def _tar_members(tar: tarfile.TarFile) -> list[_Member]:
@@ -239,6 +263,11 @@ def _is_there(path: Path, size: int) -> bool:
         return path.is_file() and path.stat().st_size == size
     except OSError:
         return False
+
+
+def _is_changed(path: Path, original: Path) -> bool:
+    """Whether a file is there that is not a beginning of the original, as copying leaves it that was stopped."""
+    return path.is_file() and not original.read_bytes().startswith(path.read_bytes())
 
 
 def _refuse_links(archive: Path, target: Path, path: Path) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import shutil
 import tarfile
+import tracemalloc
 import zipfile
 from pathlib import Path
 
@@ -136,10 +138,36 @@ def test_unpacking_goes_on_where_it_was(clean, tmp_path):
     _zip(archive, clean("own-folders"))
     first = unpack(archive, tmp_path / "out")
     (tmp_path / "out/images/photo 2.jpg").unlink()
-    (tmp_path / "out/masks/photo 3.png").write_bytes(b"half")
+    _cut(tmp_path / "out/masks/photo 3.png", 20)
     second = unpack(archive, tmp_path / "out")
     assert first.kept == 0 and (second.written, second.kept) == (2, first.written - 2)
     assert not list((tmp_path / "out").rglob("*.tmp*"))
+
+
+def test_what_somebody_has_corrected_is_left_as_it_is(clean, tmp_path):
+    _zip(tmp_path / "all.zip", clean("own-folders"))
+    with zipfile.ZipFile(tmp_path / "all.zip", "a") as packed:
+        packed.writestr("extra/names.txt", "cat\ndog\n")
+    prepare("own", tmp_path)
+    (tmp_path / "extra/names.txt").write_text("cat\nwolf\n")
+    (step,) = prepare("own", tmp_path)
+    assert step.what.endswith("1 that differ left as they are (remove 'extra/names.txt' to restore it)")
+    assert (tmp_path / "extra/names.txt").read_text() == "cat\nwolf\n"
+
+
+def test_an_archive_s_header_does_not_fill_the_memory(tmp_path):
+    header = tarfile.TarInfo("long")
+    header.type, header.size = tarfile.XHDTYPE, 64 << 20
+    with gzip.open(tmp_path / "a.tar.gz", "wb", 1) as packed:
+        packed.write(header.tobuf(tarfile.GNU_FORMAT))
+        packed.write(bytes(header.size))
+    tracemalloc.start()
+    try:
+        with pytest.raises(LexisegError, match="damaged"):
+            unpack(tmp_path / "a.tar.gz", tmp_path / "out")
+        assert tracemalloc.get_traced_memory()[1] < 32 << 20
+    finally:
+        tracemalloc.stop()
 
 
 def _tar_of(path: Path, *members: tarfile.TarInfo) -> Path:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import time
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from contextlib import suppress
 from dataclasses import dataclass
 from ipaddress import ip_address
@@ -102,6 +102,21 @@ class Guard:
     def _too_large(self) -> HTTPException:
         limit = self.settings.max_bytes / 2**20
         return HTTPException(413, f"The request is larger than {limit:g} MiB; send smaller or fewer pictures.")
+
+
+def end_silent(connections: Iterable[Any], seen: MutableMapping[Any, tuple[Any, float]], seconds: float) -> None:
+    """End uvicorn's connections on which no request has come for that long; uvicorn waits for one without limit.
+
+    ``seen``: since when each has waited after which request, for the next call.
+    """
+    now = time.monotonic()
+    for connection in tuple(connections):
+        last = connection.cycle
+        before, since = seen.setdefault(connection, (last, now))
+        if before is not last or (last is not None and not last.response_complete):
+            seen[connection] = last, now
+        elif now - since > seconds:
+            connection.shutdown()
 
 
 def _is_own(host: str) -> bool:

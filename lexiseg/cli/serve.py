@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import socket
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
+from weakref import WeakKeyDictionary
 
 import typer
 
@@ -59,8 +60,6 @@ def serve(
         raise LexisegError(f"'{files}' is not a folder; name the folder of Label Studio's local files.")
     for module in ("fastapi", "prometheus_client", "uvicorn"):
         need(module, f"Serving needs {module}", "app")
-    import uvicorn
-
     import lexiseg
     from lexiseg.app.service import ServiceSettings, create_app
 
@@ -80,16 +79,7 @@ def serve(
     for name in model or ["auto"]:
         with waiting(f"loading {name}"):
             segmenters[name] = lexiseg.load(name, device=device, dtype=dtype, max_pixels=settings.max_pixels)
-    config = uvicorn.Config(
-        create_app(segmenters, settings),
-        host=host,
-        port=port,
-        log_level="warning",
-        timeout_graceful_shutdown=int(seconds) + 1,
-        limit_concurrency=1000,
-        server_header=False,
-    )
-    server = uvicorn.Server(config)
+    server = _server(create_app(segmenters, settings), seconds)
     try:  # uvicorn itself would end the process, with an exit code and a log of its own
         listening = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except (OSError, UnicodeError) as error:
@@ -99,3 +89,26 @@ def serve(
     address, bound = listening.getsockname()[:2]
     say(f"serving {', '.join(segmenters)} at http://{'[' + address + ']' if ':' in address else address}:{bound}/")
     server.run(sockets=[listening])
+
+
+def _server(app: Any, seconds: float) -> Any:
+    import uvicorn
+
+    from lexiseg.app.guard import end_silent
+
+    seen: WeakKeyDictionary[Any, tuple[Any, float]] = WeakKeyDictionary()
+
+    async def tick() -> None:
+        end_silent(server.server_state.connections, seen, seconds)
+
+    config = uvicorn.Config(
+        app,
+        log_level="warning",
+        timeout_graceful_shutdown=int(seconds) + 1,
+        limit_concurrency=1000,
+        callback_notify=tick,
+        timeout_notify=min(30, int(seconds)),
+        server_header=False,
+    )
+    server = uvicorn.Server(config)
+    return server

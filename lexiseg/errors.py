@@ -33,7 +33,7 @@ class LexisegWarning(UserWarning):
 class DataSetError(LexisegError):
     """What keeps a whole split from being listed (a folder, a class list, a file of annotations), or a label's form.
 
-    ``kind``: of the finding it amounts to; see :class:`lexiseg.data.sets.dataset.Finding`.
+    ``kind``: that of the `lexiseg.data.sets.dataset.Finding` it amounts to.
     """
 
     def __init__(self, problem: str, kind: str = "missing-folder") -> None:

@@ -140,7 +140,7 @@ class Predictor(ABC):
 
     @abstractmethod
     def labels_of(self, picture: Picture, words: Words, policy: WindowPolicy) -> tuple[Any, Any]:
-        """The labels (H, W) of such a picture, refined, and their scores."""
+        """The labels (H, W) of a picture whose windows were all run, refined, and their scores."""
 
     @abstractmethod
     def _about(self) -> dict[str, str]:

@@ -189,7 +189,7 @@ class Segmenter(Predictor):
         return {"dtype": str(self.dtype or torch.float32).removeprefix("torch.")}
 
     def labels_of(self, picture: Picture, words: Words, policy: WindowPolicy) -> tuple[Tensor, Tensor]:
-        """The labels (H, W) of such a picture, refined, and their scores."""
+        """The labels (H, W) of a picture whose windows were all run, refined, and their scores."""
         scores, image, rule = picture.joined(policy), picture.image, self.model.postprocessing
         with float32_default():
             if rule is None:

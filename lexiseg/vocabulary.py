@@ -134,7 +134,7 @@ class Vocabulary:
         ``source``: text such as ``"cat; tree, bush"`` (a semicolon or a line break separates classes, a comma joins
         synonyms); a list of such texts, of mappings with name, synonyms, seen and color, or of ``VocabularyClass``; a
         mapping with classes, templates and background; a path, or text that is an existing file or looks like a path
-        (:func:`lexiseg.class_list.class_source`); what :func:`lexiseg.class_list.read_class_list` gives; or a
+        (`lexiseg.class_list.class_source`); what `lexiseg.class_list.read_class_list` gives; or a
         vocabulary. Of a file, a synonym that belongs to two classes is left out. ``templates``: replaces the source's
         templates: a list, one template, "single" or "paper". ``background``: replaces the source's background; see
         ``Background.parse``. ``default_templates``: used where neither ``templates`` nor the source gives any.
@@ -167,7 +167,7 @@ class Vocabulary:
 
     @classmethod
     def load(cls, path: str | Path) -> Vocabulary:
-        """Read a file of classes in any of the forms of :mod:`lexiseg.class_list`.
+        """Read a file of classes in any of the forms of `lexiseg.class_list`.
 
         Raises LexisegError if the file cannot be read or says something wrong.
         """

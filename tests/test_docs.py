@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.metadata
+import inspect
 import json
+import pydoc
 import re
 import shlex
 import shutil
@@ -88,14 +90,45 @@ def test_recipes_and_options_of_trainings_are_right() -> None:
                 system_of(recipe)
 
 
-def test_reference_has_every_command_and_option() -> None:
+def plain(text: str) -> str:
+    """Without markup, without links to other pages, without line breaks."""
+    return " ".join(re.sub(r"See \[.*?\]\(.*?\)\.|[`\\]", "", text).split())
+
+
+def test_reference_says_of_every_option_what_its_help_says() -> None:
     text = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
     for name, command in commands().items():
+        if name == "benchmark cost":  # passes its words on, and has no options of its own
+            continue
         section = text.split(f"## `lexiseg {name}`\n", 1)[1].split("\n## ", 1)[0]
+        rows = re.findall(r"^\| (`.*?) \| (.*?) \| (.*?) \|$", section.split("\n\n| `--save` | file")[0], re.MULTILINE)
+        said = {
+            frozenset(re.findall(r"--[\w-]+", first)): (plain(rest), plain(default)) for first, rest, default in rows
+        }
         for parameter in command.params:
             if parameter.name != "help" and parameter.param_type_name == "option":
-                for option in parameter.opts:
-                    assert f"{option}`" in section or f"{option}," in section, f"{name} {option}"
+                options = {option for option in (*parameter.opts, *parameter.secondary_opts) if option.startswith("--")}
+                default = {"None": "", "False": "", "True": "on"}.get(str(parameter.default), str(parameter.default))
+                assert said.get(frozenset(options)) == (plain(parameter.help), default), f"{name} {options}"
+
+
+def test_help_has_no_line_breaks_within_a_paragraph() -> None:
+    """Typer keeps them below the first one, where they end a line in its middle."""
+    for name, command in commands().items():
+        for paragraph in (command.help or "").strip().split("\n\n")[1:]:
+            assert "\n" not in paragraph.strip(), f"{name}: {paragraph}"
+
+
+def test_python_reference_has_every_public_name() -> None:
+    text = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    listed = set(re.findall(r"^::: (\S+)$", text, re.MULTILINE))
+    for name in lexiseg.__all__:
+        if not name.startswith("__"):
+            assert {f"lexiseg.{name}", getattr(lexiseg, name).__module__} & listed, name
+    for name in listed:
+        source = inspect.getsourcefile(pydoc.locate(name))
+        assert source is not None
+        assert ":`" not in Path(source).read_text(encoding="utf-8"), f"{name} has markup of Sphinx"
 
 
 def test_exit_codes_and_model_in_make_demo() -> None:

@@ -46,8 +46,9 @@ def cost(
 ) -> None:
     """Count parameters and multiply-adds of every system at its paper's size, and time it.
 
-    ViT-B/16 with random weights, whose values do not affect the cost. Next to lexiseg's own count is the paper's figure
-    with the counting convention that reproduces it.
+    ViT-B/16 with random weights, whose values do not affect the cost.
+
+    Next to lexiseg's own count is the paper's figure, with the counting convention that reproduces it.
     """
     if output is not None and output.suffix.lower() != ".md":
         raise LexisegError(f"'{output}' must end in .md.")

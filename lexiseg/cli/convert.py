@@ -73,8 +73,10 @@ def convert(
 ) -> None:
     """Convert a checkpoint to a folder for --model.
 
-    Reads checkpoints of ZegCLIP, Cascade-CLIP, SPT-SEG, CAT-Seg, DeOP, ZSSeg, ZegFormer, FreeSeg and MAFT in their
-    authors' layout, CLIPs with a vision transformer (OpenAI's, open_clip's and transformers'), and Segment Anything.
+    Reads the authors' checkpoints of ZegCLIP, Cascade-CLIP, SPT-SEG, CAT-Seg, DeOP, ZSSeg, ZegFormer, FreeSeg and MAFT.
+
+    Also CLIPs with a vision transformer (OpenAI's, open_clip's and transformers'), and Segment Anything.
+
     Nothing in a pickle is executed.
     """
     import torch

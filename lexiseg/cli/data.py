@@ -117,8 +117,9 @@ def prepare(
 ) -> None:
     """Unpack the archives in a folder and write missing lists; needs no network.
 
-    A stopped run continues when repeated; a folder that is ready is left alone. Archives are kept. Exit code 2 if part
-    of the dataset is missing afterwards.
+    A stopped run continues when repeated; a folder that is ready is left alone. Archives are kept.
+
+    Exit code 2 if part of the dataset is missing afterwards.
     """
     from dataclasses import asdict
 

@@ -80,8 +80,9 @@ def evaluate(
 ) -> None:
     """Predict a dataset, compare with its labels, and write a report: pAcc, mIoU, seen, unseen, hIoU.
 
-    The report states its protocol, down to the hash of the weights. Under a launcher (torchrun, accelerate) the
-    pictures are divided among the processes; the numbers are the same.
+    The report states its protocol, down to the hash of the weights.
+
+    Under a launcher (torchrun, accelerate) the processes share the pictures; the numbers are the same.
     """
     from lexiseg import processes
     from lexiseg.evaluation import evaluate as run

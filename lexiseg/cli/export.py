@@ -39,8 +39,9 @@ def export(
 ) -> None:
     """Export a model as graphs for ONNX Runtime, OpenVINO or torch.
 
-    The folder is a model for --model and `lexiseg.load`; ONNX and OpenVINO predict without PyTorch. Labels are compared
-    with the model's own on sample pictures; the result is in report.json.
+    The folder is a model for --model and `lexiseg.load`; ONNX and OpenVINO predict without PyTorch.
+
+    Labels are compared with the model's own on sample pictures; the result is in report.json.
     """
     import lexiseg
     from lexiseg.export.exporting import REPORT, measure

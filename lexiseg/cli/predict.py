@@ -83,7 +83,7 @@ Address = Annotated[
     ),
 ]
 ShardSize = Annotated[
-    int | None, typer.Option("--shard-size", min=1, help="Cluster: pictures that a worker gets at a time.")
+    int | None, typer.Option("--shard-size", min=1, help="Cluster: pictures that a worker gets at a time. Default: 64.")
 ]
 Every = Annotated[int, typer.Option("--every", min=1, help="Video: run the model on every Nth frame.")]
 Smooth = Annotated[float, typer.Option("--smooth", help="Video: weight of earlier frames in the scores, 0 to below 1.")]
@@ -124,8 +124,7 @@ def predict(
 ) -> None:
     """Segment pictures by words.
 
-    Prints a table for one picture, a line each for several, and where the files are. A picture that cannot be read is
-    reported and the rest goes on; the exit code is then 1, and 2 when no picture could be segmented.
+    A picture that cannot be read is reported and skipped; the exit code is then 1, or 2 if none could be segmented.
     """
     if cluster is None and (workers or address or shard_size):
         raise LexisegError("--workers, --address and --shard-size are for a cluster; add --cluster ray.")

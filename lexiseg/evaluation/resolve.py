@@ -88,7 +88,7 @@ def evaluate(
     `lexiseg.evaluation.protocols`. ``classes``: a list of them, where the folder carries none. ``synonyms``: score the
     further words of the dataset's list, or not. ``split``: of a folder or of picture-world; None is "val". ``size``:
     side of a picture of picture-world; None is 256. ``limit``: take only so many samples, spread evenly. ``window``,
-    ``stride``, ``templates``, ``synonyms``: None is the recipe's, the protocol's or the model's way. ``proposals``:
+    ``stride``, ``templates``, ``synonyms``: None is the recipe's, the protocol's or the model's. ``proposals``:
     evaluate a decoupled model's proposals, too; in one process. ``resume``: continue an evaluation into the same
     ``output`` that was stopped. The others are as in `lexiseg.load` and `lexiseg.Segmenter.predict`.
 

@@ -52,10 +52,10 @@ def train(
     """Train what ``recipe`` says.
 
     Args:
-        recipe: or its name or file, as :func:`lexiseg.recipes.load_recipe` takes them.
-        run_dir: folder of the run; see :class:`lexiseg.training.trainer.Trainer`.
+        recipe: or its name or file, as `lexiseg.recipes.load_recipe` takes them.
+        run_dir: folder of the run; see `lexiseg.training.trainer.Trainer`.
         resume: continue from the newest checkpoint in ``run_dir``.
-        stop_after: how many steps to train, as in :meth:`lexiseg.training.trainer.Trainer.run`; None trains to the end.
+        stop_after: how many steps to train, as in `lexiseg.training.trainer.Trainer.run`; None trains to the end.
         device: "cpu" to stay off an accelerator; None takes what there is.
         tensorboard: whether to write TensorBoard event files.
         progress: whether to show a bar.
@@ -141,7 +141,7 @@ def _put_together(recipe: Recipe, built: SegmentationRecipe, run_dir: Path) -> P
 def build_task(recipe: Recipe) -> Task:
     """Model, data and loss of a recipe; the initial weights depend on its seed, and on what it starts from, only.
 
-    Raises LexisegError as :func:`train` does.
+    Raises LexisegError as `train` does.
     """
     if isinstance(recipe, EvaluationRecipe):
         raise LexisegError("This recipe only evaluates, so there is nothing to train; give it to `lexiseg evaluate`.")

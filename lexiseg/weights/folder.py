@@ -75,16 +75,20 @@ def save_model(model: SegmentationModel, folder: str | Path, *, dtype: torch.dty
 
 
 def load_model(name: str | Path) -> SegmentationModel:
-    """Load a model by name.
+    """Load a model by name, in evaluation mode.
 
-    ``name``: one of - a model that comes with lexiseg, see `list_models`; - a folder written by `save_model`; - a
-    folder written by a training: the run's, whose model is taken, or where there is none yet its newest checkpoint; or
-    one of its checkpoints; - ``"METHOD/NAME"``, a training-free method and any name `lexiseg.clip.load.load_clip`
-    takes, for example ``"naclip/ViT-B-16/openai"``, see `lexiseg.weights.training_free`; - ``"auto"``, the best weights
-    this machine can get, see `lexiseg.weights.auto`; - a hub repository ``"owner/name"`` with the two files of such a
-    folder. Returns the model in evaluation mode. Raises LexisegError if there is no such model (near names are listed),
-    a file is damaged or of another kind, or the weights do not fit the configuration (the first tensor that differs is
-    named with both shapes).
+    ``name`` is one of:
+
+    - a model that comes with lexiseg, see `list_models`;
+    - a folder written by `save_model`, or a hub repository ``"owner/name"`` with its two files;
+    - the folder of a training, whose model is taken, or where there is none yet its newest checkpoint; or one of its
+      checkpoints;
+    - ``"METHOD/NAME"``, a training-free method and any name `lexiseg.clip.load.load_clip` takes, for example
+      ``"naclip/ViT-B-16/openai"``, see `lexiseg.weights.training_free`;
+    - ``"auto"``, the best weights this machine can get, see `lexiseg.weights.auto`.
+
+    Raises LexisegError if there is no such model (near names are listed), a file is damaged or of another kind, or the
+    weights do not fit the configuration (the first tensor that differs is named with both shapes).
     """
     text = str(name)
     if text == AUTO:

@@ -97,9 +97,9 @@ def load_recipe(
 
     ``name``: of a recipe in the package, or the path of a YAML file; after a colon a variant in it. ``overrides``:
     values by keys such as "train.steps", or texts ``KEY=VALUE`` whose values are YAML, or plain text where they are
-    none. An ``initial`` given so takes the place of ``proposals_from``. ``data``: a folder of one's own that replaces
-    the recipe's data; crop and augmentation stay the recipe's. Raises LexisegError if it does not exist, is not YAML,
-    or has an unknown, missing or wrong key; the sentence names the file and the key.
+    none. An ``initial`` given so takes the place of ``proposals_from``. ``seed``: in the place of the recipe's.
+    ``data``: a folder of one's own that replaces the recipe's data; crop and augmentation stay the recipe's. Raises
+    LexisegError if the recipe does not exist, is not YAML, or has an unknown, missing or wrong key, which it names.
     """
     own, where, folder = _content(str(name))
     content = _with_base(own, where, folder)
@@ -113,13 +113,13 @@ def load_recipe(
 
 
 def parse_recipe(text: str, where: str, *, seed: int | None = None) -> Recipe:
-    """Check a recipe's text; ``where`` is what to call it in messages. See :func:`load_recipe`."""
+    """Check a recipe's text; ``where`` is what to call it in messages. See `load_recipe`."""
     own = _choose_variant(_read(text, where), None, where)
     return _checked(_with_base(own, where, Path(where).parent), where, seed)
 
 
 def as_yaml(recipe: Recipe) -> str:
-    """The recipe with every default written out, as YAML that :func:`load_recipe` reads."""
+    """The recipe with every default written out, as YAML that `load_recipe` reads."""
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 

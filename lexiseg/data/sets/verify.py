@@ -47,7 +47,7 @@ class SplitCheck:
 
 @dataclass(frozen=True)
 class Verification:
-    """The result of :func:`verify`."""
+    """The result of `verify`."""
 
     name: str  # of the dataset
     root: str  # its folder
@@ -128,7 +128,7 @@ def verify(
 ) -> Verification:
     """Read every file of a dataset and say what is wrong with it.
 
-    ``name``: as in :func:`lexiseg.data.sets.open.open_data_set`. ``splits``: which to look at; None takes the one the
+    ``name``: as in `lexiseg.data.sets.open.open_data_set`. ``splits``: which to look at; None takes the one the
     papers train on and "val". ``classes``: the class list, where the distribution does not carry one. ``workers``:
     threads that read; None takes one per processor. Returns the findings: those of lists and folders first, then sample
     by sample in their order, then those of a whole split. A fault of one file never hides those of another. Raises

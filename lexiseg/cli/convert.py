@@ -75,9 +75,7 @@ def convert(
 
     Reads the authors' checkpoints of ZegCLIP, Cascade-CLIP, SPT-SEG, CAT-Seg, DeOP, ZSSeg, ZegFormer, FreeSeg and MAFT.
 
-    Also CLIPs with a vision transformer (OpenAI's, open_clip's and transformers'), and Segment Anything.
-
-    Nothing in a pickle is executed.
+    Also OpenAI's, open_clip's and transformers' CLIPs, and Segment Anything. Nothing in a pickle is executed.
     """
     import torch
 

@@ -80,9 +80,7 @@ def evaluate(
 ) -> None:
     """Predict a dataset, compare with its labels, and write a report: pAcc, mIoU, seen, unseen, hIoU.
 
-    The report states its protocol, down to the hash of the weights.
-
-    Under a launcher (torchrun, accelerate) the processes share the pictures; the numbers are the same.
+    The report states its protocol. Under a launcher (torchrun, accelerate) the processes share the pictures.
     """
     from lexiseg import processes
     from lexiseg.evaluation import evaluate as run

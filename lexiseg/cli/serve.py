@@ -21,10 +21,7 @@ _TOKEN = "LEXISEG_TOKEN"
 
 def serve(
     model: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--model", "-m", help="A model; may be repeated, clients get the first by default. Default: auto."
-        ),
+        list[str] | None, typer.Option("--model", "-m", help="May be repeated; clients get the first. Default: auto.")
     ] = None,
     host: Annotated[str, typer.Option("--host", help="Address to listen on; 0.0.0.0 is every network.")] = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", min=0, max=65535, help="Port; 0 takes a free one.")] = 8080,

@@ -9,12 +9,15 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 
 import lexiseg
+from lexiseg.app.service import ServiceSettings
 from lexiseg.cli import main
+from lexiseg.errors import LexisegError
 
 
 def test_the_command_serves_until_sigterm(tmp_path: Path) -> None:
@@ -61,3 +64,33 @@ def test_mistakes_are_sentences(
         assert main(["serve", *(word.replace("{taken}", port) for word in arguments)]) == 2
     error = capsys.readouterr().err.strip()
     assert says in error and len(error.splitlines()) == 1, error
+
+
+def test_options_of_the_command_reach_the_service(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, Any] = {}
+
+    def config(app: Any, **how: Any) -> None:
+        asked.update(how, app=app)
+        raise LexisegError("This is enough.")
+
+    monkeypatch.setenv("LEXISEG_TOKEN", "secret")
+    monkeypatch.setattr("lexiseg.load", lambda name, **how: (name, how))
+    monkeypatch.setattr("lexiseg.app.service.create_app", lambda models, settings: (models, settings))
+    monkeypatch.setattr("uvicorn.Config", config)
+    given: dict[str, Any] = {"device": "cuda", "dtype": "bf16", "host": "0.0.0.0", "port": 81, "classes": "cat; sky"}
+    given |= {"files": tmp_path, "max-megabytes": 3, "max-megapixels": 0.5, "max-classes": 7, "seconds": 9.5}
+    given |= {"queue": 5, "batch": 2}
+    words = [str(word) for key, value in given.items() for word in (f"--{key}", value)]
+    assert main(["serve", "-m", "one", "-m", "two", *words]) == 2
+    limits: dict[str, Any] = {
+        "max_bytes": 3 * 2**20,
+        "max_pixels": 500_000,
+        "max_classes": 7,
+        "seconds": 9.5,
+        "queue": 5,
+        "batch": 2,
+    }
+    settings = ServiceSettings(token="secret", classes="cat; sky", files=tmp_path, **limits)
+    how = {"device": "cuda", "dtype": "bf16", "max_pixels": 500_000}
+    assert asked["app"] == ({"one": ("one", how), "two": ("two", how)}, settings)
+    assert (asked["host"], asked["port"], asked["timeout_graceful_shutdown"]) == ("0.0.0.0", 81, 10)

@@ -13,6 +13,8 @@ from PIL import Image
 
 import lexiseg
 import lexiseg.training.run
+from lexiseg.cli.console import say_note, with_progress
+from lexiseg.data.picture_world import find_world
 from lexiseg.errors import LexisegError
 from lexiseg.weights.auto import auto_order
 from tests.cli.calling import WORDS, Call, assert_sentence
@@ -66,6 +68,73 @@ def test_options_of_an_evaluation_reach_it(call: Call, monkeypatch: pytest.Monke
     plain = {key: str(value) if key in ("output", "classes") else value for key, value in asked.items()}
     more = {"what": ("data", "model"), "overrides": ["a=1"], "templates": ["a {}"], "synonyms": False}
     assert plain == {**given, **more, "proposals": True, "resume": True, "compile": True}
+
+
+@pytest.mark.parametrize(
+    ("words", "runs", "args", "options"),
+    [
+        (
+            "convert a.pth -o out --seen list.txt --template a{} --transductive --gelu --clip ViT --ema --half",
+            "weights.convert",
+            ["a.pth", "out"],
+            {"class_names": ("cat", "sky"), "templates": ("a{}",), "transductive": True, "quick_gelu": False}
+            | {"clip": "ViT", "ema": True, "dtype": torch.float16},
+        ),
+        (
+            "train mine --data folder --initial ../run --seed 3 --set train.steps=5",
+            "recipes.load_recipe",
+            ["mine", ['initial="../run"', "train.steps=5"]],
+            {"seed": 3, "data": "folder"},
+        ),
+        (
+            "export naclip/small -o out -f torch --size 32 --size 48 --dtype fp16 --template a{}",
+            "export.exporting.export",
+            [("naclip/small", {"device": "cpu", "templates": ["a{}"]}), "out"],
+            {"kind": "torch", "sizes": [32, 48], "precision": "fp16"},
+        ),
+        (
+            "data world out --train 3 --val 2 --size 32 --world picture-world-2",
+            "data.picture_world.write_voc",
+            ["out"],
+            {"world": find_world("picture-world-2"), "num_train": 3, "num_val": 2, "size": 32},
+        ),
+        (
+            "data show --split test --rows 1 --columns 2 --size 32 --world picture-world-2",
+            "data.picture_world.contact_sheet",
+            ["test"],
+            {"world": find_world("picture-world-2"), "rows": 1, "columns": 2, "size": 32},
+        ),
+        (
+            "data prepare own folder --classes list.txt",
+            "data.sets.prepare.prepare",
+            ["own", "folder"],
+            {"classes": "list.txt", "say": say_note},
+        ),
+        (
+            "data verify own folder --split a --split b --classes list.txt --workers 2",
+            "data.sets.verify.verify",
+            ["own", "folder"],
+            {"splits": ["a", "b"], "classes": "list.txt", "workers": 2, "progress": with_progress},
+        ),
+        ("push folder a/b --private", "weights.publish.push_folder", ["folder", "a/b"], {"private": True}),
+    ],
+)
+def test_options_reach_what_a_command_runs(
+    call: Call, monkeypatch: pytest.MonkeyPatch, words: str, runs: str, args: list[Any], options: dict[str, Any]
+) -> None:
+    Path("list.txt").write_text("cat\nsky\n")
+    asked: dict[str, Any] = {}
+
+    def run(*what: Any, **how: Any) -> None:
+        asked.update(how, what=what)
+        raise LexisegError("This is enough.")
+
+    monkeypatch.setattr("lexiseg.load", lambda name, **how: (name, how))
+    monkeypatch.setattr(f"lexiseg.{runs}", run)
+    assert_sentence(*call(*words.split()), "enough")
+    found = {key: str(value) if isinstance(value, Path) else value for key, value in asked.items()}
+    found["what"] = [str(value) if isinstance(value, Path) else value for value in found["what"]]
+    assert found == {**options, "what": args}
 
 
 def test_doctor_where_this_user_may_not_look(call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -241,6 +241,8 @@ def test_parts_that_do_not_fit_are_named(model, tmp_path):
         run(segmenter, others, resume=True, **options)
     with pytest.raises(LexisegError, match="other settings: 'size' was not set and is now 64"):
         run(segmenter, larger, resume=True, **options)
+    with pytest.raises(LexisegError, match="other settings: 'batch_size' was 1 and is now 2"):  # numbers of batches
+        run(segmenter, Noise(3), resume=True, batch_size=2, **options)
     shown = Noise(3)
     for step in range(2):  # the picture that shows a class changes under its name
         Image.new("L", (32, 32), 80 * step).save(tmp_path / "cat.png")
@@ -277,6 +279,18 @@ def test_the_function_of_the_command_in_python(tmp_path):
     ):
         with pytest.raises(LexisegError, match=words):
             evaluate(weights="zegclip-emoji", **wrong)
+
+
+def test_a_recipe_says_how_but_keeps_the_templates_of_a_loaded_model(tmp_path):
+    data = {"source": "picture-world", "size": 32, "length": 1, "val_size": 32, "val_length": 1}
+    said = {"kind": "evaluation", "data": data, "templates": ["one {}"], "offsets": "none"}
+    (tmp_path / "mine.yaml").write_text(json.dumps({**said, "window": {"size": 32, "stride": 16}}))
+    for own, templates in ((None, ["one {}"]), (["two {}"], ["two {}"])):
+        segmenter = lexiseg.load("zegclip-emoji", templates=own)
+        facts = evaluate(tmp_path / "mine.yaml", segmenter, progress=False).protocol
+        assert (facts["templates"], facts["offsets"], facts["window"]["stride"]) == (templates, "none", 16)
+        other = evaluate(tmp_path / "mine.yaml", segmenter, window=0, background="sea", progress=False).protocol
+        assert other["window"]["size"] is None and other["background"]["name"] == "sea"
 
 
 def test_unseen_classes_that_the_model_had_masks_of_are_noted(tmp_path):

@@ -17,6 +17,7 @@ from lexiseg.analysis.regions import anchor_figure, attention_maps, region_masks
 from lexiseg.cli import main
 from lexiseg.data.base import Sample
 from lexiseg.errors import LexisegError
+from lexiseg.evaluation import evaluate
 from lexiseg.evaluation.proposals import (
     ProposalRecall,
     ReleasedRecall,
@@ -163,6 +164,16 @@ def test_the_command_prints_what_the_released_code_counts(tmp_path: Path, capsys
     # Where it is sure, it is right; pixels of no class are no region that could be wrong.
     assert main([*asked, "--proposals", "-o", str(tmp_path), "--background", "0.999"]) == 0
     assert json.loads((tmp_path / "proposals.json").read_text())["released"]["0.3"]["all"] == 1
+
+
+def test_proposals_are_judged_as_the_predictions_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, Any] = {}
+    monkeypatch.setattr("lexiseg.evaluation.proposals.evaluate_proposals", lambda *_, **how: asked.update(how))
+    data = {"source": "picture-world", "size": 32, "length": 1, "val_size": 32, "val_length": 1}
+    said = {"kind": "evaluation", "data": data, "offsets": "none"}
+    (tmp_path / "mine.yaml").write_text(json.dumps(said))
+    evaluate(tmp_path / "mine.yaml", "deop-emoji", window=32, limit=1, proposals=True, progress=False)
+    assert (asked["released"], asked["limit"], asked["window"].size, asked["offsets"]) == (True, 1, 32, "none")
 
 
 @pytest.fixture

@@ -323,8 +323,9 @@ def test_maft_keeps_its_own_settings_on_other_hosts():
 def test_a_segmenter_that_is_evaluated_keeps_its_own_settings(clean):
     """The next evaluation of the same segmenter would else go by this protocol's templates, windows and threshold."""
     model = DenseCLIP.build(small_clip(), {"method": "naclip"})
-    segmenter, before = Segmenter(model, disk_cache=False), (model.options, model.window)
+    segmenter, before = Segmenter(model, disk_cache=False, templates=["my {}"]), (model.options, model.window)
     report = evaluate(clean("voc2012"), segmenter, protocol="training-free-voc21", limit=1, progress=False)
+    assert report.protocol["templates"] == ["my {}"]
     assert (
         report.protocol["protocol"]["settings"]["threshold"] == 0.1 and report.protocol["window"]["short_side"] == 336
     )

@@ -148,6 +148,24 @@ def test_matching_without_class_costs_ignores_the_classes() -> None:
     assert match(masks, logits, targets, ProposalWeights(cost_class=1000.0))[0][0].tolist() == [0]
 
 
+def test_weights_of_the_criterion() -> None:
+    masks, classes = torch.randn(1, 3, 4, 4), torch.randn(1, 3, 4)
+    targets = mask_targets(torch.arange(16).reshape(1, 4, 4) // 8)
+    weights = [
+        ProposalWeights(cost_class=factor, class_weight=2 * factor, mask_weight=20 * factor, dice_weight=factor,
+                        no_object=0.3)
+        for factor in (1.0, 3.0)
+    ]  # fmt: skip
+    ours, thrice = (proposal_losses(Proposals(masks), [classes], targets, each) for each in weights)
+    queries, found = match(masks, classes, targets, weights[0])[0]
+    goal = torch.full((3,), 3)
+    goal[queries] = targets[0].classes[found]
+    expected = nn.functional.cross_entropy(classes[0], goal, torch.tensor([1.0, 1.0, 1.0, 0.3]))
+    torch.testing.assert_close(ours["loss_ce"], 2 * expected)
+    for name, value in ours.items():  # the costs grow alike, so that the matching stays
+        torch.testing.assert_close(thrice[name], 3 * value)
+
+
 def test_predictions_in_half_precision() -> None:
     masks, classes = torch.randn(1, 3, 8, 8), torch.randn(1, 3, 4)
     targets = mask_targets(torch.arange(16).reshape(1, 4, 4) // 6)

@@ -134,7 +134,8 @@ def test_layers_that_do_not_decay() -> None:
     assert len(group_parameters(model, settings())) == 1
     sgd = build_optimizer(groups, settings(optimizer="sgd", momentum=0.8))
     assert isinstance(sgd, torch.optim.SGD) and sgd.param_groups[0]["momentum"] == 0.8
-    assert isinstance(build_optimizer(groups, settings()), torch.optim.AdamW)
+    adam = build_optimizer(groups, settings(betas=(0.7, 0.8)))
+    assert isinstance(adam, torch.optim.AdamW) and adam.param_groups[0]["betas"] == (0.7, 0.8)
 
 
 def test_schedules() -> None:

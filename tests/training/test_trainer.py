@@ -124,6 +124,15 @@ def test_multipliers_reach_the_optimizer(tmp_path):
     assert by_key[""]["names"] == ["out.weight", "out.bias"]
 
 
+def test_gradients_are_clipped_and_of_the_precision_asked_for(tmp_path):
+    one = {"steps": 1, "warmup_steps": 0, "lr": 1.0, "optimizer": "sgd", "weight_decay": 0.0}
+    start = dict(TinyTask().model.named_parameters())
+    ends = [train(tmp_path / str(norm), **one, clip_norm=norm) for norm in (None, 0.01)]
+    steps = [torch.cat([(end[name] - start[name]).flatten() for name in start]).norm().item() for end in ends]
+    assert steps[0] > 0.02 and steps[1] == pytest.approx(0.01, rel=1e-3)
+    assert not same(ends[0], train(tmp_path / "bf16", **one, precision="bf16"))
+
+
 def test_unmatched_multiplier_is_an_error(tmp_path):
     with pytest.raises(LexisegError, match="'backbon'"):
         Trainer(TinyTask(), settings(multipliers={"backbon": Multiplier(lr=10)}), tmp_path, device="cpu")

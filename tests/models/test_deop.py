@@ -17,9 +17,9 @@ from lexiseg.losses.proposals import label_frame
 from lexiseg.losses.regions import region_map_losses
 from lexiseg.models import SYSTEMS, DeOP, SegmentationModel
 from lexiseg.models.decoupled import DecoupledModel
-from lexiseg.models.deop_ablations import ConvAnchors, ReleasedConvAnchors, ReleasedQueryAnchors
+from lexiseg.models.deop_ablations import ConvAnchors, PrependedPrompts, ReleasedConvAnchors, ReleasedQueryAnchors
 from lexiseg.proposals.base import HARD_LOGIT, Proposals
-from lexiseg.regions.anchors import pool
+from lexiseg.regions.anchors import AnchorLayer, QueryAnchors, pool
 from lexiseg.regions.pooling import unit_or_zero
 from lexiseg.scores import RegionScores
 from lexiseg.training.init import start_from
@@ -142,6 +142,24 @@ def test_variants_predict_and_train(name: str) -> None:
     assert all(
         parameter.grad is None for name, parameter in model.named_parameters() if name not in model.trainable_names()
     )
+
+
+def test_options_reach_the_parts() -> None:
+    sizes = {"anchor_queries": 3, "anchor_heads": 2, "anchor_hidden": 20, "anchor_dropout": 0.3}
+    model = make(**sizes, visual_prompts="prepended", num_prompts=2, prompt_dropout=0.2)
+    anchors, tables = model.anchors, model.tables
+    assert isinstance(anchors, QueryAnchors) and isinstance(tables, PrependedPrompts)
+    assert (len(anchors.queries), anchors.num_heads, anchors.heatmap.dropout.p) == (3, 2, 0.3)
+    assert isinstance(layer := anchors.layers[0], AnchorLayer) and layer.ffn_in.out_features == 20
+    assert tables.embeddings.shape[:2] == (2, 2) and tables.dropout.p == 0.2
+    assert list(make(prompt_blocks=None).tables.block_tables) == ["1", "2", "3"]  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("changes", [{"squash": 2.0}, {"focal_weight": 1.0}, {"dice_weight": 0.1}, {"alpha": 0.5}])
+def test_options_of_the_last_stage_are_heeded(changes: dict[str, Any]) -> None:
+    labels = torch.arange(4).repeat(2, 40, 12)
+    plain, other = (make(**more).losses(SystemTester.images(), labels, unit_rows(4, DIM)) for more in ({}, changes))
+    assert float(other["loss"].detach()) != pytest.approx(float(plain["loss"].detach()), rel=1e-4)
 
 
 def test_the_proposal_stage_trains_the_generator() -> None:

@@ -246,6 +246,52 @@ def with_masks(model: RegionModel, mask_logits: Tensor, **more: Any) -> RegionSc
         return model.score(features, unit_rows(3, DIM), **more)
 
 
+HEEDED: dict[str, tuple[str, dict[str, Any], list[dict[str, Any]]]] = {
+    "tight crops": ("zsseg", {"crops": {"size": 24}}, [
+        *({"crops": {"size": 24, **crops}} for crops in ({"size": 16}, {"threshold": 0.7}, {"merge": "crop"},
+          {"merge": "mask"}, {"fill": "zero"}, {"matting": True}, {"expand": 0.7}, {"align_corners": True})),
+        {"positions": "bicubic-corners"}, {"align_corners": True}, {"temperature": 2.0}, {"region_temperature": 2.0},
+        {"seen_offset": 0.3}, {"ensemble": {"weight": 0.3}},
+    ]),
+    "RoIAlign": ("zegformer", {}, [
+        *({"crops": {"convention": "roi-align", **crops}} for crops in ({"size": 16}, {"threshold": 0.7},
+          {"merge": "crop"}, {"merge": "mask"})),
+        {"crops": {"convention": "tight"}}, {"region_no_object": False},
+    ]),
+    "MAFT": ("zsseg", {"maft": {}, "ensemble": {"rule": "region"}}, [
+        {"attention": {**ATTENTION, "start_block": 0}}, {"attention": {"image_size": 40}},
+        {"attention": {**ATTENTION, "positions": "bicubic"}},
+    ]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HEEDED)
+def test_options_of_prediction_are_heeded(name: str) -> None:
+    system, given, changes = HEEDED[name]
+    model = make(system, temperature=5.0, **given)
+    coarse = 8 * torch.randn(1, 5, 3, 4, generator=torch.Generator().manual_seed(3))
+    masks = torch.nn.functional.interpolate(coarse, size=(8, 12), mode="bilinear")
+    options, seen = model.options, torch.tensor([True, False, False])
+    plain = with_masks(model, masks, seen=seen).dense((32, 48))
+    for change in changes:
+        model.options = model.parse_options({**options.model_dump(), **change})
+        assert not torch.allclose(with_masks(model, masks, seen=seen).dense((32, 48)), plain, rtol=1e-4), change
+
+
+def test_options_of_maft_are_heeded() -> None:
+    model = make(maft={}, temperature=5.0)
+    assert model.student is not None
+    with torch.no_grad():
+        model.student.proj.mul_(torch.linspace(0.5, 2.0, DIM))
+    options, found = model.options, []
+    for change in ({}, {"distance": "l1"}, {"distance": "l2"}, {"distance": "kl"}, {"normalise": "matrix"},
+                   {"binary": True}, {"distillation": 0.7}):  # fmt: skip
+        model.options = options.with_values({"maft": change})
+        losses = model.losses(SystemTester.images(), SystemTester().labels(), unit_rows(4, DIM))
+        found.append(round(float(losses["loss"].detach()), 5))
+    assert len(set(found)) == len(found)
+
+
 @pytest.mark.parametrize("system", ["zsseg", "zegformer"])
 def test_masks_of_nothing_or_everything_encoded_otherwise(system: str) -> None:
     model = make(system, regions="mask-attention")

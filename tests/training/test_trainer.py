@@ -102,6 +102,7 @@ def test_lr_schedule_golden():
 
 def test_schedule_edges():
     assert [learning_rate(step, 1.0, settings(steps=10)) for step in (10, 99)] == [1e-6, 1e-6]
+    assert learning_rate(5, 0.0, settings(steps=10)) == 0.0  # a rule that keeps a part as it is
 
 
 def test_longest_rule_wins():
@@ -163,6 +164,9 @@ def test_workers_snapshots_and_logging_do_not_change_results(tmp_path):
     assert sorted(path.name for path in (tmp_path / "b" / "samples").iterdir())[0] == "step-00000003-look.png"
     logs = [map(json.loads, (tmp_path / run / "metrics.jsonl").read_text().splitlines()) for run in "ab"]
     losses = [[record["loss"] for record in log if "loss" in record] for log in logs]
+    resting = TinyTask()
+    resting.model.eval()
+    assert same(whole, train(tmp_path / "c", task=resting))
     assert 2 * sum(losses[0]) == pytest.approx(5 * losses[1][0] + 5 * losses[1][1] + 2 * losses[1][2])  # each a mean
 
 

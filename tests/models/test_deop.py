@@ -12,11 +12,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lexiseg.clip.text import TextEmbedder
+from lexiseg.clip.tower import block_attention
 from lexiseg.errors import LexisegError
 from lexiseg.losses.proposals import label_frame
 from lexiseg.losses.regions import region_map_losses
 from lexiseg.models import SYSTEMS, DeOP, SegmentationModel
 from lexiseg.models.decoupled import DecoupledModel
+from lexiseg.models.deop import patch_severance
 from lexiseg.models.deop_ablations import ConvAnchors, PrependedPrompts, ReleasedConvAnchors, ReleasedQueryAnchors
 from lexiseg.proposals.base import HARD_LOGIT, Proposals
 from lexiseg.regions.anchors import AnchorLayer, QueryAnchors, pool
@@ -155,7 +157,9 @@ def test_options_reach_the_parts() -> None:
     assert list(make(prompt_blocks=None).tables.block_tables) == ["1", "2", "3"]  # type: ignore[union-attr]
 
 
-@pytest.mark.parametrize("changes", [{"squash": 2.0}, {"focal_weight": 1.0}, {"dice_weight": 0.1}, {"alpha": 0.5}])
+@pytest.mark.parametrize(
+    "changes", [{"squash": 2.0}, {"focal_weight": 1.0}, {"dice_weight": 0.1}, {"alpha": 0.5}, {"clip_images": "own"}]
+)
 def test_options_of_the_last_stage_are_heeded(changes: dict[str, Any]) -> None:
     labels = torch.arange(4).repeat(2, 40, 12)
     plain, other = (make(**more).losses(SystemTester.images(), labels, unit_rows(4, DIM)) for more in ({}, changes))
@@ -170,6 +174,8 @@ def test_the_proposal_stage_trains_the_generator() -> None:
     losses["loss"].backward()
     names = model.trainable_names()
     assert {name.split(".")[0] for name in names} == {"generator", "no_object"}
+    alone = make(train="proposals", proposals={**OPTIONS["proposals"], "class_head": "none"})
+    assert {name.split(".")[0] for name in alone.trainable_names()} == {"generator"}
     assert all(dict(model.named_parameters())[name].grad is not None for name in names)
     assert {"loss_ce", "loss_mask", "loss_dice"} <= losses.keys()
     with pytest.raises(LexisegError, match="label is 7"):
@@ -260,6 +266,25 @@ def test_severance_keeps_patches_apart() -> None:
     changed = (before - after).abs().amax(dim=-1)[0] > 1e-6
     assert changed[0, 0]
     assert int(changed.sum()) == 1
+
+
+def test_severance_lies_between_attention_and_the_value_path() -> None:
+    attention, tokens = small_clip().visual.transformer.resblocks[0].attn, torch.randn(2, 5, 24)
+    own, half, plain = (patch_severance(attention, tokens, alpha=alpha) for alpha in (1.0, 0.25, 0.0))
+    torch.testing.assert_close(plain, block_attention(attention, tokens))
+    torch.testing.assert_close(half, 0.25 * own + 0.75 * plain)
+
+
+@pytest.mark.parametrize("prompts", ["none", "added"])
+def test_the_released_residual_is_of_block_11_and_without_tables(prompts: str) -> None:
+    clip, found = small_clip(vision_cfg={"layers": 12}), []
+    for released in (False, True):
+        torch.manual_seed(1)
+        model = DeOP.build(clip, {**OPTIONS, "visual_prompts": prompts, "released_residual": released}).eval()
+        assert isinstance(model, DeOP)
+        with torch.no_grad():
+            found.append(model.patches(torch.ones(1, 3, 32, 32), torch.zeros(1, 1, 8, 8), (32, 32)))
+    assert torch.equal(*found) == (prompts == "added")
 
 
 def test_tables_of_zeros_leave_clip_as_it_is() -> None:

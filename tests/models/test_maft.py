@@ -13,11 +13,14 @@ from torch import Tensor
 from lexiseg.clip.embeddings import image_embeddings
 from lexiseg.clip.load import load_clip
 from lexiseg.clip.model import CLIP, build_clip, save_clip
+from lexiseg.clip.resnet import resnet_features
 from lexiseg.clip.tower import block_attention
 from lexiseg.errors import LexisegError
 from lexiseg.models import DenseCLIP
 from lexiseg.models.maft import (
     FROZEN_UNITS,
+    AttentionOptions,
+    MaskAttention,
     attend_regions,
     attention_mask,
     region_embeddings,
@@ -168,6 +171,32 @@ def test_pixels_left_over_are_cut_off() -> None:
         close(image_embeddings(visual, images), image_embeddings(visual, images[..., :32, :32]))
     with pytest.raises(LexisegError, match="8 x 8 patches"):
         image_embeddings(visual, images[..., :7, :])
+
+
+@torch.no_grad()
+def test_without_options_it_is_in_proportion_to_the_authors_towers() -> None:
+    visual, images, masks = tower_of("vit").visual, torch.randn(1, 3, 32, 32), torch.rand(1, 2, 4, 4)
+    found = region_embeddings(visual, images, masks)
+    assert torch.equal(found, region_embeddings(visual, images, masks, start_block=3))  # of 4 blocks
+    assert not torch.equal(found, region_embeddings(visual, images, masks, start_block=2))
+    square = MaskAttention(False, 0.5, AttentionOptions()).square(tower_of("vit"), images)
+    assert square.shape == (1, 3, 69, 69)  # 32 * 480 / 224
+
+
+@torch.no_grad()
+def test_masks_lie_on_the_towers_grid_and_are_found_in_the_picture() -> None:
+    clip, frame = tower_of("resnet"), torch.randn(1, 3, 64, 64)
+    encoder = MaskAttention(False, 0.9, AttentionOptions(image_size=95))
+    image = encoder.square(clip, frame)
+    logits = torch.full((1, 3, 8, 8), -5.0)
+    logits[0, 0, :4], logits[0, 1, 5:], logits[0, 2] = (
+        5.0,
+        5.0,
+        1.0,
+    )  # the second in the padding, the third weak
+    masks, found = encoder.square_masks(clip.visual, image, frame, logits, (32, 64))
+    assert masks.shape[-2:] == resnet_features(clip.visual, image).shape[-2:] == (3, 3)
+    assert found.tolist() == [[True, False, False]]
 
 
 @torch.no_grad()

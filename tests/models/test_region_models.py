@@ -242,7 +242,7 @@ def with_masks(model: RegionModel, mask_logits: Tensor, **more: Any) -> RegionSc
     images, count = SystemTester.images(32, 48, 1), mask_logits.shape[1]
     with torch.no_grad():
         embeddings = torch.randn(1, count, DIM, generator=torch.Generator().manual_seed(0))
-        features = model.with_proposals(model.encode_images(images), Proposals(mask_logits, embeddings))
+        features = model.with_proposals(model.frame(images), Proposals(mask_logits, embeddings))
         return model.score(features, unit_rows(3, DIM), **more)
 
 

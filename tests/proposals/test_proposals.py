@@ -148,6 +148,16 @@ def test_matching_without_class_costs_ignores_the_classes() -> None:
     assert match(masks, logits, targets, ProposalWeights(cost_class=1000.0))[0][0].tolist() == [0]
 
 
+def test_focal_and_dice_weigh_in_the_matching() -> None:
+    labels = torch.full((1, 8, 8), 255)
+    labels[0, :2, :2] = 0
+    masks = torch.full((1, 2, 8, 8), -5.0)  # the first says nothing, and is wrong about few pixels
+    masks[0, 1, :, :4] = 2.0  # the second overlaps, and is wrong about many
+    targets = mask_targets(labels)
+    for weights, query in (({}, 0), ({"dice_weight": 0.0}, 0), ({"mask_weight": 0.0}, 1)):
+        assert match(masks, None, targets, ProposalWeights(**weights))[0][0].tolist() == [query], weights
+
+
 def test_weights_of_the_criterion() -> None:
     masks, classes = torch.randn(1, 3, 4, 4), torch.randn(1, 3, 4)
     targets = mask_targets(torch.arange(16).reshape(1, 4, 4) // 8)

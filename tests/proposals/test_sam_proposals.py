@@ -61,9 +61,13 @@ def test_sam_proposes_masks() -> None:
     assert found.valid.shape[1] > 1
     assert not list(every.parameters()) and not every.state_dict()
     assert sam(nms=1.0, overlaps="all", max_masks=2).use(*tiny_sam())(images).valid.shape[1] <= 2  # type: ignore[union-attr]
-    nothing = sam(pred_iou=100.0).use(*tiny_sam())(images)
-    assert nothing.valid is not None and not nothing.valid.any()
-    assert bool((nothing.mask_logits < 0).all())
+    for option in ("pred_iou", "stability"):
+        nothing = sam(**{option: 100.0}).use(*tiny_sam())(images)
+        assert nothing.valid is not None and not nothing.valid.any()
+        assert bool((nothing.mask_logits < 0).all())
+    fewer, apart = (sam(mask_stride=1, **more).use(*tiny_sam())(images) for more in ({"nms": 0.0}, {"nms": 1.0}))
+    assert fewer.valid is not None and int(fewer.valid.sum()) < int(found.valid.sum())
+    assert int((found.mask_logits > 0).sum(dim=1).max()) > 1 == int((apart.mask_logits > 0).sum(dim=1).max())
 
 
 def test_sam_from_a_folder(tmp_path: Path) -> None:

@@ -251,13 +251,13 @@ def test_frequency_knows_nothing_of_unseen_classes() -> None:
 
 @pytest.mark.parametrize("exclusive", [False, True])
 def test_class_weights_in_the_losses(exclusive: bool) -> None:
-    """The gradient is that of the weighted sum, class by class."""
+    """The loss is the weighted sum of those of single classes, and the gradient is its."""
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(2, 3, 4, 4, generator=generator, dtype=torch.float32, requires_grad=True)
     labels = torch.randint(0, 3, (2, 8, 8), generator=generator)
     weights = torch.tensor([0.5, 1.0, 3.0])
 
-    def loss(values: torch.Tensor) -> torch.Tensor:
+    def loss(values: torch.Tensor, weights: torch.Tensor = weights) -> torch.Tensor:
         if exclusive:
             return exclusive_losses(values, labels, dice_weight=1.0, weights=weights).total
         return mask_losses(values, labels, weights=weights).total
@@ -267,7 +267,8 @@ def test_class_weights_in_the_losses(exclusive: bool) -> None:
     with torch.no_grad():
         change = loss(logits + step) - loss(logits - step)
     torch.testing.assert_close(change, 2 * (gradient * step).sum(), rtol=2e-2, atol=1e-4)
-    assert not torch.allclose(loss(logits), mask_losses(logits, labels).total)
+    single = torch.stack([loss(logits, one) for one in torch.eye(3)])
+    torch.testing.assert_close(loss(logits), (weights * single).sum())
 
 
 def test_curves_of_runs(tmp_path: Path) -> None:

@@ -112,7 +112,7 @@ def test_a_server_that_ends_before_the_answer_says_so() -> None:
         sent.append(message)
 
     async def ask() -> None:
-        scope = {"type": "http", "headers": [], "path": "/v1/segment"}
+        scope = {"type": "http", "method": "POST", "headers": [], "path": "/v1/segment"}
         asked = asyncio.create_task(Guard(forever, SMALL, lambda *_: None)(scope, forever, send))
         await asyncio.sleep(0)
         asked.cancel()

@@ -77,7 +77,7 @@ def test_options_of_the_command_reach_the_service(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr("lexiseg.load", lambda name, **how: (name, how))
     monkeypatch.setattr("lexiseg.app.service.create_app", lambda models, settings: (models, settings))
     monkeypatch.setattr("uvicorn.Config", config)
-    given: dict[str, Any] = {"device": "cuda", "dtype": "bf16", "host": "0.0.0.0", "port": 81, "classes": "cat; sky"}
+    given: dict[str, Any] = {"device": "cuda", "dtype": "bf16", "host": "0.0.0.0", "classes": "cat; sky"}
     given |= {"files": tmp_path, "max-megabytes": 3, "max-megapixels": 0.5, "max-classes": 7, "seconds": 9.5}
     given |= {"queue": 5, "batch": 2}
     words = [str(word) for key, value in given.items() for word in (f"--{key}", value)]
@@ -93,4 +93,4 @@ def test_options_of_the_command_reach_the_service(tmp_path: Path, monkeypatch: p
     settings = ServiceSettings(token="secret", classes="cat; sky", files=tmp_path, **limits)
     how = {"device": "cuda", "dtype": "bf16", "max_pixels": 500_000}
     assert asked["app"] == ({"one": ("one", how), "two": ("two", how)}, settings)
-    assert (asked["host"], asked["port"], asked["timeout_graceful_shutdown"]) == ("0.0.0.0", 81, 10)
+    assert asked["timeout_graceful_shutdown"] == 10

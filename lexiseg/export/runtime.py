@@ -136,9 +136,11 @@ class ExportedModel:
         size = fit.to((height, width))
         if spec.sizes and size not in spec.sizes:
             known = ", ".join(f"{one[1]} x {one[0]}" for one in spec.sizes)
+            advice = "choose such a window, or export it again without --size"
+            if height != width and any(max(size) in one for one in spec.sizes):  # a whole side of such a picture
+                advice = "crop the picture until its longer side is at most 4 times the other"
             raise LexisegError(
-                f"This model was exported for windows of {known} pixels, not of {width} x {height}; choose such a "
-                "window, or export it again without --size."
+                f"This model was exported for windows of {known} pixels, not of {width} x {height}; {advice}."
             )
         if fit.kind == "pad":
             top, left = (size[0] - height) // 2, (size[1] - width) // 2

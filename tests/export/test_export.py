@@ -273,6 +273,8 @@ def test_one_fixed_size_and_a_folder_that_is_replaced(segmenter: Segmenter, tmp_
     assert_same(segmenter, fixed, [picture(), picture(30, 90, 1)])
     with pytest.raises(LexisegError, match="windows of 40 x 40 pixels, not of 32 x 32"):
         fixed.predict(picture(), CLASSES, window=32)
+    with pytest.raises(LexisegError, match="crop the picture until its longer side is at most 4 times"):
+        fixed.predict(picture(10, 90), CLASSES)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "model"]
 
 

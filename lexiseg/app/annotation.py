@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 _LOCAL_FILES = "/data/local-files/"
 _MAX_CONFIG = 1 << 20
+_CONTROLS = ("BrushLabels", "PolygonLabels")
 _RUN_WIDTHS = (3, 4, 8, 16)  # bits of the lengths of runs in a brush
 _INTERFACE = (
     '<View><Image name="image" value="$image"/><BrushLabels name="tag" toName="image"><Label value="tree"/>'
@@ -82,10 +83,12 @@ class Interface:
             root = ElementTree.fromstring(label_config)
         except (ElementTree.ParseError, ValueError) as error:  # ValueError: half of a surrogate pair
             raise LexisegError(f"The labelling interface is not valid XML ({error}); fix it.") from error
-        controls = [tag for tag in root.iter() if tag.tag in ("BrushLabels", "PolygonLabels")]
+        controls = [tag for tag in root.iter() if tag.tag in _CONTROLS]
         image = next(root.iter("Image"), None)
         if not controls or image is None:
             raise LexisegError("The labelling interface needs an Image and BrushLabels or PolygonLabels; add them.")
+        if any(control.find(f".//{kind}") is not None for control in controls for kind in _CONTROLS):
+            raise LexisegError("The labelling interface has BrushLabels or PolygonLabels in each other; separate them.")
         self.key = image.get("value", "$image").lstrip("$")
         self.labels: dict[str, Label] = {}  # by value; where several controls have one, the first
         for control in controls:

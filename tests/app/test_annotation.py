@@ -145,6 +145,7 @@ def test_label_studio_with_several_controls_and_labels_of_several_words(client: 
         ("x", "<View/>", "needs an Image"),
         ("x", '<!DOCTYPE a [<!ENTITY b "c">]>' + INTERFACE, "document type"),
         ("x", INTERFACE.replace("<Label ", "<Other "), "no Label"),
+        ("x", "<View><Image/>" + "<PolygonLabels>" * 9 + "</PolygonLabels>" * 9 + "</View>", "in each other"),
     ],
 )
 def test_label_studio_s_mistakes(client: TestClient, source: str | None, interface: str, says: str) -> None:

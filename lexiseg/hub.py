@@ -102,7 +102,7 @@ def _explained(repository: str, name: str, advice: str) -> Iterator[None]:
             f"The hub has no repository '{repository}' that you may read; check the name, or log in with "
             "`hf auth login` if it is private."
         ) from error
-    except (HfHubHTTPError, OSError, ValueError) as error:
+    except (*HfHubHTTPError.__bases__, OSError, ValueError) as error:  # type: ignore[misc]  # a broken connection is of its base
         raise LexisegError(
             f"Downloading '{name}' from the hub failed ({first_line(error)}); try again later, or {advice}."
         ) from error

@@ -9,7 +9,7 @@ from typing import Any
 
 import httpx
 import pytest
-from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 
 import lexiseg
 from lexiseg.clip.load import load_clip
@@ -90,9 +90,10 @@ def test_weights_that_broke_off(hub: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert "\n" not in str(error.value)
 
 
-def test_a_download_that_fails(hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", HfHubHTTPError.__bases__)
+def test_a_download_that_fails(hub: Path, monkeypatch: pytest.MonkeyPatch, kind: type[Exception]) -> None:
     def broken(*given: Any, **named: Any) -> str:
-        raise OSError("connection reset\nmore")
+        raise kind("connection reset\nmore")
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", broken)
     with pytest.raises(LexisegError, match=r"failed \(connection reset\); try again later") as error:

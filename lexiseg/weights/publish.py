@@ -126,9 +126,9 @@ def push_folder(folder: str | Path, repository: str, *, private: bool = False) -
         raise LexisegError("No hub token was found; set HF_TOKEN or run 'hf auth login'.") from error
     except HFValidationError as error:
         raise LexisegError(f"'{printable(repository)}' is not a valid repository name; write OWNER/NAME.") from error
-    except (HfHubHTTPError, OSError) as error:
+    except (*HfHubHTTPError.__bases__, OSError) as error:  # type: ignore[misc]  # a broken connection is of its base
         raise LexisegError(
-            f"The hub refused '{printable(repository)}' ({first_line(error)}); check the name and the token in "
-            "HF_TOKEN, then try again."
+            f"'{printable(repository)}' cannot be uploaded ({first_line(error)}); check the connection, the name and "
+            "the token in HF_TOKEN, then try again."
         ) from error
     return f"{api.endpoint}/{repository}"

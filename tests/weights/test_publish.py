@@ -156,8 +156,18 @@ def test_what_the_hub_refuses_is_a_sentence(
 ) -> None:
     monkeypatch.setattr(hub, "refuse", True)
     assert main(["push", str(folder), "owner/name"]) == 2
-    assert "refused 'owner/name'" in capsys.readouterr().err
+    assert "'owner/name' cannot be uploaded" in capsys.readouterr().err
     assert main(["push", str(folder), "no name at all"]) == 2
     assert "OWNER/NAME" in capsys.readouterr().err
     assert main(["push", str(folder.parent), "owner/name"]) == 2
     assert main(["push", str(folder), "owner/name", "--card"]) == 0
+
+
+def test_a_hub_out_of_reach_is_a_sentence(
+    folder: Path, hub: type[Hub], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The client raises what its HTTP library raises, which is no OSError: it was a traceback."""
+    monkeypatch.setattr("huggingface_hub.hf_api.constants.ENDPOINT", "http://127.0.0.1:1")
+    assert main(["push", str(folder), "owner/name"]) == 2
+    said = capsys.readouterr().err
+    assert "'owner/name' cannot be uploaded" in said and "check the connection" in said

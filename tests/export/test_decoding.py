@@ -14,6 +14,7 @@ from torch.nn import functional as F
 import lexiseg
 from lexiseg.errors import LexisegError
 from lexiseg.export.decoding import Part, decode
+from lexiseg.export.runtime import ExportedModel, open_graph
 from lexiseg.export.spec import FILE, Decode, Fit, is_export, read_spec
 from lexiseg.resampling import resize_bytes, resize_floats
 from lexiseg.scores import GridScores, WindowScores
@@ -159,6 +160,37 @@ def test_a_damaged_folder_is_one_sentence(tmp_path: Path, changes: dict[str, Any
     with pytest.raises(LexisegError, match=sentence) as raised:
         lexiseg.load(folder_of(tmp_path, **changes))
     assert str(raised.value).count("\n") == 0
+
+
+def test_a_graph_sees_windows_padded_around_or_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tokenizers import Tokenizer, models
+
+    monkeypatch.setattr("lexiseg.export.runtime.open_graph", lambda *_: lambda pixels, _: pixels)
+    pixels = np.random.default_rng(0).random((1, 3, 21, 18), np.float32)
+    padded = np.zeros((1, 3, 24, 24), np.float32)
+    padded[:, :, 1:22, 3:21] = pixels
+    for kind, expected in (("pad", padded), ("crop", pixels[:, :, :16, :16])):
+        folder_of(tmp_path, fit={"kind": kind, "unit": 8})
+        Tokenizer(models.WordLevel({"a": 0}, unk_token="a")).save(str(tmp_path / "tokenizer.json"))
+        np.testing.assert_array_equal(ExportedModel(tmp_path, "cpu").grids(pixels, np.zeros((1, 4))), expected)
+
+
+@pytest.mark.parametrize(("said", "count"), [("3", 3), ("", 0), ("4,2", 0)])
+def test_graphs_take_the_threads_they_are_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: str, count: int
+) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    told: list[int] = []
+
+    def session(_: str, options: Any, **__: Any) -> None:
+        told.append(options.intra_op_num_threads)
+        raise LexisegError("This is enough.")
+
+    monkeypatch.setenv("OMP_NUM_THREADS", said)
+    monkeypatch.setattr(onnxruntime, "InferenceSession", session)
+    with pytest.raises(LexisegError, match="enough"):
+        open_graph(tmp_path, read_spec(folder_of(tmp_path)), "cpu")
+    assert told == [count]
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", "[" * 100_000, '{"a": 1}', "\udcff"])

@@ -67,6 +67,14 @@ def test_batches_are_pure_and_cover_every_sample_each_epoch(clip_folder):
     assert other != names
 
 
+@pytest.mark.parametrize(("samples", "pictures"), [(1, 0), (0, 1), (0, 0)])
+def test_a_snapshot_measures_and_shows_what_it_is_asked_for(clip_folder, samples, pictures):
+    task = flat_task(clip_folder, validation=Flat(), num_samples=samples, num_pictures=pictures)
+    values, shown = task.evaluate(1)
+    assert set(values) <= set(task.measures())
+    assert (bool(values), len(task.measures()) > 0, len(shown)) == (bool(samples), bool(samples), pictures)
+
+
 def test_label_stride(clip_folder):
     task, full = flat_task(clip_folder, label_stride=2), flat_task(clip_folder)
     small, whole = task.batch(0).labels, full.batch(0).labels

@@ -5,13 +5,12 @@ from __future__ import annotations
 import csv
 import re
 import unicodedata
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from lexiseg.colors import parse_color
-from lexiseg.errors import LexisegError, LexisegWarning
+from lexiseg.errors import LexisegError, warn
 from lexiseg.exemplars import PREFIX
 from lexiseg.words import describe, flag, null, refuse_unknown, shorten
 
@@ -118,8 +117,7 @@ def lines_read(lines: Sequence[str]) -> list[ListedClass]:
             return _table(lines, heading, separator)
     bare = [re.sub(r"^[*•]\s+", "", line.strip()) for line in lines]
     if len(bare) > 1 and _bare_heading(bare[0]) in _HEADINGS:
-        text = f"The first line, '{bare[0]}', was read as a column header, not as a class."
-        warnings.warn(text, LexisegWarning, stacklevel=2)
+        warn(f"The first line, '{bare[0]}', was read as a column header, not as a class.")
         lines, bare = lines[1:], bare[1:]
     numbered = [_NUMBERED.fullmatch(line) for line in bare]
     # What is longer is no such line, and would take patterns long; and the box of an exemplar is no colour.

@@ -36,7 +36,7 @@ from lexiseg.class_forms import (
     split_classes,
 )
 from lexiseg.colors import parse_color
-from lexiseg.errors import LexisegError, LexisegWarning
+from lexiseg.errors import LexisegError, warn
 from lexiseg.exemplars import PREFIX
 from lexiseg.files import write_text
 from lexiseg.words import describe, is_deep, null, refuse_unknown, shorten, word_key
@@ -229,7 +229,7 @@ def write_class_list(folder: Path, names: Sequence[str]) -> Path:
             place.unlink(missing_ok=True)
         if before:
             said = f"'{path}' replaced a list of other classes; results of earlier runs beside it use the old list, so "
-            warnings.warn(f"{said}write runs with other classes into other folders.", LexisegWarning, stacklevel=2)
+            warn(f"{said}write runs with other classes into other folders.")
     return path
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import warnings
 from typing import Any
 
 
@@ -28,6 +29,11 @@ class LexisegWarning(UserWarning):
     The command line prints each distinct sentence once, as ``note: ...`` on stderr; ``--quiet`` silences it. In Python
     it is an ordinary warning, so that ``warnings.simplefilter("ignore", LexisegWarning)`` silences it.
     """
+
+
+def warn(sentence: str, stacklevel: int = 2) -> None:
+    """Warn of a result with a `LexisegWarning`; ``stacklevel`` as for ``warnings.warn``."""
+    warnings.warn(sentence, LexisegWarning, stacklevel + 1)
 
 
 class DataSetError(LexisegError):

@@ -18,7 +18,7 @@ import numpy as np
 from PIL import ExifTags, Image, TiffImagePlugin
 from PIL.Image import Transpose
 
-from lexiseg.errors import LexisegError, LexisegWarning
+from lexiseg.errors import LexisegError, warn
 from lexiseg.files import spelled
 from lexiseg.first_and_last import SharedContext
 from lexiseg.words import counted, describe, kind, shorten
@@ -144,8 +144,7 @@ def list_images(target: str | Path) -> list[Path]:
         bare = sum(not entry.suffix and entry.is_file() for entry in found)
         for left, what in ((videos, counted(videos, "video")), (bare, f"{counted(bare, 'file')} without an extension")):
             if left:
-                note = f"Skipped in '{path}': {what}; give each one by itself."
-                warnings.warn(note, LexisegWarning, stacklevel=2)
+                warn(f"Skipped in '{path}': {what}; give each one by itself.")
         known = IMAGE_SUFFIXES | FOREIGN_SUFFIXES
         found = [entry for entry in found if entry.suffix.lower() in known and (entry.is_file() or _is_broken(entry))]
     except (OSError, ValueError, re.error) as error:
@@ -237,7 +236,7 @@ def _from_file(file: IO[bytes], name: str, max_pixels: float, orient: bool, suff
             image.close()
     if several:
         text = f"{_capital(name)} holds several frames or pages, of which only the first is read; save the others as "
-        warnings.warn(f"{text}pictures of their own if you want them too.", LexisegWarning, stacklevel=2)
+        warn(f"{text}pictures of their own if you want them too.")
     return pixels
 
 
@@ -325,7 +324,7 @@ def _from_pil(image: Image.Image, name: str, max_pixels: float, orient: bool) ->
     array = np.array(pixels)
     if halved and array.max() < 32:
         text = f"{_capital(name)} uses less than 13 of its 16 bits per colour, of which the upper 8 are read, so it is "
-        warnings.warn(f"{text}nearly black; scale its values to 16 bits.", LexisegWarning, stacklevel=2)
+        warn(f"{text}nearly black; scale its values to 16 bits.")
     return array
 
 
@@ -412,7 +411,7 @@ def _from_array(array: np.ndarray, name: str, max_pixels: float) -> np.ndarray:
         text = (
             f"{_capital(name)} holds whole numbers from 0 to 1, so the picture is black; if it is a picture of floats "
         )
-        warnings.warn(f"{text}in 0..1, give those, and if it is a mask, the picture instead.", LexisegWarning, 2)
+        warn(f"{text}in 0..1, give those, and if it is a mask, the picture instead.")
     array = _to_bytes(np.asarray(array), name)
     channels = array.shape[2]
     if channels in (2, 4):

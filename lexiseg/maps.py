@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lexiseg.errors import LexisegError, LexisegWarning, need
+from lexiseg.errors import LexisegError, need, warn
 from lexiseg.files import atomic_write, make_folder
 from lexiseg.label_ids import ignore_index
 from lexiseg.words import counted, describe, printable, whole_number
@@ -147,7 +147,7 @@ def _segment(
                 yield inner.row_off, inner.col_off, found
         if empty:
             note = f"'{printable(raster.name)}' is masked or without data throughout, so no pixel has a class"
-            warnings.warn(f"{note}; check its mask and no-data value.", LexisegWarning, stacklevel=2)
+            warn(f"{note}; check its mask and no-data value.")
         # A cloud-optimised file is laid out anew: its overviews come first.
         layout = {"compress": "deflate", "blocksize": _BLOCK, "overview_resampling": "nearest", "bigtiff": "if_safer"}
         rasterio.shutil.copy(plain, final, driver="COG", sparse_ok=True, **layout)

@@ -5,13 +5,12 @@ from __future__ import annotations
 import io
 import os
 import re
-import warnings
 from typing import Any
 
 from PIL import Image, PngImagePlugin
 
 from lexiseg.class_list import ClassList
-from lexiseg.errors import LexisegWarning
+from lexiseg.errors import warn
 from lexiseg.vocabulary import Vocabulary
 from lexiseg.words import shorten
 
@@ -33,7 +32,7 @@ def one_class(vocabulary: Vocabulary) -> None:
     else:
         text = f"The only class, '{shorten(only.name)}', takes every pixel; name what else is in the picture, "
         text += f"'{shorten(only.name)}; grass; sky', or give a background, such as the word 'background'."
-    warnings.warn(text, LexisegWarning, stacklevel=2)
+    warn(text)
 
 
 def numbered(listed: ClassList) -> None:
@@ -41,13 +40,12 @@ def numbered(listed: ClassList) -> None:
     if any(one.value not in (None, place) for place, one in enumerate(listed.classes)):
         text = "Results count the classes from 0 in their order, not by the numbers in the list; as masks of your own "
         text += "data they need a class file without numbers."
-        warnings.warn(text, LexisegWarning, stacklevel=2)
+        warn(text)
 
 
 def no_class(threshold: float) -> None:
     """Warn that the threshold of a background has left no pixel with a class; of many pictures it is said once."""
-    text = f"No pixel reaches the background's threshold of {threshold:g}, so none has a class; give a lower one."
-    warnings.warn(text, LexisegWarning, stacklevel=2)
+    warn(f"No pixel reaches the background's threshold of {threshold:g}, so none has a class; give a lower one.")
 
 
 def picture_world_model(source: object) -> bool:
@@ -60,11 +58,9 @@ def picture_world_model(source: object) -> bool:
     """
     if _is_drawn(source):
         return False
-    warnings.warn(
+    warn(
         "This model knows only the drawn scenes of lexiseg's picture world, so its labels of other pictures mean "
-        "little; use a model with real weights, see `lexiseg models`.",
-        LexisegWarning,
-        stacklevel=2,
+        "little; use a model with real weights, see `lexiseg models`."
     )
     return True
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -12,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from lexiseg.errors import LexisegWarning
+from lexiseg.errors import warn
 from lexiseg.fonts import Lettering
 
 _PANEL, _INK, _MUTED, _FRAME = (250, 250, 250), (33, 33, 33), (95, 95, 95), (120, 120, 120)
@@ -162,11 +161,9 @@ def _legible(entries: Sequence[LegendEntry], missing: set[str]) -> list[LegendEn
     legible = []
     for entry in entries:
         if missing.intersection(entry.name):
-            warnings.warn(
+            warn(
                 f"No font on this machine has all the letters of '{entry.name}', so the legend calls it "
-                f"'class {entry.index}'; name a font that has them (--font, or font= in Python).",
-                LexisegWarning,
-                stacklevel=2,
+                f"'class {entry.index}'; name a font that has them (--font, or font= in Python)."
             )
             entry = replace(entry, name=f"class {entry.index}")
         legible.append(entry)

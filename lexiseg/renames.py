@@ -5,11 +5,10 @@ Whoever renames any of them notes it here; what has stood here for a release can
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from lexiseg.errors import LexisegError, LexisegWarning
+from lexiseg.errors import LexisegError, warn
 
 Change = str | Callable[[Any], dict[str, Any]]
 
@@ -95,7 +94,7 @@ RENAMED_ARGUMENTS = {"--at": "--point", "--by": "--scores", "--until": "--stop-a
 
 def _say(what: str, changes: Sequence[str], then: str = "use the new one") -> None:
     old = f"{what}, which the next release will not read ({'; '.join(changes)}); {then}."
-    warnings.warn(old, LexisegWarning, stacklevel=3)
+    warn(old, stacklevel=3)
 
 
 def renamed_arguments(words: Sequence[str]) -> list[str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from lexiseg.errors import LexisegError, LexisegWarning, need
+from lexiseg.errors import LexisegError, need, warn
 from lexiseg.files import atomic_write, make_folder, read_lines, writing
 from lexiseg.formats import encode_rle
 from lexiseg.images import VIDEO_SUFFIXES
@@ -284,8 +283,7 @@ def _is_begun(path: Path, head: dict[str, Any]) -> bool:
     if whole and (difference := changed({**begun, "state": head["state"]}, head)):
         raise LexisegError(f"'{path}' was written with other settings: {difference}; choose another folder.")
     if whole and begun != head:
-        text = f"The video has changed since '{path}' was written, so it starts again from its first frame."
-        warnings.warn(text, LexisegWarning, stacklevel=2)
+        warn(f"The video has changed since '{path}' was written, so it starts again from its first frame.")
         return False
     os.truncate(path, whole)
     return whole > 0

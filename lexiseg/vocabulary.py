@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -19,7 +18,7 @@ from lexiseg.background import Background, BackgroundSource
 from lexiseg.class_forms import ListedClass, split_words
 from lexiseg.class_list import ClassList, class_source, read_class_text, read_classes
 from lexiseg.colors import BACKGROUND_COLOR, distinct_colors, parse_color
-from lexiseg.errors import LexisegError, LexisegWarning
+from lexiseg.errors import LexisegError, warn
 from lexiseg.exemplars import PREFIX, Exemplar
 from lexiseg.files import as_path, write_json, write_text
 from lexiseg.renames import renamed_method
@@ -150,7 +149,7 @@ class Vocabulary:
             if kept is not said:
                 name, word = said.shared_words()[0]
                 text = f"{said.path}: the word '{word}' of the class '{name}' belongs to another class too, so it is "
-                warnings.warn(f"{text}dropped; remove it from one.", LexisegWarning, stacklevel=2)
+                warn(f"{text}dropped; remove it from one.")
             folder = None if said.path is None else said.path.parent
             try:
                 classes = tuple(_class_of(one, folder) for one in kept.classes)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import unicodedata
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lexiseg.errors import LexisegError, LexisegWarning, need
+from lexiseg.errors import LexisegError, need, warn
 from lexiseg.fonts import Lettering
 from lexiseg.images import image_name
 from lexiseg.words import printable, shorten
@@ -87,8 +86,7 @@ def _make_legible(figure: Figure) -> None:
         one.set_text(_without(one.get_text(), face.missing))
     if face.missing:
         letters = shorten("".join(sorted(face.missing)))
-        note = f"No font on this machine has the letters '{letters}', so the figure has ? for each; install one."
-        warnings.warn(note, LexisegWarning, stacklevel=2)
+        warn(f"No font on this machine has the letters '{letters}', so the figure has ? for each; install one.")
 
 
 def _without(text: str, missing: set[str]) -> str:

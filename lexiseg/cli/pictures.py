@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import time
-import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -20,7 +19,7 @@ from lexiseg.class_list import read_class_list, write_class_list
 from lexiseg.cli.console import say, say_error, say_json, say_note, say_table, say_written, with_progress
 from lexiseg.data.sets.layouts import CLASS_FILES
 from lexiseg.data.sets.listing import files_in
-from lexiseg.errors import LexisegError, LexisegWarning
+from lexiseg.errors import LexisegError, warn
 from lexiseg.journal import flat
 from lexiseg.labelling.pictures import COCO, Entry, Labeller, Picture, Record, Wanted, absolute
 from lexiseg.words import counted, word_key
@@ -127,8 +126,7 @@ def _list_classes(output: Path, names: Sequence[str], replaced: Sequence[str]) -
             listed = read_class_list(path).classes
         if listed != tuple(map(ListedClass, replaced)):
             if tuple(one.name for one in listed) != names:
-                text = f"'{path}' lists other classes than these label maps have; correct it if you use them as masks."
-                warnings.warn(text, LexisegWarning, stacklevel=2)
+                warn(f"'{path}' lists other classes than these label maps have; correct it if you use them as masks.")
             return []
     return [write_class_list(output, names)]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -13,7 +12,7 @@ import typer
 import lexiseg
 from lexiseg.cli import options as shared
 from lexiseg.cli.console import waiting
-from lexiseg.errors import LexisegError, LexisegWarning
+from lexiseg.errors import LexisegError, warn
 from lexiseg.exemplars import PREFIX
 from lexiseg.words import counted, word_key
 
@@ -272,12 +271,10 @@ def _pictures(sources: Sequence[str], output: Path) -> list[Path]:
             else:
                 paths.setdefault(folders[path.parent] / path.name, path)
     if results:
-        text = f"Skipped: {counted(results, 'picture')} that lexiseg wrote itself."
-        warnings.warn(text, LexisegWarning, stacklevel=2)
+        warn(f"Skipped: {counted(results, 'picture')} that lexiseg wrote itself.")
     from lexiseg.maps import MAP_SUFFIXES, is_map
 
     map_like = next((path for path in paths.values() if path.suffix.lower() in MAP_SUFFIXES), None)
     if map_like is not None and is_map(map_like):
-        note = f"'{map_like}' is a map, whose coordinates the labels of pictures lack; give each map by itself."
-        warnings.warn(note, LexisegWarning, stacklevel=2)
+        warn(f"'{map_like}' is a map, whose coordinates the labels of pictures lack; give each map by itself.")
     return list(paths.values())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
@@ -16,7 +15,7 @@ from lexiseg import processes
 from lexiseg.background import BackgroundSource
 from lexiseg.data.base import SegmentationDataset
 from lexiseg.data.sets.dataset import nothing_labelled
-from lexiseg.errors import LexisegError, LexisegWarning
+from lexiseg.errors import LexisegError, warn
 from lexiseg.evaluation.protocols import Protocol, find_protocol
 from lexiseg.evaluation.report import Report
 from lexiseg.evaluation.run import Offsets, run_evaluation, with_masks
@@ -146,10 +145,9 @@ def _judged(
             raise LexisegError(nothing_labelled(settings["split"]))
     known = with_masks(segmenter, [entry.name for entry in report.vocabulary.classes if entry.seen is False])
     if known and processes.is_main():
-        warnings.warn(
+        warn(
             f"The unseen classes include {len(known)} that this model had masks of in training, '{known[0]}' first, so "
             "mIoU(U) and hIoU are not zero-shot.",
-            LexisegWarning,
             stacklevel=3,
         )
     return report

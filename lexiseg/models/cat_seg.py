@@ -8,7 +8,6 @@ Where the paper and the released code differ, the code is followed.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
@@ -20,7 +19,7 @@ from torch.nn import functional as F
 from lexiseg.clip.model import CLIP
 from lexiseg.clip.text import TextEmbedder
 from lexiseg.clip.tower import token_values
-from lexiseg.errors import LexisegError, LexisegWarning
+from lexiseg.errors import LexisegError, warn
 from lexiseg.losses.masks import check_labels
 from lexiseg.losses.reduction import reduction_weight
 from lexiseg.models.base import ImageFeatures, SegmentationModel
@@ -243,11 +242,9 @@ class CATSeg(SegmentationModel):
         """Score words against images; see `SegmentationModel.score`. Whether a word was seen makes no difference."""
         limit = self.options.padding
         if self.options.released and 0 < limit < len(text):
-            warnings.warn(
+            warn(
                 f"CAT-Seg as released scores {limit} classes per window and drops the others of {len(text)}; the "
-                "option released: false scores all.",
-                LexisegWarning,
-                stacklevel=2,
+                "option released: false scores all."
             )
         logits = self.score_grid(features, text)
         return GridScores(logits, word_to_class=word_to_class, resize_to=features.size, sigmoid=True)

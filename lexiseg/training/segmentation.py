@@ -16,7 +16,6 @@ In every setting the losses treat 255 as a negative of every class, as the autho
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
@@ -31,7 +30,7 @@ from lexiseg.clip.text import TextEmbedder
 from lexiseg.data.base import SegmentationDataset, read_label, remap_to_seen, seen_ids
 from lexiseg.data.sets.dataset import nothing_labelled
 from lexiseg.data.transforms import Pipeline
-from lexiseg.errors import LexisegError, LexisegWarning
+from lexiseg.errors import LexisegError, warn
 from lexiseg.evaluation.metrics import SCALARS
 from lexiseg.evaluation.run import run_evaluation, spread
 from lexiseg.label_ids import IGNORE_INDEX, WIDE_IGNORE_INDEX, ignore_index
@@ -124,7 +123,7 @@ class SegmentationTask(Task):
         ):
             (only,) = self.vocabulary.names
             text = f"Every pixel of the training data is '{only}', so the model will find it everywhere; label what is "
-            warnings.warn(f"{text}something else as another class.", LexisegWarning, stacklevel=2)
+            warn(f"{text}something else as another class.")
         self.seen_classes = torch.tensor([entry.seen is True for entry in self.vocabulary.classes])
         self.text = model.embed_text(TextEmbedder(model.clip, cache_dir), self.vocabulary)
         self._segmenter = Segmenter(

@@ -12,7 +12,6 @@ import logging
 import math
 import random
 import time
-import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import KW_ONLY, dataclass, field
@@ -26,7 +25,7 @@ from accelerate.utils import send_to_device
 from torch import nn
 
 from lexiseg import processes
-from lexiseg.errors import LexisegError, LexisegWarning
+from lexiseg.errors import LexisegError, warn
 from lexiseg.files import make_folder, write_text
 from lexiseg.journal import changed, flat
 from lexiseg.recipes import TrainSettings
@@ -254,11 +253,9 @@ class Trainer:
                 log.write(done, record)
                 if record["grad_norm"] == 0 and not noted and processes.is_main():
                     noted = True  # once is enough
-                    warnings.warn(
+                    warn(
                         f"The gradients of the last {counted(count, 'step')}, up to step {done}, are exactly 0, so "
-                        "nothing is learned; if this goes on, choose another train.seed or initialisation.",
-                        LexisegWarning,
-                        stacklevel=2,
+                        "nothing is learned; if this goes on, choose another train.seed or initialisation."
                     )
             # Not where a run is stopped half way, or patience and the best model would depend on the stop.
             if settings.snapshot_every and (done % settings.snapshot_every == 0 or done == settings.steps):
@@ -337,11 +334,9 @@ class Trainer:
         if longer and processes.is_main():
             rate = learning_rate(step, self.settings.lr, self.settings)
             old = learning_rate(step, self.settings.lr, self.settings.model_copy(update={"steps": before["steps"]}))
-            warnings.warn(
+            warn(
                 f"The run had {before['steps']} steps and now has {now['steps']}: from here its schedule is that "
-                f"of the longer run, so the learning rate at step {step} is {rate:.3g} in place of {old:.3g}.",
-                LexisegWarning,
-                stacklevel=2,
+                f"of the longer run, so the learning rate at step {step} is {rate:.3g} in place of {old:.3g}."
             )
         if was != count and processes.is_main():
             _log.warning(

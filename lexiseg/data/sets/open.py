@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +13,7 @@ from lexiseg.data.sets.layouts import SPLITS, own_list, own_splits
 from lexiseg.data.sets.listing import listed_as, read_list, unreadable
 from lexiseg.data.sets.own import list_own
 from lexiseg.data.sets.papers import LAYOUTS
-from lexiseg.errors import LexisegError, LexisegWarning
+from lexiseg.errors import LexisegError, warn
 from lexiseg.vocabulary import Vocabulary, VocabularyClass
 from lexiseg.words import counted, near_names
 
@@ -54,7 +53,7 @@ def open_data_set(
     files = list_split(name, root, split, unseen=unseen, classes=classes)
     notes = [one.problem for one in files.findings if one.kind == "class-list"]
     for text in (*notes, *(_overlap(Path(root), files) if name == OWN else ())):
-        warnings.warn(text, LexisegWarning, stacklevel=2)
+        warn(text)
     if names_of is not None:
         files = replace(files, vocabulary=data_set(name).vocabulary(unseen=unseen, names_of=names_of))
     return FileDataset(replace(files, vocabulary=synonyms_of(name, files.vocabulary, synonyms)))

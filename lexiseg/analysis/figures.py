@@ -203,8 +203,7 @@ def nga_figure(segmenter: Segmenter) -> Figure:
             (-0.2, before, "before training", "#b0bac5"),
             (0.2, after, "after training", "#2c718e"),
         ):
-            bars = axes.bar(places + shift, values, 0.4, label=label, color=color)
-            axes.bar_label(bars, fmt="%.2f", fontsize=7)
+            axes.bar_label(axes.bar(places + shift, values, 0.4, label=label, color=color), fmt="%.2f", fontsize=7)
         axes.set_xticks(places, [f"block {block}" for block in blocks], fontsize=8)
         axes.axhline(0, color=INK, linewidth=0.8)
         axes.set_xlabel(format_groups((blocks,)))

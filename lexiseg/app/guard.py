@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import time
-from collections.abc import Awaitable, Callable, Iterable, MutableMapping
+from collections.abc import Callable, Iterable, MutableMapping
 from contextlib import suppress
 from dataclasses import dataclass
 from ipaddress import ip_address
@@ -14,13 +14,11 @@ from urllib.parse import urlsplit
 
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 if TYPE_CHECKING:
     from lexiseg.app.service import ServiceSettings
 
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
 GONE = 499  # nginx's code for a client that left; nobody reads it
 _OPEN = ("/", "/health")  # the page has no secrets, and the field in which its user types the token
 
@@ -29,11 +27,11 @@ _OPEN = ("/", "/health")  # the page has no secrets, and the field in which its 
 class Guard:
     """ASGI middleware that refuses bodies that are too large or too slow, strange web pages, and a wrong token."""
 
-    app: Callable[..., Awaitable[None]]
+    app: ASGIApp
     settings: ServiceSettings
     count: Callable[[str, int, float], None]  # takes route, status and seconds of every request that was answered
 
-    async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, or answer 401, 403, 408, 413 or, when the server ends before the answer is there, 503."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
@@ -59,7 +57,7 @@ class Guard:
         finally:
             self.count(getattr(scope.get("route"), "path", "other"), status, time.monotonic() - start)
 
-    def _check_headers(self, scope: MutableMapping[str, Any]) -> None:
+    def _check_headers(self, scope: Scope) -> None:
         headers = {key.lower(): value for key, value in scope["headers"]}
         token = self.settings.token
         if token is not None and scope["path"] not in _OPEN:

@@ -42,6 +42,7 @@ from lexiseg.devices import use_threads
 from lexiseg.errors import LexisegError
 from lexiseg.exemplars import PREFIX, Exemplar
 from lexiseg.refine import has_sam
+from lexiseg.samples import list_samples, sample_path
 from lexiseg.vocabulary import Vocabulary, VocabularyClass
 from lexiseg.words import word_key
 
@@ -102,8 +103,7 @@ class Service:
         self.settings = settings
         self.queue = Queue(settings.queue, settings.batch)
         self.registry = CollectorRegistry()
-        labels = ["path", "status"]
-        self.requests = Counter("lexiseg_requests", "Requests answered.", labels, registry=self.registry)
+        self.requests = Counter("lexiseg_requests", "Requests answered.", ["path", "status"], registry=self.registry)
         self.seconds = Histogram("lexiseg_request_seconds", "Seconds a request.", ["path"], registry=self.registry)
         waiting = Gauge("lexiseg_queue_waiting", "Pictures that wait.", registry=self.registry)
         waiting.set_function(lambda: len(self.queue.waiting))
@@ -230,8 +230,7 @@ def create_app(segmenters: dict[str, Segmenter], settings: ServiceSettings | Non
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         # The model has all of torch's threads; what writes answers meanwhile gets one each.
-        answering = ThreadPoolExecutor(initializer=use_threads, initargs=(1,))
-        asyncio.get_running_loop().set_default_executor(answering)
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(initializer=use_threads, initargs=(1,)))
         with suppress(asyncio.CancelledError):  # at a second Ctrl-C, for which a traceback would be printed
             yield
         await asyncio.to_thread(service.queue.close)
@@ -317,13 +316,9 @@ def _add_routes(app: FastAPI, service: Service) -> None:
 
     @app.get("/samples", include_in_schema=False)
     async def samples() -> list[dict[str, str]]:
-        from lexiseg.samples import list_samples
-
         return [{"name": name} for name in list_samples()]
 
     @app.get("/samples/{name}", include_in_schema=False)
     async def sample(name: str) -> Response:
-        from lexiseg.samples import sample_path
-
         path = sample_path(name)
         return Response(path.read_bytes(), media_type="image/png" if path.suffix == ".png" else "image/jpeg")

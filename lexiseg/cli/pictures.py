@@ -64,8 +64,7 @@ def predict_pictures(
     if record is not None:
         old = flat(record.settings or {}).items()
         replaced = [name for key, name in old if key.startswith("classes.") and key.endswith(".name")]
-        identity = segmenter.identity(vocabulary, wanted.window)
-        settings = {**identity, "instances": list(wanted.instances)}
+        settings = {**segmenter.identity(vocabulary, wanted.window), "instances": list(wanted.instances)}
         before = record.begin_run(settings, resume=resume, images=list(map(absolute, paths)))
     stems = _stems(paths, {image: entry.stem for image, entry in before.items()})
     done = {image: entry for image, entry in before.items() if set(kinds) <= set(entry.files)}
@@ -158,8 +157,7 @@ def _follow(
         say_error(str(error))
         return True
     if len(done) < total:
-        missing = counted(total - len(done), "picture")
-        say_error(f"No result for {missing}; run again with --resume.")
+        say_error(f"No result for {counted(total - len(done), 'picture')}; run again with --resume.")
         return True
     return False
 

@@ -97,11 +97,10 @@ def random_crop(
         return slice(top, top + size), slice(left, left + size)
 
     box = draw()
-    if max_fraction < 1.0:
-        for _ in range(10):
-            if is_varied(label[box], max_fraction, ignored):
-                break
-            box = draw()
+    for _ in range(10):
+        if max_fraction >= 1.0 or is_varied(label[box], max_fraction, ignored):
+            break
+        box = draw()
     rows, columns = box
     return image[:, rows, columns], label[rows, columns]
 

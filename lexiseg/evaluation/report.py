@@ -171,8 +171,7 @@ class Report:
         """
         folder = make_folder(folder)
         paths = []
-        grid = self.grid()
-        if grid is not None:
+        if (grid := self.grid()) is not None:
             path = folder / "grid.png"
             with atomic_write(path) as temporary:
                 grid.save(temporary)

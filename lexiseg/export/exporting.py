@@ -369,8 +369,7 @@ def _narrow(path: Path, precision: str) -> None:
     import onnx
     from onnxruntime.transformers.float16 import convert_float_to_float16
 
-    narrowed = convert_float_to_float16(onnx.load(path), keep_io_types=True, disable_shape_infer=True)
-    onnx.save(narrowed, path)
+    onnx.save(convert_float_to_float16(onnx.load(path), keep_io_types=True, disable_shape_infer=True), path)
 
 
 def _save_tokenizer(tokenizer: SimpleTokenizer, path: Path) -> None:

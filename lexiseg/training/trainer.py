@@ -219,7 +219,9 @@ class Trainer:
             try:
                 done = self._loop(first, end, log)
             except KeyboardInterrupt as stop:
-                stop.args = (self._stopped(log.step, end),)
+                kept = self._kept("the newest checkpoint is '{}'")
+                go_on = "and the same command with --resume continues"
+                stop.args = (f"Stopped after step {log.step} of {end}; {kept}, {go_on}.",)
                 raise
         folder = self.run_dir / "model"
         task.reached(done)
@@ -282,11 +284,6 @@ class Trainer:
                     _log.warning("Stopped at step %d: %s", done, best)
                 return done
         return end
-
-    def _stopped(self, step: int, end: int) -> str:
-        found = find_checkpoints(self.checkpoint_dir)
-        kept = f"the newest checkpoint is '{found[-1]}'" if found else "there is no checkpoint yet"
-        return f"Stopped after step {step} of {end}; {kept}, and the same command with --resume continues."
 
     def _check_best(self) -> None:
         if (best := self.settings.keep_best) is not None:
@@ -398,9 +395,9 @@ class Trainer:
             "look at these samples."
         )
 
-    def _kept(self) -> str:
+    def _kept(self, said: str = "the last checkpoint, '{}', is untouched") -> str:
         found = find_checkpoints(self.checkpoint_dir)
-        return f"the last checkpoint, '{found[-1]}', is untouched" if found else "there is no checkpoint yet"
+        return said.format(found[-1]) if found else "there is no checkpoint yet"
 
     def _look(self, done: int, log: RunLog, best: Best) -> None:
         """Sample pictures and numbers; the run's random state and mode are as before afterwards."""

@@ -43,8 +43,7 @@ class KnownWeights:
 @cache
 def known_weights() -> tuple[KnownWeights, ...]:
     """All weights that lexiseg knows of, as ``known_weights.yaml`` has them."""
-    entries = yaml.safe_load(_FILE.read_text("utf-8"))["weights"]
-    return tuple(KnownWeights(**entry) for entry in entries)
+    return tuple(KnownWeights(**entry) for entry in yaml.safe_load(_FILE.read_text("utf-8"))["weights"])
 
 
 def auto_order() -> list[KnownWeights]:

@@ -79,16 +79,9 @@ def newest_key(key: str) -> str:
     Old MaskFormer files have the pixel decoder's tensors directly under ``sem_seg_head.``; files that were saved again
     without their version note may have its prefix twice.
     """
-    rest = key.removeprefix(HEAD)
-    if rest == key:
+    if not key.startswith(HEAD) or key.startswith((_PREDICTOR, INTERACTION)):
         return key
-    if rest.startswith("pixel_decoder."):
-        while rest.startswith("pixel_decoder.pixel_decoder."):
-            rest = rest.removeprefix("pixel_decoder.")
-        return HEAD + rest
-    if rest.startswith(("predictor.", "interaction.")):
-        return key
-    return f"{HEAD}pixel_decoder.{rest}"
+    return _PIXEL + re.sub(r"^(pixel_decoder\.)+", "", key.removeprefix(HEAD))
 
 
 def used_tensors(state: Mapping[str, Tensor], system: System, name: str) -> tuple[dict[str, Tensor], list[str]]:

@@ -53,8 +53,7 @@ def convert_sam(state: Mapping[str, Tensor], folder: str | Path, *, name: str = 
         raise LexisegError(f"{said} has an image encoder of {width} channels; lexiseg knows SAM's own, of {known}.")
     config = SamConfig(**RELEASED[width])
     model = sketch(lambda: SamModel(config), len(state), said)
-    tensors = take_tensors(shapes_of(model), key_map("sam"), state, said)
-    model.load_state_dict(tensors, assign=True)
+    model.load_state_dict(take_tensors(shapes_of(model), key_map("sam"), state, said), assign=True)
     folder = make_folder(folder)
     model.save_pretrained(folder)
     side = config.vision_config.image_size

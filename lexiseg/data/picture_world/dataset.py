@@ -78,8 +78,7 @@ class PictureWorld:
 
     def _scene(self, index: int) -> Scene:
         self._check(index)
-        seed = [SPLIT_SEEDS[self.split], index]
-        held_out = self.split != "train"
+        seed, held_out = [SPLIT_SEEDS[self.split], index], self.split != "train"
         return render_scene(seed, self.size, world=self.world, held_out=held_out, without=self._without)
 
     def _pixels(self, index: int) -> tuple[np.ndarray, np.ndarray]:

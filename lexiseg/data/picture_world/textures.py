@@ -63,8 +63,7 @@ def _night(rng: np.random.Generator) -> Array:
 
 
 def _grass(rng: np.random.Generator) -> Array:
-    t = 0.65 * noise(rng, 6, 50, 0.22) + 0.35 * noise(rng, 1, 5)
-    return blend(t, (44, 112, 30), (146, 208, 72))
+    return blend(0.65 * noise(rng, 6, 50, 0.22) + 0.35 * noise(rng, 1, 5), (44, 112, 30), (146, 208, 72))
 
 
 def _water(rng: np.random.Generator) -> Array:
@@ -81,20 +80,17 @@ def _sand(rng: np.random.Generator) -> Array:
 
 
 def _snow(rng: np.random.Generator) -> Array:
-    t = 0.75 * noise(rng, 1, 4, 1.6) + 0.25 * noise(rng, 20, 70)
-    return blend(t, (204, 218, 240), (254, 254, 255))
+    return blend(0.75 * noise(rng, 1, 4, 1.6) + 0.25 * noise(rng, 20, 70), (204, 218, 240), (254, 254, 255))
 
 
 def _road(rng: np.random.Generator) -> Array:
     image = blend(noise(rng, 10, 90), (66, 66, 72), (112, 112, 118))
-    stripe = (np.abs(_Y - 0.5) < 0.035) & ((_X * 4) % 1 < 0.6)
-    image[stripe] = (238, 214, 96)
+    image[(np.abs(_Y - 0.5) < 0.035) & ((_X * 4) % 1 < 0.6)] = (238, 214, 96)
     return image
 
 
 def _soil(rng: np.random.Generator) -> Array:
-    t = 0.5 * noise(rng, 3, 14) + 0.5 * noise(rng, 10, 60)
-    return blend(t, (62, 36, 20), (138, 92, 56))
+    return blend(0.5 * noise(rng, 3, 14) + 0.5 * noise(rng, 10, 60), (62, 36, 20), (138, 92, 56))
 
 
 def _gravel(rng: np.random.Generator) -> Array:

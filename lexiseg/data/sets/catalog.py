@@ -181,10 +181,7 @@ def voc_color(value: int) -> tuple[int, int, int]:
     Source: the colour map of the VOC development kit: the bits of the value go round the three channels, each time one
     place lower, from the highest bit on.
     """
-    red = green = blue = 0
-    for place in range(8):
-        bits = value >> (3 * place)
-        red |= (bits & 1) << (7 - place)
-        green |= ((bits >> 1) & 1) << (7 - place)
-        blue |= ((bits >> 2) & 1) << (7 - place)
+    red, green, blue = (
+        sum((value >> (3 * place + channel) & 1) << (7 - place) for place in range(8)) for channel in range(3)
+    )
     return red, green, blue

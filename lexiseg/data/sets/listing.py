@@ -199,8 +199,7 @@ def listed_as(name: str, known: Container[str]) -> str:
 def _missing_list(path: Path, split: str) -> Finding:
     there = [name for name in entries(path.parent) if name.endswith(".txt")]
     hint = f"there are {', '.join(there[:6])}" if there else "the folder holds no list at all"
-    problem = f"The list '{path}' of the split '{split}' does not exist; {hint}."
-    return Finding("missing-list", problem, str(path))
+    return Finding("missing-list", f"The list '{path}' of the split '{split}' does not exist; {hint}.", str(path))
 
 
 def is_safe(name: str) -> bool:

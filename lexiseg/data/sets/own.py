@@ -331,10 +331,6 @@ def _are_colored(paths: Sequence[Path]) -> bool:
     """Whether at least half of the pictures hold colours; one that cannot be opened counts for neither side."""
     colored = 0
     for path in paths:
-        with (
-            suppress(Exception),
-            pillow_silenced(),
-            open_header(path) as picture,
-        ):  # whoever reads it says what is wrong
+        with suppress(Exception), pillow_silenced(), open_header(path) as picture:  # whoever reads it says so
             colored += picture.mode in ("RGB", "RGBA")
     return colored * 2 >= len(paths)

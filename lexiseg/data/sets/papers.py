@@ -287,8 +287,7 @@ def list_ade847(info: DataSetInfo, root: Path, split: str, classes: Path | None)
     folder = first_folder((home / "images" / "ADE" / part, home / "images" / part)) or home / "images" / "ADE" / part
     id_map = {entry.value: index for index, entry in enumerate(listed) if entry.value is not None}
     table = ValueTable(id_map, (), info.ignore, rest_is_void=True)
-    files = _below(folder, "_seg.png")
-    labels = LabelFolder(files, folder, LabelKind.ade_full, table, "_seg.png")
+    labels = LabelFolder(_below(folder, "_seg.png"), folder, LabelKind.ade_full, table, "_seg.png")
     return by_folder(info, split, _below(folder, ".jpg"), folder, [labels])
 
 

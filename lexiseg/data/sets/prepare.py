@@ -223,7 +223,8 @@ def _unpack(archive: Path, target: Path, part: Path, members: list[_Member]) -> 
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         if (part / name).stat().st_size != size:
             raise LexisegError(f"The archive '{archive}' ends early in '{name}'; download it again.")
-        if _is_changed(target / name, part / name):
+        old = target / name
+        if old.is_file() and not (part / name).read_bytes().startswith(old.read_bytes()):  # more than copying cut short
             changed.append(name)
         else:
             os.replace(part / name, target / name)
@@ -263,11 +264,6 @@ def _is_there(path: Path, size: int) -> bool:
         return path.is_file() and path.stat().st_size == size
     except OSError:
         return False
-
-
-def _is_changed(path: Path, original: Path) -> bool:
-    """Whether a file is there that is not a beginning of the original, as copying leaves it that was stopped."""
-    return path.is_file() and not original.read_bytes().startswith(path.read_bytes())
 
 
 def _refuse_links(archive: Path, target: Path, path: Path) -> None:

@@ -167,8 +167,7 @@ def verify(
         members[split] = {item.name: item.image for item in files.items}
     findings += _overlaps(members)
     findings += _other_classes(classes_of, root)
-    names = next(iter(classes_of.values()), ())
-    return Verification(name, str(root), names, tuple(checks), tuple(findings))
+    return Verification(name, str(root), next(iter(classes_of.values()), ()), tuple(checks), tuple(findings))
 
 
 def usable_splits(name: str, root: Path) -> tuple[Sequence[str], list[Finding]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from typer import Argument, Option
 
 from lexiseg.cli.console import say, say_json, say_note, say_written, waiting
 from lexiseg.cli.options import Json, Template, output_option
@@ -24,7 +24,7 @@ _OPTIONS = {
 
 Weights = Annotated[
     Path,
-    typer.Argument(
+    Argument(
         metavar="WEIGHTS",
         help="A .pth, .pt, .ckpt, .bin, .pkl or .safetensors file, or a CLIPModel folder of transformers.",
     ),
@@ -32,31 +32,29 @@ Weights = Annotated[
 Output = Annotated[Path, output_option("Folder to write.")]
 Seen = Annotated[
     Path | None,
-    typer.Option(
+    Option(
         "--seen",
         help="Segmenters: a file of the classes with masks in training, one per line; checkpoints do not list them.",
     ),
 ]
 Transductive = Annotated[
     bool,
-    typer.Option(
+    Option(
         "--transductive", help="One-stage systems and ZegFormer: trained with self-training; no offset on seen classes."
     ),
 ]
-QuickGelu = Annotated[bool | None, typer.Option("--quick-gelu/--gelu", help="CLIP: its activation. Default: detected.")]
+QuickGelu = Annotated[bool | None, Option("--quick-gelu/--gelu", help="CLIP: its activation. Default: detected.")]
 Clip = Annotated[
     str | None,
-    typer.Option(
+    Option(
         "--clip", help="Decoupled systems without a CLIP in their file (ZegFormer): the CLIP, such as ViT-B-16/openai."
     ),
 ]
 Ema = Annotated[
     bool | None,
-    typer.Option(
-        "--ema/--no-ema", help="Use the moving average of the weights, or not. Default: not, if a file has both."
-    ),
+    Option("--ema/--no-ema", help="Use the moving average of the weights, or not. Default: not, if a file has both."),
 ]
-Half = Annotated[bool, typer.Option("--half", help="Store the weights in 16 bits.")]
+Half = Annotated[bool, Option("--half", help="Store the weights in 16 bits.")]
 
 
 def convert(

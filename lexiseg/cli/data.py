@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
+from typer import Argument, Option
 
 from lexiseg.cli.console import say, say_json, say_note, say_table, say_written, waiting, with_progress
 from lexiseg.cli.options import Classes, Json, Png, show_help, write_png
@@ -18,16 +19,16 @@ app.callback(invoke_without_command=True)(show_help)
 
 World = Annotated[
     str,
-    typer.Option("--world", help="picture-world, picture-world-2 or picture-world-2-twemoji (another drawing style)."),
+    Option("--world", help="picture-world, picture-world-2 or picture-world-2-twemoji (another drawing style)."),
 ]
 
 
 @app.command("world")
 def world(
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder to write.")],
-    train: Annotated[int, typer.Option(min=0, help="Number of training scenes.")] = 200,
-    val: Annotated[int, typer.Option(min=0, help="Number of validation scenes.")] = 50,
-    size: Annotated[int, typer.Option(min=16, help="Side of a scene in pixels.")] = 256,
+    folder: Annotated[Path, Argument(metavar="FOLDER", help="Folder to write.")],
+    train: Annotated[int, Option(min=0, help="Number of training scenes.")] = 200,
+    val: Annotated[int, Option(min=0, help="Number of validation scenes.")] = 50,
+    size: Annotated[int, Option(min=16, help="Side of a scene in pixels.")] = 256,
     name: World = "picture-world",
 ) -> None:
     """Write a picture world to disk in the layout of PASCAL VOC.
@@ -44,10 +45,10 @@ def world(
 @app.command("show")
 def show(
     output: Png = Path("out/picture-world.png"),
-    split: Annotated[Literal["train", "val", "test"], typer.Option(help="Split of the scenes.")] = "val",
-    rows: Annotated[int, typer.Option(min=1, max=20, help="Number of rows.")] = 3,
-    columns: Annotated[int, typer.Option(min=1, max=20, help="Number of columns.")] = 5,
-    size: Annotated[int, typer.Option(min=16, max=1024, help="Side of a scene in pixels.")] = 256,
+    split: Annotated[Literal["train", "val", "test"], Option(help="Split of the scenes.")] = "val",
+    rows: Annotated[int, Option(min=1, max=20, help="Number of rows.")] = 3,
+    columns: Annotated[int, Option(min=1, max=20, help="Number of columns.")] = 5,
+    size: Annotated[int, Option(min=16, max=1024, help="Side of a scene in pixels.")] = 256,
     name: World = "picture-world",
 ) -> None:
     """Draw the first scenes of a split side by side."""
@@ -66,16 +67,16 @@ _NAME = (
 
 @app.command("verify")
 def verify(
-    name: Annotated[str, typer.Argument(metavar="NAME", help=f"{_NAME}; or the folder of your own data.")],
-    root: Annotated[Path | None, typer.Argument(metavar="ROOT", help="The folder the dataset was unpacked in.")] = None,
+    name: Annotated[str, Argument(metavar="NAME", help=f"{_NAME}; or the folder of your own data.")],
+    root: Annotated[Path | None, Argument(metavar="ROOT", help="The folder the dataset was unpacked in.")] = None,
     split: Annotated[
-        list[str] | None, typer.Option("--split", help="A split; may be repeated. Default: training and val.")
+        list[str] | None, Option("--split", help="A split; may be repeated. Default: training and val.")
     ] = None,
     classes: Classes = None,
     workers: Annotated[
-        int | None, typer.Option("--workers", min=1, help="Reader threads. Default: one per processor.")
+        int | None, Option("--workers", min=1, help="Reader threads. Default: one per processor.")
     ] = None,
-    every: Annotated[bool, typer.Option("--all", help="Report every file, not one line per kind of problem.")] = False,
+    every: Annotated[bool, Option("--all", help="Report every file, not one line per kind of problem.")] = False,
     json: Json = False,
 ) -> None:
     """Read every file of a dataset and report problems: missing or damaged files, wrong sizes, unknown ids and more.
@@ -110,8 +111,8 @@ def verify(
 
 @app.command("prepare")
 def prepare(
-    name: Annotated[str, typer.Argument(metavar="NAME", help=f"{_NAME}.")],
-    root: Annotated[Path, typer.Argument(metavar="ROOT", help="The folder of the archives.")],
+    name: Annotated[str, Argument(metavar="NAME", help=f"{_NAME}.")],
+    root: Annotated[Path, Argument(metavar="ROOT", help="The folder of the archives.")],
     classes: Classes = None,
     json: Json = False,
 ) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
+from typer import Argument, Option
 
 import lexiseg
 from lexiseg.cli.console import waiting
@@ -25,11 +26,11 @@ app = typer.Typer(
 )
 app.callback(invoke_without_command=True)(show_help)
 
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="A name that `lexiseg models` lists, or a folder.")]
-Picture = Annotated[Path, typer.Argument(metavar="IMAGE", help="A picture.")]
+Model = Annotated[str, Argument(metavar="MODEL", help="A name that `lexiseg models` lists, or a folder.")]
+Picture = Annotated[Path, Argument(metavar="IMAGE", help="A picture.")]
 Classes = Annotated[
     str,
-    typer.Argument(
+    Argument(
         metavar="CLASSES",
         help="The classes: 'giraffe; tree, bush; sky' (a semicolon separates classes, a comma joins synonyms) or a "
         "file of them.",
@@ -37,7 +38,7 @@ Classes = Annotated[
 ]
 Points = Annotated[
     list[str] | None,
-    typer.Option("--point", help="Pixel of the patch as COLUMN,ROW; may be repeated. Default: the centre."),
+    Option("--point", help="Pixel of the patch as COLUMN,ROW; may be repeated. Default: the centre."),
 ]
 
 
@@ -48,7 +49,7 @@ def similarity(
     point: Points = None,
     blocks: Annotated[
         str | None,
-        typer.Option("--blocks", help="Blocks to show, counted from 1, such as 6,9,12 or 6-12. Default: all."),
+        Option("--blocks", help="Blocks to show, counted from 1, such as 6,9,12 or 6-12. Default: all."),
     ] = None,
     output: Png = Path("out/similarity.png"),
     device: Device = "auto",
@@ -76,7 +77,7 @@ def scores(
 def compare(
     image: Picture,
     classes: Classes,
-    model: Annotated[list[str], typer.Option("--model", "-m", help="A model; may be repeated.")],
+    model: Annotated[list[str], Option("--model", "-m", help="A model; may be repeated.")],
     output: Png = Path("out/compare.png"),
     device: Device = "auto",
 ) -> None:
@@ -92,9 +93,9 @@ def compare(
 @app.command("cka")
 def cka(
     model: Model,
-    images: Annotated[list[str], typer.Argument(metavar="IMAGE...", help="Pictures, folders or patterns.")],
+    images: Annotated[list[str], Argument(metavar="IMAGE...", help="Pictures, folders or patterns.")],
     before: Annotated[
-        str | None, typer.Option("--before", help="Model to compare with. Default: the model's CLIP alone.")
+        str | None, Option("--before", help="Model to compare with. Default: the model's CLIP alone.")
     ] = None,
     output: Png = Path("out/cka.png"),
     device: Device = "auto",
@@ -123,17 +124,17 @@ def proposals(
     model: Model,
     image: Picture,
     classes: Classes,
-    count: Annotated[int, typer.Option("--count", min=1, help="Maximum number of proposals.")] = 8,
+    count: Annotated[int, Option("--count", min=1, help="Maximum number of proposals.")] = 8,
     scores: Annotated[
         Literal["clip", "ensemble"],
-        typer.Option(
+        Option(
             "--scores",
             help="Scores to show: CLIP's for the region alone (clip), as in the paper, or the prediction's (ensemble).",
         ),
     ] = "clip",
     against: Annotated[
         list[str] | None,
-        typer.Option("--against", help="Another model that classifies the same proposals; may be repeated."),
+        Option("--against", help="Another model that classifies the same proposals; may be repeated."),
     ] = None,
     output: Png = Path("out/proposals.png"),
     device: Device = "auto",
@@ -161,10 +162,10 @@ def nga(model: Model, output: Png = Path("out/nga.png")) -> None:
 
 @app.command("curves")
 def curves(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of training runs.")],
+    runs: Annotated[list[Path], Argument(metavar="RUN...", help="Folders of training runs.")],
     metrics: Annotated[
         str,
-        typer.Option("--metrics", help="Metrics to draw, separated by commas, named as in metrics.jsonl after val/."),
+        Option("--metrics", help="Metrics to draw, separated by commas, named as in metrics.jsonl after val/."),
     ] = "miou_seen,miou_unseen,hiou",
     output: Png = Path("out/curves.png"),
 ) -> None:

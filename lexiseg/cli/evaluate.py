@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from typer import Argument, Option
 
 from lexiseg.cli import options as shared
 from lexiseg.cli.console import say, say_json, say_table, say_written
@@ -13,18 +13,16 @@ from lexiseg.words import counted
 
 Dataset = Annotated[
     str,
-    typer.Argument(
+    Argument(
         metavar="RECIPE|DATASET",
         help="A recipe (its validation data), picture-world, or a folder: your own data, or a protocol's.",
     ),
 ]
-Weights = Annotated[
-    str, typer.Option("--weights", "-w", help="The model: a name that `lexiseg models` lists, or a folder.")
-]
+Weights = Annotated[str, Option("--weights", "-w", help="The model: a name that `lexiseg models` lists, or a folder.")]
 Output = Annotated[Path, shared.output_option("Folder for the report.")]
 Protocol = Annotated[
     str | None,
-    typer.Option(
+    Option(
         "--protocol",
         help="Evaluate a folder as the papers do: gzs-voc, gzs-coco, gzs-context, gzs-context-papers, gzs-ade (seen "
         "and unseen classes); voc-20, voc-20b, pc-59, pc-459, a-150, a-847 (cross-dataset); training-free-voc21, "
@@ -33,25 +31,23 @@ Protocol = Annotated[
 ]
 Synonyms = Annotated[
     bool | None,
-    typer.Option(
+    Option(
         "--synonyms/--no-synonyms",
         help="Score the synonyms in the dataset's list, or names alone. Default: the recipe's or the protocol's "
         "choice; for your own data all words.",
     ),
 ]
-Split = Annotated[str | None, typer.Option("--split", help="Split of a folder. Default: val.")]
+Split = Annotated[str | None, Option("--split", help="Split of a folder. Default: val.")]
 Size = Annotated[
-    int | None, typer.Option("--size", min=16, help="Side of a picture of picture-world in pixels. Default: 256.")
+    int | None, Option("--size", min=16, help="Side of a picture of picture-world in pixels. Default: 256.")
 ]
-Limit = Annotated[int | None, typer.Option("--limit", min=1, help="Use only this many samples, evenly spaced.")]
-BatchSize = Annotated[int, typer.Option("--batch-size", "-b", min=1, help="Pictures per batch.")]
+Limit = Annotated[int | None, Option("--limit", min=1, help="Use only this many samples, evenly spaced.")]
+BatchSize = Annotated[int, Option("--batch-size", "-b", min=1, help="Pictures per batch.")]
 Proposals = Annotated[
     bool,
-    typer.Option(
-        "--proposals", help="Decoupled models: evaluate the proposals too: recall, DeOP's Table 8, upper bound."
-    ),
+    Option("--proposals", help="Decoupled models: evaluate the proposals too: recall, DeOP's Table 8, upper bound."),
 ]
-Resume = Annotated[bool, typer.Option("--resume", help="Continue a stopped evaluation into the same folder.")]
+Resume = Annotated[bool, Option("--resume", help="Continue a stopped evaluation into the same folder.")]
 
 
 def evaluate(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-import typer
+from typer import Argument, Option
 
 from lexiseg.cli.console import say, say_json, say_table, say_written, waiting
 from lexiseg.cli.options import Json, Template, output_option
@@ -14,16 +14,16 @@ from lexiseg.cli.options import Json, Template, output_option
 def export(
     model: Annotated[
         str,
-        typer.Argument(metavar="MODEL", help="A name that `lexiseg models` lists, or a folder.", show_default=False),
+        Argument(metavar="MODEL", help="A name that `lexiseg models` lists, or a folder.", show_default=False),
     ],
     output: Annotated[Path, output_option("Folder to write.", show_default=False)],
     format: Annotated[
         Literal["onnx", "torch", "openvino"],
-        typer.Option("--format", "-f", help="onnx; openvino; or torch (torch.export with AOTInductor)."),
+        Option("--format", "-f", help="onnx; openvino; or torch (torch.export with AOTInductor)."),
     ] = "onnx",
     size: Annotated[
         list[int] | None,
-        typer.Option(
+        Option(
             "--size",
             min=8,
             help="Side of a graph's windows; may be repeated. Default: any size, if the system allows it.",
@@ -32,7 +32,7 @@ def export(
     ] = None,
     dtype: Annotated[
         Literal["fp32", "fp16", "int8"],
-        typer.Option("--dtype", help="fp16 halves the files; int8 quantises matrix products, for CPUs."),
+        Option("--dtype", help="fp16 halves the files; int8 quantises matrix products, for CPUs."),
     ] = "fp32",
     template: Template = None,
     json: Json = False,

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
+from typer import Option
 
 from lexiseg.cli.console import say_written
 from lexiseg.errors import LexisegError
@@ -15,54 +16,48 @@ from lexiseg.files import atomic_write, make_folder
 DEFAULT_MODEL = "auto"
 DEFAULT_MAX_PIXELS = 200_000_000
 
-Device = Annotated[
-    str, typer.Option("--device", help="cpu, cuda, cuda:1, mps; auto uses an accelerator if there is one.")
-]
+Device = Annotated[str, Option("--device", help="cpu, cuda, cuda:1, mps; auto uses an accelerator if there is one.")]
 Dtype = Annotated[
     Literal["fp32", "bf16", "fp16", "auto"],
-    typer.Option("--dtype", help="Precision of the model; auto is bf16 on processors with bf16 instructions."),
+    Option("--dtype", help="Precision of the model; auto is bf16 on processors with bf16 instructions."),
 ]
 Compile = Annotated[
-    bool, typer.Option("--compile", help="Compile the model first; takes minutes, pays off for many pictures.")
+    bool, Option("--compile", help="Compile the model first; takes minutes, pays off for many pictures.")
 ]
 Window = Annotated[
     int | None,
-    typer.Option(
+    Option(
         "--window", min=0, help="Side of the sliding window in pixels; 0 runs whole pictures. Default: the model's."
     ),
 ]
-Stride = Annotated[
-    int | None, typer.Option("--stride", min=1, help="Stride of the windows in pixels. Default: the model's.")
-]
+Stride = Annotated[int | None, Option("--stride", min=1, help="Stride of the windows in pixels. Default: the model's.")]
 Template = Annotated[
     list[str] | None,
-    typer.Option("--template", help="single, paper, or a sentence with one {}; may be repeated. Default: the model's."),
+    Option("--template", help="single, paper, or a sentence with one {}; may be repeated. Default: the model's."),
 ]
 Background = Annotated[
     str | None,
-    typer.Option(
-        "--background", help="none; the name of an additional class; or a score below which pixels get no class."
-    ),
+    Option("--background", help="none; the name of an additional class; or a score below which pixels get no class."),
 ]
 Refine = Annotated[
     Literal["none", "edges", "pamr", "regions"],
-    typer.Option(
+    Option(
         "--refine",
         help="Refine masks by the picture: edges (fast), pamr (slow), or regions (majority vote in SAM's regions).",
     ),
 ]
-Classes = Annotated[Path | None, typer.Option("--classes", help="A list of the classes, if the data has none.")]
-Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
+Classes = Annotated[Path | None, Option("--classes", help="A list of the classes, if the data has none.")]
+Json = Annotated[bool, Option("--json", help="Print the result as JSON on stdout.")]
 
 
 def output_option(help: str, **more: Any) -> Any:
     """The option ``--output``, whose name cannot be empty: an unset variable of a script would mean this folder."""
-    return typer.Option("--output", "-o", help=help, parser=_output, metavar="PATH", **more)
+    return Option("--output", "-o", help=help, parser=_output, metavar="PATH", **more)
 
 
 def set_option(example: str) -> Any:
     """The option ``--set`` of the commands that take a recipe."""
-    return typer.Option("--set", help=f"Override a recipe's value: KEY=VALUE, such as {example}; may be repeated.")
+    return Option("--set", help=f"Override a recipe's value: KEY=VALUE, such as {example}; may be repeated.")
 
 
 def _output(name: str | Path) -> Path:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import typer
+from typer import Argument, Option
 
 import lexiseg
 from lexiseg.cli import options as shared
@@ -25,20 +25,20 @@ _OBJECT_KINDS = ("coco", "geojson", "yolo", "labelme", "cvat")
 
 Words = Annotated[
     list[str],
-    typer.Argument(
+    Argument(
         metavar="IMAGE... CLASSES",
         help="Pictures, folders or patterns, followed by the classes: 'giraffe; tree, bush; sky' (a semicolon "
         "separates classes, a comma joins synonyms) or a file of them.",
     ),
 ]
 ClassesFile = Annotated[
-    Path | None, typer.Option("--classes-file", "-c", help="File of classes; all arguments are then pictures.")
+    Path | None, Option("--classes-file", "-c", help="File of classes; all arguments are then pictures.")
 ]
-Model = Annotated[str, typer.Option("--model", "-m", help="A name that `lexiseg models` lists, a folder, or auto.")]
+Model = Annotated[str, Option("--model", "-m", help="A name that `lexiseg models` lists, a folder, or auto.")]
 Output = Annotated[Path, shared.output_option("Folder to write into.")]
 Save = Annotated[
     str,
-    typer.Option(
+    Option(
         "--save",
         help="What to write, separated by commas: overlay, labels (png), json; coco (one annotations.json per run); "
         "geojson, yolo, labelme, cvat; masks (one PNG per class).",
@@ -46,7 +46,7 @@ Save = Annotated[
 ]
 Instances = Annotated[
     str | None,
-    typer.Option(
+    Option(
         "--instances",
         help="Classes, 'giraffe; tree' or all, whose connected regions become separate annotations in coco, geojson, "
         "yolo, labelme and cvat. Objects that touch are one region.",
@@ -54,41 +54,37 @@ Instances = Annotated[
 ]
 Font = Annotated[
     Path | None,
-    typer.Option(
-        "--font", help="TrueType or OpenType file for the legend. Default: installed fonts that have the letters."
-    ),
+    Option("--font", help="TrueType or OpenType file for the legend. Default: installed fonts that have the letters."),
 ]
-Resume = Annotated[
-    bool, typer.Option("--resume", help="Skip pictures that an earlier run into the same folder finished.")
-]
-BatchSize = Annotated[int, typer.Option("--batch-size", "-b", min=1, help="Windows per forward pass.")]
-MaxPixels = Annotated[int, typer.Option("--max-pixels", min=1, help="Refuse pictures with more pixels than this.")]
+Resume = Annotated[bool, Option("--resume", help="Skip pictures that an earlier run into the same folder finished.")]
+BatchSize = Annotated[int, Option("--batch-size", "-b", min=1, help="Windows per forward pass.")]
+MaxPixels = Annotated[int, Option("--max-pixels", min=1, help="Refuse pictures with more pixels than this.")]
 OnCluster = Annotated[
     Literal["ray"] | None,
-    typer.Option("--cluster", help="Distribute the pictures over a cluster: ray. Default: run in this process."),
+    Option("--cluster", help="Distribute the pictures over a cluster: ray. Default: run in this process."),
 ]
 Workers = Annotated[
     int | None,
-    typer.Option(
+    Option(
         "--workers", min=1, help="Cluster: maximum number of workers. Default: one per GPU, or per CPU without GPUs."
     ),
 ]
 Address = Annotated[
     str | None,
-    typer.Option(
+    Option(
         "--address",
         help="Cluster: HOST:PORT; auto: the one this machine is part of; local starts one here. "
         "Default: $RAY_ADDRESS, or local.",
     ),
 ]
 ShardSize = Annotated[
-    int | None, typer.Option("--shard-size", min=1, help="Cluster: pictures that a worker gets at a time. Default: 64.")
+    int | None, Option("--shard-size", min=1, help="Cluster: pictures that a worker gets at a time. Default: 64.")
 ]
-Every = Annotated[int, typer.Option("--every", min=1, help="Video: run the model on every Nth frame.")]
-Smooth = Annotated[float, typer.Option("--smooth", help="Video: weight of earlier frames in the scores, 0 to below 1.")]
-Bands = Annotated[str | None, typer.Option("--bands", help="Map: bands for red, green and blue, such as 4,3,2.")]
-Polygons = Annotated[str, typer.Option("--polygons", help="Map: geojson, gpkg or none.")]
-Frames = Annotated[int | None, typer.Option("--frames", min=1, help="Video: stop after this many frames.")]
+Every = Annotated[int, Option("--every", min=1, help="Video: run the model on every Nth frame.")]
+Smooth = Annotated[float, Option("--smooth", help="Video: weight of earlier frames in the scores, 0 to below 1.")]
+Bands = Annotated[str | None, Option("--bands", help="Map: bands for red, green and blue, such as 4,3,2.")]
+Polygons = Annotated[str, Option("--polygons", help="Map: geojson, gpkg or none.")]
+Frames = Annotated[int | None, Option("--frames", min=1, help="Video: stop after this many frames.")]
 
 
 def predict(

@@ -5,16 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from typer import Argument, Option
 
 from lexiseg.cli.console import say, waiting
 
 
 def push(
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A model or a run that train or convert wrote.")],
-    repository: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="Repository on the hub.")],
-    private: Annotated[bool, typer.Option("--private", help="Make the repository private.")] = False,
-    card: Annotated[bool, typer.Option("--card", help="Print the model card and upload nothing.")] = False,
+    folder: Annotated[Path, Argument(metavar="FOLDER", help="A model or a run that train or convert wrote.")],
+    repository: Annotated[str, Argument(metavar="OWNER/NAME", help="Repository on the hub.")],
+    private: Annotated[bool, Option("--private", help="Make the repository private.")] = False,
+    card: Annotated[bool, Option("--card", help="Print the model card and upload nothing.")] = False,
 ) -> None:
     """Upload a model folder to the Hugging Face hub, with a card made from its run.
 

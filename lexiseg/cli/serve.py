@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any
 from weakref import WeakKeyDictionary
 
-import typer
+from typer import Option
 
 from lexiseg.cli.console import say, say_note, waiting
 from lexiseg.cli.options import Device, Dtype
@@ -21,31 +21,25 @@ _TOKEN = "LEXISEG_TOKEN"
 
 def serve(
     model: Annotated[
-        list[str] | None, typer.Option("--model", "-m", help="May be repeated; clients get the first. Default: auto.")
+        list[str] | None, Option("--model", "-m", help="May be repeated; clients get the first. Default: auto.")
     ] = None,
-    host: Annotated[str, typer.Option("--host", help="Address to listen on; 0.0.0.0 is every network.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="Port; 0 takes a free one.")] = 8080,
+    host: Annotated[str, Option("--host", help="Address to listen on; 0.0.0.0 is every network.")] = "127.0.0.1",
+    port: Annotated[int, Option("--port", min=0, max=65535, help="Port; 0 takes a free one.")] = 8080,
     device: Device = "auto",
     dtype: Dtype = "fp32",
     classes: Annotated[
-        str | None, typer.Option("--classes", help="Classes for tools that send none (CVAT).", show_default=False)
+        str | None, Option("--classes", help="Classes for tools that send none (CVAT).", show_default=False)
     ] = None,
     files: Annotated[
         Path | None,
-        typer.Option("--files", help="Folder of Label Studio's local files.", file_okay=False, show_default=False),
+        Option("--files", help="Folder of Label Studio's local files.", file_okay=False, show_default=False),
     ] = None,
-    max_megabytes: Annotated[int, typer.Option("--max-megabytes", min=1, help="Largest request in MiB.")] = 32,
-    max_megapixels: Annotated[
-        float, typer.Option("--max-megapixels", min=0.001, help="Largest picture in megapixels.")
-    ] = 40,
-    max_classes: Annotated[
-        int, typer.Option("--max-classes", min=1, help="Maximum number of classes per request.")
-    ] = 1000,
-    seconds: Annotated[float, typer.Option("--seconds", min=0.1, help="Time limit of a request in seconds.")] = 120,
-    queue: Annotated[
-        int, typer.Option("--queue", min=1, help="Maximum number of waiting pictures; more get 503.")
-    ] = 32,
-    batch: Annotated[int, typer.Option("--batch", min=1, help="Maximum number of pictures per forward pass.")] = 8,
+    max_megabytes: Annotated[int, Option("--max-megabytes", min=1, help="Largest request in MiB.")] = 32,
+    max_megapixels: Annotated[float, Option("--max-megapixels", min=0.001, help="Largest picture in megapixels.")] = 40,
+    max_classes: Annotated[int, Option("--max-classes", min=1, help="Maximum number of classes per request.")] = 1000,
+    seconds: Annotated[float, Option("--seconds", min=0.1, help="Time limit of a request in seconds.")] = 120,
+    queue: Annotated[int, Option("--queue", min=1, help="Maximum number of waiting pictures; more get 503.")] = 32,
+    batch: Annotated[int, Option("--batch", min=1, help="Maximum number of pictures per forward pass.")] = 8,
 ) -> None:
     """Serve a web page and an HTTP service that segment pictures by words.
 

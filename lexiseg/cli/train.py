@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
+from typer import Argument, Option
 
 from lexiseg.cli.console import say, say_json, say_table, say_written, waiting
 from lexiseg.cli.options import Json, output_option, set_option
@@ -16,35 +16,31 @@ if TYPE_CHECKING:
 
 
 def train(
-    recipe: Annotated[
-        str | None, typer.Argument(metavar="RECIPE", help="Name of a packaged recipe, or a YAML file.")
-    ] = None,
+    recipe: Annotated[str | None, Argument(metavar="RECIPE", help="Name of a packaged recipe, or a YAML file.")] = None,
     output: Annotated[Path | None, output_option("Folder of the run. Default: runs/RECIPE.")] = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Continue from the newest checkpoint in the folder.")
-    ] = False,
+    resume: Annotated[bool, Option("--resume", help="Continue from the newest checkpoint in the folder.")] = False,
     stop_after: Annotated[
         int | None,
-        typer.Option("--stop-after", min=1, help="Stop after this step and write the model; --resume continues."),
+        Option("--stop-after", min=1, help="Stop after this step and write the model; --resume continues."),
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Build the model, print what would be trained, and stop; needs no data.")
+        bool, Option("--dry-run", help="Build the model, print what would be trained, and stop; needs no data.")
     ] = False,
     data: Annotated[
-        Path | None, typer.Option("--data", help="Train on a folder of your own instead of the recipe's data.")
+        Path | None, Option("--data", help="Train on a folder of your own instead of the recipe's data.")
     ] = None,
     initial: Annotated[
         str | None,
-        typer.Option("--initial", help="Start from this run, model or recipe instead of the recipe's `initial`."),
+        Option("--initial", help="Start from this run, model or recipe instead of the recipe's `initial`."),
     ] = None,
-    seed: Annotated[int | None, typer.Option("--seed", min=0, help="Override the recipe's seed.")] = None,
+    seed: Annotated[int | None, Option("--seed", min=0, help="Override the recipe's seed.")] = None,
     set: Annotated[list[str] | None, set_option("train.steps=100")] = None,
     device: Annotated[
         str | None,
-        typer.Option("--device", help="cpu: do not use an accelerator. Default: an accelerator if there is one."),
+        Option("--device", help="cpu: do not use an accelerator. Default: an accelerator if there is one."),
     ] = None,
-    tensorboard: Annotated[bool, typer.Option(help="Write TensorBoard files.")] = True,
-    list_: Annotated[bool, typer.Option("--list", help="List the packaged recipes, and stop.")] = False,
+    tensorboard: Annotated[bool, Option(help="Write TensorBoard files.")] = True,
+    list_: Annotated[bool, Option("--list", help="List the packaged recipes, and stop.")] = False,
     json: Json = False,
 ) -> None:
     """Train a model from a recipe; --resume continues a stopped run, bit for bit on a CPU."""

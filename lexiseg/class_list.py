@@ -26,15 +26,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from lexiseg.class_forms import (
-    IGNORED,
-    ListedClass,
-    entries_read,
-    lines_read,
-    mapping_read,
-    number_of,
-    split_classes,
-)
+from lexiseg.class_forms import IGNORED, ListedClass, entries_read, lines_read, mapping_read, number_of, split_classes
 from lexiseg.colors import parse_color
 from lexiseg.errors import LexisegError, warn
 from lexiseg.exemplars import PREFIX

@@ -18,8 +18,7 @@ app.callback(invoke_without_command=True)(show_help)
 
 
 World = Annotated[
-    str,
-    Option("--world", help="picture-world, picture-world-2 or picture-world-2-twemoji (another drawing style)."),
+    str, Option("--world", help="picture-world, picture-world-2 or picture-world-2-twemoji (another drawing style).")
 ]
 
 

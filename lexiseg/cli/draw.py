@@ -37,8 +37,7 @@ Classes = Annotated[
     ),
 ]
 Points = Annotated[
-    list[str] | None,
-    Option("--point", help="Pixel of the patch as COLUMN,ROW; may be repeated. Default: the centre."),
+    list[str] | None, Option("--point", help="Pixel of the patch as COLUMN,ROW; may be repeated. Default: the centre.")
 ]
 
 
@@ -48,8 +47,7 @@ def similarity(
     image: Picture,
     point: Points = None,
     blocks: Annotated[
-        str | None,
-        Option("--blocks", help="Blocks to show, counted from 1, such as 6,9,12 or 6-12. Default: all."),
+        str | None, Option("--blocks", help="Blocks to show, counted from 1, such as 6,9,12 or 6-12. Default: all.")
     ] = None,
     output: Png = Path("out/similarity.png"),
     device: Device = "auto",
@@ -133,8 +131,7 @@ def proposals(
         ),
     ] = "clip",
     against: Annotated[
-        list[str] | None,
-        Option("--against", help="Another model that classifies the same proposals; may be repeated."),
+        list[str] | None, Option("--against", help="Another model that classifies the same proposals; may be repeated.")
     ] = None,
     output: Png = Path("out/proposals.png"),
     device: Device = "auto",
@@ -164,8 +161,7 @@ def nga(model: Model, output: Png = Path("out/nga.png")) -> None:
 def curves(
     runs: Annotated[list[Path], Argument(metavar="RUN...", help="Folders of training runs.")],
     metrics: Annotated[
-        str,
-        Option("--metrics", help="Metrics to draw, separated by commas, named as in metrics.jsonl after val/."),
+        str, Option("--metrics", help="Metrics to draw, separated by commas, named as in metrics.jsonl after val/.")
     ] = "miou_seen,miou_unseen,hiou",
     output: Png = Path("out/curves.png"),
 ) -> None:

@@ -13,8 +13,7 @@ from lexiseg.cli.options import Json, Template, output_option
 
 def export(
     model: Annotated[
-        str,
-        Argument(metavar="MODEL", help="A name that `lexiseg models` lists, or a folder.", show_default=False),
+        str, Argument(metavar="MODEL", help="A name that `lexiseg models` lists, or a folder.", show_default=False)
     ],
     output: Annotated[Path, output_option("Folder to write.", show_default=False)],
     format: Annotated[

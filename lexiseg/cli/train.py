@@ -20,8 +20,7 @@ def train(
     output: Annotated[Path | None, output_option("Folder of the run. Default: runs/RECIPE.")] = None,
     resume: Annotated[bool, Option("--resume", help="Continue from the newest checkpoint in the folder.")] = False,
     stop_after: Annotated[
-        int | None,
-        Option("--stop-after", min=1, help="Stop after this step and write the model; --resume continues."),
+        int | None, Option("--stop-after", min=1, help="Stop after this step and write the model; --resume continues.")
     ] = None,
     dry_run: Annotated[
         bool, Option("--dry-run", help="Build the model, print what would be trained, and stop; needs no data.")
@@ -30,14 +29,12 @@ def train(
         Path | None, Option("--data", help="Train on a folder of your own instead of the recipe's data.")
     ] = None,
     initial: Annotated[
-        str | None,
-        Option("--initial", help="Start from this run, model or recipe instead of the recipe's `initial`."),
+        str | None, Option("--initial", help="Start from this run, model or recipe instead of the recipe's `initial`.")
     ] = None,
     seed: Annotated[int | None, Option("--seed", min=0, help="Override the recipe's seed.")] = None,
     set: Annotated[list[str] | None, set_option("train.steps=100")] = None,
     device: Annotated[
-        str | None,
-        Option("--device", help="cpu: do not use an accelerator. Default: an accelerator if there is one."),
+        str | None, Option("--device", help="cpu: do not use an accelerator. Default: an accelerator if there is one.")
     ] = None,
     tensorboard: Annotated[bool, Option(help="Write TensorBoard files.")] = True,
     list_: Annotated[bool, Option("--list", help="List the packaged recipes, and stop.")] = False,

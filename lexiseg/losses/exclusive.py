@@ -16,11 +16,7 @@ from lexiseg.losses.reduction import mean_count
 
 
 def exclusive_losses(
-    logits: Tensor,
-    labels: Tensor,
-    entropy_weight: float = 1.0,
-    dice_weight: float = 0.0,
-    weights: Tensor | None = None,
+    logits: Tensor, labels: Tensor, entropy_weight: float = 1.0, dice_weight: float = 0.0, weights: Tensor | None = None
 ) -> MaskLosses:
     """Cross entropy of the softmax over classes, the mean over labelled pixels, and dice of the same probabilities.
 

@@ -49,11 +49,7 @@ def check_labels(labels: Tensor, num_classes: int) -> None:
 
 
 def mask_losses(
-    logits: Tensor,
-    labels: Tensor,
-    focal_weight: float = 100.0,
-    dice_weight: float = 1.0,
-    weights: Tensor | None = None,
+    logits: Tensor, labels: Tensor, focal_weight: float = 100.0, dice_weight: float = 1.0, weights: Tensor | None = None
 ) -> MaskLosses:
     """Focal and dice loss of class masks (ZegCLIP, Sec. 3.2 and its released code).
 
@@ -88,11 +84,7 @@ def mask_losses(
 
 
 def _batch_losses(
-    logits: Tensor,
-    labels: Tensor,
-    factors: tuple[float, float],
-    weights: Tensor | None,
-    gradient: Tensor | None,
+    logits: Tensor, labels: Tensor, factors: tuple[float, float], weights: Tensor | None, gradient: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Focal and dice, and their gradient with respect to the logits, which is written into ``gradient``.
 

@@ -23,14 +23,7 @@ from lexiseg.losses.proposals import ProposalWeights
 from lexiseg.models.base import ImageFeatures
 from lexiseg.models.decoupled import DecoupledModel, DecoupledOptions
 from lexiseg.models.decoupled_init import DecoupledInit, copied
-from lexiseg.models.maft import (
-    AttentionOptions,
-    MaftOptions,
-    MaskAttention,
-    check_tuned,
-    maft_losses,
-    tuned_names,
-)
+from lexiseg.models.maft import AttentionOptions, MaftOptions, MaskAttention, check_tuned, maft_losses, tuned_names
 from lexiseg.proposals.base import Proposals
 from lexiseg.regions.crops import CropEncoder, CropOptions
 from lexiseg.regions.ensemble import EnsembleOptions, ensemble

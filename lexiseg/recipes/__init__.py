@@ -4,14 +4,7 @@ Training and evaluation both read them, so they lie below both. The files beside
 """
 
 from lexiseg.recipes.data import CatalogData, PictureWorldData
-from lexiseg.recipes.reading import (
-    as_yaml,
-    describe_recipes,
-    is_recipe,
-    list_recipes,
-    load_recipe,
-    parse_recipe,
-)
+from lexiseg.recipes.reading import as_yaml, describe_recipes, is_recipe, list_recipes, load_recipe, parse_recipe
 from lexiseg.recipes.schema import (
     ContrastiveRecipe,
     EvaluationRecipe,

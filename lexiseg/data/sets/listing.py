@@ -338,11 +338,7 @@ def zipped_labels(archives: Sequence[Path], inner: str, table: ValueTable) -> La
 
 
 def by_folder(
-    info: DataSetInfo,
-    split: str,
-    images: Mapping[str, Place],
-    image_folder: Path,
-    labels: Sequence[LabelFolder],
+    info: DataSetInfo, split: str, images: Mapping[str, Place], image_folder: Path, labels: Sequence[LabelFolder]
 ) -> SplitFiles:
     """A split that is every picture of a folder."""
     if images:

@@ -116,8 +116,7 @@ class ForeignCLIP(CLIP):
             tokens, given = tokens.gather(1, order), given.gather(1, order)
         pad = self.tokenizer.pad_token_id
         ids = torch.where(given, tokens - 1, 0 if pad is None else pad)
-        masked = "attention_mask" in self.tokenizer.model_input_names
-        inputs = {"attention_mask": given.long()} if masked else {}
+        inputs = {"attention_mask": given.long()} if "attention_mask" in self.tokenizer.model_input_names else {}
         return self.model.get_text_features(input_ids=ids, **inputs).pooler_output
 
 

@@ -70,9 +70,7 @@ class Proxy(nn.Module):
 
 def positions_of(name: str) -> Interpolation | None:
     """How the authors of a model of timm resize its position table, where that is not timm's way: by an offset."""
-    if name.endswith(".dino") or ("dinov2" in name and "_reg" not in name):
-        return "bicubic-offset"
-    return None
+    return "bicubic-offset" if name.endswith(".dino") or ("dinov2" in name and "_reg" not in name) else None
 
 
 def load_proxy(name: str) -> Proxy:

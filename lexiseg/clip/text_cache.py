@@ -71,8 +71,7 @@ class TextCache:
             first = {word: index for index, word in reversed(list(enumerate(words)))}
             unknown = sorted(index for word, index in first.items() if word not in known.rows)
             if unknown:
-                fresh = _Shelf([words[index] for index in unknown], encode(unknown).float().cpu())
-                known = _merged(known, fresh)
+                known = _merged(known, _Shelf([words[index] for index in unknown], encode(unknown).float().cpu()))
                 if path is not None:
                     self._write(path, known.newest(self.disk_bytes, words))
             self._shelves[shelf] = known.newest(self.memory_bytes, words)

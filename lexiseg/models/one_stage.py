@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lexiseg.errors import LexisegError
-from lexiseg.losses.exclusive import exclusive_logits, exclusive_losses
-from lexiseg.losses.masks import MaskLosses, mask_losses, pseudo_labels
+from lexiseg.losses.masks import MaskLosses, exclusive_logits, exclusive_losses, mask_losses, pseudo_labels
 from lexiseg.models.base import ImageFeatures, SegmentationModel
 from lexiseg.models.options import Deviations, LossWeight, Pixels, Triple, WindowOptions
 from lexiseg.scores import GridScores

@@ -10,9 +10,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lexiseg.errors import LexisegError
-from lexiseg.losses.exclusive import exclusive_logits, exclusive_losses
 from lexiseg.losses.mask_aware import mask_aware_loss
-from lexiseg.losses.masks import count_masks, mask_losses, pseudo_labels, with_gradient
+from lexiseg.losses.masks import (
+    count_masks,
+    exclusive_logits,
+    exclusive_losses,
+    mask_losses,
+    pseudo_labels,
+    with_gradient,
+)
 from lexiseg.losses.ssim import ssim_loss
 from tests.references import pixel_accuracy
 

@@ -22,9 +22,8 @@ from lexiseg.data.picture_world import PictureWorld
 from lexiseg.data.transforms import light_pipeline
 from lexiseg.errors import LexisegError
 from lexiseg.evaluation.run import run_evaluation
-from lexiseg.losses.exclusive import exclusive_losses
 from lexiseg.losses.mask_aware import distillation_loss, mask_aware_loss
-from lexiseg.losses.masks import mask_losses
+from lexiseg.losses.masks import exclusive_losses, mask_losses
 from lexiseg.losses.proposals import MaskTargets, ProposalWeights, level_losses
 from lexiseg.losses.regions import region_map_losses
 from lexiseg.losses.ssim import ssim_loss

@@ -24,8 +24,7 @@ from lexiseg.cli import main
 from lexiseg.clip.model import save_clip
 from lexiseg.data.picture_world import write_voc
 from lexiseg.errors import LexisegError, LexisegWarning
-from lexiseg.losses.exclusive import exclusive_losses
-from lexiseg.losses.masks import mask_losses
+from lexiseg.losses.masks import exclusive_losses, mask_losses
 from lexiseg.recipes import load_recipe
 from lexiseg.training.run import build_task
 from lexiseg.training.segmentation import SegmentationTask, class_weights, training_vocabulary

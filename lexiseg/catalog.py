@@ -1,7 +1,5 @@
 """The models that come with the package; listing them needs nothing but their configurations."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import dataclass
 from pathlib import Path

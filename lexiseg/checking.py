@@ -1,7 +1,5 @@
 """What pydantic finds wrong with values that people wrote, as one sentence that names the key."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Annotated, Any, TypeAlias, TypeVar

@@ -1,7 +1,5 @@
 """The forms that lists of classes have: lines, tables, entries, mappings; `class_list` tells them apart."""
 
-from __future__ import annotations
-
 import csv
 import re
 import unicodedata

@@ -1,7 +1,5 @@
 """Colours for classes: the users' own, and distinct ones for the rest."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from contextlib import suppress

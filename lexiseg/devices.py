@@ -1,7 +1,5 @@
 """Which device and which floating-point type a model runs in, and how it is compiled."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any

@@ -1,7 +1,5 @@
 """What lexiseg raises: the user can fix this; and what it warns of: this is probably not what you meant."""
 
-from __future__ import annotations
-
 import importlib
 import warnings
 from typing import Any

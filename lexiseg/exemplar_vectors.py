@@ -1,7 +1,5 @@
 """Vectors of exemplars, made from a tower's own dense features, in place of the vectors of words."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Sequence
 

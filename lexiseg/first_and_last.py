@@ -1,7 +1,5 @@
 """A context that threads share: the first thread enters it, and the last one to leave ends it."""
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager

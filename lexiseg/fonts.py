@@ -1,7 +1,5 @@
 """Lettering in any script for which this machine has a font."""
 
-from __future__ import annotations
-
 import math
 import os
 import sys

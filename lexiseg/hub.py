@@ -1,7 +1,5 @@
 """Files of the Hugging Face hub, and the error messages if it cannot be reached."""
 
-from __future__ import annotations
-
 import re
 import ssl
 import urllib.error

@@ -9,8 +9,6 @@ Every writer has a file of its own, so that two of them (a worker that is only t
 A line that cannot be read, such as one cut short by a kill, is work to be done again.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import platform

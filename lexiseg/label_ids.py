@@ -1,7 +1,5 @@
 """The label of pixels that have no class: one rule for data, losses, metrics and label files."""
 
-from __future__ import annotations
-
 IGNORE_INDEX = 255
 """Label id of pixels that have no class: void, border, padding, and in training the unseen classes."""
 

@@ -1,7 +1,5 @@
 """Products of float32 matrices on a processor, by the library that computes them fastest."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F

@@ -1,7 +1,5 @@
 """Notes about results that are probably not what the user meant; see `lexiseg.errors.LexisegWarning`."""
 
-from __future__ import annotations
-
 import io
 import os
 import re

@@ -1,7 +1,5 @@
 """Drawing a label map over its picture, with a legend."""
 
-from __future__ import annotations
-
 import math
 from bisect import bisect_right
 from collections.abc import Sequence

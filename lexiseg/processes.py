@@ -5,8 +5,6 @@ the same order, or they wait for each other forever; so what can fail in one of 
 what waits for the others runs inside `watching`.
 """
 
-from __future__ import annotations
-
 import os
 import sys
 from collections.abc import Iterator, Mapping

@@ -3,8 +3,6 @@
 Whoever renames any of them notes it here; what has stood here for a release can go.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 

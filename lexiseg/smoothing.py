@@ -4,8 +4,6 @@ Sources: the edge-avoiding "a trous" filter (Dammertz et al., HPG 2010); pixel-a
 Roth, "Single-Stage Semantic Segmentation from Image Labels", CVPR 2020). Nothing is trained.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 
 import torch

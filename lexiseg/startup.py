@@ -6,8 +6,6 @@ line's own process leave them out; whoever needs them imports them as ever. open
 transformers, which `lexiseg.clip.model.build_clip` refuses, cannot be built in such a process.
 """
 
-from __future__ import annotations
-
 import atexit
 import gc
 import importlib

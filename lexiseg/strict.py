@@ -1,7 +1,5 @@
 """The base of all options: immutable, and strict about names and numbers."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Mapping
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Sets of templates by the names that options and users give them; ``templates.yaml`` has them."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import yaml

@@ -1,7 +1,5 @@
 """How a picture is cut up for a model: its working size and the windows that cover it."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 from numbers import Integral
 

@@ -1,7 +1,5 @@
 """Reading the words and small values a user writes: cleaning, comparing, and naming them in errors."""
 
-from __future__ import annotations
-
 import difflib
 import math
 import operator

@@ -1,7 +1,5 @@
 """The patches of every block of an image tower, as a system runs it and as CLIP alone does, and measures of them."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

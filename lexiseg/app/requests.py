@@ -1,7 +1,5 @@
 """Requests: what they may contain, and how they are read."""
 
-from __future__ import annotations
-
 import base64
 import binascii
 import sys

@@ -7,8 +7,6 @@ user stopped it, 143 when SIGTERM did. A traceback means a defect of ours.
 The verbs import torch only once they run, so that ``lexiseg --help`` answers at once.
 """
 
-from __future__ import annotations
-
 from lexiseg.cli.application import app, main
 
 __all__ = ["app", "main"]

@@ -1,7 +1,5 @@
 """The typer application and its entry point, :func:`main`."""
 
-from __future__ import annotations
-
 import io
 import os
 import signal

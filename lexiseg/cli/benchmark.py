@@ -1,7 +1,5 @@
 """``lexiseg benchmark``: run ``benchmarks/`` of the repository."""
 
-from __future__ import annotations
-
 import importlib
 import sys
 from pathlib import Path

@@ -4,8 +4,6 @@ With ``--json`` stdout carries one JSON value and nothing else, so that a script
 may hold text from a stranger's file, so all of it goes through `lexiseg.words.printable`.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import sys

@@ -1,7 +1,5 @@
 """``lexiseg convert``: convert checkpoints of other programs to folders that lexiseg loads."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 

@@ -1,7 +1,5 @@
 """``lexiseg data``: write, show, verify and prepare datasets."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated, Literal
 

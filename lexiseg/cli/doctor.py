@@ -1,7 +1,5 @@
 """``lexiseg doctor``: check the machine and the installation."""
 
-from __future__ import annotations
-
 import importlib.metadata
 import os
 import platform

@@ -1,7 +1,5 @@
 """``lexiseg evaluate``: evaluate a model on a dataset."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 

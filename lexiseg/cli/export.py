@@ -1,7 +1,5 @@
 """``lexiseg export``: a model as graphs that run without PyTorch."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated, Literal
 

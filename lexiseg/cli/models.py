@@ -1,7 +1,5 @@
 """``lexiseg models``: the names that ``--model`` takes."""
 
-from __future__ import annotations
-
 from dataclasses import asdict
 from typing import Annotated
 

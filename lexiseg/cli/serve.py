@@ -1,7 +1,5 @@
 """``lexiseg serve``: the web page and the HTTP service."""
 
-from __future__ import annotations
-
 import os
 import socket
 from pathlib import Path

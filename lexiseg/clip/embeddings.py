@@ -1,7 +1,5 @@
 """CLIP's embeddings of whole images: the unchanged image tower, at any resolution."""
 
-from __future__ import annotations
-
 from open_clip.modified_resnet import ModifiedResNet
 from torch import Tensor, nn
 

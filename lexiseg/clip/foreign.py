@@ -5,8 +5,6 @@ They come from transformers (``transformers:OWNER/NAME`` or a folder); TIPSv2's 
 open_clip's own tower refuse them with a `LexisegError`.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The image towers of open_clip, timm and transformers as a `PatchTower`."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """Finding a CLIP by name: shipped with lexiseg, in a folder, a known open_clip tag, a local file, or on the hub."""
 
-from __future__ import annotations
-
 import difflib
 import math
 import threading

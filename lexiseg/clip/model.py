@@ -1,7 +1,5 @@
 """CLIP: an open_clip model with the few things a segmenter needs of it."""
 
-from __future__ import annotations
-
 import copy
 import errno
 import hashlib

@@ -5,8 +5,6 @@ patch tokens become comparable with text. Weights stay in the library's own modu
 ours, so that one function serves open_clip, timm and transformers (`lexiseg.clip.library_towers`).
 """
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass

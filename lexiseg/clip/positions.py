@@ -1,7 +1,5 @@
 """Position tables of the image towers, resized to other grids: every system has its own way of doing it."""
 
-from __future__ import annotations
-
 from typing import Literal
 
 import torch

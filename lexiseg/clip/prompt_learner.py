@@ -1,7 +1,5 @@
 """Learnt prompts for the text tower (CoOp): vectors around the class name that are trained instead of written."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Annotated
 

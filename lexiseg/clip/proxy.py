@@ -1,7 +1,5 @@
 """A second image encoder beside CLIP, whose features tell which places belong together (ProxyCLIP)."""
 
-from __future__ import annotations
-
 from typing import Any, Literal
 
 import torch

@@ -1,7 +1,5 @@
 """CLIP's ResNets: the feature map, and the attention that pools it, for the whole image or for regions."""
 
-from __future__ import annotations
-
 import torch
 from open_clip.modified_resnet import AttentionPool2d, ModifiedResNet
 from torch import Tensor

@@ -1,7 +1,5 @@
 """Text embeddings of a vocabulary: encoded in chunks, averaged over templates, cached in memory and on disk."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence

@@ -6,8 +6,6 @@ tokens are laid out ``[class, prompts ..., patches ...]``: the class token first
 nobody needs to know how many prompts there are to find either.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import partial

@@ -8,8 +8,6 @@ Every random choice is drawn from a ``numpy.random.Generator`` handed in by the 
 sample is then a pure function of its seed, in any thread or process, which is what makes a resumed training exact.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial

@@ -1,7 +1,5 @@
 """How good proposals are, whatever their classifier: recall, and the upper bound that they allow."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import KW_ONLY, asdict, dataclass, field

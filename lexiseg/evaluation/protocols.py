@@ -25,8 +25,6 @@ ignored label, and :class:`lexiseg.evaluation.metrics.Confusion` leaves those pi
 size of the label file; labels are never resized.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any

@@ -1,7 +1,5 @@
 """From a recipe, a dataset's name or a folder, and a model, to a report: what ``lexiseg evaluate`` does."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress

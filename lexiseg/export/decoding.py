@@ -4,8 +4,6 @@ In each tile a word whose largest possible score is below the least of another w
 interpolation and the sigmoid keep values between those of the cells around. The rest are compared at every pixel.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

@@ -3,8 +3,6 @@
 `lexiseg.export.runtime` reads the folder.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 import re

@@ -6,8 +6,6 @@ words once. Where one is killed, Ray starts another and gives it the shard again
 lacks.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import os

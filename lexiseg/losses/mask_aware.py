@@ -4,8 +4,6 @@ Jiao et al., "Learning Mask-aware CLIP Representations for Zero-Shot Segmentatio
 code and the paper differ in what the target is; both are options, and the released form is the default.
 """
 
-from __future__ import annotations
-
 from typing import Literal
 
 from torch import Tensor

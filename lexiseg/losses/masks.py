@@ -5,8 +5,6 @@ out: they are negatives of every class, as in the authors' code (the papers do n
 the number of masks in the batch.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

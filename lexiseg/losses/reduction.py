@@ -5,8 +5,6 @@ weight a sample more the fewer samples its process has. Multiplied by `reduction
 the mean over the whole batch, however it is split.
 """
 
-from __future__ import annotations
-
 import torch
 
 

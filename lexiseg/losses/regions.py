@@ -4,8 +4,6 @@ Han et al., "Open-Vocabulary Semantic Segmentation with Decoupled One-Pass Netwo
 focal loss. How they are combined is only in the released code, which this follows.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint

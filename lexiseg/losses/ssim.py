@@ -3,8 +3,6 @@
 The released code takes the logits as they are, without a sigmoid, and does not divide by the number of masks.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

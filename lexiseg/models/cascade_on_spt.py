@@ -1,7 +1,5 @@
 """Cascade-CLIP on SPT-SEG (its Table 10): the groups are the cascade's; prompts, decoders and losses are SPT-SEG's."""
 
-from __future__ import annotations
-
 from typing import Literal
 
 from lexiseg.models.cascade_clip import CascadeCLIP, CascadeCLIPOptions

@@ -4,8 +4,6 @@ That is the padded frame that everything lives in, the text rows with "no object
 scores, and the way from class scores of regions to pixels (MaskFormer's semantic inference).
 """
 
-from __future__ import annotations
-
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace

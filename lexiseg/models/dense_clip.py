@@ -5,8 +5,6 @@ mixes the patches; the methods here differ in what they replace it with (`lexise
 authors' settings (``training_free.yaml``).
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import cache, reduce
 from pathlib import Path

@@ -9,8 +9,6 @@ prompts are trained first, by a recipe of the kind ``prompts``, then the proposa
 Read `DeOP.encode_regions` (called by `DecoupledModel.encode_images`, behind the proposals) and `DeOP.score`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 from functools import partial

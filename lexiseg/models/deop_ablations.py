@@ -3,8 +3,6 @@
 And what only its released code has. The decoders take and give what `lexiseg.regions.anchors` says.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Collection, Iterable
 from typing import Annotated, Literal, cast

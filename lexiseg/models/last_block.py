@@ -6,8 +6,6 @@ ECCV 2024), ClearCLIP (Lan et al., ECCV 2024), NACLIP (Hajimiri et al., WACV 202
 ResCLIP (Yang et al., CVPR 2025), GEM (Bousselham et al., CVPR 2024).
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache, reduce

@@ -11,8 +11,6 @@ token attends to itself and to the patches inside its mask, while the patches at
 do not depend on the masks: they run once, and a region costs one query a block.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from functools import partial

@@ -5,8 +5,6 @@ layer are the mask logits. Where the papers leave out what their numbers were me
 followed, and the docstring there says so.
 """
 
-from __future__ import annotations
-
 from abc import abstractmethod
 from typing import Literal, cast
 

@@ -5,8 +5,6 @@ ZegFormer, is in `lexiseg.models.region_base`. With the option ``maft`` each bec
 (`lexiseg.models.maft`).
 """
 
-from __future__ import annotations
-
 from lexiseg.clip.positions import Interpolation
 from lexiseg.losses.proposals import ProposalWeights
 from lexiseg.models.region_base import RegionModel, RegionModelOptions

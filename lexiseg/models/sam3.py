@@ -6,8 +6,6 @@ map of all of them together, and how likely any is there at all; what they becom
 is ours. Its weights are gated and have their own licence, so they are never downloaded unasked.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -7,8 +7,6 @@ mask logits of both are averaged on a lattice of quarter patches; and their prob
 picture's edges, see `lexiseg.smoothing`.
 """
 
-from __future__ import annotations
-
 from typing import Annotated
 
 import torch

@@ -4,8 +4,6 @@ From random weights a decoder needs thousands of steps to learn that comparison;
 shorter.
 """
 
-from __future__ import annotations
-
 from typing import cast
 
 import torch

@@ -8,8 +8,6 @@ the dice loss (`lexiseg.losses.ssim`). Everything else is as in ZegCLIP. The cod
 only; here every grid does.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

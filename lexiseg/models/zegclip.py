@@ -11,8 +11,6 @@ elsewhere), the sliding window of 512 pixels and the optimiser are the recipes',
 Cascade-CLIP and SPT-SEG subclass `ZegCLIP` and override small methods.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from functools import reduce

@@ -4,8 +4,6 @@ Ding et al., "Decoupling Zero-Shot Semantic Segmentation", CVPR 2022. What it sh
 `lexiseg.models.region_base`; with the option ``maft`` it becomes ZegFormer + MAFT (`lexiseg.models.maft`).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

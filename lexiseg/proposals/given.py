@@ -1,7 +1,5 @@
 """Masks that are given, not proposed: ground truth, for the analyses that ask what perfect masks would give."""
 
-from __future__ import annotations
-
 from torch import Tensor
 from torch.nn import functional as F
 

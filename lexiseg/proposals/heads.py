@@ -1,7 +1,5 @@
 """What the two query-based generators share: backbone, class heads, norms and initial weights."""
 
-from __future__ import annotations
-
 from abc import abstractmethod
 from collections.abc import Iterable
 from dataclasses import replace

@@ -5,8 +5,6 @@ have no label there, and are negatives of every mask. So what its masks leave un
 None of the papers does this; it needs no training and no words.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import replace

@@ -5,8 +5,6 @@ FreeSeg (Qin et al., CVPR 2023) puts between its two halves, in which the image 
 `transformers` has the halves; its whole model has no place for that module.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

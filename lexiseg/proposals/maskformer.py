@@ -5,8 +5,6 @@ and the query decoder are `transformers`' modules; its whole model cannot be use
 the class heads, and predicts its auxiliary masks from states without the final norm.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -5,8 +5,6 @@ unknown key is an error that names the key, the file and the nearest key there i
 silently ignored costs a night of training.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping, Sequence
 from functools import lru_cache

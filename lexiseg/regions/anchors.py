@@ -6,8 +6,6 @@ heads, N, gh, gw). This one does so by queries, the paper's choice; its released
 `lexiseg.models.deop_ablations`.
 """
 
-from __future__ import annotations
-
 from typing import ClassVar, cast
 
 import torch

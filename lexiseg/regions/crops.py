@@ -13,8 +13,6 @@ Source: methods as released by the authors of ZSSeg, ZegFormer and FreeSeg; neit
 MAFT's figure 6 shows it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Annotated, Literal

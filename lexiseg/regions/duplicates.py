@@ -1,7 +1,5 @@
 """Regions that repeat another one, which need no run of the tower of their own; no paper leaves them out."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -4,8 +4,6 @@ A^p is what the generator says of its own regions, good on classes it was traine
 others. Both are probabilities; they are joined by a geometric mean whose weight depends on whether a class was seen.
 """
 
-from __future__ import annotations
-
 from typing import Annotated, Literal
 
 import torch

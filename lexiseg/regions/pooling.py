@@ -1,7 +1,5 @@
 """Masks resized, and vectors of unit length, as every system of regions needs them."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import torch

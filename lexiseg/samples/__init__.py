@@ -1,7 +1,5 @@
 """Sample pictures that the package carries, drawn by its own generator: what ``make demo`` and ``doctor`` segment."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from lexiseg.errors import LexisegError

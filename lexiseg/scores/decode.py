@@ -4,8 +4,6 @@ Where the grid is much coarser than the picture, candidates are pruned by bounds
 or where that drops too few, all words are streamed over in tiles.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise

@@ -1,7 +1,5 @@
 """The mean of fields that overlap."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 
 import torch

@@ -1,7 +1,5 @@
 """Bilinear interpolation of a field."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """From the cosines of words to classes, by the rules of the training-free papers' protocols."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

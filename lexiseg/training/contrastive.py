@@ -10,8 +10,6 @@ tower, all of them contrasts between pictures and texts; a term of weight 0 is l
   to some phrase of the caption, and every phrase of the caption to some patches.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path

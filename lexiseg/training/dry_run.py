@@ -1,7 +1,5 @@
 """What a recipe would train, without data and without a step: the model at its full size, the classes, the schedule."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import asdict, dataclass
 from typing import Any

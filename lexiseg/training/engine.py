@@ -6,8 +6,6 @@ whole only while it runs. accelerate's own FSDP is not used: it leaves processes
 whose weights we use outside of their own forward.
 """
 
-from __future__ import annotations
-
 import copy
 import logging
 import multiprocessing

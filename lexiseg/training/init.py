@@ -1,7 +1,5 @@
 """From a recipe to the model it trains, initialised from another model, which is trained first if a recipe names it."""
 
-from __future__ import annotations
-
 import logging
 import warnings
 from collections.abc import Callable, Sequence

@@ -4,8 +4,6 @@ Only weights are taken. A MaskFormer that others published is no start: it has s
 here, and does not say which.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from torch import Tensor

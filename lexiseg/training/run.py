@@ -4,8 +4,6 @@
 makes one task of data, model and loss, and `lexiseg.training.trainer.Trainer` runs the loop; its `run_step` is a step.
 """
 
-from __future__ import annotations
-
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path

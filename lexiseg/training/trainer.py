@@ -6,8 +6,6 @@ functions of their number, the rate is a function of the step, and everything el
 Several processes share each batch, so a recipe's numbers mean the same whatever their number. The first one writes.
 """
 
-from __future__ import annotations
-
 import logging
 import math
 import random

@@ -1,7 +1,5 @@
 """``auto``: the best permissive weights that this machine can get; and what is known of weights that others publish."""
 
-from __future__ import annotations
-
 import sys
 from dataclasses import dataclass
 from functools import cache

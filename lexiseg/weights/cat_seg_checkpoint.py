@@ -1,7 +1,5 @@
 """The released checkpoints of CAT-Seg: recognised by their keys, in detectron2's layout, and turned into a model."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from typing import Any

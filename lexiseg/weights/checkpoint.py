@@ -4,8 +4,6 @@ Programs wrap a state dict in their own ways: under ``state_dict``, ``model`` or
 moving average, with ``module.``, ``model.`` or ``_orig_mod.`` in front of every key. All of that is undone here.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """A CLIP built from its tensors alone, which every kind of checkpoint holds under its own names."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Mapping
 from typing import Any

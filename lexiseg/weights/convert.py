@@ -1,7 +1,5 @@
 """Turning checkpoints of other programs into folders that lexiseg loads."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace

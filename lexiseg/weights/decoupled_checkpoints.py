@@ -4,8 +4,6 @@ Which of them a file is of, `lexiseg.weights.detectron_checkpoint` finds out. Wh
 and how scores are joined, is taken as the authors' released code has it.
 """
 
-from __future__ import annotations
-
 import copy
 import math
 import re

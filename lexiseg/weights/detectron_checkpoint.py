@@ -4,8 +4,6 @@ They have detectron2's layout: ``backbone.`` and ``sem_seg_head.`` are the propo
 with OpenAI's names and what was learned around it.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Mapping
 from typing import Any, Literal

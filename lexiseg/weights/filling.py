@@ -3,8 +3,6 @@
 ``keys.yaml`` says what every such program calls our tensors.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass

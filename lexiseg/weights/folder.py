@@ -1,7 +1,5 @@
 """A model as a folder: ``config.json`` and ``model.safetensors``; and finding such a folder by name."""
 
-from __future__ import annotations
-
 import copy
 import re
 from difflib import get_close_matches

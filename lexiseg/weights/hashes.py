@@ -1,7 +1,5 @@
 """Hashes that say whether two models hold the same weights."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Mapping
 

@@ -6,8 +6,6 @@ path of the last layer, the loss's class weights, and in SPT-SEG the attention t
 are recognised, not needed, and reported. Of SPT-SEG no checkpoint was published; its layout is that of its code.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """Model folders for other people: a card made of what the run says, and the way to the Hugging Face hub."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any

@@ -5,8 +5,6 @@ began, and each ``step-NNNNNNNN/`` holds the tensors that training changes. ``st
 checkpoint's files, so that nothing continues with weights other than those saved.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

@@ -4,8 +4,6 @@ The network of `transformers` is the same under other names. SAM 2, and networks
 (MobileSAM) or add to its decoder (SAM-HQ), are not read.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any

@@ -5,8 +5,6 @@ nouns of the emoji names: no flags, signs, buttons or people, and no two that a 
 of the second (``assets/world2.json``) come in families that look alike. The stuff is the same.
 """
 
-from __future__ import annotations
-
 import functools
 import json
 from dataclasses import dataclass

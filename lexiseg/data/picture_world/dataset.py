@@ -1,7 +1,5 @@
 """The fixed benchmarks ``picture-world`` and ``picture-world-2``: splits made of scenes, and the same on disk."""
 
-from __future__ import annotations
-
 import hashlib
 from pathlib import Path
 from typing import Any, Literal

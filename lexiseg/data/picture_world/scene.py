@@ -1,7 +1,5 @@
 """Scenes: things over stuff, with exact masks and a caption, a pure function of a seed."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 

@@ -5,8 +5,6 @@ drawn from a vocabulary: no glyph, and no texture of a stuff class, so that a ge
 seen none of an unseen class. This takes the place of the ImageNet and SAM pretraining behind the papers' proposals.
 """
 
-from __future__ import annotations
-
 import functools
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Procedural stuff: 14 seamless textures made of noise, seeded, with a few variants each."""
 
-from __future__ import annotations
-
 import functools
 import zlib
 

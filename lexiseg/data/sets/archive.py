@@ -4,8 +4,6 @@ Zip archives have an index, so any member can be read by itself. Tar archives ha
 read from the beginning: those are unpacked (`lexiseg data prepare`).
 """
 
-from __future__ import annotations
-
 import io
 import os
 import stat

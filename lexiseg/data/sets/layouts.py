@@ -1,7 +1,5 @@
 """Where the pictures, the labels and the lists of a folder of one's own are, in the layouts people have."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace

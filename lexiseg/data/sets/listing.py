@@ -1,7 +1,5 @@
 """Finding files: the folder a dataset is in, its lists, and the labels that stand beside its pictures."""
 
-from __future__ import annotations
-
 import os
 import unicodedata
 from collections.abc import Container, Iterable, Mapping, Sequence

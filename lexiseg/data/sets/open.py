@@ -1,7 +1,5 @@
 """From a dataset's name and folder to its samples."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path

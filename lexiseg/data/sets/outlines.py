@@ -1,7 +1,5 @@
 """Outlines drawn into label maps: COCO-style JSON of a whole split, labelme's files, YOLO's normalised polygons."""
 
-from __future__ import annotations
-
 import base64
 import io
 import json

@@ -14,8 +14,6 @@ class file says, or ``lexiseg.yaml`` beside it.
 Without lists and without folders for the splits, every fifth picture by name is ``val`` and the others are ``train``.
 """
 
-from __future__ import annotations
-
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence

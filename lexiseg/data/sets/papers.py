@@ -4,8 +4,6 @@ Each ``list_...`` raises LexisegError if its folder holds no such dataset, or a 
 wrong; files of samples that are missing are findings.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from itertools import zip_longest

@@ -1,7 +1,5 @@
 """Finding what is wrong with a dataset before anything trains on it."""
 
-from __future__ import annotations
-
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence

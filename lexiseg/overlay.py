@@ -135,13 +135,8 @@ def draw_legend(picture: Image.Image, entries: Sequence[LegendEntry], *, font: s
             break
         entry = shown[position]
         box = (left, round(middle - size / 2), left + size, round(middle + size / 2))
-        draw.rounded_rectangle(
-            box,
-            radius=size // 5,
-            fill=_PANEL if entry.hollow else entry.color,
-            outline=_FRAME,
-            width=max(1, size // 14),
-        )
+        fill = _PANEL if entry.hollow else entry.color
+        draw.rounded_rectangle(box, radius=size // 5, fill=fill, outline=_FRAME, width=max(1, size // 14))
         note = f"  {entry.note}" if entry.note else ""
         note_width = math.ceil(face.length(note))
         name = _ellipsise(entry.name, face, name_width - note_width)

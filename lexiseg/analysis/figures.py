@@ -181,11 +181,8 @@ def cka_figure(segmenter: Segmenter, images: Sequence[str | Path], before: Segme
         axes.set_title(f"{caption}\nlast block with the others: {last:.2f}", fontsize=9, parse_math=False)
     figure.colorbar(shown, ax=list(all_axes), label="linear CKA", fraction=0.04)
     pictures = f"{len(images)} pictures" if len(images) > 1 else Path(image_name(images[0])).name
-    set_title(
-        figure,
-        "Similarity of the blocks of the image tower",
-        f"linear CKA of the patches of {pictures}; the last block is framed in red",
-    )
+    subtitle = f"linear CKA of the patches of {pictures}; the last block is framed in red"
+    set_title(figure, "Similarity of the blocks of the image tower", subtitle)
     return figure
 
 
@@ -209,11 +206,8 @@ def nga_figure(segmenter: Segmenter) -> Figure:
         axes.set_xlabel(format_groups((blocks,)))
     all_axes[0].set_ylabel("weight")
     all_axes[0].legend(fontsize=7)
-    set_title(
-        figure,
-        f"Weights of the blocks in each group: {segmenter.model.system}",
-        "neighbourhood Gaussian aggregation; a group of one block has no weights",
-    )
+    subtitle = "neighbourhood Gaussian aggregation; a group of one block has no weights"
+    set_title(figure, f"Weights of the blocks in each group: {segmenter.model.system}", subtitle)
     return figure
 
 

@@ -111,14 +111,9 @@ class Protocol(StrictModel):
         as in all protocols. Raises LexisegError if files are missing; the sentence names the first. Or synonyms are
         asked for and there are none.
         """
+        names = self.names.get(system)
         data = open_data_set(
-            self.data_set,
-            root,
-            "val",
-            unseen=self.unseen,
-            classes=classes,
-            names_of=self.names.get(system),
-            synonyms=bool(synonyms),
+            self.data_set, root, "val", unseen=self.unseen, classes=classes, names_of=names, synonyms=bool(synonyms)
         )
         return data if self.background is None else with_background(data, self.background)
 

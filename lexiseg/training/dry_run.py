@@ -63,13 +63,11 @@ class DryRun:
         if self.random_weights:
             rows.append(("weights", f"random: {self.random_weights}"))
         if self.data is not None:
+            more = ", ..." if len(self.seen) > 8 else ""
             rows += [
                 ("data", self.data),
                 ("setting", f"{self.setting}, the text of {self.text} classes"),
-                (
-                    "classes with masks",
-                    f"{len(self.seen)}: {', '.join(self.seen[:8])}{', ...' if len(self.seen) > 8 else ''}",
-                ),
+                ("classes with masks", f"{len(self.seen)}: {', '.join(self.seen[:8])}{more}"),
                 ("classes without", f"{len(self.unseen)}: {', '.join(self.unseen)}" if self.unseen else "none"),
             ]
         for title in ("starts from", "prompts from", "proposals from", "teacher"):

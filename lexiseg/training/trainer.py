@@ -205,13 +205,9 @@ class Trainer:
             with processes.together():
                 self._engine.export(self.checkpoint_dir / BASE)
         task.model.train()
+        main = processes.is_main()
         log = RunLog(
-            self.run_dir,
-            end,
-            first_step=first,
-            tensorboard=self.tensorboard,
-            progress=self.progress,
-            enabled=processes.is_main(),
+            self.run_dir, end, first_step=first, tensorboard=self.tensorboard, progress=self.progress, enabled=main
         )
         with log, processes.watching(), watched_workers():
             try:

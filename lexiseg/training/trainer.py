@@ -28,6 +28,7 @@ from lexiseg.files import make_folder, write_text
 from lexiseg.journal import changed, flat
 from lexiseg.recipes import TrainSettings
 from lexiseg.recipes.schema import Multiplier
+from lexiseg.regions.anchors import QueryAnchors
 from lexiseg.renames import renamed_key
 from lexiseg.scores.base import NotFiniteError
 from lexiseg.training.checkpoint import Best, RunLog, capture_rng, load_checkpoint, restore_rng, save_checkpoint
@@ -66,10 +67,11 @@ def rule_for(name: str, keys: Iterable[str]) -> str:
     return next((key for key in sorted(sorted(keys), key=len, reverse=True) if key in name), "")
 
 
-# What `no_decay` names. Batch and instance norms are both of the third kind.
+# What `no_decay` names. Batch and instance norms are both of the third kind; an anchor decoder's own parameters are its
+# learned queries.
 _LAYERS: dict[str, tuple[type[nn.Module], ...]] = {
     "norm": (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase, nn.LocalResponseNorm),
-    "embedding": (nn.Embedding,),
+    "embedding": (nn.Embedding, QueryAnchors),
 }
 
 

@@ -18,6 +18,7 @@ from lexiseg.evaluation import evaluate
 from lexiseg.models import ZegCLIP
 from lexiseg.recipes import SegmentationRecipe, TrainSettings, as_yaml, load_recipe, parse_recipe
 from lexiseg.recipes.reading import merge
+from lexiseg.regions.anchors import QueryAnchors
 from lexiseg.training.prompts import read_prompts
 from lexiseg.training.trainer import build_optimizer, group_parameters, identity_of, learning_rate
 
@@ -136,6 +137,9 @@ def test_layers_that_do_not_decay() -> None:
     assert isinstance(sgd, torch.optim.SGD) and sgd.param_groups[0]["momentum"] == 0.8
     adam = build_optimizer(groups, settings(betas=(0.7, 0.8)))
     assert isinstance(adam, torch.optim.AdamW) and adam.param_groups[0]["betas"] == (0.7, 0.8)
+    anchors = QueryAnchors(8, 3, 0, 2, None, 0.0)  # whose queries are an embedding in the released code
+    spared, decayed = group_parameters(anchors, settings(no_decay=("norm", "embedding")))
+    assert spared["names"] == ["queries", "heatmap.norm.weight", "heatmap.norm.bias"] and decayed["weight_decay"]
 
 
 def test_schedules() -> None:

@@ -230,7 +230,7 @@ class SegmentationModel(nn.Module, ABC):
         Args:
             features: from `encode_images`.
             text: (W, D) unit vectors, one per word.
-            word_to_class: (W,) class of each word, non-decreasing; None = each word is a class.
+            word_to_class: (W,) class of each word, non-decreasing; its best word counts. None = each word is a class.
             seen: (W,) bool, True for words that had masks in training; None = unknown, treated as not seen.
         """
 

@@ -212,7 +212,8 @@ class CascadeCLIP(ZegCLIP):
     def encode_images(self, images: Tensor) -> ImageFeatures:
         result = self.run_tower(self.fit_to_patches(images), levels=(*self.level_blocks, self.last - 1))
         cls, final = self.project_tokens(result)
-        values, raw, projections = {"cls": cls}, self.options.aggregate == "raw", count()
+        values, raw = {"cls": cls}, self.options.aggregate == "raw"
+        projections = count()  # indices in `LevelProjections`: of the blocks in order or, with "raw", of the groups
         levels = {block: tokens[:, -result.num_patches :] for block, tokens in result.levels.items()}
         if not raw:
             projected = {block: self.project_level(next(projections), levels[block]) for block in self.level_blocks}

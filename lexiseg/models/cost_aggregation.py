@@ -102,8 +102,8 @@ class _Projections(nn.Module):
 class WindowBlock(nn.Module):
     """Attention in windows of each class's map (Sec. 3.3, spatial aggregation).
 
-    Queries and keys see an image guidance of width G. The windows of a ``shifted`` block are
-    shifted by half a window, so that they overlap those of the block before.
+    Queries and keys see an image guidance of width G. The windows of a ``shifted`` block are shifted by half a window,
+    so that they overlap those of the block before.
     """
 
     def __init__(self, dim: int, guidance: int, heads: int, window: int, *, shifted: bool) -> None:

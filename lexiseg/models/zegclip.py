@@ -113,8 +113,7 @@ class PromptTokens(nn.Module):
             prompt = prompts.get(index)
             if self.depth or prompt is None:  # deep: keys and values alone, since their outputs would be dropped
                 return tokens, prompt
-            rows = prompt.expand(tokens.shape[0], -1, -1)
-            return torch.cat([tokens[:, :1], rows, tokens[:, 1:]], dim=1), None
+            return torch.cat([tokens[:, :1], prompt.expand(len(tokens), -1, -1), tokens[:, 1:]], dim=1), None
 
         return before_block
 
@@ -136,7 +135,7 @@ class ZegCLIP(OneStageModel):
     system = "zegclip"
     options_class = ZegCLIPOptions
     options: ZegCLIPOptions
-    init_decoder = staticmethod(init_matching_decoder)  # for ``init`` "clip-similarity"; by its decoder
+    init_decoder = staticmethod(init_matching_decoder)  # for ``init`` "clip-similarity"; another decoder has another
 
     def __init__(self, clip: CLIP, options: ZegCLIPOptions | None = None, seen_names: Sequence[str] = ()) -> None:
         super().__init__(clip, options, seen_names)
@@ -173,7 +172,7 @@ class ZegCLIP(OneStageModel):
         self.init_decoder(self.decoder, self.query_proj, patch_directions(self.clip.visual.proj))
 
     def trainable_names(self) -> tuple[str, ...]:
-        """All but the `frozen_prefixes`; with a fine-tuned backbone the image tower as well."""
+        """Prompts, query projection and decoder, all but the `frozen_prefixes`; "finetune" adds the image tower."""
         tower = ("clip.model.visual.",) if self.options.backbone == "finetune" else ()
         names = (name for name, _ in self.named_parameters())
         return tuple(name for name in names if name.startswith(tower) or not name.startswith(self.frozen_prefixes))

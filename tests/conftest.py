@@ -16,6 +16,8 @@ import torch
 
 from tests.miniatures import MINIATURES
 
+# Failed assertions of these show what they compared, as those of test files do.
+pytest.register_assert_rewrite("tests.system_tester", "tests.launching", "tests.patchwork", "tests.cli.calling")
 # A shell that starts the tests in the background has them, and the commands they start, ignore Ctrl-C.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(max(1, min(2, int(os.environ.get("OMP_NUM_THREADS", "2")))))

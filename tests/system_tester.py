@@ -57,7 +57,9 @@ class SystemTester:
     @pytest.mark.parametrize("size", [(32, 32), (8, 8), (24, 64), (33, 50), (5, 71), (1, 1), (131, 17)])
     def test_any_resolution_and_aspect(self, model: SegmentationModel, size: tuple[int, int]) -> None:
         with torch.no_grad():
-            scores = model(self.images(*size), unit_rows(5, DIM))
+            features = model.encode_images(self.images(*size))
+            scores = model.score(features, unit_rows(5, DIM))
+        assert features.size == size
         assert isinstance(scores, Scores)
         assert scores.label_map(size).shape == (2, *size)
         dense = scores.dense((2 * size[0] + 1, 7))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 import lexiseg.models
-from lexiseg.models import SYSTEMS
+from lexiseg.models import SYSTEMS, SegmentationModel
 from tests.parity.case import Case
 from tests.system_tester import DIM, SystemTester
 from tests.towers import small_clip, unit_rows
@@ -54,3 +55,14 @@ class TestLinearProbe(SystemTester):
         case = Case("linear_probe", {"heads": 4, "image_size": 32, "scale": 5.0}, tensors)
         names_of(BLOCKS[2])["compare"](case)
         assert case.touched == {"expected/patches", "expected/logits"} and not case.problems
+
+    def test_a_failed_check_shows_what_it_compared(self, model: SegmentationModel) -> None:
+        model.requires_grad_(True)
+        with pytest.raises(AssertionError, match=r"clip\.model\.visual"):
+            self.test_what_trains(model)
+
+    def test_features_must_have_the_size_of_the_images(self, model: SegmentationModel) -> None:
+        encode = model.encode_images
+        model.encode_images = lambda images: replace(encode(images), size=(1, 2))  # type: ignore[method-assign]
+        with pytest.raises(AssertionError, match=r"assert .* == "):
+            self.test_any_resolution_and_aspect(model, (24, 64))

@@ -6,6 +6,7 @@ Screenshots go to ``build/screenshots``.
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from lexiseg.samples import sample_path
 
@@ -222,3 +224,86 @@ def test_a_box_drawn_on_a_picture_becomes_a_class(browser: Any, running: Running
     page.by("exemplars").find_elements(By.TAG_NAME, "button")[0].click()
     page.segment(words="")
     assert browser.execute_script("return current.answer.names") == ["other"]
+
+
+NAMES = [f"number {i} of many classes with a name" if i % 7 else f"{'hauptbetriebswerk' * 5}{i}" for i in range(50)]
+
+
+@pytest.mark.parametrize("width", [360, 1280])
+def test_fifty_classes_with_long_names_leave_the_page_in_shape(browser: Any, running: Running, width: int) -> None:
+    metrics = {"width": width, "height": 740, "deviceScaleFactor": 1, "mobile": width < 500}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+    page = Page(browser, running.port)
+    page.segment(sample_path("demo"), "\n".join(NAMES))
+    until(lambda: "50 classes" in page.text("check"))
+    page.shoot(f"long-{width}")
+    assert browser.execute_script("return document.documentElement.scrollWidth <= window.innerWidth")
+    assert page.by("check").size["height"] < 200  # the button below it stays in reach
+    corner = webdriver.ActionChains(browser).move_to_element_with_offset(page.by("canvas"), 150, 0)
+    corner.perform()
+    assert page.by("hover").is_displayed()
+    assert browser.execute_script("return document.documentElement.scrollWidth <= window.innerWidth")
+
+
+@pytest.mark.parametrize(("size", "shown"), [((60, 1200), (1, 700)), ((16, 8), (256, 200))], ids=["tall", "tiny"])
+def test_a_tall_picture_fits_and_a_tiny_one_is_enlarged(
+    browser: Any, running: Running, tmp_path: Path, size: tuple[int, int], shown: tuple[int, int]
+) -> None:
+    browser.execute_cdp_cmd(
+        "Emulation.setDeviceMetricsOverride", {"width": 1280, "height": 800, "deviceScaleFactor": 1, "mobile": False}
+    )
+    page = Page(browser, running.port)
+    Image.new("RGB", size, "green").save(tmp_path / "picture.png")
+    page.segment(tmp_path / "picture.png", "grass; brick")
+    box = page.by("canvas").rect
+    assert box["width"] >= shown[0] and box["height"] <= shown[1]
+    assert box["width"] / box["height"] == pytest.approx(size[0] / size[1], rel=0.05)
+
+
+def test_downloads_are_of_the_result_that_is_shown(browser: Any, running: Running, tmp_path: Path) -> None:
+    page = Page(browser, running.port)
+    page.segment(sample_path("demo"), "elephant; grass")
+    page.by("classes").clear()
+    page.by("classes").send_keys("tree")
+    browser.find_element(By.CSS_SELECTOR, "[data-kind=geojson]").click()
+    until(lambda: (tmp_path / "demo.geojson").is_file() and (tmp_path / "demo.geojson").stat().st_size)
+    found = json.loads((tmp_path / "demo.geojson").read_text())
+    assert {part["properties"]["name"] for part in found["features"]} == {"elephant", "grass"}
+
+
+def test_a_picture_may_be_dropped_anywhere(browser: Any, running: Running) -> None:
+    page = Page(browser, running.port)
+    browser.execute_async_script(
+        "const done = arguments[0];"
+        "fetch('samples/demo').then(reply => reply.blob()).then(blob => {"
+        "  const data = new DataTransfer(); data.items.add(new File([blob], 'dropped.png', {type: 'image/png'}));"
+        "  document.querySelector('h1').dispatchEvent("
+        "    new DragEvent('drop', {dataTransfer: data, bubbles: true, cancelable: true})); done(); });"
+    )
+    until(lambda: page.by("canvas").is_displayed())
+    assert Select(page.by("which")).first_selected_option.text == "dropped.png"
+
+
+def test_the_sample_just_chosen_is_shown_and_a_picture_browsers_cannot_show_is_named(
+    browser: Any, running: Running, tmp_path: Path
+) -> None:
+    page = Page(browser, running.port)
+    page.by("files").send_keys(str(sample_path("street")))
+    Select(page.by("sample")).select_by_value("demo")
+    until(lambda: len(Select(page.by("which")).options) == 2)
+    assert browser.execute_script("return current.name") == "demo.png"
+    page.by("files").clear()
+    Image.new("RGB", (32, 32)).save(tmp_path / "picture.tif")
+    page.segment(tmp_path / "picture.tif", "grass; brick")
+    assert "convert it to PNG or JPEG" in page.text("error")
+
+
+def test_errors_can_be_read_in_the_dark(browser: Any, running: Running) -> None:
+    dark = {"features": [{"name": "prefers-color-scheme", "value": "dark"}]}
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", dark)
+    page = Page(browser, running.port)
+    page.by("run").click()
+    until(lambda: page.text("error"))
+    color = page.by("error").value_of_css_property("color")
+    assert min(int(part) for part in re.findall(r"\d+", color)[:3]) > 150  # on almost black
+    page.shoot("dark")

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 import typer
 from rich.box import SIMPLE_HEAD
+from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -92,12 +93,16 @@ def say_table(title: str | None, columns: Sequence[str], rows: Sequence[Sequence
         # Not as the table's own title, which would be wrapped to the table's width.
         say(title)
     table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    console = Console(soft_wrap=False, highlight=False, markup=False)
     for index, column in enumerate(columns):
         numeric = bool(rows) and all(_is_number(row[index]) for row in rows)
-        table.add_column(printable(column), justify="right" if numeric else "left", no_wrap=not numeric and index == 0)
+        # Long names are wrapped, since numbers without room would be left out.
+        short = index == 0 and all(cell_len(row[0]) <= console.width // 2 for row in rows)
+        table.add_column(
+            printable(column), justify="right" if numeric else "left", no_wrap=numeric or short, overflow="fold"
+        )
     for row in rows:
         table.add_row(*map(printable, row))
-    console = Console(soft_wrap=False, highlight=False, markup=False)
     with console.capture() as lines:
         console.print(table)
     _print(lines.get().rstrip("\n"))

@@ -47,6 +47,21 @@ def test_everything_the_commands_print_is_escaped(capsys: pytest.CaptureFixture[
     assert r"\x1b[31m" in out and r"\xe9" in out
 
 
+@pytest.mark.parametrize("name", ["cat", "a class with a name that goes on and on and on and on", "x" * 200])
+def test_a_table_keeps_its_numbers_however_long_the_names(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    columns = ["class", "in training", "pixels", "mean score"]
+    say_table("", columns, [[name, "unseen", "12.3 %", "0.456"], ["grass", "seen", "87.7 %", "0.789"]])
+    out = capsys.readouterr().out
+    head, _, *rows = out.splitlines()
+    assert head.split() == ["class", "in", "training", "pixels", "mean", "score"]
+    assert all(row in out for row in ("unseen", "12.3 %", "0.456")) and len(max(rows, key=len)) <= 80
+    first = "".join(row[: head.index("in training")].strip() for row in rows[:-1])
+    assert first.replace(" ", "") == name.replace(" ", "")
+
+
 def _noted() -> None:
     for _ in range(3):
         warnings.warn("one class everywhere", LexisegWarning, stacklevel=2)

@@ -101,6 +101,7 @@ def draw_legend(picture: Image.Image, entries: Sequence[LegendEntry], *, font: s
     face = Lettering([_more(0), "0123456789 %<…", *(entry.text for entry in entries)], size, font)
     entries = _legible(entries, face.missing)
     pad, gap, row = round(0.9 * size), round(0.6 * size), round(1.75 * size)
+    between = 4 * gap  # columns: a fraction is nearer to its own name than to the next one's colour
     name_width = min(max(math.ceil(face.length(entry.text)) for entry in entries), _WIDEST_NAME * size)
     name_width = max(name_width, math.ceil(face.length(_more(len(entries)))) if len(entries) > _MIN_ROWS else 0)
     fraction_width = math.ceil(face.length("100 %"))
@@ -113,11 +114,11 @@ def draw_legend(picture: Image.Image, entries: Sequence[LegendEntry], *, font: s
         canvas_size = (picture.width + column + 2 * pad, picture.height)
         corner, origin = (0, 0), (picture.width + pad, pad)
     else:
-        columns = min(len(entries), max(1, (picture.width - 2 * pad + 2 * gap) // (column + 2 * gap)))
+        columns = min(len(entries), max(1, (picture.width - 2 * pad + between) // (column + between)))
         rows = min(math.ceil(len(entries) / columns), max(_MIN_ROWS, rows_beside))
         # Shorter columns are better filled; with few entries this also drops empty ones.
         columns = min(columns, math.ceil(len(entries) / rows))
-        width = max(picture.width, columns * (column + 2 * gap) - 2 * gap + 2 * pad)
+        width = max(picture.width, columns * (column + between) - between + 2 * pad)
         canvas_size = (width, picture.height + rows * row + 2 * pad)
         corner, origin = ((width - picture.width) // 2, 0), (pad, picture.height + pad)
 
@@ -127,7 +128,7 @@ def draw_legend(picture: Image.Image, entries: Sequence[LegendEntry], *, font: s
     places = columns * rows
     shown = list(entries) if len(entries) <= places else list(entries[: places - 1])
     for position in range(min(places, len(entries))):
-        left = origin[0] + (position // rows) * (column + 2 * gap)
+        left = origin[0] + (position // rows) * (column + between)
         middle = origin[1] + (position % rows) * row + row / 2
         text_left = left + size + gap
         if position >= len(shown):

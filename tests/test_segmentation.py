@@ -146,6 +146,15 @@ def test_the_legend_can_be_read() -> None:
     assert drawn.width - 300 > face.getlength("cat")
 
 
+def test_a_fraction_is_nearer_to_its_name_than_to_the_next_colour() -> None:
+    entries = [LegendEntry("leaves", (255, 0, 0), 0.59), LegendEntry("grass", (0, 0, 255), 0.41)]
+    panel = np.asarray(draw_legend(Image.new("RGB", (1500, 60)), entries))[60:].astype(int)
+    second = int((panel == (0, 0, 255)).all(axis=2).any(axis=0).argmax())
+    (inked,) = np.nonzero((panel.sum(axis=2) < 600).any(axis=0))
+    gaps = np.diff(inked[inked <= second])
+    assert gaps[-2:].max() > 1.5 * gaps[:-2].max()
+
+
 def test_a_large_picture_gets_large_letters() -> None:
     labels = torch.zeros(1500, 2500, dtype=torch.uint8)
     labels[:, 1200:] = 1

@@ -315,6 +315,7 @@ def curves_figure(runs: Sequence[str | Path], metrics: Sequence[str] = tuple(MET
             panel.plot(*xy, marker="o", markersize=3, linewidth=1.2, label=printable(name))
         panel.set_title(METRICS.get(metric, printable(metric)))
         panel.set_xlabel("step")
+        panel.locator_params(axis="x", integer=True, min_n_ticks=1)
         panel.set_ylabel("%")
         panel.grid(alpha=0.3)
     figure.set_layout_engine("constrained")

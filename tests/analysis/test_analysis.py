@@ -213,8 +213,10 @@ def test_two_models_or_runs_of_one_name_are_told_apart(photo: Path, tmp_path: Pa
     for run in runs:
         Path(run).mkdir(parents=True)
         (Path(run) / "metrics.jsonl").write_text('{"step": 1, "val/hiou": 30.0}\n')
-    (legend,) = curves_figure(runs, ["hiou"]).legends
+    figure = curves_figure(runs, ["hiou"])
+    (legend,) = figure.legends
     assert [text.get_text() for text in legend.get_texts()] == runs
+    assert all(tick == int(tick) for tick in figure.axes[0].get_xticks())  # there is no step 0.96
 
 
 def test_letters_that_no_font_has_are_announced(

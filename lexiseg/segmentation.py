@@ -385,12 +385,10 @@ class Segmentation:
 
     def _save_masks(self, folder: Path) -> Path:
         before = set(make_folder(folder).glob("[0-9][0-9][0-9]*.png"))
-        mine = PngInfo()
-        mine.add_text("Software", "lexiseg")
         for row, mask in formats.objects_of(self):
             part = re.sub(r"[^0-9A-Za-z]+", "-", row.name).strip("-")[:40]  # of the name, what every file system takes
             path = folder / (f"{row.index:03d}_{part}".rstrip("_") + ".png")
-            before.discard(_save_image(Image.fromarray(mask * np.uint8(255)), path, pnginfo=mine))
+            before.discard(_save_image(Image.fromarray(mask * np.uint8(255)), path))
         for path in before:  # an earlier result's classes, which this one may not have, go; a user's files stay
             with suppress(OSError), Image.open(path) as image:
                 if image.info.get("Software") == "lexiseg":
@@ -403,10 +401,12 @@ def _as_array(values: Any) -> np.ndarray:
     return values if isinstance(values, np.ndarray) else values.detach().cpu().numpy()
 
 
-def _save_image(image: Image.Image, path: Path, **how: Any) -> Path:
+def _save_image(image: Image.Image, path: Path) -> Path:
     if path.suffix.lower() != ".png":
         raise LexisegError(f"'{path}' must end in .png, the format that keeps every label.")
+    mine = PngInfo()
+    mine.add_text("Software", "lexiseg")
     with atomic_write(path) as temporary:
         # A painted photograph gets hardly smaller by the usual level 6, which takes more than twice as long.
-        image.save(temporary, "PNG", compress_level=4 if image.mode == "RGB" else 6, **how)
+        image.save(temporary, "PNG", compress_level=4 if image.mode == "RGB" else 6, pnginfo=mine)
     return path

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 SOME_FAILED, ALL_FAILED = 1, 2
 _LONGEST_STEM = 200  # in bytes
+_OURS = (b'"ignore_index"', b"made by lexiseg", b"Software\0lexiseg")  # what our JSON, COCO's and PNGs hold
 
 
 @dataclass(frozen=True)
@@ -163,18 +164,17 @@ def _follow(
 
 
 def _refuse_foreign(paths: Sequence[Path], output: Path, kinds: Collection[str]) -> None:
-    """Refuse to replace a user's own JSON among the pictures: annotation tools name it as we do."""
+    """Refuse to replace a user's own files among the pictures: annotation tools name theirs as we do."""
     if not any(absolute(path.parent) == absolute(output) for path in paths):
         return
-    marks = {f"{stem}.json": b'"ignore_index"' for stem in _stems(paths).values()} if "json" in kinds else {}
-    if "coco" in kinds:
-        marks[COCO] = b"made by lexiseg"
-    for name, mark in marks.items():
+    endings = {"json": ".json", "labels": "_labels.png", "overlay": "_overlay.png"}
+    names = {f"{stem}{end}": kind for kind, end in endings.items() if kind in kinds for stem in _stems(paths).values()}
+    for name, kind in (names | ({COCO: "coco"} if "coco" in kinds else {})).items():
         with suppress(OSError):
-            if (content := (output / name).read_bytes()) and mark not in content:
+            if (content := (output / name).read_bytes()) and not any(mark in content for mark in _OURS):
                 raise LexisegError(
                     f"'{output / name}' was not written by lexiseg and would be replaced; choose another --output, or "
-                    f"leave {'coco' if name == COCO else 'json'} out of --save."
+                    f"leave {kind} out of --save."
                 )
 
 

@@ -57,14 +57,24 @@ def test_results_beside_the_pictures_are_not_segmented_again(predict: Call, tmp_
     assert len(list(folder.glob("*.json"))) == 2
 
 
-@pytest.mark.parametrize(("name", "kind"), [("a.json", "json"), ("annotations.json", "coco")])
-def test_annotations_beside_the_pictures_are_not_replaced(predict: Call, tmp_path: Path, name: str, kind: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "kind", "other"),
+    [
+        ("a.json", "json", "overlay"),
+        ("annotations.json", "coco", "overlay"),
+        ("a_labels.png", "labels", "overlay"),
+        ("a_overlay.png", "overlay", "labels"),
+    ],
+)
+def test_annotations_beside_the_pictures_are_not_replaced(
+    predict: Call, tmp_path: Path, name: str, kind: str, other: str
+) -> None:
     folder = write_pictures(tmp_path / "own", ["a.png", "b.png"])
     (folder / name).write_text('{"shapes": []}')
     before = sorted(folder.iterdir())
-    code, _, err = predict(folder, WORDS, "-o", folder, "--save", f"overlay,{kind}")
+    code, _, err = predict(folder, WORDS, "-o", folder, "--save", f"{other},{kind}")
     assert code == 2 and f"{name}' was not written by lexiseg" in err and sorted(folder.iterdir()) == before
-    assert predict(folder, WORDS, "-o", folder, "--save", "overlay")[0] == 0
+    assert f"leave {kind} out" in err and predict(folder, WORDS, "-o", folder, "--save", other)[0] == 0
     assert (folder / name).read_text() == '{"shapes": []}'
     (folder / name).unlink()
     for _ in range(2):  # what lexiseg has written is

@@ -140,7 +140,10 @@ async def read_question(request: Request, shape: type[BaseModel]) -> tuple[Any, 
 def first_complaint(errors: Sequence[Any]) -> str:
     """Pydantic's first complaint as a sentence."""
     first = errors[0]
-    place = ".".join(str(part) for part in first["loc"] if part not in _NO_FIELDS) or "the request"
+    place = ".".join(str(part) for part in first["loc"] if part not in _NO_FIELDS)
+    if not place or first["type"] == "json_invalid":  # whose place is a character of the body
+        why = first.get("ctx", {}).get("error", "it has no fields")
+        return f"The body is not a JSON object ({why[:200]}); send one as application/json, as /docs shows."
     return f"'{place[:80]}': {first['msg'][:200]}; see /docs for what the service takes."
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import itertools
 import json
 import socket
 import threading
@@ -296,7 +297,9 @@ def test_what_is_wrong_is_a_sentence_with_its_status(running: Running) -> None:
     ):
         reply = client.post("/v1/segment", json={**good, **change})
         assert_sentence(reply, status, says)
-    assert_sentence(client.post("/v1/segment", content=b"{", headers={"content-type": "application/json"}), 422, "JSON")
+    for path, body in itertools.product(("/v1/segment", "/v1/classes"), (b"", b"{", b"11", b"[]", b'{"classes": 1,}')):
+        reply = client.post(path, content=body, headers={"content-type": "application/json"})
+        assert_sentence(reply, 422, "The body is not a JSON object (")
     assert_sentence(client.post("/v1/segment", data={"classes": "a"}, files={"x": ("", b"")}), 422, "picture")
     assert_sentence(client.post("/v1/segment", data={"classes": ["a", "b"]}, files={"image": png()}), 422, "twice")
     two = [("image", ("a.png", png())), ("image", ("b.png", png()))]

@@ -119,6 +119,19 @@ def test_a_picture_that_kills_its_worker_is_left_out(
     assert "p1.png" in entries[1].error and "killed" in entries[1].error
 
 
+def test_pictures_of_one_size_share_a_forward_pass(
+    tmp_path: Path, labeller: Labeller, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, sizes = DenseCLIP.encode_images, []
+    monkeypatch.setattr(
+        DenseCLIP, "encode_images", lambda self, images: sizes.append(len(images)) or real(self, images)
+    )
+    for count, expected in ((None, [4, 1]), (3, [3, 2])):
+        labeller.wanted = labeller.wanted if count is None else replace(labeller.wanted, batch_size=count)
+        sizes.clear()
+        assert len(list(labeller.label(pictures(tmp_path / "in", 5)))) == 5 and sizes == expected
+
+
 def test_what_counts_as_done(tmp_path: Path, labeller: Labeller) -> None:
     todo = pictures(tmp_path / "in")
     bad = tmp_path / "in" / "bad.png"

@@ -118,9 +118,10 @@ def numbers(report):
 def both(clip_folder, folder):
     """One fork for the cheap checks: training, two evaluations, and every loss on an uneven share."""
     train_small(clip_folder, folder)
+    seed = torch.initial_seed()
     reports = [evaluate_small(clip_folder, length) for length in (5, 1)]
     shown = [[example.name for example in report.examples] for report in reports]
-    return [numbers(report) for report in reports], shown, every_loss(part_of(3, processes.rank(), 2))
+    return [numbers(report) for report in reports], shown, every_loss(part_of(3, processes.rank(), 2)), seed
 
 
 def every_loss(places):
@@ -171,6 +172,7 @@ def test_two_processes_are_as_one(clip_folder, tmp_path):
     one = [evaluate_small(clip_folder, length) for length in (5, 1)]
     assert two[0] == other[0] == [numbers(report) for report in one]
     assert two[1] == [[example.name for example in report.examples] for report in one]
+    assert (two[3], other[3]) == (SETTINGS["seed"], SETTINGS["seed"] + 1)  # or both would drop out the same
 
     close_losses(tmp_path / "two", tmp_path / "one")
     assert [record["step"] for record in records(tmp_path / "two")] == [1, 2, 3]

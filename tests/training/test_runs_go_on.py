@@ -22,12 +22,14 @@ import lexiseg
 from lexiseg.analysis.figures import curves_figure
 from lexiseg.cli import main
 from lexiseg.clip.model import save_clip
+from lexiseg.data.base import Sample
 from lexiseg.data.picture_world import write_voc
 from lexiseg.errors import LexisegError, LexisegWarning
 from lexiseg.losses.masks import exclusive_losses, mask_losses
 from lexiseg.recipes import load_recipe
 from lexiseg.training.run import build_task
 from lexiseg.training.segmentation import SegmentationTask, class_weights, training_vocabulary
+from lexiseg.vocabulary import Vocabulary
 from lexiseg.weights import load_model
 from lexiseg.weights.runs import find_checkpoints
 from tests.towers import small_clip
@@ -246,6 +248,26 @@ def test_frequency_knows_nothing_of_unseen_classes() -> None:
     cat, sky, dog = class_weights("frequency", runs.Flat(), trained).tolist()
     assert trained.names == ("cat", "sky", "dog") and sky == 1
     assert cat + dog == pytest.approx(2) and dog / cat == pytest.approx((60 / 12) ** 0.5)
+
+
+class Rare(runs.Flat):
+    """One class has one pixel, and 39 others 10,000 each."""
+
+    names = tuple(f"word {index}" for index in range(40))
+    vocabulary = Vocabulary.parse(names).with_seen(names)
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, index: int) -> Sample:
+        label = torch.tensor([*torch.arange(39).repeat(10_000), 39])[None]
+        return Sample(torch.zeros(3, *label.shape, dtype=torch.uint8), label, "rare")
+
+
+def test_the_factor_of_a_rare_class_has_a_limit() -> None:
+    """39 classes are a hundredth as rare as the last one, so the mean is (39 + 100) / 40 of theirs."""
+    weights = class_weights("frequency", Rare(), training_vocabulary(Rare.vocabulary, setting="inductive"))
+    assert weights[39] == 10 and weights[:39].tolist() == pytest.approx([40 / 139] * 39)
 
 
 @pytest.mark.parametrize("exclusive", [False, True])

@@ -29,6 +29,7 @@ from lexiseg.data.picture_world.scene import Scene, caption
 from lexiseg.errors import LexisegError
 from lexiseg.normalisation import normalise
 from lexiseg.recipes.schema import HELD_OUT_SEED, ContrastiveSettings, TrainSettings
+from lexiseg.scores.base import NotFiniteError
 from lexiseg.training.engine import Task
 
 TEMPLATES = (
@@ -290,7 +291,7 @@ def zero_shot_accuracy(
 
     The class token is compared with "a photo of a {name}" for every thing, ``num_rounds`` scenes a thing. ``size`` is
     in pixels, that of the tower by default; ``extents``, the world's by default, are the smallest and largest size of
-    a thing of the ``world`` as a fraction of it.
+    a thing of the ``world`` as a fraction of it. Raises NotFiniteError if the CLIP's weights have diverged.
     """
     size = size or clip.image_size
     text = F.normalize(clip.encode_text(clip.tokenize([f"a photo of a {name}" for name in world.things])), dim=-1)
@@ -305,7 +306,10 @@ def zero_shot_accuracy(
         ]
         tokens, grid = tower.embed(_normalised(np.stack(pictures), clip))
         image = F.normalize(tower.project(tower.run(tokens, grid).tokens[:, :1])[:, 0], dim=-1)
-        correct = (image @ text.T).topk(5, dim=1).indices == truth
+        cosines = image @ text.T
+        if not bool(cosines.isfinite().all()):
+            raise NotFiniteError("The CLIP's vectors hold NaN or infinite values; check its weights.")
+        correct = cosines.topk(5, dim=1).indices == truth
         top1 += int(correct[:, 0].sum())
         top5 += int(correct.any(1).sum())
     total = num_rounds * len(world.things)

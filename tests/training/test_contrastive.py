@@ -26,6 +26,7 @@ from lexiseg.training.contrastive import (
 )
 from lexiseg.training.dry_run import dry_run
 from lexiseg.training.run import build_task, identity, train
+from lexiseg.training.trainer import Trainer
 from lexiseg.weights import load_model
 
 TOWERS = {
@@ -236,6 +237,15 @@ def test_the_shipped_clip_names_what_it_sees(name: str, wanted: tuple[float, flo
     assert clip.architecture["model_cfg"] == recipe.model.model_cfg, "the recipe is what made the weights"
     top1, top5 = zero_shot_accuracy(clip, world=find_world(recipe.model.scenes.world), num_rounds=1)
     assert top1 >= wanted[0] and top5 >= wanted[1]
+
+
+def test_a_clip_that_diverged_is_not_written(tmp_path: Path) -> None:
+    """Its last step is not followed by another, whose loss would have said so."""
+    how = TrainSettings(steps=1, batch_size=2, lr=3e38, optimizer="sgd", workers=0, snapshot_every=1)
+    trainer = Trainer(ContrastiveTask(settings(), how), how, tmp_path, device="cpu", tensorboard=False, progress=False)
+    with pytest.raises(LexisegError, match=r"after step 1 hold NaN .* lower the learning rate"):
+        trainer.run()
+    assert not (tmp_path / "model").exists()
 
 
 SHIPPED = {

@@ -127,9 +127,8 @@ def _segment(
         plain, empty = Path(scratch) / "labels.tif", True
         with rasterio.open(plain, "w", **profile) as labels:
             labels.update_tags(1, **_name_tags(vocabulary.names))
-            if nodata == 255:
-                palette = vocabulary.palette().tolist()
-                labels.write_colormap(1, {index: (*color, 255) for index, color in enumerate(palette)})
+            palette = vocabulary.palette().tolist()
+            labels.write_colormap(1, {index: (*color, 255) for index, color in enumerate(palette)})
             for inner, outer in _tiles(rasterio, raster, options):
                 with _reading(raster.name):
                     valid = raster.dataset_mask(window=outer) > 0

@@ -142,7 +142,9 @@ def test_polygons_of_tiles_lie_in_their_place_and_specks_are_left_out(tmp_path: 
     bands[:, 10:40, 20:50] = bands[:, 2:6, 2:6] = bands[:, 44:47, 58:63] = 255  # in four tiles, 16 and 15 pixels
     model: Any = SimpleNamespace(predict=lambda pixels, *_: labelled([], pixels))
     source, options = write(tmp_path / "map.tif", bands), MapOptions(tile=32, margin=16)
-    assert len(list(segment_map(model, source, Vocabulary.parse("field; house"), tmp_path, options))) == 4
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", LexisegWarning)
+        assert len(list(segment_map(model, source, Vocabulary.parse("field; house"), tmp_path, options))) == 4
     files = map_files(source, tmp_path, options)
     with rasterio.open(files["labels"]) as labels:
         assert np.array_equal(labels.read(1) * 255, bands[0])
@@ -191,19 +193,22 @@ def test_what_is_not_finite_takes_no_part_in_the_stretch(segmenter: Any, tmp_pat
         run(segmenter, write(tmp_path / "complex.tif", bands.astype(np.complex64)), tmp_path)
 
 
-def test_more_classes_than_sixteen_bits_number(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("nodata", [65535, 2**31 - 1])
+def test_more_classes_than_eight_or_sixteen_bits_number(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, nodata: int
 ) -> None:
-    monkeypatch.setattr("lexiseg.maps.ignore_index", lambda _: 2**31 - 1)  # GDAL takes minutes for so many names
+    monkeypatch.setattr("lexiseg.maps.ignore_index", lambda _: nodata)  # GDAL takes minutes for so many names
     found = np.full((32, 48), 299, np.int32)
-    found[:4] = 2**31 - 1
+    found[:4] = nodata
     model: Any = SimpleNamespace(predict=lambda *_: SimpleNamespace(label_map=found.copy()))
     source = write(tmp_path / "map.tif", np.ones((3, 32, 48), np.uint8))
     vocabulary = Vocabulary.parse([f"class {index}" for index in range(300)])
     predict_map(model, str(source), vocabulary, tmp_path, MapOptions(polygons="none"), True)
     assert json.loads(capsys.readouterr().out)["classes"][0] == {"class": "class 299", "fraction": 1.0}
     with rasterio.open(tmp_path / "map_labels.tif") as labels:
-        assert labels.nodata == 2**31 - 1 and np.array_equal(labels.read(1), found)
+        assert labels.nodata == nodata and np.array_equal(labels.read(1), found)
+        if nodata == 65535:  # 32 bits have no palette
+            assert labels.colormap(1)[299] == (*vocabulary.palette()[299], 255)
 
 
 @pytest.mark.slow

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -13,7 +15,7 @@ from lexiseg.refine import Refinement, candidates, refine, region_map, vote
 from lexiseg.samples import sample_path
 from lexiseg.scores import GridScores
 from lexiseg.segmenter import Segmenter
-from lexiseg.smoothing import pamr, pamr_weights
+from lexiseg.smoothing import edge_weights, pamr, pamr_weights
 from tests.towers import small_clip
 
 SIZE = (96, 128)
@@ -118,6 +120,18 @@ def test_the_scores_of_some_classes_are_those_of_all() -> None:
     scores = GridScores(logits, word_to_class=torch.tensor([0, 0, 1, 2, 2, 2, 3, 4, 5]))
     chosen = torch.tensor([0, 2, 5])
     assert torch.equal(scores.dense((33, 21), chosen), scores.dense((33, 21))[:, chosen])
+
+
+def test_weights_by_hand() -> None:
+    picture = torch.zeros(1, 3, 3, 3)
+    near = [1, 2, 1, 2, 4, 2, 1, 2, 1]  # binomial, where no colour differs
+    assert (16 * edge_weights(picture, 1, 0.1))[0, :, 1, 1].tolist() == pytest.approx(near)
+    picture[..., 0, 0] = 0.1  # in each of three channels, so exp(-3/2)
+    weights = edge_weights(picture, 1, 0.1)[0, :, 1, 1]
+    assert float(weights[0] / weights[2]) == pytest.approx(math.exp(-1.5))
+    # One of nine values is another: their deviation is a third of the difference, and a tenth of it counts exp(-1).
+    weights = pamr_weights(picture, (1,))[0, :, 1, 1]
+    assert float((weights[0] / weights[2]).log()) == pytest.approx(-30, abs=1e-3)
 
 
 def test_pamr_weights_sum_to_one_and_means_stay_between() -> None:

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import lexiseg
@@ -23,7 +24,9 @@ from lexiseg.cli import main
 from lexiseg.errors import LexisegError, LexisegWarning
 from lexiseg.formats import encode_rle
 from lexiseg.images import read_pixels
+from lexiseg.refine import Refinement
 from lexiseg.samples import sample_path
+from lexiseg.scores import GridScores
 from lexiseg.video import VideoOptions, is_video, segment_video, video_files
 from lexiseg.vocabulary import Vocabulary
 from lexiseg.windows import WindowPolicy
@@ -58,11 +61,12 @@ def run(segmenter: Any, clip: Path, folder: Path, **options: Any) -> list[Any]:
     return list(segment_video(segmenter, clip, vocabulary, folder, VideoOptions(**options)))
 
 
-def test_more_classes_than_sixteen_bits_number(clip: Path, tmp_path: Path) -> None:
-    found = np.full((128, 128), 69_999, np.int32)
-    found[:4] = 2**31 - 1
+@pytest.mark.parametrize(("count", "nothing"), [(256, 65535), (70_000, 2**31 - 1)])
+def test_more_classes_than_eight_or_sixteen_bits_number(clip: Path, tmp_path: Path, count: int, nothing: int) -> None:
+    found = np.full((128, 128), count - 1, np.int32)
+    found[:4] = nothing
     model: Any = SimpleNamespace(identity=lambda *_: {}, predict=lambda *_: SimpleNamespace(label_map=found))
-    vocabulary = Vocabulary.parse([f"class {index}" for index in range(70_000)])
+    vocabulary = Vocabulary.parse([f"class {index}" for index in range(count)])
     options = VideoOptions(frames=1, overlay=False)
     for resume in (False, True):
         (frame,) = segment_video(model, clip, vocabulary, tmp_path, replace(options, resume=resume))
@@ -102,6 +106,15 @@ def test_a_larger_weight_calms_windows_more(segmenter: Any, clip: Path, tmp_path
         return list(segment_video(segmenter, clip, words, tmp_path / str(weight), options, window=(96, 32)))
 
     assert changes(found(0.9)) < changes(found(0.1))
+
+
+def test_smoothed_scores_are_a_running_mean(clip: Path, tmp_path: Path) -> None:
+    leads = iter([1.0, -1.4, -0.1])  # of the first class: with weight 0.6 the means are 1, 0.04 and -0.016
+    model: Any = SimpleNamespace(identity=lambda *_: {}, refinement=Refinement())
+    model.scores = lambda *_: GridScores(torch.tensor([next(leads), 0.0]).view(1, 2, 1, 1))
+    options = VideoOptions(frames=3, overlay=False, smooth=0.6)
+    frames = list(segment_video(model, clip, Vocabulary.parse("cat; dog"), tmp_path, options))
+    assert [np.unique(frame.labels).tolist() for frame in frames] == [[0], [0], [1]]
 
 
 def test_smoothing_calms_the_labels(segmenter: Any, clip: Path, tmp_path: Path) -> None:
@@ -145,6 +158,25 @@ def test_frames_keep_their_times(segmenter: Any, clip: Path, tmp_path: Path) -> 
         with av.open(str(video_files(source, tmp_path)["overlay"])) as container:
             found = [frame.time for frame in container.decode(video=0)]
         np.testing.assert_allclose(found, expected, atol=1e-3)
+
+
+def test_pictures_that_set_in_after_the_sound_keep_their_place(segmenter: Any, tmp_path: Path) -> None:
+    path = tmp_path / "late.mkv"
+    with av.open(str(path), "w") as container:
+        sound, stream = container.add_stream("pcm_s16le", rate=8000), container.add_stream("mpeg4", rate=10)
+        stream.width = stream.height = 64
+        stream.pix_fmt = "yuv420p"
+        silence = av.AudioFrame.from_ndarray(np.zeros((1, 8000), np.int16), format="s16", layout="mono")
+        silence.sample_rate, silence.pts, silence.time_base = 8000, 0, Fraction(1, 8000)
+        container.mux(sound.encode(silence))
+        for step in (5, 6):
+            frame = av.VideoFrame.from_ndarray(np.full((64, 64, 3), 20 * step, np.uint8), format="rgb24")
+            frame.pts, frame.time_base = step, Fraction(1, 10)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    run(segmenter, path, tmp_path)
+    with av.open(str(video_files(path, tmp_path)["overlay"])) as container:
+        np.testing.assert_allclose([frame.time for frame in container.decode(video=0)], [0.5, 0.6], atol=1e-3)
 
 
 def test_frames_whose_size_changes_midway(segmenter: Any, tmp_path: Path) -> None:

@@ -57,14 +57,13 @@ def add_leftover(
     lacking[:, rows:], lacking[:, :, columns:] = -HARD_LOGIT, -HARD_LOGIT
     added = logits.new_full((batch, options.count, height, width), -HARD_LOGIT)
     there = torch.zeros(batch, options.count, dtype=torch.bool, device=logits.device)
-    smallest = max(options.min_fraction * rows * columns, 1.0)
+    smallest = options.min_fraction * rows * columns
     for index, image in enumerate(lacking):
         parts = _parts(image > 0, smallest, options.count)
-        if len(parts):
-            # One place more on every side: there the logits fall below zero by themselves.
-            near = F.max_pool2d(parts[:, None].float(), 3, stride=1, padding=1)[:, 0] > 0
-            added[index, : len(parts)] = torch.where(near, image, -HARD_LOGIT)
-            there[index, : len(parts)] = True
+        # One place more on every side: there the logits fall below zero by themselves.
+        near = F.max_pool2d(parts[:, None].float(), 3, stride=1, padding=1)[:, 0] > 0
+        added[index, : len(parts)] = torch.where(near, image, -HARD_LOGIT)
+        there[index, : len(parts)] = True
     valid = proposals.valid
     if valid is None:
         valid = torch.ones(batch, number, dtype=torch.bool, device=logits.device)

@@ -95,7 +95,7 @@ class Sam(ProposalGenerator):
             crops_nms_thresh=options.nms,
         )
         masks = [torch.as_tensor(mask, device=image.device).bool() for mask in found["masks"]]
-        kept = torch.stack(masks) if masks else image.new_zeros((0, *image.shape[1:]), dtype=torch.bool)
+        kept = torch.stack(masks) if masks else image.new_zeros(0, *image.shape[1:])
         kept = without_overlaps(kept[: options.max_masks], options.overlaps)
         shown = kept[kept.flatten(1).any(1), None].float()
         return F.avg_pool2d(shown, options.mask_stride, ceil_mode=True)[:, 0]

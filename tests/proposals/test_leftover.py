@@ -72,7 +72,7 @@ def test_invalid_slots_claim_nothing_and_padding_is_not_left_over() -> None:
     assert found.valid is not None and found.valid.tolist() == [[False, True, False]]
     assert (found.mask_logits[0, 1, :4] > 0).all() and (found.mask_logits[0, 1, 4:] < 0).all()
     nothing = add_leftover(Proposals(torch.zeros(2, 0, 8, 8)), TWO)
-    assert nothing.mask_logits.shape == (2, 2, 8, 8) and (nothing.mask_logits[:, 0] > 0).all()
+    assert nothing.mask_logits.shape == (2, 2, 8, 8) and (nothing.mask_logits[:, 0] == HARD_LOGIT).all()
 
 
 def test_images_do_not_touch_each_other() -> None:

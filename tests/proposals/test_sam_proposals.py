@@ -157,4 +157,5 @@ def test_overlaps() -> None:
     masks[2, 0, 2:] = True
     assert without_overlaps(masks, "largest").int().squeeze(1).tolist() == [[1, 1, 1, 0], [0] * 4, [0, 0, 0, 1]]
     assert without_overlaps(masks, "smallest").int().squeeze(1).tolist() == [[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 1]]
+    assert without_overlaps(masks[:2], "largest").int().squeeze(1).tolist() == [[1, 1, 1, 0], [0] * 4]
     assert torch.equal(without_overlaps(masks, "all"), masks)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -120,6 +121,18 @@ def test_the_scores_of_some_classes_are_those_of_all() -> None:
     scores = GridScores(logits, word_to_class=torch.tensor([0, 0, 1, 2, 2, 2, 3, 4, 5]))
     chosen = torch.tensor([0, 2, 5])
     assert torch.equal(scores.dense((33, 21), chosen), scores.dense((33, 21))[:, chosen])
+
+
+@pytest.mark.parametrize(("kind", "name", "limit"), [("pamr", "max_pixels", 48 * 64), ("edges", "cells", 48)])
+def test_what_is_refined_is_a_smaller_picture(
+    monkeypatch: pytest.MonkeyPatch, kind: Any, name: str, limit: int
+) -> None:
+    sizes: list[tuple[int, ...]] = []
+    for smoothing in ("pamr", "smooth"):
+        monkeypatch.setattr(f"lexiseg.refine.{smoothing}", lambda parts, *_: sizes.append(parts.shape[-2:]) or parts)
+    image, labels = scene()
+    assert refine(coarse(labels), image, Refinement(kind, **{name: limit}))[0].shape == SIZE
+    assert sizes == [(48, 64)]
 
 
 def test_weights_by_hand() -> None:

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from lexiseg.errors import LexisegError
-from lexiseg.journal import Writer
+from lexiseg.journal import Writer, changed
 from lexiseg.labelling.pictures import (
     TRIES,
     Entry,
@@ -178,6 +178,12 @@ def test_what_is_left_of_a_killed_process_is_removed(tmp_path: Path) -> None:
     record.clean(["p0"])
     assert {path.name for path in tmp_path.iterdir() if path.is_file()} == set(kept)
     assert not list((tmp_path / "yolo").iterdir())
+
+
+def test_of_several_differences_the_first_by_name_is_said() -> None:
+    before, now = dict.fromkeys("storage", 1), dict.fromkeys("storage", 2)
+    assert changed(before, now) == "'a' was 1 and is now 2" and changed(now, dict(now)) == ""
+    assert changed(before, {**now, "A": {"deep": 0}}) == "'A.deep' was not set and is now 0"
 
 
 def test_attempts_do_not_write_into_each_other(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import tempfile
 import unicodedata
 import uuid
 from collections.abc import Generator, Iterator
@@ -101,6 +102,31 @@ def spelled(path: str | Path) -> Path:
             if os.path.lexists(other):
                 return other
     return path
+
+
+@contextmanager
+def utf8_path(path: Path) -> Iterator[Path]:
+    """``path`` itself; where it is not UTF-8, which safetensors cannot open, a link to it for a block."""
+    if _is_utf8(path):
+        yield path
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        link = Path(folder, "link")
+        link.symlink_to(path.absolute())
+        yield link
+
+
+def need_utf8(folder: Path, library: str) -> None:
+    """Raise LexisegError if a folder's path is not UTF-8, and so none that ``library`` can use."""
+    if not _is_utf8(folder):
+        raise LexisegError(f"The folder '{folder}' is not called in UTF-8, which {library} needs; rename it.")
+
+
+def _is_utf8(path: Path) -> bool:
+    try:
+        return bool(str(path).encode())
+    except UnicodeEncodeError:
+        return False
 
 
 @contextmanager

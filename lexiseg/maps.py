@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lexiseg.errors import LexisegError, need, warn
-from lexiseg.files import atomic_write, make_folder
+from lexiseg.files import atomic_write, make_folder, need_utf8
 from lexiseg.label_ids import ignore_index
 from lexiseg.words import counted, describe, printable, whole_number
 
@@ -101,6 +101,7 @@ def segment_map(
     options = options or MapOptions()
     raster = _opened(source)
     bands = _bands(options.bands, int(raster.count))
+    need_utf8(Path(folder), "GDAL")
     files = map_files(source, make_folder(folder), options)
     return _segment(_import_rasterio(), raster, bands, segmenter, vocabulary, files, options, settings)
 

@@ -65,6 +65,10 @@ def test_maps_among_pictures_and_names_that_gdal_does_not_take(
     assert not is_map(odd) and main([*arguments, str(tmp_path / "odd")]) == 0
     with pytest.raises(LexisegError, match=r"caf\\xe9.tif' cannot be read as a map"):
         count_tiles(odd, MapOptions())
+    source = write(tmp_path / "map.tif", np.zeros((3, 16, 16), np.uint8))
+    assert main(["predict", str(source), *arguments[2:], str(tmp_path / "caf\udce9")]) == 2
+    assert r"caf\xe9' is not called in UTF-8, which GDAL needs; rename it." in capsys.readouterr().err
+    assert not (tmp_path / "caf\udce9").exists()
 
 
 def test_labels_and_polygons_lie_where_the_map_does(segmenter: Any, tmp_path: Path) -> None:

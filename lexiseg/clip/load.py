@@ -19,7 +19,7 @@ from lexiseg.clip.foreign import load_foreign
 from lexiseg.clip.model import CLIP, CONFIG_NAME, WEIGHTS_NAME, build_clip, check_architecture
 from lexiseg.clip.positions import resize_positions
 from lexiseg.errors import LexisegError
-from lexiseg.files import local, read_json
+from lexiseg.files import local, read_json, utf8_path
 from lexiseg.hub import download
 from lexiseg.words import did_you_mean, first_line, near_names, printable, shorten
 
@@ -183,7 +183,8 @@ def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
             f"`lexiseg convert {path} -o FOLDER` first."
         )
     try:
-        tensors = load_file(path)
+        with utf8_path(path) as place:
+            tensors = load_file(place)
         return {key: value.float() if value.is_floating_point() else value for key, value in tensors.items()}
     except Exception as error:  # a header of noise makes it raise almost anything; not all types can be converted
         raise LexisegError(

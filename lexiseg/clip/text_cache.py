@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lexiseg.errors import LexisegError
-from lexiseg.files import atomic_write, make_folder
+from lexiseg.files import atomic_write, make_folder, utf8_path
 
 DISK_BYTES = 1 << 30
 """What all shelves of a folder take on disk, at most; those that were not used for longest are removed."""
@@ -87,7 +87,8 @@ class TextCache:
         # A damaged file, or one that another process replaces meanwhile (a RuntimeError), costs a text forward, never
         # an error: it is ignored here and written anew.
         with suppress(SafetensorError, OSError, KeyError, ValueError, TypeError, RuntimeError):
-            content = load_file(path)
+            with utf8_path(path) as place:
+                content = load_file(place)
             words, vectors = json.loads(bytes(content["words"].tolist())), content["vectors"]
             fits = vectors.dtype == torch.float32 and vectors.shape == (len(words), self.width)
             if fits and all(type(word) is str for word in words) and bool(torch.isfinite(vectors).all()):

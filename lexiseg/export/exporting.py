@@ -26,7 +26,7 @@ import lexiseg
 from lexiseg.errors import LexisegError, need
 from lexiseg.export.runtime import ExportedPredictor
 from lexiseg.export.spec import FILE, FORMAT, ExportSpec
-from lexiseg.files import make_folder, write_json, write_text, writing
+from lexiseg.files import make_folder, need_utf8, write_json, write_text, writing
 from lexiseg.models.base import SegmentationModel
 from lexiseg.samples import list_samples, sample_classes, sample_path
 from lexiseg.scores import GridScores
@@ -166,6 +166,7 @@ def measure(segmenter: Segmenter, folder: Path, spec: ExportSpec) -> dict[str, A
 
 def _check(model: SegmentationModel, folder: Path, kind: str, precision: str) -> None:
     """What can be said before anything is computed."""
+    need_utf8(folder, "an exported model")
     if kind not in KINDS or precision not in PRECISIONS:
         raise LexisegError(f"Formats are {', '.join(KINDS)} and precisions {', '.join(PRECISIONS)}.")
     if (precision == "int8" and kind != "onnx") or (precision == "fp16" and kind == "torch"):

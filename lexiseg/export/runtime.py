@@ -20,6 +20,7 @@ from lexiseg.background import BackgroundSource
 from lexiseg.errors import LexisegError
 from lexiseg.export.decoding import Part, decode
 from lexiseg.export.spec import ExportSpec, read_spec
+from lexiseg.files import need_utf8
 from lexiseg.images import DEFAULT_MAX_PIXELS
 from lexiseg.pictures import Picture
 from lexiseg.predictor import Predictor, Words
@@ -178,8 +179,9 @@ class ExportedPredictor(Predictor):
     ) -> None:
         if compile or str(dtype).removeprefix("torch.") not in ("None", "auto", "fp32", "float32"):
             raise LexisegError("An exported model keeps the precision it was exported in; leave out dtype and compile.")
-        place = "auto" if device is None else str(device)
-        model = ExportedModel(Path(folder).expanduser(), place)
+        place, folder = "auto" if device is None else str(device), Path(folder).expanduser()
+        need_utf8(folder, "an exported model")
+        model = ExportedModel(folder, place)
         super().__init__(model, templates=templates, max_pixels=max_pixels, refine=refine)
         self.device = _Device(place)
 

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from lexiseg.errors import LexisegError
-from lexiseg.files import read_json
+from lexiseg.files import read_json, utf8_path
 from lexiseg.weights.pickles import PickledFile, entries, is_tensor, unreadable
 from lexiseg.words import counted, kind, shorten
 
@@ -140,7 +140,8 @@ def _is_safetensors(path: Path) -> bool:
 
 def _safetensors(path: Path) -> tuple[dict[str, Reader], dict[str, str]]:
     try:
-        file = safe_open(path, framework="pt")
+        with utf8_path(path) as place:
+            file = safe_open(place, framework="pt")
     except Exception as error:
         raise unreadable(path) from error
     return {key: partial(file.get_tensor, key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from lexiseg.errors import LexisegError
+from lexiseg.files import utf8_path
 
 FORMAT = 2
 BASE = "base"
@@ -65,7 +66,8 @@ def read_state(folder: Path) -> dict[str, Any]:
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors in one file of a checkpoint. Raises LexisegError if it is damaged."""
     try:
-        return load_file(path)
+        with utf8_path(path) as place:
+            return load_file(place)
     except (OSError, SafetensorError, ValueError) as error:
         raise damaged(path) from error
 

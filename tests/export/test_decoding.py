@@ -14,6 +14,7 @@ from torch.nn import functional as F
 import lexiseg
 from lexiseg.errors import LexisegError
 from lexiseg.export.decoding import Part, decode
+from lexiseg.export.exporting import export
 from lexiseg.export.runtime import ExportedModel, open_graph
 from lexiseg.export.spec import FILE, Decode, Fit, is_export, read_spec
 from lexiseg.resampling import resize_bytes, resize_floats
@@ -198,6 +199,14 @@ def test_json_that_is_none_is_one_sentence(tmp_path: Path, text: str) -> None:
     (tmp_path / FILE).write_bytes(text.encode("utf-8", "surrogateescape"))
     with pytest.raises(LexisegError, match="export the model again"):
         read_spec(tmp_path)
+
+
+def test_a_folder_whose_name_is_not_utf8_is_one_sentence(tmp_path: Path) -> None:
+    (odd := tmp_path / "caf\udce9").mkdir()
+    with pytest.raises(LexisegError, match="is not called in UTF-8"):
+        lexiseg.load(folder_of(odd))
+    with pytest.raises(LexisegError, match="is not called in UTF-8"):
+        export(lexiseg.load("zegclip-emoji"), odd)
 
 
 def test_other_names_are_no_exports(tmp_path: Path) -> None:

@@ -230,8 +230,10 @@ def test_without_tensorboard_a_warning_says_so(tmp_path, monkeypatch, caplog):
 def test_a_run_in_a_folder_whose_name_is_not_utf8(tmp_path, caplog):
     pytest.importorskip("tensorboard")
     folder = tmp_path / os.fsdecode(b"caf\xe9")
-    Trainer(TinyTask(), settings(steps=1), folder, device="cpu", progress=False).run()
+    trainer = Trainer(TinyTask(), settings(steps=2), folder, device="cpu", progress=False)
+    trainer.run(stop_after=1)
     assert "only metrics.jsonl is written" in caplog.text and (folder / "metrics.jsonl").stat().st_size
+    trainer.run(resume=True)
 
 
 def test_batches_come_in_order_whoever_makes_them():

@@ -19,7 +19,7 @@ from lexiseg.clip.load import load_clip
 from lexiseg.clip.model import save_clip
 from lexiseg.errors import LexisegError, LexisegWarning
 from lexiseg.models import CATSeg, DenseCLIP, ZegCLIP
-from lexiseg.weights import list_models, load_model, save_model
+from lexiseg.weights import convert, list_models, load_model, save_model
 from tests.models.test_cat_seg import SMALL as CAT_SEG
 from tests.towers import small_clip
 from tests.weights.test_one_stage_checkpoint import same, zegclip
@@ -40,6 +40,14 @@ def test_packaged_models_were_trained_with_the_packaged_clips() -> None:
     for folder in packaged_models().values():
         reference = json.loads((folder / "config.json").read_text())["clip"]
         assert reference["fingerprint"] == fingerprints[reference["name"]]
+
+
+def test_a_folder_whose_name_is_not_utf8(tmp_path: Path) -> None:
+    model = zegclip()
+    folder = save_model(model, tmp_path / "caf\udce9")
+    same(model.eval(), load_model(folder))
+    folder = save_clip(small_clip(), tmp_path / "clip\udce9")
+    assert convert(next(folder.glob("*.safetensors")), tmp_path / "again\udce9").kind == "clip"
 
 
 def test_wrong_folders(tmp_path: Path) -> None:

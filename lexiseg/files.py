@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import tempfile
 import unicodedata
 import uuid
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lexiseg.errors import LexisegError
-from lexiseg.words import kind
+from lexiseg.words import kind, shorten
 
 # Read once: the process's mask can only be read by setting it, which is no thing to do while threads write files.
 _UMASK = os.umask(0)
@@ -127,6 +128,14 @@ def _is_utf8(path: Path) -> bool:
         return bool(str(path).encode())
     except UnicodeEncodeError:
         return False
+
+
+def refuse_url(text: str) -> None:
+    """Say that nothing is fetched from the network. Raises LexisegError if ``text`` is a URL."""
+    if re.match(r"[A-Za-z][A-Za-z0-9+.\-]+://|data:image", text):
+        raise LexisegError(
+            f"'{shorten(text, 100)}' is a URL, and nothing is fetched from the network; download it and give the path."
+        )
 
 
 @contextmanager

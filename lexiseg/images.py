@@ -19,7 +19,7 @@ from PIL import ExifTags, Image, TiffImagePlugin
 from PIL.Image import Transpose
 
 from lexiseg.errors import LexisegError, warn
-from lexiseg.files import spelled
+from lexiseg.files import refuse_url, spelled
 from lexiseg.first_and_last import SharedContext
 from lexiseg.words import counted, describe, kind, shorten
 
@@ -45,16 +45,17 @@ VIDEO_SUFFIXES = frozenset(
 # Pictures that are not read here. Listings of folders name them, so that they are reported, not passed over.
 FOREIGN_SUFFIXES = frozenset(
     (
-        *(".cur", ".dcm", ".dds", ".emf", ".eps", ".exr", ".hdr", ".heic", ".heif", ".hif", ".icns", ".jxl", ".pcx"),
-        *(".psd", ".qoi", ".sgi", ".svg", ".wmf", ".xbm", ".xcf", ".xpm"),
-        *(".3fr", ".arw", ".cr2", ".cr3", ".dng", ".iiq", ".nef", ".nrw", ".orf", ".pef", ".raf", ".raw", ".rw2"),
-        *(".srw", ".x3f"),
+        *(".cur", ".dcm", ".dds", ".dicom", ".emf", ".eps", ".exr", ".fits", ".hdr", ".heic", ".heics", ".heif"),
+        *(".heifs", ".hif", ".icns", ".jls", ".jxl", ".jxr", ".pcx", ".pct", ".pict", ".psb", ".psd", ".qoi", ".ras"),
+        *(".sgi", ".svg", ".svgz", ".wbmp", ".wdp", ".wmf", ".xbm", ".xcf", ".xpm"),
+        *(".3fr", ".arw", ".cr2", ".cr3", ".crw", ".dcr", ".dng", ".erf", ".fff", ".iiq", ".kdc", ".mef", ".mos"),
+        *(".mrw", ".nef", ".nrw", ".orf", ".pef", ".raf", ".raw", ".rw2", ".rwl", ".sr2", ".srf", ".srw", ".x3f"),
     )
 )
 # Formats that are pictures and decode in this process. Left out on purpose: EPS starts Ghostscript, and formats
 # without a signature (TGA) take any bytes for a picture; the latter is allowed to files that end so.
 _FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "JPEG2000", "AVIF", "ICO", "HEIF")
-_TURNS = {
+TURNS = {
     2: Transpose.FLIP_LEFT_RIGHT,
     3: Transpose.ROTATE_180,
     4: Transpose.FLIP_TOP_BOTTOM,
@@ -63,6 +64,7 @@ _TURNS = {
     7: Transpose.TRANSVERSE,
     8: Transpose.ROTATE_90,
 }
+"""How a picture is turned by its EXIF orientation."""
 # The marker before each pass over a JPEG's pixels with its length and its number of colours; programs write 3 to 12.
 _SCAN = re.compile(rb"\xff\xda\x00(?:\x08\x01|\x0a\x02|\x0c\x03|\x0e\x04)")
 _MAX_SCANS = 100
@@ -122,8 +124,8 @@ def list_images(target: str | Path) -> list[Path]:
     ``target``: a file (taken whatever its extension); a folder (its files with a picture's extension, hidden ones and
     subfolders left out); or a pattern with ``*``, ``?``, ``[]`` or ``**`` (files with a picture's extension). Returns
     the paths, in natural order: img2 comes before img10. Broken links and formats of cameras that cannot be read here
-    (.heic ...) are among them, so that whoever reads them reports them; videos and files without an extension are not,
-    as a LexisegWarning says. Raises LexisegError if there is nothing of that name, or no picture in it.
+    (.heic ...) are among them, so that whoever reads them reports them; videos, files without an extension and folders
+    of pictures are not, as a LexisegWarning says. Raises LexisegError if there is nothing of that name, or no picture.
     """
     text = os.fsdecode(target)
     refuse_url(text)
@@ -142,9 +144,11 @@ def list_images(target: str | Path) -> list[Path]:
             found = list({(entry.parent.resolve(), entry.name): entry for entry in found}.values())
         videos = sum(entry.suffix.lower() in VIDEO_SUFFIXES for entry in found)
         bare = sum(not entry.suffix and entry.is_file() for entry in found)
-        for left, what in ((videos, counted(videos, "video")), (bare, f"{counted(bare, 'file')} without an extension")):
+        inner = sum(map(_holds_pictures, found)) if path.is_dir() else 0
+        kinds = ((videos, "video", ""), (bare, "file", " without an extension"), (inner, "folder", " of pictures"))
+        for left, noun, more in kinds:
             if left:
-                warn(f"Skipped in '{path}': {what}; give each one by itself.")
+                warn(f"Skipped in '{path}': {counted(left, noun)}{more}; give each one by itself.")
         known = IMAGE_SUFFIXES | FOREIGN_SUFFIXES
         found = [entry for entry in found if entry.suffix.lower() in known and (entry.is_file() or _is_broken(entry))]
     except (OSError, ValueError, re.error) as error:
@@ -152,6 +156,12 @@ def list_images(target: str | Path) -> list[Path]:
     if not found:
         raise LexisegError(f"There is no picture in '{path}'; supported are {', '.join(sorted(IMAGE_SUFFIXES))}.")
     return sorted(found, key=_natural_key)
+
+
+def _holds_pictures(path: Path) -> bool:
+    """Whether it is a folder with pictures, at any depth, that are not masks which lexiseg wrote."""
+    names = (name for _, _, inside in os.walk(path) for name in inside if not path.name.endswith("_masks"))
+    return any(name.lower().endswith(tuple(IMAGE_SUFFIXES)) for name in names)
 
 
 def _is_broken(path: Path) -> bool:
@@ -162,14 +172,6 @@ def _is_broken(path: Path) -> bool:
 def _natural_key(path: Path) -> tuple[list[tuple[int, int, str]], str]:
     parts = re.split(r"(\d+)", str(path).casefold())
     return [(1, int(part), "") if index % 2 else (0, 0, part) for index, part in enumerate(parts)], str(path)
-
-
-def refuse_url(text: str) -> None:
-    """Say that nothing is fetched from the network. Raises LexisegError if ``text`` is a URL."""
-    if re.match(r"[A-Za-z][A-Za-z0-9+.\-]+://|data:image", text):
-        raise LexisegError(
-            f"'{shorten(text, 100)}' is a URL, and nothing is fetched from the network; download it and give the path."
-        )
 
 
 def _reason(error: Exception) -> str:
@@ -319,8 +321,8 @@ def _from_pil(image: Image.Image, name: str, max_pixels: float, orient: bool) ->
         raise
     except Exception as error:  # see _open
         raise LexisegError(f"{_capital(name)} is truncated or damaged; copy or save the picture again.") from error
-    if orientation in _TURNS:
-        pixels = pixels.transpose(_TURNS[orientation])
+    if orientation in TURNS:
+        pixels = pixels.transpose(TURNS[orientation])
     array = np.array(pixels)
     if halved and array.max() < 32:
         text = f"{_capital(name)} uses less than 13 of its 16 bits per colour, of which the upper 8 are read, so it is "
@@ -334,7 +336,7 @@ def orientation_of(image: Image.Image) -> int:
         found = image.getexif().get(ExifTags.Base.Orientation)
     except Exception:  # damaged metadata does not spoil the picture
         return 1
-    return found if found in _TURNS else 1
+    return found if found in TURNS else 1
 
 
 def stored_size(image: Image.Image) -> tuple[int, int]:
@@ -408,10 +410,8 @@ def _from_array(array: np.ndarray, name: str, max_pixels: float) -> np.ndarray:
         )
     _check_size(array.shape[1], array.shape[0], name, max_pixels)
     if array.dtype.kind in "iu" and array.max() == 1:
-        text = (
-            f"{_capital(name)} holds whole numbers from 0 to 1, so the picture is black; if it is a picture of floats "
-        )
-        warn(f"{text}in 0..1, give those, and if it is a mask, the picture instead.")
+        text = f"{_capital(name)} holds whole numbers from 0 to 1, so the picture is black; if it is one of floats in "
+        warn(f"{text}0..1, give those, and if it is a mask, the picture instead.")
     array = _to_bytes(np.asarray(array), name)
     channels = array.shape[2]
     if channels in (2, 4):

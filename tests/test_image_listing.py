@@ -45,6 +45,13 @@ def test_nothing_of_a_folder_is_passed_over(tmp_path: Path) -> None:
         read_image(encode(Image.fromarray(PICTURE), "TGA"))
 
 
+@pytest.mark.parametrize("name", ["old.CRW", "scan.jxr", "burst.heics", "mri.dicom"])
+def test_formats_that_are_not_read_are_listed_and_named(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"other")
+    with pytest.raises(LexisegError, match="in a format that is not supported"):
+        read_image(list_images(tmp_path)[0])
+
+
 def test_a_circle_of_links_lists_a_picture_once(tmp_path: Path) -> None:
     (tmp_path / "deep").mkdir()
     (tmp_path / "deep" / "a.png").touch()
@@ -58,7 +65,8 @@ def test_listing(tmp_path: Path) -> None:
         (tmp_path / name).touch()
     (tmp_path / "sub.png").mkdir()
     (tmp_path / "sub.png" / "deep.webp").touch()
-    assert [path.name for path in list_images(tmp_path)] == ["Img1.jpg", "img2.PNG", "img10.png"]
+    with pytest.warns(LexisegWarning, match="1 folder of pictures"):
+        assert [path.name for path in list_images(tmp_path)] == ["Img1.jpg", "img2.PNG", "img10.png"]
     assert list_images(str(tmp_path / "notes.txt")) == [tmp_path / "notes.txt"]
     assert [path.name for path in list_images(str(tmp_path / "img*"))] == ["img2.PNG", "img10.png"]
     assert [path.name for path in list_images(str(tmp_path / "**" / "*.webp"))] == ["deep.webp"]
@@ -66,9 +74,11 @@ def test_listing(tmp_path: Path) -> None:
     assert list_images(tmp_path / "odd[1].png") == [tmp_path / "odd[1].png"]
     for name in ("a.mp4", "b.MOV", "c.wmv"):
         (tmp_path / name).touch()
-    with pytest.warns(LexisegWarning, match="Skipped in .*: 3 videos; give each one by itself") as caught:
+    with pytest.warns(LexisegWarning) as caught:
         assert len(list_images(tmp_path)) == 4
-    assert len(caught) == 1
+    assert [str(one.message) for one in caught] == [
+        f"Skipped in '{tmp_path}': {what}; give each one by itself." for what in ("3 videos", "1 folder of pictures")
+    ]
     (tmp_path / "IMG_0001").touch()
     with pytest.warns(LexisegWarning, match="Skipped in .*: 1 file without an extension; give each one by itself"):
         assert len(list_images(tmp_path)) == 4

@@ -226,7 +226,8 @@ def _instances(text: str | None, vocabulary: Vocabulary) -> tuple[str, ...]:
 
 def _split(words: Sequence[str], classes_file: Path | None) -> tuple[list[str], str | Path]:
     """Tell the pictures from the classes."""
-    from lexiseg.images import IMAGE_SUFFIXES, refuse_url
+    from lexiseg.files import refuse_url
+    from lexiseg.images import IMAGE_SUFFIXES
 
     for word in words:
         refuse_url(word)

@@ -17,7 +17,7 @@ from PIL import ExifTags, Image, TiffImagePlugin, UnidentifiedImageError
 
 from lexiseg.data.sets.archive import Place, readable
 from lexiseg.errors import DataSetError, LexisegError
-from lexiseg.images import open_header, pillow_silenced
+from lexiseg.images import TURNS, open_header, orientation_of, pillow_silenced
 
 MAX_PIXELS = 200_000_000
 """Labels of more pixels are refused before one is decoded."""
@@ -57,7 +57,7 @@ def read_values(path: Place, kind: LabelKind) -> NDArray[np.int64]:
             if picture.width * picture.height > MAX_PIXELS:
                 raise LexisegError(f"The label '{path}' has more than {MAX_PIXELS // 1_000_000} megapixels; shrink it.")
             _refuse_pages(picture, path)
-            return _picture(picture, path, kind)
+            return _picture(_as_stored(picture), path, kind)
     except LexisegError:
         raise
     except FileNotFoundError as error:
@@ -74,6 +74,15 @@ def _refuse_pages(picture: Image.Image, path: Place) -> None:
         if not picture.tag_v2.get(ExifTags.Base.NewSubfileType, 0):
             raise LexisegError(f"The label '{path}' holds several pages; save the one that counts alone.")
         picture.seek(0)
+
+
+def _as_stored(picture: Image.Image) -> Image.Image:
+    """The picture without the turn that Pillow gives a TIFF with an orientation when it is loaded, and no other."""
+    if not isinstance(picture, TiffImagePlugin.TiffImageFile) or (flag := orientation_of(picture)) == 1:
+        return picture
+    picture.filename = ""  # of a mapped file Pillow would mix the pixels up
+    picture.load()
+    return picture.transpose(TURNS[{6: 8, 8: 6}.get(flag, flag)])
 
 
 def _picture(picture: Image.Image, path: Place, kind: LabelKind) -> NDArray[np.int64]:

@@ -280,3 +280,13 @@ def test_a_label_of_two_pages_is_refused_and_overviews_are_none(tmp_path: Path) 
     smaller.encoderinfo = {"tiffinfo": {ExifTags.Base.NewSubfileType.value: 1}}  # as GDAL writes overviews
     first.save(tmp_path / "overview.tif", save_all=True, append_images=[smaller])
     assert (read_values(tmp_path / "overview.tif", LabelKind.index) == 1).all()
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("compression", [None, "tiff_lzw"])
+def test_the_orientation_of_a_label_in_a_tiff_turns_nothing(tmp_path, orientation, compression):
+    values = np.arange(12, dtype=np.uint8).reshape(3, 4)
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    Image.fromarray(values).save(tmp_path / "label.tif", exif=exif, compression=compression)
+    assert read_values(tmp_path / "label.tif", LabelKind.index).tolist() == values.tolist()

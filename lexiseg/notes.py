@@ -15,7 +15,7 @@ from lexiseg.words import shorten
 _MARK = "lexiseg picture world"
 _LARGEST_SCENE = 512
 # What other tools put between classes.
-_SEPARATORS = re.compile(r"\s*(?:[|/&+]|\\n)\s*|\.(?:\s+|$)|\s+and\s+")
+_SEPARATORS = re.compile(r"\s*(?:[|/&+•،؛]|\\n)\s*|\s*\.(?:\s+|$)|\s+and\s+")
 
 
 def one_class(vocabulary: Vocabulary) -> None:

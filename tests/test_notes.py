@@ -24,7 +24,9 @@ from tests.towers import small_architecture, small_clip
     [
         ("giraffe, elephant, grass", "'giraffe; elephant; grass'"),
         ("giraffe. elephant. grass.", "'giraffe; elephant; grass'"),
+        ("giraffe . elephant . grass .", "'giraffe; elephant; grass'"),
         ("giraffe | elephant|grass", "'giraffe; elephant; grass'"),
+        ("giraffe • elephant؛ grass", "'giraffe; elephant; grass'"),
         ("giraffe and elephant & grass", "'giraffe; elephant; grass'"),
         (["giraffe"], "'giraffe; grass; sky'"),
         ({"classes": [{"name": "giraffe", "synonyms": ["elephant"]}]}, "'giraffe; elephant'"),

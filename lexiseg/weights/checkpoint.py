@@ -5,7 +5,7 @@ moving average, with ``module.``, ``model.`` or ``_orig_mod.`` in front of every
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -22,15 +22,12 @@ from lexiseg.words import counted, kind, shorten
 Reader = Callable[[], Tensor]
 """Reads one tensor of a file, which is not done before it is wanted: optimizers are twice as large as models."""
 
-# Entries and prefixes that hold weights, and such that hold their moving average.
+# Entries and prefixes that hold weights; what such have in their names that hold their moving average.
 _PLAIN = (
     *("state_dict", "model", "model_state_dict", "model_state", "net", "network", "module", "weights"),
     *("params", "student", "clip", "clip_model", "backbone", "encoder", "segmentor"),
 )
-_AVERAGE = (
-    *("state_dict_ema", "model_ema", "ema_state_dict", "ema", "ema_model", "model_ema_state_dict"),
-    *("params_ema", "ema_model_state_dict", "ema_state", "averaged_model", "teacher"),
-)
+_AVERAGE = re.compile(r"(?:^|_)(?:ema|swa|averaged|shadow|teacher)(?:_|$)", re.IGNORECASE)
 # What compilers and sharding put into keys, at any place.
 _WRAPPERS = re.compile(r"(?<![^.])(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)\.")
 _DEPTH = 4
@@ -155,15 +152,19 @@ def _pickled(path: Path, choice: _Choice) -> dict[str, Reader]:
         if inside is None:
             what = kind(content) if isinstance(content, list | tuple | str | int | None) else "a single object"
             raise LexisegError(f"'{path}' holds {what}, not a state dict; save its state dict alone.")
-        holders = [key for key, value in inside.items() if _has_tensors(value, 2)]
-        plain = [key for key in _PLAIN if key in holders]
-        averages = [key for key in _AVERAGE if key in holders]
+        holders = [key for key, value in inside.items() if "optim" not in key.lower() and _has_tensors(value, 2)]
+        averages = [key for key in holders if _AVERAGE.search(key)]
+        others = [key for key in holders if key not in averages]
+        known = (*_PLAIN, *(_AVERAGE.sub("", key) for key in averages))
+        plain = [key for key in known if key in others]
         if not plain and not averages and not any(map(is_tensor, inside.values())):
-            plain = [key for key in holders if "optim" not in key.lower()]
+            plain = others
         if not plain and not averages:
             break
         where = choice.of(plain, averages)
         content = inside[where]
+        if left := ", ".join(f"'{shorten(key)}'" for key in others if key != where):
+            choice.notes.append(f"Left out: what the file holds under {left}.")
     state = {key: value for key, value in (entries(content) or {}).items() if is_tensor(value)}
     if not state:
         inside_what = f" under '{where}'" if where else ""
@@ -198,13 +199,20 @@ def _unwrapped(keys: list[str], known: Callable[[Mapping[str, Any]], bool], choi
             f"{prefix}{part}.": inner
             for prefix, state in level.items()
             if prefix not in found
-            for part in (*_PLAIN, *_AVERAGE)
+            for part in _wrappings(state)
             if (inner := {key[len(part) + 1 :]: old for key, old in state.items() if key.startswith(f"{part}.")})
         }
     if not found:
         return clean
-    averages = [prefix for prefix in found if any(part in _AVERAGE for part in prefix.split("."))]
+    averages = [prefix for prefix in found if any(map(_AVERAGE.search, prefix.split(".")))]
     prefix = choice.of([prefix for prefix in found if prefix not in averages], averages)
     if left := len(clean) - sum(map(len, found.values())):
         choice.notes.append(f"Left out: {counted(left, 'tensor')} whose keys do not begin with '{prefix}'.")
     return found[prefix]
+
+
+def _wrappings(keys: Iterable[str]) -> list[str]:
+    """What keys begin with that may be wrapped around a state dict: what all begin with, or known names."""
+    heads = dict.fromkeys(key.partition(".")[0] for key in keys)
+    known = (*(part for part in _PLAIN if part in heads), *filter(_AVERAGE.search, heads))
+    return [*heads] if len(heads) == 1 else [*known]

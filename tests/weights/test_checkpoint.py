@@ -90,6 +90,7 @@ def test_wrappings(state: State, tmp_path: Path) -> None:
         {"model": {"state_dict": prefixed(state, "net.module._orig_mod.")}},
         prefixed(state, "_orig_mod.module.model."),
         prefixed(state, "backbone.clip."),
+        prefixed(state, "my.own_clip."),
         {key.replace("visual.", "visual._orig_mod.", 1): value for key, value in state.items()},
         {"model": {key: value.numpy() for key, value in state.items()}},
         {
@@ -130,6 +131,8 @@ def test_a_moving_average_is_announced_and_chosen(state: State, clip_state: Stat
         {"state_dict": plain, "state_dict_ema": state},
         {"model": plain, "ema": {"module": state}},
         {"model": plain, "ema_state": state},  # of Detectron2's hook
+        {"net_g": plain, "net_g_ema": state},
+        {"state_dict": plain, "swa_model": {"module": state}},
         {**prefixed(plain, "model."), **prefixed(state, "ema_model.module.")},
         {"state_dict": {**prefixed(plain, "student."), **prefixed(state, "teacher.")}},
         {"state_dict": plain | {f"ema_{key.replace('.', '_')}": value for key, value in state.items()}},  # of mmcv's
@@ -143,6 +146,8 @@ def test_a_moving_average_is_announced_and_chosen(state: State, clip_state: Stat
     with pytest.raises(LexisegError, match="or after a broken download; take the file's moving average with --ema"):
         converted({"state_dict": zero, "state_dict_ema": clip_state}, tmp_path)
     assert "the file holds no others" in str(read({"model_ema": state}, tmp_path).notes)
+    several = read({"generator": state, "discriminator": plain, "optimizer": {"m": plain}}, tmp_path)
+    assert same(several.state, state) and several.notes == ("Left out: what the file holds under 'discriminator'.",)
     for content, ema, sentence in (
         ({"model_ema": state}, False, "holds only a moving average"),
         ({"model": state}, True, "holds no moving average"),

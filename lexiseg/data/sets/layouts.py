@@ -25,6 +25,8 @@ _LIST_FOLDERS = (".", "ImageSets/Segmentation", "splits")
 _BESIDE = ("annot", "_annot", "_labels", "_label", "_masks", "_mask", "_annotations")
 MASK_SUFFIXES = (".png", ".tif", ".tiff", ".bmp", ".gif")
 _COCO_NAMES = ("_annotations.coco.json", "annotations.json", "labels.json", "instances.json", "coco.json")
+_JSON_FOLDERS = ("annotations",)
+_NO_OUTLINES = ("captions", "person_keypoints", "panoptic")
 _EVERY = 5
 
 
@@ -108,17 +110,12 @@ def json_of(root: Path, split: str) -> tuple[Path | None, bool]:
 
     Raises DataSetError if there are several, and their names say no split.
     """
-    part = part_of(root, split)
-    for name in entries(part) if part is not None else ():
-        if part is not None and (name in _COCO_NAMES or name.endswith(".coco.json")):
-            return part / name, False
-    found = [root / "annotations" / name for name in entries(root / "annotations")]
-    found += [root / name for name in entries(root)]
-    stems = set(by_stem(root, IMAGE_SUFFIXES))
-    found = [path for path in found if path.suffix == ".json" and path.name not in CLASS_FILES]
-    found = [path for path in found if not path.name.startswith(("captions", "person_keypoints", "panoptic"))]
-    found = [path for path in found if path.stem not in stems and not is_labelme(path)]
-    named = [path for path in found if any(name in path.stem.lower() for name in SPLITS.get(split, (split,)))]
+    names = SPLITS.get(split, (split,))
+    for path in _jsons(part_of(root, split)):
+        if path.name.endswith((*_COCO_NAMES, ".coco.json")) or any(name in path.stem.lower() for name in names):
+            return path, False
+    found = [*_jsons(child(root, _JSON_FOLDERS)), *_jsons(root)]
+    named = [path for path in found if any(name in path.stem.lower() for name in names)]
     if named:
         return min(named, key=lambda path: "instances" not in path.name), False
     if any(name in path.stem.lower() for path in found for names in SPLITS.values() for name in names):
@@ -130,6 +127,20 @@ def json_of(root: Path, split: str) -> tuple[Path | None, bool]:
             "missing-list",
         )
     return (found[0], True) if found else (None, False)
+
+
+def _jsons(folder: Path | None) -> list[Path]:
+    """The JSON files of a folder that may be COCO's and hold outlines."""
+    stems = {} if folder is None else by_stem(folder, IMAGE_SUFFIXES)
+    found = [] if folder is None else [folder / name for name in entries(folder) if name not in CLASS_FILES]
+    found = [path for path in found if path.suffix == ".json" and not path.name.startswith(_NO_OUTLINES)]
+    return [path for path in found if path.stem not in stems and not is_labelme(path)]
+
+
+def without_outlines(root: Path) -> Path | None:
+    """A file of COCO's that is not read: of captions, key points or panoptic segments."""
+    folder = child(root, _JSON_FOLDERS) or root
+    return next((folder / name for name in entries(folder) if name.startswith(_NO_OUTLINES)), None)
 
 
 def is_labelme(path: Path) -> bool:

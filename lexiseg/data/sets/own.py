@@ -41,6 +41,7 @@ from lexiseg.data.sets.layouts import (
     own_list,
     part_in_split,
     picture_folders,
+    without_outlines,
 )
 from lexiseg.data.sets.listing import (
     LabelFolder,
@@ -92,6 +93,8 @@ def list_own(root: Path, split: str, unseen: str | None, classes: Path | None) -
     if ending == ".json" and not settings.classes:
         settings = replace(settings, classes=_labelme_classes(root))
     if not settings.classes:
+        if (other := without_outlines(root)) is not None:
+            raise LexisegError(f"'{other}' holds no outlines of classes; add COCO's instances_{split}.json.")
         raise LexisegError(
             f"'{root / CLASS_FILES[0]}' does not exist; it must list the classes, one per line, in the order of their "
             "ids."

@@ -184,6 +184,15 @@ def test_outlines_lie_on_turned_pictures_where_the_folder_says_so(tmp_path, layo
             assert size != SIZE or (sample.label.numpy() == LABEL).all()
 
 
+@pytest.mark.parametrize("name", ["captions_val2017.json", "panoptic_val2017.json"])
+def test_json_of_coco_without_outlines_is_named(tmp_path, name):
+    miniatures.save_picture(tmp_path / "val2017/a.jpg", 0, SIZE)
+    (tmp_path / "annotations").mkdir()
+    (tmp_path / "annotations" / name).write_text("{}")
+    with pytest.raises(LexisegError, match=rf"{name}' holds no outlines of classes; add COCO's instances_val.json"):
+        open_voc_folder(tmp_path, "val")
+
+
 def test_a_mask_of_labelme_is_cut_at_the_edge_of_its_picture(tmp_path):
     labelme(tmp_path)
     expected = np.full(SIZE, 255)

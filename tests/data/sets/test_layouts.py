@@ -62,11 +62,16 @@ def coco_2017(root: Path) -> None:
         _write(root / f"annotations/person_keypoints_{split}2017.json", "{}")
 
 
-def roboflow_coco(root: Path) -> None:
+def capital_coco(root: Path) -> None:
+    coco_2017(root)
+    (root / "annotations").rename(root / "Annotations")
+
+
+def coco_in_parts(name: str, root: Path) -> None:
     for split, names in PARTS.items():
         part = "valid" if split == "val" else split
         _pictures(root / part, names)
-        _write(root / part / "_annotations.coco.json", _coco(names))
+        _write(root / part / name.format(part), _coco(names))
 
 
 def paths_of(file_name: str, root: Path) -> None:
@@ -179,7 +184,8 @@ LAYOUTS: list[Callable[[Path], None]] = [
         partial(paths_of, name)
         for name in ("images\\{}.jpg", "D:\\data\\{}.jpg", "/elsewhere/{}.jpg", "../media/1/{}.jpg")
     ),
-    *(coco_2017, roboflow_coco, one_json, labelme, yolo, roboflow_yolo, parts_in_kinds, camvid, suffix),
+    *(partial(coco_in_parts, name) for name in ("_annotations.coco.json", "{}.json")),
+    *(coco_2017, capital_coco, one_json, labelme, yolo, roboflow_yolo, parts_in_kinds, camvid, suffix),
     *(predicted, side_by_side, black_and_white),
     *(partial(predicted_outlines, "yolo"), partial(predicted_outlines, "labelme")),
 ]

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from lexiseg.errors import LexisegError, need, warn
 from lexiseg.files import atomic_write, make_folder, need_utf8
 from lexiseg.label_ids import ignore_index
+from lexiseg.windows import check_proportions
 from lexiseg.words import counted, describe, printable, whole_number
 
 if TYPE_CHECKING:
@@ -101,6 +102,10 @@ def segment_map(
     options = options or MapOptions()
     raster = _opened(source)
     bands = _bands(options.bands, int(raster.count))
+    most = options.tile + 2 * options.margin
+    check_proportions(
+        min(raster.height, most), min(raster.width, most), f"'{printable(str(source))}', or a tile of it,"
+    )
     need_utf8(Path(folder), "GDAL")
     files = map_files(source, make_folder(folder), options)
     return _segment(_import_rasterio(), raster, bands, segmenter, vocabulary, files, options, settings)
@@ -183,12 +188,13 @@ def _bands(wanted: tuple[int, int, int] | None, count: int) -> tuple[int, ...]:
 
 
 def _tiles(rasterio: Any, raster: Any, options: MapOptions) -> Iterator[tuple[Any, Any]]:
-    """Tiles row by row: the window that is written, and the larger one that is looked at."""
+    """Tiles row by row: the window that is written, and the larger one that is looked at, even at an edge."""
     window, tile, margin = rasterio.windows.Window, options.tile, options.margin
     whole = window(0, 0, raster.width, raster.height)
     for top in range(0, raster.height, tile):
         for left in range(0, raster.width, tile):
-            seen = window(left - margin, top - margin, tile + 2 * margin, tile + 2 * margin)
+            x, y = min(left - margin, raster.width - tile), min(top - margin, raster.height - tile)
+            seen = window(x, y, left + tile + margin - x, top + tile + margin - y)
             yield window(left, top, tile, tile).intersection(whole), seen.intersection(whole)
 
 

@@ -134,10 +134,7 @@ def read_picture(
     else:
         image, resize, stretch = read_image(source, max_pixels=max_pixels), _resize, _stretch
     height, width = int(image.shape[1]), int(image.shape[2])
-    try:
-        check_proportions(height, width)
-    except LexisegError as error:
-        raise LexisegError(f"{shorten(name, 200)}: {error}") from error
+    check_proportions(height, width, f"{shorten(name, 200)}: The picture")
     size = working_size(height, width, policy.short_side, policy.long_side)
     # The picture stays bytes: a float copy of 20 megapixels would take 240 MB. Windows are normalised one by one.
     canvas = image if size == (height, width) else resize(image, size, policy.antialias)

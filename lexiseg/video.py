@@ -23,6 +23,7 @@ from lexiseg.journal import changed
 from lexiseg.label_ids import ignore_index
 from lexiseg.labelling.pictures import file_state
 from lexiseg.overlay import paint_classes
+from lexiseg.windows import check_proportions
 from lexiseg.words import describe, finite, printable, whole_number
 
 if TYPE_CHECKING:
@@ -133,6 +134,8 @@ def segment_video(
     except (OSError, av.FFmpegError, IndexError) as error:
         reason = getattr(error, "strerror", None) or "it has no pictures"
         raise LexisegError(f"'{printable(source)}' cannot be read as a video ({reason}); check the file.") from error
+    if stream.height:  # which a camera may not say
+        check_proportions(stream.height, stream.width, f"'{printable(source)}'")
     return _segment(av, container, stream, label, vocabulary, options, files, None if resumed else head)
 
 

@@ -72,19 +72,18 @@ def working_size(height: int, width: int, short_side: int | None, long_side: int
     return max(1, int(height * factor + 0.5)), max(1, int(width * factor + 0.5))
 
 
-def check_proportions(height: int, width: int) -> None:
+def check_proportions(height: int, width: int, what: str = "The picture") -> None:
     """Refuse pictures that are too narrow to segment.
 
-    Raises LexisegError if a side has one pixel, or one side is more than 64 times the other. Resized to the short side
-    of 512 pixels that models want, such a line would grow to gigapixels.
+    ``what``: begins the sentence. Raises LexisegError if a side has one pixel, or one side is more than 64 times the
+    other. Resized to the short side of 512 pixels that models want, such a line would grow to gigapixels.
     """
     if min(height, width) < MIN_SIDE:
-        raise LexisegError(
-            f"The picture has {width} x {height} pixels, too few to segment; both sides need at least {MIN_SIDE}."
-        )
+        few = f"{what} has {width} x {height} pixels, too few to segment"
+        raise LexisegError(f"{few}; both sides need at least {MIN_SIDE}.")
     if max(height, width) > MAX_ASPECT * min(height, width):
         raise LexisegError(
-            f"The picture has {width} x {height} pixels, too narrow to segment; crop it until one side is at most "
+            f"{what} has {width} x {height} pixels, too narrow to segment; crop it until one side is at most "
             f"{MAX_ASPECT} times the other."
         )
 

@@ -71,6 +71,17 @@ def test_maps_among_pictures_and_names_that_gdal_does_not_take(
     assert not (tmp_path / "caf\udce9").exists()
 
 
+def test_an_edge_of_one_pixel_is_a_tile_and_a_narrow_map_is_named(segmenter: Any, tmp_path: Path) -> None:
+    source = write(tmp_path / "map.tif", np.zeros((3, 17, 33), np.uint8))
+    files = run(segmenter, source, tmp_path / "out", tile=16, margin=0)
+    with rasterio.open(files["labels"]) as labels:
+        assert (labels.read(1) != labels.nodata).all()
+    source = write(tmp_path / "narrow.tif", np.zeros((3, 8, 1000), np.uint8))
+    with pytest.raises(LexisegError, match=r"narrow\.tif', or a tile of it, has 1000 x 8 pixels, too narrow"):
+        run(segmenter, source, tmp_path / "narrow")
+    assert not (tmp_path / "narrow").exists()
+
+
 def test_labels_and_polygons_lie_where_the_map_does(segmenter: Any, tmp_path: Path) -> None:
     pixels = read_pixels(sample_path("demo"))
     source = write(tmp_path / "map.tif", pixels.transpose(2, 0, 1))

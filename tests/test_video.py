@@ -353,3 +353,10 @@ def test_mistakes(segmenter: Any, clip: Path, tmp_path: Path) -> None:
     with pytest.raises(LexisegError, match="does not support a background threshold"):
         vocabulary = segmenter.vocabulary(WORDS, background=0.5)
         list(segment_video(segmenter, clip, vocabulary, tmp_path, VideoOptions(smooth=0.5)))
+
+
+def test_a_video_that_is_too_narrow_is_named(segmenter: Any, tmp_path: Path) -> None:
+    frames = [Image.new("RGB", (130, 2), color) for color in ("red", "blue")]
+    frames[0].save(tmp_path / "strip.gif", save_all=True, append_images=frames[1:])
+    with pytest.raises(LexisegError, match=r"strip\.gif' has 130 x 2 pixels, too narrow"):
+        run(segmenter, tmp_path / "strip.gif", tmp_path)

@@ -173,7 +173,7 @@ class Case:
         self.touched.add(key)
         expected = self.tensors[key]
         actual = actual.detach().cpu()
-        if expected.numel() == 1 == actual.numel():
+        if expected.squeeze().shape == actual.squeeze().shape:  # the authors' code drops an axis of one region
             actual = actual.reshape(expected.shape)
         if actual.shape != expected.shape:
             self.problems.append(f"{name}: shape {tuple(actual.shape)} instead of {tuple(expected.shape)}")

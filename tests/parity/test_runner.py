@@ -70,6 +70,14 @@ def test_an_expected_tensor_that_nobody_compares_fails(tmp_path: Path, capsys: p
     assert printed.splitlines()[-1] == "0 passed, 1 failed"
 
 
+def test_an_axis_of_length_1_may_be_missing() -> None:
+    case = Case("case", {}, {"expected/cls": torch.ones(2, 3), "expected/patches": torch.ones(2, 3)})
+    case.check("cls", torch.ones(2, 1, 3))
+    assert case.passed
+    case.check("patches", torch.ones(3, 2))
+    assert case.problems == ["patches: shape (3, 2) instead of (2, 3)"]
+
+
 def test_only_known_exceptions_can_be_left_out() -> None:
     tensors = {"expected/confusion": torch.ones(2), "expected/iou": torch.ones(2)}
     case = Case("case", {}, tensors)

@@ -204,6 +204,8 @@ def test_a_box_drawn_on_a_picture_becomes_a_class(browser: Any, running: Running
     page.by("example").find_element(By.TAG_NAME, "summary").click()
     page.by("add").click()
     assert "no box" in page.text("error")
+    ends = [page.by(name).rect["y"] + page.by(name).rect["height"] for name in ("box", "name", "add")]
+    assert max(ends) - min(ends) < 2  # in one line
     drag = webdriver.ActionChains(browser).move_to_element_with_offset(page.by("canvas"), -60, -40)
     drag.click_and_hold().move_by_offset(80, 100).release().perform()
     left, top, right, bottom = (int(side) for side in page.by("box").get_attribute("value").split())

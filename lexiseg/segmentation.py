@@ -24,7 +24,7 @@ from lexiseg.files import as_path, atomic_write, make_folder, write_json, write_
 from lexiseg.label_ids import ignore_index
 from lexiseg.overlay import LegendEntry, draw_legend, paint_classes
 from lexiseg.vocabulary import Vocabulary
-from lexiseg.words import counted, describe, finite, kind, shorten, whole_number
+from lexiseg.words import counted, describe, finite, kind, printable, shorten, whole_number
 
 if TYPE_CHECKING:
     import torch
@@ -44,7 +44,7 @@ class TableRow:
     index: int  # its id in the label map
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Segmentation:
     """A picture's labels.
 
@@ -274,6 +274,11 @@ class Segmentation:
     def to_supervision(self, instances: Collection[str] = ()) -> Any:
         """The result as ``supervision.Detections``; see `lexiseg.formats.to_supervision`."""
         return formats.to_supervision(self, instances)
+
+    def __repr__(self) -> str:
+        """What a prompt shows: size and largest classes."""
+        found = ", ".join(f"{row.name} {row.fraction:.0%}" for row in self.table()[:8]) or "no class"
+        return printable(f"<Segmentation of {self.size[1]} x {self.size[0]} pixels: {found}>")
 
     def _repr_png_(self) -> bytes:
         """What a notebook shows: the overlay."""

@@ -165,6 +165,12 @@ def test_a_large_picture_gets_large_letters() -> None:
     assert (outline > 620).sum() >= 2
 
 
+def test_at_a_prompt_it_is_one_line() -> None:
+    assert repr(small()) == "<Segmentation of 4 x 2 pixels: cat 50%, sky 38%>"
+    assert repr(small(label_map=torch.full((2, 4), 255))) == "<Segmentation of 4 x 2 pixels: no class>"
+    assert len(repr(small(vocabulary=Vocabulary.parse(f"class {number}" for number in range(847))))) < 100
+
+
 def test_json() -> None:
     value = json.loads(small().to_json(masks=True))
     assert value["height"] == 2 and value["width"] == 4

@@ -84,20 +84,21 @@ def _edges(labels: np.ndarray) -> np.ndarray:
     return edges
 
 
-def draw_legend(picture: Image.Image, entries: Sequence[LegendEntry], *, font: str | Path | None = None) -> Image.Image:
+def draw_legend(
+    picture: Image.Image, entries: Sequence[LegendEntry], *, font: str | Path | None = None, size: int | None = None
+) -> Image.Image:
     """Put a panel with colours, names and fractions beside a picture, or below it where it is wide.
 
-    The lettering grows with the picture. Names that are too long end in an ellipsis; what does not fit is counted in a
-    last line, never dropped silently.
+    Names that are too long end in an ellipsis; what does not fit is counted in a last line, never dropped silently.
 
     ``entries``: in the order in which they are listed. ``font``: a TrueType or OpenType file to use first; None begins
     with the one Pillow carries (Latin letters). What it lacks is drawn in fonts of this machine; a name that no font
-    has becomes its class's id, with a note. Returns a picture of mode RGB that holds ``picture`` unscaled. Raises
-    LexisegError if the font file cannot be read.
+    has becomes its class's id, with a note. ``size``: of the letters in pixels; None lets them grow with the picture.
+    Returns a picture of mode RGB that holds ``picture`` unscaled. Raises LexisegError if the font file cannot be read.
     """
     if not entries:
         return picture
-    size = min(max(round(0.024 * math.sqrt(picture.width * picture.height)), _MIN_FONT), _MAX_FONT)
+    size = size or min(max(round(0.024 * math.sqrt(picture.width * picture.height)), _MIN_FONT), _MAX_FONT)
     face = Lettering([_more(0), "0123456789 %<…", *(entry.text for entry in entries)], size, font)
     entries = _legible(entries, face.missing)
     pad, gap, row = round(0.9 * size), round(0.6 * size), round(1.75 * size)

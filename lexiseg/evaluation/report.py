@@ -27,7 +27,7 @@ FORMAT = 1
 _PACKAGES = ("open_clip_torch", "numpy", "Pillow")
 _TITLES = {"pacc": "pAcc", "miou": "mIoU", "miou_seen": "mIoU(S)", "miou_unseen": "mIoU(U)", "hiou": "hIoU"}
 _OF_SEEN = ("miou_seen", "miou_unseen", "hiou")
-_GAP, _HEADER = 6, 24
+_GAP, _HEADER, _LETTERS = 6, 28, 16
 _PAPER, _INK = (250, 250, 250), (33, 33, 33)
 _COLUMNS = ("picture", "truth", "prediction")
 _ALPHA = 0.75
@@ -54,7 +54,7 @@ def draw_grid(examples: Sequence[Example], vocabulary: Vocabulary, *, width: int
     height = _HEADER + sum(row[0].height + _GAP for row in rows)
     canvas = Image.new("RGB", (len(_COLUMNS) * (width + _GAP) + _GAP, height), _PAPER)
     draw = ImageDraw.Draw(canvas)
-    font = ImageFont.load_default(14)
+    font = ImageFont.load_default(_LETTERS)
     for column, title in enumerate(_COLUMNS):
         draw.text((_GAP + column * (width + _GAP) + width / 2, _HEADER / 2), title, _INK, font, anchor="mm")
     top = _HEADER
@@ -62,7 +62,7 @@ def draw_grid(examples: Sequence[Example], vocabulary: Vocabulary, *, width: int
         for column, cell in enumerate(row):
             canvas.paste(cell, (_GAP + column * (width + _GAP), top))
         top += row[0].height + _GAP
-    return draw_legend(canvas, _legend(examples, vocabulary, palette))
+    return draw_legend(canvas, _legend(examples, vocabulary, palette), size=_LETTERS)
 
 
 def _cells(example: Example, palette: NDArray[np.uint8], width: int) -> list[Image.Image]:

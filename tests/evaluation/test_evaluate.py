@@ -195,6 +195,8 @@ def test_grid_holds_rows_of_different_shapes():
     first, last = (Example(np.zeros((8, 8, 3), np.uint8), np.full((8, 8), at), np.full((8, 8), at)) for at in (0, 1))
     legends = [np.asarray(draw_grid([one], vocabulary)).shape for one in (first, last)]
     assert legends[0] == legends[1]  # the first class has a legend like any other
+    widths = {draw_grid([example(100, 100)] * count, vocabulary).width for count in (5, 10, 20)}
+    assert len(widths) == 1  # its letters do not grow with the number of rows
 
 
 def counts(report):

@@ -253,7 +253,7 @@ class DeOP(DecoupledModel):
         images = whole_patches(images, tower.patch_size)
         tokens, _ = tower.embed(images, interpolation="bicubic", by_count=True, added=added)
         severed = {block: partial(patch_severance, alpha=alpha) for block, alpha in self.severed.items()}
-        if options.severance != "gps":
+        if self.severed and options.severance != "gps":
             # Masks that sever are resized before the sigmoid, those that are pooled under after it.
             masks = resize_masks(mask_logits, grid).sigmoid()
             severed = dict.fromkeys(severed, partial(mask_severance, masks=masks, kind=options.severance))

@@ -62,33 +62,53 @@ class Lettering:
             left += face.getlength(part)
 
     def _runs(self, text: str) -> Iterator[tuple[_Font, str]]:
-        """The text in pieces of one font; marks and joiners stay with the letter before them."""
+        """The text in pieces of one font; marks are drawn by the font of their letter, or left out.
+
+        Spaces between pieces are pieces of their own: a script that runs to the left would put them at its other end.
+        """
         face, part = self._fonts[0], ""
-        for character in text:
-            own = face
-            if not _draws_nothing(character) and not (part and unicodedata.combining(character)):
-                own = next((one for one in self._fonts if _has(one, character)), self._fonts[0])
+        for letter in _letters(text):
+            own, shown = (face, letter) if letter.isspace() else self._face_of(letter)
             if part and own is not face:
-                yield face, part
+                yield face, part.rstrip()
+                yield self._fonts[0], part[len(part.rstrip()) :]
                 part = ""
-            face, part = own, part + character
-        if part:
-            yield face, part
+            face, part = own, part + shown
+        yield face, part
+
+    def _face_of(self, letter: str) -> tuple[_Font, str]:
+        """The first font that has a letter and its marks, else the letter alone; and what of it that font has."""
+        faces = (one for one in self._fonts if all(_has(one, part) for part in letter if not _draws_nothing(part)))
+        face = next(faces, None) or next((one for one in self._fonts if _has(one, letter[0])), self._fonts[0])
+        return face, letter[0] + "".join(part for part in letter[1:] if _has(face, part))
+
+
+def _letters(text: str) -> list[str]:
+    """The characters of a text, each with the marks and joiners that follow it."""
+    letters: list[str] = []
+    for character in text:
+        if letters and unicodedata.category(character) in ("Mn", "Mc", "Me", "Cf"):
+            letters[-1] += character
+        else:
+            letters.append(character)
+    return letters
 
 
 def _draws_nothing(character: str) -> bool:
-    return character.isspace() or unicodedata.category(character) in ("Cf", "Mn", "Me", "Cc")
+    # The last are signs that choose between two forms of what is before them.
+    return character.isspace() or unicodedata.category(character) in ("Cf", "Cc") or "\ufe00" <= character <= "\ufe0f"
 
 
 @lru_cache(maxsize=4096)
-def _glyph(face: _Font, character: str) -> tuple[tuple[int, int], int]:
-    mask = face.getmask(character)
+def _glyph(face: _Font, text: str) -> tuple[tuple[int, int], int]:
+    mask = face.getmask(text)
     return mask.size, hash(bytes(mask))
 
 
 def _has(face: _Font, character: str) -> bool:
     """Whether a font draws a character as anything but its sign for what it lacks."""
-    return _glyph(face, character) != _glyph(face, _NO_CHARACTER)
+    base = "\xa0" if unicodedata.category(character)[0] == "M" else ""  # a mark alone would get a circle to stand on
+    return _glyph(face, base + character) != _glyph(face, base + _NO_CHARACTER)
 
 
 def _load(font: str | Path, size: int) -> _Font:

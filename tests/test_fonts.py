@@ -11,7 +11,7 @@ import pytest
 import torch
 from fontTools.fontBuilder import FontBuilder
 from fontTools.pens.ttGlyphPen import TTGlyphPen
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, features
 
 from lexiseg import fonts
 from lexiseg.errors import LexisegError, LexisegWarning
@@ -109,3 +109,25 @@ def test_pieces_of_several_fonts_stand_side_by_side(machine: Path) -> None:
     rows, columns = np.nonzero(np.asarray(image) < 128)
     assert abs((rows.min() + rows.max()) / 2 - 40) < 3 and abs(columns.min() - 10) < 2
     assert columns.max() < 10 + 64
+
+
+def test_marks_are_drawn_by_a_font_that_has_their_letter_too(machine: Path) -> None:
+    write_font(machine / "accent.ttf", "\u0303")
+    write_font(machine / "both.ttf", "q\u0303")
+    letters = fonts.Lettering(["q\u0303", "x\u20dd"], 40)
+    assert letters.missing == {"\u20dd"}
+    assert letters.length("q\u0303") == pytest.approx(2 * 32, abs=1)
+
+
+def test_joiners_that_no_font_has_are_left_out(machine: Path) -> None:
+    letters = fonts.Lettering(["a\u200db\ufe0f"], 40)
+    assert not letters.missing and letters.length("a\u200db\ufe0f") == letters.length("ab")
+
+
+@pytest.mark.skipif(not features.check("raqm"), reason="Pillow draws scripts that run to the left without it")
+def test_spaces_stay_behind_words_that_run_to_the_left(machine: Path) -> None:
+    write_font(machine / "alef.ttf", "\u05d0 ")
+    letters = fonts.Lettering(["\u05d0 b"], 40)
+    image = Image.new("L", (200, 80), 255)
+    letters.draw(ImageDraw.Draw(image), 10, 40, "\u05d0 b", (0,))
+    assert abs(np.nonzero(np.asarray(image) < 128)[1].min() - 10) < 2

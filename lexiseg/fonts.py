@@ -34,21 +34,25 @@ class Lettering:
         self._size = size
         self._fonts: list[_Font] = [] if font is None else [_load(font, size)]
         self._fonts.append(ImageFont.load_default(size))
-        wanted = {character for text in texts for character in text if not _draws_nothing(character)}
-        self.missing = {one for one in wanted if not any(_has(face, one) for face in self._fonts)}
+        # Letters with their marks, and by themselves where no font has both.
+        wanted = {part for text in texts for letter in _letters(text) for part in (letter, letter[0])}
+        wanted = {one for one in wanted if not any(_has(face, one) for face in self._fonts)}
         self.files: list[Path] = []
-        for path in font_files() if self.missing else ():
+        for path in font_files() if wanted else ():
             try:
                 face = _load(path, size)
-                found = {one for one in self.missing if _has(face, one)}
+                found = {one for one in wanted if _has(face, one)}
             except (LexisegError, OSError):  # a damaged font, or pictures of one size (colour emoji)
                 continue
             if found:
                 self._fonts.append(face)
                 self.files.append(path)
-                self.missing -= found
-            if not self.missing:
+                wanted -= found
+            if not wanted:
                 break
+        alone = {one for one in wanted if len(one) == 1}
+        marks = {part for one in wanted - alone if one[0] not in alone for part in one[1:]}
+        self.missing = alone | {one for one in marks if not any(_has(face, one) for face in self._fonts)}
 
     def length(self, text: str) -> float:
         """Width of a text in pixels."""
@@ -78,9 +82,9 @@ class Lettering:
 
     def _face_of(self, letter: str) -> tuple[_Font, str]:
         """The first font that has a letter and its marks, else the letter alone; and what of it that font has."""
-        faces = (one for one in self._fonts if all(_has(one, part) for part in letter if not _draws_nothing(part)))
-        face = next(faces, None) or next((one for one in self._fonts if _has(one, letter[0])), self._fonts[0])
-        return face, letter[0] + "".join(part for part in letter[1:] if _has(face, part))
+        faces = (face for part in (letter, letter[0]) for face in self._fonts if _has(face, part))
+        face = next(faces, self._fonts[0])
+        return face, letter[0] + "".join(part for part in letter[1:] if _draws(face, part))
 
 
 def _letters(text: str) -> list[str]:
@@ -105,7 +109,12 @@ def _glyph(face: _Font, text: str) -> tuple[tuple[int, int], int]:
     return mask.size, hash(bytes(mask))
 
 
-def _has(face: _Font, character: str) -> bool:
+def _has(face: _Font, letter: str) -> bool:
+    """Whether a font draws a letter and its marks."""
+    return all(_draws_nothing(character) or _draws(face, character) for character in letter)
+
+
+def _draws(face: _Font, character: str) -> bool:
     """Whether a font draws a character as anything but its sign for what it lacks."""
     base = "\xa0" if unicodedata.category(character)[0] == "M" else ""  # a mark alone would get a circle to stand on
     return _glyph(face, base + character) != _glyph(face, base + _NO_CHARACTER)

@@ -116,7 +116,7 @@ def test_marks_are_drawn_by_a_font_that_has_their_letter_too(machine: Path) -> N
     write_font(machine / "both.ttf", "q\u0303")
     letters = fonts.Lettering(["q\u0303", "x\u20dd"], 40)
     assert letters.missing == {"\u20dd"}
-    assert letters.length("q\u0303") == pytest.approx(2 * 32, abs=1)
+    assert letters.length("q\u0303") >= 32 > letters.length("q")
 
 
 def test_joiners_that_no_font_has_are_left_out(machine: Path) -> None:

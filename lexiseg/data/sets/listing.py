@@ -299,7 +299,7 @@ def _unread(folder: Path) -> dict[str, str]:
         stem, _, ending = file.rpartition(".")
         if stem and ending.lower() in ("jpg", "jpeg"):
             said[stem] = f"'{file}' is there, but JPEG changes the numbers of a label; save it again as PNG"
-        elif stem and ending.lower() in ("npy", "webp"):
+        elif stem and ending.lower() in ("npy", "npz", "webp"):
             said[stem] = f"'{file}' is there, but labels of this kind are not read; save it as PNG"
     return said
 

@@ -120,7 +120,8 @@ def list_own(root: Path, split: str, unseen: str | None, classes: Path | None) -
     suffixes = IMAGE_SUFFIXES - {".png"} if place.images == place.labels else IMAGE_SUFFIXES
     findings += same_stems(named, place.images, suffixes)
     findings += _left_out(settings, class_file)
-    findings += _passed_over(class_file) if classes is None and class_file is not None else []
+    if classes is None and class_file is not None:
+        findings += _passed_over(class_file) + _of_the_labels(settings, class_file, place.labels)
     if own_list(root, split) is None:
         findings += _unlisted(place, labels, pictures, split, any_named)
     return SplitFiles(split, tuple(items), vocabulary, tuple(findings))
@@ -261,6 +262,20 @@ def _passed_over(class_file: Path) -> list[Finding]:
                 )
                 findings.append(Finding("class-list", problem, str(path), severity="warning"))
     return findings
+
+
+def _of_the_labels(listed: ClassList, class_file: Path, folder: Path) -> list[Finding]:
+    """The list beside labels, as `lexiseg predict` writes it, where it numbers the classes in another way."""
+    for path in files_in(folder, CLASS_FILES)[:1] if folder != class_file.parent else ():
+        with suppress(LexisegError):  # of such a name, but no class file
+            ours, theirs = ([(one.name, one.value) for one in said.classes] for said in (listed, read_class_list(path)))
+            if ours != theirs:
+                problem = (
+                    f"'{class_file}' lists other classes than '{path}', which may be those of the labels beside it; "
+                    "correct or remove one of them."
+                )
+                return [Finding("class-list", problem, str(path), severity="warning")]
+    return []
 
 
 def _said(path: Path) -> ClassList:

@@ -225,3 +225,12 @@ def test_values_that_stand_for_nothing_are_told_from_all_others(far):
         [255] * 4,
     ]
     assert table.with_rest(7, keep=[2]).look_up(values).tolist() == [[7, 0, 255, 1], [UNKNOWN] * 4]
+
+
+def test_a_class_list_beside_the_labels_that_says_something_else_is_named(root):
+    (root / "SegmentationClass/classes.txt").write_text("sky\ncat\ntree\n")
+    assert any(
+        "which may be those of the labels" in one.problem for one in verify("own", root, splits=["val"]).findings
+    )
+    (root / "SegmentationClass/classes.txt").write_text("cat\ntree\nsky\n")
+    assert not any(one.kind == "class-list" for one in verify("own", root, splits=["val"]).findings)

@@ -36,7 +36,7 @@ from lexiseg.words import describe, is_deep, null, refuse_unknown, shorten, word
 _MAX_FILE_BYTES = 64 * 2**20
 _ENDINGS = (
     *(".txt", ".json", ".pbtxt", ".yaml", ".yml", ".csv", ".tsv", ".names", ".list", ".lst", ".labels"),
-    *(".classes", ".data"),
+    *(".classes", ".data", ".md", ".jsonl", ".xml", ".toml", ".ini", ".cfg", ".conf", ".doc", ".docx", ".xlsx", ".rtf"),
 )
 _KEYS = ("classes", "templates", "background", "ignore", "masks", "exif")
 _LISTS = ("classes", "categories", "names", "labels", "id2label", "label2id")
@@ -99,7 +99,7 @@ def class_source(text: str) -> str | Path:
         return text
     last = re.split(r"[/\\]", name)[-1]
     is_path = last != name and (
-        name.startswith(("/", "./", "../", "~/", ".\\", "..\\")) or re.fullmatch(r".*\.\w{1,8}", last)
+        re.match(r"\.{0,2}/|~/|\.{1,2}\\|[A-Za-z]:[/\\]", name) or re.fullmatch(r".*\.\w{1,8}", last)
     )
     return Path(name) if is_path or name.lower().endswith(_ENDINGS) else text
 

@@ -195,7 +195,17 @@ def test_files_and_paths_are_never_words(tmp_path: Path, monkeypatch: pytest.Mon
         Path(name).write_text("giraffe\n")
         assert class_source(name) == Path(name)
         assert Vocabulary.parse(name).names == ("giraffe",)
-    for name in ("missing.list", "lists/missing.x", "/none", "./none", "C:\\data\\classes.csv", "@none"):
+    paths = (
+        "lists/missing.x",
+        "/none",
+        "./none",
+        "..\\none",
+        "~/none",
+        "C:\\data\\classes.csv",
+        "C:/data/classes",
+        "@none",
+    )
+    for name in ("missing.list", "missing.md", "missing.xlsx", *paths):
         assert class_source(name) == Path(name.removeprefix("@"))
         with pytest.raises(LexisegError, match="does not exist"):
             Vocabulary.parse(name)

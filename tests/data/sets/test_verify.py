@@ -178,6 +178,8 @@ FAULTS = {
                                   "class-list", "the word 'cat' to 'tree'"),
     "a mask that is a JPEG": ("own-folders", lambda r: (r / "masks/photo 1.png").rename(r / "masks/photo 1.jpg"),
                               "missing-label", "'photo 1.jpg' is there, but JPEG"),
+    "a mask that is an array": ("own-folders", lambda r: (r / "masks/photo 1.png").rename(r / "masks/photo 1.npy"),
+                                "missing-label", "'photo 1.npy' is there, but labels of this kind"),
     "a list with a name and its ending": ("own-folders", lambda r: _lists(r, "photo 0\nphoto 0.jpg\nphoto 1"),
                                           "duplicate-entry", "'photo 0' twice"),
     "a label beside its picture": ("ade847-full", lambda r: next(r.rglob("ADE_val_00000001_seg.png")).unlink(),

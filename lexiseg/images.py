@@ -11,6 +11,7 @@ import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from itertools import islice
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, TypeAlias
 
@@ -161,7 +162,7 @@ def list_images(target: str | Path) -> list[Path]:
 def _holds_pictures(path: Path) -> bool:
     """Whether it is a folder with pictures, at any depth, that are not masks which lexiseg wrote."""
     names = (name for _, _, inside in os.walk(path) for name in inside if not path.name.endswith("_masks"))
-    return any(name.lower().endswith(tuple(IMAGE_SUFFIXES)) for name in names)
+    return any(name.lower().endswith(tuple(IMAGE_SUFFIXES)) for name in islice(names, 10_000))  # of maybe millions
 
 
 def _is_broken(path: Path) -> bool:

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 SOME_FAILED, ALL_FAILED = 1, 2
 _LONGEST_STEM = 200  # in bytes
 _OURS = (b'"ignore_index"', b"made by lexiseg", b"Software\0lexiseg")  # what our JSON, COCO's and PNGs hold
+_HEAD = 1 << 12  # bytes of a PNG before its pixels, which need not be read
 
 
 @dataclass(frozen=True)
@@ -170,8 +171,9 @@ def _refuse_foreign(paths: Sequence[Path], output: Path, kinds: Collection[str])
     endings = {"json": ".json", "labels": "_labels.png", "overlay": "_overlay.png"}
     names = {f"{stem}{end}": kind for kind, end in endings.items() if kind in kinds for stem in _stems(paths).values()}
     for name, kind in (names | ({COCO: "coco"} if "coco" in kinds else {})).items():
-        with suppress(OSError):
-            if (content := (output / name).read_bytes()) and not any(mark in content for mark in _OURS):
+        with suppress(OSError), (output / name).open("rb") as file:
+            content = file.read(_HEAD if name.endswith(".png") else -1)
+            if content and not any(mark in content for mark in _OURS):
                 raise LexisegError(
                     f"'{output / name}' was not written by lexiseg and would be replaced; choose another --output, or "
                     f"leave {kind} out of --save."

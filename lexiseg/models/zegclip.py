@@ -113,7 +113,8 @@ class PromptTokens(nn.Module):
             prompt = prompts.get(index)
             if self.depth or prompt is None:  # deep: keys and values alone, since their outputs would be dropped
                 return tokens, prompt
-            return torch.cat([tokens[:, :1], prompt.expand(len(tokens), -1, -1), tokens[:, 1:]], dim=1), None
+            rows = prompt.expand(tokens.shape[0], -1, -1)  # not `len`, which would fix the batch of an exported graph
+            return torch.cat([tokens[:, :1], rows, tokens[:, 1:]], dim=1), None
 
         return before_block
 

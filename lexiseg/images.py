@@ -145,7 +145,7 @@ def list_images(target: str | Path) -> list[Path]:
             found = list({(entry.parent.resolve(), entry.name): entry for entry in found}.values())
         videos = sum(entry.suffix.lower() in VIDEO_SUFFIXES for entry in found)
         bare = sum(not entry.suffix and entry.is_file() for entry in found)
-        inner = sum(map(_holds_pictures, found)) if path.is_dir() else 0
+        inner = path.is_dir() and sum(_holds_pictures(one) for one in found if not one.name.endswith("_masks"))
         kinds = ((videos, "video", ""), (bare, "file", " without an extension"), (inner, "folder", " of pictures"))
         for left, noun, more in kinds:
             if left:
@@ -160,8 +160,8 @@ def list_images(target: str | Path) -> list[Path]:
 
 
 def _holds_pictures(path: Path) -> bool:
-    """Whether it is a folder with pictures, at any depth, that are not masks which lexiseg wrote."""
-    names = (name for _, _, inside in os.walk(path) for name in inside if not path.name.endswith("_masks"))
+    """Whether it is a folder with pictures, at any depth; those that end in ``_masks`` are lexiseg's and not asked."""
+    names = (name for _, _, inside in os.walk(path) for name in inside)
     return any(name.lower().endswith(tuple(IMAGE_SUFFIXES)) for name in islice(names, 10_000))  # of maybe millions
 
 

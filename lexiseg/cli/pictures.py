@@ -30,7 +30,9 @@ if TYPE_CHECKING:
 
 SOME_FAILED, ALL_FAILED = 1, 2
 _LONGEST_STEM = 200  # in bytes
-_OURS = (b'"ignore_index"', b"made by lexiseg", b"Software\0lexiseg")  # what our JSON, COCO's and PNGs hold
+_PNG = b"Software\0lexiseg"
+# Of what `--save` writes a file a picture: how its name ends, and what only ours hold.
+_OURS = {"json": (".json", b'"ignore_index"'), "labels": ("_labels.png", _PNG), "overlay": ("_overlay.png", _PNG)}
 _HEAD = 1 << 12  # bytes of a PNG before its pixels, which need not be read
 
 
@@ -168,12 +170,13 @@ def _refuse_foreign(paths: Sequence[Path], output: Path, kinds: Collection[str])
     """Refuse to replace a user's own files among the pictures: annotation tools name theirs as we do."""
     if not any(absolute(path.parent) == absolute(output) for path in paths):
         return
-    endings = {"json": ".json", "labels": "_labels.png", "overlay": "_overlay.png"}
-    names = {f"{stem}{end}": kind for kind, end in endings.items() if kind in kinds for stem in _stems(paths).values()}
-    for name, kind in (names | ({COCO: "coco"} if "coco" in kinds else {})).items():
+    written = [(kind, *_OURS[kind]) for kind in _OURS if kind in kinds]
+    marks = {f"{stem}{end}": (kind, mark) for stem in _stems(paths).values() for kind, end, mark in written}
+    if "coco" in kinds:
+        marks[COCO] = "coco", b"made by lexiseg"
+    for name, (kind, mark) in marks.items():
         with suppress(OSError), (output / name).open("rb") as file:
-            content = file.read(_HEAD if name.endswith(".png") else -1)
-            if content and not any(mark in content for mark in _OURS):
+            if (content := file.read(_HEAD if mark == _PNG else -1)) and mark not in content:
                 raise LexisegError(
                     f"'{output / name}' was not written by lexiseg and would be replaced; choose another --output, or "
                     f"leave {kind} out of --save."

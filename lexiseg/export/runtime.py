@@ -179,7 +179,8 @@ class ExportedPredictor(Predictor):
     ) -> None:
         if compile or str(dtype).removeprefix("torch.") not in ("None", "auto", "fp32", "float32"):
             raise LexisegError("An exported model keeps the precision it was exported in; leave out dtype and compile.")
-        place, folder = "auto" if device is None else str(device), Path(folder).expanduser()
+        place = "auto" if device is None else str(device)
+        folder = Path(folder).expanduser()
         need_utf8(folder, "an exported model")
         model = ExportedModel(folder, place)
         super().__init__(model, templates=templates, max_pixels=max_pixels, refine=refine)

@@ -83,7 +83,8 @@ def _snow(rng: np.random.Generator) -> Array:
 
 def _road(rng: np.random.Generator) -> Array:
     image = blend(noise(rng, 10, 90), (66, 66, 72), (112, 112, 118))
-    image[(np.abs(_Y - 0.5) < 0.035) & ((_X * 4) % 1 < 0.6)] = (238, 214, 96)
+    stripe = (np.abs(_Y - 0.5) < 0.035) & ((_X * 4) % 1 < 0.6)
+    image[stripe] = (238, 214, 96)
     return image
 
 

@@ -70,12 +70,13 @@ def test_annotations_beside_the_pictures_are_not_replaced(
     predict: Call, tmp_path: Path, name: str, kind: str, other: str
 ) -> None:
     folder = write_pictures(tmp_path / "own", ["a.png", "b.png"])
-    (folder / name).write_text('{"shapes": []}')
+    foreign = '{"shapes": "made by lexiseg"}' if kind == "json" else '{"ignore_index": []}'  # another kind's mark
+    (folder / name).write_text(foreign)
     before = sorted(folder.iterdir())
     code, _, err = predict(folder, WORDS, "-o", folder, "--save", f"{other},{kind}")
     assert code == 2 and f"{name}' was not written by lexiseg" in err and sorted(folder.iterdir()) == before
     assert f"leave {kind} out" in err and predict(folder, WORDS, "-o", folder, "--save", other)[0] == 0
-    assert (folder / name).read_text() == '{"shapes": []}'
+    assert (folder / name).read_text() == foreign
     (folder / name).unlink()
     for _ in range(2):  # what lexiseg has written is
         assert predict(folder, WORDS, "-o", folder, "--save", kind)[0] == 0

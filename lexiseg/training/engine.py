@@ -11,6 +11,7 @@ import logging
 import multiprocessing
 import os
 import signal
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -122,6 +123,8 @@ def _deaf(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(5))  # for then the main process may be waiting for their end
+    # The thread that hands out batches tells by it that the main process left in the middle; errors go another way.
+    sys.excepthook = lambda *_: None
 
 
 def prefetch(make: Callable[[int], Any], indices: Sequence[int], *, workers: int) -> Iterator[Any]:

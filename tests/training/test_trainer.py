@@ -4,8 +4,10 @@ import json
 import multiprocessing
 import os
 import signal
+import socket
 import sys
 import time
+from multiprocessing import resource_sharer
 from pathlib import Path
 
 import pytest
@@ -270,6 +272,21 @@ def _told_to_stop(index):
 
 def test_workers_leave_stopping_to_the_main_process():
     assert list(prefetch(_told_to_stop, range(3), workers=1)) == [0, 1, 2]
+
+
+def _left_alone(index: int) -> int:
+    """In a worker: the main process takes hold of a batch and ends before it has it."""
+    address, _ = vars(resource_sharer.DupFd(0))["_id"]
+    with socket.socket(socket.AF_UNIX) as other:
+        other.connect(address)
+    time.sleep(0.3)
+    return index
+
+
+def test_a_worker_that_is_left_says_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+    """Its traceback would be the last that is read of a training that was stopped."""
+    assert list(prefetch(_left_alone, range(2), workers=1)) == [0, 1]
+    assert capfd.readouterr().err == ""
 
 
 def test_a_users_mistake_in_a_worker_keeps_its_sentence():

@@ -53,8 +53,9 @@ patch, so all gradients are exactly 0 and stay so ([why](methods.md#spt-seg)). I
 seeds 5 to 8 as well, which were left out for that, although 6 opens on 2 of the first 20 batches; with seed 0 it opens
 on 14 of them.
 
-DeOP's rows inside the labels' masks, but for `gps-labels` and `anchors-labels`, and what they start from were trained
-later than the others, on another machine: both sides of a row are from the same one, but `deop`'s values differ.
+DeOP's rows inside the labels' masks, but for `gps-labels` and `anchors-labels`, and MAFT's about its start, its
+distillation and across worlds there were trained later than the others, on another machine, with what they start from:
+both sides of a row are from the same one, but `deop`'s values differ.
 
 The training-free methods run whole pictures of 256 pixels, twice the side that the CLIP was trained at, with one
 template, without refinement and thresholds; their papers' claims are about all classes, hence mIoU. CAT-Seg has a

@@ -11,6 +11,7 @@ its mixing brings back in part; and it cares little how well a mask fits. Everyt
 from __future__ import annotations
 
 import argparse
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -96,32 +97,42 @@ def half_of(mask: Tensor, rng: torch.Generator) -> Tensor:
     return half
 
 
-def mask_probabilities(clip: CLIP, dataset: PictureWorld, seed: int) -> Tensor:
+def mask_crops(
+    clip: CLIP, image: Tensor, label: Tensor, things: Collection[int], rng: torch.Generator
+) -> tuple[list[int], Tensor]:
+    """Which ``things`` cover enough of a picture, and crops (2, N, 3, S, S) of their exact masks and of half of each.
+
+    The crops are ZSSeg's: the box of the mask, with CLIP's mean colour outside the mask.
+    """
+    present, areas = label.unique(return_counts=True)
+    classes = [int(c) for c in present[areas >= SMALLEST * label.numel()] if int(c) in things]
+    if not classes:
+        return [], torch.zeros(2, 0, 3, clip.image_size, clip.image_size)
+    exact = [label == c for c in classes]
+    masks = torch.stack(exact + [half_of(mask, rng) for mask in exact]).float()
+    black = -torch.tensor(clip.mean) / torch.tensor(clip.std)
+    crops = tight_crops(normalised(clip, image)[0], [masks], CropOptions(), size=clip.image_size, black=black)
+    return classes, crops.images.unflatten(0, (2, -1))
+
+
+def mask_probabilities(
+    clip: CLIP, dataset: PictureWorld, seed: int, text: Tensor | None = None, things: Collection[int] | None = None
+) -> Tensor:
     """Sums (2, 2) over things of their class's probability, by the crop of an exact mask and by that of half of it.
 
-    Columns: among all names of the world, and among those of the picture's things. The crops are ZSSeg's: the box of
-    the mask, with CLIP's mean colour outside the mask.
+    Columns: among all names of the world, and among those of the picture's things. ``text`` (C, D) is multiplied with
+    the crops' unit vectors, by default that of CLIP by its scale; ``things`` are those that count, by default all.
     """
-    text, rng = text_of(clip, dataset.world), torch.Generator().manual_seed(seed)
-    scale = clip.model.logit_scale.exp().clamp(max=100)
-    black = -torch.tensor(clip.mean) / torch.tensor(clip.std)
+    if text is None:
+        text = clip.model.logit_scale.exp().clamp(max=100) * text_of(clip, dataset.world)
+    things, rng = things or range(len(dataset.world.things)), torch.Generator().manual_seed(seed)
     sums = torch.zeros(2, 2)
     for sample in dataset:
-        classes = [int(c) for c in sample.label.unique() if c < len(dataset.world.things)]
-        classes = [c for c in classes if (sample.label == c).float().mean() >= SMALLEST]
+        classes, crops = mask_crops(clip, sample.image, sample.label, things, rng)
         if not classes:
             continue
-        exact = torch.stack([sample.label == c for c in classes])
-        masks = torch.cat([exact, torch.stack([half_of(mask, rng) for mask in exact])]).float()
-        crops = tight_crops(
-            normalised(clip, sample.image)[0],
-            [masks],
-            CropOptions(),
-            size=clip.image_size,
-            black=black,
-        )
-        image = F.normalize(image_embeddings(clip.visual, crops.images), dim=-1)
-        logits = (scale * image @ text.T).view(2, len(classes), -1)
+        image = F.normalize(image_embeddings(clip.visual, crops.flatten(0, 1)), dim=-1)
+        logits = (image @ text.T).view(2, len(classes), -1)
         sums[:, 0] += logits.softmax(2)[:, range(len(classes)), classes].sum(1)
         sums[:, 1] += logits[..., classes].softmax(2).diagonal(dim1=1, dim2=2).sum(1)
     return sums

@@ -43,6 +43,14 @@ def test_benchmark_runs_small(name: str, rows: set[str]) -> None:
 
 
 @pytest.mark.slow
+def test_a_tower_learns_from_half_masks() -> None:
+    command = [sys.executable, "-m", "benchmarks.half_masks", "--steps", "2"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=True)
+    rows = [json.loads(line.replace("'", '"')) for line in result.stdout.splitlines()]
+    assert [row["steps"] for row in rows] == [0, 2] and all(0 < row["half_over_exact"] < 1.5 for row in rows)
+
+
+@pytest.mark.slow
 def test_other_systems_are_timed_in_the_same_run() -> None:
     small = ("--repeats", "1", "--threads", "1", "--side", "64", "--classes", "3", "--prompts", "2", "--json")
     result = subprocess.run(

@@ -7,8 +7,8 @@ import json
 import pytest
 import torch
 
-from benchmarks.gates import RESULTS, auc, half_of, measure, patch_labels
-from lexiseg.data.picture_world import SECOND
+from benchmarks.gates import RESULTS, auc, half_of, mask_probabilities, measure, patch_labels
+from lexiseg.data.picture_world import SECOND, PictureWorld
 from tests.towers import small_clip
 
 
@@ -45,3 +45,15 @@ def test_every_gate_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_file_of_results_is_of_the_packaged_clip() -> None:
     written = json.loads((RESULTS / "gates.json").read_text())
     assert len(written["rows"]) == 5 and "clip-world2" in written["command"] and written["machine"]
+
+
+def test_a_class_that_half_a_mask_shows_keeps_its_probability() -> None:
+    """Where all names are alike to CLIP, halves and exact masks give the same, over the things that count alone."""
+    clip, dataset = small_clip(), PictureWorld("val", world=SECOND, size=64, length=4)
+    alike = torch.zeros(len(SECOND.classes), clip.embed_dim)
+    both = mask_probabilities(clip, dataset, 0, alike)
+    number = both[0, 0] * len(SECOND.classes)
+    assert number >= 4 and torch.equal(both[0], both[1])
+    seen = [SECOND.class_ids[name] for name in SECOND.things if name not in SECOND.unseen]
+    some = mask_probabilities(clip, dataset, 0, alike, seen)
+    assert 0 < some[0, 0] < both[0, 0]

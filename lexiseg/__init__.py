@@ -85,7 +85,7 @@ def load(
         return ExportedPredictor(name, device=device, max_pixels=limit, **how)  # type: ignore[return-value]
     import torch
 
-    from lexiseg.devices import float32_default, pick_device
+    from lexiseg.devices import pick_device, torch_defaults
     from lexiseg.segmenter import Segmenter
     from lexiseg.weights import load_model
 
@@ -93,7 +93,7 @@ def load(
     place = pick_device("auto" if device is None else device)
     # Weights made in a caller's inference mode could never be trained, nor be asked whether they changed.
     with torch.inference_mode(False):
-        with float32_default():
+        with torch_defaults():
             model = load_model(name)
         return Segmenter(
             model, device=place, dtype=dtype, compile=compile, templates=templates, max_pixels=limit, refine=refine

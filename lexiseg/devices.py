@@ -1,7 +1,7 @@
 """Which device and which floating-point type a model runs in, and how it is compiled."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -84,9 +84,16 @@ def _float32() -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-float32_default = SharedContext(_float32)
-"""A context of torch's own default of float32, whatever the program around it has set: models are built from tensors
-made without a type. The default is one of the whole process."""
+_float32_default = SharedContext(_float32)  # a default of the whole process
+
+
+@contextmanager
+def torch_defaults() -> Iterator[None]:
+    """Torch's own defaults, float32 and the CPU, whatever the program around has set: for tensors made without them."""
+    # Such a context takes time at every call into torch, so there is none without need.
+    elsewhere = torch.get_default_device().type != "cpu"
+    with _float32_default(), torch.device("cpu") if elsewhere else nullcontext():
+        yield
 
 
 class EvaluationMode:
@@ -116,5 +123,5 @@ class EvaluationMode:
         half = self._dtype != torch.float32
         device = next(self._model.parameters()).device.type
         autocast = torch.autocast(device, self._dtype, enabled=half)
-        with self._evaluating(), float32_default(), torch.no_grad(), autocast:
+        with self._evaluating(), torch_defaults(), torch.no_grad(), autocast:
             yield

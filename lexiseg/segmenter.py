@@ -14,7 +14,7 @@ from torch import Tensor
 from lexiseg import notes
 from lexiseg.background import BackgroundSource
 from lexiseg.clip.text import TextEmbedder
-from lexiseg.devices import Compiled, EvaluationMode, float32_default, pick_device, pick_dtype
+from lexiseg.devices import Compiled, EvaluationMode, pick_device, pick_dtype, torch_defaults
 from lexiseg.errors import LexisegError
 from lexiseg.exemplar_vectors import with_exemplars
 from lexiseg.files import as_path, default_cache_folder, write_text
@@ -151,7 +151,7 @@ class Segmenter(Predictor):
         vocabulary = self.vocabulary(classes, background=background)
         notes.one_class(vocabulary)
         device = self.device
-        with float32_default():
+        with torch_defaults():
             text = self.model.embed_text(self.embedder, vocabulary.with_placeholders()).to(device)
             if vocabulary.exemplars:
                 with self._evaluating():
@@ -191,7 +191,7 @@ class Segmenter(Predictor):
     def labels_of(self, picture: Picture, words: Words, policy: WindowPolicy) -> tuple[Tensor, Tensor]:
         """The labels (H, W) of a picture whose windows were all run, refined, and their scores."""
         scores, image, rule = picture.joined(policy), picture.image, self.model.postprocessing
-        with float32_default():
+        with torch_defaults():
             if rule is None:
                 labels, best = refine(scores, image, self.refinement)
                 return labels.cpu(), best.cpu()

@@ -277,14 +277,14 @@ class Vocabulary:
         """The class of each word: int64, shape (W,), non-decreasing, in 0..C-1."""
         import torch
 
-        return torch.tensor([index for index, entry in enumerate(self.classes) for _ in entry.words])
+        return torch.tensor([index for index, entry in enumerate(self.classes) for _ in entry.words], device="cpu")
 
     @cached_property
     def seen_words(self) -> torch.Tensor:
         """True for the words of classes known to be seen in training: bool, shape (W,)."""
         import torch
 
-        return torch.tensor([entry.seen is True for entry in self.classes for _ in entry.words])
+        return torch.tensor([entry.seen is True for entry in self.classes for _ in entry.words], device="cpu")
 
     @cached_property
     def background_index(self) -> int | None:

@@ -24,6 +24,7 @@ from lexiseg.models.dense_clip import DenseCLIP
 from lexiseg.models.zegclip import ZegCLIP
 from lexiseg.segmentation import Segmentation
 from lexiseg.segmenter import Segmenter, pick_device
+from lexiseg.vocabulary import Vocabulary
 from lexiseg.windows import WindowPolicy, check_proportions
 from tests.patchwork import WORDS, Patchwork, picture, same, segmenter
 
@@ -235,6 +236,21 @@ def test_any_default_dtype(name: str, default: torch.dtype, request: pytest.Fixt
         assert torch.get_default_dtype() == default
     finally:
         torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("name", ["zegclip", "dense"])
+@pytest.mark.parametrize(
+    "around", [lambda: torch.autocast("cpu", torch.bfloat16), lambda: torch.device("meta"), torch.inference_mode]
+)
+def test_modes_of_the_caller(name: str, around: Callable[[], Any], request: pytest.FixtureRequest) -> None:
+    model, image = request.getfixturevalue(name), picture(40, 50)
+    expected = segmenter(model).predict(image, WORDS)
+    run, vocabulary = segmenter(model), Vocabulary.parse(WORDS)
+    with around():
+        found = [run.predict(image, vocabulary), run.set_image(image).predict(WORDS)]
+    for result in (*found, run.predict(image, vocabulary)):  # nothing of the mode is remembered
+        same(result, expected)
+    assert not run.embedder(run.vocabulary(vocabulary)).is_inference()  # which no training could use
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda run: pickle.loads(pickle.dumps(run))])

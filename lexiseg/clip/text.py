@@ -86,7 +86,6 @@ class TextEmbedder:
         False remembers in memory only, for prompts that are still being trained.
         """
 
-        @torch.no_grad()
         def encode(found: list[int]) -> Tensor:
             self.num_forwards += 1
             return learner(self.clip, [words[i] for i in found], task, chunk=self.chunk)
@@ -106,7 +105,10 @@ class TextEmbedder:
         """
         text = json.dumps([*manner, self.clip.text_fingerprint()], ensure_ascii=False)
         shelf = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
-        return self._cache.get(shelf, keys, encode, disk=disk).to(self.clip.device)
+        device = self.clip.device
+        # What is remembered serves training as well, and other programs: no mode of the caller's may change it.
+        with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
+            return self._cache.get(shelf, keys, encode, disk=disk).to(device)
 
     def _encode(self, groups: Sequence[Sequence[str]], templates: Sequence[str]) -> Tensor:
         parts = []
@@ -120,7 +122,6 @@ class TextEmbedder:
             parts.append((tokens[:, :width].int(), sizes))
         return torch.cat([self._means(tokens, sizes) for tokens, sizes in parts])
 
-    @torch.no_grad()
     def _means(self, tokens: Tensor, sizes: Tensor) -> Tensor:
         """Unit vectors (G, D) of groups of ``sizes`` (G,) texts each, whose token ids (n, L) may lack padding."""
         tokens = F.pad(tokens.long(), (0, self.clip.context_length - tokens.shape[1]))

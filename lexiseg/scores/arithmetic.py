@@ -29,7 +29,7 @@ class Axis(NamedTuple):
     @classmethod
     def between(cls, num_in: int, num_out: int, device: torch.device, align_corners: bool = False) -> Axis:
         """Weights from ``num_in`` to ``num_out`` places, as ``torch.nn.functional.interpolate`` defines them."""
-        place = torch.arange(num_out, dtype=torch.float64)
+        place = torch.arange(num_out, dtype=torch.float64, device="cpu")
         if align_corners:
             place = place * ((num_in - 1) / (num_out - 1) if num_out > 1 else 0.0)
         else:

@@ -82,7 +82,7 @@ class Scores(ABC):
         if k == 1:
             labels, scores = self.label_and_score(size)
             return scores[:, None], labels[:, None]
-        values = torch.empty(self.batch_size, k, *size, device=self.device)
+        values = torch.empty(self.batch_size, k, *size, dtype=torch.float32, device=self.device)
         indices = torch.empty(values.shape, dtype=torch.long, device=self.device)
         for picture, field in self._fields(size):
             decode.top_k(field, self.word_to_class, values[picture], indices[picture])
@@ -100,7 +100,7 @@ class Scores(ABC):
         """
         size = check_size(size)
         count = self.num_classes if classes is None else len(classes)
-        out = torch.empty(self.batch_size, count, *size, device=self.device)
+        out = torch.empty(self.batch_size, count, *size, dtype=torch.float32, device=self.device)
         for picture, field in self._fields(size):
             decode.dense(field, self.word_to_class, out[picture], None if count == self.num_classes else classes)
         return out
@@ -139,7 +139,7 @@ class Scores(ABC):
         """Labels and, if wanted, their scores; an empty tensor otherwise."""
         size = check_size(size)
         labels = torch.empty(self.batch_size, *size, dtype=torch.long, device=self.device)
-        scores = torch.empty(labels.shape if with_scores else 0, device=self.device)
+        scores = torch.empty(labels.shape if with_scores else 0, dtype=torch.float32, device=self.device)
         for picture, field in self._fields(size):
             decode.best(field, self.word_to_class, labels[picture], scores[picture] if with_scores else None)
         return labels, scores

@@ -76,7 +76,7 @@ def _stream(field: Field, rectangles: Iterator[Rectangle], writer: Writer) -> No
     for place in rectangles:
         top, bottom, left, right = place
         winner = torch.zeros(bottom - top, right - left, dtype=torch.long, device=field.device)
-        score = torch.full(winner.shape, -torch.inf, device=field.device)
+        score = torch.full(winner.shape, -torch.inf, dtype=torch.float32, device=field.device)
         size = _chunk_size(field, winner.numel())
         for start in range(0, field.num_words, size):
             values = field.block(slice(start, min(start + size, field.num_words)), *place)

@@ -136,7 +136,7 @@ class Source(Field):
         y, x = every(rows - self.top), every(columns - self.left)
         if len(y) * len(x) > _MOST_PLACES:
             return None
-        smallest = torch.full((1,), torch.inf, device=self.device)
+        smallest = torch.full((1,), torch.inf, dtype=torch.float32, device=self.device)
         for row in y:
             band = self.values.index_select(1, row).float()
             for column in x:
@@ -169,7 +169,7 @@ class Mixture(Field):
     def block(self, words: Words, top: int, bottom: int, left: int, right: int) -> Tensor:
         chunk = words if isinstance(words, slice) else slice(0, self.num_words)
         start, stop, _ = chunk.indices(self.num_words)
-        out = torch.empty(stop - start, bottom - top, right - left, device=self.device)
+        out = torch.empty(stop - start, bottom - top, right - left, dtype=torch.float32, device=self.device)
         for y in range(top - top % BLOCK_ROWS, bottom, BLOCK_ROWS):
             y_end = min(y + BLOCK_ROWS, self.height)
             for x in range(left - left % BLOCK_COLUMNS, right, BLOCK_COLUMNS):

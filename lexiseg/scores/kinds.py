@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass, replace
 from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -223,10 +224,9 @@ def _check_boxes(boxes: Sequence[Box], canvas: Size) -> None:
     # Between neighbouring edges coverage does not change, so one place of each such rectangle tells about all.
     rows = sorted({0} | {y for y, _, _, _ in boxes} | {y + h for y, _, h, _ in boxes if y + h < canvas[0]})
     columns = sorted({0} | {x for _, x, _, _ in boxes} | {x + w for _, x, _, w in boxes if x + w < canvas[1]})
-    covered = torch.zeros(len(rows), len(columns), dtype=torch.bool)
-    row, column = torch.tensor(rows), torch.tensor(columns)
+    covered, row, column = np.zeros((len(rows), len(columns)), bool), np.array(rows), np.array(columns)
     for y, x, height, width in boxes:
         covered |= ((row >= y) & (row < y + height))[:, None] & ((column >= x) & (column < x + width))
-    if not bool(covered.all()):
-        i, j = (int(n) for n in (~covered).nonzero()[0])
+    if not covered.all():
+        i, j = np.argwhere(~covered)[0]
         raise ValueError(f"no window covers the pixel in row {rows[i]}, column {columns[j]} of the canvas {canvas}")

@@ -38,8 +38,8 @@ class Mean(Field):
 
     def block(self, words: Words, top: int, bottom: int, left: int, right: int) -> Tensor:
         count = len(range(*words.indices(self.num_words))) if isinstance(words, slice) else len(words)
-        total = torch.zeros(count, bottom - top, right - left, device=self.device)
-        num_parts = torch.zeros(total.shape[1:], device=self.device)
+        total = torch.zeros(count, bottom - top, right - left, dtype=torch.float32, device=self.device)
+        num_parts = torch.zeros(total.shape[1:], dtype=torch.float32, device=self.device)
         for part, (y, x, height, width) in self.parts:
             rows = slice(max(top, y), min(bottom, y + height))
             columns = slice(max(left, x), min(right, x + width))
@@ -50,7 +50,7 @@ class Mean(Field):
         return total.div_(num_parts)
 
     def points(self, words: Tensor, tiles: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-        total = torch.zeros(len(rows), len(columns), len(words), device=self.device)
+        total = torch.zeros(len(rows), len(columns), len(words), dtype=torch.float32, device=self.device)
         num_parts = torch.zeros_like(total)
         for part, (y, x, height, width) in self.parts:
             row_inside = (rows >= y) & (rows < y + height)
@@ -90,7 +90,7 @@ class Mean(Field):
 
     def gaps(self, leaders: Tensor, rows: Tensor, columns: Tensor) -> Tensor | None:
         # The smallest gap of any part bounds their mean, whichever parts cover a place.
-        smallest = torch.full((self.num_words, *leaders.shape), torch.inf, device=self.device)
+        smallest = torch.full((self.num_words, *leaders.shape), torch.inf, dtype=torch.float32, device=self.device)
         for part, place, part_rows, part_columns, _ in self._touching(rows, columns):
             gaps = part.gaps(leaders[place[1:]], part_rows, part_columns)
             if gaps is None:
@@ -129,9 +129,9 @@ class _Bounds:
     """
 
     def __init__(self, *shape: int, device: torch.device) -> None:
-        self.lowest = torch.full(shape, torch.inf, device=device)
+        self.lowest = torch.full(shape, torch.inf, dtype=torch.float32, device=device)
         self.highest = -self.lowest
-        self.low_sum, self.high_sum, self.count = torch.zeros(3, *shape, device=device)
+        self.low_sum, self.high_sum, self.count = torch.zeros(3, *shape, dtype=torch.float32, device=device)
         self.split, self.varies = torch.zeros(2, *shape, dtype=torch.bool, device=device)
 
     def add(

@@ -130,7 +130,7 @@ def _quarter(field: Field, candidates: _Candidates, margin: float) -> _Candidate
     # Quarter by quarter, so that the words of each new tile are adjacent.
     lower, upper = (torch.cat(bound, 2).flatten() for bound in zip(*bounds, strict=True))
     tiles = (candidates.tiles + num_tiles * torch.arange(4, device=field.device)[:, None]).flatten()
-    largest = torch.full((4 * num_tiles,), -torch.inf, device=field.device).scatter_reduce_(0, tiles, lower, "amax")
+    largest = lower.new_full((4 * num_tiles,), -torch.inf).scatter_reduce_(0, tiles, lower, "amax")
     kept = (upper >= largest.index_select(0, tiles) - margin).nonzero().view(-1)
     return _Candidates(
         candidates.words.index_select(0, kept % len(candidates.words)),

@@ -102,6 +102,22 @@ def test_rows_shared_among_threads_give_the_same_bits(monkeypatch: pytest.Monkey
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_torchs_default_dtype_changes_no_score(dtype: torch.dtype) -> None:
+    logits, size = torch.randn(1, 30, 8, 8, generator=torch.Generator().manual_seed(6)), (50, 40)
+    grid = GridScores(logits, sigmoid=True)
+    regions = RegionScores(logits.flatten(2).transpose(1, 2), torch.randn(1, 64, 8, 8))
+    for scores in (grid, regions, WindowScores([grid, regions], [(0, 0, 9, 9), (0, 3, 9, 9)], (9, 12))):
+        expected = [*scores.label_and_score(size), *scores.top_k(size, 3), scores.dense(size)]
+        torch.set_default_dtype(dtype)
+        try:
+            found = [*scores.label_and_score(size), *scores.top_k(size, 3), scores.dense(size)]
+        finally:
+            torch.set_default_dtype(torch.float32)
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=0)  # and of one dtype
+
+
 @pytest.mark.parametrize("threads", [1, 2])
 def test_an_error_in_a_thread_is_the_callers(threads: int) -> None:
     def wrong(rows: torch.Tensor) -> None:

@@ -61,7 +61,7 @@ class Segmentation:
         metadata: what made the result (model, window ...).
 
     Raises:
-        LexisegError: the shapes do not fit each other, or a label is no class.
+        LexisegError: the shapes do not fit each other, the image is not uint8, or a label is no class.
     """
 
     label_map: torch.Tensor
@@ -90,14 +90,21 @@ class Segmentation:
 
             array = torch.from_numpy(array)
         object.__setattr__(self, "label_map", array)
-        for what, other in (("scores", self.scores), ("image", self.image)):
+        size = self.size
+        for what, other, shape in (("scores", self.scores, size), ("image", self.image, (3, *size))):
             if other is not None and not hasattr(other, "shape"):
                 raise LexisegError(f"The {what} must be a tensor or an array, not {kind(other)}.")
-            if other is not None and other.shape[-2:] != labels.shape:
+            if other is not None and tuple(other.shape) != shape:
                 raise LexisegError(
-                    f"The {what} are of size {tuple(other.shape[-2:])}, the label map of {tuple(labels.shape)}; "
-                    "resize one of them."
+                    f"The {what} must have the shape {shape}, as the label map is {size}, not "
+                    f"{tuple(other.shape)}; resize one of them."
                 )
+        if self.image is not None and not str(self.image.dtype).endswith("uint8"):
+            raise LexisegError(f"The image must be uint8, not {self.image.dtype}; see lexiseg.images.read_image.")
+        if self.scores is not None:
+            scores: Any = self.scores
+            scores = scores.astype(np.float32, copy=False) if isinstance(scores, np.ndarray) else scores.float()
+            object.__setattr__(self, "scores", scores)
         if not fits or sum(self._counts[0]) + self.num_ignored != self._labels.size:
             raise LexisegError(
                 f"The label map holds ids outside the {counted(self.num_classes, 'class')}; correct them or add "

@@ -56,6 +56,8 @@ def test_table() -> None:
         ("cat", True, 0.5, 0.5, 0),
         ("sky", False, 0.375, 0.25, 2),
     ]
+    halves = small(scores=torch.full((2, 4), 0.5, dtype=torch.bfloat16))
+    assert halves.scores is not None and halves.scores.dtype == torch.float32 and halves.table()[0].score == 0.5
     everything = small(scores=None).table(include_absent=True)
     assert [(row.name, row.fraction, row.score) for row in everything] == [
         ("cat", 0.5, None),
@@ -78,10 +80,14 @@ def test_wrong_parts_are_refused() -> None:
             small(label_map=torch.full((2, 4), label))
     with pytest.raises(LexisegError, match="a list and a Vocabulary"):
         small(label_map=[[0, 1]])
-    with pytest.raises(LexisegError, match="scores are of size"):
-        small(scores=torch.zeros(3, 3))
-    with pytest.raises(LexisegError, match="image are of size"):
-        small(image=torch.zeros(3, 3, 3, dtype=torch.uint8))
+    for shape in ((3, 3), (1, 2, 4)):
+        with pytest.raises(LexisegError, match=r"scores must have the shape \(2, 4\)"):
+            small(scores=torch.zeros(shape))
+    for shape in ((3, 3, 3), (1, 2, 4), (2, 4), (2, 4, 3)):
+        with pytest.raises(LexisegError, match=r"image must have the shape \(3, 2, 4\)"):
+            small(image=torch.zeros(shape, dtype=torch.uint8))
+    with pytest.raises(LexisegError, match=r"image must be uint8, not torch\.float32"):
+        small(image=torch.zeros(3, 2, 4))
     for wrong in (torch.zeros(2, 4), torch.zeros(1, 2, 4, dtype=torch.int64), torch.zeros(0, 4, dtype=torch.int64)):
         with pytest.raises(LexisegError, match="label map"):
             small(label_map=wrong)

@@ -91,8 +91,9 @@ def load(
 
     # A wrong device is said before gigabytes are read.
     place = pick_device("auto" if device is None else device)
-    # Weights made in a caller's inference mode could never be trained, nor be asked whether they changed.
-    with torch.inference_mode(False):
+    # Weights made in a caller's inference mode could never be trained, nor be asked whether they changed. The
+    # random numbers drawn for weights that are read next are none of the caller's.
+    with torch.inference_mode(False), torch.random.fork_rng(devices=[]):
         with torch_defaults():
             model = load_model(name)
         return Segmenter(

@@ -85,8 +85,8 @@ def read_mask(exemplar: Exemplar, image: Tensor, max_pixels: float) -> Tensor:
         mask[top:bottom, left:right] = True
     else:
         given = exemplar.mask
-        if isinstance(given, torch.Tensor) or (hasattr(given, "dtype") and getattr(given, "ndim", 0) == 2):
-            mask = torch.as_tensor(given) != 0
+        if hasattr(given, "dtype") and getattr(given, "ndim", 0) == 2:
+            mask = torch.as_tensor(given != 0).cpu()  # what is compared lies in memory as torch wants it
         else:
             mask = (read_image(given, max_pixels=max_pixels) > 0).any(dim=0)
         if tuple(mask.shape) != (height, width):

@@ -93,5 +93,7 @@ def _said(value: Any) -> str:
     else:
         import numpy as np
 
+        if hasattr(value, "is_floating_point"):  # a tensor, of any device and type
+            value = value.detach().cpu().float() if value.is_floating_point() else value.cpu()
         data = np.asarray(value).tobytes()
     return sha256(data).hexdigest()[:16]

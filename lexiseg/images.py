@@ -371,7 +371,7 @@ def _to_bytes(values: np.ndarray, name: str) -> np.ndarray:
         raise LexisegError(f"{_capital(name)} holds values that are negative, NaN or infinite; scale it to 0..1.")
     whole = values.dtype.kind != "f"
     if not whole and 1 < high < 2:
-        raise LexisegError(f"{_capital(name)} holds floats up to {high:.4g}, outside 0..1; clip or scale it.")
+        raise LexisegError(f"{_capital(name)} holds floats up to {high:.9g}, outside 0..1; clip or scale it.")
     bits = int(high).bit_length()
     top = 2 ** max(8, bits + bits % 2) - 1 if whole or high > 1 else 1
     if whole and top == 255:

@@ -65,6 +65,18 @@ def test_a_box_is_left_top_right_and_bottom() -> None:
     assert torch.equal(read_mask(Exemplar("mug.png", box=[8, 2, 19, 5]), image, 1e6), where)
 
 
+def test_masks_and_pictures_in_memory_may_be_of_any_layout_and_type() -> None:
+    where = torch.zeros(20, 30, dtype=torch.bool)
+    where[2:5, 8:19] = True
+    image, array = torch.zeros(3, 20, 30, dtype=torch.uint8), where.numpy()
+    arrays = (np.ascontiguousarray(array[::-1])[::-1], np.asfortranarray(array), array.astype(">i2"))
+    tensors = (where.bfloat16(), where.float().requires_grad_(), where[None], where.byte()[None].repeat(3, 1, 1))
+    for mask in (*arrays, *tensors):
+        assert torch.equal(read_mask(Exemplar(image, mask), image, 1e6), where)
+        assert Exemplar(image, mask).word == Exemplar(image, mask).word
+    assert Exemplar(image.half().requires_grad_(), box=[8, 2, 19, 5]).word.endswith("#8 2 19 5")
+
+
 def test_several_and_words_may_be_mixed(files: Path, segmenter: Segmenter) -> None:
     one, two = f"photo:{files / 'mug.png'}#{files / 'mask.png'}", f"photo:{files / 'mug.png'}#16 16 48 48"
     vocabulary = Vocabulary.parse(f"mug = cup, {one}, {two}; sky")

@@ -283,9 +283,11 @@ def test_wrong_segmenters_are_one_sentence(clip: CLIP) -> None:
 
 @pytest.mark.parametrize("name", ["zegclip-emoji", "deop-emoji", "naclip/clip-emoji"])
 def test_a_model_loaded_in_inference_mode_predicts_and_can_be_trained(name: str) -> None:
+    random = torch.get_rng_state()
     with torch.inference_mode():
         model = lexiseg.load(name, device="cpu")
         found = model.predict(picture(64, 64), WORDS)
     assert not any(weight.is_inference() for weight in model.model.parameters())
     expected = lexiseg.load(name, device="cpu").predict(picture(64, 64), WORDS)
     assert torch.equal(found.label_map, expected.label_map)
+    assert torch.equal(torch.get_rng_state(), random)

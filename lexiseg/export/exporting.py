@@ -32,7 +32,7 @@ from lexiseg.samples import list_samples, sample_classes, sample_path
 from lexiseg.scores import GridScores
 from lexiseg.segmenter import Segmenter
 from lexiseg.vocabulary import Vocabulary
-from lexiseg.words import shorten, whole_number
+from lexiseg.words import describe, shorten, whole_number
 
 KINDS, PRECISIONS = ("onnx", "torch", "openvino"), ("fp32", "fp16", "int8")
 _SUFFIXES = {"onnx": ".onnx", "torch": ".pt2", "openvino": ".xml"}
@@ -91,8 +91,10 @@ def export(
 
     Raises LexisegError if the system or its tower cannot be exported, an argument is wrong, or a library is missing.
     """
-    if not isinstance(segmenter, Segmenter):
+    if isinstance(segmenter, ExportedPredictor):
         raise LexisegError("This model is already exported; export the original model.")
+    if not isinstance(segmenter, Segmenter):
+        raise LexisegError(f"What is exported is a Segmenter, not {describe(segmenter)}; lexiseg.load(name) makes one.")
     model, folder = segmenter.model, Path(folder).expanduser()
     _check(model, folder, kind, precision)
     model.eval()  # in training some systems leave steps out

@@ -175,6 +175,7 @@ def test_what_an_export_does_not_do_is_a_sentence(folder: Path, exported: Any, t
         (lambda: lexiseg.load(folder, device="moon").predict(picture(), CLASSES), "no device 'moon'"),
         (lambda: exported.predict(picture(), mug), "only words"),
         (lambda: export(exported, tmp_path / "again"), "already exported"),
+        (lambda: export("zegclip-emoji", tmp_path / "again"), "a Segmenter, not zegclip-emoji"),  # type: ignore[arg-type]
     ):
         with pytest.raises(LexisegError, match=sentence):
             call()

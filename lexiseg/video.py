@@ -64,7 +64,8 @@ class VideoOptions:
         for name in ("every", "frames"):
             if name == "every" or self.frames is not None:
                 whole_number(getattr(self, name), f"A video's '{name}'", 1)
-        if not 0 <= finite(self.smooth, "The weight of earlier frames") < 1:
+        object.__setattr__(self, "smooth", finite(self.smooth, "The weight of earlier frames"))
+        if not 0 <= self.smooth < 1:
             raise LexisegError(f"The weight of earlier frames must be from 0 to below 1, not {describe(self.smooth)}.")
 
 

@@ -297,10 +297,10 @@ class Vocabulary:
     def with_seen(self, names: Iterable[str]) -> Vocabulary:
         """Say which classes were seen in training, where the vocabulary does not say so itself.
 
-        ``names``: the seen classes. They match a class by its name or a synonym, after NFC, case and white space
-        folding. Returns a vocabulary in which every ``seen`` is True or False.
+        ``names``: the seen classes, or one. They match a class by its name or a synonym, after NFC, case and white
+        space folding. Returns a vocabulary in which every ``seen`` is True or False.
         """
-        keys = {word_key(name) for name in names}
+        keys = {word_key(name) for name in ([names] if isinstance(names, str) else names)}
         classes = tuple(
             entry
             if entry.seen is not None

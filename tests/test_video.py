@@ -350,6 +350,7 @@ def test_mistakes(segmenter: Any, clip: Path, tmp_path: Path) -> None:
         VideoOptions(every=0)
     with pytest.raises(LexisegError, match="from 0 to below 1"):
         VideoOptions(smooth=1.0)
+    assert VideoOptions(smooth="0.5").smooth == 0.5  # type: ignore[arg-type]
     with pytest.raises(LexisegError, match="does not support a background threshold"):
         vocabulary = segmenter.vocabulary(WORDS, background=0.5)
         list(segment_video(segmenter, clip, vocabulary, tmp_path, VideoOptions(smooth=0.5)))

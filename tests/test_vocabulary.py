@@ -227,6 +227,7 @@ def test_seen() -> None:
     assert [entry.seen for entry in vocabulary.classes] == [False, True, False]
     assert vocabulary.seen_words.tolist() == [False, True, True, False]
     assert Vocabulary.parse("cat").seen_words.tolist() == [False]
+    assert Vocabulary.parse("cat; tree").with_seen("cat").seen_words.tolist() == [True, False]
 
 
 def test_palette_is_distinct_and_keeps_given_colours() -> None:

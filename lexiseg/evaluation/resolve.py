@@ -25,7 +25,7 @@ from lexiseg.refine import Refinement
 from lexiseg.segmenter import Segmenter
 from lexiseg.vocabulary import TemplateSource, Vocabulary
 from lexiseg.windows import WindowPolicy
-from lexiseg.words import near_names, shorten
+from lexiseg.words import near_names, shorten, whole_number
 
 PICTURE_WORLD = "picture-world"
 DEFAULT_SIZE = 256
@@ -204,7 +204,8 @@ def _question(
             # Its train split hides the unseen classes, so a number made there would look like a result and be none.
             raise LexisegError(f"{what} is evaluated on its val or its test split; leave out --split {split}.")
         part: Literal["val", "test"] = "test" if split == "test" else "val"
-        return Question(what, PictureWorld(part, world=find_world(what), size=size or DEFAULT_SIZE), part)
+        side = DEFAULT_SIZE if size is None else whole_number(size, "The side of a picture", 16)
+        return Question(what, PictureWorld(part, world=find_world(what), size=side), part)
     if size is not None:
         raise LexisegError(
             f"--size is for {PICTURE_WORLD}, which is drawn at any size, not for '{what}'; leave it out."

@@ -278,6 +278,7 @@ def test_the_function_of_the_command_in_python(tmp_path):
         ({"what": data, "resume": True}, "with the earlier counts"),
         ({"what": data, "batch_size": 0}, "batch size must be a whole number of at least 1"),
         ({"what": data, "limit": 0}, "limit must be a whole number of at least 1"),
+        ({"what": "picture-world", "size": 0}, "side of a picture must be a whole number of at least 16"),
     ):
         with pytest.raises(LexisegError, match=words):
             evaluate(weights="zegclip-emoji", **wrong)

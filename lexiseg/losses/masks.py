@@ -129,7 +129,7 @@ def bilinear_matrix(source: int, target: int, device: torch.device) -> Tensor:
     A resize by two matrix products, and its transpose by two more, is several times faster on a CPU than the
     library's interpolation and its backward.
     """
-    identity = torch.eye(source, device=device)[None]
+    identity = torch.eye(source, dtype=torch.float32, device=device)[None]
     return F.interpolate(identity, size=target, mode="linear", align_corners=False)[0].T
 
 

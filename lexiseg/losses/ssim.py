@@ -81,5 +81,5 @@ def _window_matrix(size: int, device: torch.device) -> Tensor:
     place = torch.arange(_SIDE, device=device, dtype=torch.float32) - _SIDE // 2
     window = torch.exp(-(place**2) / (2 * _SIGMA**2))
     window = window / window.sum()
-    identity = torch.eye(size, device=device)[:, None]
+    identity = torch.eye(size, dtype=torch.float32, device=device)[:, None]
     return F.conv1d(identity, window[None, None], padding=_SIDE // 2)[:, 0]

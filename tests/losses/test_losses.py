@@ -92,6 +92,17 @@ def test_autocast_changes_nothing() -> None:
     assert torch.equal(torch.autograd.grad(plain, logits)[0], torch.autograd.grad(mixed, logits)[0])
 
 
+def test_torchs_default_dtype_changes_nothing() -> None:
+    logits, labels = torch.randn(1, 3, 8, 8), torch.randint(0, 3, (1, 20, 24))
+    expected = mask_losses(logits, labels).total, ssim_loss(logits, labels)
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = mask_losses(logits, labels).total, ssim_loss(logits, labels)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
 def test_wrong_labels_are_refused() -> None:
     with pytest.raises(LexisegError, match="label is 5 but there are 3 classes"):
         mask_losses(torch.zeros(1, 3, 2, 2), torch.full((1, 2, 2), 5))

@@ -82,6 +82,8 @@ def list_own(root: Path, split: str, unseen: str | None, classes: Path | None) -
     annotations, whole = json_of(root, split)
     if annotations is not None:
         files = list_coco_json(root, annotations, split, unseen, picture_folders(root, split), settings.exif)
+        lists = files_in(root, CLASS_FILES) if classes is None else [classes]
+        files = replace(files, findings=(*files.findings, *_not_the_categories(lists, files.vocabulary, annotations)))
         return part_in_split(files, root, split) if whole else files
     place = find_place(root, split)
     class_file = classes or class_file_in(root, place)
@@ -276,6 +278,24 @@ def _of_the_labels(listed: ClassList, class_file: Path, folder: Path) -> list[Fi
                 )
                 return [Finding("class-list", problem, str(path), severity="warning")]
     return []
+
+
+def _not_the_categories(paths: Sequence[Path], vocabulary: Vocabulary, annotations: Path) -> list[Finding]:
+    """Class files that say something else than the categories of COCO-style JSON, which are the classes."""
+    findings = []
+    for path in paths:
+        with suppress(LexisegError):  # of such a name, but no class file
+            ours, theirs = (
+                [(word_key(one.text), one.seen is False) for one in said.classes]
+                for said in (vocabulary, read_class_list(path))
+            )
+            if ours != theirs:
+                problem = (
+                    f"The classes are the categories of '{annotations}'; '{path}' says something else and is ignored; "
+                    "edit the categories or remove the file."
+                )
+                findings.append(Finding("class-list", problem, str(path), severity="warning"))
+    return findings
 
 
 def _said(path: Path) -> ClassList:

@@ -9,8 +9,11 @@ import shlex
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from lexiseg.cli import main
+from lexiseg.data.sets.open import list_split, open_data_set
+from lexiseg.errors import LexisegWarning
 
 PAGE = Path(__file__).parents[3] / "docs" / "own-data.md"
 
@@ -60,3 +63,25 @@ def test_every_kind_of_finding_is_in_the_tutorial() -> None:
     kinds = set().union(*(_said_kinds(path) for path in package.glob("*.py")))
     assert kinds >= {"damaged-archive", "no-augmented-labels", "unknown-color", "index-label", "missing-folder"}
     assert {kind for kind in kinds if f"`{kind}`" not in text} == set()
+
+
+def test_a_class_file_beside_coco_json_that_says_something_else_is_named(tmp_path: Path) -> None:
+    boxes = [{"image_id": 1, "category_id": one, "segmentation": [[0, 0, 8, 0, 8, 8]]} for one in (1, 2)]
+    content = {
+        "images": [{"id": 1, "file_name": "p.png", "width": 16, "height": 16}],
+        "annotations": boxes,
+        "categories": [{"id": 1, "name": "cat"}, {"id": 2, "name": "dog"}],
+    }
+    Image.new("RGB", (16, 16)).save(tmp_path / "p.png")
+    (tmp_path / "instances_val.json").write_text(json.dumps(content))
+    listed = tmp_path / "classes.txt"
+    for text in ("Cat\ndog\n", "1: cat\n2: dog\n"):
+        listed.write_text(text)
+        assert not list_split("own", tmp_path, "val").findings
+    for text in ("dog\ncat\n", "cat\n", "cat, kitty\ndog\n"):
+        listed.write_text(text)
+        with pytest.warns(LexisegWarning, match=r"categories of '.*instances_val\.json'; '.*classes\.txt' says some"):
+            assert open_data_set("own", tmp_path, "val").vocabulary.names == ("cat", "dog")
+    given = listed.rename(tmp_path / "given.txt")
+    with pytest.warns(LexisegWarning, match=r"given\.txt' says something else"):
+        open_data_set("own", tmp_path, "val", classes=given)

@@ -92,8 +92,9 @@ def list_own(root: Path, split: str, unseen: str | None, classes: Path | None) -
     pictures, masks = _masks(by_stem(place.images, IMAGE_SUFFIXES), place, settings.masks)
     others = {} if _any_of(masks, pictures) else {end: by_stem(place.labels, (end,)) for end in (".txt", ".json")}
     ending = next((end for end, files in others.items() if _any_of(files, pictures)), None)
-    if ending == ".json" and not settings.classes:
-        settings = replace(settings, classes=_labelme_classes(root))
+    if ending == ".json":
+        listed = tuple(one for one in settings.classes if one.name not in _NO_CLASS)  # labelme's labels.txt has it
+        settings = replace(settings, classes=listed or _labelme_classes(root))
     if not settings.classes:
         if (other := without_outlines(root)) is not None:
             raise LexisegError(f"'{other}' holds no outlines of classes; add COCO's instances_{split}.json.")

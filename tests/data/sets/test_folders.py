@@ -193,6 +193,15 @@ def test_json_of_coco_without_outlines_is_named(tmp_path, name):
         open_voc_folder(tmp_path, "val")
 
 
+def test_what_labelme_ignores_is_no_class(tmp_path):
+    """labelme's own labels.txt begins with it."""
+    labelme(tmp_path)
+    (tmp_path / "labels.txt").write_text("__ignore__\n_background_\ncat\n")
+    data = open_data_set("own", tmp_path, "val")
+    assert data.vocabulary.names == ("_background_", "cat")
+    np.testing.assert_array_equal(data[0].label.numpy(), np.where(LABEL == 255, 0, 1))
+
+
 def test_a_mask_of_labelme_is_cut_at_the_edge_of_its_picture(tmp_path):
     labelme(tmp_path)
     expected = np.full(SIZE, 255)

@@ -48,8 +48,10 @@ def init(device: str | None = None, *, patience: timedelta = timedelta(minutes=3
             f"Each of the {os.environ['WORLD_SIZE']} processes uses its own accelerator; --device can only be "
             f"auto or cpu with a launcher, not '{device}'."
         )
-    try:
-        _state(cpu=device == "cpu", timeout=patience)
+    import torch
+
+    try:  # without accelerators accelerate connects nobody unless it is told to use the CPU
+        _state(cpu=device == "cpu" or not torch.accelerator.is_available(), timeout=patience)
     except (RuntimeError, ValueError) as error:
         raise LexisegError(
             f"The {os.environ['WORLD_SIZE']} processes could not connect ({first_line(error)}); check the "

@@ -38,6 +38,7 @@ from lexiseg.errors import LexisegError
 from lexiseg.files import atomic_write, make_folder, read_lines, write_text, writing
 from lexiseg.progress import progress_bar
 from lexiseg.weights.runs import STEP, TENSORS, damaged, find_checkpoints, read_state, read_tensors, seal
+from lexiseg.words import counted
 
 _TEMPORARY = ".tmp-"
 _log = logging.getLogger("lexiseg")
@@ -313,7 +314,8 @@ class Best:
 
     def __str__(self) -> str:
         step, value = max(self._values(), key=lambda pair: (pair[1], -pair[0]))
-        return f"{self.metric} has been below its {value:g} of step {step} for {self.patience} evaluations."
+        since = counted(self.patience or 0, "evaluation")
+        return f"{self.metric} has not exceeded its {value:g} of step {step} for {since}."
 
     def _values(self) -> list[tuple[int, float]]:
         found = [(record["step"], record.get(self.metric)) for record in self.log.records if self.metric in record]

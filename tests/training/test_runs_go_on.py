@@ -113,12 +113,15 @@ def test_whatever_train_wrote_is_a_model(run: Path, whole: Path, tmp_path: Path)
         load_model(tmp_path / "alone")
 
 
-def test_the_best_is_kept_and_patience_ends(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_best_is_kept_and_patience_ends(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     values = (10, 30, 20, 30, 40, 0)
     monkeypatch.setattr(SegmentationTask, "evaluate", lambda task, step: ({"val/hiou": values[step - 1]}, {}))
     judged = {"steps": 6, "snapshot_every": 1, "checkpoint_every": 1, "keep_best": "val/hiou", "patience": 2}
     recipe = recipe_of(place, train=judged, evaluation={"pictures": 0, "num_samples": 1})
     quietly(recipe, tmp_path / "run")
+    assert "val/hiou has not exceeded its 30 of step 2 for 2 evaluations." in caplog.text  # step 4 has 30, too
     steps = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert max(line["step"] for line in steps) == 4  # two evaluations without more than the 30 of step 2
     assert load_model(tmp_path / "run/best").metadata["steps"] == 2

@@ -69,6 +69,18 @@ def patch_loss(logits: Tensor, positives: Tensor, coverage: float) -> Tensor:
     return -inside.mean() + missing.sum() / positives.sum().clamp(min=1)
 
 
+def drop_patches(tokens: Tensor, fraction: float) -> Tensor:
+    """Leave out a fraction (0..1) of the patches of tokens (B, 1 + P, D), chosen anew for each picture (FLIP).
+
+    The class token, the first, and at least one patch stay. Source: Li et al., CVPR 2023.
+    """
+    num_patches = tokens.shape[1] - 1
+    keep = max(1, round(num_patches * (1 - fraction)))
+    kept = torch.rand(len(tokens), num_patches, device=tokens.device).argsort(1)[:, :keep] + 1
+    patches = tokens.gather(1, kept[..., None].expand(-1, -1, tokens.shape[2]))
+    return torch.cat([tokens[:, :1], patches], dim=1)
+
+
 def crop_scene(
     scene: Scene, world: World, rng: np.random.Generator, areas: tuple[float, float]
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -212,11 +224,7 @@ class ContrastiveTask(Task):
         tower = self.clip.image_tower
         tokens, grid = tower.embed(images)
         if self.model.training and self.settings.patch_dropout:
-            num_patches = tokens.shape[1] - 1
-            keep = max(1, round(num_patches * (1 - self.settings.patch_dropout)))
-            kept = torch.rand(len(tokens), num_patches, device=tokens.device).argsort(1)[:, :keep] + 1
-            patches = tokens.gather(1, kept[..., None].expand(-1, -1, tokens.shape[2]))
-            tokens = torch.cat([tokens[:, :1], patches], dim=1)
+            tokens = drop_patches(tokens, self.settings.patch_dropout)
         first = self._entry() if self.model.training else 0
         patches = tower.run(tokens[:, 1:], grid, stop=first).tokens
         tokens = tower.run(torch.cat([tokens[:, :1], patches], dim=1), grid, first=first).tokens
